@@ -1,0 +1,312 @@
+"""ONNX Runtime on the CPU: the default engine of any machine, and the reference of every other.
+
+The cache lives in numpy arrays that are bound as input and output at one address, so a step writes
+its rows in place and copies nothing. A slot is a contiguous part of each array: a step on slots
+``first .. first + B`` binds the addresses of that part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge import io_spec
+from edge.errors import BackendError, BundleError, ConfigError, DependencyError
+from edge.manifest import FloatType, Manifest
+from edge.onnx_file import OnnxFile
+
+from . import Floats, Ints
+from .cpu_attention import fuse_cache_attention
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_MIN_VERSION = {"native": (1, 26), "portable": (1, 23)}
+
+
+class OrtBackend:
+    """A `Backend` on ONNX Runtime's CPU provider.
+
+    Args:
+        bundle: the bundle's directory; its files are trusted (`manifest.verify_files` comes first).
+        manifest: its manifest.
+        num_slots: sequences that the cache holds.
+        kv_capacity: rows per slot; None is the bundle's own. Only the small graph file is
+            re-shaped in memory, the weights stay untouched.
+        max_step_tokens: the most tokens per sequence and step; bounds the activations' memory.
+        num_threads: None is one per physical core.
+        fuse_attention: rewrite attention for the CPU (`cpu_attention`); off runs the graph as is.
+
+    Raises:
+        DependencyError: onnxruntime is missing or too old for the bundle's dialect.
+        BundleError: the graph's inputs and outputs are not those of `io_spec`.
+        ConfigError: ``kv_capacity`` or ``num_slots`` out of range.
+    """
+
+    name = "ort-cpu"
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        *,
+        num_slots: int = 1,
+        kv_capacity: int | None = None,
+        max_step_tokens: int = 512,
+        num_threads: int | None = None,
+        fuse_attention: bool = True,
+    ) -> None:
+        if num_slots < 1 or max_step_tokens < 1:
+            raise ConfigError(
+                f"num_slots ({num_slots}) and max_step_tokens ({max_step_tokens}) must be positive"
+            )
+        self.model = manifest.model
+        self.dialect = manifest.dialect
+        self.num_slots = num_slots
+        self.capacity = manifest.kv_capacity if kv_capacity is None else kv_capacity
+        self.max_step_tokens = max_step_tokens
+        io_spec.check_capacity(self.capacity, manifest.rope_positions)
+        graph = _load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", self.capacity)
+        if fuse_attention and self.dialect == "native":
+            fuse_cache_attention(graph, self.model)
+        self._session = _open_session(graph, bundle, manifest, num_threads)
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        model = self.model
+        shape = (num_slots, model.num_kv_heads, self.capacity, model.head_dim)
+        self._dtype = np.float32
+        # Untouched pages of zeros take no memory, so a long capacity costs what is used of it.
+        self._cache = [np.zeros(shape, dtype=self._dtype) for _ in range(2 * model.num_layers)]
+        self._kv_positions = np.arange(self.capacity, dtype=np.int64)
+        self._decode_steps: dict[tuple[int, int], _Step] = {}
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the cache when full."""
+        return sum(array.nbytes for array in self._cache)
+
+    def forward(
+        self,
+        slots: Sequence[int],
+        embeds: Floats,
+        positions: Ints,
+        kv_len: int,
+        logits_indices: Ints,
+    ) -> NDArray[np.float32]:
+        """See `edge.backends.Backend.forward`."""
+        self._check_step(slots, positions, kv_len)
+        runs = contiguous_runs(slots)
+        if len(runs) == 1 and runs[0][1] == list(range(len(slots))):
+            return self._run(slots[0], embeds, positions, kv_len, logits_indices)
+        shape = (*logits_indices.shape, self.model.vocab_size)
+        logits = np.empty(shape, dtype=np.float32)
+        for first, rows in runs:
+            logits[rows] = self._run(
+                first, embeds[rows], positions[rows], kv_len, logits_indices[rows]
+            )
+        return logits
+
+    def read_slot(self, slot: int, length: int) -> Floats:
+        """See `edge.backends.Backend.read_slot`."""
+        return np.stack([array[slot, :, :length] for array in self._cache])
+
+    def write_slot(self, slot: int, rows: Floats) -> None:
+        """See `edge.backends.Backend.write_slot`."""
+        for array, values in zip(self._cache, rows, strict=True):
+            array[slot, :, : values.shape[1]] = values
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """See `edge.backends.Backend.copy_slot`."""
+        for array in self._cache:
+            array[target, :, :length] = array[source, :, :length]
+
+    def close(self) -> None:
+        """Free the session and the cache."""
+        self._decode_steps.clear()
+        self._cache = []
+        self._session = None
+
+    def _check_step(self, slots: Sequence[int], positions: Ints, kv_len: int) -> None:
+        if self._session is None:
+            raise BackendError("the backend is closed; load the bundle again")
+        # The operators write where they are told: past the capacity is someone else's memory.
+        last = int(positions[:, -1].max())
+        if not (int(positions.min()) >= 0 and last < self.capacity and last < kv_len):
+            raise BackendError(
+                f"a step at positions {int(positions.min())}..{last} does not fit a cache of "
+                f"{self.capacity} rows read up to row {kv_len}"
+            )
+        if positions.shape[1] > self.max_step_tokens:
+            raise BackendError(
+                f"a step of {positions.shape[1]} tokens exceeds max_step_tokens "
+                f"{self.max_step_tokens}; split the prompt into chunks"
+            )
+        if len(set(slots)) != len(slots) or not all(0 <= s < self.num_slots for s in slots):
+            raise BackendError(f"slots {list(slots)} are not distinct slots of {self.num_slots}")
+
+    def _run(
+        self, first: int, embeds: Floats, positions: Ints, kv_len: int, logits_indices: Ints
+    ) -> NDArray[np.float32]:
+        batch, seq = positions.shape
+        num_logits = logits_indices.shape[1]
+        if seq == 1 and num_logits == 1:
+            # Decode repeats the same shapes for ever: bind the cache once per run of slots.
+            step = self._decode_steps.get((first, batch))
+            if step is None:
+                step = self._decode_steps[first, batch] = _Step(self, first, batch, 1, 1)
+        else:
+            step = _Step(self, first, batch, seq, num_logits)
+        return step.run(embeds, positions, kv_len, logits_indices)
+
+
+class _Step:
+    """Fixed buffers of one step shape, bound once and run many times."""
+
+    def __init__(
+        self, backend: OrtBackend, first: int, batch: int, seq: int, num_logits: int
+    ) -> None:
+        model = backend.model
+        self._backend = backend
+        self._slots = slice(first, first + batch)
+        self._embeds = np.empty((batch, seq, model.hidden_size), dtype=backend._dtype)
+        self._positions = np.empty((batch, seq), dtype=np.int64)
+        self._cursor = np.empty(batch, dtype=np.int64)
+        self._indices = np.empty((batch, num_logits), dtype=np.int64)
+        self._logits = np.empty((batch, num_logits, model.vocab_size), dtype=backend._dtype)
+        self._new: list[Floats] = []
+        self._binding = backend._session.io_binding()
+        native = backend.dialect == "native"
+        inputs: dict[str, NDArray[Any]] = {
+            io_spec.INPUTS_EMBEDS: self._embeds,
+            io_spec.POSITION_IDS: self._positions,
+            io_spec.WRITE_INDICES if native else io_spec.PAST_LENGTHS: self._cursor,
+            io_spec.LOGITS_INDICES: self._indices,
+        }
+        outputs: dict[str, NDArray[Any]] = {io_spec.LOGITS: self._logits}
+        for layer in range(model.num_layers):
+            keys, values = (array[self._slots] for array in backend._cache[2 * layer :][:2])
+            inputs[io_spec.past_key(layer)] = keys
+            inputs[io_spec.past_value(layer)] = values
+            if native:
+                outputs[io_spec.present_key(layer)] = keys
+                outputs[io_spec.present_value(layer)] = values
+            else:
+                shape = (batch, model.num_kv_heads, seq, model.head_dim)
+                for name in (io_spec.new_key(layer), io_spec.new_value(layer)):
+                    outputs[name] = np.empty(shape, dtype=backend._dtype)
+                    self._new.append(outputs[name])
+        for name, array in inputs.items():
+            self._bind(self._binding.bind_input, name, array)
+        for name in backend._outputs:
+            self._bind(self._binding.bind_output, name, outputs[name])
+
+    @staticmethod
+    def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def run(
+        self, embeds: Floats, positions: Ints, kv_len: int, logits_indices: Ints
+    ) -> NDArray[np.float32]:
+        backend = self._backend
+        self._embeds[...] = embeds
+        self._positions[...] = positions
+        self._cursor[...] = positions[:, 0]
+        self._indices[...] = logits_indices
+        if backend.dialect == "portable":
+            # The step's own rows are not in the cache yet; an empty past still needs one row.
+            kv_len = max(int(positions[:, 0].max()), 1)
+        self._bind(self._binding.bind_input, io_spec.KV_POSITIONS, backend._kv_positions[:kv_len])
+        try:
+            backend._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(
+                f"ONNX Runtime failed on a step of {positions.shape} tokens: {error}"
+            ) from error
+        self._append(positions)
+        return self._logits
+
+    def _append(self, positions: Ints) -> None:
+        """Copy the step's keys and values into the cache (dialect ``portable``)."""
+        if not self._new:
+            return
+        seq = positions.shape[1]
+        for row, start in enumerate(positions[:, 0].tolist()):
+            slot = self._slots.start + row
+            for cache, new in zip(self._backend._cache, self._new, strict=True):
+                cache[slot, :, start : start + seq] = new[row]
+
+
+def contiguous_runs(slots: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Group slots into runs of neighbours: ``(first slot, indices into slots)`` each."""
+    runs: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(slots)), key=slots.__getitem__):
+        if runs and slots[index] == runs[-1][0] + len(runs[-1][1]):
+            runs[-1][1].append(index)
+        else:
+            runs.append((slots[index], [index]))
+    return runs
+
+
+def _load_graph(path: Path, manifest: Manifest, float_type: FloatType, capacity: int) -> OnnxFile:
+    graph = OnnxFile(path.read_bytes())
+    cache = [
+        value.name
+        for value in [*graph.inputs, *graph.outputs]
+        if value.name.startswith(("past_key_values.", "present."))
+    ]
+    graph.set_dimension(cache, 2, capacity)
+    spec = (manifest.model, manifest.dialect, float_type, capacity)
+    for found, expected in (
+        (graph.inputs, io_spec.decoder_inputs(*spec)),
+        (graph.outputs, io_spec.decoder_outputs(*spec)),
+    ):
+        ours = [(value.name, value.dtype, value.shape) for value in found]
+        theirs = [(value.name, value.dtype, value.shape) for value in expected]
+        if ours != theirs:
+            wrong = next(
+                (pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]),
+                (f"{len(ours)} tensors", f"{len(theirs)} tensors"),
+            )
+            raise BundleError(
+                f"{path} does not fit the decoder's contract: found {wrong[0]}, expected "
+                f"{wrong[1]}; export the bundle again with this edge-llm"
+            )
+    return graph
+
+
+def _open_session(
+    graph: OnnxFile, bundle: Path, manifest: Manifest, num_threads: int | None
+) -> onnxruntime.InferenceSession:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise DependencyError(
+            "the CPU backend needs onnxruntime; install it with: pip install 'jetson-edge-llm[cpu]'"
+        ) from error
+    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    needed = _MIN_VERSION[manifest.dialect]
+    if version < needed:
+        raise DependencyError(
+            f"this bundle (dialect {manifest.dialect}) needs onnxruntime >= "
+            f"{needed[0]}.{needed[1]}, found {ort.__version__}; upgrade it, or export with "
+            "--dialect portable"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = num_threads or 0
+    # The arena grows in powers of two and never shrinks: 250 MB more resident at 1.5B.
+    options.enable_cpu_mem_arena = False
+    # 4 = int8 activations inside MatMulNBits, its fastest kernel.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.fspath(bundle.resolve())
+    )
+    try:
+        return ort.InferenceSession(graph.serialize(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime cannot load {bundle}: {error}") from error

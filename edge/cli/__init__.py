@@ -1,0 +1,91 @@
+"""The command ``edge-llm``: verbs come from the entry-point group ``edge_llm.commands``.
+
+A verb parses, calls the library and prints. Results go to stdout, progress and figures to stderr.
+An `EdgeError` is one line on stderr and its own exit code (see `edge.errors`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+import edge
+from edge.errors import EdgeError
+
+COMMAND_GROUP = "edge_llm.commands"
+
+
+class _Verbs(click.Group):
+    """Loads a verb's module only when that verb is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(entry.name for entry in entry_points(group=COMMAND_GROUP))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for entry in entry_points(group=COMMAND_GROUP, name=cmd_name):
+            command: click.Command = entry.load()
+            return command
+        return None
+
+
+def _print_versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    click.echo(f"edge-llm {edge.__version__} from {Path(edge.__file__).parent}")
+    click.echo(f"python {platform.python_version()} on {platform.machine()}")
+    for name in ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tokenizers", "numpy"):
+        try:
+            click.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            click.echo(f"{name} not installed")
+    ctx.exit()
+
+
+@click.command(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="First steps: edge-llm export SOURCE -o BUNDLE, then edge-llm run BUNDLE PROMPT.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_versions,
+    help="Versions, and where edge-llm was loaded from.",
+)
+def cli() -> None:
+    """Export, build and run DeepSeek-R1 distills on a Jetson, or any CPU."""
+
+
+def main() -> None:
+    """Run the command and leave with its exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except EdgeError as error:
+        click.echo(f"edge-llm: error: {error}", err=True)
+        if os.environ.get("EDGE_LLM_TRACEBACK"):
+            raise
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(64)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def echo_json(value: Any) -> None:
+    """One line of JSON on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False, separators=(",", ":")))

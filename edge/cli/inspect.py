@@ -1,0 +1,106 @@
+"""``edge-llm inspect``: what a bundle is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import click
+import msgspec
+
+from edge import io_spec
+from edge.manifest import Manifest, read_manifest, verify_files
+
+from . import echo_json
+from .options import bundle_argument
+
+
+@click.command()
+@bundle_argument
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@click.option("--layers", is_flag=True, help="List every linear layer.")
+@click.option("--no-verify", is_flag=True, help="Do not hash the files.")
+def inspect(bundle: Path, as_json: bool, layers: bool, no_verify: bool) -> None:
+    """Show what BUNDLE is: dimensions, schemes, bytes by part, hashes."""
+    manifest = read_manifest(bundle)
+    if not no_verify:
+        verify_files(bundle, manifest)
+    if as_json:
+        summary = msgspec.to_builtins(manifest)
+        summary["bytes_by_part"] = bytes_by_part(manifest)
+        summary["verified"] = not no_verify
+        echo_json(summary)
+        return
+    _print_tables(bundle, manifest, layers, verified=not no_verify)
+
+
+def bytes_by_part(manifest: Manifest) -> dict[str, int]:
+    """Bytes of the weights by kind of layer, of the token table, and of all files."""
+    parts: Counter[str] = Counter()
+    for name, linear in manifest.quantization.linears.items():
+        parts[name.rsplit(".", maxsplit=1)[-1]] += linear.num_bytes
+    parts["token_embeddings"] = manifest.files["embeddings.safetensors"].num_bytes
+    parts["all_files"] = sum(file.num_bytes for file in manifest.files.values())
+    return dict(parts)
+
+
+def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def table(title: str, *columns: str) -> Table:
+        result = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for column in columns:
+            result.add_column(column, justify="right" if column in ("bytes", "count") else "left")
+        return result
+
+    console = Console()
+    model = manifest.model
+    facts = table(f"{manifest.name}  ({bundle})", "", "")
+    facts.show_header = False
+    revision = f" at {manifest.source.revision}" if manifest.source.revision else ""
+    kv_bytes = io_spec.kv_bytes_per_token(model, manifest.dtype)
+    for name, value in (
+        ("source", f"{manifest.source.kind} {manifest.source.location}{revision}"),
+        ("licence", manifest.source.licence or "not stated"),
+        ("exported", f"{manifest.created} by {manifest.producer}"),
+        ("architecture", f"{model.architecture}, {model.num_layers} layers"),
+        (
+            "dimensions",
+            f"hidden {model.hidden_size}, heads {model.num_heads}/{model.num_kv_heads} x "
+            f"{model.head_dim}, intermediate {model.intermediate_size}, vocab {model.vocab_size}",
+        ),
+        ("RoPE", f"{model.rope.kind}, theta {model.rope.theta:g}"),
+        ("dialect", f"{manifest.dialect}, {manifest.dtype}"),
+        ("KV capacity", f"{manifest.kv_capacity} tokens, {kv_bytes:,} bytes each in the engine"),
+        (
+            "quantization",
+            f"{manifest.quantization.name} ({manifest.quantization.method}, clip "
+            f"{manifest.quantization.clip})",
+        ),
+        ("sampling", ", ".join(f"{k} {v:g}" for k, v in _sampling(manifest).items())),
+        ("files", "all hashes match" if verified else "not verified"),
+    ):
+        facts.add_row(name, value)
+    console.print(facts, "")
+
+    schemes = table("Linear layers", "part", "scheme", "count", "bytes")
+    groups: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for name, linear in manifest.quantization.linears.items():
+        key = (name if layers else name.rsplit(".", maxsplit=1)[-1], str(linear.scheme))
+        groups[key] += 1
+        sizes[key] += linear.num_bytes
+    for key, count in groups.items():
+        schemes.add_row(*key, str(count), f"{sizes[key]:,}")
+    console.print(schemes, "")
+
+    files = table("Files", "file", "bytes", "sha256")
+    for name, info in manifest.files.items():
+        files.add_row(name, f"{info.num_bytes:,}", info.sha256[:16])
+    console.print(files)
+
+
+def _sampling(manifest: Manifest) -> dict[str, float]:
+    values: dict[str, float] = msgspec.to_builtins(manifest.sampling)
+    return values

@@ -1,0 +1,86 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from edge.sampling import SamplingParams
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+bundle_argument = click.argument(
+    "bundle", type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
+
+_ENGINE = (
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "ort-cpu"]),
+        default="auto",
+        show_default=True,
+        help="Engine that runs the bundle.",
+    ),
+    click.option(
+        "--kv-capacity", type=int, help="Tokens of prompt and answer; default: the bundle's own."
+    ),
+    click.option("--num-threads", type=click.IntRange(1), help="CPU threads; default: all cores."),
+)
+
+_SAMPLING = (
+    click.option("--max-tokens", type=int, help="Tokens to generate at most."),
+    click.option("--temperature", type=float, help="0 always takes the likeliest token."),
+    click.option("--top-k", type=int, help="Keep the K likeliest tokens; 0 keeps all."),
+    click.option(
+        "--top-p", type=float, help="Keep the likeliest tokens of this total probability."
+    ),
+    click.option("--min-p", type=float, help="Keep tokens this likely relative to the likeliest."),
+    click.option(
+        "--repetition-penalty", type=float, help="Above 1 discourages tokens seen before."
+    ),
+    click.option(
+        "--presence-penalty", type=float, default=0.0, help="For tokens generated before."
+    ),
+    click.option("--frequency-penalty", type=float, default=0.0, help="Per time generated before."),
+    click.option("--seed", type=int, help="The same seed gives the same answer."),
+    click.option("--stop", multiple=True, help="End the answer at this text; may be repeated."),
+)
+
+_SAMPLING_NAMES = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+)
+
+
+def engine_options(command: Command) -> Command:
+    """Add ``--backend``, ``--kv-capacity`` and ``--num-threads``."""
+    for option in reversed(_ENGINE):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the sampling options; what is not given is the model's own default."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
+
+
+def take_sampling(options: dict[str, Any]) -> SamplingParams:
+    """Move the sampling options out of a verb's keyword arguments.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+    return SamplingParams(**{name: options.pop(name) for name in _SAMPLING_NAMES})

@@ -1,0 +1,68 @@
+"""``edge-llm run``: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge.errors import RequestError
+
+from . import echo_json
+from .options import bundle_argument, engine_options, sampling_options, take_sampling
+from .screen import StreamPrinter, format_stats
+
+
+@click.command()
+@bundle_argument
+@click.argument("prompt", required=False)
+@click.option("--system", help="System message; R1 distills are best used without one.")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of streaming.")
+@click.option("--no-stats", is_flag=True, help="Do not print speed figures on stderr.")
+@engine_options
+@sampling_options
+def run(
+    bundle: Path,
+    prompt: str | None,
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    no_stats: bool,
+    backend: Any,
+    kv_capacity: int | None,
+    num_threads: int | None,
+    **options: Any,
+) -> None:
+    """Answer PROMPT (or standard input) with BUNDLE and stream the answer."""
+    params = take_sampling(options)
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise RequestError("no prompt; give one as an argument or pipe it in")
+        prompt = sys.stdin.read()
+    if raw and system is not None:
+        raise RequestError("--system needs the chat template, --raw works without; drop one")
+    from edge.llm import LLM
+
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    with LLM(bundle, backend=backend, kv_capacity=kv_capacity, num_threads=num_threads) as llm:
+        if as_json:
+            result = llm.generate(prompt if raw else messages, params)
+            echo_json(
+                {
+                    "text": result.text,
+                    "reasoning": result.reasoning,
+                    "finish_reason": result.finish_reason,
+                    "stats": result.stats.as_dict(),
+                }
+            )
+            return
+        printer = StreamPrinter()
+        for chunk in llm.stream(prompt if raw else messages, params):
+            printer.show(chunk)
+        printer.end()
+        if printer.stats is not None and not no_stats:
+            click.echo(format_stats(printer.stats, printer.finish_reason), err=True)

@@ -1,0 +1,116 @@
+"""`DeepSeekModel`: the runtime under the names that DeepSeek-R1 tutorials use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .errors import BundleError, ConfigError, RequestError
+from .llm import LLM, Prompt
+from .sampling import SamplingParams
+
+BUNDLES_VARIABLE = "EDGE_LLM_BUNDLES"
+_HUB_IDS = {
+    "1.5B": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "7B": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    "8B": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+}
+_PRECISIONS = ("fp16", "int8", "int4")
+# Where `LLM` has an engine for each device name of the tutorials.
+_BACKENDS = {"auto": "auto", "cpu": "ort-cpu"}
+
+
+class DeepSeekModel:
+    """A DeepSeek-R1 distill by version and precision.
+
+    The bundle is looked up under the directory that ``EDGE_LLM_BUNDLES`` names (default:
+    ``bundles`` in the working directory), as e.g. ``deepseek-r1-distill-qwen-1.5b-int8``.
+
+    Args:
+        version: ``1.5B``, ``7B`` or ``8B``.
+        precision: ``fp16``, ``int8`` or ``int4``.
+        device: ``auto`` or ``cpu``.
+
+    Raises:
+        ConfigError: an unknown version, precision or device.
+        BundleError: no such bundle; the message has the command that makes it.
+    """
+
+    def __init__(
+        self, version: str = "1.5B", precision: str = "int8", device: str = "auto"
+    ) -> None:
+        for name, value, choices in (
+            ("version", version, _HUB_IDS),
+            ("precision", precision, _PRECISIONS),
+            ("device", device, _BACKENDS),
+        ):
+            if value not in choices:
+                raise ConfigError(f"unknown {name} {value!r}; use one of {', '.join(choices)}")
+        hub_id = _HUB_IDS[version]
+        root = Path(os.environ.get(BUNDLES_VARIABLE, "bundles"))
+        self.bundle = root / f"{hub_id.split('/')[1].lower()}-{precision}"
+        if not self.bundle.is_dir():
+            raise BundleError(
+                f"no bundle at {self.bundle}; make it with: "
+                f"edge-llm export {hub_id} -o {self.bundle} --quant {precision}"
+            )
+        self.llm = LLM(self.bundle, backend="ort-cpu" if device == "cpu" else "auto")
+
+    def generate(
+        self,
+        context: Prompt,
+        max_length: int = 200,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        **params: Any,
+    ) -> str:
+        """Generate the answer to a text or a list of messages.
+
+        A text is one user message. The reasoning is part of the returned text, between
+        ``<think>`` and ``</think>``, as the model writes it.
+
+        Args:
+            context: a text, or chat messages.
+            max_length: tokens of prompt and answer together, as in ``transformers``.
+            temperature: None takes the model's own generation config.
+            top_k: likewise.
+            params: any other field of `SamplingParams` but ``max_tokens``.
+
+        Raises:
+            RequestError: a wrong parameter, or a prompt that leaves no room in ``max_length``.
+        """
+        messages: Sequence[Mapping[str, Any]]
+        messages = [{"role": "user", "content": context}] if isinstance(context, str) else context
+        room = max_length - len(self.llm.encode(messages))
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {max_length - room} tokens, max_length is {max_length}; "
+                "raise max_length: it counts prompt and answer together"
+            )
+        if "max_tokens" in params:
+            raise RequestError("generate takes max_length (prompt and answer), not max_tokens")
+        result = self.llm.generate(
+            messages,
+            SamplingParams(temperature=temperature, top_k=top_k, max_tokens=room, **params),
+        )
+        if not result.reasoning:
+            return result.text
+        return f"<think>\n{result.reasoning}\n</think>\n\n{result.text}"
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.llm.close()
+
+    def __enter__(self) -> DeepSeekModel:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: read the weights, quantize them, write the decoder as plain ONNX."""

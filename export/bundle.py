@@ -1,0 +1,412 @@
+"""Writing a bundle so that its path never holds half of one.
+
+Beside a target ``r1`` live, while it is written, ``.r1.edge-llm-lock`` (an flock, held by the one
+process that writes), ``.r1.edge-llm-staging`` (the bundle in the making) and, on file systems that
+cannot exchange two directories, ``.r1.edge-llm-old``. Whoever holds the lock owns the other two:
+what lies there when it takes the lock was left by a killed export, and is swept.
+
+On Linux the finished staging directory and the old bundle trade places in one step
+(``renameat2(2)`` with ``RENAME_EXCHANGE``): whenever the process is killed, the target is the whole
+old bundle or the whole new one. Where the file system refuses that (some network and FUSE mounts)
+the old bundle is renamed aside first; a kill between these two renames leaves no target until the
+next export to it puts the old bundle back.
+
+A process that has the old bundle's files open or mapped keeps them. One that is just opening it by
+name may get an old manifest and a new file: the hashes refuse that, and opening it again works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from edge.errors import BundleError, ConfigError, ResourceError
+from edge.manifest import (
+    ENGINES_DIR,
+    MANIFEST_NAME,
+    FileInfo,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+    is_file_name,
+    read_manifest,
+    sha256_file,
+)
+
+_logger = logging.getLogger(__name__)
+
+_MARGIN_BYTES = 64 << 20  # what a caller's estimate leaves out: block sizes, directories, manifest
+_MANIFEST_TEMP = f".{MANIFEST_NAME}.tmp"
+_AT_FDCWD = -100  # linux/fcntl.h
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+class BundleWriter:
+    """Context manager that writes one bundle and puts it in place with `commit`.
+
+    Leaving the block without `commit`, or by an exception, removes everything written and leaves
+    the target as it was. The old bundle's ``engines/`` were built from its ONNX, so they go with
+    it. A target that is a symbolic link stays one: the directory it points to is replaced.
+
+    Attributes:
+        target: where the bundle will be, symbolic links resolved.
+    """
+
+    def __init__(self, target: Path, *, required_bytes: int, overwrite: bool = False) -> None:
+        """Touches nothing yet; see `__enter__`.
+
+        Args:
+            target: the bundle's directory: missing, empty, or with ``overwrite`` a bundle.
+            required_bytes: estimated size of all files.
+            overwrite: replace a bundle that is there (``--force``).
+        """
+        self.target = _resolve(target)
+        self._required_bytes = required_bytes
+        self._overwrite = overwrite
+        self._staging = _beside(self.target, "staging")
+        self._aside = _beside(self.target, "old")
+        self._committed = False
+        self._cleanup = contextlib.ExitStack()
+
+    def __enter__(self) -> BundleWriter:
+        """Lock the target, repair and sweep what a killed export left, check that it can be done.
+
+        Raises:
+            ConfigError: the target is not ours to replace, cannot be written, or another export
+                is writing it.
+            ResourceError: the disk is too full.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_locked(self.target))
+                self._recover()
+                _check_replaceable(self.target, self._overwrite)
+                self._sweep()
+                _check_free_space(self.target.parent, self._required_bytes)
+                stack.callback(self._sweep)
+                stack.callback(self._recover)
+                self._staging.mkdir()
+                self._cleanup = stack.pop_all()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write a bundle at {self.target}: {error.strerror} ({error.filename}); "
+                "choose another directory"
+            ) from error
+        return self
+
+    def path(self, name: str) -> Path:
+        """Where to write the file ``name`` of the bundle.
+
+        Raises:
+            ValueError: not a plain file name; see `edge.manifest.is_file_name`.
+            RuntimeError: after `commit`.
+        """
+        if not is_file_name(name):
+            raise ValueError(f"{name!r} is no name for a file of a bundle")
+        if self._committed:
+            raise RuntimeError("the bundle is already in place")
+        return self._staging / name
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a whole file."""
+        self.path(name).write_bytes(data)
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Hash and fsync every file, write ``manifest.json``, put the bundle in place.
+
+        Every file must be closed. The old bundle is deleted when the block ends.
+
+        Args:
+            manifest: its ``files`` are filled in here, whatever they hold.
+
+        Returns:
+            The manifest as written.
+
+        Raises:
+            BundleError: a graph that the manifest names was not written, or something that is not
+                a plain file lies among the files.
+            ConfigError: something else came to lie at the target meanwhile.
+        """
+        if self._committed:
+            raise RuntimeError("the bundle is already in place")
+        files = {path.name: _seal(path) for path in sorted(self._staging.iterdir())}
+        absent = {manifest.graphs.decoder, manifest.graphs.cpu} - files.keys()
+        if absent:
+            raise BundleError(f"the bundle is incomplete: {sorted(absent)} not written")
+        data = encode_manifest(msgspec.structs.replace(manifest, files=files))
+        written = decode_manifest(data)  # nobody can load what this refuses
+        _write_durably(self._staging / MANIFEST_NAME, data)
+        _fsync(self._staging)
+        _check_replaceable(self.target, self._overwrite)
+        self._swap()
+        self._committed = True
+        _fsync(self.target.parent)
+        return written
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._cleanup.close()
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"the disk filled up while {self.target} was written ({exc.strerror}); what was "
+                "written is removed again; free some space or choose another directory"
+            ) from exc
+
+    def _swap(self) -> None:
+        try:
+            self._staging.rename(self.target)  # works if nothing or an empty directory is there
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        try:
+            _exchange(self._staging, self.target)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            _logger.info("%s cannot exchange directories: renaming twice", self.target.parent)
+            self.target.rename(self._aside)
+            self._staging.rename(self.target)  # if this fails, leaving the block recovers
+
+    def _recover(self) -> None:
+        """Put the old bundle back if a swap by two renames was cut off between them."""
+        try:
+            self._aside.rename(self.target)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                return  # the target is taken: the swap was finished
+            raise
+        _fsync(self.target.parent)
+        _logger.warning("put back %s, which an interrupted export had moved aside", self.target)
+
+    def _sweep(self) -> None:
+        self._remove_staging()
+        if self._aside.exists():
+            # Never delete in place what `_recover` takes for a whole bundle.
+            self._aside.rename(self._staging)
+            self._remove_staging()
+
+    def _remove_staging(self) -> None:
+        try:
+            shutil.rmtree(self._staging)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _logger.warning("cannot remove %s: %s", self._staging, error)
+
+
+def update_manifest(bundle: Path, manifest: Manifest) -> Manifest:
+    """Replace only ``manifest.json`` of a bundle, atomically (to add a quality report, say).
+
+    Call it after the `BundleWriter` block: both take the same lock.
+
+    Args:
+        bundle: the bundle's directory.
+        manifest: the new manifest; ``files`` must be those of the bundle.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        BundleError: no bundle is there, or its files are not those of ``manifest``.
+        ConfigError: an export is writing to the same path.
+    """
+    bundle = _resolve(bundle)
+    data = encode_manifest(manifest)
+    written = decode_manifest(data)
+    with _locked(bundle):
+        if read_manifest(bundle).files != manifest.files:
+            raise BundleError(
+                f"{bundle} holds other files than the manifest that was to be written; "
+                "was it exported again meanwhile?"
+            )
+        temp = bundle / _MANIFEST_TEMP
+        try:
+            _write_durably(temp, data)
+            temp.replace(bundle / MANIFEST_NAME)
+        finally:
+            temp.unlink(missing_ok=True)
+        _fsync(bundle)
+    return written
+
+
+def _resolve(target: Path) -> Path:
+    try:
+        resolved = target.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links; Python < 3.13 says RuntimeError
+        raise ConfigError(f"{target} cannot be resolved: {error}") from error
+    if not resolved.name:
+        raise ConfigError(f"{target} is the root directory; name a directory for the bundle")
+    return resolved
+
+
+def _beside(target: Path, role: str) -> Path:
+    return target.with_name(f".{target.name}.edge-llm-{role}")
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the target's lock; the kernel lets go of it however the process ends."""
+    if not target.parent.is_dir():
+        raise ConfigError(f"the directory {target.parent} does not exist; create it first")
+    path = _beside(target, "lock")
+    descriptor = _acquire(path, target)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(path: Path, target: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write in {target.parent}: {error.strerror}; choose another directory"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The last holder may have unlinked this very file before we locked it.
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                return descriptor
+        except FileNotFoundError:
+            pass  # unlinked: take the next one
+        except BlockingIOError as error:
+            writer = os.read(descriptor, 20).decode("ascii", "replace") or "unknown"
+            os.close(descriptor)
+            raise ConfigError(
+                f"another export (process {writer}) is writing {target}; wait until it ends or "
+                "choose another directory"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigError(
+                f"cannot lock {path}: {error.strerror}; choose a directory on another file system"
+            ) from error
+        os.close(descriptor)
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    """Refuse everything but a missing or empty directory and, with ``overwrite``, a bundle."""
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        raise ConfigError(f"{target} exists and is not a directory; choose another path")
+    if target.is_mount():
+        raise ConfigError(
+            f"{target} is a mount point and cannot be replaced; name a directory inside it, "
+            f"e.g. {target / 'bundle'}"
+        )
+    entries = {path.name for path in target.iterdir()}
+    if not entries:
+        return
+    strangers = sorted(entries - _own_entries(target))
+    if strangers:
+        shown = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")
+        raise ConfigError(
+            f"{target} holds files that are not part of a bundle ({shown}) and would be lost; "
+            "move them away or choose another directory"
+        )
+    if not overwrite:
+        raise ConfigError(
+            f"{target} already holds a bundle; replace it with --force or choose another directory"
+        )
+
+
+class _AnyManifest(msgspec.Struct):
+    """What makes a directory a bundle of edge-llm, of whatever schema version, damaged or not."""
+
+    schema_version: int
+    producer: str
+    files: dict[str, Any]
+
+
+def _own_entries(bundle: Path) -> set[str]:
+    """Names of the entries that an export or a build wrote; empty if this is not a bundle."""
+    try:
+        manifest = msgspec.json.decode((bundle / MANIFEST_NAME).read_bytes(), type=_AnyManifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return set()
+    return {*manifest.files, MANIFEST_NAME, _MANIFEST_TEMP, ENGINES_DIR}
+
+
+def _check_free_space(directory: Path, required_bytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < required_bytes + _MARGIN_BYTES:
+        raise ResourceError(
+            f"{directory} has {_human(free)} free, but the bundle takes {_human(required_bytes)} "
+            f"and {_human(_MARGIN_BYTES)} must be spare; free some space or choose another disk"
+        )
+
+
+def _human(num_bytes: int) -> str:
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+def _seal(path: Path) -> FileInfo:
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise BundleError(f"{path} is not a plain file; a bundle holds nothing else")
+    info = sha256_file(path)
+    _fsync(path)
+    return info
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some FUSE and shared-folder mounts have no fsync for directories: nothing to be done.
+        if error.errno != errno.EINVAL or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Let two paths trade places atomically.
+
+    Raises:
+        OSError: `_NOT_SUPPORTED` where the system or the file system cannot do it.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc >= 2.28
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    paths = os.fsencode(one), os.fsencode(other)
+    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(one), None, str(other))

@@ -1,0 +1,168 @@
+"""``edge-llm export``: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge.errors import ConfigError, DependencyError
+
+
+def _keep(
+    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    result = []
+    for value in values:
+        pattern, separator, scheme = value.partition("=")
+        if not separator:
+            raise ConfigError(f"--keep {value!r} is not of the form PATTERN=SCHEME")
+        result.append((pattern, scheme))
+    return tuple(result)
+
+
+@click.command()
+@click.argument("source")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory of the bundle to write.",
+)
+@click.option(
+    "--quant",
+    type=click.Choice(["fp16", "bf16", "int8", "int4"]),
+    default="int4",
+    show_default=True,
+    help="Scheme of the linear layers.",
+)
+@click.option(
+    "--group-size",
+    type=int,
+    help="Weights that share a scale: 128, 64 or 32; 0 is one scale per output channel (INT8). "
+    "Default: the largest that fits the model.",
+)
+@click.option(
+    "--keep",
+    multiple=True,
+    callback=_keep,
+    metavar="PATTERN=SCHEME",
+    help="Another scheme (float, int8, int4) for the layers that match, e.g. 'lm_head=int4' or "
+    "'layers.0.*=int8'. INT4 recipes store the lm_head in INT8 unless told otherwise.",
+)
+@click.option(
+    "--clip",
+    type=click.Choice(["mse", "absmax"]),
+    default="mse",
+    show_default=True,
+    help="How scales are chosen: least squared error, or the largest weight (faster, worse).",
+)
+@click.option(
+    "--dialect",
+    type=click.Choice(["native", "portable"]),
+    default="native",
+    show_default=True,
+    help="native: TensorRT >= 10.15 (JetPack 7.2). portable: TensorRT 10.0-10.14 (JetPack 6).",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp16", "bf16"]),
+    help="Float type of the engine's graph; default fp16.",
+)
+@click.option("--kv-capacity", type=int, help="Tokens of prompt and answer; default 4096.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Download cache for a hub id.")
+@click.option("--force", "overwrite", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line at the end.")
+def export(as_json: bool, **options: Any) -> None:
+    """Turn SOURCE into a bundle.
+
+    SOURCE is a Hugging Face directory, a hub id such as
+    deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, or a GGUF file.
+    """
+    try:
+        from .pipeline import ExportConfig, export_checkpoint
+    except ImportError as error:
+        if isinstance(error, DependencyError):
+            raise
+        raise DependencyError(
+            f"exporting needs the package {error.name}; install it with: "
+            "pip install 'jetson-edge-llm[export]'"
+        ) from error
+    from edge.cli import echo_json
+
+    config = ExportConfig(**options)
+    with _Bar() as bar:
+        manifest = export_checkpoint(config, bar.update)
+    num_bytes = sum(file.num_bytes for file in manifest.files.values())
+    if as_json:
+        echo_json(
+            {
+                "bundle": str(config.output),
+                "name": manifest.name,
+                "quantization": manifest.quantization.name,
+                "num_bytes": num_bytes,
+                "source": manifest.source.location,
+                "revision": manifest.source.revision,
+            }
+        )
+        return
+    click.echo(f"{config.output}: {manifest.name}, {config.quant}, {num_bytes / 1e6:,.0f} MB")
+    click.echo(f"Try it: edge-llm run {config.output} 'Why is the sky blue?'")
+
+
+class _Bar:
+    """A progress bar with rate and remaining time on stderr, or nothing where no terminal is."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import (
+            Progress as RichProgress,
+        )
+
+        console = Console(stderr=True)
+        self._rich = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._phase: str | None = None
+        self._task: Any = None
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        """Progress of a phase, in weights."""
+        if phase != self._phase:
+            self._finish()
+            self._phase, self._task = phase, self._rich.add_task(phase, total=total, rate="")
+        task = self._rich.tasks[-1]
+        rate = f"{task.speed / 1e6:.0f} M weights/s" if task.speed else ""
+        self._rich.update(self._task, completed=done, rate=rate)
+
+    def __enter__(self) -> _Bar:
+        self._rich.start()
+        return self
+
+    def __exit__(self, kind: object, _error: object, _trace: object) -> None:
+        if kind is None:
+            self._finish()
+        self._rich.stop()
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            task = self._rich.tasks[-1]
+            self._rich.update(self._task, completed=task.total)

@@ -1,0 +1,1 @@
+"""Weights to integers: packing, and the methods that choose scales."""

@@ -1,0 +1,135 @@
+"""One linear layer, streamed: checkpoint rows in, the graph's ``[in, out]`` tensors out.
+
+A layer is worked through in row tiles small enough for the CPU's cache, on two threads (numpy
+releases the GIL), so memory stays at the packed result plus a few tiles whatever the layer's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import CheckpointError
+from edge.manifest import TensorScheme
+
+from .packing import pack_int4
+from .rtn import quantize_rows
+
+# Elements of a tile: 1 MiB of float32, so a tile and its temporaries stay near the L2 cache.
+_TILE_ELEMENTS = 1 << 18
+_THREADS = 2
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class LinearTensors:
+    """A layer's tensors in graph order.
+
+    Attributes:
+        weight: float16/bfloat16 ``[in, out]``, int8 ``[in, out]``, or packed int4 bytes.
+        scale: float32 ``[groups, out]``, or ``[out]`` with one scale per channel; None for float.
+    """
+
+    weight: NDArray[np.generic]
+    scale: NDArray[np.float32] | None
+
+
+def convert_linear(
+    parts: Sequence[NDArray[np.generic]],
+    names: Sequence[str],
+    scheme: TensorScheme,
+    clip: Literal["absmax", "mse"],
+    float_type: np.dtype[np.generic],
+    progress: Progress,
+) -> LinearTensors:
+    """Stack ``[out, in]`` parts, transpose to ``[in, out]`` and store them as the scheme says.
+
+    Args:
+        parts: matrices of any float type, usually memory-mapped.
+        names: their checkpoint names, for errors.
+        scheme: how to store them.
+        clip: see `rtn.quantize_rows`.
+        float_type: the graph's float type.
+        progress: called with the number of weights done.
+
+    Raises:
+        CheckpointError: a weight is not finite, or too large for the graph's float type.
+    """
+    width = parts[0].shape[1]
+    out = sum(part.shape[0] for part in parts)
+    size = scheme.group_size or width
+    weight: NDArray[np.generic]
+    if scheme.kind == "float":
+        weight = np.empty((width, out), dtype=float_type)
+    elif scheme.kind == "int4" and all(len(part) % 2 == 0 for part in parts):
+        weight = np.empty((width, out // 2), dtype=np.uint8)
+    else:
+        weight = np.empty((width, out), dtype=np.int8)
+    scale = None
+    if scheme.kind != "float":
+        scale = np.empty((width // size, out), dtype=np.float32)
+
+    def convert(tile: _Tile) -> int:
+        rows = parts[tile.part][tile.start : tile.stop].astype(np.float32)
+        _check_range(rows, names[tile.part], scheme, float_type)
+        first, last = tile.column, tile.column + len(rows)
+        if scale is None:
+            weight[:, first:last] = rows.T.astype(float_type)
+            return rows.size
+        result = quantize_rows(rows, scheme, clip, float_type)
+        scale[:, first:last] = result.scales.T
+        if weight.dtype == np.uint8:
+            columns = np.ascontiguousarray(result.values.T)
+            weight[:, first // 2 : last // 2] = pack_int4(columns).reshape(width, -1)
+        else:
+            weight[:, first:last] = result.values.T
+        return rows.size
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for count in pool.map(convert, _tiles([len(part) for part in parts], width)):
+            progress(count)
+    if scheme.kind == "int4" and weight.dtype == np.int8:
+        weight = pack_int4(weight.astype(np.int8, copy=False))
+    if scale is not None and scheme.group_size == 0:
+        scale = scale[0]
+    return LinearTensors(weight, scale)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    part: int
+    start: int
+    stop: int
+    column: int  # of the fused matrix
+
+
+def _tiles(lengths: Sequence[int], width: int) -> Iterator[_Tile]:
+    """Row tiles; all but a part's last have an even number of rows, as packing needs."""
+    step = max(_TILE_ELEMENTS // width, 2) // 2 * 2
+    column = 0
+    for part, length in enumerate(lengths):
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            yield _Tile(part, start, stop, column + start)
+        column += length
+
+
+def _check_range(
+    rows: NDArray[np.float32], name: str, scheme: TensorScheme, float_type: np.dtype[np.generic]
+) -> None:
+    largest = float(np.abs(rows).max(initial=0.0))
+    if not np.isfinite(largest):
+        raise CheckpointError(
+            f"{name} holds NaN or infinite weights; the checkpoint is damaged: download it again"
+        )
+    if scheme.kind == "float" and float_type == np.float16 and largest > 65504.0:
+        raise CheckpointError(
+            f"{name} holds a weight of magnitude {largest:.4g}, FP16 ends at 65504; "
+            "export with --dtype bf16"
+        )

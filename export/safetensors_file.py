@@ -1,0 +1,144 @@
+"""Tensors of a ``.safetensors`` file as views of the mapped file, behind a strict header check.
+
+Own code instead of the library's NumPy reader: that one copies each tensor, and knows bfloat16
+only in new versions. Format: https://huggingface.co/docs/safetensors (8 bytes little-endian
+header size, a JSON header, one byte buffer without holes).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import CheckpointError, DependencyError
+
+# The limit of the reference implementation; a real header has about 100 bytes per tensor.
+_MAX_HEADER_BYTES = 100_000_000
+_LENGTH_BYTES = 8
+_NUMPY_TYPE = {"F32": "<f4", "F16": "<f2"}
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def bfloat16() -> np.dtype[Any]:
+    """NumPy's dtype for bfloat16.
+
+    Raises:
+        DependencyError: ml-dtypes is not installed.
+    """
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise DependencyError(
+            "reading bfloat16 weights needs ml-dtypes; install: pip install jetson-edge-llm[export]"
+        ) from error
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the header: its type as the file names it, shape and bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """One mapped file.
+
+    Attributes:
+        path: the file.
+        entries: the header, by tensor name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Map the file and check its header.
+
+        Raises:
+            CheckpointError: the file cannot be read or its header is not valid.
+        """
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                if size < _LENGTH_BYTES:
+                    raise self._damaged(f"it has {size} bytes only")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        self.entries = self._read_header()
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """A read-only view; the file stays mapped as long as the view lives."""
+        entry = self.entries[name]
+        raw = np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
+        dtype = bfloat16() if entry.dtype == "BF16" else np.dtype(_NUMPY_TYPE[entry.dtype])
+        return raw.view(dtype).reshape(entry.shape)
+
+    def _damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is not a valid safetensors file: {why}; download it again"
+        )
+
+    def _read_header(self) -> dict[str, TensorEntry]:
+        length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
+        start = _LENGTH_BYTES + length
+        if length > _MAX_HEADER_BYTES or start > len(self._map):
+            raise self._damaged(f"a header of {length} bytes does not fit")
+        try:
+            header = json.loads(self._map[_LENGTH_BYTES:start], object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(f"the header is no JSON ({error})") from error
+        if not isinstance(header, dict):
+            raise self._damaged("the header is no JSON object")
+        header.pop("__metadata__", None)
+        entries = {name: self._entry(name, value, start) for name, value in header.items()}
+        position = start
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if entry.begin != position:
+                raise self._damaged(
+                    f"tensor {name} begins at byte {entry.begin}, expected {position}"
+                )
+            position = entry.end
+        if position != len(self._map):
+            raise self._damaged(f"its tensors end at byte {position} of {len(self._map)}")
+        return entries
+
+    def _entry(self, name: str, value: Any, start: int) -> TensorEntry:
+        if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+            raise self._damaged(f"tensor {name} has no dtype, shape and data_offsets")
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+            raise self._damaged(f"tensor {name} has shape {shape!r} and data_offsets {offsets!r}")
+        if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has type {dtype!r}, expected one of "
+                f"{', '.join(_ITEM_BYTES)}; use the original, unquantized checkpoint"
+            )
+        num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+        if offsets[1] - offsets[0] != num_bytes:
+            raise self._damaged(
+                f"tensor {name} ({dtype}, {shape}) needs {num_bytes} bytes, "
+                f"data_offsets are {offsets}"
+            )
+        return TensorEntry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return values

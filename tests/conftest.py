@@ -1,0 +1,127 @@
+"""Fixtures for every test: tiny models, no network, and skips for absent devices."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from tests.tiny_models import Kind, smollm2_gguf, write_checkpoint
+
+
+class Checkpoints(Protocol):
+    def __call__(self, kind: Kind) -> Path: ...
+
+
+class Bundles(Protocol):
+    def __call__(self, kind: Kind, dialect: str = "native", quant: str = "fp16") -> Path: ...
+
+
+TINY_KV_CAPACITY = 128
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """Makes a tiny checkpoint directory, once per kind; treat it as read-only."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @functools.cache
+    def make(kind: Kind) -> Path:
+        return write_checkpoint(root / kind, kind)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints: Checkpoints
+) -> Bundles:
+    """Exports a tiny bundle, once per kind, dialect and scheme; treat it as read-only."""
+    # Not at the top: the runtime's own tests run where the exporter is not installed.
+    from export.pipeline import ExportConfig, export_checkpoint
+
+    root = tmp_path_factory.mktemp("bundles")
+
+    @functools.cache
+    def export(kind: Kind, dialect: Any, quant: Any) -> Path:
+        output = root / f"{kind}-{dialect}-{quant}"
+        export_checkpoint(
+            ExportConfig(
+                source=str(tiny_checkpoints(kind)),
+                output=output,
+                quant=quant,
+                group_size=None if quant in ("fp16", "bf16") else 32,
+                dialect=dialect,
+                kv_capacity=TINY_KV_CAPACITY,
+            )
+        )
+        return output
+
+    def bundle(kind: Kind, dialect: str = "native", quant: str = "fp16") -> Path:
+        return export(kind, dialect, quant)
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SmolLM2-135M exported to fp16 from the GGUF file; skips where the package is missing."""
+    from export.pipeline import ExportConfig, export_checkpoint
+
+    try:
+        source = smollm2_gguf()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    output = tmp_path_factory.mktemp("smollm2") / "bundle"
+    export_checkpoint(
+        ExportConfig(source=str(source), output=output, quant="fp16", kv_capacity=1024)
+    )
+    yield output
+    shutil.rmtree(output)  # 300 MB, and pytest keeps the folders of three runs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Iterator[None]:
+    """A test that needs the network is a test that fails on the train: only loopback is open."""
+
+    def guard(connect: Any) -> Any:
+        @functools.wraps(connect)
+        def guarded(self: socket.socket, address: Any) -> Any:
+            if self.family != socket.AF_UNIX and not _is_loopback(address[0]):
+                raise RuntimeError(f"a test tried to reach {address[0]} over the network")
+            return connect(self, address)
+
+        return guarded
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
+        yield
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a device that is not here."""
+    if item.get_closest_marker("jetson") and not _device_model().startswith("NVIDIA Jetson"):
+        pytest.skip("no Jetson here (/proc/device-tree/model does not name one)")
+    gpus = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu")
+    if item.get_closest_marker("gpu") and not any(Path(gpu).exists() for gpu in gpus):
+        pytest.skip(f"no NVIDIA GPU here (none of {', '.join(gpus)} exists)")
+
+
+@functools.cache
+def _device_model() -> str:
+    path = Path("/proc/device-tree/model")
+    return path.read_text(encoding="utf-8").rstrip("\0") if path.is_file() else ""

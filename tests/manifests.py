@@ -1,0 +1,75 @@
+"""A small, complete manifest to change and write in tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from edge.manifest import (
+    SCHEMA_VERSION,
+    Graphs,
+    LinearInfo,
+    Manifest,
+    ModelSpec,
+    Quantization,
+    RopeSpec,
+    SamplingDefaults,
+    Source,
+    TensorScheme,
+    Tokens,
+)
+
+_MODEL = ModelSpec(
+    architecture="qwen2",
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    vocab_size=300,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=2048,
+    rope=RopeSpec(theta=10000.0),
+    qkv_bias=True,
+)
+_MANIFEST = Manifest(
+    schema_version=SCHEMA_VERSION,
+    producer="edge-llm 0.0.0",
+    created="2026-01-01T00:00:00Z",
+    name="tiny",
+    model=_MODEL,
+    dialect="native",
+    dtype="fp16",
+    kv_capacity=256,
+    rope_positions=2048,
+    quantization=Quantization(
+        name="int4",
+        method="rtn",
+        clip="mse",
+        linears={
+            "layers.0.qkv": LinearInfo(
+                scheme=TensorScheme(kind="int4", group_size=32), shape=(64, 128), num_bytes=4608
+            ),
+            "lm_head": LinearInfo(
+                scheme=TensorScheme(kind="int8"), shape=(64, 300), num_bytes=19800
+            ),
+        },
+    ),
+    sampling=SamplingDefaults(temperature=0.6, top_p=0.95),
+    tokens=Tokens(bos=1, bos_text="<bos>", eos=(2, 3), eos_text="<eos>", add_bos=True),
+    source=Source(kind="directory", location="tiny"),
+    graphs=Graphs(),
+    files={},
+)
+
+
+def make_manifest(**changes: Any) -> Manifest:
+    """The manifest with some top-level fields replaced."""
+    return msgspec.structs.replace(_MANIFEST, **changes)
+
+
+def make_model(**changes: Any) -> ModelSpec:
+    """The manifest's model with some fields replaced."""
+    return msgspec.structs.replace(_MODEL, **changes)
