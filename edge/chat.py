@@ -66,7 +66,7 @@ class ChatTemplate:
             import minijinja
         except ImportError as error:
             raise DependencyError(
-                "chat templates need the package minijinja; pip install 'minijinja>=3.0'"
+                "chat templates need the package minijinja; pip install 'minijinja>=3.1'"
             ) from error
         self.source = source
         self.tokens = tokens

@@ -82,8 +82,7 @@ class DeepSeekModel:
         Raises:
             RequestError: a wrong parameter, or a prompt that leaves no room in ``max_length``.
         """
-        messages: Sequence[Mapping[str, Any]]
-        messages = [{"role": "user", "content": context}] if isinstance(context, str) else context
+        messages: Prompt = [{"role": "user", "content": context}] if isinstance(context, str) else context
         room = max_length - len(self.llm.encode(messages))
         if room < 1:
             raise RequestError(

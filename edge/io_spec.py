@@ -42,6 +42,9 @@ PAST_LENGTHS = "past_lengths"
 KV_POSITIONS = "kv_positions"
 LOGITS_INDICES = "logits_indices"
 LOGITS = "logits"
+# The token embedding table lies beside the graph: its file, and the tensor in it.
+EMBEDDINGS_NAME = "embeddings.safetensors"
+EMBEDDINGS_TENSOR = "token_embeddings"
 
 BATCH, SEQ, NUM_LOGITS, KV = "batch", "seq", "num_logits", "kv"
 

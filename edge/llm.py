@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,8 @@ from .sampling import SampledToken, Sampler, SamplingParams
 from .tokenizer import Detokenizer, StopMatcher, Tokenizer
 
 BackendName = Literal["auto", "ort-cpu"]
-Prompt = str | Sequence[Mapping[str, Any]]
-"""Plain text, or chat messages ``{"role": ..., "content": ...}``."""
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Plain text, token ids, or chat messages ``{"role": ..., "content": ...}``."""
 
 
 @dataclass(frozen=True)
@@ -121,25 +121,27 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, the begin token included where the model wants one.
 
-        Plain text never becomes a control token. Messages go through the bundle's chat template.
+        Plain text never becomes a control token. Token ids stay as they are. Messages go through the bundle's chat template.
 
         Raises:
             RequestError: a malformed message, or messages for a bundle without a template.
         """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_bos=self.manifest.tokens.add_bos)
+        if _is_ids(prompt):
+            return list(prompt)
         if self.template is None:
             raise RequestError(
                 "this bundle has no chat template, so it takes plain text only; pass a string"
             )
-        return encode_chat(self.tokenizer, self.template, prompt)
+        return encode_chat(self.tokenizer, self.template, cast(Sequence[Mapping[str, Any]], prompt))
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> Iterator[GenerationChunk]:
         """Generate text piece by piece.
 
-        Reasoning is split off for chats only; plain text comes back as the model wrote it.
+        Reasoning is split off for chats only; otherwise text comes back as the model wrote it.
 
         Raises:
             RequestError: a wrong prompt or parameter, or a generation is running already.
@@ -148,7 +150,7 @@ class LLM:
         """
         ids = self.encode(prompt)
         splitter = None
-        if self._reasons and not isinstance(prompt, str):
+        if self._reasons and not isinstance(prompt, str) and not _is_ids(prompt):
             splitter = ReasoningSplitter(prompt_opens_reasoning(self.tokenizer.decode(ids[-8:])))
         resolved = self._resolve(params)
         text = _TextStream(Detokenizer(self.tokenizer), StopMatcher(resolved.stop), splitter)
@@ -274,6 +276,10 @@ class LLM:
             num_threads=num_threads,
             max_step_tokens=prefill_chunk,
         )
+
+
+def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], int)
 
 
 class _Exclusive:

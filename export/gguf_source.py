@@ -309,7 +309,7 @@ def _unpermute(weights: NDArray[Any], num_heads: int) -> NDArray[Any]:
     Its kernel rotates neighbouring rows of a head, HF's rotates row i with row i + head_dim / 2.
     """
     pairs = weights.reshape(num_heads, -1, 2, weights.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(weights.shape)
+    return np.swapaxes(pairs, 1, 2).reshape(weights.shape)
 
 
 def _gguf_name(name: str) -> str:

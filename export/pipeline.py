@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +17,6 @@ from numpy.typing import NDArray
 
 from edge import io_spec
 from edge._version import __version__
-from edge.embeddings import EMBEDDINGS_NAME, TENSOR_NAME
 from edge.errors import CheckpointError, ConfigError
 from edge.manifest import (
     SCHEMA_VERSION,
@@ -40,6 +41,7 @@ from .rope import rope_tables
 from .safetensors_writer import TensorSource, write_safetensors
 
 DEFAULT_KV_CAPACITY = 4096
+GraphType = Literal["fp16", "bf16"]
 _EMBEDDING_ROWS = 8192
 _INT_TYPE = {"int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.INT4}
 _NUMPY_TYPE: dict[str, np.dtype[np.generic]] = {
@@ -78,16 +80,26 @@ class ExportConfig:
     keep: tuple[tuple[str, str], ...] = ()
     clip: Clip = "mse"
     dialect: Dialect = "native"
-    dtype: FloatType | None = None
+    dtype: GraphType | None = None
     kv_capacity: int | None = None
     revision: str | None = None
     cache_dir: Path | None = None
     overwrite: bool = False
     recipe: Recipe = field(init=False)
-    float_type: FloatType = field(init=False)
+    float_type: GraphType = field(init=False)
 
     def __post_init__(self) -> None:
-        implied: FloatType = "bf16" if self.quant == "bf16" else "fp16"
+        implied: GraphType = "bf16" if self.quant == "bf16" else "fp16"
+        for option, value, choices in (
+            ("--quant", self.quant, Quant),
+            ("--clip", self.clip, Clip),
+            ("--dialect", self.dialect, Dialect),
+            ("--dtype", self.dtype or implied, GraphType),
+        ):
+            if value not in get_args(choices):
+                raise ConfigError(
+                    f"{option} {value} is unknown; use {' or '.join(get_args(choices))}"
+                )
         if self.dtype is not None and self.quant in ("fp16", "bf16") and self.dtype != implied:
             raise ConfigError(
                 f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"
@@ -135,18 +147,21 @@ class _Export:
             self.config.output, required_bytes=required, overwrite=self.config.overwrite
         ) as writer:
             graphs, linears = self.write_decoder(writer)
-            self.write_embeddings(writer.path(EMBEDDINGS_NAME))
+            self.write_embeddings(writer.path(io_spec.EMBEDDINGS_NAME))
             self.write_text(writer)
-            self.progress("hash and move into place", self.weights_total, self.weights_total)
-            return writer.commit(self.manifest(graphs, linears))
+            phase = "hash and move into place"
+            self.progress(phase, 0, self.weights_total)
+            manifest = writer.commit(self.manifest(graphs, linears))
+        self.progress(phase, self.weights_total, self.weights_total)
+        return manifest
 
     def write_decoder(self, writer: BundleWriter) -> tuple[Graphs, dict[str, LinearInfo]]:
         graphs = Graphs()
         names = (graphs.decoder, graphs.cpu)
         infos: dict[str, LinearInfo] = {}
         float_types: tuple[FloatType, FloatType] = (self.config.float_type, "fp32")
-        files = [DataFile(writer.path(f"{name}.data")) for name in names]
-        try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(DataFile(writer.path(f"{name}.data"))) for name in names]
             linears: list[dict[str, StoredLinear]] = [{} for _ in files]
             for layer in self.layers:
                 tensors = self.convert(layer)
@@ -160,9 +175,6 @@ class _Export:
                 )
             norms = [self.store_norms(*pair) for pair in zip(files, float_types, strict=True)]
             ropes = [self.store_rope(*pair) for pair in zip(files, float_types, strict=True)]
-        finally:
-            for file in files:
-                file.__exit__(None, None, None)
         for i, float_type in enumerate(float_types):
             stored_tensors = DecoderTensors(linears[i], norms[i], *ropes[i])
             proto = build_decoder(
@@ -247,11 +259,15 @@ class _Export:
 
         def chunks() -> Iterator[NDArray[np.generic]]:
             for start in range(0, len(table), _EMBEDDING_ROWS):
-                self.progress("embeddings", start, len(table))
-                yield _to_float(table[start : start + _EMBEDDING_ROWS], name, "fp16")
+                rows = table[start : start + _EMBEDDING_ROWS]
+                yield _to_float(
+                    rows, name, "fp16", "which is all that the embedding table may hold"
+                )
+                done = (start + len(rows)) * self.model.hidden_size
+                self.progress("embeddings", done, table.size)
 
         source = TensorSource("F16", (self.model.vocab_size, self.model.hidden_size), chunks())
-        write_safetensors(path, {TENSOR_NAME: source})
+        write_safetensors(path, {io_spec.EMBEDDINGS_TENSOR: source})
 
     def write_text(self, writer: BundleWriter) -> None:
         text = self.checkpoint.text
@@ -262,7 +278,7 @@ class _Export:
         writer.write_bytes("generation_config.json", generation.encode())
 
     def manifest(self, graphs: Graphs, linears: dict[str, LinearInfo]) -> Manifest:
-        quantized = self.config.quant not in ("fp16", "bf16") or bool(self.config.keep)
+        quantized = any(scheme.kind != "float" for scheme in self.schemes.values())
         return Manifest(
             schema_version=SCHEMA_VERSION,
             producer=f"edge-llm {__version__}",
@@ -270,7 +286,7 @@ class _Export:
             name=self.checkpoint.name,
             model=self.model,
             dialect=self.config.dialect,
-            dtype="bf16" if self.config.float_type == "bf16" else "fp16",
+            dtype=self.config.float_type,
             kv_capacity=self.kv_capacity,
             rope_positions=self.positions,
             quantization=Quantization(
@@ -290,7 +306,7 @@ class _Export:
 def estimated_bytes(model: ModelSpec, schemes: dict[str, TensorScheme], positions: int) -> int:
     """Upper estimate of a bundle's size, for the check of free disk space."""
     total = 2 * model.vocab_size * model.hidden_size  # the embedding table
-    total += 2 * positions * model.head_dim * (2 + 4)  # cos and sin, for both graphs
+    total += positions * model.head_dim * (2 + 4)  # cos and sin, for both graphs
     for layer in linear_layers(model):
         width, out = layer.shape
         scheme = schemes[layer.name]
@@ -306,7 +322,12 @@ def _add_floats(
     return file.add(name, ONNX_TYPE[float_type], values.shape, _to_float(values, name, float_type))
 
 
-def _to_float(values: NDArray[np.generic], name: str, float_type: FloatType) -> NDArray[np.generic]:
+def _to_float(
+    values: NDArray[np.generic],
+    name: str,
+    float_type: FloatType,
+    advice: str = "export with --dtype bf16",
+) -> NDArray[np.generic]:
     """Convert, refusing what the type cannot hold."""
     wide = values.astype(np.float32)
     largest = float(np.abs(wide).max(initial=0.0))
@@ -314,8 +335,7 @@ def _to_float(values: NDArray[np.generic], name: str, float_type: FloatType) -> 
         raise CheckpointError(f"{name} holds NaN or infinite values; download the checkpoint again")
     if float_type == "fp16" and largest > 65504.0:
         raise CheckpointError(
-            f"{name} holds a value of magnitude {largest:.4g}, FP16 ends at 65504; "
-            "export with --dtype bf16"
+            f"{name} holds a value of magnitude {largest:.4g}, FP16 ends at 65504; {advice}"
         )
     return wide.astype(_NUMPY_TYPE[float_type])
 

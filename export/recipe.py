@@ -86,7 +86,7 @@ class Recipe:
 
         Raises:
             ConfigError: a group size that TensorRT or the model's shapes do not allow, a pattern
-                that matches no layer, an unknown scheme.
+                that matches no layer, an unknown scheme, an option that no layer obeys.
         """
         layers = linear_layers(model)
         default = self._scheme("float" if self.quant in ("fp16", "bf16") else self.quant, layers)
@@ -101,6 +101,15 @@ class Recipe:
                     f"{layers[0].name}, {layers[3].name} and lm_head"
                 )
             result.update(dict.fromkeys(names, self._scheme(kind, layers)))
+        if all(scheme.kind == "float" for scheme in result.values()):
+            for option, given in (
+                (f"--group-size {self.group_size}", self.group_size is not None),
+                ("--clip absmax", self.clip == "absmax"),
+            ):
+                if given:
+                    raise ConfigError(
+                        f"{option} has no effect: every layer stays float; leave it out"
+                    )
         return result
 
     def _scheme(self, kind: str, layers: list[LinearSpec]) -> TensorScheme:
@@ -115,7 +124,7 @@ class Recipe:
             if not fitting:
                 raise ConfigError(
                     f"no group size of {GROUP_SIZES} divides the input widths {widths} of this "
-                    "model; use --quant fp16"
+                    "model; use --quant int8 --group-size 0, or --quant fp16"
                 )
             size = fitting[0]
         if size == 0 and kind == "int4":

@@ -78,9 +78,15 @@ class SafetensorsFile:
         self.entries = self._read_header()
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """A read-only view; the file stays mapped as long as the view lives."""
+        """A read-only view of its own mapping, which goes with the view.
+
+        A mapping of the whole file would count every page read so far as this process's memory.
+        """
         entry = self.entries[name]
-        raw = np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
+        num_bytes = entry.end - entry.begin
+        raw: NDArray[Any] = np.empty(0, dtype=np.uint8)
+        if num_bytes:  # an empty range cannot be mapped
+            raw = np.memmap(self.path, np.uint8, "r", entry.begin, (num_bytes,))
         dtype = bfloat16() if entry.dtype == "BF16" else np.dtype(_NUMPY_TYPE[entry.dtype])
         return raw.view(dtype).reshape(entry.shape)
 

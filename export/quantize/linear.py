@@ -77,7 +77,7 @@ def convert_linear(
 
     def convert(tile: _Tile) -> int:
         rows = parts[tile.part][tile.start : tile.stop].astype(np.float32)
-        _check_range(rows, names[tile.part], scheme, float_type)
+        _check_range(rows, names[tile.part], float_type)
         first, last = tile.column, tile.column + len(rows)
         if scale is None:
             weight[:, first:last] = rows.T.astype(float_type)
@@ -120,15 +120,14 @@ def _tiles(lengths: Sequence[int], width: int) -> Iterator[_Tile]:
         column += length
 
 
-def _check_range(
-    rows: NDArray[np.float32], name: str, scheme: TensorScheme, float_type: np.dtype[np.generic]
-) -> None:
+def _check_range(rows: NDArray[np.float32], name: str, float_type: np.dtype[np.generic]) -> None:
     largest = float(np.abs(rows).max(initial=0.0))
     if not np.isfinite(largest):
         raise CheckpointError(
             f"{name} holds NaN or infinite weights; the checkpoint is damaged: download it again"
         )
-    if scheme.kind == "float" and float_type == np.float16 and largest > 65504.0:
+    # Quantized or not: the graph computes with weights of its own float type.
+    if float_type == np.float16 and largest > 65504.0:
         raise CheckpointError(
             f"{name} holds a weight of magnitude {largest:.4g}, FP16 ends at 65504; "
             "export with --dtype bf16"

@@ -95,7 +95,8 @@ def _least_squares_scales(
         np.rint(scaled, out=rounded)
         np.clip(rounded, low, high, out=rounded)
         np.subtract(rounded, scaled, out=rounded)
-        error = np.einsum("rgk,rgk->rg", rounded, rounded) * candidate * candidate
+        # Relative to the largest scale, whose square may be beyond float32.
+        error = np.einsum("rgk,rgk->rg", rounded, rounded) * np.square(candidate / scales)
         if least is None:
             best, least = candidate, error
         else:

@@ -176,7 +176,7 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("hf_home")
+    return Path(tmp_path_factory.mktemp("hf_home"))
 
 
 @pytest.fixture(scope="module")

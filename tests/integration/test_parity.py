@@ -20,7 +20,7 @@ from edge import LLM, SamplingParams, io_spec
 from edge.backends.ort import OrtBackend
 from edge.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.manifest import read_manifest
-from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints
+from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
 from tests.parity import (
     Golden,
     SmolGolden,
@@ -75,6 +75,7 @@ class Runner:
 def runner(request: pytest.FixtureRequest, kind: Kind, tiny_bundles: Bundles) -> Iterator[Runner]:
     """The CPU's graph: attention rewritten for the CPU or as exported, in either dialect."""
     dialect, _, variant = request.param.partition(" ")
+    require_kernels(dialect)
     quant = "bf16" if variant == "bf16" else "fp16"
     bundle = tiny_bundles(kind, dialect, quant)
     runner = Runner(bundle, num_slots=4, fuse_attention=variant != "as exported")
@@ -125,6 +126,7 @@ def test_rows_behind_the_sequence_are_never_read(runner: Runner, kind: Kind):
 def test_greedy_answer_and_scores_equal_transformers(
     kind: Kind, dialect: str, tiny_bundles: Bundles
 ):
+    require_kernels(dialect)
     expected = golden(kind)
     with LLM(tiny_bundles(kind, dialect), num_threads=1, prefill_chunk=16) as llm:
         answer = list(llm.generate_ids(expected.prompt.tolist(), GREEDY))
@@ -138,6 +140,7 @@ def test_greedy_answer_and_scores_equal_transformers(
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_fp16_engine_graph_equals_transformers(kind: Kind, dialect: str, tiny_bundles: Bundles):
     """The graph that TensorRT gets, as it is: prefill of the prompt, then single steps."""
+    require_kernels(dialect)
     expected = golden(kind)
     graph = EngineGraph(tiny_bundles(kind, dialect))
     pieces = [expected.prompt, *expected.continuation[:-1, None]]

@@ -1,0 +1,5 @@
+"""``python -m edge.cli``: the same as ``edge-llm``."""
+
+from . import main
+
+main()
