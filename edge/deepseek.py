@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,7 +81,9 @@ class DeepSeekModel:
         Raises:
             RequestError: a wrong parameter, or a prompt that leaves no room in ``max_length``.
         """
-        messages: Prompt = [{"role": "user", "content": context}] if isinstance(context, str) else context
+        messages: Prompt = (
+            [{"role": "user", "content": context}] if isinstance(context, str) else context
+        )
         room = max_length - len(self.llm.encode(messages))
         if room < 1:
             raise RequestError(

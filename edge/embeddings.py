@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BundleError, RequestError
+from .errors import BackendError, BundleError, RequestError
 from .io_spec import EMBEDDINGS_NAME as EMBEDDINGS_NAME
 from .io_spec import EMBEDDINGS_TENSOR
 
@@ -45,9 +45,12 @@ class EmbeddingTable:
             self._start = 8 + header_bytes + int(start)
             self._row_bytes = 2 * self.hidden_size
             found, expected = os.fstat(self._file).st_size, 8 + header_bytes + int(end)
+            if min(self.vocab_size, self.hidden_size) < 1 or start < 0:
+                raise ValueError(f"its header describes an impossible tensor: {entry}")
             if end - start != self.vocab_size * self._row_bytes or found != expected:
                 raise ValueError(f"it has {found} bytes, its header describes {expected}")
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        # A header can also hold numbers without end and brackets without end.
+        except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             self.close()
             raise BundleError(
                 f"{path} is not an embedding table: {error}; export the bundle again"
@@ -58,11 +61,12 @@ class EmbeddingTable:
 
         Raises:
             RequestError: an id outside the table.
+            BackendError: the table is closed.
             BundleError: the file cannot be read any more.
         """
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            wrong = ids.min() if ids.min() < 0 else ids.max()
-            raise RequestError(f"token id {wrong} is outside 0..{self.vocab_size - 1}")
+        self.check(ids)
+        if self._file < 0:
+            raise BackendError("the embedding table is closed; load the bundle again")
         rows = np.empty((*ids.shape, self.hidden_size), dtype=np.float16)
         targets = rows.reshape(-1, self.hidden_size)
         for target, token_id in zip(targets, ids.reshape(-1).tolist(), strict=True):
@@ -71,8 +75,18 @@ class EmbeddingTable:
                 raise BundleError("the embedding table was cut off while in use; export it again")
         return rows
 
+    def check(self, ids: NDArray[np.int64]) -> None:
+        """Refuse ids that have no row.
+
+        Raises:
+            RequestError: an id outside the table.
+        """
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise RequestError(f"token id {wrong} is outside 0..{self.vocab_size - 1}")
+
     def close(self) -> None:
         """Close the file; calling it twice is harmless."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)

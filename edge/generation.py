@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .backends import Backend
 from .embeddings import EmbeddingTable
-from .errors import RequestError
+from .errors import BackendError, RequestError
 from .kv_cache import SlotCursor
 from .sampling import SampledToken, Sampler
 
@@ -134,7 +134,12 @@ class Decoder:
         stats.prompt_tokens, stats.cached_tokens = len(prompt), cached
         logits = self._prefill(prompt[cached:], stats)
         while True:
-            token = sampler.sample(logits)
+            try:
+                token = sampler.sample(logits)
+            except BackendError:
+                # Where logits are NaN, so may be the rows that the next prompt would reuse.
+                self.cursor.reset()
+                raise
             stats.completion_tokens += 1
             now = time.perf_counter()
             if stats.completion_tokens == 1:
@@ -159,11 +164,12 @@ class Decoder:
             Natural logarithms, float64 ``[len(ids) - 1]``.
 
         Raises:
-            RequestError: fewer than two tokens.
+            RequestError: fewer than two tokens, or an id outside the table.
             ContextLengthError: more tokens than the cache holds.
         """
         if len(ids) < 2:
             raise RequestError(f"scoring needs at least two tokens, got {len(ids)}")
+        self.embeddings.check(np.asarray(ids, dtype=np.int64))
         self.cursor.start(ids[:-1], reuse=False)
         chunk = min(_SCORE_CHUNK, self.backend.max_step_tokens)
         result = np.empty(len(ids) - 1, dtype=np.float64)

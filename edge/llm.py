@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeGuard, cast
@@ -96,14 +98,18 @@ class LLM:
         if backend not in ("auto", "ort-cpu"):
             raise ConfigError(f"unknown backend {backend!r}; use auto or ort-cpu")
         self.manifest = manifests.read_manifest(self.bundle)
-        manifests.verify_files(self.bundle, self.manifest)
+        # All that is listed and all that is read: what is not listed is refused, too.
+        read = ["tokenizer.json", EMBEDDINGS_NAME, self.manifest.graphs.cpu]
+        names = dict.fromkeys([*self.manifest.files, *read])
+        manifests.verify_files(self.bundle, self.manifest, names)
         self.tokenizer = Tokenizer.from_file(self.bundle / "tokenizer.json", self.manifest.tokens)
         self.template = self._read_template()
         self._reasons = self.template is not None and template_reasons(
             self.template.source, self.tokenizer.control_tokens
         )
-        self.embeddings = EmbeddingTable(self.bundle / EMBEDDINGS_NAME)
         self.backend: Backend = self._open_backend(kv_capacity, num_threads, prefill_chunk)
+        # Last, since nothing that fails after it would close its file.
+        self.embeddings = EmbeddingTable(self.bundle / EMBEDDINGS_NAME)
         self._decoder = Decoder(self.backend, self.embeddings)
         self._reuse_prefix = reuse_prefix
         self._busy = threading.Lock()
@@ -121,7 +127,8 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, the begin token included where the model wants one.
 
-        Plain text never becomes a control token. Token ids stay as they are. Messages go through the bundle's chat template.
+        Plain text never becomes a control token. Token ids stay as they are. Messages go through
+        the bundle's chat template.
 
         Raises:
             RequestError: a malformed message, or messages for a bundle without a template.
@@ -138,8 +145,8 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
-    ) -> Iterator[GenerationChunk]:
-        """Generate text piece by piece.
+    ) -> Generator[GenerationChunk, None, None]:
+        """Generate text piece by piece; another generation may begin after the last piece.
 
         Reasoning is split off for chats only; otherwise text comes back as the model wrote it.
 
@@ -186,10 +193,11 @@ class LLM:
         resolved = self._resolve(params)
         if resolved.stop:
             raise RequestError("generate_ids works without text; use stop_token_ids, not stop")
-        for token, reason in self._tokens(list(ids), resolved, GenerationStats()):
-            if reason == "stop":
-                return
-            yield token.id
+        with closing(self._tokens(list(ids), resolved, GenerationStats())) as tokens:
+            for token, reason in tokens:
+                if reason == "stop":
+                    return
+                yield token.id
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """Log-probability of every token but the first; see `generation.Decoder.score`."""
@@ -197,7 +205,7 @@ class LLM:
             return self._decoder.score(list(ids))
 
     def close(self) -> None:
-        """Free the engine and the mapped files; calling it twice is harmless."""
+        """Free the engine and close the files; calling it twice is harmless."""
         self.backend.close()
         self.embeddings.close()
 
@@ -214,26 +222,27 @@ class LLM:
 
     def _stream(
         self, ids: list[int], params: SamplingParams, text: _TextStream
-    ) -> Iterator[GenerationChunk]:
+    ) -> Generator[GenerationChunk, None, None]:
         stats = GenerationStats()
-        for token, reason in self._tokens(ids, params, stats):
-            ended = reason == "stop"
-            tokens = () if ended else (token,)
-            answer, reasoning, stopped = ("", "", False) if ended else text.push(token.id)
-            if stopped:
-                reason = "stop"
-            if reason is None:
-                yield GenerationChunk(answer, reasoning, tokens)
-                continue
-            last_answer, last_reasoning = text.finish(stopped)
-            yield GenerationChunk(
-                answer + last_answer, reasoning + last_reasoning, tokens, reason, stats
-            )
-            return
+        with closing(self._tokens(ids, params, stats)) as sampled:
+            for token, reason in sampled:
+                ended = reason == "stop"
+                tokens = () if ended else (token,)
+                answer, reasoning, stopped = ("", "", False) if ended else text.push(token.id)
+                if stopped:
+                    reason = "stop"
+                if reason is None:
+                    yield GenerationChunk(answer, reasoning, tokens)
+                    continue
+                last_answer, last_reasoning = text.finish(stopped)
+                sampled.close()  # the engine is free before the caller sees the end
+                yield GenerationChunk(
+                    answer + last_answer, reasoning + last_reasoning, tokens, reason, stats
+                )
 
     def _tokens(
         self, ids: list[int], params: SamplingParams, stats: GenerationStats
-    ) -> Iterator[tuple[SampledToken, FinishReason | None]]:
+    ) -> Generator[tuple[SampledToken, FinishReason | None], None, None]:
         sampler = Sampler(params, self.manifest.model.vocab_size, ids)
         end_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
@@ -279,7 +288,8 @@ class LLM:
 
 
 def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], int)
+    # A numpy integer is an Integral, but no int.
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Integral)
 
 
 class _Exclusive:

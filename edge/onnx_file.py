@@ -40,6 +40,8 @@ class Message:
         while at < len(data):
             key, at = _read_varint(data, at)
             number, wire_type = key >> 3, key & 7
+            if number == 0:
+                raise BundleError(f"not an ONNX file: field number 0 before byte {at}")
             value: Value
             if wire_type == _VARINT:
                 value, at = _read_varint(data, at)
@@ -57,7 +59,7 @@ class Message:
         return Message(fields)
 
     def serialize(self) -> bytes:
-        """The inverse of `parse`."""
+        """The inverse of `parse`: the same bytes for numbers in their shortest form."""
         out = bytearray()
         for number, wire_type, value in self.fields:
             _write_varint(out, number << 3 | wire_type)
@@ -76,11 +78,12 @@ class Message:
     def text(self, number: int) -> str:
         """The last occurrence of a string field, or an empty string."""
         values = self.all_bytes(number)
-        return values[-1].decode() if values else ""
+        return _text(values[-1]) if values else ""
 
     def integer(self, number: int) -> int:
         """The last occurrence of a varint field, or 0."""
-        return next((v for n, _, v in reversed(self.fields) if n == number and _is_int(v)), 0)  # type: ignore[return-value]
+        values = [value for n, _, value in self.fields if n == number and isinstance(value, int)]
+        return values[-1] if values else 0
 
     def child(self, number: int) -> Message:
         """The last occurrence of a message field; empty if absent."""
@@ -108,7 +111,7 @@ class Message:
 
 @dataclass
 class Node:
-    """A node of the graph; attributes stay encoded."""
+    """A node of the graph; attributes, and fields that nothing here edits, stay encoded."""
 
     op_type: str
     inputs: list[str]
@@ -116,6 +119,7 @@ class Node:
     name: str = ""
     domain: str = ""
     attributes: list[bytes] = field(default_factory=list)
+    other_fields: list[tuple[int, int, Value]] = field(default_factory=list)
 
     @staticmethod
     def decode(data: bytes) -> Node:
@@ -123,11 +127,12 @@ class Node:
         message = Message.parse(data)
         return Node(
             message.text(4),
-            [value.decode() for value in message.all_bytes(1)],
-            [value.decode() for value in message.all_bytes(2)],
+            [_text(value) for value in message.all_bytes(1)],
+            [_text(value) for value in message.all_bytes(2)],
             message.text(3),
             message.text(7),
             message.all_bytes(5),
+            [entry for entry in message.fields if entry[0] not in (1, 2, 3, 4, 5, 7)],
         )
 
     def encode(self) -> bytes:
@@ -137,24 +142,15 @@ class Node:
             message.add(1, value)
         for value in self.outputs:
             message.add(2, value)
-        message.add(3, self.name).add(4, self.op_type)
+        if self.name:
+            message.add(3, self.name)
+        message.add(4, self.op_type)
         for attribute in self.attributes:
             message.add(5, attribute)
         if self.domain:
             message.add(7, self.domain)
+        message.fields += self.other_fields
         return message.serialize()
-
-    def ints(self, name: str) -> list[int]:
-        """An attribute of type INTS, empty if absent."""
-        for data in self.attributes:
-            message = Message.parse(data)
-            if message.text(1) == name:
-                found: list[int] = []
-                for number, _, value in message.fields:
-                    if number == 8:
-                        found += [value] if isinstance(value, int) else _unpack_varints(value)
-                return found
-        return []
 
 
 @dataclass(frozen=True)
@@ -198,7 +194,11 @@ class OnnxFile:
         return self._model.serialize()
 
     def set_dimension(self, names: Iterable[str], axis: int, size: int) -> None:
-        """Give a dimension of some inputs or outputs another static size."""
+        """Give a dimension of some inputs or outputs another static size.
+
+        Raises:
+            BundleError: one of them has no such axis.
+        """
         wanted = set(names)
         for number in (11, 12):
             infos = [
@@ -264,6 +264,11 @@ def _with_dimension(data: bytes, axis: int, size: int) -> bytes:
     tensor = kind.child(1)
     shape = tensor.child(2)
     dims = shape.all_bytes(1)
+    if not 0 <= axis < len(dims):
+        raise BundleError(
+            f"the graph's {info.text(1)} has {len(dims)} dimensions, none with the index {axis}; "
+            "export the bundle again"
+        )
     dims[axis] = Message().add(1, size).serialize()
     shape.replace(1, dims)
     tensor.replace(2, [shape.serialize()])
@@ -272,8 +277,11 @@ def _with_dimension(data: bytes, axis: int, size: int) -> bytes:
     return info.serialize()
 
 
-def _is_int(value: Value) -> bool:
-    return isinstance(value, int)
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BundleError(f"not an ONNX file: a name is not UTF-8 ({error})") from error
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
@@ -285,16 +293,10 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         at += 1
         result |= (byte & 0x7F) << shift
         if byte < 0x80:
+            if result >> 64:
+                raise BundleError(f"not an ONNX file: the number before byte {at} exceeds 64 bits")
             return result, at
         shift += 7
-
-
-def _unpack_varints(data: bytes) -> list[int]:
-    values, at = [], 0
-    while at < len(data):
-        value, at = _read_varint(data, at)
-        values.append(value)
-    return values
 
 
 def _write_varint(out: bytearray, value: int) -> None:

@@ -38,13 +38,17 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
     for node in graph.nodes:
         if node.op_type != "Attention":
             continue
-        keys, values = (producers[producers[name].inputs[0]] for name in node.inputs[1:3])
+        keys, values = (
+            _expect(producers, _expect(producers, name, "Slice").inputs[0], "TensorScatter")
+            for name in node.inputs[1:3]
+        )
         new: list[Node] = []
         q = _rope_on_rows(producers, node.inputs[0], shape_q, model.num_heads, new)
         k = _rope_on_rows(producers, keys.inputs[1], shape_kv, model.num_kv_heads, new)
         v = _rows(producers, values.inputs[1], shape_kv, new)
         # Transpose and Reshape merged the heads to [B, S, H * D], which the operator returns.
-        merged = consumers[consumers[node.outputs[0]].outputs[0]]
+        transposed = _expect(consumers, node.outputs[0], "Transpose")
+        merged = _expect(consumers, transposed.outputs[0], "Reshape")
         outputs = [merged.outputs[0], keys.outputs[0], values.outputs[0]]
         new.append(
             Node(
@@ -75,9 +79,22 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
     graph.use_domain(_DOMAIN, 1)
 
 
+def _expect(nodes: dict[str, Node], name: str, *op_types: str) -> Node:
+    """The node that makes or reads a tensor."""
+    node = nodes.get(name)
+    if node is None or node.op_type not in op_types:
+        found = "nothing" if node is None else node.op_type
+        raise BundleError(
+            f"the decoder graph has {found} at {name!r}, expected {' or '.join(op_types)}; "
+            "export the bundle again with this edge-llm"
+        )
+    return node
+
+
 def _rows(producers: dict[str, Node], name: str, shape: str, nodes: list[Node]) -> str:
     """``[B, S, heads * D]`` of a tensor that the graph transposed to ``[B, heads, S, D]``."""
-    reshape_or_norm = producers[producers[name].inputs[0]]
+    transpose = _expect(producers, name, "Transpose")
+    reshape_or_norm = _expect(producers, transpose.inputs[0], "Reshape", "RMSNormalization")
     if reshape_or_norm.op_type == "Reshape":
         return reshape_or_norm.inputs[0]
     source = reshape_or_norm.outputs[0]
@@ -89,7 +106,7 @@ def _rope_on_rows(
     producers: dict[str, Node], name: str, shape: str, heads: int, nodes: list[Node]
 ) -> str:
     """The rotation of ``name``, done on ``[B, S, heads * D]`` so that nothing is transposed."""
-    rope = producers[name]
+    rope = _expect(producers, name, "RotaryEmbedding")
     rows = _rows(producers, rope.inputs[0], shape, nodes)
     nodes.append(
         Node(

@@ -46,7 +46,7 @@ class OrtBackend:
     Raises:
         DependencyError: onnxruntime is missing or too old for the bundle's dialect.
         BundleError: the graph's inputs and outputs are not those of `io_spec`.
-        ConfigError: ``kv_capacity`` or ``num_slots`` out of range.
+        ConfigError: a number out of range.
     """
 
     name = "ort-cpu"
@@ -66,6 +66,10 @@ class OrtBackend:
             raise ConfigError(
                 f"num_slots ({num_slots}) and max_step_tokens ({max_step_tokens}) must be positive"
             )
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError(
+                f"num_threads ({num_threads}) must be positive; leave it open for all"
+            )
         self.model = manifest.model
         self.dialect = manifest.dialect
         self.num_slots = num_slots
@@ -73,7 +77,8 @@ class OrtBackend:
         self.max_step_tokens = max_step_tokens
         io_spec.check_capacity(self.capacity, manifest.rope_positions)
         graph = _load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", self.capacity)
-        if fuse_attention and self.dialect == "native":
+        self._fused = fuse_attention and self.dialect == "native"
+        if self._fused:
             fuse_cache_attention(graph, self.model)
         self._session = _open_session(graph, bundle, manifest, num_threads)
         _return_freed_memory()
@@ -102,6 +107,9 @@ class OrtBackend:
         """See `edge.backends.Backend.forward`."""
         self._check_step(slots, positions, kv_len)
         runs = contiguous_runs(slots)
+        if self._fused and positions.shape[1] > 1 and positions[:, 0].any():
+            # GroupQueryAttention takes several tokens behind a past for one sequence at a time.
+            runs = [(slot, [row]) for row, slot in enumerate(slots)]
         if len(runs) == 1 and runs[0][1] == list(range(len(slots))):
             return self._run(slots[0], embeds, positions, kv_len, logits_indices)
         shape = (*logits_indices.shape, self.model.vocab_size)
@@ -135,6 +143,8 @@ class OrtBackend:
     def _check_step(self, slots: Sequence[int], positions: Ints, kv_len: int) -> None:
         if self._session is None:
             raise BackendError("the backend is closed; load the bundle again")
+        if len(slots) != len(positions):
+            raise BackendError(f"{len(slots)} slots do not match {len(positions)} rows of tokens")
         # The operators write where they are told: past the capacity is someone else's memory.
         last = int(positions[:, -1].max())
         if not (int(positions.min()) >= 0 and last < self.capacity and last < kv_len):
@@ -180,6 +190,8 @@ class _Step:
         self._indices = np.empty((batch, num_logits), dtype=np.int64)
         self._logits = np.empty((batch, num_logits, model.vocab_size), dtype=backend._dtype)
         self._new: list[Floats] = []
+        # ONNX Runtime is given bare addresses; what they point at must outlive a `close`.
+        self._caches = [array[self._slots] for array in backend._cache]
         self._binding = backend._session.io_binding()
         native = backend.dialect == "native"
         inputs: dict[str, NDArray[Any]] = {
@@ -190,7 +202,7 @@ class _Step:
         }
         outputs: dict[str, NDArray[Any]] = {io_spec.LOGITS: self._logits}
         for layer in range(model.num_layers):
-            keys, values = (array[self._slots] for array in backend._cache[2 * layer :][:2])
+            keys, values = self._caches[2 * layer : 2 * layer + 2]
             inputs[io_spec.past_key(layer)] = keys
             inputs[io_spec.past_value(layer)] = values
             if native:
@@ -237,9 +249,8 @@ class _Step:
             return
         seq = positions.shape[1]
         for row, start in enumerate(positions[:, 0].tolist()):
-            slot = self._slots.start + row
-            for cache, new in zip(self._backend._cache, self._new, strict=True):
-                cache[slot, :, start : start + seq] = new[row]
+            for cache, new in zip(self._caches, self._new, strict=True):
+                cache[row, :, start : start + seq] = new[row]
 
 
 def contiguous_runs(slots: Sequence[int]) -> list[tuple[int, list[int]]]:

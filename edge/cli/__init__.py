@@ -6,6 +6,7 @@ An `EdgeError` is one line on stderr and its own exit code (see `edge.errors`).
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -67,6 +68,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command and leave with its exit code."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text reach the tokenizer, which refuses them with a proper error.
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         code = cli.main(standalone_mode=False)
     except EdgeError as error:
@@ -79,10 +83,6 @@ def main() -> None:
         sys.exit(64)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`); Python must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     sys.exit(code if isinstance(code, int) else 0)
 
 

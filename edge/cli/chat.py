@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -90,7 +90,7 @@ class Conversation:
                 continue
             if not text.strip():
                 continue
-            if text.startswith("/"):
+            if text.startswith("/") and "\n" not in text:
                 if not self.command(text):
                     return
                 continue
@@ -130,7 +130,7 @@ class Conversation:
             for chunk in stream:
                 printer.show(chunk)
                 if stopped():
-                    stream.close()  # type: ignore[attr-defined]
+                    stream.close()
                     click.echo(" [stopped]", nl=False)
                     break
         printer.end()
@@ -193,12 +193,15 @@ def _line_history() -> Iterator[None]:
         return
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     path = Path(state) / "edge-llm" / "history"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if path.exists():
-        readline.read_history_file(path)
+    # A home that cannot be written, or a history of another library, is no reason not to talk.
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if path.exists():
+            readline.read_history_file(path)
     readline.set_history_length(1000)
     try:
         yield
     finally:
-        readline.write_history_file(path)
-        path.chmod(0o600)
+        with suppress(OSError):
+            path.touch(mode=0o600)
+            readline.write_history_file(path)

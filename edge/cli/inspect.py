@@ -54,7 +54,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
             result.add_column(column, justify="right" if column in ("bytes", "count") else "left")
         return result
 
-    console = Console()
+    console = Console(markup=False)  # a path may hold brackets
     model = manifest.model
     facts = table(f"{manifest.name}  ({bundle})", "", "")
     facts.show_header = False

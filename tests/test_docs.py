@@ -1,0 +1,273 @@
+"""The documentation against the code: commands, options, links, Python, messages, tables."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import edge.errors
+from edge import cli, io_spec
+from edge.cli.options import take_sampling
+from edge.errors import EdgeError
+from edge.manifest import Dialect
+from tests.conftest import Bundles
+from tests.manifests import make_model
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DESIGN = ROOT / "docs" / "design.md"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+DOCS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+_ELLIPSIS = "…"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Fenced code of a language."""
+    return [body for name, body in _FENCE.findall(path.read_text("utf-8")) if name == language]
+
+
+def spans(path: Path) -> list[str]:
+    """Inline code outside fences."""
+    return _SPAN.findall(_FENCE.sub("", path.read_text("utf-8")))
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """Cells of every table row that is no header or rule."""
+    lines = text.splitlines()
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        is_header = following.startswith("|---")
+        if line.startswith("|") and not line.startswith("|---") and not is_header:
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every ``edge-llm ...`` with arguments: ``(document, command line)``."""
+    found = []
+    for path in DOCS:
+        lines = "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines()
+        found += [(path.name, line) for line in [*lines, *spans(path)] if _is_command(line)]
+    return found
+
+
+def _is_command(line: str) -> bool:
+    return re.match(r"edge-llm +\S", line) is not None and not line.startswith("edge-llm: ")
+
+
+@functools.cache
+def verbs() -> dict[str, click.Command]:
+    context = click.Context(cli.cli)
+    found = {name: cli.cli.get_command(context, name) for name in cli.cli.list_commands(context)}
+    return {name: command for name, command in found.items() if command is not None}
+
+
+@functools.cache
+def all_flags() -> frozenset[str]:
+    """Every long option of the command and its verbs."""
+    flags = {"--help"}
+    for command in [cli.cli, *verbs().values()]:
+        for parameter in command.params:
+            flags.update(parameter.opts, parameter.secondary_opts)
+    return frozenset(flags)
+
+
+def test_the_documents_show_every_verb():
+    shown = {shlex.split(line)[1] for name, line in commands() if name == README.name}
+    assert set(verbs()) <= shown
+
+
+@pytest.mark.parametrize(("document", "line"), commands())
+def test_every_command_parses(
+    document: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As far as the parser goes: options, their values, and what the library checks of them."""
+    monkeypatch.chdir(tmp_path)
+    _, verb, *arguments = shlex.split(line.partition(" < ")[0], comments=True)
+    if verb.startswith("-"):
+        assert verb in all_flags(), f"{document}: {line}"
+        return
+    if verb == "COMMAND" or not arguments:
+        assert verb in {"COMMAND", *verbs()}, f"{document}: {line}"
+        assert set(arguments) <= all_flags(), f"{document}: {line}"
+        return
+    for argument in arguments:
+        if argument == "BUNDLE" or argument.startswith("bundles/"):
+            (tmp_path / argument).mkdir(parents=True, exist_ok=True)
+    try:
+        context = verbs()[verb].make_context(verb, list(arguments))
+    except (click.UsageError, EdgeError) as error:
+        pytest.fail(f"{document}: {line}: {error}")
+    with context:
+        params = dict(context.params)
+        if verb == "export":
+            from export.pipeline import ExportConfig
+
+            params.pop("as_json")
+            ExportConfig(**params)  # refuses what contradicts itself
+        elif verb in ("run", "chat"):
+            take_sampling(params)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_flag_exists(path: Path):
+    named = {flag for span in spans(path) if span.startswith("--") for flag in _FLAG.findall(span)}
+    if path == TROUBLESHOOTING:
+        named = set(_FLAG.findall(path.read_text("utf-8")))
+        assert named
+    assert named <= all_flags()
+
+
+def _anchors(path: Path) -> set[str]:
+    """Anchors of the headings, by GitHub's rule (unique headings only)."""
+    text = _FENCE.sub("", path.read_text("utf-8"))
+    headings = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
+    slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert len(slugs) == len(set(slugs)) or path.name == "CHANGELOG.md", f"{path}: twice the same"
+    return set(slugs)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_relative_link_resolves(path: Path):
+    for target in _LINK.findall(_FENCE.sub("", path.read_text("utf-8"))):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), f"{path.name} links to {target}"
+        assert not anchor or anchor in _anchors(file), f"{path.name} links to {target}"
+
+
+_PATH = re.compile(r"(?:edge|export|tests|scripts|docs|\.ci)/[\w./-]*")
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_named_file_exists(path: Path):
+    named = [span for span in spans(path) if _PATH.fullmatch(span)]
+    assert [span for span in named if not (ROOT / span).exists()] == []
+
+
+def test_python_of_the_readme_runs(
+    tiny_bundles: Bundles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """With a tiny model in place of the one that it names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EDGE_LLM_BUNDLES", raising=False)
+    bundle = Path("bundles/deepseek-r1-distill-qwen-1.5b-int4")
+    bundle.parent.mkdir()
+    bundle.symlink_to(tiny_bundles("qwen2", quant="int4"))
+    python = blocks(README, "python")
+    assert python
+    for source in python:
+        assert bundle.name in source or "DeepSeekModel" in source
+        exec(compile(source, str(README), "exec"), {})
+        assert capsys.readouterr().out.strip()
+
+
+def _error_classes() -> dict[str, type[EdgeError]]:
+    return {
+        name: value
+        for name, value in vars(edge.errors).items()
+        if isinstance(value, type) and issubclass(value, EdgeError)
+    }
+
+
+def test_exit_codes_are_those_of_the_errors():
+    section = TROUBLESHOOTING.read_text("utf-8").split("## Exit codes")[1].split("\n## ")[0]
+    listed = [(int(code), name.strip("`")) for code, name, _ in rows(section)]
+    classes = _error_classes()
+    assert {name: code for code, name in listed if name} == {
+        name: error.exit_code for name, error in classes.items()
+    }
+    assert sorted(code for code, name in listed if not name) == [0, 130]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_exit_codes_in_prose_exist(path: Path):
+    known = {error.exit_code for error in _error_classes().values()} | {0, 1, 130}
+    named = re.findall(r"\b(?:[Ee]xit )?[Cc]ode\s+(\d+)", path.read_text("utf-8"))
+    assert {int(code) for code in named} <= known
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (click.UsageError("no such option"), 64),
+        (KeyboardInterrupt(), 130),
+        (edge.errors.BackendError("broken"), 70),
+        (edge.errors.ContextLengthError(9, 8), 65),
+    ],
+    ids=lambda value: value if isinstance(value, int) else type(value).__name__,
+)
+def test_the_command_leaves_with_these_codes(
+    raised: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(_context: click.Context) -> None:
+        raise raised
+
+    monkeypatch.delenv("EDGE_LLM_TRACEBACK", raising=False)
+    monkeypatch.setattr("sys.argv", ["edge-llm", "fail"])
+    monkeypatch.setattr(cli.cli, "invoke", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == code
+
+
+@functools.cache
+def _message_texts() -> str:
+    """All string literals of the packages, values in f-strings as an ellipsis."""
+    texts = []
+    for package in ("edge", "export"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    texts.append("".join(_literal(part) for part in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.append(node.value)
+    return "\n".join(texts)
+
+
+def _literal(part: ast.expr) -> str:
+    return part.value if isinstance(part, ast.Constant) else _ELLIPSIS  # type: ignore[return-value]
+
+
+def test_every_message_of_troubleshooting_is_in_the_code():
+    section = TROUBLESHOOTING.read_text("utf-8").split("## Installation")[1]
+    messages = [cells[0].strip("`") for cells in rows(section)]
+    assert len(messages) > 40
+    # A value that the code composes from parts is an ellipsis there, whatever stands here.
+    pieces = "Qwen2ForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM"
+    found = _message_texts()
+    assert [m for m in messages if m.replace(pieces, _ELLIPSIS) not in found] == []
+
+
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+def test_tensor_tables_are_the_contract(dialect: Dialect):
+    names = {3: "hidden", 5: "kv_heads", 7: "head_dim", 11: "vocab", 13: "capacity"}
+    model = make_model(num_layers=1, hidden_size=3, num_kv_heads=5, head_dim=7, vocab_size=11)
+    expected = []
+    for direction, specs in (
+        ("in", io_spec.decoder_inputs(model, dialect, "fp16", 13)),
+        ("out", io_spec.decoder_outputs(model, dialect, "fp16", 13)),
+    ):
+        for spec in specs:
+            shape = ", ".join(names[size] if isinstance(size, int) else size for size in spec.shape)
+            dtype = "float" if spec.dtype == "fp16" else spec.dtype
+            name = spec.name.replace(".0.", ".i.")
+            expected.append([direction, f"`{name}`", f"[{shape}]", dtype])
+    section = DESIGN.read_text("utf-8").split(f"### Dialect `{dialect}`")[1].split("\n### ")[0]
+    assert [cells[:4] for cells in rows(section)] == expected
+    assert f"Opset {io_spec.OPSET[dialect]}" in section
