@@ -266,8 +266,7 @@ def _beside(target: Path, role: str) -> Path:
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Hold the target's lock; the kernel lets go of it however the process ends."""
-    if not target.parent.is_dir():
-        raise ConfigError(f"the directory {target.parent} does not exist; create it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
     path = _beside(target, "lock")
     descriptor = _acquire(path, target)
     try:

@@ -93,7 +93,7 @@ def test_every_command_parses(
 ):
     """As far as the parser goes: options, their values, and what the library checks of them."""
     monkeypatch.chdir(tmp_path)
-    _, verb, *arguments = shlex.split(line.partition(" < ")[0], comments=True)
+    _, verb, *arguments = shlex.split(re.split(r" [<|] ", line)[0], comments=True)
     if verb.startswith("-"):
         assert verb in all_flags(), f"{document}: {line}"
         return

@@ -301,10 +301,16 @@ def test_the_root_directory_is_refused() -> None:
         BundleWriter(Path("/"), required_bytes=0)
 
 
-def test_a_missing_parent_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not exist; create it first"):
-        export(tmp_path / "no" / "bundle", NEW_FILES, "new")
-    assert names(tmp_path) == []
+def test_missing_parents_are_made(tmp_path: Path) -> None:
+    export(tmp_path / "a" / "b" / "bundle", NEW_FILES, "new")
+    assert names(tmp_path / "a" / "b") == ["bundle"]
+
+
+def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="choose another directory"):
+        export(tmp_path / "file" / "bundle", NEW_FILES, "new")
+    assert (tmp_path / "file").read_bytes() == b"mine"
 
 
 def test_a_read_only_parent_is_refused(tmp_path: Path) -> None:

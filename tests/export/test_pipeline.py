@@ -314,7 +314,7 @@ def log_probabilities(bundle: Path, ids: NDArray[np.int64]) -> NDArray[np.float6
 
 
 @pytest.mark.parametrize("quant", ["fp16", "int8", "int4"])
-def test_the_estimate_is_an_upper_one_but_no_phantasy(tmp_path: Path, quant: Any):
+def test_the_estimate_is_above_the_real_size_and_near_it(tmp_path: Path, quant: Any):
     """Beyond its fixed 64 MiB of margin it is within a tenth of what the weights take."""
     source = write_checkpoint(
         tmp_path / "model",
@@ -339,7 +339,7 @@ LM_HEAD = (65536, 512)
     ("kind", "packed_bytes"), [("int4", 16 * MIB), ("int8", 32 * MIB), ("float", 64 * MIB)]
 )
 def test_a_large_layer_is_streamed(kind: Any, packed_bytes: int):
-    """The packed result, its scales and 24 MiB of tiles; the whole in float32 would be 128 MiB."""
+    """The packed result, its scales and some tiles (measured 6.4 MiB); as float32 it takes 128."""
     rows = np.random.RandomState(0).normal(0, 0.02, (1024, LM_HEAD[1])).astype(ml_dtypes.bfloat16)
     weight = np.broadcast_to(rows, (64, *rows.shape)).reshape(LM_HEAD)
     scheme = TensorScheme(kind=kind, group_size=0 if kind == "float" else 128)
@@ -352,5 +352,4 @@ def test_a_large_layer_is_streamed(kind: Any, packed_bytes: int):
     finally:
         tracemalloc.stop()
     scales = 0 if kind == "float" else 4 * weight.size // 128
-    print((peak - scales - packed_bytes) / MIB)
-    assert packed_bytes <= peak < packed_bytes + scales + 24 * MIB
+    assert packed_bytes <= peak < packed_bytes + scales + 12 * MIB

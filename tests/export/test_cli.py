@@ -1,0 +1,258 @@
+"""``edge-llm export`` as a user meets it, and as a power cut meets it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+import edge.cli
+from edge.errors import ConfigError, DependencyError
+from edge.manifest import read_manifest, verify_files
+from export.cli import export
+from tests.tiny_models import write_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "Tiny-R1", "qwen2")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, checkpoint: Path) -> Path:
+    assert invoke(checkpoint, "-o", tmp_path / "bundle", "--kv-capacity", 64).exit_code == 0
+    return tmp_path / "bundle"
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(export, [str(argument) for argument in arguments])
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit code of the whole command ``edge-llm export ...``, installed or not."""
+    entry = EntryPoint("export", "export.cli:export", edge.cli.COMMAND_GROUP)
+    monkeypatch.setattr(edge.cli, "entry_points", lambda **_: [entry])
+    monkeypatch.setattr(sys, "argv", ["edge-llm", "export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as info:
+        edge.cli.main()
+    assert isinstance(info.value.code, int)
+    return info.value.code
+
+
+def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
+    result = invoke(checkpoint, "-o", tmp_path / "bundle")
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.quantization.name == "int4"
+    assert str(manifest.quantization.linears["layers.0.qkv"].scheme) == "int4-g64"
+    assert (manifest.dialect, manifest.dtype) == ("native", "fp16")
+    assert manifest.quantization.clip == "mse"
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"{tmp_path / 'bundle'}: Tiny-R1, int4, 0 MB"
+    assert lines[1] == f"Try it: edge-llm run {tmp_path / 'bundle'} 'Why is the sky blue?'"
+    assert not result.stderr  # no terminal, no progress bar
+
+
+def test_every_option_arrives(checkpoint: Path, tmp_path: Path):
+    result = invoke(
+        checkpoint,
+        *("--output", tmp_path / "bundle", "--quant", "int8", "--group-size", 32),
+        *("--keep", "layers.0.*=float", "--keep", "lm_head=int4", "--clip", "absmax"),
+        *("--dialect", "portable", "--dtype", "bf16", "--kv-capacity", 99),
+    )
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / "bundle")
+    schemes = {name: str(info.scheme) for name, info in manifest.quantization.linears.items()}
+    assert schemes["layers.0.down"] == "float"
+    assert schemes["layers.1.down"] == "int8-g32"
+    assert schemes["lm_head"] == "int4-g32"
+    assert (manifest.quantization.name, manifest.quantization.clip) == ("int8", "absmax")
+    assert (manifest.dialect, manifest.dtype, manifest.kv_capacity) == ("portable", "bf16", 99)
+
+
+def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
+    result = invoke(checkpoint, "-o", tmp_path / "bundle", "--quant", "int8", "--json")
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    files = read_manifest(tmp_path / "bundle").files.values()
+    assert json.loads(line) == {
+        "bundle": str(tmp_path / "bundle"),
+        "name": "Tiny-R1",
+        "quantization": "int8",
+        "num_bytes": sum(file.num_bytes for file in files),
+        "source": "Tiny-R1",
+        "revision": None,
+    }
+
+
+def test_an_existing_bundle_needs_force(
+    bundle: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    before = read_manifest(bundle)
+    assert run_main(monkeypatch, checkpoint, "-o", bundle, "--quant", "int8") == 64
+    captured = capsys.readouterr()
+    assert captured.err.startswith("edge-llm: error: ")
+    assert "already holds a bundle; replace it with --force" in captured.err
+    assert not captured.out
+    assert read_manifest(bundle) == before
+
+    assert run_main(monkeypatch, checkpoint, "-o", bundle, "--quant", "int8", "--force") == 0
+    after = read_manifest(bundle)
+    assert after.quantization.name == "int8"
+    verify_files(bundle, after)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--keep", "lm_head"], 64, "--keep 'lm_head' is not of the form PATTERN=SCHEME"),
+        (["--keep", "head=int8"], 64, "--keep head=int8 matches no linear layer"),
+        (["--keep", "lm_head=int2"], 64, "unknown scheme 'int2'; use float, int8 or int4"),
+        (["--group-size", "48"], 64, "--group-size 48 does not fit"),
+        (["--quant", "fp16", "--dtype", "bf16"], 64, "say --quant bf16"),
+        (["--quant", "fp16", "--clip", "absmax"], 64, "--clip absmax has no effect"),
+        (["--kv-capacity", "257"], 64, "2 to 256 tokens"),
+        (["--quant", "int5"], 64, "'int5' is not one of"),
+        (["--revision", "main"], 64, "--revision is for hub ids"),
+    ],
+    ids=str,
+)
+def test_wrong_options_end_with_advice(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+):
+    assert run_main(monkeypatch, checkpoint, "-o", tmp_path / "bundle", *arguments) == code
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert not captured.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_is_none_is_a_data_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert run_main(monkeypatch, tmp_path / "nowhere", "-o", tmp_path / "bundle") == 65
+    assert "nothing to export at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["onnx", "ml_dtypes"])
+def test_a_missing_extra_is_named(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+):
+    monkeypatch.setitem(sys.modules, package, None)  # import finds nothing
+    monkeypatch.delitem(sys.modules, "export.pipeline", raising=False)
+    result = invoke(checkpoint, "-o", tmp_path / "bundle")
+    assert isinstance(result.exception, DependencyError)
+    assert str(result.exception) == (
+        f"exporting needs the package {package}; install it with: "
+        "pip install 'jetson-edge-llm[export]'"
+    )
+
+
+def test_help_and_the_form_of_keep_need_no_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.delitem(sys.modules, "export.pipeline", raising=False)
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert "Hugging Face directory, a hub id" in result.stdout
+    assert isinstance(invoke("x", "-o", "y", "--keep", "z").exception, ConfigError)
+
+
+def test_every_option_has_help():
+    for parameter in export.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+
+
+# ------------------------------------------------------------------------------------- kill -9
+
+KILLS = 6
+
+
+def test_kill_at_any_moment_leaves_a_whole_bundle(tmp_path: Path):
+    """SIGKILL of real processes, spread over the time that an export takes."""
+    new = write_checkpoint(
+        tmp_path / "New-R1", "qwen2", hidden_size=256, intermediate_size=1024, num_hidden_layers=4
+    )
+    old = write_checkpoint(tmp_path / "Old-R1", "qwen2")
+    place = tmp_path / "place"
+    place.mkdir()
+    target = place / "bundle"
+    assert invoke(old, "-o", target).exit_code == 0
+    saved = tmp_path / "saved"
+    shutil.copytree(target, saved)
+
+    duration_s = export_process(new, target, kill_after_s=None)
+    assert read_manifest(target).name == "New-R1"
+    names = []
+    for i in range(KILLS):
+        shutil.rmtree(target)
+        shutil.copytree(saved, target)
+        export_process(new, target, kill_after_s=duration_s * i / KILLS)
+        manifest = read_manifest(target)
+        verify_files(target, manifest)
+        names.append(manifest.name)
+    assert set(names) <= {"Old-R1", "New-R1"}
+    assert names[0] == "Old-R1"
+
+    assert invoke(new, "-o", target, "--force").exit_code == 0
+    assert read_manifest(target).name == "New-R1"
+    assert [path.name for path in place.iterdir()] == ["bundle"]  # leftovers are swept
+
+
+def export_process(source: Path, target: Path, *, kill_after_s: float | None) -> float:
+    """Export in a process of its own; returns the seconds from its first file to its end.
+
+    Args:
+        source: what to export.
+        target: the bundle that is replaced.
+        kill_after_s: when to kill it, counted from its first file; None lets it finish.
+    """
+    command = "from export.cli import export; export()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, str(source), "-o", str(target), "--force", "--json"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        staging = target.with_name(f".{target.name}.edge-llm-staging")
+        # What an earlier kill left lies there, untouched until this process sweeps it.
+        before = modified_ns(staging)
+        while process.poll() is None and modified_ns(staging) == before:
+            time.sleep(0.001)
+        start = time.monotonic()
+        if kill_after_s is not None:
+            time.sleep(kill_after_s)
+            process.kill()
+        process.wait(60)
+        assert process.stderr is not None
+        assert process.returncode in (0, -signal.SIGKILL), process.stderr.read().decode()
+        return time.monotonic() - start
+
+
+def modified_ns(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

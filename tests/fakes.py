@@ -1,0 +1,122 @@
+"""Stand-ins that keep the rules of what they stand in for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Floats, Ints
+from edge.embeddings import EmbeddingTable
+from edge.errors import BackendError
+
+Script = Callable[[tuple[int, ...]], "int | NDArray[np.float32]"]
+"""From the tokens so far to the next token, or to its row of logits."""
+
+
+class ScriptedBackend:
+    """A `Backend` whose cache holds token ids, and whose logits a script makes of them.
+
+    A row of the cache that was never written, or a token that stands in the wrong row, changes what
+    the script sees: whoever keeps the books of the cache wrongly gets another answer. Every rule
+    that `Backend.forward` states is asserted.
+
+    Attributes:
+        script: may be replaced at any time.
+        steps: first position and length of every step so far.
+        fails: makes the next step fail after it has spoilt its rows.
+    """
+
+    name = "scripted"
+
+    def __init__(
+        self,
+        table: EmbeddingTable,
+        script: Script,
+        *,
+        num_slots: int = 1,
+        capacity: int = 64,
+        max_step_tokens: int = 8,
+    ) -> None:
+        self.script = script
+        self.num_slots = num_slots
+        self.capacity = capacity
+        self.max_step_tokens = max_step_tokens
+        self.steps: list[tuple[int, int]] = []
+        self.fails = False
+        self.closed = False
+        self._vocab_size = table.vocab_size
+        rows = table[np.arange(table.vocab_size)]
+        self._ids = {row.tobytes(): token_id for token_id, row in enumerate(rows)}
+        assert len(self._ids) == table.vocab_size, "two tokens share a row of the table"
+        self._cache = np.full((num_slots, capacity), -1)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.nbytes
+
+    def forward(
+        self,
+        slots: Sequence[int],
+        embeds: Floats,
+        positions: Ints,
+        kv_len: int,
+        logits_indices: Ints,
+    ) -> NDArray[np.float32]:
+        batch, seq = positions.shape
+        assert len(set(slots)) == len(slots) == batch == len(logits_indices)
+        assert all(0 <= slot < self.num_slots for slot in slots)
+        assert embeds.shape[:2] == (batch, seq)
+        assert 0 < seq <= self.max_step_tokens
+        assert (np.diff(positions, axis=1) == 1).all()
+        assert positions.min() >= 0
+        assert positions.max() < kv_len <= self.capacity
+        assert ((logits_indices >= 0) & (logits_indices < seq)).all()
+        if self.closed:
+            raise BackendError("the backend is closed")
+        self.steps.append((int(positions[0, 0]), seq))
+        if self.fails:
+            self.fails = False
+            self._cache[slots] = -1
+            raise BackendError("the engine failed, as it was told to")
+        for slot, row, place in zip(slots, embeds, positions, strict=True):
+            self._cache[slot, place] = [self._ids[embed.tobytes()] for embed in row]
+        return np.stack(
+            [
+                [self._logits(slot, int(place[index])) for index in indices]
+                for slot, place, indices in zip(slots, positions, logits_indices, strict=True)
+            ]
+        )
+
+    def read_slot(self, slot: int, length: int) -> Floats:
+        return self._cache[None, None, slot, :length, None].astype(np.float32)
+
+    def write_slot(self, slot: int, rows: Floats) -> None:
+        self._cache[slot, : rows.shape[2]] = rows[0, 0, :, 0]
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        self._cache[target, :length] = self._cache[source, :length]
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _logits(self, slot: int, position: int) -> NDArray[np.float32]:
+        seen = tuple(self._cache[slot, : position + 1].tolist())
+        assert -1 not in seen, f"row {seen.index(-1)} is read before it is written"
+        wanted = self.script(seen)
+        if isinstance(wanted, np.ndarray):
+            return wanted
+        logits = np.zeros(self._vocab_size, np.float32)
+        logits[wanted] = 100.0
+        return logits
+
+
+def random_logits(vocab_size: int) -> Script:
+    """A language model of sorts: reproducible logits that depend on every token so far."""
+
+    def script(seen: tuple[int, ...]) -> NDArray[np.float32]:
+        rng = np.random.RandomState(np.array(seen, dtype=np.uint32))
+        return rng.standard_normal(vocab_size).astype(np.float32) * 3
+
+    return script
