@@ -1,4 +1,4 @@
-"""Export and run the exact shape of DeepSeek-R1-Distill-Qwen-1.5B on the CPU and print one JSON line.
+"""Benchmark the exact shape of DeepSeek-R1-Distill-Qwen-1.5B on the CPU; prints one JSON line.
 
 usage: bench_model.py [--quant int4] [--lm-head int8|int4] [--work DIRECTORY] [--repeats 5]
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -72,7 +73,7 @@ def prepare(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=sys.stderr)
     seconds = time.perf_counter() - started
-    peak_kb = __import__("resource").getrusage(__import__("resource").RUSAGE_CHILDREN).ru_maxrss
+    peak_kb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return bundle, {"export_s": round(seconds, 1), "export_peak_mb": round(peak_kb / 1024)}
 
 

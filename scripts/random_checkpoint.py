@@ -140,7 +140,7 @@ def _write_tokenizer(directory: Path) -> None:
         )
     )
     (directory / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": 151646, "eos_token_id": 151643, "temperature": 0.6, "top_p": 0.95})
+        json.dumps({"eos_token_id": 151643, "temperature": 0.6, "top_p": 0.95})
     )
 
 
