@@ -7,8 +7,9 @@ GroupQueryAttention does all three in place (1.7 times). The file on disk stays 
 session's copy is rewritten, and a parity test holds both against each other.
 
 GroupQueryAttention (``com.microsoft``, onnxruntime ContribOperators.md) takes queries, keys and
-values as ``[B, S, heads * D]``, the cache, ``seqlens_k`` = valid rows after this step minus one,
-and the largest such count. It masks by cache row, which is the position here.
+values as ``[B, S, heads * D]``, or all three as the fused projection gives them and rotates them
+itself; the cache; ``seqlens_k`` = valid rows after this step minus one, and the largest such count.
+It masks and rotates by cache row, which is the position here.
 """
 
 from __future__ import annotations
@@ -42,27 +43,31 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
             _expect(producers, _expect(producers, name, "Slice").inputs[0], "TensorScatter")
             for name in node.inputs[1:3]
         )
-        new: list[Node] = []
-        q = _rope_on_rows(producers, node.inputs[0], shape_q, model.num_heads, new)
-        k = _rope_on_rows(producers, keys.inputs[1], shape_kv, model.num_kv_heads, new)
-        v = _rows(producers, values.inputs[1], shape_kv, new)
         # Transpose and Reshape merged the heads to [B, S, H * D], which the operator returns.
         transposed = _expect(consumers, node.outputs[0], "Transpose")
         merged = _expect(consumers, transposed.outputs[0], "Reshape")
         outputs = [merged.outputs[0], keys.outputs[0], values.outputs[0]]
+        new: list[Node] = []
+        v = _rows(producers, values.inputs[1], shape_kv, new)
+        attributes = [
+            attribute("num_heads", model.num_heads),
+            attribute("kv_num_heads", model.num_kv_heads),
+            attribute("scale", 1.0 / math.sqrt(model.head_dim)),
+        ]
+        if model.qk_norm:
+            q = _rope_on_rows(producers, node.inputs[0], shape_q, model.num_heads, new)
+            k = _rope_on_rows(producers, keys.inputs[1], shape_kv, model.num_kv_heads, new)
+            inputs = [q, k, v]
+            tables = []
+        else:
+            # Nothing lies between the fused projection and the rotation: the operator splits and
+            # rotates by itself, by cache row, which is the position here.
+            inputs = [_expect(producers, v, "Split").inputs[0], "", ""]
+            tables = _expect(producers, node.inputs[0], "RotaryEmbedding").inputs[1:3]
+            attributes.append(attribute("do_rotary", 1))
+        inputs += [keys.inputs[0], values.inputs[0], "cpu.seqlens", "cpu.total", *tables]
         new.append(
-            Node(
-                "GroupQueryAttention",
-                [q, k, v, keys.inputs[0], values.inputs[0], "cpu.seqlens", "cpu.total"],
-                outputs,
-                f"{node.name}/fused",
-                _DOMAIN,
-                [
-                    attribute("num_heads", model.num_heads),
-                    attribute("kv_num_heads", model.num_kv_heads),
-                    attribute("scale", 1.0 / math.sqrt(model.head_dim)),
-                ],
-            )
+            Node("GroupQueryAttention", inputs, outputs, f"{node.name}/fused", _DOMAIN, attributes)
         )
         fused[node.outputs[0]] = new
         taken.update(outputs)
