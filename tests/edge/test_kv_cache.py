@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -26,25 +27,24 @@ class Cursor(RuleBasedStateMachine):
 
     @rule(prompt=st.lists(tokens, min_size=1, max_size=CAPACITY + 2), reuse=st.booleans())
     def start(self, prompt: list[int], reuse: bool) -> None:
-        try:
-            kept = self.cursor.start(prompt, reuse=reuse)
-        except ContextLengthError as error:
-            assert len(prompt) >= CAPACITY
-            assert (error.num_tokens, error.capacity) == (len(prompt), CAPACITY)
+        if len(prompt) >= CAPACITY:
+            with pytest.raises(ContextLengthError) as caught:
+                self.cursor.start(prompt, reuse=reuse)
+            assert (caught.value.num_tokens, caught.value.capacity) == (len(prompt), CAPACITY)
             return  # and the rows of before still count
-        assert len(prompt) < CAPACITY
+        kept = self.cursor.start(prompt, reuse=reuse)
         expected = min(common_prefix(self.rows, prompt), len(prompt) - 1) if reuse else 0
         assert kept == expected
         self.rows = prompt[:kept]
 
     @rule(ids=st.lists(tokens, max_size=CAPACITY + 2))
     def advance(self, ids: list[int]) -> None:
-        try:
-            self.cursor.advance(ids)
-        except ContextLengthError as error:
-            assert len(self.rows) + len(ids) > CAPACITY
-            assert error.num_tokens == len(self.rows) + len(ids)
+        if len(self.rows) + len(ids) > CAPACITY:
+            with pytest.raises(ContextLengthError) as caught:
+                self.cursor.advance(ids)
+            assert caught.value.num_tokens == len(self.rows) + len(ids)
             return
+        self.cursor.advance(ids)
         self.rows = self.rows + ids
 
     @rule()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,9 @@ def nodes(draw: st.DrawFn) -> Any:
 def models(draw: st.DrawFn) -> Any:
     """A model whose every node is needed; not one that makes sense."""
     tensors = [
-        helper.make_tensor("y", TensorProto.INT64, [2], draw(st.lists(int64s, min_size=2, max_size=2))),
+        helper.make_tensor(
+            "y", TensorProto.INT64, [2], draw(st.lists(int64s, min_size=2, max_size=2))
+        ),
         helper.make_tensor("y", TensorProto.FLOAT, [1], [draw(floats)]),
         helper.make_tensor("y", TensorProto.FLOAT16, [1], b"ab", raw=True),
     ]
@@ -80,7 +81,9 @@ def models(draw: st.DrawFn) -> Any:
         draw(st.lists(st.sampled_from(tensors), max_size=3)),
         doc_string=draw(names),
     )
-    model = helper.make_model(graph, producer_name=draw(names), ir_version=draw(st.integers(0, 2**63 - 1)))
+    model = helper.make_model(
+        graph, producer_name=draw(names), ir_version=draw(st.integers(0, 2**63 - 1))
+    )
     helper.set_model_props(model, draw(st.dictionaries(names, names, max_size=2)))
     return with_unknown(model, draw(unknown_fields))
 
@@ -189,9 +192,8 @@ def test_what_nothing_uses_is_left_out():
 def test_edited_nodes_and_constants_pass_the_checker():
     file = OnnxFile(small_model().SerializeToString())
     shape = file.add_int64("shape", [0, -1, 4])
-    file.nodes.append(Node("Reshape", ["r", shape], ["z"], "reshape", "", [attribute("allowzero", 0)]))
-    file.nodes[-2].inputs[1] = "z"
-    file.nodes[-2:] = file.nodes[:-3:-1]
+    file.nodes.insert(-1, Node("Reshape", ["r", shape], ["z"], "reshape"))
+    file.nodes[-1].inputs[0] = "z"
     file.use_domain("com.microsoft", 1)
     edited = onnx.load_from_string(file.serialize())
     onnx.checker.check_model(edited)
@@ -271,27 +273,21 @@ def _flip(data: bytes, at: int, value: int) -> bytes:
     | st.builds(_flip, st.just(SMALL), st.integers(0, len(SMALL) - 1), st.integers(0, 255))
 )
 def test_malformed_bytes_raise_nothing_but_bundle_errors(data: bytes):
-    try:
+    with suppress(BundleError):
         exercise(data)
-    except BundleError as error:
-        assert str(error)
 
 
 def test_every_single_byte_of_a_small_model_may_be_wrong():
     for at in range(len(SMALL)):
         for value in (0x00, 0x7F, 0x80, 0xFF, SMALL[at] ^ 0x08):
-            try:
+            with suppress(BundleError):
                 exercise(_flip(SMALL, at, value))
-            except BundleError:
-                pass
 
 
-def test_an_edited_model_computes_the_same(tmp_path: Path):
+def test_an_edited_model_computes_the_same():
     """The bytes that `serialize` writes are what an engine reads."""
     ort = pytest.importorskip("onnxruntime")
     x = np.linspace(-1, 1, 2 * 2 * 8 * 4, dtype=np.float32).reshape(2, 2, 8, 4)
-    run: Callable[[bytes], Any] = lambda data: ort.InferenceSession(  # noqa: E731
-        data, providers=["CPUExecutionProvider"]
-    ).run(None, {"x": x, "other": x})
-    (found,) = run(OnnxFile(SMALL).serialize())
+    session = ort.InferenceSession(OnnxFile(SMALL).serialize(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x, "other": x})
     assert found.tolist() == (np.maximum(x, 0) + 1).tolist()

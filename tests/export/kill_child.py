@@ -15,9 +15,11 @@ import signal
 import sys
 from pathlib import Path
 
+from edge import bundle_update
+from edge.bundle_update import update_manifest
 from edge.manifest import read_manifest
 from export import bundle
-from export.bundle import BundleWriter, update_manifest
+from export.bundle import BundleWriter
 from tests.manifests import make_manifest
 
 EVENTS = {
@@ -38,7 +40,7 @@ def refuse(one: Path, other: Path) -> None:
 def arm(last: int) -> None:
     """Let this process die before its operation number ``last``."""
     seen = 0
-    fsync, write = os.fsync, bundle._write_durably
+    fsync, write = os.fsync, bundle_update.write_durably
 
     def step(event: str, args: object) -> None:
         nonlocal seen
@@ -56,7 +58,7 @@ def arm(last: int) -> None:
         step("open", None)
         write(path, data)
 
-    bundle._write_durably = write_half_first
+    bundle.write_durably = bundle_update.write_durably = write_half_first
     os.fsync = counted_fsync  # type: ignore[assignment]
     sys.addaudithook(step)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edge.bundle_update import update_manifest
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from edge.manifest import (
     MANIFEST_NAME,
@@ -27,7 +28,7 @@ from edge.manifest import (
     verify_files,
 )
 from export import bundle as bundle_module
-from export.bundle import BundleWriter, update_manifest
+from export.bundle import BundleWriter
 from tests.export.kill_child import NEW_FILES, refuse
 from tests.manifests import make_manifest
 

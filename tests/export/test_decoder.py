@@ -133,7 +133,12 @@ def test_inputs_and_outputs_are_the_contract(case: Case, dialect: Any):
 
 def test_the_checker_passes_and_infers_the_contract(case: Case, dialect: Any):
     """Shapes of the outputs follow from nothing but the inputs: by name, and for one step."""
-    step = {io_spec.BATCH: 2, io_spec.SEQ: 5, io_spec.NUM_LOGITS: 3, io_spec.KV: 11}
+    step: dict[int | str, int | str] = {
+        io_spec.BATCH: 2,
+        io_spec.SEQ: 5,
+        io_spec.NUM_LOGITS: 3,
+        io_spec.KV: 11,
+    }
     for graph in case.graphs:
         onnx.checker.check_model(str(graph.path), full_check=True)
         spec = (case.manifest.model, dialect, graph.float_type, TINY_KV_CAPACITY)
@@ -147,7 +152,7 @@ def test_the_checker_passes_and_infers_the_contract(case: Case, dialect: Any):
         for value in unstated.graph.input:
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_param:
-                    dim.dim_value = step[dim.dim_param]
+                    dim.dim_value = int(step[dim.dim_param])
         shapes = [tuple(step.get(size, size) for size in output.shape) for output in outputs]
         found = infer_outputs(unstated)
         assert [output.shape for output in found] == shapes

@@ -140,6 +140,7 @@ def test_a_weight_beyond_fp16_is_named_and_fits_bf16(kind: SchemeKind):
     elif kind == "int8":
         stored = float(tensors.weight[2, 1]) * float(tensors.scale[0, 1])
     else:
-        integers = unpack_int4(tensors.weight.reshape(-1), (64, 10))
+        packed = tensors.weight.reshape(-1).view(np.uint8)
+        integers = unpack_int4(packed, (64, 10))
         stored = float(integers[2, 1]) * float(tensors.scale[0, 1])
     assert stored == pytest.approx(-1e5, rel=0.08)

@@ -234,7 +234,7 @@ def test_what_fp16_cannot_hold_is_refused_with_advice_that_works(spoil: Any, tmp
 def test_a_damaged_tensor_is_refused_and_nothing_is_left(spoil: Any, tmp_path: Path):
     spoil(np.inf)
     source = write_checkpoint(tmp_path / "model", "qwen2")
-    with pytest.raises(CheckpointError, match="holds NaN or infinite .* download .* again"):
+    with pytest.raises(CheckpointError, match=r"holds NaN or infinite .* download .* again"):
         export(source, tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

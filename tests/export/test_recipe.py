@@ -73,7 +73,17 @@ def test_layers_hold_every_matrix_of_the_model_once(model: ModelSpec):
 
 
 def test_layers_in_the_order_of_the_graph():
-    assert [layer.name for layer in linear_layers(QWEN)] == [*LAYERS, "lm_head"]
+    """And their parts in the order in which the graph splits them again."""
+    layers = {layer.name: layer for layer in linear_layers(QWEN)}
+    assert list(layers) == [*LAYERS, "lm_head"]
+    attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
+    qkv = [f"{attention}.{part}_proj" for part in ("q", "k", "v")]
+    assert list(layers["layers.1.qkv"].weights) == [f"{name}.weight" for name in qkv]
+    assert list(layers["layers.1.qkv"].biases) == [f"{name}.bias" for name in qkv]
+    gate_up = [f"{mlp}.{part}_proj.weight" for part in ("gate", "up")]
+    assert list(layers["layers.1.gate_up"].weights) == gate_up
+    assert layers["lm_head"].weights == ("lm_head.weight",)
+    assert linear_layers(SMOLLM2)[-1].weights == ("model.embed_tokens.weight",)
 
 
 def test_int4_keeps_the_head_in_int8():

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from edge.manifest import SchemeKind, TensorScheme
+from export.quantize import rtn
 from export.quantize.rtn import QuantizedRows, dequantize_rows, quantize_rows
 
 FP16: np.dtype[Any] = np.dtype(np.float16)
@@ -99,6 +100,21 @@ def test_mse_is_never_worse_than_absmax_in_any_group(
     rounding = (weights.reshape(*mse.scales.shape, -1).astype(np.float64) * 1e-6) ** 2
     allowed = squared_errors(weights, absmax) * SLACK + rounding.sum(axis=-1)
     assert (squared_errors(weights, mse) <= allowed).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_mse_takes_the_best_of_the_scales_it_tries(kind: SchemeKind):
+    weights = np.random.RandomState(1).normal(0, 0.02, (32, 128)).astype(np.float32)
+    scheme = TensorScheme(kind=kind, group_size=32)
+    found = squared_errors(weights, quantize_rows(weights, scheme, "mse", FP16))
+    absmax = quantize_rows(weights, scheme, "absmax", FP16).scales
+    groups = weights.reshape(32, 4, 32).astype(np.float64)
+    errors = []
+    for fraction in rtn._MSE_FRACTIONS:
+        scale = (absmax * np.float32(fraction)).astype(FP16).astype(np.float64)[..., None]
+        integers = np.clip(np.rint(groups / scale), *RANGES[kind])
+        errors.append(((groups - integers * scale) ** 2).sum(axis=-1))
+    np.testing.assert_allclose(found, np.min(errors, axis=0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale_type", [FP16, BF16], ids=str)

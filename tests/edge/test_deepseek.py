@@ -1,0 +1,124 @@
+"""`DeepSeekModel`: where it finds a bundle, and what its tutorial names mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge import DeepSeekModel, SamplingParams
+from edge.errors import BundleError, ConfigError, RequestError
+from tests.conftest import Bundles, require_kernels
+
+QUESTION = "what is the world"
+CHAT = [{"role": "user", "content": QUESTION}]
+NAME = "deepseek-r1-distill-qwen-1.5b-int8"
+
+
+@pytest.fixture
+def bundles(tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    require_kernels("native")
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path))
+    (tmp_path / NAME).symlink_to(tiny_bundles("qwen2"))
+    return tmp_path
+
+
+def test_the_bundle_is_found_under_the_variable(bundles: Path):
+    with DeepSeekModel(version="1.5B", precision="int8", device="cpu") as model:
+        assert model.bundle == bundles / NAME
+        assert model.llm.backend.name == "ort-cpu"
+    with DeepSeekModel() as model:
+        assert model.bundle == bundles / NAME
+
+
+def test_the_bundle_is_found_in_the_working_directory(
+    bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "bundles").symlink_to(bundles)
+    monkeypatch.delenv("EDGE_LLM_BUNDLES")
+    monkeypatch.chdir(tmp_path / "here")
+    DeepSeekModel().close()
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "name", "hub_id"),
+    [
+        ("7B", "int4", "deepseek-r1-distill-qwen-7b-int4", "DeepSeek-R1-Distill-Qwen-7B"),
+        ("8B", "fp16", "deepseek-r1-distill-llama-8b-fp16", "DeepSeek-R1-Distill-Llama-8B"),
+        ("1.5B", "int4", "deepseek-r1-distill-qwen-1.5b-int4", "DeepSeek-R1-Distill-Qwen-1.5B"),
+    ],
+)
+def test_a_missing_bundle_comes_with_the_command_that_makes_it(
+    version: str, precision: str, name: str, hub_id: str, bundles: Path
+):
+    command = f"edge-llm export deepseek-ai/{hub_id} -o {bundles / name} --quant {precision}"
+    with pytest.raises(BundleError) as caught:
+        DeepSeekModel(version, precision)
+    assert str(caught.value).endswith(command)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"version": "70B"}, "unknown version '70B'; use one of 1.5B, 7B, 8B"),
+        ({"precision": "int2"}, "unknown precision 'int2'; use one of fp16, int8, int4"),
+        ({"device": "tpu"}, "unknown device 'tpu'; use one of auto"),
+    ],
+)
+def test_unknown_names_list_the_known_ones(arguments: dict[str, str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        DeepSeekModel(**arguments)
+
+
+@pytest.fixture
+def model(bundles: Path) -> DeepSeekModel:
+    return DeepSeekModel()
+
+
+def test_max_length_counts_prompt_and_answer(model: DeepSeekModel):
+    num_prompt = len(model.llm.encode(CHAT))
+    with model:
+        for room in (1, 2, 9):
+            params = SamplingParams(temperature=0, top_k=0, max_tokens=room, ignore_eos=True)
+            expected = model.llm.generate(CHAT, params)
+            assert len(expected.tokens) == room
+            answer = model.generate(
+                QUESTION, max_length=num_prompt + room, temperature=0, top_k=0, ignore_eos=True
+            )
+            assert answer == as_written(expected.text, expected.reasoning)
+        for max_length in (num_prompt, 1):
+            message = f"{num_prompt} tokens, max_length is {max_length}"
+            with pytest.raises(RequestError, match=message):
+                model.generate(QUESTION, max_length=max_length)
+
+
+def as_written(text: str, reasoning: str) -> str:
+    return f"<think>\n{reasoning}\n</think>\n\n{text}" if reasoning else text
+
+
+def test_a_text_is_one_user_message(model: DeepSeekModel):
+    options: dict[str, Any] = {"max_length": 60, "temperature": 1.0, "top_k": 50, "seed": 4}
+    with model:
+        answer = model.generate(QUESTION, **options)
+        assert answer == model.generate(CHAT, **options)
+        assert answer != model.generate(QUESTION, **{**options, "seed": 5})
+
+
+def test_wrong_parameters(model: DeepSeekModel):
+    with model:
+        with pytest.raises(RequestError, match="max_length"):
+            model.generate(QUESTION, max_tokens=5)
+        with pytest.raises(RequestError, match="temperature"):
+            model.generate(QUESTION, temperature=-1)
+        with pytest.raises(TypeError, match="unknown"):
+            model.generate(QUESTION, unknown=1)
+
+
+def test_reasoning_is_part_of_the_text(model: DeepSeekModel):
+    with model:
+        expected = model.llm.generate(CHAT, SamplingParams(temperature=0, max_tokens=4))
+        assert expected.reasoning  # the tiny model never closes it
+        answer = model.generate(CHAT, len(model.llm.encode(CHAT)) + 4, temperature=0)
+        assert answer == f"<think>\n{expected.reasoning}\n</think>\n\n{expected.text}"
