@@ -12,6 +12,7 @@
       DependencyError             an optional library is missing or too old (ImportError)     69
       ResourceError               not enough disk or memory                                   71
       BackendError                the inference engine failed                                 70
+      BuildError                  TensorRT refused a graph or failed to build it              70
 
 Each message says what was wrong, what was found and what to do next. Exit codes are those of
 BSD ``sysexits.h``, so that a service manager can tell a bad configuration (do not restart) from
@@ -92,3 +93,7 @@ class ResourceError(EdgeError):
 
 class BackendError(EdgeError):
     """The inference engine failed."""
+
+
+class BuildError(EdgeError):
+    """TensorRT refused a graph, or failed to build an engine of it."""

@@ -76,6 +76,8 @@ class LLM:
         kv_capacity: tokens that prompt and answer may take together; None is the bundle's own.
         num_threads: of the CPU backend; None is one per physical core.
         prefill_chunk: prompt tokens per step.
+        int8_activations: let the CPU backend round activations to int8, its fastest kernel; see
+            `OrtBackend`.
         reuse_prefix: keep the cache rows that a prompt shares with the one before it. Off by
             default: a prompt cut in other chunks can differ in the last bits of its logits.
 
@@ -92,6 +94,7 @@ class LLM:
         kv_capacity: int | None = None,
         num_threads: int | None = None,
         prefill_chunk: int = 512,
+        int8_activations: bool = True,
         reuse_prefix: bool = False,
     ) -> None:
         self.bundle = Path(bundle)
@@ -107,7 +110,9 @@ class LLM:
         self._reasons = self.template is not None and template_reasons(
             self.template.source, self.tokenizer.control_tokens
         )
-        self.backend: Backend = self._open_backend(kv_capacity, num_threads, prefill_chunk)
+        self.backend: Backend = self._open_backend(
+            kv_capacity, num_threads, prefill_chunk, int8_activations
+        )
         # Last, since nothing that fails after it would close its file.
         self.embeddings = EmbeddingTable(self.bundle / EMBEDDINGS_NAME)
         self._decoder = Decoder(self.backend, self.embeddings)
@@ -274,7 +279,11 @@ class LLM:
         return ChatTemplate(source, self.manifest.tokens)
 
     def _open_backend(
-        self, kv_capacity: int | None, num_threads: int | None, prefill_chunk: int
+        self,
+        kv_capacity: int | None,
+        num_threads: int | None,
+        prefill_chunk: int,
+        int8_activations: bool,
     ) -> Backend:
         from .backends.ort import OrtBackend
 
@@ -284,6 +293,7 @@ class LLM:
             kv_capacity=kv_capacity,
             num_threads=num_threads,
             max_step_tokens=prefill_chunk,
+            int8_activations=int8_activations,
         )
 
 

@@ -29,7 +29,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 Architecture = Literal["qwen2", "llama", "qwen3"]
 Dialect = Literal["native", "portable"]
 FloatType = Literal["fp16", "bf16", "fp32"]
-SchemeKind = Literal["float", "int8", "int4"]
+SchemeKind = Literal["float", "int8", "int4", "w8a8"]
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,7 +83,8 @@ class TensorScheme(_Struct, frozen=True):
     """How one weight matrix is stored.
 
     Attributes:
-        kind: ``float`` (the graph's own type), ``int8`` or ``int4``; both integers are symmetric.
+        kind: ``float`` (the graph's own type), ``int8`` or ``int4`` (weights only), or ``w8a8``
+            (weights and inputs in INT8); all integers are symmetric.
         group_size: weights along the reduction axis that share a scale; 0 means one scale per
             output channel.
     """
@@ -92,17 +93,43 @@ class TensorScheme(_Struct, frozen=True):
     group_size: int = 0
 
     def __str__(self) -> str:
-        if self.kind == "float":
-            return "float"
+        if self.kind in ("float", "w8a8"):
+            return self.kind
         return f"{self.kind}-g{self.group_size}" if self.group_size else f"{self.kind}-channel"
 
 
 class LinearInfo(_Struct, frozen=True):
-    """One linear layer as stored: its scheme, its shape ``[in, out]`` and its bytes with scales."""
+    """One linear layer as stored.
+
+    Attributes:
+        scheme: of its weight.
+        shape: ``[in, out]``.
+        num_bytes: of the weight and its scales.
+        activation_scale: of its input (``w8a8``), which is rounded to INT8 multiples of it.
+    """
 
     scheme: TensorScheme
     shape: tuple[int, int]
     num_bytes: int
+    activation_scale: float | None = None
+
+
+class Calibration(_Struct, frozen=True):
+    """The text that a calibrated method saw.
+
+    Attributes:
+        text: ``built-in``, or the file's name (never a path).
+        sha256: of the text's bytes.
+        num_tokens: tokens seen, in sequences of ``seq_len``.
+        seq_len: tokens of a sequence.
+        seed: of the order of the documents.
+    """
+
+    text: str
+    sha256: str
+    num_tokens: int
+    seq_len: int
+    seed: int
 
 
 class Quantization(_Struct, frozen=True):
@@ -110,16 +137,22 @@ class Quantization(_Struct, frozen=True):
 
     Attributes:
         name: the recipe's name, e.g. ``int4``.
-        method: how the integers were found, e.g. ``rtn``.
+        method: how the integers of INT4 layers were found.
         clip: ``absmax``, ``mse`` or ``none`` for a float bundle.
         linears: every linear layer by name (``layers.0.qkv``, ``layers.0.o``,
             ``layers.0.gate_up``, ``layers.0.down``, ``lm_head``).
+        calibration: None if nothing was calibrated.
+        smoothed: whether SmoothQuant's factors are folded into the weights of W8A8 layers.
+        rotated: whether the residual stream and the values of the heads are rotated.
     """
 
     name: str
-    method: Literal["none", "rtn"]
+    method: Literal["none", "rtn", "awq", "gptq", "awq+gptq"]
     clip: Literal["none", "absmax", "mse"]
     linears: dict[str, LinearInfo]
+    calibration: Calibration | None = None
+    smoothed: bool = False
+    rotated: bool = False
 
 
 class SamplingDefaults(_Struct, frozen=True):

@@ -20,18 +20,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgspec
 
+from edge.bundle_update import (
+    MANIFEST_TEMP,
+    beside,
+    fsync,
+    locked,
+    resolve_target,
+    write_durably,
+)
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge.manifest import (
     ENGINES_DIR,
@@ -41,14 +47,12 @@ from edge.manifest import (
     decode_manifest,
     encode_manifest,
     is_file_name,
-    read_manifest,
     sha256_file,
 )
 
 _logger = logging.getLogger(__name__)
 
 _MARGIN_BYTES = 64 << 20  # what a caller's estimate leaves out: block sizes, directories, manifest
-_MANIFEST_TEMP = f".{MANIFEST_NAME}.tmp"
 _AT_FDCWD = -100  # linux/fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -73,11 +77,11 @@ class BundleWriter:
             required_bytes: estimated size of all files.
             overwrite: replace a bundle that is there (``--force``).
         """
-        self.target = _resolve(target)
+        self.target = resolve_target(target)
         self._required_bytes = required_bytes
         self._overwrite = overwrite
-        self._staging = _beside(self.target, "staging")
-        self._aside = _beside(self.target, "old")
+        self._staging = beside(self.target, "staging")
+        self._aside = beside(self.target, "old")
         self._committed = False
         self._cleanup = contextlib.ExitStack()
 
@@ -91,7 +95,7 @@ class BundleWriter:
         """
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(_locked(self.target))
+                stack.enter_context(locked(self.target))
                 self._recover()
                 _check_replaceable(self.target, self._overwrite)
                 self._sweep()
@@ -148,12 +152,12 @@ class BundleWriter:
             raise BundleError(f"the bundle is incomplete: {sorted(absent)} not written")
         data = encode_manifest(msgspec.structs.replace(manifest, files=files))
         written = decode_manifest(data)  # nobody can load what this refuses
-        _write_durably(self._staging / MANIFEST_NAME, data)
-        _fsync(self._staging)
+        write_durably(self._staging / MANIFEST_NAME, data)
+        fsync(self._staging)
         _check_replaceable(self.target, self._overwrite)
         self._swap()
         self._committed = True
-        _fsync(self.target.parent)
+        fsync(self.target.parent)
         return written
 
     def __exit__(
@@ -195,7 +199,7 @@ class BundleWriter:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 return  # the target is taken: the swap was finished
             raise
-        _fsync(self.target.parent)
+        fsync(self.target.parent)
         _logger.warning("put back %s, which an interrupted export had moved aside", self.target)
 
     def _sweep(self) -> None:
@@ -212,100 +216,6 @@ class BundleWriter:
             return
         except OSError as error:
             _logger.warning("cannot remove %s: %s", self._staging, error)
-
-
-def update_manifest(bundle: Path, manifest: Manifest) -> Manifest:
-    """Replace only ``manifest.json`` of a bundle, atomically (to add a quality report, say).
-
-    Call it after the `BundleWriter` block: both take the same lock.
-
-    Args:
-        bundle: the bundle's directory.
-        manifest: the new manifest; ``files`` must be those of the bundle.
-
-    Returns:
-        The manifest as written.
-
-    Raises:
-        BundleError: no bundle is there, or its files are not those of ``manifest``.
-        ConfigError: an export is writing to the same path.
-    """
-    bundle = _resolve(bundle)
-    data = encode_manifest(manifest)
-    written = decode_manifest(data)
-    with _locked(bundle):
-        if read_manifest(bundle).files != manifest.files:
-            raise BundleError(
-                f"{bundle} holds other files than the manifest that was to be written; "
-                "was it exported again meanwhile?"
-            )
-        temp = bundle / _MANIFEST_TEMP
-        try:
-            _write_durably(temp, data)
-            temp.replace(bundle / MANIFEST_NAME)
-        finally:
-            temp.unlink(missing_ok=True)
-        _fsync(bundle)
-    return written
-
-
-def _resolve(target: Path) -> Path:
-    try:
-        resolved = target.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links; Python < 3.13 says RuntimeError
-        raise ConfigError(f"{target} cannot be resolved: {error}") from error
-    if not resolved.name:
-        raise ConfigError(f"{target} is the root directory; name a directory for the bundle")
-    return resolved
-
-
-def _beside(target: Path, role: str) -> Path:
-    return target.with_name(f".{target.name}.edge-llm-{role}")
-
-
-@contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the target's lock; the kernel lets go of it however the process ends."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path = _beside(target, "lock")
-    descriptor = _acquire(path, target)
-    try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _acquire(path: Path, target: Path) -> int:
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write in {target.parent}: {error.strerror}; choose another directory"
-            ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The last holder may have unlinked this very file before we locked it.
-            if os.path.samestat(os.fstat(descriptor), path.lstat()):
-                return descriptor
-        except FileNotFoundError:
-            pass  # unlinked: take the next one
-        except BlockingIOError as error:
-            writer = os.read(descriptor, 20).decode("ascii", "replace") or "unknown"
-            os.close(descriptor)
-            raise ConfigError(
-                f"another export (process {writer}) is writing {target}; wait until it ends or "
-                "choose another directory"
-            ) from error
-        except OSError as error:
-            os.close(descriptor)
-            raise ConfigError(
-                f"cannot lock {path}: {error.strerror}; choose a directory on another file system"
-            ) from error
-        os.close(descriptor)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
@@ -351,7 +261,7 @@ def _own_entries(bundle: Path) -> set[str]:
         manifest = msgspec.json.decode((bundle / MANIFEST_NAME).read_bytes(), type=_AnyManifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return set()
-    return {*manifest.files, MANIFEST_NAME, _MANIFEST_TEMP, ENGINES_DIR}
+    return {*manifest.files, MANIFEST_NAME, MANIFEST_TEMP, ENGINES_DIR}
 
 
 def _check_free_space(directory: Path, required_bytes: int) -> None:
@@ -373,27 +283,8 @@ def _seal(path: Path) -> FileInfo:
     if not stat.S_ISREG(path.lstat().st_mode):
         raise BundleError(f"{path} is not a plain file; a bundle holds nothing else")
     info = sha256_file(path)
-    _fsync(path)
+    fsync(path)
     return info
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some FUSE and shared-folder mounts have no fsync for directories: nothing to be done.
-        if error.errno != errno.EINVAL or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _exchange(one: Path, other: Path) -> None:

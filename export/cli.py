@@ -22,6 +22,18 @@ def _keep(
     return tuple(result)
 
 
+def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    """Make the recipe's values the defaults of the other options."""
+    if path is None:
+        return
+    from .recipe import read_recipe
+
+    options = read_recipe(path)
+    if "keep" in options:
+        options["keep"] = [f"{pattern}={scheme}" for pattern, scheme in options["keep"]]
+    ctx.default_map = options
+
+
 @click.command()
 @click.argument("source")
 @click.option(
@@ -33,7 +45,7 @@ def _keep(
 )
 @click.option(
     "--quant",
-    type=click.Choice(["fp16", "bf16", "int8", "int4"]),
+    type=click.Choice(["fp16", "bf16", "int8", "int8-w8a8", "int4"]),
     default="int4",
     show_default=True,
     help="Scheme of the linear layers.",
@@ -49,8 +61,9 @@ def _keep(
     multiple=True,
     callback=_keep,
     metavar="PATTERN=SCHEME",
-    help="Another scheme (float, int8, int4) for the layers that match, e.g. 'lm_head=int4' or "
-    "'layers.0.*=int8'. INT4 recipes store the lm_head in INT8 unless told otherwise.",
+    help="Another scheme (float, int8, int4, w8a8) for the layers that match, e.g. "
+    "'lm_head=int4' or 'layers.0.*=int8'. INT4 recipes store the lm_head in INT8 unless told "
+    "otherwise, int8-w8a8 stores it and the down projections in INT8 with float inputs.",
 )
 @click.option(
     "--clip",
@@ -58,6 +71,37 @@ def _keep(
     default="mse",
     show_default=True,
     help="How scales are chosen: least squared error, or the largest weight (faster, worse).",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "awq", "gptq", "awq+gptq"]),
+    default="rtn",
+    show_default=True,
+    help="How INT4 layers are rounded. awq and awq+gptq keep most quality but calibrate for long; "
+    "rtn needs no calibration and takes a minute.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='Text, or JSONL of {"text": ...} or {"messages": [...]}; default: a built-in text.',
+)
+@click.option("--calibration-tokens", type=int, help="At most so many; default 16384.")
+@click.option("--seed", type=int, help="Of the order of the calibration documents; default 0.")
+@click.option(
+    "--rotate/--no-rotate",
+    default=None,
+    help="Spread outliers by rotating the hidden states, exact in float; unties a tied lm_head. "
+    "Default: for int8-w8a8 only.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_recipe,
+    help="TOML or JSON with these options; one given here wins over the file's.",
 )
 @click.option(
     "--dialect",

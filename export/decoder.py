@@ -33,12 +33,14 @@ class StoredLinear:
         weight: ``[in, out]``.
         scale: ``[groups, out]`` or ``[out]`` in the graph's float type; None for float weights.
         bias: ``[out]`` or None.
+        input_scale: scalar in the graph's float type, for inputs rounded to INT8, or None.
     """
 
     scheme: TensorScheme
     weight: StoredTensor
     scale: StoredTensor | None
     bias: StoredTensor | None
+    input_scale: StoredTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def build_decoder(
         tensors: where the weights lie.
         kv_capacity: rows of the cache; a number in the graph's inputs and outputs only.
     """
-    writer = _Native if dialect == "native" else _Portable
+    writer = _Native if dialect == "native" else PortableDecoder
     return writer(model, float_type, tensors).build(dialect, kv_capacity)
 
 
@@ -160,6 +162,11 @@ class _Decoder:
 
     def linear(self, x: str, name: str, output: str | None = None) -> str:
         g, stored = self.g, self.tensors.linears[name]
+        if stored.input_scale is not None:
+            # TensorRT's explicit quantization: symmetric, the zero point only states the type.
+            grid = [g.external(stored.input_scale), g.int8_zero("zero_point")]
+            x = g.node("QuantizeLinear", [x, *grid], f"{name}.input.quantized")
+            x = g.node("DequantizeLinear", [x, *grid], f"{name}.input.dequantized")
         if stored.scale is None:
             weight = g.floats(stored.weight)
         else:
@@ -254,17 +261,14 @@ class _Native(_Decoder):
         )
 
 
-class _Portable(_Decoder):
+class PortableDecoder(_Decoder):
     """Opset 21: primitive operators only; the runtime appends to the cache."""
 
     def prologue(self) -> None:
+        """Rows of the RoPE tables and the additive masks."""
         g = self.g
-        last = g.constant("axes.last", [-1])
-        # One row of cos/sin per token, broadcast over the heads: [B, 1, S, D / 2].
-        head_axis = g.constant("axes.1", [1])
-        for name, table in (("cos", self.tensors.rope_cos), ("sin", self.tensors.rope_sin)):
-            rows = g.node("Gather", [g.floats(table), io_spec.POSITION_IDS], f"rope.{name}.rows")
-            g.node("Unsqueeze", [rows, head_axis], f"rope.{name}")
+        self.rope_rows()
+        last, head_axis = g.constant("axes.last", [-1]), g.constant("axes.1", [1])
         # Additive masks in fp32, the type of the scores. The new tokens among themselves by
         # position, so that padding behind a short sequence is never seen.
         zero = g.scalar("mask.keep", 0.0, "fp32")
@@ -283,7 +287,15 @@ class _Portable(_Decoder):
         seq_len = g.node("Shape", [io_spec.POSITION_IDS], "seq_len", start=1, end=2)
         g.node("Concat", ["kv_len", seq_len], "split.scores", axis=0)
 
+    def rope_rows(self) -> None:
+        """One row of cos/sin per token, broadcast over the heads: ``[B, 1, S, D / 2]``."""
+        g = self.g
+        for name, table in (("cos", self.tensors.rope_cos), ("sin", self.tensors.rope_sin)):
+            rows = g.node("Gather", [g.floats(table), io_spec.POSITION_IDS], f"rope.{name}.rows")
+            g.node("Unsqueeze", [rows, g.constant("axes.1", [1])], f"rope.{name}")
+
     def norm(self, x: str, name: str) -> str:
+        """See the base class."""
         g = self.g
         fp32 = g.float_type == "fp32"
         wide = x if fp32 else g.node("Cast", [x], f"{name}.fp32", to=_FP32)
@@ -299,6 +311,7 @@ class _Portable(_Decoder):
         return g.node("Mul", [normed, g.floats(self.tensors.norms[name])], f"{name}.out")
 
     def rope(self, x: str, output: str) -> str:
+        """See the base class."""
         g = self.g
         half = self.model.head_dim // 2
         first, second = f"{output}.first", f"{output}.second"
@@ -328,17 +341,18 @@ class _Portable(_Decoder):
         return g.node("Concat", [low, high], output, axis=-1)
 
     def key_name(self, i: int) -> str:
+        """The keys leave the graph as they are."""
         return io_spec.new_key(i)
 
     def heads_name(self, x: str) -> str:
-        # The values leave the graph as they are, so their last node carries the output's name.
+        """Name of a projection's heads; the values leave the graph as they are."""
         parts = x.split(".")
         if parts[0] == "layers" and parts[2:] == ["v", "heads"]:
             return io_spec.new_value(int(parts[1]))
         return f"{x}.t"
 
     def attention(self, i: int, q: str, k: str, v: str) -> str:
-        # softmax([q.K_past | q.K_new]) joins the two parts in the scores, never in the cache.
+        """Join past and new in the scores, never in the cache: softmax([q.K_past | q.K_new])."""
         g, m = self.g, self.model
         name = f"layers.{i}"
         shared, size = m.num_heads // m.num_kv_heads, m.head_dim

@@ -66,6 +66,12 @@ class GraphBuilder:
             )
         return name
 
+    def int8_zero(self, name: str) -> str:
+        """The INT8 scalar 0."""
+        if name not in self._initializers:
+            self._initializers[name] = onnx.numpy_helper.from_array(np.int8(0), name)
+        return name
+
     def external(self, tensor: StoredTensor) -> str:
         """An initializer whose bytes lie in a data file."""
         if tensor.name not in self._initializers:

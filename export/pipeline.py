@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from edge import io_spec
 from edge._version import __version__
+from edge.chat import ChatTemplate
 from edge.errors import CheckpointError, ConfigError
 from edge.manifest import (
     SCHEMA_VERSION,
+    Calibration,
     Dialect,
     FloatType,
     Graphs,
@@ -29,21 +31,35 @@ from edge.manifest import (
     Quantization,
     TensorScheme,
 )
+from edge.tokenizer import Tokenizer
 
 from .bundle import BundleWriter
+from .calibrated import CalibratedLinears, Method
+from .calibration import (
+    DEFAULT_TOKENS,
+    SEQ_LEN,
+    LayerRunner,
+    calibration_batches,
+    read_calibration_text,
+)
 from .checkpoint import Checkpoint, open_checkpoint
 from .data_file import DataFile, StoredTensor
 from .decoder import DecoderTensors, StoredLinear, build_decoder
 from .graph_builder import ONNX_TYPE
-from .quantize.linear import LinearTensors, convert_linear
-from .recipe import Clip, LinearSpec, Quant, Recipe, linear_layers
+from .quantize.linear import LinearTensors, RowQuantizer, convert_linear
+from .quantize.rotation import RotatedCheckpoint
+from .recipe import Clip, LinearSpec, Quant, Recipe, linear_layers, norm_sources
 from .rope import rope_tables
 from .safetensors_writer import TensorSource, write_safetensors
 
 DEFAULT_KV_CAPACITY = 4096
 GraphType = Literal["fp16", "bf16"]
 _EMBEDDING_ROWS = 8192
-_INT_TYPE = {"int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.INT4}
+_INT_TYPE = {
+    "int8": onnx.TensorProto.INT8,
+    "w8a8": onnx.TensorProto.INT8,
+    "int4": onnx.TensorProto.INT4,
+}
 _NUMPY_TYPE: dict[str, np.dtype[np.generic]] = {
     "fp16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
@@ -65,6 +81,12 @@ class ExportConfig:
         group_size: see `recipe.Recipe`.
         keep: see `recipe.Recipe`.
         clip: see `recipe.Recipe`.
+        method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated.
+        calibration: text or JSONL to calibrate with; None is the built-in text.
+        calibration_tokens: at most so many; None is `calibration.DEFAULT_TOKENS`.
+        seed: of the order of the calibration documents; None is 0.
+        rotate: rotate the residual stream and the heads' values (`quantize.rotation`); None does
+            so for ``int8-w8a8`` only.
         dialect: see `edge.io_spec`.
         dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
         kv_capacity: cache rows per sequence; None is 4096 or the model's own maximum, if less.
@@ -79,6 +101,11 @@ class ExportConfig:
     group_size: int | None = None
     keep: tuple[tuple[str, str], ...] = ()
     clip: Clip = "mse"
+    method: Method = "rtn"
+    calibration: Path | None = None
+    calibration_tokens: int | None = None
+    seed: int | None = None
+    rotate: bool | None = None
     dialect: Dialect = "native"
     dtype: GraphType | None = None
     kv_capacity: int | None = None
@@ -93,6 +120,7 @@ class ExportConfig:
         for option, value, choices in (
             ("--quant", self.quant, Quant),
             ("--clip", self.clip, Clip),
+            ("--method", self.method, Method),
             ("--dialect", self.dialect, Dialect),
             ("--dtype", self.dtype or implied, GraphType),
         ):
@@ -104,9 +132,24 @@ class ExportConfig:
             raise ConfigError(
                 f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"
             )
+        rounds_inputs = self.quant == "int8-w8a8" or any(kind == "w8a8" for _, kind in self.keep)
+        for option, setting in (
+            ("--calibration", self.calibration),
+            ("--calibration-tokens", self.calibration_tokens),
+            ("--seed", self.seed),
+        ):
+            if setting is not None and self.method == "rtn" and not rounds_inputs:
+                raise ConfigError(
+                    f"{option} has no effect with --method rtn; use --method awq+gptq or leave "
+                    "it out"
+                )
+        if self.method != "rtn" and self.clip != "mse":
+            raise ConfigError(f"--clip {self.clip} has no effect with --method {self.method}")
         object.__setattr__(self, "float_type", self.dtype or implied)
         recipe = Recipe(self.quant, self.group_size, self.keep, self.clip)
         object.__setattr__(self, "recipe", recipe)
+        if self.rotate is None:
+            object.__setattr__(self, "rotate", self.quant == "int8-w8a8")
 
 
 def export_checkpoint(config: ExportConfig, progress: Progress | None = None) -> Manifest:
@@ -126,6 +169,8 @@ def export_checkpoint(config: ExportConfig, progress: Progress | None = None) ->
 class _Export:
     def __init__(self, config: ExportConfig, checkpoint: Checkpoint, progress: Progress) -> None:
         self.config = config
+        if config.rotate:
+            checkpoint = RotatedCheckpoint(checkpoint)
         self.checkpoint = checkpoint
         self.model = checkpoint.spec
         self.schemes = config.recipe.schemes(self.model)
@@ -137,6 +182,9 @@ class _Export:
         )
         io_spec.check_capacity(self.kv_capacity, self.positions)
         self.layers = linear_layers(self.model)
+        self.calibration: Calibration | None = None
+        self.peaks: dict[str, float] = {}
+        self.input_scales: dict[str, float] = {}
         self.progress = progress
         self.weights_done = 0
         self.weights_total = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
@@ -163,15 +211,18 @@ class _Export:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(DataFile(writer.path(f"{name}.data"))) for name in names]
             linears: list[dict[str, StoredLinear]] = [{} for _ in files]
-            for layer in self.layers:
-                tensors = self.convert(layer)
+            for layer, quantize in self.rounding():
+                tensors = self.convert(layer, quantize)
                 stored = self.store_linear(layer, tensors, files, float_types)
                 for target, linear in zip(linears, stored, strict=True):
                     target[layer.name] = linear
                 num_bytes = stored[0].weight.num_bytes
                 num_bytes += stored[0].scale.num_bytes if stored[0].scale else 0
                 infos[layer.name] = LinearInfo(
-                    scheme=self.schemes[layer.name], shape=layer.shape, num_bytes=num_bytes
+                    scheme=self.schemes[layer.name],
+                    shape=layer.shape,
+                    num_bytes=num_bytes,
+                    activation_scale=self.input_scales.get(layer.name),
                 )
             norms = [self.store_norms(*pair) for pair in zip(files, float_types, strict=True)]
             ropes = [self.store_rope(*pair) for pair in zip(files, float_types, strict=True)]
@@ -183,7 +234,40 @@ class _Export:
             writer.write_bytes(names[i], proto.SerializeToString())
         return graphs, infos
 
-    def convert(self, layer: LinearSpec) -> LinearTensors:
+    def rounding(self) -> Iterable[tuple[LinearSpec, RowQuantizer | None]]:
+        """Every linear and how its rows are rounded; None is to nearest."""
+        method = self.config.method
+        kinds = {scheme.kind for scheme in self.schemes.values()}
+        if method == "rtn" and "w8a8" not in kinds:
+            return ((layer, None) for layer in self.layers)
+        if method != "rtn" and "int4" not in kinds:
+            raise ConfigError(f"--method {method} has no effect: no layer is INT4; leave it out")
+        content = self.checkpoint.text
+        text = read_calibration_text(self.config.calibration)
+        seq_len = min(SEQ_LEN, self.positions)
+        template = content.chat_template
+        seed = self.config.seed or 0
+        ids = calibration_batches(
+            Tokenizer.from_bytes(content.tokenizer_json, content.tokens),
+            None if template is None else ChatTemplate(template, content.tokens),
+            text,
+            self.config.calibration_tokens or DEFAULT_TOKENS,
+            seq_len,
+            seed,
+        )
+        self.calibration = Calibration(
+            text=text.name, sha256=text.sha256, num_tokens=ids.size, seq_len=seq_len, seed=seed
+        )
+        runner = LayerRunner(self.checkpoint, ids)
+        self.peaks = runner.peaks
+        linears = CalibratedLinears(
+            runner, self.schemes, method, _NUMPY_TYPE[self.config.float_type]
+        )
+        self.checkpoint = linears.checkpoint
+        self.input_scales = linears.input_scales
+        return linears
+
+    def convert(self, layer: LinearSpec, quantize: RowQuantizer | None) -> LinearTensors:
         def count(done: int) -> None:
             self.weights_done += done
             self.progress("quantize", self.weights_done, self.weights_total)
@@ -195,6 +279,7 @@ class _Export:
             self.config.clip,
             _NUMPY_TYPE[self.config.float_type],
             count,
+            quantize,
         )
 
     def store_linear(
@@ -222,18 +307,14 @@ class _Export:
             stored_bias = (
                 None if bias is None else _add_floats(file, f"{layer.name}.bias", bias, float_type)
             )
-            result.append(StoredLinear(scheme, weight, scale, stored_bias))
+            input_scale = None
+            if scheme.kind == "w8a8":
+                values = np.array(self.input_scales[layer.name], dtype=np.float32)
+                input_scale = _add_floats(file, f"{layer.name}.input_scale", values, float_type)
+            result.append(StoredLinear(scheme, weight, scale, stored_bias, input_scale))
         return result
 
     def store_norms(self, file: DataFile, float_type: FloatType) -> dict[str, StoredTensor]:
-        sources = {"final_norm": "model.norm.weight"}
-        for i in range(self.model.num_layers):
-            block = f"model.layers.{i}"
-            sources[f"layers.{i}.input_norm"] = f"{block}.input_layernorm.weight"
-            sources[f"layers.{i}.post_norm"] = f"{block}.post_attention_layernorm.weight"
-            if self.model.qk_norm:
-                for part in "qk":
-                    sources[f"layers.{i}.{part}_norm"] = f"{block}.self_attn.{part}_norm.weight"
         return {
             name: _add_floats(
                 file,
@@ -241,7 +322,7 @@ class _Export:
                 self.checkpoint.tensor(source).astype(np.float32),
                 float_type,
             )
-            for name, source in sources.items()
+            for name, source in norm_sources(self.model).items()
         }
 
     def store_rope(
@@ -291,15 +372,19 @@ class _Export:
             rope_positions=self.positions,
             quantization=Quantization(
                 name=self.config.quant,
-                method="rtn" if quantized else "none",
+                method=self.config.method if quantized else "none",
                 clip=self.config.clip if quantized else "none",
                 linears=linears,
+                calibration=self.calibration,
+                smoothed=bool(self.input_scales),
+                rotated=bool(self.config.rotate),
             ),
             sampling=self.checkpoint.text.sampling,
             tokens=self.checkpoint.text.tokens,
             source=self.checkpoint.source,
             graphs=graphs,
             files={},
+            quality={"activation_peaks": self.peaks} if self.peaks else None,
         )
 
 
@@ -310,7 +395,7 @@ def estimated_bytes(model: ModelSpec, schemes: dict[str, TensorScheme], position
     for layer in linear_layers(model):
         width, out = layer.shape
         scheme = schemes[layer.name]
-        weight_bits = {"float": 16, "int8": 8, "int4": 4}[scheme.kind]
+        weight_bits = {"float": 16, "int8": 8, "w8a8": 8, "int4": 4}[scheme.kind]
         groups = 0 if scheme.kind == "float" else width // (scheme.group_size or width)
         total += width * out * weight_bits // 8 + groups * out * (2 + 4)
     return total + (64 << 20)  # norms, biases, graphs, tokenizer, alignment

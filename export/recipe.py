@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from edge.errors import ConfigError
+import msgspec
+
+from edge.errors import ConfigError, DependencyError
 from edge.manifest import ModelSpec, TensorScheme
 
 GROUP_SIZES = (128, 64, 32)  # what TensorRT's INT4 block quantization was built with
-Quant = Literal["fp16", "bf16", "int8", "int4"]
+Quant = Literal["fp16", "bf16", "int8", "int8-w8a8", "int4"]
 Clip = Literal["absmax", "mse"]
 
 
@@ -60,6 +63,19 @@ def linear_layers(model: ModelSpec) -> list[LinearSpec]:
     return layers
 
 
+def norm_sources(model: ModelSpec) -> dict[str, str]:
+    """HF name of every RMSNorm weight by its name in the graph."""
+    sources = {"final_norm": "model.norm.weight"}
+    for i in range(model.num_layers):
+        block = f"model.layers.{i}"
+        sources[f"layers.{i}.input_norm"] = f"{block}.input_layernorm.weight"
+        sources[f"layers.{i}.post_norm"] = f"{block}.post_attention_layernorm.weight"
+        if model.qk_norm:
+            for part in "qk":
+                sources[f"layers.{i}.{part}_norm"] = f"{block}.self_attn.{part}_norm.weight"
+    return sources
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A quantization as asked for; `schemes` resolves it for a model.
@@ -69,7 +85,8 @@ class Recipe:
         group_size: weights that share a scale; 0 is one scale per output channel (INT8 only);
             None picks the largest of 128, 64, 32 that divides every layer's input width.
         keep: ``(pattern, scheme)`` overrides in the order given, the last match wins. The
-            pattern is a shell wildcard on layer names, the scheme ``float``, ``int8`` or ``int4``.
+            pattern is a shell wildcard on layer names, the scheme ``float``, ``int8``, ``int4`` or
+            ``w8a8``.
         clip: how a group's scale is chosen.
     """
 
@@ -82,17 +99,23 @@ class Recipe:
         """The scheme of every linear layer.
 
         An INT4 recipe stores the lm_head in INT8 unless told otherwise: INT4 there costs more
-        quality than all other layers together and the vocabulary is one matrix only.
+        quality than all other layers together and the vocabulary is one matrix only. INT8-W8A8
+        rounds the inputs of all layers but down, where the first token of a text is a thousand
+        times louder than the others, and the lm_head, which runs for one token of a prompt.
 
         Raises:
             ConfigError: a group size that TensorRT or the model's shapes do not allow, a pattern
                 that matches no layer, an unknown scheme, an option that no layer obeys.
         """
         layers = linear_layers(model)
-        default = self._scheme("float" if self.quant in ("fp16", "bf16") else self.quant, layers)
+        kinds = {"fp16": "float", "bf16": "float", "int8-w8a8": "w8a8"}
+        default = self._scheme(kinds.get(self.quant, self.quant), layers)
         result = dict.fromkeys((layer.name for layer in layers), default)
         if self.quant == "int4":
             result["lm_head"] = self._scheme("int8", layers)
+        if self.quant == "int8-w8a8":
+            weak = [*fnmatch.filter(result, "*.down"), "lm_head"]
+            result.update(dict.fromkeys(weak, self._scheme("int8", layers)))
         for pattern, kind in self.keep:
             names = fnmatch.filter(result, pattern)
             if not names:
@@ -115,8 +138,10 @@ class Recipe:
     def _scheme(self, kind: str, layers: list[LinearSpec]) -> TensorScheme:
         if kind == "float":
             return TensorScheme(kind="float")
+        if kind == "w8a8":
+            return TensorScheme(kind="w8a8")
         if kind not in ("int8", "int4"):
-            raise ConfigError(f"unknown scheme {kind!r}; use float, int8 or int4")
+            raise ConfigError(f"unknown scheme {kind!r}; use float, int8, int4 or w8a8")
         widths = sorted({layer.shape[0] for layer in layers})
         size = self.group_size
         if size is None:
@@ -136,3 +161,51 @@ class Recipe:
                 f"group sizes that fit are {fitting}"
             )
         return TensorScheme(kind="int8" if kind == "int8" else "int4", group_size=size)
+
+
+class _RecipeFile(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    quant: Quant | None = None
+    method: Literal["rtn", "awq", "gptq", "awq+gptq"] | None = None
+    group_size: int | None = None
+    keep: dict[str, str] | None = None
+    clip: Clip | None = None
+    dtype: Literal["fp16", "bf16"] | None = None
+    calibration: str | None = None
+    calibration_tokens: int | None = None
+    seed: int | None = None
+    rotate: bool | None = None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe in TOML or, if the file's name ends so, JSON.
+
+    The keys are the options of ``edge-llm export`` in snake case; ``keep`` is a table from pattern
+    to scheme. A relative ``calibration`` starts from the recipe's directory.
+
+    Returns:
+        Arguments of `pipeline.ExportConfig`, for the keys that the file has.
+
+    Raises:
+        ConfigError: the file cannot be read, has an unknown key or a wrong value; it is named.
+        DependencyError: TOML on Python 3.10 without the package tomli.
+    """
+    decode = msgspec.json.decode if path.suffix.lower() == ".json" else msgspec.toml.decode
+    try:
+        recipe = decode(path.read_bytes(), type=_RecipeFile)
+    except OSError as error:
+        raise ConfigError(f"--recipe {path} cannot be read: {error.strerror}") from error
+    except ImportError as error:
+        raise DependencyError(
+            "recipes in TOML need the package tomli before Python 3.11; install it with: "
+            "pip install 'jetson-edge-llm[export]'"
+        ) from error
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--recipe {path} is not valid: {error}") from error
+    options: dict[str, Any] = {
+        name: value for name, value in msgspec.structs.asdict(recipe).items() if value is not None
+    }
+    if "keep" in options:
+        options["keep"] = tuple(options["keep"].items())
+    if "calibration" in options:
+        options["calibration"] = path.parent / options["calibration"]
+    return options

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
@@ -14,7 +14,7 @@ import edge
 
 ROOT = Path(edge.__file__).parent.parent
 HEAVY = ("onnxruntime", "onnx", "tensorrt", "numpy", "tokenizers", "minijinja", "msgspec", "rich")
-# Measured 10 ms; a busy runner may take many times that, numpy alone takes 60.
+# Measured 10 ms at most; a slow runner takes many times that, numpy alone takes 110.
 MAX_IMPORT_S = 0.15
 
 
@@ -49,19 +49,16 @@ def test_importing_the_runtime_loads_no_engine(tmp_path: Path):
 
 
 def test_importing_the_package_is_quick(tmp_path: Path):
-    code = "import time; t = time.perf_counter(); import edge; print(time.perf_counter() - t)"
-    assert median(float(bare(code, tmp_path)) for _ in range(5)) < MAX_IMPORT_S
+    """Against a bare interpreter, in processor time: load moves it less than the wall clock."""
 
-
-def test_the_whole_start_is_quick(tmp_path: Path):
-    """From outside, against an interpreter that imports nothing."""
-
-    def wall(code: str) -> float:
-        started = time.perf_counter()
+    def seconds(code: str) -> float:
+        before = os.times()
         bare(code, tmp_path)
-        return time.perf_counter() - started
+        after = os.times()
+        children = (after.children_user, after.children_system)
+        return sum(children) - before.children_user - before.children_system
 
-    pairs = [(wall("pass"), wall("import edge")) for _ in range(5)]
+    pairs = [(seconds("pass"), seconds("import edge")) for _ in range(7)]
     assert median(more - less for less, more in pairs) < MAX_IMPORT_S
 
 
@@ -78,7 +75,7 @@ def test_every_public_name_resolves():
     [
         (
             "onnxruntime",
-            "from edge.backends.ort import _open_session; _open_session(None, None, None, None)",
+            "from edge.backends.ort import _open_session; _open_session(None, None, None, None, int8_activations=True)",
             "pip install 'jetson-edge-llm[cpu]'",
         ),
         (

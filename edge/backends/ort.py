@@ -42,6 +42,9 @@ class OrtBackend:
         max_step_tokens: the most tokens per sequence and step; bounds the activations' memory.
         num_threads: None is one per physical core.
         fuse_attention: rewrite attention for the CPU (`cpu_attention`); off runs the graph as is.
+        int8_activations: let MatMulNBits round each block of activations to int8 (accuracy level
+            4), its fastest kernel. That error is this engine's own, not the bundle's; off computes
+            in FP32, several times slower, as the reference of engines with float activations.
 
     Raises:
         DependencyError: onnxruntime is missing or too old for the bundle's dialect.
@@ -61,6 +64,7 @@ class OrtBackend:
         max_step_tokens: int = 512,
         num_threads: int | None = None,
         fuse_attention: bool = True,
+        int8_activations: bool = True,
     ) -> None:
         if num_slots < 1 or max_step_tokens < 1:
             raise ConfigError(
@@ -80,7 +84,9 @@ class OrtBackend:
         self._fused = fuse_attention and self.dialect == "native"
         if self._fused:
             fuse_cache_attention(graph, self.model)
-        self._session = _open_session(graph, bundle, manifest, num_threads)
+        self._session = _open_session(
+            graph, bundle, manifest, num_threads, int8_activations=int8_activations
+        )
         _return_freed_memory()
         self._outputs = [value.name for value in self._session.get_outputs()]
         model = self.model
@@ -302,7 +308,12 @@ def _load_graph(path: Path, manifest: Manifest, float_type: FloatType, capacity:
 
 
 def _open_session(
-    graph: OnnxFile, bundle: Path, manifest: Manifest, num_threads: int | None
+    graph: OnnxFile,
+    bundle: Path,
+    manifest: Manifest,
+    num_threads: int | None,
+    *,
+    int8_activations: bool,
 ) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime as ort
@@ -323,8 +334,10 @@ def _open_session(
     options.intra_op_num_threads = num_threads or 0
     # The arena grows in powers of two and never shrinks: 250 MB more resident at 1.5B.
     options.enable_cpu_mem_arena = False
-    # 4 = int8 activations inside MatMulNBits, its fastest kernel.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+    # What MatMulNBits computes with, as its schema numbers it: 1 is fp32, 4 is int8.
+    options.add_session_config_entry(
+        "session.qdq_matmulnbits_accuracy_level", "4" if int8_activations else "1"
+    )
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", os.fspath(bundle.resolve())
     )

@@ -1,4 +1,4 @@
-"""``edge-llm inspect``: what a bundle is."""
+"""``edge-llm inspect``: what a bundle or one of its engines is."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ import click
 import msgspec
 
 from edge import io_spec
+from edge.engine_file import ENGINE_JSON
 from edge.manifest import Manifest, read_manifest, verify_files
 
 from . import echo_json
+from .inspect_engine import inspect_engine
 from .options import bundle_argument
 
 
 @click.command()
 @bundle_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-@click.option("--layers", is_flag=True, help="List every linear layer.")
+@click.option("--layers", is_flag=True, help="List every linear layer; of an engine, all layers.")
 @click.option("--no-verify", is_flag=True, help="Do not hash the files.")
 def inspect(bundle: Path, as_json: bool, layers: bool, no_verify: bool) -> None:
-    """Show what BUNDLE is: dimensions, schemes, bytes by part, hashes."""
+    """Show what BUNDLE is: dimensions, schemes, bytes by part, hashes.
+
+    BUNDLE may also be the directory of an engine in it, BUNDLE/engines/NAME.
+    """
+    if (bundle / ENGINE_JSON).is_file():
+        inspect_engine(bundle, as_json, layers, verify=not no_verify)
+        return
     manifest = read_manifest(bundle)
     if not no_verify:
         verify_files(bundle, manifest)
@@ -76,7 +84,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
         (
             "quantization",
             f"{manifest.quantization.name} ({manifest.quantization.method}, clip "
-            f"{manifest.quantization.clip})",
+            f"{manifest.quantization.clip}{_folded(manifest)})",
         ),
         ("sampling", ", ".join(f"{k} {v:g}" for k, v in _sampling(manifest).items())),
         ("files", "all hashes match" if verified else "not verified"),
@@ -99,6 +107,12 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
     for name, info in manifest.files.items():
         files.add_row(name, f"{info.num_bytes:,}", info.sha256[:16])
     console.print(files)
+
+
+def _folded(manifest: Manifest) -> str:
+    quantization = manifest.quantization
+    folded = {"smoothed": quantization.smoothed, "rotated": quantization.rotated}
+    return "".join(f", {name}" for name, is_so in folded.items() if is_so)
 
 
 def _sampling(manifest: Manifest) -> dict[str, float]:

@@ -18,13 +18,16 @@ from edge.errors import CheckpointError
 from edge.manifest import TensorScheme
 
 from .packing import pack_int4
-from .rtn import quantize_rows
+from .rtn import QuantizedRows, quantize_rows
 
 # Elements of a tile: 1 MiB of float32, so a tile and its temporaries stay near the L2 cache.
 _TILE_ELEMENTS = 1 << 18
+_WIDE_TILE_ELEMENTS = 1 << 22
 _THREADS = 2
 
 Progress = Callable[[int], None]
+RowQuantizer = Callable[[NDArray[np.float32]], QuantizedRows]
+"""Quantizes float32 ``[rows, in]``, any number of rows at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def convert_linear(
     clip: Literal["absmax", "mse"],
     float_type: np.dtype[np.generic],
     progress: Progress,
+    quantize: RowQuantizer | None = None,
 ) -> LinearTensors:
     """Stack ``[out, in]`` parts, transpose to ``[in, out]`` and store them as the scheme says.
 
@@ -57,6 +61,7 @@ def convert_linear(
         clip: see `rtn.quantize_rows`.
         float_type: the graph's float type.
         progress: called with the number of weights done.
+        quantize: how to round a tile of rows; None rounds to nearest with ``clip``.
 
     Raises:
         CheckpointError: a weight is not finite, or too large for the graph's float type.
@@ -82,7 +87,10 @@ def convert_linear(
         if scale is None:
             weight[:, first:last] = rows.T.astype(float_type)
             return rows.size
-        result = quantize_rows(rows, scheme, clip, float_type)
+        if quantize is None:
+            result = quantize_rows(rows, scheme, clip, float_type)
+        else:
+            result = quantize(rows)
         scale[:, first:last] = result.scales.T
         if weight.dtype == np.uint8:
             columns = np.ascontiguousarray(result.values.T)
@@ -91,8 +99,10 @@ def convert_linear(
             weight[:, first:last] = result.values.T
         return rows.size
 
+    # A calibrated method works through all columns of a tile: more rows, better matrix products.
+    elements = _TILE_ELEMENTS if quantize is None else _WIDE_TILE_ELEMENTS
     with ThreadPoolExecutor(_THREADS) as pool:
-        for count in pool.map(convert, _tiles([len(part) for part in parts], width)):
+        for count in pool.map(convert, _tiles([len(part) for part in parts], width, elements)):
             progress(count)
     if scheme.kind == "int4" and weight.dtype == np.int8:
         weight = pack_int4(weight.astype(np.int8, copy=False))
@@ -109,9 +119,9 @@ class _Tile:
     column: int  # of the fused matrix
 
 
-def _tiles(lengths: Sequence[int], width: int) -> Iterator[_Tile]:
+def _tiles(lengths: Sequence[int], width: int, elements: int) -> Iterator[_Tile]:
     """Row tiles; all but a part's last have an even number of rows, as packing needs."""
-    step = max(_TILE_ELEMENTS // width, 2) // 2 * 2
+    step = max(elements // width, 2) // 2 * 2
     column = 0
     for part, length in enumerate(lengths):
         for start in range(0, length, step):

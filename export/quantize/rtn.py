@@ -37,6 +37,7 @@ def quantize_rows(
     scheme: TensorScheme,
     clip: Literal["absmax", "mse"],
     scale_type: np.dtype[np.generic],
+    importance: NDArray[np.float32] | None = None,
 ) -> QuantizedRows:
     """Quantize ``[rows, in]`` weights, each row cut into groups along ``in``.
 
@@ -46,19 +47,27 @@ def quantize_rows(
         clip: ``absmax`` maps a group's largest magnitude to the largest integer; ``mse`` tries
             smaller scales and keeps the one with the least squared error.
         scale_type: float16 or bfloat16, in which the scales will be stored.
+        importance: float32 ``[in]``, weight of each column's squared error for ``mse``: the mean
+            square of its input makes that the error of the output. None weighs all alike.
     """
-    low, high = (-8, 7) if scheme.kind == "int4" else (-128, 127)
+    low, high = integer_range(scheme)
     rows, width = weights.shape
     size = scheme.group_size or width
     groups = weights.reshape(rows, width // size, size)
     top = np.abs(groups).max(axis=-1)
-    scales = _storable(top / np.float32(high), scale_type)
+    scales = storable_scales(top / np.float32(high), scale_type)
     if clip == "mse":
-        scales = _least_squares_scales(groups, scales, low, high, scale_type)
+        weight = None if importance is None else importance.reshape(-1, size)
+        scales = _least_squares_scales(groups, scales, low, high, scale_type, weight)
     quantized = groups * (np.float32(1.0) / scales)[..., None]
     np.rint(quantized, out=quantized)
     np.clip(quantized, low, high, out=quantized)
     return QuantizedRows(quantized.astype(np.int8).reshape(rows, width), scales)
+
+
+def integer_range(scheme: TensorScheme) -> tuple[int, int]:
+    """The least and the largest integer of a scheme."""
+    return (-8, 7) if scheme.kind == "int4" else (-128, 127)
 
 
 def dequantize_rows(rows: QuantizedRows) -> NDArray[np.float32]:
@@ -68,7 +77,9 @@ def dequantize_rows(rows: QuantizedRows) -> NDArray[np.float32]:
     return (groups * rows.scales[..., None]).reshape(num_rows, width)
 
 
-def _storable(scales: NDArray[np.float32], scale_type: np.dtype[np.generic]) -> NDArray[np.float32]:
+def storable_scales(
+    scales: NDArray[np.float32], scale_type: np.dtype[np.generic]
+) -> NDArray[np.float32]:
     """Round to the stored type, never below its smallest normal number (2**-14 for float16).
 
     bfloat16 shares float16's floor: its own (2**-126) would overflow the reciprocal's products.
@@ -84,19 +95,24 @@ def _least_squares_scales(
     low: int,
     high: int,
     scale_type: np.dtype[np.generic],
+    weight: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
     best = scales
     least: NDArray[np.float32] | None = None
     rounded = np.empty_like(groups)
     scaled = np.empty_like(groups)
     for fraction in _MSE_FRACTIONS:
-        candidate = _storable(scales * np.float32(fraction), scale_type)
+        candidate = storable_scales(scales * np.float32(fraction), scale_type)
         np.multiply(groups, (np.float32(1.0) / candidate)[..., None], out=scaled)
         np.rint(scaled, out=rounded)
         np.clip(rounded, low, high, out=rounded)
         np.subtract(rounded, scaled, out=rounded)
         # Relative to the largest scale, whose square may be beyond float32.
-        error = np.einsum("rgk,rgk->rg", rounded, rounded) * np.square(candidate / scales)
+        if weight is None:
+            error = np.einsum("rgk,rgk->rg", rounded, rounded)
+        else:
+            error = np.einsum("rgk,rgk,gk->rg", rounded, rounded, weight)
+        error *= np.square(candidate / scales)
         if least is None:
             best, least = candidate, error
         else:

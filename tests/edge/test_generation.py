@@ -80,6 +80,7 @@ def test_the_answer_ends_at_an_end_token(table: EmbeddingTable):
     loop = Loop(table)
     assert loop.run([46], max_tokens=100) == ([47, 48, 49], "stop")
     assert loop.run([1], end_ids=(3, 5)) == ([2, 3], "stop")
+    assert loop.run([48]) == ([49], "stop")
     assert loop.run([END, 1], end_ids=(END, 3)) == ([2, 3], "stop")  # of a prompt it ends nothing
     # An end token that comes as the last one allowed is still an end.
     assert loop.run([1], max_tokens=2, end_ids=(3,)) == ([2, 3], "stop")

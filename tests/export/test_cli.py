@@ -121,7 +121,7 @@ def test_an_existing_bundle_needs_force(
     [
         (["--keep", "lm_head"], 64, "--keep 'lm_head' is not of the form PATTERN=SCHEME"),
         (["--keep", "head=int8"], 64, "--keep head=int8 matches no linear layer"),
-        (["--keep", "lm_head=int2"], 64, "unknown scheme 'int2'; use float, int8 or int4"),
+        (["--keep", "lm_head=int2"], 64, "unknown scheme 'int2'; use float, int8, int4 or w8a8"),
         (["--group-size", "48"], 64, "--group-size 48 does not fit"),
         (["--quant", "fp16", "--dtype", "bf16"], 64, "say --quant bf16"),
         (["--quant", "fp16", "--clip", "absmax"], 64, "--clip absmax has no effect"),

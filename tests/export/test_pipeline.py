@@ -159,7 +159,10 @@ def test_a_capacity_out_of_range_is_refused(checkpoint: Path, tmp_path: Path, kv
     [
         ({"quant": "fp16", "dtype": "bf16"}, "--quant fp16 contradicts .*; say --quant bf16"),
         ({"quant": "bf16", "dtype": "fp16"}, "--quant bf16 contradicts .*; say --quant fp16"),
-        ({"quant": "int3"}, "--quant int3 is unknown; use fp16 or bf16 or int8 or int4"),
+        (
+            {"quant": "int3"},
+            "--quant int3 is unknown; use fp16 or bf16 or int8 or int8-w8a8 or int4",
+        ),
         ({"dtype": "fp32"}, "--dtype fp32 is unknown; use fp16 or bf16"),
         ({"clip": "max"}, "--clip max is unknown"),
         ({"dialect": "plugin"}, "--dialect plugin is unknown"),

@@ -164,5 +164,5 @@ def test_refusals(model: ModelSpec, recipe: Recipe, message: str):
 
 def test_a_scheme_of_no_name_is_refused():
     quant: Any = "int3"
-    with pytest.raises(ConfigError, match="unknown scheme 'int3'; use float, int8 or int4"):
+    with pytest.raises(ConfigError, match="unknown scheme 'int3'; use float, int8, int4 or w8a8"):
         Recipe(quant).schemes(QWEN)

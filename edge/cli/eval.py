@@ -1,0 +1,409 @@
+"""``edge-llm eval``: how much quality a bundle has, and how much it has lost."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from edge import evaluate as evaluation
+from edge.bundle_update import update_manifest
+from edge.errors import CheckpointError, ConfigError, DependencyError
+from edge.llm import LLM
+from edge.manifest import MANIFEST_NAME, read_manifest
+from edge.report import FIGURES, format_figure, html_report, html_task_report
+from edge.sampling import SamplingParams
+
+from . import COMMAND_GROUP, echo_json
+
+EXIT_GATE_MISSED = 3
+"""Distinct from every exit code of `edge.errors`: the run worked, the bundle is not good enough."""
+
+_CURVES = ("kl_by_position", "layers")  # too long for a manifest
+
+
+@click.command("eval")
+@click.argument(
+    "bundles",
+    metavar="BUNDLE...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+)
+@click.option(
+    "--against",
+    metavar="BUNDLE|CHECKPOINT",
+    help="Reference. A directory, GGUF file or hub id that is no bundle is exported to fp16 "
+    "first, into a temporary directory under $TMPDIR.",
+)
+@click.option(
+    "--text",
+    "text_file",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text to read; default: the one that comes with edge-llm.",
+)
+@click.option("--tokens", type=click.IntRange(2), help="Tokens of the text; default: all.")
+@click.option("--window", type=click.IntRange(2), help="Tokens per window; default 512.")
+@click.option(
+    "--gate",
+    metavar="NAME|FILE",
+    help="Exit with code 3 if a threshold is missed: fp16, int8, int4, recipe (the one that fits "
+    "the bundle), or a TOML or JSON file with kl_mean, kl_p99, perplexity_ratio, "
+    "top1_agreement, cosine_mean; for a task a file with accuracy_loss.",
+)
+@click.option(
+    "--task",
+    "task_file",
+    type=click.Path(path_type=Path),
+    help="Answer the questions of this JSONL file instead (MMLU or GSM8K layout).",
+)
+@click.option("--limit", type=click.IntRange(1), help="Questions of the task; default: all.")
+@click.option(
+    "--choices",
+    "scoring",
+    type=click.Choice(["letter", "text"]),
+    help="How a task's choices compete: by letter (default), or by text per byte.",
+)
+@click.option("--max-tokens", type=click.IntRange(1), help="Tokens per answer; default 1024.")
+@click.option(
+    "--temperature", type=float, help="Of generated answers; default 0. R1 was published at 0.6."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the bootstrap behind the confidence intervals, and of sampled answers.",
+)
+@click.option("--save", is_flag=True, help="Store the result in the bundle's manifest.")
+@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a report here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per bundle.")
+@click.option(
+    "--int8-activations",
+    is_flag=True,
+    help="Round activations to int8, as the CPU backend does when it serves; default: float, "
+    "which measures the bundle alone.",
+)
+@click.option("--num-threads", type=click.IntRange(1), help="CPU threads; default: all cores.")
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    /,
+    bundles: tuple[Path, ...],
+    against: str | None,
+    num_threads: int | None,
+    int8_activations: bool,
+    gate: str | None,
+    task_file: Path | None,
+    save: bool,
+    html_file: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure BUNDLEs on held-out text, or on a task, with --against also what they lost.
+
+    Text: perplexity, KL divergence, top-1 agreement and cosine of the logits, error by layer.
+    """
+    _refuse_idle_options(task_file, options)
+    gates = [
+        None if gate is None else evaluation.load_gate(gate, read_manifest(path).quantization.name)
+        for path in bundles
+    ]
+    for limits in gates:
+        if limits is not None:
+            evaluation.check_gate(limits, task=task_file is not None, reference=against is not None)
+    engine = {"num_threads": num_threads, "int8_activations": int8_activations}
+    with ExitStack() as stack:
+        reference = None if against is None else _reference(against, stack)
+        if task_file is None:
+            results = _run_text(bundles, reference, engine, **_text_options(options))
+        else:
+            results = _run_task(bundles, reference, engine, task_file, **options)
+    for result, limits in zip(results, gates, strict=True):
+        if limits is not None:
+            measured = result if task_file is None else result["against"]
+            missed = list(evaluation.missed_thresholds(limits, measured))
+            result["gate"] = {"name": gate, "missed": missed}
+    if save:
+        for path, result in zip(bundles, results, strict=True):
+            _save(path, "text" if task_file is None else task_file.name, result)
+    if html_file is not None:
+        page = html_report(results) if task_file is None else html_task_report(results)
+        try:
+            html_file.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {html_file}: {error.strerror}") from error
+    if as_json:
+        for result in results:
+            echo_json(result)
+    elif task_file is None:
+        _print_text(results)
+    else:
+        _print_task(results)
+    failed = False
+    for result in results:
+        for sentence in result.get("gate", {}).get("missed", ()):
+            failed = True
+            click.echo(f"edge-llm: gate {gate} missed by {result['bundle']}: {sentence}", err=True)
+    if failed:
+        ctx.exit(EXIT_GATE_MISSED)
+
+
+def _refuse_idle_options(task_file: Path | None, options: dict[str, Any]) -> None:
+    """An option that the chosen kind of run would ignore is an error."""
+    only = {
+        "text_file": ("--text", False),
+        "tokens": ("--tokens", False),
+        "window": ("--window", False),
+        "limit": ("--limit", True),
+        "scoring": ("--choices", True),
+        "max_tokens": ("--max-tokens", True),
+        "temperature": ("--temperature", True),
+    }
+    for name, (flag, for_task) in only.items():
+        if options[name] is not None and for_task != (task_file is not None):
+            other = "needs --task" if for_task else "does not go with --task"
+            raise ConfigError(f"{flag} {other}; leave one of them out")
+
+
+def _text_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("text_file", "tokens", "window", "seed")}
+
+
+def _reference(against: str, stack: ExitStack) -> Path:
+    """The reference's bundle; a checkpoint is exported to fp16 by the verb ``export``."""
+    if (Path(against) / MANIFEST_NAME).is_file():
+        return Path(against)
+    if not entry_points(group=COMMAND_GROUP, name="export"):
+        raise DependencyError(
+            f"{against} is no bundle, and exporting it needs the verb export; install it with: "
+            "pip install 'jetson-edge-llm[export]'"
+        )
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-llm-reference-"))
+    bundle = Path(folder) / "reference"
+    click.echo(f"exporting {against} to fp16 as the reference, in {folder}", err=True)
+    # A process of its own gives all its memory back before the models are loaded.
+    command = [sys.executable, "-m", "edge.cli", "export", against, "-o", str(bundle)]
+    done = subprocess.run([*command, "--quant", "fp16"], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        raise CheckpointError(
+            f"the reference {against} could not be exported (exit code {done.returncode}, see "
+            f"above); export it yourself: edge-llm export {against} -o BUNDLE --quant fp16"
+        )
+    return bundle
+
+
+# ------------------------------------------------------------------------------- text
+
+
+def _run_text(
+    bundles: tuple[Path, ...],
+    reference: Path | None,
+    engine: dict[str, Any],
+    *,
+    text_file: Path | None,
+    tokens: int | None,
+    window: int | None,
+    seed: int,
+) -> list[dict[str, Any]]:
+    path = text_file or evaluation.EVAL_TEXT
+    text = evaluation.read_text(path)
+    size = window or 512
+    results = []
+    with ExitStack() as stack:
+        base = None if reference is None else _open(reference, size, engine, stack)
+        for bundle in bundles:
+            # One bundle at a time beside the reference: memory does not grow with their number.
+            with ExitStack() as inner:
+                model = _open(bundle, size, engine, inner)
+                windows = _windows(model, text, size, tokens)
+                if base is not None and _windows(base, text, size, tokens) != windows:
+                    raise ConfigError(
+                        f"{bundle} and {reference} read the text as other tokens, so they cannot "
+                        "be compared; give the same model's bundle to --against"
+                    )
+                if base is not None and base.manifest.model != model.manifest.model:
+                    raise ConfigError(
+                        f"{bundle} and {reference} are bundles of models with other dimensions; "
+                        "give the same model's bundle to --against"
+                    )
+                digest = hashlib.sha256(text.encode()).hexdigest()
+                with _progress(bundle.name) as progress:
+                    result = evaluation.measure(
+                        model,
+                        base,
+                        evaluation.EvalText(windows, path.name, digest),
+                        window=size,
+                        seed=seed,
+                        progress=progress,
+                    )
+                results.append(
+                    {
+                        "bundle": str(bundle),
+                        **result,
+                        "int8_activations": engine["int8_activations"],
+                    }
+                )
+    return results
+
+
+def _open(bundle: Path, window: int, engine: dict[str, Any], stack: ExitStack) -> LLM:
+    positions = read_manifest(bundle).rope_positions
+    if window > positions:
+        raise ConfigError(f"--window {window} is longer than the {positions} positions of {bundle}")
+    return stack.enter_context(
+        LLM(bundle, kv_capacity=window, prefill_chunk=evaluation.CHUNK_TOKENS, **engine)
+    )
+
+
+def _windows(llm: LLM, text: str, window: int, tokens: int | None) -> list[list[int]]:
+    known = llm.manifest.tokens
+    prefix = [known.bos] if known.add_bos and known.bos is not None else []
+    return evaluation.cut_windows(llm.tokenizer.encode(text), window, prefix, tokens)
+
+
+def _print_text(results: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False)
+    first = results[0]
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.title = f"{first['name']}, {first['tokens']:,} tokens of {first['text']['name']}"
+    table.add_column("")
+    for result in results:
+        table.add_column(Path(result["bundle"]).name, justify="right")
+        table.add_column("95 %", justify="right", style="dim")
+    for key, heading, form in FIGURES:
+        cells = []
+        for result in results:
+            interval = result["confidence"].get(key)
+            cells += [
+                format_figure(result[key], form),
+                "" if interval is None else " to ".join(form.format(end) for end in interval),
+            ]
+        table.add_row(heading, *cells)
+    console.print(table)
+    for result in results:
+        worst = sorted(result["layers"], key=lambda row: -row["key_error"])[:3]
+        if worst:
+            listed = ", ".join(f"{row['layer']} ({row['key_error']:.3g})" for row in worst)
+            console.print(f"{result['bundle']}: worst layers by key error: {listed}")
+
+
+# ------------------------------------------------------------------------------- tasks
+
+
+def _run_task(
+    bundles: tuple[Path, ...],
+    reference: Path | None,
+    engine: dict[str, Any],
+    task_file: Path,
+    *,
+    limit: int | None,
+    scoring: Any,
+    max_tokens: int | None,
+    temperature: float | None,
+    seed: int,
+    **_unset: None,
+) -> list[dict[str, Any]]:
+    from edge import tasks
+
+    items = tasks.read_task(task_file, limit)
+    is_choice = isinstance(items[0][1], tasks.ChoiceItem)
+    idle = [
+        flag
+        for flag, value, fits in (
+            ("--choices", scoring, is_choice),
+            ("--max-tokens", max_tokens, not is_choice),
+            ("--temperature", temperature, not is_choice),
+        )
+        if value is not None and not fits
+    ]
+    if idle:
+        kind = "choices" if is_choice else "numbers"
+        raise ConfigError(f"{idle[0]} has no effect: the answers in {task_file} are {kind}")
+    params = SamplingParams(
+        temperature=temperature or 0.0, seed=seed, max_tokens=max_tokens or 1024
+    )
+
+    def answers(bundle: Path) -> list[tasks.ItemResult]:
+        # One bundle at a time: the second needs no memory while the first runs.
+        with LLM(bundle, **engine) as llm, _progress(bundle.name) as progress:
+            return tasks.run_task(
+                llm, items, scoring=scoring or "letter", params=params, progress=progress
+            )
+
+    theirs = None if reference is None else answers(reference)
+    digest = hashlib.sha256(evaluation.read_text(task_file).encode()).hexdigest()
+    results = []
+    for bundle in bundles:
+        ours = answers(bundle)
+        result = {
+            "bundle": str(bundle),
+            **tasks.summarize_task(ours),
+            "task": {"name": task_file.name, "sha256": digest},
+            "int8_activations": engine["int8_activations"],
+        }
+        if theirs is not None and reference is not None:
+            result["against"] = {
+                "reference": evaluation.describe(read_manifest(reference)),
+                **tasks.summarize_task(theirs),
+                **tasks.compare_task(ours, theirs),
+            }
+        results.append(result)
+    return results
+
+
+def _print_task(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        low, high = result["accuracy_interval"]
+        click.echo(
+            f"{result['bundle']}: {result['correct']} of {result['items']} right, "
+            f"{result['accuracy']:.1%} (95 %: {low:.1%} to {high:.1%})"
+            + (f", {result['unanswered']} without an answer" if result["unanswered"] else "")
+        )
+        paired = result.get("against")
+        if paired is None:
+            continue
+        click.echo(
+            f"  reference {paired['accuracy']:.1%}; loss {paired['accuracy_loss']:+.1%} "
+            f"({paired['lost']} lost, {paired['won']} won, McNemar p = {paired['mcnemar_p']:.3g})"
+        )
+        for flip in paired["flips"]:
+            click.echo(
+                f"  line {flip['line']}: expected {flip['expected']}, answer {flip['answer']}, "
+                f"reference {flip['answer_reference']}"
+            )
+
+
+# ------------------------------------------------------------------------------- shared
+
+
+def _save(bundle: Path, kind: str, result: dict[str, Any]) -> None:
+    """Put a result under ``quality[kind]``; results of other kinds stay."""
+    manifest = read_manifest(bundle)
+    stored = {key: value for key, value in result.items() if key not in (*_CURVES, "bundle")}
+    quality = {**(manifest.quality or {}), kind: stored}
+    update_manifest(bundle, msgspec.structs.replace(manifest, quality=quality))
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr, or nothing where no terminal is."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,230 @@
+"""Is the parsed network the decoder that was exported? Pure checks on a `NetworkView`.
+
+Each is for a fault that gives no error and wrong or slow answers: an attention that TensorRT
+imported as causal from the first key on, a mask that was lost, a cache that is not updated in
+place, weights that were unpacked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from edge import io_spec
+from edge.engine_file import LayerCount, WeightBytes
+from edge.manifest import Manifest
+
+from .config import BuildShapes, KvRead
+from .network import AttentionView, NetworkView, TensorView
+
+# What a plan holds beside the weights, measured with TensorRT for RTX 1.7: 6 MB for 2 layers,
+# 36 MB for 28 and 30 layers (kernels and code for two profiles).
+_PLAN_FIXED_BYTES = 16 << 20
+_PLAN_LAYER_BYTES = 2 << 20
+_BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32}
+_PASSED_THROUGH = ("shuffle", "cast", "identity")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found.
+
+    Attributes:
+        problems: one sentence each; empty is good.
+        weights: the linear layers' weights by the type that they are stored in.
+        layers: layers by kind and type of their output.
+        attentions: number of attentions.
+    """
+
+    problems: tuple[str, ...]
+    weights: tuple[WeightBytes, ...]
+    layers: tuple[LayerCount, ...]
+    attentions: int
+
+
+def audit_network(
+    network: NetworkView, manifest: Manifest, shapes: BuildShapes, kv_read: KvRead = "slice"
+) -> Audit:
+    """Hold a network against the manifest and the contract of `edge.io_spec`."""
+    stored = _stored_weights(network)
+    problems = [
+        *_check_interface(network, manifest, shapes, kv_read),
+        *_check_attentions(network, manifest, kv_read),
+        *_check_cache(network, manifest),
+        *_check_weights(stored, manifest),
+    ]
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for tensor in stored.values():
+        counts[tensor.dtype] += 1
+        sizes[tensor.dtype] += tensor.volume * _BITS.get(tensor.dtype, 8) // 8
+    layers = Counter(
+        (layer.kind, layer.outputs[0].dtype) for layer in network.layers if layer.outputs
+    )
+    return Audit(
+        tuple(problems),
+        tuple(WeightBytes(dtype, counts[dtype], sizes[dtype]) for dtype in sorted(counts)),
+        tuple(LayerCount(*key, count) for key, count in sorted(layers.items())),
+        len(_live_attentions(network)),
+    )
+
+
+def check_plan_bytes(plan_bytes: int, manifest: Manifest) -> list[str]:
+    """Whether a plan has about the bytes of its packed weights: unpacked ones are 2 to 4 times.
+
+    Float weights may stand in it once per profile, in two layouts; nothing of them is unpacked.
+    """
+    expected = _weights_bytes(manifest)
+    linears = manifest.quantization.linears.values()
+    floats = sum(linear.num_bytes for linear in linears if linear.scheme.kind == "float")
+    allowed = expected + floats + _PLAN_FIXED_BYTES + _PLAN_LAYER_BYTES * manifest.model.num_layers
+    if plan_bytes > allowed:
+        return [
+            f"the plan has {plan_bytes:,} bytes, but its weights {expected:,} and at most "
+            f"{allowed:,} were expected: some weights were unpacked"
+        ]
+    packed = sum(linear.num_bytes for linear in linears)
+    if plan_bytes < packed:
+        return [f"the plan has {plan_bytes:,} bytes, less than its linear layers' {packed:,}"]
+    return []
+
+
+def _weights_bytes(manifest: Manifest) -> int:
+    return manifest.files[f"{manifest.graphs.decoder}.data"].num_bytes
+
+
+def _check_interface(
+    network: NetworkView, manifest: Manifest, shapes: BuildShapes, kv_read: KvRead
+) -> list[str]:
+    spec = (manifest.model, manifest.dialect, manifest.dtype, shapes.capacity)
+    problems = []
+    for kind, found, expected in (
+        ("input", network.inputs, io_spec.decoder_inputs(*spec)),
+        ("output", network.outputs, io_spec.decoder_outputs(*spec)),
+    ):
+        by_name = {tensor.name: tensor for tensor in found}
+        for want in expected:
+            shape = tuple(-1 if isinstance(dim, str) else dim for dim in want.shape)
+            if want.name == io_spec.KV_POSITIONS and kv_read != "slice":
+                shape = (shapes.capacity,)
+            have = by_name.pop(want.name, None)
+            if have is None:
+                problems.append(f"the {kind} {want.name} is missing")
+            elif have.dtype != want.dtype or not _fits(have.shape, shape):
+                problems.append(
+                    f"the {kind} {want.name} is {have.dtype} {list(have.shape)}, not "
+                    f"{want.dtype} {list(shape)}"
+                )
+        problems += [f"there is a further {kind}, {name}" for name in by_name]
+    return problems
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    # A parser may keep an output's static sizes dynamic until the profiles are known.
+    return len(found) == len(wanted) and all(
+        have in (want, -1) for have, want in zip(found, wanted, strict=True)
+    )
+
+
+def _check_attentions(network: NetworkView, manifest: Manifest, kv_read: KvRead) -> list[str]:
+    live = _live_attentions(network)
+    expected = manifest.model.num_layers if manifest.dialect == "native" else 0
+    problems = []
+    if len(live) != expected:
+        problems.append(f"there are {len(live)} attentions, not {expected}")
+    for each in live:
+        if kv_read == "lengths":
+            if each.causal != "lower_right" or each.lengths is None or each.mask is not None:
+                problems.append(
+                    f"attention {each.name} is not one with lengths: causal {each.causal}, "
+                    f"lengths {each.lengths}, mask {each.mask and each.mask.name}"
+                )
+            continue
+        if each.causal != "none":
+            problems.append(
+                f"attention {each.name} is causal ({each.causal}): in decode the query would see "
+                "the first key only"
+            )
+        if each.mask is None:
+            problems.append(f"attention {each.name} has no mask: it sees the future and padding")
+            continue
+        if each.mask.dtype != "bool":
+            problems.append(f"attention {each.name} has a mask of {each.mask.dtype}, not bool")
+        origins = set(network.ancestors(each.mask.name))
+        problems += [
+            f"the mask of attention {each.name} does not depend on {name}"
+            for name in (io_spec.POSITION_IDS, io_spec.KV_POSITIONS)
+            if name not in origins
+        ]
+    return problems
+
+
+def _live_attentions(network: NetworkView) -> list[AttentionView]:
+    """Without those that were replaced and feed nothing any more."""
+    return [each for each in network.attentions if each.output in network.live]
+
+
+def _check_cache(network: NetworkView, manifest: Manifest) -> list[str]:
+    if manifest.dialect != "native":
+        return []
+    problems = []
+    for i in range(manifest.model.num_layers):
+        for past, present in (
+            (io_spec.past_key(i), io_spec.present_key(i)),
+            (io_spec.past_value(i), io_spec.present_value(i)),
+        ):
+            layer = network.producers.get(present)
+            if layer is None or layer.kind != "kv_cache_update":
+                kind = "nothing" if layer is None else f"a layer of kind {layer.kind}"
+                problems.append(f"{present} comes from {kind}, not from a KV-cache update")
+                continue
+            first = layer.inputs[0]
+            if first is None or first.name != past:
+                problems.append(f"{present} updates {first and first.name}, not {past}")
+            cursor = layer.inputs[2]
+            if cursor is None or io_spec.WRITE_INDICES not in network.ancestors(cursor.name):
+                problems.append(f"{present} is not written at {io_spec.WRITE_INDICES}")
+    return problems
+
+
+def _stored_weights(network: NetworkView) -> dict[str, TensorView]:
+    """Constants behind the matrix products by their linear layer's name."""
+    found = {}
+    for layer in network.layers:
+        if layer.kind != "matrix_multiply" or not layer.outputs:
+            continue
+        weight = _constant_behind(network, layer.inputs[1])
+        if weight is not None:
+            name = layer.outputs[0].name.removesuffix(".product").removesuffix(".out")
+            found["lm_head" if name == io_spec.LOGITS else name] = weight
+    return found
+
+
+def _constant_behind(network: NetworkView, tensor: TensorView | None) -> TensorView | None:
+    while tensor is not None:
+        layer = network.producers.get(tensor.name)
+        if layer is None:
+            return None
+        if layer.kind == "constant":
+            return tensor
+        if layer.kind not in (*_PASSED_THROUGH, "dequantize"):
+            return None
+        tensor = layer.inputs[0]
+    return None
+
+
+def _check_weights(stored: dict[str, TensorView], manifest: Manifest) -> list[str]:
+    problems = []
+    for name, linear in manifest.quantization.linears.items():
+        kind = {"float": manifest.dtype, "w8a8": "int8"}.get(linear.scheme.kind, linear.scheme.kind)
+        found = stored.get(name)
+        if found is None:
+            problems.append(f"{name}: no matrix product with stored weights")
+        elif found.dtype != kind:
+            problems.append(f"{name}: its weights are {found.dtype}, the bundle says {kind}")
+        elif found.volume != linear.shape[0] * linear.shape[1]:
+            problems.append(
+                f"{name}: {found.volume} weights, the bundle says "
+                f"{linear.shape[0]} x {linear.shape[1]}"
+            )
+    return problems

@@ -1,0 +1,389 @@
+"""A bundle becomes an engine: hash check, parse, audit, compile, put in place."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import edge
+from edge.engine_file import (
+    ENGINE_SCHEMA_VERSION,
+    EngineInfo,
+    ProfileInfo,
+    ShapeInfo,
+)
+from edge.errors import BuildError, DependencyError
+from edge.manifest import Manifest, read_manifest, verify_files
+
+from . import compat, device
+from .audit import Audit, audit_network, check_plan_bytes
+from .compat import Compiler, TensorRT
+from .config import BuildConfig, BuildShapes, resolve
+from .graph import prepare_graph
+from .memory import check_memory, plan_memory
+from .profiles import Profile, make_profiles
+from .progress import Progress
+from .store import TIMING_CACHE, EngineStore, engine_key
+from .trtexec import find_trtexec, run_trtexec, trtexec_command, trtexec_version
+
+_logger = logging.getLogger(__name__)
+
+Via = Literal["api", "trtexec"]
+_SCRATCH = ".trtexec-"
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """An engine in its place.
+
+    Attributes:
+        directory: of the engine.
+        info: its ``engine.json``.
+        built: False if it was there already.
+    """
+
+    directory: Path
+    info: EngineInfo
+    built: bool
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an engine is built with and for."""
+
+    rt: TensorRT
+    gpu: device.Gpu | None
+    compute_capability: str
+
+
+def find_target(compute_capability: str | None = None, rt: TensorRT | None = None) -> Target:
+    """TensorRT and the GPU to build for.
+
+    Args:
+        compute_capability: build for this GPU (``8.6``) on a machine that may have none; needs
+            TensorRT for RTX. None is the GPU that is here.
+        rt: a TensorRT that is already loaded.
+
+    Raises:
+        DependencyError: no TensorRT, or no GPU where one is needed.
+    """
+    if rt is None:
+        rt = compat.load("tensorrt-rtx" if compute_capability else None)
+    gpu = device.find_gpu()
+    if compute_capability is None:
+        if gpu is None:
+            raise DependencyError(
+                "building an engine needs an NVIDIA GPU, and the CUDA driver finds none here; "
+                "build on the device that will run it, or compile as a test with: "
+                "edge-llm check BUNDLE"
+            )
+        compute_capability = gpu.compute_capability
+    return Target(rt, gpu, compute_capability)
+
+
+def build_engine(
+    config: BuildConfig,
+    *,
+    target: Target | None = None,
+    via: Via = "api",
+    progress: Progress = lambda _phase, _fraction: None,
+    on_line: Callable[[str], None] = lambda _line: None,
+    waiting: Callable[[], None] = lambda: None,
+) -> BuildResult:
+    """Build the engine of a bundle, or find that it is there.
+
+    Args:
+        config: what to build.
+        target: with what and for which GPU; None is what this machine has.
+        via: TensorRT's Python API, or NVIDIA's ``trtexec``, whose network cannot be audited.
+        progress: told TensorRT's phase and the fraction done (``api``).
+        on_line: given each line of ``trtexec``.
+        waiting: called if another build holds the bundle's lock.
+
+    Raises:
+        ConfigError: options that do not fit the model.
+        IntegrityError: a file of the bundle is damaged.
+        ResourceError: too little memory or disk.
+        DependencyError: no TensorRT, one that is too old, no GPU.
+        BuildError: TensorRT refused the graph, failed, or made something else of it.
+    """
+    manifest = read_manifest(config.bundle)
+    shapes = resolve(config, manifest)
+    target = target or find_target(rt=_trtexec_target() if via == "trtexec" else None)
+    rt = target.rt
+    compat.check_support(rt.flavour, rt.version, manifest.dialect, config.kv_read)
+    profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes)
+    key = engine_key({**_key_parts(config, shapes, manifest, target), "via": via})
+    store = EngineStore(config.bundle, engine_name(config, shapes, manifest, target))
+    with store.locked(waiting):
+        found = store.find(key)
+        if found is not None:
+            return BuildResult(store.directory, found, built=False)
+        workspace = config.workspace_bytes if target.gpu else 0
+        memory = plan_memory(manifest, workspace, device.available_memory_bytes())
+        if not config.force:
+            check_memory(memory)
+        if via == "trtexec":
+            compiled = _compile_with_trtexec(config, manifest, target, store, on_line)
+        else:
+            compiled = compile_bundle(
+                config,
+                manifest,
+                target,
+                timings=store.read_timings(config.timing_cache),
+                progress=progress,
+                keep_log=store.write_log,
+            )
+        if compiled.audit.problems:
+            raise BuildError(
+                f"TensorRT {rt.version} made another network of {config.bundle}: "
+                f"{'; '.join(compiled.audit.problems[:3])}; the old engine, if any, is kept. "
+                "Please report this"
+            )
+        if compiled.timings is not None:
+            store.write_timings(compiled.timings, config.timing_cache)
+
+        def describe(name: str, num_bytes: int, sha256: str) -> EngineInfo:
+            return EngineInfo(
+                schema_version=ENGINE_SCHEMA_VERSION,
+                producer=f"edge-llm {edge.__version__}",
+                created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                key=key,
+                plan=name,
+                plan_bytes=num_bytes,
+                plan_sha256=sha256,
+                flavour=rt.flavour,
+                tensorrt_version=compiled.tensorrt_version,
+                compute_capability=target.compute_capability,
+                device=target.gpu.name if target.gpu else None,
+                jetpack=device.find_jetpack(),
+                l4t=device.find_l4t(),
+                sources={n: manifest.files[n].sha256 for n in graph_files(manifest)},
+                max_batch=shapes.max_batch,
+                max_prefill=shapes.max_prefill,
+                kv_capacity=shapes.capacity,
+                kv_buckets=shapes.kv_buckets,
+                kv_read=config.kv_read,
+                options=_rebuild_options(config, shapes),
+                profiles=tuple(_profile_info(profile) for profile in profiles),
+                builder=via,
+                build_s=round(compiled.build_s, 3),
+                peak_memory_bytes=compiled.peak_memory_bytes,
+                weights=compiled.audit.weights,
+                layers=compiled.audit.layers,
+            )
+
+        info = store.commit(compiled.plan, describe)
+        return BuildResult(store.directory, info, built=True)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A plan that lies nowhere yet, and what was seen on the way.
+
+    Attributes:
+        plan: a buffer.
+        timings: TensorRT's timing cache, or None.
+        audit: of the parsed network and of the plan's size.
+        build_s: seconds of parsing and compiling.
+        peak_memory_bytes: resident memory, at most; None if it was not measured.
+    """
+
+    plan: Any
+    plan_bytes: int
+    tensorrt_version: str
+    timings: bytes | None
+    audit: Audit
+    build_s: float
+    peak_memory_bytes: int | None
+
+
+def compile_bundle(
+    config: BuildConfig,
+    manifest: Manifest,
+    target: Target,
+    *,
+    timings: bytes | None = None,
+    progress: Progress = lambda _phase, _fraction: None,
+    keep_log: Callable[[str], None] = lambda _text: None,
+) -> Compiled:
+    """Check the bundle's hashes, parse it, audit the network and compile it.
+
+    A network that fails the audit is still compiled: the report is the caller's.
+
+    Raises:
+        IntegrityError: a file of the bundle is damaged.
+        BuildError: TensorRT refused the graph or failed.
+    """
+    shapes = resolve(config, manifest)
+    verify_files(config.bundle, manifest, graph_files(manifest))
+    path = config.bundle.resolve() / manifest.graphs.decoder
+    graph = prepare_graph(path.read_bytes(), shapes, config.kv_read)
+    lines: list[str] = []
+
+    def log(severity: str, message: str) -> None:
+        lines.append(f"{severity}: {message}")
+        _logger.debug("%s: %s", severity, message)
+
+    peak = device.PeakMemory()
+    started = time.perf_counter()
+    try:
+        compiler = Compiler(target.rt, log)
+        network = compiler.parse(graph, path, config.kv_read)
+        audit = audit_network(network, manifest, shapes, config.kv_read)
+        plan, written = compiler.build(
+            make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes),
+            workspace_bytes=config.workspace_bytes,
+            opt_level=config.opt_level,
+            timings=timings,
+            compute_capability=target.compute_capability,
+            progress=progress,
+        )
+    finally:
+        keep_log("\n".join(lines) + "\n")
+    size_problems = tuple(check_plan_bytes(plan.nbytes, manifest))
+    return Compiled(
+        plan,
+        plan.nbytes,
+        target.rt.version,
+        written,
+        Audit(audit.problems + size_problems, audit.weights, audit.layers, audit.attentions),
+        time.perf_counter() - started,
+        peak.read_bytes(),
+    )
+
+
+def _trtexec_target() -> TensorRT:
+    """The TensorRT of ``trtexec``; nothing is imported."""
+    major, minor = trtexec_version(find_trtexec())
+    return TensorRT(None, "tensorrt", f"{major}.{minor}")
+
+
+def _compile_with_trtexec(
+    config: BuildConfig,
+    manifest: Manifest,
+    target: Target,
+    store: EngineStore,
+    on_line: Callable[[str], None],
+) -> Compiled:
+    shapes = resolve(config, manifest)
+    verify_files(config.bundle, manifest, graph_files(manifest))
+    root = store.directory.parent
+    for leftover in root.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(leftover)
+    store.directory.mkdir(exist_ok=True)
+    lines: list[str] = []
+
+    def keep(line: str) -> None:
+        lines.append(line)
+        on_line(line)
+
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=root) as scratch:
+        graph = _place_graph(config, manifest, shapes, Path(scratch))
+        plan = Path(scratch) / "engine.plan"
+        argv = trtexec_command(
+            config,
+            manifest,
+            target.rt.release,
+            onnx=graph,
+            plan=plan,
+            timing_cache=config.timing_cache or store.directory / TIMING_CACHE,
+        )
+        try:
+            result = run_trtexec(argv, keep)
+        finally:
+            store.write_log("\n".join([" ".join(argv), *lines]) + "\n")
+        data = plan.read_bytes()
+    return Compiled(
+        data,
+        len(data),
+        result.version or target.rt.version,
+        None,
+        Audit(tuple(check_plan_bytes(len(data), manifest)), (), (), 0),
+        result.build_s if result.build_s is not None else result.seconds,
+        result.peak_host_bytes,
+    )
+
+
+def _place_graph(
+    config: BuildConfig, manifest: Manifest, shapes: BuildShapes, directory: Path
+) -> Path:
+    """The graph as a file with its weights beside it, for a reader that takes only files."""
+    source = config.bundle.resolve() / manifest.graphs.decoder
+    if shapes.capacity == manifest.kv_capacity and config.kv_read == "slice":
+        return source
+    for name in graph_files(manifest):
+        if name != source.name:
+            os.link(source.with_name(name), directory / name)  # the same file system
+    graph = directory / source.name
+    graph.write_bytes(prepare_graph(source.read_bytes(), shapes, config.kv_read))
+    return graph
+
+
+def graph_files(manifest: Manifest) -> list[str]:
+    """The files that an engine is built from: the graph and its weights."""
+    graph = manifest.graphs.decoder
+    return [name for name in (graph, f"{graph}.data") if name in manifest.files]
+
+
+def engine_name(
+    config: BuildConfig, shapes: BuildShapes, manifest: Manifest, target: Target
+) -> str:
+    """Directory of an engine, e.g. ``sm87-trt10.16-int4-b1-kv4096``."""
+    parts = [
+        f"sm{target.compute_capability.replace('.', '')}",
+        target.rt.label,
+        manifest.quantization.name,
+        f"b{shapes.max_batch}",
+        f"kv{shapes.capacity}",
+    ]
+    if config.kv_read != "slice":
+        parts.append(config.kv_read)
+    return "-".join(parts)
+
+
+def _key_parts(
+    config: BuildConfig, shapes: BuildShapes, manifest: Manifest, target: Target
+) -> dict[str, Any]:
+    return {
+        "producer": edge.__version__,  # what is done to the graph may change with it
+        "sources": {name: manifest.files[name].sha256 for name in graph_files(manifest)},
+        "flavour": target.rt.flavour,
+        "tensorrt": target.rt.version,
+        "compute_capability": target.compute_capability,
+        "device": target.gpu.name if target.gpu else None,
+        "capacity": shapes.capacity,
+        "buckets": shapes.kv_buckets,
+        "options": _rebuild_options(config, shapes),
+    }
+
+
+def _rebuild_options(config: BuildConfig, shapes: BuildShapes) -> dict[str, Any]:
+    """Options of ``edge-llm build`` that give this engine again."""
+    return {
+        "max_batch": shapes.max_batch,
+        "max_prefill": shapes.max_prefill,
+        "kv_capacity": shapes.capacity,
+        "kv_buckets": list(shapes.kv_buckets) if config.kv_read == "slice" else None,
+        "kv_read": config.kv_read,
+        "workspace": config.workspace_bytes,
+        "opt_level": config.opt_level,
+    }
+
+
+def _profile_info(profile: Profile) -> ProfileInfo:
+    return ProfileInfo(
+        profile.name,
+        {
+            name: ShapeInfo(shape.min, shape.opt, shape.max)
+            for name, shape in profile.inputs.items()
+        },
+    )

@@ -1,0 +1,82 @@
+"""Compile a bundle with TensorRT for RTX on a machine without a GPU, and audit the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge.engine_file import LayerCount, WeightBytes
+from edge.manifest import read_manifest
+
+from . import compat, device
+from .builder import compile_bundle, find_target
+from .config import BuildConfig, resolve
+from .memory import check_memory, plan_memory
+from .progress import Progress
+
+COMPUTE_CAPABILITIES = {80: "8.0", 86: "8.6", 89: "8.9", 120: "12.0"}
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What compiling showed.
+
+    Attributes:
+        problems: one sentence each; empty is good.
+        attentions: attentions in the parsed network.
+        weights: the linear layers' weights by stored type.
+        layers: layers of the parsed network by kind and type.
+    """
+
+    bundle: str
+    tensorrt_version: str
+    compute_capability: str
+    problems: tuple[str, ...]
+    attentions: int
+    weights: tuple[WeightBytes, ...]
+    layers: tuple[LayerCount, ...]
+    plan_bytes: int
+    build_s: float
+    peak_memory_bytes: int | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+
+def check_bundle(
+    config: BuildConfig,
+    sm: int = 86,
+    progress: Progress = lambda _phase, _fraction: None,
+) -> CheckReport:
+    """Compile every profile for a GPU that need not be here; nothing is written.
+
+    Args:
+        config: what would be built.
+        sm: compute capability without the dot; a key of `COMPUTE_CAPABILITIES`.
+        progress: told TensorRT's phase and the fraction done.
+
+    Raises:
+        DependencyError: TensorRT for RTX is missing.
+        ResourceError: too little memory.
+        BuildError: TensorRT refused the graph or failed to compile it.
+    """
+    manifest = read_manifest(config.bundle)
+    resolve(config, manifest)
+    target = find_target(COMPUTE_CAPABILITIES[sm])
+    compat.check_support(target.rt.flavour, target.rt.version, manifest.dialect, config.kv_read)
+    if not config.force:
+        check_memory(plan_memory(manifest, 0, device.available_memory_bytes()))
+    compiled = compile_bundle(config, manifest, target, progress=progress)
+    return CheckReport(
+        str(config.bundle),
+        f"{target.rt.flavour} {target.rt.version}",
+        target.compute_capability,
+        compiled.audit.problems,
+        compiled.audit.attentions,
+        compiled.audit.weights,
+        compiled.audit.layers,
+        compiled.plan_bytes,
+        round(compiled.build_s, 3),
+        compiled.peak_memory_bytes,
+    )

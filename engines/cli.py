@@ -1,0 +1,259 @@
+"""``edge-llm build`` and ``edge-llm check``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from edge.cli import echo_json
+from edge.errors import ConfigError
+
+from .config import DEFAULT_WORKSPACE_BYTES, KV_READS, BuildConfig
+from .trtexec import (
+    command_for_bundle,
+    find_trtexec,
+    format_command,
+    parse_version,
+    trtexec_version,
+)
+from .trtexec_options import TRT_VERSIONS
+
+_SIZE = re.compile(r"(\d+) *([kmg])?(i?b)?\Z", re.IGNORECASE)
+
+
+def _size(_ctx: click.Context, _param: click.Parameter, value: str) -> int:
+    match = _SIZE.match(value.strip())
+    if match is None:
+        raise ConfigError(f"--workspace {value!r} is not a size such as 512M, 1G or 1073741824")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[(match[2] or "").lower()]
+
+
+def _buckets(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"--kv-buckets {value!r} is not a list of numbers such as 512,1024,4096"
+        ) from error
+
+
+_SHAPES = (
+    click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False)),
+    click.option("--max-batch", type=int, default=1, show_default=True, help="Sequences per step."),
+    click.option(
+        "--max-prefill",
+        type=int,
+        default=512,
+        show_default=True,
+        help="Tokens per prefill step; longer prompts go in chunks.",
+    ),
+    click.option(
+        "--kv-capacity", type=int, help="Tokens of prompt and answer; default: the bundle's own."
+    ),
+    click.option(
+        "--kv-buckets",
+        callback=_buckets,
+        metavar="N,N,...",
+        help="Cache rows that a step may read, the last one the capacity. Default: powers of two.",
+    ),
+    click.option(
+        "--kv-read",
+        type=click.Choice(KV_READS),
+        default="slice",
+        show_default=True,
+        help="How attention reads the cache: the rows of a bucket, all rows, or each sequence's "
+        "own length (TensorRT 11).",
+    ),
+    click.option(
+        "--workspace",
+        "workspace_bytes",
+        default=str(DEFAULT_WORKSPACE_BYTES),
+        callback=_size,
+        metavar="SIZE",
+        help="Scratch memory of a kernel, e.g. 512M; default 1G.",
+    ),
+    click.option(
+        "--opt-level",
+        type=int,
+        default=3,
+        show_default=True,
+        help="0 builds fast, 5 searches longest for fast kernels.",
+    ),
+    click.option("--force", is_flag=True, help="Go on although memory seems too small."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON line at the end."),
+)
+
+
+def _shape_options(command: Any) -> Any:
+    for option in reversed(_SHAPES):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_shape_options
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File with kernel timings to reuse and extend; default: the one beside the engine.",
+)
+@click.option(
+    "--with",
+    "via",
+    type=click.Choice(["api", "trtexec"]),
+    default="api",
+    show_default=True,
+    help="TensorRT's Python API, which also audits the network, or NVIDIA's trtexec.",
+)
+@click.option("--print-trtexec", is_flag=True, help="Only print the trtexec line for this engine.")
+@click.option(
+    "--trt",
+    type=click.Choice(list(TRT_VERSIONS)),
+    help="TensorRT version of --print-trtexec; default: that of the trtexec here.",
+)
+def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **options: Any) -> None:
+    """Build the TensorRT engine of BUNDLE for the GPU of this machine."""
+    config = BuildConfig(**options)
+    if print_trtexec:
+        _print_trtexec(config, trt, as_json)
+        return
+    if trt is not None:
+        raise ConfigError(
+            "--trt goes with --print-trtexec: a build takes the TensorRT that is here"
+        )
+    from .builder import build_engine
+
+    with _Bar() as bar:
+        result = build_engine(
+            config,
+            via=via,
+            on_line=lambda line: click.echo(line, err=True),
+            progress=bar.update,
+            waiting=lambda: click.echo(
+                "another build of this bundle is running: waiting", err=True
+            ),
+        )
+    info = result.info
+    if as_json:
+        echo_json(
+            {
+                "engine": str(result.directory),
+                "built": result.built,
+                "plan_bytes": info.plan_bytes,
+                "build_s": info.build_s,
+                "peak_memory_bytes": info.peak_memory_bytes,
+                "tensorrt": f"{info.flavour} {info.tensorrt_version}",
+                "compute_capability": info.compute_capability,
+            }
+        )
+        return
+    if not result.built:
+        click.echo(f"{result.directory} is up to date")
+        return
+    peak = f", peak memory {info.peak_memory_bytes / 1e9:.1f} GB" if info.peak_memory_bytes else ""
+    click.echo(f"{result.directory}: {info.plan_bytes / 1e6:,.0f} MB in {info.build_s:.0f} s{peak}")
+
+
+def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
+    version = parse_version(trt) if trt else trtexec_version(find_trtexec())
+    line = command_for_bundle(config, version)
+    if as_json:
+        echo_json({"trtexec": line})
+    else:
+        click.echo(format_command(line))
+
+
+@click.command()
+@_shape_options
+@click.option(
+    "--sm",
+    type=click.Choice(["80", "86", "89", "120"]),
+    default="86",
+    show_default=True,
+    help="Compute capability to compile for; none needs to be here.",
+)
+def check(as_json: bool, sm: str, **options: Any) -> None:
+    """Compile BUNDLE without a GPU and audit what TensorRT made of it.
+
+    Needs TensorRT for RTX. Leaves with code 65 if the audit finds a fault; nothing is written.
+    """
+    from .check import check_bundle
+
+    config = BuildConfig(**options)
+    with _Bar() as bar:
+        report = check_bundle(config, int(sm), bar.update)
+    if as_json:
+        echo_json({"passed": report.passed, **msgspec.to_builtins(report)})
+    else:
+        _print_report(report)
+    if not report.passed:
+        click.get_current_context().exit(65)
+
+
+def _print_report(report: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False)
+    facts = Table(title=report.bundle, title_justify="left", box=None, show_header=False)
+    for name, value in (
+        ("compiled by", f"{report.tensorrt_version} for sm {report.compute_capability}"),
+        ("plan", f"{report.plan_bytes:,} bytes"),
+        ("took", f"{report.build_s:.1f} s, peak memory {report.peak_memory_bytes / 1e9:.2f} GB"),
+        ("attentions", str(report.attentions)),
+    ):
+        facts.add_row(name, value)
+    console.print(facts, "")
+    weights = Table(title="Weights of the linear layers", title_justify="left", box=None)
+    for column in ("type", "layers", "bytes"):
+        weights.add_column(column, justify="left" if column == "type" else "right")
+    for weight in report.weights:
+        weights.add_row(weight.dtype, str(weight.count), f"{weight.num_bytes:,}")
+    console.print(weights, "")
+    layers = Table(title="Layers by type", title_justify="left", box=None)
+    for column in ("kind", "type", "count"):
+        layers.add_column(column, justify="right" if column == "count" else "left")
+    for layer in report.layers:
+        layers.add_row(layer.kind, layer.dtype, str(layer.count))
+    console.print(layers, "")
+    for problem in report.problems:
+        console.print(f"FAULT: {problem}")
+    console.print("passed" if report.passed else f"{len(report.problems)} faults")
+
+
+class _Bar:
+    """A bar with TensorRT's phase on stderr, or nothing where no terminal is."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        console = Console(stderr=True)
+        self._rich = RichProgress(
+            TextColumn("building"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._rich.add_task("", total=1.0)
+
+    def update(self, phase: str, fraction: float) -> None:
+        """TensorRT's phase, and the fraction of the build that is done."""
+        self._rich.update(self._task, completed=fraction, description=phase)
+
+    def __enter__(self) -> _Bar:
+        self._rich.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._rich.stop()

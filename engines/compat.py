@@ -1,0 +1,505 @@
+"""The one door to TensorRT on the host: every difference between TensorRT 10, 11 and RTX is here.
+
+=======================  ============================================================
+since                    what
+=======================  ============================================================
+10.0                     strongly typed networks, INT4 weights, progress monitor
+10.14                    attention, and its ``decomposable`` mark
+10.15                    rotary embedding, KV-cache update: dialect ``native``
+11.0                     always strongly typed; attention v2 with lengths per sequence
+TensorRT for RTX         compiles on a CPU for named GPUs; keeps no timing cache
+=======================  ============================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge import io_spec
+from edge.engine_file import Flavour
+from edge.errors import BuildError, ConfigError, DependencyError
+from edge.manifest import Dialect
+
+from .config import KvRead
+from .network import AttentionView, LayerView, NetworkView, TensorView
+from .profiles import Profile
+from .progress import PhaseTree, Progress
+
+_MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_MINIMUM: dict[Dialect, tuple[int, int]] = {"native": (10, 15), "portable": (10, 3)}
+_RTX_MINIMUM = (1, 3)
+_INSTALL: dict[Flavour, str] = {
+    "tensorrt": "on a Jetson it comes with JetPack (sudo apt install nvidia-jetpack; use a venv "
+    "with --system-site-packages), on a workstation: pip install tensorrt",
+    "tensorrt-rtx": "pip install 'jetson-edge-llm[check]'",
+}
+_DTYPES = {
+    "FLOAT": "fp32",
+    "HALF": "fp16",
+    "BF16": "bf16",
+    "INT8": "int8",
+    "INT4": "int4",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+    "FP8": "fp8",
+    "UINT8": "uint8",
+}
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """An imported TensorRT.
+
+    Attributes:
+        module: ``tensorrt`` or ``tensorrt_rtx``.
+        version: e.g. ``10.16.2.10``.
+    """
+
+    module: Any
+    flavour: Flavour
+    version: str
+
+    @property
+    def release(self) -> tuple[int, int]:
+        """Major and minor version."""
+        return parse_release(self.version)
+
+    @property
+    def label(self) -> str:
+        """For an engine's directory: ``trt10.16``, ``rtx1.7``."""
+        short = "trt" if self.flavour == "tensorrt" else "rtx"
+        return f"{short}{self.release[0]}.{self.release[1]}"
+
+    @property
+    def has_attention_v2(self) -> bool:
+        """Whether attention takes each sequence's length."""
+        return hasattr(self.module.INetworkDefinition, "add_attention_v2")
+
+    @property
+    def keeps_timings(self) -> bool:
+        """Whether there is a timing cache (RTX picks kernels without timing them)."""
+        return self.flavour == "tensorrt"
+
+
+def parse_release(version: str) -> tuple[int, int]:
+    """Major and minor of ``10.16.2.10``.
+
+    Raises:
+        ConfigError: not a version.
+    """
+    parts = version.split(".")
+    try:
+        return int(parts[0]), int(parts[1])
+    except (IndexError, ValueError) as error:
+        raise ConfigError(f"{version!r} is not a TensorRT version such as 10.3 or 11.4") from error
+
+
+def load(flavour: Flavour | None = None) -> TensorRT:
+    """Import TensorRT.
+
+    Args:
+        flavour: which one; None takes ``tensorrt``, else ``tensorrt-rtx``.
+
+    Raises:
+        DependencyError: it is not installed, or cannot be loaded.
+    """
+    wanted: list[Flavour] = [flavour] if flavour else ["tensorrt", "tensorrt-rtx"]
+    problem = ""
+    for name in wanted:
+        try:
+            module = importlib.import_module(_MODULES[name])
+        except ModuleNotFoundError as error:
+            if error.name != _MODULES[name]:
+                problem = f" (importing {_MODULES[name]} failed: {error})"
+            continue
+        except (ImportError, OSError, RuntimeError) as error:  # its shared libraries
+            problem = f" (importing {_MODULES[name]} failed: {error})"
+            continue
+        return TensorRT(module, name, str(module.__version__))
+    if flavour == "tensorrt-rtx":
+        raise DependencyError(
+            f"this needs TensorRT for RTX, which is not here{problem}; install it with: "
+            f"{_INSTALL['tensorrt-rtx']}"
+        )
+    raise DependencyError(
+        f"building an engine needs TensorRT, which is not here{problem}; {_INSTALL['tensorrt']}"
+    )
+
+
+def check_support(
+    flavour: Flavour, version: str, dialect: Dialect, kv_read: KvRead = "slice"
+) -> None:
+    """Whether a TensorRT takes a graph; pure, so that it can be asked about another machine's.
+
+    Raises:
+        DependencyError: it is too old for the dialect or for the way to read the cache.
+    """
+    found = parse_release(version)
+    if flavour == "tensorrt-rtx":
+        if found < _RTX_MINIMUM:
+            raise DependencyError(
+                f"TensorRT for RTX {version} is too old: {_RTX_MINIMUM[0]}.{_RTX_MINIMUM[1]} or "
+                f"newer is needed; {_INSTALL[flavour]}"
+            )
+        return
+    needed = _MINIMUM[dialect]
+    if found < needed:
+        advice = (
+            "export with --dialect portable, which JetPack 6 (TensorRT 10.3) takes, or upgrade to "
+            "JetPack 7.2"
+            if dialect == "native" and found >= _MINIMUM["portable"]
+            else "upgrade to JetPack 6.1 or newer"
+        )
+        raise DependencyError(
+            f"dialect {dialect} needs TensorRT >= {needed[0]}.{needed[1]}, found {version}; "
+            f"{advice}"
+        )
+    if kv_read == "lengths" and found < (11, 0):
+        raise DependencyError(
+            f"--kv-read lengths needs TensorRT >= 11.0, found {version}; leave it out"
+        )
+
+
+class Compiler:
+    """One network from parsing to a plan.
+
+    Args:
+        rt: from `load`.
+        log: receives every message of TensorRT: severity (``error``, ``warning``, ``info``) and
+            text.
+    """
+
+    def __init__(self, rt: TensorRT, log: Callable[[str, str], None]) -> None:
+        self.rt = rt
+        trt = rt.module
+        self._errors: list[str] = []
+        self._logger = _make_logger(trt, log, self._errors)
+        self._builder = trt.Builder(self._logger)
+        flags = 0
+        if rt.flavour == "tensorrt-rtx" or rt.release < (11, 0):
+            flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self._network = self._builder.create_network(flags)
+        if self._network is None:
+            raise BuildError(f"TensorRT {rt.version} made no network: {self._last_error()}")
+
+    def parse(self, graph: bytes, path: Path, kv_read: KvRead) -> NetworkView:
+        """Parse a graph and prepare its attentions.
+
+        Args:
+            graph: the ONNX file.
+            path: where it lies, or would: external weights are found beside it.
+            kv_read: ``lengths`` replaces each masked attention by one with lengths.
+
+        Raises:
+            BuildError: the parser refuses it; node, operator and advice are named.
+        """
+        trt = self.rt.module
+        parser = trt.OnnxParser(self._network, self._logger)
+        if not parser.parse(graph, str(path)):
+            problems = [parser.get_error(i) for i in range(parser.num_errors)]
+            raise BuildError(self._explain(problems, path))
+        if kv_read == "lengths":
+            self._attend_by_lengths()
+        for attention in self._attentions().values():
+            # Without it, a shape that no fused kernel serves fails the build (10.16 on sm_87).
+            attention.decomposable = True
+        return self.view()
+
+    def build(
+        self,
+        profiles: Iterable[Profile],
+        *,
+        workspace_bytes: int,
+        opt_level: int,
+        timings: bytes | None,
+        compute_capability: str | None,
+        progress: Progress,
+    ) -> tuple[Any, bytes | None]:
+        """Compile.
+
+        Args:
+            profiles: in the engine's order.
+            workspace_bytes: scratch memory of a kernel.
+            opt_level: 0 to 5.
+            timings: a timing cache of an earlier build, or None.
+            compute_capability: of the GPU to compile for, e.g. ``8.6``; None is the GPU here. Only
+                RTX compiles for another GPU.
+            progress: told the phase and the fraction done.
+
+        Returns:
+            The plan (a buffer) and the timing cache, None where there is none.
+
+        Raises:
+            BuildError: TensorRT failed; its last error is in the message.
+            ConfigError: no such GPU.
+        """
+        trt = self.rt.module
+        config = self._builder.create_builder_config()
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+        config.builder_optimization_level = opt_level
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if compute_capability is not None and self.rt.flavour == "tensorrt-rtx":
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(self._target(compute_capability), 0)
+        for profile in profiles:
+            ranges = self._builder.create_optimization_profile()
+            for name, shape in profile.inputs.items():
+                ranges.set_shape(name, shape.min, shape.opt, shape.max)
+            if config.add_optimization_profile(ranges) < 0:
+                raise BuildError(
+                    f"TensorRT refuses the profile {profile.name}: {self._last_error()}"
+                )
+        if self.rt.keeps_timings:
+            cache = config.create_timing_cache(timings or b"")
+            if not config.set_timing_cache(cache, False):
+                # Of another version or GPU: it only saves time, so start afresh.
+                config.set_timing_cache(config.create_timing_cache(b""), False)
+        with _stoppable() as stopped:
+            monitor = _make_monitor(trt, progress, stopped)
+            config.progress_monitor = monitor
+            plan = self._builder.build_serialized_network(self._network, config)
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        if plan is None:
+            raise BuildError(
+                f"TensorRT {self.rt.version} failed to build the engine: {self._last_error()}; "
+                f"{_build_advice(self._last_error(), workspace_bytes)}"
+            )
+        written = None
+        if self.rt.keeps_timings:
+            written = bytes(memoryview(config.get_timing_cache().serialize()))
+        return plan, written
+
+    def view(self) -> NetworkView:
+        """The network as plain data."""
+        network = self._network
+        layers = tuple(
+            LayerView(
+                layer.name,
+                layer.type.name.lower(),
+                tuple(_tensor(layer.get_input(i)) for i in range(layer.num_inputs)),
+                tuple(_known(layer.get_output(i)) for i in range(layer.num_outputs)),
+            )
+            for layer in self._layers()
+        )
+        attentions = []
+        for attention in self._attentions().values():
+            if hasattr(attention, "causal_kind"):
+                causal = attention.causal_kind.name.lower()
+            else:
+                causal = "upper_left" if attention.causal else "none"  # TensorRT 10
+            lengths = getattr(attention, "key_value_lengths", None)
+            attentions.append(
+                AttentionView(
+                    attention.name,
+                    attention.get_output(0).name,
+                    _tensor(attention.mask),
+                    causal,
+                    lengths.name if lengths is not None else None,
+                )
+            )
+        return NetworkView(
+            layers,
+            tuple(attentions),
+            tuple(_known(network.get_input(i)) for i in range(network.num_inputs)),
+            tuple(_known(network.get_output(i)) for i in range(network.num_outputs)),
+        )
+
+    def _layers(self) -> Iterator[Any]:
+        for i in range(self._network.num_layers):
+            yield self._network.get_layer(i)
+
+    def _attentions(self) -> dict[str, Any]:
+        """Attentions by their output; a network lists only their two ends."""
+        found: dict[str, Any] = {}
+        trt = self.rt.module
+        if not hasattr(trt, "IAttention"):
+            return found
+        for layer in self._layers():
+            if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+                layer.__class__ = trt.IAttentionOutputLayer  # the binding's own idiom
+                attention = layer.attention
+                found[attention.get_output(0).name] = attention
+        return found
+
+    def _attend_by_lengths(self) -> None:
+        """Give attention the whole cache and each sequence's length instead of a mask.
+
+        Query ``i`` of ``S`` then sees the rows up to ``length - S + i``: its own position, since
+        ``length`` is ``write_index + S``.
+        """
+        trt, network = self.rt.module, self._network
+        lengths = self._lengths()
+        for attention in list(self._attentions().values()):
+            query, scaled_key, value = (attention.get_input(i) for i in range(3))
+            # The parser puts half of the scale on the keys; the cache itself must come in.
+            key, factor = self._unscaled(scaled_key)
+            if factor is not None:
+                product = network.add_elementwise(query, factor, trt.ElementWiseOperation.PROD)
+                query = product.get_output(0)
+            softmax = trt.AttentionNormalizationOp.SOFTMAX
+            new = network.add_attention_v2(
+                query, key, value, softmax, trt.CausalMaskKind.LOWER_RIGHT
+            )
+            if new is None:
+                raise BuildError(
+                    f"TensorRT refuses {attention.name} with lengths: {self._last_error()}; "
+                    "leave --kv-read out"
+                )
+            new.key_value_lengths = lengths
+            new.name = f"{attention.name}/lengths"
+            old = attention.get_output(0)
+            for layer in self._layers():
+                for i in range(layer.num_inputs):
+                    tensor = layer.get_input(i)
+                    if tensor is not None and tensor.name == old.name:
+                        layer.set_input(i, new.get_output(0))
+
+    def _lengths(self) -> Any:
+        trt, network = self.rt.module, self._network
+        inputs = {
+            network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)
+        }
+        shape = network.add_shape(inputs[io_spec.POSITION_IDS]).get_output(0)
+        seq = network.add_slice(shape, (1,), (1,), (1,)).get_output(0)
+        total = network.add_elementwise(
+            inputs[io_spec.WRITE_INDICES], seq, trt.ElementWiseOperation.SUM
+        ).get_output(0)
+        return network.add_cast(total, trt.int32).get_output(0)
+
+    def _unscaled(self, tensor: Any) -> tuple[Any, Any]:
+        trt = self.rt.module
+        for layer in self._layers():
+            if layer.num_outputs and layer.get_output(0).name == tensor.name:
+                if layer.type == trt.LayerType.ELEMENTWISE:
+                    return layer.get_input(0), layer.get_input(1)
+                break
+        return tensor, None
+
+    def _target(self, compute_capability: str) -> Any:
+        known = self.rt.module.ComputeCapability.__members__
+        name = f"SM{compute_capability.replace('.', '')}"
+        if name not in known:
+            choices = ", ".join(sorted(n[2:] for n in known if n.startswith("SM")))
+            raise ConfigError(
+                f"TensorRT for RTX {self.rt.version} cannot compile for sm {compute_capability}; "
+                f"it knows {choices}"
+            )
+        return known[name]
+
+    def _last_error(self) -> str:
+        return self._errors[-1] if self._errors else "it gave no reason"
+
+    def _explain(self, problems: list[Any], path: Path) -> str:
+        if not problems:
+            return f"TensorRT's parser refuses {path}: {self._last_error()}"
+        first = problems[0]
+        more = f" ({len(problems) - 1} more such errors)" if len(problems) > 1 else ""
+        name, operator = first.node_name(), first.node_operator()
+        where = f"node {name!r}, operator {operator}" if operator else "the file as a whole"
+        return (
+            f"TensorRT {self.rt.version} cannot parse {path}: {where}: {first.desc()}{more}; "
+            f"{_advice(operator)}"
+        )
+
+
+def _build_advice(error: str, workspace_bytes: int) -> str:
+    asked = re.search(r"Requested size was (\d+) bytes", error)
+    if asked and int(asked[1]) > workspace_bytes:
+        # Not the machine's memory: INT8 weights may be unpacked into the workspace, for one.
+        return f"give --workspace {(int(asked[1]) >> 20) + 1}M or more"
+    return (
+        "the build log has more. If it ran out of memory, give a smaller --max-batch, "
+        "--max-prefill or --workspace"
+    )
+
+
+def _advice(operator: str) -> str:
+    if operator in ("Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"):
+        return "this operator needs TensorRT >= 10.15: export with --dialect portable"
+    if not operator:
+        return "export the bundle again"
+    return "export the bundle again with this edge-llm, or with the other --dialect"
+
+
+def _tensor(tensor: Any) -> TensorView | None:
+    return None if tensor is None else _known(tensor)
+
+
+def _known(tensor: Any) -> TensorView:
+    name = tensor.dtype.name
+    try:
+        shape = tuple(tensor.shape)
+    except ValueError:  # of unknown rank
+        shape = (-1,)
+    return TensorView(tensor.name, _DTYPES.get(name, name.lower()), shape)
+
+
+def _make_logger(trt: Any, log: Callable[[str, str], None], errors: list[str]) -> Any:
+    severity = trt.ILogger.Severity
+    names = {
+        severity.INTERNAL_ERROR: "error",
+        severity.ERROR: "error",
+        severity.WARNING: "warning",
+        severity.INFO: "info",
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, level: Any, message: str) -> None:
+            name = names.get(level)
+            if name is None:
+                return
+            if name == "error":
+                errors.append(message)
+            log(name, message)
+
+    return Logger()
+
+
+def _make_monitor(trt: Any, progress: Progress, stopped: threading.Event) -> Any:
+    tree = PhaseTree(progress)
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase: str, parent: str | None, num_steps: int) -> None:
+            tree.start(phase, parent, num_steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            tree.step(phase, step)
+            return not stopped.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            tree.finish(phase)
+
+    return Monitor()
+
+
+@contextmanager
+def _stoppable() -> Iterator[threading.Event]:
+    """Turn Ctrl-C into a flag: an exception must not fly through TensorRT's C++ frames."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    old = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield stopped
+    finally:
+        signal.signal(signal.SIGINT, old)

@@ -1,0 +1,149 @@
+"""What an engine is built for; every number is checked before TensorRT is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edge import io_spec
+from edge.errors import ConfigError
+from edge.manifest import Manifest
+
+KvRead = Literal["slice", "full", "lengths"]
+KV_READS: tuple[KvRead, ...] = ("slice", "full", "lengths")
+
+# TensorRT's own default is all of the device's memory, which on a Jetson is also the host's.
+DEFAULT_WORKSPACE_BYTES = 1 << 30
+_MIN_WORKSPACE_BYTES = 1 << 20
+_MAX_BATCH = 64
+_SMALLEST_BUCKET = 256
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Options of one engine.
+
+    Attributes:
+        bundle: the bundle's directory.
+        max_batch: the most sequences per step.
+        max_prefill: the most tokens per sequence and prefill step; longer prompts go in chunks.
+        kv_capacity: rows of the cache per sequence; None is the bundle's own.
+        kv_buckets: how many cache rows a step may read, ascending, the last one the capacity. The
+            runtime rounds up to them, so that one CUDA graph per bucket serves all steps. Empty:
+            the powers of two from 256 on, and the capacity.
+        kv_read: how attention reads the cache: ``slice`` (the first rows, up to the bucket),
+            ``full`` (all rows, under the mask: one shape), ``lengths`` (each sequence's own length,
+            inside TensorRT's attention; from TensorRT 11 on).
+        workspace_bytes: scratch memory that a kernel may ask for.
+        opt_level: 0 (fast build) to 5 (slow build, perhaps a faster engine).
+        timing_cache: file with the timings of earlier builds; None is the one beside the engine.
+        force: build although the memory plan says that it will not fit.
+    """
+
+    bundle: Path
+    max_batch: int = 1
+    max_prefill: int = 512
+    kv_capacity: int | None = None
+    kv_buckets: tuple[int, ...] = ()
+    kv_read: KvRead = "slice"
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    opt_level: int = 3
+    timing_cache: Path | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_batch <= _MAX_BATCH:
+            raise ConfigError(f"--max-batch {self.max_batch} is out of range: 1 to {_MAX_BATCH}")
+        if self.max_prefill < 1:
+            raise ConfigError(f"--max-prefill {self.max_prefill} is out of range: 1 or more tokens")
+        if self.workspace_bytes < _MIN_WORKSPACE_BYTES:
+            raise ConfigError(
+                f"--workspace of {self.workspace_bytes} bytes is too small: 1 MiB or more"
+            )
+        if not 0 <= self.opt_level <= 5:
+            raise ConfigError(f"--opt-level {self.opt_level} is out of range: 0 to 5")
+        if self.kv_read not in KV_READS:
+            raise ConfigError(f"--kv-read {self.kv_read} is none of {', '.join(KV_READS)}")
+        if self.kv_buckets and self.kv_read != "slice":
+            raise ConfigError(
+                f"--kv-buckets says how many rows the slice of the cache has, but --kv-read "
+                f"{self.kv_read} has no slice; leave one of the two out"
+            )
+        ascending = all(a < b for a, b in zip(self.kv_buckets, self.kv_buckets[1:], strict=False))
+        if not ascending or any(bucket < 1 for bucket in self.kv_buckets):
+            raise ConfigError(
+                f"--kv-buckets {_list(self.kv_buckets)} must be positive and ascending"
+            )
+
+
+@dataclass(frozen=True)
+class BuildShapes:
+    """The numbers of a `BuildConfig` that depend on the model, filled in and checked.
+
+    Attributes:
+        capacity: rows of the cache.
+        kv_buckets: see `BuildConfig`; never empty, the last one is ``capacity``.
+    """
+
+    max_batch: int
+    max_prefill: int
+    capacity: int
+    kv_buckets: tuple[int, ...]
+
+
+def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
+    """Hold the options against the model.
+
+    Raises:
+        ConfigError: a capacity that the RoPE table cannot serve, a prefill step or a bucket that
+            does not fit the cache, a way to read the cache that the dialect does not have.
+    """
+    capacity = manifest.kv_capacity if config.kv_capacity is None else config.kv_capacity
+    io_spec.check_capacity(capacity, manifest.rope_positions)
+    if config.max_prefill > capacity:
+        raise ConfigError(
+            f"--max-prefill {config.max_prefill} exceeds the KV capacity of {capacity} tokens; "
+            f"give --max-prefill {capacity} or less, or a larger --kv-capacity"
+        )
+    if config.kv_read == "lengths" and manifest.dialect != "native":
+        raise ConfigError(
+            "--kv-read lengths needs TensorRT's own attention, which dialect "
+            f"{manifest.dialect} does not use; export with --dialect native"
+        )
+    if config.kv_read != "slice":
+        buckets: tuple[int, ...] = (capacity,)
+    elif config.kv_buckets:
+        buckets = config.kv_buckets
+        if buckets[-1] != capacity:
+            raise ConfigError(
+                f"the last of --kv-buckets {_list(buckets)} must be the KV capacity, {capacity}"
+            )
+    else:
+        buckets = default_kv_buckets(capacity)
+    return BuildShapes(config.max_batch, config.max_prefill, capacity, buckets)
+
+
+def default_kv_buckets(capacity: int) -> tuple[int, ...]:
+    """Powers of two from 256 on below the capacity, then the capacity itself."""
+    buckets = []
+    size = _SMALLEST_BUCKET
+    while size < capacity:
+        buckets.append(size)
+        size *= 2
+    return (*buckets, capacity)
+
+
+def build_options(config: BuildConfig) -> dict[str, object]:
+    """The options that change the engine, for its key and its record."""
+    apart = {"bundle", "timing_cache", "force"}
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in apart
+    }
+
+
+def _list(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values))

@@ -1,0 +1,61 @@
+"""How far a build is: TensorRT's nested phases as one fraction."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Phase, and the fraction of the whole build that is done.
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class _Phase:
+    parent: str | None
+    num_steps: int
+    share: float  # of the whole build
+    done: float = 0.0  # of itself
+
+
+class PhaseTree:
+    """Adds up phases: a phase fills one step of its parent. TensorRT calls from several threads.
+
+    Args:
+        progress: told after every event; the fraction never goes down.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._phases: dict[str, _Phase] = {}
+        self._lock = threading.Lock()
+        self._reached = 0.0
+
+    def start(self, name: str, parent: str | None, num_steps: int) -> None:
+        """A phase begins."""
+        with self._lock:
+            above = self._phases.get(parent) if parent else None
+            share = above.share / max(above.num_steps, 1) if above else 1.0
+            self._phases[name] = _Phase(parent, num_steps, share)
+            self._tell(name)
+
+    def step(self, name: str, step: int) -> None:
+        """A phase has completed its step number ``step``, counted from 0."""
+        with self._lock:
+            phase = self._phases.get(name)
+            if phase is not None:
+                phase.done = min((step + 1) / max(phase.num_steps, 1), 1.0)
+                self._tell(name)
+
+    def finish(self, name: str) -> None:
+        """A phase is over."""
+        with self._lock:
+            phase = self._phases.pop(name, None)
+            if phase is not None and phase.parent is None:
+                self._reached = 1.0
+            self._tell(name)
+
+    def _tell(self, name: str) -> None:
+        fraction = sum(phase.done * phase.share for phase in self._phases.values())
+        self._reached = min(max(self._reached, fraction), 1.0)
+        self._progress(name, self._reached)

@@ -1,0 +1,160 @@
+"""Putting an engine into its bundle so that a killed build leaves the old one.
+
+A plan is written under a name that carries its hash; ``engine.json`` names it and is replaced in
+one ``rename(2)``. So a directory holds the whole old engine or the whole new one, on any file
+system. Whatever else lies there when a build takes the lock was left by a killed one and is swept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge.bundle_update import fsync, write_durably
+from edge.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, verify_plan
+from edge.errors import BundleError, ConfigError, ResourceError
+from edge.manifest import ENGINES_DIR
+
+_logger = logging.getLogger(__name__)
+
+BUILD_LOG = "build.log"
+TIMING_CACHE = "timing.cache"
+_LOCK = ".lock"
+
+
+def engine_key(parts: dict[str, Any]) -> str:
+    """Hash of everything that an engine depends on; the order of ``parts`` does not matter."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class EngineStore:
+    """One engine's directory in a bundle.
+
+    Args:
+        bundle: the bundle's directory.
+        name: of the engine, e.g. ``sm87-trt10.16-int4-b1-kv4096``.
+    """
+
+    def __init__(self, bundle: Path, name: str) -> None:
+        self.directory = bundle / ENGINES_DIR / name
+
+    @contextlib.contextmanager
+    def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
+        """Hold the lock of all engines of the bundle: a second build waits for the first.
+
+        Args:
+            waiting: called once if somebody else holds it.
+
+        Raises:
+            ConfigError: the bundle cannot be written.
+        """
+        root = self.directory.parent
+        try:
+            root.mkdir(exist_ok=True)
+            descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write engines into {root}: {error.strerror}; copy the bundle to a place "
+                "that you can write to"
+            ) from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def find(self, key: str) -> EngineInfo | None:
+        """The engine that lies here if it has this key and is whole."""
+        try:
+            info = read_engine_info(self.directory)
+            if info.key != key:
+                return None
+            verify_plan(self.directory, info)
+        except BundleError as error:
+            if (self.directory / ENGINE_JSON).exists():
+                _logger.warning("the engine that is there is not usable: %s", error)
+            return None
+        return info
+
+    def read_timings(self, elsewhere: Path | None) -> bytes | None:
+        """The timing cache of the last build here, or of a file that the user named."""
+        path = elsewhere or self.directory / TIMING_CACHE
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"cannot read the timing cache {path}: {error.strerror}") from error
+
+    def write_timings(self, timings: bytes, elsewhere: Path | None) -> None:
+        """Keep a timing cache for the next build."""
+        _replace(elsewhere or self.directory / TIMING_CACHE, timings)
+
+    def write_log(self, text: str) -> None:
+        """Keep what TensorRT said."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _replace(self.directory / BUILD_LOG, text.encode())
+
+    def commit(self, plan: Any, describe: Callable[[str, int, str], EngineInfo]) -> EngineInfo:
+        """Put a plan in place.
+
+        Args:
+            plan: its bytes, any buffer.
+            describe: makes the record from the plan's file name, size and SHA-256.
+
+        Raises:
+            ResourceError: the disk is full; the old engine stays.
+        """
+        view = memoryview(plan).cast("B")
+        sha256 = hashlib.sha256(view).hexdigest()
+        name = f"engine-{sha256[:12]}.plan"
+        info = describe(name, view.nbytes, sha256)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.sweep()
+            _replace(self.directory / name, view)
+            data = msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
+            _replace(self.directory / ENGINE_JSON, data)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceError(
+                    f"the disk filled up while {self.directory} was written; free "
+                    f"{view.nbytes / 1e6:,.0f} MB and build again (the old engine is as it was)"
+                ) from error
+            raise
+        self.sweep()
+        return info
+
+    def sweep(self) -> None:
+        """Remove plans that ``engine.json`` does not name, and what a killed build left."""
+        try:
+            kept = read_engine_info(self.directory).plan
+        except BundleError:
+            kept = None
+        for path in self.directory.iterdir():
+            if path.name.endswith((".plan", ".tmp")) and path.name != kept:
+                path.unlink()
+
+
+def _replace(path: Path, data: Any) -> None:
+    temp = path.with_name(f".{path.name}.tmp")
+    try:
+        write_durably(temp, data)
+        temp.replace(path)
+    finally:
+        temp.unlink(missing_ok=True)
+    fsync(path.parent)

@@ -1,0 +1,455 @@
+"""NVIDIA's ``trtexec``: the line that builds the same engine as our builder, and running it.
+
+Order matters in one place: each ``--profile=N`` is followed directly by its ``--minShapes``,
+``--optShapes`` and ``--maxShapes``. A name in a list may hold one ``*``, which stands for anything;
+exact names win. So one entry serves the caches of all layers
+(``matchStringWithOneWildcard`` and ``getOptimizationProfiles`` in ``samples/common`` of
+github.com/NVIDIA/TensorRT, the same in 10.3, 10.16 and 11.1).
+
+One difference to the Python API remains: ``trtexec`` times each kernel 8 times by default, the API
+once. That is settled with ``--avgTiming=1``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edge.errors import BackendError, ConfigError, DependencyError, EdgeError, ResourceError
+from edge.manifest import ENGINES_DIR, Manifest, read_manifest, verify_files
+
+from .config import BuildConfig, BuildShapes, resolve
+from .graph import prepare_graph
+from .profiles import Shape, make_profiles
+from .trtexec_options import TRT_VERSIONS, TrtVersion, show
+
+_MIB = 1 << 20
+# Where JetPack, the TensorRT packages and NVIDIA's containers put it; not always on the PATH.
+_PLACES = ("/usr/src/tensorrt/bin", "/opt/tensorrt/bin", "/usr/bin")
+_CACHE_PATTERN = "past_key_values.*"
+_NATIVE_SINCE: TrtVersion = (10, 15)
+_DECOMPOSABLE_SINCE: TrtVersion = (10, 14)
+_ALWAYS_STRONGLY_TYPED: TrtVersion = (11, 0)
+_PLAN, _TIMING_CACHE = "engine.plan", "timing.cache"
+
+
+def parse_version(text: str) -> TrtVersion:
+    """``--trt``: one of the versions that Jetsons have.
+
+    Raises:
+        ConfigError: another one.
+    """
+    if text not in TRT_VERSIONS:
+        raise ConfigError(f"--trt {text} is none of {', '.join(TRT_VERSIONS)}")
+    return TRT_VERSIONS[text]
+
+
+def trtexec_command(
+    config: BuildConfig,
+    manifest: Manifest,
+    version: TrtVersion,
+    *,
+    onnx: Path | None = None,
+    plan: Path | None = None,
+    timing_cache: Path | None = None,
+) -> list[str]:
+    """The ``trtexec`` line that builds the engine of ``config``.
+
+    Args:
+        config: what to build.
+        manifest: the bundle's manifest.
+        version: of TensorRT; from 10.0 on.
+        onnx: the graph; the bundle's own by default. Its weights must lie beside it. Another
+            capacity or ``kv_read`` than the bundle's needs the graph of `write_graph` here.
+        plan: where the engine goes; ``engine.plan`` in the current directory by default.
+        timing_cache: the config's by default, else ``timing.cache`` beside ``plan``.
+
+    Raises:
+        ConfigError: options that contradict the model or the version, or another capacity than the
+            bundle's without its graph.
+    """
+    _check_version(config, manifest, version)
+    shapes = resolve(config, manifest)
+    if onnx is None:
+        if _needs_own_graph(config, manifest, shapes):
+            raise ConfigError(
+                f"the graph in {config.bundle} is not the one for KV capacity {shapes.capacity} "
+                f"and --kv-read {config.kv_read}; write that one first and give its path"
+            )
+        onnx = config.bundle / manifest.graphs.decoder
+    plan = Path(_PLAN) if plan is None else plan
+    timing_cache = timing_cache or config.timing_cache or plan.parent / _TIMING_CACHE
+
+    line = ["trtexec", f"--onnx={onnx}", f"--saveEngine={plan}"]
+    if version < _ALWAYS_STRONGLY_TYPED:
+        line.append("--stronglyTyped")
+    profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes)
+    for index, profile in enumerate(profiles):
+        ranges = profile.inputs.items()
+        line += [
+            f"--profile={index}",
+            "--minShapes=" + _shapes((name, shape.min) for name, shape in ranges),
+            "--optShapes=" + _shapes((name, shape.opt) for name, shape in ranges),
+            "--maxShapes=" + _shapes((name, shape.max) for name, shape in ranges),
+        ]
+    line += [
+        f"--memPoolSize=workspace:{_pool_size(config.workspace_bytes)}",
+        f"--builderOptimizationLevel={config.opt_level}",
+        "--avgTiming=1",
+        "--profilingVerbosity=detailed",
+        f"--timingCacheFile={timing_cache}",
+    ]
+    if manifest.dialect == "native" and version >= _DECOMPOSABLE_SINCE:
+        line.append("--decomposableAttentions=*")
+    return [*line, "--skipInference"]
+
+
+def format_command(line: Sequence[str]) -> str:
+    """A line to paste into a shell: quoted, one option per row; a profile's shapes stay with it."""
+    return " \\\n  ".join(shlex.quote(part) for part in line)
+
+
+def write_graph(
+    config: BuildConfig, manifest: Manifest, shapes: BuildShapes, directory: Path
+) -> Path:
+    """Write the graph of ``config``, the bundle's weights linked beside it.
+
+    ``trtexec`` looks for the weights in the folder of the graph. They are not copied.
+
+    Args:
+        config: which bundle, and how the cache is read.
+        manifest: the bundle's manifest; the caller has verified the files.
+        shapes: the capacity.
+        directory: where to; made if missing. Files of the same names are replaced.
+
+    Returns:
+        The path of the graph.
+    """
+    name = manifest.graphs.decoder
+    data = prepare_graph((config.bundle / name).read_bytes(), shapes, config.kv_read)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / name
+    path.write_bytes(data)
+    for weights in (file for file in manifest.files if file.endswith(".data")):
+        link = directory / weights
+        link.unlink(missing_ok=True)
+        os.link(config.bundle / weights, link)  # the same file system
+    return path
+
+
+def _needs_own_graph(config: BuildConfig, manifest: Manifest, shapes: BuildShapes) -> bool:
+    return shapes.capacity != manifest.kv_capacity or config.kv_read != "slice"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What ``trtexec`` measured of the engine, where it ran it; medians in milliseconds."""
+
+    throughput_qps: float
+    latency_ms: float
+    gpu_compute_ms: float
+
+
+@dataclass(frozen=True)
+class TrtexecResult:
+    """What a run of ``trtexec`` said.
+
+    Attributes:
+        seconds: wall time of the whole run.
+        version: TensorRT's, as ``trtexec`` names it (``10.16.1``); None if it does not.
+        build_s: seconds that it took to build the engine.
+        peak_host_bytes: peak of the host memory while building (not every version says).
+        peak_device_bytes: peak of TensorRT's own allocations on the device.
+        timing: None without an inference run.
+        warnings: TensorRT's warnings, each once.
+    """
+
+    seconds: float
+    version: str | None = None
+    build_s: float | None = None
+    peak_host_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    timing: Timing | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def find_trtexec(places: Sequence[str] = _PLACES) -> Path:
+    """The binary: on the PATH, or where NVIDIA's packages put it.
+
+    Raises:
+        DependencyError: it is nowhere.
+    """
+    found = shutil.which("trtexec") or shutil.which("trtexec", path=os.pathsep.join(places))
+    if found is None:
+        raise DependencyError(
+            f"trtexec is neither on the PATH nor in {', '.join(places)}; on a Jetson install it "
+            "with: sudo apt install tensorrt (JetPack 6: libnvinfer-bin), or build with the Python "
+            "API: edge-llm build without --with trtexec"
+        )
+    return Path(found)
+
+
+def trtexec_version(binary: Path) -> TrtVersion:
+    """Ask a ``trtexec`` for its version; needs no GPU.
+
+    Raises:
+        BackendError: it does not run, or does not say.
+    """
+    try:
+        answer = subprocess.run(
+            [binary, "--help"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendError(f"{binary} --help does not run: {error}") from error
+    log = _Log()
+    for line in answer.splitlines():
+        log.read(line)
+    if log.version is None:
+        first = next(iter(answer.splitlines()), "nothing")
+        raise BackendError(
+            f"{binary} does not name its TensorRT version; it said: {first}; "
+            "give the version with --trt"
+        )
+    major, minor = log.version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def run_trtexec(argv: Sequence[str], on_line: Callable[[str], None]) -> TrtexecResult:
+    """Run a ``trtexec`` line to its end.
+
+    Args:
+        argv: the line; if it starts with plain ``trtexec``, the binary is looked for.
+        on_line: gets each line of the output as it comes. If it raises, or the caller is
+            interrupted, ``trtexec`` is stopped.
+
+    Raises:
+        DependencyError: there is no ``trtexec``.
+        ResourceError: it ran out of memory, or was killed.
+        BackendError: it failed otherwise; the message has its error lines and what to do.
+    """
+    binary = find_trtexec() if argv[0] == "trtexec" else Path(argv[0])
+    log = _Log()
+    start = time.perf_counter()
+    try:
+        process = subprocess.Popen(
+            [str(binary), *argv[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise DependencyError(f"{binary} does not run: {error.strerror}") from error
+    try:
+        assert process.stdout is not None
+        for raw in process.stdout:
+            line = raw.rstrip()
+            log.read(line)
+            on_line(line)
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    if code != 0 or not log.passed:
+        raise _failure(code, log)
+    return log.result(time.perf_counter() - start)
+
+
+def _check_version(config: BuildConfig, manifest: Manifest, version: TrtVersion) -> None:
+    if version < (10, 0):
+        raise ConfigError(
+            f"TensorRT {show(version)} cannot build this engine: strongly typed networks start "
+            "with 10.0 (JetPack 6.1)"
+        )
+    if manifest.dialect == "native" and version < _NATIVE_SINCE:
+        raise ConfigError(
+            f"dialect native needs TensorRT {show(_NATIVE_SINCE)}, asked for is {show(version)}; "
+            "export again with --dialect portable"
+        )
+    if config.kv_read == "lengths":
+        raise ConfigError(
+            "--kv-read lengths changes the network after it is parsed, which trtexec cannot; "
+            "build with the Python API, or choose --kv-read slice"
+        )
+
+
+def _shapes(shapes: Iterable[tuple[str, Shape]]) -> str:
+    """``name:1x2x3,...`` with one entry for all caches, which have one shape."""
+    entries: dict[str, str] = {}
+    for name, shape in shapes:
+        pattern = _CACHE_PATTERN if name.startswith(_CACHE_PATTERN[:-1]) else name
+        text = "x".join(map(str, shape))
+        assert entries.setdefault(pattern, text) == text
+    return ",".join(f"{name}:{text}" for name, text in entries.items())
+
+
+def _pool_size(num_bytes: int) -> str:
+    mib, rest = divmod(num_bytes, _MIB)
+    return f"{num_bytes}B" if rest else f"{mib}M"
+
+
+_FLOAT = r"([0-9.]+(?:e[+-]?[0-9]+)?)"
+_STAMP = re.compile(r"^(?:\[[0-9/]+-[0-9:]+\] )?\[([EWI])\] (?:\[TRT\] )?")
+_BANNER = re.compile(r"^&&&& (RUNNING|PASSED|FAILED) TensorRT\.trtexec(?: \[TensorRT v(\d+)\])?")
+_VERSION = re.compile(r"TensorRT version: (\d+\.\d+\.\d+)")
+_BUILT = re.compile(rf"Engine built in {_FLOAT} sec")
+_HOST_PEAK = re.compile(
+    r"Peak memory usage during Engine building and serialization: CPU: (\d+) MiB"
+)
+_DEVICE_PEAK = re.compile(
+    r"Peak memory usage of TRT CPU/GPU memory allocators: CPU \d+ MiB, GPU (\d+) MiB"
+)
+_THROUGHPUT = re.compile(rf"\] Throughput: {_FLOAT} qps")
+_MEDIAN = re.compile(rf"\] (Latency|GPU Compute Time): .*median = {_FLOAT} ms")
+_NO_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|bad_alloc|insufficient memory|Cuda failure: 2\b", re.IGNORECASE
+)
+_MAX_SHOWN = 8
+
+
+@dataclass
+class _Log:
+    """Reads the output of ``trtexec`` line by line."""
+
+    version: str | None = None
+    passed: bool = False
+    errors: list[str] = field(default_factory=list)
+    warnings: dict[str, None] = field(default_factory=dict)
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=_MAX_SHOWN))
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def read(self, line: str) -> None:
+        if line.strip():
+            self.last.append(line)
+        if banner := _BANNER.match(line):
+            self.passed = banner[1] == "PASSED"
+            if banner[2] and self.version is None:
+                self.version = _decode_version(int(banner[2]))
+            return
+        if stamp := _STAMP.match(line):
+            text = line[stamp.end() :]
+            if stamp[1] == "E" and text:
+                self.errors.append(text)
+            elif stamp[1] == "W" and text:
+                self.warnings[text] = None
+        if version := _VERSION.search(line):
+            self.version = version[1]
+        for name, pattern in (
+            ("build_s", _BUILT),
+            ("host_mib", _HOST_PEAK),
+            ("device_mib", _DEVICE_PEAK),
+            ("qps", _THROUGHPUT),
+        ):
+            if match := pattern.search(line):
+                self.numbers[name] = float(match[1])
+        if median := _MEDIAN.search(line):
+            self.numbers[median[1]] = float(median[2])
+
+    def result(self, seconds: float) -> TrtexecResult:
+        numbers = self.numbers
+        timing = None
+        if {"qps", "Latency", "GPU Compute Time"} <= numbers.keys():
+            timing = Timing(numbers["qps"], numbers["Latency"], numbers["GPU Compute Time"])
+        return TrtexecResult(
+            seconds=seconds,
+            version=self.version,
+            build_s=numbers.get("build_s"),
+            peak_host_bytes=self._bytes("host_mib"),
+            peak_device_bytes=self._bytes("device_mib"),
+            timing=timing,
+            warnings=tuple(self.warnings),
+        )
+
+    def _bytes(self, name: str) -> int | None:
+        return int(self.numbers[name]) * _MIB if name in self.numbers else None
+
+
+def _decode_version(number: int) -> str:
+    """``NV_TENSORRT_VERSION``: 8601 is 8.6.1, from 10 on 101600 is 10.16.0."""
+    base = 1000 if number < 10000 else 10000
+    return f"{number // base}.{number % base // 100}.{number % 100}"
+
+
+def _failure(code: int, log: _Log) -> EdgeError:
+    """The error for a run that did not pass."""
+    shown = log.errors or list(log.last)
+    details = "".join(f"\n  {text}" for text in shown[:_MAX_SHOWN])
+    if len(shown) > _MAX_SHOWN:
+        details += f"\n  and {len(shown) - _MAX_SHOWN} more"
+    text = "\n".join(shown)
+    less = (
+        "build with less: --workspace 512MiB, --max-prefill 256, --kv-capacity 2048; close other "
+        "programs or add swap"
+    )
+    if code == -signal.SIGKILL:
+        return ResourceError(f"trtexec was killed, most likely for want of memory; {less}{details}")
+    if _NO_MEMORY.search(text):
+        return ResourceError(f"trtexec ran out of memory; {less}{details}")
+    if code < 0:
+        what = f"trtexec died from {signal.Signals(-code).name}"
+    elif code == 0:
+        what = "trtexec ended without saying PASSED"
+    else:
+        what = f"trtexec failed with exit code {code}"
+    return BackendError(f"{what}; {_advice(text, log.version)}{details}")
+
+
+def _advice(text: str, version: str | None) -> str:
+    if "Unknown option" in text:
+        own = f"it is of TensorRT {version}" if version else "it is of another TensorRT"
+        return f"{own}, so let --trt name that version (edge-llm trtexec-explain says more)"
+    if "Cannot find input tensor" in text:
+        return "the graph is not the one that the line was made for; export the bundle again"
+    if re.search(
+        r"Failed to open file|could not open|No such file|weights? .*file", text, re.IGNORECASE
+    ):
+        return "a file is missing; the weights (.onnx.data) must lie beside the .onnx"
+    if re.search(r"no importer|UNSUPPORTED_NODE|Plugin not found|opset", text, re.IGNORECASE):
+        return (
+            "this TensorRT's parser lacks an operator of the graph; TensorRT before 10.15 needs a "
+            "bundle exported with --dialect portable"
+        )
+    if re.search(r"no CUDA-capable device|Cuda failure: 100\b|libcuda", text, re.IGNORECASE):
+        return "no GPU was found; in a container start it with --runtime nvidia"
+    return "what it reported:"
+
+
+def command_for_bundle(config: BuildConfig, version: TrtVersion) -> list[str]:
+    """The line of ``--print-trtexec``, ready to run.
+
+    For another capacity or way to read the cache than the bundle's, the graph is written first,
+    into a folder ``trtexec-...`` among the bundle's engines.
+
+    Raises:
+        BundleError: no bundle, or a damaged graph.
+        ConfigError: as `trtexec_command`.
+    """
+    manifest = read_manifest(config.bundle)
+    _check_version(config, manifest, version)
+    shapes = resolve(config, manifest)
+    if not _needs_own_graph(config, manifest, shapes):
+        return trtexec_command(config, manifest, version)
+    verify_files(config.bundle, manifest, [manifest.graphs.decoder])
+    name = f"trtexec-kv{shapes.capacity}-{config.kv_read}"
+    onnx = write_graph(config, manifest, shapes, config.bundle / ENGINES_DIR / name)
+    return trtexec_command(config, manifest, version, onnx=onnx)

@@ -1,0 +1,129 @@
+"""The options that each version of ``trtexec`` knows.
+
+Source: the option parser in ``samples/common/sampleOptions.cpp`` of github.com/NVIDIA/TensorRT, on
+the branches ``release/8.6``, ``release/10.0`` to ``release/10.16``, ``release/11.0`` and
+``release/11.1``. 11.1 is the newest one that was public: what is said here of a later version is
+what holds for 11.1.
+
+``trtexec`` stops at an option that it does not know, so the right set matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TrtVersion = tuple[int, int]
+
+# The versions that a line can be asked for: JetPack 6.1 and 6.2, JetPack 7.2, JetPack 7.2.2.
+TRT_VERSIONS: dict[str, TrtVersion] = {"10.3": (10, 3), "10.16": (10, 16), "11.4": (11, 4)}
+OLDEST: TrtVersion = (8, 6)
+
+_IN_8_6 = """
+    allowGPUFallback avgRuns avgTiming batch best buildDLAStandalone buildOnly
+    builderOptimizationLevel calib consistency deploy device directIO dumpLayerInfo dumpOutput
+    dumpProfile dumpRawBindingsToFile dumpRefit duration dynamicPlugins excludeLeanRuntime
+    explicitBatch explicitPrecision exportLayerInfo exportOutput exportProfile exportTimes
+    exposeDMA fp16 fp8 hardwareCompatibilityLevel help heuristic idleTime
+    ignoreParsedPluginLibs infStreams inputIOFormats int8 iterations layerDeviceTypes
+    layerOutputTypes layerPrecisions leanDLLPath loadEngine loadInputs maxAuxStreams maxBatch
+    maxShapes maxShapesCalib memPoolSize minShapes minShapesCalib minTiming model
+    nativeInstanceNorm ni noBuilderCache noDataTransfers noTF32 nvtxMode onnx optShapes
+    optShapesCalib output outputIOFormats percentile persistentCacheRatio plugins
+    precisionConstraints preview profilingVerbosity refit restricted safe saveEngine
+    separateProfileRun setPluginsToSerialize shapes skipInference sleepTime sparsity
+    staticPlugins streams tacticSources tempdir tempfileControls threads timeDeserialize
+    timeRefit timingCacheFile uff uffInput uffNHWC useCudaGraph useDLACore useManagedMemory
+    useRuntime useSpinWait vc verbose versionCompatible warmUp workspace
+"""
+# (version, what it added, what it removed)
+_CHANGES: tuple[tuple[TrtVersion, str, str], ...] = (
+    (
+        (10, 0),
+        """
+        allocationStrategy allowWeightStreaming bf16 calibProfile dumpOptimizationProfile
+        errorOnTimingCacheMiss getPlanVersionOnly markDebug noCompilationCache pi
+        pluginInstanceNorm profile saveDebugTensors stripWeights stronglyTyped useProfile
+        weightStreamingBudget weightless
+        """,
+        """
+        batch buildOnly deploy explicitBatch explicitPrecision heuristic maxBatch minTiming model
+        nativeInstanceNorm ni nvtxMode output uff uffInput uffNHWC workspace
+        """,
+    ),
+    ((10, 1), "int4 stripAllWeights", ""),
+    ((10, 2), "runtimePlatform", ""),
+    ((10, 4), "maxTactics", "consistency"),
+    ((10, 6), "monitorMemory", ""),
+    ((10, 7), "asyncFileReader", ""),
+    ((10, 8), "l2LimitForTiling tilingOptimizationLevel", ""),
+    ((10, 11), "uint8AsymmetricQuantizationDLA", ""),
+    (
+        (10, 12),
+        "distributiveIndependence markUnfusedTensorsAsDebugTensors saveAllDebugTensors",
+        "",
+    ),
+    ((10, 13), "consistency dumpKernelText remoteAutoTuningConfig safetyPlugins", ""),
+    ((10, 14), "decomposableAttentions refitFromOnnx", ""),
+    ((10, 15), "cpuOnly enablePluginOverride", ""),
+    ((10, 16), "adjustForDLA reportCapabilityDLA", ""),
+    (
+        (11, 0),
+        "includeDataTransfers noCudaGraph noSpinWait",
+        """
+        best bf16 calib calibProfile fp16 fp8 int4 int8 layerOutputTypes layerPrecisions
+        maxShapesCalib minShapesCalib optShapesCalib precisionConstraints restricted weightless
+        """,
+    ),
+    (
+        (11, 1),
+        """
+        accuracyAlgorithm accuracyThreshold atol continue dryRun helpBuildRoute loadRefOutputs
+        refPair rtol saveAllEngines setBuildRoute tuneBuildRouteFile tuneBuildRoutes
+        tuningCacheFile tuningResultFile tuningSearch tuningTimeOut
+        """,
+        "",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """When an option came and went.
+
+    Attributes:
+        added: the version that brought it; None: 8.6 had it already.
+        removed: the version without it; None: it is still there.
+    """
+
+    added: TrtVersion | None
+    removed: TrtVersion | None
+
+
+def options(version: TrtVersion) -> frozenset[str]:
+    """Every option, with its dashes, that ``trtexec`` of a version takes."""
+    known = set(_IN_8_6.split())
+    for changed, added, removed in _CHANGES:
+        if changed <= version:
+            known |= set(added.split())
+            known -= set(removed.split())
+    return frozenset(f"--{name}" for name in known)
+
+
+def lifetime(option: str) -> Lifetime | None:
+    """When an option came and went; None for one that no version ever had."""
+    name = option.removeprefix("--")
+    added: TrtVersion | None = None
+    removed: TrtVersion | None = None
+    known = name in _IN_8_6.split()
+    for version, came, went in _CHANGES:
+        if name in came.split():
+            known, removed = True, None
+            added = added or (None if name in _IN_8_6.split() else version)
+        elif name in went.split():
+            removed = version
+    return Lifetime(added, removed) if known else None
+
+
+def show(version: TrtVersion) -> str:
+    """A version as people write it."""
+    return f"{version[0]}.{version[1]}"

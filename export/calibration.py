@@ -1,0 +1,460 @@
+"""Calibration: text in the model's own format, and what its linear layers see of it.
+
+The float model runs in ONNX Runtime one decoder layer at a time: one small graph whose weights are
+inputs serves every layer, so memory holds the hidden states of all tokens, one layer's weights and
+one layer's activations, whatever the model's depth. No KV cache: a sequence is run whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edge import io_spec
+from edge._version import __version__
+from edge.chat import THINK_END, THINK_START, ChatTemplate, encode_chat
+from edge.errors import ConfigError, DependencyError
+from edge.io_spec import TensorSpec
+from edge.manifest import ModelSpec, TensorScheme
+from edge.tokenizer import Tokenizer
+
+from .checkpoint import Checkpoint
+from .data_file import StoredTensor
+from .decoder import DecoderTensors, PortableDecoder, StoredLinear
+from .graph_builder import ONNX_TYPE, GraphBuilder
+from .recipe import linear_layers, norm_sources
+from .rope import rope_tables
+
+Array = NDArray[np.float32]
+Progress = Callable[[int, int], None]
+"""Called with the layers done and the layers in all."""
+
+SEQ_LEN = 512
+DEFAULT_TOKENS = 16384
+FP16_MAX = 65504.0
+_FP16_NEAR = FP16_MAX / 2  # calibration sees few tokens; a factor of two is no margin to rely on
+_BUILT_IN = "built-in"
+_ROPE = ("cos", "sin")
+# Values of the graph that feed a linear, and those whose range matters to an fp16 graph.
+_TAPS = {"input_norm.out": "qkv", "merged": "o", "post_norm.out": "gate_up", "gated": "down"}
+_PEAKS = (
+    "qkv.out",
+    "o.out",
+    "attention_residual",
+    "gate_up.out",
+    "gated",
+    "down.out",
+    "mlp_residual",
+)
+_log = logging.getLogger(__name__)
+
+# ------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Documents to calibrate with.
+
+    Attributes:
+        name: ``built-in``, or the file's name.
+        sha256: of the file, in hex.
+        documents: each ``{"text": ...}`` or ``{"messages": [...]}``; an assistant's message may
+            have a ``reasoning`` beside its ``content``.
+    """
+
+    name: str
+    sha256: str
+    documents: tuple[Mapping[str, Any], ...]
+
+
+def read_calibration_text(path: Path | None) -> CalibrationText:
+    """Read the built-in text, or a file: plain text, or JSONL if its name ends so.
+
+    Raises:
+        ConfigError: the file cannot be read, is empty or a line is no document; it is named.
+    """
+    if path is None:
+        packaged = resources.files(__package__) / "calibration_text" / "problems.jsonl"
+        data = packaged.read_bytes()
+        name, is_jsonl = _BUILT_IN, True
+    else:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"--calibration {path} cannot be read: {error.strerror}") from error
+        name, is_jsonl = path.name, path.suffix.lower() in (".jsonl", ".ndjson")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--calibration {path} is not UTF-8 text: {error}") from error
+    documents: list[Mapping[str, Any]] = []
+    if is_jsonl:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                documents.append(_document(line, f"--calibration {path}: line {number}"))
+    elif text.strip():
+        documents.append({"text": text})
+    if not documents:
+        raise ConfigError(f"--calibration {path} is empty; give some thousand words of text")
+    return CalibrationText(name, hashlib.sha256(data).hexdigest(), tuple(documents))
+
+
+def _document(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    if isinstance(value, dict):
+        if set(value) == {"text"} and isinstance(value["text"], str):
+            return value
+        if set(value) == {"messages"} and isinstance(value["messages"], list):
+            return value
+    raise ConfigError(f'{where} must be {{"text": "..."}} or {{"messages": [...]}}')
+
+
+def calibration_batches(
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    text: CalibrationText,
+    num_tokens: int,
+    seq_len: int = SEQ_LEN,
+    seed: int = 0,
+) -> NDArray[np.int64]:
+    """Token ids int64 ``[sequences, seq_len]``: the documents shuffled, joined and cut.
+
+    Every sequence starts with bos where the model wants one: the first token of a context draws
+    activations that no other token has.
+
+    Args:
+        tokenizer: the model's.
+        template: its chat template; None writes messages as plain paragraphs.
+        text: the documents.
+        num_tokens: at most so many, in whole sequences; fewer if the text is shorter.
+        seq_len: tokens of a sequence.
+        seed: of the order of the documents.
+
+    Raises:
+        ConfigError: fewer tokens asked for, or in the text, than one sequence has.
+        RequestError: the chat template refuses a document's messages.
+    """
+    if num_tokens < seq_len:
+        raise ConfigError(
+            f"--calibration-tokens {num_tokens} is less than one sequence of {seq_len} tokens"
+        )
+    bos = tokenizer.tokens.bos if tokenizer.tokens.add_bos else None
+    body = seq_len if bos is None else seq_len - 1
+    wanted = num_tokens // seq_len * body
+    ids: list[int] = []
+    for index in np.random.RandomState(seed).permutation(len(text.documents)):
+        ids += _encode(tokenizer, template, text.documents[index])
+        if len(ids) >= wanted:
+            break
+    rows = min(len(ids), wanted) // body
+    if rows == 0:
+        raise ConfigError(
+            f"the calibration text {text.name} has {len(ids)} tokens, fewer than one sequence of "
+            f"{seq_len}; give a longer text"
+        )
+    batch = np.array(ids[: rows * body], dtype=np.int64).reshape(rows, body)
+    if bos is None:
+        return batch
+    return np.concatenate([np.full((rows, 1), bos, dtype=np.int64), batch], axis=1)
+
+
+def _encode(
+    tokenizer: Tokenizer, template: ChatTemplate | None, document: Mapping[str, Any]
+) -> list[int]:
+    if "text" in document:
+        return tokenizer.encode(document["text"] + "\n\n")
+    messages = document["messages"]
+    if template is None or not messages or messages[-1].get("role") != "assistant":
+        if template is not None:
+            return encode_chat(tokenizer, template, messages, add_generation_prompt=False)
+        return tokenizer.encode("".join(f"{message.get('content')}\n\n" for message in messages))
+    # Templates cut the reasoning out of past answers, so the answer is put behind the prompt here,
+    # as the model itself would write it.
+    *prompt, answer = messages
+    ids = encode_chat(tokenizer, template, prompt)
+    control = tokenizer.control_tokens
+    reasoning, content = answer.get("reasoning"), answer.get("content") or ""
+    if reasoning and THINK_END in control:
+        opened = THINK_START in tokenizer.decode(ids[-3:])
+        if not opened and THINK_START in control:
+            ids += [control[THINK_START], *tokenizer.encode("\n")]
+        ids += tokenizer.encode(f"{reasoning}\n")
+        ids += [control[THINK_END], *tokenizer.encode(f"\n\n{content}")]
+    else:
+        ids += tokenizer.encode(f"{reasoning}\n\n{content}" if reasoning else content)
+    return [*ids, *tokenizer.tokens.eos[:1]]
+
+
+# ------------------------------------------------------------------------------------ activations
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """What one decoder layer's linears see, for every calibration token.
+
+    Attributes:
+        index: of the layer; -1 for what follows the last one.
+        inputs: float32 ``[tokens, width]`` by the linear's last name: ``qkv``, ``o``, ``gate_up``
+            and ``down``, or ``lm_head``. Tokens are in the order of the batches, row by row.
+        peaks: largest magnitude of each value that an fp16 graph would hold, by its name.
+    """
+
+    index: int
+    inputs: dict[str, Array]
+    peaks: dict[str, float]
+
+
+@dataclass
+class LayerRunner:
+    """Iterates over the decoder layers and, last, the input of the lm_head.
+
+    The activations are those of the float model: feeding each layer what the quantized layers
+    before it put out was tried and gained nothing.
+
+    Args:
+        checkpoint: its weights are used as fp32.
+        ids: token ids int64 ``[sequences, seq_len]``.
+        progress: told the layers done and the layers in all.
+
+    Attributes:
+        peaks: all layers' so far, by full name (``layers.3.down``).
+    """
+
+    checkpoint: Checkpoint
+    ids: NDArray[np.int64]
+    progress: Progress = lambda _done, _total: None
+    peaks: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __iter__(self) -> Iterator[LayerActivations]:
+        model = self.checkpoint.spec
+        graph = _LayerGraph(model)
+        session = _layer_session(graph)
+        tables = rope_tables(model.rope, model.head_dim, self.ids.shape[1])
+        rope = {
+            f"rope.{part}_table": table.astype(np.float32)
+            for part, table in zip(_ROPE, tables, strict=True)
+        }
+        table = self.checkpoint.tensor("model.embed_tokens.weight")
+        hidden: Array = np.stack([table[row].astype(np.float32) for row in self.ids])
+        self._check("embeddings", float(np.abs(hidden).max()))
+        for i in range(model.num_layers):
+            weights = rope | graph.weights(self.checkpoint, i)
+            activations = self._run(session, graph, weights, hidden, i)
+            del weights
+            self.progress(i + 1, model.num_layers)
+            yield activations
+        norm = self.checkpoint.tensor("model.norm.weight").astype(np.float32)
+        for row in hidden:
+            row *= norm / np.sqrt(
+                np.mean(np.square(row), axis=-1, keepdims=True) + np.float32(model.rms_norm_eps)
+            )
+        last = hidden.reshape(-1, model.hidden_size)
+        peak = float(np.abs(last).max())
+        self._check("final_norm", peak)
+        yield LayerActivations(-1, {"lm_head": last}, {"final_norm": peak})
+
+    def _run(
+        self,
+        session: Any,
+        graph: _LayerGraph,
+        weights: dict[str, Array],
+        hidden: Array,
+        index: int,
+    ) -> LayerActivations:
+        """Run all sequences through one layer; ``hidden`` becomes the layer's output."""
+        count, seq_len, _ = hidden.shape
+        positions = np.arange(seq_len, dtype=np.int64)[None]
+        inputs: dict[str, Array] = {}
+        peaks: dict[str, float] = {}
+        for at in range(count):
+            feed = {
+                **weights,
+                io_spec.INPUTS_EMBEDS: hidden[at : at + 1],
+                io_spec.POSITION_IDS: positions,
+            }
+            values = session.run(list(graph.outputs), feed)
+            for name, value in zip(graph.outputs.values(), values, strict=True):
+                kind, _, short = name.partition(" ")
+                if kind == "peak":
+                    peaks[short] = max(peaks.get(short, 0.0), float(value))
+                elif kind == "input":
+                    if short not in inputs:
+                        inputs[short] = np.empty(
+                            (count * seq_len, value.shape[-1]), dtype=np.float32
+                        )
+                    inputs[short][at * seq_len : (at + 1) * seq_len] = value[0]
+                else:
+                    hidden[at] = value[0]
+        for short, peak in peaks.items():
+            self._check(f"layers.{index}.{short}", peak)
+        return LayerActivations(index, inputs, peaks)
+
+    def _check(self, name: str, peak: float) -> None:
+        self.peaks[name] = peak
+        if not peak < _FP16_NEAR:
+            _log.warning(
+                "%s reaches %.4g in calibration, FP16 ends at %.0f; export with --dtype bf16",
+                name,
+                peak,
+                FP16_MAX,
+            )
+
+
+class _FedGraph(GraphBuilder):
+    """A builder whose external tensors are inputs of the graph: the weights are fed."""
+
+    def __init__(self) -> None:
+        super().__init__("fp32")
+        self.fed: dict[str, TensorSpec] = {}
+
+    def external(self, tensor: StoredTensor) -> str:
+        self.fed[tensor.name] = TensorSpec(tensor.name, tensor.dims, "fp32")
+        return tensor.name
+
+
+class _LayerGraph(PortableDecoder):
+    """One decoder layer in fp32, hidden to hidden, without a cache, with taps.
+
+    Attributes:
+        outputs: what each output of the graph is, in order: ``hidden``, ``input <name>`` or
+            ``peak <name>``.
+    """
+
+    def __init__(self, model: ModelSpec) -> None:
+        one = msgspec.structs.replace(model, num_layers=1)
+        self.linear_specs = {layer.name: layer for layer in linear_layers(one)}
+        del self.linear_specs["lm_head"]
+        self.norm_sources = norm_sources(one)
+        del self.norm_sources["final_norm"]
+        linears = {
+            name: StoredLinear(
+                scheme=TensorScheme(kind="float"),
+                weight=_placeholder(f"{name}.weight", *layer.shape),
+                scale=None,
+                bias=_placeholder(f"{name}.bias", layer.shape[1]) if layer.biases else None,
+            )
+            for name, layer in self.linear_specs.items()
+        }
+        norms = {
+            name: _placeholder(
+                f"{name}.weight", model.head_dim if "self_attn" in source else model.hidden_size
+            )
+            for name, source in self.norm_sources.items()
+        }
+        rope = [_placeholder(f"rope.{part}_table", -1, model.head_dim // 2) for part in _ROPE]
+        super().__init__(one, "fp32", DecoderTensors(linears, norms, rope[0], rope[1]))
+        self.g: _FedGraph = _FedGraph()
+        self.outputs: dict[str, str] = {}
+
+    def build_layer(self) -> onnx.ModelProto:
+        """Inputs: the hidden states, the positions and every weight of the layer."""
+        g = self.g
+        self.prologue()
+        width = self.model.hidden_size
+        hidden = self.layer(0, io_spec.INPUTS_EMBEDS)
+        outputs = [TensorSpec(hidden, ("batch", "seq", width), "fp32")]
+        self.outputs[hidden] = "hidden"
+        for value, short in _TAPS.items():
+            name = f"layers.0.{value}"
+            self.outputs[name] = f"input {short}"
+            outputs.append(
+                TensorSpec(
+                    name, ("batch", "seq", self.linear_specs[f"layers.0.{short}"].shape[0]), "fp32"
+                )
+            )
+        for value in _PEAKS:
+            name = f"layers.0.{value}"
+            size = g.node("Abs", [name], f"{name}.magnitude")
+            peak = g.node("ReduceMax", [size], f"{name}.peak", keepdims=0)
+            self.outputs[peak] = f"peak {value}"
+            outputs.append(TensorSpec(peak, (), "fp32"))
+        inputs = [
+            TensorSpec(io_spec.INPUTS_EMBEDS, ("batch", "seq", width), "fp32"),
+            TensorSpec(io_spec.POSITION_IDS, ("batch", "seq"), "int64"),
+            *g.fed.values(),
+        ]
+        return g.model("layer", io_spec.OPSET["portable"], inputs, outputs, __version__)
+
+    def weights(self, checkpoint: Checkpoint, index: int) -> dict[str, Array]:
+        """The inputs' values for one layer of a checkpoint."""
+
+        def read(name: str) -> Array:
+            source = name.replace("model.layers.0.", f"model.layers.{index}.")
+            return checkpoint.tensor(source).astype(np.float32)
+
+        result: dict[str, Array] = {}
+        for name, layer in self.linear_specs.items():
+            fused = np.empty(layer.shape, dtype=np.float32)
+            column = 0
+            for part in layer.weights:
+                rows = read(part)
+                fused[:, column : column + len(rows)] = rows.T
+                column += len(rows)
+            result[f"{name}.weight"] = fused
+            if layer.biases:
+                result[f"{name}.bias"] = np.concatenate([read(part) for part in layer.biases])
+        for name, source in self.norm_sources.items():
+            result[f"{name}.weight"] = read(source)
+        return result
+
+    def prologue(self) -> None:
+        g = self.g
+        self.rope_rows()
+        columns = g.node("Unsqueeze", [io_spec.POSITION_IDS, g.constant("axes.1", [1])], "row")
+        rows = g.node("Unsqueeze", [io_spec.POSITION_IDS, g.constant("axes.last", [-1])], "column")
+        causal = g.node("LessOrEqual", [columns, rows], "mask.valid")
+        keep, drop = g.scalar("mask.keep", 0.0), g.scalar("mask.drop", -1.0e30)
+        causal = g.node("Where", [causal, keep, drop], "mask.flat")
+        g.node("Unsqueeze", [causal, g.constant("axes.1_2", [1, 2])], "mask")
+
+    def attention(self, i: int, q: str, k: str, v: str) -> str:
+        g, m, name = self.g, self.model, f"layers.{i}"
+        shared = m.num_heads // m.num_kv_heads
+        shape = g.constant("shape.grouped", [0, m.num_kv_heads, shared, -1, m.head_dim])
+        grouped = g.node("Reshape", [q, shape], f"{name}.q.grouped")
+        scale = g.scalar("attention_scale", 1.0 / math.sqrt(m.head_dim))
+        grouped = g.node("Mul", [grouped, scale], f"{name}.q.scaled")
+        axis = g.constant("axes.2", [2])
+        keys = g.node("Unsqueeze", [k, axis], f"{name}.k.grouped")
+        keys = g.node("Transpose", [keys], f"{name}.k.columns", perm=[0, 1, 2, 4, 3])
+        scores = g.node("MatMul", [grouped, keys], f"{name}.scores")
+        scores = g.node("Add", [scores, "mask"], f"{name}.scores.masked")
+        weights = g.node("Softmax", [scores], f"{name}.softmax", axis=-1)
+        values = g.node("Unsqueeze", [v, axis], f"{name}.v.grouped")
+        mixed = g.node("MatMul", [weights, values], f"{name}.mixed")
+        shape = g.constant("shape.ungrouped", [0, m.num_heads, -1, m.head_dim])
+        return g.node("Reshape", [mixed, shape], f"{name}.attended")
+
+
+def _placeholder(name: str, *dims: int) -> StoredTensor:
+    return StoredTensor(name, ONNX_TYPE["fp32"], dims, "", 0, 0)
+
+
+def _layer_session(graph: _LayerGraph) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DependencyError(
+            "calibration needs the package onnxruntime; install it with: "
+            "pip install 'jetson-edge-llm[export]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        graph.build_layer().SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )

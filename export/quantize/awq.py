@@ -1,0 +1,67 @@
+"""AWQ: one factor per input channel, so that channels with large inputs are rounded more finely.
+
+Source: Lin et al., arXiv 2306.00978. A factor is ``mean|x| ** alpha``; alpha is searched on the
+layer's output error. The factors are folded into whatever feeds the layer (see `folding`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.manifest import TensorScheme
+
+from .rtn import dequantize_rows, quantize_rows
+from .statistics import mean_magnitude, mean_square
+
+Array = NDArray[np.float32]
+ALPHAS = tuple(step / 20 for step in range(0, 21, 2))
+_MAX_ROWS = 1024
+_MAX_TOKENS = 1024
+
+
+def awq_factors(
+    weights: Array,
+    x: Array,
+    scheme: TensorScheme,
+    scale_type: np.dtype[np.generic],
+    shared: NDArray[np.int64] | None = None,
+) -> Array:
+    """Factors to multiply a linear's input channels with, float32 ``[in]``, around 1.
+
+    Args:
+        weights: float32 ``[out, in]``; some rows of it are enough.
+        x: the layer's inputs, float32 ``[tokens, in]``.
+        scheme: how the layer will be stored.
+        scale_type: float16 or bfloat16, in which its scales will be stored.
+        shared: int64 ``[in]``; channels with the same number must have the same factor. None lets
+            every channel have its own.
+    """
+    magnitude = mean_magnitude(x)
+    if shared is not None:
+        counts = np.bincount(shared)
+        magnitude = (np.bincount(shared, magnitude) / counts)[shared].astype(np.float32)
+    if not magnitude.any():
+        return np.ones_like(magnitude)
+    magnitude = np.maximum(magnitude, np.float32(1e-5) * magnitude.max())
+    importance = mean_square(x)
+    rows = weights[_spread(len(weights), _MAX_ROWS)]
+    sample = x[_spread(len(x), _MAX_TOKENS)].T
+    best: Array = np.ones_like(magnitude)
+    least = np.inf
+    for alpha in ALPHAS:
+        factors = magnitude ** np.float32(alpha)
+        factors /= np.sqrt(factors.max() * factors.min())
+        quantized = quantize_rows(
+            rows * factors, scheme, "mse", scale_type, importance / np.square(factors)
+        )
+        change = dequantize_rows(quantized) / factors - rows
+        error = float(np.square(change @ sample).sum(dtype=np.float64))
+        if error < least:
+            best, least = factors, error
+    return best
+
+
+def _spread(length: int, most: int) -> NDArray[np.int64]:
+    """At most ``most`` indices, evenly spread."""
+    return np.linspace(0, length - 1, min(length, most)).astype(np.int64)

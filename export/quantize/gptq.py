@@ -1,0 +1,129 @@
+"""GPTQ: round column by column and let the columns to come make up for each rounding error.
+
+Source: Frantar et al., arXiv 2210.17323, with act-order (columns of large inputs first) and static
+groups (scales are fixed before, so that the order costs nothing at run time).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.manifest import TensorScheme
+
+from .rtn import QuantizedRows, integer_range, quantize_rows
+
+Array = NDArray[np.float32]
+_BLOCK = 64
+_ROWS = 1024  # a block of columns of so many rows stays in the CPU's cache
+_TRIANGLE = 128
+
+
+@dataclass(frozen=True)
+class GptqFactor:
+    """A layer's second moments, ready for `gptq_rows`.
+
+    Attributes:
+        order: the columns, most important first.
+        upper: float32 ``[width, width]``, upper triangular U with ``U^T U`` the inverse of the
+            damped and reordered second moments.
+        importance: their diagonal in the original order, for the choice of scales.
+    """
+
+    order: NDArray[np.int64]
+    upper: Array
+    importance: Array
+
+
+def gptq_factor(moments: Array, damping: float = 0.01) -> GptqFactor:
+    """Factor the second moments of a layer's inputs.
+
+    Args:
+        moments: float32 ``[width, width]``; overwritten.
+        damping: added to the diagonal, as a fraction of its mean.
+    """
+    importance = np.diagonal(moments).copy()
+    mean = float(importance.mean(dtype=np.float64)) or 1.0
+    order = np.argsort(-importance, kind="stable")
+    # H = R R^T with R upper triangular is the Cholesky factor of the reversed matrix; then the
+    # inverse of H is U^T U with U = R^-1, and no full inverse is ever formed.
+    backwards = order[::-1]
+    reordered = moments[np.ix_(backwards, backwards)]
+    reordered[np.diag_indices_from(reordered)] += np.float32(damping * mean)
+    _cholesky(reordered)
+    upper = np.ascontiguousarray(reordered[::-1, ::-1])
+    del reordered
+    _invert_upper(upper)
+    return GptqFactor(order, upper, importance)
+
+
+def gptq_rows(
+    weights: Array,
+    scheme: TensorScheme,
+    factor: GptqFactor,
+    scale_type: np.dtype[np.generic],
+) -> QuantizedRows:
+    """Quantize ``[rows, in]`` weights; scales are those of `rtn.quantize_rows` with importance.
+
+    Args:
+        weights: finite float32.
+        scheme: int8 or int4.
+        factor: of the layer's inputs.
+        scale_type: float16 or bfloat16, in which the scales will be stored.
+    """
+    start = quantize_rows(weights, scheme, "mse", scale_type, factor.importance)
+    values = np.empty_like(start.values)
+    for at in range(0, len(weights), _ROWS):
+        rows = slice(at, at + _ROWS)
+        values[rows] = _round_rows(weights[rows], start.scales[rows], scheme, factor)
+    return QuantizedRows(values, start.scales)
+
+
+def _round_rows(
+    weights: Array, scales: Array, scheme: TensorScheme, factor: GptqFactor
+) -> NDArray[np.int8]:
+    low, high = integer_range(scheme)
+    rows, width = weights.shape
+    size = scheme.group_size or width
+    # Columns become rows: each is contiguous and adds to those below it.
+    left = weights.T[factor.order]
+    column_scales = scales.T[factor.order // size]
+    inverse_scales = np.float32(1.0) / column_scales
+    values = np.empty((width, rows), dtype=np.int8)
+    errors = np.empty((_BLOCK, rows), dtype=np.float32)
+    for start in range(0, width, _BLOCK):
+        stop = min(start + _BLOCK, width)
+        for j in range(start, stop):
+            rounded = np.clip(np.rint(left[j] * inverse_scales[j]), low, high)
+            values[factor.order[j]] = rounded
+            error = errors[j - start]
+            np.subtract(left[j], rounded * column_scales[j], out=error)
+            error /= factor.upper[j, j]
+            left[j + 1 : stop] -= np.outer(factor.upper[j, j + 1 : stop], error)
+        left[stop:] -= factor.upper[start:stop, stop:].T @ errors[: stop - start]
+    return np.ascontiguousarray(values.T)
+
+
+def _cholesky(matrix: Array) -> None:
+    """Lower Cholesky factor in place, by blocks; numpy's own takes several times as long."""
+    for start in range(0, len(matrix), _TRIANGLE):
+        stop = min(start + _TRIANGLE, len(matrix))
+        matrix[start:, start:stop] -= matrix[start:, :start] @ matrix[start:stop, :start].T
+        corner = np.linalg.cholesky(matrix[start:stop, start:stop])
+        matrix[start:stop, start:stop] = corner
+        matrix[stop:, start:stop] = matrix[stop:, start:stop] @ np.linalg.inv(corner).T
+        matrix[start:stop, stop:] = 0
+
+
+def _invert_upper(matrix: Array) -> None:
+    """Invert an upper triangular matrix in place, by halves."""
+    size = len(matrix)
+    if size <= _TRIANGLE:
+        matrix[:] = np.triu(np.linalg.inv(matrix))
+        return
+    half = size // 2
+    _invert_upper(matrix[:half, :half])
+    _invert_upper(matrix[half:, half:])
+    matrix[:half, half:] = -(matrix[:half, :half] @ (matrix[:half, half:] @ matrix[half:, half:]))

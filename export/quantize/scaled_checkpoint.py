@@ -1,0 +1,96 @@
+"""Scales on the input channels of linears, folded into what comes before: exact in float.
+
+The linear computes ``(x / s) (W diag(s))^T``. The division moves into the producer of ``x``: the
+norm before qkv and gate_up; for the input of down, ``silu(gate) * up``, the rows of up; for the
+input of o, a mix of values, the rows of v (one scale per KV channel, shared by the query heads of
+its group). Sources: SmoothQuant (arXiv 2211.10438), AWQ (arXiv 2306.00978).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.manifest import ModelSpec, Source
+from export.checkpoint import Checkpoint, CheckpointText
+
+Array = NDArray[np.float32]
+_NAME = re.compile(r"model\.(layers\.\d+)\.(.+)")
+# Which linear's scales a tensor takes up, by its name inside the layer.
+_CONSUMERS = {
+    **{f"self_attn.{part}_proj.weight": "qkv" for part in "qkv"},
+    "self_attn.o_proj.weight": "o",
+    "mlp.gate_proj.weight": "gate_up",
+    "mlp.up_proj.weight": "gate_up",
+    "mlp.down_proj.weight": "down",
+}
+_PRODUCERS = {
+    "input_layernorm.weight": "qkv",
+    "self_attn.v_proj.weight": "o",
+    "self_attn.v_proj.bias": "o",
+    "post_attention_layernorm.weight": "gate_up",
+    "mlp.up_proj.weight": "down",
+}
+
+
+class ScaledCheckpoint:
+    """A `Checkpoint` whose linears see scaled inputs; it computes the same logits.
+
+    Args:
+        checkpoint: the float model; stays open as long as this one.
+        scales: ``s`` float32 ``[in]`` by layer name (``layers.0.qkv``); a scale of ``o`` must be
+            the same for all query heads that share a KV head.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, scales: Mapping[str, Array]) -> None:
+        self.name = checkpoint.name
+        self._inner = checkpoint
+        self._scales = scales
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The decoder's numbers."""
+        return self._inner.spec
+
+    @property
+    def source(self) -> Source:
+        """Of the checkpoint that was scaled."""
+        return self._inner.source
+
+    @property
+    def text(self) -> CheckpointText:
+        """Of the checkpoint that was scaled."""
+        return self._inner.text
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """See `Checkpoint.tensor`; fp32 where a scale applies."""
+        tensor = self._inner.tensor(name)
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return tensor
+        layer, part = match.groups()
+        columns = self._scales.get(f"{layer}.{_CONSUMERS.get(part)}")
+        if columns is not None:
+            tensor = tensor.astype(np.float32) * columns
+        producer = _PRODUCERS.get(part)
+        rows = self._scales.get(f"{layer}.{producer}")
+        if rows is None:
+            return tensor
+        if producer == "o":
+            model = self.spec  # one scale per KV channel: that of its first query head
+            rows = rows.reshape(model.num_kv_heads, -1, model.head_dim)[:, 0].reshape(-1)
+        return tensor.astype(np.float32) / (rows[:, None] if tensor.ndim == 2 else rows)
+
+    def close(self) -> None:
+        """Close the checkpoint that was scaled."""
+        self._inner.close()
+
+    def __enter__(self) -> ScaledCheckpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,40 @@
+"""What calibration keeps of a linear layer's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def mean_magnitude(x: Array) -> Array:
+    """Mean of ``|x|`` per channel, float32 ``[width]``, of float32 ``[tokens, width]``."""
+    total = sum(np.abs(chunk).sum(axis=0, dtype=np.float64) for chunk in _chunks(x))
+    result: Array = np.asarray(total / len(x), dtype=np.float32)
+    return result
+
+
+def mean_square(x: Array) -> Array:
+    """Mean of ``x ** 2`` per channel: the diagonal of `second_moment`."""
+    total = sum(np.square(chunk).sum(axis=0, dtype=np.float64) for chunk in _chunks(x))
+    result: Array = np.asarray(total / len(x), dtype=np.float32)
+    return result
+
+
+def second_moment(x: Array) -> Array:
+    """``E[x x^T]``, float32 ``[width, width]``.
+
+    Half the Hessian of a linear's squared output error with respect to a row of its weight.
+    """
+    result: Array = x.T @ x
+    result /= np.float32(len(x))
+    return result
+
+
+def _chunks(x: Array) -> Iterable[Array]:
+    step = max(1, _CHUNK_ELEMENTS // x.shape[1])
+    return (x[start : start + step] for start in range(0, len(x), step))

@@ -1,0 +1,169 @@
+"""TensorRT for RTX parses real graphs with planted faults; the audit must name each."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edge.errors import BuildError
+from edge.manifest import Manifest, read_manifest
+from edge.onnx_file import Message, Node, OnnxFile, attribute
+from engines import compat
+from engines.audit import Audit, audit_network, check_plan_bytes
+from engines.config import BuildConfig, KvRead, resolve
+from engines.graph import prepare_graph
+from tests.conftest import Bundles
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundles: Bundles) -> Path:
+    return tiny_bundles("qwen2", quant="int4")
+
+
+def parse(bundle: Path, data: bytes, manifest: Manifest, kv_read: KvRead = "slice") -> Audit:
+    compiler = compat.Compiler(compat.load("tensorrt-rtx"), lambda _severity, _text: None)
+    shapes = resolve(BuildConfig(bundle, max_prefill=32, kv_read=kv_read), manifest)
+    graph = prepare_graph(data, shapes, kv_read)
+    network = compiler.parse(graph, bundle / "decoder.onnx", kv_read)
+    return audit_network(network, manifest, shapes, kv_read)
+
+
+def damaged(bundle: Path, change: Callable[[OnnxFile], None]) -> Audit:
+    graph = OnnxFile((bundle / "decoder.onnx").read_bytes())
+    change(graph)
+    return parse(bundle, graph.serialize(), read_manifest(bundle))
+
+
+def nodes(graph: OnnxFile, op_type: str) -> list[Node]:
+    found = [node for node in graph.nodes if node.op_type == op_type]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("kv_read", ["slice", "full", "lengths"])
+def test_the_exported_graph_passes(bundle: Path, kv_read: KvRead) -> None:
+    data, manifest = (bundle / "decoder.onnx").read_bytes(), read_manifest(bundle)
+    audit = parse(bundle, data, manifest, kv_read)
+    assert audit.problems == ()
+    assert audit.attentions == manifest.model.num_layers
+    stored = {weight.dtype: (weight.count, weight.num_bytes) for weight in audit.weights}
+    linears = manifest.quantization.linears.values()
+    for kind in ("int4", "int8"):
+        each = [linear for linear in linears if linear.scheme.kind == kind]
+        bits = sum(linear.shape[0] * linear.shape[1] for linear in each) * int(kind[3:])
+        assert stored.pop(kind) == (len(each), bits // 8)
+    assert stored == {}
+    counts = {(layer.kind, layer.dtype): layer.count for layer in audit.layers}
+    assert counts["kv_cache_update", "fp16"] == 2 * manifest.model.num_layers
+
+
+def test_a_causal_attention_is_found(bundle: Path) -> None:
+    def change(graph: OnnxFile) -> None:
+        node = nodes(graph, "Attention")[1]
+        node.inputs = node.inputs[:3]
+        node.attributes.append(attribute("is_causal", 1))
+
+    problems = damaged(bundle, change).problems
+    assert any("layers.1.attended" in p and "is causal (upper_left)" in p for p in problems)
+
+
+def test_a_missing_mask_is_found(bundle: Path) -> None:
+    def change(graph: OnnxFile) -> None:
+        node = nodes(graph, "Attention")[0]
+        node.inputs = node.inputs[:3]
+
+    (problem,) = damaged(bundle, change).problems
+    assert "layers.0.attended" in problem
+    assert "no mask" in problem
+
+
+def test_a_mask_of_something_else_is_found(bundle: Path) -> None:
+    def change(graph: OnnxFile) -> None:
+        (node,) = nodes(graph, "LessOrEqual")
+        node.inputs[1] = node.inputs[0]  # always true: everything is seen
+
+    problems = damaged(bundle, change).problems
+    assert problems
+    assert all("does not depend on position_ids" in problem for problem in problems)
+
+
+def test_a_cache_that_is_not_updated_in_place_is_found(bundle: Path) -> None:
+    def change(graph: OnnxFile) -> None:
+        node = nodes(graph, "TensorScatter")[0]
+        node.op_type, node.attributes = "Identity", []
+        node.inputs = node.inputs[:1]
+
+    assert "present.0.key comes from a layer of kind" in damaged(bundle, change).problems[0]
+
+
+def test_keys_in_the_wrong_cache_are_found(bundle: Path) -> None:
+    def change(graph: OnnxFile) -> None:
+        first, second = nodes(graph, "TensorScatter")[:2]
+        first.inputs[0], second.inputs[0] = second.inputs[0], first.inputs[0]
+
+    problems = damaged(bundle, change).problems
+    assert "present.0.key updates past_key_values.0.value, not past_key_values.0.key" in problems
+
+
+def test_an_unpacked_weight_is_found(bundle: Path) -> None:
+    """The product reads a float constant of the same shape instead of the packed INT4."""
+
+    def change(graph: OnnxFile) -> None:
+        (node,) = (n for n in graph.nodes if n.outputs == ["layers.0.down.dequantized"])
+        # ConstantOfShape is what a folded DequantizeLinear comes to: a constant in fp16.
+        tensor = Message().add(1, 1).add(2, 10).add(9, b"\x00\x3c")
+        value = Message().add(1, "value").add(5, tensor).add(20, 4)
+        node.op_type, node.attributes = "ConstantOfShape", [value.serialize()]
+        node.inputs = [graph.add_int64("folded.shape", [128, 64])]
+
+    audit = damaged(bundle, change)
+    assert len(audit.problems) == 1
+    assert audit.problems[0].startswith("layers.0.down: ")
+
+
+def test_another_scheme_than_the_manifest_says_is_found(
+    bundle: Path, tiny_bundles: Bundles
+) -> None:
+    other = tiny_bundles("qwen2", quant="int8")
+    audit = parse(other, (other / "decoder.onnx").read_bytes(), read_manifest(bundle))
+    assert "layers.0.qkv: its weights are int8, the bundle says int4" in audit.problems
+
+
+def test_a_plan_with_unpacked_weights_is_too_large(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    weights = manifest.files["decoder.onnx.data"].num_bytes
+    assert check_plan_bytes(weights + 4_000_000, manifest) == []
+    assert "unpacked" in check_plan_bytes(weights + 100_000_000, manifest)[0]
+    assert "less than" in check_plan_bytes(1000, manifest)[0]
+
+
+def test_a_refused_operator_is_one_sentence_with_node_and_advice(bundle: Path) -> None:
+    def change(graph: OnnxFile) -> None:
+        for node in nodes(graph, "Sigmoid"):
+            node.op_type = "Sigmoide"
+
+    with pytest.raises(BuildError) as refused:
+        damaged(bundle, change)
+    text = str(refused.value)
+    assert "\n" not in text
+    for part in ("layers.0.gate.sigmoid/Sigmoid", "operator Sigmoide", "1 more", "export"):
+        assert part in text
+
+
+def test_garbage_is_refused(bundle: Path) -> None:
+    compiler = compat.Compiler(compat.load("tensorrt-rtx"), lambda _severity, _text: None)
+    with pytest.raises(BuildError, match=r"decoder\.onnx"):
+        compiler.parse(b"garbage", bundle / "decoder.onnx", "slice")
+
+
+def test_missing_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
+    shutil.copy(bundle / "decoder.onnx", tmp_path)
+    compiler = compat.Compiler(compat.load("tensorrt-rtx"), lambda _severity, _text: None)
+    data = (bundle / "decoder.onnx").read_bytes()
+    with pytest.raises(BuildError, match="cannot parse"):
+        compiler.parse(data, tmp_path / "decoder.onnx", "slice")

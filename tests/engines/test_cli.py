@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from edge.cli.inspect import inspect
+from edge.engine_file import ENGINE_JSON, WeightBytes
+from edge.errors import ConfigError
+from engines import builder, check, compat
+from engines.audit import Audit
+from engines.builder import Target, build_engine
+from engines.cli import build
+from engines.cli import check as check_verb
+from engines.config import BuildConfig
+from tests.conftest import Bundles
+
+pytest.importorskip("tensorrt_rtx")
+SIZE = ["--max-prefill", "32"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundles: Bundles) -> Path:
+    return tiny_bundles("qwen2", quant="int4")
+
+
+def run(command, *arguments: str):
+    return CliRunner().invoke(command, list(arguments), catch_exceptions=False)
+
+
+def test_check_reports_as_json_and_as_a_table(bundle: Path) -> None:
+    result = run(check_verb, str(bundle), *SIZE, "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["passed"] is True
+    assert report["attentions"] == 2
+    assert {weight["dtype"] for weight in report["weights"]} == {"int4", "int8"}
+    table = run(check_verb, str(bundle), *SIZE, "--sm", "120").stdout
+    assert "sm 12.0" in table
+    assert table.rstrip().endswith("passed")
+
+
+def test_a_fault_is_printed_and_is_an_exit_code(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = ("layers.0.attended has no mask",)
+    monkeypatch.setattr(builder, "audit_network", lambda *_args: Audit(faults, (), (), 0))
+    result = run(check_verb, str(bundle), *SIZE)
+    assert result.exit_code == 65
+    assert "FAULT: layers.0.attended has no mask" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workspace", "lots"], "512M"),
+        (["--kv-buckets", "1,two"], "512,1024,4096"),
+        (["--trt", "10.3"], "--print-trtexec"),
+    ],
+)
+def test_options_that_make_no_sense(bundle: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(build, str(bundle), *SIZE, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("1G", 1 << 30), ("512M", 512 << 20), ("2 GiB", 2 << 30), ("1048576", 1 << 20)],
+)
+def test_sizes(bundle: Path, text: str, num_bytes: int) -> None:
+    context = build.make_context("build", [str(bundle), "--workspace", text])
+    assert context.params["workspace_bytes"] == num_bytes
+
+
+def test_the_trtexec_line_is_printed_without_tensorrt(bundle: Path) -> None:
+    result = run(build, str(bundle), *SIZE, "--print-trtexec", "--trt", "10.16", "--json")
+    line = json.loads(result.stdout)["trtexec"]
+    assert line[0] == "trtexec"
+    assert f"--onnx={bundle / 'decoder.onnx'}" in line
+
+
+def test_build_and_inspect(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    target = Target(compat.load("tensorrt-rtx"), None, "8.6")
+    monkeypatch.setattr(builder, "find_target", lambda **_options: target)
+    built = json.loads(run(build, str(copy), *SIZE, "--json").stdout)
+    assert built["built"] is True
+    assert "is up to date" in run(build, str(copy), *SIZE).stdout
+    directory = built["engine"]
+    shown = json.loads(run(inspect, directory, "--json").stdout)
+    assert shown["weights_as_exported"] is True
+    assert shown["verified"] is True
+    table = run(inspect, directory, "--layers").stdout
+    assert "int4 weights" in table
+    assert "kv_cache_update" in table
+
+
+def test_inspect_says_when_int4_is_not_int4(bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    target = Target(compat.load("tensorrt-rtx"), None, "8.6")
+    result = build_engine(BuildConfig(copy, max_prefill=32), target=target)
+    unpacked = msgspec.structs.replace(
+        result.info, weights=(WeightBytes("fp16", 9, 100), *result.info.weights[1:])
+    )
+    (result.directory / ENGINE_JSON).write_bytes(msgspec.json.encode(unpacked))
+    shown = json.loads(run(inspect, str(result.directory), "--json").stdout)
+    assert shown["weights_as_exported"] is False
+    assert "NO: build the engine again" in run(inspect, str(result.directory)).stdout
+
+
+def test_check_needs_no_write_access(bundle: Path) -> None:
+    check.check_bundle(BuildConfig(bundle, max_prefill=32))
+    assert not (bundle / "engines").exists()

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from edge.errors import ConfigError, DependencyError
+from engines import compat, device
+from engines.progress import PhaseTree
+
+
+@pytest.mark.parametrize(
+    ("version", "dialect", "kv_read", "words"),
+    [
+        ("10.3.0", "native", "slice", r"10\.15, found 10\.3\.0; export with --dialect portable"),
+        ("10.14.1", "native", "slice", r"10\.15"),
+        ("8.6.2", "portable", "slice", r"10\.3, found 8\.6\.2; upgrade to JetPack 6\.1"),
+        ("10.16.2.10", "native", "lengths", r"11\.0, found 10\.16"),
+    ],
+)
+def test_too_old_for_the_graph(version: str, dialect: Any, kv_read: Any, words: str) -> None:
+    with pytest.raises(DependencyError, match=words):
+        compat.check_support("tensorrt", version, dialect, kv_read)
+
+
+@pytest.mark.parametrize(
+    ("flavour", "version", "dialect", "kv_read"),
+    [
+        ("tensorrt", "10.3.0", "portable", "slice"),
+        ("tensorrt", "10.16.2.10", "native", "full"),
+        ("tensorrt", "11.4.1", "native", "lengths"),
+        ("tensorrt-rtx", "1.7.1.116", "native", "lengths"),
+    ],
+)
+def test_recent_enough(flavour: Any, version: str, dialect: Any, kv_read: Any) -> None:
+    compat.check_support(flavour, version, dialect, kv_read)
+
+
+def test_a_version_is_two_numbers_at_least() -> None:
+    assert compat.parse_release("10.16.2.10") == (10, 16)
+    with pytest.raises(ConfigError, match="'newest'"):
+        compat.parse_release("newest")
+
+
+def test_a_missing_tensorrt_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DependencyError, match=r"nvidia-jetpack.*pip install tensorrt"):
+        compat.load()
+    with pytest.raises(DependencyError, match=r"jetson-edge-llm\[check\]"):
+        compat.load("tensorrt-rtx")
+
+
+def test_broken_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> ModuleType:
+        raise ImportError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    with pytest.raises(DependencyError, match=r"libnvinfer\.so\.10"):
+        compat.load("tensorrt")
+
+
+def test_tensorrt_is_preferred_to_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("tensorrt")
+    module.__version__ = "10.16.2.10"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    found = compat.load()
+    assert (found.flavour, found.release, found.label) == ("tensorrt", (10, 16), "trt10.16")
+    assert found.keeps_timings
+
+
+def test_phases_add_up_and_never_go_back() -> None:
+    seen: list[float] = []
+    tree = PhaseTree(lambda _name, fraction: seen.append(fraction))
+    tree.start("all", None, 2)
+    tree.start("first", "all", 4)
+    tree.step("first", 1)
+    assert seen[-1] == pytest.approx(0.25)
+    tree.finish("first")
+    tree.step("all", 0)
+    assert seen[-1] == pytest.approx(0.5)
+    tree.start("second", "all", 2)
+    tree.start("inner", "second", 2)
+    tree.step("inner", 0)
+    assert seen[-1] == pytest.approx(0.625)
+    tree.finish("inner")
+    tree.finish("second")
+    tree.step("all", 1)
+    tree.finish("all")
+    assert seen[-1] == 1.0
+    assert seen == sorted(seen)
+
+
+def test_the_jetson_is_recognised_by_its_files(tmp_path: Path) -> None:
+    release = tmp_path / "nv_tegra_release"
+    assert device.find_l4t(release) is None
+    release.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n")
+    assert device.find_l4t(release) == "36.4.3"
+    status = tmp_path / "status"
+    assert device.find_jetpack(status) is None
+    status.write_text(
+        "Package: nvidia-l4t-core\nVersion: 1\n\nPackage: nvidia-jetpack\nStatus: install ok\n"
+        "Version: 6.2+b77\n\nPackage: zlib\nVersion: 3\n"
+    )
+    assert device.find_jetpack(status) == "6.2+b77"
+
+
+def test_memory_is_read_in_bytes(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       100 kB\nMemAvailable:    64 kB\n")
+    assert device.available_memory_bytes(meminfo) == 65536
+    peak = device.PeakMemory()
+    before = peak.read_bytes()
+    # Its own mapping: the heap may have this much lying free after other tests.
+    with mmap.mmap(-1, 50_000_000) as block:
+        block[:] = b"x" * len(block)
+        assert peak.read_bytes() >= before + 40_000_000
+
+
+def test_a_workspace_that_is_too_small_is_told_from_a_full_machine() -> None:
+    error = "Error Code 2: OutOfMemory (Requested size was 2650107904 bytes.)"
+    assert compat._build_advice(error, 1 << 30) == "give --workspace 2528M or more"
+    assert "smaller" in compat._build_advice(error, 4 << 30)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge.backends import Floats
+from edge.backends.ort import OrtBackend
+from edge.embeddings import EmbeddingTable
+from edge.errors import ConfigError
+from edge.io_spec import EMBEDDINGS_NAME
+from edge.manifest import read_manifest
+from engines.verify import Thresholds, compare_backends
+from tests.conftest import Bundles, require_kernels
+
+PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
+
+
+@pytest.fixture
+def bundle(tiny_bundles: Bundles) -> Path:
+    require_kernels("native")
+    return tiny_bundles("qwen2")
+
+
+def open_backend(bundle: Path, **options) -> OrtBackend:
+    return OrtBackend(bundle, read_manifest(bundle), **options)
+
+
+def embedder(bundle: Path) -> Callable[[Sequence[int]], Floats]:
+    table = EmbeddingTable(bundle / EMBEDDINGS_NAME)
+    return lambda ids: table[np.asarray(ids, dtype=np.int64)]
+
+
+class Perturbed(OrtBackend):
+    """Wrong in one way, from a given position on."""
+
+    fault = ""
+    start = 0
+
+    def forward(self, slots, embeds, positions, kv_len, logits_indices):
+        embeds = embeds.copy()
+        if self.fault == "position" and positions[0, 0] >= self.start:
+            positions = np.maximum(positions - 1, 0) if positions.shape[1] == 1 else positions
+        logits = super().forward(slots, embeds, positions, kv_len, logits_indices)
+        if self.fault == "logits" and positions[0, 0] >= self.start:
+            logits = logits + np.random.RandomState(0).standard_normal(logits.shape).astype("f4")
+        if self.fault == "cache":
+            self._cache[-1][0, 0, positions[0, 0]] *= -1
+        if self.fault == "nan":
+            logits = np.full_like(logits, np.nan)
+        return logits
+
+
+def test_the_same_engine_agrees_with_itself_whatever_its_chunks(bundle: Path) -> None:
+    whole, pieces = open_backend(bundle), open_backend(bundle, max_step_tokens=3)
+    report = compare_backends(whole, pieces, PROMPTS, embedder(bundle), decode_steps=8)
+    assert report.passed, report.misses
+    assert report.prefill.positions == 8
+    assert report.decode.positions == 16
+    assert report.prefill.top1 == report.decode.top1 == 1.0
+    assert report.decode.mean_kl == pytest.approx(0, abs=1e-9)
+    assert report.min_cache_cosine == pytest.approx(1)
+
+
+def test_the_unfused_graph_agrees_with_the_fused_one(bundle: Path) -> None:
+    plain = open_backend(bundle, fuse_attention=False)
+    report = compare_backends(open_backend(bundle), plain, PROMPTS, embedder(bundle))
+    assert report.passed, report.misses
+    assert report.decode.positions == 64
+
+
+@pytest.mark.parametrize(
+    ("fault", "phase"),
+    [("logits", "decode"), ("position", "decode"), ("cache", "cache"), ("nan", "prefill")],
+)
+def test_a_fault_is_a_miss_in_the_phase_where_it_shows(
+    bundle: Path, fault: str, phase: str
+) -> None:
+    wrong = Perturbed(bundle, read_manifest(bundle))
+    wrong.fault, wrong.start = fault, 7
+    report = compare_backends(
+        open_backend(bundle), wrong, PROMPTS[:1], embedder(bundle), decode_steps=8
+    )
+    assert not report.passed
+    assert any(miss.startswith(phase) for miss in report.misses)
+    if fault in ("logits", "position"):
+        assert not any(miss.startswith("prefill") for miss in report.misses)
+
+
+def test_thresholds_are_the_callers(bundle: Path) -> None:
+    wrong = Perturbed(bundle, read_manifest(bundle))
+    wrong.fault = "logits"
+    loose = Thresholds(cosine=-1, top1=0, kl=100, cache_cosine=-1)
+    args = open_backend(bundle), wrong, PROMPTS, embedder(bundle)
+    assert not compare_backends(*args, decode_steps=4).passed
+    assert compare_backends(*args, decode_steps=4, thresholds=loose).passed
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1] * 100]])
+def test_prompts_that_cannot_be_compared_are_refused(bundle: Path, prompts) -> None:
+    backend = open_backend(bundle)
+    with pytest.raises(ConfigError, match="prompt"):
+        compare_backends(backend, backend, prompts, embedder(bundle))
