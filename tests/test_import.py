@@ -75,7 +75,7 @@ def test_every_public_name_resolves():
     [
         (
             "onnxruntime",
-            "from edge.backends.ort import _open_session; _open_session(None, None, None, None, int8_activations=True)",
+            "from edge.backends.ort import _open_session as f; f(*[None] * 4, int8_activations=True)",
             "pip install 'jetson-edge-llm[cpu]'",
         ),
         (

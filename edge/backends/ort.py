@@ -43,8 +43,9 @@ class OrtBackend:
         num_threads: None is one per physical core.
         fuse_attention: rewrite attention for the CPU (`cpu_attention`); off runs the graph as is.
         int8_activations: let MatMulNBits round each block of activations to int8 (accuracy level
-            4), its fastest kernel. That error is this engine's own, not the bundle's; off computes
-            in FP32, several times slower, as the reference of engines with float activations.
+            4), its fastest kernel. That error is this engine's own, not the bundle's; off
+            multiplies dequantized weights in FP32, as engines with float activations do in
+            theirs, and weights are then dequantized in every step: decode is many times slower.
 
     Raises:
         DependencyError: onnxruntime is missing or too old for the bundle's dialect.
