@@ -100,8 +100,8 @@ class Recipe:
 
         An INT4 recipe stores the lm_head in INT8 unless told otherwise: INT4 there costs more
         quality than all other layers together and the vocabulary is one matrix only. INT8-W8A8
-        rounds the inputs of all layers but down, where the first token of a text is a thousand
-        times louder than the others, and the lm_head, which runs for one token of a prompt.
+        rounds the inputs of all layers but down, where the first token of a text is far
+        louder than the others, and the lm_head, which runs for one token of a prompt.
 
         Raises:
             ConfigError: a group size that TensorRT or the model's shapes do not allow, a pattern

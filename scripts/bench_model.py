@@ -1,6 +1,6 @@
 """Benchmark the exact shape of DeepSeek-R1-Distill-Qwen-1.5B on the CPU; prints one JSON line.
 
-usage: bench_model.py [--quant int4] [--lm-head int8|int4] [--work DIRECTORY] [--repeats 5]
+usage: bench_model.py [--quant int4] [--keep lm_head=int4] [--work DIRECTORY] [--repeats 5]
 
 Weights are random: speed and memory do not depend on their values. Prefill, decode and the
 runtime's own time are measured apart; medians after a warm-up. The export runs in a process of its
@@ -35,7 +35,7 @@ def main() -> None:
     """Parse, prepare, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quant", choices=["fp16", "int8", "int4"], default="int4")
-    parser.add_argument("--lm-head", choices=["float", "int8", "int4"], default="int8")
+    parser.add_argument("--keep", default="lm_head=int8", metavar="PATTERN=SCHEME")
     parser.add_argument("--clip", choices=["absmax", "mse"], default="absmax")
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="for models; 6 GB")
     parser.add_argument("--repeats", type=int, default=5)
@@ -46,7 +46,7 @@ def main() -> None:
     result = {
         "model": "DeepSeek-R1-Distill-Qwen-1.5B shape, random weights",
         "quant": options.quant,
-        "lm_head": options.lm_head,
+        "keep": options.keep,
         "edge_llm": __version__,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
@@ -63,13 +63,15 @@ def prepare(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     if not (checkpoint / "generation_config.json").exists():
         say("writing a random checkpoint of the 1.5B shape")
         write_checkpoint(checkpoint, CONFIG["num_hidden_layers"])
-    bundle = options.work / f"r1-1.5b-{options.quant}-head-{options.lm_head}-{options.clip}"
+    bundle = options.work / f"r1-1.5b-{options.quant}-{options.keep}-{options.clip}".replace(
+        "=", "-"
+    ).replace("*", "all")
     if bundle.exists():
         return bundle, {}
     say(f"exporting {bundle}")
     command = [sys.executable, "-m", "edge.cli", "export", str(checkpoint), "-o", str(bundle)]
     command += ["--quant", options.quant, "--clip", options.clip]
-    command += ["--keep", f"lm_head={options.lm_head}", "--kv-capacity", "8192"]
+    command += ["--keep", options.keep, "--kv-capacity", "8192"]
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=sys.stderr)
     seconds = time.perf_counter() - started

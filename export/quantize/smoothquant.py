@@ -49,7 +49,7 @@ def smoothing_factors(
     tokens = np.sort(np.abs(x).max(axis=1).argsort(kind="stable")[_spread(len(x), _MAX_TOKENS)])
     sample, rows = x[tokens], weights[_spread(len(weights), _MAX_ROWS)]
     wanted = sample @ rows.T
-    # Every token counts alike: the first one of a text is a thousand times louder than the others
+    # Every token counts alike: the first one of a text is far louder than the others
     # and would decide alone.
     size = np.square(wanted).sum(axis=1) + np.float32(1e-30)
 
