@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -27,7 +26,7 @@ from . import compat, device
 from .audit import Audit, audit_network, check_plan_bytes
 from .compat import Compiler, TensorRT
 from .config import BuildConfig, BuildShapes, resolve
-from .graph import prepare_graph
+from .graph import graph_files, prepare_graph, write_graph
 from .memory import check_memory, plan_memory
 from .profiles import Profile, make_profiles
 from .progress import Progress
@@ -287,7 +286,7 @@ def _compile_with_trtexec(
         on_line(line)
 
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=root) as scratch:
-        graph = _place_graph(config, manifest, shapes, Path(scratch))
+        graph = write_graph(config, manifest, shapes, Path(scratch))
         plan = Path(scratch) / "engine.plan"
         argv = trtexec_command(
             config,
@@ -311,27 +310,6 @@ def _compile_with_trtexec(
         result.build_s if result.build_s is not None else result.seconds,
         result.peak_host_bytes,
     )
-
-
-def _place_graph(
-    config: BuildConfig, manifest: Manifest, shapes: BuildShapes, directory: Path
-) -> Path:
-    """The graph as a file with its weights beside it, for a reader that takes only files."""
-    source = config.bundle.resolve() / manifest.graphs.decoder
-    if shapes.capacity == manifest.kv_capacity and config.kv_read == "slice":
-        return source
-    for name in graph_files(manifest):
-        if name != source.name:
-            os.link(source.with_name(name), directory / name)  # the same file system
-    graph = directory / source.name
-    graph.write_bytes(prepare_graph(source.read_bytes(), shapes, config.kv_read))
-    return graph
-
-
-def graph_files(manifest: Manifest) -> list[str]:
-    """The files that an engine is built from: the graph and its weights."""
-    graph = manifest.graphs.decoder
-    return [name for name in (graph, f"{graph}.data") if name in manifest.files]
 
 
 def engine_name(

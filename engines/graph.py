@@ -5,11 +5,15 @@ Only the small ``decoder.onnx`` is edited, in memory; its weights stay where the
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from edge import io_spec
 from edge.errors import BundleError
+from edge.manifest import Manifest
 from edge.onnx_file import OnnxFile
 
-from .config import BuildShapes, KvRead
+from .config import BuildConfig, BuildShapes, KvRead
 
 
 def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
@@ -32,6 +36,40 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
         _remove_slices(graph, set(caches))
         graph.set_dimension([io_spec.KV_POSITIONS], 0, shapes.capacity)
     return graph.serialize()
+
+
+def write_graph(
+    config: BuildConfig, manifest: Manifest, shapes: BuildShapes, directory: Path
+) -> Path:
+    """Write the graph of ``config`` as a file, for a reader that takes nothing else.
+
+    Readers look for the weights beside the graph: a symbolic link stands there. A hard link would
+    save nothing, and the ``onnx`` package refuses weights of several hard links as an attack.
+
+    Args:
+        config: which bundle, and how the cache is read.
+        manifest: the bundle's manifest; the caller has verified the files.
+        shapes: the capacity.
+        directory: where to; made if missing. Files of the same names are replaced.
+
+    Returns:
+        The path of the graph.
+    """
+    graph, weights = graph_files(manifest)
+    bundle = config.bundle.resolve()
+    data = prepare_graph((bundle / graph).read_bytes(), shapes, config.kv_read)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / graph
+    path.write_bytes(data)
+    link = directory / weights
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(bundle / weights, directory.resolve()))
+    return path
+
+
+def graph_files(manifest: Manifest) -> tuple[str, str]:
+    """The files that an engine is built from: the graph and its weights."""
+    return manifest.graphs.decoder, f"{manifest.graphs.decoder}.data"
 
 
 def _remove_slices(graph: OnnxFile, caches: set[str]) -> None:

@@ -28,7 +28,7 @@ from edge.errors import BackendError, ConfigError, DependencyError, EdgeError, R
 from edge.manifest import ENGINES_DIR, Manifest, read_manifest, verify_files
 
 from .config import BuildConfig, BuildShapes, resolve
-from .graph import prepare_graph
+from .graph import write_graph
 from .profiles import Shape, make_profiles
 from .trtexec_options import TRT_VERSIONS, TrtVersion, show
 
@@ -116,34 +116,6 @@ def trtexec_command(
 def format_command(line: Sequence[str]) -> str:
     """A line to paste into a shell: quoted, one option per row; a profile's shapes stay with it."""
     return " \\\n  ".join(shlex.quote(part) for part in line)
-
-
-def write_graph(
-    config: BuildConfig, manifest: Manifest, shapes: BuildShapes, directory: Path
-) -> Path:
-    """Write the graph of ``config``, the bundle's weights linked beside it.
-
-    ``trtexec`` looks for the weights in the folder of the graph. They are not copied.
-
-    Args:
-        config: which bundle, and how the cache is read.
-        manifest: the bundle's manifest; the caller has verified the files.
-        shapes: the capacity.
-        directory: where to; made if missing. Files of the same names are replaced.
-
-    Returns:
-        The path of the graph.
-    """
-    name = manifest.graphs.decoder
-    data = prepare_graph((config.bundle / name).read_bytes(), shapes, config.kv_read)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / name
-    path.write_bytes(data)
-    for weights in (file for file in manifest.files if file.endswith(".data")):
-        link = directory / weights
-        link.unlink(missing_ok=True)
-        os.link(config.bundle / weights, link)  # the same file system
-    return path
 
 
 def _needs_own_graph(config: BuildConfig, manifest: Manifest, shapes: BuildShapes) -> bool:
