@@ -19,7 +19,7 @@ from edge import evaluate as evaluation
 from edge.bundle_update import update_manifest
 from edge.errors import CheckpointError, ConfigError, DependencyError
 from edge.llm import LLM
-from edge.manifest import MANIFEST_NAME, read_manifest
+from edge.manifest import MANIFEST_NAME, ModelSpec, read_manifest
 from edge.report import FIGURES, format_figure, html_report, html_task_report
 from edge.sampling import SamplingParams
 
@@ -231,7 +231,7 @@ def _run_text(
                         f"{bundle} and {reference} read the text as other tokens, so they cannot "
                         "be compared; give the same model's bundle to --against"
                     )
-                if base is not None and base.manifest.model != model.manifest.model:
+                if base is not None and _shape(base) != _shape(model):
                     raise ConfigError(
                         f"{bundle} and {reference} are bundles of models with other dimensions; "
                         "give the same model's bundle to --against"
@@ -254,6 +254,11 @@ def _run_text(
                     }
                 )
     return results
+
+
+def _shape(llm: LLM) -> ModelSpec:
+    """The model without what a recipe may change: a rotation unties the lm_head."""
+    return msgspec.structs.replace(llm.manifest.model, tied_embeddings=False)
 
 
 def _open(bundle: Path, window: int, engine: dict[str, Any], stack: ExitStack) -> LLM:

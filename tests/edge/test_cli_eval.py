@@ -62,6 +62,13 @@ def test_rounded_activations_lose_more(tiny_bundles):
     assert plain["kl_mean"] < rounded["kl_mean"]
 
 
+def test_a_rotated_bundle_is_compared_with_its_tied_original(tiny_bundles):
+    """The rotation unties the lm_head: another model by its numbers, the same by what it says."""
+    rotated, tied = (tiny_bundles("qwen3", "portable", q) for q in ("int8-w8a8", "fp16"))
+    (found,) = figures(rotated, "--against", tied, *SHORT)
+    assert 0 < found["kl_mean"] < 0.5
+
+
 def test_gate_and_its_exit_code(tiny_bundles, tmp_path: Path):
     int4, fp16 = (tiny_bundles("qwen2", "portable", q) for q in ("int4", "fp16"))
     gate = tmp_path / "gate.json"
