@@ -11,6 +11,8 @@
         IntegrityError            a file of the bundle differs from its recorded hash
       DependencyError             an optional library is missing or too old (ImportError)     69
       ResourceError               not enough disk or memory                                   71
+      OverloadError               the queue is full; try again later                          75
+      DeadlineError               a request did not finish in the time that it was given      75
       BackendError                the inference engine failed                                 70
       BuildError                  TensorRT refused a graph or failed to build it              70
 
@@ -89,6 +91,30 @@ class ResourceError(EdgeError):
     """Disk space or memory does not suffice."""
 
     exit_code = 71
+
+
+class OverloadError(EdgeError):
+    """The queue of the scheduler is full, or the scheduler takes no more requests.
+
+    Attributes:
+        retry_after_s: seconds after which a place is likely to be free.
+    """
+
+    exit_code = 75
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)  # pickle and copy rebuild it from these
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DeadlineError(EdgeError):
+    """A request did not finish in the time that it was given."""
+
+    exit_code = 75
 
 
 class BackendError(EdgeError):

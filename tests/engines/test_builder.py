@@ -38,8 +38,9 @@ from engines.builder import Target, build_engine
 from engines.check import check_bundle
 from engines.config import BuildConfig
 from engines.store import EngineStore
+from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Bundles
-from tests.tiny_models import Kind
+from tests.tiny_models import Kind, smollm2_gguf
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -69,6 +70,8 @@ def config(bundle: Path, **options: Any) -> BuildConfig:
         ("qwen3", "portable", "fp16", {}),
         ("qwen2", "portable", "int8", {"kv_capacity": 64}),
         ("llama", "portable", "int4", {"max_batch": 4}),
+        ("qwen2", "native", "int8-w8a8", {}),
+        ("qwen3", "portable", "int8-w8a8", {}),
     ],
 )
 def test_every_variant_compiles_and_passes_the_audit(
@@ -77,7 +80,8 @@ def test_every_variant_compiles_and_passes_the_audit(
     bundle = tiny_bundles(kind, dialect, quant)
     report = check_bundle(config(bundle, **options))
     assert report.problems == ()
-    wanted = {"int4": {"int4", "int8"}}.get(quant, {quant})  # INT4 recipes keep an INT8 lm_head
+    # INT4 recipes keep an INT8 lm_head.
+    wanted = {"int4": {"int4", "int8"}, "int8-w8a8": {"int8"}}.get(quant, {quant})
     assert {weight.dtype for weight in report.weights} == wanted
     assert report.plan_bytes > 0
     assert not (bundle / "engines").exists()
@@ -89,6 +93,37 @@ def test_smollm2_compiles(smollm2_bundle: Path, sm: int) -> None:
     report = check_bundle(BuildConfig(smollm2_bundle), sm)
     assert report.problems == ()
     assert report.attentions == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dialect", "quant"),
+    [("native", "int8"), ("native", "int4"), ("native", "int8-w8a8"), ("portable", "int4")],
+)
+def test_a_real_model_stays_packed(tmp_path: Path, dialect: Any, quant: Any) -> None:
+    """Real weights of real size: whether they stay packed shows in the plan's bytes only here."""
+    try:
+        source = str(smollm2_gguf())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    bundle = tmp_path / "bundle"
+    export_checkpoint(
+        ExportConfig(
+            source=source,
+            output=bundle,
+            dialect=dialect,
+            quant=quant,
+            kv_capacity=512,
+            calibration_tokens=512 if quant == "int8-w8a8" else None,
+        )
+    )
+    report = check_bundle(BuildConfig(bundle, max_batch=4), 86)
+    shutil.rmtree(bundle)  # 200 MB, and pytest keeps the folders of three runs
+    assert report.problems == ()
+    assert report.attentions == (30 if dialect == "native" else 0)
+    assert {weight.dtype for weight in report.weights} == (
+        {"int4", "int8"} if quant == "int4" else {"int8"}
+    )
 
 
 def test_the_record_tells_what_was_built(bundle: Path) -> None:
