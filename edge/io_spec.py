@@ -42,9 +42,11 @@ PAST_LENGTHS = "past_lengths"
 KV_POSITIONS = "kv_positions"
 LOGITS_INDICES = "logits_indices"
 LOGITS = "logits"
-# The token embedding table lies beside the graph: its file, and the tensor in it.
+# The token embedding table lies beside the graph: its file, and the tensors in it. Rows are fp16,
+# or INT8 with one fp32 scale each.
 EMBEDDINGS_NAME = "embeddings.safetensors"
 EMBEDDINGS_TENSOR = "token_embeddings"
+EMBEDDINGS_SCALES = "token_embeddings.scale"
 
 BATCH, SEQ, NUM_LOGITS, KV = "batch", "seq", "num_logits", "kv"
 

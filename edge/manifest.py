@@ -144,6 +144,7 @@ class Quantization(_Struct, frozen=True):
         calibration: None if nothing was calibrated.
         smoothed: whether SmoothQuant's factors are folded into the weights of W8A8 layers.
         rotated: whether the residual stream and the values of the heads are rotated.
+        embeddings: how the rows of the token table are stored; INT8 rows have one scale each.
     """
 
     name: str
@@ -153,6 +154,7 @@ class Quantization(_Struct, frozen=True):
     calibration: Calibration | None = None
     smoothed: bool = False
     rotated: bool = False
+    embeddings: Literal["fp16", "int8"] = "fp16"
 
 
 class SamplingDefaults(_Struct, frozen=True):
@@ -183,6 +185,18 @@ class Tokens(_Struct, frozen=True):
     add_bos: bool
 
 
+class Adapter(_Struct, frozen=True):
+    """A LoRA adapter that was merged into the weights.
+
+    Attributes:
+        name: of its directory (never a path).
+        sha256: of ``adapter_model.safetensors``.
+    """
+
+    name: str
+    sha256: str
+
+
 class Source(_Struct, frozen=True):
     """Where the weights came from.
 
@@ -192,6 +206,7 @@ class Source(_Struct, frozen=True):
         revision: commit of the hub repository, else None.
         sha256: of the GGUF file or of the safetensors files' hashes, in name order.
         licence: as the source states it.
+        adapter: what was merged into the weights, or None.
     """
 
     kind: Literal["directory", "hub", "gguf"]
@@ -199,6 +214,30 @@ class Source(_Struct, frozen=True):
     revision: str | None = None
     sha256: str | None = None
     licence: str | None = None
+    adapter: Adapter | None = None
+
+
+class ReducedVocabulary(_Struct, frozen=True):
+    """Tokens that were left out of the model; ids were renumbered in their old order.
+
+    The bundle's ``vocabulary.json`` lists the old id of every new one.
+
+    Attributes:
+        original_size: rows of the source's token table.
+        size: rows that were kept.
+        file: name of the file that said which (never a path).
+        sha256: of that file.
+        text_tokens_original: tokens of the file's text with the whole vocabulary; None for a list
+            of ids.
+        text_tokens: tokens of the same text with the reduced one.
+    """
+
+    original_size: int
+    size: int
+    file: str
+    sha256: str
+    text_tokens_original: int | None = None
+    text_tokens: int | None = None
 
 
 class FileInfo(_Struct, frozen=True):
@@ -243,6 +282,7 @@ class Manifest(_Struct, frozen=True):
     graphs: Graphs
     files: dict[str, FileInfo]
     quality: dict[str, Any] | None = None
+    vocabulary: ReducedVocabulary | None = None
     self_sha256: str = _NO_HASH
 
 

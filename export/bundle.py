@@ -1,9 +1,12 @@
 """Writing a bundle so that its path never holds half of one.
 
 Beside a target ``r1`` live, while it is written, ``.r1.edge-llm-lock`` (an flock, held by the one
-process that writes), ``.r1.edge-llm-staging`` (the bundle in the making) and, on file systems that
-cannot exchange two directories, ``.r1.edge-llm-old``. Whoever holds the lock owns the other two:
-what lies there when it takes the lock was left by a killed export, and is swept.
+process that writes), ``.r1.edge-llm-staging`` (the bundle in the making), perhaps
+``.r1.edge-llm-scratch`` (what an export needs until it ends) and, on file systems that cannot
+exchange two directories, ``.r1.edge-llm-old``. Whoever holds the lock owns the others: what lies
+there when it takes the lock was left by a killed export, and is swept. Only
+``.r1.edge-llm-calibration`` outlives an export that failed: the next one goes on there, and a
+bundle that is put in place sweeps it.
 
 On Linux the finished staging directory and the old bundle trade places in one step
 (``renameat2(2)`` with ``RENAME_EXCHANGE``): whenever the process is killed, the target is the whole
@@ -67,6 +70,7 @@ class BundleWriter:
 
     Attributes:
         target: where the bundle will be, symbolic links resolved.
+        calibration_directory: for `resume.CalibrationState`.
     """
 
     def __init__(self, target: Path, *, required_bytes: int, overwrite: bool = False) -> None:
@@ -82,6 +86,9 @@ class BundleWriter:
         self._overwrite = overwrite
         self._staging = beside(self.target, "staging")
         self._aside = beside(self.target, "old")
+        self.calibration_directory = beside(self.target, "calibration")
+        self._scratch = beside(self.target, "scratch")
+        self._staged: Manifest | None = None
         self._committed = False
         self._cleanup = contextlib.ExitStack()
 
@@ -116,22 +123,48 @@ class BundleWriter:
 
         Raises:
             ValueError: not a plain file name; see `edge.manifest.is_file_name`.
-            RuntimeError: after `commit`.
+            RuntimeError: after `stage` or `commit`.
         """
         if not is_file_name(name):
             raise ValueError(f"{name!r} is no name for a file of a bundle")
         if self._committed:
             raise RuntimeError("the bundle is already in place")
+        if self._staged is not None:
+            raise RuntimeError("the bundle's files are already hashed")
         return self._staging / name
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file."""
         self.path(name).write_bytes(data)
 
+    def scratch(self) -> Path:
+        """A directory beside the target that is removed when the block ends."""
+        self._scratch.mkdir(exist_ok=True)
+        return self._scratch
+
+    def stage(self, manifest: Manifest) -> Path:
+        """Hash and fsync every file and write ``manifest.json``: a bundle, but not in place yet.
+
+        Every file must be closed, and none may be written afterwards.
+
+        Args:
+            manifest: its ``files`` are filled in here, whatever they hold.
+
+        Returns:
+            The directory, which `commit` moves.
+
+        Raises:
+            BundleError: a graph that the manifest names was not written, or something that is not
+                a plain file lies among the files.
+        """
+        self._staged = self._write_manifest(manifest)
+        return self._staging
+
     def commit(self, manifest: Manifest) -> Manifest:
         """Hash and fsync every file, write ``manifest.json``, put the bundle in place.
 
-        Every file must be closed. The old bundle is deleted when the block ends.
+        Every file must be closed; after `stage` only the manifest is written again. The old bundle
+        is deleted when the block ends.
 
         Args:
             manifest: its ``files`` are filled in here, whatever they hold.
@@ -146,18 +179,12 @@ class BundleWriter:
         """
         if self._committed:
             raise RuntimeError("the bundle is already in place")
-        files = {path.name: _seal(path) for path in sorted(self._staging.iterdir())}
-        absent = {manifest.graphs.decoder, manifest.graphs.cpu} - files.keys()
-        if absent:
-            raise BundleError(f"the bundle is incomplete: {sorted(absent)} not written")
-        data = encode_manifest(msgspec.structs.replace(manifest, files=files))
-        written = decode_manifest(data)  # nobody can load what this refuses
-        write_durably(self._staging / MANIFEST_NAME, data)
-        fsync(self._staging)
+        written = self._write_manifest(manifest)
         _check_replaceable(self.target, self._overwrite)
         self._swap()
         self._committed = True
         fsync(self.target.parent)
+        _remove(self.calibration_directory)
         return written
 
     def __exit__(
@@ -172,6 +199,20 @@ class BundleWriter:
                 f"the disk filled up while {self.target} was written ({exc.strerror}); what was "
                 "written is removed again; free some space or choose another directory"
             ) from exc
+
+    def _write_manifest(self, manifest: Manifest) -> Manifest:
+        if self._staged is None:
+            files = {path.name: _seal(path) for path in sorted(self._staging.iterdir())}
+        else:
+            files = self._staged.files
+        absent = {manifest.graphs.decoder, manifest.graphs.cpu} - files.keys()
+        if absent:
+            raise BundleError(f"the bundle is incomplete: {sorted(absent)} not written")
+        data = encode_manifest(msgspec.structs.replace(manifest, files=files))
+        written = decode_manifest(data)  # nobody can load what this refuses
+        write_durably(self._staging / MANIFEST_NAME, data)
+        fsync(self._staging)
+        return written
 
     def _swap(self) -> None:
         try:
@@ -203,19 +244,21 @@ class BundleWriter:
         _logger.warning("put back %s, which an interrupted export had moved aside", self.target)
 
     def _sweep(self) -> None:
-        self._remove_staging()
+        _remove(self._scratch)
+        _remove(self._staging)
         if self._aside.exists():
             # Never delete in place what `_recover` takes for a whole bundle.
             self._aside.rename(self._staging)
-            self._remove_staging()
+            _remove(self._staging)
 
-    def _remove_staging(self) -> None:
-        try:
-            shutil.rmtree(self._staging)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            _logger.warning("cannot remove %s: %s", self._staging, error)
+
+def _remove(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _logger.warning("cannot remove %s: %s", directory, error)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

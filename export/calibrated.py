@@ -37,6 +37,7 @@ class CalibratedLinears:
         schemes: of every linear.
         method: of the INT4 linears.
         scale_type: float16 or bfloat16, in which scales will be stored.
+        factors: of layers that the runner leaves out, by linear; those found are added to it.
 
     Attributes:
         checkpoint: the float model with the factors folded in; it computes the same function.
@@ -49,12 +50,13 @@ class CalibratedLinears:
         schemes: Mapping[str, TensorScheme],
         method: Method,
         scale_type: np.dtype[np.generic],
+        factors: dict[str, Array] | None = None,
     ) -> None:
         self._runner = runner
         self._schemes = schemes
         self._method = method
         self._scale_type = scale_type
-        self._factors: dict[str, Array] = {}
+        self._factors = {} if factors is None else factors
         self.input_scales: dict[str, float] = {}
         self.checkpoint: Checkpoint = ScaledCheckpoint(runner.checkpoint, self._factors)
 

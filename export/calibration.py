@@ -1,4 +1,4 @@
-"""Calibration: text in the model's own format, and what its linear layers see of it.
+"""Calibration: what the linear layers of the float model see of a text.
 
 The float model runs in ONNX Runtime one decoder layer at a time: one small graph whose weights are
 inputs serves every layer, so memory holds the hidden states of all tokens, one layer's weights and
@@ -7,14 +7,10 @@ one layer's activations, whatever the model's depth. No KV cache: a sequence is 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,11 +20,9 @@ from numpy.typing import NDArray
 
 from edge import io_spec
 from edge._version import __version__
-from edge.chat import THINK_END, THINK_START, ChatTemplate, encode_chat
-from edge.errors import ConfigError, DependencyError
+from edge.errors import DependencyError
 from edge.io_spec import TensorSpec
 from edge.manifest import ModelSpec, TensorScheme
-from edge.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint
 from .data_file import StoredTensor
@@ -39,13 +33,10 @@ from .rope import rope_tables
 
 Array = NDArray[np.float32]
 Progress = Callable[[int, int], None]
-"""Called with the layers done and the layers in all."""
+"""Called with the sequences that passed a layer, and how many will in all."""
 
-SEQ_LEN = 512
-DEFAULT_TOKENS = 16384
 FP16_MAX = 65504.0
 _FP16_NEAR = FP16_MAX / 2  # calibration sees few tokens; a factor of two is no margin to rely on
-_BUILT_IN = "built-in"
 _ROPE = ("cos", "sin")
 # Values of the graph that feed a linear, and those whose range matters to an fp16 graph.
 _TAPS = {"input_norm.out": "qkv", "merged": "o", "post_norm.out": "gate_up", "gated": "down"}
@@ -59,148 +50,6 @@ _PEAKS = (
     "mlp_residual",
 )
 _log = logging.getLogger(__name__)
-
-# ------------------------------------------------------------------------------------------- text
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Documents to calibrate with.
-
-    Attributes:
-        name: ``built-in``, or the file's name.
-        sha256: of the file, in hex.
-        documents: each ``{"text": ...}`` or ``{"messages": [...]}``; an assistant's message may
-            have a ``reasoning`` beside its ``content``.
-    """
-
-    name: str
-    sha256: str
-    documents: tuple[Mapping[str, Any], ...]
-
-
-def read_calibration_text(path: Path | None) -> CalibrationText:
-    """Read the built-in text, or a file: plain text, or JSONL if its name ends so.
-
-    Raises:
-        ConfigError: the file cannot be read, is empty or a line is no document; it is named.
-    """
-    if path is None:
-        packaged = resources.files(__package__) / "calibration_text" / "problems.jsonl"
-        data = packaged.read_bytes()
-        name, is_jsonl = _BUILT_IN, True
-    else:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"--calibration {path} cannot be read: {error.strerror}") from error
-        name, is_jsonl = path.name, path.suffix.lower() in (".jsonl", ".ndjson")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--calibration {path} is not UTF-8 text: {error}") from error
-    documents: list[Mapping[str, Any]] = []
-    if is_jsonl:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                documents.append(_document(line, f"--calibration {path}: line {number}"))
-    elif text.strip():
-        documents.append({"text": text})
-    if not documents:
-        raise ConfigError(f"--calibration {path} is empty; give some thousand words of text")
-    return CalibrationText(name, hashlib.sha256(data).hexdigest(), tuple(documents))
-
-
-def _document(line: str, where: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from error
-    if isinstance(value, dict):
-        if set(value) == {"text"} and isinstance(value["text"], str):
-            return value
-        if set(value) == {"messages"} and isinstance(value["messages"], list):
-            return value
-    raise ConfigError(f'{where} must be {{"text": "..."}} or {{"messages": [...]}}')
-
-
-def calibration_batches(
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    text: CalibrationText,
-    num_tokens: int,
-    seq_len: int = SEQ_LEN,
-    seed: int = 0,
-) -> NDArray[np.int64]:
-    """Token ids int64 ``[sequences, seq_len]``: the documents shuffled, joined and cut.
-
-    Every sequence starts with bos where the model wants one: the first token of a context draws
-    activations that no other token has.
-
-    Args:
-        tokenizer: the model's.
-        template: its chat template; None writes messages as plain paragraphs.
-        text: the documents.
-        num_tokens: at most so many, in whole sequences; fewer if the text is shorter.
-        seq_len: tokens of a sequence.
-        seed: of the order of the documents.
-
-    Raises:
-        ConfigError: fewer tokens asked for, or in the text, than one sequence has.
-        RequestError: the chat template refuses a document's messages.
-    """
-    if num_tokens < seq_len:
-        raise ConfigError(
-            f"--calibration-tokens {num_tokens} is less than one sequence of {seq_len} tokens"
-        )
-    bos = tokenizer.tokens.bos if tokenizer.tokens.add_bos else None
-    body = seq_len if bos is None else seq_len - 1
-    wanted = num_tokens // seq_len * body
-    ids: list[int] = []
-    for index in np.random.RandomState(seed).permutation(len(text.documents)):
-        ids += _encode(tokenizer, template, text.documents[index])
-        if len(ids) >= wanted:
-            break
-    rows = min(len(ids), wanted) // body
-    if rows == 0:
-        raise ConfigError(
-            f"the calibration text {text.name} has {len(ids)} tokens, fewer than one sequence of "
-            f"{seq_len}; give a longer text"
-        )
-    batch = np.array(ids[: rows * body], dtype=np.int64).reshape(rows, body)
-    if bos is None:
-        return batch
-    return np.concatenate([np.full((rows, 1), bos, dtype=np.int64), batch], axis=1)
-
-
-def _encode(
-    tokenizer: Tokenizer, template: ChatTemplate | None, document: Mapping[str, Any]
-) -> list[int]:
-    if "text" in document:
-        return tokenizer.encode(document["text"] + "\n\n")
-    messages = document["messages"]
-    if template is None or not messages or messages[-1].get("role") != "assistant":
-        if template is not None:
-            return encode_chat(tokenizer, template, messages, add_generation_prompt=False)
-        return tokenizer.encode("".join(f"{message.get('content')}\n\n" for message in messages))
-    # Templates cut the reasoning out of past answers, so the answer is put behind the prompt here,
-    # as the model itself would write it.
-    *prompt, answer = messages
-    ids = encode_chat(tokenizer, template, prompt)
-    control = tokenizer.control_tokens
-    reasoning, content = answer.get("reasoning"), answer.get("content") or ""
-    if reasoning and THINK_END in control:
-        opened = THINK_START in tokenizer.decode(ids[-3:])
-        if not opened and THINK_START in control:
-            ids += [control[THINK_START], *tokenizer.encode("\n")]
-        ids += tokenizer.encode(f"{reasoning}\n")
-        ids += [control[THINK_END], *tokenizer.encode(f"\n\n{content}")]
-    else:
-        ids += tokenizer.encode(f"{reasoning}\n\n{content}" if reasoning else content)
-    return [*ids, *tokenizer.tokens.eos[:1]]
-
-
-# ------------------------------------------------------------------------------------ activations
 
 
 @dataclass(frozen=True)
@@ -229,15 +78,22 @@ class LayerRunner:
     Args:
         checkpoint: its weights are used as fp32.
         ids: token ids int64 ``[sequences, seq_len]``.
-        progress: told the layers done and the layers in all.
+        progress: told the sequences that passed a layer, counted over all layers.
+        first: layer to begin with.
+        start: hidden states before that layer, float32 ``[sequences, seq_len, hidden]``; they are
+            overwritten. None for the first layer.
 
     Attributes:
+        hidden: after the layer that was handed out last, as ``start``; None before.
         peaks: all layers' so far, by full name (``layers.3.down``).
     """
 
     checkpoint: Checkpoint
     ids: NDArray[np.int64]
     progress: Progress = lambda _done, _total: None
+    first: int = 0
+    start: Array | None = None
+    hidden: Array | None = field(default=None, init=False)
     peaks: dict[str, float] = field(default_factory=dict, init=False)
 
     def __iter__(self) -> Iterator[LayerActivations]:
@@ -249,14 +105,16 @@ class LayerRunner:
             f"rope.{part}_table": table.astype(np.float32)
             for part, table in zip(_ROPE, tables, strict=True)
         }
-        table = self.checkpoint.tensor("model.embed_tokens.weight")
-        hidden: Array = np.stack([table[row].astype(np.float32) for row in self.ids])
-        self._check("embeddings", float(np.abs(hidden).max()))
-        for i in range(model.num_layers):
+        hidden = self.start
+        if hidden is None:
+            table = self.checkpoint.tensor("model.embed_tokens.weight")
+            hidden = np.stack([table[row].astype(np.float32) for row in self.ids])
+            self._check("embeddings", float(np.abs(hidden).max()))
+        self.hidden = hidden
+        for i in range(self.first, model.num_layers):
             weights = rope | graph.weights(self.checkpoint, i)
             activations = self._run(session, graph, weights, hidden, i)
             del weights
-            self.progress(i + 1, model.num_layers)
             yield activations
         norm = self.checkpoint.tensor("model.norm.weight").astype(np.float32)
         for row in hidden:
@@ -300,6 +158,7 @@ class LayerRunner:
                     inputs[short][at * seq_len : (at + 1) * seq_len] = value[0]
                 else:
                     hidden[at] = value[0]
+            self.progress(index * count + at + 1, self.checkpoint.spec.num_layers * count)
         for short, peak in peaks.items():
             self._check(f"layers.{index}.{short}", peak)
         return LayerActivations(index, inputs, peaks)
@@ -445,7 +304,17 @@ def _placeholder(name: str, *dims: int) -> StoredTensor:
     return StoredTensor(name, ONNX_TYPE["fp32"], dims, "", 0, 0)
 
 
-def _layer_session(graph: _LayerGraph) -> Any:
+def runtime_version() -> str:
+    """Version of ONNX Runtime.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    version: str = _onnxruntime().__version__
+    return version
+
+
+def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -453,6 +322,11 @@ def _layer_session(graph: _LayerGraph) -> Any:
             "calibration needs the package onnxruntime; install it with: "
             "pip install 'jetson-edge-llm[export]'"
         ) from error
+    return onnxruntime
+
+
+def _layer_session(graph: _LayerGraph) -> Any:
+    onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(

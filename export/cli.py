@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge.errors import ConfigError, DependencyError
+
+if TYPE_CHECKING:
+    from edge.manifest import ReducedVocabulary
 
 
 def _keep(
@@ -104,6 +107,32 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     help="TOML or JSON with these options; one given here wins over the file's.",
 )
 @click.option(
+    "--embeddings",
+    type=click.Choice(["fp16", "int8"]),
+    default="fp16",
+    show_default=True,
+    help="Rows of the token table; int8, one scale per row, halves its file.",
+)
+@click.option(
+    "--lora",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Merge this LoRA adapter (peft's layout, safetensors) into the weights first.",
+)
+@click.option(
+    "--vocab-keep",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Leave out all tokens but those of this text (or JSONL, as for --calibration), or of this "
+    "JSON list of token ids. Single bytes, control tokens and the chat template's stay.",
+)
+@click.option(
+    "--vocab-size",
+    type=int,
+    help="Tokens to keep, a multiple of 64: the most frequent of the text of --vocab-keep, then "
+    "the first of the vocabulary. Default: all of the text.",
+)
+@click.option(
     "--dialect",
     type=click.Choice(["native", "portable"]),
     default="native",
@@ -119,8 +148,20 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Download cache for a hub id.")
 @click.option("--force", "overwrite", is_flag=True, help="Replace an existing bundle.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Measure the bundle against the float model before it is put in place, as edge-llm eval "
+    "does; if a threshold is missed, write no bundle and exit with code 3.",
+)
+@click.option(
+    "--gate",
+    metavar="NAME|FILE",
+    help="Thresholds of --verify, as for edge-llm eval. Default: recipe.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line at the end.")
-def export(as_json: bool, **options: Any) -> None:
+@click.pass_context
+def export(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     """Turn SOURCE into a bundle.
 
     SOURCE is a Hugging Face directory, a hub id such as
@@ -128,6 +169,7 @@ def export(as_json: bool, **options: Any) -> None:
     """
     try:
         from .pipeline import ExportConfig, export_checkpoint
+        from .verify import GateError
     except ImportError as error:
         if isinstance(error, DependencyError):
             raise
@@ -136,10 +178,15 @@ def export(as_json: bool, **options: Any) -> None:
             "pip install 'jetson-edge-llm[export]'"
         ) from error
     from edge.cli import echo_json
+    from edge.cli.eval import EXIT_GATE_MISSED
 
     config = ExportConfig(**options)
-    with _Bar() as bar:
-        manifest = export_checkpoint(config, bar.update)
+    try:
+        with _Bar() as bar:
+            manifest = export_checkpoint(config, bar.update)
+    except GateError as error:
+        click.echo(f"edge-llm: {error}", err=True)
+        ctx.exit(EXIT_GATE_MISSED)
     num_bytes = sum(file.num_bytes for file in manifest.files.values())
     if as_json:
         echo_json(
@@ -154,7 +201,25 @@ def export(as_json: bool, **options: Any) -> None:
         )
         return
     click.echo(f"{config.output}: {manifest.name}, {config.quant}, {num_bytes / 1e6:,.0f} MB")
+    if manifest.vocabulary is not None:
+        click.echo(_vocabulary(manifest.vocabulary))
+    if config.verify and manifest.quality is not None:
+        text = manifest.quality["text"]
+        click.echo(
+            f"verified: KL {text['kl_mean']:.4f}, top-1 {text['top1_agreement']:.1%}, perplexity "
+            f"{text['perplexity']:.2f} ({text['perplexity_reference']:.2f} in float)"
+        )
     click.echo(f"Try it: edge-llm run {config.output} 'Why is the sky blue?'")
+
+
+def _vocabulary(reduced: ReducedVocabulary) -> str:
+    line = f"vocabulary: {reduced.size:,} of {reduced.original_size:,} tokens"
+    if reduced.text_tokens is None:
+        return line
+    return (
+        f"{line}; {reduced.file} takes {reduced.text_tokens:,} of them, "
+        f"{reduced.text_tokens_original:,} before"
+    )
 
 
 class _Bar:
@@ -185,28 +250,23 @@ class _Bar:
             console=console,
             disable=not console.is_terminal,
         )
-        self._phase: str | None = None
-        self._task: Any = None
+        self._tasks: dict[str, Any] = {}
 
     def update(self, phase: str, done: int, total: int) -> None:
-        """Progress of a phase, in weights."""
-        if phase != self._phase:
-            self._finish()
-            self._phase, self._task = phase, self._rich.add_task(phase, total=total, rate="")
-        task = self._rich.tasks[-1]
-        rate = f"{task.speed / 1e6:.0f} M weights/s" if task.speed else ""
-        self._rich.update(self._task, completed=done, rate=rate)
+        """Progress of a phase; ``calibrate`` and ``quantize`` take turns, layer by layer."""
+        if phase not in self._tasks:
+            self._tasks[phase] = self._rich.add_task(phase, total=total, rate="")
+            if phase == "verify":  # a process of its own, which draws its own bar
+                self._rich.stop()
+            else:
+                self._rich.start()
+        task = self._rich.tasks[self._rich.task_ids.index(self._tasks[phase])]
+        rate = f"{task.speed / 1e6:.0f} M weights/s" if task.speed and "quantize" in phase else ""
+        self._rich.update(task.id, completed=done, rate=rate)
 
     def __enter__(self) -> _Bar:
         self._rich.start()
         return self
 
-    def __exit__(self, kind: object, _error: object, _trace: object) -> None:
-        if kind is None:
-            self._finish()
+    def __exit__(self, *_: object) -> None:
         self._rich.stop()
-
-    def _finish(self) -> None:
-        if self._task is not None:
-            task = self._rich.tasks[-1]
-            self._rich.update(self._task, completed=task.total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,11 +36,25 @@ class StoredTensor:
 
 
 class DataFile:
-    """Appends aligned tensors to one file; a context manager."""
+    """Appends aligned tensors to one file; a context manager.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        length: go on behind so many bytes of a file that is there; None begins it.
+    """
+
+    def __init__(self, path: Path, length: int | None = None) -> None:
         self.path = path
-        self._file: BinaryIO = path.open("wb")
+        self._file: BinaryIO = path.open("wb" if length is None else "r+b")
+        if length is not None:
+            self._file.truncate(length)
+            self._file.seek(length)
+
+    def sync(self) -> int:
+        """Make what was added last; returns the file's length in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def add(
         self, name: str, onnx_type: int, dims: tuple[int, ...], data: NDArray[np.generic]

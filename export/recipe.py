@@ -174,6 +174,7 @@ class _RecipeFile(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
     calibration_tokens: int | None = None
     seed: int | None = None
     rotate: bool | None = None
+    embeddings: Literal["fp16", "int8"] | None = None
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

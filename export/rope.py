@@ -1,61 +1,17 @@
-"""Rotary position embedding tables, computed in float64.
-
-Frequencies follow ``transformers.modeling_rope_utils``: ``default`` (RoFormer, arXiv 2104.09864),
-``linear`` (arXiv 2306.15595), ``llama3`` (Llama 3.1's wavelength bands) and ``yarn``
-(arXiv 2309.00071, by parts with an attention factor).
-"""
+"""Rotary position embedding tables of the graph, computed in float64."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.manifest import RopeSpec
+from edge.rope import inverse_frequencies as inverse_frequencies
 
 Array = NDArray[np.float64]
-
-
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Array:
-    """Radians per position of each rotated pair, float64 ``[head_dim / 2]``."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    base: Array = 1.0 / rope.theta**exponents
-    if rope.kind == "linear":
-        return base / rope.factor
-    if rope.kind == "llama3":
-        return _llama3(base, rope)
-    if rope.kind == "yarn":
-        return _yarn(base, rope, head_dim)
-    return base
 
 
 def rope_tables(rope: RopeSpec, head_dim: int, positions: int) -> tuple[Array, Array]:
     """Cosine and sine, each float64 ``[positions, head_dim / 2]``, attention factor included."""
     angles = np.outer(np.arange(positions, dtype=np.float64), inverse_frequencies(rope, head_dim))
     return np.cos(angles) * rope.attention_factor, np.sin(angles) * rope.attention_factor
-
-
-def _llama3(base: Array, rope: RopeSpec) -> Array:
-    wavelengths = 2 * math.pi / base
-    # 1 keeps a frequency, 0 divides it by the factor; between the two borders it is blended.
-    turns = rope.original_max_positions / wavelengths
-    span = rope.high_freq_factor - rope.low_freq_factor
-    keep = np.clip((turns - rope.low_freq_factor) / span, 0.0, 1.0)
-    return keep * base + (1.0 - keep) * base / rope.factor
-
-
-def _yarn(base: Array, rope: RopeSpec, head_dim: int) -> Array:
-    def dimension_of(rotations: float) -> float:
-        """Dimension whose pair turns ``rotations`` times within the original context."""
-        return (
-            head_dim
-            * math.log(rope.original_max_positions / (rotations * 2 * math.pi))
-            / (2 * math.log(rope.theta))
-        )
-
-    low = max(math.floor(dimension_of(rope.beta_fast)), 0)
-    high = min(math.ceil(dimension_of(rope.beta_slow)), head_dim - 1)
-    ramp = (np.arange(head_dim // 2, dtype=np.float64) - low) / max(high - low, 0.001)
-    interpolate = np.clip(ramp, 0.0, 1.0)
-    return interpolate * base / rope.factor + (1.0 - interpolate) * base

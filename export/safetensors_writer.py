@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TensorSource:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, TensorSource]) -> None:
-    """Write all tensors in the order given.
+    """Write all tensors in the order given; chunks are taken one tensor after the other.
 
     Raises:
         ValueError: chunks do not add up to the shape.

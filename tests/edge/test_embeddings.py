@@ -92,6 +92,77 @@ def test_a_file_that_is_cut_off_while_in_use(
     table.close()
 
 
+# ------------------------------------------------------------------------------- INT8 rows
+
+
+def int8_header() -> dict[str, Any]:
+    size = VOCAB * HIDDEN
+    return {
+        "token_embeddings": {"dtype": "I8", "shape": [VOCAB, HIDDEN], "data_offsets": [0, size]},
+        "token_embeddings.scale": {
+            "dtype": "F32",
+            "shape": [VOCAB],
+            "data_offsets": [size, size + 4 * VOCAB],
+        },
+    }
+
+
+def int8_table() -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    rng = np.random.default_rng(2)
+    integers = rng.integers(-127, 128, (VOCAB, HIDDEN)).astype(np.int8)
+    return integers, rng.uniform(1e-4, 2.0, VOCAB).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 0), ()])
+def test_int8_rows_are_multiples_of_their_scale(tmp_path: Path, shape: Any):
+    integers, scales = int8_table()
+    data = integers.tobytes() + scales.tobytes()
+    table = EmbeddingTable(write(tmp_path / "embeddings.safetensors", int8_header(), data))
+    assert (table.vocab_size, table.hidden_size) == (VOCAB, HIDDEN)
+    ids = np.asarray(np.random.default_rng(1).integers(0, VOCAB, shape))
+    found = table[ids]
+    expected = (integers.astype(np.float32) * scales[:, None]).astype(np.float16)[ids]
+    assert found.dtype == np.float16
+    assert found.shape == (*shape, HIDDEN)
+    assert found.tobytes() == expected.tobytes()
+    table.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "F16"}, "its scales are not those of the rows"),
+        ({"shape": [VOCAB + 1]}, "its scales are not those of the rows"),
+        ({"shape": [VOCAB, 1]}, "its scales are not those of the rows"),
+        ({"data_offsets": [0, 4 * VOCAB]}, "its scales are not those of the rows"),
+    ],
+    ids=str,
+)
+def test_scales_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], message: str):
+    header = int8_header()
+    header["token_embeddings.scale"].update(change)
+    path = write(tmp_path / "t", header, bytes(VOCAB * HIDDEN + 4 * VOCAB))
+    with pytest.raises(BundleError, match=message):
+        EmbeddingTable(path)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
+def test_a_scale_that_is_not_positive_is_refused(tmp_path: Path, scale: float):
+    integers, scales = int8_table()
+    scales[3] = scale
+    path = write(tmp_path / "t", int8_header(), integers.tobytes() + scales.tobytes())
+    with pytest.raises(BundleError, match="a scale of its rows is not positive"):
+        EmbeddingTable(path)
+
+
+def test_int8_rows_without_scales_are_refused(tmp_path: Path):
+    header = int8_header()
+    del header["token_embeddings.scale"]
+    path = write(tmp_path / "t", header, bytes(VOCAB * HIDDEN))
+    with pytest.raises(BundleError, match=r"token_embeddings\.scale"):
+        EmbeddingTable(path)
+
+
 ENTRY: dict[str, Any] = {
     "dtype": "F16",
     "shape": [VOCAB, HIDDEN],
@@ -147,6 +218,29 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=5,
 )
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from(["token_embeddings", "token_embeddings.scale"]),
+    key=st.sampled_from(sorted(ENTRY)),
+    value=json_values,
+)
+def test_any_int8_header_gives_a_table_or_a_bundle_error(
+    tmp_path: Path, name: str, key: str, value: Any
+):
+    header = int8_header()
+    header[name][key] = value
+    integers, scales = int8_table()
+    path = write(tmp_path / "t8", header, integers.tobytes() + scales.tobytes())
+    try:
+        table = EmbeddingTable(path)
+    except BundleError:
+        return
+    assert table[np.arange(table.vocab_size)].size == VOCAB * HIDDEN
+    table.close()
 
 
 @settings(

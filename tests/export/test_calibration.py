@@ -15,8 +15,9 @@ from edge.errors import ConfigError
 from edge.manifest import read_manifest
 from edge.tokenizer import Tokenizer
 from export import calibration
-from export.calibration import LayerRunner, calibration_batches, read_calibration_text
+from export.calibration import LayerRunner
 from export.checkpoint import Checkpoint, open_checkpoint
+from export.documents import calibration_batches, read_calibration_text
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Checkpoints
 from tests.parity import Golden

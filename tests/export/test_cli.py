@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import click
 import pytest
+import rich.console
 from click.testing import CliRunner, Result
 
 import edge.cli
 from edge.errors import ConfigError, DependencyError
 from edge.manifest import read_manifest, verify_files
-from export.cli import export
+from export.cli import _Bar, export
 from tests.tiny_models import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +81,20 @@ def test_every_option_arrives(checkpoint: Path, tmp_path: Path):
     assert schemes["lm_head"] == "int4-g32"
     assert (manifest.quantization.name, manifest.quantization.clip) == ("int8", "absmax")
     assert (manifest.dialect, manifest.dtype, manifest.kv_capacity) == ("portable", "bf16", 99)
+
+
+def test_calibration_has_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """It takes turns with the bar of the weights, so neither may end the other."""
+    screen = io.StringIO()
+    console = rich.console.Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(rich.console, "Console", lambda **_: console)
+    with _Bar() as bar:
+        for done in (1, 2):
+            bar.update("calibrate", done, 2)
+            bar.update("quantize", 5 * done, 10)
+    last = screen.getvalue().split("calibrate")[-1]
+    assert last.count("100%") == 2
+    assert "quantize" in last
 
 
 def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
@@ -160,7 +176,8 @@ def test_a_missing_extra_is_named(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ):
     monkeypatch.setitem(sys.modules, package, None)  # import finds nothing
-    monkeypatch.delitem(sys.modules, "export.pipeline", raising=False)
+    for module in ("export.pipeline", "export.decoder_files"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     result = invoke(checkpoint, "-o", tmp_path / "bundle")
     assert isinstance(result.exception, DependencyError)
     assert str(result.exception) == (

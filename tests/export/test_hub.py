@@ -207,6 +207,7 @@ def test_download(hub: Hub, worker: Worker, tmp_path: Path) -> None:
             "revision": MAIN,
             "sha256": hashlib.sha256(lines.encode()).hexdigest(),
             "licence": "mit",
+            "adapter": None,
         },
     }
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}

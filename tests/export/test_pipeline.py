@@ -18,7 +18,7 @@ from edge.embeddings import EmbeddingTable
 from edge.errors import CheckpointError, ConfigError
 from edge.io_spec import EMBEDDINGS_NAME
 from edge.manifest import Manifest, TensorScheme, read_manifest, verify_files
-from export import pipeline
+from export import embedding_table
 from export.checkpoint import open_checkpoint
 from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
 from export.quantize.linear import convert_linear
@@ -129,7 +129,7 @@ def test_embeddings_are_the_checkpoints_rows(
     monkeypatch: pytest.MonkeyPatch,
     tiny_checkpoints: Checkpoints,
 ):
-    monkeypatch.setattr(pipeline, "_EMBEDDING_ROWS", 7)  # 320 rows: the last chunk is short
+    monkeypatch.setattr(embedding_table, "_CHUNK_ROWS", 7)  # 320 rows: the last chunk is short
     export(tiny_checkpoints(kind), tmp_path / "bundle")
     table = EmbeddingTable(tmp_path / "bundle" / EMBEDDINGS_NAME)
     with open_checkpoint(str(tiny_checkpoints(kind))) as source:

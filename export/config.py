@@ -1,0 +1,134 @@
+"""What to export and how: every option of ``edge-llm export``, checked against the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from edge.errors import ConfigError
+from edge.manifest import Dialect
+
+from .calibrated import Method
+from .embedding_table import EmbeddingType
+from .recipe import Clip, Quant, Recipe
+
+GraphType = Literal["fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to export and how.
+
+    Attributes:
+        source: HF directory, hub id or GGUF file.
+        output: the bundle's directory.
+        quant: scheme of the linear layers.
+        group_size: see `recipe.Recipe`.
+        keep: see `recipe.Recipe`.
+        clip: see `recipe.Recipe`.
+        method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated.
+        calibration: text or JSONL to calibrate with; None is the built-in text.
+        calibration_tokens: at most so many; None is `calibration.DEFAULT_TOKENS`.
+        seed: of the order of the calibration documents; None is 0.
+        rotate: rotate the residual stream and the heads' values (`quantize.rotation`); None does
+            so for ``int8-w8a8`` only.
+        embeddings: how the rows of the token table are stored.
+        lora: directory of an adapter in peft's layout to merge into the weights first.
+        vocab_keep: file that says which tokens to keep, see `vocabulary.read_keep_list`; None
+            keeps all.
+        vocab_size: how many tokens to keep, with a text in ``vocab_keep``.
+        dialect: see `edge.io_spec`.
+        dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
+        kv_capacity: cache rows per sequence; None is 4096 or the model's own maximum, if less.
+        revision: of a hub id; None is its default branch.
+        cache_dir: of the hub; None is the hub's own.
+        overwrite: replace an existing bundle.
+        verify: measure the finished bundle against the float model before it is put in place.
+        gate: of ``verify``, see `edge.evaluate.load_gate`; None is ``recipe``.
+    """
+
+    source: str
+    output: Path
+    quant: Quant = "int4"
+    group_size: int | None = None
+    keep: tuple[tuple[str, str], ...] = ()
+    clip: Clip = "mse"
+    method: Method = "rtn"
+    calibration: Path | None = None
+    calibration_tokens: int | None = None
+    seed: int | None = None
+    rotate: bool | None = None
+    embeddings: EmbeddingType = "fp16"
+    lora: Path | None = None
+    vocab_keep: Path | None = None
+    vocab_size: int | None = None
+    dialect: Dialect = "native"
+    dtype: GraphType | None = None
+    kv_capacity: int | None = None
+    revision: str | None = None
+    cache_dir: Path | None = None
+    overwrite: bool = False
+    verify: bool = False
+    gate: str | None = None
+    recipe: Recipe = field(init=False)
+    float_type: GraphType = field(init=False)
+
+    def __post_init__(self) -> None:
+        implied: GraphType = "bf16" if self.quant == "bf16" else "fp16"
+        for option, value, choices in (
+            ("--quant", self.quant, Quant),
+            ("--clip", self.clip, Clip),
+            ("--method", self.method, Method),
+            ("--embeddings", self.embeddings, EmbeddingType),
+            ("--dialect", self.dialect, Dialect),
+            ("--dtype", self.dtype or implied, GraphType),
+        ):
+            if value not in get_args(choices):
+                raise ConfigError(
+                    f"{option} {value} is unknown; use {' or '.join(get_args(choices))}"
+                )
+        if self.dtype is not None and self.quant in ("fp16", "bf16") and self.dtype != implied:
+            raise ConfigError(
+                f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"
+            )
+        rounds_inputs = self.quant == "int8-w8a8" or any(kind == "w8a8" for _, kind in self.keep)
+        for option, setting in (
+            ("--calibration", self.calibration),
+            ("--calibration-tokens", self.calibration_tokens),
+            ("--seed", self.seed),
+        ):
+            if setting is not None and self.method == "rtn" and not rounds_inputs:
+                raise ConfigError(
+                    f"{option} has no effect with --method rtn; use --method awq+gptq or leave "
+                    "it out"
+                )
+        if self.gate is not None and not self.verify:
+            raise ConfigError(f"--gate {self.gate} has no effect without --verify; add it")
+        if self.vocab_size is not None and self.vocab_keep is None:
+            raise ConfigError(
+                f"--vocab-size {self.vocab_size} needs --vocab-keep FILE, a text of the kind that "
+                "the model will meet"
+            )
+        if self.method != "rtn" and self.clip != "mse":
+            raise ConfigError(f"--clip {self.clip} has no effect with --method {self.method}")
+        object.__setattr__(self, "float_type", self.dtype or implied)
+        recipe = Recipe(self.quant, self.group_size, self.keep, self.clip)
+        object.__setattr__(self, "recipe", recipe)
+        if self.rotate is None:
+            object.__setattr__(self, "rotate", self.quant == "int8-w8a8")
+
+    def float_reference(self) -> ExportConfig:
+        """The same model with float weights: what a quantized bundle is measured against."""
+        return ExportConfig(
+            source=self.source,
+            output=self.output,
+            quant="bf16" if self.dtype == "bf16" else "fp16",
+            lora=self.lora,
+            vocab_keep=self.vocab_keep,
+            vocab_size=self.vocab_size,
+            dialect=self.dialect,
+            kv_capacity=self.kv_capacity,
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+        )

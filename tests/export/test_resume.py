@@ -1,0 +1,296 @@
+"""A calibrated export that was interrupted goes on, and nobody can tell from the bundle."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge.bundle_update import beside
+from edge.manifest import Manifest, read_manifest
+from export.checkpoint import open_checkpoint
+from export.data_file import DataFile
+from export.lora import LoraCheckpoint
+from export.pipeline import ExportConfig, export_checkpoint
+from export.resume import STATE_NAME, CalibrationState, calibration_key
+from tests.tiny_adapters import write_adapter
+from tests.tiny_models import write_checkpoint
+
+ROOT = Path(__file__).parents[2]
+LAYERS = 3
+RECIPES: dict[str, dict[str, Any]] = {
+    "int8-w8a8": {"quant": "int8-w8a8", "rotate": False},
+    "int4": {"quant": "int4", "group_size": 64, "method": "awq"},
+}
+CALIBRATION: dict[str, Any] = {"calibration_tokens": 512, "kv_capacity": 64}
+FAST = {**CALIBRATION, **RECIPES["int8-w8a8"]}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    return write_checkpoint(folder / "Tiny-R1", "qwen2", num_hidden_layers=LAYERS)
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {**CALIBRATION, **RECIPES[request.param]}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    source: Path, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Manifest:
+    """The export that nobody interrupted."""
+    return export(source, tmp_path_factory.mktemp("whole") / "bundle", recipe)
+
+
+@pytest.fixture(scope="module")
+def fast(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return export(source, tmp_path_factory.mktemp("fast") / "bundle", FAST)
+
+
+def export(source: Path, output: Path, options: dict[str, Any], progress: Any = None) -> Manifest:
+    config = ExportConfig(source=str(source), output=output, **options)
+    return export_checkpoint(config, progress)
+
+
+def interrupt_after(sequences: int) -> Any:
+    """A progress callback that ends the export when so many sequences passed a layer."""
+
+    def progress(phase: str, done: int, _total: int) -> None:
+        if phase == "calibrate" and done > sequences:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def work(output: Path) -> Path:
+    return beside(output, "calibration")
+
+
+def finished(output: Path) -> int:
+    state: int = msgspec.json.decode((work(output) / STATE_NAME).read_bytes())["finished"]
+    return state
+
+
+def same_bundle(found: Manifest, expected: Manifest) -> bool:
+    """All but the moment of the export."""
+    fields = {"created": "", "self_sha256": ""}
+    return msgspec.structs.replace(found, **fields) == msgspec.structs.replace(expected, **fields)
+
+
+@pytest.mark.parametrize("done", range(LAYERS))
+def test_interrupted_in_any_layer_it_gives_the_same_bytes(
+    source: Path, recipe: dict[str, Any], whole: Manifest, tmp_path: Path, done: int
+):
+    output = tmp_path / "bundle"
+    with pytest.raises(KeyboardInterrupt):  # in layer `done`, with 2 sequences a layer
+        export(source, output, recipe, interrupt_after(2 * done))
+    assert not output.exists()
+    if done == 0:
+        assert not list(tmp_path.iterdir())
+    else:
+        assert finished(output) == done
+    passed: list[int] = []
+
+    def record(phase: str, now: int, total: int) -> None:
+        assert phase != "calibrate" or total == 2 * LAYERS
+        passed.extend([now] if phase == "calibrate" else [])
+
+    manifest = export(source, output, recipe, record)
+    assert passed == list(range(2 * done + 1, 2 * LAYERS + 1))  # no layer twice
+    assert same_bundle(manifest, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_interrupted_after_the_last_layer(
+    source: Path, recipe: dict[str, Any], whole: Manifest, tmp_path: Path
+):
+    output = tmp_path / "bundle"
+    total = sum(info.shape[0] * info.shape[1] for info in whole.quantization.linears.values())
+
+    def in_the_head(phase: str, done: int, _total: int) -> None:
+        if phase == "quantize" and done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, recipe, in_the_head)
+    assert finished(output) == LAYERS
+    assert same_bundle(export(source, output, recipe), whole)
+
+
+def test_whatever_decides_a_byte_is_in_the_key(source: Path, tmp_path: Path):
+    other_model = write_checkpoint(tmp_path / "model", "qwen2", num_hidden_layers=LAYERS, seed=9)
+    adapter = write_adapter(tmp_path / "tuned", source, {"target_modules": ["q_proj"]})
+    ids = np.arange(64, dtype=np.int64).reshape(2, 32)
+
+    def key(ids: Any = ids, model: Path = source, lora: bool = False, **options: Any) -> str:
+        config = ExportConfig(source=str(model), output=tmp_path, **{**FAST, **options})
+        with open_checkpoint(str(model)) as checkpoint:
+            wrapped = LoraCheckpoint(checkpoint, adapter) if lora else checkpoint
+            return calibration_key(config, wrapped, ids)
+
+    others = [
+        key(ids[::-1]),
+        key(ids.reshape(1, 64)),
+        key(model=other_model),
+        key(lora=True),
+        key(dtype="bf16"),
+        key(keep=(("layers.1.*", "int8"),)),
+        key(rotate=True),
+        key(group_size=32),
+        key(quant="int4", method="awq"),
+        key(quant="int4", method="gptq"),
+    ]
+    assert len({key(), *others}) == 1 + len(others)
+    # What only the graph, the token table or the check is made with does not matter.
+    assert key() == key(dialect="portable", embeddings="int8", verify=True, kv_capacity=32)
+
+
+def test_another_export_begins_anew(source: Path, tmp_path: Path):
+    output = tmp_path / "bundle"
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, FAST, interrupt_after(4))
+    other = {**FAST, "seed": 7}
+    manifest = export(source, output, other)
+    assert manifest.files == export(source, tmp_path / "fresh", other).files
+    assert not work(output).exists()
+
+
+def damage(folder: Path, how: str) -> None:
+    state = folder / STATE_NAME
+    (arrays,) = folder.glob("layer-*.npz")
+    if how == "no state":
+        state.unlink()
+    elif how == "half a state":
+        state.write_bytes(state.read_bytes()[:-10])
+    elif how == "half the arrays":
+        arrays.write_bytes(arrays.read_bytes()[:100])
+    elif how == "no arrays":
+        arrays.unlink()
+    else:
+        (folder / "decoder.onnx.data").write_bytes(b"short")
+
+
+@pytest.mark.parametrize(
+    "how", ["no state", "half a state", "half the arrays", "no arrays", "short data"]
+)
+def test_what_is_damaged_is_not_used(
+    source: Path,
+    fast: Manifest,
+    tmp_path: Path,
+    how: str,
+    caplog: pytest.LogCaptureFixture,
+):
+    output = tmp_path / "bundle"
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, FAST, interrupt_after(4))
+    damage(work(output), how)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert same_bundle(export(source, output, FAST), fast)
+    assert ("beginning the calibration again" in caplog.text) == (how != "no state")
+    assert "going on" not in caplog.text
+
+
+def test_what_was_written_behind_the_last_finished_layer_is_cut_off(
+    source: Path, fast: Manifest, tmp_path: Path
+):
+    output = tmp_path / "bundle"
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, FAST, interrupt_after(4))
+    for path in work(output).glob("*.data"):
+        with path.open("ab") as file:
+            file.write(b"half a layer")
+    assert same_bundle(export(source, output, FAST), fast)
+
+
+def test_the_user_is_told_where_it_lies_and_that_it_goes_on(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    output = tmp_path / "bundle"
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        export(source, output, FAST, interrupt_after(4))
+    assert f"2 calibrated layers are kept in {work(output)}" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        export(source, output, FAST)
+    assert "going on with an interrupted calibration: 2 layers are done" in caplog.text
+
+
+def test_an_export_without_calibration_sweeps_it(source: Path, tmp_path: Path):
+    output = tmp_path / "bundle"
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, FAST, interrupt_after(4))
+    export(source, output, {"quant": "int8"})
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_kill_9_and_the_same_command_again(tmp_path: Path):
+    """Real processes, killed when one more layer is done each time."""
+    model = write_checkpoint(tmp_path / "model", "qwen2", num_hidden_layers=LAYERS)
+    arguments = ["--quant", "int8-w8a8", "--calibration-tokens", "512"]
+    (tmp_path / "place").mkdir()
+    target = tmp_path / "place" / "bundle"
+    kills = 0
+    for layer in range(1, LAYERS):
+        kills += run_and_kill(model, target, arguments, layer)
+    assert kills >= 1  # one run may be too fast for a kill, both never were
+    run_and_kill(model, target, arguments, LAYERS + 1)
+    options = {"quant": "int8-w8a8", "calibration_tokens": 512}
+    expected = export(model, tmp_path / "fresh", options)
+    assert same_bundle(read_manifest(target), expected)
+    assert [path.name for path in target.parent.iterdir()] == ["bundle"]
+
+
+def run_and_kill(source: Path, target: Path, arguments: list[str], layer: int) -> bool:
+    """Export in a process; kill it when ``layer`` layers are done. Whether it was killed."""
+    command = "from export.cli import export; export()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, str(source), "-o", str(target), "--force", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        while process.poll() is None:
+            try:
+                if finished(target) >= layer:
+                    process.kill()
+                    break
+            except FileNotFoundError:
+                pass
+            time.sleep(0.001)
+        process.wait(60)
+        assert process.stderr is not None
+        assert process.returncode in (0, -signal.SIGKILL), process.stderr.read().decode()
+        return process.returncode != 0
+
+
+def test_the_state_keeps_every_number(tmp_path: Path):
+    """Infinities too: an overflow in calibration is a finding, not a broken file."""
+    folder = tmp_path / "work"
+    hidden = np.ones((1, 2, 4), np.float32)
+    peaks = {"a": float("inf"), "b": 0.1, "c": float("nan")}
+    state = CalibrationState.open(folder, "key", 2)
+    state.factors["layers.0.o"] = np.arange(4, dtype=np.float32)
+    with DataFile(folder / "x.data") as file:
+        file.add("w", 1, (4,), np.arange(4, dtype=np.float32))
+        state.save(hidden, peaks, {"d": 1e-300}, [file])
+    again = CalibrationState.open(folder, "key", 2)
+    assert again.finished == 1
+    assert repr(again.peaks) == repr(peaks)
+    assert again.input_scales == {"d": 1e-300}
+    np.testing.assert_array_equal(again.factors["layers.0.o"], np.arange(4))
+    assert again.hidden is not None
+    np.testing.assert_array_equal(again.hidden, hidden)
+    assert CalibrationState.open(folder, "another key", 2).finished == 0
+    assert not list(folder.iterdir())

@@ -1,0 +1,184 @@
+"""``export --verify``: a bundle that is not good enough never takes its place."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edge.bundle_update import beside
+from edge.errors import BackendError, ConfigError
+from edge.manifest import read_manifest, verify_files
+from export import verify, vocabulary
+from export.cli import export as export_verb
+from export.pipeline import ExportConfig, export_checkpoint
+from export.verify import GateError
+from tests.tiny_adapters import write_adapter
+from tests.tiny_models import write_checkpoint
+
+# int4 of white noise is far from float, int8 is near: measured KL 0.4 and 0.004.
+LOOSE, STRICT = {"kl_mean": 1.5}, {"kl_mean": 0.05, "top1_agreement": 0.999}
+
+
+@pytest.fixture(autouse=True)
+def _fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "VERIFY_TOKENS", 300)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "Tiny-R1", "qwen2")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+def gate_file(folder: Path, thresholds: dict[str, float]) -> Path:
+    path = folder / "gate.json"
+    path.write_text(json.dumps(thresholds))
+    return path
+
+
+def invoke(source: Path, output: Path, *arguments: object) -> Result:
+    fixed = [str(source), "-o", str(output), "--kv-capacity", "64", "--verify"]
+    return CliRunner().invoke(export_verb, [*fixed, *map(str, arguments)])
+
+
+def test_a_bundle_that_passes_carries_its_figures(source: Path, place: Path, tmp_path: Path):
+    gate = gate_file(tmp_path, LOOSE)
+    result = invoke(source, place / "bundle", "--quant", "int8", "--gate", gate)
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(place / "bundle")
+    verify_files(place / "bundle", manifest)
+    assert manifest.quality is not None
+    text = manifest.quality["text"]
+    assert 0 < text["kl_mean"] < 0.05
+    assert text["tokens"] > 200
+    assert text["gate"] == {"name": str(gate), "missed": []}
+    assert text["reference"]["quantization"] == "fp16"
+    assert f"verified: KL {text['kl_mean']:.4f}, top-1 " in result.stdout
+    assert [path.name for path in place.iterdir()] == ["bundle"]
+
+
+def test_a_missed_gate_leaves_no_bundle_and_code_3(source: Path, place: Path, tmp_path: Path):
+    gate = gate_file(tmp_path, STRICT)
+    result = invoke(source, place / "bundle", "--quant", "int4", "--gate", gate)
+    assert result.exit_code == 3
+    assert not result.stdout
+    assert f"gate {gate} missed (kl_mean 0." in result.stderr
+    assert "is above 0.05; top1_agreement 0." in result.stderr
+    assert f"so {place / 'bundle'} was not written" in result.stderr
+    assert not list(place.iterdir())
+
+
+def test_a_missed_gate_leaves_the_old_bundle(source: Path, place: Path, tmp_path: Path):
+    output = place / "bundle"
+    old = export_checkpoint(ExportConfig(source=str(source), output=output, quant="int8"))
+    gate = gate_file(tmp_path, STRICT)
+    assert invoke(source, output, "--quant", "int4", "--gate", gate, "--force").exit_code == 3
+    assert read_manifest(output) == old
+    verify_files(output, old)
+    assert [path.name for path in place.iterdir()] == ["bundle"]
+
+
+def test_the_figures_are_those_of_eval(source: Path, place: Path, tmp_path: Path):
+    from edge.cli.eval import evaluate
+
+    gate = gate_file(tmp_path, LOOSE)
+    assert invoke(source, place / "bundle", "--quant", "int4", "--gate", gate).exit_code == 0
+    options: dict[str, Any] = {"source": str(source), "kv_capacity": 64}
+    export_checkpoint(ExportConfig(output=place / "float", quant="fp16", **options))
+    arguments = [str(place / "bundle"), "--against", str(place / "float"), "--json"]
+    arguments += ["--tokens", "300", "--window", "256"]
+    result = CliRunner().invoke(evaluate, arguments)
+    assert result.exit_code == 0, result.output
+    stored = (read_manifest(place / "bundle").quality or {})["text"]
+    found = json.loads(result.stdout)
+    for name in ("kl_mean", "perplexity", "top1_agreement", "tokens"):
+        assert found[name] == pytest.approx(stored[name], rel=1e-3), name
+
+
+def test_the_reference_has_the_same_adapter_and_vocabulary(
+    source: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Against the plain model the tokens would differ, and the adapter would count as loss."""
+    monkeypatch.setattr(vocabulary, "MULTIPLE", 4)
+    adapter = write_adapter(tmp_path / "tuned", source, {"target_modules": ["q_proj", "up_proj"]})
+    keep = tmp_path / "keep.txt"
+    keep.write_text("hello world, what is the other thing?")
+    result = invoke(
+        source,
+        place / "bundle",
+        *("--quant", "int8", "--lora", adapter, "--vocab-keep", keep),
+        *("--gate", gate_file(tmp_path, {"kl_mean": 0.05})),
+    )
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(place / "bundle")
+    assert manifest.quality is not None
+    assert manifest.quality["text"]["reference"]["name"] == "Tiny-R1+tuned"
+
+
+def test_what_calibration_stored_stays(source: Path, place: Path, tmp_path: Path):
+    gate = gate_file(tmp_path, LOOSE)
+    result = invoke(
+        source,
+        place / "bundle",
+        *("--quant", "int8-w8a8", "--calibration-tokens", 512, "--gate", gate),
+    )
+    assert result.exit_code == 0, result.output
+    quality = read_manifest(place / "bundle").quality
+    assert quality is not None
+    assert set(quality) == {"activation_peaks", "text"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quant": "fp16"}, "--verify has nothing to measure with --quant fp16"),
+        ({"quant": "int4", "gate": "int5"}, "unknown gate 'int5'"),
+        ({"quant": "int4", "verify": False, "gate": "int4"}, "--gate int4 has no effect without"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_before_any_work(
+    source: Path, place: Path, options: dict[str, Any], message: str
+):
+    values: dict[str, Any] = {"verify": True, **options}
+    with pytest.raises(ConfigError, match=message):
+        export_checkpoint(ExportConfig(source=str(source), output=place / "bundle", **values))
+    assert not list(place.iterdir())
+
+
+def test_a_measurement_that_fails_is_no_pass(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    config = ExportConfig(
+        source=str(source), output=place / "bundle", quant="int8", verify=True, kv_capacity=64
+    )
+    with pytest.raises(BackendError, match=r"could not be verified \(exit code 1, see above\)"):
+        export_checkpoint(config)
+    assert not list(place.iterdir())
+
+
+def test_what_a_killed_verification_left_is_swept(source: Path, place: Path):
+    left = beside(place / "bundle", "scratch") / "reference"
+    left.mkdir(parents=True)
+    (left / "decoder.onnx").write_bytes(b"x")
+    export_checkpoint(ExportConfig(source=str(source), output=place / "bundle", quant="int8"))
+    assert [path.name for path in place.iterdir()] == ["bundle"]
+
+
+def test_the_error_survives_a_process_border():
+    error = GateError("gate int4 missed", {"kl_mean": 1.0})
+    for twin in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert (str(twin), twin.figures) == (str(error), error.figures)
