@@ -11,7 +11,7 @@ from typing import Any
 _WIDTH, _HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 44
 # Okabe and Ito's colours, which stay apart for colour-blind eyes.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #667; --line: #d6dae0; --page: #fff; }
 @media (prefers-color-scheme: dark) {
@@ -95,7 +95,7 @@ def plot(series: Sequence[Series], x_label: str, y_label: str, *, log_y: bool = 
 def _draw(
     series: Series, place_x: Callable[[float], float], place_y: Callable[[float], float]
 ) -> list[str]:
-    colour = _COLOURS[series.colour % len(_COLOURS)]
+    colour = COLOURS[series.colour % len(COLOURS)]
     placed = [(place_x(x), place_y(y)) for x, y in series.points]
     parts = []
     if series.line and len(placed) > 1:
@@ -115,7 +115,7 @@ def _draw(
 
 def _key(series: Sequence[Series]) -> str:
     entries = (
-        f'<b style="color:{_COLOURS[s.colour % len(_COLOURS)]}">'
+        f'<b style="color:{COLOURS[s.colour % len(COLOURS)]}">'
         f"{'╍╍' if s.dashed else '━━' if s.line else '●'}</b> {escape(s.name)}"
         for s in series
     )

@@ -1,0 +1,246 @@
+"""``edge-llm bench``: speed, memory and energy of a bundle on this machine."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+import edge
+from edge.errors import ConfigError
+
+from . import echo_json
+from .eval import EXIT_GATE_MISSED
+from .options import bundle_argument, engine_options
+from .plan import make_table
+
+if TYPE_CHECKING:
+    from edge.bench import BenchConfig
+    from edge.bench_report import Change
+
+_MAX_RESULT_BYTES = 16 << 20
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "--prompt-tokens", type=int, default=512, show_default=True, help="Of each prompt; random ones."
+)
+@click.option(
+    "--output-tokens", type=int, default=128, show_default=True, help="Sampled per sequence."
+)
+@click.option("--repeats", type=int, default=5, show_default=True, help="Measured runs.")
+@click.option("--warmup", type=int, default=1, show_default=True, help="Runs thrown away before.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and sampling.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Compare with the JSON of an earlier run.",
+)
+@click.option(
+    "--max-slowdown",
+    type=click.FloatRange(min=0),
+    help="With --against: fail if a figure is slower by more than this share, e.g. 0.05, and "
+    "slower beyond the noise.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@engine_options
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    /,
+    bundle: Path,
+    against: Path | None,
+    max_slowdown: float | None,
+    as_json: bool,
+    backend: Any,
+    kv_capacity: int | None,
+    num_threads: int | None,
+    **options: int,
+) -> None:
+    """Measure prefill and decode of BUNDLE: medians of repeats after a warm-up."""
+    from edge.bench import BenchConfig
+    from edge.bench_report import compare
+
+    if max_slowdown is not None and against is None:
+        raise ConfigError("--max-slowdown needs a run to compare with; give --against FILE")
+    config = BenchConfig(**options)
+    before = None if against is None else _read_result(against)
+    result = _measure(bundle, config, backend, kv_capacity, num_threads)
+    changes = [] if before is None else compare(before, result)
+    result["against"] = [
+        {
+            "figure": change.name,
+            "ratio": change.ratio,
+            "interval": [change.low, change.high],
+            "verdict": change.verdict,
+        }
+        for change in changes
+    ]
+    if as_json:
+        echo_json(result)
+    else:
+        _print(result, changes)
+    missed = [
+        change
+        for change in changes
+        if max_slowdown is not None
+        and change.ratio > 1 + max_slowdown
+        and change.verdict == "slower"
+    ]
+    for change in missed:
+        click.echo(
+            f"edge-llm: {change.name} is {change.ratio - 1:+.1%} against {against}, more than "
+            f"--max-slowdown {max_slowdown:g} allows",
+            err=True,
+        )
+    if missed:
+        ctx.exit(EXIT_GATE_MISSED)
+
+
+def _measure(
+    bundle: Path,
+    config: BenchConfig,
+    backend_name: Any,
+    kv_capacity: int | None,
+    num_threads: int | None,
+) -> dict[str, Any]:
+    import time
+    from contextlib import closing
+
+    from edge import bench_report
+    from edge.backends.choose import open_backend
+    from edge.bench import run_bench
+    from edge.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+    from edge.manifest import read_manifest, verify_files
+    from edge.telemetry import read_snapshot
+
+    manifest = read_manifest(bundle)
+    verify_files(bundle, manifest)
+    started = time.perf_counter()
+    engine = open_backend(
+        backend_name,
+        bundle,
+        manifest,
+        num_slots=config.batch,
+        kv_capacity=kv_capacity,
+        max_step_tokens=512,
+        num_threads=num_threads,
+        int8_activations=True,
+    )
+    load_s = time.perf_counter() - started
+    with closing(engine), closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)) as embeddings:
+        loaded = bench_report.process_memory()
+        peak_is_new = bench_report.reset_memory_peak()
+
+        def progress(done: int, total: int) -> None:
+            click.echo(f"run {done} of {total}", err=True)
+
+        samples = run_bench(engine, embeddings, manifest, config, progress=progress)
+        used = bench_report.process_memory()
+        snapshot = read_snapshot()
+        device, remark = bench_report.find_bench_device(engine.name, snapshot, num_threads)
+        result = bench_report.report(manifest, engine, config, samples, device, snapshot)
+    if remark is not None:
+        click.echo(f"edge-llm: {remark}", err=True)
+    return {
+        **result,
+        "bundle": str(bundle),
+        "load_s": load_s,
+        "memory": {
+            "load_peak_bytes": loaded.get("rss_peak_bytes"),
+            "rss_bytes": used.get("rss_bytes"),
+            "run_peak_bytes": used.get("rss_peak_bytes") if peak_is_new else None,
+        },
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"edge_llm": edge.__version__, "python": platform.python_version()}
+    for name in ("onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_RESULT_BYTES:
+            raise ConfigError(f"--against {path} is too large for a result of edge-llm bench")
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except OSError as error:
+        raise ConfigError(f"--against {path} cannot be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(
+            f"--against {path} is not what edge-llm bench --json prints: {error}"
+        ) from error
+
+
+def _print(result: dict[str, Any], changes: list[Change]) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    device = result["device"]
+    place = device["module"] or device["name"] or "this machine"
+    mode = f", {device['power_mode']}" if device["power_mode"] else ""
+    table = make_table(
+        f"{result['bundle']} ({result['quantization']}) with {result['backend']} on {place}{mode}: "
+        f"batch {result['batch']}, prompt {result['prompt_tokens']}, output "
+        f"{result['output_tokens']}, {result['repeats']} runs",
+        *("figure", "median", "± MAD", "min", "max"),
+    )
+    for key, name in (("prefill_s", "prefill"), ("ttft_s", "TTFT"), ("tpot_s", "TPOT")):
+        figures = result[key]
+        cells = [f"{figures[part] * 1e3:.2f}" for part in ("median", "mad", "min", "max")]
+        table.add_row(f"{name}, ms", *cells)
+    console.print(table)
+    steps = result["itl_s"]
+    console.print(
+        f"ITL ms: p50 {steps['p50'] * 1e3:.2f}, p90 {steps['p90'] * 1e3:.2f}, "
+        f"p95 {steps['p95'] * 1e3:.2f}, p99 {steps['p99'] * 1e3:.2f}; of a step "
+        f"{result['own_s_per_step'] * 1e3:.2f} ms outside the engine"
+    )
+    console.print(
+        f"prefill {result['prefill_tps']:,.1f} tok/s, decode {result['decode_tps']:,.1f} tok/s"
+    )
+    ceiling = result["roofline"]
+    if ceiling is None:
+        console.print("roofline: not known for this device")
+    else:
+        console.print(
+            f"roofline: {ceiling['decode_tps']:,.1f} tok/s at {device['bytes_per_s'] / 1e9:.1f} "
+            f"GB/s and {ceiling['bytes_per_step'] / 1e6:,.0f} MB per step; reached "
+            f"{ceiling['reached']:.0%}"
+        )
+        if ceiling["predicted_decode_tps"] is not None:
+            console.print(f"edge-llm plan predicts {ceiling['predicted_decode_tps']:,.1f} tok/s")
+    console.print(f"memory: {_memory(result)}; load {result['load_s']:.1f} s")
+    joules, watts = result["decode_joules_per_token"], result["decode_watts"]
+    energy = "no power rails here" if joules is None else f"{joules:.3f} J/token at {watts:.1f} W"
+    console.print(f"energy of decode: {energy}")
+    for change in changes:
+        console.print(
+            f"against: {change.name} {change.ratio - 1:+.1%} "
+            f"(95 % {change.low - 1:+.1%} to {change.high - 1:+.1%}): {change.verdict}"
+        )
+
+
+def _memory(result: dict[str, Any]) -> str:
+    memory = result["memory"]
+    names = {
+        "rss_bytes": "resident",
+        "run_peak_bytes": "peak",
+        "load_peak_bytes": "peak of loading",
+    }
+    parts = [f"{name} {memory[key] / 1e6:,.0f} MB" for key, name in names.items() if memory[key]]
+    if result["device_memory"] is not None:
+        parts.append(f"engine {result['device_memory']['device_bytes'] / 1e6:,.0f} MB")
+    return ", ".join(parts) or "not known on this system"

@@ -1,0 +1,191 @@
+"""``edge-llm plan``: what a model takes and how fast it will be, before anything is exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge.errors import ConfigError
+
+from . import echo_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edge.manifest import Dialect
+    from edge.planner.plan import Plan
+
+device_option = click.option(
+    "--device",
+    metavar="MODULE",
+    help="agx-orin-64 (default), agx-orin-32, orin-nx-16, orin-nx-8, orin-nano-8, orin-nano-4 or "
+    "cpu.",
+)
+power_mode_option = click.option(
+    "--power-mode", help="Of the module, e.g. 30W; default: its fastest."
+)
+calibrate_option = click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Take the efficiency from this JSON of edge-llm bench instead of published figures.",
+)
+
+
+@click.command()
+@click.argument("model")
+@device_option
+@power_mode_option
+@click.option("--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Slots.")
+@click.option(
+    "--kv-capacity", type=int, help="Tokens per slot; default: the bundle's own, else 4096."
+)
+@click.option(
+    "--max-prefill",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Tokens per prefill step.",
+)
+@click.option("--quant", "quants", multiple=True, help="Only this quantization; may be repeated.")
+@click.option(
+    "--context",
+    "contexts",
+    type=int,
+    multiple=True,
+    help="Predict speed with so many tokens of context; may be repeated.",
+)
+@calibrate_option
+@click.option(
+    "--svg",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw speed and memory against context into this file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+def plan(
+    model: str,
+    device: str | None,
+    power_mode: str | None,
+    batch: int,
+    kv_capacity: int | None,
+    max_prefill: int,
+    quants: tuple[str, ...],
+    contexts: tuple[int, ...],
+    calibrate: Path | None,
+    svg: Path | None,
+    as_json: bool,
+) -> None:
+    """Predict memory and speed of MODEL for every quantization.
+
+    MODEL is a bundle, a directory with a config.json, a config.json, or one of r1-qwen-1.5b,
+    r1-qwen-7b, r1-llama-8b and r1-qwen3-8b.
+    """
+    from edge.planner.calibration import calibrated
+    from edge.planner.memory import Deployment
+    from edge.planner.models import find_model
+    from edge.planner.picture import draw_plan
+    from edge.planner.plan import CPU, find_device, make_plan
+    from edge.planner.speed import FITTED
+
+    planned = find_model(model)
+    if calibrate is None:
+        target, efficiency = find_device(device, power_mode), FITTED
+    else:
+        target, efficiency = calibrated(calibrate, device, power_mode)
+    if kv_capacity is None:
+        limit = min(4096, planned.spec.max_position_embeddings)
+        kv_capacity = limit if planned.manifest is None else planned.manifest.kv_capacity
+    backend: Any = "ort-cpu" if target.name == CPU else "tensorrt"
+    dialect: Dialect = "native" if planned.manifest is None else planned.manifest.dialect
+    deployment = Deployment(backend, batch, kv_capacity, min(max_prefill, kv_capacity), dialect)
+    result = make_plan(
+        planned, target, deployment, efficiency, quants=quants, contexts=sorted(set(contexts))
+    )
+    if svg is not None:
+        try:
+            svg.write_text(draw_plan(result), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--svg {svg} cannot be written: {error.strerror}") from error
+    if as_json:
+        echo_json(result.as_dict())
+        return
+    _print(result)
+    if svg is not None:
+        click.echo(f"drawn: {svg}", err=True)
+
+
+def make_table(title: str, *columns: str) -> Table:
+    """A plain table; all columns but the first are figures."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _print(result: Plan) -> None:
+    from rich.console import Console
+
+    from edge.planner.weights import PARTS
+
+    console = Console(markup=False, highlight=False)
+    device, deployment = result.device, result.deployment
+    place = device.name if device.mode is None else f"{device.name} ({device.mode.name})"
+    weights = make_table(f"{result.model.name}: weights, MB", "quantization", *PARTS, "all")
+    memory = make_table(
+        f"Memory, MB: batch {deployment.batch}, KV capacity {deployment.kv_capacity}, "
+        f"{deployment.backend}",
+        *("quantization", "weights", "cache", "activations", "I/O", "runtime", "process"),
+        *("load peak", "build peak", "fits"),
+    )
+    for option in result.options:
+        plan = option.memory
+        weights.add_row(
+            option.name, *(_mb(plan.weights[part]) for part in PARTS), _mb(plan.weights_bytes)
+        )
+        around = plan.embeddings + plan.runtime + plan.python + plan.tokenizer
+        figures = (plan.weights_bytes, plan.cache, plan.activations, plan.io + plan.pinned, around)
+        fits = "?" if option.fits is None else "yes" if option.fits else "NO"
+        peaks = (plan.load_peak, plan.build_peak)
+        memory.add_row(option.name, *map(_mb, (*figures, plan.process_bytes, *peaks)), fits)
+    console.print(weights, "")
+    console.print(memory)
+    if device.usable_bytes is not None:
+        console.print(f"{device.name} leaves about {_mb(device.usable_bytes)} MB to programs.")
+    console.print("")
+    if device.mode is None:
+        console.print(
+            "No speed: the bandwidth of this CPU is not known; measure it with edge-llm bench "
+            "BUNDLE --json and give the file to --calibrate."
+        )
+        return
+    speed = make_table(
+        f"Speed on {place}, {device.mode.bytes_per_s / 1e9:.1f} GB/s",
+        *("quantization", "context", "decode tok/s", "ceiling", "TPOT ms", "prefill tok/s"),
+        "TTFT ms",
+    )
+    for option in result.options:
+        for at in option.speeds:
+            speed.add_row(
+                option.name,
+                str(at.context),
+                f"{at.decode_tps:.1f}",
+                f"{at.roofline_tps:.1f}",
+                f"{at.tpot_s * 1e3:.1f}",
+                f"{at.prefill_tps:,.0f}",
+                f"{at.ttft_s * 1e3:,.0f}",
+            )
+    console.print(speed)
+    factors = result.efficiency
+    # A CPU's arithmetic is in no table, so a share of it would say nothing.
+    arithmetic = "" if device.name == "cpu" else f", arithmetic at {factors.compute:.0%}"
+    console.print(
+        f"Efficiency: weights at {factors.weights:.0%} and cache at {factors.cache:.0%} of the "
+        f"bandwidth, {factors.layer_s * 1e6:.0f} us per layer{arithmetic}; {factors.source}."
+    )
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f}"

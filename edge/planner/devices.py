@@ -1,0 +1,170 @@
+"""Orin modules: memory, bandwidth and the GPU's arithmetic, per power mode.
+
+Sources: memory, bandwidth, SMs, clocks and TOPS are those of NVIDIA's data sheets (Jetson AGX Orin
+DS-10662-001, Orin NX DS-10712-001, Orin Nano DS-11105-001) and of the "Super" modes of JetPack 6.2;
+the clocks of the lower modes are from the nvpmodel tables of the Jetson Linux Developer Guide,
+chapter "Platform Power and Performance".
+
+The advertised TOPS count sparse INT8 and the DLAs. Neither serves a language model, so arithmetic
+is computed from the GPU alone: an Orin SM does 4,096 dense INT8 operations per clock, half as many
+in FP16, and twice as many by sparsity. A test adds the DLAs and the sparsity and finds the
+advertised figure again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge.errors import ConfigError
+
+_INT8_OPS_PER_SM_CLOCK = 4096
+
+
+@dataclass(frozen=True)
+class PowerMode:
+    """Clocks of a module.
+
+    Attributes:
+        name: of the nvpmodel mode.
+        num_sms: streaming multiprocessors that are on.
+        gpu_clock_hz: highest clock of the GPU.
+        bytes_per_s: bandwidth of the memory, as the data sheet has it.
+    """
+
+    name: str
+    num_sms: int
+    gpu_clock_hz: float
+    bytes_per_s: float
+
+    @property
+    def int8_ops(self) -> float:
+        """Dense INT8 operations per second of the GPU's tensor cores."""
+        return self.num_sms * self.gpu_clock_hz * _INT8_OPS_PER_SM_CLOCK
+
+    @property
+    def fp16_flops(self) -> float:
+        """Dense FP16 operations per second of the GPU's tensor cores."""
+        return self.int8_ops / 2
+
+
+@dataclass(frozen=True)
+class Module:
+    """One Orin module.
+
+    Attributes:
+        name: as ``--device`` takes it.
+        memory_bytes: of the module; CPU and GPU share it.
+        modes: fastest first; the first is the default.
+        tops: advertised with the first mode: sparse INT8, DLAs included.
+        dla_tops: the DLAs' part of it.
+    """
+
+    name: str
+    memory_bytes: int
+    modes: tuple[PowerMode, ...]
+    tops: float
+    dla_tops: float
+
+    def mode(self, name: str | None) -> PowerMode:
+        """A power mode by name; None is the fastest.
+
+        Raises:
+            ConfigError: the module has no such mode, or the table does not.
+        """
+        for mode in self.modes:
+            if name is None or mode.name.lower() == name.lower():
+                return mode
+        known = ", ".join(mode.name for mode in self.modes)
+        raise ConfigError(f"--power-mode {name} is not known for {self.name}; known: {known}")
+
+
+_GB = 1 << 30
+_AGX_GBPS, _NX_GBPS, _NANO_GBPS = 204.8e9, 102.4e9, 68.3e9
+
+MODULES: dict[str, Module] = {
+    module.name: module
+    for module in (
+        Module(
+            "agx-orin-64",
+            64 * _GB,
+            (
+                PowerMode("MAXN", 16, 1300e6, _AGX_GBPS),
+                PowerMode("50W", 16, 828.75e6, _AGX_GBPS),
+                PowerMode("30W", 8, 624.75e6, _AGX_GBPS),
+                PowerMode("15W", 6, 420.75e6, 136.5e9),
+            ),
+            tops=275,
+            dla_tops=105,
+        ),
+        Module(
+            "agx-orin-32",
+            32 * _GB,
+            (PowerMode("MAXN", 14, 930e6, _AGX_GBPS),),
+            tops=200,
+            dla_tops=92,
+        ),
+        Module(
+            "orin-nx-16",
+            16 * _GB,
+            (
+                PowerMode("MAXN_SUPER", 8, 1173e6, _NX_GBPS),
+                PowerMode("MAXN", 8, 918e6, _NX_GBPS),
+            ),
+            tops=157,
+            dla_tops=80,
+        ),
+        Module(
+            "orin-nx-8",
+            8 * _GB,
+            (
+                PowerMode("MAXN_SUPER", 8, 1173e6, _NX_GBPS),
+                PowerMode("MAXN", 8, 765e6, _NX_GBPS),
+            ),
+            tops=117,
+            dla_tops=40,
+        ),
+        Module(
+            "orin-nano-8",
+            8 * _GB,
+            (
+                PowerMode("MAXN_SUPER", 8, 1020e6, _NX_GBPS),
+                PowerMode("15W", 8, 625e6, _NANO_GBPS),
+            ),
+            tops=67,
+            dla_tops=0,
+        ),
+        Module(
+            "orin-nano-4",
+            4 * _GB,
+            (
+                PowerMode("MAXN_SUPER", 4, 1020e6, _NX_GBPS / 2),
+                PowerMode("10W", 4, 625e6, _NANO_GBPS / 2),
+            ),
+            tops=34,
+            dla_tops=0,
+        ),
+    )
+}
+DEFAULT_DEVICE = "agx-orin-64"
+
+
+def identify(model_name: str | None, memory_bytes: int | None) -> Module | None:
+    """The module that this machine is, from its device tree's name and its memory.
+
+    Args:
+        model_name: e.g. ``NVIDIA Jetson AGX Orin Developer Kit``; None on other machines.
+        memory_bytes: what the kernel says; a little less than the module has.
+
+    Returns:
+        None where the name is not that of an Orin, or the memory is not known.
+    """
+    if model_name is None or memory_bytes is None or "Orin" not in model_name:
+        return None
+    family = "agx-orin" if "AGX" in model_name else "orin-nx" if "NX" in model_name else "orin-nano"
+    fitting = [
+        module
+        for module in MODULES.values()
+        if module.name.startswith(family) and module.memory_bytes >= memory_bytes
+    ]
+    # The kernel and the carve-outs take up to an eighth, so a smaller module never looks larger.
+    return min(fitting, key=lambda module: module.memory_bytes, default=None)

@@ -1,0 +1,236 @@
+"""Memory of a running engine by part, and the peaks of loading and building."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from edge import io_spec
+from edge.manifest import Dialect, FloatType, ModelSpec
+
+from .weights import Linear, Part, stored_bytes, weight_parts
+
+BackendKind = Literal["tensorrt", "ort-cpu"]
+
+_FP16_BYTES, _FP32_BYTES, _INDEX_BYTES = 2, 4, 8
+_MAX_LOGITS = 64  # rows that one prefill step returns at most (scoring)
+# Measured with Python 3.11, numpy, click, tokenizers and ONNX Runtime 1.30 on x86-64.
+_PYTHON_BYTES = 58_000_000
+_TOKENIZER_BYTES, _TOKENIZER_BYTES_PER_TOKEN = 20_000_000, 360
+# CUDA's context with cuBLAS, TensorRT's libraries and their scratch. Not measured by us: what is
+# left of the memory that NVIDIA published for Edge-LLM on Orin (`published.MEMORY_FIGURES`).
+_CUDA_BYTES = 600_000_000
+_ORT_SESSION_BYTES = 4_000_000
+# ONNX Runtime keeps the fp32 scales, packs them beside the integers, and adds sums of each group.
+ORT_SCALE_COPIES = 3
+_ORT_INT8_FACTOR = 1.1  # measured: what the 8-bit kernel's layout adds
+_ORT_LOAD_FACTOR = 0.45  # measured: a layer's original lives beside its packed copy for a while
+
+# The build's peak as `engines.memory` checks it; a test holds the two together.
+_BUILD_FIXED_BYTES, _BUILD_WEIGHT_FACTOR, _BUILD_WORKSPACE_BYTES = 800 << 20, 3.2, 1 << 30
+
+# What the kernel, its carve-outs and a system without a desktop take of a Jetson's memory.
+_SYSTEM_SHARE, _SYSTEM_BYTES = 0.1, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How a model is run.
+
+    Attributes:
+        backend: ``tensorrt`` or ``ort-cpu``.
+        batch: slots of the cache, all decoded at once.
+        kv_capacity: tokens per slot.
+        max_prefill: tokens per prefill step.
+        dialect: of the graph, see `edge.io_spec`.
+    """
+
+    backend: BackendKind = "tensorrt"
+    batch: int = 1
+    kv_capacity: int = 4096
+    max_prefill: int = 512
+    dialect: Dialect = "native"
+
+    @property
+    def float_type(self) -> FloatType:
+        """Type of activations and cache."""
+        return "fp16" if self.backend == "tensorrt" else "fp32"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part. The first five are the engine's, the others those of the process around it.
+
+    Attributes:
+        weights: by part (`weights.PARTS`).
+        cache: keys and values of all slots, full.
+        activations: scratch of the largest step.
+        io: the engine's inputs and outputs besides the cache that the host does not see.
+        pinned: those in host memory that the GPU reads and writes in place.
+        embeddings: rows of the token table held in memory; the table itself stays in its file.
+        runtime: CUDA and TensorRT, or ONNX Runtime's session.
+        python: the interpreter and its libraries.
+        tokenizer: vocabulary and merges.
+        load_peak: the process while it loads.
+        build_peak: ``edge-llm build``; 0 where nothing is built.
+    """
+
+    weights: Mapping[Part, int]
+    cache: int
+    activations: int
+    io: int
+    pinned: int
+    embeddings: int
+    runtime: int
+    python: int
+    tokenizer: int
+    load_peak: int
+    build_peak: int
+
+    @property
+    def weights_bytes(self) -> int:
+        """All weights."""
+        return sum(self.weights.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """What the engine allocates."""
+        return self.weights_bytes + self.cache + self.activations + self.io + self.pinned
+
+    @property
+    def process_bytes(self) -> int:
+        """The whole process with a full cache."""
+        around = self.embeddings + self.runtime + self.python + self.tokenizer
+        return self.device_bytes + around
+
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
+        """Plain numbers for JSON."""
+        return {
+            "weights": {str(part): size for part, size in self.weights.items()},
+            "weights_bytes": self.weights_bytes,
+            "cache_bytes": self.cache,
+            "activations_bytes": self.activations,
+            "io_bytes": self.io,
+            "pinned_bytes": self.pinned,
+            "embeddings_bytes": self.embeddings,
+            "runtime_bytes": self.runtime,
+            "python_bytes": self.python,
+            "tokenizer_bytes": self.tokenizer,
+            "device_bytes": self.device_bytes,
+            "process_bytes": self.process_bytes,
+            "load_peak_bytes": self.load_peak,
+            "build_peak_bytes": self.build_peak,
+        }
+
+
+def plan_memory(
+    model: ModelSpec, linears: Sequence[Linear], positions: int, deployment: Deployment
+) -> MemoryPlan:
+    """Memory of one model in one quantization.
+
+    Args:
+        model: dimensions.
+        linears: its linear layers (`weights.variant_linears` or `weights.manifest_linears`).
+        positions: rows of the RoPE table.
+        deployment: how it is run.
+    """
+    on_cpu = deployment.backend == "ort-cpu"
+    parts = weight_parts(model, linears, positions)
+    stored = sum(parts.values())
+    cache = cache_bytes(model, deployment)
+    activations = activation_bytes(model, deployment)
+    io, pinned = io_bytes(model, deployment)
+    plan = MemoryPlan(
+        weights=cpu_parts(parts, linears) if on_cpu else parts,
+        cache=cache,
+        activations=activations,
+        io=io,
+        pinned=pinned,
+        embeddings=2 * deployment.max_prefill * model.hidden_size,
+        runtime=_ORT_SESSION_BYTES if on_cpu else _CUDA_BYTES,
+        python=_PYTHON_BYTES,
+        tokenizer=_TOKENIZER_BYTES + _TOKENIZER_BYTES_PER_TOKEN * model.vocab_size,
+        load_peak=0,
+        build_peak=0 if on_cpu else build_peak_bytes(stored),
+    )
+    # TensorRT reads the plan from a mapped file into the device's memory: nothing is held twice.
+    idle = plan.process_bytes - cache - activations
+    load_peak = idle + int(_ORT_LOAD_FACTOR * stored) if on_cpu else plan.process_bytes
+    return dataclasses.replace(plan, load_peak=max(load_peak, plan.process_bytes))
+
+
+def cache_bytes(model: ModelSpec, deployment: Deployment) -> int:
+    """Keys and values of every slot at full capacity."""
+    per_token = io_spec.kv_bytes_per_token(model, deployment.float_type)
+    return deployment.batch * deployment.kv_capacity * per_token
+
+
+def activation_bytes(model: ModelSpec, deployment: Deployment) -> int:
+    """Scratch of the largest prefill step, as far as it can be said without an engine.
+
+    TensorRT sizes it for the profile's largest batch of longest chunks: two copies of the widest
+    layer, and attention's scores where attention is made of single operators (dialect
+    ``portable``). ONNX Runtime frees between operators; one sequence is prefilled at a time, and
+    the scores of its attention or the MLP are the most that lives at once.
+    """
+    step = min(deployment.max_prefill, deployment.kv_capacity)
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    if deployment.backend == "tensorrt":
+        tokens = deployment.batch * step
+        widest = max(2 * model.intermediate_size, qkv) + 2 * model.hidden_size
+        portable = deployment.dialect == "portable"
+        scores = tokens * model.num_heads * (deployment.kv_capacity + step) if portable else 0
+        return 2 * _FP16_BYTES * (tokens * widest + scores)
+    scores = model.num_heads * step * deployment.kv_capacity
+    mlp = step * 4 * model.intermediate_size  # gate and up, fused and then apart
+    return _FP32_BYTES * (max(scores + 2 * step * qkv, mlp) + 2 * step * model.hidden_size)
+
+
+def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
+    """Inputs and outputs besides the cache, and the part of them that the host shares.
+
+    On Orin the GPU reads and writes pinned host memory in place. Its own are the numbers of the
+    cache's rows and, in dialect ``portable``, the step's keys and values, at strides that take a
+    row more per layer.
+    """
+    tokens = max(min(deployment.max_prefill, deployment.kv_capacity), deployment.batch)
+    positions = _INDEX_BYTES * deployment.kv_capacity
+    if deployment.backend == "ort-cpu":
+        values = tokens * model.hidden_size + deployment.batch * model.vocab_size
+        if deployment.dialect == "portable":
+            values += 2 * model.num_layers * tokens * model.num_kv_heads * model.head_dim
+        return _FP32_BYTES * values + _INDEX_BYTES * tokens + positions, 0
+    logits = max(_MAX_LOGITS, deployment.batch) + deployment.batch  # of prefill and of decode
+    inputs = tokens + deployment.batch
+    values = inputs * model.hidden_size + logits * model.vocab_size
+    io = positions
+    if deployment.dialect == "portable":
+        io += 2 * model.num_layers * tokens * (model.num_kv_heads + 1) * model.head_dim * 2
+    return io, _FP16_BYTES * values + _INDEX_BYTES * (inputs + logits)
+
+
+def cpu_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part, int]:
+    """What ONNX Runtime on the CPU makes of the weights: float ones in fp32, integers packed."""
+    result = dict(parts)
+    wide: tuple[Part, ...] = ("scales", "norms", "rope")
+    for part in wide:
+        result[part] = 2 * parts[part]
+    result["scales"] *= ORT_SCALE_COPIES
+    for linear in linears:
+        weight, _ = stored_bytes(linear.shape, linear.scheme)
+        grown = {"float": 2.0, "int8": _ORT_INT8_FACTOR}.get(linear.scheme.kind, 1.0)
+        result[linear.part] += round((grown - 1) * weight) * linear.count
+    return result
+
+
+def build_peak_bytes(stored_weights: int) -> int:
+    """Peak of ``edge-llm build`` with its default workspace."""
+    builder = _BUILD_FIXED_BYTES + int((_BUILD_WEIGHT_FACTOR - 1) * stored_weights)
+    return stored_weights + builder + _BUILD_WORKSPACE_BYTES
+
+
+def usable_bytes(module_bytes: int) -> int:
+    """What a module leaves to programs."""
+    return int(module_bytes * (1 - _SYSTEM_SHARE)) - _SYSTEM_BYTES

@@ -1,0 +1,210 @@
+"""A plan: one model, one device, every quantization side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edge import io_spec
+from edge.errors import ConfigError
+
+from .devices import DEFAULT_DEVICE, MODULES, Module, PowerMode
+from .memory import Deployment, MemoryPlan, plan_memory, usable_bytes
+from .models import PlannedModel
+from .speed import Efficiency, Speed, Work, predict, work_of
+from .weights import VARIANTS, Linear, Variant, find_variant, manifest_linears, variant_linears
+
+CPU = "cpu"
+# How fast a CPU multiplies is not in any table: a round number that `calibrate` scales.
+_CPU_NOMINAL_OPS = 100e12
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a plan runs.
+
+    Attributes:
+        name: of a module, or ``cpu``.
+        mode: its clocks; None for a CPU whose bandwidth nobody measured.
+        usable_bytes: memory that programs can have; None for a CPU.
+    """
+
+    name: str
+    mode: PowerMode | None
+    usable_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One quantization in a plan.
+
+    Attributes:
+        name: of the variant, or the bundle's own quantization.
+        variant: None for a bundle.
+        memory: by part.
+        work: bytes and operations.
+        speeds: at each context of the plan; empty where the device's bandwidth is unknown.
+        fits: whether the device has the memory; None where that is unknown.
+    """
+
+    name: str
+    variant: Variant | None
+    memory: MemoryPlan
+    work: Work
+    speeds: tuple[Speed, ...]
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on a device; `options` are the quantizations."""
+
+    model: PlannedModel
+    device: Device
+    deployment: Deployment
+    efficiency: Efficiency
+    options: tuple[Option, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        mode = self.device.mode
+        return {
+            "model": self.model.name,
+            "device": self.device.name,
+            "power_mode": None if mode is None else mode.name,
+            "bytes_per_s": None if mode is None else mode.bytes_per_s,
+            "usable_bytes": self.device.usable_bytes,
+            "backend": self.deployment.backend,
+            "batch": self.deployment.batch,
+            "kv_capacity": self.deployment.kv_capacity,
+            "max_prefill": self.deployment.max_prefill,
+            "efficiency": asdict(self.efficiency),
+            "options": [
+                {
+                    "quant": option.name,
+                    "memory": option.memory.as_dict(),
+                    "work": asdict(option.work),
+                    "fits": option.fits,
+                    "speeds": [asdict(speed) for speed in option.speeds],
+                }
+                for option in self.options
+            ],
+        }
+
+
+def find_device(
+    name: str | None, power_mode: str | None = None, cpu_bytes_per_s: float | None = None
+) -> Device:
+    """A module of the table, or this kind of CPU.
+
+    Args:
+        name: of a module, or ``cpu``; None is the AGX Orin 64 GB.
+        power_mode: of the module; None is the fastest.
+        cpu_bytes_per_s: bandwidth that a benchmark measured on the CPU.
+
+    Raises:
+        ConfigError: an unknown module or mode.
+    """
+    name = name or DEFAULT_DEVICE
+    if name == CPU:
+        if power_mode is not None:
+            raise ConfigError(f"--power-mode {power_mode} is for Orin modules, not for {CPU}")
+        if cpu_bytes_per_s is None:
+            return Device(CPU, None, None)
+        return Device(CPU, cpu_mode(cpu_bytes_per_s), None)
+    module = find_module(name)
+    return Device(name, module.mode(power_mode), usable_bytes(module.memory_bytes))
+
+
+def find_module(name: str) -> Module:
+    """A module of the table.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in MODULES:
+        raise ConfigError(f"--device {name} is unknown; known: {', '.join(MODULES)}, {CPU}")
+    return MODULES[name]
+
+
+def cpu_mode(bytes_per_s: float) -> PowerMode:
+    """A CPU of measured bandwidth in the shape of a power mode."""
+    per_sm_clock = PowerMode("unit", 1, 1.0, 1.0).int8_ops
+    return PowerMode(CPU, 1, _CPU_NOMINAL_OPS / per_sm_clock, bytes_per_s)
+
+
+def make_plan(
+    model: PlannedModel,
+    device: Device,
+    deployment: Deployment,
+    efficiency: Efficiency,
+    *,
+    quants: Sequence[str] = (),
+    contexts: Sequence[int] = (),
+) -> Plan:
+    """Compute memory and speed of a model.
+
+    Args:
+        model: what to plan.
+        device: where.
+        deployment: backend, batch, capacity.
+        efficiency: what of the device's figures is reached.
+        quants: names of variants; empty is all, or the bundle's own.
+        contexts: tokens to predict speed at; empty is 512 and the capacity.
+
+    Raises:
+        ConfigError: a capacity or context out of range, an unknown quantization, or one that is not
+            the bundle's.
+    """
+    positions = (
+        io_spec.rope_positions(model.spec)
+        if model.manifest is None
+        else model.manifest.rope_positions
+    )
+    capacity = deployment.kv_capacity
+    io_spec.check_capacity(capacity, positions)
+    contexts = contexts or sorted({min(512, capacity), capacity})
+    if not all(1 <= context <= capacity for context in contexts):
+        raise ConfigError(
+            f"--context {', '.join(map(str, contexts))} must lie in 1 to the KV capacity {capacity}"
+        )
+    options = []
+    for name, variant, linears in _linears(model, quants):
+        memory = plan_memory(model.spec, linears, positions, deployment)
+        work = work_of(model.spec, linears, memory.weights, deployment)
+        speeds = (
+            tuple(
+                predict(work, device.mode, efficiency, deployment.batch, c, deployment.max_prefill)
+                for c in contexts
+            )
+            if device.mode is not None
+            else ()
+        )
+        fits = None if device.usable_bytes is None else memory.load_peak <= device.usable_bytes
+        options.append(Option(name, variant, memory, work, speeds, fits))
+    return Plan(model, device, deployment, efficiency, tuple(options))
+
+
+def _linears(
+    model: PlannedModel, quants: Sequence[str]
+) -> list[tuple[str, Variant | None, list[Linear]]]:
+    if model.manifest is not None:
+        if quants:
+            raise ConfigError(
+                f"--quant {quants[0]}: {model.name} is a bundle, whose quantization is made; leave "
+                "it out, or plan the model that it was made from"
+            )
+        return [(model.manifest.quantization.name, None, manifest_linears(model.manifest))]
+    if quants:
+        chosen = [find_variant(name) for name in quants]
+        return [(v.name, v, variant_linears(model.spec, v)) for v in chosen]
+    found: list[tuple[str, Variant | None, list[Linear]]] = []
+    for variant in VARIANTS:
+        try:
+            linears = variant_linears(model.spec, variant)
+        except ConfigError:  # a width that no group size divides: the others still stand
+            continue
+        if all(linears != other for _, _, other in found):  # g32 may be the largest that fits
+            found.append((variant.name, variant, linears))
+    return found

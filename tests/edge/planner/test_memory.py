@@ -1,0 +1,148 @@
+"""The planner's memory: exact where it can be, close to a process where it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge import io_spec
+from edge.backends import device_memory
+from edge.backends.ort import OrtBackend
+from edge.engine_file import read_engine_info
+from edge.manifest import Dialect, Manifest, read_manifest
+from edge.planner.memory import (
+    BackendKind,
+    Deployment,
+    MemoryPlan,
+    build_peak_bytes,
+    cache_bytes,
+    plan_memory,
+)
+from edge.planner.models import BUILT_IN
+from edge.planner.weights import find_variant, manifest_linears, variant_linears
+from engines.config import DEFAULT_WORKSPACE_BYTES
+from engines.memory import plan_memory as plan_build
+from tests.conftest import Bundles, require_kernels
+from tests.fake_tensorrt import write_engine
+
+
+def plan_of(manifest: Manifest, deployment: Deployment) -> MemoryPlan:
+    linears = manifest_linears(manifest)
+    return plan_memory(manifest.model, linears, manifest.rope_positions, deployment)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("backend", ["tensorrt", "ort-cpu"])
+def test_the_cache_is_exact(batch: int, backend: BackendKind):
+    model = BUILT_IN["r1-qwen-1.5b"].spec
+    per_token = 28 * 2 * 2 * 128 * (2 if backend == "tensorrt" else 4)
+    assert cache_bytes(model, Deployment(backend, batch, 1000)) == batch * 1000 * per_token
+
+
+def test_the_cache_is_what_the_backend_allocates(tiny_bundles: Bundles):
+    require_kernels("native")
+    bundle = tiny_bundles("qwen3")
+    manifest = read_manifest(bundle)
+    backend = OrtBackend(bundle, manifest, num_slots=3, kv_capacity=96)
+    try:
+        deployment = Deployment("ort-cpu", batch=3, kv_capacity=96)
+        assert plan_of(manifest, deployment).cache == backend.cache_bytes
+    finally:
+        backend.close()
+
+
+def test_the_engine_holds_the_bundles_weights(tiny_bundles: Bundles):
+    """All tensors of the data file, whose only other bytes are the padding between them."""
+    bundle = tiny_bundles("llama", quant="int4")
+    manifest = read_manifest(bundle)
+    data = manifest.files[f"{manifest.graphs.decoder}.data"].num_bytes
+    weights = plan_of(manifest, Deployment()).weights_bytes
+    num_tensors = 2 * len(manifest.quantization.linears) + 2 * manifest.model.num_layers + 3
+    assert 0 <= data - weights < 4096 * num_tensors
+
+
+@pytest.mark.parametrize("quant", ["fp16", "int4"])
+def test_the_builds_peak_is_what_the_build_checks(quant: str, tiny_bundles: Bundles):
+    manifest = read_manifest(tiny_bundles("qwen2", quant=quant))
+    stored = manifest.files[f"{manifest.graphs.decoder}.data"].num_bytes
+    checked = plan_build(manifest, DEFAULT_WORKSPACE_BYTES, 0)
+    assert build_peak_bytes(stored) == checked.peak_bytes
+
+
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_engines_parts_are_those_that_the_tensorrt_backend_allocates(
+    batch: int, dialect: Dialect, tiny_bundles: Bundles, tmp_path: Path
+):
+    """From dimensions alone what `edge.backends.device_memory` plans from an engine."""
+    bundle = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "bundle")
+    info = msgspec.structs.replace(
+        read_engine_info(write_engine(bundle, max_prefill=64)),
+        max_batch=batch,
+        max_prefill=512,
+        kv_capacity=4096,
+    )
+    model = BUILT_IN["r1-qwen-1.5b"].spec
+    manifest = msgspec.structs.replace(read_manifest(bundle), model=model, dialect=dialect)
+    theirs = device_memory.plan_memory(info, manifest)
+    ours = plan_memory(
+        model,
+        variant_linears(model, find_variant("int4")),
+        4096,
+        Deployment(batch=batch, dialect=dialect),
+    )
+    assert ours.cache == theirs.cache_bytes
+    assert ours.activations == theirs.activations_bytes
+    assert ours.pinned == pytest.approx(theirs.pinned_bytes, rel=0.001)  # they align
+    assert ours.io == pytest.approx(theirs.io_bytes, rel=0.001)
+
+
+def test_parts_add_up():
+    model = BUILT_IN["r1-qwen3-8b"].spec
+    linears = variant_linears(model, find_variant("int4"))
+    plan = plan_memory(model, linears, io_spec.rope_positions(model), Deployment(batch=4))
+    values = plan.as_dict()
+    parts = ("weights_bytes", "cache_bytes", "activations_bytes", "io_bytes", "pinned_bytes")
+    around = ("embeddings_bytes", "runtime_bytes", "python_bytes", "tokenizer_bytes")
+    assert plan.device_bytes == sum(values[name] for name in parts)  # type: ignore[misc]
+    assert plan.process_bytes == plan.device_bytes + sum(values[name] for name in around)  # type: ignore[misc]
+    assert plan.load_peak >= plan.process_bytes
+
+
+def test_portable_attention_needs_its_scores():
+    model = BUILT_IN["r1-qwen-7b"].spec
+    linears = variant_linears(model, find_variant("int4"))
+    native, portable = (
+        plan_memory(model, linears, 4096, Deployment(dialect=dialect)).activations
+        for dialect in ("native", "portable")
+    )
+    assert portable - native == 2 * 2 * 512 * model.num_heads * (4096 + 512)
+
+
+@pytest.mark.parametrize("quant", ["fp16", "int8", "int4"])
+def test_integers_take_less_than_floats_on_the_cpu(quant: str):
+    model = BUILT_IN["r1-qwen-1.5b"].spec
+    linears = variant_linears(model, find_variant(quant))
+    on_cpu = plan_memory(model, linears, 4096, Deployment("ort-cpu")).weights_bytes
+    on_gpu = plan_memory(model, linears, 4096, Deployment()).weights_bytes
+    factor = {"fp16": 2.0, "int8": 1.16, "int4": 1.16}[quant]
+    assert on_cpu / on_gpu == pytest.approx(factor, abs=0.03)
+
+
+def test_a_process_takes_what_was_planned(smollm2_bundle: Path):
+    """SmolLM2 in fp16 with a full cache, in a process of its own: within 10 %."""
+    manifest = read_manifest(smollm2_bundle)
+    command = [sys.executable, "-m", "edge.cli", "bench", str(smollm2_bundle), "--json"]
+    command += ["--prompt-tokens", "1000", "--output-tokens", "8", "--repeats", "1"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    measured = json.loads(done.stdout)["memory"]
+    plan = plan_of(manifest, Deployment("ort-cpu", kv_capacity=1024))
+    # The benchmark has no tokenizer.
+    assert plan.process_bytes - plan.tokenizer == pytest.approx(measured["run_peak_bytes"], rel=0.1)
+    assert plan.load_peak - plan.tokenizer == pytest.approx(measured["load_peak_bytes"], rel=0.15)

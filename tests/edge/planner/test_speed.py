@@ -1,0 +1,128 @@
+"""The arithmetic of the predictions, and what a measurement changes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.errors import ConfigError
+from edge.planner.devices import MODULES
+from edge.planner.memory import Deployment, plan_memory
+from edge.planner.models import BUILT_IN
+from edge.planner.speed import (
+    FITTED,
+    Efficiency,
+    Measured,
+    Work,
+    calibrate,
+    decode_s,
+    predict,
+    prefill_s,
+    work_of,
+)
+from edge.planner.weights import find_variant, variant_linears
+
+AGX = MODULES["agx-orin-64"].mode(None)
+PERFECT = Efficiency(weights=1, layer_s=0, cache=1, compute=1, batch=0, source="ideal")
+
+
+def work_for(name: str, quant: str) -> Work:
+    model = BUILT_IN[name].spec
+    linears = variant_linears(model, find_variant(quant))
+    plan = plan_memory(model, linears, 4096, Deployment())
+    return work_of(model, linears, plan.weights, Deployment())
+
+
+@pytest.mark.parametrize(
+    ("name", "quant", "ceiling"),
+    [  # tokens per second of reading layers and lm_head once at 204.8 GB/s
+        ("r1-qwen-1.5b", "fp16", 66.3),
+        ("r1-qwen-1.5b", "int4-head-fp16", 179.0),
+        ("r1-qwen-1.5b", "int4", 225.0),
+        ("r1-qwen-7b", "int4", 52.4),
+        ("r1-llama-8b", "fp16", 13.6),
+        ("r1-qwen3-8b", "int4-head-int4", 52.5),
+    ],
+)
+def test_the_roofline_is_the_known_one(name: str, quant: str, ceiling: float):
+    found = predict(work_for(name, quant), AGX, PERFECT, 1, 1)
+    assert found.roofline_tps == pytest.approx(ceiling, rel=0.012)
+    assert found.decode_tps == pytest.approx(found.roofline_tps)
+
+
+def test_no_prediction_exceeds_the_roofline():
+    for quant in ("fp16", "int8", "int4"):
+        for context in (1, 512, 4096):
+            found = predict(work_for("r1-qwen-7b", quant), AGX, FITTED, 4, context)
+            assert found.decode_tps < found.roofline_tps
+
+
+def test_operations_are_two_per_weight_and_token():
+    work = work_for("r1-qwen-1.5b", "fp16")
+    assert work.linear_ops == pytest.approx(2 * 1.310e9, rel=0.001)
+    ideal = prefill_s(work, AGX, dataclasses.replace(PERFECT, weights=1e9), 1000)
+    pairs = 1000 * 1001 / 2 * 4 * 28 * 12 * 128
+    assert ideal * AGX.fp16_flops == pytest.approx(1000 * work.linear_ops + work.head_ops + pairs)
+
+
+def test_every_chunk_of_a_prompt_reads_the_weights_again():
+    work = work_for("r1-qwen-7b", "fp16")
+    whole, chunked = (prefill_s(work, AGX, PERFECT, 2000, size) for size in (None, 512))
+    assert chunked - whole == pytest.approx(3 * work.step_bytes / AGX.bytes_per_s)
+    assert prefill_s(work, AGX, PERFECT, 512, 512) == prefill_s(work, AGX, PERFECT, 512)
+
+
+def test_int8_activations_speed_up_prefill_alone():
+    w8a8, int8 = (work_for("r1-qwen-7b", quant) for quant in ("int8-w8a8", "int8"))
+    assert 0.5 < w8a8.int8_share < 0.8  # down and the lm_head keep float inputs
+    assert int8.int8_share == 0
+    assert prefill_s(w8a8, AGX, FITTED, 2048) < 0.8 * prefill_s(int8, AGX, FITTED, 2048)
+    assert decode_s(w8a8, AGX, FITTED, 1, 512) == pytest.approx(
+        decode_s(int8, AGX, FITTED, 1, 512), rel=0.02
+    )
+
+
+@given(
+    weights=st.floats(0.05, 1.0),
+    compute=st.floats(0.05, 0.95),
+    batch=st.integers(1, 8),
+    context=st.integers(1, 4096),
+    prompt=st.integers(64, 4096),
+)
+def test_calibration_meets_the_measurement(
+    weights: float, compute: float, batch: int, context: int, prompt: int
+):
+    """Whatever the truth is: predicted again with what was found, the measurement comes out."""
+    work = work_for("r1-qwen-1.5b", "int4")
+    truth = dataclasses.replace(FITTED, weights=weights, compute=compute)
+    measured = Measured(
+        batch=batch,
+        context=context,
+        tpot_s=decode_s(work, AGX, truth, batch, context),
+        prompt_tokens=prompt,
+        max_prefill=512,
+        prefill_s=prefill_s(work, AGX, truth, prompt, 512),
+        where="bench.json",
+    )
+    found = calibrate(work, AGX, FITTED, measured)
+    assert found.weights == pytest.approx(weights)
+    assert found.compute == pytest.approx(compute)
+    assert found.source == "measured: bench.json"
+
+
+def test_faster_than_the_time_per_layer_drops_it():
+    work = work_for("r1-qwen-1.5b", "int4")
+    truth = dataclasses.replace(FITTED, layer_s=0.0, weights=0.95)
+    measured = Measured(1, 256, decode_s(work, AGX, truth, 1, 256), 8, None, 1.0, "fast.json")
+    found = calibrate(work, AGX, FITTED, measured)
+    assert found.layer_s == 0.0
+    assert decode_s(work, AGX, found, 1, 256) == pytest.approx(measured.tpot_s)
+
+
+def test_faster_than_memory_is_refused():
+    work = work_for("r1-qwen-1.5b", "int4")
+    with pytest.raises(ConfigError, match=r"wrong\.json: 1\.00 ms per step is less than"):
+        calibrate(work, AGX, FITTED, Measured(1, 256, 0.001, 512, 512, 0.1, "wrong.json"))
