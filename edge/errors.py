@@ -11,9 +11,11 @@
         IntegrityError            a file of the bundle differs from its recorded hash
       DependencyError             an optional library is missing or too old (ImportError)     69
       ResourceError               not enough disk or memory                                   71
+        DeviceMemoryError         not enough memory of the GPU
       OverloadError               the queue is full; try again later                          75
       DeadlineError               a request did not finish in the time that it was given      75
       BackendError                the inference engine failed                                 70
+        DeviceError               the GPU or its driver failed
       BuildError                  TensorRT refused a graph or failed to build it              70
 
 Each message says what was wrong, what was found and what to do next. Exit codes are those of
@@ -93,6 +95,10 @@ class ResourceError(EdgeError):
     exit_code = 71
 
 
+class DeviceMemoryError(ResourceError):
+    """The GPU has too little free memory."""
+
+
 class OverloadError(EdgeError):
     """The queue of the scheduler is full, or the scheduler takes no more requests.
 
@@ -119,6 +125,22 @@ class DeadlineError(EdgeError):
 
 class BackendError(EdgeError):
     """The inference engine failed."""
+
+
+class DeviceError(BackendError):
+    """The GPU or its driver failed.
+
+    Attributes:
+        fatal: nothing works on the GPU any more until the process starts anew.
+    """
+
+    def __init__(self, message: str, fatal: bool = False) -> None:
+        super().__init__(message, fatal)  # pickle and copy rebuild it from these
+        self.message = message
+        self.fatal = fatal
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class BuildError(EdgeError):

@@ -31,6 +31,11 @@ class Backend(Protocol):
     max_step_tokens: int
 
     @property
+    def failed(self) -> str | None:
+        """Why no step can succeed any more (closed, or the device is lost); None while it works."""
+        ...
+
+    @property
     def cache_bytes(self) -> int:
         """Memory of the cache."""
         ...

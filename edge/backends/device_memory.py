@@ -1,0 +1,191 @@
+"""What a TensorRT engine takes of the GPU's memory, computed before anything is loaded.
+
+All of it is allocated once at load; a step allocates nothing. On a Jetson the GPU shares the host's
+memory: staging is mapped instead of copied, and a plan's pinned bytes are all the I/O there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from edge import io_spec
+from edge.engine_file import EngineInfo
+from edge.manifest import Manifest, ModelSpec
+
+# What TensorRT asks of every tensor's address (NvInferRuntime.h, setTensorAddress).
+ALIGNMENT = 256
+DEFAULT_MAX_LOGITS = 64
+_ELEMENT_BYTES = 2  # fp16 and bf16
+_INDEX_BYTES = 8
+
+
+class StepSizes(NamedTuple):
+    """The most that one run of an engine takes: sequences, tokens in all, rows of logits in all."""
+
+    batch: int
+    tokens: int
+    logits: int
+
+
+class InputLayout(NamedTuple):
+    """Where the inputs of a step lie in their block, in bytes."""
+
+    cursor: int
+    indices: int
+    positions: int
+    embeds: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part; see `plan_memory`.
+
+    Attributes:
+        weights_bytes: of the plan, which is nearly all weights.
+        cache_bytes: keys and values of all slots.
+        activations_bytes: shared by all execution contexts.
+        activations_estimated: True until TensorRT itself was asked.
+        io_bytes: inputs and outputs on the device (on an integrated GPU what has no host side).
+        pinned_bytes: host memory that the GPU reads and writes.
+        integrated: whether host and GPU share one memory.
+    """
+
+    weights_bytes: int
+    cache_bytes: int
+    activations_bytes: int
+    activations_estimated: bool
+    io_bytes: int
+    pinned_bytes: int
+    integrated: bool
+
+    @property
+    def device_bytes(self) -> int:
+        """All that comes out of the GPU's memory."""
+        own = self.weights_bytes + self.cache_bytes + self.activations_bytes + self.io_bytes
+        return own + (self.pinned_bytes if self.integrated else 0)
+
+    def to_dict(self) -> dict[str, int | bool]:
+        """For JSON: every attribute, and ``device_bytes``."""
+        return {**dataclasses.asdict(self), "device_bytes": self.device_bytes}
+
+
+def plan_memory(
+    info: EngineInfo,
+    manifest: Manifest,
+    *,
+    num_slots: int | None = None,
+    max_logits: int = DEFAULT_MAX_LOGITS,
+    integrated: bool = True,
+    activations_bytes: int | None = None,
+) -> MemoryPlan:
+    """Plan an engine's memory from its ``engine.json``; needs no device.
+
+    Args:
+        info: of the engine.
+        manifest: of its bundle.
+        num_slots: sequences that the cache holds; None is the engine's ``max_batch``.
+        max_logits: rows of logits that one run returns at most.
+        integrated: plan for a GPU that shares the host's memory.
+        activations_bytes: as TensorRT says; None estimates them.
+    """
+    model = manifest.model
+    slots = info.max_batch if num_slots is None else num_slots
+    sizes = step_sizes(info, max_logits)
+    pinned = sum(
+        input_layout(size, model.hidden_size).num_bytes + logits_bytes(size, model.vocab_size)
+        for size in sizes
+    )
+    io = 0 if integrated else pinned
+    io += _align(info.kv_capacity * _INDEX_BYTES)
+    if manifest.dialect == "portable":
+        io += new_rows_bytes(sizes[0], model)
+    estimated = activations_bytes is None
+    return MemoryPlan(
+        weights_bytes=info.plan_bytes,
+        cache_bytes=slots * info.kv_capacity * io_spec.kv_bytes_per_token(model, manifest.dtype),
+        activations_bytes=(
+            _estimate_activations(info, manifest)
+            if activations_bytes is None
+            else activations_bytes
+        ),
+        activations_estimated=estimated,
+        io_bytes=io,
+        pinned_bytes=pinned,
+        integrated=integrated,
+    )
+
+
+def step_sizes(info: EngineInfo, max_logits: int) -> tuple[StepSizes, StepSizes]:
+    """Of the profiles ``prefill`` and ``decode``.
+
+    A prefill run takes no more tokens in all than one prompt chunk has: several long chunks run one
+    after the other, which is no slower, and need no larger buffers.
+    """
+    tokens = max(info.max_prefill, info.max_batch)
+    return (
+        StepSizes(info.max_batch, tokens, max(max_logits, info.max_batch)),
+        StepSizes(info.max_batch, info.max_batch, info.max_batch),
+    )
+
+
+def input_layout(sizes: StepSizes, hidden_size: int) -> InputLayout:
+    """Place the inputs of a step in one block, each aligned."""
+    cursor = 0
+    indices = cursor + _align(sizes.batch * _INDEX_BYTES)
+    positions = indices + _align(sizes.logits * _INDEX_BYTES)
+    embeds = positions + _align(sizes.tokens * _INDEX_BYTES)
+    end = embeds + _align(sizes.tokens * hidden_size * _ELEMENT_BYTES)
+    return InputLayout(cursor, indices, positions, embeds, end)
+
+
+def logits_bytes(sizes: StepSizes, vocab_size: int) -> int:
+    """Bytes of the block of logits."""
+    return _align(sizes.logits * vocab_size * _ELEMENT_BYTES)
+
+
+def new_rows_stride(batch: int, seq: int, model: ModelSpec) -> int:
+    """Bytes from one layer's new keys to its new values (dialect ``portable``).
+
+    A whole number of rows, so that one strided copy takes all layers, and aligned.
+    """
+    pitch = seq * model.head_dim * _ELEMENT_BYTES
+    used = batch * model.num_kv_heads * pitch
+    stride = -(-used // pitch) * pitch
+    while stride % ALIGNMENT:
+        stride += pitch
+    return stride
+
+
+def new_rows_bytes(sizes: StepSizes, model: ModelSpec) -> int:
+    """Bytes that hold the new rows of any step within ``sizes``."""
+    row = model.head_dim * _ELEMENT_BYTES
+    # At most ALIGNMENT / gcd - 1 further pitches align a stride, and one is enough for rows that
+    # are a multiple of it.
+    extra = 1
+    while row * extra % ALIGNMENT:
+        extra += 1
+    stride = sizes.tokens * row * (model.num_kv_heads + extra)
+    return 2 * model.num_layers * _align(stride)
+
+
+def _estimate_activations(info: EngineInfo, manifest: Manifest) -> int:
+    """Tensors of the widest layer, at the largest shapes of the prefill profile, in two copies.
+
+    TensorRT sizes for the profile's largest batch times its longest chunk. Where attention is made
+    of single operators (dialect ``portable``), the scores count too.
+    """
+    model = manifest.model
+    tokens = info.max_batch * info.max_prefill
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    widest = max(2 * model.intermediate_size, qkv) + 2 * model.hidden_size
+    scores = 0
+    if manifest.dialect == "portable":
+        scores = tokens * model.num_heads * (info.kv_capacity + info.max_prefill)
+    return 2 * _ELEMENT_BYTES * (tokens * widest + scores)
+
+
+def _align(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,280 @@
+"""An engine of a bundle: which one fits this machine, and what it says about itself.
+
+Calls and their versions, checked against NVIDIA's bindings (python/src/infer/pyCore.cpp):
+``create_execution_context(strategy)`` and ``set_optimization_profile_async`` since 10.0,
+``device_memory_size_v2`` and ``set_device_memory(memory, size)`` since 10.1,
+``get_aliased_input_tensor`` since 10.15. TensorRT for RTX has the same names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import mmap
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edge import io_spec
+from edge.engine_file import (
+    EngineInfo,
+    Flavour,
+    check_engine,
+    find_engines,
+    read_engine_info,
+    rebuild_command,
+    verify_plan,
+)
+from edge.errors import (
+    BackendError,
+    BundleError,
+    DependencyError,
+    DeviceMemoryError,
+    EdgeError,
+)
+from edge.manifest import Manifest
+
+_logger = logging.getLogger(__name__)
+
+_MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_INSTALL: dict[Flavour, str] = {
+    "tensorrt": "on a Jetson it comes with JetPack (use a venv with --system-site-packages), "
+    "elsewhere: pip install 'jetson-edge-llm[tensorrt]'",
+    "tensorrt-rtx": "pip install 'jetson-edge-llm[check]'",
+}
+_DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT", "int64": "INT64"}
+
+
+class ChosenEngine(NamedTuple):
+    """An engine that fits this machine.
+
+    Attributes:
+        directory: of the engine.
+        info: its ``engine.json``.
+        module: ``tensorrt`` or ``tensorrt_rtx``.
+    """
+
+    directory: Path
+    info: EngineInfo
+    module: Any
+
+
+def choose_engine(
+    bundle: Path,
+    manifest: Manifest,
+    compute_capability: str,
+    *,
+    engine_dir: Path | None = None,
+    num_slots: int | None = None,
+    kv_capacity: int | None = None,
+) -> ChosenEngine:
+    """Find the engine of a bundle that this GPU and this TensorRT can run.
+
+    Args:
+        bundle: its directory.
+        manifest: its manifest.
+        compute_capability: of the GPU here.
+        engine_dir: take this one or none.
+        num_slots: sequences that will run at once; engines with at least this batch come first.
+        kv_capacity: the engine must have exactly this one; None takes any.
+
+    Raises:
+        BundleError: there is none, or none fits; the message has the command that builds one.
+        DependencyError: TensorRT is missing.
+    """
+    directories = [engine_dir] if engine_dir is not None else find_engines(bundle)
+    if not directories:
+        raise BundleError(
+            f"{bundle} has no TensorRT engine; build one on this machine with: edge-llm build "
+            f"{bundle}"
+        )
+    fitting: list[ChosenEngine] = []
+    problems: list[EdgeError] = []
+    for directory in directories:
+        try:
+            info = read_engine_info(directory)
+            module = _load(info.flavour)
+            check_engine(
+                directory,
+                info,
+                manifest,
+                flavour=info.flavour,
+                tensorrt_version=str(module.__version__),
+                compute_capability=compute_capability,
+            )
+            if kv_capacity not in (None, info.kv_capacity):
+                raise BundleError(
+                    f"the engine {directory} has a KV capacity of {info.kv_capacity} tokens, "
+                    f"{kv_capacity} were asked for; build one with: edge-llm build {bundle} "
+                    f"--kv-capacity {kv_capacity} --max-batch {info.max_batch}"
+                )
+        except (BundleError, DependencyError) as error:
+            problems.append(error)
+        else:
+            fitting.append(ChosenEngine(directory, info, module))
+    if not fitting:
+        more = f" ({len(problems) - 1} more engines do not fit either)" if problems[1:] else ""
+        raise type(problems[0])(f"{problems[0]}{more}") from problems[0]
+
+    def rank(engine: ChosenEngine) -> tuple[bool, int, int, str]:
+        wanted = num_slots or 1
+        enough = engine.info.max_batch >= wanted
+        # The smallest batch that is enough, else the largest; then the longest cache.
+        batch = -engine.info.max_batch if enough else engine.info.max_batch
+        return enough, batch, engine.info.kv_capacity, engine.info.created
+
+    return max(fitting, key=rank)
+
+
+class Engine:
+    """A deserialized engine.
+
+    Args:
+        chosen: which.
+        manifest: of the bundle.
+
+    Attributes:
+        activations_bytes: what one execution context needs while it runs.
+
+    Raises:
+        IntegrityError: the plan is damaged; TensorRT has not seen it.
+        BackendError: TensorRT refuses it, or it is not what ``engine.json`` says.
+    """
+
+    def __init__(self, chosen: ChosenEngine, manifest: Manifest) -> None:
+        self.info, self._module = chosen.info, chosen.module
+        self._errors: deque[str] = deque(maxlen=4)
+        path = verify_plan(chosen.directory, chosen.info)
+        self._logger = _make_logger(self._module, self._errors)
+        self._runtime = self._module.Runtime(self._logger)
+        # Mapped, not read: on a Jetson the plan would take its size of the GPU's memory again.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            command = rebuild_command(chosen.directory, chosen.info)
+            reason = self.last_error()
+            if "memory" in reason.lower():
+                raise DeviceMemoryError(
+                    f"TensorRT has no memory for the {chosen.info.plan_bytes / 1e6:,.0f} MB of "
+                    f"{path.name}: {reason}; stop other programs, or export with --quant int4"
+                )
+            raise BackendError(
+                f"TensorRT cannot load {path}: {reason}; build it again with: {command}"
+            )
+        self._check(chosen, manifest)
+        self.activations_bytes = int(self._engine.device_memory_size_v2)
+
+    def _check(self, chosen: ChosenEngine, manifest: Manifest) -> None:
+        """Hold names, types and profiles against the contract: a wrong one is a wrong address."""
+        engine, trt = self._engine, self._module
+        spec = (manifest.model, manifest.dialect, manifest.dtype, chosen.info.kv_capacity)
+        inputs = io_spec.decoder_inputs(*spec)
+        outputs = io_spec.decoder_outputs(*spec)
+        names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        wanted = {tensor.name for tensor in [*inputs, *outputs]}
+        # With lengths instead of a mask nothing reads the positions of the cache.
+        optional = {io_spec.KV_POSITIONS} if chosen.info.kv_read == "lengths" else set()
+        problems = [f"no tensor {name}" for name in sorted(wanted - names - optional)]
+        problems += [f"an unknown tensor {name}" for name in sorted(names - wanted)]
+        for tensor in [*inputs, *outputs]:
+            if tensor.name not in names:
+                continue
+            dtype = engine.get_tensor_dtype(tensor.name)
+            if dtype != getattr(trt.DataType, _DTYPES[tensor.dtype]):
+                problems.append(f"{tensor.name} is {dtype}, not {tensor.dtype}")
+            if engine.get_tensor_location(tensor.name) != trt.TensorLocation.DEVICE:
+                problems.append(f"{tensor.name} is wanted on the host")
+        if engine.num_optimization_profiles != len(chosen.info.profiles):
+            problems.append(f"{engine.num_optimization_profiles} profiles")
+        problems += self._check_aliases(manifest, names)
+        if problems:
+            raise BackendError(
+                f"the engine {chosen.directory} is not the one that engine.json describes: "
+                f"{'; '.join(problems[:3])}; build it again with: "
+                f"{rebuild_command(chosen.directory, chosen.info)}"
+            )
+        self.tensors = frozenset(names)
+
+    def _check_aliases(self, manifest: Manifest, names: set[str]) -> list[str]:
+        find = getattr(self._engine, "get_aliased_input_tensor", None)
+        if manifest.dialect != "native" or find is None:
+            return []
+        pairs = [
+            pair
+            for layer in range(manifest.model.num_layers)
+            for pair in (
+                (io_spec.present_key(layer), io_spec.past_key(layer)),
+                (io_spec.present_value(layer), io_spec.past_value(layer)),
+            )
+        ]
+        return [
+            f"{output} is not updated in place"
+            for output, past in pairs
+            if output in names and find(output) != past
+        ]
+
+    def profile(self, name: str) -> int:
+        """Index of an optimization profile."""
+        return [profile.name for profile in self.info.profiles].index(name)  # type: ignore[arg-type]
+
+    def last_error(self) -> str:
+        """What TensorRT said last, and forget it."""
+        text = "; ".join(self._errors) or "it gives no reason"
+        self._errors.clear()
+        return text
+
+    def create_context(self) -> Any:
+        """An execution context without device memory of its own.
+
+        Raises:
+            DeviceMemoryError: TensorRT cannot make one.
+        """
+        strategy = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise DeviceMemoryError(
+                f"TensorRT cannot make an execution context: {self.last_error()}; free memory of "
+                "the GPU, or build the engine with a smaller --max-batch or --max-prefill"
+            )
+        return context
+
+    def close(self) -> None:
+        """Free the weights; every context must be gone."""
+        self._engine = self._runtime = None
+
+
+def _load(flavour: Flavour) -> Any:
+    name = _MODULES[flavour]
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:  # its shared libraries
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        problem = "is not here" if missing else f"cannot be loaded ({error})"
+        raise DependencyError(
+            f"the engine needs {name}, which {problem}; {_INSTALL[flavour]}"
+        ) from error
+
+
+def _make_logger(trt: Any, errors: deque[str]) -> Any:
+    severity = trt.ILogger.Severity
+    levels = {
+        severity.INTERNAL_ERROR: logging.ERROR,
+        severity.ERROR: logging.ERROR,
+        severity.WARNING: logging.WARNING,
+        severity.INFO: logging.DEBUG,
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, level: Any, message: str) -> None:
+            known = levels.get(level)
+            if known is None:
+                return
+            if known == logging.ERROR:
+                errors.append(message.strip())
+                known = logging.DEBUG  # it comes back as an exception
+            _logger.log(known, "%s", message)
+
+    return Logger()

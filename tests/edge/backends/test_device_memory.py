@@ -1,0 +1,151 @@
+"""Sizes and places, without a device: nothing overlaps, everything is aligned, all of it fits."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from edge import cuda
+from edge.backends.device_memory import (
+    ALIGNMENT,
+    StepSizes,
+    input_layout,
+    new_rows_bytes,
+    new_rows_stride,
+)
+from edge.backends.step_buffers import StepBuffers, round_to_bf16, widen_fp16
+from edge.backends.windows import Window, plan_windows
+from tests.fake_cuda import FakeGpu
+from tests.manifests import make_manifest
+
+MODEL = make_manifest().model
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 20), unique=True, min_size=1).flatmap(st.permutations),
+    st.integers(1, 8),
+    st.booleans(),
+)
+def test_windows_cover_every_slot_once(slots: list[int], width: int, span_idle: bool):
+    windows = plan_windows(slots, width, span_idle=span_idle)
+    rows = [row for window in windows for row in window.rows]
+    assert sorted(rows) == list(range(len(slots)))
+    covered: set[int] = set()
+    for window in windows:
+        assert 1 <= window.batch <= width
+        assert [slots[row] - window.first for row in window.rows] == list(window.places)
+        assert window.places[0] == 0
+        assert window.places[-1] == window.batch - 1
+        assert span_idle or len(window.rows) == window.batch
+        mine = set(range(window.first, window.first + window.batch))
+        assert covered.isdisjoint(mine)
+        covered |= mine
+    # As few as possible: no window could have taken the first slot of the next.
+    for one, other in itertools.pairwise(windows):
+        last = one.first + one.batch - 1
+        assert other.first - one.first >= width or not (span_idle or other.first == last + 1)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 8), st.integers(1, 8), st.integers(1, 300), st.sampled_from([16, 24, 64, 128])
+)
+def test_the_new_rows_of_any_step_fit_and_are_aligned(batch: int, heads: int, seq: int, dim: int):
+    from msgspec.structs import replace
+
+    model = replace(MODEL, num_kv_heads=heads, head_dim=dim)
+    stride = new_rows_stride(batch, seq, model)
+    pitch = seq * dim * 2
+    assert stride % ALIGNMENT == stride % pitch == 0
+    assert stride >= batch * heads * pitch
+    # The block of the largest step holds every smaller one.
+    sizes = StepSizes(8, batch * seq, 1)
+    assert 2 * model.num_layers * stride <= new_rows_bytes(sizes, model)
+
+
+@given(st.integers(1, 64), st.integers(1, 2000), st.integers(1, 500), st.integers(1, 5000))
+def test_regions_of_the_inputs_do_not_overlap(batch: int, tokens: int, logits: int, hidden: int):
+    layout = input_layout(StepSizes(batch, tokens, logits), hidden)
+    starts = [layout.cursor, layout.indices, layout.positions, layout.embeds, layout.num_bytes]
+    needed = [8 * batch, 8 * logits, 8 * tokens, 2 * tokens * hidden]
+    assert all(start % ALIGNMENT == 0 for start in starts)
+    for start, end, num_bytes in zip(starts, starts[1:], needed, strict=False):
+        assert 0 <= end - start - num_bytes < ALIGNMENT
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=2.0**126,
+                          min_value=-(2.0**126)), min_size=1))  # fmt: skip
+def test_bf16_is_the_nearest_one(values: list[float]):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+
+    array = np.array(values, np.float32)
+    assert_array_equal(round_to_bf16(array), array.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def test_every_fp16_number_is_widened_exactly():
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    expected = bits.view(np.float16).astype(np.float32)
+    finite = np.isfinite(expected)
+    found = np.empty(int(finite.sum()), np.float32)
+    widen_fp16(bits[finite], found)
+    assert_array_equal(found.view(np.uint32), expected[finite].view(np.uint32))
+    for special in bits[~finite]:
+        some = np.array([1, special, 2], np.uint16)
+        found = np.empty(3, np.float32)
+        widen_fp16(some, found)
+        assert_array_equal(found, some.view(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("integrated", [False, True])
+def test_staging_of_a_window_with_idle_places(
+    dtype: Any, integrated: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """What the engine finds at the addresses; no CPU computes bf16, so bits are compared."""
+    gpu = FakeGpu(integrated=integrated)
+    for name, module in gpu.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    device = cuda.Device()
+    with device.active(), ExitStack() as resources:
+        stream = cuda.Stream(device)
+        sizes = StepSizes(4, 4, 4)
+        buffers = StepBuffers(device, resources, sizes, MODEL, dtype, "write_indices")
+        embeds = np.arange(2 * MODEL.hidden_size).reshape(2, 1, -1).astype(np.float16)
+        positions = np.array([[7], [9]])
+        window = Window(1, 3, (1, 0), (0, 2))
+        indices = np.zeros((2, 1), np.int64)
+        buffers.fill(window, embeds, positions, indices, idle_cursor=99)
+        buffers.upload(stream, 3, 1, 1)
+        stream.synchronize()
+
+        def found(name: str, count: int, kind: Any) -> Any:
+            size = count * np.dtype(kind).itemsize
+            return gpu.memory(buffers.addresses[name], size).view(kind)
+
+        assert found("write_indices", 3, np.int64).tolist() == [9, 99, 7]
+        assert found("position_ids", 3, np.int64).tolist() == [9, 0, 7]
+        assert found("logits_indices", 3, np.int64).tolist() == [0, 0, 0]
+        rows = found("inputs_embeds", 3 * MODEL.hidden_size, np.uint16).reshape(3, -1)
+        bits = round_to_bf16(embeds) if dtype == "bf16" else embeds.view(np.uint16)
+        assert_array_equal(rows[[0, 2]], bits[[1, 0], 0])
+
+        logits = np.linspace(-3, 3, 3 * MODEL.vocab_size, dtype=np.float32)
+        as_bits = round_to_bf16(logits) if dtype == "bf16" else logits.astype(np.float16)
+        found("logits", logits.size, np.uint16)[...] = as_bits.view(np.uint16)
+        buffers.download(stream, 3)
+        stream.synchronize()
+        target = np.empty((3, MODEL.vocab_size), np.float32)
+        buffers.read_logits(0, target[:1])
+        buffers.read_logits(1, target[1:])
+        assert np.abs(target.reshape(-1) - logits).max() < (0.01 if dtype == "bf16" else 0.002)
+        buffers.close()
+    assert gpu.alive == {"stream": 1}

@@ -1,0 +1,491 @@
+"""A stand-in for the GPU and for PyCUDA's and cuda-bindings' calls that `edge.cuda` makes.
+
+Device memory is host memory behind made-up addresses. Work on a stream runs as late as CUDA allows,
+when the host waits; until then what it will write is poison. So a test fails when the product reads
+too early, changes staging memory too early, relies on values instead of buffers in a graph, touches
+memory that it does not own, or leaves something allocated. Every call can be made to fail.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Op = Callable[[], None]
+POISON = 0xFF  # a NaN in fp16, bf16 and fp32; -1 in integers
+OUT_OF_MEMORY, ILLEGAL_ADDRESS, UNKNOWN = 2, 700, 999
+_TEXTS = {
+    2: "out of memory",
+    201: "invalid device context",
+    700: "an illegal memory access was encountered",
+    803: "system has unsupported display driver / cuda driver combination",
+    900: "operation not permitted when stream is capturing",
+    901: "operation failed due to a previous error during capture",
+    999: "unknown error",
+    100: "no CUDA-capable device is detected",
+    719: "unspecified launch failure",
+}
+_STICKY = {700, 719, 999}
+
+
+class RuleError(AssertionError):
+    """The product broke a documented rule whose breach CUDA or TensorRT need not notice."""
+
+
+class Error(Exception):
+    """As ``pycuda.driver.Error``: the message is all there is."""
+
+
+class OutOfMemoryError(Error):
+    """As ``pycuda.driver.MemoryError``."""
+
+
+class LogicError(Error):
+    """As ``pycuda.driver.LogicError``."""
+
+
+class LaunchError(Error):
+    """As ``pycuda.driver.LaunchError``."""
+
+
+@dataclass
+class Work:
+    """Something on a stream.
+
+    Attributes:
+        run: does it.
+        poison: marks what it will write as not there yet.
+        valid: asked when a graph replays it.
+    """
+
+    run: Op
+    poison: Op = field(default=lambda: None)
+    valid: Op = field(default=lambda: None)
+
+
+class FakeGpu:
+    """The device: memory, streams, faults, and the books of what is alive.
+
+    Args:
+        total_bytes: of device memory.
+        integrated: as on a Jetson.
+        compute_capability: e.g. ``(8, 7)``.
+
+    Attributes:
+        calls: names of all calls so far.
+        fail_at: number of the call that fails, counted from 0; None fails none.
+        fail_code: the CUDA error it fails with.
+        lost: the error that every call returns from now on.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_bytes: int = 1 << 30,
+        integrated: bool = False,
+        compute_capability: tuple[int, int] = (8, 7),
+    ) -> None:
+        self.total_bytes, self.integrated = total_bytes, integrated
+        self.compute_capability = compute_capability
+        self.blocks: dict[int, NDArray[np.uint8]] = {}
+        self.pinned = 0
+        self.live: dict[str, int] = {}
+        self.streams: weakref.WeakValueDictionary[int, FakeStream] = weakref.WeakValueDictionary()
+        self.calls: list[str] = []
+        self.fail_at: int | None = None
+        self.fail_code = OUT_OF_MEMORY
+        self.lost: int | None = None
+        self.eager = False
+        self._next = 0x7F00_0000_0000
+        self._current = threading.local()
+
+    # Books
+
+    def born(self, kind: str) -> None:
+        self.live[kind] = self.live.get(kind, 0) + 1
+
+    def dead(self, kind: str) -> None:
+        self.live[kind] -= 1
+        assert self.live[kind] >= 0, kind
+
+    @property
+    def alive(self) -> dict[str, int]:
+        return {kind: count for kind, count in self.live.items() if count}
+
+    # Faults
+
+    def code(self, name: str, *, context: bool = True) -> int:
+        """Count a call and say what it returns; 0 is success."""
+        index = len(self.calls)
+        self.calls.append(name)
+        if self.lost is not None and not name.startswith("cuCtx"):  # these ask no device
+            return self.lost
+        if index == self.fail_at:
+            if self.fail_code in _STICKY:
+                self.lost = self.fail_code
+            return self.fail_code
+        if context and self.depth < 1:
+            return 201
+        return 0
+
+    def call(self, name: str, *, context: bool = True) -> None:
+        """Count a call of PyCUDA and raise if it fails."""
+        self.fail(name, self.code(name, context=context))
+
+    def fail(self, name: str, code: int) -> None:
+        if code:
+            kind = {2: OutOfMemoryError, 700: LaunchError, 719: LaunchError, 999: Error}
+            raise kind.get(code, LogicError)(f"{name} failed: {_TEXTS[code]}")
+
+    @property
+    def depth(self) -> int:
+        return getattr(self._current, "depth", 0)
+
+    def push(self) -> None:
+        self.call("cuCtxPushCurrent", context=False)
+        self._current.depth = self.depth + 1
+
+    def pop(self) -> None:
+        self._current.depth = self.depth - 1
+        self.call("cuCtxPopCurrent", context=False)
+
+    # Memory
+
+    def allocate(self, num_bytes: int) -> int:
+        used = sum(block.nbytes for block in self.blocks.values())
+        if used + num_bytes > self.total_bytes:
+            raise OutOfMemoryError("cuMemAlloc failed: out of memory")
+        return self.register(np.full(num_bytes, POISON, np.uint8))
+
+    def register(self, array: NDArray[np.uint8]) -> int:
+        address = self._next
+        self._next += -(-array.nbytes // 4096) * 4096 + 4096
+        self.blocks[address] = array
+        return address
+
+    def memory(self, address: int, num_bytes: int) -> NDArray[np.uint8]:
+        """The bytes at an address; all of them must lie in one live block."""
+        for base, block in self.blocks.items():
+            if base <= address < base + block.nbytes:
+                if address + num_bytes > base + block.nbytes:
+                    raise RuleError(
+                        f"{num_bytes} bytes at {address - base} pass a block of {block.nbytes}"
+                    )
+                return block[address - base : address - base + num_bytes]
+        raise RuleError(f"nothing is allocated at {address:#x}")
+
+    # Work
+
+    def put(self, handle: int, work: Work) -> None:
+        stream = self.streams[handle]
+        if stream.capturing is not None:
+            stream.capturing.append(work)
+            return
+        work.poison()
+        if self.eager:
+            work.run()
+        else:
+            stream.pending.append(work)
+
+    def modules(self) -> dict[str, types.ModuleType]:
+        """For ``sys.modules``: what the product imports."""
+        driver, graphs = _make_driver(self), _make_graphs(self)
+        package = types.ModuleType("pycuda")
+        package.driver = driver  # type: ignore[attr-defined]
+        return {"pycuda": package, "pycuda.driver": driver, "cuda.bindings.driver": graphs}
+
+
+class FakeStream:
+    """``pycuda.driver.Stream``."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        gpu.call("cuStreamCreate")
+        self._gpu = gpu
+        self.handle = 0x1000 + 16 * len(gpu.calls)
+        self.pending: list[Work] = []
+        self.capturing: list[Work] | None = None
+        gpu.streams[self.handle] = self
+        gpu.born("stream")
+
+    def synchronize(self) -> None:
+        code = self._gpu.code("cuStreamSynchronize")
+        if self.capturing is not None:
+            self._gpu.fail("cuStreamSynchronize", 900)
+        pending, queue = list(self.pending), self.pending
+        queue.clear()
+        self._gpu.fail("cuStreamSynchronize", code)
+        for work in pending:
+            work.run()
+        self._gpu.fail("cuStreamSynchronize", self._gpu.lost or 0)
+
+    def __del__(self) -> None:
+        if "capturing" in self.__dict__:  # it was made
+            self._gpu.dead("stream")
+
+
+class _Block:
+    """``pycuda.driver.DeviceAllocation``."""
+
+    def __init__(self, gpu: FakeGpu, num_bytes: int) -> None:
+        gpu.call("cuMemAlloc")
+        self._gpu, self._address = gpu, gpu.allocate(num_bytes)
+        gpu.born("device memory")
+
+    def __int__(self) -> int:
+        return self._address
+
+    def free(self) -> None:
+        if self._gpu.depth < 1:
+            raise RuleError("PyCUDA frees memory only where its context is current")
+        del self._gpu.blocks[self._address]
+        self._gpu.dead("device memory")
+
+
+class _HostBlock:
+    """``pycuda.driver.PagelockedHostAllocation``, the base of an array."""
+
+    def __init__(self, gpu: FakeGpu, shape: Any, dtype: Any, mapped: bool) -> None:
+        gpu.call("cuMemHostAlloc")
+        self._gpu, self._mapped = gpu, mapped
+        self._array: NDArray[Any] = np.full(shape, POISON, dtype)
+        self._address = 0
+        gpu.born("pinned memory")
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return self._array.__array_interface__
+
+    def get_device_pointer(self) -> int:
+        self._gpu.call("cuMemHostGetDevicePointer")
+        if not self._mapped:
+            raise RuleError("memory that was not mapped has no device address")
+        if not self._address:
+            self._address = self._gpu.register(self._array.view(np.uint8))
+        return self._address
+
+    def free(self) -> None:
+        if self._gpu.depth < 1:
+            raise RuleError("PyCUDA frees memory only where its context is current")
+        self._gpu.blocks.pop(self._address, None)
+        self._array.view(np.uint8)[...] = 0xEE
+        self._gpu.dead("pinned memory")
+
+
+class FakeMemcpy3D:
+    """``pycuda.driver.Memcpy3D``: the fields of CUDA_MEMCPY3D that PyCUDA shows."""
+
+    _fields = ("src_pitch", "src_height", "dst_pitch", "dst_height", "width_in_bytes", "height",
+               "depth")  # fmt: skip
+    src_pitch = src_height = dst_pitch = dst_height = width_in_bytes = height = depth = 0
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        gpu.code("CUDA_MEMCPY3D")
+        self._gpu = gpu
+        self._source: Any = None
+        self._target: Any = None
+
+    def set_src_device(self, address: int) -> None:
+        self._source = int(address)
+
+    def set_dst_device(self, address: int) -> None:
+        self._target = int(address)
+
+    def set_src_host(self, array: NDArray[Any]) -> None:
+        assert array.flags.c_contiguous
+        self._source = array.reshape(-1).view(np.uint8)
+
+    def set_dst_host(self, array: NDArray[Any]) -> None:
+        assert array.flags.c_contiguous
+        self._target = array.reshape(-1).view(np.uint8)
+
+    def __call__(self, stream: FakeStream) -> None:
+        gpu = self._gpu
+        gpu.call("cuMemcpy3DAsync")
+        width, height, depth = self.width_in_bytes, self.height, self.depth
+        sides = []
+        for base, pitch, rows in (
+            (self._source, self.src_pitch, self.src_height),
+            (self._target, self.dst_pitch, self.dst_height),
+        ):
+            if pitch < width or rows < height:
+                gpu.fail("cuMemcpy3DAsync", 201)
+            span = ((depth - 1) * rows + height - 1) * pitch + width
+            flat = gpu.memory(base, span) if isinstance(base, int) else base[:span]
+            if flat.nbytes < span:
+                raise RuleError("a copy passes the end of a host array")
+            strides = (rows * pitch, pitch, 1)
+            sides.append(np.lib.stride_tricks.as_strided(flat, (depth, height, width), strides))
+        source, target = sides
+
+        def run() -> None:
+            target[...] = source
+
+        host = not isinstance(self._target, int)
+        gpu.put(stream.handle, Work(run, lambda: target.fill(POISON) if host else None))
+
+
+def _make_driver(gpu: FakeGpu) -> Any:
+    driver: Any = types.ModuleType("pycuda.driver")
+    driver.Error, driver.MemoryError = Error, OutOfMemoryError
+    driver.LogicError, driver.LaunchError = LogicError, LaunchError
+    driver.host_alloc_flags = types.SimpleNamespace(PORTABLE=1, DEVICEMAP=2)
+    driver.device_attribute = types.SimpleNamespace(INTEGRATED="integrated")
+    driver.init = lambda flags=0: gpu.call("cuInit", context=False)
+
+    class Context:
+        def push(self) -> None:
+            gpu.push()
+
+        @staticmethod
+        def pop() -> None:
+            gpu.pop()
+
+    context = Context()
+
+    class Device:
+        def __init__(self, ordinal: int) -> None:
+            gpu.call("cuDeviceGet", context=False)
+
+        @staticmethod
+        def count() -> int:
+            gpu.call("cuDeviceGetCount", context=False)
+            return 1
+
+        def name(self) -> str:
+            return "Fake"
+
+        def compute_capability(self) -> tuple[int, int]:
+            return gpu.compute_capability
+
+        def get_attribute(self, attribute: str) -> int:
+            return int(getattr(gpu, attribute))
+
+        def retain_primary_context(self) -> Context:
+            gpu.call("cuDevicePrimaryCtxRetain", context=False)
+            return context
+
+    driver.Device, driver.Context = Device, Context
+    driver.Memcpy3D = lambda: FakeMemcpy3D(gpu)
+    driver.mem_alloc = lambda num_bytes: _Block(gpu, num_bytes)
+
+    class Stream(FakeStream):
+        def __init__(self, flags: int = 0) -> None:
+            super().__init__(gpu)
+
+    driver.Stream = Stream
+
+    def pagelocked_empty(shape: Any, dtype: Any, order: str = "C", mem_flags: int = 0) -> Any:
+        return np.asarray(_HostBlock(gpu, shape, dtype, bool(mem_flags & 2)))
+
+    def mem_get_info() -> tuple[int, int]:
+        gpu.call("cuMemGetInfo")
+        used = sum(block.nbytes for block in gpu.blocks.values())
+        return gpu.total_bytes - used, gpu.total_bytes
+
+    def memcpy_htod_async(dest: int, src: NDArray[Any], stream: FakeStream) -> None:
+        gpu.call("cuMemcpyHtoDAsync")
+        assert src.flags.c_contiguous
+        source = src.reshape(-1).view(np.uint8)
+        target = gpu.memory(dest, source.nbytes)
+
+        def run() -> None:
+            target[...] = source
+
+        gpu.put(stream.handle, Work(run))
+
+    def memcpy_dtoh_async(dest: NDArray[Any], src: int, stream: FakeStream) -> None:
+        gpu.call("cuMemcpyDtoHAsync")
+        assert dest.flags.c_contiguous
+        target = dest.reshape(-1).view(np.uint8)
+        source = gpu.memory(src, target.nbytes)
+
+        def run() -> None:
+            target[...] = source
+
+        gpu.put(stream.handle, Work(run, lambda: target.fill(POISON)))
+
+    def memset_d8_async(dest: int, data: int, size: int, stream: FakeStream) -> None:
+        gpu.call("cuMemsetD8Async")
+        target = gpu.memory(dest, size)
+        gpu.put(stream.handle, Work(lambda: target.fill(data)))
+
+    driver.pagelocked_empty, driver.mem_get_info = pagelocked_empty, mem_get_info
+    driver.memcpy_htod_async, driver.memcpy_dtoh_async = memcpy_htod_async, memcpy_dtoh_async
+    driver.memset_d8_async = memset_d8_async
+    return driver
+
+
+class CaptureMode(enum.IntEnum):
+    CU_STREAM_CAPTURE_MODE_GLOBAL = 0
+    CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1
+    CU_STREAM_CAPTURE_MODE_RELAXED = 2
+
+
+class Result(enum.IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_LAUNCH_FAILED = 719
+    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
+    CUDA_ERROR_UNKNOWN = 999
+
+
+def _make_graphs(gpu: FakeGpu) -> Any:
+    """``cuda.bindings.driver``: every call returns its error first."""
+    graphs: Any = types.ModuleType("cuda.bindings.driver")
+    graphs.CUresult, graphs.CUstreamCaptureMode = Result, CaptureMode
+
+    def begin(hStream: int, mode: CaptureMode) -> tuple[Result]:
+        code = gpu.code("cuStreamBeginCapture")
+        if not code:
+            gpu.streams[hStream].capturing = []
+        return (Result(code),)
+
+    def end(hStream: int) -> tuple[Result, Any]:
+        code = gpu.code("cuStreamEndCapture")
+        stream = gpu.streams[hStream]
+        works, stream.capturing = stream.capturing, None
+        if works is None:
+            return Result(code or 901), None
+        if code:
+            return Result(code), None
+        gpu.born("captured graph")
+        return Result(0), works
+
+    def instantiate(hGraph: Any, flags: int) -> tuple[Result, Any]:
+        code = gpu.code("cuGraphInstantiate")
+        if not code:
+            gpu.born("graph")
+        return Result(code), None if code else list(hGraph)
+
+    def destroy(hGraph: Any) -> tuple[Result]:
+        gpu.dead("captured graph")
+        return (Result(gpu.code("cuGraphDestroy")),)
+
+    def exec_destroy(hGraphExec: Any) -> tuple[Result]:
+        gpu.dead("graph")
+        return (Result(gpu.code("cuGraphExecDestroy")),)
+
+    def launch(hGraphExec: list[Work], hStream: int) -> tuple[Result]:
+        code = gpu.code("cuGraphLaunch")
+        if not code:
+            for work in hGraphExec:
+                work.valid()
+                gpu.put(hStream, work)
+        return (Result(code),)
+
+    graphs.cuStreamBeginCapture, graphs.cuStreamEndCapture = begin, end
+    graphs.cuGraphInstantiate, graphs.cuGraphDestroy = instantiate, destroy
+    graphs.cuGraphLaunch, graphs.cuGraphExecDestroy = launch, exec_destroy
+    graphs.cuGetErrorString = lambda error: (Result(0), _TEXTS[int(error)].encode())
+    return graphs

@@ -1,0 +1,130 @@
+"""ONNX Runtime CUDA on a real GPU, against the CPU backend: what no CPU can show."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from edge.device_probe import probe_cuda
+from edge.errors import DeviceMemoryError
+from tests.conftest import Bundles, require_kernels
+from tests.edge.backends.runner import Runner, random_ids
+from tests.edge.backends.test_ort_cuda import VARIANTS, CudaRunner, greedy, history
+from tests.tiny_models import KINDS, Kind
+
+pytestmark = pytest.mark.gpu
+
+# fp16 sums in another order than on the CPU, where the same graph differs from fp32 by 0.033.
+ATOL = 0.06
+# bf16 has 8 bits: eight times coarser than fp16.
+ATOL_BF16 = 0.5
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip("onnxruntime")
+    require_kernels(request.param.split()[0])
+    return str(request.param)
+
+
+def open_cuda(bundles: Bundles, kind: Kind, variant: str, quant: str = "fp16") -> CudaRunner:
+    bundle = bundles(kind, variant.split()[0], quant)
+    return CudaRunner(bundle, device=None, fuse_attention=variant == "native fused")
+
+
+@pytest.mark.parametrize("quant", ["fp16", "int4", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_computes_what_the_cpu_computes(
+    kind: Kind, quant: str, variant: str, tiny_bundles: Bundles
+):
+    bundle = tiny_bundles(kind, variant.split()[0], quant)
+    with (
+        open_cuda(tiny_bundles, kind, variant, quant) as ours,
+        Runner(bundle, int8_activations=False) as theirs,
+    ):
+        for found, expected in zip(history(ours), history(theirs), strict=True):
+            assert_allclose(found, expected, atol=ATOL, rtol=0.02)
+
+
+def test_bf16(variant: str, tiny_bundles: Bundles):
+    bundle = tiny_bundles("llama", variant.split()[0], "bf16")
+    with open_cuda(tiny_bundles, "llama", variant, "bf16") as ours, Runner(bundle) as theirs:
+        ids = random_ids(2, 20)
+        assert_allclose(ours.step(ids, [2, 1]), theirs.step(ids, [2, 1]), atol=ATOL_BF16, rtol=0)
+        rows = ours.cache(2)
+        ours.backend.write_slot(0, rows)
+        assert_array_equal(ours.backend.read_slot(0, 20), rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_greedy_tokens(kind: Kind, variant: str, tiny_bundles: Bundles):
+    bundle = tiny_bundles(kind, variant.split()[0])
+    compared = 0
+    with open_cuda(tiny_bundles, kind, variant) as ours, Runner(bundle) as theirs:
+        for seed in range(6):
+            ours.lengths[0] = theirs.lengths[0] = 0
+            ids = random_ids(1, 11, seed=seed)
+            expected, margin = greedy(theirs, ids, 12)
+            found, _ = greedy(ours, ids, 12)
+            if margin > 2 * ATOL:  # else rounding may choose
+                assert found == expected
+                compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("quant", ["fp16", "int4"])
+def test_no_node_falls_back_to_the_cpu(quant: str, variant: str, tiny_bundles: Bundles):
+    with open_cuda(tiny_bundles, "qwen2", variant, quant) as runner:
+        assert runner.backend.nodes_elsewhere == {}
+
+
+def test_slots_are_moved_on_the_device(variant: str, tiny_bundles: Bundles):
+    with open_cuda(tiny_bundles, "qwen2", variant) as runner:
+        runner.step(random_ids(1, 33), [2])
+        rows = runner.cache(2)
+        runner.backend.copy_slot(2, 0, 20)
+        assert_array_equal(runner.backend.read_slot(0, 20), rows[:, :, :20])
+        assert not runner.backend.read_slot(0, 33)[:, :, 20:].any()
+
+
+def test_repeated_steps_give_the_same_bits(variant: str, tiny_bundles: Bundles):
+    with open_cuda(tiny_bundles, "llama", variant) as runner:
+        runner.step(random_ids(1, 20))
+        found = []
+        for _ in range(5):
+            runner.lengths[0] = 20
+            found.append(runner.step(random_ids(1, 1, seed=1)))
+        for other in found[1:]:
+            assert_array_equal(other, found[0])
+
+
+def test_loading_and_closing_leaks_nothing(variant: str, tiny_bundles: Bundles):
+    def used() -> int:
+        gc.collect()
+        probe: dict[str, Any] = probe_cuda()
+        return int(probe["memory_total_bytes"]) - int(probe["memory_free_bytes"])
+
+    def cycle() -> None:
+        with open_cuda(tiny_bundles, "qwen2", variant) as runner:
+            runner.step(random_ids(1, 5))
+
+    for _ in range(3):
+        cycle()
+    before = used()
+    for _ in range(5):
+        cycle()
+    assert used() - before < 8 << 20
+
+
+def test_too_large_a_cache_is_one_clear_error(tiny_bundles: Bundles):
+    bundle = tiny_bundles("qwen2", "portable")
+    probe = probe_cuda()
+    with CudaRunner(bundle, device=None, num_slots=1) as runner:
+        per_slot = runner.backend.cache_bytes
+    # Each of the four tensors is larger than the memory: nothing is half allocated on a Jetson.
+    slots = int(probe["memory_total_bytes"]) * 5 // per_slot
+    with pytest.raises(DeviceMemoryError, match="--kv-capacity"):
+        CudaRunner(bundle, device=None, num_slots=slots)
