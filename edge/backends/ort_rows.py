@@ -1,0 +1,186 @@
+"""Rows of a KV cache in device memory, moved by ONNX Runtime's own kernels.
+
+ONNX Runtime's Python API copies whole tensors only. A slot's rows are a strided part of each cache
+tensor, so two tiny graphs do the work on whatever device the session has, and no second way to
+that device's memory is needed: ``ScatterND`` writes rows in place, ``Slice`` reads them. Each has
+one node per cache tensor, so one call moves all layers. Elements are opaque: two bytes are uint16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.onnx_file import ELEMENT_TYPES, Message, Node
+
+# From opset 16 on ONNX Runtime CUDA warns about every ScatterND; IR version 8 goes with ONNX 1.11.
+_IR_VERSION, _OPSET = 8, 13
+ELEMENT_NUMBERS = {"uint16": 4, **{name: number for number, name in ELEMENT_TYPES.items()}}
+
+
+class Block:
+    """A contiguous tensor in device memory: what a binding needs to know of it.
+
+    Attributes:
+        address: of its first element.
+        shape: its dimensions.
+        owner: keeps the memory alive.
+    """
+
+    def __init__(self, address: int, shape: Sequence[int], owner: Any) -> None:
+        self.address = address
+        self.shape = tuple(shape)
+        self.owner = owner
+
+
+class RowMover:
+    """Writes and reads rows of ``[batch, kv_heads, capacity, head_dim]`` blocks.
+
+    Args:
+        open_session: makes a session of a model's bytes on the device.
+        allocate: makes an uninitialized block of a shape there.
+        device: name and index of the device, as ONNX Runtime's bindings call it.
+        num_tensors: cache tensors, keys and values of all layers.
+        dtype: of the elements, two or four bytes each.
+    """
+
+    def __init__(
+        self,
+        open_session: Callable[[bytes], Any],
+        allocate: Callable[[Sequence[int]], Block],
+        device: tuple[str, int],
+        num_tensors: int,
+        dtype: np.dtype[Any],
+    ) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._allocate = allocate
+        self._names = [f"cache.{index}" for index in range(num_tensors)]
+        self._bits = np.uint16 if dtype.itemsize == 2 else np.float32
+        element = ELEMENT_NUMBERS["uint16" if dtype.itemsize == 2 else "fp32"]
+        self._scatter = open_session(_scatter_model(self._names, element))
+        self._slice = open_session(_slice_model(self._names, element))
+
+    def writer(self, caches: Sequence[Block], rows: Sequence[Block]) -> RowWriter:
+        """Prepare writes from one set of blocks to another; it may be used many times.
+
+        Args:
+            caches: ``[batch, kv_heads, capacity, head_dim]`` each.
+            rows: ``[batch, kv_heads, length, head_dim]`` each, on the same device.
+        """
+        binding = self._scatter.io_binding()
+        for name, cache, new in zip(self._names, caches, rows, strict=True):
+            self._bind(binding.bind_input, name, cache)
+            self._bind(binding.bind_input, f"{name}.rows", new)
+            self._bind(binding.bind_output, f"{name}.out", cache)
+        return RowWriter(self._scatter, binding, rows[0].shape)
+
+    def read(self, caches: Sequence[Block], length: int) -> list[Block]:
+        """Copy the first rows of each block to new blocks on the device."""
+        found = [self._allocate((*cache.shape[:2], length, cache.shape[3])) for cache in caches]
+        self._run_slice(caches, length, found, self._device)
+        return found
+
+    def read_to_host(self, caches: Sequence[Block], length: int) -> NDArray[Any]:
+        """Copy the first rows of each block: ``[tensors, batch, kv_heads, length, head_dim]``."""
+        batch, heads, _, dim = caches[0].shape
+        found = np.empty((len(caches), batch, heads, length, dim), dtype=self._dtype)
+        targets = [Block(array.ctypes.data, array.shape, array) for array in found]
+        self._run_slice(caches, length, targets, ("cpu", 0))
+        return found
+
+    def _run_slice(
+        self,
+        caches: Sequence[Block],
+        length: int,
+        targets: Sequence[Block],
+        device: tuple[str, int],
+    ) -> None:
+        binding = self._slice.io_binding()
+        binding.bind_cpu_input("length", np.array([length], dtype=np.int64))
+        for name, cache, target in zip(self._names, caches, targets, strict=True):
+            self._bind(binding.bind_input, name, cache)
+            self._bind(binding.bind_output, f"{name}.rows", target, device)
+        self._slice.run_with_iobinding(binding)
+
+    def _bind(
+        self, bind: Any, name: str, block: Block, device: tuple[str, int] | None = None
+    ) -> None:
+        bind(name, *(device or self._device), self._bits, block.shape, block.address)
+
+
+class RowWriter:
+    """Writes the rows that lie in some blocks now; made by `RowMover.writer`."""
+
+    def __init__(self, session: Any, binding: Any, shape: Sequence[int]) -> None:
+        self._session = session
+        self._binding = binding
+        batch, heads, self._length, _ = shape
+        self._indices = np.empty((batch, heads, self._length, 3), dtype=np.int64)
+        self._indices[..., 0] = np.arange(batch)[:, None, None]
+        self._indices[..., 1] = np.arange(heads)[:, None]
+
+    def write(self, starts: Sequence[int] | NDArray[np.int64]) -> None:
+        """Overwrite cache rows in place, from ``starts[b]`` on in sequence ``b``."""
+        rows = np.asarray(starts)[:, None] + np.arange(self._length)
+        self._indices[..., 2] = rows[:, None]
+        self._binding.bind_cpu_input("indices", self._indices)
+        self._session.run_with_iobinding(self._binding)
+
+
+def _scatter_model(names: Sequence[str], element: int) -> bytes:
+    cache, rows = ("batch", "heads", "capacity", "dim"), ("batch", "heads", "length", "dim")
+    inputs = [tensor_info("indices", ELEMENT_NUMBERS["int64"], ("batch", "heads", "length", 3))]
+    for name in names:
+        inputs += [tensor_info(name, element, cache), tensor_info(f"{name}.rows", element, rows)]
+    nodes = [
+        Node("ScatterND", [name, "indices", f"{name}.rows"], [f"{name}.out"], name)
+        for name in names
+    ]
+    return small_model(
+        nodes, inputs, [tensor_info(f"{name}.out", element, cache) for name in names]
+    )
+
+
+def _slice_model(names: Sequence[str], element: int) -> bytes:
+    cache, rows = ("batch", "heads", "capacity", "dim"), ("batch", "heads", "length", "dim")
+    inputs = [tensor_info("length", ELEMENT_NUMBERS["int64"], (1,))]
+    inputs += [tensor_info(name, element, cache) for name in names]
+    nodes = [
+        Node("Slice", [name, "zero", "length", "axis"], [f"{name}.rows"], name) for name in names
+    ]
+    outputs = [tensor_info(f"{name}.rows", element, rows) for name in names]
+    return small_model(nodes, inputs, outputs, {"zero": 0, "axis": 2})
+
+
+def small_model(
+    nodes: Sequence[Node],
+    inputs: Sequence[Message],
+    outputs: Sequence[Message],
+    constants: dict[str, int] | None = None,
+) -> bytes:
+    """A ModelProto without weights but some int64 constants; fields as in ``onnx.proto3``."""
+    graph = Message()
+    for node in nodes:
+        graph.add(1, node.encode())
+    graph.add(2, "rows")
+    for name, value in (constants or {}).items():
+        raw = np.array([value], dtype="<i8").tobytes()
+        graph.add(5, Message().add(1, 1).add(2, ELEMENT_NUMBERS["int64"]).add(8, name).add(9, raw))
+    for field, values in ((11, inputs), (12, outputs)):
+        for info in values:
+            graph.add(field, info)
+    model = Message().add(1, _IR_VERSION).add(7, graph)
+    return model.add(8, Message().add(1, "").add(2, _OPSET)).serialize()
+
+
+def tensor_info(name: str, element: int, shape: Sequence[int | str]) -> Message:
+    """A ValueInfoProto of a tensor; a string is a dynamic dimension."""
+    dims = Message()
+    for size in shape:
+        dims.add(1, Message().add(2 if isinstance(size, str) else 1, size))
+    tensor = Message().add(1, element).add(2, dims)
+    return Message().add(1, name).add(2, Message().add(1, tensor))
