@@ -1,18 +1,23 @@
+"""Two backends held against each other, and the verb that does it."""
+
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 from edge.backends import Floats
 from edge.backends.ort import OrtBackend
+from edge.cli.verify import verify
 from edge.embeddings import EmbeddingTable
 from edge.errors import ConfigError
 from edge.io_spec import EMBEDDINGS_NAME
 from edge.manifest import read_manifest
-from engines.verify import Thresholds, compare_backends
+from edge.verify import Thresholds, compare_backends
 from tests.conftest import Bundles, require_kernels
 
 PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
@@ -103,3 +108,35 @@ def test_prompts_that_cannot_be_compared_are_refused(bundle: Path, prompts) -> N
     backend = open_backend(bundle)
     with pytest.raises(ConfigError, match="prompt"):
         compare_backends(backend, backend, prompts, embedder(bundle))
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(verify, [str(argument) for argument in arguments])
+
+
+def test_the_verb_passes_on_a_good_engine_and_says_what_it_measured(bundle: Path) -> None:
+    result = run(bundle, "--decode-steps", 6, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["backend"] == "ort-cpu"
+    assert report["passed"] is True
+    assert report["decode"]["positions"] == 18
+    assert report["prefill"]["min_cosine"] > 0.999
+    assert "passed" in run(bundle, "--decode-steps", 2).stdout
+
+
+def test_a_missed_threshold_is_printed_and_is_an_exit_code(bundle: Path) -> None:
+    result = run(bundle, "--decode-steps", 2, "--min-cosine", 1.5)
+    assert result.exit_code == 3
+    assert "MISSED: prefill: cosine" in result.stdout
+
+
+def test_prompts_of_ones_own(bundle: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abc\n\nde\n", encoding="utf-8")
+    result = run(bundle, "--prompts", prompts, "--decode-steps", 3, "--json")
+    assert json.loads(result.stdout)["decode"]["positions"] == 6
+    for text, words in ((b"\n", "no prompt"), (b"\xff", "not UTF-8")):
+        prompts.write_bytes(text)
+        assert words in str(run(bundle, "--prompts", prompts).exception)
+    assert "--kv-capacity" in str(run(bundle, "--decode-steps", 128).exception)

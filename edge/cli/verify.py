@@ -1,0 +1,209 @@
+"""``edge-llm verify``: does this machine's engine answer as the same graph does on the CPU?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+import numpy as np
+
+from edge.errors import ConfigError
+
+from . import echo_json
+from .eval import EXIT_GATE_MISSED
+from .options import bundle_argument, engine_options
+
+if TYPE_CHECKING:
+    from edge.tokenizer import Tokenizer
+    from edge.verify import Agreement, VerifyReport
+
+_PROMPT_CHUNK = 64  # tokens per step: the longest prompt goes through several
+_PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
+
+
+@click.command()
+@bundle_argument
+@engine_options
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="UTF-8 file, a prompt per line; default: three pieces of the built-in text.",
+)
+@click.option(
+    "--decode-steps",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Tokens decoded after each prompt.",
+)
+@click.option(
+    "--min-cosine",
+    type=float,
+    help="Of the logits at a position; default 0.999, and 0.95 for ort-cpu with quantized weights, "
+    "which rounds activations.",
+)
+@click.option("--min-top1", type=float, help="Share of equal likeliest tokens; 0.97 or 0.9.")
+@click.option("--max-kl", type=float, help="Mean divergence, nats per token; 0.01 or 0.02.")
+@click.option("--min-cache-cosine", type=float, help="Of a cached row; 0.999 or 0.95.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+def verify(
+    bundle: Path,
+    backend: Any,
+    kv_capacity: int | None,
+    num_threads: int | None,
+    prompts_file: Path | None,
+    decode_steps: int,
+    min_cosine: float | None,
+    min_top1: float | None,
+    max_kl: float | None,
+    min_cache_cosine: float | None,
+    as_json: bool,
+) -> None:
+    """Hold the engine that runs BUNDLE here against the same graph in float on the CPU.
+
+    Logits at prefill and at every decode step, and the KV cache. Leaves with code 3 if a threshold
+    is missed.
+    """
+    from edge.backends.choose import open_backend
+    from edge.backends.ort import OrtBackend
+    from edge.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+    from edge.manifest import read_manifest, verify_files
+    from edge.tokenizer import Tokenizer
+    from edge.verify import ROUNDED_ACTIVATIONS, Thresholds, compare_backends
+
+    given = {
+        "cosine": min_cosine,
+        "top1": min_top1,
+        "kl": max_kl,
+        "cache_cosine": min_cache_cosine,
+    }
+    manifest = read_manifest(bundle)
+    verify_files(bundle, manifest, manifest.files)
+    tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
+    capacity = kv_capacity or manifest.kv_capacity
+    prompts = read_prompts(prompts_file, tokenizer, capacity - decode_steps)
+    with (
+        closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)) as table,
+        # The graph as it was exported: no rewritten attention, no rounded activations.
+        closing(
+            OrtBackend(
+                bundle,
+                manifest,
+                kv_capacity=kv_capacity,
+                num_threads=num_threads,
+                max_step_tokens=_PROMPT_CHUNK,
+                fuse_attention=False,
+                int8_activations=False,
+            )
+        ) as reference,
+        closing(
+            open_backend(
+                backend,
+                bundle,
+                manifest,
+                num_slots=1,
+                kv_capacity=kv_capacity,
+                max_step_tokens=_PROMPT_CHUNK,
+                num_threads=num_threads,
+                int8_activations=True,
+            )
+        ) as candidate,
+    ):
+        quantized = manifest.quantization.method != "none"
+        rounds = candidate.name == "ort-cpu" and quantized
+        report = compare_backends(
+            reference,
+            candidate,
+            prompts,
+            lambda ids: table[np.asarray(ids, dtype=np.int64)],
+            decode_steps=decode_steps,
+            thresholds=replace(
+                ROUNDED_ACTIVATIONS if rounds else Thresholds(),
+                **{name: value for name, value in given.items() if value is not None},
+            ),
+        )
+        name = candidate.name
+    if as_json:
+        echo_json({"backend": name, "passed": report.passed, **msgspec.to_builtins(report)})
+    else:
+        _print(bundle, name, report)
+    if not report.passed:
+        click.get_current_context().exit(EXIT_GATE_MISSED)
+
+
+def read_prompts(path: Path | None, tokenizer: Tokenizer, limit: int) -> list[list[int]]:
+    """Token ids of each line of a file, or of three pieces of the built-in text.
+
+    Args:
+        path: UTF-8, a prompt per line, empty lines left out; None is the built-in text.
+        tokenizer: the bundle's.
+        limit: tokens that a prompt may have; pieces of the built-in text are cut to it.
+
+    Raises:
+        ConfigError: the file cannot be read or has no prompt, or the cache is too small.
+    """
+    if limit < 1:
+        raise ConfigError(
+            "the decode steps fill the KV cache; give fewer --decode-steps or a larger "
+            "--kv-capacity"
+        )
+    if path is None:
+        text = resources.files("edge").joinpath("data/eval_text.txt").read_text(encoding="utf-8")
+        ids = tokenizer.encode(text[:20_000])
+        return _pieces(ids, limit)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--prompts {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {path} is not UTF-8 text: {error}") from error
+    prompts = [tokenizer.encode(line) for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--prompts {path} has no prompt; write one per line")
+    return prompts
+
+
+def _pieces(ids: Sequence[int], limit: int) -> list[list[int]]:
+    pieces, start = [], 0
+    for length in _PROMPT_TOKENS:
+        piece = list(ids[start : start + min(length, limit)])
+        pieces.append(piece)
+        start += len(piece)
+    return pieces
+
+
+def _print(bundle: Path, name: str, report: VerifyReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False)
+    table = Table(
+        title=f"{bundle}: {name} against the float graph on the CPU",
+        title_justify="left",
+        box=None,
+    )
+    for column in ("phase", "positions", "least cosine", "same top token", "mean KL"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase, found in (("prefill", report.prefill), ("decode", report.decode)):
+        table.add_row(phase, *_figures(found))
+    console.print(table)
+    console.print(f"least cosine of a cached row: {report.min_cache_cosine:.6f}")
+    for miss in report.misses:
+        console.print(f"MISSED: {miss}")
+    console.print("passed" if report.passed else f"{len(report.misses)} thresholds missed")
+
+
+def _figures(found: Agreement) -> tuple[str, ...]:
+    return (
+        str(found.positions),
+        f"{found.min_cosine:.6f}",
+        f"{found.top1:.1%}",
+        f"{found.mean_kl:.6f}",
+    )

@@ -1,0 +1,217 @@
+"""Hold one engine against another: the same prompts, every logit and every cache row compared.
+
+Both sides are a `Backend`, so that a TensorRT engine is held against ONNX Runtime on the CPU, which
+runs the very same graph. Decoding is teacher-forced with the reference's own greedy tokens: one
+early difference does not make everything after it incomparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend, Floats
+from edge.errors import ConfigError
+
+_LOGITS_PER_CHUNK = 32  # a vocabulary of 150,000 in float32 takes 0.6 MB a position
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What an engine must reach.
+
+    Attributes:
+        cosine: the least cosine of the logits at a position.
+        top1: share of positions with the same likeliest token.
+        kl: mean Kullback-Leibler divergence from the reference, in nats per token.
+        cache_cosine: the least cosine of a cached key or value row, over its head.
+    """
+
+    cosine: float = 0.999
+    top1: float = 0.97
+    kl: float = 0.01
+    cache_cosine: float = 0.999
+
+
+ROUNDED_ACTIVATIONS = Thresholds(cosine=0.95, top1=0.9, kl=0.02, cache_cosine=0.95)
+"""For engines that round each block of activations to INT8 on their own, as ``ort-cpu`` does for
+quantized weights: SmolLM2 INT4 measured 0.983, 0.94, 0.006 and 0.977."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the logits of some positions agree; see `Thresholds`."""
+
+    positions: int
+    min_cosine: float
+    top1: float
+    mean_kl: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Prefill and decode over all prompts, and the caches behind them.
+
+    Attributes:
+        min_cache_cosine: over all layers, heads and rows.
+        misses: one sentence for each threshold that was not reached; empty is good.
+    """
+
+    prefill: Agreement
+    decode: Agreement
+    min_cache_cosine: float
+    misses: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every threshold was reached."""
+        return not self.misses
+
+
+def compare_backends(
+    reference: Backend,
+    candidate: Backend,
+    prompts: Sequence[Sequence[int]],
+    embed: Callable[[Sequence[int]], Floats],
+    *,
+    decode_steps: int = 32,
+    thresholds: Thresholds | None = None,
+) -> VerifyReport:
+    """Run prompts through both and compare.
+
+    Args:
+        reference: what is taken for right.
+        candidate: what is measured.
+        prompts: token ids; each is prefilled in chunks that both take, then decoded.
+        embed: rows ``[n, hidden]`` of the token table for ``n`` ids.
+        decode_steps: steps after each prompt.
+        thresholds: the defaults if left open.
+
+    Raises:
+        ConfigError: nothing to compare, or a prompt that does not fit a cache.
+    """
+    limit = min(reference.capacity, candidate.capacity)
+    if not prompts or decode_steps < 1:
+        raise ConfigError("nothing to compare: give one prompt and one decode step at least")
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) < 1 or longest + decode_steps > limit:
+        raise ConfigError(
+            f"prompts of 1 to {limit - decode_steps} tokens fit the cache of {limit} rows with "
+            f"{decode_steps} decode steps; the longest has {longest}"
+        )
+    prefill: list[NDArray[np.float64]] = []
+    decode: list[NDArray[np.float64]] = []
+    worst_cache = 1.0
+    for prompt in prompts:
+        token = _prefill(reference, candidate, prompt, embed, prefill)
+        length = len(prompt)
+        for _ in range(decode_steps):
+            ours, theirs = _step((reference, candidate), embed([token]), length, [0])
+            decode.append(_measure(ours, theirs))
+            token = int(ours[-1].argmax())
+            length += 1
+        worst_cache = min(worst_cache, _cache_cosine(reference, candidate, length))
+    first, second = _summarize(prefill), _summarize(decode)
+    wanted = thresholds or Thresholds()
+    misses = [
+        *_misses("prefill", first, wanted),
+        *_misses("decode", second, wanted),
+    ]
+    if not worst_cache >= wanted.cache_cosine:  # a NaN is a miss too
+        misses.append(f"cache: cosine {worst_cache:.6f}, at least {wanted.cache_cosine} is wanted")
+    return VerifyReport(first, second, worst_cache, tuple(misses))
+
+
+def _prefill(
+    reference: Backend,
+    candidate: Backend,
+    prompt: Sequence[int],
+    embed: Callable[[Sequence[int]], Floats],
+    measured: list[NDArray[np.float64]],
+) -> int:
+    """Returns the reference's next token."""
+    chunk = min(reference.max_step_tokens, candidate.max_step_tokens)
+    token = 0
+    for start in range(0, len(prompt), chunk):
+        ids = prompt[start : start + chunk]
+        wanted = np.linspace(0, len(ids) - 1, min(len(ids), _LOGITS_PER_CHUNK)).round()
+        ours, theirs = _step(
+            (reference, candidate), embed(ids), start, wanted.astype(np.int64).tolist()
+        )
+        measured.append(_measure(ours, theirs))
+        token = int(ours[-1].argmax())
+    return token
+
+
+def _step(
+    backends: tuple[Backend, Backend], embeds: Floats, start: int, wanted: Sequence[int]
+) -> list[NDArray[np.float32]]:
+    """Logits ``[n, vocab]`` of both; slot 0 is written from row ``start`` on."""
+    end = start + len(embeds)
+    positions = np.arange(start, end, dtype=np.int64)[None]
+    indices = np.array([wanted], dtype=np.int64)
+    return [
+        backend.forward([0], embeds[None], positions, end, indices)[0].copy()
+        for backend in backends
+    ]
+
+
+def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Per position: cosine, same likeliest token, KL; ``[n, 3]``."""
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    log_p, log_q = _log_softmax(a), _log_softmax(b)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    same = a.argmax(axis=-1) == b.argmax(axis=-1)
+    return np.stack([_cosine(a, b), same.astype(np.float64), kl], axis=-1)
+
+
+def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    dot = (a * b).sum(axis=-1)
+    # Two rows of zeros agree; one of them does not.
+    zeros = np.where((a == b).all(axis=-1), 1.0, 0.0)
+    result: NDArray[np.float64] = np.where(
+        norms == 0, zeros, dot / np.where(norms == 0, 1.0, norms)
+    )
+    return result
+
+
+def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    x = x - x.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _cache_cosine(reference: Backend, candidate: Backend, length: int) -> float:
+    worst = 1.0
+    ours, theirs = reference.read_slot(0, length), candidate.read_slot(0, length)
+    for a, b in zip(ours, theirs, strict=True):  # one layer's keys or values at a time
+        cosines = _cosine(a.astype(np.float64), b.astype(np.float64))
+        worst = float(np.minimum(worst, cosines.min()))  # keeps a NaN, as min() would not
+    return worst
+
+
+def _summarize(measured: list[NDArray[np.float64]]) -> Agreement:
+    rows = np.concatenate(measured)
+    return Agreement(
+        len(rows),
+        float(rows[:, 0].min()),
+        float(rows[:, 1].mean()),
+        float(rows[:, 2].mean()),
+    )
+
+
+def _misses(phase: str, found: Agreement, wanted: Thresholds) -> list[str]:
+    misses = []
+    if not found.min_cosine >= wanted.cosine:
+        misses.append(f"{phase}: cosine {found.min_cosine:.6f}, at least {wanted.cosine} is wanted")
+    if not found.top1 >= wanted.top1:
+        misses.append(
+            f"{phase}: same likeliest token at {found.top1:.1%}, at least {wanted.top1:.1%} wanted"
+        )
+    if not found.mean_kl <= wanted.kl:
+        misses.append(f"{phase}: KL {found.mean_kl:.5f}, at most {wanted.kl} is wanted")
+    return misses
