@@ -1,0 +1,148 @@
+"""``edge-llm cache``: keep the KV cache of prompt beginnings on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge.errors import RequestError
+from edge.manifest import read_manifest
+
+from . import echo_json
+from .options import bundle_argument, engine_options
+
+if TYPE_CHECKING:
+    from edge.llm import LLM
+
+_directory_option = click.option(
+    "--prefix-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory of all stored prefixes; default: $XDG_CACHE_HOME/edge-llm/prefixes.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+
+
+@click.group()
+def cache() -> None:
+    """Keep the KV cache of system prompts and documents on disk, by name."""
+
+
+@cache.command()
+@bundle_argument
+@click.argument("name")
+@click.option(
+    "--system",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File with a system prompt: chats that begin with it.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File with plain text: prompts without chat template that begin with it.",
+)
+@_directory_option
+@_json_option
+@engine_options
+def build(
+    bundle: Path,
+    name: str,
+    system: Path | None,
+    text: Path | None,
+    prefix_dir: Path | None,
+    as_json: bool,
+    backend: Any,
+    kv_capacity: int | None,
+    num_threads: int | None,
+) -> None:
+    """Compute the cache of a prompt's beginning with BUNDLE and store it as NAME.
+
+    It serves the same bundle on the same engine only, and is computed anew after a new export.
+    """
+    from edge.llm import LLM
+    from edge.prefix_store import Layout, PrefixStore, compute_rows, default_directory
+
+    if (system is None) == (text is None):
+        raise RequestError("give one of --system FILE and --text FILE")
+    with LLM(
+        bundle, backend=backend, kv_capacity=kv_capacity, num_threads=num_threads, num_slots=1
+    ) as llm:
+        ids = _system_ids(llm, _read(system)) if system else _text_ids(llm, _read(text))
+        store = PrefixStore(prefix_dir or default_directory(), llm.manifest, Layout.of(llm.backend))
+        path = store.save(name, ids, compute_rows(llm.backend, llm.embeddings, ids))
+    size = path.stat().st_size
+    if as_json:
+        echo_json({"name": name, "num_tokens": len(ids), "num_bytes": size, "path": str(path)})
+    else:
+        click.echo(f"{name}: {len(ids)} tokens, {size:,} bytes in {path}")
+
+
+@cache.command("list")
+@bundle_argument
+@_directory_option
+@_json_option
+def list_prefixes(bundle: Path, prefix_dir: Path | None, as_json: bool) -> None:
+    """List what is stored for BUNDLE; every file is checked."""
+    from edge.prefix_store import PrefixStore, default_directory
+
+    found = PrefixStore(prefix_dir or default_directory(), read_manifest(bundle)).list()
+    if as_json:
+        echo_json({"prefixes": [dataclasses.asdict(info) for info in found]})
+        return
+    for info in found:
+        state = f"not used: {info.problem}" if info.problem else f"{info.num_tokens} tokens"
+        click.echo(f"{info.name}: {state}, {info.num_bytes:,} bytes")
+    if not found:
+        click.echo("nothing is stored for this bundle")
+
+
+@cache.command()
+@bundle_argument
+@click.argument("name")
+@_directory_option
+@_json_option
+def drop(bundle: Path, name: str, prefix_dir: Path | None, as_json: bool) -> None:
+    """Remove the stored prefix NAME of BUNDLE."""
+    from edge.prefix_store import PrefixStore, default_directory
+
+    store = PrefixStore(prefix_dir or default_directory(), read_manifest(bundle))
+    if not store.drop(name):
+        raise RequestError(
+            f"nothing is stored as {name!r} in {store.directory}; "
+            "list what is with: edge-llm cache list"
+        )
+    if as_json:
+        echo_json({"dropped": name})
+    else:
+        click.echo(f"dropped {name}")
+
+
+def _read(path: Path | None) -> str:
+    assert path is not None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text: {error.reason}") from error
+
+
+def _system_ids(llm: LLM, system: str) -> list[int]:
+    from edge.prefix_store import stable_prefix
+
+    def encode(user: str) -> list[int]:
+        return llm.encode(
+            [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        )
+
+    ids = stable_prefix(encode)
+    plain = stable_prefix(lambda user: llm.encode([{"role": "user", "content": user}]))
+    if ids == plain:
+        raise RequestError("this model's chat template has no place for a system message")
+    return ids
+
+
+def _text_ids(llm: LLM, text: str) -> list[int]:
+    from edge.prefix_store import stable_prefix
+
+    return stable_prefix(lambda rest: llm.encode(text + rest))
