@@ -1,0 +1,54 @@
+"""``edge-llm config``: what the service would run with, and why."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from edge.server.settings import ServerSettings
+from edge.settings import load_settings
+
+from . import echo_json
+from .settings_options import config_option, default_config, settings_options
+
+
+@click.group()
+def config() -> None:
+    """Settings of the service."""
+
+
+@config.command()
+@config_option
+@click.option("--origin", is_flag=True, help="Also print where each value comes from.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@settings_options(ServerSettings)
+def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) -> None:
+    """Print the settings of ``edge-llm serve``: file, environment and flags put together.
+
+    Takes the flags of ``serve``. Exits with code 64 where ``serve`` would refuse to start.
+    """
+    resolved = load_settings(
+        ServerSettings, file=config_file or default_config(), environ=os.environ, flags=flags
+    )
+    values = msgspec.to_builtins(resolved.settings, enc_hook=str)
+    if as_json:
+        echo_json({"settings": values, "origin": resolved.origins} if origin else values)
+        return
+    width = max(map(len, values))
+    for name, value in values.items():
+        line = f"{name:{width}} = {_toml(value)}"
+        click.echo(f"{line:60}  # {resolved.origins[name]}" if origin else line)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it; TOML has no null, so that is a comment."""
+    if value is None:
+        return "# not set"
+    if isinstance(value, dict):
+        pairs = ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    return msgspec.json.encode(value).decode()

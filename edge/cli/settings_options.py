@@ -1,0 +1,82 @@
+"""A flag for every field of a settings class, so that file, environment and flags cannot differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from edge.settings import DEFAULT_FILE, ENV_PREFIX, field_kind
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_ENTRY = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
+
+config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help=f"TOML file of settings; flags and {ENV_PREFIX}* override it. "
+    f"Default: {DEFAULT_FILE} where it exists.",
+)
+
+
+def default_config() -> Path | None:
+    """`DEFAULT_FILE` where it exists."""
+    return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
+
+
+def settings_options(cls: type) -> Callable[[Command], Command]:
+    """Add one option per field; what is not given is None, or an empty tuple for tables.
+
+    The help is the field's entry under ``Attributes:`` in the docstring of its class.
+
+    Args:
+        cls: a dataclass with a default for every field.
+    """
+    hints = typing.get_type_hints(cls)
+    texts = attribute_texts(cls)
+
+    def decorate(command: Command) -> Command:
+        for field in reversed(dataclasses.fields(cls)):
+            command = _option(field, hints[field.name], texts[field.name])(command)
+        return command
+
+    return decorate
+
+
+def attribute_texts(cls: type) -> dict[str, str]:
+    """What the docstrings of a class and its bases say of each attribute."""
+    texts: dict[str, str] = {}
+    for base in reversed(inspect.getmro(cls)):
+        section = (inspect.cleandoc(base.__doc__ or "")).partition("Attributes:\n")[2]
+        for names, text in _ENTRY.findall(section):
+            for name in names.split(", "):
+                texts[name] = " ".join(text.split())
+    return texts
+
+
+def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> Callable[[Command], Command]:
+    kind, _ = field_kind(hint)
+    flag = f"--{field.name.replace('_', '-')}"
+    help_text = text[:1].upper() + text[1:].replace("``", "")
+    if field.default not in (None, dataclasses.MISSING, False):
+        help_text += f"  [default: {'on' if field.default is True else field.default}]"
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=help_text)
+    if typing.get_origin(kind) is dict:
+        return click.option(
+            flag, field.name, multiple=True, metavar="NAME=VALUE", help=f"{help_text} Repeatable."
+        )
+    if typing.get_origin(kind) is typing.Literal:
+        choice = click.Choice(list(typing.get_args(kind)))
+        return click.option(flag, field.name, type=choice, help=help_text)
+    # Kept as text: the settings read a flag exactly as they read an environment variable.
+    metavar = {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
+    return click.option(flag, field.name, metavar=metavar, help=help_text)

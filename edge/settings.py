@@ -1,0 +1,208 @@
+"""Settings from a TOML file, the environment and flags: the later overrides the earlier.
+
+The settings themselves are a frozen dataclass; its fields are the keys of the file, the environment
+variables ``EDGE_LLM_SERVE_<KEY>`` and the flags ``--<key>``. Nothing is accepted and ignored: an
+unknown key, also an unknown variable of that prefix, is refused with the nearest known one. Where
+each value came from is kept, for ``edge-llm config show --origin``.
+
+A table (``models``) is replaced as a whole by a stronger layer. In a variable it is written
+``name=value,name=value``. A relative path in the file is relative to the file, elsewhere to the
+working directory. An empty variable counts as not set, as systemd units write it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from .errors import ConfigError, DependencyError
+
+ENV_PREFIX = "EDGE_LLM_SERVE_"
+DEFAULT_FILE = Path("/etc/edge-llm/config.toml")
+MAX_FILE_BYTES = 1 << 20
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[Settings]):
+    """Settings, and where each came from.
+
+    Attributes:
+        settings: the whole, checked.
+        origins: by field: ``default``, ``file PATH``, ``environment NAME`` or ``flag --NAME``.
+    """
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A value as it was written, and where."""
+
+    raw: Any
+    origin: str
+    base: Path | None = None  # what a relative path is relative to
+    is_text: bool = False  # numbers arrive as text
+
+
+def load_settings(
+    cls: type[Settings],
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Resolved[Settings]:
+    """Put the layers together.
+
+    Args:
+        cls: a frozen dataclass with a default for every field.
+        file: TOML; None is no file.
+        environ: e.g. ``os.environ``; only names with `ENV_PREFIX` are looked at.
+        flags: by field name; None and an empty tuple are flags that were not given.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of its range, or a file that
+            cannot be read.
+        DependencyError: Python 3.10 without tomli.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: hints[field.name] for field in _fields(cls)}
+    values: dict[str, _Value] = {}
+    if file is not None:
+        values |= _from_file(file, fields)
+    values |= _from_environment(environ or {}, fields)
+    values |= _from_flags(flags or {}, fields)
+    converted = {name: _convert(name, fields[name], value) for name, value in values.items()}
+    return Resolved(
+        cls(**converted),
+        {name: values[name].origin if name in values else "default" for name in fields},
+    )
+
+
+def field_kind(hint: Any) -> tuple[Any, bool]:
+    """A field's type without None, and whether None is allowed."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if len(options) == 1:
+            return options[0], True
+    return hint, False
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of at most 1 MiB.
+
+    Raises:
+        ConfigError: it cannot be read or is no TOML.
+        DependencyError: Python 3.10 without tomli.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise DependencyError(
+                "a configuration file needs tomli on Python 3.10; run: "
+                "pip install 'jetson-edge-llm[serve]'"
+            ) from error
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes; is it a configuration?")
+    try:
+        parsed: dict[str, Any] = tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    return parsed
+
+
+def _fields(cls: Any) -> Sequence[dataclasses.Field[Any]]:
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)
+    return fields
+
+
+def _from_file(path: Path, fields: Mapping[str, Any]) -> dict[str, _Value]:
+    parsed = read_toml(path)
+    for key in parsed:
+        if key not in fields:
+            raise _unknown(f"{path}: unknown key {key!r}", key, fields)
+    return {key: _Value(raw, f"file {path}", path.parent) for key, raw in parsed.items()}
+
+
+def _from_environment(environ: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, _Value]:
+    names = {f"{ENV_PREFIX}{name.upper()}": name for name in fields}
+    found = {}
+    for variable, raw in environ.items():
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        if variable not in names:
+            raise _unknown(f"unknown environment variable {variable}", variable, names)
+        if raw:
+            found[names[variable]] = _Value(raw, f"environment {variable}", is_text=True)
+    return found
+
+
+def _from_flags(flags: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, _Value]:
+    found = {}
+    for name, raw in flags.items():
+        if raw is None or raw == ():
+            continue
+        if name not in fields:
+            raise _unknown(f"unknown setting {name!r}", name, fields)
+        found[name] = _Value(raw, f"flag --{name.replace('_', '-')}", is_text=True)
+    return found
+
+
+def _unknown(what: str, key: str, known: Mapping[str, Any]) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return ConfigError(f"{what}; the nearest known one is {near[0]!r}")
+
+
+def _convert(name: str, hint: Any, value: _Value) -> Any:
+    raw, (kind, _) = value.raw, field_kind(hint)
+    if value.is_text and typing.get_origin(kind) is dict:
+        raw = _pairs(name, raw, value.origin)
+
+    def to_path(expected: type, given: Any) -> Any:
+        if expected is not Path:
+            raise NotImplementedError(f"no way to read a {expected}")
+        if isinstance(given, Path):
+            return given
+        if not isinstance(given, str) or not given or "\0" in given:
+            raise ValueError(f"a path is needed, got {given!r}")
+        return (value.base or Path()) / Path(given).expanduser()
+
+    try:
+        return msgspec.convert(raw, type=hint, strict=not value.is_text, dec_hook=to_path)
+    except msgspec.ValidationError as error:
+        message = str(error).replace("$", name)
+        raise ConfigError(f"{value.origin}: {name} is {raw!r}: {message}") from error
+
+
+def _pairs(name: str, raw: Any, origin: str) -> Any:
+    """``a=b,c=d``, or ``("a=b", "c=d")`` of a repeated flag, as a mapping."""
+    if isinstance(raw, Mapping):
+        return raw
+    result: dict[str, str] = {}
+    for part in raw.split(",") if isinstance(raw, str) else raw:
+        key, equals, text = (piece.strip() for piece in part.partition("="))
+        if not key or not equals or not text:
+            raise ConfigError(f"{origin}: {name} needs NAME=VALUE, found {part!r}")
+        if key in result:
+            raise ConfigError(f"{origin}: {name} names {key!r} twice")
+        result[key] = text
+    return result

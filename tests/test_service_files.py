@@ -1,0 +1,405 @@
+"""The systemd units, judged by systemd itself, and the installer in a root of its own."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from edge import cli
+from edge.settings import load_settings
+from tests.conftest import Bundles
+
+ROOT = Path(__file__).parent.parent
+UNITS = ROOT / "scripts" / "systemd"
+INSTALLER = ROOT / "scripts" / "install-service"
+COMMAND = "/opt/edge-llm/bin/edge-llm"
+MAX_EXPOSURE = 2.0
+DROP_INS = ("relaxed", "cpu", "lan")
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze (Debian: systemd)"
+)
+
+
+def analyze(*arguments: str) -> str:
+    done = subprocess.run(
+        ["systemd-analyze", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": ""},
+    )
+    return done.stdout + done.stderr
+
+
+def complaints(directory: Path, unit: str) -> list[str]:
+    """What ``systemd-analyze verify`` says, but for the command that is not installed here."""
+    lines = analyze("verify", "--man=no", str(directory / unit)).splitlines()
+    return [line for line in lines if f"Command {COMMAND} is not executable" not in line]
+
+
+def exposure(unit: Path) -> float:
+    text = analyze("security", "--offline=true", str(unit))
+    match = re.search(r"Overall exposure level for \S+: ([\d.]+)", text)
+    assert match, text
+    return float(match[1])
+
+
+@pytest.fixture
+def units(tmp_path: Path) -> Path:
+    """The units in a directory where systemd finds what they name of each other."""
+    directory = tmp_path / "units"
+    shutil.copytree(UNITS, directory)
+    return directory
+
+
+# --------------------------------------------------------------------------- systemd's verdict
+
+
+@needs_systemd
+@pytest.mark.parametrize(
+    "unit", ["edge-llm@r1.service", "edge-llm-watch@r1.service", "edge-llm-watch@r1.timer"]
+)
+def test_systemd_has_nothing_to_say_against_a_unit(unit: str, units: Path):
+    assert complaints(units, unit) == []
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", DROP_INS)
+def test_nor_against_a_drop_in(name: str, units: Path):
+    directory = units / "edge-llm@.service.d"
+    directory.mkdir()
+    shutil.copy(UNITS / f"{name}.conf", directory)
+    assert complaints(units, "edge-llm@r1.service") == []
+
+
+@needs_systemd
+def test_systemd_would_object_to_a_wrong_line(units: Path):
+    unit = units / "edge-llm@.service"
+    unit.write_text(unit.read_text().replace("ProtectHome=yes", "ProtectHome=maybe"))
+    assert any("ProtectHome" in line for line in complaints(units, "edge-llm@r1.service"))
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", ["edge-llm@.service", "edge-llm-watch@.service"])
+def test_the_sandbox_is_tight(unit: str):
+    assert exposure(UNITS / unit) <= MAX_EXPOSURE
+
+
+# --------------------------------------------------------------------------- what they run
+
+
+def directives(unit: Path) -> configparser.SectionProxy:
+    parser = configparser.RawConfigParser(strict=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string(unit.read_text().replace("\\\n", " "))
+    return parser["Service"]
+
+
+@pytest.mark.parametrize("unit", ["edge-llm@.service", "edge-llm-watch@.service"])
+def test_the_commands_parse(unit: str, tmp_path: Path):
+    """With the real parsers: a flag that a verb does not have would fail at boot only."""
+    service = directives(UNITS / unit)
+    config = tmp_path / "r1.toml"
+    config.write_text("")
+    for key in ("ExecStartPre", "ExecStart"):
+        if key not in service:
+            continue
+        line = service[key].replace("/etc/edge-llm/%i.toml", str(config))
+        line = re.sub(r"\$\{\w+\}", str(tmp_path), line)
+        line = line.replace("$EDGE_LLM_WATCH_ARGS", "--server http://127.0.0.1:8000")
+        program, verb, *arguments = line.split()
+        assert program == COMMAND
+        command = cli.cli.get_command(click.Context(cli.cli), verb)
+        assert command is not None
+        command.make_context(verb, arguments)
+
+
+def test_a_wrong_start_is_not_repeated():
+    """Exit codes of `edge.errors` that no restart cures."""
+    from edge.errors import BackendError, BundleError, ConfigError, RequestError
+
+    service = directives(UNITS / "edge-llm@.service")
+    prevented = {int(code) for code in service["RestartPreventExitStatus"].split()}
+    assert {e.exit_code for e in (ConfigError, RequestError, BundleError)} <= prevented
+    assert BackendError.exit_code not in prevented
+
+
+def test_the_drain_fits_into_the_time_to_stop():
+    from edge.server.settings import ServerSettings
+
+    service = directives(UNITS / "edge-llm@.service")
+    assert float(service["TimeoutStopSec"]) >= ServerSettings().drain_timeout_s + 10
+    assert float(service["WatchdogSec"]) >= 3 * ServerSettings().stall_s
+
+
+def test_the_first_lines_of_defence_are_there():
+    service = directives(UNITS / "edge-llm@.service")
+    assert service["Type"] == "notify"
+    assert service["DynamicUser"] == "yes"
+    assert service["LoadCredential"] == "api-keys:/etc/edge-llm/api-keys"
+    assert "${CREDENTIALS_DIRECTORY}/api-keys" in service["ExecStart"]
+    assert "ProcSubset" not in service  # CUDA reads /proc/sys and /sys
+
+
+# --------------------------------------------------------------------------- the installer
+
+
+def install(
+    root: Path | None, *arguments: str, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    environ = {"PATH": os.environ["PATH"], **({} if root is None else {"DESTDIR": str(root)})}
+    return subprocess.run(
+        ["bash", str(INSTALLER), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=cwd,
+        env=environ,
+    )
+
+
+def tree(root: Path) -> dict[str, tuple[bytes, int, int]]:
+    """Content, mode and time of every file."""
+    return {
+        path.relative_to(root).as_posix(): (
+            path.read_bytes(),
+            stat.S_IMODE(path.stat().st_mode),
+            path.stat().st_mtime_ns,
+        )
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_install_twice_and_uninstall(tmp_path: Path):
+    arguments = ("r1", "--bundle", "/var/lib/edge-llm/bundles/r1", "--port", "8123", "--no-venv")
+    first = install(tmp_path, *arguments, "--with", "cpu")
+    assert first.returncode == 0, first.stderr
+    once = tree(tmp_path)
+    system = "etc/systemd/system"
+    assert set(once) == {
+        f"{system}/edge-llm@.service",
+        f"{system}/edge-llm@.service.d/50-cpu.conf",
+        f"{system}/edge-llm-watch@.service",
+        f"{system}/edge-llm-watch@.timer",
+        "etc/sysusers.d/edge-llm.conf",
+        "etc/tmpfiles.d/edge-llm.conf",
+        "etc/edge-llm/r1.toml",
+        "etc/edge-llm/r1.watch",
+        "etc/edge-llm/api-keys",
+    }
+    assert once["etc/edge-llm/api-keys"][1] == 0o600
+    assert once["etc/edge-llm/r1.toml"][1] == 0o644
+    again = install(tmp_path, *arguments, "--with", "cpu")
+    assert again.returncode == 0
+    assert tree(tmp_path) == once, "a second run changed something"
+    assert "wrote" not in again.stdout
+    without = install(tmp_path, *arguments, "--without", "cpu")
+    assert without.returncode == 0
+    assert f"{system}/edge-llm@.service.d/50-cpu.conf" not in tree(tmp_path)
+    gone = install(tmp_path, "--uninstall")
+    assert gone.returncode == 0, gone.stderr
+    kept = tree(tmp_path)
+    assert set(kept) == {"etc/edge-llm/r1.toml", "etc/edge-llm/r1.watch", "etc/edge-llm/api-keys"}
+    assert install(tmp_path, "--uninstall").returncode == 0  # nothing there: nothing to do
+    assert install(tmp_path, "--uninstall", "--purge").returncode == 0
+    assert tree(tmp_path) == {}
+
+
+def test_what_it_writes_is_what_the_server_reads(tmp_path: Path):
+    from edge.server.guard import APIKeys
+    from edge.server.settings import ServerSettings
+
+    install(tmp_path, "r1", "--bundle", "/srv/models/a b", "--port", "8123", "--no-venv")
+    settings = load_settings(
+        ServerSettings, file=tmp_path / "etc/edge-llm/r1.toml", environ={}
+    ).settings
+    assert settings.model == {"r1": Path("/srv/models/a b")}
+    assert settings.default_model == "r1"
+    assert settings.port == 8123
+    keys = tmp_path / "etc/edge-llm/api-keys"
+    secret = keys.read_text().splitlines()[1].partition(":")[2]
+    client = APIKeys.from_file(keys).find(f"Bearer {secret}".encode())
+    assert client is not None
+    assert client.name == "local"
+    watch = (tmp_path / "etc/edge-llm/r1.watch").read_text()
+    assert watch == "EDGE_LLM_WATCH_ARGS=--server http://127.0.0.1:8123\n"
+
+
+def test_every_installation_has_a_key_of_its_own(tmp_path: Path):
+    keys = set()
+    for name in ("a", "b"):
+        install(tmp_path / name, "r1", "--bundle", "/srv/r1", "--no-venv")
+        keys.add((tmp_path / name / "etc/edge-llm/api-keys").read_text())
+    assert len(keys) == 2
+
+
+def test_configuration_and_keys_are_never_overwritten(tmp_path: Path):
+    directory = tmp_path / "etc/edge-llm"
+    directory.mkdir(parents=True)
+    (directory / "r1.toml").write_text("port = 9\n")
+    (directory / "api-keys").write_text("mine\n")
+    done = install(tmp_path, "r1", "--bundle", "/srv/other", "--no-venv")
+    assert done.returncode == 0
+    assert (directory / "r1.toml").read_text() == "port = 9\n"
+    assert (directory / "api-keys").read_text() == "mine\n"
+
+
+def test_a_dry_run_does_nothing(tmp_path: Path):
+    done = install(tmp_path, "r1", "--bundle", "/srv/r1", "--dry-run", "--with", "lan")
+    assert done.returncode == 0
+    assert "would write: " in done.stdout
+    assert "would run: systemctl restart edge-llm@r1.service" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["r1", "--no-venv"], 66, "name a --bundle"),
+        (["a b", "--bundle", "/srv/x", "--no-venv"], 64, "the name 'a b'"),
+        (["../x", "--bundle", "/srv/x", "--no-venv"], 64, "the name '../x'"),
+        (["r1", "r2"], 64, "one NAME only"),
+        (["r1", "--port", "70000"], 64, "the port '70000'"),
+        (["r1", "--port"], 64, "--port needs a value"),
+        (["r1", "--with", "magic"], 64, "unknown drop-in 'magic'"),
+        (["--frobnicate"], 64, "unknown option --frobnicate"),
+        (["--purge"], 64, "--purge belongs to --uninstall"),
+        (["r1", "--bundle", "/home/me/r1", "--no-venv"], 66, "cannot see /home/me/r1"),
+        (["r1", "--bundle", '/srv/a"b', "--no-venv"], 64, "has a quote"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_cannot_work_is_refused(arguments: list[str], code: int, message: str, tmp_path: Path):
+    done = install(tmp_path, *arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert tree(tmp_path) == {}
+
+
+def test_a_bundle_that_the_service_cannot_read_is_named(tmp_path: Path):
+    # Not below pytest's own directory: the installer refuses /tmp, which the service cannot see.
+    base = Path("/var/lib")
+    if not os.access(base, os.W_OK):
+        pytest.skip("/var/lib is not writable")
+    bundle = base / f"edge-llm-test-{os.getpid()}"
+    bundle.mkdir(mode=0o755)
+    try:
+        (bundle / "decoder.onnx").write_bytes(b"x")
+        (bundle / "decoder.onnx").chmod(0o600)
+        done = install(tmp_path, "r1", "--bundle", str(bundle), "--no-venv")
+        assert done.returncode == 77
+        assert f"cannot read {bundle}/decoder.onnx; chmod -R o+rX {bundle}" in done.stderr
+        (bundle / "decoder.onnx").chmod(0o644)
+        assert install(tmp_path, "r1", "--bundle", str(bundle), "--no-venv").returncode == 0
+    finally:
+        shutil.rmtree(bundle)
+
+
+def test_the_virtual_environment_is_made_once(tmp_path: Path):
+    """With a stand-in for Python that writes down what it is asked."""
+    log = tmp_path / "log"
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\n'
+        'if [ "$1" = --version ]; then echo Python 3.12.1; exit; fi\n'
+        'if [ "$2" = venv ]; then mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; fi\n'
+    )
+    python.chmod(0o755)
+    root = tmp_path / "root"
+    arguments = ("r1", "--bundle", "/srv/r1", "--python", str(python), "--package", "spec==1")
+    for _ in range(2):
+        done = install(root, *arguments)
+        assert done.returncode == 0, done.stderr
+    calls = [line for line in log.read_text().splitlines() if line != "--version"]
+    assert calls == [
+        f"-m venv --system-site-packages {root}/opt/edge-llm",
+        "-m pip install --quiet --upgrade spec==1",
+    ]
+    install(root, "--uninstall")
+    assert not (root / "opt/edge-llm").exists()
+
+
+def test_help_needs_no_rights(tmp_path: Path):
+    done = install(None, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Install edge-llm as a systemd service")
+    assert "--uninstall" in done.stdout
+    assert "set -euo" not in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_shellcheck_has_nothing_to_say():
+    subprocess.run(["shellcheck", str(INSTALLER)], check=True)
+
+
+# --------------------------------------------------------------------------- under the filter
+
+
+def sandboxed(unit: Path, *command: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tests" / "sandboxed.py"), str(unit), *command]
+
+
+@needs_systemd
+def test_the_service_runs_under_the_units_system_call_filter(tiny_bundles: Bundles):
+    """It opens a bundle on the CPU, answers and drains with nothing but these system calls."""
+    for needed in ("pyseccomp", "uvicorn", "starlette", "prometheus_client"):
+        pytest.importorskip(needed)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = ("-m", "edge.cli", "serve", str(tiny_bundles("qwen2")), "--port", str(port))
+    command = sandboxed(UNITS / "edge-llm@.service", sys.executable, *serve)
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as service:
+        try:
+            body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/completions",
+                body,
+                {"content-type": "application/json"},
+            )
+            answer = _patiently(request, service)
+            assert answer["usage"]["completion_tokens"] >= 1
+        finally:
+            service.terminate()
+        _, log = service.communicate(timeout=30)
+    assert service.returncode == 0, log
+
+
+def _patiently(request: urllib.request.Request, service: subprocess.Popen[str]) -> Any:
+    """The answer, once the service has begun to listen and opened its bundle."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and service.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return json.loads(response.read())
+        except OSError:  # not yet; HTTPError is one, too
+            time.sleep(0.1)
+    raise AssertionError(f"no answer; the service's exit code is {service.poll()}")
+
+
+@needs_systemd
+def test_the_filter_forbids_what_it_does_not_allow():
+    pytest.importorskip("pyseccomp")
+    code = "import os; os.unshare(0x20000) if hasattr(os, 'unshare') else os.chroot('/')"
+    command = sandboxed(UNITS / "edge-llm@.service", sys.executable, "-c", code)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "Operation not permitted" in done.stderr
