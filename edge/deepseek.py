@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .backends.choose import BackendName
+from .engine_file import find_engines
 from .errors import BundleError, ConfigError, RequestError
 from .llm import LLM, Prompt
 from .sampling import SamplingParams
@@ -18,8 +20,7 @@ _HUB_IDS = {
     "8B": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
 }
 _PRECISIONS = ("fp16", "int8", "int4")
-# Where `LLM` has an engine for each device name of the tutorials.
-_BACKENDS = {"auto": "auto", "cpu": "ort-cpu"}
+_DEVICES = ("auto", "cuda", "cpu")
 
 
 class DeepSeekModel:
@@ -31,7 +32,8 @@ class DeepSeekModel:
     Args:
         version: ``1.5B``, ``7B`` or ``8B``.
         precision: ``fp16``, ``int8`` or ``int4``.
-        device: ``auto`` or ``cpu``.
+        device: ``auto``, ``cpu``, or ``cuda``: a TensorRT engine of the bundle, else ONNX Runtime
+            on the GPU.
 
     Raises:
         ConfigError: an unknown version, precision or device.
@@ -44,7 +46,7 @@ class DeepSeekModel:
         for name, value, choices in (
             ("version", version, _HUB_IDS),
             ("precision", precision, _PRECISIONS),
-            ("device", device, _BACKENDS),
+            ("device", device, _DEVICES),
         ):
             if value not in choices:
                 raise ConfigError(f"unknown {name} {value!r}; use one of {', '.join(choices)}")
@@ -56,7 +58,12 @@ class DeepSeekModel:
                 f"no bundle at {self.bundle}; make it with: "
                 f"edge-llm export {hub_id} -o {self.bundle} --quant {precision}"
             )
-        self.llm = LLM(self.bundle, backend="ort-cpu" if device == "cpu" else "auto")
+        backend: BackendName = "auto"
+        if device == "cpu":
+            backend = "ort-cpu"
+        elif device == "cuda":
+            backend = "tensorrt" if find_engines(self.bundle) else "ort-cuda"
+        self.llm = LLM(self.bundle, backend=backend)
 
     def generate(
         self,

@@ -1,21 +1,20 @@
-"""`LLM`: a bundle opened for use, text in and text out."""
+"""`LLM`: a bundle opened for use, text in and text out, many answers at once."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import manifest as manifests
 from .backends import Backend
+from .backends.choose import BackendName, check_backend_name, open_backend
 from .chat import (
     ChatTemplate,
     ReasoningSplitter,
@@ -24,62 +23,54 @@ from .chat import (
     template_reasons,
 )
 from .embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from .errors import BundleError, ConfigError, RequestError
-from .generation import Decoder, FinishReason, GenerationStats
-from .sampling import SampledToken, Sampler, SamplingParams
+from .errors import BundleError, ConfigError, EdgeError, RequestError
+from .generation import score
+from .sampling import SamplingParams
+from .scheduler import Constraint, Overflow, PrefixSource, Request, Scheduler, Ticket
+from .speculation import NgramDrafter
+from .stream import Generation, GenerationChunk, GenerationResult, TextWatcher, join_chunks
 from .tokenizer import Detokenizer, StopMatcher, Tokenizer
 
-BackendName = Literal["auto", "ort-cpu"]
+if TYPE_CHECKING:
+    from .structured import GrammarCompiler, OutputFormat
+
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Plain text, token ids, or chat messages ``{"role": ..., "content": ...}``."""
-
-
-@dataclass(frozen=True)
-class GenerationChunk:
-    """A piece of a streamed answer.
-
-    Attributes:
-        text: new text of the answer.
-        reasoning: new text of the reasoning (inside ``<think>``).
-        tokens: the tokens behind this piece, end token excluded; their text may come later.
-        finish_reason: on the last piece: ``stop`` (end token or stop string) or ``length``
-            (``max_tokens`` or the cache is full).
-        stats: on the last piece.
-    """
-
-    text: str
-    reasoning: str
-    tokens: tuple[SampledToken, ...] = ()
-    finish_reason: FinishReason | None = None
-    stats: GenerationStats | None = None
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """A whole answer; see `GenerationChunk`."""
-
-    text: str
-    reasoning: str
-    tokens: tuple[SampledToken, ...]
-    finish_reason: FinishReason
-    stats: GenerationStats = field(repr=False)
+_Result = TypeVar("_Result")
+_NO_THOUGHT = "\n</think>\n\n"  # ends a reasoning that the template has opened
 
 
 class LLM:
-    """A bundle, opened. Use it as a context manager.
+    """A bundle, opened. Use it as a context manager; any thread may call it.
 
-    One generation runs at a time: a second one while a stream is open is refused.
+    Many answers are computed at once, batched over the slots of the cache (`edge.scheduler`); what
+    finds no slot waits in a queue. Sampling depends on nothing but the request, and a draft is taken
+    only where it is what would have been sampled. Engines, however, may compute a token's logits
+    differently with other tokens in the step (batch, chunk, drafts): in the last bits with float
+    activations, visibly with ``int8_activations`` on the CPU, where the text of two runs can
+    part (docs/serving-core.md has figures).
 
     Args:
         bundle: directory that ``edge-llm export`` wrote.
-        backend: ``auto`` or ``ort-cpu``.
+        backend: ``auto``, ``tensorrt``, ``ort-cuda`` or ``ort-cpu``; see
+            `edge.backends.choose.open_backend`.
         kv_capacity: tokens that prompt and answer may take together; None is the bundle's own.
         num_threads: of the CPU backend; None is one per physical core.
-        prefill_chunk: prompt tokens per step.
+        prefill_chunk: prompt tokens per step at most.
         int8_activations: let the CPU backend round activations to int8, its fastest kernel; see
             `OrtBackend`.
-        reuse_prefix: keep the cache rows that a prompt shares with the one before it. Off by
-            default: a prompt cut in other chunks can differ in the last bits of its logits.
+        num_slots: sequences that the cache holds, running ones and ended ones whose rows are kept.
+        max_batch: answers that are computed at once; None is one per slot.
+        queue_capacity: answers that may wait beyond those; more are refused.
+        target_itl_ms: gap between two tokens of a stream that must be kept; fewer answers are then
+            computed at once. None computes as many as there are slots.
+        reuse_prefix: keep the cache rows of ended answers for later prompts that begin alike.
+        overflow: what happens to an answer when its slot is full: ``stop`` ends it, ``slide`` drops
+            old tokens, but for the first ones, and goes on until ``max_tokens`` or an end token.
+        speculative: drafted tokens per step at most, guessed from what the text repeats; 0 drafts
+            none. Drafts run only where they are measured to pay.
+        prefix_dir: directory of prefixes that ``edge-llm cache build`` stored; prompts that begin
+            with one of them load its rows.
 
     Raises:
         IntegrityError: a file of the bundle is damaged; nothing of it was parsed.
@@ -95,14 +86,27 @@ class LLM:
         num_threads: int | None = None,
         prefill_chunk: int = 512,
         int8_activations: bool = True,
-        reuse_prefix: bool = False,
+        num_slots: int = 4,
+        max_batch: int | None = None,
+        queue_capacity: int = 64,
+        target_itl_ms: float | None = None,
+        reuse_prefix: bool = True,
+        overflow: Literal["stop", "slide"] = "stop",
+        speculative: int = 0,
+        prefix_dir: str | Path | None = None,
     ) -> None:
         self.bundle = Path(bundle)
-        if backend not in ("auto", "ort-cpu"):
-            raise ConfigError(f"unknown backend {backend!r}; use auto or ort-cpu")
+        check_backend_name(backend)
+        if overflow not in ("stop", "slide"):
+            raise ConfigError(f"overflow must be stop or slide, not {overflow!r}")
+        if speculative < 0:
+            raise ConfigError(f"speculative must be 0 or more tokens, not {speculative}")
         self.manifest = manifests.read_manifest(self.bundle)
         # All that is listed and all that is read: what is not listed is refused, too.
-        read = ["tokenizer.json", EMBEDDINGS_NAME, self.manifest.graphs.cpu]
+        graphs = self.manifest.graphs
+        read = ["tokenizer.json", EMBEDDINGS_NAME, graphs.cpu]
+        if backend != "ort-cpu":
+            read.append(graphs.decoder)
         names = dict.fromkeys([*self.manifest.files, *read])
         manifests.verify_files(self.bundle, self.manifest, names)
         self.tokenizer = Tokenizer.from_file(self.bundle / "tokenizer.json", self.manifest.tokens)
@@ -110,14 +114,38 @@ class LLM:
         self._reasons = self.template is not None and template_reasons(
             self.template.source, self.tokenizer.control_tokens
         )
-        self.backend: Backend = self._open_backend(
-            kv_capacity, num_threads, prefill_chunk, int8_activations
+        self.backend: Backend = open_backend(
+            backend,
+            self.bundle,
+            self.manifest,
+            num_slots=num_slots,
+            kv_capacity=kv_capacity,
+            max_step_tokens=prefill_chunk,
+            num_threads=num_threads,
+            int8_activations=int8_activations,
         )
         # Last, since nothing that fails after it would close its file.
         self.embeddings = EmbeddingTable(self.bundle / EMBEDDINGS_NAME)
-        self._decoder = Decoder(self.backend, self.embeddings)
-        self._reuse_prefix = reuse_prefix
-        self._busy = threading.Lock()
+        try:
+            self.scheduler = Scheduler(
+                self.backend,
+                self.embeddings,
+                self.manifest.model.vocab_size,
+                max_batch=max_batch,
+                queue_capacity=queue_capacity,
+                target_itl_s=None if target_itl_ms is None else target_itl_ms / 1e3,
+                step_tokens=prefill_chunk,
+                reuse_prefix=reuse_prefix,
+                overflow=self._sliding_window() if overflow == "slide" else None,
+                make_drafter=NgramDrafter if speculative else None,
+                max_draft_tokens=max(speculative, 1),
+                prefix_store=None if prefix_dir is None else self._stored_prefixes(prefix_dir),
+            )
+        except EdgeError:
+            self.backend.close()
+            self.embeddings.close()
+            raise
+        self._grammars: GrammarCompiler | None = None
 
     @property
     def kv_capacity(self) -> int:
@@ -127,65 +155,182 @@ class LLM:
     @property
     def cached_tokens(self) -> int:
         """Tokens whose keys and values are in the cache now."""
-        return self._decoder.cursor.length
+        stats = self.scheduler.stats()
+        return stats.kv_used_tokens + stats.kv_cached_tokens
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = True,
+    ) -> list[int]:
         """Token ids of a prompt, the begin token included where the model wants one.
 
         Plain text never becomes a control token. Token ids stay as they are. Messages go through
         the bundle's chat template.
 
+        Args:
+            prompt: plain text, token ids or messages.
+            tools: JSON schemas of functions that the model may call; for messages only.
+            thinking: false ends the reasoning before it begins; for messages only.
+
         Raises:
-            RequestError: a malformed message, or messages for a bundle without a template.
+            RequestError: a malformed message, messages for a bundle without a template, or an
+                option that this prompt or template has no place for.
         """
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, add_bos=self.manifest.tokens.add_bos)
-        if _is_ids(prompt):
-            return list(prompt)
+        if isinstance(prompt, str) or _is_ids(prompt):
+            if tools or not thinking:
+                raise RequestError(
+                    "tools and thinking belong to chat messages; this prompt is plain text or ids"
+                )
+            if isinstance(prompt, str):
+                return self.tokenizer.encode(prompt, add_bos=self.manifest.tokens.add_bos)
+            return [int(token_id) for token_id in prompt]
         if self.template is None:
             raise RequestError(
                 "this bundle has no chat template, so it takes plain text only; pass a string"
             )
-        return encode_chat(self.tokenizer, self.template, cast(Sequence[Mapping[str, Any]], prompt))
+        messages = cast(Sequence[Mapping[str, Any]], prompt)
+        options: dict[str, Any] = {}
+        if not thinking and "enable_thinking" in self.template.variables:
+            options["enable_thinking"] = False
+        ids = encode_chat(self.tokenizer, self.template, messages, tools=tools, **options)
+        if not thinking and not options and self._opens_reasoning(ids):
+            ids += self.tokenizer.encode(_NO_THOUGHT, control=True)
+        return ids
 
-    def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None
-    ) -> Generator[GenerationChunk, None, None]:
-        """Generate text piece by piece; another generation may begin after the last piece.
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        salt: str = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        output: OutputFormat | None = None,
+        thinking: bool = True,
+        thinking_budget: int | None = None,
+    ) -> list[Generation]:
+        """Queue ``n`` answers to a prompt, which share its rows of the cache; returns at once.
 
         Reasoning is split off for chats only; otherwise text comes back as the model wrote it.
 
-        Raises:
-            RequestError: a wrong prompt or parameter, or a generation is running already.
-            ContextLengthError: the prompt does not fit into the cache.
-            BackendError: the engine failed.
-        """
-        ids = self.encode(prompt)
-        splitter = None
-        if self._reasons and not isinstance(prompt, str) and not _is_ids(prompt):
-            splitter = ReasoningSplitter(prompt_opens_reasoning(self.tokenizer.decode(ids[-8:])))
-        resolved = self._resolve(params)
-        text = _TextStream(Detokenizer(self.tokenizer), StopMatcher(resolved.stop), splitter)
-        return self._stream(ids, resolved, text)
+        Args:
+            prompt: plain text, token ids or messages.
+            params: sampling; what is open comes from the bundle. Sample ``i`` has the seed plus i.
+            n: how many samples.
+            priority: lower runs first.
+            deadline_s: seconds after which an answer ends with `DeadlineError`.
+            salt: prompts share cached prefixes only with those of the same salt.
+            tools: see `encode`.
+            output: the form that the answer must have; reasoning is free.
+            thinking: see `encode`.
+            thinking_budget: tokens after which the reasoning is ended; for chats of models that
+                reason.
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> GenerationResult:
-        """Generate a whole answer; see `stream`."""
-        text: list[str] = []
-        reasoning: list[str] = []
-        tokens: list[SampledToken] = []
-        for chunk in self.stream(prompt, params):
-            text.append(chunk.text)
-            reasoning.append(chunk.reasoning)
-            tokens += chunk.tokens
-            if chunk.finish_reason is not None and chunk.stats is not None:
-                return GenerationResult(
-                    "".join(text),
-                    "".join(reasoning),
-                    tuple(tokens),
-                    chunk.finish_reason,
-                    chunk.stats,
+        Raises:
+            RequestError: a wrong prompt, parameter, output format or budget.
+            DependencyError: an output format is given and llguidance is missing.
+            ContextLengthError: the prompt does not fit into the cache.
+            OverloadError: the queue is full.
+            BackendError: the engine can serve no more, or the LLM is closed.
+        """
+        if n < 1:
+            raise RequestError(f"n must be at least 1, not {n}")
+        ids = self.encode(prompt, tools=tools, thinking=thinking)
+        is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
+        resolved = self._resolve(params)
+        watchers = [self._watch(ids, resolved, is_chat) for _ in range(n)]
+        reasons = is_chat and self._reasons and thinking
+        if thinking_budget is not None and not reasons:
+            raise RequestError(
+                "a thinking budget needs a chat of a model that reasons, with thinking left on"
+            )
+        if output is not None and resolved.ignore_eos:
+            raise RequestError("an output format ends with an end token; do not set ignore_eos")
+        request = Request(
+            ids=tuple(ids),
+            params=resolved,
+            end_ids=self._end_ids(resolved),
+            priority=priority,
+            deadline_s=deadline_s,
+            salt=salt,
+        )
+        tickets = self.scheduler.submit_all(
+            [
+                replace(
+                    request.sample(i),
+                    watcher=watcher,
+                    constraint=self._constrain(ids, output, thinking_budget, reasons),
                 )
-        raise AssertionError("a stream ends with a finish reason")
+                for i, watcher in enumerate(watchers)
+            ]
+        )
+        pairs = zip(tickets, watchers, strict=True)
+        return [Generation(ticket, watcher, i) for i, (ticket, watcher) in enumerate(pairs)]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> Generator[GenerationChunk, None, None]:
+        """Generate text piece by piece; closing the stream ends the generation.
+
+        The generation starts when the first piece is asked for.
+
+        Args:
+            prompt: see `submit`.
+            params: see `submit`.
+            **options: further arguments of `submit`, but for ``n``.
+
+        Raises:
+            As `submit`, and as iteration over a `Generation`.
+        """
+        if "n" in options:
+            raise RequestError("a stream is one answer; submit gives n of them")
+        return self._stream(prompt, params, options)
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> GenerationResult:
+        """Generate a whole answer; see `stream`."""
+        return join_chunks(self.stream(prompt, params, **options))
+
+    def generate_best(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        best_of: int,
+        n: int = 1,
+        rank_by: Literal["mean", "sum"] = "mean",
+        **options: Any,
+    ) -> list[GenerationResult]:
+        """Generate ``best_of`` answers and return the ``n`` most probable, the best first.
+
+        Args:
+            prompt: see `submit`.
+            params: see `submit`.
+            **options: see `submit`.
+            best_of: answers to generate, at least ``n``.
+            n: answers to return.
+            rank_by: an answer's score is the mean or the sum of the log-probabilities of its
+                tokens, the end token left out. The sum favours short answers.
+
+        Raises:
+            As `stream`.
+        """
+        if not 1 <= n <= best_of:
+            raise RequestError(f"best_of ({best_of}) must be at least n ({n}), and n at least 1")
+        if rank_by not in ("mean", "sum"):
+            raise RequestError(f"rank_by must be mean or sum, not {rank_by!r}")
+        params = params or SamplingParams()
+        if params.logprobs is None:
+            params = replace(params, logprobs=0)
+        generations = self.submit(prompt, params, n=best_of, **options)
+        results = [generation.result() for generation in generations]
+        return sorted(results, key=lambda result: _rank(result, rank_by), reverse=True)[:n]
 
     def generate_ids(
         self, ids: Sequence[int], params: SamplingParams | None = None
@@ -193,24 +338,32 @@ class LLM:
         """Token ids in, token ids out; the end token is not yielded.
 
         Raises:
-            RequestError: see `stream`; also if ``params`` has stop strings, which need text.
+            RequestError: see `submit`; also if ``params`` has stop strings, which need text.
         """
         resolved = self._resolve(params)
         if resolved.stop:
             raise RequestError("generate_ids works without text; use stop_token_ids, not stop")
-        with closing(self._tokens(list(ids), resolved, GenerationStats())) as tokens:
-            for token, reason in tokens:
-                if reason == "stop":
-                    return
-                yield token.id
+        request = Request(ids=tuple(ids), params=resolved, end_ids=self._end_ids(resolved))
+        (ticket,) = self.scheduler.submit(request)
+        return _ids_of(ticket)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
-        """Log-probability of every token but the first; see `generation.Decoder.score`."""
-        with self._exclusive():
-            return self._decoder.score(list(ids))
+        """Log-probability of every token but the first; see `generation.score`.
+
+        It waits until no answer is being computed.
+        """
+        return self.call(lambda: score(self.backend, self.embeddings, list(ids)))
+
+    def call(self, work: Callable[[], _Result]) -> _Result:
+        """Run ``work`` while no answer is being computed, and return what it returns.
+
+        Only there may `backend` be used directly. Cached prefixes are forgotten.
+        """
+        return self.scheduler.call(work)
 
     def close(self) -> None:
-        """Free the engine and close the files; calling it twice is harmless."""
+        """Cancel what runs, free the engine and close the files; calling it twice is harmless."""
+        self.scheduler.close()
         self.backend.close()
         self.embeddings.close()
 
@@ -226,47 +379,62 @@ class LLM:
         self.close()
 
     def _stream(
-        self, ids: list[int], params: SamplingParams, text: _TextStream
+        self, prompt: Prompt, params: SamplingParams | None, options: dict[str, Any]
     ) -> Generator[GenerationChunk, None, None]:
-        stats = GenerationStats()
-        with closing(self._tokens(ids, params, stats)) as sampled:
-            for token, reason in sampled:
-                ended = reason == "stop"
-                tokens = () if ended else (token,)
-                answer, reasoning, stopped = ("", "", False) if ended else text.push(token.id)
-                if stopped:
-                    reason = "stop"
-                if reason is None:
-                    yield GenerationChunk(answer, reasoning, tokens)
-                    continue
-                last_answer, last_reasoning = text.finish(stopped)
-                sampled.close()  # the engine is free before the caller sees the end
-                yield GenerationChunk(
-                    answer + last_answer, reasoning + last_reasoning, tokens, reason, stats
-                )
+        (generation,) = self.submit(prompt, params, **options)
+        try:
+            yield from generation
+        finally:
+            generation.cancel()  # nothing to do after the last piece
 
-    def _tokens(
-        self, ids: list[int], params: SamplingParams, stats: GenerationStats
-    ) -> Generator[tuple[SampledToken, FinishReason | None], None, None]:
-        sampler = Sampler(params, self.manifest.model.vocab_size, ids)
-        end_ids = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            end_ids.update(self.manifest.tokens.eos)
-        with self._exclusive():
-            yield from self._decoder.generate(
-                ids,
-                sampler,
-                stats,
-                max_tokens=params.max_tokens,
-                end_ids=end_ids,
-                reuse=self._reuse_prefix,
-            )
+    def _watch(self, ids: list[int], params: SamplingParams, is_chat: bool) -> TextWatcher:
+        splitter = None
+        if is_chat and self._reasons:
+            splitter = ReasoningSplitter(self._opens_reasoning(ids))
+        return TextWatcher(Detokenizer(self.tokenizer), StopMatcher(params.stop), splitter)
+
+    def _constrain(
+        self, ids: list[int], output: OutputFormat | None, budget: int | None, reasons: bool
+    ) -> Constraint | None:
+        """Reasoning first, within its budget, then the output format."""
+        if output is None and budget is None:
+            return None
+        answer: Constraint | None = None
+        vocab_size = self.manifest.model.vocab_size
+        if output is not None:
+            if self._grammars is None:
+                from .structured import GrammarCompiler
+
+                self._grammars = GrammarCompiler(self.tokenizer, vocab_size)
+            answer = self._grammars.compile(output)
+        if not reasons:
+            return answer
+        from .thinking import ThinkingBudget
+
+        opened = self._opens_reasoning(ids)
+        return ThinkingBudget(
+            self.tokenizer, vocab_size, opened=opened, budget=budget, answer=answer
+        )
+
+    def _sliding_window(self) -> Overflow:
+        from .overflow import SlidingWindow
+
+        return SlidingWindow(self.manifest.model)
+
+    def _stored_prefixes(self, directory: str | Path) -> PrefixSource:
+        from .prefix_store import Layout, PrefixStore
+
+        return PrefixStore(Path(directory), self.manifest, Layout.of(self.backend))
+
+    def _opens_reasoning(self, ids: list[int]) -> bool:
+        return prompt_opens_reasoning(self.tokenizer.decode(ids[-8:]))
 
     def _resolve(self, params: SamplingParams | None) -> SamplingParams:
         return (params or SamplingParams()).resolve(self.manifest.sampling)
 
-    def _exclusive(self) -> _Exclusive:
-        return _Exclusive(self._busy)
+    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
+        eos = () if params.ignore_eos else self.manifest.tokens.eos
+        return frozenset((*params.stop_token_ids, *eos))
 
     def _read_template(self) -> ChatTemplate | None:
         name = "chat_template.jinja"
@@ -278,75 +446,20 @@ class LLM:
             raise BundleError(f"{self.bundle / name} is not UTF-8; export again") from error
         return ChatTemplate(source, self.manifest.tokens)
 
-    def _open_backend(
-        self,
-        kv_capacity: int | None,
-        num_threads: int | None,
-        prefill_chunk: int,
-        int8_activations: bool,
-    ) -> Backend:
-        from .backends.ort import OrtBackend
-
-        return OrtBackend(
-            self.bundle,
-            self.manifest,
-            kv_capacity=kv_capacity,
-            num_threads=num_threads,
-            max_step_tokens=prefill_chunk,
-            int8_activations=int8_activations,
-        )
-
 
 def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
     # A numpy integer is an Integral, but no int.
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Integral)
 
 
-class _Exclusive:
-    """Holds the engine for one generation; a second one is refused instead of waiting for ever."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise RequestError(
-                "a generation is running already on this LLM; exhaust or close its stream first"
-            )
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+def _rank(result: GenerationResult, rank_by: str) -> float:
+    logprobs = [token.logprob for token in result.tokens if token.logprob is not None]
+    total = sum(logprobs)
+    return total / max(len(logprobs), 1) if rank_by == "mean" else total
 
 
-class _TextStream:
-    """Token ids to text: whole characters, stop strings, then reasoning and answer apart."""
-
-    def __init__(
-        self, detokenizer: Detokenizer, stops: StopMatcher, splitter: ReasoningSplitter | None
-    ) -> None:
-        self._detokenizer = detokenizer
-        self._stops = stops
-        self._splitter = splitter
-
-    def push(self, token_id: int) -> tuple[str, str, bool]:
-        """New answer text, new reasoning text, and whether a stop string was met."""
-        text, stopped = self._stops.push(self._detokenizer.push(token_id))
-        answer, reasoning = self._split(text)
-        return answer, reasoning, stopped
-
-    def finish(self, stopped: bool) -> tuple[str, str]:
-        """What was held back; nothing beyond a stop string."""
-        answer = reasoning = ""
-        if not stopped:
-            text, stopped = self._stops.push(self._detokenizer.flush())
-            answer, reasoning = self._split(text if stopped else text + self._stops.flush())
-        if self._splitter is not None:
-            last_reasoning, last_answer = self._splitter.flush()
-            return answer + last_answer, reasoning + last_reasoning
-        return answer, reasoning
-
-    def _split(self, text: str) -> tuple[str, str]:
-        if self._splitter is None:
-            return text, ""
-        reasoning, answer = self._splitter.push(text)
-        return answer, reasoning
+def _ids_of(ticket: Ticket) -> Iterator[int]:
+    for event in ticket:
+        if event.token is None or event.finish_reason == "stop":
+            return
+        yield event.token.id

@@ -239,10 +239,13 @@ def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:
         shared += 1
     if max(map(len, ids)) >= llm.kv_capacity:
         raise ContextLengthError(max(map(len, ids)), llm.kv_capacity)
-    # The token before the first difference is run once more with each choice, for its logits.
-    _prefill(llm, ids[0][: shared - 1])
-    scores = (_continuation(llm, row, shared) for row in ids)
-    return [score / size for score, size in zip(scores, sizes, strict=True)]
+
+    def run() -> list[float]:
+        # The token before the first difference is run once more with each choice, for its logits.
+        _prefill(llm, ids[0][: shared - 1])
+        return [_continuation(llm, row, shared) for row in ids]
+
+    return [score / size for score, size in zip(llm.call(run), sizes, strict=True)]
 
 
 def _prefill(llm: LLM, ids: NDArray[np.int64]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,8 +26,10 @@ class ScriptedBackend:
 
     Attributes:
         script: may be replaced at any time.
-        steps: first position and length of every step so far.
+        steps: first position (of the first sequence) and length of every step so far.
+        batches: the slots of every step so far.
         fails: makes the next step fail after it has spoilt its rows.
+        failed: why nothing works any more, if a test says so.
     """
 
     name = "scripted"
@@ -45,7 +48,9 @@ class ScriptedBackend:
         self.capacity = capacity
         self.max_step_tokens = max_step_tokens
         self.steps: list[tuple[int, int]] = []
+        self.batches: list[list[int]] = []
         self.fails = False
+        self.failed: str | None = None
         self.closed = False
         self._vocab_size = table.vocab_size
         rows = table[np.arange(table.vocab_size)]
@@ -77,6 +82,7 @@ class ScriptedBackend:
         if self.closed:
             raise BackendError("the backend is closed")
         self.steps.append((int(positions[0, 0]), seq))
+        self.batches.append(list(slots))
         if self.fails:
             self.fails = False
             self._cache[slots] = -1
@@ -94,13 +100,23 @@ class ScriptedBackend:
         return self._cache[None, None, slot, :length, None].astype(np.float32)
 
     def write_slot(self, slot: int, rows: Floats) -> None:
+        assert rows.shape[:2] == (1, 1)
+        assert rows.shape[3] == 1
+        assert rows.shape[2] <= self.capacity
         self._cache[slot, : rows.shape[2]] = rows[0, 0, :, 0]
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
+        assert source != target
         self._cache[target, :length] = self._cache[source, :length]
+
+    def rows_of(self, slot: int, length: int) -> list[int]:
+        """The token in each of the first rows of a slot; -1 where none was written."""
+        rows: list[int] = self._cache[slot, :length].tolist()
+        return rows
 
     def close(self) -> None:
         self.closed = True
+        self.failed = "the backend is closed"
 
     def _logits(self, slot: int, position: int) -> NDArray[np.float32]:
         seen = tuple(self._cache[slot, : position + 1].tolist())
@@ -111,6 +127,15 @@ class ScriptedBackend:
         logits = np.zeros(self._vocab_size, np.float32)
         logits[wanted] = 100.0
         return logits
+
+
+def write_table(path: Path, vocab_size: int) -> Path:
+    """An embedding table of two numbers per token, each row another."""
+    rows = np.arange(2 * vocab_size, dtype=np.float16).reshape(vocab_size, 2)
+    entry = {"dtype": "F16", "shape": rows.shape, "data_offsets": [0, rows.nbytes]}
+    head = json.dumps({"token_embeddings": entry}).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + rows.tobytes())
+    return path
 
 
 def num_open_files() -> int:

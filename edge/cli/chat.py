@@ -17,7 +17,13 @@ from edge.errors import EdgeError, RequestError
 from edge.llm import LLM
 from edge.sampling import SamplingParams
 
-from .options import bundle_argument, engine_options, sampling_options, take_sampling
+from .options import (
+    answering_options,
+    bundle_argument,
+    engine_options,
+    sampling_options,
+    take_sampling,
+)
 from .screen import StreamPrinter, format_stats
 
 _HELP = """\
@@ -35,6 +41,7 @@ _QUOTES = '"""'
 @bundle_argument
 @click.option("--system", help="System message; R1 distills are best used without one.")
 @engine_options
+@answering_options
 @sampling_options
 def chat(
     bundle: Path,
@@ -42,6 +49,9 @@ def chat(
     backend: Any,
     kv_capacity: int | None,
     num_threads: int | None,
+    overflow: Any,
+    speculative: int,
+    prefix_dir: Path | None,
     **options: Any,
 ) -> None:
     """Talk to BUNDLE; /help lists the commands."""
@@ -52,7 +62,10 @@ def chat(
             backend=backend,
             kv_capacity=kv_capacity,
             num_threads=num_threads,
-            reuse_prefix=True,
+            num_slots=1,
+            overflow=overflow,
+            speculative=speculative,
+            prefix_dir=prefix_dir,
         ) as llm,
         _line_history(),
     ):

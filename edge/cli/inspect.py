@@ -96,7 +96,10 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
     groups: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
     for name, linear in manifest.quantization.linears.items():
-        key = (name if layers else name.rsplit(".", maxsplit=1)[-1], str(linear.scheme))
+        scheme = str(linear.scheme)
+        if linear.float_channels:
+            scheme += f", {len(linear.float_channels)} channels float"
+        key = (name if layers else name.rsplit(".", maxsplit=1)[-1], scheme)
         groups[key] += 1
         sizes[key] += linear.num_bytes
     for key, count in groups.items():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
+from edge.backends.choose import BackendName
 from edge.sampling import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -19,15 +20,38 @@ bundle_argument = click.argument(
 _ENGINE = (
     click.option(
         "--backend",
-        type=click.Choice(["auto", "ort-cpu"]),
+        type=click.Choice(get_args(BackendName)),
         default="auto",
         show_default=True,
-        help="Engine that runs the bundle.",
+        help="Engine that runs the bundle; auto takes the fastest that is there.",
     ),
     click.option(
         "--kv-capacity", type=int, help="Tokens of prompt and answer; default: the bundle's own."
     ),
     click.option("--num-threads", type=click.IntRange(1), help="CPU threads; default: all cores."),
+)
+
+_ANSWERING = (
+    click.option(
+        "--overflow",
+        type=click.Choice(["stop", "slide"]),
+        default="stop",
+        show_default=True,
+        help="When the cache is full: end the answer, or drop old tokens and go on.",
+    ),
+    click.option(
+        "--speculative",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        metavar="TOKENS",
+        help="Guess up to so many tokens per step from what the text repeats.",
+    ),
+    click.option(
+        "--prefix-dir",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="Load prompt beginnings that edge-llm cache has stored there.",
+    ),
 )
 
 _SAMPLING = (
@@ -66,6 +90,13 @@ _SAMPLING_NAMES = (
 def engine_options(command: Command) -> Command:
     """Add ``--backend``, ``--kv-capacity`` and ``--num-threads``."""
     for option in reversed(_ENGINE):
+        command = option(command)
+    return command
+
+
+def answering_options(command: Command) -> Command:
+    """Add ``--overflow``, ``--speculative`` and ``--prefix-dir``."""
+    for option in reversed(_ANSWERING):
         command = option(command)
     return command
 

@@ -11,7 +11,13 @@ import click
 from edge.errors import RequestError
 
 from . import echo_json
-from .options import bundle_argument, engine_options, sampling_options, take_sampling
+from .options import (
+    answering_options,
+    bundle_argument,
+    engine_options,
+    sampling_options,
+    take_sampling,
+)
 from .screen import StreamPrinter, format_stats
 
 
@@ -23,6 +29,7 @@ from .screen import StreamPrinter, format_stats
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of streaming.")
 @click.option("--no-stats", is_flag=True, help="Do not print speed figures on stderr.")
 @engine_options
+@answering_options
 @sampling_options
 def run(
     bundle: Path,
@@ -34,6 +41,9 @@ def run(
     backend: Any,
     kv_capacity: int | None,
     num_threads: int | None,
+    overflow: Any,
+    speculative: int,
+    prefix_dir: Path | None,
     **options: Any,
 ) -> None:
     """Answer PROMPT (or standard input) with BUNDLE and stream the answer."""
@@ -48,7 +58,16 @@ def run(
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
-    with LLM(bundle, backend=backend, kv_capacity=kv_capacity, num_threads=num_threads) as llm:
+    with LLM(
+        bundle,
+        backend=backend,
+        kv_capacity=kv_capacity,
+        num_threads=num_threads,
+        num_slots=1,
+        overflow=overflow,
+        speculative=speculative,
+        prefix_dir=prefix_dir,
+    ) as llm:
         if as_json:
             result = llm.generate(prompt if raw else messages, params)
             echo_json(

@@ -163,7 +163,7 @@ def test_run_refuses_bytes_that_are_no_text(edge_llm: Callable[..., Result], bun
 def test_usage_errors(edge_llm: Callable[..., Result], bundle: Path, tmp_path: Path):
     for arguments, message in (
         (("run", tmp_path / "absent", "x"), "does not exist"),
-        (("run", bundle, "x", "--backend", "abacus"), "'auto', 'ort-cpu'"),
+        (("run", bundle, "x", "--backend", "abacus"), "'auto', 'tensorrt', 'ort-cuda', 'ort-cpu'"),
         (("run", bundle, "x", "--num-threads", "0"), "--num-threads"),
         (("run", bundle, "x", "--top-x", "3"), "No such option"),
         (("frobnicate",), "No such command 'frobnicate'"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from edge.errors import (
     ConfigError,
     ContextLengthError,
     IntegrityError,
+    OverloadError,
     RequestError,
 )
 from edge.llm import Prompt
@@ -48,6 +51,7 @@ class Scripted:
                 random_logits(table.vocab_size),
                 capacity=given["kv_capacity"] or TINY_KV_CAPACITY,
                 max_step_tokens=given["max_step_tokens"],
+                num_slots=given["num_slots"],
             )
             table.close()
             return self.backend
@@ -59,7 +63,8 @@ class Scripted:
         """Answer ``prompt`` with this text and the end token; control tokens act."""
         start = len(self.llm.encode(prompt))
         ids = [*self.llm.tokenizer.encode(answer, control=True), EOS_ID]
-        self.backend.script = lambda seen: ids[len(seen) - start]
+        # A draft may run past the end.
+        self.backend.script = lambda seen: ids[min(len(seen) - start, len(ids) - 1)]
 
 
 @pytest.fixture
@@ -218,38 +223,152 @@ def test_generate_ids_refuses_stop_strings(scripted: Scripted):
         next(iter(scripted.llm.generate_ids([1], SamplingParams(stop=("x",)))))
 
 
-# One at a time
+# Many at a time
 
 
-def test_a_second_generation_is_refused_while_a_stream_is_open(scripted: Scripted):
+def test_answers_that_run_together_are_those_of_each_alone(scripted: Scripted):
     llm = scripted.llm
-    stream = llm.stream("what", GREEDY)
+    params = [replace(SEEDED, seed=seed, max_tokens=12) for seed in range(6)]
+    expected = [llm.generate("what", each).tokens for each in params]
+    generations = [llm.submit("what", each)[0] for each in params]
+    results = [generation.result() for generation in reversed(generations)]
+    assert [result.tokens for result in reversed(results)] == expected
+    assert max(map(len, scripted.backend.batches)) == 4  # slots
+
+
+def test_samples_of_a_prompt_have_seeds_in_a_row(scripted: Scripted):
+    llm = scripted.llm
+    generations = llm.submit(QUESTION, SEEDED, n=3)
+    assert [generation.index for generation in generations] == [0, 1, 2]
+    assert [generation.seed for generation in generations] == [5, 6, 7]
+    assert generations[0].prompt_ids == llm.encode(QUESTION)
+    for i, generation in enumerate(generations):
+        alone = llm.generate(QUESTION, replace(SEEDED, seed=5 + i))
+        assert generation.result().tokens == alone.tokens
+    with pytest.raises(RequestError, match="n must be"):
+        llm.submit(QUESTION, n=0)
+    with pytest.raises(RequestError, match="submit gives n"):
+        llm.stream(QUESTION, n=2)
+
+
+def test_the_best_answers_are_the_most_probable(scripted: Scripted):
+    llm = scripted.llm
+    params = replace(SEEDED, max_tokens=6)
+    every = [llm.generate("what", replace(params, seed=5 + i, logprobs=0)) for i in range(5)]
+
+    def mean(result: Any) -> float:
+        return float(sum(token.logprob for token in result.tokens)) / len(result.tokens)
+
+    expected = sorted(every, key=mean, reverse=True)[:2]
+    found = llm.generate_best("what", params, best_of=5, n=2)
+    assert [result.tokens for result in found] == [result.tokens for result in expected]
+    by_sum = llm.generate_best("what", params, best_of=5, rank_by="sum")
+    totals = [sum(token.logprob or 0 for token in result.tokens) for result in every]
+    assert sum(token.logprob or 0 for token in by_sum[0].tokens) == max(totals)
+    with pytest.raises(RequestError, match="best_of"):
+        llm.generate_best("what", best_of=1, n=2)
+
+
+def test_answers_for_asyncio(scripted: Scripted):
+    llm = scripted.llm
+    params = replace(SEEDED, max_tokens=9)
+    expected = llm.generate(QUESTION, params)
+
+    async def read(index: int) -> list[GenerationChunk]:
+        (generation,) = llm.submit(QUESTION, params)
+        chunks = []
+        async for chunk in generation:
+            chunks.append(chunk)
+            if index == 2 and len(chunks) == 3:
+                generation.cancel()
+        return chunks
+
+    async def read_all() -> list[list[GenerationChunk]]:
+        return await asyncio.gather(*(read(i) for i in range(8)))
+
+    every = asyncio.run(read_all())
+    for index, chunks in enumerate(every):
+        if index != 2:
+            assert joined(chunks) == (expected.text, expected.reasoning)
+    assert every[2][-1].finish_reason in ("cancelled", "length")
+
+
+def test_scores_come_between_the_answers(scripted: Scripted):
+    """And what the scoring wrote into the cache is no prefix of anything."""
+    llm = scripted.llm
+    expected = llm.generate("what", SEEDED).tokens
+    stream = llm.stream("what", SEEDED)
     next(stream)
-    refused: list[Callable[[], object]] = [
-        lambda: llm.generate("what"),
-        lambda: next(llm.stream("what")),
-        lambda: next(iter(llm.generate_ids([1]))),
-        lambda: llm.score([1, 2]),
-    ]
-    for attempt in refused:
-        with pytest.raises(RequestError, match=r"running already.*exhaust or close"):
-            attempt()
-    errors: list[Exception] = []
-
-    def elsewhere() -> None:
-        try:
-            llm.generate("what")
-        except RequestError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=elsewhere)
+    ids = [*llm.encode("what"), 5, 6, 7, 8, 9, 10]
+    scores: list[Any] = []
+    thread = threading.Thread(target=lambda: scores.append(llm.score(ids)))
     thread.start()
+    rest = list(stream)
     thread.join()
-    assert len(errors) == 1
-    stream.close()
-    for attempt in refused:
-        gc.collect()
-        attempt()
+    assert scores[0].shape == (len(ids) - 1,)
+    assert llm.generate("what", SEEDED).tokens == expected
+    assert rest[-1].finish_reason in ("stop", "length")
+    with pytest.raises(RequestError):
+        llm.score([1])
+
+
+def test_a_full_queue_refuses(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):
+    scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, num_slots=1, queue_capacity=1)
+    llm = scripted.llm
+    gate = threading.Event()
+    script = scripted.backend.script
+    scripted.backend.script = lambda seen: (gate.wait(), script(seen))[1]
+    running, waiting = llm.submit("what", SEEDED), llm.submit("what", SEEDED)
+    with pytest.raises(OverloadError, match="try again") as caught:
+        llm.submit("what", SEEDED)
+    assert caught.value.retry_after_s > 0
+    with pytest.raises(OverloadError):
+        llm.generate("what", SEEDED)
+    gate.set()
+    assert running[0].result().tokens == waiting[0].result().tokens
+    for _ in range(20):  # a place is free as soon as an answer has ended
+        assert [llm.submit("what", SEEDED)[0] for _ in range(2)][1].result().tokens
+    assert llm.scheduler.stats().outcomes["rejected"] == 2
+    llm.close()
+
+
+def test_output_keeps_its_form_and_reasoning_its_budget(scripted: Scripted):
+    pytest.importorskip("llguidance")
+    from edge.structured import OutputFormat
+
+    llm = scripted.llm
+    params = SamplingParams(temperature=1.0, top_p=1.0, seed=3, max_tokens=100)
+    digits = OutputFormat("regex", "[0-9]{3}x")
+    plain = llm.generate("what", params, output=digits)
+    assert re.fullmatch("[0-9]{3}x", plain.text)
+    assert plain.finish_reason == "stop"
+    chat = llm.generate(QUESTION, params, output=digits, thinking_budget=5)
+    assert re.fullmatch("[0-9]{3}x", chat.text)
+    reasoning = [*llm.tokenizer.encode(chat.reasoning)]
+    assert 0 < len(reasoning) <= 12  # of five tokens, some are half a character
+    direct = llm.generate(QUESTION, params, output=digits, thinking=False)
+    assert re.fullmatch("[0-9]{3}x", direct.text)
+    assert direct.reasoning == ""
+    with pytest.raises(RequestError, match="thinking budget"):
+        llm.generate("what", params, thinking_budget=5)
+    with pytest.raises(RequestError, match="thinking budget"):
+        llm.generate(QUESTION, params, thinking=False, thinking_budget=5)
+    with pytest.raises(RequestError, match="ignore_eos"):
+        llm.generate("what", replace(params, ignore_eos=True), output=digits)
+    with pytest.raises(RequestError, match="plain text or ids"):
+        llm.generate("what", params, thinking=False)
+
+
+def test_speculation_leaves_the_answer_as_it_is(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    answers = []
+    for speculative in (0, 4):
+        scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, speculative=speculative)
+        scripted.say("what", "ab" * 30)
+        answers.append(scripted.llm.generate("what", GREEDY).text)
+        scripted.llm.close()
+    assert answers == ["ab" * 30] * 2
 
 
 def test_streams_that_end_in_any_way_free_the_engine(scripted: Scripted):
@@ -279,14 +398,21 @@ def test_a_request_that_fails_leaves_the_next_one_working(
     scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, reuse_prefix=reuse)
     params = SamplingParams(temperature=0, max_tokens=6)
     expected = scripted.llm.generate("what", params).tokens
+    script, start = scripted.backend.script, len(scripted.llm.encode("what"))
     for pieces in range(3):
         stream = scripted.llm.stream("what", params)
-        for _ in range(pieces):
-            next(stream)
-        scripted.backend.fails = True
+
+        def fail_after(seen: tuple[int, ...], length: int = start + pieces) -> Any:
+            scripted.backend.fails = len(seen) == length
+            return script(seen)
+
+        scripted.backend.fails = not pieces
+        scripted.backend.script = fail_after if pieces else script
+        found: list[GenerationChunk] = []
         with pytest.raises(BackendError, match="told to"):
-            next(stream)
-        assert scripted.llm.cached_tokens == 0
+            found.extend(stream)
+        scripted.backend.script = script
+        assert scripted.llm.scheduler.stats().kv_used_tokens == 0
         with pytest.raises(RequestError, match="token id 1000000"):
             scripted.llm.generate([10**6], params)
         assert scripted.llm.generate("what", params).tokens == expected
@@ -299,8 +425,10 @@ def test_closing(scripted: Scripted):
     next(stream)
     llm.close()
     llm.close()
+    *_, last = stream
+    assert last.finish_reason == "cancelled"
     with pytest.raises(BackendError, match="closed"):
-        next(stream)
+        list(llm.stream("what"))
     for attempt in (lambda: llm.generate("what"), lambda: llm.score([1, 2])):
         with pytest.raises(BackendError, match="closed"):
             attempt()
@@ -323,12 +451,42 @@ def test_a_seed_makes_an_answer_reproducible(llm: LLM):
     assert first.finish_reason == ("length" if len(ids) == 40 else "stop")
 
 
+def test_the_real_engine_gives_each_answer_as_if_it_ran_alone(tiny_bundles: Bundles):
+    """Batched, behind gaps of free slots, with prefixes of others, and with drafts."""
+    require_kernels("native")
+    bundle = tiny_bundles("llama")
+    texts = ["hello world", "hello there", "what", "hello world and then", "what is", "a"]
+    params = [replace(SEEDED, seed=i, max_tokens=8 + 5 * i) for i in range(len(texts))]
+    with LLM(bundle, num_threads=1, num_slots=1, reuse_prefix=False) as llm:
+        pairs = list(zip(texts, params, strict=True))
+        expected = [llm.generate(text, each).tokens for text, each in pairs]
+    for speculative in (0, 4):
+        with LLM(
+            bundle, num_threads=1, prefill_chunk=4, num_slots=4, speculative=speculative
+        ) as llm:
+            for _ in range(2):
+                generations = [llm.submit(text, each)[0] for text, each in pairs]
+                found = [generation.result().tokens for generation in generations]
+                assert found == expected
+            assert llm.scheduler.stats().cached_tokens > 0
+
+
+def test_a_full_slot_slides(tiny_bundles: Bundles):
+    require_kernels("native")
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=3 * TINY_KV_CAPACITY)
+    with LLM(tiny_bundles("llama"), num_threads=1, overflow="slide") as llm:
+        result = llm.generate("hello", params)
+        assert len(result.tokens) == 3 * TINY_KV_CAPACITY
+        assert result.finish_reason == "length"
+        assert llm.cached_tokens == 0  # rows that were turned are no prefix of anything
+
+
 def test_reuse_of_a_prefix_gives_the_same_conversation(tiny_bundles: Bundles):
     require_kernels("native")
     bundle = tiny_bundles("llama")
     params = SamplingParams(temperature=0, max_tokens=12)
     options: dict[str, Any] = {"num_threads": 1, "prefill_chunk": 8}
-    with LLM(bundle, **options) as plain, LLM(bundle, reuse_prefix=True, **options) as reusing:
+    with LLM(bundle, reuse_prefix=False, **options) as plain, LLM(bundle, **options) as reusing:
         messages: list[dict[str, str]] = []
         cached = []
         for text in ("hello", "what is the world", "and then"):
@@ -449,6 +607,13 @@ def test_a_bundle_without_a_template_takes_plain_text(copy: Path):
         ({"kv_capacity": 100_000}, "--kv-capacity 100000 is out of range"),
         ({"num_threads": 0}, "num_threads"),
         ({"prefill_chunk": 0}, "must be positive"),
+        ({"num_slots": 0}, "must be positive"),
+        ({"max_batch": 0}, "max_batch must be at least 1"),
+        ({"queue_capacity": -1}, "queue_capacity must be at least 0"),
+        ({"target_itl_ms": 0}, "must be positive"),
+        ({"overflow": "grow"}, "overflow must be stop or slide"),
+        ({"speculative": -1}, "speculative must be 0 or more"),
+        ({"backend": "ort-cuda", "num_threads": 2}, "num_threads is for ort-cpu"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str, tiny_bundles: Bundles):

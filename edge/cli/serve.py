@@ -1,0 +1,53 @@
+"""``edge-llm serve``: the OpenAI-compatible HTTP service."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge.errors import ConfigError
+from edge.server.settings import ServerSettings
+from edge.settings import load_settings
+
+from .settings_options import config_option, default_config, settings_options
+
+
+@click.command()
+@click.argument(
+    "bundle", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
+@config_option
+@settings_options(ServerSettings)
+def serve(bundle: Path | None, config_file: Path | None, **flags: Any) -> int:
+    """Serve BUNDLE, or each --model NAME=BUNDLE, to OpenAI's clients until SIGTERM.
+
+    BUNDLE is served under its directory's name, and to requests that name no model.
+    """
+    if bundle is not None:
+        if flags["model"]:
+            raise ConfigError("give either BUNDLE or --model, not both")
+        name = bundle.resolve().name
+        flags["model"] = {name: str(bundle)}
+        flags["default_model"] = flags["default_model"] or name
+
+    def read() -> ServerSettings:
+        file = config_file or default_config()
+        return load_settings(ServerSettings, file=file, environ=os.environ, flags=flags).settings
+
+    settings = read()
+    try:
+        from edge.server.logs import configure_logging
+        from edge.server.run import serve as run_service
+    except ModuleNotFoundError as error:
+        if error.name in ("starlette", "uvicorn", "h11"):
+            from edge.errors import DependencyError
+
+            raise DependencyError(
+                f"the service needs {error.name}; run: pip install 'jetson-edge-llm[serve]'"
+            ) from error
+        raise
+    configure_logging(settings.log_format, settings.log_level)
+    return run_service(settings, reread=read)

@@ -1,0 +1,261 @@
+"""What to run next, from what steps have cost so far. Pure: no clock, no backend.
+
+Three questions are answered here: how many tokens of a prompt to run between two decode steps
+(`Policy.chunk_tokens`), whether one more sequence may join (`Policy.allows`), and whether drafts
+are worth verifying (`Policy.draft_plan`). All answers come from measured times, so they follow the
+engine, the length of the context and whatever else the machine does.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_NEWEST = 0.25  # weight of the newest time in a running mean
+_FADE = 1 / 2048  # how fast the estimate of an option that is not taken falls, so it is tried again
+_GAIN = 1.05  # speculation must promise this much more than plain decode
+_DEAREST = 2.0  # what a prompt's token may cost in small chunks, relative to large ones
+_TICK_S = 1e-9  # no step takes no time, whatever the clock says
+
+
+@dataclass
+class _Point:
+    """Running means of a kind of step: its size and its seconds."""
+
+    size: float
+    seconds: float
+
+    def observe(self, size: int, seconds: float) -> None:
+        # A lone slow step (a page fault, a captured graph) must not count for long, so faster
+        # times are believed sooner than slower ones.
+        weight = _NEWEST if seconds > self.seconds else 2 * _NEWEST
+        self.size += weight * (size - self.size)
+        self.seconds += weight * (seconds - self.seconds)
+
+
+class CostCurve:
+    """Seconds of a step by its size, as measured; between two sizes, a roofline through them.
+
+    A step reads all weights whatever its size and computes in proportion to it, so between two
+    measured sizes the time is taken as the greater of the smaller one's and the larger one's share.
+    That is at most too hopeful, and then the step is measured and known; so is the time beyond the
+    largest size, which is taken as its own.
+    """
+
+    def __init__(self) -> None:
+        self._points: dict[int, _Point] = {}
+        self._keys: list[int] = []
+
+    def observe(self, size: int, seconds: float) -> None:
+        """Count a step."""
+        seconds = max(seconds, _TICK_S)
+        key = _bucket(size)
+        point = self._points.get(key)
+        if point is None:
+            self._points[key] = _Point(size, seconds)
+            self._keys = sorted(self._points)
+        else:
+            point.observe(size, seconds)
+
+    def estimate(self, size: int) -> float | None:
+        """Seconds that a step of ``size`` should take; None before the first one."""
+        if not self._keys:
+            return None
+        at = bisect_left(self._keys, _bucket(size))
+        if at < len(self._keys) and self._keys[at] == _bucket(size):
+            point = self._points[self._keys[at]]
+            return point.seconds * max(size / point.size, 1.0)
+        below = self._points[self._keys[at - 1]] if at > 0 else None
+        if at == len(self._keys):
+            return self._points[self._keys[-1]].seconds
+        above = self._points[self._keys[at]]
+        return max(below.seconds if below else 0.0, above.seconds * size / above.size)
+
+    def largest(self, seconds: float, limit: int) -> int:
+        """The largest size up to ``limit`` that should take at most ``seconds``; at least 1.
+
+        Never more than twice what was measured, as nothing is known of steps beyond.
+        """
+        low, high = 1, limit
+        if self._keys:
+            high = max(min(limit, int(2 * self._points[self._keys[-1]].size)), 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            expected = self.estimate(middle)
+            if expected is not None and expected > seconds:
+                high = middle - 1
+            else:
+                low = middle
+        return low
+
+    def smallest(self, dearness: float, limit: int) -> int:
+        """The smallest size at which a token costs at most ``dearness`` times the least known."""
+        least = min((p.seconds / p.size for p in self._points.values()), default=0.0)
+        low, high = 1, limit
+        while low < high:
+            middle = (low + high) // 2
+            expected = self.estimate(middle)
+            if expected is None or expected <= dearness * least * middle:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+class StepCosts:
+    """Seconds of each kind of step.
+
+    Attributes:
+        prefill: by tokens of one sequence's prompt.
+        decode: by sequences, one token each.
+    """
+
+    def __init__(self) -> None:
+        self.prefill = CostCurve()
+        self.decode = CostCurve()
+        self._verify: dict[tuple[int, int], _Point] = {}
+
+    def observe_verify(self, batch: int, seq: int, seconds: float) -> None:
+        """Count a step of ``seq`` tokens for each of ``batch`` sequences, logits at each place."""
+        seconds = max(seconds, _TICK_S)
+        point = self._verify.get((batch, seq))
+        if point is None:
+            self._verify[batch, seq] = _Point(seq, seconds)
+        else:
+            point.observe(seq, seconds)
+
+    def estimate_run(self, batch: int, drafted: int) -> float | None:
+        """Seconds of a decode step with so many drafted tokens; hopeful if none was measured."""
+        plain = self.decode.estimate(batch)
+        if not drafted or plain is None:
+            return plain
+        point = self._verify.get((batch, 1 + drafted))
+        if point is not None:
+            return point.seconds
+        wide, narrow = self.prefill.estimate(1 + drafted), self.decode.estimate(1)
+        if wide is None or narrow is None:
+            return plain
+        return plain + max(wide - narrow, 0.0)
+
+    def fade_verify(self, batch: int, seq: int) -> None:
+        """Believe a little less that such a step is slow, so that it is tried again some day."""
+        point = self._verify.get((batch, seq))
+        if point is not None:
+            point.seconds *= 1 - _FADE
+
+
+class Draft(NamedTuple):
+    """One sequence of the decode batch.
+
+    Attributes:
+        length: tokens that its drafter proposes; 0 if none.
+        acceptance: probability that one of them is right, given those before it.
+    """
+
+    length: int
+    acceptance: float
+
+
+class DecodeRun(NamedTuple):
+    """Sequences (indices into the batch) that decode in one step, with so many drafted tokens."""
+
+    rows: tuple[int, ...]
+    drafted: int
+
+
+class Policy:
+    """Decides from measured costs.
+
+    Args:
+        max_batch: sequences that run at once.
+        step_tokens: tokens of a prompt per step at most.
+        target_itl_s: gap between two tokens of a stream that must be kept; None keeps it within
+            twice what it is without prompts in between.
+    """
+
+    def __init__(self, max_batch: int, step_tokens: int, target_itl_s: float | None = None) -> None:
+        self.max_batch = max_batch
+        self.step_tokens = step_tokens
+        self.target_itl_s = target_itl_s
+        self.costs = StepCosts()
+
+    def allows(self, running: int) -> bool:
+        """Whether one more may join ``running`` sequences."""
+        if running == 0:
+            return True
+        if running >= self.max_batch:
+            return False
+        expected = self.costs.decode.estimate(running + 1)
+        return self.target_itl_s is None or expected is None or expected <= self.target_itl_s
+
+    def chunk_tokens(self, decoding: int) -> int:
+        """Tokens of a prompt to run now, while ``decoding`` sequences wait for their next token.
+
+        A chunk takes about as long as the decode step that it delays, so that a gap between two
+        tokens is about doubled at most and prompts get half of the engine. But where steps of a few
+        tokens waste most of the engine, it is as large as makes a token cost twice its least.
+        """
+        if decoding == 0:
+            return self.step_tokens
+        decode = self.costs.decode.estimate(decoding)
+        if decode is None:
+            return min(self.step_tokens, _UNMEASURED_CHUNK)
+        budget = decode
+        if self.target_itl_s is not None:
+            budget = max(budget, self.target_itl_s - decode)
+        prefill = self.costs.prefill
+        return max(
+            prefill.largest(budget, self.step_tokens),
+            prefill.smallest(_DEAREST, self.step_tokens),
+        )
+
+    def draft_plan(self, drafts: Sequence[Draft]) -> list[DecodeRun]:
+        """Split the decode batch into runs so that most tokens per second are to be expected.
+
+        Either nothing is drafted, or all run in one step padded to the longest draft, or those with
+        a draft run apart from those without.
+        """
+        everyone = tuple(range(len(drafts)))
+        plain = [DecodeRun(everyone, 0)]
+        longest = max((draft.length for draft in drafts), default=0)
+        seconds = self.costs.decode.estimate(len(drafts))
+        if longest == 0 or seconds is None:
+            return plain
+        best, best_rate = plain, _GAIN * len(drafts) / seconds
+        with_draft = tuple(i for i in everyone if drafts[i].length)
+        without = tuple(i for i in everyone if not drafts[i].length)
+        passed_over: list[DecodeRun] = []
+        for drafted in range(1, longest + 1):
+            tokens = sum(_expected(draft, drafted) for draft in drafts)
+            options = [[DecodeRun(everyone, drafted)]]
+            if without:
+                options.append([DecodeRun(with_draft, drafted), DecodeRun(without, 0)])
+            for option in options:
+                times = [self.costs.estimate_run(len(run.rows), run.drafted) for run in option]
+                rate = tokens / sum(time or seconds for time in times)
+                if rate > best_rate:
+                    best, best_rate = option, rate
+                else:
+                    passed_over.append(option[0])
+        for run in passed_over:
+            self.costs.fade_verify(len(run.rows), 1 + run.drafted)
+        return best
+
+
+_UNMEASURED_CHUNK = 32
+
+
+def _expected(draft: Draft, drafted: int) -> float:
+    """Tokens that a step should give a sequence: the drafts that are right, and one more."""
+    count, p = min(draft.length, drafted), draft.acceptance
+    return float(count + 1) if p >= 1 else (1 - p ** (count + 1)) / (1 - p)
+
+
+def _bucket(size: int) -> int:
+    """Sizes that are measured together: each alone up to 16, then four groups per doubling."""
+    if size <= 16:
+        return size
+    step = 1 << max(size.bit_length() - 3, 0)
+    return size // step * step

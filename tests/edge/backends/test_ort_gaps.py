@@ -1,0 +1,72 @@
+"""A decode step over slots that are not neighbours: one run, and what lies between stays."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.backends.ort import bridged_runs
+from tests.conftest import Bundles, require_kernels
+
+from .runner import Runner
+
+
+@given(st.permutations(range(8)).flatmap(lambda p: st.integers(1, 8).map(lambda n: p[:n])))
+def test_runs_cover_all_slots_once_and_bridge_gaps_of_one(slots: list[int]):
+    runs = bridged_runs(slots)
+    covered = {}
+    for first, rows in runs:
+        assert rows[0] >= 0
+        assert rows[-1] >= 0
+        for at, row in enumerate(rows):
+            if row >= 0:
+                covered[first + at] = row
+            else:
+                assert first + at not in slots
+    assert covered == {slot: row for row, slot in enumerate(slots)}
+    ends = [(first, first + len(rows)) for first, rows in runs]
+    assert all(later - end >= 2 for (_, end), (later, _) in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+def test_a_step_over_a_gap(tiny_bundles: Bundles, dialect: str, monkeypatch: pytest.MonkeyPatch):
+    require_kernels(dialect)
+    runner = Runner(tiny_bundles("llama", dialect), num_slots=4)
+    backend = runner.backend
+    ids = np.random.default_rng(0).integers(0, 300, (4, 6))
+    for slot in range(4):
+        positions = np.arange(6)[None]
+        backend.forward([slot], runner.table[ids[slot][None]], positions, 6, np.array([[5]]))
+    before = [backend.read_slot(slot, 6) for slot in range(4)]
+
+    def decode(slots: list[int]) -> Any:
+        positions = np.full((len(slots), 1), 6)
+        embeds = runner.table[ids[slots][:, :1]]
+        return backend.forward(slots, embeds, positions, 7, np.zeros((len(slots), 1), np.int64))
+
+    alone = {slot: decode([slot]).copy() for slot in range(4)}
+    calls: list[tuple[int, int]] = []
+    run = backend._run
+
+    def counted(first: int, embeds: Any, *rest: Any) -> Any:
+        calls.append((first, len(embeds)))
+        return run(first, embeds, *rest)
+
+    monkeypatch.setattr(backend, "_run", counted)
+    for slots, expected in (
+        ([0, 2], [(0, 3)]),
+        ([3, 1, 0], [(0, 4)]),
+        ([3, 0], [(0, 1), (3, 1)]),
+    ):
+        calls.clear()
+        logits = decode(slots)
+        assert calls == expected
+        for row, slot in zip(logits, slots, strict=True):
+            np.testing.assert_allclose(row, alone[slot][0], atol=2e-4)
+        for slot in range(4):
+            assert np.array_equal(backend.read_slot(slot, 6), before[slot])
