@@ -1,0 +1,112 @@
+"""Who may call: API keys, and how often each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge.errors import ConfigError
+
+_MIN_KEY_CHARS = 8
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who asks.
+
+    Attributes:
+        name: of the key; ``anonymous`` without keys.
+        salt: keeps cached prefixes of different keys apart; empty without keys.
+    """
+
+    name: str = "anonymous"
+    salt: str = ""
+
+
+class APIKeys:
+    """The keys of a file, compared in constant time.
+
+    Args:
+        keys: name and key.
+    """
+
+    def __init__(self, keys: Iterable[tuple[str, str]]) -> None:
+        self._clients = [
+            (_digest(key.encode()), Client(name, _digest(key.encode()).hex()[:16]))
+            for name, key in keys
+        ]
+
+    @classmethod
+    def from_file(cls, path: Path) -> APIKeys:
+        """Read one key per line, ``NAME:KEY`` or just the key; ``#`` begins a comment line.
+
+        Raises:
+            ConfigError: the file cannot be read, is empty, or has a key that is short or twice.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the API keys of {path} ({error})") from error
+        keys: dict[str, str] = {}
+        for number, line in enumerate(lines, 1):
+            text = line.strip()
+            if not text or text.startswith("#"):
+                continue
+            name, _, key = text.rpartition(":")
+            if len(key) < _MIN_KEY_CHARS or not key.isascii() or key in keys.values():
+                raise ConfigError(
+                    f"line {number} of {path} has no new key of at least {_MIN_KEY_CHARS} ASCII "
+                    "characters; write NAME:KEY"
+                )
+            keys[name or f"key-{number}"] = key
+        if not keys:
+            raise ConfigError(f"{path} has no API key; write one per line, as NAME:KEY")
+        return cls(keys.items())
+
+    def find(self, authorization: bytes | None) -> Client | None:
+        """The client of an ``Authorization: Bearer`` header, or None.
+
+        Every key is compared, so that the time tells nothing about any of them.
+        """
+        scheme, _, given = (authorization or b"").partition(b" ")
+        digest = _digest(given.strip())
+        found = None
+        for key, client in self._clients:
+            if hmac.compare_digest(key, digest):
+                found = client
+        return found if scheme.lower() == b"bearer" else None
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class RateLimit:
+    """A bucket of tokens for each client: bursts up to a minute's worth, then a steady rate.
+
+    Args:
+        per_minute: requests; 0 is no limit.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute = per_minute
+        self._clock = clock
+        self._levels: dict[str, tuple[float, float]] = {}  # by client, of which there are few
+
+    def take(self, client: str) -> float:
+        """Take one; 0 if there was one, else the seconds until there is."""
+        if not self._per_minute:
+            return 0.0
+        now = self._clock()
+        level, since = self._levels.get(client, (float(self._per_minute), now))
+        level = min(self._per_minute, level + (now - since) * self._per_minute / 60)
+        if level < 1:
+            self._levels[client] = (level, now)
+            return (1 - level) * 60 / self._per_minute
+        self._levels[client] = (level - 1, now)
+        return 0.0

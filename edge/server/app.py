@@ -1,0 +1,203 @@
+"""The ASGI application: which path is what."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, Router
+
+from .access import APIKeys
+from .answers import ModelCard, ModelList
+from .chat import chat_completions
+from .completions import completions
+from .errors import APIError
+from .generate import in_thread, json_response
+from .guard import App, Guard, Receive, Scope, Send, read_body
+from .openapi import openapi
+from .page import load_page, page_headers
+from .protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode,
+)
+from .registry import Choice, ModelRegistry, ServedModel
+from .route import facts_of
+from .settings import ServerSettings
+from .text import detokenize, tokenize, tokenizer_info
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
+
+PAGE = "/"
+_LARGE_BYTES = 64 * 2**10  # larger bodies are parsed beside the loop
+_Body = TypeVar("_Body")
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(models: ModelRegistry, settings: ServerSettings, metrics: Metrics) -> App:
+    """The application with its guard.
+
+    Args:
+        models: what is served.
+        settings: limits, and the file of API keys.
+        metrics: told of everything.
+
+    Raises:
+        ConfigError: the file of API keys cannot be used.
+    """
+    path = settings.api_key_file
+    keys = None if path is None else APIKeys.from_file(path)
+    router = Router(_Endpoints(models, settings, metrics).routes(), redirect_slashes=False)
+
+    async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = router  # so that it raises instead of answering in plain text
+        await router(scope, receive, send)
+
+    return Guard(
+        routed,
+        settings,
+        keys,
+        public=frozenset({PAGE}),
+        is_draining=lambda: models.is_draining,
+        on_rejection=metrics.observe_rejection,
+    )
+
+
+class _Endpoints:
+    def __init__(self, models: ModelRegistry, settings: ServerSettings, metrics: Metrics) -> None:
+        self._models = models
+        self._settings = settings
+        self._metrics = metrics
+
+    def routes(self) -> list[BaseRoute]:
+        """Every path; those of the API with and without ``/v1``."""
+        get: dict[str, Endpoint] = {
+            PAGE: self._page,
+            "/health": self._health,
+            "/ready": self._ready,
+            "/metrics": self._metrics_text,
+            "/stats": self._stats,
+            "/openapi.json": self._openapi,
+            "/tokenizer_info": self._tokenizer_info,
+        }
+        both: dict[str, tuple[str, Endpoint]] = {
+            "/models": ("GET", self._list_models),
+            "/models/{id:path}": ("GET", self._show_model),
+            "/chat/completions": ("POST", self._chat),
+            "/completions": ("POST", self._completions),
+        }
+        post = {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
+        return [
+            *(Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()),
+            *(
+                Route(prefix + path, endpoint, methods=[method])
+                for path, (method, endpoint) in both.items()
+                for prefix in ("/v1", "")
+            ),
+        ]
+
+    async def _read(self, request: Request, kind: type[_Body]) -> _Body:
+        body = await read_body(request.scope, request.receive, self._settings)
+        limit = self._settings.max_nesting
+        if len(body) < _LARGE_BYTES:
+            return decode(body, kind, limit)
+        return await in_thread(lambda: decode(body, kind, limit))
+
+    # ------------------------------------------------------------------------------- text
+
+    async def _chat(self, request: Request) -> Response:
+        body = await self._read(request, ChatRequest)
+        choice = await self._choose(body, request)
+        return await chat_completions(
+            request,
+            body,
+            choice.model,
+            request.scope["client_identity"],
+            self._settings,
+            self._metrics,
+            choice.headers(),
+        )
+
+    async def _completions(self, request: Request) -> Response:
+        body = await self._read(request, CompletionRequest)
+        choice = await self._choose(body, request)
+        return await completions(
+            request,
+            body,
+            choice.model,
+            request.scope["client_identity"],
+            self._settings,
+            self._metrics,
+            choice.headers(),
+        )
+
+    async def _choose(self, body: ChatRequest | CompletionRequest, request: Request) -> Choice:
+        choice = await self._models.choose(body.model, facts_of(body, request.scope["request_id"]))
+        if choice.rule is not None:
+            self._metrics.observe_route(choice.rule, choice.model.name)
+        if choice.arm is not None:
+            self._metrics.observe_arm(choice.arm, choice.model.name)
+        return choice
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = await self._read(request, TokenizeRequest)
+        model = (await self._models.choose(body.model)).model
+        with model.lease():
+            return json_response(await in_thread(lambda: tokenize(body, model)))
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = await self._read(request, DetokenizeRequest)
+        model = (await self._models.choose(body.model)).model
+        with model.lease():
+            return json_response(await in_thread(lambda: detokenize(body, model)))
+
+    async def _tokenizer_info(self, request: Request) -> Response:
+        choice = await self._models.choose(request.query_params.get("model"))
+        return json_response(tokenizer_info(choice.model))
+
+    # ------------------------------------------------------------------------------- models
+
+    async def _list_models(self, request: Request) -> Response:
+        cards = [_card(model) for model in self._models.models()]
+        for name in self._models.aliases():
+            cards.append(ModelCard(name, cards[0].created, min(c.max_model_len for c in cards)))
+        return json_response(ModelList(cards))
+
+    async def _show_model(self, request: Request) -> Response:
+        return json_response(_card(self._models.get(request.path_params["id"])))
+
+    # ------------------------------------------------------------------------------- state
+
+    async def _health(self, request: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def _ready(self, request: Request) -> Response:
+        reason = self._models.not_ready()
+        if reason is not None:
+            raise APIError(503, reason, f"the server is not ready: {reason}", retry_after_s=5)
+        return json_response({"status": "ready"})
+
+    async def _metrics_text(self, request: Request) -> Response:
+        from .metrics import CONTENT_TYPE
+
+        text = await in_thread(self._metrics.render)
+        return Response(text, headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
+
+    async def _stats(self, request: Request) -> Response:
+        return json_response(await in_thread(self._metrics.stats_json))
+
+    async def _openapi(self, request: Request) -> Response:
+        return json_response(openapi())
+
+    async def _page(self, request: Request) -> Response:
+        return Response(load_page(), headers=page_headers())
+
+
+def _card(model: ServedModel) -> ModelCard:
+    return ModelCard(model.name, model.created, model.llm.kv_capacity)

@@ -1,0 +1,195 @@
+"""Errors as HTTP: OpenAI's envelope, and what of an error a client may see.
+
+The envelope is ``{"error": {"message", "type", "param", "code"}}`` with ``code`` a string. Messages
+of wrong requests are shown; those of everything else stay in the log, since they hold paths.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import msgspec
+
+from edge.errors import (
+    ContextLengthError,
+    DeadlineError,
+    DependencyError,
+    EdgeError,
+    OverloadError,
+    RequestError,
+    ResourceError,
+)
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    431: "invalid_request_error",
+    503: "service_unavailable",
+    505: "invalid_request_error",
+}
+# What never belongs into an answer, wherever it came from: addresses (CVE-2026-22778) and paths.
+_SECRETS = re.compile(r"\b0x[0-9a-fA-F]{6,}|(?<![\w:/.<])/(?:[\w.+-]+/)+[\w.+-]*")
+_FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
+
+
+class APIError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP.
+        code: OpenAI's short name of the cause.
+        message: what was wrong, what was found and what to do.
+        param: the field at fault.
+        retry_after_s: when to try again.
+        should_retry: tells OpenAI's clients to (not) retry, whatever the status says.
+        allow: the methods that would be.
+        close: whether the connection ends with this answer.
+        extra: further keys of the envelope's error.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        should_retry: bool | None = None,
+        allow: str | None = None,
+        close: bool = False,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.should_retry = should_retry
+        self.allow = allow
+        self.close = close
+        self.extra = extra or {}
+
+    @property
+    def type(self) -> str:
+        """OpenAI's class of the error."""
+        return _TYPES.get(self.status, "server_error")
+
+    def envelope(self) -> dict[str, Any]:
+        """The body, as plain data."""
+        error = {
+            "message": _SECRETS.sub("…", self.message),
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error | self.extra}
+
+    def body(self) -> bytes:
+        """The body, as JSON."""
+        return msgspec.json.encode(self.envelope())
+
+    def headers(self) -> dict[str, str]:
+        """Headers that belong to this error."""
+        result = {"content-type": "application/json", "cache-control": "no-store"}
+        if self.retry_after_s is not None:
+            result["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.should_retry is not None:
+            result["x-should-retry"] = "true" if self.should_retry else "false"
+        if self.allow is not None:
+            result["allow"] = self.allow
+        if self.status == 401:
+            result["www-authenticate"] = "Bearer"
+        if self.close:
+            result["connection"] = "close"
+        return result
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> APIError:
+    """A 400."""
+    return APIError(400, code, message, param=param)
+
+
+def draining() -> APIError:
+    """The server is about to leave."""
+    return APIError(
+        503,
+        "draining",
+        "the server is shutting down; try again in a moment",
+        retry_after_s=5,
+        close=True,
+    )
+
+
+def stalled() -> APIError:
+    """The engine hangs."""
+    return APIError(
+        503, "engine_stalled", "the engine does not respond; try again later", retry_after_s=30
+    )
+
+
+def as_api_error(error: BaseException) -> APIError:
+    """The answer to any exception; what is not the client's doing keeps its message to itself."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, ContextLengthError):
+        return APIError(
+            400,
+            "context_length_exceeded",
+            f"the prompt has {error.num_tokens} tokens, but the context holds {error.capacity} and "
+            "one must be left for the answer; shorten the prompt",
+            param="messages",
+            extra={"n_prompt_tokens": error.num_tokens, "n_ctx": error.capacity},
+        )
+    if isinstance(error, RequestError):
+        message = str(error)
+        field = _FIELD.match(message)
+        return invalid(message, param=field[1] if field else None)
+    if isinstance(error, OverloadError):
+        return APIError(429, "queue_full", str(error), retry_after_s=error.retry_after_s)
+    if isinstance(error, DeadlineError):
+        return APIError(
+            503,
+            "deadline_exceeded",
+            "the request did not finish in the time that the server allows; ask for fewer tokens",
+            retry_after_s=5,
+            should_retry=False,
+        )
+    if isinstance(error, ResourceError):
+        return APIError(
+            503,
+            "insufficient_memory",
+            "the device is short of memory; try again later",
+            retry_after_s=10,
+        )
+    if isinstance(error, DependencyError):
+        return APIError(
+            501,
+            "not_installed",
+            "this server lacks a library that the request needs; its log has the name",
+            should_retry=False,
+        )
+    if isinstance(error, EdgeError):
+        return APIError(
+            500,
+            "engine_error",
+            "the engine failed at this request; the server's log has the cause",
+            should_retry=False,
+        )
+    return APIError(
+        500,
+        "internal_error",
+        "the server failed at this request; its log has the cause",
+        should_retry=False,
+    )

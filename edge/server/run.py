@@ -1,0 +1,394 @@
+"""The life of the service: listen, open the models, serve, drain, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge.drift import DriftMonitor, read_counts
+from edge.errors import ConfigError, EdgeError
+from edge.manifest import read_manifest
+from edge.telemetry import Snapshot, read_snapshot
+
+from .app import create_app
+from .errors import APIError
+from .generate import in_thread
+from .http import make_server
+from .metrics import Metrics
+from .notify import Notifier
+from .registry import ModelRegistry
+from .route import AUTO, read_routes
+from .settings import EngineSettings, ServerSettings
+from .switch import Switcher, need_bytes
+
+if TYPE_CHECKING:
+    from edge.llm import LLM
+
+_log = logging.getLogger("edge.server")
+_BEAT_S = 0.25
+_THERMAL_S = 5.0
+_COOLER_CELSIUS = 5.0  # below the limit by this before requests come again
+_CLOSE_S = 5.0
+_LOADING_S = 10  # how often systemd hears that loading goes on
+FORCED_EXIT = 130
+HUNG_EXIT = 70
+
+
+def open_llm(settings: EngineSettings) -> Callable[[Path], LLM]:
+    """Makes the function that opens a bundle with these settings."""
+
+    def open_one(bundle: Path) -> LLM:
+        from edge.llm import LLM
+
+        return LLM(
+            bundle,
+            backend=settings.backend,
+            kv_capacity=settings.kv_capacity,
+            num_threads=settings.num_threads,
+            num_slots=settings.num_slots,
+            max_batch=settings.max_batch,
+            queue_capacity=settings.queue_capacity,
+            target_itl_ms=settings.target_itl_ms,
+            reuse_prefix=settings.reuse_prefix,
+            overflow=settings.overflow,
+            speculative=settings.speculative,
+            prefix_dir=settings.prefix_dir,
+        )
+
+    return open_one
+
+
+class Service:
+    """One server process.
+
+    Args:
+        settings: all of them.
+        open_llm: opens a bundle.
+        notifier: to systemd.
+        reread: reads the settings again, on SIGHUP; None ignores it.
+        telemetry: the device's state.
+
+    Attributes:
+        models: what is served.
+        metrics: what is counted.
+        port: on which it listens, once `run` has begun.
+        is_clean: false if an engine did not stop; the process should then end at once.
+
+    Raises:
+        ConfigError, DependencyError: see `create_app` and `Metrics`.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        open_llm: Callable[[Path], LLM],
+        *,
+        notifier: Notifier | None = None,
+        reread: Callable[[], ServerSettings] | None = None,
+        telemetry: Callable[[], Snapshot] = read_snapshot,
+    ) -> None:
+        if not settings.model:
+            raise ConfigError("no model to serve; give a bundle, or --model NAME=BUNDLE")
+        default = settings.default_model
+        if default is not None and default not in {AUTO, *settings.model, *settings.split}:
+            raise ConfigError(f"the default model {default!r} is not one of those to serve")
+        self._settings = settings
+        self._notifier = notifier or Notifier({})
+        self._reread = reread
+        self._reloading: asyncio.Task[None] | None = None
+        self._telemetry = telemetry
+        rules, splits = read_routes(settings.auto, settings.split, settings.model)
+        self.models = ModelRegistry(
+            open_llm, default=default, rules=rules, splits=splits, stall_s=settings.stall_s
+        )
+        self._switcher = Switcher(
+            self.models,
+            self._free_bytes,
+            num_slots=settings.num_slots,
+            kv_capacity=settings.kv_capacity,
+            drain_timeout_s=settings.drain_timeout_s,
+        )
+        self.metrics = Metrics(
+            self.models.stats,
+            telemetry=telemetry,
+            drift=_drift_monitor(settings),
+            vllm_names=settings.vllm_metrics,
+        )
+        self._server = make_server(create_app(self.models, settings, self.metrics), settings)
+        self._socket = _listen(settings.host, settings.port)
+        self.port: int = self._socket.getsockname()[1]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stops = 0
+        self._stopped = asyncio.Event()
+        self._forced = asyncio.Event()
+        self.is_clean = True
+        self._exit_code = 0
+
+    def stop(self) -> None:
+        """Drain and leave; a second call leaves at once. From any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._on_stop)
+
+    async def run(self) -> int:
+        """Serve until `stop`; returns the exit code.
+
+        Raises:
+            EdgeError: a model could not be opened.
+        """
+        self._loop = asyncio.get_running_loop()
+        with self._signals():
+            serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+            watching = asyncio.create_task(self._watch())
+            try:
+                if await self._load():
+                    await self._stopped.wait()
+                    await self._drain()
+                else:
+                    self.is_clean = False  # the bundle that is being opened
+            finally:
+                watching.cancel()
+                self._server.should_exit = True
+                self._server.force_exit = self._forced.is_set()
+                await serving
+                await self._close()
+        return FORCED_EXIT if self._forced.is_set() else self._exit_code
+
+    # ------------------------------------------------------------------------------- phases
+
+    async def _load(self) -> bool:
+        """Open the models; false if `stop` came first.
+
+        Raises:
+            EdgeError: a model could not be opened.
+        """
+        _log.info("listening on %s port %d", self._settings.host, self.port)
+        self._notifier.send(status="loading")
+        loading = _in_daemon(lambda: self.models.load(self._settings.model))
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        waiting: set[asyncio.Future[Any]] = {loading, stopped}
+        while not (loading.done() or stopped.done()):
+            self._notifier.send(extend_timeout_usec=int(3e6 * _LOADING_S))
+            await asyncio.wait(waiting, timeout=_LOADING_S, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            _log.info("stopped while a model was being opened")
+            return False
+        stopped.cancel()
+        await loading
+        _log.info("ready: %s", ", ".join(self._settings.model))
+        self._notifier.send(ready=1, status="serving")
+        return True
+
+    async def _drain(self) -> None:
+        self.models.is_draining = True
+        self._notifier.send(stopping=1, status="draining")
+        running = self.models.num_flights
+        _log.info("stopping; %d requests may take %g s", running, self._settings.drain_timeout_s)
+        deadline = time.monotonic() + self._settings.drain_timeout_s
+        while self.models.num_flights and time.monotonic() < deadline:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._forced.wait(), 0.02)
+                break
+        if self.models.num_flights:
+            _log.warning("%d requests are cut short", self.models.num_flights)
+            self.models.abort_all(
+                APIError(503, "shutdown", "the server was shut down", retry_after_s=5, close=True)
+            )
+            await asyncio.sleep(0.1)  # their last events go out
+
+    async def _close(self) -> None:
+        """Close the models; an engine that hangs must not keep the process."""
+        patience_s = 1.0 if self._forced.is_set() else _CLOSE_S
+        closing = _in_daemon(self.models.close)
+        done, _ = await asyncio.wait({closing}, timeout=patience_s)
+        if not done:
+            _log.error("an engine did not stop within %g s", patience_s)
+            self.is_clean = False
+            self._exit_code = HUNG_EXIT
+
+    # ------------------------------------------------------------------------------- watching
+
+    async def _watch(self) -> None:
+        """Heartbeat of the engines, systemd's watchdog, temperatures."""
+        feed_s = None if self._notifier.watchdog_s is None else self._notifier.watchdog_s / 3
+        fed = hot = -float("inf")
+        while True:
+            self.models.beat()
+            now = time.monotonic()
+            if feed_s is not None and now - fed >= feed_s and self.models.is_alive:
+                fed = now
+                self._notifier.send(watchdog=1)
+            if now - hot >= _THERMAL_S:
+                hot = now
+                loop = asyncio.get_running_loop()
+                self._judge_heat(await loop.run_in_executor(None, self._telemetry))
+            await asyncio.sleep(_BEAT_S)
+
+    def _judge_heat(self, snapshot: Snapshot) -> None:
+        limit = self._settings.hot_celsius
+        hottest = max(snapshot.temperatures_celsius.values(), default=None)
+        if hottest is None:
+            self.models.trouble = None
+        elif hottest >= limit and self.models.trouble is None:
+            self.models.trouble = "thermal"
+            _log.warning("not ready: a thermal zone has %.1f degrees Celsius", hottest)
+        elif hottest < limit - _COOLER_CELSIUS and self.models.trouble is not None:
+            self.models.trouble = None
+            _log.info("ready again: the hottest thermal zone has %.1f degrees Celsius", hottest)
+
+    # ------------------------------------------------------------------------------- reload
+
+    async def reload(self) -> None:
+        """Read the settings again and replace every model whose bundle is another one now.
+
+        What is wrong is logged, and everything stays as it is.
+        """
+        if self._reread is None:
+            return
+        try:
+            fresh = self._reread()
+            for name, path in fresh.model.items():
+                bundle = path.resolve()
+                if name not in self._settings.model:
+                    raise ConfigError(f"the new model {name!r} needs a restart")
+                served = self.models.get(name)
+                manifest = await in_thread(partial(read_manifest, bundle))
+                if manifest != served.llm.manifest or bundle != served.bundle:
+                    await self._switcher.switch(name, bundle)
+        except EdgeError as error:
+            _log.error("nothing more was reloaded: %s", error)
+            return
+        same = replace(fresh, model=self._settings.model)
+        if same != self._settings:
+            _log.warning("settings other than the bundles have changed; they need a restart")
+        _log.info("reloaded")
+
+    def _free_bytes(self) -> int | None:
+        """Memory for a second model beside those that are open; None where nobody knows."""
+        settings = self._settings
+        if settings.memory_budget_mb is None:
+            return self._telemetry().memory_available_bytes
+        manifests = [model.llm.manifest for model in self.models.models()]
+        taken = [need_bytes(m, settings.num_slots, settings.kv_capacity) for m in manifests]
+        return settings.memory_budget_mb * 2**20 - sum(taken)
+
+    # ------------------------------------------------------------------------------- signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_stop)
+        loop.add_signal_handler(signal.SIGHUP, self._on_reload)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+
+    def _on_reload(self) -> None:
+        if self._reloading is None or self._reloading.done():
+            self._reloading = asyncio.create_task(self.reload())
+        else:
+            _log.warning("a reload is under way; this one is ignored")
+
+    def _on_stop(self) -> None:
+        self._stops += 1
+        self._stopped.set()
+        if self._stops > 1:
+            self._forced.set()
+
+
+def _in_daemon(work: Callable[[], None]) -> asyncio.Future[None]:
+    """Run ``work`` in a thread that does not keep the process from leaving."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as caught:  # noqa: BLE001 - raised again where it is awaited
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is gone
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="edge-service", daemon=True).start()
+    return future
+
+
+def _drift_monitor(settings: ServerSettings) -> DriftMonitor:
+    """Counts requests, and compares them where there is a baseline.
+
+    Raises:
+        ConfigError: the baseline cannot be used.
+    """
+    path = settings.drift_baseline
+    baseline = None if path is None else read_counts(path)
+    return DriftMonitor(baseline, settings.drift_window)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns off Nagle only where the protocol is named; else answers wait 40 ms for an ACK.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host.strip("[]"), port))
+        sock.set_inheritable(False)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
+        ) from error
+    return sock
+
+
+def serve(
+    settings: ServerSettings,
+    open_one: Callable[[Path], LLM] | None = None,
+    reread: Callable[[], ServerSettings] | None = None,
+) -> int:
+    """Run the service in this process until a signal; returns the exit code.
+
+    Args:
+        settings: all of them.
+        open_one: opens a bundle; as the settings say by default.
+        reread: reads the settings again, on SIGHUP.
+
+    Raises:
+        EdgeError: it could not start.
+    """
+    opens = open_one or open_llm(settings)
+    service = Service(settings, opens, notifier=Notifier(os.environ), reread=reread)
+    code = asyncio.run(service.run())
+    if not service.is_clean:
+        logging.shutdown()
+        os._exit(code)  # the threads of a hung engine would keep the process for ever
+    return code

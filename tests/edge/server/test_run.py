@@ -1,0 +1,330 @@
+"""The service as a process: start, signals, drain, systemd."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge.errors import ConfigError
+from edge.server.notify import Notifier
+from edge.server.run import Service
+from edge.telemetry import Snapshot
+from tests.conftest import Bundles, require_kernels
+
+from .scripted import ScriptedEngine, running, tiny
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "what"}], "temperature": 0}
+
+
+class Child:
+    """A server process; its log is read as it comes."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.log: list[str] = []
+        self._seen = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+        line = self.wait_for(r"listening on \S+ port (\d+)")
+        self.port = int(line[1])
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._seen:
+                self.log.append(line)
+                self._seen.notify_all()
+
+    def wait_for(self, pattern: str, timeout_s: float = 30) -> re.Match[str]:
+        def find() -> re.Match[str] | None:
+            return next((m for line in self.log if (m := re.search(pattern, line))), None)
+
+        with self._seen:
+            assert self._seen.wait_for(find, timeout_s), "".join(self.log)
+            found = find()
+        assert found is not None
+        return found
+
+    def ask(self, path: str = "/v1/chat/completions", body: Any = None) -> tuple[int, Any, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=data)
+        if data is not None:
+            request.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers, error.read()
+
+
+@contextmanager
+def child(*arguments: str, **environment: str) -> Iterator[Child]:
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Child(process)
+    finally:
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+@contextmanager
+def scripted_child(bundle: Path, delay_s: float = 0.0, **settings: Any) -> Iterator[Child]:
+    pairs = [f"{name}={value}" for name, value in settings.items()]
+    with child("-m", "tests.edge.server.child", str(bundle), str(delay_s), *pairs) as opened:
+        opened.wait_for("ready: tiny")
+        yield opened
+
+
+def test_sigterm_lets_running_requests_finish(tiny_bundles: Bundles):
+    with scripted_child(tiny_bundles("qwen2"), 0.005) as server, ThreadPoolExecutor(8) as pool:
+        stream = {**CHAT, "stream": True}
+        asked = [pool.submit(server.ask, body=body) for body in (CHAT, stream) for _ in range(4)]
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("stopping; 8 requests")
+        status, headers, body = server.ask(body=CHAT)
+        assert (status, json.loads(body)["error"]["code"]) == (503, "draining")
+        assert int(headers["retry-after"]) > 0
+        assert headers["connection"] == "close"
+        assert server.ask("/ready")[0] == 503
+        assert server.ask("/health")[0] == 200
+        for future in asked:
+            status, _, body = future.result(timeout=20)
+            assert status == 200
+            assert b"x" in body
+            assert b'"error"' not in body
+        assert all(b"[DONE]" in future.result()[2] for future in asked[4:])
+        finished = time.monotonic()
+        assert server.process.wait(timeout=5) == 0
+        assert time.monotonic() - finished < 1.5
+
+
+def test_a_second_sigterm_leaves_at_once(tiny_bundles: Bundles):
+    with scripted_child(tiny_bundles("qwen2"), 0.2) as server, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(server.ask, body={**CHAT, "stream": True}) for _ in range(2)]
+        time.sleep(1.0)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("stopping")
+        sent = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=10) == 130
+        assert time.monotonic() - sent < 2.5
+        for future in asked:
+            assert b"shutdown" in future.result(timeout=5)[2]
+
+
+def test_a_drain_has_an_end(tiny_bundles: Bundles):
+    with scripted_child(
+        tiny_bundles("qwen2"), 0.1, drain_timeout_s=0.5
+    ) as server, ThreadPoolExecutor(1) as pool:  # fmt: skip
+        asked = pool.submit(server.ask, body={**CHAT, "stream": True})
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=6) == 0
+        events = asked.result(timeout=5)[2]
+        assert b'"code":"shutdown"' in events
+        assert b"[DONE]" not in events
+
+
+def test_sigterm_does_not_wait_for_a_bundle_that_is_being_opened(tiny_bundles: Bundles):
+    let_go = threading.Event()
+
+    def open_slowly(_: Path) -> Any:
+        let_go.wait(20)
+        raise ConfigError("too late")
+
+    service = Service(tiny(tiny_bundles("qwen2")), open_slowly, telemetry=Snapshot)
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(asyncio.run(service.run())))
+    thread.start()
+    try:
+        time.sleep(0.2)
+        with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/health") as answer:
+            assert answer.status == 200
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"http://127.0.0.1:{service.port}/ready")
+        with caught.value as error:
+            assert json.loads(error.read())["error"]["code"] == "loading"
+        stopped = time.monotonic()
+        service.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert time.monotonic() - stopped < 2
+        assert codes == [0]
+        assert not service.is_clean
+    finally:
+        let_go.set()
+        thread.join(10)
+
+
+def test_a_hung_engine_does_not_keep_the_process(tiny_bundles: Bundles):
+    with scripted_child(
+        tiny_bundles("qwen2"), 30.0, stall_s=0.5, drain_timeout_s=0.5
+    ) as server, ThreadPoolExecutor(1) as pool:  # fmt: skip
+        asked = pool.submit(server.ask, body=CHAT)
+        assert asked.result(timeout=10)[0] == 503
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=10) == 70
+
+
+def test_the_verb_serves_a_real_bundle(tiny_bundles: Bundles):
+    require_kernels("native")
+    bundle = tiny_bundles("qwen2")
+    with child(
+        "-m", "edge.cli", "serve", str(bundle), "--port", "0", "--num-threads", "1",
+        "--log-format", "json",
+    ) as server:  # fmt: skip
+        server.wait_for("ready: ")
+        body = {"messages": CHAT["messages"], "max_tokens": 5}
+        status, headers, data = server.ask(body=body)
+        assert status == 200
+        assert json.loads(data)["usage"]["completion_tokens"] == 5
+        assert headers["x-edge-model"] == bundle.name
+        assert all(json.loads(line)["message"] for line in server.log)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=10) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 64, "no model to serve"),
+        (["--host", "0.0.0.0"], 64, "no API key is set"),
+        (["--port", "99999"], 64, "port 99999"),
+        (["--api-key-file", "/absent"], 64, "cannot read the API keys"),
+        (["--max-body-bytes", "0"], 64, "max_body_bytes"),
+        (["--default-model", "other"], 64, "default model"),
+    ],
+)
+def test_what_keeps_it_from_starting(
+    tiny_bundles: Bundles, arguments: list[str], code: int, words: str
+):
+    bundle = [str(tiny_bundles("qwen2"))] if arguments else []
+    ran = subprocess.run(
+        [sys.executable, "-m", "edge.cli", "serve", *bundle, *arguments],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ran.returncode == code, ran.stderr
+    assert words in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_damaged_bundle_ends_the_start(tiny_bundles: Bundles, tmp_path: Path):
+    import shutil
+
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundles("qwen2"), bundle)
+    with (bundle / "tokenizer.json").open("ab") as file:
+        file.write(b" ")
+    ran = subprocess.run(
+        [sys.executable, "-m", "edge.cli", "serve", str(bundle), "--port", "0"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 65
+    assert "tokenizer.json" in ran.stderr
+
+
+def test_an_address_that_is_taken(tiny_bundles: Bundles):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match="cannot listen"):
+            Service(tiny(tiny_bundles("qwen2"), port=port), ScriptedEngine().open)
+
+
+# systemd
+
+
+def receive(sock: socket.socket, timeout_s: float = 5.0) -> dict[str, str]:
+    sock.settimeout(timeout_s)
+    return dict(line.split("=", 1) for line in sock.recv(4096).decode().splitlines())
+
+
+def drain(sock: socket.socket) -> bytes:
+    """What has arrived by now."""
+    sock.setblocking(False)
+    data = b""
+    while True:
+        try:
+            data += sock.recv(4096)
+        except BlockingIOError:
+            return data
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[tuple[socket.socket, Path]]:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(path))
+        yield sock, path
+
+
+def test_what_systemd_is_told(
+    manager: tuple[socket.socket, Path], tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    from edge.server import run
+
+    monkeypatch.setattr(run, "_BEAT_S", 0.02)
+    sock, path = manager
+    notifier = Notifier({"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "300000"})
+    with running(tiny_bundles("qwen2"), notifier=notifier, stall_s=0.3) as live:
+        seen: dict[str, str] = {}
+        while "READY" not in seen:
+            seen |= receive(sock)
+        assert "EXTEND_TIMEOUT_USEC" in seen
+        assert receive(sock) == {"WATCHDOG": "1"}
+        live.engine.running.clear()  # hangs
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(live.chat, "what")
+            deadline = time.monotonic() + 5
+            while live.service.models.is_alive and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(0.1)
+            drain(sock)
+            time.sleep(0.5)  # two intervals, and the dog gets nothing
+            assert drain(sock) == b""
+            live.engine.running.set()
+        assert receive(sock) == {"WATCHDOG": "1"}
+    assert b"STOPPING=1" in drain(sock)
+
+
+def test_the_notifier_is_silent_without_systemd_and_hard_to_hurt(tmp_path: Path):
+    Notifier({}).send(ready=1)
+    Notifier({"NOTIFY_SOCKET": str(tmp_path / "absent")}).send(ready=1)
+    assert Notifier({"WATCHDOG_USEC": "x"}).watchdog_s is None
+    assert Notifier({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "1"}).watchdog_s is None
+    mine = Notifier({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": str(os.getpid())})
+    assert mine.watchdog_s == 2.0
+
+
+def test_an_abstract_address():
+    name = f"edge-llm-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(f"\0{name}")
+        Notifier({"NOTIFY_SOCKET": f"@{name}"}).send(ready=1, status="serving")
+        assert receive(sock) == {"READY": "1", "STATUS": "serving"}
