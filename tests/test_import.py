@@ -41,8 +41,8 @@ def test_importing_the_package_loads_nothing_heavy(tmp_path: Path):
 def test_importing_the_runtime_loads_no_engine(tmp_path: Path):
     """Numpy is there from here on; the engine, tokenizer and template come with a bundle."""
     code = (
-        "from edge import *; import edge.backends.ort, edge.cli; "
-        "late = 'onnxruntime', 'onnx', 'tensorrt', 'tokenizers', 'minijinja', 'rich', 'torch'; "
+        "from edge import *; import edge.backends.ort, edge.backends.tensorrt, edge.cli; "
+        "late = 'onnxruntime', 'onnx', 'tensorrt', 'pycuda', 'tokenizers', 'minijinja', 'rich', 'torch'; "
         "print([m for m in late if m in sys.modules], 'numpy' in sys.modules)"
     )
     assert bare(code, tmp_path) == "[] True"
