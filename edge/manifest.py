@@ -106,12 +106,15 @@ class LinearInfo(_Struct, frozen=True):
         shape: ``[in, out]``.
         num_bytes: of the weight and its scales.
         activation_scale: of its input (``w8a8``), which is rounded to INT8 multiples of it.
+        float_channels: input channels (``w8a8``) that are not rounded: their weights are stored
+            in the graph's float type besides, and are zero in the INT8 weight.
     """
 
     scheme: TensorScheme
     shape: tuple[int, int]
     num_bytes: int
     activation_scale: float | None = None
+    float_channels: tuple[int, ...] = ()
 
 
 class Calibration(_Struct, frozen=True):

@@ -22,6 +22,7 @@ from .network import AttentionView, NetworkView, TensorView
 _PLAN_FIXED_BYTES = 16 << 20
 _PLAN_LAYER_BYTES = 2 << 20
 _BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32}
+_FLOAT_PRODUCT = ".float_product"
 _PASSED_THROUGH = ("shuffle", "cast", "identity")
 
 
@@ -189,13 +190,16 @@ def _check_cache(network: NetworkView, manifest: Manifest) -> list[str]:
 
 
 def _stored_weights(network: NetworkView) -> dict[str, TensorView]:
-    """Constants behind the matrix products by their linear layer's name."""
+    """Constants behind the matrix products that reach an output, by their linear layer's name."""
     found = {}
     for layer in network.layers:
         if layer.kind != "matrix_multiply" or not layer.outputs:
             continue
+        if layer.outputs[0].name not in network.live:
+            continue
         weight = _constant_behind(network, layer.inputs[1])
         if weight is not None:
+            # The product of a linear's float channels keeps its suffix `_FLOAT_PRODUCT`.
             name = layer.outputs[0].name.removesuffix(".product").removesuffix(".out")
             found["lm_head" if name == io_spec.LOGITS else name] = weight
     return found
@@ -228,4 +232,18 @@ def _check_weights(stored: dict[str, TensorView], manifest: Manifest) -> list[st
                 f"{name}: {found.volume} weights, the bundle says "
                 f"{linear.shape[0]} x {linear.shape[1]}"
             )
+        problems += _check_float_channels(stored.get(f"{name}{_FLOAT_PRODUCT}"), name, manifest)
     return problems
+
+
+def _check_float_channels(found: TensorView | None, name: str, manifest: Manifest) -> list[str]:
+    linear = manifest.quantization.linears[name]
+    wanted, volume = len(linear.float_channels), 0 if found is None else found.volume
+    if volume != wanted * linear.shape[1]:
+        return [
+            f"{name}: {volume} weights of channels in float, the bundle says "
+            f"{wanted} x {linear.shape[1]}"
+        ]
+    if found is not None and found.dtype != manifest.dtype:
+        return [f"{name}: its channels in float are {found.dtype}, not {manifest.dtype}"]
+    return []

@@ -13,6 +13,7 @@ from edge.manifest import ModelSpec, TensorScheme
 from .calibration import LayerActivations, LayerRunner
 from .checkpoint import Checkpoint
 from .quantize.awq import awq_factors
+from .quantize.float_channels import loud_channels
 from .quantize.gptq import gptq_factor, gptq_rows
 from .quantize.linear import RowQuantizer
 from .quantize.rtn import quantize_rows
@@ -42,6 +43,7 @@ class CalibratedLinears:
     Attributes:
         checkpoint: the float model with the factors folded in; it computes the same function.
         input_scales: of the W8A8 linears handed out so far, by name.
+        float_channels: of those of them that have any, ascending, by name.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class CalibratedLinears:
         self._scale_type = scale_type
         self._factors = {} if factors is None else factors
         self.input_scales: dict[str, float] = {}
+        self.float_channels: dict[str, tuple[int, ...]] = {}
         self.checkpoint: Checkpoint = ScaledCheckpoint(runner.checkpoint, self._factors)
 
     def __iter__(self) -> Iterator[tuple[LinearSpec, RowQuantizer | None]]:
@@ -72,6 +75,8 @@ class CalibratedLinears:
                 # Popped: a wide layer's inputs are a good part of the memory.
                 x = activations.inputs.pop(short)
                 if self._schemes[layer.name].kind == "w8a8":
+                    if last:
+                        self._take_loud_channels(layer.name, x)
                     x /= self._factors.get(layer.name, np.float32(1))
                     self.input_scales[layer.name] = activation_scale(x, self._scale_type)
                 yield layer, self._quantizer(layer.name, x)
@@ -89,10 +94,24 @@ class CalibratedLinears:
                 [self._runner.checkpoint.tensor(name).astype(np.float32) for name in layer.weights]
             )
             shared = shared_channels(model) if short == "o" else None
+            channels: tuple[int, ...] = ()
+            if scheme.kind == "w8a8":
+                channels = self._take_loud_channels(layer.name, x)
             find = smoothing_factors if scheme.kind == "w8a8" else awq_factors
             factors = find(weights, x, scheme, self._scale_type, shared)
             if factors is not None:
+                # Zeros say nothing of a float channel's factor; in o it is its KV channel's.
+                alone = list(channels)
+                factors[alone if shared is None else np.isin(shared, shared[alone])] = 1
                 self._factors[layer.name] = factors
+
+    def _take_loud_channels(self, name: str, x: Array) -> tuple[int, ...]:
+        """Set the channels that stay float to zero in ``x``: no range, no factor is theirs."""
+        channels = tuple(loud_channels(x).tolist())
+        if channels:
+            x[:, list(channels)] = 0
+            self.float_channels[name] = channels
+        return channels
 
     def _quantizer(self, name: str, x: Array) -> RowQuantizer | None:
         scheme, scale_type = self._schemes[name], self._scale_type

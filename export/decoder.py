@@ -34,6 +34,8 @@ class StoredLinear:
         scale: ``[groups, out]`` or ``[out]`` in the graph's float type; None for float weights.
         bias: ``[out]`` or None.
         input_scale: scalar in the graph's float type, for inputs rounded to INT8, or None.
+        float_channels: input channels that are not rounded, or none.
+        float_weight: of these channels, ``[channels, out]``.
     """
 
     scheme: TensorScheme
@@ -41,6 +43,8 @@ class StoredLinear:
     scale: StoredTensor | None
     bias: StoredTensor | None
     input_scale: StoredTensor | None = None
+    float_channels: tuple[int, ...] = ()
+    float_weight: StoredTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,15 @@ class _Decoder:
 
     def linear(self, x: str, name: str, output: str | None = None) -> str:
         g, stored = self.g, self.tensors.linears[name]
+        addends = []
+        if stored.float_weight is not None:
+            channels = g.constant(f"{name}.float_indices", stored.float_channels)
+            picked = g.node("Gather", [x, channels], f"{name}.float_inputs", axis=-1)
+            addends.append(
+                g.node("MatMul", [picked, g.floats(stored.float_weight)], f"{name}.float_product")
+            )
+        if stored.bias is not None:
+            addends.append(g.floats(stored.bias))
         if stored.input_scale is not None:
             # TensorRT's explicit quantization: symmetric, the zero point only states the type.
             grid = [g.external(stored.input_scale), g.int8_zero("zero_point")]
@@ -178,10 +191,13 @@ class _Decoder:
                 f"{name}.dequantized",
                 **grouping,
             )
-        if stored.bias is None:
-            return g.node("MatMul", [x, weight], output or f"{name}.out")
-        product = g.node("MatMul", [x, weight], f"{name}.product")
-        return g.node("Add", [product, g.floats(stored.bias)], output or f"{name}.out")
+        output = output or f"{name}.out"
+        if not addends:
+            return g.node("MatMul", [x, weight], output)
+        total = g.node("MatMul", [x, weight], f"{name}.product")
+        for addend in addends[:-1]:
+            total = g.node("Add", [total, addend], f"{name}.with_float_channels")
+        return g.node("Add", [total, addends[-1]], output)
 
     # What the dialects write differently.
 

@@ -63,6 +63,7 @@ class DecoderFiles:
         calibration: what a calibrated export saw; None before `write` and without calibration.
         peaks: largest activations of a calibrated export, by name.
         input_scales: of the W8A8 linears, by name.
+        float_channels: of those of them that this export calibrated and that have any, by name.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class DecoderFiles:
         self.calibration: Calibration | None = None
         self.peaks: dict[str, float] = {}
         self.input_scales: dict[str, float] = {}
+        self.float_channels: dict[str, tuple[int, ...]] = {}
         self._config = config
         self._checkpoint = checkpoint
         self._model = checkpoint.spec
@@ -174,6 +176,7 @@ class DecoderFiles:
         )
         linears.input_scales.update(state.input_scales)
         self.peaks, self.input_scales = runner.peaks, linears.input_scales
+        self.float_channels = linears.float_channels
         self._runner, self._rounding = runner, linears
         self._checkpoint = linears.checkpoint
 
@@ -183,13 +186,13 @@ class DecoderFiles:
             stored = self._store(layer, self._convert(layer, quantize), files)
             for target, linear in zip(state.linears, stored, strict=True):
                 target[layer.name] = linear
-            num_bytes = stored[0].weight.num_bytes
-            num_bytes += stored[0].scale.num_bytes if stored[0].scale else 0
+            parts = (stored[0].weight, stored[0].scale, stored[0].float_weight)
             state.infos[layer.name] = LinearInfo(
                 scheme=self._schemes[layer.name],
                 shape=layer.shape,
-                num_bytes=num_bytes,
+                num_bytes=sum(part.num_bytes for part in parts if part is not None),
                 activation_scale=self.input_scales.get(layer.name),
+                float_channels=stored[0].float_channels,
             )
             if self._runner is not None and layer.name.endswith(".down"):
                 state.save(self._runner.hidden, self.peaks, self.input_scales, files)
@@ -207,6 +210,7 @@ class DecoderFiles:
             _NUMPY_TYPE[self._config.float_type],
             count,
             quantize,
+            self.float_channels.get(layer.name, ()),
         )
 
     def _store(
@@ -216,6 +220,8 @@ class DecoderFiles:
         scheme = self._schemes[layer.name]
         weight_type = _INT_TYPE.get(scheme.kind, ONNX_TYPE[self._config.float_type])
         weight = files[0].add(f"{layer.name}.weight", weight_type, layer.shape, tensors.weight)
+        channels = self.float_channels.get(layer.name, ())
+        float_weight = self._float_weight(layer, channels, files[0]) if channels else None
         bias = None
         if layer.biases:
             parts = [self._checkpoint.tensor(name).astype(np.float32) for name in layer.biases]
@@ -234,8 +240,20 @@ class DecoderFiles:
             if scheme.kind == "w8a8":
                 values = np.array(self.input_scales[layer.name], dtype=np.float32)
                 input_scale = _add_floats(file, f"{layer.name}.input_scale", values, float_type)
-            result.append(StoredLinear(scheme, weight, scale, stored_bias, input_scale))
+            result.append(
+                StoredLinear(
+                    scheme, weight, scale, stored_bias, input_scale, channels, float_weight
+                )
+            )
         return result
+
+    def _float_weight(
+        self, layer: LinearSpec, channels: tuple[int, ...], file: DataFile
+    ) -> StoredTensor:
+        """Store ``[channels, out]`` once; the FP32 twin casts it."""
+        parts = [self._checkpoint.tensor(name)[:, list(channels)] for name in layer.weights]
+        values = np.concatenate([part.astype(np.float32) for part in parts]).T
+        return _add_floats(file, f"{layer.name}.float_weight", values, self._config.float_type)
 
     def _norms(self, file: DataFile, float_type: FloatType) -> dict[str, StoredTensor]:
         return {

@@ -29,6 +29,7 @@ from .decoder_files import DecoderFiles, Progress
 from .documents import DEFAULT_TOKENS
 from .embedding_table import EmbeddingType, embedding_tensors
 from .lora import LoraCheckpoint
+from .quantize.float_channels import NUM_CHANNELS
 from .quantize.rotation import RotatedCheckpoint
 from .recipe import linear_layers
 from .safetensors_writer import write_safetensors
@@ -193,6 +194,8 @@ def estimated_bytes(
         weight_bits = {"float": 16, "int8": 8, "w8a8": 8, "int4": 4}[scheme.kind]
         groups = 0 if scheme.kind == "float" else width // (scheme.group_size or width)
         total += width * out * weight_bits // 8 + groups * out * (2 + 4)
+        if scheme.kind == "w8a8":
+            total += NUM_CHANNELS * out * 2
     return total + (64 << 20)  # norms, biases, graphs, tokenizer, alignment
 
 

@@ -51,6 +51,7 @@ def convert_linear(
     float_type: np.dtype[np.generic],
     progress: Progress,
     quantize: RowQuantizer | None = None,
+    zeroed: Sequence[int] = (),
 ) -> LinearTensors:
     """Stack ``[out, in]`` parts, transpose to ``[in, out]`` and store them as the scheme says.
 
@@ -62,6 +63,7 @@ def convert_linear(
         float_type: the graph's float type.
         progress: called with the number of weights done.
         quantize: how to round a tile of rows; None rounds to nearest with ``clip``.
+        zeroed: input channels whose weights are stored as zero.
 
     Raises:
         CheckpointError: a weight is not finite, or too large for the graph's float type.
@@ -83,6 +85,7 @@ def convert_linear(
     def convert(tile: _Tile) -> int:
         rows = parts[tile.part][tile.start : tile.stop].astype(np.float32)
         _check_range(rows, names[tile.part], float_type)
+        rows[:, list(zeroed)] = 0
         first, last = tile.column, tile.column + len(rows)
         if scale is None:
             weight[:, first:last] = rows.T.astype(float_type)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from edge.errors import BuildError
 from edge.manifest import Manifest, read_manifest
@@ -15,7 +16,9 @@ from engines import compat
 from engines.audit import Audit, audit_network, check_plan_bytes
 from engines.config import BuildConfig, KvRead, resolve
 from engines.graph import prepare_graph
+from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Bundles
+from tests.export.loud_checkpoint import write_loud_checkpoint
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -132,6 +135,49 @@ def test_another_scheme_than_the_manifest_says_is_found(
     other = tiny_bundles("qwen2", quant="int8")
     audit = parse(other, (other / "decoder.onnx").read_bytes(), read_manifest(bundle))
     assert "layers.0.qkv: its weights are int8, the bundle says int4" in audit.problems
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose layers.1.down has float channels."""
+    root = tmp_path_factory.mktemp("loud")
+    source = write_loud_checkpoint(root / "model", "qwen2", layers=(1,))
+    config = ExportConfig(
+        source=str(source),
+        output=root / "bundle",
+        quant="int8-w8a8",
+        keep=(("layers.1.down", "w8a8"),),
+        kv_capacity=64,
+        calibration_tokens=256,
+    )
+    export_checkpoint(config)
+    return root / "bundle"
+
+
+def test_float_channels_are_accounted_for(loud: Path) -> None:
+    linears = read_manifest(loud).quantization.linears
+    (each,) = (linear for linear in linears.values() if linear.float_channels)
+    weights = {weight.dtype: weight for weight in damaged(loud, lambda _: None).weights}
+    assert weights["fp16"].num_bytes == 2 * len(each.float_channels) * each.shape[1]
+    assert damaged(loud, lambda _: None).problems == ()
+
+
+def test_lost_float_channels_are_found(loud: Path) -> None:
+    def change(graph: OnnxFile) -> None:
+        (node,) = (n for n in graph.nodes if "layers.1.down.float_product" in n.inputs)
+        node.op_type, node.inputs = "Identity", node.inputs[:1]
+
+    (problem,) = damaged(loud, change).problems
+    assert problem == "layers.1.down: 0 weights of channels in float, the bundle says 4 x 64"
+
+
+def test_float_channels_that_the_manifest_does_not_know_are_found(loud: Path) -> None:
+    manifest = read_manifest(loud)
+    linears = dict(manifest.quantization.linears)
+    linears["layers.1.down"] = replace(linears["layers.1.down"], float_channels=(1, 2))
+    changed = replace(manifest, quantization=replace(manifest.quantization, linears=linears))
+    (problem,) = parse(loud, (loud / "decoder.onnx").read_bytes(), changed).problems
+    assert problem == "layers.1.down: 256 weights of channels in float, the bundle says 2 x 64"
 
 
 def test_a_plan_with_unpacked_weights_is_too_large(bundle: Path) -> None:

@@ -21,13 +21,15 @@ from export.data_file import DataFile
 from export.lora import LoraCheckpoint
 from export.pipeline import ExportConfig, export_checkpoint
 from export.resume import STATE_NAME, CalibrationState, calibration_key
+from tests.export.loud_checkpoint import write_loud_checkpoint
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 3
 RECIPES: dict[str, dict[str, Any]] = {
-    "int8-w8a8": {"quant": "int8-w8a8", "rotate": False},
+    # One of the finished layers has float channels, see `source`.
+    "int8-w8a8": {"quant": "int8-w8a8", "rotate": False, "keep": (("*.down", "w8a8"),)},
     "int4": {"quant": "int4", "group_size": 64, "method": "awq"},
 }
 CALIBRATION: dict[str, Any] = {"calibration_tokens": 512, "kv_capacity": 64}
@@ -37,7 +39,7 @@ FAST = {**CALIBRATION, **RECIPES["int8-w8a8"]}
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    return write_checkpoint(folder / "Tiny-R1", "qwen2", num_hidden_layers=LAYERS)
+    return write_loud_checkpoint(folder / "Tiny-R1", "qwen2", layers=(1,), num_hidden_layers=LAYERS)
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -50,7 +52,10 @@ def whole(
     source: Path, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Manifest:
     """The export that nobody interrupted."""
-    return export(source, tmp_path_factory.mktemp("whole") / "bundle", recipe)
+    manifest = export(source, tmp_path_factory.mktemp("whole") / "bundle", recipe)
+    down = manifest.quantization.linears["layers.1.down"]
+    assert bool(down.float_channels) == (down.scheme.kind == "w8a8")
+    return manifest
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 
+from edge.cli.inspect import inspect
 from edge.errors import ConfigError
 from edge.manifest import read_manifest
-from export.pipeline import ExportConfig, export_checkpoint
+from export.checkpoint import open_checkpoint
+from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
+from export.quantize.rotation import RotatedCheckpoint
+from tests.export.loud_checkpoint import LOUD, write_loud_checkpoint
 from tests.tiny_models import write_checkpoint
 
 TEXT = "hello world, what is the thing on the mat and the cat in a hat? " * 100
@@ -25,7 +31,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     (root / "text.txt").write_text(TEXT)
     export_checkpoint(
         ExportConfig(
-            source=str(write_checkpoint(root / "model", "qwen2")),
+            source=str(write_loud_checkpoint(root / "model", "qwen2", layers=(0, 1))),
             output=root / "bundle",
             quant="int8-w8a8",
             group_size=32,
@@ -52,6 +58,81 @@ def test_the_manifest_tells_what_was_done(bundle: Path):
     assert Counter(kinds.values()) == {"w8a8": 7, "int8": 2}
     for linear in quantization.linears.values():
         assert (linear.activation_scale is not None) == (linear.scheme.kind == "w8a8")
+
+
+def test_only_the_loud_linear_has_float_channels(bundle: Path):
+    linears = read_manifest(bundle).quantization.linears
+    channels = {name: linear.float_channels for name, linear in linears.items()}
+    down = channels.pop("layers.1.down")
+    assert set(LOUD) < set(down)
+    assert (len(down), list(down)) == (4, sorted(down))
+    assert set(channels.values()) == {()}  # layers.0.down is as loud, but its inputs stay float
+    width, out = linears["layers.1.down"].shape
+    assert linears["layers.1.down"].num_bytes == width * out + 2 * out + 2 * 4 * out
+
+
+def test_inspect_shows_them(bundle: Path):
+    result = CliRunner().invoke(inspect, [str(bundle), "--layers"], catch_exceptions=False)
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert [line for line in lines if "channels float" in line] == [
+        line for line in lines if line.startswith("layers.1.down w8a8, 4 channels float 1 ")
+    ]
+    assert "layers.1.down w8a8, 4 channels float" in " ".join(lines)
+
+
+@pytest.mark.parametrize("file", ["decoder.onnx", "decoder.cpu.onnx"])
+def test_float_channels_are_stored_once(bundle: Path, file: str):
+    """Zero in the INT8 weight, as they were in the checkpoint beside it."""
+    model = load(bundle / file, data=True)
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    channels = list(read_manifest(bundle).quantization.linears["layers.1.down"].float_channels)
+    assert constants["layers.1.down.float_indices"].tolist() == channels
+    integers = constants["layers.1.down.weight"]
+    assert not integers[channels].any()
+    assert np.delete(integers, channels, axis=0).any(axis=1).all()
+    with open_checkpoint(str(bundle.parent / "model")) as checkpoint:
+        weight = RotatedCheckpoint(checkpoint).tensor("model.layers.1.mlp.down_proj.weight")
+    stored = constants["layers.1.down.float_weight"]
+    np.testing.assert_array_equal(stored, weight[:, channels].T.astype(np.float16))
+
+
+def test_the_graph_adds_the_float_channels(bundle: Path):
+    """``down`` alone, on an input whose loud channels are far beyond the INT8 range."""
+    model = load(bundle / "decoder.cpu.onnx", data=True)
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    info = read_manifest(bundle).quantization.linears["layers.1.down"]
+    assert info.activation_scale is not None
+    grid = np.float32(info.activation_scale)
+    channels = list(info.float_channels)
+    x = np.random.RandomState(0).uniform(-100, 100, (1, 5, info.shape[0])).astype(np.float32) * grid
+    x[..., channels] *= 1000
+    for name in ("layers.1.gated", "layers.1.down.out"):
+        model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, 1, [1, 5, None]))
+    part = onnx.utils.Extractor(model).extract_model(["layers.1.gated"], ["layers.1.down.out"])
+    session = onnxruntime.InferenceSession(
+        part.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(None, {"layers.1.gated": x})
+    weight = constants["layers.1.down.weight"] * constants["layers.1.down.scale"]
+    rounded = np.clip(np.rint(x / grid), -128, 127) * grid
+    wanted = rounded @ weight
+    wanted += x[..., channels] @ constants["layers.1.down.float_weight"].astype(np.float32)
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+    assert np.abs(wanted - rounded @ weight).max() > 0.1 * np.abs(wanted).max()
+
+
+def test_the_estimate_covers_the_float_channels(bundle: Path):
+    manifest = read_manifest(bundle)
+    schemes = {name: info.scheme for name, info in manifest.quantization.linears.items()}
+    without = {
+        name: msgspec.structs.replace(scheme, kind="int8" if scheme.kind == "w8a8" else scheme.kind)
+        for name, scheme in schemes.items()
+    }
+    more = estimated_bytes(manifest.model, schemes, 64) - estimated_bytes(
+        manifest.model, without, 64
+    )
+    info = manifest.quantization.linears["layers.1.down"]
+    assert more >= 2 * len(info.float_channels) * info.shape[1]
 
 
 @pytest.mark.parametrize("file", ["decoder.onnx", "decoder.cpu.onnx"])
@@ -135,6 +216,38 @@ def test_tensorrt_compiles_it(bundle: Path):
 
     report = check_bundle(BuildConfig(bundle, max_batch=2, max_prefill=32))
     assert not report.problems
+
+
+def test_every_linear_may_have_float_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one with a bias (qkv) and the one whose output is the logits."""
+    pytest.importorskip("tensorrt_rtx")
+    from engines.check import check_bundle
+    from engines.config import BuildConfig
+
+    monkeypatch.setattr("export.calibrated.loud_channels", lambda _: np.arange(4))
+    source = str(write_checkpoint(tmp_path / "model", "qwen2"))
+    export_checkpoint(
+        ExportConfig(
+            source=source,
+            output=tmp_path / "bundle",
+            quant="int8-w8a8",
+            keep=(("*", "w8a8"),),
+            kv_capacity=64,
+            calibration_tokens=256,
+        )
+    )
+    linears = read_manifest(tmp_path / "bundle").quantization.linears
+    assert all(linear.float_channels == (0, 1, 2, 3) for linear in linears.values())
+    graph = load(tmp_path / "bundle" / "decoder.onnx").graph
+    producers = {name: node for node in graph.node for name in node.output}
+    outputs = {name: "logits" if name == "lm_head" else f"{name}.out" for name in linears}
+    for name, output in outputs.items():
+        added = {name for node in graph.node if node.op_type == "Add" for name in node.input}
+        assert {f"{name}.product", f"{name}.float_product"} <= added
+        assert producers[output].op_type == "Add"
+    assert not check_bundle(BuildConfig(tmp_path / "bundle", max_batch=2, max_prefill=32)).problems
 
 
 def test_rotation_unties_the_head(tmp_path: Path):
