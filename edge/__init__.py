@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -11,18 +12,26 @@ if TYPE_CHECKING:
     from .deepseek import DeepSeekModel
     from .errors import EdgeError
     from .generation import GenerationStats
-    from .llm import LLM, GenerationChunk, GenerationResult
+    from .llm import LLM
     from .manifest import Manifest
     from .sampling import SamplingParams
+    from .stream import Generation, GenerationChunk, GenerationResult
+    from .structured import OutputFormat
+
+# From 1.29 on, ONNX Runtime's wheels for Linux report model and machine to Microsoft unless this is
+# set before they are loaded. A value that the user has set stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "LLM": ".llm",
     "DeepSeekModel": ".deepseek",
     "EdgeError": ".errors",
-    "GenerationChunk": ".llm",
-    "GenerationResult": ".llm",
+    "Generation": ".stream",
+    "GenerationChunk": ".stream",
+    "GenerationResult": ".stream",
     "GenerationStats": ".generation",
     "Manifest": ".manifest",
+    "OutputFormat": ".structured",
     "SamplingParams": ".sampling",
 }
 
@@ -30,10 +39,12 @@ __all__ = [
     "LLM",
     "DeepSeekModel",
     "EdgeError",
+    "Generation",
     "GenerationChunk",
     "GenerationResult",
     "GenerationStats",
     "Manifest",
+    "OutputFormat",
     "SamplingParams",
     "__version__",
 ]

@@ -44,6 +44,8 @@ MAX_BINS = 10
 MIN_REQUESTS = 50
 """Below it, ten bins hold too few requests each for the chi-square distribution."""
 DEFAULT_WINDOW = 500
+WATCH_USER = "edge-llm-watch"
+"""Value of ``user`` in the requests of ``edge-llm watch``, which are no client's."""
 GRID_VERSION = 1
 
 _PSEUDO_COUNT = 0.5

@@ -5,7 +5,7 @@ The loop that generates is that of `edge.scheduler`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -84,10 +84,21 @@ class GenerationStats:
         }
 
 
-def score(backend: Backend, embeddings: EmbeddingTable, ids: Sequence[int]) -> NDArray[np.float64]:
+def score(
+    backend: Backend,
+    embeddings: EmbeddingTable,
+    ids: Sequence[int],
+    on_step: Callable[[int], None] | None = None,
+) -> NDArray[np.float64]:
     """Log-probability of every token but the first, given those before it.
 
     Overwrites the first slot of the backend, which nothing else may use meanwhile.
+
+    Args:
+        backend: the engine.
+        embeddings: its token table.
+        ids: at least two tokens.
+        on_step: told after each step how many tokens it ran.
 
     Returns:
         Natural logarithms, float64 ``[len(ids) - 1]``.
@@ -112,6 +123,8 @@ def score(backend: Backend, embeddings: EmbeddingTable, ids: Sequence[int]) -> N
         logits = backend.forward(
             [0], embeddings[tokens[None, at:end]], positions, end, positions - at
         )
+        if on_step is not None:
+            on_step(end - at)
         chosen = logits[0, np.arange(end - at), tokens[at + 1 : end + 1]].astype(np.float64)
         result[at:end] = chosen - _log_sum_exp(logits[0])
     return result

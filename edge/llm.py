@@ -23,7 +23,7 @@ from .chat import (
     template_reasons,
 )
 from .embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from .errors import BundleError, ConfigError, EdgeError, RequestError
+from .errors import BundleError, ConfigError, RequestError
 from .generation import score
 from .sampling import SamplingParams
 from .scheduler import Constraint, Overflow, PrefixSource, Request, Scheduler, Ticket
@@ -44,10 +44,10 @@ class LLM:
     """A bundle, opened. Use it as a context manager; any thread may call it.
 
     Many answers are computed at once, batched over the slots of the cache (`edge.scheduler`); what
-    finds no slot waits in a queue. Sampling depends on nothing but the request, and a draft is taken
-    only where it is what would have been sampled. Engines, however, may compute a token's logits
-    differently with other tokens in the step (batch, chunk, drafts): in the last bits with float
-    activations, visibly with ``int8_activations`` on the CPU, where the text of two runs can
+    finds no slot waits in a queue. Sampling depends on nothing but the request, and a draft is
+    taken only where it is what would have been sampled. Engines, however, may compute a token's
+    logits differently with other tokens in the step (batch, chunk, drafts): in the last bits with
+    float activations, visibly with ``int8_activations`` on the CPU, where the text of two runs can
     part (docs/serving-core.md has figures).
 
     Args:
@@ -62,8 +62,9 @@ class LLM:
         num_slots: sequences that the cache holds, running ones and ended ones whose rows are kept.
         max_batch: answers that are computed at once; None is one per slot.
         queue_capacity: answers that may wait beyond those; more are refused.
-        target_itl_ms: gap between two tokens of a stream that must be kept; fewer answers are then
-            computed at once. None computes as many as there are slots.
+        target_itl_ms: gap between two tokens of a stream that must be kept: fewer answers are then
+            computed at once, and prompts get what it leaves. None computes as many as there are
+            slots, and long prompts about double the gap.
         reuse_prefix: keep the cache rows of ended answers for later prompts that begin alike.
         overflow: what happens to an answer when its slot is full: ``stop`` ends it, ``slide`` drops
             old tokens, but for the first ones, and goes on until ``max_tokens`` or an end token.
@@ -101,6 +102,10 @@ class LLM:
             raise ConfigError(f"overflow must be stop or slide, not {overflow!r}")
         if speculative < 0:
             raise ConfigError(f"speculative must be 0 or more tokens, not {speculative}")
+        if max_batch is not None and max_batch > num_slots:
+            raise ConfigError(
+                f"max_batch ({max_batch}) exceeds num_slots ({num_slots}); an answer needs a slot"
+            )
         self.manifest = manifests.read_manifest(self.bundle)
         # All that is listed and all that is read: what is not listed is refused, too.
         graphs = self.manifest.graphs
@@ -141,7 +146,7 @@ class LLM:
                 max_draft_tokens=max(speculative, 1),
                 prefix_store=None if prefix_dir is None else self._stored_prefixes(prefix_dir),
             )
-        except EdgeError:
+        except BaseException:
             self.backend.close()
             self.embeddings.close()
             raise
@@ -187,6 +192,12 @@ class LLM:
             if isinstance(prompt, str):
                 return self.tokenizer.encode(prompt, add_bos=self.manifest.tokens.add_bos)
             return [int(token_id) for token_id in prompt]
+        given: object = prompt
+        if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
+            raise RequestError(
+                "a prompt is a text, a list of chat messages or a list of token ids, "
+                f"not {type(given).__name__}"
+            )
         if self.template is None:
             raise RequestError(
                 "this bundle has no chat template, so it takes plain text only; pass a string"
@@ -238,8 +249,7 @@ class LLM:
             OverloadError: the queue is full.
             BackendError: the engine can serve no more, or the LLM is closed.
         """
-        if n < 1:
-            raise RequestError(f"n must be at least 1, not {n}")
+        self.scheduler.check_count(n)
         ids = self.encode(prompt, tools=tools, thinking=thinking)
         is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
         resolved = self._resolve(params)
@@ -352,7 +362,9 @@ class LLM:
 
         It waits until no answer is being computed.
         """
-        return self.call(lambda: score(self.backend, self.embeddings, list(ids)))
+        return self.call(
+            lambda: score(self.backend, self.embeddings, list(ids), self.scheduler.report_step)
+        )
 
     def call(self, work: Callable[[], _Result]) -> _Result:
         """Run ``work`` while no answer is being computed, and return what it returns.
@@ -402,6 +414,7 @@ class LLM:
         answer: Constraint | None = None
         vocab_size = self.manifest.model.vocab_size
         if output is not None:
+            _check_is_format(output)
             if self._grammars is None:
                 from .structured import GrammarCompiler
 
@@ -430,6 +443,9 @@ class LLM:
         return prompt_opens_reasoning(self.tokenizer.decode(ids[-8:]))
 
     def _resolve(self, params: SamplingParams | None) -> SamplingParams:
+        given: object = params
+        if not isinstance(given, SamplingParams | None):
+            raise RequestError(f"params must be SamplingParams, not {type(given).__name__}")
         return (params or SamplingParams()).resolve(self.manifest.sampling)
 
     def _end_ids(self, params: SamplingParams) -> frozenset[int]:
@@ -449,7 +465,19 @@ class LLM:
 
 def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
     # A numpy integer is an Integral, but no int.
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Integral)
+    if isinstance(prompt, str | bytes | bytearray) or not isinstance(prompt, Sequence | np.ndarray):
+        return False
+    return len(prompt) > 0 and isinstance(prompt[0], Integral)
+
+
+def _check_is_format(output: object) -> None:
+    from .structured import OutputFormat
+
+    if not isinstance(output, OutputFormat):
+        raise RequestError(
+            'output must be an OutputFormat, e.g. OutputFormat("json_schema", schema), '
+            f"not {type(output).__name__}"
+        )
 
 
 def _rank(result: GenerationResult, rank_by: str) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .chat import ReasoningSplitter
+from .errors import RequestError
 from .generation import FinishReason, GenerationStats
 from .sampling import SampledToken
 from .scheduler import Ticket, TokenEvent
@@ -145,6 +146,7 @@ class Generation:
         """Wait for the end and give what has not been iterated over as one answer.
 
         Raises:
+            RequestError: it was iterated over to its end.
             As iteration.
         """
         return join_chunks(self)
@@ -164,7 +166,11 @@ class Generation:
 
 
 def join_chunks(chunks: Generation | Iterator[GenerationChunk]) -> GenerationResult:
-    """One answer of all its pieces."""
+    """One answer of all its pieces.
+
+    Raises:
+        RequestError: the last piece is not among them.
+    """
     text: list[str] = []
     reasoning: list[str] = []
     tokens: list[SampledToken] = []
@@ -176,4 +182,6 @@ def join_chunks(chunks: Generation | Iterator[GenerationChunk]) -> GenerationRes
             return GenerationResult(
                 "".join(text), "".join(reasoning), tuple(tokens), chunk.finish_reason, chunk.stats
             )
-    raise AssertionError("a generation ends with a finish reason")
+    raise RequestError(
+        "this generation was read to its end before; ask for its result first, or join its chunks"
+    )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
+_LONG_CHARS = 1 << 14  # from some 10 ms on
 _MAX_ID = 2**31 - 1  # ids are int32 in engines
 
 
@@ -60,6 +61,11 @@ class Tokenizer:
         vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
         """One more than the highest id; the model's own vocabulary may be padded beyond it."""
+        known = set(vocabulary)
+        self._lost_bytes = bytes(b for b, char in enumerate(_byte_chars()) if char not in known)
+        self._most_bytes = _most_bytes_per_token(
+            vocabulary.keys() - self._control_tokens.keys(), file, self._byte_level
+        )
         unknown = self._library.model.unk_token
         self._unknown_id = None if unknown is None else self.id_of(unknown)
         bos_id = self._control_tokens.get(tokens.bos_text)
@@ -125,7 +131,12 @@ class Tokenizer:
             ) from error
         with self._lock:
             self._library.encode_special_tokens = not control
-            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+            # The library gives other threads the interpreter only where it is handed a batch.
+            if len(text) > _LONG_CHARS:
+                encoding = self._library.encode_batch_fast([text], add_special_tokens=False)[0]
+            else:
+                encoding = self._library.encode(text, add_special_tokens=False)
+            ids: list[int] = encoding.ids
         if not control and not self._control_texts.keys().isdisjoint(ids):
             # The vocabulary proper may contain the text of a control token (SmolLM2 does).
             ids = [piece for id_ in ids for piece in self._spelled(id_)]
@@ -134,6 +145,14 @@ class Tokenizer:
                 raise RequestError("add_bos was asked for, but the model has no bos token")
             ids.insert(0, self.tokens.bos)
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """At least so many tokens has a plain text, told without encoding it; 0 if unknown."""
+        if not self._most_bytes:
+            return 0
+        # What the vocabulary has no token for is dropped, or becomes part of an unknown token.
+        data = text.encode("utf-8", "surrogatepass").translate(None, self._lost_bytes)
+        return len(data) // self._most_bytes
 
     def split_control(self, text: str) -> list[tuple[str, bool]]:
         """Cut text at its control tokens: non-empty pieces, each with whether it is one."""
@@ -424,6 +443,20 @@ def _decoder_kind(decoder: Any, where: str) -> tuple[bool, bool]:
         f"{where} has the decoder {decoder!r:.300}; supported are ByteLevel, Metaspace with '▁', "
         "and the sequence Replace('▁', ' '), ByteFallback, Fuse, Strip"
     )
+
+
+def _most_bytes_per_token(vocabulary: Collection[str], file: _File, byte_level: bool) -> int:
+    """Bytes of text that one token can stand for; 0 where nothing bounds them.
+
+    NFC makes text shorter, at most 7 to 2 (U+1FBE U+0308 U+0301 to U+0390, over all of Unicode 14).
+    """
+    if not byte_level:
+        return 0
+    normalizer = msgspec.json.decode(file.normalizer)
+    parts = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    if b"Removed" in bytes(file.pre_tokenizer) or any(part.get("type") != "NFC" for part in parts):
+        return 0
+    return max(map(len, vocabulary)) * (4 if parts else 1)
 
 
 def _kind(decoder: Any) -> Any:

@@ -16,14 +16,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from .drift import Counts, check_counts, decode_counts
+from .drift import WATCH_USER, Counts, check_counts, decode_counts
 from .errors import BackendError, ConfigError
 from .evaluate import EvalText
 from .watch import Answer, cut_text
 
 TIMEOUT_S = 600.0
-WATCH_USER = "edge-llm-watch"
-"""Value of ``user`` in the watch's own requests, so that a server can tell them from others."""
 _MAX_BYTES = 16 << 20
 
 

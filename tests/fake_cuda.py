@@ -103,6 +103,7 @@ class FakeGpu:
         self.fail_at: int | None = None
         self.fail_code = OUT_OF_MEMORY
         self.lost: int | None = None
+        self.broken: list[str] = []  # rules, where an exception would not be seen
         self.eager = False
         self._next = 0x7F00_0000_0000
         self._current = threading.local()
@@ -131,6 +132,8 @@ class FakeGpu:
         if index == self.fail_at:
             if self.fail_code in _STICKY:
                 self.lost = self.fail_code
+                for stream in self.streams.values():
+                    stream.pending.clear()  # nothing runs any more
             return self.fail_code
         if context and self.depth < 1:
             return 201

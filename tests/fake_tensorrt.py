@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +222,17 @@ class FakeContext:
         self._memory: tuple[int, int] | None = None
         self.version = 0  # of shapes, addresses and profile
         self._flushed = -1  # the version that last ran outside of a capture
+        self._last_work: Work | None = None
         gpu.born("execution context")
 
     def __del__(self) -> None:
-        if "_flushed" in self.__dict__:
-            self._gpu.dead("execution context")
+        if "_last_work" not in self.__dict__:
+            return
+        queued = (work for stream in self._gpu.streams.values() for work in stream.pending)
+        if any(work is self._last_work for work in queued):
+            # An exception would be swallowed here.
+            self._gpu.broken.append("an execution context was destroyed before its run")
+        self._gpu.dead("execution context")
 
     def _changes(self, what: str) -> bool:
         if any(stream.capturing is not None for stream in self._gpu.streams.values()):
@@ -298,6 +305,7 @@ class FakeContext:
             raise RuleError("captured without a run in advance after a change of shapes")
         work = self._make_work()
         gpu.put(stream_handle, work)
+        self._last_work = work
         if not capturing:
             self._flushed = self.version
         return True
@@ -329,39 +337,42 @@ class FakeContext:
         plain = [
             views[name] for name in engine.outputs if not engine.get_aliased_input_tensor(name)
         ]
-        version = self.version
+        version, owner = self.version, weakref.ref(self)  # a stream keeps no context alive
 
         def poison() -> None:
             for view in plain:
                 view.view(np.uint8)[...] = POISON
 
         def valid() -> None:
-            if self.version != version:
+            context = owner()
+            if context is None:
+                raise RuleError("the context of a graph is destroyed")
+            if context.version != version:
                 raise RuleError("the context of a graph was changed after the capture")
 
         def run() -> None:
             scratch.fill(0xAB)
-            self._compute(views, sizes)
+            _compute(engine, views, sizes)
 
         return Work(run, poison, valid)
 
-    def _compute(self, views: dict[str, NDArray[Any]], sizes: dict[str, int]) -> None:
-        engine = self._engine
-        inputs = {name: views[name] for name in engine.inputs}
-        if io_spec.WRITE_INDICES in inputs:
-            last = inputs[io_spec.WRITE_INDICES] + sizes[io_spec.SEQ]
-            if inputs[io_spec.WRITE_INDICES].min() < 0 or last.max() > engine.capacity:
-                raise RuleError(f"rows up to {last.max()} of {engine.capacity} are written")
-        elif inputs[io_spec.PAST_LENGTHS].max() > sizes[io_spec.KV]:
-            raise RuleError("more rows are valid than are read")
-        if not np.array_equal(inputs[io_spec.KV_POSITIONS], np.arange(sizes[io_spec.KV])):
-            raise RuleError("kv_positions are not 0, 1, 2, ...")
-        if inputs[io_spec.POSITION_IDS].max() >= max(engine.capacity, sizes[io_spec.KV]):
-            raise RuleError("a position lies outside of the cache")
-        copies = {name: np.array(array) for name, array in inputs.items()}
-        results = engine.session.run(list(engine.outputs), copies)
-        for name, result in zip(engine.outputs, results, strict=True):
-            views[name][...] = result
+
+def _compute(engine: FakeEngine, views: dict[str, NDArray[Any]], sizes: dict[str, int]) -> None:
+    inputs = {name: views[name] for name in engine.inputs}
+    if io_spec.WRITE_INDICES in inputs:
+        last = inputs[io_spec.WRITE_INDICES] + sizes[io_spec.SEQ]
+        if inputs[io_spec.WRITE_INDICES].min() < 0 or last.max() > engine.capacity:
+            raise RuleError(f"rows up to {last.max()} of {engine.capacity} are written")
+    elif inputs[io_spec.PAST_LENGTHS].max() > sizes[io_spec.KV]:
+        raise RuleError("more rows are valid than are read")
+    if not np.array_equal(inputs[io_spec.KV_POSITIONS], np.arange(sizes[io_spec.KV])):
+        raise RuleError("kv_positions are not 0, 1, 2, ...")
+    if inputs[io_spec.POSITION_IDS].max() >= max(engine.capacity, sizes[io_spec.KV]):
+        raise RuleError("a position lies outside of the cache")
+    copies = {name: np.array(array) for name, array in inputs.items()}
+    results = engine.session.run(list(engine.outputs), copies)
+    for name, result in zip(engine.outputs, results, strict=True):
+        views[name][...] = result
 
 
 def make_module(gpu: FakeGpu, version: str = "10.16.2.10", name: str = "tensorrt") -> Any:

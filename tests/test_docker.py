@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Context
+
+from edge.cli import cli
+from edge.server.settings import ServerSettings
 
 DOCKER = Path(__file__).parent.parent / "docker" / "jetson"
 DOCKERFILES = sorted(DOCKER.glob("Dockerfile.*"))
@@ -35,6 +40,9 @@ def test_stages_are_pinned_and_not_root(path: Path):
     assert re.search(r"^USER 10001:10001$", runtime, re.MULTILINE)
     assert 'ENTRYPOINT ["edge-llm"]' in runtime
     assert "g++" not in runtime
+    extras = re.search(r'"/src\[([\w,]+)\]"', text)
+    assert extras is not None
+    assert set(extras[1].split(",")) == {"cpu", "export", "serve"}  # not tensorrt: the image has it
     for package in re.findall(r"(?:pycuda|cuda-bindings)\S*", text):
         assert re.fullmatch(r"[\w-]+==[\d.]+", package)
     for source in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
@@ -47,9 +55,28 @@ def test_services_are_confined(compose: dict[str, Any]):
         assert service["user"] == "10001:10001"
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
-        assert "healthcheck" not in service  # there is no server to ask
-    (volume,) = compose["services"]["run"]["volumes"]
-    assert volume.endswith(":ro")
+        assert service["security_opt"] == ["no-new-privileges:true"]
+    for name in ("doctor", "run", "serve"):  # only a build writes
+        assert compose["services"][name]["volumes"][0].endswith(":/data:ro")
+    networks = {name: service["network_mode"] for name, service in compose["services"].items()}
+    assert networks == {"doctor": "none", "run": "none", "build": "none", "serve": "bridge"}
+
+
+def test_the_server_is_published_on_loopback_with_keys(compose: dict[str, Any]):
+    serve = compose["services"]["serve"]
+    assert serve["ports"] == ["127.0.0.1:8000:8000"]
+    assert serve["depends_on"] == {"doctor": {"condition": "service_completed_successfully"}}
+    assert compose["services"]["doctor"]["command"][0] == "--wait-gpu"
+    keys = serve["volumes"][1]
+    assert keys["read_only"] is True
+    assert keys["bind"] == {"create_host_path": False}  # or a missing file would become a folder
+    prefix = "EDGE_LLM_SERVE_"
+    given = {name[len(prefix) :].lower(): value for name, value in serve["environment"].items()}
+    assert all(name.startswith(prefix) for name in serve["environment"])
+    assert set(given) <= {field.name for field in fields(ServerSettings)}
+    assert given["api_key_file"] == keys["target"]
+    assert ":8000/ready" in serve["healthcheck"]["test"][-1]
+    assert serve["stop_grace_period"] == f"{ServerSettings().drain_timeout_s + 10:g}s"
 
 
 def test_services_run_real_verbs(compose: dict[str, Any]):
@@ -62,3 +89,9 @@ def test_services_run_real_verbs(compose: dict[str, Any]):
         command, verb = service["entrypoint"]
         assert command == "edge-llm"
         assert verb in verbs
+    for name in ("doctor", "serve"):
+        service = compose["services"][name]
+        verb = cli.get_command(Context(cli), service["entrypoint"][1])
+        assert verb is not None
+        words = [re.sub(r"^/data/.*", str(DOCKER), word) for word in service["command"]]
+        verb.make_context(name, words)

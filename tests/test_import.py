@@ -42,7 +42,8 @@ def test_importing_the_runtime_loads_no_engine(tmp_path: Path):
     """Numpy is there from here on; the engine, tokenizer and template come with a bundle."""
     code = (
         "from edge import *; import edge.backends.ort, edge.backends.tensorrt, edge.cli; "
-        "late = 'onnxruntime', 'onnx', 'tensorrt', 'pycuda', 'tokenizers', 'minijinja', 'rich', 'torch'; "
+        "late = 'onnxruntime', 'onnx', 'tensorrt', 'pycuda', 'tokenizers', 'minijinja', 'rich', "
+        "'torch'; "
         "print([m for m in late if m in sys.modules], 'numpy' in sys.modules)"
     )
     assert bare(code, tmp_path) == "[] True"

@@ -10,6 +10,7 @@ and is captured the third time. That several contexts share a profile is allowed
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -107,6 +108,9 @@ class DecodeGraphs:
             context.bind(shape)
             put(context, shape)
         except BackendError:
+            # Its run may be on the stream, with the copy behind it refused.
+            with contextlib.suppress(DeviceError):  # the first error is the one to tell
+                self._stream.synchronize()
             context.close()
             raise
         self._entries[shape] = _Entry(context)

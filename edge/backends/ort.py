@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge import io_spec
-from edge.errors import BackendError, BundleError, ConfigError, DependencyError
+from edge.errors import BackendError, BundleError, ConfigError, DependencyError, ResourceError
 from edge.manifest import FloatType, Manifest
 from edge.onnx_file import OnnxFile
 
@@ -74,6 +74,13 @@ class OrtBackend:
             raise ConfigError(
                 f"num_threads ({num_threads}) must be positive; leave it open for all"
             )
+        cores = os.cpu_count() or 1
+        if num_threads is not None and num_threads > cores:
+            # They would spin and wait for each other; thousands never finish a step.
+            raise ConfigError(
+                f"num_threads ({num_threads}) is more than the {cores} cores of this machine; "
+                "leave it open for all"
+            )
         graph = load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", self.capacity)
         self._fused = fuse_attention and self.dialect == "native"
         if self._fused:
@@ -87,7 +94,13 @@ class OrtBackend:
         shape = (num_slots, model.num_kv_heads, self.capacity, model.head_dim)
         self._dtype = np.float32
         # Untouched pages of zeros take no memory, so a long capacity costs what is used of it.
-        self._cache = [np.zeros(shape, dtype=self._dtype) for _ in range(2 * model.num_layers)]
+        try:
+            self._cache = [np.zeros(shape, dtype=self._dtype) for _ in range(2 * model.num_layers)]
+        except MemoryError as error:
+            raise ResourceError(
+                f"the KV cache of {num_slots} slots of {self.capacity} tokens does not fit into "
+                "memory; fewer slots, or a smaller --kv-capacity"
+            ) from error
         self._kv_positions = np.arange(self.capacity, dtype=np.int64)
         self._decode_steps: dict[tuple[int, int], Step] = {}
 
@@ -146,7 +159,11 @@ class OrtBackend:
             return self._run(first, embeds[rows], places, kv_len, logits_indices[rows])
         finally:
             for slot, row in kept:
-                self.write_slot(slot, row)
+                self._put_back(slot, row)
+
+    def _put_back(self, slot: int, row: Floats) -> None:
+        """Restore the first row of a slot that a step has passed over."""
+        self.write_slot(slot, row)
 
     def read_slot(self, slot: int, length: int) -> Floats:
         """See `edge.backends.Backend.read_slot`."""

@@ -89,7 +89,7 @@ class OrtCudaBackend(OrtBackend):
         self.device = device or OrtDevice()
         self._float_type: FloatType = manifest.dtype
         self._storage = storage_dtype(self._float_type)
-        self._lost = False
+        self._lost: str | None = None
         self._session = None
         self._decode_steps = {}
         self._caches: list[Block] = []
@@ -128,6 +128,11 @@ class OrtCudaBackend(OrtBackend):
             )
 
     @property
+    def failed(self) -> str | None:
+        """See `edge.backends.Backend.failed`; a lost device needs the process to restart."""
+        return super().failed or self._lost
+
+    @property
     def cache_bytes(self) -> int:
         """Device memory of the cache."""
         return len(self._caches) * self._slot_elements * self.num_slots * self._storage.itemsize
@@ -143,6 +148,14 @@ class OrtCudaBackend(OrtBackend):
         """See `edge.backends.Backend.forward`."""
         self._check_usable()
         return super().forward(slots, embeds, positions, kv_len, logits_indices)
+
+    def _put_back(self, slot: int, row: Floats) -> None:
+        try:
+            super()._put_back(slot, row)
+        except EdgeError as error:
+            # Its rows may be a prefix that others share, and nobody would notice.
+            self._lost = self._lost or f"a slot's row could not be put back: {error}"
+            raise
 
     def read_slot(self, slot: int, length: int) -> Floats:
         """See `edge.backends.Backend.read_slot`; bf16 rows come as float32, which holds them."""
@@ -215,7 +228,7 @@ class OrtCudaBackend(OrtBackend):
             )
         if _DEVICE_FAILED.search(text):
             # Errors of a CUDA context stay with it: every later call would fail likewise.
-            self._lost = True
+            self._lost = f"{self.device.name} failed {when}: {text}"
             return DeviceError(
                 f"{self.device.name} failed {when}: {text}; restart the process, and run "
                 "edge-llm doctor if it happens again",
@@ -230,10 +243,10 @@ class OrtCudaBackend(OrtBackend):
         return per_token * self.capacity * self.num_slots
 
     def _check_usable(self) -> None:
-        if self._lost:
+        if self._lost is not None:
             raise DeviceError(
-                f"{self.device.name} failed in an earlier step and cannot be used any more; "
-                "restart the process",
+                f"{self.device.name} failed in an earlier step and cannot be used any more "
+                f"({self._lost}); restart the process",
                 fatal=True,
             )
         if self._session is None:

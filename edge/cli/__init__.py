@@ -6,6 +6,8 @@ An `EdgeError` is one line on stderr and its own exit code (see `edge.errors`).
 
 from __future__ import annotations
 
+import difflib
+import errno
 import io
 import json
 import os
@@ -18,7 +20,7 @@ from typing import Any
 import click
 
 import edge
-from edge.errors import EdgeError
+from edge.errors import EdgeError, ResourceError
 
 COMMAND_GROUP = "edge_llm.commands"
 
@@ -34,6 +36,17 @@ class _Verbs(click.Group):
             command: click.Command = entry.load()
             return command
         return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        verbs = self.list_commands(ctx)
+        if name not in verbs and not name.startswith("-"):
+            near = difflib.get_close_matches(name, verbs, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            ctx.fail(f"No such command {name!r}{hint}")
+        return super().resolve_command(ctx, args)
 
 
 def _print_versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -69,21 +82,39 @@ def cli() -> None:
 def main() -> None:
     """Run the command and leave with its exit code."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # Bytes that are no text reach the tokenizer, which refuses them with a proper error.
+        # A verb sees bytes that are no text and refuses them with a proper error.
         sys.stdin.reconfigure(errors="surrogateescape")
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False, prog_name="edge-llm")
     except EdgeError as error:
         click.echo(f"edge-llm: error: {error}", err=True)
         if os.environ.get("EDGE_LLM_TRACEBACK"):
             raise
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        _show_usage_error(error)
         sys.exit(64)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        # What a verb writes into files has errors of its own; this is standard output.
+        click.echo("edge-llm: error: the output cannot be written: the disk is full", err=True)
+        sys.exit(ResourceError.exit_code)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_usage_error(error: click.ClickException) -> None:
+    """One line with the verb's help to look at; the help itself where no verb was given."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    message = error.format_message()
+    if context is None or "\n" in message:
+        error.show()
+        return
+    click.echo(
+        f"edge-llm: error: {message.rstrip('.')}; see: {context.command_path} --help", err=True
+    )
 
 
 def echo_json(value: Any) -> None:

@@ -15,7 +15,7 @@ from edge.errors import ConfigError
 
 from . import echo_json
 from .eval import EXIT_GATE_MISSED
-from .options import bundle_argument, engine_options
+from .options import Finite, bundle_argument, engine_options
 from .plan import make_table
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _MAX_RESULT_BYTES = 16 << 20
 )
 @click.option(
     "--max-slowdown",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     help="With --against: fail if a figure is slower by more than this share, e.g. 0.05, and "
     "slower beyond the noise.",
 )

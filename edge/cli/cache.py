@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.errors import RequestError
+from edge.errors import ConfigError, RequestError
 from edge.manifest import read_manifest
 
 from . import echo_json
@@ -36,7 +36,7 @@ def cache() -> None:
 @click.option(
     "--system",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="File with a system prompt: chats that begin with it.",
+    help="File with a system prompt: chats that begin with it. A line end at its end is left out.",
 )
 @click.option(
     "--text",
@@ -65,11 +65,15 @@ def build(
     from edge.prefix_store import Layout, PrefixStore, compute_rows, default_directory
 
     if (system is None) == (text is None):
-        raise RequestError("give one of --system FILE and --text FILE")
+        raise ConfigError("give one of --system FILE and --text FILE")
     with LLM(
         bundle, backend=backend, kv_capacity=kv_capacity, num_threads=num_threads, num_slots=1
     ) as llm:
-        ids = _system_ids(llm, _read(system)) if system else _text_ids(llm, _read(text))
+        if system is not None:
+            # Editors end a file with a line end that nobody sends: $(cat FILE) has none either.
+            ids = _system_ids(llm, _read(system).removesuffix("\n"))
+        else:
+            ids = _text_ids(llm, _read(text))
         store = PrefixStore(prefix_dir or default_directory(), llm.manifest, Layout.of(llm.backend))
         path = store.save(name, ids, compute_rows(llm.backend, llm.embeddings, ids))
     size = path.stat().st_size

@@ -27,9 +27,9 @@ def config() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 @settings_options(ServerSettings)
 def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) -> None:
-    """Print the settings of ``edge-llm serve``: file, environment and flags put together.
+    """Print the settings of edge-llm serve as TOML: file, environment and flags put together.
 
-    Takes the flags of ``serve``. Exits with code 64 where ``serve`` would refuse to start.
+    Takes the flags of serve. Exits with code 64 where serve would refuse to start.
     """
     resolved = load_settings(
         ServerSettings, file=config_file or default_config(), environ=os.environ, flags=flags
@@ -40,14 +40,13 @@ def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) ->
         return
     width = max(map(len, values))
     for name, value in values.items():
-        line = f"{name:{width}} = {_toml(value)}"
+        # TOML has no null, so what is not set is a comment.
+        line = f"# {name} is not set" if value is None else f"{name:{width}} = {_toml(value)}"
         click.echo(f"{line:60}  # {resolved.origins[name]}" if origin else line)
 
 
 def _toml(value: Any) -> str:
-    """A value as TOML writes it; TOML has no null, so that is a comment."""
-    if value is None:
-        return "# not set"
+    """A value as TOML writes it."""
     if isinstance(value, dict):
         pairs = ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items())
         return f"{{ {pairs} }}" if pairs else "{}"

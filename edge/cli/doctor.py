@@ -12,6 +12,7 @@ from edge.doctor import Check, exit_code, run_checks, summary
 from edge.telemetry import read_snapshot
 
 from . import echo_json
+from .options import Finite
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
 
@@ -23,7 +24,7 @@ _STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 @click.option(
     "--wait-gpu",
-    type=click.FloatRange(0, 3600),
+    type=Finite(0, 3600),
     metavar="SECONDS",
     help="Wait so long for the GPU, as after boot, and fail if there is none.",
 )

@@ -12,22 +12,23 @@ from edge.errors import ConfigError
 
 from . import echo_json
 from .eval import EXIT_GATE_MISSED
+from .options import Finite
 from .plan import calibrate_option, device_option, make_table, power_mode_option
 
 if TYPE_CHECKING:
     from edge.planner.recommend import Candidate, Recommendation
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kmg]?)(i?)b?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kmg])(i?)b?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``1GB`` (10^9), ``1GiB`` (2^30), ``800M`` or a plain number.
+    """Bytes of ``1GB`` (10^9), ``1GiB`` (2^30) or ``800M``; a number alone says too little.
 
     Raises:
         ConfigError: no such size, or 0.
     """
     match = _SIZE.fullmatch(text.strip())
-    power = 0 if match is None else {"": 0, "k": 1, "m": 2, "g": 3}[match[2].lower()]
+    power = 0 if match is None else {"k": 1, "m": 2, "g": 3}[match[2].lower()]
     size = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** power)
     if size < 1:
         raise ConfigError(f"--memory {text!r} is not a size such as 1GB, 1.5GiB or 800MB")
@@ -55,12 +56,12 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
 )
 @click.option(
     "--latency-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     help="At most so long per output token (TPOT), with a full KV cache.",
 )
 @click.option(
     "--ttft-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     help="At most so long to the first token of a prompt of --prompt-tokens.",
 )
 @click.option(
@@ -70,9 +71,7 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     show_default=True,
     help="Prompt of --ttft-ms.",
 )
-@click.option(
-    "--quality", type=click.FloatRange(0, 100), help="At least this score on --benchmark, percent."
-)
+@click.option("--quality", type=Finite(0, 100), help="At least this score on --benchmark, percent.")
 @click.option(
     "--benchmark",
     type=click.Choice(["aime-2024", "math-500", "gpqa-diamond", "livecodebench"]),

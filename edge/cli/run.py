@@ -52,6 +52,7 @@ def run(
         if sys.stdin.isatty():
             raise RequestError("no prompt; give one as an argument or pipe it in")
         prompt = sys.stdin.read()
+    _check_prompt(prompt, raw)
     if raw and system is not None:
         raise RequestError("--system needs the chat template, --raw works without; drop one")
     from edge.llm import LLM
@@ -85,3 +86,17 @@ def run(
         printer.end()
         if printer.stats is not None and not no_stats:
             click.echo(format_stats(printer.stats, printer.finish_reason), err=True)
+
+
+def _check_prompt(prompt: str, raw: bool) -> None:
+    """Refuse what is no question: a template would make one of nothing, too."""
+    if not raw and not prompt.strip():
+        raise RequestError("the prompt is empty; give one as an argument or pipe it in")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(prompt[error.start]) & 0xFF  # surrogateescape keeps it in the low bits
+        raise RequestError(
+            f"the prompt is not UTF-8: byte 0x{byte:02x} at character {error.start}; convert it, "
+            "e.g. with iconv"
+        ) from error

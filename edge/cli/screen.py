@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from edge.generation import FinishReason, GenerationStats
-from edge.llm import GenerationChunk
+from edge.stream import GenerationChunk
 
 
 class StreamPrinter:

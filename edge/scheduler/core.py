@@ -6,7 +6,8 @@ interleaving of events. `edge.scheduler.scheduler` gives it a thread.
 A sequence waits, is placed into a slot (with the rows that it shares with others, see
 `edge.kv_cache`), prefills in chunks and decodes. Prompts prefill one at a time and in order, so
 that whoever shares a prefix with the one before finds it complete. A round (`EngineCore.step`) is
-one decode step of all sequences that have one token to run, and one chunk of the prompt in line.
+one decode step of all sequences that have one token to run, and one chunk of the prompt in line;
+or the next token of that prompt runs in the decode step, too (it rides).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend
 from edge.embeddings import EmbeddingTable
-from edge.errors import BackendError, DeadlineError, EdgeError
+from edge.errors import BackendError, DeadlineError, EdgeError, ResourceError
 from edge.generation import GenerationStats
 from edge.kv_cache import Slot, SlotPool
 from edge.sampling import SampledToken, Sampler
@@ -38,7 +39,11 @@ class Sink(Protocol):
     """Takes what a sequence produces."""
 
     def put(self, item: TokenEvent | EdgeError) -> None:
-        """Take an event, or the error that ends the sequence; called in the engine's thread."""
+        """Take an event, or the error that ends the sequence; called in the engine's thread.
+
+        Raises:
+            EdgeError: it takes no more tokens, which ends the sequence with that error.
+        """
         ...
 
 
@@ -142,6 +147,10 @@ class EngineCore:
         self.steps = 0
         self.model_s = 0.0
         self.last_step_s = 0.0
+        self.longest_step_s = 0.0
+        self.most_step_tokens = 0
+        self._call_began_s = 0.0
+        self._decoded_s: float | None = None  # when a decode step ended, in a row of them
         self.mean_run_s = 0.0  # of a sequence from start to end, running mean
         self.counts: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
@@ -167,27 +176,58 @@ class EngineCore:
         self._sweep()
         self._start_waiting()
         decoding = [s for s in self.running if len(s.pending) == 1]
-        prefilling = next((s for s in self.running if len(s.pending) > 1), None)
+        prefilling = min(
+            (s for s in self.running if len(s.pending) > 1),
+            key=lambda s: s.request.priority,
+            default=None,
+        )
+        chunk = 0 if prefilling is None else self.policy.chunk_tokens(len(decoding))
+        rides = prefilling is not None and chunk == 0
         if decoding:
-            self._decode(decoding)
-        if prefilling is not None and not prefilling.ended:
-            self._prefill(prefilling, self.policy.chunk_tokens(len(decoding)))
+            rides = self._decode(decoding, prefilling if rides else None)
+            self._observe_gap()
+        else:
+            self._decoded_s = None
+        if prefilling is not None and not (rides or prefilling.ended):
+            self._prefill(prefilling, max(chunk, 1))
+        if not self.running:
+            self._decoded_s = None
+
+    def _observe_gap(self) -> None:
+        before, self._decoded_s = self._decoded_s, self.now()
+        if before is not None:
+            self.policy.observe_gap(self._decoded_s - before)
 
     def call(self, work: Callable[[], None]) -> None:
         """Let ``work`` use the backend as it likes, while no sequence runs."""
         assert not self.running, "sequences own the cache"
+        self._call_began_s = self.now()
         try:
             work()
         finally:
             self.pool.forget()
 
+    def report_step(self, tokens: int) -> None:
+        """Count a step of the backend that work in `call` has just ended."""
+        self._count_step(tokens, self.now() - max(self._call_began_s, self.last_step_s))
+
+    @property
+    def full_step_s(self) -> float | None:
+        """The longest step so far, in proportion to the tokens of a full one; None before any.
+
+        A step reads all weights however few its tokens are, so for short ones this is too long.
+        """
+        if not self.most_step_tokens:
+            return None
+        return self.longest_step_s * max(1.0, self.policy.step_tokens / self.most_step_tokens)
+
     def end_all(self, error: EdgeError | None) -> None:
-        """End every sequence with an error, or as cancelled."""
+        """End every sequence with an error, or as cancelled; the backend is left alone."""
         for sequence in [*self.running, *self.waiting]:
             if error is None:
                 self._finish(sequence, "cancelled")
             else:
-                self._fail(sequence, error)
+                self._fail(sequence, error, scrub=False)
 
     # ------------------------------------------------------------------ who runs
 
@@ -208,21 +248,30 @@ class EngineCore:
                 )
 
     def _start_waiting(self) -> None:
-        """Start what waits; behind a prompt that prefills the others wait, and may share it."""
+        """Start what waits.
+
+        Behind a prompt that prefills others wait, and may share it, but for those before it in
+        priority.
+        """
         while (
             self.waiting
             and not self.hold
             and self.pool.num_free
             and self.policy.allows(len(self.running))
-            and all(len(sequence.pending) == 1 for sequence in self.running)
+            and all(
+                len(sequence.pending) == 1
+                or self.waiting[0].request.priority < sequence.request.priority
+                for sequence in self.running
+            )
         ):
-            self._start(self.waiting.pop(0))
+            sequence = self.waiting[0]
+            self.running.append(sequence)  # first: another thread that counts must miss no one
+            del self.waiting[0]
+            self._start(sequence)
 
     def _start(self, sequence: SequenceState) -> None:
-        now = self.now()
-        sequence.stats.queue_s = now - sequence.submitted_s
+        sequence.stats.queue_s = self.now() - sequence.submitted_s
         sequence.model_s_before = self.model_s
-        self.running.append(sequence)
         try:
             cached = self._place(sequence)
         except EdgeError as error:
@@ -242,7 +291,9 @@ class EngineCore:
         assert placement is not None
         slot, cached, source, swap = placement
         stored = self.prefix_store.lookup(ids, sequence.salt) if self.prefix_store else None
-        rows = stored.load() if stored is not None and stored.length > cached else None
+        # The last token runs in any case.
+        longer = stored is not None and min(stored.length, len(ids) - 1) > cached
+        rows = stored.load() if stored is not None and longer else None
         if stored is not None and rows is not None:
             cached = min(stored.length, len(ids) - 1)
             slot.reset()
@@ -274,18 +325,25 @@ class EngineCore:
         if not sequence.pending and not sequence.cancelled:
             self._sample(sequence, logits[0])
 
-    def _decode(self, decoding: list[SequenceState]) -> None:
+    def _decode(self, decoding: list[SequenceState], rider: SequenceState | None) -> bool:
+        """Run the next token of each, and of ``rider``'s prompt; whether that one ran."""
         ready = [sequence for sequence in decoding if self._has_room(sequence)]
         if not ready:
-            return
+            return False
         if self.make_drafter is None:
-            self._decode_run(ready, 0)
-            return
+            self._decode_run(ready if rider is None else [*ready, rider], 0)
+            return rider is not None
+        ridden = False
         for sequence in ready:
             sequence.draft = self._propose(sequence)
         drafts = [Draft(len(s.draft), s.acceptance) for s in ready]
         for run in self.policy.draft_plan(drafts):
-            self._decode_run([ready[i] for i in run.rows], run.drafted)
+            rows = [ready[i] for i in run.rows]
+            if rider is not None and not run.drafted:
+                rows.append(rider)
+                rider, ridden = None, True
+            self._decode_run(rows, run.drafted)
+        return ridden
 
     def _decode_run(self, sequences: list[SequenceState], drafted: int) -> None:
         """One token of each sequence, and its drafted ones; those it lacks are padding.
@@ -296,15 +354,19 @@ class EngineCore:
         drafted = min([drafted, *(_slot_of(s).remaining - 1 for s in sequences)])
         rows = []
         for sequence in sequences:
-            tail = sequence.draft[:drafted]
-            rows.append([*sequence.pending, *tail, *sequence.pending * (drafted - len(tail))])
+            tail, first = sequence.draft[:drafted], sequence.pending[:1]
+            rows.append([*first, *tail, *first * (drafted - len(tail))])
         places = list(range(1 + drafted))
         logits = self._forward(sequences, rows, [places] * len(rows))
         if logits is None:
             return
         for sequence, row in zip(sequences, logits, strict=True):
-            if not sequence.cancelled:
-                _slot_of(sequence).extend(sequence.pending)
+            if sequence.cancelled:
+                continue
+            _slot_of(sequence).extend(sequence.pending[:1])
+            if len(sequence.pending) > 1:  # a prompt that rides
+                sequence.pending = sequence.pending[1:]
+            else:
                 self._sample(sequence, row)
 
     def _forward(
@@ -332,9 +394,8 @@ class EngineCore:
             for sequence in sequences:
                 self._fail(sequence, error)
             return None
-        self.last_step_s = self.now()
-        seconds = self.last_step_s - started
-        self.steps += 1
+        seconds = self.now() - started
+        self._count_step(len(sequences) * seq, seconds)
         self.model_s += seconds
         costs = self.policy.costs
         if len(wanted[0]) > 1:
@@ -344,6 +405,12 @@ class EngineCore:
         if len(sequences) == 1 and len(wanted[0]) == 1:
             costs.prefill.observe(seq, seconds)
         return logits
+
+    def _count_step(self, tokens: int, seconds: float) -> None:
+        self.last_step_s = self.now()
+        self.steps += 1
+        self.longest_step_s = max(self.longest_step_s, seconds)
+        self.most_step_tokens = max(self.most_step_tokens, tokens)
 
     # ------------------------------------------------------------------ tokens
 
@@ -380,7 +447,8 @@ class EngineCore:
                 constraint.accept(token.id)
         except EdgeError as error:
             self._fail(sequence, error)
-        except Exception as error:  # noqa: BLE001 - others go on; the caller is told
+        except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
+            # A panic in a library of Rust is no Exception.
             self._fail(sequence, _caused(f"the constraint of a request failed: {error!r}", error))
         else:
             return token
@@ -401,7 +469,7 @@ class EngineCore:
         ended = token.id in request.end_ids
         try:
             stopped = request.watcher is not None and request.watcher.push(token, ended)
-        except Exception as error:  # noqa: BLE001 - others go on; the caller is told
+        except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
             self._fail(sequence, _caused(f"the watcher of a request failed: {error!r}", error))
             return False
         full = self.overflow is None and _slot_of(sequence).remaining == 0
@@ -410,7 +478,10 @@ class EngineCore:
         elif sequence.tokens_left == 0 or full:
             self._finish(sequence, "length", token)
         else:
-            sequence.sink.put(TokenEvent(token))
+            try:
+                sequence.sink.put(TokenEvent(token))
+            except EdgeError as error:
+                self._fail(sequence, error)
         return not sequence.ended
 
     def _finish(
@@ -424,9 +495,11 @@ class EngineCore:
         self.outcomes[reason] += 1
         sequence.sink.put(TokenEvent(token, reason, sequence.stats))
 
-    def _fail(self, sequence: SequenceState, error: EdgeError) -> None:
+    def _fail(self, sequence: SequenceState, error: EdgeError, *, scrub: bool = True) -> None:
         """End a sequence with an error; its rows cannot be trusted."""
-        if sequence.slot is not None and isinstance(error, BackendError):
+        # Out of memory may come in the middle of a step, too.
+        spoilt = isinstance(error, (BackendError, ResourceError))
+        if scrub and spoilt and sequence.slot is not None:
             self._scrub(sequence.slot)
         self._leave(sequence, keep=False)
         self.outcomes["deadline" if isinstance(error, DeadlineError) else "error"] += 1
@@ -493,7 +566,7 @@ def _slot_of(sequence: SequenceState) -> Slot:
     return sequence.slot
 
 
-def _caused(message: str, cause: Exception) -> BackendError:
+def _caused(message: str, cause: BaseException) -> BackendError:
     error = BackendError(message)
     error.__cause__ = cause
     return error

@@ -9,6 +9,7 @@ engine, the length of the context and whatever else the machine does.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,11 @@ from typing import NamedTuple
 _NEWEST = 0.25  # weight of the newest time in a running mean
 _FADE = 1 / 2048  # how fast the estimate of an option that is not taken falls, so it is tried again
 _GAIN = 1.05  # speculation must promise this much more than plain decode
-_DEAREST = 2.0  # what a prompt's token may cost in small chunks, relative to large ones
+_DEAREST = 2.0  # what a prompt's token should cost at most, relative to large chunks
+_SPREAD = 1.9  # the longest gap between tokens that large chunks may make, in usual gaps
+_RIDER_SHARE = 1 / 3  # of the tokens per second that large chunks give a prompt
+_RECENT_GAPS = 256
+_USUAL = 1 / 4  # quantile of the recent gaps
 _TICK_S = 1e-9  # no step takes no time, whatever the clock says
 
 
@@ -89,6 +94,15 @@ class CostCurve:
             else:
                 low = middle
         return low
+
+    def fade(self, size: int) -> None:
+        """Believe a little less that a step of ``size``, or the next larger known, is slow.
+
+        A size that is passed over is not measured, so a time from a slow hour would stay for ever.
+        """
+        at = bisect_left(self._keys, _bucket(size))
+        if at < len(self._keys):
+            self._points[self._keys[at]].seconds *= 1 - _FADE
 
     def smallest(self, dearness: float, limit: int) -> int:
         """The smallest size at which a token costs at most ``dearness`` times the least known."""
@@ -172,7 +186,7 @@ class Policy:
         max_batch: sequences that run at once.
         step_tokens: tokens of a prompt per step at most.
         target_itl_s: gap between two tokens of a stream that must be kept; None keeps it within
-            twice what it is without prompts in between.
+            twice what it usually is.
     """
 
     def __init__(self, max_batch: int, step_tokens: int, target_itl_s: float | None = None) -> None:
@@ -180,6 +194,11 @@ class Policy:
         self.step_tokens = step_tokens
         self.target_itl_s = target_itl_s
         self.costs = StepCosts()
+        self._gaps: deque[float] = deque(maxlen=_RECENT_GAPS)
+
+    def observe_gap(self, seconds: float) -> None:
+        """Count the time from one decode step's end to the next one's."""
+        self._gaps.append(seconds)
 
     def allows(self, running: int) -> bool:
         """Whether one more may join ``running`` sequences."""
@@ -188,28 +207,55 @@ class Policy:
         if running >= self.max_batch:
             return False
         expected = self.costs.decode.estimate(running + 1)
-        return self.target_itl_s is None or expected is None or expected <= self.target_itl_s
+        if self.target_itl_s is None or expected is None or expected <= self.target_itl_s:
+            return True
+        self.costs.decode.fade(running + 1)
+        return False
 
     def chunk_tokens(self, decoding: int) -> int:
         """Tokens of a prompt to run now, while ``decoding`` sequences wait for their next token.
 
-        A chunk takes about as long as the decode step that it delays, so that a gap between two
-        tokens is about doubled at most and prompts get half of the engine. But where steps of a few
-        tokens waste most of the engine, it is as large as makes a token cost twice its least.
+        Without a target a chunk takes as long as the decode step beside it, which doubles the gap
+        between two tokens. Such a chunk may be so small that it wastes the engine. A larger one
+        runs where the gap stays below twice what three of four recent gaps reached: where prompts
+        keep coming that rises, and chunks with it, until a prompt's token costs twice its least.
+
+        Returns:
+            0 where the prompt's next token should run in the decode step, as one sequence more:
+            if no chunk keeps the target, or if that gives the prompt more tokens per second than
+            a chunk, and a third at least of what it would get by large ones.
         """
         if decoding == 0:
             return self.step_tokens
         decode = self.costs.decode.estimate(decoding)
+        prefill = self.costs.prefill
         if decode is None:
             return min(self.step_tokens, _UNMEASURED_CHUNK)
-        budget = decode
+        wider = self.costs.decode.estimate(decoding + 1) or decode
         if self.target_itl_s is not None:
-            budget = max(budget, self.target_itl_s - decode)
-        prefill = self.costs.prefill
-        return max(
-            prefill.largest(budget, self.step_tokens),
-            prefill.smallest(_DEAREST, self.step_tokens),
-        )
+            budget = self.target_itl_s - decode
+            size = enough = self._largest_chunk(budget, self.step_tokens)
+            if (prefill.estimate(size) or 0.0) > budget:
+                return 0
+        else:
+            enough = prefill.smallest(_DEAREST, self.step_tokens)
+            budget = _SPREAD * max(self._usual_gap(), decode) - decode
+            size = max(
+                self._largest_chunk(decode, self.step_tokens), self._largest_chunk(budget, enough)
+            )
+        rates = [size / (decode + (prefill.estimate(size) or 0.0)) for size in (size, enough)]
+        if 1 / wider > max(rates[0], _RIDER_SHARE * rates[1]):
+            return 0
+        return size
+
+    def _largest_chunk(self, seconds: float, limit: int) -> int:
+        size = self.costs.prefill.largest(seconds, limit)
+        if size < limit:
+            self.costs.prefill.fade(size + 1)
+        return size
+
+    def _usual_gap(self) -> float:
+        return sorted(self._gaps)[int(_USUAL * len(self._gaps))] if self._gaps else 0.0
 
     def draft_plan(self, drafts: Sequence[Draft]) -> list[DecodeRun]:
         """Split the decode batch into runs so that most tokens per second are to be expected.

@@ -164,6 +164,7 @@ class SchedulerStats:
     Attributes:
         running: sequences that hold a slot and compute.
         waiting: requests in the queue.
+        calls: work for the idle engine that waits or runs, e.g. scoring.
         queue_capacity: requests that the queue takes.
         num_slots: slots of the cache.
         kv_used_tokens: cache rows that running sequences use.
@@ -175,11 +176,14 @@ class SchedulerStats:
         drafted_tokens, accepted_tokens: of speculative decoding.
         steps: calls of the backend.
         last_step_s: monotonic clock when a step last ended; a heartbeat while anything runs.
+        full_step_s: what a step of as many tokens as there may be should take, at the pace of the
+            slowest so far; None before the first.
         failed: why the backend can serve no more, else None.
     """
 
     running: int = 0
     waiting: int = 0
+    calls: int = 0
     queue_capacity: int = 0
     num_slots: int = 0
     kv_used_tokens: int = 0
@@ -192,5 +196,6 @@ class SchedulerStats:
     accepted_tokens: int = 0
     steps: int = 0
     last_step_s: float = 0.0
+    full_step_s: float | None = None
     failed: str | None = None
     outcomes: dict[str, int] = field(default_factory=dict)

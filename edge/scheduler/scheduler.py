@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import os
 import threading
 import weakref
 from collections import deque
@@ -24,6 +25,7 @@ from edge.errors import (
     ContextLengthError,
     OverloadError,
     RequestError,
+    ResourceError,
 )
 from edge.sampling import Sampler
 
@@ -34,6 +36,10 @@ from .ticket import Channel, Ticket
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 _FIRST_RETRY_S = 1.0  # what a refused caller is told before anything has finished
+_FORKED = (
+    "this process was forked from the one that loaded the bundle, and engines do not survive that; "
+    "load the bundle in this process"
+)
 
 
 class Scheduler:
@@ -47,7 +53,8 @@ class Scheduler:
         queue_capacity: sequences that may wait beyond those that can run.
         step_tokens: tokens of a prompt per step at most; None is what the backend takes.
         target_itl_s: gap between two tokens of a stream that must be kept: fewer sequences run at
-            once if they would be slower. None batches as many as there are slots.
+            once if they would be slower, and prompts get what it leaves. None batches as many as
+            there are slots, see `Policy`.
         reuse_prefix: keep the rows of ended sequences for later ones that begin alike. Off, only
             the samples of one submission share their prompt.
         overflow: what to do when a slot is full; None ends the sequence with ``length``.
@@ -119,8 +126,7 @@ class Scheduler:
             ContextLengthError: the prompt does not fit into a slot.
             BackendError: the backend can serve no more, or the scheduler is closed.
         """
-        if n < 1:
-            raise RequestError(f"n must be at least 1, not {n}")
+        self.check_count(n)
         if n > 1 and (request.constraint is not None or request.watcher is not None):
             raise RequestError(
                 "a constraint or watcher follows one sequence; submit_all takes a request for each"
@@ -133,6 +139,7 @@ class Scheduler:
         Raises:
             As `submit`.
         """
+        self.check_count(len(requests))
         for request in requests:
             self._check(request)
         # Without reuse, only what is submitted together shares rows.
@@ -151,14 +158,25 @@ class Scheduler:
     def call(self, work: Callable[[], _Result]) -> _Result:
         """Run ``work`` in the engine's thread while no sequence runs, and wait for it.
 
+        Within ``work`` a further call runs at once.
+
         It may use the backend as it likes; cached prefixes are forgotten. Sequences that run finish
-        first, those that wait come after.
+        first, those that wait come after. It tells of its steps by `report_step`, or it looks like
+        an engine that hangs.
 
         Raises:
             BackendError: the scheduler is closed.
             Whatever ``work`` raises.
         """
         return cast(_Result, self._thread.call(work).result())
+
+    def report_step(self, tokens: int) -> None:
+        """Count a step that work in `call` has just ended; for that work only.
+
+        Args:
+            tokens: that the step ran.
+        """
+        self._core.report_step(tokens)
 
     def stats(self) -> SchedulerStats:
         """Counters and the state of this moment."""
@@ -168,6 +186,7 @@ class Scheduler:
         return SchedulerStats(
             running=running,
             waiting=waiting,
+            calls=self._thread.num_calls,
             queue_capacity=self.queue_capacity,
             num_slots=backend.num_slots,
             kv_used_tokens=pool.used_tokens,
@@ -180,6 +199,7 @@ class Scheduler:
             accepted_tokens=counts["accepted"],
             steps=core.steps,
             last_step_s=core.last_step_s,
+            full_step_s=core.full_step_s,
             failed=self._thread.failed or backend.failed,
             outcomes=dict(core.outcomes),
         )
@@ -195,6 +215,21 @@ class Scheduler:
     def close(self) -> None:
         """Cancel everything and end the thread; calling it twice is harmless."""
         self._thread.close()
+
+    def check_count(self, n: int) -> None:
+        """Refuse a number of answers that can never be submitted together.
+
+        Raises:
+            RequestError: less than one, or more than may run and wait.
+        """
+        if n < 1:
+            raise RequestError(f"n must be at least 1, not {n}")
+        most = self.max_batch + self.queue_capacity
+        if n > most:
+            raise RequestError(
+                f"{n} answers at once are more than the {most} that may run or wait; ask for "
+                "fewer, or raise queue_capacity"
+            )
 
     def _check(self, request: Request) -> None:
         """Refuse what can never run, in the caller's thread."""
@@ -234,10 +269,12 @@ class _EngineThread:
         self._changed = threading.Condition()
         self._inbox: deque[SequenceState] = deque()
         self._calls: deque[_Call] = deque()
+        self._in_call = False
         self._thread: threading.Thread | None = None
         self._draining = False
         self._closing = False
         self.failed: str | None = None
+        _LIVE.add(self)
 
     # ------------------------------------------------------------------ in callers' threads
 
@@ -256,22 +293,41 @@ class _EngineThread:
                     "more cannot be taken; try again later",
                     self._core.mean_run_s * excess / self._core.policy.max_batch or _FIRST_RETRY_S,
                 )
+            self._start()
             self._inbox.extend(sequences)
-            self._wake()
+            self._changed.notify_all()
 
     def call(self, work: Callable[[], object]) -> Future[object]:
         """Queue work that needs the backend for itself."""
         call = _Call(work)
+        if threading.current_thread() is self._thread:
+            self._call_within(call)
+            return call.future
         with self._changed:
             self._refuse_if_down()
+            self._start()
             self._calls.append(call)
-            self._wake()
+            self._changed.notify_all()
         return call.future
+
+    def _call_within(self, call: _Call) -> None:
+        """Run a call that the engine's own thread makes: it would wait for itself."""
+        if not self._in_call:
+            raise BackendError(
+                "a constraint or watcher cannot use the backend while its sequence runs"
+            )
+        call()
 
     def load(self) -> tuple[int, int]:
         """Sequences that wait and that run."""
         with self._changed:
             return len(self._inbox) + len(self._core.waiting), len(self._core.running)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that wait or run."""
+        with self._changed:
+            return len(self._calls) + self._in_call
 
     def drain(self, timeout_s: float | None) -> bool:
         """Take no more sequences; whether those that are there ended in time."""
@@ -299,14 +355,30 @@ class _EngineThread:
         if failed is not None:
             raise BackendError(f"the engine can serve no more: {failed}")
 
-    def _wake(self) -> None:
+    def _start(self) -> None:
+        """Start the thread if it does not run; nothing may be queued before."""
         if self._thread is None:
             # A daemon, or a program that forgets `close` would never end; `close` at the exit, or
             # the interpreter would be torn down around a running step.
-            self._thread = threading.Thread(target=self._run, name="edge-llm-engine", daemon=True)
+            thread = threading.Thread(target=self._run, name="edge-llm-engine", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise ResourceError(
+                    f"the engine's thread could not be started ({error}); free memory or raise the "
+                    "limit of processes (ulimit -u)"
+                ) from error
+            self._thread = thread
             atexit.register(self.close)
-            self._thread.start()
-        self._changed.notify_all()
+
+    def give_up_after_fork(self) -> None:
+        """In a child process: the thread is not there, and may have held the lock."""
+        self._changed = threading.Condition()
+        self._thread = None
+        self._inbox.clear()
+        self._calls.clear()
+        self._core.running, self._core.waiting = [], []
+        self.failed = _FORKED
 
     # ------------------------------------------------------------------ in the engine's thread
 
@@ -317,7 +389,8 @@ class _EngineThread:
                 failed = self._core.backend.failed
                 if failed is not None:
                     self._core.end_all(BackendError(f"the engine failed: {failed}"))
-        except Exception as error:  # noqa: BLE001 - a fault of no one sequence: all are told
+        except BaseException as error:  # noqa: BLE001 - a fault of no one sequence: all are told
+            # A panic in a library of Rust is no Exception, and nobody sees a thread's exit.
             _log.exception("the engine's thread failed")
             self.failed = f"{type(error).__name__}: {error}"
         finally:
@@ -338,7 +411,11 @@ class _EngineThread:
                 if not self._calls or self._core.running:
                     return True
                 call = self._calls.popleft()
-            self._core.call(call)
+                self._in_call = True
+            try:
+                self._core.call(call)
+            finally:
+                self._in_call = False
 
     def _end(self) -> None:
         with self._changed:
@@ -352,6 +429,17 @@ class _EngineThread:
                 )
             self._changed.notify_all()
         atexit.unregister(self.close)
+
+
+_LIVE: weakref.WeakSet[_EngineThread] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for thread in list(_LIVE):
+        thread.give_up_after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Call:

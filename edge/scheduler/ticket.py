@@ -7,9 +7,11 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from queue import Empty, SimpleQueue
 
-from edge.errors import EdgeError
+from edge.errors import EdgeError, RequestError
 
 from .request import Request, TokenEvent
+
+_MOST_UNREAD = 1 << 16  # an answer that slides has no end of its own
 
 
 class Channel:
@@ -21,7 +23,17 @@ class Channel:
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
     def put(self, item: TokenEvent | EdgeError) -> None:
-        """Add an item and wake the reader; called in the engine's thread."""
+        """Add an item and wake the reader; called in the engine's thread.
+
+        Raises:
+            RequestError: nobody reads; what ends the sequence is taken all the same.
+        """
+        last = isinstance(item, EdgeError) or item.finish_reason is not None
+        if not last and self._items.qsize() >= _MOST_UNREAD:
+            raise RequestError(
+                f"{_MOST_UNREAD} tokens of the answer wait to be read, so it was ended; read it as "
+                "it comes, or set max_tokens"
+            )
         self._items.put(item)
         if self._waiter is None:  # a reader that is about to wait looks again first
             return

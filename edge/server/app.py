@@ -122,6 +122,7 @@ class _Endpoints:
             self._settings,
             self._metrics,
             choice.headers(),
+            choice.arm,
         )
 
     async def _completions(self, request: Request) -> Response:
@@ -135,6 +136,7 @@ class _Endpoints:
             self._settings,
             self._metrics,
             choice.headers(),
+            choice.arm,
         )
 
     async def _choose(self, body: ChatRequest | CompletionRequest, request: Request) -> Choice:

@@ -30,6 +30,7 @@ from .answers import (
 from .chat_plan import ChatPlan, plan_chat
 from .flight import Flight
 from .generate import (
+    check_length,
     in_thread,
     json_response,
     new_id,
@@ -126,6 +127,7 @@ async def chat_completions(
     settings: ServerSettings,
     metrics: Metrics,
     headers: dict[str, str],
+    arm: str | None = None,
 ) -> Response:
     """Answer a chat.
 
@@ -137,6 +139,9 @@ async def chat_completions(
 
     def submit() -> tuple[ChatPlan, Any]:
         plan = plan_chat(body, model, settings)
+        # What users write stands in every prompt; templates may drop other messages.
+        texts = [m.get("content") for m in plan.messages if m.get("role") == "user"]
+        check_length(llm, [text for text in texts if isinstance(text, str)], "messages")
         generations = llm.submit(
             plan.messages,
             plan.params,
@@ -151,7 +156,7 @@ async def chat_completions(
 
     with model.lease():
         plan, generations = await in_thread(submit, slow=_has_form(body))
-        flight = Flight(model, generations, plan.params, metrics)
+        flight = Flight(model, generations, plan.params, metrics, user=body.user, arm=arm)
     answer = _Answer(body, model, plan, flight, n)
     if body.stream:
         buffer = Buffer(settings.stream_buffer_bytes)

@@ -20,6 +20,7 @@ from .errors import invalid
 from .flight import Flight
 from .generate import (
     check_choices,
+    check_length,
     in_thread,
     json_response,
     new_id,
@@ -30,6 +31,7 @@ from .generate import (
     usage_of,
     wait_for,
 )
+from .guard import Receive
 from .prompt_logprobs import score_prompt
 from .protocol import CompletionRequest
 from .registry import ServedModel
@@ -72,6 +74,7 @@ async def completions(
     settings: ServerSettings,
     metrics: Metrics,
     headers: dict[str, str],
+    arm: str | None = None,
 ) -> Response:
     """Continue one or more prompts.
 
@@ -86,6 +89,8 @@ async def completions(
     params = sampling_params(body, model.llm, max_tokens=body.max_tokens, logprobs=body.logprobs)
 
     def encode() -> list[list[int]]:
+        for prompt in prompts:
+            check_length(model.llm, [prompt] if isinstance(prompt, str) else [], "prompt")
         encoded = [model.llm.encode(prompt) for prompt in prompts]
         vocab_size = model.llm.manifest.model.vocab_size
         for ids in encoded:
@@ -101,12 +106,13 @@ async def completions(
         encoded = await in_thread(encode)
         answer = _Answer(body, model, encoded, n)
         if body.echo:
-            await answer.score_prompts()
+            await answer.score_prompts(request.receive, settings.request_timeout_s)
 
         def submit() -> list[Generation]:
             return _submit_all(model, encoded, params, n, salt_of(body, client), settings)
 
-        flight = Flight(model, await in_thread(submit), params, metrics)
+        generations = await in_thread(submit)
+        flight = Flight(model, generations, params, metrics, user=body.user, arm=arm)
     answer.flight = flight
     if body.stream:
         buffer = Buffer(settings.stream_buffer_bytes)
@@ -200,12 +206,16 @@ class _Answer:
         self._echoes: list[tuple[str, TextLogprobs | None] | None] = [None] * count
         self._chunks: list[list[TextChoice]] = [[] for _ in range(count)]
 
-    async def score_prompts(self) -> None:
+    async def score_prompts(self, receive: Receive, timeout_s: float | None) -> None:
         """Prepare what ``echo`` puts in front of every answer."""
         logprobs = self._request.logprobs
         tokenizer = self._model.llm.tokenizer
         for place, ids in enumerate(self._encoded):
-            scored = await score_prompt(self._model, ids, logprobs) if logprobs is not None else []
+            scored: list[SampledToken] = []
+            if logprobs is not None:
+                scored = await score_prompt(
+                    self._model, ids, logprobs, receive=receive, timeout_s=timeout_s
+                )
             text = tokenizer.decode(ids)
             for index in range(place * self._n, (place + 1) * self._n):
                 self._echoes[index] = (text, self._texts[index].logprobs(scored))

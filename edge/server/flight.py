@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from edge.drift import WATCH_USER
 from edge.errors import DeadlineError, EdgeError
 from edge.sampling import SamplingParams
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from edge.generation import GenerationStats
     from edge.stream import Generation, GenerationChunk
 
-    from .metrics import Metrics
+    from .metrics import Metrics, Outcome
     from .registry import ServedModel
 
 _log = logging.getLogger("edge.server")
@@ -38,6 +39,8 @@ class Flight:
         generations: one per choice.
         params: resolved, for the metrics.
         metrics: told of every end.
+        user: as the request names it; the watch's own requests are no client's.
+        arm: of the A/B split that chose the model.
 
     Attributes:
         done: the end of all, or the first error.
@@ -51,7 +54,12 @@ class Flight:
         generations: Sequence[Generation],
         params: SamplingParams,
         metrics: Metrics,
+        *,
+        user: str | None = None,
+        arm: str | None = None,
     ) -> None:
+        self._is_watch = user == WATCH_USER
+        self._arm = arm
         self._model = model
         self._generations = generations
         self._params = params
@@ -95,6 +103,8 @@ class Flight:
                         chunk.finish_reason,
                         self._params,
                         counter.tokens,
+                        is_watch=self._is_watch,
+                        arm=self._arm,
                     )
                     if has_drifted:
                         _log.warning("requests have drifted from the baseline; see /stats")
@@ -102,7 +112,8 @@ class Flight:
                     on_chunk(index, chunk)
         except EdgeError as error:
             late = isinstance(error, DeadlineError)
-            self._metrics.observe_error(self._model.name, "deadline" if late else "error")
+            outcome: Outcome = "deadline" if late else "error"
+            self._metrics.observe_error(self._model.name, outcome, arm=self._arm)
             if not late:
                 _log.error("a generation on %s failed: %s", self._model.name, error)
             self.abort(error)

@@ -16,7 +16,7 @@ from edge.sampling import SamplingParams
 
 from .access import Client
 from .answers import CompletionDetails, PromptDetails, Usage
-from .errors import invalid
+from .errors import APIError, invalid
 from .flight import ClientGoneError, Flight, until_gone
 from .guard import Receive
 from .protocol import Sampling
@@ -70,6 +70,24 @@ def check_choices(n: int, prompts: int, limit: int) -> None:
     """
     if n * prompts > limit:
         raise invalid(f"n: {n} times {prompts} prompts exceeds {limit} answers per request", "n")
+
+
+def check_length(llm: LLM, texts: Sequence[str], param: str) -> None:
+    """Refuse texts that cannot fit, before seconds are spent on making tokens of them.
+
+    Raises:
+        APIError: 400.
+    """
+    least = sum(map(llm.tokenizer.least_tokens, texts))
+    if least >= llm.kv_capacity:
+        raise APIError(
+            400,
+            "context_length_exceeded",
+            f"the prompt has {least} tokens or more, but the context holds {llm.kv_capacity}; "
+            "shorten the prompt",
+            param=param,
+            extra={"n_prompt_tokens": least, "n_ctx": llm.kv_capacity},
+        )
 
 
 def salt_of(request: Sampling, client: Client) -> str:

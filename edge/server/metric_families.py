@@ -50,7 +50,7 @@ class Pulled:
 
 
 class BulkHistogram:
-    """A histogram by model that takes thousands of values at once: the gaps of a long answer.
+    """A histogram by one label that takes thousands of values at once: the gaps of a long answer.
 
     prometheus-client's own takes 2 us for each, in the thread that serves everybody. Not
     thread-safe.
@@ -59,31 +59,35 @@ class BulkHistogram:
         name: without the prefix.
         text: what it measures.
         edges: upper edges of the buckets, ascending, without infinity.
+        label: what it is by.
     """
 
-    def __init__(self, name: str, text: str, edges: tuple[float, ...]) -> None:
+    def __init__(
+        self, name: str, text: str, edges: tuple[float, ...], label: str = "model"
+    ) -> None:
+        self._label = label
         self._name = f"edgellm_{name}"
         self._text = text
         self._edges = np.asarray(edges)
         self._counts: dict[str, NDArray[np.int64]] = {}
         self._sums: dict[str, float] = {}
 
-    def add(self, model: str, values: Sequence[float]) -> None:
+    def add(self, key: str, values: Sequence[float]) -> None:
         """Count values; an edge belongs to its own bucket."""
         places = np.searchsorted(self._edges, np.asarray(values, dtype=np.float64))
         found = np.bincount(places, minlength=len(self._edges) + 1)
-        self._counts[model] = self._counts.get(model, 0) + found
-        self._sums[model] = self._sums.get(model, 0.0) + float(sum(values))
+        self._counts[key] = self._counts.get(key, 0) + found
+        self._sums[key] = self._sums.get(key, 0.0) + float(sum(values))
 
     def family(self) -> Metric:
         """The histogram as it is now."""
         from prometheus_client.core import HistogramMetricFamily
 
-        family = HistogramMetricFamily(self._name, self._text, labels=["model"])
+        family = HistogramMetricFamily(self._name, self._text, labels=[self._label])
         names = [*(repr(edge) for edge in self._edges.tolist()), "+Inf"]
-        for model, counts in self._counts.items():
+        for key, counts in self._counts.items():
             buckets = list(zip(names, np.cumsum(counts).tolist(), strict=True))
-            family.add_metric([model], buckets, self._sums[model])
+            family.add_metric([key], buckets, self._sums[key])
         return family
 
 

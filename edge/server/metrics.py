@@ -122,6 +122,7 @@ class Metrics:
         self._started = clock()
         self._lock = threading.Lock()
         self._windows: dict[str, dict[str, _Window]] = {}
+        self._arm_windows: dict[str, dict[str, _Window]] = {}
         self._known: dict[str, set[str]] = {}
         self.registry = prometheus_client.CollectorRegistry()
         self._make(prometheus_client)
@@ -130,9 +131,9 @@ class Metrics:
         build.info({"version": __version__, "python": platform.python_version()})
 
     def _make(self, prometheus: Any) -> None:
-        def histogram(name: str, text: str, edges: Iterable[float]) -> Any:
+        def histogram(name: str, text: str, edges: Iterable[float], label: str = "model") -> Any:
             return prometheus.Histogram(
-                f"edgellm_{name}", text, ["model"], registry=self.registry, buckets=tuple(edges)
+                f"edgellm_{name}", text, [label], registry=self.registry, buckets=tuple(edges)
             )
 
         def counter(name: str, text: str, *labels: str) -> Any:
@@ -164,6 +165,15 @@ class Metrics:
         self._rejections = counter("rejections", "Requests refused, by reason.", "reason")
         self._routes = counter("route_decisions", "Choices of the model 'auto'.", "rule", "model")
         self._arms = counter("ab_requests", "Requests by arm of an A/B split.", "arm", "model")
+        self._arm_outcomes = counter("ab_sequences", "The arms' outcomes.", "arm", "outcome")
+        self._arm_tokens = counter("ab_generation_tokens", "Tokens sampled by arms.", "arm")
+        self._arm_ttft = histogram(
+            "ab_time_to_first_token_seconds", "Of the arms.", TTFT_BUCKETS_S, "arm"
+        )
+        self._arm_total = histogram("ab_request_seconds", "Of the arms.", REQUEST_BUCKETS_S, "arm")
+        self._arm_itl = BulkHistogram(
+            "ab_inter_token_seconds", "Of the arms.", ITL_BUCKETS_S, "arm"
+        )
 
     # --------------------------------------------------------------------------- observing
 
@@ -176,6 +186,7 @@ class Metrics:
         reasoning_tokens: int = 0,
         *,
         is_watch: bool = False,
+        arm: str | None = None,
     ) -> bool:
         """Count a sequence that ended, cancelled ones too.
 
@@ -186,6 +197,7 @@ class Metrics:
             params: resolved: no knob is None.
             reasoning_tokens: those of ``stats.completion_tokens`` that are reasoning.
             is_watch: asked by ``edge-llm watch``; that says nothing of what clients ask for.
+            arm: of an A/B split.
 
         Returns:
             Whether a window of requests ended with an alarm about drift.
@@ -201,12 +213,14 @@ class Metrics:
         self._generated.labels(model, "answer").inc(stats.completion_tokens - reasoning_tokens)
         if stats.completion_tokens:
             self._observe_times(model, stats)
+        if arm is not None:
+            self._observe_arm(self._label("arm", arm), stats, outcome)
+        if is_watch:
+            return False
         asked: dict[str, float | None] = {name: getattr(params, name) for name in _PARAM_BUCKETS}
         for name, value in asked.items():
             if value is not None:  # no max_tokens: an infinite one would spoil the sum
                 self._params[name].labels(model).observe(value)
-        if is_watch:
-            return False
         asked["prompt_tokens"] = stats.prompt_tokens
         asked["answer_tokens"] = stats.completion_tokens
         with self._lock:
@@ -221,18 +235,27 @@ class Metrics:
         now = self._clock()
         with self._lock:
             self._itl.add(model, stats.itl_s)
-            windows = self._windows.setdefault(model, {})
-            for name, values in (
-                ("ttft_s", [stats.ttft_s]),
-                ("itl_s", stats.itl_s),
-                ("queue_s", [stats.queue_s]),
-                ("total_s", [stats.total_s]),
-            ):
-                windows.setdefault(name, _Window()).add(now, values)
+            _add_times(self._windows.setdefault(model, {}), now, stats)
 
-    def observe_error(self, model: str, outcome: Outcome = "error") -> None:
+    def _observe_arm(self, arm: str, stats: GenerationStats, outcome: str) -> None:
+        self._arm_outcomes.labels(arm, outcome).inc()
+        self._arm_tokens.labels(arm).inc(stats.completion_tokens)
+        if not stats.completion_tokens:
+            return
+        self._arm_ttft.labels(arm).observe(stats.ttft_s)
+        self._arm_total.labels(arm).observe(stats.total_s)
+        now = self._clock()
+        with self._lock:
+            self._arm_itl.add(arm, stats.itl_s)
+            _add_times(self._arm_windows.setdefault(arm, {}), now, stats)
+
+    def observe_error(
+        self, model: str, outcome: Outcome = "error", *, arm: str | None = None
+    ) -> None:
         """Count a sequence that ended without statistics, by an error or its deadline."""
         self._requests.labels(self._label("model", model), outcome).inc()
+        if arm is not None:
+            self._arm_outcomes.labels(self._label("arm", arm), outcome).inc()
 
     def observe_rejection(self, reason: str) -> None:
         """Count a request that was refused before it became a sequence.
@@ -247,7 +270,7 @@ class Metrics:
         self._routes.labels(self._label("rule", rule), self._label("model", model)).inc()
 
     def observe_arm(self, arm: str, model: str) -> None:
-        """Count a request of an A/B split; its latencies stand under its model."""
+        """Count a request of an A/B split; how it went is told when it ends."""
         self._arms.labels(self._label("arm", arm), self._label("model", model)).inc()
 
     def _label(self, kind: str, value: str) -> str:
@@ -276,12 +299,10 @@ class Metrics:
         now = self._clock()
         with self._lock:
             names = dict.fromkeys([*schedulers, *self._windows])
-            latency = {
-                name: {
-                    kind: window.summary(now - self._window_s)
-                    for kind, window in self._windows.get(name, {}).items()
-                }
-                for name in names
+            oldest = now - self._window_s
+            latency = {name: _summaries(self._windows.get(name, {}), oldest) for name in names}
+            arm_latency = {
+                arm: _summaries(windows, oldest) for arm, windows in self._arm_windows.items()
             }
             drift = {name: msgspec.to_builtins(value) for name, value in self._drift.last.items()}
             asked = msgspec.to_builtins(self._drift.total)
@@ -299,6 +320,7 @@ class Metrics:
             "rejections": self._sum(self._rejections, "reason"),
             "routes": self._sum(self._routes, "rule"),
             "arms": self._sum(self._arms, "arm"),
+            "arm_latency": arm_latency,
             "device": msgspec.to_builtins(self._device()),
             "drift": {"windows": windows, "params": drift},
             "asked": asked,
@@ -333,8 +355,9 @@ class Metrics:
             yield from device_families(snapshot)
         with self._lock:
             drift = dict(self._drift.last)
-            gaps = self._itl.family()
+            gaps, arm_gaps = self._itl.family(), self._arm_itl.family()
         yield gaps
+        yield arm_gaps
         yield gauge(
             "sampling_drift_psi",
             "Population stability index of the last full window against the baseline.",
@@ -371,3 +394,19 @@ class _Window:
             at = max(0, ceil(share * len(ordered)) - 1)
             result[name] = round(ordered[at], 6) if ordered else None
         return result
+
+
+def _add_times(windows: dict[str, _Window], now: float, stats: GenerationStats) -> None:
+    for name, values in (
+        ("ttft_s", [stats.ttft_s]),
+        ("itl_s", stats.itl_s),
+        ("queue_s", [stats.queue_s]),
+        ("total_s", [stats.total_s]),
+    ):
+        windows.setdefault(name, _Window()).add(now, values)
+
+
+def _summaries(
+    windows: Mapping[str, _Window], oldest: float
+) -> dict[str, dict[str, float | int | None]]:
+    return {kind: window.summary(oldest) for kind, window in windows.items()}

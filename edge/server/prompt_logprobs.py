@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
 from edge.embeddings import EmbeddingTable
-from edge.errors import BackendError, ContextLengthError, OverloadError
+from edge.errors import BackendError, ContextLengthError, DeadlineError, OverloadError
 from edge.sampling import SampledToken
 
+from .flight import ClientGoneError, until_gone
+
 if TYPE_CHECKING:
+    from .guard import Receive
     from .registry import ServedModel
 
 _CHUNK = 64  # logits of 64 places are 39 MB at a vocabulary of 151,936
@@ -23,32 +27,81 @@ _CHUNK = 64  # logits of 64 places are 39 MB at a vocabulary of 151,936
 _executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edge-score")
 
 
-async def score_prompt(model: ServedModel, ids: list[int], top: int) -> list[SampledToken]:
+async def score_prompt(
+    model: ServedModel,
+    ids: list[int],
+    top: int,
+    *,
+    receive: Receive,
+    timeout_s: float | None = None,
+) -> list[SampledToken]:
     """Every token of a prompt with its log-probability and the ``top`` likeliest at its place.
 
-    The first token has none. It waits until the engine runs nothing else.
+    The first token has none. It waits until the engine runs nothing else. When nobody waits for it
+    any more, it ends with the step that runs.
+
+    Args:
+        model: that scores.
+        ids: the prompt.
+        top: how many of the likeliest.
+        receive: of the client's connection.
+        timeout_s: that it may take, its wait included.
 
     Raises:
         ContextLengthError: the prompt does not fit.
         OverloadError: too many prompts wait to be scored.
+        DeadlineError: it took too long.
         BackendError: the engine failed.
+        APIError: the engine hangs, or the server is shut down.
+        ClientGoneError: the client left.
     """
     llm = model.llm
     if len(ids) > llm.kv_capacity:
         raise ContextLengthError(len(ids), llm.kv_capacity)
-    if model.scoring >= llm.scheduler.queue_capacity:
+    if len(model.scoring) >= llm.scheduler.queue_capacity:
         raise OverloadError("too many prompts wait to be scored; try again later", 1.0)
-    model.scoring += 1
+    left = threading.Event()
+
+    def on_step(tokens: int) -> None:
+        llm.scheduler.report_step(tokens)
+        if left.is_set():
+            raise ClientGoneError("nobody waits for this prompt any more")
+
+    def work() -> list[SampledToken]:
+        if left.is_set():  # while it waited for this thread
+            return []
+        return llm.call(lambda: _score(llm.backend, llm.embeddings, ids, top, on_step))
+
+    loop = asyncio.get_running_loop()
+    scored = loop.run_in_executor(_executor, work)
+    scored.add_done_callback(lambda future: future.cancelled() or future.exception())
+    ended: asyncio.Future[None] = loop.create_future()
+    gone = asyncio.create_task(until_gone(receive))
+    model.scoring.add(ended)
     try:
-        return await asyncio.get_running_loop().run_in_executor(
-            _executor, llm.call, lambda: _score(llm.backend, llm.embeddings, ids, top)
+        waiting: set[asyncio.Future[Any]] = {scored, ended, gone}
+        done, _ = await asyncio.wait(
+            waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
         )
     finally:
-        model.scoring -= 1
+        left.set()
+        gone.cancel()
+        model.scoring.discard(ended)
+    if ended in done:
+        ended.result()
+    if scored in done:
+        return scored.result()
+    if gone in done:
+        raise ClientGoneError("the client left")
+    raise DeadlineError(f"the prompt was not scored within {timeout_s:g} s")
 
 
 def _score(
-    backend: Backend, embeddings: EmbeddingTable, ids: Sequence[int], top: int
+    backend: Backend,
+    embeddings: EmbeddingTable,
+    ids: Sequence[int],
+    top: int,
+    on_step: Callable[[int], None],
 ) -> list[SampledToken]:
     result = [SampledToken(ids[0])]
     chunk = min(_CHUNK, backend.max_step_tokens)
@@ -57,6 +110,7 @@ def _score(
         embeds = embeddings[np.asarray(part, dtype=np.int64)[None]]
         places = np.arange(len(part), dtype=np.int64)[None]
         logits = backend.forward([0], embeds, places + at, at + len(part), places)[0]
+        on_step(len(part))
         if not np.isfinite(logits.max(axis=-1)).all():
             raise BackendError("the engine returned logits that are not finite")
         following = ids[at + 1 : at + 1 + len(part)]

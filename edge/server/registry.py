@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("edge.server")
 _SWITCH_WAIT_S = 60.0
+LEAST_STALL_S, MOST_STALL_S = 5.0, 120.0
+"""Bounds of the time after which a silent engine counts as hung, where none is set."""
+_STALL_STEPS = 10
 OpenLLM = Callable[[Path], "LLM"]
 
 
@@ -40,7 +43,7 @@ class ServedModel:
         created: Unix seconds at which it was opened.
         flights: requests that run on it now.
         leases: requests that were given it and do not run yet.
-        scoring: prompts that wait to be scored or are.
+        scoring: prompts that wait to be scored or are; a failed future ends the wait for one.
         heartbeat: watches its engine.
     """
 
@@ -50,7 +53,7 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     flights: set[Flight] = field(default_factory=set)
     leases: int = 0
-    scoring: int = 0
+    scoring: set[asyncio.Future[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.heartbeat = Heartbeat(self.llm.scheduler.stats)
@@ -65,6 +68,20 @@ class ServedModel:
             yield
         finally:
             self.leases -= 1
+
+    def engine_info(self) -> dict[str, str]:
+        """What runs it, as labels."""
+        manifest, backend = self.llm.manifest, self.llm.backend
+        return {
+            "backend": backend.name,
+            "bundle": manifest.name,
+            "architecture": manifest.model.architecture,
+            "quantization": manifest.quantization.name,
+            "dtype": manifest.dtype,
+            "kv_capacity": str(backend.capacity),
+            "slots": str(backend.num_slots),
+            "fingerprint": self.fingerprint,
+        }
 
     @property
     def is_used(self) -> bool:
@@ -87,20 +104,33 @@ class Heartbeat:
         self._clock = clock
         self._seen = (-1, -1)
         self._since = clock()
+        self._full_step_s: float | None = None
         self.failed: str | None = None
 
     def beat(self) -> None:
         """Look at the engine; call it a few times a second."""
         stats = self._stats()
         self.failed = stats.failed
+        self._full_step_s = stats.full_step_s
         seen = (stats.steps, stats.completion_tokens)
-        if seen != self._seen or not (stats.running or stats.waiting):
+        if seen != self._seen or not (stats.running or stats.waiting or stats.calls):
             self._seen, self._since = seen, self._clock()
 
     @property
     def silent_s(self) -> float:
         """Seconds since the engine last did something, while there was something to do."""
         return self._clock() - self._since
+
+    @property
+    def patience_s(self) -> float:
+        """Silence after which this engine hangs: ten full steps at the pace of its slowest so far.
+
+        It is at least `LEAST_STALL_S` and at most `MOST_STALL_S`, which is also what an engine gets
+        whose first step nobody has seen.
+        """
+        if self._full_step_s is None:
+            return MOST_STALL_S
+        return min(max(_STALL_STEPS * self._full_step_s, LEAST_STALL_S), MOST_STALL_S)
 
 
 class Choice(NamedTuple):
@@ -136,7 +166,7 @@ class ModelRegistry:
         default: name for requests without one; None refuses them.
         rules: of the model ``auto``.
         splits: A/B splits by name.
-        stall_s: see `ServerSettings`.
+        stall_s: see `ServerSettings`; None is `Heartbeat.patience_s`.
     """
 
     def __init__(
@@ -146,7 +176,7 @@ class ModelRegistry:
         default: str | None = None,
         rules: list[Rule] | None = None,
         splits: Mapping[str, Split] | None = None,
-        stall_s: float = 5.0,
+        stall_s: float | None = None,
     ) -> None:
         self.open_llm = open_llm
         self._default = default
@@ -277,6 +307,10 @@ class ModelRegistry:
         """State of every model's scheduler."""
         return {model.name: model.llm.scheduler.stats() for model in self.models()}
 
+    def engines(self) -> dict[str, dict[str, str]]:
+        """What serves each model, for the metrics."""
+        return {model.name: model.engine_info() for model in self.models()}
+
     # ------------------------------------------------------------------------------- health
 
     def not_ready(self) -> str | None:
@@ -293,7 +327,8 @@ class ModelRegistry:
             return None  # it is closed on purpose, and requests wait
         if model.heartbeat.failed is not None:
             return "engine_dead"
-        if model.heartbeat.silent_s > self._stall_s:
+        limit_s = model.heartbeat.patience_s if self._stall_s is None else self._stall_s
+        if model.heartbeat.silent_s > limit_s:
             return "engine_stalled"
         return None
 
@@ -307,8 +342,7 @@ class ModelRegistry:
         for model in self._everyone():
             model.heartbeat.beat()
             if self._why_not(model) == "engine_stalled":
-                for flight in list(model.flights):
-                    flight.abort(stalled())
+                _abort(model, stalled())
 
     @property
     def num_flights(self) -> int:
@@ -318,8 +352,7 @@ class ModelRegistry:
     def abort_all(self, error: APIError) -> None:
         """End every running request with an error."""
         for model in self._everyone():
-            for flight in list(model.flights):
-                flight.abort(error)
+            _abort(model, error)
 
     def close(self) -> None:
         """Close every model; blocks until their engines are free."""
@@ -328,6 +361,14 @@ class ModelRegistry:
 
     def _everyone(self) -> list[ServedModel]:
         return [*self._models.values(), *self._retired]
+
+
+def _abort(model: ServedModel, error: APIError) -> None:
+    for flight in list(model.flights):
+        flight.abort(error)
+    for scoring in model.scoring:
+        if not scoring.done():
+            scoring.set_exception(error)
 
 
 def _unavailable(code: str, message: str) -> APIError:

@@ -122,6 +122,7 @@ class Service:
         self.metrics = Metrics(
             self.models.stats,
             telemetry=telemetry,
+            engines=self.models.engines,
             drift=_drift_monitor(settings),
             vllm_names=settings.vllm_metrics,
         )
@@ -361,6 +362,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host.strip("[]"), port))
+        sock.listen()  # a small model is ready, and systemd told so, before uvicorn gets to it
         sock.set_inheritable(False)
     except OSError as error:
         sock.close()

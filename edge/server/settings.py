@@ -70,7 +70,7 @@ class ServerSettings(EngineSettings):
         max_header_bytes: of a request's head.
         max_nesting: of arrays and objects in a body.
         max_messages: of a chat.
-        max_choices: ``n`` times the number of prompts.
+        max_choices: n times the number of prompts.
         max_connections: open at once; more are closed.
         header_timeout_s: from the first byte of a head, or the connection, to its end.
         body_timeout_s: from the head to the end of the body.
@@ -85,7 +85,8 @@ class ServerSettings(EngineSettings):
         drift_baseline: file of what requests usually ask for; a window that differs is an alarm.
         drift_window: requests per comparison with it.
         hot_celsius: a thermal zone at this temperature makes the server not ready.
-        stall_s: an engine that has work and ends no step for so long counts as hung.
+        stall_s: an engine that has work and ends no step for so long counts as hung; by default
+            ten times what a full step takes at the pace of its slowest so far, 5 to 120 s.
     """
 
     model: dict[str, Path] = field(default_factory=dict)
@@ -118,7 +119,7 @@ class ServerSettings(EngineSettings):
     drift_baseline: Path | None = None
     drift_window: int = DEFAULT_WINDOW
     hot_celsius: float = 97.0
-    stall_s: float = 5.0
+    stall_s: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -127,12 +128,19 @@ class ServerSettings(EngineSettings):
             self._at_least(name, 1)
         for name in ("max_choices", "max_connections", "stream_buffer_bytes", "num_slots"):
             self._at_least(name, 1)
-        for name in ("rate_limit_rpm", "drain_timeout_s", "queue_capacity"):
+        for name in ("kv_capacity", "num_threads", "max_batch"):
+            self._at_least(name, 1)
+        for name in ("rate_limit_rpm", "drain_timeout_s", "queue_capacity", "speculative"):
             self._at_least(name, 0)
         for name in ("header", "body", "write", "request"):
             self._above_zero(f"{name}_timeout_s")
-        for name in ("keep_alive_s", "ping_s", "stall_s"):
+        for name in ("keep_alive_s", "ping_s", "stall_s", "target_itl_ms"):
             self._above_zero(name)
+        if self.max_batch is not None and self.max_batch > self.num_slots:
+            raise ConfigError(
+                f"max_batch is {self.max_batch}, but there are {self.num_slots} slots; raise "
+                "num_slots, or leave max_batch open for one per slot"
+            )
         for name in (*self.model, *self.split):
             if not _NAME.fullmatch(name):  # it stands in headers
                 raise ConfigError(
@@ -146,8 +154,9 @@ class ServerSettings(EngineSettings):
             )
 
     def _at_least(self, name: str, low: int) -> None:
-        if getattr(self, name) < low:
-            raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        value = getattr(self, name)
+        if value is not None and value < low:
+            raise ConfigError(f"{name} is {value}; it must be at least {low}")
 
     def _above_zero(self, name: str) -> None:
         value = getattr(self, name)

@@ -156,8 +156,70 @@ def test_run_errors_are_one_line(
 
 def test_run_refuses_bytes_that_are_no_text(edge_llm: Callable[..., Result], bundle: Path):
     for raw in ((), ("--raw",)):
-        result = edge_llm("run", bundle, *raw, stdin=b"\xff\xfe")
-        assert "surrogate" in error_line(result, 65)
+        result = edge_llm("run", bundle, *raw, stdin=b"ab\xff\xfe")
+        assert "not UTF-8: byte 0xff at character 2" in error_line(result, 65)
+
+
+def test_run_refuses_an_empty_prompt(edge_llm: Callable[..., Result], bundle: Path):
+    assert "the prompt is empty" in error_line(edge_llm("run", bundle, stdin=b"\n"), 65)
+    assert "the prompt is empty" in error_line(edge_llm("run", bundle, " "), 65)
+    assert edge_llm("run", bundle, "--raw", "", "--max-tokens", "1").code == 0
+
+
+def test_a_full_disk_behind_standard_output_is_one_line(bundle: Path):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edge.cli", "inspect", "--no-verify", str(bundle)],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (
+        71,
+        "edge-llm: error: the output cannot be written: the disk is full\n",
+    )
+
+
+def test_nothing_is_reported_and_the_home_stays_as_it_is(bundle: Path, tmp_path: Path):
+    """ONNX Runtime would keep a device id and a database of events there."""
+    hidden = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "XDG_CACHE_HOME")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run(
+        [sys.executable, "-m", "edge.cli", "run", str(bundle), "hello", "--max-tokens", "2"],
+        cwd=ROOT,
+        env={**env, "HOME": str(tmp_path)},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("recommend", "--latency-ms", "nan"),
+        ("recommend", "--ttft-ms", "inf"),
+        ("doctor", "--wait-gpu", "nan"),
+        ("verify", ".", "--min-cosine", "nan"),
+        ("bench", ".", "--max-slowdown", "nan"),
+    ],
+)
+def test_what_is_no_finite_number_is_refused(
+    arguments: tuple[str, ...], edge_llm: Callable[..., Result]
+):
+    message = error_line(edge_llm(*arguments), 64)
+    assert arguments[-2] in message
+    assert "is not" in message
+
+
+def test_more_threads_than_cores_are_refused(edge_llm: Callable[..., Result], bundle: Path):
+    result = edge_llm("run", bundle, "x", "--num-threads", "100000")
+    assert "num_threads (100000) is more than the" in error_line(result, 64)
 
 
 def test_usage_errors(edge_llm: Callable[..., Result], bundle: Path, tmp_path: Path):
@@ -166,13 +228,15 @@ def test_usage_errors(edge_llm: Callable[..., Result], bundle: Path, tmp_path: P
         (("run", bundle, "x", "--backend", "abacus"), "'auto', 'tensorrt', 'ort-cuda', 'ort-cpu'"),
         (("run", bundle, "x", "--num-threads", "0"), "--num-threads"),
         (("run", bundle, "x", "--top-x", "3"), "No such option"),
-        (("frobnicate",), "No such command 'frobnicate'"),
-        ((), "[OPTIONS] COMMAND [ARGS]"),
+        (("frobnicate",), "No such command 'frobnicate'; see: edge-llm --help"),
+        (("rum", bundle, "x"), "No such command 'rum'; did you mean run?; see: edge-llm --help"),
+        (("run",), "Missing argument 'BUNDLE'; see: edge-llm run --help"),
+        (("cache", "lst"), "No such command 'lst'"),
     ):
-        result = edge_llm(*arguments)
-        assert (result.code, result.out) == (64, "")
-        assert message in result.err
-        assert "Traceback" not in result.err
+        assert message in error_line(edge_llm(*arguments), 64)
+    result = edge_llm()
+    assert (result.code, result.out) == (64, "")
+    assert "edge-llm [OPTIONS] COMMAND [ARGS]" in result.err
     assert "no bundle at" in error_line(edge_llm("run", tmp_path, "x"), 65)
 
 

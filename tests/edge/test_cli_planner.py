@@ -88,7 +88,6 @@ def test_options_are_honoured_or_refused():
         ("1GiB", 1 << 30),
         ("1.5GB", 1_500_000_000),
         ("800M", 800_000_000),
-        ("12345", 12345),
         ("64KiB", 65536),
     ],
 )
@@ -96,7 +95,7 @@ def test_sizes(text: str, size: int):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1GB", "1TB", "GB", "1,5GB", "1GBB", "٣GB"])
+@pytest.mark.parametrize("text", ["", "0", "4", "-1GB", "1TB", "GB", "1,5GB", "1GBB", "٣GB"])
 def test_what_is_no_size_is_refused(text: str):
     with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)

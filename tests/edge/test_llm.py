@@ -28,6 +28,7 @@ from edge.errors import (
     IntegrityError,
     OverloadError,
     RequestError,
+    ResourceError,
 )
 from edge.llm import Prompt
 from edge.manifest import encode_manifest, read_manifest
@@ -137,6 +138,19 @@ def test_what_a_prompt_becomes(scripted: Scripted):
     for prompt in empty:
         with pytest.raises(RequestError):
             llm.encode(prompt)
+    for wrong in (5, None, b"hi", {"role": "user", "content": "hi"}):
+        with pytest.raises(RequestError, match=f"not {type(wrong).__name__}"):
+            llm.encode(wrong)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="params must be SamplingParams, not dict"):
+        llm.generate("hi", {"temperature": 0})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="output must be an OutputFormat"):
+        llm.submit("hi", output={"type": "json_object"})  # type: ignore[arg-type]
+
+
+def test_a_cache_beyond_all_memory_is_a_resource_error(tiny_bundles: Bundles):
+    require_kernels("native")
+    with pytest.raises(ResourceError, match="10000000000 slots"):
+        LLM(tiny_bundles("qwen2"), num_threads=1, num_slots=10**10)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +261,10 @@ def test_samples_of_a_prompt_have_seeds_in_a_row(scripted: Scripted):
         assert generation.result().tokens == alone.tokens
     with pytest.raises(RequestError, match="n must be"):
         llm.submit(QUESTION, n=0)
+    with pytest.raises(RequestError, match="1000000000 answers at once are more than the"):
+        llm.submit(QUESTION, n=10**9)  # before anything is made for each
+    with pytest.raises(RequestError, match="read to its end before"):
+        generations[0].result()
     with pytest.raises(RequestError, match="submit gives n"):
         llm.stream(QUESTION, n=2)
 
@@ -613,6 +631,7 @@ def test_a_bundle_without_a_template_takes_plain_text(copy: Path):
         ({"target_itl_ms": 0}, "must be positive"),
         ({"overflow": "grow"}, "overflow must be stop or slide"),
         ({"speculative": -1}, "speculative must be 0 or more"),
+        ({"max_batch": 5, "num_slots": 4}, r"max_batch \(5\) exceeds num_slots \(4\)"),
         ({"backend": "ort-cuda", "num_threads": 2}, "num_threads is for ort-cpu"),
     ],
 )

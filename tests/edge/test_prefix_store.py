@@ -326,7 +326,8 @@ def test_a_stable_prefix_is_shared_by_all_continuations() -> None:
 
 def test_the_command_builds_lists_and_drops(tmp_path: Path, bundle: Path) -> None:
     system = tmp_path / "system.txt"
-    system.write_text("You are the world that said hello. " * 3)
+    said = "You are the world that said hello. " * 3
+    system.write_text(said + "\n")
     store = ["--prefix-dir", str(tmp_path / "store"), "--json"]
 
     def run(*args: object) -> dict[str, object]:
@@ -338,7 +339,7 @@ def test_the_command_builds_lists_and_drops(tmp_path: Path, bundle: Path) -> Non
     built = run("build", bundle, "chat", "--system", system)
     with LLM(bundle) as llm:
         prompt = [
-            {"role": "system", "content": system.read_text()},
+            {"role": "system", "content": said},
             {"role": "user", "content": "hello there"},
         ]
         ids = llm.encode(prompt)
@@ -358,6 +359,6 @@ def test_the_command_builds_lists_and_drops(tmp_path: Path, bundle: Path) -> Non
     assert run("drop", bundle, "chat") == {"dropped": "chat"}
     with pytest.raises(RequestError, match="nothing is stored as 'chat'"):
         run("drop", bundle, "chat")
-    with pytest.raises(RequestError, match="give one of --system"):
+    with pytest.raises(ConfigError, match="give one of --system"):
         run("build", bundle, "x")
     assert os.listdir(tmp_path / "store") == [bundle_key(read_manifest(bundle))[:16]]  # noqa: PTH208

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,6 +134,77 @@ def test_control_token_inside_the_vocabulary(path):
     plain = tokenizer.encode("say hello")
     assert hello not in plain
     assert tokenizer.decode(plain) == "say hello"
+
+
+NORMALIZERS = [
+    None,
+    {"type": "NFC"},
+    {"type": "Sequence", "normalizers": []},
+    {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
+]
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@quick
+@given(text=texts, times=st.integers(1, 30))
+def test_a_text_has_at_least_the_least_tokens(path, normalizer, text, times):
+    tokenizer = Tokenizer.from_bytes(changed(path, normalizer=normalizer), TOKENS)
+    # The second is what NFC shortens most.
+    for repeated in (text * times, "\u1fbe\u0308\u0301" * times):
+        assert tokenizer.least_tokens(repeated) <= len(tokenizer.encode(repeated))
+
+
+def test_the_least_tokens_are_near_where_tokens_are_longest(path):
+    longest = max(json.loads(path.read_bytes())["model"]["vocab"], key=len)
+    text = longest.replace("Ġ", " ") * 50
+    tokenizer = Tokenizer.from_bytes(changed(path, normalizer=None), TOKENS)
+    assert tokenizer.least_tokens(text) == 50
+    assert tokenizer.least_tokens("\ud800" * 3) <= 9  # refused when it is encoded
+    for unbounded in (
+        {"normalizer": {"type": "Replace", "pattern": {"String": "xx"}, "content": "x"}},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {
+                        "type": "Split",
+                        "pattern": {"String": " "},
+                        "behavior": "Removed",
+                        "invert": False,
+                    },
+                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+                ],
+            }
+        },
+    ):
+        assert Tokenizer.from_bytes(changed(path, **unbounded), TOKENS).least_tokens(text) == 0
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_a_long_text_is_encoded_alike_and_lets_others_run(
+    tokenizer, reference, without_control, control
+):
+    text = "".join([*CONTROL, " hello world äöü 你好 1234\n"]) * 8_000
+    library = reference if control else without_control
+    ticks: list[float] = []
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    began = time.perf_counter()
+    ids = tokenizer.encode(text, control=control)
+    took_s = time.perf_counter() - began
+    ended.set()
+    ticker.join()
+    assert ids == library.encode_batch([text], add_special_tokens=False)[0].ids
+    gaps = [b - a for a, b in itertools.pairwise(t for t in ticks if began < t < began + took_s)]
+    assert len(gaps) > 5
+    assert max(gaps) < took_s / 2
 
 
 def test_lone_surrogates(tokenizer):

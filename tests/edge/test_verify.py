@@ -125,10 +125,22 @@ def test_the_verb_passes_on_a_good_engine_and_says_what_it_measured(bundle: Path
     assert "passed" in run(bundle, "--decode-steps", 2).stdout
 
 
-def test_a_missed_threshold_is_printed_and_is_an_exit_code(bundle: Path) -> None:
-    result = run(bundle, "--decode-steps", 2, "--min-cosine", 1.5)
+def test_a_missed_threshold_is_printed_and_is_an_exit_code(tiny_bundles: Bundles) -> None:
+    require_kernels("native")
+    rounded = tiny_bundles("qwen2", quant="int8")  # its activations are rounded: never quite equal
+    result = run(rounded, "--decode-steps", 2, "--min-cosine", 1)
     assert result.exit_code == 3
     assert "MISSED: prefill: cosine" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--min-cosine", 1.5), ("--min-top1", -1), ("--max-kl", "nan"), ("--min-cache-cosine", "inf")],
+)
+def test_thresholds_that_mean_nothing_are_refused(bundle: Path, option: str, value: object) -> None:
+    result = run(bundle, option, value)
+    assert result.exit_code == 2  # click's own; the command leaves with 64
+    assert option in result.stderr
 
 
 def test_prompts_of_ones_own(bundle: Path, tmp_path: Path) -> None:

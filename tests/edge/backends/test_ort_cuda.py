@@ -333,6 +333,25 @@ def test_a_lost_device_says_so_from_then_on(runner: CudaRunner):
         runner.step(random_ids(1, 4))
     with pytest.raises(BackendError, match="failed in an earlier step"):
         runner.backend.read_slot(0, 1)
+    assert "illegal memory access" in str(runner.backend.failed)
+
+
+def test_a_row_that_cannot_be_put_back_is_no_secret(
+    runner: CudaRunner, monkeypatch: pytest.MonkeyPatch
+):
+    """The slot between two that decode may hold a prefix that others share."""
+    backend = runner.backend
+    for slot in range(3):
+        runner.step(random_ids(1, 4), [slot])
+    assert backend.failed is None
+
+    def no_memory(array: Any) -> Any:
+        raise RuntimeError(NO_MEMORY)
+
+    monkeypatch.setattr(backend, "upload", no_memory)
+    with pytest.raises(ResourceError, match="while writing a slot"):
+        runner.step(random_ids(2, 1), [0, 2])
+    assert "could not be put back" in str(backend.failed)
 
 
 def test_another_failure_is_one_step_only(runner: CudaRunner):

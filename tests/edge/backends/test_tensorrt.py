@@ -110,6 +110,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     yield device
     gc.collect()
     assert not device.alive, "left behind"
+    assert not device.broken
     assert device.depth == 0
 
 
@@ -441,6 +442,8 @@ def test_the_stand_in_poisons_what_is_read_too_early(gpu: FakeGpu, engine_bundle
         backend._stream.synchronize = lambda: None  # type: ignore[method-assign]
         assert np.isnan(runner.step(random_ids(1, 3), [1])).all()
         del backend._stream.synchronize
+        with backend._device.active():
+            backend._stream.synchronize()
 
 
 # Which engine

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from edge.embeddings import EmbeddingTable
-from edge.errors import BackendError, DeadlineError
+from edge.errors import BackendError, DeadlineError, DeviceMemoryError
 from edge.sampling import SampledToken
 from edge.scheduler.core import SequenceState
 from tests.fakes import Script, random_logits
@@ -249,6 +249,73 @@ def test_prompts_go_by_priority_then_by_arrival(table: EmbeddingTable):
     assert order == ["a", "b", "c", "d"]
 
 
+def test_a_prompt_of_higher_priority_does_not_wait_for_a_long_one(table: EmbeddingTable):
+    engine = Engine(table, max_step_tokens=4)
+    order: list[str] = []
+    for name, size, priority in (("long", 40, 1), ("same", 3, 1), ("urgent", 6, 0)):
+        sequence, _ = engine.submit(
+            make_request(range(size), replace(GREEDY, max_tokens=1), priority=priority)
+        )
+        sequence.sink = Named(name, order)
+        if name == "long":
+            engine.core.step()
+    engine.run()
+    assert order == ["urgent", "long", "same"]
+
+
+def test_a_sequence_is_counted_at_any_moment(table: EmbeddingTable):
+    """Another thread may count between any two lines; whoever drains must not miss one."""
+    seen: list[int] = []
+    engine = Engine(table)
+
+    def count() -> float:
+        seen.append(len(engine.core.waiting) + len(engine.core.running))
+        return 0.0
+
+    engine.submit(make_request([1], replace(GREEDY, max_tokens=2)))
+    engine.core._clock = count
+    engine.core.step()
+    assert min(seen) == 1
+
+
+def test_idle_time_is_no_gap_between_tokens(table: EmbeddingTable):
+    now = 0.0
+    engine = Engine(table, clock=lambda: now)
+    gaps: list[float] = []
+    setattr(engine.core.policy, "observe_gap", gaps.append)  # noqa: B010
+    for _ in range(2):
+        now += 1000
+        assert engine.answer(make_request([1], replace(GREEDY, max_tokens=3)))[0] == [2, 3, 4]
+    assert gaps
+    assert max(gaps) == 0
+
+
+class Panic(BaseException):
+    """What a library of Rust raises when it panics: no `Exception`."""
+
+
+class Panics:
+    def mask(self) -> None:
+        raise Panic("index out of bounds")
+
+    def accept(self, token_id: int) -> None: ...
+
+    def push(self, token: SampledToken, ended: bool) -> bool:
+        raise Panic("index out of bounds")
+
+
+@pytest.mark.parametrize("role", ["constraint", "watcher"])
+def test_a_panic_is_its_own_sequences_fault(table: EmbeddingTable, role: str):
+    engine = Engine(table)
+    _, good = engine.submit(make_request([1], replace(GREEDY, max_tokens=3)))
+    options: dict[str, Any] = {role: Panics()}
+    _, bad = engine.submit(make_request([5], **options))
+    engine.run()
+    assert good.ids == [2, 3, 4]
+    assert isinstance(bad.last, BackendError)
+    assert "index out of bounds" in str(bad.last)
+
+
 class Named(Collected):
     def __init__(self, name: str, order: list[str]) -> None:
         super().__init__()
@@ -281,6 +348,21 @@ def test_a_fault_ends_only_those_it_struck(table: EmbeddingTable):
     assert (decoding.ids, decoding.reason) == ([2, 3, 4, 5, 6, 7], "length")
     assert engine.answer(make_request(list(range(10)), replace(GREEDY, max_tokens=1)))[0] == [10]
     assert engine.core.counts["cached"] == 0  # nothing of the one that failed
+
+
+def test_a_step_that_runs_out_of_memory_leaves_no_row_behind(table: EmbeddingTable):
+    engine = Engine(table)
+    forward = engine.backend.forward
+
+    def fails(*args: Any) -> Any:
+        forward(*args)
+        raise DeviceMemoryError("the GPU is full")
+
+    setattr(engine.backend, "forward", fails)  # noqa: B010
+    _, sink = engine.submit(make_request([9, 9, 9]))
+    engine.run()
+    assert isinstance(sink.last, DeviceMemoryError)
+    assert all(not engine.backend.read_slot(i, 3).clip(0).any() for i in range(4))
 
 
 def test_logits_that_are_no_numbers_end_only_their_sequence(table: EmbeddingTable):
@@ -436,6 +518,9 @@ def test_a_stored_prefix_is_loaded_unless_the_cache_has_more(table: EmbeddingTab
     assert Engine(table, prefix_store=store).answer(
         make_request(stored, replace(GREEDY, max_tokens=1))
     )[0] == [18]
+    loads.clear()  # a prompt that is no longer than the prefix: the last token runs anyway
+    assert fresh.answer(make_request(stored, replace(GREEDY, max_tokens=1)))[0] == [18]
+    assert not loads
     fresh.check_books()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import threading
 import time
@@ -23,8 +24,10 @@ from edge.errors import (
     EdgeError,
     OverloadError,
     RequestError,
+    ResourceError,
 )
 from edge.scheduler import Scheduler, Ticket
+from edge.scheduler import ticket as ticket_module
 from tests.fakes import ScriptedBackend, random_logits
 
 from .conftest import COUNT_UP, GREEDY, SAMPLED, VOCAB, answer_alone, make_request
@@ -129,6 +132,8 @@ def test_the_queue_is_bounded_and_ordered(make: Make):
     with pytest.raises(OverloadError) as caught:
         scheduler.submit(make_request([1]))
     assert caught.value.retry_after_s > 0
+    with pytest.raises(RequestError, match="4 answers at once are more than the 3"):
+        scheduler.submit(make_request([1]), n=4)  # no later try can help
     stats = scheduler.stats()
     assert (stats.running, stats.waiting, stats.queue_capacity) == (1, 2, 2)
     gate.opened.set()
@@ -229,6 +234,34 @@ def test_work_that_needs_the_backend_waits_for_it_and_comes_before_the_queue(mak
         scheduler.call(lambda: 1 // 0)
 
 
+def test_work_of_a_call_is_seen_and_its_steps_count(make: Make):
+    scheduler, _ = make(num_slots=1)
+    assert scheduler.stats().full_step_s is None
+    inside, let_go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        inside.set()
+        assert let_go.wait(10)
+        time.sleep(0.02)
+        scheduler.report_step(2)
+        scheduler.report_step(1)
+
+    caller = threading.Thread(target=scheduler.call, args=(work,))
+    caller.start()
+    assert inside.wait(10)
+    before = scheduler.stats()
+    assert (before.calls, before.running, before.steps) == (1, 0, 0)
+    let_go.set()
+    caller.join()
+    after = scheduler.stats()
+    assert (after.calls, after.steps) == (0, 2)
+    assert after.last_step_s > before.last_step_s
+    # The longest step took 20 ms or more, with 2 tokens; a full one has more.
+    least = 0.02 * scheduler._core.policy.step_tokens / 2
+    assert after.full_step_s is not None
+    assert after.full_step_s >= least
+
+
 def test_a_lost_device_ends_everything_and_is_told(make: Make):
     gate = Gate()
     scheduler, backend = make(gate, num_slots=1)
@@ -258,6 +291,90 @@ def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(make: Make):
     with pytest.raises(BackendError, match="a bug"):
         scheduler.call(lambda: None)
     assert scheduler.stats().failed is not None
+
+
+class Panic(BaseException):
+    """What a library of Rust raises when it panics: no `Exception`."""
+
+
+def test_a_panic_in_the_engine_leaves_nobody_waiting(make: Make):
+    def broken(seen: tuple[int, ...]) -> int:
+        raise Panic("index out of bounds")
+
+    scheduler, _ = make(broken)
+    with pytest.raises(BackendError, match="Panic: index out of bounds"):
+        ids_of(scheduler.submit(make_request([1]))[0])
+    with pytest.raises(BackendError, match="index out of bounds"):
+        scheduler.submit(make_request([1]))
+
+
+def test_a_thread_that_cannot_start_leaves_nothing_queued(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+):
+    scheduler, _ = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_more_threads)
+        with pytest.raises(ResourceError, match=r"no more threads.*ulimit"):
+            scheduler.submit(make_request([1]))
+        with pytest.raises(ResourceError, match="no more threads"):
+            scheduler.call(lambda: None)
+    assert scheduler.stats().waiting == scheduler.stats().calls == 0
+    assert ids_of(scheduler.submit(make_request([1], replace(GREEDY, max_tokens=1)))[0]) == [2]
+
+
+def _no_more_threads(thread: threading.Thread) -> None:
+    raise RuntimeError("no more threads")
+
+
+def test_work_may_call_for_more_work(make: Make):
+    scheduler, _ = make()
+    assert scheduler.call(lambda: scheduler.call(lambda: 1) + 1) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_told_to_load_its_own(make: Make):
+    gate = Gate()
+    scheduler, _ = make(gate)
+    ticket = scheduler.submit(make_request([1], replace(GREEDY, max_tokens=1)))[0]
+    assert gate.entered.wait(10)
+    with scheduler._thread._changed:  # as if the engine's thread held it at that moment
+        child = os.fork()
+        if not child:
+            os._exit(_use_after_fork(scheduler))
+    deadline = time.monotonic() + 10
+    while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if done[0] == 0:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert done == (child, 0), "it hangs, or was not refused"
+    gate.opened.set()
+    assert ids_of(ticket) == [2]
+
+
+def _use_after_fork(scheduler: Scheduler) -> int:
+    refused = False
+    try:
+        scheduler.submit(make_request([1]))
+    except BackendError as error:
+        refused = "load the bundle in this process" in str(error)
+    scheduler.drain()
+    scheduler.close()
+    return 0 if refused else 1
+
+
+def test_an_answer_that_nobody_reads_ends(make: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ticket_module, "_MOST_UNREAD", 20)
+    scheduler, _ = make(lambda seen: 1, num_slots=1, capacity=64)
+    unread = scheduler.submit(make_request([1]))[0]
+    just_so = scheduler.submit(make_request([1], replace(GREEDY, max_tokens=21)))[0]
+    assert scheduler.drain(10)
+    assert len(ids_of(just_so)) == 21  # the last one is always taken
+    found: list[int] = []
+    with pytest.raises(RequestError, match=r"wait to be read.*max_tokens"):
+        found.extend(event.token.id for event in unread if event.token is not None)
+    assert len(found) == 20
+    assert scheduler.stats().failed is None
 
 
 def test_draining(make: Make):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from edge.server.logs import configure_logging
 from edge.server.run import serve
@@ -20,7 +21,7 @@ def main(bundle: str, delay_s: str, *pairs: str) -> int:
     engine = ScriptedEngine()
     engine.default = "x" * 40
     engine.delay_s = float(delay_s)
-    flags = dict(pair.split("=", 1) for pair in pairs)
+    flags: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs)
     flags |= {"model": {"tiny": bundle}, "port": "0"}
     settings = load_settings(ServerSettings, flags=flags).settings
     configure_logging(settings.log_format, settings.log_level)

@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b": ping\n\n")
             self._delta(reasoning_content="First ", reasoning="First ")
             self._delta(reasoning_content="I think.", reasoning="I think.")
-            for piece in ("Grüße, ", "Welt 🌍.\n", "```py\nprint('<b>')\n```\n", "Done."):
+            for piece in ("Grüße, ", "Welt 🌍.\n", "```py\nprint('<b>')\n```\n", "`Done`."):
                 self._delta(content=piece)
         self._data({"choices": [{"delta": {}, "finish_reason": "stop"}]})
         self._data({"choices": [], "usage": {"completion_tokens": 7, "prompt_tokens": 3}})

@@ -346,3 +346,22 @@ def test_a_thinking_budget_ends_the_reasoning(live: Live):
         details = answer["usage"]["completion_tokens_details"]
         assert details["reasoning_tokens"] <= fields["thinking_token_budget"] + 8
         assert answer["choices"][0]["message"]["content"]
+
+
+def test_what_cannot_fit_is_refused_before_it_is_encoded(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+):
+    llm = live.engine.llm
+    longest = max(len(llm.tokenizer.token_bytes(i)) for i in range(llm.tokenizer.vocab_size))
+    text = "x" * (4 * longest * llm.kv_capacity)
+
+    def encode(*_: Any, **__: Any) -> list[int]:
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr(llm.tokenizer, "encode", encode)
+    chat = live.chat(text)
+    plain = live.ask("/v1/completions", {"model": "tiny", "prompt": [text, text]})
+    for answer in (chat, plain):
+        error = answer.json["error"]
+        assert (answer.status, error["code"]) == (400, "context_length_exceeded")
+        assert error["n_prompt_tokens"] >= error["n_ctx"] == llm.kv_capacity

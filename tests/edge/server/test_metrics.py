@@ -249,6 +249,30 @@ def test_arms_and_routes_and_info():
     )
 
 
+def test_arms_have_figures_of_their_own():
+    metrics = Metrics(idle)
+    for arm, seconds in (("s:a", 1.0), ("s:b", 2.0), ("s:b", 2.0)):
+        stats = replace(STATS, total_s=seconds)
+        metrics.observe_finish("r1", stats, "stop", PARAMS, arm=arm)
+    metrics.observe_finish("r1", STATS, "stop", PARAMS)
+    metrics.observe_error("r1", "deadline", arm="s:b")
+    for arm, count, total in (("s:a", 1, 1.0), ("s:b", 2, 4.0)):
+        assert value(metrics, "ab_request_seconds_sum", arm=arm) == total
+        assert value(metrics, "ab_time_to_first_token_seconds_count", arm=arm) == count
+        assert value(metrics, "ab_inter_token_seconds_count", arm=arm) == count * len(STATS.itl_s)
+        tokens = value(metrics, "ab_generation_tokens_total", arm=arm)
+        assert tokens == count * STATS.completion_tokens
+        assert value(metrics, "ab_sequences_total", arm=arm, outcome="stop") == count
+        found = metrics.stats_json()["arm_latency"][arm]["total_s"]
+        assert (found["count"], found["p99"]) == (count, total / count)
+    assert value(metrics, "ab_sequences_total", arm="s:b", outcome="deadline") == 1
+    assert value(metrics, "request_seconds_count", model="r1") == 4
+    for number in range(2 * MAX_LABELS):  # a configuration may have many splits
+        metrics.observe_finish("r1", STATS, "stop", PARAMS, arm=f"s{number}")
+    arms = {dict(keys)["arm"] for name, keys in samples(metrics) if name.startswith("edgellm_ab_")}
+    assert len(arms) == MAX_LABELS + 1
+
+
 def test_drift_of_a_window_is_shown():
     baseline = Counts()
     usual = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.0, "top_k": 0, "max_tokens": 100}
@@ -272,6 +296,7 @@ def test_a_watch_is_counted_but_is_no_client():
     metrics = Metrics(idle)
     metrics.observe_finish("r1", STATS, "stop", PARAMS, is_watch=True)
     assert value(metrics, "requests_total", model="r1", outcome="stop") == 1
+    assert not any(name == "edgellm_request_temperature_count" for name, _ in samples(metrics))
     assert metrics.stats_json()["asked"]["requests"] == 0
 
 

@@ -145,6 +145,7 @@ def test_ask_and_stream(browser: Browser, server: StubServer):
     body = turn.find_element(browser.by.CSS_SELECTOR, ".body")
     assert body.text.split() == ["Grüße,", "Welt", "🌍.", "print('<b>')", "Done."]
     assert turn.find_element(browser.by.CSS_SELECTOR, "pre").text == "print('<b>')"
+    assert turn.find_element(browser.by.CSS_SELECTOR, "code").text == "Done"
     details = turn.find_element(browser.by.CSS_SELECTOR, "details")
     assert details.get_attribute("open") is None  # folded once the answer is there
     details.find_element(browser.by.CSS_SELECTOR, "summary").click()
@@ -305,6 +306,7 @@ def test_the_dashboard_shows_what_the_server_says(browser: Browser):
     assert "2.0 GiB of 8.0 GiB" in text
     assert f"{HOT_CELSIUS:.0f} °C" in text
     assert "125 ms, P99 2.5 s" in text
+    assert "Power" not in text  # this device tells nothing of it
     browser.ask("endless")
     first = browser.all("#gauges dd")[0]
     browser.until(lambda: first.text not in ("–", "0.0"))

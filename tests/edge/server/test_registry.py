@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import threading
 import time
@@ -23,7 +24,7 @@ from edge.errors import ConfigError
 from edge.manifest import encode_manifest, read_manifest
 from edge.scheduler.request import SchedulerStats
 from edge.server.protocol import ChatRequest, CompletionRequest
-from edge.server.registry import Heartbeat
+from edge.server.registry import LEAST_STALL_S, MOST_STALL_S, Heartbeat
 from edge.server.route import Facts, Rule, Split, facts_of, read_routes
 from edge.server.run import Service
 from edge.server.settings import ServerSettings
@@ -122,6 +123,22 @@ def test_a_heartbeat_knows_work_from_rest():
     stats = replace(stats, running=0, waiting=1)
     beat.beat()
     assert beat.silent_s == 4
+    stats = replace(stats, waiting=0, calls=1)
+    beat.beat()
+    assert beat.silent_s == 4
+    stats = replace(stats, calls=0)
+    beat.beat()
+    assert beat.silent_s == 0
+
+
+def test_patience_follows_the_engine():
+    stats = SchedulerStats()
+    beat = Heartbeat(lambda: stats)
+    assert beat.patience_s == MOST_STALL_S  # nobody knows how slow it is
+    for full_step_s, patience_s in ((0.02, LEAST_STALL_S), (4.0, 40.0), (60.0, MOST_STALL_S)):
+        stats = SchedulerStats(full_step_s=full_step_s)
+        beat.beat()
+        assert beat.patience_s == pytest.approx(patience_s)
 
 
 # Two models
@@ -225,8 +242,15 @@ def test_a_split_is_the_same_for_the_same_user(pair: Pair):
         assert answers[0].headers["x-edge-arm"] == f"prod:{first}"
         arms[user] = first
     assert set(arms.values()) == {"small", "big"}
-    counted = pair.live.ask("/stats").json["arms"]
-    assert counted["prod:small"] == 2 * list(arms.values()).count("small")
+    stats = pair.live.ask("/stats").json
+    for arm in ("small", "big"):
+        asked = 2 * list(arms.values()).count(arm)
+        assert stats["arms"][f"prod:{arm}"] == asked
+        assert stats["arm_latency"][f"prod:{arm}"]["total_s"]["count"] == asked
+    text = pair.live.ask("/metrics").body.decode()
+    for name, labels in (("request_seconds_count", ""), ("sequences_total", ',outcome="stop"')):
+        (line,) = re.findall(rf'edgellm_ab_{name}{{arm="prod:small"{labels}}} (.*)', text)
+        assert float(line) == stats["arms"]["prod:small"]
 
 
 # One in the place of another

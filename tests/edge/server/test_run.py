@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -24,7 +25,8 @@ import pytest
 
 from edge.errors import ConfigError
 from edge.server.notify import Notifier
-from edge.server.run import Service
+from edge.server.run import Service, open_llm
+from edge.server.settings import EngineSettings, ServerSettings
 from edge.telemetry import Snapshot
 from tests.conftest import Bundles, require_kernels
 
@@ -209,6 +211,27 @@ def test_the_verb_serves_a_real_bundle(tiny_bundles: Bundles):
         assert server.process.wait(timeout=10) == 0
 
 
+def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    given: dict[str, Any] = {
+        "backend": "ort-cpu",
+        "kv_capacity": 99,
+        "num_threads": 3,
+        "num_slots": 5,
+        "max_batch": 2,
+        "queue_capacity": 7,
+        "target_itl_ms": 12.5,
+        "reuse_prefix": False,
+        "overflow": "slide",
+        "speculative": 4,
+        "prefix_dir": tmp_path,
+    }
+    assert set(given) == {field.name for field in dataclasses.fields(EngineSettings)}
+    opened: list[tuple[Path, dict[str, Any]]] = []
+    monkeypatch.setattr("edge.llm.LLM", lambda path, **options: opened.append((path, options)))
+    open_llm(ServerSettings(**given))(tmp_path)
+    assert opened == [(tmp_path, given)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -218,6 +241,10 @@ def test_the_verb_serves_a_real_bundle(tiny_bundles: Bundles):
         (["--api-key-file", "/absent"], 64, "cannot read the API keys"),
         (["--max-body-bytes", "0"], 64, "max_body_bytes"),
         (["--default-model", "other"], 64, "default model"),
+        (["--speculative", "-1"], 64, "speculative"),
+        (["--num-slots", "2", "--max-batch", "3"], 64, "there are 2 slots"),
+        (["--target-itl-ms", "0"], 64, "target_itl_ms"),
+        (["--num-threads", "0"], 64, "num_threads"),
     ],
 )
 def test_what_keeps_it_from_starting(

@@ -55,6 +55,9 @@ def test_a_service_that_forgets(tiny_bundles: Bundles, tmp_path: Path):
         figures = {check["name"]: check for check in found["checks"]}
         assert figures["wrong_rate"]["value"] == 0
         assert figures["perplexity"]["value"] > 1
+        stats = live.ask("/stats", headers={"authorization": f"Bearer {KEY}"}).json
+        assert sum(stats["requests"].values()) >= 16  # counted,
+        assert stats["asked"]["requests"] == 0  # but nothing that a client asked for
         live.engine.default = "no " * 60
         code, found = run(*arguments)
         assert code == EXIT_GATE_MISSED
