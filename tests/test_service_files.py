@@ -225,7 +225,7 @@ def test_install_twice_and_uninstall(tmp_path: Path):
 
 
 def test_what_it_writes_is_what_the_server_reads(tmp_path: Path):
-    from edge.server.guard import APIKeys
+    from edge.server.access import APIKeys
     from edge.server.settings import ServerSettings
 
     install(tmp_path, "r1", "--bundle", "/srv/models/a b", "--port", "8123", "--no-venv")

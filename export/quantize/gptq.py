@@ -37,7 +37,7 @@ class GptqFactor:
     importance: Array
 
 
-def gptq_factor(moments: Array, damping: float = 0.01) -> GptqFactor:
+def gptq_factor(moments: Array, damping: float = 0.05) -> GptqFactor:
     """Factor the second moments of a layer's inputs.
 
     Args:

@@ -76,7 +76,8 @@ def test_never_worse_than_rounding_to_nearest(rows: int, groups: int, tokens: in
 
 def test_much_better_than_rounding_where_channels_move_together():
     x, w = correlated(1000, 128, 5), weights(200, 128, 6)
-    found = gptq_rows(w, INT4, gptq_factor(second_moment(x)), FP16)
+    # With less damping than the default: that trades this very objective for unseen text.
+    found = gptq_rows(w, INT4, gptq_factor(second_moment(x), damping=0.01), FP16)
     weighted = quantize_rows(w, INT4, "mse", FP16, mean_square(x))
     assert output_error(x, w, found) < 0.5 * output_error(x, w, weighted)
 
