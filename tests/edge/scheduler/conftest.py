@@ -120,6 +120,8 @@ class Engine:
             capacity=capacity,
             max_step_tokens=max_step_tokens,
         )
+        # A real clock would let the machine's load decide what runs in which round.
+        options.setdefault("clock", lambda: 0.0)
         self.core = EngineCore(self.backend, table, VOCAB, **options)
 
     def submit(self, request: Request) -> tuple[SequenceState, Collected]:
