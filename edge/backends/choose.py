@@ -38,7 +38,7 @@ def open_backend(
         num_slots: sequences that the cache holds.
         kv_capacity: tokens per sequence; None is the bundle's own, or the engine's.
         max_step_tokens: the most tokens per sequence and step; an engine has its own.
-        num_threads: of the CPU; None is one per physical core.
+        num_threads: of the CPU, which ``auto`` then takes; None is one per physical core.
         int8_activations: of the CPU, see `OrtBackend`; no other engine rounds activations.
 
     Raises:
@@ -48,6 +48,11 @@ def open_backend(
     check_backend_name(name)
     if num_threads is not None and name in ("tensorrt", "ort-cuda"):
         raise ConfigError(f"num_threads is for ort-cpu; {name} computes on the GPU: leave it out")
+    if num_threads is not None and name == "auto":
+        # Threads are the CPU's: an engine that has no use for them would ignore the caller's wish.
+        if find_engines(bundle):
+            _log.warning("num_threads asks for the CPU: the bundle's TensorRT engines are not used")
+        name = "ort-cpu"
     if name == "tensorrt" or (name == "auto" and find_engines(bundle)):
         from .tensorrt import TensorRTBackend
 

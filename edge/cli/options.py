@@ -43,7 +43,11 @@ _ENGINE = (
     click.option(
         "--kv-capacity", type=int, help="Tokens of prompt and answer; default: the bundle's own."
     ),
-    click.option("--num-threads", type=click.IntRange(1), help="CPU threads; default: all cores."),
+    click.option(
+        "--num-threads",
+        type=click.IntRange(1),
+        help="CPU threads, with which auto takes the CPU; default: all cores.",
+    ),
 )
 
 _ANSWERING = (

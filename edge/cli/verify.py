@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from importlib import resources
@@ -71,6 +71,34 @@ def verify(
     Logits at prefill and at every decode step, and the KV cache. Leaves with code 3 if a threshold
     is missed.
     """
+    given = {
+        "cosine": min_cosine,
+        "top1": min_top1,
+        "kl": max_kl,
+        "cache_cosine": min_cache_cosine,
+    }
+    wanted = {key: value for key, value in given.items() if value is not None}
+    name, report = _compare(
+        bundle, backend, kv_capacity, num_threads, prompts_file, decode_steps, wanted
+    )
+    if as_json:
+        echo_json({"backend": name, "passed": report.passed, **msgspec.to_builtins(report)})
+    else:
+        _print(bundle, name, report)
+    if not report.passed:
+        click.get_current_context().exit(EXIT_GATE_MISSED)
+
+
+def _compare(
+    bundle: Path,
+    backend: Any,
+    kv_capacity: int | None,
+    num_threads: int | None,
+    prompts_file: Path | None,
+    decode_steps: int,
+    wanted: Mapping[str, float],
+) -> tuple[str, VerifyReport]:
+    """The name of the engine that runs the bundle here, and how it compares."""
     from edge.backends.choose import open_backend
     from edge.backends.ort import OrtBackend
     from edge.embeddings import EMBEDDINGS_NAME, EmbeddingTable
@@ -78,17 +106,9 @@ def verify(
     from edge.tokenizer import Tokenizer
     from edge.verify import ROUNDED_ACTIVATIONS, Thresholds, compare_backends
 
-    given = {
-        "cosine": min_cosine,
-        "top1": min_top1,
-        "kl": max_kl,
-        "cache_cosine": min_cache_cosine,
-    }
     manifest = read_manifest(bundle)
     verify_files(bundle, manifest, manifest.files)
     tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
-    capacity = kv_capacity or manifest.kv_capacity
-    prompts = read_prompts(prompts_file, tokenizer, capacity - decode_steps)
     with (
         closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)) as table,
         # The graph as it was exported: no rewritten attention, no rounded activations.
@@ -111,31 +131,25 @@ def verify(
                 num_slots=1,
                 kv_capacity=kv_capacity,
                 max_step_tokens=_PROMPT_CHUNK,
-                num_threads=num_threads,
+                # Of an engine on the GPU they are the reference's only.
+                num_threads=num_threads if backend in ("auto", "ort-cpu") else None,
                 int8_activations=True,
             )
         ) as candidate,
     ):
         quantized = manifest.quantization.method != "none"
         rounds = candidate.name == "ort-cpu" and quantized
+        # An engine may have been built for fewer rows than the bundle names.
+        capacity = min(reference.capacity, candidate.capacity)
         report = compare_backends(
             reference,
             candidate,
-            prompts,
+            read_prompts(prompts_file, tokenizer, capacity - decode_steps),
             lambda ids: table[np.asarray(ids, dtype=np.int64)],
             decode_steps=decode_steps,
-            thresholds=replace(
-                ROUNDED_ACTIVATIONS if rounds else Thresholds(),
-                **{name: value for name, value in given.items() if value is not None},
-            ),
+            thresholds=replace(ROUNDED_ACTIVATIONS if rounds else Thresholds(), **wanted),
         )
-        name = candidate.name
-    if as_json:
-        echo_json({"backend": name, "passed": report.passed, **msgspec.to_builtins(report)})
-    else:
-        _print(bundle, name, report)
-    if not report.passed:
-        click.get_current_context().exit(EXIT_GATE_MISSED)
+        return candidate.name, report
 
 
 def read_prompts(path: Path | None, tokenizer: Tokenizer, limit: int) -> list[list[int]]:

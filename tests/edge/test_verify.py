@@ -152,3 +152,20 @@ def test_prompts_of_ones_own(bundle: Path, tmp_path: Path) -> None:
         prompts.write_bytes(text)
         assert words in str(run(bundle, "--prompts", prompts).exception)
     assert "--kv-capacity" in str(run(bundle, "--decode-steps", 128).exception)
+
+
+def test_an_engine_with_fewer_rows_gets_shorter_prompts(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int | None] = []
+
+    def fewer_rows(name, path, manifest, *, kv_capacity, num_threads, num_slots, **options):
+        seen.append(num_threads)
+        return OrtBackend(path, manifest, kv_capacity=40, **options)
+
+    monkeypatch.setattr("edge.backends.choose.open_backend", fewer_rows)
+    options = "--decode-steps", 8, "--num-threads", 1, "--json"
+    result = run(bundle, "--backend", "tensorrt", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["passed"] is True
+    assert seen == [None]  # they are the reference's; an engine on the GPU refuses them
