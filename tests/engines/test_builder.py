@@ -40,7 +40,8 @@ from engines.config import BuildConfig
 from engines.store import EngineStore
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Bundles
-from tests.tiny_models import Kind, smollm2_gguf
+from scripts.smollm2 import smollm2_gguf
+from tests.tiny_models import Kind
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from edge.manifest import RopeSpec, SamplingDefaults, Tokens
 from export import gguf_file
 from export.checkpoint import open_checkpoint
+from scripts.smollm2 import smollm2_gguf
 from tests import tiny_models as tiny
 
 gguf = pytest.importorskip("gguf")
@@ -30,7 +31,7 @@ DATA = Path(__file__).parents[1] / "data"
 @pytest.fixture(scope="module")
 def smollm2():
     try:
-        path = tiny.smollm2_gguf()
+        path = smollm2_gguf()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     with open_checkpoint(str(path)) as checkpoint:
@@ -63,7 +64,7 @@ def test_smollm2(smollm2) -> None:
 
 
 def test_parses_what_the_gguf_package_parses(smollm2) -> None:
-    path = tiny.smollm2_gguf()
+    path = smollm2_gguf()
     theirs, ours = gguf.GGUFReader(path), gguf_file.GgufFile(path)
     assert ours.metadata.keys() == {key for key in theirs.fields if not key.startswith("GGUF.")}
     for key, value in ours.metadata.items():
@@ -146,7 +147,7 @@ class ReferenceTokenizer:
 
 @pytest.fixture(scope="module")
 def reference() -> ReferenceTokenizer:
-    return ReferenceTokenizer(gguf_file.GgufFile(tiny.smollm2_gguf()).metadata)
+    return ReferenceTokenizer(gguf_file.GgufFile(smollm2_gguf()).metadata)
 
 
 # Unassigned characters would only compare the Unicode versions of Python and the library.

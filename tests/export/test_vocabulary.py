@@ -26,7 +26,8 @@ from export.pipeline import ExportConfig, export_checkpoint
 from export.reduced_tokenizer import BpeTokenizer, reduce_generation_config
 from export.vocabulary import VOCABULARY_NAME, ReducedCheckpoint, choose, read_keep_list
 from tests.parity import assert_close
-from tests.tiny_models import CONTROL_IDS, EOS_ID, smollm2_gguf, write_checkpoint, write_tokenizer
+from scripts.smollm2 import smollm2_gguf
+from tests.tiny_models import CONTROL_IDS, EOS_ID, write_checkpoint, write_tokenizer
 
 TEXT = "hello world, what is the other thing?\n"
 PROSE = (
