@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +16,28 @@ import pytest
 
 from scripts.smollm2 import smollm2_gguf
 from tests.tiny_models import Kind, write_checkpoint
+
+
+class FirstTest:
+    """Says how long a user of ``scripts/test`` waited for the first test: install and collection."""
+
+    def __init__(self, started_s: int) -> None:
+        self._started_s = started_s
+        self._waited_s: float | None = None
+
+    def pytest_runtest_logstart(self) -> None:
+        if self._waited_s is None:
+            self._waited_s = time.time() - self._started_s
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._waited_s is not None:
+            terminalreporter.write_line(f"first test after {self._waited_s:.0f} s")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    started_s = os.environ.get("EDGE_LLM_TEST_STARTED_S")
+    if started_s is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FirstTest(int(started_s)))
 
 
 class Checkpoints(Protocol):

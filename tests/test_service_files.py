@@ -276,6 +276,8 @@ def test_a_dry_run_does_nothing(tmp_path: Path):
     [
         (["r1", "--no-venv"], 66, "name a --bundle"),
         (["a b", "--bundle", "/srv/x", "--no-venv"], 64, "the name 'a b'"),
+        (["r1", "--bundle", "/srv/x", "--lock", "jetpack5"], 64, "unknown lock 'jetpack5'"),
+        (["r1", "--lock", "laptop", "--package", "x"], 64, "--lock is for this checkout"),
         (["../x", "--bundle", "/srv/x", "--no-venv"], 64, "the name '../x'"),
         (["r1", "r2"], 64, "one NAME only"),
         (["r1", "--port", "70000"], 64, "the port '70000'"),
@@ -332,8 +334,15 @@ def test_the_virtual_environment_is_made_once(tmp_path: Path):
     calls = [line for line in log.read_text().splitlines() if line != "--version"]
     assert calls == [
         f"-m venv --system-site-packages {root}/opt/edge-llm",
-        "-m pip install --quiet --upgrade spec==1",
+        "-m pip install --disable-pip-version-check --only-binary :all: --upgrade spec==1",
     ]
+    log.unlink()
+    done = install(root, *arguments[:-2], "--lock", "jetpack6")
+    assert done.returncode == 0, done.stderr
+    *_, libraries, checkout = log.read_text().splitlines()
+    assert "--no-deps --require-hashes --only-binary :all:" in libraries
+    assert libraries.endswith("requirements/jetpack6.txt")
+    assert checkout.endswith(f"--no-deps --no-build-isolation --upgrade {INSTALLER.parent}/..")
     install(root, "--uninstall")
     assert not (root / "opt/edge-llm").exists()
 
