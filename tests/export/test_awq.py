@@ -38,6 +38,51 @@ def test_channels_of_large_inputs_are_rounded_more_finely():
     assert error_of(x, w, factors) < 0.5 * error_of(x, w, np.ones_like(x[0]))
 
 
+def test_factors_are_a_power_of_the_mean_magnitude_around_1():
+    """s = mean|x| ** alpha (equation 5 of the paper), its largest and least as far from 1."""
+    x, w = correlated(300, 96, 1), weights(40, 96, 2)
+    factors = awq_factors(w, x, INT4, FP16)
+    magnitude = np.abs(x).mean(axis=0)
+    alpha = np.log(factors.max() / factors.min()) / np.log(magnitude.max() / magnitude.min())
+    assert 0 < alpha <= 1
+    middle = np.sqrt(magnitude.max() * magnitude.min())
+    np.testing.assert_allclose(factors, (magnitude / middle) ** alpha, rtol=1e-4)
+
+
+def errors_by_hand(x: NDArray[np.float32], w: NDArray[np.float32]) -> dict[int, float]:
+    """Output error for each tenth of alpha, in float64 and with an INT4 of its own.
+
+    A group takes the scale with which the error of ``w * s`` on the inputs ``x / s`` is least, as
+    if channels did not move together.
+    """
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    errors = {}
+    for tenths in range(11):
+        s = np.abs(x).mean(axis=0) ** (tenths / 10)
+        s /= np.sqrt(s.max() * s.min())
+        groups = (w * s).reshape(len(w), -1, 32)
+        power = np.square(x / s).mean(axis=0).reshape(-1, 32)
+        tried = []
+        for fraction in (1, 0.96, 0.92, 0.875, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6):
+            scale = np.abs(groups).max(axis=-1, keepdims=True) / 7 * fraction
+            tried.append(np.clip(np.round(groups / scale), -8, 7) * scale)
+        costs = [(np.square(each - groups) * power).sum(axis=-1) for each in tried]
+        best = np.argmin(costs, axis=0)[None, ..., None]
+        stored = np.take_along_axis(np.stack(tried), best, axis=0)[0].reshape(w.shape) / s
+        errors[tenths] = float(np.square(x @ (stored - w).T).sum())
+    return errors
+
+
+@pytest.mark.parametrize("seed", [6, 7, 10])  # where a wrong weight of the error picks another one
+def test_alpha_is_that_of_the_least_output_error(seed: int):
+    x, w = correlated(300, 96, seed), weights(40, 96, seed + 50)
+    magnitude = np.abs(x).mean(axis=0)
+    factors = awq_factors(w, x, INT4, FP16)
+    alpha = np.log(factors.max() / factors.min()) / np.log(magnitude.max() / magnitude.min())
+    errors = errors_by_hand(x, w)
+    assert errors[round(10 * alpha)] < 1.01 * min(errors.values())
+
+
 def test_shared_channels_get_one_factor():
     x, w = correlated(100, 64, 3), weights(8, 64, 4)
     shared = np.arange(64) % 16

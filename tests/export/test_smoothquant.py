@@ -61,6 +61,25 @@ def test_factors_tame_a_loud_channel():
     assert outputs_error(x, weights, factors) < 0.2 * outputs_error(x, weights, np.ones(64, "f"))
 
 
+@pytest.mark.parametrize(("alpha", "loud", "quiet"), [(0.5, 4, 1 / 4), (0.75, 8, 1 / 2)])
+def test_factors_by_hand(alpha: float, loud: float, quiet: float, monkeypatch: pytest.MonkeyPatch):
+    """max|x|^alpha / max|w|^(1-alpha), equation 4 of the paper, around a geometric mean of 1.
+
+    One channel has inputs up to 16 and weights up to 1, one inputs up to 1 and weights up to 16,
+    all others 1 and 1: at 0.75 the factors are 16^0.75 / 1 = 8 and 1 / 16^0.25 = 1/2.
+    """
+    random = np.random.RandomState(5)
+    x, weights = (random.uniform(-1, 1, (200, 32)).astype(np.float32) for _ in range(2))
+    x[0] = weights[0] = 1
+    x[:, 3] *= 16
+    weights[:, 7] *= 16
+    monkeypatch.setattr("export.quantize.smoothquant.ALPHAS", (alpha,))
+    wanted = np.ones(32)
+    wanted[3], wanted[7] = loud, quiet
+    factors = smoothing_factors(weights, x, W8A8, FP16)
+    np.testing.assert_allclose(factors, wanted / (loud * quiet) ** (1 / 32), rtol=1e-5)
+
+
 def test_channels_of_one_value_share_their_factor():
     random = np.random.RandomState(3)
     x = random.randn(128, 32).astype(np.float32) * np.exp(random.randn(32)).astype(np.float32) ** 2
@@ -74,4 +93,9 @@ def test_a_range_keeps_a_loud_token():
     x = np.random.RandomState(4).randn(4000, 16).astype(np.float32)
     x[0] *= 1000
     assert activation_scale(x, FP16) * 127 > 0.65 * np.abs(x).max()
+    # A lone loud token, not among the evenly spread ones. At 0.9 of the range it would lose
+    # 16 * 12.7**2 = 2,580 and the quiet ones win 1,088 * 16 * (0.3**2 - 0.2**2) = 870.
+    x = np.full((4000, 16), 0.7, np.float32)
+    x[1] = 127
+    assert activation_scale(x, FP16) == 1
     assert activation_scale(np.zeros((4, 8), np.float32), FP16) > 0
