@@ -113,7 +113,8 @@ def compare_backends(
             decode.append(_measure(ours, theirs))
             token = int(ours[-1].argmax())
             length += 1
-        worst_cache = min(worst_cache, _cache_cosine(reference, candidate, length))
+        cosine = _cache_cosine(reference, candidate, length)
+        worst_cache = float(np.minimum(worst_cache, cosine))  # keeps a NaN, as min() would not
     first, second = _summarize(prefill), _summarize(decode)
     wanted = thresholds or Thresholds()
     misses = [
@@ -190,7 +191,7 @@ def _cache_cosine(reference: Backend, candidate: Backend, length: int) -> float:
     ours, theirs = reference.read_slot(0, length), candidate.read_slot(0, length)
     for a, b in zip(ours, theirs, strict=True):  # one layer's keys or values at a time
         cosines = _cosine(a.astype(np.float64), b.astype(np.float64))
-        worst = float(np.minimum(worst, cosines.min()))  # keeps a NaN, as min() would not
+        worst = float(np.minimum(worst, cosines.min()))
     return worst
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from edge import bench_report
 from edge.bench import BenchConfig, Samples, run_bench
 from edge.bench_report import (
+    Change,
     compare,
     find_bench_device,
     measure_bandwidth,
@@ -333,6 +334,19 @@ def test_a_slowdown_beyond_the_limit_fails(
     assert done.exit_code == EXIT_GATE_MISSED
     assert "tpot_s is +" in done.stderr
     assert run_verb(bundle, "--against", str(saved), *SMALL).exit_code == 0  # no limit, no gate
+
+
+def test_a_slowdown_within_the_noise_passes_the_limit(
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    require_kernels("native")
+    saved = tmp_path / "bench.json"
+    saved.write_text("{}")
+    limits = [str(tiny_bundles("qwen2")), "--against", str(saved), "--max-slowdown", "0.1"]
+    for low, code in ((0.9, 0), (1.05, EXIT_GATE_MISSED)):
+        change = Change("tpot_s", ratio=1.5, low=low, high=2.0)
+        monkeypatch.setattr(bench_report, "compare", lambda *_, change=change: [change])
+        assert run_verb(*limits, *SMALL).exit_code == code
 
 
 @pytest.mark.parametrize(

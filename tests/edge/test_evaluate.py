@@ -3,21 +3,26 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge.embeddings import EmbeddingTable
 from edge.errors import BackendError, ConfigError
 from edge.evaluate import (
+    CHUNK_TOKENS,
     EVAL_TEXT,
     GATES,
+    EvalText,
     Gate,
     Positions,
     _CacheErrors,
     bits_per_weight,
     check_gate,
+    compare,
     confidence_intervals,
     cosine_similarity,
     cut_windows,
@@ -29,6 +34,7 @@ from edge.evaluate import (
     read_text,
     summarize,
 )
+from tests.fakes import ScriptedBackend, write_table
 from tests.manifests import make_manifest
 
 LOGITS = st.lists(st.floats(-500, 500, width=32), min_size=6, max_size=6)
@@ -126,6 +132,30 @@ def test_windows():
         cut_windows([1], 4)
 
 
+def test_each_token_is_scored_as_the_successor_of_the_one_before(tmp_path: Path):
+    """A model that gives the next higher of 9 tokens a half, and each other token a sixteenth."""
+    table = EmbeddingTable(write_table(tmp_path / "table", 9))
+
+    def count_up(seen: tuple[int, ...]) -> np.ndarray:
+        row = np.zeros(9, np.float32)
+        row[(seen[-1] + 1) % 9] = math.log(8)
+        return row
+
+    size = 2 * CHUNK_TOKENS
+    backend = ScriptedBackend(table, count_up, capacity=size, max_step_tokens=CHUNK_TOKENS)
+    model = SimpleNamespace(backend=backend, embeddings=table, manifest=make_manifest())
+    ids = [at % 9 for at in range(size)]
+    unexpected = [5, CHUNK_TOKENS, size - 1]  # the second is the first of the second step
+    for at in unexpected:
+        ids[at:] = [(each + 1) % 9 for each in ids[at:]]
+    wanted = np.full(size - 1, math.log(2))
+    wanted[[at - 1 for at in unexpected]] = math.log(16)
+    found = compare(model, None, EvalText([ids], "counting", "")).positions
+    np.testing.assert_allclose(found.nll, wanted, rtol=1e-6)
+    perplexity = summarize(found)["perplexity"]
+    assert perplexity == pytest.approx(2 * 8 ** (3 / (size - 1)))
+
+
 def test_layer_errors_by_hand():
     random = np.random.RandomState(0)
     reference = random.standard_normal((2, 1, 400, 4))
@@ -146,6 +176,12 @@ def test_value_error_measures_noise():
     errors.add(reference + 0.1 * random.standard_normal(reference.shape), reference)
     (error,) = errors.result()
     assert error.value_error == pytest.approx(0.1, rel=0.05)
+    # With 3 tokens per dimension a third of the noise is fitted away; the error must not shrink.
+    short = _CacheErrors(40)
+    reference = random.standard_normal((80, 4, 24, 8))
+    short.add(reference + 0.1 * random.standard_normal(reference.shape), reference)
+    found = [layer.value_error for layer in short.result()]
+    assert np.mean(found) == pytest.approx(0.1, rel=0.05)
     few = _CacheErrors(1)
     few.add(reference[:, :, :12], reference[:, :, :12])
     assert few.result()[0].value_error is None

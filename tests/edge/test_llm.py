@@ -7,7 +7,7 @@ import gc
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from edge.errors import (
 )
 from edge.llm import Prompt
 from edge.manifest import encode_manifest, read_manifest
+from edge.speculation import NgramDrafter
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.fakes import ScriptedBackend, num_open_files, random_logits
 from tests.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID
@@ -380,13 +381,28 @@ def test_output_keeps_its_form_and_reasoning_its_budget(scripted: Scripted):
 def test_speculation_leaves_the_answer_as_it_is(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
-    answers = []
-    for speculative in (0, 4):
+    limits: list[int] = []
+
+    class Asked(NgramDrafter):
+        def propose(self, ids: Sequence[int], limit: int) -> list[int]:
+            limits.append(limit)
+            return super().propose(ids, limit)
+
+    monkeypatch.setattr(edge.llm, "NgramDrafter", Asked)
+    for speculative in (0, 1, 4):
+        limits.clear()
         scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, speculative=speculative)
         scripted.say("what", "ab" * 30)
-        answers.append(scripted.llm.generate("what", GREEDY).text)
+        assert scripted.llm.generate("what", GREEDY).text == "ab" * 30
+        assert max(limits, default=0) == speculative  # as many as were asked for, not more
         scripted.llm.close()
-    assert answers == ["ab" * 30] * 2
+
+
+def test_the_target_is_in_milliseconds(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):
+    for given, seconds in ((None, None), (40, 0.04)):
+        scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, target_itl_ms=given)
+        assert scripted.llm.scheduler._core.policy.target_itl_s == seconds
+        scripted.llm.close()
 
 
 def test_streams_that_end_in_any_way_free_the_engine(scripted: Scripted):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from edge.embeddings import EmbeddingTable
 from edge.errors import ConfigError
 from edge.io_spec import EMBEDDINGS_NAME
 from edge.manifest import read_manifest
-from edge.verify import Thresholds, compare_backends
+from edge.verify import Agreement, Thresholds, _misses, compare_backends
 from tests.conftest import Bundles, require_kernels
 
 PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
@@ -43,6 +45,7 @@ class Perturbed(OrtBackend):
 
     fault = ""
     start = 0
+    spoilt = False
 
     def forward(self, slots, embeds, positions, kv_len, logits_indices):
         embeds = embeds.copy()
@@ -53,6 +56,9 @@ class Perturbed(OrtBackend):
             logits = logits + np.random.RandomState(0).standard_normal(logits.shape).astype("f4")
         if self.fault == "cache":
             self._cache[-1][0, 0, positions[0, 0]] *= -1
+        if self.fault == "NaN in the first prompt's cache" and not self.spoilt:
+            self._cache[-1][0, 0, positions[0, 0]] = np.nan
+            self.spoilt = kv_len > len(PROMPTS[0])
         if self.fault == "nan":
             logits = np.full_like(logits, np.nan)
         return logits
@@ -92,6 +98,24 @@ def test_a_fault_is_a_miss_in_the_phase_where_it_shows(
     assert any(miss.startswith(phase) for miss in report.misses)
     if fault in ("logits", "position"):
         assert not any(miss.startswith("prefill") for miss in report.misses)
+
+
+def test_a_nan_in_the_cache_of_one_prompt_is_a_miss(bundle: Path) -> None:
+    wrong = Perturbed(bundle, read_manifest(bundle))
+    wrong.fault = "NaN in the first prompt's cache"
+    report = compare_backends(
+        open_backend(bundle), wrong, PROMPTS, embedder(bundle), decode_steps=1
+    )
+    assert math.isnan(report.min_cache_cosine)
+    assert any(miss.startswith("cache: cosine nan") for miss in report.misses)
+
+
+@pytest.mark.parametrize("figure", ["min_cosine", "top1", "mean_kl"])
+def test_a_figure_that_is_no_number_is_a_miss(figure: str) -> None:
+    perfect = Agreement(positions=4, min_cosine=1.0, top1=1.0, mean_kl=0.0)
+    assert _misses("decode", perfect, Thresholds()) == []
+    (miss,) = _misses("decode", replace(perfect, **{figure: math.nan}), Thresholds())
+    assert "nan" in miss
 
 
 def test_thresholds_are_the_callers(bundle: Path) -> None:

@@ -420,6 +420,7 @@ def test_lengths_that_lie_cost_nothing(tmp_path: Path) -> None:
     head = b"GGUF" + (3).to_bytes(4, "little")
     one_key = head + bytes(8) + (1).to_bytes(8, "little") + (1).to_bytes(8, "little") + b"k"
     huge = (1 << 62).to_bytes(8, "little")
+    key_k = (1).to_bytes(8, "little") + b"k" + (4).to_bytes(4, "little") + bytes(4)  # a uint32
     for content, words in [
         (head + huge + bytes(8), "bytes are due"),
         (head + bytes(8) + huge, "bytes are due"),
@@ -428,6 +429,7 @@ def test_lengths_that_lie_cost_nothing(tmp_path: Path) -> None:
         (one_key + (9).to_bytes(4, "little") + (0).to_bytes(4, "little") + huge, "bytes are due"),
         (one_key + (9).to_bytes(4, "little") * 2 + huge, "value type 9 .* unknown"),
         (one_key + (77).to_bytes(4, "little"), "value type 77 .* unknown"),
+        (head + bytes(8) + (2).to_bytes(8, "little") + 2 * key_k, "key k occurs twice"),
         (b"GGML" + head, "does not begin with GGUF"),
         (b"GGUF" + (3).to_bytes(4, "big"), "version 50331648"),
     ]:
