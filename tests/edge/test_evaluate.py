@@ -180,7 +180,7 @@ def test_value_error_measures_noise():
     short = _CacheErrors(40)
     reference = random.standard_normal((80, 4, 24, 8))
     short.add(reference + 0.1 * random.standard_normal(reference.shape), reference)
-    found = [layer.value_error for layer in short.result()]
+    found = [layer.value_error or 0.0 for layer in short.result()]
     assert np.mean(found) == pytest.approx(0.1, rel=0.05)
     few = _CacheErrors(1)
     few.add(reference[:, :, :12], reference[:, :, :12])

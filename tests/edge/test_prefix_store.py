@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -223,6 +224,84 @@ def test_two_writers_of_one_prefix_do_not_mix(tmp_path: Path, manifest: Manifest
         with pytest.raises(ConfigError, match="another process is writing"):
             store.save("a", [1, 2], make_rows(2))
     assert load(reopen(tmp_path, manifest), [1]) is not None
+
+
+def test_a_new_prefix_survives_a_power_loss(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are forced to the disk before its name appears, then the name."""
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(f"fsync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+
+    def note_replace(path: Path, target: Path) -> Path:
+        events.append(f"{path.name} -> {target.name}")
+        return replace(path, target)
+
+    store = reopen(tmp_path, manifest)
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    store.save("a", [1], make_rows(1))
+    folder = store.directory.name
+    assert events == ["fsync .a.kv.tmp", ".a.kv.tmp -> a.kv", f"fsync {folder}"]
+
+
+def test_what_a_killed_build_of_a_longer_prefix_left_is_no_part_of_the_new_one(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    store = reopen(tmp_path, manifest)
+    store.save("a", [1], make_rows(1))
+    (store.directory / ".a.kv.tmp").write_bytes(b"x" * 100_000)
+    new = make_rows(2)
+    store.save("a", [1, 2], new)
+    found = load(reopen(tmp_path, manifest), [1, 2, 3])
+    assert found is not None
+    assert np.array_equal(found, new)
+
+
+def test_a_writer_that_gets_the_lock_too_late_leaves_the_prefix(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its open and its lock another made the file that it opened the real one."""
+    import fcntl
+
+    store = reopen(tmp_path, manifest)
+    store.save("a", [1], make_rows(1))
+    path, flock = store.directory / "a.kv", fcntl.flock
+    whole = path.read_bytes()
+    temp = store.directory / ".a.kv.tmp"
+    for next_writer in (False, True):
+        temp.write_bytes(whole)
+
+        def finish(file: Any, operation: int, follows: bool = next_writer) -> None:
+            temp.replace(path)
+            if follows:
+                temp.touch()
+            flock(file, operation)
+
+        monkeypatch.setattr(fcntl, "flock", finish)
+        with pytest.raises(ConfigError, match="another process is writing"):
+            store.save("a", [1, 2], make_rows(2))
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_planted_link_is_not_written_through(
+    tmp_path: Path, manifest: Manifest, exists: bool
+) -> None:
+    store = reopen(tmp_path / "store", manifest)
+    store.save("a", [1], make_rows(1))
+    victim = tmp_path / "victim"
+    if exists:
+        victim.write_text("precious")
+    (store.directory / ".a.kv.tmp").symlink_to(victim)
+    with pytest.raises(ResourceError, match="cannot write"):
+        store.save("a", [1, 2], make_rows(2))
+    assert victim.exists() == exists
+    assert not exists or victim.read_text() == "precious"
 
 
 def test_bounds_and_names(tmp_path: Path, manifest: Manifest) -> None:

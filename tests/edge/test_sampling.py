@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -498,6 +499,24 @@ def test_the_seed_the_place_and_the_logits_decide():
     assert [one.sample(flat) for _ in range(20)] == [other.sample(flat) for _ in range(20)]
     another = Sampler(params(top_p=0.2, seed=6), 300)
     assert [another.sample(flat) for _ in range(20)] != [one.sample(flat) for _ in range(20)]
+
+
+GOLDEN_DRAWS: list[tuple[dict[str, Any], list[int]]] = [
+    ({"top_p": 1.0, "top_k": 0}, [50, 200, 279, 0, 143, 193, 86, 250, 143, 100, 293, 8]),
+    ({"top_p": 0.5, "top_k": 0}, [50, 200, 200, 0, 143, 43, 0, 250, 143, 100, 150, 250]),
+    (
+        {"top_p": 0.9, "top_k": 20, "min_p": 0.1},
+        [50, 200, 200, 0, 143, 193, 293, 250, 143, 93, 293, 0],
+    ),
+]
+
+
+def test_a_seed_gives_the_answers_that_it_always_gave():
+    """Recorded: who keeps a seed keeps its answer over versions of this package."""
+    logits = -0.5 * (np.arange(300) * 7 % 50).astype(np.float32)
+    for options, golden in GOLDEN_DRAWS:
+        sampler = Sampler(params(temperature=1.0, seed=12345, **options), 300)
+        assert [sampler.sample(logits).id for _ in range(12)] == golden
 
 
 def test_a_fresh_seed_is_reported_and_repeats_the_answer():

@@ -154,6 +154,19 @@ def test_a_text_has_at_least_the_least_tokens(path, normalizer, text, times):
         assert tokenizer.least_tokens(repeated) <= len(tokenizer.encode(repeated))
 
 
+def test_the_least_tokens_of_a_text_that_nfc_makes_shorter(path):
+    """Seven bytes become a token of two; a bound that forgets NFC would refuse what fits."""
+    file = json.loads(path.read_bytes())
+    vocab = {token: id_ for token, id_ in file["model"]["vocab"].items() if len(token) == 1}
+    word = tokenizers.pre_tokenizers.ByteLevel(False).pre_tokenize_str("\u0390")[0][0]
+    model = file["model"] | {"vocab": vocab | {word: 400}, "merges": [[*word]]}
+    data = changed(path, model=model, normalizer={"type": "NFC"}, added_tokens=[])
+    tokenizer = Tokenizer.from_bytes(data, NO_BOS)
+    text = "\u1fbe\u0308\u0301" * 8
+    assert tokenizer.encode(text) == [400] * 8
+    assert 0 < tokenizer.least_tokens(text) <= 8
+
+
 def test_the_least_tokens_are_near_where_tokens_are_longest(path):
     longest = max(json.loads(path.read_bytes())["model"]["vocab"], key=len)
     text = longest.replace("Ġ", " ") * 50
@@ -331,6 +344,13 @@ def test_sentencepiece_is_the_library(pieces, strip):
     detokenizer = Detokenizer(ours)
     assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == ours.decode(ids)
     assert not {0, 1} & set(ours.encode(text))
+
+
+def test_a_first_token_without_text_does_not_keep_the_first_space():
+    tokenizer = Tokenizer.from_bytes(sentencepiece(), NO_BOS)
+    ids = [9999, *tokenizer.encode("a b")]  # the first is of a padded vocabulary
+    detokenizer = Detokenizer(tokenizer)
+    assert "".join(map(detokenizer.push, ids)) == tokenizer.decode(ids) == "a b"
 
 
 def test_text_that_only_the_unknown_token_could_stand_for():

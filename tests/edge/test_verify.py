@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,9 +113,10 @@ def test_a_nan_in_the_cache_of_one_prompt_is_a_miss(bundle: Path) -> None:
 
 @pytest.mark.parametrize("figure", ["min_cosine", "top1", "mean_kl"])
 def test_a_figure_that_is_no_number_is_a_miss(figure: str) -> None:
+    wrong: dict[str, Any] = {figure: math.nan}
     perfect = Agreement(positions=4, min_cosine=1.0, top1=1.0, mean_kl=0.0)
     assert _misses("decode", perfect, Thresholds()) == []
-    (miss,) = _misses("decode", replace(perfect, **{figure: math.nan}), Thresholds())
+    (miss,) = _misses("decode", replace(perfect, **wrong), Thresholds())
     assert "nan" in miss
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from edge import io_spec
 from edge.errors import BuildError
-from edge.manifest import Manifest, read_manifest
+from edge.manifest import FileInfo, Manifest, read_manifest
 from edge.onnx_file import Message, Node, OnnxFile, attribute
 from engines import compat
 from engines.audit import Audit, audit_network, check_plan_bytes
@@ -186,6 +188,34 @@ def test_a_plan_with_unpacked_weights_is_too_large(bundle: Path) -> None:
     assert check_plan_bytes(weights + 4_000_000, manifest) == []
     assert "unpacked" in check_plan_bytes(weights + 100_000_000, manifest)[0]
     assert "less than" in check_plan_bytes(1000, manifest)[0]
+    # Of a large model nothing but the weights counts: INT4 stored as INT8 is twice as much.
+    info = FileInfo(num_bytes=1_000_000_000, sha256="0" * 64)
+    large = replace(manifest, files={**manifest.files, "decoder.onnx.data": info})
+    assert check_plan_bytes(1_020_000_000, large) == []
+    assert "unpacked" in check_plan_bytes(1_900_000_000, large)[0]
+
+
+def test_inputs_and_outputs_of_other_shapes_are_found(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    compiler = compat.Compiler(compat.load("tensorrt-rtx"), lambda _severity, _text: None)
+    built, wanted = (
+        resolve(BuildConfig(bundle, max_prefill=32, kv_capacity=rows), manifest)
+        for rows in (128, 64)
+    )
+    graph = prepare_graph((bundle / "decoder.onnx").read_bytes(), built, "slice")
+    network = compiler.parse(graph, bundle / "decoder.onnx", "slice")
+    assert audit_network(network, manifest, built).problems == ()
+    problems = audit_network(network, manifest, wanted).problems
+    names = [io_spec.past_key(0), io_spec.past_value(0), io_spec.past_key(1), io_spec.past_value(1)]
+    for name in names:
+        assert sum(f"the input {name} is" in problem for problem in problems) == 1
+    assert "[-1, 2, 128, 16], not fp16 [-1, 2, 64, 16]" in problems[0]
+    # One dimension less is another shape, too.
+    first, *others = network.inputs
+    fewer = dataclasses.replace(first, shape=first.shape[:-1])
+    flat = dataclasses.replace(network, inputs=(fewer, *others))
+    (problem,) = audit_network(flat, manifest, built).problems
+    assert problem.startswith(f"the input {first.name} is")
 
 
 def test_a_refused_operator_is_one_sentence_with_node_and_advice(bundle: Path) -> None:

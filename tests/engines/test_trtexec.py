@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -194,6 +196,24 @@ def test_failures(tmp_path: Path, output: str, end: str, error: type[Exception],
     binary = fake(tmp_path, output + "\n", end)
     with pytest.raises(error, match=message):
         run_trtexec([str(binary)], lambda _: None)
+
+
+def test_an_interrupt_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def start(*args: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    def interrupt(_line: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    binary = fake(tmp_path, "building\n", "exec sleep 15")
+    with pytest.raises(KeyboardInterrupt):
+        run_trtexec([str(binary)], interrupt)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_missing_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -77,6 +77,7 @@ def test_factors_by_hand(alpha: float, loud: float, quiet: float, monkeypatch: p
     wanted = np.ones(32)
     wanted[3], wanted[7] = loud, quiet
     factors = smoothing_factors(weights, x, W8A8, FP16)
+    assert factors is not None
     np.testing.assert_allclose(factors, wanted / (loud * quiet) ** (1 / 32), rtol=1e-5)
 
 

@@ -419,6 +419,28 @@ def test_constraints_see_what_is_sampled_and_nothing_else(table: EmbeddingTable,
     assert bool(engine.core.counts["accepted"]) == drafts
 
 
+@pytest.mark.parametrize("last_step", [0, 1, 3])  # the prefill and two decode steps
+def test_nothing_is_sampled_after_a_cancel_during_the_step(table: EmbeddingTable, last_step: int):
+    engine = Engine(table)
+    constraint = Only(8)
+    sequence, sink = engine.submit(make_request([3, 9], constraint=constraint))
+    _, other = engine.submit(make_request([9], replace(GREEDY, max_tokens=9)))
+    forward, own_steps = engine.backend.forward, 0
+
+    def cancel_meanwhile(slots: Any, *args: Any) -> Any:
+        nonlocal own_steps
+        if sequence.slot is not None and sequence.slot.index in slots:
+            sequence.cancelled = own_steps == last_step
+            own_steps += 1
+        return forward(slots, *args)
+
+    engine.backend.forward = cancel_meanwhile  # type: ignore[assignment, method-assign]
+    engine.run()
+    assert sink.ids == constraint.seen == [8, 7, 6][:last_step]
+    assert sink.reason == "cancelled"
+    assert other.ids == list(range(10, 19))
+
+
 def test_what_a_constraint_or_watcher_does_wrong_is_its_own_sequences_fault(table: EmbeddingTable):
     class Broken:
         def mask(self) -> None:

@@ -90,6 +90,19 @@ def test_a_slow_hour_is_forgotten():
     assert most >= 48  # as much as it computes while it reads its weights
 
 
+def test_a_lone_slow_step_counts_for_little_and_not_for_long():
+    curve = CostCurve()
+    curve.observe(1, 0.01)
+    curve.observe(1, 0.1)  # a page fault
+    assert (curve.estimate(1) or 0) <= 0.0325  # a quarter of it is believed
+    for _ in range(4):
+        curve.observe(1, 0.01)
+    assert (curve.estimate(1) or 0) < 0.0125
+    for _ in range(20):  # a machine that really became slow
+        curve.observe(1, 0.1)
+    assert (curve.estimate(1) or 0) > 0.099
+
+
 def test_the_target_limits_the_batch():
     policy = Policy(8, 512, target_itl_s=0.065)
     running = 1
@@ -163,6 +176,14 @@ def test_speculation_never_costs_much_and_pays_where_it_can(machine: Machine, ba
         assert simulate(machine, 0.9, batch) > 3
     elif batch == 1:
         assert simulate(machine, 0.95, batch) > 1.5
+
+
+@pytest.mark.parametrize(("gain", "drafted"), [(0.97, 0), (1.03, 0), (1.08, 1)])
+def test_speculation_must_promise_more_than_plain_decode(gain: float, drafted: int):
+    policy = Policy(8, 512)
+    policy.costs.decode.observe(1, 0.010)
+    policy.costs.observe_verify(1, 2, 0.015 / gain)  # 1.5 tokens are to be expected of it
+    assert policy.draft_plan([Draft(1, 0.5)]) == [DecodeRun((0,), drafted)]
 
 
 def test_those_without_a_draft_run_apart_where_that_is_cheaper():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from edge.errors import ConfigError
 from edge.server.access import APIKeys, RateLimit
+from edge.server.guard import _Body, _Headers
 from edge.server.settings import ServerSettings
 from tests.conftest import Bundles
 
@@ -310,6 +313,21 @@ def test_a_body_that_nobody_wants_cannot_drip_for_ever(strict: Live):
         assert time.monotonic() - started < 4
 
 
+def test_no_more_of_a_refused_body_is_read_than_its_bound():
+    read = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        read += 1000
+        assert read < 100_000, "it reads on"
+        await asyncio.sleep(0)  # else no time limit could end it
+        return {"type": "http.request", "body": bytes(1000), "more_body": True}
+
+    headers = _Headers([(b"content-length", b"1000000")])
+    asyncio.run(_Body(receive, headers).discard(5000))
+    assert 5000 <= read <= 5000 + 1000
+
+
 def test_three_hundred_slow_clients_hold_up_nobody(strict: Live):
     slow = [strict.connect() for _ in range(300)]
     try:
@@ -385,6 +403,15 @@ def test_a_rate_limit_counts_each_key_for_itself(tiny_bundles: Bundles, tmp_path
             assert int(answers[-1].headers["retry-after"]) in range(1, 21)
             assert answers[-1].json["error"]["code"] == "rate_limit_exceeded"
             assert live.ask("/stats", headers=headers).status == 200
+
+
+@pytest.mark.parametrize("per_minute", [1, 60])
+def test_a_client_that_was_idle_for_a_day_may_burst_a_minutes_worth(per_minute: int):
+    now = 0.0
+    limit = RateLimit(per_minute, lambda: now)
+    assert limit.take("a") == 0
+    now += 86_400
+    assert [limit.take("a") > 0 for _ in range(per_minute + 1)] == [*[False] * per_minute, True]
 
 
 @given(st.lists(st.floats(0, 30), max_size=40), st.integers(1, 120))
