@@ -2,13 +2,17 @@
 
 Device memory is host memory behind made-up addresses. Work on a stream runs as late as CUDA allows,
 when the host waits; until then what it will write is poison. So a test fails when the product reads
-too early, changes staging memory too early, relies on values instead of buffers in a graph, touches
-memory that it does not own, or leaves something allocated. Every call can be made to fail.
+too early, changes staging memory too early, lets a host array go before its copy ran, relies on
+values instead of buffers in a graph, touches memory that it does not own, or leaves something
+allocated. What a thread may not do during a capture is refused and spoils the capture, in other
+threads too where the mode is global. Every call can be made to fail.
 """
 
 from __future__ import annotations
 
+import ctypes
 import enum
+import functools
 import threading
 import types
 import weakref
@@ -34,6 +38,8 @@ _TEXTS = {
     719: "unspecified launch failure",
 }
 _STICKY = {700, 719, 999}
+# Calls that may wait for the device, which no graph can hold.
+_UNSAFE = {"cuMemAlloc", "cuMemHostAlloc", "cuStreamSynchronize"}
 
 
 class RuleError(AssertionError):
@@ -69,6 +75,30 @@ class Work:
     run: Op
     poison: Op = field(default=lambda: None)
     valid: Op = field(default=lambda: None)
+
+
+class HostBytes:
+    """One end of an asynchronous copy in host memory, which the copy does not keep alive.
+
+    Args:
+        array: contiguous. Pinned memory has an owner of its own; of any other only the address is
+            known to the driver.
+    """
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        assert array.flags.c_contiguous
+        owner: Any = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        pinned = isinstance(owner.base, _HostBlock)
+        self._owner = (lambda: owner) if pinned else weakref.ref(owner)
+        self._address, self.nbytes = array.ctypes.data, array.nbytes
+
+    def view(self) -> NDArray[np.uint8]:
+        """Its bytes, now."""
+        if self._owner() is None:
+            raise RuleError("host memory was freed before the copy of it ran")
+        return np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self._address))
 
 
 class FakeGpu:
@@ -137,7 +167,18 @@ class FakeGpu:
             return self.fail_code
         if context and self.depth < 1:
             return 201
-        return 0
+        return self._refuse_in_captures() if name in _UNSAFE else 0
+
+    def _refuse_in_captures(self) -> int:
+        me, code = threading.get_ident(), 0
+        for stream in self.streams.values():
+            mode = stream.mode
+            forbidden = mode is CaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL or (
+                mode is CaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL and stream.thread == me
+            )
+            if stream.capturing is not None and forbidden:
+                stream.invalidated, code = True, 900
+        return code
 
     def call(self, name: str, *, context: bool = True) -> None:
         """Count a call of PyCUDA and raise if it fails."""
@@ -215,6 +256,9 @@ class FakeStream:
         self.handle = 0x1000 + 16 * len(gpu.calls)
         self.pending: list[Work] = []
         self.capturing: list[Work] | None = None
+        self.mode: CaptureMode | None = None
+        self.thread = 0  # which began the capture
+        self.invalidated = False
         gpu.streams[self.handle] = self
         gpu.born("stream")
 
@@ -302,18 +346,16 @@ class FakeMemcpy3D:
         self._target = int(address)
 
     def set_src_host(self, array: NDArray[Any]) -> None:
-        assert array.flags.c_contiguous
-        self._source = array.reshape(-1).view(np.uint8)
+        self._source = HostBytes(array)
 
     def set_dst_host(self, array: NDArray[Any]) -> None:
-        assert array.flags.c_contiguous
-        self._target = array.reshape(-1).view(np.uint8)
+        self._target = HostBytes(array)
 
     def __call__(self, stream: FakeStream) -> None:
         gpu = self._gpu
         gpu.call("cuMemcpy3DAsync")
         width, height, depth = self.width_in_bytes, self.height, self.depth
-        sides = []
+        sides: list[Callable[[], NDArray[np.uint8]]] = []
         for base, pitch, rows in (
             (self._source, self.src_pitch, self.src_height),
             (self._target, self.dst_pitch, self.dst_height),
@@ -321,18 +363,27 @@ class FakeMemcpy3D:
             if pitch < width or rows < height:
                 gpu.fail("cuMemcpy3DAsync", 201)
             span = ((depth - 1) * rows + height - 1) * pitch + width
-            flat = gpu.memory(base, span) if isinstance(base, int) else base[:span]
-            if flat.nbytes < span:
+            if isinstance(base, int):
+                view = functools.partial(np.asarray, gpu.memory(base, span))
+            elif base.nbytes < span:
                 raise RuleError("a copy passes the end of a host array")
-            strides = (rows * pitch, pitch, 1)
-            sides.append(np.lib.stride_tricks.as_strided(flat, (depth, height, width), strides))
+            else:
+                view = base.view
+            shape, strides = (depth, height, width), (rows * pitch, pitch, 1)
+            sides.append(functools.partial(_strided, view, shape, strides))
         source, target = sides
 
         def run() -> None:
-            target[...] = source
+            target()[...] = source()
 
         host = not isinstance(self._target, int)
-        gpu.put(stream.handle, Work(run, lambda: target.fill(POISON) if host else None))
+        gpu.put(stream.handle, Work(run, lambda: target().fill(POISON) if host else None))
+
+
+def _strided(
+    view: Callable[[], NDArray[np.uint8]], shape: tuple[int, ...], strides: tuple[int, ...]
+) -> NDArray[np.uint8]:
+    return np.lib.stride_tricks.as_strided(view(), shape, strides)
 
 
 def _make_driver(gpu: FakeGpu) -> Any:
@@ -395,25 +446,23 @@ def _make_driver(gpu: FakeGpu) -> Any:
 
     def memcpy_htod_async(dest: int, src: NDArray[Any], stream: FakeStream) -> None:
         gpu.call("cuMemcpyHtoDAsync")
-        assert src.flags.c_contiguous
-        source = src.reshape(-1).view(np.uint8)
+        source = HostBytes(src)
         target = gpu.memory(dest, source.nbytes)
 
         def run() -> None:
-            target[...] = source
+            target[...] = source.view()
 
         gpu.put(stream.handle, Work(run))
 
     def memcpy_dtoh_async(dest: NDArray[Any], src: int, stream: FakeStream) -> None:
         gpu.call("cuMemcpyDtoHAsync")
-        assert dest.flags.c_contiguous
-        target = dest.reshape(-1).view(np.uint8)
+        target = HostBytes(dest)
         source = gpu.memory(src, target.nbytes)
 
         def run() -> None:
-            target[...] = source
+            target.view()[...] = source
 
-        gpu.put(stream.handle, Work(run, lambda: target.fill(POISON)))
+        gpu.put(stream.handle, Work(run, lambda: target.view().fill(POISON)))
 
     def memset_d8_async(dest: int, data: int, size: int, stream: FakeStream) -> None:
         gpu.call("cuMemsetD8Async")
@@ -451,7 +500,9 @@ def _make_graphs(gpu: FakeGpu) -> Any:
     def begin(hStream: int, mode: CaptureMode) -> tuple[Result]:
         code = gpu.code("cuStreamBeginCapture")
         if not code:
-            gpu.streams[hStream].capturing = []
+            stream = gpu.streams[hStream]
+            stream.capturing, stream.invalidated = [], False
+            stream.mode, stream.thread = mode, threading.get_ident()
         return (Result(code),)
 
     def end(hStream: int) -> tuple[Result, Any]:
@@ -460,8 +511,8 @@ def _make_graphs(gpu: FakeGpu) -> Any:
         works, stream.capturing = stream.capturing, None
         if works is None:
             return Result(code or 901), None
-        if code:
-            return Result(code), None
+        if code or stream.invalidated:
+            return Result(code or 901), None
         gpu.born("captured graph")
         return Result(0), works
 

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from edge import io_spec
+from edge import cuda, io_spec
 from edge.backends.bound_context import StepShape
 from edge.backends.device_memory import plan_memory
 from edge.backends.tensorrt import TensorRTBackend
@@ -43,7 +43,14 @@ from edge.errors import (
 from edge.manifest import read_manifest
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
-from tests.fake_cuda import ILLEGAL_ADDRESS, OUT_OF_MEMORY, FakeGpu, FakeStream, RuleError
+from tests.fake_cuda import (
+    ILLEGAL_ADDRESS,
+    OUT_OF_MEMORY,
+    CaptureMode,
+    FakeGpu,
+    FakeStream,
+    RuleError,
+)
 from tests.fake_tensorrt import FakeContext, make_module, write_engine
 from tests.tiny_models import KINDS
 
@@ -393,6 +400,11 @@ def test_without_a_capture_decode_goes_on(
         ("shape outside the profile", "not within"),
         ("no device memory", "no device memory"),
         ("unaligned", "not aligned"),
+        ("upload of a temporary", "freed before the copy of it ran"),
+        ("copy of a temporary", "freed before the copy of it ran"),
+        ("download to a temporary", "freed before the copy of it ran"),
+        ("allocation inside a capture", "not permitted when stream is capturing"),
+        ("allocation beside a global capture", "previous error during capture"),
     ],
 )
 def test_the_stand_in_refuses(
@@ -403,6 +415,7 @@ def test_the_stand_in_refuses(
             runner.step(random_ids(1, 1), [1])
         backend = runner.engine
         context = backend._decode._context
+        device, stream, positions = backend._device, backend._stream, backend._kv_positions
 
         def err() -> None:
             if mistake == "cache at two addresses":
@@ -417,6 +430,26 @@ def test_the_stand_in_refuses(
                 backend._decode.bind(StepShape(0, 1, 2, 1, 16))
             elif mistake == "unaligned":
                 backend._decode._call("set_tensor_address", "logits", 128)
+            elif mistake == "upload of a temporary":
+                stream.upload(positions, np.arange(CAPACITY))
+            elif mistake == "copy of a temporary":
+                source = cuda.Box(np.arange(CAPACITY), 8 * CAPACITY, 1)
+                target = cuda.Box(positions, 8 * CAPACITY, 1)
+                copy = cuda.BoxCopy(device)
+                copy.run(target, source, width=8, height=1, depth=1, stream=stream)
+                del source
+            elif mistake == "download to a temporary":
+                stream.download(np.empty(CAPACITY, np.int64), positions)
+            elif mistake == "allocation inside a capture":
+                device.begin_capture(stream)
+                cuda.DeviceMemory(device, 256, "a test")
+            elif mistake == "allocation beside a global capture":
+                mode = CaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
+                device.graphs.cuStreamBeginCapture(stream.handle, mode)
+                with ThreadPoolExecutor(1) as other:
+                    refused = other.submit(attempt, lambda: allocate(device)).result()
+                assert "not permitted when stream is capturing" in str(refused)
+                device.end_capture(stream)
             elif mistake == "captured without a run in advance":
                 context.set_input_shape("kv_positions", (16,))
                 backend._device.begin_capture(backend._stream)
@@ -434,6 +467,37 @@ def test_the_stand_in_refuses(
                 err()
             backend._device.abandon_capture(backend._stream)
         backend._stream._stream.pending.clear()
+
+
+def allocate(device: cuda.Device) -> None:
+    """And wait, and free: what any other user of the GPU does in its own thread."""
+    with device.active():
+        memory, stream = cuda.DeviceMemory(device, 256, "a test"), cuda.Stream(device)
+        stream.synchronize()
+        memory.close()
+
+
+def test_other_threads_may_use_the_gpu_during_a_capture(
+    gpu: FakeGpu, engine_bundles: EngineBundles, monkeypatch: pytest.MonkeyPatch
+):
+    bundle = engine_bundles("qwen2", "native")
+    execute = FakeContext.execute_async_v3
+    others: list[EdgeError | None] = []
+
+    def beside(context: FakeContext, stream_handle: int) -> bool:
+        if gpu.streams[stream_handle].capturing is not None:
+            with ThreadPoolExecutor(1) as other:
+                device = ours.engine._device
+                others.append(other.submit(attempt, lambda: allocate(device)).result())
+        return execute(context, stream_handle)
+
+    monkeypatch.setattr(FakeContext, "execute_async_v3", beside)
+    with GpuRunner(bundle, gpu) as ours, GpuRunner(bundle, gpu, use_cuda_graphs=False) as plain:
+        for step in range(5):
+            ids = random_ids(1, 1, seed=step)
+            assert_array_equal(ours.step(ids, [1]), plain.step(ids, [1]))
+        assert others == [None]
+        assert (ours.engine.graphs_disabled, ours.engine._graphs.captured) == (None, 1)
 
 
 def test_the_stand_in_poisons_what_is_read_too_early(gpu: FakeGpu, engine_bundles: EngineBundles):
@@ -579,6 +643,21 @@ def test_too_little_memory_says_what_was_needed_and_which_knob(
     with pytest.raises(DeviceMemoryError, match=r"MB of GPU memory, but .* free.*--kv-capacity"):
         TensorRTBackend(bundle, read_manifest(bundle))
     assert DeviceMemoryError.exit_code == 71
+
+
+def test_activations_that_do_not_fit_are_refused_before_anything_is_allocated(
+    gpu: FakeGpu, engine_bundles: EngineBundles
+):
+    """A Jetson would grant it all and kill the process later; only the engine knows its need."""
+    bundle = engine_bundles("qwen2", "native", device_memory=64 << 20)
+    manifest = read_manifest(bundle)
+    [directory] = find_engines(bundle)
+    info = read_engine_info(directory)
+    known = plan_memory(info, manifest, integrated=False, activations_bytes=0)
+    gpu.total_bytes = known.device_bytes + (1 << 20)
+    with pytest.raises(DeviceMemoryError, match="the rest needs"):
+        TensorRTBackend(bundle, manifest)
+    assert not {"cuMemAlloc", "cuMemHostAlloc"} & set(gpu.calls)
 
 
 # Faults
