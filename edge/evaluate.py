@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from .backends import Backend, Floats
 from .embeddings import EmbeddingTable
-from .errors import BackendError, ConfigError, DependencyError
+from .errors import ConfigError, DependencyError
+from .figures import cosine_similarity, kl_divergence, log_softmax
 from .manifest import Manifest
 
 CHUNK_TOKENS = 64
@@ -109,38 +110,6 @@ class Comparison:
 
 
 # ------------------------------------------------------------------------------- pure figures
-
-
-def log_softmax(logits: Floats) -> Vector:
-    """Log-probabilities over the last axis in float64, without overflow.
-
-    Raises:
-        BackendError: NaN or infinite logits.
-    """
-    x = logits.astype(np.float64)
-    if not np.isfinite(x).all():
-        raise BackendError(
-            "the logits hold NaN or infinite values; export the bundle again, with --dtype bf16 "
-            "if activations leave the range of FP16"
-        )
-    x -= x.max(axis=-1, keepdims=True)
-    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
-    return x
-
-
-def kl_divergence(log_p: Vector, log_q: Vector) -> Vector:
-    """KL(p || q) over the last axis, in nats; never negative."""
-    result: Vector = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-    # Rounding can leave -1e-17 where both are equal.
-    return np.maximum(result, 0.0)
-
-
-def cosine_similarity(a: Floats, b: Floats) -> Vector:
-    """Cosine over the last axis; 0 where a vector is all zeros."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    norms = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
-    result: Vector = (x * y).sum(axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)
-    return np.clip(result, -1.0, 1.0)
 
 
 def bits_per_weight(manifest: Manifest, *, lm_head: bool) -> float:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .backends import Backend
 from .embeddings import EmbeddingTable
 from .errors import ContextLengthError, RequestError
+from .figures import token_logprobs
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """An end token, stop string or finished grammar; ``max_tokens`` or a full cache; the caller."""
@@ -106,7 +107,7 @@ def score(
     Raises:
         RequestError: fewer than two tokens, or an id outside the table.
         ContextLengthError: more tokens than the cache holds.
-        BackendError: the engine failed.
+        BackendError: the engine failed, or its logits are not finite.
     """
     num_run = len(ids) - 1  # the last token is only looked up
     if num_run < 1:
@@ -125,14 +126,5 @@ def score(
         )
         if on_step is not None:
             on_step(end - at)
-        chosen = logits[0, np.arange(end - at), tokens[at + 1 : end + 1]].astype(np.float64)
-        result[at:end] = chosen - _log_sum_exp(logits[0])
-    return result
-
-
-def _log_sum_exp(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Over the last axis, without overflow, summed in float64."""
-    top = logits.max(axis=-1, keepdims=True)
-    total = np.exp(logits - top).sum(axis=-1, dtype=np.float64)
-    result: NDArray[np.float64] = top[..., 0].astype(np.float64) + np.log(total)
+        result[at:end] = token_logprobs(logits[0], tokens[at + 1 : end + 1])
     return result

@@ -358,9 +358,13 @@ class LLM:
         return _ids_of(ticket)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
-        """Log-probability of every token but the first; see `generation.score`.
+        """Log-probability of every token but the first, float64; see `generation.score`.
 
         It waits until no answer is being computed.
+
+        Raises:
+            BackendError: the engine failed, or its logits are not finite.
+            RequestError, ContextLengthError: see there.
         """
         return self.call(
             lambda: score(self.backend, self.embeddings, list(ids), self.scheduler.report_step)

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError, ContextLengthError
-from .evaluate import CHUNK_TOKENS, forward, log_softmax, read_text
+from .evaluate import CHUNK_TOKENS, forward, read_text
+from .figures import token_logprobs
 from .llm import LLM
 from .sampling import SamplingParams
 
@@ -260,8 +261,7 @@ def _continuation(llm: LLM, ids: NDArray[np.int64], shared: int) -> float:
     chunk = min(llm.backend.max_step_tokens, CHUNK_TOKENS)
     for at in range(shared - 1, len(ids) - 1, chunk):
         last = min(at + chunk, len(ids) - 1)
-        log_p = log_softmax(forward(llm, ids[at:last], at))
-        score += float(log_p[np.arange(last - at), ids[at + 1 : last + 1]].sum())
+        score += float(token_logprobs(forward(llm, ids[at:last], at), ids[at + 1 : last + 1]).sum())
     return score
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend, Floats
 from edge.errors import ConfigError
+from edge.figures import cosine_similarity, kl_divergence, log_softmax
 
 _LOGITS_PER_CHUNK = 32  # a vocabulary of 150,000 in float32 takes 0.6 MB a position
 
@@ -161,37 +162,24 @@ def _step(
 
 
 def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Per position: cosine, same likeliest token, KL; ``[n, 3]``."""
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    log_p, log_q = _log_softmax(a), _log_softmax(b)
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-    same = a.argmax(axis=-1) == b.argmax(axis=-1)
-    return np.stack([_cosine(a, b), same.astype(np.float64), kl], axis=-1)
+    """Per position: cosine, same likeliest token, KL; ``[n, 3]``.
 
-
-def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    dot = (a * b).sum(axis=-1)
-    # Two rows of zeros agree; one of them does not.
-    zeros = np.where((a == b).all(axis=-1), 1.0, 0.0)
-    result: NDArray[np.float64] = np.where(
-        norms == 0, zeros, dot / np.where(norms == 0, 1.0, norms)
-    )
-    return result
-
-
-def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    x = x - x.max(axis=-1, keepdims=True)
-    result: NDArray[np.float64] = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-    return result
+    Logits that are not finite are a finding here, not an error: cosine and KL are NaN, which
+    reaches no threshold.
+    """
+    same = ours.argmax(axis=-1) == theirs.argmax(axis=-1)
+    kl = np.full(len(ours), np.nan)
+    finite = np.isfinite(ours).all(axis=-1) & np.isfinite(theirs).all(axis=-1)
+    kl[finite] = kl_divergence(log_softmax(ours[finite]), log_softmax(theirs[finite]))
+    return np.stack([cosine_similarity(ours, theirs), same.astype(np.float64), kl], axis=-1)
 
 
 def _cache_cosine(reference: Backend, candidate: Backend, length: int) -> float:
     worst = 1.0
     ours, theirs = reference.read_slot(0, length), candidate.read_slot(0, length)
     for a, b in zip(ours, theirs, strict=True):  # one layer's keys or values at a time
-        cosines = _cosine(a.astype(np.float64), b.astype(np.float64))
-        worst = float(np.minimum(worst, cosines.min()))
+        cosines = cosine_similarity(a, b)
+        worst = float(np.minimum(worst, cosines.min()))  # keeps a NaN, as min() would not
     return worst
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend
 from edge.embeddings import EmbeddingTable
-from edge.errors import BackendError, ContextLengthError, DeadlineError, OverloadError
+from edge.errors import ContextLengthError, DeadlineError, OverloadError
+from edge.figures import log_softmax
 from edge.sampling import SampledToken
 
 from .flight import ClientGoneError, until_gone
@@ -51,7 +52,7 @@ async def score_prompt(
         ContextLengthError: the prompt does not fit.
         OverloadError: too many prompts wait to be scored.
         DeadlineError: it took too long.
-        BackendError: the engine failed.
+        BackendError: the engine failed, or its logits are not finite.
         APIError: the engine hangs, or the server is shut down.
         ClientGoneError: the client left.
     """
@@ -111,17 +112,13 @@ def _score(
         places = np.arange(len(part), dtype=np.int64)[None]
         logits = backend.forward([0], embeds, places + at, at + len(part), places)[0]
         on_step(len(part))
-        if not np.isfinite(logits.max(axis=-1)).all():
-            raise BackendError("the engine returned logits that are not finite")
         following = ids[at + 1 : at + 1 + len(part)]
         result += [_token(row, id_, top) for row, id_ in zip(logits, following, strict=True)]
     return result
 
 
 def _token(logits: NDArray[np.float32], token_id: int, top: int) -> SampledToken:
-    exact = logits.astype(np.float64)
-    best = exact.max()
-    logprobs = exact - (best + np.log(np.exp(exact - best).sum()))
+    logprobs = log_softmax(logits)
     likeliest: tuple[tuple[int, float], ...] = ()
     if top:
         # Of equal ones the lower id first, as everywhere else.

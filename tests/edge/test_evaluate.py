@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.embeddings import EmbeddingTable
-from edge.errors import BackendError, ConfigError
+from edge.errors import ConfigError
 from edge.evaluate import (
     CHUNK_TOKENS,
     EVAL_TEXT,
@@ -24,12 +23,9 @@ from edge.evaluate import (
     check_gate,
     compare,
     confidence_intervals,
-    cosine_similarity,
     cut_windows,
     kl_by_position,
-    kl_divergence,
     load_gate,
-    log_softmax,
     missed_thresholds,
     read_text,
     summarize,
@@ -46,32 +42,6 @@ def make_positions(num: int = 200, seed: int = 0) -> Positions:
     agrees = (random.rand(num) < 0.9).astype(float)
     rows = np.arange(num)
     return Positions(rows // 10, rows % 50, nll, reference, kl, agrees, np.ones(num))
-
-
-def test_kl_by_hand():
-    p, q = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.25, 0.5]])
-    assert kl_divergence(p, q) == pytest.approx([0.5 * math.log(2) - 0.25 * math.log(2)])
-
-
-@settings(deadline=None, max_examples=100)
-@given(LOGITS, LOGITS)
-def test_kl_is_never_negative_and_zero_for_equals(a, b):
-    p, q = log_softmax(np.array([a], np.float32)), log_softmax(np.array([b], np.float32))
-    assert kl_divergence(p, q)[0] >= 0
-    assert kl_divergence(p, p)[0] == 0
-    assert np.exp(p).sum() == pytest.approx(1)
-
-
-def test_logits_that_are_no_numbers_are_refused():
-    for bad in (np.nan, np.inf):
-        with pytest.raises(BackendError, match="NaN or infinite"):
-            log_softmax(np.array([[0, bad]], np.float32))
-
-
-def test_cosine_by_hand():
-    a = np.array([[3, 4], [1, 0], [0, 0]], np.float32)
-    b = np.array([[4, 3], [-2, 0], [1, 1]], np.float32)
-    assert cosine_similarity(a, b) == pytest.approx([24 / 25, -1, 0])
 
 
 def test_figures_by_hand():

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.embeddings import EmbeddingTable
-from edge.errors import ContextLengthError, RequestError
+from edge.errors import BackendError, ContextLengthError, RequestError
 from edge.generation import GenerationStats, score
 from tests.fakes import ScriptedBackend, random_logits, write_table
 
@@ -101,3 +101,18 @@ def test_what_cannot_be_scored(table: EmbeddingTable, ids: list[int], error: typ
 def test_as_many_tokens_as_the_cache_holds_can_be_scored(table: EmbeddingTable):
     backend = ScriptedBackend(table, random_logits(VOCAB), capacity=10)
     assert score(backend, table, [1] * 10).shape == (9,)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_are_an_error(table: EmbeddingTable, bad: float):
+    """Also where neither the scored token's logit nor the row's first ones are at fault."""
+
+    def script(seen: tuple[int, ...]) -> Any:
+        logits = np.zeros(VOCAB, np.float32)
+        logits[VOCAB - 1] = bad if len(seen) == 7 else 0
+        return logits
+
+    backend = ScriptedBackend(table, script)
+    assert np.isfinite(score(backend, table, [1] * 7)).all()
+    with pytest.raises(BackendError, match="NaN or infinite"):
+        score(backend, table, [1] * 8)

@@ -331,6 +331,16 @@ def test_scores_come_between_the_answers(scripted: Scripted):
         llm.score([1])
 
 
+def test_a_score_is_never_nan(scripted: Scripted):
+    """And the engine goes on: it is the bundle's arithmetic that failed, not the process."""
+    llm, script = scripted.llm, scripted.backend.script
+    nan = np.full(llm.manifest.model.vocab_size, np.nan, np.float32)
+    scripted.backend.script = lambda seen: nan if len(seen) == 3 else script(seen)
+    with pytest.raises(BackendError, match="NaN or infinite"):
+        llm.score([5, 6, 7, 8])
+    assert np.isfinite(llm.score([5, 6, 7])).all()
+
+
 def test_a_full_queue_refuses(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):
     scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, num_slots=1, queue_capacity=1)
     llm = scripted.llm

@@ -120,6 +120,14 @@ def test_a_figure_that_is_no_number_is_a_miss(figure: str) -> None:
     assert "nan" in miss
 
 
+def test_positions_that_are_no_numbers_leave_no_figure(bundle: Path) -> None:
+    wrong = Perturbed(bundle, read_manifest(bundle))
+    wrong.fault = "nan"
+    report = compare_backends(open_backend(bundle), wrong, PROMPTS, embedder(bundle))
+    assert np.isnan([report.prefill.mean_kl, report.prefill.min_cosine]).all()
+    assert report.min_cache_cosine == pytest.approx(1)  # the cache itself is sound
+
+
 def test_thresholds_are_the_callers(bundle: Path) -> None:
     wrong = Perturbed(bundle, read_manifest(bundle))
     wrong.fault = "logits"

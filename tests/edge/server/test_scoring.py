@@ -60,3 +60,13 @@ def test_scoring_ends_when_nobody_waits_for_it(tiny_bundles: Bundles):
         stats = live.engine.llm.scheduler.stats()
         assert stats.calls == 0
         assert stats.steps - steps <= 6  # of twice eight
+
+
+def test_a_prompt_whose_logits_are_nan_gets_no_figures(tiny_bundles: Bundles):
+    with running(tiny_bundles("qwen2")) as live:
+        live.engine.poison = 6
+        body = {"model": "tiny", "prompt": [5, 6, 7], "echo": True, "logprobs": 0, "max_tokens": 1}
+        answer = live.ask("/v1/completions", body)
+        assert (answer.status, answer.json["error"]["code"]) == (500, "engine_error")
+        live.engine.poison = None
+        assert live.ask("/v1/completions", body).status == 200
