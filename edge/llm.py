@@ -56,7 +56,7 @@ class LLM:
             `edge.backends.choose.open_backend`.
         kv_capacity: tokens that prompt and answer may take together; None is the bundle's own.
         num_threads: of the CPU backend; None is one per physical core.
-        prefill_chunk: prompt tokens per step at most.
+        prefill_chunk: prompt tokens per step at most; an engine may take fewer.
         int8_activations: let the CPU backend round activations to int8, its fastest kernel; see
             `OrtBackend`.
         num_slots: sequences that the cache holds, running ones and ended ones whose rows are kept.

@@ -93,7 +93,9 @@ _CURVES = ("kl_by_position", "layers")  # too long for a manifest
     help="Round activations to int8, as the CPU backend does when it serves; default: float, "
     "which measures the bundle alone.",
 )
-@click.option("--num-threads", type=click.IntRange(1), help="CPU threads; default: all cores.")
+@click.option(
+    "--num-threads", type=click.IntRange(1), help="CPU threads; default: one per physical core."
+)
 @click.pass_context
 def evaluate(
     ctx: click.Context,

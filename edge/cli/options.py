@@ -46,11 +46,26 @@ _ENGINE = (
     click.option(
         "--num-threads",
         type=click.IntRange(1),
-        help="CPU threads, with which auto takes the CPU; default: all cores.",
+        help="CPU threads, with which auto takes the CPU; default: one per physical core.",
     ),
 )
 
 _ANSWERING = (
+    click.option(
+        "--prefill-chunk",
+        type=click.IntRange(1),
+        default=512,
+        show_default=True,
+        metavar="TOKENS",
+        help="Prompt tokens per step at most; an engine may take fewer.",
+    ),
+    click.option(
+        "--int8-activations/--no-int8-activations",
+        default=True,
+        show_default=True,
+        help="Let the CPU round activations to int8, its fastest kernel; off is many times slower, "
+        "but exact. GPU engines never do.",
+    ),
     click.option(
         "--overflow",
         type=click.Choice(["stop", "slide"]),
@@ -114,7 +129,7 @@ def engine_options(command: Command) -> Command:
 
 
 def answering_options(command: Command) -> Command:
-    """Add ``--overflow``, ``--speculative`` and ``--prefix-dir``."""
+    """Add how answers are computed: prefill, rounding, the cache's end, drafts, prefixes."""
     for option in reversed(_ANSWERING):
         command = option(command)
     return command

@@ -56,6 +56,8 @@ def open_llm(settings: EngineSettings) -> Callable[[Path], LLM]:
             backend=settings.backend,
             kv_capacity=settings.kv_capacity,
             num_threads=settings.num_threads,
+            prefill_chunk=settings.prefill_chunk,
+            int8_activations=settings.int8_activations,
             num_slots=settings.num_slots,
             max_batch=settings.max_batch,
             queue_capacity=settings.queue_capacity,

@@ -25,7 +25,11 @@ class EngineSettings:
     Attributes:
         backend: engine that runs the bundles.
         kv_capacity: tokens of prompt and answer; the bundle's own by default.
-        num_threads: of the CPU backend; one per physical core by default.
+        num_threads: of the CPU backend, which auto then takes; one per physical core by default.
+        prefill_chunk: prompt tokens per step at most; an engine may take fewer.
+        int8_activations: let the CPU backend round activations to int8, its fastest kernel; off
+            is many times slower, but answers do not depend on what else runs. GPU engines keep
+            float activations either way.
         num_slots: sequences that the KV cache has room for.
         max_batch: sequences that are computed at once; one per slot by default.
         queue_capacity: requests that may wait; one more is answered with 429.
@@ -39,6 +43,8 @@ class EngineSettings:
     backend: BackendName = "auto"
     kv_capacity: int | None = None
     num_threads: int | None = None
+    prefill_chunk: int = 512
+    int8_activations: bool = True
     num_slots: int = 4
     max_batch: int | None = None
     queue_capacity: int = 64
@@ -128,7 +134,7 @@ class ServerSettings(EngineSettings):
             self._at_least(name, 1)
         for name in ("max_choices", "max_connections", "stream_buffer_bytes", "num_slots"):
             self._at_least(name, 1)
-        for name in ("kv_capacity", "num_threads", "max_batch"):
+        for name in ("kv_capacity", "num_threads", "max_batch", "prefill_chunk"):
             self._at_least(name, 1)
         for name in ("rate_limit_rpm", "drain_timeout_s", "queue_capacity", "speculative"):
             self._at_least(name, 0)

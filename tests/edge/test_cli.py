@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from click.testing import CliRunner
 import edge
 from edge import LLM, SamplingParams
 from edge.cli import main
+from edge.errors import ConfigError
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
 
 ROOT = Path(edge.__file__).parent.parent
@@ -116,6 +118,43 @@ def test_run_json_is_one_line(edge_llm: Callable[..., Result], bundle: Path):
     assert again["text"] + again["reasoning"] == answer["text"] + answer["reasoning"]
     system = json.loads(edge_llm("run", bundle, "hello", "--system", "be brief", *options).out)
     assert system["stats"]["prompt_tokens"] > answer["stats"]["prompt_tokens"]
+
+
+def test_every_engine_option_arrives(
+    edge_llm: Callable[..., Result],
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """In run and in chat: an option that is not passed on would be one without effect."""
+    opened: list[dict[str, Any]] = []
+
+    def open_llm(_bundle: Path, **options: Any) -> None:
+        opened.append(options)
+        raise ConfigError("enough")
+
+    given = {
+        "backend": "ort-cpu",
+        "kv_capacity": 99,
+        "num_threads": 1,
+        "prefill_chunk": 33,
+        "int8_activations": False,
+        "overflow": "slide",
+        "speculative": 4,
+        "prefix_dir": tmp_path,
+    }
+    arguments = []
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+    for module, command in (("llm", ("run", bundle, "hello")), ("cli.chat", ("chat", bundle))):
+        monkeypatch.setattr(f"edge.{module}.LLM", open_llm)
+        assert "enough" in error_line(edge_llm(*command, *arguments), 64)
+    assert opened == [{**given, "num_slots": 1}] * 2
+    # What is for many answers at once has no place in a verb that gives one.
+    many = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}
+    names = [*inspect.signature(LLM).parameters][1:]
+    assert set(names) - many == set(given)
 
 
 def test_every_sampling_option_arrives(

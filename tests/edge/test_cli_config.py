@@ -53,6 +53,28 @@ def test_values_and_origins(tmp_path: Path):
     assert found["origin"]["host"] == "default"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "value", "flag"),
+    [
+        ("prefill_chunk", "64", 64, ("--prefill-chunk", "64")),
+        ("int8_activations", "false", False, ("--no-int8-activations",)),
+    ],
+)
+def test_every_layer_sets_it(tmp_path: Path, name: str, text: str, value: object, flag: Any):
+    if sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    path = tmp_path / "edge.toml"
+    path.write_text(f"{name} = {text}\n")
+    variable = f"EDGE_LLM_SERVE_{name.upper()}"
+    for result, origin in (
+        (show("--config", str(path), "--origin", "--json"), f"file {path}"),
+        (show("--origin", "--json", **{variable: text}), f"environment {variable}"),
+        (show("--origin", "--json", *flag), f"flag --{name.replace('_', '-')}"),
+    ):
+        found = json.loads(result.stdout)
+        assert (found["settings"][name], found["origin"][name]) == (value, origin)
+
+
 def test_its_output_is_a_configuration(tmp_path: Path):
     """What it prints can be saved as a file that means the same."""
     path = write(tmp_path)

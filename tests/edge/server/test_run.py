@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 
 from edge.errors import ConfigError
+from edge.llm import LLM
 from edge.server.notify import Notifier
 from edge.server.run import Service, open_llm
 from edge.server.settings import EngineSettings, ServerSettings
@@ -216,6 +218,8 @@ def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch,
         "backend": "ort-cpu",
         "kv_capacity": 99,
         "num_threads": 3,
+        "prefill_chunk": 33,
+        "int8_activations": False,
         "num_slots": 5,
         "max_batch": 2,
         "queue_capacity": 7,
@@ -232,6 +236,15 @@ def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch,
     assert opened == [(tmp_path, given)]
 
 
+def test_the_service_can_set_what_python_can_and_defaults_alike():
+    python = {
+        name: parameter.default
+        for name, parameter in inspect.signature(LLM).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert {field.name: field.default for field in dataclasses.fields(EngineSettings)} == python
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -245,6 +258,7 @@ def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch,
         (["--num-slots", "2", "--max-batch", "3"], 64, "there are 2 slots"),
         (["--target-itl-ms", "0"], 64, "target_itl_ms"),
         (["--num-threads", "0"], 64, "num_threads"),
+        (["--prefill-chunk", "0"], 64, "prefill_chunk"),
     ],
 )
 def test_what_keeps_it_from_starting(
