@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DependencyError, DeviceError, DeviceMemoryError, EdgeError
+from .telemetry import read_available_memory_bytes
 
 # PyCUDA's exceptions carry no number, only the driver's sentence for it (cuGetErrorString).
 # After these the context is lost: every later call fails in the same way (cuda.h, CUresult).
@@ -350,7 +351,7 @@ class Device:
         """
         free, total = self.call("ask for free memory", self.driver.mem_get_info)
         if self.integrated:
-            free = max(int(free), _available_host_bytes())
+            free = max(int(free), read_available_memory_bytes() or 0)
         return int(free), int(total)
 
     def allocate(self, purpose: str, num_bytes: int, function: Any, *args: Any, **kw: Any) -> Any:
@@ -462,13 +463,3 @@ def _primary_context(driver: Any, ordinal: int) -> Any:
 def _reason(error: BaseException) -> str:
     """The driver's sentence; PyCUDA writes ``cuFunction failed: sentence``."""
     return str(error).replace("\n", " ").strip() or type(error).__name__
-
-
-def _available_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    try:
-        for line in meminfo.read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return 0
-    return 0

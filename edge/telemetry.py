@@ -103,7 +103,7 @@ def read_snapshot(root: Path = Path("/")) -> Snapshot:
         throttled_by=alerts or (),
         over_current_events=_read_over_current_events(root),
         memory_total_bytes=_kib(root / "proc/meminfo", "MemTotal"),
-        memory_available_bytes=_kib(root / "proc/meminfo", "MemAvailable"),
+        memory_available_bytes=read_available_memory_bytes(root),
         process_rss_bytes=_kib(root / "proc/self/status", "VmRSS"),
     )
 
@@ -127,6 +127,11 @@ def read_l4t(root: Path = Path("/")) -> str | None:
 def read_jetpack(root: Path = Path("/")) -> str | None:
     """Version of the package ``nvidia-jetpack``, which is not always installed."""
     return _package_version(root, "nvidia-jetpack")
+
+
+def read_available_memory_bytes(root: Path = Path("/")) -> int | None:
+    """``MemAvailable``: memory of the system that can be had without swapping."""
+    return _kib(root / "proc/meminfo", "MemAvailable")
 
 
 def read_power_mode(root: Path = Path("/")) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import edge
+from edge import telemetry
 from edge.engine_file import (
     ENGINE_SCHEMA_VERSION,
     EngineInfo,
@@ -163,8 +164,8 @@ def build_engine(
                 tensorrt_version=compiled.tensorrt_version,
                 compute_capability=target.compute_capability,
                 device=target.gpu.name if target.gpu else None,
-                jetpack=device.find_jetpack(),
-                l4t=device.find_l4t(),
+                jetpack=telemetry.read_jetpack(),
+                l4t=telemetry.read_l4t(),
                 sources={n: manifest.files[n].sha256 for n in graph_files(manifest)},
                 max_batch=shapes.max_batch,
                 max_prefill=shapes.max_prefill,

@@ -1,4 +1,4 @@
-"""The machine that builds: its GPU through the CUDA driver, its JetPack, its memory."""
+"""The machine that builds: its GPU through the CUDA driver, and its memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
+
+from edge.telemetry import read_available_memory_bytes
 
 # cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _CC_MAJOR, _CC_MINOR = 75, 76
@@ -42,33 +44,11 @@ def find_gpu() -> Gpu | None:
     return Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}")
 
 
-def find_l4t(release: Path = Path("/etc/nv_tegra_release")) -> str | None:
-    """Version of Jetson Linux, e.g. ``36.4.3``; None elsewhere."""
-    if not release.is_file():
-        return None
-    match = re.search(r"R(\d+) .*?REVISION: ([\d.]+)", release.read_text("utf-8", "replace"))
-    return f"{match[1]}.{match[2]}" if match else None
-
-
-def find_jetpack(status: Path = Path("/var/lib/dpkg/status")) -> str | None:
-    """Version of the package ``nvidia-jetpack``; None where it is not installed."""
-    if not status.is_file():
-        return None
-    package = False
-    with status.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("Package: "):
-                package = line.strip() == "Package: nvidia-jetpack"
-            elif package and line.startswith("Version: "):
-                return line.removeprefix("Version: ").strip()
-    return None
-
-
-def available_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+def available_memory_bytes(root: Path = Path("/")) -> int:
     """``MemAvailable``: what can be had without swapping."""
-    match = re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text("utf-8"), re.MULTILINE)
-    assert match is not None  # Linux >= 3.14
-    return int(match[1]) * 1024
+    available = read_available_memory_bytes(root)
+    assert available is not None  # Linux >= 3.14
+    return available
 
 
 class PeakMemory:

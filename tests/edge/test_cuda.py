@@ -109,18 +109,13 @@ def test_memory_that_does_not_fit_names_the_numbers_and_the_knobs(gpu: FakeGpu):
 def test_free_memory_of_a_jetson_counts_what_the_kernel_gives_up(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cuda, "_available_host_bytes", lambda: 7 << 30)
+    monkeypatch.setattr(cuda, "read_available_memory_bytes", lambda: 7 << 30)
     with cuda.Device().active() as _:
         assert cuda.Device().memory_info()[0] == gpu.total_bytes
         gpu.integrated = True
         assert cuda.Device().memory_info()[0] == 7 << 30
-
-
-def test_available_host_bytes(tmp_path: Path):
-    meminfo = tmp_path / "meminfo"
-    assert cuda._available_host_bytes(meminfo) == 0
-    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    1234 kB\n", "ascii")
-    assert cuda._available_host_bytes(meminfo) == 1234 * 1024
+        monkeypatch.setattr(cuda, "read_available_memory_bytes", lambda: None)
+        assert cuda.Device().memory_info()[0] == gpu.total_bytes
 
 
 # The stand-ins against the real bindings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from edge import telemetry
 from edge.engine_file import (
     EngineInfo,
     check_engine,
@@ -41,6 +43,7 @@ from engines.store import EngineStore
 from export.pipeline import ExportConfig, export_checkpoint
 from scripts.smollm2 import smollm2_gguf
 from tests.conftest import Bundles
+from tests.edge.jetson_trees import agx_orin_jetpack7
 from tests.tiny_models import Kind
 
 pytest.importorskip("tensorrt_rtx")
@@ -127,7 +130,11 @@ def test_a_real_model_stays_packed(tmp_path: Path, dialect: Any, quant: Any) -> 
     )
 
 
-def test_the_record_tells_what_was_built(bundle: Path) -> None:
+def test_the_record_tells_what_was_built(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jetson = agx_orin_jetpack7(tmp_path / "jetson")  # its release is known by a package only
+    monkeypatch.setattr(telemetry, "read_l4t", functools.partial(telemetry.read_l4t, jetson))
     phases: list[tuple[str, float]] = []
     result = build_engine(
         config(bundle, max_batch=2, kv_buckets=(64, 128)),
@@ -149,6 +156,7 @@ def test_the_record_tells_what_was_built(bundle: Path) -> None:
     assert [profile.name for profile in info.profiles] == ["prefill", "decode"]
     assert info.profiles[0].inputs["position_ids"].max == (2, 32)
     assert info.kv_buckets == (64, 128)
+    assert info.l4t == "39.2.0"
     assert info.peak_memory_bytes is not None
     assert info.peak_memory_bytes > 50_000_000
     assert (result.directory / "build.log").read_text()

@@ -95,24 +95,10 @@ def test_phases_add_up_and_never_go_back() -> None:
     assert seen == sorted(seen)
 
 
-def test_the_jetson_is_recognised_by_its_files(tmp_path: Path) -> None:
-    release = tmp_path / "nv_tegra_release"
-    assert device.find_l4t(release) is None
-    release.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n")
-    assert device.find_l4t(release) == "36.4.3"
-    status = tmp_path / "status"
-    assert device.find_jetpack(status) is None
-    status.write_text(
-        "Package: nvidia-l4t-core\nVersion: 1\n\nPackage: nvidia-jetpack\nStatus: install ok\n"
-        "Version: 6.2+b77\n\nPackage: zlib\nVersion: 3\n"
-    )
-    assert device.find_jetpack(status) == "6.2+b77"
-
-
 def test_memory_is_read_in_bytes(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:       100 kB\nMemAvailable:    64 kB\n")
-    assert device.available_memory_bytes(meminfo) == 65536
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       100 kB\nMemAvailable:    64 kB\n")
+    assert device.available_memory_bytes(tmp_path) == 65536
     peak = device.PeakMemory()
     before = peak.read_bytes()
     # Its own mapping: the heap may have this much lying free after other tests.
