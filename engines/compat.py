@@ -81,11 +81,6 @@ class TensorRT:
         return f"{short}{self.release[0]}.{self.release[1]}"
 
     @property
-    def has_attention_v2(self) -> bool:
-        """Whether attention takes each sequence's length."""
-        return hasattr(self.module.INetworkDefinition, "add_attention_v2")
-
-    @property
     def keeps_timings(self) -> bool:
         """Whether there is a timing cache (RTX picks kernels without timing them)."""
         return self.flavour == "tensorrt"

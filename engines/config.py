@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -133,16 +132,6 @@ def default_kv_buckets(capacity: int) -> tuple[int, ...]:
         buckets.append(size)
         size *= 2
     return (*buckets, capacity)
-
-
-def build_options(config: BuildConfig) -> dict[str, object]:
-    """The options that change the engine, for its key and its record."""
-    apart = {"bundle", "timing_cache", "force"}
-    return {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in apart
-    }
 
 
 def _list(values: tuple[int, ...]) -> str:

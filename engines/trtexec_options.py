@@ -16,7 +16,6 @@ TrtVersion = tuple[int, int]
 
 # The versions that a line can be asked for: JetPack 6.1 and 6.2, JetPack 7.2, JetPack 7.2.2.
 TRT_VERSIONS: dict[str, TrtVersion] = {"10.3": (10, 3), "10.16": (10, 16), "11.4": (11, 4)}
-OLDEST: TrtVersion = (8, 6)
 
 _IN_8_6 = """
     allowGPUFallback avgRuns avgTiming batch best buildDLAStandalone buildOnly

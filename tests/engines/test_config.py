@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edge.errors import ConfigError
-from engines.config import BuildConfig, BuildShapes, build_options, default_kv_buckets, resolve
+from engines.builder import _rebuild_options
+from engines.config import BuildConfig, BuildShapes, default_kv_buckets, resolve
 from tests.manifests import make_manifest
 
 BUNDLE = Path("bundle")
@@ -65,7 +68,26 @@ def test_default_buckets_end_at_the_capacity() -> None:
     assert default_kv_buckets(4096) == (256, 512, 1024, 2048, 4096)
 
 
-def test_the_engine_does_not_depend_on_where_it_is_built() -> None:
-    one = build_options(BuildConfig(BUNDLE, timing_cache=Path("t"), force=True))
-    assert one == build_options(BuildConfig(Path("elsewhere")))
-    assert one != build_options(BuildConfig(BUNDLE, opt_level=5))
+def test_every_option_counts_but_for_where_and_how_it_is_built() -> None:
+    """The options of an engine are part of its key, and give it again."""
+    manifest = make_manifest(kv_capacity=1000, rope_positions=2048)
+
+    def options(**changes: Any) -> dict[str, Any]:
+        config = BuildConfig(**{"bundle": BUNDLE, **changes})
+        return _rebuild_options(config, resolve(config, manifest))
+
+    apart = {"bundle": Path("elsewhere"), "timing_cache": Path("t"), "force": True}
+    counting = {
+        "max_batch": 2,
+        "max_prefill": 64,
+        "kv_capacity": 512,
+        "kv_buckets": (500, 1000),
+        "kv_read": "full",
+        "workspace_bytes": 1 << 29,
+        "opt_level": 5,
+    }
+    assert {field.name for field in dataclasses.fields(BuildConfig)} == {*apart, *counting}
+    for name, value in apart.items():
+        assert options(**{name: value}) == options()
+    for name, value in counting.items():
+        assert options(**{name: value}) != options(), name
