@@ -37,8 +37,12 @@ _TYPES = {
     503: "service_unavailable",
     505: "invalid_request_error",
 }
-# What never belongs into an answer, wherever it came from: addresses (CVE-2026-22778) and paths.
-_SECRETS = re.compile(r"\b0x[0-9a-fA-F]{6,}|(?<![\w:/.<])/(?:[\w.+-]+/)+[\w.+-]*")
+# What never belongs into an answer, wherever it came from: addresses (CVE-2026-22778) and paths,
+# but for those of this API.
+_SECRETS = re.compile(
+    r"\b0x[0-9a-fA-F]{6,}"
+    r"|(?<![\w:/.<])(?!/v1/(?:models|(?:chat/)?completions)(?![\w/.+-]))/(?:[\w.+-]+/)+[\w.+-]*"
+)
 _FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
 
 
@@ -54,6 +58,7 @@ class APIError(Exception):
         should_retry: tells OpenAI's clients to (not) retry, whatever the status says.
         allow: the methods that would be.
         close: whether the connection ends with this answer.
+        quoted: part of the message that the client itself wrote, so that it is no secret.
         extra: further keys of the envelope's error.
     """
 
@@ -68,6 +73,7 @@ class APIError(Exception):
         should_retry: bool | None = None,
         allow: str | None = None,
         close: bool = False,
+        quoted: str | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
@@ -79,6 +85,7 @@ class APIError(Exception):
         self.should_retry = should_retry
         self.allow = allow
         self.close = close
+        self.quoted = quoted
         self.extra = extra or {}
 
     @property
@@ -88,8 +95,9 @@ class APIError(Exception):
 
     def envelope(self) -> dict[str, Any]:
         """The body, as plain data."""
+        parts = self.message.split(self.quoted) if self.quoted else [self.message]
         error = {
-            "message": _SECRETS.sub("…", self.message),
+            "message": (self.quoted or "").join(_SECRETS.sub("…", part) for part in parts),
             "type": self.type,
             "param": self.param,
             "code": self.code,

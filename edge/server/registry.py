@@ -234,11 +234,13 @@ class ModelRegistry:
         """
         model = self._models.get(name)
         if model is None:
+            quoted = repr(name[:80])
             raise APIError(
                 404,
                 "model_not_found",
-                f"the model {name[:80]!r} is not served here; GET /v1/models lists those that are",
+                f"the model {quoted} is not served here; GET /v1/models lists those that are",
                 param="model",
+                quoted=quoted,
             )
         return model
 

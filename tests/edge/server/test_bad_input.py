@@ -174,5 +174,9 @@ def test_no_secret_gets_out_of_an_error():
     ):
         for error in (RuntimeError(message), OSError(message), APIError(400, "x", message)):
             assert not re.search(rb"0x7f|/opt/|/etc/", as_api_error(error).body())
+    for path in ("/v1/models/r1/engine.plan", "/v1/models.json", "/v1/other/file"):
+        assert path not in APIError(400, "x", f"cannot read {path}").envelope()["error"]["message"]
+    quoting = APIError(404, "x", "no '/opt/r1' here, but /opt/models/r1", quoted="'/opt/r1'")
+    assert quoting.envelope()["error"]["message"] == "no '/opt/r1' here, but …"
     shown = as_api_error(APIError(400, "x", "messages[0].role: must be a/b, and 1/2 or </think>"))
     assert "a/b, and 1/2 or </think>" in shown.envelope()["error"]["message"]

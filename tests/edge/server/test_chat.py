@@ -279,7 +279,12 @@ def test_models(live: Live):
     assert (missing.status, missing.json["error"]["code"]) == (404, "model_not_found")
     body = {"messages": QUESTION}
     assert live.ask("/v1/chat/completions", body).status == 400
-    assert live.ask("/v1/chat/completions", {**body, "model": "gpt-4"}).status == 404
+    for name in ("gpt-4", "/models/DeepSeek-R1", "~/r1/v1/models"):
+        answer = live.ask("/v1/chat/completions", {**body, "model": name})
+        assert answer.status == 404
+        assert answer.json["error"]["message"] == (
+            f"the model {name!r} is not served here; GET /v1/models lists those that are"
+        )
 
 
 # Forms
