@@ -339,8 +339,8 @@ class Device:
             return importlib.import_module("cuda.bindings.driver")
         except ImportError as error:
             raise DependencyError(
-                "CUDA graphs need cuda-bindings; install it with: pip install "
-                "'jetson-edge-llm[tensorrt]', or load without CUDA graphs"
+                "CUDA graphs need cuda-bindings; install it with: pip install cuda-bindings, or "
+                "load without CUDA graphs"
             ) from error
 
     def memory_info(self) -> tuple[int, int]:
@@ -447,7 +447,7 @@ def _load_driver() -> Any:
         problem = "" if missing else f" (importing it failed: {error})"
         raise DependencyError(
             f"running on the GPU needs PyCUDA, which is not here{problem}; install it with: "
-            "pip install 'jetson-edge-llm[tensorrt]' (it compiles against the CUDA toolkit)"
+            "pip install pycuda (it compiles against the CUDA toolkit)"
         ) from error
 
 

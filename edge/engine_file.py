@@ -13,12 +13,24 @@ from typing import Any, Literal
 
 import msgspec
 
-from .errors import BundleError, IntegrityError
+from .errors import BundleError, IntegrityError, install_command
 from .manifest import ENGINES_DIR, Manifest, sha256_file
 
 ENGINE_JSON = "engine.json"
 ENGINE_SCHEMA_VERSION = 1
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
+
+
+def where_tensorrt_is_from(flavour: Flavour) -> str:
+    """What to install, for a `DependencyError`; running an engine needs more than building it."""
+    if flavour == "tensorrt-rtx":
+        return install_command("check")
+    return (
+        "on a Jetson it comes with JetPack (sudo apt install nvidia-jetpack; use a venv with "
+        "--system-site-packages, and for running engines: pip install pycuda cuda-bindings), "
+        f"on a workstation: {install_command('tensorrt')}, which brings pycuda and cuda-bindings "
+        "for running engines"
+    )
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -25,7 +25,11 @@ a fault (restart).
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import ClassVar
+
+_DISTRIBUTION = "jetson-edge-llm"
 
 
 class EdgeError(Exception):
@@ -145,3 +149,63 @@ class DeviceError(BackendError):
 
 class BuildError(EdgeError):
     """TensorRT refused a graph, or failed to build an engine of it."""
+
+
+def install_command(extra: str) -> str:
+    """The command that installs what an extra of this project needs, for a `DependencyError`.
+
+    The project is on no package index, and whoever takes its name there could run code here. So a
+    checkout is installed by its path, and elsewhere the extra's own requirements are named.
+
+    Args:
+        extra: one of ``optional-dependencies`` in ``pyproject.toml``.
+    """
+    import shlex  # nothing here is needed until something is missing
+
+    root = Path(__file__).resolve().parent.parent
+    if _is_checkout(root):
+        return f"{_pip_install()} -e {shlex.quote(f'{root}[{extra}]')}"
+    requirements = _requirements(extra)
+    if not requirements:
+        return f"{_pip_install()} '.[{extra}]' (in a checkout of edge-llm)"
+    return f"{_pip_install()} {' '.join(map(shlex.quote, requirements))}"
+
+
+def _is_checkout(root: Path) -> bool:
+    try:
+        return f'name = "{_DISTRIBUTION}"' in (root / "pyproject.toml").read_text("utf-8")
+    except OSError:
+        return False
+
+
+def _requirements(extra: str) -> list[str]:
+    """Of the installed distribution; none where it is not installed."""
+    import re
+    from importlib import metadata
+
+    try:
+        lines = metadata.requires(_DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        if not re.search(rf"extra == ['\"]{extra}['\"]", marker):
+            continue
+        below = re.search(r"python_version < ['\"]3\.(\d+)['\"]", marker)
+        if below is None or sys.version_info < (3, int(below[1])):
+            found.append(requirement.strip())
+    return found
+
+
+def _pip_install() -> str:
+    """What installs for this very Python: the pip on the path may be that of another one."""
+    import shlex
+    import shutil
+    from importlib.util import find_spec
+
+    if shutil.which("pip") == str(Path(sys.executable).with_name("pip")):
+        return "pip install"
+    if find_spec("pip") is None and shutil.which("uv"):  # as in environments that uv makes
+        return f"uv pip install --python {shlex.quote(sys.executable)}"
+    return f"{shlex.quote(sys.executable)} -m pip install"

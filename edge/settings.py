@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from .errors import ConfigError, DependencyError
+from .errors import ConfigError, DependencyError, install_command
 
 ENV_PREFIX = "EDGE_LLM_SERVE_"
 DEFAULT_FILE = Path("/etc/edge-llm/config.toml")
@@ -113,8 +113,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             import tomli as tomllib
         except ImportError as error:
             raise DependencyError(
-                "a configuration file needs tomli on Python 3.10; run: "
-                "pip install 'jetson-edge-llm[serve]'"
+                f"a configuration file needs tomli on Python 3.10; run: {install_command('serve')}"
             ) from error
     try:
         with path.open("rb") as stream:

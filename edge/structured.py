@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DependencyError, RequestError, ResourceError
+from .errors import DependencyError, RequestError, ResourceError, install_command
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -271,7 +271,7 @@ def _import_llguidance() -> Any:
         import llguidance
     except ImportError as error:
         raise DependencyError(
-            "structured output needs the package llguidance; pip install 'jetson-edge-llm[serve]'"
+            f"structured output needs the package llguidance; run: {install_command('serve')}"
         ) from error
     return llguidance
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from edge import io_spec
-from edge.engine_file import Flavour
+from edge.engine_file import Flavour, where_tensorrt_is_from
 from edge.errors import BuildError, ConfigError, DependencyError
 from edge.manifest import Dialect
 
@@ -37,11 +37,6 @@ from .progress import PhaseTree, Progress
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _MINIMUM: dict[Dialect, tuple[int, int]] = {"native": (10, 15), "portable": (10, 3)}
 _RTX_MINIMUM = (1, 3)
-_INSTALL: dict[Flavour, str] = {
-    "tensorrt": "on a Jetson it comes with JetPack (sudo apt install nvidia-jetpack; use a venv "
-    "with --system-site-packages), on a workstation: pip install tensorrt",
-    "tensorrt-rtx": "pip install 'jetson-edge-llm[check]'",
-}
 _DTYPES = {
     "FLOAT": "fp32",
     "HALF": "fp16",
@@ -124,10 +119,11 @@ def load(flavour: Flavour | None = None) -> TensorRT:
     if flavour == "tensorrt-rtx":
         raise DependencyError(
             f"this needs TensorRT for RTX, which is not here{problem}; install it with: "
-            f"{_INSTALL['tensorrt-rtx']}"
+            f"{where_tensorrt_is_from('tensorrt-rtx')}"
         )
     raise DependencyError(
-        f"building an engine needs TensorRT, which is not here{problem}; {_INSTALL['tensorrt']}"
+        f"building an engine needs TensorRT, which is not here{problem}; "
+        f"{where_tensorrt_is_from('tensorrt')}"
     )
 
 
@@ -144,7 +140,7 @@ def check_support(
         if found < _RTX_MINIMUM:
             raise DependencyError(
                 f"TensorRT for RTX {version} is too old: {_RTX_MINIMUM[0]}.{_RTX_MINIMUM[1]} or "
-                f"newer is needed; {_INSTALL[flavour]}"
+                f"newer is needed; {where_tensorrt_is_from(flavour)}"
             )
         return
     needed = _MINIMUM[dialect]

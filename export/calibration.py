@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edge import io_spec
 from edge._version import __version__
-from edge.errors import DependencyError
+from edge.errors import DependencyError, install_command
 from edge.io_spec import TensorSpec
 from edge.manifest import ModelSpec, TensorScheme
 
@@ -320,7 +320,7 @@ def _onnxruntime() -> Any:
     except ImportError as error:
         raise DependencyError(
             "calibration needs the package onnxruntime; install it with: "
-            "pip install 'jetson-edge-llm[export]'"
+            f"{install_command('export')}"
         ) from error
     return onnxruntime
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.errors import ConfigError, DependencyError
+from edge.errors import ConfigError, DependencyError, install_command
 
 if TYPE_CHECKING:
     from edge.manifest import ReducedVocabulary
@@ -175,7 +175,7 @@ def export(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
             raise
         raise DependencyError(
             f"exporting needs the package {error.name}; install it with: "
-            "pip install 'jetson-edge-llm[export]'"
+            f"{install_command('export')}"
         ) from error
     from edge.cli import echo_json
     from edge.cli.eval import EXIT_GATE_MISSED

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.errors import CheckpointError, DependencyError
+from edge.errors import CheckpointError, DependencyError, install_command
 
 from .safetensors_file import bfloat16
 
@@ -64,7 +64,7 @@ class GgufFile:
             import gguf
         except ImportError as error:
             raise DependencyError(
-                f"reading {path} needs gguf; install: pip install jetson-edge-llm[export]"
+                f"reading {path} needs gguf; run: {install_command('export')}"
             ) from error
         self._gguf = gguf
         self.path = path

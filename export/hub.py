@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from edge.errors import CheckpointError, DependencyError
+from edge.errors import CheckpointError, DependencyError, install_command
 
 _TEXT_FILES = [
     "config.json",
@@ -63,8 +63,7 @@ def _snapshot(
         )
     except ImportError as error:
         raise DependencyError(
-            f"downloading {repo_id} needs huggingface-hub; install: "
-            "pip install jetson-edge-llm[export]"
+            f"downloading {repo_id} needs huggingface-hub; run: {install_command('export')}"
         ) from error
     try:
         return Path(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from edge.errors import ConfigError, DependencyError
+from edge.errors import ConfigError, DependencyError, install_command
 from edge.manifest import ModelSpec, TensorScheme
 
 GROUP_SIZES = (128, 64, 32)  # what TensorRT's INT4 block quantization was built with
@@ -198,7 +198,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise DependencyError(
             "recipes in TOML need the package tomli before Python 3.11; install it with: "
-            "pip install 'jetson-edge-llm[export]'"
+            f"{install_command('export')}"
         ) from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ConfigError(f"--recipe {path} is not valid: {error}") from error

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.errors import CheckpointError, DependencyError
+from edge.errors import CheckpointError, DependencyError, install_command
 
 # The limit of the reference implementation; a real header has about 100 bytes per tensor.
 _MAX_HEADER_BYTES = 100_000_000
@@ -36,7 +36,7 @@ def bfloat16() -> np.dtype[Any]:
         import ml_dtypes
     except ImportError as error:
         raise DependencyError(
-            "reading bfloat16 weights needs ml-dtypes; install: pip install jetson-edge-llm[export]"
+            f"reading bfloat16 weights needs ml-dtypes; run: {install_command('export')}"
         ) from error
     dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
     return dtype

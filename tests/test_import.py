@@ -77,7 +77,7 @@ def test_every_public_name_resolves():
         (
             "onnxruntime",
             "from edge.backends import ort; ort._open_session(*[None] * 4, int8_activations=1)",
-            "pip install 'jetson-edge-llm[cpu]'",
+            "[cpu]'",
         ),
         (
             "tokenizers",

@@ -18,7 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge import io_spec
-from edge.errors import BackendError, BundleError, ConfigError, DependencyError, ResourceError
+from edge.errors import (
+    BackendError,
+    BundleError,
+    ConfigError,
+    DependencyError,
+    ResourceError,
+    install_command,
+)
 from edge.manifest import FloatType, Manifest
 from edge.onnx_file import OnnxFile
 
@@ -429,9 +436,7 @@ def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise DependencyError(
-            f"{need}; install it with: pip install 'jetson-edge-llm[{extra}]'"
-        ) from error
+        raise DependencyError(f"{need}; install it with: {install_command(extra)}") from error
     version = tuple(int(part) for part in ort.__version__.split(".")[:2])
     needed = _MIN_VERSION[manifest.dialect]
     if version < needed:

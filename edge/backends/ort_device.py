@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from edge.errors import DependencyError
+from edge.errors import DependencyError, install_command
 from edge.manifest import Manifest
 
 from .ort import import_onnxruntime
@@ -50,7 +50,7 @@ def import_for_device(manifest: Manifest, device: OrtDevice) -> ModuleType:
         raise DependencyError(
             f"the installed onnxruntime {ort.__version__} has no {device.provider} (it has "
             f"{', '.join(available)}); uninstall onnxruntime and install onnxruntime-gpu, with: "
-            "pip install 'jetson-edge-llm[cuda]' (for a Jetson see docs/orin.md)"
+            f"{install_command('cuda')} (for a Jetson see docs/orin.md)"
         )
     if device.name == "cuda" and hasattr(ort, "preload_dlls"):
         # Finds CUDA and cuDNN where pip installed them; what it cannot find it prints.

@@ -24,6 +24,7 @@ from edge.engine_file import (
     read_engine_info,
     rebuild_command,
     verify_plan,
+    where_tensorrt_is_from,
 )
 from edge.errors import (
     BackendError,
@@ -37,11 +38,6 @@ from edge.manifest import Manifest
 _logger = logging.getLogger(__name__)
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_INSTALL: dict[Flavour, str] = {
-    "tensorrt": "on a Jetson it comes with JetPack (use a venv with --system-site-packages), "
-    "elsewhere: pip install 'jetson-edge-llm[tensorrt]'",
-    "tensorrt-rtx": "pip install 'jetson-edge-llm[check]'",
-}
 _DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT", "int64": "INT64"}
 
 
@@ -251,7 +247,7 @@ def _load(flavour: Flavour) -> Any:
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
         problem = "is not here" if missing else f"cannot be loaded ({error})"
         raise DependencyError(
-            f"the engine needs {name}, which {problem}; {_INSTALL[flavour]}"
+            f"the engine needs {name}, which {problem}; {where_tensorrt_is_from(flavour)}"
         ) from error
 
 

@@ -17,7 +17,7 @@ import msgspec
 
 from edge import evaluate as evaluation
 from edge.bundle_update import update_manifest
-from edge.errors import CheckpointError, ConfigError, DependencyError
+from edge.errors import CheckpointError, ConfigError, DependencyError, install_command
 from edge.llm import LLM
 from edge.manifest import MANIFEST_NAME, ModelSpec, read_manifest
 from edge.report import FIGURES, format_figure, html_report, html_task_report
@@ -188,7 +188,7 @@ def _reference(against: str, stack: ExitStack) -> Path:
     if not entry_points(group=COMMAND_GROUP, name="export"):
         raise DependencyError(
             f"{against} is no bundle, and exporting it needs the verb export; install it with: "
-            "pip install 'jetson-edge-llm[export]'"
+            f"{install_command('export')}"
         )
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-llm-reference-"))
     bundle = Path(folder) / "reference"

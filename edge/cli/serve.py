@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edge.errors import ConfigError
+from edge.errors import ConfigError, DependencyError, install_command
 from edge.server.settings import ServerSettings
 from edge.settings import load_settings
 
@@ -43,10 +43,8 @@ def serve(bundle: Path | None, config_file: Path | None, **flags: Any) -> int:
         from edge.server.run import serve as run_service
     except ModuleNotFoundError as error:
         if error.name in ("starlette", "uvicorn", "h11"):
-            from edge.errors import DependencyError
-
             raise DependencyError(
-                f"the service needs {error.name}; run: pip install 'jetson-edge-llm[serve]'"
+                f"the service needs {error.name}; run: {install_command('serve')}"
             ) from error
         raise
     configure_logging(settings.log_format, settings.log_level)

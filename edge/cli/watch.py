@@ -23,7 +23,7 @@ from edge.drift import (
     write_atomic,
 )
 from edge.drift import compare as compare_traffic
-from edge.errors import ConfigError, DependencyError
+from edge.errors import ConfigError, DependencyError, install_command
 from edge.evaluate import EVAL_TEXT
 from edge.llm import LLM
 from edge.watch import (
@@ -364,7 +364,7 @@ def _prometheus(outcome: _Outcome) -> bytes:
         from prometheus_client import CollectorRegistry, Gauge, generate_latest
     except ImportError as error:
         raise DependencyError(
-            "--textfile needs prometheus-client; run: pip install 'jetson-edge-llm[serve]'"
+            f"--textfile needs prometheus-client; run: {install_command('serve')}"
         ) from error
     registry = CollectorRegistry()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edge import io_spec
 from edge.engine_file import check_engine, find_engines, read_engine_info, verify_plan
-from edge.errors import BundleError, EdgeError, IntegrityError
+from edge.errors import BundleError, EdgeError, IntegrityError, install_command
 from edge.manifest import Manifest, read_manifest, verify_files
 
 from .check import (
@@ -31,7 +31,7 @@ def check_tensorrt(facts: Facts) -> Check:
         return Check(name, "skip", "no GPU that works")
     found = facts.tensorrt = facts.machine.tensorrt()
     if found.missing:
-        cure = "pip install 'jetson-edge-llm[tensorrt]'"
+        cure = install_command("tensorrt")
         if facts.jetson:
             cure = (
                 "sudo apt install tensorrt python3-libnvinfer, and make the environment with: "
@@ -68,7 +68,7 @@ def check_onnxruntime(facts: Facts) -> Check:
         found = facts.machine.onnxruntime(_CPU)
     facts.onnxruntime = found
     if found.missing:
-        cure = "pip install 'jetson-edge-llm[cpu]'"
+        cure = install_command("cpu")
         if facts.tensorrt.version:
             return Check(name, "warn", "not installed", "only TensorRT engines can run", cure)
         return Check(
@@ -98,7 +98,7 @@ def check_onnxruntime(facts: Facts) -> Check:
             "warn",
             detail,
             "it was built without CUDA, and TensorRT is not here: the GPU stays unused",
-            "pip uninstall onnxruntime, then pip install 'jetson-edge-llm[cuda]'",
+            f"pip uninstall onnxruntime, then {install_command('cuda')}",
         )
     return Check(name, "ok", detail)
 

@@ -23,7 +23,7 @@ import msgspec
 
 from edge import __version__
 from edge.drift import DriftMonitor
-from edge.errors import DependencyError
+from edge.errors import DependencyError, install_command
 from edge.generation import FinishReason, GenerationStats
 from edge.sampling import SamplingParams
 from edge.scheduler.request import SchedulerStats
@@ -108,8 +108,7 @@ class Metrics:
             import prometheus_client
         except ImportError as error:
             raise DependencyError(
-                "the server's metrics need prometheus-client; run: "
-                "pip install 'jetson-edge-llm[serve]'"
+                f"the server's metrics need prometheus-client; run: {install_command('serve')}"
             ) from error
         self._scheduler_stats = scheduler_stats
         self._engines = engines

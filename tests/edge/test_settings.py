@@ -187,7 +187,7 @@ def test_python_310_says_what_to_install(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_text("")
     monkeypatch.setattr(sys, "version_info", (3, 10, 12))
     monkeypatch.setitem(sys.modules, "tomli", None)
-    with pytest.raises(DependencyError, match=r"jetson-edge-llm\[serve\]"):
+    with pytest.raises(DependencyError, match=r"install .*-e .*\[serve\]"):
         load_settings(Shop, file=path)
 
 

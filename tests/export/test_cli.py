@@ -18,7 +18,7 @@ import rich.console
 from click.testing import CliRunner, Result
 
 import edge.cli
-from edge.errors import ConfigError, DependencyError
+from edge.errors import ConfigError, DependencyError, install_command
 from edge.manifest import read_manifest, verify_files
 from export.cli import _Bar, export
 from tests.tiny_models import write_checkpoint
@@ -181,8 +181,7 @@ def test_a_missing_extra_is_named(
     result = invoke(checkpoint, "-o", tmp_path / "bundle")
     assert isinstance(result.exception, DependencyError)
     assert str(result.exception) == (
-        f"exporting needs the package {package}; install it with: "
-        "pip install 'jetson-edge-llm[export]'"
+        f"exporting needs the package {package}; install it with: {install_command('export')}"
     )
 
 
