@@ -123,7 +123,7 @@ class ExportConfig:
         return ExportConfig(
             source=self.source,
             output=self.output,
-            quant="bf16" if self.dtype == "bf16" else "fp16",
+            quant=self.float_type,
             lora=self.lora,
             vocab_keep=self.vocab_keep,
             vocab_size=self.vocab_size,

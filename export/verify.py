@@ -12,11 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from edge.cli.eval import EXIT_GATE_MISSED
-from edge.errors import BackendError, EdgeError
+from edge.errors import (
+    BackendError,
+    BundleError,
+    ConfigError,
+    DependencyError,
+    EdgeError,
+    ResourceError,
+)
 
 VERIFY_TOKENS = 4096
 """Of the held-out text; gives the KL divergence to about a tenth of its value."""
 _WINDOW = 512
+# What the child's exit code says of its error; every other one is the engine's.
+_ERRORS = {
+    kind.exit_code: kind for kind in (ConfigError, BundleError, DependencyError, ResourceError)
+}
 
 
 class GateError(EdgeError):
@@ -54,14 +65,15 @@ def verify_bundle(
 
     Raises:
         GateError: a threshold was missed.
-        BackendError: the measurement failed; its own message is on stderr.
+        BackendError: the measurement failed; its own message is on stderr. Where that was a
+            `ConfigError`, `BundleError`, `DependencyError` or `ResourceError`, this one is it too.
     """
     command = [sys.executable, "-m", "edge.cli", "eval", str(staged), "--against", str(reference)]
     command += ["--gate", gate, "--save", "--json", "--tokens", str(VERIFY_TOKENS)]
     command += ["--window", str(min(_WINDOW, positions))]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode not in (0, EXIT_GATE_MISSED):
-        raise BackendError(
+        raise _ERRORS.get(done.returncode, BackendError)(
             f"the bundle could not be verified (exit code {done.returncode}, see above), so "
             f"{target} was not written; export without --verify to have it anyway"
         )

@@ -13,7 +13,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge.bundle_update import beside
-from edge.errors import BackendError, ConfigError
+from edge.errors import (
+    BackendError,
+    BundleError,
+    ConfigError,
+    DependencyError,
+    EdgeError,
+    ResourceError,
+)
 from edge.manifest import read_manifest, verify_files
 from export import verify, vocabulary
 from export.cli import export as export_verb
@@ -168,6 +175,29 @@ def test_a_measurement_that_fails_is_no_pass(
     with pytest.raises(BackendError, match=r"could not be verified \(exit code 1, see above\)"):
         export_checkpoint(config)
     assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("kind", [ConfigError, BundleError, DependencyError, ResourceError])
+def test_the_childs_error_keeps_its_class(
+    place: Path, monkeypatch: pytest.MonkeyPatch, kind: type[EdgeError]
+):
+    """So a missing library is told from an engine that failed, also by the exit code."""
+    child = place / "python"
+    child.write_text(f"#!/bin/sh\nexit {kind.exit_code}\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    with pytest.raises(kind, match=f"exit code {kind.exit_code}, see above") as caught:
+        verify.verify_bundle(place, place, "int4", 64, place / "bundle")
+    assert caught.value.exit_code == kind.exit_code
+
+
+@pytest.mark.parametrize("float_type", ["fp16", "bf16"])
+def test_the_reference_has_the_float_type_of_the_bundle(place: Path, float_type: Any):
+    keep = (("layers.0.*", "int8"),)
+    for options in ({"quant": float_type, "keep": keep}, {"quant": "int4", "dtype": float_type}):
+        config = ExportConfig(source="x", output=place, verify=True, **options)
+        assert config.float_reference().quant == float_type
+        assert config.float_reference().float_type == config.float_type == float_type
 
 
 def test_what_a_killed_verification_left_is_swept(source: Path, place: Path):
