@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,17 @@ _HUB_IDS = {
     "1.5B": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
     "7B": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
     "8B": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+}
+_PARAMETERS = tuple(item.name for item in fields(SamplingParams))
+# What code for transformers or for an engine says, and what says it here.
+_INSTEAD = {
+    "do_sample": "leave it out, or give temperature=0 for the likeliest token (do_sample=False)",
+    "max_new_tokens": "give max_length, which counts prompt and answer together",
+    "max_tokens": "give max_length, which counts prompt and answer together",
+    "num_return_sequences": "use model.llm.submit(messages, n=...) for several answers",
+    "num_beams": "leave it out: answers are sampled; model.llm.generate_best ranks several",
+    "stop_strings": "give stop, a tuple of texts",
+    "eos_token_id": "give stop_token_ids, a tuple of ids",
 }
 _PRECISIONS = ("fp16", "int8", "int4")
 _DEVICES = ("auto", "cuda", "cpu")
@@ -83,11 +96,15 @@ class DeepSeekModel:
             max_length: tokens of prompt and answer together, as in ``transformers``.
             temperature: None takes the model's own generation config.
             top_k: likewise.
-            params: any other field of `SamplingParams` but ``max_tokens``.
+            **params: any other field of `SamplingParams` but ``max_tokens``.
 
         Raises:
-            RequestError: a wrong parameter, or a prompt that leaves no room in ``max_length``.
+            RequestError: an unknown or wrong parameter, or a prompt that leaves no room in
+                ``max_length``.
         """
+        for name in params:
+            if name in _INSTEAD or name not in _PARAMETERS:
+                raise _unknown_option(name)
         messages: Prompt = (
             [{"role": "user", "content": context}] if isinstance(context, str) else context
         )
@@ -97,8 +114,6 @@ class DeepSeekModel:
                 f"the prompt has {max_length - room} tokens, max_length is {max_length}; "
                 "raise max_length: it counts prompt and answer together"
             )
-        if "max_tokens" in params:
-            raise RequestError("generate takes max_length (prompt and answer), not max_tokens")
         result = self.llm.generate(
             messages,
             SamplingParams(temperature=temperature, top_k=top_k, max_tokens=room, **params),
@@ -121,3 +136,11 @@ class DeepSeekModel:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _unknown_option(name: str) -> RequestError:
+    instead = _INSTEAD.get(name)
+    if instead is None:
+        near = difflib.get_close_matches(name, _PARAMETERS, n=1, cutoff=0.0)[0]
+        instead = f"the nearest known one is {near}; see edge.SamplingParams for all"
+    return RequestError(f"generate has no option {name}: {instead}")

@@ -176,7 +176,8 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
     type=click.Choice(["80", "86", "89", "120"]),
     default="86",
     show_default=True,
-    help="Compute capability to compile for; none needs to be here.",
+    help="GPU to compile for, which need not be here. TensorRT for RTX cannot compile for the "
+    "Orin's 87; 86 is closest, with the same parser, network and audit.",
 )
 def check(as_json: bool, sm: str, **options: Any) -> None:
     """Compile BUNDLE without a GPU and audit what TensorRT made of it.

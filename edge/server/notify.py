@@ -5,9 +5,12 @@ The protocol is that of sd_notify(3): lines ``KEY=VALUE``. Without systemd nothi
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
+
+_log = logging.getLogger("edge.server")
 
 
 class Notifier:
@@ -24,10 +27,11 @@ class Notifier:
         self._address = environ.get("NOTIFY_SOCKET", "")
         micros = environ.get("WATCHDOG_USEC", "")
         ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._lost: set[str] = set()
         self.watchdog_s = int(micros) / 1e6 if micros.isdecimal() and ours else None
 
     def send(self, **fields: str | int) -> None:
-        """Send one message; a manager that does not listen is not our trouble."""
+        """Send one message. One that does not arrive is logged, a repeated one the first time."""
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
@@ -37,5 +41,15 @@ class Notifier:
                 sock.setblocking(False)
                 sock.connect(address)
                 sock.sendall(message.encode())
-        except OSError:
-            return
+        except OSError as error:
+            if not self._lost.issuperset(fields):
+                self._lost.update(fields)
+                _log.error(
+                    "systemd was not told %s: %s (NOTIFY_SOCKET is %s); it may take the service "
+                    "for hung and restart it",
+                    message.replace("\n", ", "),
+                    error.strerror or error,
+                    self._address,
+                )
+        else:
+            self._lost.difference_update(fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,18 @@ def test_wrong_parameters(model: DeepSeekModel):
             model.generate(QUESTION, max_tokens=5)
         with pytest.raises(RequestError, match="temperature"):
             model.generate(QUESTION, temperature=-1)
-        with pytest.raises(TypeError, match="unknown"):
-            model.generate(QUESTION, unknown=1)
+        for name, words in (
+            ("do_sample", "temperature=0"),
+            ("max_new_tokens", "max_length"),
+            ("num_return_sequences", r"submit\(messages, n="),
+            ("repetition_penalti", "the nearest known one is repetition_penalty"),
+        ):
+            with pytest.raises(RequestError, match=f"no option {name}: .*{words}"):
+                model.generate(QUESTION, **{name: 1})
+        for item in dataclasses.fields(SamplingParams):  # and no known one is refused as unknown
+            if item.name not in ("max_tokens", "temperature", "top_k"):
+                default = getattr(SamplingParams(), item.name)
+                assert model.generate(QUESTION, 60, **{item.name: default})
 
 
 def test_reasoning_is_part_of_the_text(model: DeepSeekModel):

@@ -354,13 +354,38 @@ def test_what_systemd_is_told(
     assert b"STOPPING=1" in drain(sock)
 
 
-def test_the_notifier_is_silent_without_systemd_and_hard_to_hurt(tmp_path: Path):
+def test_the_notifier_is_silent_without_systemd_and_hard_to_hurt():
     Notifier({}).send(ready=1)
-    Notifier({"NOTIFY_SOCKET": str(tmp_path / "absent")}).send(ready=1)
     assert Notifier({"WATCHDOG_USEC": "x"}).watchdog_s is None
     assert Notifier({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "1"}).watchdog_s is None
     mine = Notifier({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": str(os.getpid())})
     assert mine.watchdog_s == 2.0
+
+
+def test_a_message_that_systemd_did_not_get_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """One that is repeated, the first time and again after it got through."""
+    path = tmp_path / "notify"
+    notifier = Notifier({"NOTIFY_SOCKET": str(path)})
+    for _ in range(3):
+        notifier.send(watchdog=1)
+    notifier.send(ready=1, status="serving")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(path))
+        notifier.send(watchdog=1)
+        assert receive(sock) == {"WATCHDOG": "1"}
+    notifier.send(watchdog=1)
+    lost = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    wanted = [
+        "WATCHDOG=1: No such file",
+        "READY=1, STATUS=serving: No such file",
+        "WATCHDOG=1: Conn",
+    ]
+    assert len(lost) == 3
+    for words, line in zip(wanted, lost, strict=True):
+        assert f"systemd was not told {words}" in line
+        assert str(path) in line
 
 
 def test_an_abstract_address():
