@@ -29,11 +29,15 @@ THINK_END = "</think>"
 _FUEL = 10_000_000
 
 _KEYS_BY_ROLE = {
-    "system": frozenset({"role", "content"}),
-    "user": frozenset({"role", "content"}),
-    "assistant": frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls"}),
+    "system": frozenset({"role", "content", "name"}),
+    "user": frozenset({"role", "content", "name"}),
+    "assistant": frozenset(
+        {"role", "content", "name", "reasoning_content", "reasoning", "tool_calls"}
+    ),
     "tool": frozenset({"role", "content", "tool_call_id", "name"}),
 }
+# OpenAI's rule for the name of a participant; that of a tool is free.
+_PARTICIPANT = re.compile(r"[^\s<|\\/>]{1,64}")
 _SPLITS_REASONING = re.compile(rf"split\(\s*['\"]{THINK_END}['\"]")
 _TEMPLATE_NAME = "chat_template.jinja"
 # What a caller may not set: this module's variables and functions, and those of minijinja.
@@ -281,7 +285,8 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     ``system``. ``content`` is a string or a list of ``{"type": "text", "text": ...}``, joined by
     newlines; an assistant's may be missing beside ``tool_calls``. An assistant's reasoning, as
     ``reasoning_content`` or ``reasoning``, goes to the template as ``reasoning_content``: R1's
-    drops it, Qwen3's keeps it where the model wants it. A key with the value None counts as absent.
+    drops it, Qwen3's keeps it where the model wants it. The ``name`` of a participant goes to the
+    template; most have no use for it. A key with the value None counts as absent.
 
     Args:
         messages: at least one.
@@ -319,6 +324,8 @@ def _normalize(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("reasoning_content", "reasoning", "tool_call_id", "name"):
         if not isinstance(found.get(key, ""), str):
             _refuse(index, key, f"must be a string, not {type(found[key]).__name__}")
+    if role != "tool" and not _PARTICIPANT.fullmatch(found.get("name", "x")):
+        _refuse(index, "name", "must have 1 to 64 characters, none of them white space or <|\\/>")
     reasoning = {found[key] for key in ("reasoning_content", "reasoning") if key in found}
     if len(reasoning) > 1:
         _refuse(index, "reasoning", "differs from reasoning_content; give one of them")

@@ -8,6 +8,7 @@ those. So the text of a finished answer always has the form, whatever the model.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import msgspec
 import numpy as np
@@ -26,17 +27,22 @@ from .errors import DependencyError, RequestError, ResourceError, install_comman
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
-OutputKind = Literal["json_object", "json_schema", "regex", "grammar"]
+OutputKind = Literal["json_object", "json_schema", "regex", "grammar", "tool_calls"]
 
 _NOUNS = {
     "json_object": "JSON object",
     "json_schema": "JSON schema",
     "regex": "regular expression",
     "grammar": "grammar",
+    "tool_calls": "JSON schema of the tools",
 }
+_SCHEMA_HINT = (
+    "leave that keyword out or write it with supported ones "
+    "(type, properties, required, items, enum, const, anyOf, $ref and $defs, pattern, bounds)"
+)
 _HINTS = {
-    "json_schema": "leave that keyword out or write it with supported ones "
-    "(type, properties, required, items, enum, const, anyOf, $ref and $defs, pattern, bounds)",
+    "json_schema": _SCHEMA_HINT,
+    "tool_calls": _SCHEMA_HINT,
     "regex": "use the syntax of Rust's regex crate: no look-around, no back-references",
     "grammar": "use Lark's syntax as llguidance reads it, with a rule named start",
 }
@@ -53,10 +59,12 @@ class OutputFormat:
 
     Attributes:
         kind: ``json_object`` (any object), ``json_schema`` (draft 2020-12; properties come in the
-            schema's order), ``regex`` (of the whole answer, in the syntax of Rust's regex crate) or
-            ``grammar`` (Lark, with llguidance's extensions).
+            schema's order), ``regex`` (of the whole answer, in the syntax of Rust's regex crate),
+            ``grammar`` (Lark, with llguidance's extensions) or ``tool_calls`` (any text, in which
+            what stands between two marks keeps to a schema).
         source: the schema (plain data or JSON text, kept as text), the expression or the grammar;
-            None for ``json_object``.
+            of ``tool_calls`` an object with ``start`` and ``end``, the marks, and ``schema``; None
+            for ``json_object``.
 
     Raises:
         RequestError: an unknown kind, or a source that does not belong to it.
@@ -70,7 +78,7 @@ class OutputFormat:
             raise RequestError(
                 f"unknown output format {self.kind!r:.80}; use one of {', '.join(_NOUNS)}"
             )
-        if self.kind == "json_schema" and isinstance(self.source, Mapping):
+        if self.kind in ("json_schema", "tool_calls") and isinstance(self.source, Mapping):
             try:
                 text = msgspec.json.encode(self.source).decode()
             except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
@@ -154,7 +162,7 @@ class GrammarCompiler:
 
     def _compile(self, output: OutputFormat) -> Any:
         library = _import_llguidance()
-        grammar = _to_grammar(library, output, self._limits)
+        grammar = _to_grammar(library, output, self._limits, self._tokenizer.control_tokens)
         if output.kind != "json_object":
             self._check(output.kind, grammar)
         with self._lock:
@@ -300,7 +308,9 @@ def _build_vocabulary(library: Any, tokenizer: Tokenizer, vocab_size: int) -> An
     return library.LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=list(tokenizer.tokens.eos))
 
 
-def _to_grammar(library: Any, output: OutputFormat, limits: GrammarLimits) -> str:
+def _to_grammar(
+    library: Any, output: OutputFormat, limits: GrammarLimits, control_tokens: Mapping[str, int]
+) -> str:
     """What `LLMatcher` takes, after the checks that need no compiler."""
     text = output.text
     size = len(text.encode("utf-8", "surrogatepass"))
@@ -316,10 +326,47 @@ def _to_grammar(library: Any, output: OutputFormat, limits: GrammarLimits) -> st
         grammar = library.LLMatcher.grammar_from_regex(text)
     elif output.kind == "grammar":
         grammar = library.LLMatcher.grammar_from_lark(text)
+    elif output.kind == "tool_calls":
+        calls = _read_calls(text)
+        schema = msgspec.json.encode(calls.schema).decode()
+        _check_schema(schema, limits)
+        grammar = library.LLMatcher.grammar_from_lark(_calls_grammar(calls, control_tokens))
     else:
         _check_schema(text, limits)
         grammar = library.LLMatcher.grammar_from_json_schema(text, overrides=_SCHEMA_OPTIONS)
     return grammar
+
+
+class _Calls(msgspec.Struct, forbid_unknown_fields=True):
+    """The source of ``tool_calls``."""
+
+    start: Annotated[str, msgspec.Meta(pattern=r"^<[\w|-]+>$")]
+    end: Annotated[str, msgspec.Meta(pattern=r"^</?[\w|-]+>$")]
+    schema: dict[str, Any]
+
+
+def _read_calls(source: str) -> _Calls:
+    try:
+        return msgspec.json.decode(source, type=_Calls)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise RequestError(f"the form of tool calls cannot be read: {error}") from error
+
+
+def _calls_grammar(calls: _Calls, control_tokens: Mapping[str, int]) -> str:
+    """Text, and calls in it; in Lark a control token has no quotes, and no text matches it."""
+    end = calls.end if calls.end in control_tokens else f'"{calls.end}"'
+    if calls.start in control_tokens:
+        rules = f"start: text (call text)*\ntext: TEXT |\nbegin: {calls.start}\n"
+    else:
+        # Lazy: the mark ends the text as soon as it is there.
+        rules = f'start: call* TEXT\nbegin[lazy]: ANY "{calls.start}"\nANY: /(.|\\n)*/\n'
+    schema = msgspec.json.encode({**calls.schema, "x-guidance": _SCHEMA_OPTIONS}).decode()
+    return (
+        f"%llguidance {{}}\n{rules}call: begin NL? arguments NL? {end}\nNL: /\\n/\n"
+        # The mark spelled out in letters would be read as a call, too.
+        f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{re.escape(calls.start)}(.|\\n)*/\n"
+        f"arguments: %json {schema}\n"
+    )
 
 
 def _check_schema(source: str, limits: GrammarLimits) -> None:

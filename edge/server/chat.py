@@ -170,11 +170,11 @@ async def chat_completions(
 def _has_form(request: ChatRequest) -> bool:
     """Whether a grammar has to be compiled for it."""
     wanted = request.response_format
-    return (wanted is not None and wanted.type != "text") or request.tool_choice not in (
-        None,
-        "none",
-        "auto",
-    )
+    if wanted is not None and wanted.type != "text":
+        return True
+    if request.tool_choice in (None, "auto"):
+        return any(tool.function.strict for tool in request.tools or ())
+    return request.tool_choice != "none"
 
 
 class _Answer:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from edge.errors import RequestError
 from edge.sampling import SamplingParams
 
@@ -16,7 +14,7 @@ from .protocol import ChatRequest
 from .registry import ServedModel
 from .settings import ServerSettings
 from .structure import output_format
-from .tools import forced_schema, prepare_messages, syntax_of
+from .tools import forced_schema, prepare_messages, strict_calls, syntax_of, template_tools
 
 # Tokens of reasoning for OpenAI's efforts; R1 and Qwen3 know none, so they are budgets here.
 EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096, "high": None}
@@ -61,11 +59,9 @@ def plan_chat(request: ChatRequest, model: ServedModel, settings: ServerSettings
                 "tools: this model's chat template writes no tool calls in a form known here; "
                 "send tool_choice with a function's name, or no tools"
             )
-        tools = [msgspec.to_builtins(tool) for tool in request.tools]
-        for tool in tools:
-            # What was not sent must not reach the template as null.
-            tool["function"] = {k: v for k, v in tool["function"].items() if v is not None}
-    output = output_format(request.response_format, forced)
+        tools = template_tools(request.tools)
+    calls = strict_calls(request, syntax_of(template)) if forced is None else None
+    output = output_format(request.response_format, forced, calls)
     thinking, budget = _thinking(request)
     options: dict[str, Any] = {}
     if output is not None:

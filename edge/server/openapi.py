@@ -59,6 +59,7 @@ _GETS: dict[str, tuple[str, type | str]] = {
     "/openapi.json": ("This document", dict),
     "/": ("The page", "text/html"),
 }
+_REQUESTS = ("ChatRequest", "CompletionRequest")
 _STREAMING = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -71,11 +72,13 @@ def openapi() -> dict[str, Any]:
     _, components = msgspec.json.schema_components(
         types, ref_template="#/components/schemas/{name}"
     )
-    for name in IGNORED:
-        for request_name in ("ChatRequest", "CompletionRequest"):
-            components[request_name]["properties"][name]["description"] = (
-                f"No effect: {IGNORED[name]}."
-            )
+    for path, why in IGNORED.items():
+        *above, name = path.split(".")
+        holders = ("JSONSchema",) if above[-1:] == ["json_schema"] else _REQUESTS
+        for holder in holders:
+            field = components[holder]["properties"].get(name)
+            if field is not None:  # messages are free-form objects here
+                field["description"] = f"No effect: {why}."
     paths: dict[str, Any] = {}
     content: dict[str, Any]
     for path, (summary, request, response) in _POSTS.items():

@@ -23,8 +23,13 @@ IGNORED = {
     "safety_identifier": "bookkeeping of the caller",
     "prompt_cache_key": "prefixes are found without it",
     "prompt_cache_retention": "the cache keeps what it can",
+    "modalities": "text is the only one",
+    "response_format.json_schema.name": "the schema binds the answer, whatever it is called",
+    "response_format.json_schema.description": "the model reads the messages; say it there",
+    "response_format.json_schema.strict": "the answer always keeps to the schema",
+    "messages[].name": "most templates have no place for it; one that reads message.name gets it",
 }
-"""Accepted without effect, and why."""
+"""Accepted without effect, and why: by the path of the field."""
 
 Request = TypeVar("Request")
 

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 
 
 def output_format(
-    wanted: ResponseFormat | None, forced: dict[str, Any] | None
+    wanted: ResponseFormat | None,
+    forced: dict[str, Any] | None,
+    calls: dict[str, Any] | None = None,
 ) -> OutputFormat | None:
     """The form that an answer must have; None leaves it free.
 
     Args:
         wanted: of the request.
         forced: JSON schema of a tool call that must come.
+        calls: form of calls that may come, see `tools.strict_calls`.
 
     Raises:
         APIError: 400 for fields that do not belong together.
@@ -37,12 +40,20 @@ def output_format(
         raise invalid(
             "response_format: cannot hold while tool_choice forces a call", "response_format"
         )
-    if forced is None and wanted.type == "text":
+    if calls is not None and wanted.type != "text":
+        raise invalid(
+            "response_format: an answer of this form has no place for calls of strict tools; send "
+            "tool_choice none, or the type text",
+            "response_format",
+        )
+    if forced is None and calls is None and wanted.type == "text":
         return None
     from edge.structured import OutputFormat
 
     if forced is not None:
         return OutputFormat("json_schema", forced)
+    if calls is not None:
+        return OutputFormat("tool_calls", calls)
     if wanted.json_schema is not None:
         return OutputFormat("json_schema", wanted.json_schema.schema)
     if wanted.regex is not None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from edge.chat import encode_chat
 from edge.errors import RequestError
 
@@ -13,7 +11,7 @@ from .answers import DetokenizeResponse, TokenizeResponse
 from .errors import invalid
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .registry import ServedModel
-from .tools import prepare_messages
+from .tools import prepare_messages, template_tools
 
 
 def tokenize(body: TokenizeRequest, model: ServedModel) -> TokenizeResponse:
@@ -28,15 +26,12 @@ def tokenize(body: TokenizeRequest, model: ServedModel) -> TokenizeResponse:
     if body.messages is not None:
         if llm.template is None:
             raise RequestError("messages: this model has no chat template; send prompt")
-        tools: list[dict[str, Any]] | None = None
-        if body.tools:
-            tools = [msgspec.to_builtins(tool) for tool in body.tools]
         ids = encode_chat(
             llm.tokenizer,
             llm.template,
             prepare_messages(body.messages, llm.template.source),
             add_generation_prompt=body.add_generation_prompt,
-            tools=tools,
+            tools=template_tools(body.tools) if body.tools else None,
         )
     else:
         assert body.prompt is not None

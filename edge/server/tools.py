@@ -17,7 +17,7 @@ import msgspec
 
 from .answers import CalledFunction, ToolCall
 from .errors import APIError, invalid
-from .protocol import ChatRequest, NamedTool
+from .protocol import ChatRequest, NamedTool, Tool
 
 _FENCED = re.compile(r"\s*(.*?)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 _OBJECT_ARGUMENTS = re.compile(r"arguments(?:['\"]\])?\s*\|\s*tojson")
@@ -193,19 +193,67 @@ def forced_schema(request: ChatRequest) -> dict[str, Any] | None:
             raise invalid(
                 f"tool_choice: no tool has the name {choice.function.name[:80]!r}", "tool_choice"
             )
+    return _call_schema([(tool, tool.function.parameters) for tool in tools])
+
+
+def strict_calls(request: ChatRequest, syntax: ToolSyntax | None) -> dict[str, Any] | None:
+    """Source of the form ``tool_calls``, for tools of which one is strict; None without any.
+
+    A call may come or not; where one comes, it names a tool, and arguments of a strict one keep to
+    its schema.
+
+    Args:
+        request: whose ``tool_choice`` leaves the model free.
+        syntax: the model's family.
+
+    Raises:
+        APIError: 400 where the family's calls cannot be bound.
+    """
+    tools = request.tools or []
+    strict = [index for index, tool in enumerate(tools) if tool.function.strict]
+    if not strict or request.tool_choice == "none":
+        return None
+    if syntax is not HERMES:
+        where = f"tools[{strict[0]}].function.strict"
+        raise invalid(
+            f"{where}: this model's calls cannot be bound to a schema while it is free to call; "
+            "send tool_choice required or a function's name, or leave strict out",
+            where,
+        )
+    shapes = [(tool, tool.function.parameters if tool.function.strict else None) for tool in tools]
+    return {"start": HERMES.start, "end": HERMES.end, "schema": _call_schema(shapes)}
+
+
+def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[str, Any]:
+    """Of one call: a tool's name, and arguments by its schema, or any where that is None."""
     options = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
+                "arguments": parameters or {"type": "object"},
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for tool, parameters in shapes
     ]
     return options[0] if len(options) == 1 else {"anyOf": options}
+
+
+def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tools as chat templates take them: what was not sent must not reach them as null.
+
+    ``strict`` speaks to the server, not to the model, so they do not see it.
+    """
+    plain: list[dict[str, Any]] = [msgspec.to_builtins(tool) for tool in tools]
+    for tool in plain:
+        tool["function"] = {
+            key: value
+            for key, value in tool["function"].items()
+            if value is not None and key != "strict"
+        }
+    return plain
 
 
 def prepare_messages(messages: Sequence[Mapping[str, Any]], template: str) -> list[dict[str, Any]]:

@@ -312,3 +312,85 @@ def test_an_interpreter_that_cannot_start_is_an_error(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
     with pytest.raises(ResourceError, match="cannot start a process"):
         compiler.compile(OutputFormat("regex", "never compiled before"))
+
+
+# Calls in free text
+
+CALL_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"const": "f"}, "arguments": {"enum": [{"a": 1}, {"a": 22}]}},
+    "required": ["name", "arguments"],
+    "additionalProperties": False,
+}
+CALL_MARKS = {"text": ("<tool_call>", "</tool_call>"), "control": ("<think>", "</think>")}
+
+
+@pytest.fixture(params=sorted(CALL_MARKS))
+def marks(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Marks that are plain text to the tokenizer, and marks that are control tokens."""
+    return CALL_MARKS[request.param]
+
+
+def follow(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, marks: tuple[str, str], text: str
+) -> tuple[str, bool]:
+    """How far a text is let through, and whether it might end there."""
+    start, end = marks
+    source = {"start": start, "end": end, "schema": CALL_SCHEMA}
+    constraint = compiler.compile(OutputFormat("tool_calls", source))
+    ids = tokenizer.encode(text, control=True)
+    for at, token_id in enumerate(ids):
+        if constraint.mask()[token_id] != 0:
+            return tokenizer.decode(ids[:at]), constraint.may_end
+        constraint.accept(token_id)
+    return text, constraint.may_end
+
+
+def test_text_is_free_and_calls_keep_to_the_schema(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, marks: tuple[str, str]
+) -> None:
+    start, end = marks
+    call = f'{start}\n{{"name": "f", "arguments": {{"a": 22}}}}\n{end}'
+    whole = ("", "plain < text\n\n{}", f"so: {call}", f"{call}\n{call} and more",
+             f"a {start[:-1]} b", end, call.replace("\n", ""))  # fmt: skip
+    for text in whole:
+        if text == end and start in tokenizer.control_tokens:
+            continue  # a closing token alone is no text
+        assert follow(compiler, tokenizer, marks, text) == (text, True)
+    for text, good in (
+        (f'{start}{{"name": "g"', f'{start}{{"name": "'),
+        (f'hm {start}\n{{"name": "f", "arguments": {{"a": 2}}', None),
+        (f"{start}call me{end}", start),
+        (f"{start}{end}", start),
+    ):
+        found, may_end = follow(compiler, tokenizer, marks, text)
+        assert found == good or (good is None and found != text)
+        assert not may_end
+
+
+def test_a_mark_that_is_spelled_out_opens_no_call(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    """Where the mark is one control token, its letters would be read as a call all the same."""
+    source = {"start": "<think>", "end": "</think>", "schema": CALL_SCHEMA}
+    constraint = compiler.compile(OutputFormat("tool_calls", source))
+    *letters, last = tokenizer.encode("<think>")
+    for token_id in letters:
+        assert constraint.mask()[token_id] == 0
+        constraint.accept(token_id)
+    assert constraint.mask()[last] != 0
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{}",
+        {"start": "<a>", "end": "</a>"},
+        {"start": '<a>"', "end": "</a>", "schema": {}},
+        {"start": "<a>", "end": "</a>", "schema": {"type": "poem"}},
+        {"start": "<a>", "end": "</a>", "schema": {"x-guidance": {}}},
+    ],
+)
+def test_forms_of_calls_that_cannot_be_read(compiler: GrammarCompiler, source: Any) -> None:
+    with pytest.raises(RequestError, match=r"tool|JSON schema: x-guidance"):
+        compiler.compile(OutputFormat("tool_calls", source))

@@ -31,6 +31,21 @@ from tests.fakes import ScriptedBackend, random_logits
 from tests.tiny_models import CONTROL_IDS, EOS_ID
 
 CAPACITY = 512
+# What Qwen2.5's template does with tools, in short.
+HERMES_TEMPLATE = (
+    "{{bos_token}}{% if tools %}{{ '# Tools\n' }}{% for tool in tools %}"
+    "{{ tool | tojson }}{{ '\n' }}{% endfor %}{% endif %}"
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'user' or message['role'] == 'system' %}"
+    "{{'<｜User｜>' + message['content']}}"
+    "{%- elif message['role'] == 'tool' %}{{'<tool_response>' + message['content']}}"
+    "{%- elif message['role'] == 'assistant' %}{{'<｜Assistant｜>'}}"
+    "{% if message['content'] %}{{message['content']}}{% endif %}"
+    "{% if message['tool_calls'] %}{% for call in message['tool_calls'] %}"
+    "{{'<tool_call>' + call['function']['name'] + ' '}}{{ call['function']['arguments'] | tojson }}"
+    "{{'</tool_call>'}}{% endfor %}{% endif %}{%- endif %}{%- endfor -%}"
+    "{% if add_generation_prompt %}{{'<｜Assistant｜>'}}{% endif %}"
+)
 
 
 class ScriptedEngine:

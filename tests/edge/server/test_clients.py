@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from .scripted import Live, running
-from .test_tools import CALL, WEATHER, tool_bundle  # noqa: F401 - a fixture
+from .test_tools import CALL, WEATHER
 
 openai = pytest.importorskip("openai")
 QUESTION: list[Any] = [{"role": "user", "content": "what"}]
@@ -24,7 +24,7 @@ AUTH = {"Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
-def served(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:  # noqa: F811
+def served(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"client:{KEY}\n")
     with running(tool_bundle, api_key_file=keys, llm={"queue_capacity": 4}) as live:
@@ -180,7 +180,7 @@ def test_llm_comply_has_nothing_to_say(served: Live, capsys: pytest.CaptureFixtu
     assert code == 0, json.dumps(report, indent=1)
 
 
-def test_schemathesis_finds_nothing(tool_bundle: Path, tmp_path: Path):  # noqa: F811
+def test_schemathesis_finds_nothing(tool_bundle: Path, tmp_path: Path):
     pytest.importorskip("schemathesis")
     schema = tmp_path / "openapi.json"
     checks = (

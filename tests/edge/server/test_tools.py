@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.manifest import FileInfo, encode_manifest, read_manifest
+from edge.server.errors import APIError
+from edge.server.protocol import ChatRequest, Tool
 from edge.server.tools import (
     DEEPSEEK,
     HERMES,
@@ -22,28 +21,14 @@ from edge.server.tools import (
     ToolSyntax,
     WholeCall,
     prepare_messages,
+    strict_calls,
     syntax_of,
+    template_tools,
 )
-from tests.conftest import Bundles
 from tests.tiny_models import CHAT_TEMPLATE
 
-from .scripted import Live, running
+from .scripted import HERMES_TEMPLATE, Live, running
 
-# What Qwen2.5's template does with tools, in short.
-HERMES_TEMPLATE = (
-    "{{bos_token}}{% if tools %}{{ '# Tools\n' }}{% for tool in tools %}"
-    "{{ tool | tojson }}{{ '\n' }}{% endfor %}{% endif %}"
-    "{%- for message in messages %}"
-    "{%- if message['role'] == 'user' or message['role'] == 'system' %}"
-    "{{'<｜User｜>' + message['content']}}"
-    "{%- elif message['role'] == 'tool' %}{{'<tool_response>' + message['content']}}"
-    "{%- elif message['role'] == 'assistant' %}{{'<｜Assistant｜>'}}"
-    "{% if message['content'] %}{{message['content']}}{% endif %}"
-    "{% if message['tool_calls'] %}{% for call in message['tool_calls'] %}"
-    "{{'<tool_call>' + call['function']['name'] + ' '}}{{ call['function']['arguments'] | tojson }}"
-    "{{'</tool_call>'}}{% endfor %}{% endif %}{%- endif %}{%- endfor -%}"
-    "{% if add_generation_prompt %}{{'<｜Assistant｜>'}}{% endif %}"
-)
 WEATHER = {
     "type": "function",
     "function": {
@@ -159,21 +144,6 @@ def test_arguments_in_a_history_become_what_the_template_wants():
     assert as_text["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
 
 
-@pytest.fixture(scope="session")
-def tool_bundle(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with a template that takes tools."""
-    bundle = tmp_path_factory.mktemp("tools") / "tiny"
-    shutil.copytree(tiny_bundles("qwen2"), bundle)
-    template = HERMES_TEMPLATE.encode()
-    (bundle / "chat_template.jinja").write_bytes(template)
-    manifest = read_manifest(bundle)
-    info = FileInfo(len(template), hashlib.sha256(template).hexdigest())
-    files = {**manifest.files, "chat_template.jinja": info}
-    changed = msgspec.structs.replace(manifest, files=files)
-    (bundle / "manifest.json").write_bytes(encode_manifest(changed))
-    return bundle
-
-
 @pytest.fixture(scope="module")
 def tools(tool_bundle: Path) -> Iterator[Live]:
     with running(tool_bundle, default_model="tiny", llm={"kv_capacity": 1024}) as live:
@@ -182,7 +152,8 @@ def tools(tool_bundle: Path) -> Iterator[Live]:
 
 def ask(live: Live, answer: str, **fields: Any) -> Any:
     tools = fields.pop("tools", [WEATHER, CLOCK])
-    live.engine.say(QUESTION, answer, tools=tools)
+    shown = template_tools(msgspec.convert(tools, list[Tool]))
+    live.engine.say(QUESTION, answer, tools=shown)
     return live.chat(temperature=0, tools=tools, **fields)
 
 
@@ -269,3 +240,50 @@ def test_a_call_that_must_come(tools: Live):
                 assert arguments.keys() == (
                     {"city"} if call["function"]["name"] == "weather" else set()
                 )
+
+
+def strict(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {**tool["function"], "strict": True}}
+
+
+def test_arguments_of_a_strict_tool_keep_to_its_schema_where_a_call_need_not_come(tools: Live):
+    pytest.importorskip("llguidance")
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = WEATHER["function"]["parameters"]  # type: ignore[index]
+    wrong, both = hermes("weather", {"city": 5}), [strict(WEATHER), CLOCK]
+    (call,) = ask(tools, wrong).json["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": 5}
+    for choice in ({}, {"tool_choice": "auto"}):
+        answer = ask(tools, f"Hm. {wrong}", tools=both, max_tokens=400, **choice)
+        assert answer.status == 200, answer.body
+        message = answer.json["choices"][0]["message"]
+        assert message["content"].startswith("Hm.")
+        call, *_ = message["tool_calls"]
+        assert call["function"]["name"] == "weather"
+        jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
+    # The text around it is free, and so are the arguments of the other tool.
+    plain = ask(tools, "It is sunny.", tools=[strict(WEATHER)]).json["choices"][0]
+    assert (plain["message"]["content"], plain["finish_reason"]) == ("It is sunny.", "stop")
+    free = ask(tools, hermes("clock", {"a": "b"}), tools=both).json["choices"][0]
+    assert json.loads(free["message"]["tool_calls"][0]["function"]["arguments"]) == {"a": "b"}
+    with_form = tools.chat(tools=[strict(CLOCK)], response_format={"type": "json_object"})
+    assert (with_form.status, with_form.json["error"]["param"]) == (400, "response_format")
+
+
+def test_what_cannot_be_bound_is_refused_by_name():
+    request = msgspec.convert(
+        {"messages": QUESTION, "tools": [CLOCK, strict(WEATHER)]}, ChatRequest
+    )
+    with pytest.raises(APIError, match="required or a function's name") as caught:
+        strict_calls(request, DEEPSEEK)
+    assert caught.value.param == "tools[1].function.strict"
+    assert strict_calls(msgspec.structs.replace(request, tool_choice="none"), DEEPSEEK) is None
+    assert strict_calls(msgspec.structs.replace(request, tools=[]), DEEPSEEK) is None
+
+
+def test_tokenize_and_chat_show_the_template_the_same_tools(tools: Live):
+    """``strict`` is for the server; a key that was not sent is not shown as null."""
+    body = {"messages": QUESTION, "tools": [strict(CLOCK)]}
+    count = tools.ask("/tokenize", body).json["count"]
+    assert count == tools.ask("/tokenize", {**body, "tools": [CLOCK]}).json["count"]
+    assert count == tools.chat(tools=[CLOCK], max_tokens=1).json["usage"]["prompt_tokens"]
