@@ -147,7 +147,8 @@ def test_every_engine_option_arrives(
     for name, value in given.items():
         flag = name.replace("_", "-")
         arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
-    for module, command in (("llm", ("run", bundle, "hello")), ("cli.chat", ("chat", bundle))):
+    # chat takes LLM when it is imported, so it comes first, while edge.llm has the real one.
+    for module, command in (("cli.chat", ("chat", bundle)), ("llm", ("run", bundle, "hello"))):
         monkeypatch.setattr(f"edge.{module}.LLM", open_llm)
         assert "enough" in error_line(edge_llm(*command, *arguments), 64)
     assert opened == [{**given, "num_slots": 1}] * 2
