@@ -31,6 +31,7 @@ from edge.onnx_file import OnnxFile
 
 from . import Floats, Ints
 from .cpu_attention import fuse_cache_attention
+from .host_cache import HostCache
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -100,14 +101,14 @@ class OrtBackend:
         model = self.model
         shape = (num_slots, model.num_kv_heads, self.capacity, model.head_dim)
         self._dtype = np.float32
-        # Untouched pages of zeros take no memory, so a long capacity costs what is used of it.
         try:
-            self._cache = [np.zeros(shape, dtype=self._dtype) for _ in range(2 * model.num_layers)]
+            self._memory = HostCache(2 * model.num_layers, shape, np.dtype(self._dtype))
         except MemoryError as error:
             raise ResourceError(
                 f"the KV cache of {num_slots} slots of {self.capacity} tokens does not fit into "
                 "memory; fewer slots, or a smaller --kv-capacity"
             ) from error
+        self._cache = self._memory.arrays
         self._kv_positions = np.arange(self.capacity, dtype=np.int64)
         self._decode_steps: dict[tuple[int, int], Step] = {}
 
@@ -180,16 +181,19 @@ class OrtBackend:
         """See `edge.backends.Backend.write_slot`."""
         for array, values in zip(self._cache, rows, strict=True):
             array[slot, :, : values.shape[1]] = values
+        self._memory.wrote(slot, rows.shape[2])
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See `edge.backends.Backend.copy_slot`."""
         for array in self._cache:
             array[target, :, :length] = array[source, :, :length]
+        self._memory.wrote(target, length)
 
     def close(self) -> None:
         """Free the session and the cache."""
         self._decode_steps.clear()
         self._cache = []
+        vars(self).pop("_memory", None)
         self._session = None
 
     def _set_sizes(
@@ -262,6 +266,7 @@ class _Step:
     ) -> None:
         model = backend.model
         self._backend = backend
+        self._memory = backend._memory
         self._slots = slice(first, first + batch)
         self._embeds = np.empty((batch, seq, model.hidden_size), dtype=backend._dtype)
         self._positions = np.empty((batch, seq), dtype=np.int64)
@@ -320,6 +325,9 @@ class _Step:
                 f"ONNX Runtime failed on a step of {positions.shape} tokens: {error}"
             ) from error
         self._append(positions)
+        for slot, last in enumerate(positions[:, -1].tolist(), start=self._slots.start):
+            self._memory.wrote(slot, last + 1)
+        self._memory.settle(positions.size)
         return self._logits
 
     def _append(self, positions: Ints) -> None:

@@ -500,20 +500,22 @@ class EngineCore:
         # Out of memory may come in the middle of a step, too.
         spoilt = isinstance(error, (BackendError, ResourceError))
         if scrub and spoilt and sequence.slot is not None:
-            self._scrub(sequence.slot)
+            self._scrub(sequence.slot, max(len(sequence.pending), 1 + self.max_draft_tokens))
         self._leave(sequence, keep=False)
         self.outcomes["deadline" if isinstance(error, DeadlineError) else "error"] += 1
         sequence.sink.put(error)
 
-    def _scrub(self, slot: Slot) -> None:
-        """Zero the rows of a failed sequence.
+    def _scrub(self, slot: Slot, last_step: int) -> None:
+        """Zero the rows of a failed sequence, those that its last step may have written included.
 
         A masked row still counts where attention multiplies its weight of 0 by what the row holds:
         a NaN left there would reach whoever gets the slot next.
         """
         if self.backend.failed is not None:
             return
-        written = min(slot.length + self.backend.max_step_tokens, slot.capacity)
+        # No more than that: on the CPU a row that nobody has touched takes no memory.
+        last_step = min(last_step, self.backend.max_step_tokens)
+        written = min(slot.length + last_step, slot.capacity)
         # A backend that cannot even write will say so in its next step.
         with contextlib.suppress(EdgeError):
             row = self.backend.read_slot(slot.index, 1)

@@ -365,6 +365,22 @@ def test_a_step_that_runs_out_of_memory_leaves_no_row_behind(table: EmbeddingTab
     assert all(not engine.backend.read_slot(i, 3).clip(0).any() for i in range(4))
 
 
+@pytest.mark.parametrize("prompt", [3, 14])
+def test_scrubbing_touches_no_row_that_the_step_cannot_have_written(
+    table: EmbeddingTable, prompt: int
+):
+    """On the CPU a row costs memory as soon as it is written."""
+    engine = Engine(table, max_step_tokens=32)
+    engine.backend.fails = True
+    engine.submit(make_request([9] * prompt))
+    engine.run()
+    drafts = engine.core.max_draft_tokens
+    zeroed = max(prompt, 1 + drafts)
+    assert zeroed < engine.backend.max_step_tokens
+    rows = engine.backend.rows_of(0, engine.backend.capacity)
+    assert rows == [0] * zeroed + [-1] * (len(rows) - zeroed)
+
+
 def test_logits_that_are_no_numbers_end_only_their_sequence(table: EmbeddingTable):
     def script(seen: tuple[int, ...]) -> Any:
         return np.full(VOCAB, np.nan, np.float32) if seen[0] == 9 else COUNT_UP(seen)
