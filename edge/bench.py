@@ -20,13 +20,11 @@ from .backends import Backend
 from .embeddings import EmbeddingTable
 from .errors import ConfigError
 from .manifest import Manifest
+from .progress import Progress, silent
 from .sampling import Sampler, SamplingParams
 from .telemetry import EnergyMeter
 
 _METER_INTERVAL_S = 0.05
-
-Progress = Callable[[int, int], None]
-"""Called with the repeats done and the repeats in all, warm-up included."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def run_bench(
     config: BenchConfig,
     *,
     make_meter: Callable[[], EnergyMeter] = lambda: EnergyMeter(interval_s=_METER_INTERVAL_S),
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Samples:
     """Measure.
 
@@ -114,7 +112,7 @@ def run_bench(
     random = np.random.default_rng(config.seed)
     total = config.warmup + config.repeats
     for index in range(total):
-        progress(index, total)
+        progress("bench", index, total, "runs")
         prompts = random.integers(
             0, manifest.model.vocab_size, (config.batch, config.prompt_tokens), dtype=np.int64
         )
@@ -125,7 +123,7 @@ def run_bench(
             run.decode()
         if index >= config.warmup:
             run.record(samples, prefill_meter, decode_meter)
-    progress(total, total)
+    progress("bench", total, total, "runs")
     return samples
 
 

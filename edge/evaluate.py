@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from .embeddings import EmbeddingTable
 from .errors import ConfigError, DependencyError
 from .figures import cosine_similarity, kl_divergence, log_softmax
 from .manifest import Manifest
+from .progress import Progress, silent
 
 CHUNK_TOKENS = 64
 """Positions whose logits are in memory at once, and the length of a bootstrap block."""
@@ -39,7 +40,6 @@ _CONFIDENCE = 0.95
 _CURVE_POINTS = 32
 
 Vector = NDArray[np.float64]
-Progress = Callable[[int, int], None]
 """Called with the positions done and the positions in all."""
 
 
@@ -230,7 +230,7 @@ def cut_windows(
 
 
 def compare(
-    bundle: Model, reference: Model | None, text: EvalText, progress: Progress | None = None
+    bundle: Model, reference: Model | None, text: EvalText, progress: Progress = silent
 ) -> Comparison:
     """Run a bundle, and a reference beside it, over a text.
 
@@ -238,7 +238,7 @@ def compare(
         bundle: opened with room for a window; steps take at most `CHUNK_TOKENS`.
         reference: the same vocabulary, or None for the perplexity alone.
         text: in tokens of both.
-        progress: called after each chunk.
+        progress: told the tokens scored (``score``).
 
     Raises:
         RequestError: a token outside the table.
@@ -247,6 +247,7 @@ def compare(
     parts: list[Positions] = []
     cache_errors = _CacheErrors(bundle.manifest.model.num_layers)
     num_blocks = done = 0
+    progress("score", 0, text.num_scored, "tokens")
     for window in text.windows:
         ids = np.asarray(window, dtype=np.int64)
         for first in range(0, len(ids) - 1, CHUNK_TOKENS):
@@ -261,8 +262,7 @@ def compare(
             parts.append(Positions(np.full(count, num_blocks), np.arange(first, last), *part))
             num_blocks += 1
             done += count
-            if progress is not None:
-                progress(done, text.num_scored)
+            progress("score", done, text.num_scored, "tokens")
         if reference is not None:
             cache_errors.add(
                 reference.backend.read_slot(0, len(ids) - 1),
@@ -369,7 +369,7 @@ def measure(
     *,
     window: int,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compare and sum up in plain values, as the verb prints them and a manifest stores them.
 

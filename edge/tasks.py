@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,10 +30,10 @@ from .errors import ConfigError, ContextLengthError
 from .evaluate import CHUNK_TOKENS, forward, read_text
 from .figures import token_logprobs
 from .llm import LLM
+from .progress import Progress, silent
 from .sampling import SamplingParams
 
 Scoring = Literal["letter", "text"]
-Progress = Callable[[int, int], None]
 
 _Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
@@ -189,7 +189,7 @@ def run_task(
     *,
     scoring: Scoring = "letter",
     params: SamplingParams | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[ItemResult]:
     """Let a bundle answer every item.
 
@@ -198,13 +198,14 @@ def run_task(
         items: of `read_task`.
         scoring: for choices: compare the letters, or the texts by log-probability per byte.
         params: for generation.
-        progress: called with the items done and the items in all.
+        progress: told the questions answered (``answer``).
 
     Raises:
         ContextLengthError: a question does not fit into the KV cache.
         BackendError: the engine failed.
     """
     results = []
+    progress("answer", 0, len(items), "questions")
     for done, (line, item) in enumerate(items, start=1):
         if isinstance(item, ChoiceItem):
             scores = choice_scores(llm, item, scoring)
@@ -214,8 +215,7 @@ def run_task(
             answer = find_number(_generate(llm, item, params))
             correct = answer is not None and parse_number(answer) == parse_number(item.expected)
         results.append(ItemResult(line, item.expected, answer, correct))
-        if progress is not None:
-            progress(done, len(items))
+        progress("answer", done, len(items), "questions")
     return results
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge.backends import Backend, Floats
 from edge.errors import ConfigError
 from edge.figures import cosine_similarity, kl_divergence, log_softmax
+from edge.progress import Progress, silent
 
 _LOGITS_PER_CHUNK = 32  # a vocabulary of 150,000 in float32 takes 0.6 MB a position
 
@@ -80,6 +81,7 @@ def compare_backends(
     *,
     decode_steps: int = 32,
     thresholds: Thresholds | None = None,
+    progress: Progress = silent,
 ) -> VerifyReport:
     """Run prompts through both and compare.
 
@@ -90,6 +92,7 @@ def compare_backends(
         embed: rows ``[n, hidden]`` of the token table for ``n`` ids.
         decode_steps: steps after each prompt.
         thresholds: the defaults if left open.
+        progress: told the tokens that both have run (``compare``).
 
     Raises:
         ConfigError: nothing to compare, or a prompt that does not fit a cache.
@@ -106,14 +109,23 @@ def compare_backends(
     prefill: list[NDArray[np.float64]] = []
     decode: list[NDArray[np.float64]] = []
     worst_cache = 1.0
+    ran, total = 0, sum(map(len, prompts)) + decode_steps * len(prompts)
+
+    def count(tokens: int) -> None:
+        nonlocal ran
+        ran += tokens
+        progress("compare", ran, total, "tokens")
+
+    count(0)
     for prompt in prompts:
-        token = _prefill(reference, candidate, prompt, embed, prefill)
+        token = _prefill(reference, candidate, prompt, embed, prefill, count)
         length = len(prompt)
         for _ in range(decode_steps):
             ours, theirs = _step((reference, candidate), embed([token]), length, [0])
             decode.append(_measure(ours, theirs))
             token = int(ours[-1].argmax())
             length += 1
+            count(1)
         cosine = _cache_cosine(reference, candidate, length)
         worst_cache = float(np.minimum(worst_cache, cosine))  # keeps a NaN, as min() would not
     first, second = _summarize(prefill), _summarize(decode)
@@ -133,6 +145,7 @@ def _prefill(
     prompt: Sequence[int],
     embed: Callable[[Sequence[int]], Floats],
     measured: list[NDArray[np.float64]],
+    count: Callable[[int], None],
 ) -> int:
     """Returns the reference's next token."""
     chunk = min(reference.max_step_tokens, candidate.max_step_tokens)
@@ -145,6 +158,7 @@ def _prefill(
         )
         measured.append(_measure(ours, theirs))
         token = int(ours[-1].argmax())
+        count(len(ids))
     return token
 
 

@@ -24,6 +24,7 @@ from . import evaluate
 from .drift import write_atomic
 from .errors import ConfigError
 from .llm import LLM
+from .progress import Progress, silent
 from .sampling import SamplingParams
 from .tasks import find_number, mcnemar_exact, parse_number
 
@@ -43,8 +44,6 @@ _REFUSAL = re.compile(
 )
 _WORDS = re.compile(r"\w+")
 _NUMBER = re.compile(r"-?\d[\d.,/]*")
-
-Progress = Callable[[int, int], None]
 
 
 class GoldenItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -246,14 +245,21 @@ def run_golden(
     answerer: Answerer,
     items: Sequence[GoldenItem],
     max_tokens: int = MAX_TOKENS,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> tuple[ItemResult, ...]:
     """Ask every item.
+
+    Args:
+        answerer: what is asked.
+        items: the golden set.
+        max_tokens: of each answer.
+        progress: told the prompts answered (``ask``).
 
     Raises:
         EdgeError: see the answerer.
     """
     results = []
+    progress("ask", 0, len(items), "prompts")
     for done, item in enumerate(items, start=1):
         answer = answerer.answer(item.prompt, max_tokens)
         results.append(
@@ -265,8 +271,7 @@ def run_golden(
                 answer.tokens,
             )
         )
-        if progress is not None:
-            progress(done, len(items))
+        progress("ask", done, len(items), "prompts")
     return tuple(results)
 
 
@@ -300,13 +305,13 @@ def cut_text(
     return evaluate.EvalText(windows, path.name, hashlib.sha256(text.encode()).hexdigest())
 
 
-def perplexity(llm: LLM, text: evaluate.EvalText) -> float:
-    """Of a bundle on a text, teacher-forced.
+def perplexity(llm: LLM, text: evaluate.EvalText, progress: Progress = silent) -> float:
+    """Of a bundle on a text, teacher-forced; ``progress`` is that of `evaluate.compare`.
 
     Raises:
         BackendError: the engine failed, or its logits are not finite.
     """
-    result = llm.call(lambda: evaluate.compare(llm, None, text))
+    result = llm.call(lambda: evaluate.compare(llm, None, text, progress))
     return math.exp(float(result.positions.nll.mean()))
 
 

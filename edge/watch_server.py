@@ -19,6 +19,7 @@ import msgspec
 from .drift import WATCH_USER, Counts, check_counts, decode_counts
 from .errors import BackendError, ConfigError
 from .evaluate import EvalText
+from .progress import Progress, silent
 from .watch import Answer, cut_text
 
 TIMEOUT_S = 600.0
@@ -114,14 +115,19 @@ class ServerAnswerer:
         _, capacity = self._tokenize("")
         return cut_text(path, lambda text: self._tokenize(text)[0], capacity - 1, tokens)
 
-    def perplexity(self, text: EvalText) -> float:
+    def perplexity(self, text: EvalText, progress: Progress = silent) -> float:
         """Of the model on a text, teacher-forced, by the log-probabilities that it echoes.
+
+        Args:
+            text: in the model's tokens.
+            progress: told the tokens scored (``score``).
 
         Raises:
             ConfigError: the server refuses a window.
             BackendError: it cannot be reached, or its answer is none.
         """
         total, count = 0.0, 0
+        progress("score", 0, text.num_scored, "tokens")
         for window in text.windows:
             body = {
                 "prompt": window,
@@ -139,6 +145,7 @@ class ServerAnswerer:
             except (KeyError, TypeError, ValueError) as error:
                 raise self._other_form(error) from error
             count += len(scores)
+            progress("score", count, text.num_scored, "tokens")
         if count != text.num_scored:
             raise BackendError(
                 f"{self._url} scored {count} of {text.num_scored} tokens; is it edge-llm serve?"

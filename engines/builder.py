@@ -22,6 +22,7 @@ from edge.engine_file import (
 )
 from edge.errors import BuildError, DependencyError
 from edge.manifest import Manifest, read_manifest, verify_files
+from edge.progress import Progress, silent, uncounted
 
 from . import compat, device
 from .audit import Audit, audit_network, check_plan_bytes
@@ -30,7 +31,7 @@ from .config import BuildConfig, BuildShapes, resolve
 from .graph import graph_files, prepare_graph, write_graph
 from .memory import check_memory, plan_memory
 from .profiles import Profile, make_profiles
-from .progress import Progress
+from .progress import STEP
 from .store import TIMING_CACHE, EngineStore, engine_key
 from .trtexec import find_trtexec, run_trtexec, trtexec_command, trtexec_version
 
@@ -94,7 +95,7 @@ def build_engine(
     *,
     target: Target | None = None,
     via: Via = "api",
-    progress: Progress = lambda _phase, _fraction: None,
+    progress: Progress = silent,
     on_line: Callable[[str], None] = lambda _line: None,
     waiting: Callable[[], None] = lambda: None,
 ) -> BuildResult:
@@ -104,7 +105,7 @@ def build_engine(
         config: what to build.
         target: with what and for which GPU; None is what this machine has.
         via: TensorRT's Python API, or NVIDIA's ``trtexec``, whose network cannot be audited.
-        progress: told TensorRT's phase and the fraction done (``api``).
+        progress: told the steps: hashing, parsing and compiling, or ``trtexec``.
         on_line: given each line of ``trtexec``.
         waiting: called if another build holds the bundle's lock.
 
@@ -132,7 +133,7 @@ def build_engine(
         if not config.force:
             check_memory(memory)
         if via == "trtexec":
-            compiled = _compile_with_trtexec(config, manifest, target, store, on_line)
+            compiled = _compile_with_trtexec(config, manifest, target, store, on_line, progress)
         else:
             compiled = compile_bundle(
                 config,
@@ -212,7 +213,7 @@ def compile_bundle(
     target: Target,
     *,
     timings: bytes | None = None,
-    progress: Progress = lambda _phase, _fraction: None,
+    progress: Progress = silent,
     keep_log: Callable[[str], None] = lambda _text: None,
 ) -> Compiled:
     """Check the bundle's hashes, parse it, audit the network and compile it.
@@ -224,7 +225,8 @@ def compile_bundle(
         BuildError: TensorRT refused the graph or failed.
     """
     shapes = resolve(config, manifest)
-    verify_files(config.bundle, manifest, graph_files(manifest))
+    with uncounted(progress, "hash"):
+        verify_files(config.bundle, manifest, graph_files(manifest))
     path = config.bundle.resolve() / manifest.graphs.decoder
     graph = prepare_graph(path.read_bytes(), shapes, config.kv_read)
     lines: list[str] = []
@@ -237,8 +239,10 @@ def compile_bundle(
     started = time.perf_counter()
     try:
         compiler = Compiler(target.rt, log)
-        network = compiler.parse(graph, path, config.kv_read)
+        with uncounted(progress, "parse"):
+            network = compiler.parse(graph, path, config.kv_read)
         audit = audit_network(network, manifest, shapes, config.kv_read)
+        progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
         plan, written = compiler.build(
             make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes),
             workspace_bytes=config.workspace_bytes,
@@ -273,9 +277,11 @@ def _compile_with_trtexec(
     target: Target,
     store: EngineStore,
     on_line: Callable[[str], None],
+    progress: Progress,
 ) -> Compiled:
     shapes = resolve(config, manifest)
-    verify_files(config.bundle, manifest, graph_files(manifest))
+    with uncounted(progress, "hash"):
+        verify_files(config.bundle, manifest, graph_files(manifest))
     root = store.directory.parent
     for leftover in root.glob(f"{_SCRATCH}*"):
         shutil.rmtree(leftover)
@@ -298,7 +304,8 @@ def _compile_with_trtexec(
             timing_cache=config.timing_cache or store.directory / TIMING_CACHE,
         )
         try:
-            result = run_trtexec(argv, keep)
+            with uncounted(progress, "trtexec"):
+                result = run_trtexec(argv, keep)
         finally:
             store.write_log("\n".join([" ".join(argv), *lines]) + "\n")
         data = plan.read_bytes()

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from edge.engine_file import LayerCount, WeightBytes
 from edge.manifest import read_manifest
+from edge.progress import Progress, silent
 
 from . import compat, device
 from .builder import compile_bundle, find_target
 from .config import BuildConfig, resolve
 from .memory import check_memory, plan_memory
-from .progress import Progress
 
 COMPUTE_CAPABILITIES = {80: "8.0", 86: "8.6", 89: "8.9", 120: "12.0"}
 
@@ -47,14 +47,14 @@ class CheckReport:
 def check_bundle(
     config: BuildConfig,
     sm: int = 86,
-    progress: Progress = lambda _phase, _fraction: None,
+    progress: Progress = silent,
 ) -> CheckReport:
     """Compile every profile for a GPU that need not be here; nothing is written.
 
     Args:
         config: what would be built.
         sm: compute capability without the dot; a key of `COMPUTE_CAPABILITIES`.
-        progress: told TensorRT's phase and the fraction done.
+        progress: told the steps of `builder.compile_bundle`.
 
     Raises:
         DependencyError: TensorRT for RTX is missing.

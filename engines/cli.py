@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from edge.cli import echo_json
+from edge.cli.progress import show_progress
 from edge.errors import ConfigError
 
 from .config import DEFAULT_WORKSPACE_BYTES, KV_READS, BuildConfig
@@ -129,12 +130,12 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
         )
     from .builder import build_engine
 
-    with _Bar() as bar:
+    with show_progress() as progress:
         result = build_engine(
             config,
             via=via,
             on_line=lambda line: click.echo(line, err=True),
-            progress=bar.update,
+            progress=progress,
             waiting=lambda: click.echo(
                 "another build of this bundle is running: waiting", err=True
             ),
@@ -187,8 +188,8 @@ def check(as_json: bool, sm: str, **options: Any) -> None:
     from .check import check_bundle
 
     config = BuildConfig(**options)
-    with _Bar() as bar:
-        report = check_bundle(config, int(sm), bar.update)
+    with show_progress() as progress:
+        report = check_bundle(config, int(sm), progress)
     if as_json:
         echo_json({"passed": report.passed, **msgspec.to_builtins(report)})
     else:
@@ -226,35 +227,3 @@ def _print_report(report: Any) -> None:
     for problem in report.problems:
         console.print(f"FAULT: {problem}")
     console.print("passed" if report.passed else f"{len(report.problems)} faults")
-
-
-class _Bar:
-    """A bar with TensorRT's phase on stderr, or nothing where no terminal is."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as RichProgress
-
-        console = Console(stderr=True)
-        self._rich = RichProgress(
-            TextColumn("building"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._rich.add_task("", total=1.0)
-
-    def update(self, phase: str, fraction: float) -> None:
-        """TensorRT's phase, and the fraction of the build that is done."""
-        self._rich.update(self._task, completed=fraction, description=phase)
-
-    def __enter__(self) -> _Bar:
-        self._rich.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._rich.stop()

@@ -28,11 +28,12 @@ from edge import io_spec
 from edge.engine_file import Flavour, where_tensorrt_is_from
 from edge.errors import BuildError, ConfigError, DependencyError
 from edge.manifest import Dialect
+from edge.progress import Progress
 
 from .config import KvRead
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .profiles import Profile
-from .progress import PhaseTree, Progress
+from .progress import PhaseTree
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _MINIMUM: dict[Dialect, tuple[int, int]] = {"native": (10, 15), "portable": (10, 3)}
@@ -225,7 +226,7 @@ class Compiler:
             timings: a timing cache of an earlier build, or None.
             compute_capability: of the GPU to compile for, e.g. ``8.6``; None is the GPU here. Only
                 RTX compiles for another GPU.
-            progress: told the phase and the fraction done.
+            progress: told the fraction done and, as its detail, TensorRT's phase.
 
         Returns:
             The plan (a buffer) and the timing cache, None where there is none.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
-# Phase, and the fraction of the whole build that is done.
-Progress = Callable[[str, float], None]
+from edge.progress import Progress
+
+STEP = "build"
 
 
 @dataclass
@@ -22,7 +22,8 @@ class PhaseTree:
     """Adds up phases: a phase fills one step of its parent. TensorRT calls from several threads.
 
     Args:
-        progress: told after every event; the fraction never goes down.
+        progress: told after every event the fraction of `STEP` and, as its detail, the phase; the
+            fraction never goes down.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -58,4 +59,4 @@ class PhaseTree:
     def _tell(self, name: str) -> None:
         fraction = sum(phase.done * phase.share for phase in self._phases.values())
         self._reached = min(max(self._reached, fraction), 1.0)
-        self._progress(name, self._reached)
+        self._progress(STEP, self._reached, 1.0, "", name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from edge._version import __version__
 from edge.errors import DependencyError, install_command
 from edge.io_spec import TensorSpec
 from edge.manifest import ModelSpec, TensorScheme
+from edge.progress import Progress, silent
 
 from .checkpoint import Checkpoint
 from .data_file import StoredTensor
@@ -32,8 +33,6 @@ from .recipe import linear_layers, norm_sources
 from .rope import rope_tables
 
 Array = NDArray[np.float32]
-Progress = Callable[[int, int], None]
-"""Called with the sequences that passed a layer, and how many will in all."""
 
 FP16_MAX = 65504.0
 _FP16_NEAR = FP16_MAX / 2  # calibration sees few tokens; a factor of two is no margin to rely on
@@ -78,7 +77,7 @@ class LayerRunner:
     Args:
         checkpoint: its weights are used as fp32.
         ids: token ids int64 ``[sequences, seq_len]``.
-        progress: told the sequences that passed a layer, counted over all layers.
+        progress: told the sequences that passed a layer (``calibrate``), counted over all layers.
         first: layer to begin with.
         start: hidden states before that layer, float32 ``[sequences, seq_len, hidden]``; they are
             overwritten. None for the first layer.
@@ -90,7 +89,7 @@ class LayerRunner:
 
     checkpoint: Checkpoint
     ids: NDArray[np.int64]
-    progress: Progress = lambda _done, _total: None
+    progress: Progress = silent
     first: int = 0
     start: Array | None = None
     hidden: Array | None = field(default=None, init=False)
@@ -111,6 +110,7 @@ class LayerRunner:
             hidden = np.stack([table[row].astype(np.float32) for row in self.ids])
             self._check("embeddings", float(np.abs(hidden).max()))
         self.hidden = hidden
+        self._report(self.first * len(hidden))
         for i in range(self.first, model.num_layers):
             weights = rope | graph.weights(self.checkpoint, i)
             activations = self._run(session, graph, weights, hidden, i)
@@ -158,10 +158,14 @@ class LayerRunner:
                     inputs[short][at * seq_len : (at + 1) * seq_len] = value[0]
                 else:
                     hidden[at] = value[0]
-            self.progress(index * count + at + 1, self.checkpoint.spec.num_layers * count)
+            self._report(index * count + at + 1)
         for short, peak in peaks.items():
             self._check(f"layers.{index}.{short}", peak)
         return LayerActivations(index, inputs, peaks)
+
+    def _report(self, done: int) -> None:
+        total = self.checkpoint.spec.num_layers * len(self.ids)
+        self.progress("calibrate", done, total, "sequences through a layer")
 
     def _check(self, name: str, peak: float) -> None:
         self.peaks[name] = peak

@@ -168,7 +168,7 @@ def export(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, or a GGUF file.
     """
     try:
-        from .pipeline import ExportConfig, export_checkpoint
+        from .pipeline import VERIFY_STEP, ExportConfig, export_checkpoint
         from .verify import GateError
     except ImportError as error:
         if isinstance(error, DependencyError):
@@ -179,11 +179,12 @@ def export(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
         ) from error
     from edge.cli import echo_json
     from edge.cli.eval import EXIT_GATE_MISSED
+    from edge.cli.progress import show_progress
 
     config = ExportConfig(**options)
     try:
-        with _Bar() as bar:
-            manifest = export_checkpoint(config, bar.update)
+        with show_progress([VERIFY_STEP]) as progress:
+            manifest = export_checkpoint(config, progress)
     except GateError as error:
         click.echo(f"edge-llm: {error}", err=True)
         ctx.exit(EXIT_GATE_MISSED)
@@ -220,53 +221,3 @@ def _vocabulary(reduced: ReducedVocabulary) -> str:
         f"{line}; {reduced.file} takes {reduced.text_tokens:,} of them, "
         f"{reduced.text_tokens_original:,} before"
     )
-
-
-class _Bar:
-    """A progress bar with rate and remaining time on stderr, or nothing where no terminal is."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            TaskProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import (
-            Progress as RichProgress,
-        )
-
-        console = Console(stderr=True)
-        self._rich = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, Any] = {}
-
-    def update(self, phase: str, done: int, total: int) -> None:
-        """Progress of a phase; ``calibrate`` and ``quantize`` take turns, layer by layer."""
-        if phase not in self._tasks:
-            self._tasks[phase] = self._rich.add_task(phase, total=total, rate="")
-            if phase == "verify":  # a process of its own, which draws its own bar
-                self._rich.stop()
-            else:
-                self._rich.start()
-        task = self._rich.tasks[self._rich.task_ids.index(self._tasks[phase])]
-        rate = f"{task.speed / 1e6:.0f} M weights/s" if task.speed and "quantize" in phase else ""
-        self._rich.update(task.id, completed=done, rate=rate)
-
-    def __enter__(self) -> _Bar:
-        self._rich.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._rich.stop()

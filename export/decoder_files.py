@@ -7,7 +7,7 @@ Peak memory is the largest packed layer plus tiles; a calibrated export adds wha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edge.chat import ChatTemplate
 from edge.errors import CheckpointError, ConfigError
 from edge.manifest import Calibration, FloatType, Graphs, LinearInfo, TensorScheme
+from edge.progress import Progress
 from edge.tokenizer import Tokenizer
 
 from .bundle import BundleWriter
@@ -32,9 +33,6 @@ from .quantize.linear import LinearTensors, RowQuantizer, convert_linear
 from .recipe import LinearSpec, linear_layers, norm_sources
 from .resume import CalibrationState, calibration_key
 from .rope import rope_tables
-
-Progress = Callable[[str, int, int], None]
-"""Called with the phase, what is done and what there is in all."""
 
 _INT_TYPE = {
     "int8": onnx.TensorProto.INT8,
@@ -161,11 +159,7 @@ class DecoderFiles:
 
     def _calibrate(self, ids: NDArray[np.int64], state: CalibrationState) -> None:
         """Round as the activations say, from the first layer that is not done yet."""
-
-        def report(done: int, total: int) -> None:
-            self._progress("calibrate", done, total)
-
-        runner = LayerRunner(self._checkpoint, ids, report, state.finished, state.hidden)
+        runner = LayerRunner(self._checkpoint, ids, self._progress, state.finished, state.hidden)
         runner.peaks.update(state.peaks)
         linears = CalibratedLinears(
             runner,
@@ -182,6 +176,7 @@ class DecoderFiles:
 
     def _write_linears(self, files: list[DataFile], state: CalibrationState) -> None:
         self._weights_done = sum(info.shape[0] * info.shape[1] for info in state.infos.values())
+        self._report()
         for layer, quantize in self._rounding:
             stored = self._store(layer, self._convert(layer, quantize), files)
             for target, linear in zip(state.linears, stored, strict=True):
@@ -197,10 +192,13 @@ class DecoderFiles:
             if self._runner is not None and layer.name.endswith(".down"):
                 state.save(self._runner.hidden, self.peaks, self.input_scales, files)
 
+    def _report(self) -> None:
+        self._progress("quantize", self._weights_done, self._weights_total, "weights")
+
     def _convert(self, layer: LinearSpec, quantize: RowQuantizer | None) -> LinearTensors:
         def count(done: int) -> None:
             self._weights_done += done
-            self._progress("quantize", self._weights_done, self._weights_total)
+            self._report()
 
         return convert_linear(
             [self._checkpoint.tensor(name) for name in layer.weights],

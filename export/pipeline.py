@@ -21,11 +21,12 @@ from edge.manifest import (
     TensorScheme,
     read_manifest,
 )
+from edge.progress import Progress, prefixed, silent, uncounted
 
 from .bundle import BundleWriter
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import ExportConfig as ExportConfig
-from .decoder_files import DecoderFiles, Progress
+from .decoder_files import DecoderFiles
 from .documents import DEFAULT_TOKENS
 from .embedding_table import EmbeddingType, embedding_tensors
 from .lora import LoraCheckpoint
@@ -37,6 +38,9 @@ from .verify import verify_bundle
 from .vocabulary import VOCABULARY_NAME, ReducedCheckpoint, encode_kept
 
 DEFAULT_KV_CAPACITY = 4096
+VERIFY_STEP = "verify"
+"""The step of a process of its own, ``edge-llm eval``, which shows its own progress."""
+_LAST_STEP = "hash and move into place"
 
 
 def export_checkpoint(config: ExportConfig, progress: Progress | None = None) -> Manifest:
@@ -53,7 +57,7 @@ def export_checkpoint(config: ExportConfig, progress: Progress | None = None) ->
     with open_checkpoint(
         config.source, revision=config.revision, cache_dir=config.cache_dir
     ) as checkpoint:
-        return _Export(config, checkpoint, progress or _silent).run()
+        return _Export(config, checkpoint, progress or silent).run()
 
 
 class _Export:
@@ -100,10 +104,9 @@ class _Export:
             manifest = self.manifest(graphs, linears)
             if self.config.verify:
                 manifest = self.verify(writer, manifest)
-            phase, weights = "hash and move into place", _num_weights(self.model)
-            self.progress(phase, 0, weights)
+            self.progress(_LAST_STEP, 0, 1)
             manifest = writer.commit(manifest)
-        self.progress(phase, weights, weights)
+        self.progress(_LAST_STEP, 1, 1)
         return manifest
 
     def verify(self, writer: BundleWriter, manifest: Manifest) -> Manifest:
@@ -112,27 +115,24 @@ class _Export:
         Raises:
             GateError: a threshold was missed.
         """
-        staged = writer.stage(manifest)
+        with uncounted(self.progress, "hash"):
+            staged = writer.stage(manifest)
         reference = dataclasses.replace(
             self.config.float_reference(), output=writer.scratch() / "reference"
         )
-
-        def report(phase: str, done: int, total: int) -> None:
-            self.progress(f"reference: {phase}", done, total)
-
-        export_checkpoint(reference, report)
-        self.progress("verify", 0, 1)
+        export_checkpoint(reference, prefixed(self.progress, "reference: "))
         gate = self.config.gate or "recipe"
-        verify_bundle(staged, reference.output, gate, self.positions, self.config.output)
-        self.progress("verify", 1, 1)
+        with uncounted(self.progress, VERIFY_STEP):
+            verify_bundle(staged, reference.output, gate, self.positions, self.config.output)
         return read_manifest(staged)
 
     def write_embeddings(self, path: Path) -> None:
         table = self.checkpoint.tensor("model.embed_tokens.weight")
 
         def report(done: int) -> None:
-            self.progress("embeddings", done, table.size)
+            self.progress("embeddings", done, table.size, "values")
 
+        report(0)
         write_safetensors(path, embedding_tensors(table, self.config.embeddings, report))
 
     def write_text(self, writer: BundleWriter) -> None:
@@ -197,11 +197,3 @@ def estimated_bytes(
         if scheme.kind == "w8a8":
             total += NUM_CHANNELS * out * 2
     return total + (64 << 20)  # norms, biases, graphs, tokenizer, alignment
-
-
-def _num_weights(model: ModelSpec) -> int:
-    return sum(layer.shape[0] * layer.shape[1] for layer in linear_layers(model))
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Report nothing."""

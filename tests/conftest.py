@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import itertools
 import os
 import shutil
 import socket
@@ -119,6 +120,13 @@ def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )
     yield output
     shutil.rmtree(output)  # 300 MB, and pytest keeps the folders of three runs
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every step of a verb seem long: 11 seconds go by whenever its progress asks."""
+    seconds = itertools.count(0, 11)
+    monkeypatch.setattr("edge.cli.progress._clock", lambda: float(next(seconds)))
 
 
 @pytest.fixture(scope="session", autouse=True)

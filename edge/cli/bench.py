@@ -17,6 +17,7 @@ from . import echo_json
 from .eval import EXIT_GATE_MISSED
 from .options import Finite, bundle_argument, engine_options
 from .plan import make_table
+from .progress import show_progress
 
 if TYPE_CHECKING:
     from edge.bench import BenchConfig
@@ -137,11 +138,8 @@ def _measure(
     with closing(engine), closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)) as embeddings:
         loaded = bench_report.process_memory()
         peak_is_new = bench_report.reset_memory_peak()
-
-        def progress(done: int, total: int) -> None:
-            click.echo(f"run {done} of {total}", err=True)
-
-        samples = run_bench(engine, embeddings, manifest, config, progress=progress)
+        with show_progress() as progress:
+            samples = run_bench(engine, embeddings, manifest, config, progress=progress)
         used = bench_report.process_memory()
         snapshot = read_snapshot()
         device, remark = bench_report.find_bench_device(engine.name, snapshot, num_threads)

@@ -6,8 +6,7 @@ import hashlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from edge.bundle_update import update_manifest
 from edge.errors import CheckpointError, ConfigError, DependencyError, install_command
 from edge.llm import LLM
 from edge.manifest import MANIFEST_NAME, ModelSpec, read_manifest
+from edge.progress import Progress, prefixed, uncounted
 from edge.report import FIGURES, format_figure, html_report, html_task_report
 from edge.sampling import SamplingParams
 
 from . import COMMAND_GROUP, echo_json
+from .progress import show_progress
 
 EXIT_GATE_MISSED = 3
 """Distinct from every exit code of `edge.errors`: the run worked, the bundle is not good enough."""
@@ -222,11 +223,12 @@ def _run_text(
     size = window or 512
     results = []
     with ExitStack() as stack:
-        base = None if reference is None else _open(reference, size, engine, stack)
+        progress = stack.enter_context(show_progress())
+        base = None if reference is None else _open(reference, size, engine, stack, progress)
         for bundle in bundles:
             # One bundle at a time beside the reference: memory does not grow with their number.
             with ExitStack() as inner:
-                model = _open(bundle, size, engine, inner)
+                model = _open(bundle, size, engine, inner, progress)
                 windows = _windows(model, text, size, tokens)
                 if base is not None and _windows(base, text, size, tokens) != windows:
                     raise ConfigError(
@@ -239,15 +241,14 @@ def _run_text(
                         "give the same model's bundle to --against"
                     )
                 digest = hashlib.sha256(text.encode()).hexdigest()
-                with _progress(bundle.name) as progress:
-                    result = evaluation.measure(
-                        model,
-                        base,
-                        evaluation.EvalText(windows, path.name, digest),
-                        window=size,
-                        seed=seed,
-                        progress=progress,
-                    )
+                result = evaluation.measure(
+                    model,
+                    base,
+                    evaluation.EvalText(windows, path.name, digest),
+                    window=size,
+                    seed=seed,
+                    progress=prefixed(progress, f"{bundle.name}: "),
+                )
                 results.append(
                     {
                         "bundle": str(bundle),
@@ -263,13 +264,16 @@ def _shape(llm: LLM) -> ModelSpec:
     return msgspec.structs.replace(llm.manifest.model, tied_embeddings=False)
 
 
-def _open(bundle: Path, window: int, engine: dict[str, Any], stack: ExitStack) -> LLM:
+def _open(
+    bundle: Path, window: int, engine: dict[str, Any], stack: ExitStack, progress: Progress
+) -> LLM:
     positions = read_manifest(bundle).rope_positions
     if window > positions:
         raise ConfigError(f"--window {window} is longer than the {positions} positions of {bundle}")
-    return stack.enter_context(
-        LLM(bundle, kv_capacity=window, prefill_chunk=evaluation.CHUNK_TOKENS, **engine)
-    )
+    with uncounted(progress, f"{bundle.name}: open"):
+        return stack.enter_context(
+            LLM(bundle, kv_capacity=window, prefill_chunk=evaluation.CHUNK_TOKENS, **engine)
+        )
 
 
 def _windows(llm: LLM, text: str, window: int, tokens: int | None) -> list[list[int]]:
@@ -345,7 +349,10 @@ def _run_task(
 
     def answers(bundle: Path) -> list[tasks.ItemResult]:
         # One bundle at a time: the second needs no memory while the first runs.
-        with LLM(bundle, **engine) as llm, _progress(bundle.name) as progress:
+        with show_progress() as shown, ExitStack() as stack:
+            progress = prefixed(shown, f"{bundle.name}: ")
+            with uncounted(progress, "open"):
+                llm = stack.enter_context(LLM(bundle, **engine))
             return tasks.run_task(
                 llm, items, scoring=scoring or "letter", params=params, progress=progress
             )
@@ -402,15 +409,3 @@ def _save(bundle: Path, kind: str, result: dict[str, Any]) -> None:
     stored = {key: value for key, value in result.items() if key not in (*_CURVES, "bundle")}
     quality = {**(manifest.quality or {}), kind: stored}
     update_manifest(bundle, msgspec.structs.replace(manifest, quality=quality))
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr, or nothing where no terminal is."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

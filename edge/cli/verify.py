@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ from edge.errors import ConfigError
 from . import echo_json
 from .eval import EXIT_GATE_MISSED
 from .options import Finite, bundle_argument, engine_options
+from .progress import show_progress
 
 if TYPE_CHECKING:
     from edge.tokenizer import Tokenizer
@@ -103,17 +104,20 @@ def _compare(
     from edge.backends.ort import OrtBackend
     from edge.embeddings import EMBEDDINGS_NAME, EmbeddingTable
     from edge.manifest import read_manifest, verify_files
+    from edge.progress import uncounted
     from edge.tokenizer import Tokenizer
     from edge.verify import ROUNDED_ACTIVATIONS, Thresholds, compare_backends
 
     manifest = read_manifest(bundle)
-    verify_files(bundle, manifest, manifest.files)
-    tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
-    with (
-        closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)) as table,
-        # The graph as it was exported: no rewritten attention, no rounded activations.
-        closing(
-            OrtBackend(
+    with ExitStack() as stack:
+        progress = stack.enter_context(show_progress())
+        with uncounted(progress, "hash"):
+            verify_files(bundle, manifest, manifest.files)
+        tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
+        table = stack.enter_context(closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)))
+        with uncounted(progress, "open"):
+            # The graph as it was exported: no rewritten attention, no rounded activations.
+            reference = OrtBackend(
                 bundle,
                 manifest,
                 kv_capacity=kv_capacity,
@@ -122,9 +126,8 @@ def _compare(
                 fuse_attention=False,
                 int8_activations=False,
             )
-        ) as reference,
-        closing(
-            open_backend(
+            stack.enter_context(closing(reference))
+            candidate = open_backend(
                 backend,
                 bundle,
                 manifest,
@@ -135,8 +138,7 @@ def _compare(
                 num_threads=num_threads if backend in ("auto", "ort-cpu") else None,
                 int8_activations=True,
             )
-        ) as candidate,
-    ):
+            stack.enter_context(closing(candidate))
         quantized = manifest.quantization.method != "none"
         rounds = candidate.name == "ort-cpu" and quantized
         # An engine may have been built for fewer rows than the bundle names.
@@ -148,6 +150,7 @@ def _compare(
             lambda ids: table[np.asarray(ids, dtype=np.int64)],
             decode_steps=decode_steps,
             thresholds=replace(ROUNDED_ACTIVATIONS if rounds else Thresholds(), **wanted),
+            progress=progress,
         )
         return candidate.name, report
 

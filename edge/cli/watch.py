@@ -26,6 +26,7 @@ from edge.drift import compare as compare_traffic
 from edge.errors import ConfigError, DependencyError, install_command
 from edge.evaluate import EVAL_TEXT
 from edge.llm import LLM
+from edge.progress import Progress, prefixed, uncounted
 from edge.watch import (
     GOLDEN_SET,
     MAX_TOKENS,
@@ -53,6 +54,7 @@ from edge.watch_server import (
 from . import echo_json
 from .eval import EXIT_GATE_MISSED
 from .options import engine_options
+from .progress import show_progress
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -176,10 +178,12 @@ def watch(
     counters = None if traffic is None else _counters(options)
     if against is not None:
         assert bundle is not None
-        outcome.checks, facts = _compare_bundles(bundle, against, options)
+        with show_progress() as progress:
+            outcome.checks, facts = _compare_bundles(bundle, against, options, progress)
         outcome.notes.append(facts)
     elif baseline is not None:
-        run = _run(bundle, options)
+        with show_progress() as progress:
+            run = _run(bundle, options, progress)
         if records(baseline):
             write_baseline(baseline, run)
             outcome.notes.append(f"recorded {len(run.items)} answers in {baseline}")
@@ -220,33 +224,34 @@ def _check_use(
 # ------------------------------------------------------------------------------- golden set
 
 
-def _open(bundle: Path, options: dict[str, Any]) -> LLM:
+def _open(bundle: Path, options: dict[str, Any], progress: Progress) -> LLM:
     names = ("backend", "kv_capacity", "num_threads")
-    return LLM(bundle, prefill_chunk=evaluate.CHUNK_TOKENS, **{n: options[n] for n in names})
+    with uncounted(progress, f"{bundle.name}: open"):
+        return LLM(bundle, prefill_chunk=evaluate.CHUNK_TOKENS, **{n: options[n] for n in names})
 
 
-def _ask(answerer: Answerer, name: str, options: dict[str, Any]) -> Baseline:
+def _ask(answerer: Answerer, name: str, options: dict[str, Any], progress: Progress) -> Baseline:
     items, sha256 = read_golden(options["golden"])
-    results = run_golden(answerer, items, options["max_tokens"])
+    results = run_golden(answerer, items, options["max_tokens"], progress)
     return Baseline(name, sha256, options["max_tokens"], results, options["thinking"])
 
 
-def _run(bundle: Path | None, options: dict[str, Any]) -> Baseline:
+def _run(bundle: Path | None, options: dict[str, Any], progress: Progress) -> Baseline:
     tokens, path = options["text_tokens"], options["text_file"]
     if bundle is None:
         server = _server(options)
-        run = _ask(server, options["model"] or options["server"], options)
+        run = _ask(server, options["model"] or options["server"], options, progress)
         if tokens == 0:
             return run
         text = server.eval_text(path, tokens)
-        return _with_perplexity(run, server.perplexity(text), text)
-    with _open(bundle, options) as llm:
+        return _with_perplexity(run, server.perplexity(text, progress), text)
+    with _open(bundle, options, progress) as llm:
         answerer = BundleAnswerer(llm, thinking=options["thinking"])
-        run = _ask(answerer, llm.manifest.name, options)
+        run = _ask(answerer, llm.manifest.name, options, progress)
         if tokens == 0:
             return run
         text = eval_text(llm, path, tokens)
-        return _with_perplexity(run, perplexity(llm, text), text)
+        return _with_perplexity(run, perplexity(llm, text, progress), text)
 
 
 def _with_perplexity(run: Baseline, value: float, text: evaluate.EvalText) -> Baseline:
@@ -256,14 +261,20 @@ def _with_perplexity(run: Baseline, value: float, text: evaluate.EvalText) -> Ba
 
 
 def _compare_bundles(
-    bundle: Path, against: Path, options: dict[str, Any]
+    bundle: Path, against: Path, options: dict[str, Any], progress: Progress
 ) -> tuple[list[Check], str]:
     """Both answer the same items; the texts' perplexities are compared token by token."""
     with ExitStack() as stack:
-        ours, theirs = (stack.enter_context(_open(path, options)) for path in (bundle, against))
+        paths = (bundle, against)
+        ours, theirs = (stack.enter_context(_open(path, options, progress)) for path in paths)
         runs = [
-            _ask(BundleAnswerer(llm, thinking=options["thinking"]), llm.manifest.name, options)
-            for llm in (ours, theirs)
+            _ask(
+                BundleAnswerer(llm, thinking=options["thinking"]),
+                llm.manifest.name,
+                options,
+                prefixed(progress, f"{path.name}: "),
+            )
+            for llm, path in zip((ours, theirs), paths, strict=True)
         ]
         checks = compare_runs(runs[0], runs[1])
         if options["text_tokens"] == 0:
@@ -271,7 +282,9 @@ def _compare_bundles(
         if ours.manifest.model.vocab_size != theirs.manifest.model.vocab_size:
             return checks, "other vocabularies: perplexities cannot be compared"
         text = eval_text(ours, options["text_file"], options["text_tokens"])
-        result = ours.call(lambda: theirs.call(lambda: evaluate.compare(ours, theirs, text)))
+        result = ours.call(
+            lambda: theirs.call(lambda: evaluate.compare(ours, theirs, text, progress))
+        )
     figures = evaluate.summarize(result.positions)
     low, high = evaluate.confidence_intervals(result.positions)["perplexity_ratio"]
     now, then = figures["perplexity"], figures["perplexity_reference"]

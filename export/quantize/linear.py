@@ -25,7 +25,6 @@ _TILE_ELEMENTS = 1 << 18
 _WIDE_TILE_ELEMENTS = 1 << 22
 _THREADS = 2
 
-Progress = Callable[[int], None]
 RowQuantizer = Callable[[NDArray[np.float32]], QuantizedRows]
 """Quantizes float32 ``[rows, in]``, any number of rows at a time."""
 
@@ -49,7 +48,7 @@ def convert_linear(
     scheme: TensorScheme,
     clip: Literal["absmax", "mse"],
     float_type: np.dtype[np.generic],
-    progress: Progress,
+    progress: Callable[[int], None],
     quantize: RowQuantizer | None = None,
     zeroed: Sequence[int] = (),
 ) -> LinearTensors:

@@ -54,6 +54,24 @@ def test_fewer_bits_are_further_away(tiny_bundles, tmp_path: Path):
     assert check_html(page.read_text()).count("svg") == 3
 
 
+@pytest.mark.usefixtures("slow_clock")
+def test_scoring_and_tasks_print_lines_without_a_terminal(tiny_bundles, tmp_path: Path):
+    bundle = tiny_bundles("qwen2", "portable")
+    task = tmp_path / "task.jsonl"
+    row = {"question": "the sea", "choices": ["hello", "world"], "answer": 1}
+    task.write_text("\n".join([json.dumps(row)] * 3))
+    for arguments, step in (
+        (SHORT, "score: 100 % (300 of 300 tokens)"),
+        (("--task", task), "answer: 100 % (3 of 3 questions)"),
+    ):
+        result = invoke(bundle, *arguments, "--json")
+        assert len(result.stdout.splitlines()) == 1
+        lines = result.stderr.splitlines()
+        for name in ("open: 100 %", step):
+            assert any(line.startswith(f"{bundle.name}: {name}") for line in lines), lines
+        assert any(" so far, about " in line for line in lines)
+
+
 def test_rounded_activations_lose_more(tiny_bundles):
     int8, fp16 = (tiny_bundles("qwen2", "portable", quant) for quant in ("int8", "fp16"))
     (plain,) = figures(int8, "--against", fp16, *SHORT)

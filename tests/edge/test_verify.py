@@ -159,6 +159,16 @@ def test_the_verb_passes_on_a_good_engine_and_says_what_it_measured(bundle: Path
     assert "passed" in run(bundle, "--decode-steps", 2).stdout
 
 
+@pytest.mark.usefixtures("slow_clock")
+def test_the_verb_prints_lines_without_a_terminal(bundle: Path) -> None:
+    result = run(bundle, "--decode-steps", 6, "--json")
+    assert len(result.stdout.splitlines()) == 1
+    lines = result.stderr.splitlines()
+    for step in ("hash", "open", "compare"):
+        assert any(line.startswith(f"{step}: 100 %") for line in lines), lines
+    assert any(" so far, about " in line for line in lines)
+
+
 def test_a_missed_threshold_is_printed_and_is_an_exit_code(tiny_bundles: Bundles) -> None:
     require_kernels("native")
     rounded = tiny_bundles("qwen2", quant="int8")  # its activations are rounded: never quite equal

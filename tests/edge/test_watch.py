@@ -415,6 +415,23 @@ def test_a_bundle_against_itself_and_against_a_better_past(
     assert "edgellm_watch_timestamp_seconds" in families
 
 
+@pytest.mark.usefixtures("slow_clock")
+@pytest.mark.parametrize("against", [False, True])
+def test_the_verb_prints_lines_without_a_terminal(
+    tiny_bundles: Bundles, golden: Path, tmp_path: Path, against: bool
+):
+    bundle = tiny_bundles("qwen2")
+    what = ("--against", bundle) if against else ("--baseline", tmp_path / "b.json", "--record")
+    options = ("--golden", golden, "--max-tokens", "2", "--text-tokens", "64", "--json")
+    result = CliRunner().invoke(watch, [str(word) for word in (bundle, *what, *options)])
+    assert len(result.stdout.splitlines()) == 1
+    lines = result.stderr.splitlines()
+    asked = f"{bundle.name}: ask" if against else "ask"
+    for step in (f"{bundle.name}: open", f"{asked}: 100 % (8 of 8 prompts)", "score: 100 %"):
+        assert any(line.startswith(step) for line in lines), lines
+    assert any(" so far, about " in line for line in lines)
+
+
 def test_two_bundles(tiny_bundles: Bundles, golden: Path):
     common = ("--golden", golden, "--max-tokens", "4", "--text-tokens", "64")
     code, found = run(tiny_bundles("qwen2"), "--against", tiny_bundles("qwen2"), *common)

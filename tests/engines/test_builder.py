@@ -40,6 +40,7 @@ from engines.builder import Target, build_engine
 from engines.check import check_bundle
 from engines.config import BuildConfig
 from engines.store import EngineStore
+from engines.trtexec import TrtexecResult
 from export.pipeline import ExportConfig, export_checkpoint
 from scripts.smollm2 import smollm2_gguf
 from tests.conftest import Bundles
@@ -135,11 +136,11 @@ def test_the_record_tells_what_was_built(
 ) -> None:
     jetson = agx_orin_jetpack7(tmp_path / "jetson")  # its release is known by a package only
     monkeypatch.setattr(telemetry, "read_l4t", functools.partial(telemetry.read_l4t, jetson))
-    phases: list[tuple[str, float]] = []
+    events: list[tuple[Any, ...]] = []
     result = build_engine(
         config(bundle, max_batch=2, kv_buckets=(64, 128)),
         target=target(),
-        progress=lambda *event: phases.append(event),
+        progress=lambda *event: events.append(event),
     )
     assert result.built
     assert result.directory.parent == bundle / "engines"
@@ -160,13 +161,43 @@ def test_the_record_tells_what_was_built(
     assert info.peak_memory_bytes is not None
     assert info.peak_memory_bytes > 50_000_000
     assert (result.directory / "build.log").read_text()
-    fractions = [fraction for _, fraction in phases]
+    assert list(dict.fromkeys(step for step, *_ in events)) == ["hash", "parse", "build"]
+    phases = [event for event in events if event[0] == "build"]
+    fractions = [done / total for _, done, total, *_ in phases]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
-    assert phases[0][0] == "Building engine"
+    assert phases[0] == ("build", 0, 1)
+    assert phases[1][4] == "Building engine"
     # Nothing is left over, and the exporter's own files are as they were.
     names = {path.name for path in result.directory.iterdir()}
     assert names == {info.plan, "engine.json", "build.log"}
+
+
+def test_trtexec_is_a_step_from_its_first_line_to_its_last(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its output says nothing of how far it is; whoever shows progress counts the seconds."""
+    events: list[tuple[Any, ...]] = []
+
+    def run(argv: list[str], on_line: Any) -> TrtexecResult:
+        (plan,) = (word.partition("=")[2] for word in argv if word.startswith("--saveEngine="))
+        Path(plan).write_bytes(bytes((bundle / "decoder.onnx.data").stat().st_size))
+        events.append(("running",))
+        on_line("&&&& PASSED")
+        return TrtexecResult(1.0)
+
+    monkeypatch.setattr(builder, "run_trtexec", run)
+    result = build_engine(
+        config(bundle),
+        target=Target(compat.TensorRT(None, "tensorrt", "10.16"), None, "8.6"),
+        via="trtexec",
+        progress=lambda *event: events.append(event),
+    )
+    assert result.built
+    assert events == [
+        *[("hash", 0, 1), ("hash", 1, 1)],
+        *[("trtexec", 0, 1), ("running",), ("trtexec", 1, 1)],
+    ]
 
 
 def test_an_unchanged_key_means_nothing_to_do(

@@ -44,6 +44,16 @@ def test_check_reports_as_json_and_as_a_table(bundle: Path) -> None:
     assert table.rstrip().endswith("passed")
 
 
+@pytest.mark.usefixtures("slow_clock")
+def test_check_prints_lines_without_a_terminal(bundle: Path) -> None:
+    result = run(check_verb, str(bundle), *SIZE, "--json")
+    lines = result.stderr.splitlines()
+    for step in ("hash", "parse", "build"):
+        assert any(line.startswith(f"{step}: 100 %") for line in lines), lines
+    assert any(" so far, about " in line for line in lines)
+    assert len(result.stdout.splitlines()) == 1
+
+
 def test_a_fault_is_printed_and_is_an_exit_code(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,7 @@ def test_tensorrt_is_preferred_to_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_phases_add_up_and_never_go_back() -> None:
     seen: list[float] = []
-    tree = PhaseTree(lambda _name, fraction: seen.append(fraction))
+    tree = PhaseTree(lambda _step, done, *_: seen.append(done))
     tree.start("all", None, 2)
     tree.start("first", "all", 4)
     tree.step("first", 1)

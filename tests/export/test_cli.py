@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import signal
@@ -14,13 +13,12 @@ from pathlib import Path
 
 import click
 import pytest
-import rich.console
 from click.testing import CliRunner, Result
 
 import edge.cli
 from edge.errors import ConfigError, DependencyError, install_command
 from edge.manifest import read_manifest, verify_files
-from export.cli import _Bar, export
+from export.cli import export
 from tests.tiny_models import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -83,18 +81,27 @@ def test_every_option_arrives(checkpoint: Path, tmp_path: Path):
     assert (manifest.dialect, manifest.dtype, manifest.kv_capacity) == ("portable", "bf16", 99)
 
 
-def test_calibration_has_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch):
-    """It takes turns with the bar of the weights, so neither may end the other."""
-    screen = io.StringIO()
-    console = rich.console.Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr(rich.console, "Console", lambda **_: console)
-    with _Bar() as bar:
-        for done in (1, 2):
-            bar.update("calibrate", done, 2)
-            bar.update("quantize", 5 * done, 10)
-    last = screen.getvalue().split("calibrate")[-1]
-    assert last.count("100%") == 2
-    assert "quantize" in last
+@pytest.mark.usefixtures("slow_clock")
+def test_long_steps_print_lines_without_a_terminal(checkpoint: Path, tmp_path: Path):
+    result = invoke(checkpoint, "-o", tmp_path / "bundle", "--method", "gptq", "--json")
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    for step in ("quantize", "calibrate", "embeddings", "hash and move into place"):
+        assert any(line.startswith(f"{step}: 100 %") for line in lines), lines
+    assert any("sequences through a layer), " in line for line in lines)
+    assert len(result.stdout.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("slow_clock")
+def test_verifying_leaves_its_lines_to_the_process_that_measures(checkpoint: Path, tmp_path: Path):
+    gate = tmp_path / "gate.json"
+    gate.write_text('{"kl_mean": 100.0}')
+    result = invoke(checkpoint, "-o", tmp_path / "bundle", "--verify", "--gate", gate)
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    assert any(line.startswith("reference: quantize: 100 %") for line in lines), lines
+    assert any(line.startswith("hash: 100 %") for line in lines)
+    assert not any(line.startswith("verify") for line in lines)
 
 
 def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
