@@ -51,6 +51,8 @@ EMBEDDINGS_SCALES = "token_embeddings.scale"
 BATCH, SEQ, NUM_LOGITS, KV = "batch", "seq", "num_logits", "kv"
 
 OPSET: dict[Dialect, int] = {"native": 24, "portable": 21}
+MIN_ONNXRUNTIME: dict[Dialect, tuple[int, int]] = {"native": (1, 26), "portable": (1, 23)}
+"""The first ONNX Runtime whose CPU has all operators of a dialect."""
 # An RoPE table longer than this costs more memory than anyone's context needs on an edge device.
 MAX_ROPE_POSITIONS = 32768
 

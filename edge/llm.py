@@ -57,8 +57,8 @@ class LLM:
         kv_capacity: tokens that prompt and answer may take together; None is the bundle's own.
         num_threads: of the CPU backend; None is one per physical core.
         prefill_chunk: prompt tokens per step at most; an engine may take fewer.
-        int8_activations: let the CPU backend round activations to int8, its fastest kernel; see
-            `OrtBackend`.
+        int8_activations: let the CPU backend round activations to int8, its fastest kernel; None
+            does so where it can, true refuses where it cannot; see `OrtBackend`.
         num_slots: sequences that the cache holds, running ones and ended ones whose rows are kept.
         max_batch: answers that are computed at once; None is one per slot.
         queue_capacity: answers that may wait beyond those; more are refused.
@@ -86,7 +86,7 @@ class LLM:
         kv_capacity: int | None = None,
         num_threads: int | None = None,
         prefill_chunk: int = 512,
-        int8_activations: bool = True,
+        int8_activations: bool | None = None,
         num_slots: int = 4,
         max_batch: int | None = None,
         queue_capacity: int = 64,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import logging
 from pathlib import Path
 
 from edge import io_spec
 from edge._version import __version__
-from edge.errors import ConfigError
+from edge.backends.ort import onnxruntime_version
+from edge.errors import ConfigError, DependencyError
 from edge.evaluate import check_gate, load_gate
 from edge.manifest import (
     SCHEMA_VERSION,
+    Dialect,
     Graphs,
     LinearInfo,
     Manifest,
@@ -37,6 +40,7 @@ from .safetensors_writer import write_safetensors
 from .verify import verify_bundle
 from .vocabulary import VOCABULARY_NAME, ReducedCheckpoint, encode_kept
 
+_log = logging.getLogger(__name__)
 DEFAULT_KV_CAPACITY = 4096
 VERIFY_STEP = "verify"
 """The step of a process of its own, ``edge-llm eval``, which shows its own progress."""
@@ -49,15 +53,35 @@ def export_checkpoint(config: ExportConfig, progress: Progress | None = None) ->
     Raises:
         ConfigError: options that contradict each other or the model.
         CheckpointError: a source that cannot be exported.
+        DependencyError: ``verify`` with a dialect that the ONNX Runtime of this machine cannot run.
         ResourceError: not enough disk space.
         GateError: ``verify`` found the bundle not good enough; what was at ``output`` stays.
     """
     if config.verify:  # a gate that cannot be read ends the export now and not after hours
         check_gate(load_gate(config.gate or "recipe", config.quant), task=False, reference=True)
+    if problem := _cannot_run_here(config.dialect):
+        if config.verify:
+            raise DependencyError(f"--verify runs the bundle, but {problem}")
+        _log.warning("%s", problem)
     with open_checkpoint(
         config.source, revision=config.revision, cache_dir=config.cache_dir
     ) as checkpoint:
         return _Export(config, checkpoint, progress or silent).run()
+
+
+def _cannot_run_here(dialect: Dialect) -> str | None:
+    """Why this machine's CPU cannot run a dialect; the bundle may be for another one."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None  # nothing runs here, and nothing was asked to
+    needed = io_spec.MIN_ONNXRUNTIME[dialect]
+    if onnxruntime_version(onnxruntime) >= needed:
+        return None
+    return (
+        f"dialect {dialect} needs onnxruntime >= {needed[0]}.{needed[1]} to run on a CPU, found "
+        f"{onnxruntime.__version__}; for this machine export with --dialect portable"
+    )
 
 
 class _Export:

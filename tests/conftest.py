@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from edge.backends.ort import onnxruntime_version
+from edge.io_spec import MIN_ONNXRUNTIME
+from edge.manifest import Dialect
 from scripts.smollm2 import smollm2_gguf
+from tests import skips
 from tests.tiny_models import Kind, write_checkpoint
 
 
@@ -36,9 +41,22 @@ class FirstTest:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    skips.pytest_configure(config)
     started_s = os.environ.get("EDGE_LLM_TEST_STARTED_S")
     if started_s is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FirstTest(int(started_s)))
+
+
+def _runs(dialect: Dialect) -> bool:
+    try:
+        import onnxruntime
+    except ImportError:
+        return True  # nothing runs a bundle, so any will do
+    return onnxruntime_version(onnxruntime) >= MIN_ONNXRUNTIME[dialect]
+
+
+RUNNABLE: Dialect = "native" if _runs("native") else "portable"
+"""The dialect of a bundle that the installed ONNX Runtime is to run, where either will do."""
 
 
 class Checkpoints(Protocol):
@@ -46,19 +64,20 @@ class Checkpoints(Protocol):
 
 
 class Bundles(Protocol):
-    def __call__(self, kind: Kind, dialect: str = "native", quant: str = "fp16") -> Path: ...
+    def __call__(self, kind: Kind, dialect: str = RUNNABLE, quant: str = "fp16") -> Path: ...
 
 
 TINY_KV_CAPACITY = 128
 
+# How long an example takes is the machine's load, not the code.
+settings.register_profile("load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("load")
+
 
 def require_kernels(dialect: str) -> None:
     """Skip where ONNX Runtime cannot run a dialect: the newest one for Python 3.10 is 1.23."""
-    import onnxruntime
-
-    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if dialect == "native" and version < (1, 26):
-        pytest.skip(f"onnxruntime {onnxruntime.__version__} has no kernels for dialect native")
+    if dialect == "native" and RUNNABLE != "native":
+        pytest.skip("needs ONNX Runtime >= 1.26 for dialect native")
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +117,7 @@ def tiny_bundles(
         )
         return output
 
-    def bundle(kind: Kind, dialect: str = "native", quant: str = "fp16") -> Path:
+    def bundle(kind: Kind, dialect: str = RUNNABLE, quant: str = "fp16") -> Path:
         return export(kind, dialect, quant)
 
     return bundle
@@ -109,14 +128,15 @@ def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """SmolLM2-135M exported to fp16 from the GGUF file; skips where the package is missing."""
     from export.pipeline import ExportConfig, export_checkpoint
 
-    require_kernels("native")
     try:
         source = smollm2_gguf()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     output = tmp_path_factory.mktemp("smollm2") / "bundle"
     export_checkpoint(
-        ExportConfig(source=str(source), output=output, quant="fp16", kv_capacity=1024)
+        ExportConfig(
+            source=str(source), output=output, quant="fp16", dialect=RUNNABLE, kv_capacity=1024
+        )
     )
     yield output
     shutil.rmtree(output)  # 300 MB, and pytest keeps the folders of three runs

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from edge.cli import COMMAND_GROUP
 
@@ -21,7 +24,7 @@ PACKAGES = {"edge", "engines", "export"}
 
 @pytest.fixture(scope="module")
 def project() -> dict[str, Any]:
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     parsed: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
     return parsed
 
@@ -67,6 +70,25 @@ def test_every_verb_is_a_click_command(project: dict[str, Any]):
     assert installed == verbs, "the installed entry points are old: pip install -e . again"
 
 
+def test_the_installed_versions_are_the_declared_ones(project: dict[str, Any]):
+    """With EDGE_LLM_VERSIONS=lowest, the very floors: a lower one is one that no run has tried."""
+    extras = project["project"]["optional-dependencies"]
+    groups = project["dependency-groups"]
+    lines = [*project["project"]["dependencies"], *groups["build"]]
+    lines += [line for line in groups["test"] if line != {"include-group": "build"}]
+    lines += [line for extra in ("cpu", "export", "serve") for line in extras[extra]]
+    needed = [
+        requirement
+        for requirement in map(Requirement, lines)
+        if requirement.marker is None or requirement.marker.evaluate()
+    ]
+    found = {requirement.name: Version(version(requirement.name)) for requirement in needed}
+    assert [r for r in needed if not r.specifier.contains(found[r.name], prereleases=True)] == []
+    if os.environ.get("EDGE_LLM_VERSIONS") == "lowest":
+        floors = {r.name: Version(s.version) for r in needed for s in r.specifier if ">=" in str(s)}
+        assert floors == found
+
+
 def test_the_script_is_callable(project: dict[str, Any]):
     ((name, value),) = project["project"]["scripts"].items()
     assert name == "edge-llm"
@@ -77,8 +99,8 @@ def _locked(lock: str) -> dict[str, set[str]]:
     """The versions that a lock file names, by normalised package name."""
     text = (ROOT / "requirements" / f"{lock}.txt").read_text("utf-8")
     versions: dict[str, set[str]] = {}
-    for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE):
-        versions.setdefault(name, set()).add(version)
+    for name, pinned in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE):
+        versions.setdefault(name, set()).add(pinned)
     return versions
 
 

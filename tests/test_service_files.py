@@ -7,14 +7,12 @@ import json
 import os
 import re
 import shutil
-import socket
 import stat
 import subprocess
 import sys
-import time
+import threading
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -378,20 +376,20 @@ def test_the_service_runs_under_the_units_system_call_filter(tiny_bundles: Bundl
     """It opens a bundle on the CPU, answers and drains with nothing but these system calls."""
     for needed in ("pyseccomp", "uvicorn", "starlette", "prometheus_client"):
         pytest.importorskip(needed)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve = ("-m", "edge.cli", "serve", str(tiny_bundles("qwen2")), "--port", str(port))
+    # Port 0: the service says which one it has got.
+    serve = ("-m", "edge.cli", "serve", str(tiny_bundles("qwen2")), "--port", "0")
     command = sandboxed(UNITS / "edge-llm@.service", sys.executable, *serve)
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as service:
         try:
+            port = _port_when_ready(service)
             body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
             request = urllib.request.Request(
                 f"http://127.0.0.1:{port}/v1/completions",
                 body,
                 {"content-type": "application/json"},
             )
-            answer = _patiently(request, service)
+            with urllib.request.urlopen(request, timeout=30) as response:
+                answer = json.loads(response.read())
             assert answer["usage"]["completion_tokens"] >= 1
         finally:
             service.terminate()
@@ -399,16 +397,20 @@ def test_the_service_runs_under_the_units_system_call_filter(tiny_bundles: Bundl
     assert service.returncode == 0, log
 
 
-def _patiently(request: urllib.request.Request, service: subprocess.Popen[str]) -> Any:
-    """The answer, once the service has begun to listen and opened its bundle."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and service.poll() is None:
-        try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                return json.loads(response.read())
-        except OSError:  # not yet; HTTPError is one, too
-            time.sleep(0.1)
-    raise AssertionError(f"no answer; the service's exit code is {service.poll()}")
+def _port_when_ready(service: subprocess.Popen[str]) -> int:
+    """Where it listens, once it has opened its bundle."""
+    assert service.stderr is not None
+    log = ""
+    too_long = threading.Timer(60, service.kill)
+    too_long.start()
+    try:
+        for line in service.stderr:
+            log += line
+            if "ready: " in line:
+                return int(log.split("listening on 127.0.0.1 port ")[1].split()[0])
+    finally:
+        too_long.cancel()
+    raise AssertionError(f"it never was ready: {log}")
 
 
 @needs_systemd

@@ -25,7 +25,7 @@ def open_backend(
     kv_capacity: int | None = None,
     max_step_tokens: int = 512,
     num_threads: int | None = None,
-    int8_activations: bool = True,
+    int8_activations: bool | None = None,
 ) -> Backend:
     """Load a bundle, whose files are trusted (`manifest.verify_files` comes first).
 
@@ -39,19 +39,24 @@ def open_backend(
         kv_capacity: tokens per sequence; None is the bundle's own, or the engine's.
         max_step_tokens: the most tokens per sequence and step; an engine has its own.
         num_threads: of the CPU, which ``auto`` then takes; None is one per physical core.
-        int8_activations: of the CPU, see `OrtBackend`; no other engine rounds activations.
+        int8_activations: of the CPU, which ``auto`` then takes if true, see `OrtBackend`; no other
+            engine rounds activations.
 
     Raises:
-        ConfigError: an unknown name, a number out of range, or ``num_threads`` for a GPU.
+        ConfigError: an unknown name, a number out of range, or ``num_threads`` or true
+            ``int8_activations`` for a GPU.
         BundleError, DependencyError, BackendError, DeviceMemoryError: see the engine.
     """
     check_backend_name(name)
     if num_threads is not None and name in ("tensorrt", "ort-cuda"):
         raise ConfigError(f"num_threads is for ort-cpu; {name} computes on the GPU: leave it out")
-    if num_threads is not None and name == "auto":
-        # Threads are the CPU's: an engine that has no use for them would ignore the caller's wish.
+    if int8_activations and name in ("tensorrt", "ort-cuda"):
+        raise ConfigError(f"int8_activations is for ort-cpu; {name} rounds none: leave it out")
+    if (num_threads is not None or int8_activations) and name == "auto":
+        # Both are the CPU's: an engine that has no use for them would ignore the caller's wish.
         if find_engines(bundle):
-            _log.warning("num_threads asks for the CPU: the bundle's TensorRT engines are not used")
+            wish = "int8_activations" if num_threads is None else "num_threads"
+            _log.warning("%s asks for the CPU: the bundle's TensorRT engines are not used", wish)
         name = "ort-cpu"
     if name == "tensorrt" or (name == "auto" and find_engines(bundle)):
         from .tensorrt import TensorRTBackend

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _GAP = -1
-_MIN_VERSION = {"native": (1, 26), "portable": (1, 23)}
+_ROUNDS_INT8_WEIGHTS_SINCE = (1, 25)  # MatMulNBits of INT8 weights; of INT4 ones 1.23 has it
 
 
 class OrtBackend:
@@ -56,11 +56,13 @@ class OrtBackend:
             4), its fastest kernel. That error is this engine's own, not the bundle's; off
             multiplies dequantized weights in FP32, as engines with float activations do in
             theirs, and weights are then dequantized in every step: decode is many times slower.
+            None rounds where this ONNX Runtime can, true refuses where it rounds nothing.
 
     Raises:
-        DependencyError: onnxruntime is missing or too old for the bundle's dialect.
+        DependencyError: onnxruntime is missing, or too old for the bundle's dialect or for
+            ``int8_activations``.
         BundleError: the graph's inputs and outputs are not those of `io_spec`.
-        ConfigError: a number out of range.
+        ConfigError: a number out of range, or ``int8_activations`` where nothing is rounded.
     """
 
     name = "ort-cpu"
@@ -75,7 +77,7 @@ class OrtBackend:
         max_step_tokens: int = 512,
         num_threads: int | None = None,
         fuse_attention: bool = True,
-        int8_activations: bool = True,
+        int8_activations: bool | None = None,
     ) -> None:
         self._set_sizes(manifest, num_slots, kv_capacity, max_step_tokens)
         if num_threads is not None and num_threads < 1:
@@ -89,12 +91,14 @@ class OrtBackend:
                 f"num_threads ({num_threads}) is more than the {cores} cores of this machine; "
                 "leave it open for all"
             )
+        if int8_activations:
+            check_int8_activations(manifest)
         graph = load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", self.capacity)
         self._fused = fuse_attention and self.dialect == "native"
         if self._fused:
             fuse_cache_attention(graph, self.model)
         self._session = _open_session(
-            graph, bundle, manifest, num_threads, int8_activations=int8_activations
+            graph, bundle, manifest, num_threads, int8_activations=int8_activations is not False
         )
         _return_freed_memory()
         self._outputs = [value.name for value in self._session.get_outputs()]
@@ -430,6 +434,37 @@ def _open_session(
         raise BackendError(f"ONNX Runtime cannot load {bundle}: {error}") from error
 
 
+def check_int8_activations(manifest: Manifest) -> None:
+    """Refuse the wish that activations are rounded where it would change nothing.
+
+    Raises:
+        ConfigError: no linear layer of the bundle has integer weights and float inputs.
+        DependencyError: this ONNX Runtime multiplies them in float, whatever it is asked for.
+    """
+    kinds = {linear.scheme.kind for linear in manifest.quantization.linears.values()}
+    if "int4" in kinds:
+        return
+    if "int8" not in kinds:
+        raise ConfigError(
+            f"int8 activations have no effect on {manifest.name} ({manifest.quantization.name}): "
+            "only inputs of INT8 or INT4 weights are rounded; leave the option out"
+        )
+    ort = import_onnxruntime(manifest, "int8 activations need onnxruntime", "cpu")
+    needed = _ROUNDS_INT8_WEIGHTS_SINCE
+    if onnxruntime_version(ort) < needed:
+        raise DependencyError(
+            f"int8 activations with INT8 weights need onnxruntime >= {needed[0]}.{needed[1]}; "
+            f"found {ort.__version__}, which multiplies them in float; upgrade it, or leave the "
+            "option out"
+        )
+
+
+def onnxruntime_version(ort: ModuleType) -> tuple[int, int]:
+    """Major and minor version of the module ``onnxruntime``."""
+    major, minor = ort.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
     """The module ``onnxruntime``.
 
@@ -445,9 +480,8 @@ def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
         import onnxruntime as ort
     except ImportError as error:
         raise DependencyError(f"{need}; install it with: {install_command(extra)}") from error
-    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
-    needed = _MIN_VERSION[manifest.dialect]
-    if version < needed:
+    needed = io_spec.MIN_ONNXRUNTIME[manifest.dialect]
+    if onnxruntime_version(ort) < needed:
         raise DependencyError(
             f"this bundle (dialect {manifest.dialect}) needs onnxruntime >= "
             f"{needed[0]}.{needed[1]}, found {ort.__version__}; upgrade it, or export with "

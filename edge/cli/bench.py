@@ -132,7 +132,6 @@ def _measure(
         kv_capacity=kv_capacity,
         max_step_tokens=512,
         num_threads=num_threads,
-        int8_activations=True,
     )
     load_s = time.perf_counter() - started
     with closing(engine), closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)) as embeddings:

@@ -50,7 +50,7 @@ def chat(
     kv_capacity: int | None,
     num_threads: int | None,
     prefill_chunk: int,
-    int8_activations: bool,
+    int8_activations: bool | None,
     overflow: Any,
     speculative: int,
     prefix_dir: Path | None,

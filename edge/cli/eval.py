@@ -15,10 +15,11 @@ import click
 import msgspec
 
 from edge import evaluate as evaluation
+from edge.backends.ort import check_int8_activations
 from edge.bundle_update import update_manifest
 from edge.errors import CheckpointError, ConfigError, DependencyError, install_command
 from edge.llm import LLM
-from edge.manifest import MANIFEST_NAME, ModelSpec, read_manifest
+from edge.manifest import MANIFEST_NAME, Dialect, ModelSpec, read_manifest
 from edge.progress import Progress, prefixed, uncounted
 from edge.report import FIGURES, format_figure, html_report, html_task_report
 from edge.sampling import SamplingParams
@@ -91,8 +92,8 @@ _CURVES = ("kl_by_position", "layers")  # too long for a manifest
 @click.option(
     "--int8-activations",
     is_flag=True,
-    help="Round activations to int8, as the CPU backend does when it serves; default: float, "
-    "which measures the bundle alone.",
+    help="Compute on the CPU with activations rounded to int8, as it does when it serves; default: "
+    "float, which measures the bundle alone.",
 )
 @click.option(
     "--num-threads", type=click.IntRange(1), help="CPU threads; default: one per physical core."
@@ -124,9 +125,13 @@ def evaluate(
     for limits in gates:
         if limits is not None:
             evaluation.check_gate(limits, task=task_file is not None, reference=against is not None)
+    if int8_activations:  # before a reference is exported for minutes
+        for path in bundles:
+            check_int8_activations(read_manifest(path))
     engine = {"num_threads": num_threads, "int8_activations": int8_activations}
     with ExitStack() as stack:
-        reference = None if against is None else _reference(against, stack)
+        dialect = read_manifest(bundles[0]).dialect  # one that runs where the bundle does
+        reference = None if against is None else _reference(against, dialect, stack)
         if task_file is None:
             results = _run_text(bundles, reference, engine, **_text_options(options))
         else:
@@ -182,7 +187,14 @@ def _text_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("text_file", "tokens", "window", "seed")}
 
 
-def _reference(against: str, stack: ExitStack) -> Path:
+def _of_reference(engine: dict[str, Any]) -> dict[str, Any]:
+    """The same engine for a bundle that may be float, where no activation is ever rounded."""
+    if engine["int8_activations"]:
+        return {**engine, "backend": "ort-cpu", "int8_activations": None}
+    return engine
+
+
+def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
     """The reference's bundle; a checkpoint is exported to fp16 by the verb ``export``."""
     if (Path(against) / MANIFEST_NAME).is_file():
         return Path(against)
@@ -196,7 +208,8 @@ def _reference(against: str, stack: ExitStack) -> Path:
     click.echo(f"exporting {against} to fp16 as the reference, in {folder}", err=True)
     # A process of its own gives all its memory back before the models are loaded.
     command = [sys.executable, "-m", "edge.cli", "export", against, "-o", str(bundle)]
-    done = subprocess.run([*command, "--quant", "fp16"], stdout=subprocess.DEVNULL, check=False)
+    command += ["--quant", "fp16", "--dialect", dialect]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise CheckpointError(
             f"the reference {against} could not be exported (exit code {done.returncode}, see "
@@ -224,7 +237,9 @@ def _run_text(
     results = []
     with ExitStack() as stack:
         progress = stack.enter_context(show_progress())
-        base = None if reference is None else _open(reference, size, engine, stack, progress)
+        base = None
+        if reference is not None:
+            base = _open(reference, size, _of_reference(engine), stack, progress)
         for bundle in bundles:
             # One bundle at a time beside the reference: memory does not grow with their number.
             with ExitStack() as inner:
@@ -347,7 +362,7 @@ def _run_task(
         temperature=temperature or 0.0, seed=seed, max_tokens=max_tokens or 1024
     )
 
-    def answers(bundle: Path) -> list[tasks.ItemResult]:
+    def answers(bundle: Path, engine: dict[str, Any]) -> list[tasks.ItemResult]:
         # One bundle at a time: the second needs no memory while the first runs.
         with show_progress() as shown, ExitStack() as stack:
             progress = prefixed(shown, f"{bundle.name}: ")
@@ -357,11 +372,11 @@ def _run_task(
                 llm, items, scoring=scoring or "letter", params=params, progress=progress
             )
 
-    theirs = None if reference is None else answers(reference)
+    theirs = None if reference is None else answers(reference, _of_reference(engine))
     digest = hashlib.sha256(evaluation.read_text(task_file).encode()).hexdigest()
     results = []
     for bundle in bundles:
-        ours = answers(bundle)
+        ours = answers(bundle, engine)
         result = {
             "bundle": str(bundle),
             **tasks.summarize_task(ours),

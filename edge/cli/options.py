@@ -61,10 +61,9 @@ _ANSWERING = (
     ),
     click.option(
         "--int8-activations/--no-int8-activations",
-        default=True,
-        show_default=True,
-        help="Let the CPU round activations to int8, its fastest kernel; off is many times slower, "
-        "but exact. GPU engines never do.",
+        default=None,
+        help="Let the CPU round activations to int8, its fastest kernel; default: where it can. "
+        "Off is many times slower, but exact. GPU engines never do.",
     ),
     click.option(
         "--overflow",

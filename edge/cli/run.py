@@ -42,7 +42,7 @@ def run(
     kv_capacity: int | None,
     num_threads: int | None,
     prefill_chunk: int,
-    int8_activations: bool,
+    int8_activations: bool | None,
     overflow: Any,
     speculative: int,
     prefix_dir: Path | None,

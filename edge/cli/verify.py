@@ -136,7 +136,6 @@ def _compare(
                 max_step_tokens=_PROMPT_CHUNK,
                 # Of an engine on the GPU they are the reference's only.
                 num_threads=num_threads if backend in ("auto", "ort-cpu") else None,
-                int8_activations=True,
             )
             stack.enter_context(closing(candidate))
         quantized = manifest.quantization.method != "none"

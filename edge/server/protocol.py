@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from edge.errors import DependencyError
+
 from .errors import APIError, invalid
 
 IGNORED = {
@@ -222,6 +224,36 @@ def decode(body: bytes, kind: type[Request], max_nesting: int) -> Request:
         raise invalid(
             "the body is not valid JSON in UTF-8; send one JSON object", code="invalid_json"
         ) from None
+
+
+_SAMPLES: dict[type[Struct], bytes] = {
+    ChatRequest: (
+        b'{"messages": [{"role": "user", "content": "hello"}], "stop": ["."], "seed": 1, '
+        b'"stream_options": {"include_usage": true, "include_obfuscation": false}, '
+        b'"logit_bias": {"1": 0.5}, "response_format": {"type": "json_schema", "json_schema": '
+        b'{"name": "a", "schema": {}}}, "tools": [{"type": "function", "function": {"name": "a"}}],'
+        b' "tool_choice": "auto", "chat_template_kwargs": {"enable_thinking": true}}'
+    ),
+    CompletionRequest: b'{"prompt": ["hello", [1, 2]], "max_tokens": 1, "temperature": 0}',
+    TokenizeRequest: b'{"prompt": "hello", "add_special_tokens": true}',
+    DetokenizeRequest: b'{"tokens": [1, 2]}',
+}
+
+
+def check_decoding() -> None:
+    """Decode a request of each kind: msgspec resolves a type when it first meets it.
+
+    Raises:
+        DependencyError: the installed msgspec cannot; every request would be an error 500.
+    """
+    for kind, body in _SAMPLES.items():
+        try:
+            decode(body, kind, max_nesting=8)
+        except Exception as error:
+            raise DependencyError(
+                f"msgspec {msgspec.__version__} cannot read a {kind.__name__} ({error}); run: "
+                "pip install --upgrade msgspec"
+            ) from error
 
 
 def _wrong_field(message: str) -> APIError:

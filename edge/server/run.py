@@ -27,6 +27,7 @@ from .generate import in_thread
 from .http import make_server
 from .metrics import Metrics
 from .notify import Notifier
+from .protocol import check_decoding
 from .registry import ModelRegistry
 from .route import AUTO, read_routes
 from .settings import EngineSettings, ServerSettings
@@ -88,7 +89,7 @@ class Service:
         is_clean: false if an engine did not stop; the process should then end at once.
 
     Raises:
-        ConfigError, DependencyError: see `create_app` and `Metrics`.
+        ConfigError, DependencyError: see `create_app`, `Metrics` and `check_decoding`.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Service:
         reread: Callable[[], ServerSettings] | None = None,
         telemetry: Callable[[], Snapshot] = read_snapshot,
     ) -> None:
+        check_decoding()
         if not settings.model:
             raise ConfigError("no model to serve; give a bundle, or --model NAME=BUNDLE")
         default = settings.default_model

@@ -27,9 +27,9 @@ class EngineSettings:
         kv_capacity: tokens of prompt and answer; the bundle's own by default.
         num_threads: of the CPU backend, which auto then takes; one per physical core by default.
         prefill_chunk: prompt tokens per step at most; an engine may take fewer.
-        int8_activations: let the CPU backend round activations to int8, its fastest kernel; off
-            is many times slower, but answers do not depend on what else runs. GPU engines keep
-            float activations either way.
+        int8_activations: let the CPU backend round activations to int8, its fastest kernel; where
+            it can by default. Off is many times slower, but answers do not depend on what else
+            runs. GPU engines keep float activations.
         num_slots: sequences that the KV cache has room for.
         max_batch: sequences that are computed at once; one per slot by default.
         queue_capacity: requests that may wait; one more is answered with 429.
@@ -44,7 +44,7 @@ class EngineSettings:
     kv_capacity: int | None = None
     num_threads: int | None = None
     prefill_chunk: int = 512
-    int8_activations: bool = True
+    int8_activations: bool | None = None
     num_slots: int = 4
     max_batch: int | None = None
     queue_capacity: int = 64

@@ -35,7 +35,7 @@ from edge.manifest import Manifest, read_manifest
 from edge.planner.calibration import calibrated
 from edge.planner.plan import CPU, find_device
 from edge.telemetry import EnergyMeter, Snapshot
-from tests.conftest import Bundles, require_kernels
+from tests.conftest import Bundles
 from tests.fakes import ScriptedBackend, random_logits
 
 SMALL = ["--prompt-tokens", "40", "--output-tokens", "6", "--repeats", "3"]
@@ -288,7 +288,6 @@ def run_verb(*arguments: str) -> Any:
 
 
 def test_the_verb_measures_compares_and_calibrates(tiny_bundles: Bundles, tmp_path: Path):
-    require_kernels("native")
     bundle = str(tiny_bundles("qwen2", quant="int4"))
     first = run_verb(bundle, "--json", "--batch", "2", *SMALL)
     assert first.exit_code == 0, first.output
@@ -316,7 +315,6 @@ def test_the_verb_measures_compares_and_calibrates(tiny_bundles: Bundles, tmp_pa
 def test_a_slowdown_beyond_the_limit_fails(
     tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    require_kernels("native")
     bundle = str(tiny_bundles("qwen2", quant="int4"))
     saved = tmp_path / "bench.json"
     saved.write_text(run_verb(bundle, "--json", *SMALL).stdout)
@@ -339,7 +337,6 @@ def test_a_slowdown_beyond_the_limit_fails(
 def test_a_slowdown_within_the_noise_passes_the_limit(
     tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    require_kernels("native")
     saved = tmp_path / "bench.json"
     saved.write_text("{}")
     limits = [str(tiny_bundles("qwen2")), "--against", str(saved), "--max-slowdown", "0.1"]
@@ -355,7 +352,6 @@ def test_a_slowdown_within_the_noise_passes_the_limit(
 def test_a_wrong_file_to_compare_with_is_refused(
     content: str, message: str, tiny_bundles: Bundles, tmp_path: Path
 ):
-    require_kernels("native")
     saved = tmp_path / "bench.json"
     saved.write_text(content)
     with pytest.raises(ConfigError, match=message):

@@ -26,7 +26,7 @@ import edge
 from edge import LLM, SamplingParams
 from edge.cli import main
 from edge.errors import ConfigError
-from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
+from tests.conftest import TINY_KV_CAPACITY, Bundles
 
 ROOT = Path(edge.__file__).parent.parent
 GREEDY = ("--temperature", "0", "--num-threads", "1")
@@ -46,20 +46,19 @@ def edge_llm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
     def run(*arguments: object, stdin: str | bytes = "") -> Result:
         monkeypatch.setattr(sys, "argv", ["edge-llm", *map(str, arguments)])
-        with (
-            CliRunner().isolation(input=stdin) as (out, err, _),
-            pytest.raises(SystemExit) as leaving,
-        ):
-            main()
-        assert isinstance(leaving.value.code, int)
-        return Result(leaving.value.code, out.getvalue().decode(), err.getvalue().decode())
+        with CliRunner().isolation(input=stdin) as (out, err, _):
+            with pytest.raises(SystemExit) as leaving:
+                main()
+            assert isinstance(leaving.value.code, int)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            return Result(leaving.value.code, out.getvalue().decode(), err.getvalue().decode())
 
     return run
 
 
 @pytest.fixture
 def bundle(tiny_bundles: Bundles) -> Path:
-    require_kernels("native")
     return tiny_bundles("qwen2")
 
 
@@ -315,7 +314,7 @@ def test_inspect_shows_tables(edge_llm: Callable[..., Result], tiny_bundles: Bun
 
 
 def test_inspect_json_adds_up(edge_llm: Callable[..., Result], tiny_bundles: Bundles):
-    bundle = tiny_bundles("qwen2", "native", "int4")
+    bundle = tiny_bundles("qwen2", quant="int4")
     result = edge_llm("inspect", bundle, "--json")
     assert result.out.count("\n") == 1
     summary = json.loads(result.out)
@@ -490,14 +489,15 @@ def test_a_reader_that_goes_away_is_no_crash(bundle: Path):
     assert errors == b""
 
 
-# The engine sleeps, so that there is time to interrupt it; the terminal is this process's own.
+# The engine sleeps, so that even a busy machine has time to interrupt it; the terminal is this
+# process's own.
 SLOW_CHAT = """
 import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from edge.backends.ort import OrtBackend
 forward = OrtBackend.forward
 def slow(*args):
-    time.sleep(0.03)
+    time.sleep(0.15)
     return forward(*args)
 OrtBackend.forward = slow
 from edge.cli import main

@@ -10,7 +10,7 @@ import pytest
 
 from edge import DeepSeekModel, SamplingParams
 from edge.errors import BundleError, ConfigError, RequestError
-from tests.conftest import Bundles, require_kernels
+from tests.conftest import Bundles
 
 QUESTION = "what is the world"
 CHAT = [{"role": "user", "content": QUESTION}]
@@ -19,7 +19,6 @@ NAME = "deepseek-r1-distill-qwen-1.5b-int8"
 
 @pytest.fixture
 def bundles(tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    require_kernels("native")
     monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path))
     (tmp_path / NAME).symlink_to(tiny_bundles("qwen2"))
     return tmp_path

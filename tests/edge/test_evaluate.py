@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,7 +185,8 @@ def test_gates(tmp_path: Path):
 
 
 def test_toml_gate(tmp_path: Path):
-    pytest.importorskip("tomllib")
+    if sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
     file = tmp_path / "gate.toml"
     file.write_text("top1_agreement = 0.9\n")
     assert load_gate(str(file), "fp16") == Gate(top1_agreement=0.9)

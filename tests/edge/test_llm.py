@@ -33,7 +33,7 @@ from edge.errors import (
 from edge.llm import Prompt
 from edge.manifest import encode_manifest, read_manifest
 from edge.speculation import NgramDrafter
-from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
+from tests.conftest import TINY_KV_CAPACITY, Bundles
 from tests.fakes import ScriptedBackend, num_open_files, random_logits
 from tests.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID
 
@@ -78,7 +78,6 @@ def scripted(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @pytest.fixture
 def llm(tiny_bundles: Bundles) -> Iterator[LLM]:
-    require_kernels("native")
     with LLM(tiny_bundles("qwen2"), num_threads=1, prefill_chunk=16) as opened:
         yield opened
 
@@ -149,7 +148,6 @@ def test_what_a_prompt_becomes(scripted: Scripted):
 
 
 def test_a_cache_beyond_all_memory_is_a_resource_error(tiny_bundles: Bundles):
-    require_kernels("native")
     with pytest.raises(ResourceError, match="10000000000 slots"):
         LLM(tiny_bundles("qwen2"), num_threads=1, num_slots=10**10)
 
@@ -497,7 +495,6 @@ def test_a_seed_makes_an_answer_reproducible(llm: LLM):
 
 def test_the_real_engine_gives_each_answer_as_if_it_ran_alone(tiny_bundles: Bundles):
     """Batched, behind gaps of free slots, with prefixes of others, and with drafts."""
-    require_kernels("native")
     bundle = tiny_bundles("llama")
     texts = ["hello world", "hello there", "what", "hello world and then", "what is", "a"]
     params = [replace(SEEDED, seed=i, max_tokens=8 + 5 * i) for i in range(len(texts))]
@@ -516,7 +513,6 @@ def test_the_real_engine_gives_each_answer_as_if_it_ran_alone(tiny_bundles: Bund
 
 
 def test_a_full_slot_slides(tiny_bundles: Bundles):
-    require_kernels("native")
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=3 * TINY_KV_CAPACITY)
     with LLM(tiny_bundles("llama"), num_threads=1, overflow="slide") as llm:
         result = llm.generate("hello", params)
@@ -526,7 +522,6 @@ def test_a_full_slot_slides(tiny_bundles: Bundles):
 
 
 def test_reuse_of_a_prefix_gives_the_same_conversation(tiny_bundles: Bundles):
-    require_kernels("native")
     bundle = tiny_bundles("llama")
     params = SamplingParams(temperature=0, max_tokens=12)
     options: dict[str, Any] = {"num_threads": 1, "prefill_chunk": 8}
@@ -546,7 +541,6 @@ def test_reuse_of_a_prefix_gives_the_same_conversation(tiny_bundles: Bundles):
 
 @pytest.mark.parametrize("chunk", [3, 64, 128])
 def test_scores_are_the_log_softmax_of_one_big_step(chunk: int, tiny_bundles: Bundles):
-    require_kernels("native")
     ids = np.random.default_rng(0).integers(0, 300, 100)
     with LLM(tiny_bundles("qwen3"), num_threads=1, prefill_chunk=chunk) as llm:
         scores = llm.score(ids.tolist())
@@ -634,7 +628,6 @@ def rewrite(bundle: Path, **changes: Any) -> None:
 
 
 def test_a_bundle_without_a_template_takes_plain_text(copy: Path):
-    require_kernels("native")
     files = dict(read_manifest(copy).files)
     del files["chat_template.jinja"]
     rewrite(copy, files=files)

@@ -21,14 +21,13 @@ from edge.errors import ConfigError
 from edge.io_spec import EMBEDDINGS_NAME
 from edge.manifest import read_manifest
 from edge.verify import Agreement, Thresholds, _misses, compare_backends
-from tests.conftest import Bundles, require_kernels
+from tests.conftest import Bundles
 
 PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
 
 
 @pytest.fixture
 def bundle(tiny_bundles: Bundles) -> Path:
-    require_kernels("native")
     return tiny_bundles("qwen2")
 
 
@@ -170,7 +169,6 @@ def test_the_verb_prints_lines_without_a_terminal(bundle: Path) -> None:
 
 
 def test_a_missed_threshold_is_printed_and_is_an_exit_code(tiny_bundles: Bundles) -> None:
-    require_kernels("native")
     rounded = tiny_bundles("qwen2", quant="int8")  # its activations are rounded: never quite equal
     result = run(rounded, "--decode-steps", 2, "--min-cosine", 1)
     assert result.exit_code == 3

@@ -27,7 +27,7 @@ pytest.importorskip("tensorrt_rtx")
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundles: Bundles) -> Path:
-    return tiny_bundles("qwen2", quant="int4")
+    return tiny_bundles("qwen2", "native", "int4")
 
 
 def parse(bundle: Path, data: bytes, manifest: Manifest, kv_read: KvRead = "slice") -> Audit:
@@ -134,7 +134,7 @@ def test_an_unpacked_weight_is_found(bundle: Path) -> None:
 def test_another_scheme_than_the_manifest_says_is_found(
     bundle: Path, tiny_bundles: Bundles
 ) -> None:
-    other = tiny_bundles("qwen2", quant="int8")
+    other = tiny_bundles("qwen2", "native", "int8")
     audit = parse(other, (other / "decoder.onnx").read_bytes(), read_manifest(bundle))
     assert "layers.0.qkv: its weights are int8, the bundle says int4" in audit.problems
 

@@ -25,7 +25,7 @@ SIZE = ["--max-prefill", "32"]
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundles: Bundles) -> Path:
-    return tiny_bundles("qwen2", quant="int4")
+    return tiny_bundles("qwen2", "native", "int4")
 
 
 def run(command, *arguments: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from export.cli import export
 from export.recipe import read_recipe
 from tests.conftest import Checkpoints
 
-pytest.importorskip("tomllib")  # Python 3.10 needs tomli
+if sys.version_info < (3, 11):
+    pytest.importorskip("tomli")
 
 TOML = """
 quant = "int4"

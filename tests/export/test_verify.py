@@ -26,6 +26,7 @@ from export import verify, vocabulary
 from export.cli import export as export_verb
 from export.pipeline import ExportConfig, export_checkpoint
 from export.verify import GateError
+from tests.conftest import RUNNABLE
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint
 
@@ -57,6 +58,7 @@ def gate_file(folder: Path, thresholds: dict[str, float]) -> Path:
 
 def invoke(source: Path, output: Path, *arguments: object) -> Result:
     fixed = [str(source), "-o", str(output), "--kv-capacity", "64", "--verify"]
+    fixed += ["--dialect", RUNNABLE]
     return CliRunner().invoke(export_verb, [*fixed, *map(str, arguments)])
 
 
@@ -102,7 +104,7 @@ def test_the_figures_are_those_of_eval(source: Path, place: Path, tmp_path: Path
 
     gate = gate_file(tmp_path, LOOSE)
     assert invoke(source, place / "bundle", "--quant", "int4", "--gate", gate).exit_code == 0
-    options: dict[str, Any] = {"source": str(source), "kv_capacity": 64}
+    options: dict[str, Any] = {"source": str(source), "kv_capacity": 64, "dialect": RUNNABLE}
     export_checkpoint(ExportConfig(output=place / "float", quant="fp16", **options))
     arguments = [str(place / "bundle"), "--against", str(place / "float"), "--json"]
     arguments += ["--tokens", "300", "--window", "256"]
@@ -159,7 +161,7 @@ def test_what_calibration_stored_stays(source: Path, place: Path, tmp_path: Path
 def test_what_makes_no_sense_is_refused_before_any_work(
     source: Path, place: Path, options: dict[str, Any], message: str
 ):
-    values: dict[str, Any] = {"verify": True, **options}
+    values: dict[str, Any] = {"verify": True, "dialect": RUNNABLE, **options}
     with pytest.raises(ConfigError, match=message):
         export_checkpoint(ExportConfig(source=str(source), output=place / "bundle", **values))
     assert not list(place.iterdir())
@@ -170,7 +172,12 @@ def test_a_measurement_that_fails_is_no_pass(
 ):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     config = ExportConfig(
-        source=str(source), output=place / "bundle", quant="int8", verify=True, kv_capacity=64
+        source=str(source),
+        output=place / "bundle",
+        quant="int8",
+        dialect=RUNNABLE,
+        verify=True,
+        kv_capacity=64,
     )
     with pytest.raises(BackendError, match=r"could not be verified \(exit code 1, see above\)"):
         export_checkpoint(config)
@@ -206,6 +213,30 @@ def test_what_a_killed_verification_left_is_swept(source: Path, place: Path):
     (left / "decoder.onnx").write_bytes(b"x")
     export_checkpoint(ExportConfig(source=str(source), output=place / "bundle", quant="int8"))
     assert [path.name for path in place.iterdir()] == ["bundle"]
+
+
+def test_a_dialect_that_cannot_run_here_is_not_verified(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before any work: the measurement would fail after all of it."""
+    monkeypatch.setattr("onnxruntime.__version__", "1.25.3")
+    config = ExportConfig(source=str(source), output=place / "bundle", quant="int8", verify=True)
+    message = r"--verify runs the bundle, but dialect native needs .* 1\.26 .*, found 1\.25\.3; .*"
+    with pytest.raises(DependencyError, match=message + "export with --dialect portable"):
+        export_checkpoint(config)
+    assert not list(place.iterdir())
+
+
+def test_a_bundle_for_another_machine_is_exported_with_a_warning(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    options: dict[str, Any] = {"source": str(source), "quant": "int8", "kv_capacity": 64}
+    monkeypatch.setattr("onnxruntime.__version__", "1.25.3")
+    export_checkpoint(ExportConfig(output=place / "portable", dialect="portable", **options))
+    assert not caplog.messages
+    export_checkpoint(ExportConfig(output=place / "native", **options))
+    (line,) = caplog.messages
+    assert "found 1.25.3; for this machine export with --dialect portable" in line
 
 
 def test_the_error_survives_a_process_border():

@@ -19,6 +19,7 @@ from edge.manifest import read_manifest
 from export.checkpoint import open_checkpoint
 from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
 from export.quantize.rotation import RotatedCheckpoint
+from tests.conftest import require_kernels
 from tests.export.loud_checkpoint import LOUD, write_loud_checkpoint
 from tests.tiny_models import write_checkpoint
 
@@ -98,6 +99,7 @@ def test_float_channels_are_stored_once(bundle: Path, file: str):
 
 def test_the_graph_adds_the_float_channels(bundle: Path):
     """``down`` alone, on an input whose loud channels are far beyond the INT8 range."""
+    require_kernels(read_manifest(bundle).dialect)
     model = load(bundle / "decoder.cpu.onnx", data=True)
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     info = read_manifest(bundle).quantization.linears["layers.1.down"]
@@ -163,6 +165,7 @@ def test_inputs_are_rounded_before_each_product(bundle: Path, file: str):
 
 
 def test_the_cpu_multiplies_integers(bundle: Path, tmp_path: Path):
+    require_kernels(read_manifest(bundle).dialect)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3

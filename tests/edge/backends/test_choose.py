@@ -11,12 +11,11 @@ import pytest
 from edge.backends import choose
 from edge.errors import ConfigError
 from edge.manifest import read_manifest
-from tests.conftest import Bundles, require_kernels
+from tests.conftest import Bundles
 
 
 @pytest.fixture
 def bundle(tiny_bundles: Bundles) -> Path:
-    require_kernels("native")
     return tiny_bundles("qwen2")
 
 
@@ -32,6 +31,22 @@ def test_threads_are_the_cpus_even_where_an_engine_is(
     with closing(backend):
         assert backend.name == "ort-cpu"
     assert "num_threads asks for the CPU" in caplog.text
+
+
+def test_rounded_activations_are_the_cpus_even_where_an_engine_is(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    bundle = tiny_bundles("qwen2", quant="int4")
+    manifest = read_manifest(bundle)
+    monkeypatch.setattr(choose, "find_engines", lambda path: [path / "engines" / "sm87"])
+    with closing(
+        choose.open_backend("auto", bundle, manifest, num_slots=1, int8_activations=True)
+    ) as backend:
+        assert backend.name == "ort-cpu"
+    assert "int8_activations asks for the CPU" in caplog.text
+    for name in ("tensorrt", "ort-cuda"):
+        with pytest.raises(ConfigError, match=f"{name} rounds none"):
+            choose.open_backend(name, bundle, manifest, num_slots=1, int8_activations=True)
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "ort-cuda"])

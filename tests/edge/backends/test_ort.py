@@ -249,7 +249,7 @@ def test_a_graph_that_breaks_the_contract_is_refused(tiny_bundles: Bundles):
 def test_an_old_engine_is_refused(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):
     import onnxruntime
 
-    bundle = tiny_bundles("qwen2")
+    bundle = tiny_bundles("qwen2", "native")
     monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
     with pytest.raises(DependencyError, match=r"needs onnxruntime >= 1.26, found 1.23.2"):
         OrtBackend(bundle, read_manifest(bundle))

@@ -516,9 +516,9 @@ def test_the_stand_in_poisons_what_is_read_too_early(gpu: FakeGpu, engine_bundle
 def test_the_engine_of_another_machine_is_refused_with_the_command(
     gpu: FakeGpu, tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    require_kernels("native")
+    require_kernels("native")  # at the end ``auto`` falls back to it on the CPU
     bundle = tmp_path / "b"
-    shutil.copytree(tiny_bundles("qwen2"), bundle)
+    shutil.copytree(tiny_bundles("qwen2", "native"), bundle)
     manifest = read_manifest(bundle)
     with pytest.raises(BundleError, match=f"no TensorRT engine; .* edge-llm build {bundle}"):
         TensorRTBackend(bundle, manifest)

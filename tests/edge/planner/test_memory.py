@@ -28,7 +28,7 @@ from edge.planner.models import BUILT_IN
 from edge.planner.weights import find_variant, manifest_linears, variant_linears
 from engines.config import DEFAULT_WORKSPACE_BYTES
 from engines.memory import plan_memory as plan_build
-from tests.conftest import Bundles, require_kernels
+from tests.conftest import Bundles
 from tests.fake_tensorrt import write_engine
 
 
@@ -46,7 +46,6 @@ def test_the_cache_is_exact(batch: int, backend: BackendKind):
 
 
 def test_the_cache_is_what_the_backend_allocates(tiny_bundles: Bundles):
-    require_kernels("native")
     bundle = tiny_bundles("qwen3")
     manifest = read_manifest(bundle)
     backend = OrtBackend(bundle, manifest, num_slots=3, kv_capacity=96)

@@ -22,15 +22,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from edge.errors import ConfigError
+from edge.errors import ConfigError, DependencyError
 from edge.llm import LLM
+from edge.server import app, protocol
 from edge.server.notify import Notifier
+from edge.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from edge.server.run import Service, open_llm
 from edge.server.settings import EngineSettings, ServerSettings
 from edge.telemetry import Snapshot
-from tests.conftest import Bundles, require_kernels
+from tests.conftest import Bundles
 
 from .scripted import ScriptedEngine, running, tiny
 
@@ -196,7 +204,6 @@ def test_a_hung_engine_does_not_keep_the_process(tiny_bundles: Bundles):
 
 
 def test_the_verb_serves_a_real_bundle(tiny_bundles: Bundles):
-    require_kernels("native")
     bundle = tiny_bundles("qwen2")
     with child(
         "-m", "edge.cli", "serve", str(bundle), "--port", "0", "--num-threads", "1",
@@ -296,6 +303,33 @@ def test_an_address_that_is_taken(tiny_bundles: Bundles):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match="cannot listen"):
             Service(tiny(tiny_bundles("qwen2"), port=port), ScriptedEngine().open)
+
+
+def test_a_library_that_cannot_read_requests_is_a_refusal_to_start(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    """And not an error 500 to each of them, as msgspec before 0.22 made of every chat."""
+    decode = msgspec.json.decode
+    broken: type | None = None
+
+    def decode_all_but_one(body: bytes, *, type: Any) -> Any:
+        if type is broken:
+            raise TypeError("Literal[False] is not supported")
+        return decode(body, type=type)
+
+    monkeypatch.setattr(msgspec.json, "decode", decode_all_but_one)
+    kinds = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
+    for broken in kinds:
+        expected = rf"msgspec {re.escape(msgspec.__version__)} cannot read a {broken.__name__} "
+        expected += r"\(Literal.*\); run: pip install --upgrade msgspec$"
+        with pytest.raises(DependencyError, match=expected):
+            Service(tiny(tiny_bundles("qwen2")), ScriptedEngine().open)
+
+
+def test_every_body_of_the_api_is_tried_before_the_start():
+    read = set(re.findall(r"self\._read\(request, (\w+)\)", inspect.getsource(app)))
+    assert len(read) >= 4
+    assert {kind.__name__ for kind in protocol._SAMPLES} == read
 
 
 # systemd

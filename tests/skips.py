@@ -1,0 +1,72 @@
+"""Which tests may be skipped. Where ``CI`` is set, any other skip fails the run.
+
+A skip hides what it skips: a fixture that asks for too much or a package that no group names looks
+like a green run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+import pytest
+
+ALLOWED: dict[str, tuple[str, bool]] = {
+    r"no NVIDIA GPU here .*": ("continuous integration has none; scripts/gpu-check has", True),
+    r"no Jetson here .*": ("continuous integration has none", True),
+    r"there is a GPU here": ("the other way round: it tests what a machine without one says", True),
+    r"needs ONNX Runtime >= 1\.26 for dialect native": (
+        "1.23 is the newest for Python 3.10",
+        sys.version_info < (3, 11),
+    ),
+    r"live parity needs .*": (
+        "the group parity is large; EDGE_LLM_PARITY=1 installs it",
+        os.environ.get("EDGE_LLM_PARITY", "0") != "1",
+    ),
+}
+"""Pattern of the whole reason: why it may be, and whether it may be here."""
+
+
+def is_allowed(reason: str) -> bool:
+    """Whether a test may be skipped on this machine for this reason."""
+    return any(here and re.fullmatch(pattern, reason) for pattern, (_, here) in ALLOWED.items())
+
+
+class SkipGuard:
+    """Fails a run of pytest whose skips are not all allowed; hears what xdist's workers report."""
+
+    def __init__(self) -> None:
+        self._offences: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._note(report)
+
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            where = report.longrepr
+            reason = str(where[2] if isinstance(where, tuple) else where)
+            reason = reason.removeprefix("Skipped: ")
+            if not is_allowed(reason):
+                self._offences[report.nodeid] = reason
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._offences and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._offences:
+            terminalreporter.section("skips that tests/skips.py does not allow", red=True)
+            for test, reason in sorted(self._offences.items()):
+                terminalreporter.line(f"{test}: {reason}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Guard a run on continuous integration; workers of xdist report to the process that does."""
+    if os.environ.get("CI", "").lower() not in ("", "0", "false") and not hasattr(
+        config, "workerinput"
+    ):
+        config.pluginmanager.register(SkipGuard(), "edge-llm-skips")
