@@ -479,7 +479,7 @@ def test_a_damaged_bundle(laptop: FakeMachine, tiny_bundles: Bundles, tmp_path: 
 
 def test_a_bundle_that_this_onnxruntime_cannot_run(laptop: FakeMachine, tiny_bundles: Bundles):
     laptop.onnxruntime_answers = {CPU: Library(version="1.23.2", providers=(CPU,))}
-    found = find(run_checks(laptop, tiny_bundles("qwen2")), "bundle")
+    found = find(run_checks(laptop, tiny_bundles("qwen2", "native")), "bundle")
     assert found.status == "warn"
     assert "needs ONNX Runtime 1.26, found 1.23.2" in found.cause
     found = find(run_checks(laptop, tiny_bundles("qwen2", "portable")), "bundle")

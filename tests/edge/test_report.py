@@ -89,7 +89,7 @@ def test_without_a_reference_there_is_nothing_to_plot():
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_ticks_cover_the_data(low, width):
     ticks = linear_ticks(low, low + width)
-    assert ticks[0] <= low + 1e-9 * abs(low)
+    assert ticks[0] <= low + 1e-9 * max(abs(low), width)
     assert ticks[-1] >= (low + width) - 1e-9 * abs(low + width)
     assert 4 <= len(ticks) - 1 <= 12
     logs = log_ticks(width, width * 7)
