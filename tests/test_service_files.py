@@ -416,7 +416,7 @@ def _port_when_ready(service: subprocess.Popen[str]) -> int:
 @needs_systemd
 def test_the_filter_forbids_what_it_does_not_allow():
     pytest.importorskip("pyseccomp")
-    # Not unshare, which the filter allows: RestrictNamespaces forbids that, and is not stood in for.
+    # Not unshare: the filter allows it, and RestrictNamespaces, which forbids it, is not here.
     code = "import os; os.chroot('/')"
     command = sandboxed(UNITS / "edge-llm@.service", sys.executable, "-c", code)
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
