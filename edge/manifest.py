@@ -17,7 +17,9 @@ import msgspec
 
 from .errors import BundleError, IntegrityError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 added `SamplingDefaults.assumed`."""
+_READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
@@ -161,13 +163,19 @@ class Quantization(_Struct, frozen=True):
 
 
 class SamplingDefaults(_Struct, frozen=True):
-    """The model's own generation config; what a caller leaves open is taken from here."""
+    """The model's own generation config; what a caller leaves open is taken from here.
+
+    Attributes:
+        assumed: the family whose published values these are, because the source states none; None
+            where they are the source's own.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    assumed: str | None = None
 
 
 class Tokens(_Struct, frozen=True):
@@ -289,6 +297,14 @@ class Manifest(_Struct, frozen=True):
     self_sha256: str = _NO_HASH
 
 
+def describe_sampling(sampling: SamplingDefaults) -> str:
+    """In one line for a person, e.g. ``temperature 0.6, ..., assumed (DeepSeek-R1)``."""
+    values = msgspec.structs.asdict(sampling)
+    assumed = values.pop("assumed")
+    parts = [f"{name} {value:g}" for name, value in values.items()]
+    return ", ".join(parts if assumed is None else [*parts, f"assumed ({assumed})"])
+
+
 def is_file_name(name: str) -> bool:
     """Whether a bundle's file may be called so: plain ASCII, no directory, not hidden."""
     return _FILE_NAME.match(name) is not None and name not in (MANIFEST_NAME, ENGINES_DIR)
@@ -333,9 +349,10 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         raise BundleError(
             f"{where} is not a manifest of edge-llm ({error}); export the bundle again"
         ) from error
-    if version != SCHEMA_VERSION:
+    if version not in _READABLE_VERSIONS:
         raise BundleError(
-            f"{where} has schema version {version}, this edge-llm reads {SCHEMA_VERSION}; "
+            f"{where} has schema version {version}, this edge-llm reads "
+            f"{' and '.join(map(str, _READABLE_VERSIONS))}; "
             "export the bundle again or install the edge-llm that wrote it"
         )
     match = _SELF_HASH.search(data)
@@ -351,7 +368,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except _MALFORMED as error:
         raise BundleError(
-            f"{where} does not fit schema {SCHEMA_VERSION}: {error}; export the bundle again"
+            f"{where} does not fit schema {version}: {error}; export the bundle again"
         ) from error
     for name in manifest.files:
         if not is_file_name(name):

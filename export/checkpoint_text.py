@@ -12,6 +12,8 @@ from typing import Any
 from edge.errors import CheckpointError
 from edge.manifest import SamplingDefaults, Tokens
 
+from .assumed_sampling import assume_sampling
+
 
 @dataclass(frozen=True)
 class CheckpointText:
@@ -21,7 +23,7 @@ class CheckpointText:
         tokenizer_json: content of ``tokenizer.json``, for the ``tokenizers`` library.
         chat_template: Jinja source, or None if the model has none.
         tokens: ids of the special tokens.
-        sampling: the model's own sampling parameters; neutral where it states none.
+        sampling: the model's own sampling parameters, or its family's where it states none.
         generation_config: content of ``generation_config.json``, unchanged.
     """
 
@@ -49,7 +51,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_text(directory: Path, config: Mapping[str, Any], vocab_size: int) -> CheckpointText:
+def read_text(
+    directory: Path, config: Mapping[str, Any], vocab_size: int, hub_id: str | None = None
+) -> CheckpointText:
     """Read the tokenizer's and generation files of an HF directory.
 
     Args:
@@ -57,6 +61,7 @@ def read_text(directory: Path, config: Mapping[str, Any], vocab_size: int) -> Ch
             ``chat_template.jinja``, ``chat_template.json`` and ``generation_config.json``.
         config: content of ``config.json``.
         vocab_size: rows of the token table.
+        hub_id: where the directory was downloaded from, or None.
 
     Raises:
         CheckpointError: no ``tokenizer.json``, an invalid file, a token that does not exist, or no
@@ -78,11 +83,19 @@ def read_text(directory: Path, config: Mapping[str, Any], vocab_size: int) -> Ch
         )
     generation_path = directory / "generation_config.json"
     generation = _read_optional(generation_path)
+    template = _chat_template(directory, tokenizer_config)
+    origin = config.get("_name_or_path")
     return CheckpointText(
         tokenizer_json=tokenizer_path.read_bytes(),
-        chat_template=_chat_template(directory, tokenizer_config),
+        chat_template=template,
         tokens=_tokens(directory, tokenizer, tokenizer_config, generation or config, vocab_size),
-        sampling=sampling_defaults(generation, str(generation_path)),
+        sampling=assume_sampling(
+            sampling_defaults(generation, str(generation_path)),
+            generation,
+            # A download's directory is called by a hash, a fine-tune's after its task.
+            [hub_id, origin if isinstance(origin, str) else None, directory.resolve().name],
+            template,
+        ),
         generation_config=generation,
     )
 

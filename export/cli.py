@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.errors import ConfigError, DependencyError, install_command
+from edge.manifest import describe_sampling
 
 if TYPE_CHECKING:
     from edge.manifest import ReducedVocabulary
@@ -198,12 +199,15 @@ def export(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
                 "num_bytes": num_bytes,
                 "source": manifest.source.location,
                 "revision": manifest.source.revision,
+                "sampling_assumed": manifest.sampling.assumed,
             }
         )
         return
     click.echo(f"{config.output}: {manifest.name}, {config.quant}, {num_bytes / 1e6:,.0f} MB")
     if manifest.vocabulary is not None:
         click.echo(_vocabulary(manifest.vocabulary))
+    if manifest.sampling.assumed is not None:
+        click.echo(f"the source states no sampling: {describe_sampling(manifest.sampling)}")
     if config.verify and manifest.quality is not None:
         text = manifest.quality["text"]
         click.echo(

@@ -17,6 +17,7 @@ from typing import Any
 from edge.errors import CheckpointError
 from edge.manifest import Tokens
 
+from .assumed_sampling import assume_sampling
 from .checkpoint_text import CheckpointText, sampling_defaults
 
 # Values of tokenizer.ggml.token_type (llama.cpp: enum llama_token_type).
@@ -125,9 +126,19 @@ def read_gguf_text(metadata: Mapping[str, Any], path: Path, vocab_size: int) -> 
         tokenizer_json=json.dumps(content, ensure_ascii=False).encode(),
         chat_template=template,
         tokens=tokens,
-        sampling=sampling_defaults(generation, str(path)),
+        sampling=assume_sampling(
+            sampling_defaults(generation, str(path)),
+            generation,
+            [_text(metadata, "general.name"), _text(metadata, "general.basename"), path.stem],
+            template,
+        ),
         generation_config=generation,
     )
+
+
+def _text(metadata: Mapping[str, Any], key: str) -> str | None:
+    value = metadata.get(key)
+    return value if isinstance(value, str) else None
 
 
 def _pre(metadata: Mapping[str, Any], path: Path) -> _Pre:

@@ -50,7 +50,7 @@ class HfDirectory:
         config_path = directory / "config.json"
         config = read_json(config_path)
         self.spec: ModelSpec = parse_config(config, str(config_path))
-        self.text = read_text(directory, config, self.spec.vocab_size)
+        self.text = read_text(directory, config, self.spec.vocab_size, hub_id)
         self.name = (hub_id or directory.resolve().name).rpartition("/")[2]
         self._files, self._owner = _open_weights(directory)
         self._check_tensors()

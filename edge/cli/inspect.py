@@ -10,7 +10,7 @@ import msgspec
 
 from edge import io_spec
 from edge.engine_file import ENGINE_JSON
-from edge.manifest import Manifest, read_manifest, verify_files
+from edge.manifest import Manifest, describe_sampling, read_manifest, verify_files
 
 from . import echo_json
 from .inspect_engine import inspect_engine
@@ -86,7 +86,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
             f"{manifest.quantization.name} ({manifest.quantization.method}, clip "
             f"{manifest.quantization.clip}{_folded(manifest)})",
         ),
-        ("sampling", ", ".join(f"{k} {v:g}" for k, v in _sampling(manifest).items())),
+        ("sampling", describe_sampling(manifest.sampling)),
         ("files", "all hashes match" if verified else "not verified"),
     ):
         facts.add_row(name, value)
@@ -116,8 +116,3 @@ def _folded(manifest: Manifest) -> str:
     quantization = manifest.quantization
     folded = {"smoothed": quantization.smoothed, "rotated": quantization.rotated}
     return "".join(f", {name}" for name, is_so in folded.items() if is_so)
-
-
-def _sampling(manifest: Manifest) -> dict[str, float]:
-    values: dict[str, float] = msgspec.to_builtins(manifest.sampling)
-    return values

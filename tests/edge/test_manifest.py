@@ -198,11 +198,20 @@ def test_forged_text_that_is_not_utf8_is_refused() -> None:
         decode_manifest(resign(data.replace(b'"name"', b'"na\xffe"')))
 
 
-@pytest.mark.parametrize("version", [0, 2])
+def test_a_bundle_of_schema_1_still_opens() -> None:
+    data = encode_manifest(make_manifest(schema_version=1))
+    old = data.replace(b',\n    "assumed": null', b"")
+    assert old != data
+    assert decode_manifest(resign(old)) == msgspec.structs.replace(
+        decode_manifest(data), self_sha256=decode_manifest(resign(old)).self_sha256
+    )
+
+
+@pytest.mark.parametrize("version", [0, 3])
 def test_another_schema_version_is_told_from_damage(version: int) -> None:
     # A newer manifest has keys that this version knows nothing of, and perhaps no self-hash.
     data = json.dumps({"schema_version": version, "novelty": True}).encode()
-    with pytest.raises(BundleError, match=rf"schema version {version}.* reads 1") as caught:
+    with pytest.raises(BundleError, match=rf"schema version {version}.* reads 1 and 2") as caught:
         decode_manifest(data)
     assert not isinstance(caught.value, IntegrityError)
 

@@ -261,7 +261,7 @@ def test_a_bundle_with_the_users_own_files_is_not_replaced(old: Path) -> None:
 
 
 def test_a_damaged_or_newer_bundle_can_be_replaced(old: Path) -> None:
-    text = (old / MANIFEST_NAME).read_text().replace('"schema_version": 1', '"schema_version": 99')
+    text = (old / MANIFEST_NAME).read_text().replace('"schema_version": 2', '"schema_version": 99')
     (old / MANIFEST_NAME).write_text(text)
     (old / "tokenizer.json").unlink()
     with pytest.raises(BundleError):

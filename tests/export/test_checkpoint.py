@@ -151,7 +151,7 @@ def test_without_generation_config_the_eos_of_config_json_counts(directory: Path
     with open_checkpoint(str(directory)) as checkpoint:
         assert checkpoint.text.tokens.eos == (308,)
         assert checkpoint.text.tokens.eos_text == "<|EOT|>"
-        assert checkpoint.text.sampling == SamplingDefaults()
+        assert checkpoint.text.sampling.assumed == "DeepSeek-R1"
     edit(directory / "config.json", eos_token_id=...)
     with pytest.raises(CheckpointError, match="no token that ends an answer"):
         open_checkpoint(str(directory))

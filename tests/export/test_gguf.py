@@ -218,7 +218,8 @@ def test_text_equals_that_of_the_hf_directory(tmp_path: Path) -> None:
     assert (source.kind, source.location, source.licence) == ("gguf", "Tiny-Model.gguf", "mit")
     assert text.tokens == original.tokens
     assert text.chat_template == original.chat_template
-    assert text.sampling == SamplingDefaults()  # GGUF does not carry the generation config
+    # GGUF does not carry the generation config; the template is R1's.
+    assert text.sampling == SamplingDefaults(temperature=0.6, top_p=0.95, assumed="DeepSeek-R1")
     ours, theirs = (Tokenizer.from_buffer(t.tokenizer_json) for t in (text, original))
     for sample in (
         "hello world 123",

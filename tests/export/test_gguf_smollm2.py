@@ -54,7 +54,9 @@ def test_smollm2(smollm2) -> None:
     assert smollm2.text.tokens == Tokens(
         bos=1, bos_text="<|im_start|>", eos=(2,), eos_text="<|im_end|>", add_bos=False
     )
-    assert smollm2.text.sampling == SamplingDefaults()
+    assert smollm2.text.sampling == SamplingDefaults(
+        temperature=0.2, top_p=0.9, assumed="SmolLM2-Instruct"
+    )
     assert "SmolLM" in smollm2.text.chat_template
     assert smollm2.source.licence == "apache-2.0"
     assert smollm2.source.sha256 == (
