@@ -36,6 +36,9 @@ class GenerationStats:
         total_s: submission to last token.
         itl_s: gaps between tokens.
         model_s: part of ``total_s`` spent inside the backend, for whichever sequence.
+        context_left: tokens that the slot had room for when the answer ended: 0 with the finish
+            reason ``length`` means that the KV capacity cut it off. None before the end, and for
+            an answer that never had a slot.
     """
 
     prompt_tokens: int = 0
@@ -46,6 +49,7 @@ class GenerationStats:
     total_s: float = 0.0
     itl_s: list[float] = field(default_factory=list)
     model_s: float = 0.0
+    context_left: int | None = None
 
     @property
     def tpot_s(self) -> float:
@@ -69,7 +73,7 @@ class GenerationStats:
         """Time outside backend and queue: sampling, bookkeeping, text."""
         return self.total_s - self.queue_s - self.model_s
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, float | int | None]:
         """Plain numbers for JSON."""
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -82,6 +86,7 @@ class GenerationStats:
             "model_s": round(self.model_s, 6),
             "prefill_tps": round(self.prefill_tps, 3),
             "decode_tps": round(self.decode_tps, 3),
+            "context_left": self.context_left,
         }
 
 

@@ -103,6 +103,19 @@ def rope_positions(model: ModelSpec) -> int:
     return min(model.max_position_embeddings, MAX_ROPE_POSITIONS)
 
 
+KV_CAPACITY, REASONING_KV_CAPACITY = 4096, 8192
+
+
+def default_kv_capacity(*, reasons: bool, positions: int) -> int:
+    """Tokens of prompt and answer where nobody says.
+
+    Args:
+        reasons: whether the model thinks before it answers; R1 may do so for thousands of tokens.
+        positions: tokens that the model can take at most.
+    """
+    return min(REASONING_KV_CAPACITY if reasons else KV_CAPACITY, positions)
+
+
 def check_capacity(capacity: int, positions: int) -> None:
     """Refuse a KV capacity that the graph's RoPE table of ``positions`` rows cannot serve.
 

@@ -145,7 +145,12 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     type=click.Choice(["fp16", "bf16"]),
     help="Float type of the engine's graph; default fp16.",
 )
-@click.option("--kv-capacity", type=int, help="Tokens of prompt and answer; default 4096.")
+@click.option(
+    "--kv-capacity",
+    type=int,
+    help="Tokens of prompt and answer; default 4096, or 8192 for a model that reasons (its chat "
+    "template knows </think>).",
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Download cache for a hub id.")
 @click.option("--force", "overwrite", is_flag=True, help="Replace an existing bundle.")

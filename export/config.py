@@ -40,7 +40,7 @@ class ExportConfig:
         vocab_size: how many tokens to keep, with a text in ``vocab_keep``.
         dialect: see `edge.io_spec`.
         dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
-        kv_capacity: cache rows per sequence; None is 4096 or the model's own maximum, if less.
+        kv_capacity: cache rows per sequence; None is `edge.io_spec.default_kv_capacity`.
         revision: of a hub id; None is its default branch.
         cache_dir: of the hub; None is the hub's own.
         overwrite: replace an existing bundle.

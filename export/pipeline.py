@@ -11,6 +11,7 @@ from pathlib import Path
 from edge import io_spec
 from edge._version import __version__
 from edge.backends.ort import onnxruntime_version
+from edge.chat import template_reasons
 from edge.errors import ConfigError, DependencyError
 from edge.evaluate import check_gate, load_gate
 from edge.manifest import (
@@ -41,7 +42,6 @@ from .verify import verify_bundle
 from .vocabulary import VOCABULARY_NAME, ReducedCheckpoint, encode_kept
 
 _log = logging.getLogger(__name__)
-DEFAULT_KV_CAPACITY = 4096
 VERIFY_STEP = "verify"
 """The step of a process of its own, ``edge-llm eval``, which shows its own progress."""
 _LAST_STEP = "hash and move into place"
@@ -105,8 +105,12 @@ class _Export:
                 "the reference; leave it out"
             )
         self.positions = io_spec.rope_positions(self.model)
+        template = checkpoint.text.chat_template
         self.kv_capacity = (
-            min(DEFAULT_KV_CAPACITY, self.positions)
+            io_spec.default_kv_capacity(
+                reasons=template is not None and template_reasons(template),
+                positions=self.positions,
+            )
             if config.kv_capacity is None
             else config.kv_capacity
         )

@@ -11,6 +11,7 @@ from edge.errors import BundleError, ConfigError, DependencyError, IntegrityErro
 from edge.manifest import Manifest
 
 from . import Backend
+from .default_capacity import device_backend, host_capacity
 
 BackendName = Literal["auto", "tensorrt", "ort-cuda", "ort-cpu"]
 _log = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ def open_backend(
         bundle: its directory.
         manifest: its manifest.
         num_slots: sequences that the cache holds.
-        kv_capacity: tokens per sequence; None is the bundle's own, or the engine's.
+        kv_capacity: tokens per sequence; None is the engine's own, else the bundle's, or what
+            memory holds of it (`default_capacity`).
         max_step_tokens: the most tokens per sequence and step; an engine has its own.
         num_threads: of the CPU, which ``auto`` then takes; None is one per physical core.
         int8_activations: of the CPU, which ``auto`` then takes if true, see `OrtBackend`; no other
@@ -70,20 +72,27 @@ def open_backend(
     if name == "ort-cuda" or (name == "auto" and _has_cuda_provider()):
         from .ort_cuda import OrtCudaBackend
 
-        try:
+        def open_with(capacity: int) -> Backend:
             return OrtCudaBackend(
                 bundle,
                 manifest,
                 num_slots=num_slots,
-                kv_capacity=kv_capacity,
+                kv_capacity=capacity,
                 max_step_tokens=max_step_tokens,
             )
+
+        try:
+            if kv_capacity is None:
+                return device_backend(open_with, manifest, num_slots)
+            return open_with(kv_capacity)
         except DependencyError as error:
             if name == "ort-cuda":
                 raise
             _log.warning("ONNX Runtime's CUDA provider is not used: %s", error)
     from . import ort
 
+    if kv_capacity is None:
+        kv_capacity = host_capacity(manifest, num_slots, max_step_tokens)
     return ort.OrtBackend(
         bundle,
         manifest,

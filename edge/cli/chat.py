@@ -35,6 +35,7 @@ _HELP = """\
 Three double quotes begin a message of several lines, three more end it.
 Ctrl-C stops an answer; the conversation goes on."""
 _QUOTES = '"""'
+_NEARLY_FULL = 0.1  # of the KV capacity
 
 
 @click.command()
@@ -151,15 +152,30 @@ class Conversation:
                     click.echo(" [stopped]", nl=False)
                     break
         printer.end()
+        printer.warn_if_cut_off(self.llm)
         self.messages += [question, {"role": "assistant", "content": printer.text}]
         self.last = printer
+        self._warn_if_nearly_full()
+
+    def _warn_if_nearly_full(self) -> None:
+        """Say on stderr that the next answers may find no room; reasoning is not repeated."""
+        if self.last.stats is None:
+            return
+        said = self.last.stats.prompt_tokens + len(self.llm.tokenizer.encode(self.last.text))
+        left, capacity = max(self.llm.kv_capacity - said, 0), self.llm.kv_capacity
+        if left < _NEARLY_FULL * capacity:
+            click.echo(
+                f"edge-llm: the conversation leaves {left} of {capacity} tokens for what follows; "
+                "/reset forgets it, --kv-capacity makes more room",
+                err=True,
+            )
 
     def show_stats(self) -> None:
         """Figures of the last answer and of the cache."""
         if self.last.stats is None:
             click.echo("No finished answer yet.")
         else:
-            click.echo(format_stats(self.last.stats, self.last.finish_reason))
+            click.echo(format_stats(self.last.stats))
         used = self.llm.cached_tokens
         megabytes = self.llm.backend.cache_bytes / 1e6
         click.echo(f"KV cache: {used} of {self.llm.kv_capacity} tokens, {megabytes:.0f} MB in all")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.errors import ConfigError
+from edge.io_spec import default_kv_capacity
 
 from . import echo_json
 
@@ -39,7 +40,9 @@ calibrate_option = click.option(
 @power_mode_option
 @click.option("--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Slots.")
 @click.option(
-    "--kv-capacity", type=int, help="Tokens per slot; default: the bundle's own, else 4096."
+    "--kv-capacity",
+    type=int,
+    help="Tokens per slot; default: the bundle's own, 8192 for the named models, else 4096.",
 )
 @click.option(
     "--max-prefill",
@@ -83,7 +86,7 @@ def plan(
     """
     from edge.planner.calibration import calibrated
     from edge.planner.memory import Deployment
-    from edge.planner.models import find_model
+    from edge.planner.models import BUILT_IN, find_model
     from edge.planner.picture import draw_plan
     from edge.planner.plan import CPU, find_device, make_plan
     from edge.planner.speed import FITTED
@@ -94,8 +97,15 @@ def plan(
     else:
         target, efficiency = calibrated(calibrate, device, power_mode)
     if kv_capacity is None:
-        limit = min(4096, planned.spec.max_position_embeddings)
-        kv_capacity = limit if planned.manifest is None else planned.manifest.kv_capacity
+        # What the export would take; of a config.json nobody knows whether the model reasons.
+        kv_capacity = (
+            default_kv_capacity(
+                reasons=planned in BUILT_IN.values(),
+                positions=planned.spec.max_position_embeddings,
+            )
+            if planned.manifest is None
+            else planned.manifest.kv_capacity
+        )
     backend: Any = "ort-cpu" if target.name == CPU else "tensorrt"
     dialect: Dialect = "native" if planned.manifest is None else planned.manifest.dialect
     deployment = Deployment(backend, batch, kv_capacity, min(max_prefill, kv_capacity), dialect)

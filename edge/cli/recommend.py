@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.errors import ConfigError
+from edge.io_spec import REASONING_KV_CAPACITY
 
 from . import echo_json
 from .eval import EXIT_GATE_MISSED
@@ -83,7 +84,13 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
 @device_option
 @power_mode_option
 @click.option("--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Slots.")
-@click.option("--kv-capacity", type=int, default=4096, show_default=True, help="Tokens per slot.")
+@click.option(
+    "--kv-capacity",
+    type=int,
+    default=REASONING_KV_CAPACITY,
+    show_default=True,
+    help="Tokens per slot.",
+)
 @calibrate_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 @click.pass_context

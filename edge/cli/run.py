@@ -88,8 +88,9 @@ def run(
         for chunk in llm.stream(prompt if raw else messages, params):
             printer.show(chunk)
         printer.end()
+        printer.warn_if_cut_off(llm)
         if printer.stats is not None and not no_stats:
-            click.echo(format_stats(printer.stats, printer.finish_reason), err=True)
+            click.echo(format_stats(printer.stats), err=True)
 
 
 def _check_prompt(prompt: str, raw: bool) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from edge.generation import FinishReason, GenerationStats
 from edge.stream import GenerationChunk
+
+if TYPE_CHECKING:
+    from edge.llm import LLM
 
 
 class StreamPrinter:
@@ -40,8 +45,21 @@ class StreamPrinter:
         """End the line."""
         click.echo()
 
+    def warn_if_cut_off(self, llm: LLM) -> None:
+        """Say on stderr what ended an answer before the model did."""
+        if self.finish_reason != "length" or self.stats is None:
+            return
+        if self.stats.context_left:
+            text = f"after {self.stats.completion_tokens} tokens, as --max-tokens says"
+        else:
+            text = f"prompt and answer fill the KV cache of {llm.kv_capacity} tokens"
+            largest = llm.manifest.rope_positions
+            if llm.kv_capacity < largest:
+                text += f"; give a larger --kv-capacity (up to {largest}) or --overflow slide"
+        click.echo(f"edge-llm: the answer was cut off: {text}", err=True)
 
-def format_stats(stats: GenerationStats, reason: FinishReason | None) -> str:
+
+def format_stats(stats: GenerationStats) -> str:
     """One line of figures."""
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     parts = [
@@ -52,6 +70,4 @@ def format_stats(stats: GenerationStats, reason: FinishReason | None) -> str:
     ]
     if stats.tpot_s:
         parts.append(f"decode {stats.decode_tps:.1f} tok/s")
-    if reason == "length":
-        parts.append("cut off by --max-tokens or --kv-capacity")
     return "[" + " | ".join(parts) + "]"

@@ -491,6 +491,7 @@ class EngineCore:
         if sequence.slot is not None:
             run_s = self.now() - sequence.submitted_s - sequence.stats.queue_s
             self.mean_run_s += (_NEWEST if self.mean_run_s else 1.0) * (run_s - self.mean_run_s)
+            sequence.stats.context_left = sequence.slot.remaining
         self._leave(sequence, keep=self.reuse_prefix)
         self.outcomes[reason] += 1
         sequence.sink.put(TokenEvent(token, reason, sequence.stats))

@@ -62,6 +62,9 @@ def bundle(tiny_bundles: Bundles) -> Path:
     return tiny_bundles("qwen2")
 
 
+CUT_OFF = "edge-llm: the answer was cut off: after {} tokens, as --max-tokens says\n"
+
+
 def error_line(result: Result, code: int) -> str:
     """The one line on stderr of a run that failed."""
     assert (result.code, result.out) == (code, "")
@@ -83,10 +86,24 @@ def test_run_streams_the_answer(edge_llm: Callable[..., Result], bundle: Path):
     assert "\x1b" not in result.out
     assert re.fullmatch(
         r"\[prompt \d+ tokens \| TTFT \d+ ms \| prefill \d+ tok/s \| answer 20 tokens \| "
-        r"decode [\d.]+ tok/s \| cut off by --max-tokens or --kv-capacity\]\n",
-        result.err,
+        r"decode [\d.]+ tok/s\]\n",
+        result.err.removeprefix(CUT_OFF.format(20)),
     )
-    assert edge_llm("run", bundle, "hello", "--max-tokens", 2, "--no-stats", *GREEDY).err == ""
+    quiet = edge_llm("run", bundle, "hello", "--max-tokens", 2, "--no-stats", *GREEDY)
+    assert quiet.err == CUT_OFF.format(2)
+
+
+def test_a_full_cache_is_said_and_how_to_have_more(edge_llm: Callable[..., Result], bundle: Path):
+    """Not the same line as for --max-tokens: here the answer is not what anybody asked for."""
+    options = ("--kv-capacity", 20, "--no-stats", *GREEDY)
+    result = edge_llm("run", bundle, "hello", *options)
+    assert result.err == (
+        "edge-llm: the answer was cut off: prompt and answer fill the KV cache of 20 tokens; give "
+        "a larger --kv-capacity (up to 256) or --overflow slide\n"
+    )
+    stats = json.loads(edge_llm("run", bundle, "hello", "--json", *options).out)["stats"]
+    assert stats["context_left"] == 0
+    assert stats["prompt_tokens"] + stats["completion_tokens"] == 21  # the last needs no row
 
 
 def test_run_takes_its_prompt_from_stdin(edge_llm: Callable[..., Result], bundle: Path):
@@ -377,7 +394,19 @@ def test_a_conversation(chat: Callable[..., Result], bundle: Path):
     banner, _, said = result.out.partition("\n")
     assert banner.endswith(f", {TINY_KV_CAPACITY} tokens. /help lists the commands.")
     assert said == expected
-    assert result.err == ""
+    assert result.err == 2 * CUT_OFF.format(6)
+
+
+def test_a_chat_that_is_nearly_full_says_so(edge_llm: Callable[..., Result], bundle: Path):
+    options = ("--max-tokens", 1, "--kv-capacity", 60, *GREEDY)
+    result = edge_llm("chat", bundle, *options, stdin="hi\n" + "x" * 45 + "\n/exit\n")
+    first, second, warning = result.err.splitlines(keepends=True)
+    assert first == second == CUT_OFF.format(1)
+    assert re.fullmatch(
+        r"edge-llm: the conversation leaves \d of 60 tokens for what follows; /reset forgets it, "
+        r"--kv-capacity makes more room\n",
+        warning,
+    )
 
 
 def test_the_end_of_the_input_ends_the_chat(chat: Callable[..., Result]):
@@ -434,7 +463,7 @@ def test_a_message_that_cannot_be_answered_leaves_the_chat_going(
 ):
     prompts = record_prompts(monkeypatch)
     result = chat("hello\n" + "x" * 500 + "\nagain\n/exit\n")
-    (line,) = result.err.splitlines()
+    _, line, _ = result.err.splitlines()
     assert line.startswith("error: the prompt has 5")
     assert "the KV cache holds 128" in line
     assert [m["content"] for m in prompts[-1] if m["role"] == "user"] == ["hello", "again"]

@@ -24,10 +24,21 @@ def run_verb(verb: Any, *arguments: str) -> Any:
 
 def test_a_config_is_enough(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    from_file = json.loads(run_verb(plan, str(tmp_path), "--json").stdout)
-    built_in = json.loads(run_verb(plan, "r1-qwen-1.5b", "--json").stdout)
+    given = ("--kv-capacity", "4096", "--json")
+    from_file = json.loads(run_verb(plan, str(tmp_path), *given).stdout)
+    built_in = json.loads(run_verb(plan, "r1-qwen-1.5b", *given).stdout)
     assert from_file["options"] == built_in["options"]
     assert (built_in["device"], built_in["power_mode"]) == ("agx-orin-64", "MAXN")
+
+
+def test_the_default_capacity_is_what_an_export_takes(tmp_path: Path):
+    """R1 reasons, so its answers get more room; of a config.json alone nobody can tell."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found = [
+        json.loads(run_verb(plan, model, "--json").stdout)["kv_capacity"]
+        for model in ("r1-qwen-1.5b", str(tmp_path))
+    ]
+    assert found == [8192, 4096]
 
 
 def test_a_bundle_is_planned_exactly(tiny_bundles: Bundles):

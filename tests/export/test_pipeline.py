@@ -144,7 +144,10 @@ def test_the_default_capacity_is_the_models_own_maximum(checkpoint: Path, tmp_pa
     assert export(checkpoint, tmp_path / "bundle").kv_capacity == 256
     longer = write_checkpoint(tmp_path / "long", "qwen2", max_position_embeddings=131072)
     manifest = export(longer, tmp_path / "long bundle")
-    assert (manifest.kv_capacity, manifest.rope_positions) == (4096, 32768)
+    assert (manifest.kv_capacity, manifest.rope_positions) == (8192, 32768)
+    (longer / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    plain = export(longer, tmp_path / "no reasoning")
+    assert (plain.kv_capacity, plain.rope_positions) == (4096, 32768)
 
 
 @pytest.mark.parametrize("kv_capacity", [-1, 0, 1, 257])

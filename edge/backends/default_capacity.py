@@ -1,0 +1,95 @@
+"""How long the KV cache is where nobody said: the bundle's own length, or what memory holds of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from edge.errors import DeviceMemoryError
+from edge.manifest import Manifest
+from edge.planner.memory import Deployment, plan_memory
+from edge.planner.weights import manifest_linears
+from edge.telemetry import read_available_memory_bytes
+
+from . import Backend
+
+_log = logging.getLogger(__name__)
+_STEP = 256
+LEAST_CAPACITY = 1024
+"""Tokens; less is no conversation, so a machine with no room for it is left to fail by itself."""
+
+
+def host_capacity(manifest: Manifest, num_slots: int, max_step_tokens: int) -> int:
+    """Cache rows per slot on the CPU, such that a full cache still fits the memory that is free.
+
+    The cache takes memory as it fills: without this, a long answer would end with the process
+    killed. What is given up is logged.
+
+    Args:
+        manifest: of the bundle.
+        num_slots: sequences that the cache holds.
+        max_step_tokens: the most tokens per sequence and step.
+    """
+    wanted, free = manifest.kv_capacity, read_available_memory_bytes()
+    linears = manifest_linears(manifest)
+
+    def need(capacity: int) -> int:
+        deployment = Deployment(
+            "ort-cpu", num_slots, capacity, min(max_step_tokens, capacity), manifest.dialect
+        )
+        return plan_memory(manifest.model, linears, manifest.rope_positions, deployment).load_peak
+
+    if free is None or need(wanted) <= free:  # None: the system does not tell
+        return wanted
+    least = min(LEAST_CAPACITY, wanted)
+    fitting = (c for c in range(wanted - 1, least, -1) if c % _STEP == 0 and need(c) <= free)
+    capacity = next(fitting, least)
+    if capacity < wanted:
+        _report(
+            capacity,
+            wanted,
+            num_slots,
+            f"that needs {need(wanted) / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free",
+        )
+    return capacity
+
+
+def device_backend(
+    open_with: Callable[[int], Backend], manifest: Manifest, num_slots: int
+) -> Backend:
+    """Open a backend whose memory tells only by running out: with half the rows while it does.
+
+    Args:
+        open_with: opens it with so many rows per slot.
+        manifest: of the bundle.
+        num_slots: sequences that the cache holds, for the log.
+
+    Raises:
+        DeviceMemoryError: not even `LEAST_CAPACITY` fits.
+        EdgeError: see the backend.
+    """
+    wanted = capacity = manifest.kv_capacity
+    while True:
+        try:
+            backend = open_with(capacity)
+        except DeviceMemoryError:
+            if capacity // 2 < LEAST_CAPACITY:
+                raise
+            capacity //= 2
+            continue
+        if capacity < wanted:
+            _report(capacity, wanted, num_slots, "the device ran out of memory with that")
+        return backend
+
+
+def _report(capacity: int, wanted: int, num_slots: int, why: str) -> None:
+    slots = f"{num_slots} slots of {wanted} tokens each" if num_slots > 1 else f"{wanted} tokens"
+    fewer = ", or fewer slots" if num_slots > 1 else ""
+    _log.warning(
+        "the KV cache holds %d tokens per slot instead of %s: %s; free some memory%s, or set "
+        "--kv-capacity yourself",
+        capacity,
+        slots,
+        why,
+        fewer,
+    )
