@@ -13,6 +13,10 @@ from edge.manifest import describe_sampling
 if TYPE_CHECKING:
     from edge.manifest import ReducedVocabulary
 
+    from .config import ExportConfig
+
+_FIGURES = ("tokens", "kl_mean", "top1_agreement", "perplexity_ratio")
+
 
 def _keep(
     _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
@@ -58,7 +62,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     "--group-size",
     type=int,
     help="Weights that share a scale: 128, 64 or 32; 0 is one scale per output channel (INT8). "
-    "Default: the largest that fits the model.",
+    "Default: 32 for INT4, for INT8 the largest that fits the model.",
 )
 @click.option(
     "--keep",
@@ -79,10 +83,8 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 @click.option(
     "--method",
     type=click.Choice(["rtn", "awq", "gptq", "awq+gptq"]),
-    default="rtn",
-    show_default=True,
-    help="How INT4 layers are rounded. awq and awq+gptq keep most quality but calibrate for long; "
-    "rtn needs no calibration and takes a minute.",
+    help="How INT4 layers are rounded; default awq, which calibrates. rtn is fast and needs no "
+    "calibration, but loses more.",
 )
 @click.option(
     "--calibration",
@@ -155,10 +157,11 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Download cache for a hub id.")
 @click.option("--force", "overwrite", is_flag=True, help="Replace an existing bundle.")
 @click.option(
-    "--verify",
-    is_flag=True,
-    help="Measure the bundle against the float model before it is put in place, as edge-llm eval "
-    "does; if a threshold is missed, write no bundle and exit with code 3.",
+    "--verify/--no-verify",
+    default=None,
+    help="Measure the bundle against the float model on 4096 tokens before it is put in place, as "
+    "edge-llm eval does; if a threshold is missed, write no bundle and exit with code 3. "
+    "--no-verify measures nothing. Default: 512 tokens tell what it cost, and nothing is refused.",
 )
 @click.option(
     "--gate",
@@ -167,7 +170,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line at the end.")
 @click.pass_context
-def export(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
+def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options: Any) -> None:
     """Turn SOURCE into a bundle.
 
     SOURCE is a Hugging Face directory, a hub id such as
@@ -175,7 +178,7 @@ def export(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     """
     try:
         from .pipeline import VERIFY_STEP, ExportConfig, export_checkpoint
-        from .verify import GateError
+        from .verify import GateError, better_recipe
     except ImportError as error:
         if isinstance(error, DependencyError):
             raise
@@ -186,15 +189,18 @@ def export(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     from edge.cli import echo_json
     from edge.cli.eval import EXIT_GATE_MISSED
     from edge.cli.progress import show_progress
+    from edge.evaluate import load_gate, missed_thresholds
 
-    config = ExportConfig(**options)
+    config = ExportConfig(**options, verify=bool(verify), report=verify is None)
     try:
         with show_progress([VERIFY_STEP]) as progress:
-            manifest = export_checkpoint(config, progress)
+            manifest = export_checkpoint(config, progress, lambda line: click.echo(line, err=True))
     except GateError as error:
         click.echo(f"edge-llm: {error}", err=True)
         ctx.exit(EXIT_GATE_MISSED)
     num_bytes = sum(file.num_bytes for file in manifest.files.values())
+    text = (manifest.quality or {}).get("text")
+    missed = [] if text is None else list(missed_thresholds(load_gate(*_gate(config)), text))
     if as_json:
         echo_json(
             {
@@ -205,6 +211,8 @@ def export(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
                 "source": manifest.source.location,
                 "revision": manifest.source.revision,
                 "sampling_assumed": manifest.sampling.assumed,
+                "quality": None if text is None else {n: text[n] for n in _FIGURES},
+                "missed": missed,
             }
         )
         return
@@ -213,13 +221,27 @@ def export(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
         click.echo(_vocabulary(manifest.vocabulary))
     if manifest.sampling.assumed is not None:
         click.echo(f"the source states no sampling: {describe_sampling(manifest.sampling)}")
-    if config.verify and manifest.quality is not None:
-        text = manifest.quality["text"]
+    if text is not None:
         click.echo(
-            f"verified: KL {text['kl_mean']:.4f}, top-1 {text['top1_agreement']:.1%}, perplexity "
-            f"{text['perplexity']:.2f} ({text['perplexity_reference']:.2f} in float)"
+            f"{'verified' if config.verify else 'measured'}: KL {text['kl_mean']:.4f}, top-1 "
+            f"{text['top1_agreement']:.1%}, perplexity {text['perplexity']:.2f} "
+            f"({text['perplexity_reference']:.2f} in float, x{text['perplexity_ratio']:.3f})"
         )
+        if missed:
+            click.echo(
+                f"warning: it misses the gate {_gate(config)[1].split('-')[0]}, which is meant for "
+                f"models of 1.5B and more: {'; '.join(missed)}",
+                err=True,
+            )
+    schemes = {name: info.scheme for name, info in manifest.quantization.linears.items()}
+    if (better := better_recipe(config, schemes, missed=bool(missed))) is not None:
+        click.echo(f"{better} would lose less; docs/quantization.md has the figures")
     click.echo(f"Try it: edge-llm run {config.output} 'Why is the sky blue?'")
+
+
+def _gate(config: ExportConfig) -> tuple[str, str]:
+    """Arguments of `load_gate`."""
+    return config.gate or "recipe", config.quant
 
 
 def _vocabulary(reduced: ReducedVocabulary) -> str:

@@ -14,6 +14,8 @@ from .embedding_table import EmbeddingType
 from .recipe import Clip, Quant, Recipe
 
 GraphType = Literal["fp16", "bf16"]
+DEFAULT_METHOD: Method = "awq"
+"""Of INT4 layers; docs/quantization.md has what each method costs and loses."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class ExportConfig:
         group_size: see `recipe.Recipe`.
         keep: see `recipe.Recipe`.
         clip: see `recipe.Recipe`.
-        method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated.
+        method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated; None is
+            `DEFAULT_METHOD`.
         calibration: text or JSONL to calibrate with; None is the built-in text.
         calibration_tokens: at most so many; None is `calibration.DEFAULT_TOKENS`.
         seed: of the order of the calibration documents; None is 0.
@@ -44,8 +47,12 @@ class ExportConfig:
         revision: of a hub id; None is its default branch.
         cache_dir: of the hub; None is the hub's own.
         overwrite: replace an existing bundle.
-        verify: measure the finished bundle against the float model before it is put in place.
+        verify: measure the finished bundle against the float model before it is put in place, and
+            refuse it if it misses ``gate``.
         gate: of ``verify``, see `edge.evaluate.load_gate`; None is ``recipe``.
+        report: without ``verify``, measure it on fewer tokens and refuse nothing; what stands in
+            the way of that (memory, disk) is only told.
+        rounding: ``method``, or what stands for None.
     """
 
     source: str
@@ -54,7 +61,7 @@ class ExportConfig:
     group_size: int | None = None
     keep: tuple[tuple[str, str], ...] = ()
     clip: Clip = "mse"
-    method: Method = "rtn"
+    method: Method | None = None
     calibration: Path | None = None
     calibration_tokens: int | None = None
     seed: int | None = None
@@ -71,6 +78,8 @@ class ExportConfig:
     overwrite: bool = False
     verify: bool = False
     gate: str | None = None
+    report: bool = False
+    rounding: Method = field(init=False)
     recipe: Recipe = field(init=False)
     float_type: GraphType = field(init=False)
 
@@ -79,7 +88,7 @@ class ExportConfig:
         for option, value, choices in (
             ("--quant", self.quant, Quant),
             ("--clip", self.clip, Clip),
-            ("--method", self.method, Method),
+            ("--method", self.method or "rtn", Method),
             ("--embeddings", self.embeddings, EmbeddingType),
             ("--dialect", self.dialect, Dialect),
             ("--dtype", self.dtype or implied, GraphType),
@@ -92,13 +101,16 @@ class ExportConfig:
             raise ConfigError(
                 f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"
             )
+        has_int4 = self.quant == "int4" or any(kind == "int4" for _, kind in self.keep)
+        default: Method = DEFAULT_METHOD if has_int4 else "rtn"
+        object.__setattr__(self, "rounding", self.method or default)
         rounds_inputs = self.quant == "int8-w8a8" or any(kind == "w8a8" for _, kind in self.keep)
         for option, setting in (
             ("--calibration", self.calibration),
             ("--calibration-tokens", self.calibration_tokens),
             ("--seed", self.seed),
         ):
-            if setting is not None and self.method == "rtn" and not rounds_inputs:
+            if setting is not None and self.rounding == "rtn" and not rounds_inputs:
                 raise ConfigError(
                     f"{option} has no effect with --method rtn; use --method awq+gptq or leave "
                     "it out"
@@ -110,8 +122,10 @@ class ExportConfig:
                 f"--vocab-size {self.vocab_size} needs --vocab-keep FILE, a text of the kind that "
                 "the model will meet"
             )
-        if self.method != "rtn" and self.clip != "mse":
-            raise ConfigError(f"--clip {self.clip} has no effect with --method {self.method}")
+        if self.rounding != "rtn" and self.clip != "mse":
+            raise ConfigError(
+                f"--clip {self.clip} has no effect with --method {self.rounding}; add --method rtn"
+            )
         object.__setattr__(self, "float_type", self.dtype or implied)
         recipe = Recipe(self.quant, self.group_size, self.keep, self.clip)
         object.__setattr__(self, "recipe", recipe)

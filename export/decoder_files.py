@@ -97,11 +97,12 @@ class DecoderFiles:
         Raises:
             ConfigError: a method that no layer takes.
         """
-        method = self._config.method
         kinds = {scheme.kind for scheme in self._schemes.values()}
-        if method != "rtn" and "int4" not in kinds:
-            raise ConfigError(f"--method {method} has no effect: no layer is INT4; leave it out")
-        return method != "rtn" or "w8a8" in kinds
+        if self._config.method not in (None, "rtn") and "int4" not in kinds:
+            raise ConfigError(
+                f"--method {self._config.method} has no effect: no layer is INT4; leave it out"
+            )
+        return (self._config.rounding != "rtn" and "int4" in kinds) or "w8a8" in kinds
 
     def write(self, writer: BundleWriter, kv_capacity: int) -> tuple[Graphs, dict[str, LinearInfo]]:
         """Write all four files; a calibrated export goes on where the last one was interrupted.
@@ -164,7 +165,7 @@ class DecoderFiles:
         linears = CalibratedLinears(
             runner,
             self._schemes,
-            self._config.method,
+            self._config.rounding,
             _NUMPY_TYPE[self._config.float_type],
             state.factors,
         )

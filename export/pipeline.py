@@ -6,13 +6,14 @@ import dataclasses
 import datetime
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from edge import io_spec
 from edge._version import __version__
 from edge.backends.ort import onnxruntime_version
 from edge.chat import template_reasons
-from edge.errors import ConfigError, DependencyError
+from edge.errors import ConfigError, DependencyError, EdgeError
 from edge.evaluate import check_gate, load_gate
 from edge.manifest import (
     SCHEMA_VERSION,
@@ -33,12 +34,19 @@ from .config import ExportConfig as ExportConfig
 from .decoder_files import DecoderFiles
 from .documents import DEFAULT_TOKENS
 from .embedding_table import EmbeddingType, embedding_tensors
+from .estimate import describe_s, export_s
 from .lora import LoraCheckpoint
 from .quantize.float_channels import NUM_CHANNELS
 from .quantize.rotation import RotatedCheckpoint
 from .recipe import linear_layers
 from .safetensors_writer import write_safetensors
-from .verify import verify_bundle
+from .verify import (
+    REPORT_TOKENS,
+    VERIFY_TOKENS,
+    check_memory,
+    measure_bundle,
+    verify_bundle,
+)
 from .vocabulary import VOCABULARY_NAME, ReducedCheckpoint, encode_kept
 
 _log = logging.getLogger(__name__)
@@ -47,8 +55,17 @@ VERIFY_STEP = "verify"
 _LAST_STEP = "hash and move into place"
 
 
-def export_checkpoint(config: ExportConfig, progress: Progress | None = None) -> Manifest:
+def export_checkpoint(
+    config: ExportConfig,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> Manifest:
     """Write a bundle; it appears at ``config.output`` whole or not at all.
+
+    Args:
+        config: what to export and how.
+        progress: called as it goes on.
+        announce: called with one line for a person: how long it will take, why it is not measured.
 
     Raises:
         ConfigError: options that contradict each other or the model.
@@ -66,7 +83,7 @@ def export_checkpoint(config: ExportConfig, progress: Progress | None = None) ->
     with open_checkpoint(
         config.source, revision=config.revision, cache_dir=config.cache_dir
     ) as checkpoint:
-        return _Export(config, checkpoint, progress or silent).run()
+        return _Export(config, checkpoint, progress or silent, announce or _mute).run()
 
 
 def _cannot_run_here(dialect: Dialect) -> str | None:
@@ -85,8 +102,15 @@ def _cannot_run_here(dialect: Dialect) -> str | None:
 
 
 class _Export:
-    def __init__(self, config: ExportConfig, checkpoint: Checkpoint, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: ExportConfig,
+        checkpoint: Checkpoint,
+        progress: Progress,
+        announce: Callable[[str], None],
+    ) -> None:
         self.config = config
+        self.announce = announce
         # What is quantized: the source with everything done to it that is exact in float.
         self.reduced: ReducedCheckpoint | None = None
         if config.lora is not None:
@@ -99,7 +123,8 @@ class _Export:
         self.checkpoint = checkpoint
         self.model = checkpoint.spec
         self.schemes = config.recipe.schemes(self.model)
-        if config.verify and all(scheme.kind == "float" for scheme in self.schemes.values()):
+        self.quantized = any(scheme.kind != "float" for scheme in self.schemes.values())
+        if config.verify and not self.quantized:
             raise ConfigError(
                 f"--verify has nothing to measure with --quant {config.quant}: float weights are "
                 "the reference; leave it out"
@@ -126,12 +151,15 @@ class _Export:
         with BundleWriter(
             self.config.output, required_bytes=required, overwrite=self.config.overwrite
         ) as writer:
+            self.announce(self._expectation())
             graphs, linears = self.decoder.write(writer, self.kv_capacity)
             self.write_embeddings(writer.path(io_spec.EMBEDDINGS_NAME))
             self.write_text(writer)
             manifest = self.manifest(graphs, linears)
             if self.config.verify:
                 manifest = self.verify(writer, manifest)
+            elif self.config.report and self.quantized:
+                manifest = self.report(writer, manifest)
             self.progress(_LAST_STEP, 0, 1)
             manifest = writer.commit(manifest)
         self.progress(_LAST_STEP, 1, 1)
@@ -143,16 +171,53 @@ class _Export:
         Raises:
             GateError: a threshold was missed.
         """
-        with uncounted(self.progress, "hash"):
-            staged = writer.stage(manifest)
-        reference = dataclasses.replace(
-            self.config.float_reference(), output=writer.scratch() / "reference"
-        )
-        export_checkpoint(reference, prefixed(self.progress, "reference: "))
+        staged = self._stage(writer, manifest)
+        reference = self._reference(writer)
         gate = self.config.gate or "recipe"
         with uncounted(self.progress, VERIFY_STEP):
-            verify_bundle(staged, reference.output, gate, self.positions, self.config.output)
+            verify_bundle(staged, reference, gate, self.positions, self.config.output)
         return read_manifest(staged)
+
+    def report(self, writer: BundleWriter, manifest: Manifest) -> Manifest:
+        """The manifest with what the quantization cost, where that can be measured here."""
+        try:
+            check_memory(manifest, self.positions)
+            staged = self._stage(writer, manifest)
+            reference = self._reference(writer)
+            with uncounted(self.progress, VERIFY_STEP):
+                measure_bundle(staged, reference, self.positions, REPORT_TOKENS)
+        except EdgeError as error:
+            # Nobody asked for the figures, and hours of calibration may be in the bundle.
+            self.announce(
+                f"what the quantization cost was not measured: {error}; measure it later with: "
+                f"edge-llm eval {self.config.output} --against {self.config.source}"
+            )
+            return manifest
+        return read_manifest(staged)
+
+    def _stage(self, writer: BundleWriter, manifest: Manifest) -> Path:
+        with uncounted(self.progress, "hash"):
+            return writer.stage(manifest)
+
+    def _reference(self, writer: BundleWriter) -> Path:
+        """The same model in float, beside the target."""
+        config = dataclasses.replace(
+            self.config.float_reference(), output=writer.scratch() / "reference"
+        )
+        export_checkpoint(config, prefixed(self.progress, "reference: "))
+        return config.output
+
+    def _expectation(self) -> str:
+        tokens = VERIFY_TOKENS if self.config.verify else REPORT_TOKENS
+        measured = self.quantized and (self.config.verify or self.config.report)
+        rounding = self.config.rounding
+        seconds = export_s(self.model, self.schemes, rounding, tokens if measured else 0)
+        recipe: list[str] = [self.config.quant]
+        if any(scheme.kind == "int4" for scheme in self.schemes.values()):
+            recipe.append(rounding)
+        return f"{', '.join(recipe)}: expect {describe_s(seconds)} on two cores" + (
+            ", measuring included" if measured else ""
+        )
 
     def write_embeddings(self, path: Path) -> None:
         table = self.checkpoint.tensor("model.embed_tokens.weight")
@@ -175,7 +240,8 @@ class _Export:
 
     def manifest(self, graphs: Graphs, linears: dict[str, LinearInfo]) -> Manifest:
         peaks = self.decoder.peaks
-        quantized = any(scheme.kind != "float" for scheme in self.schemes.values())
+        int4 = any(scheme.kind == "int4" for scheme in self.schemes.values())
+        method = self.config.rounding if int4 else "rtn"
         return Manifest(
             schema_version=SCHEMA_VERSION,
             producer=f"edge-llm {__version__}",
@@ -188,8 +254,8 @@ class _Export:
             rope_positions=self.positions,
             quantization=Quantization(
                 name=self.config.quant,
-                method=self.config.method if quantized else "none",
-                clip=self.config.clip if quantized else "none",
+                method=method if self.quantized else "none",
+                clip=self.config.clip if self.quantized else "none",
                 linears=linears,
                 calibration=self.decoder.calibration,
                 smoothed=bool(self.decoder.input_scales),
@@ -225,3 +291,7 @@ def estimated_bytes(
         if scheme.kind == "w8a8":
             total += NUM_CHANNELS * out * 2
     return total + (64 << 20)  # norms, biases, graphs, tokenizer, alignment
+
+
+def _mute(line: str) -> None:
+    """Announce nothing."""

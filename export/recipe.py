@@ -11,6 +11,7 @@ import msgspec
 
 from edge.errors import ConfigError, DependencyError, install_command
 from edge.manifest import ModelSpec, TensorScheme
+from edge.planner.weights import INT4_GROUP_SIZE
 
 GROUP_SIZES = (128, 64, 32)  # what TensorRT's INT4 block quantization was built with
 Quant = Literal["fp16", "bf16", "int8", "int8-w8a8", "int4"]
@@ -83,7 +84,8 @@ class Recipe:
     Attributes:
         quant: scheme of the linear layers; ``fp16`` and ``bf16`` leave the weights as floats.
         group_size: weights that share a scale; 0 is one scale per output channel (INT8 only);
-            None picks the largest of 128, 64, 32 that divides every layer's input width.
+            None is 32 for INT4 layers, and for INT8 the largest of 128, 64, 32 that divides every
+            layer's input width.
         keep: ``(pattern, scheme)`` overrides in the order given, the last match wins. The
             pattern is a shell wildcard on layer names, the scheme ``float``, ``int8``, ``int4`` or
             ``w8a8``.
@@ -151,7 +153,7 @@ class Recipe:
                     f"no group size of {GROUP_SIZES} divides the input widths {widths} of this "
                     "model; use --quant int8 --group-size 0, or --quant fp16"
                 )
-            size = fitting[0]
+            size = INT4_GROUP_SIZE if kind == "int4" else fitting[0]
         if size == 0 and kind == "int4":
             raise ConfigError("INT4 needs groups: use --group-size 128, 64 or 32")
         if size != 0 and (size not in GROUP_SIZES or any(width % size for width in widths)):

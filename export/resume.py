@@ -51,7 +51,7 @@ def calibration_key(config: ExportConfig, checkpoint: Checkpoint, ids: NDArray[n
         "tokenizer": hashlib.sha256(checkpoint.text.tokenizer_json).hexdigest(),
         "tokens": hashlib.sha256(ids.tobytes()).hexdigest(),
         "shape": ids.shape,
-        "recipe": [config.quant, config.group_size, config.keep, config.clip, config.method],
+        "recipe": [config.quant, config.group_size, config.keep, config.clip, config.rounding],
         "rotate": config.rotate,
         "dtype": config.float_type,
     }

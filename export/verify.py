@@ -1,6 +1,7 @@
 """The last step of an export: ``edge-llm eval`` on the staged bundle, in a process of its own.
 
-The process gives all its memory back, and the exporter needs nothing of the runtime.
+The process gives all its memory back, and the exporter needs nothing of the runtime. ``--verify``
+refuses a bundle that misses its gate; by default fewer tokens tell what the quantization cost.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,23 @@ from edge.errors import (
     EdgeError,
     ResourceError,
 )
+from edge.evaluate import CHUNK_TOKENS
+from edge.manifest import Manifest, TensorScheme
+from edge.planner.memory import Deployment, plan_memory
+from edge.planner.weights import (
+    INT4_GROUP_SIZE,
+    find_variant,
+    manifest_linears,
+    variant_linears,
+)
+from edge.telemetry import read_available_memory_bytes
+
+from .config import DEFAULT_METHOD, ExportConfig
 
 VERIFY_TOKENS = 4096
 """Of the held-out text; gives the KL divergence to about a tenth of its value."""
+REPORT_TOKENS = 512
+"""The same to about a fifth of its value: enough to tell one recipe from another in seconds."""
 _WINDOW = 512
 # What the child's exit code says of its error; every other one is the engine's.
 _ERRORS = {
@@ -68,16 +84,13 @@ def verify_bundle(
         BackendError: the measurement failed; its own message is on stderr. Where that was a
             `ConfigError`, `BundleError`, `DependencyError` or `ResourceError`, this one is it too.
     """
-    command = [sys.executable, "-m", "edge.cli", "eval", str(staged), "--against", str(reference)]
-    command += ["--gate", gate, "--save", "--json", "--tokens", str(VERIFY_TOKENS)]
-    command += ["--window", str(min(_WINDOW, positions))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    if done.returncode not in (0, EXIT_GATE_MISSED):
-        raise _ERRORS.get(done.returncode, BackendError)(
-            f"the bundle could not be verified (exit code {done.returncode}, see above), so "
-            f"{target} was not written; export without --verify to have it anyway"
-        )
-    figures: dict[str, Any] = json.loads(done.stdout)
+    try:
+        figures = measure_bundle(staged, reference, positions, VERIFY_TOKENS, "--gate", gate)
+    except EdgeError as error:
+        raise type(error)(
+            f"the bundle could not be verified ({error}), so {target} was not written; export "
+            "without --verify to have it anyway"
+        ) from error
     if missed := figures["gate"]["missed"]:
         raise GateError(
             f"gate {gate} missed ({'; '.join(missed)}), so {target} was not written; use a recipe "
@@ -85,3 +98,82 @@ def verify_bundle(
             figures,
         )
     return figures
+
+
+def measure_bundle(
+    staged: Path, reference: Path, positions: int, tokens: int, *options: str
+) -> dict[str, Any]:
+    """Measure a bundle and store the result in its manifest, as ``edge-llm eval --save`` does.
+
+    Args:
+        staged: see `verify_bundle`.
+        reference: see `verify_bundle`.
+        positions: see `verify_bundle`.
+        tokens: of the held-out text.
+        options: further ones of ``edge-llm eval``.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        BackendError: the measurement failed; its own message is on stderr. Where that was a
+            `ConfigError`, `BundleError`, `DependencyError` or `ResourceError`, this one is it too.
+    """
+    command = [sys.executable, "-m", "edge.cli", "eval", str(staged), "--against", str(reference)]
+    command += ["--save", "--json", "--tokens", str(tokens), *options]
+    command += ["--window", str(min(_WINDOW, positions))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode not in (0, EXIT_GATE_MISSED):
+        kind = _ERRORS.get(done.returncode, BackendError)
+        raise kind(f"exit code {done.returncode}, see above")
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+def check_memory(manifest: Manifest, positions: int) -> None:
+    """Refuse to measure where both models would not fit into memory together.
+
+    Args:
+        manifest: of the quantized bundle.
+        positions: tokens that the model can take at most.
+
+    Raises:
+        ResourceError: they do not.
+    """
+    free = read_available_memory_bytes()
+    window = min(_WINDOW, positions)
+    deployment = Deployment("ort-cpu", 1, window, min(CHUNK_TOKENS, window), manifest.dialect)
+    needed = sum(
+        plan_memory(manifest.model, linears, positions, deployment).load_peak
+        for linears in (
+            manifest_linears(manifest),
+            variant_linears(manifest.model, find_variant("fp16")),
+        )
+    )
+    if free is not None and needed > free:  # None: the system does not tell
+        raise ResourceError(
+            f"the bundle and its float model need {needed / 1e9:.1f} GB of memory together, "
+            f"{free / 1e9:.1f} GB are free"
+        )
+
+
+def better_recipe(
+    config: ExportConfig, schemes: Mapping[str, TensorScheme], *, missed: bool
+) -> str | None:
+    """Options that lose less, from the tables of docs/quantization.md; None where none is known.
+
+    Args:
+        config: what was exported.
+        schemes: of every linear layer.
+        missed: whether a gate was missed: then more bits are an answer, too.
+    """
+    int4 = {name: s for name, s in schemes.items() if s.kind == "int4"}
+    if "lm_head" in int4:
+        return "--keep lm_head=int8"
+    if any(scheme.group_size > INT4_GROUP_SIZE for scheme in int4.values()):
+        return f"--group-size {INT4_GROUP_SIZE}"
+    if int4 and config.rounding == "rtn":
+        return f"--method {DEFAULT_METHOD}"
+    if not missed:
+        return None
+    return "--quant int8" if int4 or config.quant == "int8-w8a8" else "--quant fp16"

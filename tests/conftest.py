@@ -111,6 +111,7 @@ def tiny_bundles(
                 output=output,
                 quant=quant,
                 group_size=None if quant in ("fp16", "bf16") else 32,
+                method="rtn" if quant == "int4" else None,
                 dialect=dialect,
                 kv_capacity=TINY_KV_CAPACITY,
             )

@@ -1,4 +1,4 @@
-"""How long the KV cache is where nobody said: the bundle's own length, or what memory holds of it."""
+"""How long the KV cache is where nobody said: the bundle's length, or what memory holds of it."""
 
 from __future__ import annotations
 

@@ -52,13 +52,12 @@ MMLU_MEASURED = 41.0  # R1-Distill-Qwen-1.5B, EdgeReasoning (arXiv 2511.01866), 
 
 # What is left of the score, on average: Neural Magic's evaluation of quantized R1 distills
 # (2025-02-27), W8A8 and W4A16 with GPTQ in groups of 128 and a calibrated method. Weight-only INT8
-# and smaller groups lose no more. Below 7B the models are more fragile.
+# and the smaller groups of our INT4 lose no more. Below 7B the models are more fragile.
 _RECOVERY: dict[str, tuple[float, float]] = {
     "fp16": (1.0, 1.0),
     "int8": (0.97, 1.0),
     "int8-w8a8": (0.97, 1.0),
     "int4": (0.94, 0.97),
-    "int4-g32": (0.94, 0.97),
 }
 _LARGE_PARAMETERS = 5e9  # in the layers
 
@@ -278,8 +277,6 @@ def _commands(taken: Candidate, deployment: Deployment) -> tuple[str, ...]:
     assert variant is not None
     bundle = f"bundles/{taken.model.name}-{variant.name}"
     export = ["edge-llm export", str(taken.model.source), "-o", bundle, *variant.export_options()]
-    if variant.quant == "int4":
-        export += ["--method", "awq+gptq"]  # what the recovery was published for
     export += ["--kv-capacity", str(deployment.kv_capacity)]
     build = ["edge-llm build", bundle, "--max-batch", str(deployment.batch)]
     build += ["--max-prefill", str(deployment.max_prefill)]

@@ -245,7 +245,7 @@ def calibrate(work: Work, mode: PowerMode, base: Efficiency, measured: Measured)
     for layer_s in (base.layer_s, 0.0):
         left = step - work.num_layers * layer_s
         weights = work.step_bytes / (mode.bytes_per_s * left) if left > 0 else 2.0
-        if weights <= 1:
+        if weights <= 1 + 1e-9:  # all of the bandwidth, but for rounding
             break
     else:
         raise ConfigError(

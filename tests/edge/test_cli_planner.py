@@ -135,5 +135,5 @@ def test_the_json_has_every_candidate():
     assert {row["model"] for row in found["candidates"]} == {"r1-qwen-7b"}
     assert found["taken"]["score"] >= 92
     dropped = [row for row in found["candidates"] if row["dropped"]]
-    assert {row["quant"] for row in dropped} == {"int4", "int4-g32"}
+    assert {row["quant"] for row in dropped} == {"int4"}
     assert found["tutorial"]["leaf"] == "8B"

@@ -218,7 +218,10 @@ def test_calibration_without_a_use_is_refused(tmp_path: Path, tiny_checkpoints: 
     source = str(tiny_checkpoints("qwen3"))
     for options in ({"calibration": Path("a")}, {"calibration_tokens": 5}, {"seed": 1}):
         with pytest.raises(ConfigError, match="has no effect with --method rtn"):
-            ExportConfig(source=source, output=tmp_path / "b", **options)
+            ExportConfig(source=source, output=tmp_path / "b", method="rtn", **options)
+        with pytest.raises(ConfigError, match="has no effect with --method rtn"):
+            ExportConfig(source=source, output=tmp_path / "b", quant="int8", **options)
+        ExportConfig(source=source, output=tmp_path / "b", **options)  # INT4 calibrates by itself
     with pytest.raises(ConfigError, match="--clip absmax has no effect with --method awq"):
         ExportConfig(source=source, output=tmp_path / "b", method="awq", clip="absmax")
     config = ExportConfig(source=source, output=tmp_path / "b", quant="int8", method="gptq")

@@ -18,7 +18,8 @@ from click.testing import CliRunner, Result
 import edge.cli
 from edge.errors import ConfigError, DependencyError, install_command
 from edge.manifest import read_manifest, verify_files
-from export.cli import export
+from export import verify
+from export.cli import _FIGURES, export
 from tests.tiny_models import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bundle(tmp_path: Path, checkpoint: Path) -> Path:
-    assert invoke(checkpoint, "-o", tmp_path / "bundle", "--kv-capacity", 64).exit_code == 0
+    options = ("--kv-capacity", 64, "--method", "rtn", "--no-verify")
+    assert invoke(checkpoint, "-o", tmp_path / "bundle", *options).exit_code == 0
     return tmp_path / "bundle"
 
 
@@ -54,14 +56,64 @@ def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     result = invoke(checkpoint, "-o", tmp_path / "bundle")
     assert result.exit_code == 0, result.output
     manifest = read_manifest(tmp_path / "bundle")
-    assert manifest.quantization.name == "int4"
-    assert str(manifest.quantization.linears["layers.0.qkv"].scheme) == "int4-g64"
+    assert (manifest.quantization.name, manifest.quantization.method) == ("int4", "awq")
+    assert str(manifest.quantization.linears["layers.0.qkv"].scheme) == "int4-g32"
+    assert str(manifest.quantization.linears["lm_head"].scheme) == "int8-g64"
     assert (manifest.dialect, manifest.dtype) == ("native", "fp16")
     assert manifest.quantization.clip == "mse"
     lines = result.stdout.splitlines()
     assert lines[0] == f"{tmp_path / 'bundle'}: Tiny-R1, int4, 0 MB"
-    assert lines[1] == f"Try it: edge-llm run {tmp_path / 'bundle'} 'Why is the sky blue?'"
-    assert not result.stderr  # no terminal, no progress bar
+    assert manifest.quality is not None
+    text = manifest.quality["text"]
+    assert text["tokens"] == 512
+    assert lines[1].startswith(f"measured: KL {text['kl_mean']:.4f}, top-1 ")
+    assert lines[1].endswith(f"in float, x{text['perplexity_ratio']:.3f})")
+    assert lines[2].startswith("--quant int8 would lose less")
+    assert lines[3] == f"Try it: edge-llm run {tmp_path / 'bundle'} 'Why is the sky blue?'"
+    # No terminal, no progress bar. A tiny random model loses more than the gate allows.
+    expected, warning = result.stderr.splitlines()
+    assert expected == "int4, awq: expect about 5 s on two cores, measuring included"
+    assert warning.startswith("warning: it misses the gate int4, which is meant for models of 1.5B")
+    assert "top1_agreement 0." in warning
+
+
+def test_nothing_is_measured_where_nobody_wants_it(checkpoint: Path, tmp_path: Path):
+    fast = ("--method", "rtn", "--no-verify")
+    for name, options in (("fast", fast), ("float", ("--quant", "fp16"))):
+        result = invoke(checkpoint, "-o", tmp_path / name, *options)
+        assert result.exit_code == 0, result.output
+        assert read_manifest(tmp_path / name).quality is None
+        assert "measured:" not in result.output
+        assert "measuring" not in result.output
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_faster_recipe_names_the_better_one(checkpoint: Path, tmp_path: Path):
+    base = ("-o", tmp_path / "bundle", "--no-verify", "--force")
+    for options, better in (
+        (("--method", "rtn"), "--method awq would lose less"),
+        (("--method", "rtn", "--group-size", 64), "--group-size 32 would lose less"),
+        (("--method", "rtn", "--keep", "lm_head=int4"), "--keep lm_head=int8 would lose less"),
+        (("--quant", "int8"), None),  # nothing was measured, so nothing was missed
+    ):
+        result = invoke(checkpoint, *base, *options)
+        assert (better or "would lose less") in result.stdout or better is None, result.output
+        assert ("would lose less" in result.stdout) == (better is not None)
+
+
+def test_a_bundle_that_cannot_be_measured_is_written_and_said(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Hours of calibration are not thrown away for figures that nobody asked for."""
+    monkeypatch.setattr(verify, "read_available_memory_bytes", lambda: 1 << 20)
+    result = invoke(checkpoint, "-o", tmp_path / "bundle", "--quant", "int8")
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / "bundle")
+    verify_files(tmp_path / "bundle", manifest)
+    assert manifest.quality is None
+    assert "was not measured: the bundle and its float model need 0." in result.stderr
+    assert f"edge-llm eval {tmp_path / 'bundle'} --against {checkpoint}" in result.stderr
+    assert [path.name for path in tmp_path.iterdir() if "edge-llm" in path.name] == []
 
 
 def test_every_option_arrives(checkpoint: Path, tmp_path: Path):
@@ -69,6 +121,7 @@ def test_every_option_arrives(checkpoint: Path, tmp_path: Path):
         checkpoint,
         *("--output", tmp_path / "bundle", "--quant", "int8", "--group-size", 32),
         *("--keep", "layers.0.*=float", "--keep", "lm_head=int4", "--clip", "absmax"),
+        *("--method", "rtn", "--no-verify"),
         *("--dialect", "portable", "--dtype", "bf16", "--kv-capacity", 99),
     )
     assert result.exit_code == 0, result.output
@@ -108,7 +161,8 @@ def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
     result = invoke(checkpoint, "-o", tmp_path / "bundle", "--quant", "int8", "--json")
     assert result.exit_code == 0, result.output
     (line,) = result.stdout.splitlines()
-    files = read_manifest(tmp_path / "bundle").files.values()
+    manifest = read_manifest(tmp_path / "bundle")
+    files, text = manifest.files.values(), (manifest.quality or {})["text"]
     assert json.loads(line) == {
         "bundle": str(tmp_path / "bundle"),
         "name": "Tiny-R1",
@@ -116,6 +170,9 @@ def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
         "num_bytes": sum(file.num_bytes for file in files),
         "source": "Tiny-R1",
         "revision": None,
+        "sampling_assumed": None,
+        "quality": {name: text[name] for name in _FIGURES},
+        "missed": [],
     }
 
 
@@ -210,6 +267,7 @@ def test_every_option_has_help():
 # ------------------------------------------------------------------------------------- kill -9
 
 KILLS = 6
+FAST = ("--method", "rtn", "--no-verify")
 
 
 def test_kill_at_any_moment_leaves_a_whole_bundle(tmp_path: Path):
@@ -221,7 +279,7 @@ def test_kill_at_any_moment_leaves_a_whole_bundle(tmp_path: Path):
     place = tmp_path / "place"
     place.mkdir()
     target = place / "bundle"
-    assert invoke(old, "-o", target).exit_code == 0
+    assert invoke(old, "-o", target, *FAST).exit_code == 0
     saved = tmp_path / "saved"
     shutil.copytree(target, saved)
 
@@ -238,7 +296,7 @@ def test_kill_at_any_moment_leaves_a_whole_bundle(tmp_path: Path):
     assert set(names) <= {"Old-R1", "New-R1"}
     assert names[0] == "Old-R1"
 
-    assert invoke(new, "-o", target, "--force").exit_code == 0
+    assert invoke(new, "-o", target, "--force", *FAST).exit_code == 0
     assert read_manifest(target).name == "New-R1"
     assert [path.name for path in place.iterdir()] == ["bundle"]  # leftovers are swept
 
@@ -253,7 +311,7 @@ def export_process(source: Path, target: Path, *, kill_after_s: float | None) ->
     """
     command = "from export.cli import export; export()"
     process = subprocess.Popen(
-        [sys.executable, "-c", command, str(source), "-o", str(target), "--force", "--json"],
+        [sys.executable, "-c", command, str(source), "-o", str(target), "--force", "--json", *FAST],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

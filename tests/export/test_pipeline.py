@@ -40,6 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(source: Path, output: Path, **options: Any) -> Manifest:
+    options.setdefault("method", "rtn")  # calibration has tests of its own
     return export_checkpoint(ExportConfig(source=str(source), output=output, **options))
 
 
@@ -250,7 +251,7 @@ def test_a_damaged_tensor_is_refused_and_nothing_is_left(spoil: Any, tmp_path: P
 
 def test_progress_is_monotonic_and_complete(checkpoint: Path, tmp_path: Path):
     calls: list[tuple[str, float, float]] = []
-    config = ExportConfig(source=str(checkpoint), output=tmp_path / "bundle")
+    config = ExportConfig(source=str(checkpoint), output=tmp_path / "bundle", method="rtn")
 
     def record(phase: str, done: float, total: float, *_: str) -> None:
         # The last call says that the bundle is there, no other does.
@@ -281,7 +282,7 @@ def test_an_interrupt_at_any_phase_leaves_nothing(checkpoint: Path, tmp_path: Pa
         if name == phase:
             raise KeyboardInterrupt
 
-    config = ExportConfig(source=str(checkpoint), output=tmp_path / "bundle")
+    config = ExportConfig(source=str(checkpoint), output=tmp_path / "bundle", method="rtn")
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(config, interrupt)
     assert not list(tmp_path.iterdir())
@@ -330,7 +331,10 @@ def test_the_estimate_is_above_the_real_size_and_near_it(tmp_path: Path, quant: 
         vocab_size=4096,
         max_position_embeddings=4096,
     )
-    config = ExportConfig(source=str(source), output=tmp_path / "bundle", quant=quant)
+    method: Any = "rtn" if quant == "int4" else None
+    config = ExportConfig(
+        source=str(source), output=tmp_path / "bundle", quant=quant, method=method
+    )
     manifest = export_checkpoint(config)
     estimate = estimated_bytes(manifest.model, config.recipe.schemes(manifest.model), 4096)
     real = sum(file.num_bytes for file in manifest.files.values())

@@ -86,9 +86,11 @@ def test_layers_in_the_order_of_the_graph():
     assert linear_layers(SMOLLM2)[-1].weights == ("model.embed_tokens.weight",)
 
 
-def test_int4_keeps_the_head_in_int8():
-    expected = {**dict.fromkeys(LAYERS, int4(128)), "lm_head": int8(128)}
+def test_int4_has_groups_of_32_and_keeps_the_head_in_int8():
+    expected = {**dict.fromkeys(LAYERS, int4(32)), "lm_head": int8(128)}
     assert Recipe("int4").schemes(QWEN) == expected
+    assert Recipe("int4", keep=(("lm_head", "int4"),)).schemes(QWEN)["lm_head"] == int4(32)
+    assert set(Recipe("int4", 64).schemes(QWEN).values()) == {int4(64), int8(64)}
 
 
 def test_int8_takes_every_layer():
@@ -101,10 +103,10 @@ def test_float_recipes_leave_every_layer(quant: Quant):
     assert schemes == dict.fromkeys([*LAYERS, "lm_head"], FLOAT)
 
 
-def test_the_largest_group_that_fits_every_layer():
-    assert Recipe("int4").schemes(SMOLLM2)["layers.0.down"] == int4(64)
+def test_int8_has_the_largest_group_that_fits_every_layer():
+    assert Recipe("int8").schemes(SMOLLM2)["layers.0.down"] == int8(64)
     narrow = msgspec.structs.replace(SMOLLM2, intermediate_size=1536 + 32)
-    assert Recipe("int4").schemes(narrow)["layers.0.qkv"] == int4(32)
+    assert Recipe("int8").schemes(narrow)["layers.0.qkv"] == int8(32)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])

@@ -520,6 +520,7 @@ def test_smollm2_keeps_its_logits_in_fewer_bytes(
 
 def export(source: Path, output: Path, **options: Any) -> Manifest:
     values = {"quant": "fp16", "dialect": "portable", "kv_capacity": 64, **options}
+    values.setdefault("method", "rtn")
     return export_checkpoint(ExportConfig(source=str(source), output=output, **values))
 
 

@@ -1,0 +1,61 @@
+"""How long an export takes, said before it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from edge.manifest import ModelSpec, TensorScheme
+
+from .calibrated import Method
+from .recipe import linear_layers
+
+# Weights of the decoder layers per second on two x86-64 cores, with the default calibration text:
+# whole exports of the 1.5B of docs/quantization.md (1.31 G weights in the layers), GPTQ alone from
+# its share of a layer's time there.
+_CALIBRATED_PER_S: dict[Method, float] = {
+    "awq": 2.5e6,
+    "gptq": 1.8e6,
+    "awq+gptq": 1.1e6,
+}
+_W8A8_PER_S = 4.4e6
+# All linear weights: rounding to nearest, and writing the float twin that it is measured against.
+_ROUNDED_PER_S, _WRITTEN_PER_S = 3e7, 7e7
+# Both models over one token, per weight; and the start of a process.
+_MEASURED_S, _STARTED_S = 3.2e-11, 2.0
+
+
+def export_s(
+    model: ModelSpec, schemes: Mapping[str, TensorScheme], rounding: Method, measured_tokens: int
+) -> float:
+    """Seconds that an export takes, on two cores as in the figures of docs/quantization.md.
+
+    Args:
+        model: dimensions.
+        schemes: of every linear layer.
+        rounding: how INT4 layers are rounded.
+        measured_tokens: tokens on which the bundle is measured afterwards; 0 measures nothing.
+    """
+    sizes = {layer.name: math.prod(layer.shape) for layer in linear_layers(model)}
+    total = sum(sizes.values())
+    seconds = _STARTED_S
+    for name, size in sizes.items():
+        kind = schemes[name].kind
+        if kind == "float":
+            seconds += size / _WRITTEN_PER_S
+        elif kind == "w8a8":
+            seconds += size / _W8A8_PER_S
+        elif kind == "int4" and rounding != "rtn":
+            seconds += size / _CALIBRATED_PER_S[rounding]
+        else:
+            seconds += size / _ROUNDED_PER_S
+    if measured_tokens:
+        seconds += _STARTED_S + total / _WRITTEN_PER_S + measured_tokens * total * _MEASURED_S
+    return seconds
+
+
+def describe_s(seconds: float) -> str:
+    """A rough time for a person: ``about 20 s`` or ``about 9 min``."""
+    if seconds < 100:
+        return f"about {math.ceil(seconds / 5) * 5} s"
+    return f"about {round(seconds / 60)} min"
