@@ -176,4 +176,6 @@ def better_recipe(
         return f"--method {DEFAULT_METHOD}"
     if not missed:
         return None
-    return "--quant int8" if int4 or config.quant == "int8-w8a8" else "--quant fp16"
+    if int4:
+        return "--method awq+gptq" if config.rounding == "awq" else "--quant int8"
+    return "--quant int8" if config.quant == "int8-w8a8" else "--quant fp16"

@@ -68,7 +68,7 @@ def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     assert text["tokens"] == 512
     assert lines[1].startswith(f"measured: KL {text['kl_mean']:.4f}, top-1 ")
     assert lines[1].endswith(f"in float, x{text['perplexity_ratio']:.3f})")
-    assert lines[2].startswith("--quant int8 would lose less")
+    assert lines[2].startswith("--method awq+gptq would lose less")
     assert lines[3] == f"Try it: edge-llm run {tmp_path / 'bundle'} 'Why is the sky blue?'"
     # No terminal, no progress bar. A tiny random model loses more than the gate allows.
     expected, warning = result.stderr.splitlines()

@@ -1,0 +1,56 @@
+"""The expected time is that of the documented exports, and the README says the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge.planner.models import BUILT_IN
+from export.calibrated import Method
+from export.estimate import describe_s, export_s
+from export.recipe import Quant, Recipe
+from export.verify import REPORT_TOKENS
+
+MODEL = BUILT_IN["r1-qwen-1.5b"].spec
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+
+
+def expected_s(quant: Quant, rounding: Method = "awq", measured_tokens: int = 0) -> float:
+    return export_s(MODEL, Recipe(quant).schemes(MODEL), rounding, measured_tokens)
+
+
+@pytest.mark.parametrize(
+    ("quant", "rounding", "measured_s"),
+    [  # whole exports of Qwen2.5-Coder-1.5B on two cores, beside other work
+        ("fp16", "rtn", 22),
+        ("int8", "rtn", 36),
+        ("int4", "rtn", 28),
+        ("int4", "awq", 8.8 * 60),
+        ("int4", "awq+gptq", 19.9 * 60),
+        ("int8-w8a8", "rtn", 5 * 60),
+    ],
+)
+def test_what_was_measured_is_expected(quant: Quant, rounding: Method, measured_s: float):
+    # Busy machines differ by half, and nobody plans an afternoon by less.
+    assert measured_s / 2 < expected_s(quant, rounding) < measured_s * 2
+
+
+def test_the_readme_says_what_the_export_says():
+    whole = describe_s(expected_s("int4", measured_tokens=REPORT_TOKENS))
+    alone = describe_s(expected_s("int4"))
+    assert (whole, alone) == ("about 10 min", "about 9 min")
+    assert "calibrates (AWQ in groups of 32) for about 9 minutes on two cores" in README
+
+
+def test_a_calibrated_layer_costs_more_than_its_neighbours():
+    """Per layer, not per model: what --keep leaves to INT8 is rounded."""
+    kept = Recipe("int4", keep=(("layers.*", "int8"),)).schemes(MODEL)
+    assert export_s(MODEL, kept, "awq", 0) < expected_s("int4") / 5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1, "about 5 s"), (61, "about 65 s"), (101, "about 2 min")]
+)
+def test_times_are_rough(seconds: float, text: str):
+    assert describe_s(seconds) == text
