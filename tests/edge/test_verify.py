@@ -169,7 +169,7 @@ def test_the_verb_prints_lines_without_a_terminal(bundle: Path) -> None:
 
 
 def test_a_missed_threshold_is_printed_and_is_an_exit_code(tiny_bundles: Bundles) -> None:
-    rounded = tiny_bundles("qwen2", quant="int8")  # its activations are rounded: never quite equal
+    rounded = tiny_bundles("qwen2", quant="int4")  # its activations are rounded: never quite equal
     result = run(rounded, "--decode-steps", 2, "--min-cosine", 1)
     assert result.exit_code == 3
     assert "MISSED: prefill: cosine" in result.stdout

@@ -20,6 +20,8 @@ from edge.errors import ConfigError, DependencyError, install_command
 from edge.manifest import read_manifest, verify_files
 from export import verify
 from export.cli import _FIGURES, export
+from export.config import ExportConfig
+from tests.conftest import RUNNABLE
 from tests.tiny_models import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -53,13 +55,15 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
-    result = invoke(checkpoint, "-o", tmp_path / "bundle")
+    # The dialect that can be measured here; the default is the one for new devices.
+    assert ExportConfig(source="x", output=tmp_path).dialect == "native"
+    result = invoke(checkpoint, "-o", tmp_path / "bundle", "--dialect", RUNNABLE)
     assert result.exit_code == 0, result.output
     manifest = read_manifest(tmp_path / "bundle")
     assert (manifest.quantization.name, manifest.quantization.method) == ("int4", "awq")
     assert str(manifest.quantization.linears["layers.0.qkv"].scheme) == "int4-g32"
     assert str(manifest.quantization.linears["lm_head"].scheme) == "int8-g64"
-    assert (manifest.dialect, manifest.dtype) == ("native", "fp16")
+    assert manifest.dtype == "fp16"
     assert manifest.quantization.clip == "mse"
     lines = result.stdout.splitlines()
     assert lines[0] == f"{tmp_path / 'bundle'}: Tiny-R1, int4, 0 MB"
@@ -149,7 +153,8 @@ def test_long_steps_print_lines_without_a_terminal(checkpoint: Path, tmp_path: P
 def test_verifying_leaves_its_lines_to_the_process_that_measures(checkpoint: Path, tmp_path: Path):
     gate = tmp_path / "gate.json"
     gate.write_text('{"kl_mean": 100.0}')
-    result = invoke(checkpoint, "-o", tmp_path / "bundle", "--verify", "--gate", gate)
+    options = ("--verify", "--gate", gate, "--dialect", RUNNABLE)
+    result = invoke(checkpoint, "-o", tmp_path / "bundle", *options)
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()
     assert any(line.startswith("reference: quantize: 100 %") for line in lines), lines
@@ -158,7 +163,8 @@ def test_verifying_leaves_its_lines_to_the_process_that_measures(checkpoint: Pat
 
 
 def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
-    result = invoke(checkpoint, "-o", tmp_path / "bundle", "--quant", "int8", "--json")
+    options = ("--quant", "int8", "--dialect", RUNNABLE, "--json")
+    result = invoke(checkpoint, "-o", tmp_path / "bundle", *options)
     assert result.exit_code == 0, result.output
     (line,) = result.stdout.splitlines()
     manifest = read_manifest(tmp_path / "bundle")

@@ -14,6 +14,7 @@ from edge import LLM
 from edge.evaluate import CHUNK_TOKENS, EVAL_TEXT, EvalText, cut_windows, measure, read_text
 from export.pipeline import ExportConfig, export_checkpoint
 from scripts.smollm2 import smollm2_gguf
+from tests.conftest import RUNNABLE
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +64,8 @@ def test_a_recipe_loses_what_the_table_says(name: str, reference: LLM, tmp_path:
     documented = documented_kl()
     assert name in documented, f"{TABLE} has no row {name} below {HEADING!r}"
     output = tmp_path / "bundle"
-    export_checkpoint(ExportConfig(source=str(smollm2_gguf()), output=output, **RECIPES[name]))
+    source = str(smollm2_gguf())
+    export_checkpoint(ExportConfig(source, output, dialect=RUNNABLE, **RECIPES[name]))
     text = read_text(EVAL_TEXT)
     with LLM(output, **options()) as bundle:
         windows = cut_windows(bundle.tokenizer.encode(text), WINDOW, (), TOKENS)

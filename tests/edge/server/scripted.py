@@ -80,7 +80,7 @@ class ScriptedEngine:
                 table,
                 self._script,
                 num_slots=given["num_slots"],
-                capacity=given["kv_capacity"] or CAPACITY,
+                capacity=given["kv_capacity"],
                 max_step_tokens=given["max_step_tokens"],
             )
             for name in ("steps", "batches"):  # it may run for hours
@@ -90,7 +90,7 @@ class ScriptedEngine:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ort, "OrtBackend", open_backend)
-            self.llm = LLM(bundle, **options)
+            self.llm = LLM(bundle, **{"kv_capacity": CAPACITY, **options})
         return self.llm
 
     def say(self, prompt: Prompt, answer: str, *, ends: bool = True, **options: Any) -> None:
