@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .deepseek import DeepSeekModel
+    from .bundle.manifest import Manifest
     from .errors import EdgeError
-    from .generation import GenerationStats
-    from .llm import LLM
-    from .manifest import Manifest
-    from .sampling import SamplingParams
-    from .stream import Generation, GenerationChunk, GenerationResult
-    from .structured import OutputFormat
+    from .runtime.deepseek import DeepSeekModel
+    from .runtime.generation import GenerationStats
+    from .runtime.llm import LLM
+    from .runtime.sampling import SamplingParams
+    from .runtime.stream import Generation, GenerationChunk, GenerationResult
+    from .runtime.structured_output import OutputFormat
 
 # From 1.29 on, ONNX Runtime's wheels for Linux report model and machine to Microsoft unless this is
 # set before they are loaded. A value that the user has set stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
-    "LLM": ".llm",
-    "DeepSeekModel": ".deepseek",
+    "LLM": ".runtime.llm",
+    "DeepSeekModel": ".runtime.deepseek",
     "EdgeError": ".errors",
-    "Generation": ".stream",
-    "GenerationChunk": ".stream",
-    "GenerationResult": ".stream",
-    "GenerationStats": ".generation",
-    "Manifest": ".manifest",
-    "OutputFormat": ".structured",
-    "SamplingParams": ".sampling",
+    "Generation": ".runtime.stream",
+    "GenerationChunk": ".runtime.stream",
+    "GenerationResult": ".runtime.stream",
+    "GenerationStats": ".runtime.generation",
+    "Manifest": ".bundle.manifest",
+    "OutputFormat": ".runtime.structured_output",
+    "SamplingParams": ".runtime.sampling",
 }
 
 __all__ = [

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from edge import io_spec
-from edge.engine_file import LayerCount, WeightBytes
-from edge.manifest import Manifest
+from edge.bundle import io_spec
+from edge.bundle.engine_file import LayerCount, WeightBytes
+from edge.bundle.manifest import Manifest
 
 from .config import BuildShapes, KvRead
 from .network import AttentionView, NetworkView, TensorView
@@ -46,7 +46,7 @@ class Audit:
 def audit_network(
     network: NetworkView, manifest: Manifest, shapes: BuildShapes, kv_read: KvRead = "slice"
 ) -> Audit:
-    """Hold a network against the manifest and the contract of `edge.io_spec`."""
+    """Hold a network against the manifest and the contract of `edge.bundle.io_spec`."""
     stored = _stored_weights(network)
     problems = [
         *_check_interface(network, manifest, shapes, kv_read),

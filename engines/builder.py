@@ -13,15 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import edge
-from edge import telemetry
-from edge.engine_file import (
-    ENGINE_SCHEMA_VERSION,
-    EngineInfo,
-    ProfileInfo,
-    ShapeInfo,
-)
+from edge.bundle.engine_file import ENGINE_SCHEMA_VERSION, EngineInfo, ProfileInfo, ShapeInfo
+from edge.bundle.manifest import Manifest, read_manifest, verify_files
+from edge.device import telemetry
 from edge.errors import BuildError, DependencyError
-from edge.manifest import Manifest, read_manifest, verify_files
 from edge.progress import Progress, silent, uncounted
 
 from . import compat, device

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge.engine_file import LayerCount, WeightBytes
-from edge.manifest import read_manifest
+from edge.bundle.engine_file import LayerCount, WeightBytes
+from edge.bundle.manifest import read_manifest
 from edge.progress import Progress, silent
 
 from . import compat, device

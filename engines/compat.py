@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge import io_spec
-from edge.engine_file import Flavour, where_tensorrt_is_from
+from edge.bundle import io_spec
+from edge.bundle.engine_file import Flavour, where_tensorrt_is_from
+from edge.bundle.manifest import Dialect
 from edge.errors import BuildError, ConfigError, DependencyError
-from edge.manifest import Dialect
 from edge.progress import Progress
 
 from .config import KvRead

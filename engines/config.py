@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edge import io_spec
+from edge.bundle import io_spec
+from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError
-from edge.manifest import Manifest
 
 KvRead = Literal["slice", "full", "lengths"]
 KV_READS: tuple[KvRead, ...] = ("slice", "full", "lengths")

@@ -9,7 +9,7 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge.telemetry import read_available_memory_bytes
+from edge.device.telemetry import read_available_memory_bytes
 
 # cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _CC_MAJOR, _CC_MINOR = 75, 76

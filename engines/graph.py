@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from edge import io_spec
+from edge.bundle import io_spec
+from edge.bundle.manifest import Manifest
+from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BundleError
-from edge.manifest import Manifest
-from edge.onnx_file import OnnxFile
 
 from .config import BuildConfig, BuildShapes, KvRead
 

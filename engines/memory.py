@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edge.bundle.manifest import Manifest
 from edge.errors import ResourceError
-from edge.manifest import Manifest
 
 # Peak resident memory of compiling with TensorRT for RTX 1.7 on a CPU, measured: SmolLM2 INT4
 # (87 MB of weights) 0.94 GB, the 1.5B shape INT4 (921 MB) 3.34 GB. That is 0.69 GB and 2.9 times

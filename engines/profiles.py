@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from edge import io_spec
-from edge.manifest import Dialect, FloatType, ModelSpec
+from edge.bundle import io_spec
+from edge.bundle.manifest import Dialect, FloatType, ModelSpec
 
 from .config import BuildShapes
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import msgspec
 
-from edge.bundle_update import fsync, write_durably
-from edge.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, verify_plan
+from edge.bundle.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, verify_plan
+from edge.bundle.manifest import ENGINES_DIR
+from edge.bundle.update import fsync, write_durably
 from edge.errors import BundleError, ConfigError, ResourceError
-from edge.manifest import ENGINES_DIR
 
 _logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge.bundle.manifest import ENGINES_DIR, Manifest, read_manifest, verify_files
 from edge.errors import BackendError, ConfigError, DependencyError, EdgeError, ResourceError
-from edge.manifest import ENGINES_DIR, Manifest, read_manifest, verify_files
 
 from .config import BuildConfig, BuildShapes, resolve
 from .graph import write_graph

@@ -13,8 +13,8 @@ from typing import Literal
 
 import click
 
+from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.errors import ConfigError
-from edge.manifest import MANIFEST_NAME, read_manifest
 
 from .config import BuildConfig
 from .trtexec import command_for_bundle, format_command, parse_version

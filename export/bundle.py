@@ -33,16 +33,7 @@ from typing import Any
 
 import msgspec
 
-from edge.bundle_update import (
-    MANIFEST_TEMP,
-    beside,
-    fsync,
-    locked,
-    resolve_target,
-    write_durably,
-)
-from edge.errors import BundleError, ConfigError, ResourceError
-from edge.manifest import (
+from edge.bundle.manifest import (
     ENGINES_DIR,
     MANIFEST_NAME,
     FileInfo,
@@ -52,6 +43,8 @@ from edge.manifest import (
     is_file_name,
     sha256_file,
 )
+from edge.bundle.update import MANIFEST_TEMP, beside, fsync, locked, resolve_target, write_durably
+from edge.errors import BundleError, ConfigError, ResourceError
 
 _logger = logging.getLogger(__name__)
 
@@ -122,7 +115,7 @@ class BundleWriter:
         """Where to write the file ``name`` of the bundle.
 
         Raises:
-            ValueError: not a plain file name; see `edge.manifest.is_file_name`.
+            ValueError: not a plain file name; see `edge.bundle.manifest.is_file_name`.
             RuntimeError: after `stage` or `commit`.
         """
         if not is_file_name(name):

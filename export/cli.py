@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge.bundle.manifest import describe_sampling
 from edge.errors import ConfigError, DependencyError, install_command
-from edge.manifest import describe_sampling
 
 if TYPE_CHECKING:
-    from edge.manifest import ReducedVocabulary
+    from edge.bundle.manifest import ReducedVocabulary
 
     from .config import ExportConfig
 
@@ -34,7 +34,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     """Make the recipe's values the defaults of the other options."""
     if path is None:
         return
-    from .recipe import read_recipe
+    from .quantize.recipe import read_recipe
 
     options = read_recipe(path)
     if "keep" in options:
@@ -189,7 +189,7 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
     from edge.cli import echo_json
     from edge.cli.eval import EXIT_GATE_MISSED
     from edge.cli.progress import show_progress
-    from edge.evaluate import load_gate, missed_thresholds
+    from edge.measure.evaluate import load_gate, missed_thresholds
 
     config = ExportConfig(**options, verify=bool(verify), report=verify is None)
     try:

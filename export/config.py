@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from edge.bundle.manifest import Dialect
 from edge.errors import ConfigError
-from edge.manifest import Dialect
 
-from .calibrated import Method
-from .embedding_table import EmbeddingType
-from .recipe import Clip, Quant, Recipe
+from .graph.embedding_table import EmbeddingType
+from .quantize.calibrated import Method
+from .quantize.recipe import Clip, Quant, Recipe
 
 GraphType = Literal["fp16", "bf16"]
 DEFAULT_METHOD: Method = "awq"
@@ -41,15 +41,15 @@ class ExportConfig:
         vocab_keep: file that says which tokens to keep, see `vocabulary.read_keep_list`; None
             keeps all.
         vocab_size: how many tokens to keep, with a text in ``vocab_keep``.
-        dialect: see `edge.io_spec`.
+        dialect: see `edge.bundle.io_spec`.
         dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
-        kv_capacity: cache rows per sequence; None is `edge.io_spec.default_kv_capacity`.
+        kv_capacity: cache rows per sequence; None is `edge.bundle.io_spec.default_kv_capacity`.
         revision: of a hub id; None is its default branch.
         cache_dir: of the hub; None is the hub's own.
         overwrite: replace an existing bundle.
         verify: measure the finished bundle against the float model before it is put in place, and
             refuse it if it misses ``gate``.
-        gate: of ``verify``, see `edge.evaluate.load_gate`; None is ``recipe``.
+        gate: of ``verify``, see `edge.measure.evaluate.load_gate`; None is ``recipe``.
         report: without ``verify``, measure it on fewer tokens and refuse nothing; what stands in
             the way of that (memory, disk) is only told.
         rounding: ``method``, or what stands for None.

@@ -14,25 +14,25 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edge.chat import ChatTemplate
+from edge.bundle.manifest import Calibration, FloatType, Graphs, LinearInfo, TensorScheme
 from edge.errors import CheckpointError, ConfigError
-from edge.manifest import Calibration, FloatType, Graphs, LinearInfo, TensorScheme
 from edge.progress import Progress
-from edge.tokenizer import Tokenizer
+from edge.text.chat_template import ChatTemplate
+from edge.text.tokenizer import Tokenizer
 
 from .bundle import BundleWriter
-from .calibrated import CalibratedLinears
-from .calibration import LayerRunner
-from .checkpoint import Checkpoint
 from .config import ExportConfig
-from .data_file import DataFile, StoredTensor
-from .decoder import DecoderTensors, StoredLinear, build_decoder
-from .documents import DEFAULT_TOKENS, SEQ_LEN, calibration_batches, read_calibration_text
-from .graph_builder import ONNX_TYPE
+from .graph.data_file import DataFile, StoredTensor
+from .graph.decoder import DecoderTensors, StoredLinear, build_decoder
+from .graph.graph_builder import ONNX_TYPE
+from .graph.rope import rope_tables
+from .quantize.calibrated import CalibratedLinears
+from .quantize.calibration import LayerRunner
 from .quantize.linear import LinearTensors, RowQuantizer, convert_linear
-from .recipe import LinearSpec, linear_layers, norm_sources
+from .quantize.recipe import LinearSpec, linear_layers, norm_sources
 from .resume import CalibrationState, calibration_key
-from .rope import rope_tables
+from .sources.checkpoint import Checkpoint
+from .sources.documents import DEFAULT_TOKENS, SEQ_LEN, calibration_batches, read_calibration_text
 
 _INT_TYPE = {
     "int8": onnx.TensorProto.INT8,

@@ -9,13 +9,10 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from edge import io_spec
 from edge._version import __version__
 from edge.backends.ort import onnxruntime_version
-from edge.chat import template_reasons
-from edge.errors import ConfigError, DependencyError, EdgeError
-from edge.evaluate import check_gate, load_gate
-from edge.manifest import (
+from edge.bundle import io_spec
+from edge.bundle.manifest import (
     SCHEMA_VERSION,
     Dialect,
     Graphs,
@@ -26,20 +23,24 @@ from edge.manifest import (
     TensorScheme,
     read_manifest,
 )
+from edge.errors import ConfigError, DependencyError, EdgeError
+from edge.measure.evaluate import check_gate, load_gate
 from edge.progress import Progress, prefixed, silent, uncounted
+from edge.text.chat_template import template_reasons
 
 from .bundle import BundleWriter
-from .checkpoint import Checkpoint, open_checkpoint
 from .config import ExportConfig as ExportConfig
 from .decoder_files import DecoderFiles
-from .documents import DEFAULT_TOKENS
-from .embedding_table import EmbeddingType, embedding_tensors
 from .estimate import describe_s, export_s
-from .lora import LoraCheckpoint
+from .graph.embedding_table import EmbeddingType, embedding_tensors
+from .graph.safetensors_writer import write_safetensors
 from .quantize.float_channels import NUM_CHANNELS
+from .quantize.recipe import linear_layers
 from .quantize.rotation import RotatedCheckpoint
-from .recipe import linear_layers
-from .safetensors_writer import write_safetensors
+from .sources.checkpoint import Checkpoint, open_checkpoint
+from .sources.documents import DEFAULT_TOKENS
+from .sources.lora import LoraCheckpoint
+from .sources.vocabulary import VOCABULARY_NAME, ReducedCheckpoint, encode_kept
 from .verify import (
     REPORT_TOKENS,
     VERIFY_TOKENS,
@@ -47,7 +48,6 @@ from .verify import (
     measure_bundle,
     verify_bundle,
 )
-from .vocabulary import VOCABULARY_NAME, ReducedCheckpoint, encode_kept
 
 _log = logging.getLogger(__name__)
 VERIFY_STEP = "verify"

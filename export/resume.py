@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge._version import __version__
-from edge.bundle_update import fsync, write_durably
-from edge.manifest import LinearInfo
+from edge.bundle.manifest import LinearInfo
+from edge.bundle.update import fsync, write_durably
 
-from .calibration import runtime_version
-from .checkpoint import Checkpoint
 from .config import ExportConfig
-from .data_file import DataFile
-from .decoder import StoredLinear
+from .graph.data_file import DataFile
+from .graph.decoder import StoredLinear
+from .quantize.calibration import runtime_version
+from .sources.checkpoint import Checkpoint
 
 STATE_NAME = "state.json"
 Array = NDArray[np.float32]

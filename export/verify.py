@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edge.bundle.manifest import Manifest, TensorScheme
 from edge.cli.eval import EXIT_GATE_MISSED
+from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import (
     BackendError,
     BundleError,
@@ -22,8 +24,7 @@ from edge.errors import (
     EdgeError,
     ResourceError,
 )
-from edge.evaluate import CHUNK_TOKENS
-from edge.manifest import Manifest, TensorScheme
+from edge.measure.evaluate import CHUNK_TOKENS
 from edge.planner.memory import Deployment, plan_memory
 from edge.planner.weights import (
     INT4_GROUP_SIZE,
@@ -31,7 +32,6 @@ from edge.planner.weights import (
     manifest_linears,
     variant_linears,
 )
-from edge.telemetry import read_available_memory_bytes
 
 from .config import DEFAULT_METHOD, ExportConfig
 
@@ -72,7 +72,7 @@ def verify_bundle(
     Args:
         staged: the bundle, complete but not in place.
         reference: bundle of the same model with float weights.
-        gate: name or file, see `edge.evaluate.load_gate`.
+        gate: name or file, see `edge.measure.evaluate.load_gate`.
         positions: tokens that the model can take at most.
         target: where the bundle would go, for messages.
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from edge import LLM, SamplingParams, __version__
-from edge.llm import GenerationStats
+from edge.runtime.llm import GenerationStats
 from scripts.random_checkpoint import CONFIG, write_checkpoint
 
 CONTEXT = 4000

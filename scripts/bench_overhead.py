@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 from edge.backends import tensorrt as runner  # noqa: E402
 from edge.backends import tensorrt_engine  # noqa: E402
 from edge.backends.step_buffers import widen_fp16  # noqa: E402
-from edge.engine_file import EngineInfo, ProfileInfo  # noqa: E402
-from edge.manifest import Manifest  # noqa: E402
+from edge.bundle.engine_file import EngineInfo, ProfileInfo  # noqa: E402
+from edge.bundle.manifest import Manifest  # noqa: E402
 from tests.manifests import make_manifest  # noqa: E402
 
 CAPACITY, VOCAB = 4096, 151_936
@@ -64,7 +64,7 @@ class IdleEngine:
     activations_bytes = 1 << 20
 
     def __init__(self, chosen: Any, manifest: Manifest) -> None:
-        from edge import io_spec
+        from edge.bundle import io_spec
 
         self.info = chosen.info
         spec = (manifest.model, manifest.dialect, manifest.dtype, chosen.info.kv_capacity)

@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge.llm import LLM
-from edge.sampling import SamplingParams
+from edge.runtime.llm import LLM
+from edge.runtime.sampling import SamplingParams
 from tests.edge.server.scripted import ScriptedEngine, running
 from tests.tiny_models import write_checkpoint
 

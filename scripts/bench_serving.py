@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from edge import LLM, SamplingParams, __version__
-from edge.stream import Generation, GenerationResult
+from edge.runtime.stream import Generation, GenerationResult
 
 SYSTEM_TOKENS = 400
 NUM_QUESTIONS = 50

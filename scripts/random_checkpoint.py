@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from export.checkpoint import expected_tensors
-from export.model_config import parse_config
-from export.safetensors_writer import TensorSource, write_safetensors
+from export.graph.safetensors_writer import TensorSource, write_safetensors
+from export.sources.checkpoint import expected_tensors
+from export.sources.model_config import parse_config
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from edge.backends.ort import onnxruntime_version
-from edge.io_spec import MIN_ONNXRUNTIME
-from edge.manifest import Dialect
+from edge.bundle.io_spec import MIN_ONNXRUNTIME
+from edge.bundle.manifest import Dialect
 from scripts.smollm2 import smollm2_gguf
 from tests import skips
 from tests.tiny_models import Kind, write_checkpoint

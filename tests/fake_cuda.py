@@ -1,4 +1,4 @@
-"""A stand-in for the GPU and for PyCUDA's and cuda-bindings' calls that `edge.cuda` makes.
+"""A stand-in for the GPU and for PyCUDA's and cuda-bindings' calls that `edge.backends.cuda` makes.
 
 Device memory is host memory behind made-up addresses. Work on a stream runs as late as CUDA allows,
 when the host waits; until then what it will write is poison. So a test fails when the product reads

@@ -19,9 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge import io_spec
-from edge.engine_file import ENGINE_SCHEMA_VERSION, EngineInfo, Flavour, ProfileInfo, ShapeInfo
-from edge.manifest import read_manifest
+from edge.bundle import io_spec
+from edge.bundle.engine_file import (
+    ENGINE_SCHEMA_VERSION,
+    EngineInfo,
+    Flavour,
+    ProfileInfo,
+    ShapeInfo,
+)
+from edge.bundle.manifest import read_manifest
 from engines.config import BuildConfig, resolve
 from engines.graph import graph_files, prepare_graph
 from engines.profiles import make_profiles

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Floats, Ints
-from edge.embeddings import EmbeddingTable
+from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError
 
 Script = Callable[[tuple[int, ...]], "int | NDArray[np.float32]"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from edge.manifest import (
+from edge.bundle.manifest import (
     SCHEMA_VERSION,
     Graphs,
     LinearInfo,

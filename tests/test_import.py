@@ -81,13 +81,13 @@ def test_every_public_name_resolves():
         ),
         (
             "tokenizers",
-            "from edge.tokenizer import Tokenizer; "
+            "from edge.text.tokenizer import Tokenizer; "
             """Tokenizer(b'{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}', None)""",
             "pip install 'tokenizers",
         ),
         (
             "minijinja",
-            "from edge.chat import ChatTemplate; ChatTemplate('', None)",
+            "from edge.text.chat_template import ChatTemplate; ChatTemplate('', None)",
             "pip install 'minijinja",
         ),
     ],

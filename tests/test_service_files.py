@@ -18,7 +18,7 @@ import click
 import pytest
 
 from edge import cli
-from edge.settings import load_settings
+from edge.config_file import load_settings
 from tests.conftest import Bundles
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +139,7 @@ def test_a_wrong_start_is_not_repeated():
 
 
 def test_the_drain_fits_into_the_time_to_stop():
-    from edge.server.registry import LEAST_STALL_S
+    from edge.server.models.registry import LEAST_STALL_S
     from edge.server.settings import ServerSettings
 
     service = directives(UNITS / "edge-llm@.service")
@@ -223,7 +223,7 @@ def test_install_twice_and_uninstall(tmp_path: Path):
 
 
 def test_what_it_writes_is_what_the_server_reads(tmp_path: Path):
-    from edge.server.access import APIKeys
+    from edge.server.http.access import APIKeys
     from edge.server.settings import ServerSettings
 
     install(tmp_path, "r1", "--bundle", "/srv/models/a b", "--port", "8123", "--no-venv")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from edge import cuda, io_spec
+from edge.bundle import io_spec
+from edge.bundle.manifest import Manifest
 from edge.errors import BackendError
-from edge.manifest import Manifest
 
+from . import cuda
 from .device_cache import DeviceCache, NewRows
 from .step_buffers import StepBuffers
 from .tensorrt_engine import Engine

@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 from typing import Literal, get_args
 
-from edge.engine_file import find_engines
+from edge.bundle.engine_file import find_engines
+from edge.bundle.manifest import Manifest
 from edge.errors import BundleError, ConfigError, DependencyError, IntegrityError
-from edge.manifest import Manifest
 
 from . import Backend
 from .default_capacity import device_backend, host_capacity

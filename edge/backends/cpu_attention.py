@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import math
 
-from edge import io_spec
+from edge.bundle import io_spec
+from edge.bundle.manifest import ModelSpec
+from edge.bundle.onnx_file import Node, OnnxFile, attribute
 from edge.errors import BundleError
-from edge.manifest import ModelSpec
-from edge.onnx_file import Node, OnnxFile, attribute
 
 _DOMAIN = "com.microsoft"
 

@@ -16,9 +16,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge import cuda
 from edge.errors import BackendError, DependencyError, DeviceError, DeviceMemoryError
 
+from . import cuda
 from .bound_context import BoundContext, StepShape
 
 _logger = logging.getLogger(__name__)

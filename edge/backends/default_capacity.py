@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from edge.bundle.manifest import Manifest
+from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import DeviceMemoryError
-from edge.manifest import Manifest
 from edge.planner.memory import Deployment, plan_memory
 from edge.planner.weights import manifest_linears
-from edge.telemetry import read_available_memory_bytes
 
 from . import Backend
 

@@ -12,11 +12,10 @@ from contextlib import ExitStack
 import numpy as np
 from numpy.typing import NDArray
 
-from edge import cuda
+from edge.bundle.manifest import FloatType, ModelSpec
 from edge.errors import ConfigError
-from edge.manifest import FloatType, ModelSpec
 
-from . import Floats
+from . import Floats, cuda
 from .device_memory import ALIGNMENT, StepSizes, new_rows_bytes, new_rows_stride
 from .step_buffers import round_to_bf16
 

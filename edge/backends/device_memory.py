@@ -10,9 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from edge import io_spec
-from edge.engine_file import EngineInfo
-from edge.manifest import Manifest, ModelSpec
+from edge.bundle import io_spec
+from edge.bundle.engine_file import EngineInfo
+from edge.bundle.manifest import Manifest, ModelSpec
 
 # What TensorRT asks of every tensor's address (NvInferRuntime.h, setTensorAddress).
 ALIGNMENT = 256

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.manifest import FloatType
+from edge.bundle.manifest import FloatType
 
 from . import Floats
 

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge import io_spec
+from edge.bundle import io_spec
+from edge.bundle.manifest import FloatType, Manifest
+from edge.bundle.onnx_file import OnnxFile
 from edge.errors import (
     BackendError,
     BundleError,
@@ -26,8 +28,6 @@ from edge.errors import (
     ResourceError,
     install_command,
 )
-from edge.manifest import FloatType, Manifest
-from edge.onnx_file import OnnxFile
 
 from . import Floats, Ints
 from .cpu_attention import fuse_cache_attention

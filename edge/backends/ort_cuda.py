@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge import io_spec
+from edge.bundle import io_spec
+from edge.bundle.manifest import FloatType, Manifest
+from edge.bundle.onnx_file import Node, OnnxFile
 from edge.errors import (
     BackendError,
     DependencyError,
@@ -31,8 +33,6 @@ from edge.errors import (
     DeviceMemoryError,
     EdgeError,
 )
-from edge.manifest import FloatType, Manifest
-from edge.onnx_file import Node, OnnxFile
 
 from . import Floats, Ints
 from .cpu_attention import fuse_cache_attention

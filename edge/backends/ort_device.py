@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from edge.bundle.manifest import Manifest
 from edge.errors import DependencyError, install_command
-from edge.manifest import Manifest
 
 from .ort import import_onnxruntime
 

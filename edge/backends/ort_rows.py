@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.onnx_file import ELEMENT_TYPES, Message, Node
+from edge.bundle.onnx_file import ELEMENT_TYPES, Message, Node
 
 # From opset 16 on ONNX Runtime CUDA warns about every ScatterND; IR version 8 goes with ONNX 1.11.
 _IR_VERSION, _OPSET = 8, 13

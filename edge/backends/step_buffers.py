@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge import cuda, io_spec
-from edge.manifest import FloatType, ModelSpec
+from edge.bundle import io_spec
+from edge.bundle.manifest import FloatType, ModelSpec
 
-from . import Floats, Ints
+from . import Floats, Ints, cuda
 from .device_memory import StepSizes, input_layout, logits_bytes
 from .windows import Window
 

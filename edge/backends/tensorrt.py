@@ -23,11 +23,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edge import cuda, io_spec
+from edge.bundle import io_spec
+from edge.bundle.manifest import Manifest
 from edge.errors import BackendError, ConfigError, DeviceError, DeviceMemoryError
-from edge.manifest import Manifest
 
-from . import Floats, Ints
+from . import Floats, Ints, cuda
 from .bound_context import BoundContext, StepShape
 from .cuda_graph import DecodeGraphs
 from .device_cache import DeviceCache, NewRows

@@ -15,8 +15,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edge import io_spec
-from edge.engine_file import (
+from edge.bundle import io_spec
+from edge.bundle.engine_file import (
     EngineInfo,
     Flavour,
     check_engine,
@@ -26,6 +26,7 @@ from edge.engine_file import (
     verify_plan,
     where_tensorrt_is_from,
 )
+from edge.bundle.manifest import Manifest
 from edge.errors import (
     BackendError,
     BundleError,
@@ -33,7 +34,6 @@ from edge.errors import (
     DeviceMemoryError,
     EdgeError,
 )
-from edge.manifest import Manifest
 
 _logger = logging.getLogger(__name__)
 

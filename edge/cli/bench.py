@@ -20,8 +20,8 @@ from .plan import make_table
 from .progress import show_progress
 
 if TYPE_CHECKING:
-    from edge.bench import BenchConfig
-    from edge.bench_report import Change
+    from edge.measure.bench import BenchConfig
+    from edge.measure.bench_report import Change
 
 _MAX_RESULT_BYTES = 16 << 20
 
@@ -65,8 +65,8 @@ def bench(
     **options: int,
 ) -> None:
     """Measure prefill and decode of BUNDLE: medians of repeats after a warm-up."""
-    from edge.bench import BenchConfig
-    from edge.bench_report import compare
+    from edge.measure.bench import BenchConfig
+    from edge.measure.bench_report import compare
 
     if max_slowdown is not None and against is None:
         raise ConfigError("--max-slowdown needs a run to compare with; give --against FILE")
@@ -114,12 +114,12 @@ def _measure(
     import time
     from contextlib import closing
 
-    from edge import bench_report
     from edge.backends.choose import open_backend
-    from edge.bench import run_bench
-    from edge.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-    from edge.manifest import read_manifest, verify_files
-    from edge.telemetry import read_snapshot
+    from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+    from edge.bundle.manifest import read_manifest, verify_files
+    from edge.device.telemetry import read_snapshot
+    from edge.measure import bench_report
+    from edge.measure.bench import run_bench
 
     manifest = read_manifest(bundle)
     verify_files(bundle, manifest)

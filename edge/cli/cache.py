@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError, RequestError
-from edge.manifest import read_manifest
 
 from . import echo_json
 from .options import bundle_argument, engine_options
 
 if TYPE_CHECKING:
-    from edge.llm import LLM
+    from edge.runtime.llm import LLM
 
 _directory_option = click.option(
     "--prefix-dir",
@@ -61,8 +61,8 @@ def build(
 
     It serves the same bundle on the same engine only, and is computed anew after a new export.
     """
-    from edge.llm import LLM
-    from edge.prefix_store import Layout, PrefixStore, compute_rows, default_directory
+    from edge.runtime.llm import LLM
+    from edge.runtime.prefix_store import Layout, PrefixStore, compute_rows, default_directory
 
     if (system is None) == (text is None):
         raise ConfigError("give one of --system FILE and --text FILE")
@@ -89,7 +89,7 @@ def build(
 @_json_option
 def list_prefixes(bundle: Path, prefix_dir: Path | None, as_json: bool) -> None:
     """List what is stored for BUNDLE; every file is checked."""
-    from edge.prefix_store import PrefixStore, default_directory
+    from edge.runtime.prefix_store import PrefixStore, default_directory
 
     found = PrefixStore(prefix_dir or default_directory(), read_manifest(bundle)).list()
     if as_json:
@@ -109,7 +109,7 @@ def list_prefixes(bundle: Path, prefix_dir: Path | None, as_json: bool) -> None:
 @_json_option
 def drop(bundle: Path, name: str, prefix_dir: Path | None, as_json: bool) -> None:
     """Remove the stored prefix NAME of BUNDLE."""
-    from edge.prefix_store import PrefixStore, default_directory
+    from edge.runtime.prefix_store import PrefixStore, default_directory
 
     store = PrefixStore(prefix_dir or default_directory(), read_manifest(bundle))
     if not store.drop(name):
@@ -132,7 +132,7 @@ def _read(path: Path | None) -> str:
 
 
 def _system_ids(llm: LLM, system: str) -> list[int]:
-    from edge.prefix_store import stable_prefix
+    from edge.runtime.prefix_store import stable_prefix
 
     def encode(user: str) -> list[int]:
         return llm.encode(
@@ -147,6 +147,6 @@ def _system_ids(llm: LLM, system: str) -> list[int]:
 
 
 def _text_ids(llm: LLM, text: str) -> list[int]:
-    from edge.prefix_store import stable_prefix
+    from edge.runtime.prefix_store import stable_prefix
 
     return stable_prefix(lambda rest: llm.encode(text + rest))

@@ -14,8 +14,8 @@ from typing import Any
 import click
 
 from edge.errors import EdgeError, RequestError
-from edge.llm import LLM
-from edge.sampling import SamplingParams
+from edge.runtime.llm import LLM
+from edge.runtime.sampling import SamplingParams
 
 from .options import (
     answering_options,

@@ -9,8 +9,8 @@ from typing import Any
 import click
 import msgspec
 
+from edge.config_file import load_settings
 from edge.server.settings import ServerSettings
-from edge.settings import load_settings
 
 from . import echo_json
 from .settings_options import config_option, default_config, settings_options

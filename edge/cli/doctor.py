@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from edge.doctor import Check, exit_code, run_checks, summary
-from edge.telemetry import read_snapshot
+from edge.device.doctor import Check, exit_code, run_checks, summary
+from edge.device.telemetry import read_snapshot
 
 from . import echo_json
 from .options import Finite

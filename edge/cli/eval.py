@@ -14,15 +14,15 @@ from typing import Any
 import click
 import msgspec
 
-from edge import evaluate as evaluation
 from edge.backends.ort import check_int8_activations
-from edge.bundle_update import update_manifest
+from edge.bundle.manifest import MANIFEST_NAME, Dialect, ModelSpec, read_manifest
+from edge.bundle.update import update_manifest
 from edge.errors import CheckpointError, ConfigError, DependencyError, install_command
-from edge.llm import LLM
-from edge.manifest import MANIFEST_NAME, Dialect, ModelSpec, read_manifest
+from edge.measure import evaluate as evaluation
+from edge.measure.report import FIGURES, format_figure, html_report, html_task_report
 from edge.progress import Progress, prefixed, uncounted
-from edge.report import FIGURES, format_figure, html_report, html_task_report
-from edge.sampling import SamplingParams
+from edge.runtime.llm import LLM
+from edge.runtime.sampling import SamplingParams
 
 from . import COMMAND_GROUP, echo_json
 from .progress import show_progress
@@ -342,7 +342,7 @@ def _run_task(
     seed: int,
     **_unset: None,
 ) -> list[dict[str, Any]]:
-    from edge import tasks
+    from edge.measure import tasks
 
     items = tasks.read_task(task_file, limit)
     is_choice = isinstance(items[0][1], tasks.ChoiceItem)

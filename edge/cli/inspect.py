@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 import msgspec
 
-from edge import io_spec
-from edge.engine_file import ENGINE_JSON
-from edge.manifest import Manifest, describe_sampling, read_manifest, verify_files
+from edge.bundle import io_spec
+from edge.bundle.engine_file import ENGINE_JSON
+from edge.bundle.manifest import Manifest, describe_sampling, read_manifest, verify_files
 
 from . import echo_json
 from .inspect_engine import inspect_engine

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from edge.engine_file import EngineInfo, WeightBytes, read_engine_info, verify_plan
-from edge.manifest import MANIFEST_NAME, Manifest, read_manifest
+from edge.bundle.engine_file import EngineInfo, WeightBytes, read_engine_info, verify_plan
+from edge.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
 
 from . import echo_json
 

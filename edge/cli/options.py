@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from edge.backends.choose import BackendName
-from edge.sampling import SamplingParams
+from edge.runtime.sampling import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

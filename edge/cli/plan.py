@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge.bundle.io_spec import default_kv_capacity
 from edge.errors import ConfigError
-from edge.io_spec import default_kv_capacity
 
 from . import echo_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from edge.manifest import Dialect
+    from edge.bundle.manifest import Dialect
     from edge.planner.plan import Plan
 
 device_option = click.option(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge.bundle.io_spec import REASONING_KV_CAPACITY
 from edge.errors import ConfigError
-from edge.io_spec import REASONING_KV_CAPACITY
 
 from . import echo_json
 from .eval import EXIT_GATE_MISSED

@@ -57,7 +57,7 @@ def run(
     _check_prompt(prompt, raw)
     if raw and system is not None:
         raise RequestError("--system needs the chat template, --raw works without; drop one")
-    from edge.llm import LLM
+    from edge.runtime.llm import LLM
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})

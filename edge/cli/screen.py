@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge.generation import FinishReason, GenerationStats
-from edge.stream import GenerationChunk
+from edge.runtime.generation import FinishReason, GenerationStats
+from edge.runtime.stream import GenerationChunk
 
 if TYPE_CHECKING:
-    from edge.llm import LLM
+    from edge.runtime.llm import LLM
 
 
 class StreamPrinter:

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from edge.config_file import load_settings
 from edge.errors import ConfigError, DependencyError, install_command
 from edge.server.settings import ServerSettings
-from edge.settings import load_settings
 
 from .settings_options import config_option, default_config, settings_options
 
@@ -39,7 +39,7 @@ def serve(bundle: Path | None, config_file: Path | None, **flags: Any) -> int:
 
     settings = read()
     try:
-        from edge.server.logs import configure_logging
+        from edge.server.observe.logs import configure_logging
         from edge.server.run import serve as run_service
     except ModuleNotFoundError as error:
         if error.name in ("starlette", "uvicorn", "h11"):

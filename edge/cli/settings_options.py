@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from edge.settings import DEFAULT_FILE, ENV_PREFIX, field_kind
+from edge.config_file import DEFAULT_FILE, ENV_PREFIX, field_kind
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -21,8 +21,8 @@ from .options import Finite, bundle_argument, engine_options
 from .progress import show_progress
 
 if TYPE_CHECKING:
-    from edge.tokenizer import Tokenizer
-    from edge.verify import Agreement, VerifyReport
+    from edge.measure.verify import Agreement, VerifyReport
+    from edge.text.tokenizer import Tokenizer
 
 _PROMPT_CHUNK = 64  # tokens per step: the longest prompt goes through several
 _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
@@ -102,11 +102,11 @@ def _compare(
     """The name of the engine that runs the bundle here, and how it compares."""
     from edge.backends.choose import open_backend
     from edge.backends.ort import OrtBackend
-    from edge.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-    from edge.manifest import read_manifest, verify_files
+    from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+    from edge.bundle.manifest import read_manifest, verify_files
+    from edge.measure.verify import ROUNDED_ACTIVATIONS, Thresholds, compare_backends
     from edge.progress import uncounted
-    from edge.tokenizer import Tokenizer
-    from edge.verify import ROUNDED_ACTIVATIONS, Thresholds, compare_backends
+    from edge.text.tokenizer import Tokenizer
 
     manifest = read_manifest(bundle)
     with ExitStack() as stack:
@@ -171,7 +171,11 @@ def read_prompts(path: Path | None, tokenizer: Tokenizer, limit: int) -> list[li
             "--kv-capacity"
         )
     if path is None:
-        text = resources.files("edge").joinpath("data/eval_text.txt").read_text(encoding="utf-8")
+        text = (
+            resources.files("edge")
+            .joinpath("measure/data/eval_text.txt")
+            .read_text(encoding="utf-8")
+        )
         ids = tokenizer.encode(text[:20_000])
         return _pieces(ids, limit)
     try:

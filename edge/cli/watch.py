@@ -11,8 +11,9 @@ from typing import Any
 import click
 import msgspec
 
-from edge import evaluate
-from edge.drift import (
+from edge.errors import ConfigError, DependencyError, install_command
+from edge.measure import evaluate
+from edge.measure.drift import (
     ALPHA,
     MIN_PSI,
     MIN_REQUESTS,
@@ -22,12 +23,9 @@ from edge.drift import (
     read_counts,
     write_atomic,
 )
-from edge.drift import compare as compare_traffic
-from edge.errors import ConfigError, DependencyError, install_command
-from edge.evaluate import EVAL_TEXT
-from edge.llm import LLM
-from edge.progress import Progress, prefixed, uncounted
-from edge.watch import (
+from edge.measure.drift import compare as compare_traffic
+from edge.measure.evaluate import EVAL_TEXT
+from edge.measure.watch import (
     GOLDEN_SET,
     MAX_TOKENS,
     TEXT_TOKENS,
@@ -43,13 +41,15 @@ from edge.watch import (
     run_golden,
     write_baseline,
 )
-from edge.watch_server import (
+from edge.measure.watch_server import (
     ServerAnswerer,
     TrafficState,
     read_api_key,
     read_state,
     read_stats_file,
 )
+from edge.progress import Progress, prefixed, uncounted
+from edge.runtime.llm import LLM
 
 from . import echo_json
 from .eval import EXIT_GATE_MISSED

@@ -10,8 +10,8 @@ import dataclasses
 
 import numpy as np
 
-from edge import io_spec
-from edge.manifest import ModelSpec, TensorScheme
+from edge.bundle import io_spec
+from edge.bundle.manifest import ModelSpec, TensorScheme
 
 from .devices import MODULES, PowerMode
 from .memory import Deployment, plan_memory

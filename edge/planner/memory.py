@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edge import io_spec
-from edge.manifest import Dialect, FloatType, ModelSpec
+from edge.bundle import io_spec
+from edge.bundle.manifest import Dialect, FloatType, ModelSpec
 
 from .weights import Linear, Part, stored_bytes, weight_parts
 
@@ -44,7 +44,7 @@ class Deployment:
         batch: slots of the cache, all decoded at once.
         kv_capacity: tokens per slot.
         max_prefill: tokens per prefill step.
-        dialect: of the graph, see `edge.io_spec`.
+        dialect: of the graph, see `edge.bundle.io_spec`.
     """
 
     backend: BackendKind = "tensorrt"

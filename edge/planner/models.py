@@ -12,8 +12,15 @@ from typing import Any
 
 import msgspec
 
+from edge.bundle.manifest import (
+    MANIFEST_NAME,
+    Architecture,
+    Manifest,
+    ModelSpec,
+    RopeSpec,
+    read_manifest,
+)
 from edge.errors import CheckpointError, ConfigError
-from edge.manifest import MANIFEST_NAME, Architecture, Manifest, ModelSpec, RopeSpec, read_manifest
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": "qwen2",

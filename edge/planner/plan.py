@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edge import io_spec
+from edge.bundle import io_spec
 from edge.errors import ConfigError
 
 from .devices import DEFAULT_DEVICE, MODULES, Module, PowerMode

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edge.manifest import ModelSpec
+from edge.bundle.manifest import ModelSpec
 
 from .models import BUILT_IN, decoder_spec
 

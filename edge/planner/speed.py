@@ -18,9 +18,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edge import io_spec
+from edge.bundle import io_spec
+from edge.bundle.manifest import ModelSpec
 from edge.errors import ConfigError
-from edge.manifest import ModelSpec
 
 from .devices import PowerMode
 from .memory import ORT_SCALE_COPIES, Deployment

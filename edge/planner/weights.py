@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from edge.bundle.manifest import Manifest, ModelSpec, TensorScheme
 from edge.errors import ConfigError
-from edge.manifest import Manifest, ModelSpec, TensorScheme
 
 Part = Literal["attention", "mlp", "lm_head", "scales", "norms", "rope"]
 PARTS: tuple[Part, ...] = ("attention", "mlp", "lm_head", "scales", "norms", "rope")

@@ -9,29 +9,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
 
-from .access import APIKeys
-from .answers import ModelCard, ModelList
-from .chat import chat_completions
-from .completions import completions
-from .errors import APIError
-from .generate import in_thread, json_response
-from .guard import App, Guard, Receive, Scope, Send, read_body
-from .openapi import openapi
-from .page import load_page, page_headers
-from .protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    decode,
-)
-from .registry import Choice, ModelRegistry, ServedModel
-from .route import facts_of
+from .api.answers import ModelCard, ModelList
+from .api.chat import chat_completions
+from .api.completions import completions
+from .api.generate import in_thread, json_response
+from .api.openapi import openapi
+from .api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from .api.text import detokenize, tokenize, tokenizer_info
+from .http.access import APIKeys
+from .http.errors import APIError
+from .http.guard import App, Guard, Receive, Scope, Send, read_body
+from .http.page import load_page, page_headers
+from .models.registry import Choice, ModelRegistry, ServedModel
+from .models.route import facts_of
 from .settings import ServerSettings
-from .text import detokenize, tokenize, tokenizer_info
 
 if TYPE_CHECKING:
-    from .metrics import Metrics
+    from .observe.metrics import Metrics
 
 PAGE = "/"
 _LARGE_BYTES = 64 * 2**10  # larger bodies are parsed beside the loop
@@ -186,7 +180,7 @@ class _Endpoints:
         return json_response({"status": "ready"})
 
     async def _metrics_text(self, request: Request) -> Response:
-        from .metrics import CONTENT_TYPE
+        from .observe.metrics import CONTENT_TYPE
 
         text = await in_thread(self._metrics.render)
         return Response(text, headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})

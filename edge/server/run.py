@@ -16,25 +16,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge.drift import DriftMonitor, read_counts
+from edge.bundle.manifest import read_manifest
+from edge.device.telemetry import Snapshot, read_snapshot
 from edge.errors import ConfigError, EdgeError
-from edge.manifest import read_manifest
-from edge.telemetry import Snapshot, read_snapshot
+from edge.measure.drift import DriftMonitor, read_counts
 
+from .api.generate import in_thread
+from .api.protocol import check_decoding
 from .app import create_app
-from .errors import APIError
-from .generate import in_thread
-from .http import make_server
-from .metrics import Metrics
-from .notify import Notifier
-from .protocol import check_decoding
-from .registry import ModelRegistry
-from .route import AUTO, read_routes
+from .http.errors import APIError
+from .http.messages import make_server
+from .models.registry import ModelRegistry
+from .models.route import AUTO, read_routes
+from .models.switch import Switcher, need_bytes
+from .observe.metrics import Metrics
+from .observe.notify import Notifier
 from .settings import EngineSettings, ServerSettings
-from .switch import Switcher, need_bytes
 
 if TYPE_CHECKING:
-    from edge.llm import LLM
+    from edge.runtime.llm import LLM
 
 _log = logging.getLogger("edge.server")
 _BEAT_S = 0.25
@@ -50,7 +50,7 @@ def open_llm(settings: EngineSettings) -> Callable[[Path], LLM]:
     """Makes the function that opens a bundle with these settings."""
 
     def open_one(bundle: Path) -> LLM:
-        from edge.llm import LLM
+        from edge.runtime.llm import LLM
 
         return LLM(
             bundle,

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from edge.backends.choose import BackendName
-from edge.drift import DEFAULT_WINDOW
 from edge.errors import ConfigError
+from edge.measure.drift import DEFAULT_WINDOW
 
-from .logs import LogFormat
+from .observe.logs import LogFormat
 
 DEFAULT_PORT = 8000
 _NAME = re.compile(r"[!-~]{1,128}")
@@ -20,7 +20,7 @@ _NAME = re.compile(r"[!-~]{1,128}")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How every bundle of the service is opened; see `edge.llm.LLM`.
+    """How every bundle of the service is opened; see `edge.runtime.llm.LLM`.
 
     Attributes:
         backend: engine that runs the bundles.

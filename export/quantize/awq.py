@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.manifest import TensorScheme
+from edge.bundle.manifest import TensorScheme
 
 from .rtn import dequantize_rows, quantize_rows
 from .statistics import mean_magnitude, mean_square

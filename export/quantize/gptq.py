@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.manifest import TensorScheme
+from edge.bundle.manifest import TensorScheme
 
 from .rtn import QuantizedRows, integer_range, quantize_rows
 

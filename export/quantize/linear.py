@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.manifest import TensorScheme
 from edge.errors import CheckpointError
-from edge.manifest import TensorScheme
 
 from .packing import pack_int4
 from .rtn import QuantizedRows, quantize_rows

@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.manifest import ModelSpec, Source
-from export.checkpoint import Checkpoint, CheckpointText
+from edge.bundle.manifest import ModelSpec, Source
+from export.sources.checkpoint import Checkpoint, CheckpointText
 
 Array = NDArray[np.float32]
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

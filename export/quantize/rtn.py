@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.manifest import TensorScheme
+from edge.bundle.manifest import TensorScheme
 
 # Fractions of the absmax scale that the MSE search tries; below 0.6 nothing ever wins on
 # bell-shaped weights. 0.875 is the scale that uses -8 for the largest INT4 weight.

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.manifest import ModelSpec, Source
-from export.checkpoint import Checkpoint, CheckpointText
+from edge.bundle.manifest import ModelSpec, Source
+from export.sources.checkpoint import Checkpoint, CheckpointText
 
 Array = NDArray[np.float32]
 _NAME = re.compile(r"model\.(layers\.\d+)\.(.+)")

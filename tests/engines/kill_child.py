@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from edge.engine_file import find_engines, read_engine_info
+from edge.bundle.engine_file import find_engines, read_engine_info
 from engines.store import EngineStore
 
 EVENTS = {"open", "os.rename", "os.remove", "os.listdir", "os.scandir", "os.mkdir"}

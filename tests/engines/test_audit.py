@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from edge import io_spec
+from edge.bundle import io_spec
+from edge.bundle.manifest import FileInfo, Manifest, read_manifest
+from edge.bundle.onnx_file import Message, Node, OnnxFile, attribute
 from edge.errors import BuildError
-from edge.manifest import FileInfo, Manifest, read_manifest
-from edge.onnx_file import Message, Node, OnnxFile, attribute
 from engines import compat
 from engines.audit import Audit, audit_network, check_plan_bytes
 from engines.config import BuildConfig, KvRead, resolve
 from engines.graph import prepare_graph
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Bundles
-from tests.export.loud_checkpoint import write_loud_checkpoint
+from tests.export.quantize.loud_checkpoint import write_loud_checkpoint
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -16,8 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge import telemetry
-from edge.engine_file import (
+from edge.bundle.engine_file import (
     EngineInfo,
     check_engine,
     find_engines,
@@ -25,6 +24,8 @@ from edge.engine_file import (
     rebuild_command,
     verify_plan,
 )
+from edge.bundle.manifest import read_manifest
+from edge.device import telemetry
 from edge.errors import (
     BuildError,
     BundleError,
@@ -33,7 +34,6 @@ from edge.errors import (
     IntegrityError,
     ResourceError,
 )
-from edge.manifest import read_manifest
 from engines import builder, compat, device, memory
 from engines.audit import audit_network
 from engines.builder import Target, build_engine
@@ -44,7 +44,7 @@ from engines.trtexec import TrtexecResult
 from export.pipeline import ExportConfig, export_checkpoint
 from scripts.smollm2 import smollm2_gguf
 from tests.conftest import Bundles
-from tests.edge.jetson_trees import agx_orin_jetpack7
+from tests.edge.device.jetson_trees import agx_orin_jetpack7
 from tests.tiny_models import Kind
 
 pytest.importorskip("tensorrt_rtx")
@@ -402,7 +402,7 @@ def test_a_build_that_will_not_fit_is_refused_before_it_starts(
 
 def test_the_memory_plan_covers_what_was_measured() -> None:
     for weights, peak in ((87_265_280, 940 << 20), (921_387_008, 3339 << 20)):
-        from edge.manifest import FileInfo
+        from edge.bundle.manifest import FileInfo
         from tests.manifests import make_manifest
 
         manifest = make_manifest(files={"decoder.onnx.data": FileInfo(weights, "0" * 64)})

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from edge.bundle.engine_file import ENGINE_JSON, WeightBytes
 from edge.cli.inspect import inspect
-from edge.engine_file import ENGINE_JSON, WeightBytes
 from edge.errors import ConfigError
 from engines import builder, check, compat
 from engines.audit import Audit

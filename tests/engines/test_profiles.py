@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from edge import io_spec
-from edge.manifest import Dialect
+from edge.bundle import io_spec
+from edge.bundle.manifest import Dialect
 from engines.config import BuildShapes
 from engines.profiles import ShapeRange, make_profiles
 from tests.manifests import make_model

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BackendError, ConfigError, DependencyError, ResourceError
-from edge.onnx_file import OnnxFile
 from engines import trtexec
 from engines.config import BuildConfig
 from engines.trtexec import (

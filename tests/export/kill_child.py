@@ -15,9 +15,9 @@ import signal
 import sys
 from pathlib import Path
 
-from edge import bundle_update
-from edge.bundle_update import update_manifest
-from edge.manifest import read_manifest
+from edge.bundle import update as bundle_update
+from edge.bundle.manifest import read_manifest
+from edge.bundle.update import update_manifest
 from export import bundle
 from export.bundle import BundleWriter
 from tests.manifests import make_manifest

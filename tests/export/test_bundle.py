@@ -16,9 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge.bundle_update import update_manifest
-from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
-from edge.manifest import (
+from edge.bundle.manifest import (
     MANIFEST_NAME,
     Graphs,
     Manifest,
@@ -27,6 +25,8 @@ from edge.manifest import (
     sha256_file,
     verify_files,
 )
+from edge.bundle.update import update_manifest
+from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from export import bundle as bundle_module
 from export.bundle import BundleWriter
 from tests.export.kill_child import NEW_FILES, refuse

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import edge.cli
+from edge.bundle.manifest import read_manifest, verify_files
 from edge.errors import ConfigError, DependencyError, install_command
-from edge.manifest import read_manifest, verify_files
 from export import verify
 from export.cli import _FIGURES, export
 from export.config import ExportConfig

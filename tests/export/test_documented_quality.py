@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge import LLM
-from edge.evaluate import CHUNK_TOKENS, EVAL_TEXT, EvalText, cut_windows, measure, read_text
+from edge.measure.evaluate import CHUNK_TOKENS, EVAL_TEXT, EvalText, cut_windows, measure, read_text
 from export.pipeline import ExportConfig, export_checkpoint
 from scripts.smollm2 import smollm2_gguf
 from tests.conftest import RUNNABLE

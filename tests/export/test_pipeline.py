@@ -14,15 +14,15 @@ import pytest
 from numpy.typing import NDArray
 
 from edge import LLM
-from edge.embeddings import EmbeddingTable
+from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.io_spec import EMBEDDINGS_NAME
+from edge.bundle.manifest import Manifest, TensorScheme, read_manifest, verify_files
 from edge.errors import CheckpointError, ConfigError
-from edge.io_spec import EMBEDDINGS_NAME
-from edge.manifest import Manifest, TensorScheme, read_manifest, verify_files
-from export import embedding_table
-from export.checkpoint import open_checkpoint
+from export.graph import embedding_table
 from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
 from export.quantize.linear import convert_linear
-from export.recipe import linear_layers
+from export.quantize.recipe import linear_layers
+from export.sources.checkpoint import open_checkpoint
 from tests import tiny_models
 from tests.conftest import Bundles, Checkpoints
 from tests.parity import Golden, log_sum_exp

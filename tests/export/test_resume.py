@@ -14,14 +14,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge.bundle_update import beside
-from edge.manifest import Manifest, read_manifest
-from export.checkpoint import open_checkpoint
-from export.data_file import DataFile
-from export.lora import LoraCheckpoint
+from edge.bundle.manifest import Manifest, read_manifest
+from edge.bundle.update import beside
+from export.graph.data_file import DataFile
 from export.pipeline import ExportConfig, export_checkpoint
 from export.resume import STATE_NAME, CalibrationState, calibration_key
-from tests.export.loud_checkpoint import write_loud_checkpoint
+from export.sources.checkpoint import open_checkpoint
+from export.sources.lora import LoraCheckpoint
+from tests.export.quantize.loud_checkpoint import write_loud_checkpoint
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint
 

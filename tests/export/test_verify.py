@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from edge.bundle_update import beside
+from edge.bundle.manifest import read_manifest, verify_files
+from edge.bundle.update import beside
 from edge.errors import (
     BackendError,
     BundleError,
@@ -21,10 +22,10 @@ from edge.errors import (
     EdgeError,
     ResourceError,
 )
-from edge.manifest import read_manifest, verify_files
-from export import verify, vocabulary
+from export import verify
 from export.cli import export as export_verb
 from export.pipeline import ExportConfig, export_checkpoint
+from export.sources import vocabulary
 from export.verify import GateError
 from tests.conftest import RUNNABLE
 from tests.tiny_adapters import write_adapter

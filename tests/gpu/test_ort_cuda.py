@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from edge.device_probe import probe_cuda
+from edge.device.probe import probe_cuda
 from edge.errors import DeviceMemoryError
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from edge import cuda, io_spec
+from edge.backends import cuda
 from edge.backends.tensorrt import TensorRTBackend
-from edge.embeddings import EmbeddingTable
+from edge.bundle import io_spec
+from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.manifest import read_manifest
 from edge.errors import DependencyError, DeviceMemoryError
-from edge.manifest import read_manifest
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge import LLM, SamplingParams, io_spec
+from edge import LLM, SamplingParams
 from edge.backends.ort import OrtBackend
-from edge.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.manifest import read_manifest
+from edge.bundle import io_spec
+from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+from edge.bundle.manifest import read_manifest
 from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
 from tests.parity import (
     Golden,

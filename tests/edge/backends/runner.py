@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.ort import OrtBackend
-from edge.embeddings import EmbeddingTable
-from edge.io_spec import EMBEDDINGS_NAME
-from edge.manifest import read_manifest
+from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.io_spec import EMBEDDINGS_NAME
+from edge.bundle.manifest import read_manifest
 
 
 class Runner:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from edge.backends import choose
+from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError
-from edge.manifest import read_manifest
 from tests.conftest import Bundles
 
 

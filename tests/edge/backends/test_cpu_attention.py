@@ -10,9 +10,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 from edge.backends.cpu_attention import fuse_cache_attention
+from edge.bundle.manifest import read_manifest
+from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BundleError
-from edge.manifest import read_manifest
-from edge.onnx_file import OnnxFile
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.tiny_models import KINDS, Kind

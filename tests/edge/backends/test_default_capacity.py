@@ -11,8 +11,8 @@ import pytest
 
 from edge.backends import choose, default_capacity
 from edge.backends.default_capacity import LEAST_CAPACITY, device_backend, host_capacity
+from edge.bundle.manifest import Manifest, read_manifest
 from edge.errors import DeviceMemoryError
-from edge.manifest import Manifest, read_manifest
 from edge.planner.memory import Deployment, plan_memory
 from edge.planner.weights import manifest_linears
 from tests.conftest import Bundles, require_kernels

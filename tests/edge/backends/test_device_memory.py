@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from edge import cuda
+from edge.backends import cuda
 from edge.backends.device_memory import (
     ALIGNMENT,
     StepSizes,

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from edge.backends.ort import OrtBackend, contiguous_runs
+from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, BundleError, ConfigError, DependencyError
-from edge.manifest import read_manifest
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.tiny_models import KINDS, Kind

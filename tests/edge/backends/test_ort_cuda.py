@@ -23,7 +23,9 @@ from edge.backends.float_bits import from_storage, to_storage
 from edge.backends.ort_cuda import OrtCudaBackend
 from edge.backends.ort_device import OrtDevice
 from edge.backends.ort_placement import tensor_nodes_elsewhere
-from edge.embeddings import EmbeddingTable
+from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.io_spec import EMBEDDINGS_NAME
+from edge.bundle.manifest import read_manifest
 from edge.errors import (
     BackendError,
     BundleError,
@@ -32,8 +34,6 @@ from edge.errors import (
     EdgeError,
     ResourceError,
 )
-from edge.io_spec import EMBEDDINGS_NAME
-from edge.manifest import read_manifest
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.tiny_models import KINDS, Kind

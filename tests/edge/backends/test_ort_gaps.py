@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from edge.backends.ort import bridged_runs
 from tests.conftest import Bundles, require_kernels
-
-from .runner import Runner
+from tests.edge.backends.runner import Runner
 
 
 @given(st.permutations(range(8)).flatmap(lambda p: st.integers(1, 8).map(lambda n: p[:n])))

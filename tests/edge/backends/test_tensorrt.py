@@ -24,12 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from edge import cuda, io_spec
+from edge.backends import cuda
 from edge.backends.bound_context import StepShape
 from edge.backends.device_memory import plan_memory
 from edge.backends.tensorrt import TensorRTBackend
-from edge.embeddings import EmbeddingTable
-from edge.engine_file import find_engines, read_engine_info
+from edge.bundle import io_spec
+from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.engine_file import find_engines, read_engine_info
+from edge.bundle.manifest import read_manifest
 from edge.errors import (
     BackendError,
     BundleError,
@@ -40,7 +42,6 @@ from edge.errors import (
     EdgeError,
     IntegrityError,
 )
-from edge.manifest import read_manifest
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.fake_cuda import (

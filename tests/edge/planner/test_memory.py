@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge import io_spec
 from edge.backends import device_memory
 from edge.backends.ort import OrtBackend
-from edge.engine_file import read_engine_info
-from edge.manifest import Dialect, Manifest, read_manifest
+from edge.bundle import io_spec
+from edge.bundle.engine_file import read_engine_info
+from edge.bundle.manifest import Dialect, Manifest, read_manifest
 from edge.planner.memory import (
     BackendKind,
     Deployment,

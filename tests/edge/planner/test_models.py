@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge.bundle.manifest import ModelSpec, RopeSpec
 from edge.errors import CheckpointError, ConfigError
-from edge.manifest import ModelSpec, RopeSpec
 from edge.planner.models import BUILT_IN, find_model, read_config
-from export.model_config import parse_config
+from export.sources.model_config import parse_config
 from scripts.random_checkpoint import CONFIG
 from tests.conftest import Bundles, Checkpoints
 from tests.tiny_models import Kind

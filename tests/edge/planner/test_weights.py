@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge import io_spec
+from edge.bundle import io_spec
+from edge.bundle.manifest import Manifest, read_manifest
 from edge.errors import ConfigError
-from edge.manifest import Manifest, read_manifest
 from edge.planner.models import BUILT_IN
 from edge.planner.weights import (
     VARIANTS,
@@ -22,7 +22,7 @@ from edge.planner.weights import (
     variant_linears,
     weight_parts,
 )
-from export.recipe import Recipe, linear_layers
+from export.quantize.recipe import Recipe, linear_layers
 from tests.conftest import Bundles
 from tests.manifests import make_model
 from tests.tiny_models import Kind

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge.server.logs import configure_logging
+from edge.config_file import load_settings
+from edge.server.observe.logs import configure_logging
 from edge.server.run import serve
 from edge.server.settings import ServerSettings
-from edge.settings import load_settings
-
-from .scripted import ScriptedEngine
+from tests.edge.server.scripted import ScriptedEngine
 
 
 def main(bundle: str, delay_s: str, *pairs: str) -> int:

@@ -10,10 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge.manifest import FileInfo, encode_manifest, read_manifest
+from edge.bundle.manifest import FileInfo, encode_manifest, read_manifest
 from tests.conftest import Bundles
-
-from .scripted import HERMES_TEMPLATE, Live, running
+from tests.edge.server.scripted import HERMES_TEMPLATE, Live, running
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,12 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.backends import ort
-from edge.embeddings import EmbeddingTable
+from edge.bundle.embeddings import EmbeddingTable
+from edge.device.telemetry import Snapshot
 from edge.errors import BackendError, EdgeError
-from edge.llm import LLM, Prompt
+from edge.runtime.llm import LLM, Prompt
 from edge.server.run import Service
 from edge.server.settings import ServerSettings
-from edge.telemetry import Snapshot
 from tests.fakes import ScriptedBackend, random_logits
 from tests.tiny_models import CONTROL_IDS, EOS_ID
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from .scripted import Live, running
-from .test_tools import CALL, WEATHER
+from tests.edge.server.api.test_tools import CALL, WEATHER
+from tests.edge.server.scripted import Live, running
 
 openai = pytest.importorskip("openai")
 QUESTION: list[Any] = [{"role": "user", "content": "what"}]

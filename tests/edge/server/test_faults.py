@@ -16,9 +16,8 @@ from contextlib import closing
 import pytest
 
 from tests.conftest import Bundles
+from tests.edge.server.scripted import Live, running
 from tests.tiny_models import CONTROL_IDS
-
-from .scripted import Live, running
 
 SECRET = re.compile(rb"0x[0-9a-f]{6,}|Traceback|/opt/|/tmp/|\.py|/work|edge/server")
 
@@ -278,8 +277,8 @@ def test_deadlines_end_requests(tiny_bundles: Bundles):
 
 
 def test_heat_makes_the_server_not_ready(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):
+    from edge.device.telemetry import Snapshot
     from edge.server import run
-    from edge.telemetry import Snapshot
 
     heat = {"cpu": 60.0, "gpu": 98.0}
     monkeypatch.setattr(run, "_THERMAL_S", 0.05)

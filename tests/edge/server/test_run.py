@@ -25,22 +25,22 @@ from typing import Any
 import msgspec
 import pytest
 
+from edge.device.telemetry import Snapshot
 from edge.errors import ConfigError, DependencyError
-from edge.llm import LLM
-from edge.server import app, protocol
-from edge.server.notify import Notifier
-from edge.server.protocol import (
+from edge.runtime.llm import LLM
+from edge.server import app
+from edge.server.api import protocol
+from edge.server.api.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
+from edge.server.observe.notify import Notifier
 from edge.server.run import Service, open_llm
 from edge.server.settings import EngineSettings, ServerSettings
-from edge.telemetry import Snapshot
 from tests.conftest import Bundles
-
-from .scripted import ScriptedEngine, running, tiny
+from tests.edge.server.scripted import ScriptedEngine, running, tiny
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "what"}], "temperature": 0}
 
@@ -238,7 +238,9 @@ def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch,
     }
     assert set(given) == {field.name for field in dataclasses.fields(EngineSettings)}
     opened: list[tuple[Path, dict[str, Any]]] = []
-    monkeypatch.setattr("edge.llm.LLM", lambda path, **options: opened.append((path, options)))
+    monkeypatch.setattr(
+        "edge.runtime.llm.LLM", lambda path, **options: opened.append((path, options))
+    )
     open_llm(ServerSettings(**given))(tmp_path)
     assert opened == [(tmp_path, given)]
 

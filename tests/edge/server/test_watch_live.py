@@ -11,12 +11,11 @@ from click.testing import CliRunner
 
 from edge.cli.eval import EXIT_GATE_MISSED
 from edge.cli.watch import watch
-from edge.evaluate import EVAL_TEXT
-from edge.watch import eval_text, perplexity
-from edge.watch_server import ServerAnswerer
+from edge.measure.evaluate import EVAL_TEXT
+from edge.measure.watch import eval_text, perplexity
+from edge.measure.watch_server import ServerAnswerer
 from tests.conftest import Bundles
-
-from .scripted import running
+from tests.edge.server.scripted import running
 
 KEY = "a-key-of-the-real-service"
 

@@ -1,0 +1,225 @@
+"""What lies in a bundle's ``engines/<name>/``, and whether it may be loaded here.
+
+``engine.json`` says what the plan was built from and for. A plan is executable code: its hash is
+checked before TensorRT sees a byte of it. A plan's file name carries its hash, so replacing
+``engine.json`` in one step replaces the engine in one step.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edge.errors import BundleError, IntegrityError, install_command
+
+from .manifest import ENGINES_DIR, Manifest, sha256_file
+
+ENGINE_JSON = "engine.json"
+ENGINE_SCHEMA_VERSION = 1
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+
+
+def where_tensorrt_is_from(flavour: Flavour) -> str:
+    """What to install, for a `DependencyError`; running an engine needs more than building it."""
+    if flavour == "tensorrt-rtx":
+        return install_command("check")
+    return (
+        "on a Jetson it comes with JetPack (sudo apt install nvidia-jetpack; use a venv with "
+        "--system-site-packages, and for running engines: pip install pycuda cuda-bindings), "
+        f"on a workstation: {install_command('tensorrt')}, which brings pycuda and cuda-bindings "
+        "for running engines"
+    )
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every struct of ``engine.json``."""
+
+
+class ShapeInfo(_Struct, frozen=True):
+    """Least, usual and largest shape of an input in a profile."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+class ProfileInfo(_Struct, frozen=True):
+    """One optimization profile; its index in the engine is its place in the list."""
+
+    name: Literal["prefill", "decode"]
+    inputs: dict[str, ShapeInfo]
+
+
+class LayerCount(_Struct, frozen=True):
+    """How many layers of a kind have a type."""
+
+    kind: str
+    dtype: str
+    count: int
+
+
+class WeightBytes(_Struct, frozen=True):
+    """The linear layers that store their weights in one type: how many, and their bytes."""
+
+    dtype: str
+    count: int
+    num_bytes: int
+
+
+class EngineInfo(_Struct, frozen=True):
+    """All of ``engine.json``.
+
+    Attributes:
+        key: hash of everything that the plan depends on; the same key is the same engine.
+        plan: the plan's file name.
+        compute_capability: of the GPU it was built for, e.g. ``8.7``.
+        device: the GPU's name; None if it was compiled without one.
+        jetpack, l4t: of the Jetson that built it.
+        sources: SHA-256 of the graph and of its weights.
+        kv_buckets: numbers of cache rows that a step may read (see ``kv_read``), ascending.
+        kv_read: ``slice``, ``full`` or ``lengths``.
+        options: those that `rebuild_command` repeats.
+        profiles: in the order of the engine.
+        builder: ``api`` or ``trtexec``.
+        peak_memory_bytes: resident memory of the build, at most; None if it was not measured.
+        weights, layers: summary of the parsed network.
+    """
+
+    schema_version: int
+    producer: str
+    created: str
+    key: str
+    plan: str
+    plan_bytes: int
+    plan_sha256: str
+    flavour: Flavour
+    tensorrt_version: str
+    compute_capability: str
+    device: str | None
+    jetpack: str | None
+    l4t: str | None
+    sources: dict[str, str]
+    max_batch: int
+    max_prefill: int
+    kv_capacity: int
+    kv_buckets: tuple[int, ...]
+    kv_read: Literal["slice", "full", "lengths"]
+    options: dict[str, Any]
+    profiles: tuple[ProfileInfo, ...]
+    builder: Literal["api", "trtexec"]
+    build_s: float
+    peak_memory_bytes: int | None
+    weights: tuple[WeightBytes, ...]
+    layers: tuple[LayerCount, ...]
+
+
+def read_engine_info(directory: Path) -> EngineInfo:
+    """Read ``engine.json``; the plan is not hashed (see `verify_plan`).
+
+    Raises:
+        BundleError: missing, not JSON, or of another schema.
+    """
+    path = directory / ENGINE_JSON
+    try:
+        info = msgspec.json.decode(path.read_bytes(), type=EngineInfo)
+    except OSError as error:
+        raise BundleError(
+            f"no engine at {directory}: cannot read {ENGINE_JSON} ({error.strerror}); "
+            "build one with: edge-llm build BUNDLE"
+        ) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged ({error}); build the engine again") from error
+    if info.schema_version != ENGINE_SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {info.schema_version}, this edge-llm reads "
+            f"{ENGINE_SCHEMA_VERSION}; build the engine again"
+        )
+    if Path(info.plan).name != info.plan or info.plan.startswith("."):
+        raise BundleError(f"{path} names a plan outside its directory; build the engine again")
+    return info
+
+
+def verify_plan(directory: Path, info: EngineInfo) -> Path:
+    """Hash the plan before anything deserializes it.
+
+    Returns:
+        The plan's path.
+
+    Raises:
+        IntegrityError: missing, or another size or hash than ``engine.json`` says.
+    """
+    path = directory / info.plan
+    again = f"build it again with: {rebuild_command(directory, info)}"
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error.strerror}); {again}") from error
+    if (found.num_bytes, found.sha256) != (info.plan_bytes, info.plan_sha256):
+        raise IntegrityError(
+            f"{path} is damaged: {found.num_bytes} bytes with SHA-256 {found.sha256[:16]}…, "
+            f"{ENGINE_JSON} says {info.plan_bytes} with {info.plan_sha256[:16]}…; {again}"
+        )
+    return path
+
+
+def check_engine(
+    directory: Path,
+    info: EngineInfo,
+    manifest: Manifest,
+    *,
+    flavour: Flavour,
+    tensorrt_version: str,
+    compute_capability: str,
+) -> None:
+    """Refuse an engine of another graph, another TensorRT or another GPU.
+
+    Args:
+        directory: of the engine.
+        info: its ``engine.json``.
+        manifest: of the bundle it lies in.
+        flavour: of the TensorRT at hand.
+        tensorrt_version: of the TensorRT at hand, e.g. ``10.16.2.10``; its first three parts count.
+        compute_capability: of the GPU at hand, e.g. ``8.7``.
+
+    Raises:
+        BundleError: it does not fit; the message has the command that rebuilds it.
+    """
+    found: list[tuple[str, str, str]] = []
+    for name, sha256 in info.sources.items():
+        current = manifest.files.get(name)
+        if current is None or current.sha256 != sha256:
+            found.append((f"another {name}", sha256[:12], current.sha256[:12] if current else "-"))
+    if info.flavour != flavour or _release(info.tensorrt_version) != _release(tensorrt_version):
+        theirs = f"{info.flavour} {info.tensorrt_version}"
+        found.append(("another TensorRT", theirs, f"{flavour} {tensorrt_version}"))
+    if info.compute_capability != compute_capability:
+        found.append(("another GPU", f"sm {info.compute_capability}", f"sm {compute_capability}"))
+    if found:
+        what = "; ".join(f"{kind} ({theirs}, here {ours})" for kind, theirs, ours in found)
+        raise BundleError(
+            f"the engine {directory} was built for {what}; rebuild it with: "
+            f"{rebuild_command(directory, info)}"
+        )
+
+
+def rebuild_command(directory: Path, info: EngineInfo) -> str:
+    """The command line that builds this engine again, on the machine where it is typed."""
+    parts = ["edge-llm", "build", str(directory.parent.parent)]
+    for name, value in info.options.items():
+        if value is None:
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        parts += [f"--{name.replace('_', '-')}", text]
+    return shlex.join(parts)
+
+
+def find_engines(bundle: Path) -> list[Path]:
+    """Directories of the bundle's engines, in name order."""
+    return sorted(path.parent for path in (bundle / ENGINES_DIR).glob(f"[!.]*/{ENGINE_JSON}"))
+
+
+def _release(version: str) -> list[str]:
+    return version.split(".")[:3]

@@ -1,0 +1,170 @@
+"""The decoder graph's inputs and outputs: the contract between export, engines and edge.
+
+This is the only place where a tensor's name, shape or type is written down. ``B`` is the batch,
+``S`` the tokens of this step per sequence, ``N`` the positions that get logits, ``K`` the cache
+rows that attention reads, ``C`` the capacity (static), ``T`` the float type of the graph.
+
+Dialect ``native`` (opset 24, TensorRT >= 10.15, ONNX Runtime >= 1.26):
+
+====  ========================  =================  =====  =========================================
+I/O   name                      shape              type   meaning
+====  ========================  =================  =====  =========================================
+in    inputs_embeds             [B, S, hidden]     T      rows of the token table
+in    position_ids              [B, S]             int64  absolute position of each token
+in    write_indices             [B]                int64  first cache row this step writes
+in    kv_positions              [K]                int64  0..K-1; attention reads K cache rows
+in    logits_indices            [B, N]             int64  which positions of S get logits
+in    past_key_values.i.key     [B, kv, C, dim]    T      the cache; same for .value
+out   present.i.key             [B, kv, C, dim]    T      the same memory, updated in place
+out   logits                    [B, N, vocab]      T      scores
+====  ========================  =================  =====  =========================================
+
+Dialect ``portable`` (opset 21, TensorRT 10.0-10.14, ONNX Runtime 1.23): the cache is an input only
+and the runtime appends the step's rows itself. ``write_indices`` is replaced by ``past_lengths``
+[B], the valid cache rows per sequence, ``present.i.*`` by ``new.i.key/.value`` [B, kv, S, dim].
+
+A cache row's index is the position of its token. A token attends to the cache rows whose position
+is not greater than its own, so rows of padding behind a sequence are never read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edge.errors import ConfigError
+
+from .manifest import Dialect, FloatType, ModelSpec
+
+INPUTS_EMBEDS = "inputs_embeds"
+POSITION_IDS = "position_ids"
+WRITE_INDICES = "write_indices"
+PAST_LENGTHS = "past_lengths"
+KV_POSITIONS = "kv_positions"
+LOGITS_INDICES = "logits_indices"
+LOGITS = "logits"
+# The token embedding table lies beside the graph: its file, and the tensors in it. Rows are fp16,
+# or INT8 with one fp32 scale each.
+EMBEDDINGS_NAME = "embeddings.safetensors"
+EMBEDDINGS_TENSOR = "token_embeddings"
+EMBEDDINGS_SCALES = "token_embeddings.scale"
+
+BATCH, SEQ, NUM_LOGITS, KV = "batch", "seq", "num_logits", "kv"
+
+OPSET: dict[Dialect, int] = {"native": 24, "portable": 21}
+MIN_ONNXRUNTIME: dict[Dialect, tuple[int, int]] = {"native": (1, 26), "portable": (1, 23)}
+"""The first ONNX Runtime whose CPU has all operators of a dialect."""
+# An RoPE table longer than this costs more memory than anyone's context needs on an edge device.
+MAX_ROPE_POSITIONS = 32768
+
+ElementType = Literal["fp16", "bf16", "fp32", "int64"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape (a string is a dynamic dimension) and element type of one input or output."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: ElementType
+
+
+def past_key(layer: int) -> str:
+    """Cache input of a layer's keys."""
+    return f"past_key_values.{layer}.key"
+
+
+def past_value(layer: int) -> str:
+    """Cache input of a layer's values."""
+    return f"past_key_values.{layer}.value"
+
+
+def present_key(layer: int) -> str:
+    """In-place cache output of a layer's keys (``native``)."""
+    return f"present.{layer}.key"
+
+
+def present_value(layer: int) -> str:
+    """In-place cache output of a layer's values (``native``)."""
+    return f"present.{layer}.value"
+
+
+def new_key(layer: int) -> str:
+    """This step's keys of a layer (``portable``)."""
+    return f"new.{layer}.key"
+
+
+def new_value(layer: int) -> str:
+    """This step's values of a layer (``portable``)."""
+    return f"new.{layer}.value"
+
+
+def rope_positions(model: ModelSpec) -> int:
+    """Rows of the cos/sin table: the model's own maximum, at most 32k."""
+    return min(model.max_position_embeddings, MAX_ROPE_POSITIONS)
+
+
+KV_CAPACITY, REASONING_KV_CAPACITY = 4096, 8192
+
+
+def default_kv_capacity(*, reasons: bool, positions: int) -> int:
+    """Tokens of prompt and answer where nobody says.
+
+    Args:
+        reasons: whether the model thinks before it answers; R1 may do so for thousands of tokens.
+        positions: tokens that the model can take at most.
+    """
+    return min(REASONING_KV_CAPACITY if reasons else KV_CAPACITY, positions)
+
+
+def check_capacity(capacity: int, positions: int) -> None:
+    """Refuse a KV capacity that the graph's RoPE table of ``positions`` rows cannot serve.
+
+    Raises:
+        ConfigError: outside 2..positions.
+    """
+    if not 2 <= capacity <= positions:
+        raise ConfigError(
+            f"--kv-capacity {capacity} is out of range: this model takes 2 to {positions} tokens"
+        )
+
+
+def decoder_inputs(
+    model: ModelSpec, dialect: Dialect, dtype: FloatType, capacity: int
+) -> list[TensorSpec]:
+    """Inputs of the decoder in graph order."""
+    cache = (BATCH, model.num_kv_heads, capacity, model.head_dim)
+    cursor = WRITE_INDICES if dialect == "native" else PAST_LENGTHS
+    specs = [
+        TensorSpec(INPUTS_EMBEDS, (BATCH, SEQ, model.hidden_size), dtype),
+        TensorSpec(POSITION_IDS, (BATCH, SEQ), "int64"),
+        TensorSpec(cursor, (BATCH,), "int64"),
+        TensorSpec(KV_POSITIONS, (KV,), "int64"),
+        TensorSpec(LOGITS_INDICES, (BATCH, NUM_LOGITS), "int64"),
+    ]
+    for layer in range(model.num_layers):
+        specs += [TensorSpec(past_key(layer), cache, dtype)]
+        specs += [TensorSpec(past_value(layer), cache, dtype)]
+    return specs
+
+
+def decoder_outputs(
+    model: ModelSpec, dialect: Dialect, dtype: FloatType, capacity: int
+) -> list[TensorSpec]:
+    """Outputs of the decoder in graph order."""
+    specs = [TensorSpec(LOGITS, (BATCH, NUM_LOGITS, model.vocab_size), dtype)]
+    for layer in range(model.num_layers):
+        if dialect == "native":
+            shape: tuple[int | str, ...] = (BATCH, model.num_kv_heads, capacity, model.head_dim)
+            names = present_key(layer), present_value(layer)
+        else:
+            shape = (BATCH, model.num_kv_heads, SEQ, model.head_dim)
+            names = new_key(layer), new_value(layer)
+        specs += [TensorSpec(name, shape, dtype) for name in names]
+    return specs
+
+
+def kv_bytes_per_token(model: ModelSpec, dtype: FloatType) -> int:
+    """Bytes of cache that one token takes over all layers."""
+    size = 4 if dtype == "fp32" else 2
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * size

@@ -1,0 +1,440 @@
+"""The bundle's ``manifest.json``: what the model is, how it was quantized, every file's hash.
+
+Every struct is frozen and refuses unknown keys, so that a typo or a newer schema is an error that
+names the key instead of a silent default. The manifest guards itself too: ``self_sha256`` is the
+SHA-256 of the file's own bytes with that value replaced by 64 zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edge.errors import BundleError, IntegrityError
+
+SCHEMA_VERSION = 2
+"""2 added `SamplingDefaults.assumed`."""
+_READABLE_VERSIONS = (1, 2)
+MANIFEST_NAME = "manifest.json"
+ENGINES_DIR = "engines"
+_NO_HASH = "0" * 64
+_HASH_CHUNK_BYTES = 1 << 22
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_SELF_HASH = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n\}\n\Z')
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
+
+Architecture = Literal["qwen2", "llama", "qwen3"]
+Dialect = Literal["native", "portable"]
+FloatType = Literal["fp16", "bf16", "fp32"]
+SchemeKind = Literal["float", "int8", "int4", "w8a8"]
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every struct of the manifest."""
+
+
+class RopeSpec(_Struct, frozen=True):
+    """Rotary position embedding, as ``rope_theta`` and ``rope_scaling`` of an HF ``config.json``.
+
+    Attributes:
+        theta: base of the frequencies.
+        kind: how the frequencies are scaled beyond the original context.
+        factor: context extension (``linear``, ``llama3``, ``yarn``).
+        original_max_positions: context of pre-training (``llama3``, ``yarn``).
+        low_freq_factor, high_freq_factor: the two borders of ``llama3``.
+        beta_fast, beta_slow: the two borders of ``yarn``, in rotations.
+        attention_factor: scale on cos and sin (``yarn``); 1.0 elsewhere.
+    """
+
+    theta: float
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+
+
+class ModelSpec(_Struct, frozen=True):
+    """Every number of the decoder that the graph and the runtime need."""
+
+    architecture: Architecture
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeSpec
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+
+
+class TensorScheme(_Struct, frozen=True):
+    """How one weight matrix is stored.
+
+    Attributes:
+        kind: ``float`` (the graph's own type), ``int8`` or ``int4`` (weights only), or ``w8a8``
+            (weights and inputs in INT8); all integers are symmetric.
+        group_size: weights along the reduction axis that share a scale; 0 means one scale per
+            output channel.
+    """
+
+    kind: SchemeKind
+    group_size: int = 0
+
+    def __str__(self) -> str:
+        if self.kind in ("float", "w8a8"):
+            return self.kind
+        return f"{self.kind}-g{self.group_size}" if self.group_size else f"{self.kind}-channel"
+
+
+class LinearInfo(_Struct, frozen=True):
+    """One linear layer as stored.
+
+    Attributes:
+        scheme: of its weight.
+        shape: ``[in, out]``.
+        num_bytes: of the weight and its scales.
+        activation_scale: of its input (``w8a8``), which is rounded to INT8 multiples of it.
+        float_channels: input channels (``w8a8``) that are not rounded: their weights are stored
+            in the graph's float type besides, and are zero in the INT8 weight.
+    """
+
+    scheme: TensorScheme
+    shape: tuple[int, int]
+    num_bytes: int
+    activation_scale: float | None = None
+    float_channels: tuple[int, ...] = ()
+
+
+class Calibration(_Struct, frozen=True):
+    """The text that a calibrated method saw.
+
+    Attributes:
+        text: ``built-in``, or the file's name (never a path).
+        sha256: of the text's bytes.
+        num_tokens: tokens seen, in sequences of ``seq_len``.
+        seq_len: tokens of a sequence.
+        seed: of the order of the documents.
+    """
+
+    text: str
+    sha256: str
+    num_tokens: int
+    seq_len: int
+    seed: int
+
+
+class Quantization(_Struct, frozen=True):
+    """What was done to the weights.
+
+    Attributes:
+        name: the recipe's name, e.g. ``int4``.
+        method: how the integers of INT4 layers were found.
+        clip: ``absmax``, ``mse`` or ``none`` for a float bundle.
+        linears: every linear layer by name (``layers.0.qkv``, ``layers.0.o``,
+            ``layers.0.gate_up``, ``layers.0.down``, ``lm_head``).
+        calibration: None if nothing was calibrated.
+        smoothed: whether SmoothQuant's factors are folded into the weights of W8A8 layers.
+        rotated: whether the residual stream and the values of the heads are rotated.
+        embeddings: how the rows of the token table are stored; INT8 rows have one scale each.
+    """
+
+    name: str
+    method: Literal["none", "rtn", "awq", "gptq", "awq+gptq"]
+    clip: Literal["none", "absmax", "mse"]
+    linears: dict[str, LinearInfo]
+    calibration: Calibration | None = None
+    smoothed: bool = False
+    rotated: bool = False
+    embeddings: Literal["fp16", "int8"] = "fp16"
+
+
+class SamplingDefaults(_Struct, frozen=True):
+    """The model's own generation config; what a caller leaves open is taken from here.
+
+    Attributes:
+        assumed: the family whose published values these are, because the source states none; None
+            where they are the source's own.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    assumed: str | None = None
+
+
+class Tokens(_Struct, frozen=True):
+    """Ids with a meaning outside the vocabulary.
+
+    Attributes:
+        bos: id and text of the begin-of-sequence token, or None if the model has none.
+        bos_text: see ``bos``; what the chat template writes as ``bos_token``.
+        eos: every id that ends an answer.
+        eos_text: what the chat template writes as ``eos_token``.
+        add_bos: whether plain text (not a chat) starts with ``bos``.
+    """
+
+    bos: int | None
+    bos_text: str
+    eos: tuple[int, ...]
+    eos_text: str
+    add_bos: bool
+
+
+class Adapter(_Struct, frozen=True):
+    """A LoRA adapter that was merged into the weights.
+
+    Attributes:
+        name: of its directory (never a path).
+        sha256: of ``adapter_model.safetensors``.
+    """
+
+    name: str
+    sha256: str
+
+
+class Source(_Struct, frozen=True):
+    """Where the weights came from.
+
+    Attributes:
+        kind: an HF directory, a hub id or a GGUF file.
+        location: the directory's or file's name, or the hub id (never an absolute path).
+        revision: commit of the hub repository, else None.
+        sha256: of the GGUF file or of the safetensors files' hashes, in name order.
+        licence: as the source states it.
+        adapter: what was merged into the weights, or None.
+    """
+
+    kind: Literal["directory", "hub", "gguf"]
+    location: str
+    revision: str | None = None
+    sha256: str | None = None
+    licence: str | None = None
+    adapter: Adapter | None = None
+
+
+class ReducedVocabulary(_Struct, frozen=True):
+    """Tokens that were left out of the model; ids were renumbered in their old order.
+
+    The bundle's ``vocabulary.json`` lists the old id of every new one.
+
+    Attributes:
+        original_size: rows of the source's token table.
+        size: rows that were kept.
+        file: name of the file that said which (never a path).
+        sha256: of that file.
+        text_tokens_original: tokens of the file's text with the whole vocabulary; None for a list
+            of ids.
+        text_tokens: tokens of the same text with the reduced one.
+    """
+
+    original_size: int
+    size: int
+    file: str
+    sha256: str
+    text_tokens_original: int | None = None
+    text_tokens: int | None = None
+
+
+class FileInfo(_Struct, frozen=True):
+    """Size and SHA-256 (lower-case hex) of one file of the bundle."""
+
+    num_bytes: int
+    sha256: str
+
+
+class Graphs(_Struct, frozen=True):
+    """The decoder's files, by who reads them.
+
+    Attributes:
+        decoder: typed for the engine.
+        cpu: its fp32-typed twin for ONNX Runtime CPU, which shares the weights of ``decoder`` and
+            adds scales, norms and biases in fp32.
+    """
+
+    decoder: str = "decoder.onnx"
+    cpu: str = "decoder.cpu.onnx"
+
+
+class Manifest(_Struct, frozen=True):
+    """All of ``manifest.json``.
+
+    ``self_sha256`` stays the last field: `decode_manifest` looks for it at the end of the file.
+    """
+
+    schema_version: int
+    producer: str
+    created: str
+    name: str
+    model: ModelSpec
+    dialect: Dialect
+    dtype: Literal["fp16", "bf16"]
+    kv_capacity: int
+    rope_positions: int
+    quantization: Quantization
+    sampling: SamplingDefaults
+    tokens: Tokens
+    source: Source
+    graphs: Graphs
+    files: dict[str, FileInfo]
+    quality: dict[str, Any] | None = None
+    vocabulary: ReducedVocabulary | None = None
+    self_sha256: str = _NO_HASH
+
+
+def describe_sampling(sampling: SamplingDefaults) -> str:
+    """In one line for a person, e.g. ``temperature 0.6, ..., assumed (DeepSeek-R1)``."""
+    values = msgspec.structs.asdict(sampling)
+    assumed = values.pop("assumed")
+    parts = [f"{name} {value:g}" for name, value in values.items()]
+    return ", ".join(parts if assumed is None else [*parts, f"assumed ({assumed})"])
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a bundle's file may be called so: plain ASCII, no directory, not hidden."""
+    return _FILE_NAME.match(name) is not None and name not in (MANIFEST_NAME, ENGINES_DIR)
+
+
+def sha256_file(path: Path) -> FileInfo:
+    """Hash a file in chunks; memory stays constant."""
+    digest = hashlib.sha256()
+    num_bytes = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+    return FileInfo(num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Serialize with the self-hash filled in; the inverse of `decode_manifest`."""
+    blank = msgspec.structs.replace(manifest, self_sha256=_NO_HASH)
+    data = msgspec.json.format(msgspec.json.encode(blank), indent=2) + b"\n"
+    match = _SELF_HASH.search(data)
+    assert match is not None
+    digest = hashlib.sha256(data).hexdigest()
+    return data[: match.start(1)] + digest.encode() + data[match.end(1) :]
+
+
+def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
+    """Parse and validate the bytes of a manifest.
+
+    Args:
+        data: content of ``manifest.json``.
+        where: path for error messages.
+
+    Raises:
+        BundleError: not JSON, another schema version, an unknown or missing key, a wrong type, a
+            file name that points out of the bundle.
+        IntegrityError: the self-hash does not match.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+    except _MALFORMED as error:
+        raise BundleError(
+            f"{where} is not a manifest of edge-llm ({error}); export the bundle again"
+        ) from error
+    if version not in _READABLE_VERSIONS:
+        raise BundleError(
+            f"{where} has schema version {version}, this edge-llm reads "
+            f"{' and '.join(map(str, _READABLE_VERSIONS))}; "
+            "export the bundle again or install the edge-llm that wrote it"
+        )
+    match = _SELF_HASH.search(data)
+    if match is None:
+        raise IntegrityError(f"{where} has no valid self_sha256; copy or export the bundle again")
+    blanked = data[: match.start(1)] + _NO_HASH.encode() + data[match.end(1) :]
+    if hashlib.sha256(blanked).hexdigest() != match.group(1).decode():
+        raise IntegrityError(
+            f"{where} was changed after the export (its self_sha256 does not match); "
+            "copy or export the bundle again"
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except _MALFORMED as error:
+        raise BundleError(
+            f"{where} does not fit schema {version}: {error}; export the bundle again"
+        ) from error
+    for name in manifest.files:
+        if not is_file_name(name):
+            raise BundleError(
+                f"{where} lists {name!r}, which is no name for a file of a bundle; "
+                "export the bundle again"
+            )
+    return manifest
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read ``manifest.json`` of a bundle directory; files are not hashed (see `verify_files`).
+
+    Raises:
+        BundleError: the directory or the manifest is missing or invalid.
+    """
+    path = bundle / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"no bundle at {bundle}: cannot read {MANIFEST_NAME} ({error.strerror}); "
+            "make one with: edge-llm export SOURCE -o BUNDLE"
+        ) from error
+    return decode_manifest(data, str(path))
+
+
+def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Hash files of a bundle against its manifest, before any parser sees them.
+
+    Args:
+        bundle: the bundle's directory.
+        manifest: its manifest.
+        names: files to check; all by default.
+
+    Raises:
+        IntegrityError: a file is missing, has another size or another hash, or the manifest does
+            not list it; the file is named.
+    """
+    for name in manifest.files if names is None else names:
+        path = bundle / name
+        expected = manifest.files.get(name)
+        if expected is None:
+            raise IntegrityError(
+                f"{path} is not listed in {MANIFEST_NAME}, so nothing vouches for it; "
+                "export the bundle again"
+            )
+        try:
+            size = path.stat().st_size
+            # The size first: it is free, and a cut-off copy is the most common fault.
+            found = expected if size != expected.num_bytes else sha256_file(path)
+        except OSError as error:
+            raise IntegrityError(
+                f"{path} cannot be read ({error.strerror}); copy or export the bundle again"
+            ) from error
+        if size != expected.num_bytes:
+            raise IntegrityError(
+                f"{path} has {size} bytes, the manifest says {expected.num_bytes}; "
+                "copy or export the bundle again"
+            )
+        if found.sha256 != expected.sha256:
+            raise IntegrityError(
+                f"{path} is damaged: its SHA-256 is {found.sha256[:16]}…, the manifest says "
+                f"{expected.sha256[:16]}…; copy or export the bundle again"
+            )

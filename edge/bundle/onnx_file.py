@@ -1,0 +1,307 @@
+"""A small ONNX model file (weights external) as editable Python, without the ``onnx`` package.
+
+The runtime needs three things of a graph: to see its inputs and outputs before an engine parses
+it, to give the cache another capacity, and to rewrite attention for the CPU. Protocol Buffers'
+wire format (https://protobuf.dev/programming-guides/encoding) is simple enough for that: a message
+is a list of ``(field, wire type, value)``. Fields that are not edited are kept as they were, byte
+for byte. Field numbers are those of ``onnx.proto3``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from edge.errors import BundleError
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_INT64, _TYPE_FLOAT, _TYPE_INT, _TYPE_INTS = 7, 1, 2, 7
+ELEMENT_TYPES = {1: "fp32", 3: "int8", 7: "int64", 9: "bool", 10: "fp16", 16: "bf16", 22: "int4"}
+
+Value = int | bytes
+
+
+@dataclass
+class Message:
+    """One protobuf message: its fields in file order."""
+
+    fields: list[tuple[int, int, Value]] = field(default_factory=list)
+
+    @staticmethod
+    def parse(data: bytes) -> Message:
+        """Decode one message; nested ones stay bytes.
+
+        Raises:
+            BundleError: the bytes are not a protobuf message.
+        """
+        fields: list[tuple[int, int, Value]] = []
+        at = 0
+        while at < len(data):
+            key, at = _read_varint(data, at)
+            number, wire_type = key >> 3, key & 7
+            if number == 0:
+                raise BundleError(f"not an ONNX file: field number 0 before byte {at}")
+            value: Value
+            if wire_type == _VARINT:
+                value, at = _read_varint(data, at)
+            else:
+                if wire_type == _BYTES:
+                    length, at = _read_varint(data, at)
+                elif wire_type in (_FIXED32, _FIXED64):
+                    length = 4 if wire_type == _FIXED32 else 8
+                else:
+                    raise BundleError(f"not an ONNX file: wire type {wire_type} at byte {at}")
+                value, at = data[at : at + length], at + length
+                if at > len(data):
+                    raise BundleError(f"not an ONNX file: it ends inside field {number}")
+            fields.append((number, wire_type, value))
+        return Message(fields)
+
+    def serialize(self) -> bytes:
+        """The inverse of `parse`: the same bytes for numbers in their shortest form."""
+        out = bytearray()
+        for number, wire_type, value in self.fields:
+            _write_varint(out, number << 3 | wire_type)
+            if isinstance(value, int):
+                _write_varint(out, value)
+            else:
+                if wire_type == _BYTES:
+                    _write_varint(out, len(value))
+                out += value
+        return bytes(out)
+
+    def all_bytes(self, number: int) -> list[bytes]:
+        """Every occurrence of a length-delimited field."""
+        return [value for n, _, value in self.fields if n == number and isinstance(value, bytes)]
+
+    def text(self, number: int) -> str:
+        """The last occurrence of a string field, or an empty string."""
+        values = self.all_bytes(number)
+        return _text(values[-1]) if values else ""
+
+    def integer(self, number: int) -> int:
+        """The last occurrence of a varint field, or 0."""
+        values = [value for n, _, value in self.fields if n == number and isinstance(value, int)]
+        return values[-1] if values else 0
+
+    def child(self, number: int) -> Message:
+        """The last occurrence of a message field; empty if absent."""
+        values = self.all_bytes(number)
+        return Message.parse(values[-1]) if values else Message()
+
+    def add(self, number: int, value: int | bytes | str | Message) -> Message:
+        """Append a field; returns self."""
+        if isinstance(value, int):
+            self.fields.append((number, _VARINT, value))
+            return self
+        if isinstance(value, Message):
+            value = value.serialize()
+        data = value.encode() if isinstance(value, str) else value
+        self.fields.append((number, _BYTES, data))
+        return self
+
+    def replace(self, number: int, values: Iterable[bytes]) -> None:
+        """Put ``values`` where the first occurrence of a length-delimited field stood."""
+        places = [i for i, entry in enumerate(self.fields) if entry[0] == number]
+        at = places[0] if places else len(self.fields)
+        kept = [entry for entry in self.fields if entry[0] != number]
+        self.fields = kept[:at] + [(number, _BYTES, value) for value in values] + kept[at:]
+
+
+@dataclass
+class Node:
+    """A node of the graph; attributes, and fields that nothing here edits, stay encoded."""
+
+    op_type: str
+    inputs: list[str]
+    outputs: list[str]
+    name: str = ""
+    domain: str = ""
+    attributes: list[bytes] = field(default_factory=list)
+    other_fields: list[tuple[int, int, Value]] = field(default_factory=list)
+
+    @staticmethod
+    def decode(data: bytes) -> Node:
+        """From a NodeProto."""
+        message = Message.parse(data)
+        return Node(
+            message.text(4),
+            [_text(value) for value in message.all_bytes(1)],
+            [_text(value) for value in message.all_bytes(2)],
+            message.text(3),
+            message.text(7),
+            message.all_bytes(5),
+            [entry for entry in message.fields if entry[0] not in (1, 2, 3, 4, 5, 7)],
+        )
+
+    def encode(self) -> bytes:
+        """To a NodeProto."""
+        message = Message()
+        for value in self.inputs:
+            message.add(1, value)
+        for value in self.outputs:
+            message.add(2, value)
+        if self.name:
+            message.add(3, self.name)
+        message.add(4, self.op_type)
+        for attribute in self.attributes:
+            message.add(5, attribute)
+        if self.domain:
+            message.add(7, self.domain)
+        message.fields += self.other_fields
+        return message.serialize()
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """Name, element type (see `ELEMENT_TYPES`) and dimensions (a string is dynamic)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class OnnxFile:
+    """A model to look at and edit.
+
+    Attributes:
+        nodes: in topological order; edit the list or its nodes, then `serialize`.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._model = Message.parse(data)
+        self._graph = self._model.child(7)
+        if not self._graph.fields:
+            raise BundleError("not an ONNX file: it has no graph")
+        self.nodes = [Node.decode(value) for value in self._graph.all_bytes(1)]
+
+    @property
+    def inputs(self) -> list[ValueInfo]:
+        """The graph's inputs in order."""
+        return [_value_info(value) for value in self._graph.all_bytes(11)]
+
+    @property
+    def outputs(self) -> list[ValueInfo]:
+        """The graph's outputs in order."""
+        return [_value_info(value) for value in self._graph.all_bytes(12)]
+
+    def serialize(self) -> bytes:
+        """The edited model, with nodes and initializers that nothing uses left out."""
+        self._prune()
+        self._graph.replace(1, (node.encode() for node in self.nodes))
+        self._model.replace(7, [self._graph.serialize()])
+        return self._model.serialize()
+
+    def set_dimension(self, names: Iterable[str], axis: int, size: int) -> None:
+        """Give a dimension of some inputs or outputs another static size.
+
+        Raises:
+            BundleError: one of them has no such axis.
+        """
+        wanted = set(names)
+        for number in (11, 12):
+            infos = [
+                _with_dimension(data, axis, size) if Message.parse(data).text(1) in wanted else data
+                for data in self._graph.all_bytes(number)
+            ]
+            self._graph.replace(number, infos)
+
+    def add_int64(self, name: str, values: Sequence[int]) -> str:
+        """Add a one-dimensional int64 constant."""
+        raw = struct.pack(f"<{len(values)}q", *values)
+        tensor = Message().add(1, len(values)).add(2, _INT64).add(8, name).add(9, raw)
+        self._graph.add(5, tensor)
+        return name
+
+    def use_domain(self, domain: str, version: int) -> None:
+        """Declare an operator domain."""
+        self._model.add(8, Message().add(1, domain).add(2, version))
+
+    def _prune(self) -> None:
+        needed = {info.name for info in self.outputs}
+        kept = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.outputs):
+                needed.update(node.inputs)
+                kept.append(node)
+        self.nodes = kept[::-1]
+        tensors = self._graph.all_bytes(5)
+        self._graph.replace(5, [data for data in tensors if Message.parse(data).text(8) in needed])
+
+
+def attribute(name: str, value: int | float | Sequence[int]) -> bytes:
+    """An AttributeProto: an int, a float, or ints."""
+    message = Message().add(1, name)
+    if isinstance(value, int):
+        message.add(3, value).add(20, _TYPE_INT)
+    elif isinstance(value, float):
+        message.fields.append((2, _FIXED32, struct.pack("<f", value)))
+        message.add(20, _TYPE_FLOAT)
+    else:
+        for item in value:
+            message.add(8, item)
+        message.add(20, _TYPE_INTS)
+    return message.serialize()
+
+
+def _value_info(data: bytes) -> ValueInfo:
+    message = Message.parse(data)
+    tensor = message.child(2).child(1)
+    dims: list[int | str] = []
+    for dim in tensor.child(2).all_bytes(1):
+        parsed = Message.parse(dim)
+        dims.append(parsed.text(2) or parsed.integer(1))
+    element = tensor.integer(1)
+    return ValueInfo(
+        message.text(1), ELEMENT_TYPES.get(element, f"onnx type {element}"), tuple(dims)
+    )
+
+
+def _with_dimension(data: bytes, axis: int, size: int) -> bytes:
+    info = Message.parse(data)
+    kind = info.child(2)
+    tensor = kind.child(1)
+    shape = tensor.child(2)
+    dims = shape.all_bytes(1)
+    if not 0 <= axis < len(dims):
+        raise BundleError(
+            f"the graph's {info.text(1)} has {len(dims)} dimensions, none with the index {axis}; "
+            "export the bundle again"
+        )
+    dims[axis] = Message().add(1, size).serialize()
+    shape.replace(1, dims)
+    tensor.replace(2, [shape.serialize()])
+    kind.replace(1, [tensor.serialize()])
+    info.replace(2, [kind.serialize()])
+    return info.serialize()
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BundleError(f"not an ONNX file: a name is not UTF-8 ({error})") from error
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    result = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise BundleError(f"not an ONNX file: a number at byte {at} does not end")
+        byte = data[at]
+        at += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if result >> 64:
+                raise BundleError(f"not an ONNX file: the number before byte {at} exceeds 64 bits")
+            return result, at
+        shift += 7
+
+
+def _write_varint(out: bytearray, value: int) -> None:
+    value &= (1 << 64) - 1  # negative int64 fields take ten bytes, as protobuf has it
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)

@@ -1,0 +1,142 @@
+"""Change a bundle that others may read or replace meanwhile: its lock, and writes that last."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from edge.errors import BundleError, ConfigError
+
+from .manifest import MANIFEST_NAME, Manifest, decode_manifest, encode_manifest, read_manifest
+
+MANIFEST_TEMP = f".{MANIFEST_NAME}.tmp"
+
+
+def update_manifest(bundle: Path, manifest: Manifest) -> Manifest:
+    """Replace only ``manifest.json`` of a bundle, atomically (to add a quality report, say).
+
+    Call it after the `BundleWriter` block: both take the same lock.
+
+    Args:
+        bundle: the bundle's directory.
+        manifest: the new manifest; ``files`` must be those of the bundle.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        BundleError: no bundle is there, or its files are not those of ``manifest``.
+        ConfigError: an export is writing to the same path.
+    """
+    bundle = resolve_target(bundle)
+    data = encode_manifest(manifest)
+    written = decode_manifest(data)
+    with locked(bundle):
+        if read_manifest(bundle).files != manifest.files:
+            raise BundleError(
+                f"{bundle} holds other files than the manifest that was to be written; "
+                "was it exported again meanwhile?"
+            )
+        temp = bundle / MANIFEST_TEMP
+        try:
+            write_durably(temp, data)
+            temp.replace(bundle / MANIFEST_NAME)
+        finally:
+            temp.unlink(missing_ok=True)
+        fsync(bundle)
+    return written
+
+
+def resolve_target(target: Path) -> Path:
+    """Follow every symbolic link.
+
+    Raises:
+        ConfigError: a loop of links, or the root directory.
+    """
+    try:
+        resolved = target.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links; Python < 3.13 says RuntimeError
+        raise ConfigError(f"{target} cannot be resolved: {error}") from error
+    if not resolved.name:
+        raise ConfigError(f"{target} is the root directory; name a directory for the bundle")
+    return resolved
+
+
+def beside(target: Path, role: str) -> Path:
+    """The hidden path next to ``target`` that plays ``role`` (lock, staging, old)."""
+    return target.with_name(f".{target.name}.edge-llm-{role}")
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the target's lock; the kernel lets go of it however the process ends.
+
+    Raises:
+        ConfigError: another process holds it, or it cannot be made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = beside(target, "lock")
+    descriptor = _acquire(path, target)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(path: Path, target: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write in {target.parent}: {error.strerror}; choose another directory"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The last holder may have unlinked this very file before we locked it.
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                return descriptor
+        except FileNotFoundError:
+            pass  # unlinked: take the next one
+        except BlockingIOError as error:
+            writer = os.read(descriptor, 20).decode("ascii", "replace") or "unknown"
+            os.close(descriptor)
+            raise ConfigError(
+                f"another export (process {writer}) is writing {target}; wait until it ends or "
+                "choose another directory"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigError(
+                f"cannot lock {path}: {error.strerror}; choose a directory on another file system"
+            ) from error
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file whose content a power cut cannot take back."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a directory, last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some FUSE and shared-folder mounts have no fsync for directories: nothing to be done.
+        if error.errno != errno.EINVAL or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
+    finally:
+        os.close(descriptor)

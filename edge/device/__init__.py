@@ -1,0 +1,1 @@
+"""The machine: the only readers of /proc, /sys and libcuda."""

@@ -1,0 +1,63 @@
+"""What every check shares: its result, exit codes, and what the machine answered so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from edge.device.machine import CudaProbe, Library, Machine, Node
+from edge.device.telemetry import Snapshot
+
+Status = Literal["ok", "warn", "fail", "skip"]
+DAMAGED, UNAVAILABLE, NO_MEMORY, NO_PERMISSION, WRONG_ENGINE = 65, 69, 71, 77, 78
+
+
+@dataclass(frozen=True)
+class Check:
+    """One step of the diagnosis.
+
+    Attributes:
+        name: what was looked at.
+        status: ``skip`` is what does not apply here.
+        detail: what was found.
+        cause, cure: of a warning or failure.
+        exit_code: of a failure, else 0.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    cause: str = ""
+    cure: str = ""
+    exit_code: int = 0
+
+
+@dataclass
+class Facts:
+    """What the machine answered so far."""
+
+    machine: Machine
+    snapshot: Snapshot
+    nodes: dict[str, Node]
+    cuda: CudaProbe
+    gpu_required: bool
+    tensorrt: Library = field(default_factory=Library)
+    onnxruntime: Library = field(default_factory=Library)
+
+    @property
+    def jetson(self) -> bool:
+        """The device tree names a Jetson."""
+        return (self.snapshot.module or "").startswith("NVIDIA Jetson")
+
+    @property
+    def gpu_expected(self) -> bool:
+        """Something here points to an NVIDIA GPU, or the caller says that there is one."""
+        nodes = [name for name in self.nodes if not name.startswith("/dev/dri/")]
+        return self.gpu_required or self.jetson or bool(nodes) or self.cuda.library_error is None
+
+
+def version_numbers(version: str) -> tuple[int, int]:
+    """The first two numbers of a version."""
+    parts = [part for part in version.split(".") if part.isdigit()]
+    major, minor = (*map(int, parts[:2]), 0, 0)[:2]
+    return major, minor

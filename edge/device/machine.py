@@ -1,0 +1,196 @@
+"""The machine as ``edge-llm doctor`` asks it: every access to the system that a check needs.
+
+Tests put another object with these methods in its place and plant faults.
+"""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .telemetry import Snapshot, read_power_modes, read_snapshot
+
+# JetPack 6 opens nvmap and nvhost-*, JetPack 7 nvmap and nvgpu/igpu0/*; a GPU in a slot the others.
+JETSON_NODES = (
+    "/dev/nvmap",
+    "/dev/nvhost-ctrl-gpu",
+    "/dev/nvhost-gpu",
+    "/dev/nvhost-as-gpu",
+    "/dev/host1x-fence",
+    "/dev/nvgpu/igpu0/ctrl",
+    "/dev/nvgpu/igpu0/as",
+    "/dev/nvgpu/igpu0/channel",
+    "/dev/nvgpu/igpu0/tsg",
+    "/dev/dri/renderD128",
+)
+SLOT_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm")
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours
+_TIMEOUT_S = 120.0  # the first use of CUDA on a Jetson may take half a minute
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A device node that exists: may this process read and write it, and whose is it?"""
+
+    usable: bool
+    group: str
+    gid: int
+
+
+class CudaProbe(msgspec.Struct, frozen=True):
+    """What `device_probe.probe_cuda` found; ``failure`` says why it found nothing."""
+
+    failure: str | None = None
+    library_error: str | None = None
+    driver_version: int | None = None
+    init_code: int | None = None
+    num_devices: int | None = None
+    name: str | None = None
+    compute_capability: str | None = None
+    context_code: int | None = None
+    memory_free_bytes: int | None = None
+    memory_total_bytes: int | None = None
+
+    @property
+    def works(self) -> bool:
+        """A context could be made on a GPU."""
+        return self.context_code == 0
+
+
+class Library(msgspec.Struct, frozen=True):
+    """A library that was imported and tried.
+
+    Attributes:
+        missing: it is not installed.
+        error: what went wrong; None if it works.
+        version: its own.
+        providers: those of ONNX Runtime.
+    """
+
+    missing: bool = False
+    error: str | None = None
+    version: str | None = None
+    providers: tuple[str, ...] = ()
+
+
+class Machine:
+    """The machine that this process runs on.
+
+    Args:
+        root: where ``sys``, ``proc``, ``etc``, ``var`` and ``dev`` lie.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.root = root
+
+    def snapshot(self) -> Snapshot:
+        """Clocks, temperatures, memory, releases."""
+        return read_snapshot(self.root)
+
+    def power_modes(self) -> dict[int, str]:
+        """Names of the power modes, by number."""
+        return read_power_modes(self.root)
+
+    def architecture(self) -> str:
+        """Of the processor, e.g. ``aarch64``."""
+        return platform.machine()
+
+    def in_container(self) -> bool:
+        """Docker and Podman leave a mark."""
+        marks = (".dockerenv", "run/.containerenv")
+        return any((self.root / mark).exists() for mark in marks)
+
+    def nodes(self) -> dict[str, Node]:
+        """The GPU's device nodes that exist."""
+        found = {}
+        for name in JETSON_NODES + SLOT_NODES:
+            path = self.root / name[1:]
+            try:
+                gid = path.stat().st_gid
+            except OSError:
+                continue
+            found[name] = Node(os.access(path, os.R_OK | os.W_OK), _group_name(gid), gid)
+        return found
+
+    def user(self) -> str:
+        """Name or number of this process's user."""
+        return os.environ.get("USER") or str(os.getuid())
+
+    def groups(self) -> frozenset[str]:
+        """Names of the groups of this process."""
+        return frozenset(_group_name(gid) for gid in {os.getegid(), *os.getgroups()})
+
+    def cuda(self) -> CudaProbe:
+        """Ask the driver, in a child process."""
+        found, failure = _run_probe("cuda")
+        return CudaProbe(failure=failure) if failure else msgspec.convert(found, CudaProbe)
+
+    def tensorrt(self) -> Library:
+        """Import TensorRT and build a tiny engine, in a child process."""
+        return _library(*_run_probe("tensorrt"))
+
+    def onnxruntime(self, provider: str) -> Library:
+        """Import ONNX Runtime and run a tiny graph, in a child process."""
+        return _library(*_run_probe("onnxruntime", provider))
+
+    def clock(self) -> float:
+        """Monotonic seconds."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:  # a group of the host, unknown in a container
+        return str(gid)
+
+
+def _run_probe(*arguments: str) -> tuple[dict[str, Any], str | None]:
+    """JSON of a probe, or why there is none."""
+    command = [sys.executable, "-m", "edge.device.probe", *arguments]
+    # Where the package lies, also if it is not installed.
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_S,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {}, f"no answer within {_TIMEOUT_S:.0f} s"
+    if done.returncode < 0:
+        return {}, f"it crashed with {signal.Signals(-done.returncode).name}"
+    printed = _ESCAPES.sub("", done.stderr)
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    if done.returncode != 0:
+        return {}, lines[-1] if lines else f"exit code {done.returncode}"
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        # What the library printed says more than we know: the library that it could not load.
+        causes = [line.split("with error: ")[1] for line in lines if "with error: " in line]
+        found["error"] += "".join(f"; {line}" for line in causes[-1:] or lines[-1:])
+    return found, None
+
+
+def _library(found: dict[str, Any], failure: str | None) -> Library:
+    if failure is None:
+        return msgspec.convert(found, Library)
+    return Library(missing=failure.startswith("ModuleNotFoundError"), error=failure)

@@ -1,0 +1,1 @@
+"""What a bundle is worth: quality, speed, drift, and reports of them."""

@@ -1,0 +1,201 @@
+"""Benchmark of an engine: prefill and decode apart, after a warm-up, many times.
+
+The engine is driven through `edge.backends.Backend`, so every backend is measured alike, and at
+any batch, without a scheduler in between. A repeat prefills every slot, one after the other, then
+decodes all slots together; prompts are random tokens, and no token ends an answer. What a user
+feels is in it: embedding rows are read from their file, tokens are sampled (temperature 0.6, top-p
+0.95). Only text is left out. `edge.measure.bench_report` makes figures of the samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend
+from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.manifest import Manifest
+from edge.device.telemetry import EnergyMeter
+from edge.errors import ConfigError
+from edge.progress import Progress, silent
+from edge.runtime.sampling import Sampler, SamplingParams
+
+_METER_INTERVAL_S = 0.05
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure.
+
+    Attributes:
+        prompt_tokens: of each sequence.
+        output_tokens: tokens sampled per sequence; the first one ends the prefill.
+        repeats: measured runs.
+        warmup: runs before them that are thrown away.
+        batch: sequences decoded together; the backend needs so many slots.
+        seed: of the prompts and of sampling.
+    """
+
+    prompt_tokens: int = 512
+    output_tokens: int = 128
+    repeats: int = 5
+    warmup: int = 1
+    batch: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, value, least in (
+            ("--prompt-tokens", self.prompt_tokens, 1),
+            ("--output-tokens", self.output_tokens, 2),
+            ("--repeats", self.repeats, 1),
+            ("--warmup", self.warmup, 0),
+            ("--batch", self.batch, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"{option} {value} is out of range: {least} or more")
+
+
+@dataclass
+class Samples:
+    """Raw times in seconds.
+
+    Attributes:
+        prefill_s: of each prompt, up to its logits.
+        ttft_s: of each prompt, up to its first token.
+        itl_s: of each decode step, by repeat.
+        decode_model_s: part of the decode steps inside the backend, by repeat.
+        decode_joules, decode_watts: of each repeat's decode, where the module has rails.
+        prefill_joules: of each repeat's prefills.
+    """
+
+    prefill_s: list[float] = field(default_factory=list)
+    ttft_s: list[float] = field(default_factory=list)
+    itl_s: list[list[float]] = field(default_factory=list)
+    decode_model_s: list[float] = field(default_factory=list)
+    decode_joules: list[float] = field(default_factory=list)
+    decode_watts: list[float] = field(default_factory=list)
+    prefill_joules: list[float] = field(default_factory=list)
+
+
+def run_bench(
+    backend: Backend,
+    embeddings: EmbeddingTable,
+    manifest: Manifest,
+    config: BenchConfig,
+    *,
+    make_meter: Callable[[], EnergyMeter] = lambda: EnergyMeter(interval_s=_METER_INTERVAL_S),
+    progress: Progress = silent,
+) -> Samples:
+    """Measure.
+
+    Raises:
+        ConfigError: the backend has too few slots or too small a cache.
+        BackendError: the engine failed.
+    """
+    tokens = config.prompt_tokens + config.output_tokens
+    if tokens > backend.capacity:
+        raise ConfigError(
+            f"--prompt-tokens {config.prompt_tokens} and --output-tokens {config.output_tokens} "
+            f"exceed the KV capacity of {backend.capacity} tokens; give less, or a larger "
+            "--kv-capacity"
+        )
+    if config.batch > backend.num_slots:
+        raise ConfigError(
+            f"--batch {config.batch} exceeds the {backend.num_slots} slots of backend "
+            f"{backend.name}; give less"
+        )
+    samples = Samples()
+    random = np.random.default_rng(config.seed)
+    total = config.warmup + config.repeats
+    for index in range(total):
+        progress("bench", index, total, "runs")
+        prompts = random.integers(
+            0, manifest.model.vocab_size, (config.batch, config.prompt_tokens), dtype=np.int64
+        )
+        run = _Repeat(backend, embeddings, manifest, prompts, config)
+        with make_meter() as prefill_meter:
+            run.prefill()
+        with make_meter() as decode_meter:
+            run.decode()
+        if index >= config.warmup:
+            run.record(samples, prefill_meter, decode_meter)
+    progress("bench", total, total, "runs")
+    return samples
+
+
+class _Repeat:
+    """One prefill of every slot, and the decode of all of them."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        embeddings: EmbeddingTable,
+        manifest: Manifest,
+        prompts: NDArray[np.int64],
+        config: BenchConfig,
+    ) -> None:
+        self.backend, self.embeddings, self.prompts = backend, embeddings, prompts
+        self.steps = config.output_tokens - 1
+        self.samplers = [
+            Sampler(
+                SamplingParams(temperature=0.6, top_p=0.95, seed=config.seed + slot).resolve(
+                    manifest.sampling
+                ),
+                manifest.model.vocab_size,
+                prompt.tolist(),
+            )
+            for slot, prompt in enumerate(prompts)
+        ]
+        self.tokens = np.zeros(len(prompts), dtype=np.int64)
+        self.prefill_s: list[float] = []
+        self.ttft_s: list[float] = []
+        self.itl_s: list[float] = []
+        self.model_s = 0.0
+
+    def prefill(self) -> None:
+        chunk = self.backend.max_step_tokens
+        for slot, prompt in enumerate(self.prompts):
+            started = time.perf_counter()
+            logits: NDArray[np.float32] | None = None
+            for at in range(0, len(prompt), chunk):
+                part = prompt[None, at : at + chunk]
+                positions = np.arange(at, at + part.shape[1], dtype=np.int64)[None]
+                last = np.array([[part.shape[1] - 1]], dtype=np.int64)
+                logits = self.backend.forward(
+                    [slot], self.embeddings[part], positions, at + part.shape[1], last
+                )
+            assert logits is not None
+            self.prefill_s.append(time.perf_counter() - started)
+            self.tokens[slot] = self.samplers[slot].sample(logits[0, 0]).id
+            self.ttft_s.append(time.perf_counter() - started)
+
+    def decode(self) -> None:
+        batch, length = self.prompts.shape
+        slots, first = list(range(batch)), np.zeros((batch, 1), dtype=np.int64)
+        last = time.perf_counter()
+        for step in range(self.steps):
+            embeds = self.embeddings[self.tokens[:, None]]
+            positions = np.full((batch, 1), length + step, dtype=np.int64)
+            started = time.perf_counter()
+            logits = self.backend.forward(slots, embeds, positions, length + step + 1, first)
+            self.model_s += time.perf_counter() - started
+            for slot, sampler in enumerate(self.samplers):
+                self.tokens[slot] = sampler.sample(logits[slot, 0]).id
+            now = time.perf_counter()
+            self.itl_s.append(now - last)
+            last = now
+
+    def record(self, samples: Samples, prefill: EnergyMeter, decode: EnergyMeter) -> None:
+        samples.prefill_s += self.prefill_s
+        samples.ttft_s += self.ttft_s
+        samples.itl_s.append(self.itl_s)
+        samples.decode_model_s.append(self.model_s)
+        if prefill.joules is not None:
+            samples.prefill_joules.append(prefill.joules)
+        if decode.joules is not None and decode.mean_watts is not None:
+            samples.decode_joules.append(decode.joules)
+            samples.decode_watts.append(decode.mean_watts)

@@ -1,0 +1,281 @@
+"""What a benchmark's samples say: medians and their spread, energy, roofline, change, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend
+from edge.backends.device_memory import MemoryPlan
+from edge.bundle.manifest import Manifest
+from edge.device.telemetry import Snapshot
+from edge.errors import ConfigError
+from edge.planner.calibration import BENCH_SCHEMA
+from edge.planner.devices import identify
+from edge.planner.memory import BackendKind, Deployment, plan_memory
+from edge.planner.plan import CPU, Device, find_device
+from edge.planner.speed import FITTED, Work, decode_s, work_of
+from edge.planner.weights import manifest_linears
+
+from .bench import BenchConfig, Samples
+
+_RESAMPLES = 2000
+_BANDWIDTH_BYTES = 256 << 20
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, median absolute deviation, extremes, and the values themselves."""
+    array = np.asarray(values, dtype=np.float64)
+    median = float(np.median(array))
+    return {
+        "median": median,
+        "mad": float(np.median(np.abs(array - median))),
+        "min": float(array.min()),
+        "max": float(array.max()),
+        "values": [float(value) for value in array],
+    }
+
+
+def summarize(samples: Samples, config: BenchConfig) -> dict[str, Any]:
+    """Every figure of a run, in seconds, tokens per second, watts and joules; None is unknown."""
+    tpot = [float(np.mean(steps)) for steps in samples.itl_s]
+    every_step = np.concatenate([np.asarray(steps) for steps in samples.itl_s])
+    decoded = config.batch * (config.output_tokens - 1)
+    prompted = config.batch * config.prompt_tokens
+    own = [
+        (sum(steps) - model) / len(steps)
+        for steps, model in zip(samples.itl_s, samples.decode_model_s, strict=True)
+    ]
+
+    def energy(joules: Sequence[float], tokens: int) -> float | None:
+        return float(np.median(joules)) / tokens if joules else None
+
+    return {
+        "prefill_s": spread(samples.prefill_s),
+        "ttft_s": spread(samples.ttft_s),
+        "tpot_s": spread(tpot),
+        "itl_s": {f"p{q}": float(np.percentile(every_step, q)) for q in (50, 90, 95, 99)},
+        "own_s_per_step": float(np.median(own)),
+        "prefill_tps": config.prompt_tokens / float(np.median(samples.prefill_s)),
+        "decode_tps": config.batch / float(np.median(tpot)),
+        "decode_watts": float(np.median(samples.decode_watts)) if samples.decode_watts else None,
+        "decode_joules_per_token": energy(samples.decode_joules, decoded),
+        "prefill_joules_per_token": energy(samples.prefill_joules, prompted),
+    }
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure against that of a saved run.
+
+    Attributes:
+        name: of the figure.
+        ratio: new over old time: above 1 is slower.
+        low, high: 95 % interval of the ratio (bootstrap of both medians).
+    """
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """``slower`` or ``faster`` beyond the noise of the repeats, else ``same``."""
+        return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    """Prefill, TTFT and TPOT of two results of `report`.
+
+    Raises:
+        ConfigError: they did not measure the same thing, or one is no such result.
+    """
+    try:
+        same = ("batch", "prompt_tokens", "output_tokens", "backend", "work")
+        differing = [key for key in same if old[key] != new[key]]
+        if old["device"]["name"] != new["device"]["name"]:
+            differing.append("device")
+        pairs = [
+            (name, _times(old[name]["values"]), _times(new[name]["values"]))
+            for name in ("prefill_s", "ttft_s", "tpot_s")
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"--against: that is not what edge-llm bench --json prints ({error!r} is missing or "
+            "wrong); run it again"
+        ) from error
+    if differing:
+        raise ConfigError(
+            f"--against: that run differs in {', '.join(differing)}; only like runs compare"
+        )
+    return [_change(name, before, now) for name, before, now in pairs]
+
+
+def _times(values: Sequence[float]) -> list[float]:
+    times = [float(value) for value in values]
+    if not times or not all(0 < value < float("inf") for value in times):
+        raise ValueError(f"times {times}")
+    return times
+
+
+def _change(name: str, old: list[float], new: list[float]) -> Change:
+    random = np.random.default_rng(0)
+
+    def medians(values: list[float]) -> NDArray[np.float64]:
+        chosen = random.integers(0, len(values), (_RESAMPLES, len(values)))
+        result: NDArray[np.float64] = np.median(np.asarray(values)[chosen], axis=1)
+        return result
+
+    ratios = medians(new) / medians(old)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Change(name, float(np.median(new) / np.median(old)), float(low), float(high))
+
+
+def measure_bandwidth(num_threads: int | None = None, repeats: int = 5) -> float:
+    """Bytes per second that this CPU reads: the best of some passes over 256 MB."""
+    threads = num_threads or os.cpu_count() or 1
+    # A dot product with itself reads each number once and does next to nothing with it.
+    parts = np.array_split(np.ones(_BANDWIDTH_BYTES // 4, dtype=np.float32), threads)
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            started = time.perf_counter()
+            list(pool.map(lambda part: float(np.dot(part, part)), parts))
+            best = max(best, _BANDWIDTH_BYTES / (time.perf_counter() - started))
+    return best
+
+
+def find_bench_device(
+    backend_name: str, snapshot: Snapshot, num_threads: int | None
+) -> tuple[Device | None, str | None]:
+    """The device whose roofline holds, and a remark about it.
+
+    A CPU backend runs on the CPU, also on a Jetson; its bandwidth is measured. A GPU that is no
+    Orin has no roofline here.
+    """
+    if backend_name == "ort-cpu":
+        return find_device(CPU, cpu_bytes_per_s=measure_bandwidth(num_threads)), None
+    module = identify(snapshot.module, snapshot.memory_total_bytes)
+    if module is None:
+        return None, "the roofline of this GPU is not known: it is no Orin module"
+    try:
+        return find_device(module.name, snapshot.power_mode), None
+    except ConfigError:
+        remark = f"power mode {snapshot.power_mode} is not in the table: compared with the fastest"
+        return find_device(module.name), remark
+
+
+def work_of_bundle(manifest: Manifest, backend: Backend, config: BenchConfig) -> Work:
+    """Bytes and operations of a step, as the planner counts them."""
+    kind: BackendKind = "ort-cpu" if backend.name == "ort-cpu" else "tensorrt"
+    deployment = Deployment(
+        kind, config.batch, backend.capacity, backend.max_step_tokens, manifest.dialect
+    )
+    linears = manifest_linears(manifest)
+    memory = plan_memory(manifest.model, linears, manifest.rope_positions, deployment)
+    return work_of(manifest.model, linears, memory.weights, deployment)
+
+
+def roofline(
+    work: Work, device: Device | None, config: BenchConfig, decode_tps: float
+) -> dict[str, Any] | None:
+    """The ceiling at the mean context of the decode, and what was reached of it."""
+    if device is None or device.mode is None:
+        return None
+    context = mean_context(config)
+    read = work.step_bytes + config.batch * context * work.kv_bytes_per_token
+    ceiling = config.batch * device.mode.bytes_per_s / read
+    predicted = None
+    if device.name != CPU:
+        predicted = config.batch / decode_s(work, device.mode, FITTED, config.batch, context)
+    return {
+        "bytes_per_step": round(read),
+        "decode_tps": ceiling,
+        "reached": decode_tps / ceiling,
+        "predicted_decode_tps": predicted,
+    }
+
+
+def mean_context(config: BenchConfig) -> float:
+    """Tokens that a decode step reads on average."""
+    return config.prompt_tokens + config.output_tokens / 2
+
+
+def process_memory() -> dict[str, int]:
+    """Resident memory of this process now and at its peak, in bytes; empty where nothing says."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux
+        return {}
+    values = dict(line.split(":", 1) for line in lines if ":" in line)
+    names = {"VmRSS": "rss_bytes", "VmHWM": "rss_peak_bytes"}
+    return {name: int(values[key].split()[0]) * 1024 for key, name in names.items()}
+
+
+def device_memory(backend: Backend) -> dict[str, int | bool] | None:
+    """The GPU's memory by part, from a backend that planned it; None from others."""
+    plan = getattr(backend, "memory", None)
+    return plan.to_dict() if isinstance(plan, MemoryPlan) else None
+
+
+def reset_memory_peak() -> bool:
+    """Start the peak of `process_memory` anew; False where the kernel does not let us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def report(
+    manifest: Manifest,
+    backend: Backend,
+    config: BenchConfig,
+    samples: Samples,
+    device: Device | None,
+    snapshot: Snapshot,
+) -> dict[str, Any]:
+    """The JSON of a run; `edge.planner.calibration.BenchFile` reads a part of it again."""
+    figures = summarize(samples, config)
+    work = work_of_bundle(manifest, backend, config)
+    mode = None if device is None else device.mode
+    return {
+        "schema": BENCH_SCHEMA,
+        "model": manifest.name,
+        "quantization": manifest.quantization.name,
+        "backend": backend.name,
+        "device": {
+            "name": None if device is None else device.name,
+            "power_mode": None if mode is None or mode.name == CPU else mode.name,
+            "nvpmodel": snapshot.power_mode,
+            "bytes_per_s": None if mode is None else mode.bytes_per_s,
+            "module": snapshot.module,
+            "l4t": snapshot.l4t,
+            "jetpack": snapshot.jetpack,
+            "throttled": snapshot.throttled,
+            "cpu_cores": os.cpu_count(),
+        },
+        "batch": config.batch,
+        "prompt_tokens": config.prompt_tokens,
+        "output_tokens": config.output_tokens,
+        "repeats": config.repeats,
+        "warmup": config.warmup,
+        "kv_capacity": backend.capacity,
+        "max_prefill": backend.max_step_tokens,
+        "context": mean_context(config),
+        "work": dataclasses.asdict(work),
+        "cache_bytes": backend.cache_bytes,
+        "device_memory": device_memory(backend),
+        **figures,
+        "roofline": roofline(work, device, config, figures["decode_tps"]),
+    }

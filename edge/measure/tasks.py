@@ -1,0 +1,345 @@
+"""Tasks with right answers from a local JSONL file: accuracy, and a paired test of two bundles.
+
+Two layouts, one JSON object per line; other keys are ignored:
+
+- multiple choice (MMLU): ``{"question", "choices": [...], "answer": 2}``; the answer is an index
+  or a letter.
+- generation (GSM8K): ``{"question", "answer": "... #### 42"}``; the answer ends in a number.
+
+Multiple choice compares log-probabilities of the choices behind one prompt, nothing is sampled.
+A generated answer is right if its final number equals the expected one, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import ConfigError, ContextLengthError
+from edge.figures import token_logprobs
+from edge.progress import Progress, silent
+from edge.runtime.llm import LLM
+from edge.runtime.sampling import SamplingParams
+
+from .evaluate import CHUNK_TOKENS, forward, read_text
+
+Scoring = Literal["letter", "text"]
+
+_Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}")
+_INSTRUCTION = "\nPut your final answer, a number, within \\boxed{}."
+
+
+class ChoiceItem(msgspec.Struct, frozen=True):
+    """A question with choices; ``answer`` is the index of the right one."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int | str
+
+    @property
+    def expected(self) -> str:
+        """Letter of the right choice."""
+        if isinstance(self.answer, str):
+            return self.answer.strip().upper()
+        return string.ascii_uppercase[self.answer]
+
+
+class NumberItem(msgspec.Struct, frozen=True):
+    """A question with a numeric answer."""
+
+    question: str
+    answer: str
+
+    @property
+    def expected(self) -> str:
+        """The number as written in the file."""
+        return self.answer.rsplit("####", 1)[-1].strip()
+
+
+Item = ChoiceItem | NumberItem
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """What a bundle answered.
+
+    Attributes:
+        line: of the file, from 1.
+        expected: letter or number.
+        answer: what was found, or None if the text holds no number.
+        correct: whether both are equal.
+    """
+
+    line: int
+    expected: str
+    answer: str | None
+    correct: bool
+
+
+# ------------------------------------------------------------------------------- the file
+
+
+def read_task(path: Path, limit: int | None = None) -> list[tuple[int, Item]]:
+    """Items of a task file with their line numbers; blank lines are skipped.
+
+    Raises:
+        ConfigError: a line that fits no layout (it is named), mixed layouts, or no item.
+    """
+    items: list[tuple[int, Item]] = []
+    # Not splitlines: JSON strings may hold U+2028.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = _parse_item(line)
+        except ValueError as error:  # msgspec's errors are some of these
+            raise ConfigError(
+                f'{path}, line {number}: {error}; a line is {{"question", "choices", '
+                '"answer": 2} or {"question", "answer": "... #### 42"}'
+            ) from error
+        if items and type(item) is not type(items[0][1]):
+            raise ConfigError(
+                f"{path}, line {number}: line {items[0][0]} has another layout; keep questions "
+                "with choices and questions without in two files"
+            )
+        items.append((number, item))
+    if not items:
+        raise ConfigError(f"{path} holds no question")
+    return items[:limit]
+
+
+def _parse_item(line: str) -> Item:
+    raw = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    if "choices" not in raw:
+        number = msgspec.json.decode(line, type=NumberItem)
+        if parse_number(number.expected) is None:
+            raise ValueError(f"the answer {number.expected!r} does not end in a number")
+        return number
+    item = msgspec.json.decode(line, type=ChoiceItem)
+    letters = string.ascii_uppercase[: len(item.choices)]
+    if not 2 <= len(item.choices) <= len(string.ascii_uppercase):
+        raise ValueError(f"2 to 26 choices are needed, found {len(item.choices)}")
+    if isinstance(item.answer, int):
+        known = 0 <= item.answer < len(item.choices)
+    else:
+        known = len(item.expected) == 1 and item.expected in letters
+    if not known:
+        raise ValueError(f"the answer {item.answer!r} is none of {len(item.choices)} choices")
+    return item
+
+
+# ------------------------------------------------------------------------------- numbers
+
+
+def parse_number(text: str) -> Fraction | None:
+    r"""The value of ``1,234.50``, ``$3``, ``1/2``, ``50\%`` or ``\frac{1}{2}``; None if it is none.
+
+    A percent sign, a currency and a unit behind the number are ignored.
+    """
+    plain = _FRACTION.sub(r"\g<1>\g<2>/\g<3>", text).replace("\\", "").replace("$", "")
+    match = _NUMBER.search(plain)
+    if match is None:
+        return None
+    with suppress(ZeroDivisionError, ValueError):
+        top, _, bottom = match.group().replace(",", "").partition("/")
+        return Fraction(top) / Fraction(bottom or "1")
+    return None
+
+
+def find_number(text: str) -> str | None:
+    r"""The final number of an answer: in the last ``\boxed{}``, behind ``####``, or the last."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        inner = _braced(text[start + len("\\boxed{") :])
+        return inner if parse_number(inner) is not None else None
+    if "####" in text:
+        tail = text.rsplit("####", 1)[1].strip().split("\n", 1)[0]
+        return tail if parse_number(tail) is not None else None
+    numbers: list[str] = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def _braced(text: str) -> str:
+    depth = 1
+    for at, char in enumerate(text):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return text[:at]
+    return text
+
+
+# ------------------------------------------------------------------------------- running
+
+
+def run_task(
+    llm: LLM,
+    items: Sequence[tuple[int, Item]],
+    *,
+    scoring: Scoring = "letter",
+    params: SamplingParams | None = None,
+    progress: Progress = silent,
+) -> list[ItemResult]:
+    """Let a bundle answer every item.
+
+    Args:
+        llm: the bundle.
+        items: of `read_task`.
+        scoring: for choices: compare the letters, or the texts by log-probability per byte.
+        params: for generation.
+        progress: told the questions answered (``answer``).
+
+    Raises:
+        ContextLengthError: a question does not fit into the KV cache.
+        BackendError: the engine failed.
+    """
+    results = []
+    progress("answer", 0, len(items), "questions")
+    for done, (line, item) in enumerate(items, start=1):
+        if isinstance(item, ChoiceItem):
+            scores = choice_scores(llm, item, scoring)
+            answer: str | None = string.ascii_uppercase[int(np.argmax(scores))]
+            correct = answer == item.expected
+        else:
+            answer = find_number(_generate(llm, item, params))
+            correct = answer is not None and parse_number(answer) == parse_number(item.expected)
+        results.append(ItemResult(line, item.expected, answer, correct))
+        progress("answer", done, len(items), "questions")
+    return results
+
+
+def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:
+    """Log-probability of each choice behind the prompt: of its letter, or per byte of its text.
+
+    The choices share the cache rows of the longest common prefix of their tokens, so the prompt
+    runs once.
+    """
+    prompt = f"Question: {item.question.strip()}\n"
+    if scoring == "letter":
+        listed = zip(string.ascii_uppercase, item.choices, strict=False)
+        prompt += "".join(f"{letter}. {text}\n" for letter, text in listed)
+        texts: Sequence[str] = string.ascii_uppercase[: len(item.choices)]
+        sizes = [1] * len(texts)
+    else:
+        texts = item.choices
+        sizes = [max(1, len(text.encode())) for text in texts]
+    ids = [np.asarray(llm.encode(f"{prompt}Answer: {text}"), dtype=np.int64) for text in texts]
+    shared = 0
+    while all(len(row) > shared + 1 and row[shared] == ids[0][shared] for row in ids):
+        shared += 1
+    if max(map(len, ids)) >= llm.kv_capacity:
+        raise ContextLengthError(max(map(len, ids)), llm.kv_capacity)
+
+    def run() -> list[float]:
+        # The token before the first difference is run once more with each choice, for its logits.
+        _prefill(llm, ids[0][: shared - 1])
+        return [_continuation(llm, row, shared) for row in ids]
+
+    return [score / size for score, size in zip(llm.call(run), sizes, strict=True)]
+
+
+def _prefill(llm: LLM, ids: NDArray[np.int64]) -> None:
+    chunk = llm.backend.max_step_tokens
+    for at in range(0, len(ids), chunk):
+        forward(llm, ids[at : at + chunk], at, last_only=True)
+
+
+def _continuation(llm: LLM, ids: NDArray[np.int64], shared: int) -> float:
+    """Sum of log-probabilities of ``ids[shared:]``; rows up to ``shared - 1`` are in the cache."""
+    score = 0.0
+    chunk = min(llm.backend.max_step_tokens, CHUNK_TOKENS)
+    for at in range(shared - 1, len(ids) - 1, chunk):
+        last = min(at + chunk, len(ids) - 1)
+        score += float(token_logprobs(forward(llm, ids[at:last], at), ids[at + 1 : last + 1]).sum())
+    return score
+
+
+def _generate(llm: LLM, item: NumberItem, params: SamplingParams | None) -> str:
+    question = item.question.strip() + _INSTRUCTION
+    if llm.template is None:
+        return llm.generate(f"Question: {question}\nAnswer:", params).text
+    return llm.generate([{"role": "user", "content": question}], params).text
+
+
+# ------------------------------------------------------------------------------- statistics
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927); sensible also at 0 and at all successes."""
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"{successes} of {trials} is no proportion")
+    share, z2 = successes / trials, _Z_95**2
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    spread = math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    half = _Z_95 * spread / (1 + z2 / trials)
+    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
+    low = 0.0 if successes == 0 else middle - half
+    return low, 1.0 if successes == trials else middle + half
+
+
+def mcnemar_exact(lost: int, won: int) -> float:
+    """Two-sided p-value of McNemar's exact test.
+
+    Args:
+        lost: items that the reference got right and the bundle wrong.
+        won: the other way round.
+
+    Returns:
+        Probability of a split at least this uneven if both were equally good.
+    """
+    if min(lost, won) < 0:
+        raise ValueError(f"counts cannot be negative: {lost}, {won}")
+    flips = lost + won
+    tail = ways = 1  # C(flips, 0)
+    for k in range(min(lost, won)):
+        ways = ways * (flips - k) // (k + 1)  # C(flips, k + 1), exactly
+        tail += ways
+    return min(1.0, float(Fraction(2 * tail, 2**flips)))
+
+
+def summarize_task(results: Sequence[ItemResult]) -> dict[str, object]:
+    """Accuracy with its interval; ``unanswered`` counts answers without a number."""
+    correct = sum(result.correct for result in results)
+    return {
+        "items": len(results),
+        "correct": correct,
+        "accuracy": correct / len(results),
+        "accuracy_interval": wilson_interval(correct, len(results)),
+        "unanswered": sum(result.answer is None for result in results),
+    }
+
+
+def compare_task(
+    results: Sequence[ItemResult], reference: Sequence[ItemResult]
+) -> dict[str, object]:
+    """Paired comparison of a bundle with its reference on the same items, every flip listed."""
+    pairs = list(zip(results, reference, strict=True))
+    flips = [(ours, theirs) for ours, theirs in pairs if ours.correct != theirs.correct]
+    lost = sum(theirs.correct for _, theirs in flips)
+    return {
+        "accuracy_loss": (2 * lost - len(flips)) / len(pairs),
+        "lost": lost,
+        "won": len(flips) - lost,
+        "mcnemar_p": mcnemar_exact(lost, len(flips) - lost),
+        "flips": [
+            {
+                "line": ours.line,
+                "expected": ours.expected,
+                "answer": ours.answer,
+                "answer_reference": theirs.answer,
+            }
+            for ours, theirs in flips
+        ],
+    }

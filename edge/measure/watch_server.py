@@ -1,0 +1,253 @@
+"""What a watch asks of a running server: its counters, and answers to a golden set.
+
+Only the server that the operator named is asked: no proxy of the environment, no redirect.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from edge.errors import BackendError, ConfigError
+from edge.progress import Progress, silent
+
+from .drift import WATCH_USER, Counts, check_counts, decode_counts
+from .evaluate import EvalText
+from .watch import Answer, cut_text
+
+TIMEOUT_S = 600.0
+_MAX_BYTES = 16 << 20
+
+
+class TrafficState(msgspec.Struct, forbid_unknown_fields=True):
+    """What a watch remembers of a server's counters between two runs.
+
+    Attributes:
+        seen: the counters when the last run ended, its own requests included.
+        pending: requests of earlier windows that were too few to be compared.
+    """
+
+    seen: Counts = msgspec.field(default_factory=Counts)
+    pending: Counts = msgspec.field(default_factory=Counts)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """The key belongs to the server that was named."""
+
+
+class ServerAnswerer:
+    """A running server.
+
+    Args:
+        url: of the server, e.g. ``http://127.0.0.1:8000``.
+        api_key: sent as a bearer token; None sends none.
+        model: to ask; None is the server's default.
+        thinking: let it reason before it answers.
+        timeout_s: of one answer.
+
+    Raises:
+        ConfigError: the URL is none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        thinking: bool = False,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{url!r} is no address of a server; write http://127.0.0.1:8000")
+        self._url = f"{parts.scheme}://{parts.netloc}"
+        self._headers = {"content-type": "application/json"}
+        if api_key is not None:
+            self._headers["authorization"] = f"Bearer {api_key}"
+        self._model = model
+        self._thinking = thinking
+        self._timeout_s = timeout_s
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+
+    def answer(self, prompt: str, max_tokens: int) -> Answer:
+        """One message of a user, answered greedily.
+
+        Raises:
+            ConfigError: the server refuses the request or the key.
+            BackendError: it cannot be reached, or its answer is none.
+        """
+        body = {
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "enable_thinking": self._thinking,
+        }
+        found = self._ask("/v1/chat/completions", self._with_model(body | {"user": WATCH_USER}))
+        try:
+            (choice,) = found["choices"]
+            message = choice["message"]
+            return Answer(
+                message["content"] or "",
+                message.get("reasoning_content") or "",
+                int(found["usage"]["completion_tokens"]),
+                str(choice["finish_reason"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._other_form(error) from error
+
+    def eval_text(self, path: Path, tokens: int) -> EvalText:
+        """The beginning of a text as windows of the model's tokens.
+
+        Raises:
+            ConfigError: it cannot be read, or the server refuses it.
+            BackendError: the server cannot be reached, or its answer is none.
+        """
+        # One token of every window's room is for the answer, which nobody reads.
+        _, capacity = self._tokenize("")
+        return cut_text(path, lambda text: self._tokenize(text)[0], capacity - 1, tokens)
+
+    def perplexity(self, text: EvalText, progress: Progress = silent) -> float:
+        """Of the model on a text, teacher-forced, by the log-probabilities that it echoes.
+
+        Args:
+            text: in the model's tokens.
+            progress: told the tokens scored (``score``).
+
+        Raises:
+            ConfigError: the server refuses a window.
+            BackendError: it cannot be reached, or its answer is none.
+        """
+        total, count = 0.0, 0
+        progress("score", 0, text.num_scored, "tokens")
+        for window in text.windows:
+            body = {
+                "prompt": window,
+                "echo": True,
+                "logprobs": 0,
+                "max_tokens": 1,
+                "temperature": 0,
+                "user": WATCH_USER,
+            }
+            found = self._ask("/v1/completions", self._with_model(body))
+            try:
+                (choice,) = found["choices"]
+                scores = choice["logprobs"]["token_logprobs"][1 : len(window)]
+                total += sum(float(score) for score in scores)
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._other_form(error) from error
+            count += len(scores)
+            progress("score", count, text.num_scored, "tokens")
+        if count != text.num_scored:
+            raise BackendError(
+                f"{self._url} scored {count} of {text.num_scored} tokens; is it edge-llm serve?"
+            )
+        return math.exp(-total / count)
+
+    def _tokenize(self, text: str) -> tuple[list[int], int]:
+        """Token ids of a text, and how many tokens fit into the cache."""
+        found = self._ask("/tokenize", self._with_model({"prompt": text}))
+        try:
+            return [int(token) for token in found["tokens"]], int(found["max_model_len"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._other_form(error) from error
+
+    def counts(self) -> Counts:
+        """What clients asked for since the server started.
+
+        Raises:
+            ConfigError: the server refuses the key, or counts on another grid.
+            BackendError: it cannot be reached.
+        """
+        return counts_of_stats(self._ask("/stats"), f"{self._url}/stats")
+
+    def _with_model(self, body: dict[str, Any]) -> dict[str, Any]:
+        return body if self._model is None else body | {"model": self._model}
+
+    def _other_form(self, error: Exception) -> BackendError:
+        return BackendError(f"{self._url} sent an answer of another form: {error!r}")
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, self._headers)
+        try:
+            with self._opener.open(request, timeout=self._timeout_s) as response:
+                text = response.read(_MAX_BYTES)
+            return msgspec.json.decode(text)
+        except urllib.error.HTTPError as error:
+            message = error.read(_MAX_BYTES).decode("utf-8", "replace")[:300]
+            refusal = ConfigError if error.code < 500 and error.code != 429 else BackendError
+            raise refusal(
+                f"{self._url}{path} answered {error.code}: {message or error.reason}"
+            ) from error
+        except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
+            raise BackendError(
+                f"{self._url}{path} gave no answer: {error}; is the service running there?"
+            ) from error
+
+
+def counts_of_stats(stats: Any, where: str) -> Counts:
+    """The counters of what clients asked for in an answer of ``/stats``.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    asked = stats.get("asked") if isinstance(stats, dict) else None
+    if asked is None:
+        raise ConfigError(f"{where} has no counters of requests; is it /stats of edge-llm serve?")
+    return decode_counts(msgspec.json.encode(asked), where)
+
+
+def read_stats_file(path: Path) -> Counts:
+    """Counters from a saved answer of ``/stats``.
+
+    Raises:
+        ConfigError: it cannot be read, or has none.
+    """
+    try:
+        stats = msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    return counts_of_stats(stats, str(path))
+
+
+def read_state(path: Path) -> TrafficState:
+    """What the last run left; a fresh state where there was none.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no state.
+    """
+    if not path.exists():
+        return TrafficState()
+    try:
+        state = msgspec.json.decode(path.read_bytes(), type=TrafficState)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no state of a watch: {error}; remove it") from error
+    for counts in (state.seen, state.pending):
+        check_counts(counts, str(path))
+    return state
+
+
+def read_api_key(path: Path) -> str:
+    """The first key of a file of keys, as ``edge-llm serve --api-key-file`` reads it.
+
+    Raises:
+        ConfigError: it cannot be read, or has none.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the API key file {path}: {error}") from error
+    keys = [line.rpartition(":")[2] for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"{path} holds no API key")
+    return keys[0]

@@ -1,0 +1,1 @@
+"""The runtime: requests, slots, sampling, scheduling, and what plugs into them."""

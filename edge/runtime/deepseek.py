@@ -1,0 +1,147 @@
+"""`DeepSeekModel`: the runtime under the names that DeepSeek-R1 tutorials use."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from edge.backends.choose import BackendName
+from edge.bundle.engine_file import find_engines
+from edge.errors import BundleError, ConfigError, RequestError
+
+from .llm import LLM, Prompt
+from .sampling import SamplingParams
+
+BUNDLES_VARIABLE = "EDGE_LLM_BUNDLES"
+_HUB_IDS = {
+    "1.5B": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "7B": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    "8B": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+}
+_PARAMETERS = tuple(item.name for item in fields(SamplingParams))
+# What code for transformers or for an engine says, and what says it here.
+_INSTEAD = {
+    "do_sample": "leave it out, or give temperature=0 for the likeliest token (do_sample=False)",
+    "max_new_tokens": "give max_length, which counts prompt and answer together",
+    "max_tokens": "give max_length, which counts prompt and answer together",
+    "num_return_sequences": "use model.llm.submit(messages, n=...) for several answers",
+    "num_beams": "leave it out: answers are sampled; model.llm.generate_best ranks several",
+    "stop_strings": "give stop, a tuple of texts",
+    "eos_token_id": "give stop_token_ids, a tuple of ids",
+}
+_PRECISIONS = ("fp16", "int8", "int4")
+_DEVICES = ("auto", "cuda", "cpu")
+
+
+class DeepSeekModel:
+    """A DeepSeek-R1 distill by version and precision.
+
+    The bundle is looked up under the directory that ``EDGE_LLM_BUNDLES`` names (default:
+    ``bundles`` in the working directory), as e.g. ``deepseek-r1-distill-qwen-1.5b-int8``.
+
+    Args:
+        version: ``1.5B``, ``7B`` or ``8B``.
+        precision: ``fp16``, ``int8`` or ``int4``.
+        device: ``auto``, ``cpu``, or ``cuda``: a TensorRT engine of the bundle, else ONNX Runtime
+            on the GPU.
+
+    Raises:
+        ConfigError: an unknown version, precision or device.
+        BundleError: no such bundle; the message has the command that makes it.
+    """
+
+    def __init__(
+        self, version: str = "1.5B", precision: str = "int8", device: str = "auto"
+    ) -> None:
+        for name, value, choices in (
+            ("version", version, _HUB_IDS),
+            ("precision", precision, _PRECISIONS),
+            ("device", device, _DEVICES),
+        ):
+            if value not in choices:
+                raise ConfigError(f"unknown {name} {value!r}; use one of {', '.join(choices)}")
+        hub_id = _HUB_IDS[version]
+        root = Path(os.environ.get(BUNDLES_VARIABLE, "bundles"))
+        self.bundle = root / f"{hub_id.split('/')[1].lower()}-{precision}"
+        if not self.bundle.is_dir():
+            raise BundleError(
+                f"no bundle at {self.bundle}; make it with: "
+                f"edge-llm export {hub_id} -o {self.bundle} --quant {precision}"
+            )
+        backend: BackendName = "auto"
+        if device == "cpu":
+            backend = "ort-cpu"
+        elif device == "cuda":
+            backend = "tensorrt" if find_engines(self.bundle) else "ort-cuda"
+        self.llm = LLM(self.bundle, backend=backend)
+
+    def generate(
+        self,
+        context: Prompt,
+        max_length: int = 200,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        **params: Any,
+    ) -> str:
+        """Generate the answer to a text or a list of messages.
+
+        A text is one user message. The reasoning is part of the returned text, between
+        ``<think>`` and ``</think>``, as the model writes it.
+
+        Args:
+            context: a text, or chat messages.
+            max_length: tokens of prompt and answer together, as in ``transformers``.
+            temperature: None takes the model's own generation config.
+            top_k: likewise.
+            **params: any other field of `SamplingParams` but ``max_tokens``.
+
+        Raises:
+            RequestError: an unknown or wrong parameter, or a prompt that leaves no room in
+                ``max_length``.
+        """
+        for name in params:
+            if name in _INSTEAD or name not in _PARAMETERS:
+                raise _unknown_option(name)
+        messages: Prompt = (
+            [{"role": "user", "content": context}] if isinstance(context, str) else context
+        )
+        room = max_length - len(self.llm.encode(messages))
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {max_length - room} tokens, max_length is {max_length}; "
+                "raise max_length: it counts prompt and answer together"
+            )
+        result = self.llm.generate(
+            messages,
+            SamplingParams(temperature=temperature, top_k=top_k, max_tokens=room, **params),
+        )
+        if not result.reasoning:
+            return result.text
+        return f"<think>\n{result.reasoning}\n</think>\n\n{result.text}"
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.llm.close()
+
+    def __enter__(self) -> DeepSeekModel:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _unknown_option(name: str) -> RequestError:
+    instead = _INSTEAD.get(name)
+    if instead is None:
+        near = difflib.get_close_matches(name, _PARAMETERS, n=1, cutoff=0.0)[0]
+        instead = f"the nearest known one is {near}; see edge.SamplingParams for all"
+    return RequestError(f"generate has no option {name}: {instead}")

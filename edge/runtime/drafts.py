@@ -1,0 +1,100 @@
+"""Drafts for speculative decoding without a second model: what followed these tokens last time.
+
+Answers repeat their prompt (summaries, edits of code) and themselves. `NgramDrafter` finds the last
+place where the newest tokens stood before and proposes what came after them there. The idea is
+prompt look-up decoding (https://github.com/apoorvumang/prompt-lookup-decoding) and LLMA (arXiv
+2304.04487). The core of the scheduler runs the drafted tokens in one step and draws from the true
+distribution at each place, so a wrong draft costs time and never changes the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edge.errors import ConfigError
+
+LONGEST_NGRAM = 4
+SHORTEST_NGRAM = 2
+_FIRST_LENGTH = 4
+
+
+class NgramDrafter:
+    """Drafts for one sequence from its own tokens; a `edge.runtime.scheduler.Drafter`.
+
+    The n-grams of the sequence are indexed once each: a token costs one dictionary entry per
+    length of n-gram (some 350 bytes for the three lengths), and a proposal one look-up per length
+    and one copy per drafted token. Where two places match, the longer n-gram wins, then the later
+    place.
+
+    The length of a draft adapts: it doubles when all of a draft was right, and falls to what was
+    right and one more when not. Whether a draft is run at all is the scheduler's choice.
+
+    Args:
+        longest: tokens of the longest n-gram that is looked up.
+        shortest: tokens of the shortest one; shorter ones match more often and are wrong more
+            often.
+
+    Raises:
+        ConfigError: not ``1 <= shortest <= longest``.
+    """
+
+    def __init__(self, longest: int = LONGEST_NGRAM, shortest: int = SHORTEST_NGRAM) -> None:
+        if not 1 <= shortest <= longest:
+            raise ConfigError(
+                f"n-grams of {shortest} to {longest} tokens: give 1 <= shortest <= longest"
+            )
+        # Longest first. The place behind the last occurrence of each n-gram that has one.
+        self._places: dict[int, dict[tuple[int, ...], int]] = {
+            n: {} for n in range(longest, shortest - 1, -1)
+        }
+        self._indexed = 0  # n-grams that end before this place are in the index
+        self._length = _FIRST_LENGTH
+
+    def propose(self, ids: Sequence[int], limit: int) -> list[int]:
+        """Up to ``limit`` guesses for what follows ``ids``; none if the end of ``ids`` is new.
+
+        Args:
+            ids: prompt and answer so far; those of the call before and what came since.
+            limit: most tokens to return.
+        """
+        self._index(ids)
+        count = min(limit, self._length)
+        if count < 1:
+            return []
+        for n, places in self._places.items():
+            place = places.get(tuple(ids[-n:])) if n <= len(ids) else None
+            if place is not None:
+                return _copy(ids, place, count)
+        return []
+
+    def observe(self, proposed: int, accepted: int) -> None:
+        """Adapt the length of the next draft.
+
+        Args:
+            proposed: tokens of the last draft that were run; 0 teaches nothing.
+            accepted: how many of them were right, from the first on.
+        """
+        if proposed == 0:
+            return
+        if accepted >= proposed:
+            self._length = max(self._length, 2 * proposed)
+        else:
+            self._length = accepted + 1
+
+    def _index(self, ids: Sequence[int]) -> None:
+        """Enter the n-grams that end before the last token: those behind which a token stands."""
+        assert len(ids) >= self._indexed, "a drafter follows one sequence, which only grows"
+        for end in range(max(self._indexed, 1), len(ids)):
+            for n, places in self._places.items():
+                if n <= end:
+                    places[tuple(ids[end - n : end])] = end
+        self._indexed = max(len(ids), 1)
+
+
+def _copy(ids: Sequence[int], place: int, count: int) -> list[int]:
+    """``count`` tokens from ``place`` on; behind the end, text that repeats goes on repeating."""
+    found = list(ids[place : place + count])
+    period = len(found)
+    while len(found) < count:
+        found.append(found[-period])
+    return found

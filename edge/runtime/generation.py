@@ -1,0 +1,135 @@
+"""What a generation is measured by, and scoring of given tokens.
+
+The loop that generates is that of `edge.runtime.scheduler`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend
+from edge.bundle.embeddings import EmbeddingTable
+from edge.errors import ContextLengthError, RequestError
+from edge.figures import token_logprobs
+
+FinishReason = Literal["stop", "length", "cancelled"]
+"""An end token, stop string or finished grammar; ``max_tokens`` or a full cache; the caller."""
+# Logits of 64 positions at a time: 39 MB at a vocabulary of 151,936.
+_SCORE_CHUNK = 64
+
+
+@dataclass
+class GenerationStats:
+    """What one generation took.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, cached ones included.
+        cached_tokens: prompt tokens whose cache rows were there already.
+        completion_tokens: tokens sampled, the end token included.
+        queue_s: submission to the start of the prefill.
+        ttft_s: submission to first token.
+        total_s: submission to last token.
+        itl_s: gaps between tokens.
+        model_s: part of ``total_s`` spent inside the backend, for whichever sequence.
+        context_left: tokens that the slot had room for when the answer ended: 0 with the finish
+            reason ``length`` means that the KV capacity cut it off. None before the end, and for
+            an answer that never had a slot.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    itl_s: list[float] = field(default_factory=list)
+    model_s: float = 0.0
+    context_left: int | None = None
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per output token after the first; 0 for fewer than two."""
+        later = self.completion_tokens - 1
+        return (self.total_s - self.ttft_s) / later if later > 0 else 0.0
+
+    @property
+    def prefill_tps(self) -> float:
+        """Prompt tokens computed per second from the start of the prefill to the first token."""
+        computed, seconds = self.prompt_tokens - self.cached_tokens, self.ttft_s - self.queue_s
+        return computed / seconds if seconds > 0 else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        """Tokens per second after the first."""
+        return 1.0 / self.tpot_s if self.tpot_s else 0.0
+
+    @property
+    def own_s(self) -> float:
+        """Time outside backend and queue: sampling, bookkeeping, text."""
+        return self.total_s - self.queue_s - self.model_s
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Plain numbers for JSON."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+            "queue_s": round(self.queue_s, 6),
+            "ttft_s": round(self.ttft_s, 6),
+            "tpot_s": round(self.tpot_s, 6),
+            "total_s": round(self.total_s, 6),
+            "model_s": round(self.model_s, 6),
+            "prefill_tps": round(self.prefill_tps, 3),
+            "decode_tps": round(self.decode_tps, 3),
+            "context_left": self.context_left,
+        }
+
+
+def score(
+    backend: Backend,
+    embeddings: EmbeddingTable,
+    ids: Sequence[int],
+    on_step: Callable[[int], None] | None = None,
+) -> NDArray[np.float64]:
+    """Log-probability of every token but the first, given those before it.
+
+    Overwrites the first slot of the backend, which nothing else may use meanwhile.
+
+    Args:
+        backend: the engine.
+        embeddings: its token table.
+        ids: at least two tokens.
+        on_step: told after each step how many tokens it ran.
+
+    Returns:
+        Natural logarithms, float64 ``[len(ids) - 1]``.
+
+    Raises:
+        RequestError: fewer than two tokens, or an id outside the table.
+        ContextLengthError: more tokens than the cache holds.
+        BackendError: the engine failed, or its logits are not finite.
+    """
+    num_run = len(ids) - 1  # the last token is only looked up
+    if num_run < 1:
+        raise RequestError(f"scoring needs at least two tokens, got {len(ids)}")
+    tokens = np.asarray(ids, dtype=np.int64)
+    embeddings.check(tokens)
+    if num_run >= backend.capacity:
+        raise ContextLengthError(num_run, backend.capacity)
+    chunk = min(_SCORE_CHUNK, backend.max_step_tokens)
+    result = np.empty(num_run, dtype=np.float64)
+    for at in range(0, num_run, chunk):
+        end = min(at + chunk, num_run)
+        positions = np.arange(at, end, dtype=np.int64)[None]
+        logits = backend.forward(
+            [0], embeddings[tokens[None, at:end]], positions, end, positions - at
+        )
+        if on_step is not None:
+            on_step(end - at)
+        result[at:end] = token_logprobs(logits[0], tokens[at + 1 : end + 1])
+    return result

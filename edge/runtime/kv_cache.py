@@ -1,0 +1,188 @@
+"""The books of the cache: which tokens the rows of each slot hold, and who may use them.
+
+No device, no arrays. A sequence takes a slot and gives it back; its rows stay there as a prefix
+that a later sequence may begin with, until another needs the slot (least recently used first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from edge.errors import ContextLengthError
+
+
+@dataclass(eq=False)
+class Slot:
+    """One sequence's rows of the cache.
+
+    Attributes:
+        index: the slot's number in the backend.
+        capacity: rows of the slot.
+        ids: the token of each valid row, in row order.
+        salt: sequences of another salt never see these rows.
+        in_use: whether a running sequence owns the slot.
+        shareable: whether the rows are those of a sequence that began at row 0; not after a slide.
+        used_at: when a sequence gave it back, on the pool's own clock.
+    """
+
+    index: int
+    capacity: int
+    ids: list[int] = field(default_factory=list)
+    salt: str = ""
+    in_use: bool = False
+    shareable: bool = True
+    used_at: int = 0
+
+    @property
+    def length(self) -> int:
+        """Valid rows; the position of the next token."""
+        return len(self.ids)
+
+    @property
+    def remaining(self) -> int:
+        """Rows still free."""
+        return self.capacity - len(self.ids)
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """Count rows that were just written.
+
+        Raises:
+            ContextLengthError: more rows than are free.
+        """
+        if len(ids) > self.remaining:
+            raise ContextLengthError(self.length + len(ids), self.capacity)
+        self.ids.extend(ids)
+
+    def reset(self) -> None:
+        """Forget everything; after a failed step the rows cannot be trusted."""
+        self.ids = []
+        self.shareable = True
+
+    def shared_with(self, ids: list[int], salt: str) -> int:
+        """Rows that a sequence beginning with ``ids`` could use."""
+        if not self.shareable or self.salt != salt:
+            return 0
+        return common_prefix(self.ids, ids)
+
+
+class Placement(NamedTuple):
+    """Where a new sequence goes, and what must be copied before it starts.
+
+    Attributes:
+        slot: its slot, not yet taken.
+        cached: rows that it need not compute; fewer than the prompt's tokens.
+        source: the slot to copy those rows from; None where they are in ``slot`` already.
+        swap: the old rows of ``slot`` go to ``source`` in exchange.
+    """
+
+    slot: Slot
+    cached: int
+    source: Slot | None = None
+    swap: bool = False
+
+
+class SlotPool:
+    """The slots of a backend.
+
+    Args:
+        num_slots: how many there are.
+        capacity: rows of each.
+    """
+
+    def __init__(self, num_slots: int, capacity: int) -> None:
+        self.slots = [Slot(index, capacity) for index in range(num_slots)]
+        self._clock = 0
+
+    @property
+    def num_free(self) -> int:
+        """Slots that no sequence owns."""
+        return sum(not slot.in_use for slot in self.slots)
+
+    @property
+    def used_tokens(self) -> int:
+        """Rows of running sequences."""
+        return sum(slot.length for slot in self.slots if slot.in_use)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Rows kept of sequences that have ended."""
+        return sum(slot.length for slot in self.slots if not slot.in_use)
+
+    def place(self, ids: list[int], salt: str) -> Placement | None:
+        """Choose a slot for a prompt, and the rows that it shares with any slot.
+
+        A slot whose rows are mostly a prefix of the prompt is continued in place, unless it lies
+        apart from the slots that are computing: a step over neighbours reads the weights once, so
+        then the rows move (copying 1,000 tokens takes as long as computing a few). Otherwise an
+        empty slot is taken before the least recently used one.
+
+        Args:
+            ids: the prompt, at least one token.
+            salt: see `Slot.salt`.
+
+        Returns:
+            None while every slot is in use.
+        """
+        free = [slot for slot in self.slots if not slot.in_use]
+        if not free:
+            return None
+        # The last token must run, to give logits.
+        most = len(ids) - 1
+        shared = {slot: min(slot.shared_with(ids, salt), most) for slot in self.slots}
+        best = max(shared.values())
+        active = {slot.index for slot in self.slots if slot.in_use}
+
+        def cost(slot: Slot) -> tuple[bool, bool, int, int, int]:
+            apart = bool(active) and not active & {slot.index - 1, slot.index + 1}
+            lost = _loses(slot, shared[slot]) or shared[slot] < best
+            return apart, lost, min(slot.length, 1), slot.used_at, slot.index
+
+        target = min(free, key=cost)
+        if shared[target] == best:
+            return Placement(target, best)
+        source = min(
+            (slot for slot in self.slots if shared[slot] == best),
+            key=lambda slot: (slot.in_use, _loses(slot, best)),
+        )
+        swap = not source.in_use and not _loses(source, best) and target.length > 0
+        return Placement(target, best, source, swap)
+
+    def take(self, slot: Slot, ids: list[int], salt: str) -> None:
+        """Give a slot to a sequence; ``ids`` are the rows that it keeps or was given."""
+        slot.ids, slot.salt = list(ids), salt
+        slot.in_use = slot.shareable = True
+
+    def give_back(self, slot: Slot, *, keep: bool) -> None:
+        """End a sequence; its rows stay as a prefix if they may be kept."""
+        self._clock += 1
+        slot.in_use, slot.used_at = False, self._clock
+        if not (keep and slot.shareable):
+            slot.reset()
+
+    def forget(self) -> None:
+        """Drop every row that no sequence owns."""
+        for slot in self.slots:
+            if not slot.in_use:
+                slot.reset()
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Length of the longest common prefix, compared in C."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    # a[:low] == b[:low], and they differ before high.
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _loses(slot: Slot, shared: int) -> bool:
+    """Whether a sequence that uses ``shared`` rows of a slot in place would drop most of it."""
+    return 2 * shared < slot.length

@@ -1,0 +1,498 @@
+"""`LLM`: a bundle opened for use, text in and text out, many answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend
+from edge.backends.choose import BackendName, check_backend_name, open_backend
+from edge.bundle import manifest as manifests
+from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+from edge.errors import BundleError, ConfigError, RequestError
+from edge.text.chat_template import (
+    ChatTemplate,
+    ReasoningSplitter,
+    encode_chat,
+    prompt_opens_reasoning,
+    template_reasons,
+)
+from edge.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
+
+from .drafts import NgramDrafter
+from .generation import score
+from .sampling import SamplingParams
+from .scheduler import Constraint, Overflow, PrefixSource, Request, Scheduler, Ticket
+from .stream import Generation, GenerationChunk, GenerationResult, TextWatcher, join_chunks
+
+if TYPE_CHECKING:
+    from .structured_output import GrammarCompiler, OutputFormat
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Plain text, token ids, or chat messages ``{"role": ..., "content": ...}``."""
+_Result = TypeVar("_Result")
+_NO_THOUGHT = "\n</think>\n\n"  # ends a reasoning that the template has opened
+
+
+class LLM:
+    """A bundle, opened. Use it as a context manager; any thread may call it.
+
+    Many answers are computed at once, batched over the slots of the cache
+    (`edge.runtime.scheduler`); what finds no slot waits in a queue. Sampling depends on nothing but
+    the request, and a draft is taken only where it is what would have been sampled. Engines,
+    however, may compute a token's logits differently with other tokens in the step (batch, chunk,
+    drafts): in the last bits with float activations, visibly with ``int8_activations`` on the CPU,
+    where the text of two runs can part (docs/serving-core.md has figures).
+
+    Args:
+        bundle: directory that ``edge-llm export`` wrote.
+        backend: ``auto``, ``tensorrt``, ``ort-cuda`` or ``ort-cpu``; see
+            `edge.backends.choose.open_backend`.
+        kv_capacity: tokens that prompt and answer may take together; None is the bundle's own.
+        num_threads: of the CPU backend; None is one per physical core.
+        prefill_chunk: prompt tokens per step at most; an engine may take fewer.
+        int8_activations: let the CPU backend round activations to int8, its fastest kernel; None
+            does so where it can, true refuses where it cannot; see `OrtBackend`.
+        num_slots: sequences that the cache holds, running ones and ended ones whose rows are kept.
+        max_batch: answers that are computed at once; None is one per slot.
+        queue_capacity: answers that may wait beyond those; more are refused.
+        target_itl_ms: gap between two tokens of a stream that must be kept: fewer answers are then
+            computed at once, and prompts get what it leaves. None computes as many as there are
+            slots, and long prompts about double the gap.
+        reuse_prefix: keep the cache rows of ended answers for later prompts that begin alike.
+        overflow: what happens to an answer when its slot is full: ``stop`` ends it, ``slide`` drops
+            old tokens, but for the first ones, and goes on until ``max_tokens`` or an end token.
+        speculative: drafted tokens per step at most, guessed from what the text repeats; 0 drafts
+            none. Drafts run only where they are measured to pay.
+        prefix_dir: directory of prefixes that ``edge-llm cache build`` stored; prompts that begin
+            with one of them load its rows.
+
+    Raises:
+        IntegrityError: a file of the bundle is damaged; nothing of it was parsed.
+        BundleError, ConfigError, DependencyError, BackendError: see there.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        backend: BackendName = "auto",
+        kv_capacity: int | None = None,
+        num_threads: int | None = None,
+        prefill_chunk: int = 512,
+        int8_activations: bool | None = None,
+        num_slots: int = 4,
+        max_batch: int | None = None,
+        queue_capacity: int = 64,
+        target_itl_ms: float | None = None,
+        reuse_prefix: bool = True,
+        overflow: Literal["stop", "slide"] = "stop",
+        speculative: int = 0,
+        prefix_dir: str | Path | None = None,
+    ) -> None:
+        self.bundle = Path(bundle)
+        check_backend_name(backend)
+        if overflow not in ("stop", "slide"):
+            raise ConfigError(f"overflow must be stop or slide, not {overflow!r}")
+        if speculative < 0:
+            raise ConfigError(f"speculative must be 0 or more tokens, not {speculative}")
+        if max_batch is not None and max_batch > num_slots:
+            raise ConfigError(
+                f"max_batch ({max_batch}) exceeds num_slots ({num_slots}); an answer needs a slot"
+            )
+        self.manifest = manifests.read_manifest(self.bundle)
+        # All that is listed and all that is read: what is not listed is refused, too.
+        graphs = self.manifest.graphs
+        read = ["tokenizer.json", EMBEDDINGS_NAME, graphs.cpu]
+        if backend != "ort-cpu":
+            read.append(graphs.decoder)
+        names = dict.fromkeys([*self.manifest.files, *read])
+        manifests.verify_files(self.bundle, self.manifest, names)
+        self.tokenizer = Tokenizer.from_file(self.bundle / "tokenizer.json", self.manifest.tokens)
+        self.template = self._read_template()
+        self._reasons = self.template is not None and template_reasons(
+            self.template.source, self.tokenizer.control_tokens
+        )
+        self.backend: Backend = open_backend(
+            backend,
+            self.bundle,
+            self.manifest,
+            num_slots=num_slots,
+            kv_capacity=kv_capacity,
+            max_step_tokens=prefill_chunk,
+            num_threads=num_threads,
+            int8_activations=int8_activations,
+        )
+        # Last, since nothing that fails after it would close its file.
+        self.embeddings = EmbeddingTable(self.bundle / EMBEDDINGS_NAME)
+        try:
+            self.scheduler = Scheduler(
+                self.backend,
+                self.embeddings,
+                self.manifest.model.vocab_size,
+                max_batch=max_batch,
+                queue_capacity=queue_capacity,
+                target_itl_s=None if target_itl_ms is None else target_itl_ms / 1e3,
+                step_tokens=prefill_chunk,
+                reuse_prefix=reuse_prefix,
+                overflow=self._sliding_window() if overflow == "slide" else None,
+                make_drafter=NgramDrafter if speculative else None,
+                max_draft_tokens=max(speculative, 1),
+                prefix_store=None if prefix_dir is None else self._stored_prefixes(prefix_dir),
+            )
+        except BaseException:
+            self.backend.close()
+            self.embeddings.close()
+            raise
+        self._grammars: GrammarCompiler | None = None
+
+    @property
+    def kv_capacity(self) -> int:
+        """Tokens that prompt and answer may take together."""
+        return self.backend.capacity
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are in the cache now."""
+        stats = self.scheduler.stats()
+        return stats.kv_used_tokens + stats.kv_cached_tokens
+
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = True,
+    ) -> list[int]:
+        """Token ids of a prompt, the begin token included where the model wants one.
+
+        Plain text never becomes a control token. Token ids stay as they are. Messages go through
+        the bundle's chat template.
+
+        Args:
+            prompt: plain text, token ids or messages.
+            tools: JSON schemas of functions that the model may call; for messages only.
+            thinking: false ends the reasoning before it begins; for messages only.
+
+        Raises:
+            RequestError: a malformed message, messages for a bundle without a template, or an
+                option that this prompt or template has no place for.
+        """
+        if isinstance(prompt, str) or _is_ids(prompt):
+            if tools or not thinking:
+                raise RequestError(
+                    "tools and thinking belong to chat messages; this prompt is plain text or ids"
+                )
+            if isinstance(prompt, str):
+                return self.tokenizer.encode(prompt, add_bos=self.manifest.tokens.add_bos)
+            return [int(token_id) for token_id in prompt]
+        given: object = prompt
+        if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
+            raise RequestError(
+                "a prompt is a text, a list of chat messages or a list of token ids, "
+                f"not {type(given).__name__}"
+            )
+        if self.template is None:
+            raise RequestError(
+                "this bundle has no chat template, so it takes plain text only; pass a string"
+            )
+        messages = cast(Sequence[Mapping[str, Any]], prompt)
+        options: dict[str, Any] = {}
+        if not thinking and "enable_thinking" in self.template.variables:
+            options["enable_thinking"] = False
+        ids = encode_chat(self.tokenizer, self.template, messages, tools=tools, **options)
+        if not thinking and not options and self._opens_reasoning(ids):
+            ids += self.tokenizer.encode(_NO_THOUGHT, control=True)
+        return ids
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        salt: str = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        output: OutputFormat | None = None,
+        thinking: bool = True,
+        thinking_budget: int | None = None,
+    ) -> list[Generation]:
+        """Queue ``n`` answers to a prompt, which share its rows of the cache; returns at once.
+
+        Reasoning is split off for chats only; otherwise text comes back as the model wrote it.
+
+        Args:
+            prompt: plain text, token ids or messages.
+            params: sampling; what is open comes from the bundle. Sample ``i`` has the seed plus i.
+            n: how many samples.
+            priority: lower runs first.
+            deadline_s: seconds after which an answer ends with `DeadlineError`.
+            salt: prompts share cached prefixes only with those of the same salt.
+            tools: see `encode`.
+            output: the form that the answer must have; reasoning is free.
+            thinking: see `encode`.
+            thinking_budget: tokens after which the reasoning is ended; for chats of models that
+                reason.
+
+        Raises:
+            RequestError: a wrong prompt, parameter, output format or budget.
+            DependencyError: an output format is given and llguidance is missing.
+            ContextLengthError: the prompt does not fit into the cache.
+            OverloadError: the queue is full.
+            BackendError: the engine can serve no more, or the LLM is closed.
+        """
+        self.scheduler.check_count(n)
+        ids = self.encode(prompt, tools=tools, thinking=thinking)
+        is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
+        resolved = self._resolve(params)
+        watchers = [self._watch(ids, resolved, is_chat) for _ in range(n)]
+        reasons = is_chat and self._reasons and thinking
+        if thinking_budget is not None and not reasons:
+            raise RequestError(
+                "a thinking budget needs a chat of a model that reasons, with thinking left on"
+            )
+        if output is not None and resolved.ignore_eos:
+            raise RequestError("an output format ends with an end token; do not set ignore_eos")
+        request = Request(
+            ids=tuple(ids),
+            params=resolved,
+            end_ids=self._end_ids(resolved),
+            priority=priority,
+            deadline_s=deadline_s,
+            salt=salt,
+        )
+        tickets = self.scheduler.submit_all(
+            [
+                replace(
+                    request.sample(i),
+                    watcher=watcher,
+                    constraint=self._constrain(ids, output, thinking_budget, reasons),
+                )
+                for i, watcher in enumerate(watchers)
+            ]
+        )
+        pairs = zip(tickets, watchers, strict=True)
+        return [Generation(ticket, watcher, i) for i, (ticket, watcher) in enumerate(pairs)]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> Generator[GenerationChunk, None, None]:
+        """Generate text piece by piece; closing the stream ends the generation.
+
+        The generation starts when the first piece is asked for.
+
+        Args:
+            prompt: see `submit`.
+            params: see `submit`.
+            **options: further arguments of `submit`, but for ``n``.
+
+        Raises:
+            As `submit`, and as iteration over a `Generation`.
+        """
+        if "n" in options:
+            raise RequestError("a stream is one answer; submit gives n of them")
+        return self._stream(prompt, params, options)
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> GenerationResult:
+        """Generate a whole answer; see `stream`."""
+        return join_chunks(self.stream(prompt, params, **options))
+
+    def generate_best(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        best_of: int,
+        n: int = 1,
+        rank_by: Literal["mean", "sum"] = "mean",
+        **options: Any,
+    ) -> list[GenerationResult]:
+        """Generate ``best_of`` answers and return the ``n`` most probable, the best first.
+
+        Args:
+            prompt: see `submit`.
+            params: see `submit`.
+            **options: see `submit`.
+            best_of: answers to generate, at least ``n``.
+            n: answers to return.
+            rank_by: an answer's score is the mean or the sum of the log-probabilities of its
+                tokens, the end token left out. The sum favours short answers.
+
+        Raises:
+            As `stream`.
+        """
+        if not 1 <= n <= best_of:
+            raise RequestError(f"best_of ({best_of}) must be at least n ({n}), and n at least 1")
+        if rank_by not in ("mean", "sum"):
+            raise RequestError(f"rank_by must be mean or sum, not {rank_by!r}")
+        params = params or SamplingParams()
+        if params.logprobs is None:
+            params = replace(params, logprobs=0)
+        generations = self.submit(prompt, params, n=best_of, **options)
+        results = [generation.result() for generation in generations]
+        return sorted(results, key=lambda result: _rank(result, rank_by), reverse=True)[:n]
+
+    def generate_ids(
+        self, ids: Sequence[int], params: SamplingParams | None = None
+    ) -> Iterator[int]:
+        """Token ids in, token ids out; the end token is not yielded.
+
+        Raises:
+            RequestError: see `submit`; also if ``params`` has stop strings, which need text.
+        """
+        resolved = self._resolve(params)
+        if resolved.stop:
+            raise RequestError("generate_ids works without text; use stop_token_ids, not stop")
+        request = Request(ids=tuple(ids), params=resolved, end_ids=self._end_ids(resolved))
+        (ticket,) = self.scheduler.submit(request)
+        return _ids_of(ticket)
+
+    def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
+        """Log-probability of every token but the first, float64; see `generation.score`.
+
+        It waits until no answer is being computed.
+
+        Raises:
+            BackendError: the engine failed, or its logits are not finite.
+            RequestError, ContextLengthError: see there.
+        """
+        return self.call(
+            lambda: score(self.backend, self.embeddings, list(ids), self.scheduler.report_step)
+        )
+
+    def call(self, work: Callable[[], _Result]) -> _Result:
+        """Run ``work`` while no answer is being computed, and return what it returns.
+
+        Only there may `backend` be used directly. Cached prefixes are forgotten.
+        """
+        return self.scheduler.call(work)
+
+    def close(self) -> None:
+        """Cancel what runs, free the engine and close the files; calling it twice is harmless."""
+        self.scheduler.close()
+        self.backend.close()
+        self.embeddings.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _stream(
+        self, prompt: Prompt, params: SamplingParams | None, options: dict[str, Any]
+    ) -> Generator[GenerationChunk, None, None]:
+        (generation,) = self.submit(prompt, params, **options)
+        try:
+            yield from generation
+        finally:
+            generation.cancel()  # nothing to do after the last piece
+
+    def _watch(self, ids: list[int], params: SamplingParams, is_chat: bool) -> TextWatcher:
+        splitter = None
+        if is_chat and self._reasons:
+            splitter = ReasoningSplitter(self._opens_reasoning(ids))
+        return TextWatcher(Detokenizer(self.tokenizer), StopMatcher(params.stop), splitter)
+
+    def _constrain(
+        self, ids: list[int], output: OutputFormat | None, budget: int | None, reasons: bool
+    ) -> Constraint | None:
+        """Reasoning first, within its budget, then the output format."""
+        if output is None and budget is None:
+            return None
+        answer: Constraint | None = None
+        vocab_size = self.manifest.model.vocab_size
+        if output is not None:
+            _check_is_format(output)
+            if self._grammars is None:
+                from .structured_output import GrammarCompiler
+
+                self._grammars = GrammarCompiler(self.tokenizer, vocab_size)
+            answer = self._grammars.compile(output)
+        if not reasons:
+            return answer
+        from .thinking import ThinkingBudget
+
+        opened = self._opens_reasoning(ids)
+        return ThinkingBudget(
+            self.tokenizer, vocab_size, opened=opened, budget=budget, answer=answer
+        )
+
+    def _sliding_window(self) -> Overflow:
+        from .overflow import SlidingWindow
+
+        return SlidingWindow(self.manifest.model)
+
+    def _stored_prefixes(self, directory: str | Path) -> PrefixSource:
+        from .prefix_store import Layout, PrefixStore
+
+        return PrefixStore(Path(directory), self.manifest, Layout.of(self.backend))
+
+    def _opens_reasoning(self, ids: list[int]) -> bool:
+        return prompt_opens_reasoning(self.tokenizer.decode(ids[-8:]))
+
+    def _resolve(self, params: SamplingParams | None) -> SamplingParams:
+        given: object = params
+        if not isinstance(given, SamplingParams | None):
+            raise RequestError(f"params must be SamplingParams, not {type(given).__name__}")
+        return (params or SamplingParams()).resolve(self.manifest.sampling)
+
+    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
+        eos = () if params.ignore_eos else self.manifest.tokens.eos
+        return frozenset((*params.stop_token_ids, *eos))
+
+    def _read_template(self) -> ChatTemplate | None:
+        name = "chat_template.jinja"
+        if name not in self.manifest.files:
+            return None
+        try:
+            source = (self.bundle / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{self.bundle / name} is not UTF-8; export again") from error
+        return ChatTemplate(source, self.manifest.tokens)
+
+
+def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
+    # A numpy integer is an Integral, but no int.
+    if isinstance(prompt, str | bytes | bytearray) or not isinstance(prompt, Sequence | np.ndarray):
+        return False
+    return len(prompt) > 0 and isinstance(prompt[0], Integral)
+
+
+def _check_is_format(output: object) -> None:
+    from .structured_output import OutputFormat
+
+    if not isinstance(output, OutputFormat):
+        raise RequestError(
+            'output must be an OutputFormat, e.g. OutputFormat("json_schema", schema), '
+            f"not {type(output).__name__}"
+        )
+
+
+def _rank(result: GenerationResult, rank_by: str) -> float:
+    logprobs = [token.logprob for token in result.tokens if token.logprob is not None]
+    total = sum(logprobs)
+    return total / max(len(logprobs), 1) if rank_by == "mean" else total
+
+
+def _ids_of(ticket: Ticket) -> Iterator[int]:
+    for event in ticket:
+        if event.token is None or event.finish_reason == "stop":
+            return
+        yield event.token.id

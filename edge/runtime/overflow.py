@@ -1,0 +1,56 @@
+"""A sequence that is longer than its slot: drop old rows, move the others up.
+
+The first tokens stay, since attention leans on them whatever they say (attention sinks, arXiv
+2309.17453), and so do the newest. The rows in between go. The rows that stay are not computed
+again: their keys are turned to their new positions. So they keep what they took from tokens that
+are gone, and a slide costs a copy instead of a prefill.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edge.backends import Floats
+from edge.bundle.manifest import ModelSpec
+from edge.bundle.rope import inverse_frequencies, turn
+from edge.errors import ConfigError
+
+NUM_SINKS = 4
+
+
+class SlidingWindow:
+    """Keeps the first tokens and the newest ones; a `edge.runtime.scheduler.Overflow`.
+
+    Each slide drops half of the rows behind the sinks, so that the next one is far off.
+
+    Args:
+        model: of the bundle; its RoPE and head size.
+        num_sinks: first tokens that always stay.
+
+    Raises:
+        ConfigError: no sink at all, which makes a model lose its way at once.
+    """
+
+    def __init__(self, model: ModelSpec, num_sinks: int = NUM_SINKS) -> None:
+        if num_sinks < 1:
+            raise ConfigError(f"a sliding window needs at least 1 sink token, not {num_sinks}")
+        self._num_sinks = num_sinks
+        self._frequencies = inverse_frequencies(model.rope, model.head_dim)
+
+    def slide(self, rows: Floats, ids: list[int]) -> tuple[Floats, list[int]]:
+        """Drop the middle of a full slot; see `edge.runtime.scheduler.Overflow`.
+
+        Args:
+            rows: ``[2 * layers, kv_heads, length, head_dim]``, at least two rows.
+            ids: the token of each row.
+
+        Returns:
+            The rows that stay, in the type of ``rows``, and the token of each.
+        """
+        length = len(ids)
+        sinks = min(self._num_sinks, (length - 1) // 2)
+        dropped = max((length - sinks) // 2, 1)
+        kept = np.concatenate((rows[:, :, :sinks], rows[:, :, sinks + dropped :]), axis=2)
+        for keys in kept[::2]:  # layer by layer: float64 of all would be large
+            keys[:, sinks:] = turn(keys[:, sinks:], self._frequencies, -dropped)
+        return kept, ids[:sinks] + ids[sinks + dropped :]

@@ -1,0 +1,354 @@
+"""Prompt beginnings whose cache rows are kept on disk, by name: system prompts, documents.
+
+A file holds the rows that `Backend.read_slot` gave, what they belong to and a hash of each part. It
+is used only for the same bundle, engine, float type and tokens. Whatever is damaged, cut off or of
+another origin is left alone with one line in the log, and the prompt is computed as usual.
+
+The layout of a file: `_MAGIC`, the header's length (8 bytes, little-endian), the header (JSON), its
+SHA-256 (32 bytes), the rows in C order.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import msgspec
+import numpy as np
+
+from edge.backends import Backend, Floats
+from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.manifest import Manifest
+from edge.bundle.update import fsync
+from edge.errors import ConfigError, ContextLengthError, RequestError, ResourceError
+
+from .kv_cache import common_prefix
+from .scheduler import StoredPrefix
+
+_log = logging.getLogger(__name__)
+
+_MAGIC = b"edge-llm prefix 1\n"
+_DIGEST_BYTES = 32
+_MAX_HEADER_BYTES = 1 << 22
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+DEFAULT_MAX_BYTES = 4 << 30
+
+
+class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What rows are: those of another engine or type are of no use.
+
+    Attributes:
+        engine: the backend's name.
+        dtype: NumPy's name of the type.
+        planes: keys and values of all layers, ``2 * layers``.
+        kv_heads, head_dim: see `Backend.read_slot`.
+    """
+
+    engine: str
+    dtype: Literal["float16", "float32"]
+    planes: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, backend: Backend) -> Layout:
+        """That of a backend; nothing else may use it meanwhile."""
+        rows = backend.read_slot(0, 1)
+        planes, kv_heads, _, head_dim = rows.shape
+        dtype: Literal["float16", "float32"] = "float32"
+        if rows.dtype == np.float16:
+            dtype = "float16"
+        return cls(backend.name, dtype, planes, kv_heads, head_dim)
+
+    def shape(self, length: int) -> tuple[int, int, int, int]:
+        """Of ``length`` rows."""
+        return self.planes, self.kv_heads, length, self.head_dim
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    bundle: str
+    layout: Layout
+    ids: list[int]
+    rows_sha256: str
+
+
+@dataclass(frozen=True)
+class PrefixInfo:
+    """One file of the store.
+
+    Attributes:
+        name: of the prefix.
+        num_tokens: that it covers; 0 if it cannot be read.
+        num_bytes: of the file.
+        problem: why it is not used; None if it is.
+    """
+
+    name: str
+    num_tokens: int
+    num_bytes: int
+    problem: str | None = None
+
+
+class PrefixStore:
+    """The stored prefixes of one bundle; an `edge.runtime.scheduler.PrefixSource`.
+
+    Args:
+        directory: of all bundles' prefixes; made when the first is saved.
+        manifest: of the bundle.
+        layout: of the backend's rows; None to look at the files only.
+        max_bytes: of this bundle's prefixes together.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        layout: Layout | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+    ) -> None:
+        self._bundle = bundle_key(manifest)
+        self.directory = directory / self._bundle[:16]
+        self._layout = layout
+        self._max_bytes = max_bytes
+        self._entries: dict[str, tuple[list[int], Path]] = {}
+        for path in self._files() if layout is not None else ():
+            try:
+                header, _ = self._read(path)
+            except (OSError, _UnusableError) as error:
+                _log.warning("stored prefix %s is ignored: %s", path, error)
+            else:
+                self._entries[path.stem] = header.ids, path
+
+    def lookup(self, ids: Sequence[int], salt: str) -> StoredPrefix | None:
+        """The longest stored prefix that ``ids`` begin with.
+
+        Whoever runs the engine made the prefixes, so they are open to every salt: how long an
+        answer takes tells a tenant only whether its own prompt begins with one of them.
+        """
+        best: tuple[list[int], Path] | None = None
+        for stored, path in self._entries.values():
+            length = len(stored)
+            if (best is None or length > len(best[0])) and list(ids[:length]) == stored:
+                best = stored, path
+        if best is None:
+            return None
+        stored, path = best
+        return StoredPrefix(len(stored), lambda: self._load(path, stored))
+
+    def save(self, name: str, ids: Sequence[int], rows: Floats) -> Path:
+        """Write a prefix; the old one of this name stays until the new one is whole on disk.
+
+        Args:
+            name: letters, digits, ``-`` and ``_``, at most 64.
+            ids: its tokens.
+            rows: theirs, as `Backend.read_slot` gave them.
+
+        Raises:
+            ConfigError: a name that is none, or another process writes the same prefix.
+            ResourceError: no room on the disk, or in what the store may take.
+        """
+        _check_name(name)
+        layout = self._layout
+        assert layout is not None, "a store without a layout only lists and drops"
+        assert rows.shape == layout.shape(len(ids)), "rows are those of the ids"
+        assert rows.dtype == layout.dtype, "rows are the backend's"
+        rows = np.ascontiguousarray(rows)
+        digest = hashlib.sha256(rows.data).hexdigest()
+        header = msgspec.json.encode(_Header(self._bundle, layout, list(ids), digest))
+        head = _MAGIC + len(header).to_bytes(8, "little") + header + hashlib.sha256(header).digest()
+        path = self.directory / f"{name}.kv"
+        others = sum(other.stat().st_size for other in self._files() if other != path)
+        if others + len(head) + rows.nbytes > self._max_bytes:
+            raise ResourceError(
+                f"the prefix {name!r} takes {rows.nbytes >> 20} MiB and the others of this bundle "
+                f"{others >> 20} MiB, more than the {self._max_bytes >> 20} MiB allowed; "
+                "drop one with: edge-llm cache drop"
+            )
+
+        def write(file: BinaryIO) -> None:
+            file.write(head)
+            file.write(rows.data)
+
+        _replace_durably(path, write)
+        self._entries[name] = list(ids), path
+        return path
+
+    def list(self) -> list[PrefixInfo]:
+        """Every file of this bundle, also those that are not used."""
+        found = []
+        for path in self._files():
+            size = path.stat().st_size
+            try:
+                header, start = self._read(path)
+                self._read_rows(path, header, start)
+            except (OSError, _UnusableError) as error:
+                found.append(PrefixInfo(path.stem, 0, size, str(error)))
+            else:
+                found.append(PrefixInfo(path.stem, len(header.ids), size))
+        return found
+
+    def drop(self, name: str) -> bool:
+        """Remove a prefix, whatever its state; false if there is none."""
+        _check_name(name)
+        self._entries.pop(name, None)
+        path = self.directory / f"{name}.kv"
+        if not path.exists():
+            return False
+        path.unlink()
+        fsync(self.directory)
+        return True
+
+    def _files(self) -> Sequence[Path]:
+        return sorted(self.directory.glob("*.kv"))
+
+    def _load(self, path: Path, ids: Sequence[int]) -> Floats | None:
+        """The rows of a file, which may have changed since it was found."""
+        try:
+            header, start = self._read(path)
+            if header.ids != ids:
+                raise _UnusableError("it was replaced; restart to use the new one")
+            return self._read_rows(path, header, start)
+        except (OSError, _UnusableError) as error:
+            _log.warning("stored prefix %s is ignored from now on: %s", path, error)
+            self._entries.pop(path.stem, None)
+            return None
+
+    def _read(self, path: Path) -> tuple[_Header, int]:
+        """The header, checked against what this store is for, and where the rows start."""
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise _UnusableError("it is no prefix file of this version")
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= _MAX_HEADER_BYTES:
+                raise _UnusableError("it is damaged (its header's length)")
+            data, digest = file.read(length), file.read(_DIGEST_BYTES)
+            start = file.tell()
+            size = os.fstat(file.fileno()).st_size
+        if hashlib.sha256(data).digest() != digest:
+            raise _UnusableError("it is damaged (its header)")
+        try:
+            header = msgspec.json.decode(data, type=_Header)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise _UnusableError(f"it is of another version ({error})") from error
+        if header.bundle != self._bundle:
+            raise _UnusableError("it belongs to another bundle; build it again")
+        if self._layout is not None and header.layout != self._layout:
+            theirs, ours = header.layout, self._layout
+            raise _UnusableError(
+                f"it was made by {theirs.engine} in {theirs.dtype}, this is {ours.engine} in "
+                f"{ours.dtype}; build it again"
+            )
+        item = np.dtype(header.layout.dtype).itemsize
+        expected = start + int(np.prod(header.layout.shape(len(header.ids)))) * item
+        if not header.ids or size != expected:
+            raise _UnusableError(f"it has {size} bytes, its header describes {expected}")
+        return header, start
+
+    def _read_rows(self, path: Path, header: _Header, start: int) -> Floats:
+        data = np.fromfile(path, dtype=np.uint8, offset=start)
+        if hashlib.sha256(data.data).hexdigest() != header.rows_sha256:
+            raise _UnusableError("it is damaged (its rows)")
+        rows: Floats = data.view(header.layout.dtype)
+        return rows.reshape(header.layout.shape(len(header.ids)))
+
+
+class _UnusableError(Exception):
+    """A file that is not what it should be; never leaves this module."""
+
+
+def bundle_key(manifest: Manifest) -> str:
+    """SHA-256 over the dialect and all files' hashes: what the rows of a prompt depend on.
+
+    Not the manifest's own hash, which a quality report changes.
+    """
+    parts = [manifest.dialect, *(f"{n} {f.sha256}" for n, f in sorted(manifest.files.items()))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def default_directory() -> Path:
+    """``$XDG_CACHE_HOME/edge-llm/prefixes``; the XDG base directory specification."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if root else Path.home() / ".cache") / "edge-llm" / "prefixes"
+
+
+def stable_prefix(encode: Callable[[str], list[int]]) -> list[int]:
+    """The tokens that a prompt begins with whatever its variable part says.
+
+    The last tokens before that part may merge with it, so two parts that have nothing in common are
+    tried, and what both prompts share is taken.
+
+    Args:
+        encode: the variable part to the tokens of the whole prompt.
+    """
+    return (first := encode("1"))[: common_prefix(first, encode(" x"))]
+
+
+def compute_rows(backend: Backend, embeddings: EmbeddingTable, ids: Sequence[int]) -> Floats:
+    """Prefill the first slot and read its rows; nothing else may use the backend meanwhile.
+
+    Raises:
+        RequestError: no tokens, or an id outside the table.
+        ContextLengthError: more tokens than the cache holds beside one for the answer.
+        BackendError: the engine failed.
+    """
+    if not ids:
+        raise RequestError("the prefix has no tokens; give a longer text")
+    if len(ids) >= backend.capacity:
+        raise ContextLengthError(len(ids), backend.capacity)
+    tokens = np.asarray(ids, dtype=np.int64)
+    for start in range(0, len(ids), backend.max_step_tokens):
+        part = tokens[None, start : start + backend.max_step_tokens]
+        end = start + part.shape[1]
+        positions = np.arange(start, end, dtype=np.int64)[None]
+        last = np.array([[part.shape[1] - 1]])
+        backend.forward([0], embeddings[part], positions, end, last)
+    return backend.read_slot(0, len(ids))
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.match(name):
+        raise ConfigError(
+            f"{name!r:.80} is no name for a prefix; use 1 to 64 letters, digits, '-' and '_'"
+        )
+
+
+def _replace_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write beside ``path`` and swap: whenever this ends, ``path`` is whole, old or new.
+
+    The file is readable by its owner only, as what it holds was made from a prompt.
+    """
+    temp = path.with_name(f".{path.name}.tmp")  # a fixed name, so a killed build leaves one at most
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            _lock(file, temp, path)
+            file.truncate(0)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            temp.replace(path)
+        fsync(path.parent)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror}; free disk space, or name another directory"
+        ) from error
+
+
+def _lock(file: BinaryIO, temp: Path, path: Path) -> None:
+    """Hold the file; the kernel lets go of it however the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it before may have made it the real one between our open and our lock.
+        if os.path.samestat(os.fstat(file.fileno()), temp.lstat()):
+            return
+    except (BlockingIOError, FileNotFoundError):
+        pass  # told below
+    raise ConfigError(f"another process is writing {path}; wait until it ends")

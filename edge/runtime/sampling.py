@@ -1,0 +1,657 @@
+"""From one row of logits to one token.
+
+The distribution is defined by `final_probabilities`, a plain full sort, and `Sampler` draws from
+exactly that distribution without sorting. In order:
+
+1. Repetition penalty, presence and frequency penalty, logit bias, mask.
+2. Temperature: ``x = (logits - max(logits)) / temperature`` in float32, so that ``exp(x)`` is a
+   token's probability relative to the best one. Tokens are ranked by ``x``; equal ones by lower id.
+3. Top-k keeps the first k tokens of that ranking.
+4. Top-p keeps the tokens before which less than ``top_p`` of the mass lies, where the mass is that
+   of what top-k kept, and the first token always.
+5. Min-p keeps the tokens that are at least ``min_p`` times as probable as the best one.
+6. What is left is renormalised.
+
+This is the order of the warpers of Hugging Face ``generate``, which differs in one point: its top-k
+keeps every token that ties with the k-th, and its ranking of equal tokens is left to the sort.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import SamplingDefaults
+from edge.errors import BackendError, RequestError
+
+Logits = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+Ids = NDArray[np.int64]
+
+MAX_LOGPROBS = 20
+GREEDY_TEMPERATURE = 1e-5  # below it float32 cannot hold the scaled logits; it counts as 0
+
+_KNOBS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_FLOAT_RANGES = {
+    "temperature": (0.0, 10.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.1, 10.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+_INT_RANGES = {
+    "top_k": (0, 2**31 - 1),
+    "seed": (0, 2**64 - 1),
+    "max_tokens": (1, 2**31 - 1),
+    "logprobs": (0, MAX_LOGPROBS),
+}
+_BIAS_RANGE = (-100.0, 100.0)
+_OPTIONAL = {*_KNOBS, "seed", "max_tokens", "logprobs"}
+
+_BLOCK = 256  # tokens per block of the two-level inverse CDF
+_GROUP = 128  # tokens per group of the top-k filter, at most
+_DRAWS = 16  # random numbers per token: attempts, and one for the full sort that follows them
+_ROUNDING = 2e-5  # bound on the relative error of a block sum: 256 roundings to float32
+_DROPPED = np.float32(-np.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    A knob that is None takes the model's own default, see `resolve`.
+
+    Attributes:
+        temperature: divides the logits, 0..10; 0 (or less than 1e-5) takes the most probable token,
+            of equal ones that with the lowest id.
+        top_k: keep the k most probable tokens; 0 is off.
+        top_p: keep the most probable tokens that together hold this share of the mass, 0..1.
+        min_p: keep tokens at least this probable relative to the best one, 0..1.
+        repetition_penalty: of tokens in the prompt or the answer, 0.1..10; 1 is off.
+        presence_penalty: of tokens in the answer, once, -2..2.
+        frequency_penalty: of tokens in the answer, per occurrence, -2..2.
+        logit_bias: added to the logits of these token ids, -100..100.
+        seed: of the random numbers, 0..2**64 - 1; None draws a fresh one.
+        max_tokens: length of the answer; None runs until the KV cache is full.
+        stop: texts that end the answer.
+        stop_token_ids: tokens that end the answer, besides the model's own.
+        logprobs: report the log-probability of each token and of this many of the most probable
+            ones, 0..20; None is off.
+        ignore_eos: go on after the model's own end token.
+
+    Raises:
+        RequestError: a value of the wrong type or out of its range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _FLOAT_RANGES.items():
+            value = getattr(self, name)
+            if not (value is None and name in _OPTIONAL):
+                # Stored as a float, so that temperature=1 and temperature=1.0 are equal.
+                object.__setattr__(self, name, _number(name, value, low, high))
+        for name, (first, last) in _INT_RANGES.items():
+            value = getattr(self, name)
+            if value is not None:
+                _integer(name, value, first, last)
+        if not isinstance(self.logit_bias, Mapping):
+            raise _refusal("logit_bias", self.logit_bias, "a mapping from token id to bias")
+        bias = {}
+        for token_id, value in self.logit_bias.items():
+            _integer("a token id of logit_bias", token_id, 0, 2**31 - 1)
+            bias[token_id] = _number(f"logit_bias[{token_id}]", value, *_BIAS_RANGE)
+        object.__setattr__(self, "logit_bias", bias)
+        object.__setattr__(self, "stop", _tuple("stop", self.stop, "texts"))
+        for text in self.stop:
+            _text("an entry of stop", text)
+        ids = _tuple("stop_token_ids", self.stop_token_ids, "token ids")
+        object.__setattr__(self, "stop_token_ids", ids)
+        for token_id in self.stop_token_ids:
+            _integer("an entry of stop_token_ids", token_id, 0, 2**31 - 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise _refusal("ignore_eos", self.ignore_eos, "true or false")
+
+    def resolve(self, defaults: SamplingDefaults) -> SamplingParams:
+        """Fill the knobs that are None from the model's generation config.
+
+        Raises:
+            RequestError: a default is out of range.
+        """
+        return replace(
+            self,
+            **{name: getattr(defaults, name) for name in _KNOBS if getattr(self, name) is None},
+        )
+
+
+class SampledToken(NamedTuple):
+    """A token and, where asked for, its log-probability.
+
+    Attributes:
+        id: the token.
+        logprob: natural logarithm of its probability under the model's own logits, that is before
+            penalties, mask and temperature; None unless asked for.
+        top_logprobs: the most probable tokens and their log-probabilities, best first; None unless
+            asked for.
+    """
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
+
+
+def apply_repetition_penalty(logits: Logits, seen_ids: Ids, penalty: float) -> None:
+    """Divide positive and multiply negative logits of seen tokens by ``penalty``, in place.
+
+    CTRL (arXiv 1909.05858, section 4.1) divides; that rewards a negative logit, so this is the form
+    of Hugging Face's ``RepetitionPenaltyLogitsProcessor``.
+
+    Args:
+        logits: ``[vocab]``.
+        seen_ids: tokens of the prompt and the answer; repeats make no difference.
+        penalty: greater than 0; 1 changes nothing.
+    """
+    seen = logits[seen_ids]
+    logits[seen_ids] = np.where(seen > 0, seen / penalty, seen * penalty)
+
+
+def apply_presence_frequency(
+    logits: Logits,
+    ids: Ids,
+    counts: NDArray[np.integer],
+    presence_penalty: float,
+    frequency_penalty: float,
+) -> None:
+    """Subtract ``presence + count * frequency`` from generated tokens, in place.
+
+    The formula of the OpenAI API reference ("Frequency and presence penalties").
+
+    Args:
+        logits: ``[vocab]``.
+        ids: the distinct tokens of the answer so far.
+        counts: how often each of ``ids`` was generated, at least once.
+        presence_penalty: subtracted once.
+        frequency_penalty: subtracted per occurrence.
+    """
+    logits[ids] -= (presence_penalty + frequency_penalty * counts).astype(np.float32)
+
+
+def apply_logit_bias(logits: Logits, bias: Mapping[int, float]) -> None:
+    """Add ``bias`` to the logits of its token ids, in place (``logit_bias`` of the OpenAI API)."""
+    for token_id, value in bias.items():
+        logits[token_id] += value
+
+
+def scale(logits: Logits, temperature: float, out: Logits | None = None) -> Logits:
+    """Divide by the temperature and shift so that the greatest value is exactly 0.
+
+    Args:
+        logits: ``[vocab]``, left as they are unless they are ``out``.
+        temperature: at least `GREEDY_TEMPERATURE`.
+        out: where to write; a new array by default.
+
+    Raises:
+        BackendError: a logit is NaN or +inf, or all are -inf.
+    """
+    best = logits.max()
+    _check_best(best)
+    x: Logits = np.subtract(logits, best, out=out)
+    x *= np.float32(1.0 / temperature)
+    return x
+
+
+def keep_top_k(logits: Logits, k: int) -> Mask:
+    """Which tokens are the ``k`` greatest; of equal ones, those with the lower ids.
+
+    Args:
+        logits: ``[vocab]``; -inf marks a token that was dropped before.
+        k: 0 keeps all.
+    """
+    kept = np.ones(logits.size, bool)
+    if k:
+        kept[_ranking(logits)[k:]] = False
+    return kept
+
+
+def keep_top_p(logits: Logits, top_p: float) -> Mask:
+    """Which tokens form the nucleus: less than ``top_p`` of the mass lies before each of them.
+
+    The smallest set of the most probable tokens with a mass of at least ``top_p`` (nucleus
+    sampling, arXiv 1904.09751, section 3.1), and never empty.
+
+    Args:
+        logits: ``[vocab]``; -inf marks a token that was dropped before and counts for nothing.
+        top_p: 1 keeps all, 0 keeps the first token of the ranking.
+    """
+    if top_p >= 1:
+        return np.ones(logits.size, bool)
+    order = _ranking(logits)
+    until = np.cumsum(np.exp(logits - logits.max())[order], dtype=np.float64)
+    kept = np.zeros(logits.size, bool)
+    kept[order[0]] = True
+    kept[order[1:]] = until[:-1] < top_p * until[-1]
+    return kept
+
+
+def keep_min_p(logits: Logits, min_p: float) -> Mask:
+    """Which tokens are at least ``min_p`` times as probable as the best one (arXiv 2407.01082).
+
+    Args:
+        logits: ``[vocab]``.
+        min_p: 0 keeps all; 1 keeps the best one and its equals.
+    """
+    kept: Mask = logits - logits.max() >= _log(min_p)
+    return kept
+
+
+def final_probabilities(
+    logits: Logits,
+    params: SamplingParams,
+    *,
+    prompt_ids: Sequence[int] | Ids = (),
+    generated_ids: Sequence[int] | Ids = (),
+    mask: Logits | None = None,
+) -> NDArray[np.float64]:
+    """The distribution that a token is drawn from: the definition of what `Sampler` does.
+
+    Args:
+        logits: float32 ``[vocab]``, left as they are.
+        params: resolved parameters.
+        prompt_ids: the prompt; only the repetition penalty looks at it.
+        generated_ids: the answer so far.
+        mask: float32 ``[vocab]``, added to the logits: 0, or -inf to forbid a token.
+
+    Returns:
+        Float64 ``[vocab]``, sums to 1.
+
+    Raises:
+        BackendError: a logit is NaN or +inf, or all are -inf.
+        RequestError: the parameters are not resolved, or an id is outside the vocabulary.
+    """
+    knobs = _knobs(params)
+    prompt = _check_ids("the prompt", prompt_ids, logits.size)
+    generated = _check_ids("the answer", generated_ids, logits.size)
+    _check_ids("logit_bias", tuple(params.logit_bias), logits.size)
+    with np.errstate(over="ignore", invalid="ignore"):
+        logits = logits.copy()
+        seen = np.concatenate((prompt, generated))
+        apply_repetition_penalty(logits, seen, knobs.repetition_penalty)
+        ids, counts = np.unique(generated, return_counts=True)
+        apply_presence_frequency(
+            logits, ids, counts, params.presence_penalty, params.frequency_penalty
+        )
+        apply_logit_bias(logits, params.logit_bias)
+        if mask is not None:
+            logits += mask
+        if _is_greedy(knobs):
+            probabilities = np.zeros(logits.size)
+            probabilities[_argmax(logits)] = 1.0
+            return probabilities
+        return _probabilities(scale(logits, knobs.temperature), knobs)
+
+
+class Sampler:
+    """Draws the tokens of one answer.
+
+    No vocabulary is sorted. A token is drawn by inverse CDF from all candidates and accepted if it
+    belongs to the kept set, which one pass decides (how much mass ranks before it). Otherwise the
+    candidates shrink, to those that rank before it, and the draw is repeated. A token that is
+    accepted is distributed as if drawn from the kept set, so this is exact. The idea is that of
+    FlashInfer (https://flashinfer.ai/2025/03/10/sampling.html). Where float32 sums are too close
+    to a border to tell, the full sort of `keep_top_p` decides.
+
+    Every token takes the same number of random numbers. So the token at a given place depends on
+    the seed, the place and its own logits alone.
+
+    Attributes:
+        params: the resolved parameters.
+        seed: of the random numbers: ``params.seed``, or the fresh one that was drawn.
+    """
+
+    def __init__(
+        self, params: SamplingParams, vocab_size: int, prompt_ids: Sequence[int] | Ids = ()
+    ) -> None:
+        """Prepare for one answer.
+
+        Args:
+            params: resolved parameters.
+            vocab_size: length of a row of logits.
+            prompt_ids: the prompt, for the repetition penalty.
+
+        Raises:
+            RequestError: the parameters are not resolved, or an id is outside the vocabulary.
+        """
+        self.params = params
+        self._knobs = _knobs(params)
+        self._greedy = _is_greedy(self._knobs)
+        _check_ids("logit_bias", tuple(params.logit_bias), vocab_size)
+        # 53 bits: a seed that is reported survives JSON readers that know only doubles.
+        self.seed = secrets.randbits(53) if params.seed is None else params.seed
+        self._rng = np.random.Generator(np.random.PCG64(self.seed))
+
+        self._counts = np.zeros(vocab_size, np.int32)  # of generated tokens
+        self._generated = _DistinctIds(vocab_size)
+        self._seen = _DistinctIds(vocab_size)
+        for token_id in np.unique(_check_ids("the prompt", prompt_ids, vocab_size)).tolist():
+            self._seen.add(token_id)
+
+        self._penalizes = bool(params.presence_penalty or params.frequency_penalty)
+        self._adjusts = bool(
+            self._knobs.repetition_penalty != 1 or self._penalizes or params.logit_bias
+        )
+        # Fresh temporaries of this size would cost more in page faults than the arithmetic.
+        self._adjusted = np.empty(vocab_size, np.float32)
+        self._x = np.empty(vocab_size, np.float32)
+        self._weights = np.empty(vocab_size, np.float32)
+        self._spare = np.empty(vocab_size, np.float32)
+        self._before = np.empty(vocab_size, np.bool_)
+
+    def accept(self, token_id: int) -> None:
+        """Count a token that did not come from `sample` as part of the answer, for the penalties.
+
+        Raises:
+            RequestError: the id is outside the vocabulary.
+        """
+        _check_ids("the answer", (token_id,), self._counts.size)
+        self._count(token_id)
+
+    def sample(self, logits: Logits, mask: Logits | None = None) -> SampledToken:
+        """Draw the next token of the answer; the penalties of later ones count it.
+
+        Args:
+            logits: float32 ``[vocab]``, left as they are.
+            mask: float32 ``[vocab]``, added to the logits: 0, or -inf to forbid a token.
+
+        Raises:
+            BackendError: the row has another shape or type, a logit is NaN or +inf, or all are
+                -inf.
+        """
+        if logits.shape != self._x.shape or logits.dtype != np.float32:
+            raise BackendError(
+                f"the model produced a row of logits of shape {list(logits.shape)} and type "
+                f"{logits.dtype}, expected {list(self._x.shape)} and float32; "
+                "export and build the bundle again"
+            )
+        with np.errstate(over="ignore", invalid="ignore"):
+            adjusted = self._adjust(logits, mask)
+            token_id = _argmax(adjusted) if self._greedy else self._draw(adjusted)
+            self._count(token_id)
+            if self.params.logprobs is None:
+                return SampledToken(token_id)
+            return self._with_logprobs(token_id, logits, self.params.logprobs)
+
+    def _count(self, token_id: int) -> None:
+        self._counts[token_id] += 1
+        self._generated.add(token_id)
+        self._seen.add(token_id)
+
+    def _adjust(self, logits: Logits, mask: Logits | None) -> Logits:
+        """Penalties, bias and mask; the row itself where there are none."""
+        if not self._adjusts and mask is None:
+            return logits
+        adjusted = self._adjusted
+        np.copyto(adjusted, logits)
+        params = self.params
+        if self._knobs.repetition_penalty != 1:
+            apply_repetition_penalty(adjusted, self._seen.ids, self._knobs.repetition_penalty)
+        if self._penalizes:
+            ids = self._generated.ids
+            apply_presence_frequency(
+                adjusted, ids, self._counts[ids], params.presence_penalty, params.frequency_penalty
+            )
+        apply_logit_bias(adjusted, params.logit_bias)
+        if mask is not None:
+            adjusted += mask
+        return adjusted
+
+    def _draw(self, logits: Logits) -> int:
+        knobs = self._knobs
+        uniforms: list[float] = self._rng.random(_DRAWS).tolist()
+        x = scale(logits, knobs.temperature, out=self._x)
+        ids = None
+        if 0 < knobs.top_k < x.size:
+            ids = _top_ids(x, knobs.top_k)
+            x = x[ids]
+        place = self._draw_place(x, knobs, uniforms)
+        return place if ids is None else int(ids[place])
+
+    def _draw_place(self, x: Logits, knobs: SamplingDefaults, uniforms: list[float]) -> int:
+        """Draw from what top-p and min-p keep of ``x``, whose greatest value is 0."""
+        weights = np.exp(x, out=self._weights[: x.size])
+        spare = self._spare[: x.size]
+        before = self._before[: x.size]
+        floor = _log(knobs.min_p)
+        sums = _running_sums(weights)
+        total = float(sums[-1])
+        # So heavy a token is in the nucleus wherever it ranks.
+        heavy = (1.0 - knobs.top_p + 3 * _ROUNDING) * total
+        for uniform in uniforms[:-1]:
+            place = _pick(weights, sums, uniform)
+            improbable = bool(x[place] < floor)
+            if improbable:
+                np.greater_equal(x, floor, out=before)
+            elif knobs.top_p >= 1 or weights[place] > heavy:
+                return place
+            else:
+                _mark_before(x, place, before)
+            fewer = np.multiply(weights, before, out=spare)
+            sums = _running_sums(fewer)
+            if not improbable and _in_nucleus(x, place, float(sums[-1]), total, knobs.top_p):
+                return place
+            weights, spare = fewer, weights
+        until = np.cumsum(_probabilities(x, knobs))
+        return _first_above(until, uniforms[-1] * float(until[-1]))
+
+    def _with_logprobs(self, token_id: int, logits: Logits, num_top: int) -> SampledToken:
+        # Not `figures.log_softmax`: per token of every answer, so in float32 and in place.
+        best = logits.max()
+        _check_best(best)
+        shifted = np.subtract(logits, best, out=self._spare)
+        total = _running_sums(np.exp(shifted, out=self._weights))[-1]
+        log_total = float(best) + math.log(total)
+        top: list[int] = []
+        if num_top:
+            ids = _top_ids(logits, num_top)
+            top = ids[_ranking(logits[ids])].tolist()
+        return SampledToken(
+            token_id,
+            float(logits[token_id]) - log_total,
+            tuple((i, float(logits[i]) - log_total) for i in top),
+        )
+
+
+class _DistinctIds:
+    """Distinct token ids in the order in which they came."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._is_in = np.zeros(vocab_size, np.bool_)
+        self._ids = np.empty(vocab_size, np.int64)  # pages that are never written cost nothing
+        self._size = 0
+
+    @property
+    def ids(self) -> Ids:
+        return self._ids[: self._size]
+
+    def add(self, token_id: int) -> None:
+        if not self._is_in[token_id]:
+            self._is_in[token_id] = True
+            self._ids[self._size] = token_id
+            self._size += 1
+
+
+def _probabilities(x: Logits, knobs: SamplingDefaults) -> NDArray[np.float64]:
+    """Steps 3 to 6 of the module's docstring, by full sort."""
+    x = np.where(keep_top_k(x, knobs.top_k), x, _DROPPED)
+    x = np.where(keep_top_p(x, knobs.top_p), x, _DROPPED)
+    x = np.where(keep_min_p(x, knobs.min_p), x, _DROPPED)
+    weights = np.exp(x).astype(np.float64)
+    return weights / float(weights.sum())
+
+
+def _ranking(logits: Logits) -> Ids:
+    """Token ids from the greatest logit to the least, of equal ones the lower id first."""
+    order: Ids = np.argsort(-logits, kind="stable")
+    return order
+
+
+def _top_ids(logits: Logits, k: int) -> Ids:
+    """The tokens of `keep_top_k` in ascending order, less those that are -inf; no full sort."""
+    # At least k logits are not below the k-th greatest of the groups' maxima, and few more. A
+    # group is a column, because maxima across rows are what SIMD does best.
+    group = min(_GROUP, logits.size // (4 * k))
+    bound = _DROPPED
+    if group > 1:
+        num_groups = logits.size // group
+        maxima = logits[: num_groups * group].reshape(group, num_groups).max(axis=0)
+        bound = np.partition(maxima, num_groups - k)[num_groups - k]
+    # The row of a grammar's mask may hold fewer than k tokens.
+    ids: Ids = np.flatnonzero(logits >= bound if bound > _DROPPED else logits > bound)
+    if ids.size <= k:
+        return ids
+    values = logits[ids]
+    kth = np.partition(values, ids.size - k)[ids.size - k]
+    kept = values > kth
+    kept[np.flatnonzero(values == kth)[: k - np.count_nonzero(kept)]] = True
+    top: Ids = ids[kept]
+    return top
+
+
+def _running_sums(weights: Logits) -> NDArray[np.float64]:
+    """Mass up to the end of each block: the first level of the inverse CDF."""
+    blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK))
+    return np.cumsum(blocks, dtype=np.float64)
+
+
+def _pick(weights: Logits, sums: NDArray[np.float64], uniform: float) -> int:
+    """Inverse CDF at ``uniform`` (0..1): by blocks, then within the block."""
+    target = uniform * float(sums[-1])
+    block = _first_above(sums, target)
+    if block:
+        target -= float(sums[block - 1])
+    start = block * _BLOCK
+    within = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
+    return start + _first_above(within, target)
+
+
+def _first_above(sums: NDArray[np.float64], target: float) -> int:
+    """First index whose running sum exceeds ``target``; never one that adds nothing."""
+    index = int(np.searchsorted(sums, target, side="right"))
+    if index == sums.size:  # rounding carried the target past the end
+        index = int(np.searchsorted(sums, sums[-1], side="left"))
+    return index
+
+
+def _mark_before(x: Logits, place: int, out: Mask) -> None:
+    """Which tokens rank before that at ``place``."""
+    value = x[place]
+    np.greater_equal(x[:place], value, out=out[:place])
+    np.greater(x[place:], value, out=out[place:])
+
+
+def _in_nucleus(x: Logits, place: int, mass_before: float, total: float, top_p: float) -> bool:
+    """Whether `keep_top_p` keeps a token, given the (rounded) mass that ranks before it."""
+    border = top_p * total
+    if abs(mass_before - border) > _ROUNDING * (mass_before + border):
+        return mass_before < border
+    return bool(keep_top_p(x, top_p)[place])
+
+
+def _argmax(logits: Logits) -> int:
+    token_id = int(logits.argmax())  # the first of equal ones; of a row with NaN, the NaN
+    _check_best(logits[token_id])
+    return token_id
+
+
+def _check_best(best: np.float32) -> None:
+    """Refuse a row by its greatest logit: NaN and +inf win every maximum."""
+    if np.isfinite(best):
+        return
+    if best == _DROPPED:
+        raise BackendError(
+            "no token is left to choose from: every logit is -inf; if a mask is in use, it forbids "
+            "the whole vocabulary, otherwise check the model with: edge-llm eval"
+        )
+    raise BackendError(
+        f"the model produced non-finite logits ({best}); an activation has probably overflowed "
+        "its 16-bit type, so export a bfloat16 bundle or check this one with: edge-llm eval"
+    )
+
+
+def _log(min_p: float) -> np.float32:
+    floor: np.float32 = np.float32(math.log(min_p) if min_p > 0 else -math.inf)
+    return floor
+
+
+def _is_greedy(knobs: SamplingDefaults) -> bool:
+    return knobs.temperature < GREEDY_TEMPERATURE or knobs.top_k == 1 or knobs.top_p == 0
+
+
+def _knobs(params: SamplingParams) -> SamplingDefaults:
+    """The knobs, none of which is None."""
+    values = {name: getattr(params, name) for name in _KNOBS}
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        raise RequestError(
+            f"the sampling parameters leave {', '.join(missing)} open; "
+            "fill them from the bundle with SamplingParams.resolve(manifest.sampling)"
+        )
+    return SamplingDefaults(**values)
+
+
+def _check_ids(what: str, token_ids: Sequence[int] | Ids, vocab_size: int) -> Ids:
+    ids = np.asarray(token_ids, dtype=np.int64)
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise RequestError(
+            f"{what} has the token id {wrong}, the model's vocabulary ends at {vocab_size - 1}; "
+            "use the ids of the bundle's own tokenizer"
+        )
+    return ids
+
+
+def _number(name: str, value: object, low: float, high: float) -> float:
+    # NaN fails the comparison; a bool is an int in Python, but True is no temperature.
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high:
+        return float(value)
+    raise _refusal(name, value, f"a number from {low:g} to {high:g}")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise _refusal(name, value, f"an integer from {low} to {high}")
+
+
+def _tuple(name: str, value: object, what: str) -> tuple[object, ...]:
+    # A text is a sequence too, and would stop the answer at each of its letters.
+    if not isinstance(value, (tuple, list)):
+        raise _refusal(name, value, f"a tuple of {what}")
+    return tuple(value)
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise _refusal(name, value, "a text that is not empty")
+
+
+def _refusal(name: str, value: object, allowed: str) -> RequestError:
+    return RequestError(f"{name} must be {allowed}, not {value!r}")

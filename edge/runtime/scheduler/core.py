@@ -1,0 +1,575 @@
+"""The engine of the scheduler: which sequence runs in which slot, step by step. No threads here.
+
+`EngineCore` is deterministic given its backend and clock, so that its tests can take it through any
+interleaving of events. `edge.runtime.scheduler.scheduler` gives it a thread.
+
+A sequence waits, is placed into a slot (with the rows that it shares with others, see
+`edge.runtime.kv_cache`), prefills in chunks and decodes. Prompts prefill one at a time and in
+order, so that whoever shares a prefix with the one before finds it complete. A round
+(`EngineCore.step`) is one decode step of all sequences that have one token to run, and one chunk of
+the prompt in line; or the next token of that prompt runs in the decode step, too (it rides).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend
+from edge.bundle.embeddings import EmbeddingTable
+from edge.errors import BackendError, DeadlineError, EdgeError, ResourceError
+from edge.runtime.generation import GenerationStats
+from edge.runtime.kv_cache import Slot, SlotPool
+from edge.runtime.sampling import SampledToken, Sampler
+
+from .policy import Draft, Policy
+from .request import Drafter, FinishReason, Overflow, PrefixSource, Request, TokenEvent
+
+_FIRST_GUESS = 0.3  # acceptance of a drafter that has proposed nothing yet
+_NEWEST = 0.15  # weight of the newest verdict on a drafted token
+
+
+class Sink(Protocol):
+    """Takes what a sequence produces."""
+
+    def put(self, item: TokenEvent | EdgeError) -> None:
+        """Take an event, or the error that ends the sequence; called in the engine's thread.
+
+        Raises:
+            EdgeError: it takes no more tokens, which ends the sequence with that error.
+        """
+        ...
+
+
+class SequenceState:
+    """One sequence between submission and end.
+
+    Attributes:
+        request: what was asked for.
+        sink: where its tokens go.
+        ids: prompt and answer so far.
+        pending: tokens that must run before the next can be sampled.
+        slot: while it runs.
+        cancelled: set by anyone at any time.
+        deadline_s: on the core's clock; None without one.
+    """
+
+    def __init__(
+        self, request: Request, sampler: Sampler, sink: Sink, salt: str, now_s: float
+    ) -> None:
+        self.request = request
+        self.sampler = sampler
+        self.sink = sink
+        self.salt = salt
+        self.ids = list(request.ids)
+        self.pending: list[int] = self.ids[:]
+        self.slot: Slot | None = None
+        self.cancelled = False
+        self.ended = False
+        self.submitted_s = self.last_s = now_s
+        self.deadline_s = None if request.deadline_s is None else now_s + request.deadline_s
+        self.stats = GenerationStats(prompt_tokens=len(request.ids))
+        self.model_s_before = 0.0
+        self.drafter: Drafter | None = None
+        self.draft: list[int] = []
+        self.acceptance = _FIRST_GUESS
+
+    @property
+    def tokens_left(self) -> int | None:
+        """Tokens that it may still sample; None without a limit."""
+        limit = self.request.params.max_tokens
+        return None if limit is None else limit - self.stats.completion_tokens
+
+    def judge(self, right: bool) -> None:
+        """Count one drafted token as right or wrong."""
+        self.acceptance += _NEWEST * (right - self.acceptance)
+
+
+class EngineCore:
+    """Runs many sequences over the slots of one backend.
+
+    Args:
+        backend: the engine; only `step` and `call` touch it.
+        embeddings: its token table.
+        vocab_size: length of a row of logits.
+        max_batch: sequences that run at once; None is one per slot.
+        step_tokens: tokens of a prompt per step at most; None is what the backend takes.
+        target_itl_s: see `Policy`.
+        reuse_prefix: keep the rows of ended sequences for later ones. Off, only the samples of one
+            submission share.
+        overflow: what to do when a slot is full; None ends the sequence.
+        make_drafter: makes a sequence's drafter; None runs without speculation.
+        max_draft_tokens: drafted tokens per sequence and step at most.
+        prefix_store: prefixes that are kept outside the cache.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        embeddings: EmbeddingTable,
+        vocab_size: int,
+        *,
+        max_batch: int | None = None,
+        step_tokens: int | None = None,
+        target_itl_s: float | None = None,
+        reuse_prefix: bool = True,
+        overflow: Overflow | None = None,
+        make_drafter: Callable[[], Drafter] | None = None,
+        max_draft_tokens: int = 8,
+        prefix_store: PrefixSource | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.embeddings = embeddings
+        self.vocab_size = vocab_size
+        self.reuse_prefix = reuse_prefix
+        self.overflow = overflow
+        self.make_drafter = make_drafter
+        self.max_draft_tokens = min(max_draft_tokens, backend.max_step_tokens - 1)
+        self.prefix_store = prefix_store
+        self.pool = SlotPool(backend.num_slots, backend.capacity)
+        batch = backend.num_slots if max_batch is None else min(max_batch, backend.num_slots)
+        most = backend.max_step_tokens
+        tokens = most if step_tokens is None else min(step_tokens, most)
+        self.policy = Policy(batch, tokens, target_itl_s)
+        # Looked up anew each time, so that tests can move it.
+        self._clock = clock or (lambda: time.perf_counter())
+        self.waiting: list[SequenceState] = []
+        self.running: list[SequenceState] = []
+        self.hold = False  # no sequence is started while set
+        self.steps = 0
+        self.model_s = 0.0
+        self.last_step_s = 0.0
+        self.longest_step_s = 0.0
+        self.most_step_tokens = 0
+        self._call_began_s = 0.0
+        self._decoded_s: float | None = None  # when a decode step ended, in a row of them
+        self.mean_run_s = 0.0  # of a sequence from start to end, running mean
+        self.counts: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence waits or runs."""
+        return not (self.waiting or self.running)
+
+    def now(self) -> float:
+        """Seconds on the core's clock."""
+        return self._clock()
+
+    def add(self, sequence: SequenceState) -> None:
+        """Put a sequence into the queue: by priority, then in order of arrival."""
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].request.priority > sequence.request.priority:
+            at -= 1
+        self.waiting.insert(at, sequence)
+
+    def step(self) -> None:
+        """Run one round: end what is cancelled or late, start what has room, decode, prefill."""
+        self._sweep()
+        self._start_waiting()
+        decoding = [s for s in self.running if len(s.pending) == 1]
+        prefilling = min(
+            (s for s in self.running if len(s.pending) > 1),
+            key=lambda s: s.request.priority,
+            default=None,
+        )
+        chunk = 0 if prefilling is None else self.policy.chunk_tokens(len(decoding))
+        rides = prefilling is not None and chunk == 0
+        if decoding:
+            rides = self._decode(decoding, prefilling if rides else None)
+            self._observe_gap()
+        else:
+            self._decoded_s = None
+        if prefilling is not None and not (rides or prefilling.ended):
+            self._prefill(prefilling, max(chunk, 1))
+        if not self.running:
+            self._decoded_s = None
+
+    def _observe_gap(self) -> None:
+        before, self._decoded_s = self._decoded_s, self.now()
+        if before is not None:
+            self.policy.observe_gap(self._decoded_s - before)
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Let ``work`` use the backend as it likes, while no sequence runs."""
+        assert not self.running, "sequences own the cache"
+        self._call_began_s = self.now()
+        try:
+            work()
+        finally:
+            self.pool.forget()
+
+    def report_step(self, tokens: int) -> None:
+        """Count a step of the backend that work in `call` has just ended."""
+        self._count_step(tokens, self.now() - max(self._call_began_s, self.last_step_s))
+
+    @property
+    def full_step_s(self) -> float | None:
+        """The longest step so far, in proportion to the tokens of a full one; None before any.
+
+        A step reads all weights however few its tokens are, so for short ones this is too long.
+        """
+        if not self.most_step_tokens:
+            return None
+        return self.longest_step_s * max(1.0, self.policy.step_tokens / self.most_step_tokens)
+
+    def end_all(self, error: EdgeError | None) -> None:
+        """End every sequence with an error, or as cancelled; the backend is left alone."""
+        for sequence in [*self.running, *self.waiting]:
+            if error is None:
+                self._finish(sequence, "cancelled")
+            else:
+                self._fail(sequence, error, scrub=False)
+
+    # ------------------------------------------------------------------ who runs
+
+    def _sweep(self) -> None:
+        now = self.now()
+        for sequence in [*self.running, *self.waiting]:
+            if sequence.cancelled:
+                self._finish(sequence, "cancelled")
+            elif sequence.deadline_s is not None and now >= sequence.deadline_s:
+                tokens = sequence.stats.completion_tokens
+                what = f"sampled {tokens} tokens" if sequence.slot else "was still waiting"
+                self._fail(
+                    sequence,
+                    DeadlineError(
+                        f"the request {what} when its {sequence.request.deadline_s:g} s were over; "
+                        "allow more time, or send fewer requests at once"
+                    ),
+                )
+
+    def _start_waiting(self) -> None:
+        """Start what waits.
+
+        Behind a prompt that prefills others wait, and may share it, but for those before it in
+        priority.
+        """
+        while (
+            self.waiting
+            and not self.hold
+            and self.pool.num_free
+            and self.policy.allows(len(self.running))
+            and all(
+                len(sequence.pending) == 1
+                or self.waiting[0].request.priority < sequence.request.priority
+                for sequence in self.running
+            )
+        ):
+            sequence = self.waiting[0]
+            self.running.append(sequence)  # first: another thread that counts must miss no one
+            del self.waiting[0]
+            self._start(sequence)
+
+    def _start(self, sequence: SequenceState) -> None:
+        sequence.stats.queue_s = self.now() - sequence.submitted_s
+        sequence.model_s_before = self.model_s
+        try:
+            cached = self._place(sequence)
+        except EdgeError as error:
+            self._fail(sequence, error)
+            return
+        sequence.stats.cached_tokens = cached
+        sequence.pending = sequence.ids[cached:]
+        if self.make_drafter is not None:
+            sequence.drafter = self.make_drafter()
+        self.counts["prompt"] += len(sequence.ids)
+        self.counts["cached"] += cached
+
+    def _place(self, sequence: SequenceState) -> int:
+        """Give the sequence a slot, and what rows of its prompt there are; returns how many."""
+        ids = sequence.ids
+        placement = self.pool.place(ids, sequence.salt)
+        assert placement is not None
+        slot, cached, source, swap = placement
+        stored = self.prefix_store.lookup(ids, sequence.salt) if self.prefix_store else None
+        # The last token runs in any case.
+        longer = stored is not None and min(stored.length, len(ids) - 1) > cached
+        rows = stored.load() if stored is not None and longer else None
+        if stored is not None and rows is not None:
+            cached = min(stored.length, len(ids) - 1)
+            slot.reset()
+            self.backend.write_slot(slot.index, rows)
+        elif source is not None:
+            old_ids, old_salt = slot.ids, slot.salt
+            old_rows = self.backend.read_slot(slot.index, slot.length) if swap else None
+            slot.reset()
+            self.backend.copy_slot(source.index, slot.index, cached)
+            if old_rows is not None:
+                source.reset()
+                self.backend.write_slot(source.index, old_rows)
+                source.ids, source.salt, source.used_at = old_ids, old_salt, slot.used_at
+        self.pool.take(slot, ids[:cached], sequence.salt)
+        sequence.slot = slot
+        return cached
+
+    # ------------------------------------------------------------------ steps
+
+    def _prefill(self, sequence: SequenceState, limit: int) -> None:
+        part = sequence.pending[:limit]
+        last = len(part) - 1
+        logits = self._forward([sequence], [part], [[last]])
+        if logits is None:
+            return
+        slot = _slot_of(sequence)
+        slot.extend(part)
+        sequence.pending = sequence.pending[limit:]
+        if not sequence.pending and not sequence.cancelled:
+            self._sample(sequence, logits[0])
+
+    def _decode(self, decoding: list[SequenceState], rider: SequenceState | None) -> bool:
+        """Run the next token of each, and of ``rider``'s prompt; whether that one ran."""
+        ready = [sequence for sequence in decoding if self._has_room(sequence)]
+        if not ready:
+            return False
+        if self.make_drafter is None:
+            self._decode_run(ready if rider is None else [*ready, rider], 0)
+            return rider is not None
+        ridden = False
+        for sequence in ready:
+            sequence.draft = self._propose(sequence)
+        drafts = [Draft(len(s.draft), s.acceptance) for s in ready]
+        for run in self.policy.draft_plan(drafts):
+            rows = [ready[i] for i in run.rows]
+            if rider is not None and not run.drafted:
+                rows.append(rider)
+                rider, ridden = None, True
+            self._decode_run(rows, run.drafted)
+        return ridden
+
+    def _decode_run(self, sequences: list[SequenceState], drafted: int) -> None:
+        """One token of each sequence, and its drafted ones; those it lacks are padding.
+
+        Rows of padding and of wrong drafts are not counted, so later tokens overwrite them.
+        """
+        # Padding must not pass the end of anyone's slot.
+        drafted = min([drafted, *(_slot_of(s).remaining - 1 for s in sequences)])
+        rows = []
+        for sequence in sequences:
+            tail, first = sequence.draft[:drafted], sequence.pending[:1]
+            rows.append([*first, *tail, *first * (drafted - len(tail))])
+        places = list(range(1 + drafted))
+        logits = self._forward(sequences, rows, [places] * len(rows))
+        if logits is None:
+            return
+        for sequence, row in zip(sequences, logits, strict=True):
+            if sequence.cancelled:
+                continue
+            _slot_of(sequence).extend(sequence.pending[:1])
+            if len(sequence.pending) > 1:  # a prompt that rides
+                sequence.pending = sequence.pending[1:]
+            else:
+                self._sample(sequence, row)
+
+    def _forward(
+        self,
+        sequences: list[SequenceState],
+        tokens: list[list[int]],
+        wanted: list[list[int]],
+    ) -> NDArray[np.float32] | None:
+        """Run a step; where it fails, its sequences end with the error and None is returned."""
+        slots = [_slot_of(sequence) for sequence in sequences]
+        seq = len(tokens[0])
+        first = np.array([slot.length for slot in slots], dtype=np.int64)
+        positions = first[:, None] + np.arange(seq, dtype=np.int64)
+        try:
+            embeds = self.embeddings[np.array(tokens, dtype=np.int64)]
+            started = self.now()
+            logits = self.backend.forward(
+                [slot.index for slot in slots],
+                embeds,
+                positions,
+                int(positions[:, -1].max()) + 1,
+                np.array(wanted, dtype=np.int64),
+            )
+        except EdgeError as error:
+            for sequence in sequences:
+                self._fail(sequence, error)
+            return None
+        seconds = self.now() - started
+        self._count_step(len(sequences) * seq, seconds)
+        self.model_s += seconds
+        costs = self.policy.costs
+        if len(wanted[0]) > 1:
+            costs.observe_verify(len(sequences), seq, seconds)
+        elif seq == 1:
+            costs.decode.observe(len(sequences), seconds)
+        if len(sequences) == 1 and len(wanted[0]) == 1:
+            costs.prefill.observe(seq, seconds)
+        return logits
+
+    def _count_step(self, tokens: int, seconds: float) -> None:
+        self.last_step_s = self.now()
+        self.steps += 1
+        self.longest_step_s = max(self.longest_step_s, seconds)
+        self.most_step_tokens = max(self.most_step_tokens, tokens)
+
+    # ------------------------------------------------------------------ tokens
+
+    def _sample(self, sequence: SequenceState, logits: NDArray[np.float32]) -> None:
+        """Draw a token at each place, as long as the draft was what was drawn."""
+        draft, drafted = sequence.draft, len(logits) - 1
+        sequence.draft = []
+        accepted = 0
+        for place, row in enumerate(logits):
+            token = self._draw(sequence, row)
+            if token is None or not self._deliver(sequence, token):
+                break
+            right = place < len(draft) and token.id == draft[place]
+            if place < len(draft):
+                # A draft that was not run is still a guess to learn from.
+                sequence.judge(right)
+            if not right or place == drafted:
+                sequence.pending = [token.id]
+                break
+            _slot_of(sequence).extend([token.id])
+            accepted += 1
+        if draft and sequence.drafter is not None:
+            proposed = min(len(draft), drafted)
+            self.counts["drafted"] += proposed
+            self.counts["accepted"] += accepted
+            sequence.drafter.observe(proposed, accepted)
+
+    def _draw(self, sequence: SequenceState, logits: NDArray[np.float32]) -> SampledToken | None:
+        constraint = sequence.request.constraint
+        try:
+            mask = constraint.mask() if constraint is not None else None
+            token = sequence.sampler.sample(logits, mask)
+            if constraint is not None:
+                constraint.accept(token.id)
+        except EdgeError as error:
+            self._fail(sequence, error)
+        except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
+            # A panic in a library of Rust is no Exception.
+            self._fail(sequence, _caused(f"the constraint of a request failed: {error!r}", error))
+        else:
+            return token
+        return None
+
+    def _deliver(self, sequence: SequenceState, token: SampledToken) -> bool:
+        """Hand a token out; false if it was the last."""
+        now = self.now()
+        stats, request = sequence.stats, sequence.request
+        stats.completion_tokens += 1
+        self.counts["completion"] += 1
+        if stats.completion_tokens == 1:
+            stats.ttft_s = now - sequence.submitted_s
+        else:
+            stats.itl_s.append(now - sequence.last_s)
+        stats.total_s, sequence.last_s = now - sequence.submitted_s, now
+        sequence.ids.append(token.id)
+        ended = token.id in request.end_ids
+        try:
+            stopped = request.watcher is not None and request.watcher.push(token, ended)
+        except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
+            self._fail(sequence, _caused(f"the watcher of a request failed: {error!r}", error))
+            return False
+        full = self.overflow is None and _slot_of(sequence).remaining == 0
+        if ended or stopped:
+            self._finish(sequence, "stop", token)
+        elif sequence.tokens_left == 0 or full:
+            self._finish(sequence, "length", token)
+        else:
+            try:
+                sequence.sink.put(TokenEvent(token))
+            except EdgeError as error:
+                self._fail(sequence, error)
+        return not sequence.ended
+
+    def _finish(
+        self, sequence: SequenceState, reason: FinishReason, token: SampledToken | None = None
+    ) -> None:
+        sequence.stats.model_s = self.model_s - sequence.model_s_before if sequence.slot else 0.0
+        if sequence.slot is not None:
+            run_s = self.now() - sequence.submitted_s - sequence.stats.queue_s
+            self.mean_run_s += (_NEWEST if self.mean_run_s else 1.0) * (run_s - self.mean_run_s)
+            sequence.stats.context_left = sequence.slot.remaining
+        self._leave(sequence, keep=self.reuse_prefix)
+        self.outcomes[reason] += 1
+        sequence.sink.put(TokenEvent(token, reason, sequence.stats))
+
+    def _fail(self, sequence: SequenceState, error: EdgeError, *, scrub: bool = True) -> None:
+        """End a sequence with an error; its rows cannot be trusted."""
+        # Out of memory may come in the middle of a step, too.
+        spoilt = isinstance(error, (BackendError, ResourceError))
+        if scrub and spoilt and sequence.slot is not None:
+            self._scrub(sequence.slot, max(len(sequence.pending), 1 + self.max_draft_tokens))
+        self._leave(sequence, keep=False)
+        self.outcomes["deadline" if isinstance(error, DeadlineError) else "error"] += 1
+        sequence.sink.put(error)
+
+    def _scrub(self, slot: Slot, last_step: int) -> None:
+        """Zero the rows of a failed sequence, those that its last step may have written included.
+
+        A masked row still counts where attention multiplies its weight of 0 by what the row holds:
+        a NaN left there would reach whoever gets the slot next.
+        """
+        if self.backend.failed is not None:
+            return
+        # No more than that: on the CPU a row that nobody has touched takes no memory.
+        last_step = min(last_step, self.backend.max_step_tokens)
+        written = min(slot.length + last_step, slot.capacity)
+        # A backend that cannot even write will say so in its next step.
+        with contextlib.suppress(EdgeError):
+            row = self.backend.read_slot(slot.index, 1)
+            shape = (*row.shape[:2], written, *row.shape[3:])
+            self.backend.write_slot(slot.index, np.zeros(shape, dtype=row.dtype))
+
+    def _leave(self, sequence: SequenceState, *, keep: bool) -> None:
+        sequence.ended = True
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        if sequence.slot is not None:
+            self.pool.give_back(sequence.slot, keep=keep)
+            sequence.slot = None
+
+    # ------------------------------------------------------------------ room and drafts
+
+    def _has_room(self, sequence: SequenceState) -> bool:
+        """Whether the next token has a row; makes one where the slot is full."""
+        slot = _slot_of(sequence)
+        if slot.remaining:
+            return True
+        assert self.overflow is not None, "a full slot ends its sequence"
+        try:
+            rows = self.backend.read_slot(slot.index, slot.length)
+            rows, ids = self.overflow.slide(rows, list(slot.ids))
+            if not 0 < len(ids) == rows.shape[2] < slot.length:
+                raise BackendError(
+                    f"sliding a full slot of {slot.length} rows gave {rows.shape[2]} rows and "
+                    f"{len(ids)} tokens; this is a bug in the overflow policy"
+                )
+            slot.shareable = False
+            self.backend.write_slot(slot.index, rows)
+        except EdgeError as error:
+            self._fail(sequence, error)
+            return False
+        slot.ids = ids
+        return True
+
+    def _propose(self, sequence: SequenceState) -> list[int]:
+        assert sequence.drafter is not None
+        limit = min(self.max_draft_tokens, _slot_of(sequence).remaining - 1)
+        left = sequence.tokens_left
+        if left is not None:
+            # The token after the last right draft is sampled, too.
+            limit = min(limit, left - 1)
+        return sequence.drafter.propose(sequence.ids, limit)[:limit] if limit > 0 else []
+
+
+def _slot_of(sequence: SequenceState) -> Slot:
+    assert sequence.slot is not None, "the sequence does not run"
+    return sequence.slot
+
+
+def _caused(message: str, cause: BaseException) -> BackendError:
+    error = BackendError(message)
+    error.__cause__ = cause
+    return error

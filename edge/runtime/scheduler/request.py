@@ -1,0 +1,201 @@
+"""What callers hand to the scheduler and what they get back; the words that its rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Floats
+from edge.runtime.generation import FinishReason as FinishReason
+from edge.runtime.generation import GenerationStats
+from edge.runtime.sampling import SampledToken, SamplingParams
+
+_SEEDS = 1 << 64
+
+
+class Constraint(Protocol):
+    """Which tokens may come next; one object serves one sequence.
+
+    A grammar, a JSON schema, a thinking budget. It sees only tokens that were really sampled, so a
+    rejected draft never has to be taken back.
+    """
+
+    def mask(self) -> NDArray[np.float32] | None:
+        """What to add to the next logits, ``[vocab]`` of 0 and -inf; None allows every token.
+
+        Valid until the next call. The end tokens are masked like any other.
+        """
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Advance by a sampled token."""
+        ...
+
+
+class Watcher(Protocol):
+    """Sees each token of one sequence in the engine's thread, before the caller does."""
+
+    def push(self, token: SampledToken, ended: bool) -> bool:
+        """Take one token; true ends the sequence (a stop string was met).
+
+        Args:
+            token: what was sampled.
+            ended: whether it is an end token, whose text is not part of the answer.
+        """
+        ...
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of one sequence, for speculative decoding."""
+
+    def propose(self, ids: Sequence[int], limit: int) -> list[int]:
+        """Up to ``limit`` guesses for what follows ``ids`` (prompt and answer so far)."""
+        ...
+
+    def observe(self, proposed: int, accepted: int) -> None:
+        """How many of the last proposal's tokens were right."""
+        ...
+
+
+class Overflow(Protocol):
+    """Makes room in a full cache, so that a sequence can go on."""
+
+    def slide(self, rows: Floats, ids: list[int]) -> tuple[Floats, list[int]]:
+        """Drop some rows of a full slot and let the others move up.
+
+        Called in the engine's thread, for one sequence at a time.
+
+        Args:
+            rows: what `Backend.read_slot` gave, ``[2 * layers, kv_heads, length, head_dim]``: keys
+                of layer ``i`` at ``2 * i``, rotated for the position of their row, values behind.
+            ids: the token of each row, ``length`` of them.
+
+        Returns:
+            Rows to write from row 0 on, keys rotated for their new positions, and the token of
+            each: at least one and fewer than ``length``. The next token gets the position behind.
+        """
+        ...
+
+
+class StoredPrefix(NamedTuple):
+    """The rows of a prompt's beginning, kept outside the cache.
+
+    Attributes:
+        length: how many tokens of the prompt it covers.
+        load: gives the rows for `Backend.write_slot`, ``[2 * layers, kv_heads, length, head_dim]``,
+            or None where they are damaged after all; called in the engine's thread.
+    """
+
+    length: int
+    load: Callable[[], Floats | None]
+
+
+class PrefixSource(Protocol):
+    """Knows prefixes that are kept outside the cache, on disk say."""
+
+    def lookup(self, ids: Sequence[int], salt: str) -> StoredPrefix | None:
+        """The longest stored prefix that ``ids`` begin with, of this salt.
+
+        Called in the engine's thread each time a request starts, so it must be quick; the rows
+        are loaded only if the cache has no longer match. A prefix may be as long as the prompt;
+        the scheduler still runs the last token, for its logits.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sequence to generate.
+
+    Attributes:
+        ids: token ids of the prompt, at least one.
+        params: resolved sampling parameters (`SamplingParams.resolve`).
+        end_ids: ids that end the answer.
+        priority: lower runs first; equal ones in order of arrival.
+        deadline_s: seconds from submission after which the request ends with `DeadlineError`,
+            waiting or running; None waits for ever.
+        salt: sequences share cached prefixes only with those of the same salt, so that timing
+            tells one tenant nothing of another's prompts.
+        constraint: which tokens may come next.
+        watcher: sees each token in the engine's thread. A constraint and a watcher have state,
+            so a request with one of them makes one sequence (``n=1``).
+    """
+
+    ids: tuple[int, ...]
+    params: SamplingParams
+    end_ids: frozenset[int]
+    priority: int = 0
+    deadline_s: float | None = None
+    salt: str = ""
+    constraint: Constraint | None = None
+    watcher: Watcher | None = None
+
+    def sample(self, index: int) -> Request:
+        """The request for sample ``index`` of several: its seed is that much greater."""
+        seed = self.params.seed
+        if not index or seed is None:
+            return self
+        return replace(self, params=replace(self.params, seed=(seed + index) % _SEEDS))
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of a running request.
+
+    Attributes:
+        token: what was sampled; the end token too.
+        finish_reason: on the last event.
+        stats: on the last event.
+    """
+
+    token: SampledToken | None
+    finish_reason: FinishReason | None = None
+    stats: GenerationStats | None = None
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """Counters since the start, and the state of this moment.
+
+    Attributes:
+        running: sequences that hold a slot and compute.
+        waiting: requests in the queue.
+        calls: work for the idle engine that waits or runs, e.g. scoring.
+        queue_capacity: requests that the queue takes.
+        num_slots: slots of the cache.
+        kv_used_tokens: cache rows that running sequences use.
+        kv_cached_tokens: rows kept of finished sequences, for reuse.
+        kv_capacity_tokens: rows of all slots.
+        prompt_tokens: of all requests that ran.
+        cached_tokens: prompt tokens that were in the cache already.
+        completion_tokens: sampled.
+        drafted_tokens, accepted_tokens: of speculative decoding.
+        steps: calls of the backend.
+        last_step_s: monotonic clock when a step last ended; a heartbeat while anything runs.
+        full_step_s: what a step of as many tokens as there may be should take, at the pace of the
+            slowest so far; None before the first.
+        failed: why the backend can serve no more, else None.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    calls: int = 0
+    queue_capacity: int = 0
+    num_slots: int = 0
+    kv_used_tokens: int = 0
+    kv_cached_tokens: int = 0
+    kv_capacity_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    steps: int = 0
+    last_step_s: float = 0.0
+    full_step_s: float | None = None
+    failed: str | None = None
+    outcomes: dict[str, int] = field(default_factory=dict)

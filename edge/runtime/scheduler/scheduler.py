@@ -1,0 +1,456 @@
+"""`Scheduler`: gives `EngineCore` its thread, and callers a door to it from any other.
+
+The thread alone touches the backend. It starts with the first request, sleeps while there is
+nothing to do, and ends with `Scheduler.close` or when the scheduler is garbage.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar, cast
+
+from edge.backends import Backend
+from edge.bundle.embeddings import EmbeddingTable
+from edge.errors import (
+    BackendError,
+    ConfigError,
+    ContextLengthError,
+    OverloadError,
+    RequestError,
+    ResourceError,
+)
+from edge.runtime.sampling import Sampler
+
+from .core import EngineCore, SequenceState
+from .request import Drafter, Overflow, PrefixSource, Request, SchedulerStats
+from .ticket import Channel, Ticket
+
+_Result = TypeVar("_Result")
+_log = logging.getLogger(__name__)
+_FIRST_RETRY_S = 1.0  # what a refused caller is told before anything has finished
+_FORKED = (
+    "this process was forked from the one that loaded the bundle, and engines do not survive that; "
+    "load the bundle in this process"
+)
+
+
+class Scheduler:
+    """Runs many requests at once on the slots of one backend; safe to use from any thread.
+
+    Args:
+        backend: the engine, which nothing else may use from now on but through `call`.
+        embeddings: its token table.
+        vocab_size: length of a row of logits.
+        max_batch: sequences that run at once; None is one per slot. The slots beyond hold prefixes.
+        queue_capacity: sequences that may wait beyond those that can run.
+        step_tokens: tokens of a prompt per step at most; None is what the backend takes.
+        target_itl_s: gap between two tokens of a stream that must be kept: fewer sequences run at
+            once if they would be slower, and prompts get what it leaves. None batches as many as
+            there are slots, see `Policy`.
+        reuse_prefix: keep the rows of ended sequences for later ones that begin alike. Off, only
+            the samples of one submission share their prompt.
+        overflow: what to do when a slot is full; None ends the sequence with ``length``.
+        make_drafter: makes the drafter of each sequence; None runs without speculation.
+        max_draft_tokens: drafted tokens per sequence and step at most.
+        prefix_store: prefixes that are kept outside the cache.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        embeddings: EmbeddingTable,
+        vocab_size: int,
+        *,
+        max_batch: int | None = None,
+        queue_capacity: int = 64,
+        step_tokens: int | None = None,
+        target_itl_s: float | None = None,
+        reuse_prefix: bool = True,
+        overflow: Overflow | None = None,
+        make_drafter: Callable[[], Drafter] | None = None,
+        max_draft_tokens: int = 8,
+        prefix_store: PrefixSource | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("max_batch", max_batch, 1),
+            ("queue_capacity", queue_capacity, 0),
+            ("step_tokens", step_tokens, 1),
+            ("max_draft_tokens", max_draft_tokens, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, not {value}")
+        if target_itl_s is not None and not target_itl_s > 0:
+            raise ConfigError(
+                f"the target of inter-token latency ({target_itl_s} s) must be positive"
+            )
+        self._core = EngineCore(
+            backend,
+            embeddings,
+            vocab_size,
+            max_batch=max_batch,
+            step_tokens=step_tokens,
+            target_itl_s=target_itl_s,
+            reuse_prefix=reuse_prefix,
+            overflow=overflow,
+            make_drafter=make_drafter,
+            max_draft_tokens=max_draft_tokens,
+            prefix_store=prefix_store,
+        )
+        self.queue_capacity = queue_capacity
+        self._thread = _EngineThread(self._core)
+        self._groups = itertools.count(1)
+        weakref.finalize(self, self._thread.signal_close)
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences that run at once."""
+        return self._core.policy.max_batch
+
+    def submit(self, request: Request, n: int = 1) -> list[Ticket]:
+        """Queue ``n`` samples of one request (`Request.sample`).
+
+        Raises:
+            OverloadError: the queue is full, or the scheduler drains.
+            RequestError: an empty prompt, an id outside the vocabulary, a wrong ``n``.
+            ContextLengthError: the prompt does not fit into a slot.
+            BackendError: the backend can serve no more, or the scheduler is closed.
+        """
+        self.check_count(n)
+        if n > 1 and (request.constraint is not None or request.watcher is not None):
+            raise RequestError(
+                "a constraint or watcher follows one sequence; submit_all takes a request for each"
+            )
+        return self.submit_all([request.sample(i) for i in range(n)])
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Ticket]:
+        """Queue requests that belong together: all of them or none.
+
+        Raises:
+            As `submit`.
+        """
+        self.check_count(len(requests))
+        for request in requests:
+            self._check(request)
+        # Without reuse, only what is submitted together shares rows.
+        group = "" if self._core.reuse_prefix else f"\0{next(self._groups)}"
+        now = self._core.now()
+        tickets, sequences = [], []
+        for request in requests:
+            sampler = Sampler(request.params, self._core.vocab_size, request.ids)
+            channel = Channel()
+            sequence = SequenceState(request, sampler, channel, request.salt + group, now)
+            sequences.append(sequence)
+            tickets.append(Ticket(request, sampler.seed, channel, _Cancel(self, sequence)))
+        self._thread.take_in(sequences, self.max_batch + self.queue_capacity)
+        return tickets
+
+    def call(self, work: Callable[[], _Result]) -> _Result:
+        """Run ``work`` in the engine's thread while no sequence runs, and wait for it.
+
+        Within ``work`` a further call runs at once.
+
+        It may use the backend as it likes; cached prefixes are forgotten. Sequences that run finish
+        first, those that wait come after. It tells of its steps by `report_step`, or it looks like
+        an engine that hangs.
+
+        Raises:
+            BackendError: the scheduler is closed.
+            Whatever ``work`` raises.
+        """
+        return cast(_Result, self._thread.call(work).result())
+
+    def report_step(self, tokens: int) -> None:
+        """Count a step that work in `call` has just ended; for that work only.
+
+        Args:
+            tokens: that the step ran.
+        """
+        self._core.report_step(tokens)
+
+    def stats(self) -> SchedulerStats:
+        """Counters and the state of this moment."""
+        core, pool, backend = self._core, self._core.pool, self._core.backend
+        counts = core.counts
+        waiting, running = self._thread.load()
+        return SchedulerStats(
+            running=running,
+            waiting=waiting,
+            calls=self._thread.num_calls,
+            queue_capacity=self.queue_capacity,
+            num_slots=backend.num_slots,
+            kv_used_tokens=pool.used_tokens,
+            kv_cached_tokens=pool.cached_tokens,
+            kv_capacity_tokens=backend.num_slots * backend.capacity,
+            prompt_tokens=counts["prompt"],
+            cached_tokens=counts["cached"],
+            completion_tokens=counts["completion"],
+            drafted_tokens=counts["drafted"],
+            accepted_tokens=counts["accepted"],
+            steps=core.steps,
+            last_step_s=core.last_step_s,
+            full_step_s=core.full_step_s,
+            failed=self._thread.failed or backend.failed,
+            outcomes=dict(core.outcomes),
+        )
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Take no more requests and wait for those that are there.
+
+        Returns:
+            Whether all ended in time; None waits for ever.
+        """
+        return self._thread.drain(timeout_s)
+
+    def close(self) -> None:
+        """Cancel everything and end the thread; calling it twice is harmless."""
+        self._thread.close()
+
+    def check_count(self, n: int) -> None:
+        """Refuse a number of answers that can never be submitted together.
+
+        Raises:
+            RequestError: less than one, or more than may run and wait.
+        """
+        if n < 1:
+            raise RequestError(f"n must be at least 1, not {n}")
+        most = self.max_batch + self.queue_capacity
+        if n > most:
+            raise RequestError(
+                f"{n} answers at once are more than the {most} that may run or wait; ask for "
+                "fewer, or raise queue_capacity"
+            )
+
+    def _check(self, request: Request) -> None:
+        """Refuse what can never run, in the caller's thread."""
+        num_tokens, capacity = len(request.ids), self._core.backend.capacity
+        if not num_tokens:
+            raise RequestError("the prompt is empty; give at least one token")
+        low, high = min(request.ids), max(request.ids)
+        if low < 0 or high >= self._core.embeddings.vocab_size:
+            wrong = low if low < 0 else high
+            last = self._core.embeddings.vocab_size - 1
+            raise RequestError(f"token id {wrong} is outside 0..{last}")
+        if num_tokens >= capacity:
+            raise ContextLengthError(num_tokens, capacity)
+        if request.deadline_s is not None and not request.deadline_s > 0:
+            raise RequestError(f"a deadline must be positive, not {request.deadline_s} s")
+
+
+class _Cancel:
+    """Cancels a sequence; keeps the scheduler alive for as long as its ticket is."""
+
+    def __init__(self, scheduler: Scheduler, sequence: SequenceState) -> None:
+        self._scheduler = scheduler
+        self._sequence = sequence
+
+    def __call__(self) -> None:
+        self._sequence.cancelled = True
+
+
+class _EngineThread:
+    """The thread, and what callers share with it, all behind one condition.
+
+    It holds no reference to the scheduler, so a scheduler that is dropped ends it.
+    """
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._changed = threading.Condition()
+        self._inbox: deque[SequenceState] = deque()
+        self._calls: deque[_Call] = deque()
+        self._in_call = False
+        self._thread: threading.Thread | None = None
+        self._draining = False
+        self._closing = False
+        self.failed: str | None = None
+        _LIVE.add(self)
+
+    # ------------------------------------------------------------------ in callers' threads
+
+    def take_in(self, sequences: list[SequenceState], most: int) -> None:
+        """Queue sequences, all or none, if then at most ``most`` are there."""
+        with self._changed:
+            self._refuse_if_down()
+            if self._draining:
+                raise OverloadError("no more requests are taken: shutting down", _FIRST_RETRY_S)
+            present = sum(self.load())
+            excess = present + len(sequences) - most
+            if excess > 0:
+                self._core.outcomes["rejected"] += len(sequences)
+                raise OverloadError(
+                    f"{present} sequences run or wait and at most {most} may, so {len(sequences)} "
+                    "more cannot be taken; try again later",
+                    self._core.mean_run_s * excess / self._core.policy.max_batch or _FIRST_RETRY_S,
+                )
+            self._start()
+            self._inbox.extend(sequences)
+            self._changed.notify_all()
+
+    def call(self, work: Callable[[], object]) -> Future[object]:
+        """Queue work that needs the backend for itself."""
+        call = _Call(work)
+        if threading.current_thread() is self._thread:
+            self._call_within(call)
+            return call.future
+        with self._changed:
+            self._refuse_if_down()
+            self._start()
+            self._calls.append(call)
+            self._changed.notify_all()
+        return call.future
+
+    def _call_within(self, call: _Call) -> None:
+        """Run a call that the engine's own thread makes: it would wait for itself."""
+        if not self._in_call:
+            raise BackendError(
+                "a constraint or watcher cannot use the backend while its sequence runs"
+            )
+        call()
+
+    def load(self) -> tuple[int, int]:
+        """Sequences that wait and that run."""
+        with self._changed:
+            return len(self._inbox) + len(self._core.waiting), len(self._core.running)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that wait or run."""
+        with self._changed:
+            return len(self._calls) + self._in_call
+
+    def drain(self, timeout_s: float | None) -> bool:
+        """Take no more sequences; whether those that are there ended in time."""
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not sum(self.load()), timeout_s)
+
+    def signal_close(self) -> None:
+        """Ask the thread to end; safe wherever garbage is collected."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread and wait for it."""
+        self.signal_close()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _refuse_if_down(self) -> None:
+        if self._closing:
+            raise BackendError("the backend is closed; load the bundle again")
+        failed = self.failed or self._core.backend.failed
+        if failed is not None:
+            raise BackendError(f"the engine can serve no more: {failed}")
+
+    def _start(self) -> None:
+        """Start the thread if it does not run; nothing may be queued before."""
+        if self._thread is None:
+            # A daemon, or a program that forgets `close` would never end; `close` at the exit, or
+            # the interpreter would be torn down around a running step.
+            thread = threading.Thread(target=self._run, name="edge-llm-engine", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise ResourceError(
+                    f"the engine's thread could not be started ({error}); free memory or raise the "
+                    "limit of processes (ulimit -u)"
+                ) from error
+            self._thread = thread
+            atexit.register(self.close)
+
+    def give_up_after_fork(self) -> None:
+        """In a child process: the thread is not there, and may have held the lock."""
+        self._changed = threading.Condition()
+        self._thread = None
+        self._inbox.clear()
+        self._calls.clear()
+        self._core.running, self._core.waiting = [], []
+        self.failed = _FORKED
+
+    # ------------------------------------------------------------------ in the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_work():
+                self._core.step()
+                failed = self._core.backend.failed
+                if failed is not None:
+                    self._core.end_all(BackendError(f"the engine failed: {failed}"))
+        except BaseException as error:  # noqa: BLE001 - a fault of no one sequence: all are told
+            # A panic in a library of Rust is no Exception, and nobody sees a thread's exit.
+            _log.exception("the engine's thread failed")
+            self.failed = f"{type(error).__name__}: {error}"
+        finally:
+            self._end()
+
+    def _take_work(self) -> bool:
+        """Wait for something to do and take in what came; false when closing."""
+        while True:
+            with self._changed:
+                while not (self._closing or self._inbox or self._calls) and self._core.is_idle:
+                    self._changed.notify_all()  # whoever drains
+                    self._changed.wait()
+                if self._closing:
+                    return False
+                while self._inbox:
+                    self._core.add(self._inbox.popleft())
+                self._core.hold = bool(self._calls)
+                if not self._calls or self._core.running:
+                    return True
+                call = self._calls.popleft()
+                self._in_call = True
+            try:
+                self._core.call(call)
+            finally:
+                self._in_call = False
+
+    def _end(self) -> None:
+        with self._changed:
+            failed = self.failed
+            while self._inbox:
+                self._core.add(self._inbox.popleft())
+            self._core.end_all(None if failed is None else BackendError(failed))
+            while self._calls:
+                self._calls.popleft().future.set_exception(
+                    BackendError(failed or "the backend was closed while this waited for it")
+                )
+            self._changed.notify_all()
+        atexit.unregister(self.close)
+
+
+_LIVE: weakref.WeakSet[_EngineThread] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for thread in list(_LIVE):
+        thread.give_up_after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Call:
+    """Work for the engine's thread, and its result."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
+        self.future: Future[object] = Future()
+
+    def __call__(self) -> None:
+        try:
+            self.future.set_result(self._work())
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is awaited
+            self.future.set_exception(error)

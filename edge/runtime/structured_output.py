@@ -1,0 +1,427 @@
+"""Output that keeps to a form: JSON, a JSON schema, a regular expression or a grammar.
+
+The form is compiled by llguidance (https://github.com/guidance-ai/llguidance) into an automaton
+over the model's tokens. Before each token it says which ones may come; the sampler draws among
+those. So the text of a finished answer always has the form, whatever the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import DependencyError, RequestError, ResourceError, install_command
+
+if TYPE_CHECKING:
+    from edge.text.tokenizer import Tokenizer
+
+OutputKind = Literal["json_object", "json_schema", "regex", "grammar", "tool_calls"]
+
+_NOUNS = {
+    "json_object": "JSON object",
+    "json_schema": "JSON schema",
+    "regex": "regular expression",
+    "grammar": "grammar",
+    "tool_calls": "JSON schema of the tools",
+}
+_SCHEMA_HINT = (
+    "leave that keyword out or write it with supported ones "
+    "(type, properties, required, items, enum, const, anyOf, $ref and $defs, pattern, bounds)"
+)
+_HINTS = {
+    "json_schema": _SCHEMA_HINT,
+    "tool_calls": _SCHEMA_HINT,
+    "regex": "use the syntax of Rust's regex crate: no look-around, no back-references",
+    "grammar": "use Lark's syntax as llguidance reads it, with a rule named start",
+}
+# A model that loses its way may write white space for ever where JSON allows it.
+_SCHEMA_OPTIONS = {"lenient": False, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+_CACHED_GRAMMARS = 32
+_CHECK_SCRIPT = Path(__file__).with_name("grammar_check.py")
+_CHECK_MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """The form that an answer must have.
+
+    Attributes:
+        kind: ``json_object`` (any object), ``json_schema`` (draft 2020-12; properties come in the
+            schema's order), ``regex`` (of the whole answer, in the syntax of Rust's regex crate),
+            ``grammar`` (Lark, with llguidance's extensions) or ``tool_calls`` (any text, in which
+            what stands between two marks keeps to a schema).
+        source: the schema (plain data or JSON text, kept as text), the expression or the grammar;
+            of ``tool_calls`` an object with ``start`` and ``end``, the marks, and ``schema``; None
+            for ``json_object``.
+
+    Raises:
+        RequestError: an unknown kind, or a source that does not belong to it.
+    """
+
+    kind: OutputKind
+    source: str | Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _NOUNS:
+            raise RequestError(
+                f"unknown output format {self.kind!r:.80}; use one of {', '.join(_NOUNS)}"
+            )
+        if self.kind in ("json_schema", "tool_calls") and isinstance(self.source, Mapping):
+            try:
+                text = msgspec.json.encode(self.source).decode()
+            except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+                raise RequestError(f"the JSON schema is not plain JSON data: {error}") from error
+            object.__setattr__(self, "source", text)
+        elif (self.source is None) != (self.kind == "json_object"):
+            needs = "takes no" if self.kind == "json_object" else "needs a"
+            raise RequestError(f"the output format {self.kind} {needs} source")
+        if not isinstance(self.source, str | None):
+            raise RequestError(
+                f"a {_NOUNS[self.kind]} is given as text, not as {self.source!r:.80}"
+            )
+
+    @property
+    def text(self) -> str:
+        """The source as text; of ``json_object``, the schema of any object."""
+        return '{"type":"object"}' if self.source is None else str(self.source)
+
+
+@dataclass(frozen=True)
+class GrammarLimits:
+    """What a form may cost; it comes from clients.
+
+    Attributes:
+        max_bytes: of its source.
+        max_depth: nested brackets of a JSON schema.
+        max_properties: entries of all ``properties`` of a JSON schema together.
+        compile_s: CPU seconds of the compiler.
+    """
+
+    max_bytes: int = 1 << 16
+    max_depth: int = 64
+    max_properties: int = 1000
+    compile_s: int = 2
+
+
+class GrammarCompiler:
+    """Compiles output formats for one model; one object per bundle, safe to share.
+
+    The automaton of the vocabulary is built at the first use (some 0.2 s per 50,000 tokens).
+
+    Args:
+        tokenizer: the bundle's.
+        vocab_size: length of a row of logits; ids beyond the tokenizer are never allowed.
+        limits: see there.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, limits: GrammarLimits | None = None
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._tokenizer = tokenizer
+        self._limits = limits or GrammarLimits()
+        self._lock = threading.Lock()
+        self._checking = threading.Lock()  # one process at a time, whatever clients send
+        self._vocabulary: Any = None
+        self._matchers: OrderedDict[OutputFormat, Any] = OrderedDict()
+
+    def compile(self, output: OutputFormat) -> GrammarConstraint:
+        """Make the constraint of one sequence.
+
+        A form that was compiled before (the last 32 are kept) takes microseconds; a new one is
+        tried in a process of its own first, which takes some 0.1 s and can be ended.
+
+        Raises:
+            RequestError: the form is malformed, uses what is not supported, or passes a limit.
+            DependencyError: llguidance is missing.
+            ResourceError: no process could be started.
+        """
+        with self._lock:
+            matcher = self._matchers.get(output)
+            if matcher is not None:
+                self._matchers.move_to_end(output)
+        if matcher is None:
+            matcher = self._compile(output)
+            with self._lock:
+                self._matchers[output] = matcher
+                if len(self._matchers) > _CACHED_GRAMMARS:
+                    self._matchers.popitem(last=False)
+        return GrammarConstraint(matcher.deep_copy(), self.vocab_size, _NOUNS[output.kind])
+
+    def _compile(self, output: OutputFormat) -> Any:
+        library = _import_llguidance()
+        grammar = _to_grammar(library, output, self._limits, self._tokenizer.control_tokens)
+        if output.kind != "json_object":
+            self._check(output.kind, grammar)
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = _build_vocabulary(library, self._tokenizer, self.vocab_size)
+        limits = library.LLParserLimits(verbose_errors=False)
+        matcher = library.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first one is the slowest, and the engine need not wait
+        if matcher.is_error():
+            _refuse(output.kind, matcher.get_error())
+        return matcher
+
+    def _check(self, kind: OutputKind, grammar: str) -> None:
+        task = {
+            "path": sys.path,
+            "grammar": grammar,
+            "control_tokens": list(self._tokenizer.control_tokens),
+            "cpu_s": self._limits.compile_s,
+            "memory_bytes": _CHECK_MEMORY_BYTES,
+        }
+        try:
+            with self._checking:
+                done = subprocess.run(
+                    [sys.executable, "-I", "-S", str(_CHECK_SCRIPT)],
+                    input=json.dumps(task).encode(),
+                    capture_output=True,
+                    timeout=10 * self._limits.compile_s,  # it may have to wait for a core
+                    check=False,
+                )
+        except subprocess.TimeoutExpired:
+            _refuse_cost(kind, self._limits)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot start a process that compiles the {_NOUNS[kind]}: {error}; "
+                "free memory or raise the limit of processes"
+            ) from error
+        errors = done.stderr.decode("utf-8", "replace").split("\n")
+        if done.returncode < 0 or any(line.startswith("MemoryError") for line in errors):
+            _refuse_cost(kind, self._limits)  # a limit ended it
+        if done.returncode:
+            raise ResourceError(
+                f"the process that compiles the {_NOUNS[kind]} failed: "
+                f"{' '.join(errors).strip()[-300:]}; is llguidance installed whole?"
+            )
+        if done.stdout:
+            _refuse(kind, done.stdout.decode("utf-8", "replace"))
+
+
+class GrammarConstraint:
+    """Keeps one sequence to a grammar; a `edge.runtime.scheduler.Constraint`.
+
+    An end token is allowed only where the text may end, and nothing else where it must.
+
+    Args:
+        matcher: an llguidance ``LLMatcher`` of its own.
+        vocab_size: length of the mask.
+        noun: what the form is called in errors.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, noun: str) -> None:
+        self._matcher = matcher
+        self._noun = noun
+        words = (vocab_size + 31) // 32
+        self._bits = np.zeros(4 * words, np.uint8)
+        self._rows = np.empty((4 * words, 8), np.float32)
+        self._mask: NDArray[np.float32] = self._rows.reshape(-1)[:vocab_size]
+
+    def mask(self) -> NDArray[np.float32]:
+        """Add this to the next logits: float32 ``[vocab]`` of 0 and -inf, good until the next call.
+
+        Raises:
+            RequestError: the automaton passed llguidance's limits on the work per token.
+        """
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.size)
+        if self._matcher.is_error():
+            raise RequestError(
+                f"the {self._noun} became too complex for the answer so far "
+                f"({_first_line(self._matcher.get_error())}); simplify it"
+            )
+        np.take(_BYTE_TO_MASK, self._bits, axis=0, out=self._rows, mode="clip")
+        return self._mask
+
+    def accept(self, token_id: int) -> None:
+        """Advance by a sampled token.
+
+        Raises:
+            RequestError: the mask forbids the token.
+        """
+        if not self._matcher.consume_token(token_id):
+            raise RequestError(
+                f"token {token_id} breaks the {self._noun} "
+                f"({_first_line(self._matcher.get_error())})"
+            )
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text so far is complete."""
+        accepting: bool = self._matcher.is_accepting()
+        return accepting
+
+
+def _masks_of_bytes() -> NDArray[np.float32]:
+    """Of every byte of a bit mask, lowest bit first, what to add to its eight logits."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return np.where(bits == 1, 0.0, -np.inf).astype(np.float32)
+
+
+_BYTE_TO_MASK = _masks_of_bytes()
+
+
+def _import_llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise DependencyError(
+            f"structured output needs the package llguidance; run: {install_command('serve')}"
+        ) from error
+    return llguidance
+
+
+class _Vocabulary:
+    """The model's tokens as `llguidance.TokenizerWrapper` wants them."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        # Ids beyond the tokenizer have no bytes and are never allowed.
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
+        # No rule lets these in but one that names them.
+        special = {*tokenizer.control_tokens.values(), *tokenizer.tokens.eos}
+        self.special_token_ids = sorted(special)
+        self.eos_token_id = tokenizer.tokens.eos[0]
+        self.bos_token_id = tokenizer.tokens.bos
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._tokenizer.encode(text if isinstance(text, str) else text.decode())
+
+
+def _build_vocabulary(library: Any, tokenizer: Tokenizer, vocab_size: int) -> Any:
+    if not tokenizer.tokens.eos:
+        raise RequestError("structured output needs an end token, and this model has none")
+    wrapper = library.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size))
+    return library.LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=list(tokenizer.tokens.eos))
+
+
+def _to_grammar(
+    library: Any, output: OutputFormat, limits: GrammarLimits, control_tokens: Mapping[str, int]
+) -> str:
+    """What `LLMatcher` takes, after the checks that need no compiler."""
+    text = output.text
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > limits.max_bytes:
+        raise RequestError(
+            f"the {_NOUNS[output.kind]} has {size} bytes, at most {limits.max_bytes} are taken; "
+            "shorten it"
+        )
+    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        raise RequestError(f"the {_NOUNS[output.kind]} has characters that are no text")
+    grammar: str
+    if output.kind == "regex":
+        grammar = library.LLMatcher.grammar_from_regex(text)
+    elif output.kind == "grammar":
+        grammar = library.LLMatcher.grammar_from_lark(text)
+    elif output.kind == "tool_calls":
+        calls = _read_calls(text)
+        schema = msgspec.json.encode(calls.schema).decode()
+        _check_schema(schema, limits)
+        grammar = library.LLMatcher.grammar_from_lark(_calls_grammar(calls, control_tokens))
+    else:
+        _check_schema(text, limits)
+        grammar = library.LLMatcher.grammar_from_json_schema(text, overrides=_SCHEMA_OPTIONS)
+    return grammar
+
+
+class _Calls(msgspec.Struct, forbid_unknown_fields=True):
+    """The source of ``tool_calls``."""
+
+    start: Annotated[str, msgspec.Meta(pattern=r"^<[\w|-]+>$")]
+    end: Annotated[str, msgspec.Meta(pattern=r"^</?[\w|-]+>$")]
+    schema: dict[str, Any]
+
+
+def _read_calls(source: str) -> _Calls:
+    try:
+        return msgspec.json.decode(source, type=_Calls)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise RequestError(f"the form of tool calls cannot be read: {error}") from error
+
+
+def _calls_grammar(calls: _Calls, control_tokens: Mapping[str, int]) -> str:
+    """Text, and calls in it; in Lark a control token has no quotes, and no text matches it."""
+    end = calls.end if calls.end in control_tokens else f'"{calls.end}"'
+    if calls.start in control_tokens:
+        rules = f"start: text (call text)*\ntext: TEXT |\nbegin: {calls.start}\n"
+    else:
+        # Lazy: the mark ends the text as soon as it is there.
+        rules = f'start: call* TEXT\nbegin[lazy]: ANY "{calls.start}"\nANY: /(.|\\n)*/\n'
+    schema = msgspec.json.encode({**calls.schema, "x-guidance": _SCHEMA_OPTIONS}).decode()
+    return (
+        f"%llguidance {{}}\n{rules}call: begin NL? arguments NL? {end}\nNL: /\\n/\n"
+        # The mark spelled out in letters would be read as a call, too.
+        f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{re.escape(calls.start)}(.|\\n)*/\n"
+        f"arguments: %json {schema}\n"
+    )
+
+
+def _check_schema(source: str, limits: GrammarLimits) -> None:
+    try:
+        schema = msgspec.json.decode(source)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise RequestError(f"the JSON schema is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise RequestError(f"the JSON schema must be an object, not {source!r:.80}")
+    if "x-guidance" in schema:
+        raise RequestError("the JSON schema: x-guidance is not supported; leave it out")
+    properties = 0
+    level: list[Any] = [schema]
+    for _ in range(limits.max_depth):
+        properties += sum(
+            len(node["properties"])
+            for node in level
+            if isinstance(node, dict) and isinstance(node.get("properties"), dict)
+        )
+        level = [child for node in level for child in _children(node)]
+    if level:
+        raise RequestError(
+            f"the JSON schema nests more than {limits.max_depth} levels; "
+            "name the inner parts in $defs and refer to them by $ref"
+        )
+    if properties > limits.max_properties:
+        raise RequestError(
+            f"the JSON schema has {properties} properties, at most {limits.max_properties} are "
+            "taken; split it"
+        )
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, list) else []
+
+
+def _refuse(kind: OutputKind, why: str) -> NoReturn:
+    hint = _HINTS.get(kind)
+    raise RequestError(
+        f"the {_NOUNS[kind]} cannot be used: {_first_line(why)}" + (f"; {hint}" if hint else "")
+    )
+
+
+def _refuse_cost(kind: OutputKind, limits: GrammarLimits) -> NoReturn:
+    raise RequestError(
+        f"the {_NOUNS[kind]} takes more than {limits.compile_s} s or "
+        f"{_CHECK_MEMORY_BYTES >> 20} MiB to compile; simplify it: the dearest things are patterns "
+        "that are joined (allOf, &), large multipleOf and large counts of repetition"
+    )
+
+
+def _first_line(error: str) -> str:
+    """The reason without the pictures of the source that llguidance puts around it."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()] or ["unknown error"]
+    reason = next((line for line in lines if line.startswith("error: ")), None)
+    return (reason.removeprefix("error: ") if reason else lines[0])[:300]

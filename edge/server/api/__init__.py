@@ -1,0 +1,1 @@
+"""The endpoints: from a request's body to prompts, and from tokens to its answer."""

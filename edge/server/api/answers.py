@@ -1,0 +1,207 @@
+"""Answers of the HTTP API, as types; `edge.server.api.openapi` shows them to clients."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+
+class PromptDetails(Struct):
+    """Of the prompt's tokens, those that were in the cache."""
+
+    cached_tokens: int = 0
+
+
+class CompletionDetails(Struct):
+    """Of the answer's tokens, those of the reasoning."""
+
+    reasoning_tokens: int = 0
+
+
+class Usage(Struct):
+    """Tokens of one answer, all choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class CalledFunction(Struct):
+    """Name and arguments (JSON, as text) of a call."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct):
+    """A call that the model wants made; ``index`` in chunks only."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int | UnsetType = UNSET
+
+
+class TopLogprob(Struct):
+    """One of the likeliest tokens at a place."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """The sampled token and the likeliest ones at its place."""
+
+    top_logprobs: list[TopLogprob] = []
+
+
+class ChatLogprobs(Struct):
+    """Log-probabilities of an answer's tokens, reasoning included."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class Message(Struct):
+    """An answer; the reasoning stands under both names that clients look for."""
+
+    content: str | None
+    role: Literal["assistant"] = "assistant"
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    refusal: None = None
+    annotations: list[Any] = []
+
+
+class Choice(Struct):
+    """One answer of a chat."""
+
+    index: int
+    message: Message
+    finish_reason: str
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(Struct):
+    """The answer to a chat."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    system_fingerprint: str
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class Delta(Struct, omit_defaults=True):
+    """What a chunk adds to an answer."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+class ChunkChoice(Struct):
+    """A chunk of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatChunk(Struct):
+    """One event of a streamed chat."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    system_fingerprint: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    usage: Usage | UnsetType | None = UNSET
+
+
+class TextLogprobs(Struct):
+    """Log-probabilities in the form of completions; None at the very first token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class TextChoice(Struct):
+    """One answer of a completion, or a chunk of it."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class TextCompletion(Struct):
+    """The answer to a completion, or one event of it."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    system_fingerprint: str
+    object: Literal["text_completion"] = "text_completion"
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ModelCard(Struct):
+    """A model that is served."""
+
+    id: str
+    created: int
+    max_model_len: int
+    object: Literal["model"] = "model"
+    owned_by: str = "edge-llm"
+
+
+class ModelList(Struct):
+    """``GET /v1/models``."""
+
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
+
+
+class TokenizeResponse(Struct):
+    """Tokens of a text; ``max_model_len`` is what prompt and answer may take together."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(Struct):
+    """The text of tokens."""
+
+    prompt: str
+
+
+class ErrorBody(Struct):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(Struct):
+    """Any answer but 200."""
+
+    error: ErrorBody

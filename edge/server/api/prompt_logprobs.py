@@ -1,0 +1,129 @@
+"""Log-probabilities of a prompt's own tokens, for ``echo`` with ``logprobs``."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend
+from edge.bundle.embeddings import EmbeddingTable
+from edge.errors import ContextLengthError, DeadlineError, OverloadError
+from edge.figures import log_softmax
+from edge.runtime.sampling import SampledToken
+from edge.server.models.flight import ClientGoneError, until_gone
+
+if TYPE_CHECKING:
+    from edge.server.http.guard import Receive
+    from edge.server.models.registry import ServedModel
+
+_CHUNK = 64  # logits of 64 places are 39 MB at a vocabulary of 151,936
+# Scoring waits for an idle engine, so it has a thread of its own and never holds up the others.
+_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edge-score")
+
+
+async def score_prompt(
+    model: ServedModel,
+    ids: list[int],
+    top: int,
+    *,
+    receive: Receive,
+    timeout_s: float | None = None,
+) -> list[SampledToken]:
+    """Every token of a prompt with its log-probability and the ``top`` likeliest at its place.
+
+    The first token has none. It waits until the engine runs nothing else. When nobody waits for it
+    any more, it ends with the step that runs.
+
+    Args:
+        model: that scores.
+        ids: the prompt.
+        top: how many of the likeliest.
+        receive: of the client's connection.
+        timeout_s: that it may take, its wait included.
+
+    Raises:
+        ContextLengthError: the prompt does not fit.
+        OverloadError: too many prompts wait to be scored.
+        DeadlineError: it took too long.
+        BackendError: the engine failed, or its logits are not finite.
+        APIError: the engine hangs, or the server is shut down.
+        ClientGoneError: the client left.
+    """
+    llm = model.llm
+    if len(ids) > llm.kv_capacity:
+        raise ContextLengthError(len(ids), llm.kv_capacity)
+    if len(model.scoring) >= llm.scheduler.queue_capacity:
+        raise OverloadError("too many prompts wait to be scored; try again later", 1.0)
+    left = threading.Event()
+
+    def on_step(tokens: int) -> None:
+        llm.scheduler.report_step(tokens)
+        if left.is_set():
+            raise ClientGoneError("nobody waits for this prompt any more")
+
+    def work() -> list[SampledToken]:
+        if left.is_set():  # while it waited for this thread
+            return []
+        return llm.call(lambda: _score(llm.backend, llm.embeddings, ids, top, on_step))
+
+    loop = asyncio.get_running_loop()
+    scored = loop.run_in_executor(_executor, work)
+    scored.add_done_callback(lambda future: future.cancelled() or future.exception())
+    ended: asyncio.Future[None] = loop.create_future()
+    gone = asyncio.create_task(until_gone(receive))
+    model.scoring.add(ended)
+    try:
+        waiting: set[asyncio.Future[Any]] = {scored, ended, gone}
+        done, _ = await asyncio.wait(
+            waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        left.set()
+        gone.cancel()
+        model.scoring.discard(ended)
+    if ended in done:
+        ended.result()
+    if scored in done:
+        return scored.result()
+    if gone in done:
+        raise ClientGoneError("the client left")
+    raise DeadlineError(f"the prompt was not scored within {timeout_s:g} s")
+
+
+def _score(
+    backend: Backend,
+    embeddings: EmbeddingTable,
+    ids: Sequence[int],
+    top: int,
+    on_step: Callable[[int], None],
+) -> list[SampledToken]:
+    result = [SampledToken(ids[0])]
+    chunk = min(_CHUNK, backend.max_step_tokens)
+    for at in range(0, len(ids) - 1, chunk):
+        part = ids[at : min(at + chunk, len(ids) - 1)]
+        embeds = embeddings[np.asarray(part, dtype=np.int64)[None]]
+        places = np.arange(len(part), dtype=np.int64)[None]
+        logits = backend.forward([0], embeds, places + at, at + len(part), places)[0]
+        on_step(len(part))
+        following = ids[at + 1 : at + 1 + len(part)]
+        result += [_token(row, id_, top) for row, id_ in zip(logits, following, strict=True)]
+    return result
+
+
+def _token(logits: NDArray[np.float32], token_id: int, top: int) -> SampledToken:
+    logprobs = log_softmax(logits)
+    likeliest: tuple[tuple[int, float], ...] = ()
+    if top:
+        # Of equal ones the lower id first, as everywhere else.
+        candidates = np.argpartition(-logprobs, min(top, logprobs.size - 1))[: top + 1]
+        floor = logprobs[candidates].min()
+        ids = np.flatnonzero(logprobs >= floor)
+        order = ids[np.argsort(-logprobs[ids], kind="stable")][:top]
+        likeliest = tuple((int(i), float(logprobs[i])) for i in order)
+    return SampledToken(token_id, float(logprobs[token_id]), likeliest)

@@ -1,0 +1,271 @@
+"""Requests of the HTTP API, as types: what is not here is refused.
+
+Unknown fields, wrong types and values out of range are errors that name the field. ``IGNORED`` has
+the few fields that are accepted without effect, since they ask for nothing that a device could do
+differently. Ranges are those of `edge.runtime.sampling.SamplingParams`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from edge.errors import DependencyError
+from edge.server.http.errors import APIError, invalid
+
+IGNORED = {
+    "metadata": "bookkeeping of the caller",
+    "store": "nothing is stored here",
+    "service_tier": "there is one tier",
+    "safety_identifier": "bookkeeping of the caller",
+    "prompt_cache_key": "prefixes are found without it",
+    "prompt_cache_retention": "the cache keeps what it can",
+    "modalities": "text is the only one",
+    "response_format.json_schema.name": "the schema binds the answer, whatever it is called",
+    "response_format.json_schema.description": "the model reads the messages; say it there",
+    "response_format.json_schema.strict": "the answer always keeps to the schema",
+    "messages[].name": "most templates have no place for it; one that reads message.name gets it",
+}
+"""Accepted without effect, and why: by the path of the field."""
+
+Request = TypeVar("Request")
+
+_Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+_Name = Annotated[str, Meta(min_length=1, max_length=256)]
+_Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+_Stops = _Stop | Annotated[list[_Stop], Meta(max_length=16)]
+_TokenKey = Annotated[str, Meta(pattern=r"^[0-9]{1,10}$")]
+_Bias = Annotated[float, Meta(ge=-100, le=100)]
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    """``stream_options``.
+
+    Attributes:
+        include_usage: send the counts in a last chunk.
+        include_obfuscation: must be false: nothing is padded here.
+    """
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class FunctionTool(Struct, forbid_unknown_fields=True):
+    """A function that the model may call."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, forbid_unknown_fields=True):
+    """An entry of ``tools``."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class ToolName(Struct, forbid_unknown_fields=True):
+    """The function of a named ``tool_choice``."""
+
+    name: str
+
+
+class NamedTool(Struct, forbid_unknown_fields=True):
+    """A ``tool_choice`` that names a function."""
+
+    type: Literal["function"]
+    function: ToolName
+
+
+class JSONSchema(Struct, forbid_unknown_fields=True):
+    """The schema of a ``response_format``."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    schema: dict[str, Any] = {}
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, forbid_unknown_fields=True):
+    """``response_format``: ``regex`` and ``grammar`` are extensions."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JSONSchema | None = None
+    regex: Annotated[str, Meta(min_length=1, max_length=16384)] | None = None
+    grammar: Annotated[str, Meta(min_length=1, max_length=65536)] | None = None
+
+
+class TemplateOptions(Struct, forbid_unknown_fields=True):
+    """``chat_template_kwargs``: the only option that clients may set."""
+
+    enable_thinking: bool | None = None
+
+
+class Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that chats and completions share; absent ones are the model's own defaults."""
+
+    model: _Name | None = None
+    temperature: Annotated[float, Meta(ge=0, le=10)] | None = None
+    top_p: _Share | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: _Share | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.1, le=10)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[_TokenKey, _Bias], Meta(max_length=1024)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    max_tokens: _Count | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    stop: _Stops | None = None
+    stop_token_ids: Annotated[list[_TokenId], Meta(max_length=64)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+
+class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    max_completion_tokens: _Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    enable_thinking: bool | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    include_reasoning: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    modalities: list[Literal["text"]] | None = None
+
+
+class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
+    """``POST /v1/completions``."""
+
+    prompt: str | Annotated[list[str | _TokenId | list[_TokenId]], Meta(min_length=1)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """``POST /tokenize``: a text, or the messages of a chat."""
+
+    model: _Name | None = None
+    prompt: str | None = None
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """``POST /detokenize``."""
+
+    model: _Name | None = None
+    tokens: list[_TokenId]
+
+
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_PLACE = re.compile(r" - at (?:`key` in )?`\$(.*)`$")
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+_MISSING = re.compile(r"missing required field `([^`]*)`")
+
+
+def nesting(body: bytes) -> int:
+    """How deep arrays and objects stand in each other in a JSON text, valid or not."""
+    # The closing quote is optional in the pattern, so that it never backtracks.
+    brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
+    if not brackets:
+        return 0
+    codes = np.frombuffer(brackets, np.uint8)
+    opens = (codes == ord("[")) | (codes == ord("{"))
+    return int(np.cumsum(np.where(opens, 1, -1), dtype=np.int64).max())
+
+
+def decode(body: bytes, kind: type[Request], max_nesting: int) -> Request:
+    """Read a request.
+
+    Raises:
+        APIError: 400; names the field where one is at fault.
+    """
+    deep = nesting(body)
+    if deep > max_nesting:
+        raise invalid(
+            f"the body nests {deep} levels deep; at most {max_nesting} are read", code="too_deep"
+        )
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _wrong_field(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise invalid(
+            "the body is not valid JSON in UTF-8; send one JSON object", code="invalid_json"
+        ) from None
+
+
+_SAMPLES: dict[type[Struct], bytes] = {
+    ChatRequest: (
+        b'{"messages": [{"role": "user", "content": "hello"}], "stop": ["."], "seed": 1, '
+        b'"stream_options": {"include_usage": true, "include_obfuscation": false}, '
+        b'"logit_bias": {"1": 0.5}, "response_format": {"type": "json_schema", "json_schema": '
+        b'{"name": "a", "schema": {}}}, "tools": [{"type": "function", "function": {"name": "a"}}],'
+        b' "tool_choice": "auto", "chat_template_kwargs": {"enable_thinking": true}}'
+    ),
+    CompletionRequest: b'{"prompt": ["hello", [1, 2]], "max_tokens": 1, "temperature": 0}',
+    TokenizeRequest: b'{"prompt": "hello", "add_special_tokens": true}',
+    DetokenizeRequest: b'{"tokens": [1, 2]}',
+}
+
+
+def check_decoding() -> None:
+    """Decode a request of each kind: msgspec resolves a type when it first meets it.
+
+    Raises:
+        DependencyError: the installed msgspec cannot; every request would be an error 500.
+    """
+    for kind, body in _SAMPLES.items():
+        try:
+            decode(body, kind, max_nesting=8)
+        except Exception as error:
+            raise DependencyError(
+                f"msgspec {msgspec.__version__} cannot read a {kind.__name__} ({error}); run: "
+                "pip install --upgrade msgspec"
+            ) from error
+
+
+def _wrong_field(message: str) -> APIError:
+    place = _PLACE.search(message)
+    where = place[1].lstrip(".") if place else ""
+    what = message[: place.start()] if place else message
+    for pattern, code, text in (
+        (_UNKNOWN, "unknown_field", "unknown field; remove it, or see the list of fields"),
+        (_MISSING, "missing_field", "this field is required"),
+    ):
+        found = pattern.search(what)
+        if found:
+            name = f"{where}.{found[1]}" if where else found[1]
+            return invalid(f"{name[:200]}: {text}", param=name[:200], code=code)
+    what = what[:1].lower() + what[1:]
+    return invalid(f"{where or 'body'}: {what}"[:500], param=where or None)

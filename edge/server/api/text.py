@@ -1,0 +1,66 @@
+"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in the shapes of vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edge.errors import RequestError
+from edge.server.http.errors import invalid
+from edge.server.models.registry import ServedModel
+from edge.text.chat_template import encode_chat
+
+from .answers import DetokenizeResponse, TokenizeResponse
+from .protocol import DetokenizeRequest, TokenizeRequest
+from .tools import prepare_messages, template_tools
+
+
+def tokenize(body: TokenizeRequest, model: ServedModel) -> TokenizeResponse:
+    """Token ids of a text, in which control tokens stay text, or of a chat.
+
+    Raises:
+        APIError, RequestError: neither or both are given, or they cannot be encoded.
+    """
+    llm = model.llm
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("prompt: give either prompt or messages", "prompt")
+    if body.messages is not None:
+        if llm.template is None:
+            raise RequestError("messages: this model has no chat template; send prompt")
+        ids = encode_chat(
+            llm.tokenizer,
+            llm.template,
+            prepare_messages(body.messages, llm.template.source),
+            add_generation_prompt=body.add_generation_prompt,
+            tools=template_tools(body.tools) if body.tools else None,
+        )
+    else:
+        assert body.prompt is not None
+        if body.tools is not None:
+            raise invalid("tools: belong to messages", "tools")
+        add_bos = body.add_special_tokens and llm.manifest.tokens.add_bos
+        ids = llm.tokenizer.encode(body.prompt, add_bos=add_bos)
+    texts = None
+    if body.return_token_strs:
+        texts = [llm.tokenizer.token_bytes(id_).decode("utf-8", "replace") for id_ in ids]
+    return TokenizeResponse(len(ids), llm.kv_capacity, ids, texts)
+
+
+def detokenize(body: DetokenizeRequest, model: ServedModel) -> DetokenizeResponse:
+    """The text of token ids, control tokens included."""
+    return DetokenizeResponse(model.llm.tokenizer.decode(body.tokens))
+
+
+def tokenizer_info(model: ServedModel) -> dict[str, Any]:
+    """What a client needs to know about the tokenizer, e.g. ``lm-eval``'s remote one."""
+    llm = model.llm
+    tokens = llm.manifest.tokens
+    return {
+        "tokenizer_class": type(llm.tokenizer).__name__,
+        "bos_token": tokens.bos_text if tokens.bos is not None else None,
+        "eos_token": tokens.eos_text,
+        "add_bos_token": tokens.add_bos,
+        "vocab_size": llm.manifest.model.vocab_size,
+        "model_max_length": llm.kv_capacity,
+        "chat_template": None if llm.template is None else llm.template.source,
+        "control_tokens": dict(llm.tokenizer.control_tokens),
+    }

@@ -1,0 +1,301 @@
+"""Tool calls in a model's text: which marks a template teaches, and how to read them.
+
+Two families are known: Hermes (Qwen2.5, Qwen3 and others), where a call is a JSON object between
+``<tool_call>`` and ``</tool_call>``, and DeepSeek's with marks of its own. Which one a model speaks
+is read from its chat template, which writes past calls in the same form.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from edge.server.http.errors import APIError, invalid
+
+from .answers import CalledFunction, ToolCall
+from .protocol import ChatRequest, NamedTool, Tool
+
+_FENCED = re.compile(r"\s*(.*?)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+_OBJECT_ARGUMENTS = re.compile(r"arguments(?:['\"]\])?\s*\|\s*tojson")
+
+
+@dataclass(frozen=True)
+class ToolSyntax:
+    """How a family writes calls.
+
+    Attributes:
+        start, end: marks around one call.
+        noise: further marks, which are dropped.
+        read: name and arguments (JSON text) of what stands between; None if it is no call.
+    """
+
+    start: str
+    end: str
+    noise: tuple[str, ...]
+    read: Callable[[str], tuple[str, str] | None]
+
+
+def _read_hermes(text: str) -> tuple[str, str] | None:
+    try:
+        call = msgspec.json.decode(text.strip().encode())
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if isinstance(arguments, str):
+        return call["name"], arguments
+    return call["name"], msgspec.json.encode(arguments).decode()
+
+
+def _read_deepseek(text: str) -> tuple[str, str] | None:
+    head, mark, tail = text.partition(_DEEPSEEK_SEPARATOR)
+    if not mark:
+        return None
+    fenced = _FENCED.fullmatch(tail)  # R1 and V3; V3.1 has the name first and no fence
+    name, arguments = (fenced[1], fenced[2]) if fenced else (head.strip(), tail.strip())
+    try:
+        msgspec.json.decode(arguments.encode())
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return name, arguments
+
+
+_DEEPSEEK_SEPARATOR = "<｜tool▁sep｜>"
+HERMES = ToolSyntax("<tool_call>", "</tool_call>", (), _read_hermes)
+DEEPSEEK = ToolSyntax(
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    _read_deepseek,
+)
+
+
+def syntax_of(template: str) -> ToolSyntax | None:
+    """The family that a chat template's source belongs to."""
+    for syntax in (DEEPSEEK, HERMES):
+        if syntax.start in template:
+            return syntax
+    return None
+
+
+class ToolParser:
+    """Finds calls in streamed text; the result does not depend on how the text is cut.
+
+    Args:
+        syntax: the model's family.
+    """
+
+    def __init__(self, syntax: ToolSyntax) -> None:
+        self._syntax = syntax
+        self._marks = (syntax.start, *syntax.noise)
+        self._held = ""
+        self._inside = False
+        self._space = ""  # before the mark, dropped if a call follows
+        self.found = 0
+
+    def push(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Add text; return the plain text and the calls that are certain by now."""
+        self._held += text
+        plain: list[str] = []
+        calls: list[ToolCall] = []
+        while self._take_call(plain, calls) if self._inside else self._take_text(plain):
+            pass
+        return "".join(plain), calls
+
+    def flush(self) -> str:
+        """End the text: what was held back, which no call came of."""
+        held = (self._space + self._syntax.start if self._inside else "") + self._held
+        self._held, self._inside = "", False
+        return "" if self.found and not held.strip() else held
+
+    def _take_text(self, plain: list[str]) -> bool:
+        places = [(self._held.find(mark), mark) for mark in self._marks]
+        at, mark = min(((at, mark) for at, mark in places if at >= 0), default=(-1, ""))
+        if at >= 0:
+            # White space between answer and call, and between calls, belongs to the marks.
+            before = self._held[:at].rstrip()
+            plain.append(before)
+            self._space = self._held[len(before) : at]
+            self._held = self._held[at + len(mark) :]
+            self._inside = mark == self._syntax.start
+            return True
+        safe = len(self._held) - max(_partial(self._held, mark) for mark in self._marks)
+        certain = self._held[:safe].rstrip()
+        plain.append(certain)
+        self._held = self._held[len(certain) :]
+        return False
+
+    def _take_call(self, plain: list[str], calls: list[ToolCall]) -> bool:
+        at = self._held.find(self._syntax.end)
+        if at < 0:
+            return False
+        body = self._held[:at]
+        self._held = self._held[at + len(self._syntax.end) :]
+        self._inside = False
+        call = self._syntax.read(body)
+        if call is None:
+            plain.append(f"{self._space}{self._syntax.start}{body}{self._syntax.end}")
+        else:
+            calls.append(make_call(*call, index=self.found))
+            self.found += 1
+        return True
+
+
+class WholeCall:
+    """Reads an answer that a grammar has forced to be one call: JSON with name and arguments."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self.found = 0
+
+    def push(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Add text; return the call once it is whole."""
+        self._text += text
+        if not self._text.rstrip().endswith("}"):
+            return "", []
+        call = _read_hermes(self._text)
+        if call is None:
+            return "", []
+        self._text = ""
+        self.found = 1
+        return "", [make_call(*call, index=0)]
+
+    def flush(self) -> str:
+        """What no call came of, where the answer was cut short."""
+        held, self._text = self._text, ""
+        return held
+
+
+def make_call(name: str, arguments: str, *, index: int) -> ToolCall:
+    """A call with a fresh id."""
+    return ToolCall(f"call_{secrets.token_hex(12)}", CalledFunction(name, arguments), index=index)
+
+
+def forced_schema(request: ChatRequest) -> dict[str, Any] | None:
+    """The JSON schema of an answer that must be a call; None where it need not.
+
+    Raises:
+        APIError: 400 where ``tool_choice`` does not fit ``tools``.
+    """
+    choice, tools = request.tool_choice, request.tools or []
+    if choice in (None, "none", "auto"):
+        return None
+    if not tools:
+        raise invalid("tool_choice: there are no tools to choose from; send tools", "tool_choice")
+    if isinstance(choice, NamedTool):
+        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+        if not tools:
+            raise invalid(
+                f"tool_choice: no tool has the name {choice.function.name[:80]!r}", "tool_choice"
+            )
+    return _call_schema([(tool, tool.function.parameters) for tool in tools])
+
+
+def strict_calls(request: ChatRequest, syntax: ToolSyntax | None) -> dict[str, Any] | None:
+    """Source of the form ``tool_calls``, for tools of which one is strict; None without any.
+
+    A call may come or not; where one comes, it names a tool, and arguments of a strict one keep to
+    its schema.
+
+    Args:
+        request: whose ``tool_choice`` leaves the model free.
+        syntax: the model's family.
+
+    Raises:
+        APIError: 400 where the family's calls cannot be bound.
+    """
+    tools = request.tools or []
+    strict = [index for index, tool in enumerate(tools) if tool.function.strict]
+    if not strict or request.tool_choice == "none":
+        return None
+    if syntax is not HERMES:
+        where = f"tools[{strict[0]}].function.strict"
+        raise invalid(
+            f"{where}: this model's calls cannot be bound to a schema while it is free to call; "
+            "send tool_choice required or a function's name, or leave strict out",
+            where,
+        )
+    shapes = [(tool, tool.function.parameters if tool.function.strict else None) for tool in tools]
+    return {"start": HERMES.start, "end": HERMES.end, "schema": _call_schema(shapes)}
+
+
+def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[str, Any]:
+    """Of one call: a tool's name, and arguments by its schema, or any where that is None."""
+    options = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "arguments": parameters or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool, parameters in shapes
+    ]
+    return options[0] if len(options) == 1 else {"anyOf": options}
+
+
+def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tools as chat templates take them: what was not sent must not reach them as null.
+
+    ``strict`` speaks to the server, not to the model, so they do not see it.
+    """
+    plain: list[dict[str, Any]] = [msgspec.to_builtins(tool) for tool in tools]
+    for tool in plain:
+        tool["function"] = {
+            key: value
+            for key, value in tool["function"].items()
+            if value is not None and key != "strict"
+        }
+    return plain
+
+
+def prepare_messages(messages: Sequence[Mapping[str, Any]], template: str) -> list[dict[str, Any]]:
+    """Messages as `edge.text.chat_template` takes them, from those that OpenAI's clients send back.
+
+    A client that appends the server's own answer sends keys along that say nothing (``refusal``,
+    ``annotations``), and the arguments of calls as JSON text; most templates want an object.
+    """
+    as_object = _OBJECT_ARGUMENTS.search(template) and "arguments is string" not in template
+    result = []
+    for index, message in enumerate(messages):
+        copy = {key: value for key, value in message.items() if value is not None}
+        if copy.get("annotations") == []:
+            del copy["annotations"]
+        calls = copy.get("tool_calls")
+        if as_object and isinstance(calls, list):
+            copy["tool_calls"] = [_with_object(index, call) for call in calls]
+        result.append(copy)
+    return result
+
+
+def _with_object(index: int, call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    arguments: str = function["arguments"]
+    try:
+        parsed = msgspec.json.decode(arguments.encode("utf-8", "surrogatepass"))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise _bad_arguments(index) from None
+    if not isinstance(parsed, dict):
+        raise _bad_arguments(index)
+    return {**call, "function": {**function, "arguments": parsed}}
+
+
+def _bad_arguments(index: int) -> APIError:
+    where = f"messages[{index}].tool_calls"
+    return invalid(f"{where}: arguments must be a JSON object, as text", where)
+
+
+def _partial(text: str, mark: str) -> int:
+    """Length of the longest end of ``text`` that ``mark`` begins with."""
+    sizes = range(min(len(mark) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(mark[:size])), 0)

@@ -1,0 +1,314 @@
+"""The guard in front of the application: who may ask, and how large and how slowly.
+
+Everything here reads the connection's ``scope`` only, never a URL rebuilt from the Host header
+(CVE-2026-48746), and a path that is not listed as public needs a key once keys are set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from edge.server.settings import ServerSettings, is_loopback
+
+from .access import APIKeys, Client, RateLimit
+from .errors import APIError, as_api_error, draining
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PUBLIC = frozenset({"/health", "/ready"})
+"""Paths that need no key; the page's files are added by the application."""
+
+_PROBES = PUBLIC | {"/metrics", "/stats"}  # asked again and again, so they are no news
+_log = logging.getLogger("edge.server")
+_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_LENGTH = re.compile(rb"[0-9]{1,19}")
+# A body that is refused is read up to this, so that its sender sees the answer and not a reset.
+_DISCARD_FACTOR = 4
+_DISCARD_S = 1.0
+
+
+class Guard:
+    """ASGI middleware around the whole application.
+
+    Args:
+        app: the application.
+        settings: limits.
+        keys: who may call; None lets everyone in.
+        public: paths without a key, besides `PUBLIC`.
+        is_draining: whether the server is about to leave.
+        on_rejection: told the code of every request that is refused here.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        settings: ServerSettings,
+        keys: APIKeys | None,
+        *,
+        public: frozenset[str] = frozenset(),
+        is_draining: Callable[[], bool] = lambda: False,
+        on_rejection: Callable[[str], None] = lambda code: None,
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._keys = keys
+        self._public = PUBLIC | public
+        self._is_draining = is_draining
+        self._on_rejection = on_rejection
+        self._rate = RateLimit(settings.rate_limit_rpm)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the head of a request, pass it on, answer its errors, and log it."""
+        if scope["type"] != "http":
+            return  # no lifespan, no WebSockets
+        headers = _Headers(scope["headers"])
+        request_id = scope["request_id"] = _request_id(headers)
+        body = _Body(receive, headers)
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                extra = [
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+                if not body.is_complete:
+                    # Nobody will read the rest, and it could drip in for ever.
+                    extra.append((b"connection", b"close"))
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+            await self._app(scope, body.receive, send_with_id)
+        except ConnectionError:
+            status = status or 499  # nginx's number for a client that left
+        except Exception as error:  # noqa: BLE001 - the last one that can answer
+            answer = _as_answer(error)
+            if answer.status in (500, 501):
+                _log.exception("request %s failed", request_id)
+            if scope["path"] not in _PROBES:
+                self._on_rejection(answer.code)
+            if status:
+                return  # too late for another status; the server cuts the connection
+            if not (body.is_complete or answer.status == 408 or headers.has(b"expect")):
+                await body.discard(_DISCARD_FACTOR * self._settings.max_body_bytes)
+            await send_error(send_with_id, answer)
+        finally:
+            _log.log(
+                logging.DEBUG if scope["path"] in _PROBES else logging.INFO,
+                "%s %s %d %.1f ms",
+                scope["method"],
+                scope["path"][:200],
+                status,
+                (time.perf_counter() - started) * 1e3,
+                extra={"request_id": request_id, "client": scope.get("client_name")},
+            )
+
+    def _check(self, scope: Scope, headers: _Headers) -> None:
+        settings = self._settings
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise APIError(505, "http_version", "speak HTTP/1.1", close=True)
+        if headers.num_bytes + len(scope["raw_path"]) > settings.max_header_bytes:
+            raise APIError(
+                431,
+                "header_too_large",
+                f"the request's head exceeds {settings.max_header_bytes} bytes; send less",
+                close=True,
+            )
+        if headers.has(b"transfer-encoding") and headers.has(b"content-length"):
+            # A proxy in front may read one, this server the other (request smuggling).
+            raise APIError(
+                400,
+                "ambiguous_length",
+                "the request has both Transfer-Encoding and Content-Length; send one of them",
+                close=True,
+            )
+        if not self._host_is_ours(headers.get(b"host")):
+            raise APIError(
+                403,
+                "host_not_allowed",
+                "this server answers to localhost only while it has no API keys",
+                close=True,
+            )
+        self._authenticate(scope, headers)
+        if scope["method"] == "POST" and self._is_draining():
+            raise draining()
+
+    def _host_is_ours(self, host: bytes | None) -> bool:
+        """Without keys on loopback, a web page elsewhere must not get in by its own DNS name."""
+        if self._keys is not None or not is_loopback(self._settings.host) or host is None:
+            return True
+        name = host.decode("latin-1").lower()
+        name = name[: name.rfind("]") + 1] if name.startswith("[") else name.split(":")[0]
+        return is_loopback(name)
+
+    def _authenticate(self, scope: Scope, headers: _Headers) -> None:
+        client: Client | None = Client()
+        if self._keys is not None:
+            client = self._keys.find(headers.get(b"authorization"))
+            if client is None and scope["path"] not in self._public:
+                raise APIError(
+                    401,
+                    "invalid_api_key",
+                    "no valid API key; send the header Authorization: Bearer KEY",
+                )
+        client = client or Client()
+        scope["client_identity"] = client
+        scope["client_name"] = client.name
+        if scope["method"] == "POST":
+            wait_s = self._rate.take(client.name)
+            if wait_s:
+                raise APIError(
+                    429,
+                    "rate_limit_exceeded",
+                    f"more than {self._settings.rate_limit_rpm} requests a minute; wait",
+                    retry_after_s=wait_s,
+                )
+
+
+class _Headers:
+    """A request's headers."""
+
+    def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
+        self._first: dict[bytes, bytes] = {}
+        self.num_bytes = 0
+        for name, value in raw:
+            self._first.setdefault(name, value)
+            self.num_bytes += len(name) + len(value) + 4
+
+    def has(self, name: bytes) -> bool:
+        return name in self._first
+
+    def get(self, name: bytes) -> bytes | None:
+        return self._first.get(name)
+
+
+def _request_id(headers: _Headers) -> str:
+    given = headers.get(b"x-request-id") or b""
+    return given.decode() if _ID.fullmatch(given) else secrets.token_hex(12)
+
+
+def _check_body_headers(scope: Scope, limit: int) -> None:
+    headers = _Headers(scope["headers"])
+    encoding = headers.get(b"content-encoding") or b"identity"
+    if encoding.strip().lower() != b"identity":
+        raise APIError(415, "unsupported_encoding", "send the body without Content-Encoding")
+    kind = (headers.get(b"content-type") or b"").split(b";")[0].strip().lower()
+    # Also what keeps web pages out: for this type browsers ask first, and CORS is off.
+    if kind != b"application/json":
+        raise APIError(
+            415, "unsupported_media_type", "send the body as Content-Type: application/json"
+        )
+    length = headers.get(b"content-length") or b"0"
+    if not _LENGTH.fullmatch(length):
+        raise APIError(400, "invalid_length", "Content-Length is not a number", close=True)
+    if int(length) > limit:
+        raise _too_large(limit)
+
+
+def _too_large(limit: int) -> APIError:
+    return APIError(
+        413, "content_too_large", f"the body exceeds {limit} bytes; send less", close=True
+    )
+
+
+async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) -> bytes:
+    """Read a request's body, JSON.
+
+    Raises:
+        APIError: 413 where it is too large, 408 where it is too slow, 415 where it is no JSON.
+        ConnectionError: the client left.
+    """
+    _check_body_headers(scope, settings.max_body_bytes)
+    body = bytearray()
+
+    async def read() -> bytes:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionError("the client left before its request was complete")
+            body.extend(message.get("body", b""))
+            if len(body) > settings.max_body_bytes:
+                raise _too_large(settings.max_body_bytes)
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), settings.body_timeout_s)
+    except asyncio.TimeoutError:
+        raise APIError(
+            408,
+            "body_timeout",
+            f"the body did not arrive within {settings.body_timeout_s:g} s",
+            close=True,
+            should_retry=False,
+        ) from None
+
+
+class _Body:
+    """The body of a request on its way, and whether it was read to its end."""
+
+    def __init__(self, receive: Receive, headers: _Headers) -> None:
+        self._receive = receive
+        length = headers.get(b"content-length")
+        self.is_complete = not headers.has(b"transfer-encoding") and length in (None, b"0")
+
+    async def receive(self) -> Message:
+        """ASGI's ``receive``."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self.is_complete = True
+        return message
+
+    async def discard(self, limit_bytes: int) -> None:
+        """Read what a refused client still sends, within bounds, so that it can read the answer."""
+
+        async def read() -> None:
+            total = 0
+            while not self.is_complete and total <= limit_bytes:
+                total += len((await self.receive()).get("body", b""))
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(read(), _DISCARD_S)
+
+
+def _as_answer(error: Exception) -> APIError:
+    if isinstance(error, HTTPException):
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            return APIError(
+                405, "method_not_allowed", f"this path takes {allowed} only", allow=allowed
+            )
+        return APIError(404, "not_found", "there is no such path; GET /openapi.json lists them")
+    return as_api_error(error)
+
+
+async def send_error(send: Send, error: APIError) -> None:
+    """Answer with an error."""
+    body = error.body()
+    headers = error.headers() | {"content-length": str(len(body))}
+    await send(
+        {
+            "type": "http.response.start",
+            "status": error.status,
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})

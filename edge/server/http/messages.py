@@ -1,0 +1,149 @@
+"""uvicorn with the guards that it lacks: slow heads, slow readers, too many connections.
+
+uvicorn waits for ever for the rest of a head and for a reader that does not read, and answers
+malformed requests in plain text. Hypercorn has read timeouts, but they also end an answer that
+streams for longer than the timeout while the client, as it should, says nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from edge.server.settings import ServerSettings
+
+from .errors import APIError
+from .guard import App
+
+
+class _Protocol(H11Protocol):  # type: ignore[misc]
+    """One connection; three timers and a bound around uvicorn's own."""
+
+    settings: ServerSettings  # set by the subclass that `make_server` makes
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        if len(self.connections) > self.settings.max_connections:
+            transport.abort()
+            return
+        # Paused as soon as the system takes no more, so that "paused" means a slow reader.
+        transport.set_write_buffer_limits(high=0)
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_head_timer()
+        elif self._head_timer is None:
+            # The first bytes of a next head on a connection that was idle.
+            self._start_head_timer()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_head_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(
+                self.settings.write_timeout_s, self.transport.abort
+            )
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP; uvicorn's own text is replaced by the envelope."""
+        waiting, _ = self.conn.trailing_data
+        if len(waiting) > self.settings.max_header_bytes:
+            error = APIError(431, "header_too_large", "the request's head is too large; send less")
+        else:
+            error = APIError(400, "invalid_http", "this is not valid HTTP/1.1")
+        self._answer_and_close(error)
+
+    def _late_head(self) -> None:
+        self._head_timer = None
+        if self.transport.is_closing():
+            return
+        waiting, _ = self.conn.trailing_data
+        if waiting:
+            self._answer_and_close(
+                APIError(408, "header_timeout", "the request's head did not arrive in time")
+            )
+        else:
+            self.transport.close()
+
+    def _answer_and_close(self, error: APIError) -> None:
+        body = error.body()
+        headers = error.headers() | {"connection": "close", "content-length": str(len(body))}
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer is under way already
+            for event in (
+                h11.Response(status_code=error.status, headers=list(headers.items())),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self.settings.header_timeout_s, self._late_head)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+
+class Server(uvicorn.Server):  # type: ignore[misc]
+    """uvicorn's server, without its own idea of signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to `edge.server.run`."""
+        yield
+
+
+def make_server(app: App, settings: ServerSettings) -> Server:
+    """The server of an application; it stops once ``should_exit`` is set."""
+    protocol: type[Any] = type("Protocol", (_Protocol,), {"settings": settings})
+    return Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=settings.keep_alive_s,
+            timeout_graceful_shutdown=1,
+            h11_max_incomplete_event_size=settings.max_header_bytes,
+            backlog=2048,
+        )
+    )

@@ -1,0 +1,1 @@
+"""The bundles that one server holds: opening, routing, replacing, requests in flight."""

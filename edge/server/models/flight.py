@@ -1,0 +1,154 @@
+"""One request on its way: its generations are read, counted and ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edge.errors import DeadlineError, EdgeError
+from edge.measure.drift import WATCH_USER
+from edge.runtime.sampling import SamplingParams
+from edge.server.http.errors import APIError
+
+if TYPE_CHECKING:
+    from edge.runtime.generation import GenerationStats
+    from edge.runtime.stream import Generation, GenerationChunk
+    from edge.server.observe.metrics import Metrics, Outcome
+
+    from .registry import ServedModel
+
+_log = logging.getLogger("edge.server")
+OnChunk = Callable[[int, "GenerationChunk"], None]
+
+
+class ClientGoneError(ConnectionError):
+    """The client left before its answer was complete."""
+
+
+class Flight:
+    """The generations of one request.
+
+    They are read to their ends whatever happens, so that the counts are true and the model is not
+    closed under them; after `abort` nothing is passed on any more.
+
+    Args:
+        model: what they run on.
+        generations: one per choice.
+        params: resolved, for the metrics.
+        metrics: told of every end.
+        user: as the request names it; the watch's own requests are no client's.
+        arm: of the A/B split that chose the model.
+
+    Attributes:
+        done: the end of all, or the first error.
+        stats: of those that ended, by choice.
+        reasoning_tokens: by choice.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        generations: Sequence[Generation],
+        params: SamplingParams,
+        metrics: Metrics,
+        *,
+        user: str | None = None,
+        arm: str | None = None,
+    ) -> None:
+        self._is_watch = user == WATCH_USER
+        self._arm = arm
+        self._model = model
+        self._generations = generations
+        self._params = params
+        self._metrics = metrics
+        self._left = len(generations)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.stats: list[GenerationStats | None] = [None] * len(generations)
+        self.reasoning_tokens = [0] * len(generations)
+        model.flights.add(self)
+
+    def start(self, on_chunk: OnChunk) -> None:
+        """Read all generations; ``on_chunk`` gets each piece with the number of its choice."""
+        for index, generation in enumerate(self._generations):
+            task = asyncio.create_task(self._read(index, generation, on_chunk))
+            self._tasks.append(task)  # the loop itself keeps only a weak reference
+
+    def abort(self, error: BaseException) -> None:
+        """End all within one step; ``done`` fails with this error."""
+        if not self.done.done():
+            self.done.set_exception(error)
+            self.done.exception()  # nobody has to look at it
+        for generation in self._generations:
+            generation.cancel()
+
+    def cancel(self, index: int) -> None:
+        """End one choice within one step; its last piece comes as usual."""
+        self._generations[index].cancel()
+
+    async def _read(self, index: int, generation: Generation, on_chunk: OnChunk) -> None:
+        counter = _ReasoningCounter()
+        try:
+            async for chunk in generation:
+                counter.add(chunk)
+                if chunk.stats is not None and chunk.finish_reason is not None:
+                    self.stats[index] = chunk.stats
+                    self.reasoning_tokens[index] = counter.tokens
+                    has_drifted = self._metrics.observe_finish(
+                        self._model.name,
+                        chunk.stats,
+                        chunk.finish_reason,
+                        self._params,
+                        counter.tokens,
+                        is_watch=self._is_watch,
+                        arm=self._arm,
+                    )
+                    if has_drifted:
+                        _log.warning("requests have drifted from the baseline; see /stats")
+                if not self.done.done():
+                    on_chunk(index, chunk)
+        except EdgeError as error:
+            late = isinstance(error, DeadlineError)
+            outcome: Outcome = "deadline" if late else "error"
+            self._metrics.observe_error(self._model.name, outcome, arm=self._arm)
+            if not late:
+                _log.error("a generation on %s failed: %s", self._model.name, error)
+            self.abort(error)
+        except APIError as error:
+            self.abort(error)
+        except Exception as error:  # noqa: BLE001 - logged, and the caller is told
+            _log.exception("an answer of %s could not be written", self._model.name)
+            self.abort(error)
+        finally:
+            self._left -= 1
+            if not self._left:
+                self._model.flights.discard(self)
+                if not self.done.done():
+                    self.done.set_result(None)
+
+
+class _ReasoningCounter:
+    """Counts the tokens before the first text of the answer, if there was reasoning among them."""
+
+    def __init__(self) -> None:
+        self._before = 0
+        self._reasons = False
+        self._answers = False
+
+    def add(self, chunk: GenerationChunk) -> None:
+        self._reasons = self._reasons or bool(chunk.reasoning)
+        self._answers = self._answers or bool(chunk.text)
+        if not self._answers:
+            self._before += len(chunk.tokens)
+
+    @property
+    def tokens(self) -> int:
+        return self._before if self._reasons else 0
+
+
+async def until_gone(receive: Callable[[], Any]) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,377 @@
+"""The models of a server: choosing one for a request, watching their engines."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from edge.runtime.scheduler.request import SchedulerStats
+from edge.server.http.errors import APIError, draining, invalid, stalled
+
+from .route import AUTO, Facts, Rule, Split
+
+if TYPE_CHECKING:
+    from edge.runtime.llm import LLM
+
+    from .flight import Flight
+
+_log = logging.getLogger("edge.server")
+_SWITCH_WAIT_S = 60.0
+LEAST_STALL_S, MOST_STALL_S = 5.0, 120.0
+"""Bounds of the time after which a silent engine counts as hung, where none is set."""
+_STALL_STEPS = 10
+OpenLLM = Callable[[Path], "LLM"]
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """An open bundle under the name that clients use.
+
+    Attributes:
+        name: as requests give it.
+        bundle: its directory.
+        llm: the open bundle.
+        created: Unix seconds at which it was opened.
+        flights: requests that run on it now.
+        leases: requests that were given it and do not run yet.
+        scoring: prompts that wait to be scored or are; a failed future ends the wait for one.
+        heartbeat: watches its engine.
+    """
+
+    name: str
+    bundle: Path
+    llm: LLM
+    created: int = field(default_factory=lambda: int(time.time()))
+    flights: set[Flight] = field(default_factory=set)
+    leases: int = 0
+    scoring: set[asyncio.Future[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.heartbeat = Heartbeat(self.llm.scheduler.stats)
+        digest = hashlib.sha256(msgspec.json.encode(self.llm.manifest)).hexdigest()
+        self.fingerprint = f"fp_{digest[:12]}"
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Keep the model open while a request is prepared."""
+        self.leases += 1
+        try:
+            yield
+        finally:
+            self.leases -= 1
+
+    def engine_info(self) -> dict[str, str]:
+        """What runs it, as labels."""
+        manifest, backend = self.llm.manifest, self.llm.backend
+        return {
+            "backend": backend.name,
+            "bundle": manifest.name,
+            "architecture": manifest.model.architecture,
+            "quantization": manifest.quantization.name,
+            "dtype": manifest.dtype,
+            "kv_capacity": str(backend.capacity),
+            "slots": str(backend.num_slots),
+            "fingerprint": self.fingerprint,
+        }
+
+    @property
+    def is_used(self) -> bool:
+        """Whether closing it would hurt a request."""
+        return bool(self.leases or self.flights)
+
+
+class Heartbeat:
+    """Tells an engine that works from one that hangs: with work there, its steps must go on.
+
+    Args:
+        stats: asks the scheduler.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, stats: Callable[[], SchedulerStats], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stats = stats
+        self._clock = clock
+        self._seen = (-1, -1)
+        self._since = clock()
+        self._full_step_s: float | None = None
+        self.failed: str | None = None
+
+    def beat(self) -> None:
+        """Look at the engine; call it a few times a second."""
+        stats = self._stats()
+        self.failed = stats.failed
+        self._full_step_s = stats.full_step_s
+        seen = (stats.steps, stats.completion_tokens)
+        if seen != self._seen or not (stats.running or stats.waiting or stats.calls):
+            self._seen, self._since = seen, self._clock()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine last did something, while there was something to do."""
+        return self._clock() - self._since
+
+    @property
+    def patience_s(self) -> float:
+        """Silence after which this engine hangs: ten full steps at the pace of its slowest so far.
+
+        It is at least `LEAST_STALL_S` and at most `MOST_STALL_S`, which is also what an engine gets
+        whose first step nobody has seen.
+        """
+        if self._full_step_s is None:
+            return MOST_STALL_S
+        return min(max(_STALL_STEPS * self._full_step_s, LEAST_STALL_S), MOST_STALL_S)
+
+
+class Choice(NamedTuple):
+    """A model, and why it was chosen.
+
+    Attributes:
+        model: that answers.
+        rule: of ``auto`` that chose it, as it was written.
+        arm: ``NAME:MODEL`` of the A/B split that it is part of.
+    """
+
+    model: ServedModel
+    rule: str | None = None
+    arm: str | None = None
+
+    def headers(self) -> dict[str, str]:
+        """What the client is told of it."""
+        headers = {"x-edge-model": self.model.name}
+        if self.rule is not None:
+            headers["x-edge-route"] = self.rule
+        if self.arm is not None:
+            headers["x-edge-arm"] = self.arm
+        return headers
+
+
+class ModelRegistry:
+    """The served models, and whether the server takes requests at all.
+
+    All but `load` and `close` belongs to the loop's thread.
+
+    Args:
+        open_llm: opens a bundle; runs in a thread.
+        default: name for requests without one; None refuses them.
+        rules: of the model ``auto``.
+        splits: A/B splits by name.
+        stall_s: see `ServerSettings`; None is `Heartbeat.patience_s`.
+    """
+
+    def __init__(
+        self,
+        open_llm: OpenLLM,
+        *,
+        default: str | None = None,
+        rules: list[Rule] | None = None,
+        splits: Mapping[str, Split] | None = None,
+        stall_s: float | None = None,
+    ) -> None:
+        self.open_llm = open_llm
+        self._default = default
+        self._rules = rules or []
+        self._splits = splits or {}
+        self._stall_s = stall_s
+        self._models: dict[str, ServedModel] = {}
+        self._retired: set[ServedModel] = set()
+        self._held: dict[str, asyncio.Event] = {}
+        self.is_draining = False
+        self.is_loading = True
+        self.trouble: str | None = None
+        """Why the device should get no requests now, e.g. ``thermal``."""
+
+    # ------------------------------------------------------------------------------- models
+
+    def load(self, bundles: Mapping[str, Path]) -> None:
+        """Open bundles one after the other; blocks.
+
+        Raises:
+            EdgeError: a bundle is bad; those before it stay open until `close`.
+        """
+        for name, bundle in bundles.items():
+            started = time.monotonic()
+            # Where a link leads now: it may lead elsewhere when this bundle is opened again.
+            path = bundle.resolve()
+            self.add(ServedModel(name, path, self.open_llm(path)))
+            _log.info("model %s is open after %.1f s", name, time.monotonic() - started)
+        self.is_loading = False
+
+    def add(self, model: ServedModel) -> None:
+        """Serve a model; one that had its name before is retired, but runs on."""
+        old = self._models.get(model.name)
+        if old is not None:
+            self._retired.add(old)
+        self._models[model.name] = model
+
+    def forget(self, model: ServedModel) -> None:
+        """A retired model is closed now."""
+        self._retired.discard(model)
+
+    def models(self) -> list[ServedModel]:
+        """Those that take requests."""
+        return list(self._models.values())
+
+    def aliases(self) -> list[str]:
+        """Names that stand for one of several models."""
+        return [*([AUTO] if self._rules else []), *self._splits]
+
+    def get(self, name: str) -> ServedModel:
+        """The model of this name.
+
+        Raises:
+            APIError: 404.
+        """
+        model = self._models.get(name)
+        if model is None:
+            quoted = repr(name[:80])
+            raise APIError(
+                404,
+                "model_not_found",
+                f"the model {quoted} is not served here; GET /v1/models lists those that are",
+                param="model",
+                quoted=quoted,
+            )
+        return model
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Let requests for a model wait instead of failing, while it is replaced."""
+        event = self._held[name] = asyncio.Event()
+        try:
+            yield
+        finally:
+            del self._held[name]
+            event.set()
+
+    async def choose(self, name: str | None, facts: Facts | None = None) -> Choice:
+        """The model for a request.
+
+        Args:
+            name: that it gives, if any.
+            facts: for names that stand for several models; None takes their first.
+
+        Raises:
+            APIError: 400, 404, or 503 while nothing can be served.
+        """
+        self._check_open()
+        if name is None:
+            if self._default is None:
+                raise invalid("model: this field is required", "model", "missing_field")
+            name = self._default
+        choice = self._pick(name, facts or Facts(0, "chat", ""))
+        event = self._held.get(choice.model.name)
+        if event is not None:
+            try:
+                await asyncio.wait_for(event.wait(), _SWITCH_WAIT_S)
+            except asyncio.TimeoutError:
+                raise _unavailable("loading", "the model is being replaced") from None
+            self._check_open()
+            choice = choice._replace(model=self.get(choice.model.name))
+        reason = self._why_not(choice.model)
+        if reason == "engine_stalled":
+            raise stalled()
+        if reason:
+            raise _unavailable(reason, "the engine can serve no more; the log has the cause")
+        return choice
+
+    def _check_open(self) -> None:
+        if self.is_draining:
+            raise draining()
+        if self.is_loading:
+            raise _unavailable("loading", "the model is loading")
+
+    def _pick(self, name: str, facts: Facts) -> Choice:
+        if name in self._splits:
+            arm = self._splits[name].arm(facts.key)
+            return Choice(self.get(arm), arm=f"{name}:{arm}")
+        if name != AUTO or not self._rules:
+            return Choice(self.get(name))
+        for rule in self._rules:
+            model = self.get(rule.model)
+            # A model that cannot serve is passed over, whatever its rule says.
+            healthy = self._why_not(model) is None
+            if healthy and rule.holds(facts, model.llm.scheduler.stats()):
+                return Choice(model, rule=rule.text)
+        return Choice(self.get(self._rules[-1].model), rule="none")
+
+    def stats(self) -> dict[str, SchedulerStats]:
+        """State of every model's scheduler."""
+        return {model.name: model.llm.scheduler.stats() for model in self.models()}
+
+    def engines(self) -> dict[str, dict[str, str]]:
+        """What serves each model, for the metrics."""
+        return {model.name: model.engine_info() for model in self.models()}
+
+    # ------------------------------------------------------------------------------- health
+
+    def not_ready(self) -> str | None:
+        """Why the server should get no requests now; None if it should."""
+        if self.is_draining:
+            return "draining"
+        if self.is_loading:
+            return "loading"
+        reasons = map(self._why_not, self.models())
+        return next((reason for reason in reasons if reason), self.trouble)
+
+    def _why_not(self, model: ServedModel) -> str | None:
+        if model.name in self._held:
+            return None  # it is closed on purpose, and requests wait
+        if model.heartbeat.failed is not None:
+            return "engine_dead"
+        limit_s = model.heartbeat.patience_s if self._stall_s is None else self._stall_s
+        if model.heartbeat.silent_s > limit_s:
+            return "engine_stalled"
+        return None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether no engine hangs or is dead; a service manager should restart us otherwise."""
+        return all(self._why_not(model) is None for model in self._everyone())
+
+    def beat(self) -> None:
+        """Look after every engine; requests of one that hangs are told so."""
+        for model in self._everyone():
+            model.heartbeat.beat()
+            if self._why_not(model) == "engine_stalled":
+                _abort(model, stalled())
+
+    @property
+    def num_flights(self) -> int:
+        """Requests that run now."""
+        return sum(len(model.flights) + model.leases for model in self._everyone())
+
+    def abort_all(self, error: APIError) -> None:
+        """End every running request with an error."""
+        for model in self._everyone():
+            _abort(model, error)
+
+    def close(self) -> None:
+        """Close every model; blocks until their engines are free."""
+        for model in self._everyone():
+            model.llm.close()
+
+    def _everyone(self) -> list[ServedModel]:
+        return [*self._models.values(), *self._retired]
+
+
+def _abort(model: ServedModel, error: APIError) -> None:
+    for flight in list(model.flights):
+        flight.abort(error)
+    for scoring in model.scoring:
+        if not scoring.done():
+            scoring.set_exception(error)
+
+
+def _unavailable(code: str, message: str) -> APIError:
+    return APIError(503, code, f"{message}; try again later", retry_after_s=5)

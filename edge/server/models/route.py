@@ -1,0 +1,191 @@
+"""Which model answers: rules for the model ``auto``, and shares of an A/B split. Pure.
+
+A rule is a condition of one or more comparisons, ``prompt_chars<=2000&kind=chat&waiting<4``;
+alternatives stand on both sides of ``|``; ``always`` holds always. Rules are tried in their order,
+and the first that holds gives its model. Comparisons are about
+
+=================  ================================================================================
+``prompt_chars``   length of all texts of the request, in characters; four per token id
+``kind``           ``tools``, ``json`` (any response format but text), ``chat`` or ``completion``
+``running``        requests that the rule's model computes now
+``waiting``        requests that wait for it
+=================  ================================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edge.errors import ConfigError
+from edge.runtime.scheduler.request import SchedulerStats
+from edge.server.api.protocol import ChatRequest, CompletionRequest
+
+AUTO = "auto"
+KINDS = ("tools", "json", "chat", "completion")
+_NUMBERS = ("prompt_chars", "running", "waiting")
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+    "=": operator.eq,
+}
+_COMPARISON = re.compile(r" *(\w+) *(<=|>=|<|>|=) *(\w+) *", re.ASCII)
+_CHARS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of a request decides.
+
+    Attributes:
+        prompt_chars: length of its texts.
+        kind: one of `KINDS`.
+        key: who asks, for an A/B split: the request's ``user``, else its id.
+    """
+
+    prompt_chars: int
+    kind: str
+    key: str
+
+
+def facts_of(request: ChatRequest | CompletionRequest, request_id: str) -> Facts:
+    """The facts of a request."""
+    key = request.user or request_id
+    if isinstance(request, CompletionRequest):
+        return Facts(_num_chars(request.prompt), "completion", key)
+    kind = "chat"
+    if request.tools and request.tool_choice != "none":
+        kind = "tools"
+    elif request.response_format is not None and request.response_format.type != "text":
+        kind = "json"
+    return Facts(sum(_num_chars(m.get("content")) for m in request.messages), kind, key)
+
+
+def _num_chars(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, int):
+        return _CHARS_PER_TOKEN
+    if isinstance(value, list):
+        return sum(_num_chars(item) for item in value)
+    if isinstance(value, dict):
+        return _num_chars(value.get("text"))
+    return 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of ``auto``.
+
+    Attributes:
+        model: whom it chooses.
+        text: as it was written.
+    """
+
+    model: str
+    text: str
+
+    def __post_init__(self) -> None:
+        for option in self.text.split("|"):  # every part is read once
+            for part in option.split("&"):
+                self._compare(part, Facts(0, "chat", ""), SchedulerStats())
+
+    def holds(self, facts: Facts, stats: SchedulerStats) -> bool:
+        """Whether it chooses its model, in whose state ``stats`` is.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        results = [
+            [self._compare(part, facts, stats) for part in option.split("&")]
+            for option in self.text.split("|")
+        ]
+        return any(all(option) for option in results)
+
+    def _compare(self, part: str, facts: Facts, stats: SchedulerStats) -> bool:
+        if part.strip() == "always":
+            return True
+        found = _COMPARISON.fullmatch(part)
+        if found:
+            name, sign, wanted = found.groups()
+            if name == "kind" and sign == "=" and wanted in KINDS:
+                return facts.kind == wanted
+            if name in _NUMBERS and wanted.isdecimal():
+                value = facts.prompt_chars if name == "prompt_chars" else getattr(stats, name)
+                return _OPERATORS[sign](value, int(wanted))
+        raise ConfigError(
+            f"auto: cannot read {part.strip()!r} of the rule for {self.model!r}; write "
+            f"comparisons of {', '.join(_NUMBERS)} or kind={'/'.join(KINDS)}, joined by &; "
+            "or always"
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """A name that stands for several models, by shares.
+
+    Attributes:
+        name: as requests give it.
+        shares: weight by model, in order.
+    """
+
+    name: str
+    shares: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> Split:
+        """Read ``a:90/b:10``.
+
+        Raises:
+            ConfigError: it is written otherwise.
+        """
+        shares = []
+        for part in text.split("/"):
+            model, _, weight = part.strip().rpartition(":")
+            if not model or not weight.isdecimal() or not int(weight):
+                raise ConfigError(
+                    f"split: cannot read {part.strip()!r} of {name!r}; "
+                    "write MODEL:SHARE/MODEL:SHARE"
+                )
+            shares.append((model, int(weight)))
+        if len({model for model, _ in shares}) < max(2, len(shares)):
+            raise ConfigError(f"split: {name!r} needs two or more different models")
+        return cls(name, tuple(shares))
+
+    def arm(self, key: str) -> str:
+        """The model for this key: always the same one, and each as often as its share says."""
+        digest = hashlib.sha256(f"{self.name}\0{key}".encode("utf-8", "replace")).digest()
+        total = sum(weight for _, weight in self.shares)
+        point = int.from_bytes(digest[:8], "big") * total >> 64
+        for model, weight in self.shares:
+            point -= weight
+            if point < 0:
+                return model
+        raise AssertionError("a point beyond all shares")
+
+
+def read_routes(
+    auto: Mapping[str, str], split: Mapping[str, str], models: Mapping[str, Any]
+) -> tuple[list[Rule], dict[str, Split]]:
+    """The rules and splits of the settings, checked against the models.
+
+    Raises:
+        ConfigError: a rule that cannot be read, or a model that is not served.
+    """
+    rules = [Rule(model, text) for model, text in auto.items()]
+    splits = {name: Split.parse(name, text) for name, text in split.items()}
+    named = [("auto", rule.model) for rule in rules]
+    named += [("split", model) for item in splits.values() for model, _ in item.shares]
+    for where, model in named:
+        if model not in models:
+            raise ConfigError(f"{where}: {model!r} is not one of the models to serve")
+    taken = {*splits, *([AUTO] if rules else [])} & set(models)
+    if taken or AUTO in splits:
+        raise ConfigError(f"the name {(taken or {AUTO}).pop()!r} means two things; rename one")
+    return rules, splits

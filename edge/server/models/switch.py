@@ -1,0 +1,145 @@
+"""Replaces a model under load: beside the old one where memory allows, else in its place.
+
+A new bundle has to open and to answer before it gets a request. If it does not, the old one goes
+on, or is opened again. No request fails for it: those that run finish on the old model, and where
+there is a gap, new ones wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge.bundle.io_spec import kv_bytes_per_token
+from edge.bundle.manifest import Manifest, read_manifest
+from edge.errors import BackendError, EdgeError
+from edge.runtime.sampling import SamplingParams
+from edge.server.api.generate import in_thread
+
+from .registry import ModelRegistry, ServedModel
+
+if TYPE_CHECKING:
+    from edge.runtime.llm import LLM
+
+_log = logging.getLogger("edge.server")
+_POLL_S = 0.02
+
+
+def need_bytes(manifest: Manifest, num_slots: int, kv_capacity: int | None) -> int:
+    """Memory that a bundle takes at most: its files, and the KV cache."""
+    files = sum(file.num_bytes for file in manifest.files.values())
+    tokens = num_slots * (kv_capacity or manifest.kv_capacity)
+    return files + tokens * kv_bytes_per_token(manifest.model, manifest.dtype)
+
+
+class Switcher:
+    """Replaces the models of a registry, one at a time.
+
+    Args:
+        models: the registry.
+        free_bytes: memory that a second model may take now; None where nobody knows.
+        num_slots: of the caches.
+        kv_capacity: of the caches; None is each bundle's own.
+        drain_timeout_s: how long requests may run on a model that must leave first.
+    """
+
+    def __init__(
+        self,
+        models: ModelRegistry,
+        free_bytes: Callable[[], int | None],
+        *,
+        num_slots: int,
+        kv_capacity: int | None = None,
+        drain_timeout_s: float = 30.0,
+    ) -> None:
+        self._models = models
+        self._free_bytes = free_bytes
+        self._num_slots = num_slots
+        self._kv_capacity = kv_capacity
+        self._drain_timeout_s = drain_timeout_s
+        self._lock = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    async def switch(self, name: str, bundle: Path) -> None:
+        """Serve ``bundle`` under ``name`` from now on.
+
+        Raises:
+            EdgeError: it cannot be served; everything is as it was.
+        """
+        async with self._lock:
+            old = self._models.get(name)
+            started = time.monotonic()
+            try:
+                manifest = await in_thread(lambda: read_manifest(bundle))
+                need = need_bytes(manifest, self._num_slots, self._kv_capacity)
+                free = await in_thread(self._free_bytes)
+                beside = free is None or need <= free
+                if beside:
+                    llm = await in_thread(lambda: self._open(bundle))
+                    self._models.add(ServedModel(name, bundle, llm))
+                    self._retire(old)
+                else:
+                    await self._replace(old, bundle)
+            except EdgeError as error:
+                _log.error("model %s stays as it is: %s", name, error)
+                raise
+            _log.info(
+                "model %s is another bundle after %.1f s, opened %s",
+                name,
+                time.monotonic() - started,
+                "beside the old one" if beside else "in its place",
+            )
+
+    async def _replace(self, old: ServedModel, bundle: Path) -> None:
+        with self._models.held(old.name):
+            await self._until_unused(old)
+            await in_thread(old.llm.close)
+            try:
+                llm = await in_thread(lambda: self._open(bundle))
+            except EdgeError:
+                again = await in_thread(lambda: self._open(old.bundle))
+                self._put(ServedModel(old.name, old.bundle, again), old)
+                raise
+            self._put(ServedModel(old.name, bundle, llm), old)
+
+    def _put(self, new: ServedModel, old: ServedModel) -> None:
+        self._models.add(new)
+        self._models.forget(old)
+
+    def _open(self, bundle: Path) -> LLM:
+        """Open a bundle and let it say a word: what hands out NaN is not served."""
+        llm = self._models.open_llm(bundle)
+        try:
+            first = llm.manifest.tokens.bos
+            prompt = [0 if first is None else first]
+            if not list(llm.generate_ids(prompt, SamplingParams(max_tokens=2, ignore_eos=True))):
+                raise BackendError("the new model did not answer")
+        except EdgeError:
+            llm.close()
+            raise
+        return llm
+
+    def _retire(self, old: ServedModel) -> None:
+        async def close() -> None:
+            while old.is_used:
+                await asyncio.sleep(_POLL_S)
+            await in_thread(old.llm.close)
+            self._models.forget(old)
+            _log.info("the bundle that model %s had before is closed", old.name)
+
+        task = asyncio.create_task(close())
+        self._retiring.add(task)  # the loop itself keeps only a weak reference
+        task.add_done_callback(self._retiring.discard)
+
+    async def _until_unused(self, model: ServedModel) -> None:
+        deadline = time.monotonic() + self._drain_timeout_s
+        while model.is_used:
+            if time.monotonic() > deadline:
+                raise BackendError(
+                    f"requests still ran after {self._drain_timeout_s:g} s; try again later"
+                )
+            await asyncio.sleep(_POLL_S)

@@ -1,0 +1,235 @@
+"""Families of metrics whose values are made when somebody looks: scheduler, engine, device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.device.telemetry import Snapshot
+from edge.runtime.scheduler.request import SchedulerStats
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+# vLLM's names (its page "Production Metrics") for those of ours that mean the same.
+VLLM_NAMES = {
+    "edgellm_requests_running": "vllm:num_requests_running",
+    "edgellm_requests_waiting": "vllm:num_requests_waiting",
+    "edgellm_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
+    "edgellm_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
+    "edgellm_inter_token_seconds": "vllm:inter_token_latency_seconds",
+    "edgellm_request_seconds": "vllm:e2e_request_latency_seconds",
+    "edgellm_request_queue_seconds": "vllm:request_queue_time_seconds",
+    "edgellm_request_prefill_seconds": "vllm:request_prefill_time_seconds",
+    "edgellm_request_decode_seconds": "vllm:request_decode_time_seconds",
+    "edgellm_prefix_cache_queries": "vllm:prefix_cache_queries",
+    "edgellm_prefix_cache_hit_tokens": "vllm:prefix_cache_hits",
+    "edgellm_prompt_tokens": "vllm:prompt_tokens",
+    "edgellm_generation_tokens": "vllm:generation_tokens",
+}
+_VLLM_LABELS = {"model": "model_name"}
+
+
+class Pulled:
+    """A collector whose values are made when somebody looks."""
+
+    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterator[Metric]:
+        """Make the families."""
+        return self._collect()
+
+    def describe(self) -> list[Metric]:
+        """No names in advance."""
+        # Else the registry would collect once while nothing is loaded yet.
+        return []
+
+
+class BulkHistogram:
+    """A histogram by one label that takes thousands of values at once: the gaps of a long answer.
+
+    prometheus-client's own takes 2 us for each, in the thread that serves everybody. Not
+    thread-safe.
+
+    Args:
+        name: without the prefix.
+        text: what it measures.
+        edges: upper edges of the buckets, ascending, without infinity.
+        label: what it is by.
+    """
+
+    def __init__(
+        self, name: str, text: str, edges: tuple[float, ...], label: str = "model"
+    ) -> None:
+        self._label = label
+        self._name = f"edgellm_{name}"
+        self._text = text
+        self._edges = np.asarray(edges)
+        self._counts: dict[str, NDArray[np.int64]] = {}
+        self._sums: dict[str, float] = {}
+
+    def add(self, key: str, values: Sequence[float]) -> None:
+        """Count values; an edge belongs to its own bucket."""
+        places = np.searchsorted(self._edges, np.asarray(values, dtype=np.float64))
+        found = np.bincount(places, minlength=len(self._edges) + 1)
+        self._counts[key] = self._counts.get(key, 0) + found
+        self._sums[key] = self._sums.get(key, 0.0) + float(sum(values))
+
+    def family(self) -> Metric:
+        """The histogram as it is now."""
+        from prometheus_client.core import HistogramMetricFamily
+
+        family = HistogramMetricFamily(self._name, self._text, labels=[self._label])
+        names = [*(repr(edge) for edge in self._edges.tolist()), "+Inf"]
+        for key, counts in self._counts.items():
+            buckets = list(zip(names, np.cumsum(counts).tolist(), strict=True))
+            family.add_metric([key], buckets, self._sums[key])
+        return family
+
+
+class View:
+    """A registry without the times of creation, which would be a series more per series.
+
+    With ``names`` it shows only those families, under these names and with vLLM's labels.
+    """
+
+    def __init__(self, registry: Any, names: Mapping[str, str] | None = None) -> None:
+        self._registry = registry
+        self._names = names
+
+    def collect(self) -> Iterator[Metric]:
+        """The families that are shown."""
+        for family in self._registry.collect():
+            kept = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            if self._names is not None:
+                name = self._names.get(family.name)
+                if name is None:
+                    continue
+                kept = [
+                    sample._replace(
+                        name=name + sample.name[len(family.name) :],
+                        labels={_VLLM_LABELS.get(k, k): v for k, v in sample.labels.items()},
+                    )
+                    for sample in kept
+                ]
+                family.name = name
+            family.samples = kept
+            yield family
+
+
+def gauge(
+    name: str, text: str, labels: tuple[str, ...], values: Mapping[tuple[str, ...], float | None]
+) -> Metric:
+    """A gauge; what is None could not be read and is left out."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    family = GaugeMetricFamily(f"edgellm_{name}", text, labels=labels)
+    for key, value in values.items():
+        if value is not None:
+            family.add_metric(list(key), value)
+    return family
+
+
+_STATE = {
+    "requests_running": ("running", "Sequences that hold a slot."),
+    "requests_waiting": ("waiting", "Requests in the queue."),
+    "queue_capacity": ("queue_capacity", "Requests that the queue takes."),
+    "slots": ("num_slots", "Slots of the KV cache."),
+    "kv_cache_used_tokens": ("kv_used_tokens", "Cache rows of running sequences."),
+    "kv_cache_kept_tokens": ("kv_cached_tokens", "Cache rows kept for reuse."),
+    "kv_cache_capacity_tokens": ("kv_capacity_tokens", "Cache rows in all."),
+}
+_COUNTED = {
+    "drafted_tokens": ("drafted_tokens", "Tokens guessed by speculative decoding."),
+    "accepted_tokens": ("accepted_tokens", "Guessed tokens that were right."),
+    "engine_steps": ("steps", "Calls of the engine."),
+}
+
+
+def scheduler_families(schedulers: Mapping[str, SchedulerStats]) -> Iterator[Metric]:
+    """Queue, slots, cache and counters of every model."""
+    from prometheus_client.core import CounterMetricFamily
+
+    for name, (attribute, text) in _STATE.items():
+        values: dict[tuple[str, ...], float | None] = {
+            (model,): float(getattr(stats, attribute)) for model, stats in schedulers.items()
+        }
+        yield gauge(name, text, ("model",), values)
+    yield gauge(
+        "kv_cache_usage_ratio",
+        "Share of the cache's rows that running sequences use.",
+        ("model",),
+        {(model,): _usage(s) for model, s in schedulers.items()},
+    )
+    yield gauge(
+        "engine_failed",
+        "1 if the engine can serve no more.",
+        ("model",),
+        {(model,): float(s.failed is not None) for model, s in schedulers.items()},
+    )
+    for name, (attribute, text) in _COUNTED.items():
+        family = CounterMetricFamily(f"edgellm_{name}", text, labels=["model"])
+        for model, stats in schedulers.items():
+            family.add_metric([model], getattr(stats, attribute))
+        yield family
+
+
+def engine_family(engines: Mapping[str, Mapping[str, str]]) -> Metric:
+    """``edgellm_engine_info``: labels that say what serves a model."""
+    from prometheus_client.core import InfoMetricFamily
+
+    family = InfoMetricFamily("edgellm_engine", "What serves a model.", labels=["model"])
+    for model, labels in engines.items():
+        family.add_metric([model], dict(labels))
+    return family
+
+
+def _usage(stats: SchedulerStats) -> float:
+    return stats.kv_used_tokens / stats.kv_capacity_tokens if stats.kv_capacity_tokens else 0.0
+
+
+def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:
+    """A scheduler's state for JSON; why an engine failed may name paths, so it stays in the log."""
+    if stats is None:
+        return {"loaded": False}
+    names = [attribute for attribute, _ in (*_STATE.values(), *_COUNTED.values())]
+    names += ["prompt_tokens", "cached_tokens", "completion_tokens"]
+    return {
+        "loaded": True,
+        "failed": stats.failed is not None,
+        "kv_cache_usage_ratio": round(_usage(stats), 6),
+        **{name: getattr(stats, name) for name in names},
+    }
+
+
+def device_families(seen: Snapshot) -> Iterator[Metric]:
+    """The device's own figures; what could not be read is left out."""
+    for name, text, value in (
+        ("gpu_load_ratio", "Load of the GPU.", seen.gpu_load_ratio),
+        ("gpu_freq_hz", "Clock of the GPU.", seen.gpu_clock_hz),
+        ("memory_available_bytes", "Memory that is left.", seen.memory_available_bytes),
+        ("throttled", "1 while heat holds clocks down.", seen.throttled),
+        ("over_current_events", "Since boot.", seen.over_current_events),
+        ("module_power_watts", "Power of the module.", seen.module_power_watts),
+    ):
+        yield gauge(name, text, (), {(): None if value is None else float(value)})
+    used = None
+    if seen.memory_total_bytes is not None and seen.memory_available_bytes is not None:
+        used = float(seen.memory_total_bytes - seen.memory_available_bytes)
+    rss = seen.process_rss_bytes
+    yield gauge(
+        "memory_used_bytes",
+        "Memory in use; on Orin the system's is the GPU's too.",
+        ("pool",),
+        {("system",): used, ("process",): None if rss is None else float(rss)},
+    )
+    for name, text, label, values in (
+        ("temperature_celsius", "By thermal zone.", "zone", seen.temperatures_celsius),
+        ("power_watts", "By rail.", "rail", seen.power_watts),
+    ):
+        named: dict[tuple[str, ...], float | None] = {(k,): v for k, v in values.items()}
+        yield gauge(name, text, (label,), named)

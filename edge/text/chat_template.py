@@ -1,0 +1,509 @@
+"""Chat messages to token ids, and the model's answer to reasoning and answer.
+
+What a client writes is data. `encode_chat` renders the model's chat template in such a way that
+only control tokens written by the *template* become control tokens; the same characters in a
+message stay plain text, whoever sent them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+from edge.errors import BundleError, DependencyError, EdgeError, RequestError
+
+if TYPE_CHECKING:
+    from edge.bundle.manifest import Tokens
+
+    from .tokenizer import Tokenizer
+
+THINK_START = "<think>"
+THINK_END = "</think>"
+
+# Steps and characters that one rendering may take; a prompt of 500,000 characters takes some
+# 2 million with R1's template, and an endless loop ends after 0.2 s.
+_FUEL = 10_000_000
+
+_KEYS_BY_ROLE = {
+    "system": frozenset({"role", "content", "name"}),
+    "user": frozenset({"role", "content", "name"}),
+    "assistant": frozenset(
+        {"role", "content", "name", "reasoning_content", "reasoning", "tool_calls"}
+    ),
+    "tool": frozenset({"role", "content", "tool_call_id", "name"}),
+}
+# OpenAI's rule for the name of a participant; that of a tool is free.
+_PARTICIPANT = re.compile(r"[^\s<|\\/>]{1,64}")
+_SPLITS_REASONING = re.compile(rf"split\(\s*['\"]{THINK_END}['\"]")
+_TEMPLATE_NAME = "chat_template.jinja"
+# What a caller may not set: this module's variables and functions, and those of minijinja.
+_RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+    | {"raise_exception", "strftime_now", "namespace", "range", "dict", "debug"}
+)
+
+
+class ChatTemplate:
+    """A model's Jinja chat template, run by ``minijinja`` with a bound on its work.
+
+    Set up as ``transformers`` does it: ``trim_blocks`` and ``lstrip_blocks`` on, undefined values
+    empty, with ``raise_exception``, ``strftime_now``, a ``tojson`` that does not escape HTML, loop
+    controls and ``{% generation %}``. The template sees plain JSON data only.
+    """
+
+    def __init__(self, source: str, tokens: Tokens) -> None:
+        """Compile the template.
+
+        Args:
+            source: the Jinja text, e.g. of ``chat_template.jinja``.
+            tokens: the manifest's bos and eos, for ``bos_token`` and ``eos_token``.
+
+        Raises:
+            BundleError: the template has a syntax error.
+            DependencyError: the ``minijinja`` library is missing.
+        """
+        try:
+            import minijinja
+        except ImportError as error:
+            raise DependencyError(
+                "chat templates need the package minijinja; pip install 'minijinja>=3.1'"
+            ) from error
+        self.source = source
+        self.tokens = tokens
+        self._environment = minijinja.Environment(
+            fuel=_FUEL,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined_behavior="lenient",
+            auto_escape_callback=lambda _: False,
+            debug=False,  # else an error would quote the messages
+            filters={"tojson": _to_json},
+            globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
+        )
+        try:
+            self._environment.add_template(_TEMPLATE_NAME, _without_generation_tags(source))
+            self.variables: frozenset[str] = frozenset(
+                self._environment.undeclared_variables_in_template(_TEMPLATE_NAME)
+            )
+            """Names that the template looks up; an option outside them would have no effect."""
+        except minijinja.TemplateError as error:
+            raise BundleError(
+                f"the chat template does not compile: {_describe(error)}; "
+                "repair the source's template and export the bundle again"
+            ) from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **extra: Any,
+    ) -> str:
+        """Render messages to the model's prompt, as text.
+
+        Encode it only if you trust every message: the text does not tell the template's control
+        tokens from typed ones. `encode_chat` does.
+
+        Args:
+            messages: see `normalize_messages`.
+            add_generation_prompt: end with the opening of the assistant's answer.
+            tools: JSON schemas of functions, in OpenAI's form.
+            extra: further variables of the template, e.g. ``enable_thinking``.
+
+        Raises:
+            RequestError: a message is wrong, the template refuses the messages or does not end,
+                or it has no use for ``tools``, for tool calls or for a variable of ``extra``.
+        """
+        context: dict[str, Any] = {
+            "messages": normalize_messages(messages),
+            "tools": None if tools is None else _plain(tools, "tools"),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.tokens.bos_text,
+            "eos_token": self.tokens.eos_text,
+        }
+        if tools and "tools" not in self.variables:
+            raise RequestError("tools: this model's chat template has no place for them")
+        if "tool_calls" not in self.source:
+            for index, message in enumerate(context["messages"]):
+                if "tool_calls" in message:
+                    _refuse(index, "tool_calls", "this model's chat template has no place for them")
+        for name, value in extra.items():
+            if name in _RESERVED or name not in self.variables:
+                raise RequestError(
+                    f"{name}: this model's chat template has no such option; it reads "
+                    f"{', '.join(sorted(self.variables - _RESERVED)) or 'none'}"
+                )
+            context[name] = _plain(value, name)
+        try:
+            rendered: str = self._environment.render_template(_TEMPLATE_NAME, **context)
+        except EdgeError:
+            raise
+        except Exception as error:  # a template may provoke any error of a Python method
+            if getattr(error, "kind", None) == "OutOfFuel":
+                raise RequestError(
+                    f"the chat template did not end within {_FUEL} steps; shorten the messages "
+                    f"({len(messages)} now), or repair the template if it loops"
+                ) from error
+            raise RequestError(
+                f"the chat template cannot render these messages: {_describe(error)}"
+            ) from error
+        return rendered
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **extra: Any,
+) -> list[int]:
+    """Render messages and encode them; no message can smuggle in a control token.
+
+    A control token has to begin with one of a few characters (mostly ``<``). In all client data
+    each of these is swapped, before rendering, for a character that occurs nowhere else, and
+    swapped back in the plain pieces afterwards. Lengths stay the same, and the template cannot
+    even put a control token together from parts of messages.
+
+    What templates look for in a message are the reasoning tags of past answers, to cut them out;
+    as they cannot see those now, `_cut_reasoning` does that for them.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        template: the model's chat template.
+        messages: see `normalize_messages`.
+        add_generation_prompt: end with the opening of the assistant's answer.
+        tools: JSON schemas of functions, in OpenAI's form.
+        extra: further variables of the template.
+
+    Returns:
+        Token ids, with exactly one bos if the template writes it or the model wants it.
+
+    Raises:
+        RequestError: see `ChatTemplate.render`.
+    """
+    plain_messages = [
+        _cut_reasoning(message, template.source) for message in normalize_messages(messages)
+    ]
+    plain_rest = _plain([tools, extra], "tools and template options")
+    shield = _Shield(tokenizer, template, [plain_messages, plain_rest])
+    shielded_tools, shielded_extra = shield.cover(plain_rest)
+    rendered = template.render(
+        [{**shield.cover(message), "role": message["role"]} for message in plain_messages],
+        add_generation_prompt=add_generation_prompt,
+        tools=shielded_tools,
+        **shielded_extra,
+    )
+    pieces = tokenizer.split_control(rendered)
+    expected = [tokenizer.control_tokens[text] for text, is_control in pieces if is_control]
+
+    # In one go, so that the ids are the library's own; only if that finds other control tokens
+    # than the template wrote, someone typed one, and the pieces are encoded one by one.
+    control_ids = frozenset(tokenizer.control_tokens.values())
+    ids = tokenizer.encode(shield.uncover(rendered), control=True)
+    if [id_ for id_ in ids if id_ in control_ids] != expected:
+        ids = []
+        for text, is_control in pieces:
+            if is_control:
+                ids.append(tokenizer.control_tokens[text])
+            else:
+                ids.extend(tokenizer.encode(shield.uncover(text)))
+    bos = tokenizer.tokens.bos
+    if tokenizer.tokens.add_bos and bos is not None and ids[:1] != [bos]:
+        ids.insert(0, bos)
+    return ids
+
+
+class _Shield:
+    """Keeps the characters of one request's messages apart from those of the template."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, data: Any) -> None:
+        self._tokenizer = tokenizer
+        used = set(template.source).union(*_strings(data))
+        spare = (char for char in map(chr, range(0x10FFFF, 0xDFFF, -1)) if char not in used)
+        firsts = sorted({text[0] for text in tokenizer.control_tokens})
+        try:
+            swaps = {first: next(spare) for first in firsts}
+        except StopIteration:
+            raise RequestError(
+                "the messages use every character of Unicode; shorten them"
+            ) from None
+        self._cover = str.maketrans(swaps)
+        self._uncover = str.maketrans({swap: first for first, swap in swaps.items()})
+
+    def cover(self, value: Any) -> Any:
+        """Swap the characters in every string of plain JSON data."""
+        if isinstance(value, str):
+            return value.translate(self._cover)
+        if isinstance(value, list):
+            return [self.cover(item) for item in value]
+        if isinstance(value, dict):
+            return {self._cover_key(key): self.cover(item) for key, item in value.items()}
+        return value
+
+    def _cover_key(self, key: str) -> str:
+        # Keys are looked up by the template, so they are left alone unless they are dangerous.
+        dangerous = any(is_control for _, is_control in self._tokenizer.split_control(key))
+        return key.translate(self._cover) if dangerous else key
+
+    def uncover(self, text: str) -> str:
+        """Swap the characters back."""
+        return text.translate(self._uncover)
+
+
+def _cut_reasoning(message: dict[str, Any], source: str) -> dict[str, Any]:
+    """Do to an assistant's content what the template does that splits it at ``</think>``.
+
+    R1's keeps what follows the last tag; Qwen3's does so too and drops the newlines there, unless
+    the reasoning is given apart.
+    """
+    content = message["content"]
+    if message["role"] != "assistant" or not content or THINK_END not in content:
+        return message
+    if not _SPLITS_REASONING.search(source):
+        return message
+    head, *_, answer = content.split(THINK_END)
+    if "reasoning_content" not in source:
+        return message | {"content": answer}
+    if "reasoning_content" in message:
+        return message
+    reasoning = head.rstrip("\n").split(THINK_START)[-1].lstrip("\n")
+    return message | {"reasoning_content": reasoning, "content": answer.lstrip("\n")}
+
+
+def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Check OpenAI-style messages and bring them into the form that templates expect.
+
+    Roles are ``system``, ``user``, ``assistant`` and ``tool``; ``developer`` is read as
+    ``system``. ``content`` is a string or a list of ``{"type": "text", "text": ...}``, joined by
+    newlines; an assistant's may be missing beside ``tool_calls``. An assistant's reasoning, as
+    ``reasoning_content`` or ``reasoning``, goes to the template as ``reasoning_content``: R1's
+    drops it, Qwen3's keeps it where the model wants it. The ``name`` of a participant goes to the
+    template; most have no use for it. A key with the value None counts as absent.
+
+    Args:
+        messages: at least one.
+
+    Returns:
+        A copy made of plain dicts, lists and scalars; normalizing it again changes nothing.
+
+    Raises:
+        RequestError: names the index of the message and the key.
+    """
+    if isinstance(messages, str | Mapping) or not messages:
+        raise RequestError("messages: give a list with at least one message")
+    return [_normalize(index, message) for index, message in enumerate(messages)]
+
+
+def _normalize(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"messages[{index}]: give an object, not {type(message).__name__}")
+    found: dict[str, Any] = _plain(dict(message), f"messages[{index}]")
+    found = {key: value for key, value in found.items() if value is not None}
+    role = "system" if found.get("role") == "developer" else found.get("role")
+    if not isinstance(role, str) or role not in _KEYS_BY_ROLE:
+        known = ", ".join([*_KEYS_BY_ROLE, "developer"])
+        _refuse(index, "role", f"must be one of {known}, not {role!r:.80}")
+    for key in found.keys() - _KEYS_BY_ROLE[role]:
+        _refuse(index, key, f"a message of role {role!r} has no such key")
+
+    tool_calls = found.get("tool_calls", [])
+    if not isinstance(tool_calls, list) or not all(isinstance(call, dict) for call in tool_calls):
+        _refuse(index, "tool_calls", "must be a list of objects")
+    result: dict[str, Any] = {"role": role}
+    result["content"] = _content(index, found.get("content"), bool(tool_calls))
+    if tool_calls:
+        result["tool_calls"] = tool_calls
+    for key in ("reasoning_content", "reasoning", "tool_call_id", "name"):
+        if not isinstance(found.get(key, ""), str):
+            _refuse(index, key, f"must be a string, not {type(found[key]).__name__}")
+    if role != "tool" and not _PARTICIPANT.fullmatch(found.get("name", "x")):
+        _refuse(index, "name", "must have 1 to 64 characters, none of them white space or <|\\/>")
+    reasoning = {found[key] for key in ("reasoning_content", "reasoning") if key in found}
+    if len(reasoning) > 1:
+        _refuse(index, "reasoning", "differs from reasoning_content; give one of them")
+    if reasoning:
+        result["reasoning_content"] = reasoning.pop()
+    return result | {key: found[key] for key in ("tool_call_id", "name") if key in found}
+
+
+def _content(index: int, content: Any, optional: bool) -> str | None:
+    if isinstance(content, str) or (content is None and optional):
+        return content
+    if not isinstance(content, list):
+        _refuse(index, "content", "must be a string or a list of text parts")
+    texts = []
+    for position, part in enumerate(content):
+        if (
+            not isinstance(part, dict)
+            or part.keys() != {"type", "text"}
+            or part["type"] != "text"
+            or not isinstance(part["text"], str)
+        ):
+            _refuse(
+                index, f"content[{position}]", 'must be {"type": "text", "text": "..."}: text only'
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _refuse(index: int, key: str, why: str) -> NoReturn:
+    raise RequestError(f"messages[{index}].{key}: {why}")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A deep copy through JSON: a template can call methods of the objects that it is given."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(value))
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise RequestError(f"{where}: not plain JSON data ({error})") from error
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+
+
+def _raise_exception(message: Any) -> NoReturn:
+    raise RequestError(f"the chat template refuses these messages: {message}")
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As ``transformers`` defines it: unlike Jinja's own, it leaves ``<`` and ``'`` alone."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _without_generation_tags(source: str) -> str:
+    """``{% generation %}`` marks text for training; here it is an ``if`` that always holds."""
+    return re.sub(
+        r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}",
+        lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}",
+        source,
+    )
+
+
+def _describe(error: Exception) -> str:
+    """One line; minijinja's own message ends with the template's line number."""
+    return str(getattr(error, "message", None) or repr(error)).splitlines()[0]
+
+
+class ReasoningSplitter:
+    """Splits streamed text into reasoning and answer.
+
+    Reasoning is what stands between the tags at the very beginning of the text; tags further on
+    are plain text. Newlines next to the tags are dropped. The result does not depend on how the
+    text is cut into pieces.
+    """
+
+    def __init__(self, opened: bool, start: str = THINK_START, end: str = THINK_END) -> None:
+        """Start a stream.
+
+        Args:
+            opened: whether the prompt already ends with the start tag (`prompt_opens_reasoning`),
+                so that the text begins inside the reasoning; a second start tag is dropped then.
+            start: opening tag.
+            end: closing tag.
+        """
+        self._opened = opened
+        self._start = start
+        self._end = end
+        self._phase = "start"
+        self._held = ""
+        self._trims = False  # newlines that come next belong to a tag
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Add text; return what is certain by now: ``(reasoning, answer)``."""
+        self._held += text
+        if self._phase == "start" and not self._find_start():
+            return "", ""
+        reasoning = self._take_reasoning() if self._phase == "reasoning" else ""
+        return reasoning, self._take_answer() if self._phase == "answer" else ""
+
+    def flush(self) -> tuple[str, str]:
+        """End the text: what was held back, which no tag came of."""
+        if self._phase == "start":
+            self._enter("reasoning" if self._opened else "answer", trims=self._opened)
+        held = self._trimmed()
+        self._held = ""
+        return (held, "") if self._phase == "reasoning" else ("", held)
+
+    def _enter(self, phase: str, *, trims: bool) -> None:
+        self._phase = phase
+        self._trims = trims
+
+    def _find_start(self) -> bool:
+        """Leave the phase ``start`` if it is certain by now where the text begins."""
+        text = self._held.lstrip()
+        if text.startswith(self._start):
+            self._held = text[len(self._start) :]
+            self._enter("reasoning", trims=True)
+        elif self._start.startswith(text):
+            return False
+        else:
+            self._enter("reasoning" if self._opened else "answer", trims=self._opened)
+        return True
+
+    def _trimmed(self) -> str:
+        if self._trims:
+            self._held = self._held.lstrip("\n")
+            self._trims = not self._held
+        return self._held
+
+    def _take_reasoning(self) -> str:
+        held = self._trimmed()
+        found = held.find(self._end)
+        if found >= 0:
+            self._held = held[found + len(self._end) :]
+            self._enter("answer", trims=True)
+            return held[:found].rstrip("\n")
+        lengths = range(min(len(self._end) - 1, len(held)), 0, -1)
+        partial = next((size for size in lengths if held.endswith(self._end[:size])), 0)
+        certain = held[: len(held) - partial].rstrip("\n")
+        self._held = held[len(certain) :]
+        return certain
+
+    def _take_answer(self) -> str:
+        held = self._trimmed()
+        self._held = ""
+        return held
+
+
+def prompt_opens_reasoning(rendered: str) -> bool:
+    """Whether a prompt (or just its end) leaves the model inside the reasoning, as R1's does."""
+    return rendered.rstrip().endswith(THINK_START)
+
+
+def template_reasons(source: str, control_tokens: Collection[str] = ()) -> bool:
+    """Whether to split reasoning off at all: the template or the vocabulary knows its tag."""
+    return THINK_START in source or THINK_END in source or THINK_START in control_tokens

@@ -1,0 +1,487 @@
+"""Text to token ids and back: `Tokenizer`, the streaming `Detokenizer` and `StopMatcher`.
+
+Control tokens are *all* ``added_tokens`` of an HF ``tokenizer.json``, special or not: the R1
+distills list ``<｜User｜>`` and ``<think>`` as ``special: false``, yet they steer the model as much
+as the end-of-sentence token does. Text is plain unless the caller says otherwise, so a control
+token that a user types never acts as one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import threading
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edge.errors import BundleError, DependencyError, RequestError
+
+if TYPE_CHECKING:
+    from edge.bundle.manifest import Tokens
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+_LONG_CHARS = 1 << 14  # from some 10 ms on
+_MAX_ID = 2**31 - 1  # ids are int32 in engines
+
+
+class Tokenizer:
+    """A byte-pair tokenizer read from the bytes of an HF ``tokenizer.json``.
+
+    Encoding is done by the ``tokenizers`` library; decoding works on bytes here, because a token
+    may hold half a character. Safe to share between threads.
+    """
+
+    def __init__(self, data: bytes, tokens: Tokens, where: str = "tokenizer.json") -> None:
+        """Use `from_file` or `from_bytes`.
+
+        Raises:
+            BundleError: the file is malformed, of a kind that is not supported, or contradicts
+                ``tokens``.
+            DependencyError: the ``tokenizers`` library is missing.
+        """
+        file = _parse(data, where)
+        self._byte_level, self._strips_space = _decoder_kind(file.decoder, where)
+        self._library = _load_library(file, where)
+        # A setting of the library object says whether control tokens are recognized, so only one
+        # thread may encode at a time; a second object would double its 80 MB (128,000 tokens).
+        self._lock = threading.Lock()
+        self._control_tokens = {token.content: token.id for token in file.added_tokens}
+        self._control_texts = {token.id: token.content for token in file.added_tokens}
+        # Longest first: the library, too, takes the longest of the tokens that start together.
+        longest_first = sorted(self._control_tokens, key=len, reverse=True)
+        self._control_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._token_bytes: dict[int, bytes] = {}
+        self.tokens = tokens
+        vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        """One more than the highest id; the model's own vocabulary may be padded beyond it."""
+        known = set(vocabulary)
+        self._lost_bytes = bytes(b for b, char in enumerate(_byte_chars()) if char not in known)
+        self._most_bytes = _most_bytes_per_token(
+            vocabulary.keys() - self._control_tokens.keys(), file, self._byte_level
+        )
+        unknown = self._library.model.unk_token
+        self._unknown_id = None if unknown is None else self.id_of(unknown)
+        bos_id = self._control_tokens.get(tokens.bos_text)
+        if tokens.bos is not None and tokens.bos != bos_id:
+            raise BundleError(
+                f"the manifest says that bos is {tokens.bos_text!r} with id {tokens.bos}, but in "
+                f"{where} that control token has the id {bos_id}; export the bundle again"
+            )
+
+    @classmethod
+    def from_file(cls, path: Path, tokens: Tokens) -> Tokenizer:
+        """Read a ``tokenizer.json``.
+
+        Args:
+            path: the file.
+            tokens: the manifest's ids of bos and eos.
+
+        Raises:
+            BundleError: the file cannot be read or used.
+            DependencyError: the ``tokenizers`` library is missing.
+        """
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BundleError(
+                f"cannot read {path} ({error.strerror}); copy or export the bundle again"
+            ) from error
+        return cls(data, tokens, str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, tokens: Tokens) -> Tokenizer:
+        """The same as `from_file`, from the file's content."""
+        return cls(data, tokens)
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """Id of every control token by its text."""
+        return MappingProxyType(self._control_tokens)
+
+    def id_of(self, text: str) -> int | None:
+        """Id of the token with exactly this text as ``tokenizer.json`` spells it, or None."""
+        found: int | None = self._library.token_to_id(text)
+        return found
+
+    def encode(self, text: str, *, add_bos: bool = False, control: bool = False) -> list[int]:
+        """Turn text into token ids.
+
+        Args:
+            text: any Unicode text.
+            add_bos: start with the model's begin-of-sequence token.
+            control: whether the text of a control token becomes that token (for a rendered chat
+                template); else everything is plain text and no id of a control token comes out.
+
+        Raises:
+            RequestError: the text has lone surrogates, needs a token that the vocabulary lacks,
+                or ``add_bos`` is asked of a model without bos.
+        """
+        try:
+            text.encode()  # some versions of the library replace lone surrogates silently
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text has a lone surrogate at character {error.start}; send valid Unicode"
+            ) from error
+        with self._lock:
+            self._library.encode_special_tokens = not control
+            # The library gives other threads the interpreter only where it is handed a batch.
+            if len(text) > _LONG_CHARS:
+                encoding = self._library.encode_batch_fast([text], add_special_tokens=False)[0]
+            else:
+                encoding = self._library.encode(text, add_special_tokens=False)
+            ids: list[int] = encoding.ids
+        if not control and not self._control_texts.keys().isdisjoint(ids):
+            # The vocabulary proper may contain the text of a control token (SmolLM2 does).
+            ids = [piece for id_ in ids for piece in self._spelled(id_)]
+        if add_bos:
+            if self.tokens.bos is None:
+                raise RequestError("add_bos was asked for, but the model has no bos token")
+            ids.insert(0, self.tokens.bos)
+        return ids
+
+    def least_tokens(self, text: str) -> int:
+        """At least so many tokens has a plain text, told without encoding it; 0 if unknown."""
+        if not self._most_bytes:
+            return 0
+        # What the vocabulary has no token for is dropped, or becomes part of an unknown token.
+        data = text.encode("utf-8", "surrogatepass").translate(None, self._lost_bytes)
+        return len(data) // self._most_bytes
+
+    def split_control(self, text: str) -> list[tuple[str, bool]]:
+        """Cut text at its control tokens: non-empty pieces, each with whether it is one."""
+        if not self._control_tokens:
+            return [(text, False)] if text else []
+        pieces = self._control_pattern.split(text)
+        return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn token ids into text.
+
+        Control tokens appear as their text, invalid UTF-8 as U+FFFD; ids beyond the tokenizer
+        (a padded vocabulary) are empty.
+
+        Raises:
+            RequestError: an id is negative or exceeds 31 bits.
+        """
+        return self._without_first_space(
+            b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; not always whole UTF-8 characters.
+
+        Raises:
+            RequestError: the id is negative or exceeds 31 bits.
+        """
+        known = self._token_bytes.get(token_id)
+        if known is not None:
+            return known
+        if not 0 <= token_id <= _MAX_ID:
+            raise RequestError(f"token id {token_id} is not in 0..{_MAX_ID}")
+        text = self._control_texts.get(token_id)
+        if text is not None:
+            found = text.encode()
+        else:
+            token: str | None = self._library.id_to_token(token_id)
+            if token is None:
+                return b""  # not kept: a client may send any number of such ids
+            found = _from_byte_level(token) if self._byte_level else _from_sentencepiece(token)
+        self._token_bytes[token_id] = found
+        return found
+
+    def _without_first_space(self, text: str) -> str:
+        return text[1:] if self._strips_space and text.startswith(" ") else text
+
+    def _spelled(self, token_id: int) -> list[int]:
+        """The token itself or, if it is a control token, the ids of its single bytes."""
+        if token_id not in self._control_texts:
+            return [token_id]
+        names = (
+            _BYTE_TO_CHAR[byte] if self._byte_level else f"<0x{byte:02X}>"
+            for byte in self.token_bytes(token_id)
+        )
+        ids = [self.id_of(name) for name in names]
+        spelled = [id_ for id_ in ids if id_ is not None and id_ not in self._control_texts]
+        if len(spelled) != len(ids) or token_id == self._unknown_id:
+            raise RequestError(
+                f"the vocabulary has no plain tokens for a part of the text (it would become the "
+                f"control token {self._control_texts[token_id]!r}); remove unusual characters"
+            )
+        return spelled
+
+
+class Detokenizer:
+    """Turns a stream of token ids into text, whole characters at a time.
+
+    All that `push` and `flush` return is, joined, what `Tokenizer.decode` returns for the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip: Collection[int] = ()) -> None:
+        """Start a stream.
+
+        Args:
+            tokenizer: the tokenizer that made the ids.
+            skip: ids that leave no text (e.g. the end of the answer).
+        """
+        self._tokenizer = tokenizer
+        self._skip = frozenset(skip)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at_start = True
+
+    def push(self, token_id: int) -> str:
+        """Add one token; return the characters that it completes, perhaps none.
+
+        Raises:
+            RequestError: the id is negative or exceeds 31 bits.
+        """
+        if token_id in self._skip:
+            return ""
+        return self._checked(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+
+    def flush(self) -> str:
+        """End the stream: what is left of an incomplete character, as U+FFFD."""
+        return self._checked(self._decoder.decode(b"", final=True))
+
+    def _checked(self, text: str) -> str:
+        if self._at_start and text:
+            self._at_start = False
+            return self._tokenizer._without_first_space(text)
+        return text
+
+
+class StopMatcher:
+    """Finds stop strings in streamed text, across the borders of tokens.
+
+    The stop that is complete first wins; of several that end together, the longest. One automaton
+    for all of them (Aho and Corasick, 1975, doi:10.1145/360825.360855) reads each character once.
+    Its depth is the length of the longest suffix that could still become a stop, which is just
+    what has to be held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Build the automaton.
+
+        Args:
+            stops: at most `MAX_STOPS` strings of 1 to `MAX_STOP_CHARS` characters.
+
+        Raises:
+            RequestError: too many stops, or one that is empty, too long or no string.
+        """
+        if isinstance(stops, str) or len(stops) > MAX_STOPS:
+            raise RequestError(
+                f"stop: give a list of at most {MAX_STOPS} strings, not {stops!r:.80}"
+            )
+        self._children: list[dict[str, int]] = [{}]
+        self._depth = [0]
+        self._match_length = [0]  # of the longest stop that ends at this node, else 0
+        stop: Any  # from a client, perhaps of the wrong type
+        for index, stop in enumerate(stops):
+            if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
+                raise RequestError(
+                    f"stop[{index}]: give a string of 1 to {MAX_STOP_CHARS} characters, "
+                    f"not {stop!r:.80}"
+                )
+            self._add(stop)
+        self._fallback = self._link()
+        self._node = 0
+        self._held = ""
+        self._hit = False
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Add text.
+
+        Returns:
+            The text that is safe to emit, and whether a stop was hit. The stop itself and all
+            after it is dropped; later calls return ``("", True)``.
+        """
+        if self._hit:
+            return "", True
+        node = self._node
+        start = len(self._held)
+        buffer = self._held + text
+        for end, char in enumerate(text, start + 1):
+            while node and char not in self._children[node]:
+                node = self._fallback[node]
+            node = self._children[node].get(char, 0)
+            if self._match_length[node]:
+                self._hit = True
+                self._held = ""
+                return buffer[: end - self._match_length[node]], True
+        self._node = node
+        safe = len(buffer) - self._depth[node]
+        self._held = buffer[safe:]
+        return buffer[:safe], False
+
+    def flush(self) -> str:
+        """End the text: what was held back, as no stop came of it."""
+        held, self._held, self._node = self._held, "", 0
+        return held
+
+    def _add(self, stop: str) -> None:
+        node = 0
+        for char in stop:
+            child = self._children[node].get(char)
+            if child is None:
+                child = self._children[node][char] = len(self._children)
+                self._children.append({})
+                self._depth.append(self._depth[node] + 1)
+                self._match_length.append(0)
+            node = child
+        self._match_length[node] = len(stop)
+
+    def _link(self) -> list[int]:
+        """Per node, the node of its longest proper suffix; breadth first."""
+        fallback = [0] * len(self._children)
+        queue = deque(self._children[0].values())
+        while queue:
+            node = queue.popleft()
+            for char, child in self._children[node].items():
+                suffix = fallback[node]
+                while suffix and char not in self._children[suffix]:
+                    suffix = fallback[suffix]
+                fallback[child] = self._children[suffix].get(char, 0)
+                queue.append(child)
+            own, shorter = self._match_length[node], self._match_length[fallback[node]]
+            self._match_length[node] = max(own, shorter)
+        return fallback
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
+
+
+_NULL = msgspec.Raw(b"null")
+
+
+class _File(msgspec.Struct):
+    """The parts of a ``tokenizer.json`` that matter; the vocabulary is never parsed in Python.
+
+    Post-processor, truncation and padding are left out on purpose: who adds bos or cuts a prompt
+    is decided here and not in that file.
+    """
+
+    model: msgspec.Raw
+    added_tokens: list[_AddedToken] = []
+    normalizer: msgspec.Raw = _NULL
+    pre_tokenizer: msgspec.Raw = _NULL
+    decoder: Any = None
+
+
+class _Model(msgspec.Struct):
+    type: str = "BPE"
+
+
+def _parse(data: bytes, where: str) -> _File:
+    try:
+        file = msgspec.json.decode(data, type=_File)
+        model = msgspec.json.decode(file.model, type=_Model)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"{where} is not a tokenizer.json ({error}); copy or export the bundle again"
+        ) from error
+    if model.type != "BPE":
+        raise BundleError(f"{where} has a tokenizer of type {model.type!r}; supported is 'BPE'")
+    for token in file.added_tokens:
+        if not token.content:
+            raise BundleError(f"{where}: the added token with id {token.id} has no text")
+        token.special = True  # then one switch of the library turns all of them off and on
+    return file
+
+
+def _load_library(file: _File, where: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DependencyError(
+            "encoding text needs the package tokenizers; pip install 'tokenizers>=0.20'"
+        ) from error
+    try:
+        library = tokenizers.Tokenizer.from_buffer(msgspec.json.encode(file))
+    except ValueError as error:
+        raise BundleError(
+            f"{where} was refused by tokenizers {tokenizers.__version__} ({error}); "
+            "upgrade tokenizers or export the bundle again"
+        ) from error
+    for token in file.added_tokens:
+        found = library.token_to_id(token.content)
+        if found != token.id:
+            raise BundleError(
+                f"{where}: the added token {token.content!r} has the id {token.id}, but the "
+                f"vocabulary leads to {found}; repair the source's tokenizer.json"
+            )
+    return library
+
+
+def _decoder_kind(decoder: Any, where: str) -> tuple[bool, bool]:
+    """Whether the vocabulary is byte-level (else sentencepiece), and whether a first space goes."""
+    kinds = decoder.get("decoders") if _kind(decoder) == "Sequence" else [decoder]
+    names = [_kind(kind) for kind in kinds] if isinstance(kinds, list) else []
+    if names == ["ByteLevel"]:
+        return True, False
+    if names == ["Metaspace"] and kinds[0].get("replacement") == "▁":
+        return False, kinds[0].get("prepend_scheme", "always") != "never"
+    replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    if names[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[0] == replace:
+        if not kinds[3:]:
+            return False, False
+        if kinds[3:] == [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]:
+            return False, True
+    raise BundleError(
+        f"{where} has the decoder {decoder!r:.300}; supported are ByteLevel, Metaspace with '▁', "
+        "and the sequence Replace('▁', ' '), ByteFallback, Fuse, Strip"
+    )
+
+
+def _most_bytes_per_token(vocabulary: Collection[str], file: _File, byte_level: bool) -> int:
+    """Bytes of text that one token can stand for; 0 where nothing bounds them.
+
+    NFC makes text shorter, at most 7 to 2 (U+1FBE U+0308 U+0301 to U+0390, over all of Unicode 14).
+    """
+    if not byte_level:
+        return 0
+    normalizer = msgspec.json.decode(file.normalizer)
+    parts = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    if b"Removed" in bytes(file.pre_tokenizer) or any(part.get("type") != "NFC" for part in parts):
+        return 0
+    return max(map(len, vocabulary)) * (4 if parts else 1)
+
+
+def _kind(decoder: Any) -> Any:
+    return decoder.get("type") if isinstance(decoder, dict) else None
+
+
+def _byte_chars() -> list[str]:
+    """GPT-2's printable stand-in for every byte (openai/gpt-2, ``encoder.py``)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+_BYTE_TO_CHAR = _byte_chars()
+_CHAR_TO_BYTE = {char: byte for byte, char in enumerate(_BYTE_TO_CHAR)}
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _from_byte_level(token: str) -> bytes:
+    try:
+        return bytes([_CHAR_TO_BYTE[char] for char in token])
+    except KeyError:
+        return token.encode()  # not written in stand-ins, so it is text; the library does the same
+
+
+def _from_sentencepiece(token: str) -> bytes:
+    byte = _BYTE_FALLBACK.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()

@@ -1,0 +1,1 @@
+"""The ONNX decoder and the files that hold it."""

@@ -1,0 +1,418 @@
+"""The decoder graph in standard ONNX operators; its inputs and outputs are `edge.bundle.io_spec`.
+
+Both dialects share the layers; they differ in how RMSNorm, RoPE and attention are written and in
+who appends to the cache (see `edge.bundle.io_spec`). Shapes in comments: ``B`` batch, ``S`` tokens
+of the step, ``K`` cache rows read, ``H`` heads, ``G`` KV heads, ``D`` head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from edge._version import __version__
+from edge.bundle import io_spec
+from edge.bundle.manifest import Dialect, FloatType, ModelSpec, TensorScheme
+
+from .data_file import StoredTensor
+from .graph_builder import ONNX_TYPE, GraphBuilder
+
+_FP32 = ONNX_TYPE["fp32"]
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear layer's tensors on disk, as one graph reads them.
+
+    Attributes:
+        scheme: how the weight is stored.
+        weight: ``[in, out]``.
+        scale: ``[groups, out]`` or ``[out]`` in the graph's float type; None for float weights.
+        bias: ``[out]`` or None.
+        input_scale: scalar in the graph's float type, for inputs rounded to INT8, or None.
+        float_channels: input channels that are not rounded, or none.
+        float_weight: of these channels, ``[channels, out]``.
+    """
+
+    scheme: TensorScheme
+    weight: StoredTensor
+    scale: StoredTensor | None
+    bias: StoredTensor | None
+    input_scale: StoredTensor | None = None
+    float_channels: tuple[int, ...] = ()
+    float_weight: StoredTensor | None = None
+
+
+@dataclass(frozen=True)
+class DecoderTensors:
+    """Everything stored outside the graph.
+
+    Attributes:
+        linears: by layer name (`recipe.linear_layers`).
+        norms: RMSNorm weights by name: ``layers.0.input_norm``, ``layers.0.post_norm``,
+            ``layers.0.q_norm``, ``layers.0.k_norm``, ``final_norm``.
+        rope_cos, rope_sin: ``[positions, head_dim / 2]``.
+    """
+
+    linears: Mapping[str, StoredLinear]
+    norms: Mapping[str, StoredTensor]
+    rope_cos: StoredTensor
+    rope_sin: StoredTensor
+
+
+def build_decoder(
+    model: ModelSpec,
+    dialect: Dialect,
+    float_type: FloatType,
+    tensors: DecoderTensors,
+    kv_capacity: int,
+) -> onnx.ModelProto:
+    """The whole decoder.
+
+    Args:
+        model: dimensions.
+        dialect: ``native`` or ``portable``.
+        float_type: type of activations, cache and logits.
+        tensors: where the weights lie.
+        kv_capacity: rows of the cache; a number in the graph's inputs and outputs only.
+    """
+    writer = _Native if dialect == "native" else PortableDecoder
+    return writer(model, float_type, tensors).build(dialect, kv_capacity)
+
+
+class _Decoder:
+    """What both dialects share."""
+
+    def __init__(self, model: ModelSpec, float_type: FloatType, tensors: DecoderTensors) -> None:
+        self.model = model
+        self.tensors = tensors
+        self.g = GraphBuilder(float_type)
+
+    def build(self, dialect: Dialect, kv_capacity: int) -> onnx.ModelProto:
+        self.prologue()
+        x = io_spec.INPUTS_EMBEDS
+        for i in range(self.model.num_layers):
+            x = self.layer(i, x)
+        # Only the wanted positions go through the final norm and the lm_head.
+        axes = self.g.constant("axes.last", [-1])
+        indices = self.g.node(
+            "Unsqueeze", [io_spec.LOGITS_INDICES, axes], "logits_indices.unsqueezed"
+        )
+        x = self.g.node("GatherND", [x, indices], "last_hidden", batch_dims=1)
+        x = self.norm(x, "final_norm")
+        self.linear(x, "lm_head", output=io_spec.LOGITS)
+        spec = (self.model, dialect, self.g.float_type, kv_capacity)
+        return self.g.model(
+            "decoder",
+            io_spec.OPSET[dialect],
+            io_spec.decoder_inputs(*spec),
+            io_spec.decoder_outputs(*spec),
+            __version__,
+        )
+
+    def layer(self, i: int, x: str) -> str:
+        g, m = self.g, self.model
+        name = f"layers.{i}"
+        q_width, kv_width = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+        h = self.norm(x, f"{name}.input_norm")
+        qkv = self.linear(h, f"{name}.qkv")
+        g.node(
+            "Split",
+            [qkv, g.constant("split.qkv", [q_width, kv_width, kv_width])],
+            f"{name}.split",
+            outputs=[f"{name}.{part}" for part in "qkv"],
+            axis=-1,
+        )
+        q = self.heads(f"{name}.q", m.num_heads, f"{name}.q_norm" if m.qk_norm else None)
+        k = self.heads(f"{name}.k", m.num_kv_heads, f"{name}.k_norm" if m.qk_norm else None)
+        v = self.heads(f"{name}.v", m.num_kv_heads, None)
+        q, k = self.rope(q, f"{name}.q.rope"), self.rope(k, self.key_name(i))
+        attended = self.attention(i, q, k, v)
+        merged = g.node("Transpose", [attended], f"{name}.attended.t", perm=[0, 2, 1, 3])
+        merged = g.node(
+            "Reshape", [merged, g.constant("shape.merge", [0, 0, q_width])], f"{name}.merged"
+        )
+        x = g.node("Add", [x, self.linear(merged, f"{name}.o")], f"{name}.attention_residual")
+
+        h = self.norm(x, f"{name}.post_norm")
+        wide = m.intermediate_size
+        g.node(
+            "Split",
+            [self.linear(h, f"{name}.gate_up"), g.constant("split.gate_up", [wide, wide])],
+            f"{name}.split_mlp",
+            outputs=[f"{name}.gate", f"{name}.up"],
+            axis=-1,
+        )
+        # SiLU in two operators: TensorRT knows `Swish` only from 11.0 on.
+        sigmoid = g.node("Sigmoid", [f"{name}.gate"], f"{name}.gate.sigmoid")
+        gate = g.node("Mul", [f"{name}.gate", sigmoid], f"{name}.gate.silu")
+        h = g.node("Mul", [gate, f"{name}.up"], f"{name}.gated")
+        return g.node("Add", [x, self.linear(h, f"{name}.down")], f"{name}.mlp_residual")
+
+    def heads(self, x: str, count: int, norm: str | None) -> str:
+        """``[B, S, count * D]`` to ``[B, count, S, D]``, normalised per head for Qwen3."""
+        shape = self.g.constant(f"shape.heads.{count}", [0, 0, count, self.model.head_dim])
+        x = self.g.node("Reshape", [x, shape], f"{x}.heads")
+        if norm is not None:
+            x = self.norm(x, norm)
+        return self.g.node("Transpose", [x], self.heads_name(x), perm=[0, 2, 1, 3])
+
+    def heads_name(self, x: str) -> str:
+        return f"{x}.t"
+
+    def linear(self, x: str, name: str, output: str | None = None) -> str:
+        g, stored = self.g, self.tensors.linears[name]
+        addends = []
+        if stored.float_weight is not None:
+            channels = g.constant(f"{name}.float_indices", stored.float_channels)
+            picked = g.node("Gather", [x, channels], f"{name}.float_inputs", axis=-1)
+            addends.append(
+                g.node("MatMul", [picked, g.floats(stored.float_weight)], f"{name}.float_product")
+            )
+        if stored.bias is not None:
+            addends.append(g.floats(stored.bias))
+        if stored.input_scale is not None:
+            # TensorRT's explicit quantization: symmetric, the zero point only states the type.
+            grid = [g.external(stored.input_scale), g.int8_zero("zero_point")]
+            x = g.node("QuantizeLinear", [x, *grid], f"{name}.input.quantized")
+            x = g.node("DequantizeLinear", [x, *grid], f"{name}.input.dequantized")
+        if stored.scale is None:
+            weight = g.floats(stored.weight)
+        else:
+            size = stored.scheme.group_size
+            grouping: dict[str, Any] = {"axis": 0, "block_size": size} if size else {"axis": 1}
+            weight = g.node(
+                "DequantizeLinear",
+                [g.external(stored.weight), g.external(stored.scale)],
+                f"{name}.dequantized",
+                **grouping,
+            )
+        output = output or f"{name}.out"
+        if not addends:
+            return g.node("MatMul", [x, weight], output)
+        total = g.node("MatMul", [x, weight], f"{name}.product")
+        for addend in addends[:-1]:
+            total = g.node("Add", [total, addend], f"{name}.with_float_channels")
+        return g.node("Add", [total, addends[-1]], output)
+
+    # What the dialects write differently.
+
+    def prologue(self) -> None:
+        """Nodes that all layers share: the masks."""
+        raise NotImplementedError
+
+    def norm(self, x: str, name: str) -> str:
+        """RMSNorm over the last axis, in fp32 inside (fp16 squares overflow at 256)."""
+        raise NotImplementedError
+
+    def rope(self, x: str, output: str) -> str:
+        """Rotate ``[B, heads, S, D]`` by its positions, halves paired (HF's layout)."""
+        raise NotImplementedError
+
+    def key_name(self, i: int) -> str:
+        """Name of a layer's rotated keys."""
+        raise NotImplementedError
+
+    def attention(self, i: int, q: str, k: str, v: str) -> str:
+        """Cache update and attention; returns ``[B, H, S, D]``."""
+        raise NotImplementedError
+
+
+class _Native(_Decoder):
+    """Opset 24: RMSNormalization, RotaryEmbedding, TensorScatter, Attention."""
+
+    def prologue(self) -> None:
+        g = self.g
+        # An explicit mask: TensorRT imports `is_causal` as upper-left, which is wrong in decode.
+        positions = g.node(
+            "Unsqueeze",
+            [io_spec.POSITION_IDS, g.constant("axes.1_3", [1, 3])],
+            "position_ids.column",
+        )
+        g.node("LessOrEqual", [io_spec.KV_POSITIONS, positions], "mask")  # [B, 1, S, K]
+        g.node("Shape", [io_spec.KV_POSITIONS], "kv_len")
+
+    def norm(self, x: str, name: str) -> str:
+        weight = self.g.floats(self.tensors.norms[name])
+        return self.g.node(
+            "RMSNormalization",
+            [x, weight],
+            f"{name}.out",
+            axis=-1,
+            epsilon=self.model.rms_norm_eps,
+            stash_type=_FP32,
+        )
+
+    def rope(self, x: str, output: str) -> str:
+        cos, sin = self.g.floats(self.tensors.rope_cos), self.g.floats(self.tensors.rope_sin)
+        return self.g.node("RotaryEmbedding", [x, cos, sin, io_spec.POSITION_IDS], output)
+
+    def key_name(self, i: int) -> str:
+        return f"layers.{i}.k.rope"
+
+    def attention(self, i: int, q: str, k: str, v: str) -> str:
+        g = self.g
+        read = []
+        for new, past, present in (
+            (k, io_spec.past_key(i), io_spec.present_key(i)),
+            (v, io_spec.past_value(i), io_spec.present_value(i)),
+        ):
+            g.node("TensorScatter", [past, new, io_spec.WRITE_INDICES], present, axis=2)
+            read.append(
+                g.node(
+                    "Slice",
+                    [present, g.constant("kv_start", [0]), "kv_len", g.constant("axes.2", [2])],
+                    f"{present}.read",
+                )
+            )
+        return g.node(
+            "Attention",
+            [q, *read, "mask"],
+            f"layers.{i}.attended",
+            scale=1.0 / math.sqrt(self.model.head_dim),
+        )
+
+
+class PortableDecoder(_Decoder):
+    """Opset 21: primitive operators only; the runtime appends to the cache."""
+
+    def prologue(self) -> None:
+        """Rows of the RoPE tables and the additive masks."""
+        g = self.g
+        self.rope_rows()
+        last, head_axis = g.constant("axes.last", [-1]), g.constant("axes.1", [1])
+        # Additive masks in fp32, the type of the scores. The new tokens among themselves by
+        # position, so that padding behind a short sequence is never seen.
+        zero = g.scalar("mask.keep", 0.0, "fp32")
+        # Not -inf: a row of the past part may be all masked, and -inf minus -inf is NaN.
+        drop = g.scalar("mask.drop", -1.0e30, "fp32")
+        lengths = g.node("Unsqueeze", [io_spec.PAST_LENGTHS, last], "past_lengths.column")
+        valid = g.node("Less", [io_spec.KV_POSITIONS, lengths], "mask.past.valid")  # [B, K]
+        valid = g.node("Where", [valid, zero, drop], "mask.past.flat")
+        g.node("Unsqueeze", [valid, g.constant("axes.1_2_3", [1, 2, 3])], "mask.past")
+        rows = g.node("Unsqueeze", [io_spec.POSITION_IDS, last], "position_ids.column")
+        columns = g.node("Unsqueeze", [io_spec.POSITION_IDS, head_axis], "position_ids.row")
+        causal = g.node("LessOrEqual", [columns, rows], "mask.new.valid")  # [B, S, S]
+        causal = g.node("Where", [causal, zero, drop], "mask.new.flat")
+        g.node("Unsqueeze", [causal, g.constant("axes.1_2", [1, 2])], "mask.new")
+        g.node("Shape", [io_spec.KV_POSITIONS], "kv_len")
+        seq_len = g.node("Shape", [io_spec.POSITION_IDS], "seq_len", start=1, end=2)
+        g.node("Concat", ["kv_len", seq_len], "split.scores", axis=0)
+
+    def rope_rows(self) -> None:
+        """One row of cos/sin per token, broadcast over the heads: ``[B, 1, S, D / 2]``."""
+        g = self.g
+        for name, table in (("cos", self.tensors.rope_cos), ("sin", self.tensors.rope_sin)):
+            rows = g.node("Gather", [g.floats(table), io_spec.POSITION_IDS], f"rope.{name}.rows")
+            g.node("Unsqueeze", [rows, g.constant("axes.1", [1])], f"rope.{name}")
+
+    def norm(self, x: str, name: str) -> str:
+        """See the base class."""
+        g = self.g
+        fp32 = g.float_type == "fp32"
+        wide = x if fp32 else g.node("Cast", [x], f"{name}.fp32", to=_FP32)
+        square = g.node("Mul", [wide, wide], f"{name}.square")
+        mean = g.node(
+            "ReduceMean", [square, g.constant("axes.last", [-1])], f"{name}.mean", keepdims=1
+        )
+        eps = g.scalar("rms_norm_eps", self.model.rms_norm_eps, "fp32")
+        root = g.node("Sqrt", [g.node("Add", [mean, eps], f"{name}.mean_eps")], f"{name}.root")
+        normed = g.node("Div", [wide, root], f"{name}.normed")
+        if not fp32:
+            normed = g.node("Cast", [normed], f"{name}.narrow", to=ONNX_TYPE[g.float_type])
+        return g.node("Mul", [normed, g.floats(self.tensors.norms[name])], f"{name}.out")
+
+    def rope(self, x: str, output: str) -> str:
+        """See the base class."""
+        g = self.g
+        half = self.model.head_dim // 2
+        first, second = f"{output}.first", f"{output}.second"
+        g.node(
+            "Split",
+            [x, g.constant("split.rope", [half, half])],
+            f"{output}.split",
+            outputs=[first, second],
+            axis=-1,
+        )
+        low = g.node(
+            "Sub",
+            [
+                g.node("Mul", [first, "rope.cos"], f"{first}.cos"),
+                g.node("Mul", [second, "rope.sin"], f"{second}.sin"),
+            ],
+            f"{output}.low",
+        )
+        high = g.node(
+            "Add",
+            [
+                g.node("Mul", [second, "rope.cos"], f"{second}.cos"),
+                g.node("Mul", [first, "rope.sin"], f"{first}.sin"),
+            ],
+            f"{output}.high",
+        )
+        return g.node("Concat", [low, high], output, axis=-1)
+
+    def key_name(self, i: int) -> str:
+        """The keys leave the graph as they are."""
+        return io_spec.new_key(i)
+
+    def heads_name(self, x: str) -> str:
+        """Name of a projection's heads; the values leave the graph as they are."""
+        parts = x.split(".")
+        if parts[0] == "layers" and parts[2:] == ["v", "heads"]:
+            return io_spec.new_value(int(parts[1]))
+        return f"{x}.t"
+
+    def attention(self, i: int, q: str, k: str, v: str) -> str:
+        """Join past and new in the scores, never in the cache: softmax([q.K_past | q.K_new])."""
+        g, m = self.g, self.model
+        name = f"layers.{i}"
+        shared, size = m.num_heads // m.num_kv_heads, m.head_dim
+        # [B, H, S, D] -> [B, G, H / G, S, D]: query heads beside the KV head that they share.
+        grouped = g.node(
+            "Reshape",
+            [q, g.constant("shape.grouped", [0, m.num_kv_heads, shared, -1, size])],
+            f"{name}.q.grouped",
+        )
+        scale = g.scalar("attention_scale", 1.0 / math.sqrt(size))
+        grouped = g.node("Mul", [grouped, scale], f"{name}.q.scaled")
+        group_axis = g.constant("axes.2", [2])
+        scores, values = [], []
+        past = (io_spec.past_key(i), io_spec.past_value(i))
+        for part, keys, vals in (("past", *past), ("new", k, v)):
+            if part == "past":
+                bounds = [g.constant("kv_start", [0]), "kv_len", group_axis]
+                keys = g.node("Slice", [keys, *bounds], f"{keys}.read")
+                vals = g.node("Slice", [vals, *bounds], f"{vals}.read")
+            keys = g.node("Unsqueeze", [keys, group_axis], f"{keys}.grouped")
+            values.append(g.node("Unsqueeze", [vals, group_axis], f"{vals}.grouped"))
+            keys = g.node("Transpose", [keys], f"{keys}.t", perm=[0, 1, 2, 4, 3])
+            score = g.node("MatMul", [grouped, keys], f"{name}.scores.{part}")
+            if g.float_type != "fp32":
+                score = g.node("Cast", [score], f"{score}.fp32", to=_FP32)
+            scores.append(g.node("Add", [score, f"mask.{part}"], f"{name}.scores.{part}.masked"))
+        joined = g.node("Concat", scores, f"{name}.scores", axis=-1)
+        weights = g.node("Softmax", [joined], f"{name}.softmax", axis=-1)
+        if g.float_type != "fp32":
+            weights = g.node("Cast", [weights], f"{weights}.narrow", to=ONNX_TYPE[g.float_type])
+        g.node(
+            "Split",
+            [weights, "split.scores"],
+            f"{name}.split_weights",
+            outputs=[f"{name}.weights.past", f"{name}.weights.new"],
+            axis=-1,
+        )
+        mixed = [
+            g.node("MatMul", [f"{name}.weights.{part}", value], f"{name}.mixed.{part}")
+            for part, value in zip(("past", "new"), values, strict=True)
+        ]
+        total = g.node("Add", mixed, f"{name}.mixed")
+        return g.node(
+            "Reshape",
+            [total, g.constant("shape.ungrouped", [0, m.num_heads, -1, size])],
+            f"{name}.attended",
+        )

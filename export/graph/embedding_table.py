@@ -1,0 +1,91 @@
+"""The token table as the bundle stores it: fp16 rows, or INT8 rows with one scale each.
+
+The runtime reads a row per token, so its type costs quality and disk, but no speed. INT8 halves the
+file; a row's values have about the same size, so one scale per row is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle import io_spec
+from edge.errors import CheckpointError
+
+from .safetensors_writer import TensorSource
+
+EmbeddingType = Literal["fp16", "int8"]
+_CHUNK_ROWS = 8192
+_NAME = "model.embed_tokens.weight"
+_FP16_MAX = 65504.0
+_LEVELS = np.float32(127.0)
+
+
+def embedding_tensors(
+    table: NDArray[Any], kind: EmbeddingType, progress: Callable[[int], None]
+) -> dict[str, TensorSource]:
+    """Tensors for `safetensors_writer.write_safetensors`, computed while they are written.
+
+    Args:
+        table: ``[vocab, hidden]`` of any float type.
+        kind: how rows are stored.
+        progress: told the values written so far.
+
+    Raises:
+        CheckpointError: while they are written: a value that is not finite or beyond fp16.
+    """
+    scales: list[NDArray[np.float32]] = []
+
+    def rows() -> Iterator[NDArray[np.generic]]:
+        for start in range(0, len(table), _CHUNK_ROWS):
+            wide = table[start : start + _CHUNK_ROWS].astype(np.float32)
+            _check(wide)
+            if kind == "fp16":
+                yield wide.astype(np.float16)
+            else:
+                integers, scale = quantize_table_rows(wide)
+                scales.append(scale)
+                yield integers
+            progress((start + len(wide)) * table.shape[1])
+
+    shape = (table.shape[0], table.shape[1])
+    if kind == "fp16":
+        return {io_spec.EMBEDDINGS_TENSOR: TensorSource("F16", shape, rows())}
+    return {
+        io_spec.EMBEDDINGS_TENSOR: TensorSource("I8", shape, rows()),
+        # Filled by the time that it is read: the rows are written first.
+        io_spec.EMBEDDINGS_SCALES: TensorSource("F32", shape[:1], scales),
+    }
+
+
+def quantize_table_rows(
+    rows: NDArray[np.float32],
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round to INT8 multiples of a row's largest magnitude over 127.
+
+    Args:
+        rows: float32 ``[n, hidden]``.
+
+    Returns:
+        int8 ``[n, hidden]`` and float32 ``[n]``; a row of zeros has the scale 1.
+    """
+    scales = np.abs(rows).max(axis=1) / _LEVELS
+    # Below that, a quotient by the scale would overflow; such a row is zero in fp16 anyway.
+    scales[scales < np.finfo(np.float32).tiny] = 1
+    return np.rint(rows / scales[:, None]).astype(np.int8), scales
+
+
+def _check(rows: NDArray[np.float32]) -> None:
+    largest = float(np.abs(rows).max(initial=0.0))
+    if not np.isfinite(largest):
+        raise CheckpointError(
+            f"{_NAME} holds NaN or infinite values; download the checkpoint again"
+        )
+    if largest > _FP16_MAX:
+        raise CheckpointError(
+            f"{_NAME} holds a value of magnitude {largest:.4g}, FP16 ends at 65504, which is all "
+            "that the embedding table may hold"
+        )

@@ -1,0 +1,17 @@
+"""Rotary position embedding tables of the graph, computed in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import RopeSpec
+from edge.bundle.rope import inverse_frequencies as inverse_frequencies
+
+Array = NDArray[np.float64]
+
+
+def rope_tables(rope: RopeSpec, head_dim: int, positions: int) -> tuple[Array, Array]:
+    """Cosine and sine, each float64 ``[positions, head_dim / 2]``, attention factor included."""
+    angles = np.outer(np.arange(positions, dtype=np.float64), inverse_frequencies(rope, head_dim))
+    return np.cos(angles) * rope.attention_factor, np.sin(angles) * rope.attention_factor

@@ -1,0 +1,338 @@
+"""Calibration: what the linear layers of the float model see of a text.
+
+The float model runs in ONNX Runtime one decoder layer at a time: one small graph whose weights are
+inputs serves every layer, so memory holds the hidden states of all tokens, one layer's weights and
+one layer's activations, whatever the model's depth. No KV cache: a sequence is run whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edge._version import __version__
+from edge.bundle import io_spec
+from edge.bundle.io_spec import TensorSpec
+from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.errors import DependencyError, install_command
+from edge.progress import Progress, silent
+from export.graph.data_file import StoredTensor
+from export.graph.decoder import DecoderTensors, PortableDecoder, StoredLinear
+from export.graph.graph_builder import ONNX_TYPE, GraphBuilder
+from export.graph.rope import rope_tables
+from export.sources.checkpoint import Checkpoint
+
+from .recipe import linear_layers, norm_sources
+
+Array = NDArray[np.float32]
+
+FP16_MAX = 65504.0
+_FP16_NEAR = FP16_MAX / 2  # calibration sees few tokens; a factor of two is no margin to rely on
+_ROPE = ("cos", "sin")
+# Values of the graph that feed a linear, and those whose range matters to an fp16 graph.
+_TAPS = {"input_norm.out": "qkv", "merged": "o", "post_norm.out": "gate_up", "gated": "down"}
+_PEAKS = (
+    "qkv.out",
+    "o.out",
+    "attention_residual",
+    "gate_up.out",
+    "gated",
+    "down.out",
+    "mlp_residual",
+)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """What one decoder layer's linears see, for every calibration token.
+
+    Attributes:
+        index: of the layer; -1 for what follows the last one.
+        inputs: float32 ``[tokens, width]`` by the linear's last name: ``qkv``, ``o``, ``gate_up``
+            and ``down``, or ``lm_head``. Tokens are in the order of the batches, row by row.
+        peaks: largest magnitude of each value that an fp16 graph would hold, by its name.
+    """
+
+    index: int
+    inputs: dict[str, Array]
+    peaks: dict[str, float]
+
+
+@dataclass
+class LayerRunner:
+    """Iterates over the decoder layers and, last, the input of the lm_head.
+
+    The activations are those of the float model: feeding each layer what the quantized layers
+    before it put out was tried and gained nothing.
+
+    Args:
+        checkpoint: its weights are used as fp32.
+        ids: token ids int64 ``[sequences, seq_len]``.
+        progress: told the sequences that passed a layer (``calibrate``), counted over all layers.
+        first: layer to begin with.
+        start: hidden states before that layer, float32 ``[sequences, seq_len, hidden]``; they are
+            overwritten. None for the first layer.
+
+    Attributes:
+        hidden: after the layer that was handed out last, as ``start``; None before.
+        peaks: all layers' so far, by full name (``layers.3.down``).
+    """
+
+    checkpoint: Checkpoint
+    ids: NDArray[np.int64]
+    progress: Progress = silent
+    first: int = 0
+    start: Array | None = None
+    hidden: Array | None = field(default=None, init=False)
+    peaks: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __iter__(self) -> Iterator[LayerActivations]:
+        model = self.checkpoint.spec
+        graph = _LayerGraph(model)
+        session = _layer_session(graph)
+        tables = rope_tables(model.rope, model.head_dim, self.ids.shape[1])
+        rope = {
+            f"rope.{part}_table": table.astype(np.float32)
+            for part, table in zip(_ROPE, tables, strict=True)
+        }
+        hidden = self.start
+        if hidden is None:
+            table = self.checkpoint.tensor("model.embed_tokens.weight")
+            hidden = np.stack([table[row].astype(np.float32) for row in self.ids])
+            self._check("embeddings", float(np.abs(hidden).max()))
+        self.hidden = hidden
+        self._report(self.first * len(hidden))
+        for i in range(self.first, model.num_layers):
+            weights = rope | graph.weights(self.checkpoint, i)
+            activations = self._run(session, graph, weights, hidden, i)
+            del weights
+            yield activations
+        norm = self.checkpoint.tensor("model.norm.weight").astype(np.float32)
+        for row in hidden:
+            row *= norm / np.sqrt(
+                np.mean(np.square(row), axis=-1, keepdims=True) + np.float32(model.rms_norm_eps)
+            )
+        last = hidden.reshape(-1, model.hidden_size)
+        peak = float(np.abs(last).max())
+        self._check("final_norm", peak)
+        yield LayerActivations(-1, {"lm_head": last}, {"final_norm": peak})
+
+    def _run(
+        self,
+        session: Any,
+        graph: _LayerGraph,
+        weights: dict[str, Array],
+        hidden: Array,
+        index: int,
+    ) -> LayerActivations:
+        """Run all sequences through one layer; ``hidden`` becomes the layer's output."""
+        count, seq_len, _ = hidden.shape
+        positions = np.arange(seq_len, dtype=np.int64)[None]
+        inputs: dict[str, Array] = {}
+        peaks: dict[str, float] = {}
+        for at in range(count):
+            feed = {
+                **weights,
+                io_spec.INPUTS_EMBEDS: hidden[at : at + 1],
+                io_spec.POSITION_IDS: positions,
+            }
+            values = session.run(list(graph.outputs), feed)
+            for name, value in zip(graph.outputs.values(), values, strict=True):
+                kind, _, short = name.partition(" ")
+                if kind == "peak":
+                    peaks[short] = max(peaks.get(short, 0.0), float(value))
+                elif kind == "input":
+                    if short not in inputs:
+                        inputs[short] = np.empty(
+                            (count * seq_len, value.shape[-1]), dtype=np.float32
+                        )
+                    inputs[short][at * seq_len : (at + 1) * seq_len] = value[0]
+                else:
+                    hidden[at] = value[0]
+            self._report(index * count + at + 1)
+        for short, peak in peaks.items():
+            self._check(f"layers.{index}.{short}", peak)
+        return LayerActivations(index, inputs, peaks)
+
+    def _report(self, done: int) -> None:
+        total = self.checkpoint.spec.num_layers * len(self.ids)
+        self.progress("calibrate", done, total, "sequences through a layer")
+
+    def _check(self, name: str, peak: float) -> None:
+        self.peaks[name] = peak
+        if not peak < _FP16_NEAR:
+            _log.warning(
+                "%s reaches %.4g in calibration, FP16 ends at %.0f; export with --dtype bf16",
+                name,
+                peak,
+                FP16_MAX,
+            )
+
+
+class _FedGraph(GraphBuilder):
+    """A builder whose external tensors are inputs of the graph: the weights are fed."""
+
+    def __init__(self) -> None:
+        super().__init__("fp32")
+        self.fed: dict[str, TensorSpec] = {}
+
+    def external(self, tensor: StoredTensor) -> str:
+        self.fed[tensor.name] = TensorSpec(tensor.name, tensor.dims, "fp32")
+        return tensor.name
+
+
+class _LayerGraph(PortableDecoder):
+    """One decoder layer in fp32, hidden to hidden, without a cache, with taps.
+
+    Attributes:
+        outputs: what each output of the graph is, in order: ``hidden``, ``input <name>`` or
+            ``peak <name>``.
+    """
+
+    def __init__(self, model: ModelSpec) -> None:
+        one = msgspec.structs.replace(model, num_layers=1)
+        self.linear_specs = {layer.name: layer for layer in linear_layers(one)}
+        del self.linear_specs["lm_head"]
+        self.norm_sources = norm_sources(one)
+        del self.norm_sources["final_norm"]
+        linears = {
+            name: StoredLinear(
+                scheme=TensorScheme(kind="float"),
+                weight=_placeholder(f"{name}.weight", *layer.shape),
+                scale=None,
+                bias=_placeholder(f"{name}.bias", layer.shape[1]) if layer.biases else None,
+            )
+            for name, layer in self.linear_specs.items()
+        }
+        norms = {
+            name: _placeholder(
+                f"{name}.weight", model.head_dim if "self_attn" in source else model.hidden_size
+            )
+            for name, source in self.norm_sources.items()
+        }
+        rope = [_placeholder(f"rope.{part}_table", -1, model.head_dim // 2) for part in _ROPE]
+        super().__init__(one, "fp32", DecoderTensors(linears, norms, rope[0], rope[1]))
+        self.g: _FedGraph = _FedGraph()
+        self.outputs: dict[str, str] = {}
+
+    def build_layer(self) -> onnx.ModelProto:
+        """Inputs: the hidden states, the positions and every weight of the layer."""
+        g = self.g
+        self.prologue()
+        width = self.model.hidden_size
+        hidden = self.layer(0, io_spec.INPUTS_EMBEDS)
+        outputs = [TensorSpec(hidden, ("batch", "seq", width), "fp32")]
+        self.outputs[hidden] = "hidden"
+        for value, short in _TAPS.items():
+            name = f"layers.0.{value}"
+            self.outputs[name] = f"input {short}"
+            outputs.append(
+                TensorSpec(
+                    name, ("batch", "seq", self.linear_specs[f"layers.0.{short}"].shape[0]), "fp32"
+                )
+            )
+        for value in _PEAKS:
+            name = f"layers.0.{value}"
+            size = g.node("Abs", [name], f"{name}.magnitude")
+            peak = g.node("ReduceMax", [size], f"{name}.peak", keepdims=0)
+            self.outputs[peak] = f"peak {value}"
+            outputs.append(TensorSpec(peak, (), "fp32"))
+        inputs = [
+            TensorSpec(io_spec.INPUTS_EMBEDS, ("batch", "seq", width), "fp32"),
+            TensorSpec(io_spec.POSITION_IDS, ("batch", "seq"), "int64"),
+            *g.fed.values(),
+        ]
+        return g.model("layer", io_spec.OPSET["portable"], inputs, outputs, __version__)
+
+    def weights(self, checkpoint: Checkpoint, index: int) -> dict[str, Array]:
+        """The inputs' values for one layer of a checkpoint."""
+
+        def read(name: str) -> Array:
+            source = name.replace("model.layers.0.", f"model.layers.{index}.")
+            return checkpoint.tensor(source).astype(np.float32)
+
+        result: dict[str, Array] = {}
+        for name, layer in self.linear_specs.items():
+            fused = np.empty(layer.shape, dtype=np.float32)
+            column = 0
+            for part in layer.weights:
+                rows = read(part)
+                fused[:, column : column + len(rows)] = rows.T
+                column += len(rows)
+            result[f"{name}.weight"] = fused
+            if layer.biases:
+                result[f"{name}.bias"] = np.concatenate([read(part) for part in layer.biases])
+        for name, source in self.norm_sources.items():
+            result[f"{name}.weight"] = read(source)
+        return result
+
+    def prologue(self) -> None:
+        g = self.g
+        self.rope_rows()
+        columns = g.node("Unsqueeze", [io_spec.POSITION_IDS, g.constant("axes.1", [1])], "row")
+        rows = g.node("Unsqueeze", [io_spec.POSITION_IDS, g.constant("axes.last", [-1])], "column")
+        causal = g.node("LessOrEqual", [columns, rows], "mask.valid")
+        keep, drop = g.scalar("mask.keep", 0.0), g.scalar("mask.drop", -1.0e30)
+        causal = g.node("Where", [causal, keep, drop], "mask.flat")
+        g.node("Unsqueeze", [causal, g.constant("axes.1_2", [1, 2])], "mask")
+
+    def attention(self, i: int, q: str, k: str, v: str) -> str:
+        g, m, name = self.g, self.model, f"layers.{i}"
+        shared = m.num_heads // m.num_kv_heads
+        shape = g.constant("shape.grouped", [0, m.num_kv_heads, shared, -1, m.head_dim])
+        grouped = g.node("Reshape", [q, shape], f"{name}.q.grouped")
+        scale = g.scalar("attention_scale", 1.0 / math.sqrt(m.head_dim))
+        grouped = g.node("Mul", [grouped, scale], f"{name}.q.scaled")
+        axis = g.constant("axes.2", [2])
+        keys = g.node("Unsqueeze", [k, axis], f"{name}.k.grouped")
+        keys = g.node("Transpose", [keys], f"{name}.k.columns", perm=[0, 1, 2, 4, 3])
+        scores = g.node("MatMul", [grouped, keys], f"{name}.scores")
+        scores = g.node("Add", [scores, "mask"], f"{name}.scores.masked")
+        weights = g.node("Softmax", [scores], f"{name}.softmax", axis=-1)
+        values = g.node("Unsqueeze", [v, axis], f"{name}.v.grouped")
+        mixed = g.node("MatMul", [weights, values], f"{name}.mixed")
+        shape = g.constant("shape.ungrouped", [0, m.num_heads, -1, m.head_dim])
+        return g.node("Reshape", [mixed, shape], f"{name}.attended")
+
+
+def _placeholder(name: str, *dims: int) -> StoredTensor:
+    return StoredTensor(name, ONNX_TYPE["fp32"], dims, "", 0, 0)
+
+
+def runtime_version() -> str:
+    """Version of ONNX Runtime.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    version: str = _onnxruntime().__version__
+    return version
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DependencyError(
+            "calibration needs the package onnxruntime; install it with: "
+            f"{install_command('export')}"
+        ) from error
+    return onnxruntime
+
+
+def _layer_session(graph: _LayerGraph) -> Any:
+    onnxruntime = _onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        graph.build_layer().SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )

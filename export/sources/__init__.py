@@ -1,0 +1,1 @@
+"""Checkpoints as they are found: directories, hub, GGUF, adapters, vocabularies."""

@@ -1,0 +1,168 @@
+"""Documents to calibrate with, or to choose a vocabulary by, and their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import ConfigError
+from edge.text.chat_template import THINK_END, THINK_START, ChatTemplate, encode_chat
+from edge.text.tokenizer import Tokenizer
+
+SEQ_LEN = 512
+DEFAULT_TOKENS = 16384
+_BUILT_IN = "built-in"
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Documents to calibrate with.
+
+    Attributes:
+        name: ``built-in``, or the file's name.
+        sha256: of the file, in hex.
+        documents: each ``{"text": ...}`` or ``{"messages": [...]}``; an assistant's message may
+            have a ``reasoning`` beside its ``content``.
+    """
+
+    name: str
+    sha256: str
+    documents: tuple[Mapping[str, Any], ...]
+
+
+def read_calibration_text(path: Path | None, option: str = "--calibration") -> CalibrationText:
+    """Read the built-in text, or a file: plain text, or JSONL if its name ends so.
+
+    Args:
+        path: the file; None is the built-in text.
+        option: names the file in messages.
+
+    Raises:
+        ConfigError: the file cannot be read, is empty or a line is no document; it is named.
+    """
+    if path is None:
+        packaged = resources.files(__package__) / "calibration_text" / "problems.jsonl"
+        data = packaged.read_bytes()
+        name, is_jsonl = _BUILT_IN, True
+    else:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{option} {path} cannot be read: {error.strerror}") from error
+        name, is_jsonl = path.name, path.suffix.lower() in (".jsonl", ".ndjson")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option} {path} is not UTF-8 text: {error}") from error
+    documents: list[Mapping[str, Any]] = []
+    if is_jsonl:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                documents.append(_document(line, f"{option} {path}: line {number}"))
+    elif text.strip():
+        documents.append({"text": text})
+    if not documents:
+        raise ConfigError(f"{option} {path} is empty; give some thousand words of text")
+    return CalibrationText(name, hashlib.sha256(data).hexdigest(), tuple(documents))
+
+
+def _document(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    if isinstance(value, dict):
+        if set(value) == {"text"} and isinstance(value["text"], str):
+            return value
+        if set(value) == {"messages"} and isinstance(value["messages"], list):
+            return value
+    raise ConfigError(f'{where} must be {{"text": "..."}} or {{"messages": [...]}}')
+
+
+def calibration_batches(
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    text: CalibrationText,
+    num_tokens: int,
+    seq_len: int = SEQ_LEN,
+    seed: int = 0,
+) -> NDArray[np.int64]:
+    """Token ids int64 ``[sequences, seq_len]``: the documents shuffled, joined and cut.
+
+    Every sequence starts with bos where the model wants one: the first token of a context draws
+    activations that no other token has.
+
+    Args:
+        tokenizer: the model's.
+        template: its chat template; None writes messages as plain paragraphs.
+        text: the documents.
+        num_tokens: at most so many, in whole sequences; fewer if the text is shorter.
+        seq_len: tokens of a sequence.
+        seed: of the order of the documents.
+
+    Raises:
+        ConfigError: fewer tokens asked for, or in the text, than one sequence has.
+        RequestError: the chat template refuses a document's messages.
+    """
+    if num_tokens < seq_len:
+        raise ConfigError(
+            f"--calibration-tokens {num_tokens} is less than one sequence of {seq_len} tokens"
+        )
+    bos = tokenizer.tokens.bos if tokenizer.tokens.add_bos else None
+    body = seq_len if bos is None else seq_len - 1
+    wanted = num_tokens // seq_len * body
+    ids: list[int] = []
+    for index in np.random.RandomState(seed).permutation(len(text.documents)):
+        ids += encode_document(tokenizer, template, text.documents[index])
+        if len(ids) >= wanted:
+            break
+    rows = min(len(ids), wanted) // body
+    if rows == 0:
+        raise ConfigError(
+            f"the calibration text {text.name} has {len(ids)} tokens, fewer than one sequence of "
+            f"{seq_len}; give a longer text"
+        )
+    batch = np.array(ids[: rows * body], dtype=np.int64).reshape(rows, body)
+    if bos is None:
+        return batch
+    return np.concatenate([np.full((rows, 1), bos, dtype=np.int64), batch], axis=1)
+
+
+def encode_document(
+    tokenizer: Tokenizer, template: ChatTemplate | None, document: Mapping[str, Any]
+) -> list[int]:
+    """Token ids of one document of a `CalibrationText`, as the model itself would read it.
+
+    Raises:
+        RequestError: the chat template refuses the messages.
+    """
+    if "text" in document:
+        return tokenizer.encode(document["text"] + "\n\n")
+    messages = document["messages"]
+    if template is None or not messages or messages[-1].get("role") != "assistant":
+        if template is not None:
+            return encode_chat(tokenizer, template, messages, add_generation_prompt=False)
+        return tokenizer.encode("".join(f"{message.get('content')}\n\n" for message in messages))
+    # Templates cut the reasoning out of past answers, so the answer is put behind the prompt here,
+    # as the model itself would write it.
+    *prompt, answer = messages
+    ids = encode_chat(tokenizer, template, prompt)
+    control = tokenizer.control_tokens
+    reasoning, content = answer.get("reasoning"), answer.get("content") or ""
+    if reasoning and THINK_END in control:
+        opened = THINK_START in tokenizer.decode(ids[-3:])
+        if not opened and THINK_START in control:
+            ids += [control[THINK_START], *tokenizer.encode("\n")]
+        ids += tokenizer.encode(f"{reasoning}\n")
+        ids += [control[THINK_END], *tokenizer.encode(f"\n\n{content}")]
+    else:
+        ids += tokenizer.encode(f"{reasoning}\n\n{content}" if reasoning else content)
+    return [*ids, *tokenizer.tokens.eos[:1]]

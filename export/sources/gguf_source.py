@@ -1,0 +1,343 @@
+"""A GGUF file of llama.cpp as a checkpoint: spec, weights and text from the one file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Source, sha256_file
+from edge.errors import CheckpointError
+
+from .gguf_file import GgufFile
+from .gguf_tokenizer import read_gguf_text
+from .model_config import check_spec, expected_tensors, yarn_attention_factor
+
+_ARCHITECTURES: dict[str, Architecture] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ROPE_FACTORS = "rope_freqs.weight"
+_EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
+_GLOBAL_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+# Each changes the arithmetic, and none is set for the three architectures as we support them.
+_UNSUPPORTED_KEYS = (
+    "expert_count",
+    "attention.sliding_window",
+    "attention.scale",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "residual_scale",
+    "embedding_scale",
+    "rope.scaling.yarn_log_multiplier",
+)
+
+
+class GgufCheckpoint:
+    """See `checkpoint.Checkpoint`; quantized tensors are dequantized to fp32 one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a file and check that exactly the model's tensors are there.
+
+        Raises:
+            CheckpointError: the file is damaged or not supported.
+            DependencyError: the package gguf is not installed.
+        """
+        self._path = path
+        self._file: GgufFile | None = GgufFile(path)
+        metadata, tensors = self._file.metadata, self._file.tensors
+        factors = self._file.tensor(_ROPE_FACTORS) if _ROPE_FACTORS in tensors else None
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.spec: ModelSpec = read_gguf_spec(metadata, shapes, factors, path)
+        self._gguf_names = _check_tensors(self.spec, shapes, path)
+        self.text = read_gguf_text(metadata, path, self.spec.vocab_size)
+        self.name = path.stem
+
+    @cached_property
+    def source(self) -> Source:
+        """Where the weights came from; hashes the file on first use (seconds per GB)."""
+        licence = self._open_file().metadata.get("general.license")
+        return Source(
+            kind="gguf",
+            location=self._path.name,
+            sha256=sha256_file(self._path).sha256,
+            licence=licence if isinstance(licence, str) else None,
+        )
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """The tensor under its HF name and in HF's order of rows.
+
+        Raises:
+            CheckpointError: the model has no such tensor, the checkpoint was closed, or the type
+                cannot be dequantized.
+        """
+        file = self._open_file()
+        if name not in self._gguf_names:
+            raise CheckpointError(f"{self._path} has no tensor {name}")
+        weights = file.tensor(self._gguf_names[name])
+        if self.spec.architecture == "llama":
+            if name.endswith("q_proj.weight"):
+                return _unpermute(weights, self.spec.num_heads)
+            if name.endswith("k_proj.weight"):
+                return _unpermute(weights, self.spec.num_kv_heads)
+        return weights
+
+    def close(self) -> None:
+        """Let go of the file; it stays mapped until the last view of it is gone."""
+        self._file = None
+
+    def __enter__(self) -> GgufCheckpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_file(self) -> GgufFile:
+        if self._file is None:
+            raise CheckpointError(f"{self._path} was closed")
+        return self._file
+
+
+def read_gguf_spec(
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    rope_factors: NDArray[Any] | None,
+    path: Path,
+) -> ModelSpec:
+    """Read every number of the decoder from GGUF metadata.
+
+    Args:
+        metadata: of the whole file.
+        shapes: of the tensors, by GGUF name.
+        rope_factors: ``rope_freqs.weight`` [head_dim / 2], or None.
+        path: for error messages.
+
+    Raises:
+        CheckpointError: an unsupported architecture or feature, a missing key, a wrong type or a
+            value that makes no sense; the key is named.
+    """
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: general.architecture {architecture!r} is not supported; supported: "
+            f"{', '.join(_ARCHITECTURES)}"
+        )
+    keys = _Keys(metadata, architecture, path)
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise CheckpointError(
+            f"{path} is one part of a split model; join them first: llama-gguf-split --merge"
+        )
+    for key in _UNSUPPORTED_KEYS:
+        if keys.get(key) not in (None, 0, 1.0 if key.endswith("_scale") else 0):
+            raise keys.error(key, f"is {keys.get(key)!r}: not supported")
+
+    hidden, num_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
+    head_dim = keys.integer("attention.key_length", hidden // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.integer(key, head_dim) != head_dim:
+            raise keys.error(key, f"is {keys.get(key)}, expected the head dimension {head_dim}")
+    if len(shapes.get(_EMBEDDINGS, ())) != 2:
+        raise CheckpointError(f"{path} has no tensor {_EMBEDDINGS} [vocabulary, {hidden}]")
+    spec = ModelSpec(
+        architecture=_ARCHITECTURES[architecture],
+        hidden_size=hidden,
+        num_layers=keys.integer("block_count"),
+        num_heads=num_heads,
+        num_kv_heads=keys.integer("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        intermediate_size=keys.integer("feed_forward_length"),
+        vocab_size=shapes[_EMBEDDINGS][0],
+        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        max_position_embeddings=keys.integer("context_length"),
+        rope=_rope(keys, rope_factors, head_dim),
+        qkv_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
+        tied_embeddings=_HEAD not in shapes,
+    )
+    if keys.integer("vocab_size", spec.vocab_size) != spec.vocab_size:
+        raise keys.error(
+            "vocab_size", f"is {keys.get('vocab_size')}, {_EMBEDDINGS} has {spec.vocab_size} rows"
+        )
+    check_spec(spec, str(path))
+    return spec
+
+
+class _Keys:
+    """Typed access to the keys of one architecture; every error names file and key."""
+
+    def __init__(self, metadata: Mapping[str, Any], architecture: str, path: Path) -> None:
+        self._metadata = metadata
+        self._architecture = architecture
+        self._path = path
+
+    def get(self, key: str) -> Any:
+        return self._metadata.get(f"{self._architecture}.{key}")
+
+    def error(self, key: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self._path}: {self._architecture}.{key} {problem}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if not isinstance(value, int):  # e.g. a list: another count per layer
+            raise self.error(key, f"must be an integer, found {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise self.error(key, "is missing; convert the model again")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(key, f"must be one number, found {value!r:.80}")
+        if not 0 < value < math.inf:
+            raise self.error(key, f"must be positive, found {value}")
+        return value
+
+
+def _rope(keys: _Keys, factors: NDArray[Any] | None, head_dim: int) -> RopeSpec:
+    theta = float(keys.number("rope.freq_base", 10_000.0))  # llama.cpp's default
+    kind = keys.get("rope.scaling.type")
+    if factors is not None:
+        if kind not in (None, "none", "llama3"):
+            raise keys.error(
+                "rope.scaling.type", f"is {kind!r} beside {_ROPE_FACTORS}: not supported"
+            )
+        return derive_llama3(np.asarray(factors, np.float64), theta, head_dim)
+    if kind in (None, "none"):
+        return RopeSpec(theta=theta)
+    if kind not in ("linear", "yarn"):
+        raise keys.error(
+            "rope.scaling.type", f"{kind!r} is not supported; supported: none, linear, yarn"
+        )
+    factor = float(keys.number("rope.scaling.factor"))
+    if factor < 1:
+        raise keys.error("rope.scaling.factor", f"must be at least 1, found {factor}")
+    if kind == "linear":
+        return RopeSpec(theta=theta, kind="linear", factor=factor)
+    # Unlike config.json's key of the same name, this one has an effect (llama.cpp multiplies).
+    scale = float(keys.number("rope.scaling.attn_factor", 1.0))
+    return RopeSpec(
+        theta=theta,
+        kind="yarn",
+        factor=factor,
+        original_max_positions=keys.integer("rope.scaling.original_context_length"),
+        beta_fast=float(keys.number("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=float(keys.number("rope.scaling.yarn_beta_slow", 1.0)),
+        attention_factor=scale * yarn_attention_factor(factor),
+    )
+
+
+def derive_llama3(factors: NDArray[np.float64], theta: float, head_dim: int) -> RopeSpec:
+    """Parameters of ``llama3`` scaling from the divisors that GGUF stores instead of them.
+
+    llama3 scaling divides frequency f by 1 / ((1 - s) / factor + s), where s is
+    (original / wavelength - low) / (high - low) clipped to 0..1 and wavelength is 2 pi / f. So s
+    is a straight line over f, and two points on the slope fix it. Scaling original, low and high
+    by one number changes nothing, hence low is 1, as in every published model.
+
+    Args:
+        factors: ``rope_freqs.weight`` [head_dim / 2].
+        theta: base of the frequencies.
+        head_dim: size of a head.
+
+    Raises:
+        CheckpointError: no parameters give these divisors.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if factors.shape == frequencies.shape and np.isfinite(factors).all() and (factors >= 1).all():
+        factor = float(factors.max())
+        slope = (factors > 1) & (factors < factor)
+        if slope.sum() >= 2:
+            s = (1 / factors[slope] - 1 / factor) / (1 - 1 / factor)
+            gradient, offset = np.polyfit(frequencies[slope], s, 1)
+            # offset = -low / (high - low), gradient = original / (2 pi (high - low)).
+            spec = RopeSpec(
+                theta=theta,
+                kind="llama3",
+                factor=factor,
+                original_max_positions=round(2 * math.pi * gradient / -offset) if offset else 0,
+                low_freq_factor=1.0,
+                high_freq_factor=round(1 - 1 / offset, 4) if offset else 0.0,
+            )
+            if np.allclose(_llama3_divisors(spec, frequencies), factors, rtol=1e-4, atol=0):
+                return spec
+    raise CheckpointError(
+        f"{_ROPE_FACTORS} holds no llama3 scaling: found {factors.shape} divisors from "
+        f"{factors.min():g} to {factors.max():g}; export from the original Hugging Face checkpoint"
+    )
+
+
+def _llama3_divisors(spec: RopeSpec, frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
+    turns = spec.original_max_positions * frequencies / (2 * math.pi)
+    s = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    s = np.clip(s, 0, 1)
+    divisors: NDArray[np.float64] = 1 / ((1 - s) / spec.factor + s)
+    return divisors
+
+
+def _unpermute(weights: NDArray[Any], num_heads: int) -> NDArray[Any]:
+    """Undo the order of rows that llama.cpp gives q and k of ``llama`` (never of ``qwen*``).
+
+    Its kernel rotates neighbouring rows of a head, HF's rotates row i with row i + head_dim / 2.
+    """
+    pairs = weights.reshape(num_heads, -1, 2, weights.shape[-1])
+    return np.swapaxes(pairs, 1, 2).reshape(weights.shape)
+
+
+def _gguf_name(name: str) -> str:
+    """GGUF name of a tensor with a given HF name."""
+    stem, _, suffix = name.rpartition(".")
+    if stem in _GLOBAL_NAMES:
+        return f"{_GLOBAL_NAMES[stem]}.{suffix}"
+    _, _, index, rest = stem.split(".", 3)  # model.layers.0.self_attn.q_proj
+    return f"blk.{index}.{_LAYER_NAMES[rest]}.{suffix}"
+
+
+def _check_tensors(
+    spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> dict[str, str]:
+    """GGUF name of each HF name, after a check that exactly these tensors are there."""
+    expected = expected_tensors(spec)
+    names = {name: _gguf_name(name) for name in expected}
+    for name, gguf_name in names.items():
+        found = shapes.get(gguf_name)
+        if found != expected[name]:
+            raise CheckpointError(
+                f"{path}: tensor {gguf_name} must have shape {list(expected[name])}, found "
+                f"{'none' if found is None else list(found)}; convert the model again"
+            )
+    surplus = sorted(shapes.keys() - set(names.values()) - {_ROPE_FACTORS})
+    if surplus:
+        raise CheckpointError(
+            f"{path}: tensor {surplus[0]} {list(shapes[surplus[0]])} is not part of "
+            f"{spec.architecture} as we know it: not supported"
+        )
+    return names

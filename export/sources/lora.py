@@ -1,0 +1,249 @@
+"""A LoRA adapter in peft's layout, merged into its base model tensor by tensor.
+
+``W' = W + scaling * B @ A`` (arXiv 2106.09685) for linears, the same with ``B @ A`` transposed for
+the token table; modules that the adapter holds whole (``modules_to_save``) replace the base's. The
+merged model computes what base and adapter compute together, in float.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import Adapter, ModelSpec, Source, sha256_file
+from edge.errors import CheckpointError
+
+from .checkpoint import Checkpoint, CheckpointText
+from .lora_config import ADAPTER_CONFIG, LoraConfig, read_lora_config
+from .model_config import expected_tensors
+from .safetensors_file import SafetensorsFile, TensorEntry
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_EMBEDDINGS, _HEAD = "model.embed_tokens", "lm_head"
+_TILE_ROWS = 8192
+# What stands behind a module's name: (A, B) of a linear and of an embedding, and whole weights.
+_PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+_WHOLE = (".weight", ".base_layer.weight")
+
+Array = NDArray[np.float32]
+
+
+class LoraCheckpoint:
+    """A `Checkpoint` with an adapter merged in.
+
+    A tied base is untied where the adapter changes the token table or the lm_head: the adapter was
+    trained with one of them as it was.
+
+    Args:
+        checkpoint: the base model; stays open as long as this one.
+        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        CheckpointError: not a plain LoRA, one for another base model, or one that is incomplete.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, directory: Path) -> None:
+        self._inner = checkpoint
+        config = read_lora_config(directory)
+        self._file: SafetensorsFile | None = _open_weights(directory)
+        modules = _modules(checkpoint.spec)
+        self._low_rank, self._whole = _sort_tensors(self._file, config, modules)
+        self._scaling = {module: config.scaling(module) for module in self._low_rank}
+        self._untied = checkpoint.spec.tied_embeddings and not (
+            {_EMBEDDINGS, _HEAD}.isdisjoint({*self._low_rank, *self._whole})
+        )
+        if self._untied and config.ensure_weight_tying:
+            _check_tying(directory, {*self._low_rank, *self._whole})
+        self._adapter = Adapter(name=directory.resolve().name, sha256=_hash(directory))
+        self.name = f"{checkpoint.name}+{self._adapter.name}"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The decoder's numbers."""
+        spec = self._inner.spec
+        return msgspec.structs.replace(spec, tied_embeddings=False) if self._untied else spec
+
+    @property
+    def source(self) -> Source:
+        """Of the base model, with the adapter's name and hash."""
+        return msgspec.structs.replace(self._inner.source, adapter=self._adapter)
+
+    @property
+    def text(self) -> CheckpointText:
+        """Of the base model."""
+        return self._inner.text
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """See `Checkpoint.tensor`; fp32 where the adapter adds to it."""
+        if self._file is None:
+            raise CheckpointError(f"the adapter {self._adapter.name} was closed")
+        module, _, kind = name.rpartition(".")
+        if kind != "weight":
+            return self._inner.tensor(name)
+        if module in self._whole:
+            base = self._file.tensor(self._whole[module])
+        elif module == _HEAD and self._untied:
+            base = self._inner.tensor(f"{_EMBEDDINGS}.weight")
+        else:
+            base = self._inner.tensor(name)
+        if module not in self._low_rank:
+            return base
+        a, b = (self._file.tensor(part).astype(np.float32) for part in self._low_rank[module])
+        if module == _EMBEDDINGS:
+            a, b = b.T, a.T  # the table is [vocab, hidden], the product [hidden, vocab]
+        return _add(base, a, b, np.float32(self._scaling[module]))
+
+    def close(self) -> None:
+        """Close the adapter and the base model."""
+        self._file = None
+        self._inner.close()
+
+    def __enter__(self) -> LoraCheckpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _add(base: NDArray[Any], a: Array, b: Array, scaling: np.float32) -> Array:
+    """``base + scaling * b @ a`` in fp32, in tiles of rows."""
+    result = np.empty(base.shape, dtype=np.float32)
+    for start in range(0, len(base), _TILE_ROWS):
+        rows = slice(start, start + _TILE_ROWS)
+        np.matmul(b[rows], a, out=result[rows])
+        result[rows] *= scaling
+        result[rows] += base[rows]
+    return result
+
+
+def _hash(directory: Path) -> str:
+    # As of `sha256sum adapter_* | sha256sum`: the config holds ranks and scales.
+    lines = "".join(
+        f"{sha256_file(directory / name).sha256}  {name}\n"
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    )
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _open_weights(directory: Path) -> SafetensorsFile:
+    path = directory / ADAPTER_WEIGHTS
+    if not path.is_file():
+        pickled = (directory / _PICKLED).is_file()
+        raise CheckpointError(
+            f"--lora {directory} has no {ADAPTER_WEIGHTS}"
+            + (
+                f", only {_PICKLED}: pickled weights can run code and are never opened; convert "
+                "it where you trust it: save_pretrained(..., safe_serialization=True)"
+                if pickled
+                else "; copy the whole adapter"
+            )
+        )
+    file = SafetensorsFile(path)
+    if not file.entries:
+        raise CheckpointError(f"{path} holds no tensors, so there is nothing to merge")
+    return file
+
+
+def _modules(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name of every module and the shape of its weight, ``(out, in)`` for linears."""
+    found = {
+        name.removesuffix(".weight"): shape
+        for name, shape in expected_tensors(spec).items()
+        if name.endswith(".weight")
+    }
+    return {**found, _HEAD: found[_EMBEDDINGS]}
+
+
+def _sort_tensors(
+    file: SafetensorsFile, config: LoraConfig, modules: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """Tensor names of A and B, and of whole weights, by module; every tensor is in one of them."""
+    low_rank: dict[str, tuple[str, str]] = {}
+    whole: dict[str, str] = {}
+    left = dict(file.entries)
+    for module, shape in modules.items():
+        if len(shape) == 2 and (names := _take_pair(file.path, left, config, module, shape)):
+            low_rank[module] = names
+        for ending in _WHOLE:
+            name = f"{_PREFIX}{module}{ending}"
+            if name in left:
+                _check_shape(file.path, name, left.pop(name), shape)
+                whole[module] = name
+        if config.saves(module) and module not in whole:
+            raise CheckpointError(
+                f"{file.path} has no weight of {module}, which modules_to_save in its config "
+                "names; the adapter is incomplete"
+            )
+    if left:
+        raise _surplus(file, config, min(left))
+    return low_rank, whole
+
+
+def _take_pair(
+    path: Path,
+    left: dict[str, TensorEntry],
+    config: LoraConfig,
+    module: str,
+    shape: tuple[int, ...],
+) -> tuple[str, str] | None:
+    """Move A and B of a module out of ``left``; None where the adapter leaves it alone."""
+    a_ending, b_ending = _PAIRS[module == _EMBEDDINGS]
+    names = (f"{_PREFIX}{module}{a_ending}", f"{_PREFIX}{module}{b_ending}")
+    targeted = config.targets(module)
+    if left.keys().isdisjoint(names):
+        if targeted:
+            raise CheckpointError(
+                f"{path} has no {names[0]}, but target_modules in its config covers {module}; "
+                "the adapter is incomplete or for another base model"
+            )
+        return None
+    # An embedding's A and B are those of a linear from ids to hidden states.
+    out, width = shape if module != _EMBEDDINGS else shape[::-1]
+    rank = config.rank(module)
+    _check_shape(path, names[0], left.pop(names[0], None), (rank, width))
+    _check_shape(path, names[1], left.pop(names[1], None), (out, rank))
+    if not targeted:
+        raise CheckpointError(
+            f"{path} has {names[0]}, but target_modules in its config does not cover {module}; "
+            "config and weights are of different adapters"
+        )
+    return names
+
+
+def _check_shape(path: Path, name: str, entry: TensorEntry | None, shape: tuple[int, ...]) -> None:
+    if entry is None:
+        raise CheckpointError(f"{path} has no {name}, the other half of a pair; copy it again")
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"{path}: {name} has shape {list(entry.shape)}, the base model and r in the config ask "
+            f"for {list(shape)}; the adapter is for another base model, or its vocabulary was "
+            "resized"
+        )
+
+
+def _surplus(file: SafetensorsFile, config: LoraConfig, name: str) -> CheckpointError:
+    if name.endswith("bias") and config.bias != "none":
+        return CheckpointError(
+            f"{file.path}: bias is {config.bias!r} in its config and {name} holds a trained bias: "
+            "not a plain LoRA; merge it with peft (merge_and_unload) and export the result"
+        )
+    return CheckpointError(
+        f"{file.path}: {name} {list(file.entries[name].shape)} belongs to no module of the "
+        "base model; the adapter is for another model, or not a plain LoRA"
+    )
+
+
+def _check_tying(directory: Path, touched: set[str]) -> None:
+    if not {_EMBEDDINGS, _HEAD} <= touched:
+        raise CheckpointError(
+            f"--lora {directory}: ensure_weight_tying is true, but the weights have only one of "
+            f"{_EMBEDDINGS} and {_HEAD}; save the adapter with a current peft"
+        )

@@ -1,0 +1,114 @@
+"""``edge-llm config show``: what ``serve`` would run with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edge.cli.config import config
+from edge.config_file import load_settings
+from edge.errors import ConfigError
+from edge.server.settings import ServerSettings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge.cli.settings_options.DEFAULT_FILE", Path("/nonexistent/config.toml"))
+
+
+def show(*arguments: str, **environ: str) -> Result:
+    result = CliRunner(env=dict(environ)).invoke(config, ["show", *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def write(tmp_path: Path) -> Path:
+    if sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    path = tmp_path / "edge.toml"
+    path.write_text('port = 1234\n[model]\nr1 = "bundles/r1"\n')
+    return path
+
+
+def test_values_and_origins(tmp_path: Path):
+    path = write(tmp_path)
+    result = show(
+        *("--config", str(path), "--origin", "--json", "--num-slots", "2"),
+        EDGE_LLM_SERVE_QUEUE_CAPACITY="9",
+    )
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found["settings"]["port"] == 1234
+    assert found["settings"]["model"] == {"r1": str(tmp_path / "bundles/r1")}
+    assert found["settings"]["queue_capacity"] == 9
+    assert found["settings"]["num_slots"] == 2
+    assert found["origin"]["port"] == f"file {path}"
+    assert found["origin"]["queue_capacity"] == "environment EDGE_LLM_SERVE_QUEUE_CAPACITY"
+    assert found["origin"]["num_slots"] == "flag --num-slots"
+    assert found["origin"]["host"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value", "flag"),
+    [
+        ("prefill_chunk", "64", 64, ("--prefill-chunk", "64")),
+        ("int8_activations", "false", False, ("--no-int8-activations",)),
+    ],
+)
+def test_every_layer_sets_it(tmp_path: Path, name: str, text: str, value: object, flag: Any):
+    if sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    path = tmp_path / "edge.toml"
+    path.write_text(f"{name} = {text}\n")
+    variable = f"EDGE_LLM_SERVE_{name.upper()}"
+    for result, origin in (
+        (show("--config", str(path), "--origin", "--json"), f"file {path}"),
+        (show("--origin", "--json", **{variable: text}), f"environment {variable}"),
+        (show("--origin", "--json", *flag), f"flag --{name.replace('_', '-')}"),
+    ):
+        found = json.loads(result.stdout)
+        assert (found["settings"][name], found["origin"][name]) == (value, origin)
+
+
+def test_its_output_is_a_configuration(tmp_path: Path):
+    """What it prints can be saved as a file that means the same."""
+    path = write(tmp_path)
+    text = show("--config", str(path), "--request-timeout-s", "5").stdout
+    again = tmp_path / "again.toml"
+    again.write_text(text)
+    before = load_settings(ServerSettings, file=path, flags={"request_timeout_s": "5"}).settings
+    assert load_settings(ServerSettings, file=again).settings == before
+
+
+def test_lines_name_the_origin(tmp_path: Path):
+    path = write(tmp_path)
+    lines = show("--config", str(path), "--origin").stdout.splitlines()
+    (port,) = [line for line in lines if line.startswith("port ")]
+    assert port.split("#")[0].split() == ["port", "=", "1234"]
+    assert port.endswith(f"# file {path}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "message"),
+    [
+        (["--port", "70000"], {}, "port 70000"),
+        ([], {"EDGE_LLM_SERVE_PROT": "1"}, "the nearest known one is 'EDGE_LLM_SERVE_PORT'"),
+        (["--host", "0.0.0.0"], {}, "no API key is set"),
+    ],
+)
+def test_it_refuses_what_serve_would_refuse(
+    arguments: list[str], environ: dict[str, str], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        show(*arguments, **environ)
+
+
+def test_no_secret_is_printed(tmp_path: Path):
+    keys = tmp_path / "keys"
+    keys.write_text("me:very-secret-key-of-mine\n")
+    assert "very-secret" not in show("--api-key-file", str(keys), "--origin").stdout

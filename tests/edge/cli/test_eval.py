@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edge.bundle.manifest import read_manifest, verify_files
+from edge.cli import COMMAND_GROUP
+from edge.cli import eval as verb
+from edge.cli.eval import evaluate
+from edge.errors import CheckpointError, ConfigError, DependencyError
+from tests.edge.measure.test_report import check_html
+
+ROOT = Path(__file__).parents[3]
+SHORT = ("--tokens", 300, "--window", 64)
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(evaluate, [str(argument) for argument in arguments])
+
+
+def figures(*arguments: object) -> list[dict[str, Any]]:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_a_bundle_against_itself(tiny_bundles):
+    bundle = tiny_bundles("qwen2", "portable")
+    (found,) = figures(bundle, "--against", bundle, *SHORT)
+    assert found["kl_mean"] == found["kl_p99"] == 0
+    assert found["top1_agreement"] == found["perplexity_ratio"] == 1
+    assert found["perplexity"] == found["perplexity_reference"]
+    assert found["tokens"] == 300  # the begin token opens each window
+    assert found["bits_per_weight"] == 16
+    for row in found["layers"]:
+        assert row["key_error"] == 0
+        assert row["value_error"] == pytest.approx(0, abs=1e-5)
+
+
+def test_fewer_bits_are_further_away(tiny_bundles, tmp_path: Path):
+    int8, int4, fp16 = (tiny_bundles("qwen2", "portable", q) for q in ("int8", "int4", "fp16"))
+    page = tmp_path / "report.html"
+    eight, four = figures(int8, int4, "--against", fp16, *SHORT, "--html", page)
+    assert 0 < eight["kl_mean"] < four["kl_mean"]
+    assert eight["layers"][1]["key_error"] < four["layers"][1]["key_error"]
+    assert eight["layers"][1]["value_error"] < four["layers"][1]["value_error"]
+    assert check_html(page.read_text()).count("svg") == 3
+
+
+@pytest.mark.usefixtures("slow_clock")
+def test_scoring_and_tasks_print_lines_without_a_terminal(tiny_bundles, tmp_path: Path):
+    bundle = tiny_bundles("qwen2", "portable")
+    task = tmp_path / "task.jsonl"
+    row = {"question": "the sea", "choices": ["hello", "world"], "answer": 1}
+    task.write_text("\n".join([json.dumps(row)] * 3))
+    for arguments, step in (
+        (SHORT, "score: 100 % (300 of 300 tokens)"),
+        (("--task", task), "answer: 100 % (3 of 3 questions)"),
+    ):
+        result = invoke(bundle, *arguments, "--json")
+        assert len(result.stdout.splitlines()) == 1
+        lines = result.stderr.splitlines()
+        for name in ("open: 100 %", step):
+            assert any(line.startswith(f"{bundle.name}: {name}") for line in lines), lines
+        assert any(" so far, about " in line for line in lines)
+
+
+def test_rounded_activations_lose_more(tiny_bundles):
+    int4, fp16 = (tiny_bundles("qwen2", "portable", quant) for quant in ("int4", "fp16"))
+    (plain,) = figures(int4, "--against", fp16, *SHORT)
+    (rounded,) = figures(int4, "--against", fp16, *SHORT, "--int8-activations")
+    assert (plain["int8_activations"], rounded["int8_activations"]) == (False, True)
+    assert plain["kl_mean"] != rounded["kl_mean"]  # which is larger is chance at so few weights
+
+
+def test_activations_that_would_stay_float_are_refused(
+    tiny_bundles, monkeypatch: pytest.MonkeyPatch
+):
+    """ONNX Runtime before 1.25 takes the wish and computes INT8 weights in float all the same."""
+    int8, fp16 = (tiny_bundles("qwen2", "portable", quant) for quant in ("int8", "fp16"))
+    result = invoke(fp16, "--against", "absent", *SHORT, "--int8-activations")
+    assert isinstance(result.exception, ConfigError)
+    assert "no effect on" in str(result.exception)
+    monkeypatch.setattr("onnxruntime.__version__", "1.24.1")
+    result = invoke(int8, "--against", "absent", *SHORT, "--int8-activations")
+    assert isinstance(result.exception, DependencyError)
+    assert "need onnxruntime >= 1.25; found 1.24.1" in str(result.exception)
+
+
+def test_a_rotated_bundle_is_compared_with_its_tied_original(tiny_bundles):
+    """The rotation unties the lm_head: another model by its numbers, the same by what it says."""
+    rotated, tied = (tiny_bundles("qwen3", "portable", q) for q in ("int8-w8a8", "fp16"))
+    (found,) = figures(rotated, "--against", tied, *SHORT)
+    assert 0 < found["kl_mean"] < 0.5
+
+
+def test_gate_and_its_exit_code(tiny_bundles, tmp_path: Path):
+    int4, fp16 = (tiny_bundles("qwen2", "portable", q) for q in ("int4", "fp16"))
+    gate = tmp_path / "gate.json"
+    gate.write_text('{"kl_mean": 0.0}')
+    result = invoke(int4, "--against", fp16, *SHORT, "--gate", gate)
+    assert result.exit_code == verb.EXIT_GATE_MISSED == 3
+    assert "is above 0" in result.stderr
+    gate.write_text('{"kl_mean": 100.0}')
+    assert invoke(int4, "--against", fp16, *SHORT, "--gate", gate).exit_code == 0
+
+
+def test_save_keeps_the_bundle_sound(tiny_bundles, tmp_path: Path):
+    bundle = shutil.copytree(tiny_bundles("qwen2", "portable"), tmp_path / "bundle")
+    assert invoke(bundle, *SHORT, "--save").exit_code == 0
+    manifest = read_manifest(bundle)
+    verify_files(bundle, manifest)
+    assert manifest.quality is not None
+    assert manifest.quality["text"]["tokens"] == 300
+    assert manifest.quality["text"]["kl_mean"] is None
+
+
+def test_a_task_and_its_flips(tiny_bundles, tmp_path: Path):
+    int4, fp16 = (tiny_bundles("qwen2", "portable", q) for q in ("int4", "fp16"))
+    task = tmp_path / "task.jsonl"
+    row = {"question": "the sea", "choices": ["hello", "world"], "answer": 1}
+    task.write_text("\n".join([json.dumps(row)] * 3))
+    page = tmp_path / "report.html"
+    (found,) = figures(int4, "--against", fp16, "--task", task, "--limit", 2, "--html", page)
+    assert found["items"] == 2
+    assert found["correct"] in (0, 2)
+    assert found["against"]["lost"] + found["against"]["won"] in (0, 2)
+    check_html(page.read_text())
+    gate = tmp_path / "gate.json"
+    for limit, code in ((-1.1, verb.EXIT_GATE_MISSED), (1.0, 0)):
+        gate.write_text(json.dumps({"accuracy_loss": limit}))
+        result = invoke(int4, "--against", fp16, "--task", task, "--limit", 2, "--gate", gate)
+        assert result.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "t", "--window", 9], "--window does not go with --task"),
+        (["--limit", 3], "--limit needs --task"),
+        (["--window", 100_000], "is longer than"),
+        (["--gate", "int5"], "unknown gate"),
+        (["--gate", "int4"], "add --against"),
+        (["--text", "absent"], "cannot read"),
+    ],
+)
+def test_wrong_options(tiny_bundles, arguments, message):
+    result = invoke(tiny_bundles("qwen2", "portable"), *arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+
+
+def test_other_models_are_not_compared(tiny_bundles):
+    result = invoke(
+        tiny_bundles("qwen2", "portable"), "--against", tiny_bundles("qwen3", "portable"), *SHORT
+    )
+    assert isinstance(result.exception, ConfigError)
+    assert "cannot be compared" in str(result.exception) or "dimensions" in str(result.exception)
+
+
+def test_a_checkpoint_is_exported_first(
+    tiny_bundles, tiny_checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # The verb `export` as an installed package would offer it to the child process.
+    info = tmp_path / "path" / "offer-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offer\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[edge_llm.commands]\nexport = export.cli:export\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(info.parent), str(ROOT)]))
+    entry = EntryPoint("export", "export.cli:export", COMMAND_GROUP)
+    monkeypatch.setattr(verb, "entry_points", lambda **_: [entry])
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    bundle = tiny_bundles("qwen2", "portable")  # the reference takes its dialect, so KL is 0
+    (found,) = figures(bundle, "--against", tiny_checkpoints("qwen2"), *SHORT)
+    assert found["kl_mean"] == 0
+    assert not list(tmp_path.glob("edge-llm-reference-*"))
+    result = invoke(bundle, "--against", tmp_path / "nothing", *SHORT)
+    assert isinstance(result.exception, CheckpointError)

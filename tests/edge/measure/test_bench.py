@@ -1,0 +1,363 @@
+"""The benchmark on a scripted backend, on a real one, and what it makes of its samples."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+from edge.bundle.manifest import Manifest, read_manifest
+from edge.cli.bench import bench
+from edge.cli.eval import EXIT_GATE_MISSED
+from edge.device.telemetry import EnergyMeter, Snapshot
+from edge.errors import BackendError, ConfigError
+from edge.measure import bench_report
+from edge.measure.bench import BenchConfig, Samples, run_bench
+from edge.measure.bench_report import (
+    Change,
+    compare,
+    find_bench_device,
+    measure_bandwidth,
+    roofline,
+    spread,
+    summarize,
+    work_of_bundle,
+)
+from edge.planner.calibration import calibrated
+from edge.planner.plan import CPU, find_device
+from tests.conftest import Bundles
+from tests.fakes import ScriptedBackend, random_logits
+
+SMALL = ["--prompt-tokens", "40", "--output-tokens", "6", "--repeats", "3"]
+
+
+@pytest.fixture
+def tiny(tiny_bundles: Bundles) -> tuple[EmbeddingTable, Manifest]:
+    bundle = tiny_bundles("qwen2")
+    return EmbeddingTable(bundle / EMBEDDINGS_NAME), read_manifest(bundle)
+
+
+class Recorder(ScriptedBackend):
+    """Also remembers the slots of every step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.slots: list[list[int]] = []
+
+    def forward(self, slots, *args):
+        self.slots.append(list(slots))
+        return super().forward(slots, *args)
+
+
+def test_a_repeat_is_a_prefill_of_each_slot_and_a_decode_of_all(tiny: Any):
+    table, manifest = tiny
+    backend = Recorder(table, random_logits(table.vocab_size), num_slots=2, max_step_tokens=8)
+    config = BenchConfig(prompt_tokens=20, output_tokens=5, repeats=2, warmup=1, batch=2)
+    samples = run_bench(backend, table, manifest, config)
+    one_prompt = [(0, 8), (8, 8), (16, 4)]
+    one_repeat = 2 * one_prompt + [(20, 1), (21, 1), (22, 1), (23, 1)]
+    assert backend.steps == 3 * one_repeat
+    assert backend.slots == 3 * (3 * [[0]] + 3 * [[1]] + 4 * [[0, 1]])
+    assert (len(samples.prefill_s), len(samples.ttft_s)) == (4, 4)  # the warm-up does not count
+    assert [len(steps) for steps in samples.itl_s] == [4, 4]
+    assert all(t >= p > 0 for t, p in zip(samples.ttft_s, samples.prefill_s, strict=True))
+    for steps, model_s in zip(samples.itl_s, samples.decode_model_s, strict=True):
+        assert 0 < model_s < sum(steps)
+
+
+def test_the_same_seed_runs_the_same_tokens(tiny: Any):
+    """Only then do two runs compare; sampled tokens decide what is embedded next."""
+    table, manifest = tiny
+    seen = []
+    for seed in (3, 3, 4):
+        tokens: list[tuple[int, ...]] = []
+
+        def script(so_far: tuple[int, ...], tokens: list[tuple[int, ...]] = tokens) -> Any:
+            tokens.append(so_far)
+            return random_logits(table.vocab_size)(so_far)
+
+        config = BenchConfig(prompt_tokens=6, output_tokens=4, repeats=1, warmup=0, seed=seed)
+        run_bench(ScriptedBackend(table, script), table, manifest, config)
+        seen.append(tokens[-1])
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_energy_is_measured_around_prefill_and_decode(tiny: Any):
+    table, manifest = tiny
+    clock = itertools.count()
+
+    def meter() -> EnergyMeter:
+        """10 W, a second from start to stop, no samples between."""
+        return EnergyMeter(
+            lambda: 10.0,
+            clock=lambda: float(next(clock)),
+            wait=lambda event, seconds: event.wait(60),
+        )
+
+    config = BenchConfig(prompt_tokens=4, output_tokens=6, repeats=2, warmup=1)
+    backend = ScriptedBackend(table, random_logits(table.vocab_size))
+    samples = run_bench(backend, table, manifest, config, make_meter=meter)
+    assert samples.decode_joules == [10.0, 10.0]
+    figures = summarize(samples, config)
+    assert figures["decode_joules_per_token"] == pytest.approx(10 / 5)
+    assert figures["prefill_joules_per_token"] == pytest.approx(10 / 4)
+    assert figures["decode_watts"] == pytest.approx(10.0)
+
+
+def test_without_rails_there_is_no_energy(tiny: Any):
+    table, manifest = tiny
+    config = BenchConfig(prompt_tokens=4, output_tokens=3, repeats=1, warmup=0)
+    backend = ScriptedBackend(table, random_logits(table.vocab_size))
+    samples = run_bench(
+        backend, table, manifest, config, make_meter=lambda: EnergyMeter(lambda: None)
+    )
+    figures = summarize(samples, config)
+    assert figures["decode_joules_per_token"] is None
+    assert figures["decode_watts"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_tokens": 60, "output_tokens": 5}, "exceed the KV capacity of 64 tokens"),
+        ({"prompt_tokens": 4, "batch": 2, "output_tokens": 4}, "exceeds the 1 slots"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, int], message: str, tiny: Any):
+    table, manifest = tiny
+    backend = ScriptedBackend(table, random_logits(table.vocab_size))
+    with pytest.raises(ConfigError, match=message):
+        run_bench(backend, table, manifest, BenchConfig(**options))
+    assert backend.steps == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_tokens": 0}, {"output_tokens": 1}, {"repeats": 0}, {"warmup": -1}, {"batch": 0}],
+    ids=str,
+)
+def test_senseless_numbers_are_refused(options: dict[str, int]):
+    with pytest.raises(ConfigError, match="out of range"):
+        BenchConfig(**options)
+
+
+def test_a_failing_engine_fails_the_benchmark(tiny: Any):
+    table, manifest = tiny
+    backend = ScriptedBackend(table, random_logits(table.vocab_size))
+    backend.fails = True
+    with pytest.raises(BackendError):
+        run_bench(backend, table, manifest, BenchConfig(prompt_tokens=4, output_tokens=4))
+
+
+def test_figures_of_known_samples():
+    config = BenchConfig(prompt_tokens=100, output_tokens=4, repeats=2, batch=2)
+    samples = Samples(
+        prefill_s=[0.1, 0.2, 0.2, 0.3],
+        ttft_s=[0.11, 0.21, 0.21, 0.31],
+        itl_s=[[0.01, 0.02, 0.03], [0.02, 0.02, 0.08]],
+        decode_model_s=[0.03, 0.06],
+    )
+    figures = summarize(samples, config)
+    assert figures["prefill_s"]["median"] == pytest.approx(0.2)
+    assert figures["prefill_s"]["mad"] == pytest.approx(0.05)
+    assert figures["tpot_s"]["values"] == pytest.approx([0.02, 0.04])
+    assert figures["itl_s"]["p50"] == pytest.approx(0.02)
+    assert figures["itl_s"]["p99"] > 0.07
+    assert figures["prefill_tps"] == pytest.approx(500)
+    assert figures["decode_tps"] == pytest.approx(2 / 0.03)
+    assert figures["own_s_per_step"] == pytest.approx((0.03 / 3 + 0.06 / 3) / 2)
+
+
+# ----------------------------------------------------------------------------- comparison
+
+
+def result_of(times_s: list[float], **changes: Any) -> dict[str, Any]:
+    return {
+        "batch": 1,
+        "prompt_tokens": 8,
+        "output_tokens": 8,
+        "backend": "ort-cpu",
+        "work": {"step_bytes": 1},
+        "device": {"name": CPU},
+        "prefill_s": spread([1.0, 1.0, 1.0]),
+        "ttft_s": spread([1.0, 1.0, 1.0]),
+        "tpot_s": spread(times_s),
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "verdict"),
+    [
+        ([10, 10.1, 10.2, 10.1, 10], [12, 12.1, 12, 12.2, 12.1], "slower"),
+        ([12, 12.1, 12, 12.2, 12.1], [10, 10.1, 10.2, 10.1, 10], "faster"),
+        ([10, 12, 9, 11, 13], [11, 13, 10, 12, 14], "same"),  # 10 % within such noise is nothing
+        ([10, 10, 10], [10, 10, 10], "same"),
+    ],
+)
+def test_a_change_counts_beyond_the_noise(before: list[float], now: list[float], verdict: str):
+    changes = {c.name: c for c in compare(result_of(before), result_of(now))}
+    change = changes["tpot_s"]
+    assert change.verdict == verdict
+    assert change.low <= change.ratio <= change.high
+    assert change.ratio == pytest.approx(np.median(now) / np.median(before))
+    assert changes["prefill_s"].verdict == "same"
+
+
+@given(st.lists(st.floats(0.9, 1.1), min_size=3, max_size=9), st.floats(1.3, 3.0))
+def test_a_large_slowdown_is_never_missed(values: list[float], factor: float):
+    slower = [value * factor for value in values]
+    (change,) = [c for c in compare(result_of(values), result_of(slower)) if c.name == "tpot_s"]
+    assert change.verdict == "slower"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 2}, "differs in batch"),
+        ({"work": {"step_bytes": 2}}, "differs in work"),
+        ({"device": {"name": "orin-nx-8"}}, "differs in device"),
+        ({"tpot_s": None}, "not what edge-llm bench"),
+        ({"tpot_s": {"values": ["fast"]}}, "not what edge-llm bench"),
+        ({"tpot_s": {"values": []}}, "not what edge-llm bench"),
+        ({"tpot_s": {"values": [0.0]}}, "not what edge-llm bench"),
+    ],
+)
+def test_only_like_runs_compare(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        compare(result_of([1.0, 1.0], **changes), result_of([1.0, 1.0]))
+
+
+# ----------------------------------------------------------------------------- the machine
+
+
+def test_the_bandwidth_is_plausible():
+    assert 5e8 < measure_bandwidth(repeats=1) < 2e12
+
+
+def test_an_orin_is_found_by_its_snapshot(monkeypatch: pytest.MonkeyPatch):
+    snapshot = Snapshot(
+        module="NVIDIA Jetson AGX Orin Developer Kit",
+        power_mode="30W",
+        memory_total_bytes=61 << 30,
+    )
+    device, remark = find_bench_device("tensorrt", snapshot, None)
+    assert device == find_device("agx-orin-64", "30W")
+    assert remark is None
+    custom = Snapshot(module=snapshot.module, power_mode="MINE", memory_total_bytes=61 << 30)
+    device, remark = find_bench_device("tensorrt", custom, None)
+    assert device == find_device("agx-orin-64")
+    assert remark is not None
+    assert "MINE" in remark
+    assert find_bench_device("ort-cuda", Snapshot(), None)[0] is None
+    # On a Jetson too, a CPU backend is held against the CPU.
+    monkeypatch.setattr(bench_report, "measure_bandwidth", lambda threads: 1e10)
+    device, _ = find_bench_device("ort-cpu", snapshot, None)
+    assert device == find_device(CPU, cpu_bytes_per_s=1e10)
+
+
+def test_the_roofline_is_bytes_over_bandwidth(tiny: Any):
+    table, manifest = tiny
+    backend = ScriptedBackend(table, random_logits(table.vocab_size))
+    config = BenchConfig(prompt_tokens=10, output_tokens=20, batch=2)
+    work = work_of_bundle(manifest, backend, config)
+    found = roofline(work, find_device("orin-nx-8"), config, decode_tps=5.0)
+    assert found is not None
+    read = work.step_bytes + 2 * 20 * work.kv_bytes_per_token
+    assert found["bytes_per_step"] == read
+    assert found["decode_tps"] == pytest.approx(2 * 102.4e9 / read)
+    assert found["reached"] == pytest.approx(5.0 / found["decode_tps"])
+    assert 0 < found["predicted_decode_tps"] < found["decode_tps"]
+    assert roofline(work, None, config, 5.0) is None
+
+
+# ------------------------------------------------------------------------------- the verb
+
+
+def run_verb(*arguments: str) -> Any:
+    return CliRunner().invoke(bench, list(arguments), catch_exceptions=False)
+
+
+def test_the_verb_measures_compares_and_calibrates(tiny_bundles: Bundles, tmp_path: Path):
+    bundle = str(tiny_bundles("qwen2", quant="int4"))
+    first = run_verb(bundle, "--json", "--batch", "2", *SMALL)
+    assert first.exit_code == 0, first.output
+    (line,) = [text for text in first.stdout.splitlines() if text.startswith("{")]
+    result = json.loads(line)
+    assert result["backend"] == "ort-cpu"
+    assert len(result["tpot_s"]["values"]) == 3
+    assert len(result["ttft_s"]["values"]) == 6
+    assert result["memory"]["rss_bytes"] > 0
+    assert result["versions"]["edge_llm"]
+    assert result["roofline"]["reached"] > 0
+    saved = tmp_path / "bench.json"
+    saved.write_text(line)
+
+    table = run_verb(bundle, "--batch", "2", "--against", str(saved), *SMALL)
+    assert table.exit_code == 0, table.output
+    for word in ("TPOT, ms", "ITL ms", "roofline", "no power rails here", "against: tpot_s"):
+        assert word in table.stdout
+    # The device here is a CPU of measured bandwidth, and this tiny model is all overhead.
+    device, efficiency = calibrated(saved, None, None)
+    assert device.name == CPU
+    assert efficiency.weights < 1
+
+
+def test_a_slowdown_beyond_the_limit_fails(
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bundle = str(tiny_bundles("qwen2", quant="int4"))
+    saved = tmp_path / "bench.json"
+    saved.write_text(run_verb(bundle, "--json", *SMALL).stdout)
+    from edge.backends.ort import OrtBackend
+
+    forward: Callable[..., Any] = OrtBackend.forward
+
+    def slow(self: OrtBackend, *args: Any) -> Any:
+        time.sleep(0.05)
+        return forward(self, *args)
+
+    monkeypatch.setattr(OrtBackend, "forward", slow)
+    limits = ["--against", str(saved), "--max-slowdown", "0.5"]
+    done = run_verb(bundle, *limits, *SMALL)
+    assert done.exit_code == EXIT_GATE_MISSED
+    assert "tpot_s is +" in done.stderr
+    assert run_verb(bundle, "--against", str(saved), *SMALL).exit_code == 0  # no limit, no gate
+
+
+def test_a_slowdown_within_the_noise_passes_the_limit(
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    saved = tmp_path / "bench.json"
+    saved.write_text("{}")
+    limits = [str(tiny_bundles("qwen2")), "--against", str(saved), "--max-slowdown", "0.1"]
+    for low, code in ((0.9, 0), (1.05, EXIT_GATE_MISSED)):
+        change = Change("tpot_s", ratio=1.5, low=low, high=2.0)
+        monkeypatch.setattr(bench_report, "compare", lambda *_, change=change: [change])
+        assert run_verb(*limits, *SMALL).exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("[1]", "not what edge-llm bench"), ("{}", "not what edge-llm bench")]
+)
+def test_a_wrong_file_to_compare_with_is_refused(
+    content: str, message: str, tiny_bundles: Bundles, tmp_path: Path
+):
+    saved = tmp_path / "bench.json"
+    saved.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        run_verb(str(tiny_bundles("qwen2", quant="int4")), "--against", str(saved), *SMALL)
+
+
+def test_a_limit_needs_something_to_compare_with(tiny_bundles: Bundles):
+    with pytest.raises(ConfigError, match="give --against"):
+        run_verb(str(tiny_bundles("qwen2")), "--max-slowdown", "0.1")

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge.errors import ConfigError
+from edge.measure.tasks import (
+    ChoiceItem,
+    ItemResult,
+    choice_scores,
+    compare_task,
+    find_number,
+    mcnemar_exact,
+    parse_number,
+    read_task,
+    run_task,
+    summarize_task,
+    wilson_interval,
+)
+from edge.runtime.llm import LLM
+
+CHOICE = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1, "subject": "sums"}
+NUMBER = {"question": "2 + 2?", "answer": "It is 2 + 2 = 4.\n#### 4"}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return path
+
+
+def test_layouts(tmp_path: Path):
+    (first, item), (last, _) = read_task(
+        write(tmp_path / "t", CHOICE, "", {**CHOICE, "answer": "b"})
+    )
+    assert (first, last, item.expected) == (1, 3, "B")
+    ((_, number),) = read_task(write(tmp_path / "t", NUMBER, NUMBER), limit=1)
+    assert number.expected == "4"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "line 2"),
+        ([1], "line 2"),
+        (NUMBER, "another layout"),
+        ({**CHOICE, "answer": 2}, "none of 2 choices"),
+        ({**CHOICE, "answer": -1}, "none of 2 choices"),
+        ({**CHOICE, "choices": ["3"], "answer": 0}, "2 to 26"),
+        ({"choices": ["a", "b"], "answer": 0}, "question"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, row, message):
+    with pytest.raises(ConfigError, match=message) as info:
+        read_task(write(tmp_path / "t", CHOICE, row))
+    assert "line 2" in str(info.value)
+
+
+def test_other_bad_files(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no question"):
+        read_task(write(tmp_path / "t", ""))
+    with pytest.raises(ConfigError, match="end in a number"):
+        read_task(write(tmp_path / "t", {**NUMBER, "answer": "four"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1,234.50", "2469/2"), ("$3", "3"), ("-7 apples", "-7"), ("50\\%", "50"), (".5", "1/2"),
+        ("\\frac{1}{2}", "1/2"), ("-\\dfrac{3}{4}", "-3/4"), ("1/0", None), ("none", None),
+    ],
+)  # fmt: skip
+def test_numbers(text, value):
+    found = parse_number(text)
+    assert (None if found is None else str(found)) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("so 3, then \\boxed{42}. Check: 43", "42"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("first \\boxed{1} then \\boxed{2}", "2"),
+        ("\\boxed{x}", None),
+        ("2 + 3\n#### 5\nbye 9", "5"),
+        ("It is 7 or 8.", "8"),
+        ("no idea", None),
+    ],
+)
+def test_the_final_number(text, value):
+    assert find_number(text) == value
+
+
+def test_wilson_by_hand():
+    # Newcombe 1998, table I: 81 of 263 and 0 of 20.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(20, 20)[1] == 1
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar_exact(0, 0) == 1
+    assert mcnemar_exact(5, 0) == 2 / 32
+    assert mcnemar_exact(1, 5) == 2 * 7 / 64
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 3000), st.integers(0, 3000))
+def test_mcnemar_is_symmetric(lost, won):
+    p = mcnemar_exact(lost, won)
+    assert p == mcnemar_exact(won, lost)
+    assert 0 <= p <= 1
+
+
+def test_paired_comparison():
+    def results(*answers: str) -> list[ItemResult]:
+        return [ItemResult(i, "A", a, a == "A") for i, a in enumerate(answers, start=1)]
+
+    ours, theirs = results("A", "B", "B", "A"), results("A", "A", "A", "B")
+    assert summarize_task(ours)["accuracy"] == 0.5
+    found = compare_task(ours, theirs)
+    assert (found["lost"], found["won"], found["accuracy_loss"]) == (2, 1, 0.25)
+    assert [flip["line"] for flip in found["flips"]] == [2, 3, 4]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("scoring", ["letter", "text"])
+def test_choices_score_like_the_whole_text(tiny_bundles, scoring):
+    item = ChoiceItem("what is the world", ("hello", "the world and the sea", "and"), 0)
+    with LLM(tiny_bundles("qwen2", "portable")) as llm:
+        scores = choice_scores(llm, item, scoring)
+        prompt = "Question: what is the world\n"
+        if scoring == "letter":
+            prompt += "A. hello\nB. the world and the sea\nC. and\n"
+        texts = ["A", "B", "C"] if scoring == "letter" else list(item.choices)
+        rows = [llm.encode(f"{prompt}Answer: {text}") for text in texts]
+        shared = 0
+        while len({row[shared] for row in rows}) == 1:
+            shared += 1
+        whole = [
+            llm.score(row)[shared - 1 :].sum() / (1 if scoring == "letter" else len(text))
+            for row, text in zip(rows, texts, strict=True)
+        ]
+    assert scores == pytest.approx(whole, abs=1e-3)
+
+
+def test_generation_ends_and_counts(tiny_bundles, tmp_path: Path):
+    from edge.runtime.sampling import SamplingParams
+
+    items = read_task(write(tmp_path / "t", NUMBER, NUMBER))
+    with LLM(tiny_bundles("qwen2", "portable")) as llm:
+        params = SamplingParams(temperature=0, max_tokens=3)
+        results = run_task(llm, items, params=params)
+    assert [result.line for result in results] == [1, 2]
+    assert results[0].answer == results[1].answer

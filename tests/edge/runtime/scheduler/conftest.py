@@ -1,0 +1,168 @@
+"""What the tests of the scheduler share: a table, and answers by the plainest loop there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge.backends import Floats
+from edge.bundle.embeddings import EmbeddingTable
+from edge.errors import BackendError, EdgeError
+from edge.runtime.sampling import Sampler, SamplingParams
+from edge.runtime.scheduler import Request, TokenEvent
+from edge.runtime.scheduler.core import EngineCore, SequenceState
+from tests.fakes import Script, ScriptedBackend, write_table
+
+VOCAB = 50
+END = 49
+GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+SAMPLED = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.2)
+COUNT_UP: Script = lambda seen: (seen[-1] + 1) % VOCAB  # noqa: E731
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddingTable]:
+    path = tmp_path_factory.mktemp("table") / "embeddings.safetensors"
+    opened = EmbeddingTable(write_table(path, VOCAB))
+    yield opened
+    opened.close()
+
+
+class Collected:
+    """A sink that keeps what it is given, and checks that nothing comes after the end."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.last: TokenEvent | EdgeError | None = None
+
+    def put(self, item: TokenEvent | EdgeError) -> None:
+        assert self.last is None, f"{item} came after the end, which was {self.last}"
+        if isinstance(item, EdgeError):
+            self.last = item
+            return
+        if item.token is not None:
+            self.ids.append(item.token.id)
+        assert (item.finish_reason is None) == (item.stats is None)
+        if item.finish_reason is not None:
+            self.last = item
+
+    @property
+    def reason(self) -> str | None:
+        return self.last.finish_reason if isinstance(self.last, TokenEvent) else None
+
+
+class DropMiddle:
+    """An `Overflow` that keeps the first row and the newer half."""
+
+    def slide(self, rows: Floats, ids: list[int]) -> tuple[Floats, list[int]]:
+        kept = drop_middle(len(ids))
+        return rows[:, :, kept], [ids[i] for i in kept]
+
+
+def drop_middle(length: int) -> list[int]:
+    return [0, *range(length // 2 + 1, length)]
+
+
+def answer_alone(
+    script: Script, request: Request, capacity: int, slides: bool = False, most: int = 10_000
+) -> tuple[list[int], str]:
+    """What a request must be answered with, whatever else runs: no cache, no batch, no drafts."""
+    sampler = Sampler(request.params, VOCAB, request.ids)
+    seen = list(request.ids)
+    answer: list[int] = []
+    while True:
+        wanted = script(tuple(seen))
+        if isinstance(wanted, np.ndarray):
+            logits = wanted
+        else:
+            logits = np.zeros(VOCAB, np.float32)
+            logits[wanted] = 100.0
+        token = sampler.sample(logits).id
+        answer.append(token)
+        if token in request.end_ids:
+            return answer, "stop"
+        if len(answer) == request.params.max_tokens:
+            return answer, "length"
+        if len(seen) == capacity:
+            if not slides:
+                return answer, "length"
+            seen = [seen[i] for i in drop_middle(capacity)]
+        if len(answer) >= most:
+            return answer, "length"
+        seen.append(token)
+
+
+def make_request(ids: Sequence[int], params: SamplingParams = GREEDY, **options: Any) -> Request:
+    options.setdefault("end_ids", frozenset({END}))
+    return Request(ids=tuple(ids), params=params, **options)
+
+
+class Engine:
+    """A core on a scripted backend, driven by hand."""
+
+    def __init__(
+        self,
+        table: EmbeddingTable,
+        script: Script = COUNT_UP,
+        *,
+        num_slots: int = 4,
+        capacity: int = 64,
+        max_step_tokens: int = 8,
+        **options: Any,
+    ) -> None:
+        self.backend = ScriptedBackend(
+            table,
+            script,
+            num_slots=num_slots,
+            capacity=capacity,
+            max_step_tokens=max_step_tokens,
+        )
+        # A real clock would let the machine's load decide what runs in which round.
+        options.setdefault("clock", lambda: 0.0)
+        self.core = EngineCore(self.backend, table, VOCAB, **options)
+
+    def submit(self, request: Request) -> tuple[SequenceState, Collected]:
+        sink = Collected()
+        sampler = Sampler(request.params, VOCAB, request.ids)
+        sequence = SequenceState(request, sampler, sink, request.salt, self.core.now())
+        self.core.add(sequence)
+        return sequence, sink
+
+    def run(self, most: int = 2000) -> None:
+        """Step until nothing is left; a core that stalls fails here."""
+        for _ in range(most):
+            if self.core.is_idle:
+                return
+            self.core.step()
+        raise AssertionError(f"still busy after {most} rounds")
+
+    def answer(self, request: Request) -> tuple[list[int], str | None]:
+        _, sink = self.submit(request)
+        self.run()
+        if isinstance(sink.last, EdgeError):
+            raise sink.last
+        return sink.ids, sink.reason
+
+    def check_books(self) -> None:
+        """Every slot holds what the books say, and running sequences have a slot each."""
+        core, backend = self.core, self.backend
+        owned = [sequence.slot for sequence in core.running]
+        assert len(set(map(id, owned))) == len(owned)
+        for slot in core.pool.slots:
+            assert slot.in_use == any(slot is other for other in owned)
+            assert slot.length <= backend.capacity
+            assert backend.rows_of(slot.index, slot.length) == slot.ids
+        for sequence in core.running:
+            own = sequence.slot
+            assert own is not None
+            assert sequence.pending
+            if own.shareable:
+                assert [*own.ids, *sequence.pending] == sequence.ids
+            assert own.salt == sequence.salt
+
+
+def failed_as_told(sink: Collected) -> bool:
+    return isinstance(sink.last, BackendError) and "told to" in str(sink.last)

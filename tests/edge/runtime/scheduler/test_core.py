@@ -1,0 +1,577 @@
+"""`EngineCore` by property: whatever happens beside it, a sequence's answer is its answer alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
+
+from edge.bundle.embeddings import EmbeddingTable
+from edge.errors import BackendError, DeadlineError, DeviceMemoryError
+from edge.runtime.sampling import SampledToken
+from edge.runtime.scheduler.core import SequenceState
+from tests.edge.runtime.scheduler.conftest import (
+    COUNT_UP,
+    END,
+    GREEDY,
+    SAMPLED,
+    VOCAB,
+    Collected,
+    DropMiddle,
+    Engine,
+    answer_alone,
+    failed_as_told,
+    make_request,
+)
+from tests.fakes import Script, random_logits
+
+SCRIPT = random_logits(VOCAB)
+
+
+class Guesser:
+    """A drafter that is right about a greedy answer, but for each ``wrong_each``-th token."""
+
+    def __init__(self, script: Script, wrong_each: int) -> None:
+        self.script = script
+        self.wrong_each = wrong_each
+        self.verdicts: list[tuple[int, int]] = []
+
+    def propose(self, ids: Any, limit: int) -> list[int]:
+        seen = list(ids)
+        for _ in range(limit):
+            logits = np.asarray(self.script(tuple(seen)))
+            guess = int(logits.argmax()) if logits.ndim else int(logits)
+            seen.append((guess + 1) % VOCAB if len(seen) % self.wrong_each == 0 else guess)
+        return seen[len(ids) :]
+
+    def observe(self, proposed: int, accepted: int) -> None:
+        assert 0 <= accepted <= proposed
+        self.verdicts.append((proposed, accepted))
+
+
+class Life(RuleBasedStateMachine):
+    """Any interleaving of submissions, cancels, deadlines, faults and steps."""
+
+    table: EmbeddingTable
+
+    @initialize(
+        num_slots=st.integers(1, 4),
+        capacity=st.integers(6, 20),
+        chunk=st.integers(1, 6),
+        slides=st.booleans(),
+        drafts=st.booleans(),
+        reuse=st.booleans(),
+        target_itl_s=st.sampled_from([None, 0.02]),
+        per_sequence_s=st.sampled_from([0.0, 0.001, 0.05]),
+        per_token_s=st.sampled_from([0.0, 0.001, 0.05]),
+    )
+    def begin(
+        self,
+        num_slots: int,
+        capacity: int,
+        chunk: int,
+        slides: bool,
+        drafts: bool,
+        reuse: bool,
+        target_itl_s: float | None,
+        per_sequence_s: float,
+        per_token_s: float,
+    ) -> None:
+        self.now = 100.0
+        self.slides = slides
+        self.engine = Engine(
+            self.table,
+            SCRIPT,
+            num_slots=num_slots,
+            capacity=capacity,
+            max_step_tokens=chunk,
+            reuse_prefix=reuse,
+            overflow=DropMiddle() if slides else None,
+            make_drafter=(lambda: Guesser(SCRIPT, 4)) if drafts else None,
+            max_draft_tokens=3,
+            target_itl_s=target_itl_s,
+            clock=lambda: self.now,
+        )
+        forward = self.engine.backend.forward
+
+        def timed(slots: Any, embeds: Any, positions: Any, *rest: Any) -> Any:
+            batch, seq = positions.shape
+            self.now += 0.01 + batch * per_sequence_s + batch * seq * per_token_s
+            return forward(slots, embeds, positions, *rest)
+
+        setattr(self.engine.backend, "forward", timed)  # noqa: B010
+        self.known: dict[SequenceState, Collected] = {}
+
+    sequences = Bundle("sequences")
+
+    @rule(
+        target=sequences,
+        tail=st.lists(st.integers(0, 2), max_size=8),
+        follows=st.booleans(),
+        max_tokens=st.integers(1, 12),
+        seed=st.none() | st.integers(0, 5),
+        priority=st.integers(0, 2),
+        salt=st.sampled_from(["", "other"]),
+        deadline_s=st.none() | st.sampled_from([0.05, 5.0]),
+        num=st.integers(1, 3),
+    )
+    def submit(
+        self,
+        tail: list[int],
+        follows: bool,
+        max_tokens: int,
+        seed: int | None,
+        priority: int,
+        salt: str,
+        deadline_s: float | None,
+        num: int,
+    ) -> Any:
+        # A prompt may continue an earlier answer, as in a chat.
+        before = next(reversed(self.known), None) if follows else None
+        ids = [*(before.ids if before else [0, 1]), *tail][: self.engine.backend.capacity - 1]
+        params = GREEDY if seed is None else replace(SAMPLED, seed=seed)
+        request = make_request(
+            ids,
+            replace(params, max_tokens=max_tokens),
+            priority=priority,
+            salt=salt,
+            deadline_s=deadline_s,
+        )
+        new = []
+        for i in range(num):
+            sequence, sink = self.engine.submit(request.sample(i))
+            self.known[sequence] = sink
+            new.append(sequence)
+        return multiple(*new)
+
+    @rule(sequence=consumes(sequences))
+    def cancel(self, sequence: SequenceState) -> None:
+        sequence.cancelled = True
+        self.engine.core.step()
+        assert sequence.ended
+
+    @rule(count=st.integers(1, 5))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.engine.core.step()
+
+    @rule()
+    def fault(self) -> None:
+        self.engine.backend.fails = True
+        self.engine.core.step()
+        self.engine.backend.fails = False
+
+    @rule()
+    def use_the_backend(self) -> None:
+        self.engine.run()
+        backend = self.engine.backend
+        self.engine.core.call(lambda: backend.write_slot(0, np.full((1, 1, 3, 1), 7.0)))
+
+    @invariant()
+    def books_are_true(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check_books()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        self.engine.run()
+        self.engine.check_books()
+        assert self.engine.core.pool.num_free == self.engine.backend.num_slots
+        capacity = self.engine.backend.capacity
+        for sequence, sink in self.known.items():
+            expected = answer_alone(SCRIPT, sequence.request, capacity, self.slides)
+            if sink.reason in ("stop", "length"):
+                assert (sink.ids, sink.reason) == expected
+                continue
+            assert sink.ids == expected[0][: len(sink.ids)]
+            assert (
+                (sink.reason == "cancelled" and sequence.cancelled)
+                or (isinstance(sink.last, DeadlineError) and sequence.deadline_s is not None)
+                or failed_as_told(sink)
+            )
+        assert sum(self.engine.core.outcomes.values()) == len(self.known)
+
+
+@pytest.fixture(autouse=True)
+def _give_the_machine_its_table(table: EmbeddingTable) -> None:
+    Life.table = table
+
+
+def test_many_sequences_run_in_one_step_and_joiners_need_not_wait(table: EmbeddingTable):
+    engine = Engine(table)
+    _, first = engine.submit(make_request([1], replace(GREEDY, max_tokens=9)))
+    engine.core.step()
+    engine.core.step()
+    _, second = engine.submit(make_request([20, 21], replace(GREEDY, max_tokens=3)))
+    engine.run()
+    assert (first.ids, second.ids) == (list(range(2, 11)), [22, 23, 24])
+    assert engine.backend.batches == [[0]] * 3 + [[1]] + [[0, 1]] * 2 + [[0]] * 4
+
+
+def test_samples_of_one_prompt_prefill_it_once(table: EmbeddingTable):
+    for reuse in (True, False):
+        engine = Engine(table, SCRIPT, reuse_prefix=reuse, max_step_tokens=32)
+        request = make_request(list(range(20)), replace(SAMPLED, max_tokens=6, seed=8))
+        sinks = [engine.submit(request.sample(i))[1] for i in range(4)]
+        engine.run()
+        assert engine.core.counts["prompt"] - engine.core.counts["cached"] == 20 + 3
+        answers = [answer_alone(SCRIPT, request.sample(i), 64)[0] for i in range(4)]
+        assert [sink.ids for sink in sinks] == answers
+        assert len(set(map(tuple, answers))) == 4
+        # The first prefills; from then on all decode together.
+        assert [len(batch) for batch in engine.backend.batches[:3]] == [1, 4, 4]
+
+
+def test_prompts_go_by_priority_then_by_arrival(table: EmbeddingTable):
+    engine = Engine(table, num_slots=1)
+    order: list[str] = []
+    for name, priority in (("c", 1), ("a", 0), ("d", 1), ("b", 0)):
+        sequence, _ = engine.submit(
+            make_request([5], replace(GREEDY, max_tokens=1), priority=priority)
+        )
+        sequence.sink = Named(name, order)
+    engine.run()
+    assert order == ["a", "b", "c", "d"]
+
+
+def test_a_prompt_of_higher_priority_does_not_wait_for_a_long_one(table: EmbeddingTable):
+    engine = Engine(table, max_step_tokens=4)
+    order: list[str] = []
+    for name, size, priority in (("long", 40, 1), ("same", 3, 1), ("urgent", 6, 0)):
+        sequence, _ = engine.submit(
+            make_request(range(size), replace(GREEDY, max_tokens=1), priority=priority)
+        )
+        sequence.sink = Named(name, order)
+        if name == "long":
+            engine.core.step()
+    engine.run()
+    assert order == ["urgent", "long", "same"]
+
+
+def test_a_sequence_is_counted_at_any_moment(table: EmbeddingTable):
+    """Another thread may count between any two lines; whoever drains must not miss one."""
+    seen: list[int] = []
+    engine = Engine(table)
+
+    def count() -> float:
+        seen.append(len(engine.core.waiting) + len(engine.core.running))
+        return 0.0
+
+    engine.submit(make_request([1], replace(GREEDY, max_tokens=2)))
+    engine.core._clock = count
+    engine.core.step()
+    assert min(seen) == 1
+
+
+def test_idle_time_is_no_gap_between_tokens(table: EmbeddingTable):
+    now = 0.0
+    engine = Engine(table, clock=lambda: now)
+    gaps: list[float] = []
+    setattr(engine.core.policy, "observe_gap", gaps.append)  # noqa: B010
+    for _ in range(2):
+        now += 1000
+        assert engine.answer(make_request([1], replace(GREEDY, max_tokens=3)))[0] == [2, 3, 4]
+    assert gaps
+    assert max(gaps) == 0
+
+
+class Panic(BaseException):
+    """What a library of Rust raises when it panics: no `Exception`."""
+
+
+class Panics:
+    def mask(self) -> None:
+        raise Panic("index out of bounds")
+
+    def accept(self, token_id: int) -> None: ...
+
+    def push(self, token: SampledToken, ended: bool) -> bool:
+        raise Panic("index out of bounds")
+
+
+@pytest.mark.parametrize("role", ["constraint", "watcher"])
+def test_a_panic_is_its_own_sequences_fault(table: EmbeddingTable, role: str):
+    engine = Engine(table)
+    _, good = engine.submit(make_request([1], replace(GREEDY, max_tokens=3)))
+    options: dict[str, Any] = {role: Panics()}
+    _, bad = engine.submit(make_request([5], **options))
+    engine.run()
+    assert good.ids == [2, 3, 4]
+    assert isinstance(bad.last, BackendError)
+    assert "index out of bounds" in str(bad.last)
+
+
+class Named(Collected):
+    def __init__(self, name: str, order: list[str]) -> None:
+        super().__init__()
+        self.name = name
+        self.order = order
+
+    def put(self, item: Any) -> None:
+        super().put(item)
+        self.order.append(self.name)
+
+
+def test_a_fault_ends_only_those_it_struck(table: EmbeddingTable):
+    engine = Engine(table, max_step_tokens=4)
+    _, decoding = engine.submit(make_request([1], replace(GREEDY, max_tokens=6)))
+    engine.core.step()
+    _, prefilling = engine.submit(make_request(list(range(10))))
+    engine.core.step()  # a token of the first, four of the second
+    forward, calls = engine.backend.forward, 0
+
+    def second_fails(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        engine.backend.fails = calls == 2
+        return forward(*args)
+
+    setattr(engine.backend, "forward", second_fails)  # noqa: B010
+    engine.core.step()
+    assert failed_as_told(prefilling)
+    engine.run()
+    assert (decoding.ids, decoding.reason) == ([2, 3, 4, 5, 6, 7], "length")
+    assert engine.answer(make_request(list(range(10)), replace(GREEDY, max_tokens=1)))[0] == [10]
+    assert engine.core.counts["cached"] == 0  # nothing of the one that failed
+
+
+def test_a_step_that_runs_out_of_memory_leaves_no_row_behind(table: EmbeddingTable):
+    engine = Engine(table)
+    forward = engine.backend.forward
+
+    def fails(*args: Any) -> Any:
+        forward(*args)
+        raise DeviceMemoryError("the GPU is full")
+
+    setattr(engine.backend, "forward", fails)  # noqa: B010
+    _, sink = engine.submit(make_request([9, 9, 9]))
+    engine.run()
+    assert isinstance(sink.last, DeviceMemoryError)
+    assert all(not engine.backend.read_slot(i, 3).clip(0).any() for i in range(4))
+
+
+@pytest.mark.parametrize("prompt", [3, 14])
+def test_scrubbing_touches_no_row_that_the_step_cannot_have_written(
+    table: EmbeddingTable, prompt: int
+):
+    """On the CPU a row costs memory as soon as it is written."""
+    engine = Engine(table, max_step_tokens=32)
+    engine.backend.fails = True
+    engine.submit(make_request([9] * prompt))
+    engine.run()
+    drafts = engine.core.max_draft_tokens
+    zeroed = max(prompt, 1 + drafts)
+    assert zeroed < engine.backend.max_step_tokens
+    rows = engine.backend.rows_of(0, engine.backend.capacity)
+    assert rows == [0] * zeroed + [-1] * (len(rows) - zeroed)
+
+
+def test_logits_that_are_no_numbers_end_only_their_sequence(table: EmbeddingTable):
+    def script(seen: tuple[int, ...]) -> Any:
+        return np.full(VOCAB, np.nan, np.float32) if seen[0] == 9 else COUNT_UP(seen)
+
+    engine = Engine(table, script)
+    _, good = engine.submit(make_request([1], replace(GREEDY, max_tokens=4)))
+    _, bad = engine.submit(make_request([9]))
+    engine.run()
+    assert good.ids == [2, 3, 4, 5]
+    assert isinstance(bad.last, BackendError)
+    assert "non-finite" in str(bad.last)
+    assert all(slot.ids[:1] != [9] for slot in engine.core.pool.slots)
+    # Not one row of it is left: a NaN in it would reach the slot's next owner.
+    assert all(9 not in engine.backend.read_slot(i, 8) for i in range(4))
+
+
+class Only:
+    """A constraint: the answer counts down from ``start`` and then ends."""
+
+    def __init__(self, start: int) -> None:
+        self.next = start
+        self.seen: list[int] = []
+
+    def mask(self) -> Any:
+        mask = np.full(VOCAB, -np.inf, np.float32)
+        mask[self.next if self.next >= 0 else END] = 0
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        self.seen.append(token_id)
+        self.next -= 1
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_constraints_see_what_is_sampled_and_nothing_else(table: EmbeddingTable, drafts: bool):
+    """Also where drafts are run, all of which are wrong here but for some."""
+    guess = lambda seen: seen[-1] - 1 if seen[-1] % 3 else 7  # noqa: E731
+    engine = Engine(
+        table,
+        SCRIPT,
+        make_drafter=(lambda: Guesser(guess, 1000)) if drafts else None,
+        clock=lambda: 0.0,
+    )
+    constraint = Only(8)
+    request = make_request([9], replace(SAMPLED, seed=1), constraint=constraint)
+    _, other = engine.submit(make_request([9], replace(SAMPLED, seed=1, max_tokens=9)))
+    _, sink = engine.submit(request)
+    engine.run()
+    assert (sink.ids, sink.reason) == ([8, 7, 6, 5, 4, 3, 2, 1, 0, END], "stop")
+    assert constraint.seen == sink.ids
+    assert other.ids == answer_alone(SCRIPT, make_request([9], replace(SAMPLED, seed=1)), 64)[0][:9]
+    assert bool(engine.core.counts["accepted"]) == drafts
+
+
+@pytest.mark.parametrize("last_step", [0, 1, 3])  # the prefill and two decode steps
+def test_nothing_is_sampled_after_a_cancel_during_the_step(table: EmbeddingTable, last_step: int):
+    engine = Engine(table)
+    constraint = Only(8)
+    sequence, sink = engine.submit(make_request([3, 9], constraint=constraint))
+    _, other = engine.submit(make_request([9], replace(GREEDY, max_tokens=9)))
+    forward, own_steps = engine.backend.forward, 0
+
+    def cancel_meanwhile(slots: Any, *args: Any) -> Any:
+        nonlocal own_steps
+        if sequence.slot is not None and sequence.slot.index in slots:
+            sequence.cancelled = own_steps == last_step
+            own_steps += 1
+        return forward(slots, *args)
+
+    engine.backend.forward = cancel_meanwhile  # type: ignore[assignment, method-assign]
+    engine.run()
+    assert sink.ids == constraint.seen == [8, 7, 6][:last_step]
+    assert sink.reason == "cancelled"
+    assert other.ids == list(range(10, 19))
+
+
+def test_what_a_constraint_or_watcher_does_wrong_is_its_own_sequences_fault(table: EmbeddingTable):
+    class Broken:
+        def mask(self) -> None:
+            raise ZeroDivisionError
+
+        def accept(self, token_id: int) -> None: ...
+
+        def push(self, token: SampledToken, ended: bool) -> bool:
+            raise KeyError(token.id)
+
+    engine = Engine(table)
+    _, good = engine.submit(make_request([1], replace(GREEDY, max_tokens=4)))
+    _, constrained = engine.submit(make_request([1], constraint=Broken()))
+    _, watched = engine.submit(make_request([1], watcher=Broken()))
+    engine.run()
+    assert good.ids == [2, 3, 4, 5]
+    assert "constraint of a request failed: ZeroDivisionError" in str(constrained.last)
+    assert "watcher of a request failed: KeyError(2)" in str(watched.last)
+
+
+def test_right_drafts_save_steps(table: EmbeddingTable):
+    """On a clock that stands still every step is free, so drafts always pay."""
+    request = make_request([40, 41, 42, 43, 44, 45, 46, 1], replace(GREEDY, max_tokens=30))
+    plain = Engine(table)
+    drafting = Engine(
+        table,
+        make_drafter=lambda: Guesser(COUNT_UP, 1000),
+        max_draft_tokens=4,
+        clock=lambda: 0.0,
+    )
+    assert plain.answer(request) == drafting.answer(request) == (list(range(2, 32)), "length")
+    assert len(plain.backend.steps) == 30
+    assert len(drafting.backend.steps) <= 9
+    counts = drafting.core.counts
+    assert counts["drafted"] == counts["accepted"] >= 21
+
+
+def test_a_batch_of_one_prefix_is_computed_once_and_many_turns_only_what_is_new(
+    table: EmbeddingTable,
+):
+    """The two workloads that a prefix cache is for, with answers as without it."""
+    system = [int(x) for x in np.random.default_rng(0).integers(0, 40, 100)]
+    questions = [[*system, i % 7, i // 7, 40] for i in range(50)]
+    params = replace(SAMPLED, max_tokens=5, seed=4)
+    shared = Engine(table, SCRIPT, capacity=200, max_step_tokens=64)
+    sinks = [shared.submit(make_request(ids, params))[1] for ids in questions]
+    shared.run()
+    for ids, sink in zip(questions, sinks, strict=True):
+        assert sink.ids == answer_alone(SCRIPT, make_request(ids, params), 200)[0]
+    counts = shared.core.counts
+    assert counts["cached"] >= 0.8 * counts["prompt"]
+
+    chat = Engine(table, SCRIPT, capacity=200, max_step_tokens=64)
+    turns: list[int] = []
+    for turn in range(6):
+        turns += [turn, 41, 42, 43, 44, 45, 46, 47]
+        expected = answer_alone(SCRIPT, make_request(turns, params), 200)
+        found = chat.answer(make_request(turns, params))
+        assert found == expected
+        turns += found[0]
+    counts = chat.core.counts
+    assert counts["cached"] >= 0.6 * counts["prompt"]
+
+
+def test_a_stored_prefix_is_loaded_unless_the_cache_has_more(table: EmbeddingTable):
+    from edge.runtime.scheduler import StoredPrefix
+
+    loads: list[int] = []
+    stored = list(range(10, 18))
+
+    class Store:
+        broken = False
+
+        def lookup(self, ids: Any, salt: str) -> StoredPrefix | None:
+            if salt or list(ids[:8]) != stored:
+                return None
+            return StoredPrefix(8, self.load)
+
+        def load(self) -> Any:
+            loads.append(1)
+            return None if self.broken else np.array(stored, np.float32)[None, None, :, None]
+
+    store = Store()
+    engine = Engine(table, prefix_store=store)
+    request = make_request([*stored, 20], replace(GREEDY, max_tokens=2))
+    store.broken = True
+    assert engine.answer(request)[0] == [21, 22]
+    assert engine.core.counts["cached"] == 0
+    store.broken = False
+    fresh = Engine(table, prefix_store=store)
+    assert fresh.answer(request)[0] == [21, 22]
+    assert fresh.core.counts["cached"] == 8
+    assert fresh.answer(request)[0] == [21, 22]
+    assert len(loads) == 2  # the cache had it
+    assert fresh.answer(replace(request, salt="x"))[0] == [21, 22]
+    assert fresh.core.counts["cached"] == 16
+    assert Engine(table, prefix_store=store).answer(
+        make_request(stored, replace(GREEDY, max_tokens=1))
+    )[0] == [18]
+    loads.clear()  # a prompt that is no longer than the prefix: the last token runs anyway
+    assert fresh.answer(make_request(stored, replace(GREEDY, max_tokens=1)))[0] == [18]
+    assert not loads
+    fresh.check_books()
+
+
+def test_an_overflow_policy_that_frees_nothing_ends_its_sequence(table: EmbeddingTable):
+    class Lazy:
+        def slide(self, rows: Any, ids: list[int]) -> Any:
+            return rows, ids
+
+    engine = Engine(table, capacity=8, overflow=Lazy())
+    _, sink = engine.submit(make_request([1, 2]))
+    engine.run()
+    assert isinstance(sink.last, BackendError)
+    assert "bug in the overflow policy" in str(sink.last)
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)

@@ -1,0 +1,491 @@
+"""`Scheduler`: threads, asyncio, back pressure, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from edge.bundle.embeddings import EmbeddingTable
+from edge.errors import (
+    BackendError,
+    ConfigError,
+    ContextLengthError,
+    DeadlineError,
+    EdgeError,
+    OverloadError,
+    RequestError,
+    ResourceError,
+)
+from edge.runtime.scheduler import Scheduler, Ticket
+from edge.runtime.scheduler import ticket as ticket_module
+from tests.edge.runtime.scheduler.conftest import (
+    COUNT_UP,
+    GREEDY,
+    SAMPLED,
+    VOCAB,
+    answer_alone,
+    make_request,
+)
+from tests.fakes import ScriptedBackend, random_logits
+
+SCRIPT = random_logits(VOCAB)
+Make = Callable[..., tuple[Scheduler, ScriptedBackend]]
+
+
+@pytest.fixture
+def make(table: EmbeddingTable) -> Iterator[Make]:
+    opened: list[Scheduler] = []
+
+    def make_one(script: Any = COUNT_UP, **options: Any) -> tuple[Scheduler, ScriptedBackend]:
+        sizes = {key: options.pop(key) for key in ("num_slots", "capacity") if key in options}
+        backend = ScriptedBackend(table, script, **{"num_slots": 4, **sizes})
+        opened.append(Scheduler(backend, table, VOCAB, **options))
+        return opened[-1], backend
+
+    yield make_one
+    for scheduler in opened:
+        scheduler.close()
+
+
+def ids_of(ticket: Ticket) -> list[int]:
+    return [event.token.id for event in ticket if event.token is not None]
+
+
+def engine_threads() -> int:
+    return sum(thread.name == "edge-llm-engine" for thread in threading.enumerate())
+
+
+class Gate:
+    """A script that waits until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, seen: tuple[int, ...]) -> int:
+        self.entered.set()
+        assert self.opened.wait(10)
+        return (seen[-1] + 1) % VOCAB
+
+
+def test_samples_and_their_seeds(make: Make):
+    scheduler, _ = make(SCRIPT)
+    request = make_request([1, 2], replace(SAMPLED, seed=2**64 - 1, max_tokens=8))
+    tickets = scheduler.submit(request, n=3)
+    assert [ticket.seed for ticket in tickets] == [2**64 - 1, 0, 1]
+    for ticket in tickets:
+        assert ticket.prompt_tokens == 2
+        assert ids_of(ticket) == answer_alone(SCRIPT, ticket.request, 64)[0]
+    open_seed = replace(request, params=replace(request.params, seed=None))
+    assert len({ticket.seed for ticket in scheduler.submit(open_seed, n=3)}) == 3
+
+
+def test_what_can_never_run_is_refused_at_once(make: Make):
+    scheduler, backend = make(capacity=10)
+    for ids, error in (
+        ([], RequestError),
+        ([VOCAB], RequestError),
+        ([-1], RequestError),
+        ([1] * 10, ContextLengthError),
+    ):
+        with pytest.raises(error):
+            scheduler.submit(make_request(ids))
+    with pytest.raises(RequestError, match="n must be"):
+        scheduler.submit(make_request([1]), n=0)
+    with pytest.raises(RequestError, match="deadline must be positive"):
+        scheduler.submit(make_request([1], deadline_s=0.0))
+    with pytest.raises(RequestError, match="submit_all"):
+        scheduler.submit(make_request([1], watcher=object()), n=2)
+    # One that is wrong takes the others of its group with it.
+    with pytest.raises(RequestError):
+        scheduler.submit_all([make_request([1]), make_request([])])
+    assert backend.steps == []
+    assert scheduler.stats().waiting == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_batch": 0},
+        {"queue_capacity": -1},
+        {"step_tokens": 0},
+        {"max_draft_tokens": 0},
+        {"target_itl_s": 0.0},
+    ],
+)
+def test_wrong_options(make: Make, options: dict[str, Any]):
+    with pytest.raises(ConfigError):
+        make(**options)
+
+
+def test_the_queue_is_bounded_and_ordered(make: Make):
+    gate = Gate()
+    scheduler, _ = make(gate, num_slots=1, queue_capacity=2)
+    running = scheduler.submit(make_request([1], replace(GREEDY, max_tokens=2)))[0]
+    assert gate.entered.wait(10)
+    late = scheduler.submit(make_request([5], replace(GREEDY, max_tokens=1), priority=1))[0]
+    early = scheduler.submit(make_request([9], replace(GREEDY, max_tokens=1)))[0]
+    with pytest.raises(OverloadError) as caught:
+        scheduler.submit(make_request([1]))
+    assert caught.value.retry_after_s > 0
+    with pytest.raises(RequestError, match="4 answers at once are more than the 3"):
+        scheduler.submit(make_request([1]), n=4)  # no later try can help
+    stats = scheduler.stats()
+    assert (stats.running, stats.waiting, stats.queue_capacity) == (1, 2, 2)
+    gate.opened.set()
+    assert [ids_of(ticket) for ticket in (running, late, early)] == [[2, 3], [6], [10]]
+    stats = scheduler.stats()
+    assert stats.outcomes == {"length": 3, "rejected": 1}
+    assert (stats.running, stats.waiting, stats.kv_used_tokens) == (0, 0, 0)
+
+
+def test_a_place_is_free_when_the_last_token_is_out(make: Make):
+    scheduler, _ = make(num_slots=1, queue_capacity=0)
+    for _ in range(200):
+        assert ids_of(scheduler.submit(make_request([1], replace(GREEDY, max_tokens=1)))[0]) == [2]
+
+
+def test_cancel_and_deadline(make: Make):
+    def slow(seen: tuple[int, ...]) -> int:
+        time.sleep(0.002)
+        return 1
+
+    scheduler, backend = make(slow, capacity=4000)
+    ticket = scheduler.submit(make_request([1]))[0]
+    events = iter(ticket)
+    next(events)
+    ticket.cancel()
+    *_, last = events
+    assert (last.finish_reason, last.token) == ("cancelled", None)
+    assert last.stats is not None
+    assert len(backend.steps) <= last.stats.completion_tokens + 1
+    late = scheduler.submit(make_request([1], deadline_s=0.05))[0]
+    with pytest.raises(DeadlineError, match=r"sampled \d+ tokens when its 0.05 s"):
+        ids_of(late)
+    with pytest.raises(StopIteration):  # an error ends the ticket, too
+        next(iter(late))
+    dropped = scheduler.submit(make_request([1]))[0]
+    next(iter(dropped))
+    del dropped
+    gc.collect()
+    assert scheduler.drain(10)
+    assert scheduler.stats().outcomes == {"cancelled": 2, "deadline": 1}
+
+
+def test_many_readers_on_one_loop_and_one_that_gives_up(make: Make):
+    scheduler, _ = make(SCRIPT, num_slots=3)
+    requests = [make_request([1, i], replace(SAMPLED, seed=i, max_tokens=20)) for i in range(10)]
+
+    async def read(request: Any) -> list[int]:
+        (ticket,) = scheduler.submit(request)
+        return [event.token.id async for event in ticket if event.token is not None]
+
+    async def impatient() -> None:
+        (ticket,) = scheduler.submit(make_request([3], replace(GREEDY, max_tokens=50)))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.sleep(1), 0.01)
+        ticket.cancel()
+        async for _ in ticket:
+            pass
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*map(read, requests), impatient())
+
+    *answers, _ = asyncio.run(main())
+    assert answers == [answer_alone(SCRIPT, request, 64)[0] for request in requests]
+
+
+def test_a_loop_that_is_closed_under_its_reader_harms_nobody(make: Make):
+    gate = Gate()
+    scheduler, _ = make(gate)
+    (ticket,) = scheduler.submit(make_request([1], replace(GREEDY, max_tokens=3)))
+
+    async def give_up() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(ticket.__aiter__().__anext__(), 0.02)
+
+    asyncio.run(give_up())
+    gate.opened.set()
+    assert ids_of(ticket) == [2, 3, 4]
+
+
+def test_work_that_needs_the_backend_waits_for_it_and_comes_before_the_queue(make: Make):
+    gate = Gate()
+    scheduler, _ = make(gate, num_slots=1)
+    order: list[str] = []
+    first = scheduler.submit(make_request([1], replace(GREEDY, max_tokens=2)))[0]
+    assert gate.entered.wait(10)
+    second = scheduler.submit(make_request([1], replace(GREEDY, max_tokens=2)))[0]
+    caller = threading.Thread(
+        target=lambda: scheduler.call(lambda: order.append(f"{scheduler.stats().running} run"))
+    )
+    caller.start()
+    time.sleep(0.05)
+    gate.opened.set()
+    caller.join()
+    assert ids_of(first) == ids_of(second) == [2, 3]
+    assert order == ["0 run"]
+    assert scheduler.stats().cached_tokens == 0  # the work may have overwritten it
+    with pytest.raises(ZeroDivisionError):
+        scheduler.call(lambda: 1 // 0)
+
+
+def test_work_of_a_call_is_seen_and_its_steps_count(make: Make):
+    scheduler, _ = make(num_slots=1)
+    assert scheduler.stats().full_step_s is None
+    inside, let_go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        inside.set()
+        assert let_go.wait(10)
+        time.sleep(0.02)
+        scheduler.report_step(2)
+        scheduler.report_step(1)
+
+    caller = threading.Thread(target=scheduler.call, args=(work,))
+    caller.start()
+    assert inside.wait(10)
+    before = scheduler.stats()
+    assert (before.calls, before.running, before.steps) == (1, 0, 0)
+    let_go.set()
+    caller.join()
+    after = scheduler.stats()
+    assert (after.calls, after.steps) == (0, 2)
+    assert after.last_step_s > before.last_step_s
+    # The longest step took 20 ms or more, with 2 tokens; a full one has more.
+    least = 0.02 * scheduler._core.policy.step_tokens / 2
+    assert after.full_step_s is not None
+    assert after.full_step_s >= least
+
+
+def test_a_lost_device_ends_everything_and_is_told(make: Make):
+    gate = Gate()
+    scheduler, backend = make(gate, num_slots=1)
+    tickets = scheduler.submit(make_request([1]), n=3)
+    assert gate.entered.wait(10)
+    backend.failed = "the GPU fell off the bus"
+    gate.opened.set()
+    for ticket in tickets:
+        with pytest.raises(BackendError, match="fell off the bus"):
+            ids_of(ticket)
+    with pytest.raises(BackendError, match="fell off the bus"):
+        scheduler.submit(make_request([1]))
+    assert scheduler.stats().failed == "the GPU fell off the bus"
+
+
+def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(make: Make):
+    def broken(seen: tuple[int, ...]) -> int:
+        raise ZeroDivisionError("a bug")
+
+    scheduler, _ = make(broken)
+    tickets = scheduler.submit(make_request([1]), n=2)
+    for ticket in tickets:
+        with pytest.raises(BackendError, match="ZeroDivisionError: a bug"):
+            ids_of(ticket)
+    with pytest.raises(BackendError, match="a bug"):
+        scheduler.submit(make_request([1]))
+    with pytest.raises(BackendError, match="a bug"):
+        scheduler.call(lambda: None)
+    assert scheduler.stats().failed is not None
+
+
+class Panic(BaseException):
+    """What a library of Rust raises when it panics: no `Exception`."""
+
+
+def test_a_panic_in_the_engine_leaves_nobody_waiting(make: Make):
+    def broken(seen: tuple[int, ...]) -> int:
+        raise Panic("index out of bounds")
+
+    scheduler, _ = make(broken)
+    with pytest.raises(BackendError, match="Panic: index out of bounds"):
+        ids_of(scheduler.submit(make_request([1]))[0])
+    with pytest.raises(BackendError, match="index out of bounds"):
+        scheduler.submit(make_request([1]))
+
+
+def test_a_thread_that_cannot_start_leaves_nothing_queued(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+):
+    scheduler, _ = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_more_threads)
+        with pytest.raises(ResourceError, match=r"no more threads.*ulimit"):
+            scheduler.submit(make_request([1]))
+        with pytest.raises(ResourceError, match="no more threads"):
+            scheduler.call(lambda: None)
+    assert scheduler.stats().waiting == scheduler.stats().calls == 0
+    assert ids_of(scheduler.submit(make_request([1], replace(GREEDY, max_tokens=1)))[0]) == [2]
+
+
+def _no_more_threads(thread: threading.Thread) -> None:
+    raise RuntimeError("no more threads")
+
+
+def test_work_may_call_for_more_work(make: Make):
+    scheduler, _ = make()
+    assert scheduler.call(lambda: scheduler.call(lambda: 1) + 1) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_told_to_load_its_own(make: Make):
+    gate = Gate()
+    scheduler, _ = make(gate)
+    ticket = scheduler.submit(make_request([1], replace(GREEDY, max_tokens=1)))[0]
+    assert gate.entered.wait(10)
+    with scheduler._thread._changed:  # as if the engine's thread held it at that moment
+        child = os.fork()
+        if not child:
+            os._exit(_use_after_fork(scheduler))
+    deadline = time.monotonic() + 10
+    while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if done[0] == 0:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert done == (child, 0), "it hangs, or was not refused"
+    gate.opened.set()
+    assert ids_of(ticket) == [2]
+
+
+def _use_after_fork(scheduler: Scheduler) -> int:
+    refused = False
+    try:
+        scheduler.submit(make_request([1]))
+    except BackendError as error:
+        refused = "load the bundle in this process" in str(error)
+    scheduler.drain()
+    scheduler.close()
+    return 0 if refused else 1
+
+
+def test_an_answer_that_nobody_reads_ends(make: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ticket_module, "_MOST_UNREAD", 20)
+    scheduler, _ = make(lambda seen: 1, num_slots=1, capacity=64)
+    unread = scheduler.submit(make_request([1]))[0]
+    just_so = scheduler.submit(make_request([1], replace(GREEDY, max_tokens=21)))[0]
+    assert scheduler.drain(10)
+    assert len(ids_of(just_so)) == 21  # the last one is always taken
+    found: list[int] = []
+    with pytest.raises(RequestError, match=r"wait to be read.*max_tokens"):
+        found.extend(event.token.id for event in unread if event.token is not None)
+    assert len(found) == 20
+    assert scheduler.stats().failed is None
+
+
+def test_draining(make: Make):
+    gate = Gate()
+    scheduler, _ = make(gate)
+    ticket = scheduler.submit(make_request([1], replace(GREEDY, max_tokens=2)))[0]
+    assert not scheduler.drain(0.02)
+    with pytest.raises(OverloadError, match="shutting down"):
+        scheduler.submit(make_request([1]))
+    gate.opened.set()
+    assert scheduler.drain(10)
+    assert ids_of(ticket) == [2, 3]
+
+
+def test_closing_cancels_and_ends_the_thread(make: Make):
+    before = engine_threads()
+    scheduler, _ = make(lambda seen: 1, num_slots=1, capacity=100_000)
+    tickets = scheduler.submit(make_request([1]), n=3)
+    next(iter(tickets[0]))
+    assert engine_threads() == before + 1
+    scheduler.close()
+    scheduler.close()
+    assert engine_threads() == before
+    for ticket in tickets:
+        *_, last = ticket
+        assert last.finish_reason == "cancelled"
+    with pytest.raises(BackendError, match="closed"):
+        scheduler.submit(make_request([1]))
+
+
+def test_a_scheduler_that_is_dropped_ends_its_thread(table: EmbeddingTable):
+    before = engine_threads()
+    backend = ScriptedBackend(table, COUNT_UP)
+    scheduler = Scheduler(backend, table, VOCAB)
+    ticket = scheduler.submit(make_request([1], replace(GREEDY, max_tokens=2)))[0]
+    dropped = weakref.ref(scheduler)
+    del scheduler
+    gc.collect()
+    assert ids_of(ticket) == [2, 3]  # a ticket keeps it
+    del ticket
+    gc.collect()
+    assert dropped() is None
+    deadline = time.monotonic() + 10
+    while engine_threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine_threads() == before
+
+
+def test_a_thousand_requests_of_all_kinds(make: Make):
+    """Random cancels, drops and deadlines from eight threads; then all is as before."""
+    threads_before = threading.active_count()
+    scheduler, _ = make(SCRIPT, num_slots=6, capacity=48, queue_capacity=8)
+    ends: list[str] = []
+    wrong: list[Any] = []
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(125):
+            request = make_request(
+                [1, 2, 3, *(rng.randrange(3) for _ in range(rng.randrange(20)))],
+                replace(SAMPLED, seed=rng.randrange(4), max_tokens=rng.randint(1, 15)),
+                salt=rng.choice(["", "a"]),
+                priority=rng.randrange(3),
+                deadline_s=rng.choice([None, None, None, 0.05]),
+            )
+            try:
+                (ticket,) = scheduler.submit(request)
+            except OverloadError:
+                ends.append("rejected")
+                time.sleep(0.002)
+                continue
+            stop_at = rng.choice([None, None, 0, 2])
+            if rng.random() < 0.05:
+                ends.append("dropped")
+                continue
+            ids: list[int] = []
+            reason = None
+            try:
+                for event in ticket:
+                    if event.token is not None:
+                        ids.append(event.token.id)
+                    if len(ids) == stop_at:
+                        ticket.cancel()
+                    reason = event.finish_reason
+                ends.append(str(reason))
+            except EdgeError as error:
+                ends.append(type(error).__name__)
+                if not isinstance(error, DeadlineError):
+                    wrong.append(error)
+            expected = answer_alone(SCRIPT, request, 48)[0]
+            if ids != expected[: len(ids)] or (reason == "length" and ids != expected):
+                wrong.append((request, ids, expected))
+
+    clients = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not wrong
+    assert len(ends) == 1000
+    assert {"length", "cancelled", "dropped"} <= set(ends)
+    assert scheduler.drain(10)
+    stats = scheduler.stats()
+    assert (stats.running, stats.waiting, stats.kv_used_tokens) == (0, 0, 0)
+    assert sum(stats.outcomes.values()) == 1000
+    scheduler.close()
+    assert threading.active_count() == threads_before

@@ -1,0 +1,667 @@
+"""`LLM`: text around the loop of ids, once with a scripted engine and once with the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import re
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+import edge.runtime.llm
+from edge import LLM, GenerationChunk, SamplingParams
+from edge.backends import ort
+from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.manifest import encode_manifest, read_manifest
+from edge.errors import (
+    BackendError,
+    BundleError,
+    ConfigError,
+    ContextLengthError,
+    IntegrityError,
+    OverloadError,
+    RequestError,
+    ResourceError,
+)
+from edge.runtime.drafts import NgramDrafter
+from edge.runtime.llm import Prompt
+from tests.conftest import TINY_KV_CAPACITY, Bundles
+from tests.fakes import ScriptedBackend, num_open_files, random_logits
+from tests.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID
+
+QUESTION = [{"role": "user", "content": "what"}]
+GREEDY = SamplingParams(temperature=0)
+SEEDED = SamplingParams(temperature=1.0, top_p=1.0, seed=5, max_tokens=40)
+
+
+class Scripted:
+    """An LLM whose engine says what a test tells it to."""
+
+    def __init__(self, bundle: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        def open_backend(bundle: Path, _manifest: Any, **given: Any) -> ScriptedBackend:
+            table = EmbeddingTable(bundle / "embeddings.safetensors")
+            self.backend = ScriptedBackend(
+                table,
+                random_logits(table.vocab_size),
+                capacity=given["kv_capacity"] or TINY_KV_CAPACITY,
+                max_step_tokens=given["max_step_tokens"],
+                num_slots=given["num_slots"],
+            )
+            table.close()
+            return self.backend
+
+        monkeypatch.setattr(ort, "OrtBackend", open_backend)
+        self.llm = LLM(bundle, **options)
+
+    def say(self, prompt: Prompt, answer: str) -> None:
+        """Answer ``prompt`` with this text and the end token; control tokens act."""
+        start = len(self.llm.encode(prompt))
+        ids = [*self.llm.tokenizer.encode(answer, control=True), EOS_ID]
+        # A draft may run past the end.
+        self.backend.script = lambda seen: ids[min(len(seen) - start, len(ids) - 1)]
+
+
+@pytest.fixture
+def scripted(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
+    scripted = Scripted(tiny_bundles("qwen2"), monkeypatch)
+    yield scripted
+    scripted.llm.close()
+
+
+@pytest.fixture
+def llm(tiny_bundles: Bundles) -> Iterator[LLM]:
+    with LLM(tiny_bundles("qwen2"), num_threads=1, prefill_chunk=16) as opened:
+        yield opened
+
+
+def joined(chunks: list[GenerationChunk]) -> tuple[str, str]:
+    return "".join(c.text for c in chunks), "".join(c.reasoning for c in chunks)
+
+
+# Text
+
+
+def test_a_chat_answer_is_split_into_reasoning_and_answer(scripted: Scripted):
+    answer = "Let me see.\n</think>\n\nHéllo 🙂 <b>"
+    scripted.say(QUESTION, answer)
+    result = scripted.llm.generate(QUESTION, GREEDY)
+    assert (result.reasoning, result.text) == ("Let me see.", "Héllo 🙂 <b>")
+    assert result.finish_reason == "stop"
+    ids = [token.id for token in result.tokens]
+    assert ids == scripted.llm.tokenizer.encode(answer, control=True)  # without the end token
+    assert result.stats.completion_tokens == len(ids) + 1
+    assert result.stats.prompt_tokens == len(scripted.llm.encode(QUESTION))
+
+
+def test_the_stream_is_the_answer_in_whole_characters(scripted: Scripted):
+    scripted.say(QUESTION, "thinking…</think>\n\n🙂🙂 the end")
+    chunks = list(scripted.llm.stream(QUESTION, GREEDY))
+    result = scripted.llm.generate(QUESTION, GREEDY)
+    assert joined(chunks) == (result.text, result.reasoning) == ("🙂🙂 the end", "thinking…")
+    assert tuple(token for chunk in chunks for token in chunk.tokens) == result.tokens
+    assert not any("�" in chunk.text + chunk.reasoning for chunk in chunks)
+    *before, last = chunks
+    assert all(chunk.finish_reason is None and chunk.stats is None for chunk in before)
+    assert last.finish_reason == "stop"
+    assert last.stats is not None
+    assert last.tokens == ()  # the end token is no part of the answer
+
+
+def test_plain_text_comes_back_as_the_model_wrote_it(scripted: Scripted):
+    answer = "<think>\nhm\n</think>\n\n42"
+    ids = scripted.llm.encode("what")
+    prompts: list[Any] = ["what", ids, tuple(ids), np.array(ids)]
+    for prompt in prompts:
+        scripted.say(prompt, answer)
+        result = scripted.llm.generate(prompt, GREEDY)
+        assert (result.text, result.reasoning) == (answer, "")
+
+
+def test_what_a_prompt_becomes(scripted: Scripted):
+    llm = scripted.llm
+    plain = llm.tokenizer.encode("hi<think>")
+    assert llm.encode("hi<think>") == [BOS_ID, *plain]
+    assert CONTROL_IDS["<think>"] not in plain
+    assert llm.encode([5, 6]) == [5, 6]
+    chat = llm.encode(QUESTION)
+    assert chat[:2] == [BOS_ID, CONTROL_IDS["<｜User｜>"]]
+    assert chat[-2:] == [CONTROL_IDS["<think>"], *llm.tokenizer.encode("\n")]
+    empty: list[Prompt] = [[], [{"role": "user"}], [{"role": "owner", "content": "x"}]]
+    for prompt in empty:
+        with pytest.raises(RequestError):
+            llm.encode(prompt)
+    for wrong in (5, None, b"hi", {"role": "user", "content": "hi"}):
+        with pytest.raises(RequestError, match=f"not {type(wrong).__name__}"):
+            llm.encode(wrong)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="params must be SamplingParams, not dict"):
+        llm.generate("hi", {"temperature": 0})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="output must be an OutputFormat"):
+        llm.submit("hi", output={"type": "json_object"})  # type: ignore[arg-type]
+
+
+def test_a_cache_beyond_all_memory_is_a_resource_error(tiny_bundles: Bundles):
+    with pytest.raises(ResourceError, match="10000000000 slots"):
+        LLM(tiny_bundles("qwen2"), num_threads=1, num_slots=10**10)
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "text", "reason"),
+    [
+        ("one STOP two", ("STOP",), "one ", "stop"),
+        ("one STO two", ("STOP",), "one STO two", "stop"),
+        ("one STO", ("STOP",), "one STO", "stop"),  # held back, then given out
+        ("one STOP two", ("two", "one STOP"), "", "stop"),
+        ("🙂🙃", ("🙃",), "🙂", "stop"),
+        ("hello world", ("o w",), "hell", "stop"),  # in the middle of two tokens
+    ],
+)
+def test_stop_strings(
+    scripted: Scripted, answer: str, stop: tuple[str, ...], text: str, reason: str
+):
+    scripted.say("what", answer)
+    params = SamplingParams(temperature=0, stop=stop)
+    result = scripted.llm.generate("what", params)
+    assert (result.text, result.finish_reason) == (text, reason)
+    assert joined(list(scripted.llm.stream("what", params))) == (text, "")
+
+
+def test_a_stop_string_ends_the_generation_too(scripted: Scripted):
+    scripted.say("what", "one STOP " + "x" * 60)
+    result = scripted.llm.generate("what", SamplingParams(temperature=0, stop=("STOP",)))
+    assert scripted.llm.tokenizer.decode([t.id for t in result.tokens]) == "one STOP"
+    assert len(scripted.backend.steps) == len(result.tokens)
+
+
+def test_an_answer_cut_off(scripted: Scripted):
+    """Inside a character, which four tokens make here."""
+    scripted.say("what", "ab🙂")
+    for max_tokens, text in ((1, "a"), (2, "ab"), (4, "ab�"), (6, "ab🙂")):
+        result = scripted.llm.generate("what", SamplingParams(temperature=0, max_tokens=max_tokens))
+        assert (result.text, result.finish_reason) == (text, "length")
+        assert len(result.tokens) == result.stats.completion_tokens == max_tokens
+    assert (
+        scripted.llm.generate("what", SamplingParams(temperature=0, max_tokens=7)).finish_reason
+        == "stop"
+    )
+
+
+def test_a_full_cache_ends_the_answer(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):
+    """The scripted engine asserts that no step passes the capacity."""
+    scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, kv_capacity=16)
+    prompt = scripted.llm.encode("hello")
+    scripted.say(prompt, "x" * 60)
+    result = scripted.llm.generate(prompt, GREEDY)
+    assert result.finish_reason == "length"
+    assert len(prompt) + len(result.tokens) == 16 + 1
+    assert scripted.llm.cached_tokens == scripted.llm.kv_capacity == 16
+    with pytest.raises(ContextLengthError):
+        scripted.llm.generate("x" * 40)
+    scripted.llm.close()
+
+
+def test_end_tokens(scripted: Scripted):
+    scripted.say("what", "ab")
+    ids = scripted.llm.tokenizer.encode("ab")
+    stopped = scripted.llm.generate("what", SamplingParams(temperature=0, stop_token_ids=(ids[1],)))
+    assert (stopped.text, stopped.finish_reason) == ("a", "stop")
+    ignored = SamplingParams(temperature=0, ignore_eos=True, max_tokens=3)
+    assert [t.id for t in scripted.llm.generate("what", ignored).tokens] == [*ids, EOS_ID]
+    assert list(scripted.llm.generate_ids(scripted.llm.encode("what"), GREEDY)) == ids
+
+
+def test_what_is_left_open_comes_from_the_bundle(scripted: Scripted):
+    def tokens(params: SamplingParams | None) -> list[int]:
+        return [token.id for token in scripted.llm.generate("what", params).tokens]
+
+    found = tokens(SamplingParams(seed=3, max_tokens=50))
+    assert found == tokens(SamplingParams(seed=3, max_tokens=50, temperature=0.6, top_p=0.95))
+    assert found != tokens(SamplingParams(seed=3, max_tokens=50, temperature=1.5, top_p=1.0))
+
+
+def test_log_probabilities_come_with_the_tokens(scripted: Scripted):
+    result = scripted.llm.generate("what", SamplingParams(max_tokens=3, logprobs=2, seed=0))
+    assert all(t.logprob is not None and len(t.top_logprobs or ()) == 2 for t in result.tokens)
+
+
+def test_generate_ids_refuses_stop_strings(scripted: Scripted):
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        next(iter(scripted.llm.generate_ids([1], SamplingParams(stop=("x",)))))
+
+
+# Many at a time
+
+
+def test_answers_that_run_together_are_those_of_each_alone(scripted: Scripted):
+    llm = scripted.llm
+    params = [replace(SEEDED, seed=seed, max_tokens=12) for seed in range(6)]
+    expected = [llm.generate("what", each).tokens for each in params]
+    generations = [llm.submit("what", each)[0] for each in params]
+    results = [generation.result() for generation in reversed(generations)]
+    assert [result.tokens for result in reversed(results)] == expected
+    assert max(map(len, scripted.backend.batches)) == 4  # slots
+
+
+def test_samples_of_a_prompt_have_seeds_in_a_row(scripted: Scripted):
+    llm = scripted.llm
+    generations = llm.submit(QUESTION, SEEDED, n=3)
+    assert [generation.index for generation in generations] == [0, 1, 2]
+    assert [generation.seed for generation in generations] == [5, 6, 7]
+    assert generations[0].prompt_ids == llm.encode(QUESTION)
+    for i, generation in enumerate(generations):
+        alone = llm.generate(QUESTION, replace(SEEDED, seed=5 + i))
+        assert generation.result().tokens == alone.tokens
+    with pytest.raises(RequestError, match="n must be"):
+        llm.submit(QUESTION, n=0)
+    with pytest.raises(RequestError, match="1000000000 answers at once are more than the"):
+        llm.submit(QUESTION, n=10**9)  # before anything is made for each
+    with pytest.raises(RequestError, match="read to its end before"):
+        generations[0].result()
+    with pytest.raises(RequestError, match="submit gives n"):
+        llm.stream(QUESTION, n=2)
+
+
+def test_the_best_answers_are_the_most_probable(scripted: Scripted):
+    llm = scripted.llm
+    params = replace(SEEDED, max_tokens=6)
+    every = [llm.generate("what", replace(params, seed=5 + i, logprobs=0)) for i in range(5)]
+
+    def mean(result: Any) -> float:
+        return float(sum(token.logprob for token in result.tokens)) / len(result.tokens)
+
+    expected = sorted(every, key=mean, reverse=True)[:2]
+    found = llm.generate_best("what", params, best_of=5, n=2)
+    assert [result.tokens for result in found] == [result.tokens for result in expected]
+    by_sum = llm.generate_best("what", params, best_of=5, rank_by="sum")
+    totals = [sum(token.logprob or 0 for token in result.tokens) for result in every]
+    assert sum(token.logprob or 0 for token in by_sum[0].tokens) == max(totals)
+    with pytest.raises(RequestError, match="best_of"):
+        llm.generate_best("what", best_of=1, n=2)
+
+
+def test_answers_for_asyncio(scripted: Scripted):
+    llm = scripted.llm
+    params = replace(SEEDED, max_tokens=9)
+    expected = llm.generate(QUESTION, params)
+
+    async def read(index: int) -> list[GenerationChunk]:
+        (generation,) = llm.submit(QUESTION, params)
+        chunks = []
+        async for chunk in generation:
+            chunks.append(chunk)
+            if index == 2 and len(chunks) == 3:
+                generation.cancel()
+        return chunks
+
+    async def read_all() -> list[list[GenerationChunk]]:
+        return await asyncio.gather(*(read(i) for i in range(8)))
+
+    every = asyncio.run(read_all())
+    for index, chunks in enumerate(every):
+        if index != 2:
+            assert joined(chunks) == (expected.text, expected.reasoning)
+    assert every[2][-1].finish_reason in ("cancelled", "length")
+
+
+def test_scores_come_between_the_answers(scripted: Scripted):
+    """And what the scoring wrote into the cache is no prefix of anything."""
+    llm = scripted.llm
+    expected = llm.generate("what", SEEDED).tokens
+    stream = llm.stream("what", SEEDED)
+    next(stream)
+    ids = [*llm.encode("what"), 5, 6, 7, 8, 9, 10]
+    scores: list[Any] = []
+    thread = threading.Thread(target=lambda: scores.append(llm.score(ids)))
+    thread.start()
+    rest = list(stream)
+    thread.join()
+    assert scores[0].shape == (len(ids) - 1,)
+    assert llm.generate("what", SEEDED).tokens == expected
+    assert rest[-1].finish_reason in ("stop", "length")
+    with pytest.raises(RequestError):
+        llm.score([1])
+
+
+def test_a_score_is_never_nan(scripted: Scripted):
+    """And the engine goes on: it is the bundle's arithmetic that failed, not the process."""
+    llm, script = scripted.llm, scripted.backend.script
+    nan = np.full(llm.manifest.model.vocab_size, np.nan, np.float32)
+    scripted.backend.script = lambda seen: nan if len(seen) == 3 else script(seen)
+    with pytest.raises(BackendError, match="NaN or infinite"):
+        llm.score([5, 6, 7, 8])
+    assert np.isfinite(llm.score([5, 6, 7])).all()
+
+
+def test_a_full_queue_refuses(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):
+    scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, num_slots=1, queue_capacity=1)
+    llm = scripted.llm
+    gate = threading.Event()
+    script = scripted.backend.script
+    scripted.backend.script = lambda seen: (gate.wait(), script(seen))[1]
+    running, waiting = llm.submit("what", SEEDED), llm.submit("what", SEEDED)
+    with pytest.raises(OverloadError, match="try again") as caught:
+        llm.submit("what", SEEDED)
+    assert caught.value.retry_after_s > 0
+    with pytest.raises(OverloadError):
+        llm.generate("what", SEEDED)
+    gate.set()
+    assert running[0].result().tokens == waiting[0].result().tokens
+    for _ in range(20):  # a place is free as soon as an answer has ended
+        assert [llm.submit("what", SEEDED)[0] for _ in range(2)][1].result().tokens
+    assert llm.scheduler.stats().outcomes["rejected"] == 2
+    llm.close()
+
+
+def test_output_keeps_its_form_and_reasoning_its_budget(scripted: Scripted):
+    pytest.importorskip("llguidance")
+    from edge.runtime.structured_output import OutputFormat
+
+    llm = scripted.llm
+    params = SamplingParams(temperature=1.0, top_p=1.0, seed=3, max_tokens=100)
+    digits = OutputFormat("regex", "[0-9]{3}x")
+    plain = llm.generate("what", params, output=digits)
+    assert re.fullmatch("[0-9]{3}x", plain.text)
+    assert plain.finish_reason == "stop"
+    chat = llm.generate(QUESTION, params, output=digits, thinking_budget=5)
+    assert re.fullmatch("[0-9]{3}x", chat.text)
+    reasoning = [*llm.tokenizer.encode(chat.reasoning)]
+    assert 0 < len(reasoning) <= 12  # of five tokens, some are half a character
+    direct = llm.generate(QUESTION, params, output=digits, thinking=False)
+    assert re.fullmatch("[0-9]{3}x", direct.text)
+    assert direct.reasoning == ""
+    with pytest.raises(RequestError, match="thinking budget"):
+        llm.generate("what", params, thinking_budget=5)
+    with pytest.raises(RequestError, match="thinking budget"):
+        llm.generate(QUESTION, params, thinking=False, thinking_budget=5)
+    with pytest.raises(RequestError, match="ignore_eos"):
+        llm.generate("what", replace(params, ignore_eos=True), output=digits)
+    with pytest.raises(RequestError, match="plain text or ids"):
+        llm.generate("what", params, thinking=False)
+
+
+def test_speculation_leaves_the_answer_as_it_is(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    limits: list[int] = []
+
+    class Asked(NgramDrafter):
+        def propose(self, ids: Sequence[int], limit: int) -> list[int]:
+            limits.append(limit)
+            return super().propose(ids, limit)
+
+    monkeypatch.setattr(edge.llm, "NgramDrafter", Asked)
+    for speculative in (0, 1, 4):
+        limits.clear()
+        scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, speculative=speculative)
+        scripted.say("what", "ab" * 30)
+        assert scripted.llm.generate("what", GREEDY).text == "ab" * 30
+        assert max(limits, default=0) == speculative  # as many as were asked for, not more
+        scripted.llm.close()
+
+
+def test_the_target_is_in_milliseconds(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):
+    for given, seconds in ((None, None), (40, 0.04)):
+        scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, target_itl_ms=given)
+        assert scripted.llm.scheduler._core.policy.target_itl_s == seconds
+        scripted.llm.close()
+
+
+def test_streams_that_end_in_any_way_free_the_engine(scripted: Scripted):
+    llm = scripted.llm
+    params = SamplingParams(temperature=0, max_tokens=5)
+    expected = llm.generate("what", params).text
+    closed = llm.stream("what", params)
+    next(closed)
+    closed.close()
+    assert llm.generate("what", params).text == expected
+    next(llm.stream("what", params))  # dropped
+    gc.collect()
+    assert llm.generate("what", params).text == expected
+    kept = llm.stream("what", params)
+    for chunk in kept:
+        if chunk.finish_reason is not None:  # not exhausted: nobody has asked for more
+            assert llm.generate("what", params).text == expected
+    unused = llm.stream("what", params)
+    assert llm.generate("what", params).text == expected
+    assert joined(list(unused))[0] == expected
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_request_that_fails_leaves_the_next_one_working(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch, reuse: bool
+):
+    scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, reuse_prefix=reuse)
+    params = SamplingParams(temperature=0, max_tokens=6)
+    expected = scripted.llm.generate("what", params).tokens
+    script, start = scripted.backend.script, len(scripted.llm.encode("what"))
+    for pieces in range(3):
+        stream = scripted.llm.stream("what", params)
+
+        def fail_after(seen: tuple[int, ...], length: int = start + pieces) -> Any:
+            scripted.backend.fails = len(seen) == length
+            return script(seen)
+
+        scripted.backend.fails = not pieces
+        scripted.backend.script = fail_after if pieces else script
+        found: list[GenerationChunk] = []
+        with pytest.raises(BackendError, match="told to"):
+            found.extend(stream)
+        scripted.backend.script = script
+        assert scripted.llm.scheduler.stats().kv_used_tokens == 0
+        with pytest.raises(RequestError, match="token id 1000000"):
+            scripted.llm.generate([10**6], params)
+        assert scripted.llm.generate("what", params).tokens == expected
+    scripted.llm.close()
+
+
+def test_closing(scripted: Scripted):
+    llm = scripted.llm
+    stream = llm.stream("what", GREEDY)
+    next(stream)
+    llm.close()
+    llm.close()
+    *_, last = stream
+    assert last.finish_reason == "cancelled"
+    with pytest.raises(BackendError, match="closed"):
+        list(llm.stream("what"))
+    for attempt in (lambda: llm.generate("what"), lambda: llm.score([1, 2])):
+        with pytest.raises(BackendError, match="closed"):
+            attempt()
+    with llm:
+        pass
+
+
+# The real engine
+
+
+def test_a_seed_makes_an_answer_reproducible(llm: LLM):
+    first = llm.generate(QUESTION, SEEDED)
+    assert llm.generate(QUESTION, SEEDED).tokens == first.tokens
+    streamed = list(llm.stream(QUESTION, SEEDED))
+    assert joined(streamed) == (first.text, first.reasoning)
+    ids = [token.id for token in first.tokens]
+    assert list(llm.generate_ids(llm.encode(QUESTION), SEEDED)) == ids
+    other = replace(SEEDED, seed=6)
+    assert llm.generate(QUESTION, other).tokens != first.tokens
+    assert first.finish_reason == ("length" if len(ids) == 40 else "stop")
+
+
+def test_the_real_engine_gives_each_answer_as_if_it_ran_alone(tiny_bundles: Bundles):
+    """Batched, behind gaps of free slots, with prefixes of others, and with drafts."""
+    bundle = tiny_bundles("llama")
+    texts = ["hello world", "hello there", "what", "hello world and then", "what is", "a"]
+    params = [replace(SEEDED, seed=i, max_tokens=8 + 5 * i) for i in range(len(texts))]
+    with LLM(bundle, num_threads=1, num_slots=1, reuse_prefix=False) as llm:
+        pairs = list(zip(texts, params, strict=True))
+        expected = [llm.generate(text, each).tokens for text, each in pairs]
+    for speculative in (0, 4):
+        with LLM(
+            bundle, num_threads=1, prefill_chunk=4, num_slots=4, speculative=speculative
+        ) as llm:
+            for _ in range(2):
+                generations = [llm.submit(text, each)[0] for text, each in pairs]
+                found = [generation.result().tokens for generation in generations]
+                assert found == expected
+            assert llm.scheduler.stats().cached_tokens > 0
+
+
+def test_a_full_slot_slides(tiny_bundles: Bundles):
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=3 * TINY_KV_CAPACITY)
+    with LLM(tiny_bundles("llama"), num_threads=1, overflow="slide") as llm:
+        result = llm.generate("hello", params)
+        assert len(result.tokens) == 3 * TINY_KV_CAPACITY
+        assert result.finish_reason == "length"
+        assert llm.cached_tokens == 0  # rows that were turned are no prefix of anything
+
+
+def test_reuse_of_a_prefix_gives_the_same_conversation(tiny_bundles: Bundles):
+    bundle = tiny_bundles("llama")
+    params = SamplingParams(temperature=0, max_tokens=12)
+    options: dict[str, Any] = {"num_threads": 1, "prefill_chunk": 8}
+    with LLM(bundle, reuse_prefix=False, **options) as plain, LLM(bundle, **options) as reusing:
+        messages: list[dict[str, str]] = []
+        cached = []
+        for text in ("hello", "what is the world", "and then"):
+            messages.append({"role": "user", "content": text})
+            expected, found = plain.generate(messages, params), reusing.generate(messages, params)
+            assert [t.id for t in found.tokens] == [t.id for t in expected.tokens]
+            assert expected.stats.cached_tokens == 0
+            cached.append(found.stats.cached_tokens)
+            messages.append({"role": "assistant", "content": found.text})
+        assert cached[0] == 0
+        assert 0 < cached[1] < cached[2]
+
+
+@pytest.mark.parametrize("chunk", [3, 64, 128])
+def test_scores_are_the_log_softmax_of_one_big_step(chunk: int, tiny_bundles: Bundles):
+    ids = np.random.default_rng(0).integers(0, 300, 100)
+    with LLM(tiny_bundles("qwen3"), num_threads=1, prefill_chunk=chunk) as llm:
+        scores = llm.score(ids.tolist())
+    with LLM(tiny_bundles("qwen3"), num_threads=1) as llm:
+        positions = np.arange(99)[None]
+        logits = llm.backend.forward([0], llm.embeddings[ids[None, :-1]], positions, 99, positions)
+        wide = logits[0].astype(np.float64)
+    expected = wide[np.arange(99), ids[1:]] - np.log(np.exp(wide).sum(axis=-1))
+    np.testing.assert_allclose(scores, expected, atol=5e-5)
+
+
+def test_the_end_of_the_real_cache(llm: LLM):
+    result = llm.generate("hello", SamplingParams(temperature=0, ignore_eos=True))
+    assert result.finish_reason == "length"
+    assert llm.cached_tokens == TINY_KV_CAPACITY
+    assert result.stats.prompt_tokens + result.stats.completion_tokens == TINY_KV_CAPACITY + 1
+
+
+# Opening
+
+
+@pytest.fixture
+def copy(tiny_bundles: Bundles, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundles("qwen2"), tmp_path / "copy"))
+
+
+FILES = (
+    "decoder.onnx",
+    "decoder.onnx.data",
+    "decoder.cpu.onnx",
+    "decoder.cpu.onnx.data",
+    "embeddings.safetensors",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def test_every_file_of_a_bundle_is_tried_below(copy: Path):
+    assert {path.name for path in copy.iterdir()} == {*FILES, "manifest.json"}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_file_is_named_before_anything_is_parsed(
+    name: str, damage: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for parser in ("Tokenizer", "EmbeddingTable", "ChatTemplate"):
+        monkeypatch.setattr(edge.llm, parser, None)
+    monkeypatch.setattr(ort, "OnnxFile", None)
+    path = copy / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "flip":
+        path.write_bytes(data)
+    elif damage == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        path.unlink()
+    with pytest.raises(IntegrityError, match=f"{name} (is damaged|has|cannot be read)"):
+        LLM(copy)
+
+
+def test_a_damaged_manifest_is_named(copy: Path):
+    path = copy / "manifest.json"
+    data = path.read_bytes()
+    for at in range(0, len(data), 97):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(BundleError, match=r"manifest\.json"):
+            LLM(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "embeddings.safetensors", "decoder.cpu.onnx"])
+def test_a_file_that_nothing_vouches_for_is_not_read(name: str, copy: Path):
+    manifest = read_manifest(copy)
+    files = {key: value for key, value in manifest.files.items() if key != name}
+    rewrite(copy, files=files)
+    with pytest.raises(IntegrityError, match=f"{name} is not listed"):
+        LLM(copy)
+
+
+def rewrite(bundle: Path, **changes: Any) -> None:
+    manifest = msgspec.structs.replace(read_manifest(bundle), **changes)
+    (bundle / "manifest.json").write_bytes(encode_manifest(manifest))
+
+
+def test_a_bundle_without_a_template_takes_plain_text(copy: Path):
+    files = dict(read_manifest(copy).files)
+    del files["chat_template.jinja"]
+    rewrite(copy, files=files)
+    with LLM(copy) as llm:
+        assert llm.generate("hello", SamplingParams(max_tokens=2)).stats.completion_tokens == 2
+        with pytest.raises(RequestError, match="no chat template"):
+            llm.generate(QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorrt9"}, "unknown backend 'tensorrt9'; use"),
+        ({"kv_capacity": 100_000}, "--kv-capacity 100000 is out of range"),
+        ({"num_threads": 0}, "num_threads"),
+        ({"prefill_chunk": 0}, "must be positive"),
+        ({"num_slots": 0}, "must be positive"),
+        ({"max_batch": 0}, "max_batch must be at least 1"),
+        ({"queue_capacity": -1}, "queue_capacity must be at least 0"),
+        ({"target_itl_ms": 0}, "must be positive"),
+        ({"overflow": "grow"}, "overflow must be stop or slide"),
+        ({"speculative": -1}, "speculative must be 0 or more"),
+        ({"max_batch": 5, "num_slots": 4}, r"max_batch \(5\) exceeds num_slots \(4\)"),
+        ({"backend": "ort-cuda", "num_threads": 2}, "num_threads is for ort-cpu"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str, tiny_bundles: Bundles):
+    bundle = tiny_bundles("qwen2")
+    before = num_open_files()
+    with pytest.raises(ConfigError, match=message):
+        LLM(bundle, **options)
+    assert num_open_files() == before
+
+
+def test_no_bundle(tmp_path: Path):
+    with pytest.raises(BundleError, match="make one with: edge-llm export"):
+        LLM(tmp_path / "absent")

@@ -1,0 +1,396 @@
+"""Structured output: whatever the model wants, the text has the form, and no form is too dear."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge.bundle.manifest import SamplingDefaults, Tokens
+from edge.errors import DependencyError, RequestError, ResourceError
+from edge.runtime.sampling import Sampler, SamplingParams
+from edge.runtime.scheduler import Constraint
+from edge.runtime.structured_output import GrammarCompiler, GrammarLimits, OutputFormat, OutputKind
+from edge.text.tokenizer import Tokenizer
+from tests.tiny_models import BOS, BOS_ID, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
+
+pytest.importorskip("llguidance")
+jsonschema = pytest.importorskip("jsonschema")
+
+VOCAB = 325  # more than the tokenizer has, and no multiple of 32
+TOKENS = Tokens(bos=BOS_ID, bos_text=BOS, eos=(EOS_ID,), eos_text=EOS, add_bos=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory)
+    return Tokenizer.from_file(directory / "tokenizer.json", TOKENS)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, VOCAB)
+
+
+def write(
+    tokenizer: Tokenizer,
+    constraint: Constraint,
+    seed: int,
+    *,
+    wanted: str = '"}]',
+    max_tokens: int = 600,
+    check: Callable[[list[int]], None] = lambda ids: None,
+) -> tuple[str, bool]:
+    """What a model of random logits, with some bent for the end, writes; and whether it ended."""
+    rng = np.random.RandomState(seed)
+    params = SamplingParams(temperature=1.0, seed=seed).resolve(SamplingDefaults())
+    sampler = Sampler(params, VOCAB)
+    bent = np.zeros(VOCAB, np.float32)
+    bent[EOS_ID] = 3
+    for char in wanted:
+        bent[tokenizer.encode(char)] = 3
+    ids: list[int] = []
+    while len(ids) < max_tokens:
+        check(ids)
+        logits = rng.standard_normal(VOCAB).astype(np.float32) * 2 + bent
+        token = sampler.sample(logits, constraint.mask()).id
+        constraint.accept(token)
+        if token == EOS_ID:
+            return tokenizer.decode(ids), True
+        ids.append(token)
+    return tokenizer.decode(ids), False
+
+
+_scalars = st.one_of(
+    st.just({"type": "boolean"}),
+    st.just({"type": "null"}),
+    st.builds(
+        lambda low, span: {"type": "integer", "minimum": low, "maximum": low + span},
+        st.integers(-200, 200),
+        st.integers(0, 500),
+    ),
+    st.builds(
+        lambda least, more: {"type": "string", "minLength": least, "maxLength": least + more},
+        st.integers(0, 3),
+        st.integers(0, 5),
+    ),
+    st.builds(
+        lambda values: {"enum": values}, st.lists(st.text(max_size=4), min_size=1, max_size=4)
+    ),
+    st.just({"type": "string", "pattern": "^[a-c]{2,4}/[0-9]$"}),
+    st.just({"type": "number", "minimum": 0, "exclusiveMaximum": 2}),
+)
+
+
+def _grow(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    properties = st.dictionaries(st.sampled_from(["a", "b", 'q"t', "ü"]), inner, max_size=3)
+    return st.one_of(
+        st.builds(
+            lambda items, most: {"type": "array", "items": items, "maxItems": most},
+            inner,
+            st.integers(0, 3),
+        ),
+        st.builds(lambda options: {"anyOf": options}, st.lists(inner, min_size=1, max_size=3)),
+        properties.flatmap(
+            lambda found: st.builds(
+                lambda required: {
+                    "type": "object",
+                    "properties": found,
+                    "required": sorted(required),
+                    "additionalProperties": False,
+                },
+                st.sets(st.sampled_from(sorted(found))) if found else st.just(set()),
+            )
+        ),
+    )
+
+
+@given(schema=st.recursive(_scalars, _grow, max_leaves=6), seed=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_any_text_under_a_schema_is_valid_json_of_it(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, schema: Any, seed: int
+) -> None:
+    constraint = compiler.compile(OutputFormat("json_schema", schema))
+    text, ended = write(tokenizer, constraint, seed)
+    if ended:
+        jsonschema.validate(json.loads(text), schema)
+    assert ended or len(text) > 100
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_json_mode_gives_an_object(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, seed: int
+) -> None:
+    text, ended = write(tokenizer, compiler.compile(OutputFormat("json_object")), seed)
+    assert ended
+    assert isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["[a-z]{3}(-[0-9]{1,2})?", "ja|nein", "", 'a/b\\\\"?', "(x+x+)+y", "[^a-z\n]{0,9}", "ä€?"],
+)
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=10, deadline=None)
+def test_text_under_an_expression_matches_and_ends_only_where_it_does(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, pattern: str, seed: int
+) -> None:
+    constraint = compiler.compile(OutputFormat("regex", pattern))
+
+    def check(ids: list[int]) -> None:
+        mask = constraint.mask()
+        text = tokenizer.decode(ids)
+        # Half a character is no text yet.
+        matches = "\ufffd" not in text and re.fullmatch(pattern, text) is not None
+        assert (mask[EOS_ID] == 0) == matches == constraint.may_end
+
+    text, ended = write(tokenizer, constraint, seed, wanted="y", check=check)
+    assert ended
+    assert re.fullmatch(pattern, text)
+
+
+def test_white_space_cannot_go_on_for_ever(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    constraint = compiler.compile(OutputFormat("json_object"))
+    constraint.accept(tokenizer.encode("{")[0])
+    (space,) = tokenizer.encode("\t")
+    for _ in range(64):
+        assert constraint.mask()[space] == 0
+        constraint.accept(space)
+    assert constraint.mask()[space] == -np.inf
+
+
+def test_a_grammar_that_counts(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    output = OutputFormat("grammar", 'start: "(" start? ")"')
+    for seed in range(5):
+        text, ended = write(tokenizer, compiler.compile(output), seed, wanted=")")
+        assert ended
+        assert text == "(" * (len(text) // 2) + ")" * (len(text) // 2) != ""
+
+
+def test_no_control_token_and_no_padding_unless_the_grammar_names_it(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    anything = compiler.compile(OutputFormat("regex", r"(.|\n)*")).mask()
+    allowed = set(np.flatnonzero(anything == 0).tolist())
+    assert allowed - {EOS_ID} <= set(range(tokenizer.vocab_size)) - set(CONTROL_IDS.values())
+    assert anything.dtype == np.float32
+    assert anything.shape == (VOCAB,)
+    assert np.isneginf(np.delete(anything, sorted(allowed))).all()
+
+    named = compiler.compile(OutputFormat("grammar", 'start: <think> "a"'))
+    assert np.flatnonzero(named.mask() == 0).tolist() == [CONTROL_IDS["<think>"]]
+
+
+def test_after_the_end_only_end_tokens_remain(compiler: GrammarCompiler) -> None:
+    constraint = compiler.compile(OutputFormat("regex", ""))
+    for _ in range(3):
+        assert np.flatnonzero(constraint.mask() == 0).tolist() == [EOS_ID]
+        constraint.accept(EOS_ID)
+
+
+def test_sequences_of_one_form_do_not_share_their_place(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    output = OutputFormat("regex", "ab")
+    one, other = compiler.compile(output), compiler.compile(output)
+    one.accept(tokenizer.encode("a")[0])
+    # One mask object per sequence: the other's does not change under the caller's hands.
+    kept = one.mask()
+    first = kept.copy()
+    assert not np.array_equal(first, other.mask())
+    assert np.array_equal(first, kept)
+
+
+def test_a_forbidden_token_is_an_error(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    constraint = compiler.compile(OutputFormat("regex", "ab"))
+    with pytest.raises(RequestError, match="breaks the regular expression"):
+        constraint.accept(tokenizer.encode("b")[0])
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "message"),
+    [
+        ("json_schema", {"not": {}}, 'Unimplemented keys: ."not".*leave that keyword out'),
+        ("json_schema", {"$ref": "#/$defs/x"}, "'/.defs/x' does not exist"),
+        ("json_schema", {"$ref": "https://example.com/x"}, "cannot be used: .*example.com"),
+        ("json_schema", {"type": "strang"}, "strang"),
+        ("json_schema", {"type": "string", "minLength": 3, "maxLength": 1}, "minLength"),
+        ("json_schema", {"x-guidance": {"lenient": True}, "not": {}}, "x-guidance is not supp"),
+        ("json_schema", "{", "is not JSON"),
+        ("json_schema", "[" * 60_000, "is not JSON"),
+        ("json_schema", "3", "must be an object"),
+        ("json_schema", _nested(100), "nests more than 64 levels"),
+        ("json_schema", {"properties": {f"p{i}": {} for i in range(1001)}}, "1001 properties"),
+        ("json_schema", {"a": "x" * 70_000}, "has 700.. bytes, at most 65536"),
+        ("regex", "([", "unclosed character class"),
+        ("regex", "(?=a)b", "look-ahead"),
+        ("regex", "\ud800", "no text"),
+        ("grammar", "start: x", 'unknown name: "x"'),
+        ("grammar", "begin: /x/", "start"),
+        ("grammar", "start: <nothing>", "unknown special token"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_with_the_reason(
+    compiler: GrammarCompiler, kind: OutputKind, source: Any, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        compiler.compile(OutputFormat(kind, source))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 999_983},
+        {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(30)]},
+    ],
+)
+def test_a_form_that_would_compile_for_minutes_is_given_up(
+    tokenizer: Tokenizer, schema: dict[str, Any]
+) -> None:
+    compiler = GrammarCompiler(tokenizer, VOCAB, GrammarLimits(compile_s=1))
+    with pytest.raises(RequestError, match=r"takes more than 1 s .* simplify it"):
+        compiler.compile(OutputFormat("json_schema", schema))
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "message"),
+    [
+        ("yaml", None, "unknown output format 'yaml'"),
+        ("json_object", "{}", "takes no source"),
+        ("regex", None, "needs a source"),
+        ("json_schema", 3, "given as text"),
+        ("grammar", {"a": 1}, "given as text"),
+        ("json_schema", {"a": object()}, "not plain JSON data"),
+    ],
+)
+def test_an_output_format_checks_itself(kind: Any, source: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        OutputFormat(kind, source)
+
+
+def test_schemas_may_be_data_or_text() -> None:
+    assert OutputFormat("json_schema", {"type": "null"}) == OutputFormat(
+        "json_schema", '{"type":"null"}'
+    )
+
+
+def test_without_the_library_the_error_names_the_extra(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(DependencyError, match=r"install .*-e .*\[serve\]"):
+        GrammarCompiler(tokenizer, VOCAB).compile(OutputFormat("json_object"))
+
+
+def test_a_check_that_breaks_is_not_blamed_on_the_grammar(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [])  # so the process finds no llguidance
+    with pytest.raises(ResourceError, match="is llguidance installed whole"):
+        compiler.compile(OutputFormat("regex", "not compiled before"))
+
+
+def test_an_interpreter_that_cannot_start_is_an_error(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    with pytest.raises(ResourceError, match="cannot start a process"):
+        compiler.compile(OutputFormat("regex", "never compiled before"))
+
+
+# Calls in free text
+
+CALL_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"const": "f"}, "arguments": {"enum": [{"a": 1}, {"a": 22}]}},
+    "required": ["name", "arguments"],
+    "additionalProperties": False,
+}
+CALL_MARKS = {"text": ("<tool_call>", "</tool_call>"), "control": ("<think>", "</think>")}
+
+
+@pytest.fixture(params=sorted(CALL_MARKS))
+def marks(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Marks that are plain text to the tokenizer, and marks that are control tokens."""
+    return CALL_MARKS[request.param]
+
+
+def follow(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, marks: tuple[str, str], text: str
+) -> tuple[str, bool]:
+    """How far a text is let through, and whether it might end there."""
+    start, end = marks
+    source = {"start": start, "end": end, "schema": CALL_SCHEMA}
+    constraint = compiler.compile(OutputFormat("tool_calls", source))
+    ids = tokenizer.encode(text, control=True)
+    for at, token_id in enumerate(ids):
+        if constraint.mask()[token_id] != 0:
+            return tokenizer.decode(ids[:at]), constraint.may_end
+        constraint.accept(token_id)
+    return text, constraint.may_end
+
+
+def test_text_is_free_and_calls_keep_to_the_schema(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, marks: tuple[str, str]
+) -> None:
+    start, end = marks
+    call = f'{start}\n{{"name": "f", "arguments": {{"a": 22}}}}\n{end}'
+    whole = ("", "plain < text\n\n{}", f"so: {call}", f"{call}\n{call} and more",
+             f"a {start[:-1]} b", end, call.replace("\n", ""))  # fmt: skip
+    for text in whole:
+        if text == end and start in tokenizer.control_tokens:
+            continue  # a closing token alone is no text
+        assert follow(compiler, tokenizer, marks, text) == (text, True)
+    for text, good in (
+        (f'{start}{{"name": "g"', f'{start}{{"name": "'),
+        (f'hm {start}\n{{"name": "f", "arguments": {{"a": 2}}', None),
+        (f"{start}call me{end}", start),
+        (f"{start}{end}", start),
+    ):
+        found, may_end = follow(compiler, tokenizer, marks, text)
+        assert found == good or (good is None and found != text)
+        assert not may_end
+
+
+def test_a_mark_that_is_spelled_out_opens_no_call(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    """Where the mark is one control token, its letters would be read as a call all the same."""
+    source = {"start": "<think>", "end": "</think>", "schema": CALL_SCHEMA}
+    constraint = compiler.compile(OutputFormat("tool_calls", source))
+    *letters, last = tokenizer.encode("<think>")
+    for token_id in letters:
+        assert constraint.mask()[token_id] == 0
+        constraint.accept(token_id)
+    assert constraint.mask()[last] != 0
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{}",
+        {"start": "<a>", "end": "</a>"},
+        {"start": '<a>"', "end": "</a>", "schema": {}},
+        {"start": "<a>", "end": "</a>", "schema": {"type": "poem"}},
+        {"start": "<a>", "end": "</a>", "schema": {"x-guidance": {}}},
+    ],
+)
+def test_forms_of_calls_that_cannot_be_read(compiler: GrammarCompiler, source: Any) -> None:
+    with pytest.raises(RequestError, match=r"tool|JSON schema: x-guidance"):
+        compiler.compile(OutputFormat("tool_calls", source))

@@ -1,0 +1,162 @@
+"""Completions, and the endpoints that turn text into tokens and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge.runtime.sampling import SamplingParams
+from tests.edge.server.scripted import Live
+
+
+def complete(live: Live, prompt: Any = "hello", **fields: Any) -> Any:
+    fields = {"max_tokens": 8, "temperature": 0, **fields}
+    return live.ask("/v1/completions", {"model": "tiny", "prompt": prompt, **fields})
+
+
+def test_text_goes_on_without_a_template(live: Live):
+    live.engine.say("hello", " <b>world</b>")
+    answer = complete(live, max_tokens=100).json
+    (choice,) = answer["choices"]
+    assert choice == {
+        "index": 0, "text": " <b>world</b>", "logprobs": None, "finish_reason": "stop"
+    }  # fmt: skip
+    assert answer["object"] == "text_completion"
+    assert answer["usage"]["prompt_tokens"] == len(live.engine.llm.encode("hello"))
+
+
+def test_prompts_of_every_kind(live: Live):
+    ids = live.engine.llm.encode("hello")
+    other = live.engine.llm.encode("the other")
+    first, second = (complete(live, prompt).json["choices"][0]["text"] for prompt in (ids, other))
+    assert first != second
+    for prompts in (["hello", "the other"], [ids, other]):
+        answer = complete(live, prompts).json
+        assert [choice["text"] for choice in answer["choices"]] == [first, second]
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+        assert answer["usage"]["prompt_tokens"] == len(ids) + len(other)
+    answer = complete(live, [ids, other], n=2, temperature=1, seed=3).json
+    assert len(answer["choices"]) == 4
+    assert answer["usage"]["prompt_tokens"] == len(ids) + len(other)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [], [""], [[]], [1, "a"], ["a", [1]], [[1], 2], [10**6], [-1]]
+)
+def test_prompts_that_are_none(live: Live, prompt: Any):
+    answer = complete(live, prompt)
+    assert answer.status == 400
+    assert answer.json["error"]["param"].startswith("prompt")
+
+
+def test_too_many_answers_at_once(live: Live):
+    assert complete(live, ["a"] * 8).status == 200
+    for fields in ({"prompt": ["a"] * 9}, {"prompt": ["a"] * 3, "n": 3}):
+        assert complete(live, **fields).status == 400
+
+
+def test_a_stream_is_the_same_text(live: Live):
+    whole = complete(live, ["hello", "the other"], logprobs=2).json
+    answer = complete(
+        live, ["hello", "the other"], logprobs=2, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    *events, usage, done = answer.events
+    assert done == "[DONE]"
+    assert usage["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    for index, choice in enumerate(whole["choices"]):
+        parts = [c for event in events for c in event["choices"] if c["index"] == index]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        for key in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+            joined = [item for part in parts if part["logprobs"] for item in part["logprobs"][key]]
+            assert joined == choice["logprobs"][key]
+
+
+def test_logprobs_and_their_places(live: Live):
+    choice = complete(live, logprobs=3, max_tokens=5).json["choices"][0]
+    logprobs = choice["logprobs"]
+    assert len(logprobs["tokens"]) == 5
+    for token, value, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        assert top[token] == value == max(top.values())
+        assert len(top) == 3
+    assert logprobs["text_offset"][0] == 0
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    none = complete(live, logprobs=0, max_tokens=2).json["choices"][0]["logprobs"]
+    assert none["top_logprobs"] is None
+    assert len(none["token_logprobs"]) == 2
+
+
+def test_an_echoed_prompt_is_scored_as_the_core_scores_it(live: Live):
+    llm = live.engine.llm
+    ids = llm.encode("hello the world")
+    wanted = llm.score(ids)
+    for prompt in ("hello the world", ids):
+        choice = complete(live, prompt, echo=True, logprobs=1, max_tokens=1).json["choices"][0]
+        logprobs = choice["logprobs"]
+        assert len(logprobs["tokens"]) == len(ids) + 1
+        assert logprobs["token_logprobs"][0] is None
+        assert logprobs["top_logprobs"][0] is None
+        np.testing.assert_allclose(logprobs["token_logprobs"][1:-1], wanted, atol=1e-6)
+        for value, top in zip(
+            logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=True
+        ):
+            assert value <= max(top.values())
+            assert len(top) in (1, 2)
+        text = llm.tokenizer.decode(ids)
+        assert choice["text"].startswith(text)
+        assert logprobs["text_offset"][len(ids)] == len(text)
+    plain = complete(live, "hello", echo=True, max_tokens=1).json["choices"][0]
+    assert plain["text"].startswith(llm.tokenizer.decode(llm.encode("hello")))
+    assert plain["logprobs"] is None
+    assert complete(live, "x" * 2000, echo=True, logprobs=1).status == 400
+
+
+def test_reasoning_of_plain_text_stays_text(live: Live):
+    live.engine.say("hello", "<think>hm</think>yes")
+    assert complete(live, max_tokens=50).json["choices"][0]["text"] == "<think>hm</think>yes"
+
+
+def test_the_server_says_what_the_core_says(live: Live):
+    ids = live.engine.llm.encode("the same")
+    params = SamplingParams(temperature=1, top_p=0.9, seed=11, max_tokens=20)
+    wanted = live.engine.llm.generate(ids, params)
+    answer = complete(live, ids, temperature=1, top_p=0.9, seed=11, max_tokens=20).json
+    assert answer["choices"][0]["text"] == wanted.text
+
+
+# /tokenize and its kin
+
+
+def test_tokenize_and_back(live: Live):
+    llm = live.engine.llm
+    answer = live.ask(
+        "/tokenize", {"model": "tiny", "prompt": "héllo 🙂", "return_token_strs": True}
+    )
+    body = answer.json
+    assert body["tokens"] == llm.encode("héllo 🙂")
+    assert body["count"] == len(body["tokens"]) == len(body["token_strs"])
+    assert body["max_model_len"] == llm.kv_capacity
+    bare = live.ask("/tokenize", {"prompt": "hi", "model": "tiny", "add_special_tokens": False})
+    assert bare.json["tokens"] == llm.tokenizer.encode("hi")
+    back = live.ask("/detokenize", {"model": "tiny", "tokens": llm.tokenizer.encode("héllo 🙂")})
+    assert back.json == {"prompt": "héllo 🙂"}
+
+
+def test_tokenize_a_chat(live: Live):
+    messages = [{"role": "user", "content": "what<think>"}]
+    answer = live.ask("/tokenize", {"model": "tiny", "messages": messages})
+    assert answer.json["tokens"] == live.engine.llm.encode(messages)
+    for body in ({}, {"prompt": "a", "messages": messages}, {"prompt": "a", "tools": []}):
+        assert live.ask("/tokenize", {"model": "tiny", **body}).status == 400
+
+
+def test_what_lm_eval_asks_of_a_tokenizer(live: Live):
+    info = live.ask("/tokenizer_info?model=tiny").json
+    tokens = live.engine.llm.manifest.tokens
+    assert info["eos_token"] == tokens.eos_text
+    assert info["bos_token"] == tokens.bos_text
+    assert "<｜User｜>" in info["chat_template"]

@@ -1,0 +1,288 @@
+"""Tool calls: found in text however it is cut, and through the whole server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.server.api.protocol import ChatRequest, Tool
+from edge.server.api.tools import (
+    DEEPSEEK,
+    HERMES,
+    ToolParser,
+    ToolSyntax,
+    WholeCall,
+    prepare_messages,
+    strict_calls,
+    syntax_of,
+    template_tools,
+)
+from edge.server.http.errors import APIError
+from tests.edge.server.scripted import HERMES_TEMPLATE, Live, running
+from tests.tiny_models import CHAT_TEMPLATE
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 8}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object",
+         "properties": {}, "additionalProperties": False}}}  # fmt: skip
+QUESTION = [{"role": "user", "content": "what"}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+
+
+def hermes(name: str, arguments: Any) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def deepseek(name: str, arguments: Any) -> str:
+    return (
+        f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{json.dumps(arguments)}\n```"
+        "<｜tool▁call▁end｜>"
+    )
+
+
+def parse(syntax: ToolSyntax, pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
+    parser = ToolParser(syntax)
+    text, calls = "", []
+    for piece in pieces:
+        plain, found = parser.push(piece)
+        text += plain
+        calls += [(c.function.name, json.loads(c.function.arguments)) for c in found]
+    return text + parser.flush(), calls
+
+
+def test_calls_of_both_families():
+    text = f"I look.\n{hermes('weather', {'city': 'Bern'})}\n{hermes('clock', {})}"
+    assert parse(HERMES, [text]) == ("I look.", [("weather", {"city": "Bern"}), ("clock", {})])
+    calls = f"{deepseek('weather', {'city': 'Bern'})}\n{deepseek('clock', {})}"
+    text = f"I look.<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>"
+    assert parse(DEEPSEEK, [text]) == ("I look.", [("weather", {"city": "Bern"}), ("clock", {})])
+    newer = '<｜tool▁call▁begin｜>clock<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>'
+    assert parse(DEEPSEEK, [newer]) == ("", [("clock", {"a": 1})])
+
+
+def test_what_is_no_call_stays_text():
+    for text in (
+        "plain", "<tool", "a <tool_call> b", "<tool_call>not json</tool_call>", "  spaces  ",
+        '<tool_call>{"arguments": {}}</tool_call>', '<tool_call>[1]</tool_call>', "</tool_call>",
+        "<tool_call>" + "[" * 5000 + "</tool_call>",
+    ):  # fmt: skip
+        assert parse(HERMES, [text]) == (text, [])
+
+
+@given(
+    st.lists(
+        st.sampled_from(["<tool_call>", "</tool_call>", "{", "}", '"name"', ": ", '"f"', " ", "\n",
+                         ", ", '"arguments"', "x", "<tool", "_call>", '{"name": "f"}'])
+        | st.text(max_size=3),
+        max_size=20,
+    ),
+    st.data(),
+)  # fmt: skip
+def test_the_way_a_text_is_cut_makes_no_difference(parts: list[str], data: st.DataObject):
+    text = "".join(parts)
+    places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+    assert parse(HERMES, pieces) == parse(HERMES, [text])
+
+
+ARGUMENTS = st.dictionaries(st.text(max_size=4), st.text(max_size=9), max_size=3)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["f", "g_1"]), ARGUMENTS)))
+def test_every_call_comes_back(calls: list[tuple[str, dict[str, str]]]):
+    safe = [c for c in calls if "<" not in json.dumps(c, ensure_ascii=False)]
+    for syntax, write in ((HERMES, hermes), (DEEPSEEK, deepseek)):
+        text = "\n".join(write(name, arguments) for name, arguments in safe)
+        assert parse(syntax, list(text)) == ("", safe)
+
+
+def test_a_forced_call_is_the_whole_answer():
+    parser = WholeCall()
+    text = '{"name": "f", "arguments": {"a": {"b": "}"}}}'
+    found = [call for char in text for call in parser.push(char)[1]]
+    assert [(c.function.name, json.loads(c.function.arguments)) for c in found] == [
+        ("f", {"a": {"b": "}"}})
+    ]
+    assert parser.flush() == ""
+    cut = WholeCall()
+    cut.push(text[:20])
+    assert cut.flush() == text[:20]
+
+
+def test_families_are_read_from_templates():
+    assert syntax_of(HERMES_TEMPLATE) is HERMES
+    assert syntax_of("{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' }}") is DEEPSEEK
+    assert syntax_of(CHAT_TEMPLATE) is None
+
+
+def test_arguments_in_a_history_become_what_the_template_wants():
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call], "annotations": []}
+    (prepared,) = prepare_messages([message], HERMES_TEMPLATE)
+    assert prepared.keys() == {"role", "tool_calls"}
+    assert prepared["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    (as_text,) = prepare_messages([message], "{{ arguments }}")
+    assert as_text["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
+
+
+@pytest.fixture(scope="module")
+def tools(tool_bundle: Path) -> Iterator[Live]:
+    with running(tool_bundle, default_model="tiny", llm={"kv_capacity": 1024}) as live:
+        yield live
+
+
+def ask(live: Live, answer: str, **fields: Any) -> Any:
+    tools = fields.pop("tools", [WEATHER, CLOCK])
+    shown = template_tools(msgspec.convert(tools, list[Tool]))
+    live.engine.say(QUESTION, answer, tools=shown)
+    return live.chat(temperature=0, tools=tools, **fields)
+
+
+def test_a_call_instead_of_an_answer(tools: Live):
+    choice = ask(tools, f"Let me look.\n{CALL}").json["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert message["content"] == "Let me look."
+    (call,) = message["tool_calls"]
+    assert call["type"] == "function"
+    assert call["id"].startswith("call_")
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Bern"}
+    assert "index" not in call
+    assert ask(tools, CALL).json["choices"][0]["message"]["content"] is None
+    plain = ask(tools, "It is sunny.").json["choices"][0]
+    assert (plain["message"]["content"], plain["finish_reason"]) == ("It is sunny.", "stop")
+
+
+def test_calls_in_a_stream(tools: Live):
+    events = ask(tools, f"Hm.\n{CALL}\n{hermes('clock', {})}", stream=True).events[:-1]
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content", "") for delta in deltas) == "Hm."
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [(call["index"], call["function"]["name"]) for call in calls] == [
+        (0, "weather"), (1, "clock"),
+    ]  # fmt: skip
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_one_call_at_a_time(tools: Live):
+    answer = f"{CALL}\n{hermes('clock', {})} and then much more text"
+    assert len(ask(tools, answer).json["choices"][0]["message"]["tool_calls"]) == 2
+    one = ask(tools, answer, parallel_tool_calls=False).json
+    assert len(one["choices"][0]["message"]["tool_calls"]) == 1
+    assert one["choices"][0]["finish_reason"] == "tool_calls"
+    assert tools.idle()
+
+
+def test_a_call_and_its_result_go_back_into_the_prompt(tools: Live):
+    call = ask(tools, CALL).json["choices"][0]["message"]
+    messages = [*QUESTION, call, {"role": "tool", "content": "sun", "tool_call_id": "x"}]
+    asked = {"function": {"name": "weather", "arguments": {"city": "Bern"}}}
+    history: list[Any] = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [asked]},
+        {"role": "tool", "content": "sun"},
+    ]
+    tools.engine.say(history, "Sunny.", tools=[WEATHER])
+    answer = tools.ask(
+        "/v1/chat/completions",
+        {"messages": messages, "tools": [WEATHER], "temperature": 0},
+    )
+    assert answer.json["choices"][0]["message"]["content"] == "Sunny."
+    broken = {**call, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+    wrong = tools.ask("/v1/chat/completions", {"messages": [*QUESTION, broken]})
+    assert (wrong.status, wrong.json["error"]["param"]) == (400, "messages[1].tool_calls")
+
+
+def test_a_call_that_must_come(tools: Live):
+    for choice, names in (
+        ("required", {"weather", "clock"}),
+        ({"type": "function", "function": {"name": "clock"}}, {"clock"}),
+        ({"type": "function", "function": {"name": "weather"}}, {"weather"}),
+    ):
+        for seed in range(3):
+            for stream in (False, True):
+                answer = tools.chat(
+                    "free", tools=[WEATHER, CLOCK], tool_choice=choice, seed=seed, stream=stream,
+                    temperature=1.0, top_p=1.0, max_tokens=400, enable_thinking=False,
+                )  # fmt: skip
+                assert answer.status == 200, answer.body
+                if stream:
+                    parts = [e["choices"][0] for e in answer.events[:-1]]
+                    (call,) = [c for p in parts for c in p["delta"].get("tool_calls", ())]
+                    finish = parts[-1]["finish_reason"]
+                else:
+                    parts = answer.json["choices"]
+                    (call,) = parts[0]["message"]["tool_calls"]
+                    finish = parts[0]["finish_reason"]
+                assert finish == "tool_calls"
+                assert call["function"]["name"] in names
+                arguments = json.loads(call["function"]["arguments"])
+                assert arguments.keys() == (
+                    {"city"} if call["function"]["name"] == "weather" else set()
+                )
+
+
+def strict(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {**tool["function"], "strict": True}}
+
+
+def test_arguments_of_a_strict_tool_keep_to_its_schema_where_a_call_need_not_come(tools: Live):
+    pytest.importorskip("llguidance")
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = WEATHER["function"]["parameters"]  # type: ignore[index]
+    wrong, both = hermes("weather", {"city": 5}), [strict(WEATHER), CLOCK]
+    (call,) = ask(tools, wrong).json["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": 5}
+    for choice in ({}, {"tool_choice": "auto"}):
+        answer = ask(tools, f"Hm. {wrong}", tools=both, max_tokens=400, **choice)
+        assert answer.status == 200, answer.body
+        message = answer.json["choices"][0]["message"]
+        assert message["content"].startswith("Hm.")
+        call, *_ = message["tool_calls"]
+        assert call["function"]["name"] == "weather"
+        jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
+    # The text around it is free, and so are the arguments of the other tool.
+    plain = ask(tools, "It is sunny.", tools=[strict(WEATHER)]).json["choices"][0]
+    assert (plain["message"]["content"], plain["finish_reason"]) == ("It is sunny.", "stop")
+    free = ask(tools, hermes("clock", {"a": "b"}), tools=both).json["choices"][0]
+    assert json.loads(free["message"]["tool_calls"][0]["function"]["arguments"]) == {"a": "b"}
+    with_form = tools.chat(tools=[strict(CLOCK)], response_format={"type": "json_object"})
+    assert (with_form.status, with_form.json["error"]["param"]) == (400, "response_format")
+
+
+def test_what_cannot_be_bound_is_refused_by_name():
+    request = msgspec.convert(
+        {"messages": QUESTION, "tools": [CLOCK, strict(WEATHER)]}, ChatRequest
+    )
+    with pytest.raises(APIError, match="required or a function's name") as caught:
+        strict_calls(request, DEEPSEEK)
+    assert caught.value.param == "tools[1].function.strict"
+    assert strict_calls(msgspec.structs.replace(request, tool_choice="none"), DEEPSEEK) is None
+    assert strict_calls(msgspec.structs.replace(request, tools=[]), DEEPSEEK) is None
+
+
+def test_tokenize_and_chat_show_the_template_the_same_tools(tools: Live):
+    """``strict`` is for the server; a key that was not sent is not shown as null."""
+    body = {"messages": QUESTION, "tools": [strict(CLOCK)]}
+    count = tools.ask("/tokenize", body).json["count"]
+    assert count == tools.ask("/tokenize", {**body, "tools": [CLOCK]}).json["count"]
+    assert count == tools.chat(tools=[CLOCK], max_tokens=1).json["usage"]["prompt_tokens"]

@@ -1,0 +1,184 @@
+"""A server with the page and scripted answers: what the prompt says decides what comes back."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from edge.server.http.page import load_page, page_headers
+
+ATTACK = (
+    "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+    "<a href=\"javascript:document.title='owned'\">click</a>\n"
+    '```html\n</pre><script>document.title="owned"</script>\n```\nend'
+)
+HOT_CELSIUS = 61.5
+
+
+class StubServer(ThreadingHTTPServer):
+    """What it saw of the clients, and what it answers.
+
+    Attributes:
+        requests: bodies of chats so far.
+        paths: every path asked for.
+        hangups: set once a client left a stream.
+        api_key: wanted if set.
+        models: that are served.
+        refusals: how many chats are yet to be refused with 429.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        self.hangups = threading.Event()
+        self.api_key: str | None = None
+        self.models = ["tiny", "<b>other</b>"]
+        self.refusals = 0
+        self.tokens = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves is no error."""
+
+
+@contextmanager
+def page_stub() -> Iterator[StubServer]:
+    server = StubServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: StubServer
+
+    def log_message(self, *_: Any) -> None:
+        """Silent."""
+
+    def do_GET(self) -> None:
+        self.server.paths.append(self.path)
+        if self.path == "/":
+            self._answer(200, load_page(), page_headers())
+        elif not self._admitted():
+            self._error(401, "wrong key")
+        elif self.path == "/v1/models":
+            self._json(200, {"data": [{"id": name} for name in self.server.models]})
+        elif self.path == "/stats":
+            self._json(200, self._stats())
+        else:
+            self._error(404, "nothing here")
+
+    def do_POST(self) -> None:
+        self.server.paths.append(self.path)
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.requests.append(body)
+        if not self._admitted():
+            self._error(401, "wrong key")
+        elif self.server.refusals > 0:
+            self.server.refusals -= 1
+            self._error(429, "the queue is full", {"retry-after": "1"})
+        else:
+            self.send_response(200)
+            self.send_header("content-type", "text/event-stream")
+            self.end_headers()
+            try:
+                self._stream(body["messages"][-1]["content"])
+            except OSError:
+                self.server.hangups.set()
+
+    def _stream(self, prompt: str) -> None:
+        self._data({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        if prompt == "attack":
+            self._delta(reasoning_content=ATTACK, reasoning=ATTACK)
+            self._delta(content=ATTACK)
+        elif prompt == "endless":
+            for number in range(2000):
+                self._delta(content=f"{number} ")
+                time.sleep(0.02)
+        elif prompt == "broken":
+            self._delta(content="half an ")
+            self._data({"error": {"message": "the engine failed at this request"}})
+            return
+        elif prompt == "cut":
+            self._delta(content="half an ")
+            return
+        else:
+            self.wfile.write(b": ping\n\n")
+            self._delta(reasoning_content="First ", reasoning="First ")
+            self._delta(reasoning_content="I think.", reasoning="I think.")
+            for piece in ("Grüße, ", "Welt 🌍.\n", "```py\nprint('<b>')\n```\n", "`Done`."):
+                self._delta(content=piece)
+        self._data({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        self._data({"choices": [], "usage": {"completion_tokens": 7, "prompt_tokens": 3}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _delta(self, **delta: str) -> None:
+        self.server.tokens += 1
+        self._data({"choices": [{"delta": delta}]})
+
+    def _data(self, chunk: dict[str, Any]) -> None:
+        text = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
+        # In two writes, cut inside a character where there is one: a reader must join them.
+        middle = next((at for at, byte in enumerate(text) if byte >= 0xC0), len(text) // 2) + 1
+        for part in (text[:middle], text[middle:]):
+            self.wfile.write(part)
+            self.wfile.flush()
+
+    def _admitted(self) -> bool:
+        key = self.server.api_key
+        return key is None or self.headers["authorization"] == f"Bearer {key}"
+
+    def _stats(self) -> dict[str, Any]:
+        times = {"count": 3, "p50": 0.125, "p95": 1.25, "p99": 2.5}
+        return {
+            "models": {
+                "tiny": {
+                    "loaded": True,
+                    "failed": False,
+                    "running": 1,
+                    "waiting": 2,
+                    "queue_capacity": 64,
+                    "kv_used_tokens": 25,
+                    "kv_capacity_tokens": 100,
+                    "completion_tokens": self.server.tokens,
+                    "latency": {"ttft_s": times, "itl_s": times, "total_s": times},
+                }
+            },
+            "device": {
+                "memory_total_bytes": 8 * 2**30,
+                "memory_available_bytes": 6 * 2**30,
+                "temperatures_celsius": {"cpu": 50.0, "gpu": HOT_CELSIUS},
+                "throttled": False,
+            },
+        }
+
+    def _json(self, status: int, value: Any) -> None:
+        self._answer(status, json.dumps(value).encode(), {"content-type": "application/json"})
+
+    def _error(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps({"error": {"message": message}}).encode()
+        self._answer(status, body, {"content-type": "application/json", **(headers or {})})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)

@@ -1,0 +1,452 @@
+"""The page in a real browser; skipped where Debian's chromium and chromium-driver are missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge.server.http.page import load_page, page_headers
+from tests.conftest import Bundles
+from tests.edge.server.http.page_stub import ATTACK, HOT_CELSIUS, StubServer, page_stub
+from tests.edge.server.scripted import Live, running
+
+SCREENSHOTS = os.environ.get("EDGE_LLM_SCREENSHOTS")
+"""A directory to leave pictures of the page in, for people to look at."""
+WAIT_S = 15
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+)
+
+
+# --------------------------------------------------------------------------- without a browser
+
+
+def test_the_page_asks_nobody_else():
+    page = load_page().decode()
+    links = re.findall(r"""(?:https?:)?//[^\s"'<>]+""", page)
+    assert {link for link in links if "w3.org" not in link} <= {
+        link for link in links if link.startswith("// ")
+    }
+    assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=(?!\"data:)", page)
+    assert "innerHTML" not in page
+    assert not re.search(r"\bon[a-z]+=\"", page)  # the policy would refuse such handlers
+    assert not re.search(r"\bstyle=\"", page)
+
+
+def test_the_policy_allows_the_pages_own_script_only():
+    policy = page_headers()["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert len(re.findall(r"script-src 'sha256-[\w+/]{43}=';", policy)) == 1
+    assert len(re.findall(r"style-src 'sha256-[\w+/]{43}=';", policy)) == 1
+
+
+# --------------------------------------------------------------------------- with one
+
+
+class Browser:
+    """The page as a person has it before them."""
+
+    def __init__(self, driver: Any) -> None:
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.common.keys import Keys
+
+        self.driver, self.by, self.keys = driver, By, Keys
+
+    def all(self, selector: str) -> list[Any]:
+        return list(self.driver.find_elements(self.by.CSS_SELECTOR, selector))
+
+    def one(self, selector: str) -> Any:
+        return self.driver.find_element(self.by.CSS_SELECTOR, selector)
+
+    def until(self, condition: Any) -> Any:
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        wait = WebDriverWait(
+            self.driver, WAIT_S, 0.05, ignored_exceptions=[StaleElementReferenceException]
+        )
+        return wait.until(lambda _: condition())
+
+    def ask(self, text: str) -> None:
+        self.until(lambda: self.one("#state").get_attribute("class") == "up")
+        self.one("#prompt").send_keys(text, self.keys.ENTER)
+
+    def answered(self) -> Any:
+        """The last answer, once it is whole."""
+        self.until(lambda: self.all(".turn.assistant:last-child .facts span"))
+        self.until(lambda: self.one("#send").is_displayed())
+        return self.one(".turn.assistant:last-child")
+
+    def complaints(self) -> list[str]:
+        """What the browser wrote into its console, failed requests apart."""
+        return [
+            entry["message"]
+            for entry in self.driver.get_log("browser")
+            if "Failed to load resource" not in entry["message"]
+        ]
+
+    def picture(self, name: str) -> None:
+        if SCREENSHOTS:
+            self.driver.save_screenshot(str(Path(SCREENSHOTS) / f"{name}.png"))
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="drives the browser")
+    browser, service = shutil.which("chromium"), shutil.which("chromedriver")
+    if browser is None or service is None:
+        pytest.skip("needs Debian's packages chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(service)) as made:
+        yield made
+
+
+@pytest.fixture
+def server() -> Iterator[StubServer]:
+    with page_stub() as stub:
+        yield stub
+
+
+@pytest.fixture
+def browser(driver: Any, server: StubServer) -> Iterator[Browser]:
+    driver.set_window_size(1280, 800)
+    driver.get(server.url)
+    page = Browser(driver)
+    page.complaints()
+    yield page
+    driver.get("about:blank")
+
+
+def test_ask_and_stream(browser: Browser, server: StubServer):
+    browser.ask("hello")
+    turn = browser.answered()
+    body = turn.find_element(browser.by.CSS_SELECTOR, ".body")
+    assert body.text.split() == ["Grüße,", "Welt", "🌍.", "print('<b>')", "Done."]
+    assert turn.find_element(browser.by.CSS_SELECTOR, "pre").text == "print('<b>')"
+    assert turn.find_element(browser.by.CSS_SELECTOR, "code").text == "Done"
+    details = turn.find_element(browser.by.CSS_SELECTOR, "details")
+    assert details.get_attribute("open") is None  # folded once the answer is there
+    details.find_element(browser.by.CSS_SELECTOR, "summary").click()
+    assert details.find_element(browser.by.CSS_SELECTOR, ".reasoning").text == "First I think."
+    assert "7 tokens" in turn.text
+    browser.picture("answer")
+    (request,) = server.requests
+    assert request["messages"] == [{"role": "user", "content": "hello"}]
+    assert request["model"] == "tiny"
+    assert request["stream"] is True
+    assert set(request) == {"model", "messages", "stream", "stream_options"}  # model's own knobs
+    assert browser.complaints() == []
+
+
+def test_the_whole_conversation_is_sent_and_survives_a_reload(browser: Browser, server: StubServer):
+    browser.ask("hello")
+    browser.answered()
+    browser.driver.refresh()
+    assert "Done." in browser.one(".turn.assistant .body").text
+    browser.ask("and more")
+    browser.until(lambda: len(browser.all(".turn.assistant")) == 2)
+    browser.answered()
+    roles = [message["role"] for message in server.requests[-1]["messages"]]
+    assert roles == ["user", "assistant", "user"]
+    # Reasoning stays here: the template would strip it anyway.
+    assert "I think" not in str(server.requests[-1])
+    browser.one("#new").click()
+    assert browser.all(".turn") == []
+    browser.driver.refresh()
+    assert browser.all(".turn") == []
+
+
+@pytest.mark.parametrize("how", ["button", "escape"])
+def test_stop(how: str, browser: Browser, server: StubServer):
+    browser.ask("endless")
+    browser.until(lambda: "20 21" in browser.one(".turn.assistant .body").text)
+    browser.picture("streaming")
+    if how == "button":
+        browser.one("#stop").click()
+    else:
+        browser.one("#prompt").send_keys(browser.keys.ESCAPE)
+    turn = browser.answered()
+    assert "stopped" in turn.text
+    assert server.hangups.wait(WAIT_S), "the server goes on generating"
+    browser.ask("hello")
+    browser.until(lambda: "Done." in browser.one("#log").text)
+
+
+def test_a_new_chat_leaves_the_running_answer(browser: Browser, server: StubServer):
+    browser.ask("endless")
+    browser.until(lambda: "5 6" in browser.one(".turn.assistant .body").text)
+    browser.one("#new").click()
+    assert server.hangups.wait(WAIT_S)
+    browser.until(lambda: browser.one("#send").is_displayed())
+    browser.driver.refresh()
+    assert browser.all(".turn") == []  # what was cut off did not come back
+    browser.ask("hello")
+    browser.answered()
+    assert server.requests[-1]["messages"] == [{"role": "user", "content": "hello"}]
+
+
+def test_text_of_the_model_is_only_ever_text(browser: Browser):
+    browser.ask("attack")
+    turn = browser.answered()
+    turn.find_element(browser.by.CSS_SELECTOR, "summary").click()
+    reasoning = turn.find_element(browser.by.CSS_SELECTOR, ".reasoning")
+    assert reasoning.get_attribute("textContent") == ATTACK
+    assert browser.all("#log img, #log script, #log a") == []
+    assert "onerror" in turn.find_element(browser.by.CSS_SELECTOR, ".body").text
+    assert browser.driver.title == "edge-llm"
+    assert browser.complaints() == []  # nor did the policy have to stop anything
+    browser.picture("attack")
+
+
+def test_a_model_is_chosen_by_name(browser: Browser, server: StubServer):
+    browser.until(lambda: len(browser.all("#model option")) == 2)
+    option = browser.all("#model option")[1]
+    assert option.text == "<b>other</b>"
+    option.click()
+    browser.ask("hello")
+    browser.answered()
+    assert server.requests[-1]["model"] == "<b>other</b>"
+
+
+def test_sampling_controls(browser: Browser, server: StubServer):
+    for name, value in {"temperature": "0.25", "top_k": "7", "seed": "42"}.items():
+        browser.one(f"[name={name}]").send_keys(value)
+    browser.one("[name=system]").send_keys("Be brief.")
+    browser.one("[name=no_thinking]").click()
+    browser.ask("hello")
+    browser.answered()
+    request = server.requests[-1]
+    assert (request["temperature"], request["top_k"], request["seed"]) == (0.25, 7, 42)
+    assert request["enable_thinking"] is False
+    assert request["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert "top_p" not in request
+    browser.driver.refresh()
+    assert browser.one("[name=temperature]").get_attribute("value") == "0.25"
+
+
+def test_a_wrong_number_is_named_and_nothing_sent(browser: Browser, server: StubServer):
+    browser.one("[name=top_p]").send_keys("7")
+    browser.ask("hello")
+    browser.until(lambda: browser.all(".turn.error"))
+    assert "Top-p" in browser.one(".turn.error").text
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("broken", "the engine failed at this request"), ("cut", "connection ended before")],
+)
+def test_an_answer_that_breaks_off(prompt: str, message: str, browser: Browser):
+    browser.ask(prompt)
+    browser.until(lambda: browser.all(".turn.error"))
+    error = browser.one(".turn.error")
+    assert error.get_attribute("role") == "alert"
+    assert message in error.text
+    turn = browser.one(".turn.assistant")
+    assert "half an" in turn.text
+    assert "incomplete" in turn.text
+    browser.picture(f"error-{prompt}")
+
+
+def test_a_full_queue_says_when_to_try_again(browser: Browser, server: StubServer):
+    server.refusals = 1
+    browser.ask("hello")
+    browser.until(lambda: browser.all(".turn.error"))
+    assert "the queue is full (429)" in browser.one(".turn.error").text
+    button = browser.one(".turn.error button")
+    browser.until(button.is_enabled)
+    button.click()
+    assert "Done." in browser.answered().text
+    assert browser.all(".turn.error") == []
+    assert len(server.requests[-1]["messages"]) == 1
+
+
+def test_a_key_is_asked_for_and_kept_in_this_tab(browser: Browser, server: StubServer):
+    server.api_key = "s3cret"
+    browser.driver.refresh()
+    browser.until(lambda: "API key" in browser.one("#state").text)
+    assert browser.driver.switch_to.active_element.get_attribute("id") == "key"
+    browser.picture("key")
+    browser.one("#key").send_keys("s3cret", browser.keys.TAB)
+    browser.ask("hello")
+    assert "Done." in browser.answered().text
+    browser.driver.refresh()
+    browser.until(lambda: browser.one("#state").get_attribute("class") == "up")
+    stored = browser.driver.execute_script("return [localStorage.length, document.cookie]")
+    assert stored == [0, ""]
+
+
+def test_the_dashboard_shows_what_the_server_says(browser: Browser):
+    browser.until(lambda: "GiB" in browser.one("#gauges").text)
+    text = browser.one("#gauges").text
+    assert "2 of 64, 1 running" in text
+    assert "25 % of 100 tokens" in text
+    assert "2.0 GiB of 8.0 GiB" in text
+    assert f"{HOT_CELSIUS:.0f} °C" in text
+    assert "125 ms, P99 2.5 s" in text
+    assert "Power" not in text  # this device tells nothing of it
+    browser.ask("endless")
+    first = browser.all("#gauges dd")[0]
+    browser.until(lambda: first.text not in ("–", "0.0"))
+    assert 5 < float(first.text) < 60  # one token every 20 ms and some overhead
+    browser.until(lambda: len(browser.one("#gauges polyline").get_attribute("points").split()) > 1)
+    browser.picture("dashboard")
+    browser.one("#stop").click()
+
+
+def test_a_server_that_went_away_is_said_so(browser: Browser, server: StubServer):
+    browser.until(lambda: "GiB" in browser.one("#gauges").text)
+    server.shutdown()
+    server.server_close()
+    browser.one("#prompt").send_keys("hello", browser.keys.ENTER)
+    browser.until(lambda: browser.all(".turn.error"))
+    assert "cannot be reached" in browser.one(".turn.error").text
+    browser.until(lambda: browser.one("#state").get_attribute("class") == "down")
+
+
+def test_a_narrow_screen(browser: Browser):
+    # Windows of the new headless mode have a least width; a phone is emulated.
+    metrics = {"width": 360, "height": 640, "deviceScaleFactor": 2, "mobile": True}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        browser.ask("hello")
+        browser.answered()
+        width = "return document.documentElement.scrollWidth"
+        assert browser.driver.execute_script(width) <= 360
+        assert not browser.one("#gauges").is_displayed()
+        browser.picture("phone")
+        browser.one("#panel-toggle").click()
+        assert browser.one("#gauges").is_displayed()
+        assert browser.driver.execute_script(width) <= 360
+        browser.picture("phone-panel")
+        small = [
+            element.get_attribute("id")
+            for element in browser.all("header button, #ask button, input, select")
+            if element.is_displayed() and element.size["height"] < 19
+        ]
+        assert small == []
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_keyboard_reaches_everything(browser: Browser):
+    browser.until(lambda: browser.one("#model").is_enabled())
+    browser.one("#prompt").click()
+    seen = set()
+    for _ in range(40):
+        active = browser.driver.switch_to.active_element
+        seen.add(active.get_attribute("id") or active.get_attribute("name"))
+        active.send_keys(browser.keys.TAB)
+    wanted = {"model", "new", "prompt", "send", "temperature", "no_thinking", "system", "key"}
+    assert wanted <= seen
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_dark_and_light(scheme: str, browser: Browser):
+    feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
+    try:
+        browser.ask("hello")
+        browser.answered()
+        script = "return getComputedStyle(document.body).backgroundColor"
+        red = int(re.findall(r"\d+", browser.driver.execute_script(script))[0])
+        assert (red > 128) == (scheme == "light")
+        browser.picture(scheme)
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_nothing_but_its_own_server_is_asked(browser: Browser, server: StubServer):
+    browser.ask("hello")
+    browser.answered()
+    script = "return performance.getEntriesByType('resource').map(e => e.name)"
+    asked = browser.driver.execute_script(script)
+    assert asked
+    assert [url for url in asked if not url.startswith((server.url, "data:"))] == []
+    assert set(server.paths) == {"/", "/v1/models", "/v1/chat/completions", "/stats"}
+
+
+# --------------------------------------------------------------------------- the real service
+
+
+REAL_KEY = "a-key-of-the-real-service"
+
+
+@pytest.fixture
+def real(driver: Any, tiny_bundles: Bundles, tmp_path: Path) -> Iterator[tuple[Browser, Live]]:
+    """The page as the service serves it, on an engine that says what it is told to."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"me:{REAL_KEY}\n")
+    with running(tiny_bundles("qwen2"), api_key_file=keys) as live:
+        driver.set_window_size(1280, 800)
+        driver.get(live.url)
+        page = Browser(driver)
+        page.until(lambda: "API key" in page.one("#state").text)
+        page.one("#key").send_keys(REAL_KEY, page.keys.TAB)
+        page.until(lambda: page.one("#state").get_attribute("class") == "up")
+        page.complaints()
+        yield page, live
+        driver.get("about:blank")
+
+
+def test_ask_the_real_service(real: tuple[Browser, Live]):
+    browser, live = real
+    messages = [{"role": "user", "content": "hello"}]
+    live.engine.say(messages, "I think so.</think>The answer, <b>bold</b>.")
+    browser.ask("hello")
+    turn = browser.answered()
+    assert turn.find_element(browser.by.CSS_SELECTOR, ".body").text == "The answer, <b>bold</b>."
+    turn.find_element(browser.by.CSS_SELECTOR, "summary").click()
+    reasoning = turn.find_element(browser.by.CSS_SELECTOR, ".reasoning")
+    assert reasoning.text == "I think so."
+    assert browser.one("#model").get_attribute("value") == "tiny"
+    browser.until(lambda: "0 of 64, 0 running" in browser.one("#gauges").text)
+    assert "P99" in browser.one("#gauges").text
+    browser.picture("real")
+    assert browser.complaints() == []
+
+
+def test_stop_the_real_service(real: tuple[Browser, Live]):
+    browser, live = real
+    live.engine.default = "word " * 400
+    live.engine.delay_s = 0.02
+    browser.ask("endless")
+    browser.until(lambda: "word word" in browser.one(".turn.assistant").text)
+    assert not live.idle(0)
+    browser.one("#stop").click()
+    assert "stopped" in browser.answered().text
+    assert live.idle(), "the engine goes on"
+    outcomes = live.ask("/stats", headers={"authorization": f"Bearer {REAL_KEY}"}).json["requests"]
+    assert outcomes == {"abort": 1}
+
+
+def test_an_error_of_the_real_service(real: tuple[Browser, Live]):
+    browser, _ = real
+    browser.one("[name=max_tokens]").send_keys("99999999999")
+    browser.ask("hello")
+    browser.until(lambda: browser.all(".turn.error"))
+    assert "max_tokens" in browser.one(".turn.error").text
+    assert "(400)" in browser.one(".turn.error").text
+    browser.one("[name=max_tokens]").clear()

@@ -1,0 +1,230 @@
+"""Calibration: which tokens, and that the taps see what the whole float model computes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge.bundle.manifest import read_manifest
+from edge.errors import ConfigError
+from edge.text.chat_template import ChatTemplate
+from edge.text.tokenizer import Tokenizer
+from export.pipeline import ExportConfig, export_checkpoint
+from export.quantize import calibration
+from export.quantize.calibration import LayerRunner
+from export.sources.checkpoint import Checkpoint, open_checkpoint
+from export.sources.documents import calibration_batches, read_calibration_text
+from tests.conftest import Checkpoints
+from tests.parity import Golden
+from tests.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID, KINDS, Kind
+
+# -------------------------------------------------------------------------------- activations
+
+
+def fused(checkpoint: Checkpoint, layer: int, *parts: str) -> Any:
+    return np.concatenate(
+        [checkpoint.tensor(f"model.layers.{layer}.{part}_proj.weight") for part in parts]
+    ).astype(np.float64)
+
+
+def rms_norm(x: Any, weight: Any, eps: float) -> Any:
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * weight.astype(np.float64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_taps_are_those_of_the_whole_float_model(kind: Kind, tiny_checkpoints: Checkpoints):
+    """The logits are transformers'; each tap follows from the others and the weights."""
+    golden = Golden.load(kind)
+    with open_checkpoint(str(tiny_checkpoints(kind))) as checkpoint:
+        spec = checkpoint.spec
+        runner = LayerRunner(checkpoint, golden.ids[None, :-1])
+        table = checkpoint.tensor("model.embed_tokens.weight").astype(np.float64)
+        hidden = table[golden.ids[:-1]]
+        *layers, last = list(runner)
+        assert [layer.index for layer in layers] == list(range(spec.num_layers))
+        for layer in layers:
+            x = layer.inputs
+            block = f"model.layers.{layer.index}"
+            for short, norm in (("qkv", "input"), ("gate_up", "post_attention")):
+                weight = checkpoint.tensor(f"{block}.{norm}_layernorm.weight")
+                expected = rms_norm(hidden, weight, spec.rms_norm_eps)
+                np.testing.assert_allclose(x[short], expected, rtol=1e-4, atol=1e-5)
+                if short == "qkv":
+                    hidden = hidden + x["o"] @ fused(checkpoint, layer.index, "self_attn.o").T
+            gate = x["gate_up"] @ fused(checkpoint, layer.index, "mlp.gate").T
+            up = x["gate_up"] @ fused(checkpoint, layer.index, "mlp.up").T
+            np.testing.assert_allclose(
+                x["down"], gate / (1 + np.exp(-gate)) * up, rtol=1e-3, atol=1e-5
+            )
+            assert layer.peaks["gated"] == np.abs(x["down"]).max()
+            hidden = hidden + x["down"] @ fused(checkpoint, layer.index, "mlp.down").T
+            assert layer.peaks["mlp_residual"] == pytest.approx(np.abs(hidden).max(), rel=1e-4)
+        head = table if spec.tied_embeddings else checkpoint.tensor("lm_head.weight")
+        logits = last.inputs["lm_head"] @ head.astype(np.float32).T
+    np.testing.assert_allclose(logits, golden.logits, atol=1e-3)
+
+
+def test_sequences_do_not_see_each_other(tiny_checkpoints: Checkpoints):
+    ids = Golden.load("qwen2").ids[:64].reshape(2, 32)
+    with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
+        both = [layer.inputs for layer in LayerRunner(checkpoint, ids)]
+        second = [layer.inputs for layer in LayerRunner(checkpoint, ids[1:])]
+    for one, other in zip(both, second, strict=True):
+        for name, values in other.items():
+            np.testing.assert_allclose(one[name][32:], values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_value_near_the_end_of_fp16_is_named(
+    tiny_checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    ids = Golden.load("qwen2").ids[None, :32]
+    with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
+        runner = LayerRunner(checkpoint, ids)
+        with caplog.at_level(logging.WARNING):
+            list(runner)
+        assert not caplog.records
+        largest = max(runner.peaks, key=lambda name: runner.peaks[name])
+        monkeypatch.setattr(calibration, "_FP16_NEAR", runner.peaks[largest])
+        list(runner)
+    assert [record.args[0] for record in caplog.records if record.args] == [largest]  # type: ignore[index]
+    assert "--dtype bf16" in caplog.text
+
+
+# --------------------------------------------------------------------------------------- text
+
+
+@pytest.fixture(scope="module")
+def tools(tiny_checkpoints: Checkpoints) -> tuple[Tokenizer, ChatTemplate]:
+    with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
+        text = checkpoint.text
+        assert text.chat_template is not None
+        tokenizer = Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
+        return tokenizer, ChatTemplate(text.chat_template, text.tokens)
+
+
+def test_the_built_in_text_is_in_the_models_own_format(tools: Any):
+    text = read_calibration_text(None)
+    assert text.name == "built-in"
+    ids = calibration_batches(tools[0], tools[1], text, 16384, 128)
+    assert ids.shape == (128, 128)
+    assert (ids[:, 0] == BOS_ID).all()
+    joined = ids[:, 1:].reshape(-1).tolist()
+    think, end = CONTROL_IDS["<think>"], CONTROL_IDS["</think>"]
+    marks = [i for i in joined if i in (think, end, EOS_ID, CONTROL_IDS["<｜User｜>"])]
+    at = marks.index(think)
+    assert marks[at : at + 3] == [think, end, EOS_ID]
+    assert marks.count(think) > 10
+
+
+def test_the_seed_decides_the_order(tools: Any):
+    text = read_calibration_text(None)
+    one, again, other = (
+        calibration_batches(tools[0], tools[1], text, 4096, 256, seed) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).mean() > 0.5
+
+
+def test_a_short_text_gives_fewer_sequences(tools: Any, tmp_path: Path):
+    path = tmp_path / "short.txt"
+    path.write_text("the hello world " * 200)
+    ids = calibration_batches(tools[0], tools[1], read_calibration_text(path), 100_000, 32)
+    assert 1 < len(ids) < 100
+    assert tools[0].decode(ids[0, 1:6]).startswith("the hello world")
+
+
+def test_files_of_messages_and_of_text(tools: Any, tmp_path: Path):
+    path = tmp_path / "chats.jsonl"
+    messages = [{"role": "user", "content": "hello"}]
+    answer = {"role": "assistant", "content": "world", "reasoning": "what the"}
+    lines = [{"messages": [*messages, answer]}, {"messages": messages}, {"text": "</think>"}]
+    path.write_text("\n".join(json.dumps(line) for line in lines * 20))
+    ids = calibration_batches(tools[0], tools[1], read_calibration_text(path), 256, 64)
+    text = tools[0].decode(ids.reshape(-1))
+    assert "<｜User｜>hello<｜Assistant｜><think>\nwhat the\n</think>\n\nworld" in text
+    # Once for each answer: a control token that is merely typed stays plain text.
+    counts = [(ids == CONTROL_IDS[token]).sum() for token in ("<think>", "</think>")]
+    assert abs(int(counts[0]) - int(counts[1])) <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"\xff\xfe", "is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', "line 2 must be"),
+        ("a.jsonl", b"hello", "line 1 is not JSON"),
+        ("a.jsonl", b'{"messages": "hello"}', "line 1 must be"),
+    ],
+)
+def test_files_that_are_no_text_are_refused(
+    tmp_path: Path, name: str, content: bytes, message: str
+):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"--calibration .*{message}"):
+        read_calibration_text(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_calibration_text(tmp_path / "missing")
+
+
+def test_too_few_tokens_are_refused(tools: Any, tmp_path: Path):
+    text = read_calibration_text(None)
+    with pytest.raises(ConfigError, match="--calibration-tokens 100 is less than one sequence"):
+        calibration_batches(tools[0], tools[1], text, 100, 128)
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(ConfigError, match=r"a\.txt has \d tokens"):
+        calibration_batches(tools[0], tools[1], read_calibration_text(tmp_path / "a.txt"), 200, 128)
+
+
+# ------------------------------------------------------------------------------------- export
+
+
+def test_the_manifest_says_how_it_was_calibrated(tmp_path: Path, tiny_checkpoints: Checkpoints):
+    bundles = [tmp_path / "one", tmp_path / "other"]
+    for bundle in bundles:
+        export_checkpoint(
+            ExportConfig(
+                source=str(tiny_checkpoints("qwen3")),
+                output=bundle,
+                group_size=32,
+                method="awq+gptq",
+                calibration_tokens=2048,
+                seed=3,
+            )
+        )
+    manifest, again = (read_manifest(bundle) for bundle in bundles)
+    assert manifest.files == again.files  # the same seed, the same bytes
+    assert manifest.quantization.method == "awq+gptq"
+    record = manifest.quantization.calibration
+    assert record is not None
+    assert (record.text, record.num_tokens, record.seq_len, record.seed) == (
+        "built-in",
+        2048,
+        256,
+        3,
+    )
+    assert record.sha256 == read_calibration_text(None).sha256
+    assert manifest.quality is not None
+    assert len(manifest.quality["activation_peaks"]) == 2 * 7 + 2
+
+
+def test_calibration_without_a_use_is_refused(tmp_path: Path, tiny_checkpoints: Checkpoints):
+    source = str(tiny_checkpoints("qwen3"))
+    for options in ({"calibration": Path("a")}, {"calibration_tokens": 5}, {"seed": 1}):
+        with pytest.raises(ConfigError, match="has no effect with --method rtn"):
+            ExportConfig(source=source, output=tmp_path / "b", method="rtn", **options)
+        with pytest.raises(ConfigError, match="has no effect with --method rtn"):
+            ExportConfig(source=source, output=tmp_path / "b", quant="int8", **options)
+        ExportConfig(source=source, output=tmp_path / "b", **options)  # INT4 calibrates by itself
+    with pytest.raises(ConfigError, match="--clip absmax has no effect with --method awq"):
+        ExportConfig(source=source, output=tmp_path / "b", method="awq", clip="absmax")
+    config = ExportConfig(source=source, output=tmp_path / "b", quant="int8", method="gptq")
+    with pytest.raises(ConfigError, match="no layer is INT4"):
+        export_checkpoint(config)
+    assert not list(tmp_path.iterdir())

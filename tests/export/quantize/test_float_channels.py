@@ -1,0 +1,112 @@
+"""Which input channels of a W8A8 linear stay float, and what that does to its output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import TensorScheme
+from export.quantize.calibrated import CalibratedLinears
+from export.quantize.calibration import LayerRunner
+from export.quantize.float_channels import NUM_CHANNELS, loud_channels
+from export.quantize.recipe import linear_layers
+from export.quantize.rtn import dequantize_rows, quantize_rows
+from export.quantize.smoothquant import activation_scale, smoothing_factors
+from export.sources.checkpoint import open_checkpoint
+from tests.export.quantize.loud_checkpoint import LOUD, write_loud_checkpoint
+from tests.export.quantize.test_rotation import float_logits
+
+W8A8 = TensorScheme(kind="w8a8")
+FP16 = np.dtype(np.float16)
+Array = NDArray[np.float32]
+
+
+def one_loud_token() -> Array:
+    """Two channels that are loud at the first token only, as in real models."""
+    x = np.random.RandomState(0).randn(512, 64).astype(np.float32)
+    x[0, [9, 30]] = 900, -2000
+    return x
+
+
+def test_channels_loud_at_one_token_are_found():
+    channels = loud_channels(one_loud_token())
+    assert {9, 30} < set(channels.tolist())
+    assert len(channels) == NUM_CHANNELS
+
+
+@settings(deadline=None)
+@given(
+    peaks=st.lists(st.floats(0, 1000, width=32), min_size=1, max_size=40),
+    seed=st.integers(0, 1000),
+)
+def test_they_at_least_halve_the_range(peaks: list[float], seed: int):
+    signs = np.random.RandomState(seed).choice([-1.0, 1.0], (3, len(peaks)))
+    x = (signs * np.array(peaks) * [[0.5], [1.0], [0.25]]).astype(np.float32)
+    channels = loud_channels(x)
+    assert list(channels) == sorted(set(channels.tolist()))
+    largest = np.sort(np.abs(x).max(axis=0))[::-1]
+    if len(peaks) <= NUM_CHANNELS or largest[0] < 2 * largest[NUM_CHANNELS]:
+        assert len(channels) == 0
+    else:
+        assert len(channels) == NUM_CHANNELS
+        assert np.abs(np.delete(x, channels, axis=1)).max() == largest[NUM_CHANNELS]
+
+
+def test_quiet_inputs_have_none():
+    assert len(loud_channels(np.random.RandomState(1).randn(512, 64).astype(np.float32))) == 0
+
+
+def output_error(x: Array, weights: Array, channels: NDArray[np.int64]) -> float:
+    """Median relative error of a token's output, with the best factors and the best range."""
+    wanted = x @ weights.T
+    added = x[:, channels] @ weights[:, channels].T
+    x, weights = x.copy(), weights.copy()
+    x[:, channels] = weights[:, channels] = 0
+    factors = smoothing_factors(weights, x, W8A8, FP16)
+    factors = np.ones(x.shape[1], np.float32) if factors is None else factors
+    smooth = x / factors
+    scale = np.float32(activation_scale(smooth, FP16))
+    rounded = np.clip(np.rint(smooth / scale), -128, 127) * scale
+    stored = dequantize_rows(quantize_rows(weights * factors, W8A8, "absmax", FP16))
+    error = np.linalg.norm(rounded @ stored.T + added - wanted, axis=1)
+    return float(np.median(error / np.linalg.norm(wanted, axis=1)))
+
+
+def test_float_channels_spare_the_other_tokens():
+    x = one_loud_token()
+    weights = np.random.RandomState(2).randn(96, 64).astype(np.float32)
+    none = np.empty(0, dtype=np.int64)
+    assert output_error(x, weights, loud_channels(x)) < 0.25 * output_error(x, weights, none)
+
+
+@pytest.mark.parametrize("short", ["down", "o"])
+def test_factors_stay_exact_and_tame(
+    short: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folding is exact beside float channels, and no factor comes from the zeros put there."""
+    if short == "o":  # no tiny model has a loud one: two query heads share a KV channel
+        found: Any = lambda x: np.array([0, 1, 2, 3]) if x.shape[1] == 64 else np.empty(0, int)  # noqa: E731
+        monkeypatch.setattr("export.quantize.calibrated.loud_channels", found)
+    path = write_loud_checkpoint(tmp_path / "model", "qwen2", layers=(0, 1))
+    with open_checkpoint(str(path)) as checkpoint:
+        schemes = {layer.name: W8A8 for layer in linear_layers(checkpoint.spec)}
+        ids = np.random.RandomState(3).randint(1, 200, (2, 64))
+        factors: dict[str, Array] = {}
+        runner = LayerRunner(checkpoint, ids)
+        linears = CalibratedLinears(runner, schemes, "rtn", FP16, factors)
+        for _ in linears:
+            pass
+        channels = list(linears.float_channels[f"layers.1.{short}"])
+        if short == "down":
+            assert set(LOUD) < set(channels)
+        assert (factors[f"layers.1.{short}"][channels] == 1).all()
+        assert all(each.min() > 1e-3 and each.max() < 1e3 for each in factors.values())
+        wanted = float_logits(checkpoint)
+        found_logits = float_logits(linears.checkpoint)
+    np.testing.assert_allclose(found_logits, wanted, atol=2e-4 * float(np.abs(wanted).max()))

@@ -1,0 +1,162 @@
+"""A streamed layer equals the whole layer at once, and means to ONNX Runtime what it should."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from edge.bundle.manifest import SchemeKind, TensorScheme
+from edge.errors import CheckpointError
+from export.quantize import linear
+from export.quantize.linear import LinearTensors, convert_linear
+from export.quantize.packing import pack_int4, unpack_int4
+from export.quantize.rtn import dequantize_rows, quantize_rows
+
+FP16: np.dtype[Any] = np.dtype(np.float16)
+BF16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+SCHEMES = (
+    TensorScheme(kind="float"),
+    TensorScheme(kind="int8"),
+    TensorScheme(kind="int8", group_size=32),
+    TensorScheme(kind="int4", group_size=32),
+    TensorScheme(kind="int4", group_size=64),
+)
+
+
+def make_parts(lengths: list[int], width: int, dtype: Any = BF16) -> list[NDArray[Any]]:
+    rng = np.random.RandomState(sum(lengths))
+    return [rng.normal(0, 0.05, (length, width)).astype(dtype) for length in lengths]
+
+
+def convert(
+    parts: list[NDArray[Any]],
+    scheme: TensorScheme,
+    clip: Literal["absmax", "mse"] = "mse",
+    float_type: np.dtype[Any] = FP16,
+) -> tuple[LinearTensors, list[int]]:
+    counts: list[int] = []
+    names = [f"part{i}.weight" for i in range(len(parts))]
+    return convert_linear(parts, names, scheme, clip, float_type, counts.append), counts
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    lengths=st.lists(st.integers(1, 11), min_size=1, max_size=3),
+    width=st.sampled_from([64, 192]),
+    scheme=st.sampled_from(SCHEMES),
+    clip=st.sampled_from(["absmax", "mse"]),
+    source=st.sampled_from([BF16, FP16, np.dtype(np.float32)]),
+    float_type=st.sampled_from([FP16, BF16]),
+    tile_rows=st.integers(1, 6),
+)
+def test_streamed_equals_direct(
+    lengths: list[int],
+    width: int,
+    scheme: TensorScheme,
+    clip: Literal["absmax", "mse"],
+    source: np.dtype[Any],
+    float_type: np.dtype[Any],
+    tile_rows: int,
+):
+    parts = make_parts(lengths, width, source)
+    with mock.patch.object(linear, "_TILE_ELEMENTS", tile_rows * width):
+        streamed, counts = convert(parts, scheme, clip, float_type)
+    whole = np.concatenate([part.astype(np.float32) for part in parts])
+    assert sum(counts) == whole.size
+    if scheme.kind == "float":
+        assert streamed.scale is None
+        assert streamed.weight.dtype == float_type
+        np.testing.assert_array_equal(
+            streamed.weight.astype(np.float32), whole.T.astype(float_type).astype(np.float32)
+        )
+        return
+    direct = quantize_rows(whole, scheme, clip, float_type)
+    scales = direct.scales.T if scheme.group_size else direct.scales.T[0]
+    assert streamed.scale is not None
+    np.testing.assert_array_equal(streamed.scale, scales)
+    values = np.ascontiguousarray(direct.values.T)
+    expected = pack_int4(values) if scheme.kind == "int4" else values
+    assert streamed.weight.dtype == expected.dtype
+    assert streamed.weight.tobytes() == expected.tobytes()
+
+
+def test_zeroed_channels_take_no_part_in_a_scale():
+    parts = make_parts([6, 4], 64, np.dtype(np.float32))
+    parts[0][2, 7] = parts[1][3, 50] = 100.0
+    scheme, names = TensorScheme(kind="w8a8"), ["a", "b"]
+    found = convert_linear(parts, names, scheme, "mse", FP16, lambda _: None, zeroed=(7, 50))
+    assert (parts[0][2, 7], parts[1][3, 50]) == (100.0, 100.0)
+    for part in parts:
+        part[:, [7, 50]] = 0
+    wanted = convert_linear(parts, names, scheme, "mse", FP16, lambda _: None)
+    np.testing.assert_array_equal(found.weight, wanted.weight)
+    assert found.scale is not None
+    assert wanted.scale is not None
+    np.testing.assert_array_equal(found.scale, wanted.scale)
+    assert found.scale.max() < 0.01
+
+
+@pytest.mark.parametrize("lengths", [[48], [5, 2, 4], [7, 8]], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES[1:], ids=str)
+def test_onnx_runtime_reads_the_weights_that_were_meant(scheme: TensorScheme, lengths: list[int]):
+    """DequantizeLinear on the stored bytes, written as the graph has it."""
+    ort = pytest.importorskip("onnxruntime")
+    parts = make_parts(lengths, 128)
+    tensors, _ = convert(parts, scheme)
+    assert tensors.scale is not None
+    shape = (128, sum(lengths))
+    onnx_type = TensorProto.INT4 if scheme.kind == "int4" else TensorProto.INT8
+    weight = helper.make_tensor("w", onnx_type, shape, tensors.weight.tobytes(), raw=True)
+    grouping = {"axis": 0, "block_size": scheme.group_size} if scheme.group_size else {"axis": 1}
+    graph = helper.make_graph(
+        [helper.make_node("DequantizeLinear", ["w", "s"], ["y"], **grouping)],
+        "dequantize",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [weight, onnx.numpy_helper.from_array(tensors.scale, "s")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (computed,) = session.run(None, {})
+    whole = np.concatenate([part.astype(np.float32) for part in parts])
+    meant = dequantize_rows(quantize_rows(whole, scheme, "mse", FP16))
+    np.testing.assert_array_equal(computed, meant.T)
+    assert np.abs(computed - whole.T).mean() < 0.01  # of weights of size 0.05
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_damaged_weight_is_named(scheme: TensorScheme, bad: float):
+    parts = make_parts([4, 6], 64)
+    parts[1][5, 63] = bad
+    with pytest.raises(CheckpointError, match=r"part1\.weight holds NaN or infinite .*again"):
+        convert(parts, scheme)
+
+
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
+def test_a_weight_beyond_fp16_is_named_and_fits_bf16(kind: SchemeKind):
+    """Quantized or not: the graph multiplies integer and scale in fp16."""
+    scheme = TensorScheme(kind=kind, group_size=0 if kind == "float" else 32)
+    parts = make_parts([4, 6], 64)
+    parts[0][1, 2] = -1e5  # -99840 in bfloat16
+    with pytest.raises(CheckpointError, match=r"part0\.weight .* 9\.984e\+04, .*--dtype bf16"):
+        convert(parts, scheme)
+    tensors, _ = convert(parts, scheme, float_type=BF16)
+    if tensors.scale is None:
+        stored = float(tensors.weight[2, 1])
+    elif kind == "int8":
+        stored = float(tensors.weight[2, 1]) * float(tensors.scale[0, 1])
+    else:
+        packed = tensors.weight.reshape(-1).view(np.uint8)
+        integers = unpack_int4(packed, (64, 10))
+        stored = float(integers[2, 1]) * float(tensors.scale[0, 1])
+    assert stored == pytest.approx(-1e5, rel=0.08)

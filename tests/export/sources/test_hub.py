@@ -1,0 +1,264 @@
+"""The hub: the real huggingface_hub against a small hub on 127.0.0.1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from tests import tiny_models as tiny
+
+pytest.importorskip("huggingface_hub")
+
+MAIN, TAG = "a" * 40, "b" * 40
+# huggingface_hub reads its environment at import: a process of its own, one JSON line per call.
+WORKER = """
+import json, sys
+from pathlib import Path
+from edge.errors import EdgeError
+from export.checkpoint import open_checkpoint
+from edge.manifest import Source
+import msgspec
+for line in sys.stdin:
+    source, revision, cache_dir = json.loads(line)
+    cache_dir = cache_dir and Path(cache_dir)
+    try:
+        with open_checkpoint(source, revision=revision, cache_dir=cache_dir) as checkpoint:
+            norm = checkpoint.tensor("model.norm.weight").astype("float32").tolist()
+            answer = {"source": msgspec.to_builtins(checkpoint.source), "norm": norm,
+                      "name": checkpoint.name}
+    except EdgeError as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Hub:
+    """The parts of the hub's HTTP interface that a download uses."""
+
+    def __init__(self) -> None:
+        self.snapshots: dict[tuple[str, str], Path] = {}
+        self.requests: list[tuple[str, str]] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+            def do_HEAD(self) -> None:
+                hub.answer(self)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        parts = unquote(urlsplit(request.path).path).strip("/").split("/")
+        is_api = parts[:2] == ["api", "models"]
+        owner, name, *rest = parts[2:] if is_api else parts
+        repo = f"{owner}/{name}"
+        self.requests.append((request.command, "/".join([repo, *rest])))
+        if repo == "owner/gated":
+            return self.refuse(request, 403, "GatedRepo")
+        if not any(repo == known for known, _ in self.snapshots):
+            return self.refuse(request, 401, "RepoNotFound")
+        revision = rest[1] if len(rest) > 1 else "main"
+        commit = {"main": MAIN, "v1": TAG}.get(revision, revision)
+        if (repo, commit) not in self.snapshots:
+            return self.refuse(request, 404, "RevisionNotFound")
+        folder = self.snapshots[repo, commit]
+        files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        if not is_api:
+            file = Path(*rest[2:])
+            if file not in files:
+                return self.refuse(request, 404, "EntryNotFound")
+            return self.send(request, (folder / file).read_bytes(), commit)
+        if rest[:1] == ["tree"]:
+            return self.send_json(request, [tree_entry(folder, file) for file in files])
+        siblings = [{"rfilename": str(file)} for file in files]
+        info = {"_id": "1", "id": repo, "modelId": repo, "sha": commit, "private": False}
+        return self.send_json(request, {**info, "tags": [], "siblings": siblings})
+
+    def refuse(self, request: BaseHTTPRequestHandler, status: int, code: str) -> None:
+        request.send_response(status)
+        request.send_header("X-Error-Code", code)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    def send_json(self, request: BaseHTTPRequestHandler, value: object) -> None:
+        self.send(request, json.dumps(value).encode(), None)
+
+    def send(self, request: BaseHTTPRequestHandler, content: bytes, commit: str | None) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(content)))
+        request.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        if commit:
+            request.send_header("X-Repo-Commit", commit)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(content)
+
+
+def tree_entry(folder: Path, file: Path) -> dict[str, Any]:
+    content = (folder / file).read_bytes()
+    oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return {"type": "file", "path": str(file), "size": len(content), "oid": oid}
+
+
+class Worker:
+    """A process that opens checkpoints under an environment of its own."""
+
+    def __init__(self, home: Path, **environment: str) -> None:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=Path(__file__).parents[3],
+            env={**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
+        )
+
+    def open(self, source: str, revision: str | None = None, cache: Path | None = None) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        call = [source, revision, None if cache is None else str(cache)]
+        self.process.stdin.write(json.dumps(call) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[Hub]:
+    hub = Hub()
+    root = tmp_path_factory.mktemp("hub")
+    main = tiny.write_checkpoint(root / "main", "qwen2", num_shards=2)
+    (main / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    (main / "original").mkdir()
+    (main / "original" / "consolidated.safetensors").write_bytes(b"the same weights again")
+    (main / "pytorch_model.bin").write_bytes(b"pickle")
+    tag = tiny.write_checkpoint(root / "tag", "qwen2", seed=7)
+    custom = tiny.write_checkpoint(root / "custom", "llama", auto_map={"AutoModel": "x.Y"})
+    hub.snapshots = {
+        ("owner/tiny", MAIN): main,
+        ("owner/tiny", TAG): tag,
+        ("owner/custom", MAIN): custom,
+    }
+    thread = threading.Thread(target=hub.server.serve_forever, daemon=True)
+    thread.start()
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return Path(tmp_path_factory.mktemp("hf_home"))
+
+
+@pytest.fixture(scope="module")
+def worker(hub: Hub, home: Path) -> Iterator[Worker]:
+    with Worker(home, HF_ENDPOINT=hub.url) as worker:
+        yield worker
+
+
+def norm_of(folder: Path, seed: int) -> list[float]:
+    config = json.loads((folder / "config.json").read_bytes())
+    return [float(x) for x in tiny.make_weights(config, seed)["model.norm.weight"]]
+
+
+def test_download(hub: Hub, worker: Worker, tmp_path: Path) -> None:
+    answer = worker.open("owner/tiny", cache=tmp_path)
+    assert "error" not in answer, answer
+    folder = hub.snapshots["owner/tiny", MAIN]
+    lines = "".join(
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(folder.glob("*.safetensors"))
+    )
+    assert answer == {
+        "name": "tiny",
+        "norm": norm_of(folder, seed=2),
+        "source": {
+            "kind": "hub",
+            "location": "owner/tiny",
+            "revision": MAIN,
+            "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+            "licence": "mit",
+            "adapter": None,
+        },
+    }
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert "model-00001-of-00002.safetensors" in names
+    assert not {"pytorch_model.bin", "consolidated.safetensors"} & names
+
+
+@pytest.mark.parametrize("revision", ["v1", TAG])
+def test_a_revision_is_resolved_to_its_commit(hub, worker, revision, tmp_path: Path) -> None:
+    answer = worker.open("owner/tiny", revision=revision, cache=tmp_path)
+    assert answer["source"]["revision"] == TAG
+    assert answer["norm"] == norm_of(hub.snapshots["owner/tiny", TAG], seed=7)
+
+
+def test_a_model_that_is_refused_costs_no_download(hub, worker, tmp_path: Path) -> None:
+    assert "auto_map asks for Python code" in worker.open("owner/custom", cache=tmp_path)["error"]
+    resolved = [path for _, path in hub.requests if path.startswith("owner/custom/resolve")]
+    assert any(path.endswith("/config.json") for path in resolved)
+    assert not any(path.endswith(".safetensors") for path in resolved)
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "words"),
+    [
+        ("owner/missing", None, ["owner/missing was not found on the hub", "HF_TOKEN"]),
+        ("owner/gated", None, ["owner/gated is gated", "accept its terms", "HF_TOKEN"]),
+        ("owner/tiny", "v9", ["owner/tiny has no revision 'v9'"]),
+        ("owner/tiny", "c" * 40, ["owner/tiny has no revision"]),
+        ("owner/ti--ny", None, ["is no hub id"]),
+    ],
+)
+def test_what_fails_says_what_to_do(worker, source, revision, words, tmp_path: Path) -> None:
+    error = worker.open(source, revision=revision, cache=tmp_path)["error"]
+    assert error.startswith("CheckpointError: ")
+    for word in words:
+        assert word in error
+
+
+def test_offline_takes_what_is_cached(hub: Hub, worker: Worker, home: Path) -> None:
+    online = worker.open("owner/tiny")  # the cache of HF_HOME
+    num_requests = len(hub.requests)
+    with Worker(home, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1") as offline:
+        assert offline.open("owner/tiny") == online
+        error = offline.open("owner/other")["error"]
+    assert "HF_HUB_OFFLINE" in error
+    assert len(hub.requests) == num_requests
+
+
+def test_no_hub_there(tmp_path: Path) -> None:
+    # Port 9 (discard) of this machine: nothing listens.
+    with Worker(tmp_path, HF_ENDPOINT="http://127.0.0.1:9") as unreachable:
+        error = unreachable.open("owner/tiny")["error"]
+    assert error.startswith("CheckpointError: owner/tiny is not whole in the local cache")
+    assert "HF_ENDPOINT" in error
