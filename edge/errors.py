@@ -17,6 +17,7 @@
       BackendError                the inference engine failed                                 70
         DeviceError               the GPU or its driver failed
       BuildError                  TensorRT refused a graph or failed to build it              70
+      GateError                   it works, and is not good enough                             3
 
 Each message says what was wrong, what was found and what to do next. Exit codes are those of
 BSD ``sysexits.h``, so that a service manager can tell a bad configuration (do not restart) from
@@ -27,9 +28,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 _DISTRIBUTION = "jetson-edge-llm"
+EXIT_GATE_MISSED = 3
+"""Of a verb whose run worked and whose result misses a gate; no code of ``sysexits.h``."""
 
 
 class EdgeError(Exception):
@@ -149,6 +152,24 @@ class DeviceError(BackendError):
 
 class BuildError(EdgeError):
     """TensorRT refused a graph, or failed to build an engine of it."""
+
+
+class GateError(EdgeError):
+    """The finished bundle misses a threshold of its gate.
+
+    Attributes:
+        figures: everything that was measured, as ``edge-llm eval --json`` prints it.
+    """
+
+    exit_code = EXIT_GATE_MISSED
+
+    def __init__(self, message: str, figures: dict[str, Any]) -> None:
+        super().__init__(message, figures)  # pickle and copy rebuild it from these
+        self.message = message
+        self.figures = figures
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def install_command(extra: str) -> str:

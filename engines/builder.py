@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import edge
+from edge._version import __version__
 from edge.bundle.engine_file import ENGINE_SCHEMA_VERSION, EngineInfo, ProfileInfo, ShapeInfo
 from edge.bundle.manifest import Manifest, read_manifest, verify_files
 from edge.device import telemetry
@@ -150,7 +150,7 @@ def build_engine(
         def describe(name: str, num_bytes: int, sha256: str) -> EngineInfo:
             return EngineInfo(
                 schema_version=ENGINE_SCHEMA_VERSION,
-                producer=f"edge-llm {edge.__version__}",
+                producer=f"edge-llm {__version__}",
                 created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 key=key,
                 plan=name,
@@ -335,7 +335,7 @@ def _key_parts(
     config: BuildConfig, shapes: BuildShapes, manifest: Manifest, target: Target
 ) -> dict[str, Any]:
     return {
-        "producer": edge.__version__,  # what is done to the graph may change with it
+        "producer": __version__,  # what is done to the graph may change with it
         "sources": {name: manifest.files[name].sha256 for name in graph_files(manifest)},
         "flavour": target.rt.flavour,
         "tensorrt": target.rt.version,

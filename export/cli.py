@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.bundle.manifest import describe_sampling
-from edge.errors import ConfigError, DependencyError, install_command
+from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
 
 if TYPE_CHECKING:
     from edge.bundle.manifest import ReducedVocabulary
@@ -178,7 +178,7 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
     """
     try:
         from .pipeline import VERIFY_STEP, ExportConfig, export_checkpoint
-        from .verify import GateError, better_recipe
+        from .verify import better_recipe
     except ImportError as error:
         if isinstance(error, DependencyError):
             raise
@@ -187,7 +187,6 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
             f"{install_command('export')}"
         ) from error
     from edge.cli import echo_json
-    from edge.cli.eval import EXIT_GATE_MISSED
     from edge.cli.progress import show_progress
     from edge.measure.evaluate import load_gate, missed_thresholds
 

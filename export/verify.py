@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from edge.bundle.manifest import Manifest, TensorScheme
-from edge.cli.eval import EXIT_GATE_MISSED
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import (
+    EXIT_GATE_MISSED,
     BackendError,
     BundleError,
     ConfigError,
     DependencyError,
     EdgeError,
+    GateError,
     ResourceError,
 )
 from edge.measure.evaluate import CHUNK_TOKENS
@@ -44,24 +45,6 @@ _WINDOW = 512
 _ERRORS = {
     kind.exit_code: kind for kind in (ConfigError, BundleError, DependencyError, ResourceError)
 }
-
-
-class GateError(EdgeError):
-    """The finished bundle misses a threshold of its gate.
-
-    Attributes:
-        figures: everything that was measured, as ``edge-llm eval --json`` prints it.
-    """
-
-    exit_code = 65
-
-    def __init__(self, message: str, figures: dict[str, Any]) -> None:
-        super().__init__(message, figures)  # pickle and copy rebuild it from these
-        self.message = message
-        self.figures = figures
-
-    def __str__(self) -> str:
-        return self.message
 
 
 def verify_bundle(

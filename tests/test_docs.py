@@ -16,9 +16,8 @@ import edge.errors
 from edge import cli
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect
-from edge.cli.eval import EXIT_GATE_MISSED
 from edge.cli.options import take_sampling
-from edge.errors import EdgeError
+from edge.errors import EXIT_GATE_MISSED, EdgeError
 from tests.conftest import Bundles
 from tests.manifests import make_model
 

@@ -14,11 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.onnx_file import ELEMENT_TYPES, Message, Node
-
-# From opset 16 on ONNX Runtime CUDA warns about every ScatterND; IR version 8 goes with ONNX 1.11.
-_IR_VERSION, _OPSET = 8, 13
-ELEMENT_NUMBERS = {"uint16": 4, **{name: number for number, name in ELEMENT_TYPES.items()}}
+from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, small_model, tensor_info
 
 
 class Block:
@@ -154,33 +150,3 @@ def _slice_model(names: Sequence[str], element: int) -> bytes:
     ]
     outputs = [tensor_info(f"{name}.rows", element, rows) for name in names]
     return small_model(nodes, inputs, outputs, {"zero": 0, "axis": 2})
-
-
-def small_model(
-    nodes: Sequence[Node],
-    inputs: Sequence[Message],
-    outputs: Sequence[Message],
-    constants: dict[str, int] | None = None,
-) -> bytes:
-    """A ModelProto without weights but some int64 constants; fields as in ``onnx.proto3``."""
-    graph = Message()
-    for node in nodes:
-        graph.add(1, node.encode())
-    graph.add(2, "rows")
-    for name, value in (constants or {}).items():
-        raw = np.array([value], dtype="<i8").tobytes()
-        graph.add(5, Message().add(1, 1).add(2, ELEMENT_NUMBERS["int64"]).add(8, name).add(9, raw))
-    for field, values in ((11, inputs), (12, outputs)):
-        for info in values:
-            graph.add(field, info)
-    model = Message().add(1, _IR_VERSION).add(7, graph)
-    return model.add(8, Message().add(1, "").add(2, _OPSET)).serialize()
-
-
-def tensor_info(name: str, element: int, shape: Sequence[int | str]) -> Message:
-    """A ValueInfoProto of a tensor; a string is a dynamic dimension."""
-    dims = Message()
-    for size in shape:
-        dims.add(1, Message().add(2 if isinstance(size, str) else 1, size))
-    tensor = Message().add(1, element).add(2, dims)
-    return Message().add(1, name).add(2, Message().add(1, tensor))

@@ -18,6 +18,10 @@ from edge.errors import BundleError
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _INT64, _TYPE_FLOAT, _TYPE_INT, _TYPE_INTS = 7, 1, 2, 7
 ELEMENT_TYPES = {1: "fp32", 3: "int8", 7: "int64", 9: "bool", 10: "fp16", 16: "bf16", 22: "int4"}
+ELEMENT_NUMBERS = {"uint16": 4, **{name: number for number, name in ELEMENT_TYPES.items()}}
+# Of the small models that the runtime writes itself. From opset 16 on ONNX Runtime CUDA warns about
+# every ScatterND; IR version 8 goes with ONNX 1.11.
+_IR_VERSION, _OPSET = 8, 13
 
 Value = int | bytes
 
@@ -305,3 +309,33 @@ def _write_varint(out: bytearray, value: int) -> None:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     out.append(value)
+
+
+def small_model(
+    nodes: Sequence[Node],
+    inputs: Sequence[Message],
+    outputs: Sequence[Message],
+    constants: dict[str, int] | None = None,
+) -> bytes:
+    """A ModelProto without weights but some int64 constants; fields as in ``onnx.proto3``."""
+    graph = Message()
+    for node in nodes:
+        graph.add(1, node.encode())
+    graph.add(2, "rows")
+    for name, value in (constants or {}).items():
+        raw = struct.pack("<q", value)
+        graph.add(5, Message().add(1, 1).add(2, ELEMENT_NUMBERS["int64"]).add(8, name).add(9, raw))
+    for number, values in ((11, inputs), (12, outputs)):
+        for info in values:
+            graph.add(number, info)
+    model = Message().add(1, _IR_VERSION).add(7, graph)
+    return model.add(8, Message().add(1, "").add(2, _OPSET)).serialize()
+
+
+def tensor_info(name: str, element: int, shape: Sequence[int | str]) -> Message:
+    """A ValueInfoProto of a tensor; a string is a dynamic dimension."""
+    dims = Message()
+    for size in shape:
+        dims.add(1, Message().add(2 if isinstance(size, str) else 1, size))
+    tensor = Message().add(1, element).add(2, dims)
+    return Message().add(1, name).add(2, Message().add(1, tensor))

@@ -11,10 +11,9 @@ import click
 import msgspec
 
 import edge
-from edge.errors import ConfigError
+from edge.errors import EXIT_GATE_MISSED, ConfigError
 
 from . import echo_json
-from .eval import EXIT_GATE_MISSED
 from .options import Finite, bundle_argument, engine_options
 from .plan import make_table
 from .progress import show_progress

@@ -17,7 +17,13 @@ import msgspec
 from edge.backends.ort import check_int8_activations
 from edge.bundle.manifest import MANIFEST_NAME, Dialect, ModelSpec, read_manifest
 from edge.bundle.update import update_manifest
-from edge.errors import CheckpointError, ConfigError, DependencyError, install_command
+from edge.errors import (
+    EXIT_GATE_MISSED,
+    CheckpointError,
+    ConfigError,
+    DependencyError,
+    install_command,
+)
 from edge.measure import evaluate as evaluation
 from edge.measure.report import FIGURES, format_figure, html_report, html_task_report
 from edge.progress import Progress, prefixed, uncounted
@@ -26,9 +32,6 @@ from edge.runtime.sampling import SamplingParams
 
 from . import COMMAND_GROUP, echo_json
 from .progress import show_progress
-
-EXIT_GATE_MISSED = 3
-"""Distinct from every exit code of `edge.errors`: the run worked, the bundle is not good enough."""
 
 _CURVES = ("kl_by_position", "layers")  # too long for a manifest
 

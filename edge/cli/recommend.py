@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.bundle.io_spec import REASONING_KV_CAPACITY
-from edge.errors import ConfigError
+from edge.errors import EXIT_GATE_MISSED, ConfigError
 
 from . import echo_json
-from .eval import EXIT_GATE_MISSED
 from .options import Finite
 from .plan import calibrate_option, device_option, make_table, power_mode_option
 

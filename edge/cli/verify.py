@@ -13,10 +13,9 @@ import click
 import msgspec
 import numpy as np
 
-from edge.errors import ConfigError
+from edge.errors import EXIT_GATE_MISSED, ConfigError
 
 from . import echo_json
-from .eval import EXIT_GATE_MISSED
 from .options import Finite, bundle_argument, engine_options
 from .progress import show_progress
 

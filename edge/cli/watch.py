@@ -11,7 +11,7 @@ from typing import Any
 import click
 import msgspec
 
-from edge.errors import ConfigError, DependencyError, install_command
+from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, install_command
 from edge.measure import evaluate
 from edge.measure.drift import (
     ALPHA,
@@ -52,7 +52,6 @@ from edge.progress import Progress, prefixed, uncounted
 from edge.runtime.llm import LLM
 
 from . import echo_json
-from .eval import EXIT_GATE_MISSED
 from .options import engine_options
 from .progress import show_progress
 

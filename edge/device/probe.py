@@ -88,8 +88,7 @@ def probe_onnxruntime(provider: str) -> dict[str, Any]:
     """
     import numpy as np
 
-    from edge.backends.ort_rows import ELEMENT_NUMBERS, small_model, tensor_info
-    from edge.bundle.onnx_file import Node
+    from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, small_model, tensor_info
 
     ort = importlib.import_module("onnxruntime")
     found: dict[str, Any] = {

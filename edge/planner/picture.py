@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from edge.measure.report import COLOURS, Series, plot
+from edge.plot import COLOURS, Series, plot
 
 from .plan import Option, Plan
 from .speed import predict

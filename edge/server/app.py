@@ -12,7 +12,8 @@ from starlette.routing import BaseRoute, Route, Router
 from .api.answers import ModelCard, ModelList
 from .api.chat import chat_completions
 from .api.completions import completions
-from .api.generate import in_thread, json_response
+from .api.facts import facts_of
+from .api.generate import json_response
 from .api.openapi import openapi
 from .api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
 from .api.text import detokenize, tokenize, tokenizer_info
@@ -20,8 +21,8 @@ from .http.access import APIKeys
 from .http.errors import APIError
 from .http.guard import App, Guard, Receive, Scope, Send, read_body
 from .http.page import load_page, page_headers
+from .http.threads import in_thread
 from .models.registry import Choice, ModelRegistry, ServedModel
-from .models.route import facts_of
 from .settings import ServerSettings
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from edge.device.telemetry import Snapshot, read_snapshot
 from edge.errors import ConfigError, EdgeError
 from edge.measure.drift import DriftMonitor, read_counts
 
-from .api.generate import in_thread
 from .api.protocol import check_decoding
 from .app import create_app
 from .http.errors import APIError
 from .http.messages import make_server
+from .http.threads import in_thread
 from .models.registry import ModelRegistry
 from .models.route import AUTO, read_routes
 from .models.switch import Switcher, need_bytes

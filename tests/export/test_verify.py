@@ -20,13 +20,13 @@ from edge.errors import (
     ConfigError,
     DependencyError,
     EdgeError,
+    GateError,
     ResourceError,
 )
 from export import verify
 from export.cli import export as export_verb
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources import vocabulary
-from export.verify import GateError
 from tests.conftest import RUNNABLE
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint

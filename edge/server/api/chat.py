@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from edge.runtime.sampling import SampledToken
 from edge.server.http.access import Client
+from edge.server.http.threads import in_thread
 from edge.server.models.flight import Flight
 from edge.server.models.registry import ServedModel
 from edge.server.settings import ServerSettings
@@ -33,7 +34,6 @@ from .answers import (
 from .chat_plan import ChatPlan, plan_chat
 from .generate import (
     check_length,
-    in_thread,
     json_response,
     new_id,
     now,

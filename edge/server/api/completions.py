@@ -15,6 +15,7 @@ from edge.runtime.sampling import SampledToken, SamplingParams
 from edge.server.http.access import Client
 from edge.server.http.errors import invalid
 from edge.server.http.guard import Receive
+from edge.server.http.threads import in_thread
 from edge.server.models.flight import Flight
 from edge.server.models.registry import ServedModel
 from edge.server.settings import ServerSettings
@@ -24,7 +25,6 @@ from .answers import TextChoice, TextCompletion, TextLogprobs
 from .generate import (
     check_choices,
     check_length,
-    in_thread,
     json_response,
     new_id,
     now,

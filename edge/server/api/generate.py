@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.responses import Response
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from edge.runtime.llm import LLM
 
 _KNOBS = ("temperature", "top_p", "min_p", "repetition_penalty", "seed")
-_Result = TypeVar("_Result")
-_slow_executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="edge-grammar")
 
 
 def sampling_params(
@@ -93,17 +90,6 @@ def check_length(llm: LLM, texts: Sequence[str], param: str) -> None:
 def salt_of(request: Sampling, client: Client) -> str:
     """What cached prefixes are shared under: within one key, and one ``cache_salt`` of it."""
     return f"{client.salt}/{request.cache_salt}" if request.cache_salt else client.salt
-
-
-async def in_thread(work: Callable[[], _Result], *, slow: bool = False) -> _Result:
-    """Run what takes a while beside the loop.
-
-    Args:
-        work: what to run.
-        slow: it may take seconds (a grammar is compiled), so it must not hold up the rest.
-    """
-    executor = _slow_executor if slow else None
-    return await asyncio.get_running_loop().run_in_executor(executor, work)
 
 
 async def wait_for(flight: Flight, receive: Receive) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 from edge.errors import ConfigError
 from edge.runtime.scheduler.request import SchedulerStats
-from edge.server.api.protocol import ChatRequest, CompletionRequest
 
 AUTO = "auto"
 KINDS = ("tools", "json", "chat", "completion")
@@ -36,7 +35,6 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
 }
 _COMPARISON = re.compile(r" *(\w+) *(<=|>=|<|>|=) *(\w+) *", re.ASCII)
-_CHARS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -52,31 +50,6 @@ class Facts:
     prompt_chars: int
     kind: str
     key: str
-
-
-def facts_of(request: ChatRequest | CompletionRequest, request_id: str) -> Facts:
-    """The facts of a request."""
-    key = request.user or request_id
-    if isinstance(request, CompletionRequest):
-        return Facts(_num_chars(request.prompt), "completion", key)
-    kind = "chat"
-    if request.tools and request.tool_choice != "none":
-        kind = "tools"
-    elif request.response_format is not None and request.response_format.type != "text":
-        kind = "json"
-    return Facts(sum(_num_chars(m.get("content")) for m in request.messages), kind, key)
-
-
-def _num_chars(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, int):
-        return _CHARS_PER_TOKEN
-    if isinstance(value, list):
-        return sum(_num_chars(item) for item in value)
-    if isinstance(value, dict):
-        return _num_chars(value.get("text"))
-    return 0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from edge.bundle.io_spec import kv_bytes_per_token
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.errors import BackendError, EdgeError
 from edge.runtime.sampling import SamplingParams
-from edge.server.api.generate import in_thread
+from edge.server.http.threads import in_thread
 
 from .registry import ModelRegistry, ServedModel
 

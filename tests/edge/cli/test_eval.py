@@ -14,7 +14,7 @@ from edge.bundle.manifest import read_manifest, verify_files
 from edge.cli import COMMAND_GROUP
 from edge.cli import eval as verb
 from edge.cli.eval import evaluate
-from edge.errors import CheckpointError, ConfigError, DependencyError
+from edge.errors import EXIT_GATE_MISSED, CheckpointError, ConfigError, DependencyError
 from tests.edge.measure.test_report import check_html
 
 ROOT = Path(__file__).parents[3]
@@ -106,7 +106,7 @@ def test_gate_and_its_exit_code(tiny_bundles, tmp_path: Path):
     gate = tmp_path / "gate.json"
     gate.write_text('{"kl_mean": 0.0}')
     result = invoke(int4, "--against", fp16, *SHORT, "--gate", gate)
-    assert result.exit_code == verb.EXIT_GATE_MISSED == 3
+    assert result.exit_code == EXIT_GATE_MISSED == 3
     assert "is above 0" in result.stderr
     gate.write_text('{"kl_mean": 100.0}')
     assert invoke(int4, "--against", fp16, *SHORT, "--gate", gate).exit_code == 0
@@ -134,7 +134,7 @@ def test_a_task_and_its_flips(tiny_bundles, tmp_path: Path):
     assert found["against"]["lost"] + found["against"]["won"] in (0, 2)
     check_html(page.read_text())
     gate = tmp_path / "gate.json"
-    for limit, code in ((-1.1, verb.EXIT_GATE_MISSED), (1.0, 0)):
+    for limit, code in ((-1.1, EXIT_GATE_MISSED), (1.0, 0)):
         gate.write_text(json.dumps({"accuracy_loss": limit}))
         result = invoke(int4, "--against", fp16, "--task", task, "--limit", 2, "--gate", gate)
         assert result.exit_code == code

@@ -10,10 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from edge.bundle.manifest import read_manifest
-from edge.cli.eval import EXIT_GATE_MISSED
 from edge.cli.plan import plan
 from edge.cli.recommend import parse_size, recommend
-from edge.errors import ConfigError
+from edge.errors import EXIT_GATE_MISSED, ConfigError
 from scripts.random_checkpoint import CONFIG
 from tests.conftest import Bundles
 

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.cli.bench import bench
-from edge.cli.eval import EXIT_GATE_MISSED
 from edge.device.telemetry import EnergyMeter, Snapshot
-from edge.errors import BackendError, ConfigError
+from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
 from edge.measure import bench_report
 from edge.measure.bench import BenchConfig, Samples, run_bench
 from edge.measure.bench_report import (

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.measure.report import Series, html_report, linear_ticks, log_ticks, plot
+from edge.measure.report import html_report
+from edge.plot import Series, linear_ticks, log_ticks, plot
 
 VOID = {"meta", "br"}
 

@@ -17,9 +17,8 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.cli.eval import EXIT_GATE_MISSED
 from edge.cli.watch import watch
-from edge.errors import BackendError, ConfigError
+from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
 from edge.measure.drift import GRIDS, Counts
 from edge.measure.watch import (
     GOLDEN_SET,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edge.cli.eval import EXIT_GATE_MISSED
 from edge.cli.watch import watch
+from edge.errors import EXIT_GATE_MISSED
 from edge.measure.evaluate import EVAL_TEXT
 from edge.measure.watch import eval_text, perplexity
 from edge.measure.watch_server import ServerAnswerer

@@ -13,6 +13,7 @@ import pytest
 
 from edge.bundle.manifest import Tokens
 from edge.runtime.llm import LLM
+from edge.server.api.facts import facts_of
 from edge.server.api.protocol import (
     IGNORED,
     ChatRequest,
@@ -21,7 +22,6 @@ from edge.server.api.protocol import (
     TokenizeRequest,
     decode,
 )
-from edge.server.models.route import facts_of
 from edge.text.chat_template import ChatTemplate
 from tests.edge.server.scripted import Live, running
 

@@ -24,9 +24,10 @@ from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.device.telemetry import Snapshot
 from edge.errors import ConfigError
 from edge.runtime.scheduler.request import SchedulerStats
+from edge.server.api.facts import facts_of
 from edge.server.api.protocol import ChatRequest, CompletionRequest
 from edge.server.models.registry import LEAST_STALL_S, MOST_STALL_S, Heartbeat
-from edge.server.models.route import Facts, Rule, Split, facts_of, read_routes
+from edge.server.models.route import Facts, Rule, Split, read_routes
 from edge.server.models.switch import need_bytes
 from edge.server.run import Service
 from edge.server.settings import ServerSettings
