@@ -227,7 +227,7 @@ def test_every_field_of_every_struct_is_tried_below():
         free = {"messages[].name"} if path == CHAT else set()  # messages are no struct
         assert set(fields_of(kind, seen)) == PAIRS[path].keys() - free
     assert set().union(*PAIRS.values()) >= IGNORED.keys()
-    page = (Path(__file__).parents[3] / "docs" / "server.md").read_text("utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "server.md").read_text("utf-8")
     assert not [name for name in IGNORED if f"`{name}`" not in page]
 
 
