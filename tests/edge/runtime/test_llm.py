@@ -396,7 +396,7 @@ def test_speculation_leaves_the_answer_as_it_is(
             limits.append(limit)
             return super().propose(ids, limit)
 
-    monkeypatch.setattr(edge.llm, "NgramDrafter", Asked)
+    monkeypatch.setattr(edge.runtime.llm, "NgramDrafter", Asked)
     for speculative in (0, 1, 4):
         limits.clear()
         scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, speculative=speculative)
@@ -589,7 +589,7 @@ def test_a_damaged_file_is_named_before_anything_is_parsed(
     name: str, damage: str, copy: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for parser in ("Tokenizer", "EmbeddingTable", "ChatTemplate"):
-        monkeypatch.setattr(edge.llm, parser, None)
+        monkeypatch.setattr(edge.runtime.llm, parser, None)
     monkeypatch.setattr(ort, "OnnxFile", None)
     path = copy / name
     data = bytearray(path.read_bytes())

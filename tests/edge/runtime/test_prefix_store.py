@@ -180,8 +180,8 @@ _KILLED = """
 import os, sys
 from pathlib import Path
 import numpy as np
-from edge import prefix_store
-from edge.manifest import read_manifest
+from edge.runtime import prefix_store
+from edge.bundle.manifest import read_manifest
 layout = prefix_store.Layout("ort-cpu", "float32", 4, 2, 8)
 store = prefix_store.PrefixStore(Path(sys.argv[1]), read_manifest(Path(sys.argv[2])), layout)
 point, os_fsync = sys.argv[3], os.fsync

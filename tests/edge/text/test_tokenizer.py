@@ -400,7 +400,8 @@ def test_missing_file_and_contradicting_manifest(path):
 
 def test_import_is_cheap():
     code = (
-        "import sys, edge.tokenizer, edge.chat; print({'tokenizers', 'minijinja'} & {*sys.modules})"
+        "import sys, edge.text.tokenizer, edge.text.chat_template; "
+        "print({'tokenizers', 'minijinja'} & {*sys.modules})"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

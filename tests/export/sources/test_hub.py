@@ -26,8 +26,8 @@ WORKER = """
 import json, sys
 from pathlib import Path
 from edge.errors import EdgeError
-from export.checkpoint import open_checkpoint
-from edge.manifest import Source
+from export.sources.checkpoint import open_checkpoint
+from edge.bundle.manifest import Source
 import msgspec
 for line in sys.stdin:
     source, revision, cache_dir = json.loads(line)
