@@ -33,6 +33,7 @@ class ScriptedBackend:
     """
 
     name = "scripted"
+    rounds_activations = False
 
     def __init__(
         self,

@@ -23,12 +23,15 @@ class Backend(Protocol):
         num_slots: sequences that the cache holds.
         capacity: tokens that a slot holds.
         max_step_tokens: the most tokens per sequence that one `forward` takes.
+        rounds_activations: activations are rounded to int8, so the rows of its cache are not those
+            of an engine that computes in float.
     """
 
     name: str
     num_slots: int
     capacity: int
     max_step_tokens: int
+    rounds_activations: bool
 
     @property
     def failed(self) -> str | None:

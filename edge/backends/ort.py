@@ -93,6 +93,10 @@ class OrtBackend:
             )
         if int8_activations:
             check_int8_activations(manifest)
+        self.rounds_activations = int8_activations is not False and any(
+            linear.scheme.kind in ("int4", "int8")
+            for linear in manifest.quantization.linears.values()
+        )
         graph = load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", self.capacity)
         self._fused = fuse_attention and self.dialect == "native"
         if self._fused:

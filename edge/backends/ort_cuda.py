@@ -73,6 +73,7 @@ class OrtCudaBackend(OrtBackend):
     """
 
     name = "ort-cuda"
+    rounds_activations = False
 
     def __init__(
         self,

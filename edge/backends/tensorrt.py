@@ -74,6 +74,7 @@ class TensorRTBackend:
     """
 
     name = "tensorrt"
+    rounds_activations = False
 
     def __init__(
         self,

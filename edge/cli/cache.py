@@ -12,7 +12,7 @@ from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError, RequestError
 
 from . import echo_json
-from .options import bundle_argument, engine_options
+from .options import bundle_argument, engine_options, int8_activations_option
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
@@ -46,6 +46,7 @@ def cache() -> None:
 @_directory_option
 @_json_option
 @engine_options
+@int8_activations_option
 def build(
     bundle: Path,
     name: str,
@@ -56,10 +57,12 @@ def build(
     backend: Any,
     kv_capacity: int | None,
     num_threads: int | None,
+    int8_activations: bool | None,
 ) -> None:
     """Compute the cache of a prompt's beginning with BUNDLE and store it as NAME.
 
-    It serves the same bundle on the same engine only, and is computed anew after a new export.
+    It serves the same bundle on the same engine, rounding activations or not, and is computed anew
+    after a new export.
     """
     from edge.runtime.llm import LLM
     from edge.runtime.prefix_store import Layout, PrefixStore, compute_rows, default_directory
@@ -67,7 +70,12 @@ def build(
     if (system is None) == (text is None):
         raise ConfigError("give one of --system FILE and --text FILE")
     with LLM(
-        bundle, backend=backend, kv_capacity=kv_capacity, num_threads=num_threads, num_slots=1
+        bundle,
+        backend=backend,
+        kv_capacity=kv_capacity,
+        num_threads=num_threads,
+        int8_activations=int8_activations,
+        num_slots=1,
     ) as llm:
         if system is not None:
             # Editors end a file with a line end that nobody sends: $(cat FILE) has none either.

@@ -50,6 +50,13 @@ _ENGINE = (
     ),
 )
 
+int8_activations_option = click.option(
+    "--int8-activations/--no-int8-activations",
+    default=None,
+    help="Let the CPU round activations to int8, its fastest kernel; default: where it can. "
+    "Off is many times slower, but exact. GPU engines never do.",
+)
+
 _ANSWERING = (
     click.option(
         "--prefill-chunk",
@@ -59,12 +66,7 @@ _ANSWERING = (
         metavar="TOKENS",
         help="Prompt tokens per step at most; an engine may take fewer.",
     ),
-    click.option(
-        "--int8-activations/--no-int8-activations",
-        default=None,
-        help="Let the CPU round activations to int8, its fastest kernel; default: where it can. "
-        "Off is many times slower, but exact. GPU engines never do.",
-    ),
+    int8_activations_option,
     click.option(
         "--overflow",
         type=click.Choice(["stop", "slide"]),

@@ -49,6 +49,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dtype: NumPy's name of the type.
         planes: keys and values of all layers, ``2 * layers``.
         kv_heads, head_dim: see `Backend.read_slot`.
+        rounds_activations: see `Backend`.
     """
 
     engine: str
@@ -56,6 +57,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     planes: int
     kv_heads: int
     head_dim: int
+    rounds_activations: bool = False
 
     @classmethod
     def of(cls, backend: Backend) -> Layout:
@@ -65,7 +67,12 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dtype: Literal["float16", "float32"] = "float32"
         if rows.dtype == np.float16:
             dtype = "float16"
-        return cls(backend.name, dtype, planes, kv_heads, head_dim)
+        return cls(backend.name, dtype, planes, kv_heads, head_dim, backend.rounds_activations)
+
+    def __str__(self) -> str:
+        return f"{self.engine} in {self.dtype}" + (
+            " with int8 activations" if self.rounds_activations else ""
+        )
 
     def shape(self, length: int) -> tuple[int, int, int, int]:
         """Of ``length`` rows."""
@@ -240,10 +247,8 @@ class PrefixStore:
         if header.bundle != self._bundle:
             raise _UnusableError("it belongs to another bundle; build it again")
         if self._layout is not None and header.layout != self._layout:
-            theirs, ours = header.layout, self._layout
             raise _UnusableError(
-                f"it was made by {theirs.engine} in {theirs.dtype}, this is {ours.engine} in "
-                f"{ours.dtype}; build it again"
+                f"it was made by {header.layout}, this is {self._layout}; build it again"
             )
         item = np.dtype(header.layout.dtype).itemsize
         expected = start + int(np.prod(header.layout.shape(len(header.ids)))) * item

@@ -146,6 +146,7 @@ def test_a_prefix_that_was_built_anew_is_not_taken_for_the_old_one(
         msgspec.structs.replace(LAYOUT, dtype="float16"),
         msgspec.structs.replace(LAYOUT, engine="tensorrt"),
         msgspec.structs.replace(LAYOUT, planes=2, kv_heads=4),
+        msgspec.structs.replace(LAYOUT, rounds_activations=True),
     ],
 )
 def test_rows_of_another_engine_or_type_are_left_alone(
@@ -401,6 +402,25 @@ def test_what_cannot_be_prefilled(engine: Engine) -> None:
 def test_a_stable_prefix_is_shared_by_all_continuations() -> None:
     assert stable_prefix(lambda rest: [1, 2, ord(rest[0]), 3]) == [1, 2]
     assert stable_prefix(lambda rest: [len(rest)]) == []
+
+
+def test_rounded_rows_are_not_those_of_a_float_engine(
+    tmp_path: Path, tiny_bundles: Bundles
+) -> None:
+    """Each kind is built by the option of its name, and serves its own kind only."""
+    int4, text = tiny_bundles("qwen2", quant="int4"), tmp_path / "text.txt"
+    text.write_text("You are the world that said hello. " * 3)
+    for built, rounds in (("--int8-activations", True), ("--no-int8-activations", False)):
+        folder = tmp_path / built
+        arguments = ["build", int4, "a", "--text", text, "--prefix-dir", folder, built]
+        assert CliRunner().invoke(cache, [str(a) for a in arguments]).exit_code == 0
+        for asked in (True, False):
+            with LLM(int4, int8_activations=asked) as llm:
+                layout = Layout.of(llm.backend)
+                assert layout.rounds_activations is asked
+                ids = llm.encode(text.read_text() + " and more")
+                found = PrefixStore(folder, llm.manifest, layout).lookup(ids, "")
+                assert (found is not None) is (asked is rounds)
 
 
 def test_the_command_builds_lists_and_drops(tmp_path: Path, bundle: Path) -> None:
