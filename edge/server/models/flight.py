@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edge.errors import DeadlineError, EdgeError
 from edge.measure.drift import WATCH_USER
@@ -17,14 +17,24 @@ if TYPE_CHECKING:
     from edge.runtime.stream import Generation, GenerationChunk
     from edge.server.observe.metrics import Metrics, Outcome
 
-    from .registry import ServedModel
-
 _log = logging.getLogger("edge.server")
 OnChunk = Callable[[int, "GenerationChunk"], None]
 
 
 class ClientGoneError(ConnectionError):
     """The client left before its answer was complete."""
+
+
+class Carrier(Protocol):
+    """What a flight needs of the model that it runs on: `edge.server.models.registry.ServedModel`.
+
+    Attributes:
+        name: for metrics and logs.
+        flights: requests that run on it now.
+    """
+
+    name: str
+    flights: set[Flight]
 
 
 class Flight:
@@ -49,7 +59,7 @@ class Flight:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: Carrier,
         generations: Sequence[Generation],
         params: SamplingParams,
         metrics: Metrics,
