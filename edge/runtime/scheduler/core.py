@@ -150,7 +150,6 @@ class EngineCore:
         self.longest_step_s = 0.0
         self.most_step_tokens = 0
         self._call_began_s = 0.0
-        self._decoded_s: float | None = None  # when a decode step ended, in a row of them
         self.mean_run_s = 0.0  # of a sequence from start to end, running mean
         self.counts: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
@@ -185,18 +184,8 @@ class EngineCore:
         rides = prefilling is not None and chunk == 0
         if decoding:
             rides = self._decode(decoding, prefilling if rides else None)
-            self._observe_gap()
-        else:
-            self._decoded_s = None
         if prefilling is not None and not (rides or prefilling.ended):
             self._prefill(prefilling, max(chunk, 1))
-        if not self.running:
-            self._decoded_s = None
-
-    def _observe_gap(self) -> None:
-        before, self._decoded_s = self._decoded_s, self.now()
-        if before is not None:
-            self.policy.observe_gap(self._decoded_s - before)
 
     def call(self, work: Callable[[], None]) -> None:
         """Let ``work`` use the backend as it likes, while no sequence runs."""

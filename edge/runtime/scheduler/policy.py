@@ -9,7 +9,6 @@ engine, the length of the context and whatever else the machine does.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,11 +16,7 @@ from typing import NamedTuple
 _NEWEST = 0.25  # weight of the newest time in a running mean
 _FADE = 1 / 2048  # how fast the estimate of an option that is not taken falls, so it is tried again
 _GAIN = 1.05  # speculation must promise this much more than plain decode
-_DEAREST = 2.0  # what a prompt's token should cost at most, relative to large chunks
-_SPREAD = 1.9  # the longest gap between tokens that large chunks may make, in usual gaps
-_RIDER_SHARE = 1 / 3  # of the tokens per second that large chunks give a prompt
-_RECENT_GAPS = 256
-_USUAL = 1 / 4  # quantile of the recent gaps
+_PROMPT_SHARE = 0.9  # of the speed that a prompt has alone, while others decode
 _TICK_S = 1e-9  # no step takes no time, whatever the clock says
 
 
@@ -104,14 +99,20 @@ class CostCurve:
         if at < len(self._keys):
             self._points[self._keys[at]].seconds *= 1 - _FADE
 
-    def smallest(self, dearness: float, limit: int) -> int:
-        """The smallest size at which a token costs at most ``dearness`` times the least known."""
-        least = min((p.seconds / p.size for p in self._points.values()), default=0.0)
+    def smallest(self, share: float, beside_s: float, limit: int) -> int:
+        """The smallest size that runs at ``share`` of the highest known speed; ``limit`` if none.
+
+        Args:
+            share: of the tokens per second.
+            beside_s: seconds that pass between two such steps.
+            limit: the largest size to give.
+        """
+        slowest = min((p.seconds / p.size for p in self._points.values()), default=0.0) / share
         low, high = 1, limit
         while low < high:
             middle = (low + high) // 2
             expected = self.estimate(middle)
-            if expected is None or expected <= dearness * least * middle:
+            if expected is None or beside_s + expected <= slowest * middle:
                 high = middle
             else:
                 low = middle + 1
@@ -185,8 +186,8 @@ class Policy:
     Args:
         max_batch: sequences that run at once.
         step_tokens: tokens of a prompt per step at most.
-        target_itl_s: gap between two tokens of a stream that must be kept; None keeps it within
-            twice what it usually is.
+        target_itl_s: gap between two tokens of a stream that must be kept; None looks for the most
+            tokens per second and short waits for the first one.
     """
 
     def __init__(self, max_batch: int, step_tokens: int, target_itl_s: float | None = None) -> None:
@@ -194,11 +195,6 @@ class Policy:
         self.step_tokens = step_tokens
         self.target_itl_s = target_itl_s
         self.costs = StepCosts()
-        self._gaps: deque[float] = deque(maxlen=_RECENT_GAPS)
-
-    def observe_gap(self, seconds: float) -> None:
-        """Count the time from one decode step's end to the next one's."""
-        self._gaps.append(seconds)
 
     def allows(self, running: int) -> bool:
         """Whether one more may join ``running`` sequences."""
@@ -215,15 +211,14 @@ class Policy:
     def chunk_tokens(self, decoding: int) -> int:
         """Tokens of a prompt to run now, while ``decoding`` sequences wait for their next token.
 
-        Without a target a chunk takes as long as the decode step beside it, which doubles the gap
-        between two tokens. Such a chunk may be so small that it wastes the engine. A larger one
-        runs where the gap stays below twice what three of four recent gaps reached: where prompts
-        keep coming that rises, and chunks with it, until a prompt's token costs twice its least.
+        Without a target a prompt gets `_PROMPT_SHARE` of the speed that it has alone, in the
+        smallest chunks that give it: chunks that are efficient, and so long that the decode step
+        between two of them costs little. With a target it gets what the target leaves.
 
         Returns:
             0 where the prompt's next token should run in the decode step, as one sequence more:
             if no chunk keeps the target, or if that gives the prompt more tokens per second than
-            a chunk, and a third at least of what it would get by large ones.
+            a chunk that does.
         """
         if decoding == 0:
             return self.step_tokens
@@ -231,31 +226,17 @@ class Policy:
         prefill = self.costs.prefill
         if decode is None:
             return min(self.step_tokens, _UNMEASURED_CHUNK)
+        if self.target_itl_s is None:
+            return prefill.smallest(_PROMPT_SHARE, decode, self.step_tokens)
+        budget = self.target_itl_s - decode
+        size = prefill.largest(budget, self.step_tokens)
+        if size < self.step_tokens:
+            prefill.fade(size + 1)
+        chunk_s = prefill.estimate(size) or 0.0
         wider = self.costs.decode.estimate(decoding + 1) or decode
-        if self.target_itl_s is not None:
-            budget = self.target_itl_s - decode
-            size = enough = self._largest_chunk(budget, self.step_tokens)
-            if (prefill.estimate(size) or 0.0) > budget:
-                return 0
-        else:
-            enough = prefill.smallest(_DEAREST, self.step_tokens)
-            budget = _SPREAD * max(self._usual_gap(), decode) - decode
-            size = max(
-                self._largest_chunk(decode, self.step_tokens), self._largest_chunk(budget, enough)
-            )
-        rates = [size / (decode + (prefill.estimate(size) or 0.0)) for size in (size, enough)]
-        if 1 / wider > max(rates[0], _RIDER_SHARE * rates[1]):
+        if chunk_s > budget or size / (decode + chunk_s) < 1 / wider:
             return 0
         return size
-
-    def _largest_chunk(self, seconds: float, limit: int) -> int:
-        size = self.costs.prefill.largest(seconds, limit)
-        if size < limit:
-            self.costs.prefill.fade(size + 1)
-        return size
-
-    def _usual_gap(self) -> float:
-        return sorted(self._gaps)[int(_USUAL * len(self._gaps))] if self._gaps else 0.0
 
     def draft_plan(self, drafts: Sequence[Draft]) -> list[DecodeRun]:
         """Split the decode batch into runs so that most tokens per second are to be expected.

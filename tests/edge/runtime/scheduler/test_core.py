@@ -277,18 +277,6 @@ def test_a_sequence_is_counted_at_any_moment(table: EmbeddingTable):
     assert min(seen) == 1
 
 
-def test_idle_time_is_no_gap_between_tokens(table: EmbeddingTable):
-    now = 0.0
-    engine = Engine(table, clock=lambda: now)
-    gaps: list[float] = []
-    setattr(engine.core.policy, "observe_gap", gaps.append)  # noqa: B010
-    for _ in range(2):
-        now += 1000
-        assert engine.answer(make_request([1], replace(GREEDY, max_tokens=3)))[0] == [2, 3, 4]
-    assert gaps
-    assert max(gaps) == 0
-
-
 class Panic(BaseException):
     """What a library of Rust raises when it panics: no `Exception`."""
 
