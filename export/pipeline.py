@@ -37,9 +37,10 @@ from .graph.safetensors_writer import write_safetensors
 from .quantize.float_channels import NUM_CHANNELS
 from .quantize.recipe import linear_layers
 from .quantize.rotation import RotatedCheckpoint
-from .sources.checkpoint import Checkpoint, open_checkpoint
+from .sources.checkpoint import Checkpoint
 from .sources.documents import DEFAULT_TOKENS
 from .sources.lora import LoraCheckpoint
+from .sources.opening import open_checkpoint
 from .sources.vocabulary import VOCABULARY_NAME, ReducedCheckpoint, encode_kept
 from .verify import (
     REPORT_TOKENS,

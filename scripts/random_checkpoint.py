@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.graph.safetensors_writer import TensorSource, write_safetensors
-from export.sources.checkpoint import expected_tensors
-from export.sources.model_config import parse_config
+from export.sources.model_config import expected_tensors, parse_config
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -17,8 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import ModelSpec, Source
-from export.sources.checkpoint import Checkpoint, CheckpointText
+from export.sources.checkpoint import Checkpoint, Transformed
 
 Array = NDArray[np.float32]
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -47,49 +46,34 @@ def orthogonal_matrix(size: int, seed: int) -> Array:
     return (signs[:, None] * np.kron(hadamard, cosine)).astype(np.float32)
 
 
-class RotatedCheckpoint:
-    """A `Checkpoint` that computes the same logits from rotated weights.
+class RotatedCheckpoint(Transformed):
+    """A model that computes the same logits from rotated weights.
 
     The embedding and the lm_head become different tables, so a tied head is untied; every norm
     weight but those of single heads becomes ones. Tensors are computed on each read, as fp32, in
     tiles of rows: a table of 151,936 x 1,536 takes 0.93 GB.
 
     Args:
-        checkpoint: the float model; stays open as long as this one.
+        checkpoint: the float model; see `Transformed`.
         seed: of the two rotations.
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
-        self.name = checkpoint.name
-        self._inner = checkpoint
+        super().__init__(checkpoint)
         model = checkpoint.spec
+        self.spec = msgspec.structs.replace(model, tied_embeddings=False)
         self._residual = orthogonal_matrix(model.hidden_size, seed)
         self._head = orthogonal_matrix(model.head_dim, seed + 1)
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The decoder's numbers; never tied."""
-        return msgspec.structs.replace(self._inner.spec, tied_embeddings=False)
-
-    @property
-    def source(self) -> Source:
-        """Of the checkpoint that was rotated."""
-        return self._inner.source
-
-    @property
-    def text(self) -> CheckpointText:
-        """Of the checkpoint that was rotated."""
-        return self._inner.text
-
     def tensor(self, name: str) -> NDArray[Any]:
-        """See `Checkpoint.tensor`."""
+        """Read a rotated tensor; see `Checkpoint.tensor`."""
         if name == _EMBEDDINGS:
-            return self._read_stream(self._inner.tensor(name), None)
+            return self._read_stream(self.original.tensor(name), None)
         if name == _HEAD:
-            tied = self._inner.spec.tied_embeddings
-            head = self._inner.tensor(_EMBEDDINGS if tied else _HEAD)
+            tied = self.original.spec.tied_embeddings
+            head = self.original.tensor(_EMBEDDINGS if tied else _HEAD)
             return self._read_stream(head, _FINAL_NORM)
-        tensor = self._inner.tensor(name)
+        tensor = self.original.tensor(name)
         if name == _FINAL_NORM or _LAYER_NORM.fullmatch(name):
             return np.ones(tensor.shape, dtype=np.float32)
         block, _, part = name.rpartition(".self_attn.")
@@ -113,7 +97,7 @@ class RotatedCheckpoint:
         """``W diag(norm) R`` for ``[out, hidden]`` weights."""
         matrix = self._residual
         if norm is not None:
-            matrix = self._inner.tensor(norm).astype(np.float32)[:, None] * matrix
+            matrix = self.original.tensor(norm).astype(np.float32)[:, None] * matrix
         result = np.empty(weight.shape, dtype=np.float32)
         for start in range(0, len(weight), _TILE_ROWS):
             rows = weight[start : start + _TILE_ROWS].astype(np.float32)
@@ -129,13 +113,3 @@ class RotatedCheckpoint:
         """Rotate ``[n, heads * head_dim]`` head by head."""
         heads = values.reshape(len(values), -1, len(self._head))
         return np.ascontiguousarray(heads @ self._head).reshape(values.shape)
-
-    def close(self) -> None:
-        """Close the checkpoint that was rotated."""
-        self._inner.close()
-
-    def __enter__(self) -> RotatedCheckpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import ModelSpec, Source
-from export.sources.checkpoint import Checkpoint, CheckpointText
+from export.sources.checkpoint import Checkpoint, Transformed
 
 Array = NDArray[np.float32]
 _NAME = re.compile(r"model\.(layers\.\d+)\.(.+)")
@@ -37,38 +36,22 @@ _PRODUCERS = {
 }
 
 
-class ScaledCheckpoint:
-    """A `Checkpoint` whose linears see scaled inputs; it computes the same logits.
+class ScaledCheckpoint(Transformed):
+    """A model whose linears see scaled inputs; it computes the same logits.
 
     Args:
-        checkpoint: the float model; stays open as long as this one.
+        checkpoint: the float model; see `Transformed`.
         scales: ``s`` float32 ``[in]`` by layer name (``layers.0.qkv``); a scale of ``o`` must be
             the same for all query heads that share a KV head.
     """
 
     def __init__(self, checkpoint: Checkpoint, scales: Mapping[str, Array]) -> None:
-        self.name = checkpoint.name
-        self._inner = checkpoint
+        super().__init__(checkpoint)
         self._scales = scales
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The decoder's numbers."""
-        return self._inner.spec
-
-    @property
-    def source(self) -> Source:
-        """Of the checkpoint that was scaled."""
-        return self._inner.source
-
-    @property
-    def text(self) -> CheckpointText:
-        """Of the checkpoint that was scaled."""
-        return self._inner.text
-
     def tensor(self, name: str) -> NDArray[Any]:
-        """See `Checkpoint.tensor`; fp32 where a scale applies."""
-        tensor = self._inner.tensor(name)
+        """Read a tensor, fp32 where a scale applies; see `Checkpoint.tensor`."""
+        tensor = super().tensor(name)
         match = _NAME.fullmatch(name)
         if match is None:
             return tensor
@@ -84,13 +67,3 @@ class ScaledCheckpoint:
             model = self.spec  # one scale per KV channel: that of its first query head
             rows = rows.reshape(model.num_kv_heads, -1, model.head_dim)[:, 0].reshape(-1)
         return tensor.astype(np.float32) / (rows[:, None] if tensor.ndim == 2 else rows)
-
-    def close(self) -> None:
-        """Close the checkpoint that was scaled."""
-        self._inner.close()
-
-    def __enter__(self) -> ScaledCheckpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

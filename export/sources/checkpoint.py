@@ -1,111 +1,84 @@
-"""The source of an export: a checkpoint directory, a hub repository or a GGUF file."""
+"""A checkpoint: the float weights of a model by name, as found or transformed on each read."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import ModelSpec, Source
-from edge.errors import CheckpointError, ConfigError
 
-from .checkpoint_text import CheckpointText, read_json, read_text
-from .gguf_source import GgufCheckpoint
-from .hf_directory import HfDirectory
-from .hub import download
-from .model_config import expected_tensors, parse_config
+from .checkpoint_text import CheckpointText
 
-__all__ = ["Checkpoint", "CheckpointText", "expected_tensors", "open_checkpoint"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_Self = TypeVar("_Self", bound="Checkpoint")
 
 
-class Checkpoint(Protocol):
+class Checkpoint(ABC):
     """An open model; a context manager. Weights are read tensor by tensor, never all at once.
 
     Attributes:
         name: the model's short name, e.g. ``DeepSeek-R1-Distill-Qwen-1.5B``.
+        spec: the decoder's numbers.
+        text: tokenizer, chat template and generation defaults.
     """
 
     name: str
+    spec: ModelSpec
+    text: CheckpointText
 
     @property
-    def spec(self) -> ModelSpec:
-        """The decoder's numbers."""
-
-    @property
+    @abstractmethod
     def source(self) -> Source:
         """Where the weights came from; hashes every weight file on first use (seconds per GB)."""
 
-    @property
-    def text(self) -> CheckpointText:
-        """Tokenizer, chat template and generation defaults."""
-
+    @abstractmethod
     def tensor(self, name: str) -> NDArray[Any]:
-        """One tensor under its HF name (`expected_tensors`), ``[out, in]`` for linears.
+        """Read one tensor under its HF name (`model_config.expected_tensors`).
 
         Returns:
-            fp32, fp16 or ``ml_dtypes.bfloat16``: a read-only view of the mapped file where that
-            holds one of these types in HF's order of rows, else a new array (fp32 if dequantized).
+            fp32, fp16 or ``ml_dtypes.bfloat16``, ``[out, in]`` for linears: a read-only view of the
+            mapped file where that holds one of these types in HF's order of rows, else a new array
+            (fp32 if dequantized).
 
         Raises:
-            CheckpointError: the model has no such tensor, or the checkpoint was closed.
+            CheckpointError: the model has no such tensor, the checkpoint was closed, or the type
+                cannot be dequantized.
         """
 
+    @abstractmethod
     def close(self) -> None:
-        """Let go of the files."""
+        """Let go of the files; each stays mapped until the last view of it is gone."""
 
-    def __enter__(self) -> Checkpoint: ...
+    def __enter__(self: _Self) -> _Self:
+        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def open_checkpoint(
-    source: str, *, revision: str | None = None, cache_dir: Path | None = None
-) -> Checkpoint:
-    """Open a model by whatever names it.
+class Transformed(Checkpoint):
+    """Another checkpoint, forwarded whole; a subclass replaces what it changes.
 
     Args:
-        source: an existing directory in Hugging Face's layout, an existing ``.gguf`` file, or a
-            hub id ``owner/name``, in this order.
-        revision: branch, tag or commit of a hub id; None is its default branch.
-        cache_dir: where a hub id is downloaded to; None is the hub's own cache.
-
-    Raises:
-        CheckpointError: no such source, or one that cannot be exported.
-        ConfigError: ``revision`` or ``cache_dir`` with a local source.
-        DependencyError: a library of the extra ``export`` is missing.
+        checkpoint: the original; stays open as long as this one, and is closed with it.
     """
-    path = Path(source)
-    is_gguf = path.suffix.lower() == ".gguf" and path.is_file()
-    if is_gguf or path.is_dir():
-        if revision is not None or cache_dir is not None:
-            option = "--revision" if revision is not None else "--cache-dir"
-            raise ConfigError(f"{option} is for hub ids, but {source} is local; leave it out")
-        return GgufCheckpoint(path) if is_gguf else HfDirectory(path)
-    if path.is_file():
-        raise CheckpointError(
-            f"{source} is a file but no .gguf; give the checkpoint's directory instead"
-        )
-    if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(
-            f"nothing to export at {source!r}: it is no directory, no .gguf file and no hub id "
-            "(owner/name)"
-        )
-    directory, commit = download(source, revision, cache_dir, _check_text)
-    return HfDirectory(directory, hub_id=source, revision=commit)
 
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.original = checkpoint
+        self.name = checkpoint.name
+        self.spec = checkpoint.spec
+        self.text = checkpoint.text
 
-def _check_text(directory: Path) -> None:
-    """Refuse what cannot be exported before gigabytes of it are downloaded."""
-    config = read_json(directory / "config.json")
-    spec = parse_config(config, str(directory / "config.json"))
-    read_text(directory, config, spec.vocab_size)
+    @property
+    def source(self) -> Source:
+        """Where the original's weights came from."""
+        return self.original.source
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """Read a tensor of the original; see `Checkpoint.tensor`."""
+        return self.original.tensor(name)
+
+    def close(self) -> None:
+        """Close the original."""
+        self.original.close()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Source, sha256_file
 from edge.errors import CheckpointError
 
+from .checkpoint import Checkpoint
 from .gguf_file import GgufFile
 from .gguf_tokenizer import read_gguf_text
 from .model_config import check_spec, expected_tensors, yarn_attention_factor
@@ -56,8 +56,8 @@ _UNSUPPORTED_KEYS = (
 )
 
 
-class GgufCheckpoint:
-    """See `checkpoint.Checkpoint`; quantized tensors are dequantized to fp32 one at a time."""
+class GgufCheckpoint(Checkpoint):
+    """A file's weights; quantized tensors are dequantized to fp32 one at a time."""
 
     def __init__(self, path: Path) -> None:
         """Open a file and check that exactly the model's tensors are there.
@@ -71,7 +71,7 @@ class GgufCheckpoint:
         metadata, tensors = self._file.metadata, self._file.tensors
         factors = self._file.tensor(_ROPE_FACTORS) if _ROPE_FACTORS in tensors else None
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.spec: ModelSpec = read_gguf_spec(metadata, shapes, factors, path)
+        self.spec = read_gguf_spec(metadata, shapes, factors, path)
         self._gguf_names = _check_tensors(self.spec, shapes, path)
         self.text = read_gguf_text(metadata, path, self.spec.vocab_size)
         self.name = path.stem
@@ -88,12 +88,7 @@ class GgufCheckpoint:
         )
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """The tensor under its HF name and in HF's order of rows.
-
-        Raises:
-            CheckpointError: the model has no such tensor, the checkpoint was closed, or the type
-                cannot be dequantized.
-        """
+        """Read a tensor under its HF name, in HF's order of rows; see `Checkpoint.tensor`."""
         file = self._open_file()
         if name not in self._gguf_names:
             raise CheckpointError(f"{self._path} has no tensor {name}")
@@ -108,17 +103,6 @@ class GgufCheckpoint:
     def close(self) -> None:
         """Let go of the file; it stays mapped until the last view of it is gone."""
         self._file = None
-
-    def __enter__(self) -> GgufCheckpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open_file(self) -> GgufFile:
         if self._file is None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import ModelSpec, Source, sha256_file
+from edge.bundle.manifest import Source, sha256_file
 from edge.errors import CheckpointError
 
+from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_licence, read_text
 from .model_config import expected_tensors, parse_config
 from .safetensors_file import SafetensorsFile
@@ -24,8 +24,8 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMPARE_BYTES = 1 << 24
 
 
-class HfDirectory:
-    """See `checkpoint.Checkpoint`; tensors are read-only views of the mapped files."""
+class HfDirectory(Checkpoint):
+    """A directory's weights; tensors are read-only views of the mapped files."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class HfDirectory:
         self._revision = revision
         config_path = directory / "config.json"
         config = read_json(config_path)
-        self.spec: ModelSpec = parse_config(config, str(config_path))
+        self.spec = parse_config(config, str(config_path))
         self.text = read_text(directory, config, self.spec.vocab_size, hub_id)
         self.name = (hub_id or directory.resolve().name).rpartition("/")[2]
         self._files, self._owner = _open_weights(directory)
@@ -72,11 +72,7 @@ class HfDirectory:
         )
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """The tensor's view, fp32, fp16 or bfloat16, ``[out, in]`` for linears.
-
-        Raises:
-            CheckpointError: the model has no such tensor, or the checkpoint was closed.
-        """
+        """Return the tensor's view, fp32, fp16 or bfloat16; see `Checkpoint.tensor`."""
         if name not in self._owner:
             raise CheckpointError(f"{self._directory} has no tensor {name}, or it was closed")
         return self._owner[name].tensor(name)
@@ -85,17 +81,6 @@ class HfDirectory:
         """Let go of the files; each stays mapped until the last view of it is gone."""
         self._files = {}
         self._owner = {}
-
-    def __enter__(self) -> HfDirectory:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check_tensors(self) -> None:
         expected = expected_tensors(self.spec)

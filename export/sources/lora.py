@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import Adapter, ModelSpec, Source, sha256_file
 from edge.errors import CheckpointError
 
-from .checkpoint import Checkpoint, CheckpointText
+from .checkpoint import Checkpoint, Transformed
 from .lora_config import ADAPTER_CONFIG, LoraConfig, read_lora_config
 from .model_config import expected_tensors
 from .safetensors_file import SafetensorsFile, TensorEntry
@@ -36,14 +36,14 @@ _WHOLE = (".weight", ".base_layer.weight")
 Array = NDArray[np.float32]
 
 
-class LoraCheckpoint:
-    """A `Checkpoint` with an adapter merged in.
+class LoraCheckpoint(Transformed):
+    """A base model with an adapter merged in.
 
     A tied base is untied where the adapter changes the token table or the lm_head: the adapter was
     trained with one of them as it was.
 
     Args:
-        checkpoint: the base model; stays open as long as this one.
+        checkpoint: the base model; see `Transformed`.
         directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
@@ -51,7 +51,7 @@ class LoraCheckpoint:
     """
 
     def __init__(self, checkpoint: Checkpoint, directory: Path) -> None:
-        self._inner = checkpoint
+        super().__init__(checkpoint)
         config = read_lora_config(directory)
         self._file: SafetensorsFile | None = _open_weights(directory)
         modules = _modules(checkpoint.spec)
@@ -60,40 +60,31 @@ class LoraCheckpoint:
         self._untied = checkpoint.spec.tied_embeddings and not (
             {_EMBEDDINGS, _HEAD}.isdisjoint({*self._low_rank, *self._whole})
         )
-        if self._untied and config.ensure_weight_tying:
-            _check_tying(directory, {*self._low_rank, *self._whole})
+        if self._untied:
+            if config.ensure_weight_tying:
+                _check_tying(directory, {*self._low_rank, *self._whole})
+            self.spec = msgspec.structs.replace(checkpoint.spec, tied_embeddings=False)
         self._adapter = Adapter(name=directory.resolve().name, sha256=_hash(directory))
         self.name = f"{checkpoint.name}+{self._adapter.name}"
 
     @property
-    def spec(self) -> ModelSpec:
-        """The decoder's numbers."""
-        spec = self._inner.spec
-        return msgspec.structs.replace(spec, tied_embeddings=False) if self._untied else spec
-
-    @property
     def source(self) -> Source:
-        """Of the base model, with the adapter's name and hash."""
-        return msgspec.structs.replace(self._inner.source, adapter=self._adapter)
-
-    @property
-    def text(self) -> CheckpointText:
-        """Of the base model."""
-        return self._inner.text
+        """Where the base model came from, with the adapter's name and hash."""
+        return msgspec.structs.replace(super().source, adapter=self._adapter)
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """See `Checkpoint.tensor`; fp32 where the adapter adds to it."""
+        """Read a merged tensor, fp32 where the adapter adds to it; see `Checkpoint.tensor`."""
         if self._file is None:
             raise CheckpointError(f"the adapter {self._adapter.name} was closed")
         module, _, kind = name.rpartition(".")
         if kind != "weight":
-            return self._inner.tensor(name)
+            return super().tensor(name)
         if module in self._whole:
             base = self._file.tensor(self._whole[module])
         elif module == _HEAD and self._untied:
-            base = self._inner.tensor(f"{_EMBEDDINGS}.weight")
+            base = super().tensor(f"{_EMBEDDINGS}.weight")
         else:
-            base = self._inner.tensor(name)
+            base = super().tensor(name)
         if module not in self._low_rank:
             return base
         a, b = (self._file.tensor(part).astype(np.float32) for part in self._low_rank[module])
@@ -104,13 +95,7 @@ class LoraCheckpoint:
     def close(self) -> None:
         """Close the adapter and the base model."""
         self._file = None
-        self._inner.close()
-
-    def __enter__(self) -> LoraCheckpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().close()
 
 
 def _add(base: NDArray[Any], a: Array, b: Array, scaling: np.float32) -> Array:

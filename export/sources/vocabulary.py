@@ -18,12 +18,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import ModelSpec, ReducedVocabulary, Source
+from edge.bundle.manifest import ReducedVocabulary
 from edge.errors import ConfigError, RequestError
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
 
-from .checkpoint import Checkpoint, CheckpointText
+from .checkpoint import Checkpoint, Transformed
+from .checkpoint_text import CheckpointText
 from .documents import CalibrationText, encode_document, read_calibration_text
 from .reduced_tokenizer import BpeTokenizer, ids_of_generation_config, reduce_generation_config
 
@@ -85,11 +86,11 @@ def read_keep_list(path: Path) -> KeepList:
     return KeepList(path.name, hashlib.sha256(data).hexdigest(), ids=frozenset(ids))
 
 
-class ReducedCheckpoint:
-    """A `Checkpoint` with only some of its tokens, renumbered from 0 in their old order.
+class ReducedCheckpoint(Transformed):
+    """A model with only some of its tokens, renumbered from 0 in their old order.
 
     Args:
-        checkpoint: the whole model; stays open as long as this one.
+        checkpoint: the whole model; see `Transformed`.
         path: see `read_keep_list`.
         size: number of tokens to keep, a multiple of `MULTIPLE`: the most frequent ones of the
             text, then the first ones of the vocabulary. None keeps every token of the text or the
@@ -105,8 +106,7 @@ class ReducedCheckpoint:
     """
 
     def __init__(self, checkpoint: Checkpoint, path: Path, size: int | None = None) -> None:
-        self.name = checkpoint.name
-        self._inner = checkpoint
+        super().__init__(checkpoint)
         keep = read_keep_list(path)
         total, text = checkpoint.spec.vocab_size, checkpoint.text
         _check_size(keep, size, total)
@@ -117,9 +117,10 @@ class ReducedCheckpoint:
         wanted = _wanted(keep, documents, bpe.texts.keys() | required, total)
         self.kept = np.array(choose(bpe, required, wanted, size), dtype=np.int64)
         new_ids = {int(old): new for new, old in enumerate(self.kept)}
-        self._text = _reduced_text(text, bpe, new_ids)
-        reduced = Tokenizer.from_bytes(self._text.tokenizer_json, self._text.tokens)
-        after = _encode_all(reduced, self._text, keep)
+        self.text = _reduced_text(text, bpe, new_ids)
+        self.spec = msgspec.structs.replace(checkpoint.spec, vocab_size=len(self.kept))
+        reduced = Tokenizer.from_bytes(self.text.tokenizer_json, self.text.tokens)
+        after = _encode_all(reduced, self.text, keep)
         self.vocabulary = ReducedVocabulary(
             original_size=total,
             size=len(self.kept),
@@ -129,35 +130,10 @@ class ReducedCheckpoint:
             text_tokens=None if after is None else sum(map(len, after)),
         )
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The decoder's numbers, with the reduced vocabulary."""
-        return msgspec.structs.replace(self._inner.spec, vocab_size=len(self.kept))
-
-    @property
-    def source(self) -> Source:
-        """Of the whole model."""
-        return self._inner.source
-
-    @property
-    def text(self) -> CheckpointText:
-        """With every token id renumbered."""
-        return self._text
-
     def tensor(self, name: str) -> NDArray[Any]:
-        """See `Checkpoint.tensor`; the kept rows of the token table and of the lm_head."""
-        tensor = self._inner.tensor(name)
+        """Read a tensor; of the token table and the lm_head, the kept rows."""
+        tensor = super().tensor(name)
         return tensor[self.kept] if name in _TABLES else tensor
-
-    def close(self) -> None:
-        """Close the whole model."""
-        self._inner.close()
-
-    def __enter__(self) -> ReducedCheckpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def choose(

@@ -22,7 +22,7 @@ from export.graph import embedding_table
 from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
 from export.quantize.linear import convert_linear
 from export.quantize.recipe import linear_layers
-from export.sources.checkpoint import open_checkpoint
+from export.sources.opening import open_checkpoint
 from tests import tiny_models
 from tests.conftest import Bundles, Checkpoints
 from tests.parity import Golden, log_sum_exp

@@ -19,8 +19,8 @@ from edge.bundle.update import beside
 from export.graph.data_file import DataFile
 from export.pipeline import ExportConfig, export_checkpoint
 from export.resume import STATE_NAME, CalibrationState, calibration_key
-from export.sources.checkpoint import open_checkpoint
 from export.sources.lora import LoraCheckpoint
+from export.sources.opening import open_checkpoint
 from tests.export.quantize.loud_checkpoint import write_loud_checkpoint
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint

@@ -18,7 +18,7 @@ from edge.bundle.io_spec import TensorSpec
 from edge.bundle.manifest import FloatType, Manifest, read_manifest
 from export.graph.graph_builder import ONNX_TYPE
 from export.quantize.recipe import linear_layers
-from export.sources.checkpoint import open_checkpoint
+from export.sources.opening import open_checkpoint
 from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints
 from tests.tiny_models import KINDS
 

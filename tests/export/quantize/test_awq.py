@@ -12,7 +12,7 @@ from export.quantize.calibration import LayerRunner
 from export.quantize.recipe import Recipe, norm_sources
 from export.quantize.rtn import dequantize_rows, quantize_rows
 from export.quantize.statistics import mean_square
-from export.sources.checkpoint import open_checkpoint
+from export.sources.opening import open_checkpoint
 from tests.conftest import Checkpoints
 from tests.export.quantize.test_gptq import FP16, INT4, correlated, weights
 from tests.parity import Golden

@@ -17,8 +17,9 @@ from edge.text.tokenizer import Tokenizer
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize import calibration
 from export.quantize.calibration import LayerRunner
-from export.sources.checkpoint import Checkpoint, open_checkpoint
+from export.sources.checkpoint import Checkpoint
 from export.sources.documents import calibration_batches, read_calibration_text
+from export.sources.opening import open_checkpoint
 from tests.conftest import Checkpoints
 from tests.parity import Golden
 from tests.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID, KINDS, Kind

@@ -18,7 +18,7 @@ from export.quantize.float_channels import NUM_CHANNELS, loud_channels
 from export.quantize.recipe import linear_layers
 from export.quantize.rtn import dequantize_rows, quantize_rows
 from export.quantize.smoothquant import activation_scale, smoothing_factors
-from export.sources.checkpoint import open_checkpoint
+from export.sources.opening import open_checkpoint
 from tests.export.quantize.loud_checkpoint import LOUD, write_loud_checkpoint
 from tests.export.quantize.test_rotation import float_logits
 

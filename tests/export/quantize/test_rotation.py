@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from export.quantize.calibration import LayerRunner
 from export.quantize.rotation import RotatedCheckpoint, orthogonal_matrix
-from export.sources.checkpoint import Checkpoint, open_checkpoint
+from export.sources.checkpoint import Checkpoint
 from export.sources.model_config import expected_tensors
+from export.sources.opening import open_checkpoint
 from tests.tiny_models import KINDS, Kind, write_checkpoint
 
 

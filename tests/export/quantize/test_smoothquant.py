@@ -13,7 +13,7 @@ from export.quantize.recipe import linear_layers
 from export.quantize.rtn import dequantize_rows, quantize_rows
 from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.quantize.smoothquant import activation_scale, smoothing_factors
-from export.sources.checkpoint import open_checkpoint
+from export.sources.opening import open_checkpoint
 from tests.export.quantize.test_rotation import float_logits
 from tests.tiny_models import KINDS, Kind, write_checkpoint
 
@@ -36,10 +36,8 @@ def test_folding_keeps_the_logits(kind: Kind, tied: bool, tmp_path: Path):
         found = float_logits(ScaledCheckpoint(checkpoint, scales))
         np.testing.assert_allclose(found, wanted, atol=2e-4 * float(np.abs(wanted).max()))
         # The test can fail: one scale that nothing takes back moves the logits.
-        lopsided = ScaledCheckpoint(checkpoint, {**scales, "layers.0.qkv": scales["layers.0.qkv"]})
-        lopsided._inner = ScaledCheckpoint(
-            checkpoint, {"layers.0.o": random.rand(len(shared)).astype(np.float32)}
-        )
+        lone = {"layers.0.o": random.rand(len(shared)).astype(np.float32)}
+        lopsided = ScaledCheckpoint(ScaledCheckpoint(checkpoint, lone), scales)
         assert np.abs(float_logits(lopsided) - wanted).max() > 1e-2 * np.abs(wanted).max()
 
 

@@ -18,7 +18,7 @@ from edge.cli.inspect import inspect
 from edge.errors import ConfigError
 from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
 from export.quantize.rotation import RotatedCheckpoint
-from export.sources.checkpoint import open_checkpoint
+from export.sources.opening import open_checkpoint
 from tests.conftest import require_kernels
 from tests.export.quantize.loud_checkpoint import LOUD, write_loud_checkpoint
 from tests.tiny_models import write_checkpoint

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 from edge.bundle.manifest import RopeSpec, SamplingDefaults, Tokens
 from edge.errors import CheckpointError
 from export.sources import gguf_file
-from export.sources.checkpoint import expected_tensors, open_checkpoint
 from export.sources.gguf_source import derive_llama3
+from export.sources.model_config import expected_tensors
+from export.sources.opening import open_checkpoint
 from tests import tiny_models as tiny
 
 gguf = pytest.importorskip("gguf")

@@ -26,7 +26,7 @@ WORKER = """
 import json, sys
 from pathlib import Path
 from edge.errors import EdgeError
-from export.sources.checkpoint import open_checkpoint
+from export.sources.opening import open_checkpoint
 from edge.bundle.manifest import Source
 import msgspec
 for line in sys.stdin:

@@ -20,9 +20,9 @@ from edge.bundle.manifest import decode_manifest, encode_manifest, read_manifest
 from edge.errors import CheckpointError
 from export.cli import export as export_verb
 from export.pipeline import ExportConfig, export_checkpoint
-from export.sources.checkpoint import open_checkpoint
 from export.sources.lora import LoraCheckpoint
 from export.sources.lora_config import LoraConfig, read_lora_config
+from export.sources.opening import open_checkpoint
 from export.sources.safetensors_file import SafetensorsFile
 from tests.parity import assert_close
 from tests.tiny_adapters import CASES, GOLDEN, golden_ids, peft_logits, write_adapter, write_case

@@ -22,7 +22,8 @@ from edge.text.tokenizer import Tokenizer
 from export.cli import export as export_verb
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources import vocabulary
-from export.sources.checkpoint import Checkpoint, open_checkpoint
+from export.sources.checkpoint import Checkpoint
+from export.sources.opening import open_checkpoint
 from export.sources.reduced_tokenizer import BpeTokenizer, reduce_generation_config
 from export.sources.vocabulary import VOCABULARY_NAME, ReducedCheckpoint, choose, read_keep_list
 from scripts.smollm2 import smollm2_gguf
