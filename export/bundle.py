@@ -63,7 +63,7 @@ class BundleWriter:
 
     Attributes:
         target: where the bundle will be, symbolic links resolved.
-        calibration_directory: for `resume.CalibrationState`.
+        calibration_directory: for `resume.resumable_work`.
     """
 
     def __init__(self, target: Path, *, required_bytes: int, overwrite: bool = False) -> None:

@@ -92,7 +92,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     metavar="FILE",
     help='Text, or JSONL of {"text": ...} or {"messages": [...]}; default: a built-in text.',
 )
-@click.option("--calibration-tokens", type=int, help="At most so many; default 16384.")
+@click.option("--calibration-tokens", type=int, help="At most this many; default 16384.")
 @click.option("--seed", type=int, help="Of the order of the calibration documents; default 0.")
 @click.option(
     "--rotate/--no-rotate",

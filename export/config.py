@@ -32,7 +32,7 @@ class ExportConfig:
         method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated; None is
             `DEFAULT_METHOD`.
         calibration: text or JSONL to calibrate with; None is the built-in text.
-        calibration_tokens: at most so many; None is `calibration.DEFAULT_TOKENS`.
+        calibration_tokens: at most this many; None is `documents.DEFAULT_TOKENS`.
         seed: of the order of the calibration documents; None is 0.
         rotate: rotate the residual stream and the heads' values (`quantize.rotation`); None does
             so for ``int8-w8a8`` only.

@@ -1,13 +1,14 @@
-"""The decoder's four files, layer by layer: both graphs, and the weights that they share.
+"""The decoder's four files: both graphs, and the weights that they share, block by block.
 
 Peak memory is the largest packed layer plus tiles; a calibrated export adds what
-`calibration.LayerRunner` holds.
+`quantize.calibration.LayerRunner` holds, and the GPTQ factors of one decoder layer.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -26,11 +27,13 @@ from .graph.data_file import DataFile, StoredTensor
 from .graph.decoder import DecoderTensors, StoredLinear, build_decoder
 from .graph.graph_builder import ONNX_TYPE
 from .graph.rope import rope_tables
-from .quantize.calibrated import CalibratedLinears
+from .quantize.calibrated import Calibrated
 from .quantize.calibration import LayerRunner
-from .quantize.linear import LinearTensors, RowQuantizer, convert_linear
-from .quantize.recipe import LinearSpec, linear_layers, norm_sources
-from .resume import CalibrationState, calibration_key
+from .quantize.linear import LinearTensors, convert
+from .quantize.plan import Block, Calibrator, LinearPlan, ToNearest, linear_blocks
+from .quantize.recipe import norm_sources
+from .quantize.scaled_checkpoint import ScaledCheckpoint
+from .resume import Finished, Work, calibration_key, fresh_work, resumable_work
 from .sources.checkpoint import Checkpoint
 from .sources.documents import DEFAULT_TOKENS, SEQ_LEN, calibration_batches, read_calibration_text
 
@@ -46,49 +49,41 @@ _NUMPY_TYPE: dict[str, np.dtype[np.generic]] = {
 }
 
 
-class DecoderFiles:
-    """Quantizes and stores a model's layers.
+@dataclass(frozen=True)
+class WrittenDecoder:
+    """What the manifest says of the decoder's files.
 
-    Args:
+    Attributes:
+        graphs: their names.
+        linears: how every linear is stored, by name.
+        calibration: what a calibrated export saw; None without calibration.
+        peaks: largest activations of a calibrated export, by name.
+    """
+
+    graphs: Graphs
+    linears: Mapping[str, LinearInfo]
+    calibration: Calibration | None
+    peaks: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class DecoderFiles:
+    """Plans, converts and stores a model's linears, and writes the graphs that read them.
+
+    Attributes:
         config: the recipe and the form of the graph.
         checkpoint: what is quantized.
         schemes: of every linear.
         positions: rows of the RoPE tables.
         progress: told the weights done (``quantize``) and, in a calibrated export, the sequences
             that passed a layer (``calibrate``).
-
-    Attributes:
-        calibration: what a calibrated export saw; None before `write` and without calibration.
-        peaks: largest activations of a calibrated export, by name.
-        input_scales: of the W8A8 linears, by name.
-        float_channels: of those of them that this export calibrated and that have any, by name.
     """
 
-    def __init__(
-        self,
-        config: ExportConfig,
-        checkpoint: Checkpoint,
-        schemes: Mapping[str, TensorScheme],
-        positions: int,
-        progress: Progress,
-    ) -> None:
-        self.calibration: Calibration | None = None
-        self.peaks: dict[str, float] = {}
-        self.input_scales: dict[str, float] = {}
-        self.float_channels: dict[str, tuple[int, ...]] = {}
-        self._config = config
-        self._checkpoint = checkpoint
-        self._model = checkpoint.spec
-        self._schemes = schemes
-        self._positions = positions
-        self._progress = progress
-        self._float_types: tuple[FloatType, FloatType] = (config.float_type, "fp32")
-        self._layers = linear_layers(self._model)
-        self._weights_done = 0
-        self._weights_total = sum(layer.shape[0] * layer.shape[1] for layer in self._layers)
-        self._runner: LayerRunner | None = None
-        self._rounding: Iterable[tuple[LinearSpec, RowQuantizer | None]]
-        self._rounding = ((layer, None) for layer in self._layers)
+    config: ExportConfig
+    checkpoint: Checkpoint
+    schemes: Mapping[str, TensorScheme]
+    positions: int
+    progress: Progress
 
     @property
     def is_calibrated(self) -> bool:
@@ -97,14 +92,14 @@ class DecoderFiles:
         Raises:
             ConfigError: a method that no layer takes.
         """
-        kinds = {scheme.kind for scheme in self._schemes.values()}
-        if self._config.method not in (None, "rtn") and "int4" not in kinds:
+        kinds = {scheme.kind for scheme in self.schemes.values()}
+        if self.config.method not in (None, "rtn") and "int4" not in kinds:
             raise ConfigError(
-                f"--method {self._config.method} has no effect: no layer is INT4; leave it out"
+                f"--method {self.config.method} has no effect: no layer is INT4; leave it out"
             )
-        return (self._config.rounding != "rtn" and "int4" in kinds) or "w8a8" in kinds
+        return (self.config.rounding != "rtn" and "int4" in kinds) or "w8a8" in kinds
 
-    def write(self, writer: BundleWriter, kv_capacity: int) -> tuple[Graphs, dict[str, LinearInfo]]:
+    def write(self, writer: BundleWriter, kv_capacity: int) -> WrittenDecoder:
         """Write all four files; a calibrated export goes on where the last one was interrupted.
 
         Raises:
@@ -114,169 +109,181 @@ class DecoderFiles:
         graphs = Graphs()
         names = (graphs.decoder, graphs.cpu)
         targets = [writer.path(f"{name}.data") for name in names]
-        ids = self._calibration_ids()
-        if ids is None:
-            state = CalibrationState(None, 2)
+        calibration = None
+        if self.is_calibrated:
+            ids, calibration = self._calibration_text()
+            key = calibration_key(self.config, self.checkpoint, ids)
+            with resumable_work(writer.calibration_directory, key, targets) as work:
+                runner = LayerRunner(self.checkpoint, ids, self.progress)
+                runner.report(work.finished.blocks * len(ids))
+                finished, tensors = self._write_data(self._calibrated(runner), work)
         else:
-            key = calibration_key(self._config, self._checkpoint, ids)
-            state = CalibrationState.open(writer.calibration_directory, key, 2)
-        with state, contextlib.ExitStack() as stack:
-            if ids is not None:
-                self._calibrate(ids, state)
-            files = [stack.enter_context(state.data_file(target)) for target in targets]
-            self._write_linears(files, state)
-            norms = [self._norms(*pair) for pair in zip(files, self._float_types, strict=True)]
-            ropes = [self._rope(*pair) for pair in zip(files, self._float_types, strict=True)]
-        state.finish(targets)
-        for i, float_type in enumerate(self._float_types):
-            tensors = DecoderTensors(state.linears[i], norms[i], *ropes[i])
+            with fresh_work(targets) as work:
+                finished, tensors = self._write_data(self._to_nearest(), work)
+        for name, float_type, each in zip(names, self._float_types, tensors, strict=True):
             proto = build_decoder(
-                self._model, self._config.dialect, float_type, tensors, kv_capacity
+                self.checkpoint.spec, self.config.dialect, float_type, each, kv_capacity
             )
-            writer.write_bytes(names[i], proto.SerializeToString())
-        return graphs, state.infos
+            writer.write_bytes(name, proto.SerializeToString())
+        return WrittenDecoder(graphs, finished.infos, calibration, finished.peaks)
 
-    def _calibration_ids(self) -> NDArray[np.int64] | None:
-        """The tokens to calibrate with, or None for a recipe that needs none."""
-        if not self.is_calibrated:
-            return None
-        content = self._checkpoint.text
-        text = read_calibration_text(self._config.calibration)
-        seq_len = min(SEQ_LEN, self._positions)
+    @property
+    def _float_types(self) -> tuple[FloatType, FloatType]:
+        """The float type of each graph."""
+        return (self.config.float_type, "fp32")
+
+    def _calibration_text(self) -> tuple[NDArray[np.int64], Calibration]:
+        """Read the tokens to calibrate with, and describe them for the manifest."""
+        content = self.checkpoint.text
+        text = read_calibration_text(self.config.calibration)
+        seq_len = min(SEQ_LEN, self.positions)
         template = content.chat_template
-        seed = self._config.seed or 0
+        seed = self.config.seed or 0
         ids = calibration_batches(
             Tokenizer.from_bytes(content.tokenizer_json, content.tokens),
             None if template is None else ChatTemplate(template, content.tokens),
             text,
-            self._config.calibration_tokens or DEFAULT_TOKENS,
+            self.config.calibration_tokens or DEFAULT_TOKENS,
             seq_len,
             seed,
         )
-        self.calibration = Calibration(
+        return ids, Calibration(
             text=text.name, sha256=text.sha256, num_tokens=ids.size, seq_len=seq_len, seed=seed
         )
-        return ids
 
-    def _calibrate(self, ids: NDArray[np.int64], state: CalibrationState) -> None:
-        """Round as the activations say, from the first layer that is not done yet."""
-        runner = LayerRunner(self._checkpoint, ids, self._progress, state.finished, state.hidden)
-        runner.peaks.update(state.peaks)
-        linears = CalibratedLinears(
-            runner,
-            self._schemes,
-            self._config.rounding,
-            _NUMPY_TYPE[self._config.float_type],
-            state.factors,
+    def _calibrated(self, runner: LayerRunner) -> Calibrator:
+        scale_type = _NUMPY_TYPE[self.config.float_type]
+        return Calibrated(runner, self.schemes, self.config.rounding, self.config.clip, scale_type)
+
+    def _to_nearest(self) -> Calibrator:
+        scale_type = _NUMPY_TYPE[self.config.float_type]
+        return ToNearest(self.checkpoint, self.schemes, self.config.clip, scale_type)
+
+    def _write_data(
+        self, calibrator: Calibrator, work: Work
+    ) -> tuple[Finished, list[DecoderTensors]]:
+        """Write both data files; returns what came of the linears, and each graph's tensors."""
+        outputs = [_Output(*pair) for pair in zip(work.files, self._float_types, strict=True)]
+        finished = self._write_linears(calibrator, work, outputs)
+        folded = ScaledCheckpoint(self.checkpoint, finished.factors)
+        tensors = []
+        for i, output in enumerate(outputs):
+            linears = {name: stored[i] for name, stored in finished.linears.items()}
+            norms = _store_norms(folded, output)
+            tensors.append(DecoderTensors(linears, norms, *self._store_rope(output)))
+        return finished, tensors
+
+    def _write_linears(
+        self, calibrator: Calibrator, work: Work, outputs: Sequence[_Output]
+    ) -> Finished:
+        """Plan, convert and store every block that is not finished yet."""
+        finished = work.finished
+        every = linear_blocks(self.checkpoint.spec)
+        total = sum(math.prod(layer.shape) for block in every for layer in block.linears)
+        done = sum(math.prod(info.shape) for info in finished.infos.values())
+
+        def count(weights: int) -> None:
+            nonlocal done
+            done += weights
+            self.progress("quantize", done, total, "weights")
+
+        count(0)
+        for block in every[finished.blocks :]:
+            finished = self._write_block(block, calibrator, finished, outputs, count)
+            if block is not every[-1]:
+                work.save(finished)
+        return finished
+
+    def _write_block(
+        self,
+        block: Block,
+        calibrator: Calibrator,
+        finished: Finished,
+        outputs: Sequence[_Output],
+        count: Callable[[int], None],
+    ) -> Finished:
+        plan = calibrator.plan(block, finished.hidden)
+        linears, infos = {}, {}
+        for linear in plan.linears:
+            tensors = convert(linear, _NUMPY_TYPE[self.config.float_type], count)
+            stored = _store_linear(linear, tensors, outputs)
+            linears[linear.layer.name] = stored
+            infos[linear.layer.name] = _linear_info(linear, stored[0])
+        return finished.after(plan, linears, infos)
+
+    def _store_rope(self, output: _Output) -> tuple[StoredTensor, StoredTensor]:
+        model = self.checkpoint.spec
+        cos, sin = rope_tables(model.rope, model.head_dim, self.positions)
+        return output.add("rope.cos_table", cos), output.add("rope.sin_table", sin)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The data file of one graph and the type of its floats."""
+
+    file: DataFile
+    float_type: FloatType
+
+    def add(self, name: str, values: NDArray[np.floating]) -> StoredTensor:
+        """Store floats in the graph's type.
+
+        Raises:
+            CheckpointError: a value that is not finite, or that the type cannot hold.
+        """
+        data = _to_float(values, name, self.float_type)
+        return self.file.add(name, ONNX_TYPE[self.float_type], values.shape, data)
+
+    def add_any(self, name: str, values: NDArray[np.floating] | None) -> StoredTensor | None:
+        """Store floats that may be missing."""
+        return None if values is None else self.add(name, values)
+
+
+def _store_linear(
+    plan: LinearPlan, tensors: LinearTensors, outputs: Sequence[_Output]
+) -> list[StoredLinear]:
+    """Store the weights once, and scales and bias in the type of each graph.
+
+    Returns:
+        The linear as each graph reads it; the graph for the CPU casts weights that are float.
+    """
+    name = plan.layer.name
+    main = outputs[0]
+    weight_type = _INT_TYPE.get(plan.scheme.kind, ONNX_TYPE[main.float_type])
+    weight = main.file.add(f"{name}.weight", weight_type, plan.layer.shape, tensors.weight)
+    float_weight = main.add_any(f"{name}.float_weight", tensors.float_weight)
+    grid = None if plan.input_scale is None else np.array(plan.input_scale, dtype=np.float32)
+    return [
+        StoredLinear(
+            plan.scheme,
+            weight,
+            output.add_any(f"{name}.scale", tensors.scale),
+            output.add_any(f"{name}.bias", tensors.bias),
+            output.add_any(f"{name}.input_scale", grid),
+            plan.float_channels,
+            float_weight,
         )
-        linears.input_scales.update(state.input_scales)
-        self.peaks, self.input_scales = runner.peaks, linears.input_scales
-        self.float_channels = linears.float_channels
-        self._runner, self._rounding = runner, linears
-        self._checkpoint = linears.checkpoint
-
-    def _write_linears(self, files: list[DataFile], state: CalibrationState) -> None:
-        self._weights_done = sum(info.shape[0] * info.shape[1] for info in state.infos.values())
-        self._report()
-        for layer, quantize in self._rounding:
-            stored = self._store(layer, self._convert(layer, quantize), files)
-            for target, linear in zip(state.linears, stored, strict=True):
-                target[layer.name] = linear
-            parts = (stored[0].weight, stored[0].scale, stored[0].float_weight)
-            state.infos[layer.name] = LinearInfo(
-                scheme=self._schemes[layer.name],
-                shape=layer.shape,
-                num_bytes=sum(part.num_bytes for part in parts if part is not None),
-                activation_scale=self.input_scales.get(layer.name),
-                float_channels=stored[0].float_channels,
-            )
-            if self._runner is not None and layer.name.endswith(".down"):
-                state.save(self._runner.hidden, self.peaks, self.input_scales, files)
-
-    def _report(self) -> None:
-        self._progress("quantize", self._weights_done, self._weights_total, "weights")
-
-    def _convert(self, layer: LinearSpec, quantize: RowQuantizer | None) -> LinearTensors:
-        def count(done: int) -> None:
-            self._weights_done += done
-            self._report()
-
-        return convert_linear(
-            [self._checkpoint.tensor(name) for name in layer.weights],
-            layer.weights,
-            self._schemes[layer.name],
-            self._config.clip,
-            _NUMPY_TYPE[self._config.float_type],
-            count,
-            quantize,
-            self.float_channels.get(layer.name, ()),
-        )
-
-    def _store(
-        self, layer: LinearSpec, tensors: LinearTensors, files: list[DataFile]
-    ) -> list[StoredLinear]:
-        """Store the weight once and its scale and bias in the type of each graph."""
-        scheme = self._schemes[layer.name]
-        weight_type = _INT_TYPE.get(scheme.kind, ONNX_TYPE[self._config.float_type])
-        weight = files[0].add(f"{layer.name}.weight", weight_type, layer.shape, tensors.weight)
-        channels = self.float_channels.get(layer.name, ())
-        float_weight = self._float_weight(layer, channels, files[0]) if channels else None
-        bias = None
-        if layer.biases:
-            parts = [self._checkpoint.tensor(name).astype(np.float32) for name in layer.biases]
-            bias = np.concatenate(parts)
-        result = []
-        for file, float_type in zip(files, self._float_types, strict=True):
-            scale = (
-                None
-                if tensors.scale is None
-                else _add_floats(file, f"{layer.name}.scale", tensors.scale, float_type)
-            )
-            stored_bias = (
-                None if bias is None else _add_floats(file, f"{layer.name}.bias", bias, float_type)
-            )
-            input_scale = None
-            if scheme.kind == "w8a8":
-                values = np.array(self.input_scales[layer.name], dtype=np.float32)
-                input_scale = _add_floats(file, f"{layer.name}.input_scale", values, float_type)
-            result.append(
-                StoredLinear(
-                    scheme, weight, scale, stored_bias, input_scale, channels, float_weight
-                )
-            )
-        return result
-
-    def _float_weight(
-        self, layer: LinearSpec, channels: tuple[int, ...], file: DataFile
-    ) -> StoredTensor:
-        """Store ``[channels, out]`` once; the FP32 twin casts it."""
-        parts = [self._checkpoint.tensor(name)[:, list(channels)] for name in layer.weights]
-        values = np.concatenate([part.astype(np.float32) for part in parts]).T
-        return _add_floats(file, f"{layer.name}.float_weight", values, self._config.float_type)
-
-    def _norms(self, file: DataFile, float_type: FloatType) -> dict[str, StoredTensor]:
-        return {
-            name: _add_floats(
-                file,
-                f"{name}.weight",
-                self._checkpoint.tensor(source).astype(np.float32),
-                float_type,
-            )
-            for name, source in norm_sources(self._model).items()
-        }
-
-    def _rope(self, file: DataFile, float_type: FloatType) -> tuple[StoredTensor, StoredTensor]:
-        cos, sin = rope_tables(self._model.rope, self._model.head_dim, self._positions)
-        return (
-            _add_floats(file, "rope.cos_table", cos, float_type),
-            _add_floats(file, "rope.sin_table", sin, float_type),
-        )
+        for output in outputs
+    ]
 
 
-def _add_floats(
-    file: DataFile, name: str, values: NDArray[np.floating], float_type: FloatType
-) -> StoredTensor:
-    return file.add(name, ONNX_TYPE[float_type], values.shape, _to_float(values, name, float_type))
+def _linear_info(plan: LinearPlan, stored: StoredLinear) -> LinearInfo:
+    """Describe a linear for the manifest; its bytes are those of the engine's graph."""
+    parts = (stored.weight, stored.scale, stored.float_weight)
+    return LinearInfo(
+        scheme=plan.scheme,
+        shape=plan.layer.shape,
+        num_bytes=sum(part.num_bytes for part in parts if part is not None),
+        activation_scale=plan.input_scale,
+        float_channels=plan.float_channels,
+    )
+
+
+def _store_norms(folded: Checkpoint, output: _Output) -> dict[str, StoredTensor]:
+    """Store the RMSNorm weights, factors of the linears after them folded in."""
+    return {
+        name: output.add(f"{name}.weight", folded.tensor(source).astype(np.float32))
+        for name, source in norm_sources(folded.spec).items()
+    }
 
 
 def _to_float(values: NDArray[np.generic], name: str, float_type: FloatType) -> NDArray[np.generic]:

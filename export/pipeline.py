@@ -15,8 +15,6 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import (
     SCHEMA_VERSION,
     Dialect,
-    Graphs,
-    LinearInfo,
     Manifest,
     ModelSpec,
     Quantization,
@@ -30,7 +28,7 @@ from edge.text.chat_template import template_reasons
 
 from .bundle import BundleWriter
 from .config import ExportConfig as ExportConfig
-from .decoder_files import DecoderFiles
+from .decoder_files import DecoderFiles, WrittenDecoder
 from .estimate import describe_s, export_s
 from .graph.embedding_table import EmbeddingType, embedding_tensors
 from .graph.safetensors_writer import write_safetensors
@@ -153,10 +151,10 @@ class _Export:
             self.config.output, required_bytes=required, overwrite=self.config.overwrite
         ) as writer:
             self.announce(self._expectation())
-            graphs, linears = self.decoder.write(writer, self.kv_capacity)
+            decoder = self.decoder.write(writer, self.kv_capacity)
             self.write_embeddings(writer.path(io_spec.EMBEDDINGS_NAME))
             self.write_text(writer)
-            manifest = self.manifest(graphs, linears)
+            manifest = self.manifest(decoder)
             if self.config.verify:
                 manifest = self.verify(writer, manifest)
             elif self.config.report and self.quantized:
@@ -239,8 +237,9 @@ class _Export:
         generation = json.dumps(text.generation_config, indent=2, ensure_ascii=False)
         writer.write_bytes("generation_config.json", generation.encode())
 
-    def manifest(self, graphs: Graphs, linears: dict[str, LinearInfo]) -> Manifest:
-        peaks = self.decoder.peaks
+    def manifest(self, decoder: WrittenDecoder) -> Manifest:
+        linears = dict(decoder.linears)
+        peaks = dict(decoder.peaks)
         int4 = any(scheme.kind == "int4" for scheme in self.schemes.values())
         method = self.config.rounding if int4 else "rtn"
         return Manifest(
@@ -258,15 +257,15 @@ class _Export:
                 method=method if self.quantized else "none",
                 clip=self.config.clip if self.quantized else "none",
                 linears=linears,
-                calibration=self.decoder.calibration,
-                smoothed=bool(self.decoder.input_scales),
+                calibration=decoder.calibration,
+                smoothed=any(info.activation_scale is not None for info in linears.values()),
                 rotated=bool(self.config.rotate),
                 embeddings=self.config.embeddings,
             ),
             sampling=self.checkpoint.text.sampling,
             tokens=self.checkpoint.text.tokens,
             source=self.checkpoint.source,
-            graphs=graphs,
+            graphs=decoder.graphs,
             files={},
             quality={"activation_peaks": peaks} if peaks else None,
             vocabulary=None if self.reduced is None else self.reduced.vocabulary,

@@ -1,6 +1,6 @@
 """What a calibrated export has finished, kept beside the target so that the next one goes on there.
 
-In ``.r1.edge-llm-calibration`` lie the weights' data files as far as they are written,
+``.r1.edge-llm-calibration`` holds the weights' data files as far as they are written,
 ``layer-N.npz`` (the hidden states after N layers, and the factors folded into the weights) and
 ``state.json``, which is replaced when a layer is done. All of it is bound to a key: the hash of
 whatever decides a byte of the data files up to there.
@@ -15,9 +15,9 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 import msgspec
 import numpy as np
@@ -28,9 +28,10 @@ from edge.bundle.manifest import LinearInfo
 from edge.bundle.update import fsync, write_durably
 
 from .config import ExportConfig
-from .graph.data_file import DataFile
+from .graph.data_file import DataFile, open_data_file
 from .graph.decoder import StoredLinear
 from .quantize.calibration import runtime_version
+from .quantize.plan import BlockPlan
 from .sources.checkpoint import Checkpoint
 
 STATE_NAME = "state.json"
@@ -64,160 +65,190 @@ class _Stored(msgspec.Struct, forbid_unknown_fields=True):
     key: str
     finished: int
     lengths: dict[str, int]
-    linears: list[dict[str, StoredLinear]]
+    linears: dict[str, list[StoredLinear]]
     infos: dict[str, LinearInfo]
     peaks: dict[str, str]
-    input_scales: dict[str, str]
 
 
-class CalibrationState:
-    """Layers that are done. A context manager: an exception inside it tells where the rest lies.
-
-    Args:
-        directory: where it is kept; None keeps nothing (an export without calibration).
-        num_graphs: graphs of the bundle.
-        key: see `calibration_key`.
+@dataclass(frozen=True)
+class Finished:
+    """What came of the blocks that are planned, converted and stored.
 
     Attributes:
-        finished: decoder layers that are done.
-        linears: of the finished layers, for each graph.
-        infos: of the finished layers.
-        hidden: after the finished layers, float32 ``[sequences, seq_len, hidden]``.
-        factors: folded into the weights, by linear.
-        peaks, input_scales: of the finished layers.
+        blocks: how many of `quantize.plan.linear_blocks`.
+        linears: by name, as each graph reads it.
+        infos: by name, for the manifest.
+        factors: of all plans, by linear.
+        peaks: of all plans, by value.
+        hidden: after the last of these blocks; None before the first and without calibration.
     """
 
-    def __init__(self, directory: Path | None, num_graphs: int, key: str = "") -> None:
-        self._directory = directory
-        self._key = key
-        self.finished = 0
-        self._lengths: dict[str, int] = {}
-        self.linears: list[dict[str, StoredLinear]] = [{} for _ in range(num_graphs)]
-        self.infos: dict[str, LinearInfo] = {}
-        self.hidden: Array | None = None
-        self.factors: dict[str, Array] = {}
-        self.peaks: dict[str, float] = {}
-        self.input_scales: dict[str, float] = {}
+    blocks: int = 0
+    linears: Mapping[str, list[StoredLinear]] = field(default_factory=dict)
+    infos: Mapping[str, LinearInfo] = field(default_factory=dict)
+    factors: Mapping[str, Array] = field(default_factory=dict)
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    hidden: Array | None = None
 
-    @classmethod
-    def open(cls, directory: Path, key: str, num_graphs: int) -> CalibrationState:
-        """Read what is there, or begin anew if there is nothing of this key or it is damaged."""
-        state = cls(directory, num_graphs, key)
-        if (directory / STATE_NAME).is_file():
-            try:
-                state._read(directory)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                _log.warning("beginning the calibration again: %s (%s)", directory, error)
-                state = cls(directory, num_graphs, key)
-            else:
-                _log.warning(
-                    "going on with an interrupted calibration: %d layers are done", state.finished
-                )
-                return state
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(directory)
-        directory.mkdir()
-        return state
-
-    def data_file(self, target: Path) -> DataFile:
-        """Open a data file behind the finished layers; `finish` moves it to ``target``."""
-        if self._directory is None:
-            return DataFile(target)
-        return DataFile(self._directory / target.name, self._lengths.get(target.name))
-
-    def save(
+    def after(
         self,
-        hidden: Array | None,
-        peaks: dict[str, float],
-        input_scales: dict[str, float],
-        files: list[DataFile],
-    ) -> None:
-        """Count one more layer as done; when this returns, a power cut does not take it back.
-
-        Args:
-            hidden: float32 ``[sequences, seq_len, hidden]``, after the layer.
-            peaks: of all layers so far.
-            input_scales: of all layers so far.
-            files: the data files, with everything of the layer in them.
-        """
-        assert self._directory is not None
-        assert hidden is not None
-        self.finished += 1
-        lengths = {file.path.name: file.sync() for file in files}
-        arrays = {f"factors.{name}": values for name, values in self.factors.items()}
-        with (self._directory / _arrays_name(self.finished)).open("wb") as file:
-            np.savez(file, hidden=hidden, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        stored = _Stored(
-            key=self._key,
-            finished=self.finished,
-            lengths=lengths,
-            linears=self.linears,
-            infos=self.infos,
-            peaks={name: value.hex() for name, value in peaks.items()},
-            input_scales={name: value.hex() for name, value in input_scales.items()},
+        plan: BlockPlan,
+        linears: Mapping[str, list[StoredLinear]],
+        infos: Mapping[str, LinearInfo],
+    ) -> Finished:
+        """Add one more block: its plan, and its linears as they were stored."""
+        return Finished(
+            self.blocks + 1,
+            {**self.linears, **linears},
+            {**self.infos, **infos},
+            {**self.factors, **plan.factors},
+            {**self.peaks, **plan.peaks},
+            plan.hidden,
         )
-        temp = self._directory / f"{STATE_NAME}.tmp"
-        write_durably(temp, msgspec.json.encode(stored))
-        temp.replace(self._directory / STATE_NAME)
-        fsync(self._directory)
-        (self._directory / _arrays_name(self.finished - 1)).unlink(missing_ok=True)
 
-    def finish(self, targets: Sequence[Path]) -> None:
-        """Move the closed data files to where they belong and forget the rest."""
-        if self._directory is None:
-            return
-        # First, so that a kill between the two moves is no state with half of its files.
-        (self._directory / STATE_NAME).unlink(missing_ok=True)
-        for target in targets:
-            (self._directory / target.name).replace(target)
-        shutil.rmtree(self._directory)
 
-    def __enter__(self) -> CalibrationState:
-        return self
+@dataclass(frozen=True)
+class Work:
+    """What an export writes its weights to, and where it begins.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._directory is None or kind is None:
-            return
-        if self.finished == 0:
-            shutil.rmtree(self._directory)
+    Attributes:
+        files: one for each graph, open after the finished blocks.
+        finished: by an earlier export that was interrupted; nothing for a new one.
+        save: called with everything finished so far, after each decoder layer.
+    """
+
+    files: list[DataFile]
+    finished: Finished
+    save: Callable[[Finished], None]
+
+
+@contextlib.contextmanager
+def fresh_work(targets: Sequence[Path]) -> Iterator[Work]:
+    """Write data files in place and keep nothing of an export that fails."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open_data_file(target)) for target in targets]
+        yield Work(files, Finished(), _keep_nothing)
+
+
+@contextlib.contextmanager
+def resumable_work(directory: Path, key: str, targets: Sequence[Path]) -> Iterator[Work]:
+    """Write data files in a directory and move them to their targets when the block ends.
+
+    An exception leaves the decoder layers that are done there, and a warning tells where; the next
+    export goes on after them. What is there begins anew if it is of another key or damaged.
+
+    Args:
+        directory: where all is kept until then.
+        key: see `calibration_key`.
+        targets: of the data files.
+    """
+    finished, lengths = _read_or_begin(directory, key)
+    saved = finished.blocks
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [
+                stack.enter_context(
+                    open_data_file(directory / target.name, lengths.get(target.name))
+                )
+                for target in targets
+            ]
+
+            def save(now: Finished) -> None:
+                nonlocal saved
+                _save(directory, key, now, files)
+                saved = now.blocks
+
+            yield Work(files, finished, save)
+    except BaseException:
+        _leave(directory, saved)
+        raise
+    _move(directory, targets)
+
+
+def _keep_nothing(finished: Finished) -> None:
+    """Save nothing: an export without calibration is soon done again."""
+
+
+def _read_or_begin(directory: Path, key: str) -> tuple[Finished, Mapping[str, int]]:
+    """Read what is finished and how long the data files were then, or clear the directory."""
+    if (directory / STATE_NAME).is_file():
+        try:
+            finished, lengths = _read(directory, key)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            _log.warning("beginning the calibration again: %s (%s)", directory, error)
         else:
             _log.warning(
-                "%d calibrated layers are kept in %s: the same export goes on there; delete it "
-                "otherwise",
-                self.finished,
-                self._directory,
+                "going on with an interrupted calibration: %d layers are done", finished.blocks
             )
+            return finished, lengths
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(directory)
+    directory.mkdir()
+    return Finished(), {}
 
-    def _read(self, directory: Path) -> None:
-        stored = msgspec.json.decode((directory / STATE_NAME).read_bytes(), type=_Stored)
-        if stored.key != self._key:
-            raise ValueError("it is of another model, recipe or text")
-        # Opened here: np.load leaves a file open that is no archive.
-        with (directory / _arrays_name(stored.finished)).open("rb") as file:
-            arrays = np.load(file, allow_pickle=False)
-            self.hidden = arrays["hidden"]
-            self.factors = {
-                name.removeprefix("factors."): arrays[name]
-                for name in arrays.files
-                if name != "hidden"
-            }
-        for name, length in stored.lengths.items():
-            if (directory / name).stat().st_size < length:
-                raise ValueError(f"{name} is shorter than it was")
-        self.finished = stored.finished
-        self._lengths = stored.lengths
-        self.linears, self.infos = stored.linears, stored.infos
-        self.peaks = {name: float.fromhex(value) for name, value in stored.peaks.items()}
-        self.input_scales = {
-            name: float.fromhex(value) for name, value in stored.input_scales.items()
+
+def _read(directory: Path, key: str) -> tuple[Finished, Mapping[str, int]]:
+    stored = msgspec.json.decode((directory / STATE_NAME).read_bytes(), type=_Stored)
+    if stored.key != key:
+        raise ValueError("it is of another model, recipe or text")
+    # Opened here: np.load leaves a file open that is no archive.
+    with (directory / _arrays_name(stored.finished)).open("rb") as file:
+        arrays = np.load(file, allow_pickle=False)
+        hidden = arrays["hidden"]
+        factors = {
+            name.removeprefix("factors."): arrays[name] for name in arrays.files if name != "hidden"
         }
+    for name, length in stored.lengths.items():
+        if (directory / name).stat().st_size < length:
+            raise ValueError(f"{name} is shorter than it was")
+    peaks = {name: float.fromhex(value) for name, value in stored.peaks.items()}
+    finished = Finished(stored.finished, stored.linears, stored.infos, factors, peaks, hidden)
+    return finished, stored.lengths
+
+
+def _save(directory: Path, key: str, finished: Finished, files: Sequence[DataFile]) -> None:
+    """Replace the state; when this returns, a power cut does not take it back."""
+    assert finished.hidden is not None
+    lengths = {file.path.name: file.sync() for file in files}
+    arrays = {f"factors.{name}": values for name, values in finished.factors.items()}
+    with (directory / _arrays_name(finished.blocks)).open("wb") as file:
+        np.savez(file, hidden=finished.hidden, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    stored = _Stored(
+        key=key,
+        finished=finished.blocks,
+        lengths=lengths,
+        linears=dict(finished.linears),
+        infos=dict(finished.infos),
+        peaks={name: value.hex() for name, value in finished.peaks.items()},
+    )
+    temp = directory / f"{STATE_NAME}.tmp"
+    write_durably(temp, msgspec.json.encode(stored))
+    temp.replace(directory / STATE_NAME)
+    fsync(directory)
+    (directory / _arrays_name(finished.blocks - 1)).unlink(missing_ok=True)
+
+
+def _leave(directory: Path, saved: int) -> None:
+    """Leave what an export that fails has saved, or nothing."""
+    if saved == 0:
+        shutil.rmtree(directory)
+        return
+    _log.warning(
+        "%d calibrated layers are kept in %s: the same export goes on there; delete it otherwise",
+        saved,
+        directory,
+    )
+
+
+def _move(directory: Path, targets: Sequence[Path]) -> None:
+    """Move the closed data files to where they belong and forget the rest."""
+    # First, so that a kill between the two moves is no state with half of its files.
+    (directory / STATE_NAME).unlink(missing_ok=True)
+    for target in targets:
+        (directory / target.name).replace(target)
+    shutil.rmtree(directory)
 
 
 def _arrays_name(finished: int) -> str:

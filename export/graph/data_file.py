@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -17,7 +18,7 @@ _ALIGNMENT = 4096
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie.
+    """Where a tensor's bytes are.
 
     Attributes:
         name: initializer name.
@@ -35,20 +36,27 @@ class StoredTensor:
     num_bytes: int
 
 
-class DataFile:
-    """Appends aligned tensors to one file; a context manager.
+@contextlib.contextmanager
+def open_data_file(path: Path, length: int | None = None) -> Iterator[DataFile]:
+    """Open a data file, to be closed when the block ends.
 
     Args:
         path: the file.
-        length: go on behind so many bytes of a file that is there; None begins it.
+        length: go on after this many bytes of a file that is there; None begins it.
     """
-
-    def __init__(self, path: Path, length: int | None = None) -> None:
-        self.path = path
-        self._file: BinaryIO = path.open("wb" if length is None else "r+b")
+    with path.open("wb" if length is None else "r+b") as file:
         if length is not None:
-            self._file.truncate(length)
-            self._file.seek(length)
+            file.truncate(length)
+            file.seek(length)
+        yield DataFile(path, file)
+
+
+class DataFile:
+    """Appends aligned tensors to one open file; see `open_data_file`."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self._file = file
 
     def sync(self) -> int:
         """Make what was added last; returns the file's length in bytes."""
@@ -66,14 +74,3 @@ class DataFile:
         contiguous = np.ascontiguousarray(data)
         self._file.write(contiguous.view(np.uint8).data)
         return StoredTensor(name, onnx_type, dims, self.path.name, offset, contiguous.nbytes)
-
-    def __enter__(self) -> DataFile:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._file.close()

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -53,23 +52,23 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What one decoder layer's linears see, for every calibration token.
+    """What one decoder layer's linears, or the lm_head, see of every calibration token.
 
     Attributes:
-        index: of the layer; -1 for what follows the last one.
         inputs: float32 ``[tokens, width]`` by the linear's last name: ``qkv``, ``o``, ``gate_up``
             and ``down``, or ``lm_head``. Tokens are in the order of the batches, row by row.
-        peaks: largest magnitude of each value that an fp16 graph would hold, by its name.
+        peaks: largest magnitude of each value that an fp16 graph would hold, by its full name,
+            e.g. ``layers.3.gated``.
+        hidden: after the layer, before any final norm, float32 ``[sequences, seq_len, hidden]``.
     """
 
-    index: int
     inputs: dict[str, Array]
     peaks: dict[str, float]
+    hidden: Array
 
 
-@dataclass
 class LayerRunner:
-    """Iterates over the decoder layers and, last, the input of the lm_head.
+    """Runs the float model over a text, one decoder layer a call.
 
     The activations are those of the float model: feeding each layer what the quantized layers
     before it put out was tried and gained nothing.
@@ -78,78 +77,70 @@ class LayerRunner:
         checkpoint: its weights are used as fp32.
         ids: token ids int64 ``[sequences, seq_len]``.
         progress: told the sequences that passed a layer (``calibrate``), counted over all layers.
-        first: layer to begin with.
-        start: hidden states before that layer, float32 ``[sequences, seq_len, hidden]``; they are
-            overwritten. None for the first layer.
-
-    Attributes:
-        hidden: after the layer that was handed out last, as ``start``; None before.
-        peaks: all layers' so far, by full name (``layers.3.down``).
     """
 
-    checkpoint: Checkpoint
-    ids: NDArray[np.int64]
-    progress: Progress = silent
-    first: int = 0
-    start: Array | None = None
-    hidden: Array | None = field(default=None, init=False)
-    peaks: dict[str, float] = field(default_factory=dict, init=False)
-
-    def __iter__(self) -> Iterator[LayerActivations]:
-        model = self.checkpoint.spec
-        graph = _LayerGraph(model)
-        session = _layer_session(graph)
-        tables = rope_tables(model.rope, model.head_dim, self.ids.shape[1])
-        rope = {
+    def __init__(
+        self, checkpoint: Checkpoint, ids: NDArray[np.int64], progress: Progress = silent
+    ) -> None:
+        self.checkpoint = checkpoint
+        self._ids = ids
+        self._progress = progress
+        model = checkpoint.spec
+        self._graph = _LayerGraph(model)
+        self._session = _layer_session(self._graph)
+        tables = rope_tables(model.rope, model.head_dim, ids.shape[1])
+        self._rope = {
             f"rope.{part}_table": table.astype(np.float32)
             for part, table in zip(_ROPE, tables, strict=True)
         }
-        hidden = self.start
-        if hidden is None:
-            table = self.checkpoint.tensor("model.embed_tokens.weight")
-            hidden = np.stack([table[row].astype(np.float32) for row in self.ids])
-            self._check("embeddings", float(np.abs(hidden).max()))
-        self.hidden = hidden
-        self._report(self.first * len(hidden))
-        for i in range(self.first, model.num_layers):
-            weights = rope | graph.weights(self.checkpoint, i)
-            activations = self._run(session, graph, weights, hidden, i)
-            del weights
-            yield activations
-        norm = self.checkpoint.tensor("model.norm.weight").astype(np.float32)
-        for row in hidden:
-            row *= norm / np.sqrt(
-                np.mean(np.square(row), axis=-1, keepdims=True) + np.float32(model.rms_norm_eps)
-            )
-        last = hidden.reshape(-1, model.hidden_size)
-        peak = float(np.abs(last).max())
-        self._check("final_norm", peak)
-        yield LayerActivations(-1, {"lm_head": last}, {"final_norm": peak})
 
-    def _run(
-        self,
-        session: Any,
-        graph: _LayerGraph,
-        weights: dict[str, Array],
-        hidden: Array,
-        index: int,
-    ) -> LayerActivations:
-        """Run all sequences through one layer; ``hidden`` becomes the layer's output."""
+    def run(self, index: int, hidden: Array | None) -> LayerActivations:
+        """Run all sequences through a decoder layer, or through the norm before the lm_head.
+
+        Args:
+            index: of the layer; the number of layers for what follows the last one.
+            hidden: `LayerActivations.hidden` of the layer before; None for the first layer, which
+                begins with the tokens' embeddings.
+        """
+        embedded: dict[str, float] = {}
+        if hidden is None:
+            hidden = self._embed()
+            embedded = {"embeddings": float(np.abs(hidden).max())}
+        last = index == self.checkpoint.spec.num_layers
+        seen = self._final_norm(hidden) if last else self._layer(index, hidden)
+        seen = replace(seen, peaks=embedded | seen.peaks)
+        for name, peak in seen.peaks.items():
+            _check_peak(name, peak)
+        return seen
+
+    def report(self, done: int) -> None:
+        """Tell the progress how many sequences passed a layer so far, over all layers."""
+        total = self.checkpoint.spec.num_layers * len(self._ids)
+        self._progress("calibrate", done, total, "sequences through a layer")
+
+    def _embed(self) -> Array:
+        table = self.checkpoint.tensor("model.embed_tokens.weight")
+        return np.stack([table[row].astype(np.float32) for row in self._ids])
+
+    def _layer(self, index: int, hidden: Array) -> LayerActivations:
         count, seq_len, _ = hidden.shape
+        weights = self._rope | self._graph.weights(self.checkpoint, index)
         positions = np.arange(seq_len, dtype=np.int64)[None]
         inputs: dict[str, Array] = {}
         peaks: dict[str, float] = {}
+        after = np.empty_like(hidden)
         for at in range(count):
             feed = {
                 **weights,
                 io_spec.INPUTS_EMBEDS: hidden[at : at + 1],
                 io_spec.POSITION_IDS: positions,
             }
-            values = session.run(list(graph.outputs), feed)
-            for name, value in zip(graph.outputs.values(), values, strict=True):
+            values = self._session.run(list(self._graph.outputs), feed)
+            for name, value in zip(self._graph.outputs.values(), values, strict=True):
                 kind, _, short = name.partition(" ")
                 if kind == "peak":
-                    peaks[short] = max(peaks.get(short, 0.0), float(value))
+                    full = f"layers.{index}.{short}"
+                    peaks[full] = max(peaks.get(full, 0.0), float(value))
                 elif kind == "input":
                     if short not in inputs:
                         inputs[short] = np.empty(
@@ -157,25 +148,29 @@ class LayerRunner:
                         )
                     inputs[short][at * seq_len : (at + 1) * seq_len] = value[0]
                 else:
-                    hidden[at] = value[0]
-            self._report(index * count + at + 1)
-        for short, peak in peaks.items():
-            self._check(f"layers.{index}.{short}", peak)
-        return LayerActivations(index, inputs, peaks)
+                    after[at] = value[0]
+            self.report(index * count + at + 1)
+        return LayerActivations(inputs, peaks, after)
 
-    def _report(self, done: int) -> None:
-        total = self.checkpoint.spec.num_layers * len(self.ids)
-        self.progress("calibrate", done, total, "sequences through a layer")
+    def _final_norm(self, hidden: Array) -> LayerActivations:
+        eps = np.float32(self.checkpoint.spec.rms_norm_eps)
+        norm = self.checkpoint.tensor("model.norm.weight").astype(np.float32)
+        normed = np.empty_like(hidden)
+        for row, result in zip(hidden, normed, strict=True):
+            size = np.sqrt(np.mean(np.square(row), axis=-1, keepdims=True) + eps)
+            np.multiply(row, norm / size, out=result)
+        x = normed.reshape(-1, normed.shape[-1])
+        return LayerActivations({"lm_head": x}, {"final_norm": float(np.abs(x).max())}, hidden)
 
-    def _check(self, name: str, peak: float) -> None:
-        self.peaks[name] = peak
-        if not peak < _FP16_NEAR:
-            _log.warning(
-                "%s reaches %.4g in calibration, FP16 ends at %.0f; export with --dtype bf16",
-                name,
-                peak,
-                FP16_MAX,
-            )
+
+def _check_peak(name: str, peak: float) -> None:
+    if not peak < _FP16_NEAR:
+        _log.warning(
+            "%s reaches %.4g in calibration, FP16 ends at %.0f; export with --dtype bf16",
+            name,
+            peak,
+            FP16_MAX,
+        )
 
 
 class _FedGraph(GraphBuilder):

@@ -16,8 +16,9 @@ from edge.bundle.manifest import TensorScheme
 from .rtn import QuantizedRows, integer_range, quantize_rows
 
 Array = NDArray[np.float32]
+_TILE_ELEMENTS = 1 << 22  # each tile takes all columns: more rows, better matrix products
 _BLOCK = 64
-_ROWS = 1024  # a block of columns of so many rows stays in the CPU's cache
+_ROWS = 1024  # a block of columns of this many rows stays in the CPU's cache
 _TRIANGLE = 128
 
 
@@ -35,6 +36,20 @@ class GptqFactor:
     order: NDArray[np.int64]
     upper: Array
     importance: Array
+
+
+@dataclass(frozen=True)
+class GptqRows:
+    """A `rtn.RowQuantizer` by GPTQ; its attributes are arguments of `gptq_rows`."""
+
+    scheme: TensorScheme
+    factor: GptqFactor
+    scale_type: np.dtype[np.generic]
+    tile_elements: int = _TILE_ELEMENTS
+
+    def __call__(self, rows: Array) -> QuantizedRows:
+        """Round rows; see `rtn.RowQuantizer`."""
+        return gptq_rows(rows, self.scheme, self.factor, self.scale_type)
 
 
 def gptq_factor(moments: Array, damping: float = 0.05) -> GptqFactor:

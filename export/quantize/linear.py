@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +17,10 @@ from edge.bundle.manifest import TensorScheme
 from edge.errors import CheckpointError
 
 from .packing import pack_int4
-from .rtn import QuantizedRows, quantize_rows
+from .plan import LinearPlan
+from .rtn import TILE_ELEMENTS, RowQuantizer
 
-# Elements of a tile: 1 MiB of float32, so a tile and its temporaries stay near the L2 cache.
-_TILE_ELEMENTS = 1 << 18
-_WIDE_TILE_ELEMENTS = 1 << 22
 _THREADS = 2
-
-RowQuantizer = Callable[[NDArray[np.float32]], QuantizedRows]
-"""Quantizes float32 ``[rows, in]``, any number of rows at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +30,49 @@ class LinearTensors:
     Attributes:
         weight: float16/bfloat16 ``[in, out]``, int8 ``[in, out]``, or packed int4 bytes.
         scale: float32 ``[groups, out]``, or ``[out]`` with one scale per channel; None for float.
+        bias: float32 ``[out]``, or None.
+        float_weight: float32 ``[channels, out]`` of the float channels, or None if there are none.
     """
 
     weight: NDArray[np.generic]
     scale: NDArray[np.float32] | None
+    bias: NDArray[np.float32] | None = None
+    float_weight: NDArray[np.float32] | None = None
+
+
+def convert(
+    plan: LinearPlan, float_type: np.dtype[np.generic], progress: Callable[[int], None]
+) -> LinearTensors:
+    """Read a linear's weights and biases and convert them as planned.
+
+    Args:
+        plan: what to read and how to round.
+        float_type: the graph's float type.
+        progress: called with the number of weights done.
+
+    Raises:
+        CheckpointError: a weight is not finite, or too large for the graph's float type.
+    """
+    layer, channels = plan.layer, list(plan.float_channels)
+    parts = [plan.checkpoint.tensor(name) for name in layer.weights]
+    tensors = convert_linear(
+        parts, layer.weights, plan.scheme, plan.quantize, float_type, progress, channels
+    )
+    bias = float_weight = None
+    if layer.biases:
+        bias = _stack([plan.checkpoint.tensor(name) for name in layer.biases])
+    if channels:
+        float_weight = _stack([part[:, channels] for part in parts]).T
+    return replace(tensors, bias=bias, float_weight=float_weight)
 
 
 def convert_linear(
     parts: Sequence[NDArray[np.generic]],
     names: Sequence[str],
     scheme: TensorScheme,
-    clip: Literal["absmax", "mse"],
+    quantize: RowQuantizer | None,
     float_type: np.dtype[np.generic],
     progress: Callable[[int], None],
-    quantize: RowQuantizer | None = None,
     zeroed: Sequence[int] = (),
 ) -> LinearTensors:
     """Stack ``[out, in]`` parts, transpose to ``[in, out]`` and store them as the scheme says.
@@ -58,11 +81,13 @@ def convert_linear(
         parts: matrices of any float type, usually memory-mapped.
         names: their checkpoint names, for errors.
         scheme: how to store them.
-        clip: see `rtn.quantize_rows`.
+        quantize: how to round a tile of rows; None for a scheme of float weights.
         float_type: the graph's float type.
         progress: called with the number of weights done.
-        quantize: how to round a tile of rows; None rounds to nearest with ``clip``.
         zeroed: input channels whose weights are stored as zero.
+
+    Returns:
+        The weight and its scale.
 
     Raises:
         CheckpointError: a weight is not finite, or too large for the graph's float type.
@@ -81,18 +106,15 @@ def convert_linear(
     if scheme.kind != "float":
         scale = np.empty((width // size, out), dtype=np.float32)
 
-    def convert(tile: _Tile) -> int:
+    def convert_tile(tile: _Tile) -> int:
         rows = parts[tile.part][tile.start : tile.stop].astype(np.float32)
         _check_range(rows, names[tile.part], float_type)
         rows[:, list(zeroed)] = 0
         first, last = tile.column, tile.column + len(rows)
-        if scale is None:
+        if scale is None or quantize is None:
             weight[:, first:last] = rows.T.astype(float_type)
             return rows.size
-        if quantize is None:
-            result = quantize_rows(rows, scheme, clip, float_type)
-        else:
-            result = quantize(rows)
+        result = quantize(rows)
         scale[:, first:last] = result.scales.T
         if weight.dtype == np.uint8:
             columns = np.ascontiguousarray(result.values.T)
@@ -101,16 +123,19 @@ def convert_linear(
             weight[:, first:last] = result.values.T
         return rows.size
 
-    # A calibrated method works through all columns of a tile: more rows, better matrix products.
-    elements = _TILE_ELEMENTS if quantize is None else _WIDE_TILE_ELEMENTS
+    elements = TILE_ELEMENTS if quantize is None else quantize.tile_elements
     with ThreadPoolExecutor(_THREADS) as pool:
-        for count in pool.map(convert, _tiles([len(part) for part in parts], width, elements)):
+        for count in pool.map(convert_tile, _tiles([len(part) for part in parts], width, elements)):
             progress(count)
     if scheme.kind == "int4" and weight.dtype == np.int8:
         weight = pack_int4(weight.astype(np.int8, copy=False))
     if scale is not None and scheme.group_size == 0:
         scale = scale[0]
     return LinearTensors(weight, scale)
+
+
+def _stack(parts: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
+    return np.concatenate([part.astype(np.float32) for part in parts])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ are computed with the scale as stored, so rounding the scale costs nothing twice
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ from edge.bundle.manifest import TensorScheme
 # Fractions of the absmax scale that the MSE search tries; below 0.6 nothing ever wins on
 # bell-shaped weights. 0.875 is the scale that uses -8 for the largest INT4 weight.
 _MSE_FRACTIONS = (1.0, 0.96, 0.92, 0.875, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6)
+
+
+TILE_ELEMENTS = 1 << 18
+"""Weights of a tile: 1 MiB of float32, so that it and its temporaries stay near the L2 cache."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,34 @@ class QuantizedRows:
 
     values: NDArray[np.int8]
     scales: NDArray[np.float32]
+
+
+class RowQuantizer(Protocol):
+    """Rounds rows of a weight matrix."""
+
+    @property
+    def tile_elements(self) -> int:
+        """How many weights it should get at a time."""
+        ...
+
+    def __call__(self, rows: NDArray[np.float32]) -> QuantizedRows:
+        """Round finite float32 ``[rows, in]``, any number of rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class NearestRows:
+    """A `RowQuantizer` that rounds to nearest; its attributes are arguments of `quantize_rows`."""
+
+    scheme: TensorScheme
+    clip: Literal["absmax", "mse"]
+    scale_type: np.dtype[np.generic]
+    importance: NDArray[np.float32] | None = None
+    tile_elements: int = TILE_ELEMENTS
+
+    def __call__(self, rows: NDArray[np.float32]) -> QuantizedRows:
+        """Round rows; see `RowQuantizer`."""
+        return quantize_rows(rows, self.scheme, self.clip, self.scale_type, self.importance)
 
 
 def quantize_rows(

@@ -21,6 +21,7 @@ from edge.errors import CheckpointError, ConfigError
 from export.graph import embedding_table
 from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
 from export.quantize.linear import convert_linear
+from export.quantize.plan import nearest_rows
 from export.quantize.recipe import linear_layers
 from export.sources.opening import open_checkpoint
 from tests import tiny_models
@@ -353,11 +354,11 @@ def test_a_large_layer_is_streamed(kind: Any, packed_bytes: int):
     rows = np.random.RandomState(0).normal(0, 0.02, (1024, LM_HEAD[1])).astype(ml_dtypes.bfloat16)
     weight = np.broadcast_to(rows, (64, *rows.shape)).reshape(LM_HEAD)
     scheme = TensorScheme(kind=kind, group_size=0 if kind == "float" else 128)
+    fp16 = np.dtype(np.float16)
+    quantize = nearest_rows(scheme, "mse", fp16)
     tracemalloc.start()
     try:
-        convert_linear(
-            [weight], ["lm_head.weight"], scheme, "mse", np.dtype(np.float16), lambda _: None
-        )
+        convert_linear([weight], ["lm_head.weight"], scheme, quantize, fp16, lambda _: None)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

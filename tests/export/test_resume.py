@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge.bundle.manifest import Manifest, read_manifest
+from edge.bundle.manifest import LinearInfo, Manifest, TensorScheme, read_manifest
 from edge.bundle.update import beside
-from export.graph.data_file import DataFile
+from export.graph.data_file import StoredTensor
+from export.graph.decoder import StoredLinear
 from export.pipeline import ExportConfig, export_checkpoint
-from export.resume import STATE_NAME, CalibrationState, calibration_key
+from export.resume import STATE_NAME, Finished, Work, calibration_key, resumable_work
 from export.sources.lora import LoraCheckpoint
 from export.sources.opening import open_checkpoint
 from tests.export.quantize.loud_checkpoint import write_loud_checkpoint
@@ -34,6 +37,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 CALIBRATION: dict[str, Any] = {"calibration_tokens": 512, "kv_capacity": 64}
 FAST = {**CALIBRATION, **RECIPES["int8-w8a8"]}
+W8A8 = TensorScheme(kind="w8a8")
+WEIGHT = StoredTensor("w", 3, (4, 4), "x.data", 0, 16)
+STORED = StoredLinear(W8A8, WEIGHT, WEIGHT, None, WEIGHT, (1, 3), WEIGHT)
+INFO = LinearInfo(scheme=W8A8, shape=(4, 4), num_bytes=16, activation_scale=1e-300)
 
 
 @pytest.fixture(scope="module")
@@ -280,22 +287,50 @@ def run_and_kill(source: Path, target: Path, arguments: list[str], layer: int) -
         return process.returncode != 0
 
 
+@contextlib.contextmanager
+def interrupted_work(folder: Path, key: str, targets: list[Path]) -> Iterator[Work]:
+    """Work that is interrupted when the block ends."""
+    with contextlib.suppress(KeyboardInterrupt), resumable_work(folder, key, targets) as work:
+        yield work
+        raise KeyboardInterrupt
+
+
 def test_the_state_keeps_every_number(tmp_path: Path):
     """Infinities too: an overflow in calibration is a finding, not a broken file."""
-    folder = tmp_path / "work"
-    hidden = np.ones((1, 2, 4), np.float32)
-    peaks = {"a": float("inf"), "b": 0.1, "c": float("nan")}
-    state = CalibrationState.open(folder, "key", 2)
-    state.factors["layers.0.o"] = np.arange(4, dtype=np.float32)
-    with DataFile(folder / "x.data") as file:
-        file.add("w", 1, (4,), np.arange(4, dtype=np.float32))
-        state.save(hidden, peaks, {"d": 1e-300}, [file])
-    again = CalibrationState.open(folder, "key", 2)
-    assert again.finished == 1
-    assert repr(again.peaks) == repr(peaks)
-    assert again.input_scales == {"d": 1e-300}
-    np.testing.assert_array_equal(again.factors["layers.0.o"], np.arange(4))
+    folder, targets = tmp_path / "work", [tmp_path / "x.data"]
+    finished = Finished(
+        blocks=1,
+        linears={"layers.0.o": [STORED, STORED]},
+        infos={"layers.0.o": INFO},
+        factors={"layers.0.o": np.arange(4, dtype=np.float32)},
+        peaks={"a": float("inf"), "b": 0.1, "c": float("nan")},
+        hidden=np.ones((1, 2, 4), np.float32),
+    )
+    with interrupted_work(folder, "key", targets) as work:
+        assert work.finished == Finished()
+        work.files[0].add("w", 1, (4,), np.arange(4, dtype=np.float32))
+        work.save(finished)
+        work.files[0].add("half a layer", 1, (4,), np.arange(4, dtype=np.float32))
+    with interrupted_work(folder, "key", targets) as work:
+        again = work.finished
+    assert (again.blocks, again.linears, again.infos) == (1, finished.linears, finished.infos)
+    assert repr(again.peaks) == repr(finished.peaks)
     assert again.hidden is not None
-    np.testing.assert_array_equal(again.hidden, hidden)
-    assert CalibrationState.open(folder, "another key", 2).finished == 0
-    assert not list(folder.iterdir())
+    np.testing.assert_array_equal(again.factors["layers.0.o"], np.arange(4))
+    np.testing.assert_array_equal(again.hidden, np.ones((1, 2, 4)))
+    assert not targets[0].exists()
+    with resumable_work(folder, "key", targets) as work:
+        assert work.finished.blocks == 1
+    assert targets[0].read_bytes() == np.arange(4, dtype=np.float32).tobytes()
+    assert not folder.exists()
+
+
+def test_a_state_of_another_key_is_swept(tmp_path: Path):
+    folder, targets = tmp_path / "work", [tmp_path / "x.data"]
+    finished = Finished(blocks=1, hidden=np.ones((1, 2, 4), np.float32))
+    with interrupted_work(folder, "key", targets) as work:
+        work.save(finished)
+    with interrupted_work(folder, "another", targets) as work:
+        assert work.finished == Finished()
+        assert [path.name for path in folder.iterdir()] == ["x.data"]
+    assert not folder.exists()

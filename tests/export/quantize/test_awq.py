@@ -7,13 +7,15 @@ import pytest
 from numpy.typing import NDArray
 
 from export.quantize.awq import awq_factors
-from export.quantize.calibrated import CalibratedLinears, shared_channels
+from export.quantize.calibrated import Calibrated, shared_channels
 from export.quantize.calibration import LayerRunner
 from export.quantize.recipe import Recipe, norm_sources
 from export.quantize.rtn import dequantize_rows, quantize_rows
+from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.quantize.statistics import mean_square
 from export.sources.opening import open_checkpoint
 from tests.conftest import Checkpoints
+from tests.export.quantize.layers import all_factors, plan_blocks, run_layers
 from tests.export.quantize.test_gptq import FP16, INT4, correlated, weights
 from tests.parity import Golden
 from tests.tiny_models import KINDS, Kind
@@ -104,13 +106,20 @@ def test_the_folded_model_computes_the_same(kind: Kind, tiny_checkpoints: Checkp
     ids = Golden.load(kind).ids[None, :64]
     with open_checkpoint(str(tiny_checkpoints(kind))) as checkpoint:
         schemes = Recipe("int4", group_size=32).schemes(checkpoint.spec)
-        linears = CalibratedLinears(LayerRunner(checkpoint, ids), schemes, "awq", FP16)
-        names = [layer.name for layer, quantize in linears if quantize is not None]
-        assert names == [name for name, scheme in schemes.items() if scheme.kind == "int4"]
-        *_, expected = LayerRunner(checkpoint, ids)
-        *_, found = LayerRunner(linears.checkpoint, ids)
+        plans = plan_blocks(Calibrated(LayerRunner(checkpoint, ids), schemes, "awq", "mse", FP16))
+        assert [plan.layer.name for block in plans for plan in block.linears] == list(schemes)
+        factors = all_factors(plans)
+        assert list(factors) == [name for name, scheme in schemes.items() if scheme.kind == "int4"]
+        folded = ScaledCheckpoint(checkpoint, factors)
+        expected = run_layers(checkpoint, ids)[-1]
+        found = run_layers(folded, ids)[-1]
         source = norm_sources(checkpoint.spec)["layers.0.input_norm"]
-        changed = linears.checkpoint.tensor(source) / checkpoint.tensor(source).astype(np.float32)
+        changed = folded.tensor(source) / checkpoint.tensor(source).astype(np.float32)
+        # A plan reads its weights with every factor of its block.
+        for block in plans[:-1]:
+            for plan in block.linears:
+                for name in plan.layer.weights + plan.layer.biases:
+                    np.testing.assert_array_equal(plan.checkpoint.tensor(name), folded.tensor(name))
     assert changed.max() / changed.min() > 1.1  # something was folded
     scale = np.abs(expected.inputs["lm_head"]).max()
     difference = np.abs(found.inputs["lm_head"] - expected.inputs["lm_head"]).max()

@@ -16,11 +16,11 @@ from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize import calibration
-from export.quantize.calibration import LayerRunner
 from export.sources.checkpoint import Checkpoint
 from export.sources.documents import calibration_batches, read_calibration_text
 from export.sources.opening import open_checkpoint
 from tests.conftest import Checkpoints
+from tests.export.quantize.layers import run_layers
 from tests.parity import Golden
 from tests.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID, KINDS, Kind
 
@@ -43,28 +43,28 @@ def test_taps_are_those_of_the_whole_float_model(kind: Kind, tiny_checkpoints: C
     golden = Golden.load(kind)
     with open_checkpoint(str(tiny_checkpoints(kind))) as checkpoint:
         spec = checkpoint.spec
-        runner = LayerRunner(checkpoint, golden.ids[None, :-1])
         table = checkpoint.tensor("model.embed_tokens.weight").astype(np.float64)
         hidden = table[golden.ids[:-1]]
-        *layers, last = list(runner)
-        assert [layer.index for layer in layers] == list(range(spec.num_layers))
-        for layer in layers:
+        *layers, last = run_layers(checkpoint, golden.ids[None, :-1])
+        for i, layer in enumerate(layers):
             x = layer.inputs
-            block = f"model.layers.{layer.index}"
+            block = f"model.layers.{i}"
             for short, norm in (("qkv", "input"), ("gate_up", "post_attention")):
                 weight = checkpoint.tensor(f"{block}.{norm}_layernorm.weight")
                 expected = rms_norm(hidden, weight, spec.rms_norm_eps)
                 np.testing.assert_allclose(x[short], expected, rtol=1e-4, atol=1e-5)
                 if short == "qkv":
-                    hidden = hidden + x["o"] @ fused(checkpoint, layer.index, "self_attn.o").T
-            gate = x["gate_up"] @ fused(checkpoint, layer.index, "mlp.gate").T
-            up = x["gate_up"] @ fused(checkpoint, layer.index, "mlp.up").T
+                    hidden = hidden + x["o"] @ fused(checkpoint, i, "self_attn.o").T
+            gate = x["gate_up"] @ fused(checkpoint, i, "mlp.gate").T
+            up = x["gate_up"] @ fused(checkpoint, i, "mlp.up").T
             np.testing.assert_allclose(
                 x["down"], gate / (1 + np.exp(-gate)) * up, rtol=1e-3, atol=1e-5
             )
-            assert layer.peaks["gated"] == np.abs(x["down"]).max()
-            hidden = hidden + x["down"] @ fused(checkpoint, layer.index, "mlp.down").T
-            assert layer.peaks["mlp_residual"] == pytest.approx(np.abs(hidden).max(), rel=1e-4)
+            assert layer.peaks[f"layers.{i}.gated"] == np.abs(x["down"]).max()
+            hidden = hidden + x["down"] @ fused(checkpoint, i, "mlp.down").T
+            peak = layer.peaks[f"layers.{i}.mlp_residual"]
+            assert peak == np.abs(layer.hidden).max()
+            assert peak == pytest.approx(np.abs(hidden).max(), rel=1e-4)
         head = table if spec.tied_embeddings else checkpoint.tensor("lm_head.weight")
         logits = last.inputs["lm_head"] @ head.astype(np.float32).T
     np.testing.assert_allclose(logits, golden.logits, atol=1e-3)
@@ -73,8 +73,8 @@ def test_taps_are_those_of_the_whole_float_model(kind: Kind, tiny_checkpoints: C
 def test_sequences_do_not_see_each_other(tiny_checkpoints: Checkpoints):
     ids = Golden.load("qwen2").ids[:64].reshape(2, 32)
     with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
-        both = [layer.inputs for layer in LayerRunner(checkpoint, ids)]
-        second = [layer.inputs for layer in LayerRunner(checkpoint, ids[1:])]
+        both = [layer.inputs for layer in run_layers(checkpoint, ids)]
+        second = [layer.inputs for layer in run_layers(checkpoint, ids[1:])]
     for one, other in zip(both, second, strict=True):
         for name, values in other.items():
             np.testing.assert_allclose(one[name][32:], values, rtol=1e-5, atol=1e-6)
@@ -85,13 +85,13 @@ def test_a_value_near_the_end_of_fp16_is_named(
 ):
     ids = Golden.load("qwen2").ids[None, :32]
     with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
-        runner = LayerRunner(checkpoint, ids)
         with caplog.at_level(logging.WARNING):
-            list(runner)
+            layers = run_layers(checkpoint, ids)
         assert not caplog.records
-        largest = max(runner.peaks, key=lambda name: runner.peaks[name])
-        monkeypatch.setattr(calibration, "_FP16_NEAR", runner.peaks[largest])
-        list(runner)
+        peaks = {name: peak for layer in layers for name, peak in layer.peaks.items()}
+        largest = max(peaks, key=lambda name: peaks[name])
+        monkeypatch.setattr(calibration, "_FP16_NEAR", peaks[largest])
+        run_layers(checkpoint, ids)
     assert [record.args[0] for record in caplog.records if record.args] == [largest]  # type: ignore[index]
     assert "--dtype bf16" in caplog.text
 

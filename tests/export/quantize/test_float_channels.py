@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
-from export.quantize.calibrated import CalibratedLinears
+from export.quantize.calibrated import Calibrated
 from export.quantize.calibration import LayerRunner
 from export.quantize.float_channels import NUM_CHANNELS, loud_channels
 from export.quantize.recipe import linear_layers
 from export.quantize.rtn import dequantize_rows, quantize_rows
+from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.quantize.smoothquant import activation_scale, smoothing_factors
 from export.sources.opening import open_checkpoint
+from tests.export.quantize.layers import all_factors, plan_blocks
 from tests.export.quantize.loud_checkpoint import LOUD, write_loud_checkpoint
 from tests.export.quantize.test_rotation import float_logits
 
@@ -97,16 +99,16 @@ def test_factors_stay_exact_and_tame(
     with open_checkpoint(str(path)) as checkpoint:
         schemes = {layer.name: W8A8 for layer in linear_layers(checkpoint.spec)}
         ids = np.random.RandomState(3).randint(1, 200, (2, 64))
-        factors: dict[str, Array] = {}
-        runner = LayerRunner(checkpoint, ids)
-        linears = CalibratedLinears(runner, schemes, "rtn", FP16, factors)
-        for _ in linears:
-            pass
-        channels = list(linears.float_channels[f"layers.1.{short}"])
+        plans = plan_blocks(Calibrated(LayerRunner(checkpoint, ids), schemes, "rtn", "mse", FP16))
+        factors = all_factors(plans)
+        found_channels = {
+            plan.layer.name: plan.float_channels for block in plans for plan in block.linears
+        }
+        channels = list(found_channels[f"layers.1.{short}"])
         if short == "down":
             assert set(LOUD) < set(channels)
         assert (factors[f"layers.1.{short}"][channels] == 1).all()
         assert all(each.min() > 1e-3 and each.max() < 1e3 for each in factors.values())
         wanted = float_logits(checkpoint)
-        found_logits = float_logits(linears.checkpoint)
+        found_logits = float_logits(ScaledCheckpoint(checkpoint, factors))
     np.testing.assert_allclose(found_logits, wanted, atol=2e-4 * float(np.abs(wanted).max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 from unittest import mock
 
@@ -19,7 +20,8 @@ from edge.errors import CheckpointError
 from export.quantize import linear
 from export.quantize.linear import LinearTensors, convert_linear
 from export.quantize.packing import pack_int4, unpack_int4
-from export.quantize.rtn import dequantize_rows, quantize_rows
+from export.quantize.plan import nearest_rows
+from export.quantize.rtn import TILE_ELEMENTS, dequantize_rows, quantize_rows
 
 FP16: np.dtype[Any] = np.dtype(np.float16)
 BF16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
@@ -42,10 +44,16 @@ def convert(
     scheme: TensorScheme,
     clip: Literal["absmax", "mse"] = "mse",
     float_type: np.dtype[Any] = FP16,
+    tile_elements: int = TILE_ELEMENTS,
 ) -> tuple[LinearTensors, list[int]]:
     counts: list[int] = []
     names = [f"part{i}.weight" for i in range(len(parts))]
-    return convert_linear(parts, names, scheme, clip, float_type, counts.append), counts
+    quantize = nearest_rows(scheme, clip, float_type)
+    if quantize is not None:
+        quantize = replace(quantize, tile_elements=tile_elements)
+    with mock.patch.object(linear, "TILE_ELEMENTS", tile_elements):
+        tensors = convert_linear(parts, names, scheme, quantize, float_type, counts.append)
+    return tensors, counts
 
 
 @settings(deadline=None, max_examples=100)
@@ -68,8 +76,7 @@ def test_streamed_equals_direct(
     tile_rows: int,
 ):
     parts = make_parts(lengths, width, source)
-    with mock.patch.object(linear, "_TILE_ELEMENTS", tile_rows * width):
-        streamed, counts = convert(parts, scheme, clip, float_type)
+    streamed, counts = convert(parts, scheme, clip, float_type, tile_rows * width)
     whole = np.concatenate([part.astype(np.float32) for part in parts])
     assert sum(counts) == whole.size
     if scheme.kind == "float":
@@ -93,11 +100,12 @@ def test_zeroed_channels_take_no_part_in_a_scale():
     parts = make_parts([6, 4], 64, np.dtype(np.float32))
     parts[0][2, 7] = parts[1][3, 50] = 100.0
     scheme, names = TensorScheme(kind="w8a8"), ["a", "b"]
-    found = convert_linear(parts, names, scheme, "mse", FP16, lambda _: None, zeroed=(7, 50))
+    quantize = nearest_rows(scheme, "mse", FP16)
+    found = convert_linear(parts, names, scheme, quantize, FP16, lambda _: None, zeroed=(7, 50))
     assert (parts[0][2, 7], parts[1][3, 50]) == (100.0, 100.0)
     for part in parts:
         part[:, [7, 50]] = 0
-    wanted = convert_linear(parts, names, scheme, "mse", FP16, lambda _: None)
+    wanted = convert_linear(parts, names, scheme, quantize, FP16, lambda _: None)
     np.testing.assert_array_equal(found.weight, wanted.weight)
     assert found.scale is not None
     assert wanted.scale is not None

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.quantize.calibration import LayerRunner
 from export.quantize.rotation import RotatedCheckpoint, orthogonal_matrix
 from export.sources.checkpoint import Checkpoint
 from export.sources.model_config import expected_tensors
 from export.sources.opening import open_checkpoint
+from tests.export.quantize.layers import run_layers
 from tests.tiny_models import KINDS, Kind, write_checkpoint
 
 
 def float_logits(checkpoint: Checkpoint) -> NDArray[np.float32]:
     ids = np.random.RandomState(0).randint(0, 300, (2, 24)).astype(np.int64)
-    *_, last = LayerRunner(checkpoint, ids)
+    last = run_layers(checkpoint, ids)[-1]
     tied = checkpoint.spec.tied_embeddings
     head = checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
     logits: NDArray[np.float32] = last.inputs["lm_head"] @ head.astype(np.float32).T

@@ -1,0 +1,127 @@
+"""What becomes of each linear layer, as values: decided first, then converted and stored.
+
+A decoder layer is planned as a whole: the factors of a linear change the weights of the norm or
+linear before it, so all of them must be known before the first weight is converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import ModelSpec, TensorScheme
+from export.sources.checkpoint import Checkpoint
+
+from .recipe import Clip, LinearSpec, linear_layers
+from .rtn import NearestRows, RowQuantizer
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The linears of one decoder layer, or the lm_head alone.
+
+    Attributes:
+        index: of the decoder layer; for the lm_head the number of decoder layers.
+        linears: in the order in which the graph runs them.
+    """
+
+    index: int
+    linears: tuple[LinearSpec, ...]
+
+
+def linear_blocks(model: ModelSpec) -> list[Block]:
+    """Group the linears by decoder layer; the lm_head is the last block."""
+    grouped = groupby(linear_layers(model), key=lambda layer: layer.name.rpartition(".")[0])
+    return [Block(i, tuple(linears)) for i, (_, linears) in enumerate(grouped)]
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How one linear is converted.
+
+    Attributes:
+        layer: which linear.
+        scheme: how its weight is stored.
+        checkpoint: what its weights and biases are read from, factors folded in.
+        quantize: how its rows are rounded; None for float weights.
+        input_scale: of the static INT8 range of its inputs; None where inputs stay float.
+        float_channels: input channels that are computed in float beside the integers, ascending.
+    """
+
+    layer: LinearSpec
+    scheme: TensorScheme
+    checkpoint: Checkpoint
+    quantize: RowQuantizer | None
+    input_scale: float | None = None
+    float_channels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How one block is converted, and what calibration carries on to the next.
+
+    Attributes:
+        linears: a plan for each linear of the block.
+        factors: on the input channels of linears, float32 ``[in]`` by linear; they are folded into
+            the plans' checkpoint, and norms must be read with them too.
+        peaks: largest magnitudes that the calibration met, by value.
+        hidden: after the block, float32 ``[sequences, seq_len, hidden]``; None without calibration.
+    """
+
+    linears: tuple[LinearPlan, ...]
+    factors: Mapping[str, Array] = field(default_factory=dict)
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    hidden: Array | None = None
+
+
+class Calibrator(Protocol):
+    """Decides how linears are converted, block by block."""
+
+    def plan(self, block: Block, hidden: Array | None) -> BlockPlan:
+        """Plan a block.
+
+        Args:
+            block: the next one.
+            hidden: `BlockPlan.hidden` of the block before; None for the first.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ToNearest:
+    """A `Calibrator` that needs no calibration: every linear is rounded to nearest.
+
+    Attributes:
+        checkpoint: what is converted.
+        schemes: of every linear, none of them ``w8a8``.
+        clip: see `rtn.quantize_rows`.
+        scale_type: float16 or bfloat16, in which scales will be stored.
+    """
+
+    checkpoint: Checkpoint
+    schemes: Mapping[str, TensorScheme]
+    clip: Clip
+    scale_type: np.dtype[np.generic]
+
+    def plan(self, block: Block, hidden: Array | None) -> BlockPlan:
+        """Plan a block; see `Calibrator.plan`."""
+        return BlockPlan(tuple(self._linear(layer) for layer in block.linears))
+
+    def _linear(self, layer: LinearSpec) -> LinearPlan:
+        scheme = self.schemes[layer.name]
+        quantize = nearest_rows(scheme, self.clip, self.scale_type)
+        return LinearPlan(layer, scheme, self.checkpoint, quantize)
+
+
+def nearest_rows(
+    scheme: TensorScheme, clip: Clip, scale_type: np.dtype[np.generic]
+) -> NearestRows | None:
+    """Round to nearest as a scheme says; None for float weights."""
+    return None if scheme.kind == "float" else NearestRows(scheme, clip, scale_type)
