@@ -24,7 +24,7 @@ from .audit import Audit, audit_network, check_plan_bytes
 from .compat import Compiler, TensorRT
 from .config import BuildConfig, BuildShapes, resolve
 from .graph import graph_files, prepare_graph, write_graph
-from .memory import check_memory, plan_memory
+from .memory import check_memory
 from .profiles import Profile, make_profiles
 from .progress import STEP
 from .store import TIMING_CACHE, EngineStore, engine_key
@@ -123,10 +123,9 @@ def build_engine(
         found = store.find(key)
         if found is not None:
             return BuildResult(store.directory, found, built=False)
-        workspace = config.workspace_bytes if target.gpu else 0
-        memory = plan_memory(manifest, workspace, device.available_memory_bytes())
         if not config.force:
-            check_memory(memory)
+            workspace = config.workspace_bytes if target.gpu else 0
+            check_memory(manifest, workspace, device.available_memory_bytes())
         if via == "trtexec":
             compiled = _compile_with_trtexec(config, manifest, target, store, on_line, progress)
         else:

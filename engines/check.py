@@ -11,7 +11,7 @@ from edge.progress import Progress, silent
 from . import compat, device
 from .builder import compile_bundle, find_target
 from .config import BuildConfig, resolve
-from .memory import check_memory, plan_memory
+from .memory import check_memory
 
 COMPUTE_CAPABILITIES = {80: "8.0", 86: "8.6", 89: "8.9", 120: "12.0"}
 
@@ -66,7 +66,7 @@ def check_bundle(
     target = find_target(COMPUTE_CAPABILITIES[sm])
     compat.check_support(target.rt.flavour, target.rt.version, manifest.dialect, config.kv_read)
     if not config.force:
-        check_memory(plan_memory(manifest, 0, device.available_memory_bytes()))
+        check_memory(manifest, 0, device.available_memory_bytes())
     compiled = compile_bundle(config, manifest, target, progress=progress)
     return CheckReport(
         str(config.bundle),

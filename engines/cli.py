@@ -9,11 +9,12 @@ from typing import Any
 import click
 import msgspec
 
+from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.cli import echo_json
 from edge.cli.progress import show_progress
 from edge.errors import ConfigError
 
-from .config import DEFAULT_WORKSPACE_BYTES, KV_READS, BuildConfig
+from .config import KV_READS, BuildConfig
 from .trtexec import (
     command_for_bundle,
     find_trtexec,

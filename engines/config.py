@@ -8,13 +8,12 @@ from typing import Literal
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
+from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.errors import ConfigError
 
 KvRead = Literal["slice", "full", "lengths"]
 KV_READS: tuple[KvRead, ...] = ("slice", "full", "lengths")
 
-# TensorRT's own default is all of the device's memory, which on a Jetson is also the host's.
-DEFAULT_WORKSPACE_BYTES = 1 << 30
 _MIN_WORKSPACE_BYTES = 1 << 20
 _MAX_BATCH = 64
 _SMALLEST_BUCKET = 256

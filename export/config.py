@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from edge.bundle.manifest import Dialect
+from edge.bundle.schemes import Clip, Quant, Recipe
 from edge.errors import ConfigError
 
 from .graph.embedding_table import EmbeddingType
 from .quantize.calibrated import Method
-from .quantize.recipe import Clip, Quant, Recipe
 
 GraphType = Literal["fp16", "bf16"]
 DEFAULT_METHOD: Method = "awq"
@@ -26,9 +26,9 @@ class ExportConfig:
         source: HF directory, hub id or GGUF file.
         output: the bundle's directory.
         quant: scheme of the linear layers.
-        group_size: see `recipe.Recipe`.
-        keep: see `recipe.Recipe`.
-        clip: see `recipe.Recipe`.
+        group_size: see `Recipe`.
+        keep: see `Recipe`.
+        clip: see `Recipe`.
         method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated; None is
             `DEFAULT_METHOD`.
         calibration: text or JSONL to calibrate with; None is the built-in text.

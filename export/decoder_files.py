@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edge.bundle.linears import norm_sources
 from edge.bundle.manifest import Calibration, FloatType, Graphs, LinearInfo, TensorScheme
 from edge.errors import CheckpointError, ConfigError
 from edge.progress import Progress
@@ -31,7 +32,6 @@ from .quantize.calibrated import Calibrated
 from .quantize.calibration import LayerRunner
 from .quantize.linear import LinearTensors, convert
 from .quantize.plan import Block, Calibrator, LinearPlan, ToNearest, linear_blocks
-from .quantize.recipe import norm_sources
 from .quantize.scaled_checkpoint import ScaledCheckpoint
 from .resume import Finished, Work, calibration_key, fresh_work, resumable_work
 from .sources.checkpoint import Checkpoint

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import ModelSpec, TensorScheme
 
 from .quantize.calibrated import Method
-from .quantize.recipe import linear_layers
 
 # Weights of the decoder layers per second on two x86-64 cores, with the default calibration text:
 # whole exports of the 1.5B of docs/quantization.md (1.31 G weights in the layers), GPTQ alone from

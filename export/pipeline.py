@@ -12,6 +12,7 @@ from pathlib import Path
 from edge._version import __version__
 from edge.backends.ort import onnxruntime_version
 from edge.bundle import io_spec
+from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import (
     SCHEMA_VERSION,
     Dialect,
@@ -21,6 +22,7 @@ from edge.bundle.manifest import (
     TensorScheme,
     read_manifest,
 )
+from edge.bundle.schemes import SCHEMES, stored_bytes
 from edge.errors import ConfigError, DependencyError, EdgeError
 from edge.measure.evaluate import check_gate, load_gate
 from edge.progress import Progress, prefixed, silent, uncounted
@@ -33,7 +35,6 @@ from .estimate import describe_s, export_s
 from .graph.embedding_table import EmbeddingType, embedding_tensors
 from .graph.safetensors_writer import write_safetensors
 from .quantize.float_channels import NUM_CHANNELS
-from .quantize.recipe import linear_layers
 from .quantize.rotation import RotatedCheckpoint
 from .sources.checkpoint import Checkpoint
 from .sources.documents import DEFAULT_TOKENS
@@ -283,13 +284,11 @@ def estimated_bytes(
     total = model.vocab_size * row_bytes
     total += positions * model.head_dim * (2 + 4)  # cos and sin, for both graphs
     for layer in linear_layers(model):
-        width, out = layer.shape
         scheme = schemes[layer.name]
-        weight_bits = {"float": 16, "int8": 8, "w8a8": 8, "int4": 4}[scheme.kind]
-        groups = 0 if scheme.kind == "float" else width // (scheme.group_size or width)
-        total += width * out * weight_bits // 8 + groups * out * (2 + 4)
-        if scheme.kind == "w8a8":
-            total += NUM_CHANNELS * out * 2
+        weight, scales = stored_bytes(layer.shape, scheme)
+        total += weight + 3 * scales  # in fp16 or bf16, and in fp32 for the CPU twin
+        if SCHEMES[scheme.kind].int8_inputs:
+            total += NUM_CHANNELS * layer.shape[1] * 2
     return total + (64 << 20)  # norms, biases, graphs, tokenizer, alignment
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.bundle.manifest import Manifest, TensorScheme
+from edge.bundle.schemes import INT4_GROUP_SIZE, Recipe
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import (
     EXIT_GATE_MISSED,
@@ -26,13 +27,8 @@ from edge.errors import (
     ResourceError,
 )
 from edge.measure.evaluate import CHUNK_TOKENS
-from edge.planner.memory import Deployment, plan_memory
-from edge.planner.weights import (
-    INT4_GROUP_SIZE,
-    find_variant,
-    manifest_linears,
-    variant_linears,
-)
+from edge.planner.memory import Deployment, plan_process_memory
+from edge.planner.weights import manifest_linears, recipe_linears
 
 from .config import DEFAULT_METHOD, ExportConfig
 
@@ -127,10 +123,10 @@ def check_memory(manifest: Manifest, positions: int) -> None:
     window = min(_WINDOW, positions)
     deployment = Deployment("ort-cpu", 1, window, min(CHUNK_TOKENS, window), manifest.dialect)
     needed = sum(
-        plan_memory(manifest.model, linears, positions, deployment).load_peak
+        plan_process_memory(manifest.model, linears, positions, deployment).load_peak
         for linears in (
             manifest_linears(manifest),
-            variant_linears(manifest.model, find_variant("fp16")),
+            recipe_linears(manifest.model, Recipe("fp16")),
         )
     )
     if free is not None and needed > free:  # None: the system does not tell

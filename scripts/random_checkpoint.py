@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.linears import expected_tensors
+from edge.bundle.model_config import parse_config
 from export.graph.safetensors_writer import TensorSource, write_safetensors
-from export.sources.model_config import expected_tensors, parse_config
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

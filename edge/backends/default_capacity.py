@@ -8,7 +8,7 @@ from collections.abc import Callable
 from edge.bundle.manifest import Manifest
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import DeviceMemoryError
-from edge.planner.memory import Deployment, plan_memory
+from edge.planner.memory import Deployment, plan_process_memory
 from edge.planner.weights import manifest_linears
 
 from . import Backend
@@ -37,7 +37,8 @@ def host_capacity(manifest: Manifest, num_slots: int, max_step_tokens: int) -> i
         deployment = Deployment(
             "ort-cpu", num_slots, capacity, min(max_step_tokens, capacity), manifest.dialect
         )
-        return plan_memory(manifest.model, linears, manifest.rope_positions, deployment).load_peak
+        model, positions = manifest.model, manifest.rope_positions
+        return plan_process_memory(model, linears, positions, deployment).load_peak
 
     if free is None or need(wanted) <= free:  # None: the system does not tell
         return wanted

@@ -13,12 +13,15 @@ from typing import NamedTuple
 from edge.bundle import io_spec
 from edge.bundle.engine_file import EngineInfo
 from edge.bundle.manifest import Manifest, ModelSpec
+from edge.bundle.sizes import (
+    DEFAULT_MAX_LOGITS,
+    ENGINE_FLOAT_BYTES,
+    INDEX_BYTES,
+    activation_bytes,
+)
 
 # What TensorRT asks of every tensor's address (NvInferRuntime.h, setTensorAddress).
 ALIGNMENT = 256
-DEFAULT_MAX_LOGITS = 64
-_ELEMENT_BYTES = 2  # fp16 and bf16
-_INDEX_BYTES = 8
 
 
 class StepSizes(NamedTuple):
@@ -40,8 +43,8 @@ class InputLayout(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes by part; see `plan_memory`.
+class EngineMemory:
+    """Bytes by part; see `plan_engine_memory`.
 
     Attributes:
         weights_bytes: of the plan, which is nearly all weights.
@@ -72,7 +75,7 @@ class MemoryPlan:
         return {**dataclasses.asdict(self), "device_bytes": self.device_bytes}
 
 
-def plan_memory(
+def plan_engine_memory(
     info: EngineInfo,
     manifest: Manifest,
     *,
@@ -80,7 +83,7 @@ def plan_memory(
     max_logits: int = DEFAULT_MAX_LOGITS,
     integrated: bool = True,
     activations_bytes: int | None = None,
-) -> MemoryPlan:
+) -> EngineMemory:
     """Plan an engine's memory from its ``engine.json``; needs no device.
 
     Args:
@@ -99,15 +102,21 @@ def plan_memory(
         for size in sizes
     )
     io = 0 if integrated else pinned
-    io += _align(info.kv_capacity * _INDEX_BYTES)
+    io += _align(info.kv_capacity * INDEX_BYTES)
     if manifest.dialect == "portable":
         io += new_rows_bytes(sizes[0], model)
     estimated = activations_bytes is None
-    return MemoryPlan(
+    return EngineMemory(
         weights_bytes=info.plan_bytes,
         cache_bytes=slots * info.kv_capacity * io_spec.kv_bytes_per_token(model, manifest.dtype),
         activations_bytes=(
-            _estimate_activations(info, manifest)
+            activation_bytes(
+                model,
+                manifest.dialect,
+                batch=info.max_batch,
+                max_prefill=info.max_prefill,
+                kv_capacity=info.kv_capacity,
+            )
             if activations_bytes is None
             else activations_bytes
         ),
@@ -134,16 +143,16 @@ def step_sizes(info: EngineInfo, max_logits: int) -> tuple[StepSizes, StepSizes]
 def input_layout(sizes: StepSizes, hidden_size: int) -> InputLayout:
     """Place the inputs of a step in one block, each aligned."""
     cursor = 0
-    indices = cursor + _align(sizes.batch * _INDEX_BYTES)
-    positions = indices + _align(sizes.logits * _INDEX_BYTES)
-    embeds = positions + _align(sizes.tokens * _INDEX_BYTES)
-    end = embeds + _align(sizes.tokens * hidden_size * _ELEMENT_BYTES)
+    indices = cursor + _align(sizes.batch * INDEX_BYTES)
+    positions = indices + _align(sizes.logits * INDEX_BYTES)
+    embeds = positions + _align(sizes.tokens * INDEX_BYTES)
+    end = embeds + _align(sizes.tokens * hidden_size * ENGINE_FLOAT_BYTES)
     return InputLayout(cursor, indices, positions, embeds, end)
 
 
 def logits_bytes(sizes: StepSizes, vocab_size: int) -> int:
     """Bytes of the block of logits."""
-    return _align(sizes.logits * vocab_size * _ELEMENT_BYTES)
+    return _align(sizes.logits * vocab_size * ENGINE_FLOAT_BYTES)
 
 
 def new_rows_stride(batch: int, seq: int, model: ModelSpec) -> int:
@@ -151,7 +160,7 @@ def new_rows_stride(batch: int, seq: int, model: ModelSpec) -> int:
 
     A whole number of rows, so that one strided copy takes all layers, and aligned.
     """
-    pitch = seq * model.head_dim * _ELEMENT_BYTES
+    pitch = seq * model.head_dim * ENGINE_FLOAT_BYTES
     used = batch * model.num_kv_heads * pitch
     stride = -(-used // pitch) * pitch
     while stride % ALIGNMENT:
@@ -161,7 +170,7 @@ def new_rows_stride(batch: int, seq: int, model: ModelSpec) -> int:
 
 def new_rows_bytes(sizes: StepSizes, model: ModelSpec) -> int:
     """Bytes that hold the new rows of any step within ``sizes``."""
-    row = model.head_dim * _ELEMENT_BYTES
+    row = model.head_dim * ENGINE_FLOAT_BYTES
     # At most ALIGNMENT / gcd - 1 further pitches align a stride, and one is enough for rows that
     # are a multiple of it.
     extra = 1
@@ -169,22 +178,6 @@ def new_rows_bytes(sizes: StepSizes, model: ModelSpec) -> int:
         extra += 1
     stride = sizes.tokens * row * (model.num_kv_heads + extra)
     return 2 * model.num_layers * _align(stride)
-
-
-def _estimate_activations(info: EngineInfo, manifest: Manifest) -> int:
-    """Tensors of the widest layer, at the largest shapes of the prefill profile, in two copies.
-
-    TensorRT sizes for the profile's largest batch times its longest chunk. Where attention is made
-    of single operators (dialect ``portable``), the scores count too.
-    """
-    model = manifest.model
-    tokens = info.max_batch * info.max_prefill
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    widest = max(2 * model.intermediate_size, qkv) + 2 * model.hidden_size
-    scores = 0
-    if manifest.dialect == "portable":
-        scores = tokens * model.num_heads * (info.kv_capacity + info.max_prefill)
-    return 2 * _ELEMENT_BYTES * (tokens * widest + scores)
 
 
 def _align(num_bytes: int) -> int:

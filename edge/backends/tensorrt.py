@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
+from edge.bundle.sizes import DEFAULT_MAX_LOGITS
 from edge.errors import BackendError, ConfigError, DeviceError, DeviceMemoryError
 
 from . import Floats, Ints, cuda
@@ -33,10 +34,9 @@ from .cuda_graph import DecodeGraphs
 from .device_cache import DeviceCache, NewRows
 from .device_memory import (
     ALIGNMENT,
-    DEFAULT_MAX_LOGITS,
-    MemoryPlan,
+    EngineMemory,
     StepSizes,
-    plan_memory,
+    plan_engine_memory,
     step_sizes,
 )
 from .step_buffers import StepBuffers
@@ -136,8 +136,8 @@ class TensorRTBackend:
         self._max_tokens, self._max_logits = sizes[0].tokens, sizes[0].logits
         self._max_num_logits = min(self._max_logits, info.max_prefill)  # of one sequence
 
-        def plan(activations_bytes: int) -> MemoryPlan:
-            return plan_memory(
+        def plan(activations_bytes: int) -> EngineMemory:
+            return plan_engine_memory(
                 info,
                 self._manifest,
                 num_slots=self.num_slots,

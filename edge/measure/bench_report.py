@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
-from edge.backends.device_memory import MemoryPlan
+from edge.backends.device_memory import EngineMemory
 from edge.bundle.manifest import Manifest
 from edge.device.telemetry import Snapshot
 from edge.errors import ConfigError
 from edge.planner.calibration import BENCH_SCHEMA
 from edge.planner.devices import identify
-from edge.planner.memory import BackendKind, Deployment, plan_memory
+from edge.planner.memory import BackendKind, Deployment, plan_process_memory
 from edge.planner.plan import CPU, Device, find_device
 from edge.planner.speed import FITTED, Work, decode_s, work_of
 from edge.planner.weights import manifest_linears
@@ -182,7 +182,7 @@ def work_of_bundle(manifest: Manifest, backend: Backend, config: BenchConfig) ->
         kind, config.batch, backend.capacity, backend.max_step_tokens, manifest.dialect
     )
     linears = manifest_linears(manifest)
-    memory = plan_memory(manifest.model, linears, manifest.rope_positions, deployment)
+    memory = plan_process_memory(manifest.model, linears, manifest.rope_positions, deployment)
     return work_of(manifest.model, linears, memory.weights, deployment)
 
 
@@ -225,7 +225,7 @@ def process_memory() -> dict[str, int]:
 def device_memory(backend: Backend) -> dict[str, int | bool] | None:
     """The GPU's memory by part, from a backend that planned it; None from others."""
     plan = getattr(backend, "memory", None)
-    return plan.to_dict() if isinstance(plan, MemoryPlan) else None
+    return plan.to_dict() if isinstance(plan, EngineMemory) else None
 
 
 def reset_memory_peak() -> bool:

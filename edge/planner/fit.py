@@ -11,10 +11,12 @@ import dataclasses
 import numpy as np
 
 from edge.bundle import io_spec
-from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.bundle.linears import linear_layers
+from edge.bundle.manifest import ModelSpec
+from edge.bundle.schemes import Recipe
 
 from .devices import MODULES, PowerMode
-from .memory import Deployment, plan_memory
+from .memory import Deployment, plan_process_memory
 from .published import (
     DEFAULT_CONTEXT,
     MODELS,
@@ -24,12 +26,14 @@ from .published import (
     Precision,
 )
 from .speed import FITTED, Efficiency, Work, decode_s, prefill_s, work_of
-from .weights import Linear, Variant, linear_shapes, variant_linears
+from .weights import Linear, recipe_linears
 
-_FP16_HEAD: dict[Precision, Variant] = {
-    "fp16": Variant("fp16", "fp16"),
-    "int8": Variant("int8", "int8"),
-    "int4": Variant("int4-head-fp16", "int4", 128, "lm_head=float"),
+# The publishers' INT8 leaves the lm_head in FP16; ours does not.
+_FP16_HEAD = (("lm_head", "float"),)
+_RECIPES: dict[Precision, Recipe] = {
+    "fp16": Recipe("fp16"),
+    "int8": Recipe("int8", keep=_FP16_HEAD),
+    "int4": Recipe("int4", 128, _FP16_HEAD),
 }
 
 
@@ -37,7 +41,7 @@ def predicted_memory(figure: MemoryFigure) -> int:
     """Bytes that our plan says, and the token table, which those engines hold on the device."""
     model = MODELS[figure.model]
     linears = _linears(model, figure.precision)
-    plan = plan_memory(model, linears, io_spec.rope_positions(model), Deployment())
+    plan = plan_process_memory(model, linears, io_spec.rope_positions(model), Deployment())
     return plan.process_bytes + 2 * model.vocab_size * model.hidden_size
 
 
@@ -109,24 +113,17 @@ def _cache_share(figure: Figure, work: Work, base: Efficiency) -> float:
 
 
 def _linears(model: ModelSpec, precision: Precision) -> list[Linear]:
-    variant = _FP16_HEAD[precision]
-    if variant.group_size and any(
-        shape[0] % variant.group_size for shape in linear_shapes(model).values()
-    ):
-        variant = dataclasses.replace(variant, group_size=None)
-    linears = variant_linears(model, variant)
-    # The publishers' INT8 leaves the lm_head in FP16; ours does not.
-    float_scheme = TensorScheme(kind="float")
-    return [
-        dataclasses.replace(linear, scheme=float_scheme) if linear.part == "lm_head" else linear
-        for linear in linears
-    ]
+    recipe = _RECIPES[precision]
+    size = recipe.group_size
+    if size and any(layer.shape[0] % size for layer in linear_layers(model)):
+        recipe = dataclasses.replace(recipe, group_size=None)
+    return recipe_linears(model, recipe)
 
 
 def _work(figure: Figure) -> Work:
     model = MODELS[figure.model]
     linears = _linears(model, figure.precision)
-    plan = plan_memory(model, linears, DEFAULT_CONTEXT, Deployment())
+    plan = plan_process_memory(model, linears, DEFAULT_CONTEXT, Deployment())
     return work_of(model, linears, plan.weights, Deployment())
 
 

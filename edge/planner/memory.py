@@ -9,13 +9,20 @@ from typing import Literal
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect, FloatType, ModelSpec
+from edge.bundle.schemes import stored_bytes
+from edge.bundle.sizes import (
+    DEFAULT_MAX_LOGITS,
+    ENGINE_FLOAT_BYTES,
+    INDEX_BYTES,
+    activation_bytes,
+    plan_build_memory,
+)
 
-from .weights import Linear, Part, stored_bytes, weight_parts
+from .weights import Linear, Part, weight_parts
 
 BackendKind = Literal["tensorrt", "ort-cpu"]
 
-_FP16_BYTES, _FP32_BYTES, _INDEX_BYTES = 2, 4, 8
-_MAX_LOGITS = 64  # rows that one prefill step returns at most (scoring)
+_FP32_BYTES = 4
 # Measured with Python 3.11, numpy, click, tokenizers and ONNX Runtime 1.30 on x86-64.
 _PYTHON_BYTES = 58_000_000
 _TOKENIZER_BYTES, _TOKENIZER_BYTES_PER_TOKEN = 20_000_000, 360
@@ -27,9 +34,6 @@ _ORT_SESSION_BYTES = 4_000_000
 ORT_SCALE_COPIES = 3
 _ORT_INT8_FACTOR = 1.1  # measured: what the 8-bit kernel's layout adds
 _ORT_LOAD_FACTOR = 0.45  # measured: a layer's original lives beside its packed copy for a while
-
-# The build's peak as `engines.memory` checks it; a test holds the two together.
-_BUILD_FIXED_BYTES, _BUILD_WEIGHT_FACTOR, _BUILD_WORKSPACE_BYTES = 800 << 20, 3.2, 1 << 30
 
 # What the kernel, its carve-outs and a system without a desktop take of a Jetson's memory.
 _SYSTEM_SHARE, _SYSTEM_BYTES = 0.1, 1_000_000_000
@@ -60,7 +64,7 @@ class Deployment:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class ProcessMemory:
     """Bytes by part. The first five are the engine's, the others those of the process around it.
 
     Attributes:
@@ -125,14 +129,14 @@ class MemoryPlan:
         }
 
 
-def plan_memory(
+def plan_process_memory(
     model: ModelSpec, linears: Sequence[Linear], positions: int, deployment: Deployment
-) -> MemoryPlan:
+) -> ProcessMemory:
     """Memory of one model in one quantization.
 
     Args:
         model: dimensions.
-        linears: its linear layers (`weights.variant_linears` or `weights.manifest_linears`).
+        linears: its linear layers (`weights.recipe_linears` or `weights.manifest_linears`).
         positions: rows of the RoPE table.
         deployment: how it is run.
     """
@@ -140,9 +144,9 @@ def plan_memory(
     parts = weight_parts(model, linears, positions)
     stored = sum(parts.values())
     cache = cache_bytes(model, deployment)
-    activations = activation_bytes(model, deployment)
+    activations = step_bytes(model, deployment)
     io, pinned = io_bytes(model, deployment)
-    plan = MemoryPlan(
+    plan = ProcessMemory(
         weights=cpu_parts(parts, linears) if on_cpu else parts,
         cache=cache,
         activations=activations,
@@ -153,7 +157,7 @@ def plan_memory(
         python=_PYTHON_BYTES,
         tokenizer=_TOKENIZER_BYTES + _TOKENIZER_BYTES_PER_TOKEN * model.vocab_size,
         load_peak=0,
-        build_peak=0 if on_cpu else build_peak_bytes(stored),
+        build_peak=0 if on_cpu else plan_build_memory(stored).peak_bytes,
     )
     # TensorRT reads the plan from a mapped file into the device's memory: nothing is held twice.
     idle = plan.process_bytes - cache - activations
@@ -167,22 +171,22 @@ def cache_bytes(model: ModelSpec, deployment: Deployment) -> int:
     return deployment.batch * deployment.kv_capacity * per_token
 
 
-def activation_bytes(model: ModelSpec, deployment: Deployment) -> int:
+def step_bytes(model: ModelSpec, deployment: Deployment) -> int:
     """Scratch of the largest prefill step, as far as it can be said without an engine.
 
-    TensorRT sizes it for the profile's largest batch of longest chunks: two copies of the widest
-    layer, and attention's scores where attention is made of single operators (dialect
-    ``portable``). ONNX Runtime frees between operators; one sequence is prefilled at a time, and
-    the scores of its attention or the MLP are the most that lives at once.
+    ONNX Runtime frees between operators and prefills one sequence at a time: the scores of its
+    attention or the MLP are the most that lives at once.
     """
     step = min(deployment.max_prefill, deployment.kv_capacity)
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     if deployment.backend == "tensorrt":
-        tokens = deployment.batch * step
-        widest = max(2 * model.intermediate_size, qkv) + 2 * model.hidden_size
-        portable = deployment.dialect == "portable"
-        scores = tokens * model.num_heads * (deployment.kv_capacity + step) if portable else 0
-        return 2 * _FP16_BYTES * (tokens * widest + scores)
+        return activation_bytes(
+            model,
+            deployment.dialect,
+            batch=deployment.batch,
+            max_prefill=step,
+            kv_capacity=deployment.kv_capacity,
+        )
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     scores = model.num_heads * step * deployment.kv_capacity
     mlp = step * 4 * model.intermediate_size  # gate and up, fused and then apart
     return _FP32_BYTES * (max(scores + 2 * step * qkv, mlp) + 2 * step * model.hidden_size)
@@ -196,19 +200,21 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
     row more per layer.
     """
     tokens = max(min(deployment.max_prefill, deployment.kv_capacity), deployment.batch)
-    positions = _INDEX_BYTES * deployment.kv_capacity
+    positions = INDEX_BYTES * deployment.kv_capacity
     if deployment.backend == "ort-cpu":
         values = tokens * model.hidden_size + deployment.batch * model.vocab_size
         if deployment.dialect == "portable":
             values += 2 * model.num_layers * tokens * model.num_kv_heads * model.head_dim
-        return _FP32_BYTES * values + _INDEX_BYTES * tokens + positions, 0
-    logits = max(_MAX_LOGITS, deployment.batch) + deployment.batch  # of prefill and of decode
+        return _FP32_BYTES * values + INDEX_BYTES * tokens + positions, 0
+    # Of prefill and of decode.
+    logits = max(DEFAULT_MAX_LOGITS, deployment.batch) + deployment.batch
     inputs = tokens + deployment.batch
     values = inputs * model.hidden_size + logits * model.vocab_size
     io = positions
     if deployment.dialect == "portable":
-        io += 2 * model.num_layers * tokens * (model.num_kv_heads + 1) * model.head_dim * 2
-    return io, _FP16_BYTES * values + _INDEX_BYTES * (inputs + logits)
+        rows = 2 * model.num_layers * tokens * (model.num_kv_heads + 1)
+        io += rows * model.head_dim * ENGINE_FLOAT_BYTES
+    return io, ENGINE_FLOAT_BYTES * values + INDEX_BYTES * (inputs + logits)
 
 
 def cpu_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part, int]:
@@ -221,14 +227,8 @@ def cpu_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part
     for linear in linears:
         weight, _ = stored_bytes(linear.shape, linear.scheme)
         grown = {"float": 2.0, "int8": _ORT_INT8_FACTOR}.get(linear.scheme.kind, 1.0)
-        result[linear.part] += round((grown - 1) * weight) * linear.count
+        result[linear.part] += round((grown - 1) * weight)
     return result
-
-
-def build_peak_bytes(stored_weights: int) -> int:
-    """Peak of ``edge-llm build`` with its default workspace."""
-    builder = _BUILD_FIXED_BYTES + int((_BUILD_WEIGHT_FACTOR - 1) * stored_weights)
-    return stored_weights + builder + _BUILD_WORKSPACE_BYTES
 
 
 def usable_bytes(module_bytes: int) -> int:

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edge.bundle import io_spec
+from edge.bundle.schemes import Recipe
 from edge.errors import ConfigError
 
 from .devices import DEFAULT_DEVICE, MODULES, Module, PowerMode
-from .memory import Deployment, MemoryPlan, plan_memory, usable_bytes
+from .memory import Deployment, ProcessMemory, plan_process_memory, usable_bytes
 from .models import PlannedModel
 from .speed import Efficiency, Speed, Work, predict, work_of
-from .weights import VARIANTS, Linear, Variant, find_variant, manifest_linears, variant_linears
+from .weights import VARIANTS, Linear, find_variant, manifest_linears, recipe_linears
 
 CPU = "cpu"
 # How fast a CPU multiplies is not in any table: a round number that `calibrate` scales.
@@ -41,7 +42,7 @@ class Option:
 
     Attributes:
         name: of the variant, or the bundle's own quantization.
-        variant: None for a bundle.
+        recipe: what ``edge-llm export`` is asked for; None for a bundle.
         memory: by part.
         work: bytes and operations.
         speeds: at each context of the plan; empty where the device's bandwidth is unknown.
@@ -49,8 +50,8 @@ class Option:
     """
 
     name: str
-    variant: Variant | None
-    memory: MemoryPlan
+    recipe: Recipe | None
+    memory: ProcessMemory
     work: Work
     speeds: tuple[Speed, ...]
     fits: bool | None
@@ -170,8 +171,8 @@ def make_plan(
             f"--context {', '.join(map(str, contexts))} must lie in 1 to the KV capacity {capacity}"
         )
     options = []
-    for name, variant, linears in _linears(model, quants):
-        memory = plan_memory(model.spec, linears, positions, deployment)
+    for name, recipe, linears in _linears(model, quants):
+        memory = plan_process_memory(model.spec, linears, positions, deployment)
         work = work_of(model.spec, linears, memory.weights, deployment)
         speeds = (
             tuple(
@@ -182,13 +183,13 @@ def make_plan(
             else ()
         )
         fits = None if device.usable_bytes is None else memory.load_peak <= device.usable_bytes
-        options.append(Option(name, variant, memory, work, speeds, fits))
+        options.append(Option(name, recipe, memory, work, speeds, fits))
     return Plan(model, device, deployment, efficiency, tuple(options))
 
 
 def _linears(
     model: PlannedModel, quants: Sequence[str]
-) -> list[tuple[str, Variant | None, list[Linear]]]:
+) -> list[tuple[str, Recipe | None, list[Linear]]]:
     if model.manifest is not None:
         if quants:
             raise ConfigError(
@@ -197,14 +198,21 @@ def _linears(
             )
         return [(model.manifest.quantization.name, None, manifest_linears(model.manifest))]
     if quants:
-        chosen = [find_variant(name) for name in quants]
-        return [(v.name, v, variant_linears(model.spec, v)) for v in chosen]
-    found: list[tuple[str, Variant | None, list[Linear]]] = []
-    for variant in VARIANTS:
+        return [(name, *_variant(model, name)) for name in quants]
+    found: list[tuple[str, Recipe | None, list[Linear]]] = []
+    for name in VARIANTS:
         try:
-            linears = variant_linears(model.spec, variant)
+            recipe, linears = _variant(model, name)
         except ConfigError:  # a width that no group size divides: the others still stand
             continue
         if all(linears != other for _, _, other in found):  # g32 may be the largest that fits
-            found.append((variant.name, variant, linears))
+            found.append((name, recipe, linears))
     return found
+
+
+def _variant(model: PlannedModel, name: str) -> tuple[Recipe, list[Linear]]:
+    recipe = find_variant(name)
+    try:
+        return recipe, recipe_linears(model.spec, recipe)
+    except ConfigError as error:
+        raise ConfigError(f"--quant {name}: {error}") from error

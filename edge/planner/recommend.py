@@ -9,17 +9,18 @@ taken, and of equals the fastest. The drawing's own leaf is checked against the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from edge.bundle.linears import linear_layers
 from edge.errors import ConfigError
 
 from .memory import Deployment
 from .models import BUILT_IN, PlannedModel
 from .plan import Device, Option, Plan, make_plan
 from .speed import Efficiency, prefill_s
-from .weights import linear_shapes
 
 Benchmark = Literal["aime-2024", "math-500", "gpqa-diamond", "livecodebench"]
 BENCHMARKS: tuple[Benchmark, ...] = ("aime-2024", "math-500", "gpqa-diamond", "livecodebench")
@@ -190,9 +191,8 @@ def score(model: str, quant: str, benchmark: Benchmark) -> float | None:
     published = QUALITY[model].get(benchmark)
     if published is None:
         return None
-    spec = BUILT_IN[model].spec
-    shapes = (shape for kind, shape in linear_shapes(spec).items() if kind != "lm_head")
-    parameters = spec.num_layers * sum(width * out for width, out in shapes)
+    layers = linear_layers(BUILT_IN[model].spec)
+    parameters = sum(math.prod(layer.shape) for layer in layers if layer.name != "lm_head")
     small, large = _RECOVERY[quant]
     return published * (large if parameters >= _LARGE_PARAMETERS else small)
 
@@ -273,10 +273,10 @@ def _claims(there: Sequence[Candidate]) -> str:
 
 
 def _commands(taken: Candidate, deployment: Deployment) -> tuple[str, ...]:
-    variant = taken.option.variant
-    assert variant is not None
-    bundle = f"bundles/{taken.model.name}-{variant.name}"
-    export = ["edge-llm export", str(taken.model.source), "-o", bundle, *variant.export_options()]
+    recipe = taken.option.recipe
+    assert recipe is not None
+    bundle = f"bundles/{taken.model.name}-{taken.option.name}"
+    export = ["edge-llm export", str(taken.model.source), "-o", bundle, *recipe.export_options()]
     export += ["--kv-capacity", str(deployment.kv_capacity)]
     build = ["edge-llm build", bundle, "--max-batch", str(deployment.batch)]
     build += ["--max-prefill", str(deployment.max_prefill)]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import ModelSpec
+from edge.bundle.schemes import SCHEMES
 from edge.errors import ConfigError
 
 from .devices import PowerMode
@@ -89,15 +90,15 @@ def work_of(
     weights: Mapping[Part, int],
     deployment: Deployment,
 ) -> Work:
-    """Count bytes and operations; ``weights`` are those in memory (`MemoryPlan.weights`)."""
+    """Count bytes and operations; ``weights`` are those in memory (`ProcessMemory.weights`)."""
     layer_ops = head_ops = int8_ops = 0
     for linear in linears:
-        ops = 2 * linear.count * linear.shape[0] * linear.shape[1]
+        ops = 2 * linear.shape[0] * linear.shape[1]
         if linear.part == "lm_head":
             head_ops += ops
             continue
         layer_ops += ops
-        int8_ops += ops if linear.scheme.kind == "w8a8" else 0
+        int8_ops += ops if SCHEMES[linear.scheme.kind].int8_inputs else 0
     step_bytes = sum(size for part, size in weights.items() if part != "rope")
     if deployment.backend == "ort-cpu":
         step_bytes -= weights["scales"] // ORT_SCALE_COPIES  # the one beside the packed weights

@@ -52,7 +52,7 @@ class DecoderTensors:
     """Everything stored outside the graph.
 
     Attributes:
-        linears: by layer name (`recipe.linear_layers`).
+        linears: by layer name (`edge.bundle.linears.linear_layers`).
         norms: RMSNorm weights by name: ``layers.0.input_norm``, ``layers.0.post_norm``,
             ``layers.0.q_norm``, ``layers.0.k_norm``, ``final_norm``.
         rope_cos, rope_sin: ``[positions, head_dim / 2]``.

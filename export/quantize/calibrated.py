@@ -9,14 +9,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.linears import LinearSpec
 from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.bundle.schemes import Clip
 
 from .awq import awq_factors
 from .calibration import LayerRunner
 from .float_channels import loud_channels
 from .gptq import GptqRows, gptq_factor
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
-from .recipe import Clip, LinearSpec
 from .rtn import NearestRows, RowQuantizer
 from .scaled_checkpoint import ScaledCheckpoint
 from .smoothquant import activation_scale, smoothing_factors

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edge._version import __version__
 from edge.bundle import io_spec
 from edge.bundle.io_spec import TensorSpec
+from edge.bundle.linears import linear_layers, norm_sources
 from edge.bundle.manifest import ModelSpec, TensorScheme
 from edge.errors import DependencyError, install_command
 from edge.progress import Progress, silent
@@ -28,8 +29,6 @@ from export.graph.decoder import DecoderTensors, PortableDecoder, StoredLinear
 from export.graph.graph_builder import ONNX_TYPE, GraphBuilder
 from export.graph.rope import rope_tables
 from export.sources.checkpoint import Checkpoint
-
-from .recipe import linear_layers, norm_sources
 
 Array = NDArray[np.float32]
 

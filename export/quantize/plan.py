@@ -14,10 +14,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.bundle.schemes import Clip
 from export.sources.checkpoint import Checkpoint
 
-from .recipe import Clip, LinearSpec, linear_layers
 from .rtn import NearestRows, RowQuantizer
 
 Array = NDArray[np.float32]

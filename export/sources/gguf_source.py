@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Source, sha256_file
+from edge.bundle.model_config import check_spec, yarn_attention_factor
 from edge.errors import CheckpointError
 
 from .checkpoint import Checkpoint
 from .gguf_file import GgufFile
 from .gguf_tokenizer import read_gguf_text
-from .model_config import check_spec, expected_tensors, yarn_attention_factor
 
 _ARCHITECTURES: dict[str, Architecture] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _ROPE_FACTORS = "rope_freqs.weight"

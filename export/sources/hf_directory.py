@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Source, sha256_file
+from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError
 
 from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_licence, read_text
-from .model_config import expected_tensors, parse_config
 from .safetensors_file import SafetensorsFile
 
 WEIGHTS_NAME = "model.safetensors"

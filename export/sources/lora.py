@@ -16,12 +16,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Adapter, ModelSpec, Source, sha256_file
 from edge.errors import CheckpointError
 
 from .checkpoint import Checkpoint, Transformed
 from .lora_config import ADAPTER_CONFIG, LoraConfig, read_lora_config
-from .model_config import expected_tensors
 from .safetensors_file import SafetensorsFile, TensorEntry
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError, ConfigError
 
 from .checkpoint import Checkpoint
@@ -12,7 +13,6 @@ from .checkpoint_text import read_json, read_text
 from .gguf_source import GgufCheckpoint
 from .hf_directory import HfDirectory
 from .hub import download
-from .model_config import parse_config
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

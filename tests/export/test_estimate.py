@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from edge.bundle.schemes import Quant, Recipe
 from edge.planner.models import BUILT_IN
 from export.estimate import describe_s, export_s
 from export.quantize.calibrated import Method
-from export.quantize.recipe import Quant, Recipe
 from export.verify import REPORT_TOKENS
 
 MODEL = BUILT_IN["r1-qwen-1.5b"].spec

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from edge import LLM
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
+from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import Manifest, TensorScheme, read_manifest, verify_files
 from edge.errors import CheckpointError, ConfigError
 from export.graph import embedding_table
 from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
 from export.quantize.linear import convert_linear
 from export.quantize.plan import nearest_rows
-from export.quantize.recipe import linear_layers
 from export.sources.opening import open_checkpoint
 from tests import tiny_models
 from tests.conftest import Bundles, Checkpoints

@@ -13,7 +13,7 @@ from edge.backends import choose, default_capacity
 from edge.backends.default_capacity import LEAST_CAPACITY, device_backend, host_capacity
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.errors import DeviceMemoryError
-from edge.planner.memory import Deployment, plan_memory
+from edge.planner.memory import Deployment, plan_process_memory
 from edge.planner.weights import manifest_linears
 from tests.conftest import Bundles, require_kernels
 from tests.manifests import make_manifest
@@ -25,7 +25,9 @@ SLOTS, STEP = 4, 512
 def peak(manifest: Manifest, capacity: int) -> int:
     deployment = Deployment("ort-cpu", SLOTS, capacity, STEP, manifest.dialect)
     linears = manifest_linears(manifest)
-    return plan_memory(manifest.model, linears, manifest.rope_positions, deployment).load_peak
+    return plan_process_memory(
+        manifest.model, linears, manifest.rope_positions, deployment
+    ).load_peak
 
 
 def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int | None) -> None:

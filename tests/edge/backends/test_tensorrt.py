@@ -26,7 +26,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from edge.backends import cuda
 from edge.backends.bound_context import StepShape
-from edge.backends.device_memory import plan_memory
+from edge.backends.device_memory import plan_engine_memory
 from edge.backends.tensorrt import TensorRTBackend
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EmbeddingTable
@@ -624,7 +624,7 @@ def test_the_memory_plan_is_what_is_allocated(
         memory = runner.engine.memory
     assert memory.device_bytes - memory.weights_bytes == allocated
     assert not memory.activations_estimated
-    planned = plan_memory(info, manifest, integrated=False)
+    planned = plan_engine_memory(info, manifest, integrated=False)
     assert planned.activations_estimated
     assert planned.cache_bytes == memory.cache_bytes == runner.engine.cache_bytes
     assert (planned.io_bytes, planned.pinned_bytes) == (memory.io_bytes, memory.pinned_bytes)
@@ -632,7 +632,7 @@ def test_the_memory_plan_is_what_is_allocated(
         "weights_bytes", "cache_bytes", "activations_bytes", "activations_estimated", "io_bytes",
         "pinned_bytes", "integrated", "device_bytes",
     }  # fmt: skip
-    shared = plan_memory(info, manifest, integrated=True)
+    shared = plan_engine_memory(info, manifest, integrated=True)
     assert shared.io_bytes == planned.io_bytes - planned.pinned_bytes
 
 
@@ -654,7 +654,7 @@ def test_activations_that_do_not_fit_are_refused_before_anything_is_allocated(
     manifest = read_manifest(bundle)
     [directory] = find_engines(bundle)
     info = read_engine_info(directory)
-    known = plan_memory(info, manifest, integrated=False, activations_bytes=0)
+    known = plan_engine_memory(info, manifest, integrated=False, activations_bytes=0)
     gpu.total_bytes = known.device_bytes + (1 << 20)
     with pytest.raises(DeviceMemoryError, match="the rest needs"):
         TensorRTBackend(bundle, manifest)

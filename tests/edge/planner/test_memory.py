@@ -19,22 +19,19 @@ from edge.bundle.manifest import Dialect, Manifest, read_manifest
 from edge.planner.memory import (
     BackendKind,
     Deployment,
-    MemoryPlan,
-    build_peak_bytes,
+    ProcessMemory,
     cache_bytes,
-    plan_memory,
+    plan_process_memory,
 )
 from edge.planner.models import BUILT_IN
-from edge.planner.weights import find_variant, manifest_linears, variant_linears
-from engines.config import DEFAULT_WORKSPACE_BYTES
-from engines.memory import plan_memory as plan_build
+from edge.planner.weights import find_variant, manifest_linears, recipe_linears
 from tests.conftest import Bundles, require_kernels
 from tests.fake_tensorrt import write_engine
 
 
-def plan_of(manifest: Manifest, deployment: Deployment) -> MemoryPlan:
+def plan_of(manifest: Manifest, deployment: Deployment) -> ProcessMemory:
     linears = manifest_linears(manifest)
-    return plan_memory(manifest.model, linears, manifest.rope_positions, deployment)
+    return plan_process_memory(manifest.model, linears, manifest.rope_positions, deployment)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -66,14 +63,6 @@ def test_the_engine_holds_the_bundles_weights(tiny_bundles: Bundles):
     assert 0 <= data - weights < 4096 * num_tensors
 
 
-@pytest.mark.parametrize("quant", ["fp16", "int4"])
-def test_the_builds_peak_is_what_the_build_checks(quant: str, tiny_bundles: Bundles):
-    manifest = read_manifest(tiny_bundles("qwen2", quant=quant))
-    stored = manifest.files[f"{manifest.graphs.decoder}.data"].num_bytes
-    checked = plan_build(manifest, DEFAULT_WORKSPACE_BYTES, 0)
-    assert build_peak_bytes(stored) == checked.peak_bytes
-
-
 @pytest.mark.parametrize("dialect", ["native", "portable"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_engines_parts_are_those_that_the_tensorrt_backend_allocates(
@@ -89,10 +78,10 @@ def test_the_engines_parts_are_those_that_the_tensorrt_backend_allocates(
     )
     model = BUILT_IN["r1-qwen-1.5b"].spec
     manifest = msgspec.structs.replace(read_manifest(bundle), model=model, dialect=dialect)
-    theirs = device_memory.plan_memory(info, manifest)
-    ours = plan_memory(
+    theirs = device_memory.plan_engine_memory(info, manifest)
+    ours = plan_process_memory(
         model,
-        variant_linears(model, find_variant("int4")),
+        recipe_linears(model, find_variant("int4")),
         4096,
         Deployment(batch=batch, dialect=dialect),
     )
@@ -104,8 +93,8 @@ def test_the_engines_parts_are_those_that_the_tensorrt_backend_allocates(
 
 def test_parts_add_up():
     model = BUILT_IN["r1-qwen3-8b"].spec
-    linears = variant_linears(model, find_variant("int4"))
-    plan = plan_memory(model, linears, io_spec.rope_positions(model), Deployment(batch=4))
+    linears = recipe_linears(model, find_variant("int4"))
+    plan = plan_process_memory(model, linears, io_spec.rope_positions(model), Deployment(batch=4))
     values = plan.as_dict()
     parts = ("weights_bytes", "cache_bytes", "activations_bytes", "io_bytes", "pinned_bytes")
     around = ("embeddings_bytes", "runtime_bytes", "python_bytes", "tokenizer_bytes")
@@ -116,9 +105,9 @@ def test_parts_add_up():
 
 def test_portable_attention_needs_its_scores():
     model = BUILT_IN["r1-qwen-7b"].spec
-    linears = variant_linears(model, find_variant("int4"))
+    linears = recipe_linears(model, find_variant("int4"))
     native, portable = (
-        plan_memory(model, linears, 4096, Deployment(dialect=dialect)).activations
+        plan_process_memory(model, linears, 4096, Deployment(dialect=dialect)).activations
         for dialect in ("native", "portable")
     )
     assert portable - native == 2 * 2 * 512 * model.num_heads * (4096 + 512)
@@ -127,9 +116,9 @@ def test_portable_attention_needs_its_scores():
 @pytest.mark.parametrize("quant", ["fp16", "int8", "int4", "int4-g128"])
 def test_integers_take_less_than_floats_on_the_cpu(quant: str):
     model = BUILT_IN["r1-qwen-1.5b"].spec
-    linears = variant_linears(model, find_variant(quant))
-    on_cpu = plan_memory(model, linears, 4096, Deployment("ort-cpu")).weights_bytes
-    on_gpu = plan_memory(model, linears, 4096, Deployment()).weights_bytes
+    linears = recipe_linears(model, find_variant(quant))
+    on_cpu = plan_process_memory(model, linears, 4096, Deployment("ort-cpu")).weights_bytes
+    on_gpu = plan_process_memory(model, linears, 4096, Deployment()).weights_bytes
     # Scales are held in three fp32 copies; INT4 has four times as many.
     factor = {"fp16": 2.0, "int8": 1.16, "int4": 1.46, "int4-g128": 1.16}[quant]
     assert on_cpu / on_gpu == pytest.approx(factor, abs=0.03)

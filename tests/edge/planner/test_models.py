@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.bundle.manifest import ModelSpec, RopeSpec
+from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError, ConfigError
 from edge.planner.models import BUILT_IN, find_model, read_config
-from export.sources.model_config import parse_config
 from scripts.random_checkpoint import CONFIG
 from tests.conftest import Bundles, Checkpoints
 from tests.tiny_models import Kind

@@ -49,7 +49,7 @@ def make(name: str = "r1-qwen-1.5b", device: str = "agx-orin-64", **options: Any
 @pytest.mark.parametrize("name", list(BUILT_IN))
 def test_every_quantization_stands_side_by_side(name: str):
     plan = make(name)
-    assert [option.name for option in plan.options] == [variant.name for variant in VARIANTS]
+    assert [option.name for option in plan.options] == list(VARIANTS)
     process = {option.name: option.memory.process_bytes for option in plan.options}
     assert process["int4-head-int4"] < process["int4"] < process["int8"] < process["fp16"]
     decode = {option.name: option.speeds[0].decode_tps for option in plan.options}
@@ -74,7 +74,7 @@ def test_a_bundle_has_its_own_quantization_alone(tiny_bundles: Bundles):
     assert model.manifest is not None
     deployment = Deployment(kv_capacity=128)
     (option,) = make_plan(model, find_device(None), deployment, FITTED).options
-    assert (option.name, option.variant) == ("int4", None)
+    assert (option.name, option.recipe) == ("int4", None)
     with pytest.raises(ConfigError, match="is a bundle"):
         make_plan(model, find_device(None), deployment, FITTED, quants=["int8"])
 

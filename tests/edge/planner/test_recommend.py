@@ -137,7 +137,7 @@ def test_commands_are_those_of_this_command_line(tpot_s: float):
 
     found = choose(Wish(tpot_s=tpot_s), batch=2, kv_capacity=2048)
     assert found.taken is not None
-    assert found.taken.option.variant is not None
+    assert found.taken.option.recipe is not None
     for command, line in zip((export, build), found.commands, strict=True):
         program, verb, *arguments = line.split()
         assert (program, verb) == ("edge-llm", command.name)

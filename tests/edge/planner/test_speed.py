@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edge.errors import ConfigError
 from edge.planner.devices import MODULES
-from edge.planner.memory import Deployment, plan_memory
+from edge.planner.memory import Deployment, plan_process_memory
 from edge.planner.models import BUILT_IN
 from edge.planner.speed import (
     FITTED,
@@ -23,7 +23,7 @@ from edge.planner.speed import (
     prefill_s,
     work_of,
 )
-from edge.planner.weights import find_variant, variant_linears
+from edge.planner.weights import find_variant, recipe_linears
 
 AGX = MODULES["agx-orin-64"].mode(None)
 PERFECT = Efficiency(weights=1, layer_s=0, cache=1, compute=1, batch=0, source="ideal")
@@ -31,8 +31,8 @@ PERFECT = Efficiency(weights=1, layer_s=0, cache=1, compute=1, batch=0, source="
 
 def work_for(name: str, quant: str) -> Work:
     model = BUILT_IN[name].spec
-    linears = variant_linears(model, find_variant(quant))
-    plan = plan_memory(model, linears, 4096, Deployment())
+    linears = recipe_linears(model, find_variant(quant))
+    plan = plan_process_memory(model, linears, 4096, Deployment())
     return work_of(model, linears, plan.weights, Deployment())
 
 

@@ -2,52 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from edge.bundle import io_spec
-from edge.bundle.manifest import Manifest, read_manifest
+from edge.bundle.linears import linear_layers
+from edge.bundle.manifest import Manifest, TensorScheme, read_manifest
+from edge.bundle.schemes import Recipe
 from edge.errors import ConfigError
 from edge.planner.models import BUILT_IN
 from edge.planner.weights import (
     VARIANTS,
-    Variant,
     find_variant,
     manifest_linears,
-    schemes,
-    variant_linears,
+    recipe_linears,
     weight_parts,
 )
-from export.quantize.recipe import Recipe, linear_layers
 from tests.conftest import Bundles
 from tests.manifests import make_model
 from tests.tiny_models import Kind
 
 
 @pytest.mark.parametrize("name", list(BUILT_IN))
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-def test_schemes_are_those_of_the_exporter(name: str, variant: Variant):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_fits_the_models_by_name(name: str, variant: str):
     model = BUILT_IN[name].spec
-    keep: Any = (tuple(variant.keep.split("=")),) if variant.keep else ()
-    expected = Recipe(variant.quant, variant.group_size, keep).schemes(model)
-    found = schemes(model, variant)
-    assert {
-        layer.name: found[layer.name.rsplit(".", maxsplit=1)[-1]] for layer in linear_layers(model)
-    } == expected
+    linears = recipe_linears(model, find_variant(variant))
+    assert [linear.name for linear in linears] == [layer.name for layer in linear_layers(model)]
+    expected = math.prod(linear_layers(model)[0].shape) * model.num_layers
+    qkv = [linear for linear in linears if linear.name.endswith(".qkv")]
+    assert sum(math.prod(linear.shape) for linear in qkv) == expected
+    assert {linear.part for linear in qkv} == {"attention"}
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-def test_the_options_are_those_of_export(variant: Variant):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_options_are_those_of_export(variant: str):
     from export.cli import export
 
-    arguments = ["source", "-o", "bundle", *variant.export_options()]
+    recipe = find_variant(variant)
+    arguments = ["source", "-o", "bundle", *recipe.export_options()]
     with export.make_context("export", arguments) as context:
-        assert context.params["quant"] == variant.quant
-        assert context.params["group_size"] == variant.group_size
+        assert context.params["quant"] == recipe.quant
+        assert context.params["group_size"] == recipe.group_size
+        assert tuple(context.params["keep"]) == recipe.keep
 
 
 def exact_bytes(manifest: Manifest, bundle: Path) -> dict[str, int]:
@@ -90,7 +90,7 @@ def test_a_config_gives_the_bytes_of_the_bundle_to_come(
 ):
     manifest = read_manifest(tiny_bundles(kind, quant=quant))
     group = None if quant == "fp16" else 32
-    linears = variant_linears(manifest.model, Variant("x", quant, group))
+    linears = recipe_linears(manifest.model, Recipe(quant, group))
     positions = io_spec.rope_positions(manifest.model)
     assert weight_parts(manifest.model, linears, positions) == weight_parts(
         manifest.model, manifest_linears(manifest), manifest.rope_positions
@@ -99,11 +99,9 @@ def test_a_config_gives_the_bytes_of_the_bundle_to_come(
 
 def test_w8a8_counts_the_scale_of_the_inputs():
     model = make_model(hidden_size=128, intermediate_size=256)
-    linears = variant_linears(model, find_variant("int8-w8a8"))
+    linears = recipe_linears(model, find_variant("int8-w8a8"))
     as_int8 = [
-        dataclasses.replace(
-            linear, scheme=msgspec.structs.replace(linear.scheme, kind="int8", group_size=0)
-        )
+        linear._replace(scheme=TensorScheme(kind="int8"))
         if linear.scheme.kind == "w8a8"
         else linear
         for linear in linears
@@ -116,7 +114,7 @@ def test_w8a8_counts_the_scale_of_the_inputs():
 
 def test_what_does_not_fit_is_refused():
     narrow = make_model(hidden_size=96, num_heads=4, head_dim=24)
-    with pytest.raises(ConfigError, match=r"group sizes that divide.*\[32\]"):
-        schemes(narrow, Variant("int4-g128", "int4", 128))
+    with pytest.raises(ConfigError, match=r"--group-size 128 does not fit.*\[32\]"):
+        recipe_linears(narrow, find_variant("int4-g128"))
     with pytest.raises(ConfigError, match="--quant int3 is unknown"):
         find_variant("int3")

@@ -15,9 +15,9 @@ from onnx import TensorProto, helper
 
 from edge.bundle import io_spec
 from edge.bundle.io_spec import TensorSpec
+from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import FloatType, Manifest, read_manifest
 from export.graph.graph_builder import ONNX_TYPE
-from export.quantize.recipe import linear_layers
 from export.sources.opening import open_checkpoint
 from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints
 from tests.tiny_models import KINDS

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.manifest import read_manifest
+from edge.bundle.schemes import Recipe
 from edge.errors import CheckpointError, ConfigError
 from export.graph import embedding_table
 from export.graph.embedding_table import EmbeddingType, embedding_tensors, quantize_table_rows
 from export.graph.safetensors_writer import write_safetensors
 from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
-from export.quantize.recipe import Recipe, read_recipe
+from export.quantize.recipe import read_recipe
 from tests.manifests import make_model
 from tests.tiny_models import write_checkpoint
 

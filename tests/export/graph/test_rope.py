@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from edge.bundle.manifest import RopeSpec
+from edge.bundle.model_config import parse_config
 from export.graph.rope import inverse_frequencies, rope_tables
-from export.sources.model_config import parse_config
 
 HEAD_DIM = 128
 # As in Llama-2, an early long-context Llama, R1-Distill-Llama-8B, Qwen3's advice for 131k, and

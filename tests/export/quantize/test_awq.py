@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge.bundle.linears import norm_sources
+from edge.bundle.schemes import Recipe
 from export.quantize.awq import awq_factors
 from export.quantize.calibrated import Calibrated, shared_channels
 from export.quantize.calibration import LayerRunner
-from export.quantize.recipe import Recipe, norm_sources
 from export.quantize.rtn import dequantize_rows, quantize_rows
 from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.quantize.statistics import mean_square

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import TensorScheme
 from export.quantize.calibrated import Calibrated
 from export.quantize.calibration import LayerRunner
 from export.quantize.float_channels import NUM_CHANNELS, loud_channels
-from export.quantize.recipe import linear_layers
 from export.quantize.rtn import dequantize_rows, quantize_rows
 from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.quantize.smoothquant import activation_scale, smoothing_factors

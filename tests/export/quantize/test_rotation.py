@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge.bundle.linears import expected_tensors
 from export.quantize.rotation import RotatedCheckpoint, orthogonal_matrix
 from export.sources.checkpoint import Checkpoint
-from export.sources.model_config import expected_tensors
 from export.sources.opening import open_checkpoint
 from tests.export.quantize.layers import run_layers
 from tests.tiny_models import KINDS, Kind, write_checkpoint

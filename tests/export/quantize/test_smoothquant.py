@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import TensorScheme
 from export.quantize.calibrated import shared_channels
-from export.quantize.recipe import linear_layers
 from export.quantize.rtn import dequantize_rows, quantize_rows
 from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.quantize.smoothquant import activation_scale, smoothing_factors

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import CheckpointError, ConfigError
 from export.sources.checkpoint import Checkpoint
 from export.sources.checkpoint_text import read_licence, sampling_defaults
-from export.sources.model_config import expected_tensors
 from export.sources.opening import open_checkpoint
 from export.sources.safetensors_file import SafetensorsFile
 from tests import tiny_models as tiny

@@ -17,11 +17,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import RopeSpec, SamplingDefaults, Tokens
 from edge.errors import CheckpointError
 from export.sources import gguf_file
 from export.sources.gguf_source import derive_llama3
-from export.sources.model_config import expected_tensors
 from export.sources.opening import open_checkpoint
 from tests import tiny_models as tiny
 

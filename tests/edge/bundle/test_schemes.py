@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
-from edge.bundle.manifest import ModelSpec, RopeSpec, TensorScheme
+from edge.bundle.linears import expected_tensors, linear_layers
+from edge.bundle.manifest import ModelSpec, RopeSpec, SchemeKind, TensorScheme
+from edge.bundle.schemes import RULES, SCHEMES, Quant, Recipe, stored_bytes
 from edge.errors import ConfigError
-from export.quantize.recipe import Quant, Recipe, linear_layers
-from export.sources.model_config import expected_tensors
 
 # DeepSeek-R1-Distill-Qwen-1.5B's numbers, two layers of it.
 QWEN = ModelSpec(
@@ -164,7 +164,28 @@ def test_refusals(model: ModelSpec, recipe: Recipe, message: str):
         recipe.schemes(model)
 
 
-def test_a_scheme_of_no_name_is_refused():
+def test_a_quantization_of_no_name_is_refused():
     quant: Any = "int3"
-    with pytest.raises(ConfigError, match="unknown scheme 'int3'; use float, int8, int4 or w8a8"):
+    with pytest.raises(ConfigError, match="--quant int3 is unknown; use fp16 or bf16 or int8"):
         Recipe(quant).schemes(QWEN)
+
+
+def test_every_kind_has_its_facts_and_every_quantization_its_rules():
+    assert set(SCHEMES) == set(get_args(SchemeKind))
+    assert set(RULES) == set(get_args(Quant))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        (FLOAT, (2 * 64 * 30, 0)),
+        (int8(32), (64 * 30, 2 * 2 * 30)),
+        (int8(0), (64 * 30, 2 * 30)),
+        (int4(32), (32 * 30, 2 * 2 * 30)),
+        (TensorScheme(kind="w8a8"), (64 * 30, 2 * 30 + 2)),  # and the scale of the inputs
+    ],
+    ids=str,
+)
+def test_bytes_of_a_stored_weight_and_its_scales(scheme: TensorScheme, expected: tuple[int, int]):
+    assert stored_bytes((64, 30), scheme) == expected
+    assert stored_bytes((1, 3), int4(0))[0] == 2  # two in a byte

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import ModelSpec, RopeSpec
+from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError
-from export.sources.model_config import expected_tensors, parse_config
 
 # The published config.json of DeepSeek-R1-Distill-Qwen-1.5B.
 R1_QWEN: dict[str, Any] = {

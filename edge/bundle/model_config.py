@@ -1,4 +1,4 @@
-"""``config.json`` of a Hugging Face checkpoint to `ModelSpec`, and the tensors such a model has.
+"""``config.json`` of a Hugging Face checkpoint to `ModelSpec`, for the exporter and the planner.
 
 What changes the arithmetic and is not supported is refused by name; nothing is assumed that the
 stock ``transformers`` class does not assume too.
@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec
 from edge.errors import CheckpointError
+
+from .manifest import Architecture, ModelSpec, RopeSpec
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": "qwen2",
@@ -140,35 +141,6 @@ def check_spec(spec: ModelSpec, where: str) -> None:
         raise CheckpointError(
             f"{where}: head_dim is {spec.head_dim}; rotary embeddings need an even one"
         )
-
-
-def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """HF name and shape of every tensor of the model; linears are ``[out, in]``.
-
-    ``lm_head.weight`` is absent where the embeddings are tied.
-    """
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
-    for index in range(spec.num_layers):
-        layer = f"model.layers.{index}"
-        tensors[f"{layer}.input_layernorm.weight"] = (hidden,)
-        for projection, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
-            tensors[f"{layer}.self_attn.{projection}_proj.weight"] = (size, hidden)
-            if spec.qkv_bias:
-                tensors[f"{layer}.self_attn.{projection}_proj.bias"] = (size,)
-        if spec.qk_norm:
-            tensors[f"{layer}.self_attn.q_norm.weight"] = (spec.head_dim,)
-            tensors[f"{layer}.self_attn.k_norm.weight"] = (spec.head_dim,)
-        tensors[f"{layer}.self_attn.o_proj.weight"] = (hidden, q_size)
-        tensors[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-        tensors[f"{layer}.mlp.gate_proj.weight"] = (inner, hidden)
-        tensors[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
-        tensors[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-    tensors["model.norm.weight"] = (hidden,)
-    if not spec.tied_embeddings:
-        tensors["lm_head.weight"] = (spec.vocab_size, hidden)
-    return tensors
 
 
 def yarn_attention_factor(

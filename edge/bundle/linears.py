@@ -1,0 +1,103 @@
+"""The decoder's tensors: fused linear layers and norms, and the checkpoint tensors of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .manifest import ModelSpec
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A fused linear layer of the graph and the checkpoint tensors it is made of.
+
+    Attributes:
+        name: e.g. ``layers.0.qkv``.
+        weights: HF names of ``[out, in]`` matrices, stacked along ``out``.
+        biases: HF names of their biases, or empty.
+        shape: ``[in, out]`` of the fused matrix.
+        rows: ``out`` of each of the matrices.
+    """
+
+    name: str
+    weights: tuple[str, ...]
+    biases: tuple[str, ...]
+    shape: tuple[int, int]
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """An RMSNorm: its name in the graph, the HF name of its weight, and that weight's size."""
+
+    name: str
+    source: str
+    size: int
+
+
+def linear_layers(model: ModelSpec) -> list[LinearSpec]:
+    """Every linear layer in the order in which the graph runs them, the lm_head last."""
+    return [part for part in _parts(model) if isinstance(part, LinearSpec)]
+
+
+def norm_layers(model: ModelSpec) -> list[NormSpec]:
+    """Every RMSNorm in the order in which the graph runs them."""
+    return [part for part in _parts(model) if isinstance(part, NormSpec)]
+
+
+def norm_sources(model: ModelSpec) -> dict[str, str]:
+    """HF name of every RMSNorm weight by its name in the graph."""
+    return {norm.name: norm.source for norm in norm_layers(model)}
+
+
+def expected_tensors(model: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """HF name and shape of every tensor of the model; linears are ``[out, in]``.
+
+    ``lm_head.weight`` is absent where the embeddings are tied.
+    """
+    tensors: dict[str, tuple[int, ...]] = {}
+    tensors["model.embed_tokens.weight"] = (model.vocab_size, model.hidden_size)
+    for part in _parts(model):
+        if isinstance(part, NormSpec):
+            tensors[part.source] = (part.size,)
+            continue
+        for name, rows in zip(part.weights, part.rows, strict=True):
+            tensors[name] = (rows, part.shape[0])
+        for name, rows in zip(part.biases, part.rows, strict=bool(part.biases)):
+            tensors[name] = (rows,)
+    return tensors
+
+
+def _parts(model: ModelSpec) -> Iterator[LinearSpec | NormSpec]:
+    """The whole decoder, in the order of the graph."""
+    hidden, wide, dim = model.hidden_size, model.intermediate_size, model.head_dim
+    q_width, kv_width = model.num_heads * dim, model.num_kv_heads * dim
+    for i in range(model.num_layers):
+        name, source = f"layers.{i}", f"model.layers.{i}"
+        attention, mlp = f"{source}.self_attn", f"{source}.mlp"
+        yield NormSpec(f"{name}.input_norm", f"{source}.input_layernorm.weight", hidden)
+        widths = {"q": q_width, "k": kv_width, "v": kv_width}
+        qkv = {f"{attention}.{part}_proj": width for part, width in widths.items()}
+        yield _fuse(f"{name}.qkv", hidden, qkv, has_bias=model.qkv_bias)
+        if model.qk_norm:
+            for part in "qk":
+                yield NormSpec(f"{name}.{part}_norm", f"{attention}.{part}_norm.weight", dim)
+        yield _fuse(f"{name}.o", q_width, {f"{attention}.o_proj": hidden})
+        yield NormSpec(f"{name}.post_norm", f"{source}.post_attention_layernorm.weight", hidden)
+        yield _fuse(f"{name}.gate_up", hidden, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide})
+        yield _fuse(f"{name}.down", wide, {f"{mlp}.down_proj": hidden})
+    yield NormSpec("final_norm", "model.norm.weight", hidden)
+    head = "model.embed_tokens" if model.tied_embeddings else "lm_head"
+    yield _fuse("lm_head", hidden, {head: model.vocab_size})
+
+
+def _fuse(name: str, width: int, rows: dict[str, int], *, has_bias: bool = False) -> LinearSpec:
+    """One layer of modules with one input of ``width``, by HF name and number of outputs."""
+    return LinearSpec(
+        name=name,
+        weights=tuple(f"{module}.weight" for module in rows),
+        biases=tuple(f"{module}.bias" for module in rows) if has_bias else (),
+        shape=(width, sum(rows.values())),
+        rows=tuple(rows.values()),
+    )

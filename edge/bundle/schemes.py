@@ -1,0 +1,174 @@
+"""How weights are stored: the kinds of scheme, which layer gets which, and the bytes they take.
+
+A new kind of scheme is a name in `manifest.SchemeKind`, an entry in `SCHEMES`, and a rule in
+`RULES` for the ``--quant`` that uses it. The planner, the checks of disk and memory, and the
+options ``--quant``, ``--keep`` and ``--group-size`` read it from there.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from edge.errors import ConfigError
+
+from .linears import linear_layers
+from .manifest import ModelSpec, SchemeKind, TensorScheme
+
+GROUP_SIZES = (128, 64, 32)
+"""Weights that share a scale: what TensorRT's INT4 block quantization was built with."""
+INT4_GROUP_SIZE = 32
+"""Of INT4 layers where nobody says: 128 loses three times as much (docs/quantization.md)."""
+SCALE_BYTES = 2
+"""Of a scale in a graph typed FP16 or BF16."""
+
+Quant = Literal["fp16", "bf16", "int8", "int8-w8a8", "int4"]
+Clip = Literal["absmax", "mse"]
+
+
+@dataclass(frozen=True)
+class SchemeFacts:
+    """What all weights of one kind of scheme have in common.
+
+    Attributes:
+        kind: its name.
+        weight_bits: of a stored weight, in a graph typed FP16 or BF16.
+        group_sizes: weights that may share a scale, largest first; 0 is one scale per output
+            channel. Empty for weights without scales.
+        default_group_size: taken where nobody says; None is the largest that fits the model.
+        int8_inputs: whether the layer's inputs are rounded to INT8 too, with one scale.
+    """
+
+    kind: SchemeKind
+    weight_bits: int
+    group_sizes: tuple[int, ...] = ()
+    default_group_size: int | None = None
+    int8_inputs: bool = False
+
+
+SCHEMES: dict[str, SchemeFacts] = {
+    facts.kind: facts
+    for facts in (
+        SchemeFacts("float", 16),
+        SchemeFacts("int8", 8, (*GROUP_SIZES, 0)),
+        SchemeFacts("int4", 4, GROUP_SIZES, INT4_GROUP_SIZE),
+        SchemeFacts("w8a8", 8, (0,), int8_inputs=True),
+    )
+}
+
+# INT4 in the lm_head costs more quality than in all other layers together, and the vocabulary is
+# one matrix only. INT8 inputs are no good for down, where the first token of a text is far louder
+# than the others, and of no use in the lm_head, which runs for one token of a prompt.
+RULES: dict[Quant, tuple[tuple[str, SchemeKind], ...]] = {
+    "fp16": (("*", "float"),),
+    "bf16": (("*", "float"),),
+    "int8": (("*", "int8"),),
+    "int8-w8a8": (("*", "w8a8"), ("*.down", "int8"), ("lm_head", "int8")),
+    "int4": (("*", "int4"), ("lm_head", "int8")),
+}
+"""The scheme of the layers whose names match a shell wildcard; the last match wins."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quantization as asked for; `schemes` resolves it for a model.
+
+    Attributes:
+        quant: scheme of the linear layers, by `RULES`; ``fp16`` and ``bf16`` leave the weights as
+            floats.
+        group_size: weights that share a scale; 0 is one scale per output channel (INT8 only);
+            None is 32 for INT4 layers, and for INT8 the largest of 128, 64, 32 that divides every
+            layer's input width.
+        keep: ``(pattern, scheme)`` overrides in the order given, the last match wins. The
+            pattern is a shell wildcard on layer names, the scheme a key of `SCHEMES`.
+        clip: how a group's scale is chosen.
+    """
+
+    quant: Quant
+    group_size: int | None = None
+    keep: tuple[tuple[str, str], ...] = ()
+    clip: Clip = "mse"
+
+    def schemes(self, model: ModelSpec) -> dict[str, TensorScheme]:
+        """The scheme of every linear layer, by name and in the order of the graph.
+
+        Raises:
+            ConfigError: an unknown ``quant``, a group size that TensorRT or the model's shapes do
+                not allow, a pattern that matches no layer, an unknown scheme, an option that no
+                layer obeys.
+        """
+        rules = RULES.get(self.quant)
+        if rules is None:
+            raise ConfigError(f"--quant {self.quant} is unknown; use {' or '.join(RULES)}")
+        layers = linear_layers(model)
+        names, widths = [layer.name for layer in layers], sorted({x.shape[0] for x in layers})
+        result: dict[str, TensorScheme] = {}
+        for pattern, kind in (*rules, *self.keep):
+            matching = fnmatch.filter(names, pattern)
+            if not matching:
+                raise ConfigError(
+                    f"--keep {pattern}={kind} matches no linear layer; layers are named like "
+                    f"{names[0]}, {names[3]} and lm_head"
+                )
+            result.update(dict.fromkeys(matching, self._scheme(kind, widths)))
+        if all(scheme.kind == "float" for scheme in result.values()):
+            self._refuse_idle_options()
+        return result
+
+    def _refuse_idle_options(self) -> None:
+        for option, given in (
+            (f"--group-size {self.group_size}", self.group_size is not None),
+            ("--clip absmax", self.clip == "absmax"),
+        ):
+            if given:
+                raise ConfigError(f"{option} has no effect: every layer stays float; leave it out")
+
+    def _scheme(self, kind: str, widths: Sequence[int]) -> TensorScheme:
+        if kind not in SCHEMES:
+            *most, last = SCHEMES
+            raise ConfigError(f"unknown scheme {kind!r}; use {', '.join(most)} or {last}")
+        facts = SCHEMES[kind]
+        if len(facts.group_sizes) < 2:  # nothing to choose
+            return TensorScheme(kind=facts.kind)
+        return TensorScheme(kind=facts.kind, group_size=self._group_size(facts, widths))
+
+    def _group_size(self, facts: SchemeFacts, widths: Sequence[int]) -> int:
+        size = self.group_size
+        fitting = [g for g in GROUP_SIZES if all(width % g == 0 for width in widths)]
+        if size is None:
+            if not fitting:
+                raise ConfigError(
+                    f"no group size of {GROUP_SIZES} divides the input widths {widths} of this "
+                    "model; use --quant int8 --group-size 0, or --quant fp16"
+                )
+            return facts.default_group_size or fitting[0]
+        if size == 0 and 0 not in facts.group_sizes:
+            raise ConfigError(f"{facts.kind.upper()} needs groups: use --group-size 128, 64 or 32")
+        if size != 0 and size not in fitting:
+            raise ConfigError(
+                f"--group-size {size} does not fit: the input widths are {widths}, "
+                f"group sizes that fit are {fitting}"
+            )
+        return size
+
+    def export_options(self) -> list[str]:
+        """The options of ``edge-llm export`` that ask for this recipe."""
+        options = ["--quant", self.quant]
+        if self.group_size is not None:
+            options += ["--group-size", str(self.group_size)]
+        for pattern, kind in self.keep:
+            options += ["--keep", f"{pattern}={kind}"]
+        return options if self.clip == "mse" else [*options, "--clip", self.clip]
+
+
+def stored_bytes(shape: tuple[int, int], scheme: TensorScheme) -> tuple[int, int]:
+    """Bytes of a weight ``[in, out]`` and of its scales, in a graph typed FP16 or BF16."""
+    width, out = shape
+    facts = SCHEMES[scheme.kind]
+    weight = (width * out * facts.weight_bits + 7) // 8
+    if not facts.group_sizes:
+        return weight, 0
+    groups = width // (scheme.group_size or width)
+    return weight, SCALE_BYTES * (groups * out + (1 if facts.int8_inputs else 0))
