@@ -1,8 +1,4 @@
-"""Which model: built in by name, a ``config.json``, or a bundle.
-
-The runtime does not import the exporter, which reads ``config.json`` in full and refuses what it
-cannot export. Here only the dimensions matter, so only these are read.
-"""
+"""Which model: built in by name, a ``config.json``, or a bundle."""
 
 from __future__ import annotations
 
@@ -20,13 +16,9 @@ from edge.bundle.manifest import (
     RopeSpec,
     read_manifest,
 )
+from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError, ConfigError
 
-_ARCHITECTURES: dict[str, Architecture] = {
-    "Qwen2ForCausalLM": "qwen2",
-    "LlamaForCausalLM": "llama",
-    "Qwen3ForCausalLM": "qwen3",
-}
 _MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -36,7 +28,7 @@ class PlannedModel:
 
     Attributes:
         name: shown to the user.
-        spec: its dimensions; of RoPE only what a ``config.json`` says at its top level.
+        spec: its dimensions.
         source: what ``edge-llm export`` takes, or None.
         manifest: of the bundle that it came from, or None.
         bundle: that bundle's directory, or None.
@@ -142,11 +134,10 @@ def find_model(name: str) -> PlannedModel:
 
 
 def read_config(path: Path) -> ModelSpec:
-    """The dimensions in a Hugging Face ``config.json``.
+    """The model in a Hugging Face ``config.json``, as ``edge-llm export`` reads it.
 
     Raises:
-        CheckpointError: not such a file, another architecture, or a dimension that is missing or
-            no positive integer; the key is named.
+        CheckpointError: not such a file, or a model that cannot be exported; the key is named.
     """
     try:
         data = path.read_bytes()
@@ -157,35 +148,4 @@ def read_config(path: Path) -> ModelSpec:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a JSON object: {error}") from error
-    return _spec(values, path)
-
-
-def _spec(values: dict[str, Any], path: Path) -> ModelSpec:
-    def integer(key: str, default: int | None = None) -> int:
-        value = values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
-            raise CheckpointError(f"{path}: {key} must be a positive integer, found {value!r}")
-        return value
-
-    names = values.get("architectures")
-    known = _ARCHITECTURES.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
-    if known is None:
-        raise CheckpointError(
-            f"{path}: architectures is {names!r}; supported: {', '.join(_ARCHITECTURES)}"
-        )
-    heads = integer("num_attention_heads")
-    return decoder_spec(
-        known,
-        integer("hidden_size"),
-        integer("num_hidden_layers"),
-        (
-            heads,
-            integer("num_key_value_heads", heads),
-            integer("head_dim", max(integer("hidden_size") // heads, 1)),
-        ),
-        integer("intermediate_size"),
-        integer("vocab_size"),
-        tied=values.get("tie_word_embeddings") is True,
-        max_positions=integer("max_position_embeddings"),
-    )
+    return parse_config(values, str(path))
