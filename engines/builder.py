@@ -16,10 +16,12 @@ from edge._version import __version__
 from edge.bundle.engine_file import ENGINE_SCHEMA_VERSION, EngineInfo, ProfileInfo, ShapeInfo
 from edge.bundle.manifest import Manifest, read_manifest, verify_files
 from edge.device import telemetry
+from edge.device.gpu import Gpu, find_gpu
+from edge.device.process import read_rss_peak_bytes, reset_rss_peak
 from edge.errors import BuildError, DependencyError
 from edge.progress import Progress, silent, uncounted
 
-from . import compat, device
+from . import compat
 from .audit import Audit, audit_network, check_plan_bytes
 from .compat import Compiler, TensorRT
 from .config import BuildConfig, BuildShapes, resolve
@@ -56,7 +58,7 @@ class Target:
     """What an engine is built with and for."""
 
     rt: TensorRT
-    gpu: device.Gpu | None
+    gpu: Gpu | None
     compute_capability: str
 
 
@@ -73,7 +75,7 @@ def find_target(compute_capability: str | None = None, rt: TensorRT | None = Non
     """
     if rt is None:
         rt = compat.load("tensorrt-rtx" if compute_capability else None)
-    gpu = device.find_gpu()
+    gpu = find_gpu()
     if compute_capability is None:
         if gpu is None:
             raise DependencyError(
@@ -125,7 +127,7 @@ def build_engine(
             return BuildResult(store.directory, found, built=False)
         if not config.force:
             workspace = config.workspace_bytes if target.gpu else 0
-            check_memory(manifest, workspace, device.available_memory_bytes())
+            check_memory(manifest, workspace, telemetry.read_available_memory_bytes())
         if via == "trtexec":
             compiled = _compile_with_trtexec(config, manifest, target, store, on_line, progress)
         else:
@@ -229,7 +231,7 @@ def compile_bundle(
         lines.append(f"{severity}: {message}")
         _logger.debug("%s: %s", severity, message)
 
-    peak = device.PeakMemory()
+    reset_rss_peak()
     started = time.perf_counter()
     try:
         compiler = Compiler(target.rt, log)
@@ -255,7 +257,7 @@ def compile_bundle(
         written,
         Audit(audit.problems + size_problems, audit.weights, audit.layers, audit.attentions),
         time.perf_counter() - started,
-        peak.read_bytes(),
+        read_rss_peak_bytes(),
     )
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from edge.bundle.engine_file import LayerCount, WeightBytes
 from edge.bundle.manifest import read_manifest
+from edge.device.telemetry import read_available_memory_bytes
 from edge.progress import Progress, silent
 
-from . import compat, device
+from . import compat
 from .builder import compile_bundle, find_target
 from .config import BuildConfig, resolve
 from .memory import check_memory
@@ -66,7 +67,7 @@ def check_bundle(
     target = find_target(COMPUTE_CAPABILITIES[sm])
     compat.check_support(target.rt.flavour, target.rt.version, manifest.dialect, config.kv_read)
     if not config.force:
-        check_memory(manifest, 0, device.available_memory_bytes())
+        check_memory(manifest, 0, read_available_memory_bytes())
     compiled = compile_bundle(config, manifest, target, progress=progress)
     return CheckReport(
         str(config.bundle),

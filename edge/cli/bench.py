@@ -116,6 +116,7 @@ def _measure(
     from edge.backends.choose import open_backend
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
     from edge.bundle.manifest import read_manifest, verify_files
+    from edge.device.process import read_rss_bytes, read_rss_peak_bytes, reset_rss_peak
     from edge.device.telemetry import read_snapshot
     from edge.measure import bench_report
     from edge.measure.bench import run_bench
@@ -134,11 +135,11 @@ def _measure(
     )
     load_s = time.perf_counter() - started
     with closing(engine), closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)) as embeddings:
-        loaded = bench_report.process_memory()
-        peak_is_new = bench_report.reset_memory_peak()
+        load_peak_bytes = read_rss_peak_bytes()
+        peak_is_new = reset_rss_peak()
         with show_progress() as progress:
             samples = run_bench(engine, embeddings, manifest, config, progress=progress)
-        used = bench_report.process_memory()
+        rss_bytes, run_peak_bytes = read_rss_bytes(), read_rss_peak_bytes()
         snapshot = read_snapshot()
         device, remark = bench_report.find_bench_device(engine.name, snapshot, num_threads)
         result = bench_report.report(manifest, engine, config, samples, device, snapshot)
@@ -149,9 +150,9 @@ def _measure(
         "bundle": str(bundle),
         "load_s": load_s,
         "memory": {
-            "load_peak_bytes": loaded.get("rss_peak_bytes"),
-            "rss_bytes": used.get("rss_bytes"),
-            "run_peak_bytes": used.get("rss_peak_bytes") if peak_is_new else None,
+            "load_peak_bytes": load_peak_bytes,
+            "rss_bytes": rss_bytes,
+            "run_peak_bytes": run_peak_bytes if peak_is_new else None,
         },
         "versions": _versions(),
     }

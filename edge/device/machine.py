@@ -48,7 +48,7 @@ class Node(msgspec.Struct, frozen=True):
 
 
 class CudaProbe(msgspec.Struct, frozen=True):
-    """What `device_probe.probe_cuda` found; ``failure`` says why it found nothing."""
+    """What `probe.probe_cuda` found; ``failure`` says why it found nothing."""
 
     failure: str | None = None
     library_error: str | None = None

@@ -14,8 +14,7 @@ import os
 import sys
 from typing import Any
 
-# cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-_CC_MAJOR, _CC_MINOR = 75, 76
+from .gpu import load_driver, read_gpu
 
 
 def probe_cuda() -> dict[str, Any]:
@@ -27,7 +26,7 @@ def probe_cuda() -> dict[str, Any]:
         ``memory_total_bytes``, as far as it came. Codes are those of ``CUresult``.
     """
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        cuda = load_driver()
     except OSError as error:
         return {"library_error": str(error)}
     found: dict[str, Any] = {}
@@ -37,17 +36,15 @@ def probe_cuda() -> dict[str, Any]:
     found["init_code"] = cuda.cuInit(0)
     if found["init_code"] != 0:
         return found
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    name = ctypes.create_string_buffer(256)
+    device = ctypes.c_int()
     if cuda.cuDeviceGetCount(ctypes.byref(number)) == 0:
         found["num_devices"] = number.value
     if not found.get("num_devices") or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return found
-    cuda.cuDeviceGetName(name, len(name), device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), _CC_MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CC_MINOR, device)
-    found["name"] = name.value.decode(errors="replace")
-    found["compute_capability"] = f"{major.value}.{minor.value}"
+    gpu = read_gpu(cuda, device)
+    if gpu is None:
+        return found
+    found["name"], found["compute_capability"] = gpu.name, gpu.compute_capability
     context = ctypes.c_void_p()
     found["context_code"] = cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
     if found["context_code"] == 0:

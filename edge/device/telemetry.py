@@ -102,9 +102,9 @@ def read_snapshot(root: Path = Path("/")) -> Snapshot:
         throttled=None if alerts is None else bool(alerts),
         throttled_by=alerts or (),
         over_current_events=_read_over_current_events(root),
-        memory_total_bytes=_kib(root / "proc/meminfo", "MemTotal"),
+        memory_total_bytes=read_kib(root / "proc/meminfo", "MemTotal"),
         memory_available_bytes=read_available_memory_bytes(root),
-        process_rss_bytes=_kib(root / "proc/self/status", "VmRSS"),
+        process_rss_bytes=read_kib(root / "proc/self/status", "VmRSS"),
     )
 
 
@@ -131,7 +131,7 @@ def read_jetpack(root: Path = Path("/")) -> str | None:
 
 def read_available_memory_bytes(root: Path = Path("/")) -> int | None:
     """``MemAvailable``: memory of the system that can be had without swapping."""
-    return _kib(root / "proc/meminfo", "MemAvailable")
+    return read_kib(root / "proc/meminfo", "MemAvailable")
 
 
 def read_power_mode(root: Path = Path("/")) -> str | None:
@@ -269,7 +269,8 @@ def _number(path: Path) -> int | None:
     return int(text) if text and re.fullmatch(r"-?[0-9]{1,18}", text) else None
 
 
-def _kib(path: Path, key: str) -> int | None:
+def read_kib(path: Path, key: str) -> int | None:
+    """Bytes of a line such as ``VmRSS:  1234 kB``; None if it is not there."""
     match = re.search(rf"^{key}:\s+([0-9]{{1,15}}) kB$", _text(path) or "", re.MULTILINE)
     return int(match[1]) * 1024 if match else None
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,30 +210,10 @@ def mean_context(config: BenchConfig) -> float:
     return config.prompt_tokens + config.output_tokens / 2
 
 
-def process_memory() -> dict[str, int]:
-    """Resident memory of this process now and at its peak, in bytes; empty where nothing says."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not Linux
-        return {}
-    values = dict(line.split(":", 1) for line in lines if ":" in line)
-    names = {"VmRSS": "rss_bytes", "VmHWM": "rss_peak_bytes"}
-    return {name: int(values[key].split()[0]) * 1024 for key, name in names.items()}
-
-
 def device_memory(backend: Backend) -> dict[str, int | bool] | None:
     """The GPU's memory by part, from a backend that planned it; None from others."""
     plan = getattr(backend, "memory", None)
     return plan.to_dict() if isinstance(plan, EngineMemory) else None
-
-
-def reset_memory_peak() -> bool:
-    """Start the peak of `process_memory` anew; False where the kernel does not let us."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def report(

@@ -34,7 +34,7 @@ from edge.errors import (
     IntegrityError,
     ResourceError,
 )
-from engines import builder, compat, device, memory
+from engines import builder, compat, memory
 from engines.audit import audit_network
 from engines.builder import Target, build_engine
 from engines.check import check_bundle
@@ -392,7 +392,7 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_engine(bundle: Path, tmp_pa
 def test_a_build_that_will_not_fit_is_refused_before_it_starts(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "available_memory_bytes", lambda: 500_000_000)
+    monkeypatch.setattr(telemetry, "read_available_memory_bytes", lambda: 500_000_000)
     with pytest.raises(ResourceError, match=r"0\.5 GB are available") as refused:
         build_engine(config(bundle), target=target())
     assert "--force" in str(refused.value)
@@ -413,7 +413,7 @@ def test_the_memory_plan_covers_what_was_measured() -> None:
 
 
 def test_without_a_gpu_the_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "find_gpu", lambda: None)
+    monkeypatch.setattr(builder, "find_gpu", lambda: None)
     with pytest.raises(DependencyError, match="edge-llm check BUNDLE"):
         builder.find_target()
 

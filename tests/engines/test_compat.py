@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import mmap
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from edge.errors import ConfigError, DependencyError
-from engines import compat, device
+from engines import compat
 from engines.progress import PhaseTree
 
 
@@ -93,18 +91,6 @@ def test_phases_add_up_and_never_go_back() -> None:
     tree.finish("all")
     assert seen[-1] == 1.0
     assert seen == sorted(seen)
-
-
-def test_memory_is_read_in_bytes(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal:       100 kB\nMemAvailable:    64 kB\n")
-    assert device.available_memory_bytes(tmp_path) == 65536
-    peak = device.PeakMemory()
-    before = peak.read_bytes()
-    # Its own mapping: the heap may have this much lying free after other tests.
-    with mmap.mmap(-1, 50_000_000) as block:
-        block[:] = b"x" * len(block)
-        assert peak.read_bytes() >= before + 40_000_000
 
 
 def test_a_workspace_that_is_too_small_is_told_from_a_full_machine() -> None:

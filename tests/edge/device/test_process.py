@@ -1,0 +1,70 @@
+"""Memory of this process in bytes, and its GPU without a driver."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Any
+
+import pytest
+
+from edge.device import gpu, process
+from edge.device.gpu import Gpu, find_gpu
+from edge.device.process import read_rss_bytes, read_rss_peak_bytes, reset_rss_peak
+
+
+def test_the_peak_is_in_bytes_and_starts_anew():
+    reset_rss_peak()  # where it may not, the peak is that since the start
+    before = read_rss_peak_bytes()
+    # Its own mapping: the heap may have this much lying free after other tests.
+    with mmap.mmap(-1, 50_000_000) as block:
+        block[:] = b"x" * len(block)
+        assert read_rss_peak_bytes() >= before + 40_000_000
+        resident = read_rss_bytes()
+        assert resident is None or 50_000_000 < resident <= read_rss_peak_bytes()
+
+
+def test_a_system_that_does_not_say_has_a_peak_since_the_start(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(process, "read_kib", lambda path, key: None)
+    assert read_rss_bytes() is None
+    assert read_rss_peak_bytes() > 10_000_000
+
+
+class Driver:
+    """``libcuda`` with one GPU; ``failing`` is the call that answers with an error."""
+
+    def __init__(self, failing: str = "") -> None:
+        self._failing = failing
+
+    def __getattr__(self, call: str) -> Any:
+        def answer(*arguments: Any) -> int:
+            if call == "cuDeviceGetName":
+                arguments[0].value = b"Orin"
+            if call == "cuDeviceGetAttribute":
+                ctypes.cast(arguments[0], ctypes.POINTER(ctypes.c_int))[0] = {75: 8, 76: 7}[
+                    arguments[1]
+                ]
+            return 100 if call == self._failing else 0
+
+        return answer
+
+
+def test_a_gpu_is_named_by_the_driver(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu, "load_driver", Driver)
+    assert find_gpu() == Gpu("Orin", "8.7")
+
+
+@pytest.mark.parametrize(
+    "call", ["cuInit", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"]
+)
+def test_a_driver_that_fails_has_no_gpu(call: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu, "load_driver", lambda: Driver(call))
+    assert find_gpu() is None
+
+
+def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    def missing() -> Any:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(gpu, "load_driver", missing)
+    assert find_gpu() is None
