@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from edge._version import __version__
 from edge.bundle.engine_file import ENGINE_SCHEMA_VERSION, EngineInfo, ProfileInfo, ShapeInfo
-from edge.bundle.manifest import Manifest, read_manifest, verify_files
+from edge.bundle.manifest import read_manifest, verify_files
 from edge.device import telemetry
 from edge.device.gpu import Gpu, find_gpu
 from edge.device.process import read_rss_peak_bytes, reset_rss_peak
@@ -23,11 +23,12 @@ from edge.progress import Progress, silent, uncounted
 
 from . import compat
 from .audit import Audit, audit_network, check_plan_bytes
+from .build_plan import BuildPlan, plan_build
 from .compat import Compiler, TensorRT
-from .config import BuildConfig, BuildShapes, resolve
+from .config import BuildConfig
 from .graph import graph_files, prepare_graph, write_graph
 from .memory import check_memory
-from .profiles import Profile, make_profiles
+from .profiles import Profile
 from .progress import STEP
 from .store import TIMING_CACHE, EngineStore, engine_key
 from .trtexec import find_trtexec, run_trtexec, trtexec_command, trtexec_version
@@ -113,78 +114,88 @@ def build_engine(
         DependencyError: no TensorRT, one that is too old, no GPU.
         BuildError: TensorRT refused the graph, failed, or made something else of it.
     """
-    manifest = read_manifest(config.bundle)
-    shapes = resolve(config, manifest)
+    build = plan_build(config, read_manifest(config.bundle))
     target = target or find_target(rt=_trtexec_target() if via == "trtexec" else None)
-    rt = target.rt
-    compat.check_support(rt.flavour, rt.version, manifest.dialect, config.kv_read)
-    profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes)
-    key = engine_key({**_key_parts(config, shapes, manifest, target), "via": via})
-    store = EngineStore(config.bundle, engine_name(config, shapes, manifest, target))
+    compat.check_support(
+        target.rt.flavour, target.rt.version, build.manifest.dialect, config.kv_read
+    )
+    key = engine_key({**_key_parts(build, target), "via": via})
+    store = EngineStore(config.bundle, engine_name(build, target))
     with store.locked(waiting):
         found = store.find(key)
         if found is not None:
             return BuildResult(store.directory, found, built=False)
         if not config.force:
             workspace = config.workspace_bytes if target.gpu else 0
-            check_memory(manifest, workspace, telemetry.read_available_memory_bytes())
+            check_memory(build.manifest, workspace, telemetry.read_available_memory_bytes())
         if via == "trtexec":
-            compiled = _compile_with_trtexec(config, manifest, target, store, on_line, progress)
+            compiled = _compile_with_trtexec(build, target, store, on_line, progress)
         else:
             compiled = compile_bundle(
-                config,
-                manifest,
+                build,
                 target,
                 timings=store.read_timings(config.timing_cache),
                 progress=progress,
                 keep_log=store.write_log,
             )
-        if compiled.audit.problems:
-            raise BuildError(
-                f"TensorRT {rt.version} made another network of {config.bundle}: "
-                f"{'; '.join(compiled.audit.problems[:3])}; the old engine, if any, is kept. "
-                "Please report this"
-            )
+        _refuse_faults(build, target, compiled.audit)
         if compiled.timings is not None:
             store.write_timings(compiled.timings, config.timing_cache)
-
-        def describe(name: str, num_bytes: int, sha256: str) -> EngineInfo:
-            return EngineInfo(
-                schema_version=ENGINE_SCHEMA_VERSION,
-                producer=f"edge-llm {__version__}",
-                created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                key=key,
-                plan=name,
-                plan_bytes=num_bytes,
-                plan_sha256=sha256,
-                flavour=rt.flavour,
-                tensorrt_version=compiled.tensorrt_version,
-                compute_capability=target.compute_capability,
-                device=target.gpu.name if target.gpu else None,
-                jetpack=telemetry.read_jetpack(),
-                l4t=telemetry.read_l4t(),
-                sources={n: manifest.files[n].sha256 for n in graph_files(manifest)},
-                max_batch=shapes.max_batch,
-                max_prefill=shapes.max_prefill,
-                kv_capacity=shapes.capacity,
-                kv_buckets=shapes.kv_buckets,
-                kv_read=config.kv_read,
-                options=_rebuild_options(config, shapes),
-                profiles=tuple(_profile_info(profile) for profile in profiles),
-                builder=via,
-                build_s=round(compiled.build_s, 3),
-                peak_memory_bytes=compiled.peak_memory_bytes,
-                weights=compiled.audit.weights,
-                layers=compiled.audit.layers,
-            )
-
-        info = store.commit(compiled.plan, describe)
+        info = store.commit(compiled.plan, _recorder(build, target, via, key, compiled))
         return BuildResult(store.directory, info, built=True)
+
+
+def _refuse_faults(build: BuildPlan, target: Target, audit: Audit) -> None:
+    if audit.problems:
+        raise BuildError(
+            f"TensorRT {target.rt.version} made another network of {build.config.bundle}: "
+            f"{'; '.join(audit.problems[:3])}; the old engine, if any, is kept. "
+            "Please report this"
+        )
+
+
+def _recorder(
+    build: BuildPlan, target: Target, via: Via, key: str, compiled: Compiled
+) -> Callable[[str, int, str], EngineInfo]:
+    """What makes the ``engine.json`` of a plan's file name, size and hash."""
+    shapes, files = build.shapes, build.manifest.files
+
+    def record(name: str, num_bytes: int, sha256: str) -> EngineInfo:
+        return EngineInfo(
+            schema_version=ENGINE_SCHEMA_VERSION,
+            producer=f"edge-llm {__version__}",
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            key=key,
+            plan=name,
+            plan_bytes=num_bytes,
+            plan_sha256=sha256,
+            flavour=target.rt.flavour,
+            tensorrt_version=compiled.tensorrt_version,
+            compute_capability=target.compute_capability,
+            device=target.gpu.name if target.gpu else None,
+            jetpack=telemetry.read_jetpack(),
+            l4t=telemetry.read_l4t(),
+            sources={file: files[file].sha256 for file in graph_files(build.manifest)},
+            max_batch=shapes.max_batch,
+            max_prefill=shapes.max_prefill,
+            kv_capacity=shapes.capacity,
+            kv_buckets=shapes.kv_buckets,
+            kv_read=build.config.kv_read,
+            options=build.rebuild_options(),
+            profiles=tuple(_profile_info(profile) for profile in build.profiles),
+            builder=via,
+            build_s=round(compiled.build_s, 3),
+            peak_memory_bytes=compiled.peak_memory_bytes,
+            weights=compiled.audit.weights,
+            layers=compiled.audit.layers,
+        )
+
+    return record
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A plan that lies nowhere yet, and what was seen on the way.
+    """A plan that is in no file yet, and what was seen on the way.
 
     Attributes:
         plan: a buffer.
@@ -204,8 +215,7 @@ class Compiled:
 
 
 def compile_bundle(
-    config: BuildConfig,
-    manifest: Manifest,
+    build: BuildPlan,
     target: Target,
     *,
     timings: bytes | None = None,
@@ -220,11 +230,11 @@ def compile_bundle(
         IntegrityError: a file of the bundle is damaged.
         BuildError: TensorRT refused the graph or failed.
     """
-    shapes = resolve(config, manifest)
+    config, manifest = build.config, build.manifest
     with uncounted(progress, "hash"):
         verify_files(config.bundle, manifest, graph_files(manifest))
     path = config.bundle.resolve() / manifest.graphs.decoder
-    graph = prepare_graph(path.read_bytes(), shapes, config.kv_read)
+    graph = prepare_graph(path.read_bytes(), build.shapes, config.kv_read)
     lines: list[str] = []
 
     def log(severity: str, message: str) -> None:
@@ -237,10 +247,10 @@ def compile_bundle(
         compiler = Compiler(target.rt, log)
         with uncounted(progress, "parse"):
             network = compiler.parse(graph, path, config.kv_read)
-        audit = audit_network(network, manifest, shapes, config.kv_read)
+        audit = audit_network(network, manifest, build.shapes, config.kv_read)
         progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
         plan, written = compiler.build(
-            make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes),
+            build.profiles,
             workspace_bytes=config.workspace_bytes,
             opt_level=config.opt_level,
             timings=timings,
@@ -268,16 +278,14 @@ def _trtexec_target() -> TensorRT:
 
 
 def _compile_with_trtexec(
-    config: BuildConfig,
-    manifest: Manifest,
+    build: BuildPlan,
     target: Target,
     store: EngineStore,
     on_line: Callable[[str], None],
     progress: Progress,
 ) -> Compiled:
-    shapes = resolve(config, manifest)
     with uncounted(progress, "hash"):
-        verify_files(config.bundle, manifest, graph_files(manifest))
+        verify_files(build.config.bundle, build.manifest, graph_files(build.manifest))
     root = store.directory.parent
     for leftover in root.glob(f"{_SCRATCH}*"):
         shutil.rmtree(leftover)
@@ -289,15 +297,14 @@ def _compile_with_trtexec(
         on_line(line)
 
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=root) as scratch:
-        graph = write_graph(config, manifest, shapes, Path(scratch))
+        graph = write_graph(build, Path(scratch))
         plan = Path(scratch) / "engine.plan"
         argv = trtexec_command(
-            config,
-            manifest,
+            build,
             target.rt.release,
             onnx=graph,
             plan=plan,
-            timing_cache=config.timing_cache or store.directory / TIMING_CACHE,
+            timing_cache=build.config.timing_cache or store.directory / TIMING_CACHE,
         )
         try:
             with uncounted(progress, "trtexec"):
@@ -310,54 +317,38 @@ def _compile_with_trtexec(
         len(data),
         result.version or target.rt.version,
         None,
-        Audit(tuple(check_plan_bytes(len(data), manifest)), (), (), 0),
+        Audit(tuple(check_plan_bytes(len(data), build.manifest)), (), (), 0),
         result.build_s if result.build_s is not None else result.seconds,
         result.peak_host_bytes,
     )
 
 
-def engine_name(
-    config: BuildConfig, shapes: BuildShapes, manifest: Manifest, target: Target
-) -> str:
+def engine_name(build: BuildPlan, target: Target) -> str:
     """Directory of an engine, e.g. ``sm87-trt10.16-int4-b1-kv4096``."""
     parts = [
         f"sm{target.compute_capability.replace('.', '')}",
         target.rt.label,
-        manifest.quantization.name,
-        f"b{shapes.max_batch}",
-        f"kv{shapes.capacity}",
+        build.manifest.quantization.name,
+        f"b{build.shapes.max_batch}",
+        f"kv{build.shapes.capacity}",
     ]
-    if config.kv_read != "slice":
-        parts.append(config.kv_read)
+    if build.config.kv_read != "slice":
+        parts.append(build.config.kv_read)
     return "-".join(parts)
 
 
-def _key_parts(
-    config: BuildConfig, shapes: BuildShapes, manifest: Manifest, target: Target
-) -> dict[str, Any]:
+def _key_parts(build: BuildPlan, target: Target) -> dict[str, Any]:
+    files = build.manifest.files
     return {
         "producer": __version__,  # what is done to the graph may change with it
-        "sources": {name: manifest.files[name].sha256 for name in graph_files(manifest)},
+        "sources": {name: files[name].sha256 for name in graph_files(build.manifest)},
         "flavour": target.rt.flavour,
         "tensorrt": target.rt.version,
         "compute_capability": target.compute_capability,
         "device": target.gpu.name if target.gpu else None,
-        "capacity": shapes.capacity,
-        "buckets": shapes.kv_buckets,
-        "options": _rebuild_options(config, shapes),
-    }
-
-
-def _rebuild_options(config: BuildConfig, shapes: BuildShapes) -> dict[str, Any]:
-    """Options of ``edge-llm build`` that give this engine again."""
-    return {
-        "max_batch": shapes.max_batch,
-        "max_prefill": shapes.max_prefill,
-        "kv_capacity": shapes.capacity,
-        "kv_buckets": list(shapes.kv_buckets) if config.kv_read == "slice" else None,
-        "kv_read": config.kv_read,
-        "workspace": config.workspace_bytes,
-        "opt_level": config.opt_level,
+        "capacity": build.shapes.capacity,
+        "buckets": build.shapes.kv_buckets,
+        "options": build.rebuild_options(),
     }
 
 

@@ -10,8 +10,9 @@ from edge.device.telemetry import read_available_memory_bytes
 from edge.progress import Progress, silent
 
 from . import compat
+from .build_plan import plan_build
 from .builder import compile_bundle, find_target
-from .config import BuildConfig, resolve
+from .config import BuildConfig
 from .memory import check_memory
 
 COMPUTE_CAPABILITIES = {80: "8.0", 86: "8.6", 89: "8.9", 120: "12.0"}
@@ -62,13 +63,14 @@ def check_bundle(
         ResourceError: too little memory.
         BuildError: TensorRT refused the graph or failed to compile it.
     """
-    manifest = read_manifest(config.bundle)
-    resolve(config, manifest)
+    build = plan_build(config, read_manifest(config.bundle))
     target = find_target(COMPUTE_CAPABILITIES[sm])
-    compat.check_support(target.rt.flavour, target.rt.version, manifest.dialect, config.kv_read)
+    compat.check_support(
+        target.rt.flavour, target.rt.version, build.manifest.dialect, config.kv_read
+    )
     if not config.force:
-        check_memory(manifest, 0, read_available_memory_bytes())
-    compiled = compile_bundle(config, manifest, target, progress=progress)
+        check_memory(build.manifest, 0, read_available_memory_bytes())
+    compiled = compile_bundle(build, target, progress=progress)
     return CheckReport(
         str(config.bundle),
         f"{target.rt.flavour} {target.rt.version}",

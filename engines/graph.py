@@ -13,7 +13,8 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BundleError
 
-from .config import BuildConfig, BuildShapes, KvRead
+from .build_plan import BuildPlan
+from .config import BuildShapes, KvRead
 
 
 def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
@@ -38,26 +39,22 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
     return graph.serialize()
 
 
-def write_graph(
-    config: BuildConfig, manifest: Manifest, shapes: BuildShapes, directory: Path
-) -> Path:
-    """Write the graph of ``config`` as a file, for a reader that takes nothing else.
+def write_graph(build: BuildPlan, directory: Path) -> Path:
+    """Write the graph of a build as a file, for a reader that takes nothing else.
 
     Readers look for the weights beside the graph: a symbolic link stands there. A hard link would
     save nothing, and the ``onnx`` package refuses weights of several hard links as an attack.
 
     Args:
-        config: which bundle, and how the cache is read.
-        manifest: the bundle's manifest; the caller has verified the files.
-        shapes: the capacity.
+        build: which bundle, whose files the caller has verified, and in which shapes.
         directory: where to; made if missing. Files of the same names are replaced.
 
     Returns:
         The path of the graph.
     """
-    graph, weights = graph_files(manifest)
-    bundle = config.bundle.resolve()
-    data = prepare_graph((bundle / graph).read_bytes(), shapes, config.kv_read)
+    graph, weights = graph_files(build.manifest)
+    bundle = build.config.bundle.resolve()
+    data = prepare_graph((bundle / graph).read_bytes(), build.shapes, build.config.kv_read)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / graph
     path.write_bytes(data)

@@ -27,9 +27,10 @@ from pathlib import Path
 from edge.bundle.manifest import ENGINES_DIR, Manifest, read_manifest, verify_files
 from edge.errors import BackendError, ConfigError, DependencyError, EdgeError, ResourceError
 
-from .config import BuildConfig, BuildShapes, resolve
+from .build_plan import BuildPlan, plan_build
+from .config import BuildConfig
 from .graph import write_graph
-from .profiles import Shape, make_profiles
+from .profiles import Shape
 from .trtexec_options import TRT_VERSIONS, TrtVersion, show
 
 _MIB = 1 << 20
@@ -54,36 +55,35 @@ def parse_version(text: str) -> TrtVersion:
 
 
 def trtexec_command(
-    config: BuildConfig,
-    manifest: Manifest,
+    build: BuildPlan,
     version: TrtVersion,
     *,
     onnx: Path | None = None,
     plan: Path | None = None,
     timing_cache: Path | None = None,
 ) -> list[str]:
-    """The ``trtexec`` line that builds the engine of ``config``.
+    """The ``trtexec`` line of a build.
 
     Args:
-        config: what to build.
-        manifest: the bundle's manifest.
+        build: what to build.
         version: of TensorRT; from 10.0 on.
-        onnx: the graph; the bundle's own by default. Its weights must lie beside it. Another
+        onnx: the graph; the bundle's own by default. Its weights must be beside it. Another
             capacity or ``kv_read`` than the bundle's needs the graph of `write_graph` here.
         plan: where the engine goes; ``engine.plan`` in the current directory by default.
         timing_cache: the config's by default, else ``timing.cache`` beside ``plan``.
 
     Raises:
-        ConfigError: options that contradict the model or the version, or another capacity than the
-            bundle's without its graph.
+        ConfigError: options that contradict the version, or another capacity than the bundle's
+            without its graph.
     """
+    config, manifest = build.config, build.manifest
     _check_version(config, manifest, version)
-    shapes = resolve(config, manifest)
     if onnx is None:
-        if _needs_own_graph(config, manifest, shapes):
+        if build.changes_graph:
             raise ConfigError(
-                f"the graph in {config.bundle} is not the one for KV capacity {shapes.capacity} "
-                f"and --kv-read {config.kv_read}; write that one first and give its path"
+                f"the graph in {config.bundle} is not the one for KV capacity "
+                f"{build.shapes.capacity} and --kv-read {config.kv_read}; write that one first "
+                "and give its path"
             )
         onnx = config.bundle / manifest.graphs.decoder
     plan = Path(_PLAN) if plan is None else plan
@@ -92,8 +92,7 @@ def trtexec_command(
     line = ["trtexec", f"--onnx={onnx}", f"--saveEngine={plan}"]
     if version < _ALWAYS_STRONGLY_TYPED:
         line.append("--stronglyTyped")
-    profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes)
-    for index, profile in enumerate(profiles):
+    for index, profile in enumerate(build.profiles):
         ranges = profile.inputs.items()
         line += [
             f"--profile={index}",
@@ -116,10 +115,6 @@ def trtexec_command(
 def format_command(line: Sequence[str]) -> str:
     """A line to paste into a shell: quoted, one option per row; a profile's shapes stay with it."""
     return " \\\n  ".join(shlex.quote(part) for part in line)
-
-
-def _needs_own_graph(config: BuildConfig, manifest: Manifest, shapes: BuildShapes) -> bool:
-    return shapes.capacity != manifest.kv_capacity or config.kv_read != "slice"
 
 
 @dataclass(frozen=True)
@@ -414,14 +409,14 @@ def command_for_bundle(config: BuildConfig, version: TrtVersion) -> list[str]:
 
     Raises:
         BundleError: no bundle, or a damaged graph.
-        ConfigError: as `trtexec_command`.
+        ConfigError: as `trtexec_command` and `plan_build`.
     """
     manifest = read_manifest(config.bundle)
     _check_version(config, manifest, version)
-    shapes = resolve(config, manifest)
-    if not _needs_own_graph(config, manifest, shapes):
-        return trtexec_command(config, manifest, version)
+    build = plan_build(config, manifest)
+    if not build.changes_graph:
+        return trtexec_command(build, version)
     verify_files(config.bundle, manifest, [manifest.graphs.decoder])
-    name = f"trtexec-kv{shapes.capacity}-{config.kv_read}"
-    onnx = write_graph(config, manifest, shapes, config.bundle / ENGINES_DIR / name)
-    return trtexec_command(config, manifest, version, onnx=onnx)
+    name = f"trtexec-kv{build.shapes.capacity}-{config.kv_read}"
+    onnx = write_graph(build, config.bundle / ENGINES_DIR / name)
+    return trtexec_command(build, version, onnx=onnx)

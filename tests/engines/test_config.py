@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edge.errors import ConfigError
-from engines.builder import _rebuild_options
+from engines.build_plan import plan_build
 from engines.config import BuildConfig, BuildShapes, default_kv_buckets, resolve
 from tests.manifests import make_manifest
 
@@ -74,7 +74,7 @@ def test_every_option_counts_but_for_where_and_how_it_is_built() -> None:
 
     def options(**changes: Any) -> dict[str, Any]:
         config = BuildConfig(**{"bundle": BUNDLE, **changes})
-        return _rebuild_options(config, resolve(config, manifest))
+        return plan_build(config, manifest).rebuild_options()
 
     apart = {"bundle": Path("elsewhere"), "timing_cache": Path("t"), "force": True}
     counting = {

@@ -14,6 +14,7 @@ import pytest
 from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BackendError, ConfigError, DependencyError, ResourceError
 from engines import trtexec
+from engines.build_plan import plan_build
 from engines.config import BuildConfig
 from engines.trtexec import (
     command_for_bundle,
@@ -68,7 +69,7 @@ def golden(version: str) -> list[str]:
 @pytest.mark.parametrize("name", TRT_VERSIONS)
 def test_golden_line(name: str):
     manifest = make_manifest(dialect="portable" if name == "10.3" else "native")
-    assert trtexec_command(CONFIG, manifest, TRT_VERSIONS[name]) == golden(name)
+    assert trtexec_command(plan_build(CONFIG, manifest), TRT_VERSIONS[name]) == golden(name)
 
 
 @pytest.mark.parametrize("version", [(10, 0), (10, 3), (10, 14), (10, 16), (11, 0), (11, 4)])
@@ -77,9 +78,9 @@ def test_only_options_of_the_version(version: TrtVersion, dialect: str):
     manifest = make_manifest(dialect=dialect)
     if dialect == "native" and version < (10, 15):
         with pytest.raises(ConfigError, match="--dialect portable"):
-            trtexec_command(CONFIG, manifest, version)
+            trtexec_command(plan_build(CONFIG, manifest), version)
         return
-    line = trtexec_command(CONFIG, manifest, version)
+    line = trtexec_command(plan_build(CONFIG, manifest), version)
     assert {option.partition("=")[0] for option in line[1:]} <= options(version)
 
 
@@ -97,16 +98,24 @@ def test_option_sets():
     assert lifetime("--nonsense") is None
 
 
-def test_what_trtexec_cannot_do_is_refused():
-    manifest = make_manifest()
-    with pytest.raises(ConfigError, match="Python API"):
-        trtexec_command(BuildConfig(Path("b"), max_prefill=8, kv_read="lengths"), manifest, (11, 4))
-    with pytest.raises(ConfigError, match="full"):
-        trtexec_command(BuildConfig(Path("b"), max_prefill=8, kv_read="full"), manifest, (11, 4))
-    with pytest.raises(ConfigError, match="KV capacity 64"):
-        trtexec_command(BuildConfig(Path("b"), max_prefill=8, kv_capacity=64), manifest, (11, 4))
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"kv_read": "lengths"}, "Python API"),
+        ({"kv_read": "full"}, "full"),
+        ({"kv_capacity": 64}, "KV capacity 64"),
+    ],
+)
+def test_what_trtexec_cannot_do_is_refused(option: dict[str, Any], words: str):
+    build = plan_build(BuildConfig(Path("b"), max_prefill=8, **option), make_manifest())
+    with pytest.raises(ConfigError, match=words):
+        trtexec_command(build, (11, 4))
+
+
+def test_a_version_without_strong_types_is_refused():
+    build = plan_build(CONFIG, make_manifest(dialect="portable"))
     with pytest.raises(ConfigError, match=r"10\.0"):
-        trtexec_command(CONFIG, make_manifest(dialect="portable"), (8, 6))
+        trtexec_command(build, (8, 6))
 
 
 def test_another_capacity_gets_its_own_graph(tiny_bundles: Bundles, tmp_path: Path):
@@ -125,7 +134,7 @@ def test_another_capacity_gets_its_own_graph(tiny_bundles: Bundles, tmp_path: Pa
 
 
 def test_the_printed_line_survives_a_shell():
-    line = trtexec_command(CONFIG, make_manifest(), (10, 16))
+    line = trtexec_command(plan_build(CONFIG, make_manifest()), (10, 16))
     script = f"for word in {format_command(line)}; do echo $word; done"
     words = subprocess.run(["sh", "-fc", script], capture_output=True, text=True, check=True).stdout
     assert words.splitlines() == line

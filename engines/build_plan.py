@@ -1,0 +1,57 @@
+"""One engine, decided before TensorRT is loaded: options that fit the bundle, and the profiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edge.bundle.manifest import Manifest
+
+from .config import BuildConfig, BuildShapes, resolve
+from .profiles import Profile, make_profiles
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What is built of which bundle; made once per build by `plan_build` and passed on.
+
+    Attributes:
+        config: the options as given.
+        manifest: the bundle's manifest.
+        shapes: the options filled in for this model.
+        profiles: the two optimization profiles, in the order in which the engine has them.
+    """
+
+    config: BuildConfig
+    manifest: Manifest
+    shapes: BuildShapes
+    profiles: tuple[Profile, Profile]
+
+    @property
+    def changes_graph(self) -> bool:
+        """Whether the engine's graph is another one than the bundle's (`graph.prepare_graph`)."""
+        return self.shapes.capacity != self.manifest.kv_capacity or self.config.kv_read != "slice"
+
+    def rebuild_options(self) -> dict[str, Any]:
+        """Options of ``edge-llm build`` that give this engine again."""
+        config, shapes = self.config, self.shapes
+        return {
+            "max_batch": shapes.max_batch,
+            "max_prefill": shapes.max_prefill,
+            "kv_capacity": shapes.capacity,
+            "kv_buckets": list(shapes.kv_buckets) if config.kv_read == "slice" else None,
+            "kv_read": config.kv_read,
+            "workspace": config.workspace_bytes,
+            "opt_level": config.opt_level,
+        }
+
+
+def plan_build(config: BuildConfig, manifest: Manifest) -> BuildPlan:
+    """Hold the options against the bundle.
+
+    Raises:
+        ConfigError: as `config.resolve`.
+    """
+    shapes = resolve(config, manifest)
+    profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes)
+    return BuildPlan(config, manifest, shapes, profiles)
