@@ -1,135 +1,310 @@
-"""Lines and points as SVG text, for the pages of an evaluation and the picture of a plan."""
+"""Charts as SVG text, drawn by Vega-Lite: for the pages of an evaluation and the picture of a plan.
+
+A chart is a Vega-Lite specification. vl-convert renders it without a browser, a script or the
+network, and the same numbers give the same text. Colours are written for a light page; a style
+sheet in each SVG replaces them where the reader prefers a dark one, and viewers that know no style
+sheets still show the light chart.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
+from typing import Any
 
-_WIDTH, _HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 44
-# Okabe and Ito's colours, which stay apart for colour-blind eyes.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+from .errors import DependencyError, install_command
+
+_WIDTH, _HEIGHT, _ROW_HEIGHT = 560, 240, 26
+_LABEL_HEIGHT = 15
+_PAGE, _INK, _SOFT, _GRID = "#ffffff", "#1b1f24", "#56616c", "#dde1e6"
+_SERIES = {
+    "#0062a8": "#6db9ff",
+    "#b34700": "#ff9d5c",
+    "#00735a": "#4fd1a5",
+    "#9b3d7a": "#e59ac8",
+    "#7a5c00": "#e3c04b",
+    "#4b5b6b": "#b0bec5",
+}
+COLOURS = tuple(_SERIES)
+"""The colour of the first series, of the second and so on; each can be read as text on white."""
+DARK = {_PAGE: "#16191d", _INK: "#e6e8eb", _SOFT: "#a3acb6", _GRID: "#353c44", **_SERIES}
+"""The colour on a dark page of each colour on a light one."""
+_RULES = " ".join(
+    f'.marks [{name}="{light}"] {{ {name}: {dark}; }}'
+    for light, dark in DARK.items()
+    for name in ("fill", "stroke")
+)
+_STYLE = f"@media (prefers-color-scheme: dark) {{ {_RULES} }}"
+_CONFIG: dict[str, Any] = {
+    "background": _PAGE,
+    "padding": {"left": 24, "right": 32, "top": 8, "bottom": 8},  # a reader's font may be wider
+    "font": "Arial, sans-serif",  # as wide as Liberation Sans, which vl-convert brings
+    "axis": {
+        "domainColor": _SOFT,
+        "tickColor": _SOFT,
+        "gridColor": _GRID,
+        "labelColor": _SOFT,
+        "titleColor": _SOFT,
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "titlePadding": 8,
+        "offset": 6,
+        "labelFlush": False,
+    },
+    "axisX": {"tickCount": 6},
+    "title": {"color": _INK, "subtitleColor": _SOFT, "subtitleFontSize": 12, "anchor": "start"},
+    "view": {"stroke": None},
+    "text": {"fontSize": 12},
+}
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line or one set of points of a plot.
+    """One line, or one set of points, and the label at its end.
 
     Attributes:
-        name: shown in the key.
-        points: ``(x, y)``.
-        colour: index of a colour.
-        dashed: draw the line dashed.
-        line: join the points.
+        name: the label.
+        points: ``(x, y)``, in the order of x.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
-    colour: int
-    dashed: bool = False
-    line: bool = True
 
 
-def plot(series: Sequence[Series], x_label: str, y_label: str, *, log_y: bool = False) -> str:
-    """An SVG plot with its key; a logarithmic axis leaves out points that are not positive."""
-    drawn = [
-        Series(s.name, [p for p in s.points if not log_y or p[1] > 0], s.colour, s.dashed, s.line)
-        for s in series
+@dataclass(frozen=True)
+class Row:
+    """One row of a chart of ranges.
+
+    Attributes:
+        name: left of the row.
+        low: where the bar begins.
+        high: where it ends.
+        text: in a column to the right of all bars.
+    """
+
+    name: str
+    low: float
+    high: float
+    text: str
+
+
+def load_renderer() -> Any:
+    """The module ``vl_convert``.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise DependencyError(
+            f"drawing charts needs vl-convert-python; run: {install_command('report')}"
+        ) from error
+    return vl_convert
+
+
+def draw(chart: dict[str, Any]) -> str:
+    """A Vega-Lite specification as a self-contained SVG.
+
+    Raises:
+        DependencyError: vl-convert-python is not installed.
+    """
+    svg: str = load_renderer().vegalite_to_svg({**chart, "config": _CONFIG})
+    # The description of a mark is for screen readers; as a title it also shows under the mouse.
+    mark = r'(<path aria-label="([^"]*)" role="graphics-symbol"[^>]*)/>'
+    svg = re.sub(mark, r"\1><title>\2</title></path>", svg)
+    return svg.replace(">", f"><style>{_STYLE}</style>", 1)
+
+
+def lines(series: Sequence[Series], x_label: str, y_label: str) -> dict[str, Any]:
+    """A line per series over whole numbers, each with its name at the end; y is logarithmic.
+
+    Args:
+        series: at least one, each with a point; every y is positive.
+        x_label: title of the x axis.
+        y_label: title of the y axis.
+    """
+    chart = _labelled(series, x_label, y_label, point_size=24)
+    line = {"mark": {"type": "line", "strokeWidth": 2, "aria": False}}
+    chart["layer"].insert(0, {"data": chart["layer"][0]["data"], **line})
+    chart["encoding"]["x"]["axis"]["tickMinStep"] = 1
+    return chart
+
+
+def points(series: Sequence[Series], x_label: str, y_label: str) -> dict[str, Any]:
+    """Points with their names beside them; y is logarithmic.
+
+    Args:
+        series: at least one, each with a point; every y is positive.
+        x_label: title of the x axis.
+        y_label: title of the y axis.
+    """
+    return _labelled(series, x_label, y_label, point_size=90)
+
+
+def ranges(
+    rows: Sequence[Row],
+    title: str,
+    subtitle: str,
+    x_label: str,
+    limit: tuple[float, str] | None = None,
+) -> dict[str, Any]:
+    """A row per thing with a bar from its lowest to its highest value; x begins at 0.
+
+    Args:
+        rows: from top to bottom.
+        title: the question that the chart answers.
+        subtitle: what the ends of a bar are.
+        x_label: title of the x axis.
+        limit: a value to mark with a line across all rows, and the line's label.
+    """
+    end = max([row.high for row in rows] + ([] if limit is None else [limit[0]]))
+    bars = [{**asdict(row), "told": f"{row.name}: {row.text}"} for row in rows]
+    layer: list[dict[str, Any]] = [
+        {
+            "mark": {"type": "bar", "height": 10, "color": COLOURS[0], "stroke": COLOURS[0]},
+            "encoding": {"x2": {"field": "high"}, "description": {"field": "told"}},
+        },
+        {
+            "mark": {"type": "text", "align": "left", "dx": 16, "color": _INK},
+            "encoding": {"x": {"value": "width"}, "text": {"field": "text"}},
+        },
     ]
-    points = [point for s in drawn for point in s.points]
-    if not points:
-        return "<p>Nothing to draw: every value is 0.</p>"
-    x_ticks = linear_ticks(*_bounds([x for x, _ in points]))
-    ys = [y for _, y in points]
-    y_ticks = log_ticks(min(ys), max(ys)) if log_y else linear_ticks(0.0, max(ys))
-    place_x = _scale(x_ticks[0], x_ticks[-1], _LEFT, _WIDTH - _RIGHT, log=False)
-    place_y = _scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP, log=log_y)
-    parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" '
-        f'aria-label="{escape(y_label)} by {escape(x_label)}">'
-    ]
-    for tick in y_ticks:
-        y = place_y(tick)
-        parts += [
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>',
-            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>',
+    if limit is not None:
+        at, label = limit
+        once = {"values": [{"at": at, "label": label}]}
+        place = {"field": "at", "type": "quantitative"}
+        layer += [
+            {
+                "data": once,
+                "mark": {"type": "rule", "color": COLOURS[1], "strokeWidth": 2},
+                "encoding": {"x": place, "y": {"value": 0}, "y2": {"value": "height"}},
+            },
+            {
+                "data": once,
+                "mark": {"type": "text", "color": COLOURS[1], "baseline": "bottom"},
+                "encoding": {"x": place, "y": {"value": -4}, "text": {"field": "label"}},
+            },
         ]
-    for tick in x_ticks:
-        parts.append(
-            f'<text x="{place_x(tick):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">'
-            f"{tick:.6g}</text>"
-        )
-    parts += [
-        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">'
-        f"{escape(x_label)}</text>",
-        f'<text transform="translate(14 {(_HEIGHT - _BOTTOM) / 2:.0f}) rotate(-90)" '
-        f'text-anchor="middle">{escape(y_label)}</text>',
+    return {
+        "title": {"text": title, "subtitle": subtitle, "offset": 24 if limit else 8},
+        "width": _WIDTH,
+        "height": {"step": _ROW_HEIGHT},
+        "data": {"values": bars},
+        "encoding": {
+            "x": {
+                "field": "low",
+                "type": "quantitative",
+                "title": x_label,
+                "scale": {"domain": [0, end], "nice": False},
+                "axis": {"offset": 0},
+            },
+            "y": {
+                "field": "name",
+                "type": "nominal",
+                "sort": None,
+                "title": None,
+                "axis": {"ticks": False, "domain": False, "labelColor": _INK, "labelLimit": 0},
+            },
+        },
+        "layer": layer,
+    }
+
+
+def _labelled(
+    series: Sequence[Series], x_label: str, y_label: str, point_size: int
+) -> dict[str, Any]:
+    """A chart of points and labels; both axes end where the data do."""
+    xs = _domain([x for s in series for x, _ in s.points])
+    ys = _domain([y for s in series for _, y in s.points])
+    # A number tells the series apart: two bundles may have the same name.
+    rows = [
+        {"x": x, "y": y, "series": index, "told": f"{s.name}: {x:.6g}, {y:.4g}"}
+        for index, s in enumerate(series)
+        for x, y in s.points
     ]
-    for s in drawn:
-        parts += _draw(s, place_x, place_y)
-    return "".join(parts) + "</svg>" + _key(drawn)
-
-
-def _draw(
-    series: Series, place_x: Callable[[float], float], place_y: Callable[[float], float]
-) -> list[str]:
-    colour = COLOURS[series.colour % len(COLOURS)]
-    placed = [(place_x(x), place_y(y)) for x, y in series.points]
-    parts = []
-    if series.line and len(placed) > 1:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        dash = ' stroke-dasharray="5 4"' if series.dashed else ""
-        parts.append(
-            f'<polyline fill="none" stroke="{colour}" stroke-width="2"{dash} points="{path}"/>'
-        )
-    radius = 2.5 if series.line else 5
-    parts += [
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}">'
-        f"<title>{escape(series.name)}: {value_x:.6g}, {value_y:.4g}</title></circle>"
-        for (x, y), (value_x, value_y) in zip(placed, series.points, strict=True)
+    decades = math.log10(ys[1] / ys[0])
+    ends = [s.points[-1] for s in series]
+    heights = _apart([math.log10(y / ys[0]) / decades for _, y in ends], _LABEL_HEIGHT / _HEIGHT)
+    labels = [
+        {"x": x, "y": ys[0] * 10 ** (height * decades), "series": index, "name": s.name}
+        for index, (s, (x, _), height) in enumerate(zip(series, ends, heights, strict=True))
     ]
-    return parts
+    count = len(series)
+    return {
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "encoding": {
+            "x": {
+                "field": "x",
+                "type": "quantitative",
+                "title": x_label,
+                "scale": {"domain": xs, "nice": False, "zero": False},
+                "axis": {"grid": False},
+            },
+            "y": {
+                "field": "y",
+                "type": "quantitative",
+                "title": y_label,
+                "scale": {"type": "log", "domain": ys, "nice": False},
+                "axis": {"format": ".2~g", "values": _log_ticks(*ys), "labelOverlap": False},
+            },
+            "color": {
+                "field": "series",
+                "type": "ordinal",
+                "legend": None,
+                "scale": {
+                    "domain": list(range(count)),
+                    "range": [COLOURS[i % len(COLOURS)] for i in range(count)],
+                },
+            },
+        },
+        "layer": [
+            {
+                "data": {"values": rows},
+                "mark": {"type": "circle", "size": point_size, "opacity": 1},
+                "encoding": {"description": {"field": "told"}},
+            },
+            {
+                "data": {"values": labels},
+                "mark": {"type": "text", "align": "left", "dx": 10, "aria": False},
+                "encoding": {"text": {"field": "name"}},
+            },
+        ],
+    }
 
 
-def _key(series: Sequence[Series]) -> str:
-    entries = (
-        f'<b style="color:{COLOURS[s.colour % len(COLOURS)]}">'
-        f"{'╍╍' if s.dashed else '━━' if s.line else '●'}</b> {escape(s.name)}"
-        for s in series
-    )
-    return f'<p class="key">{" &nbsp; ".join(entries)}</p>'
+def _domain(values: Sequence[float]) -> tuple[float, float]:
+    """Lowest and highest; a little around a single value, as an axis needs a length."""
+    low, high = min(values), max(values)
+    slack = 0.0 if low < high else abs(low) / 10 or 1.0
+    return low - slack, high + slack
 
 
-def linear_ticks(low: float, high: float) -> list[float]:
-    """Round numbers that cover ``low..high`` in four to nine steps of 1, 2 or 5 times 10^n."""
-    if not high > low:
-        high = low + (abs(low) or 1.0)
-    step = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step *= max(factor for factor in (1, 2, 5) if factor * step <= (high - low) / 4)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [i * step for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten that cover ``low..high``, at least two."""
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Both ends, and between them the powers of ten or, where those are few, 1, 2 and 5 of each."""
+    decades = math.log10(high / low)
+    factors = (1,) if decades > 3 else (1, 2, 5)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    return [10.0**i for i in range(first, max(last, first + 1) + 1)]
+    inside = [factor * 10.0**power for power in range(first, last) for factor in factors]
+    gap = 10 ** (decades * _LABEL_HEIGHT / _HEIGHT)  # below it, labels touch
+    return [low, *(tick for tick in inside if low * gap < tick < high / gap), high]
 
 
-def _bounds(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
-
-
-def _scale(
-    low: float, high: float, start: float, end: float, *, log: bool
-) -> Callable[[float], float]:
-    def place(value: float) -> float:
-        if log:
-            share = math.log(value / low) / math.log(high / low)
-        else:
-            share = (value - low) / (high - low)
-        return start + share * (end - start)
-
-    return place
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights moved as little as possible until neighbours are ``gap`` apart."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    # Labels that would touch form a block around the mean of what they want.
+    blocks: list[list[float]] = []
+    for rank, index in enumerate(order):
+        block = [heights[index] - rank * gap]
+        while blocks and mean(blocks[-1]) >= mean(block):
+            block = blocks.pop() + block
+        blocks.append(block)
+    placed = [mean(block) for block in blocks for _ in block]
+    found = {index: placed[rank] + rank * gap for rank, index in enumerate(order)}
+    return [found[index] for index in range(len(heights))]

@@ -76,7 +76,7 @@ def test_the_installed_versions_are_the_declared_ones(project: dict[str, Any]):
     groups = project["dependency-groups"]
     lines = [*project["project"]["dependencies"], *groups["build"]]
     lines += [line for line in groups["test"] if line != {"include-group": "build"}]
-    lines += [line for extra in ("cpu", "export", "serve") for line in extras[extra]]
+    lines += [line for extra in ("cpu", "export", "serve", "report") for line in extras[extra]]
     needed = [
         requirement
         for requirement in map(Requirement, lines)

@@ -26,6 +26,7 @@ from edge.errors import (
 )
 from edge.measure import evaluate as evaluation
 from edge.measure.report import FIGURES, format_figure, html_report, html_task_report
+from edge.plot import load_renderer
 from edge.progress import Progress, prefixed, uncounted
 from edge.runtime.llm import LLM
 from edge.runtime.sampling import SamplingParams
@@ -90,7 +91,12 @@ _CURVES = ("kl_by_position", "layers")  # too long for a manifest
     help="Of the bootstrap behind the confidence intervals, and of sampled answers.",
 )
 @click.option("--save", is_flag=True, help="Store the result in the bundle's manifest.")
-@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a report here.")
+@click.option(
+    "--html",
+    "html_file",
+    type=click.Path(path_type=Path),
+    help="Write a report here; its charts need the extra report.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line per bundle.")
 @click.option(
     "--int8-activations",
@@ -131,6 +137,8 @@ def evaluate(
     if int8_activations:  # before a reference is exported for minutes
         for path in bundles:
             check_int8_activations(read_manifest(path))
+    if html_file is not None and against is not None and task_file is None:
+        load_renderer()  # if it is missing, say so before hours of measuring
     engine = {"num_threads": num_threads, "int8_activations": int8_activations}
     with ExitStack() as stack:
         dialect = read_manifest(bundles[0]).dialect  # one that runs where the bundle does

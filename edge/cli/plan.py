@@ -57,13 +57,13 @@ calibrate_option = click.option(
     "contexts",
     type=int,
     multiple=True,
-    help="Predict speed with so many tokens of context; may be repeated.",
+    help="Predict speed with this many tokens of context; may be repeated.",
 )
 @calibrate_option
 @click.option(
     "--svg",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw speed and memory against context into this file.",
+    help="Draw speed and memory into this file; needs the extra report.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 def plan(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from edge.plot import Series, plot
+from edge import plot
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #667; --line: #d6dae0; --page: #fff; }
@@ -16,7 +16,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
   max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-p, .key { color: var(--soft); } code { font-size: .85em; overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin-bottom: 0; }
+p { color: var(--soft); } code { font-size: .85em; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem 0 .3rem 2rem; border-bottom: 1px solid var(--line); text-align: right;
@@ -24,8 +25,7 @@ th, td { padding: .3rem 0 .3rem 2rem; border-bottom: 1px solid var(--line); text
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td small, th small { display: block; color: var(--soft); font-weight: normal; }
 .missed { color: #c62828; } .met { color: #2e7d32; }
-svg { max-width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
-.grid { stroke: var(--line); } .key b { font-weight: 600; }
+svg { max-width: max(100%, 40rem); height: auto; }
 """
 
 
@@ -53,6 +53,9 @@ def html_report(results: Sequence[dict[str, Any]]) -> str:
     Args:
         results: of `edge.measure.evaluate.measure` on one text, each with its ``bundle`` and
             perhaps with ``gate`` (``{"name", "missed": [...]}``).
+
+    Raises:
+        DependencyError: there are charts to draw, and vl-convert-python is not installed.
     """
     first = results[0]
     labels = [_label(result) for result in results]
@@ -71,7 +74,7 @@ def html_report(results: Sequence[dict[str, Any]]) -> str:
         *(_gate(result, label) for result, label in zip(results, labels, strict=True)),
     ]
     if reference is not None:
-        body += _plots(results, labels)
+        body += _charts(results, labels)
     body += [
         "<h2>What was measured</h2>",
         f"<p>Text: SHA-256 <code>{escape(first['text']['sha256'])}</code>. "
@@ -119,33 +122,54 @@ def _gate(result: dict[str, Any], label: str) -> str:
     )
 
 
-def _plots(results: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
-    by_position, by_layer, by_bytes = [], [], []
-    for colour, (result, label) in enumerate(zip(results, labels, strict=True)):
-        curve = [(row["position"], row["kl_mean"]) for row in result["kl_by_position"]]
-        by_position.append(Series(label, curve, colour))
-        keys = [(row["layer"], row["key_error"]) for row in result["layers"]]
-        values = [
-            (row["layer"], row["value_error"])
-            for row in result["layers"]
-            if row["value_error"] is not None
-        ]
-        by_layer.append(Series(f"{label}, keys", keys, colour))
-        if values:
-            by_layer.append(Series(f"{label}, values", values, colour, dashed=True))
-        by_bytes.append(
-            Series(label, [(result["num_bytes"] / 1e6, result["kl_mean"])], colour, line=False)
-        )
+def _charts(results: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
+    by_position = [
+        [(row["position"], row["kl_mean"]) for row in result["kl_by_position"]]
+        for result in results
+    ]
+    keys, values = (
+        [[(row["layer"], row[key]) for row in result["layers"]] for result in results]
+        for key in ("key_error", "value_error")
+    )
+    by_bytes = [[(result["num_bytes"] / 1e6, result["kl_mean"])] for result in results]
+    kl, error = "mean KL, nats", "relative error"
+    kl_by_position = _chart(plot.lines, labels, by_position, "position in the window", kl)
+    kl_by_bytes = _chart(plot.points, labels, by_bytes, "linear layers with the lm_head, MB", kl)
+    value_error = _chart(plot.lines, labels, values, "layer", error)
     return [
-        "<h2>KL by position in the window</h2>",
-        plot(by_position, "position", "mean KL, nats"),
-        "<h2>Error by layer</h2>",
+        f"<h2>Does the loss grow along the window?</h2>{kl_by_position}",
+        "<h2>Which layer loses most?</h2>",
         "<p>Relative error of the keys and values that each layer writes into its cache: what "
         "all layers before it and its own projections have lost.</p>",
-        plot(by_layer, "layer", "relative error"),
-        "<h2>Bytes against KL</h2>",
-        plot(by_bytes, "linear layers with the lm_head, MB", "mean KL, nats", log_y=True),
+        f"<h3>Keys</h3>{_chart(plot.lines, labels, keys, 'layer', error)}",
+        f"<h3>Values</h3>{value_error}" if value_error else "",  # rotated ones have none
+        f"<h2>What does a byte buy?</h2>{kl_by_bytes}",
     ]
+
+
+def _chart(
+    kind: Callable[[Sequence[plot.Series], str, str], dict[str, Any]],
+    labels: Sequence[str],
+    curves: Sequence[Sequence[tuple[float, float | None]]],
+    x_label: str,
+    y_label: str,
+) -> str:
+    """A chart with a logarithmic axis, and the names of the curves that have zeros."""
+    series, zero = [], []
+    for label, curve in zip(labels, curves, strict=True):
+        measured = [(x, y) for x, y in curve if y is not None]
+        positive = [(x, y) for x, y in measured if y > 0]
+        if positive:
+            series.append(plot.Series(label, positive))
+        if len(positive) < len(measured):
+            zero.append(label)
+    words = (
+        f"<p>Zeros have no place on the logarithmic axis: {escape(', '.join(zero))}.</p>"
+        if zero
+        else ""
+    )
+    chart = plot.draw(kind(series, x_label, y_label)) if series else ""
+    return (chart and f'<div class="wide">{chart}</div>') + words
 
 
 def html_task_report(results: Sequence[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,17 @@ def test_fewer_bits_are_further_away(tiny_bundles, tmp_path: Path):
     assert 0 < eight["kl_mean"] < four["kl_mean"]
     assert eight["layers"][1]["key_error"] < four["layers"][1]["key_error"]
     assert eight["layers"][1]["value_error"] < four["layers"][1]["value_error"]
-    assert check_html(page.read_text()).count("svg") == 3
+    assert check_html(page.read_text()).count("svg") == 4
+
+
+def test_a_missing_renderer_is_told_before_anything_is_measured(
+    tiny_bundles, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    bundle = tiny_bundles("qwen2", "portable")
+    result = invoke(bundle, "--against", "absent", *SHORT, "--html", "report.html")
+    assert isinstance(result.exception, DependencyError)
+    assert "drawing charts needs vl-convert-python" in str(result.exception)
 
 
 @pytest.mark.usefixtures("slow_clock")
