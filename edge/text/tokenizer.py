@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
-_LONG_CHARS = 1 << 14  # from some 10 ms on
+_LONG_CHARS = 1 << 14  # encoding more takes at least about 10 ms
 _MAX_ID = 2**31 - 1  # ids are int32 in engines
 
 
@@ -97,16 +97,16 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes, tokens: Tokens) -> Tokenizer:
-        """The same as `from_file`, from the file's content."""
+        """Use the content of a ``tokenizer.json``; see `from_file`."""
         return cls(data, tokens)
 
     @property
     def control_tokens(self) -> Mapping[str, int]:
-        """Id of every control token by its text."""
+        """The id of every control token, by its text."""
         return MappingProxyType(self._control_tokens)
 
     def id_of(self, text: str) -> int | None:
-        """Id of the token with exactly this text as ``tokenizer.json`` spells it, or None."""
+        """The id of the token with exactly this text as ``tokenizer.json`` spells it, or None."""
         found: int | None = self._library.token_to_id(text)
         return found
 
@@ -147,7 +147,7 @@ class Tokenizer:
         return ids
 
     def least_tokens(self, text: str) -> int:
-        """At least so many tokens has a plain text, told without encoding it; 0 if unknown."""
+        """The fewest tokens that a plain text can have, without encoding it; 0 if unknown."""
         if not self._most_bytes:
             return 0
         # What the vocabulary has no token for is dropped, or becomes part of an unknown token.
@@ -155,7 +155,7 @@ class Tokenizer:
         return len(data) // self._most_bytes
 
     def split_control(self, text: str) -> list[tuple[str, bool]]:
-        """Cut text at its control tokens: non-empty pieces, each with whether it is one."""
+        """Cut text into non-empty pieces, each with whether it is a control token."""
         if not self._control_tokens:
             return [(text, False)] if text else []
         pieces = self._control_pattern.split(text)
@@ -191,7 +191,7 @@ class Tokenizer:
         else:
             token: str | None = self._library.id_to_token(token_id)
             if token is None:
-                return b""  # not kept: a client may send any number of such ids
+                return b""  # not cached: a client may send any number of such ids
             found = _from_byte_level(token) if self._byte_level else _from_sentencepiece(token)
         self._token_bytes[token_id] = found
         return found
@@ -246,7 +246,7 @@ class Detokenizer:
         return self._checked(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
 
     def flush(self) -> str:
-        """End the stream: what is left of an incomplete character, as U+FFFD."""
+        """End the stream; return what is left of an incomplete character, as U+FFFD."""
         return self._checked(self._decoder.decode(b"", final=True))
 
     def _checked(self, text: str) -> str:
@@ -320,7 +320,7 @@ class StopMatcher:
         return buffer[:safe], False
 
     def flush(self) -> str:
-        """End the text: what was held back, as no stop came of it."""
+        """End the text; return what was held back, since no stop came of it."""
         held, self._held, self._node = self._held, "", 0
         return held
 
@@ -337,7 +337,7 @@ class StopMatcher:
         self._match_length[node] = len(stop)
 
     def _link(self) -> list[int]:
-        """Per node, the node of its longest proper suffix; breadth first."""
+        """For each node, the node of its longest proper suffix; found breadth first."""
         fallback = [0] * len(self._children)
         queue = deque(self._children[0].values())
         while queue:
@@ -426,7 +426,7 @@ def _load_library(file: _File, where: str) -> Any:
 
 
 def _decoder_kind(decoder: Any, where: str) -> tuple[bool, bool]:
-    """Whether the vocabulary is byte-level (else sentencepiece), and whether a first space goes."""
+    """Whether a vocabulary is byte-level (else sentencepiece), and loses its first space."""
     kinds = decoder.get("decoders") if _kind(decoder) == "Sequence" else [decoder]
     names = [_kind(kind) for kind in kinds] if isinstance(kinds, list) else []
     if names == ["ByteLevel"]:

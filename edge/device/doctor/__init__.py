@@ -1,7 +1,7 @@
 """The checks of ``edge-llm doctor``: what stands between a bundle and an answer, in order of cause.
 
 `run_checks` asks a `Machine` and judges; it changes nothing. The first failed check is usually the
-reason of all that fail after it, so its exit code is that of the verb:
+reason for all that fail after it, so its exit code is that of the verb:
 
 ====  =============================================================================================
 0     nothing failed; warnings are allowed
@@ -57,12 +57,12 @@ _MACHINE = (
 def run_checks(
     machine: Machine | None = None, bundle: Path | None = None, wait_gpu_s: float | None = None
 ) -> list[Check]:
-    """Check the machine, and what a bundle needs of it.
+    """Check the machine, and what a bundle needs from it.
 
     Args:
-        machine: another one than this.
-        bundle: its files and engines are checked, too.
-        wait_gpu_s: wait so long for the GPU, and fail without one.
+        machine: the machine to ask; None is this one.
+        bundle: a bundle whose files and engines are checked too.
+        wait_gpu_s: seconds to wait for a GPU, whose absence is then a failure; None requires none.
     """
     machine = machine or Machine()
     cuda = wait_for_gpu(machine, wait_gpu_s or 0.0)
@@ -79,7 +79,7 @@ def run_checks(
 
 
 def wait_for_gpu(machine: Machine, seconds: float) -> CudaProbe:
-    """Ask the driver until a GPU works, for so long at most; the last answer."""
+    """Ask the driver until a GPU works or ``seconds`` have passed; return its last answer."""
     deadline = machine.clock() + seconds
     while True:
         probe = machine.cuda()
@@ -90,12 +90,12 @@ def wait_for_gpu(machine: Machine, seconds: float) -> CudaProbe:
 
 
 def exit_code(checks: Sequence[Check]) -> int:
-    """That of the first failure; 0 if there is none."""
+    """The exit code of the first failure; 0 if there is none."""
     return next((check.exit_code for check in checks if check.status == "fail"), 0)
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """One sentence."""
+    """What the checks found, in one sentence."""
     failed = [check for check in checks if check.status == "fail"]
     if failed:
         return f"{failed[0].name} is what to repair first: {failed[0].cause or failed[0].detail}"

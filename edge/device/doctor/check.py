@@ -20,8 +20,8 @@ class Check:
         name: what was looked at.
         status: ``skip`` is what does not apply here.
         detail: what was found.
-        cause, cure: of a warning or failure.
-        exit_code: of a failure, else 0.
+        cause, cure: why it warns or fails, and what to do about it; else empty.
+        exit_code: what the verb exits with if this failed first; 0 without a failure.
     """
 
     name: str

@@ -8,7 +8,7 @@ from edge.device.telemetry import Snapshot
 
 from .check import NO_MEMORY, NO_PERMISSION, UNAVAILABLE, Check, Facts, version_numbers
 
-_OLDEST_L4T = 36  # JetPack 6; before it TensorRT 8
+_OLDEST_L4T = 36  # JetPack 6; older ones have TensorRT 8
 _OLDEST_DRIVER = 12000  # CUDA 12, which TensorRT 10 and onnxruntime-gpu are built with
 
 # CUresult (cuda.h): what cuInit may answer, with its cause and cure.

@@ -104,7 +104,7 @@ def check_onnxruntime(facts: Facts) -> Check:
 
 
 def check_bundle(bundle: Path, facts: Facts) -> tuple[Check, Manifest | None]:
-    """Are the files of a bundle whole? None if it cannot be read."""
+    """Are the files of a bundle whole? The manifest is None if it cannot be read."""
     name = "bundle"
     try:
         manifest = read_manifest(bundle)
