@@ -1,4 +1,4 @@
-"""Who may call: API keys, and how often each of them."""
+"""Who may call, and how often: API keys and their rate limits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MIN_KEY_CHARS = 8
 
 @dataclass(frozen=True)
 class Client:
-    """Who asks.
+    """The caller of a request.
 
     Attributes:
-        name: of the key; ``anonymous`` without keys.
+        name: the name of its key; ``anonymous`` without keys.
         salt: keeps cached prefixes of different keys apart; empty without keys.
     """
 
@@ -70,7 +70,7 @@ class APIKeys:
     def find(self, authorization: bytes | None) -> Client | None:
         """The client of an ``Authorization: Bearer`` header, or None.
 
-        Every key is compared, so that the time tells nothing about any of them.
+        Every key is compared, so that the time it takes tells nothing about any of them.
         """
         scheme, _, given = (authorization or b"").partition(b" ")
         digest = _digest(given.strip())
@@ -89,17 +89,18 @@ class RateLimit:
     """A bucket of tokens for each client: bursts up to a minute's worth, then a steady rate.
 
     Args:
-        per_minute: requests; 0 is no limit.
+        per_minute: requests that a client may send in a minute; 0 is no limit.
         clock: monotonic seconds.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute = per_minute
         self._clock = clock
-        self._levels: dict[str, tuple[float, float]] = {}  # by client, of which there are few
+        # Tokens, and when they were counted, by client, of which there are few.
+        self._levels: dict[str, tuple[float, float]] = {}
 
     def take(self, client: str) -> float:
-        """Take one; 0 if there was one, else the seconds until there is."""
+        """Take a token of this client: 0 if there was one, else the seconds until there is."""
         if not self._per_minute:
             return 0.0
         now = self._clock()

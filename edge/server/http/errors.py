@@ -37,7 +37,7 @@ _TYPES = {
     503: "service_unavailable",
     505: "invalid_request_error",
 }
-# What never belongs into an answer, wherever it came from: addresses (CVE-2026-22778) and paths,
+# What never belongs in an answer, wherever it came from: addresses (CVE-2026-22778) and paths,
 # but for those of this API.
 _SECRETS = re.compile(
     r"\b0x[0-9a-fA-F]{6,}"
@@ -50,13 +50,13 @@ class APIError(Exception):
     """An answer that is an error.
 
     Args:
-        status: of HTTP.
+        status: HTTP's status code.
         code: OpenAI's short name of the cause.
         message: what was wrong, what was found and what to do.
         param: the field at fault.
         retry_after_s: when to try again.
         should_retry: tells OpenAI's clients to (not) retry, whatever the status says.
-        allow: the methods that would be.
+        allow: the methods that this path does take.
         close: whether the connection ends with this answer.
         quoted: part of the message that the client itself wrote, so that it is no secret.
         extra: further keys of the envelope's error.
@@ -125,12 +125,12 @@ class APIError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> APIError:
-    """A 400."""
+    """A 400: something in the request is wrong."""
     return APIError(400, code, message, param=param)
 
 
 def draining() -> APIError:
-    """The server is about to leave."""
+    """A 503: the server is about to stop."""
     return APIError(
         503,
         "draining",
@@ -141,7 +141,7 @@ def draining() -> APIError:
 
 
 def stalled() -> APIError:
-    """The engine hangs."""
+    """A 503: the engine hangs."""
     return APIError(
         503, "engine_stalled", "the engine does not respond; try again later", retry_after_s=30
     )

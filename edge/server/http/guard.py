@@ -31,7 +31,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PUBLIC = frozenset({"/health", "/ready"})
 """Paths that need no key; the page's files are added by the application."""
 
-_PROBES = PUBLIC | {"/metrics", "/stats"}  # asked again and again, so they are no news
+_PROBES = PUBLIC | {"/metrics", "/stats"}  # polled, so logged at DEBUG only
 _log = logging.getLogger("edge.server")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _LENGTH = re.compile(rb"[0-9]{1,19}")
@@ -48,8 +48,8 @@ class Guard:
         settings: limits.
         keys: who may call; None lets everyone in.
         public: paths without a key, besides `PUBLIC`.
-        is_draining: whether the server is about to leave.
-        on_rejection: told the code of every request that is refused here.
+        is_draining: tells whether the server is about to stop.
+        on_rejection: is called with the code of every request that is refused here.
     """
 
     def __init__(
@@ -230,10 +230,10 @@ def _too_large(limit: int) -> APIError:
 
 
 async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) -> bytes:
-    """Read a request's body, JSON.
+    """Read the body of a request, which must be JSON.
 
     Raises:
-        APIError: 413 where it is too large, 408 where it is too slow, 415 where it is no JSON.
+        APIError: 413 where it is too large, 408 where it is too slow, 415 where it is not JSON.
         ConnectionError: the client left.
     """
     _check_body_headers(scope, settings.max_body_bytes)

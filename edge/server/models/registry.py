@@ -37,12 +37,12 @@ class ServedModel:
     """An open bundle under the name that clients use.
 
     Attributes:
-        name: as requests give it.
+        name: what requests call it.
         bundle: its directory.
         llm: the open bundle.
         created: Unix seconds at which it was opened.
         flights: requests that run on it now.
-        leases: requests that were given it and do not run yet.
+        leases: requests that hold it and do not run yet.
         scoring: prompts that wait to be scored or are; a failed future ends the wait for one.
         heartbeat: watches its engine.
     """
@@ -70,7 +70,7 @@ class ServedModel:
             self.leases -= 1
 
     def engine_info(self) -> dict[str, str]:
-        """What runs it, as labels."""
+        """What runs the model, as labels of a metric."""
         manifest, backend = self.llm.manifest, self.llm.backend
         return {
             "backend": backend.name,
@@ -85,12 +85,12 @@ class ServedModel:
 
     @property
     def is_used(self) -> bool:
-        """Whether closing it would hurt a request."""
+        """Whether closing the model would hurt a request."""
         return bool(self.leases or self.flights)
 
 
 class Heartbeat:
-    """Tells an engine that works from one that hangs: with work there, its steps must go on.
+    """Tells an engine that works from one that hangs: while there is work, its steps must go on.
 
     Args:
         stats: asks the scheduler.
@@ -137,8 +137,8 @@ class Choice(NamedTuple):
     """A model, and why it was chosen.
 
     Attributes:
-        model: that answers.
-        rule: of ``auto`` that chose it, as it was written.
+        model: the model that answers.
+        rule: the rule of ``auto`` that chose it, as it was written.
         arm: ``NAME:MODEL`` of the A/B split that it is part of.
     """
 
@@ -147,7 +147,7 @@ class Choice(NamedTuple):
     arm: str | None = None
 
     def headers(self) -> dict[str, str]:
-        """What the client is told of it."""
+        """Headers that tell the client which model answers, and why."""
         headers = {"x-edge-model": self.model.name}
         if self.rule is not None:
             headers["x-edge-route"] = self.rule
@@ -164,7 +164,7 @@ class ModelRegistry:
     Args:
         open_llm: opens a bundle; runs in a thread.
         default: name for requests without one; None refuses them.
-        rules: of the model ``auto``.
+        rules: the rules of the model ``auto``.
         splits: A/B splits by name.
         stall_s: see `ServerSettings`; None is `Heartbeat.patience_s`.
     """
@@ -215,11 +215,11 @@ class ModelRegistry:
         self._models[model.name] = model
 
     def forget(self, model: ServedModel) -> None:
-        """A retired model is closed now."""
+        """Drop a retired model, which is closed now."""
         self._retired.discard(model)
 
     def models(self) -> list[ServedModel]:
-        """Those that take requests."""
+        """The models that take requests."""
         return list(self._models.values())
 
     def aliases(self) -> list[str]:
@@ -258,7 +258,7 @@ class ModelRegistry:
         """The model for a request.
 
         Args:
-            name: that it gives, if any.
+            name: the name in the request, if any.
             facts: for names that stand for several models; None takes their first.
 
         Raises:
@@ -340,7 +340,7 @@ class ModelRegistry:
         return all(self._why_not(model) is None for model in self._everyone())
 
     def beat(self) -> None:
-        """Look after every engine; requests of one that hangs are told so."""
+        """Look after every engine; requests of one that hangs get an error."""
         for model in self._everyone():
             model.heartbeat.beat()
             if self._why_not(model) == "engine_stalled":
@@ -348,7 +348,7 @@ class ModelRegistry:
 
     @property
     def num_flights(self) -> int:
-        """Requests that run now."""
+        """How many requests run now."""
         return sum(len(model.flights) + model.leases for model in self._everyone())
 
     def abort_all(self, error: APIError) -> None:

@@ -1,14 +1,14 @@
 """Which model answers: rules for the model ``auto``, and shares of an A/B split. Pure.
 
 A rule is a condition of one or more comparisons, ``prompt_chars<=2000&kind=chat&waiting<4``;
-alternatives stand on both sides of ``|``; ``always`` holds always. Rules are tried in their order,
+``|`` separates alternatives; ``always`` holds always. Rules are tried in their order,
 and the first that holds gives its model. Comparisons are about
 
 =================  ================================================================================
 ``prompt_chars``   length of all texts of the request, in characters; four per token id
 ``kind``           ``tools``, ``json`` (any response format but text), ``chat`` or ``completion``
 ``running``        requests that the rule's model computes now
-``waiting``        requests that wait for it
+``waiting``        requests that wait for that model
 =================  ================================================================================
 """
 
@@ -39,7 +39,7 @@ _COMPARISON = re.compile(r" *(\w+) *(<=|>=|<|>|=) *(\w+) *", re.ASCII)
 
 @dataclass(frozen=True)
 class Facts:
-    """What of a request decides.
+    """What rules and splits may know of a request.
 
     Attributes:
         prompt_chars: length of its texts.
@@ -57,7 +57,7 @@ class Rule:
     """One rule of ``auto``.
 
     Attributes:
-        model: whom it chooses.
+        model: the model that it chooses.
         text: as it was written.
     """
 
@@ -70,10 +70,10 @@ class Rule:
                 self._compare(part, Facts(0, "chat", ""), SchedulerStats())
 
     def holds(self, facts: Facts, stats: SchedulerStats) -> bool:
-        """Whether it chooses its model, in whose state ``stats`` is.
+        """Whether the rule chooses its model, whose state is ``stats``.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: the rule cannot be read.
         """
         results = [
             [self._compare(part, facts, stats) for part in option.split("&")]
@@ -104,7 +104,7 @@ class Split:
     """A name that stands for several models, by shares.
 
     Attributes:
-        name: as requests give it.
+        name: what requests call it.
         shares: weight by model, in order.
     """
 
@@ -132,7 +132,7 @@ class Split:
         return cls(name, tuple(shares))
 
     def arm(self, key: str) -> str:
-        """The model for this key: always the same one, and each as often as its share says."""
+        """The model for this key: always the same one, and over many keys as the shares say."""
         digest = hashlib.sha256(f"{self.name}\0{key}".encode("utf-8", "replace")).digest()
         total = sum(weight for _, weight in self.shares)
         point = int.from_bytes(digest[:8], "big") * total >> 64

@@ -1,8 +1,8 @@
 """Replaces a model under load: beside the old one where memory allows, else in its place.
 
 A new bundle has to open and to answer before it gets a request. If it does not, the old one goes
-on, or is opened again. No request fails for it: those that run finish on the old model, and where
-there is a gap, new ones wait.
+on, or is opened again. No request fails because of it: those that run finish on the old model, and
+where there is a gap, new ones wait.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Switcher:
     Args:
         models: the registry.
         free_bytes: memory that a second model may take now; None where nobody knows.
-        num_slots: of the caches.
-        kv_capacity: of the caches; None is each bundle's own.
+        num_slots: slots of each cache.
+        kv_capacity: tokens of a slot; None is each bundle's own.
         drain_timeout_s: how long requests may run on a model that must leave first.
     """
 
@@ -111,7 +111,7 @@ class Switcher:
         self._models.forget(old)
 
     def _open(self, bundle: Path) -> LLM:
-        """Open a bundle and let it say a word: what hands out NaN is not served."""
+        """Open a bundle and generate two tokens: a model whose logits are NaN is not served."""
         llm = self._models.open_llm(bundle)
         try:
             first = llm.manifest.tokens.bos
