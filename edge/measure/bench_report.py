@@ -77,7 +77,7 @@ class Change:
     """One figure against that of a saved run.
 
     Attributes:
-        name: of the figure.
+        name: the figure's name.
         ratio: new over old time: above 1 is slower.
         low, high: 95 % interval of the ratio (bootstrap of both medians).
     """
@@ -97,7 +97,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """Prefill, TTFT and TPOT of two results of `report`.
 
     Raises:
-        ConfigError: they did not measure the same thing, or one is no such result.
+        ConfigError: they did not measure the same thing, or one is not such a result.
     """
     try:
         same = ("batch", "prompt_tokens", "output_tokens", "backend", "work")
@@ -159,14 +159,14 @@ def find_bench_device(
 ) -> tuple[Device | None, str | None]:
     """The device whose roofline holds, and a remark about it.
 
-    A CPU backend runs on the CPU, also on a Jetson; its bandwidth is measured. A GPU that is no
+    A CPU backend runs on the CPU, also on a Jetson; its bandwidth is measured. A GPU that is not an
     Orin has no roofline here.
     """
     if backend_name == "ort-cpu":
         return find_device(CPU, cpu_bytes_per_s=measure_bandwidth(num_threads)), None
     module = identify(snapshot.module, snapshot.memory_total_bytes)
     if module is None:
-        return None, "the roofline of this GPU is not known: it is no Orin module"
+        return None, "the roofline of this GPU is not known: it is not an Orin module"
     try:
         return find_device(module.name, snapshot.power_mode), None
     except ConfigError:
@@ -188,7 +188,7 @@ def work_of_bundle(manifest: Manifest, backend: Backend, config: BenchConfig) ->
 def roofline(
     work: Work, device: Device | None, config: BenchConfig, decode_tps: float
 ) -> dict[str, Any] | None:
-    """The ceiling at the mean context of the decode, and what was reached of it."""
+    """The ceiling at the mean context of the decode, and the share of it that was reached."""
     if device is None or device.mode is None:
         return None
     context = mean_context(config)

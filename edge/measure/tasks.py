@@ -6,7 +6,7 @@ Two layouts, one JSON object per line; other keys are ignored:
   or a letter.
 - generation (GSM8K): ``{"question", "answer": "... #### 42"}``; the answer ends in a number.
 
-Multiple choice compares log-probabilities of the choices behind one prompt, nothing is sampled.
+Multiple choice compares log-probabilities of the choices after one prompt; nothing is sampled.
 A generated answer is right if its final number equals the expected one, exactly.
 """
 
@@ -77,7 +77,7 @@ class ItemResult:
     """What a bundle answered.
 
     Attributes:
-        line: of the file, from 1.
+        line: its line in the file, from 1.
         expected: letter or number.
         answer: what was found, or None if the text holds no number.
         correct: whether both are equal.
@@ -145,9 +145,9 @@ def _parse_item(line: str) -> Item:
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""The value of ``1,234.50``, ``$3``, ``1/2``, ``50\%`` or ``\frac{1}{2}``; None if it is none.
+    r"""The value of ``1,234.50``, ``$3``, ``1/2``, ``50\%`` or ``\frac{1}{2}``; else None.
 
-    A percent sign, a currency and a unit behind the number are ignored.
+    A percent sign, a currency and a unit after the number are ignored.
     """
     plain = _FRACTION.sub(r"\g<1>\g<2>/\g<3>", text).replace("\\", "").replace("$", "")
     match = _NUMBER.search(plain)
@@ -160,7 +160,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def find_number(text: str) -> str | None:
-    r"""The final number of an answer: in the last ``\boxed{}``, behind ``####``, or the last."""
+    r"""The final number of an answer: in the last ``\boxed{}``, after ``####``, or the last."""
     start = text.rfind("\\boxed{")
     if start >= 0:
         inner = _braced(text[start + len("\\boxed{") :])
@@ -196,10 +196,10 @@ def run_task(
 
     Args:
         llm: the bundle.
-        items: of `read_task`.
+        items: what `read_task` returned.
         scoring: for choices: compare the letters, or the texts by log-probability per byte.
-        params: for generation.
-        progress: told the questions answered (``answer``).
+        params: how answers are generated.
+        progress: is called with the questions answered (step ``answer``).
 
     Raises:
         ContextLengthError: a question does not fit into the KV cache.
@@ -221,7 +221,7 @@ def run_task(
 
 
 def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:
-    """Log-probability of each choice behind the prompt: of its letter, or per byte of its text.
+    """Log-probability of each choice after the prompt: of its letter, or per byte of its text.
 
     The choices share the cache rows of the longest common prefix of their tokens, so the prompt
     runs once.

@@ -67,7 +67,7 @@ class Answer(msgspec.Struct, frozen=True):
     Attributes:
         text: without the reasoning.
         reasoning: inside ``<think>``.
-        tokens: sampled.
+        tokens: how many were sampled.
         finish_reason: ``stop`` or ``length``.
     """
 
@@ -95,7 +95,7 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bundle: name of the bundle, for people.
         golden_sha256: of the golden set's file.
         max_tokens: of each answer.
-        thinking: whether the model was let reason.
+        thinking: whether the model was allowed to reason.
         items: in the order of the file.
         perplexity: of the text; None where it was not measured.
         text_sha256, text_tokens: what the perplexity was measured on.
@@ -132,11 +132,11 @@ class Check(msgspec.Struct, frozen=True):
     """One figure against the baseline.
 
     Attributes:
-        name: of the figure.
-        value: now.
-        baseline: then.
+        name: the figure's name.
+        value: what it is now.
+        baseline: what it was.
         alarm: whether it is too far off.
-        p_value: of McNemar's test, for rates.
+        p_value: that of McNemar's test; None for a figure that is not a rate.
         flips: ids of the items that got worse.
     """
 
@@ -169,7 +169,7 @@ class BundleAnswerer:
         self._thinking = thinking
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
-        """Through the bundle's chat template, where it has one."""
+        """Answer through the bundle's chat template, where it has one."""
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         if self._llm.template is None:
             result = self._llm.generate(f"Question: {prompt}\nAnswer:", params)
@@ -188,7 +188,7 @@ def read_golden(path: Path) -> tuple[list[GoldenItem], str]:
     """Read a golden set; returns its items and the file's SHA-256.
 
     Raises:
-        ConfigError: it cannot be read, a line is none, or two have the same id.
+        ConfigError: it cannot be read, a line is not an item, or two have the same id.
     """
     text = evaluate.read_text(path)
     items: dict[str, GoldenItem] = {}
@@ -204,7 +204,7 @@ def read_golden(path: Path) -> tuple[list[GoldenItem], str]:
         if not item.prompt.strip():
             raise ConfigError(f"{path}, line {number}: the prompt is empty")
         if item.id in items:
-            raise ConfigError(f"{path}, line {number}: the id {item.id!r} stands there twice")
+            raise ConfigError(f"{path}, line {number}: the id {item.id!r} is there twice")
         items[item.id] = item
     if not items:
         raise ConfigError(f"{path} holds no prompt")
@@ -214,7 +214,7 @@ def read_golden(path: Path) -> tuple[list[GoldenItem], str]:
 def is_match(answer: str, expected: str) -> bool:
     """Whether an answer gives what is expected.
 
-    A number must equal the answer's final number; words must all stand, in order and side by side,
+    A number must equal the answer's final number; words must all appear, in order and side by side,
     in its last line that is not empty. Case and punctuation do not count.
     """
     wanted = _WORDS.findall(expected.casefold())
@@ -254,7 +254,7 @@ def run_golden(
         answerer: what is asked.
         items: the golden set.
         max_tokens: of each answer.
-        progress: told the prompts answered (``ask``).
+        progress: is called with the prompts answered (step ``ask``).
 
     Raises:
         EdgeError: see the answerer.
@@ -292,9 +292,9 @@ def cut_text(
 
     Args:
         path: UTF-8 text.
-        encode: text to token ids, the begin token included where the model wants one.
-        capacity: tokens of a window at most.
-        tokens: of the text at most.
+        encode: turns text into token ids, the begin token included where the model wants one.
+        capacity: the most tokens of a window.
+        tokens: the most tokens of the text.
 
     Raises:
         ConfigError: it cannot be read, or is too short.
@@ -307,7 +307,7 @@ def cut_text(
 
 
 def perplexity(llm: LLM, text: evaluate.EvalText, progress: Progress = silent) -> float:
-    """Of a bundle on a text, teacher-forced; ``progress`` is that of `evaluate.compare`.
+    """The perplexity of a bundle, teacher-forced; ``progress`` is that of `evaluate.compare`.
 
     Raises:
         BackendError: the engine failed, or its logits are not finite.
@@ -364,7 +364,7 @@ _BAD: tuple[tuple[str, _Test, _Test], ...] = (
 
 
 def _rate(name: str, pairs: Sequence[tuple[bool, bool, str]], limits: Limits) -> Check:
-    """A share of the items that is bad, and the paired test of it."""
+    """The share of items that are bad, and its paired test."""
     worse = tuple(item for now, before, item in pairs if now and not before)
     better = sum(before and not now for now, before, _ in pairs)
     total = max(len(pairs), 1)
@@ -382,7 +382,7 @@ def read_baseline(path: Path) -> Baseline:
     """Read what `write_baseline` wrote.
 
     Raises:
-        ConfigError: it cannot be read, or is none of this version.
+        ConfigError: it cannot be read, or is not a baseline of this version.
     """
     try:
         data = path.read_bytes()

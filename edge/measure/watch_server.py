@@ -41,21 +41,21 @@ class TrafficState(msgspec.Struct, forbid_unknown_fields=True):
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """The key belongs to the server that was named."""
+        """Follow nothing: the key belongs to the server that was named."""
 
 
 class ServerAnswerer:
     """A running server.
 
     Args:
-        url: of the server, e.g. ``http://127.0.0.1:8000``.
+        url: where the server is, e.g. ``http://127.0.0.1:8000``.
         api_key: sent as a bearer token; None sends none.
-        model: to ask; None is the server's default.
+        model: the model to ask; None is the server's default.
         thinking: let it reason before it answers.
-        timeout_s: of one answer.
+        timeout_s: how long one answer may take.
 
     Raises:
-        ConfigError: the URL is none.
+        ConfigError: the URL is not that of a server.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class ServerAnswerer:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
-        """One message of a user, answered greedily.
+        """Answer one message of a user, greedily.
 
         Raises:
             ConfigError: the server refuses the request or the key.
-            BackendError: it cannot be reached, or its answer is none.
+            BackendError: it cannot be reached, or its answer cannot be read.
         """
         body = {
             "messages": [{"role": "user", "content": prompt}],
@@ -110,22 +110,22 @@ class ServerAnswerer:
 
         Raises:
             ConfigError: it cannot be read, or the server refuses it.
-            BackendError: the server cannot be reached, or its answer is none.
+            BackendError: the server cannot be reached, or its answer cannot be read.
         """
         # One token of every window's room is for the answer, which nobody reads.
         _, capacity = self._tokenize("")
         return cut_text(path, lambda text: self._tokenize(text)[0], capacity - 1, tokens)
 
     def perplexity(self, text: EvalText, progress: Progress = silent) -> float:
-        """Of the model on a text, teacher-forced, by the log-probabilities that it echoes.
+        """The model's perplexity, teacher-forced, from the log-probabilities that it echoes.
 
         Args:
-            text: in the model's tokens.
-            progress: told the tokens scored (``score``).
+            text: windows of the model's tokens.
+            progress: is called with the tokens scored (step ``score``).
 
         Raises:
             ConfigError: the server refuses a window.
-            BackendError: it cannot be reached, or its answer is none.
+            BackendError: it cannot be reached, or its answer cannot be read.
         """
         total, count = 0.0, 0
         progress("score", 0, text.num_scored, "tokens")
@@ -224,7 +224,7 @@ def read_state(path: Path) -> TrafficState:
     """What the last run left; a fresh state where there was none.
 
     Raises:
-        ConfigError: the file cannot be read, or is no state.
+        ConfigError: the file cannot be read, or is not a state.
     """
     if not path.exists():
         return TrafficState()
