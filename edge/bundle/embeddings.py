@@ -41,7 +41,7 @@ class EmbeddingTable:
             header: dict[str, Any] = json.loads(os.pread(self._file, header_bytes, 8))
             found = os.fstat(self._file).st_size
             self._read_layout(header, 8 + header_bytes, found)
-        # A header can also hold numbers without end and brackets without end.
+        # A header can also hold numbers too large, and brackets too deep.
         except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             self.close()
             raise BundleError(
@@ -49,7 +49,7 @@ class EmbeddingTable:
             ) from error
 
     def _read_layout(self, header: dict[str, Any], data: int, file_bytes: int) -> None:
-        """Where the rows lie; ``data`` is the offset of the tensors in the file."""
+        """Find the rows; ``data`` is the offset of the tensors in the file."""
         entry = header[EMBEDDINGS_TENSOR]
         self.vocab_size, self.hidden_size = (int(size) for size in entry["shape"])
         dtype = entry["dtype"]

@@ -1,4 +1,4 @@
-"""What lies in a bundle's ``engines/<name>/``, and whether it may be loaded here.
+"""What is in a bundle's ``engines/<name>/``, and whether it may be loaded here.
 
 ``engine.json`` says what the plan was built from and for. A plan is executable code: its hash is
 checked before TensorRT sees a byte of it. A plan's file name carries its hash, so replacing
@@ -77,7 +77,7 @@ class EngineInfo(_Struct, frozen=True):
         plan: the plan's file name.
         compute_capability: of the GPU it was built for, e.g. ``8.7``.
         device: the GPU's name; None if it was compiled without one.
-        jetpack, l4t: of the Jetson that built it.
+        jetpack, l4t: versions of the Jetson that built it.
         sources: SHA-256 of the graph and of its weights.
         kv_buckets: numbers of cache rows that a step may read (see ``kv_read``), ascending.
         kv_read: ``slice``, ``full`` or ``lengths``.
@@ -120,7 +120,7 @@ def read_engine_info(directory: Path) -> EngineInfo:
     """Read ``engine.json``; the plan is not hashed (see `verify_plan`).
 
     Raises:
-        BundleError: missing, not JSON, or of another schema.
+        BundleError: it is missing, not JSON, or of another schema.
     """
     path = directory / ENGINE_JSON
     try:
@@ -149,7 +149,7 @@ def verify_plan(directory: Path, info: EngineInfo) -> Path:
         The plan's path.
 
     Raises:
-        IntegrityError: missing, or another size or hash than ``engine.json`` says.
+        IntegrityError: it is missing, or has another size or hash than ``engine.json`` says.
     """
     path = directory / info.plan
     again = f"build it again with: {rebuild_command(directory, info)}"
@@ -177,11 +177,11 @@ def check_engine(
     """Refuse an engine of another graph, another TensorRT or another GPU.
 
     Args:
-        directory: of the engine.
+        directory: the engine's.
         info: its ``engine.json``.
-        manifest: of the bundle it lies in.
-        flavour: of the TensorRT at hand.
-        tensorrt_version: of the TensorRT at hand, e.g. ``10.16.2.10``; its first three parts count.
+        manifest: its bundle's.
+        flavour: which TensorRT is at hand.
+        tensorrt_version: its version, e.g. ``10.16.2.10``; its first three parts count.
         compute_capability: of the GPU at hand, e.g. ``8.7``.
 
     Raises:

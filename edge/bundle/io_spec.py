@@ -24,7 +24,7 @@ and the runtime appends the step's rows itself. ``write_indices`` is replaced by
 [B], the valid cache rows per sequence, ``present.i.*`` by ``new.i.key/.value`` [B, kv, S, dim].
 
 A cache row's index is the position of its token. A token attends to the cache rows whose position
-is not greater than its own, so rows of padding behind a sequence are never read.
+is not greater than its own, so rows of padding after a sequence are never read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PAST_LENGTHS = "past_lengths"
 KV_POSITIONS = "kv_positions"
 LOGITS_INDICES = "logits_indices"
 LOGITS = "logits"
-# The token embedding table lies beside the graph: its file, and the tensors in it. Rows are fp16,
+# The token embedding table is beside the graph: its file, and the tensors in it. Rows are fp16,
 # or INT8 with one fp32 scale each.
 EMBEDDINGS_NAME = "embeddings.safetensors"
 EMBEDDINGS_TENSOR = "token_embeddings"
@@ -108,7 +108,7 @@ KV_CAPACITY, REASONING_KV_CAPACITY = 4096, 8192
 
 
 def default_kv_capacity(*, reasons: bool, positions: int) -> int:
-    """Tokens of prompt and answer where nobody says.
+    """The KV capacity where nobody gives one: tokens of prompt and answer.
 
     Args:
         reasons: whether the model thinks before it answers; R1 may do so for thousands of tokens.

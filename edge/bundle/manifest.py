@@ -104,10 +104,10 @@ class LinearInfo(_Struct, frozen=True):
     """One linear layer as stored.
 
     Attributes:
-        scheme: of its weight.
+        scheme: how its weight is stored.
         shape: ``[in, out]``.
-        num_bytes: of the weight and its scales.
-        activation_scale: of its input (``w8a8``), which is rounded to INT8 multiples of it.
+        num_bytes: bytes of the weight and its scales.
+        activation_scale: scale of its input (``w8a8``), which is rounded to INT8 multiples of it.
         float_channels: input channels (``w8a8``) that are not rounded: their weights are stored
             in the graph's float type besides, and are zero in the INT8 weight.
     """
@@ -124,10 +124,10 @@ class Calibration(_Struct, frozen=True):
 
     Attributes:
         text: ``built-in``, or the file's name (never a path).
-        sha256: of the text's bytes.
+        sha256: SHA-256 of the text's bytes.
         num_tokens: tokens seen, in sequences of ``seq_len``.
         seq_len: tokens of a sequence.
-        seed: of the order of the documents.
+        seed: the seed of the order of the documents.
     """
 
     text: str
@@ -200,8 +200,8 @@ class Adapter(_Struct, frozen=True):
     """A LoRA adapter that was merged into the weights.
 
     Attributes:
-        name: of its directory (never a path).
-        sha256: of ``adapter_model.safetensors``.
+        name: the name of its directory (never a path).
+        sha256: SHA-256 of ``adapter_model.safetensors``.
     """
 
     name: str
@@ -215,7 +215,7 @@ class Source(_Struct, frozen=True):
         kind: an HF directory, a hub id or a GGUF file.
         location: the directory's or file's name, or the hub id (never an absolute path).
         revision: commit of the hub repository, else None.
-        sha256: of the GGUF file or of the safetensors files' hashes, in name order.
+        sha256: SHA-256 of the GGUF file, or of the safetensors files' hashes in name order.
         licence: as the source states it.
         adapter: what was merged into the weights, or None.
     """
@@ -237,7 +237,7 @@ class ReducedVocabulary(_Struct, frozen=True):
         original_size: rows of the source's token table.
         size: rows that were kept.
         file: name of the file that said which (never a path).
-        sha256: of that file.
+        sha256: SHA-256 of that file.
         text_tokens_original: tokens of the file's text with the whole vocabulary; None for a list
             of ids.
         text_tokens: tokens of the same text with the reduced one.
@@ -298,7 +298,7 @@ class Manifest(_Struct, frozen=True):
 
 
 def describe_sampling(sampling: SamplingDefaults) -> str:
-    """In one line for a person, e.g. ``temperature 0.6, ..., assumed (DeepSeek-R1)``."""
+    """One line for a person, e.g. ``temperature 0.6, ..., assumed (DeepSeek-R1)``."""
     values = msgspec.structs.asdict(sampling)
     assumed = values.pop("assumed")
     parts = [f"{name} {value:g}" for name, value in values.items()]
@@ -306,7 +306,7 @@ def describe_sampling(sampling: SamplingDefaults) -> str:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a bundle's file may be called so: plain ASCII, no directory, not hidden."""
+    """Whether a file of a bundle may have this name: plain ASCII, no directory, not hidden."""
     return _FILE_NAME.match(name) is not None and name not in (MANIFEST_NAME, ENGINES_DIR)
 
 

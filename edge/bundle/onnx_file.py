@@ -106,7 +106,7 @@ class Message:
         return self
 
     def replace(self, number: int, values: Iterable[bytes]) -> None:
-        """Put ``values`` where the first occurrence of a length-delimited field stood."""
+        """Put ``values`` in the place of the first occurrence of a length-delimited field."""
         places = [i for i, entry in enumerate(self.fields) if entry[0] == number]
         at = places[0] if places else len(self.fields)
         kept = [entry for entry in self.fields if entry[0] != number]
@@ -127,7 +127,7 @@ class Node:
 
     @staticmethod
     def decode(data: bytes) -> Node:
-        """From a NodeProto."""
+        """Read a NodeProto."""
         message = Message.parse(data)
         return Node(
             message.text(4),
@@ -140,7 +140,7 @@ class Node:
         )
 
     def encode(self) -> bytes:
-        """To a NodeProto."""
+        """Write a NodeProto."""
         message = Message()
         for value in self.inputs:
             message.add(1, value)
@@ -317,7 +317,7 @@ def small_model(
     outputs: Sequence[Message],
     constants: dict[str, int] | None = None,
 ) -> bytes:
-    """A ModelProto without weights but some int64 constants; fields as in ``onnx.proto3``."""
+    """A ModelProto whose only weights are some int64 constants; fields as in ``onnx.proto3``."""
     graph = Message()
     for node in nodes:
         graph.add(1, node.encode())

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the frequencies, and turning what is rotated already.
+"""Rotary position embedding: the frequencies, and turning vectors that are rotated already.
 
 Frequencies follow ``transformers.modeling_rope_utils``: ``default`` (RoFormer, arXiv 2104.09864),
 ``linear`` (arXiv 2306.15595), ``llama3`` (Llama 3.1's wavelength bands) and ``yarn``
@@ -40,7 +40,7 @@ def turn(vectors: NDArray[np.floating], frequencies: Array, positions: int) -> A
         vectors: ``[..., head_dim]``; element ``i`` pairs with ``i + head_dim / 2``, as
             ``RotaryEmbedding`` of ONNX has it without ``interleaved``.
         frequencies: of `inverse_frequencies`, ``[head_dim / 2]``.
-        positions: how far.
+        positions: how much further.
 
     Returns:
         Float64, in the shape of ``vectors``.

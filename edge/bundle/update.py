@@ -1,4 +1,4 @@
-"""Change a bundle that others may read or replace meanwhile: its lock, and writes that last."""
+"""Changing a bundle that others may read or replace meanwhile: its lock, and durable writes."""
 
 from __future__ import annotations
 
