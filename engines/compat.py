@@ -72,7 +72,7 @@ class TensorRT:
 
     @property
     def label(self) -> str:
-        """For an engine's directory: ``trt10.16``, ``rtx1.7``."""
+        """Its part of the name of an engine's directory: ``trt10.16``, ``rtx1.7``."""
         short = "trt" if self.flavour == "tensorrt" else "rtx"
         return f"{short}{self.release[0]}.{self.release[1]}"
 
@@ -131,7 +131,7 @@ def load(flavour: Flavour | None = None) -> TensorRT:
 def check_support(
     flavour: Flavour, version: str, dialect: Dialect, kv_read: KvRead = "slice"
 ) -> None:
-    """Whether a TensorRT takes a graph; pure, so that it can be asked about another machine's.
+    """Check that a TensorRT takes a graph; pure, so that another machine's can be asked about.
 
     Raises:
         DependencyError: it is too old for the dialect or for the way to read the cache.
@@ -189,7 +189,7 @@ class Compiler:
 
         Args:
             graph: the ONNX file.
-            path: where it lies, or would: external weights are found beside it.
+            path: the graph's path, which need not exist: external weights are found beside it.
             kv_read: ``lengths`` replaces each masked attention by one with lengths.
 
         Raises:
@@ -217,7 +217,7 @@ class Compiler:
         compute_capability: str | None,
         progress: Progress,
     ) -> tuple[Any, bytes | None]:
-        """Compile.
+        """Compile the network into a plan.
 
         Args:
             profiles: in the engine's order.
@@ -226,7 +226,7 @@ class Compiler:
             timings: a timing cache of an earlier build, or None.
             compute_capability: of the GPU to compile for, e.g. ``8.6``; None is the GPU here. Only
                 RTX compiles for another GPU.
-            progress: told the fraction done and, as its detail, TensorRT's phase.
+            progress: is called with the fraction done and, as its detail, TensorRT's phase.
 
         Returns:
             The plan (a buffer) and the timing cache, None where there is none.
@@ -254,7 +254,7 @@ class Compiler:
         if self.rt.keeps_timings:
             cache = config.create_timing_cache(timings or b"")
             if not config.set_timing_cache(cache, False):
-                # Of another version or GPU: it only saves time, so start afresh.
+                # The cache is of another version or GPU: it only saves time, so start afresh.
                 config.set_timing_cache(config.create_timing_cache(b""), False)
         with _stoppable() as stopped:
             monitor = _make_monitor(trt, progress, stopped)
@@ -408,7 +408,7 @@ class Compiler:
 def _build_advice(error: str, workspace_bytes: int) -> str:
     asked = re.search(r"Requested size was (\d+) bytes", error)
     if asked and int(asked[1]) > workspace_bytes:
-        # Not the machine's memory: INT8 weights may be unpacked into the workspace, for one.
+        # The workspace is short, not the machine's memory: INT8 weights may be unpacked into it.
         return f"give --workspace {(int(asked[1]) >> 20) + 1}M or more"
     return (
         "the build log has more. If it ran out of memory, give a smaller --max-batch, "
@@ -483,7 +483,7 @@ def _make_monitor(trt: Any, progress: Progress, stopped: threading.Event) -> Any
 
 @contextmanager
 def _stoppable() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into a flag: an exception must not fly through TensorRT's C++ frames."""
+    """Turn Ctrl-C into a flag: an exception must not pass through TensorRT's C++ frames."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped

@@ -63,7 +63,7 @@ class NetworkView:
 
     @cached_property
     def producers(self) -> dict[str, LayerView]:
-        """The layer that makes a tensor."""
+        """The layer that makes each tensor, by the tensor's name."""
         return {out.name: layer for layer in self.layers for out in layer.outputs}
 
     @cached_property

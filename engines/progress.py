@@ -15,15 +15,15 @@ class _Phase:
     parent: str | None
     num_steps: int
     share: float  # of the whole build
-    done: float = 0.0  # of itself
+    done: float = 0.0  # of the phase itself
 
 
 class PhaseTree:
     """Adds up phases: a phase fills one step of its parent. TensorRT calls from several threads.
 
     Args:
-        progress: told after every event the fraction of `STEP` and, as its detail, the phase; the
-            fraction never goes down.
+        progress: is called after every event with the fraction of `STEP` and, as its detail, the
+            phase; the fraction never goes down.
     """
 
     def __init__(self, progress: Progress) -> None:

@@ -2,7 +2,7 @@
 
 A plan is written under a name that carries its hash; ``engine.json`` names it and is replaced in
 one ``rename(2)``. So a directory holds the whole old engine or the whole new one, on any file
-system. Whatever else lies there when a build takes the lock was left by a killed one and is swept.
+system. Whatever else is there when a build takes the lock was left by a killed one and is swept.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class EngineStore:
 
     Args:
         bundle: the bundle's directory.
-        name: of the engine, e.g. ``sm87-trt10.16-int4-b1-kv4096``.
+        name: the engine's, e.g. ``sm87-trt10.16-int4-b1-kv4096``.
     """
 
     def __init__(self, bundle: Path, name: str) -> None:
@@ -78,7 +78,7 @@ class EngineStore:
             os.close(descriptor)
 
     def find(self, key: str) -> EngineInfo | None:
-        """The engine that lies here if it has this key and is whole."""
+        """The engine in this directory, if it has this key and is whole."""
         try:
             info = read_engine_info(self.directory)
             if info.key != key:

@@ -22,7 +22,7 @@ from .trtexec_options import TRT_VERSIONS, TrtVersion, lifetime, options, show
 
 State = Literal["works", "deprecated", "no effect", "not yet", "removed", "unknown"]
 
-# What an option did, and what stands for it now.
+# What an option did, and what replaces it now.
 _MEANING: dict[str, tuple[str, str]] = {
     "onnx": ("the graph to build from", ""),
     "saveEngine": ("where the engine goes", ""),
@@ -99,7 +99,7 @@ class ExplainedOption:
     """One option of the line.
 
     Attributes:
-        text: as it stands in the line.
+        text: as it is in the line.
         state: what ``trtexec`` of the asked version makes of it.
         note: one sentence for people.
         replacement: what to write instead; empty if it stays.
@@ -116,7 +116,7 @@ class Explanation:
     """A whole line.
 
     Attributes:
-        version: of TensorRT, that the answer is for.
+        version: the version of TensorRT that the answer is for.
         options: each option in order.
         verdict: whether the line runs, and why not.
         translated: the same line for the same file, in options of that version.
