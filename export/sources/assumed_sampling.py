@@ -23,7 +23,7 @@ class _Family:
 
     Attributes:
         name: as messages and the manifest call it.
-        pattern: of the model's names, case ignored; ``-``, ``_`` and blanks are all ``-`` in them.
+        pattern: what the model's names match, case ignored, ``-``, ``_`` and blanks all as ``-``.
         sampling: values where the source states none.
         template: texts that all occur in the family's chat template, and in no other family's; a
             model without a telling name is recognised by them. Empty where none is unique.
@@ -120,7 +120,7 @@ def assume_sampling(
         sampling: as the source states it, neutral where it is silent.
         generation: content of the source's ``generation_config.json``.
         names: what the source calls the model, None where it says nothing.
-        chat_template: Jinja source; a model without one is no instruct model of any family.
+        chat_template: Jinja source; a model without one is not an instruct model.
 
     Returns:
         ``sampling``, or assumed values whose ``assumed`` names the family.

@@ -28,7 +28,7 @@ class CalibrationText:
 
     Attributes:
         name: ``built-in``, or the file's name.
-        sha256: of the file, in hex.
+        sha256: SHA-256 of the file, in hex.
         documents: each ``{"text": ...}`` or ``{"messages": [...]}``; an assistant's message may
             have a ``reasoning`` beside its ``content``.
     """
@@ -46,7 +46,7 @@ def read_calibration_text(path: Path | None, option: str = "--calibration") -> C
         option: names the file in messages.
 
     Raises:
-        ConfigError: the file cannot be read, is empty or a line is no document; it is named.
+        ConfigError: the file cannot be read, is empty, or has a line that is not a document.
     """
     if path is None:
         packaged = resources.files(__package__) / "calibration_text" / "problems.jsonl"
@@ -102,11 +102,11 @@ def calibration_batches(
 
     Args:
         tokenizer: the model's.
-        template: its chat template; None writes messages as plain paragraphs.
+        template: the model's chat template; None writes messages as plain paragraphs.
         text: the documents.
-        num_tokens: at most so many, in whole sequences; fewer if the text is shorter.
+        num_tokens: at most this many, in whole sequences; fewer if the text is shorter.
         seq_len: tokens of a sequence.
-        seed: of the order of the documents.
+        seed: the seed of the order of the documents.
 
     Raises:
         ConfigError: fewer tokens asked for, or in the text, than one sequence has.
@@ -151,7 +151,7 @@ def encode_document(
         if template is not None:
             return encode_chat(tokenizer, template, messages, add_generation_prompt=False)
         return tokenizer.encode("".join(f"{message.get('content')}\n\n" for message in messages))
-    # Templates cut the reasoning out of past answers, so the answer is put behind the prompt here,
+    # Templates cut the reasoning out of past answers, so the answer is put after the prompt here,
     # as the model itself would write it.
     *prompt, answer = messages
     ids = encode_chat(tokenizer, template, prompt)

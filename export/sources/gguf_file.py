@@ -1,6 +1,6 @@
 """Metadata and tensors of a ``.gguf`` file, every length checked before it is used.
 
-Own parser instead of ``gguf.GGUFReader``: that one trusts the lengths in the file (a damaged one
+The parser is our own, because ``gguf.GGUFReader`` trusts the lengths in the file (a damaged one
 makes it allocate without end) and needs seconds for a vocabulary. The package still dequantizes.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -124,7 +124,7 @@ class GgufFile:
         return CheckpointError(f"{self.path} is not a valid GGUF file: {why}; download it again")
 
     def _take(self, num_bytes: int) -> int:
-        """Advance over bytes that are in the file; their position."""
+        """Advance over bytes that must be in the file; return their position."""
         position = self._position
         if num_bytes > len(self._map) - position:
             raise self._damaged(

@@ -2,8 +2,8 @@
 
 GGUF stores the vocabulary and the merges but only a *name* for how text is split before them
 (``tokenizer.ggml.pre``). Each name that is known here stands for the normalizer and pre-tokenizer
-of the original ``tokenizer.json``; an unknown one is refused, for a wrong split is not an error
-anywhere, only a worse model.
+of the original ``tokenizer.json``; an unknown one is refused, since a wrong split is an error
+nowhere, only a worse model.
 """
 
 from __future__ import annotations

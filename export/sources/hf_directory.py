@@ -38,7 +38,7 @@ class HfDirectory(Checkpoint):
         """Open a directory and check that exactly the model's tensors are there.
 
         Args:
-            directory: with ``config.json``, ``tokenizer.json`` and safetensors.
+            directory: holds ``config.json``, ``tokenizer.json`` and safetensors.
             hub_id: where the directory was downloaded from, or None.
             revision: commit of the hub repository.
 

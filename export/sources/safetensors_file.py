@@ -1,6 +1,6 @@
-"""Tensors of a ``.safetensors`` file as views of the mapped file, behind a strict header check.
+"""Tensors of a ``.safetensors`` file as views of the mapped file, after a strict header check.
 
-Own code instead of the library's NumPy reader: that one copies each tensor, and knows bfloat16
+The code is our own, because the library's NumPy reader copies each tensor, and knows bfloat16
 only in new versions. Format: https://huggingface.co/docs/safetensors (8 bytes little-endian
 header size, a JSON header, one byte buffer without holes).
 """
@@ -78,7 +78,7 @@ class SafetensorsFile:
         self.entries = self._read_header()
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """A read-only view of its own mapping, which goes with the view.
+        """The tensor as a read-only view of a mapping of its own, which ends with the view.
 
         A mapping of the whole file would count every page read so far as this process's memory.
         """
