@@ -8,7 +8,7 @@ Run it from the checkout; it needs no GPU and no TensorRT:
 The shape is that of DeepSeek-R1-Distill-Qwen-1.5B: 28 layers, hidden size 1536, 151,936 logits.
 PyCUDA's, cuda-bindings' and TensorRT's calls are Python functions that return at once, so what they
 cost themselves (about a microsecond each) is not in the figure; the conversion of the logits to
-float32 is, and is printed apart too.
+float32 is, and is printed separately too.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def ask(sock: socket.socket, tokens: int, stream: bool) -> list[float]:
 
 
 def client(port: int, jobs: list[tuple[int, bool]], results: Any) -> None:
-    """Ask one question after the other over one connection; puts the times of each."""
+    """Ask one question after the other over one connection; put the times of each into a queue."""
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         results.put([ask(sock, tokens, stream) for tokens, stream in jobs])

@@ -7,7 +7,7 @@ Measured, each with greedy answers of a fixed length:
 - streams: 1, 2, 4, 8 answers at once: tokens/s, TTFT, inter-token latency P50 and P99;
 - mixed: two streams decode while long prompts come, the gaps between their tokens, and how long
   the prompts took;
-- prefix: 50 questions behind one 400-token system prompt, and a chat of many turns: the share of
+- prefix: 50 questions after one 400-token system prompt, and a chat of many turns: the share of
   prompt tokens that was not computed again, and whether the answers are those without reuse;
 - batch: how many answers change when they run together instead of alone;
 - speculation: text that repeats itself and text that does not, with drafts and without.
@@ -87,7 +87,7 @@ def open_llm(options: argparse.Namespace, **more: Any) -> LLM:
 
 
 def greedy(num_tokens: int) -> SamplingParams:
-    """An answer of exactly so many tokens."""
+    """An answer of exactly this many tokens."""
     return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
 
 
@@ -101,7 +101,7 @@ def prompts(llm: LLM, count: int, num_tokens: int) -> list[list[int]]:
 
 
 def finish(generations: Sequence[Generation]) -> list[GenerationResult]:
-    """Wait for all."""
+    """Wait for all answers."""
     return [generation.result() for generation in generations]
 
 
@@ -122,7 +122,7 @@ def streams(options: argparse.Namespace, counts: list[int]) -> dict[str, Any]:
             done = finish([llm.submit(ids, greedy(options.tokens))[0] for ids in batch])
             seconds = time.perf_counter() - started
             gaps = [gap for each in done for gap in each.stats.itl_s]
-            # While all decode: behind the last first token.
+            # While all decode: after the last first token.
             steady = [gap for each in done for gap in each.stats.itl_s[-options.tokens // 2 :]]
             result[str(count)] = {
                 "tokens_per_s": round(count * options.tokens / seconds, 2),

@@ -54,7 +54,7 @@ def make_report(output: Path, bundle: Path | None, run: Run) -> dict[str, Any]:
         export = run("export", command).code
     doctor = run("doctor", ["edge-llm", "doctor", str(bundle), "--wait-gpu", "0", "--json"])
     junit = output / "tests.xml"
-    junit.unlink(missing_ok=True)  # an old result must not count
+    junit.unlink(missing_ok=True)  # so that an old result does not count
     pytest = [
         sys.executable,
         "-m",

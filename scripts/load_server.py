@@ -1,12 +1,12 @@
 """Load on the HTTP service for a while: no answer may be 5xx, and memory must not grow.
 
-The service runs in a process of its own with a scripted engine, so that what is tried is the
+The service runs in a process of its own with a scripted engine, so that what is tested is the
 service and the scheduler. Clients ask a mixture: chats and completions, whole and streamed, scored
 prompts, several answers at once, metrics, requests that are wrong in every way, and clients that
 leave before or within an answer. It fails on an answer of 500 or above, on a request of the good
 kinds that gets neither 200 nor 429, and on resident memory that grows by more than 16 MiB: the
 median of the last tenth of the time against that of the tenth after the warm-up. A peak in between
-is told, too, but is no growth: it is what happened to be in flight at once.
+is reported too, but is not growth: it is what happened to be in flight at once.
 
 Usage: PYTHONPATH=. python scripts/load_server.py [--seconds 600] [--clients 16] [--json]
 """

