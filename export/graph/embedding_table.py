@@ -6,7 +6,7 @@ file; a row's values have about the same size, so one scale per row is enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ _LEVELS = np.float32(127.0)
 def embedding_tensors(
     table: NDArray[Any], kind: EmbeddingType, progress: Callable[[int], None]
 ) -> dict[str, TensorSource]:
-    """Tensors for `safetensors_writer.write_safetensors`, computed while they are written.
+    """Name the tensors for `safetensors_writer.write_safetensors`, which computes them.
 
     Args:
         table: ``[vocab, hidden]`` of any float type.
@@ -37,28 +37,35 @@ def embedding_tensors(
     Raises:
         CheckpointError: while they are written: a value that is not finite or beyond fp16.
     """
-    scales: list[NDArray[np.float32]] = []
-
-    def rows() -> Iterator[NDArray[np.generic]]:
-        for start in range(0, len(table), _CHUNK_ROWS):
-            wide = table[start : start + _CHUNK_ROWS].astype(np.float32)
-            _check(wide)
-            if kind == "fp16":
-                yield wide.astype(np.float16)
-            else:
-                integers, scale = quantize_table_rows(wide)
-                scales.append(scale)
-                yield integers
-            progress((start + len(wide)) * table.shape[1])
-
     shape = (table.shape[0], table.shape[1])
     if kind == "fp16":
-        return {io_spec.EMBEDDINGS_TENSOR: TensorSource("F16", shape, rows())}
+        halves = (rows.astype(np.float16) for rows in _chunks(table))
+        return {io_spec.EMBEDDINGS_TENSOR: TensorSource("F16", shape, _told(halves, progress))}
+    integers = (quantize_table_rows(rows)[0] for rows in _chunks(table))
+    scales = (_row_scales(rows) for rows in _chunks(table))
     return {
-        io_spec.EMBEDDINGS_TENSOR: TensorSource("I8", shape, rows()),
-        # Filled by the time that it is read: the rows are written first.
+        io_spec.EMBEDDINGS_TENSOR: TensorSource("I8", shape, _told(integers, progress)),
         io_spec.EMBEDDINGS_SCALES: TensorSource("F32", shape[:1], scales),
     }
+
+
+def _chunks(table: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+    """Read the table in chunks of rows, refusing what it may not hold."""
+    for start in range(0, len(table), _CHUNK_ROWS):
+        rows = table[start : start + _CHUNK_ROWS].astype(np.float32)
+        _check(rows)
+        yield rows
+
+
+def _told(
+    chunks: Iterable[NDArray[np.generic]], progress: Callable[[int], None]
+) -> Iterator[NDArray[np.generic]]:
+    """Hand chunks on and tell the values taken so far."""
+    done = 0
+    for chunk in chunks:
+        yield chunk
+        done += chunk.size
+        progress(done)
 
 
 def quantize_table_rows(
@@ -72,10 +79,15 @@ def quantize_table_rows(
     Returns:
         int8 ``[n, hidden]`` and float32 ``[n]``; a row of zeros has the scale 1.
     """
-    scales = np.abs(rows).max(axis=1) / _LEVELS
+    scales = _row_scales(rows)
+    return np.rint(rows / scales[:, None]).astype(np.int8), scales
+
+
+def _row_scales(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    scales: NDArray[np.float32] = np.abs(rows).max(axis=1) / _LEVELS
     # Below that, a quotient by the scale would overflow; such a row is zero in fp16 anyway.
     scales[scales < np.finfo(np.float32).tiny] = 1
-    return np.rint(rows / scales[:, None]).astype(np.int8), scales
+    return scales
 
 
 def _check(rows: NDArray[np.float32]) -> None:
