@@ -1,9 +1,9 @@
-"""Writing a bundle so that its path never holds half of one.
+"""Write a bundle so that its path never holds half of one.
 
 Beside a target ``r1`` live, while it is written, ``.r1.edge-llm-lock`` (an flock, held by the one
 process that writes), ``.r1.edge-llm-staging`` (the bundle in the making), perhaps
 ``.r1.edge-llm-scratch`` (what an export needs until it ends) and, on file systems that cannot
-exchange two directories, ``.r1.edge-llm-old``. Whoever holds the lock owns the others: what lies
+exchange two directories, ``.r1.edge-llm-old``. Whoever holds the lock owns the others: what is
 there when it takes the lock was left by a killed export, and is swept. Only
 ``.r1.edge-llm-calibration`` outlives an export that failed: the next one goes on there, and a
 bundle that is put in place sweeps it.
@@ -67,7 +67,7 @@ class BundleWriter:
     """
 
     def __init__(self, target: Path, *, required_bytes: int, overwrite: bool = False) -> None:
-        """Touches nothing yet; see `__enter__`.
+        """Remember the target; `__enter__` is the first to touch it.
 
         Args:
             target: the bundle's directory: missing, empty, or with ``overwrite`` a bundle.
@@ -148,7 +148,7 @@ class BundleWriter:
 
         Raises:
             BundleError: a graph that the manifest names was not written, or something that is not
-                a plain file lies among the files.
+                a plain file is among the files.
         """
         self._staged = self._write_manifest(manifest)
         return self._staging
@@ -167,8 +167,8 @@ class BundleWriter:
 
         Raises:
             BundleError: a graph that the manifest names was not written, or something that is not
-                a plain file lies among the files.
-            ConfigError: something else came to lie at the target meanwhile.
+                a plain file is among the files.
+            ConfigError: something else was put at the target meanwhile.
         """
         if self._committed:
             raise RuntimeError("the bundle is already in place")

@@ -15,7 +15,7 @@ from .quantize.calibrated import Method
 
 GraphType = Literal["fp16", "bf16"]
 DEFAULT_METHOD: Method = "awq"
-"""Of INT4 layers; docs/quantization.md has what each method costs and loses."""
+"""How INT4 layers are rounded; docs/quantization.md has what each method costs and loses."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ExportConfig:
             `DEFAULT_METHOD`.
         calibration: text or JSONL to calibrate with; None is the built-in text.
         calibration_tokens: at most this many; None is `documents.DEFAULT_TOKENS`.
-        seed: of the order of the calibration documents; None is 0.
+        seed: decides the order of the calibration documents; None is 0.
         rotate: rotate the residual stream and the heads' values (`quantize.rotation`); None does
             so for ``int8-w8a8`` only.
         embeddings: how the rows of the token table are stored.
@@ -44,15 +44,15 @@ class ExportConfig:
         dialect: see `edge.bundle.io_spec`.
         dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
         kv_capacity: cache rows per sequence; None is `edge.bundle.io_spec.default_kv_capacity`.
-        revision: of a hub id; None is its default branch.
-        cache_dir: of the hub; None is the hub's own.
+        revision: branch, tag or commit of a hub id; None is its default branch.
+        cache_dir: where a hub id is downloaded to; None is the hub's own cache.
         overwrite: replace an existing bundle.
         verify: measure the finished bundle against the float model before it is put in place, and
             refuse it if it misses ``gate``.
-        gate: of ``verify``, see `edge.measure.evaluate.load_gate`; None is ``recipe``.
-        report: without ``verify``, measure it on fewer tokens and refuse nothing; what stands in
-            the way of that (memory, disk) is only told.
-        rounding: ``method``, or what stands for None.
+        gate: thresholds for ``verify``, see `edge.measure.evaluate.load_gate`; None is ``recipe``.
+        report: without ``verify``, measure it on fewer tokens and refuse nothing; where that
+            cannot be done (memory, disk), the reason is told.
+        rounding: ``method``, or the method that None means.
     """
 
     source: str
@@ -133,7 +133,7 @@ class ExportConfig:
             object.__setattr__(self, "rotate", self.quant == "int8-w8a8")
 
     def float_reference(self) -> ExportConfig:
-        """The same model with float weights: what a quantized bundle is measured against."""
+        """Configure the same model with float weights, to measure a quantized bundle against."""
         return ExportConfig(
             source=self.source,
             output=self.output,

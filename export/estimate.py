@@ -1,4 +1,4 @@
-"""How long an export takes, said before it starts."""
+"""Estimate how long an export takes, before it starts."""
 
 from __future__ import annotations
 

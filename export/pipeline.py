@@ -166,7 +166,7 @@ class _Export:
         return manifest
 
     def verify(self, writer: BundleWriter, manifest: Manifest) -> Manifest:
-        """The manifest with what was measured against the same model in float.
+        """Measure the bundle against the same model in float; returns the manifest with the result.
 
         Raises:
             GateError: a threshold was missed.
@@ -179,7 +179,7 @@ class _Export:
         return read_manifest(staged)
 
     def report(self, writer: BundleWriter, manifest: Manifest) -> Manifest:
-        """The manifest with what the quantization cost, where that can be measured here."""
+        """Measure what the quantization cost, where that can be done here; returns the manifest."""
         try:
             check_memory(manifest, self.positions)
             staged = self._stage(writer, manifest)
@@ -200,7 +200,7 @@ class _Export:
             return writer.stage(manifest)
 
     def _reference(self, writer: BundleWriter) -> Path:
-        """The same model in float, beside the target."""
+        """Export the same model in float, beside the target."""
         config = dataclasses.replace(
             self.config.float_reference(), output=writer.scratch() / "reference"
         )

@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 def calibration_key(config: ExportConfig, checkpoint: Checkpoint, ids: NDArray[np.int64]) -> str:
-    """Hash of the model, the recipe, the calibration tokens and the libraries' versions."""
+    """Hash the model, the recipe, the calibration tokens and the libraries' versions."""
     source = checkpoint.source
     facts = {
         "edge-llm": __version__,

@@ -59,7 +59,7 @@ class DataFile:
         self._file = file
 
     def sync(self) -> int:
-        """Make what was added last; returns the file's length in bytes."""
+        """Force what was added to the disk; returns the file's length in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()

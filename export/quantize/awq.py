@@ -1,7 +1,7 @@
 """AWQ: one factor per input channel, so that channels with large inputs are rounded more finely.
 
 Source: Lin et al., arXiv 2306.00978. A factor is ``mean|x| ** alpha``; alpha is searched on the
-layer's output error. The factors are folded into whatever feeds the layer (see `folding`).
+layer's output error. The factors fold into what feeds the layer (see `scaled_checkpoint`).
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ class _LayerGraph(PortableDecoder):
         self.outputs: dict[str, str] = {}
 
     def build_layer(self) -> onnx.ModelProto:
-        """Inputs: the hidden states, the positions and every weight of the layer."""
+        """Build the model; its inputs are the hidden states, the positions and every weight."""
         g = self.g
         self.prologue()
         width = self.model.hidden_size
@@ -248,7 +248,7 @@ class _LayerGraph(PortableDecoder):
         return g.model("layer", io_spec.OPSET["portable"], inputs, outputs, __version__)
 
     def weights(self, checkpoint: Checkpoint, index: int) -> dict[str, Array]:
-        """The inputs' values for one layer of a checkpoint."""
+        """Read the weights of one layer of a checkpoint, by the inputs that take them."""
 
         def read(name: str) -> Array:
             source = name.replace("model.layers.0.", f"model.layers.{index}.")
@@ -303,7 +303,7 @@ def _placeholder(name: str, *dims: int) -> StoredTensor:
 
 
 def runtime_version() -> str:
-    """Version of ONNX Runtime.
+    """Return the version of ONNX Runtime.
 
     Raises:
         DependencyError: it is not installed.

@@ -98,12 +98,12 @@ def quantize_rows(
 
 
 def integer_range(scheme: TensorScheme) -> tuple[int, int]:
-    """The least and the largest integer of a scheme."""
+    """Return the least and the largest integer of a scheme."""
     return (-8, 7) if scheme.kind == "int4" else (-128, 127)
 
 
 def dequantize_rows(rows: QuantizedRows) -> NDArray[np.float32]:
-    """What the graph computes with: ``values * scale``, float32 ``[rows, in]``."""
+    """Compute what the graph computes with: ``values * scale``, float32 ``[rows, in]``."""
     num_rows, width = rows.values.shape
     groups = rows.values.reshape(num_rows, rows.scales.shape[1], -1).astype(np.float32)
     return (groups * rows.scales[..., None]).reshape(num_rows, width)

@@ -106,7 +106,7 @@ def calibration_batches(
         text: the documents.
         num_tokens: at most this many, in whole sequences; fewer if the text is shorter.
         seq_len: tokens of a sequence.
-        seed: the seed of the order of the documents.
+        seed: decides the order of the documents.
 
     Raises:
         ConfigError: fewer tokens asked for, or in the text, than one sequence has.

@@ -29,7 +29,7 @@ _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _EMBEDDINGS, _HEAD = "model.embed_tokens", "lm_head"
 _TILE_ROWS = 8192
-# What stands behind a module's name: (A, B) of a linear and of an embedding, and whole weights.
+# What follows a module's name: (A, B) of a linear and of an embedding, and whole weights.
 _PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 _WHOLE = (".weight", ".base_layer.weight")
 

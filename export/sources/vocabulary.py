@@ -49,8 +49,8 @@ class KeepList:
     """What ``--vocab-keep`` named.
 
     Attributes:
-        name: of the file.
-        sha256: of its bytes.
+        name: the file's name.
+        sha256: hash of the file's bytes.
         ids: the token ids themselves, or None for a text.
         text: the text whose tokens are to be kept, or None for ids.
     """
@@ -102,7 +102,7 @@ class ReducedCheckpoint(Transformed):
 
     Attributes:
         kept: old id of every new id, int64 ``[vocab]``, ascending.
-        vocabulary: for the manifest.
+        vocabulary: what the manifest says of it.
     """
 
     def __init__(self, checkpoint: Checkpoint, path: Path, size: int | None = None) -> None:
@@ -139,7 +139,7 @@ class ReducedCheckpoint(Transformed):
 def choose(
     bpe: BpeTokenizer, required: Collection[int], wanted: Mapping[int, int], size: int | None
 ) -> list[int]:
-    """Old ids to keep, ascending; closed under `BpeTokenizer.parts`.
+    """Choose the old ids to keep, ascending; closed under `BpeTokenizer.parts`.
 
     Args:
         bpe: the whole tokenizer.
@@ -252,5 +252,5 @@ def _reduced_text(
 
 
 def encode_kept(kept: NDArray[np.int64]) -> bytes:
-    """`VOCABULARY_NAME`: old id of every new id, which ``--vocab-keep`` reads again."""
+    """Encode `VOCABULARY_NAME`: old id of every new id, which ``--vocab-keep`` reads again."""
     return json.dumps(kept.tolist(), separators=(",", ":")).encode()
