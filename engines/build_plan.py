@@ -47,7 +47,7 @@ class BuildPlan:
 
 
 def plan_build(config: BuildConfig, manifest: Manifest) -> BuildPlan:
-    """Hold the options against the bundle.
+    """Fill in the options for a bundle, check them against it, and make the profiles.
 
     Raises:
         ConfigError: as `config.resolve`.

@@ -157,7 +157,7 @@ def _refuse_faults(build: BuildPlan, target: Target, audit: Audit) -> None:
 def _recorder(
     build: BuildPlan, target: Target, via: Via, key: str, compiled: Compiled
 ) -> Callable[[str, int, str], EngineInfo]:
-    """What makes the ``engine.json`` of a plan's file name, size and hash."""
+    """Make the ``engine.json`` of a build once its file's name, size and SHA-256 are known."""
     shapes, files = build.shapes, build.manifest.files
 
     def record(name: str, num_bytes: int, sha256: str) -> EngineInfo:
@@ -202,7 +202,7 @@ class Compiled:
         timings: TensorRT's timing cache, or None.
         audit: of the parsed network and of the plan's size.
         build_s: seconds of parsing and compiling.
-        peak_memory_bytes: resident memory, at most; None if it was not measured.
+        peak_memory_bytes: the most resident memory; None if it was not measured.
     """
 
     plan: Any

@@ -20,11 +20,11 @@ COMPUTE_CAPABILITIES = {80: "8.0", 86: "8.6", 89: "8.9", 120: "12.0"}
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What compiling showed.
+    """The result of a compilation and its audit.
 
     Attributes:
         problems: one sentence each; empty is good.
-        attentions: attentions in the parsed network.
+        attentions: their number in the parsed network.
         weights: the linear layers' weights by stored type.
         layers: layers of the parsed network by kind and type.
     """
@@ -42,7 +42,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no problems."""
         return not self.problems
 
 

@@ -1,4 +1,4 @@
-"""What an engine is built for; every number is checked before TensorRT is loaded."""
+"""Options of a build; every number is checked before TensorRT is loaded."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class BuildShapes:
 
 
 def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
-    """Hold the options against the model.
+    """Fill in the options for a model and check them against it.
 
     Raises:
         ConfigError: a capacity that the RoPE table cannot serve, a prefill step or a bucket that

@@ -42,7 +42,7 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
 def write_graph(build: BuildPlan, directory: Path) -> Path:
     """Write the graph of a build as a file, for a reader that takes nothing else.
 
-    Readers look for the weights beside the graph: a symbolic link stands there. A hard link would
+    Readers look for the weights beside the graph: they find a symbolic link. A hard link would
     save nothing, and the ``onnx`` package refuses weights of several hard links as an attack.
 
     Args:

@@ -358,7 +358,7 @@ def _decode_version(number: int) -> str:
 
 
 def _failure(code: int, log: _Log) -> EdgeError:
-    """The error for a run that did not pass."""
+    """Make the error of a run that did not pass."""
     shown = log.errors or list(log.last)
     details = "".join(f"\n  {text}" for text in shown[:_MAX_SHOWN])
     if len(shown) > _MAX_SHOWN:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.bundle.manifest import describe_sampling
+from edge.bundle.schemes import RULES
 from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 )
 @click.option(
     "--quant",
-    type=click.Choice(["fp16", "bf16", "int8", "int8-w8a8", "int4"]),
+    type=click.Choice(list(RULES)),
     default="int4",
     show_default=True,
     help="Scheme of the linear layers.",

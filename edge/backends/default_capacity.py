@@ -1,4 +1,4 @@
-"""How long the KV cache is where nobody said: the bundle's length, or what memory holds of it."""
+"""The KV cache's default capacity: the bundle's own, or as much of it as memory holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def host_capacity(manifest: Manifest, num_slots: int, max_step_tokens: int) -> i
     """Cache rows per slot on the CPU, such that a full cache still fits the memory that is free.
 
     The cache takes memory as it fills: without this, a long answer would end with the process
-    killed. What is given up is logged.
+    killed. A smaller capacity than the bundle's is logged.
 
     Args:
         manifest: of the bundle.
@@ -58,10 +58,12 @@ def host_capacity(manifest: Manifest, num_slots: int, max_step_tokens: int) -> i
 def device_backend(
     open_with: Callable[[int], Backend], manifest: Manifest, num_slots: int
 ) -> Backend:
-    """Open a backend whose memory tells only by running out: with half the rows while it does.
+    """Open a backend that knows only by running out of memory that it has too little.
+
+    The capacity is halved until it fits.
 
     Args:
-        open_with: opens it with so many rows per slot.
+        open_with: opens the backend with this many rows per slot.
         manifest: of the bundle.
         num_slots: sequences that the cache holds, for the log.
 

@@ -25,7 +25,7 @@ ALIGNMENT = 256
 
 
 class StepSizes(NamedTuple):
-    """The most that one run of an engine takes: sequences, tokens in all, rows of logits in all."""
+    """The most that one run of an engine takes: sequences, tokens and rows of logits in all."""
 
     batch: int
     tokens: int
@@ -33,7 +33,7 @@ class StepSizes(NamedTuple):
 
 
 class InputLayout(NamedTuple):
-    """Where the inputs of a step lie in their block, in bytes."""
+    """Where the inputs of a step are in their block, in bytes."""
 
     cursor: int
     indices: int
@@ -128,7 +128,7 @@ def plan_engine_memory(
 
 
 def step_sizes(info: EngineInfo, max_logits: int) -> tuple[StepSizes, StepSizes]:
-    """Of the profiles ``prefill`` and ``decode``.
+    """The sizes of the profiles ``prefill`` and ``decode``.
 
     A prefill run takes no more tokens in all than one prompt chunk has: several long chunks run one
     after the other, which is no slower, and need no larger buffers.

@@ -63,7 +63,7 @@ class CudaProbe(msgspec.Struct, frozen=True):
 
     @property
     def works(self) -> bool:
-        """A context could be made on a GPU."""
+        """Whether a context could be made on a GPU."""
         return self.context_code == 0
 
 
@@ -87,7 +87,7 @@ class Machine:
     """The machine that this process runs on.
 
     Args:
-        root: where ``sys``, ``proc``, ``etc``, ``var`` and ``dev`` lie.
+        root: where ``sys``, ``proc``, ``etc``, ``var`` and ``dev`` are.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
@@ -102,11 +102,11 @@ class Machine:
         return read_power_modes(self.root)
 
     def architecture(self) -> str:
-        """Of the processor, e.g. ``aarch64``."""
+        """The processor's architecture, e.g. ``aarch64``."""
         return platform.machine()
 
     def in_container(self) -> bool:
-        """Docker and Podman leave a mark."""
+        """Whether Docker or Podman left its mark here."""
         marks = (".dockerenv", "run/.containerenv")
         return any((self.root / mark).exists() for mark in marks)
 
@@ -144,11 +144,11 @@ class Machine:
         return _library(*_run_probe("onnxruntime", provider))
 
     def clock(self) -> float:
-        """Monotonic seconds."""
+        """The time in seconds, from a clock that never goes back."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait this many seconds."""
         time.sleep(seconds)
 
 
@@ -162,7 +162,7 @@ def _group_name(gid: int) -> str:
 def _run_probe(*arguments: str) -> tuple[dict[str, Any], str | None]:
     """JSON of a probe, or why there is none."""
     command = [sys.executable, "-m", "edge.device.probe", *arguments]
-    # Where the package lies, also if it is not installed.
+    # Where the package is, also if it is not installed.
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     try:
         done = subprocess.run(

@@ -2,7 +2,7 @@
 
 ``python -m edge.device.probe cuda|tensorrt|onnxruntime [PROVIDER]`` prints one JSON line. A process
 of its own, since a broken driver may crash or hang, since libraries print what they like, and since
-a ``cuInit`` that failed once fails for ever in its process.
+a ``cuInit`` that failed once fails forever in its process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def probe_cuda() -> dict[str, Any]:
     Returns:
         ``library_error``, ``driver_version`` (12060 is CUDA 12.6), ``init_code``, ``num_devices``,
         ``name``, ``compute_capability``, ``context_code``, ``memory_free_bytes`` and
-        ``memory_total_bytes``, as far as it came. Codes are those of ``CUresult``.
+        ``memory_total_bytes``, up to the first failure. Codes are those of ``CUresult``.
     """
     try:
         cuda = load_driver()

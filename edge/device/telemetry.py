@@ -32,8 +32,8 @@ import msgspec
 
 # Rails that see the module's whole input (Orin NX and Nano, Thor, TX2 and older), best first.
 _INPUT_RAILS = ("VIN", "VDD_IN", "POM_5V_IN")
-# AGX Orin has no such rail. These three are fed side by side; VDDQ_VDD2_1V8AO (the memory) hangs
-# behind the 5 V rail and must not be counted twice.
+# AGX Orin has no such rail. These three are fed side by side; VDDQ_VDD2_1V8AO (the memory) is fed
+# by the 5 V rail and must not be counted twice.
 _AGX_ORIN_RAILS = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")
 _GPU_NAMES = re.compile(r"(?:\.(?:gpu|ga10b|gv11b|gp10b|gpu0)|^gpu-gpc-\d+)$")
 
@@ -78,10 +78,10 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 def read_snapshot(root: Path = Path("/")) -> Snapshot:
-    """Look at everything once; some sixty small reads, a few milliseconds.
+    """Look at everything once: some sixty small reads, a few milliseconds.
 
     Args:
-        root: where ``sys``, ``proc``, ``etc`` and ``var`` lie.
+        root: where ``sys``, ``proc``, ``etc`` and ``var`` are.
     """
     gpu = _find_gpu(root)
     load = _number(gpu / "device" / "load") if gpu else None
@@ -171,11 +171,11 @@ class EnergyMeter:
         read_power_watts: gives watts, or None where there is no reading.
         interval_s: between samples; the sensors average over some milliseconds themselves.
         clock: a monotonic clock in seconds.
-        wait: waits so many seconds, or until the event is set; gives whether it is.
+        wait: waits for this many seconds, or until the event is set; gives whether it is.
 
     Attributes:
         joules: energy of the span; None before its end, or with less than two readings.
-        mean_watts: over the time between the first and the last reading; None likewise.
+        mean_watts: over the time between the first and the last reading; None where ``joules`` is.
         samples: readings that were taken.
         duration_s: time between the first and the last reading.
     """

@@ -71,7 +71,7 @@ def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[
     Args:
         path: JSON of ``edge-llm bench``.
         device: what the user asked for; None is the benchmark's.
-        power_mode: likewise.
+        power_mode: what the user asked for; None is the benchmark's.
 
     Raises:
         ConfigError: no such file, or it was measured on another device or in another mode.

@@ -95,17 +95,17 @@ class ProcessMemory:
 
     @property
     def weights_bytes(self) -> int:
-        """All weights."""
+        """Bytes of all weights."""
         return sum(self.weights.values())
 
     @property
     def device_bytes(self) -> int:
-        """What the engine allocates."""
+        """Bytes that the engine allocates."""
         return self.weights_bytes + self.cache + self.activations + self.io + self.pinned
 
     @property
     def process_bytes(self) -> int:
-        """The whole process with a full cache."""
+        """Bytes of the whole process with a full cache."""
         around = self.embeddings + self.runtime + self.python + self.tokenizer
         return self.device_bytes + around
 
@@ -218,7 +218,7 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
 
 
 def cpu_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part, int]:
-    """What ONNX Runtime on the CPU makes of the weights: float ones in fp32, integers packed."""
+    """Bytes of the weights in ONNX Runtime on the CPU: float ones in fp32, integers packed."""
     result = dict(parts)
     wide: tuple[Part, ...] = ("scales", "norms", "rope")
     for part in wide:
@@ -232,5 +232,5 @@ def cpu_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part
 
 
 def usable_bytes(module_bytes: int) -> int:
-    """What a module leaves to programs."""
+    """Bytes of a module's memory that programs can have."""
     return int(module_bytes * (1 - _SYSTEM_SHARE)) - _SYSTEM_BYTES

@@ -203,7 +203,7 @@ def _linears(
     for name in VARIANTS:
         try:
             recipe, linears = _variant(model, name)
-        except ConfigError:  # a width that no group size divides: the others still stand
+        except ConfigError:  # a width that no group size divides: the others still fit
             continue
         if all(linears != other for _, _, other in found):  # g32 may be the largest that fits
             found.append((name, recipe, linears))

@@ -75,9 +75,9 @@ class Wish:
         memory_of: of the whole process with a full cache, or of the weights alone.
         tpot_s: time per output token at most, with a full KV cache.
         ttft_s: time to first token at most, for a prompt of ``prompt_tokens``.
-        prompt_tokens: see there.
+        prompt_tokens: of the prompt whose first token ``ttft_s`` bounds.
         quality: score at least, in percent.
-        benchmark: whose score.
+        benchmark: that ``quality`` is a score of, and by which models are ranked.
     """
 
     memory_bytes: int | None = None
@@ -96,7 +96,7 @@ class Candidate:
     Attributes:
         model: the model.
         option: memory and bytes of the quantization.
-        memory_bytes: what is held against the limit.
+        memory_bytes: what is compared with the limit.
         tpot_s: predicted, with a full KV cache.
         ttft_s: predicted, for the wished prompt.
         score: published score times what the quantization leaves; None is not published.
@@ -127,7 +127,7 @@ class Recommendation:
         leaf: what the tutorials' tree says for the same wish.
         verdict: what the numbers say of that leaf.
         commands: export and build of ``taken``.
-        remark: what stands in the way of them, or None.
+        remark: what a build of ``taken`` lacks, or None.
     """
 
     taken: Candidate | None
@@ -260,7 +260,7 @@ def _tutorial(wish: Wish, candidates: Sequence[Candidate]) -> tuple[str, str]:
 
 
 def _claims(there: Sequence[Candidate]) -> str:
-    """The figures that go with the drawing, held against the model's."""
+    """Compare the figures that go with the drawing with the computed ones."""
     memory = sorted(c.option.memory.process_bytes for c in there)
     tpot = sorted(c.tpot_s for c in there)
     near = "in reach" if tpot[0] <= TUTORIAL_TPOT_S else "out of reach"

@@ -1,4 +1,4 @@
-"""The checks of ``edge-llm doctor``: what stands between a bundle and an answer, in order of cause.
+"""The checks of ``edge-llm doctor``: what can keep a bundle from answering, in order of cause.
 
 `run_checks` asks a `Machine` and judges; it changes nothing. The first failed check is usually the
 reason for all that fail after it, so its exit code is that of the verb:

@@ -46,12 +46,12 @@ class Facts:
 
     @property
     def jetson(self) -> bool:
-        """The device tree names a Jetson."""
+        """Whether the device tree names a Jetson."""
         return (self.snapshot.module or "").startswith("NVIDIA Jetson")
 
     @property
     def gpu_expected(self) -> bool:
-        """Something here points to an NVIDIA GPU, or the caller says that there is one."""
+        """Whether something here points to an NVIDIA GPU, or the caller says that there is one."""
         nodes = [name for name in self.nodes if not name.startswith("/dev/dri/")]
         return self.gpu_required or self.jetson or bool(nodes) or self.cuda.library_error is None
 
