@@ -103,7 +103,8 @@ class Recipe:
         if rules is None:
             raise ConfigError(f"--quant {self.quant} is unknown; use {' or '.join(RULES)}")
         layers = linear_layers(model)
-        names, widths = [layer.name for layer in layers], sorted({x.shape[0] for x in layers})
+        names = [layer.name for layer in layers]
+        widths = sorted({layer.shape[0] for layer in layers})
         result: dict[str, TensorScheme] = {}
         for pattern, kind in (*rules, *self.keep):
             matching = fnmatch.filter(names, pattern)
@@ -130,13 +131,13 @@ class Recipe:
             *most, last = SCHEMES
             raise ConfigError(f"unknown scheme {kind!r}; use {', '.join(most)} or {last}")
         facts = SCHEMES[kind]
-        if len(facts.group_sizes) < 2:  # nothing to choose
+        if not any(facts.group_sizes):  # no groups to choose
             return TensorScheme(kind=facts.kind)
         return TensorScheme(kind=facts.kind, group_size=self._group_size(facts, widths))
 
     def _group_size(self, facts: SchemeFacts, widths: Sequence[int]) -> int:
         size = self.group_size
-        fitting = [g for g in GROUP_SIZES if all(width % g == 0 for width in widths)]
+        fitting = [g for g in facts.group_sizes if g and all(width % g == 0 for width in widths)]
         if size is None:
             if not fitting:
                 raise ConfigError(
