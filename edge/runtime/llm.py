@@ -24,13 +24,20 @@ from edge.text.chat_template import (
     prompt_opens_reasoning,
     template_reasons,
 )
-from edge.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
+from edge.text.tokenizer import Detokenizer, Tokenizer
 
 from .drafts import NgramDrafter
 from .generation import score
 from .sampling import SamplingParams
-from .scheduler import Constraint, Overflow, PrefixSource, Request, Scheduler, Ticket
-from .stream import Generation, GenerationChunk, GenerationResult, TextWatcher, join_chunks
+from .scheduler import Constraint, Overflow, PrefixSource, Request, Scheduler
+from .stream import (
+    Generation,
+    GenerationChunk,
+    GenerationResult,
+    OutputStream,
+    join_chunks,
+    submit,
+)
 
 if TYPE_CHECKING:
     from .structured_output import GrammarCompiler, OutputFormat
@@ -254,7 +261,7 @@ class LLM:
         ids = self.encode(prompt, tools=tools, thinking=thinking)
         is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
         resolved = self._resolve(params)
-        watchers = [self._watch(ids, resolved, is_chat) for _ in range(n)]
+        streams = [self._output_stream(ids, resolved, is_chat) for _ in range(n)]
         reasons = is_chat and self._reasons and thinking
         if thinking_budget is not None and not reasons:
             raise RequestError(
@@ -270,18 +277,14 @@ class LLM:
             deadline_s=deadline_s,
             salt=salt,
         )
-        tickets = self.scheduler.submit_all(
-            [
-                replace(
-                    request.sample(i),
-                    watcher=watcher,
-                    constraint=self._constrain(ids, output, thinking_budget, reasons),
-                )
-                for i, watcher in enumerate(watchers)
-            ]
-        )
-        pairs = zip(tickets, watchers, strict=True)
-        return [Generation(ticket, watcher, i) for i, (ticket, watcher) in enumerate(pairs)]
+        requests = [
+            replace(
+                request.sample(i),
+                constraint=self._constrain(ids, output, thinking_budget, reasons),
+            )
+            for i in range(n)
+        ]
+        return submit(self.scheduler, requests, streams)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
@@ -355,8 +358,8 @@ class LLM:
         if resolved.stop:
             raise RequestError("generate_ids works without text; use stop_token_ids, not stop")
         request = Request(ids=tuple(ids), params=resolved, end_ids=self._end_ids(resolved))
-        (ticket,) = self.scheduler.submit(request)
-        return _ids_of(ticket)
+        (generation,) = submit(self.scheduler, [request], [OutputStream()])
+        return (token.id for chunk in generation for token in chunk.tokens)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """Log-probability of every token but the first, float64; see `generation.score`.
@@ -404,11 +407,11 @@ class LLM:
         finally:
             generation.cancel()  # nothing to do after the last piece
 
-    def _watch(self, ids: list[int], params: SamplingParams, is_chat: bool) -> TextWatcher:
+    def _output_stream(self, ids: list[int], params: SamplingParams, is_chat: bool) -> OutputStream:
         splitter = None
         if is_chat and self._reasons:
             splitter = ReasoningSplitter(self._opens_reasoning(ids))
-        return TextWatcher(Detokenizer(self.tokenizer), StopMatcher(params.stop), splitter)
+        return OutputStream(Detokenizer(self.tokenizer), params.stop, splitter)
 
     def _constrain(
         self, ids: list[int], output: OutputFormat | None, budget: int | None, reasons: bool
@@ -489,10 +492,3 @@ def _rank(result: GenerationResult, rank_by: str) -> float:
     logprobs = [token.logprob for token in result.tokens if token.logprob is not None]
     total = sum(logprobs)
     return total / max(len(logprobs), 1) if rank_by == "mean" else total
-
-
-def _ids_of(ticket: Ticket) -> Iterator[int]:
-    for event in ticket:
-        if event.token is None or event.finish_reason == "stop":
-            return
-        yield event.token.id

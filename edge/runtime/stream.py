@@ -1,19 +1,22 @@
-"""`Generation`: the text of one running sequence, as it comes."""
+"""From sampled tokens to text: `OutputStream` is the engine's end, `Generation` the reader's."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from queue import Empty, SimpleQueue
 
-from edge.errors import RequestError
+from edge.errors import EdgeError, RequestError
 from edge.text.chat_template import ReasoningSplitter
 from edge.text.tokenizer import Detokenizer, StopMatcher
 
 from .generation import FinishReason, GenerationStats
 from .sampling import SampledToken
-from .scheduler import Ticket, TokenEvent
+from .scheduler import Request, Scheduler, SequenceState
+
+_MOST_UNREAD = 1 << 16  # an answer that slides has no end of its own
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,14 @@ class GenerationChunk:
     Attributes:
         text: new text of the answer.
         reasoning: new text of the reasoning (inside ``<think>``).
-        tokens: the tokens behind this piece, end token excluded; their text may come later.
+        tokens: the tokens sampled for this piece, end token excluded; their text may come later.
         finish_reason: on the last piece: ``stop`` (end token or stop string), ``length``
             (``max_tokens`` or the cache is full) or ``cancelled``.
         stats: on the last piece.
     """
 
-    text: str
-    reasoning: str
+    text: str = ""
+    reasoning: str = ""
     tokens: tuple[SampledToken, ...] = ()
     finish_reason: FinishReason | None = None
     stats: GenerationStats | None = None
@@ -47,101 +50,174 @@ class GenerationResult:
     stats: GenerationStats = field(repr=False)
 
 
-class _Piece(NamedTuple):
-    """What one token adds to the text."""
+class OutputStream:
+    """Turns the tokens of one sequence into chunks and queues them for one reader.
 
-    text: str
-    reasoning: str
-    tokens: tuple[SampledToken, ...]  # none if it is an end token
+    A `edge.runtime.scheduler.Sink`: the engine's thread writes and never waits for the reader, who
+    may be a thread (`get`) or a task of any asyncio loop (`get_async`). Tokens become whole
+    characters first; then stop strings are looked for; then reasoning and answer are told apart.
 
-
-class TextWatcher:
-    """A `Watcher` that turns tokens into text, and ends the sequence at a stop string.
-
-    Whole characters first, then stop strings, then reasoning and answer apart. It runs in the
-    engine's thread; the pieces are taken in the reader's.
+    Args:
+        detokenizer: of this sequence; None gives tokens without text.
+        stop: strings that end the answer and are no part of it.
+        splitter: of this sequence; None takes all text as the answer.
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, stops: StopMatcher, splitter: ReasoningSplitter | None
+        self,
+        detokenizer: Detokenizer | None = None,
+        stop: Sequence[str] = (),
+        splitter: ReasoningSplitter | None = None,
     ) -> None:
         self._detokenizer = detokenizer
-        self._stops = stops
+        self._stops = StopMatcher(stop)
         self._splitter = splitter
-        self._stopped = False
-        self._pieces: deque[_Piece] = deque()
+        self._last = GenerationChunk()
+        self._queue: SimpleQueue[GenerationChunk | EdgeError] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
-    def push(self, token: SampledToken, ended: bool) -> bool:
-        """See `Watcher.push`."""
-        if ended:
-            self._pieces.append(_Piece("", "", ()))
-            return False
-        text, self._stopped = self._stops.push(self._detokenizer.push(token.id))
+    # ------------------------------------------------------------------ in the engine's thread
+
+    def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
+        """Queue the chunk of a token; one that ends the answer waits for `finish`.
+
+        Raises:
+            RequestError: nobody reads, and this is not the last token.
+        """
+        tokens: tuple[SampledToken, ...] = ()
+        text, stopped = "", False
+        if reason != "stop":  # else an end token, whose text is no part of the answer
+            tokens = (token,)
+            if self._detokenizer is not None:
+                text, stopped = self._stops.push(self._detokenizer.push(token.id))
+        if stopped:
+            reason = "stop"
+        chunk = GenerationChunk(*self._split(text), tokens)
+        if reason is not None:
+            self._last = chunk
+        elif self._queue.qsize() < _MOST_UNREAD:
+            self._put(chunk)
+        else:
+            raise RequestError(
+                f"{_MOST_UNREAD} tokens of the answer wait to be read, so it was ended; read it as "
+                "it comes, or set max_tokens"
+            )
+        return reason
+
+    def finish(self, reason: FinishReason, stats: GenerationStats) -> None:
+        """Queue the last chunk, with all text that was held back up to a stop string."""
+        text = ""
+        if self._detokenizer is not None:
+            text, _ = self._stops.push(self._detokenizer.flush())
+            text += self._stops.flush()
         answer, reasoning = self._split(text)
-        self._pieces.append(_Piece(answer, reasoning, (token,)))
-        return self._stopped
-
-    def take(self) -> _Piece:
-        """The piece of the next token in turn, which was pushed before its event went out."""
-        return self._pieces.popleft()
-
-    def finish(self) -> tuple[str, str]:
-        """What was held back, answer and reasoning; nothing beyond a stop string."""
-        answer = reasoning = ""
-        if not self._stopped:
-            text, stopped = self._stops.push(self._detokenizer.flush())
-            answer, reasoning = self._split(text if stopped else text + self._stops.flush())
         if self._splitter is not None:
             last_reasoning, last_answer = self._splitter.flush()
-            return answer + last_answer, reasoning + last_reasoning
-        return answer, reasoning
+            answer, reasoning = answer + last_answer, reasoning + last_reasoning
+        last = self._last
+        self._put(
+            GenerationChunk(
+                last.text + answer, last.reasoning + reasoning, last.tokens, reason, stats
+            )
+        )
+
+    def fail(self, error: EdgeError) -> None:
+        """Queue the error that ends the sequence."""
+        self._put(error)
 
     def _split(self, text: str) -> tuple[str, str]:
+        """Return what the text adds to the answer and to the reasoning."""
         if self._splitter is None:
             return text, ""
         reasoning, answer = self._splitter.push(text)
         return answer, reasoning
 
+    def _put(self, item: GenerationChunk | EdgeError) -> None:
+        self._queue.put(item)
+        if self._waiter is None:  # a reader that is about to wait looks again first
+            return
+        with self._lock:
+            loop, future = self._waiter
+            self._waiter = None
+        try:
+            loop.call_soon_threadsafe(_wake, future)
+        except RuntimeError:
+            # The reader's loop was closed under it: nobody will read on.
+            if not loop.is_closed():
+                raise
+
+    # ------------------------------------------------------------------ in the reader's thread
+
+    def get(self) -> GenerationChunk | EdgeError:
+        """Wait for the next chunk, or for the error that ends the sequence."""
+        return self._queue.get()
+
+    async def get_async(self) -> GenerationChunk | EdgeError:
+        """Wait like `get` without holding up the loop."""
+        while True:
+            try:
+                return self._queue.get_nowait()
+            except Empty:
+                pass
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[None] = loop.create_future()
+            with self._lock:
+                self._waiter = (loop, future)
+            # A chunk may have come before the writer could see that somebody waits.
+            if self._queue.empty():
+                await future
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():  # the waiting task was cancelled
+        future.set_result(None)
+
 
 class Generation:
     """One sequence that runs or waits. Iterate over it once, from a thread or from asyncio.
 
-    One that is dropped before its end is cancelled.
+    One that is dropped before its end is cancelled. It keeps the engine's thread alive.
 
     Attributes:
         prompt_ids: token ids of the prompt.
         index: which of the ``n`` samples of its submission this is.
     """
 
-    def __init__(self, ticket: Ticket, watcher: TextWatcher, index: int = 0) -> None:
-        self.prompt_ids = list(ticket.request.ids)
+    def __init__(
+        self, scheduler: Scheduler, sequence: SequenceState, stream: OutputStream, index: int = 0
+    ) -> None:
+        self.prompt_ids = list(sequence.request.ids)
         self.index = index
-        self._ticket = ticket
-        self._watcher = watcher
+        self._scheduler = scheduler
+        self._sequence = sequence
+        self._stream = stream
+        self._ended = False
 
     @property
     def seed(self) -> int:
         """Seed of its random numbers, also where the parameters left it open."""
-        return self._ticket.seed
+        return self._sequence.sampler.seed
 
     def cancel(self) -> None:
         """End it within one step; the last chunk has the reason ``cancelled``."""
-        self._ticket.cancel()
+        self._sequence.cancelled = True
 
     def __iter__(self) -> Iterator[GenerationChunk]:
-        """Wait for each piece in turn.
+        """Wait for each chunk in turn.
 
         Raises:
             DeadlineError: it took longer than it may.
             BackendError: the engine failed.
+            RequestError: it was ended since too many chunks waited to be read.
         """
-        for event in self._ticket:
-            yield self._chunk(event)
+        while not self._ended:
+            yield self._take(self._stream.get())
 
     async def __aiter__(self) -> AsyncIterator[GenerationChunk]:
         """Like iteration, from any running loop."""
-        async for event in self._ticket:
-            yield self._chunk(event)
+        while not self._ended:
+            yield self._take(await self._stream.get_async())
 
     def result(self) -> GenerationResult:
         """Wait for the end and give what has not been iterated over as one answer.
@@ -152,18 +228,32 @@ class Generation:
         """
         return join_chunks(self)
 
-    def _chunk(self, event: TokenEvent) -> GenerationChunk:
-        piece = _Piece("", "", ()) if event.token is None else self._watcher.take()
-        if event.finish_reason is None:
-            return GenerationChunk(*piece)
-        text, reasoning = self._watcher.finish()
-        return GenerationChunk(
-            piece.text + text,
-            piece.reasoning + reasoning,
-            piece.tokens,
-            event.finish_reason,
-            event.stats,
-        )
+    def _take(self, item: GenerationChunk | EdgeError) -> GenerationChunk:
+        if isinstance(item, EdgeError):
+            self._ended = True
+            raise item
+        self._ended = item.finish_reason is not None
+        return item
+
+    def __del__(self) -> None:
+        # Not there if the constructor failed.
+        if not self.__dict__.get("_ended", True):
+            self.cancel()
+
+
+def submit(
+    scheduler: Scheduler, requests: Sequence[Request], streams: Sequence[OutputStream]
+) -> list[Generation]:
+    """Queue requests that belong together, all of them or none, and return their readers' ends.
+
+    Raises:
+        As `Scheduler.submit`.
+    """
+    pairs = zip(scheduler.submit(requests, streams), streams, strict=True)
+    return [
+        Generation(scheduler, sequence, stream, index)
+        for index, (sequence, stream) in enumerate(pairs)
+    ]
 
 
 def join_chunks(chunks: Generation | Iterator[GenerationChunk]) -> GenerationResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .core import SequenceState
 from .request import (
     Constraint,
     Drafter,
@@ -10,12 +11,10 @@ from .request import (
     PrefixSource,
     Request,
     SchedulerStats,
+    Sink,
     StoredPrefix,
-    TokenEvent,
-    Watcher,
 )
 from .scheduler import Scheduler
-from .ticket import Ticket
 
 __all__ = [
     "Constraint",
@@ -26,8 +25,7 @@ __all__ = [
     "Request",
     "Scheduler",
     "SchedulerStats",
+    "SequenceState",
+    "Sink",
     "StoredPrefix",
-    "Ticket",
-    "TokenEvent",
-    "Watcher",
 ]

@@ -16,7 +16,6 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,22 +28,10 @@ from edge.runtime.kv_cache import Slot, SlotPool
 from edge.runtime.sampling import SampledToken, Sampler
 
 from .policy import Draft, Policy
-from .request import Drafter, FinishReason, Overflow, PrefixSource, Request, TokenEvent
+from .request import Drafter, FinishReason, Overflow, PrefixSource, Request, Sink
 
 _FIRST_GUESS = 0.3  # acceptance of a drafter that has proposed nothing yet
 _NEWEST = 0.15  # weight of the newest verdict on a drafted token
-
-
-class Sink(Protocol):
-    """Takes what a sequence produces."""
-
-    def put(self, item: TokenEvent | EdgeError) -> None:
-        """Take an event, or the error that ends the sequence; called in the engine's thread.
-
-        Raises:
-            EdgeError: it takes no more tokens, which ends the sequence with that error.
-        """
-        ...
 
 
 class SequenceState:
@@ -446,7 +433,7 @@ class EngineCore:
     def _deliver(self, sequence: SequenceState, token: SampledToken) -> bool:
         """Hand a token out; false if it was the last."""
         now = self.now()
-        stats, request = sequence.stats, sequence.request
+        stats = sequence.stats
         stats.completion_tokens += 1
         self.counts["completion"] += 1
         if stats.completion_tokens == 1:
@@ -455,27 +442,24 @@ class EngineCore:
             stats.itl_s.append(now - sequence.last_s)
         stats.total_s, sequence.last_s = now - sequence.submitted_s, now
         sequence.ids.append(token.id)
-        ended = token.id in request.end_ids
-        try:
-            stopped = request.watcher is not None and request.watcher.push(token, ended)
-        except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
-            self._fail(sequence, _caused(f"the watcher of a request failed: {error!r}", error))
-            return False
         full = self.overflow is None and _slot_of(sequence).remaining == 0
-        if ended or stopped:
-            self._finish(sequence, "stop", token)
+        reason: FinishReason | None = None
+        if token.id in sequence.request.end_ids:
+            reason = "stop"
         elif sequence.tokens_left == 0 or full:
-            self._finish(sequence, "length", token)
+            reason = "length"
+        try:
+            reason = sequence.sink.push(token, reason)
+        except EdgeError as error:
+            self._fail(sequence, error)
+        except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
+            self._fail(sequence, _caused(f"the output of a request failed: {error!r}", error))
         else:
-            try:
-                sequence.sink.put(TokenEvent(token))
-            except EdgeError as error:
-                self._fail(sequence, error)
+            if reason is not None:
+                self._finish(sequence, reason)
         return not sequence.ended
 
-    def _finish(
-        self, sequence: SequenceState, reason: FinishReason, token: SampledToken | None = None
-    ) -> None:
+    def _finish(self, sequence: SequenceState, reason: FinishReason) -> None:
         sequence.stats.model_s = self.model_s - sequence.model_s_before if sequence.slot else 0.0
         if sequence.slot is not None:
             run_s = self.now() - sequence.submitted_s - sequence.stats.queue_s
@@ -483,7 +467,10 @@ class EngineCore:
             sequence.stats.context_left = sequence.slot.remaining
         self._leave(sequence, keep=self.reuse_prefix)
         self.outcomes[reason] += 1
-        sequence.sink.put(TokenEvent(token, reason, sequence.stats))
+        try:
+            sequence.sink.finish(reason, sequence.stats)
+        except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
+            sequence.sink.fail(_caused(f"the output of a request failed: {error!r}", error))
 
     def _fail(self, sequence: SequenceState, error: EdgeError, *, scrub: bool = True) -> None:
         """End a sequence with an error; its rows cannot be trusted."""
@@ -493,7 +480,7 @@ class EngineCore:
             self._scrub(sequence.slot, max(len(sequence.pending), 1 + self.max_draft_tokens))
         self._leave(sequence, keep=False)
         self.outcomes["deadline" if isinstance(error, DeadlineError) else "error"] += 1
-        sequence.sink.put(error)
+        sequence.sink.fail(error)
 
     def _scrub(self, slot: Slot, last_step: int) -> None:
         """Zero the rows of a failed sequence, those that its last step may have written included.

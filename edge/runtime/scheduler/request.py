@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Floats
+from edge.errors import EdgeError
 from edge.runtime.generation import FinishReason as FinishReason
 from edge.runtime.generation import GenerationStats
 from edge.runtime.sampling import SampledToken, SamplingParams
@@ -36,16 +37,35 @@ class Constraint(Protocol):
         ...
 
 
-class Watcher(Protocol):
-    """Sees each token of one sequence in the engine's thread, before the caller does."""
+class Sink(Protocol):
+    """Takes what one sequence produces, in the engine's thread; never waits for a reader.
 
-    def push(self, token: SampledToken, ended: bool) -> bool:
-        """Take one token; true ends the sequence (a stop string was met).
+    Any number of `push`, then one `finish` or one `fail`.
+    """
+
+    def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
+        """Take one token.
 
         Args:
             token: what was sampled.
-            ended: whether it is an end token, whose text is not part of the answer.
+            reason: why it is the last, as far as the engine knows: ``stop`` for an end token, whose
+                text is no part of the answer; None if more may follow.
+
+        Returns:
+            The reason given, or ``stop`` if the answer ends here with a stop string. Where it is
+            not None, `finish` comes next.
+
+        Raises:
+            EdgeError: no more tokens are taken; the sequence ends with that error.
         """
+        ...
+
+    def finish(self, reason: FinishReason, stats: GenerationStats) -> None:
+        """Take the end of the sequence."""
+        ...
+
+    def fail(self, error: EdgeError) -> None:
+        """Take the error that ends the sequence."""
         ...
 
 
@@ -120,9 +140,7 @@ class Request:
             waiting or running; None waits for ever.
         salt: sequences share cached prefixes only with those of the same salt, so that timing
             tells one tenant nothing of another's prompts.
-        constraint: which tokens may come next.
-        watcher: sees each token in the engine's thread. A constraint and a watcher have state,
-            so a request with one of them makes one sequence (``n=1``).
+        constraint: which tokens may come next. It has state, so it belongs to one sequence.
     """
 
     ids: tuple[int, ...]
@@ -132,7 +150,6 @@ class Request:
     deadline_s: float | None = None
     salt: str = ""
     constraint: Constraint | None = None
-    watcher: Watcher | None = None
 
     def sample(self, index: int) -> Request:
         """The request for sample ``index`` of several: its seed is that much greater."""
@@ -140,21 +157,6 @@ class Request:
         if not index or seed is None:
             return self
         return replace(self, params=replace(self.params, seed=(seed + index) % _SEEDS))
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """One token of a running request.
-
-    Attributes:
-        token: what was sampled; the end token too.
-        finish_reason: on the last event.
-        stats: on the last event.
-    """
-
-    token: SampledToken | None
-    finish_reason: FinishReason | None = None
-    stats: GenerationStats | None = None
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from edge.errors import (
 from edge.runtime.sampling import Sampler
 
 from .core import EngineCore, SequenceState
-from .request import Drafter, Overflow, PrefixSource, Request, SchedulerStats
-from .ticket import Channel, Ticket
+from .request import Drafter, Overflow, PrefixSource, Request, SchedulerStats, Sink
 
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
@@ -117,43 +116,40 @@ class Scheduler:
         """Sequences that run at once."""
         return self._core.policy.max_batch
 
-    def submit(self, request: Request, n: int = 1) -> list[Ticket]:
-        """Queue ``n`` samples of one request (`Request.sample`).
+    def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[SequenceState]:
+        """Queue requests that belong together: all of them or none.
+
+        The engine's thread ends with this scheduler, so whoever reads a sink must hold on to it.
+
+        Args:
+            requests: one per sequence; `Request.sample` makes several of one.
+            sinks: for each request, what takes its tokens.
+
+        Returns:
+            The sequences, in order; set ``cancelled`` to end one within a step.
 
         Raises:
             OverloadError: the queue is full, or the scheduler drains.
-            RequestError: an empty prompt, an id outside the vocabulary, a wrong ``n``.
+            RequestError: an empty prompt, an id outside the vocabulary, no request or too many, a
+                sink or constraint given twice.
             ContextLengthError: the prompt does not fit into a slot.
             BackendError: the backend can serve no more, or the scheduler is closed.
-        """
-        self.check_count(n)
-        if n > 1 and (request.constraint is not None or request.watcher is not None):
-            raise RequestError(
-                "a constraint or watcher follows one sequence; submit_all takes a request for each"
-            )
-        return self.submit_all([request.sample(i) for i in range(n)])
-
-    def submit_all(self, requests: Sequence[Request]) -> list[Ticket]:
-        """Queue requests that belong together: all of them or none.
-
-        Raises:
-            As `submit`.
         """
         self.check_count(len(requests))
         for request in requests:
             self._check(request)
+        constraints = [r.constraint for r in requests if r.constraint is not None]
+        if any(len(set(map(id, given))) < len(given) for given in (constraints, sinks)):
+            raise RequestError("a constraint or sink follows one sequence; give each its own")
         # Without reuse, only what is submitted together shares rows.
         group = "" if self._core.reuse_prefix else f"\0{next(self._groups)}"
         now = self._core.now()
-        tickets, sequences = [], []
-        for request in requests:
+        sequences = []
+        for request, sink in zip(requests, sinks, strict=True):
             sampler = Sampler(request.params, self._core.vocab_size, request.ids)
-            channel = Channel()
-            sequence = SequenceState(request, sampler, channel, request.salt + group, now)
-            sequences.append(sequence)
-            tickets.append(Ticket(request, sampler.seed, channel, _Cancel(self, sequence)))
+            sequences.append(SequenceState(request, sampler, sink, request.salt + group, now))
         self._thread.take_in(sequences, self.max_batch + self.queue_capacity)
-        return tickets
+        return sequences
 
     def call(self, work: Callable[[], _Result]) -> _Result:
         """Run ``work`` in the engine's thread while no sequence runs, and wait for it.
@@ -247,17 +243,6 @@ class Scheduler:
             raise RequestError(f"a deadline must be positive, not {request.deadline_s} s")
 
 
-class _Cancel:
-    """Cancels a sequence; keeps the scheduler alive for as long as its ticket is."""
-
-    def __init__(self, scheduler: Scheduler, sequence: SequenceState) -> None:
-        self._scheduler = scheduler
-        self._sequence = sequence
-
-    def __call__(self) -> None:
-        self._sequence.cancelled = True
-
-
 class _EngineThread:
     """The thread, and what callers share with it, all behind one condition.
 
@@ -314,7 +299,7 @@ class _EngineThread:
         """Run a call that the engine's own thread makes: it would wait for itself."""
         if not self._in_call:
             raise BackendError(
-                "a constraint or watcher cannot use the backend while its sequence runs"
+                "a constraint or sink cannot use the backend while its sequence runs"
             )
         call()
 

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_TENSOR
 from edge.bundle.manifest import SamplingDefaults
-from edge.errors import ConfigError, EdgeError
+from edge.errors import ConfigError
 from edge.runtime.drafts import NgramDrafter
 from edge.runtime.sampling import Sampler, SamplingParams, final_probabilities
 from edge.runtime.scheduler.core import EngineCore, SequenceState
-from edge.runtime.scheduler.request import Constraint, Request, TokenEvent
+from edge.runtime.scheduler.request import Constraint, Request
+from tests.edge.runtime.scheduler.conftest import Collected
 from tests.fakes import Script, ScriptedBackend, random_logits
 
 VOCAB = 12
@@ -112,16 +113,6 @@ def test_impossible_ngrams_are_refused(longest: int, shortest: int) -> None:
 # ---------------------------------------------------------------- exactness, through the scheduler
 
 
-class _Answer:
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-
-    def put(self, item: TokenEvent | EdgeError) -> None:
-        assert isinstance(item, TokenEvent), item
-        if item.token is not None:
-            self.ids.append(item.token.id)
-
-
 class _EagerDrafter(NgramDrafter):
     """Always has a draft, mostly a wrong one."""
 
@@ -158,7 +149,7 @@ def _run(
     core = EngineCore(
         backend, table, VOCAB, make_drafter=make_drafter, clock=lambda: float(next(clock))
     )
-    answers = [_Answer() for _ in prompts]
+    answers = [Collected() for _ in prompts]
     resolved = params.resolve(SamplingDefaults())
     for prompt, answer in zip(prompts, answers, strict=True):
         request = Request(

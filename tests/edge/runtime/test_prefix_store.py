@@ -36,6 +36,7 @@ from edge.runtime.prefix_store import (
 )
 from edge.runtime.sampling import SamplingParams
 from edge.runtime.scheduler import Request, Scheduler
+from edge.runtime.stream import OutputStream, submit
 from tests.conftest import Bundles
 
 LAYOUT = Layout("ort-cpu", "float32", 4, 2, 8)
@@ -354,14 +355,12 @@ class Engine:
             prefix_store=store,
         )
         try:
-            events = list(
-                scheduler.submit(Request(ids=tuple(ids), params=params, end_ids=frozenset()))[0]
-            )
+            request = Request(ids=tuple(ids), params=params, end_ids=frozenset())
+            (generation,) = submit(scheduler, [request], [OutputStream()])
+            result = generation.result()
         finally:
             scheduler.close()
-        stats = events[-1].stats
-        assert stats is not None
-        return [event.token.id for event in events if event.token], stats.cached_tokens
+        return [token.id for token in result.tokens], result.stats.cached_tokens
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import pytest
 from edge.backends import Floats
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, EdgeError
-from edge.runtime.sampling import Sampler, SamplingParams
-from edge.runtime.scheduler import Request, TokenEvent
+from edge.runtime.generation import GenerationStats
+from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
+from edge.runtime.scheduler import FinishReason, Request
 from edge.runtime.scheduler.core import EngineCore, SequenceState
 from tests.fakes import Script, ScriptedBackend, write_table
 
@@ -36,22 +37,27 @@ class Collected:
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.last: TokenEvent | EdgeError | None = None
+        self.last: FinishReason | EdgeError | None = None
+        self.announced: FinishReason | None = None
 
-    def put(self, item: TokenEvent | EdgeError) -> None:
-        assert self.last is None, f"{item} came after the end, which was {self.last}"
-        if isinstance(item, EdgeError):
-            self.last = item
-            return
-        if item.token is not None:
-            self.ids.append(item.token.id)
-        assert (item.finish_reason is None) == (item.stats is None)
-        if item.finish_reason is not None:
-            self.last = item
+    def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
+        assert self.last is self.announced is None, f"{token} came after the end"
+        self.ids.append(token.id)
+        self.announced = reason
+        return reason
+
+    def finish(self, reason: FinishReason, stats: GenerationStats) -> None:
+        assert self.last is None
+        assert reason == (self.announced or "cancelled")
+        self.last = reason
+
+    def fail(self, error: EdgeError) -> None:
+        assert self.last is None
+        self.last = error
 
     @property
     def reason(self) -> str | None:
-        return self.last.finish_reason if isinstance(self.last, TokenEvent) else None
+        return self.last if isinstance(self.last, str) else None
 
 
 class DropMiddle:
@@ -124,8 +130,10 @@ class Engine:
         options.setdefault("clock", lambda: 0.0)
         self.core = EngineCore(self.backend, table, VOCAB, **options)
 
-    def submit(self, request: Request) -> tuple[SequenceState, Collected]:
-        sink = Collected()
+    def submit(
+        self, request: Request, sink: Collected | None = None
+    ) -> tuple[SequenceState, Collected]:
+        sink = sink or Collected()
         sampler = Sampler(request.params, VOCAB, request.ids)
         sequence = SequenceState(request, sampler, sink, request.salt, self.core.now())
         self.core.add(sequence)

@@ -21,7 +21,9 @@ from hypothesis.stateful import (
 
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, DeviceMemoryError
+from edge.runtime.generation import GenerationStats
 from edge.runtime.sampling import SampledToken
+from edge.runtime.scheduler import FinishReason
 from edge.runtime.scheduler.core import SequenceState
 from tests.edge.runtime.scheduler.conftest import (
     COUNT_UP,
@@ -240,10 +242,8 @@ def test_prompts_go_by_priority_then_by_arrival(table: EmbeddingTable):
     engine = Engine(table, num_slots=1)
     order: list[str] = []
     for name, priority in (("c", 1), ("a", 0), ("d", 1), ("b", 0)):
-        sequence, _ = engine.submit(
-            make_request([5], replace(GREEDY, max_tokens=1), priority=priority)
-        )
-        sequence.sink = Named(name, order)
+        request = make_request([5], replace(GREEDY, max_tokens=1), priority=priority)
+        engine.submit(request, Named(name, order))
     engine.run()
     assert order == ["a", "b", "c", "d"]
 
@@ -252,10 +252,8 @@ def test_a_prompt_of_higher_priority_does_not_wait_for_a_long_one(table: Embeddi
     engine = Engine(table, max_step_tokens=4)
     order: list[str] = []
     for name, size, priority in (("long", 40, 1), ("same", 3, 1), ("urgent", 6, 0)):
-        sequence, _ = engine.submit(
-            make_request(range(size), replace(GREEDY, max_tokens=1), priority=priority)
-        )
-        sequence.sink = Named(name, order)
+        request = make_request(range(size), replace(GREEDY, max_tokens=1), priority=priority)
+        engine.submit(request, Named(name, order))
         if name == "long":
             engine.core.step()
     engine.run()
@@ -287,16 +285,34 @@ class Panics:
 
     def accept(self, token_id: int) -> None: ...
 
-    def push(self, token: SampledToken, ended: bool) -> bool:
-        raise Panic("index out of bounds")
+
+class FaultySink(Collected):
+    """Raises where it takes a token, or the end."""
+
+    def __init__(self, fault: BaseException, where: str) -> None:
+        super().__init__()
+        self.fault = fault
+        self.where = where
+
+    def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
+        if self.where == "push":
+            raise self.fault
+        return super().push(token, reason)
+
+    def finish(self, reason: FinishReason, stats: GenerationStats) -> None:
+        raise self.fault
 
 
-@pytest.mark.parametrize("role", ["constraint", "watcher"])
+@pytest.mark.parametrize("role", ["constraint", "push", "finish"])
 def test_a_panic_is_its_own_sequences_fault(table: EmbeddingTable, role: str):
     engine = Engine(table)
-    _, good = engine.submit(make_request([1], replace(GREEDY, max_tokens=3)))
-    options: dict[str, Any] = {role: Panics()}
-    _, bad = engine.submit(make_request([5], **options))
+    params = replace(GREEDY, max_tokens=3)
+    _, good = engine.submit(make_request([1], params))
+    if role == "constraint":
+        _, bad = engine.submit(make_request([5], params, constraint=Panics()))
+    else:
+        fault = Panic("index out of bounds")
+        _, bad = engine.submit(make_request([5], params), FaultySink(fault, role))
     engine.run()
     assert good.ids == [2, 3, 4]
     assert isinstance(bad.last, BackendError)
@@ -309,8 +325,8 @@ class Named(Collected):
         self.name = name
         self.order = order
 
-    def put(self, item: Any) -> None:
-        super().put(item)
+    def finish(self, reason: FinishReason, stats: GenerationStats) -> None:
+        super().finish(reason, stats)
         self.order.append(self.name)
 
 
@@ -444,24 +460,21 @@ def test_nothing_is_sampled_after_a_cancel_during_the_step(table: EmbeddingTable
     assert other.ids == list(range(10, 19))
 
 
-def test_what_a_constraint_or_watcher_does_wrong_is_its_own_sequences_fault(table: EmbeddingTable):
+def test_what_a_constraint_or_sink_does_wrong_is_its_own_sequences_fault(table: EmbeddingTable):
     class Broken:
         def mask(self) -> None:
             raise ZeroDivisionError
 
         def accept(self, token_id: int) -> None: ...
 
-        def push(self, token: SampledToken, ended: bool) -> bool:
-            raise KeyError(token.id)
-
     engine = Engine(table)
     _, good = engine.submit(make_request([1], replace(GREEDY, max_tokens=4)))
     _, constrained = engine.submit(make_request([1], constraint=Broken()))
-    _, watched = engine.submit(make_request([1], watcher=Broken()))
+    _, broken = engine.submit(make_request([1]), FaultySink(KeyError(2), "push"))
     engine.run()
     assert good.ids == [2, 3, 4, 5]
     assert "constraint of a request failed: ZeroDivisionError" in str(constrained.last)
-    assert "watcher of a request failed: KeyError(2)" in str(watched.last)
+    assert "output of a request failed: KeyError(2)" in str(broken.last)
 
 
 def test_right_drafts_save_steps(table: EmbeddingTable):
