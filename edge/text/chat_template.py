@@ -1,4 +1,4 @@
-"""Chat messages to token ids, and the model's answer to reasoning and answer.
+"""Turns chat messages into token ids, and a model's text into reasoning and answer.
 
 What a client writes is data. `encode_chat` renders the model's chat template in such a way that
 only control tokens written by the *template* become control tokens; the same characters in a
@@ -120,9 +120,21 @@ class ChatTemplate:
             RequestError: a message is wrong, the template refuses the messages or does not end,
                 or it has no use for ``tools``, for tool calls or for a variable of ``extra``.
         """
+        plain_messages = normalize_messages(messages)
+        plain_tools, plain_extra = _plain([tools, extra], "tools and template options")
+        return self._render(plain_messages, add_generation_prompt, plain_tools, plain_extra)
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None,
+        extra: dict[str, Any],
+    ) -> str:
+        """Render what is plain JSON data already, see `render`."""
         context: dict[str, Any] = {
-            "messages": normalize_messages(messages),
-            "tools": None if tools is None else _plain(tools, "tools"),
+            "messages": messages,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.tokens.bos_text,
@@ -131,7 +143,7 @@ class ChatTemplate:
         if tools and "tools" not in self.variables:
             raise RequestError("tools: this model's chat template has no place for them")
         if "tool_calls" not in self.source:
-            for index, message in enumerate(context["messages"]):
+            for index, message in enumerate(messages):
                 if "tool_calls" in message:
                     _refuse(index, "tool_calls", "this model's chat template has no place for them")
         for name, value in extra.items():
@@ -140,7 +152,7 @@ class ChatTemplate:
                     f"{name}: this model's chat template has no such option; it reads "
                     f"{', '.join(sorted(self.variables - _RESERVED)) or 'none'}"
                 )
-            context[name] = _plain(value, name)
+            context[name] = value
         try:
             rendered: str = self._environment.render_template(_TEMPLATE_NAME, **context)
         except EdgeError:
@@ -195,12 +207,10 @@ def encode_chat(
     ]
     plain_rest = _plain([tools, extra], "tools and template options")
     shield = _Shield(tokenizer, template, [plain_messages, plain_rest])
-    shielded_tools, shielded_extra = shield.cover(plain_rest)
-    rendered = template.render(
+    rendered = template._render(
         [{**shield.cover(message), "role": message["role"]} for message in plain_messages],
-        add_generation_prompt=add_generation_prompt,
-        tools=shielded_tools,
-        **shielded_extra,
+        add_generation_prompt,
+        *shield.cover(plain_rest),
     )
     pieces = tokenizer.split_control(rendered)
     expected = [tokenizer.control_tokens[text] for text, is_control in pieces if is_control]
@@ -360,7 +370,7 @@ def _refuse(index: int, key: str, why: str) -> NoReturn:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A deep copy through JSON: a template can call methods of the objects that it is given."""
+    """Return a deep copy made through JSON: a template can call methods of what it is given."""
     try:
         return msgspec.json.decode(msgspec.json.encode(value))
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
@@ -394,7 +404,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As ``transformers`` defines it: unlike Jinja's own, it leaves ``<`` and ``'`` alone."""
+    """Encode as ``transformers`` does: unlike Jinja's own filter, leave ``<`` and ``'`` alone."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -405,7 +415,7 @@ def _to_json(
 
 
 def _without_generation_tags(source: str) -> str:
-    """``{% generation %}`` marks text for training; here it is an ``if`` that always holds."""
+    """Replace ``{% generation %}``, which marks text for training, by an ``if`` that holds."""
     return re.sub(
         r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}",
         lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}",
@@ -414,16 +424,16 @@ def _without_generation_tags(source: str) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """One line; minijinja's own message ends with the template's line number."""
+    """Return one line; minijinja's own message ends with the template's line number."""
     return str(getattr(error, "message", None) or repr(error)).splitlines()[0]
 
 
 class ReasoningSplitter:
     """Splits streamed text into reasoning and answer.
 
-    Reasoning is what stands between the tags at the very beginning of the text; tags further on
-    are plain text. Newlines next to the tags are dropped. The result does not depend on how the
-    text is cut into pieces.
+    Reasoning is the text between the tags at the very beginning; tags further on are plain text.
+    Newlines next to the tags are dropped. The result does not depend on how the text is cut into
+    pieces.
     """
 
     def __init__(self, opened: bool, start: str = THINK_START, end: str = THINK_END) -> None:
@@ -451,7 +461,7 @@ class ReasoningSplitter:
         return reasoning, self._take_answer() if self._phase == "answer" else ""
 
     def flush(self) -> tuple[str, str]:
-        """End the text: what was held back, which no tag came of."""
+        """End the text; return what was held back and did not become a tag."""
         if self._phase == "start":
             self._enter("reasoning" if self._opened else "answer", trims=self._opened)
         held = self._trimmed()
@@ -500,10 +510,10 @@ class ReasoningSplitter:
 
 
 def prompt_opens_reasoning(rendered: str) -> bool:
-    """Whether a prompt (or just its end) leaves the model inside the reasoning, as R1's does."""
+    """Tell whether a prompt (or just its end) leaves the model in its reasoning, as R1's does."""
     return rendered.rstrip().endswith(THINK_START)
 
 
 def template_reasons(source: str, control_tokens: Collection[str] = ()) -> bool:
-    """Whether to split reasoning off at all: the template or the vocabulary knows its tag."""
+    """Tell whether to split reasoning off: the template or the vocabulary knows its tag."""
     return THINK_START in source or THINK_END in source or THINK_START in control_tokens
