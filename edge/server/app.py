@@ -1,8 +1,9 @@
-"""The ASGI application: which path is what."""
+"""Makes the ASGI application: which path leads to which endpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import Request
@@ -10,12 +11,12 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
 
 from .api.answers import ModelCard, ModelList
-from .api.chat import chat_completions
-from .api.completions import completions
+from .api.chat import ChatRender, plan_chat
+from .api.completions import CompletionRender, plan_completion
 from .api.facts import facts_of
-from .api.generate import json_response
 from .api.openapi import openapi
 from .api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from .api.respond import Plan, Render, Turn, json_response, respond
 from .api.text import detokenize, tokenize, tokenizer_info
 from .http.access import APIKeys
 from .http.errors import APIError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 PAGE = "/"
 _LARGE_BYTES = 64 * 2**10  # larger bodies are parsed beside the loop
 _Body = TypeVar("_Body")
+_TextBody = TypeVar("_TextBody", ChatRequest, CompletionRequest)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -107,32 +109,30 @@ class _Endpoints:
     # ------------------------------------------------------------------------------- text
 
     async def _chat(self, request: Request) -> Response:
-        body = await self._read(request, ChatRequest)
-        choice = await self._choose(body, request)
-        return await chat_completions(
-            request,
-            body,
-            choice.model,
-            request.scope["client_identity"],
-            self._settings,
-            self._metrics,
-            choice.headers(),
-            choice.arm,
-        )
+        return await self._generate(request, ChatRequest, plan_chat, ChatRender)
 
     async def _completions(self, request: Request) -> Response:
-        body = await self._read(request, CompletionRequest)
+        return await self._generate(request, CompletionRequest, plan_completion, CompletionRender)
+
+    async def _generate(
+        self,
+        request: Request,
+        kind: type[_TextBody],
+        plan: Callable[[Turn, _TextBody], Plan],
+        render: Callable[[Turn, _TextBody], Render],
+    ) -> Response:
+        body = await self._read(request, kind)
         choice = await self._choose(body, request)
-        return await completions(
-            request,
-            body,
-            choice.model,
-            request.scope["client_identity"],
-            self._settings,
-            self._metrics,
-            choice.headers(),
-            choice.arm,
+        turn = Turn(
+            model=choice.model,
+            client=request.scope["client_identity"],
+            settings=self._settings,
+            metrics=self._metrics,
+            receive=request.receive,
+            headers=choice.headers(),
+            arm=choice.arm,
         )
+        return await respond(turn, partial(plan, turn, body), render(turn, body))
 
     async def _choose(self, body: ChatRequest | CompletionRequest, request: Request) -> Choice:
         choice = await self._models.choose(body.model, facts_of(body, request.scope["request_id"]))

@@ -1,21 +1,16 @@
-"""``POST /v1/chat/completions``: from a request to generations, and from those to its answer."""
+"""``POST /v1/chat/completions``: `plan_chat` reads the request, `ChatRender` writes the answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET
-from starlette.requests import Request
-from starlette.responses import Response
+from msgspec.structs import replace
 
+from edge.errors import RequestError
 from edge.runtime.sampling import SampledToken
-from edge.server.http.access import Client
-from edge.server.http.threads import in_thread
-from edge.server.models.flight import Flight
-from edge.server.models.registry import ServedModel
+from edge.server.http.errors import invalid
 from edge.server.settings import ServerSettings
 from edge.text.tokenizer import Tokenizer
 
@@ -28,286 +23,193 @@ from .answers import (
     Delta,
     Message,
     TokenLogprob,
-    ToolCall,
     TopLogprob,
+    Usage,
 )
-from .chat_plan import ChatPlan, plan_chat
-from .generate import (
-    check_length,
-    json_response,
-    new_id,
-    now,
-    salt_of,
-    server_timing,
-    usage_of,
-    wait_for,
-)
+from .generate import answer_head, check_choices, check_length, sampling_params
+from .pieces import MakeParser, Piece
 from .protocol import ChatRequest
-from .sse import DONE, Buffer, EventStream, event
-from .tools import ToolParser, WholeCall, syntax_of
+from .respond import Plan, Turn
+from .sse import DONE, event
+from .structure import output_format
+from .tools import (
+    ToolParser,
+    ToolSyntax,
+    WholeCall,
+    forced_schema,
+    prepare_messages,
+    strict_calls,
+    syntax_of,
+    template_tools,
+)
 
-if TYPE_CHECKING:
-    from edge.runtime.stream import GenerationChunk
-    from edge.server.observe.metrics import Metrics
-
-
-@dataclass
-class _Piece:
-    """What a chunk adds to an answer."""
-
-    content: str = ""
-    reasoning: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.content or self.reasoning or self.calls or self.logprobs)
+# Tokens of reasoning for OpenAI's efforts; R1 and Qwen3 know none, so they are budgets here.
+_EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096, "high": None}
 
 
-class _Choice:
-    """One answer as it comes: finds tool calls, renders log-probabilities.
-
-    Args:
-        tokenizer: for the texts of tokens.
-        parser: finds calls; None leaves the text alone.
-        one_call: whether the answer ends with its first call.
-        logprobs: whether they were asked for.
-        reasoning: whether the reasoning is shown.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        parser: ToolParser | WholeCall | None,
-        *,
-        one_call: bool,
-        logprobs: bool,
-        reasoning: bool,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._parser = parser
-        self._one_call = one_call
-        self._logprobs = logprobs
-        self._reasoning = reasoning
-        self._called = False
-        self.is_cut = False
-        """Whether the rest is of no interest: the one call is there."""
-
-    def add(self, chunk: GenerationChunk) -> _Piece:
-        """Turn a chunk of text into a piece of the answer."""
-        piece = _Piece(reasoning=chunk.reasoning if self._reasoning else "")
-        if self._logprobs:
-            piece.logprobs = [token_logprob(self._tokenizer, token) for token in chunk.tokens]
-        if not self.is_cut:
-            piece.content = chunk.text
-            if self._parser is not None:
-                piece.content, piece.calls = self._parser.push(chunk.text)
-                self._called = self._called or bool(piece.calls)
-                if self._called and self._one_call:
-                    piece.calls = piece.calls[:1]
-                    self.is_cut = True
-        if chunk.finish_reason is not None:
-            if self._parser is not None and not self.is_cut:
-                piece.content += self._parser.flush()
-            ended = chunk.finish_reason == "stop" or self.is_cut
-            piece.finish_reason = (
-                "tool_calls" if self._called and ended else str(chunk.finish_reason)
-            )
-        return piece
-
-
-async def chat_completions(
-    request: Request,
-    body: ChatRequest,
-    model: ServedModel,
-    client: Client,
-    settings: ServerSettings,
-    metrics: Metrics,
-    headers: dict[str, str],
-    arm: str | None = None,
-) -> Response:
-    """Answer a chat.
+def plan_chat(turn: Turn, body: ChatRequest) -> Plan:
+    """Check what the fields mean together.
 
     Raises:
-        EdgeError, APIError: the request is wrong, cannot be served now, or failed.
+        APIError, RequestError: they do not fit together, or not to the model.
     """
-    llm = model.llm
-    n = body.n or 1
-
-    def submit() -> tuple[ChatPlan, Any]:
-        plan = plan_chat(body, model, settings)
-        # What users write stands in every prompt; templates may drop other messages.
-        texts = [m.get("content") for m in plan.messages if m.get("role") == "user"]
-        check_length(llm, [text for text in texts if isinstance(text, str)], "messages")
-        generations = llm.submit(
-            plan.messages,
-            plan.params,
-            n=n,
-            deadline_s=settings.request_timeout_s,
-            salt=salt_of(body, client),
-            tools=plan.tools,
-            thinking=plan.thinking,
-            **plan.options,
-        )
-        return plan, generations
-
-    with model.lease():
-        plan, generations = await in_thread(submit, slow=_has_form(body))
-        flight = Flight(model, generations, plan.params, metrics, user=body.user, arm=arm)
-    answer = _Answer(body, model, plan, flight, n)
-    if body.stream:
-        buffer = Buffer(settings.stream_buffer_bytes)
-        flight.start(partial(answer.stream, buffer.put))
-        return EventStream(flight, buffer, settings.ping_s, headers)
-    flight.start(answer.collect)
-    await wait_for(flight, request.receive)
-    return json_response(answer.whole(), {**headers, "server-timing": server_timing(flight.stats)})
-
-
-def _has_form(request: ChatRequest) -> bool:
-    """Whether a grammar has to be compiled for it."""
-    wanted = request.response_format
-    if wanted is not None and wanted.type != "text":
-        return True
-    if request.tool_choice in (None, "auto"):
-        return any(tool.function.strict for tool in request.tools or ())
-    return request.tool_choice != "none"
-
-
-class _Answer:
-    """All choices of one request."""
-
-    def __init__(
-        self, request: ChatRequest, model: ServedModel, plan: ChatPlan, flight: Flight, n: int
-    ) -> None:
-        self._id = new_id("chatcmpl")
-        self._created = now()
-        self._model = model
-        self._flight = flight
-        self._left = n
-        self._n = n
-        self._usage = request.stream_options is not None and request.stream_options.include_usage
-        template = model.llm.template
-        syntax = syntax_of(template.source) if template is not None and plan.tools else None
-        parser: Callable[[], ToolParser | WholeCall | None] = lambda: None  # noqa: E731
-        if plan.forced:
-            parser = WholeCall
-        elif syntax is not None:
-            parser = partial(ToolParser, syntax)
-        self._choices = [
-            _Choice(
-                model.llm.tokenizer,
-                parser(),
-                one_call=plan.forced or request.parallel_tool_calls is False,
-                logprobs=bool(request.logprobs),
-                reasoning=request.include_reasoning is not False,
+    _check_fields(body, turn.settings)
+    llm = turn.model.llm
+    template = llm.template.source if llm.template is not None else ""
+    syntax = syntax_of(template)
+    forced = forced_schema(body)
+    tools = None
+    if body.tools and body.tool_choice != "none":
+        if forced is None and syntax is None:
+            raise RequestError(
+                "tools: this model's chat template writes no tool calls in a form known here; "
+                "send tool_choice with a function's name, or no tools"
             )
-            for _ in range(n)
-        ]
-        self._pieces: list[list[_Piece]] = [[] for _ in range(n)]
-        self._greeted = [False] * n
-
-    def collect(self, index: int, chunk: GenerationChunk) -> None:
-        """Keep a piece of a whole answer."""
-        self._pieces[index].append(self._add(index, chunk))
-
-    def stream(self, put: Callable[[bytes], None], index: int, chunk: GenerationChunk) -> None:
-        """Write a piece as events."""
-        piece = self._add(index, chunk)
-        if not self._greeted[index]:
-            self._greeted[index] = True
-            put(self._event(index, Delta(role="assistant", content="")))
-        if not piece.is_empty:
-            put(self._event(index, _delta(piece), piece.logprobs))
-        if piece.finish_reason is None:
-            return
-        put(self._event(index, Delta(), finish_reason=piece.finish_reason))
-        self._left -= 1
-        if not self._left:
-            if self._usage:
-                put(event(self._chunk([], usage=self._usage_of())))
-            put(DONE)
-
-    def whole(self) -> ChatCompletion:
-        """The answer, once all choices have ended."""
-        return ChatCompletion(
-            id=self._id,
-            created=self._created,
-            model=self._model.name,
-            choices=[_whole_choice(index, pieces) for index, pieces in enumerate(self._pieces)],
-            usage=self._usage_of(),
-            system_fingerprint=self._model.fingerprint,
-        )
-
-    def _add(self, index: int, chunk: GenerationChunk) -> _Piece:
-        choice = self._choices[index]
-        was_cut = choice.is_cut
-        piece = choice.add(chunk)
-        if choice.is_cut and not was_cut and chunk.finish_reason is None:
-            self._flight.cancel(index)
-        return piece
-
-    def _usage_of(self) -> Any:
-        return usage_of(self._flight.stats, self._flight.reasoning_tokens, self._n)
-
-    def _event(
-        self,
-        index: int,
-        delta: Delta,
-        logprobs: list[TokenLogprob] | None = None,
-        finish_reason: str | None = None,
-    ) -> bytes:
-        shown = ChatLogprobs(logprobs) if logprobs else None
-        return event(self._chunk([ChunkChoice(index, delta, shown, finish_reason)]))
-
-    def _chunk(self, choices: list[ChunkChoice], usage: Any = UNSET) -> ChatChunk:
-        if usage is UNSET and self._usage:
-            usage = None
-        return ChatChunk(
-            id=self._id,
-            created=self._created,
-            model=self._model.name,
-            choices=choices,
-            system_fingerprint=self._model.fingerprint,
-            usage=usage,
-        )
-
-
-def _delta(piece: _Piece) -> Delta:
-    delta = Delta()
-    if piece.reasoning:
-        delta.reasoning = delta.reasoning_content = piece.reasoning
-    if piece.content or not (piece.reasoning or piece.calls):
-        delta.content = piece.content
-    if piece.calls:
-        delta.tool_calls = piece.calls
-    return delta
-
-
-def _whole_choice(index: int, pieces: list[_Piece]) -> Choice:
-    content = "".join(piece.content for piece in pieces)
-    reasoning = "".join(piece.reasoning for piece in pieces)
-    calls = [call for piece in pieces for call in piece.calls]
-    for call in calls:
-        call.index = UNSET
-    logprobs = [item for piece in pieces for item in piece.logprobs]
-    message = Message(content=content if content or not calls else None)
-    if reasoning:
-        message.reasoning = message.reasoning_content = reasoning
-    if calls:
-        message.tool_calls = calls
-    return Choice(
-        index=index,
-        message=message,
-        finish_reason=pieces[-1].finish_reason or "stop",
-        logprobs=ChatLogprobs(logprobs) if logprobs else None,
+        tools = template_tools(body.tools)
+    calls = strict_calls(body, syntax) if forced is None else None
+    output = output_format(body.response_format, forced, calls)
+    thinking, budget = _thinking(body)
+    max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
+    messages = prepare_messages(body.messages, template)
+    # What users write stands in every prompt; templates may drop other messages.
+    texts = [message.get("content") for message in messages if message.get("role") == "user"]
+    check_length(llm, [text for text in texts if isinstance(text, str)], "messages")
+    return Plan(
+        prompts=[messages],
+        params=params,
+        n=body.n or 1,
+        stream=bool(body.stream),
+        user=body.user,
+        cache_salt=body.cache_salt,
+        tools=tools,
+        output=output,
+        thinking=thinking,
+        thinking_budget=budget,
+        make_parser=_parser_of(syntax, forced is not None) if tools else None,
+        one_call=forced is not None or body.parallel_tool_calls is False,
     )
 
 
-def token_logprob(tokenizer: Tokenizer, token: SampledToken) -> TokenLogprob:
-    """A sampled token in OpenAI's form."""
+def _check_fields(body: ChatRequest, settings: ServerSettings) -> None:
+    if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
+        raise invalid(
+            "max_tokens: differs from max_completion_tokens; give one of them", "max_tokens"
+        )
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs: needs logprobs to be true", "top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options: needs stream to be true", "stream_options")
+    if len(body.messages) > settings.max_messages:
+        raise invalid(f"messages: more than {settings.max_messages} messages", "messages")
+    check_choices(body.n or 1, 1, settings.max_choices)
+
+
+def _parser_of(syntax: ToolSyntax | None, forced: bool) -> MakeParser | None:
+    if forced:
+        return WholeCall
+    return None if syntax is None else partial(ToolParser, syntax)
+
+
+def _thinking(body: ChatRequest) -> tuple[bool, int | None]:
+    """Return whether to reason at all, and for how many tokens.
+
+    Raises:
+        APIError: fields that contradict each other.
+    """
+    said = {}
+    if body.enable_thinking is not None:
+        said["enable_thinking"] = body.enable_thinking
+    if body.chat_template_kwargs is not None:
+        wanted = body.chat_template_kwargs.enable_thinking
+        if wanted is not None:
+            said["chat_template_kwargs"] = wanted
+    if body.reasoning_effort is not None:
+        said["reasoning_effort"] = body.reasoning_effort != "none"
+    if len(set(said.values())) > 1:
+        names = " and ".join(said)
+        raise invalid(f"{names}: one turns the reasoning on, the other off", next(iter(said)))
+    thinking = next(iter(said.values()), True)
+    budget = body.thinking_token_budget
+    if budget is None and body.reasoning_effort is not None and thinking:
+        budget = _EFFORT_TOKENS[body.reasoning_effort]
+    if budget is not None and not thinking:
+        raise invalid("thinking_token_budget: the reasoning is turned off", "thinking_token_budget")
+    return thinking, budget
+
+
+class ChatRender:
+    """Writes the answer to a chat in OpenAI's form; see `Render`."""
+
+    def __init__(self, turn: Turn, body: ChatRequest) -> None:
+        self._head = answer_head("chatcmpl", turn.model)
+        self._tokenizer = turn.model.llm.tokenizer
+        self._logprobs = bool(body.logprobs)
+        self._reasoning = body.include_reasoning is not False
+        self._usage = body.stream_options is not None and body.stream_options.include_usage
+        self._greeted: set[int] = set()
+
+    def events(self, index: int, piece: Piece) -> bytes:
+        """See `Render.events`."""
+        choices = []
+        if index not in self._greeted:
+            self._greeted.add(index)
+            choices.append(ChunkChoice(index, Delta(role="assistant", content="")))
+        reasoning, logprobs = self._shown(piece)
+        if piece.text or reasoning or piece.calls or logprobs:
+            delta = _delta(piece, reasoning)
+            choices.append(ChunkChoice(index, delta, logprobs))
+        if piece.finish_reason is not None:
+            choices.append(ChunkChoice(index, Delta(), finish_reason=piece.finish_reason))
+        return b"".join(self._event([choice], None) for choice in choices)
+
+    def last_events(self, usage: Usage) -> bytes:
+        """See `Render.last_events`."""
+        return self._event([], usage) + DONE if self._usage else DONE
+
+    def body(self, choices: Sequence[Piece], usage: Usage) -> ChatCompletion:
+        """See `Render.body`."""
+        return ChatCompletion(
+            **self._head,
+            choices=[self._choice(index, piece) for index, piece in enumerate(choices)],
+            usage=usage,
+        )
+
+    def _event(self, choices: list[ChunkChoice], usage: Usage | None) -> bytes:
+        shown = usage if self._usage else UNSET
+        return event(ChatChunk(**self._head, choices=choices, usage=shown))
+
+    def _choice(self, index: int, piece: Piece) -> Choice:
+        reasoning, logprobs = self._shown(piece)
+        message = Message(content=piece.text if piece.text or not piece.calls else None)
+        if reasoning:
+            message.reasoning = message.reasoning_content = reasoning
+        if piece.calls:
+            message.tool_calls = [replace(call, index=UNSET) for call in piece.calls]
+        return Choice(index, message, piece.finish_reason or "stop", logprobs)
+
+    def _shown(self, piece: Piece) -> tuple[str, ChatLogprobs | None]:
+        """Return the reasoning and the log-probabilities, as far as they were asked for."""
+        logprobs = None
+        if self._logprobs and piece.tokens:
+            logprobs = ChatLogprobs([_token_logprob(self._tokenizer, t) for t in piece.tokens])
+        return piece.reasoning if self._reasoning else "", logprobs
+
+
+def _delta(piece: Piece, reasoning: str) -> Delta:
+    delta = Delta()
+    if reasoning:
+        delta.reasoning = delta.reasoning_content = reasoning
+    if piece.text or not (reasoning or piece.calls):
+        delta.content = piece.text
+    if piece.calls:
+        delta.tool_calls = list(piece.calls)
+    return delta
+
+
+def _token_logprob(tokenizer: Tokenizer, token: SampledToken) -> TokenLogprob:
+    """Return a sampled token in OpenAI's form."""
 
     def text_and_bytes(token_id: int) -> tuple[str, list[int]]:
         data = tokenizer.token_bytes(token_id)

@@ -1,27 +1,19 @@
-"""What chats and completions share: parameters, submission, and waiting for a whole answer."""
+"""What the plans and renders of chats and completions share."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-from starlette.responses import Response
-
 from edge.runtime.sampling import SamplingParams
-from edge.server.http.access import Client
 from edge.server.http.errors import APIError, invalid
-from edge.server.http.guard import Receive
-from edge.server.models.flight import ClientGoneError, Flight, until_gone
+from edge.server.models.registry import ServedModel
 
-from .answers import CompletionDetails, PromptDetails, Usage
 from .protocol import Sampling
 
 if TYPE_CHECKING:
-    from edge.runtime.generation import GenerationStats
     from edge.runtime.llm import LLM
 
 _KNOBS = ("temperature", "top_p", "min_p", "repetition_penalty", "seed")
@@ -30,7 +22,7 @@ _KNOBS = ("temperature", "top_p", "min_p", "repetition_penalty", "seed")
 def sampling_params(
     request: Sampling, llm: LLM, *, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
-    """Resolved parameters of a request: what it leaves open is the bundle's generation config.
+    """Return resolved parameters: what a request leaves open is the bundle's generation config.
 
     Raises:
         APIError, RequestError: a value that does not fit the model.
@@ -87,67 +79,11 @@ def check_length(llm: LLM, texts: Sequence[str], param: str) -> None:
         )
 
 
-def salt_of(request: Sampling, client: Client) -> str:
-    """What cached prefixes are shared under: within one key, and one ``cache_salt`` of it."""
-    return f"{client.salt}/{request.cache_salt}" if request.cache_salt else client.salt
-
-
-async def wait_for(flight: Flight, receive: Receive) -> None:
-    """Wait for a whole answer; a client that leaves ends it.
-
-    Raises:
-        ClientGoneError: it left.
-        EdgeError, APIError: the answer failed.
-    """
-    gone = asyncio.create_task(until_gone(receive))
-    gone.add_done_callback(lambda _: flight.abort(ClientGoneError("the client left")))
-    try:
-        await asyncio.shield(flight.done)
-    finally:
-        gone.cancel()
-
-
-def usage_of(stats: Sequence[GenerationStats | None], reasoning: Sequence[int], n: int) -> Usage:
-    """Tokens of all choices; a prompt counts once for its ``n`` answers."""
-    there = [item for item in stats if item is not None]
-    prompts = there[::n]
-    prompt = sum(item.prompt_tokens for item in prompts)
-    completion = sum(item.completion_tokens for item in there)
-    return Usage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details=PromptDetails(sum(item.cached_tokens for item in prompts)),
-        completion_tokens_details=CompletionDetails(sum(reasoning)),
-    )
-
-
-def server_timing(stats: Sequence[GenerationStats | None]) -> str:
-    """The header ``Server-Timing`` (W3C): queue, first token, whole answer, in milliseconds."""
-    there = [item for item in stats if item is not None]
-    slowest = max(there, key=lambda item: item.total_s, default=None)
-    if slowest is None:
-        return "total;dur=0"
-    return (
-        f"queue;dur={slowest.queue_s * 1e3:.1f}, ttft;dur={slowest.ttft_s * 1e3:.1f}, "
-        f"total;dur={slowest.total_s * 1e3:.1f}"
-    )
-
-
-def new_id(prefix: str) -> str:
-    """A fresh id of an answer."""
-    return f"{prefix}-{secrets.token_hex(12)}"
-
-
-def now() -> int:
-    """Unix seconds."""
-    return int(time.time())
-
-
-def json_response(value: Any, headers: dict[str, str] | None = None) -> Response:
-    """An answer in JSON."""
-    return Response(
-        msgspec.json.encode(value),
-        headers={"cache-control": "no-store", **(headers or {})},
-        media_type="application/json",
-    )
+def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:
+    """Return the fields that every event of an answer begins with; its id is fresh."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "created": int(time.time()),
+        "model": model.name,
+        "system_fingerprint": model.fingerprint,
+    }

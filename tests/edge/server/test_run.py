@@ -329,7 +329,7 @@ def test_a_library_that_cannot_read_requests_is_a_refusal_to_start(
 
 
 def test_every_body_of_the_api_is_tried_before_the_start():
-    read = set(re.findall(r"self\._read\(request, (\w+)\)", inspect.getsource(app)))
+    read = set(re.findall(r"_(?:read|generate)\(request, ([A-Z]\w+)", inspect.getsource(app)))
     assert len(read) >= 4
     assert {kind.__name__ for kind in protocol._SAMPLES} == read
 

@@ -1,0 +1,99 @@
+"""`Piece`: what a chunk of text adds to one answer, tool calls told apart from text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edge.runtime.sampling import SampledToken
+
+from .answers import ToolCall
+from .tools import ToolParser, WholeCall
+
+if TYPE_CHECKING:
+    from edge.runtime.stream import GenerationChunk
+
+MakeParser = Callable[[], ToolParser | WholeCall]
+
+
+@dataclass
+class Piece:
+    """A part of one answer, or all of it.
+
+    Attributes:
+        text: of the answer, without tool calls.
+        reasoning: text of the reasoning.
+        calls: tool calls that became complete.
+        tokens: the tokens sampled for it.
+        finish_reason: on the last one: ``stop``, ``length``, ``cancelled`` or ``tool_calls``.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    calls: Sequence[ToolCall] = ()
+    tokens: Sequence[SampledToken] = ()
+    finish_reason: str | None = None
+
+
+def join_pieces(pieces: Sequence[Piece]) -> Piece:
+    """Return all pieces of an answer as one."""
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        "".join(piece.reasoning for piece in pieces),
+        [call for piece in pieces for call in piece.calls],
+        [token for piece in pieces for token in piece.tokens],
+        pieces[-1].finish_reason,
+    )
+
+
+class ChoiceReader:
+    """Reads one answer as it comes.
+
+    Args:
+        make_parser: makes the parser that finds tool calls; None leaves the text alone.
+        one_call: whether the answer ends with its first call.
+        echo: what the answer begins with.
+
+    Attributes:
+        is_cut: whether the rest is of no interest, since the one call has come.
+    """
+
+    def __init__(self, make_parser: MakeParser | None, *, one_call: bool, echo: Piece) -> None:
+        self._parser = None if make_parser is None else make_parser()
+        self._one_call = one_call
+        self._echo = echo
+        self._called = False
+        self.is_cut = False
+
+    def read(self, chunk: GenerationChunk) -> Piece:
+        """Turn the next chunk into a piece."""
+        echo, self._echo = self._echo, Piece()
+        text, calls = self._find_calls(chunk)
+        return Piece(
+            echo.text + text,
+            chunk.reasoning,
+            calls,
+            (*echo.tokens, *chunk.tokens),
+            self._finish_reason(chunk),
+        )
+
+    def _find_calls(self, chunk: GenerationChunk) -> tuple[str, list[ToolCall]]:
+        if self._parser is None:
+            return chunk.text, []
+        if self.is_cut:
+            return "", []
+        text, calls = self._parser.push(chunk.text)
+        self._called = self._called or bool(calls)
+        if self._called and self._one_call:
+            self.is_cut = True
+            return text, calls[:1]
+        if chunk.finish_reason is not None:
+            text += self._parser.flush()
+        return text, calls
+
+    def _finish_reason(self, chunk: GenerationChunk) -> str | None:
+        reason = chunk.finish_reason
+        if reason is not None and self._called and (self.is_cut or reason == "stop"):
+            return "tool_calls"
+        return reason

@@ -1,0 +1,288 @@
+"""`respond` answers a request for text, whatever its endpoint; an endpoint is a plan and a render.
+
+The plan says what the body of a request asks of the engine, the render writes what comes back. All
+between the two is the same for every endpoint and is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+from starlette.responses import Response
+
+from edge.errors import EdgeError
+from edge.runtime.sampling import SamplingParams
+from edge.server.http.access import Client
+from edge.server.http.guard import Receive
+from edge.server.http.threads import in_thread
+from edge.server.models.flight import ClientGoneError, Flight, until_gone
+from edge.server.models.registry import ServedModel
+from edge.server.settings import ServerSettings
+
+from .answers import CompletionDetails, PromptDetails, Usage
+from .pieces import ChoiceReader, MakeParser, Piece, join_pieces
+from .prompt_logprobs import score_prompt
+from .sse import Buffer, EventStream
+
+if TYPE_CHECKING:
+    from edge.runtime.generation import GenerationStats
+    from edge.runtime.llm import Prompt
+    from edge.runtime.stream import Generation, GenerationChunk
+    from edge.runtime.structured_output import OutputFormat
+    from edge.server.observe.metrics import Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """The context that one request is answered in.
+
+    Attributes:
+        model: the model that answers.
+        client: who asks.
+        settings: limits of the server.
+        metrics: told of every end.
+        receive: reads from the client's connection.
+        headers: of the response.
+        arm: the arm of the A/B split that chose the model, if any.
+    """
+
+    model: ServedModel
+    client: Client
+    settings: ServerSettings
+    metrics: Metrics
+    receive: Receive
+    headers: Mapping[str, str]
+    arm: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a request asks of the engine.
+
+    Attributes:
+        prompts: the prompts; each gets ``n`` answers.
+        params: resolved sampling parameters.
+        n: answers per prompt.
+        stream: whether the answer is sent while it is generated.
+        echo: whether each answer begins with its prompt, scored if ``params`` want
+            log-probabilities.
+        user: as the request names it.
+        cache_salt: of the request, besides the client's own.
+        tools: JSON schemas of functions, for the chat template.
+        output: the form that the answer must have.
+        thinking: false ends the reasoning before it begins.
+        thinking_budget: tokens after which the reasoning is ended.
+        make_parser: makes the parser that finds tool calls in one answer; None looks for none.
+        one_call: whether an answer ends with its first tool call.
+    """
+
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    n: int = 1
+    stream: bool = False
+    echo: bool = False
+    user: str | None = None
+    cache_salt: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    output: OutputFormat | None = None
+    thinking: bool = True
+    thinking_budget: int | None = None
+    make_parser: MakeParser | None = None
+    one_call: bool = False
+
+
+class Render(Protocol):
+    """Writes one answer in the form of its endpoint.
+
+    A choice is one answer to one prompt; choices are numbered prompt by prompt.
+    """
+
+    def events(self, index: int, piece: Piece) -> bytes:
+        """Return the events of a piece of choice ``index``; empty if it shows nothing."""
+        ...
+
+    def last_events(self, usage: Usage) -> bytes:
+        """Return the events that follow the last piece of the last choice."""
+        ...
+
+    def body(self, choices: Sequence[Piece], usage: Usage) -> msgspec.Struct:
+        """Return the whole answer; each choice is joined to one piece."""
+        ...
+
+
+async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> Response:
+    """Answer a request, as a whole or as a stream of events.
+
+    Args:
+        turn: its context.
+        make_plan: called in a thread.
+        render: made for this request.
+
+    Raises:
+        EdgeError, APIError: the request is wrong, cannot be served now, or failed.
+        ClientGoneError: the client left before it had the answer.
+    """
+    model, settings = turn.model, turn.settings
+    with model.lease():
+        plan = await in_thread(make_plan)
+        echoes = await _echoes(turn, plan)
+        # The form of an output may have to be compiled first.
+        generations = await in_thread(lambda: _submit(turn, plan), slow=plan.output is not None)
+        flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
+    answer = _Answer(plan, echoes, flight, render)
+    if plan.stream:
+        buffer = Buffer(settings.stream_buffer_bytes)
+        flight.start(partial(answer.stream, buffer.put))
+        return EventStream(flight, buffer, settings.ping_s, turn.headers)
+    flight.start(answer.collect)
+    await _wait_for(flight, turn.receive)
+    headers = {**turn.headers, "server-timing": _server_timing(flight.stats)}
+    return json_response(answer.body(), headers)
+
+
+def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an answer in JSON."""
+    return Response(
+        msgspec.json.encode(value),
+        headers={"cache-control": "no-store", **(headers or {})},
+        media_type="application/json",
+    )
+
+
+class _Answer:
+    """Reads the choices of one request as they come, and lets a render write them."""
+
+    def __init__(self, plan: Plan, echoes: Sequence[Piece], flight: Flight, render: Render) -> None:
+        self._n = plan.n
+        self._flight = flight
+        self._render = render
+        self._readers = [
+            ChoiceReader(plan.make_parser, one_call=plan.one_call, echo=echo)
+            for echo in echoes
+            for _ in range(plan.n)
+        ]
+        self._pieces: list[list[Piece]] = [[] for _ in self._readers]
+        self._left = len(self._readers)
+
+    def collect(self, index: int, chunk: GenerationChunk) -> None:
+        """Keep a chunk for the whole answer."""
+        self._pieces[index].append(self._read(index, chunk))
+
+    def stream(self, put: Callable[[bytes], None], index: int, chunk: GenerationChunk) -> None:
+        """Write a chunk as events."""
+        piece = self._read(index, chunk)
+        if events := self._render.events(index, piece):
+            put(events)
+        if piece.finish_reason is not None:
+            self._left -= 1
+            if not self._left:
+                put(self._render.last_events(self._usage()))
+
+    def body(self) -> msgspec.Struct:
+        """Return the whole answer, once all choices have ended."""
+        return self._render.body([join_pieces(parts) for parts in self._pieces], self._usage())
+
+    def _read(self, index: int, chunk: GenerationChunk) -> Piece:
+        reader = self._readers[index]
+        piece = reader.read(chunk)
+        if reader.is_cut:
+            self._flight.cancel(index)
+        return piece
+
+    def _usage(self) -> Usage:
+        return _usage_of(self._flight.stats, self._flight.reasoning_tokens, self._n)
+
+
+async def _echoes(turn: Turn, plan: Plan) -> list[Piece]:
+    """Return, for each prompt, what its answers begin with."""
+    if not plan.echo:
+        return [Piece() for _ in plan.prompts]
+    llm, top = turn.model.llm, plan.params.logprobs
+    echoes = []
+    for prompt in plan.prompts:
+        ids = llm.encode(prompt)
+        echo = Piece(text=llm.tokenizer.decode(ids))
+        if top is not None:
+            echo.tokens = await score_prompt(
+                turn.model,
+                ids,
+                top,
+                receive=turn.receive,
+                timeout_s=turn.settings.request_timeout_s,
+            )
+        echoes.append(echo)
+    return echoes
+
+
+def _submit(turn: Turn, plan: Plan) -> list[Generation]:
+    """Queue every prompt, or none."""
+    # Cached prefixes are shared within one key, and within one `cache_salt` of it.
+    salt = turn.client.salt
+    if plan.cache_salt:
+        salt = f"{salt}/{plan.cache_salt}"
+    generations: list[Generation] = []
+    try:
+        for prompt in plan.prompts:
+            generations += turn.model.llm.submit(
+                prompt,
+                plan.params,
+                n=plan.n,
+                deadline_s=turn.settings.request_timeout_s,
+                salt=salt,
+                tools=plan.tools,
+                output=plan.output,
+                thinking=plan.thinking,
+                thinking_budget=plan.thinking_budget,
+            )
+    except EdgeError:
+        for generation in generations:
+            generation.cancel()
+        raise
+    return generations
+
+
+async def _wait_for(flight: Flight, receive: Receive) -> None:
+    """Wait for a whole answer; a client that leaves ends it.
+
+    Raises:
+        ClientGoneError: it left.
+        EdgeError, APIError: the answer failed.
+    """
+    gone = asyncio.create_task(until_gone(receive))
+    gone.add_done_callback(lambda _: flight.abort(ClientGoneError("the client left")))
+    try:
+        await asyncio.shield(flight.done)
+    finally:
+        gone.cancel()
+
+
+def _usage_of(stats: Sequence[GenerationStats | None], reasoning: Sequence[int], n: int) -> Usage:
+    """Count the tokens of all choices; a prompt counts once for its ``n`` answers."""
+    there = [item for item in stats if item is not None]
+    prompts = there[::n]
+    prompt = sum(item.prompt_tokens for item in prompts)
+    completion = sum(item.completion_tokens for item in there)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptDetails(sum(item.cached_tokens for item in prompts)),
+        completion_tokens_details=CompletionDetails(sum(reasoning)),
+    )
+
+
+def _server_timing(stats: Sequence[GenerationStats | None]) -> str:
+    """Return the header ``Server-Timing`` (W3C): queue, first token, whole answer, in ms."""
+    there = [item for item in stats if item is not None]
+    slowest = max(there, key=lambda item: item.total_s, default=None)
+    if slowest is None:
+        return "total;dur=0"
+    return (
+        f"queue;dur={slowest.queue_s * 1e3:.1f}, ttft;dur={slowest.ttft_s * 1e3:.1f}, "
+        f"total;dur={slowest.total_s * 1e3:.1f}"
+    )
