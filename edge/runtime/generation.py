@@ -1,6 +1,6 @@
-"""What a generation is measured by, and scoring of given tokens.
+"""Counts and times of one generation, and the score of given tokens.
 
-The loop that generates is that of `edge.runtime.scheduler`.
+The loop that generates is in `edge.runtime.scheduler`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What callers hand to the scheduler and what they get back; the words that its rooms share."""
+"""Defines what callers hand to the scheduler, what plugs into it, and its counters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Constraint(Protocol):
     """
 
     def mask(self) -> NDArray[np.float32] | None:
-        """What to add to the next logits, ``[vocab]`` of 0 and -inf; None allows every token.
+        """Return what to add to the next logits, ``[vocab]`` of 0 and -inf; None allows all.
 
         Valid until the next call. The end tokens are masked like any other.
         """
@@ -73,11 +73,11 @@ class Drafter(Protocol):
     """Guesses the next tokens of one sequence, for speculative decoding."""
 
     def propose(self, ids: Sequence[int], limit: int) -> list[int]:
-        """Up to ``limit`` guesses for what follows ``ids`` (prompt and answer so far)."""
+        """Return up to ``limit`` guesses for what follows ``ids`` (prompt and answer so far)."""
         ...
 
     def observe(self, proposed: int, accepted: int) -> None:
-        """How many of the last proposal's tokens were right."""
+        """Take note of how many of the last proposal's tokens were right."""
         ...
 
 
@@ -91,12 +91,13 @@ class Overflow(Protocol):
 
         Args:
             rows: what `Backend.read_slot` gave, ``[2 * layers, kv_heads, length, head_dim]``: keys
-                of layer ``i`` at ``2 * i``, rotated for the position of their row, values behind.
+                of layer ``i`` at ``2 * i``, rotated for the position of their row, and its values
+                at ``2 * i + 1``.
             ids: the token of each row, ``length`` of them.
 
         Returns:
             Rows to write from row 0 on, keys rotated for their new positions, and the token of
-            each: at least one and fewer than ``length``. The next token gets the position behind.
+            each: at least one and fewer than ``length``. The next token gets the position after.
         """
         ...
 
@@ -118,7 +119,7 @@ class PrefixSource(Protocol):
     """Knows prefixes that are kept outside the cache, on disk say."""
 
     def lookup(self, ids: Sequence[int], salt: str) -> StoredPrefix | None:
-        """The longest stored prefix that ``ids`` begin with, of this salt.
+        """Find the longest stored prefix that ``ids`` begin with, of this salt.
 
         Called in the engine's thread each time a request starts, so it must be quick; the rows
         are loaded only if the cache has no longer match. A prefix may be as long as the prompt;
@@ -152,7 +153,7 @@ class Request:
     constraint: Constraint | None = None
 
     def sample(self, index: int) -> Request:
-        """The request for sample ``index`` of several: its seed is that much greater."""
+        """Return the request for sample ``index`` of several: its seed is that much greater."""
         seed = self.params.seed
         if not index or seed is None:
             return self

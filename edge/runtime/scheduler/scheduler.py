@@ -244,7 +244,7 @@ class Scheduler:
 
 
 class _EngineThread:
-    """The thread, and what callers share with it, all behind one condition.
+    """The thread, and what callers share with it, all guarded by one condition.
 
     It holds no reference to the scheduler, so a scheduler that is dropped ends it.
     """

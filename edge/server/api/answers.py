@@ -67,7 +67,7 @@ class ChatLogprobs(Struct):
 
 
 class Message(Struct):
-    """An answer; the reasoning stands under both names that clients look for."""
+    """An answer; the reasoning has both names that clients look for."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"

@@ -73,7 +73,7 @@ def plan_chat(turn: Turn, body: ChatRequest) -> Plan:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
     messages = prepare_messages(body.messages, template)
-    # What users write stands in every prompt; templates may drop other messages.
+    # What users write is part of every prompt; templates may drop other messages.
     texts = [message.get("content") for message in messages if message.get("role") == "user"]
     check_length(llm, [text for text in texts if isinstance(text, str)], "messages")
     return Plan(

@@ -1,4 +1,4 @@
-"""What of a request decides which model answers it; see `edge.server.models.route`."""
+"""Takes from a request what decides which model answers it; see `edge.server.models.route`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHARS_PER_TOKEN = 4
 
 
 def facts_of(request: ChatRequest | CompletionRequest, request_id: str) -> Facts:
-    """The facts of a request."""
+    """Return the facts of a request."""
     key = request.user or request_id
     if isinstance(request, CompletionRequest):
         return Facts(_num_chars(request.prompt), "completion", key)

@@ -31,7 +31,7 @@ class ToolSyntax:
     Attributes:
         start, end: marks around one call.
         noise: further marks, which are dropped.
-        read: name and arguments (JSON text) of what stands between; None if it is no call.
+        read: gives name and arguments (JSON text) of the text between; None if it is no call.
     """
 
     start: str

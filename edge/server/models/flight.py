@@ -1,4 +1,4 @@
-"""One request on its way: its generations are read, counted and ended together."""
+"""`Flight`: reads, counts and ends all generations of one request together."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Carrier(Protocol):
 
 
 class Flight:
-    """The generations of one request.
+    """Reads the generations of one request, counts them and ends them together.
 
-    They are read to their ends whatever happens, so that the counts are true and the model is not
-    closed under them; after `abort` nothing is passed on any more.
+    It reads to their ends whatever happens, so that the counts are true and the model is not closed
+    under them; after `abort` nothing is passed on any more.
 
     Args:
         model: what they run on.
