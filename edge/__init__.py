@@ -10,6 +10,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .bundle.manifest import Manifest
+    from .engine_config import EngineConfig
     from .errors import EdgeError
     from .runtime.deepseek import DeepSeekModel
     from .runtime.generation import GenerationStats
@@ -26,6 +27,7 @@ _HOMES = {
     "LLM": ".runtime.llm",
     "DeepSeekModel": ".runtime.deepseek",
     "EdgeError": ".errors",
+    "EngineConfig": ".engine_config",
     "Generation": ".runtime.stream",
     "GenerationChunk": ".runtime.stream",
     "GenerationResult": ".runtime.stream",
@@ -39,6 +41,7 @@ __all__ = [
     "LLM",
     "DeepSeekModel",
     "EdgeError",
+    "EngineConfig",
     "Generation",
     "GenerationChunk",
     "GenerationResult",

@@ -17,7 +17,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -76,8 +76,7 @@ def load_settings(
             cannot be read.
         DependencyError: Python 3.10 without tomli.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: hints[field.name] for field in _fields(cls)}
+    fields = _hints(cls)
     values: dict[str, _Value] = {}
     if file is not None:
         values |= _from_file(file, fields)
@@ -88,6 +87,32 @@ def load_settings(
         cls(**converted),
         {name: values[name].origin if name in values else "default" for name in fields},
     )
+
+
+def check_fields(settings: object) -> None:
+    """Check every field of a frozen dataclass against its type and the range in ``Annotated``.
+
+    A text where a path is needed becomes a path, and a whole number where a float is needed a
+    float. Meant for ``__post_init__``.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of its range.
+    """
+    for name, hint in _hints(type(settings)).items():
+        value = getattr(settings, name)
+        object.__setattr__(settings, name, _checked(name, value, hint))
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is not known, with the nearest one that is.
+
+    Args:
+        what: how the message begins.
+        name: that was given.
+        known: those that there are.
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return ConfigError(f"{what}; the nearest known one is {near[0]!r}")
 
 
 def field_kind(hint: Any) -> tuple[Any, bool]:
@@ -129,16 +154,17 @@ def read_toml(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _fields(cls: Any) -> Sequence[dataclasses.Field[Any]]:
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)
-    return fields
+def _hints(cls: Any) -> dict[str, Any]:
+    """The type of every field, with what ``Annotated`` says of it."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _from_file(path: Path, fields: Mapping[str, Any]) -> dict[str, _Value]:
     parsed = read_toml(path)
     for key in parsed:
         if key not in fields:
-            raise _unknown(f"{path}: unknown key {key!r}", key, fields)
+            raise unknown_name(f"{path}: unknown key {key!r}", key, fields)
     return {key: _Value(raw, f"file {path}", path.parent) for key, raw in parsed.items()}
 
 
@@ -149,7 +175,7 @@ def _from_environment(environ: Mapping[str, str], fields: Mapping[str, Any]) -> 
         if not variable.startswith(ENV_PREFIX):
             continue
         if variable not in names:
-            raise _unknown(f"unknown environment variable {variable}", variable, names)
+            raise unknown_name(f"unknown environment variable {variable}", variable, names)
         if raw:
             found[names[variable]] = _Value(raw, f"environment {variable}", is_text=True)
     return found
@@ -161,20 +187,43 @@ def _from_flags(flags: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str
         if raw is None or raw == ():
             continue
         if name not in fields:
-            raise _unknown(f"unknown setting {name!r}", name, fields)
+            raise unknown_name(f"unknown setting {name!r}", name, fields)
         found[name] = _Value(raw, f"flag --{name.replace('_', '-')}", is_text=True)
     return found
-
-
-def _unknown(what: str, key: str, known: Mapping[str, Any]) -> ConfigError:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return ConfigError(f"{what}; the nearest known one is {near[0]!r}")
 
 
 def _convert(name: str, hint: Any, value: _Value) -> Any:
     raw, (kind, _) = value.raw, field_kind(hint)
     if value.is_text and typing.get_origin(kind) is dict:
         raw = _pairs(name, raw, value.origin)
+
+    return _checked(
+        name, raw, hint, origin=f"{value.origin}: ", strict=not value.is_text, base=value.base
+    )
+
+
+def _checked(
+    name: str,
+    raw: Any,
+    hint: Any,
+    *,
+    origin: str = "",
+    strict: bool = True,
+    base: Path | None = None,
+) -> Any:
+    """The value of a field, as its type.
+
+    Args:
+        name: of the field.
+        raw: the value as it was given.
+        hint: the field's type.
+        origin: where the value came from, as an error's message begins.
+        strict: false reads numbers from text.
+        base: what a relative path is relative to.
+
+    Raises:
+        ConfigError: it is of another type or out of its range.
+    """
 
     def to_path(expected: type, given: Any) -> Any:
         if expected is not Path:
@@ -183,13 +232,16 @@ def _convert(name: str, hint: Any, value: _Value) -> Any:
             return given
         if not isinstance(given, str) or not given or "\0" in given:
             raise ValueError(f"a path is needed, got {given!r}")
-        return (value.base or Path()) / Path(given).expanduser()
+        return (base or Path()) / Path(given).expanduser()
 
     try:
-        return msgspec.convert(raw, type=hint, strict=not value.is_text, dec_hook=to_path)
+        return msgspec.convert(raw, type=hint, strict=strict, dec_hook=to_path)
     except msgspec.ValidationError as error:
+        kind, _ = field_kind(hint)
         message = str(error).replace("$", name)
-        raise ConfigError(f"{value.origin}: {name} is {raw!r}: {message}") from error
+        if typing.get_origin(kind) is typing.Literal:
+            message = f"use {', '.join(typing.get_args(kind))}"
+        raise ConfigError(f"{origin}{name} is {raw!r}: {message}") from error
 
 
 def _pairs(name: str, raw: Any, origin: str) -> Any:

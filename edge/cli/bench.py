@@ -14,11 +14,12 @@ import edge
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
 from . import echo_json
-from .options import Finite, bundle_argument, engine_options
+from .options import Finite, bundle_argument, engine_options, take_engine
 from .plan import make_table
 from .progress import show_progress
 
 if TYPE_CHECKING:
+    from edge.engine_config import EngineConfig
     from edge.measure.bench import BenchConfig
     from edge.measure.bench_report import Change
 
@@ -49,7 +50,7 @@ _MAX_RESULT_BYTES = 16 << 20
     "slower beyond the noise.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-@engine_options
+@engine_options("backend", "kv_capacity", "num_threads")
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -58,10 +59,7 @@ def bench(
     against: Path | None,
     max_slowdown: float | None,
     as_json: bool,
-    backend: Any,
-    kv_capacity: int | None,
-    num_threads: int | None,
-    **options: int,
+    **options: Any,
 ) -> None:
     """Measure prefill and decode of BUNDLE: medians of repeats after a warm-up."""
     from edge.measure.bench import BenchConfig
@@ -69,9 +67,10 @@ def bench(
 
     if max_slowdown is not None and against is None:
         raise ConfigError("--max-slowdown needs a run to compare with; give --against FILE")
+    engine = take_engine(options)
     config = BenchConfig(**options)
     before = None if against is None else _read_result(against)
-    result = _measure(bundle, config, backend, kv_capacity, num_threads)
+    result = _measure(bundle, config, engine.with_options(num_slots=config.batch))
     changes = [] if before is None else compare(before, result)
     result["against"] = [
         {
@@ -103,13 +102,7 @@ def bench(
         ctx.exit(EXIT_GATE_MISSED)
 
 
-def _measure(
-    bundle: Path,
-    config: BenchConfig,
-    backend_name: Any,
-    kv_capacity: int | None,
-    num_threads: int | None,
-) -> dict[str, Any]:
+def _measure(bundle: Path, config: BenchConfig, engine_config: EngineConfig) -> dict[str, Any]:
     import time
     from contextlib import closing
 
@@ -124,15 +117,7 @@ def _measure(
     manifest = read_manifest(bundle)
     verify_files(bundle, manifest)
     started = time.perf_counter()
-    engine = open_backend(
-        backend_name,
-        bundle,
-        manifest,
-        num_slots=config.batch,
-        kv_capacity=kv_capacity,
-        max_step_tokens=512,
-        num_threads=num_threads,
-    )
+    engine = open_backend(bundle, manifest, engine_config)
     load_s = time.perf_counter() - started
     with closing(engine), closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)) as embeddings:
         load_peak_bytes = read_rss_peak_bytes()
@@ -141,7 +126,9 @@ def _measure(
             samples = run_bench(engine, embeddings, manifest, config, progress=progress)
         rss_bytes, run_peak_bytes = read_rss_bytes(), read_rss_peak_bytes()
         snapshot = read_snapshot()
-        device, remark = bench_report.find_bench_device(engine.name, snapshot, num_threads)
+        device, remark = bench_report.find_bench_device(
+            engine.name, snapshot, engine_config.num_threads
+        )
         result = bench_report.report(manifest, engine, config, samples, device, snapshot)
     if remark is not None:
         click.echo(f"edge-llm: {remark}", err=True)

@@ -12,7 +12,7 @@ from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError, RequestError
 
 from . import echo_json
-from .options import bundle_argument, engine_options, int8_activations_option
+from .options import bundle_argument, engine_options, take_engine
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
@@ -45,8 +45,7 @@ def cache() -> None:
 )
 @_directory_option
 @_json_option
-@engine_options
-@int8_activations_option
+@engine_options("backend", "kv_capacity", "num_threads", "int8_activations")
 def build(
     bundle: Path,
     name: str,
@@ -54,10 +53,7 @@ def build(
     text: Path | None,
     prefix_dir: Path | None,
     as_json: bool,
-    backend: Any,
-    kv_capacity: int | None,
-    num_threads: int | None,
-    int8_activations: bool | None,
+    **options: Any,
 ) -> None:
     """Compute the cache of a prompt's beginning with BUNDLE and store it as NAME.
 
@@ -69,14 +65,7 @@ def build(
 
     if (system is None) == (text is None):
         raise ConfigError("give one of --system FILE and --text FILE")
-    with LLM(
-        bundle,
-        backend=backend,
-        kv_capacity=kv_capacity,
-        num_threads=num_threads,
-        int8_activations=int8_activations,
-        num_slots=1,
-    ) as llm:
+    with LLM(bundle, take_engine(options, num_slots=1)) as llm:
         if system is not None:
             # Editors end a file with a line end that nobody sends: $(cat FILE) has none either.
             ids = _system_ids(llm, _read(system).removesuffix("\n"))

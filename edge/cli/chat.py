@@ -18,10 +18,11 @@ from edge.runtime.llm import LLM
 from edge.runtime.sampling import SamplingParams
 
 from .options import (
-    answering_options,
+    ONE_ANSWER,
     bundle_argument,
     engine_options,
     sampling_options,
+    take_engine,
     take_sampling,
 )
 from .screen import StreamPrinter, format_stats
@@ -41,37 +42,18 @@ _NEARLY_FULL = 0.1  # of the KV capacity
 @click.command()
 @bundle_argument
 @click.option("--system", help="System message; R1 distills are best used without one.")
-@engine_options
-@answering_options
+@engine_options(*ONE_ANSWER)
 @sampling_options
 def chat(
     bundle: Path,
     system: str | None,
-    backend: Any,
-    kv_capacity: int | None,
-    num_threads: int | None,
-    prefill_chunk: int,
-    int8_activations: bool | None,
-    overflow: Any,
-    speculative: int,
-    prefix_dir: Path | None,
     **options: Any,
 ) -> None:
     """Talk to BUNDLE; /help lists the commands."""
     params = take_sampling(options)
+    config = take_engine(options, num_slots=1)
     with (
-        LLM(
-            bundle,
-            backend=backend,
-            kv_capacity=kv_capacity,
-            num_threads=num_threads,
-            prefill_chunk=prefill_chunk,
-            int8_activations=int8_activations,
-            num_slots=1,
-            overflow=overflow,
-            speculative=speculative,
-            prefix_dir=prefix_dir,
-        ) as llm,
+        LLM(bundle, config) as llm,
         _line_history(),
     ):
         if llm.template is None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import msgspec
 from edge.backends.ort import check_int8_activations
 from edge.bundle.manifest import MANIFEST_NAME, Dialect, ModelSpec, read_manifest
 from edge.bundle.update import update_manifest
+from edge.engine_config import EngineConfig
 from edge.errors import (
     EXIT_GATE_MISSED,
     CheckpointError,
@@ -32,6 +34,7 @@ from edge.runtime.llm import LLM
 from edge.runtime.sampling import SamplingParams
 
 from . import COMMAND_GROUP, echo_json
+from .options import engine_options, take_engine
 from .progress import show_progress
 
 _CURVES = ("kl_by_position", "layers")  # too long for a manifest
@@ -104,17 +107,13 @@ _CURVES = ("kl_by_position", "layers")  # too long for a manifest
     help="Compute on the CPU with activations rounded to int8, as it does when it serves; default: "
     "float, which measures the bundle alone.",
 )
-@click.option(
-    "--num-threads", type=click.IntRange(1), help="CPU threads; default: one per physical core."
-)
+@engine_options("num_threads")
 @click.pass_context
 def evaluate(
     ctx: click.Context,
     /,
     bundles: tuple[Path, ...],
     against: str | None,
-    num_threads: int | None,
-    int8_activations: bool,
     gate: str | None,
     task_file: Path | None,
     save: bool,
@@ -134,12 +133,12 @@ def evaluate(
     for limits in gates:
         if limits is not None:
             evaluation.check_gate(limits, task=task_file is not None, reference=against is not None)
-    if int8_activations:  # before a reference is exported for minutes
+    engine = take_engine(options)
+    if engine.int8_activations:  # before a reference is exported for minutes
         for path in bundles:
             check_int8_activations(read_manifest(path))
     if html_file is not None and against is not None and task_file is None:
         load_renderer()  # if it is missing, say so before hours of measuring
-    engine = {"num_threads": num_threads, "int8_activations": int8_activations}
     with ExitStack() as stack:
         dialect = read_manifest(bundles[0]).dialect  # one that runs where the bundle does
         reference = None if against is None else _reference(against, dialect, stack)
@@ -198,10 +197,10 @@ def _text_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("text_file", "tokens", "window", "seed")}
 
 
-def _of_reference(engine: dict[str, Any]) -> dict[str, Any]:
+def _of_reference(engine: EngineConfig) -> EngineConfig:
     """The same engine for a bundle that may be float, where no activation is ever rounded."""
-    if engine["int8_activations"]:
-        return {**engine, "backend": "ort-cpu", "int8_activations": None}
+    if engine.int8_activations:
+        return replace(engine, backend="ort-cpu", int8_activations=None)
     return engine
 
 
@@ -235,7 +234,7 @@ def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
 def _run_text(
     bundles: tuple[Path, ...],
     reference: Path | None,
-    engine: dict[str, Any],
+    engine: EngineConfig,
     *,
     text_file: Path | None,
     tokens: int | None,
@@ -279,7 +278,7 @@ def _run_text(
                     {
                         "bundle": str(bundle),
                         **result,
-                        "int8_activations": engine["int8_activations"],
+                        "int8_activations": engine.int8_activations,
                     }
                 )
     return results
@@ -291,14 +290,14 @@ def _shape(llm: LLM) -> ModelSpec:
 
 
 def _open(
-    bundle: Path, window: int, engine: dict[str, Any], stack: ExitStack, progress: Progress
+    bundle: Path, window: int, engine: EngineConfig, stack: ExitStack, progress: Progress
 ) -> LLM:
     positions = read_manifest(bundle).rope_positions
     if window > positions:
         raise ConfigError(f"--window {window} is longer than the {positions} positions of {bundle}")
     with uncounted(progress, f"{bundle.name}: open"):
         return stack.enter_context(
-            LLM(bundle, kv_capacity=window, prefill_chunk=evaluation.CHUNK_TOKENS, **engine)
+            LLM(bundle, engine, kv_capacity=window, prefill_chunk=evaluation.CHUNK_TOKENS)
         )
 
 
@@ -343,7 +342,7 @@ def _print_text(results: list[dict[str, Any]]) -> None:
 def _run_task(
     bundles: tuple[Path, ...],
     reference: Path | None,
-    engine: dict[str, Any],
+    engine: EngineConfig,
     task_file: Path,
     *,
     limit: int | None,
@@ -373,12 +372,12 @@ def _run_task(
         temperature=temperature or 0.0, seed=seed, max_tokens=max_tokens or 1024
     )
 
-    def answers(bundle: Path, engine: dict[str, Any]) -> list[tasks.ItemResult]:
+    def answers(bundle: Path, engine: EngineConfig) -> list[tasks.ItemResult]:
         # One bundle at a time: the second needs no memory while the first runs.
         with show_progress() as shown, ExitStack() as stack:
             progress = prefixed(shown, f"{bundle.name}: ")
             with uncounted(progress, "open"):
-                llm = stack.enter_context(LLM(bundle, **engine))
+                llm = stack.enter_context(LLM(bundle, engine))
             return tasks.run_task(
                 llm, items, scoring=scoring or "letter", params=params, progress=progress
             )
@@ -392,7 +391,7 @@ def _run_task(
             "bundle": str(bundle),
             **tasks.summarize_task(ours),
             "task": {"name": task_file.name, "sha256": digest},
-            "int8_activations": engine["int8_activations"],
+            "int8_activations": engine.int8_activations,
         }
         if theirs is not None and reference is not None:
             result["against"] = {

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edge.backends.choose import BackendName
+from edge.config_file import load_settings
+from edge.engine_config import EngineConfig, EngineOptions
 from edge.runtime.sampling import SamplingParams
+
+from .settings_options import settings_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -32,62 +39,9 @@ bundle_argument = click.argument(
     "bundle", type=click.Path(path_type=Path, exists=True, file_okay=False)
 )
 
-_ENGINE = (
-    click.option(
-        "--backend",
-        type=click.Choice(get_args(BackendName)),
-        default="auto",
-        show_default=True,
-        help="Engine that runs the bundle; auto takes the fastest that is there.",
-    ),
-    click.option(
-        "--kv-capacity", type=int, help="Tokens of prompt and answer; default: the bundle's own."
-    ),
-    click.option(
-        "--num-threads",
-        type=click.IntRange(1),
-        help="CPU threads, with which auto takes the CPU; default: one per physical core.",
-    ),
-)
-
-int8_activations_option = click.option(
-    "--int8-activations/--no-int8-activations",
-    default=None,
-    help="Let the CPU round activations to int8, its fastest kernel; default: where it can. "
-    "Off is many times slower, but exact. GPU engines never do.",
-)
-
-_ANSWERING = (
-    click.option(
-        "--prefill-chunk",
-        type=click.IntRange(1),
-        default=512,
-        show_default=True,
-        metavar="TOKENS",
-        help="Prompt tokens per step at most; an engine may take fewer.",
-    ),
-    int8_activations_option,
-    click.option(
-        "--overflow",
-        type=click.Choice(["stop", "slide"]),
-        default="stop",
-        show_default=True,
-        help="When the cache is full: end the answer, or drop old tokens and go on.",
-    ),
-    click.option(
-        "--speculative",
-        type=click.IntRange(0),
-        default=0,
-        show_default=True,
-        metavar="TOKENS",
-        help="Guess up to so many tokens per step from what the text repeats.",
-    ),
-    click.option(
-        "--prefix-dir",
-        type=click.Path(path_type=Path, exists=True, file_okay=False),
-        help="Load prompt beginnings that edge-llm cache has stored there.",
-    ),
-)
+_MANY_ANSWERS = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}
+ONE_ANSWER = tuple(field.name for field in fields(EngineConfig) if field.name not in _MANY_ANSWERS)
+"""Options of the engine for a verb that gives one answer at a time."""
 
 _SAMPLING = (
     click.option("--max-tokens", type=int, help="Tokens to generate at most."),
@@ -122,18 +76,27 @@ _SAMPLING_NAMES = (
 )
 
 
-def engine_options(command: Command) -> Command:
-    """Add ``--backend``, ``--kv-capacity`` and ``--num-threads``."""
-    for option in reversed(_ENGINE):
-        command = option(command)
-    return command
+def engine_options(*names: str) -> Callable[[Command], Command]:
+    """Add these options of `EngineConfig`; `take_engine` reads them."""
+    return settings_options(EngineConfig, names)
 
 
-def answering_options(command: Command) -> Command:
-    """Add how answers are computed: prefill, rounding, the cache's end, drafts, prefixes."""
-    for option in reversed(_ANSWERING):
-        command = option(command)
-    return command
+def take_engine(options: dict[str, Any], **fixed: Unpack[EngineOptions]) -> EngineConfig:
+    """Move the options of the engine out of a verb's keyword arguments.
+
+    Args:
+        options: of the verb; what is not one of the engine's stays.
+        **fixed: what the verb itself sets.
+
+    Raises:
+        ConfigError: see `EngineConfig`.
+    """
+    given = {
+        field.name: options.pop(field.name)
+        for field in fields(EngineConfig)
+        if field.name in options
+    }
+    return load_settings(EngineConfig, flags=given).settings.with_options(**fixed)
 
 
 def sampling_options(command: Command) -> Command:

@@ -12,10 +12,11 @@ from edge.errors import RequestError
 
 from . import echo_json
 from .options import (
-    answering_options,
+    ONE_ANSWER,
     bundle_argument,
     engine_options,
     sampling_options,
+    take_engine,
     take_sampling,
 )
 from .screen import StreamPrinter, format_stats
@@ -28,8 +29,7 @@ from .screen import StreamPrinter, format_stats
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of streaming.")
 @click.option("--no-stats", is_flag=True, help="Do not print speed figures on stderr.")
-@engine_options
-@answering_options
+@engine_options(*ONE_ANSWER)
 @sampling_options
 def run(
     bundle: Path,
@@ -38,18 +38,11 @@ def run(
     raw: bool,
     as_json: bool,
     no_stats: bool,
-    backend: Any,
-    kv_capacity: int | None,
-    num_threads: int | None,
-    prefill_chunk: int,
-    int8_activations: bool | None,
-    overflow: Any,
-    speculative: int,
-    prefix_dir: Path | None,
     **options: Any,
 ) -> None:
     """Answer PROMPT (or standard input) with BUNDLE and stream the answer."""
     params = take_sampling(options)
+    config = take_engine(options, num_slots=1)
     if prompt is None:
         if sys.stdin.isatty():
             raise RequestError("no prompt; give one as an argument or pipe it in")
@@ -61,18 +54,7 @@ def run(
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
-    with LLM(
-        bundle,
-        backend=backend,
-        kv_capacity=kv_capacity,
-        num_threads=num_threads,
-        prefill_chunk=prefill_chunk,
-        int8_activations=int8_activations,
-        num_slots=1,
-        overflow=overflow,
-        speculative=speculative,
-        prefix_dir=prefix_dir,
-    ) as llm:
+    with LLM(bundle, config) as llm:
         if as_json:
             result = llm.generate(prompt if raw else messages, params)
             echo_json(

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,19 +32,23 @@ def default_config() -> Path | None:
     return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
 
 
-def settings_options(cls: type) -> Callable[[Command], Command]:
+def settings_options(
+    cls: type, names: Collection[str] | None = None
+) -> Callable[[Command], Command]:
     """Add one option per field; what is not given is None, or an empty tuple for tables.
 
     The help is the field's entry under ``Attributes:`` in the docstring of its class.
 
     Args:
         cls: a dataclass with a default for every field.
+        names: the fields that get an option; None is all of them.
     """
     hints = typing.get_type_hints(cls)
     texts = attribute_texts(cls)
+    shown = [field for field in dataclasses.fields(cls) if names is None or field.name in names]
 
     def decorate(command: Command) -> Command:
-        for field in reversed(dataclasses.fields(cls)):
+        for field in reversed(shown):
             command = _option(field, hints[field.name], texts[field.name])(command)
         return command
 
@@ -55,7 +59,8 @@ def attribute_texts(cls: type) -> dict[str, str]:
     """What the docstrings of a class and its bases say of each attribute."""
     texts: dict[str, str] = {}
     for base in reversed(inspect.getmro(cls)):
-        section = (inspect.cleandoc(base.__doc__ or "")).partition("Attributes:\n")[2]
+        after = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        section = re.split(r"\n(?=\S)", after)[0]  # another one may follow
         for names, text in _ENTRY.findall(section):
             for name in names.split(", "):
                 texts[name] = " ".join(text.split())
@@ -66,7 +71,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> Callable[[Co
     kind, _ = field_kind(hint)
     flag = f"--{field.name.replace('_', '-')}"
     help_text = text[:1].upper() + text[1:].replace("``", "")
-    if field.default not in (None, dataclasses.MISSING, False):
+    if not any(field.default is none for none in (None, dataclasses.MISSING, False)):
         help_text += f"  [default: {'on' if field.default is True else field.default}]"
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=help_text)

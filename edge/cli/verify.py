@@ -13,10 +13,11 @@ import click
 import msgspec
 import numpy as np
 
+from edge.engine_config import GPU_BACKENDS, EngineConfig
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
 from . import echo_json
-from .options import Finite, bundle_argument, engine_options
+from .options import Finite, bundle_argument, engine_options, take_engine
 from .progress import show_progress
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
 
 @click.command()
 @bundle_argument
-@engine_options
+@engine_options("backend", "kv_capacity", "num_threads")
 @click.option(
     "--prompts",
     "prompts_file",
@@ -55,9 +56,6 @@ _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 def verify(
     bundle: Path,
-    backend: Any,
-    kv_capacity: int | None,
-    num_threads: int | None,
     prompts_file: Path | None,
     decode_steps: int,
     min_cosine: float | None,
@@ -65,6 +63,7 @@ def verify(
     max_kl: float | None,
     min_cache_cosine: float | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Hold the engine that runs BUNDLE here against the same graph in float on the CPU.
 
@@ -78,9 +77,7 @@ def verify(
         "cache_cosine": min_cache_cosine,
     }
     wanted = {key: value for key, value in given.items() if value is not None}
-    name, report = _compare(
-        bundle, backend, kv_capacity, num_threads, prompts_file, decode_steps, wanted
-    )
+    name, report = _compare(bundle, *_configs(options), prompts_file, decode_steps, wanted)
     if as_json:
         echo_json({"backend": name, "passed": report.passed, **msgspec.to_builtins(report)})
     else:
@@ -89,11 +86,20 @@ def verify(
         click.get_current_context().exit(EXIT_GATE_MISSED)
 
 
+def _configs(options: dict[str, Any]) -> tuple[EngineConfig, EngineConfig]:
+    """Configurations of the engine to verify and of the reference on the CPU."""
+    reference = take_engine(
+        {**options, "backend": "ort-cpu"}, num_slots=1, prefill_chunk=_PROMPT_CHUNK
+    )
+    if options["backend"] in GPU_BACKENDS:  # the threads are the reference's only
+        options["num_threads"] = None
+    return take_engine(options, num_slots=1, prefill_chunk=_PROMPT_CHUNK), reference
+
+
 def _compare(
     bundle: Path,
-    backend: Any,
-    kv_capacity: int | None,
-    num_threads: int | None,
+    config: EngineConfig,
+    reference_config: EngineConfig,
     prompts_file: Path | None,
     decode_steps: int,
     wanted: Mapping[str, float],
@@ -119,23 +125,14 @@ def _compare(
             reference = OrtBackend(
                 bundle,
                 manifest,
-                kv_capacity=kv_capacity,
-                num_threads=num_threads,
-                max_step_tokens=_PROMPT_CHUNK,
+                kv_capacity=reference_config.kv_capacity,
+                num_threads=reference_config.num_threads,
+                max_step_tokens=reference_config.prefill_chunk,
                 fuse_attention=False,
                 int8_activations=False,
             )
             stack.enter_context(closing(reference))
-            candidate = open_backend(
-                backend,
-                bundle,
-                manifest,
-                num_slots=1,
-                kv_capacity=kv_capacity,
-                max_step_tokens=_PROMPT_CHUNK,
-                # Of an engine on the GPU they are the reference's only.
-                num_threads=num_threads if backend in ("auto", "ort-cpu") else None,
-            )
+            candidate = open_backend(bundle, manifest, config)
             stack.enter_context(closing(candidate))
         quantized = manifest.quantization.method != "none"
         rounds = candidate.name == "ort-cpu" and quantized

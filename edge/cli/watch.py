@@ -52,9 +52,10 @@ from edge.progress import Progress, prefixed, uncounted
 from edge.runtime.llm import LLM
 
 from . import echo_json
-from .options import engine_options
+from .options import engine_options, take_engine
 from .progress import show_progress
 
+_ENGINE = ("backend", "kv_capacity", "num_threads", "int8_activations")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -148,7 +149,7 @@ class _Outcome:
 )
 @click.option("--textfile", type=_FILE, help="Also write metrics for Prometheus' node exporter.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-@engine_options
+@engine_options(*_ENGINE)
 def watch(
     bundle: Path | None,
     baseline: Path | None,
@@ -173,6 +174,7 @@ def watch(
         return record or (record_missing and not path.exists())
 
     thresholds = Thresholds(alpha, min_psi)
+    options["engine"] = take_engine(options, prefill_chunk=evaluate.CHUNK_TOKENS)
     outcome = _Outcome([], {}, [])
     counters = None if traffic is None else _counters(options)
     if against is not None:
@@ -218,15 +220,18 @@ def _check_use(
         raise ConfigError("--stats and --state belong to --traffic; add it")
     if server is None and (options["model"] is not None or options["api_key_file"] is not None):
         raise ConfigError("--model and --api-key-file belong to --server; add it")
+    for name in _ENGINE:
+        if bundle is None and options[name] is not None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} belongs to BUNDLE, and none is opened; leave it out")
 
 
 # ------------------------------------------------------------------------------- golden set
 
 
 def _open(bundle: Path, options: dict[str, Any], progress: Progress) -> LLM:
-    names = ("backend", "kv_capacity", "num_threads")
     with uncounted(progress, f"{bundle.name}: open"):
-        return LLM(bundle, prefill_chunk=evaluate.CHUNK_TOKENS, **{n: options[n] for n in names})
+        return LLM(bundle, options["engine"])
 
 
 def _ask(answerer: Answerer, name: str, options: dict[str, Any], progress: Progress) -> Baseline:

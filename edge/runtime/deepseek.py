@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edge.backends.choose import BackendName
 from edge.bundle.engine_file import find_engines
+from edge.engine_config import BackendName
 from edge.errors import BundleError, ConfigError, RequestError
 
 from .llm import LLM, Prompt

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
-from edge.backends.choose import BackendName, check_backend_name, open_backend
+from edge.backends.choose import open_backend
 from edge.bundle import manifest as manifests
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, RequestError
 from edge.text.chat_template import (
     ChatTemplate,
@@ -40,6 +41,8 @@ from .stream import (
 )
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .structured_output import GrammarCompiler, OutputFormat
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -60,65 +63,42 @@ class LLM:
 
     Args:
         bundle: directory that ``edge-llm export`` wrote.
-        backend: ``auto``, ``tensorrt``, ``ort-cuda`` or ``ort-cpu``; see
-            `edge.backends.choose.open_backend`.
-        kv_capacity: tokens that prompt and answer may take together; None is the bundle's own.
-        num_threads: of the CPU backend; None is one per physical core.
-        prefill_chunk: prompt tokens per step at most; an engine may take fewer.
-        int8_activations: let the CPU backend round activations to int8, its fastest kernel; None
-            does so where it can, true refuses where it cannot; see `OrtBackend`.
-        num_slots: sequences that the cache holds, running ones and ended ones whose rows are kept.
-        max_batch: answers that are computed at once; None is one per slot.
-        queue_capacity: answers that may wait beyond those; more are refused.
-        target_itl_ms: gap between two tokens of a stream that must be kept: fewer answers are then
-            computed at once, and prompts get what it leaves. None computes as many as there are
-            slots, and a prompt runs at nine tenths of the speed that it has alone.
-        reuse_prefix: keep the cache rows of ended answers for later prompts that begin alike.
-        overflow: what happens to an answer when its slot is full: ``stop`` ends it, ``slide`` drops
-            old tokens, but for the first ones, and goes on until ``max_tokens`` or an end token.
-        speculative: drafted tokens per step at most, guessed from what the text repeats; 0 drafts
-            none. Drafts run only where they are measured to pay.
-        prefix_dir: directory of prefixes that ``edge-llm cache build`` stored; prompts that begin
-            with one of them load its rows.
+        config: how to open it; None is `EngineConfig` with its defaults.
+        **options: fields of `EngineConfig` that differ from ``config``, e.g. ``kv_capacity=4096``.
+
+    Attributes:
+        bundle: its directory.
+        config: how it was opened.
+        manifest: what the bundle holds.
+        tokenizer: of the model.
+        template: of its chats; None where it has none.
+        backend: the engine; only `call` may use it.
+        embeddings: the token table.
+        scheduler: who runs when.
 
     Raises:
         IntegrityError: a file of the bundle is damaged; nothing of it was parsed.
-        BundleError, ConfigError, DependencyError, BackendError: see there.
+        ConfigError: an unknown option, or a value that `EngineConfig` or the engine refuses.
+        BundleError, DependencyError, BackendError: see there.
     """
 
     def __init__(
         self,
         bundle: str | Path,
-        *,
-        backend: BackendName = "auto",
-        kv_capacity: int | None = None,
-        num_threads: int | None = None,
-        prefill_chunk: int = 512,
-        int8_activations: bool | None = None,
-        num_slots: int = 4,
-        max_batch: int | None = None,
-        queue_capacity: int = 64,
-        target_itl_ms: float | None = None,
-        reuse_prefix: bool = True,
-        overflow: Literal["stop", "slide"] = "stop",
-        speculative: int = 0,
-        prefix_dir: str | Path | None = None,
+        config: EngineConfig | None = None,
+        **options: Unpack[EngineOptions],
     ) -> None:
         self.bundle = Path(bundle)
-        check_backend_name(backend)
-        if overflow not in ("stop", "slide"):
-            raise ConfigError(f"overflow must be stop or slide, not {overflow!r}")
-        if speculative < 0:
-            raise ConfigError(f"speculative must be 0 or more tokens, not {speculative}")
-        if max_batch is not None and max_batch > num_slots:
+        self.config = config = (config or EngineConfig()).with_options(**options)
+        if config.prefix_dir is not None and not config.prefix_dir.is_dir():
             raise ConfigError(
-                f"max_batch ({max_batch}) exceeds num_slots ({num_slots}); an answer needs a slot"
+                f"prefix_dir {config.prefix_dir} is no directory; edge-llm cache build makes it"
             )
         self.manifest = manifests.read_manifest(self.bundle)
         # All that is listed and all that is read: what is not listed is refused, too.
         graphs = self.manifest.graphs
         read = ["tokenizer.json", EMBEDDINGS_NAME, graphs.cpu]
-        if backend != "ort-cpu":
+        if config.backend != "ort-cpu":
             read.append(graphs.decoder)
         names = dict.fromkeys([*self.manifest.files, *read])
         manifests.verify_files(self.bundle, self.manifest, names)
@@ -127,16 +107,7 @@ class LLM:
         self._reasons = self.template is not None and template_reasons(
             self.template.source, self.tokenizer.control_tokens
         )
-        self.backend: Backend = open_backend(
-            backend,
-            self.bundle,
-            self.manifest,
-            num_slots=num_slots,
-            kv_capacity=kv_capacity,
-            max_step_tokens=prefill_chunk,
-            num_threads=num_threads,
-            int8_activations=int8_activations,
-        )
+        self.backend: Backend = open_backend(self.bundle, self.manifest, config)
         # Last, since nothing that fails after it would close its file.
         self.embeddings = EmbeddingTable(self.bundle / EMBEDDINGS_NAME)
         try:
@@ -144,15 +115,10 @@ class LLM:
                 self.backend,
                 self.embeddings,
                 self.manifest.model.vocab_size,
-                max_batch=max_batch,
-                queue_capacity=queue_capacity,
-                target_itl_s=None if target_itl_ms is None else target_itl_ms / 1e3,
-                step_tokens=prefill_chunk,
-                reuse_prefix=reuse_prefix,
-                overflow=self._sliding_window() if overflow == "slide" else None,
-                make_drafter=NgramDrafter if speculative else None,
-                max_draft_tokens=max(speculative, 1),
-                prefix_store=None if prefix_dir is None else self._stored_prefixes(prefix_dir),
+                config,
+                overflow=self._sliding_window() if config.overflow == "slide" else None,
+                make_drafter=NgramDrafter if config.speculative else None,
+                prefix_store=self._stored_prefixes(config.prefix_dir),
             )
         except BaseException:
             self.backend.close()
@@ -442,10 +408,12 @@ class LLM:
 
         return SlidingWindow(self.manifest.model)
 
-    def _stored_prefixes(self, directory: str | Path) -> PrefixSource:
+    def _stored_prefixes(self, directory: Path | None) -> PrefixSource | None:
+        if directory is None:
+            return None
         from .prefix_store import Layout, PrefixStore
 
-        return PrefixStore(Path(directory), self.manifest, Layout.of(self.backend))
+        return PrefixStore(directory, self.manifest, Layout.of(self.backend))
 
     def _opens_reasoning(self, ids: list[int]) -> bool:
         return prompt_opens_reasoning(self.tokenizer.decode(ids[-8:]))

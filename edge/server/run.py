@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge.bundle.manifest import read_manifest
 from edge.device.telemetry import Snapshot, read_snapshot
+from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, EdgeError
 from edge.measure.drift import DriftMonitor, read_counts
 
@@ -31,7 +32,7 @@ from .models.route import AUTO, read_routes
 from .models.switch import Switcher, need_bytes
 from .observe.metrics import Metrics
 from .observe.notify import Notifier
-from .settings import EngineSettings, ServerSettings
+from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
@@ -46,28 +47,13 @@ FORCED_EXIT = 130
 HUNG_EXIT = 70
 
 
-def open_llm(settings: EngineSettings) -> Callable[[Path], LLM]:
-    """Makes the function that opens a bundle with these settings."""
+def open_llm(config: EngineConfig) -> Callable[[Path], LLM]:
+    """Make the function that opens a bundle with this configuration."""
 
     def open_one(bundle: Path) -> LLM:
         from edge.runtime.llm import LLM
 
-        return LLM(
-            bundle,
-            backend=settings.backend,
-            kv_capacity=settings.kv_capacity,
-            num_threads=settings.num_threads,
-            prefill_chunk=settings.prefill_chunk,
-            int8_activations=settings.int8_activations,
-            num_slots=settings.num_slots,
-            max_batch=settings.max_batch,
-            queue_capacity=settings.queue_capacity,
-            target_itl_ms=settings.target_itl_ms,
-            reuse_prefix=settings.reuse_prefix,
-            overflow=settings.overflow,
-            speculative=settings.speculative,
-            prefix_dir=settings.prefix_dir,
-        )
+        return LLM(bundle, config)
 
     return open_one
 
@@ -391,7 +377,7 @@ def serve(
     Raises:
         EdgeError: it could not start.
     """
-    opens = open_one or open_llm(settings)
+    opens = open_one or open_llm(settings.engine)
     service = Service(settings, opens, notifier=Notifier(os.environ), reread=reread)
     code = asyncio.run(service.run())
     if not service.is_clean:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from edge.backends.choose import BackendName
+from msgspec import Meta
+
+from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.measure.drift import DEFAULT_WINDOW
 
@@ -16,48 +18,14 @@ from .observe.logs import LogFormat
 
 DEFAULT_PORT = 8000
 _NAME = re.compile(r"[!-~]{1,128}")
+_Positive = Annotated[int, Meta(ge=1)]
+_Count = Annotated[int, Meta(ge=0)]
+_Seconds = Annotated[float, Meta(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """How every bundle of the service is opened; see `edge.runtime.llm.LLM`.
-
-    Attributes:
-        backend: engine that runs the bundles.
-        kv_capacity: tokens of prompt and answer; the bundle's own by default.
-        num_threads: of the CPU backend, which auto then takes; one per physical core by default.
-        prefill_chunk: prompt tokens per step at most; an engine may take fewer.
-        int8_activations: let the CPU backend round activations to int8, its fastest kernel; where
-            it can by default. Off is many times slower, but answers do not depend on what else
-            runs. GPU engines keep float activations.
-        num_slots: sequences that the KV cache has room for.
-        max_batch: sequences that are computed at once; one per slot by default.
-        queue_capacity: requests that may wait; one more is answered with 429.
-        target_itl_ms: gap between two tokens that must be kept while prompts are read.
-        reuse_prefix: keep the cache rows of ended requests for those that begin alike.
-        overflow: at the end of the cache, stop, or slide: forget the oldest part and go on.
-        speculative: tokens that are guessed ahead at most; 0 is off.
-        prefix_dir: directory of prefixes that outlive the process.
-    """
-
-    backend: BackendName = "auto"
-    kv_capacity: int | None = None
-    num_threads: int | None = None
-    prefill_chunk: int = 512
-    int8_activations: bool | None = None
-    num_slots: int = 4
-    max_batch: int | None = None
-    queue_capacity: int = 64
-    target_itl_ms: float | None = None
-    reuse_prefix: bool = True
-    overflow: Literal["stop", "slide"] = "stop"
-    speculative: int = 0
-    prefix_dir: Path | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings(EngineSettings):
-    """Settings of the HTTP service; every one is a flag of ``edge-llm serve``.
+class ServerSettings(EngineConfig):
+    """Settings of the HTTP service, the engine's included; each is a flag of ``edge-llm serve``.
 
     Attributes:
         model: bundles to serve, by name.
@@ -99,54 +67,36 @@ class ServerSettings(EngineSettings):
     log_format: LogFormat = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     host: str = "127.0.0.1"
-    port: int = DEFAULT_PORT
+    port: Annotated[int, Meta(ge=0, le=65535)] = DEFAULT_PORT
     api_key_file: Path | None = None
     allow_open: bool = False
     default_model: str | None = None
     auto: dict[str, str] = field(default_factory=dict)
     split: dict[str, str] = field(default_factory=dict)
     memory_budget_mb: int | None = None
-    max_body_bytes: int = 4 * 2**20
-    max_header_bytes: int = 16 * 2**10
-    max_nesting: int = 64
-    max_messages: int = 4096
-    max_choices: int = 16
-    max_connections: int = 1024
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 10.0
-    write_timeout_s: float = 20.0
-    keep_alive_s: float = 15.0
-    stream_buffer_bytes: int = 256 * 2**10
-    ping_s: float = 15.0
-    request_timeout_s: float | None = 600.0
-    rate_limit_rpm: int = 0
-    drain_timeout_s: float = 30.0
+    max_body_bytes: _Positive = 4 * 2**20
+    max_header_bytes: _Positive = 16 * 2**10
+    max_nesting: _Positive = 64
+    max_messages: _Positive = 4096
+    max_choices: _Positive = 16
+    max_connections: _Positive = 1024
+    header_timeout_s: _Seconds = 10.0
+    body_timeout_s: _Seconds = 10.0
+    write_timeout_s: _Seconds = 20.0
+    keep_alive_s: _Seconds = 15.0
+    stream_buffer_bytes: _Positive = 256 * 2**10
+    ping_s: _Seconds = 15.0
+    request_timeout_s: _Seconds | None = 600.0
+    rate_limit_rpm: _Count = 0
+    drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
     vllm_metrics: bool = False
     drift_baseline: Path | None = None
     drift_window: int = DEFAULT_WINDOW
     hot_celsius: float = 97.0
-    stall_s: float | None = None
+    stall_s: _Seconds | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port {self.port} is not in 0..65535")
-        for name in ("max_body_bytes", "max_header_bytes", "max_nesting", "max_messages"):
-            self._at_least(name, 1)
-        for name in ("max_choices", "max_connections", "stream_buffer_bytes", "num_slots"):
-            self._at_least(name, 1)
-        for name in ("kv_capacity", "num_threads", "max_batch", "prefill_chunk"):
-            self._at_least(name, 1)
-        for name in ("rate_limit_rpm", "drain_timeout_s", "queue_capacity", "speculative"):
-            self._at_least(name, 0)
-        for name in ("header", "body", "write", "request"):
-            self._above_zero(f"{name}_timeout_s")
-        for name in ("keep_alive_s", "ping_s", "stall_s", "target_itl_ms"):
-            self._above_zero(name)
-        if self.max_batch is not None and self.max_batch > self.num_slots:
-            raise ConfigError(
-                f"max_batch is {self.max_batch}, but there are {self.num_slots} slots; raise "
-                "num_slots, or leave max_batch open for one per slot"
-            )
+        super().__post_init__()
         for name in (*self.model, *self.split):
             if not _NAME.fullmatch(name):  # it stands in headers
                 raise ConfigError(
@@ -159,15 +109,12 @@ class ServerSettings(EngineSettings):
                 "give --api-key-file, listen on 127.0.0.1, or say --allow-open"
             )
 
-    def _at_least(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        if value is not None and value < low:
-            raise ConfigError(f"{name} is {value}; it must be at least {low}")
-
-    def _above_zero(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name} is {value}; it must be greater than 0")
+    @property
+    def engine(self) -> EngineConfig:
+        """How each bundle is opened."""
+        return EngineConfig(
+            **{field.name: getattr(self, field.name) for field in fields(EngineConfig)}
+        )
 
 
 def is_loopback(host: str) -> bool:

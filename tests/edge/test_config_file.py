@@ -131,7 +131,7 @@ def test_an_empty_variable_is_not_set():
         ("opens_at = '3'", "opens_at is '3': Expected `int`, got `str`"),
         ("opens_at = true", "Expected `int`"),
         ("opens_at = 99", "opens_at 99 is no hour"),
-        ("kind = 'fish'", "Invalid enum value 'fish'"),
+        ("kind = 'fish'", "kind is 'fish': use bread, cake"),
         ("ledger = 3", "a path is needed, got 3"),
         ("ledger = ''", "a path is needed, got ''"),
         ("shelves = 3", "Expected `object`"),

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend
 from edge.bundle.embeddings import EmbeddingTable
+from edge.engine_config import EngineConfig
 from edge.errors import BackendError, DeadlineError, EdgeError, ResourceError
 from edge.runtime.generation import GenerationStats
 from edge.runtime.kv_cache import Slot, SlotPool
@@ -85,14 +86,10 @@ class EngineCore:
         backend: the engine; only `step` and `call` touch it.
         embeddings: its token table.
         vocab_size: length of a row of logits.
-        max_batch: sequences that run at once; None is one per slot.
-        step_tokens: tokens of a prompt per step at most; None is what the backend takes.
-        target_itl_s: see `Policy`.
-        reuse_prefix: keep the rows of ended sequences for later ones. Off, only the samples of one
-            submission share.
+        config: how many sequences run at once, how long a step may be, and what is kept.
+            Without ``reuse_prefix`` only the samples of one submission share rows.
         overflow: what to do when a slot is full; None ends the sequence.
         make_drafter: makes a sequence's drafter; None runs without speculation.
-        max_draft_tokens: drafted tokens per sequence and step at most.
         prefix_store: prefixes that are kept outside the cache.
         clock: monotonic seconds.
     """
@@ -102,30 +99,25 @@ class EngineCore:
         backend: Backend,
         embeddings: EmbeddingTable,
         vocab_size: int,
+        config: EngineConfig,
         *,
-        max_batch: int | None = None,
-        step_tokens: int | None = None,
-        target_itl_s: float | None = None,
-        reuse_prefix: bool = True,
         overflow: Overflow | None = None,
         make_drafter: Callable[[], Drafter] | None = None,
-        max_draft_tokens: int = 8,
         prefix_store: PrefixSource | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.backend = backend
         self.embeddings = embeddings
         self.vocab_size = vocab_size
-        self.reuse_prefix = reuse_prefix
+        self.reuse_prefix = config.reuse_prefix
         self.overflow = overflow
         self.make_drafter = make_drafter
-        self.max_draft_tokens = min(max_draft_tokens, backend.max_step_tokens - 1)
+        self.max_draft_tokens = min(config.speculative, backend.max_step_tokens - 1)
         self.prefix_store = prefix_store
         self.pool = SlotPool(backend.num_slots, backend.capacity)
-        batch = backend.num_slots if max_batch is None else min(max_batch, backend.num_slots)
-        most = backend.max_step_tokens
-        tokens = most if step_tokens is None else min(step_tokens, most)
-        self.policy = Policy(batch, tokens, target_itl_s)
+        batch = min(config.max_batch or backend.num_slots, backend.num_slots)
+        tokens = min(config.prefill_chunk, backend.max_step_tokens)
+        self.policy = Policy(batch, tokens, config.target_itl_s)
         # Looked up anew each time, so that tests can move it.
         self._clock = clock or (lambda: time.perf_counter())
         self.waiting: list[SequenceState] = []

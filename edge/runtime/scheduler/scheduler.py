@@ -19,9 +19,9 @@ from typing import TypeVar, cast
 
 from edge.backends import Backend
 from edge.bundle.embeddings import EmbeddingTable
+from edge.engine_config import EngineConfig
 from edge.errors import (
     BackendError,
-    ConfigError,
     ContextLengthError,
     OverloadError,
     RequestError,
@@ -48,21 +48,12 @@ class Scheduler:
         backend: the engine, which nothing else may use from now on but through `call`.
         embeddings: its token table.
         vocab_size: length of a row of logits.
-        max_batch: sequences that run at once; None is one per slot. The slots beyond hold prefixes.
-        queue_capacity: sequences that may wait beyond those that can run.
-        step_tokens: tokens of a prompt per step at most; None is what the backend takes.
-        target_itl_s: gap between two tokens of a stream that must be kept: fewer sequences run at
-            once if they would be slower, and prompts get what it leaves. None batches as many as
-            there are slots, see `Policy`.
-        reuse_prefix: keep the rows of ended sequences for later ones that begin alike. Off, only
-            the samples of one submission share their prompt.
+        config: how many run at once and wait, how long a step may be, and what is kept. Slots
+            beyond ``max_batch`` hold prefixes. Without ``reuse_prefix`` only the samples of one
+            submission share their prompt.
         overflow: what to do when a slot is full; None ends the sequence with ``length``.
         make_drafter: makes the drafter of each sequence; None runs without speculation.
-        max_draft_tokens: drafted tokens per sequence and step at most.
         prefix_store: prefixes that are kept outside the cache.
-
-    Raises:
-        ConfigError: a number out of range.
     """
 
     def __init__(
@@ -70,43 +61,22 @@ class Scheduler:
         backend: Backend,
         embeddings: EmbeddingTable,
         vocab_size: int,
+        config: EngineConfig,
         *,
-        max_batch: int | None = None,
-        queue_capacity: int = 64,
-        step_tokens: int | None = None,
-        target_itl_s: float | None = None,
-        reuse_prefix: bool = True,
         overflow: Overflow | None = None,
         make_drafter: Callable[[], Drafter] | None = None,
-        max_draft_tokens: int = 8,
         prefix_store: PrefixSource | None = None,
     ) -> None:
-        for name, value, least in (
-            ("max_batch", max_batch, 1),
-            ("queue_capacity", queue_capacity, 0),
-            ("step_tokens", step_tokens, 1),
-            ("max_draft_tokens", max_draft_tokens, 1),
-        ):
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, not {value}")
-        if target_itl_s is not None and not target_itl_s > 0:
-            raise ConfigError(
-                f"the target of inter-token latency ({target_itl_s} s) must be positive"
-            )
         self._core = EngineCore(
             backend,
             embeddings,
             vocab_size,
-            max_batch=max_batch,
-            step_tokens=step_tokens,
-            target_itl_s=target_itl_s,
-            reuse_prefix=reuse_prefix,
+            config,
             overflow=overflow,
             make_drafter=make_drafter,
-            max_draft_tokens=max_draft_tokens,
             prefix_store=prefix_store,
         )
-        self.queue_capacity = queue_capacity
+        self.queue_capacity = config.queue_capacity
         self._thread = _EngineThread(self._core)
         self._groups = itertools.count(1)
         weakref.finalize(self, self._thread.signal_close)

@@ -12,6 +12,7 @@ import pytest
 from edge.backends import choose, default_capacity
 from edge.backends.default_capacity import LEAST_CAPACITY, device_backend, host_capacity
 from edge.bundle.manifest import Manifest, read_manifest
+from edge.engine_config import EngineConfig
 from edge.errors import DeviceMemoryError
 from edge.planner.memory import Deployment, plan_process_memory
 from edge.planner.weights import manifest_linears
@@ -100,6 +101,8 @@ def test_only_the_default_shrinks(tiny_bundles: Bundles, monkeypatch: pytest.Mon
     monkeypatch.setattr(default_capacity, "LEAST_CAPACITY", 20)
     monkeypatch.setattr(choose, "_has_cuda_provider", lambda: False)
     for asked, found in ((None, 20), (50, 50)):
-        backend = choose.open_backend("auto", bundle, manifest, num_slots=1, kv_capacity=asked)
+        backend = choose.open_backend(
+            bundle, manifest, EngineConfig(num_slots=1, kv_capacity=asked)
+        )
         with closing(backend):
             assert backend.capacity == found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from click.testing import CliRunner
 import edge
 from edge import LLM, SamplingParams
 from edge.cli import main
+from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from tests.conftest import TINY_KV_CAPACITY, Bundles
 
@@ -143,13 +143,13 @@ def test_every_engine_option_arrives(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """In run and in chat: an option that is not passed on would be one without effect."""
-    opened: list[dict[str, Any]] = []
+    opened: list[EngineConfig] = []
 
-    def open_llm(_bundle: Path, **options: Any) -> None:
-        opened.append(options)
+    def open_llm(_bundle: Path, config: EngineConfig) -> None:
+        opened.append(config)
         raise ConfigError("enough")
 
-    given = {
+    given: dict[str, Any] = {
         "backend": "ort-cpu",
         "kv_capacity": 99,
         "num_threads": 1,
@@ -170,11 +170,10 @@ def test_every_engine_option_arrives(
     ):
         monkeypatch.setattr(f"edge.{module}.LLM", open_llm)
         assert "enough" in error_line(edge_llm(*command, *arguments), 64)
-    assert opened == [{**given, "num_slots": 1}] * 2
+    assert opened == [EngineConfig(**given, num_slots=1)] * 2
     # What is for many answers at once has no place in a verb that gives one.
     many = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}
-    names = [*inspect.signature(LLM).parameters][1:]
-    assert set(names) - many == set(given)
+    assert {field.name for field in fields(EngineConfig)} - many == set(given)
 
 
 def test_every_sampling_option_arrives(

@@ -96,7 +96,7 @@ def test_lines_name_the_origin(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "environ", "message"),
     [
-        (["--port", "70000"], {}, "port 70000"),
+        (["--port", "70000"], {}, "port is '70000'"),
         ([], {"EDGE_LLM_SERVE_PROT": "1"}, "the nearest known one is 'EDGE_LLM_SERVE_PORT'"),
         (["--host", "0.0.0.0"], {}, "no API key is set"),
     ],

@@ -17,8 +17,9 @@ from edge.backends import Floats
 from edge.backends.ort import OrtBackend
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
-from edge.bundle.manifest import read_manifest
+from edge.bundle.manifest import Manifest, read_manifest
 from edge.cli.verify import verify
+from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.measure.verify import Agreement, Thresholds, _misses, compare_backends
 from tests.conftest import Bundles
@@ -201,9 +202,9 @@ def test_an_engine_with_fewer_rows_gets_shorter_prompts(
 ) -> None:
     seen: list[int | None] = []
 
-    def fewer_rows(name, path, manifest, *, kv_capacity, num_threads, num_slots, **options):
-        seen.append(num_threads)
-        return OrtBackend(path, manifest, kv_capacity=40, **options)
+    def fewer_rows(path: Path, manifest: Manifest, config: EngineConfig) -> OrtBackend:
+        seen.append(config.num_threads)
+        return OrtBackend(path, manifest, kv_capacity=40, max_step_tokens=config.prefill_chunk)
 
     monkeypatch.setattr("edge.backends.choose.open_backend", fewer_rows)
     options = "--decode-steps", 8, "--num-threads", 1, "--json"

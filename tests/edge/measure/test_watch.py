@@ -519,6 +519,8 @@ def test_counters_from_a_file(tmp_path: Path):
         (["--traffic", "t"], "either --server or --stats"),
         ([".", "--baseline", "b", "--state", "s"], "belong to --traffic"),
         ([".", "--baseline", "b", "--model", "m"], "belong to --server"),
+        (["--server", "http://127.0.0.1:1", "--baseline", "b", "--num-threads", "1"], "to BUNDLE"),
+        (["--stats", "s", "--traffic", "t", "--no-int8-activations"], "belongs to BUNDLE"),
         (["--stats", "s", "--traffic", "t", "--alpha", "2"], "a probability"),
         (["--stats", "s", "--traffic", "t", "--min-psi", "-1"], "0 or more"),
     ],

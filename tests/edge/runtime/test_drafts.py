@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_TENSOR
 from edge.bundle.manifest import SamplingDefaults
+from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.runtime.drafts import NgramDrafter
 from edge.runtime.sampling import Sampler, SamplingParams, final_probabilities
@@ -147,7 +148,12 @@ def _run(
     backend = ScriptedBackend(table, script, num_slots=len(prompts), capacity=64)
     clock = iter(range(1_000_000))  # every step takes the same time, so every draft pays
     core = EngineCore(
-        backend, table, VOCAB, make_drafter=make_drafter, clock=lambda: float(next(clock))
+        backend,
+        table,
+        VOCAB,
+        EngineConfig(speculative=8),
+        make_drafter=make_drafter,
+        clock=lambda: float(next(clock)),
     )
     answers = [Collected() for _ in prompts]
     resolved = params.resolve(SamplingDefaults())

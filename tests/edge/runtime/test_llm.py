@@ -21,6 +21,7 @@ from edge import LLM, GenerationChunk, SamplingParams
 from edge.backends import ort
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import encode_manifest, read_manifest
+from edge.engine_config import EngineConfig
 from edge.errors import (
     BackendError,
     BundleError,
@@ -640,18 +641,10 @@ def test_a_bundle_without_a_template_takes_plain_text(copy: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tensorrt9"}, "unknown backend 'tensorrt9'; use"),
         ({"kv_capacity": 100_000}, "--kv-capacity 100000 is out of range"),
-        ({"num_threads": 0}, "num_threads"),
-        ({"prefill_chunk": 0}, "must be positive"),
-        ({"num_slots": 0}, "must be positive"),
-        ({"max_batch": 0}, "max_batch must be at least 1"),
-        ({"queue_capacity": -1}, "queue_capacity must be at least 0"),
-        ({"target_itl_ms": 0}, "must be positive"),
-        ({"overflow": "grow"}, "overflow must be stop or slide"),
-        ({"speculative": -1}, "speculative must be 0 or more"),
-        ({"max_batch": 5, "num_slots": 4}, r"max_batch \(5\) exceeds num_slots \(4\)"),
-        ({"backend": "ort-cuda", "num_threads": 2}, "num_threads is for ort-cpu"),
+        ({"num_slots": 0}, "num_slots is 0"),
+        ({"kv_capacty": 64}, "no option 'kv_capacty'; the nearest known one is 'kv_capacity'"),
+        ({"prefix_dir": "nowhere"}, "prefix_dir nowhere is no directory; edge-llm cache build"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str, tiny_bundles: Bundles):
@@ -660,6 +653,13 @@ def test_wrong_options(options: dict[str, Any], message: str, tiny_bundles: Bund
     with pytest.raises(ConfigError, match=message):
         LLM(bundle, **options)
     assert num_open_files() == before
+
+
+def test_options_are_those_of_the_configuration_and_stronger(tiny_bundles: Bundles):
+    config = EngineConfig(num_threads=1, num_slots=2, kv_capacity=48)
+    with LLM(tiny_bundles("qwen2"), config, kv_capacity=32) as llm:
+        assert llm.config == EngineConfig(num_threads=1, num_slots=2, kv_capacity=32)
+        assert (llm.backend.num_slots, llm.kv_capacity) == (2, 32)
 
 
 def test_no_bundle(tmp_path: Path):

@@ -24,6 +24,7 @@ from edge.backends.ort import OrtBackend
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import FileInfo, Manifest, SamplingDefaults, read_manifest
 from edge.cli.cache import cache
+from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, ContextLengthError, RequestError, ResourceError
 from edge.runtime.llm import LLM
 from edge.runtime.prefix_store import (
@@ -351,7 +352,7 @@ class Engine:
             self.backend,
             self.table,
             self.manifest.model.vocab_size,
-            reuse_prefix=False,
+            EngineConfig(reuse_prefix=False),
             prefix_store=store,
         )
         try:

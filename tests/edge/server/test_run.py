@@ -26,8 +26,8 @@ import msgspec
 import pytest
 
 from edge.device.telemetry import Snapshot
+from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, DependencyError
-from edge.runtime.llm import LLM
 from edge.server import app
 from edge.server.api import protocol
 from edge.server.api.protocol import (
@@ -38,7 +38,7 @@ from edge.server.api.protocol import (
 )
 from edge.server.observe.notify import Notifier
 from edge.server.run import Service, open_llm
-from edge.server.settings import EngineSettings, ServerSettings
+from edge.server.settings import ServerSettings
 from tests.conftest import Bundles
 from tests.edge.server.scripted import ScriptedEngine, running, tiny
 
@@ -236,22 +236,11 @@ def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch,
         "speculative": 4,
         "prefix_dir": tmp_path,
     }
-    assert set(given) == {field.name for field in dataclasses.fields(EngineSettings)}
-    opened: list[tuple[Path, dict[str, Any]]] = []
-    monkeypatch.setattr(
-        "edge.runtime.llm.LLM", lambda path, **options: opened.append((path, options))
-    )
-    open_llm(ServerSettings(**given))(tmp_path)
-    assert opened == [(tmp_path, given)]
-
-
-def test_the_service_can_set_what_python_can_and_defaults_alike():
-    python = {
-        name: parameter.default
-        for name, parameter in inspect.signature(LLM).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    assert {field.name: field.default for field in dataclasses.fields(EngineSettings)} == python
+    assert set(given) == {field.name for field in dataclasses.fields(EngineConfig)}
+    opened: list[tuple[Path, EngineConfig]] = []
+    monkeypatch.setattr("edge.runtime.llm.LLM", lambda path, config: opened.append((path, config)))
+    open_llm(ServerSettings(**given).engine)(tmp_path)
+    assert opened == [(tmp_path, EngineConfig(**given))]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +248,7 @@ def test_the_service_can_set_what_python_can_and_defaults_alike():
     [
         ([], 64, "no model to serve"),
         (["--host", "0.0.0.0"], 64, "no API key is set"),
-        (["--port", "99999"], 64, "port 99999"),
+        (["--port", "99999"], 64, "port is '99999': Expected `int` <= 65535"),
         (["--api-key-file", "/absent"], 64, "cannot read the API keys"),
         (["--max-body-bytes", "0"], 64, "max_body_bytes"),
         (["--default-model", "other"], 64, "default model"),

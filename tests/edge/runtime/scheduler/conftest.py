@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from edge.backends import Floats
 from edge.bundle.embeddings import EmbeddingTable
+from edge.engine_config import EngineConfig
 from edge.errors import BackendError, EdgeError
 from edge.runtime.generation import GenerationStats
 from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
@@ -106,6 +108,12 @@ def make_request(ids: Sequence[int], params: SamplingParams = GREEDY, **options:
     return Request(ids=tuple(ids), params=params, **options)
 
 
+def take_config(options: dict[str, Any]) -> EngineConfig:
+    """Move the engine's options out of a test's; `overflow` is the policy itself here."""
+    names = {field.name for field in fields(EngineConfig)} - {"overflow"}
+    return EngineConfig(**{name: options.pop(name) for name in names if name in options})
+
+
 class Engine:
     """A core on a scripted backend, driven by hand."""
 
@@ -128,7 +136,8 @@ class Engine:
         )
         # A real clock would let the machine's load decide what runs in which round.
         options.setdefault("clock", lambda: 0.0)
-        self.core = EngineCore(self.backend, table, VOCAB, **options)
+        config = take_config(options)
+        self.core = EngineCore(self.backend, table, VOCAB, config, **options)
 
     def submit(
         self, request: Request, sink: Collected | None = None

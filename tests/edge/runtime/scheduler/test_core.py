@@ -76,7 +76,7 @@ class Life(RuleBasedStateMachine):
         slides=st.booleans(),
         drafts=st.booleans(),
         reuse=st.booleans(),
-        target_itl_s=st.sampled_from([None, 0.02]),
+        target_itl_ms=st.sampled_from([None, 20.0]),
         per_sequence_s=st.sampled_from([0.0, 0.001, 0.05]),
         per_token_s=st.sampled_from([0.0, 0.001, 0.05]),
     )
@@ -88,7 +88,7 @@ class Life(RuleBasedStateMachine):
         slides: bool,
         drafts: bool,
         reuse: bool,
-        target_itl_s: float | None,
+        target_itl_ms: float | None,
         per_sequence_s: float,
         per_token_s: float,
     ) -> None:
@@ -103,8 +103,8 @@ class Life(RuleBasedStateMachine):
             reuse_prefix=reuse,
             overflow=DropMiddle() if slides else None,
             make_drafter=(lambda: Guesser(SCRIPT, 4)) if drafts else None,
-            max_draft_tokens=3,
-            target_itl_s=target_itl_s,
+            speculative=3,
+            target_itl_ms=target_itl_ms,
             clock=lambda: self.now,
         )
         forward = self.engine.backend.forward
@@ -373,7 +373,7 @@ def test_scrubbing_touches_no_row_that_the_step_cannot_have_written(
     table: EmbeddingTable, prompt: int
 ):
     """On the CPU a row costs memory as soon as it is written."""
-    engine = Engine(table, max_step_tokens=32)
+    engine = Engine(table, max_step_tokens=32, speculative=8)
     engine.backend.fails = True
     engine.submit(make_request([9] * prompt))
     engine.run()
@@ -425,6 +425,7 @@ def test_constraints_see_what_is_sampled_and_nothing_else(table: EmbeddingTable,
         table,
         SCRIPT,
         make_drafter=(lambda: Guesser(guess, 1000)) if drafts else None,
+        speculative=8,
         clock=lambda: 0.0,
     )
     constraint = Only(8)
@@ -484,7 +485,7 @@ def test_right_drafts_save_steps(table: EmbeddingTable):
     drafting = Engine(
         table,
         make_drafter=lambda: Guesser(COUNT_UP, 1000),
-        max_draft_tokens=4,
+        speculative=4,
         clock=lambda: 0.0,
     )
     assert plain.answer(request) == drafting.answer(request) == (list(range(2, 32)), "length")

@@ -1,0 +1,131 @@
+"""`EngineConfig`: every option of the engine, with its type, range, default and description.
+
+`edge.LLM`, the scheduler, the backends, the service and the command line all read this class: its
+fields are their options, keys and flags, and what the docstring says of a field is the help of its
+flag. A new option is added here and where it takes effect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+
+from msgspec import Meta
+
+from .config_file import check_fields, unknown_name
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+BackendName = Literal["auto", "tensorrt", "ort-cuda", "ort-cpu"]
+GPU_BACKENDS = ("tensorrt", "ort-cuda")
+_Positive = Annotated[int, Meta(ge=1)]
+_Count = Annotated[int, Meta(ge=0)]
+
+
+class EngineOptions(TypedDict, total=False):
+    """The fields of `EngineConfig` as keyword arguments, for type checkers and editors."""
+
+    backend: BackendName
+    kv_capacity: int | None
+    num_threads: int | None
+    prefill_chunk: int
+    int8_activations: bool | None
+    num_slots: int
+    max_batch: int | None
+    queue_capacity: int
+    target_itl_ms: float | None
+    reuse_prefix: bool
+    overflow: Literal["stop", "slide"]
+    speculative: int
+    prefix_dir: str | Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a bundle is opened and its answers are computed.
+
+    Attributes:
+        backend: engine that runs the bundle; auto takes a TensorRT engine of the bundle that fits
+            this machine, else ONNX Runtime on a CUDA GPU, else on the CPU.
+        kv_capacity: tokens that prompt and answer may take together; by default the bundle's own,
+            or what memory holds of it.
+        num_threads: CPU threads, with which auto takes the CPU; by default one per physical core.
+        prefill_chunk: prompt tokens per step at most; an engine may take fewer.
+        int8_activations: let the CPU round activations to int8, its fastest kernel; by default
+            where it can. Off is many times slower, but exact: answers do not depend on what else
+            runs. On is refused where nothing can be rounded; GPU engines never round.
+        num_slots: sequences that the KV cache has room for, those that run and those that have
+            ended and whose rows are kept.
+        max_batch: sequences that are computed at once; by default one per slot.
+        queue_capacity: sequences that may wait for a slot; one more is refused, by the service
+            with 429.
+        target_itl_ms: milliseconds between two tokens of a stream that must be kept: fewer
+            sequences are then computed at once, and prompts get what is left. By default all
+            slots are used, and a prompt runs at nine tenths of the speed that it has alone.
+        reuse_prefix: keep the cache rows of ended sequences for later prompts that begin alike.
+        overflow: when a slot of the cache is full, stop ends the answer; slide drops old tokens,
+            but for the first ones, and goes on.
+        speculative: drafted tokens per step at most, guessed from what the text repeats, where
+            that is measured to pay; 0 drafts none.
+        prefix_dir: directory of prefixes that edge-llm cache build stored; prompts that begin with
+            one of them load its rows.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of its range, or two that exclude each other.
+    """
+
+    backend: BackendName = "auto"
+    kv_capacity: _Positive | None = None
+    num_threads: _Positive | None = None
+    prefill_chunk: _Positive = 512
+    int8_activations: bool | None = None
+    num_slots: _Positive = 4
+    max_batch: _Positive | None = None
+    queue_capacity: _Count = 64
+    target_itl_ms: Annotated[float, Meta(gt=0)] | None = None
+    reuse_prefix: bool = True
+    overflow: Literal["stop", "slide"] = "stop"
+    speculative: _Count = 0
+    prefix_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_batch is not None and self.max_batch > self.num_slots:
+            raise ConfigError(
+                f"max_batch is {self.max_batch}, but there are {self.num_slots} slots; raise "
+                "num_slots, or leave max_batch open for one per slot"
+            )
+        wish = self.cpu_option
+        if wish is not None and self.backend in GPU_BACKENDS:
+            raise ConfigError(
+                f"{wish} is for ort-cpu, and {self.backend} computes on the GPU: leave one out"
+            )
+
+    @property
+    def cpu_option(self) -> str | None:
+        """Name of an option that only the CPU can honour, where one is set."""
+        if self.num_threads is not None:
+            return "num_threads"
+        return "int8_activations" if self.int8_activations else None
+
+    @property
+    def target_itl_s(self) -> float | None:
+        """`target_itl_ms` in seconds."""
+        return None if self.target_itl_ms is None else self.target_itl_ms / 1e3
+
+    def with_options(self, **options: Unpack[EngineOptions]) -> Self:
+        """The same configuration with other values.
+
+        Raises:
+            ConfigError: an unknown option, named with the nearest known one; else see the class.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in options:
+            if name not in known:
+                raise unknown_name(f"the engine has no option {name!r}", name, known)
+        # A text as prefix_dir becomes a path when it is checked.
+        return dataclasses.replace(self, **options)  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""The options of the engine: checked once, the same for Python, the service and every verb."""
+
+from __future__ import annotations
+
+import math
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge.cli.settings_options import attribute_texts
+from edge.engine_config import EngineConfig, EngineOptions
+from edge.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorrt9"}, "backend is 'tensorrt9': use auto, tensorrt, ort-cuda, ort-cpu"),
+        ({"kv_capacity": 0}, "kv_capacity is 0: Expected `int` >= 1"),
+        ({"num_threads": 0}, "num_threads is 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0"),
+        ({"num_slots": 0}, "num_slots is 0"),
+        ({"num_slots": "4"}, "num_slots is '4': Expected `int`, got `str`"),
+        ({"num_slots": True}, "num_slots is True: Expected `int`, got `bool`"),
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"queue_capacity": -1}, "queue_capacity is -1: Expected `int` >= 0"),
+        ({"target_itl_ms": 0}, "target_itl_ms is 0: Expected `float` > 0"),
+        ({"target_itl_ms": math.nan}, "target_itl_ms is nan"),
+        ({"reuse_prefix": 1}, "reuse_prefix is 1: Expected `bool`"),
+        ({"overflow": "grow"}, "overflow is 'grow': use stop, slide"),
+        ({"speculative": -1}, "speculative is -1"),
+        ({"max_batch": 5, "num_slots": 4}, "max_batch is 5, but there are 4 slots"),
+        ({"backend": "ort-cuda", "num_threads": 2}, "num_threads is for ort-cpu, and ort-cuda"),
+        ({"backend": "tensorrt", "num_threads": 2}, "num_threads is for ort-cpu, and tensorrt"),
+        ({"backend": "ort-cuda", "int8_activations": True}, "int8_activations is for ort-cpu"),
+        ({"backend": "tensorrt", "int8_activations": True}, "leave one out"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_name(options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as refused:
+        EngineConfig(**options)
+    assert message in str(refused.value)
+    with pytest.raises(ConfigError):
+        EngineConfig().with_options(**options)
+
+
+def test_a_value_has_the_type_of_its_field():
+    config = EngineConfig(target_itl_ms=40, prefix_dir="prefixes")  # type: ignore[arg-type]
+    assert (config.target_itl_s, config.prefix_dir) == (0.04, Path("prefixes"))
+    assert config == EngineConfig(target_itl_ms=40.0, prefix_dir=Path("prefixes"))
+
+
+def test_what_gpu_engines_do_anyway_is_no_wish():
+    assert EngineConfig(backend="tensorrt", int8_activations=False).cpu_option is None
+
+
+def test_an_unknown_option_is_named_with_the_nearest():
+    with pytest.raises(ConfigError, match="no option 'slots'; the nearest known one is 'num_slots"):
+        EngineConfig().with_options(slots=4)  # type: ignore[call-arg]
+
+
+def test_keyword_arguments_are_the_fields():
+    """The type that editors and mypy see; mypy compares the types in `with_options`."""
+    assert [*typing.get_type_hints(EngineOptions)] == [field.name for field in fields(EngineConfig)]
+
+
+def test_every_option_is_described():
+    texts = attribute_texts(EngineConfig)
+    assert [*texts] == [field.name for field in fields(EngineConfig)]
