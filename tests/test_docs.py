@@ -16,7 +16,7 @@ import edge.errors
 from edge import cli
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect
-from edge.cli.options import take_sampling
+from edge.cli.options import take_engine, take_sampling
 from edge.errors import EXIT_GATE_MISSED, EdgeError
 from tests.conftest import Bundles
 from tests.manifests import make_model
@@ -118,6 +118,8 @@ def test_every_command_parses(
             ExportConfig(**params)  # refuses what contradicts itself
         elif verb in ("run", "chat"):
             take_sampling(params)
+        if "num_threads" in params:  # a verb that opens a bundle
+            take_engine(params)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

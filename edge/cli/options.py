@@ -12,9 +12,9 @@ import click
 
 from edge.config_file import load_settings
 from edge.engine_config import EngineConfig, EngineOptions
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling import KNOBS, SamplingParams
 
-from .settings_options import settings_options
+from .settings_options import option_texts, settings_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,38 +43,6 @@ _MANY_ANSWERS = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "r
 ONE_ANSWER = tuple(field.name for field in fields(EngineConfig) if field.name not in _MANY_ANSWERS)
 """Options of the engine for a verb that gives one answer at a time."""
 
-_SAMPLING = (
-    click.option("--max-tokens", type=int, help="Tokens to generate at most."),
-    click.option("--temperature", type=float, help="0 always takes the likeliest token."),
-    click.option("--top-k", type=int, help="Keep the K likeliest tokens; 0 keeps all."),
-    click.option(
-        "--top-p", type=float, help="Keep the likeliest tokens of this total probability."
-    ),
-    click.option("--min-p", type=float, help="Keep tokens this likely relative to the likeliest."),
-    click.option(
-        "--repetition-penalty", type=float, help="Above 1 discourages tokens seen before."
-    ),
-    click.option(
-        "--presence-penalty", type=float, default=0.0, help="For tokens generated before."
-    ),
-    click.option("--frequency-penalty", type=float, default=0.0, help="Per time generated before."),
-    click.option("--seed", type=int, help="The same seed gives the same answer."),
-    click.option("--stop", multiple=True, help="End the answer at this text; may be repeated."),
-)
-
-_SAMPLING_NAMES = (
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "stop",
-)
-
 
 def engine_options(*names: str) -> Callable[[Command], Command]:
     """Add these options of `EngineConfig`; `take_engine` reads them."""
@@ -101,8 +69,11 @@ def take_engine(options: dict[str, Any], **fixed: Unpack[EngineOptions]) -> Engi
 
 def sampling_options(command: Command) -> Command:
     """Add the sampling options; what is not given is the model's own default."""
-    for option in reversed(_SAMPLING):
-        command = option(command)
+    texts = option_texts(SamplingParams)
+    command = click.option("--stop", multiple=True, help=f"{texts['stop']} Repeatable.")(command)
+    for name, knob in reversed(KNOBS.items()):
+        flag = f"--{name.replace('_', '-')}"
+        command = click.option(flag, name, type=knob.kind, help=texts[name])(command)
     return command
 
 
@@ -112,4 +83,5 @@ def take_sampling(options: dict[str, Any]) -> SamplingParams:
     Raises:
         RequestError: a value out of range.
     """
-    return SamplingParams(**{name: options.pop(name) for name in _SAMPLING_NAMES})
+    given = {name: options.pop(name) for name in (*KNOBS, "stop")}
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})

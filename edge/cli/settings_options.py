@@ -44,7 +44,7 @@ def settings_options(
         names: the fields that get an option; None is all of them.
     """
     hints = typing.get_type_hints(cls)
-    texts = attribute_texts(cls)
+    texts = option_texts(cls)
     shown = [field for field in dataclasses.fields(cls) if names is None or field.name in names]
 
     def decorate(command: Command) -> Command:
@@ -67,21 +67,26 @@ def attribute_texts(cls: type) -> dict[str, str]:
     return texts
 
 
+def option_texts(cls: type) -> dict[str, str]:
+    """The help of an option for each attribute: a sentence without the docstring's markup."""
+    texts = attribute_texts(cls)
+    return {name: text[:1].upper() + text[1:].replace("``", "") for name, text in texts.items()}
+
+
 def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> Callable[[Command], Command]:
     kind, _ = field_kind(hint)
     flag = f"--{field.name.replace('_', '-')}"
-    help_text = text[:1].upper() + text[1:].replace("``", "")
     if not any(field.default is none for none in (None, dataclasses.MISSING, False)):
-        help_text += f"  [default: {'on' if field.default is True else field.default}]"
+        text += f"  [default: {'on' if field.default is True else field.default}]"
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=help_text)
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
     if typing.get_origin(kind) is dict:
         return click.option(
-            flag, field.name, multiple=True, metavar="NAME=VALUE", help=f"{help_text} Repeatable."
+            flag, field.name, multiple=True, metavar="NAME=VALUE", help=f"{text} Repeatable."
         )
     if typing.get_origin(kind) is typing.Literal:
         choice = click.Choice(list(typing.get_args(kind)))
-        return click.option(flag, field.name, type=choice, help=help_text)
+        return click.option(flag, field.name, type=choice, help=text)
     # Kept as text: the settings read a flag exactly as they read an environment variable.
     metavar = {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
-    return click.option(flag, field.name, metavar=metavar, help=help_text)
+    return click.option(flag, field.name, metavar=metavar, help=text)

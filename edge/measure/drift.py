@@ -35,6 +35,8 @@ from pathlib import Path
 import msgspec
 
 from edge.errors import ConfigError
+from edge.figures import geometric_edges
+from edge.runtime.sampling import KNOBS
 
 ALPHA = 0.001
 """Probability of a false alarm per window, over all parameters."""
@@ -51,29 +53,10 @@ GRID_VERSION = 1
 _PSEUDO_COUNT = 0.5
 
 
-def _geometric(last: float) -> tuple[float, ...]:
-    """0, 1, and on by factors of the square root of 2; so a doubling moves by two bins."""
-    edges, power = [0.0], 0
-    while edges[-1] < last:
-        edges.append(float(math.floor(2 ** (power / 2))))
-        power += 1
-    return tuple(sorted(set(edges)))
-
-
-def _linear(step: float, count: int) -> tuple[float, ...]:
-    """Edges between the multiples of ``step``, so that a round value lies inside its bin."""
-    return tuple(round((i + 0.5) * step, 6) for i in range(count))
-
-
 GRIDS: dict[str, tuple[float, ...]] = {
-    "prompt_tokens": _geometric(131072),
-    "answer_tokens": _geometric(131072),
-    "max_tokens": _geometric(131072),
-    "temperature": _linear(0.05, 40),
-    "top_p": _linear(0.01, 100),
-    "min_p": _linear(0.01, 100),
-    "top_k": _geometric(1024),
-    "repetition_penalty": _linear(0.05, 40),
+    "prompt_tokens": geometric_edges(131072),
+    "answer_tokens": geometric_edges(131072),
+    **{name: knob.grid for name, knob in KNOBS.items() if knob.grid},
 }
 """Upper edges of the bins of each parameter, inclusive; one more bin holds what is above."""
 

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import BackendError, RequestError
+from edge.figures import geometric_edges, linear_edges
 
 Logits = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -37,23 +38,91 @@ Ids = NDArray[np.int64]
 MAX_LOGPROBS = 20
 GREEDY_TEMPERATURE = 1e-5  # below it float32 cannot hold the scaled logits; it counts as 0
 
-_KNOBS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_FLOAT_RANGES = {
-    "temperature": (0.0, 10.0),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.1, 10.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
+
+@dataclass(frozen=True)
+class Knob:
+    """What a number among the sampling parameters may be, and how its use is counted.
+
+    Attributes:
+        kind: int or float.
+        low, high: least and greatest value.
+        buckets: upper edges of its histogram in the server's metrics; empty for none.
+        grid: upper edges of the bins in which `edge.measure.drift` counts it; empty for none.
+    """
+
+    kind: type[int] | type[float]
+    low: float
+    high: float
+    buckets: tuple[float, ...] = ()
+    grid: tuple[float, ...] = ()
+
+    def check(self, name: str, value: object) -> float:
+        """The value, a float where the knob is one.
+
+        Raises:
+            RequestError: it has another type or is out of the range.
+        """
+        if self.kind is int:
+            return _integer(name, value, int(self.low), int(self.high))
+        return _number(name, value, self.low, self.high)
+
+
+_MOST = 2**31 - 1
+KNOBS = {
+    "temperature": Knob(
+        kind=float,
+        low=0.0,
+        high=10.0,
+        buckets=(0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0),
+        grid=linear_edges(0.05, 40),
+    ),
+    "top_k": Knob(
+        kind=int,
+        low=0,
+        high=_MOST,
+        buckets=(0.0, 1.0, 10.0, 20.0, 40.0, 50.0, 100.0, 1000.0),
+        grid=geometric_edges(1024),
+    ),
+    "top_p": Knob(
+        kind=float,
+        low=0.0,
+        high=1.0,
+        buckets=(0.0, 0.1, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0),
+        grid=linear_edges(0.01, 100),
+    ),
+    "min_p": Knob(
+        kind=float,
+        low=0.0,
+        high=1.0,
+        buckets=(0.0, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
+        grid=linear_edges(0.01, 100),
+    ),
+    "repetition_penalty": Knob(
+        kind=float,
+        low=0.1,
+        high=10.0,
+        buckets=(0.9, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0),
+        grid=linear_edges(0.05, 40),
+    ),
+    "presence_penalty": Knob(float, -2.0, 2.0),
+    "frequency_penalty": Knob(float, -2.0, 2.0),
+    "seed": Knob(int, 0, 2**64 - 1),
+    "max_tokens": Knob(
+        kind=int,
+        low=1,
+        high=_MOST,
+        buckets=tuple(float(f * 10**e) for e in range(5) for f in (1, 2, 5)),
+        grid=geometric_edges(131072),
+    ),
 }
-_INT_RANGES = {
-    "top_k": (0, 2**31 - 1),
-    "seed": (0, 2**64 - 1),
-    "max_tokens": (1, 2**31 - 1),
-    "logprobs": (0, MAX_LOGPROBS),
-}
+"""The sampling knobs, by name.
+
+The checks of `SamplingParams`, the options of the verbs, the ranges of the HTTP API, the histograms
+of the metrics and the grid of the drift are made from this table.
+"""
+
+_DEFAULTED = tuple(name for name in KNOBS if name in SamplingDefaults.__struct_fields__)
 _BIAS_RANGE = (-100.0, 100.0)
-_OPTIONAL = {*_KNOBS, "seed", "max_tokens", "logprobs"}
 
 _BLOCK = 256  # tokens per block of the two-level inverse CDF
 _GROUP = 128  # tokens per group of the top-k filter, at most
@@ -71,15 +140,18 @@ class SamplingParams:
     Attributes:
         temperature: divides the logits, 0..10; 0 (or less than 1e-5) takes the most probable token,
             of equal ones that with the lowest id.
-        top_k: keep the k most probable tokens; 0 is off.
+        top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the most probable tokens that together hold this share of the mass, 0..1.
         min_p: keep tokens at least this probable relative to the best one, 0..1.
-        repetition_penalty: of tokens in the prompt or the answer, 0.1..10; 1 is off.
-        presence_penalty: of tokens in the answer, once, -2..2.
-        frequency_penalty: of tokens in the answer, per occurrence, -2..2.
+        repetition_penalty: divides or multiplies the logits of tokens in the prompt or the answer,
+            0.1..10; 1 is off, more discourages them.
+        presence_penalty: subtracted from the logits of tokens in the answer, once, -2..2.
+        frequency_penalty: subtracted from the logits of tokens in the answer, per occurrence,
+            -2..2.
         logit_bias: added to the logits of these token ids, -100..100.
-        seed: of the random numbers, 0..2**64 - 1; None draws a fresh one.
-        max_tokens: length of the answer; None runs until the KV cache is full.
+        seed: where the random numbers start, 0..2**64 - 1: the same seed gives the same answer; by
+            default a fresh one.
+        max_tokens: tokens of the answer at most; by default it ends when the KV cache is full.
         stop: texts that end the answer.
         stop_token_ids: tokens that end the answer, besides the model's own.
         logprobs: report the log-probability of each token and of this many of the most probable
@@ -106,15 +178,13 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _FLOAT_RANGES.items():
+        for name, knob in KNOBS.items():
             value = getattr(self, name)
-            if not (value is None and name in _OPTIONAL):
-                # Stored as a float, so that temperature=1 and temperature=1.0 are equal.
-                object.__setattr__(self, name, _number(name, value, low, high))
-        for name, (first, last) in _INT_RANGES.items():
-            value = getattr(self, name)
-            if value is not None:
-                _integer(name, value, first, last)
+            if value is not None or getattr(SamplingParams, name) is not None:
+                # Stored as it was checked, so that temperature=1 and temperature=1.0 are equal.
+                object.__setattr__(self, name, knob.check(name, value))
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if not isinstance(self.logit_bias, Mapping):
             raise _refusal("logit_bias", self.logit_bias, "a mapping from token id to bias")
         bias = {}
@@ -140,7 +210,7 @@ class SamplingParams:
         """
         return replace(
             self,
-            **{name: getattr(defaults, name) for name in _KNOBS if getattr(self, name) is None},
+            **{name: getattr(defaults, name) for name in _DEFAULTED if getattr(self, name) is None},
         )
 
 
@@ -608,7 +678,7 @@ def _is_greedy(knobs: SamplingDefaults) -> bool:
 
 def _knobs(params: SamplingParams) -> SamplingDefaults:
     """The knobs, none of which is None."""
-    values = {name: getattr(params, name) for name in _KNOBS}
+    values = {name: getattr(params, name) for name in _DEFAULTED}
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise RequestError(
@@ -636,9 +706,10 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     raise _refusal(name, value, f"a number from {low:g} to {high:g}")
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise _refusal(name, value, f"an integer from {low} to {high}")
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        return value
+    raise _refusal(name, value, f"an integer from {low} to {high}")
 
 
 def _tuple(name: str, value: object, what: str) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling import KNOBS, SamplingParams
 from edge.server.http.errors import APIError, invalid
 from edge.server.models.registry import ServedModel
 
@@ -16,7 +16,7 @@ from .protocol import Sampling
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
 
-_KNOBS = ("temperature", "top_p", "min_p", "repetition_penalty", "seed")
+_KNOBS = KNOBS.keys() - {"max_tokens"}  # chats have two names for it
 
 
 def sampling_params(
@@ -36,11 +36,11 @@ def sampling_params(
                     f"{name}: token {token_id} is not in the vocabulary of {vocab_size}", name
                 )
     stop = request.stop
+    knobs = {name: value for name in _KNOBS if (value := getattr(request, name)) is not None}
+    if request.top_k == -1:  # other servers' word for "off"
+        knobs["top_k"] = 0
     params = SamplingParams(
-        **{name: getattr(request, name) for name in _KNOBS},
-        top_k=0 if request.top_k == -1 else request.top_k,  # other servers' word for "off"
-        presence_penalty=request.presence_penalty or 0.0,
-        frequency_penalty=request.frequency_penalty or 0.0,
+        **knobs,
         logit_bias=bias,
         max_tokens=max_tokens,
         stop=() if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),

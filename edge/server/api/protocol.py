@@ -2,7 +2,7 @@
 
 Unknown fields, wrong types and values out of range are errors that name the field. ``IGNORED`` has
 the few fields that are accepted without effect, since they ask for nothing that a device could do
-differently. Ranges are those of `edge.runtime.sampling.SamplingParams`.
+differently. Ranges of sampling parameters come from `edge.runtime.sampling.KNOBS`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from edge.errors import DependencyError
+from edge.runtime.sampling import KNOBS
 from edge.server.http.errors import APIError, invalid
 
 IGNORED = {
@@ -34,10 +35,15 @@ IGNORED = {
 
 Request = TypeVar("Request")
 
-_Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+
+def _range(name: str) -> Meta:
+    """The range of a sampling knob."""
+    knob = KNOBS[name]
+    return Meta(ge=knob.low, le=knob.high)
+
+
+_MaxTokens = Annotated[int, _range("max_tokens")]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
-_Share = Annotated[float, Meta(ge=0, le=1)]
 _Name = Annotated[str, Meta(min_length=1, max_length=256)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 _Stops = _Stop | Annotated[list[_Stop], Meta(max_length=16)]
@@ -114,16 +120,18 @@ class Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields that chats and completions share; absent ones are the model's own defaults."""
 
     model: _Name | None = None
-    temperature: Annotated[float, Meta(ge=0, le=10)] | None = None
-    top_p: _Share | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    min_p: _Share | None = None
-    repetition_penalty: Annotated[float, Meta(ge=0.1, le=10)] | None = None
-    presence_penalty: _Penalty | None = None
-    frequency_penalty: _Penalty | None = None
+    temperature: Annotated[float, _range("temperature")] | None = None
+    top_p: Annotated[float, _range("top_p")] | None = None
+    # -1 is other servers' word for "off".
+    top_k: Annotated[int, Meta(ge=-1, le=KNOBS["top_k"].high)] | None = None
+    min_p: Annotated[float, _range("min_p")] | None = None
+    repetition_penalty: Annotated[float, _range("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, _range("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _range("frequency_penalty")] | None = None
     logit_bias: Annotated[dict[_TokenKey, _Bias], Meta(max_length=1024)] | None = None
+    # Not the whole range of the knob: an int64 is what JSON readers have.
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    max_tokens: _Count | None = None
+    max_tokens: _MaxTokens | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stop: _Stops | None = None
     stop_token_ids: Annotated[list[_TokenId], Meta(max_length=64)] | None = None
@@ -144,7 +152,7 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
-    max_completion_tokens: _Count | None = None
+    max_completion_tokens: _MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None

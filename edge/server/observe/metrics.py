@@ -26,7 +26,7 @@ from edge.device.telemetry import Snapshot
 from edge.errors import DependencyError, install_command
 from edge.measure.drift import DriftMonitor
 from edge.runtime.generation import FinishReason, GenerationStats
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling import KNOBS, SamplingParams
 from edge.runtime.scheduler.request import SchedulerStats
 
 from .metric_families import (
@@ -62,15 +62,6 @@ REQUEST_BUCKETS_S = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
-_TOKEN_BUCKETS = tuple(float(f * 10**e) for e in range(5) for f in (1, 2, 5))
-_PARAM_BUCKETS = {
-    "temperature": (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0),
-    "top_p": (0.0, 0.1, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0),
-    "min_p": (0.0, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
-    "top_k": (0.0, 1.0, 10.0, 20.0, 40.0, 50.0, 100.0, 1000.0),
-    "repetition_penalty": (0.9, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0),
-    "max_tokens": _TOKEN_BUCKETS,
-}
 _PERCENTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 _TELEMETRY_AGE_S = 1.0  # a look takes some 2 ms; scrapes and pages share one
 
@@ -153,8 +144,9 @@ class Metrics:
             "request_decode_seconds", "First to last token.", REQUEST_BUCKETS_S
         )
         self._params = {
-            name: histogram(f"request_{name}", f"{name} asked for.", edges)
-            for name, edges in _PARAM_BUCKETS.items()
+            name: histogram(f"request_{name}", f"{name} asked for.", knob.buckets)
+            for name, knob in KNOBS.items()
+            if knob.buckets
         }
         self._prompt = counter("prompt_tokens", "Tokens of prompts.", "model", "cached")
         self._generated = counter("generation_tokens", "Tokens sampled.", "model", "phase")
@@ -216,10 +208,10 @@ class Metrics:
             self._observe_arm(self._label("arm", arm), stats, outcome)
         if is_watch:
             return False
-        asked: dict[str, float | None] = {name: getattr(params, name) for name in _PARAM_BUCKETS}
-        for name, value in asked.items():
-            if value is not None:  # no max_tokens: an infinite one would spoil the sum
-                self._params[name].labels(model).observe(value)
+        asked: dict[str, float | None] = {name: getattr(params, name) for name in KNOBS}
+        for name, family in self._params.items():
+            if asked[name] is not None:  # no max_tokens: an infinite one would spoil the sum
+                family.labels(model).observe(asked[name])
         asked["prompt_tokens"] = stats.prompt_tokens
         asked["answer_tokens"] = stats.completion_tokens
         with self._lock:

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge.bundle.manifest import SamplingDefaults
+from edge.cli.settings_options import attribute_texts
 from edge.errors import BackendError, RequestError
 from edge.runtime.sampling import (
+    KNOBS,
     SampledToken,
     Sampler,
     SamplingParams,
@@ -109,6 +111,22 @@ def test_wrong_values_are_refused_by_name_value_and_range(name, value, allowed):
     assert name in message
     assert message.endswith(f"not {shown!r}")
     assert allowed in message
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_the_docstring_names_the_range_that_the_table_has(name: str):
+    """It is the help of the command line, too."""
+    knob, text = KNOBS[name], attribute_texts(SamplingParams)[name]
+    for end in (knob.low, knob.high):
+        values: dict[str, Any] = {name: end}
+        assert getattr(SamplingParams(**values), name) == end
+    if name not in ("top_k", "max_tokens"):  # no bound that anybody meets
+        high = "2**64 - 1" if name == "seed" else f"{knob.high:g}"
+        assert f"{knob.low:g}..{high}" in text
+
+
+def test_models_have_defaults_for_knobs_only():
+    assert set(SamplingDefaults.__struct_fields__) - {"assumed"} < KNOBS.keys()
 
 
 def test_parameters_are_frozen_copies():

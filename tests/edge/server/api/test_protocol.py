@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import pytest
 
 from edge.bundle.manifest import Tokens
 from edge.runtime.llm import LLM
+from edge.runtime.sampling import KNOBS
 from edge.server.api.facts import facts_of
 from edge.server.api.protocol import (
     IGNORED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Sampling,
     TokenizeRequest,
     decode,
 )
@@ -229,6 +232,18 @@ def test_every_field_of_every_struct_is_tried_below():
     assert set().union(*PAIRS.values()) >= IGNORED.keys()
     page = (Path(__file__).parents[4] / "docs" / "server.md").read_text("utf-8")
     assert not [name for name in IGNORED if f"`{name}`" not in page]
+
+
+def test_every_sampling_knob_is_a_field_of_its_type():
+    """In the range of the table but for two, which say why."""
+    for name, knob in KNOBS.items():
+        hint = typing.get_type_hints(Sampling)[name]
+        assert hint == knob.kind | None
+        for value in (knob.low, min(knob.high, 2**63 - 1)):
+            assert getattr(msgspec.convert({name: value}, Sampling), name) == value
+        for value in (knob.low - (2 if name == "top_k" else 1), knob.high + 1):
+            with pytest.raises(msgspec.ValidationError):
+                msgspec.convert({name: value}, Sampling)
 
 
 @pytest.fixture(scope="module")
