@@ -294,8 +294,8 @@ def check_counts(counts: Counts, where: str) -> None:
     shape = {name: len(edges) + 1 for name, edges in GRIDS.items()}
     if counts.grid_version != GRID_VERSION or shape != {n: len(r) for n, r in counts.bins.items()}:
         raise ConfigError(
-            f"{where} counts on another grid (version {counts.grid_version}, this is "
-            f"{GRID_VERSION}); record a new baseline"
+            f"{where} counts on another grid: other parameters or bins than version {GRID_VERSION} "
+            "has here; record a new baseline"
         )
     rows = counts.bins.values()
     if any(min(row) < 0 or sum(row) != counts.requests for row in rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import typing
 from dataclasses import fields
@@ -10,9 +11,27 @@ from typing import Any
 
 import pytest
 
+import edge
 from edge.cli.settings_options import attribute_texts
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import ConfigError
+
+OTHER_VALUES: dict[str, Any] = {
+    "backend": "ort-cpu",
+    "kv_capacity": 99,
+    "num_threads": 1,
+    "prefill_chunk": 33,
+    "int8_activations": False,
+    "num_slots": 5,
+    "max_batch": 2,
+    "queue_capacity": 7,
+    "target_itl_ms": 12.5,
+    "reuse_prefix": False,
+    "overflow": "slide",
+    "speculative": 4,
+    "prefix_dir": Path(),
+}
+"""A value of every option that is not its default."""
 
 
 @pytest.mark.parametrize(
@@ -51,6 +70,28 @@ def test_a_value_has_the_type_of_its_field():
     config = EngineConfig(target_itl_ms=40, prefix_dir="prefixes")  # type: ignore[arg-type]
     assert (config.target_itl_s, config.prefix_dir) == (0.04, Path("prefixes"))
     assert config == EngineConfig(target_itl_ms=40.0, prefix_dir=Path("prefixes"))
+
+
+def test_every_option_has_another_value_to_be_tried():
+    changed = {
+        field.name
+        for field in fields(EngineConfig)
+        if getattr(EngineConfig(**OTHER_VALUES), field.name) != field.default
+    }
+    assert changed == OTHER_VALUES.keys() == {field.name for field in fields(EngineConfig)}
+
+
+def test_no_option_is_accepted_and_never_read():
+    package = Path(edge.__file__).parent
+    found = {
+        node.attr
+        for room in ("backends", "runtime")
+        for path in (package / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("config")
+    }
+    found.add("target_itl_ms" if "target_itl_s" in found else "nothing")
+    assert {field.name for field in fields(EngineConfig)} - found == set()
 
 
 def test_what_gpu_engines_do_anyway_is_no_wish():

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from edge import LLM, SamplingParams
 from edge.cli import main
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
+from edge.runtime.sampling import KNOBS
 from tests.conftest import TINY_KV_CAPACITY, Bundles
+from tests.edge.test_engine_config import OTHER_VALUES
 
 ROOT = Path(edge.__file__).parent.parent
 GREEDY = ("--temperature", "0", "--num-threads", "1")
@@ -139,7 +141,6 @@ def test_run_json_is_one_line(edge_llm: Callable[..., Result], bundle: Path):
 def test_every_engine_option_arrives(
     edge_llm: Callable[..., Result],
     bundle: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
     """In run and in chat: an option that is not passed on would be one without effect."""
@@ -149,16 +150,9 @@ def test_every_engine_option_arrives(
         opened.append(config)
         raise ConfigError("enough")
 
-    given: dict[str, Any] = {
-        "backend": "ort-cpu",
-        "kv_capacity": 99,
-        "num_threads": 1,
-        "prefill_chunk": 33,
-        "int8_activations": False,
-        "overflow": "slide",
-        "speculative": 4,
-        "prefix_dir": tmp_path,
-    }
+    # What is for many answers at once has no place in a verb that gives one.
+    many = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}
+    given = {name: value for name, value in OTHER_VALUES.items() if name not in many}
     arguments = []
     for name, value in given.items():
         flag = name.replace("_", "-")
@@ -171,9 +165,6 @@ def test_every_engine_option_arrives(
         monkeypatch.setattr(f"edge.{module}.LLM", open_llm)
         assert "enough" in error_line(edge_llm(*command, *arguments), 64)
     assert opened == [EngineConfig(**given, num_slots=1)] * 2
-    # What is for many answers at once has no place in a verb that gives one.
-    many = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}
-    assert {field.name for field in fields(EngineConfig)} - many == set(given)
 
 
 def test_every_sampling_option_arrives(
@@ -186,15 +177,15 @@ def test_every_sampling_option_arrives(
         raise edge.EdgeError("seen")
 
     monkeypatch.setattr(LLM, "generate", generate)
-    options = {
-        "max_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1,
-        "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3, "seed": 9,
-    }  # fmt: skip
+    options: dict[str, Any] = {
+        name: 7 if knob.kind is int else round(knob.low + 0.9 * (knob.high - knob.low), 3)
+        for name, knob in KNOBS.items()
+    }
     flags = [
         text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", value)
     ]
     error_line(edge_llm("run", bundle, "x", "--json", *flags, "--stop", "a", "--stop", "b"), 70)
-    assert seen == [SamplingParams(**options, stop=("a", "b"))]  # type: ignore[arg-type]
+    assert seen == [SamplingParams(**options, stop=("a", "b"))]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import inspect
 import json
 import os
@@ -41,6 +40,7 @@ from edge.server.run import Service, open_llm
 from edge.server.settings import ServerSettings
 from tests.conftest import Bundles
 from tests.edge.server.scripted import ScriptedEngine, running, tiny
+from tests.edge.test_engine_config import OTHER_VALUES
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "what"}], "temperature": 0}
 
@@ -221,26 +221,10 @@ def test_the_verb_serves_a_real_bundle(tiny_bundles: Bundles):
 
 
 def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    given: dict[str, Any] = {
-        "backend": "ort-cpu",
-        "kv_capacity": 99,
-        "num_threads": 3,
-        "prefill_chunk": 33,
-        "int8_activations": False,
-        "num_slots": 5,
-        "max_batch": 2,
-        "queue_capacity": 7,
-        "target_itl_ms": 12.5,
-        "reuse_prefix": False,
-        "overflow": "slide",
-        "speculative": 4,
-        "prefix_dir": tmp_path,
-    }
-    assert set(given) == {field.name for field in dataclasses.fields(EngineConfig)}
     opened: list[tuple[Path, EngineConfig]] = []
     monkeypatch.setattr("edge.runtime.llm.LLM", lambda path, config: opened.append((path, config)))
-    open_llm(ServerSettings(**given).engine)(tmp_path)
-    assert opened == [(tmp_path, EngineConfig(**given))]
+    open_llm(ServerSettings(**OTHER_VALUES).engine)(tmp_path)
+    assert opened == [(tmp_path, EngineConfig(**OTHER_VALUES))]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from edge.bundle.manifest import SamplingDefaults
 from edge.device.telemetry import Snapshot
 from edge.measure.drift import Counts, DriftMonitor
 from edge.runtime.generation import GenerationStats
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling import KNOBS, SamplingParams
 from edge.runtime.scheduler.request import SchedulerStats
 from edge.server.observe.metric_families import BulkHistogram
 from edge.server.observe.metrics import (
@@ -275,10 +275,9 @@ def test_arms_have_figures_of_their_own():
 
 def test_drift_of_a_window_is_shown():
     baseline = Counts()
-    usual = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.0, "top_k": 0, "max_tokens": 100}
-    usual |= {"repetition_penalty": 1.0, "prompt_tokens": 10, "answer_tokens": 3}
+    usual = {name: getattr(PARAMS, name) for name in KNOBS}
     for _ in range(500):
-        baseline.add(usual)
+        baseline.add({**usual, "prompt_tokens": 10, "answer_tokens": 3})
     metrics = Metrics(idle, drift=DriftMonitor(baseline, window=100))
     alarms = [metrics.observe_finish("r1", STATS, "stop", PARAMS) for _ in range(100)]
     assert not any(alarms)
