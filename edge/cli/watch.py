@@ -214,6 +214,8 @@ def _check_use(
         raise ConfigError("--against compares two bundles: BUNDLE --against BUNDLE, no --baseline")
     if baseline is not None and (bundle is None) == (server is None):
         raise ConfigError("--baseline needs something to ask: either BUNDLE or --server")
+    if bundle is not None and baseline is None and against is None:
+        raise ConfigError("BUNDLE is opened for --baseline or --against; add one or leave it out")
     if traffic is not None and (server is None) == (stats is None):
         raise ConfigError("--traffic needs the counters of a server: either --server or --stats")
     if traffic is None and (stats is not None or options["state_file"] is not None):

@@ -517,6 +517,7 @@ def test_counters_from_a_file(tmp_path: Path):
         (["--server", "http://127.0.0.1:1", "--against", "."], "BUNDLE --against BUNDLE"),
         ([".", "--against", ".", "--record"], "BUNDLE --against BUNDLE"),
         (["--traffic", "t"], "either --server or --stats"),
+        ([".", "--traffic", "t", "--stats", "s"], "BUNDLE is opened for --baseline or --against"),
         ([".", "--baseline", "b", "--state", "s"], "belong to --traffic"),
         ([".", "--baseline", "b", "--model", "m"], "belong to --server"),
         (["--server", "http://127.0.0.1:1", "--baseline", "b", "--num-threads", "1"], "to BUNDLE"),
