@@ -38,8 +38,9 @@ class Resolved(Generic[Settings]):
     """Settings, and where each came from.
 
     Attributes:
-        settings: the whole, checked.
-        origins: by field: ``default``, ``file PATH``, ``environment NAME`` or ``flag --NAME``.
+        settings: all settings, checked.
+        origins: origin of each field's value: ``default``, ``file PATH``, ``environment NAME`` or
+            ``flag --NAME``.
     """
 
     settings: Settings
@@ -63,7 +64,7 @@ def load_settings(
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Resolved[Settings]:
-    """Put the layers together.
+    """Put the layers of settings together.
 
     Args:
         cls: a frozen dataclass with a default for every field.
@@ -104,7 +105,7 @@ def check_fields(settings: object) -> None:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a name that is not known, with the nearest one that is.
+    """Make the error for a name that is not known, with the nearest one that is.
 
     Args:
         what: how the message begins.
@@ -116,7 +117,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
 
 
 def field_kind(hint: Any) -> tuple[Any, bool]:
-    """A field's type without None, and whether None is allowed."""
+    """Split a field's type into the type without None, and whether None is allowed."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         if len(options) == 1:
@@ -155,7 +156,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _hints(cls: Any) -> dict[str, Any]:
-    """The type of every field, with what ``Annotated`` says of it."""
+    """Read the type of every field, with what ``Annotated`` says of it."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -211,7 +212,7 @@ def _checked(
     strict: bool = True,
     base: Path | None = None,
 ) -> Any:
-    """The value of a field, as its type.
+    """Convert the value of a field to its type.
 
     Args:
         name: of the field.
@@ -245,7 +246,7 @@ def _checked(
 
 
 def _pairs(name: str, raw: Any, origin: str) -> Any:
-    """``a=b,c=d``, or ``("a=b", "c=d")`` of a repeated flag, as a mapping."""
+    """Read ``a=b,c=d``, or ``("a=b", "c=d")`` of a repeated flag, as a mapping."""
     if isinstance(raw, Mapping):
         return raw
     result: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Which engine runs a bundle."""
+"""The choice of the engine that runs a bundle."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def open_backend(bundle: Path, manifest: Manifest, config: EngineConfig) -> Back
     What ``auto`` passes over, and why, is logged.
 
     Args:
-        bundle: its directory.
-        manifest: its manifest.
-        config: which engine, and the sizes of its cache and of its steps. A TensorRT engine has
-            the longest step that it was built for. Without ``kv_capacity``, ONNX Runtime takes
+        bundle: directory of the bundle.
+        manifest: manifest of the bundle.
+        config: name of the engine, and the sizes of its cache and of its steps. A TensorRT engine
+            has the longest step that it was built for. Without ``kv_capacity``, ONNX Runtime takes
             what memory holds of the bundle's (`default_capacity`).
 
     Raises:

@@ -29,7 +29,7 @@ _MAX_RESULT_BYTES = 16 << 20
 @click.command()
 @bundle_argument
 @click.option(
-    "--prompt-tokens", type=int, default=512, show_default=True, help="Of each prompt; random ones."
+    "--prompt-tokens", type=int, default=512, show_default=True, help="Random tokens per prompt."
 )
 @click.option(
     "--output-tokens", type=int, default=128, show_default=True, help="Sampled per sequence."
@@ -37,7 +37,9 @@ _MAX_RESULT_BYTES = 16 << 20
 @click.option("--repeats", type=int, default=5, show_default=True, help="Measured runs.")
 @click.option("--warmup", type=int, default=1, show_default=True, help="Runs thrown away before.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and sampling.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of prompts and sampling."
+)
 @click.option(
     "--against",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -84,14 +84,16 @@ _CURVES = ("kl_by_position", "layers")  # too long for a manifest
 )
 @click.option("--max-tokens", type=click.IntRange(1), help="Tokens per answer; default 1024.")
 @click.option(
-    "--temperature", type=float, help="Of generated answers; default 0. R1 was published at 0.6."
+    "--temperature",
+    type=float,
+    help="Temperature of generated answers; default 0. R1 was published at 0.6.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Of the bootstrap behind the confidence intervals, and of sampled answers.",
+    help="Seed of the confidence intervals' bootstrap and of sampled answers.",
 )
 @click.option("--save", is_flag=True, help="Store the result in the bundle's manifest.")
 @click.option(

@@ -25,7 +25,7 @@ device_option = click.option(
     "cpu.",
 )
 power_mode_option = click.option(
-    "--power-mode", help="Of the module, e.g. 30W; default: its fastest."
+    "--power-mode", help="Power mode of the module, e.g. 30W; default: its fastest."
 )
 calibrate_option = click.option(
     "--calibrate",

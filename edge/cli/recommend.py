@@ -45,7 +45,7 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     "memory_bytes",
     callback=_memory,
     metavar="SIZE",
-    help="At most so much memory, e.g. 1GB (10^9 bytes) or 1GiB; default: what the device leaves.",
+    help="Memory at most, e.g. 1GB (10^9 bytes) or 1GiB; default: what the device leaves.",
 )
 @click.option(
     "--memory-of",
@@ -57,12 +57,12 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
 @click.option(
     "--latency-ms",
     type=Finite(min=0, min_open=True),
-    help="At most so long per output token (TPOT), with a full KV cache.",
+    help="Time per output token (TPOT) at most, with a full KV cache.",
 )
 @click.option(
     "--ttft-ms",
     type=Finite(min=0, min_open=True),
-    help="At most so long to the first token of a prompt of --prompt-tokens.",
+    help="Time to the first token at most, of a prompt of --prompt-tokens.",
 )
 @click.option(
     "--prompt-tokens",
@@ -71,7 +71,7 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     show_default=True,
     help="Prompt of --ttft-ms.",
 )
-@click.option("--quality", type=Finite(0, 100), help="At least this score on --benchmark, percent.")
+@click.option("--quality", type=Finite(0, 100), help="Score on --benchmark at least, percent.")
 @click.option(
     "--benchmark",
     type=click.Choice(["aime-2024", "math-500", "gpqa-diamond", "livecodebench"]),

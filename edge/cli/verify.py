@@ -47,12 +47,18 @@ _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
 @click.option(
     "--min-cosine",
     type=Finite(-1, 1),
-    help="Of the logits at a position; default 0.999, and 0.95 for ort-cpu with quantized weights, "
-    "which rounds activations.",
+    help="Least cosine of the logits at a position; default 0.999, and 0.95 for ort-cpu with "
+    "quantized weights, which rounds activations.",
 )
-@click.option("--min-top1", type=Finite(0, 1), help="Share of equal likeliest tokens; 0.97 or 0.9.")
-@click.option("--max-kl", type=Finite(0), help="Mean divergence, nats per token; 0.01 or 0.02.")
-@click.option("--min-cache-cosine", type=Finite(-1, 1), help="Of a cached row; 0.999 or 0.95.")
+@click.option(
+    "--min-top1", type=Finite(0, 1), help="Least share of equal likeliest tokens; 0.97 or 0.9."
+)
+@click.option(
+    "--max-kl", type=Finite(0), help="Largest mean divergence, nats per token; 0.01 or 0.02."
+)
+@click.option(
+    "--min-cache-cosine", type=Finite(-1, 1), help="Least cosine of a cached row; 0.999 or 0.95."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 def verify(
     bundle: Path,

@@ -66,7 +66,7 @@ class Counts(msgspec.Struct, forbid_unknown_fields=True):
 
     Attributes:
         grid_version: counts of another grid cannot be compared.
-        requests: how many were counted.
+        requests: number of requests counted.
         bins: by parameter, one count per bin of `GRIDS`.
     """
 
@@ -85,7 +85,7 @@ class Counts(msgspec.Struct, forbid_unknown_fields=True):
             self.bins[name][bisect_left(GRIDS[name], at)] += 1
 
     def since(self, earlier: Counts) -> Counts:
-        """What was counted after ``earlier``; all of it if the counters began anew in between."""
+        """Subtract an earlier look; if the counters began anew in between, keep all of this one."""
         pairs = {
             name: list(zip(row, earlier.bins[name], strict=True)) for name, row in self.bins.items()
         }
@@ -97,7 +97,7 @@ class Counts(msgspec.Struct, forbid_unknown_fields=True):
         )
 
     def plus(self, other: Counts) -> Counts:
-        """Both together."""
+        """Add two counts."""
         pairs = {n: zip(row, other.bins[n], strict=True) for n, row in self.bins.items()}
         bins = {name: [a + b for a, b in rows] for name, rows in pairs.items()}
         return Counts(requests=self.requests + other.requests, bins=bins)
@@ -109,8 +109,8 @@ class Drift(msgspec.Struct, frozen=True):
     Attributes:
         psi: the index, at least 0.
         p_value: probability of an index this large if nothing had changed.
-        num_bins: that were compared.
-        alarm: significant and large.
+        num_bins: bins that were compared.
+        alarm: whether the index is significant and large.
     """
 
     psi: float
@@ -121,7 +121,7 @@ class Drift(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a drift is an alarm; see the module.
+    """Bounds above which a drift is an alarm; see the module.
 
     Raises:
         ConfigError: a value out of its range.
@@ -175,7 +175,7 @@ def merge_bins(expected: Sequence[int], max_bins: int = MAX_BINS) -> list[tuple[
         return [(0, len(expected))]
     total, cuts, sofar = sum(expected), [0, seen[0]], 0
     for at in range(seen[0], seen[-1] + 1):
-        # A single bin with a whole share (everybody's default) stands alone.
+        # A single bin with a whole share (everybody's default) is a bin alone.
         if expected[at] * max_bins >= total or sofar * max_bins >= total:
             cuts.append(at)
             sofar = 0
@@ -191,7 +191,7 @@ def merge_bins(expected: Sequence[int], max_bins: int = MAX_BINS) -> list[tuple[
 def compare(
     baseline: Counts, window: Counts, thresholds: Thresholds | None = None
 ) -> dict[str, Drift]:
-    """Every parameter of a window against the baseline.
+    """Compare every parameter of a window with the baseline.
 
     Raises:
         ConfigError: one of them has fewer than `MIN_REQUESTS` requests.
@@ -219,7 +219,7 @@ def compare(
 
 
 class DriftMonitor:
-    """Counts requests of a running server and compares each full window with a baseline.
+    """A counter of a running server's requests that compares each full window with a baseline.
 
     Windows do not overlap, so the rate of false alarms is ``alpha`` per window. Not thread-safe.
 
@@ -271,8 +271,8 @@ def decode_counts(data: bytes | str, where: str) -> Counts:
     """Read counts from JSON.
 
     Args:
-        data: the JSON.
-        where: what it came from, for the message.
+        data: JSON of `Counts`.
+        where: file or address that it came from, for the message.
 
     Raises:
         ConfigError: no counts, or counts of another grid.

@@ -52,7 +52,7 @@ _NO_THOUGHT = "\n</think>\n\n"  # ends a reasoning that the template has opened
 
 
 class LLM:
-    """A bundle, opened. Use it as a context manager; any thread may call it.
+    """An open bundle. Use it as a context manager; any thread may call it.
 
     Many answers are computed at once, batched over the slots of the cache
     (`edge.runtime.scheduler`); what finds no slot waits in a queue. Sampling depends on nothing but
@@ -63,18 +63,18 @@ class LLM:
 
     Args:
         bundle: directory that ``edge-llm export`` wrote.
-        config: how to open it; None is `EngineConfig` with its defaults.
+        config: options of the engine; None is `EngineConfig` with its defaults.
         **options: fields of `EngineConfig` that differ from ``config``, e.g. ``kv_capacity=4096``.
 
     Attributes:
-        bundle: its directory.
-        config: how it was opened.
-        manifest: what the bundle holds.
-        tokenizer: of the model.
-        template: of its chats; None where it has none.
+        bundle: directory of the bundle.
+        config: options with which it was opened.
+        manifest: description of the bundle.
+        tokenizer: the model's tokenizer.
+        template: the model's chat template; None where it has none.
         backend: the engine; only `call` may use it.
         embeddings: the token table.
-        scheduler: who runs when.
+        scheduler: the queue of requests and the thread that runs them.
 
     Raises:
         IntegrityError: a file of the bundle is damaged; nothing of it was parsed.
@@ -144,7 +144,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
     ) -> list[int]:
-        """Token ids of a prompt, the begin token included where the model wants one.
+        """Encode a prompt, the begin token included where the model wants one.
 
         Plain text never becomes a control token. Token ids stay as they are. Messages go through
         the bundle's chat template.
@@ -315,7 +315,7 @@ class LLM:
     def generate_ids(
         self, ids: Sequence[int], params: SamplingParams | None = None
     ) -> Iterator[int]:
-        """Token ids in, token ids out; the end token is not yielded.
+        """Generate token ids from token ids; the end token is not yielded.
 
         Raises:
             RequestError: see `submit`; also if ``params`` has stop strings, which need text.
@@ -328,7 +328,9 @@ class LLM:
         return (token.id for chunk in generation for token in chunk.tokens)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
-        """Log-probability of every token but the first, float64; see `generation.score`.
+        """Compute the log-probability of every token but the first; see `generation.score`.
+
+        The result is float64, one value shorter than ``ids``.
 
         It waits until no answer is being computed.
 
@@ -382,7 +384,7 @@ class LLM:
     def _constrain(
         self, ids: list[int], output: OutputFormat | None, budget: int | None, reasons: bool
     ) -> Constraint | None:
-        """Reasoning first, within its budget, then the output format."""
+        """Make a constraint: reasoning first, within its budget, then the output format."""
         if output is None and budget is None:
             return None
         answer: Constraint | None = None

@@ -7,8 +7,8 @@ exactly that distribution without sorting. In order:
 2. Temperature: ``x = (logits - max(logits)) / temperature`` in float32, so that ``exp(x)`` is a
    token's probability relative to the best one. Tokens are ranked by ``x``; equal ones by lower id.
 3. Top-k keeps the first k tokens of that ranking.
-4. Top-p keeps the tokens before which less than ``top_p`` of the mass lies, where the mass is that
-   of what top-k kept, and the first token always.
+4. Top-p keeps the tokens that have less than ``top_p`` of the mass before them, where the mass is
+   that of what top-k kept, and the first token always.
 5. Min-p keeps the tokens that are at least ``min_p`` times as probable as the best one.
 6. What is left is renormalised.
 
@@ -41,10 +41,10 @@ GREEDY_TEMPERATURE = 1e-5  # below it float32 cannot hold the scaled logits; it 
 
 @dataclass(frozen=True)
 class Knob:
-    """What a number among the sampling parameters may be, and how its use is counted.
+    """Type, range and counting of one number among the sampling parameters.
 
     Attributes:
-        kind: int or float.
+        kind: type of the value, int or float.
         low, high: least and greatest value.
         buckets: upper edges of its histogram in the server's metrics; empty for none.
         grid: upper edges of the bins in which `edge.measure.drift` counts it; empty for none.
@@ -57,7 +57,7 @@ class Knob:
     grid: tuple[float, ...] = ()
 
     def check(self, name: str, value: object) -> float:
-        """The value, a float where the knob is one.
+        """Check a value and return it, as a float where the knob is one.
 
         Raises:
             RequestError: it has another type or is out of the range.
@@ -304,7 +304,7 @@ def keep_top_k(logits: Logits, k: int) -> Mask:
 
 
 def keep_top_p(logits: Logits, top_p: float) -> Mask:
-    """Which tokens form the nucleus: less than ``top_p`` of the mass lies before each of them.
+    """Which tokens form the nucleus: each has less than ``top_p`` of the mass before it.
 
     The smallest set of the most probable tokens with a mass of at least ``top_p`` (nucleus
     sampling, arXiv 1904.09751, section 3.1), and never empty.

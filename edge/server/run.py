@@ -62,16 +62,16 @@ class Service:
     """One server process.
 
     Args:
-        settings: all of them.
-        open_llm: opens a bundle.
-        notifier: to systemd.
-        reread: reads the settings again, on SIGHUP; None ignores it.
-        telemetry: the device's state.
+        settings: what the operator has set.
+        open_llm: function that opens a bundle.
+        notifier: connection to systemd.
+        reread: function that reads the settings again, on SIGHUP; None ignores the signal.
+        telemetry: function that reads the device's state.
 
     Attributes:
-        models: what is served.
-        metrics: what is counted.
-        port: on which it listens, once `run` has begun.
+        models: models that are served.
+        metrics: counters of what is served.
+        port: TCP port on which the service listens, once `run` has begun.
         is_clean: false if an engine did not stop; the process should then end at once.
 
     Raises:
@@ -127,7 +127,7 @@ class Service:
         self._exit_code = 0
 
     def stop(self) -> None:
-        """Drain and leave; a second call leaves at once. From any thread."""
+        """Drain and leave; a second call leaves at once. Any thread may call it."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._on_stop)
 
@@ -210,7 +210,7 @@ class Service:
     # ------------------------------------------------------------------------------- watching
 
     async def _watch(self) -> None:
-        """Heartbeat of the engines, systemd's watchdog, temperatures."""
+        """Look after the engines, feed systemd's watchdog and read temperatures, for ever."""
         feed_s = None if self._notifier.watchdog_s is None else self._notifier.watchdog_s / 3
         fed = hot = -float("inf")
         while True:
@@ -330,7 +330,7 @@ def _in_daemon(work: Callable[[], None]) -> asyncio.Future[None]:
 
 
 def _drift_monitor(settings: ServerSettings) -> DriftMonitor:
-    """Counts requests, and compares them where there is a baseline.
+    """Make what counts requests and compares them where there is a baseline.
 
     Raises:
         ConfigError: the baseline cannot be used.
@@ -341,7 +341,7 @@ def _drift_monitor(settings: ServerSettings) -> DriftMonitor:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Open a listening socket.
 
     Raises:
         ConfigError: the address cannot be had.
@@ -370,9 +370,9 @@ def serve(
     """Run the service in this process until a signal; returns the exit code.
 
     Args:
-        settings: all of them.
-        open_one: opens a bundle; as the settings say by default.
-        reread: reads the settings again, on SIGHUP.
+        settings: what the operator has set.
+        open_one: function that opens a bundle; by default as the settings say.
+        reread: function that reads the settings again, on SIGHUP.
 
     Raises:
         EdgeError: it could not start.

@@ -29,38 +29,41 @@ class ServerSettings(EngineConfig):
 
     Attributes:
         model: bundles to serve, by name.
-        log_format: plain for people, json for machines; auto is plain.
-        log_level: debug, info, warning or error.
+        log_format: format of the log: plain for people, json for machines; auto is plain.
+        log_level: least severity that is logged.
         host: address to listen on.
         port: TCP port; 0 takes a free one.
-        api_key_file: one key per line, ``NAME:KEY`` or just the key; without it everyone may call.
+        api_key_file: file of API keys, one per line as ``NAME:KEY`` or just the key; without it
+            everyone may call.
         allow_open: listen beyond loopback without a key file.
-        default_model: for requests without ``model``, which are refused otherwise.
+        default_model: model for requests that name none, which are refused otherwise.
         auto: rules of the model ``auto``, as MODEL=CONDITION; the first that holds decides.
         split: A/B splits, as NAME=MODEL:SHARE/MODEL:SHARE.
         memory_budget_mb: MiB that all bundles may take together while one replaces another; by
             default a second one is opened beside the first if it fits into the free memory.
-        max_body_bytes: of a request.
-        max_header_bytes: of a request's head.
-        max_nesting: of arrays and objects in a body.
-        max_messages: of a chat.
-        max_choices: n times the number of prompts.
-        max_connections: open at once; more are closed.
-        header_timeout_s: from the first byte of a head, or the connection, to its end.
-        body_timeout_s: from the head to the end of the body.
-        write_timeout_s: a client that takes nothing of what it was sent for so long is cut.
-        keep_alive_s: an idle connection is closed after it.
-        stream_buffer_bytes: waiting for one slow reader; beyond it the stream is cancelled.
-        ping_s: silence on a stream after which a comment is sent.
-        request_timeout_s: a generation that takes longer, its wait included, ends with an error.
+        max_body_bytes: longest body of a request.
+        max_header_bytes: longest head of a request, all its headers together.
+        max_nesting: levels of arrays and objects in a body at most.
+        max_messages: messages of a chat at most.
+        max_choices: answers of one request at most: n times the number of prompts.
+        max_connections: connections that are open at once; more are closed.
+        header_timeout_s: seconds from the first byte of a head, or from the connection, to the end
+            of the head.
+        body_timeout_s: seconds from the head to the end of the body.
+        write_timeout_s: seconds after which a client that takes nothing of what it was sent is cut.
+        keep_alive_s: seconds after which an idle connection is closed.
+        stream_buffer_bytes: bytes that wait for one slow reader; with more the stream is cancelled.
+        ping_s: seconds of silence on a stream after which a comment is sent.
+        request_timeout_s: seconds that a generation may take, its wait included, before it ends
+            with an error.
         rate_limit_rpm: requests per minute and key; 0 is no limit.
-        drain_timeout_s: how long running requests may go on after SIGTERM.
+        drain_timeout_s: seconds that running requests may go on after SIGTERM.
         vllm_metrics: also expose the metrics under the names that vLLM has for them.
         drift_baseline: file of what requests usually ask for; a window that differs is an alarm.
-        drift_window: requests per comparison with it.
-        hot_celsius: a thermal zone at this temperature makes the server not ready.
-        stall_s: an engine that has work and ends no step for so long counts as hung; by default
-            ten times what a full step takes at the pace of its slowest so far, 5 to 120 s.
+        drift_window: requests per comparison with the drift_baseline.
+        hot_celsius: temperature of a thermal zone at which the server is not ready.
+        stall_s: seconds after which an engine that has work and ends no step counts as hung; by
+            default ten times what a full step takes at the pace of its slowest so far, 5 to 120 s.
     """
 
     model: dict[str, Path] = field(default_factory=dict)
@@ -98,7 +101,7 @@ class ServerSettings(EngineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in (*self.model, *self.split):
-            if not _NAME.fullmatch(name):  # it stands in headers
+            if not _NAME.fullmatch(name):  # it is sent in headers
                 raise ConfigError(
                     f"the model name {name!r} is not 1 to 128 printable ASCII characters without "
                     "spaces; name it with --model NAME=BUNDLE"
@@ -111,7 +114,7 @@ class ServerSettings(EngineConfig):
 
     @property
     def engine(self) -> EngineConfig:
-        """How each bundle is opened."""
+        """The part of the settings with which each bundle is opened."""
         return EngineConfig(
             **{field.name: getattr(self, field.name) for field in fields(EngineConfig)}
         )

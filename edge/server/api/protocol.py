@@ -111,7 +111,7 @@ class ResponseFormat(Struct, forbid_unknown_fields=True):
 
 
 class TemplateOptions(Struct, forbid_unknown_fields=True):
-    """``chat_template_kwargs``: the only option that clients may set."""
+    """``chat_template_kwargs``: options of the chat template that clients may set."""
 
     enable_thinking: bool | None = None
 
@@ -202,7 +202,7 @@ _MISSING = re.compile(r"missing required field `([^`]*)`")
 
 
 def nesting(body: bytes) -> int:
-    """How deep arrays and objects stand in each other in a JSON text, valid or not."""
+    """Count the levels of arrays and objects in a JSON text, valid or not."""
     # The closing quote is optional in the pattern, so that it never backtracks.
     brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
     if not brackets:

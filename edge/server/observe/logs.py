@@ -25,10 +25,10 @@ _MAX_CHARS = 8192  # of one message: a line of the journal holds 48 kB (LineMax=
 
 
 class JSONFormatter(logging.Formatter):
-    """``{"time", "level", "logger", "message", ...}`` with the record's own fields."""
+    """Objects ``{"time", "level", "logger", "message", ...}`` with the record's own fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line of JSON, ASCII only: no character of it ends a line or moves a cursor."""
+        """Write one line of JSON, ASCII only: no character of it ends a line or moves a cursor."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(
                 timespec="milliseconds"
@@ -44,7 +44,7 @@ class JSONFormatter(logging.Formatter):
 
 
 class PlainFormatter(logging.Formatter):
-    """``level logger: message key=value``, control characters escaped.
+    """Lines ``level logger: message key=value``, control characters escaped.
 
     Args:
         journal: begin with syslog's priority instead of the time.
@@ -55,7 +55,7 @@ class PlainFormatter(logging.Formatter):
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Write one line of text."""
         if self._journal:
             start = f"<{_priority(record.levelno)}>"
         else:
@@ -77,7 +77,7 @@ def configure_logging(
 ) -> None:
     """Send every record of ``edge`` to one handler on standard error.
 
-    A full disk or a closed pipe behind it loses lines, never a request.
+    A full disk or a closed pipe loses lines, never a request.
 
     Args:
         log_format: ``auto`` is plain.
@@ -104,7 +104,7 @@ else:
 
 
 class _QuietHandler(_StreamHandler):
-    """Does not print tracebacks about the log into the log."""
+    """A handler that prints no tracebacks about the log into the log."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Drop the line: who cannot write cannot complain either."""

@@ -44,7 +44,7 @@ class Pulled:
         return self._collect()
 
     def describe(self) -> list[Metric]:
-        """No names in advance."""
+        """Name no families in advance."""
         # Else the registry would collect once while nothing is loaded yet.
         return []
 
@@ -56,10 +56,10 @@ class BulkHistogram:
     thread-safe.
 
     Args:
-        name: without the prefix.
-        text: what it measures.
+        name: name of the metric without the prefix.
+        text: description of the metric.
         edges: upper edges of the buckets, ascending, without infinity.
-        label: what it is by.
+        label: name of the label.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class BulkHistogram:
         self._sums[key] = self._sums.get(key, 0.0) + float(sum(values))
 
     def family(self) -> Metric:
-        """The histogram as it is now."""
+        """Make the family of the histogram as it is now."""
         from prometheus_client.core import HistogramMetricFamily
 
         family = HistogramMetricFamily(self._name, self._text, labels=[self._label])
@@ -102,7 +102,7 @@ class View:
         self._names = names
 
     def collect(self) -> Iterator[Metric]:
-        """The families that are shown."""
+        """Make the families that are shown."""
         for family in self._registry.collect():
             kept = [sample for sample in family.samples if not sample.name.endswith("_created")]
             if self._names is not None:
@@ -124,7 +124,7 @@ class View:
 def gauge(
     name: str, text: str, labels: tuple[str, ...], values: Mapping[tuple[str, ...], float | None]
 ) -> Metric:
-    """A gauge; what is None could not be read and is left out."""
+    """Make a gauge; a value of None could not be read and is left out."""
     from prometheus_client.core import GaugeMetricFamily
 
     family = GaugeMetricFamily(f"edgellm_{name}", text, labels=labels)
@@ -151,7 +151,7 @@ _COUNTED = {
 
 
 def scheduler_families(schedulers: Mapping[str, SchedulerStats]) -> Iterator[Metric]:
-    """Queue, slots, cache and counters of every model."""
+    """Make the families of every model's queue, slots, cache and counters."""
     from prometheus_client.core import CounterMetricFamily
 
     for name, (attribute, text) in _STATE.items():
@@ -179,7 +179,7 @@ def scheduler_families(schedulers: Mapping[str, SchedulerStats]) -> Iterator[Met
 
 
 def engine_family(engines: Mapping[str, Mapping[str, str]]) -> Metric:
-    """``edgellm_engine_info``: labels that say what serves a model."""
+    """Make ``edgellm_engine_info``: labels that say what serves a model."""
     from prometheus_client.core import InfoMetricFamily
 
     family = InfoMetricFamily("edgellm_engine", "What serves a model.", labels=["model"])
@@ -193,7 +193,10 @@ def _usage(stats: SchedulerStats) -> float:
 
 
 def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:
-    """A scheduler's state for JSON; why an engine failed may name paths, so it stays in the log."""
+    """Write a scheduler's state for JSON.
+
+    The reason why an engine failed may name paths, so it stays in the log.
+    """
     if stats is None:
         return {"loaded": False}
     names = [attribute for attribute, _ in (*_STATE.values(), *_COUNTED.values())]
@@ -207,13 +210,13 @@ def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:
 
 
 def device_families(seen: Snapshot) -> Iterator[Metric]:
-    """The device's own figures; what could not be read is left out."""
+    """Make the families of the device's figures; what could not be read is left out."""
     for name, text, value in (
         ("gpu_load_ratio", "Load of the GPU.", seen.gpu_load_ratio),
         ("gpu_freq_hz", "Clock of the GPU.", seen.gpu_clock_hz),
         ("memory_available_bytes", "Memory that is left.", seen.memory_available_bytes),
         ("throttled", "1 while heat holds clocks down.", seen.throttled),
-        ("over_current_events", "Since boot.", seen.over_current_events),
+        ("over_current_events", "Over-current events since boot.", seen.over_current_events),
         ("module_power_watts", "Power of the module.", seen.module_power_watts),
     ):
         yield gauge(name, text, (), {(): None if value is None else float(value)})
@@ -228,8 +231,8 @@ def device_families(seen: Snapshot) -> Iterator[Metric]:
         {("system",): used, ("process",): None if rss is None else float(rss)},
     )
     for name, text, label, values in (
-        ("temperature_celsius", "By thermal zone.", "zone", seen.temperatures_celsius),
-        ("power_watts", "By rail.", "rail", seen.power_watts),
+        ("temperature_celsius", "Temperature by thermal zone.", "zone", seen.temperatures_celsius),
+        ("power_watts", "Power by rail.", "rail", seen.power_watts),
     ):
         named: dict[tuple[str, ...], float | None] = {(k,): v for k, v in values.items()}
         yield gauge(name, text, (label,), named)

@@ -159,11 +159,16 @@ class Metrics:
         self._arm_outcomes = counter("ab_sequences", "The arms' outcomes.", "arm", "outcome")
         self._arm_tokens = counter("ab_generation_tokens", "Tokens sampled by arms.", "arm")
         self._arm_ttft = histogram(
-            "ab_time_to_first_token_seconds", "Of the arms.", TTFT_BUCKETS_S, "arm"
+            "ab_time_to_first_token_seconds",
+            "Submission to first token, by arm of an A/B split.",
+            TTFT_BUCKETS_S,
+            "arm",
         )
-        self._arm_total = histogram("ab_request_seconds", "Of the arms.", REQUEST_BUCKETS_S, "arm")
+        self._arm_total = histogram(
+            "ab_request_seconds", "Submission to last token, by arm.", REQUEST_BUCKETS_S, "arm"
+        )
         self._arm_itl = BulkHistogram(
-            "ab_inter_token_seconds", "Of the arms.", ITL_BUCKETS_S, "arm"
+            "ab_inter_token_seconds", "Gap between tokens, by arm.", ITL_BUCKETS_S, "arm"
         )
 
     # --------------------------------------------------------------------------- observing
@@ -182,13 +187,13 @@ class Metrics:
         """Count a sequence that ended, cancelled ones too.
 
         Args:
-            model: name under which it is served.
-            stats: of the sequence.
+            model: name under which the sequence's model is served.
+            stats: figures of the sequence.
             finish_reason: ``cancelled`` counts as the outcome ``abort``.
-            params: resolved: no knob is None.
+            params: resolved sampling parameters: no knob is None.
             reasoning_tokens: those of ``stats.completion_tokens`` that are reasoning.
-            is_watch: asked by ``edge-llm watch``; that says nothing of what clients ask for.
-            arm: of an A/B split.
+            is_watch: whether ``edge-llm watch`` asked; that says nothing of what clients ask for.
+            arm: arm of an A/B split.
 
         Returns:
             Whether a window of requests ended with an alarm about drift.
@@ -265,7 +270,7 @@ class Metrics:
         self._arms.labels(self._label("arm", arm), self._label("model", model)).inc()
 
     def _label(self, kind: str, value: str) -> str:
-        """A label's value, of which there are never more than `MAX_LABELS`."""
+        """Bound a label's values to `MAX_LABELS`; any further one is ``other``."""
         with self._lock:
             known = self._known.setdefault(kind, set())
             if value not in known and len(known) >= MAX_LABELS:
@@ -276,7 +281,7 @@ class Metrics:
     # --------------------------------------------------------------------------- reading
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format, see `CONTENT_TYPE`."""
+        """Write all metrics in Prometheus' text format, see `CONTENT_TYPE`."""
         from prometheus_client import generate_latest
 
         text: bytes = generate_latest(View(self.registry))
@@ -285,7 +290,7 @@ class Metrics:
         return text
 
     def stats_json(self) -> dict[str, Any]:
-        """The same for people without Prometheus, with percentiles of the last requests."""
+        """Write the same for people without Prometheus, with percentiles of the last requests."""
         schedulers = self._scheduler_stats()
         now = self._clock()
         with self._lock:
@@ -319,7 +324,7 @@ class Metrics:
 
     @staticmethod
     def _sum(counter: Any, label: str) -> dict[str, int]:
-        """A counter by one label, over all others."""
+        """Sum a counter by one label, over all others."""
         totals: dict[str, int] = {}
         for family in counter.collect():
             for sample in family.samples:

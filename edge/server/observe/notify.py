@@ -14,13 +14,14 @@ _log = logging.getLogger("edge.server")
 
 
 class Notifier:
-    """Sends to ``$NOTIFY_SOCKET``; silent where there is none.
+    """A sender to ``$NOTIFY_SOCKET``; silent where there is none.
 
     Args:
         environ: e.g. ``os.environ``.
 
     Attributes:
-        watchdog_s: systemd restarts us if it hears no ``WATCHDOG=1`` for so long; None without.
+        watchdog_s: seconds without ``WATCHDOG=1`` after which systemd restarts the service; None
+            without a watchdog.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
