@@ -26,7 +26,7 @@ COMMAND_GROUP = "edge_llm.commands"
 
 
 class _Verbs(click.Group):
-    """Loads a verb's module only when that verb is asked for."""
+    """A group that loads a verb's module only when that verb is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(entry.name for entry in entry_points(group=COMMAND_GROUP))
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def _show_usage_error(error: click.ClickException) -> None:
-    """One line with the verb's help to look at; the help itself where no verb was given."""
+    """Print one line that names the verb's help; the help itself where no verb was given."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     message = error.format_message()
     if context is None or "\n" in message:
@@ -118,5 +118,5 @@ def _show_usage_error(error: click.ClickException) -> None:
 
 
 def echo_json(value: Any) -> None:
-    """One line of JSON on stdout."""
+    """Print one line of JSON on stdout."""
     click.echo(json.dumps(value, ensure_ascii=False, separators=(",", ":")))

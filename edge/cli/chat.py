@@ -153,7 +153,7 @@ class Conversation:
             )
 
     def show_stats(self) -> None:
-        """Figures of the last answer and of the cache."""
+        """Print figures of the last answer and of the cache."""
         if self.last.stats is None:
             click.echo("No finished answer yet.")
         else:
@@ -197,7 +197,7 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _line_history() -> Iterator[None]:
-    """Line editing with a history kept under ``XDG_STATE_HOME``; nothing where no terminal is."""
+    """Edit lines with a history kept under ``XDG_STATE_HOME``; do nothing without a terminal."""
     if not sys.stdin.isatty():
         yield
         return

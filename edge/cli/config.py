@@ -46,7 +46,7 @@ def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) ->
 
 
 def _toml(value: Any) -> str:
-    """A value as TOML writes it."""
+    """Write a value as TOML does."""
     if isinstance(value, dict):
         pairs = ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items())
         return f"{{ {pairs} }}" if pairs else "{}"

@@ -179,7 +179,7 @@ def evaluate(
 
 
 def _refuse_idle_options(task_file: Path | None, options: dict[str, Any]) -> None:
-    """An option that the chosen kind of run would ignore is an error."""
+    """Refuse an option that the chosen kind of run would ignore."""
     only = {
         "text_file": ("--text", False),
         "tokens": ("--tokens", False),
@@ -200,14 +200,14 @@ def _text_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_reference(engine: EngineConfig) -> EngineConfig:
-    """The same engine for a bundle that may be float, where no activation is ever rounded."""
+    """Fit the engine to a reference that may be float, where no activation is ever rounded."""
     if engine.int8_activations:
         return replace(engine, backend="ort-cpu", int8_activations=None)
     return engine
 
 
 def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
-    """The reference's bundle; a checkpoint is exported to fp16 by the verb ``export``."""
+    """Find the reference's bundle; the verb ``export`` exports a checkpoint to fp16."""
     if (Path(against) / MANIFEST_NAME).is_file():
         return Path(against)
     if not entry_points(group=COMMAND_GROUP, name="export"):
@@ -287,7 +287,7 @@ def _run_text(
 
 
 def _shape(llm: LLM) -> ModelSpec:
-    """The model without what a recipe may change: a rotation unties the lm_head."""
+    """Describe the model without what a recipe may change: a rotation unties the lm_head."""
     return msgspec.structs.replace(llm.manifest.model, tied_embeddings=False)
 
 

@@ -43,7 +43,7 @@ def inspect(bundle: Path, as_json: bool, layers: bool, no_verify: bool) -> None:
 
 
 def bytes_by_part(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the weights by kind of layer, of the token table, and of all files."""
+    """Count the bytes of the weights by kind of layer, of the token table, and of all files."""
     parts: Counter[str] = Counter()
     for name, linear in manifest.quantization.linears.items():
         parts[name.rsplit(".", maxsplit=1)[-1]] += linear.num_bytes

@@ -126,7 +126,7 @@ def plan(
 
 
 def make_table(title: str, *columns: str) -> Table:
-    """A plain table; all columns but the first are figures."""
+    """Make a plain table; all columns but the first are figures."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)

@@ -169,7 +169,7 @@ def _share(step: _Step) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """``0:12``, ``41:07`` or ``2:05:00``."""
+    """Write seconds as ``0:12``, ``41:07`` or ``2:05:00``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class StreamPrinter:
-    """Prints an answer as it comes: reasoning dim, then the answer.
+    """A printer of an answer as it comes: reasoning dim, then the answer.
 
     Attributes:
         text: the answer so far, reasoning left out.
@@ -60,7 +60,7 @@ class StreamPrinter:
 
 
 def format_stats(stats: GenerationStats) -> str:
-    """One line of figures."""
+    """Write one line of figures."""
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     parts = [
         f"prompt {stats.prompt_tokens} tokens{cached}",

@@ -28,7 +28,7 @@ config_option = click.option(
 
 
 def default_config() -> Path | None:
-    """`DEFAULT_FILE` where it exists."""
+    """Find `DEFAULT_FILE`; None where it does not exist."""
     return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
 
 
@@ -56,7 +56,7 @@ def settings_options(
 
 
 def attribute_texts(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each attribute."""
+    """Read what the docstrings of a class and its bases say of each attribute."""
     texts: dict[str, str] = {}
     for base in reversed(inspect.getmro(cls)):
         after = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
@@ -68,7 +68,7 @@ def attribute_texts(cls: type) -> dict[str, str]:
 
 
 def option_texts(cls: type) -> dict[str, str]:
-    """The help of an option for each attribute: a sentence without the docstring's markup."""
+    """Make the help of an option from each attribute's text: a sentence without markup."""
     texts = attribute_texts(cls)
     return {name: text[:1].upper() + text[1:].replace("``", "") for name, text in texts.items()}
 

@@ -93,7 +93,7 @@ def verify(
 
 
 def _configs(options: dict[str, Any]) -> tuple[EngineConfig, EngineConfig]:
-    """Configurations of the engine to verify and of the reference on the CPU."""
+    """Read the configurations of the engine to verify and of the reference on the CPU."""
     reference = take_engine(
         {**options, "backend": "ort-cpu"}, num_slots=1, prefill_chunk=_PROMPT_CHUNK
     )
@@ -110,7 +110,7 @@ def _compare(
     decode_steps: int,
     wanted: Mapping[str, float],
 ) -> tuple[str, VerifyReport]:
-    """The name of the engine that runs the bundle here, and how it compares."""
+    """Compare the engine that runs the bundle here, and return its name and the report."""
     from edge.backends.choose import open_backend
     from edge.backends.ort import OrtBackend
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
@@ -157,7 +157,7 @@ def _compare(
 
 
 def read_prompts(path: Path | None, tokenizer: Tokenizer, limit: int) -> list[list[int]]:
-    """Token ids of each line of a file, or of three pieces of the built-in text.
+    """Read prompts, as token ids: each line of a file, or three pieces of the built-in text.
 
     Args:
         path: UTF-8, a prompt per line, empty lines left out; None is the built-in text.

@@ -61,7 +61,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @dataclass
 class _Outcome:
-    """What one run found."""
+    """Findings of one run."""
 
     checks: list[Check]
     drift: dict[str, Drift]
@@ -269,7 +269,7 @@ def _with_perplexity(run: Baseline, value: float, text: evaluate.EvalText) -> Ba
 def _compare_bundles(
     bundle: Path, against: Path, options: dict[str, Any], progress: Progress
 ) -> tuple[list[Check], str]:
-    """Both answer the same items; the texts' perplexities are compared token by token."""
+    """Let both answer the same items, and compare the texts' perplexities token by token."""
     with ExitStack() as stack:
         paths = (bundle, against)
         ours, theirs = (stack.enter_context(_open(path, options, progress)) for path in paths)
@@ -378,7 +378,7 @@ def _line(alarm: bool, text: str) -> None:
 
 
 def _prometheus(outcome: _Outcome) -> bytes:
-    """Metrics in Prometheus' text format."""
+    """Write the metrics in Prometheus' text format."""
     try:
         from prometheus_client import CollectorRegistry, Gauge, generate_latest
     except ImportError as error:
