@@ -105,7 +105,7 @@ def _write_tokenizer(directory: Path) -> None:
         for i, text in enumerate(_CONTROL)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
