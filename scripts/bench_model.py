@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from edge import LLM, SamplingParams, __version__
-from edge.runtime.llm import GenerationStats
+from edge.runtime.generation import GenerationStats
 from scripts.random_checkpoint import CONFIG, write_checkpoint
 
 CONTEXT = 4000
@@ -105,7 +105,7 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
         run(128, 4)
         short = [run(128, NEW_TOKENS) for _ in range(options.repeats)]
         long_prompts = [run(512, 1) for _ in range(options.repeats)]
-        result = {
+        result: dict[str, Any] = {
             "load_s": round(load_s, 2),
             "prefill_128_tps": round(median(s.prefill_tps for s in short), 1),
             "prefill_512_tps": round(median(s.prefill_tps for s in long_prompts), 1),

@@ -193,8 +193,7 @@ def make_backend(batch: int, dialect: str, graphs: bool) -> runner.TensorRTBacke
         peak_memory_bytes=None, weights=(), layers=(),
     )  # fmt: skip
     chosen = tensorrt_engine.ChosenEngine(Path(), info, None)
-    runner.choose_engine = lambda *_args, **_options: chosen  # type: ignore[assignment]
-    runner.Engine = IdleEngine  # type: ignore[assignment,misc]
+    vars(runner).update(choose_engine=lambda *_args, **_options: chosen, Engine=IdleEngine)
     with tempfile.TemporaryDirectory() as nowhere:
         return runner.TensorRTBackend(Path(nowhere), manifest, use_cuda_graphs=graphs)
 
