@@ -112,7 +112,7 @@ def test_no_prompt_waits_while_there_is_room(
 
 @pytest.mark.parametrize(("name", "target_s"), [("cpu", 0.2), ("cpu", 0.06), ("additive", 0.02)])
 def test_a_target_is_kept(table: EmbeddingTable, name: str, target_s: float):
-    simulation = Simulation(table, MACHINES[name], 8, target_itl_s=target_s)
+    simulation = Simulation(table, MACHINES[name], 8, target_itl_ms=1e3 * target_s)
     simulation.warm_up()
     outcome = simulation.run(streams_and_long_prompts(simulation, SPEED[name]))
     assert np.percentile(outcome.itl_s, 99) <= 1.05 * target_s
