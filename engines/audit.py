@@ -1,6 +1,6 @@
-"""Is the parsed network the decoder that was exported? Pure checks on a `NetworkView`.
+"""Checks that a parsed network is the decoder that was exported: pure functions of a `NetworkView`.
 
-Each is for a fault that gives no error and wrong or slow answers: an attention that TensorRT
+Each check is for a fault that gives no error and wrong or slow answers: an attention that TensorRT
 imported as causal from the first key on, a mask that was lost, a cache that is not updated in
 place, weights that were unpacked.
 """
@@ -28,7 +28,7 @@ _PASSED_THROUGH = ("shuffle", "cast", "identity")
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found.
+    """The result of an audit.
 
     Attributes:
         problems: one sentence each; empty is good.
@@ -46,7 +46,7 @@ class Audit:
 def audit_network(
     network: NetworkView, manifest: Manifest, shapes: BuildShapes, kv_read: KvRead = "slice"
 ) -> Audit:
-    """Hold a network against the manifest and the contract of `edge.bundle.io_spec`."""
+    """Compare a network with the manifest and the contract of `edge.bundle.io_spec`."""
     stored = _stored_weights(network)
     problems = [
         *_check_interface(network, manifest, shapes, kv_read),
@@ -71,10 +71,13 @@ def audit_network(
 
 
 def check_plan_bytes(plan_bytes: int, manifest: Manifest) -> list[str]:
-    """Whether a plan has about the bytes of its packed weights: unpacked ones are 2 to 4 times.
+    """Check that a plan has about the bytes of its packed weights; unpacked they take 2 to 4 times.
 
-    Float and W8A8 weights may stand in it once per profile, in two layouts; nothing of them is
-    unpacked (measured with TensorRT for RTX 1.7: one profile, once; two profiles, twice).
+    A plan may hold float and W8A8 weights once per profile, in two layouts; that is no unpacking
+    (measured with TensorRT for RTX 1.7: once with one profile, twice with two).
+
+    Returns:
+        The problems, one sentence each.
     """
     expected = _weights_bytes(manifest)
     linears = manifest.quantization.linears.values()
@@ -162,7 +165,7 @@ def _check_attentions(network: NetworkView, manifest: Manifest, kv_read: KvRead)
 
 
 def _live_attentions(network: NetworkView) -> list[AttentionView]:
-    """Without those that were replaced and feed nothing any more."""
+    """The attentions that feed an output; one that was replaced feeds nothing any more."""
     return [each for each in network.attentions if each.output in network.live]
 
 
@@ -190,7 +193,7 @@ def _check_cache(network: NetworkView, manifest: Manifest) -> list[str]:
 
 
 def _stored_weights(network: NetworkView) -> dict[str, TensorView]:
-    """Constants behind the matrix products that reach an output, by their linear layer's name."""
+    """The constants in the matrix products that reach an output, by their linear layer's name."""
     found = {}
     for layer in network.layers:
         if layer.kind != "matrix_multiply" or not layer.outputs:

@@ -42,12 +42,13 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
 def write_graph(build: BuildPlan, directory: Path) -> Path:
     """Write the graph of a build as a file, for a reader that takes nothing else.
 
-    Readers look for the weights beside the graph: they find a symbolic link. A hard link would
-    save nothing, and the ``onnx`` package refuses weights of several hard links as an attack.
+    Readers look for the weights beside the graph, so a symbolic link to them is put there. A hard
+    link would save nothing, and the ``onnx`` package refuses weights with several hard links as an
+    attack.
 
     Args:
-        build: which bundle, whose files the caller has verified, and in which shapes.
-        directory: where to; made if missing. Files of the same names are replaced.
+        build: the bundle, whose files the caller has verified, and the shapes.
+        directory: where the files go; made if missing. Files of the same names are replaced.
 
     Returns:
         The path of the graph.

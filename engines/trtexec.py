@@ -1,4 +1,4 @@
-"""NVIDIA's ``trtexec``: the line that builds the same engine as our builder, and running it.
+"""Makes the line of NVIDIA's ``trtexec`` that builds the same engine as our builder, and runs it.
 
 Order matters in one place: each ``--profile=N`` is followed directly by its ``--minShapes``,
 ``--optShapes`` and ``--maxShapes``. A name in a list may hold one ``*``, which stands for anything;
@@ -6,8 +6,8 @@ exact names win. So one entry serves the caches of all layers
 (``matchStringWithOneWildcard`` and ``getOptimizationProfiles`` in ``samples/common`` of
 github.com/NVIDIA/TensorRT, the same in 10.3, 10.16 and 11.1).
 
-One difference to the Python API remains: ``trtexec`` times each kernel 8 times by default, the API
-once. That is settled with ``--avgTiming=1``.
+``trtexec`` times each kernel 8 times by default, the Python API once; ``--avgTiming=1`` makes them
+equal.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _PLAN, _TIMING_CACHE = "engine.plan", "timing.cache"
 
 
 def parse_version(text: str) -> TrtVersion:
-    """``--trt``: one of the versions that Jetsons have.
+    """Read the value of ``--trt``, one of the versions that Jetsons have.
 
     Raises:
-        ConfigError: another one.
+        ConfigError: the text is none of them.
     """
     if text not in TRT_VERSIONS:
         raise ConfigError(f"--trt {text} is none of {', '.join(TRT_VERSIONS)}")
@@ -62,11 +62,11 @@ def trtexec_command(
     plan: Path | None = None,
     timing_cache: Path | None = None,
 ) -> list[str]:
-    """The ``trtexec`` line of a build.
+    """Make the ``trtexec`` line of a build.
 
     Args:
         build: what to build.
-        version: of TensorRT; from 10.0 on.
+        version: TensorRT's version, 10.0 or newer.
         onnx: the graph; the bundle's own by default. Its weights must be beside it. Another
             capacity or ``kv_read`` than the bundle's needs the graph of `write_graph` here.
         plan: where the engine goes; ``engine.plan`` in the current directory by default.
@@ -119,7 +119,7 @@ def format_command(line: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Timing:
-    """What ``trtexec`` measured of the engine, where it ran it; medians in milliseconds."""
+    """What ``trtexec`` measured when it ran the engine; medians in milliseconds."""
 
     throughput_qps: float
     latency_ms: float
@@ -132,7 +132,7 @@ class TrtexecResult:
 
     Attributes:
         seconds: wall time of the whole run.
-        version: TensorRT's, as ``trtexec`` names it (``10.16.1``); None if it does not.
+        version: TensorRT's version as ``trtexec`` names it (``10.16.1``); None if it does not.
         build_s: seconds that it took to build the engine.
         peak_host_bytes: peak of the host memory while building (not every version says).
         peak_device_bytes: peak of TensorRT's own allocations on the device.
@@ -150,10 +150,10 @@ class TrtexecResult:
 
 
 def find_trtexec(places: Sequence[str] = _PLACES) -> Path:
-    """The binary: on the PATH, or where NVIDIA's packages put it.
+    """Find the binary, on the PATH or where NVIDIA's packages put it.
 
     Raises:
-        DependencyError: it is nowhere.
+        DependencyError: there is none.
     """
     found = shutil.which("trtexec") or shutil.which("trtexec", path=os.pathsep.join(places))
     if found is None:
@@ -383,14 +383,17 @@ def _failure(code: int, log: _Log) -> EdgeError:
 
 def _advice(text: str, version: str | None) -> str:
     if "Unknown option" in text:
-        own = f"it is of TensorRT {version}" if version else "it is of another TensorRT"
-        return f"{own}, so let --trt name that version (edge-llm trtexec-explain says more)"
+        own = f"TensorRT {version}" if version else "another TensorRT"
+        return (
+            f"it belongs to {own}, so give that version with --trt (edge-llm trtexec-explain says "
+            "more)"
+        )
     if "Cannot find input tensor" in text:
         return "the graph is not the one that the line was made for; export the bundle again"
     if re.search(
         r"Failed to open file|could not open|No such file|weights? .*file", text, re.IGNORECASE
     ):
-        return "a file is missing; the weights (.onnx.data) must lie beside the .onnx"
+        return "a file is missing; the weights (.onnx.data) must be beside the .onnx"
     if re.search(r"no importer|UNSUPPORTED_NODE|Plugin not found|opset", text, re.IGNORECASE):
         return (
             "this TensorRT's parser lacks an operator of the graph; TensorRT before 10.15 needs a "
@@ -402,14 +405,14 @@ def _advice(text: str, version: str | None) -> str:
 
 
 def command_for_bundle(config: BuildConfig, version: TrtVersion) -> list[str]:
-    """The line of ``--print-trtexec``, ready to run.
+    """Make the line of ``--print-trtexec``, ready to run.
 
     For another capacity or way to read the cache than the bundle's, the graph is written first,
     into a folder ``trtexec-...`` among the bundle's engines.
 
     Raises:
-        BundleError: no bundle, or a damaged graph.
-        ConfigError: as `trtexec_command` and `plan_build`.
+        BundleError: there is no bundle, or its graph is damaged.
+        ConfigError: see `trtexec_command` and `plan_build`.
     """
     manifest = read_manifest(config.bundle)
     _check_version(config, manifest, version)

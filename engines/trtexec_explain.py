@@ -78,7 +78,10 @@ _MEANING: dict[str, tuple[str, str]] = {
     "useCudaGraph": ("run from a CUDA graph", "leave it out: it is the default from 11.0 on"),
     "useSpinWait": ("wait for the GPU by spinning", "leave it out: it is the default from 11.0 on"),
     "noDataTransfers": ("time without copies", "leave it out: it is the default from 11.0 on"),
-    "separateProfileRun": ("profile apart", "leave it out: it always does from 11.0 on"),
+    "separateProfileRun": (
+        "profile in a run of its own",
+        "leave it out: it always does from 11.0 on",
+    ),
     "stronglyTyped": (
         "takes the types from the graph, as we do",
         "leave it out from 11.0 on: it always does",
@@ -90,7 +93,7 @@ _NO_EFFECT_SINCE_11 = {
 }  # fmt: skip
 _RENAMED = {"workspace": "--memPoolSize=workspace:", "minTiming": "--avgTiming="}
 _RENAMED_FLAGS = {"buildOnly": "--skipInference", "weightless": "--stripWeights"}
-# The parser warns from the version on that deprecated weak typing in the API.
+# TensorRT's API deprecated weak typing in this version; the option parser has warned since.
 _WEAK_TYPING_DEPRECATED: TrtVersion = (10, 12)
 
 
@@ -113,7 +116,7 @@ class ExplainedOption:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A whole line.
+    """What a whole line does, and what to use instead.
 
     Attributes:
         version: the version of TensorRT that the answer is for.
@@ -134,7 +137,7 @@ def explain(line: str, version: TrtVersion) -> Explanation:
     """Explain a ``trtexec`` line for a version of TensorRT.
 
     Raises:
-        ConfigError: not a ``trtexec`` line.
+        ConfigError: the line is not one of ``trtexec``.
     """
     try:
         words = shlex.split(line)

@@ -99,7 +99,7 @@ class Lifetime:
 
 
 def options(version: TrtVersion) -> frozenset[str]:
-    """Every option, with its dashes, that ``trtexec`` of a version takes."""
+    """List the options, with their dashes, that ``trtexec`` of a version takes."""
     known = set(_IN_8_6.split())
     for changed, added, removed in _CHANGES:
         if changed <= version:
@@ -109,7 +109,7 @@ def options(version: TrtVersion) -> frozenset[str]:
 
 
 def lifetime(option: str) -> Lifetime | None:
-    """When an option came and went; None for one that no version ever had."""
+    """Tell when an option came and went; None for one that no version ever had."""
     name = option.removeprefix("--")
     added: TrtVersion | None = None
     removed: TrtVersion | None = None
@@ -124,5 +124,5 @@ def lifetime(option: str) -> Lifetime | None:
 
 
 def show(version: TrtVersion) -> str:
-    """A version as people write it."""
+    """Write a version as people do, e.g. ``10.16``."""
     return f"{version[0]}.{version[1]}"
