@@ -1,4 +1,4 @@
-"""`DeepSeekModel`: the runtime under the names that DeepSeek-R1 tutorials use."""
+"""Defines `DeepSeekModel`: the runtime under the names that DeepSeek-R1 tutorials use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HUB_IDS = {
     "8B": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
 }
 _PARAMETERS = tuple(item.name for item in fields(SamplingParams))
-# What code for transformers or for an engine says, and what says it here.
+# Options that code for transformers or for an engine gives, and what to give here instead.
 _INSTEAD = {
     "do_sample": "leave it out, or give temperature=0 for the likeliest token (do_sample=False)",
     "max_new_tokens": "give max_length, which counts prompt and answer together",
@@ -51,7 +51,7 @@ class DeepSeekModel:
 
     Raises:
         ConfigError: an unknown version, precision or device.
-        BundleError: no such bundle; the message has the command that makes it.
+        BundleError: there is no such bundle; the message has the command that makes it.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class DeepSeekModel:
             context: a text, or chat messages.
             max_length: tokens of prompt and answer together, as in ``transformers``.
             temperature: None takes the model's own generation config.
-            top_k: likewise.
+            top_k: None takes the model's own generation config.
             **params: any other field of `SamplingParams` but ``max_tokens``.
 
         Raises:

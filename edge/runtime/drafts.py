@@ -1,7 +1,7 @@
 """Drafts for speculative decoding without a second model: what followed these tokens last time.
 
 Answers repeat their prompt (summaries, edits of code) and themselves. `NgramDrafter` finds the last
-place where the newest tokens stood before and proposes what came after them there. The idea is
+place where the newest tokens occurred before and proposes what came after them there. The idea is
 prompt look-up decoding (https://github.com/apoorvumang/prompt-lookup-decoding) and LLMA (arXiv
 2304.04487). The core of the scheduler runs the drafted tokens in one step and draws from the true
 distribution at each place, so a wrong draft costs time and never changes the answer.
@@ -19,15 +19,15 @@ _FIRST_LENGTH = 4
 
 
 class NgramDrafter:
-    """Drafts for one sequence from its own tokens; a `edge.runtime.scheduler.Drafter`.
+    """Drafts for one sequence from its own tokens; an `edge.runtime.scheduler.Drafter`.
 
     The n-grams of the sequence are indexed once each: a token costs one dictionary entry per
     length of n-gram (some 350 bytes for the three lengths), and a proposal one look-up per length
     and one copy per drafted token. Where two places match, the longer n-gram wins, then the later
     place.
 
-    The length of a draft adapts: it doubles when all of a draft was right, and falls to what was
-    right and one more when not. Whether a draft is run at all is the scheduler's choice.
+    The length of a draft adapts: it doubles when all of a draft was right, and otherwise becomes
+    one more than the tokens that were right. The scheduler decides whether a draft is run at all.
 
     Args:
         longest: tokens of the longest n-gram that is looked up.
@@ -35,7 +35,7 @@ class NgramDrafter:
             often.
 
     Raises:
-        ConfigError: not ``1 <= shortest <= longest``.
+        ConfigError: ``1 <= shortest <= longest`` does not hold.
     """
 
     def __init__(self, longest: int = LONGEST_NGRAM, shortest: int = SHORTEST_NGRAM) -> None:
@@ -43,7 +43,7 @@ class NgramDrafter:
             raise ConfigError(
                 f"n-grams of {shortest} to {longest} tokens: give 1 <= shortest <= longest"
             )
-        # Longest first. The place behind the last occurrence of each n-gram that has one.
+        # Longest first: for each n-gram, the place after its last occurrence.
         self._places: dict[int, dict[tuple[int, ...], int]] = {
             n: {} for n in range(longest, shortest - 1, -1)
         }
@@ -51,10 +51,10 @@ class NgramDrafter:
         self._length = _FIRST_LENGTH
 
     def propose(self, ids: Sequence[int], limit: int) -> list[int]:
-        """Up to ``limit`` guesses for what follows ``ids``; none if the end of ``ids`` is new.
+        """Guess up to ``limit`` tokens that follow ``ids``; none if the end of ``ids`` is new.
 
         Args:
-            ids: prompt and answer so far; those of the call before and what came since.
+            ids: prompt and answer so far: the ids of the call before, and those since.
             limit: most tokens to return.
         """
         self._index(ids)
@@ -82,7 +82,7 @@ class NgramDrafter:
             self._length = accepted + 1
 
     def _index(self, ids: Sequence[int]) -> None:
-        """Enter the n-grams that end before the last token: those behind which a token stands."""
+        """Enter the n-grams that end before the last token: those that a token follows."""
         assert len(ids) >= self._indexed, "a drafter follows one sequence, which only grows"
         for end in range(max(self._indexed, 1), len(ids)):
             for n, places in self._places.items():
@@ -92,7 +92,7 @@ class NgramDrafter:
 
 
 def _copy(ids: Sequence[int], place: int, count: int) -> list[int]:
-    """``count`` tokens from ``place`` on; behind the end, text that repeats goes on repeating."""
+    """Copy ``count`` tokens from ``place`` on; past the end, text that repeats goes on."""
     found = list(ids[place : place + count])
     period = len(found)
     while len(found) < count:

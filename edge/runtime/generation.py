@@ -31,11 +31,11 @@ class GenerationStats:
         prompt_tokens: tokens of the prompt, cached ones included.
         cached_tokens: prompt tokens whose cache rows were there already.
         completion_tokens: tokens sampled, the end token included.
-        queue_s: submission to the start of the prefill.
-        ttft_s: submission to first token.
-        total_s: submission to last token.
+        queue_s: from submission to the start of the prefill.
+        ttft_s: from submission to the first token.
+        total_s: from submission to the last token.
         itl_s: gaps between tokens.
-        model_s: part of ``total_s`` spent inside the backend, for whichever sequence.
+        model_s: part of ``total_s`` that the backend worked, for this sequence or others.
         context_left: tokens that the slot had room for when the answer ended: 0 with the finish
             reason ``length`` means that the KV capacity cut it off. None before the end, and for
             an answer that never had a slot.
@@ -70,11 +70,11 @@ class GenerationStats:
 
     @property
     def own_s(self) -> float:
-        """Time outside backend and queue: sampling, bookkeeping, text."""
+        """Time outside the backend and the queue: sampling, bookkeeping, text."""
         return self.total_s - self.queue_s - self.model_s
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """Plain numbers for JSON."""
+        """Return the numbers for JSON."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
@@ -96,7 +96,7 @@ def score(
     ids: Sequence[int],
     on_step: Callable[[int], None] | None = None,
 ) -> NDArray[np.float64]:
-    """Log-probability of every token but the first, given those before it.
+    """Compute the log-probability of every token but the first, given those before it.
 
     Overwrites the first slot of the backend, which nothing else may use meanwhile.
 
@@ -104,7 +104,7 @@ def score(
         backend: the engine.
         embeddings: its token table.
         ids: at least two tokens.
-        on_step: told after each step how many tokens it ran.
+        on_step: called after each step with the number of tokens that it ran.
 
     Returns:
         Natural logarithms, float64 ``[len(ids) - 1]``.

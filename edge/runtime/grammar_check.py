@@ -1,13 +1,13 @@
 """Compiles one untrusted grammar in a process of its own, which the caller can end.
 
 Some small grammars take llguidance minutes and gigabytes whatever its own limits say (a
-``multipleOf`` of a million, many patterns joined by ``allOf``), and a thread in it cannot be
-stopped. This file runs as a script, so it imports nothing of the package. Standard input is JSON:
-``path`` (``sys.path``), ``grammar``, ``control_tokens``, ``cpu_s`` and ``memory_bytes``. Standard
-output is what is wrong with the grammar, empty if nothing is.
+``multipleOf`` of a million, many patterns joined by ``allOf``), and its threads cannot be stopped.
+This file runs as a script, so it imports nothing of the package. Standard input is JSON: ``path``
+(``sys.path``), ``grammar``, ``control_tokens``, ``cpu_s`` and ``memory_bytes``. Standard output is
+what is wrong with the grammar, empty if nothing is.
 
 The compiler's work does not depend on the vocabulary, so single bytes and the control tokens, whose
-names a grammar may use, stand for it.
+names a grammar may use, replace it here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Bytes:
 
 
 def main() -> None:
-    """Check what standard input describes."""
+    """Check the grammar that standard input describes."""
     task = json.load(sys.stdin)
     sys.path[:] = task["path"]
     os.nice(10)  # the engine decodes for others meanwhile

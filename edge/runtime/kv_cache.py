@@ -1,7 +1,8 @@
-"""The books of the cache: which tokens the rows of each slot hold, and who may use them.
+"""Keeps the books of the cache: which tokens the rows of each slot hold, and who may use them.
 
-No device, no arrays. A sequence takes a slot and gives it back; its rows stay there as a prefix
-that a later sequence may begin with, until another needs the slot (least recently used first).
+There are no arrays and no device here. A sequence takes a slot and gives it back; its rows stay
+there as a prefix that a later sequence may begin with, until another sequence needs the slot (least
+recently used first).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Slot:
         ids: the token of each valid row, in row order.
         salt: sequences of another salt never see these rows.
         in_use: whether a running sequence owns the slot.
-        shareable: whether the rows are those of a sequence that began at row 0; not after a slide.
+        shareable: whether row 0 still holds the sequence's first token; false after a slide.
         used_at: when a sequence gave it back, on the pool's own clock.
     """
 
@@ -37,12 +38,12 @@ class Slot:
 
     @property
     def length(self) -> int:
-        """Valid rows; the position of the next token."""
+        """Number of valid rows, which is the position of the next token."""
         return len(self.ids)
 
     @property
     def remaining(self) -> int:
-        """Rows still free."""
+        """Number of free rows."""
         return self.capacity - len(self.ids)
 
     def extend(self, ids: Sequence[int]) -> None:
@@ -56,12 +57,12 @@ class Slot:
         self.ids.extend(ids)
 
     def reset(self) -> None:
-        """Forget everything; after a failed step the rows cannot be trusted."""
+        """Forget all rows; after a failed step they cannot be trusted."""
         self.ids = []
         self.shareable = True
 
     def shared_with(self, ids: list[int], salt: str) -> int:
-        """Rows that a sequence beginning with ``ids`` could use."""
+        """Count the rows that a sequence beginning with ``ids`` could use."""
         if not self.shareable or self.salt != salt:
             return 0
         return common_prefix(self.ids, ids)
@@ -74,7 +75,7 @@ class Placement(NamedTuple):
         slot: its slot, not yet taken.
         cached: rows that it need not compute; fewer than the prompt's tokens.
         source: the slot to copy those rows from; None where they are in ``slot`` already.
-        swap: the old rows of ``slot`` go to ``source`` in exchange.
+        swap: whether the old rows of ``slot`` go to ``source`` in exchange.
     """
 
     slot: Slot
@@ -87,8 +88,8 @@ class SlotPool:
     """The slots of a backend.
 
     Args:
-        num_slots: how many there are.
-        capacity: rows of each.
+        num_slots: how many slots there are.
+        capacity: rows of each slot.
     """
 
     def __init__(self, num_slots: int, capacity: int) -> None:
@@ -113,9 +114,9 @@ class SlotPool:
     def place(self, ids: list[int], salt: str) -> Placement | None:
         """Choose a slot for a prompt, and the rows that it shares with any slot.
 
-        A slot whose rows are mostly a prefix of the prompt is continued in place, unless it lies
-        apart from the slots that are computing: a step over neighbours reads the weights once, so
-        then the rows move (copying 1,000 tokens takes as long as computing a few). Otherwise an
+        A slot whose rows are mostly a prefix of the prompt is continued in place, unless no slot
+        beside it is computing: a step over neighbours reads the weights once, so then the rows are
+        moved (copying 1,000 tokens takes as long as computing a few). Otherwise an
         empty slot is taken before the least recently used one.
 
         Args:
@@ -150,7 +151,7 @@ class SlotPool:
         return Placement(target, best, source, swap)
 
     def take(self, slot: Slot, ids: list[int], salt: str) -> None:
-        """Give a slot to a sequence; ``ids`` are the rows that it keeps or was given."""
+        """Give a slot to a sequence; ``ids`` are the tokens of the rows that it starts with."""
         slot.ids, slot.salt = list(ids), salt
         slot.in_use = slot.shareable = True
 
@@ -169,7 +170,7 @@ class SlotPool:
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix, compared in C."""
+    """Return the length of the longest common prefix; slices are compared in C."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

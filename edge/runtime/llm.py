@@ -55,8 +55,8 @@ class LLM:
     """An open bundle. Use it as a context manager; any thread may call it.
 
     Many answers are computed at once, batched over the slots of the cache
-    (`edge.runtime.scheduler`); what finds no slot waits in a queue. Sampling depends on nothing but
-    the request, and a draft is taken only where it is what would have been sampled. Engines,
+    (`edge.runtime.scheduler`); a request that finds no slot waits in a queue. Sampling depends only
+    on the request, and a draft is taken only where it is what would have been sampled. Engines,
     however, may compute a token's logits differently with other tokens in the step (batch, chunk,
     drafts): in the last bits with float activations, visibly with ``int8_activations`` on the CPU,
     where the text of two runs can part (docs/serving-core.md has figures).
@@ -79,7 +79,9 @@ class LLM:
     Raises:
         IntegrityError: a file of the bundle is damaged; nothing of it was parsed.
         ConfigError: an unknown option, or a value that `EngineConfig` or the engine refuses.
-        BundleError, DependencyError, BackendError: see there.
+        BundleError: the bundle is missing, incomplete, or has no engine that runs here.
+        DependencyError: a library that the backend needs is missing or too old.
+        BackendError: the engine cannot be opened.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class LLM:
                 f"prefix_dir {config.prefix_dir} is no directory; edge-llm cache build makes it"
             )
         self.manifest = manifests.read_manifest(self.bundle)
-        # All that is listed and all that is read: what is not listed is refused, too.
+        # Every file that is listed, and every file that is read: an unlisted one is refused.
         graphs = self.manifest.graphs
         read = ["tokenizer.json", EMBEDDINGS_NAME, graphs.cpu]
         if config.backend != "ort-cpu":
@@ -108,7 +110,7 @@ class LLM:
             self.template.source, self.tokenizer.control_tokens
         )
         self.backend: Backend = open_backend(self.bundle, self.manifest, config)
-        # Last, since nothing that fails after it would close its file.
+        # Opened last: if a later step failed, nothing would close its file.
         self.embeddings = EmbeddingTable(self.bundle / EMBEDDINGS_NAME)
         try:
             self.scheduler = Scheduler(
@@ -205,7 +207,7 @@ class LLM:
 
         Args:
             prompt: plain text, token ids or messages.
-            params: sampling; what is open comes from the bundle. Sample ``i`` has the seed plus i.
+            params: sampling; what is None comes from the bundle. Sample ``i`` has the seed plus i.
             n: how many samples.
             priority: lower runs first.
             deadline_s: seconds after which an answer ends with `DeadlineError`.
@@ -257,15 +259,15 @@ class LLM:
     ) -> Generator[GenerationChunk, None, None]:
         """Generate text piece by piece; closing the stream ends the generation.
 
-        The generation starts when the first piece is asked for.
+        Generation starts when the first piece is asked for.
 
         Args:
             prompt: see `submit`.
             params: see `submit`.
-            **options: further arguments of `submit`, but for ``n``.
+            **options: further arguments of `submit`, except ``n``.
 
         Raises:
-            As `submit`, and as iteration over a `Generation`.
+            What `submit` and iteration over a `Generation` raise.
         """
         if "n" in options:
             raise RequestError("a stream is one answer; submit gives n of them")
@@ -299,7 +301,7 @@ class LLM:
                 tokens, the end token left out. The sum favours short answers.
 
         Raises:
-            As `stream`.
+            What `stream` raises.
         """
         if not 1 <= n <= best_of:
             raise RequestError(f"best_of ({best_of}) must be at least n ({n}), and n at least 1")
@@ -330,13 +332,15 @@ class LLM:
     def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """Compute the log-probability of every token but the first; see `generation.score`.
 
-        The result is float64, one value shorter than ``ids``.
+        The call waits until no answer is being computed.
 
-        It waits until no answer is being computed.
+        Returns:
+            Natural logarithms, float64 ``[len(ids) - 1]``.
 
         Raises:
+            RequestError: fewer than two tokens, or an id outside the token table.
+            ContextLengthError: more tokens than the cache holds.
             BackendError: the engine failed, or its logits are not finite.
-            RequestError, ContextLengthError: see there.
         """
         return self.call(
             lambda: score(self.backend, self.embeddings, list(ids), self.scheduler.report_step)
@@ -345,7 +349,7 @@ class LLM:
     def call(self, work: Callable[[], _Result]) -> _Result:
         """Run ``work`` while no answer is being computed, and return what it returns.
 
-        Only there may `backend` be used directly. Cached prefixes are forgotten.
+        Only ``work`` may use `backend` directly. Cached prefixes are forgotten.
         """
         return self.scheduler.call(work)
 

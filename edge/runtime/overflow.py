@@ -1,9 +1,9 @@
-"""A sequence that is longer than its slot: drop old rows, move the others up.
+"""Lets a sequence outgrow its slot: old rows are dropped, the others move up.
 
 The first tokens stay, since attention leans on them whatever they say (attention sinks, arXiv
-2309.17453), and so do the newest. The rows in between go. The rows that stay are not computed
-again: their keys are turned to their new positions. So they keep what they took from tokens that
-are gone, and a slide costs a copy instead of a prefill.
+2309.17453), and so do the newest. The rows in between are dropped. The rows that stay are not
+computed again: their keys are rotated to their new positions. So they keep what they took from
+tokens that are gone, and a slide costs a copy instead of a prefill.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ NUM_SINKS = 4
 
 
 class SlidingWindow:
-    """Keeps the first tokens and the newest ones; a `edge.runtime.scheduler.Overflow`.
+    """Keeps the first tokens and the newest ones; an `edge.runtime.scheduler.Overflow`.
 
-    Each slide drops half of the rows behind the sinks, so that the next one is far off.
+    Each slide drops half of the rows after the sinks, so that the next slide is far off.
 
     Args:
-        model: of the bundle; its RoPE and head size.
+        model: the bundle's model; its RoPE and head size are used.
         num_sinks: first tokens that always stay.
 
     Raises:
-        ConfigError: no sink at all, which makes a model lose its way at once.
+        ConfigError: there is no sink; without one a model loses its way at once.
     """
 
     def __init__(self, model: ModelSpec, num_sinks: int = NUM_SINKS) -> None:

@@ -1,8 +1,8 @@
-"""Prompt beginnings whose cache rows are kept on disk, by name: system prompts, documents.
+"""Keeps the cache rows of prompt beginnings on disk, by name: system prompts, documents.
 
 A file holds the rows that `Backend.read_slot` gave, what they belong to and a hash of each part. It
-is used only for the same bundle, engine, float type and tokens. Whatever is damaged, cut off or of
-another origin is left alone with one line in the log, and the prompt is computed as usual.
+is used only for the same bundle, engine, float type and tokens. A file that is damaged, cut off or
+of another origin is left alone with one line in the log, and the prompt is computed as usual.
 
 The layout of a file: `_MAGIC`, the header's length (8 bytes, little-endian), the header (JSON), its
 SHA-256 (32 bytes), the rows in C order.
@@ -42,7 +42,7 @@ DEFAULT_MAX_BYTES = 4 << 30
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What rows are: those of another engine or type are of no use.
+    """Origin and shape of stored rows: rows of another engine or type cannot be used.
 
     Attributes:
         engine: the backend's name.
@@ -61,7 +61,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, backend: Backend) -> Layout:
-        """That of a backend; nothing else may use it meanwhile."""
+        """Read the layout of a backend's rows; nothing else may use the backend meanwhile."""
         rows = backend.read_slot(0, 1)
         planes, kv_heads, _, head_dim = rows.shape
         dtype: Literal["float16", "float32"] = "float32"
@@ -75,7 +75,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def shape(self, length: int) -> tuple[int, int, int, int]:
-        """Of ``length`` rows."""
+        """The shape of ``length`` rows."""
         return self.planes, self.kv_heads, length, self.head_dim
 
 
@@ -91,10 +91,10 @@ class PrefixInfo:
     """One file of the store.
 
     Attributes:
-        name: of the prefix.
-        num_tokens: that it covers; 0 if it cannot be read.
-        num_bytes: of the file.
-        problem: why it is not used; None if it is.
+        name: the prefix's name.
+        num_tokens: tokens that it covers; 0 if it cannot be read.
+        num_bytes: size of the file.
+        problem: why the file is not used; None if it is used.
     """
 
     name: str
@@ -107,10 +107,10 @@ class PrefixStore:
     """The stored prefixes of one bundle; an `edge.runtime.scheduler.PrefixSource`.
 
     Args:
-        directory: of all bundles' prefixes; made when the first is saved.
-        manifest: of the bundle.
-        layout: of the backend's rows; None to look at the files only.
-        max_bytes: of this bundle's prefixes together.
+        directory: where all bundles' prefixes are; made when the first is saved.
+        manifest: the bundle's manifest.
+        layout: layout of the backend's rows; None only looks at the files.
+        max_bytes: bytes that this bundle's prefixes may take together.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class PrefixStore:
                 self._entries[path.stem] = header.ids, path
 
     def lookup(self, ids: Sequence[int], salt: str) -> StoredPrefix | None:
-        """The longest stored prefix that ``ids`` begin with.
+        """Find the longest stored prefix that ``ids`` begin with.
 
-        Whoever runs the engine made the prefixes, so they are open to every salt: how long an
-        answer takes tells a tenant only whether its own prompt begins with one of them.
+        Whoever runs the engine made the prefixes, so every salt may use them: the time of an
+        answer tells a tenant only whether its own prompt begins with one of them.
         """
         best: tuple[list[int], Path] | None = None
         for stored, path in self._entries.values():
@@ -153,13 +153,13 @@ class PrefixStore:
         """Write a prefix; the old one of this name stays until the new one is whole on disk.
 
         Args:
-            name: letters, digits, ``-`` and ``_``, at most 64.
-            ids: its tokens.
-            rows: theirs, as `Backend.read_slot` gave them.
+            name: 1 to 64 letters, digits, ``-`` and ``_``.
+            ids: the prefix's tokens.
+            rows: the cache rows of these tokens, as `Backend.read_slot` gave them.
 
         Raises:
-            ConfigError: a name that is none, or another process writes the same prefix.
-            ResourceError: no room on the disk, or in what the store may take.
+            ConfigError: the name has other characters, or another process writes the same prefix.
+            ResourceError: the disk is full, or the store would exceed ``max_bytes``.
         """
         _check_name(name)
         layout = self._layout
@@ -188,7 +188,7 @@ class PrefixStore:
         return path
 
     def list(self) -> list[PrefixInfo]:
-        """Every file of this bundle, also those that are not used."""
+        """List every file of this bundle, also those that are not used."""
         found = []
         for path in self._files():
             size = path.stat().st_size
@@ -269,28 +269,28 @@ class _UnusableError(Exception):
 
 
 def bundle_key(manifest: Manifest) -> str:
-    """SHA-256 over the dialect and all files' hashes: what the rows of a prompt depend on.
+    """Compute the SHA-256 of the dialect and all files' hashes: what a prompt's rows depend on.
 
-    Not the manifest's own hash, which a quality report changes.
+    The manifest's own hash would not do: a quality report changes it.
     """
     parts = [manifest.dialect, *(f"{n} {f.sha256}" for n, f in sorted(manifest.files.items()))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def default_directory() -> Path:
-    """``$XDG_CACHE_HOME/edge-llm/prefixes``; the XDG base directory specification."""
+    """Return ``$XDG_CACHE_HOME/edge-llm/prefixes``, by the XDG base directory specification."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if root else Path.home() / ".cache") / "edge-llm" / "prefixes"
 
 
 def stable_prefix(encode: Callable[[str], list[int]]) -> list[int]:
-    """The tokens that a prompt begins with whatever its variable part says.
+    """Find the tokens that a prompt begins with, whatever its variable part says.
 
     The last tokens before that part may merge with it, so two parts that have nothing in common are
     tried, and what both prompts share is taken.
 
     Args:
-        encode: the variable part to the tokens of the whole prompt.
+        encode: turns a variable part into the tokens of the whole prompt.
     """
     return (first := encode("1"))[: common_prefix(first, encode(" x"))]
 
@@ -300,7 +300,7 @@ def compute_rows(backend: Backend, embeddings: EmbeddingTable, ids: Sequence[int
 
     Raises:
         RequestError: no tokens, or an id outside the table.
-        ContextLengthError: more tokens than the cache holds beside one for the answer.
+        ContextLengthError: the tokens leave no row of the cache for the answer.
         BackendError: the engine failed.
     """
     if not ids:
@@ -320,7 +320,7 @@ def compute_rows(backend: Backend, embeddings: EmbeddingTable, ids: Sequence[int
 def _check_name(name: str) -> None:
     if not _NAME.match(name):
         raise ConfigError(
-            f"{name!r:.80} is no name for a prefix; use 1 to 64 letters, digits, '-' and '_'"
+            f"{name!r:.80} cannot be a prefix's name; use 1 to 64 letters, digits, '-' and '_'"
         )
 
 
@@ -348,12 +348,12 @@ def _replace_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def _lock(file: BinaryIO, temp: Path, path: Path) -> None:
-    """Hold the file; the kernel lets go of it however the process ends."""
+    """Lock the file; the kernel unlocks it however the process ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever held it before may have made it the real one between our open and our lock.
+        # Between our open and our lock the last holder may have renamed it to the real file.
         if os.path.samestat(os.fstat(file.fileno()), temp.lstat()):
             return
     except (BlockingIOError, FileNotFoundError):
-        pass  # told below
+        pass  # raised below
     raise ConfigError(f"another process is writing {path}; wait until it ends")

@@ -1,4 +1,4 @@
-"""From one row of logits to one token.
+"""Chooses one token from one row of logits.
 
 The distribution is defined by `final_probabilities`, a plain full sort, and `Sampler` draws from
 exactly that distribution without sorting. In order:
@@ -118,7 +118,7 @@ KNOBS = {
 """The sampling knobs, by name.
 
 The checks of `SamplingParams`, the options of the verbs, the ranges of the HTTP API, the histograms
-of the metrics and the grid of the drift are made from this table.
+of the metrics and the bins in which drift is measured are made from this table.
 """
 
 _DEFAULTED = tuple(name for name in KNOBS if name in SamplingDefaults.__struct_fields__)
@@ -139,7 +139,7 @@ class SamplingParams:
 
     Attributes:
         temperature: divides the logits, 0..10; 0 (or less than 1e-5) takes the most probable token,
-            of equal ones that with the lowest id.
+            and of equal ones the one with the lowest id.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the most probable tokens that together hold this share of the mass, 0..1.
         min_p: keep tokens at least this probable relative to the best one, 0..1.
@@ -291,7 +291,7 @@ def scale(logits: Logits, temperature: float, out: Logits | None = None) -> Logi
 
 
 def keep_top_k(logits: Logits, k: int) -> Mask:
-    """Which tokens are the ``k`` greatest; of equal ones, those with the lower ids.
+    """Mark the ``k`` greatest logits; of equal ones, those with the lower ids.
 
     Args:
         logits: ``[vocab]``; -inf marks a token that was dropped before.
@@ -304,7 +304,7 @@ def keep_top_k(logits: Logits, k: int) -> Mask:
 
 
 def keep_top_p(logits: Logits, top_p: float) -> Mask:
-    """Which tokens form the nucleus: each has less than ``top_p`` of the mass before it.
+    """Mark the tokens of the nucleus: each has less than ``top_p`` of the mass before it.
 
     The smallest set of the most probable tokens with a mass of at least ``top_p`` (nucleus
     sampling, arXiv 1904.09751, section 3.1), and never empty.
@@ -324,7 +324,7 @@ def keep_top_p(logits: Logits, top_p: float) -> Mask:
 
 
 def keep_min_p(logits: Logits, min_p: float) -> Mask:
-    """Which tokens are at least ``min_p`` times as probable as the best one (arXiv 2407.01082).
+    """Mark the tokens at least ``min_p`` times as probable as the best one (arXiv 2407.01082).
 
     Args:
         logits: ``[vocab]``.
@@ -342,7 +342,7 @@ def final_probabilities(
     generated_ids: Sequence[int] | Ids = (),
     mask: Logits | None = None,
 ) -> NDArray[np.float64]:
-    """The distribution that a token is drawn from: the definition of what `Sampler` does.
+    """Compute the distribution that a token is drawn from: the definition of what `Sampler` does.
 
     Args:
         logits: float32 ``[vocab]``, left as they are.
@@ -476,7 +476,7 @@ class Sampler:
         self._seen.add(token_id)
 
     def _adjust(self, logits: Logits, mask: Logits | None) -> Logits:
-        """Penalties, bias and mask; the row itself where there are none."""
+        """Apply penalties, bias and mask; returns the row itself where there are none."""
         if not self._adjusts and mask is None:
             return logits
         adjusted = self._adjusted
@@ -513,7 +513,7 @@ class Sampler:
         floor = _log(knobs.min_p)
         sums = _running_sums(weights)
         total = float(sums[-1])
-        # So heavy a token is in the nucleus wherever it ranks.
+        # A token heavier than this is in the nucleus wherever it ranks.
         heavy = (1.0 - knobs.top_p + 3 * _ROUNDING) * total
         for uniform in uniforms[:-1]:
             place = _pick(weights, sums, uniform)
@@ -585,7 +585,7 @@ def _ranking(logits: Logits) -> Ids:
 
 
 def _top_ids(logits: Logits, k: int) -> Ids:
-    """The tokens of `keep_top_k` in ascending order, less those that are -inf; no full sort."""
+    """The tokens of `keep_top_k` in ascending order, without those that are -inf; no full sort."""
     # At least k logits are not below the k-th greatest of the groups' maxima, and few more. A
     # group is a column, because maxima across rows are what SIMD does best.
     group = min(_GROUP, logits.size // (4 * k))
@@ -632,7 +632,7 @@ def _first_above(sums: NDArray[np.float64], target: float) -> int:
 
 
 def _mark_before(x: Logits, place: int, out: Mask) -> None:
-    """Which tokens rank before that at ``place``."""
+    """Mark the tokens that rank before the one at ``place``."""
     value = x[place]
     np.greater_equal(x[:place], value, out=out[:place])
     np.greater(x[place:], value, out=out[place:])

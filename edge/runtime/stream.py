@@ -1,4 +1,4 @@
-"""From sampled tokens to text: `OutputStream` is the engine's end, `Generation` the reader's."""
+"""Turns sampled tokens into text: `OutputStream` is the engine's end, `Generation` the reader's."""
 
 from __future__ import annotations
 
@@ -53,14 +53,15 @@ class GenerationResult:
 class OutputStream:
     """Turns the tokens of one sequence into chunks and queues them for one reader.
 
-    A `edge.runtime.scheduler.Sink`: the engine's thread writes and never waits for the reader, who
-    may be a thread (`get`) or a task of any asyncio loop (`get_async`). Tokens become whole
+    An `edge.runtime.scheduler.Sink`: the engine's thread writes and never waits for the reader,
+    which may be a thread (`get`) or a task of any asyncio loop (`get_async`). Tokens become whole
     characters first; then stop strings are looked for; then reasoning and answer are told apart.
 
     Args:
-        detokenizer: of this sequence; None gives tokens without text.
+        detokenizer: turns the tokens of this sequence into text; None gives tokens without text.
         stop: strings that end the answer and are no part of it.
-        splitter: of this sequence; None takes all text as the answer.
+        splitter: tells this sequence's reasoning from its answer; None takes all text as the
+            answer.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class OutputStream:
         try:
             loop.call_soon_threadsafe(_wake, future)
         except RuntimeError:
-            # The reader's loop was closed under it: nobody will read on.
+            # The loop was closed while its reader waited: nobody will read on.
             if not loop.is_closed():
                 raise
 
@@ -177,11 +178,11 @@ def _wake(future: asyncio.Future[None]) -> None:
 class Generation:
     """One sequence that runs or waits. Iterate over it once, from a thread or from asyncio.
 
-    One that is dropped before its end is cancelled. It keeps the engine's thread alive.
+    A generation that is dropped before its end is cancelled. It keeps the engine's thread alive.
 
     Attributes:
         prompt_ids: token ids of the prompt.
-        index: which of the ``n`` samples of its submission this is.
+        index: which of the ``n`` samples of its submission this is, from 0.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class Generation:
 
     @property
     def seed(self) -> int:
-        """Seed of its random numbers, also where the parameters left it open."""
+        """Seed of the random numbers; a fresh one where the parameters have none."""
         return self._sequence.sampler.seed
 
     def cancel(self) -> None:
@@ -207,24 +208,24 @@ class Generation:
         """Wait for each chunk in turn.
 
         Raises:
-            DeadlineError: it took longer than it may.
+            DeadlineError: the deadline passed.
             BackendError: the engine failed.
-            RequestError: it was ended since too many chunks waited to be read.
+            RequestError: the sequence was ended because too many chunks waited to be read.
         """
         while not self._ended:
             yield self._take(self._stream.get())
 
     async def __aiter__(self) -> AsyncIterator[GenerationChunk]:
-        """Like iteration, from any running loop."""
+        """Wait for each chunk in turn, in any running loop; raises what `__iter__` raises."""
         while not self._ended:
             yield self._take(await self._stream.get_async())
 
     def result(self) -> GenerationResult:
-        """Wait for the end and give what has not been iterated over as one answer.
+        """Wait for the end and return what has not been iterated over as one answer.
 
         Raises:
-            RequestError: it was iterated over to its end.
-            As iteration.
+            RequestError: the generation was iterated over to its end.
+            What iteration raises.
         """
         return join_chunks(self)
 
@@ -236,7 +237,7 @@ class Generation:
         return item
 
     def __del__(self) -> None:
-        # Not there if the constructor failed.
+        # The attribute is missing if the constructor failed.
         if not self.__dict__.get("_ended", True):
             self.cancel()
 
@@ -244,10 +245,10 @@ class Generation:
 def submit(
     scheduler: Scheduler, requests: Sequence[Request], streams: Sequence[OutputStream]
 ) -> list[Generation]:
-    """Queue requests that belong together, all of them or none, and return their readers' ends.
+    """Queue requests that belong together, all of them or none, and return their generations.
 
     Raises:
-        As `Scheduler.submit`.
+        What `Scheduler.submit` raises.
     """
     pairs = zip(scheduler.submit(requests, streams), streams, strict=True)
     return [
@@ -257,7 +258,7 @@ def submit(
 
 
 def join_chunks(chunks: Generation | Iterator[GenerationChunk]) -> GenerationResult:
-    """One answer of all its pieces.
+    """Join the pieces of one answer.
 
     Raises:
         RequestError: the last piece is not among them.

@@ -1,8 +1,8 @@
-"""Output that keeps to a form: JSON, a JSON schema, a regular expression or a grammar.
+"""Keeps an answer to a form: JSON, a JSON schema, a regular expression or a grammar.
 
 The form is compiled by llguidance (https://github.com/guidance-ai/llguidance) into an automaton
-over the model's tokens. Before each token it says which ones may come; the sampler draws among
-those. So the text of a finished answer always has the form, whatever the model.
+over the model's tokens. Before each token the automaton says which tokens may come; the sampler
+draws among those. So the text of a finished answer always has the form, whatever the model.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class OutputFormat:
         kind: ``json_object`` (any object), ``json_schema`` (draft 2020-12; properties come in the
             schema's order), ``regex`` (of the whole answer, in the syntax of Rust's regex crate),
             ``grammar`` (Lark, with llguidance's extensions) or ``tool_calls`` (any text, in which
-            what stands between two marks keeps to a schema).
+            what is between two marks keeps to a schema).
         source: the schema (plain data or JSON text, kept as text), the expression or the grammar;
             of ``tool_calls`` an object with ``start`` and ``end``, the marks, and ``schema``; None
             for ``json_object``.
 
     Raises:
-        RequestError: an unknown kind, or a source that does not belong to it.
+        RequestError: an unknown kind, or a source of the wrong type for it.
     """
 
     kind: OutputKind
@@ -100,13 +100,13 @@ class OutputFormat:
 
 @dataclass(frozen=True)
 class GrammarLimits:
-    """What a form may cost; it comes from clients.
+    """What a form may cost, since forms come from clients.
 
     Attributes:
-        max_bytes: of its source.
+        max_bytes: size of its source.
         max_depth: nested brackets of a JSON schema.
         max_properties: entries of all ``properties`` of a JSON schema together.
-        compile_s: CPU seconds of the compiler.
+        compile_s: CPU seconds that the compiler may take.
     """
 
     max_bytes: int = 1 << 16
@@ -121,9 +121,9 @@ class GrammarCompiler:
     The automaton of the vocabulary is built at the first use (some 0.2 s per 50,000 tokens).
 
     Args:
-        tokenizer: the bundle's.
+        tokenizer: the bundle's tokenizer.
         vocab_size: length of a row of logits; ids beyond the tokenizer are never allowed.
-        limits: see there.
+        limits: what a form may cost; None is `GrammarLimits` with its defaults.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class GrammarCompiler:
     def compile(self, output: OutputFormat) -> GrammarConstraint:
         """Make the constraint of one sequence.
 
-        A form that was compiled before (the last 32 are kept) takes microseconds; a new one is
-        tried in a process of its own first, which takes some 0.1 s and can be ended.
+        A form that was compiled before (the last 32 are kept) takes microseconds; a new form is
+        compiled in a process of its own first, which takes some 0.1 s and can be ended.
 
         Raises:
             RequestError: the form is malformed, uses what is not supported, or passes a limit.
@@ -213,12 +213,12 @@ class GrammarCompiler:
 
 
 class GrammarConstraint:
-    """Keeps one sequence to a grammar; a `edge.runtime.scheduler.Constraint`.
+    """Keeps one sequence to a grammar; an `edge.runtime.scheduler.Constraint`.
 
-    An end token is allowed only where the text may end, and nothing else where it must.
+    An end token is allowed only where the text may end, and nothing else where it must end.
 
     Args:
-        matcher: an llguidance ``LLMatcher`` of its own.
+        matcher: an llguidance ``LLMatcher`` that nothing else uses.
         vocab_size: length of the mask.
         noun: what the form is called in errors.
     """
@@ -232,7 +232,9 @@ class GrammarConstraint:
         self._mask: NDArray[np.float32] = self._rows.reshape(-1)[:vocab_size]
 
     def mask(self) -> NDArray[np.float32]:
-        """Add this to the next logits: float32 ``[vocab]`` of 0 and -inf, good until the next call.
+        """Return what to add to the next logits: float32 ``[vocab]`` of 0 and -inf.
+
+        The array is valid until the next call.
 
         Raises:
             RequestError: the automaton passed llguidance's limits on the work per token.
@@ -266,7 +268,7 @@ class GrammarConstraint:
 
 
 def _masks_of_bytes() -> NDArray[np.float32]:
-    """Of every byte of a bit mask, lowest bit first, what to add to its eight logits."""
+    """For every byte of a bit mask, lowest bit first: what to add to its eight logits."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return np.where(bits == 1, 0.0, -np.inf).astype(np.float32)
 
@@ -290,7 +292,7 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         # Ids beyond the tokenizer have no bytes and are never allowed.
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
-        # No rule lets these in but one that names them.
+        # Only a rule that names one of these lets it in.
         special = {*tokenizer.control_tokens.values(), *tokenizer.tokens.eos}
         self.special_token_ids = sorted(special)
         self.eos_token_id = tokenizer.tokens.eos[0]
@@ -311,7 +313,7 @@ def _build_vocabulary(library: Any, tokenizer: Tokenizer, vocab_size: int) -> An
 def _to_grammar(
     library: Any, output: OutputFormat, limits: GrammarLimits, control_tokens: Mapping[str, int]
 ) -> str:
-    """What `LLMatcher` takes, after the checks that need no compiler."""
+    """Write the grammar for `LLMatcher`, after the checks that need no compiler."""
     text = output.text
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > limits.max_bytes:
@@ -353,7 +355,10 @@ def _read_calls(source: str) -> _Calls:
 
 
 def _calls_grammar(calls: _Calls, control_tokens: Mapping[str, int]) -> str:
-    """Text, and calls in it; in Lark a control token has no quotes, and no text matches it."""
+    """Write the grammar of text with calls in it.
+
+    In Lark a control token has no quotes, and no text matches it.
+    """
     end = calls.end if calls.end in control_tokens else f'"{calls.end}"'
     if calls.start in control_tokens:
         rules = f"start: text (call text)*\ntext: TEXT |\nbegin: {calls.start}\n"
@@ -415,13 +420,13 @@ def _refuse(kind: OutputKind, why: str) -> NoReturn:
 def _refuse_cost(kind: OutputKind, limits: GrammarLimits) -> NoReturn:
     raise RequestError(
         f"the {_NOUNS[kind]} takes more than {limits.compile_s} s or "
-        f"{_CHECK_MEMORY_BYTES >> 20} MiB to compile; simplify it: the dearest things are patterns "
-        "that are joined (allOf, &), large multipleOf and large counts of repetition"
+        f"{_CHECK_MEMORY_BYTES >> 20} MiB to compile; simplify it: what costs most are patterns "
+        "that are joined (allOf, &), a large multipleOf and large counts of repetition"
     )
 
 
 def _first_line(error: str) -> str:
-    """The reason without the pictures of the source that llguidance puts around it."""
+    """The reason, without the excerpts of the source that llguidance prints around it."""
     lines = [line.strip() for line in error.splitlines() if line.strip()] or ["unknown error"]
     reason = next((line for line in lines if line.startswith("error: ")), None)
     return (reason.removeprefix("error: ") if reason else lines[0])[:300]

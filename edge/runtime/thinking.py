@@ -1,8 +1,9 @@
-"""Reasoning models under control: reasoning of bounded length, and a form for what follows it.
+"""Bounds the length of a model's reasoning, and gives the answer after it a form.
 
 R1 and its distills reason between ``<think>`` and ``</think>`` before they answer. A grammar must
-leave that text alone, and a caller may want it to end in time. After so many tokens the closing tag
-is forced, and the model answers from what it has (budget forcing, arXiv 2501.19393).
+leave that text alone, and a caller may want it to end in time. Once the budget of tokens is used
+up, the closing tag is forced, and the model answers from what it has (budget forcing, arXiv
+2501.19393).
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ if TYPE_CHECKING:
 
     from .scheduler import Constraint
 
-# What R1 writes behind the tag; the answer's text begins after it.
+# What R1 writes after the tag; the answer's text begins after it.
 _AFTER_TAG = "\n\n"
 _BEGIN, _END = THINK_START.encode(), THINK_END.encode()
 _START, _REASONING, _FORCING, _ANSWER = range(4)
 
 
 class ThinkingBudget:
-    """Lets the reasoning run for so many tokens, then the answer under another constraint.
+    """Lets the reasoning run for ``budget`` tokens, then the answer under another constraint.
 
-    A `edge.runtime.scheduler.Constraint` for one sequence. The tags may be one token or several.
+    An `edge.runtime.scheduler.Constraint` for one sequence. The tags may be one token or several.
     When the reasoning ends, by the model or by the budget, and an answer's constraint follows, the
-    blank line behind the tag is written too, so that the constraint meets the answer's first
-    character.
+    blank line after the tag is written too, so that the constraint sees the answer's first
+    character first.
 
     With an answer's constraint, no end token is allowed inside the reasoning. Where the prompt has
     not opened the reasoning, the model may open it with ``<think>`` or answer at once.
 
     Args:
-        tokenizer: the bundle's.
+        tokenizer: the bundle's tokenizer.
         vocab_size: length of a row of logits.
         opened: whether the prompt ends inside the reasoning.
-        budget: tokens of reasoning, 0 or more; None has no bound.
-        answer: holds from the first token of the answer on; None leaves it free.
+        budget: tokens of reasoning, 0 or more; None sets no bound.
+        answer: constraint from the first token of the answer on; None leaves it free.
 
     Raises:
         RequestError: a negative budget.
@@ -75,7 +76,7 @@ class ThinkingBudget:
             self._reason()
 
     def mask(self) -> NDArray[np.float32] | None:
-        """What to add to the next logits, see `edge.runtime.scheduler.Constraint`."""
+        """Return what to add to the next logits, see `edge.runtime.scheduler.Constraint`."""
         if self._state == _FORCING:
             return self._allow_only(self._forced[0])
         if self._state == _REASONING:
@@ -120,9 +121,9 @@ class ThinkingBudget:
 
     def _accept_reasoning(self, token_id: int) -> None:
         self._tail += self._tokenizer.token_bytes(token_id)
-        _, found, behind = self._tail.partition(_END)
+        _, found, rest = self._tail.partition(_END)
         if found:
-            self._close(behind)
+            self._close(rest)
             return
         self._tail = self._tail[-len(_END) :]
         if self._left is not None:
@@ -146,12 +147,12 @@ class ThinkingBudget:
         if self._left == 0:
             self._force_close()
 
-    def _close(self, behind: bytes) -> None:
-        """The model closed its reasoning; ``behind`` is what its last token has behind the tag."""
+    def _close(self, rest: bytes) -> None:
+        """Begin the answer; ``rest`` is what the model's last token has after the closing tag."""
         self._state = _ANSWER
         if self._answer is None:
             return
-        text = behind.decode("utf-8", "replace")
+        text = rest.decode("utf-8", "replace")
         if text.strip("\n"):
             for token_id in self._tokenizer.encode(text.lstrip("\n")):
                 self._answer.accept(token_id)
@@ -159,7 +160,7 @@ class ThinkingBudget:
             self._force(self._tokenizer.encode(_AFTER_TAG[len(text) :]), _ANSWER)
 
     def _force_close(self) -> None:
-        """Write the tag; one of several tokens that the model has begun is finished."""
+        """Write the closing tag; one of several tokens that the model has begun is finished."""
         closing = self._tokenizer.encode(THINK_END, control=True)
         if len(closing) > 1:
             begun = next(n for n in range(len(_END) - 1, -1, -1) if self._tail.endswith(_END[:n]))

@@ -1,8 +1,8 @@
 """Turns chat messages into token ids, and a model's text into reasoning and answer.
 
-What a client writes is data. `encode_chat` renders the model's chat template in such a way that
-only control tokens written by the *template* become control tokens; the same characters in a
-message stay plain text, whoever sent them.
+What a client writes is data. `encode_chat` renders the model's chat template such that only control
+tokens written by the *template* become control tokens; the same characters in a message stay plain
+text, whoever sent them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _KEYS_BY_ROLE = {
     ),
     "tool": frozenset({"role", "content", "tool_call_id", "name"}),
 }
-# OpenAI's rule for the name of a participant; that of a tool is free.
+# OpenAI's rule for the name of a participant; the name of a tool is free.
 _PARTICIPANT = re.compile(r"[^\s<|\\/>]{1,64}")
 _SPLITS_REASONING = re.compile(rf"split\(\s*['\"]{THINK_END}['\"]")
 _TEMPLATE_NAME = "chat_template.jinja"
-# What a caller may not set: this module's variables and functions, and those of minijinja.
+# Names that a caller may not set: this module's variables and functions, and those of minijinja.
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
     | {"raise_exception", "strftime_now", "namespace", "range", "dict", "debug"}
@@ -51,9 +51,14 @@ _RESERVED = frozenset(
 class ChatTemplate:
     """A model's Jinja chat template, run by ``minijinja`` with a bound on its work.
 
-    Set up as ``transformers`` does it: ``trim_blocks`` and ``lstrip_blocks`` on, undefined values
-    empty, with ``raise_exception``, ``strftime_now``, a ``tojson`` that does not escape HTML, loop
-    controls and ``{% generation %}``. The template sees plain JSON data only.
+    It is set up as in ``transformers``: ``trim_blocks`` and ``lstrip_blocks`` are on, undefined
+    values are empty, and there are ``raise_exception``, ``strftime_now``, a ``tojson`` that does
+    not escape HTML, loop controls and ``{% generation %}``. The template sees plain JSON data only.
+
+    Attributes:
+        source: the Jinja text.
+        tokens: the manifest's tokens.
+        variables: names that the template looks up; an option outside them would have no effect.
     """
 
     def __init__(self, source: str, tokens: Tokens) -> None:
@@ -90,7 +95,6 @@ class ChatTemplate:
             self.variables: frozenset[str] = frozenset(
                 self._environment.undeclared_variables_in_template(_TEMPLATE_NAME)
             )
-            """Names that the template looks up; an option outside them would have no effect."""
         except minijinja.TemplateError as error:
             raise BundleError(
                 f"the chat template does not compile: {_describe(error)}; "
@@ -131,7 +135,7 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None,
         extra: dict[str, Any],
     ) -> str:
-        """Render what is plain JSON data already, see `render`."""
+        """Render messages and options that are plain JSON data already; see `render`."""
         context: dict[str, Any] = {
             "messages": messages,
             "tools": tools,
@@ -180,13 +184,13 @@ def encode_chat(
 ) -> list[int]:
     """Render messages and encode them; no message can smuggle in a control token.
 
-    A control token has to begin with one of a few characters (mostly ``<``). In all client data
-    each of these is swapped, before rendering, for a character that occurs nowhere else, and
+    Every control token begins with one of a few characters (mostly ``<``). Before rendering, each
+    of these characters in client data is swapped for a character that occurs nowhere else; it is
     swapped back in the plain pieces afterwards. Lengths stay the same, and the template cannot
     even put a control token together from parts of messages.
 
-    What templates look for in a message are the reasoning tags of past answers, to cut them out;
-    as they cannot see those now, `_cut_reasoning` does that for them.
+    Templates look for the reasoning tags of past answers, to cut the reasoning out. They cannot see
+    these tags now, so `_cut_reasoning` does it for them.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -215,8 +219,8 @@ def encode_chat(
     pieces = tokenizer.split_control(rendered)
     expected = [tokenizer.control_tokens[text] for text, is_control in pieces if is_control]
 
-    # In one go, so that the ids are the library's own; only if that finds other control tokens
-    # than the template wrote, someone typed one, and the pieces are encoded one by one.
+    # All is encoded in one go, so that the ids are the library's own. If that finds other control
+    # tokens than the template wrote, someone typed one, and the pieces are encoded one by one.
     control_ids = frozenset(tokenizer.control_tokens.values())
     ids = tokenizer.encode(shield.uncover(rendered), control=True)
     if [id_ for id_ in ids if id_ in control_ids] != expected:
@@ -270,10 +274,10 @@ class _Shield:
 
 
 def _cut_reasoning(message: dict[str, Any], source: str) -> dict[str, Any]:
-    """Do to an assistant's content what the template does that splits it at ``</think>``.
+    """Cut an assistant's content as its template would, if that splits it at ``</think>``.
 
-    R1's keeps what follows the last tag; Qwen3's does so too and drops the newlines there, unless
-    the reasoning is given apart.
+    R1's template keeps what follows the last tag; Qwen3's does so too and drops the newlines there,
+    unless the reasoning is given apart.
     """
     content = message["content"]
     if message["role"] != "assistant" or not content or THINK_END not in content:
@@ -294,10 +298,11 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
     Roles are ``system``, ``user``, ``assistant`` and ``tool``; ``developer`` is read as
     ``system``. ``content`` is a string or a list of ``{"type": "text", "text": ...}``, joined by
-    newlines; an assistant's may be missing beside ``tool_calls``. An assistant's reasoning, as
-    ``reasoning_content`` or ``reasoning``, goes to the template as ``reasoning_content``: R1's
-    drops it, Qwen3's keeps it where the model wants it. The ``name`` of a participant goes to the
-    template; most have no use for it. A key with the value None counts as absent.
+    newlines; an assistant's content may be missing if there are ``tool_calls``. An assistant's
+    reasoning, as ``reasoning_content`` or ``reasoning``, goes to the template as
+    ``reasoning_content``: R1's template drops it, Qwen3's keeps it where the model wants it. The
+    ``name`` of a participant goes to the template; most have no use for it. A key with the value
+    None counts as absent.
 
     Args:
         messages: at least one.
@@ -306,7 +311,7 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         A copy made of plain dicts, lists and scalars; normalizing it again changes nothing.
 
     Raises:
-        RequestError: names the index of the message and the key.
+        RequestError: a message is wrong; the error names its index and the key.
     """
     if isinstance(messages, str | Mapping) or not messages:
         raise RequestError("messages: give a list with at least one message")
@@ -424,7 +429,7 @@ def _without_generation_tags(source: str) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """Return one line; minijinja's own message ends with the template's line number."""
+    """Return the error in one line; minijinja's own message ends with the template's line."""
     return str(getattr(error, "message", None) or repr(error)).splitlines()[0]
 
 
@@ -453,7 +458,7 @@ class ReasoningSplitter:
         self._trims = False  # newlines that come next belong to a tag
 
     def push(self, text: str) -> tuple[str, str]:
-        """Add text; return what is certain by now: ``(reasoning, answer)``."""
+        """Add text; return what is certain so far: ``(reasoning, answer)``."""
         self._held += text
         if self._phase == "start" and not self._find_start():
             return "", ""
@@ -473,7 +478,7 @@ class ReasoningSplitter:
         self._trims = trims
 
     def _find_start(self) -> bool:
-        """Leave the phase ``start`` if it is certain by now where the text begins."""
+        """Leave the phase ``start`` once it is certain where the text begins; returns whether."""
         text = self._held.lstrip()
         if text.startswith(self._start):
             self._held = text[len(self._start) :]

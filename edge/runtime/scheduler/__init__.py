@@ -1,4 +1,4 @@
-"""Many requests over the fixed slots of one backend."""
+"""Runs many requests on the fixed slots of one backend."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The engine of the scheduler: which sequence runs in which slot, step by step. No threads here.
+"""Decides step by step which sequence runs in which slot, and runs it. There are no threads here.
 
 `EngineCore` is deterministic given its backend and clock, so that its tests can take it through any
 interleaving of events. `edge.runtime.scheduler.scheduler` gives it a thread.
 
 A sequence waits, is placed into a slot (with the rows that it shares with others, see
 `edge.runtime.kv_cache`), prefills in chunks and decodes. Prompts prefill one at a time and in
-order, so that whoever shares a prefix with the one before finds it complete. A round
+order, so that a prompt that shares a prefix with the one before finds it complete. A round
 (`EngineCore.step`) is one decode step of all sequences that have one token to run, and one chunk of
-the prompt in line; or the next token of that prompt runs in the decode step, too (it rides).
+the first prompt in line. Alternatively that prompt's next token runs in the decode step (it rides).
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _NEWEST = 0.15  # weight of the newest verdict on a drafted token
 
 
 class SequenceState:
-    """One sequence between submission and end.
+    """The state of one sequence between submission and end.
 
     Attributes:
         request: what was asked for.
         sink: where its tokens go.
         ids: prompt and answer so far.
         pending: tokens that must run before the next can be sampled.
-        slot: while it runs.
-        cancelled: set by anyone at any time.
-        deadline_s: on the core's clock; None without one.
+        slot: the sequence's slot while it runs, else None.
+        cancelled: anyone may set it at any time.
+        deadline_s: time on the core's clock; None without a deadline.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SequenceState:
 
     @property
     def tokens_left(self) -> int | None:
-        """Tokens that it may still sample; None without a limit."""
+        """Number of tokens that it may still sample; None without a limit."""
         limit = self.request.params.max_tokens
         return None if limit is None else limit - self.stats.completion_tokens
 
@@ -91,7 +91,7 @@ class EngineCore:
         overflow: what to do when a slot is full; None ends the sequence.
         make_drafter: makes a sequence's drafter; None runs without speculation.
         prefix_store: prefixes that are kept outside the cache.
-        clock: monotonic seconds.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class EngineCore:
         batch = min(config.max_batch or backend.num_slots, backend.num_slots)
         tokens = min(config.prefill_chunk, backend.max_step_tokens)
         self.policy = Policy(batch, tokens, config.target_itl_s)
-        # Looked up anew each time, so that tests can move it.
+        # Looked up at each call, so that tests can replace it.
         self._clock = clock or (lambda: time.perf_counter())
         self.waiting: list[SequenceState] = []
         self.running: list[SequenceState] = []
@@ -150,7 +150,7 @@ class EngineCore:
         self.waiting.insert(at, sequence)
 
     def step(self) -> None:
-        """Run one round: end what is cancelled or late, start what has room, decode, prefill."""
+        """Run one round: end cancelled and late sequences, start waiting ones, decode, prefill."""
         self._sweep()
         self._start_waiting()
         decoding = [s for s in self.running if len(s.pending) == 1]
@@ -181,16 +181,16 @@ class EngineCore:
 
     @property
     def full_step_s(self) -> float | None:
-        """The longest step so far, in proportion to the tokens of a full one; None before any.
+        """Seconds of the longest step so far, scaled to the tokens of a full step; None before any.
 
-        A step reads all weights however few its tokens are, so for short ones this is too long.
+        A step reads all weights however few its tokens are, so scaled from a short one it is high.
         """
         if not self.most_step_tokens:
             return None
         return self.longest_step_s * max(1.0, self.policy.step_tokens / self.most_step_tokens)
 
     def end_all(self, error: EdgeError | None) -> None:
-        """End every sequence with an error, or as cancelled; the backend is left alone."""
+        """End every sequence with an error, or as cancelled; the backend is not touched."""
         for sequence in [*self.running, *self.waiting]:
             if error is None:
                 self._finish(sequence, "cancelled")
@@ -216,9 +216,9 @@ class EngineCore:
                 )
 
     def _start_waiting(self) -> None:
-        """Start what waits.
+        """Start waiting sequences that find room.
 
-        Behind a prompt that prefills others wait, and may share it, but for those before it in
+        While a prompt prefills, others wait (and may then share its rows), except those of higher
         priority.
         """
         while (
@@ -233,7 +233,7 @@ class EngineCore:
             )
         ):
             sequence = self.waiting[0]
-            self.running.append(sequence)  # first: another thread that counts must miss no one
+            self.running.append(sequence)  # first, so that another thread's count misses none
             del self.waiting[0]
             self._start(sequence)
 
@@ -253,7 +253,7 @@ class EngineCore:
         self.counts["cached"] += cached
 
     def _place(self, sequence: SequenceState) -> int:
-        """Give the sequence a slot, and what rows of its prompt there are; returns how many."""
+        """Give the sequence a slot and the cached rows of its prompt; returns their number."""
         ids = sequence.ids
         placement = self.pool.place(ids, sequence.salt)
         assert placement is not None
@@ -294,7 +294,7 @@ class EngineCore:
             self._sample(sequence, logits[0])
 
     def _decode(self, decoding: list[SequenceState], rider: SequenceState | None) -> bool:
-        """Run the next token of each, and of ``rider``'s prompt; whether that one ran."""
+        """Run the next token of each, and of ``rider``'s prompt; returns whether the rider ran."""
         ready = [sequence for sequence in decoding if self._has_room(sequence)]
         if not ready:
             return False
@@ -314,7 +314,7 @@ class EngineCore:
         return ridden
 
     def _decode_run(self, sequences: list[SequenceState], drafted: int) -> None:
-        """One token of each sequence, and its drafted ones; those it lacks are padding.
+        """Run one token of each sequence and its drafted ones; shorter drafts are padded.
 
         Rows of padding and of wrong drafts are not counted, so later tokens overwrite them.
         """
@@ -343,7 +343,7 @@ class EngineCore:
         tokens: list[list[int]],
         wanted: list[list[int]],
     ) -> NDArray[np.float32] | None:
-        """Run a step; where it fails, its sequences end with the error and None is returned."""
+        """Run a step; if it fails, its sequences end with the error and None is returned."""
         slots = [_slot_of(sequence) for sequence in sequences]
         seq = len(tokens[0])
         first = np.array([slot.length for slot in slots], dtype=np.int64)
@@ -393,7 +393,7 @@ class EngineCore:
                 break
             right = place < len(draft) and token.id == draft[place]
             if place < len(draft):
-                # A draft that was not run is still a guess to learn from.
+                # A drafted token that was not run is still a guess to learn from.
                 sequence.judge(right)
             if not right or place == drafted:
                 sequence.pending = [token.id]
@@ -423,7 +423,7 @@ class EngineCore:
         return None
 
     def _deliver(self, sequence: SequenceState, token: SampledToken) -> bool:
-        """Hand a token out; false if it was the last."""
+        """Deliver a token to the sink; returns false if it was the last."""
         now = self.now()
         stats = sequence.stats
         stats.completion_tokens += 1
@@ -466,7 +466,7 @@ class EngineCore:
 
     def _fail(self, sequence: SequenceState, error: EdgeError, *, scrub: bool = True) -> None:
         """End a sequence with an error; its rows cannot be trusted."""
-        # Out of memory may come in the middle of a step, too.
+        # Memory may run out in the middle of a step, too.
         spoilt = isinstance(error, (BackendError, ResourceError))
         if scrub and spoilt and sequence.slot is not None:
             self._scrub(sequence.slot, max(len(sequence.pending), 1 + self.max_draft_tokens))
@@ -475,7 +475,7 @@ class EngineCore:
         sequence.sink.fail(error)
 
     def _scrub(self, slot: Slot, last_step: int) -> None:
-        """Zero the rows of a failed sequence, those that its last step may have written included.
+        """Zero the rows of a failed sequence, including those that its last step may have written.
 
         A masked row still counts where attention multiplies its weight of 0 by what the row holds:
         a NaN left there would reach whoever gets the slot next.

@@ -1,6 +1,6 @@
-"""What to run next, from what steps have cost so far. Pure: no clock, no backend.
+"""Decides what to run next, from what steps have cost so far. Pure: no clock, no backend.
 
-Three questions are answered here: how many tokens of a prompt to run between two decode steps
+It answers three questions: how many tokens of a prompt to run between two decode steps
 (`Policy.chunk_tokens`), whether one more sequence may join (`Policy.allows`), and whether drafts
 are worth verifying (`Policy.draft_plan`). All answers come from measured times, so they follow the
 engine, the length of the context and whatever else the machine does.
@@ -40,8 +40,8 @@ class CostCurve:
 
     A step reads all weights whatever its size and computes in proportion to it, so between two
     measured sizes the time is taken as the greater of the smaller one's and the larger one's share.
-    That is at most too hopeful, and then the step is measured and known; so is the time beyond the
-    largest size, which is taken as its own.
+    Beyond the largest measured size its time is taken. Such an estimate can only be too low, and
+    then the step is measured and known.
     """
 
     def __init__(self) -> None:
@@ -74,9 +74,9 @@ class CostCurve:
         return max(below.seconds if below else 0.0, above.seconds * size / above.size)
 
     def largest(self, seconds: float, limit: int) -> int:
-        """The largest size up to ``limit`` that should take at most ``seconds``; at least 1.
+        """Return the largest size up to ``limit`` that should take at most ``seconds``; at least 1.
 
-        Never more than twice what was measured, as nothing is known of steps beyond.
+        It is never more than twice the largest measured size: nothing is known of larger steps.
         """
         low, high = 1, limit
         if self._keys:
@@ -91,7 +91,7 @@ class CostCurve:
         return low
 
     def fade(self, size: int) -> None:
-        """Believe a little less that a step of ``size``, or the next larger known, is slow.
+        """Lower a little the time of a step of ``size``, or of the next larger known size.
 
         A size that is passed over is not measured, so a time from a slow hour would stay for ever.
         """
@@ -100,12 +100,12 @@ class CostCurve:
             self._points[self._keys[at]].seconds *= 1 - _FADE
 
     def smallest(self, share: float, beside_s: float, limit: int) -> int:
-        """The smallest size that runs at ``share`` of the highest known speed; ``limit`` if none.
+        """Return the smallest size at ``share`` of the highest known speed; ``limit`` if none.
 
         Args:
-            share: of the tokens per second.
+            share: share of the highest tokens per second.
             beside_s: seconds that pass between two such steps.
-            limit: the largest size to give.
+            limit: the largest size to return.
         """
         slowest = min((p.seconds / p.size for p in self._points.values()), default=0.0) / share
         low, high = 1, limit
@@ -123,8 +123,8 @@ class StepCosts:
     """Seconds of each kind of step.
 
     Attributes:
-        prefill: by tokens of one sequence's prompt.
-        decode: by sequences, one token each.
+        prefill: seconds by tokens of one sequence's prompt.
+        decode: seconds by sequences, one token each.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,10 @@ class StepCosts:
             point.observe(seq, seconds)
 
     def estimate_run(self, batch: int, drafted: int) -> float | None:
-        """Seconds of a decode step with so many drafted tokens; hopeful if none was measured."""
+        """Estimate the seconds of a decode step with ``drafted`` tokens; low if none was measured.
+
+        None before the first decode step.
+        """
         plain = self.decode.estimate(batch)
         if not drafted or plain is None:
             return plain
@@ -155,7 +158,7 @@ class StepCosts:
         return plain + max(wide - narrow, 0.0)
 
     def fade_verify(self, batch: int, seq: int) -> None:
-        """Believe a little less that such a step is slow, so that it is tried again some day."""
+        """Lower a little the time of such a step, so that it is tried again some day."""
         point = self._verify.get((batch, seq))
         if point is not None:
             point.seconds *= 1 - _FADE
@@ -174,20 +177,20 @@ class Draft(NamedTuple):
 
 
 class DecodeRun(NamedTuple):
-    """Sequences (indices into the batch) that decode in one step, with so many drafted tokens."""
+    """Sequences (indices into the batch) that decode in one step with ``drafted`` tokens each."""
 
     rows: tuple[int, ...]
     drafted: int
 
 
 class Policy:
-    """Decides from measured costs.
+    """Decides what to run from measured costs.
 
     Args:
         max_batch: sequences that run at once.
-        step_tokens: tokens of a prompt per step at most.
-        target_itl_s: gap between two tokens of a stream that must be kept; None looks for the most
-            tokens per second and short waits for the first one.
+        step_tokens: most tokens of a prompt in one step.
+        target_itl_s: longest gap between two tokens of a stream; None aims at the most tokens per
+            second and short waits for the first one.
     """
 
     def __init__(self, max_batch: int, step_tokens: int, target_itl_s: float | None = None) -> None:
@@ -197,7 +200,7 @@ class Policy:
         self.costs = StepCosts()
 
     def allows(self, running: int) -> bool:
-        """Whether one more may join ``running`` sequences."""
+        """Return whether one more sequence may join ``running`` ones."""
         if running == 0:
             return True
         if running >= self.max_batch:
@@ -209,16 +212,16 @@ class Policy:
         return False
 
     def chunk_tokens(self, decoding: int) -> int:
-        """Tokens of a prompt to run now, while ``decoding`` sequences wait for their next token.
+        """Choose how many tokens of a prompt to run while ``decoding`` sequences wait for a token.
 
         Without a target a prompt gets `_PROMPT_SHARE` of the speed that it has alone, in the
-        smallest chunks that give it: chunks that are efficient, and so long that the decode step
+        smallest chunks that give it: they are efficient, and long enough that the decode step
         between two of them costs little. With a target it gets what the target leaves.
 
         Returns:
-            0 where the prompt's next token should run in the decode step, as one sequence more:
-            if no chunk keeps the target, or if that gives the prompt more tokens per second than
-            a chunk that does.
+            The tokens of the chunk; 0 where the prompt's next token should run in the decode step,
+            as one sequence more: if no chunk keeps the target, or if riding gives the prompt more
+            tokens per second than a chunk that keeps it.
         """
         if decoding == 0:
             return self.step_tokens
@@ -239,7 +242,7 @@ class Policy:
         return size
 
     def draft_plan(self, drafts: Sequence[Draft]) -> list[DecodeRun]:
-        """Split the decode batch into runs so that most tokens per second are to be expected.
+        """Split the decode batch into the runs with the most expected tokens per second.
 
         Either nothing is drafted, or all run in one step padded to the longest draft, or those with
         a draft run apart from those without.
@@ -275,13 +278,13 @@ _UNMEASURED_CHUNK = 32
 
 
 def _expected(draft: Draft, drafted: int) -> float:
-    """Tokens that a step should give a sequence: the drafts that are right, and one more."""
+    """The tokens that a step should give a sequence: the right drafts, and one more."""
     count, p = min(draft.length, drafted), draft.acceptance
     return float(count + 1) if p >= 1 else (1 - p ** (count + 1)) / (1 - p)
 
 
 def _bucket(size: int) -> int:
-    """Sizes that are measured together: each alone up to 16, then four groups per doubling."""
+    """The group in which a size is measured: alone up to 16, then four groups per doubling."""
     if size <= 16:
         return size
     step = 1 << max(size.bit_length() - 3, 0)

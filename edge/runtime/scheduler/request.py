@@ -21,14 +21,14 @@ _SEEDS = 1 << 64
 class Constraint(Protocol):
     """Which tokens may come next; one object serves one sequence.
 
-    A grammar, a JSON schema, a thinking budget. It sees only tokens that were really sampled, so a
-    rejected draft never has to be taken back.
+    Examples are a grammar, a JSON schema and a thinking budget. A constraint sees only tokens that
+    were really sampled, so a rejected draft never has to be taken back.
     """
 
     def mask(self) -> NDArray[np.float32] | None:
         """Return what to add to the next logits, ``[vocab]`` of 0 and -inf; None allows all.
 
-        Valid until the next call. The end tokens are masked like any other.
+        The array is valid until the next call. End tokens are masked like all others.
         """
         ...
 
@@ -40,7 +40,7 @@ class Constraint(Protocol):
 class Sink(Protocol):
     """Takes what one sequence produces, in the engine's thread; never waits for a reader.
 
-    Any number of `push`, then one `finish` or one `fail`.
+    The engine calls `push` any number of times, then `finish` or `fail` once.
     """
 
     def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
@@ -48,12 +48,12 @@ class Sink(Protocol):
 
         Args:
             token: what was sampled.
-            reason: why it is the last, as far as the engine knows: ``stop`` for an end token, whose
-                text is no part of the answer; None if more may follow.
+            reason: why this token is the last, as far as the engine knows: ``stop`` for an end
+                token, whose text is no part of the answer; None if more may follow.
 
         Returns:
             The reason given, or ``stop`` if the answer ends here with a stop string. Where it is
-            not None, `finish` comes next.
+            not None, `finish` is called next.
 
         Raises:
             EdgeError: no more tokens are taken; the sequence ends with that error.
@@ -107,8 +107,8 @@ class StoredPrefix(NamedTuple):
 
     Attributes:
         length: how many tokens of the prompt it covers.
-        load: gives the rows for `Backend.write_slot`, ``[2 * layers, kv_heads, length, head_dim]``,
-            or None where they are damaged after all; called in the engine's thread.
+        load: returns the rows for `Backend.write_slot`, ``[2 * layers, kv_heads, length,
+            head_dim]``, or None if they turn out to be damaged; called in the engine's thread.
     """
 
     length: int
@@ -116,13 +116,13 @@ class StoredPrefix(NamedTuple):
 
 
 class PrefixSource(Protocol):
-    """Knows prefixes that are kept outside the cache, on disk say."""
+    """Knows prefixes that are kept outside the cache, for example on disk."""
 
     def lookup(self, ids: Sequence[int], salt: str) -> StoredPrefix | None:
         """Find the longest stored prefix that ``ids`` begin with, of this salt.
 
         Called in the engine's thread each time a request starts, so it must be quick; the rows
-        are loaded only if the cache has no longer match. A prefix may be as long as the prompt;
+        are loaded only if no match in the cache is longer. A prefix may be as long as the prompt;
         the scheduler still runs the last token, for its logits.
         """
         ...
@@ -136,12 +136,12 @@ class Request:
         ids: token ids of the prompt, at least one.
         params: resolved sampling parameters (`SamplingParams.resolve`).
         end_ids: ids that end the answer.
-        priority: lower runs first; equal ones in order of arrival.
+        priority: lower runs first; requests of equal priority run in order of arrival.
         deadline_s: seconds from submission after which the request ends with `DeadlineError`,
-            waiting or running; None waits for ever.
+            waiting or running; None sets no limit.
         salt: sequences share cached prefixes only with those of the same salt, so that timing
-            tells one tenant nothing of another's prompts.
-        constraint: which tokens may come next. It has state, so it belongs to one sequence.
+            tells one tenant nothing about another's prompts.
+        constraint: decides which tokens may come next. It has state, so it serves one sequence.
     """
 
     ids: tuple[int, ...]
@@ -153,7 +153,7 @@ class Request:
     constraint: Constraint | None = None
 
     def sample(self, index: int) -> Request:
-        """Return the request for sample ``index`` of several: its seed is that much greater."""
+        """Return the request for sample ``index`` of several; the index is added to the seed."""
         seed = self.params.seed
         if not index or seed is None:
             return self
@@ -167,21 +167,22 @@ class SchedulerStats:
     Attributes:
         running: sequences that hold a slot and compute.
         waiting: requests in the queue.
-        calls: work for the idle engine that waits or runs, e.g. scoring.
+        calls: pieces of work that need the engine for themselves, e.g. scoring, waiting or running.
         queue_capacity: requests that the queue takes.
         num_slots: slots of the cache.
         kv_used_tokens: cache rows that running sequences use.
         kv_cached_tokens: rows kept of finished sequences, for reuse.
         kv_capacity_tokens: rows of all slots.
-        prompt_tokens: of all requests that ran.
+        prompt_tokens: prompt tokens of all requests that ran.
         cached_tokens: prompt tokens that were in the cache already.
-        completion_tokens: sampled.
-        drafted_tokens, accepted_tokens: of speculative decoding.
+        completion_tokens: tokens that were sampled.
+        drafted_tokens, accepted_tokens: tokens that speculative decoding ran, and that were right.
         steps: calls of the backend.
         last_step_s: monotonic clock when a step last ended; a heartbeat while anything runs.
-        full_step_s: what a step of as many tokens as there may be should take, at the pace of the
-            slowest so far; None before the first.
-        failed: why the backend can serve no more, else None.
+        full_step_s: seconds that a step with the most tokens allowed should take, at the pace of
+            the slowest step so far; None before the first step.
+        failed: why the backend can serve no more; None while it can.
+        outcomes: ended sequences by finish reason, ``deadline``, ``error`` or ``rejected``.
     """
 
     running: int = 0

@@ -1,7 +1,7 @@
-"""`Scheduler`: gives `EngineCore` its thread, and callers a door to it from any other.
+"""Defines `Scheduler`, which gives `EngineCore` a thread and lets callers use it from any other.
 
-The thread alone touches the backend. It starts with the first request, sleeps while there is
-nothing to do, and ends with `Scheduler.close` or when the scheduler is garbage.
+Only that thread touches the backend. It starts with the first request, sleeps while there is
+nothing to do, and ends with `Scheduler.close` or when the scheduler is garbage-collected.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Scheduler:
     """Runs many requests at once on the slots of one backend; safe to use from any thread.
 
     Args:
-        backend: the engine, which nothing else may use from now on but through `call`.
+        backend: the engine; from now on others may use it only through `call`.
         embeddings: its token table.
         vocab_size: length of a row of logits.
-        config: how many run at once and wait, how long a step may be, and what is kept. Slots
-            beyond ``max_batch`` hold prefixes. Without ``reuse_prefix`` only the samples of one
-            submission share their prompt.
+        config: how many sequences run at once and wait, how long a step may be, and what is kept.
+            Slots beyond ``max_batch`` hold prefixes. Without ``reuse_prefix`` only the samples of
+            one submission share their prompt.
         overflow: what to do when a slot is full; None ends the sequence with ``length``.
         make_drafter: makes the drafter of each sequence; None runs without speculation.
         prefix_store: prefixes that are kept outside the cache.
@@ -83,13 +83,13 @@ class Scheduler:
 
     @property
     def max_batch(self) -> int:
-        """Sequences that run at once."""
+        """Number of sequences that run at once."""
         return self._core.policy.max_batch
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[SequenceState]:
         """Queue requests that belong together: all of them or none.
 
-        The engine's thread ends with this scheduler, so whoever reads a sink must hold on to it.
+        The engine's thread ends with this scheduler, so a reader of a sink must keep the scheduler.
 
         Args:
             requests: one per sequence; `Request.sample` makes several of one.
@@ -124,11 +124,9 @@ class Scheduler:
     def call(self, work: Callable[[], _Result]) -> _Result:
         """Run ``work`` in the engine's thread while no sequence runs, and wait for it.
 
-        Within ``work`` a further call runs at once.
-
-        It may use the backend as it likes; cached prefixes are forgotten. Sequences that run finish
-        first, those that wait come after. It tells of its steps by `report_step`, or it looks like
-        an engine that hangs.
+        ``work`` may use the backend as it likes; cached prefixes are forgotten. Running sequences
+        finish first, waiting ones come after. It reports its steps with `report_step`; otherwise
+        the engine looks as if it hangs. A call made within ``work`` runs at once.
 
         Raises:
             BackendError: the scheduler is closed.
@@ -137,15 +135,15 @@ class Scheduler:
         return cast(_Result, self._thread.call(work).result())
 
     def report_step(self, tokens: int) -> None:
-        """Count a step that work in `call` has just ended; for that work only.
+        """Count a step that ended just now; only work in `call` may use this.
 
         Args:
-            tokens: that the step ran.
+            tokens: tokens that the step ran.
         """
         self._core.report_step(tokens)
 
     def stats(self) -> SchedulerStats:
-        """Counters and the state of this moment."""
+        """Return the counters and the state of this moment."""
         core, pool, backend = self._core, self._core.pool, self._core.backend
         counts = core.counts
         waiting, running = self._thread.load()
@@ -173,8 +171,11 @@ class Scheduler:
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no more requests and wait for those that are there.
 
+        Args:
+            timeout_s: seconds to wait at most; None sets no limit.
+
         Returns:
-            Whether all ended in time; None waits for ever.
+            Whether all ended in time.
         """
         return self._thread.drain(timeout_s)
 
@@ -234,7 +235,7 @@ class _EngineThread:
     # ------------------------------------------------------------------ in callers' threads
 
     def take_in(self, sequences: list[SequenceState], most: int) -> None:
-        """Queue sequences, all or none, if then at most ``most`` are there."""
+        """Queue sequences, all or none; at most ``most`` may then run or wait."""
         with self._changed:
             self._refuse_if_down()
             if self._draining:
@@ -266,7 +267,7 @@ class _EngineThread:
         return call.future
 
     def _call_within(self, call: _Call) -> None:
-        """Run a call that the engine's own thread makes: it would wait for itself."""
+        """Run a call that the engine's own thread makes; in the queue it would wait for itself."""
         if not self._in_call:
             raise BackendError(
                 "a constraint or sink cannot use the backend while its sequence runs"
@@ -285,7 +286,7 @@ class _EngineThread:
             return len(self._calls) + self._in_call
 
     def drain(self, timeout_s: float | None) -> bool:
-        """Take no more sequences; whether those that are there ended in time."""
+        """Take no more sequences; returns whether those that are there ended in time."""
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: not sum(self.load()), timeout_s)
@@ -311,10 +312,10 @@ class _EngineThread:
             raise BackendError(f"the engine can serve no more: {failed}")
 
     def _start(self) -> None:
-        """Start the thread if it does not run; nothing may be queued before."""
+        """Start the thread if it does not run; call it before anything is queued."""
         if self._thread is None:
-            # A daemon, or a program that forgets `close` would never end; `close` at the exit, or
-            # the interpreter would be torn down around a running step.
+            # It is a daemon, since a program that forgets `close` would never end otherwise; and
+            # `close` runs at exit, since the interpreter would be torn down around a running step.
             thread = threading.Thread(target=self._run, name="edge-llm-engine", daemon=True)
             try:
                 thread.start()
@@ -344,7 +345,7 @@ class _EngineThread:
                 failed = self._core.backend.failed
                 if failed is not None:
                     self._core.end_all(BackendError(f"the engine failed: {failed}"))
-        except BaseException as error:  # noqa: BLE001 - a fault of no one sequence: all are told
+        except BaseException as error:  # noqa: BLE001 - the fault of no one sequence: all end
             # A panic in a library of Rust is no Exception, and nobody sees a thread's exit.
             _log.exception("the engine's thread failed")
             self.failed = f"{type(error).__name__}: {error}"
@@ -352,11 +353,11 @@ class _EngineThread:
             self._end()
 
     def _take_work(self) -> bool:
-        """Wait for something to do and take in what came; false when closing."""
+        """Wait for something to do and take in what came; returns false when closing."""
         while True:
             with self._changed:
                 while not (self._closing or self._inbox or self._calls) and self._core.is_idle:
-                    self._changed.notify_all()  # whoever drains
+                    self._changed.notify_all()  # those who drain
                     self._changed.wait()
                 if self._closing:
                     return False
