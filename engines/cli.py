@@ -184,7 +184,7 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
 def check(as_json: bool, sm: str, **options: Any) -> None:
     """Compile BUNDLE without a GPU and audit what TensorRT made of it.
 
-    Needs TensorRT for RTX. Leaves with code 65 if the audit finds a fault; nothing is written.
+    Needs TensorRT for RTX. Exits with code 65 if the audit finds a fault; nothing is written.
     """
     from .check import check_bundle
 

@@ -73,7 +73,7 @@ def verify(
 ) -> None:
     """Hold the engine that runs BUNDLE here against the same graph in float on the CPU.
 
-    Logits at prefill and at every decode step, and the KV cache. Leaves with code 3 if a threshold
+    Logits at prefill and at every decode step, and the KV cache. Exits with code 3 if a threshold
     is missed.
     """
     given = {
