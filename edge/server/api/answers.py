@@ -8,13 +8,13 @@ from msgspec import UNSET, Struct, UnsetType
 
 
 class PromptDetails(Struct):
-    """Of the prompt's tokens, those that were in the cache."""
+    """Details of the prompt's tokens: how many were in the cache."""
 
     cached_tokens: int = 0
 
 
 class CompletionDetails(Struct):
-    """Of the answer's tokens, those of the reasoning."""
+    """Details of the answer's tokens: how many belong to the reasoning."""
 
     reasoning_tokens: int = 0
 
@@ -37,7 +37,7 @@ class CalledFunction(Struct):
 
 
 class ToolCall(Struct):
-    """A call that the model wants made; ``index`` in chunks only."""
+    """A call that the model asks for; only chunks have an ``index``."""
 
     id: str
     function: CalledFunction
@@ -46,7 +46,7 @@ class ToolCall(Struct):
 
 
 class TopLogprob(Struct):
-    """One of the likeliest tokens at a place."""
+    """One of the likeliest tokens at a position."""
 
     token: str
     logprob: float
@@ -54,7 +54,7 @@ class TopLogprob(Struct):
 
 
 class TokenLogprob(TopLogprob):
-    """The sampled token and the likeliest ones at its place."""
+    """The sampled token and the likeliest ones at its position."""
 
     top_logprobs: list[TopLogprob] = []
 
@@ -171,14 +171,14 @@ class ModelCard(Struct):
 
 
 class ModelList(Struct):
-    """``GET /v1/models``."""
+    """The answer to ``GET /v1/models``."""
 
     data: list[ModelCard]
     object: Literal["list"] = "list"
 
 
 class TokenizeResponse(Struct):
-    """Tokens of a text; ``max_model_len`` is what prompt and answer may take together."""
+    """The tokens of a text; prompt and answer may take ``max_model_len`` tokens together."""
 
     count: int
     max_model_len: int

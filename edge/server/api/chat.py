@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``: `plan_chat` reads the request, `ChatRender` writes the answer."""
+"""Serves ``POST /v1/chat/completions``: `plan_chat` reads the request, `ChatRender` answers it."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ _EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096, "high": None}
 
 
 def plan_chat(turn: Turn, body: ChatRequest) -> Plan:
-    """Check what the fields mean together.
+    """Turn the body of a chat request into a plan.
 
     Raises:
-        APIError, RequestError: they do not fit together, or not to the model.
+        APIError, RequestError: the fields contradict each other or do not fit the model.
     """
     _check_fields(body, turn.settings)
     llm = turn.model.llm
@@ -140,7 +140,7 @@ def _thinking(body: ChatRequest) -> tuple[bool, int | None]:
 
 
 class ChatRender:
-    """Writes the answer to a chat in OpenAI's form; see `Render`."""
+    """Writes the answer to a chat in OpenAI's form; a `Render`."""
 
     def __init__(self, turn: Turn, body: ChatRequest) -> None:
         self._head = answer_head("chatcmpl", turn.model)
@@ -190,7 +190,7 @@ class ChatRender:
         return Choice(index, message, piece.finish_reason or "stop", logprobs)
 
     def _shown(self, piece: Piece) -> tuple[str, ChatLogprobs | None]:
-        """Return the reasoning and the log-probabilities, as far as they were asked for."""
+        """Return the reasoning and the log-probabilities, if they were asked for."""
         logprobs = None
         if self._logprobs and piece.tokens:
             logprobs = ChatLogprobs([_token_logprob(self._tokenizer, t) for t in piece.tokens])

@@ -1,4 +1,4 @@
-"""``POST /v1/completions``: text or token ids in, text out, without a chat template.
+"""Serves ``POST /v1/completions``: text or token ids in, text out, without a chat template.
 
 `plan_completion` reads the request, `CompletionRender` writes the answer.
 """
@@ -23,10 +23,10 @@ from .sse import DONE, event
 
 
 def plan_completion(turn: Turn, body: CompletionRequest) -> Plan:
-    """Check what the fields mean together, and encode the prompts.
+    """Turn the body of a completion request into a plan, and encode the prompts.
 
     Raises:
-        APIError, RequestError: they do not fit together, or not to the model.
+        APIError, RequestError: the fields contradict each other or do not fit the model.
     """
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options: needs stream to be true", "stream_options")
@@ -125,7 +125,7 @@ class CompletionRender:
     def _top(self, token: SampledToken) -> dict[str, float] | None:
         if token.logprob is None:
             return None
-        # The sampled token is among them even where it is not one of the likeliest.
+        # The sampled token is listed even where it is not one of the likeliest.
         top = {self._text(id_): logprob for id_, logprob in token.top_logprobs or ()}
         top.setdefault(self._text(token.id), token.logprob)
         return top

@@ -1,4 +1,4 @@
-"""Takes from a request what decides which model answers it; see `edge.server.models.route`."""
+"""Reads from a request what decides which model answers it; see `edge.server.models.route`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHARS_PER_TOKEN = 4
 
 
 def facts_of(request: ChatRequest | CompletionRequest, request_id: str) -> Facts:
-    """Return the facts of a request."""
+    """Return what rules and splits may know about a request."""
     key = request.user or request_id
     if isinstance(request, CompletionRequest):
         return Facts(_num_chars(request.prompt), "completion", key)

@@ -1,4 +1,4 @@
-"""What the plans and renders of chats and completions share."""
+"""Helpers that the plans and renders of chats and completions share."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _KNOBS = KNOBS.keys() - {"max_tokens"}  # chats have two names for it
 def sampling_params(
     request: Sampling, llm: LLM, *, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
-    """Return resolved parameters: what a request leaves open is the bundle's generation config.
+    """Return resolved parameters: what a request leaves open comes from the bundle.
 
     Raises:
-        APIError, RequestError: a value that does not fit the model.
+        APIError, RequestError: a value does not fit the model.
     """
     bias = {int(key): value for key, value in (request.logit_bias or {}).items()}
     vocab_size = llm.manifest.model.vocab_size
@@ -62,7 +62,7 @@ def check_choices(n: int, prompts: int, limit: int) -> None:
 
 
 def check_length(llm: LLM, texts: Sequence[str], param: str) -> None:
-    """Refuse texts that cannot fit, before seconds are spent on making tokens of them.
+    """Refuse texts that cannot fit, before seconds are spent on encoding them.
 
     Raises:
         APIError: 400.
@@ -80,7 +80,7 @@ def check_length(llm: LLM, texts: Sequence[str], param: str) -> None:
 
 
 def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:
-    """Return the fields that every event of an answer begins with; its id is fresh."""
+    """Return the fields that every event of an answer begins with, a fresh id among them."""
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "created": int(time.time()),

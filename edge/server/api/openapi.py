@@ -1,4 +1,4 @@
-"""``/openapi.json``: made of the types that requests are read with, so that it cannot differ."""
+"""Makes ``/openapi.json`` from the types that requests are read with, so that it cannot differ."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from .protocol import (
 _STATUSES = {
     "400": "a wrong request",
     "401": "no valid API key",
-    "403": "not by this host name",
+    "403": "this host name is not allowed",
     "404": "no such path or model",
-    "405": "not by this method",
+    "405": "the path does not take this method",
     "408": "the request came too slowly",
     "413": "the body is too large",
     "415": "not JSON",
@@ -51,7 +51,7 @@ _POSTS: dict[str, tuple[str, type, type]] = {
 _GETS: dict[str, tuple[str, type | str]] = {
     "/v1/models": ("The models that are served", ModelList),
     "/v1/models/{id}": ("One model", ModelCard),
-    "/tokenizer_info": ("What a client needs to know of the tokenizer", dict),
+    "/tokenizer_info": ("What a client needs to know about the tokenizer", dict),
     "/health": ("Whether the process lives", dict),
     "/ready": ("Whether to send requests", dict),
     "/stats": ("Counters and percentiles", dict),
@@ -65,7 +65,7 @@ _STREAMING = ("/v1/chat/completions", "/v1/completions")
 
 @cache
 def openapi() -> dict[str, Any]:
-    """The document, OpenAPI 3.1."""
+    """Return the document, OpenAPI 3.1."""
     types = [kind for _, *kinds in _POSTS.values() for kind in kinds]
     types += [kind for _, kind in _GETS.values() if isinstance(kind, type) and kind is not dict]
     types.append(ErrorResponse)

@@ -1,4 +1,4 @@
-"""`Piece`: what a chunk of text adds to one answer, tool calls told apart from text."""
+"""Defines `Piece`, what a chunk of text adds to one answer, with tool calls told from text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Piece:
     """A part of one answer, or all of it.
 
     Attributes:
-        text: of the answer, without tool calls.
+        text: text of the answer, without tool calls.
         reasoning: text of the reasoning.
         calls: tool calls that became complete.
         tokens: the tokens sampled for it.
-        finish_reason: on the last one: ``stop``, ``length``, ``cancelled`` or ``tool_calls``.
+        finish_reason: on the last piece: ``stop``, ``length``, ``cancelled`` or ``tool_calls``.
     """
 
     text: str = ""
@@ -37,7 +37,7 @@ class Piece:
 
 
 def join_pieces(pieces: Sequence[Piece]) -> Piece:
-    """Return all pieces of an answer as one."""
+    """Join all pieces of an answer into one."""
     return Piece(
         "".join(piece.text for piece in pieces),
         "".join(piece.reasoning for piece in pieces),
@@ -56,7 +56,7 @@ class ChoiceReader:
         echo: what the answer begins with.
 
     Attributes:
-        is_cut: whether the rest is of no interest, since the one call has come.
+        is_cut: whether the one call has come, so that the rest is not needed.
     """
 
     def __init__(self, make_parser: MakeParser | None, *, one_call: bool, echo: Piece) -> None:

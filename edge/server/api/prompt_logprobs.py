@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt's own tokens, for ``echo`` with ``logprobs``."""
+"""Computes the log-probabilities of a prompt's own tokens, for ``echo`` with ``logprobs``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edge.server.models.registry import ServedModel
 
 _CHUNK = 64  # logits of 64 places are 39 MB at a vocabulary of 151,936
-# Scoring waits for an idle engine, so it has a thread of its own and never holds up the others.
+# Scoring waits for an idle engine, so it has a thread of its own and holds up no other work.
 _executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edge-score")
 
 
@@ -35,22 +35,22 @@ async def score_prompt(
     receive: Receive,
     timeout_s: float | None = None,
 ) -> list[SampledToken]:
-    """Every token of a prompt with its log-probability and the ``top`` likeliest at its place.
+    """Return each token of a prompt with its log-probability and the ``top`` likeliest there.
 
-    The first token has none. It waits until the engine runs nothing else. When nobody waits for it
-    any more, it ends with the step that runs.
+    The first token has no log-probability. Scoring waits until the engine runs nothing else. When
+    the client leaves or the time is up, it ends with the running step.
 
     Args:
-        model: that scores.
+        model: the model that scores.
         ids: the prompt.
-        top: how many of the likeliest.
-        receive: of the client's connection.
-        timeout_s: that it may take, its wait included.
+        top: how many of the likeliest tokens to return.
+        receive: reads from the client's connection.
+        timeout_s: seconds that it may take, the wait included.
 
     Raises:
         ContextLengthError: the prompt does not fit.
         OverloadError: too many prompts wait to be scored.
-        DeadlineError: it took too long.
+        DeadlineError: ``timeout_s`` passed.
         BackendError: the engine failed, or its logits are not finite.
         APIError: the engine hangs, or the server is shut down.
         ClientGoneError: the client left.
@@ -120,7 +120,7 @@ def _token(logits: NDArray[np.float32], token_id: int, top: int) -> SampledToken
     logprobs = log_softmax(logits)
     likeliest: tuple[tuple[int, float], ...] = ()
     if top:
-        # Of equal ones the lower id first, as everywhere else.
+        # Of equal tokens the lower id comes first, as everywhere else.
         candidates = np.argpartition(-logprobs, min(top, logprobs.size - 1))[: top + 1]
         floor = logprobs[candidates].min()
         ids = np.flatnonzero(logprobs >= floor)

@@ -1,4 +1,4 @@
-"""Requests of the HTTP API, as types: what is not here is refused.
+"""Requests of the HTTP API, as types: a field that is not here is refused.
 
 Unknown fields, wrong types and values out of range are errors that name the field. ``IGNORED`` has
 the few fields that are accepted without effect, since they ask for nothing that a device could do
@@ -31,13 +31,13 @@ IGNORED = {
     "response_format.json_schema.strict": "the answer always keeps to the schema",
     "messages[].name": "most templates have no place for it; one that reads message.name gets it",
 }
-"""Accepted without effect, and why: by the path of the field."""
+"""Fields that are accepted without effect, by path, and why."""
 
 Request = TypeVar("Request")
 
 
 def _range(name: str) -> Meta:
-    """The range of a sampling knob."""
+    """Return the range of a sampling knob."""
     knob = KNOBS[name]
     return Meta(ge=knob.low, le=knob.high)
 
@@ -52,11 +52,11 @@ _Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
-    """``stream_options``.
+    """The field ``stream_options``.
 
     Attributes:
         include_usage: send the counts in a last chunk.
-        include_obfuscation: must be false: nothing is padded here.
+        include_obfuscation: must be false, since nothing is padded here.
     """
 
     include_usage: bool = False
@@ -102,7 +102,7 @@ class JSONSchema(Struct, forbid_unknown_fields=True):
 
 
 class ResponseFormat(Struct, forbid_unknown_fields=True):
-    """``response_format``: ``regex`` and ``grammar`` are extensions."""
+    """The field ``response_format``; ``regex`` and ``grammar`` are extensions."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JSONSchema | None = None
@@ -111,7 +111,7 @@ class ResponseFormat(Struct, forbid_unknown_fields=True):
 
 
 class TemplateOptions(Struct, forbid_unknown_fields=True):
-    """``chat_template_kwargs``: options of the chat template that clients may set."""
+    """The field ``chat_template_kwargs``: options of the chat template that clients may set."""
 
     enable_thinking: bool | None = None
 
@@ -149,7 +149,7 @@ class Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
-    """``POST /v1/chat/completions``."""
+    """The body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
     max_completion_tokens: _MaxTokens | None = None
@@ -168,7 +168,7 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
 
 
 class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
-    """``POST /v1/completions``."""
+    """The body of ``POST /v1/completions``."""
 
     prompt: str | Annotated[list[str | _TokenId | list[_TokenId]], Meta(min_length=1)]
     echo: bool | None = None
@@ -176,7 +176,7 @@ class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
 
 
 class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """``POST /tokenize``: a text, or the messages of a chat."""
+    """The body of ``POST /tokenize``: a text, or the messages of a chat."""
 
     model: _Name | None = None
     prompt: str | None = None
@@ -188,7 +188,7 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class DetokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """``POST /detokenize``."""
+    """The body of ``POST /detokenize``."""
 
     model: _Name | None = None
     tokens: list[_TokenId]
@@ -216,7 +216,7 @@ def decode(body: bytes, kind: type[Request], max_nesting: int) -> Request:
     """Read a request.
 
     Raises:
-        APIError: 400; names the field where one is at fault.
+        APIError: 400; it names the field at fault, if there is one.
     """
     deep = nesting(body)
     if deep > max_nesting:
@@ -248,7 +248,7 @@ _SAMPLES: dict[type[Struct], bytes] = {
 
 
 def check_decoding() -> None:
-    """Decode a request of each kind: msgspec resolves a type when it first meets it.
+    """Decode a sample of each request, since msgspec resolves a type when it first meets it.
 
     Raises:
         DependencyError: the installed msgspec cannot; every request would be an error 500.

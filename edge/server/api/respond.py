@@ -1,7 +1,7 @@
-"""`respond` answers a request for text, whatever its endpoint; an endpoint is a plan and a render.
+"""Answers a request for text, whatever its endpoint; an endpoint is a plan and a render.
 
-The plan says what the body of a request asks of the engine, the render writes what comes back. All
-between the two is the same for every endpoint and is here.
+The plan says what the body of a request asks of the engine, the render writes what comes back.
+Everything between the two is the same for all endpoints and is here, in `respond`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Turn:
         model: the model that answers.
         client: who asks.
         settings: limits of the server.
-        metrics: told of every end.
+        metrics: counts every end.
         receive: reads from the client's connection.
-        headers: of the response.
+        headers: headers of the response.
         arm: the arm of the A/B split that chose the model, if any.
     """
 
@@ -71,8 +71,8 @@ class Plan:
         stream: whether the answer is sent while it is generated.
         echo: whether each answer begins with its prompt, scored if ``params`` want
             log-probabilities.
-        user: as the request names it.
-        cache_salt: of the request, besides the client's own.
+        user: the user that the request names.
+        cache_salt: the request's salt, besides the client's own.
         tools: JSON schemas of functions, for the chat template.
         output: the form that the answer must have.
         thinking: false ends the reasoning before it begins.
@@ -103,7 +103,7 @@ class Render(Protocol):
     """
 
     def events(self, index: int, piece: Piece) -> bytes:
-        """Return the events of a piece of choice ``index``; empty if it shows nothing."""
+        """Return the events of a piece of choice ``index``; empty if the piece shows nothing."""
         ...
 
     def last_events(self, usage: Usage) -> bytes:
@@ -119,9 +119,9 @@ async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> 
     """Answer a request, as a whole or as a stream of events.
 
     Args:
-        turn: its context.
-        make_plan: called in a thread.
-        render: made for this request.
+        turn: the request's context.
+        make_plan: makes the plan; called in a thread.
+        render: writes the answer; made for this request.
 
     Raises:
         EdgeError, APIError: the request is wrong, cannot be served now, or failed.
@@ -131,7 +131,7 @@ async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> 
     with model.lease():
         plan = await in_thread(make_plan)
         echoes = await _echoes(turn, plan)
-        # The form of an output may have to be compiled first.
+        # The output's form may have to be compiled first.
         generations = await in_thread(lambda: _submit(turn, plan), slow=plan.output is not None)
         flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
     answer = _Answer(plan, echoes, flight, render)
@@ -250,7 +250,7 @@ async def _wait_for(flight: Flight, receive: Receive) -> None:
     """Wait for a whole answer; a client that leaves ends it.
 
     Raises:
-        ClientGoneError: it left.
+        ClientGoneError: the client left.
         EdgeError, APIError: the answer failed.
     """
     gone = asyncio.create_task(until_gone(receive))

@@ -1,4 +1,4 @@
-"""Server-sent events: a bounded buffer between the engine and one reader, and its writer."""
+"""Writes server-sent events, through a bounded buffer between the engine and one reader."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def event(value: Any) -> bytes:
-    """One event; JSON has no line breaks, so one line is enough."""
+    """Encode one event; JSON has no line breaks, so one line is enough."""
     return b"data: " + _encode(value) + b"\n\n"
 
 
@@ -27,7 +27,10 @@ class Buffer:
     """Bytes on their way to one reader; filled and emptied in the same loop.
 
     Args:
-        limit_bytes: that may wait.
+        limit_bytes: bytes that may wait.
+
+    Attributes:
+        total: bytes that were ever put in.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -35,7 +38,6 @@ class Buffer:
         self._parts: list[bytes] = []
         self._num_bytes = 0
         self.total = 0
-        """Bytes that were ever put in."""
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
 
@@ -62,7 +64,7 @@ class Buffer:
         self._wake()
 
     async def take(self) -> bytes:
-        """All that waits, as soon as there is something; empty at the end."""
+        """Wait until there are bytes and take all of them; empty at the end."""
         while not self._parts and not self._closed:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -128,7 +130,7 @@ class EventStream(Response):  # type: ignore[misc]
         await send({"type": "http.response.body", "body": tail, "more_body": False})
 
     async def _ping(self) -> None:
-        """A comment after each silence, so that nobody in between takes the stream for dead."""
+        """Send a comment after each silence, so that no proxy takes the stream for dead."""
         while True:
             before = self._buffer.total
             await asyncio.sleep(self._ping_s)

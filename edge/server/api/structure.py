@@ -1,4 +1,4 @@
-"""``response_format`` to what the engine is bound to."""
+"""Turns ``response_format`` and tool choices into the form that the engine keeps to."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def output_format(
     forced: dict[str, Any] | None,
     calls: dict[str, Any] | None = None,
 ) -> OutputFormat | None:
-    """The form that an answer must have; None leaves it free.
+    """Choose the form that an answer must have; None leaves it free.
 
     Args:
-        wanted: of the request.
+        wanted: the request's ``response_format``.
         forced: JSON schema of a tool call that must come.
         calls: form of calls that may come, see `tools.strict_calls`.
 
     Raises:
-        APIError: 400 for fields that do not belong together.
+        APIError: 400 for fields that contradict each other.
     """
     if wanted is None:
         wanted = ResponseFormat("text")

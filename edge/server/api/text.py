@@ -1,4 +1,4 @@
-"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in the shapes of vLLM."""
+"""Serves ``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in the shapes of vLLM."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .tools import prepare_messages, template_tools
 
 
 def tokenize(body: TokenizeRequest, model: ServedModel) -> TokenizeResponse:
-    """Token ids of a text, in which control tokens stay text, or of a chat.
+    """Encode a text, in which control tokens stay text, or a chat.
 
     Raises:
-        APIError, RequestError: neither or both are given, or they cannot be encoded.
+        APIError, RequestError: the body has both or neither, or they cannot be encoded.
     """
     llm = model.llm
     if (body.prompt is None) == (body.messages is None):
@@ -46,12 +46,12 @@ def tokenize(body: TokenizeRequest, model: ServedModel) -> TokenizeResponse:
 
 
 def detokenize(body: DetokenizeRequest, model: ServedModel) -> DetokenizeResponse:
-    """The text of token ids, control tokens included."""
+    """Return the text of token ids, control tokens included."""
     return DetokenizeResponse(model.llm.tokenizer.decode(body.tokens))
 
 
 def tokenizer_info(model: ServedModel) -> dict[str, Any]:
-    """What a client needs to know about the tokenizer, e.g. ``lm-eval``'s remote one."""
+    """Return what a client such as ``lm-eval`` with a remote tokenizer needs to know."""
     llm = model.llm
     tokens = llm.manifest.tokens
     return {

@@ -1,7 +1,7 @@
-"""Tool calls in a model's text: which marks a template teaches, and how to read them.
+"""Finds tool calls in a model's text: which marks a template teaches, and how to read them.
 
 Two families are known: Hermes (Qwen2.5, Qwen3 and others), where a call is a JSON object between
-``<tool_call>`` and ``</tool_call>``, and DeepSeek's with marks of its own. Which one a model speaks
+``<tool_call>`` and ``</tool_call>``, and DeepSeek's with marks of its own. Which one a model uses
 is read from its chat template, which writes past calls in the same form.
 """
 
@@ -26,12 +26,13 @@ _OBJECT_ARGUMENTS = re.compile(r"arguments(?:['\"]\])?\s*\|\s*tojson")
 
 @dataclass(frozen=True)
 class ToolSyntax:
-    """How a family writes calls.
+    """How a family of models writes calls.
 
     Attributes:
         start, end: marks around one call.
         noise: further marks, which are dropped.
-        read: gives name and arguments (JSON text) of the text between; None if it is no call.
+        read: turns the text between the marks into name and arguments (JSON text); None if it is
+            no call.
     """
 
     start: str
@@ -77,7 +78,7 @@ DEEPSEEK = ToolSyntax(
 
 
 def syntax_of(template: str) -> ToolSyntax | None:
-    """The family that a chat template's source belongs to."""
+    """Return the family that a chat template's source belongs to; None if it is not known."""
     for syntax in (DEEPSEEK, HERMES):
         if syntax.start in template:
             return syntax
@@ -100,7 +101,7 @@ class ToolParser:
         self.found = 0
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Add text; return the plain text and the calls that are certain by now."""
+        """Add text; return the plain text and the calls that are certain so far."""
         self._held += text
         plain: list[str] = []
         calls: list[ToolCall] = []
@@ -109,7 +110,7 @@ class ToolParser:
         return "".join(plain), calls
 
     def flush(self) -> str:
-        """End the text: what was held back, which no call came of."""
+        """End the text; return what was held back and did not become a call."""
         held = (self._space + self._syntax.start if self._inside else "") + self._held
         self._held, self._inside = "", False
         return "" if self.found and not held.strip() else held
@@ -167,18 +168,18 @@ class WholeCall:
         return "", [make_call(*call, index=0)]
 
     def flush(self) -> str:
-        """What no call came of, where the answer was cut short."""
+        """Return the text that did not become a call, where the answer was cut short."""
         held, self._text = self._text, ""
         return held
 
 
 def make_call(name: str, arguments: str, *, index: int) -> ToolCall:
-    """A call with a fresh id."""
+    """Make a call with a fresh id."""
     return ToolCall(f"call_{secrets.token_hex(12)}", CalledFunction(name, arguments), index=index)
 
 
 def forced_schema(request: ChatRequest) -> dict[str, Any] | None:
-    """The JSON schema of an answer that must be a call; None where it need not.
+    """Return the JSON schema of an answer that must be a call; None where it need not be one.
 
     Raises:
         APIError: 400 where ``tool_choice`` does not fit ``tools``.
@@ -198,17 +199,17 @@ def forced_schema(request: ChatRequest) -> dict[str, Any] | None:
 
 
 def strict_calls(request: ChatRequest, syntax: ToolSyntax | None) -> dict[str, Any] | None:
-    """Source of the form ``tool_calls``, for tools of which one is strict; None without any.
+    """Return the source of the output form ``tool_calls``; None where no tool is strict.
 
-    A call may come or not; where one comes, it names a tool, and arguments of a strict one keep to
-    its schema.
+    A call may come or not; where one comes, it names a tool, and the arguments of a strict tool
+    keep to its schema.
 
     Args:
-        request: whose ``tool_choice`` leaves the model free.
+        request: a request whose ``tool_choice`` leaves the model free.
         syntax: the model's family.
 
     Raises:
-        APIError: 400 where the family's calls cannot be bound.
+        APIError: 400 where the family's calls cannot be bound to a schema.
     """
     tools = request.tools or []
     strict = [index for index, tool in enumerate(tools) if tool.function.strict]
@@ -226,7 +227,7 @@ def strict_calls(request: ChatRequest, syntax: ToolSyntax | None) -> dict[str, A
 
 
 def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[str, Any]:
-    """Of one call: a tool's name, and arguments by its schema, or any where that is None."""
+    """The schema of one call: a tool's name, and arguments by its schema; None allows any."""
     options = [
         {
             "type": "object",
@@ -243,9 +244,9 @@ def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[s
 
 
 def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Tools as chat templates take them: what was not sent must not reach them as null.
+    """Return tools as chat templates take them, without the keys that were not sent.
 
-    ``strict`` speaks to the server, not to the model, so they do not see it.
+    ``strict`` is for the server, not for the model, so templates do not see it.
     """
     plain: list[dict[str, Any]] = [msgspec.to_builtins(tool) for tool in tools]
     for tool in plain:
@@ -258,9 +259,9 @@ def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def prepare_messages(messages: Sequence[Mapping[str, Any]], template: str) -> list[dict[str, Any]]:
-    """Messages as `edge.text.chat_template` takes them, from those that OpenAI's clients send back.
+    """Turn the messages that OpenAI's clients send into those that `edge.text.chat_template` takes.
 
-    A client that appends the server's own answer sends keys along that say nothing (``refusal``,
+    A client that appends the server's own answer also sends empty keys (``refusal``,
     ``annotations``), and the arguments of calls as JSON text; most templates want an object.
     """
     as_object = _OBJECT_ARGUMENTS.search(template) and "arguments is string" not in template
