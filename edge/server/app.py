@@ -1,4 +1,4 @@
-"""Makes the ASGI application: which path leads to which endpoint."""
+"""Makes the ASGI application and decides which path leads to which endpoint."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from .observe.metrics import Metrics
 
 PAGE = "/"
-_LARGE_BYTES = 64 * 2**10  # larger bodies are parsed beside the loop
+_LARGE_BYTES = 64 * 2**10  # larger bodies are parsed in a thread
 _Body = TypeVar("_Body")
 _TextBody = TypeVar("_TextBody", ChatRequest, CompletionRequest)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(models: ModelRegistry, settings: ServerSettings, metrics: Metrics) -> App:
-    """The application with its guard.
+    """Make the application with its guard.
 
     Args:
-        models: what is served.
+        models: the models that are served.
         settings: limits, and the file of API keys.
-        metrics: told of everything.
+        metrics: counts requests, choices of models and rejections.
 
     Raises:
         ConfigError: the file of API keys cannot be used.
@@ -72,7 +72,7 @@ class _Endpoints:
         self._metrics = metrics
 
     def routes(self) -> list[BaseRoute]:
-        """Every path; those of the API with and without ``/v1``."""
+        """List every path; those of the API with and without ``/v1``."""
         get: dict[str, Endpoint] = {
             PAGE: self._page,
             "/health": self._health,

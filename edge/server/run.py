@@ -1,4 +1,4 @@
-"""The life of the service: listen, open the models, serve, drain, leave."""
+"""Runs the service: listen, open the models, serve, drain, exit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("edge.server")
 _BEAT_S = 0.25
 _THERMAL_S = 5.0
-_COOLER_CELSIUS = 5.0  # below the limit by this before requests come again
+_COOLER_CELSIUS = 5.0  # how far below the limit it must be before requests come again
 _CLOSE_S = 5.0
 _LOADING_S = 10  # how often systemd hears that loading goes on
 FORCED_EXIT = 130
@@ -127,7 +127,7 @@ class Service:
         self._exit_code = 0
 
     def stop(self) -> None:
-        """Drain and leave; a second call leaves at once. Any thread may call it."""
+        """Drain, then exit; a second call exits at once. Any thread may call it."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._on_stop)
 
@@ -158,7 +158,7 @@ class Service:
     # ------------------------------------------------------------------------------- phases
 
     async def _load(self) -> bool:
-        """Open the models; false if `stop` came first.
+        """Open the models; returns false if `stop` was called first.
 
         Raises:
             EdgeError: a model could not be opened.
@@ -210,7 +210,7 @@ class Service:
     # ------------------------------------------------------------------------------- watching
 
     async def _watch(self) -> None:
-        """Look after the engines, feed systemd's watchdog and read temperatures, for ever."""
+        """Watch the engines, feed systemd's watchdog and read temperatures, for ever."""
         feed_s = None if self._notifier.watchdog_s is None else self._notifier.watchdog_s / 3
         fed = hot = -float("inf")
         while True:
@@ -240,9 +240,9 @@ class Service:
     # ------------------------------------------------------------------------------- reload
 
     async def reload(self) -> None:
-        """Read the settings again and replace every model whose bundle is another one now.
+        """Read the settings again and replace every model whose bundle has changed.
 
-        What is wrong is logged, and everything stays as it is.
+        An error is logged and ends the reload; what is not yet replaced stays as it is.
         """
         if self._reread is None:
             return
@@ -265,7 +265,7 @@ class Service:
         _log.info("reloaded")
 
     def _free_bytes(self) -> int | None:
-        """Memory for a second model beside those that are open; None where nobody knows."""
+        """Return the memory for a second model beside the open ones; None if it is not known."""
         settings = self._settings
         if settings.memory_budget_mb is None:
             return self._telemetry().memory_available_bytes
@@ -304,7 +304,7 @@ class Service:
 
 
 def _in_daemon(work: Callable[[], None]) -> asyncio.Future[None]:
-    """Run ``work`` in a thread that does not keep the process from leaving."""
+    """Run ``work`` in a thread that does not keep the process from exiting."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
 
@@ -330,7 +330,7 @@ def _in_daemon(work: Callable[[], None]) -> asyncio.Future[None]:
 
 
 def _drift_monitor(settings: ServerSettings) -> DriftMonitor:
-    """Make what counts requests and compares them where there is a baseline.
+    """Make the monitor that counts requests and compares them with the baseline, if there is one.
 
     Raises:
         ConfigError: the baseline cannot be used.
@@ -344,7 +344,7 @@ def _listen(host: str, port: int) -> socket.socket:
     """Open a listening socket.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns off Nagle only where the protocol is named; else answers wait 40 ms for an ACK.
@@ -375,7 +375,7 @@ def serve(
         reread: function that reads the settings again, on SIGHUP.
 
     Raises:
-        EdgeError: it could not start.
+        EdgeError: the service could not start.
     """
     opens = open_one or open_llm(settings.engine)
     service = Service(settings, opens, notifier=Notifier(os.environ), reread=reread)

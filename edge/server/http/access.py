@@ -1,4 +1,4 @@
-"""Who may call, and how often: API keys and their rate limits."""
+"""Decides who may call, and how often: API keys and rate limits."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Client:
 
 
 class APIKeys:
-    """The keys of a file, compared in constant time.
+    """API keys, compared in constant time.
 
     Args:
-        keys: name and key.
+        keys: pairs of a name and a key.
     """
 
     def __init__(self, keys: Iterable[tuple[str, str]]) -> None:
@@ -45,7 +45,7 @@ class APIKeys:
         """Read one key per line, ``NAME:KEY`` or just the key; ``#`` begins a comment line.
 
         Raises:
-            ConfigError: the file cannot be read, is empty, or has a key that is short or twice.
+            ConfigError: the file cannot be read or has no key, or a key is short or repeated.
         """
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -68,9 +68,9 @@ class APIKeys:
         return cls(keys.items())
 
     def find(self, authorization: bytes | None) -> Client | None:
-        """The client of an ``Authorization: Bearer`` header, or None.
+        """Return the client of an ``Authorization: Bearer`` header, or None.
 
-        Every key is compared, so that the time it takes tells nothing about any of them.
+        Every key is compared, so that the time tells nothing about any of them.
         """
         scheme, _, given = (authorization or b"").partition(b" ")
         digest = _digest(given.strip())
@@ -89,18 +89,18 @@ class RateLimit:
     """A bucket of tokens for each client: bursts up to a minute's worth, then a steady rate.
 
     Args:
-        per_minute: requests that a client may send in a minute; 0 is no limit.
-        clock: monotonic seconds.
+        per_minute: requests that a client may send in a minute; 0 sets no limit.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute = per_minute
         self._clock = clock
-        # Tokens, and when they were counted, by client, of which there are few.
+        # By client (there are few): tokens, and when they were counted.
         self._levels: dict[str, tuple[float, float]] = {}
 
     def take(self, client: str) -> float:
-        """Take a token of this client: 0 if there was one, else the seconds until there is."""
+        """Take a token of this client; returns 0, or the seconds until there is one."""
         if not self._per_minute:
             return 0.0
         now = self._clock()

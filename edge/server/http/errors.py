@@ -1,7 +1,7 @@
-"""Errors as HTTP: OpenAI's envelope, and what of an error a client may see.
+"""Turns errors into HTTP answers in OpenAI's envelope, and hides what a client may not see.
 
 The envelope is ``{"error": {"message", "type", "param", "code"}}`` with ``code`` a string. Messages
-of wrong requests are shown; those of everything else stay in the log, since they hold paths.
+about wrong requests are shown; all others stay in the log, since they hold paths.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TYPES = {
     505: "invalid_request_error",
 }
 # What never belongs in an answer, wherever it came from: addresses (CVE-2026-22778) and paths,
-# but for those of this API.
+# except those of this API.
 _SECRETS = re.compile(
     r"\b0x[0-9a-fA-F]{6,}"
     r"|(?<![\w:/.<])(?!/v1/(?:models|(?:chat/)?completions)(?![\w/.+-]))/(?:[\w.+-]+/)+[\w.+-]*"
@@ -55,10 +55,10 @@ class APIError(Exception):
         message: what was wrong, what was found and what to do.
         param: the field at fault.
         retry_after_s: when to try again.
-        should_retry: tells OpenAI's clients to (not) retry, whatever the status says.
-        allow: the methods that this path does take.
+        should_retry: tells OpenAI's clients to retry or not, whatever the status says.
+        allow: the methods that this path takes.
         close: whether the connection ends with this answer.
-        quoted: part of the message that the client itself wrote, so that it is no secret.
+        quoted: part of the message that the client itself wrote, so it is no secret.
         extra: further keys of the envelope's error.
     """
 
@@ -94,7 +94,7 @@ class APIError(Exception):
         return _TYPES.get(self.status, "server_error")
 
     def envelope(self) -> dict[str, Any]:
-        """The body, as plain data."""
+        """Return the body as plain data."""
         parts = self.message.split(self.quoted) if self.quoted else [self.message]
         error = {
             "message": (self.quoted or "").join(_SECRETS.sub("…", part) for part in parts),
@@ -105,11 +105,11 @@ class APIError(Exception):
         return {"error": error | self.extra}
 
     def body(self) -> bytes:
-        """The body, as JSON."""
+        """Return the body as JSON."""
         return msgspec.json.encode(self.envelope())
 
     def headers(self) -> dict[str, str]:
-        """Headers that belong to this error."""
+        """Return the headers that belong to this error."""
         result = {"content-type": "application/json", "cache-control": "no-store"}
         if self.retry_after_s is not None:
             result["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
@@ -125,12 +125,12 @@ class APIError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> APIError:
-    """A 400: something in the request is wrong."""
+    """Make a 400: something in the request is wrong."""
     return APIError(400, code, message, param=param)
 
 
 def draining() -> APIError:
-    """A 503: the server is about to stop."""
+    """Make a 503: the server is about to stop."""
     return APIError(
         503,
         "draining",
@@ -141,14 +141,14 @@ def draining() -> APIError:
 
 
 def stalled() -> APIError:
-    """A 503: the engine hangs."""
+    """Make a 503: the engine hangs."""
     return APIError(
         503, "engine_stalled", "the engine does not respond; try again later", retry_after_s=30
     )
 
 
 def as_api_error(error: BaseException) -> APIError:
-    """The answer to any exception; what is not the client's doing keeps its message to itself."""
+    """Make the answer to any exception; only the client's own mistakes show their message."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, ContextLengthError):

@@ -1,7 +1,7 @@
-"""The guard in front of the application: who may ask, and how large and how slowly.
+"""Guards the application: who may send requests, how large and how slow they may be.
 
-Everything here reads the connection's ``scope`` only, never a URL rebuilt from the Host header
-(CVE-2026-48746), and a path that is not listed as public needs a key once keys are set.
+Everything here reads only the connection's ``scope``, never a URL rebuilt from the Host header
+(CVE-2026-48746). Once keys are set, a path that is not listed as public needs one.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PUBLIC = frozenset({"/health", "/ready"})
-"""Paths that need no key; the page's files are added by the application."""
+"""Paths that need no key; the application adds the page."""
 
 _PROBES = PUBLIC | {"/metrics", "/stats"}  # polled, so logged at DEBUG only
 _log = logging.getLogger("edge.server")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _LENGTH = re.compile(rb"[0-9]{1,19}")
-# A body that is refused is read up to this, so that its sender sees the answer and not a reset.
+# A refused body is read up to these bounds, so that its sender sees the answer and not a reset.
 _DISCARD_FACTOR = 4
 _DISCARD_S = 1.0
 
@@ -45,11 +45,11 @@ class Guard:
 
     Args:
         app: the application.
-        settings: limits.
-        keys: who may call; None lets everyone in.
-        public: paths without a key, besides `PUBLIC`.
+        settings: limits of the server.
+        keys: API keys; None lets everyone in.
+        public: paths that need no key, besides `PUBLIC`.
         is_draining: tells whether the server is about to stop.
-        on_rejection: is called with the code of every request that is refused here.
+        on_rejection: called with the code of every error that is answered here.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Guard:
             await self._app(scope, body.receive, send_with_id)
         except ConnectionError:
             status = status or 499  # nginx's number for a client that left
-        except Exception as error:  # noqa: BLE001 - the last one that can answer
+        except Exception as error:  # noqa: BLE001 - nothing above can answer
             answer = _as_answer(error)
             if answer.status in (500, 501):
                 _log.exception("request %s failed", request_id)
@@ -152,7 +152,7 @@ class Guard:
             raise draining()
 
     def _host_is_ours(self, host: bytes | None) -> bool:
-        """Without keys on loopback, a web page elsewhere must not get in by its own DNS name."""
+        """Refuse foreign names without keys on loopback: a web page could use its own DNS name."""
         if self._keys is not None or not is_loopback(self._settings.host) or host is None:
             return True
         name = host.decode("latin-1").lower()
@@ -211,7 +211,7 @@ def _check_body_headers(scope: Scope, limit: int) -> None:
     if encoding.strip().lower() != b"identity":
         raise APIError(415, "unsupported_encoding", "send the body without Content-Encoding")
     kind = (headers.get(b"content-type") or b"").split(b";")[0].strip().lower()
-    # Also what keeps web pages out: for this type browsers ask first, and CORS is off.
+    # This also keeps web pages out: for this type browsers ask first, and CORS is off.
     if kind != b"application/json":
         raise APIError(
             415, "unsupported_media_type", "send the body as Content-Type: application/json"
@@ -263,7 +263,7 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
 
 
 class _Body:
-    """The body of a request on its way, and whether it was read to its end."""
+    """The body of a request as it arrives, and whether it was read to its end."""
 
     def __init__(self, receive: Receive, headers: _Headers) -> None:
         self._receive = receive
@@ -271,14 +271,14 @@ class _Body:
         self.is_complete = not headers.has(b"transfer-encoding") and length in (None, b"0")
 
     async def receive(self) -> Message:
-        """ASGI's ``receive``."""
+        """Receive the next message, as ASGI's ``receive``."""
         message = await self._receive()
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             self.is_complete = True
         return message
 
     async def discard(self, limit_bytes: int) -> None:
-        """Read what a refused client still sends, within bounds, so that it can read the answer."""
+        """Read what a refused client still sends, within bounds, so that it sees the answer."""
 
         async def read() -> None:
             total = 0

@@ -1,4 +1,4 @@
-"""uvicorn with the guards that it lacks: slow heads, slow readers, too many connections.
+"""Runs uvicorn with the guards that it lacks: slow heads, slow readers, too many connections.
 
 uvicorn waits for ever for the rest of a head and for a reader that does not read, and answers
 malformed requests in plain text. Hypercorn has read timeouts, but they also end an answer that
@@ -23,7 +23,7 @@ from .guard import App
 
 
 class _Protocol(H11Protocol):  # type: ignore[misc]
-    """One connection; three timers and a bound around uvicorn's own."""
+    """One connection: uvicorn's protocol with timers for heads and readers, and a bound."""
 
     settings: ServerSettings  # set by the subclass that `make_server` makes
 
@@ -34,7 +34,7 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
         if len(self.connections) > self.settings.max_connections:
             transport.abort()
             return
-        # Paused as soon as the system takes no more, so that "paused" means a slow reader.
+        # Writing is paused as soon as the system takes no more: "paused" means a slow reader.
         transport.set_write_buffer_limits(high=0)
         self._start_head_timer()
 
@@ -50,7 +50,7 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
         if self.conn.their_state is not h11.IDLE:
             self._stop_head_timer()
         elif self._head_timer is None:
-            # The first bytes of a next head on a connection that was idle.
+            # These are the first bytes of the next head on an idle connection.
             self._start_head_timer()
 
     def handle_events(self) -> None:
@@ -70,7 +70,7 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP; uvicorn's own text is replaced by the envelope."""
+        """Answer bytes that are no HTTP with the envelope, instead of uvicorn's own text."""
         waiting, _ = self.conn.trailing_data
         if len(waiting) > self.settings.max_header_bytes:
             error = APIError(431, "header_too_large", "the request's head is too large; send less")
@@ -117,7 +117,7 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
 
 
 class Server(uvicorn.Server):  # type: ignore[misc]
-    """uvicorn's server, without its own idea of signals."""
+    """uvicorn's server, without its signal handlers."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -126,7 +126,7 @@ class Server(uvicorn.Server):  # type: ignore[misc]
 
 
 def make_server(app: App, settings: ServerSettings) -> Server:
-    """The server of an application; it stops once ``should_exit`` is set."""
+    """Make the server of an application; it stops once ``should_exit`` is set."""
     protocol: type[Any] = type("Protocol", (_Protocol,), {"settings": settings})
     return Server(
         uvicorn.Config(

@@ -1,4 +1,4 @@
-"""Work that takes a while runs beside the event loop."""
+"""Runs work that takes a while in a thread, beside the event loop."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _slow_executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="edge-gram
 
 
 async def in_thread(work: Callable[[], _Result], *, slow: bool = False) -> _Result:
-    """Run what takes a while beside the loop.
+    """Run ``work`` in a thread and wait for its result.
 
     Args:
         work: what to run.
-        slow: it may take seconds (a grammar is compiled), so it must not hold up the rest.
+        slow: whether it may take seconds (a grammar is compiled) and must not hold up other work.
     """
     executor = _slow_executor if slow else None
     return await asyncio.get_running_loop().run_in_executor(executor, work)

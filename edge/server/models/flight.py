@@ -1,4 +1,4 @@
-"""`Flight`: reads, counts and ends all generations of one request together."""
+"""Defines `Flight`, which reads, counts and ends all generations of one request together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Carrier(Protocol):
     """What a flight needs of the model that it runs on: `edge.server.models.registry.ServedModel`.
 
     Attributes:
-        name: for metrics and logs.
+        name: the model's name, for metrics and logs.
         flights: requests that run on it now.
     """
 
@@ -40,21 +40,21 @@ class Carrier(Protocol):
 class Flight:
     """Reads the generations of one request, counts them and ends them together.
 
-    It reads to their ends whatever happens, so that the counts are true and the model is not closed
-    under them; after `abort` nothing is passed on any more.
+    Whatever happens, it reads them to their ends, so that the counts are true and the model is not
+    closed while they run; after `abort` nothing is passed on any more.
 
     Args:
-        model: what they run on.
+        model: the model that they run on.
         generations: one per choice.
-        params: resolved, for the metrics.
-        metrics: told of every end.
-        user: as the request names it; the watch's own requests are no client's.
-        arm: of the A/B split that chose the model.
+        params: resolved sampling parameters, for the metrics.
+        metrics: counts every end.
+        user: the user that the request names; it tells the watch's own requests from clients'.
+        arm: the arm of the A/B split that chose the model.
 
     Attributes:
-        done: the end of all, or the first error.
-        stats: of those that ended, by choice.
-        reasoning_tokens: by choice.
+        done: completes when all have ended, or fails with the first error.
+        stats: figures of the generations that have ended, by choice.
+        reasoning_tokens: tokens of the reasoning, by choice.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Flight:
             self._tasks.append(task)  # the loop itself keeps only a weak reference
 
     def abort(self, error: BaseException) -> None:
-        """End all within one step; ``done`` fails with this error."""
+        """End all generations within one step; ``done`` fails with this error."""
         if not self.done.done():
             self.done.set_exception(error)
             self.done.exception()  # nobody has to look at it
@@ -140,7 +140,7 @@ class Flight:
 
 
 class _ReasoningCounter:
-    """Counts the tokens before the first text of the answer, if there was reasoning among them."""
+    """Counts the tokens before the first text of the answer, if they hold reasoning."""
 
     def __init__(self) -> None:
         self._before = 0

@@ -1,4 +1,4 @@
-"""The models of a server: choosing one for a request, watching their engines."""
+"""Holds the models of a server: chooses one for a request and watches their engines."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ class ServedModel:
     """An open bundle under the name that clients use.
 
     Attributes:
-        name: what requests call it.
-        bundle: its directory.
+        name: the name that requests use.
+        bundle: the bundle's directory.
         llm: the open bundle.
         created: Unix seconds at which it was opened.
         flights: requests that run on it now.
         leases: requests that hold it and do not run yet.
-        scoring: prompts that wait to be scored or are; a failed future ends the wait for one.
-        heartbeat: watches its engine.
+        scoring: prompts that are scored or wait for it; a failed future ends the wait for one.
+        heartbeat: watches the model's engine.
+        fingerprint: names what answers, from the hash of the manifest.
     """
 
     name: str
@@ -70,7 +71,7 @@ class ServedModel:
             self.leases -= 1
 
     def engine_info(self) -> dict[str, str]:
-        """What runs the model, as labels of a metric."""
+        """Return what runs the model, as labels of a metric."""
         manifest, backend = self.llm.manifest, self.llm.backend
         return {
             "backend": backend.name,
@@ -85,7 +86,7 @@ class ServedModel:
 
     @property
     def is_used(self) -> bool:
-        """Whether closing the model would hurt a request."""
+        """Whether a request holds the model or runs on it."""
         return bool(self.leases or self.flights)
 
 
@@ -93,8 +94,11 @@ class Heartbeat:
     """Tells an engine that works from one that hangs: while there is work, its steps must go on.
 
     Args:
-        stats: asks the scheduler.
-        clock: monotonic seconds.
+        stats: asks the scheduler for its state.
+        clock: returns monotonic seconds.
+
+    Attributes:
+        failed: why the engine can serve no more; None while it can.
     """
 
     def __init__(
@@ -123,10 +127,10 @@ class Heartbeat:
 
     @property
     def patience_s(self) -> float:
-        """Silence after which this engine hangs: ten full steps at the pace of its slowest so far.
+        """Silence after which the engine counts as hung: ten full steps at its slowest pace so far.
 
-        It is at least `LEAST_STALL_S` and at most `MOST_STALL_S`, which is also what an engine gets
-        whose first step nobody has seen.
+        It is at least `LEAST_STALL_S` and at most `MOST_STALL_S`, and `MOST_STALL_S` until the
+        engine has ended its first step.
         """
         if self._full_step_s is None:
             return MOST_STALL_S
@@ -139,7 +143,7 @@ class Choice(NamedTuple):
     Attributes:
         model: the model that answers.
         rule: the rule of ``auto`` that chose it, as it was written.
-        arm: ``NAME:MODEL`` of the A/B split that it is part of.
+        arm: ``NAME:MODEL`` where an A/B split chose it.
     """
 
     model: ServedModel
@@ -147,7 +151,7 @@ class Choice(NamedTuple):
     arm: str | None = None
 
     def headers(self) -> dict[str, str]:
-        """Headers that tell the client which model answers, and why."""
+        """Return the headers that tell the client which model answers, and why."""
         headers = {"x-edge-model": self.model.name}
         if self.rule is not None:
             headers["x-edge-route"] = self.rule
@@ -159,7 +163,7 @@ class Choice(NamedTuple):
 class ModelRegistry:
     """The served models, and whether the server takes requests at all.
 
-    All but `load` and `close` belongs to the loop's thread.
+    Only the event loop's thread may call its methods, except `load` and `close`.
 
     Args:
         open_llm: opens a bundle; runs in a thread.
@@ -167,6 +171,11 @@ class ModelRegistry:
         rules: the rules of the model ``auto``.
         splits: A/B splits by name.
         stall_s: see `ServerSettings`; None is `Heartbeat.patience_s`.
+
+    Attributes:
+        is_draining: whether the server is about to stop.
+        is_loading: whether its models are still being opened.
+        trouble: why the device should get no requests now, e.g. ``thermal``; None if it should.
     """
 
     def __init__(
@@ -189,7 +198,6 @@ class ModelRegistry:
         self.is_draining = False
         self.is_loading = True
         self.trouble: str | None = None
-        """Why the device should get no requests now, e.g. ``thermal``."""
 
     # ------------------------------------------------------------------------------- models
 
@@ -197,40 +205,40 @@ class ModelRegistry:
         """Open bundles one after the other; blocks.
 
         Raises:
-            EdgeError: a bundle is bad; those before it stay open until `close`.
+            EdgeError: a bundle cannot be opened; those before it stay open until `close`.
         """
         for name, bundle in bundles.items():
             started = time.monotonic()
-            # Where a link leads now: it may lead elsewhere when this bundle is opened again.
+            # Resolved now, since a link may lead elsewhere when this bundle is opened again.
             path = bundle.resolve()
             self.add(ServedModel(name, path, self.open_llm(path)))
             _log.info("model %s is open after %.1f s", name, time.monotonic() - started)
         self.is_loading = False
 
     def add(self, model: ServedModel) -> None:
-        """Serve a model; one that had its name before is retired, but runs on."""
+        """Serve a model; the model that had its name before is retired, but runs on."""
         old = self._models.get(model.name)
         if old is not None:
             self._retired.add(old)
         self._models[model.name] = model
 
     def forget(self, model: ServedModel) -> None:
-        """Drop a retired model, which is closed now."""
+        """Drop a retired model that has been closed."""
         self._retired.discard(model)
 
     def models(self) -> list[ServedModel]:
-        """The models that take requests."""
+        """Return the models that take requests."""
         return list(self._models.values())
 
     def aliases(self) -> list[str]:
-        """Names that stand for one of several models."""
+        """Return the names that stand for one of several models."""
         return [*([AUTO] if self._rules else []), *self._splits]
 
     def get(self, name: str) -> ServedModel:
-        """The model of this name.
+        """Return the model of this name.
 
         Raises:
-            APIError: 404.
+            APIError: 404, there is none.
         """
         model = self._models.get(name)
         if model is None:
@@ -255,11 +263,11 @@ class ModelRegistry:
             event.set()
 
     async def choose(self, name: str | None, facts: Facts | None = None) -> Choice:
-        """The model for a request.
+        """Choose the model for a request.
 
         Args:
             name: the name in the request, if any.
-            facts: for names that stand for several models; None takes their first.
+            facts: decide between models that share a name; None stands for an empty chat.
 
         Raises:
             APIError: 400, 404, or 503 while nothing can be served.
@@ -306,17 +314,17 @@ class ModelRegistry:
         return Choice(self.get(self._rules[-1].model), rule="none")
 
     def stats(self) -> dict[str, SchedulerStats]:
-        """State of every model's scheduler."""
+        """Return the state of every model's scheduler."""
         return {model.name: model.llm.scheduler.stats() for model in self.models()}
 
     def engines(self) -> dict[str, dict[str, str]]:
-        """What serves each model, for the metrics."""
+        """Return what runs each model, for the metrics."""
         return {model.name: model.engine_info() for model in self.models()}
 
     # ------------------------------------------------------------------------------- health
 
     def not_ready(self) -> str | None:
-        """Why the server should get no requests now; None if it should."""
+        """Return why the server should get no requests now; None if it should."""
         if self.is_draining:
             return "draining"
         if self.is_loading:
@@ -336,11 +344,11 @@ class ModelRegistry:
 
     @property
     def is_alive(self) -> bool:
-        """Whether no engine hangs or is dead; a service manager should restart us otherwise."""
+        """Whether no engine hangs or has failed; otherwise a service manager should restart us."""
         return all(self._why_not(model) is None for model in self._everyone())
 
     def beat(self) -> None:
-        """Look after every engine; requests of one that hangs get an error."""
+        """Look at every engine; requests on one that hangs get an error."""
         for model in self._everyone():
             model.heartbeat.beat()
             if self._why_not(model) == "engine_stalled":
@@ -348,7 +356,7 @@ class ModelRegistry:
 
     @property
     def num_flights(self) -> int:
-        """How many requests run now."""
+        """Number of requests that run now."""
         return sum(len(model.flights) + model.leases for model in self._everyone())
 
     def abort_all(self, error: APIError) -> None:

@@ -1,8 +1,8 @@
-"""Which model answers: rules for the model ``auto``, and shares of an A/B split. Pure.
+"""Decides which model answers: rules for the model ``auto``, and shares of an A/B split. Pure.
 
 A rule is a condition of one or more comparisons, ``prompt_chars<=2000&kind=chat&waiting<4``;
-``|`` separates alternatives; ``always`` holds always. Rules are tried in their order,
-and the first that holds gives its model. Comparisons are about
+``|`` separates alternatives; ``always`` holds always. Rules are tried in order, and the first that
+holds gives its model. Comparisons are about
 
 =================  ================================================================================
 ``prompt_chars``   length of all texts of the request, in characters; four per token id
@@ -39,10 +39,10 @@ _COMPARISON = re.compile(r" *(\w+) *(<=|>=|<|>|=) *(\w+) *", re.ASCII)
 
 @dataclass(frozen=True)
 class Facts:
-    """What rules and splits may know of a request.
+    """What rules and splits may know about a request.
 
     Attributes:
-        prompt_chars: length of its texts.
+        prompt_chars: length of the request's texts, in characters.
         kind: one of `KINDS`.
         key: who asks, for an A/B split: the request's ``user``, else its id.
     """
@@ -70,7 +70,7 @@ class Rule:
                 self._compare(part, Facts(0, "chat", ""), SchedulerStats())
 
     def holds(self, facts: Facts, stats: SchedulerStats) -> bool:
-        """Whether the rule chooses its model, whose state is ``stats``.
+        """Return whether the rule chooses its model, whose state is ``stats``.
 
         Raises:
             ConfigError: the rule cannot be read.
@@ -104,8 +104,8 @@ class Split:
     """A name that stands for several models, by shares.
 
     Attributes:
-        name: what requests call it.
-        shares: weight by model, in order.
+        name: the name that requests use.
+        shares: models and their weights, in order.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Split:
         """Read ``a:90/b:10``.
 
         Raises:
-            ConfigError: it is written otherwise.
+            ConfigError: the text has another form.
         """
         shares = []
         for part in text.split("/"):
@@ -132,7 +132,7 @@ class Split:
         return cls(name, tuple(shares))
 
     def arm(self, key: str) -> str:
-        """The model for this key: always the same one, and over many keys as the shares say."""
+        """Choose the model for a key: always the same, and over many keys as the shares say."""
         digest = hashlib.sha256(f"{self.name}\0{key}".encode("utf-8", "replace")).digest()
         total = sum(weight for _, weight in self.shares)
         point = int.from_bytes(digest[:8], "big") * total >> 64
@@ -146,10 +146,11 @@ class Split:
 def read_routes(
     auto: Mapping[str, str], split: Mapping[str, str], models: Mapping[str, Any]
 ) -> tuple[list[Rule], dict[str, Split]]:
-    """The rules and splits of the settings, checked against the models.
+    """Read the rules and splits of the settings and check them against the models.
 
     Raises:
-        ConfigError: a rule that cannot be read, or a model that is not served.
+        ConfigError: a rule or split cannot be read, names a model that is not served, or has a
+            name that is taken.
     """
     rules = [Rule(model, text) for model, text in auto.items()]
     splits = {name: Split.parse(name, text) for name, text in split.items()}

@@ -1,8 +1,8 @@
 """Replaces a model under load: beside the old one where memory allows, else in its place.
 
 A new bundle has to open and to answer before it gets a request. If it does not, the old one goes
-on, or is opened again. No request fails because of it: those that run finish on the old model, and
-where there is a gap, new ones wait.
+on, or is opened again. No request fails because of a switch: running requests finish on the old
+model, and if there is a gap, new ones wait.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _POLL_S = 0.02
 
 
 def need_bytes(manifest: Manifest, num_slots: int, kv_capacity: int | None) -> int:
-    """Memory that a bundle takes at most: its files, and the KV cache."""
+    """Compute the memory that a bundle takes at most: its files, and the KV cache."""
     files = sum(file.num_bytes for file in manifest.files.values())
     tokens = num_slots * (kv_capacity or manifest.kv_capacity)
     return files + tokens * kv_bytes_per_token(manifest.model, manifest.dtype)
@@ -41,10 +41,10 @@ class Switcher:
 
     Args:
         models: the registry.
-        free_bytes: memory that a second model may take now; None where nobody knows.
+        free_bytes: returns the memory that a second model may take now; None if that is not known.
         num_slots: slots of each cache.
         kv_capacity: tokens of a slot; None is each bundle's own.
-        drain_timeout_s: how long requests may run on a model that must leave first.
+        drain_timeout_s: how long requests may run on a model that must be closed first.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Switcher:
         """Serve ``bundle`` under ``name`` from now on.
 
         Raises:
-            EdgeError: it cannot be served; everything is as it was.
+            EdgeError: the bundle cannot be served; everything is as it was.
         """
         async with self._lock:
             old = self._models.get(name)

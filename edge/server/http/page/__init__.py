@@ -1,4 +1,4 @@
-"""The web page at ``/``: one file, without a build and without any request to elsewhere."""
+"""The web page at ``/``: one file that needs no build and asks no other machine for anything."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _INLINE = {
 
 @cache
 def load_page() -> bytes:
-    """The page, UTF-8."""
+    """Read the page, UTF-8."""
     return (Path(__file__).parent / "index.html").read_bytes()
 
 
 @cache
 def page_headers() -> dict[str, str]:
-    """Headers that the page is sent with, lower case.
+    """Return the headers that the page is sent with, in lower case.
 
     The policy names the page's own script and style by their hashes, so nothing that a model or a
-    client writes could ever run, and nothing is loaded from or sent to another machine.
+    client writes can run, and nothing is loaded from or sent to another machine.
     """
     sources = {
         kind: " ".join(f"'sha256-{_sha256(part)}'" for part in pattern.findall(load_page()))
