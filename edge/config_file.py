@@ -1,13 +1,13 @@
-"""Settings from a TOML file, the environment and flags: the later overrides the earlier.
+"""Reads settings from a TOML file, the environment and flags: the later overrides the earlier.
 
 The settings themselves are a frozen dataclass; its fields are the keys of the file, the environment
 variables ``EDGE_LLM_SERVE_<KEY>`` and the flags ``--<key>``. Nothing is accepted and ignored: an
-unknown key, also an unknown variable of that prefix, is refused with the nearest known one. Where
-each value came from is kept, for ``edge-llm config show --origin``.
+unknown key, or an unknown variable with that prefix, is refused with the nearest known one. The
+origin of each value is kept, for ``edge-llm config show --origin``.
 
-A table (``models``) is replaced as a whole by a stronger layer. In a variable it is written
+A table (``model``) is replaced as a whole by a stronger layer. In a variable it is written
 ``name=value,name=value``. A relative path in the file is relative to the file, elsewhere to the
-working directory. An empty variable counts as not set, as systemd units write it.
+working directory. An empty variable counts as not set, since systemd units write it that way.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Settings = TypeVar("Settings")
 
 @dataclass(frozen=True)
 class Resolved(Generic[Settings]):
-    """Settings, and where each came from.
+    """Settings, and where each value came from.
 
     Attributes:
         settings: all settings, checked.
@@ -68,14 +68,14 @@ def load_settings(
 
     Args:
         cls: a frozen dataclass with a default for every field.
-        file: TOML; None is no file.
+        file: a TOML file, or None.
         environ: e.g. ``os.environ``; only names with `ENV_PREFIX` are looked at.
-        flags: by field name; None and an empty tuple are flags that were not given.
+        flags: flags by field name; None and an empty tuple mean that a flag was not given.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type or out of its range, or a file that
+        ConfigError: a key is unknown, a value has the wrong type or is out of its range, or a file
             cannot be read.
-        DependencyError: Python 3.10 without tomli.
+        DependencyError: there is a file, on Python 3.10 without tomli.
     """
     fields = _hints(cls)
     values: dict[str, _Value] = {}
@@ -97,7 +97,7 @@ def check_fields(settings: object) -> None:
     float. Meant for ``__post_init__``.
 
     Raises:
-        ConfigError: a value of the wrong type or out of its range.
+        ConfigError: a value has the wrong type or is out of its range.
     """
     for name, hint in _hints(type(settings)).items():
         value = getattr(settings, name)
@@ -109,8 +109,8 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
 
     Args:
         what: how the message begins.
-        name: that was given.
-        known: those that there are.
+        name: the name that was given.
+        known: the names that are known.
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
     return ConfigError(f"{what}; the nearest known one is {near[0]!r}")
@@ -129,8 +129,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file of at most 1 MiB.
 
     Raises:
-        ConfigError: it cannot be read or is no TOML.
-        DependencyError: Python 3.10 without tomli.
+        ConfigError: the file cannot be read, is too large, or is not TOML.
+        DependencyError: this is Python 3.10 without tomli.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -156,7 +156,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _hints(cls: Any) -> dict[str, Any]:
-    """Read the type of every field, with what ``Annotated`` says of it."""
+    """Read the type of every field, with its ``Annotated`` metadata."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -215,7 +215,7 @@ def _checked(
     """Convert the value of a field to its type.
 
     Args:
-        name: of the field.
+        name: the field's name.
         raw: the value as it was given.
         hint: the field's type.
         origin: where the value came from, as an error's message begins.
@@ -223,7 +223,7 @@ def _checked(
         base: what a relative path is relative to.
 
     Raises:
-        ConfigError: it is of another type or out of its range.
+        ConfigError: the value has another type or is out of its range.
     """
 
     def to_path(expected: type, given: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`EngineConfig`: every option of the engine, with its type, range, default and description.
+"""Defines `EngineConfig`: every option of the engine, with type, range, default and description.
 
 `edge.LLM`, the scheduler, the backends, the service and the command line all read this class: its
 fields are their options, keys and flags, and what the docstring says of a field is the help of its
@@ -58,8 +58,8 @@ class EngineConfig:
         int8_activations: let the CPU round activations to int8, its fastest kernel; by default
             where it can. Off is many times slower, but exact: answers do not depend on what else
             runs. On is refused where nothing can be rounded; GPU engines never round.
-        num_slots: sequences that the KV cache has room for, those that run and those that have
-            ended and whose rows are kept.
+        num_slots: sequences that the KV cache has room for: running ones, and ended ones whose rows
+            are kept.
         max_batch: sequences that are computed at once; by default one per slot.
         queue_capacity: sequences that may wait for a slot; one more is refused, by the service
             with 429.
@@ -68,7 +68,7 @@ class EngineConfig:
             slots are used, and a prompt runs at nine tenths of the speed that it has alone.
         reuse_prefix: keep the cache rows of ended sequences for later prompts that begin alike.
         overflow: when a slot of the cache is full, stop ends the answer; slide drops old tokens,
-            but for the first ones, and goes on.
+            except the first ones, and goes on.
         speculative: drafted tokens per step at most, guessed from what the text repeats, where
             that is measured to pay; 0 drafts none.
         prefix_dir: directory of prefixes that edge-llm cache build stored; prompts that begin with
@@ -107,7 +107,7 @@ class EngineConfig:
 
     @property
     def cpu_option(self) -> str | None:
-        """Name of an option that only the CPU can honour, where one is set."""
+        """Name of an option that is set and that only the CPU can honour; None if there is none."""
         if self.num_threads is not None:
             return "num_threads"
         return "int8_activations" if self.int8_activations else None
@@ -118,10 +118,10 @@ class EngineConfig:
         return None if self.target_itl_ms is None else self.target_itl_ms / 1e3
 
     def with_options(self, **options: Unpack[EngineOptions]) -> Self:
-        """The same configuration with other values.
+        """Return the same configuration with other values.
 
         Raises:
-            ConfigError: an unknown option, named with the nearest known one; else see the class.
+            ConfigError: an unknown option, named with the nearest known one; or see the class.
         """
         known = [field.name for field in dataclasses.fields(self)]
         for name in options:

@@ -1,4 +1,4 @@
-"""Every error that edge-llm raises on purpose.
+"""Defines every error that edge-llm raises on purpose.
 
 ::
 
@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 
 _DISTRIBUTION = "jetson-edge-llm"
 EXIT_GATE_MISSED = 3
-"""Of a verb whose run worked and whose result misses a gate; no code of ``sysexits.h``."""
+"""Exit code of a verb that worked and whose result misses a gate; not one of ``sysexits.h``."""
 
 
 class EdgeError(Exception):
@@ -138,7 +138,7 @@ class DeviceError(BackendError):
     """The GPU or its driver failed.
 
     Attributes:
-        fatal: nothing works on the GPU any more until the process starts anew.
+        fatal: whether nothing works on the GPU any more until the process is restarted.
     """
 
     def __init__(self, message: str, fatal: bool = False) -> None:
@@ -173,7 +173,7 @@ class GateError(EdgeError):
 
 
 def install_command(extra: str) -> str:
-    """The command that installs what an extra of this project needs, for a `DependencyError`.
+    """Return the command that installs what an extra of this project needs.
 
     The project is on no package index, and whoever takes its name there could run code here. So a
     checkout is installed by its path, and elsewhere the extra's own requirements are named.
@@ -181,7 +181,7 @@ def install_command(extra: str) -> str:
     Args:
         extra: one of ``optional-dependencies`` in ``pyproject.toml``.
     """
-    import shlex  # nothing here is needed until something is missing
+    import shlex  # imported here, since it is only needed when something is missing
 
     root = Path(__file__).resolve().parent.parent
     if _is_checkout(root):
@@ -200,7 +200,7 @@ def _is_checkout(root: Path) -> bool:
 
 
 def _requirements(extra: str) -> list[str]:
-    """Of the installed distribution; none where it is not installed."""
+    """Read the extra's requirements from the installed distribution, if it is installed."""
     import re
     from importlib import metadata
 
@@ -220,7 +220,7 @@ def _requirements(extra: str) -> list[str]:
 
 
 def _pip_install() -> str:
-    """What installs for this very Python: the pip on the path may be that of another one."""
+    """Return what installs for this very Python: the pip on the path may belong to another."""
     import shlex
     import shutil
     from importlib.util import find_spec

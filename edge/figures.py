@@ -1,9 +1,7 @@
-"""Figures of rows of logits and of the cache: log-probabilities, KL divergence, cosine.
+"""Computes figures of logits and of the cache: log-probabilities, KL divergence, cosine.
 
-Also the edges of bins in which numbers are counted.
-
-One rule for what is no number: logits that hold NaN or an infinity are a `BackendError`, never a
-figure. Everything is computed in float64.
+The edges of bins in which numbers are counted are here, too. Logits that hold NaN or an infinity
+are a `BackendError`, never a figure. Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ _ROWS = 4  # rows at a time: 5 MB each at a vocabulary of 151,936
 
 
 def log_softmax(logits: Rows) -> Vector:
-    """Log-probabilities over the last axis, in nats, without overflow.
+    """Compute log-probabilities over the last axis, in nats, without overflow.
 
     Args:
         logits: ``[..., vocab]``.
@@ -45,7 +43,7 @@ def log_softmax(logits: Rows) -> Vector:
 
 
 def token_logprobs(logits: Rows, ids: NDArray[np.int64]) -> Vector:
-    """Log-probability of one token per row, in nats; a few rows at a time, to spare memory.
+    """Compute the log-probability of one token per row, in nats; a few rows at a time.
 
     Args:
         logits: ``[n, vocab]``.
@@ -66,7 +64,7 @@ def token_logprobs(logits: Rows, ids: NDArray[np.int64]) -> Vector:
 
 
 def kl_divergence(log_p: Vector, log_q: Vector) -> Vector:
-    """KL(p || q) over the last axis, in nats; never negative.
+    """Compute KL(p || q) over the last axis, in nats; never negative.
 
     Args:
         log_p: a result of `log_softmax`.
@@ -78,9 +76,9 @@ def kl_divergence(log_p: Vector, log_q: Vector) -> Vector:
 
 
 def cosine_similarity(a: Rows, b: Rows) -> Vector:
-    """Cosine over the last axis, -1 to 1.
+    """Compute the cosine over the last axis, -1 to 1.
 
-    Two rows of zeros agree (1), one of them does not (0). A row that holds NaN or an infinity gives
+    Two rows of zeros give 1, one row of zeros gives 0. A row that holds NaN or an infinity gives
     NaN, which reaches no threshold.
     """
     x, y = a.astype(np.float64), b.astype(np.float64)
@@ -92,9 +90,9 @@ def cosine_similarity(a: Rows, b: Rows) -> Vector:
 
 
 def geometric_edges(last: float) -> tuple[float, ...]:
-    """Edges 0, 1 and on by factors of the square root of 2, up to ``last``.
+    """Return the edges 0, 1 and on by factors of the square root of 2, up to ``last``.
 
-    A doubling moves a value by two bins.
+    A value that doubles moves by two bins.
     """
     edges, power = [0.0], 0
     while edges[-1] < last:
@@ -104,5 +102,5 @@ def geometric_edges(last: float) -> tuple[float, ...]:
 
 
 def linear_edges(step: float, count: int) -> tuple[float, ...]:
-    """Edges between the multiples of ``step``, so that a round value lies inside its bin."""
+    """Return edges between the multiples of ``step``, so that a round value is inside its bin."""
     return tuple(round((i + 0.5) * step, 6) for i in range(count))

@@ -1,4 +1,4 @@
-"""Charts as SVG text, drawn by Vega-Lite: for the pages of an evaluation and the picture of a plan.
+"""Draws charts as SVG text with Vega-Lite, for the page of an evaluation and a plan's picture.
 
 A chart is a Vega-Lite specification. vl-convert renders it without a browser, a script or the
 network, and the same numbers give the same text. Colours are written for a light page; a style
@@ -29,9 +29,9 @@ _SERIES = {
     "#4b5b6b": "#b0bec5",
 }
 COLOURS = tuple(_SERIES)
-"""The colour of the first series, of the second and so on; each can be read as text on white."""
+"""The colours of the series, in order; each can be read as text on white."""
 DARK = {_PAGE: "#16191d", _INK: "#e6e8eb", _SOFT: "#a3acb6", _GRID: "#353c44", **_SERIES}
-"""The colour on a dark page of each colour on a light one."""
+"""For each colour on a light page, the colour on a dark one."""
 _RULES = " ".join(
     f'.marks [{name}="{light}"] {{ {name}: {dark}; }}'
     for light, dark in DARK.items()
@@ -80,10 +80,10 @@ class Row:
     """One row of a chart of ranges.
 
     Attributes:
-        name: left of the row.
+        name: the label to the left of the row.
         low: where the bar begins.
-        high: where it ends.
-        text: in a column to the right of all bars.
+        high: where the bar ends.
+        text: the text in a column to the right of all bars.
     """
 
     name: str
@@ -93,10 +93,10 @@ class Row:
 
 
 def load_renderer() -> Any:
-    """The module ``vl_convert``.
+    """Import the module ``vl_convert``.
 
     Raises:
-        DependencyError: it is not installed.
+        DependencyError: vl-convert-python is not installed.
     """
     try:
         import vl_convert
@@ -108,7 +108,7 @@ def load_renderer() -> Any:
 
 
 def draw(chart: dict[str, Any]) -> str:
-    """A Vega-Lite specification as a self-contained SVG.
+    """Render a Vega-Lite specification as a self-contained SVG.
 
     Raises:
         DependencyError: vl-convert-python is not installed.
@@ -121,7 +121,7 @@ def draw(chart: dict[str, Any]) -> str:
 
 
 def lines(series: Sequence[Series], x_label: str, y_label: str) -> dict[str, Any]:
-    """A line per series over whole numbers, each with its name at the end; y is logarithmic.
+    """Make a chart with a line per series, its name at the end; x is whole, y logarithmic.
 
     Args:
         series: at least one, each with a point; every y is positive.
@@ -136,7 +136,7 @@ def lines(series: Sequence[Series], x_label: str, y_label: str) -> dict[str, Any
 
 
 def points(series: Sequence[Series], x_label: str, y_label: str) -> dict[str, Any]:
-    """Points with their names beside them; y is logarithmic.
+    """Make a chart of points with their names beside them; y is logarithmic.
 
     Args:
         series: at least one, each with a point; every y is positive.
@@ -153,12 +153,12 @@ def ranges(
     x_label: str,
     limit: tuple[float, str] | None = None,
 ) -> dict[str, Any]:
-    """A row per thing with a bar from its lowest to its highest value; x begins at 0.
+    """Make a chart with a row per thing and a bar from its low to its high value; x begins at 0.
 
     Args:
-        rows: from top to bottom.
+        rows: the rows, from top to bottom.
         title: the question that the chart answers.
-        subtitle: what the ends of a bar are.
+        subtitle: what the ends of a bar mean.
         x_label: title of the x axis.
         limit: a value to mark with a line across all rows, and the line's label.
     """
@@ -218,7 +218,7 @@ def ranges(
 def _labelled(
     series: Sequence[Series], x_label: str, y_label: str, point_size: int
 ) -> dict[str, Any]:
-    """A chart of points and labels; both axes end where the data do."""
+    """Make a chart of points and labels; both axes end where the data do."""
     xs = _domain([x for s in series for x, _ in s.points])
     ys = _domain([y for s in series for _, y in s.points])
     # A number tells the series apart: two bundles may have the same name.
@@ -279,14 +279,14 @@ def _labelled(
 
 
 def _domain(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest; a little around a single value, as an axis needs a length."""
+    """Return the lowest and the highest; a single value is widened, as an axis needs a length."""
     low, high = min(values), max(values)
     slack = 0.0 if low < high else abs(low) / 10 or 1.0
     return low - slack, high + slack
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Both ends, and between them the powers of ten or, where those are few, 1, 2 and 5 of each."""
+    """Return both ends and the powers of ten between them; 1, 2 and 5 of each if these are few."""
     decades = math.log10(high / low)
     factors = (1,) if decades > 3 else (1, 2, 5)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -296,7 +296,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """The heights moved as little as possible until neighbours are ``gap`` apart."""
+    """Move the heights as little as possible until neighbours are ``gap`` apart."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     # Labels that would touch form a block around the mean of what they want.
     blocks: list[list[float]] = []

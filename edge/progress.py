@@ -1,6 +1,6 @@
-"""How a long step says how far it is: one callback for runtime, exporter and builder.
+"""Defines how a long step reports its progress: one callback for runtime, exporter and builder.
 
-The verbs of the command line hand in what shows it (`edge.cli.progress`).
+The verbs of the command line pass the callback that shows it (`edge.cli.progress`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called before a step's first piece of work and after each.
+    """A callback, called before a step's first piece of work and after each piece.
 
     ``done`` begins at 0, or at what an earlier run has left, and reaches ``total`` once, at the
     end. Steps may take turns.
@@ -20,7 +20,7 @@ class Progress(Protocol):
     def __call__(
         self, step: str, done: float, total: float, unit: str = "", detail: str = "", /
     ) -> None:
-        """Take note.
+        """Take note of a step's progress.
 
         Args:
             step: what is being done, e.g. ``quantize``.
@@ -37,7 +37,7 @@ def silent(step: str, done: float, total: float, unit: str = "", detail: str = "
 
 
 def prefixed(progress: Progress, prefix: str) -> Progress:
-    """The same, with every step's name behind ``prefix``."""
+    """Return the same callback, with ``prefix`` before every step's name."""
 
     def report(step: str, done: float, total: float, unit: str = "", detail: str = "") -> None:
         progress(f"{prefix}{step}", done, total, unit, detail)
@@ -47,7 +47,7 @@ def prefixed(progress: Progress, prefix: str) -> Progress:
 
 @contextmanager
 def uncounted(progress: Progress, step: str) -> Iterator[None]:
-    """A step of which nothing is known but when it begins and ends."""
+    """Report a step of which only the beginning and the end are known."""
     progress(step, 0, 1)
     yield
     progress(step, 1, 1)

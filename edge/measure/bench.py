@@ -1,10 +1,10 @@
-"""Benchmark of an engine: prefill and decode apart, after a warm-up, many times.
+"""Benchmarks an engine: prefill and decode apart, after a warm-up, many times.
 
-The engine is driven through `edge.backends.Backend`, so every backend is measured alike, and at
-any batch, without a scheduler in between. A repeat prefills every slot, one after the other, then
-decodes all slots together; prompts are random tokens, and no token ends an answer. What a user
-feels is in it: embedding rows are read from their file, tokens are sampled (temperature 0.6, top-p
-0.95). Only text is left out. `edge.measure.bench_report` makes figures of the samples.
+The engine is driven through `edge.backends.Backend`, so every backend is measured alike, at any
+batch and without a scheduler. A repeat prefills every slot, one after the other, then decodes all
+slots together; prompts are random tokens, and no token ends an answer. The times include what a
+user would notice: embedding rows are read from their file, tokens are sampled (temperature 0.6,
+top-p 0.95). Only text is left out. `edge.measure.bench_report` turns the samples into figures.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class BenchConfig:
     """What to measure.
 
     Attributes:
-        prompt_tokens: of each sequence.
+        prompt_tokens: tokens of each prompt.
         output_tokens: tokens sampled per sequence; the first one ends the prefill.
         repeats: measured runs.
-        warmup: runs before them that are thrown away.
-        batch: sequences decoded together; the backend needs so many slots.
-        seed: of the prompts and of sampling.
+        warmup: runs before them that are not counted.
+        batch: sequences decoded together; the backend needs this many slots.
+        seed: seed of the prompts and of sampling.
     """
 
     prompt_tokens: int = 512
@@ -61,15 +61,16 @@ class BenchConfig:
 
 @dataclass
 class Samples:
-    """Raw times in seconds.
+    """Raw times and energies.
 
     Attributes:
-        prefill_s: of each prompt, up to its logits.
-        ttft_s: of each prompt, up to its first token.
-        itl_s: of each decode step, by repeat.
-        decode_model_s: part of the decode steps inside the backend, by repeat.
-        decode_joules, decode_watts: of each repeat's decode, where the module has rails.
-        prefill_joules: of each repeat's prefills.
+        prefill_s: seconds of each prompt, up to its logits.
+        ttft_s: seconds of each prompt, up to its first token.
+        itl_s: seconds of each decode step, by repeat.
+        decode_model_s: seconds of the decode steps inside the backend, by repeat.
+        decode_joules, decode_watts: energy and power of each repeat's decode, where the module has
+            power rails.
+        prefill_joules: energy of each repeat's prefills.
     """
 
     prefill_s: list[float] = field(default_factory=list)
@@ -90,7 +91,7 @@ def run_bench(
     make_meter: Callable[[], EnergyMeter] = lambda: EnergyMeter(interval_s=_METER_INTERVAL_S),
     progress: Progress = silent,
 ) -> Samples:
-    """Measure.
+    """Run the benchmark and return its samples.
 
     Raises:
         ConfigError: the backend has too few slots or too small a cache.

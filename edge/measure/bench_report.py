@@ -1,4 +1,4 @@
-"""What a benchmark's samples say: medians and their spread, energy, roofline, change, memory."""
+"""Turns a benchmark's samples into figures: medians, spread, energy, roofline, change, memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BANDWIDTH_BYTES = 256 << 20
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, median absolute deviation, extremes, and the values themselves."""
+    """Compute median, median absolute deviation and extremes; the values themselves are kept."""
     array = np.asarray(values, dtype=np.float64)
     median = float(np.median(array))
     return {
@@ -45,7 +45,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def summarize(samples: Samples, config: BenchConfig) -> dict[str, Any]:
-    """Every figure of a run, in seconds, tokens per second, watts and joules; None is unknown."""
+    """Compute every figure of a run, in seconds, tokens/s, watts and joules; None is unknown."""
     tpot = [float(np.mean(steps)) for steps in samples.itl_s]
     every_step = np.concatenate([np.asarray(steps) for steps in samples.itl_s])
     decoded = config.batch * (config.output_tokens - 1)
@@ -74,11 +74,11 @@ def summarize(samples: Samples, config: BenchConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Change:
-    """One figure against that of a saved run.
+    """A figure compared with that of a saved run.
 
     Attributes:
         name: the figure's name.
-        ratio: new over old time: above 1 is slower.
+        ratio: new time over old: above 1 is slower.
         low, high: 95 % interval of the ratio (bootstrap of both medians).
     """
 
@@ -94,7 +94,7 @@ class Change:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Prefill, TTFT and TPOT of two results of `report`.
+    """Compare prefill, TTFT and TPOT of two results of `report`.
 
     Raises:
         ConfigError: they did not measure the same thing, or one is not such a result.
@@ -141,7 +141,7 @@ def _change(name: str, old: list[float], new: list[float]) -> Change:
 
 
 def measure_bandwidth(num_threads: int | None = None, repeats: int = 5) -> float:
-    """Bytes per second that this CPU reads: the best of some passes over 256 MB."""
+    """Measure the bytes per second that this CPU reads: the best of some passes over 256 MB."""
     threads = num_threads or os.cpu_count() or 1
     # A dot product with itself reads each number once and does next to nothing with it.
     parts = np.array_split(np.ones(_BANDWIDTH_BYTES // 4, dtype=np.float32), threads)
@@ -157,7 +157,7 @@ def measure_bandwidth(num_threads: int | None = None, repeats: int = 5) -> float
 def find_bench_device(
     backend_name: str, snapshot: Snapshot, num_threads: int | None
 ) -> tuple[Device | None, str | None]:
-    """The device whose roofline holds, and a remark about it.
+    """Find the device whose roofline applies, and a remark about it.
 
     A CPU backend runs on the CPU, also on a Jetson; its bandwidth is measured. A GPU that is not an
     Orin has no roofline here.
@@ -175,7 +175,7 @@ def find_bench_device(
 
 
 def work_of_bundle(manifest: Manifest, backend: Backend, config: BenchConfig) -> Work:
-    """Bytes and operations of a step, as the planner counts them."""
+    """Count the bytes and operations of a step as the planner does."""
     kind: BackendKind = "ort-cpu" if backend.name == "ort-cpu" else "tensorrt"
     deployment = Deployment(
         kind, config.batch, backend.capacity, backend.max_step_tokens, manifest.dialect
@@ -188,7 +188,7 @@ def work_of_bundle(manifest: Manifest, backend: Backend, config: BenchConfig) ->
 def roofline(
     work: Work, device: Device | None, config: BenchConfig, decode_tps: float
 ) -> dict[str, Any] | None:
-    """The ceiling at the mean context of the decode, and the share of it that was reached."""
+    """Compute the ceiling at the mean context of the decode, and the share of it reached."""
     if device is None or device.mode is None:
         return None
     context = mean_context(config)
@@ -206,12 +206,12 @@ def roofline(
 
 
 def mean_context(config: BenchConfig) -> float:
-    """Tokens that a decode step reads on average."""
+    """Compute the cached tokens that a decode step reads on average."""
     return config.prompt_tokens + config.output_tokens / 2
 
 
 def device_memory(backend: Backend) -> dict[str, int | bool] | None:
-    """The GPU's memory by part, from a backend that planned it; None from others."""
+    """Return the GPU's memory by part, from a backend that planned it; None from others."""
     plan = getattr(backend, "memory", None)
     return plan.to_dict() if isinstance(plan, EngineMemory) else None
 
@@ -224,7 +224,7 @@ def report(
     device: Device | None,
     snapshot: Snapshot,
 ) -> dict[str, Any]:
-    """The JSON of a run; `edge.planner.calibration.BenchFile` reads a part of it again."""
+    """Make the JSON of a run; `edge.planner.calibration.BenchFile` reads a part of it again."""
     figures = summarize(samples, config)
     work = work_of_bundle(manifest, backend, config)
     mode = None if device is None else device.mode

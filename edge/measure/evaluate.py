@@ -1,4 +1,4 @@
-"""How far a bundle is from its reference, teacher-forced on a text that neither has seen.
+"""Measures how far a bundle is from its reference, teacher-forced on a text that neither has seen.
 
 The text is cut into windows that stand alone. Both models read the same tokens, a chunk of 64 at a
 time, side by side: their logits are compared in float64 while they are there, and only a few
@@ -40,7 +40,6 @@ _CONFIDENCE = 0.95
 _CURVE_POINTS = 32
 
 Vector = NDArray[np.float64]
-"""Called with the positions done and the positions in all."""
 
 
 class Model(Protocol):
@@ -53,16 +52,16 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Positions:
-    """One number per scored position, all float64 ``[n]``.
+    """Numbers for each scored position, float64 ``[n]`` unless stated otherwise.
 
     Attributes:
         block: bootstrap block that the position belongs to, int64.
         offset: place in its window, int64.
         nll: negative log-probability of the token that follows, in nats.
-        reference_nll: the same of the reference; NaN without one, as everything below.
+        reference_nll: the same for the reference; NaN without one, like everything below.
         kl: KL(reference || bundle) of the distributions of the next token, in nats.
         agrees: 1 where both find the same token most probable.
-        cosine: between both rows of logits.
+        cosine: cosine of both rows of logits.
     """
 
     block: NDArray[np.int64]
@@ -77,7 +76,7 @@ class Positions:
         return len(self.nll)
 
     def take(self, rows: NDArray[np.int64]) -> Positions:
-        """These rows of every array."""
+        """Select rows of every array."""
         return Positions(*(getattr(self, item.name)[rows] for item in fields(self)))
 
 
@@ -103,7 +102,7 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything measured of one bundle."""
+    """Everything that was measured of one bundle."""
 
     positions: Positions
     layers: list[LayerError]
@@ -113,7 +112,7 @@ class Comparison:
 
 
 def bits_per_weight(manifest: Manifest, *, lm_head: bool) -> float:
-    """Stored bits per weight of the linear layers, scales included."""
+    """Compute the stored bits per weight of the linear layers, scales included."""
     chosen = [
         info for name, info in manifest.quantization.linears.items() if lm_head or name != "lm_head"
     ]
@@ -121,7 +120,7 @@ def bits_per_weight(manifest: Manifest, *, lm_head: bool) -> float:
 
 
 def summarize(positions: Positions) -> dict[str, float | None]:
-    """The figures of a set of positions; what needs a reference is None without one."""
+    """Compute the figures of a set of positions; what needs a reference is None without one."""
     nll = float(positions.nll.mean())
     figures: dict[str, float | None] = {"perplexity": math.exp(nll)}
     if np.isnan(positions.kl).any():
@@ -139,7 +138,7 @@ def summarize(positions: Positions) -> dict[str, float | None]:
 
 
 def confidence_intervals(positions: Positions, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals of the figures of `summarize`; the same seed gives the same ones."""
+    """Compute 95 % bootstrap intervals of the figures of `summarize`; a seed fixes them."""
     starts = np.flatnonzero(np.diff(positions.block, prepend=-1))
     members = np.split(np.arange(len(positions)), starts[1:])
     random = np.random.default_rng(seed)
@@ -157,7 +156,7 @@ def confidence_intervals(positions: Positions, seed: int = 0) -> dict[str, tuple
 
 
 def kl_by_position(positions: Positions, num_points: int = _CURVE_POINTS) -> list[dict[str, float]]:
-    """Mean KL over equal stretches of the window: ``{"position", "kl_mean"}``, middle first."""
+    """Average KL over equal stretches of the window: the stretch's mean position, and its KL."""
     width = max(1, math.ceil((int(positions.offset.max()) + 1) / num_points))
     stretch = positions.offset // width
     return [
@@ -179,7 +178,7 @@ class EvalText:
     Attributes:
         windows: token ids; the first of each window is given, all others are scored.
         name: the file's name.
-        sha256: of the text's UTF-8 bytes.
+        sha256: hash of the text's UTF-8 bytes.
     """
 
     windows: list[list[int]]
@@ -188,7 +187,7 @@ class EvalText:
 
     @property
     def num_scored(self) -> int:
-        """Positions that get figures."""
+        """Number of positions that get figures."""
         return sum(len(window) - 1 for window in self.windows)
 
 
@@ -196,7 +195,7 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 text.
 
     Raises:
-        ConfigError: it cannot be read, or it is no UTF-8.
+        ConfigError: the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -235,13 +234,13 @@ def compare(
     """Run a bundle, and a reference beside it, over a text.
 
     Args:
-        bundle: opened with room for a window; steps take at most `CHUNK_TOKENS`.
-        reference: the same vocabulary, or None for the perplexity alone.
-        text: in tokens of both.
-        progress: told the tokens scored (``score``).
+        bundle: a bundle with room for a window; its steps must take `CHUNK_TOKENS`.
+        reference: a model with the same vocabulary; None measures the perplexity alone.
+        text: windows of tokens of both.
+        progress: called with the tokens scored (step ``score``).
 
     Raises:
-        RequestError: a token outside the table.
+        RequestError: a token is outside the table.
         BackendError: an engine failed, or its logits are not finite.
     """
     parts: list[Positions] = []
@@ -276,7 +275,7 @@ def compare(
 def forward(
     model: Model, ids: NDArray[np.int64], first: int, *, last_only: bool = False
 ) -> NDArray[np.float32]:
-    """Run tokens that stand behind ``first`` others in slot 0.
+    """Run tokens that follow ``first`` others in slot 0.
 
     Args:
         model: the bundle.
@@ -288,7 +287,7 @@ def forward(
         Logits ``[n or 1, vocab]``; the next step may overwrite them.
 
     Raises:
-        RequestError: a token outside the table.
+        RequestError: a token is outside the table.
         BackendError: the engine failed.
     """
     places = np.arange(len(ids), dtype=np.int64)[None]
@@ -304,7 +303,7 @@ def _compare_chunk(
     reference: NDArray[np.float32] | None,
     targets: NDArray[np.int64],
 ) -> list[Vector]:
-    """The last five arrays of `Positions` for a chunk."""
+    """Compute the last five arrays of `Positions` for a chunk."""
     result = np.full((5, len(targets)), np.nan)
     for at in range(0, len(targets), _ROWS):
         rows = slice(at, at + _ROWS)
@@ -322,7 +321,7 @@ def _compare_chunk(
 
 
 class _CacheErrors:
-    """Sums over windows from which the errors of keys and values follow."""
+    """Sums over windows, from which the errors of keys and values are computed."""
 
     def __init__(self, num_layers: int) -> None:
         self._keys = np.zeros((num_layers, 2))
@@ -371,13 +370,13 @@ def measure(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Compare and sum up in plain values, as the verb prints them and a manifest stores them.
+    """Compare, and sum up in plain values, as ``edge-llm eval`` prints and a manifest stores them.
 
     Returns:
         The figures of `summarize`, ``tokens``, ``bits_per_weight`` (linear layers without the
         lm_head), ``bits_per_weight_with_lm_head``, ``num_bytes`` (linear layers with the lm_head),
-        ``confidence`` (95 % intervals), ``layers``, ``kl_by_position``, and what it was measured
-        on.
+        ``confidence`` (95 % intervals), ``layers``, ``kl_by_position``, and which text, window,
+        seed and engine they were measured with.
     """
     result = compare(bundle, reference, text, progress)
     manifest = bundle.manifest
@@ -409,7 +408,7 @@ def measure(
 
 
 def describe(manifest: Manifest) -> dict[str, str]:
-    """What identifies a bundle in a report."""
+    """Return what identifies a bundle in a report."""
     return {
         "name": manifest.name,
         "quantization": manifest.quantization.name,
@@ -423,12 +422,12 @@ def describe(manifest: Manifest) -> dict[str, str]:
 
 
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Thresholds; what is None is not checked.
+    """Thresholds of a bundle's quality; one that is None is not checked.
 
     Attributes:
         kl_mean, kl_p99, perplexity_ratio: the largest value that passes.
         top1_agreement, cosine_mean: the smallest value that passes.
-        accuracy_loss: of a task, as a share of its questions; the largest that passes.
+        accuracy_loss: the largest loss on a task that passes, as a share of its questions.
     """
 
     kl_mean: float | None = None
@@ -453,13 +452,13 @@ def load_gate(name: str, recipe: str) -> Gate:
     """Find a gate.
 
     Args:
-        name: of a built-in gate, ``recipe`` for the one of the bundle's own scheme, or the path of
-            a TOML or JSON file with the fields of `Gate`.
+        name: name of a built-in gate, ``recipe`` for the one that fits the bundle's own scheme, or
+            the path of a TOML or JSON file with the fields of `Gate`.
         recipe: name of the bundle's quantization, e.g. ``int8``.
 
     Raises:
-        ConfigError: no such gate, or a file that is none.
-        DependencyError: TOML on Python 3.10 without ``tomli``.
+        ConfigError: there is no such gate, or the file is not one.
+        DependencyError: the file is TOML, on Python 3.10 without ``tomli``.
     """
     if name in GATES:
         return GATES[name]
@@ -497,9 +496,9 @@ def check_gate(gate: Gate, *, task: bool, reference: bool) -> None:
     """Refuse a gate that the run cannot decide, before it runs.
 
     Args:
-        gate: of `load_gate`.
+        gate: a result of `load_gate`.
         task: whether the run answers a task's questions; otherwise it reads a text.
-        reference: whether there is one.
+        reference: whether the run has a reference.
 
     Raises:
         ConfigError: there is no reference, or a threshold belongs to the other kind of run.
@@ -516,7 +515,7 @@ def check_gate(gate: Gate, *, task: bool, reference: bool) -> None:
 
 
 def missed_thresholds(gate: Gate, figures: dict[str, Any]) -> Iterator[str]:
-    """One sentence for each threshold that the figures miss; `check_gate` comes first."""
+    """Yield a sentence for each threshold that the figures miss; call `check_gate` first."""
     for name in gate.__struct_fields__:
         limit = getattr(gate, name)
         if limit is None:

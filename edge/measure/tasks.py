@@ -1,4 +1,4 @@
-"""Tasks with right answers from a local JSONL file: accuracy, and a paired test of two bundles.
+"""Runs tasks with right answers from a local JSONL file: accuracy, and a paired test of bundles.
 
 Two layouts, one JSON object per line; other keys are ignored:
 
@@ -51,7 +51,7 @@ class ChoiceItem(msgspec.Struct, frozen=True):
 
     @property
     def expected(self) -> str:
-        """Letter of the right choice."""
+        """The letter of the right choice."""
         if isinstance(self.answer, str):
             return self.answer.strip().upper()
         return string.ascii_uppercase[self.answer]
@@ -65,7 +65,7 @@ class NumberItem(msgspec.Struct, frozen=True):
 
     @property
     def expected(self) -> str:
-        """The number as written in the file."""
+        """The number as it is written in the file."""
         return self.answer.rsplit("####", 1)[-1].strip()
 
 
@@ -74,12 +74,12 @@ Item = ChoiceItem | NumberItem
 
 @dataclass(frozen=True)
 class ItemResult:
-    """What a bundle answered.
+    """What a bundle answered to one item.
 
     Attributes:
-        line: its line in the file, from 1.
-        expected: letter or number.
-        answer: what was found, or None if the text holds no number.
+        line: the item's line in the file, from 1.
+        expected: the right letter or number.
+        answer: the letter or number that was found; None if the text holds no number.
         correct: whether both are equal.
     """
 
@@ -93,10 +93,10 @@ class ItemResult:
 
 
 def read_task(path: Path, limit: int | None = None) -> list[tuple[int, Item]]:
-    """Items of a task file with their line numbers; blank lines are skipped.
+    """Read the items of a task file with their line numbers; blank lines are skipped.
 
     Raises:
-        ConfigError: a line that fits no layout (it is named), mixed layouts, or no item.
+        ConfigError: a line fits no layout (it is named), layouts are mixed, or there is no item.
     """
     items: list[tuple[int, Item]] = []
     # Not splitlines: JSON strings may hold U+2028.
@@ -145,7 +145,7 @@ def _parse_item(line: str) -> Item:
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""The value of ``1,234.50``, ``$3``, ``1/2``, ``50\%`` or ``\frac{1}{2}``; else None.
+    r"""Read a number such as ``1,234.50``, ``$3``, ``1/2``, ``50\%`` or ``\frac{1}{2}``, else None.
 
     A percent sign, a currency and a unit after the number are ignored.
     """
@@ -160,7 +160,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def find_number(text: str) -> str | None:
-    r"""The final number of an answer: in the last ``\boxed{}``, after ``####``, or the last."""
+    r"""Find an answer's final number: in the last ``\boxed{}``, after ``####``, or the last one."""
     start = text.rfind("\\boxed{")
     if start >= 0:
         inner = _braced(text[start + len("\\boxed{") :])
@@ -197,9 +197,10 @@ def run_task(
     Args:
         llm: the bundle.
         items: what `read_task` returned.
-        scoring: for choices: compare the letters, or the texts by log-probability per byte.
+        scoring: how choices are compared: their letters, or their texts by log-probability per
+            byte.
         params: how answers are generated.
-        progress: is called with the questions answered (step ``answer``).
+        progress: called with the questions answered (step ``answer``).
 
     Raises:
         ContextLengthError: a question does not fit into the KV cache.
@@ -221,7 +222,7 @@ def run_task(
 
 
 def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:
-    """Log-probability of each choice after the prompt: of its letter, or per byte of its text.
+    """Compute each choice's log-probability after the prompt: its letter's, or its text's per byte.
 
     The choices share the cache rows of the longest common prefix of their tokens, so the prompt
     runs once.
@@ -257,7 +258,7 @@ def _prefill(llm: LLM, ids: NDArray[np.int64]) -> None:
 
 
 def _continuation(llm: LLM, ids: NDArray[np.int64], shared: int) -> float:
-    """Sum of log-probabilities of ``ids[shared:]``; rows up to ``shared - 1`` are in the cache."""
+    """Sum the log-probabilities of ``ids[shared:]``; rows up to ``shared - 1`` are in the cache."""
     score = 0.0
     chunk = min(llm.backend.max_step_tokens, CHUNK_TOKENS)
     for at in range(shared - 1, len(ids) - 1, chunk):
@@ -277,7 +278,7 @@ def _generate(llm: LLM, item: NumberItem, params: SamplingParams | None) -> str:
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, 1927); sensible also at 0 and at all successes."""
+    """Compute the 95 % interval of a proportion (Wilson, 1927); sound also at 0 and at 1."""
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"{successes} of {trials} is no proportion")
     share, z2 = successes / trials, _Z_95**2
@@ -290,7 +291,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def mcnemar_exact(lost: int, won: int) -> float:
-    """Two-sided p-value of McNemar's exact test.
+    """Compute the two-sided p-value of McNemar's exact test.
 
     Args:
         lost: items that the reference got right and the bundle wrong.
@@ -310,7 +311,7 @@ def mcnemar_exact(lost: int, won: int) -> float:
 
 
 def summarize_task(results: Sequence[ItemResult]) -> dict[str, object]:
-    """Accuracy with its interval; ``unanswered`` counts answers without a number."""
+    """Compute accuracy with its interval; ``unanswered`` counts answers without a number."""
     correct = sum(result.correct for result in results)
     return {
         "items": len(results),
@@ -324,7 +325,7 @@ def summarize_task(results: Sequence[ItemResult]) -> dict[str, object]:
 def compare_task(
     results: Sequence[ItemResult], reference: Sequence[ItemResult]
 ) -> dict[str, object]:
-    """Paired comparison of a bundle with its reference on the same items, every flip listed."""
+    """Compare a bundle with its reference on the same items, pair by pair; every flip is listed."""
     pairs = list(zip(results, reference, strict=True))
     flips = [(ours, theirs) for ours, theirs in pairs if ours.correct != theirs.correct]
     lost = sum(theirs.correct for _, theirs in flips)

@@ -1,8 +1,8 @@
-"""Hold one engine against another: the same prompts, every logit and every cache row compared.
+"""Compares two engines on the same prompts, logit by logit and cache row by cache row.
 
-Both sides are a `Backend`, so that a TensorRT engine is held against ONNX Runtime on the CPU, which
-runs the very same graph. Decoding is teacher-forced with the reference's own greedy tokens: one
-early difference does not make everything after it incomparable.
+Both sides are a `Backend`, so that a TensorRT engine can be compared with ONNX Runtime on the CPU,
+which runs the very same graph. Decoding is teacher-forced with the reference's own greedy tokens:
+one early difference does not make everything after it incomparable.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Thresholds:
 
 
 ROUNDED_ACTIVATIONS = Thresholds(cosine=0.95, top1=0.9, kl=0.02, cache_cosine=0.95)
-"""For engines that round each block of activations to INT8 on their own, as ``ort-cpu`` does for
-quantized weights: SmolLM2 INT4 measured 0.983, 0.94, 0.006 and 0.977."""
+"""Thresholds for engines that round each block of activations to INT8 on their own, as ``ort-cpu``
+does for quantized weights: SmolLM2 INT4 measured 0.983, 0.94, 0.006 and 0.977."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Prefill and decode over all prompts, and the caches behind them.
+    """Agreement in prefill and decode over all prompts, and of the caches afterwards.
 
     Attributes:
-        min_cache_cosine: over all layers, heads and rows.
+        prefill, decode: agreement of the logits.
+        min_cache_cosine: least cosine over all layers, heads and rows.
         misses: one sentence for each threshold that was not reached; empty is good.
     """
 
@@ -83,19 +84,19 @@ def compare_backends(
     thresholds: Thresholds | None = None,
     progress: Progress = silent,
 ) -> VerifyReport:
-    """Run prompts through both and compare.
+    """Run prompts through both backends and compare.
 
     Args:
-        reference: what is taken for right.
-        candidate: what is measured.
-        prompts: token ids; each is prefilled in chunks that both take, then decoded.
-        embed: rows ``[n, hidden]`` of the token table for ``n`` ids.
+        reference: the backend that is taken to be right.
+        candidate: the backend that is measured.
+        prompts: token ids; each prompt is prefilled in chunks that both take, then decoded.
+        embed: returns rows ``[n, hidden]`` of the token table for ``n`` ids.
         decode_steps: steps after each prompt.
-        thresholds: the defaults if left open.
-        progress: told the tokens that both have run (``compare``).
+        thresholds: what the candidate must reach; None is `Thresholds` with its defaults.
+        progress: called with the tokens that both have run (step ``compare``).
 
     Raises:
-        ConfigError: nothing to compare, or a prompt that does not fit a cache.
+        ConfigError: there is nothing to compare, or a prompt does not fit a cache.
     """
     limit = min(reference.capacity, candidate.capacity)
     if not prompts or decode_steps < 1:
@@ -147,7 +148,7 @@ def _prefill(
     measured: list[NDArray[np.float64]],
     count: Callable[[int], None],
 ) -> int:
-    """Returns the reference's next token."""
+    """Prefill both with a prompt; returns the reference's next token."""
     chunk = min(reference.max_step_tokens, candidate.max_step_tokens)
     token = 0
     for start in range(0, len(prompt), chunk):
@@ -165,7 +166,7 @@ def _prefill(
 def _step(
     backends: tuple[Backend, Backend], embeds: Floats, start: int, wanted: Sequence[int]
 ) -> list[NDArray[np.float32]]:
-    """Logits ``[n, vocab]`` of both; slot 0 is written from row ``start`` on."""
+    """Run a step of both in slot 0, from row ``start`` on; returns their logits ``[n, vocab]``."""
     end = start + len(embeds)
     positions = np.arange(start, end, dtype=np.int64)[None]
     indices = np.array([wanted], dtype=np.int64)
