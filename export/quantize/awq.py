@@ -1,4 +1,4 @@
-"""AWQ: one factor per input channel, so that channels with large inputs are rounded more finely.
+"""Finds AWQ's factor per input channel, so that channels with large inputs are rounded more finely.
 
 Source: Lin et al., arXiv 2306.00978. A factor is ``mean|x| ** alpha``; alpha is searched on the
 layer's output error. The factors fold into what feeds the layer (see `scaled_checkpoint`).
@@ -27,13 +27,13 @@ def awq_factors(
     scale_type: np.dtype[np.generic],
     shared: NDArray[np.int64] | None = None,
 ) -> Array:
-    """Factors to multiply a linear's input channels with, float32 ``[in]``, around 1.
+    """Find factors to multiply a linear's input channels with, float32 ``[in]``, around 1.
 
     Args:
-        weights: float32 ``[out, in]``; some rows of it are enough.
+        weights: float32 ``[out, in]``; some of the rows are enough.
         x: the layer's inputs, float32 ``[tokens, in]``.
         scheme: how the layer will be stored.
-        scale_type: float16 or bfloat16, in which its scales will be stored.
+        scale_type: type in which its scales will be stored, float16 or bfloat16.
         shared: int64 ``[in]``; channels with the same number must have the same factor. None lets
             every channel have its own.
     """
@@ -63,5 +63,5 @@ def awq_factors(
 
 
 def _spread(length: int, most: int) -> NDArray[np.int64]:
-    """At most ``most`` indices, evenly spread."""
+    """Return at most ``most`` indices, evenly spread."""
     return np.linspace(0, length - 1, min(length, most)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Calibrated plans: what each linear sees of a text decides how it is rounded."""
+"""Plans calibrated linears: what each linear sees of a text decides how it is rounded."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 
 @dataclass(frozen=True)
 class _SeenLinear:
-    """A linear with what calibration found of it.
+    """A linear with what calibration found about it.
 
     Attributes:
-        layer: which linear.
+        layer: the linear.
         scheme: how its weight is stored.
         x: its inputs, float32 ``[tokens, in]``; zero in the float channels.
         float_channels: input channels that stay float, ascending.
-        factors: on its input channels, float32 ``[in]``, or None.
+        factors: factors on its input channels, float32 ``[in]``, or None.
     """
 
     layer: LinearSpec
@@ -51,11 +51,11 @@ class Calibrated:
     """A `plan.Calibrator` that runs the float model over a text.
 
     Attributes:
-        runner: the float model and the text.
-        schemes: of every linear.
+        runner: runs the float model over the text.
+        schemes: the scheme of every linear, by name.
         method: how INT4 linears are rounded.
         clip: how the others are rounded, see `rtn.quantize_rows`.
-        scale_type: float16 or bfloat16, in which scales will be stored.
+        scale_type: type in which scales will be stored, float16 or bfloat16.
     """
 
     runner: LayerRunner
@@ -67,7 +67,7 @@ class Calibrated:
     def plan(self, block: Block, hidden: Array | None) -> BlockPlan:
         """Plan a block; see `plan.Calibrator.plan`."""
         layer = self.runner.run(block.index, hidden)
-        # Popped, here and below: a wide linear's inputs are a good part of the memory.
+        # Popped here and below, since a wide linear's inputs take a good part of the memory.
         seen = [
             self._look(linear, layer.inputs.pop(linear.name.rpartition(".")[2]))
             for linear in block.linears
@@ -84,7 +84,7 @@ class Calibrated:
         channels: tuple[int, ...] = ()
         if scheme.kind == "w8a8":
             channels = tuple(loud_channels(x).tolist())
-            x[:, list(channels)] = 0  # no range and no factor is theirs
+            x[:, list(channels)] = 0  # they count in no range and no factor
         return _SeenLinear(layer, scheme, x, channels, self._factors(layer, scheme, x, channels))
 
     def _factors(
@@ -102,7 +102,7 @@ class Calibrated:
         find = smoothing_factors if smooth else awq_factors
         factors = find(weights, x, scheme, self.scale_type, shared)
         if factors is not None:
-            # Zeros say nothing of a float channel's factor; in o it is its KV channel's.
+            # Zeros say nothing about a float channel's factor; in o it belongs to a KV channel.
             alone = list(channels)
             factors[alone if shared is None else np.isin(shared, shared[alone])] = 1
         return factors
@@ -134,7 +134,7 @@ class Calibrated:
 
 
 def shared_channels(model: ModelSpec) -> NDArray[np.int64]:
-    """For each input channel of ``o``, the channel of ``v`` that it is mixed from, ``[in]``."""
+    """Map each input channel of ``o`` to the channel of ``v`` that it is mixed from, ``[in]``."""
     heads = np.arange(model.num_heads, dtype=np.int64) // (model.num_heads // model.num_kv_heads)
     channels = heads[:, None] * model.head_dim + np.arange(model.head_dim, dtype=np.int64)
     return channels.reshape(-1)

@@ -1,8 +1,8 @@
-"""Calibration: what the linear layers of the float model see of a text.
+"""Calibrates: finds what the linear layers of the float model see of a text.
 
 The float model runs in ONNX Runtime one decoder layer at a time: one small graph whose weights are
 inputs serves every layer, so memory holds the hidden states of all tokens, one layer's weights and
-one layer's activations, whatever the model's depth. No KV cache: a sequence is run whole.
+one layer's activations, whatever the model's depth. There is no KV cache: a sequence is run whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from export.sources.checkpoint import Checkpoint
 Array = NDArray[np.float32]
 
 FP16_MAX = 65504.0
-_FP16_NEAR = FP16_MAX / 2  # calibration sees few tokens; a factor of two is no margin to rely on
+_FP16_NEAR = FP16_MAX / 2  # calibration sees few tokens, so less than a factor of two is too near
 _ROPE = ("cos", "sin")
 # Values of the graph that feed a linear, and those whose range matters to an fp16 graph.
 _TAPS = {"input_norm.out": "qkv", "merged": "o", "post_norm.out": "gate_up", "gated": "down"}
@@ -58,7 +58,8 @@ class LayerActivations:
             and ``down``, or ``lm_head``. Tokens are in the order of the batches, row by row.
         peaks: largest magnitude of each value that an fp16 graph would hold, by its full name,
             e.g. ``layers.3.gated``.
-        hidden: after the layer, before any final norm, float32 ``[sequences, seq_len, hidden]``.
+        hidden: hidden states after the layer, before any final norm, float32 ``[sequences, seq_len,
+            hidden]``.
     """
 
     inputs: dict[str, Array]
@@ -67,15 +68,16 @@ class LayerActivations:
 
 
 class LayerRunner:
-    """Runs the float model over a text, one decoder layer a call.
+    """Runs the float model over a text, one decoder layer per call.
 
-    The activations are those of the float model: feeding each layer what the quantized layers
-    before it put out was tried and gained nothing.
+    The activations are those of the float model: feeding each layer the outputs of the quantized
+    layers before it was tried and gained nothing.
 
     Args:
-        checkpoint: its weights are used as fp32.
+        checkpoint: the model; its weights are used as fp32.
         ids: token ids int64 ``[sequences, seq_len]``.
-        progress: told the sequences that passed a layer (``calibrate``), counted over all layers.
+        progress: called with the sequences that passed a layer (step ``calibrate``), counted over
+            all layers.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class LayerRunner:
         """Run all sequences through a decoder layer, or through the norm before the lm_head.
 
         Args:
-            index: of the layer; the number of layers for what follows the last one.
+            index: number of the layer; the number of layers means the norm after the last one.
             hidden: `LayerActivations.hidden` of the layer before; None for the first layer, which
                 begins with the tokens' embeddings.
         """
@@ -113,7 +115,7 @@ class LayerRunner:
         return seen
 
     def report(self, done: int) -> None:
-        """Tell the progress how many sequences passed a layer so far, over all layers."""
+        """Report how many sequences passed a layer so far, over all layers."""
         total = self.checkpoint.spec.num_layers * len(self._ids)
         self._progress("calibrate", done, total, "sequences through a layer")
 
@@ -173,7 +175,7 @@ def _check_peak(name: str, peak: float) -> None:
 
 
 class _FedGraph(GraphBuilder):
-    """A builder whose external tensors are inputs of the graph: the weights are fed."""
+    """A builder whose external tensors are inputs of the graph, so that weights can be fed."""
 
     def __init__(self) -> None:
         super().__init__("fp32")
@@ -185,7 +187,7 @@ class _FedGraph(GraphBuilder):
 
 
 class _LayerGraph(PortableDecoder):
-    """One decoder layer in fp32, hidden to hidden, without a cache, with taps.
+    """One decoder layer in fp32 from hidden states to hidden states: no cache, extra outputs.
 
     Attributes:
         outputs: what each output of the graph is, in order: ``hidden``, ``input <name>`` or
@@ -306,7 +308,7 @@ def runtime_version() -> str:
     """Return the version of ONNX Runtime.
 
     Raises:
-        DependencyError: it is not installed.
+        DependencyError: ONNX Runtime is not installed.
     """
     version: str = _onnxruntime().__version__
     return version

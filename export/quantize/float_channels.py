@@ -1,4 +1,4 @@
-"""The few input channels of a W8A8 linear that are too loud for its static INT8 range.
+"""Finds the few input channels of a W8A8 linear that are too loud for its static INT8 range.
 
 In the down projections of some layers two or three channels are 10 to 200 times louder than all
 others, at the first token of a text (Sun et al., arXiv 2402.17762). A range that holds them leaves
@@ -18,7 +18,7 @@ _LEAST_GAIN = np.float32(2)  # times that the range must shrink: one more bit fo
 
 
 def loud_channels(x: Array) -> NDArray[np.int64]:
-    """The channels to compute in float, ascending; empty where this does not halve the range.
+    """Find the channels to compute in float, ascending; none where this does not halve the range.
 
     Args:
         x: the layer's inputs, float32 ``[tokens, in]``.

@@ -1,4 +1,4 @@
-"""GPTQ: round column by column and let the columns to come make up for each rounding error.
+"""Rounds by GPTQ: column by column, with later columns making up for each rounding error.
 
 Source: Frantar et al., arXiv 2210.17323, with act-order (columns of large inputs first) and static
 groups (scales are fixed before, so that the order costs nothing at run time).
@@ -30,7 +30,7 @@ class GptqFactor:
         order: the columns, most important first.
         upper: float32 ``[width, width]``, upper triangular U with ``U^T U`` the inverse of the
             damped and reordered second moments.
-        importance: their diagonal in the original order, for the choice of scales.
+        importance: diagonal of the second moments in the original order, for the choice of scales.
     """
 
     order: NDArray[np.int64]
@@ -85,8 +85,8 @@ def gptq_rows(
     Args:
         weights: finite float32.
         scheme: int8 or int4.
-        factor: of the layer's inputs.
-        scale_type: float16 or bfloat16, in which the scales will be stored.
+        factor: factor of the second moments of the layer's inputs.
+        scale_type: type in which the scales will be stored, float16 or bfloat16.
     """
     start = quantize_rows(weights, scheme, "mse", scale_type, factor.importance)
     values = np.empty_like(start.values)
@@ -122,7 +122,7 @@ def _round_rows(
 
 
 def _cholesky(matrix: Array) -> None:
-    """Lower Cholesky factor in place, by blocks; numpy's own takes several times as long."""
+    """Factor by Cholesky in place (lower), by blocks; numpy's own takes several times as long."""
     for start in range(0, len(matrix), _TRIANGLE):
         stop = min(start + _TRIANGLE, len(matrix))
         matrix[start:, start:stop] -= matrix[start:, :start] @ matrix[start:stop, :start].T

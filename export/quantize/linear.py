@@ -1,7 +1,7 @@
-"""One linear layer, streamed: checkpoint rows in, the graph's ``[in, out]`` tensors out.
+"""Converts a linear layer as a stream: checkpoint rows in, the graph's ``[in, out]`` tensors out.
 
-A layer is worked through in row tiles small enough for the CPU's cache, on two threads (numpy
-releases the GIL), so memory stays at the packed result plus a few tiles whatever the layer's size.
+A layer is converted in row tiles small enough for the CPU's cache, on two threads (numpy releases
+the GIL), so memory stays at the packed result plus a few tiles whatever the layer's size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LinearTensors:
         weight: float16/bfloat16 ``[in, out]``, int8 ``[in, out]``, or packed int4 bytes.
         scale: float32 ``[groups, out]``, or ``[out]`` with one scale per channel; None for float.
         bias: float32 ``[out]``, or None.
-        float_weight: float32 ``[channels, out]`` of the float channels, or None if there are none.
+        float_weight: weights of the float channels, float32 ``[channels, out]``, or None.
     """
 
     weight: NDArray[np.generic]
@@ -147,7 +147,7 @@ class _Tile:
 
 
 def _tiles(lengths: Sequence[int], width: int, elements: int) -> Iterator[_Tile]:
-    """Row tiles; all but a part's last have an even number of rows, as packing needs."""
+    """Yield row tiles; all but a part's last have an even number of rows, as packing needs."""
     step = max(elements // width, 2) // 2 * 2
     column = 0
     for part, length in enumerate(lengths):
@@ -163,7 +163,7 @@ def _check_range(rows: NDArray[np.float32], name: str, float_type: np.dtype[np.g
         raise CheckpointError(
             f"{name} holds NaN or infinite weights; the checkpoint is damaged: download it again"
         )
-    # Quantized or not: the graph computes with weights of its own float type.
+    # Also for quantized layers: the graph computes with weights of its own float type.
     if float_type == np.float16 and largest > 65504.0:
         raise CheckpointError(
             f"{name} holds a weight of magnitude {largest:.4g}, FP16 ends at 65504; "

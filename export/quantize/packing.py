@@ -1,4 +1,4 @@
-"""INT4 as ONNX stores it: two's complement, two elements a byte, the first in the low nibble.
+"""Packs INT4 as ONNX stores it: two's complement, two elements a byte, first in the low nibble.
 
 Source: onnx.proto3, ``TensorProto.raw_data`` for INT4 (flattened row-major order; an odd count
 leaves the last high nibble 0).
@@ -19,7 +19,7 @@ def pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 
 def unpack_int4(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.int8]:
-    """Inverse of `pack_int4`."""
+    """Unpack what `pack_int4` packed, into int8 of this shape."""
     nibbles = np.empty(packed.size * 2, dtype=np.int8)
     nibbles[0::2] = (packed << np.uint8(4)).view(np.int8) >> 4
     nibbles[1::2] = packed.view(np.int8) >> 4

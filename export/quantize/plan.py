@@ -1,4 +1,4 @@
-"""What becomes of each linear layer, as values: decided first, then converted and stored.
+"""Plans for linear layers, as values: what becomes of a layer is decided before it is converted.
 
 A decoder layer is planned as a whole: the factors of a linear change the weights of the norm or
 linear before it, so all of them must be known before the first weight is converted.
@@ -29,8 +29,8 @@ class Block:
     """The linears of one decoder layer, or the lm_head alone.
 
     Attributes:
-        index: of the decoder layer; for the lm_head the number of decoder layers.
-        linears: in the order in which the graph runs them.
+        index: number of the decoder layer; for the lm_head the number of decoder layers.
+        linears: the linears in the order in which the graph runs them.
     """
 
     index: int
@@ -48,11 +48,11 @@ class LinearPlan:
     """How one linear is converted.
 
     Attributes:
-        layer: which linear.
+        layer: the linear.
         scheme: how its weight is stored.
-        checkpoint: what its weights and biases are read from, factors folded in.
+        checkpoint: the model that its weights and biases are read from, factors folded in.
         quantize: how its rows are rounded; None for float weights.
-        input_scale: of the static INT8 range of its inputs; None where inputs stay float.
+        input_scale: scale of the static INT8 range of its inputs; None where inputs stay float.
         float_channels: input channels that are computed in float beside the integers, ascending.
     """
 
@@ -70,10 +70,11 @@ class BlockPlan:
 
     Attributes:
         linears: a plan for each linear of the block.
-        factors: on the input channels of linears, float32 ``[in]`` by linear; they are folded into
-            the plans' checkpoint, and norms must be read with them too.
-        peaks: largest magnitudes that the calibration met, by value.
-        hidden: after the block, float32 ``[sequences, seq_len, hidden]``; None without calibration.
+        factors: factors on the input channels of linears, float32 ``[in]`` by linear; they are
+            folded into the plans' checkpoint, and norms must be read with them too.
+        peaks: largest magnitudes that calibration met, by value.
+        hidden: hidden states after the block, float32 ``[sequences, seq_len, hidden]``; None
+            without calibration.
     """
 
     linears: tuple[LinearPlan, ...]
@@ -89,7 +90,7 @@ class Calibrator(Protocol):
         """Plan a block.
 
         Args:
-            block: the next one.
+            block: the next block.
             hidden: `BlockPlan.hidden` of the block before; None for the first.
         """
         ...
@@ -100,10 +101,10 @@ class ToNearest:
     """A `Calibrator` that needs no calibration: every linear is rounded to nearest.
 
     Attributes:
-        checkpoint: what is converted.
-        schemes: of every linear, none of them ``w8a8``.
+        checkpoint: the model that is converted.
+        schemes: the scheme of every linear, by name, none of them ``w8a8``.
         clip: see `rtn.quantize_rows`.
-        scale_type: float16 or bfloat16, in which scales will be stored.
+        scale_type: type in which scales will be stored, float16 or bfloat16.
     """
 
     checkpoint: Checkpoint
@@ -124,5 +125,5 @@ class ToNearest:
 def nearest_rows(
     scheme: TensorScheme, clip: Clip, scale_type: np.dtype[np.generic]
 ) -> NearestRows | None:
-    """Round to nearest as a scheme says; None for float weights."""
+    """Make the quantizer that rounds to nearest as a scheme says; None for float weights."""
     return None if scheme.kind == "float" else NearestRows(scheme, clip, scale_type)

@@ -1,4 +1,4 @@
-"""Recipes as files: the options of a quantization, read from TOML or JSON."""
+"""Reads recipes: the options of a quantization, in a TOML or JSON file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _RecipeFile(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe in TOML or, if the file's name ends so, JSON.
+    """Read a recipe in TOML or, if the file's name ends with ``.json``, in JSON.
 
     The keys are the options of ``edge-llm export`` in snake case; ``keep`` is a table from pattern
     to scheme. A relative ``calibration`` starts from the recipe's directory.
@@ -35,8 +35,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         Arguments of `pipeline.ExportConfig`, for the keys that the file has.
 
     Raises:
-        ConfigError: the file cannot be read, has an unknown key or a wrong value; it is named.
-        DependencyError: TOML on Python 3.10 without the package tomli.
+        ConfigError: the file cannot be read, or has an unknown key or a wrong value, which the
+            error names.
+        DependencyError: the file is TOML, on Python 3.10 without the package tomli.
     """
     decode = msgspec.json.decode if path.suffix.lower() == ".json" else msgspec.toml.decode
     try:

@@ -3,8 +3,9 @@
 The residual stream is written in another orthonormal basis ``R``: rows of the embedding become
 ``x R``, whatever reads the stream absorbs ``R`` and the RMSNorm weight before it (a norm without
 weight commutes with rotations), whatever writes to it absorbs ``R`` too. Each head's values are
-rotated likewise and the output projection rotates them back. Sources: QuaRot (arXiv 2404.00456),
-SpinQuant (arXiv 2405.16406). Only what folds into weights is done: the graph stays as it is.
+rotated in the same way and the output projection rotates them back. Sources: QuaRot (arXiv
+2404.00456), SpinQuant (arXiv 2405.16406). Everything is folded into weights: the graph stays as it
+is.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _TILE_ROWS = 8192
 
 
 def orthogonal_matrix(size: int, seed: int) -> Array:
-    """A random orthogonal ``[size, size]`` matrix none of whose entries stands out.
+    """Make a random orthogonal ``[size, size]`` matrix without large entries.
 
     The largest power of two in ``size`` takes a Hadamard matrix, the odd rest a cosine transform
     (DCT-II), so every entry is at most ``sqrt(2 / size)``; random signs of the input channels make
-    the choice independent of the model.
+    the matrix independent of the model.
     """
     odd = size
     hadamard = np.ones((1, 1))
@@ -49,13 +50,13 @@ def orthogonal_matrix(size: int, seed: int) -> Array:
 class RotatedCheckpoint(Transformed):
     """A model that computes the same logits from rotated weights.
 
-    The embedding and the lm_head become different tables, so a tied head is untied; every norm
-    weight but those of single heads becomes ones. Tensors are computed on each read, as fp32, in
+    The embedding and the lm_head become different tables, so a tied head is untied; all norm
+    weights except those of single heads become ones. Tensors are computed on each read, as fp32, in
     tiles of rows: a table of 151,936 x 1,536 takes 0.93 GB.
 
     Args:
         checkpoint: the float model; see `Transformed`.
-        seed: of the two rotations.
+        seed: seed of the two rotations.
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
@@ -94,7 +95,7 @@ class RotatedCheckpoint(Transformed):
         return tensor  # biases of q and k, norms of single heads
 
     def _read_stream(self, weight: NDArray[Any], norm: str | None) -> Array:
-        """``W diag(norm) R`` for ``[out, hidden]`` weights."""
+        """Compute ``W diag(norm) R`` for ``[out, hidden]`` weights."""
         matrix = self._residual
         if norm is not None:
             matrix = self.original.tensor(norm).astype(np.float32)[:, None] * matrix
@@ -105,7 +106,7 @@ class RotatedCheckpoint(Transformed):
         return result
 
     def _write_stream(self, weight: Array) -> Array:
-        """``R^T W`` for ``[hidden, in]`` weights."""
+        """Compute ``R^T W`` for ``[hidden, in]`` weights."""
         result: Array = self._residual.T @ weight
         return result
 

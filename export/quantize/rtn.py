@@ -1,7 +1,7 @@
-"""Round to nearest with one symmetric scale per group of weights.
+"""Rounds to nearest with one symmetric scale per group of weights.
 
 The scale is what TensorRT accepts: positive and a normal number of the graph's float type. Integers
-are computed with the scale as stored, so rounding the scale costs nothing twice.
+are computed with the scale as stored, so that the rounding of the scale adds no second error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RowQuantizer(Protocol):
 
     @property
     def tile_elements(self) -> int:
-        """How many weights it should get at a time."""
+        """Number of weights that it should get at a time."""
         ...
 
     def __call__(self, rows: NDArray[np.float32]) -> QuantizedRows:
@@ -78,9 +78,9 @@ def quantize_rows(
         scheme: int8 or int4; group size 0 is one group per row.
         clip: ``absmax`` maps a group's largest magnitude to the largest integer; ``mse`` tries
             smaller scales and keeps the one with the least squared error.
-        scale_type: float16 or bfloat16, in which the scales will be stored.
-        importance: float32 ``[in]``, weight of each column's squared error for ``mse``: the mean
-            square of its input makes that the error of the output. None weighs all alike.
+        scale_type: type in which the scales will be stored, float16 or bfloat16.
+        importance: float32 ``[in]``, weight of each column's squared error for ``mse``: with the
+            mean square of its input this is the error of the output. None weighs all alike.
     """
     low, high = integer_range(scheme)
     rows, width = weights.shape

@@ -1,4 +1,4 @@
-"""Scales on the input channels of linears, folded into what comes before: exact in float.
+"""Folds scales on the input channels of linears into the layers before: exact in float.
 
 The linear computes ``(x / s) (W diag(s))^T``. The division moves into the producer of ``x``: the
 norm before qkv and gate_up; for the input of down, ``silu(gate) * up``, the rows of up; for the

@@ -1,4 +1,4 @@
-"""Static INT8 activations: factors that move outliers into the weights, and the range that remains.
+"""Prepares static INT8 activations: factors that move outliers into the weights, and the range.
 
 SmoothQuant (arXiv 2211.10438): an input channel is divided by ``max|x|^alpha / max|w|^(1-alpha)``
 and its weights are multiplied by it (see `scaled_checkpoint`). Here alpha is searched for each
@@ -30,13 +30,13 @@ def smoothing_factors(
     scale_type: np.dtype[np.generic],
     shared: NDArray[np.int64] | None = None,
 ) -> Array | None:
-    """Factors to multiply a linear's input channels with, float32 ``[in]``; None if all do harm.
+    """Find factors to multiply a linear's input channels with, float32 ``[in]``; None if all harm.
 
     Args:
         weights: float32 ``[out, in]``.
         x: the layer's inputs, float32 ``[tokens, in]``.
         scheme: ``w8a8``.
-        scale_type: float16 or bfloat16, in which the scales will be stored.
+        scale_type: type in which the scales will be stored, float16 or bfloat16.
         shared: int64 ``[in]``; channels with the same number must have the same factor.
     """
     channel_peaks = np.abs(x).max(axis=0)
@@ -72,7 +72,7 @@ def smoothing_factors(
 
 
 def activation_scale(x: Array, scale_type: np.dtype[np.generic]) -> float:
-    """The scale of a static INT8 range for ``[tokens, in]`` inputs, by least squared error.
+    """Choose the scale of a static INT8 range for ``[tokens, in]`` inputs, by least squared error.
 
     The error is absolute, not relative to each token: a loud token that is cut off takes the whole
     text's attention with it.
@@ -99,5 +99,5 @@ def _shared_max(values: Array, shared: NDArray[np.int64]) -> Array:
 
 
 def _spread(length: int, most: int) -> NDArray[np.int64]:
-    """At most ``most`` indices, evenly spread."""
+    """Return at most ``most`` indices, evenly spread."""
     return np.linspace(0, length - 1, min(length, most)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What calibration keeps of a linear layer's inputs."""
+"""Computes what calibration keeps of a linear layer's inputs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 def mean_magnitude(x: Array) -> Array:
-    """Mean of ``|x|`` per channel, float32 ``[width]``, of float32 ``[tokens, width]``."""
+    """Compute the mean of ``|x|`` per channel, float32 ``[width]``, of ``[tokens, width]``."""
     total = sum(np.abs(chunk).sum(axis=0, dtype=np.float64) for chunk in _chunks(x))
     result: Array = np.asarray(total / len(x), dtype=np.float32)
     return result
 
 
 def mean_square(x: Array) -> Array:
-    """Mean of ``x ** 2`` per channel: the diagonal of `second_moment`."""
+    """Compute the mean of ``x ** 2`` per channel: the diagonal of `second_moment`."""
     total = sum(np.square(chunk).sum(axis=0, dtype=np.float64) for chunk in _chunks(x))
     result: Array = np.asarray(total / len(x), dtype=np.float32)
     return result
 
 
 def second_moment(x: Array) -> Array:
-    """``E[x x^T]``, float32 ``[width, width]``.
+    """Compute ``E[x x^T]``, float32 ``[width, width]``.
 
-    Half the Hessian of a linear's squared output error with respect to a row of its weight.
+    It is half the Hessian of a linear's squared output error with respect to a row of its weight.
     """
     result: Array = x.T @ x
     result /= np.float32(len(x))
