@@ -1,1 +1,1 @@
-"""Checkpoint to bundle: read the weights, quantize them, write the decoder as plain ONNX."""
+"""Turns a checkpoint into a bundle: reads the weights, quantizes them, writes plain ONNX."""

@@ -1,12 +1,12 @@
-"""Write a bundle so that its path never holds half of one.
+"""Writes a bundle so that its path never holds half of one.
 
-Beside a target ``r1`` live, while it is written, ``.r1.edge-llm-lock`` (an flock, held by the one
-process that writes), ``.r1.edge-llm-staging`` (the bundle in the making), perhaps
+While a target ``r1`` is written, there are beside it ``.r1.edge-llm-lock`` (an flock, held by the
+one process that writes), ``.r1.edge-llm-staging`` (the unfinished bundle), perhaps
 ``.r1.edge-llm-scratch`` (what an export needs until it ends) and, on file systems that cannot
 exchange two directories, ``.r1.edge-llm-old``. Whoever holds the lock owns the others: what is
-there when it takes the lock was left by a killed export, and is swept. Only
-``.r1.edge-llm-calibration`` outlives an export that failed: the next one goes on there, and a
-bundle that is put in place sweeps it.
+there when it takes the lock was left by a killed export, and is removed. Only
+``.r1.edge-llm-calibration`` outlives an export that failed: the next export continues there, and
+putting a bundle in place removes it.
 
 On Linux the finished staging directory and the old bundle trade places in one step
 (``renameat2(2)`` with ``RENAME_EXCHANGE``): whenever the process is killed, the target is the whole
@@ -14,8 +14,9 @@ old bundle or the whole new one. Where the file system refuses that (some networ
 the old bundle is renamed aside first; a kill between these two renames leaves no target until the
 next export to it puts the old bundle back.
 
-A process that has the old bundle's files open or mapped keeps them. One that is just opening it by
-name may get an old manifest and a new file: the hashes refuse that, and opening it again works.
+A process that has the old bundle's files open or mapped keeps them. A process that is just opening
+the bundle by name may get an old manifest and a new file: the hashes reveal that, and opening it
+again works.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class BundleWriter:
-    """Context manager that writes one bundle and puts it in place with `commit`.
+    """A context manager that writes one bundle and puts it in place with `commit`.
 
     Leaving the block without `commit`, or by an exception, removes everything written and leaves
     the target as it was. The old bundle's ``engines/`` were built from its ONNX, so they go with
@@ -63,7 +64,7 @@ class BundleWriter:
 
     Attributes:
         target: where the bundle will be, symbolic links resolved.
-        calibration_directory: for `resume.resumable_work`.
+        calibration_directory: the directory of `resume.resumable_work`.
     """
 
     def __init__(self, target: Path, *, required_bytes: int, overwrite: bool = False) -> None:
@@ -112,11 +113,11 @@ class BundleWriter:
         return self
 
     def path(self, name: str) -> Path:
-        """Where to write the file ``name`` of the bundle.
+        """Return the path to which to write the file ``name`` of the bundle.
 
         Raises:
-            ValueError: not a plain file name; see `edge.bundle.manifest.is_file_name`.
-            RuntimeError: after `stage` or `commit`.
+            ValueError: the name is not a plain file name; see `edge.bundle.manifest.is_file_name`.
+            RuntimeError: `stage` or `commit` was called before.
         """
         if not is_file_name(name):
             raise ValueError(f"{name!r} is no name for a file of a bundle")
@@ -131,7 +132,7 @@ class BundleWriter:
         self.path(name).write_bytes(data)
 
     def scratch(self) -> Path:
-        """A directory beside the target that is removed when the block ends."""
+        """Make a directory beside the target that is removed when the block ends."""
         self._scratch.mkdir(exist_ok=True)
         return self._scratch
 
@@ -141,7 +142,7 @@ class BundleWriter:
         Every file must be closed, and none may be written afterwards.
 
         Args:
-            manifest: its ``files`` are filled in here, whatever they hold.
+            manifest: the manifest, whose ``files`` are filled in here, whatever they hold.
 
         Returns:
             The directory, which `commit` moves.
@@ -160,10 +161,10 @@ class BundleWriter:
         is deleted when the block ends.
 
         Args:
-            manifest: its ``files`` are filled in here, whatever they hold.
+            manifest: the manifest, whose ``files`` are filled in here, whatever they hold.
 
         Returns:
-            The manifest as written.
+            The manifest as it was written.
 
         Raises:
             BundleError: a graph that the manifest names was not written, or something that is not
@@ -202,7 +203,7 @@ class BundleWriter:
         if absent:
             raise BundleError(f"the bundle is incomplete: {sorted(absent)} not written")
         data = encode_manifest(msgspec.structs.replace(manifest, files=files))
-        written = decode_manifest(data)  # nobody can load what this refuses
+        written = decode_manifest(data)  # refuses here what nobody could load
         write_durably(self._staging / MANIFEST_NAME, data)
         fsync(self._staging)
         return written
@@ -255,7 +256,7 @@ def _remove(directory: Path) -> None:
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    """Refuse everything but a missing or empty directory and, with ``overwrite``, a bundle."""
+    """Refuse everything except a missing or empty directory and, with ``overwrite``, a bundle."""
     try:
         mode = target.lstat().st_mode
     except FileNotFoundError:
@@ -284,7 +285,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 
 
 class _AnyManifest(msgspec.Struct):
-    """What makes a directory a bundle of edge-llm, of whatever schema version, damaged or not."""
+    """The keys that make a directory a bundle of any schema version, damaged or not."""
 
     schema_version: int
     producer: str

@@ -1,4 +1,4 @@
-"""``edge-llm export``: a checkpoint becomes a bundle."""
+"""Defines ``edge-llm export``, which turns a checkpoint into a bundle."""
 
 from __future__ import annotations
 
@@ -93,8 +93,10 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     metavar="FILE",
     help='Text, or JSONL of {"text": ...} or {"messages": [...]}; default: a built-in text.',
 )
-@click.option("--calibration-tokens", type=int, help="At most this many; default 16384.")
-@click.option("--seed", type=int, help="Of the order of the calibration documents; default 0.")
+@click.option(
+    "--calibration-tokens", type=int, help="Most tokens to calibrate with; default 16384."
+)
+@click.option("--seed", type=int, help="Seed of the calibration documents' order; default 0.")
 @click.option(
     "--rotate/--no-rotate",
     default=None,
@@ -127,8 +129,8 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     "--vocab-keep",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Leave out all tokens but those of this text (or JSONL, as for --calibration), or of this "
-    "JSON list of token ids. Single bytes, control tokens and the chat template's stay.",
+    help="Leave out all tokens except those of this text (or JSONL, as for --calibration), or of "
+    "this JSON list of token ids. Single bytes, control tokens and the chat template's stay.",
 )
 @click.option(
     "--vocab-size",
@@ -240,7 +242,7 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
 
 
 def _gate(config: ExportConfig) -> tuple[str, str]:
-    """Arguments of `load_gate`."""
+    """Return the arguments of `load_gate`."""
     return config.gate or "recipe", config.quant
 
 

@@ -1,4 +1,4 @@
-"""What to export and how: every option of ``edge-llm export``, checked against the others."""
+"""Defines what to export and how: the options of ``edge-llm export``, checked together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ExportConfig:
         method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated; None is
             `DEFAULT_METHOD`.
         calibration: text or JSONL to calibrate with; None is the built-in text.
-        calibration_tokens: at most this many; None is `documents.DEFAULT_TOKENS`.
+        calibration_tokens: most tokens to calibrate with; None is `documents.DEFAULT_TOKENS`.
         seed: decides the order of the calibration documents; None is 0.
         rotate: rotate the residual stream and the heads' values (`quantize.rotation`); None does
             so for ``int8-w8a8`` only.
@@ -50,9 +50,12 @@ class ExportConfig:
         verify: measure the finished bundle against the float model before it is put in place, and
             refuse it if it misses ``gate``.
         gate: thresholds for ``verify``, see `edge.measure.evaluate.load_gate`; None is ``recipe``.
-        report: without ``verify``, measure it on fewer tokens and refuse nothing; where that
-            cannot be done (memory, disk), the reason is told.
+        report: without ``verify``, measure the bundle on fewer tokens and refuse nothing; where
+            that cannot be done (memory, disk), the reason is announced.
         rounding: ``method``, or the method that None means.
+        recipe: how the linear layers are stored, from ``quant``, ``group_size``, ``keep`` and
+            ``clip``.
+        float_type: ``dtype``, or the type that None means.
     """
 
     source: str

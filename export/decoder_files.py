@@ -1,4 +1,4 @@
-"""The decoder's four files: both graphs, and the weights that they share, block by block.
+"""Writes the decoder's four files: both graphs, and the weights that they share, block by block.
 
 Peak memory is the largest packed layer plus tiles; a calibrated export adds what
 `quantize.calibration.LayerRunner` holds, and the GPTQ factors of one decoder layer.
@@ -51,12 +51,12 @@ _NUMPY_TYPE: dict[str, np.dtype[np.generic]] = {
 
 @dataclass(frozen=True)
 class WrittenDecoder:
-    """What the manifest says of the decoder's files.
+    """What the manifest says about the decoder's files.
 
     Attributes:
-        graphs: their names.
+        graphs: the graphs' names.
         linears: how every linear is stored, by name.
-        calibration: what a calibrated export saw; None without calibration.
+        calibration: the text that a calibrated export saw; None without calibration.
         peaks: largest activations of a calibrated export, by name.
     """
 
@@ -72,11 +72,11 @@ class DecoderFiles:
 
     Attributes:
         config: the recipe and the form of the graph.
-        checkpoint: what is quantized.
-        schemes: of every linear.
+        checkpoint: the model that is quantized.
+        schemes: the scheme of every linear, by name.
         positions: rows of the RoPE tables.
-        progress: told the weights done (``quantize``) and, in a calibrated export, the sequences
-            that passed a layer (``calibrate``).
+        progress: called with the weights done (step ``quantize``) and, in a calibrated export, the
+            sequences that passed a layer (step ``calibrate``).
     """
 
     config: ExportConfig
@@ -90,7 +90,7 @@ class DecoderFiles:
         """Whether the recipe needs calibration.
 
         Raises:
-            ConfigError: a method that no layer takes.
+            ConfigError: no layer uses the method.
         """
         kinds = {scheme.kind for scheme in self.schemes.values()}
         if self.config.method not in (None, "rtn") and "int4" not in kinds:
@@ -100,11 +100,11 @@ class DecoderFiles:
         return (self.config.rounding != "rtn" and "int4" in kinds) or "w8a8" in kinds
 
     def write(self, writer: BundleWriter, kv_capacity: int) -> WrittenDecoder:
-        """Write all four files; a calibrated export goes on where the last one was interrupted.
+        """Write all four files; a calibrated export continues where the last was interrupted.
 
         Raises:
-            ConfigError: a method that no layer takes, or a calibration text that does not do.
-            CheckpointError: a weight that is not finite, or that the graph's type cannot hold.
+            ConfigError: no layer uses the method, or the calibration text cannot be used.
+            CheckpointError: a weight is not finite, or the graph's type cannot hold it.
         """
         graphs = Graphs()
         names = (graphs.decoder, graphs.cpu)
@@ -162,7 +162,7 @@ class DecoderFiles:
     def _write_data(
         self, calibrator: Calibrator, work: Work
     ) -> tuple[Finished, list[DecoderTensors]]:
-        """Write both data files; returns what came of the linears, and each graph's tensors."""
+        """Write both data files; returns the finished linears, and each graph's tensors."""
         outputs = [_Output(*pair) for pair in zip(work.files, self._float_types, strict=True)]
         finished = self._write_linears(calibrator, work, outputs)
         folded = ScaledCheckpoint(self.checkpoint, finished.factors)
@@ -228,7 +228,7 @@ class _Output:
         """Store floats in the graph's type.
 
         Raises:
-            CheckpointError: a value that is not finite, or that the type cannot hold.
+            CheckpointError: a value is not finite, or the type cannot hold it.
         """
         data = _to_float(values, name, self.float_type)
         return self.file.add(name, ONNX_TYPE[self.float_type], values.shape, data)
@@ -287,7 +287,7 @@ def _store_norms(folded: Checkpoint, output: _Output) -> dict[str, StoredTensor]
 
 
 def _to_float(values: NDArray[np.generic], name: str, float_type: FloatType) -> NDArray[np.generic]:
-    """Convert, refusing what the type cannot hold."""
+    """Convert to a float type, refusing values that it cannot hold."""
     wide = values.astype(np.float32)
     largest = float(np.abs(wide).max(initial=0.0))
     if not np.isfinite(largest):

@@ -1,4 +1,4 @@
-"""Estimate how long an export takes, before it starts."""
+"""Estimates how long an export takes, before it starts."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _CALIBRATED_PER_S: dict[Method, float] = {
     "awq+gptq": 1.1e6,
 }
 _W8A8_PER_S = 4.4e6
-# All linear weights: rounding to nearest, and writing the float twin that it is measured against.
+# Weights per second: rounding to nearest, and writing the float model that is the reference.
 _ROUNDED_PER_S, _WRITTEN_PER_S = 3e7, 7e7
-# Both models over one token, per weight; and the start of a process.
+# Seconds to run both models over one token, per weight; and to start a process.
 _MEASURED_S, _STARTED_S = 3.2e-11, 2.0
 
 
 def export_s(
     model: ModelSpec, schemes: Mapping[str, TensorScheme], rounding: Method, measured_tokens: int
 ) -> float:
-    """Seconds that an export takes, on two cores as in the figures of docs/quantization.md.
+    """Estimate the seconds that an export takes on two cores, as in docs/quantization.md.
 
     Args:
-        model: dimensions.
-        schemes: of every linear layer.
+        model: the model's dimensions.
+        schemes: the scheme of every linear layer, by name.
         rounding: how INT4 layers are rounded.
         measured_tokens: tokens on which the bundle is measured afterwards; 0 measures nothing.
     """
@@ -55,7 +55,7 @@ def export_s(
 
 
 def describe_s(seconds: float) -> str:
-    """A rough time for a person: ``about 20 s`` or ``about 9 min``."""
+    """Write a rough time for a person: ``about 20 s`` or ``about 9 min``."""
     if seconds < 100:
         return f"about {math.ceil(seconds / 5) * 5} s"
     return f"about {round(seconds / 60)} min"

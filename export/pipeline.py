@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: what is done to the weights, in which order, and what the bundle says."""
+"""Runs an export: what is done to the weights, in which order, and what the manifest says."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from .verify import (
 
 _log = logging.getLogger(__name__)
 VERIFY_STEP = "verify"
-"""The step of a process of its own, ``edge-llm eval``, which shows its own progress."""
+"""The step in which another process, ``edge-llm eval``, shows its own progress."""
 _LAST_STEP = "hash and move into place"
 
 
@@ -64,14 +64,15 @@ def export_checkpoint(
 
     Args:
         config: what to export and how.
-        progress: called as it goes on.
-        announce: called with one line for a person: how long it will take, why it is not measured.
+        progress: called as the export proceeds.
+        announce: called with a line for a person: how long the export will take, or why the bundle
+            is not measured.
 
     Raises:
-        ConfigError: options that contradict each other or the model.
-        CheckpointError: a source that cannot be exported.
+        ConfigError: options contradict each other or the model.
+        CheckpointError: the source cannot be exported.
         DependencyError: ``verify`` with a dialect that the ONNX Runtime of this machine cannot run.
-        ResourceError: not enough disk space.
+        ResourceError: there is not enough disk space.
         GateError: ``verify`` found the bundle not good enough; what was at ``output`` stays.
     """
     if config.verify:  # a gate that cannot be read ends the export now and not after hours
@@ -87,11 +88,11 @@ def export_checkpoint(
 
 
 def _cannot_run_here(dialect: Dialect) -> str | None:
-    """Why this machine's CPU cannot run a dialect; the bundle may be for another one."""
+    """Say why this machine's CPU cannot run a dialect; the bundle may be for another machine."""
     try:
         import onnxruntime
     except ImportError:
-        return None  # nothing runs here, and nothing was asked to
+        return None  # no bundle runs here, and none was asked to
     needed = io_spec.MIN_ONNXRUNTIME[dialect]
     if onnxruntime_version(onnxruntime) >= needed:
         return None
@@ -279,7 +280,7 @@ def estimated_bytes(
     positions: int,
     embeddings: EmbeddingType = "fp16",
 ) -> int:
-    """Upper estimate of a bundle's size, for the check of free disk space."""
+    """Estimate a bundle's size from above, for the check of free disk space."""
     row_bytes = 2 * model.hidden_size if embeddings == "fp16" else model.hidden_size + 4
     total = model.vocab_size * row_bytes
     total += positions * model.head_dim * (2 + 4)  # cos and sin, for both graphs

@@ -1,6 +1,6 @@
-"""What a calibrated export has finished, kept beside the target so that the next one goes on there.
+"""Keeps what a calibrated export has finished, so that the next export continues there.
 
-``.r1.edge-llm-calibration`` holds the weights' data files as far as they are written,
+``.r1.edge-llm-calibration``, beside the target ``r1``, holds the data files as far as written,
 ``layer-N.npz`` (the hidden states after N layers, and the factors folded into the weights) and
 ``state.json``, which is replaced when a layer is done. All of it is bound to a key: the hash of
 whatever decides a byte of the data files up to there.
@@ -72,15 +72,16 @@ class _Stored(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Finished:
-    """What came of the blocks that are planned, converted and stored.
+    """The result of the blocks that are planned, converted and stored.
 
     Attributes:
-        blocks: how many of `quantize.plan.linear_blocks`.
-        linears: by name, as each graph reads it.
-        infos: by name, for the manifest.
-        factors: of all plans, by linear.
-        peaks: of all plans, by value.
-        hidden: after the last of these blocks; None before the first and without calibration.
+        blocks: how many of `quantize.plan.linear_blocks` are done.
+        linears: the stored linears, by name, as each graph reads them.
+        infos: what the manifest says about them, by name.
+        factors: factors of all plans, by linear.
+        peaks: peaks of all plans, by value.
+        hidden: hidden states after the last of these blocks; None before the first and without
+            calibration.
     """
 
     blocks: int = 0
@@ -109,12 +110,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Work:
-    """What an export writes its weights to, and where it begins.
+    """Where an export writes its weights, and where it begins.
 
     Attributes:
-        files: one for each graph, open after the finished blocks.
-        finished: by an earlier export that was interrupted; nothing for a new one.
-        save: called with everything finished so far, after each decoder layer.
+        files: a data file for each graph, positioned after the finished blocks.
+        finished: what an earlier export finished before it was interrupted; empty for a new one.
+        save: called after each decoder layer with everything finished so far.
     """
 
     files: list[DataFile]
@@ -134,13 +135,13 @@ def fresh_work(targets: Sequence[Path]) -> Iterator[Work]:
 def resumable_work(directory: Path, key: str, targets: Sequence[Path]) -> Iterator[Work]:
     """Write data files in a directory and move them to their targets when the block ends.
 
-    An exception leaves the decoder layers that are done there, and a warning tells where; the next
-    export goes on after them. What is there begins anew if it is of another key or damaged.
+    After an exception the decoder layers that are done stay there, and a warning says where; the
+    next export continues after them. If they are damaged or of another key, it begins anew.
 
     Args:
-        directory: where all is kept until then.
+        directory: where everything is kept until then.
         key: see `calibration_key`.
-        targets: of the data files.
+        targets: paths to which the data files are moved.
     """
     finished, lengths = _read_or_begin(directory, key)
     saved = finished.blocks
@@ -191,7 +192,7 @@ def _read(directory: Path, key: str) -> tuple[Finished, Mapping[str, int]]:
     stored = msgspec.json.decode((directory / STATE_NAME).read_bytes(), type=_Stored)
     if stored.key != key:
         raise ValueError("it is of another model, recipe or text")
-    # Opened here: np.load leaves a file open that is no archive.
+    # Opened here, since np.load leaves a file open that is no archive.
     with (directory / _arrays_name(stored.finished)).open("rb") as file:
         arrays = np.load(file, allow_pickle=False)
         hidden = arrays["hidden"]
@@ -231,7 +232,7 @@ def _save(directory: Path, key: str, finished: Finished, files: Sequence[DataFil
 
 
 def _leave(directory: Path, saved: int) -> None:
-    """Leave what an export that fails has saved, or nothing."""
+    """Keep what a failing export has saved, or remove the directory if that is nothing."""
     if saved == 0:
         shutil.rmtree(directory)
         return
@@ -243,8 +244,8 @@ def _leave(directory: Path, saved: int) -> None:
 
 
 def _move(directory: Path, targets: Sequence[Path]) -> None:
-    """Move the closed data files to where they belong and forget the rest."""
-    # First, so that a kill between the two moves is no state with half of its files.
+    """Move the closed data files to their targets and remove the rest."""
+    # The state goes first, so that a kill between the moves leaves none that lacks a file.
     (directory / STATE_NAME).unlink(missing_ok=True)
     for target in targets:
         (directory / target.name).replace(target)

@@ -1,7 +1,7 @@
-"""The last step of an export: ``edge-llm eval`` on the staged bundle, in a process of its own.
+"""Runs the last step of an export: ``edge-llm eval`` on the staged bundle, in its own process.
 
 The process gives all its memory back, and the exporter needs nothing of the runtime. ``--verify``
-refuses a bundle that misses its gate; by default fewer tokens tell what the quantization cost.
+refuses a bundle that misses its gate; by default fewer tokens show what the quantization cost.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from edge.planner.weights import manifest_linears, recipe_linears
 from .config import DEFAULT_METHOD, ExportConfig
 
 VERIFY_TOKENS = 4096
-"""Of the held-out text; gives the KL divergence to about a tenth of its value."""
+"""Tokens of the held-out text that give the KL divergence to about a tenth of its value."""
 REPORT_TOKENS = 512
-"""The same to about a fifth of its value: enough to tell one recipe from another in seconds."""
+"""Tokens that give it to about a fifth: enough to tell one recipe from another in seconds."""
 _WINDOW = 512
-# What the child's exit code says of its error; every other one is the engine's.
+# The error class of each exit code of the child; every other code is a `BackendError`.
 _ERRORS = {
     kind.exit_code: kind for kind in (ConfigError, BundleError, DependencyError, ResourceError)
 }
@@ -56,12 +56,13 @@ def verify_bundle(
         target: where the bundle would go, for messages.
 
     Returns:
-        What was measured.
+        The figures, as ``edge-llm eval --json`` prints them.
 
     Raises:
         GateError: a threshold was missed.
-        BackendError: the measurement failed; its own message is on stderr. Where that was a
-            `ConfigError`, `BundleError`, `DependencyError` or `ResourceError`, this one is it too.
+        BackendError: the measurement failed; its own message is on stderr. If that was a
+            `ConfigError`, `BundleError`, `DependencyError` or `ResourceError`, that class is
+            raised.
     """
     try:
         figures = measure_bundle(staged, reference, positions, VERIFY_TOKENS, "--gate", gate)
@@ -88,15 +89,14 @@ def measure_bundle(
         staged: see `verify_bundle`.
         reference: see `verify_bundle`.
         positions: see `verify_bundle`.
-        tokens: of the held-out text.
-        options: further ones of ``edge-llm eval``.
+        tokens: tokens of the held-out text to measure on.
+        options: further options of ``edge-llm eval``.
 
     Returns:
-        What was measured.
+        The figures, as ``edge-llm eval --json`` prints them.
 
     Raises:
-        BackendError: the measurement failed; its own message is on stderr. Where that was a
-            `ConfigError`, `BundleError`, `DependencyError` or `ResourceError`, this one is it too.
+        BackendError: see `verify_bundle`.
     """
     command = [sys.executable, "-m", "edge.cli", "eval", str(staged), "--against", str(reference)]
     command += ["--save", "--json", "--tokens", str(tokens), *options]
@@ -113,11 +113,11 @@ def check_memory(manifest: Manifest, positions: int) -> None:
     """Refuse to measure where both models would not fit into memory together.
 
     Args:
-        manifest: of the quantized bundle.
+        manifest: manifest of the quantized bundle.
         positions: tokens that the model can take at most.
 
     Raises:
-        ResourceError: they do not.
+        ResourceError: they would not fit.
     """
     free = read_available_memory_bytes()
     window = min(_WINDOW, positions)
@@ -139,12 +139,12 @@ def check_memory(manifest: Manifest, positions: int) -> None:
 def better_recipe(
     config: ExportConfig, schemes: Mapping[str, TensorScheme], *, missed: bool
 ) -> str | None:
-    """Options that lose less, from the tables of docs/quantization.md; None where none is known.
+    """Suggest options that lose less, by the tables of docs/quantization.md; None if none is known.
 
     Args:
         config: what was exported.
-        schemes: of every linear layer.
-        missed: whether a gate was missed: then more bits are an answer, too.
+        schemes: the scheme of every linear layer, by name.
+        missed: whether a gate was missed, so that more bits are suggested, too.
     """
     int4 = {name: s for name, s in schemes.items() if s.kind == "int4"}
     if "lm_head" in int4:

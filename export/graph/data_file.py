@@ -1,4 +1,4 @@
-"""External data of an ONNX model, written tensor by tensor."""
+"""Writes the external data of an ONNX model, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StoredTensor:
         onnx_type: ``onnx.TensorProto`` data type.
         dims: logical shape (an int4 tensor holds two elements a byte).
         file: name of the data file, relative to the model.
-        offset, num_bytes: its bytes in that file.
+        offset, num_bytes: where the tensor's bytes are in that file.
     """
 
     name: str
@@ -42,7 +42,7 @@ def open_data_file(path: Path, length: int | None = None) -> Iterator[DataFile]:
 
     Args:
         path: the file.
-        length: go on after this many bytes of a file that is there; None begins it.
+        length: continue an existing file after this many bytes; None begins a new one.
     """
     with path.open("wb" if length is None else "r+b") as file:
         if length is not None:
@@ -59,7 +59,7 @@ class DataFile:
         self._file = file
 
     def sync(self) -> int:
-        """Force what was added to the disk; returns the file's length in bytes."""
+        """Force all that was added to the disk; returns the file's length in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()

@@ -1,4 +1,4 @@
-"""The decoder graph in standard ONNX operators; its inputs and outputs are `edge.bundle.io_spec`.
+"""Builds the decoder graph in standard ONNX operators, with the tensors of `edge.bundle.io_spec`.
 
 Both dialects share the layers; they differ in how RMSNorm, RoPE and attention are written and in
 who appends to the cache (see `edge.bundle.io_spec`). Shapes in comments: ``B`` batch, ``S`` tokens
@@ -35,7 +35,7 @@ class StoredLinear:
         bias: ``[out]`` or None.
         input_scale: scalar in the graph's float type, for inputs rounded to INT8, or None.
         float_channels: input channels that are not rounded, or none.
-        float_weight: of these channels, ``[channels, out]``.
+        float_weight: weights of these channels, ``[channels, out]``.
     """
 
     scheme: TensorScheme
@@ -52,7 +52,7 @@ class DecoderTensors:
     """Everything stored outside the graph.
 
     Attributes:
-        linears: by layer name (`edge.bundle.linears.linear_layers`).
+        linears: linears by layer name (`edge.bundle.linears.linear_layers`).
         norms: RMSNorm weights by name: ``layers.0.input_norm``, ``layers.0.post_norm``,
             ``layers.0.q_norm``, ``layers.0.k_norm``, ``final_norm``.
         rope_cos, rope_sin: ``[positions, head_dim / 2]``.
@@ -71,13 +71,13 @@ def build_decoder(
     tensors: DecoderTensors,
     kv_capacity: int,
 ) -> onnx.ModelProto:
-    """The whole decoder.
+    """Build the whole decoder.
 
     Args:
-        model: dimensions.
+        model: the model's dimensions.
         dialect: ``native`` or ``portable``.
         float_type: type of activations, cache and logits.
-        tensors: where the weights lie.
+        tensors: where the weights are.
         kv_capacity: rows of the cache; a number in the graph's inputs and outputs only.
     """
     writer = _Native if dialect == "native" else PortableDecoder
@@ -85,7 +85,7 @@ def build_decoder(
 
 
 class _Decoder:
-    """What both dialects share."""
+    """The part of the decoder that both dialects share."""
 
     def __init__(self, model: ModelSpec, float_type: FloatType, tensors: DecoderTensors) -> None:
         self.model = model
@@ -154,7 +154,7 @@ class _Decoder:
         return g.node("Add", [x, self.linear(h, f"{name}.down")], f"{name}.mlp_residual")
 
     def heads(self, x: str, count: int, norm: str | None) -> str:
-        """``[B, S, count * D]`` to ``[B, count, S, D]``, normalised per head for Qwen3."""
+        """Turn ``[B, S, count * D]`` into ``[B, count, S, D]``, normalised per head for Qwen3."""
         shape = self.g.constant(f"shape.heads.{count}", [0, 0, count, self.model.head_dim])
         x = self.g.node("Reshape", [x, shape], f"{x}.heads")
         if norm is not None:
@@ -202,11 +202,11 @@ class _Decoder:
     # What the dialects write differently.
 
     def prologue(self) -> None:
-        """Nodes that all layers share: the masks."""
+        """Add the nodes that all layers share: the masks."""
         raise NotImplementedError
 
     def norm(self, x: str, name: str) -> str:
-        """RMSNorm over the last axis, in fp32 inside (fp16 squares overflow at 256)."""
+        """Add an RMSNorm over the last axis, in fp32 inside (fp16 squares overflow at 256)."""
         raise NotImplementedError
 
     def rope(self, x: str, output: str) -> str:
@@ -214,16 +214,16 @@ class _Decoder:
         raise NotImplementedError
 
     def key_name(self, i: int) -> str:
-        """Name of a layer's rotated keys."""
+        """Return the name of a layer's rotated keys."""
         raise NotImplementedError
 
     def attention(self, i: int, q: str, k: str, v: str) -> str:
-        """Cache update and attention; returns ``[B, H, S, D]``."""
+        """Add the cache update and the attention; returns ``[B, H, S, D]``."""
         raise NotImplementedError
 
 
 class _Native(_Decoder):
-    """Opset 24: RMSNormalization, RotaryEmbedding, TensorScatter, Attention."""
+    """The dialect of opset 24: RMSNormalization, RotaryEmbedding, TensorScatter, Attention."""
 
     def prologue(self) -> None:
         g = self.g
@@ -278,17 +278,17 @@ class _Native(_Decoder):
 
 
 class PortableDecoder(_Decoder):
-    """Opset 21: primitive operators only; the runtime appends to the cache."""
+    """The dialect of opset 21: primitive operators only; the runtime appends to the cache."""
 
     def prologue(self) -> None:
-        """Rows of the RoPE tables and the additive masks."""
+        """Add the rows of the RoPE tables and the additive masks."""
         g = self.g
         self.rope_rows()
         last, head_axis = g.constant("axes.last", [-1]), g.constant("axes.1", [1])
-        # Additive masks in fp32, the type of the scores. The new tokens among themselves by
-        # position, so that padding behind a short sequence is never seen.
+        # Additive masks are in fp32, the type of the scores. New tokens see each other by
+        # position, so that padding after a short sequence is never seen.
         zero = g.scalar("mask.keep", 0.0, "fp32")
-        # Not -inf: a row of the past part may be all masked, and -inf minus -inf is NaN.
+        # It is not -inf: a row of the past part may be all masked, and -inf minus -inf is NaN.
         drop = g.scalar("mask.drop", -1.0e30, "fp32")
         lengths = g.node("Unsqueeze", [io_spec.PAST_LENGTHS, last], "past_lengths.column")
         valid = g.node("Less", [io_spec.KV_POSITIONS, lengths], "mask.past.valid")  # [B, K]
@@ -304,7 +304,7 @@ class PortableDecoder(_Decoder):
         g.node("Concat", ["kv_len", seq_len], "split.scores", axis=0)
 
     def rope_rows(self) -> None:
-        """One row of cos/sin per token, broadcast over the heads: ``[B, 1, S, D / 2]``."""
+        """Add a row of cos/sin per token, broadcast over the heads: ``[B, 1, S, D / 2]``."""
         g = self.g
         for name, table in (("cos", self.tensors.rope_cos), ("sin", self.tensors.rope_sin)):
             rows = g.node("Gather", [g.floats(table), io_spec.POSITION_IDS], f"rope.{name}.rows")
@@ -357,11 +357,11 @@ class PortableDecoder(_Decoder):
         return g.node("Concat", [low, high], output, axis=-1)
 
     def key_name(self, i: int) -> str:
-        """The keys leave the graph as they are."""
+        """Return the name of an output: the keys leave the graph as they are."""
         return io_spec.new_key(i)
 
     def heads_name(self, x: str) -> str:
-        """Name of a projection's heads; the values leave the graph as they are."""
+        """Return the name of a projection's heads; the values leave the graph as they are."""
         parts = x.split(".")
         if parts[0] == "layers" and parts[2:] == ["v", "heads"]:
             return io_spec.new_value(int(parts[1]))

@@ -1,4 +1,4 @@
-"""The token table as the bundle stores it: fp16 rows, or INT8 rows with one scale each.
+"""Writes the token table as the bundle stores it: fp16 rows, or INT8 rows with one scale each.
 
 The runtime reads a row per token, so its type costs quality and disk, but no speed. INT8 halves the
 file; a row's values have about the same size, so one scale per row is enough.
@@ -32,10 +32,10 @@ def embedding_tensors(
     Args:
         table: ``[vocab, hidden]`` of any float type.
         kind: how rows are stored.
-        progress: told the values written so far.
+        progress: called with the values written so far.
 
     Raises:
-        CheckpointError: while they are written: a value that is not finite or beyond fp16.
+        CheckpointError: a value is not finite or beyond fp16; raised while tensors are written.
     """
     shape = (table.shape[0], table.shape[1])
     if kind == "fp16":
@@ -50,7 +50,7 @@ def embedding_tensors(
 
 
 def _chunks(table: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
-    """Read the table in chunks of rows, refusing what it may not hold."""
+    """Read the table in chunks of rows, refusing values that it may not hold."""
     for start in range(0, len(table), _CHUNK_ROWS):
         rows = table[start : start + _CHUNK_ROWS].astype(np.float32)
         _check(rows)
@@ -60,7 +60,7 @@ def _chunks(table: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
 def _told(
     chunks: Iterable[NDArray[np.generic]], progress: Callable[[int], None]
 ) -> Iterator[NDArray[np.generic]]:
-    """Hand chunks on and tell the values taken so far."""
+    """Pass chunks on and report the values taken so far."""
     done = 0
     for chunk in chunks:
         yield chunk
@@ -85,7 +85,7 @@ def quantize_table_rows(
 
 def _row_scales(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     scales: NDArray[np.float32] = np.abs(rows).max(axis=1) / _LEVELS
-    # Below that, a quotient by the scale would overflow; such a row is zero in fp16 anyway.
+    # A quotient by a smaller scale would overflow; such a row is zero in fp16 anyway.
     scales[scales < np.finfo(np.float32).tiny] = 1
     return scales
 

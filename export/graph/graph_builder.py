@@ -52,14 +52,14 @@ class GraphBuilder:
         return names[0]
 
     def constant(self, name: str, values: NDArray[np.generic] | Sequence[int]) -> str:
-        """A small int64 or bool constant stored in the model file; one per name."""
+        """Add a small int64 or bool constant, stored in the model file; one per name."""
         if name not in self._initializers:
             array = np.asarray(values, dtype=None if isinstance(values, np.ndarray) else np.int64)
             self._initializers[name] = onnx.numpy_helper.from_array(array, name)
         return name
 
     def scalar(self, name: str, value: float, float_type: FloatType | None = None) -> str:
-        """A float scalar in the graph's float type, or in the one given."""
+        """Add a float scalar in the graph's float type, or in the one given."""
         if name not in self._initializers:
             self._initializers[name] = helper.make_tensor(
                 name, ONNX_TYPE[float_type or self.float_type], [], [value]
@@ -67,13 +67,13 @@ class GraphBuilder:
         return name
 
     def int8_zero(self, name: str) -> str:
-        """The INT8 scalar 0."""
+        """Add the INT8 scalar 0."""
         if name not in self._initializers:
             self._initializers[name] = onnx.numpy_helper.from_array(np.int8(0), name)
         return name
 
     def external(self, tensor: StoredTensor) -> str:
-        """An initializer whose bytes lie in a data file."""
+        """Add an initializer whose bytes are in a data file."""
         if tensor.name not in self._initializers:
             proto = TensorProto(
                 name=tensor.name,
@@ -91,7 +91,7 @@ class GraphBuilder:
         return tensor.name
 
     def floats(self, tensor: StoredTensor) -> str:
-        """An external float tensor, cast to the graph's float type where it is stored in another.
+        """Add an external float tensor, cast to the graph's float type if it is stored in another.
 
         The FP32 twin reads the engine's float weights this way: no second copy on disk.
         """
@@ -109,7 +109,7 @@ class GraphBuilder:
         outputs: Iterable[TensorSpec],
         producer_version: str,
     ) -> onnx.ModelProto:
-        """The finished model; the IR version is the oldest that the opset allows."""
+        """Make the finished model; the IR version is the oldest that the opset allows."""
         graph = helper.make_graph(
             self._nodes,
             name,

@@ -1,4 +1,4 @@
-"""Write a safetensors file from chunks, so that a table larger than memory streams through.
+"""Writes a safetensors file from chunks, so that a table larger than memory streams through.
 
 Format: 8-byte little-endian header length, JSON header, tensor bytes
 (https://huggingface.co/docs/safetensors).
@@ -43,7 +43,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorSource]) -> None:
             "data_offsets": [start, end],
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    # The data starts on a page, so that a memory-mapped row never straddles two for no reason.
+    # The data starts on a page, so that a memory-mapped row does not span two needlessly.
     encoded += b" " * (-(8 + len(encoded)) % 4096)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
