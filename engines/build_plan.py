@@ -50,7 +50,7 @@ def plan_build(config: BuildConfig, manifest: Manifest) -> BuildPlan:
     """Fill in the options for a bundle, check them against it, and make the profiles.
 
     Raises:
-        ConfigError: as `config.resolve`.
+        ConfigError: see `config.resolve`.
     """
     shapes = resolve(config, manifest)
     profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes)

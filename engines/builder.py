@@ -44,7 +44,7 @@ class BuildResult:
     """An engine in its place.
 
     Attributes:
-        directory: of the engine.
+        directory: the engine's directory.
         info: its ``engine.json``.
         built: False if it was there already.
     """
@@ -103,7 +103,7 @@ def build_engine(
         config: what to build.
         target: with what and for which GPU; None is what this machine has.
         via: TensorRT's Python API, or NVIDIA's ``trtexec``, whose network cannot be audited.
-        progress: told the steps: hashing, parsing and compiling, or ``trtexec``.
+        progress: called in each step: hashing, parsing and compiling, or ``trtexec``.
         on_line: given each line of ``trtexec``.
         waiting: called if another build holds the bundle's lock.
 
@@ -200,7 +200,7 @@ class Compiled:
     Attributes:
         plan: a buffer.
         timings: TensorRT's timing cache, or None.
-        audit: of the parsed network and of the plan's size.
+        audit: audit of the parsed network and of the plan's size.
         build_s: seconds of parsing and compiling.
         peak_memory_bytes: the most resident memory; None if it was not measured.
     """

@@ -56,7 +56,7 @@ def check_bundle(
     Args:
         config: what would be built.
         sm: compute capability without the dot; a key of `COMPUTE_CAPABILITIES`.
-        progress: told the steps of `builder.compile_bundle`.
+        progress: called in the steps of `builder.compile_bundle`.
 
     Raises:
         DependencyError: TensorRT for RTX is missing.

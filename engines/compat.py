@@ -220,7 +220,7 @@ class Compiler:
         """Compile the network into a plan.
 
         Args:
-            profiles: in the engine's order.
+            profiles: optimization profiles in the engine's order.
             workspace_bytes: scratch memory of a kernel.
             opt_level: 0 to 5.
             timings: a timing cache of an earlier build, or None.

@@ -11,7 +11,7 @@ def check_memory(manifest: Manifest, workspace_bytes: int, available_bytes: int 
     """Refuse a build that would be killed.
 
     Args:
-        manifest: of the bundle.
+        manifest: the bundle's manifest.
         workspace_bytes: scratch memory of the kernels that are tried; 0 where nothing runs.
         available_bytes: memory that can be had without swapping, on a Jetson the GPU's too; None
             where the system does not say, and then nothing is refused.

@@ -96,7 +96,7 @@ class Load:
     """Clients of one server, and what came of their requests.
 
     Attributes:
-        answers: by kind and status; 0 is a client that left.
+        answers: counts by kind and status; 0 is a client that left.
         wrong: requests that were answered as they must not be, the first few.
     """
 

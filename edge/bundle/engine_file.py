@@ -23,7 +23,7 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 
 
 def where_tensorrt_is_from(flavour: Flavour) -> str:
-    """What to install, for a `DependencyError`; running an engine needs more than building it."""
+    """Say what to install, for a `DependencyError`; running an engine needs more than a build."""
     if flavour == "tensorrt-rtx":
         return install_command("check")
     return (
@@ -54,7 +54,7 @@ class ProfileInfo(_Struct, frozen=True):
 
 
 class LayerCount(_Struct, frozen=True):
-    """How many layers of a kind have a type."""
+    """The number of layers of one kind and type."""
 
     kind: str
     dtype: str
@@ -70,19 +70,19 @@ class WeightBytes(_Struct, frozen=True):
 
 
 class EngineInfo(_Struct, frozen=True):
-    """All of ``engine.json``.
+    """The content of ``engine.json``.
 
     Attributes:
         key: hash of everything that the plan depends on; the same key is the same engine.
         plan: the plan's file name.
-        compute_capability: of the GPU it was built for, e.g. ``8.7``.
+        compute_capability: the GPU's that it was built for, e.g. ``8.7``.
         device: the GPU's name; None if it was compiled without one.
         jetpack, l4t: versions of the Jetson that built it.
         sources: SHA-256 of the graph and of its weights.
         kv_buckets: numbers of cache rows that a step may read (see ``kv_read``), ascending.
         kv_read: ``slice``, ``full`` or ``lengths``.
-        options: those that `rebuild_command` repeats.
-        profiles: in the order of the engine.
+        options: build options that `rebuild_command` repeats.
+        profiles: optimization profiles in the order of the engine.
         builder: ``api`` or ``trtexec``.
         peak_memory_bytes: resident memory of the build, at most; None if it was not measured.
         weights, layers: summary of the parsed network.
@@ -182,7 +182,7 @@ def check_engine(
         manifest: its bundle's.
         flavour: which TensorRT is at hand.
         tensorrt_version: its version, e.g. ``10.16.2.10``; its first three parts count.
-        compute_capability: of the GPU at hand, e.g. ``8.7``.
+        compute_capability: the GPU's that is here, e.g. ``8.7``.
 
     Raises:
         BundleError: it does not fit; the message has the command that rebuilds it.

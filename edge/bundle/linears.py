@@ -37,12 +37,12 @@ class NormSpec:
 
 
 def linear_layers(model: ModelSpec) -> list[LinearSpec]:
-    """Every linear layer in the order in which the graph runs them, the lm_head last."""
+    """List every linear layer in the order in which the graph runs them, the lm_head last."""
     return [part for part in _parts(model) if isinstance(part, LinearSpec)]
 
 
 def norm_layers(model: ModelSpec) -> list[NormSpec]:
-    """Every RMSNorm in the order in which the graph runs them."""
+    """List every RMSNorm in the order in which the graph runs them."""
     return [part for part in _parts(model) if isinstance(part, NormSpec)]
 
 

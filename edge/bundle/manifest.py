@@ -216,7 +216,7 @@ class Source(_Struct, frozen=True):
         location: the directory's or file's name, or the hub id (never an absolute path).
         revision: commit of the hub repository, else None.
         sha256: SHA-256 of the GGUF file, or of the safetensors files' hashes in name order.
-        licence: as the source states it.
+        licence: the licence that the source states.
         adapter: what was merged into the weights, or None.
     """
 
@@ -272,7 +272,7 @@ class Graphs(_Struct, frozen=True):
 
 
 class Manifest(_Struct, frozen=True):
-    """All of ``manifest.json``.
+    """The content of ``manifest.json``.
 
     ``self_sha256`` stays the last field: `decode_manifest` looks for it at the end of the file.
     """
@@ -298,7 +298,7 @@ class Manifest(_Struct, frozen=True):
 
 
 def describe_sampling(sampling: SamplingDefaults) -> str:
-    """One line for a person, e.g. ``temperature 0.6, ..., assumed (DeepSeek-R1)``."""
+    """Write a line for a person, e.g. ``temperature 0.6, ..., assumed (DeepSeek-R1)``."""
     values = msgspec.structs.asdict(sampling)
     assumed = values.pop("assumed")
     parts = [f"{name} {value:g}" for name, value in values.items()]
@@ -306,7 +306,7 @@ def describe_sampling(sampling: SamplingDefaults) -> str:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a file of a bundle may have this name: plain ASCII, no directory, not hidden."""
+    """Check that a file of a bundle may have this name: plain ASCII, no directory, not hidden."""
     return _FILE_NAME.match(name) is not None and name not in (MANIFEST_NAME, ENGINES_DIR)
 
 

@@ -76,7 +76,7 @@ class Message:
         return bytes(out)
 
     def all_bytes(self, number: int) -> list[bytes]:
-        """Every occurrence of a length-delimited field."""
+        """Return every occurrence of a length-delimited field."""
         return [value for n, _, value in self.fields if n == number and isinstance(value, bytes)]
 
     def text(self, number: int) -> str:
@@ -170,7 +170,7 @@ class OnnxFile:
     """A model to look at and edit.
 
     Attributes:
-        nodes: in topological order; edit the list or its nodes, then `serialize`.
+        nodes: the nodes in topological order; edit the list or its nodes, then `serialize`.
     """
 
     def __init__(self, data: bytes) -> None:

@@ -39,7 +39,7 @@ def turn(vectors: NDArray[np.floating], frequencies: Array, positions: int) -> A
     Args:
         vectors: ``[..., head_dim]``; element ``i`` pairs with ``i + head_dim / 2``, as
             ``RotaryEmbedding`` of ONNX has it without ``interleaved``.
-        frequencies: of `inverse_frequencies`, ``[head_dim / 2]``.
+        frequencies: a result of `inverse_frequencies`, ``[head_dim / 2]``.
         positions: how much further.
 
     Returns:

@@ -34,7 +34,7 @@ class SchemeFacts:
 
     Attributes:
         kind: its name.
-        weight_bits: of a stored weight, in a graph typed FP16 or BF16.
+        weight_bits: bits of a stored weight, in a graph typed FP16 or BF16.
         group_sizes: weights that may share a scale, largest first; 0 is one scale per output
             channel. Empty for weights without scales.
         default_group_size: taken where nobody says; None is the largest that fits the model.

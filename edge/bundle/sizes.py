@@ -60,7 +60,7 @@ def plan_build_memory(
     """Estimate a build.
 
     Args:
-        weights_bytes: of the graph's weights as they are stored.
+        weights_bytes: bytes of the graph's weights as they are stored.
         workspace_bytes: scratch memory of the kernels that are tried; 0 where nothing runs.
     """
     builder = _BUILD_FIXED_BYTES + int((_BUILD_WEIGHT_FACTOR - 1) * weights_bytes)

@@ -19,7 +19,7 @@ def inspect_engine(directory: Path, as_json: bool, layers: bool, verify: bool) -
     """Print an engine's record.
 
     Args:
-        directory: of the engine.
+        directory: the engine's directory.
         as_json: one line of JSON instead of tables.
         layers: list the parsed network's layers too.
         verify: hash the plan first.
@@ -41,7 +41,7 @@ def inspect_engine(directory: Path, as_json: bool, layers: bool, verify: bool) -
 
 
 def weights_as_exported(info: EngineInfo, manifest: Manifest) -> bool | None:
-    """Whether the engine stores every linear layer in the type that the bundle does.
+    """Return whether the engine stores every linear layer in the type that the bundle does.
 
     None if the build could not look at the network (``trtexec``).
     """

@@ -53,7 +53,7 @@ def take_engine(options: dict[str, Any], **fixed: Unpack[EngineOptions]) -> Engi
     """Move the options of the engine out of a verb's keyword arguments.
 
     Args:
-        options: of the verb; what is not one of the engine's stays.
+        options: the verb's options; those that are not the engine's stay.
         **fixed: what the verb itself sets.
 
     Raises:

@@ -18,7 +18,7 @@ class StreamPrinter:
 
     Attributes:
         text: the answer so far, reasoning left out.
-        stats, finish_reason: of the last chunk.
+        stats, finish_reason: those fields of the last chunk.
     """
 
     def __init__(self) -> None:

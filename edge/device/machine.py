@@ -74,7 +74,7 @@ class Library(msgspec.Struct, frozen=True):
         missing: it is not installed.
         error: what went wrong; None if it works.
         version: its own.
-        providers: those of ONNX Runtime.
+        providers: ONNX Runtime's execution providers.
     """
 
     missing: bool = False

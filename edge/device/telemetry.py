@@ -48,13 +48,14 @@ class Snapshot(msgspec.Struct, frozen=True):
         power_mode: name of the nvpmodel mode, e.g. ``MAXN``; its number where it has no name.
         gpu_load_ratio: 0 to 1, as the driver averages it.
         gpu_clock_hz, gpu_clock_max_hz, gpu_clock_min_hz: now, and the limits set at present.
-        temperatures_celsius: by thermal zone, without ``-thermal``; zones that are off are absent.
-        power_watts: by rail.
-        module_power_watts: of the whole module, not of the carrier board.
+        temperatures_celsius: temperatures by thermal zone, without ``-thermal``; zones that are
+            off are absent.
+        power_watts: power by rail.
+        module_power_watts: power of the whole module, not of the carrier board.
         throttled: a temperature limit holds clocks down now; None where nothing says.
         throttled_by: the cooling devices that do, e.g. ``gpu-throttle-alert``.
         over_current_events: since boot; each one cuts the clocks for a moment.
-        memory_total_bytes, memory_available_bytes: of the system, which on Orin is the GPU's too.
+        memory_total_bytes, memory_available_bytes: system memory, which on Orin is the GPU's too.
         process_rss_bytes: resident memory of this process.
     """
 

@@ -67,7 +67,7 @@ class Counts(msgspec.Struct, forbid_unknown_fields=True):
     Attributes:
         grid_version: counts of another grid cannot be compared.
         requests: number of requests counted.
-        bins: by parameter, one count per bin of `GRIDS`.
+        bins: counts by parameter, one per bin of `GRIDS`.
     """
 
     grid_version: int = GRID_VERSION

@@ -48,11 +48,11 @@ def format_figure(value: float | None, form: str) -> str:
 
 
 def html_report(results: Sequence[dict[str, Any]]) -> str:
-    """A whole HTML document.
+    """Make a whole HTML document.
 
     Args:
-        results: of `edge.measure.evaluate.measure` on one text, each with its ``bundle`` and
-            perhaps with ``gate`` (``{"name", "missed": [...]}``).
+        results: results of `edge.measure.evaluate.measure` on one text, each with its ``bundle``
+            and perhaps with ``gate`` (``{"name", "missed": [...]}``).
 
     Raises:
         DependencyError: there are charts to draw, and vl-convert-python is not installed.

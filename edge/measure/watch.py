@@ -91,13 +91,13 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A run of the golden set: the one to compare with, or the one that is compared.
 
     Attributes:
-        version: of this layout.
+        version: version of this layout.
         bundle: name of the bundle, for people.
-        golden_sha256: of the golden set's file.
-        max_tokens: of each answer.
+        golden_sha256: hash of the golden set's file.
+        max_tokens: most tokens of each answer.
         thinking: whether the model was allowed to reason.
-        items: in the order of the file.
-        perplexity: of the text; None where it was not measured.
+        items: results in the order of the file.
+        perplexity: perplexity of the text; None where it was not measured.
         text_sha256, text_tokens: what the perplexity was measured on.
     """
 
@@ -116,10 +116,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What may change before it is an alarm.
 
     Attributes:
-        rate: by how much a rate may get worse, as a share of the items.
+        rate: how much worse a rate may get, as a share of the items.
         p_value: McNemar's p above which a change may be chance.
         perplexity_ratio: to the baseline's.
-        length_ratio: of the mean number of tokens, up or down.
+        length_ratio: ratio of the mean numbers of tokens, up or down.
     """
 
     rate: float = 0.02
@@ -136,7 +136,7 @@ class Check(msgspec.Struct, frozen=True):
         value: what it is now.
         baseline: what it was.
         alarm: whether it is too far off.
-        p_value: that of McNemar's test; None for a figure that is not a rate.
+        p_value: p-value of McNemar's test; None for a figure that is not a rate.
         flips: ids of the items that got worse.
     """
 
@@ -253,7 +253,7 @@ def run_golden(
     Args:
         answerer: what is asked.
         items: the golden set.
-        max_tokens: of each answer.
+        max_tokens: most tokens of each answer.
         progress: is called with the prompts answered (step ``ask``).
 
     Raises:
@@ -320,7 +320,7 @@ def perplexity(llm: LLM, text: evaluate.EvalText, progress: Progress = silent) -
 
 
 def compare_runs(now: Baseline, before: Baseline, limits: Limits | None = None) -> list[Check]:
-    """Every figure of a run against the baseline.
+    """Compare every figure of a run with the baseline.
 
     Raises:
         ConfigError: they did not ask the same, so they cannot be compared.

@@ -25,7 +25,7 @@ class PowerMode:
     """Clocks of a module.
 
     Attributes:
-        name: of the nvpmodel mode.
+        name: name of the nvpmodel mode.
         num_sms: streaming multiprocessors that are on.
         gpu_clock_hz: highest clock of the GPU.
         bytes_per_s: bandwidth of the memory, as the data sheet has it.
@@ -52,8 +52,8 @@ class Module:
     """One Orin module.
 
     Attributes:
-        name: as ``--device`` takes it.
-        memory_bytes: of the module; CPU and GPU share it.
+        name: name that ``--device`` takes.
+        memory_bytes: memory of the module; CPU and GPU share it.
         modes: fastest first; the first is the default.
         tops: advertised with the first mode: sparse INT8, DLAs included.
         dla_tops: the DLAs' part of it.

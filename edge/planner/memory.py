@@ -48,7 +48,7 @@ class Deployment:
         batch: slots of the cache, all decoded at once.
         kv_capacity: tokens per slot.
         max_prefill: tokens per prefill step.
-        dialect: of the graph, see `edge.bundle.io_spec`.
+        dialect: dialect of the graph, see `edge.bundle.io_spec`.
     """
 
     backend: BackendKind = "tensorrt"
@@ -68,11 +68,11 @@ class ProcessMemory:
     """Bytes by part. The first five are the engine's, the others those of the process around it.
 
     Attributes:
-        weights: by part (`weights.PARTS`).
+        weights: bytes of the weights by part (`weights.PARTS`).
         cache: keys and values of all slots, full.
         activations: scratch of the largest step.
         io: the engine's inputs and outputs besides the cache that the host does not see.
-        pinned: those in host memory that the GPU reads and writes in place.
+        pinned: bytes in host memory that the GPU reads and writes in place.
         embeddings: rows of the token table held in memory; the table itself stays in its file.
         runtime: CUDA and TensorRT, or ONNX Runtime's session.
         python: the interpreter and its libraries.

@@ -30,8 +30,8 @@ class PlannedModel:
         name: shown to the user.
         spec: its dimensions.
         source: what ``edge-llm export`` takes, or None.
-        manifest: of the bundle that it came from, or None.
-        bundle: that bundle's directory, or None.
+        manifest: manifest of the bundle that it came from, or None.
+        bundle: directory of that bundle, or None.
     """
 
     name: str

@@ -26,7 +26,7 @@ class Device:
     """Where a plan runs.
 
     Attributes:
-        name: of a module, or ``cpu``.
+        name: name of a module, or ``cpu``.
         mode: its clocks; None for a CPU whose bandwidth nobody measured.
         usable_bytes: memory that programs can have; None for a CPU.
     """
@@ -41,9 +41,9 @@ class Option:
     """One quantization in a plan.
 
     Attributes:
-        name: of the variant, or the bundle's own quantization.
+        name: name of the variant, or the bundle's own quantization.
         recipe: what ``edge-llm export`` is asked for; None for a bundle.
-        memory: by part.
+        memory: memory by part.
         work: bytes and operations.
         speeds: at each context of the plan; empty where the device's bandwidth is unknown.
         fits: whether the device has the memory; None where that is unknown.
@@ -100,8 +100,8 @@ def find_device(
     """A module of the table, or this kind of CPU.
 
     Args:
-        name: of a module, or ``cpu``; None is the AGX Orin 64 GB.
-        power_mode: of the module; None is the fastest.
+        name: name of a module, or ``cpu``; None is the AGX Orin 64 GB.
+        power_mode: power mode of the module; None is the fastest.
         cpu_bytes_per_s: bandwidth that a benchmark measured on the CPU.
 
     Raises:

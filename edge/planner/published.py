@@ -43,7 +43,7 @@ class Figure:
 
     Attributes:
         source: who published it, and what engine it is.
-        device, mode: as `devices.MODULES` has them; None is the fastest mode.
+        device, mode: names in `devices.MODULES`; None is the fastest mode.
         model, precision: what ran.
         kind: ``decode`` in tokens per second, or ``prefill`` in seconds.
         value: the figure.

@@ -71,13 +71,13 @@ class Wish:
     """What is asked for; None is no limit.
 
     Attributes:
-        memory_bytes: at most.
-        memory_of: of the whole process with a full cache, or of the weights alone.
-        tpot_s: time per output token at most, with a full KV cache.
-        ttft_s: time to first token at most, for a prompt of ``prompt_tokens``.
-        prompt_tokens: of the prompt whose first token ``ttft_s`` bounds.
-        quality: score at least, in percent.
-        benchmark: that ``quality`` is a score of, and by which models are ranked.
+        memory_bytes: most memory that it may take.
+        memory_of: whether this limits the whole process with a full cache, or the weights alone.
+        tpot_s: longest time per output token, with a full KV cache.
+        ttft_s: longest time to first token, for a prompt of ``prompt_tokens``.
+        prompt_tokens: tokens of the prompt whose first token ``ttft_s`` bounds.
+        quality: least score, in percent.
+        benchmark: the benchmark of ``quality``, by which models are ranked.
     """
 
     memory_bytes: int | None = None

@@ -70,7 +70,7 @@ class Work:
         num_layers: decoder layers.
         kv_bytes_per_token: cache that a token of context costs to read.
         linear_ops: operations of the layers' matrix products per token.
-        head_ops: of the lm_head per token that gets logits.
+        head_ops: operations of the lm_head per token that gets logits.
         attention_ops: operations of attention per pair of tokens.
         int8_share: share of ``linear_ops`` that runs in INT8.
     """

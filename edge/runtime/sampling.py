@@ -395,7 +395,7 @@ class Sampler:
 
     Attributes:
         params: the resolved parameters.
-        seed: of the random numbers: ``params.seed``, or the fresh one that was drawn.
+        seed: seed of the random numbers: ``params.seed``, or the fresh one that was drawn.
     """
 
     def __init__(

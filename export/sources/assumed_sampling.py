@@ -22,7 +22,7 @@ class _Family:
     """A family of instruct models and the sampling that its authors published.
 
     Attributes:
-        name: as messages and the manifest call it.
+        name: name in messages and in the manifest.
         pattern: what the model's names match, case ignored, ``-``, ``_`` and blanks all as ``-``.
         sampling: values where the source states none.
         template: texts that all occur in the family's chat template, and in no other family's; a
@@ -37,7 +37,7 @@ class _Family:
     source: str = ""
 
     def fits(self, names: Iterable[str], chat_template: str) -> bool:
-        """Whether a model of these names, in the form of ``pattern``, is of the family."""
+        """Return whether a model of these names, in the form of ``pattern``, is of the family."""
         if any(re.search(self.pattern, name) for name in names):
             return True
         return bool(self.template) and all(text in chat_template for text in self.template)
@@ -117,7 +117,7 @@ def assume_sampling(
     nobody's. A repetition penalty alone cuts nothing off, so it is kept and the others are assumed.
 
     Args:
-        sampling: as the source states it, neutral where it is silent.
+        sampling: sampling that the source states, neutral where it is silent.
         generation: content of the source's ``generation_config.json``.
         names: what the source calls the model, None where it says nothing.
         chat_template: Jinja source; a model without one is not an instruct model.

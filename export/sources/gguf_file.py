@@ -50,7 +50,7 @@ class GgufFile:
     Attributes:
         path: the file.
         metadata: key to number, string, bool or list of them.
-        tensors: by GGUF name.
+        tensors: the tensors by GGUF name.
     """
 
     def __init__(self, path: Path) -> None:

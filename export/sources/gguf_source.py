@@ -120,8 +120,8 @@ def read_gguf_spec(
     """Read every number of the decoder from GGUF metadata.
 
     Args:
-        metadata: of the whole file.
-        shapes: of the tensors, by GGUF name.
+        metadata: metadata of the whole file.
+        shapes: shapes of the tensors, by GGUF name.
         rope_factors: ``rope_freqs.weight`` [head_dim / 2], or None.
         path: for error messages.
 

@@ -67,7 +67,7 @@ class _Pre:
     """What one value of ``tokenizer.ggml.pre`` stands for.
 
     Attributes:
-        pre_tokenizer: as in ``tokenizer.json``.
+        pre_tokenizer: the entry of ``tokenizer.json``.
         nfc: whether text is brought to Unicode's composed form first.
         ignore_merges: whether a word that is in the vocabulary is taken whole.
         add_bos: llama.cpp's default where the file has no ``add_bos_token``.
@@ -98,7 +98,7 @@ def read_gguf_text(metadata: Mapping[str, Any], path: Path, vocab_size: int) -> 
     """Rebuild everything textual from the metadata of a GGUF file.
 
     Args:
-        metadata: of the whole file.
+        metadata: metadata of the whole file.
         path: for error messages.
         vocab_size: rows of the token table.
 

@@ -147,7 +147,7 @@ def reduce_generation_config(
 
 
 def ids_of_generation_config(config: Mapping[str, Any]) -> Collection[int]:
-    """Every id under a ``*_token_id``."""
+    """Return every id under a ``*_token_id``."""
     found: set[int] = set()
     for key, value in config.items():
         if key.endswith("_token_id") and value is not None:

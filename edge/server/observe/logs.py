@@ -81,7 +81,7 @@ def configure_logging(
 
     Args:
         log_format: ``auto`` is plain.
-        level: of the logger ``edge``: debug, info, warning or error.
+        level: level of the logger ``edge``: debug, info, warning or error.
         stream: instead of standard error.
         environ: instead of ``os.environ``; ``JOURNAL_STREAM`` in it says that systemd listens.
     """

@@ -191,7 +191,7 @@ class Metrics:
             stats: figures of the sequence.
             finish_reason: ``cancelled`` counts as the outcome ``abort``.
             params: resolved sampling parameters: no knob is None.
-            reasoning_tokens: those of ``stats.completion_tokens`` that are reasoning.
+            reasoning_tokens: how many of ``stats.completion_tokens`` are reasoning.
             is_watch: whether ``edge-llm watch`` asked; that says nothing of what clients ask for.
             arm: arm of an A/B split.
 
