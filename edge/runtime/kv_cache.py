@@ -114,9 +114,9 @@ class SlotPool:
     def place(self, ids: list[int], salt: str) -> Placement | None:
         """Choose a slot for a prompt, and the rows that it shares with any slot.
 
-        A slot whose rows are mostly a prefix of the prompt is continued in place, unless no slot
-        beside it is computing: a step over neighbours reads the weights once, so then the rows are
-        moved (copying 1,000 tokens takes as long as computing a few). Otherwise an
+        A slot whose rows are mostly a prefix of the prompt is continued in place, unless it is not
+        next to the slots that are computing: a step over neighbours reads the weights once, so then
+        the rows are moved (copying 1,000 tokens takes as long as computing a few). Otherwise an
         empty slot is taken before the least recently used one.
 
         Args:

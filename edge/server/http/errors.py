@@ -148,7 +148,7 @@ def stalled() -> APIError:
 
 
 def as_api_error(error: BaseException) -> APIError:
-    """Make the answer to any exception; only the client's own mistakes show their message."""
+    """Make the answer to any exception; a message that could hold secrets is replaced."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, ContextLengthError):

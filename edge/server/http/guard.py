@@ -152,7 +152,7 @@ class Guard:
             raise draining()
 
     def _host_is_ours(self, host: bytes | None) -> bool:
-        """Refuse foreign names without keys on loopback: a web page could use its own DNS name."""
+        """Whether the host is one of ours; without keys, a web page could use its own DNS name."""
         if self._keys is not None or not is_loopback(self._settings.host) or host is None:
             return True
         name = host.decode("latin-1").lower()
