@@ -1,7 +1,7 @@
 """Defines `EngineConfig`: every option of the engine, with type, range, default and description.
 
 `edge.LLM`, the scheduler, the backends, the service and the command line all read this class: its
-fields are their options, keys and flags, and what the docstring says of a field is the help of its
+fields are their options, keys and flags, and the docstring's text about a field is the help of its
 flag. A new option is added here and where it takes effect.
 """
 

@@ -1,4 +1,4 @@
-"""The bundle's graph as the engine wants it: another capacity, another way to read the cache.
+"""Adapts the bundle's graph to the engine: another capacity, another way to read the cache.
 
 Only the small ``decoder.onnx`` is edited, in memory; its weights stay where they are.
 """

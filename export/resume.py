@@ -237,7 +237,7 @@ def _leave(directory: Path, saved: int) -> None:
         shutil.rmtree(directory)
         return
     _log.warning(
-        "%d calibrated layers are kept in %s: the same export goes on there; delete it otherwise",
+        "%d calibrated layers are kept in %s: the same export continues there; delete it otherwise",
         saved,
         directory,
     )

@@ -56,7 +56,7 @@ def settings_options(
 
 
 def attribute_texts(cls: type) -> dict[str, str]:
-    """Read what the docstrings of a class and its bases say of each attribute."""
+    """Read what the docstrings of a class and its bases say about each attribute."""
     texts: dict[str, str] = {}
     for base in reversed(inspect.getmro(cls)):
         after = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]

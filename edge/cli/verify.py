@@ -71,10 +71,10 @@ def verify(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Hold the engine that runs BUNDLE here against the same graph in float on the CPU.
+    """Compare the engine that runs BUNDLE here with the same graph in float on the CPU.
 
-    Logits at prefill and at every decode step, and the KV cache. Exits with code 3 if a threshold
-    is missed.
+    Compares the logits at prefill and at every decode step, and the KV cache. Exits with code 3 if
+    a threshold is missed.
     """
     given = {
         "cosine": min_cosine,

@@ -1,4 +1,4 @@
-"""What a Jetson says of itself through sysfs: clocks, temperatures, power, throttling, memory.
+"""Reads what a Jetson reports through sysfs: clocks, temperatures, power, throttling, memory.
 
 Plain files only: no root, no ``tegrastats``, no subprocess. Every file is optional. What is missing
 or garbled is None, or absent from a mapping; nothing here raises, so the same call works on a

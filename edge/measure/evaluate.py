@@ -156,7 +156,7 @@ def confidence_intervals(positions: Positions, seed: int = 0) -> dict[str, tuple
 
 
 def kl_by_position(positions: Positions, num_points: int = _CURVE_POINTS) -> list[dict[str, float]]:
-    """Average KL over equal stretches of the window: the stretch's mean position, and its KL."""
+    """Average KL over equal stretches of the window: ``{"position", "kl_mean"}`` of each."""
     width = max(1, math.ceil((int(positions.offset.max()) + 1) / num_points))
     stretch = positions.offset // width
     return [

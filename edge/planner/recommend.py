@@ -125,7 +125,7 @@ class Recommendation:
         taken: the best candidate, or None if none meets every wish.
         candidates: all, best first among those that meet every wish, then the dropped.
         leaf: what the tutorials' tree says for the same wish.
-        verdict: what the numbers say of that leaf.
+        verdict: what the numbers say about that leaf.
         commands: export and build of ``taken``.
         remark: what a build of ``taken`` lacks, or None.
     """

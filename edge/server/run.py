@@ -352,7 +352,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host.strip("[]"), port))
-        sock.listen()  # a small model is ready, and systemd told so, before uvicorn gets to it
+        sock.listen()  # a small model is ready, and systemd knows it, before uvicorn gets to it
         sock.set_inheritable(False)
     except OSError as error:
         sock.close()

@@ -102,7 +102,7 @@ class ReducedCheckpoint(Transformed):
 
     Attributes:
         kept: old id of every new id, int64 ``[vocab]``, ascending.
-        vocabulary: what the manifest says of it.
+        vocabulary: what the manifest says about it.
     """
 
     def __init__(self, checkpoint: Checkpoint, path: Path, size: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Defines `Piece`, what a chunk of text adds to one answer, with tool calls told from text."""
+"""Defines `Piece`: what a chunk of text adds to one answer, tool calls separate from text."""
 
 from __future__ import annotations
 

@@ -266,7 +266,7 @@ class Metrics:
         self._routes.labels(self._label("rule", rule), self._label("model", model)).inc()
 
     def observe_arm(self, arm: str, model: str) -> None:
-        """Count a request of an A/B split; how it went is told when it ends."""
+        """Count a request of an A/B split; its outcome is counted when it ends."""
         self._arms.labels(self._label("arm", arm), self._label("model", model)).inc()
 
     def _label(self, kind: str, value: str) -> str:
