@@ -152,7 +152,7 @@ class Answerer(Protocol):
     """Something that answers a prompt greedily: a bundle, or a server."""
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
-        """The whole answer to one message of a user."""
+        """Return the whole answer to one message of a user."""
         ...
 
 
@@ -212,7 +212,7 @@ def read_golden(path: Path) -> tuple[list[GoldenItem], str]:
 
 
 def is_match(answer: str, expected: str) -> bool:
-    """Whether an answer gives what is expected.
+    """Return whether an answer gives what is expected.
 
     A number must equal the answer's final number; words must all appear, in order and side by side,
     in its last line that is not empty. Case and punctuation do not count.
@@ -227,12 +227,12 @@ def is_match(answer: str, expected: str) -> bool:
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether an answer declines, by the usual phrases in its beginning."""
+    """Return whether an answer declines, by the usual phrases in its beginning."""
     return _REFUSAL.search(answer.replace("’", "'")[:300]) is not None
 
 
 def is_loop(text: str) -> bool:
-    """Whether a text ends in the same piece over and over: at least four times."""
+    """Return whether a text ends in the same piece at least four times."""
     for period in range(1, _MAX_PERIOD_CHARS + 1):
         tail = text[-max(4 * period, _LOOP_CHARS) :]
         if len(tail) < max(4 * period, _LOOP_CHARS):
@@ -277,7 +277,7 @@ def run_golden(
 
 
 def eval_text(llm: LLM, path: Path, tokens: int = TEXT_TOKENS) -> evaluate.EvalText:
-    """The beginning of a text as windows of the bundle's tokens.
+    """Cut the beginning of a text into windows of the bundle's tokens.
 
     Raises:
         ConfigError: it cannot be read, or is too short.
@@ -288,7 +288,7 @@ def eval_text(llm: LLM, path: Path, tokens: int = TEXT_TOKENS) -> evaluate.EvalT
 def cut_text(
     path: Path, encode: Callable[[str], list[int]], capacity: int, tokens: int
 ) -> evaluate.EvalText:
-    """The beginning of a text as windows.
+    """Cut the beginning of a text into windows.
 
     Args:
         path: UTF-8 text.
@@ -307,7 +307,7 @@ def cut_text(
 
 
 def perplexity(llm: LLM, text: evaluate.EvalText, progress: Progress = silent) -> float:
-    """The perplexity of a bundle, teacher-forced; ``progress`` is that of `evaluate.compare`.
+    """Compute a bundle's perplexity, teacher-forced; ``progress`` is that of `evaluate.compare`.
 
     Raises:
         BackendError: the engine failed, or its logits are not finite.

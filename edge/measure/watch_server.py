@@ -1,4 +1,4 @@
-"""What a watch asks of a running server: its counters, and answers to a golden set.
+"""Asks a running server for its counters and for answers to a golden set.
 
 Only the server that the operator named is asked: no proxy of the environment, no redirect.
 """
@@ -106,7 +106,7 @@ class ServerAnswerer:
             raise self._other_form(error) from error
 
     def eval_text(self, path: Path, tokens: int) -> EvalText:
-        """The beginning of a text as windows of the model's tokens.
+        """Cut the beginning of a text into windows of the model's tokens.
 
         Raises:
             ConfigError: it cannot be read, or the server refuses it.
@@ -117,7 +117,7 @@ class ServerAnswerer:
         return cut_text(path, lambda text: self._tokenize(text)[0], capacity - 1, tokens)
 
     def perplexity(self, text: EvalText, progress: Progress = silent) -> float:
-        """The model's perplexity, teacher-forced, from the log-probabilities that it echoes.
+        """Compute the perplexity, teacher-forced, from the log-probabilities the server echoes.
 
         Args:
             text: windows of the model's tokens.
@@ -162,7 +162,7 @@ class ServerAnswerer:
             raise self._other_form(error) from error
 
     def counts(self) -> Counts:
-        """What clients asked for since the server started.
+        """Return what clients asked for since the server started.
 
         Raises:
             ConfigError: the server refuses the key, or counts on another grid.
@@ -196,7 +196,7 @@ class ServerAnswerer:
 
 
 def counts_of_stats(stats: Any, where: str) -> Counts:
-    """The counters of what clients asked for in an answer of ``/stats``.
+    """Read the counters of what clients asked for from an answer of ``/stats``.
 
     Raises:
         ConfigError: it has none.
@@ -221,7 +221,7 @@ def read_stats_file(path: Path) -> Counts:
 
 
 def read_state(path: Path) -> TrafficState:
-    """What the last run left; a fresh state where there was none.
+    """Read what the last run left; a fresh state if there was none.
 
     Raises:
         ConfigError: the file cannot be read, or is not a state.
@@ -238,7 +238,7 @@ def read_state(path: Path) -> TrafficState:
 
 
 def read_api_key(path: Path) -> str:
-    """The first key of a file of keys, as ``edge-llm serve --api-key-file`` reads it.
+    """Read the first key of a file of keys, as ``edge-llm serve --api-key-file`` reads it.
 
     Raises:
         ConfigError: it cannot be read, or has none.

@@ -66,7 +66,7 @@ def read_bench(path: Path) -> BenchFile:
 
 
 def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[Device, Efficiency]:
-    """A device and what of its figures was reached there.
+    """Read a device, and the share of its figures that a benchmark reached there.
 
     Args:
         path: JSON of ``edge-llm bench``.

@@ -66,7 +66,7 @@ class Module:
     dla_tops: float
 
     def mode(self, name: str | None) -> PowerMode:
-        """A power mode by name; None is the fastest.
+        """Return a power mode by name; None is the fastest.
 
         Raises:
             ConfigError: the module has no such mode, or the table does not.
@@ -149,7 +149,7 @@ DEFAULT_DEVICE = "agx-orin-64"
 
 
 def identify(model_name: str | None, memory_bytes: int | None) -> Module | None:
-    """The module that this machine is, from its device tree's name and its memory.
+    """Find the module that this machine is, from its device tree's name and its memory.
 
     Args:
         model_name: e.g. ``NVIDIA Jetson AGX Orin Developer Kit``; None on other machines.

@@ -46,7 +46,7 @@ def predicted_memory(figure: MemoryFigure) -> int:
 
 
 def predicted(figure: Figure, efficiency: Efficiency = FITTED) -> float:
-    """What the model says for a figure, in its unit."""
+    """Predict a figure, in its unit."""
     work, mode = _work(figure), _mode(figure)
     if figure.kind == "prefill":
         return prefill_s(work, mode, efficiency, figure.tokens)

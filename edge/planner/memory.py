@@ -132,7 +132,7 @@ class ProcessMemory:
 def plan_process_memory(
     model: ModelSpec, linears: Sequence[Linear], positions: int, deployment: Deployment
 ) -> ProcessMemory:
-    """Memory of one model in one quantization.
+    """Plan the memory of one model in one quantization.
 
     Args:
         model: dimensions.
@@ -172,7 +172,7 @@ def cache_bytes(model: ModelSpec, deployment: Deployment) -> int:
 
 
 def step_bytes(model: ModelSpec, deployment: Deployment) -> int:
-    """Scratch of the largest prefill step, as far as it can be said without an engine.
+    """Estimate the scratch of the largest prefill step, as far as it can be said without an engine.
 
     ONNX Runtime frees between operators and prefills one sequence at a time: the scores of its
     attention or the MLP are the most that lives at once.
@@ -218,7 +218,7 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
 
 
 def cpu_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part, int]:
-    """Bytes of the weights in ONNX Runtime on the CPU: float ones in fp32, integers packed."""
+    """Count the bytes of weights in ONNX Runtime on the CPU: floats in fp32, integers packed."""
     result = dict(parts)
     wide: tuple[Part, ...] = ("scales", "norms", "rope")
     for part in wide:
@@ -232,5 +232,5 @@ def cpu_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part
 
 
 def usable_bytes(module_bytes: int) -> int:
-    """Bytes of a module's memory that programs can have."""
+    """Count the bytes of a module's memory that programs can have."""
     return int(module_bytes * (1 - _SYSTEM_SHARE)) - _SYSTEM_BYTES

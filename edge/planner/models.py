@@ -52,7 +52,7 @@ def decoder_spec(
     tied: bool = False,
     max_positions: int = 131072,
 ) -> ModelSpec:
-    """A `ModelSpec` from dimensions alone.
+    """Make a `ModelSpec` from dimensions alone.
 
     Args:
         architecture: says whether there are biases and q/k norms.
@@ -108,7 +108,7 @@ BUILT_IN: dict[str, PlannedModel] = {
 
 
 def find_model(name: str) -> PlannedModel:
-    """A built-in model, a bundle, a directory with a ``config.json``, or that file itself.
+    """Find a built-in model, a bundle, a directory with a ``config.json``, or that file itself.
 
     Raises:
         ConfigError: it is none of these.
@@ -134,7 +134,7 @@ def find_model(name: str) -> PlannedModel:
 
 
 def read_config(path: Path) -> ModelSpec:
-    """The model in a Hugging Face ``config.json``, as ``edge-llm export`` reads it.
+    """Read the model in a Hugging Face ``config.json``, as ``edge-llm export`` reads it.
 
     Raises:
         CheckpointError: not such a file, or a model that cannot be exported; the key is named.

@@ -9,7 +9,7 @@ from .speed import predict
 
 
 def draw_plan(plan: Plan) -> str:
-    """A self-contained SVG; without speeds (a CPU of unknown bandwidth) it has the memory alone.
+    """Draw an SVG of a plan; without speeds (a CPU of unknown bandwidth) it has the memory alone.
 
     A speed is a bar between two contexts: the time of a token grows linearly from one to the other,
     so the two ends say all.

@@ -97,7 +97,7 @@ class Plan:
 def find_device(
     name: str | None, power_mode: str | None = None, cpu_bytes_per_s: float | None = None
 ) -> Device:
-    """A module of the table, or this kind of CPU.
+    """Find a module of the table, or this kind of CPU.
 
     Args:
         name: name of a module, or ``cpu``; None is the AGX Orin 64 GB.
@@ -119,7 +119,7 @@ def find_device(
 
 
 def find_module(name: str) -> Module:
-    """A module of the table.
+    """Find a module of the table.
 
     Raises:
         ConfigError: there is none of that name.
@@ -130,7 +130,7 @@ def find_module(name: str) -> Module:
 
 
 def cpu_mode(bytes_per_s: float) -> PowerMode:
-    """A CPU of measured bandwidth in the shape of a power mode."""
+    """Make a power mode of a CPU of measured bandwidth."""
     per_sm_clock = PowerMode("unit", 1, 1.0, 1.0).int8_ops
     return PowerMode(CPU, 1, _CPU_NOMINAL_OPS / per_sm_clock, bytes_per_s)
 

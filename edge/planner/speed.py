@@ -162,7 +162,7 @@ def predict(
 def decode_s(
     work: Work, mode: PowerMode, efficiency: Efficiency, batch: int, context: float
 ) -> float:
-    """Seconds of one decode step."""
+    """Predict the seconds of one decode step."""
     return _weights_s(work, mode, efficiency) * (1 + efficiency.batch * (batch - 1)) + _cache_s(
         work, mode, efficiency, batch, context
     )

@@ -34,7 +34,7 @@ VARIANTS: dict[str, Recipe] = {
 
 
 def find_variant(name: str) -> Recipe:
-    """A recipe of `VARIANTS` by its name.
+    """Find a recipe of `VARIANTS` by its name.
 
     Raises:
         ConfigError: there is none of that name.
@@ -58,7 +58,7 @@ class Linear(NamedTuple):
 
 
 def recipe_linears(model: ModelSpec, recipe: Recipe) -> list[Linear]:
-    """The linear layers of a model in a quantization.
+    """List the linear layers of a model in a quantization.
 
     Raises:
         ConfigError: see `Recipe.schemes`.
@@ -68,7 +68,7 @@ def recipe_linears(model: ModelSpec, recipe: Recipe) -> list[Linear]:
 
 
 def manifest_linears(manifest: Manifest) -> list[Linear]:
-    """The linear layers of a bundle, as its manifest has them."""
+    """List the linear layers of a bundle, as its manifest has them."""
     return [
         Linear(name, linear.shape, linear.scheme)
         for name, linear in manifest.quantization.linears.items()
@@ -76,7 +76,7 @@ def manifest_linears(manifest: Manifest) -> list[Linear]:
 
 
 def weight_parts(model: ModelSpec, linears: Iterable[Linear], positions: int) -> dict[Part, int]:
-    """Bytes of everything that the engine's graph holds, by part.
+    """Count the bytes of everything that the engine's graph holds, by part.
 
     Args:
         model: dimensions.
