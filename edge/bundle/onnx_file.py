@@ -1,10 +1,11 @@
 """A small ONNX model file (weights external) as editable Python, without the ``onnx`` package.
 
 The runtime needs three things of a graph: to see its inputs and outputs before an engine parses
-it, to give the cache another capacity, and to rewrite attention for the CPU. Protocol Buffers'
-wire format (https://protobuf.dev/programming-guides/encoding) is simple enough for that: a message
-is a list of ``(field, wire type, value)``. Fields that are not edited are kept as they were, byte
-for byte. Field numbers are those of ``onnx.proto3``.
+it, to give the cache another capacity, and to rewrite attention for the CPU. The check of what
+TensorRT takes also reads attributes and constants (`onnx_values`). Protocol Buffers' wire format
+(https://protobuf.dev/programming-guides/encoding) is simple enough for that: a message is a list
+of ``(field, wire type, value)``. Fields that are not edited are kept as they were, byte for byte.
+Field numbers are those of ``onnx.proto3``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ from edge.errors import BundleError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _INT64, _TYPE_FLOAT, _TYPE_INT, _TYPE_INTS = 7, 1, 2, 7
-ELEMENT_TYPES = {1: "fp32", 3: "int8", 7: "int64", 9: "bool", 10: "fp16", 16: "bf16", 22: "int4"}
-ELEMENT_NUMBERS = {"uint16": 4, **{name: number for number, name in ELEMENT_TYPES.items()}}
+_ELEMENTS = (
+    "fp32 uint8 int8 uint16 int16 int32 int64 string bool fp16 fp64 uint32 uint64 complex64 "
+    "complex128 bf16 fp8 fp8-e4m3fnuz fp8-e5m2 fp8-e5m2fnuz uint4 int4 fp4"
+)
+ELEMENT_TYPES = dict(enumerate(_ELEMENTS.split(), 1))
+"""Names of ``TensorProto.DataType``; ``fp8`` is E4M3FN and ``fp4`` E2M1, as TensorRT has them."""
+ELEMENT_NUMBERS = {name: number for number, name in ELEMENT_TYPES.items()}
 # Of the small models that the runtime writes itself. From opset 16 on ONNX Runtime CUDA warns about
 # every ScatterND; IR version 8 goes with ONNX 1.11.
 _IR_VERSION, _OPSET = 8, 13
@@ -42,16 +48,16 @@ class Message:
         fields: list[tuple[int, int, Value]] = []
         at = 0
         while at < len(data):
-            key, at = _read_varint(data, at)
+            key, at = read_varint(data, at)
             number, wire_type = key >> 3, key & 7
             if number == 0:
                 raise BundleError(f"not an ONNX file: field number 0 before byte {at}")
             value: Value
             if wire_type == _VARINT:
-                value, at = _read_varint(data, at)
+                value, at = read_varint(data, at)
             else:
                 if wire_type == _BYTES:
-                    length, at = _read_varint(data, at)
+                    length, at = read_varint(data, at)
                 elif wire_type in (_FIXED32, _FIXED64):
                     length = 4 if wire_type == _FIXED32 else 8
                 else:
@@ -190,6 +196,19 @@ class OnnxFile:
         """The graph's outputs in order."""
         return [_value_info(value) for value in self._graph.all_bytes(12)]
 
+    @property
+    def opsets(self) -> dict[str, int]:
+        """Version of each operator domain that the model declares; ``""`` is ONNX's own."""
+        declared = [Message.parse(data) for data in self._model.all_bytes(8)]
+        return {
+            "" if each.text(1) == "ai.onnx" else each.text(1): each.integer(2) for each in declared
+        }
+
+    @property
+    def initializers(self) -> list[bytes]:
+        """The graph's constants, each an encoded TensorProto (see `edge.bundle.onnx_values`)."""
+        return self._graph.all_bytes(5)
+
     def serialize(self) -> bytes:
         """The edited model, with nodes and initializers that nothing uses left out."""
         self._prune()
@@ -288,7 +307,12 @@ def _text(data: bytes) -> str:
         raise BundleError(f"not an ONNX file: a name is not UTF-8 ({error})") from error
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number that begins at a byte, and the byte after it.
+
+    Raises:
+        BundleError: it does not end, or exceeds 64 bits.
+    """
     result = shift = 0
     while True:
         if at >= len(data) or shift > 63:
