@@ -30,6 +30,8 @@ from .graph import graph_files, prepare_graph, write_graph
 from .memory import check_memory
 from .profiles import Profile
 from .progress import STEP
+from .rules.bundle import refuse_illegal
+from .rules.table import version_of
 from .store import TIMING_CACHE, EngineStore, engine_key
 from .trtexec import find_trtexec, run_trtexec, trtexec_command, trtexec_version
 
@@ -228,14 +230,14 @@ def compile_bundle(
 
     Raises:
         IntegrityError: a file of the bundle is damaged.
-        BuildError: TensorRT refused the graph or failed.
+        BuildError: this TensorRT does not take the graph (`rules`), refused it, or failed.
     """
     config, manifest = build.config, build.manifest
     with uncounted(progress, "hash"):
         verify_files(config.bundle, manifest, graph_files(manifest))
     path = config.bundle.resolve() / manifest.graphs.decoder
     graph = prepare_graph(path.read_bytes(), build.shapes, config.kv_read)
-    lines: list[str] = []
+    lines = _refuse_illegal(build, target, graph)
 
     def log(severity: str, message: str) -> None:
         lines.append(f"{severity}: {message}")
@@ -271,6 +273,13 @@ def compile_bundle(
     )
 
 
+def _refuse_illegal(build: BuildPlan, target: Target, graph: bytes) -> list[str]:
+    """Check the graph before any parser; returns lines for the log."""
+    version = version_of(target.rt.flavour, target.rt.release)
+    warnings = refuse_illegal(graph, build.config.bundle, build.manifest, version)
+    return [f"warning: {line}" for line in warnings]
+
+
 def _trtexec_target() -> TensorRT:
     """The TensorRT of ``trtexec``; nothing is imported."""
     major, minor = trtexec_version(find_trtexec())
@@ -298,6 +307,8 @@ def _compile_with_trtexec(
 
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=root) as scratch:
         graph = write_graph(build, Path(scratch))
+        for warning in _refuse_illegal(build, target, graph.read_bytes()):
+            keep(warning)
         plan = Path(scratch) / "engine.plan"
         argv = trtexec_command(
             build,

@@ -8,13 +8,16 @@ from typing import Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.cli import echo_json
 from edge.cli.progress import show_progress
-from edge.errors import ConfigError
+from edge.errors import EXIT_GATE_MISSED, ConfigError
 
 from .config import KV_READS, BuildConfig
+from .rules.bundle import check_bundle_rules, parse_versions, verdict_as_dict
+from .rules.check import Verdict
 from .trtexec import (
     command_for_bundle,
     find_trtexec,
@@ -174,6 +177,12 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
 @click.command()
 @_shape_options
 @click.option(
+    "--trt",
+    metavar="VERSION,...",
+    help="Compile nothing: tell whether these versions of TensorRT take the graph, which need not "
+    "be here. Releases such as 10.3, rtx, or all.",
+)
+@click.option(
     "--sm",
     type=click.Choice(["80", "86", "89", "120"]),
     default="86",
@@ -181,11 +190,18 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
     help="GPU to compile for, which need not be here. TensorRT for RTX cannot compile for the "
     "Orin's 87; 86 is closest, with the same parser, network and audit.",
 )
-def check(as_json: bool, sm: str, **options: Any) -> None:
+@click.pass_context
+def check(ctx: click.Context, /, as_json: bool, sm: str, trt: str | None, **options: Any) -> None:
     """Compile BUNDLE without a GPU and audit what TensorRT made of it.
 
     Needs TensorRT for RTX. Exits with code 65 if the audit finds a fault; nothing is written.
+
+    With --trt it needs no TensorRT: it checks the graph by the rules of each version. Exits with
+    code 3 if one of them does not take it.
     """
+    if trt is not None:
+        _check_rules(ctx, options["bundle"], trt, as_json)
+        return
     from .check import check_bundle
 
     config = BuildConfig(**options)
@@ -197,6 +213,42 @@ def check(as_json: bool, sm: str, **options: Any) -> None:
         _print_report(report)
     if not report.passed:
         click.get_current_context().exit(65)
+
+
+def _check_rules(ctx: click.Context, bundle: Path, trt: str, as_json: bool) -> None:
+    idle = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name not in ("bundle", "trt", "as_json")
+        and ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if idle:
+        raise ConfigError(f"{idle[0]} has no effect with --trt, which compiles nothing")
+    verdicts = check_bundle_rules(bundle, parse_versions(trt))
+    legal = all(verdict.legal for verdict in verdicts)
+    if as_json:
+        versions = [verdict_as_dict(verdict) for verdict in verdicts]
+        echo_json({"bundle": str(bundle), "legal": legal, "versions": versions})
+    else:
+        for verdict in verdicts:
+            _print_verdict(verdict)
+    if not legal:
+        ctx.exit(EXIT_GATE_MISSED)
+
+
+def _print_verdict(verdict: Verdict) -> None:
+    version = verdict.version
+    unsure = "" if verdict.confirmed else " (not confirmed at its source, see docs/engines.md)"
+    click.echo(
+        f"{version} ({version.where or 'no JetPack'}): "
+        f"{'legal' if verdict.legal else 'ILLEGAL'}{unsure}"
+    )
+    for finding in verdict.findings:
+        click.echo(f"  {'refused' if finding.refused else 'warning'}: {finding}")
+        click.echo(f"    source: {finding.source}")
+        if finding.note:
+            click.echo(f"    note: {finding.note}")
+        click.echo(f"    instead: {finding.instead}")
 
 
 def _print_report(report: Any) -> None:

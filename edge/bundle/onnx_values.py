@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +92,19 @@ class Constants:
     def __init__(self, graph: OnnxFile, directory: Path | None = None) -> None:
         self._directory = directory
         self._by_name: dict[str, Constant] = {}
-        for constant in _all_constants(graph):
-            if constant.name in self._by_name:
-                raise BundleError(f"not a valid graph: two constants are named {constant.name!r}")
-            self._by_name[constant.name] = constant
+        for data in graph.initializers:
+            self._add(read_constant(data))
+        self.initializers = frozenset(self._by_name)
+        """Names of those that no node gives."""
+        for node in graph.nodes:
+            constant = _constant_node(node)
+            if constant is not None:
+                self._add(constant)
+
+    def _add(self, constant: Constant) -> None:
+        if constant.name in self._by_name:
+            raise BundleError(f"not a valid graph: two constants are named {constant.name!r}")
+        self._by_name[constant.name] = constant
 
     def get(self, name: str) -> Constant | None:
         """The constant of a name; None if a node or the caller makes the tensor."""
@@ -172,16 +180,13 @@ def read_constant(data: bytes) -> Constant:
     return constant
 
 
-def _all_constants(graph: OnnxFile) -> Iterator[Constant]:
-    for data in graph.initializers:
-        yield read_constant(data)
-    for node in graph.nodes:
-        if node.op_type != "Constant" or node.domain or len(node.outputs) != 1:
-            continue
-        for name, value in node_attributes(node).items():
-            constant = _constant_of(node.outputs[0], name, value)
-            if constant is not None:
-                yield constant
+def _constant_node(node: Node) -> Constant | None:
+    if node.op_type != "Constant" or node.domain or len(node.outputs) != 1:
+        return None
+    given = (
+        _constant_of(node.outputs[0], name, value) for name, value in node_attributes(node).items()
+    )
+    return next((constant for constant in given if constant is not None), None)
 
 
 def _constant_of(output: str, name: str, value: Any) -> Constant | None:

@@ -175,9 +175,10 @@ def test_the_record_tells_what_was_built(
 
 
 def test_trtexec_is_a_step_from_its_first_line_to_its_last(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its output says nothing of how far it is; whoever shows progress counts the seconds."""
+    bundle = Path(shutil.copytree(tiny_bundles("qwen2", "native", "fp16"), tmp_path / "fp16"))
     events: list[tuple[Any, ...]] = []
 
     def run(argv: list[str], on_line: Any) -> TrtexecResult:

@@ -1,0 +1,1 @@
+"""What each TensorRT takes of an ONNX graph, as data with sources; TensorRT need not be here."""
