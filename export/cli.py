@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.bundle.manifest import describe_sampling
+from edge.bundle.manifest import describe_sampling, describe_tensorrt
 from edge.bundle.schemes import RULES
 from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
+
+from .targets import TARGETS
 
 if TYPE_CHECKING:
     from edge.bundle.manifest import ReducedVocabulary
@@ -139,11 +141,17 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     "the first of the vocabulary. Default: all of the text.",
 )
 @click.option(
+    "--target",
+    type=click.Choice(list(TARGETS)),
+    help="Device that the bundle is for: chooses the dialect and the type of scales, and writes no "
+    "bundle that its TensorRT does not take (JetPack 6: 10.3, JetPack 7: 10.16, trt11: 11.1 and "
+    "11.4). Default: for no device in particular.",
+)
+@click.option(
     "--dialect",
     type=click.Choice(["native", "portable"]),
-    default="native",
-    show_default=True,
-    help="native: TensorRT >= 10.15 (JetPack 7.2). portable: TensorRT 10.0-10.14 (JetPack 6).",
+    help="native: TensorRT >= 10.15 (JetPack 7.2). portable: TensorRT >= 10.3 (JetPack 6). "
+    "Default: that of --target, else native.",
 )
 @click.option(
     "--dtype",
@@ -213,12 +221,15 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
                 "source": manifest.source.location,
                 "revision": manifest.source.revision,
                 "sampling_assumed": manifest.sampling.assumed,
+                "dialect": manifest.dialect,
+                "tensorrt": manifest.tensorrt,
                 "quality": None if text is None else {n: text[n] for n in _FIGURES},
                 "missed": missed,
             }
         )
         return
     click.echo(f"{config.output}: {manifest.name}, {config.quant}, {num_bytes / 1e6:,.0f} MB")
+    click.echo(f"TensorRT: {describe_tensorrt(manifest)}")
     if manifest.vocabulary is not None:
         click.echo(_vocabulary(manifest.vocabulary))
     if manifest.sampling.assumed is not None:

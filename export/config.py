@@ -12,6 +12,7 @@ from edge.errors import ConfigError
 
 from .graph.embedding_table import EmbeddingType
 from .quantize.calibrated import Method
+from .targets import ANY, TARGETS, Target
 
 GraphType = Literal["fp16", "bf16"]
 DEFAULT_METHOD: Method = "awq"
@@ -41,7 +42,9 @@ class ExportConfig:
         vocab_keep: file that says which tokens to keep, see `vocabulary.read_keep_list`; None
             keeps all.
         vocab_size: how many tokens to keep, with a text in ``vocab_keep``.
-        dialect: see `edge.bundle.io_spec`.
+        target: the device that the bundle is for, a key of `targets.TARGETS`: it decides dialect
+            and types of scales; a graph that its TensorRT does not take is refused.
+        dialect: see `edge.bundle.io_spec`; None is the target's, ``native`` without one.
         dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
         kv_capacity: cache rows per sequence; None is `edge.bundle.io_spec.default_kv_capacity`.
         revision: branch, tag or commit of a hub id; None is its default branch.
@@ -56,6 +59,8 @@ class ExportConfig:
         recipe: how the linear layers are stored, from ``quant``, ``group_size``, ``keep`` and
             ``clip``.
         float_type: ``dtype``, or the type that None means.
+        graph_dialect: ``dialect``, or the one that None means.
+        device: what ``target`` stands for.
     """
 
     source: str
@@ -73,7 +78,8 @@ class ExportConfig:
     lora: Path | None = None
     vocab_keep: Path | None = None
     vocab_size: int | None = None
-    dialect: Dialect = "native"
+    target: str | None = None
+    dialect: Dialect | None = None
     dtype: GraphType | None = None
     kv_capacity: int | None = None
     revision: str | None = None
@@ -85,6 +91,8 @@ class ExportConfig:
     rounding: Method = field(init=False)
     recipe: Recipe = field(init=False)
     float_type: GraphType = field(init=False)
+    graph_dialect: Dialect = field(init=False)
+    device: Target = field(init=False)
 
     def __post_init__(self) -> None:
         implied: GraphType = "bf16" if self.quant == "bf16" else "fp16"
@@ -93,13 +101,15 @@ class ExportConfig:
             ("--clip", self.clip, Clip),
             ("--method", self.method or "rtn", Method),
             ("--embeddings", self.embeddings, EmbeddingType),
-            ("--dialect", self.dialect, Dialect),
+            ("--dialect", self.dialect or "native", Dialect),
             ("--dtype", self.dtype or implied, GraphType),
         ):
             if value not in get_args(choices):
                 raise ConfigError(
                     f"{option} {value} is unknown; use {' or '.join(get_args(choices))}"
                 )
+        object.__setattr__(self, "device", self._find_device())
+        object.__setattr__(self, "graph_dialect", self.dialect or self.device.dialects[0])
         if self.dtype is not None and self.quant in ("fp16", "bf16") and self.dtype != implied:
             raise ConfigError(
                 f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"
@@ -135,6 +145,19 @@ class ExportConfig:
         if self.rotate is None:
             object.__setattr__(self, "rotate", self.quant == "int8-w8a8")
 
+    def _find_device(self) -> Target:
+        if self.target is None:
+            return ANY
+        device = TARGETS.get(self.target)
+        if device is None:
+            raise ConfigError(f"--target {self.target} is unknown; use {' or '.join(TARGETS)}")
+        if self.dialect is not None and self.dialect not in device.dialects:
+            raise ConfigError(
+                f"--target {self.target} contradicts --dialect {self.dialect}: its TensorRT takes "
+                f"{' or '.join(device.dialects)} only; leave --dialect out"
+            )
+        return device
+
     def float_reference(self) -> ExportConfig:
         """Configure the same model with float weights, to measure a quantized bundle against."""
         return ExportConfig(
@@ -144,7 +167,7 @@ class ExportConfig:
             lora=self.lora,
             vocab_keep=self.vocab_keep,
             vocab_size=self.vocab_size,
-            dialect=self.dialect,
+            dialect=self.graph_dialect,
             kv_capacity=self.kv_capacity,
             revision=self.revision,
             cache_dir=self.cache_dir,

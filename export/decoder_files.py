@@ -122,7 +122,7 @@ class DecoderFiles:
                 finished, tensors = self._write_data(self._to_nearest(), work)
         for name, float_type, each in zip(names, self._float_types, tensors, strict=True):
             proto = build_decoder(
-                self.checkpoint.spec, self.config.dialect, float_type, each, kv_capacity
+                self.checkpoint.spec, self.config.graph_dialect, float_type, each, kv_capacity
             )
             writer.write_bytes(name, proto.SerializeToString())
         return WrittenDecoder(graphs, finished.infos, calibration, finished.peaks)
@@ -206,7 +206,9 @@ class DecoderFiles:
         linears, infos = {}, {}
         for linear in plan.linears:
             tensors = convert(linear, _NUMPY_TYPE[self.config.float_type], count)
-            stored = _store_linear(linear, tensors, outputs)
+            stored = _store_linear(
+                linear, tensors, outputs, wide_input_scales=self.config.device.wide_input_scales
+            )
             linears[linear.layer.name] = stored
             infos[linear.layer.name] = _linear_info(linear, stored[0])
         return finished.after(plan, linears, infos)
@@ -239,9 +241,15 @@ class _Output:
 
 
 def _store_linear(
-    plan: LinearPlan, tensors: LinearTensors, outputs: Sequence[_Output]
+    plan: LinearPlan,
+    tensors: LinearTensors,
+    outputs: Sequence[_Output],
+    *,
+    wide_input_scales: bool,
 ) -> list[StoredLinear]:
     """Store the weights once, and scales and bias in the type of each graph.
+
+    ``wide_input_scales`` stores the scales of a linear with INT8 inputs in FP32 for every graph.
 
     Returns:
         The linear as each graph reads it; the graph for the CPU casts weights that are float.
@@ -252,18 +260,22 @@ def _store_linear(
     weight = main.file.add(f"{name}.weight", weight_type, plan.layer.shape, tensors.weight)
     float_weight = main.add_any(f"{name}.float_weight", tensors.float_weight)
     grid = None if plan.input_scale is None else np.array(plan.input_scale, dtype=np.float32)
-    return [
-        StoredLinear(
+    # Both operands of a product in INT8 have scales of one type (rule operand-scales).
+    wide = wide_input_scales and grid is not None
+
+    def store(output: _Output) -> StoredLinear:
+        scales = _Output(output.file, "fp32") if wide else output
+        return StoredLinear(
             plan.scheme,
             weight,
-            output.add_any(f"{name}.scale", tensors.scale),
+            scales.add_any(f"{name}.scale", tensors.scale),
             output.add_any(f"{name}.bias", tensors.bias),
-            output.add_any(f"{name}.input_scale", grid),
+            scales.add_any(f"{name}.input_scale", grid),
             plan.float_channels,
             float_weight,
         )
-        for output in outputs
-    ]
+
+    return [store(output) for output in outputs]
 
 
 def _linear_info(plan: LinearPlan, stored: StoredLinear) -> LinearInfo:

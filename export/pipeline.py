@@ -27,6 +27,8 @@ from edge.errors import ConfigError, DependencyError, EdgeError
 from edge.measure.evaluate import check_gate, load_gate
 from edge.progress import Progress, prefixed, silent, uncounted
 from edge.text.chat_template import template_reasons
+from engines.rules.check import check_graph
+from engines.rules.table import VERSIONS
 
 from .bundle import BundleWriter
 from .config import ExportConfig as ExportConfig
@@ -77,7 +79,7 @@ def export_checkpoint(
     """
     if config.verify:  # a gate that cannot be read ends the export now and not after hours
         check_gate(load_gate(config.gate or "recipe", config.quant), task=False, reference=True)
-    if problem := _cannot_run_here(config.dialect):
+    if problem := _cannot_run_here(config.graph_dialect):
         if config.verify:
             raise DependencyError(f"--verify runs the bundle, but {problem}")
         _log.warning("%s", problem)
@@ -156,7 +158,8 @@ class _Export:
             decoder = self.decoder.write(writer, self.kv_capacity)
             self.write_embeddings(writer.path(io_spec.EMBEDDINGS_NAME))
             self.write_text(writer)
-            manifest = self.manifest(decoder)
+            legal = self.check_rules(writer.path(decoder.graphs.decoder))
+            manifest = self.manifest(decoder, legal)
             if self.config.verify:
                 manifest = self.verify(writer, manifest)
             elif self.config.report and self.quantized:
@@ -239,7 +242,23 @@ class _Export:
         generation = json.dumps(text.generation_config, indent=2, ensure_ascii=False)
         writer.write_bytes("generation_config.json", generation.encode())
 
-    def manifest(self, decoder: WrittenDecoder) -> Manifest:
+    def check_rules(self, graph: Path) -> tuple[str, ...]:
+        """Find the versions of TensorRT that take the graph.
+
+        Raises:
+            ConfigError: one that the target needs does not.
+        """
+        verdicts = check_graph(graph.read_bytes(), graph.parent, VERSIONS)
+        for verdict in verdicts:
+            if verdict.version.name in self.config.device.versions and not verdict.legal:
+                first = verdict.refusals[0]
+                raise ConfigError(
+                    f"--target {self.config.target}: {verdict.version} does not take this recipe: "
+                    f"{first}; {first.instead}"
+                )
+        return tuple(verdict.version.name for verdict in verdicts if verdict.legal)
+
+    def manifest(self, decoder: WrittenDecoder, legal: tuple[str, ...]) -> Manifest:
         linears = dict(decoder.linears)
         peaks = dict(decoder.peaks)
         int4 = any(scheme.kind == "int4" for scheme in self.schemes.values())
@@ -250,7 +269,7 @@ class _Export:
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             name=self.checkpoint.name,
             model=self.model,
-            dialect=self.config.dialect,
+            dialect=self.config.graph_dialect,
             dtype=self.config.float_type,
             kv_capacity=self.kv_capacity,
             rope_positions=self.positions,
@@ -271,6 +290,7 @@ class _Export:
             files={},
             quality={"activation_peaks": peaks} if peaks else None,
             vocabulary=None if self.reduced is None else self.reduced.vocabulary,
+            tensorrt=legal,
         )
 
 

@@ -55,6 +55,7 @@ def calibration_key(config: ExportConfig, checkpoint: Checkpoint, ids: NDArray[n
         "recipe": [config.quant, config.group_size, config.keep, config.clip, config.rounding],
         "rotate": config.rotate,
         "dtype": config.float_type,
+        "wide_input_scales": config.device.wide_input_scales,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -19,7 +19,7 @@ out   present.i.key             [B, kv, C, dim]    T      the same memory, updat
 out   logits                    [B, N, vocab]      T      scores
 ====  ========================  =================  =====  =========================================
 
-Dialect ``portable`` (opset 21, TensorRT 10.0-10.14, ONNX Runtime 1.23): the cache is an input only
+Dialect ``portable`` (opset 21, TensorRT >= 10.3, ONNX Runtime 1.23): the cache is an input only
 and the runtime appends the step's rows itself. ``write_indices`` is replaced by ``past_lengths``
 [B], the valid cache rows per sequence, ``present.i.*`` by ``new.i.key/.value`` [B, kv, S, dim].
 

@@ -17,9 +17,9 @@ import msgspec
 
 from edge.errors import BundleError, IntegrityError
 
-SCHEMA_VERSION = 2
-"""2 added `SamplingDefaults.assumed`."""
-_READABLE_VERSIONS = (1, 2)
+SCHEMA_VERSION = 3
+"""2 added `SamplingDefaults.assumed`, 3 added `Manifest.tensorrt`."""
+_READABLE_VERSIONS = (1, 2, 3)
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
@@ -275,6 +275,10 @@ class Manifest(_Struct, frozen=True):
     """The content of ``manifest.json``.
 
     ``self_sha256`` stays the last field: `decode_manifest` looks for it at the end of the file.
+
+    Attributes:
+        tensorrt: versions of TensorRT whose rules the graph keeps, by name, as the exporter knew
+            them; None if nobody checked.
     """
 
     schema_version: int
@@ -294,6 +298,7 @@ class Manifest(_Struct, frozen=True):
     files: dict[str, FileInfo]
     quality: dict[str, Any] | None = None
     vocabulary: ReducedVocabulary | None = None
+    tensorrt: tuple[str, ...] | None = None
     self_sha256: str = _NO_HASH
 
 
@@ -303,6 +308,14 @@ def describe_sampling(sampling: SamplingDefaults) -> str:
     assumed = values.pop("assumed")
     parts = [f"{name} {value:g}" for name, value in values.items()]
     return ", ".join(parts if assumed is None else [*parts, f"assumed ({assumed})"])
+
+
+def describe_tensorrt(manifest: Manifest) -> str:
+    """One line for a person on the versions that take the graph, e.g. ``legal for 10.16, 11.1``."""
+    if manifest.tensorrt is None:
+        return "not checked at export (edge-llm check BUNDLE --trt all)"
+    versions = ", ".join(manifest.tensorrt) or "none"
+    return f"legal for {versions} (edge-llm check BUNDLE --trt all says why)"
 
 
 def is_file_name(name: str) -> bool:
@@ -352,7 +365,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
     if version not in _READABLE_VERSIONS:
         raise BundleError(
             f"{where} has schema version {version}, this edge-llm reads "
-            f"{' and '.join(map(str, _READABLE_VERSIONS))}; "
+            f"{_READABLE_VERSIONS[0]} to {_READABLE_VERSIONS[-1]}; "
             "export the bundle again or install the edge-llm that wrote it"
         )
     match = _SELF_HASH.search(data)

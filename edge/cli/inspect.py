@@ -10,7 +10,13 @@ import msgspec
 
 from edge.bundle import io_spec
 from edge.bundle.engine_file import ENGINE_JSON
-from edge.bundle.manifest import Manifest, describe_sampling, read_manifest, verify_files
+from edge.bundle.manifest import (
+    Manifest,
+    describe_sampling,
+    describe_tensorrt,
+    read_manifest,
+    verify_files,
+)
 
 from . import echo_json
 from .inspect_engine import inspect_engine
@@ -80,6 +86,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
         ),
         ("RoPE", f"{model.rope.kind}, theta {model.rope.theta:g}"),
         ("dialect", f"{manifest.dialect}, {manifest.dtype}"),
+        ("TensorRT", describe_tensorrt(manifest)),
         ("KV capacity", f"{manifest.kv_capacity} tokens, {kv_bytes:,} bytes each in the engine"),
         (
             "quantization",

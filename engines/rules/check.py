@@ -350,6 +350,20 @@ def _int8_half_scale(facts: GraphFacts, quant: QuantNode, value: tuple[str, ...]
     return f"{quant.node.op_type} of int8 with a scale of {scale}"
 
 
+@_rule("operand-scales")
+def _operand_scales(facts: GraphFacts, _value: bool, _version: Version) -> Iterator[Breach]:
+    scales: dict[str, str | None] = {}
+    for quant in facts.quant_nodes:
+        if quant.dequantizes and not quant.blocked and quant.dtype == "int8":
+            scales.update(dict.fromkeys(quant.node.node.outputs, facts.dtype(quant.scale)))
+    for node in facts.nodes:
+        if node.op_type == "Cast" and node.input(0) in scales:
+            scales.update(dict.fromkeys(node.node.outputs, scales[node.input(0)]))
+        left, right = scales.get(node.input(0)), scales.get(node.input(1))
+        if node.op_type == "MatMul" and left and right and left != right:
+            yield node.name, f"the scales of its operands are {left} and {right}"
+
+
 @_rule("int8-weight-only")
 def _int8_weight_only(
     facts: GraphFacts, value: tuple[str, ...], _version: Version
@@ -361,6 +375,9 @@ def _int8_weight_only(
             continue
         (inputs if quant.data_shape is None else weights).update(quant.node.node.outputs)
     for node in facts.nodes:
+        if node.op_type == "Cast":
+            for group in (weights, inputs):
+                group.update(node.node.outputs if node.input(0) in group else ())
         if node.op_type == "MatMul" and node.input(1) in weights and node.input(0) not in inputs:
             yield node.name, f"{node.input(1)} is INT8, {node.input(0)} is not"
 

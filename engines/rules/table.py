@@ -176,7 +176,7 @@ _GRAPH_RULES = (
     Rule(
         "opset",
         "the parser takes opset {value} at most",
-        "export with --dialect portable (opset 21)",
+        "export with --target jetpack6 (dialect portable, opset 21)",
         (
             Step((10, 0), 21, "INT4 QuantizeLinear, which is opset 21: Changelog.md of 10.0"),
             Step((10, 9), 22, "operators.md of TensorRT 10.9"),
@@ -203,7 +203,7 @@ _GRAPH_RULES = (
     Rule(
         "operators",
         "the parser does not have every operator of ONNX",
-        "export with --dialect portable, which has older operators only",
+        "export with --target jetpack6 (dialect portable), whose operators are older",
         _always(
             OPERATOR_SINCE,
             "operators.md of TensorRT 10.1 (96e7811) and 11.1 (7c51a63); CHANGELOG.md of "
@@ -371,9 +371,18 @@ _QUANTIZE_RULES = (
         *_everywhere(True, f"NvInfer.h v10.3.0:5486-5487, v11.1:5534; {_PARSER}"),
     ),
     Rule(
+        "operand-scales",
+        "both operands of a product in INT8 have scales of one type",
+        _AGAIN,
+        *_everywhere(
+            True, "TensorRT for RTX 1.7.1, Myelin: type mismatch between matmul operand scales"
+        ),
+        note="Seen with TensorRT for RTX only, with a Cast between each scale and the product.",
+    ),
+    Rule(
         "int8-half-scale",
         "an input in INT8 with a scale in 16 bits may not build on an Orin",
-        "export with --quant int8 or int4",
+        "export with --target jetpack7, which gives these scales in FP32",
         (
             Step((10, 16), ("fp16", "bf16"), "github.com/NVIDIA/TensorRT/issues/4832 (open)"),
             Step((11, 0), None, "not reported for 11"),

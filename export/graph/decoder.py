@@ -31,9 +31,11 @@ class StoredLinear:
     Attributes:
         scheme: how the weight is stored.
         weight: ``[in, out]``.
-        scale: ``[groups, out]`` or ``[out]`` in the graph's float type; None for float weights.
+        scale: ``[groups, out]`` or ``[out]`` in the type of ``input_scale``, else in the graph's
+            float type; None for float weights.
         bias: ``[out]`` or None.
-        input_scale: scalar in the graph's float type, for inputs rounded to INT8, or None.
+        input_scale: scalar in the graph's float type or in FP32, for inputs rounded to INT8, or
+            None. The input is cast to the type of its scale and back.
         float_channels: input channels that are not rounded, or none.
         float_weight: weights of these channels, ``[channels, out]``.
     """
@@ -178,8 +180,13 @@ class _Decoder:
         if stored.input_scale is not None:
             # TensorRT's explicit quantization: symmetric, the zero point only states the type.
             grid = [g.external(stored.input_scale), g.int8_zero("zero_point")]
+            own, scale = ONNX_TYPE[g.float_type], stored.input_scale.onnx_type
+            if scale != own:
+                x = g.node("Cast", [x], f"{name}.input.wide", to=scale)
             x = g.node("QuantizeLinear", [x, *grid], f"{name}.input.quantized")
             x = g.node("DequantizeLinear", [x, *grid], f"{name}.input.dequantized")
+            if scale != own:
+                x = g.node("Cast", [x], f"{name}.input.narrow", to=own)
         if stored.scale is None:
             weight = g.floats(stored.weight)
         else:
@@ -191,6 +198,8 @@ class _Decoder:
                 f"{name}.dequantized",
                 **grouping,
             )
+            if stored.scale.onnx_type != ONNX_TYPE[g.float_type]:
+                weight = g.node("Cast", [weight], f"{name}.narrow", to=ONNX_TYPE[g.float_type])
         output = output or f"{name}.out"
         if not addends:
             return g.node("MatMul", [x, weight], output)

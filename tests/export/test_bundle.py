@@ -18,6 +18,7 @@ import pytest
 
 from edge.bundle.manifest import (
     MANIFEST_NAME,
+    SCHEMA_VERSION,
     Graphs,
     Manifest,
     encode_manifest,
@@ -261,7 +262,11 @@ def test_a_bundle_with_the_users_own_files_is_not_replaced(old: Path) -> None:
 
 
 def test_a_damaged_or_newer_bundle_can_be_replaced(old: Path) -> None:
-    text = (old / MANIFEST_NAME).read_text().replace('"schema_version": 2', '"schema_version": 99')
+    text = (
+        (old / MANIFEST_NAME)
+        .read_text()
+        .replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99')
+    )
     (old / MANIFEST_NAME).write_text(text)
     (old / "tokenizer.json").unlink()
     with pytest.raises(BundleError):

@@ -56,7 +56,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     # The dialect that can be measured here; the default is the one for new devices.
-    assert ExportConfig(source="x", output=tmp_path).dialect == "native"
+    assert ExportConfig(source="x", output=tmp_path).graph_dialect == "native"
     result = invoke(checkpoint, "-o", tmp_path / "bundle", "--dialect", RUNNABLE)
     assert result.exit_code == 0, result.output
     manifest = read_manifest(tmp_path / "bundle")
@@ -70,10 +70,11 @@ def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     assert manifest.quality is not None
     text = manifest.quality["text"]
     assert text["tokens"] == 512
-    assert lines[1].startswith(f"measured: KL {text['kl_mean']:.4f}, top-1 ")
-    assert lines[1].endswith(f"in float, x{text['perplexity_ratio']:.3f})")
-    assert lines[2].startswith("--method awq+gptq would lose less")
-    assert lines[3] == f"Try it: edge-llm run {tmp_path / 'bundle'} 'Why is the sky blue?'"
+    assert lines[1].startswith("TensorRT: legal for ")
+    assert lines[2].startswith(f"measured: KL {text['kl_mean']:.4f}, top-1 ")
+    assert lines[2].endswith(f"in float, x{text['perplexity_ratio']:.3f})")
+    assert lines[3].startswith("--method awq+gptq would lose less")
+    assert lines[4] == f"Try it: edge-llm run {tmp_path / 'bundle'} 'Why is the sky blue?'"
     # No terminal, no progress bar. A tiny random model loses more than the gate allows.
     expected, warning = result.stderr.splitlines()
     assert expected == "int4, awq: expect about 5 s on two cores, measuring included"
@@ -177,6 +178,8 @@ def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
         "source": "Tiny-R1",
         "revision": None,
         "sampling_assumed": None,
+        "dialect": RUNNABLE,
+        "tensorrt": list(manifest.tensorrt or ()),
         "quality": {name: text[name] for name in _FIGURES},
         "missed": [],
     }

@@ -214,6 +214,15 @@ def mixed_scale(graph: Graph) -> None:
     graph.constant("a", T.FLOAT16, (), 0.5)
 
 
+def narrow_weight_scale(graph: Graph) -> None:
+    graph.constant("s", T.FLOAT16, (8,), 0.5)
+    graph.node("Cast", ["dq"], ["cast"], to=T.FLOAT)
+    product = next(node for node in graph.nodes if node.op_type == "MatMul")
+    product.input[1] = "cast"
+    graph.nodes.remove(product)
+    graph.nodes.append(product)
+
+
 def channels_of_an_input(graph: Graph) -> None:
     graph.constant("a", T.FLOAT, (64,), 0.5)
     graph.constant("zero", T.INT8, (64,), 0)
@@ -334,6 +343,7 @@ PLANTED: list[tuple[str, Callable[[], Graph], Change, str]] = [
     ("zero-point", w8a8_graph, zero_point(0, shape=(2,)), "2 zero points for 1 scales"),
     ("int8-half-scale", w8a8_graph, half_input_scale, "with a scale of fp16"),
     ("scale-input-type", w8a8_graph, mixed_scale, "an input of fp32 with a scale of fp16"),
+    ("operand-scales", w8a8_graph, narrow_weight_scale, "are fp32 and fp16"),
     ("channel-scale", w8a8_graph, channels_of_an_input, "64 scales for x, which is no constant"),
     ("channel-scale", w8a8_graph, wrong_axis, "axis 5"),
     ("channel-scale", w8a8_graph, scales_of_the_other_axis, "8 scales for axis 0"),
@@ -381,7 +391,8 @@ def test_a_planted_fault_is_refused_for_its_reason(
     assert finding.instead
     assert finding.nodes
     # Some faults break two rules at once: a dynamic INT4 weight, types that a mixture spoils.
-    related = {"block-constant", "int4-constant", "attention-rank", "kv-types", "attention-types"}
+    related = {"block-constant", "int4-constant", "operand-scales"}
+    related |= {"attention-rank", "kv-types", "attention-types"}
     assert set(refusals) - related <= {rule}
 
 
