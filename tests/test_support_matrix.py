@@ -1,0 +1,67 @@
+"""The page's table of recipes and TensorRT versions is what the rules say of this code's graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge.bundle.manifest import read_manifest
+from engines.rules.table import VERSIONS
+from scripts import support_matrix
+
+pytest.importorskip("onnx", reason="the exporter needs it")
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("matrix")
+
+
+@pytest.fixture(scope="module")
+def table(bundles: Path) -> str:
+    return support_matrix.table(bundles)
+
+
+@pytest.mark.slow
+def test_the_page_has_the_table_of_this_code(table: str) -> None:
+    page = support_matrix.PAGE.read_text("utf-8")
+    wanted = support_matrix.with_table(page, table)
+    assert page == wanted, "out of date: run python -m scripts.support_matrix"
+
+
+@pytest.mark.slow
+def test_every_recipe_is_checked_against_every_version(table: str, bundles: Path) -> None:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert lines[0][2:] == [version.name for version in VERSIONS]
+    rows = lines[2:]
+    assert {row[0].strip("`") for row in rows} == {r.options for r in support_matrix.RECIPES}
+    written = {
+        str(path.name): read_manifest(path)
+        for path in bundles.iterdir()
+        if path.is_dir()
+        if (path / "manifest.json").exists()
+    }
+    recipes = [recipe.options for recipe in support_matrix.RECIPES]
+    for recipe, graph, *cells in rows:
+        name = f"{recipes.index(recipe.strip('`'))}{graph.strip('`')}"
+        if name not in written:
+            assert set(cells) == {"not written"}
+            continue
+        legal = written[name].tensorrt
+        assert legal is not None
+        yes = [v.name for v, cell in zip(VERSIONS, cells, strict=True) if cell.startswith("yes")]
+        assert yes == list(legal)
+
+
+@pytest.mark.slow
+def test_a_float_model_has_a_graph_for_every_version(table: str) -> None:
+    (row,) = [
+        line for line in table.splitlines() if line.startswith("| `--quant fp16` | `--dialect p")
+    ]
+    assert row.count("yes") == len(VERSIONS)
+
+
+def test_a_page_without_marks_is_not_written_over() -> None:
+    with pytest.raises(ValueError, match="lacks the line"):
+        support_matrix.with_table("nothing here", "| table |")
