@@ -95,7 +95,7 @@ def _cannot_run_here(dialect: Dialect) -> str | None:
         import onnxruntime
     except ImportError:
         return None  # no bundle runs here, and none was asked to
-    needed = io_spec.MIN_ONNXRUNTIME[dialect]
+    needed = io_spec.DIALECTS[dialect].min_onnxruntime
     if onnxruntime_version(onnxruntime) >= needed:
         return None
     return (

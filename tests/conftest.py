@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from edge.backends.ort import onnxruntime_version
-from edge.bundle.io_spec import MIN_ONNXRUNTIME
+from edge.bundle.io_spec import DIALECTS
 from edge.bundle.manifest import Dialect
 from scripts.smollm2 import smollm2_gguf
 from tests import skips
@@ -52,7 +52,7 @@ def _runs(dialect: Dialect) -> bool:
         import onnxruntime
     except ImportError:
         return True  # nothing runs a bundle, so any will do
-    return onnxruntime_version(onnxruntime) >= MIN_ONNXRUNTIME[dialect]
+    return onnxruntime_version(onnxruntime) >= DIALECTS[dialect].min_onnxruntime
 
 
 RUNNABLE: Dialect = "native" if _runs("native") else "portable"

@@ -274,4 +274,4 @@ def test_tensor_tables_are_the_contract(dialect: Dialect):
             expected.append([direction, f"`{name}`", f"[{shape}]", dtype])
     section = DESIGN.read_text("utf-8").split(f"### Dialect `{dialect}`")[1].split("\n### ")[0]
     assert [cells[:4] for cells in rows(section)] == expected
-    assert f"Opset {io_spec.OPSET[dialect]}" in section
+    assert f"Opset {io_spec.DIALECTS[dialect].opset}" in section

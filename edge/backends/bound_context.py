@@ -63,16 +63,13 @@ class BoundContext:
         self._cache, self._new_rows = cache, new_rows
         self._bound: StepShape | None = None
         self._hidden_size = manifest.model.hidden_size
-        native = manifest.dialect == "native"
-        self._cursor = io_spec.WRITE_INDICES if native else io_spec.PAST_LENGTHS
+        dialect = io_spec.DIALECTS[manifest.dialect]
+        self._cursor = dialect.cursor
         self._pasts: list[str] = []
         self._outputs: list[str] = []
         for layer in range(manifest.model.num_layers):
-            self._pasts += [io_spec.past_key(layer), io_spec.past_value(layer)]
-            if native:
-                self._outputs += [io_spec.present_key(layer), io_spec.present_value(layer)]
-            else:
-                self._outputs += [io_spec.new_key(layer), io_spec.new_value(layer)]
+            self._pasts += io_spec.cache_inputs(layer)
+            self._outputs += dialect.cache_outputs(layer)
         self._context = engine.create_context()
         self._call("set_optimization_profile_async", engine.profile(profile), stream.handle)
         if hasattr(self._context, "set_device_memory"):

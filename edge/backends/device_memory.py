@@ -103,7 +103,7 @@ def plan_engine_memory(
     )
     io = 0 if integrated else pinned
     io += _align(info.kv_capacity * INDEX_BYTES)
-    if manifest.dialect == "portable":
+    if not io_spec.DIALECTS[manifest.dialect].in_place:
         io += new_rows_bytes(sizes[0], model)
     estimated = activations_bytes is None
     return EngineMemory(

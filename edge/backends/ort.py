@@ -98,7 +98,7 @@ class OrtBackend:
             for linear in manifest.quantization.linears.values()
         )
         graph = load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", self.capacity)
-        self._fused = fuse_attention and self.dialect == "native"
+        self._fused = fuse_attention and self.dialect.one_attention_operator
         if self._fused:
             fuse_cache_attention(graph, self.model)
         self._session = _open_session(
@@ -212,7 +212,7 @@ class OrtBackend:
                 f"num_slots ({num_slots}) and max_step_tokens ({max_step_tokens}) must be positive"
             )
         self.model = manifest.model
-        self.dialect = manifest.dialect
+        self.dialect = io_spec.DIALECTS[manifest.dialect]
         self.num_slots = num_slots
         self.capacity = manifest.kv_capacity if kv_capacity is None else kv_capacity
         self.max_step_tokens = max_step_tokens
@@ -285,26 +285,23 @@ class _Step:
         # ONNX Runtime is given bare addresses; what they point at must outlive a `close`.
         self._caches = [array[self._slots] for array in backend._cache]
         self._binding = backend._session.io_binding()
-        native = backend.dialect == "native"
+        dialect = backend.dialect
         inputs: dict[str, NDArray[Any]] = {
             io_spec.INPUTS_EMBEDS: self._embeds,
             io_spec.POSITION_IDS: self._positions,
-            io_spec.WRITE_INDICES if native else io_spec.PAST_LENGTHS: self._cursor,
+            dialect.cursor: self._cursor,
             io_spec.LOGITS_INDICES: self._indices,
         }
         outputs: dict[str, NDArray[Any]] = {io_spec.LOGITS: self._logits}
         for layer in range(model.num_layers):
-            keys, values = self._caches[2 * layer : 2 * layer + 2]
-            inputs[io_spec.past_key(layer)] = keys
-            inputs[io_spec.past_value(layer)] = values
-            if native:
-                outputs[io_spec.present_key(layer)] = keys
-                outputs[io_spec.present_value(layer)] = values
-            else:
+            caches = self._caches[2 * layer : 2 * layer + 2]
+            inputs.update(zip(io_spec.cache_inputs(layer), caches, strict=True))
+            rows = caches
+            if not dialect.in_place:
                 shape = (batch, model.num_kv_heads, seq, model.head_dim)
-                for name in (io_spec.new_key(layer), io_spec.new_value(layer)):
-                    outputs[name] = np.empty(shape, dtype=backend._dtype)
-                    self._new.append(outputs[name])
+                rows = [np.empty(shape, dtype=backend._dtype) for _ in caches]
+                self._new += rows
+            outputs.update(zip(dialect.cache_outputs(layer), rows, strict=True))
         for name, array in inputs.items():
             self._bind(self._binding.bind_input, name, array)
         for name in backend._outputs:
@@ -322,9 +319,7 @@ class _Step:
         self._positions[...] = positions
         self._cursor[...] = positions[:, 0]
         self._indices[...] = logits_indices
-        if backend.dialect == "portable":
-            # The step's own rows are not in the cache yet; an empty past still needs one row.
-            kv_len = max(int(positions[:, 0].max()), 1)
+        kv_len = backend.dialect.rows_read(positions[:, 0].tolist(), kv_len)
         self._bind(self._binding.bind_input, io_spec.KV_POSITIONS, backend._kv_positions[:kv_len])
         try:
             backend._session.run_with_iobinding(self._binding)
@@ -484,7 +479,7 @@ def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
         import onnxruntime as ort
     except ImportError as error:
         raise DependencyError(f"{need}; install it with: {install_command(extra)}") from error
-    needed = io_spec.MIN_ONNXRUNTIME[manifest.dialect]
+    needed = io_spec.DIALECTS[manifest.dialect].min_onnxruntime
     if onnxruntime_version(ort) < needed:
         raise DependencyError(
             f"this bundle (dialect {manifest.dialect}) needs onnxruntime >= "

@@ -99,7 +99,7 @@ class OrtCudaBackend(OrtBackend):
         graph = load_graph(
             bundle / manifest.graphs.decoder, manifest, self._float_type, self.capacity
         )
-        self._fused = fuse_attention and self.dialect == "native"
+        self._fused = fuse_attention and self.dialect.one_attention_operator
         if self._fused:
             fuse_cache_attention(graph, self.model)
             _take_total_from_shape(graph)
@@ -301,7 +301,7 @@ class _DeviceStep:
     def __init__(
         self, backend: OrtCudaBackend, first: int, batch: int, seq: int, num_logits: int
     ) -> None:
-        model, native = backend.model, backend.dialect == "native"
+        model, dialect = backend.model, backend.dialect
         self._backend = backend
         self._session = backend._session
         self._binding = self._session.io_binding()
@@ -311,7 +311,7 @@ class _DeviceStep:
         self._inputs = {
             io_spec.INPUTS_EMBEDS: np.empty((batch, seq, model.hidden_size), backend._storage),
             io_spec.POSITION_IDS: np.empty((batch, seq), np.int64),
-            io_spec.WRITE_INDICES if native else io_spec.PAST_LENGTHS: np.empty(batch, np.int64),
+            dialect.cursor: np.empty(batch, np.int64),
             io_spec.LOGITS_INDICES: np.empty((batch, num_logits), np.int64),
         }
         # Logits are what leaves the device: ONNX Runtime copies them here.
@@ -321,17 +321,14 @@ class _DeviceStep:
         outputs: dict[str, Block] = {}
         caches: dict[str, Block] = {}
         for layer in range(model.num_layers):
-            keys, values = self._caches[2 * layer : 2 * layer + 2]
-            caches[io_spec.past_key(layer)] = keys
-            caches[io_spec.past_value(layer)] = values
-            if native:
-                outputs[io_spec.present_key(layer)] = keys
-                outputs[io_spec.present_value(layer)] = values
-            else:
-                rows = (batch, model.num_kv_heads, seq, model.head_dim)
-                for name in (io_spec.new_key(layer), io_spec.new_value(layer)):
-                    outputs[name] = backend.allocate(rows)
-                    new.append(outputs[name])
+            blocks = self._caches[2 * layer : 2 * layer + 2]
+            caches.update(zip(io_spec.cache_inputs(layer), blocks, strict=True))
+            rows = blocks
+            if not dialect.in_place:
+                shape_new = (batch, model.num_kv_heads, seq, model.head_dim)
+                rows = [backend.allocate(shape_new) for _ in blocks]
+                new += rows
+            outputs.update(zip(dialect.cache_outputs(layer), rows, strict=True))
         # Dialect portable returns the step's own rows; appending them is a run of its own.
         self._append = backend._mover.writer(self._caches, new) if new else None
         self._rows = new  # keeps what is bound alive
@@ -360,10 +357,8 @@ class _DeviceStep:
         self, embeds: Floats, positions: Ints, kv_len: int, logits_indices: Ints
     ) -> NDArray[np.float32]:
         backend = self._backend
-        if backend.dialect == "portable":
-            # The step's own rows are not in the cache yet; an empty past still needs one row.
-            kv_len = max(int(positions[:, 0].max()), 1)
-        elif backend._fused:
+        kv_len = backend.dialect.rows_read(positions[:, 0].tolist(), kv_len)
+        if backend._fused:
             # GroupQueryAttention takes the length for the longest sequence of this very batch.
             kv_len = int(positions[:, -1].max()) + 1
         arrays = (

@@ -128,9 +128,9 @@ class TensorRTBackend:
         info = self.info = chosen.info
         self.num_slots = num_slots or info.max_batch
         self.max_step_tokens = info.max_prefill
-        self._native = self._manifest.dialect == "native"
+        self._dialect = io_spec.DIALECTS[self._manifest.dialect]
         # The last row is where idle slots write; a batch of one has no idle slots.
-        spare = self._native and min(info.max_batch, self.num_slots) > 1
+        spare = self._dialect.in_place and min(info.max_batch, self.num_slots) > 1
         self.capacity = info.kv_capacity - int(spare)
         sizes = step_sizes(info, max_logits)
         self._max_tokens, self._max_logits = sizes[0].tokens, sizes[0].logits
@@ -173,9 +173,9 @@ class TensorRTBackend:
         self._activations = cuda.DeviceMemory(device, activations_bytes, "the activations")
         resources.callback(self._activations.close)
         self._new_rows = None
-        if not self._native:
+        if not self._dialect.in_place:
             self._new_rows = NewRows(device, resources, model, sizes[0])
-        cursor = io_spec.WRITE_INDICES if self._native else io_spec.PAST_LENGTHS
+        cursor = self._dialect.cursor
         buffers = [StepBuffers(device, resources, size, model, dtype, cursor) for size in sizes]
         for buffer in buffers:
             resources.callback(buffer.close)
@@ -278,7 +278,7 @@ class TensorRTBackend:
         width = self.info.max_batch
         if seq > 1 or num > 1:
             width = max(1, min(width, self._max_tokens // seq, self._max_logits // num))
-        for window in plan_windows(slots, width, span_idle=seq == 1 or not self._native):
+        for window in plan_windows(slots, width, span_idle=seq == 1 or not self._dialect.in_place):
             self._run(window, embeds, positions, kv_len, logits_indices, logits)
         return logits
 
@@ -321,11 +321,9 @@ class TensorRTBackend:
         seq, num = positions.shape[1], logits_indices.shape[1]
         decode = seq == num == 1
         buffers = self._decode_buffers if decode else self._prefill_buffers
-        idle = self.info.kv_capacity - 1 if self._native else 0
+        idle = self.info.kv_capacity - 1 if self._dialect.in_place else 0
         buffers.fill(window, embeds, positions, logits_indices, idle_cursor=idle)
-        if not self._native:
-            # The step's own rows are not in the cache yet.
-            kv_len = int(positions[list(window.rows), 0].max())
+        kv_len = self._dialect.rows_read(positions[list(window.rows), 0].tolist(), kv_len)
         shape = StepShape(window.first, window.batch, seq, num, self._bucket(kv_len))
         if not (decode and self._graphs.run(shape, self._put_decode)):
             context = self._decode if decode else self._prefill

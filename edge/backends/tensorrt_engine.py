@@ -193,15 +193,13 @@ class Engine:
 
     def _check_aliases(self, manifest: Manifest, names: set[str]) -> list[str]:
         find = getattr(self._engine, "get_aliased_input_tensor", None)
-        if manifest.dialect != "native" or find is None:
+        dialect = io_spec.DIALECTS[manifest.dialect]
+        if not dialect.in_place or find is None:
             return []
         pairs = [
             pair
             for layer in range(manifest.model.num_layers)
-            for pair in (
-                (io_spec.present_key(layer), io_spec.past_key(layer)),
-                (io_spec.present_value(layer), io_spec.past_value(layer)),
-            )
+            for pair in zip(dialect.cache_outputs(layer), io_spec.cache_inputs(layer), strict=True)
         ]
         return [
             f"{output} is not updated in place"

@@ -29,6 +29,7 @@ is not greater than its own, so rows of padding after a sequence are never read.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,9 +52,6 @@ EMBEDDINGS_SCALES = "token_embeddings.scale"
 
 BATCH, SEQ, NUM_LOGITS, KV = "batch", "seq", "num_logits", "kv"
 
-OPSET: dict[Dialect, int] = {"native": 24, "portable": 21}
-MIN_ONNXRUNTIME: dict[Dialect, tuple[int, int]] = {"native": (1, 26), "portable": (1, 23)}
-"""The first ONNX Runtime whose CPU has all operators of a dialect."""
 # An RoPE table longer than this costs more memory than anyone's context needs on an edge device.
 MAX_ROPE_POSITIONS = 32768
 
@@ -99,6 +97,66 @@ def new_value(layer: int) -> str:
     return f"new.{layer}.value"
 
 
+def cache_inputs(layer: int) -> tuple[str, str]:
+    """Cache inputs of a layer: its keys and its values."""
+    return past_key(layer), past_value(layer)
+
+
+@dataclass(frozen=True)
+class DialectSpec:
+    """What differs between the dialects for whoever plans or runs a decoder.
+
+    Attributes:
+        opset: version of its operators.
+        min_onnxruntime: the first ONNX Runtime whose CPU has all of them.
+        cursor: name of the input ``[B]`` with the row after the last valid one of each sequence.
+        cache_outputs: names of a layer's outputs of keys and values.
+        in_place: whether the graph writes the step's rows into the cache itself, also for slots
+            that are idle; otherwise it returns them and the runtime appends them.
+        one_attention_operator: whether attention is a single operator; otherwise its scores are
+            tensors of the graph.
+    """
+
+    opset: int
+    min_onnxruntime: tuple[int, int]
+    cursor: str
+    cache_outputs: Callable[[int], tuple[str, str]]
+    in_place: bool
+    one_attention_operator: bool
+
+    def rows_read(self, starts: Sequence[int], kv_len: int) -> int:
+        """Cache rows that a step's attention reads: the length of ``kv_positions``.
+
+        Args:
+            starts: first row of each sequence that the step writes.
+            kv_len: rows that are valid after the step, of the longest sequence.
+        """
+        if self.in_place:
+            return kv_len
+        # The step's own rows are not in the cache yet; an empty past still needs one row.
+        return max(*starts, 1)
+
+
+DIALECTS: dict[Dialect, DialectSpec] = {
+    "native": DialectSpec(
+        opset=24,
+        min_onnxruntime=(1, 26),
+        cursor=WRITE_INDICES,
+        cache_outputs=lambda layer: (present_key(layer), present_value(layer)),
+        in_place=True,
+        one_attention_operator=True,
+    ),
+    "portable": DialectSpec(
+        opset=21,
+        min_onnxruntime=(1, 23),
+        cursor=PAST_LENGTHS,
+        cache_outputs=lambda layer: (new_key(layer), new_value(layer)),
+        in_place=False,
+        one_attention_operator=False,
+    ),
+}
+
+
 def rope_positions(model: ModelSpec) -> int:
     """Rows of the cos/sin table: the model's own maximum, at most 32k."""
     return min(model.max_position_embeddings, MAX_ROPE_POSITIONS)
@@ -134,17 +192,15 @@ def decoder_inputs(
 ) -> list[TensorSpec]:
     """Inputs of the decoder in graph order."""
     cache = (BATCH, model.num_kv_heads, capacity, model.head_dim)
-    cursor = WRITE_INDICES if dialect == "native" else PAST_LENGTHS
     specs = [
         TensorSpec(INPUTS_EMBEDS, (BATCH, SEQ, model.hidden_size), dtype),
         TensorSpec(POSITION_IDS, (BATCH, SEQ), "int64"),
-        TensorSpec(cursor, (BATCH,), "int64"),
+        TensorSpec(DIALECTS[dialect].cursor, (BATCH,), "int64"),
         TensorSpec(KV_POSITIONS, (KV,), "int64"),
         TensorSpec(LOGITS_INDICES, (BATCH, NUM_LOGITS), "int64"),
     ]
     for layer in range(model.num_layers):
-        specs += [TensorSpec(past_key(layer), cache, dtype)]
-        specs += [TensorSpec(past_value(layer), cache, dtype)]
+        specs += [TensorSpec(name, cache, dtype) for name in cache_inputs(layer)]
     return specs
 
 
@@ -152,15 +208,12 @@ def decoder_outputs(
     model: ModelSpec, dialect: Dialect, dtype: FloatType, capacity: int
 ) -> list[TensorSpec]:
     """Outputs of the decoder in graph order."""
+    spec = DIALECTS[dialect]
+    rows = capacity if spec.in_place else SEQ
+    shape = (BATCH, model.num_kv_heads, rows, model.head_dim)
     specs = [TensorSpec(LOGITS, (BATCH, NUM_LOGITS, model.vocab_size), dtype)]
     for layer in range(model.num_layers):
-        if dialect == "native":
-            shape: tuple[int | str, ...] = (BATCH, model.num_kv_heads, capacity, model.head_dim)
-            names = present_key(layer), present_value(layer)
-        else:
-            shape = (BATCH, model.num_kv_heads, SEQ, model.head_dim)
-            names = new_key(layer), new_value(layer)
-        specs += [TensorSpec(name, shape, dtype) for name in names]
+        specs += [TensorSpec(name, shape, dtype) for name in spec.cache_outputs(layer)]
     return specs
 
 

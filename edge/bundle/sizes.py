@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .io_spec import DIALECTS
 from .manifest import Dialect, ModelSpec
 
 INDEX_BYTES = 8
@@ -35,7 +36,7 @@ def activation_bytes(
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     widest = max(2 * model.intermediate_size, qkv) + 2 * model.hidden_size
     scores = 0
-    if dialect == "portable":
+    if not DIALECTS[dialect].one_attention_operator:
         scores = tokens * model.num_heads * (kv_capacity + max_prefill)
     return 2 * ENGINE_FLOAT_BYTES * (tokens * widest + scores)
 

@@ -203,7 +203,7 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
     positions = INDEX_BYTES * deployment.kv_capacity
     if deployment.backend == "ort-cpu":
         values = tokens * model.hidden_size + deployment.batch * model.vocab_size
-        if deployment.dialect == "portable":
+        if not io_spec.DIALECTS[deployment.dialect].in_place:
             values += 2 * model.num_layers * tokens * model.num_kv_heads * model.head_dim
         return _FP32_BYTES * values + INDEX_BYTES * tokens + positions, 0
     # Of prefill and of decode.
@@ -211,7 +211,7 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
     inputs = tokens + deployment.batch
     values = inputs * model.hidden_size + logits * model.vocab_size
     io = positions
-    if deployment.dialect == "portable":
+    if not io_spec.DIALECTS[deployment.dialect].in_place:
         rows = 2 * model.num_layers * tokens * (model.num_kv_heads + 1)
         io += rows * model.head_dim * ENGINE_FLOAT_BYTES
     return io, ENGINE_FLOAT_BYTES * values + INDEX_BYTES * (inputs + logits)

@@ -110,7 +110,7 @@ class _Decoder:
         spec = (self.model, dialect, self.g.float_type, kv_capacity)
         return self.g.model(
             "decoder",
-            io_spec.OPSET[dialect],
+            io_spec.DIALECTS[dialect].opset,
             io_spec.decoder_inputs(*spec),
             io_spec.decoder_outputs(*spec),
             __version__,

@@ -247,7 +247,7 @@ class _LayerGraph(PortableDecoder):
             TensorSpec(io_spec.POSITION_IDS, ("batch", "seq"), "int64"),
             *g.fed.values(),
         ]
-        return g.model("layer", io_spec.OPSET["portable"], inputs, outputs, __version__)
+        return g.model("layer", io_spec.DIALECTS["portable"].opset, inputs, outputs, __version__)
 
     def weights(self, checkpoint: Checkpoint, index: int) -> dict[str, Array]:
         """Read the weights of one layer of a checkpoint, by the inputs that take them."""

@@ -187,7 +187,7 @@ class EngineGraph:
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
         past, self.length = self.length, self.length + len(ids)
         native = self.manifest.dialect == "native"
-        cursor = io_spec.WRITE_INDICES if native else io_spec.PAST_LENGTHS
+        cursor = io_spec.DIALECTS["native" if native else "portable"].cursor
         kv_len = self.length if native else max(past, 1)
         feeds = {
             io_spec.INPUTS_EMBEDS: self.embeddings[ids[None]],

@@ -116,14 +116,14 @@ def check_bundle(bundle: Path, facts: Facts) -> tuple[Check, Manifest | None]:
     total = sum(file.num_bytes for file in manifest.files.values())
     detail = f"{manifest.name}, {manifest.dialect}: {len(manifest.files)} files whole, {total:,} B"
     version = facts.onnxruntime.version
-    needed = io_spec.MIN_ONNXRUNTIME["native"]
-    if manifest.dialect == "native" and version and version_numbers(version) < needed:
+    needed = io_spec.DIALECTS[manifest.dialect].min_onnxruntime
+    if version and version_numbers(version) < needed:
         return Check(
             name,
             "warn",
             detail,
-            f"dialect native needs ONNX Runtime {needed[0]}.{needed[1]}, found {version}; only an "
-            "engine can run it",
+            f"dialect {manifest.dialect} needs ONNX Runtime {needed[0]}.{needed[1]}, found "
+            f"{version}; only an engine can run it",
             "update onnxruntime, or export with --dialect portable",
         ), manifest
     return Check(name, "ok", detail), manifest

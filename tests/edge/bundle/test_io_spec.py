@@ -128,3 +128,24 @@ def test_capacity_inside(capacity: int) -> None:
 def test_capacity_outside(capacity: int) -> None:
     with pytest.raises(ConfigError, match=rf"--kv-capacity {capacity} .* 2 to 100"):
         check_capacity(capacity, 100)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_dialect_is_described_as_its_tensors_are(dialect: Dialect) -> None:
+    spec = io_spec.DIALECTS[dialect]
+    inputs = by_name(decoder_inputs(MODEL, dialect, "fp16", CAPACITY))
+    outputs = by_name(decoder_outputs(MODEL, dialect, "fp16", CAPACITY))
+    assert inputs[spec.cursor].shape == (io_spec.BATCH,)
+    for layer in range(MODEL.num_layers):
+        for past, output in zip(
+            io_spec.cache_inputs(layer), spec.cache_outputs(layer), strict=True
+        ):
+            # In place, the output is the cache itself.
+            assert (inputs[past].shape == outputs[output].shape) == spec.in_place
+
+
+def test_rows_that_a_step_reads() -> None:
+    native, portable = io_spec.DIALECTS["native"], io_spec.DIALECTS["portable"]
+    assert native.rows_read([3, 9], 12) == 12  # its own rows are written first
+    assert portable.rows_read([3, 9], 12) == 9
+    assert portable.rows_read([0], 5) == 1  # never none
