@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from edge.backends import tensorrt as runner  # noqa: E402
 from edge.backends import tensorrt_engine  # noqa: E402
+from edge.backends.step import step_after  # noqa: E402
 from edge.backends.step_buffers import widen_fp16  # noqa: E402
 from edge.bundle.engine_file import EngineInfo, ProfileInfo  # noqa: E402
 from edge.bundle.manifest import Manifest  # noqa: E402
@@ -207,9 +208,9 @@ def measure(backend: runner.TensorRTBackend, slots: list[int], steps: int) -> di
     whole = np.zeros((batch, VOCAB), np.float32)
     steps_ms, conversions_ms = [], []
     for position in range(16 + steps):
-        positions = np.full((batch, 1), position % CAPACITY // 2, np.int64)
+        past = [position % CAPACITY // 2] * batch
         started = time.perf_counter()
-        backend.forward(slots, embeds, positions, int(positions[0, 0]) + 1, indices)
+        backend.forward(step_after(slots, past, embeds, indices))
         middle = time.perf_counter()
         widen_fp16(half.reshape(-1), whole.reshape(-1))
         ended = time.perf_counter()

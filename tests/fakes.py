@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Floats, Ints
+from edge.backends import Floats, Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError
 
@@ -21,8 +21,7 @@ class ScriptedBackend:
     """A `Backend` whose cache holds token ids, and whose logits a script makes of them.
 
     A row of the cache that was never written, or a token that stands in the wrong row, changes what
-    the script sees: whoever keeps the books of the cache wrongly gets another answer. Every rule
-    that `Backend.forward` states is asserted.
+    the script sees: whoever keeps the books of the cache wrongly gets another answer.
 
     Attributes:
         script: may be replaced at any time.
@@ -63,37 +62,21 @@ class ScriptedBackend:
     def cache_bytes(self) -> int:
         return self._cache.nbytes
 
-    def forward(
-        self,
-        slots: Sequence[int],
-        embeds: Floats,
-        positions: Ints,
-        kv_len: int,
-        logits_indices: Ints,
-    ) -> NDArray[np.float32]:
-        batch, seq = positions.shape
-        assert len(set(slots)) == len(slots) == batch == len(logits_indices)
-        assert all(0 <= slot < self.num_slots for slot in slots)
-        assert embeds.shape[:2] == (batch, seq)
-        assert 0 < seq <= self.max_step_tokens
-        assert (np.diff(positions, axis=1) == 1).all()
-        assert positions.min() >= 0
-        assert positions.max() < kv_len <= self.capacity
-        assert ((logits_indices >= 0) & (logits_indices < seq)).all()
-        if self.closed:
-            raise BackendError("the backend is closed")
-        self.steps.append((int(positions[0, 0]), seq))
-        self.batches.append(list(slots))
+    def forward(self, step: Step) -> NDArray[np.float32]:
+        step.check(self)
+        self.steps.append((step.starts[0], step.seq))
+        self.batches.append(list(step.slots))
         if self.fails:
             self.fails = False
-            self._cache[slots] = -1
+            self._cache[list(step.slots)] = -1
             raise BackendError("the engine failed, as it was told to")
-        for slot, row, place in zip(slots, embeds, positions, strict=True):
+        for slot, row, place in zip(step.slots, step.embeds, step.positions, strict=True):
             self._cache[slot, place] = [self._ids[embed.tobytes()] for embed in row]
+        rows = zip(step.slots, step.positions, step.logits_indices, strict=True)
         return np.stack(
             [
                 [self._logits(slot, int(place[index])) for index in indices]
-                for slot, place, indices in zip(slots, positions, logits_indices, strict=True)
+                for slot, place, indices in rows
             ]
         )
 

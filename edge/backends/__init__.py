@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
-Ints = NDArray[np.int64]
+from .step import Floats, Ints, Step
+
+__all__ = ["Backend", "Floats", "Ints", "Step"]
 
 
 class Backend(Protocol):
@@ -43,29 +43,14 @@ class Backend(Protocol):
         """Memory of the cache."""
         ...
 
-    def forward(
-        self,
-        slots: Sequence[int],
-        embeds: Floats,
-        positions: Ints,
-        kv_len: int,
-        logits_indices: Ints,
-    ) -> NDArray[np.float32]:
+    def forward(self, step: Step) -> NDArray[np.float32]:
         """Run one step (a prefill chunk or a decode step) and write its rows into the cache.
-
-        Args:
-            slots: ``B`` distinct slots.
-            embeds: ``[B, S, hidden]`` rows of the token table.
-            positions: ``[B, S]``, consecutive in each row; row ``b`` writes cache rows
-                ``positions[b, 0] .. positions[b, 0] + S - 1`` of its slot.
-            kv_len: rows that attention must see at least: ``positions.max() + 1``.
-            logits_indices: ``[B, N]`` indices into ``S``.
 
         Returns:
             Logits ``[B, N, vocab]`` in float32, valid until the next call.
 
         Raises:
-            BackendError: the engine failed, or a write would pass the capacity.
+            BackendError: the engine failed, or `Step.check` refuses the step.
         """
         ...
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import FloatType, ModelSpec
 from edge.errors import ConfigError
 
-from . import Floats, cuda
+from . import cuda
 from .device_memory import ALIGNMENT, StepSizes, new_rows_bytes, new_rows_stride
+from .step import Floats
 from .step_buffers import round_to_bf16
 
 _ELEMENT_BYTES = 2

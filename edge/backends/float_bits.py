@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import FloatType
 
-from . import Floats
+from .step import Floats
 
 
 def storage_dtype(float_type: FloatType) -> np.dtype[Any]:

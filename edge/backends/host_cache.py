@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import Floats
+from .step import Floats
 
 HUGE_PAGE_BYTES = 2 << 20  # of x86-64, and of aarch64 with pages of 4 KB
 _CHECK_ROWS = 256  # a slot grows by this many before its pages are looked at again

@@ -29,9 +29,9 @@ from edge.errors import (
     install_command,
 )
 
-from . import Floats, Ints
 from .cpu_attention import fuse_cache_attention
 from .host_cache import HostCache
+from .step import Floats, Ints, Step
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -118,7 +118,7 @@ class OrtBackend:
             ) from error
         self._cache = self._memory.arrays
         self._kv_positions = np.arange(self.capacity, dtype=np.int64)
-        self._decode_steps: dict[tuple[int, int], Step] = {}
+        self._decode_steps: dict[tuple[int, int], BoundStep] = {}
 
     @property
     def failed(self) -> str | None:
@@ -130,16 +130,11 @@ class OrtBackend:
         """Memory of the cache when full."""
         return sum(array.nbytes for array in self._cache)
 
-    def forward(
-        self,
-        slots: Sequence[int],
-        embeds: Floats,
-        positions: Ints,
-        kv_len: int,
-        logits_indices: Ints,
-    ) -> NDArray[np.float32]:
+    def forward(self, step: Step) -> NDArray[np.float32]:
         """See `edge.backends.Backend.forward`."""
-        self._check_step(slots, positions, kv_len)
+        step.check(self)
+        slots, embeds, positions = step.slots, step.embeds, step.positions
+        kv_len, logits_indices = step.kv_len, step.logits_indices
         if positions.shape[1] == 1 == logits_indices.shape[1]:
             runs = bridged_runs(slots)
         elif self._fused and positions[:, 0].any():
@@ -218,26 +213,6 @@ class OrtBackend:
         self.max_step_tokens = max_step_tokens
         io_spec.check_capacity(self.capacity, manifest.rope_positions)
 
-    def _check_step(self, slots: Sequence[int], positions: Ints, kv_len: int) -> None:
-        if self._session is None:
-            raise BackendError("the backend is closed; load the bundle again")
-        if len(slots) != len(positions):
-            raise BackendError(f"{len(slots)} slots do not match {len(positions)} rows of tokens")
-        # The operators write where they are told: past the capacity is someone else's memory.
-        last = int(positions[:, -1].max())
-        if not (int(positions.min()) >= 0 and last < self.capacity and last < kv_len):
-            raise BackendError(
-                f"a step at positions {int(positions.min())}..{last} does not fit a cache of "
-                f"{self.capacity} rows read up to row {kv_len}"
-            )
-        if positions.shape[1] > self.max_step_tokens:
-            raise BackendError(
-                f"a step of {positions.shape[1]} tokens exceeds max_step_tokens "
-                f"{self.max_step_tokens}; split the prompt into chunks"
-            )
-        if len(set(slots)) != len(slots) or not all(0 <= s < self.num_slots for s in slots):
-            raise BackendError(f"slots {list(slots)} are not distinct slots of {self.num_slots}")
-
     def _run(
         self, first: int, embeds: Floats, positions: Ints, kv_len: int, logits_indices: Ints
     ) -> NDArray[np.float32]:
@@ -252,17 +227,17 @@ class OrtBackend:
             step = self._make_step(first, batch, seq, num_logits)
         return step.run(embeds, positions, kv_len, logits_indices)
 
-    def _make_step(self, first: int, batch: int, seq: int, num_logits: int) -> Step:
+    def _make_step(self, first: int, batch: int, seq: int, num_logits: int) -> BoundStep:
         return _Step(self, first, batch, seq, num_logits)
 
 
-class Step(Protocol):
+class BoundStep(Protocol):
     """A step of one shape, prepared once and run many times."""
 
     def run(
         self, embeds: Floats, positions: Ints, kv_len: int, logits_indices: Ints
     ) -> NDArray[np.float32]:
-        """Logits ``[B, N, vocab]``; the arguments are those of `Backend.forward`."""
+        """Logits ``[B, N, vocab]``; the arguments are those of `Step`."""
         ...
 
 

@@ -34,13 +34,13 @@ from edge.errors import (
     EdgeError,
 )
 
-from . import Floats, Ints
 from .cpu_attention import fuse_cache_attention
 from .float_bits import from_storage, storage_dtype, to_storage
-from .ort import OrtBackend, Step, load_graph, session_options
+from .ort import BoundStep, OrtBackend, load_graph, session_options
 from .ort_device import OrtDevice, import_for_device, open_on_device
 from .ort_placement import tensor_nodes_elsewhere
 from .ort_rows import Block, RowMover
+from .step import Floats, Ints, Step, last_token, step_after
 
 _LOG = logging.getLogger(__name__)
 _BF16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such type, its bits travel as uint16
@@ -138,17 +138,10 @@ class OrtCudaBackend(OrtBackend):
         """Device memory of the cache."""
         return len(self._caches) * self._slot_elements * self.num_slots * self._storage.itemsize
 
-    def forward(
-        self,
-        slots: Sequence[int],
-        embeds: Floats,
-        positions: Ints,
-        kv_len: int,
-        logits_indices: Ints,
-    ) -> NDArray[np.float32]:
+    def forward(self, step: Step) -> NDArray[np.float32]:
         """See `edge.backends.Backend.forward`."""
         self._check_usable()
-        return super().forward(slots, embeds, positions, kv_len, logits_indices)
+        return super().forward(step)
 
     def _put_back(self, slot: int, row: Floats) -> None:
         try:
@@ -279,8 +272,7 @@ class OrtCudaBackend(OrtBackend):
     def _warm_up(self, position: int) -> None:
         """A decode step, so that the device loads its kernels."""
         embeds = np.ones((1, 1, self.model.hidden_size), dtype=np.float16)
-        positions = np.full((1, 1), position, dtype=np.int64)
-        self.forward([0], embeds, positions, position + 1, np.zeros((1, 1), dtype=np.int64))
+        self.forward(step_after([0], [position], embeds, last_token(1)[None]))
 
     def _check_in_place(self) -> None:
         """The rows of two steps must be there: a copied cache would have lost the first."""
@@ -290,7 +282,7 @@ class OrtCudaBackend(OrtBackend):
                 f"{self.device.provider}; use another version, or --backend ort-cpu"
             )
 
-    def _make_step(self, first: int, batch: int, seq: int, num_logits: int) -> Step:
+    def _make_step(self, first: int, batch: int, seq: int, num_logits: int) -> BoundStep:
         with self.explain("while preparing a step"):
             return _DeviceStep(self, first, batch, seq, num_logits)
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from edge.bundle import io_spec
 from edge.bundle.manifest import FloatType, ModelSpec
 
-from . import Floats, Ints, cuda
+from . import cuda
 from .device_memory import StepSizes, input_layout, logits_bytes
+from .step import Floats, Ints
 from .windows import Window
 
 _SIGN_AND_MAGNITUDE = np.int32(0x8FFFE000 - (1 << 32))

@@ -28,7 +28,7 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.sizes import DEFAULT_MAX_LOGITS
 from edge.errors import BackendError, ConfigError, DeviceError, DeviceMemoryError
 
-from . import Floats, Ints, cuda
+from . import cuda
 from .bound_context import BoundContext, StepShape
 from .cuda_graph import DecodeGraphs
 from .device_cache import DeviceCache, NewRows
@@ -39,6 +39,7 @@ from .device_memory import (
     plan_engine_memory,
     step_sizes,
 )
+from .step import Floats, Ints, Step
 from .step_buffers import StepBuffers
 from .tensorrt_engine import ChosenEngine, Engine, choose_engine
 from .windows import Window, plan_windows
@@ -229,40 +230,27 @@ class TensorRTBackend:
         """Why decode runs without CUDA graphs, or None."""
         return self._graphs.disabled
 
-    def forward(
-        self,
-        slots: Sequence[int],
-        embeds: Floats,
-        positions: Ints,
-        kv_len: int,
-        logits_indices: Ints,
-    ) -> NDArray[np.float32]:
+    def forward(self, step: Step) -> NDArray[np.float32]:
         """See `edge.backends.Backend.forward`.
 
-        After a failure the rows of ``slots`` are undefined. The backend works on, unless `failed`
-        says that the GPU is lost.
+        After a failure the rows of the step's slots are undefined. The backend works on, unless
+        `failed` says that the GPU is lost.
         """
         self._check_usable()
-        self._check_step(slots, positions, kv_len)
+        step.check(self)
         self._enter()
         try:
-            return self._forward(slots, embeds, positions, kv_len, logits_indices)
+            return self._forward(step)
         except BaseException as error:  # an interrupt leaves work on the stream, too
             self._recover(error)
             raise
         finally:
             self._leave()
 
-    def _forward(
-        self,
-        slots: Sequence[int],
-        embeds: Floats,
-        positions: Ints,
-        kv_len: int,
-        logits_indices: Ints,
-    ) -> NDArray[np.float32]:
-        batch, seq = positions.shape
-        num = logits_indices.shape[1]
+    def _forward(self, step: Step) -> NDArray[np.float32]:
+        slots, embeds, positions = step.slots, step.embeds, step.positions
+        kv_len, logits_indices = step.kv_len, step.logits_indices
+        batch, seq, num = step.batch, step.seq, step.num_logits
         vocab = self._manifest.model.vocab_size
         if seq == num == 1 and batch <= len(self._decode_logits):
             logits = self._decode_logits[:batch]
@@ -446,25 +434,3 @@ class TensorRTBackend:
                 f"the GPU is lost since an earlier step ({self._lost}); restart the process",
                 fatal=True,
             )
-
-    def _check_step(self, slots: Sequence[int], positions: Ints, kv_len: int) -> None:
-        if len(slots) != len(positions):
-            raise BackendError(f"{len(slots)} slots do not match {len(positions)} rows of tokens")
-        # The engine writes where it is told: past the capacity is someone else's memory.
-        last = int(positions[:, -1].max())
-        if not (int(positions.min()) >= 0 and last < self.capacity and last < kv_len):
-            raise BackendError(
-                f"a step at positions {int(positions.min())}..{last} does not fit a cache of "
-                f"{self.capacity} rows read up to row {kv_len}"
-            )
-        if kv_len > self.info.kv_capacity:
-            raise BackendError(
-                f"a step that reads {kv_len} rows exceeds the cache of {self.info.kv_capacity}"
-            )
-        if positions.shape[1] > self.max_step_tokens:
-            raise BackendError(
-                f"a step of {positions.shape[1]} tokens exceeds max_step_tokens "
-                f"{self.max_step_tokens}; split the prompt into chunks"
-            )
-        if len(set(slots)) != len(slots) or not all(0 <= s < self.num_slots for s in slots):
-            raise BackendError(f"slots {list(slots)} are not distinct slots of {self.num_slots}")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-import numpy as np
 
 from edge.engine_config import GPU_BACKENDS, EngineConfig
 from edge.errors import EXIT_GATE_MISSED, ConfigError
@@ -148,7 +147,7 @@ def _compare(
             reference,
             candidate,
             read_prompts(prompts_file, tokenizer, capacity - decode_steps),
-            lambda ids: table[np.asarray(ids, dtype=np.int64)],
+            table,
             decode_steps=decode_steps,
             thresholds=replace(ROUNDED_ACTIVATIONS if rounds else Thresholds(), **wanted),
             progress=progress,

@@ -10,6 +10,7 @@ top-p 0.95). Only text is left out. `edge.measure.bench_report` turns the sample
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
+from edge.backends.step import prefill, step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.device.telemetry import EnergyMeter
@@ -158,31 +160,23 @@ class _Repeat:
         self.model_s = 0.0
 
     def prefill(self) -> None:
-        chunk = self.backend.max_step_tokens
         for slot, prompt in enumerate(self.prompts):
             started = time.perf_counter()
-            logits: NDArray[np.float32] | None = None
-            for at in range(0, len(prompt), chunk):
-                part = prompt[None, at : at + chunk]
-                positions = np.arange(at, at + part.shape[1], dtype=np.int64)[None]
-                last = np.array([[part.shape[1] - 1]], dtype=np.int64)
-                logits = self.backend.forward(
-                    [slot], self.embeddings[part], positions, at + part.shape[1], last
-                )
-            assert logits is not None
+            chunks = prefill(self.backend, self.embeddings, prompt, slot=slot)
+            [(_, logits)] = deque(chunks, maxlen=1)
             self.prefill_s.append(time.perf_counter() - started)
-            self.tokens[slot] = self.samplers[slot].sample(logits[0, 0]).id
+            self.tokens[slot] = self.samplers[slot].sample(logits[0]).id
             self.ttft_s.append(time.perf_counter() - started)
 
     def decode(self) -> None:
         batch, length = self.prompts.shape
         slots, first = list(range(batch)), np.zeros((batch, 1), dtype=np.int64)
         last = time.perf_counter()
-        for step in range(self.steps):
+        for index in range(self.steps):
             embeds = self.embeddings[self.tokens[:, None]]
-            positions = np.full((batch, 1), length + step, dtype=np.int64)
             started = time.perf_counter()
-            logits = self.backend.forward(slots, embeds, positions, length + step + 1, first)
+            past = [length + index] * batch
+            logits = self.backend.forward(step_after(slots, past, embeds, first))
             self.model_s += time.perf_counter() - started
             for slot, sampler in enumerate(self.samplers):
                 self.tokens[slot] = sampler.sample(logits[slot, 0]).id

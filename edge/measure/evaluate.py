@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend, Floats
+from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError, DependencyError
@@ -234,7 +235,8 @@ def compare(
     """Run a bundle, and a reference beside it, over a text.
 
     Args:
-        bundle: a bundle with room for a window; its steps must take `CHUNK_TOKENS`.
+        bundle: a bundle with room for a window. Where its steps, or those of the reference, take
+            fewer than `CHUNK_TOKENS` tokens, the blocks of the bootstrap are as short.
         reference: a model with the same vocabulary; None measures the perplexity alone.
         text: windows of tokens of both.
         progress: called with the tokens scored (step ``score``).
@@ -249,53 +251,38 @@ def compare(
     progress("score", 0, text.num_scored, "tokens")
     for window in text.windows:
         ids = np.asarray(window, dtype=np.int64)
-        for first in range(0, len(ids) - 1, CHUNK_TOKENS):
-            # The last token of a window has no successor to score.
-            last = min(first + CHUNK_TOKENS, len(ids) - 1)
-            part = _compare_chunk(
-                forward(bundle, ids[first:last], first),
-                None if reference is None else forward(reference, ids[first:last], first),
-                ids[first + 1 : last + 1],
-            )
-            count = last - first
-            parts.append(Positions(np.full(count, num_blocks), np.arange(first, last), *part))
+        for part, ours, theirs in _run_window(bundle, reference, ids):
+            columns = _compare_chunk(ours, theirs, ids[1:][part])
+            places = np.arange(part.start, part.stop)
+            parts.append(Positions(np.full(len(places), num_blocks), places, *columns))
             num_blocks += 1
-            done += count
+            done += len(places)
             progress("score", done, text.num_scored, "tokens")
         if reference is not None:
             cache_errors.add(
                 reference.backend.read_slot(0, len(ids) - 1),
                 bundle.backend.read_slot(0, len(ids) - 1),
             )
-    columns = [[getattr(part, item.name) for part in parts] for item in fields(Positions)]
-    positions = Positions(*(np.concatenate(column) for column in columns))
+    joined = [[getattr(block, item.name) for block in parts] for item in fields(Positions)]
+    positions = Positions(*(np.concatenate(column) for column in joined))
     return Comparison(positions, [] if reference is None else cache_errors.result())
 
 
-def forward(
-    model: Model, ids: NDArray[np.int64], first: int, *, last_only: bool = False
-) -> NDArray[np.float32]:
-    """Run tokens that follow ``first`` others in slot 0.
+def _run_window(
+    bundle: Model, reference: Model | None, ids: NDArray[np.int64]
+) -> Iterator[tuple[slice, NDArray[np.float32], NDArray[np.float32] | None]]:
+    """Run both models side by side; yields parts of ``ids[:-1]`` and logits ``[n, vocab]`` of each.
 
-    Args:
-        model: the bundle.
-        ids: ``[n]``, at most as many as a step takes.
-        first: rows of the cache that are kept; the tokens' rows follow them.
-        last_only: leave out the logits of all tokens but the last.
-
-    Returns:
-        Logits ``[n or 1, vocab]``; the next step may overwrite them.
-
-    Raises:
-        RequestError: a token is outside the table.
-        BackendError: the engine failed.
+    The last token of a window has no successor to score.
     """
-    places = np.arange(len(ids), dtype=np.int64)[None]
-    wanted = places[:, -1:] if last_only else places
-    embeds = model.embeddings[ids[None]]
-    logits = model.backend.forward([0], embeds, places + first, first + len(ids), wanted)
-    row: NDArray[np.float32] = logits[0]
-    return row
+    models = [bundle] if reference is None else [bundle, reference]
+    chunk = min(CHUNK_TOKENS, *(model.backend.max_step_tokens for model in models))
+    runs = [
+        prefill(model.backend, model.embeddings, ids[:-1], max_tokens=chunk, wanted=all_tokens)
+        for model in models
+    ]
+    for (part, ours), *others in zip(*runs, strict=True):
+        yield part, ours, others[0][1] if others else None
 
 
 def _compare_chunk(

@@ -26,13 +26,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.step import all_tokens, prefill
 from edge.errors import ConfigError, ContextLengthError
 from edge.figures import token_logprobs
 from edge.progress import Progress, silent
 from edge.runtime.llm import LLM
 from edge.runtime.sampling import SamplingParams
 
-from .evaluate import CHUNK_TOKENS, forward, read_text
+from .evaluate import CHUNK_TOKENS, read_text
 
 Scoring = Literal["letter", "text"]
 
@@ -245,25 +246,25 @@ def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:
 
     def run() -> list[float]:
         # The token before the first difference is run once more with each choice, for its logits.
-        _prefill(llm, ids[0][: shared - 1])
+        for _ in prefill(llm.backend, llm.embeddings, ids[0][: shared - 1]):
+            pass
         return [_continuation(llm, row, shared) for row in ids]
 
     return [score / size for score, size in zip(llm.call(run), sizes, strict=True)]
 
 
-def _prefill(llm: LLM, ids: NDArray[np.int64]) -> None:
-    chunk = llm.backend.max_step_tokens
-    for at in range(0, len(ids), chunk):
-        forward(llm, ids[at : at + chunk], at, last_only=True)
-
-
 def _continuation(llm: LLM, ids: NDArray[np.int64], shared: int) -> float:
     """Sum the log-probabilities of ``ids[shared:]``; rows up to ``shared - 1`` are in the cache."""
-    score = 0.0
-    chunk = min(llm.backend.max_step_tokens, CHUNK_TOKENS)
-    for at in range(shared - 1, len(ids) - 1, chunk):
-        last = min(at + chunk, len(ids) - 1)
-        score += float(token_logprobs(forward(llm, ids[at:last], at), ids[at + 1 : last + 1]).sum())
+    past, score = shared - 1, 0.0
+    for part, logits in prefill(
+        llm.backend,
+        llm.embeddings,
+        ids[past:-1],
+        past=past,
+        max_tokens=CHUNK_TOKENS,
+        wanted=all_tokens,
+    ):
+        score += float(token_logprobs(logits, ids[shared:][part]).sum())
     return score
 
 

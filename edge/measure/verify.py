@@ -7,13 +7,14 @@ one early difference does not make everything after it incomparable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend, Floats
+from edge.backends import Backend, Ints
+from edge.backends.step import TokenTable, prefill
 from edge.errors import ConfigError
 from edge.figures import cosine_similarity, kl_divergence, log_softmax
 from edge.progress import Progress, silent
@@ -78,7 +79,7 @@ def compare_backends(
     reference: Backend,
     candidate: Backend,
     prompts: Sequence[Sequence[int]],
-    embed: Callable[[Sequence[int]], Floats],
+    table: TokenTable,
     *,
     decode_steps: int = 32,
     thresholds: Thresholds | None = None,
@@ -90,7 +91,7 @@ def compare_backends(
         reference: the backend that is taken to be right.
         candidate: the backend that is measured.
         prompts: token ids; each prompt is prefilled in chunks that both take, then decoded.
-        embed: returns rows ``[n, hidden]`` of the token table for ``n`` ids.
+        table: the token table of both.
         decode_steps: steps after each prompt.
         thresholds: what the candidate must reach; None is `Thresholds` with its defaults.
         progress: called with the tokens that both have run (step ``compare``).
@@ -107,7 +108,7 @@ def compare_backends(
             f"prompts of 1 to {limit - decode_steps} tokens fit the cache of {limit} rows with "
             f"{decode_steps} decode steps; the longest has {longest}"
         )
-    prefill: list[NDArray[np.float64]] = []
+    of_prompts: list[NDArray[np.float64]] = []
     decode: list[NDArray[np.float64]] = []
     worst_cache = 1.0
     ran, total = 0, sum(map(len, prompts)) + decode_steps * len(prompts)
@@ -119,17 +120,20 @@ def compare_backends(
 
     count(0)
     for prompt in prompts:
-        token = _prefill(reference, candidate, prompt, embed, prefill, count)
-        length = len(prompt)
-        for _ in range(decode_steps):
-            ours, theirs = _step((reference, candidate), embed([token]), length, [0])
-            decode.append(_measure(ours, theirs))
+        token, length = 0, len(prompt)
+        for ours, theirs, tokens in _run_both(reference, candidate, table, prompt):
+            of_prompts.append(_measure(ours, theirs))
             token = int(ours[-1].argmax())
+            count(tokens)
+        for _ in range(decode_steps):
+            for ours, theirs, tokens in _run_both(reference, candidate, table, [token], length):
+                decode.append(_measure(ours, theirs))
+                token = int(ours[-1].argmax())
+                count(tokens)
             length += 1
-            count(1)
         cosine = _cache_cosine(reference, candidate, length)
         worst_cache = float(np.minimum(worst_cache, cosine))  # keeps a NaN, as min() would not
-    first, second = _summarize(prefill), _summarize(decode)
+    first, second = _summarize(of_prompts), _summarize(decode)
     wanted = thresholds or Thresholds()
     misses = [
         *_misses("prefill", first, wanted),
@@ -140,40 +144,27 @@ def compare_backends(
     return VerifyReport(first, second, worst_cache, tuple(misses))
 
 
-def _prefill(
+def _run_both(
     reference: Backend,
     candidate: Backend,
-    prompt: Sequence[int],
-    embed: Callable[[Sequence[int]], Floats],
-    measured: list[NDArray[np.float64]],
-    count: Callable[[int], None],
-) -> int:
-    """Prefill both with a prompt; returns the reference's next token."""
+    table: TokenTable,
+    ids: Sequence[int],
+    past: int = 0,
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], int]]:
+    """Run tokens in slot 0 of both; yields logits ``[n, vocab]`` of each, and a chunk's tokens."""
     chunk = min(reference.max_step_tokens, candidate.max_step_tokens)
-    token = 0
-    for start in range(0, len(prompt), chunk):
-        ids = prompt[start : start + chunk]
-        wanted = np.linspace(0, len(ids) - 1, min(len(ids), _LOGITS_PER_CHUNK)).round()
-        ours, theirs = _step(
-            (reference, candidate), embed(ids), start, wanted.astype(np.int64).tolist()
-        )
-        measured.append(_measure(ours, theirs))
-        token = int(ours[-1].argmax())
-        count(len(ids))
-    return token
+    runs = (
+        prefill(backend, table, ids, past=past, max_tokens=chunk, wanted=_spread)
+        for backend in (reference, candidate)
+    )
+    for (part, ours), (_, theirs) in zip(*runs, strict=True):
+        yield ours, theirs, part.stop - part.start
 
 
-def _step(
-    backends: tuple[Backend, Backend], embeds: Floats, start: int, wanted: Sequence[int]
-) -> list[NDArray[np.float32]]:
-    """Run a step of both in slot 0, from row ``start`` on; returns their logits ``[n, vocab]``."""
-    end = start + len(embeds)
-    positions = np.arange(start, end, dtype=np.int64)[None]
-    indices = np.array([wanted], dtype=np.int64)
-    return [
-        backend.forward([0], embeds[None], positions, end, indices)[0].copy()
-        for backend in backends
-    ]
+def _spread(count: int) -> Ints:
+    """Indices of as many tokens of a chunk as are compared, the first and the last included."""
+    places: Ints = np.linspace(0, count - 1, min(count, _LOGITS_PER_CHUNK)).round().astype(np.int64)
+    return places
 
 
 def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:

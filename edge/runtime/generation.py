@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
+from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ContextLengthError, RequestError
 from edge.figures import token_logprobs
@@ -121,15 +122,11 @@ def score(
     embeddings.check(tokens)
     if num_run >= backend.capacity:
         raise ContextLengthError(num_run, backend.capacity)
-    chunk = min(_SCORE_CHUNK, backend.max_step_tokens)
     result = np.empty(num_run, dtype=np.float64)
-    for at in range(0, num_run, chunk):
-        end = min(at + chunk, num_run)
-        positions = np.arange(at, end, dtype=np.int64)[None]
-        logits = backend.forward(
-            [0], embeddings[tokens[None, at:end]], positions, end, positions - at
-        )
+    for part, logits in prefill(
+        backend, embeddings, tokens[:-1], max_tokens=_SCORE_CHUNK, wanted=all_tokens
+    ):
         if on_step is not None:
-            on_step(end - at)
-        result[at:end] = token_logprobs(logits[0], tokens[at + 1 : end + 1])
+            on_step(len(logits))
+        result[part] = token_logprobs(logits, tokens[1:][part])
     return result

@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 
 from edge.backends import Backend, Floats
+from edge.backends.step import prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.bundle.update import fsync
@@ -307,13 +308,8 @@ def compute_rows(backend: Backend, embeddings: EmbeddingTable, ids: Sequence[int
         raise RequestError("the prefix has no tokens; give a longer text")
     if len(ids) >= backend.capacity:
         raise ContextLengthError(len(ids), backend.capacity)
-    tokens = np.asarray(ids, dtype=np.int64)
-    for start in range(0, len(ids), backend.max_step_tokens):
-        part = tokens[None, start : start + backend.max_step_tokens]
-        end = start + part.shape[1]
-        positions = np.arange(start, end, dtype=np.int64)[None]
-        last = np.array([[part.shape[1] - 1]])
-        backend.forward([0], embeddings[part], positions, end, last)
+    for _ in prefill(backend, embeddings, ids):
+        pass
     return backend.read_slot(0, len(ids))
 
 

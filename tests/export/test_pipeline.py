@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge import LLM
+from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.linears import linear_layers
@@ -311,9 +312,8 @@ def test_quantized_bundles_stay_close_to_fp16(kind: Kind, quant: str, tiny_bundl
 
 
 def log_probabilities(bundle: Path, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    offsets = np.arange(len(ids))[None]
     with LLM(bundle, num_threads=1) as llm:
-        logits = llm.backend.forward([0], llm.embeddings[ids[None]], offsets, len(ids), offsets)[0]
+        [(_, logits)] = prefill(llm.backend, llm.embeddings, ids, wanted=all_tokens)
     wide: NDArray[np.float64] = logits.astype(np.float64) - log_sum_exp(logits)[:, None]
     return wide
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edge import LLM, SamplingParams
 from edge.backends.ort import OrtBackend
+from edge.backends.step import step_after
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import read_manifest
@@ -61,11 +62,9 @@ class Runner:
     ) -> NDArray[np.float32]:
         """Logits ``[b, s, vocab]`` of ``ids`` ``[b, s]``; row ``i`` stands at ``starts[i]``."""
         offsets = np.arange(ids.shape[1])
-        positions = np.array(starts)[:, None] + offsets
         indices = np.broadcast_to(offsets, ids.shape)
-        kv_len = int(positions.max()) + 1
-        embeds = self.embeddings[ids]
-        return np.array(self.backend.forward(slots, embeds, positions, kv_len, indices))
+        step = step_after(slots, starts, self.embeddings[ids], indices)
+        return np.array(self.backend.forward(step))
 
     def prefill(self, ids: NDArray[np.int64], chunk: int, slot: int = 0) -> NDArray[np.float32]:
         parts = range(0, len(ids), chunk)
@@ -244,20 +243,14 @@ def test_smollm2_equals_transformers(smollm2_bundle: Path):
             wanted = [token for token in expected.continuation.tolist() if token not in eos]
             assert_same_ids(answer, np.array(wanted), expected.margins, expected.prompt)
 
-            offsets = np.arange(len(expected.ids) - 1)
-            logits = llm.backend.forward(
-                [0],
-                llm.embeddings[expected.ids[None, :-1]],
-                offsets[None],
-                len(offsets),
-                expected.positions[None],
-            )[0]
+            embeds = llm.embeddings[expected.ids[None, :-1]]
+            [logits] = llm.backend.forward(step_after([0], [0], embeds, expected.positions[None]))
             top = np.take_along_axis(logits, expected.top_ids, axis=-1)
             assert_close(top, expected.top_logits, atol=SMOLLM2_ATOL, what="top logits")
             assert_close(
                 log_sum_exp(logits), expected.log_sum_exp, atol=SMOLLM2_ATOL, what="log-sum-exp"
             )
-            cache = llm.backend.read_slot(0, len(offsets))
+            cache = llm.backend.read_slot(0, len(expected.ids) - 1)
             norms = root_mean_square(cache)
             assert_close(norms, expected.cache_norms, atol=SMOLLM2_ATOL, what="size of the cache")
             rows = cache.reshape(-1, 2, *cache.shape[1:])[expected.cache_layers]

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
+from edge.backends.step import step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, DeadlineError, EdgeError, ResourceError
@@ -346,18 +347,15 @@ class EngineCore:
         """Run a step; if it fails, its sequences end with the error and None is returned."""
         slots = [_slot_of(sequence) for sequence in sequences]
         seq = len(tokens[0])
-        first = np.array([slot.length for slot in slots], dtype=np.int64)
-        positions = first[:, None] + np.arange(seq, dtype=np.int64)
         try:
-            embeds = self.embeddings[np.array(tokens, dtype=np.int64)]
-            started = self.now()
-            logits = self.backend.forward(
+            step = step_after(
                 [slot.index for slot in slots],
-                embeds,
-                positions,
-                int(positions[:, -1].max()) + 1,
+                [slot.length for slot in slots],
+                self.embeddings[np.array(tokens, dtype=np.int64)],
                 np.array(wanted, dtype=np.int64),
             )
+            started = self.now()
+            logits = self.backend.forward(step)
         except EdgeError as error:
             for sequence in sequences:
                 self._fail(sequence, error)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
+from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ContextLengthError, DeadlineError, OverloadError
 from edge.figures import log_softmax
@@ -103,16 +104,12 @@ def _score(
     top: int,
     on_step: Callable[[int], None],
 ) -> list[SampledToken]:
-    result = [SampledToken(ids[0])]
-    chunk = min(_CHUNK, backend.max_step_tokens)
-    for at in range(0, len(ids) - 1, chunk):
-        part = ids[at : min(at + chunk, len(ids) - 1)]
-        embeds = embeddings[np.asarray(part, dtype=np.int64)[None]]
-        places = np.arange(len(part), dtype=np.int64)[None]
-        logits = backend.forward([0], embeds, places + at, at + len(part), places)[0]
-        on_step(len(part))
-        following = ids[at + 1 : at + 1 + len(part)]
-        result += [_token(row, id_, top) for row, id_ in zip(logits, following, strict=True)]
+    result, following = [SampledToken(ids[0])], ids[1:]
+    for part, logits in prefill(
+        backend, embeddings, ids[:-1], max_tokens=_CHUNK, wanted=all_tokens
+    ):
+        on_step(len(logits))
+        result += [_token(row, id_, top) for row, id_ in zip(logits, following[part], strict=True)]
     return result
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.ort import OrtBackend
+from edge.backends.step import step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.manifest import read_manifest
@@ -31,12 +32,9 @@ class Runner:
     ) -> NDArray[np.float32]:
         """Logits ``[b, s, vocab]`` of the next tokens of each slot."""
         ids = np.asarray(ids)
-        starts = np.array([self.lengths[slot] for slot in slots])
-        offsets = np.arange(ids.shape[1])
-        positions = starts[:, None] + offsets
-        indices = np.broadcast_to(offsets, ids.shape)
-        kv_len = int(positions.max()) + 1
-        logits = self.backend.forward(slots, self.table[ids], positions, kv_len, indices)
+        starts = [self.lengths[slot] for slot in slots]
+        indices = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        logits = self.backend.forward(step_after(slots, starts, self.table[ids], indices))
         for slot in slots:
             self.lengths[slot] += ids.shape[1]
         return np.array(logits)

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from edge.backends.ort import OrtBackend, contiguous_runs
+from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, BundleError, ConfigError, DependencyError
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
@@ -153,29 +155,25 @@ def test_wrong_steps_are_refused_before_the_engine_runs(runner: Runner):
         backend.write_slot(slot, np.full_like(backend.read_slot(slot, end), 7))
     engine, backend._session = backend._session, NotToBeUsed()
 
-    def step(slots: list[int], first: int, seq: int, kv_len: int, rows: int = 1) -> None:
-        positions = np.arange(first, first + seq)[None].repeat(rows, 0)
-        embeds = np.zeros((rows, seq, runner.manifest.model.hidden_size), np.float16)
-        backend.forward(slots, embeds, positions, kv_len, np.zeros((rows, 1), np.int64))
+    def step(slot: int, first: int, seq: int, kv_len: int | None = None) -> None:
+        embeds = np.zeros((1, seq, runner.manifest.model.hidden_size), np.float16)
+        made = step_after([slot], [first], embeds, np.zeros((1, 1), np.int64))
+        backend.forward(made if kv_len is None else replace(made, kv_len=kv_len))
 
     for arguments, message in (
-        (([0], end, 1, end + 1), f"positions {end}..{end} does not fit a cache of {end} rows"),
-        (([0], end - 4, 5, end + 1), "does not fit"),
-        (([3], 2**40, 1, 2**40 + 1), "does not fit"),
-        (([0], -1, 1, 1), "does not fit"),
-        (([0], 5, 2, 6), "read up to row 6"),
-        (([0], 0, 513, 513), "does not fit"),
-        (([1, 1], 0, 1, 1, 2), r"slots \[1, 1\] are not distinct"),
-        (([4], 0, 1, 1), "not distinct slots of 4"),
-        (([-1], 0, 1, 1), "not distinct slots of 4"),
-        (([0, 1], 0, 1, 1), "2 slots do not match 1 rows"),
-        (([3], 0, 1, 1, 2), "1 slots do not match 2 rows"),
+        ((0, end, 1), f"positions {end}..{end} does not fit a cache of {end} rows"),
+        ((0, end - 4, 5), "does not fit"),
+        ((3, 2**40, 1), "does not fit"),
+        ((0, 5, 1, end + 1), f"reads {end + 1} rows exceeds the cache of {end}"),
+        ((0, 0, 513), "does not fit"),
+        ((4, 0, 1), "not slots of the 4"),
+        ((-1, 0, 1), "not slots of the 4"),
     ):
         with pytest.raises(BackendError, match=message):
             step(*arguments)
     backend.max_step_tokens = 8
     with pytest.raises(BackendError, match="9 tokens exceeds max_step_tokens 8"):
-        step([0], 0, 9, 9)
+        step(0, 0, 9)
     backend._session = engine
     for slot in range(4):
         assert (backend.read_slot(slot, end) == 7).all()
@@ -186,12 +184,20 @@ class NotToBeUsed:
         raise AssertionError(f"the engine was asked for {name}")
 
 
-def test_an_engine_that_fails_is_a_backend_error(runner: Runner):
-    table = runner.table[random_ids(1, 3)]
-    positions = np.arange(3)[None]
-    with pytest.raises(BackendError, match=r"ONNX Runtime failed on a step of \(1, 3\) tokens"):
-        runner.backend.forward([0], table, positions, 3, np.array([[99]]))
+def test_an_engine_that_fails_is_a_backend_error(runner: Runner, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.backend, "_session", Fails(runner.backend._session))
+        with pytest.raises(BackendError, match=r"ONNX Runtime failed on a step of \(1, 3\) tokens"):
+            runner.step(random_ids(1, 3))
     runner.step(random_ids(1, 3))  # and goes on
+
+
+class Fails:
+    def __init__(self, session: Any) -> None:
+        self.io_binding = session.io_binding
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        raise RuntimeError("no such kernel")
 
 
 @pytest.mark.parametrize("capacity", [24, 256])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
-from edge.backends import ort_cuda
+from edge.backends import Step, ort_cuda
 from edge.backends.float_bits import from_storage, to_storage
 from edge.backends.ort_cuda import OrtCudaBackend
 from edge.backends.ort_device import OrtDevice
@@ -219,9 +219,8 @@ def test_a_longer_view_of_the_cache_changes_nothing(runner: CudaRunner):
     ids = random_ids(2, 9)
     expected = runner.step(ids, [0, 1])
     positions = np.arange(9)[None].repeat(2, 0)
-    found = runner.backend.forward(
-        [2, 3], runner.table[ids], positions, TINY_KV_CAPACITY, positions
-    )
+    step = Step([2, 3], runner.table[ids], positions, TINY_KV_CAPACITY, positions)
+    found = runner.backend.forward(step)
     assert_allclose(found, expected, atol=1e-3, rtol=0)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.backends.ort import bridged_runs
+from edge.backends.step import step_after
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner
 
@@ -39,14 +40,14 @@ def test_a_step_over_a_gap(tiny_bundles: Bundles, dialect: str, monkeypatch: pyt
     backend = runner.backend
     ids = np.random.default_rng(0).integers(0, 300, (4, 6))
     for slot in range(4):
-        positions = np.arange(6)[None]
-        backend.forward([slot], runner.table[ids[slot][None]], positions, 6, np.array([[5]]))
+        embeds = runner.table[ids[slot][None]]
+        backend.forward(step_after([slot], [0], embeds, np.array([[5]])))
     before = [backend.read_slot(slot, 6) for slot in range(4)]
 
     def decode(slots: list[int]) -> Any:
-        positions = np.full((len(slots), 1), 6)
         embeds = runner.table[ids[slots][:, :1]]
-        return backend.forward(slots, embeds, positions, 7, np.zeros((len(slots), 1), np.int64))
+        wanted = np.zeros((len(slots), 1), np.int64)
+        return backend.forward(step_after(slots, [6] * len(slots), embeds, wanted))
 
     alone = {slot: decode([slot]).copy() for slot in range(4)}
     calls: list[tuple[int, int]] = []

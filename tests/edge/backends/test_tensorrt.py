@@ -27,6 +27,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from edge.backends import cuda
 from edge.backends.bound_context import StepShape
 from edge.backends.device_memory import plan_engine_memory
+from edge.backends.step import step_after
 from edge.backends.tensorrt import TensorRTBackend
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EmbeddingTable
@@ -221,21 +222,16 @@ def test_the_last_row_is_usable_and_what_passes_it_is_refused(
         last = runner.step(random_ids(1, 1), [0])
         assert np.isfinite(last).all()
         calls = len(gpu.calls)
-        for slots, first, seq, kv_len, message in (
-            ([0], CAPACITY, 1, CAPACITY + 1, "does not fit a cache of 128 rows"),
-            ([0], 120, 9, CAPACITY + 1, "does not fit"),
-            ([0], -1, 1, 1, "does not fit"),
-            ([0], 5, 2, 6, "read up to row 6"),
-            ([0], 5, 1, CAPACITY + 1, "exceeds the cache of 128"),
-            ([1], 0, 1, 1, "not distinct slots of 1"),
-            ([0, 0], 0, 1, 1, "not distinct"),
-            ([0], 0, 25, 25, "25 tokens exceeds max_step_tokens 24"),
+        for slot, first, seq, message in (
+            (0, CAPACITY, 1, "does not fit a cache of 128 rows"),
+            (0, 120, 9, "does not fit"),
+            (1, 0, 1, "not slots of the 1"),
+            (0, 0, 25, "25 tokens exceeds max_step_tokens 24"),
         ):
-            positions = np.arange(first, first + seq)[None].repeat(len(slots), 0)
-            embeds = np.zeros((len(slots), seq, runner.manifest.model.hidden_size), np.float16)
-            indices = np.zeros((len(slots), 1), np.int64)
+            embeds = np.zeros((1, seq, runner.manifest.model.hidden_size), np.float16)
+            step = step_after([slot], [first], embeds, np.zeros((1, 1), np.int64))
             with pytest.raises(BackendError, match=message):
-                backend.forward(slots, embeds, positions, kv_len, indices)
+                backend.forward(step)
         assert len(gpu.calls) == calls, "refused before the GPU hears of it"
 
 
@@ -276,10 +272,9 @@ def test_more_logits_than_fit_are_fetched_in_pieces(
     with GpuRunner(bundle, gpu, max_logits=5) as few, GpuRunner(bundle, gpu) as many:
         assert_allclose(few.step(ids, [3, 1]), many.step(ids, [3, 1]), atol=0.02, rtol=0)
         table = few.table[ids[:1]]
-        positions = np.arange(24)[None]
         wanted = np.array([[20, 3, 3, 0, 23, 20, 7, 8, 9]])  # in any order, and twice
-        ours = few.backend.forward([0], table, positions, 24, wanted)
-        whole = many.backend.forward([0], table, positions, 24, np.arange(24)[None])
+        ours = few.backend.forward(step_after([0], [0], table, wanted))
+        whole = many.backend.forward(step_after([0], [0], table, np.arange(24)[None]))
         assert_allclose(ours[0], whole[0][wanted[0]], atol=0.02, rtol=0)
         assert_allclose(few.backend.read_slot(0, 24), many.backend.read_slot(0, 24), atol=0.01)
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge.backends import Step
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.cli.bench import bench
@@ -53,9 +54,9 @@ class Recorder(ScriptedBackend):
         super().__init__(*args, **kwargs)
         self.slots: list[list[int]] = []
 
-    def forward(self, slots, *args):
-        self.slots.append(list(slots))
-        return super().forward(slots, *args)
+    def forward(self, step: Step) -> Any:
+        self.slots.append(list(step.slots))
+        return super().forward(step)
 
 
 def test_a_repeat_is_a_prefill_of_each_slot_and_a_decode_of_all(tiny: Any):

@@ -103,7 +103,8 @@ def test_windows():
         cut_windows([1], 4)
 
 
-def test_each_token_is_scored_as_the_successor_of_the_one_before(tmp_path: Path):
+@pytest.mark.parametrize("steps", [CHUNK_TOKENS, 7])  # an engine may take fewer than a block
+def test_each_token_is_scored_as_the_successor_of_the_one_before(tmp_path: Path, steps: int):
     """A model that gives the next higher of 9 tokens a half, and each other token a sixteenth."""
     table = EmbeddingTable(write_table(tmp_path / "table", 9))
 
@@ -113,7 +114,7 @@ def test_each_token_is_scored_as_the_successor_of_the_one_before(tmp_path: Path)
         return row
 
     size = 2 * CHUNK_TOKENS
-    backend = ScriptedBackend(table, count_up, capacity=size, max_step_tokens=CHUNK_TOKENS)
+    backend = ScriptedBackend(table, count_up, capacity=size, max_step_tokens=steps)
     model = SimpleNamespace(backend=backend, embeddings=table, manifest=make_manifest())
     ids = [at % 9 for at in range(size)]
     unexpected = [5, CHUNK_TOKENS, size - 1]  # the second is the first of the second step
@@ -125,6 +126,7 @@ def test_each_token_is_scored_as_the_successor_of_the_one_before(tmp_path: Path)
     np.testing.assert_allclose(found.nll, wanted, rtol=1e-6)
     perplexity = summarize(found)["perplexity"]
     assert perplexity == pytest.approx(2 * 8 ** (3 / (size - 1)))
+    assert np.bincount(found.block).max() == steps
 
 
 def test_layer_errors_by_hand():

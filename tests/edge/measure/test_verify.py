@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from edge.backends import Floats
+from edge.backends import Step
 from edge.backends.ort import OrtBackend
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
@@ -36,9 +35,8 @@ def open_backend(bundle: Path, **options) -> OrtBackend:
     return OrtBackend(bundle, read_manifest(bundle), **options)
 
 
-def embedder(bundle: Path) -> Callable[[Sequence[int]], Floats]:
-    table = EmbeddingTable(bundle / EMBEDDINGS_NAME)
-    return lambda ids: table[np.asarray(ids, dtype=np.int64)]
+def table_of(bundle: Path) -> EmbeddingTable:
+    return EmbeddingTable(bundle / EMBEDDINGS_NAME)
 
 
 class Perturbed(OrtBackend):
@@ -48,18 +46,18 @@ class Perturbed(OrtBackend):
     start = 0
     spoilt = False
 
-    def forward(self, slots, embeds, positions, kv_len, logits_indices):
-        embeds = embeds.copy()
+    def forward(self, step: Step) -> Any:
+        positions = step.positions
         if self.fault == "position" and positions[0, 0] >= self.start:
-            positions = np.maximum(positions - 1, 0) if positions.shape[1] == 1 else positions
-        logits = super().forward(slots, embeds, positions, kv_len, logits_indices)
+            positions = np.maximum(positions - 1, 0) if step.seq == 1 else positions
+        logits = super().forward(replace(step, positions=positions))
         if self.fault == "logits" and positions[0, 0] >= self.start:
             logits = logits + np.random.RandomState(0).standard_normal(logits.shape).astype("f4")
         if self.fault == "cache":
             self._cache[-1][0, 0, positions[0, 0]] *= -1
         if self.fault == "NaN in the first prompt's cache" and not self.spoilt:
             self._cache[-1][0, 0, positions[0, 0]] = np.nan
-            self.spoilt = kv_len > len(PROMPTS[0])
+            self.spoilt = step.kv_len > len(PROMPTS[0])
         if self.fault == "nan":
             logits = np.full_like(logits, np.nan)
         return logits
@@ -67,7 +65,7 @@ class Perturbed(OrtBackend):
 
 def test_the_same_engine_agrees_with_itself_whatever_its_chunks(bundle: Path) -> None:
     whole, pieces = open_backend(bundle), open_backend(bundle, max_step_tokens=3)
-    report = compare_backends(whole, pieces, PROMPTS, embedder(bundle), decode_steps=8)
+    report = compare_backends(whole, pieces, PROMPTS, table_of(bundle), decode_steps=8)
     assert report.passed, report.misses
     assert report.prefill.positions == 8
     assert report.decode.positions == 16
@@ -78,7 +76,7 @@ def test_the_same_engine_agrees_with_itself_whatever_its_chunks(bundle: Path) ->
 
 def test_the_unfused_graph_agrees_with_the_fused_one(bundle: Path) -> None:
     plain = open_backend(bundle, fuse_attention=False)
-    report = compare_backends(open_backend(bundle), plain, PROMPTS, embedder(bundle))
+    report = compare_backends(open_backend(bundle), plain, PROMPTS, table_of(bundle))
     assert report.passed, report.misses
     assert report.decode.positions == 64
 
@@ -93,7 +91,7 @@ def test_a_fault_is_a_miss_in_the_phase_where_it_shows(
     wrong = Perturbed(bundle, read_manifest(bundle))
     wrong.fault, wrong.start = fault, 7
     report = compare_backends(
-        open_backend(bundle), wrong, PROMPTS[:1], embedder(bundle), decode_steps=8
+        open_backend(bundle), wrong, PROMPTS[:1], table_of(bundle), decode_steps=8
     )
     assert not report.passed
     assert any(miss.startswith(phase) for miss in report.misses)
@@ -105,7 +103,7 @@ def test_a_nan_in_the_cache_of_one_prompt_is_a_miss(bundle: Path) -> None:
     wrong = Perturbed(bundle, read_manifest(bundle))
     wrong.fault = "NaN in the first prompt's cache"
     report = compare_backends(
-        open_backend(bundle), wrong, PROMPTS, embedder(bundle), decode_steps=1
+        open_backend(bundle), wrong, PROMPTS, table_of(bundle), decode_steps=1
     )
     assert math.isnan(report.min_cache_cosine)
     assert any(miss.startswith("cache: cosine nan") for miss in report.misses)
@@ -123,7 +121,7 @@ def test_a_figure_that_is_no_number_is_a_miss(figure: str) -> None:
 def test_positions_that_are_no_numbers_leave_no_figure(bundle: Path) -> None:
     wrong = Perturbed(bundle, read_manifest(bundle))
     wrong.fault = "nan"
-    report = compare_backends(open_backend(bundle), wrong, PROMPTS, embedder(bundle))
+    report = compare_backends(open_backend(bundle), wrong, PROMPTS, table_of(bundle))
     assert np.isnan([report.prefill.mean_kl, report.prefill.min_cosine]).all()
     assert report.min_cache_cosine == pytest.approx(1)  # the cache itself is sound
 
@@ -132,7 +130,7 @@ def test_thresholds_are_the_callers(bundle: Path) -> None:
     wrong = Perturbed(bundle, read_manifest(bundle))
     wrong.fault = "logits"
     loose = Thresholds(cosine=-1, top1=0, kl=100, cache_cosine=-1)
-    args = open_backend(bundle), wrong, PROMPTS, embedder(bundle)
+    args = open_backend(bundle), wrong, PROMPTS, table_of(bundle)
     assert not compare_backends(*args, decode_steps=4).passed
     assert compare_backends(*args, decode_steps=4, thresholds=loose).passed
 
@@ -141,7 +139,7 @@ def test_thresholds_are_the_callers(bundle: Path) -> None:
 def test_prompts_that_cannot_be_compared_are_refused(bundle: Path, prompts) -> None:
     backend = open_backend(bundle)
     with pytest.raises(ConfigError, match="prompt"):
-        compare_backends(backend, backend, prompts, embedder(bundle))
+        compare_backends(backend, backend, prompts, table_of(bundle))
 
 
 def run(*arguments: object) -> Result:

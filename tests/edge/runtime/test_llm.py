@@ -19,6 +19,7 @@ import pytest
 import edge.runtime.llm
 from edge import LLM, GenerationChunk, SamplingParams
 from edge.backends import ort
+from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.engine_config import EngineConfig
@@ -546,9 +547,8 @@ def test_scores_are_the_log_softmax_of_one_big_step(chunk: int, tiny_bundles: Bu
     with LLM(tiny_bundles("qwen3"), num_threads=1, prefill_chunk=chunk) as llm:
         scores = llm.score(ids.tolist())
     with LLM(tiny_bundles("qwen3"), num_threads=1) as llm:
-        positions = np.arange(99)[None]
-        logits = llm.backend.forward([0], llm.embeddings[ids[None, :-1]], positions, 99, positions)
-        wide = logits[0].astype(np.float64)
+        [(_, logits)] = prefill(llm.backend, llm.embeddings, ids[:-1], wanted=all_tokens)
+        wide = logits.astype(np.float64)
     expected = wide[np.arange(99), ids[1:]] - np.log(np.exp(wide).sum(axis=-1))
     np.testing.assert_allclose(scores, expected, atol=5e-5)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from edge.backends import Floats
 from edge.backends.ort import OrtBackend
+from edge.backends.step import step_after
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import ModelSpec, RopeSpec, read_manifest
 from edge.bundle.rope import inverse_frequencies, turn
@@ -90,10 +91,7 @@ def test_turned_keys_are_those_that_the_graph_computes_there(
     ids = np.random.RandomState(3).randint(0, 300, 60)
 
     def rows_of(tokens: np.ndarray) -> np.ndarray:
-        positions = np.arange(len(tokens))[None]
-        backend.forward(
-            [0], table[tokens[None]], positions, len(tokens), np.array([[len(tokens) - 1]])
-        )
+        backend.forward(step_after([0], [0], table[tokens[None]], np.array([[len(tokens) - 1]])))
         return np.asarray(backend.read_slot(0, len(tokens)))
 
     table = EmbeddingTable(bundle / EMBEDDINGS_NAME)

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from edge import LLM
+from edge.backends.step import all_tokens, prefill
 from edge.bundle.manifest import decode_manifest, encode_manifest, read_manifest
 from edge.errors import CheckpointError
 from export.cli import export as export_verb
@@ -57,9 +58,8 @@ def test_logits_of_the_bundle_equal_pefts(name: str, tmp_path: Path):
     with np.load(GOLDEN) as golden:
         expected = golden[name]
     ids = golden_ids()
-    places = np.arange(len(ids))[None]
     with LLM(tmp_path / "bundle", num_threads=1, int8_activations=False) as llm:
-        logits = llm.backend.forward([0], llm.embeddings[ids[None]], places, len(ids), places)[0]
+        [(_, logits)] = prefill(llm.backend, llm.embeddings, ids, wanted=all_tokens)
     assert_close(logits, expected, atol=FP32_ATOL, what="merged logits")
     assert not manifest.model.tied_embeddings
 
@@ -128,11 +128,9 @@ def test_quantized_and_rotated_like_any_model(base: Path, tmp_path: Path):
         )
         export_checkpoint(config)
         ids = golden_ids()
-        places = np.arange(len(ids))[None]
         with LLM(tmp_path / quant, num_threads=1, int8_activations=False) as llm:
-            answers[quant] = np.array(
-                llm.backend.forward([0], llm.embeddings[ids[None]], places, len(ids), places)[0]
-            )
+            [(_, logits)] = prefill(llm.backend, llm.embeddings, ids, wanted=all_tokens)
+            answers[quant] = np.array(logits)
     cosine = (answers["fp16"] * answers["int8-w8a8"]).sum() / np.sqrt(
         (answers["fp16"] ** 2).sum() * (answers["int8-w8a8"] ** 2).sum()
     )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge import LLM
+from edge.backends.step import all_tokens, prefill
 from edge.bundle.manifest import Manifest, Tokens, read_manifest, verify_files
 from edge.errors import CheckpointError, ConfigError
 from edge.text.chat_template import ChatTemplate, encode_chat
@@ -526,9 +527,8 @@ def export(source: Path, output: Path, **options: Any) -> Manifest:
 
 
 def logits(llm: LLM, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    places = np.arange(len(ids))[None]
-    found = llm.backend.forward([0], llm.embeddings[ids[None]], places, len(ids), places)
-    return np.array(found[0])
+    [(_, found)] = prefill(llm.backend, llm.embeddings, ids, wanted=all_tokens)
+    return np.array(found)
 
 
 def total(manifest: Manifest) -> int:

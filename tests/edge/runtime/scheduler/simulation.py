@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.runtime.scheduler.core import SequenceState
 from edge.runtime.scheduler.policy import Policy
@@ -85,11 +86,11 @@ class Simulation:
         self._forward = self.engine.backend.forward
         setattr(self.engine.backend, "forward", self._timed)  # noqa: B010
 
-    def _timed(self, slots: Any, embeds: Any, positions: Any, *rest: Any) -> Any:
-        batch, seq = positions.shape
-        ms = self._machine.chunk(seq) if seq > 1 else self._machine.decode(batch)
+    def _timed(self, step: Step) -> Any:
+        seq = step.seq
+        ms = self._machine.chunk(seq) if seq > 1 else self._machine.decode(step.batch)
         self.now += ms / 1e3 * (1 + 0.05 * self._noise.random())
-        return self._forward(slots, embeds, positions, *rest)
+        return self._forward(step)
 
     def warm_up(self) -> None:
         """A first request alone, from which the policy learns."""

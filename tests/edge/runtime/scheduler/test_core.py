@@ -19,6 +19,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, DeviceMemoryError
 from edge.runtime.generation import GenerationStats
@@ -109,10 +110,9 @@ class Life(RuleBasedStateMachine):
         )
         forward = self.engine.backend.forward
 
-        def timed(slots: Any, embeds: Any, positions: Any, *rest: Any) -> Any:
-            batch, seq = positions.shape
-            self.now += 0.01 + batch * per_sequence_s + batch * seq * per_token_s
-            return forward(slots, embeds, positions, *rest)
+        def timed(step: Step) -> Any:
+            self.now += 0.01 + step.batch * (per_sequence_s + step.seq * per_token_s)
+            return forward(step)
 
         setattr(self.engine.backend, "forward", timed)  # noqa: B010
         self.known: dict[SequenceState, Collected] = {}
@@ -338,11 +338,11 @@ def test_a_fault_ends_only_those_it_struck(table: EmbeddingTable):
     engine.core.step()  # a token of the first, four of the second
     forward, calls = engine.backend.forward, 0
 
-    def second_fails(*args: Any) -> Any:
+    def second_fails(step: Step) -> Any:
         nonlocal calls
         calls += 1
         engine.backend.fails = calls == 2
-        return forward(*args)
+        return forward(step)
 
     setattr(engine.backend, "forward", second_fails)  # noqa: B010
     engine.core.step()
@@ -357,8 +357,8 @@ def test_a_step_that_runs_out_of_memory_leaves_no_row_behind(table: EmbeddingTab
     engine = Engine(table)
     forward = engine.backend.forward
 
-    def fails(*args: Any) -> Any:
-        forward(*args)
+    def fails(step: Step) -> Any:
+        forward(step)
         raise DeviceMemoryError("the GPU is full")
 
     setattr(engine.backend, "forward", fails)  # noqa: B010
@@ -447,14 +447,14 @@ def test_nothing_is_sampled_after_a_cancel_during_the_step(table: EmbeddingTable
     _, other = engine.submit(make_request([9], replace(GREEDY, max_tokens=9)))
     forward, own_steps = engine.backend.forward, 0
 
-    def cancel_meanwhile(slots: Any, *args: Any) -> Any:
+    def cancel_meanwhile(step: Step) -> Any:
         nonlocal own_steps
-        if sequence.slot is not None and sequence.slot.index in slots:
+        if sequence.slot is not None and sequence.slot.index in step.slots:
             sequence.cancelled = own_steps == last_step
             own_steps += 1
-        return forward(slots, *args)
+        return forward(step)
 
-    engine.backend.forward = cancel_meanwhile  # type: ignore[assignment, method-assign]
+    engine.backend.forward = cancel_meanwhile  # type: ignore[method-assign]
     engine.run()
     assert sink.ids == constraint.seen == [8, 7, 6][:last_step]
     assert sink.reason == "cancelled"

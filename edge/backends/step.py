@@ -1,0 +1,200 @@
+"""One step of a decoder as a value, and the loop that runs a prompt in steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import BackendError
+
+if TYPE_CHECKING:
+    from . import Backend
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A prefill chunk or a decode step of ``B`` sequences, ``S`` tokens each.
+
+    Attributes:
+        slots: ``B`` distinct slots.
+        embeds: ``[B, S, hidden]`` rows of the token table.
+        positions: int64 ``[B, S]``, consecutive in each row; row ``b`` writes cache rows
+            ``positions[b, 0] .. positions[b, 0] + S - 1`` of its slot.
+        kv_len: rows that attention must see at least: ``positions.max() + 1``.
+        logits_indices: int64 ``[B, N]`` indices into ``S`` of the tokens that get logits.
+        starts: the first position of each sequence.
+
+    Raises:
+        BackendError: the arrays do not fit each other, slots repeat, positions are not
+            consecutive, a token would not see itself, or an index is outside ``S``.
+    """
+
+    slots: Sequence[int]
+    embeds: Floats
+    positions: Ints
+    kv_len: int
+    logits_indices: Ints
+    starts: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        positions, wanted, batch = self.positions, self.logits_indices, len(self.slots)
+        if not positions.ndim == wanted.ndim == 2 or not positions.size:
+            raise BackendError(
+                f"positions of shape {positions.shape} and logits indices of shape "
+                f"{wanted.shape} are not [batch, tokens] and [batch, logits]"
+            )
+        if batch != len(positions):
+            raise BackendError(f"{batch} slots do not match {len(positions)} rows of tokens")
+        if self.embeds.shape[:2] != positions.shape or len(wanted) != batch:
+            raise BackendError(
+                f"embeddings of shape {self.embeds.shape} and logits indices of shape "
+                f"{wanted.shape} do not match positions of shape {positions.shape}"
+            )
+        if len(set(self.slots)) != batch:
+            raise BackendError(f"slots {list(self.slots)} are not distinct")
+        starts = positions[:, 0].tolist()
+        object.__setattr__(self, "starts", starts)
+        if min(starts) < 0 or self.end > self.kv_len:
+            raise BackendError(
+                f"a step at positions {min(starts)}..{self.end - 1} does not fit a cache that is "
+                f"read up to row {self.kv_len}"
+            )
+        seq = self.seq
+        if seq > 1 and not (np.diff(positions) == 1).all():
+            raise BackendError("the positions of a sequence are not consecutive")
+        # A decode step is checked at each token: one call of NumPy, not four.
+        outside = wanted if seq == 1 else (wanted < 0) | (wanted >= seq)
+        if outside.any():
+            raise BackendError(
+                f"logits are wanted at {wanted.tolist()}, of {seq} tokens per sequence"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return len(self.slots)
+
+    @property
+    def seq(self) -> int:
+        """Tokens per sequence."""
+        return int(self.positions.shape[1])
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits per sequence."""
+        return int(self.logits_indices.shape[1])
+
+    @property
+    def end(self) -> int:
+        """The row after the last one that is written, of the longest sequence."""
+        return max(self.starts) + self.seq
+
+    def check(self, backend: Backend) -> None:
+        """Refuse what a backend cannot run: its operators write where they are told.
+
+        Raises:
+            BackendError: the backend is closed, or has no such slot, no so long cache or takes no
+                so long step.
+        """
+        if backend.failed is not None:
+            raise BackendError(f"{backend.failed}; load the bundle again")
+        if self.end > backend.capacity:
+            raise BackendError(
+                f"a step at positions {min(self.starts)}..{self.end - 1} does not fit a cache of "
+                f"{backend.capacity} rows"
+            )
+        if self.kv_len > backend.capacity:
+            raise BackendError(
+                f"a step that reads {self.kv_len} rows exceeds the cache of {backend.capacity}"
+            )
+        if self.seq > backend.max_step_tokens:
+            raise BackendError(
+                f"a step of {self.seq} tokens exceeds max_step_tokens {backend.max_step_tokens}; "
+                "split the prompt into chunks"
+            )
+        if min(self.slots) < 0 or max(self.slots) >= backend.num_slots:
+            raise BackendError(
+                f"slots {list(self.slots)} are not slots of the {backend.num_slots} that there are"
+            )
+
+
+def step_after(
+    slots: Sequence[int], past: Sequence[int], embeds: Floats, logits_indices: Ints
+) -> Step:
+    """Make the step that follows the first ``past`` rows of each slot.
+
+    Args:
+        slots: ``B`` distinct slots.
+        past: valid rows of each.
+        embeds: ``[B, S, hidden]`` rows of the token table.
+        logits_indices: ``[B, N]`` indices into ``S``.
+
+    Raises:
+        BackendError: see `Step`.
+    """
+    seq = embeds.shape[1]
+    positions = np.array(past, dtype=np.int64)[:, None] + np.arange(seq)
+    return Step(slots, embeds, positions, max(past) + seq, logits_indices)
+
+
+def all_tokens(count: int) -> Ints:
+    """Indices of every token of a chunk, for `prefill`."""
+    return np.arange(count)
+
+
+def last_token(count: int) -> Ints:
+    """Index of the last token of a chunk, for `prefill`."""
+    return np.array([count - 1])
+
+
+class TokenTable(Protocol):
+    """Rows of a token table by id; see `edge.bundle.embeddings.EmbeddingTable`."""
+
+    def __getitem__(self, ids: Ints, /) -> Floats:
+        """Rows ``[..., hidden]`` of ids ``[...]``."""
+        ...
+
+
+def prefill(
+    backend: Backend,
+    table: TokenTable,
+    ids: Sequence[int] | Ints,
+    *,
+    slot: int = 0,
+    past: int = 0,
+    max_tokens: int | None = None,
+    wanted: Callable[[int], Ints] = last_token,
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Run tokens of one sequence in chunks; each runs when it is asked for.
+
+    Args:
+        backend: the engine, whose longest step bounds a chunk.
+        table: its token table.
+        ids: the tokens, ``[n]``.
+        slot: whose rows are written.
+        past: rows of the slot that are kept; the tokens' rows follow them.
+        max_tokens: bounds a chunk, too.
+        wanted: from a chunk's number of tokens to the indices of those that get logits.
+
+    Yields:
+        The part of ``ids`` that has run, and its logits ``[len(wanted), vocab]`` in float32, valid
+        until the backend's next step.
+
+    Raises:
+        RequestError: an id outside the table.
+        BackendError: the engine failed, or the tokens do not fit its cache.
+    """
+    tokens = np.asarray(ids, dtype=np.int64)
+    chunk = min(backend.max_step_tokens, max_tokens or backend.max_step_tokens)
+    for start in range(0, len(tokens), chunk):
+        part = slice(start, min(start + chunk, len(tokens)))
+        embeds = table[tokens[None, part]]
+        indices = wanted(part.stop - start)[None]
+        yield part, backend.forward(step_after([slot], [past + start], embeds, indices))[0]
