@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,12 +30,12 @@ from edge.errors import (
 
 from .cpu_attention import fuse_cache_attention
 from .host_cache import HostCache
-from .step import Floats, Ints, Step
+from .step import Floats, Step
+from .windows import Batching, Window, window_step
 
 if TYPE_CHECKING:
     import onnxruntime
 
-_GAP = -1
 _ROUNDS_INT8_WEIGHTS_SINCE = (1, 25)  # MatMulNBits of INT8 weights; of INT4 ones 1.23 has it
 
 
@@ -118,6 +117,7 @@ class OrtBackend:
             ) from error
         self._cache = self._memory.arrays
         self._kv_positions = np.arange(self.capacity, dtype=np.int64)
+        self._batching = ort_batching(self._fused)
         self._decode_steps: dict[tuple[int, int], BoundStep] = {}
 
     @property
@@ -133,41 +133,21 @@ class OrtBackend:
     def forward(self, step: Step) -> NDArray[np.float32]:
         """See `edge.backends.Backend.forward`."""
         step.check(self)
-        slots, embeds, positions = step.slots, step.embeds, step.positions
-        kv_len, logits_indices = step.kv_len, step.logits_indices
-        if positions.shape[1] == 1 == logits_indices.shape[1]:
-            runs = bridged_runs(slots)
-        elif self._fused and positions[:, 0].any():
-            # GroupQueryAttention takes several tokens behind a past for one sequence at a time.
-            runs = [(slot, [row]) for row, slot in enumerate(slots)]
-        else:
-            runs = contiguous_runs(slots)
-        if len(runs) == 1 and runs[0][1] == list(range(len(slots))):
-            return self._run(slots[0], embeds, positions, kv_len, logits_indices)
-        shape = (*logits_indices.shape, self.model.vocab_size)
+        windows = self._batching.plan(step)
+        if len(windows) == 1 and windows[0].whole:
+            return self._run(step)
+        shape = (*step.logits_indices.shape, self.model.vocab_size)
         logits = np.empty(shape, dtype=np.float32)
-        for first, rows in runs:
-            real = [at for at, row in enumerate(rows) if row != _GAP]
-            found = self._run_bridged(first, rows, embeds, positions, kv_len, logits_indices)
-            logits[[rows[at] for at in real]] = found[real]
+        for window in windows:
+            logits[list(window.rows)] = self._run_window(window, step)[list(window.places)]
         return logits
 
-    def _run_bridged(
-        self,
-        first: int,
-        rows: list[int],
-        embeds: Floats,
-        positions: Ints,
-        kv_len: int,
-        logits_indices: Ints,
-    ) -> NDArray[np.float32]:
-        """Run neighbouring slots; those of gaps write a row that is put back afterwards."""
-        gaps = [at for at, row in enumerate(rows) if row == _GAP]
-        kept = [(first + at, self.read_slot(first + at, 1)) for at in gaps]
-        places = positions[rows]
-        places[gaps] = 0  # one row to attend to
+    def _run_window(self, window: Window, step: Step) -> NDArray[np.float32]:
+        """Run a part of a step; the row that an idle slot writes is put back afterwards."""
+        idle = [window.first + place for place in window.idle]
+        kept = [(slot, self.read_slot(slot, 1)) for slot in idle]
         try:
-            return self._run(first, embeds[rows], places, kv_len, logits_indices[rows])
+            return self._run(window_step(window, step))
         finally:
             for slot, row in kept:
                 self._put_back(slot, row)
@@ -213,31 +193,36 @@ class OrtBackend:
         self.max_step_tokens = max_step_tokens
         io_spec.check_capacity(self.capacity, manifest.rope_positions)
 
-    def _run(
-        self, first: int, embeds: Floats, positions: Ints, kv_len: int, logits_indices: Ints
-    ) -> NDArray[np.float32]:
-        batch, seq = positions.shape
-        num_logits = logits_indices.shape[1]
+    def _run(self, step: Step) -> NDArray[np.float32]:
+        first, batch, seq, num_logits = step.slots[0], step.batch, step.seq, step.num_logits
         if seq == 1 and num_logits == 1:
             # Decode repeats the same shapes for ever: bind the cache once per run of slots.
-            step = self._decode_steps.get((first, batch))
-            if step is None:
-                step = self._decode_steps[first, batch] = self._make_step(first, batch, 1, 1)
+            bound = self._decode_steps.get((first, batch))
+            if bound is None:
+                bound = self._decode_steps[first, batch] = self._make_step(first, batch, 1, 1)
         else:
-            step = self._make_step(first, batch, seq, num_logits)
-        return step.run(embeds, positions, kv_len, logits_indices)
+            bound = self._make_step(first, batch, seq, num_logits)
+        return bound.run(step)
 
     def _make_step(self, first: int, batch: int, seq: int, num_logits: int) -> BoundStep:
         return _Step(self, first, batch, seq, num_logits)
 
 
+def ort_batching(fused: bool) -> Batching:
+    """What ONNX Runtime takes in one run; ``fused`` is with `GroupQueryAttention`.
+
+    A run reads all weights, a row more computes: at the 1.5B shape (INT4, 2 cores) 20 ms and 10 ms.
+    So decode spans one idle slot. `GroupQueryAttention` takes several tokens after a past for one
+    sequence at a time.
+    """
+    return Batching(decode_gap=1, chunk_gap=0, alone_after_past=fused)
+
+
 class BoundStep(Protocol):
     """A step of one shape, prepared once and run many times."""
 
-    def run(
-        self, embeds: Floats, positions: Ints, kv_len: int, logits_indices: Ints
-    ) -> NDArray[np.float32]:
-        """Logits ``[B, N, vocab]``; the arguments are those of `Step`."""
+    def run(self, step: Step) -> NDArray[np.float32]:
+        """Logits ``[B, N, vocab]``; the step's slots are those that are bound."""
         ...
 
 
@@ -286,61 +271,33 @@ class _Step:
     def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
         bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def run(
-        self, embeds: Floats, positions: Ints, kv_len: int, logits_indices: Ints
-    ) -> NDArray[np.float32]:
+    def run(self, step: Step) -> NDArray[np.float32]:
         backend = self._backend
-        self._embeds[...] = embeds
-        self._positions[...] = positions
-        self._cursor[...] = positions[:, 0]
-        self._indices[...] = logits_indices
-        kv_len = backend.dialect.rows_read(positions[:, 0].tolist(), kv_len)
+        self._embeds[...] = step.embeds
+        self._positions[...] = step.positions
+        self._cursor[...] = step.starts
+        self._indices[...] = step.logits_indices
+        kv_len = backend.dialect.rows_read(step.starts, step.kv_len)
         self._bind(self._binding.bind_input, io_spec.KV_POSITIONS, backend._kv_positions[:kv_len])
         try:
             backend._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise BackendError(
-                f"ONNX Runtime failed on a step of {positions.shape} tokens: {error}"
+                f"ONNX Runtime failed on a step of {step.positions.shape} tokens: {error}"
             ) from error
-        self._append(positions)
-        for slot, last in enumerate(positions[:, -1].tolist(), start=self._slots.start):
-            self._memory.wrote(slot, last + 1)
-        self._memory.settle(positions.size)
+        self._append(step)
+        for slot, start in enumerate(step.starts, start=self._slots.start):
+            self._memory.wrote(slot, start + step.seq)
+        self._memory.settle(step.positions.size)
         return self._logits
 
-    def _append(self, positions: Ints) -> None:
-        """Copy the step's keys and values into the cache (dialect ``portable``)."""
+    def _append(self, step: Step) -> None:
+        """Copy the step's keys and values into the cache, where the graph does not write them."""
         if not self._new:
             return
-        seq = positions.shape[1]
-        for row, start in enumerate(positions[:, 0].tolist()):
+        for row, start in enumerate(step.starts):
             for cache, new in zip(self._caches, self._new, strict=True):
-                cache[row, :, start : start + seq] = new[row]
-
-
-def contiguous_runs(slots: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Group slots into runs of neighbours: ``(first slot, indices into slots)`` each."""
-    runs: list[tuple[int, list[int]]] = []
-    for index in sorted(range(len(slots)), key=slots.__getitem__):
-        if runs and slots[index] == runs[-1][0] + len(runs[-1][1]):
-            runs[-1][1].append(index)
-        else:
-            runs.append((slots[index], [index]))
-    return runs
-
-
-def bridged_runs(slots: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Like `contiguous_runs`, but over gaps of one slot, which stand as ``-1``.
-
-    A run reads all weights, a row more computes: at the 1.5B shape (INT4, 2 cores) 20 ms and 10 ms.
-    """
-    runs: list[tuple[int, list[int]]] = []
-    for first, rows in contiguous_runs(slots):
-        if runs and first == runs[-1][0] + len(runs[-1][1]) + 1:
-            runs[-1][1].extend([_GAP, *rows])
-        else:
-            runs.append((first, rows))
-    return runs
+                cache[row, :, start : start + step.seq] = new[row]
 
 
 def _return_freed_memory() -> None:

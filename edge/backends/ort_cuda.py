@@ -36,11 +36,11 @@ from edge.errors import (
 
 from .cpu_attention import fuse_cache_attention
 from .float_bits import from_storage, storage_dtype, to_storage
-from .ort import BoundStep, OrtBackend, load_graph, session_options
+from .ort import BoundStep, OrtBackend, load_graph, ort_batching, session_options
 from .ort_device import OrtDevice, import_for_device, open_on_device
 from .ort_placement import tensor_nodes_elsewhere
 from .ort_rows import Block, RowMover
-from .step import Floats, Ints, Step, last_token, step_after
+from .step import Floats, Step, last_token, step_after
 
 _LOG = logging.getLogger(__name__)
 _BF16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such type, its bits travel as uint16
@@ -93,6 +93,7 @@ class OrtCudaBackend(OrtBackend):
         self._lost: str | None = None
         self._session = None
         self._decode_steps = {}
+        self._batching = ort_batching(fuse_attention and self.dialect.one_attention_operator)
         self._caches: list[Block] = []
         _check_types(manifest)
         self._ort = import_for_device(manifest, self.device)
@@ -345,22 +346,16 @@ class _DeviceStep:
             name, where.name, where.index, element_type, block.shape, block.address
         )
 
-    def run(
-        self, embeds: Floats, positions: Ints, kv_len: int, logits_indices: Ints
-    ) -> NDArray[np.float32]:
+    def run(self, step: Step) -> NDArray[np.float32]:
         backend = self._backend
-        kv_len = backend.dialect.rows_read(positions[:, 0].tolist(), kv_len)
+        kv_len = backend.dialect.rows_read(step.starts, step.kv_len)
         if backend._fused:
             # GroupQueryAttention takes the length for the longest sequence of this very batch.
-            kv_len = int(positions[:, -1].max()) + 1
-        arrays = (
-            to_storage(embeds, backend._float_type),
-            positions,
-            positions[:, 0],
-            logits_indices,
-        )
+            kv_len = step.end
+        embeds = to_storage(step.embeds, backend._float_type)
+        arrays = (embeds, step.positions, step.starts, step.logits_indices)
         rows = Block(backend.positions.address, (kv_len,), backend.positions.owner)
-        with backend.explain(f"on a step of {positions.shape} tokens"):
+        with backend.explain(f"on a step of {step.positions.shape} tokens"):
             for (name, buffer), array in zip(self._inputs.items(), arrays, strict=True):
                 buffer[...] = array
                 element = self._float_type if name == io_spec.INPUTS_EMBEDS else np.int64
@@ -368,7 +363,7 @@ class _DeviceStep:
             self._bind_input(io_spec.KV_POSITIONS, rows, np.int64)
             self._session.run_with_iobinding(self._binding)
             if self._append is not None:
-                self._append.write(positions[:, 0])
+                self._append.write(step.starts)
         return from_storage(self._logits, backend._float_type).astype(np.float32, copy=False)
 
 

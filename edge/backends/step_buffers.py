@@ -17,7 +17,7 @@ from edge.bundle.manifest import FloatType, ModelSpec
 
 from . import cuda
 from .device_memory import StepSizes, input_layout, logits_bytes
-from .step import Floats, Ints
+from .step import Floats, Step
 from .windows import Window
 
 _SIGN_AND_MAGNITUDE = np.int32(0x8FFFE000 - (1 << 32))
@@ -85,35 +85,25 @@ class StepBuffers:
     def _region(self, offset: int, count: int, dtype: Any) -> NDArray[Any]:
         return self._inputs[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
 
-    def fill(
-        self,
-        window: Window,
-        embeds: Floats,
-        positions: Ints,
-        logits_indices: Ints,
-        *,
-        idle_cursor: int,
-    ) -> None:
+    def fill(self, window: Window, step: Step, *, idle_cursor: int) -> None:
         """Write a window's inputs into the staging memory.
 
         Args:
             window: which sequences stand where; idle places get position 0 and ``idle_cursor``.
-            embeds: ``[B, S, hidden]`` of all of the caller's sequences; so are the other two.
-            positions: ``[B, S]``.
-            logits_indices: ``[B, N]``.
+            step: all of the caller's sequences.
             idle_cursor: the cache row that an idle slot writes.
         """
-        batch, seq, num = window.batch, positions.shape[1], logits_indices.shape[1]
+        batch, seq, num = window.batch, step.seq, step.num_logits
         rows = self._embeds[: batch * seq * self._hidden_size].reshape(batch, seq, -1)
         wanted = self._positions[: batch * seq].reshape(batch, seq)
         indices = self._indices[: batch * num].reshape(batch, num)
         cursor = self._cursor[:batch]
-        source = round_to_bf16(embeds) if self._bf16 else embeds
-        if window.whole and batch == len(positions):
+        source = round_to_bf16(step.embeds) if self._bf16 else step.embeds
+        if window.whole and batch == step.batch:
             rows[...] = source
-            wanted[...] = positions
-            cursor[...] = positions[:, 0]
-            indices[...] = logits_indices
+            wanted[...] = step.positions
+            cursor[...] = step.starts
+            indices[...] = step.logits_indices
             return
         places, chosen = list(window.places), list(window.rows)
         if len(places) < batch:
@@ -121,9 +111,9 @@ class StepBuffers:
             cursor[...] = idle_cursor
             indices[...] = 0
         rows[places] = source[chosen]
-        wanted[places] = positions[chosen]
-        cursor[places] = positions[chosen, 0]
-        indices[places] = logits_indices[chosen]
+        wanted[places] = step.positions[chosen]
+        cursor[places] = [step.starts[row] for row in chosen]
+        indices[places] = step.logits_indices[chosen]
 
     def upload(self, stream: cuda.Stream, batch: int, seq: int, num_logits: int) -> None:
         """Put the copies of the inputs on a stream; none where the memory is shared."""

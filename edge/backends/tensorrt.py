@@ -39,10 +39,10 @@ from .device_memory import (
     plan_engine_memory,
     step_sizes,
 )
-from .step import Floats, Ints, Step
+from .step import Floats, Step, step_after
 from .step_buffers import StepBuffers
 from .tensorrt_engine import ChosenEngine, Engine, choose_engine
-from .windows import Window, plan_windows
+from .windows import UNBOUNDED, Batching, Window
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -134,8 +134,15 @@ class TensorRTBackend:
         spare = self._dialect.in_place and min(info.max_batch, self.num_slots) > 1
         self.capacity = info.kv_capacity - int(spare)
         sizes = step_sizes(info, max_logits)
-        self._max_tokens, self._max_logits = sizes[0].tokens, sizes[0].logits
-        self._max_num_logits = min(self._max_logits, info.max_prefill)  # of one sequence
+        self._max_num_logits = min(sizes[0].logits, info.max_prefill)  # of one sequence
+        self._batching = Batching(
+            decode_gap=UNBOUNDED,
+            # Several tokens of an idle slot would not all land in its spare row.
+            chunk_gap=0 if self._dialect.in_place else UNBOUNDED,
+            max_batch=info.max_batch,
+            max_tokens=sizes[0].tokens,
+            max_logits=sizes[0].logits,
+        )
 
         def plan(activations_bytes: int) -> EngineMemory:
             return plan_engine_memory(
@@ -248,70 +255,46 @@ class TensorRTBackend:
             self._leave()
 
     def _forward(self, step: Step) -> NDArray[np.float32]:
-        slots, embeds, positions = step.slots, step.embeds, step.positions
-        kv_len, logits_indices = step.kv_len, step.logits_indices
-        batch, seq, num = step.batch, step.seq, step.num_logits
-        vocab = self._manifest.model.vocab_size
-        if seq == num == 1 and batch <= len(self._decode_logits):
+        batch, num, vocab = step.batch, step.num_logits, self._manifest.model.vocab_size
+        if step.seq == num == 1 and batch <= len(self._decode_logits):
             logits = self._decode_logits[:batch]
         else:
             logits = np.empty((batch, num, vocab), dtype=np.float32)
         if num > self._max_num_logits:
             for row in range(batch):
-                one = slice(row, row + 1)
-                logits[row] = self._run_in_pieces(
-                    slots[row], embeds[one], positions[one], logits_indices[row]
-                )
+                logits[row] = self._run_in_pieces(step, row)
             return logits
-        width = self.info.max_batch
-        if seq > 1 or num > 1:
-            width = max(1, min(width, self._max_tokens // seq, self._max_logits // num))
-        for window in plan_windows(slots, width, span_idle=seq == 1 or not self._dialect.in_place):
-            self._run(window, embeds, positions, kv_len, logits_indices, logits)
+        for window in self._batching.plan(step):
+            self._run(window, step, logits)
         return logits
 
-    def _run_in_pieces(
-        self, slot: int, embeds: Floats, positions: Ints, wanted: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """More logits of one sequence than fit: cut its tokens behind every so many of them.
+    def _run_in_pieces(self, step: Step, row: int) -> NDArray[np.float32]:
+        """Fetch more logits of one sequence than fit: cut its tokens after the last that do.
 
         What comes first lies in the cache when the next piece attends to it.
         """
-        places, inverse = np.unique(wanted, return_inverse=True)
+        slot, past, embeds = step.slots[row], step.starts[row], step.embeds[row : row + 1]
+        places, inverse = np.unique(step.logits_indices[row], return_inverse=True)
         found = np.empty((len(places), self._manifest.model.vocab_size), dtype=np.float32)
-        window, start, seq = Window(slot, 1, (0,), (0,)), 0, positions.shape[1]
+        window, start = Window(slot, 1, (0,), (0,)), 0
         for group in range(0, len(places), self._max_num_logits):
             some = places[group : group + self._max_num_logits]
             last = group + len(some) == len(places)
-            end = seq if last else int(some[-1]) + 1
-            self._run(
-                window,
-                embeds[:, start:end],
-                positions[:, start:end],
-                int(positions[0, end - 1]) + 1,
-                some[None] - start,
-                found[None, group : group + len(some)],
-            )
+            end = step.seq if last else int(some[-1]) + 1
+            piece = step_after([slot], [past + start], embeds[:, start:end], some[None] - start)
+            self._run(window, piece, found[None, group : group + len(some)])
             start = end
         result: NDArray[np.float32] = found[inverse]
         return result
 
-    def _run(
-        self,
-        window: Window,
-        embeds: Floats,
-        positions: Ints,
-        kv_len: int,
-        logits_indices: Ints,
-        logits: NDArray[np.float32],
-    ) -> None:
+    def _run(self, window: Window, step: Step, logits: NDArray[np.float32]) -> None:
         """Run one window and put its logits into the caller's rows."""
-        seq, num = positions.shape[1], logits_indices.shape[1]
+        seq, num = step.seq, step.num_logits
         decode = seq == num == 1
         buffers = self._decode_buffers if decode else self._prefill_buffers
         idle = self.info.kv_capacity - 1 if self._dialect.in_place else 0
-        buffers.fill(window, embeds, positions, logits_indices, idle_cursor=idle)
-        kv_len = self._dialect.rows_read(positions[list(window.rows), 0].tolist(), kv_len)
+        buffers.fill(window, step, idle_cursor=idle)
+        kv_len = self._dialect.rows_read([step.starts[row] for row in window.rows], step.kv_len)
         shape = StepShape(window.first, window.batch, seq, num, self._bucket(kv_len))
         if not (decode and self._graphs.run(shape, self._put_decode)):
             context = self._decode if decode else self._prefill
@@ -319,14 +302,8 @@ class TensorRTBackend:
             self._put(context, shape, buffers)
         if self._new_rows is not None:
             for row, place in zip(window.rows, window.places, strict=True):
-                self._cache.append(
-                    self._new_rows,
-                    place,
-                    window.batch,
-                    seq,
-                    window.first + place,
-                    int(positions[row, 0]),
-                )
+                slot, start = window.first + place, step.starts[row]
+                self._cache.append(self._new_rows, place, window.batch, seq, slot, start)
         self._stream.synchronize()
         if window.whole and window.batch == len(logits):
             buffers.read_logits(0, logits.reshape(-1, logits.shape[-1]))

@@ -1,14 +1,22 @@
-"""Which neighbouring slots run together: the batch of an engine is a contiguous part of the cache.
+"""Which neighbouring slots run together: what an engine computes is a contiguous part of the cache.
 
 Decode is bound by reading the weights, so few wide runs beat many narrow ones: a window may span
 slots that are idle. What an idle slot computes is thrown away, and what it writes must land where
-nobody reads (see `TensorRTBackend`).
+nobody reads, or be put back.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
+
+from .step import Step
+
+UNBOUNDED = sys.maxsize
 
 
 class Window(NamedTuple):
@@ -31,14 +39,51 @@ class Window(NamedTuple):
         """Whether the caller's sequences are the batch, in order, and no slot is idle."""
         return self.rows == self.places == tuple(range(self.batch))
 
+    @property
+    def idle(self) -> list[int]:
+        """Places in the batch that are none of the caller's sequences."""
+        return [place for place in range(self.batch) if place not in self.places]
 
-def plan_windows(slots: Sequence[int], max_width: int, *, span_idle: bool) -> list[Window]:
+
+@dataclass(frozen=True)
+class Batching:
+    """What an engine takes in one run.
+
+    Attributes:
+        decode_gap: idle slots that a window may span between two neighbours, where each sequence
+            has one token.
+        chunk_gap: the same where sequences have several tokens.
+        max_batch: slots of a window, idle ones included.
+        max_tokens, max_logits: of all sequences together, where one has several of them.
+        alone_after_past: run several tokens one sequence at a time as soon as any of them follow
+            others.
+    """
+
+    decode_gap: int
+    chunk_gap: int
+    max_batch: int = UNBOUNDED
+    max_tokens: int = UNBOUNDED
+    max_logits: int = UNBOUNDED
+    alone_after_past: bool = False
+
+    def plan(self, step: Step) -> list[Window]:
+        """Cover a step's slots by windows that the engine takes, in slot order."""
+        seq, num, width = step.seq, step.num_logits, self.max_batch
+        if seq > 1 or num > 1:
+            width = min(width, self.max_tokens // seq, self.max_logits // max(num, 1))
+        if seq > 1 and self.alone_after_past and any(step.starts):
+            width = 1
+        gap = self.decode_gap if seq == 1 else self.chunk_gap
+        return plan_windows(step.slots, max(width, 1), gap)
+
+
+def plan_windows(slots: Sequence[int], max_width: int, max_gap: int) -> list[Window]:
     """Cover distinct slots by as few windows as possible, in slot order.
 
     Args:
         slots: of the caller's sequences, in any order.
         max_width: slots per window.
-        span_idle: whether a window may hold slots that are not in ``slots``.
+        max_gap: idle slots that a window may hold between two neighbours of ``slots``.
     """
     if len(slots) == 1:
         return [Window(slots[0], 1, (0,), (0,))]
@@ -47,8 +92,7 @@ def plan_windows(slots: Sequence[int], max_width: int, *, span_idle: bool) -> li
     for row in sorted(range(len(slots)), key=slots.__getitem__):
         if rows:
             first, last = slots[rows[0]], slots[rows[-1]]
-            adjacent = slots[row] == last + 1 or span_idle
-            if adjacent and slots[row] - first < max_width:
+            if slots[row] - last - 1 <= max_gap and slots[row] - first < max_width:
                 rows.append(row)
                 continue
             windows.append(_window(slots, rows))
@@ -56,6 +100,19 @@ def plan_windows(slots: Sequence[int], max_width: int, *, span_idle: bool) -> li
     if rows:
         windows.append(_window(slots, rows))
     return windows
+
+
+def window_step(window: Window, step: Step) -> Step:
+    """Make the step of a window's slots, in their order; idle ones run something at position 0."""
+    if window.whole and window.batch == step.batch:
+        return step
+    rows = np.full(window.batch, -1)  # an idle slot runs the tokens of some other one
+    rows[list(window.places)] = window.rows
+    positions = step.positions[rows]
+    for place in window.idle:
+        positions[place] = np.arange(step.seq)
+    slots = range(window.first, window.first + window.batch)
+    return Step(slots, step.embeds[rows], positions, step.kv_len, step.logits_indices[rows])
 
 
 def _window(slots: Sequence[int], rows: list[int]) -> Window:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from contextlib import ExitStack
 from typing import Any
@@ -21,38 +20,13 @@ from edge.backends.device_memory import (
     new_rows_bytes,
     new_rows_stride,
 )
+from edge.backends.step import step_after
 from edge.backends.step_buffers import StepBuffers, round_to_bf16, widen_fp16
-from edge.backends.windows import Window, plan_windows
+from edge.backends.windows import Window
 from tests.fake_cuda import FakeGpu
 from tests.manifests import make_manifest
 
 MODEL = make_manifest().model
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.integers(0, 20), unique=True, min_size=1).flatmap(st.permutations),
-    st.integers(1, 8),
-    st.booleans(),
-)
-def test_windows_cover_every_slot_once(slots: list[int], width: int, span_idle: bool):
-    windows = plan_windows(slots, width, span_idle=span_idle)
-    rows = [row for window in windows for row in window.rows]
-    assert sorted(rows) == list(range(len(slots)))
-    covered: set[int] = set()
-    for window in windows:
-        assert 1 <= window.batch <= width
-        assert [slots[row] - window.first for row in window.rows] == list(window.places)
-        assert window.places[0] == 0
-        assert window.places[-1] == window.batch - 1
-        assert span_idle or len(window.rows) == window.batch
-        mine = set(range(window.first, window.first + window.batch))
-        assert covered.isdisjoint(mine)
-        covered |= mine
-    # As few as possible: no window could have taken the first slot of the next.
-    for one, other in itertools.pairwise(windows):
-        last = one.first + one.batch - 1
-        assert other.first - one.first >= width or not (span_idle or other.first == last + 1)
 
 
 @settings(deadline=None)
@@ -120,10 +94,9 @@ def test_staging_of_a_window_with_idle_places(
         sizes = StepSizes(4, 4, 4)
         buffers = StepBuffers(device, resources, sizes, MODEL, dtype, "write_indices")
         embeds = np.arange(2 * MODEL.hidden_size).reshape(2, 1, -1).astype(np.float16)
-        positions = np.array([[7], [9]])
         window = Window(1, 3, (1, 0), (0, 2))
-        indices = np.zeros((2, 1), np.int64)
-        buffers.fill(window, embeds, positions, indices, idle_cursor=99)
+        step = step_after([3, 1], [7, 9], embeds, np.zeros((2, 1), np.int64))
+        buffers.fill(window, step, idle_cursor=99)
         buffers.upload(stream, 3, 1, 1)
         stream.synchronize()
 

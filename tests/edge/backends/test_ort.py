@@ -13,11 +13,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from edge.backends.ort import OrtBackend, contiguous_runs
+from edge.backends.ort import OrtBackend
 from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, BundleError, ConfigError, DependencyError
@@ -46,18 +44,6 @@ def open_runner(bundles: Bundles, kind: Kind, variant: str, **options: Any) -> R
     return Runner(
         bundles(kind, variant.split()[0]), fuse_attention=variant == "native fused", **options
     )
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 12), unique=True).flatmap(st.permutations))
-def test_contiguous_runs(slots: list[int]):
-    runs = contiguous_runs(slots)
-    found = [(first + i, row) for first, rows in runs for i, row in enumerate(rows)]
-    assert sorted(row for _, row in found) == list(range(len(slots)))
-    assert all(slots[row] == slot for slot, row in found)
-    # As few as possible: no run goes on where another one ends.
-    firsts = {first for first, _ in runs}
-    assert firsts.isdisjoint(first + len(rows) for first, rows in runs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

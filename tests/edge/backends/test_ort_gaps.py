@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from edge.backends.ort import bridged_runs
-from edge.backends.step import step_after
+from edge.backends.step import Step, step_after
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner
-
-
-@given(st.permutations(range(8)).flatmap(lambda p: st.integers(1, 8).map(lambda n: p[:n])))
-def test_runs_cover_all_slots_once_and_bridge_gaps_of_one(slots: list[int]):
-    runs = bridged_runs(slots)
-    covered = {}
-    for first, rows in runs:
-        assert rows[0] >= 0
-        assert rows[-1] >= 0
-        for at, row in enumerate(rows):
-            if row >= 0:
-                covered[first + at] = row
-            else:
-                assert first + at not in slots
-    assert covered == {slot: row for row, slot in enumerate(slots)}
-    ends = [(first, first + len(rows)) for first, rows in runs]
-    assert all(later - end >= 2 for (_, end), (later, _) in itertools.pairwise(ends))
 
 
 @pytest.mark.parametrize("dialect", ["native", "portable"])
@@ -53,9 +32,9 @@ def test_a_step_over_a_gap(tiny_bundles: Bundles, dialect: str, monkeypatch: pyt
     calls: list[tuple[int, int]] = []
     run = backend._run
 
-    def counted(first: int, embeds: Any, *rest: Any) -> Any:
-        calls.append((first, len(embeds)))
-        return run(first, embeds, *rest)
+    def counted(step: Step) -> Any:
+        calls.append((step.slots[0], step.batch))
+        return run(step)
 
     monkeypatch.setattr(backend, "_run", counted)
     for slots, expected in (

@@ -1,0 +1,83 @@
+"""Which slots run together, and the step that a part of them is."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from edge.backends.step import Step, step_after
+from edge.backends.windows import UNBOUNDED, Batching, Window, plan_windows, window_step
+
+SLOTS = st.lists(st.integers(0, 20), unique=True, min_size=1).flatmap(st.permutations)
+
+
+@settings(deadline=None)
+@given(SLOTS, st.integers(1, 8) | st.just(UNBOUNDED), st.sampled_from([0, 1, 2, UNBOUNDED]))
+def test_windows_cover_every_slot_once(slots: list[int], width: int, gap: int):
+    windows = plan_windows(slots, width, gap)
+    rows = [row for window in windows for row in window.rows]
+    assert sorted(rows) == list(range(len(slots)))
+    covered: set[int] = set()
+    for window in windows:
+        assert 1 <= window.batch <= width
+        assert [slots[row] - window.first for row in window.rows] == list(window.places)
+        assert window.places[0] == 0
+        assert window.places[-1] == window.batch - 1
+        assert all(b - a - 1 <= gap for a, b in itertools.pairwise(window.places))
+        assert sorted([*window.places, *window.idle]) == list(range(window.batch))
+        mine = set(range(window.first, window.first + window.batch))
+        assert covered.isdisjoint(mine)
+        covered |= mine
+    # As few as possible: no window could have taken the first slot of the next.
+    for one, other in itertools.pairwise(windows):
+        last = one.first + one.batch - 1
+        assert other.first - one.first >= width or other.first - last - 1 > gap
+
+
+def make_step(slots: list[int], past: list[int], seq: int, num_logits: int = 1) -> Step:
+    embeds = np.arange(len(slots) * seq * 2, dtype=np.float16).reshape(len(slots), seq, 2)
+    wanted = np.tile(np.arange(seq - num_logits, seq), (len(slots), 1))
+    return step_after(slots, past, embeds, wanted)
+
+
+def runs(batching: Batching, step: Step) -> list[tuple[int, int]]:
+    return [(window.first, window.batch) for window in batching.plan(step)]
+
+
+def test_decode_may_span_more_than_a_chunk():
+    batching = Batching(decode_gap=1, chunk_gap=0)
+    slots, past = [4, 0, 2], [7, 7, 7]
+    assert runs(batching, make_step(slots, past, 1)) == [(0, 5)]
+    assert runs(batching, make_step(slots, past, 3)) == [(0, 1), (2, 1), (4, 1)]
+    assert runs(batching, make_step([5, 0, 2], past, 1)) == [(0, 3), (5, 1)]
+
+
+def test_several_tokens_after_a_past_may_run_alone():
+    batching = Batching(decode_gap=0, chunk_gap=0, alone_after_past=True)
+    assert runs(batching, make_step([0, 1], [0, 0], 3)) == [(0, 2)]
+    assert runs(batching, make_step([0, 1], [0, 4], 3)) == [(0, 1), (1, 1)]
+    assert runs(batching, make_step([0, 1], [2, 4], 1)) == [(0, 2)]
+
+
+def test_tokens_and_logits_in_all_bound_a_run():
+    batching = Batching(decode_gap=UNBOUNDED, chunk_gap=0, max_batch=3, max_tokens=8, max_logits=4)
+    slots, past = [0, 1, 2, 3], [5] * 4
+    assert runs(batching, make_step(slots, past, 1)) == [(0, 3), (3, 1)]
+    assert runs(batching, make_step(slots, past, 4)) == [(0, 2), (2, 2)]
+    assert runs(batching, make_step(slots, past, 4, 4)) == [(0, 1), (1, 1), (2, 1), (3, 1)]
+    assert runs(batching, make_step(slots, past, 9)) == [(0, 1), (1, 1), (2, 1), (3, 1)]
+
+
+def test_the_step_of_a_window_is_in_the_order_of_its_slots():
+    step = make_step([3, 1, 7], [5, 9, 2], 1)
+    part = window_step(Window(1, 3, (1, 0), (0, 2)), step)
+    assert list(part.slots) == [1, 2, 3]
+    assert part.starts == [9, 0, 5]  # what is idle attends to one row
+    assert part.kv_len == step.kv_len
+    assert_array_equal(part.embeds[[0, 2]], step.embeds[[1, 0]])
+    whole = make_step([4, 5], [1, 1], 2)
+    assert window_step(Window(4, 2, (0, 1), (0, 1)), whole) is whole
