@@ -76,7 +76,8 @@ def test_every_public_name_resolves():
     [
         (
             "onnxruntime",
-            "from edge.backends import ort; ort._open_session(*[None] * 4, int8_activations=1)",
+            "from edge.backends.ort_session import import_onnxruntime as load; "
+            "load(None, 'the CPU backend needs onnxruntime', 'cpu')",
             "[cpu]'",
         ),
         (

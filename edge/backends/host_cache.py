@@ -60,6 +60,27 @@ class HostCache:
             tensor = np.frombuffer(block, dtype, int(np.prod(shape)), start).reshape(shape)
             self.arrays.append(tensor)
 
+    def read(self, slot: int, length: int) -> Floats:
+        """Copy the first rows of a slot: ``[num_tensors, kv_heads, length, head_dim]``."""
+        return np.stack([array[slot, :, :length] for array in self.arrays])
+
+    def write(self, slot: int, rows: Floats) -> None:
+        """Overwrite the first rows of a slot with what `read` returned."""
+        for array, values in zip(self.arrays, rows, strict=True):
+            array[slot, :, : values.shape[1]] = values
+        self.wrote(slot, rows.shape[2])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first rows of one slot to another."""
+        for array in self.arrays:
+            array[target, :, :length] = array[source, :, :length]
+        self.wrote(target, length)
+
+    def close(self) -> None:
+        """Let go of the memory, which lives on while anyone else holds a tensor."""
+        self.arrays, self._blocks = [], []
+        self._pending.clear()
+
     def wrote(self, slot: int, num_rows: int) -> None:
         """Note that the first ``num_rows`` rows of a slot may have been written."""
         if num_rows < self._check_at[slot]:

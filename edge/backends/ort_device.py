@@ -13,7 +13,7 @@ from typing import Any
 from edge.bundle.manifest import Manifest
 from edge.errors import DependencyError, install_command
 
-from .ort import import_onnxruntime
+from .ort_session import import_onnxruntime
 
 _LOG = logging.getLogger(__name__)
 

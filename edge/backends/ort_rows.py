@@ -57,8 +57,8 @@ class RowMover:
         self._names = [f"cache.{index}" for index in range(num_tensors)]
         self._bits = np.uint16 if dtype.itemsize == 2 else np.float32
         element = ELEMENT_NUMBERS["uint16" if dtype.itemsize == 2 else "fp32"]
-        self._scatter = open_session(_scatter_model(self._names, element))
-        self._slice = open_session(_slice_model(self._names, element))
+        self._scatter: Any = open_session(_scatter_model(self._names, element))
+        self._slice: Any = open_session(_slice_model(self._names, element))
 
     def writer(self, caches: Sequence[Block], rows: Sequence[Block]) -> RowWriter:
         """Prepare writes from one set of blocks to another; it may be used many times.
@@ -87,6 +87,10 @@ class RowMover:
         targets = [Block(array.ctypes.data, array.shape, array) for array in found]
         self._run_slice(caches, length, targets, ("cpu", 0))
         return found
+
+    def close(self) -> None:
+        """Free the sessions, which hold device memory, too."""
+        self._scatter = self._slice = None
 
     def _run_slice(
         self,

@@ -47,7 +47,7 @@ ATOL_FP16 = 0.04
 class CudaRunner(Runner):
     """A `Runner` of the CUDA backend."""
 
-    backend: OrtCudaBackend
+    backend: OrtCudaBackend  # type: ignore[assignment]
 
     def __enter__(self) -> CudaRunner:
         return self
@@ -156,9 +156,9 @@ def test_slots_do_not_touch_each_other(runner: CudaRunner):
 
 
 def test_the_cache_is_updated_in_place(runner: CudaRunner):
-    addresses = [block.address for block in runner.backend.blocks(0, 1)]
+    addresses = [block.address for block in runner.backend._cache.blocks(0, 1)]
     runner.step(random_ids(1, 5))
-    after = [block.address for block in runner.backend.blocks(0, 1)]
+    after = [block.address for block in runner.backend._cache.blocks(0, 1)]
     assert after == addresses
     rows = runner.backend.read_slot(0, 6)
     assert rows[:, :, :5].any(axis=(1, 3)).all()
@@ -311,7 +311,7 @@ LOST = (
 
 def fail_next(runner: CudaRunner, text: str) -> None:
     runner.backend._session = Failing(runner.backend._session, text)
-    runner.backend._decode_steps.clear()
+    runner.backend._runner.forget()
 
 
 def test_out_of_memory_names_the_knobs_and_the_next_step_works(runner: CudaRunner):
@@ -347,7 +347,7 @@ def test_a_row_that_cannot_be_put_back_is_no_secret(
     def no_memory(array: Any) -> Any:
         raise RuntimeError(NO_MEMORY)
 
-    monkeypatch.setattr(backend, "upload", no_memory)
+    monkeypatch.setattr(backend._cache, "upload", no_memory)
     with pytest.raises(ResourceError, match="while writing a slot"):
         runner.step(random_ids(2, 1), [0, 2])
     assert "could not be put back" in str(backend.failed)
@@ -506,6 +506,6 @@ def test_bf16_round_trip_is_exact():
 
 
 def test_errors_of_ours_pass_through(runner: CudaRunner):
-    with pytest.raises(BundleError, match="mine"), runner.backend.explain("x"):
+    with pytest.raises(BundleError, match="mine"), runner.backend._faults.explain("x"):
         raise BundleError("mine")
     assert issubclass(ResourceError, EdgeError)

@@ -30,13 +30,13 @@ def test_a_step_over_a_gap(tiny_bundles: Bundles, dialect: str, monkeypatch: pyt
 
     alone = {slot: decode([slot]).copy() for slot in range(4)}
     calls: list[tuple[int, int]] = []
-    run = backend._run
+    run = backend._runner._run
 
     def counted(step: Step) -> Any:
         calls.append((step.slots[0], step.batch))
         return run(step)
 
-    monkeypatch.setattr(backend, "_run", counted)
+    monkeypatch.setattr(backend._runner, "_run", counted)
     for slots, expected in (
         ([0, 2], [(0, 3)]),
         ([3, 1, 0], [(0, 4)]),

@@ -1,0 +1,193 @@
+"""Sessions of ONNX Runtime on a bundle's graphs, and what they need to be opened."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from edge.bundle import io_spec
+from edge.bundle.manifest import FloatType, Manifest
+from edge.bundle.onnx_file import OnnxFile
+from edge.errors import BackendError, BundleError, ConfigError, DependencyError, install_command
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_ROUNDS_INT8_WEIGHTS_SINCE = (1, 25)  # MatMulNBits of INT8 weights; of INT4 ones 1.23 has it
+
+
+def check_sizes(
+    manifest: Manifest, num_slots: int, kv_capacity: int | None, max_step_tokens: int
+) -> int:
+    """Check the sizes of a cache and of its steps, and return the rows per slot.
+
+    Args:
+        manifest: of the bundle.
+        num_slots: sequences that the cache holds.
+        kv_capacity: rows per slot; None is the bundle's own.
+        max_step_tokens: the most tokens per sequence and step.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+    if num_slots < 1 or max_step_tokens < 1:
+        raise ConfigError(
+            f"num_slots ({num_slots}) and max_step_tokens ({max_step_tokens}) must be positive"
+        )
+    capacity = manifest.kv_capacity if kv_capacity is None else kv_capacity
+    io_spec.check_capacity(capacity, manifest.rope_positions)
+    return capacity
+
+
+def check_threads(num_threads: int | None) -> None:
+    """Refuse a number of CPU threads that this machine has no cores for.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError(f"num_threads ({num_threads}) must be positive; leave it open for all")
+    cores = os.cpu_count() or 1
+    if num_threads is not None and num_threads > cores:
+        # They would spin and wait for each other; thousands never finish a step.
+        raise ConfigError(
+            f"num_threads ({num_threads}) is more than the {cores} cores of this machine; "
+            "leave it open for all"
+        )
+
+
+def load_graph(path: Path, manifest: Manifest, float_type: FloatType, capacity: int) -> OnnxFile:
+    """Read a decoder, give its cache ``capacity`` rows and hold it against `io_spec`.
+
+    Raises:
+        BundleError: its inputs and outputs are not those of `io_spec`.
+    """
+    graph = OnnxFile(path.read_bytes())
+    cache = [
+        value.name
+        for value in [*graph.inputs, *graph.outputs]
+        if value.name.startswith(("past_key_values.", "present."))
+    ]
+    graph.set_dimension(cache, 2, capacity)
+    spec = (manifest.model, manifest.dialect, float_type, capacity)
+    for found, expected in (
+        (graph.inputs, io_spec.decoder_inputs(*spec)),
+        (graph.outputs, io_spec.decoder_outputs(*spec)),
+    ):
+        ours = [(value.name, value.dtype, value.shape) for value in found]
+        theirs = [(value.name, value.dtype, value.shape) for value in expected]
+        if ours != theirs:
+            wrong = next(
+                (pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]),
+                (f"{len(ours)} tensors", f"{len(theirs)} tensors"),
+            )
+            raise BundleError(
+                f"{path} does not fit the decoder's contract: found {wrong[0]}, expected "
+                f"{wrong[1]}; export the bundle again with this edge-llm"
+            )
+    return graph
+
+
+def open_session(
+    graph: OnnxFile,
+    bundle: Path,
+    manifest: Manifest,
+    num_threads: int | None,
+    *,
+    int8_activations: bool,
+) -> onnxruntime.InferenceSession:
+    """Open a session on the CPU.
+
+    Args:
+        graph: what runs, its weights beside it in ``bundle``.
+        bundle: the bundle's directory.
+        manifest: its manifest.
+        num_threads: None is one per physical core.
+        int8_activations: let MatMulNBits round activations to int8.
+
+    Raises:
+        DependencyError: see `import_onnxruntime`.
+        BackendError: ONNX Runtime refuses the graph.
+    """
+    ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
+    options = session_options(ort, bundle)
+    options.intra_op_num_threads = num_threads or 0
+    # The arena grows in powers of two and never shrinks: 250 MB more resident at 1.5B.
+    options.enable_cpu_mem_arena = False
+    # What MatMulNBits computes with, as its schema numbers it: 1 is fp32, 4 is int8.
+    options.add_session_config_entry(
+        "session.qdq_matmulnbits_accuracy_level", "4" if int8_activations else "1"
+    )
+    try:
+        return ort.InferenceSession(graph.serialize(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime cannot load {bundle}: {error}") from error
+
+
+def check_int8_activations(manifest: Manifest) -> None:
+    """Refuse the wish that activations are rounded where it would change nothing.
+
+    Raises:
+        ConfigError: no linear layer of the bundle has integer weights and float inputs.
+        DependencyError: this ONNX Runtime multiplies them in float, whatever it is asked for.
+    """
+    kinds = {linear.scheme.kind for linear in manifest.quantization.linears.values()}
+    if "int4" in kinds:
+        return
+    if "int8" not in kinds:
+        raise ConfigError(
+            f"int8 activations have no effect on {manifest.name} ({manifest.quantization.name}): "
+            "only inputs of INT8 or INT4 weights are rounded; leave the option out"
+        )
+    ort = import_onnxruntime(manifest, "int8 activations need onnxruntime", "cpu")
+    needed = _ROUNDS_INT8_WEIGHTS_SINCE
+    if onnxruntime_version(ort) < needed:
+        raise DependencyError(
+            f"int8 activations with INT8 weights need onnxruntime >= {needed[0]}.{needed[1]}; "
+            f"found {ort.__version__}, which multiplies them in float; upgrade it, or leave the "
+            "option out"
+        )
+
+
+def onnxruntime_version(ort: ModuleType) -> tuple[int, int]:
+    """Major and minor version of the module ``onnxruntime``."""
+    major, minor = ort.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
+    """The module ``onnxruntime``.
+
+    Args:
+        manifest: of the bundle that it shall run.
+        need: begins the message if it is missing.
+        extra: what to install then.
+
+    Raises:
+        DependencyError: it is missing or too old for the bundle's dialect.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise DependencyError(f"{need}; install it with: {install_command(extra)}") from error
+    needed = io_spec.DIALECTS[manifest.dialect].min_onnxruntime
+    if onnxruntime_version(ort) < needed:
+        raise DependencyError(
+            f"this bundle (dialect {manifest.dialect}) needs onnxruntime >= "
+            f"{needed[0]}.{needed[1]}, found {ort.__version__}; upgrade it, or export with "
+            "--dialect portable"
+        )
+    module: ModuleType = ort
+    return module
+
+
+def session_options(ort: ModuleType, bundle: Path) -> onnxruntime.SessionOptions:
+    """Options that every session on a bundle has: quiet, and the weights are found."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.fspath(bundle.resolve())
+    )
+    return options
