@@ -13,13 +13,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
 from edge.backends import Step, ort_cuda
-from edge.backends.float_bits import from_storage, to_storage
 from edge.backends.ort_cuda import OrtCudaBackend
 from edge.backends.ort_device import OrtDevice
 from edge.backends.ort_placement import tensor_nodes_elsewhere
@@ -459,50 +456,6 @@ def test_nodes_outside_the_device_are_counted_and_logged(
     assert "Shape" not in found  # index arithmetic belongs on the host
     assert "run outside CPUExecutionProvider" in caplog.text
     assert f"{found['MatMul']} MatMul" in caplog.text
-
-
-def event(op: str, provider: str, *outputs: dict[str, list[int]], cat: str = "Node") -> Any:
-    arguments = {"op_name": op, "provider": provider, "output_type_shape": list(outputs)}
-    return {"cat": cat, "name": f"{op}_kernel_time", "args": arguments}
-
-
-def test_what_counts_as_elsewhere():
-    cpu, gpu = "CPUExecutionProvider", "CUDAExecutionProvider"
-    events = [
-        event("MatMul", gpu, {"float16": [1, 1, 64]}),
-        event("Shape", cpu, {"int64": [1]}),
-        event("Cast", cpu, {"int32": []}),
-        event("LessOrEqual", cpu, {"bool": [1, 1, 64, 65]}),  # 4160 elements are no index
-        event("DequantizeLinear", cpu, {"bfloat16": [64, 64]}),
-        event("DequantizeLinear", cpu, {"bfloat16": [64, 64]}),
-        event("QuantizeLinear", cpu, {"int8": [4]}),
-        event("MatMul", cpu, {"float": [1]}, cat="Session"),
-        {"cat": "Node", "name": "fence_before", "args": {"op_name": "Add"}},
-    ]
-    assert tensor_nodes_elsewhere(events, gpu) == {
-        "DequantizeLinear": 2,
-        "LessOrEqual": 1,
-        "QuantizeLinear": 1,
-    }
-    assert tensor_nodes_elsewhere(events, cpu) == {"MatMul": 1}
-    assert tensor_nodes_elsewhere([], gpu) == {}
-
-
-@given(st.lists(st.floats(width=32), max_size=20))
-def test_bf16_bits_are_those_of_ml_dtypes(values: list[float]):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    array = np.array(values, dtype=np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        expected = array.astype(ml_dtypes.bfloat16)
-    found = from_storage(to_storage(array, "bf16"), "bf16")
-    assert_array_equal(found, expected.astype(np.float32))
-
-
-def test_bf16_round_trip_is_exact():
-    bits = np.arange(1 << 16, dtype=np.uint16)
-    values = from_storage(bits, "bf16")
-    finite = ~np.isnan(values)
-    assert_array_equal(to_storage(values, "bf16")[finite], bits[finite])
 
 
 def test_errors_of_ours_pass_through(runner: CudaRunner):
