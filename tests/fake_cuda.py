@@ -1,4 +1,6 @@
-"""A stand-in for the GPU and for PyCUDA's and cuda-bindings' calls that `edge.backends.cuda` makes.
+"""A stand-in for the GPU and for PyCUDA's calls that `edge.backends.cuda` makes.
+
+Those of cuda-bindings, on the same device, are in `fake_cuda_bindings`.
 
 Device memory is host memory behind made-up addresses. Work on a stream runs as late as CUDA allows,
 when the host waits; until then what it will write is poison. So a test fails when the product reads
@@ -24,12 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Op = Callable[[], None]
+DRIVERS = ("pycuda", "cuda-bindings")
 POISON = 0xFF  # a NaN in fp16, bf16 and fp32; -1 in integers
 OUT_OF_MEMORY, ILLEGAL_ADDRESS, UNKNOWN = 2, 700, 999
-_TEXTS = {
+TEXTS = {
     2: "out of memory",
     201: "invalid device context",
     700: "an illegal memory access was encountered",
+    101: "invalid device ordinal",
     803: "system has unsupported display driver / cuda driver combination",
     900: "operation not permitted when stream is capturing",
     901: "operation failed due to a previous error during capture",
@@ -47,7 +51,15 @@ class RuleError(AssertionError):
 
 
 class Error(Exception):
-    """As ``pycuda.driver.Error``: the message is all there is."""
+    """As ``pycuda.driver.Error``: the message is all that the product may use.
+
+    Attributes:
+        code: the CUDA error, for `fake_cuda_bindings`.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class OutOfMemoryError(Error):
@@ -101,6 +113,10 @@ class HostBytes:
         return np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self._address))
 
 
+Side = tuple[int | HostBytes, int, int]
+"""One end of a 3-D copy: a device address or host memory, its pitch, and rows per layer."""
+
+
 class FakeGpu:
     """The device: memory, streams, faults, and the books of what is alive.
 
@@ -108,12 +124,15 @@ class FakeGpu:
         total_bytes: of device memory.
         integrated: as on a Jetson.
         compute_capability: e.g. ``(8, 7)``.
+        with_pycuda: whether PyCUDA can be imported.
 
     Attributes:
         calls: names of all calls so far.
         fail_at: number of the call that fails, counted from 0; None fails none.
         fail_code: the CUDA error it fails with.
         lost: the error that every call returns from now on.
+        missing: functions of cuda-bindings that the driver's library does not have; ``libcuda`` is
+            the whole library.
     """
 
     def __init__(
@@ -122,7 +141,9 @@ class FakeGpu:
         total_bytes: int = 1 << 30,
         integrated: bool = False,
         compute_capability: tuple[int, int] = (8, 7),
+        with_pycuda: bool = True,
     ) -> None:
+        self.with_pycuda = with_pycuda
         self.total_bytes, self.integrated = total_bytes, integrated
         self.compute_capability = compute_capability
         self.blocks: dict[int, NDArray[np.uint8]] = {}
@@ -133,6 +154,7 @@ class FakeGpu:
         self.fail_at: int | None = None
         self.fail_code = OUT_OF_MEMORY
         self.lost: int | None = None
+        self.missing: set[str] = set()
         self.broken: list[str] = []  # rules, where an exception would not be seen
         self.eager = False
         self._next = 0x7F00_0000_0000
@@ -187,7 +209,7 @@ class FakeGpu:
     def fail(self, name: str, code: int) -> None:
         if code:
             kind = {2: OutOfMemoryError, 700: LaunchError, 719: LaunchError, 999: Error}
-            raise kind.get(code, LogicError)(f"{name} failed: {_TEXTS[code]}")
+            raise kind.get(code, LogicError)(f"{name} failed: {TEXTS[code]}", code)
 
     @property
     def depth(self) -> int:
@@ -206,7 +228,7 @@ class FakeGpu:
     def allocate(self, num_bytes: int) -> int:
         used = sum(block.nbytes for block in self.blocks.values())
         if used + num_bytes > self.total_bytes:
-            raise OutOfMemoryError("cuMemAlloc failed: out of memory")
+            raise OutOfMemoryError("cuMemAlloc failed: out of memory", OUT_OF_MEMORY)
         return self.register(np.full(num_bytes, POISON, np.uint8))
 
     def register(self, array: NDArray[np.uint8]) -> int:
@@ -226,6 +248,11 @@ class FakeGpu:
                 return block[address - base : address - base + num_bytes]
         raise RuleError(f"nothing is allocated at {address:#x}")
 
+    def memory_info(self) -> tuple[int, int]:
+        self.call("cuMemGetInfo")
+        used = sum(block.nbytes for block in self.blocks.values())
+        return self.total_bytes - used, self.total_bytes
+
     # Work
 
     def put(self, handle: int, work: Work) -> None:
@@ -239,12 +266,67 @@ class FakeGpu:
         else:
             stream.pending.append(work)
 
-    def modules(self) -> dict[str, types.ModuleType]:
+    def upload(self, dest: int, source: HostBytes, handle: int) -> None:
+        self.call("cuMemcpyHtoDAsync")
+        target = self.memory(dest, source.nbytes)
+
+        def run() -> None:
+            target[...] = source.view()
+
+        self.put(handle, Work(run))
+
+    def download(self, target: HostBytes, src: int, handle: int) -> None:
+        self.call("cuMemcpyDtoHAsync")
+        source = self.memory(src, target.nbytes)
+
+        def run() -> None:
+            target.view()[...] = source
+
+        self.put(handle, Work(run, lambda: target.view().fill(POISON)))
+
+    def fill(self, dest: int, value: int, num_bytes: int, handle: int) -> None:
+        self.call("cuMemsetD8Async")
+        target = self.memory(dest, num_bytes)
+        self.put(handle, Work(lambda: target.fill(value)))
+
+    def copy_box(self, target: Side, source: Side, size: tuple[int, int, int], handle: int) -> None:
+        """One 3-D copy; ``size`` is width in bytes, height and depth."""
+        self.call("cuMemcpy3DAsync")
+        width, height, depth = size
+        views: list[Callable[[], NDArray[np.uint8]]] = []
+        for base, pitch, rows in (source, target):
+            if pitch < width or rows < height:
+                self.fail("cuMemcpy3DAsync", 201)
+            span = ((depth - 1) * rows + height - 1) * pitch + width
+            if isinstance(base, int):
+                view: Callable[[], NDArray[np.uint8]] = functools.partial(
+                    np.asarray, self.memory(base, span)
+                )
+            elif base.nbytes < span:
+                raise RuleError("a copy passes the end of a host array")
+            else:
+                view = base.view
+            shape, strides = (depth, height, width), (rows * pitch, pitch, 1)
+            views.append(functools.partial(_strided, view, shape, strides))
+        read, write = views
+
+        def run() -> None:
+            write()[...] = read()
+
+        host = not isinstance(target[0], int)
+        self.put(handle, Work(run, lambda: write().fill(POISON) if host else None))
+
+    def modules(self) -> dict[str, types.ModuleType | None]:
         """For ``sys.modules``: what the product imports."""
-        driver, graphs = _make_driver(self), _make_graphs(self)
+        from .fake_cuda_bindings import make_bindings
+
+        bindings = make_bindings(self)
+        if not self.with_pycuda:
+            return {"pycuda": None, "pycuda.driver": None, "cuda.bindings.driver": bindings}
+        driver = _make_driver(self)
         package = types.ModuleType("pycuda")
         package.driver = driver  # type: ignore[attr-defined]
-        return {"pycuda": package, "pycuda.driver": driver, "cuda.bindings.driver": graphs}
+        return {"pycuda": package, "pycuda.driver": driver, "cuda.bindings.driver": bindings}
 
 
 class FakeStream:
@@ -352,32 +434,12 @@ class FakeMemcpy3D:
         self._target = HostBytes(array)
 
     def __call__(self, stream: FakeStream) -> None:
-        gpu = self._gpu
-        gpu.call("cuMemcpy3DAsync")
-        width, height, depth = self.width_in_bytes, self.height, self.depth
-        sides: list[Callable[[], NDArray[np.uint8]]] = []
-        for base, pitch, rows in (
-            (self._source, self.src_pitch, self.src_height),
+        self._gpu.copy_box(
             (self._target, self.dst_pitch, self.dst_height),
-        ):
-            if pitch < width or rows < height:
-                gpu.fail("cuMemcpy3DAsync", 201)
-            span = ((depth - 1) * rows + height - 1) * pitch + width
-            if isinstance(base, int):
-                view = functools.partial(np.asarray, gpu.memory(base, span))
-            elif base.nbytes < span:
-                raise RuleError("a copy passes the end of a host array")
-            else:
-                view = base.view
-            shape, strides = (depth, height, width), (rows * pitch, pitch, 1)
-            sides.append(functools.partial(_strided, view, shape, strides))
-        source, target = sides
-
-        def run() -> None:
-            target()[...] = source()
-
-        host = not isinstance(self._target, int)
-        gpu.put(stream.handle, Work(run, lambda: target().fill(POISON) if host else None))
+            (self._source, self.src_pitch, self.src_height),
+            (self.width_in_bytes, self.height, self.depth),
+            stream.handle,
+        )
 
 
 def _strided(
@@ -407,11 +469,7 @@ def _make_driver(gpu: FakeGpu) -> Any:
     class Device:
         def __init__(self, ordinal: int) -> None:
             gpu.call("cuDeviceGet", context=False)
-
-        @staticmethod
-        def count() -> int:
-            gpu.call("cuDeviceGetCount", context=False)
-            return 1
+            gpu.fail("cuDeviceGet", 101 if ordinal else 0)
 
         def name(self) -> str:
             return "Fake"
@@ -439,37 +497,16 @@ def _make_driver(gpu: FakeGpu) -> Any:
     def pagelocked_empty(shape: Any, dtype: Any, order: str = "C", mem_flags: int = 0) -> Any:
         return np.asarray(_HostBlock(gpu, shape, dtype, bool(mem_flags & 2)))
 
-    def mem_get_info() -> tuple[int, int]:
-        gpu.call("cuMemGetInfo")
-        used = sum(block.nbytes for block in gpu.blocks.values())
-        return gpu.total_bytes - used, gpu.total_bytes
-
     def memcpy_htod_async(dest: int, src: NDArray[Any], stream: FakeStream) -> None:
-        gpu.call("cuMemcpyHtoDAsync")
-        source = HostBytes(src)
-        target = gpu.memory(dest, source.nbytes)
-
-        def run() -> None:
-            target[...] = source.view()
-
-        gpu.put(stream.handle, Work(run))
+        gpu.upload(dest, HostBytes(src), stream.handle)
 
     def memcpy_dtoh_async(dest: NDArray[Any], src: int, stream: FakeStream) -> None:
-        gpu.call("cuMemcpyDtoHAsync")
-        target = HostBytes(dest)
-        source = gpu.memory(src, target.nbytes)
-
-        def run() -> None:
-            target.view()[...] = source
-
-        gpu.put(stream.handle, Work(run, lambda: target.view().fill(POISON)))
+        gpu.download(HostBytes(dest), src, stream.handle)
 
     def memset_d8_async(dest: int, data: int, size: int, stream: FakeStream) -> None:
-        gpu.call("cuMemsetD8Async")
-        target = gpu.memory(dest, size)
-        gpu.put(stream.handle, Work(lambda: target.fill(data)))
+        gpu.fill(dest, data, size, stream.handle)
 
-    driver.pagelocked_empty, driver.mem_get_info = pagelocked_empty, mem_get_info
+    driver.pagelocked_empty, driver.mem_get_info = pagelocked_empty, gpu.memory_info
     driver.memcpy_htod_async, driver.memcpy_dtoh_async = memcpy_htod_async, memcpy_dtoh_async
     driver.memset_d8_async = memset_d8_async
     return driver
@@ -479,67 +516,3 @@ class CaptureMode(enum.IntEnum):
     CU_STREAM_CAPTURE_MODE_GLOBAL = 0
     CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1
     CU_STREAM_CAPTURE_MODE_RELAXED = 2
-
-
-class Result(enum.IntEnum):
-    CUDA_SUCCESS = 0
-    CUDA_ERROR_OUT_OF_MEMORY = 2
-    CUDA_ERROR_INVALID_CONTEXT = 201
-    CUDA_ERROR_ILLEGAL_ADDRESS = 700
-    CUDA_ERROR_LAUNCH_FAILED = 719
-    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
-    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
-    CUDA_ERROR_UNKNOWN = 999
-
-
-def _make_graphs(gpu: FakeGpu) -> Any:
-    """``cuda.bindings.driver``: every call returns its error first."""
-    graphs: Any = types.ModuleType("cuda.bindings.driver")
-    graphs.CUresult, graphs.CUstreamCaptureMode = Result, CaptureMode
-
-    def begin(hStream: int, mode: CaptureMode) -> tuple[Result]:
-        code = gpu.code("cuStreamBeginCapture")
-        if not code:
-            stream = gpu.streams[hStream]
-            stream.capturing, stream.invalidated = [], False
-            stream.mode, stream.thread = mode, threading.get_ident()
-        return (Result(code),)
-
-    def end(hStream: int) -> tuple[Result, Any]:
-        code = gpu.code("cuStreamEndCapture")
-        stream = gpu.streams[hStream]
-        works, stream.capturing = stream.capturing, None
-        if works is None:
-            return Result(code or 901), None
-        if code or stream.invalidated:
-            return Result(code or 901), None
-        gpu.born("captured graph")
-        return Result(0), works
-
-    def instantiate(hGraph: Any, flags: int) -> tuple[Result, Any]:
-        code = gpu.code("cuGraphInstantiate")
-        if not code:
-            gpu.born("graph")
-        return Result(code), None if code else list(hGraph)
-
-    def destroy(hGraph: Any) -> tuple[Result]:
-        gpu.dead("captured graph")
-        return (Result(gpu.code("cuGraphDestroy")),)
-
-    def exec_destroy(hGraphExec: Any) -> tuple[Result]:
-        gpu.dead("graph")
-        return (Result(gpu.code("cuGraphExecDestroy")),)
-
-    def launch(hGraphExec: list[Work], hStream: int) -> tuple[Result]:
-        code = gpu.code("cuGraphLaunch")
-        if not code:
-            for work in hGraphExec:
-                work.valid()
-                gpu.put(hStream, work)
-        return (Result(code),)
-
-    graphs.cuStreamBeginCapture, graphs.cuStreamEndCapture = begin, end
-    graphs.cuGraphInstantiate, graphs.cuGraphDestroy = instantiate, destroy
-    graphs.cuGraphLaunch, graphs.cuGraphExecDestroy = launch, exec_destroy
-    graphs.cuGetErrorString = lambda error: (Result(0), _TEXTS[int(error)].encode())
-    return graphs

@@ -1,9 +1,10 @@
-"""The only door to CUDA: PyCUDA for all that it has, ``cuda.bindings`` for graphs, which it lacks.
+"""The only door to CUDA: through PyCUDA, or else through cuda-bindings (`cuda_driver`).
 
-Nothing here computes or knows a model. Addresses are plain integers, all copies are asynchronous on
-one `Stream`, and every call that fails raises one clear `EdgeError`.
+Graphs always go through cuda-bindings, since PyCUDA has none. Nothing here computes or knows a
+model. Addresses are plain integers, all copies are asynchronous on one `Stream`, and every call
+that fails raises one clear `EdgeError`.
 
-Memory and streams belong to a context, and PyCUDA frees them only in a thread where that context is
+Memory and streams belong to a context, and are freed only in a thread where that context is
 current: whoever calls here stands inside ``with device.active()``.
 """
 
@@ -11,10 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,83 +21,9 @@ from numpy.typing import NDArray
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError, EdgeError
 
-# PyCUDA's exceptions carry no number, only the driver's sentence for it (cuGetErrorString).
-# After these the context is lost: every later call fails in the same way (cuda.h, CUresult).
-_FATAL = (
-    "illegal memory access",  # 700
-    "launch timed out",  # 702
-    "context is destroyed",  # 709
-    "device-side assert",  # 710
-    "hardware stack error",  # 714
-    "illegal instruction",  # 715
-    "misaligned address",  # 716
-    "not supported on global/shared address space",  # 717
-    "invalid program counter",  # 718
-    "unspecified launch failure",  # 719
-    "uncorrectable ECC error",  # 214
-    "uncorrectable NVLink error",  # 220
-    "external device asserted",  # 719 in another unit
-    "invalid device context",  # 201
-    "driver shutting down",  # 4
-    "unknown error",  # 999
-)
-# Cause and cure of what cuInit answers; the first that fits counts.
-_INIT_CURES = (
-    (
-        "no CUDA-capable device",
-        "no NVIDIA GPU is visible here; check nvidia-smi (on a Jetson: "
-        "tegrastats) and CUDA_VISIBLE_DEVICES, in a container start it with --runtime nvidia",
-    ),
-    (
-        "unsupported display driver",
-        "the kernel's driver and the user-space driver are of "
-        "different versions (CUDA 803); reboot after a driver update, in a container use an image "
-        "that fits the host",
-    ),
-    (
-        "forward compatibility",
-        "the CUDA forward-compatibility package does not work on this GPU "
-        "(CUDA 804); remove cuda-compat from LD_LIBRARY_PATH",
-    ),
-    (
-        "driver version is insufficient",
-        "the driver is older than the CUDA libraries (CUDA 35); "
-        "update the driver (on a Jetson: JetPack)",
-    ),
-    ("not yet initialized", "the GPU is not ready yet (CUDA 802); wait and try again"),
-    (
-        "operation not supported",
-        "the driver does not take this GPU (CUDA 801); in a container "
-        "start it with --runtime nvidia, on a Jetson use libraries of its own JetPack",
-    ),
-    ("unknown error", "the driver failed without a reason (CUDA 999); look at dmesg, then reboot"),
-)
-# What a process opens on a Jetson; both belong to the group video (render from JetPack 7 on).
-_DEVICE_NODES = (
-    "nvmap", "nvhost-gpu", "nvhost-as-gpu", "nvhost-ctrl-gpu", "nvgpu/igpu0/ctrl", "nvidiactl",
-    "nvidia0",
-)  # fmt: skip
-
-
-def explain_init_failure(text: str, dev: Path = Path("/dev")) -> str:
-    """What is wrong when the driver does not start, and what to do.
-
-    Args:
-        text: what the driver said.
-        dev: directory of the device nodes.
-    """
-    for name in _DEVICE_NODES:
-        node = dev / name
-        if node.exists() and not os.access(node, os.R_OK | os.W_OK):
-            return (
-                f"this user may not open {node}; add the user to the groups video and render "
-                "(sudo usermod -aG video,render $USER), log in again, in a service set "
-                f"SupplementaryGroups=video render (CUDA said: {text})"
-            )
-    for sign, cure in _INIT_CURES:
-        if sign in text:
-            return f"{cure} (CUDA said: {text})"
-    return f"CUDA does not start: {text}; edge-llm doctor looks for the cause"
+from .cuda_bindings import Calls
+from .cuda_driver import load_bindings, load_driver
+from .cuda_errors import explain_init_failure, is_fatal, reason_of
 
 
 class Stream:
@@ -265,15 +189,13 @@ class GraphExec:
         Raises:
             DeviceError: the driver refuses.
         """
-        graphs = self._device.graphs
-        _check(graphs, "launch a CUDA graph", graphs.cuGraphLaunch(self._handle, stream.handle))
+        self._device.graph_call("launch a CUDA graph", "cuGraphLaunch", self._handle, stream.handle)
 
     def close(self) -> None:
         """Destroy it; twice is harmless."""
         handle, self._handle = self._handle, None
         if handle is not None:
-            graphs = self._device.graphs
-            _check(graphs, "destroy a CUDA graph", graphs.cuGraphExecDestroy(handle))
+            self._device.graph_call("destroy a CUDA graph", "cuGraphExecDestroy", handle)
 
 
 class Device:
@@ -283,33 +205,27 @@ class Device:
         ordinal: number of the GPU.
 
     Attributes:
-        driver: the module ``pycuda.driver``.
+        driver: PyCUDA, or what stands in for it.
         name: of the GPU.
         compute_capability: e.g. ``8.7``.
         integrated: whether it shares the host's memory, as on a Jetson.
 
     Raises:
-        DependencyError: PyCUDA is missing, or the driver does not start; the message has the cure.
+        DependencyError: PyCUDA and cuda-bindings are missing, or the driver does not start; the
+            message has the cure.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
-        self.driver = _load_driver()
-        driver = self.driver
+        self.driver = driver = load_driver()
         try:
             driver.init()
-            count = driver.Device.count()
-            if ordinal >= count:
-                raise DependencyError(
-                    f"GPU {ordinal} is not here, the driver shows {count}; check "
-                    "CUDA_VISIBLE_DEVICES"
-                )
             gpu = driver.Device(ordinal)
             self.name = str(gpu.name())
             self.compute_capability = "{}.{}".format(*gpu.compute_capability())
             self.integrated = bool(gpu.get_attribute(driver.device_attribute.INTEGRATED))
-            self._context = _primary_context(driver, ordinal)
+            self._context = _primary_context(driver, ordinal)  # type: ignore[arg-type]
         except driver.Error as error:
-            raise DependencyError(explain_init_failure(_reason(error))) from error
+            raise DependencyError(explain_init_failure(reason_of(error))) from error
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -329,19 +245,21 @@ class Device:
         self.call("leave the context", self._context.pop)
 
     @functools.cached_property
-    def graphs(self) -> Any:
-        """The module ``cuda.bindings.driver``.
+    def _graphs(self) -> Calls:
+        return load_bindings()
+
+    def graph_call(self, doing: str, name: str, *args: Any) -> Any:
+        """Call a function of cuda-bindings, which has the graphs that PyCUDA lacks.
 
         Raises:
-            DependencyError: it is missing.
+            DependencyError: cuda-bindings is missing.
+            DeviceError: the call failed, or the driver's library does not have it.
         """
+        graphs = self._graphs
         try:
-            return importlib.import_module("cuda.bindings.driver")
-        except ImportError as error:
-            raise DependencyError(
-                "CUDA graphs need cuda-bindings; install it with: pip install cuda-bindings, or "
-                "load without CUDA graphs"
-            ) from error
+            return graphs(name, *args)
+        except graphs.Error as error:
+            raise self.error(doing, error) from error
 
     def memory_info(self) -> tuple[int, int]:
         """Free and all bytes of device memory.
@@ -355,7 +273,7 @@ class Device:
         return int(free), int(total)
 
     def allocate(self, purpose: str, num_bytes: int, function: Any, *args: Any, **kw: Any) -> Any:
-        """Call an allocator of PyCUDA.
+        """Call an allocator of the driver.
 
         Raises:
             DeviceMemoryError: it did not fit.
@@ -374,7 +292,7 @@ class Device:
             ) from error
 
     def call(self, doing: str, function: Any, *args: Any) -> Any:
-        """Call PyCUDA.
+        """Call the driver.
 
         Raises:
             DeviceError: it failed.
@@ -385,9 +303,9 @@ class Device:
             raise self.error(doing, error) from error
 
     def error(self, doing: str, error: BaseException) -> DeviceError:
-        """Make PyCUDA's exception one of ours."""
-        reason = _reason(error)
-        fatal = any(sign in reason for sign in _FATAL)
+        """Make the driver's exception one of ours."""
+        reason = reason_of(error)
+        fatal = is_fatal(reason)
         cure = "start the process anew" if fatal else "try again"
         return DeviceError(f"the GPU could not {doing}: {reason}; {cure}", fatal)
 
@@ -396,10 +314,8 @@ class Device:
 
         Other threads may go on with what a capture forbids (mode THREAD_LOCAL).
         """
-        graphs = self.graphs
-        mode = graphs.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        result = graphs.cuStreamBeginCapture(stream.handle, mode)
-        _check(graphs, "begin a capture", result)
+        doing, name = "begin a capture", "cuStreamBeginCapture"
+        self.graph_call(doing, name, stream.handle, self._graphs.capture_mode)
 
     def end_capture(self, stream: Stream) -> GraphExec:
         """End the recording and make it runnable.
@@ -407,48 +323,32 @@ class Device:
         Raises:
             DeviceError: what was recorded cannot be a graph; the stream is usable again.
         """
-        graphs = self.graphs
-        graph = _check(graphs, "end a capture", graphs.cuStreamEndCapture(stream.handle))
-        result = graphs.cuGraphInstantiate(graph, 0)
-        released = graphs.cuGraphDestroy(graph)
-        ready = GraphExec(self, _check(graphs, "instantiate a CUDA graph", result))
+        graph = self.graph_call("end a capture", "cuStreamEndCapture", stream.handle)
         try:
-            _check(graphs, "destroy a captured graph", released)
+            handle = self.graph_call("instantiate a CUDA graph", "cuGraphInstantiate", graph, 0)
         except DeviceError:
             with contextlib.suppress(DeviceError):  # the first error is the one to tell
+                self._destroy_captured(graph)
+            raise
+        ready = GraphExec(self, handle)
+        try:
+            self._destroy_captured(graph)
+        except DeviceError:
+            with contextlib.suppress(DeviceError):
                 ready.close()
             raise
         return ready
 
     def abandon_capture(self, stream: Stream) -> None:
         """End a recording that failed, whatever it holds; harmless if none is open."""
-        graphs = self.graphs
-        error, graph = graphs.cuStreamEndCapture(stream.handle)
-        if error == graphs.CUresult.CUDA_SUCCESS:
-            _check(graphs, "destroy a captured graph", graphs.cuGraphDestroy(graph))
+        try:
+            graph = self.graph_call("end a capture", "cuStreamEndCapture", stream.handle)
+        except DeviceError:
+            return  # none is open, or what broke it has been told
+        self._destroy_captured(graph)
 
-
-def _check(graphs: Any, doing: str, result: tuple[Any, ...]) -> Any:
-    """Value of a call of ``cuda.bindings``, which returns its error first."""
-    error, *values = result
-    if error != graphs.CUresult.CUDA_SUCCESS:
-        _, text = graphs.cuGetErrorString(error)
-        reason = text.decode() if isinstance(text, bytes) else str(text)
-        fatal = any(sign in reason for sign in _FATAL)
-        raise DeviceError(f"the GPU could not {doing}: {reason} (CUDA {int(error)})", fatal)
-    return values[0] if values else None
-
-
-def _load_driver() -> Any:
-    try:
-        return importlib.import_module("pycuda.driver")
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("pycuda")
-        problem = "" if missing else f" (importing it failed: {error})"
-        raise DependencyError(
-            f"running on the GPU needs PyCUDA, which is not here{problem}; install it with: "
-            "pip install pycuda (it compiles against the CUDA toolkit)"
-        ) from error
+    def _destroy_captured(self, graph: Any) -> None:
+        self.graph_call("destroy a captured graph", "cuGraphDestroy", graph)
 
 
 @functools.cache
@@ -458,8 +358,3 @@ def _primary_context(driver: Any, ordinal: int) -> Any:
     PyCUDA gives it back only in the thread that retained it, which need not be alive by then.
     """
     return driver.Device(ordinal).retain_primary_context()
-
-
-def _reason(error: BaseException) -> str:
-    """The driver's sentence; PyCUDA writes ``cuFunction failed: sentence``."""
-    return str(error).replace("\n", " ").strip() or type(error).__name__

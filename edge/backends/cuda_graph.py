@@ -6,6 +6,9 @@ it was. So every graph has an execution context of its own, bound once; activati
 which makes a context cheap. A shape gets one when it comes for the second time, runs once on it,
 and is captured the third time. That several contexts share a profile is allowed since TensorRT 10.0
 (PreviewFeature.PROFILE_SHARING_0806 is always on).
+
+Whether there can be graphs is tried once, at load: cuda-bindings may be missing, or the driver's
+library may lack one of its calls. Without graphs decode goes on, one launch after the other.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from .bound_context import BoundContext, StepShape
 _logger = logging.getLogger(__name__)
 
 _MAX_SEEN = 1024
+_PROBE_BYTES = 256
 
 
 @dataclass
@@ -36,13 +40,16 @@ class DecodeGraphs:
     """Graphs by `StepShape`, the least recently used one dropped when there are too many.
 
     Args:
-        device, stream: where.
+        device, stream: where; the device's context is current.
         make_context: a fresh context of the decode profile.
         max_graphs: graphs that are kept; 0 turns them off.
 
     Attributes:
         captured: captures so far.
         disabled: why there are no graphs any more, or None.
+
+    Raises:
+        DeviceError, DeviceMemoryError: the GPU failed while graphs were tried.
     """
 
     def __init__(
@@ -58,6 +65,34 @@ class DecodeGraphs:
         self._seen: set[StepShape] = set()
         self.captured = 0
         self.disabled: str | None = None if max_graphs else "switched off"
+        if max_graphs:
+            self._probe()
+
+    def _probe(self) -> None:
+        """Capture, launch and destroy a graph, so that no token finds out that it fails."""
+        memory = cuda.DeviceMemory(self._device, _PROBE_BYTES, "a trial of CUDA graphs")
+        try:
+            graph = self._record(lambda: self._stream.clear(memory.address, _PROBE_BYTES))
+            try:
+                graph.launch(self._stream)
+                self._stream.synchronize()
+            finally:
+                graph.close()
+        except (BackendError, DependencyError) as error:
+            if isinstance(error, DeviceError) and error.fatal:
+                raise
+            self._disable(str(error))
+        finally:
+            memory.close()
+
+    def _record(self, put: Callable[[], None]) -> cuda.GraphExec:
+        self._device.begin_capture(self._stream)
+        try:
+            put()
+        except BaseException:  # an interrupt, too, must not leave the stream recording
+            self._device.abandon_capture(self._stream)
+            raise
+        return self._device.end_capture(self._stream)
 
     def __len__(self) -> int:
         return sum(entry.graph is not None for entry in self._entries.values())
@@ -120,13 +155,7 @@ class DecodeGraphs:
         self, entry: _Entry, shape: StepShape, put: Callable[[BoundContext, StepShape], None]
     ) -> None:
         try:
-            self._device.begin_capture(self._stream)
-            try:
-                put(entry.context, shape)
-            except BaseException:  # an interrupt, too, must not leave the stream recording
-                self._device.abandon_capture(self._stream)
-                raise
-            entry.graph = self._device.end_capture(self._stream)
+            entry.graph = self._record(lambda: put(entry.context, shape))
             self.captured += 1
         except (BackendError, DependencyError) as error:
             if isinstance(error, DeviceError) and error.fatal:

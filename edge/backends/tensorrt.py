@@ -67,7 +67,7 @@ class TensorRTBackend:
         memory: what was allocated.
 
     Raises:
-        DependencyError: TensorRT, PyCUDA, cuda-bindings or a working driver is missing.
+        DependencyError: TensorRT, a working driver, or both PyCUDA and cuda-bindings are missing.
         BundleError, IntegrityError: no engine for this GPU and TensorRT, or a damaged one.
         ConfigError: a number out of range.
         DeviceMemoryError: it does not fit into the GPU's memory.
@@ -99,8 +99,6 @@ class TensorRTBackend:
         self._lost: str | None = None
         self._closed = False
         self._device = cuda.Device(device)
-        if use_cuda_graphs:
-            _ = self._device.graphs  # a missing library is told now, not in the third step
         self._resources = ExitStack()
         chosen = choose_engine(
             bundle,

@@ -19,22 +19,9 @@ from typing import Any
 
 import msgspec
 
+from .nodes import JETSON_NODES, SLOT_NODES
 from .telemetry import Snapshot, read_power_modes, read_snapshot
 
-# JetPack 6 opens nvmap and nvhost-*, JetPack 7 nvmap and nvgpu/igpu0/*; a GPU in a slot the others.
-JETSON_NODES = (
-    "/dev/nvmap",
-    "/dev/nvhost-ctrl-gpu",
-    "/dev/nvhost-gpu",
-    "/dev/nvhost-as-gpu",
-    "/dev/host1x-fence",
-    "/dev/nvgpu/igpu0/ctrl",
-    "/dev/nvgpu/igpu0/as",
-    "/dev/nvgpu/igpu0/channel",
-    "/dev/nvgpu/igpu0/tsg",
-    "/dev/dri/renderD128",
-)
-SLOT_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours
 _TIMEOUT_S = 120.0  # the first use of CUDA on a Jetson may take half a minute
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from edge.device.machine import CudaProbe, Library, Machine, Node
+from edge.device.nodes import GPU_NODES
 from edge.device.telemetry import Snapshot
 
 Status = Literal["ok", "warn", "fail", "skip"]
@@ -52,8 +53,8 @@ class Facts:
     @property
     def gpu_expected(self) -> bool:
         """Whether something here points to an NVIDIA GPU, or the caller says that there is one."""
-        nodes = [name for name in self.nodes if not name.startswith("/dev/dri/")]
-        return self.gpu_required or self.jetson or bool(nodes) or self.cuda.library_error is None
+        nodes = any(name in GPU_NODES for name in self.nodes)
+        return self.gpu_required or self.jetson or nodes or self.cuda.library_error is None
 
 
 def version_numbers(version: str) -> tuple[int, int]:

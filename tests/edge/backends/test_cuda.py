@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edge.backends import cuda
+from edge.backends import cuda, cuda_bindings
+from edge.backends.cuda_bindings import BindingsDriver, Calls
+from edge.backends.cuda_errors import explain_init_failure
+from edge.device.nodes import find_gpu_node
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError
+from tests import fake_cuda_bindings as fake_bindings
 from tests import fake_tensorrt
-from tests.fake_cuda import CaptureMode, FakeGpu, Result
+from tests.fake_cuda import DRIVERS, CaptureMode, FakeGpu
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    fake = FakeGpu()
+@pytest.fixture(params=DRIVERS)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    fake = FakeGpu(with_pycuda=request.param == "pycuda")
     for name, module in fake.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     return fake
@@ -52,7 +59,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 def test_a_driver_that_does_not_start_has_a_cause_and_a_cure(
     said: str, cause: str, cure: str, tmp_path: Path
 ):
-    message = cuda.explain_init_failure(said, tmp_path)
+    message = explain_init_failure(said, tmp_path)
     assert cause in message
     assert cure in message
     assert said in message or "does not start" in message
@@ -62,10 +69,11 @@ def test_a_device_node_that_may_not_be_opened_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """On a Jetson it shows as CUDA 999 or 801, which say nothing."""
-    (tmp_path / "nvmap").touch()
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvmap").touch()
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "nvmap")
-    message = cuda.explain_init_failure("cuInit failed: unknown error", tmp_path)
-    assert f"may not open {tmp_path / 'nvmap'}" in message
+    message = explain_init_failure("cuInit failed: unknown error", tmp_path)
+    assert f"may not open {tmp_path / 'dev' / 'nvmap'}" in message
     assert "usermod -aG video,render" in message
 
 
@@ -75,7 +83,7 @@ def test_opening_fails_with_the_cure_and_the_exit_code(gpu: FakeGpu):
         cuda.Device()
     assert caught.value.exit_code == 69
     gpu.fail_at = None
-    with pytest.raises(DependencyError, match="GPU 1 is not here, the driver shows 1"):
+    with pytest.raises(DependencyError, match=r"no GPU of this number .*CUDA_VISIBLE_DEVICES"):
         cuda.Device(1)
     device = cuda.Device()
     assert (device.name, device.compute_capability, device.integrated) == ("Fake", "8.7", False)
@@ -170,15 +178,118 @@ def test_the_stand_in_has_tensorrt_s_enums():
         assert hasattr(trt.ICudaEngine, name)
 
 
-def test_the_stand_in_has_the_calls_of_cuda_bindings(gpu: FakeGpu):
-    fake: Any = sys.modules.pop("cuda.bindings.driver")
-    real = pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
-    for name in vars(fake):
-        if name.startswith(("cuGraph", "cuStream")):
-            signature = getattr(real, name).__doc__.splitlines()[0]
-            arguments = re.findall(r"(\w+)(?::[^,)]*)?[,)]", signature)
-            code = getattr(fake, name).__code__
-            assert arguments == list(code.co_varnames[: code.co_argcount])
-    for ours, theirs in ((Result, real.CUresult), (CaptureMode, real.CUstreamCaptureMode)):
+# cuda-bindings: the stand-in and the calls of the product against NVIDIA's own package
+
+
+@pytest.fixture
+def real_bindings() -> Any:
+    return pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
+
+
+def test_the_stand_in_has_the_calls_of_cuda_bindings(real_bindings: Any):
+    fake: Any = fake_bindings.make_bindings(FakeGpu())
+    names = [name for name in vars(fake) if name.startswith("cu")]
+    assert len(names) > 25
+    for name in names:
+        signature = getattr(real_bindings, name).__doc__.splitlines()[0]
+        arguments = re.findall(r"(\w+)(?::[^,)]*)?[,)]", signature)
+        code = getattr(fake, name).__wrapped__.__code__
+        assert arguments == list(code.co_varnames[: code.co_argcount]), name
+    enums = {
+        "CUresult": fake_bindings.Result,
+        "CUstreamCaptureMode": CaptureMode,
+        "CUdevice_attribute": fake_bindings.DeviceAttribute,
+        "CUmemorytype": fake_bindings.MemoryType,
+    }
+    for name, ours in enums.items():
         for member in ours:
-            assert theirs.__members__[member.name] == member.value
+            assert getattr(real_bindings, name).__members__[member.name] == member.value
+    assert set(fake.CUDA_MEMCPY3D.__slots__) <= set(dir(real_bindings.CUDA_MEMCPY3D()))
+    assert real_bindings.CU_MEMHOSTALLOC_DEVICEMAP == fake.CU_MEMHOSTALLOC_DEVICEMAP
+
+
+@pytest.mark.skipif(find_gpu_node() is not None, reason="there is a GPU here")
+def test_cuda_bindings_take_every_argument_of_ours(real_bindings: Any):
+    """Without a driver each call ends in RuntimeError, after its arguments were converted."""
+    driver, calls = BindingsDriver(real_bindings), Calls(real_bindings)
+    stream = object.__new__(cuda_bindings._Stream)
+    stream._call, stream.stream = calls, real_bindings.CUstream(0x10)
+    copy = cuda_bindings._Memcpy3D(calls)
+    array = np.zeros(16, np.uint8)
+    copy.set_src_host(array)
+    copy.set_dst_device(0x1000)
+    copy.src_pitch = copy.dst_pitch = copy.width_in_bytes = 16
+    copy.src_height = copy.dst_height = copy.height = copy.depth = 1
+    assert (copy.fields.srcHost, int(copy.fields.dstDevice)) == (array.ctypes.data, 0x1000)
+    gpu, context = object.__new__(cuda_bindings._Device), cuda_bindings._Context(calls, 0x10)
+    gpu._call, gpu._device = calls, 0
+    attempts: list[Callable[[], Any]] = [
+        driver.init,
+        lambda: driver.Device(0),
+        gpu.name,
+        gpu.compute_capability,
+        lambda: gpu.get_attribute(driver.device_attribute.INTEGRATED),
+        gpu.retain_primary_context,
+        context.push,
+        context.pop,
+        driver.Stream,
+        stream.synchronize,
+        lambda: driver.mem_alloc(512),
+        driver.mem_get_info,
+        lambda: driver.pagelocked_empty(512, np.uint8, mem_flags=driver.host_alloc_flags.DEVICEMAP),
+        lambda: driver.memcpy_htod_async(0x1000, array, stream),
+        lambda: driver.memcpy_dtoh_async(array, 0x1000, stream),
+        lambda: driver.memset_d8_async(0x1000, 0, 16, stream),
+        lambda: copy(stream),
+        *(
+            functools.partial(calls, name, *args)
+            for name, args in {
+                "cuStreamDestroy": (stream.stream,),
+                "cuMemFree": (0x1000,),
+                "cuMemFreeHost": (0x1000,),
+                "cuMemHostGetDevicePointer": (0x1000, 0),
+                "cuStreamBeginCapture": (0x10, calls.capture_mode),
+                "cuStreamEndCapture": (0x10,),
+                "cuGraphInstantiate": (real_bindings.CUgraph(0x10), 0),
+                "cuGraphDestroy": (real_bindings.CUgraph(0x10),),
+                "cuGraphLaunch": (real_bindings.CUgraphExec(0x10), 0x10),
+                "cuGraphExecDestroy": (real_bindings.CUgraphExec(0x10),),
+            }.items()
+        ),
+    ]
+    for attempt in attempts:
+        with pytest.raises(cuda_bindings.Error, match=r"failed: .*(libcuda|driver lib|not found)"):
+            attempt()
+
+
+@pytest.mark.skipif(find_gpu_node() is not None, reason="there is a GPU here")
+def test_without_a_driver_cuda_bindings_name_the_cure(
+    real_bindings: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Twice: version 12 says something else the second time."""
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    for _ in range(2):
+        with pytest.raises(DependencyError, match=r"libcuda.so.1 does not load.*nvidia-l4t-cuda"):
+            cuda.Device()
+
+
+# Which of the two
+
+
+def test_pycuda_comes_first_and_why_it_is_not_used_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    fake = FakeGpu()
+    for name, module in fake.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    caplog.set_level(logging.INFO)
+    assert cuda.Device().driver is sys.modules["pycuda.driver"]
+    assert "through PyCUDA" in caplog.text
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    assert isinstance(cuda.Device().driver, BindingsDriver)
+    assert "through cuda-bindings: " in caplog.text
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(
+        DependencyError, match=r"PyCUDA or cuda-bindings: .*pip install pycuda.*<13"
+    ):
+        cuda.Device()

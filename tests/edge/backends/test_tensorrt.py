@@ -46,6 +46,7 @@ from edge.errors import (
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.fake_cuda import (
+    DRIVERS,
     ILLEGAL_ADDRESS,
     OUT_OF_MEMORY,
     CaptureMode,
@@ -112,9 +113,10 @@ def install(patch: pytest.MonkeyPatch, gpu: FakeGpu, **module: Any) -> None:
     patch.setitem(sys.modules, name, make_module(gpu, **module))
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    device = FakeGpu()
+@pytest.fixture(params=DRIVERS)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """Everything below runs through PyCUDA and through cuda-bindings."""
+    device = FakeGpu(with_pycuda=request.param == "pycuda")
     install(monkeypatch, device)
     yield device
     gc.collect()
@@ -382,6 +384,43 @@ def test_without_a_capture_decode_goes_on(
         assert "graph" not in gpu.alive
 
 
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "the package", "libcuda", "cuStreamBeginCapture", "cuGraphInstantiate", "cuGraphLaunch",
+        "cuGraphExecDestroy",
+    ],
+)  # fmt: skip
+def test_what_graphs_need_is_tried_at_load(
+    missing: str,
+    gpu: FakeGpu,
+    engine_bundles: EngineBundles,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    """cuda-bindings raise RuntimeError for what the driver's library lacks."""
+    bundle = engine_bundles("qwen2", "native")
+    if not gpu.with_pycuda and missing in ("the package", "libcuda"):
+        return  # then nothing can be loaded: test_cuda.py
+    if missing == "the package":
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    else:
+        gpu.missing.add(missing)
+    with caplog.at_level(logging.WARNING), GpuRunner(bundle, gpu) as ours:
+        [warning] = [r.getMessage() for r in caplog.records if "CUDA graphs:" in r.message]
+        assert "pip install" in warning if missing == "the package" else missing in warning
+        assert ours.engine.graphs_disabled
+        captures = gpu.calls.count("cuStreamBeginCapture")
+        with Runner(bundle) as theirs:
+            for step in range(5):
+                ids = random_ids(1, 1, seed=step)
+                assert_allclose(ours.step(ids, [1]), theirs.step(ids, [1]), atol=ATOL, rtol=0)
+        assert gpu.calls.count("cuStreamBeginCapture") == captures
+        assert len([r for r in caplog.records if "CUDA graphs" in r.message]) == 1
+    gpu.missing.clear()
+    gpu.live.pop("graph" if missing == "cuGraphExecDestroy" else "", None)  # it cannot be freed
+
+
 # Planted mistakes: what the stand-in refuses, so that the tests above mean something
 
 
@@ -406,6 +445,8 @@ def test_without_a_capture_decode_goes_on(
 def test_the_stand_in_refuses(
     mistake: str, message: str, gpu: FakeGpu, engine_bundles: EngineBundles
 ):
+    if "temporary" in mistake and not gpu.with_pycuda:
+        return  # cuda-bindings get an address, which says nothing of the array's life
     with GpuRunner(engine_bundles("qwen2", "native"), gpu) as runner:
         for _ in range(3):
             runner.step(random_ids(1, 1), [1])
@@ -441,7 +482,7 @@ def test_the_stand_in_refuses(
                 cuda.DeviceMemory(device, 256, "a test")
             elif mistake == "allocation beside a global capture":
                 mode = CaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
-                device.graphs.cuStreamBeginCapture(stream.handle, mode)
+                device.graph_call("test", "cuStreamBeginCapture", stream.handle, mode)
                 with ThreadPoolExecutor(1) as other:
                     refused = other.submit(attempt, lambda: allocate(device)).result()
                 assert "not permitted when stream is capturing" in str(refused)
@@ -462,7 +503,7 @@ def test_the_stand_in_refuses(
             with pytest.raises((RuleError, BackendError), match=message):
                 err()
             backend._device.abandon_capture(backend._stream)
-        backend._stream._stream.pending.clear()
+        gpu.streams[backend._stream.handle].pending.clear()
 
 
 def allocate(device: cuda.Device) -> None:
@@ -586,8 +627,7 @@ def test_slots_that_tensorrt_could_not_address(gpu: FakeGpu, tiny_bundles: Bundl
 @pytest.mark.parametrize(
     ("package", "message"),
     [
-        ("pycuda.driver", "needs PyCUDA.*pip install pycuda"),
-        ("cuda.bindings.driver", "pip install cuda-bindings, or load without CUDA graphs"),
+        ("pycuda.driver", "needs PyCUDA or cuda-bindings.*pip install pycuda"),
         ("tensorrt", "needs tensorrt.*JetPack.*install .*-e .*\\[tensorrt\\]"),
     ],
 )
@@ -600,6 +640,8 @@ def test_a_missing_library_is_named_with_its_remedy(
 ):
     bundle = engine_bundles("qwen2", "portable")
     monkeypatch.setitem(sys.modules, package, None)
+    if package == "pycuda.driver":
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     with pytest.raises(DependencyError, match=message):
         TensorRTBackend(bundle, read_manifest(bundle))
 
@@ -680,7 +722,15 @@ def test_every_call_of_loading_may_fail(
     """Nothing is left behind, the message is clear, and loading works again afterwards."""
     bundle = engine_bundles("qwen2", dialect, max_batch=2)
     manifest = read_manifest(bundle)
-    quiet = {"CUDA_MEMCPY3D", "set_device_memory"}  # these return nothing
+    # These return nothing, or fail without harm.
+    quiet = {"CUDA_MEMCPY3D", "set_device_memory", "cuMemFree", "cuMemFreeHost", "cuStreamDestroy"}
+    disabled: list[str | None] = []
+
+    def load() -> None:
+        backend = TensorRTBackend(bundle, manifest)
+        disabled.append(backend.graphs_disabled)
+        backend.close()
+
     TensorRTBackend(bundle, manifest).close()  # the primary context is retained only once
     before = len(gpu.calls)
     backend = TensorRTBackend(bundle, manifest)
@@ -689,9 +739,9 @@ def test_every_call_of_loading_may_fail(
     assert len(places) > 20
     for number in places:
         gpu.fail_at, gpu.fail_code = len(gpu.calls) + number, code
-        error = attempt(lambda: TensorRTBackend(bundle, manifest).close())
-        if error is None:  # the call returns nothing, or the failure came while closing
-            assert gpu.calls[gpu.fail_at] in {*quiet, "cuCtxPopCurrent"}
+        error = attempt(load)
+        if error is None:  # graphs are off, the call returns nothing, or closing failed
+            assert disabled[-1] or gpu.calls[gpu.fail_at] in {*quiet, "cuCtxPopCurrent"}
         else:
             assert len(str(error)) > 20, "a sentence, not a name"
             assert error.exit_code in (69, 70, 71)

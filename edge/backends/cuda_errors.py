@@ -1,0 +1,105 @@
+"""What the CUDA driver's sentences mean: which errors lose the GPU, and why it does not start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from edge.device.nodes import GPU_NODES
+
+# PyCUDA's exceptions carry no number, only the driver's sentence for it (cuGetErrorString).
+# After these the context is lost: every later call fails in the same way (cuda.h, CUresult).
+_FATAL = (
+    "illegal memory access",  # 700
+    "launch timed out",  # 702
+    "context is destroyed",  # 709
+    "device-side assert",  # 710
+    "hardware stack error",  # 714
+    "illegal instruction",  # 715
+    "misaligned address",  # 716
+    "not supported on global/shared address space",  # 717
+    "invalid program counter",  # 718
+    "unspecified launch failure",  # 719
+    "uncorrectable ECC error",  # 214
+    "uncorrectable NVLink error",  # 220
+    "external device asserted",  # 719 in another unit
+    "invalid device context",  # 201
+    "driver shutting down",  # 4
+    "unknown error",  # 999
+)
+_NO_LIBRARY = (
+    "the driver's library libcuda.so.1 does not load or is too old; install the driver (on a "
+    "Jetson: the package nvidia-l4t-cuda), in a container start it with --runtime nvidia"
+)
+# Cause and cure of what cuInit answers; the first that fits counts.
+_INIT_CURES = (
+    (
+        "no CUDA-capable device",
+        "no NVIDIA GPU is visible here; check nvidia-smi (on a Jetson: "
+        "tegrastats) and CUDA_VISIBLE_DEVICES, in a container start it with --runtime nvidia",
+    ),
+    (
+        "unsupported display driver",
+        "the kernel's driver and the user-space driver are of "
+        "different versions (CUDA 803); reboot after a driver update, in a container use an image "
+        "that fits the host",
+    ),
+    (
+        "forward compatibility",
+        "the CUDA forward-compatibility package does not work on this GPU "
+        "(CUDA 804); remove cuda-compat from LD_LIBRARY_PATH",
+    ),
+    (
+        "driver version is insufficient",
+        "the driver is older than the CUDA libraries (CUDA 35); "
+        "update the driver (on a Jetson: JetPack)",
+    ),
+    (
+        "invalid device ordinal",
+        "there is no GPU of this number here (CUDA 101); check CUDA_VISIBLE_DEVICES",
+    ),
+    # How cuda-bindings says that it found no driver: 12 at first, 12 from then on, and 13.
+    ("Failed to dlopen", _NO_LIBRARY),
+    ('Function "', _NO_LIBRARY),
+    ("is an NVIDIA driver library", _NO_LIBRARY),
+    ("not yet initialized", "the GPU is not ready yet (CUDA 802); wait and try again"),
+    (
+        "operation not supported",
+        "the driver does not take this GPU (CUDA 801); in a container "
+        "start it with --runtime nvidia, on a Jetson use libraries of its own JetPack",
+    ),
+    ("unknown error", "the driver failed without a reason (CUDA 999); look at dmesg, then reboot"),
+)
+
+
+def explain_init_failure(text: str, root: Path = Path("/")) -> str:
+    """What is wrong when the driver does not start, and what to do.
+
+    Args:
+        text: what the driver said.
+        root: where ``dev`` with the device nodes is.
+    """
+    for (
+        name
+    ) in GPU_NODES:  # on a Jetson they belong to the group video, from JetPack 7 on to render
+        node = root / name[1:]
+        if node.exists() and not os.access(node, os.R_OK | os.W_OK):
+            return (
+                f"this user may not open {node}; add the user to the groups video and render "
+                "(sudo usermod -aG video,render $USER), log in again, in a service set "
+                f"SupplementaryGroups=video render (CUDA said: {text})"
+            )
+    for sign, cure in _INIT_CURES:
+        if sign in text:
+            return f"{cure} (CUDA said: {text})"
+    return f"CUDA does not start: {text}; edge-llm doctor looks for the cause"
+
+
+def is_fatal(reason: str) -> bool:
+    """Whether nothing works on the GPU any more, by the driver's sentence."""
+    return any(sign in reason for sign in _FATAL)
+
+
+def reason_of(error: BaseException) -> str:
+    """The driver's sentence, as ``cuFunction failed: sentence``."""
+    return str(error).replace("\n", " ").strip() or type(error).__name__

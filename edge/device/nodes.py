@@ -1,0 +1,34 @@
+"""The device nodes of an NVIDIA GPU: what the driver opens, and whether this machine has a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# JetPack 6 opens nvmap and nvhost-*, JetPack 7 nvmap and nvgpu/igpu0/*; a GPU in a slot the others.
+JETSON_NODES = (
+    "/dev/nvmap",
+    "/dev/nvhost-ctrl-gpu",
+    "/dev/nvhost-gpu",
+    "/dev/nvhost-as-gpu",
+    "/dev/host1x-fence",
+    "/dev/nvgpu/igpu0/ctrl",
+    "/dev/nvgpu/igpu0/as",
+    "/dev/nvgpu/igpu0/channel",
+    "/dev/nvgpu/igpu0/tsg",
+    "/dev/dri/renderD128",
+)
+SLOT_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm")
+# Others have these two, too: a virtual machine without a GPU, a board of another maker.
+_NOT_A_SIGN = ("/dev/host1x-fence", "/dev/dri/renderD128")
+GPU_NODES = tuple(name for name in (*JETSON_NODES, *SLOT_NODES) if name not in _NOT_A_SIGN)
+
+
+def find_gpu_node(root: Path = Path("/")) -> str | None:
+    """Name of the first device node that only an NVIDIA GPU has; None on a machine without one.
+
+    The driver is not asked: whoever lacks a driver, a library or a right still has the GPU.
+
+    Args:
+        root: where ``dev`` is.
+    """
+    return next((name for name in GPU_NODES if (root / name[1:]).exists()), None)

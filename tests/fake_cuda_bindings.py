@@ -1,0 +1,290 @@
+"""A stand-in for ``cuda.bindings.driver`` on a `FakeGpu`.
+
+Every call returns its error first; what `FakeGpu.missing` names raises RuntimeError, as the real
+one does where the driver's library, or a function of it, is not there. Host memory is known by its
+address alone, so only pinned memory is known to have been freed too early.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .fake_cuda import (
+    TEXTS,
+    CaptureMode,
+    Error,
+    FakeGpu,
+    FakeStream,
+    HostBytes,
+    RuleError,
+    Side,
+    Work,
+    _Block,
+    _HostBlock,
+)
+
+
+class Result(enum.IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_INVALID_DEVICE = 101
+    CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_LAUNCH_FAILED = 719
+    CUDA_ERROR_SYSTEM_DRIVER_MISMATCH = 803
+    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
+    CUDA_ERROR_UNKNOWN = 999
+
+
+class DeviceAttribute(enum.IntEnum):
+    CU_DEVICE_ATTRIBUTE_INTEGRATED = 18
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
+
+
+class MemoryType(enum.IntEnum):
+    CU_MEMORYTYPE_HOST = 1
+    CU_MEMORYTYPE_DEVICE = 2
+
+
+class Memcpy3DParameters:
+    """``CUDA_MEMCPY3D``; a field that the real one has not is an error."""
+
+    __slots__ = (
+        "Depth",
+        "Height",
+        "WidthInBytes",
+        "dstDevice",
+        "dstHeight",
+        "dstHost",
+        "dstMemoryType",
+        "dstPitch",
+        "srcDevice",
+        "srcHeight",
+        "srcHost",
+        "srcMemoryType",
+        "srcPitch",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        for name in self.__slots__:
+            setattr(self, name, 0)
+
+
+class _RawHost(HostBytes):
+    """Host memory by its address; what lies in a live pinned block is that block's."""
+
+    def __init__(self, blocks: dict[int, _HostBlock], address: int, num_bytes: int) -> None:
+        self._pinned = False
+        for base, block in blocks.items():
+            if base <= address < base + block._array.nbytes:
+                assert address + num_bytes <= base + block._array.nbytes, "past pinned memory"
+                self._pinned = True
+        self._blocks, self._address, self.nbytes = blocks, address, num_bytes
+
+    def view(self) -> NDArray[np.uint8]:
+        alive = any(
+            base <= self._address < base + block._array.nbytes
+            for base, block in self._blocks.items()
+        )
+        if self._pinned and not alive:
+            raise RuleError("host memory was freed before the copy of it ran")
+        return np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self._address))
+
+
+def make_bindings(gpu: FakeGpu) -> Any:
+    """The module."""
+    module: Any = types.ModuleType("cuda.bindings.driver")
+    module.CUresult, module.CUstreamCaptureMode = Result, CaptureMode
+    module.CUdevice_attribute, module.CUmemorytype = DeviceAttribute, MemoryType
+    module.CUDA_MEMCPY3D, module.CU_MEMHOSTALLOC_DEVICEMAP = Memcpy3DParameters, 2
+    functions = [*_devices(gpu), *_memory(gpu), *_streams(gpu), *_graphs(gpu)]
+    for function in functions:
+        setattr(module, function.__name__, _returns_its_error(gpu, function))
+    return module
+
+
+def _returns_its_error(gpu: FakeGpu, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> tuple[Any, ...]:
+        if "libcuda" in gpu.missing:
+            raise RuntimeError("Failed to dlopen libcuda.so.1")
+        if function.__name__ in gpu.missing:
+            raise RuntimeError(f'Function "{function.__name__}" not found')
+        try:
+            values = function(*args)
+        except Error as error:
+            return Result(error.code), None
+        if values is None:
+            return (Result(0),)
+        return (Result(0), *(values if isinstance(values, tuple) else (values,)))
+
+    call.__wrapped__ = function  # type: ignore[attr-defined]
+    return call
+
+
+def _devices(gpu: FakeGpu) -> list[Callable[..., Any]]:
+    def cuInit(Flags: int) -> None:
+        gpu.call("cuInit", context=False)
+
+    def cuGetErrorString(error: Result) -> bytes:
+        return TEXTS[int(error)].encode()
+
+    def cuDeviceGet(ordinal: int) -> int:
+        gpu.call("cuDeviceGet", context=False)
+        gpu.fail("cuDeviceGet", 101 if ordinal else 0)
+        return ordinal
+
+    def cuDeviceGetName(length: int, dev: int) -> bytes:
+        return b"Fake".ljust(length, b"\0")
+
+    def cuDeviceGetAttribute(attrib: DeviceAttribute, dev: int) -> int:
+        numbers = (int(gpu.integrated), *gpu.compute_capability)
+        return dict(zip(DeviceAttribute, numbers, strict=True))[attrib]
+
+    def cuDevicePrimaryCtxRetain(dev: int) -> str:
+        gpu.call("cuDevicePrimaryCtxRetain", context=False)
+        return "context"
+
+    def cuCtxPushCurrent(ctx: str) -> None:
+        gpu.push()
+
+    def cuCtxPopCurrent() -> str:
+        gpu.pop()
+        return "context"
+
+    return [
+        cuInit, cuGetErrorString, cuDeviceGet, cuDeviceGetName, cuDeviceGetAttribute,
+        cuDevicePrimaryCtxRetain, cuCtxPushCurrent, cuCtxPopCurrent,
+    ]  # fmt: skip
+
+
+def _memory(gpu: FakeGpu) -> list[Callable[..., Any]]:
+    blocks: dict[int, _Block] = {}
+    pinned: dict[int, _HostBlock] = {}
+
+    def release(name: str, block: _Block | _HostBlock) -> None:
+        code = gpu.code(name)
+        block.free()
+        gpu.fail(name, code)
+
+    def cuMemAlloc(bytesize: int) -> int:
+        block = _Block(gpu, bytesize)
+        blocks[int(block)] = block
+        return int(block)
+
+    def cuMemFree(dptr: int) -> None:
+        release("cuMemFree", blocks.pop(dptr))
+
+    def cuMemGetInfo() -> tuple[int, int]:
+        return gpu.memory_info()
+
+    def cuMemHostAlloc(bytesize: int, Flags: int) -> int:
+        block = _HostBlock(gpu, bytesize, np.uint8, bool(Flags & 2))
+        pinned[block._array.ctypes.data] = block
+        return block._array.ctypes.data
+
+    def cuMemHostGetDevicePointer(p: int, Flags: int) -> int:
+        return pinned[p].get_device_pointer()
+
+    def cuMemFreeHost(p: int) -> None:
+        release("cuMemFreeHost", pinned.pop(p))
+
+    def cuMemcpyHtoDAsync(dstDevice: int, srcHost: int, ByteCount: int, hStream: int) -> None:
+        gpu.upload(dstDevice, _RawHost(pinned, srcHost, ByteCount), hStream)
+
+    def cuMemcpyDtoHAsync(dstHost: int, srcDevice: int, ByteCount: int, hStream: int) -> None:
+        gpu.download(_RawHost(pinned, dstHost, ByteCount), srcDevice, hStream)
+
+    def cuMemsetD8Async(dstDevice: int, uc: int, N: int, hStream: int) -> None:
+        gpu.fill(dstDevice, uc, N, hStream)
+
+    def cuMemcpy3DAsync(pCopy: Memcpy3DParameters, hStream: int) -> None:
+        copy: Any = pCopy
+
+        def side(kind: str) -> Side:
+            pitch, rows = getattr(copy, f"{kind}Pitch"), getattr(copy, f"{kind}Height")
+            if getattr(copy, f"{kind}MemoryType") == MemoryType.CU_MEMORYTYPE_DEVICE:
+                return getattr(copy, f"{kind}Device"), pitch, rows
+            assert getattr(copy, f"{kind}MemoryType") == MemoryType.CU_MEMORYTYPE_HOST
+            span = ((copy.Depth - 1) * rows + copy.Height - 1) * pitch + copy.WidthInBytes
+            return _RawHost(pinned, getattr(copy, f"{kind}Host"), span), pitch, rows
+
+        size = (copy.WidthInBytes, copy.Height, copy.Depth)
+        gpu.copy_box(side("dst"), side("src"), size, hStream)
+
+    return [
+        cuMemAlloc, cuMemFree, cuMemGetInfo, cuMemHostAlloc, cuMemHostGetDevicePointer,
+        cuMemFreeHost, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemsetD8Async, cuMemcpy3DAsync,
+    ]  # fmt: skip
+
+
+def _streams(gpu: FakeGpu) -> list[Callable[..., Any]]:
+    streams: dict[int, FakeStream] = {}
+
+    def cuStreamCreate(Flags: int) -> int:
+        stream = FakeStream(gpu)
+        streams[stream.handle] = stream
+        return stream.handle
+
+    def cuStreamSynchronize(hStream: int) -> None:
+        streams[hStream].synchronize()
+
+    def cuStreamDestroy(hStream: int) -> None:
+        code = gpu.code("cuStreamDestroy")
+        del streams[hStream]
+        gpu.fail("cuStreamDestroy", code)
+
+    return [cuStreamCreate, cuStreamSynchronize, cuStreamDestroy]
+
+
+def _graphs(gpu: FakeGpu) -> list[Callable[..., Any]]:
+    def cuStreamBeginCapture(hStream: int, mode: CaptureMode) -> None:
+        gpu.call("cuStreamBeginCapture")
+        stream = gpu.streams[hStream]
+        stream.capturing, stream.invalidated = [], False
+        stream.mode, stream.thread = mode, threading.get_ident()
+
+    def cuStreamEndCapture(hStream: int) -> list[Work]:
+        code = gpu.code("cuStreamEndCapture")
+        stream = gpu.streams[hStream]
+        works, stream.capturing = stream.capturing, None
+        if works is None or stream.invalidated:
+            code = code or 901
+        gpu.fail("cuStreamEndCapture", code)
+        gpu.born("captured graph")
+        assert works is not None
+        return works
+
+    def cuGraphInstantiate(hGraph: list[Work], flags: int) -> list[Work]:
+        gpu.call("cuGraphInstantiate")
+        gpu.born("graph")
+        return list(hGraph)
+
+    def cuGraphDestroy(hGraph: list[Work]) -> None:
+        gpu.dead("captured graph")
+        gpu.call("cuGraphDestroy")
+
+    def cuGraphExecDestroy(hGraphExec: list[Work]) -> None:
+        gpu.dead("graph")
+        gpu.call("cuGraphExecDestroy")
+
+    def cuGraphLaunch(hGraphExec: list[Work], hStream: int) -> None:
+        gpu.call("cuGraphLaunch")
+        for work in hGraphExec:
+            work.valid()
+            gpu.put(hStream, work)
+
+    return [
+        cuStreamBeginCapture, cuStreamEndCapture, cuGraphInstantiate, cuGraphDestroy,
+        cuGraphExecDestroy, cuGraphLaunch,
+    ]  # fmt: skip
