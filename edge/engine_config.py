@@ -49,8 +49,8 @@ class EngineConfig:
     """How a bundle is opened and its answers are computed.
 
     Attributes:
-        backend: engine that runs the bundle; auto takes a TensorRT engine of the bundle that fits
-            this machine, else ONNX Runtime on a CUDA GPU, else on the CPU.
+        backend: engine that runs the bundle; auto takes a TensorRT engine of the bundle, which on a
+            machine with a GPU must work, else ONNX Runtime on a CUDA GPU, else on the CPU.
         kv_capacity: tokens that prompt and answer may take together; by default the bundle's own,
             or what memory holds of it.
         num_threads: CPU threads, with which auto takes the CPU; by default one per physical core.

@@ -1,4 +1,10 @@
-"""The choice of the engine that runs a bundle."""
+"""The choice of the engine that runs a bundle.
+
+The CPU never stands in for a GPU in silence. Where a bundle has an engine and the machine a GPU, an
+engine that cannot be used is an error, unless the CPU was asked for. Where there is a GPU and no
+engine, the CPU is taken, and `unused_gpu` has the sentence that the log, ``/ready`` and ``/stats``
+say.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ from pathlib import Path
 
 from edge.bundle.engine_file import find_engines
 from edge.bundle.manifest import Manifest
+from edge.device.nodes import find_gpu_node
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, DependencyError, IntegrityError
 
@@ -19,7 +26,8 @@ _log = logging.getLogger(__name__)
 def open_backend(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
     """Load a bundle, whose files are trusted (`manifest.verify_files` comes first).
 
-    What ``auto`` passes over, and why, is logged.
+    What ``auto`` passes over, and why, is logged. On a machine with a GPU it passes over no engine
+    of the bundle.
 
     Args:
         bundle: directory of the bundle.
@@ -31,13 +39,40 @@ def open_backend(bundle: Path, manifest: Manifest, config: EngineConfig) -> Back
     Raises:
         ConfigError, BundleError, DependencyError, BackendError, DeviceMemoryError: see the engine.
     """
+    backend = _open(bundle, manifest, config)
+    warning = unused_gpu(backend.name, config)
+    if warning is not None:
+        _log.warning("%s", warning)
+    return backend
+
+
+def unused_gpu(backend: str, config: EngineConfig) -> str | None:
+    """Why this machine's GPU computes nothing, though nobody named the CPU as backend; else None.
+
+    Args:
+        backend: name of the engine that was chosen.
+        config: by which it was chosen.
+    """
+    node = find_gpu_node()
+    if backend != "ort-cpu" or config.backend == "ort-cpu" or node is None:
+        return None
+    if config.cpu_option is not None:
+        why = f"{config.cpu_option} asks for it; leave that out"
+    else:
+        why = (
+            "the bundle has no TensorRT engine and ONNX Runtime no CUDA; edge-llm build BUNDLE "
+            "makes an engine"
+        )
+    return (
+        f"the CPU computes, though this machine has a GPU ({node}): {why}, or ask for the CPU with "
+        "--backend ort-cpu"
+    )
+
+
+def _open(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
     name = config.backend
     if name == "auto" and config.cpu_option is not None:
         # An engine that has no use for the option would ignore the caller's wish.
-        if find_engines(bundle):
-            _log.warning(
-                "%s asks for the CPU: the bundle's TensorRT engines are not used", config.cpu_option
-            )
         name = "ort-cpu"
     if name == "tensorrt" or (name == "auto" and find_engines(bundle)):
         try:
@@ -45,6 +80,9 @@ def open_backend(bundle: Path, manifest: Manifest, config: EngineConfig) -> Back
         except (BundleError, DependencyError) as error:
             if name == "tensorrt" or isinstance(error, IntegrityError):
                 raise
+            node = find_gpu_node()
+            if node is not None:
+                raise _refusal(error, node) from error
             _log.warning("the bundle's TensorRT engines are not used: %s", error)
     if name == "ort-cuda" or (name == "auto" and _has_cuda_provider()):
         try:
@@ -54,6 +92,14 @@ def open_backend(bundle: Path, manifest: Manifest, config: EngineConfig) -> Back
                 raise
             _log.warning("ONNX Runtime's CUDA provider is not used: %s", error)
     return _open_ort_cpu(bundle, manifest, config)
+
+
+def _refusal(error: BundleError | DependencyError, node: str) -> BundleError | DependencyError:
+    """The same error, with the reason why the CPU does not stand in and how to ask for it."""
+    return type(error)(
+        f"{error}; since the bundle has an engine and this machine a GPU ({node}), the CPU is "
+        "taken only where it is asked for: --backend ort-cpu"
+    )
 
 
 def _open_tensorrt(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:

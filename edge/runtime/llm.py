@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
-from edge.backends.choose import open_backend
+from edge.backends.choose import open_backend, unused_gpu
 from edge.bundle import manifest as manifests
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.engine_config import EngineConfig, EngineOptions
@@ -73,6 +73,8 @@ class LLM:
         tokenizer: the model's tokenizer.
         template: the model's chat template; None where it has none.
         backend: the engine; only `call` may use it.
+        warning: why the CPU computes on a machine with a GPU, where nobody named it as backend;
+            else None.
         embeddings: the token table.
         scheduler: the queue of requests and the thread that runs them.
 
@@ -110,6 +112,7 @@ class LLM:
             self.template.source, self.tokenizer.control_tokens
         )
         self.backend: Backend = open_backend(self.bundle, self.manifest, config)
+        self.warning = unused_gpu(self.backend.name, config)
         # Opened last: if a later step failed, nothing would close its file.
         self.embeddings = EmbeddingTable(self.bundle / EMBEDDINGS_NAME)
         try:

@@ -178,7 +178,14 @@ class _Endpoints:
         reason = self._models.not_ready()
         if reason is not None:
             raise APIError(503, reason, f"the server is not ready: {reason}", retry_after_s=5)
-        return json_response({"status": "ready"})
+        engines = self._models.engines().values()
+        return json_response(
+            {
+                "status": "ready",  # anybody may ask, so no model is named
+                "backends": sorted({engine.labels["backend"] for engine in engines}),
+                "warnings": sorted({engine.warning for engine in engines if engine.warning}),
+            }
+        )
 
     async def _metrics_text(self, request: Request) -> Response:
         from .observe.metrics import CONTENT_TYPE

@@ -16,6 +16,7 @@ import msgspec
 
 from edge.runtime.scheduler.request import SchedulerStats
 from edge.server.http.errors import APIError, draining, invalid, stalled
+from edge.server.observe.metric_families import EngineInfo
 
 from .route import AUTO, Facts, Rule, Split
 
@@ -70,11 +71,12 @@ class ServedModel:
         finally:
             self.leases -= 1
 
-    def engine_info(self) -> dict[str, str]:
-        """Return what runs the model, as labels of a metric."""
+    def engine_info(self) -> EngineInfo:
+        """Return what runs the model."""
         manifest, backend = self.llm.manifest, self.llm.backend
-        return {
+        labels = {
             "backend": backend.name,
+            "gpu_unused": "false" if self.llm.warning is None else "true",
             "bundle": manifest.name,
             "architecture": manifest.model.architecture,
             "quantization": manifest.quantization.name,
@@ -83,6 +85,7 @@ class ServedModel:
             "slots": str(backend.num_slots),
             "fingerprint": self.fingerprint,
         }
+        return EngineInfo(labels, self.llm.warning)
 
     @property
     def is_used(self) -> bool:
@@ -317,8 +320,8 @@ class ModelRegistry:
         """Return the state of every model's scheduler."""
         return {model.name: model.llm.scheduler.stats() for model in self.models()}
 
-    def engines(self) -> dict[str, dict[str, str]]:
-        """Return what runs each model, for the metrics."""
+    def engines(self) -> dict[str, EngineInfo]:
+        """Return what runs each model."""
         return {model.name: model.engine_info() for model in self.models()}
 
     # ------------------------------------------------------------------------------- health

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,18 +178,38 @@ def scheduler_families(schedulers: Mapping[str, SchedulerStats]) -> Iterator[Met
         yield family
 
 
-def engine_family(engines: Mapping[str, Mapping[str, str]]) -> Metric:
+class EngineInfo(NamedTuple):
+    """What serves a model.
+
+    Attributes:
+        labels: of ``edgellm_engine_info``: backend, quantization and the like.
+        warning: why the CPU computes on a machine with a GPU, where nobody named it as backend;
+            else None.
+    """
+
+    labels: dict[str, str]
+    warning: str | None
+
+
+def engine_family(engines: Mapping[str, EngineInfo]) -> Metric:
     """Make ``edgellm_engine_info``: labels that say what serves a model."""
     from prometheus_client.core import InfoMetricFamily
 
     family = InfoMetricFamily("edgellm_engine", "What serves a model.", labels=["model"])
-    for model, labels in engines.items():
-        family.add_metric([model], dict(labels))
+    for model, engine in engines.items():
+        family.add_metric([model], engine.labels)
     return family
 
 
 def _usage(stats: SchedulerStats) -> float:
     return stats.kv_used_tokens / stats.kv_capacity_tokens if stats.kv_capacity_tokens else 0.0
+
+
+def engine_state(engine: EngineInfo | None) -> dict[str, Any]:
+    """Write what serves a model for JSON; nothing is known of one that is not loaded."""
+    if engine is None:
+        return {}
+    return {"backend": engine.labels["backend"], "warning": engine.warning}
 
 
 def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:

@@ -32,10 +32,12 @@ from edge.runtime.scheduler.request import SchedulerStats
 from .metric_families import (
     VLLM_NAMES,
     BulkHistogram,
+    EngineInfo,
     Pulled,
     View,
     device_families,
     engine_family,
+    engine_state,
     gauge,
     scheduler_families,
     scheduler_state,
@@ -74,7 +76,7 @@ class Metrics:
     Args:
         scheduler_stats: the schedulers' state by model, asked at each scrape.
         telemetry: the device's state, asked at most once a second; None leaves it out.
-        engines: labels of ``edgellm_engine_info`` by model: quantization, backend and the like.
+        engines: what serves each model.
         drift: counts what is asked for; the default counts without a baseline.
         vllm_names: also expose vLLM's names.
         window_s: age up to which ``/stats`` looks back.
@@ -89,7 +91,7 @@ class Metrics:
         scheduler_stats: Callable[[], Mapping[str, SchedulerStats]],
         *,
         telemetry: Callable[[], Snapshot] | None = None,
-        engines: Callable[[], Mapping[str, Mapping[str, str]]] | None = None,
+        engines: Callable[[], Mapping[str, EngineInfo]] | None = None,
         drift: DriftMonitor | None = None,
         vllm_names: bool = False,
         window_s: float = 300.0,
@@ -292,6 +294,7 @@ class Metrics:
     def stats_json(self) -> dict[str, Any]:
         """Write the same for people without Prometheus, with percentiles of the last requests."""
         schedulers = self._scheduler_stats()
+        engines = {} if self._engines is None else self._engines()
         now = self._clock()
         with self._lock:
             names = dict.fromkeys([*schedulers, *self._windows])
@@ -308,7 +311,11 @@ class Metrics:
             "uptime_s": round(now - self._started, 3),
             "window_s": self._window_s,
             "models": {
-                name: {**scheduler_state(schedulers.get(name)), "latency": latency[name]}
+                name: {
+                    **scheduler_state(schedulers.get(name)),
+                    **engine_state(engines.get(name)),
+                    "latency": latency[name],
+                }
                 for name in names
             },
             "requests": self._sum(self._requests, "outcome"),

@@ -1,52 +1,139 @@
-"""Which engine runs a bundle."""
+"""Which engine runs a bundle, and that no GPU idles in silence."""
 
 from __future__ import annotations
 
 import logging
+import shutil
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from edge import LLM
 from edge.backends import choose
 from edge.bundle.manifest import read_manifest
+from edge.device.nodes import find_gpu_node
 from edge.engine_config import EngineConfig
+from edge.errors import BundleError, DependencyError, EdgeError
 from tests.conftest import Bundles
+from tests.fake_tensorrt import write_engine
+
+NODE = "/dev/nvmap"
 
 
 @pytest.fixture
 def bundle(tiny_bundles: Bundles) -> Path:
-    return tiny_bundles("qwen2")
+    return tiny_bundles("qwen2", "portable")
 
 
-def test_threads_are_the_cpus_even_where_an_engine_is(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def engine_bundle(bundle: Path, tmp_path: Path) -> Path:
+    shutil.copytree(bundle, tmp_path / "b")
+    write_engine(
+        tmp_path / "b", max_batch=4, max_prefill=24, kv_capacity=128, kv_buckets=(16, 64, 128)
+    )
+    return tmp_path / "b"
+
+
+@pytest.fixture(params=[None, NODE], ids=["no GPU", "a GPU"])
+def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    found: str | None = request.param
+    set_node(monkeypatch, found)
+    return found
+
+
+def set_node(monkeypatch: pytest.MonkeyPatch, node: str | None) -> None:
+    monkeypatch.setattr(choose, "find_gpu_node", lambda: node)
+    monkeypatch.setattr(choose, "_has_cuda_provider", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DependencyError("running on the GPU needs PyCUDA or cuda-bindings; pip install pycuda"),
+        BundleError("the engine was built for another GPU; edge-llm build b"),
+    ],
+)
+def test_an_engine_that_a_gpu_cannot_use_is_an_error(
+    error: EdgeError,
+    engine_bundle: Path,
+    node: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
-    monkeypatch.setattr(choose, "find_engines", lambda path: [path / "engines" / "sm87"])
-    monkeypatch.setattr(choose, "_has_cuda_provider", lambda: True)
-    with caplog.at_level(logging.WARNING):
-        backend = choose.open_backend(
-            bundle, read_manifest(bundle), EngineConfig(num_slots=1, num_threads=1)
-        )
-    with closing(backend):
-        assert backend.name == "ort-cpu"
-    assert "num_threads asks for the CPU" in caplog.text
+    """With the reason and its cure, and how to ask for the CPU; without a GPU the CPU runs it."""
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(choose, "_open_tensorrt", refuse)
+    if node is None:
+        with caplog.at_level(logging.WARNING), closing(LLM(engine_bundle)) as llm:
+            assert (llm.backend.name, llm.warning) == ("ort-cpu", None)
+        assert str(error) in caplog.text
+        return
+    with pytest.raises(type(error)) as caught:
+        LLM(engine_bundle)
+    message = str(caught.value)
+    assert str(error) in message
+    assert NODE in message
+    assert "--backend ort-cpu" in message
+    with closing(LLM(engine_bundle, backend="ort-cpu")) as llm:
+        assert (llm.backend.name, llm.warning) == ("ort-cpu", None)
 
 
-def test_rounded_activations_are_the_cpus_even_where_an_engine_is(
-    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_is_really_missing_is_named(engine_bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is replaced but the question whether there is a GPU."""
+    set_node(monkeypatch, NODE)
+    for name in ("pycuda", "pycuda.driver", "cuda.bindings.driver"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DependencyError, match=r"needs PyCUDA or cuda-b.*pip install.*ort-cpu"):
+        LLM(engine_bundle)
+
+
+def test_without_an_engine_a_gpu_that_idles_is_said(
+    bundle: Path, node: str | None, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.WARNING), closing(LLM(bundle)) as llm:
+        assert llm.backend.name == "ort-cpu"
+        warning = llm.warning
+    assert (warning is None) == (node is None)
+    if warning is None:
+        assert "GPU" not in caplog.text
+    else:
+        assert f"has a GPU ({NODE})" in warning
+        assert "edge-llm build BUNDLE" in warning
+        assert caplog.messages.count(warning) == 1
+
+
+@pytest.mark.parametrize("option", ["num_threads", "int8_activations"])
+def test_an_option_of_the_cpu_asks_for_it_even_where_an_engine_is(
+    option: str,
+    tiny_bundles: Bundles,
+    node: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     bundle = tiny_bundles("qwen2", quant="int4")
-    manifest = read_manifest(bundle)
     monkeypatch.setattr(choose, "find_engines", lambda path: [path / "engines" / "sm87"])
-    config = EngineConfig(num_slots=1, int8_activations=True)
-    with closing(choose.open_backend(bundle, manifest, config)) as backend:
+    monkeypatch.setattr(choose, "_has_cuda_provider", lambda: True)
+    config = EngineConfig(num_slots=1, **{option: 1 if option == "num_threads" else True})  # type: ignore[arg-type]
+    with (
+        caplog.at_level(logging.WARNING),
+        closing(choose.open_backend(bundle, read_manifest(bundle), config)) as backend,
+    ):
         assert backend.name == "ort-cpu"
-    assert "int8_activations asks for the CPU" in caplog.text
+    assert (f"{option} asks for it" in caplog.text) == (node is not None)
+    assert choose.unused_gpu("ort-cuda", config) is None
 
 
-def test_without_a_gpu_auto_is_the_cpu(bundle: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(choose, "_has_cuda_provider", lambda: False)
-    config = EngineConfig(num_slots=1)
-    with closing(choose.open_backend(bundle, read_manifest(bundle), config)) as backend:
-        assert backend.name == "ort-cpu"
+def test_the_node_that_decides(tmp_path: Path):
+    (tmp_path / "dev" / "dri").mkdir(parents=True)
+    for name in ("dri/renderD128", "host1x-fence", "null"):
+        (tmp_path / "dev" / name).touch()
+    assert find_gpu_node(tmp_path) is None
+    for name in ("nvidia0", "nvidiactl", "nvhost-gpu", "nvmap"):
+        (tmp_path / "dev" / name).touch()
+        assert find_gpu_node(tmp_path) is not None
+    assert find_gpu_node(tmp_path) == NODE

@@ -15,8 +15,10 @@ from contextlib import closing
 
 import pytest
 
+from edge.backends import choose
 from tests.conftest import Bundles
 from tests.edge.server.scripted import Live, running
+from tests.fakes import ScriptedBackend
 from tests.tiny_models import CONTROL_IDS
 
 SECRET = re.compile(rb"0x[0-9a-f]{6,}|Traceback|/opt/|/tmp/|\.py|/work|edge/server")
@@ -274,6 +276,28 @@ def test_deadlines_end_requests(tiny_bundles: Bundles):
         assert (answer.status, answer.json["error"]["code"]) == (503, "deadline_exceeded")
         assert answer.headers["x-should-retry"] == "false"
         assert 'outcome="deadline"' in live.ask("/metrics").body.decode()
+
+
+@pytest.mark.parametrize("node", [None, "/dev/nvmap"])
+def test_a_gpu_that_idles_is_said_wherever_one_looks(
+    node: str | None, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(choose, "find_gpu_node", lambda: node)
+    monkeypatch.setattr(ScriptedBackend, "name", "ort-cpu")
+    with running(tiny_bundles("qwen2")) as live:
+        ready = live.ask("/ready").json
+        row = live.ask("/stats").json["models"]["tiny"]
+        metrics = live.ask("/metrics").body.decode()
+    [info] = [line for line in metrics.splitlines() if line.startswith("edgellm_engine_info{")]
+    assert (ready["status"], ready["backends"], row["backend"]) == ("ready", ["ort-cpu"], "ort-cpu")
+    assert 'backend="ort-cpu"' in info
+    if node is None:
+        assert (ready["warnings"], row["warning"]) == ([], None)
+        assert 'gpu_unused="false"' in info
+    else:
+        assert ready["warnings"] == [row["warning"]]
+        assert f"this machine has a GPU ({node})" in row["warning"]
+        assert 'gpu_unused="true"' in info
 
 
 def test_heat_makes_the_server_not_ready(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):

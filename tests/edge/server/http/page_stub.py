@@ -29,6 +29,7 @@ class StubServer(ThreadingHTTPServer):
         hangups: set once a client left a stream.
         api_key: wanted if set.
         models: that are served.
+        warning: of the engine.
         refusals: how many chats are yet to be refused with 429.
     """
 
@@ -42,6 +43,7 @@ class StubServer(ThreadingHTTPServer):
         self.api_key: str | None = None
         self.models = ["tiny", "<b>other</b>"]
         self.refusals = 0
+        self.warning: str | None = None
         self.tokens = 0
 
     @property
@@ -151,6 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "tiny": {
                     "loaded": True,
                     "failed": False,
+                    "backend": "ort-cpu",
+                    "warning": self.server.warning,
                     "running": 1,
                     "waiting": 2,
                     "queue_capacity": 64,

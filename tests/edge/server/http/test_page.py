@@ -316,6 +316,13 @@ def test_the_dashboard_shows_what_the_server_says(browser: Browser):
     browser.one("#stop").click()
 
 
+def test_the_dashboard_names_the_engine_and_a_gpu_that_idles(browser: Browser, server: StubServer):
+    browser.until(lambda: browser.one("#engine").text == "tiny: ort-cpu")
+    assert browser.one("#dash-note").text == ""
+    server.warning = "the CPU computes, though this machine has a GPU"
+    browser.until(lambda: browser.one("#dash-note").text == server.warning)
+
+
 def test_a_server_that_went_away_is_said_so(browser: Browser, server: StubServer):
     browser.until(lambda: "GiB" in browser.one("#gauges").text)
     server.shutdown()

@@ -24,7 +24,7 @@ from edge.measure.drift import Counts, DriftMonitor
 from edge.runtime.generation import GenerationStats
 from edge.runtime.sampling import KNOBS, SamplingParams
 from edge.runtime.scheduler.request import SchedulerStats
-from edge.server.observe.metric_families import BulkHistogram
+from edge.server.observe.metric_families import BulkHistogram, EngineInfo
 from edge.server.observe.metrics import (
     ITL_BUCKETS_S,
     MAX_LABELS,
@@ -235,7 +235,7 @@ def test_stats_are_plain_json():
 
 
 def test_arms_and_routes_and_info():
-    engines = {"r1": {"quantization": "int4", "backend": "ort-cpu"}}
+    engines = {"r1": EngineInfo({"quantization": "int4", "backend": "ort-cpu"}, "a GPU idles")}
     metrics = Metrics(idle, engines=lambda: engines)
     metrics.observe_arm("b", "r1")
     metrics.observe_route("long_prompt", "r1")
@@ -243,6 +243,8 @@ def test_arms_and_routes_and_info():
     assert value(metrics, "route_decisions_total", rule="long_prompt", model="r1") == 1
     labels = {"quantization": "int4", "backend": "ort-cpu", "model": "r1"}
     assert value(metrics, "engine_info", **labels) == 1
+    row = metrics.stats_json()["models"]["r1"]
+    assert (row["backend"], row["warning"]) == ("ort-cpu", "a GPU idles")
     assert any(
         name == "edgellm_build_info" and ("version", __version__) in keys
         for name, keys in samples(metrics)
