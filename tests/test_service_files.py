@@ -160,9 +160,11 @@ def test_the_first_lines_of_defence_are_there():
 
 
 def install(
-    root: Path | None, *arguments: str, cwd: Path | None = None
+    root: Path | None, *arguments: str, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    environ = {"PATH": os.environ["PATH"], **({} if root is None else {"DESTDIR": str(root)})}
+    environ = {"PATH": os.environ["PATH"], **environment}
+    if root is not None:
+        environ["DESTDIR"] = str(root)
     return subprocess.run(
         ["bash", str(INSTALLER), *arguments],
         capture_output=True,
@@ -335,14 +337,94 @@ def test_the_virtual_environment_is_made_once(tmp_path: Path):
         "-m pip install --disable-pip-version-check --only-binary :all: --upgrade spec==1",
     ]
     log.unlink()
-    done = install(root, *arguments[:-2], "--lock", "jetpack6")
+    done = install(root, *arguments[:-2], "--lock", "jetpack6", CUDA_ROOT=str(tmp_path / "none"))
     assert done.returncode == 0, done.stderr
-    *_, libraries, checkout = log.read_text().splitlines()
+    asked = [line for line in log.read_text().splitlines() if "pip install" in line]
+    libraries, checkout = asked  # PyCUDA was not tried: there is no toolkit
+    assert "lacks:\n  the CUDA toolkit" in done.stderr
+    assert "goes on without PyCUDA" in done.stderr
     assert "--no-deps --require-hashes --only-binary :all:" in libraries
     assert libraries.endswith("requirements/jetpack6.txt")
     assert checkout.endswith(f"--no-deps --no-build-isolation --upgrade {INSTALLER.parent}/..")
     install(root, "--uninstall")
     assert not (root / "opt/edge-llm").exists()
+
+
+class Toolchain:
+    """What `scripts/install-pycuda` finds: a Python that writes down its calls, g++ and CUDA."""
+
+    def __init__(self, root: Path) -> None:
+        self.cuda, self.python, self.bin = root / "cuda", root / "python", root / "bin"
+        self.log, self.headers = root / "log", root / "include"
+        for directory in (self.cuda / "bin", self.cuda / "include", self.headers, self.bin):
+            directory.mkdir(parents=True)
+        for header in (self.cuda / "include" / "cuda.h", self.headers / "Python.h"):
+            header.touch()
+        for tool in ("bash", "sed", "dirname", "realpath"):
+            (self.bin / tool).symlink_to(shutil.which(tool) or "")
+        self.script(self.cuda / "bin" / "nvcc", "")
+        self.script(self.bin / "g++", "")
+        self.script(
+            self.python,
+            f'if [ "$1" = -c ]; then echo {self.headers}; exit; fi\n'
+            f'echo "CUDA_ROOT=$CUDA_ROOT PATH=$PATH $*" >> {self.log}\nexit $PIP_CODE\n',
+        )
+
+    @staticmethod
+    def script(path: Path, text: str) -> None:
+        path.write_text(f"#!/bin/sh\n{text}")
+        path.chmod(0o755)
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [INSTALLER.parent / "install-pycuda", self.python],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env={"PATH": str(self.bin), "PIP_CODE": "0", **environment},
+        )
+
+
+@pytest.mark.parametrize("where", ["CUDA_ROOT", "path"])
+def test_pycuda_is_compiled_by_hash_with_the_toolkit_on_the_path(tmp_path: Path, where: str):
+    tools = Toolchain(tmp_path)
+    environment = {"CUDA_ROOT": str(tools.cuda)}
+    if where == "path":
+        (tools.bin / "nvcc").symlink_to(tools.cuda / "bin" / "nvcc")
+        environment = {}
+    done = tools.run(**environment)
+    assert done.returncode == 0, done.stderr
+    [call] = tools.log.read_text().splitlines()
+    assert call.startswith(f"CUDA_ROOT={tools.cuda} PATH={tools.cuda}/bin:")
+    assert "--require-hashes --only-binary :all: --no-binary pycuda" in call
+    assert call.endswith("requirements/pycuda.txt")
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("cuda/include/cuda.h", "CUDA toolkit in .*nvidia-jetpack"),
+        ("cuda/bin/nvcc", "CUDA toolkit in .*nvidia-jetpack"),
+        ("include/Python.h", "Python.h .*apt-get install python3-dev"),
+        ("bin/g++", r"g\+\+ .*apt-get install build-essential"),
+    ],
+)
+def test_what_compiling_pycuda_needs_is_checked_first(tmp_path: Path, lacks: str, says: str):
+    tools = Toolchain(tmp_path)
+    (tmp_path / lacks).unlink()
+    done = tools.run(CUDA_ROOT=str(tools.cuda))
+    assert done.returncode == 69
+    assert re.search(says, done.stderr)
+    assert done.stderr.count("apt-get") == 1  # nothing else is said to be missing
+    assert not tools.log.exists()
+
+
+def test_a_pycuda_that_does_not_compile_is_said(tmp_path: Path):
+    tools = Toolchain(tmp_path)
+    done = tools.run(CUDA_ROOT=str(tools.cuda), PIP_CODE="1")
+    assert done.returncode == 70
+    assert "PyCUDA does not compile" in done.stderr
 
 
 def test_help_needs_no_rights(tmp_path: Path):

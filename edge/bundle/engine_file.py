@@ -28,9 +28,9 @@ def where_tensorrt_is_from(flavour: Flavour) -> str:
         return install_command("check")
     return (
         "on a Jetson it comes with JetPack (sudo apt install nvidia-jetpack; use a venv with "
-        "--system-site-packages, and for running engines: pip install pycuda cuda-bindings), "
-        f"on a workstation: {install_command('tensorrt')}, which brings pycuda and cuda-bindings "
-        "for running engines"
+        "--system-site-packages, and for running engines what docs/orin.md installs), "
+        f"on a workstation: {install_command('tensorrt')}, which brings cuda-bindings for running "
+        "engines"
     )
 
 

@@ -47,7 +47,9 @@ def test_a_version_is_two_numbers_at_least() -> None:
 def test_a_missing_tensorrt_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DependencyError, match=r"nvidia-jetpack.*\[tensorrt\].*pycuda and cuda-b"):
+    with pytest.raises(
+        DependencyError, match=r"nvidia-jetpack.*\[tensorrt\].*brings cuda-bindings"
+    ):
         compat.load()
     with pytest.raises(DependencyError, match=r"install .*-e .*\[check\]"):
         compat.load("tensorrt-rtx")
