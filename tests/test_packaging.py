@@ -89,6 +89,18 @@ def test_the_installed_versions_are_the_declared_ones(project: dict[str, Any]):
         assert floors == found
 
 
+def test_only_two_extras_choose_an_onnx_runtime(project: dict[str, Any]):
+    """Any other that names one would install it over an onnxruntime-gpu that is there."""
+    extras = project["project"]["optional-dependencies"]
+    required = {"": project["project"]["dependencies"], **extras}
+    named = {
+        extra
+        for extra, lines in required.items()
+        if any(Requirement(line).name.startswith("onnxruntime") for line in lines)
+    }
+    assert named == {"cpu", "cuda"}
+
+
 def test_the_script_is_callable(project: dict[str, Any]):
     ((name, value),) = project["project"]["scripts"].items()
     assert name == "edge-llm"

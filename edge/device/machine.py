@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from .nodes import JETSON_NODES, SLOT_NODES
 from .telemetry import Snapshot, read_power_modes, read_snapshot
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours
+# Packages of PyPI and of NVIDIA's index for Jetson that all are ``onnxruntime`` when imported.
+_ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 _TIMEOUT_S = 120.0  # the first use of CUDA on a Jetson may take half a minute
 
 
@@ -125,6 +128,22 @@ class Machine:
     def tensorrt(self) -> Library:
         """Import TensorRT and build a tiny engine, in a child process."""
         return _library(*_run_probe("tensorrt"))
+
+    def pycuda(self) -> Library:
+        """Import PyCUDA and start the driver through it, in a child process."""
+        return _library(*_run_probe("pycuda"))
+
+    def cuda_bindings(self) -> Library:
+        """Import cuda-bindings and start the driver through them, in a child process."""
+        return _library(*_run_probe("cuda-bindings"))
+
+    def onnxruntime_packages(self) -> list[tuple[str, str, str]]:
+        """Name, version and directory of every installed ONNX Runtime, as Python finds them."""
+        return [
+            (name, found.version, str(found.locate_file("")))
+            for found in metadata.distributions()
+            if (name := found.name).lower().replace("_", "-") in _ONNXRUNTIMES
+        ]
 
     def onnxruntime(self, provider: str) -> Library:
         """Import ONNX Runtime and run a tiny graph, in a child process."""

@@ -1,8 +1,9 @@
 """What the driver, TensorRT and ONNX Runtime say when they are really used, each tried in a child.
 
-``python -m edge.device.probe cuda|tensorrt|onnxruntime [PROVIDER]`` prints one JSON line. A process
-of its own, since a broken driver may crash or hang, since libraries print what they like, and since
-a ``cuInit`` that failed once fails forever in its process.
+``python -m edge.device.probe NAME`` prints one JSON line; NAME is cuda, tensorrt, pycuda,
+cuda-bindings, or onnxruntime with a PROVIDER after it. A process of its own, since a broken driver
+may crash or hang, since libraries print what they like, and since a ``cuInit`` that failed once
+fails forever in its process.
 """
 
 from __future__ import annotations
@@ -76,6 +77,30 @@ def probe_tensorrt() -> dict[str, Any]:
     return found
 
 
+def probe_pycuda() -> dict[str, Any]:
+    """Import PyCUDA and start the driver through it.
+
+    Returns:
+        ``version``.
+    """
+    importlib.import_module("pycuda.driver").init()
+    return {"version": importlib.import_module("pycuda").VERSION_TEXT}
+
+
+def probe_cuda_bindings() -> dict[str, Any]:
+    """Import cuda-bindings and start the driver through them.
+
+    Returns:
+        ``version``, and ``error`` if the driver does not start.
+    """
+    driver = importlib.import_module("cuda.bindings.driver")
+    found = {"version": importlib.import_module("cuda.bindings").__version__}
+    code = driver.cuInit(0)[0]
+    if code != driver.CUresult.CUDA_SUCCESS:
+        found["error"] = f"cuInit answers {code}"
+    return found
+
+
 def probe_onnxruntime(provider: str) -> dict[str, Any]:
     """Import ONNX Runtime and run a small graph on a provider.
 
@@ -114,7 +139,13 @@ def probe_onnxruntime(provider: str) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Run one probe; the last line of standard output is its JSON."""
-    probes = {"cuda": probe_cuda, "tensorrt": probe_tensorrt, "onnxruntime": probe_onnxruntime}
+    probes = {
+        "cuda": probe_cuda,
+        "tensorrt": probe_tensorrt,
+        "pycuda": probe_pycuda,
+        "cuda-bindings": probe_cuda_bindings,
+        "onnxruntime": probe_onnxruntime,
+    }
     # Libraries print to standard output; only the last line is ours.
     output = os.dup(1)
     os.dup2(2, 1)

@@ -319,8 +319,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise DependencyError(
-            "calibration needs the package onnxruntime; install it with: "
-            f"{install_command('export')}"
+            f"calibration needs the package onnxruntime; install it with: {install_command('cpu')}"
         ) from error
     return onnxruntime
 

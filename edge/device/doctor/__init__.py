@@ -22,6 +22,7 @@ from edge.bundle.manifest import Manifest
 from edge.device.machine import CudaProbe, Machine
 
 from .check import Check, Facts
+from .cuda_calls import check_cuda_calls, check_onnxruntime_packages
 from .device import (
     check_device_nodes,
     check_driver,
@@ -49,7 +50,9 @@ _MACHINE = (
     check_init,
     check_gpu,
     check_tensorrt,
+    check_cuda_calls,
     check_onnxruntime,
+    check_onnxruntime_packages,
     check_power,
 )
 

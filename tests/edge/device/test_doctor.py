@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from edge.device.telemetry import Snapshot
 from edge.errors import install_command
 from tests.conftest import Bundles
 from tests.edge.device import jetson_trees as trees
+from tests.fake_cuda import FakeGpu
 
 JETPACK6_NODES = (
     "/dev/nvmap",
@@ -57,6 +59,9 @@ class FakeMachine(Machine):
         self.cuda_answers: list[CudaProbe] = [NO_DRIVER]  # the last one stays
         self.node_answers: dict[str, Node] = {}
         self.tensorrt_answer = Library(missing=True, error="ModuleNotFoundError: tensorrt")
+        self.pycuda_answer = Library(version="2026.1")
+        self.cuda_bindings_answer = Library(version="12.9.10")
+        self.packages = [("onnxruntime", "1.32.0", "/venv")]
         self.onnxruntime_answers = {CPU: Library(version="1.32.0", providers=(CPU,))}
         self.group_answer = frozenset({"orin", "video", "render"})
         self.container = False
@@ -92,6 +97,17 @@ class FakeMachine(Machine):
     def tensorrt(self) -> Library:
         self.asked.append("tensorrt")
         return self.tensorrt_answer
+
+    def pycuda(self) -> Library:
+        self.asked.append("pycuda")
+        return self.pycuda_answer
+
+    def cuda_bindings(self) -> Library:
+        self.asked.append("cuda-bindings")
+        return self.cuda_bindings_answer
+
+    def onnxruntime_packages(self) -> list[tuple[str, str, str]]:
+        return self.packages
 
     def onnxruntime(self, provider: str) -> Library:
         self.asked.append(provider)
@@ -151,7 +167,9 @@ def test_a_laptop_without_a_gpu_is_fine(laptop: FakeMachine):
         "cuInit": "skip",
         "GPU": "skip",
         "TensorRT": "skip",
+        "CUDA in Python": "skip",
         "ONNX Runtime": "ok",
+        "ONNX Runtime packages": "ok",
         "power and clocks": "skip",
         "memory": "ok",
     }
@@ -230,6 +248,11 @@ def set_to(**answers: Any) -> Plant:
             setattr(machine, name, value)
 
     return plant
+
+
+def no_cuda_calls(machine: FakeMachine) -> None:
+    machine.pycuda_answer = Library(missing=True, error="ModuleNotFoundError")
+    machine.cuda_bindings_answer = Library(error="RuntimeError: Failed to dlopen libcuda.so.1")
 
 
 FAULTS: list[tuple[str, Plant, str, int, tuple[str, ...]]] = [
@@ -330,6 +353,18 @@ FAULTS: list[tuple[str, Plant, str, int, tuple[str, ...]]] = [
         69,
         ("1.23 is the oldest",),
     ),
+    (
+        "nothing calls CUDA",
+        no_cuda_calls,
+        "CUDA in Python",
+        69,
+        (
+            "PyCUDA is not installed",
+            "cuda-bindings fails: RuntimeError: Failed to dlopen",
+            "scripts/install-pycuda",
+            "pip install 'cuda-bindings>=12.9.1,<13'",
+        ),
+    ),
 ]
 
 
@@ -410,6 +445,83 @@ def test_a_gpu_that_nothing_installed_can_use_is_a_warning(laptop: FakeMachine):
     assert "on the CPU" in found.detail
     assert exit_code(checks) == 0
     assert summary(checks) == "the GPU works; 2 warnings"
+
+
+MISSING = Library(missing=True, error="ModuleNotFoundError: No module named 'pycuda'")
+
+
+@pytest.mark.parametrize(
+    ("pycuda", "bindings", "status", "words"),
+    [
+        (None, None, "ok", ("PyCUDA 2026.1 is used, cuda-bindings 12.9.10 for CUDA graphs",)),
+        (MISSING, None, "ok", ("cuda-bindings 12.9.10 are used", "no fault")),
+        (
+            Library(error="ImportError: libcurand.so.10"),
+            None,
+            "warn",
+            ("cuda-bindings 12.9.10 are used", "libcurand.so.10", "scripts/install-pycuda"),
+        ),
+        (None, MISSING, "warn", ("without CUDA graphs", "cuda-bindings>=12.9.1,<13")),
+        (
+            None,
+            Library(version="13.5.0"),
+            "warn",
+            ("for CUDA 13, the driver is for CUDA 12", "cuda-bindings>=12.9.1,<13"),
+        ),
+    ],
+)
+def test_what_calls_cuda(
+    pycuda: Library | None,
+    bindings: Library | None,
+    status: str,
+    words: tuple[str, ...],
+    orin: FakeMachine,
+):
+    orin.pycuda_answer = pycuda or orin.pycuda_answer
+    orin.cuda_bindings_answer = bindings or orin.cuda_bindings_answer
+    checks = run_checks(orin)
+    found = find(checks, "CUDA in Python")
+    assert found.status == status
+    for word in words:
+        assert word in f"{found.detail} | {found.cause} | {found.cure}"
+    assert exit_code(checks) == 0
+
+
+def test_a_newer_driver_gets_its_own_bindings(orin: FakeMachine):
+    orin.cuda_answers = [msgspec.structs.replace(ORIN, driver_version=13020)]
+    orin.cuda_bindings_answer = MISSING
+    assert "'cuda-bindings>=13,<14'" in find(run_checks(orin), "CUDA in Python").cure
+
+
+@pytest.mark.parametrize(
+    ("places", "cause"),
+    [(("/venv", "/venv"), "overwritten files"), (("/venv", "/usr/lib"), "in /venv hides")],
+)
+def test_two_onnx_runtimes_are_a_warning(places: tuple[str, str], cause: str, orin: FakeMachine):
+    orin.packages = [("onnxruntime", "1.23.2", places[0]), ("onnxruntime-gpu", "1.23.0", places[1])]
+    found = find(run_checks(orin), "ONNX Runtime packages")
+    assert (found.status, found.exit_code) == ("warn", 0)
+    assert cause in found.cause
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in found.cure
+
+
+def test_the_onnx_runtimes_of_this_machine():
+    [(name, version, place)] = Machine().onnxruntime_packages()
+    assert name == "onnxruntime"
+    assert version == metadata.version("onnxruntime")
+    assert (Path(place) / "onnxruntime").is_dir()
+
+
+def test_the_probes_of_what_calls_cuda(monkeypatch: pytest.MonkeyPatch):
+    gpu = FakeGpu()
+    for name, module in gpu.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(sys.modules["pycuda"], "VERSION_TEXT", "2026.1", raising=False)
+    assert device_probe.probe_pycuda() == {"version": "2026.1"}
+    found = device_probe.probe_cuda_bindings()
+    assert set(found) == {"version"}
+    gpu.lost = 100
+    assert "100" in device_probe.probe_cuda_bindings()["error"]
 
 
 def test_power_and_clocks(tmp_path: Path):
