@@ -360,14 +360,15 @@ class Toolchain:
             directory.mkdir(parents=True)
         for header in (self.cuda / "include" / "cuda.h", self.headers / "Python.h"):
             header.touch()
-        for tool in ("bash", "sed", "dirname", "realpath"):
+        for tool in ("bash", "cat", "dirname", "mktemp", "realpath", "rm", "sed"):
             (self.bin / tool).symlink_to(shutil.which(tool) or "")
         self.script(self.cuda / "bin" / "nvcc", "")
         self.script(self.bin / "g++", "")
         self.script(
             self.python,
             f'if [ "$1" = -c ]; then echo {self.headers}; exit; fi\n'
-            f'echo "CUDA_ROOT=$CUDA_ROOT PATH=$PATH $*" >> {self.log}\nexit $PIP_CODE\n',
+            f'echo "CUDA_ROOT=$CUDA_ROOT PATH=$PATH $*" >> {self.log}\n'
+            f"cat $HOME/.aksetup-defaults.py > {root}/options\nexit $PIP_CODE\n",
         )
 
     @staticmethod
@@ -399,6 +400,7 @@ def test_pycuda_is_compiled_by_hash_with_the_toolkit_on_the_path(tmp_path: Path,
     assert call.startswith(f"CUDA_ROOT={tools.cuda} PATH={tools.cuda}/bin:")
     assert "--require-hashes --only-binary :all: --no-binary pycuda" in call
     assert call.endswith("requirements/pycuda.txt")
+    assert (tmp_path / "options").read_text() == "CUDA_ENABLE_CURAND = False\n"
 
 
 @pytest.mark.parametrize(
