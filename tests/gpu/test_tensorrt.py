@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,13 +48,24 @@ class GpuRunner(Runner):
         return self
 
 
+# PyCUDA need not be there, and is no test to skip then: cuda-bindings do all that it does.
+DRIVERS = ["cuda-bindings"] if find_spec("pycuda") is None else ["pycuda", "cuda-bindings"]
+
+
+@pytest.fixture(params=DRIVERS)
+def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What calls CUDA; the whole of it goes through both."""
+    name: str = request.param
+    if name == "cuda-bindings":
+        monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    return name
+
+
 @pytest.fixture(scope="module")
 def built(
     tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
     """Bundles with an engine for the GPU that is here."""
-    if find_spec("pycuda") is None:  # else cuda-bindings do for everything
-        pytest.importorskip("cuda.bindings.driver")
     from engines.builder import build_engine
     from engines.config import BuildConfig
 
@@ -76,6 +88,7 @@ def built(
     return make
 
 
+@pytest.mark.usefixtures("driver")
 @pytest.mark.parametrize("dialect", ["native", "portable"])
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3"])
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
@@ -105,6 +118,7 @@ def test_the_gpu_agrees_with_the_cpu(
             assert ours.engine._graphs.captured >= 1
 
 
+@pytest.mark.usefixtures("driver")
 @pytest.mark.parametrize("dialect", ["native", "portable"])
 def test_slots_are_copied_and_stay_apart(dialect: str, built: Callable[[str, str], Path]):
     with GpuRunner(built("qwen2", dialect)) as runner:
@@ -117,6 +131,7 @@ def test_slots_are_copied_and_stay_apart(dialect: str, built: Callable[[str, str
         assert not runner.backend.read_slot(1, 60).any()
 
 
+@pytest.mark.usefixtures("driver")
 def test_loading_again_and_again_leaks_nothing(built: Callable[[str, str], Path]):
     bundle = built("qwen2", "portable")
     device = cuda.Device()
@@ -130,6 +145,7 @@ def test_loading_again_and_again_leaks_nothing(built: Callable[[str, str], Path]
     assert min(free[2:]) > free[1] - (8 << 20), free
 
 
+@pytest.mark.usefixtures("driver")
 def test_memory_that_is_not_there_is_refused(built: Callable[[str, str], Path]):
     bundle = built("qwen2", "portable")
     with pytest.raises(DeviceMemoryError, match="--kv-capacity"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edge import LLM
+from edge import LLM, cli
 from edge.backends import choose
 from edge.bundle.manifest import read_manifest
 from edge.device.nodes import find_gpu_node
@@ -137,3 +137,28 @@ def test_the_node_that_decides(tmp_path: Path):
         (tmp_path / "dev" / name).touch()
         assert find_gpu_node(tmp_path) is not None
     assert find_gpu_node(tmp_path) == NODE
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [["run", "hello"], ["chat"], ["bench"], ["verify"], ["serve", "--port", "0"]],
+    ids=lambda verb: str(verb[0]),
+)
+def test_every_verb_ends_with_the_reason_and_the_cure(
+    verb: list[str],
+    engine_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    set_node(monkeypatch, NODE)
+    for name in ("pycuda", "pycuda.driver", "cuda.bindings.driver"):
+        monkeypatch.setitem(sys.modules, name, None)
+    name, *options = verb
+    monkeypatch.setattr(sys, "argv", ["edge-llm", name, str(engine_bundle), *options])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == DependencyError.exit_code
+    said = capsys.readouterr().err
+    assert "error: running on the GPU needs PyCUDA or cuda-bindings" in said
+    assert "pip install" in said
+    assert "--backend ort-cpu" in said
