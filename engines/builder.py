@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from edge._version import __version__
 from edge.bundle.engine_file import ENGINE_SCHEMA_VERSION, EngineInfo, ProfileInfo, ShapeInfo
+from edge.bundle.engine_layers import LayerTable, parse_inspector
 from edge.bundle.manifest import read_manifest, verify_files
 from edge.device import telemetry
 from edge.device.gpu import Gpu, find_gpu
 from edge.device.process import read_rss_peak_bytes, reset_rss_peak
-from edge.errors import BuildError, DependencyError
+from edge.errors import BuildError, BundleError, DependencyError
 from edge.progress import Progress, silent, uncounted
 
 from . import compat
@@ -143,7 +144,12 @@ def build_engine(
         _refuse_faults(build, target, compiled.audit)
         if compiled.timings is not None:
             store.write_timings(compiled.timings, config.timing_cache)
-        info = store.commit(compiled.plan, _recorder(build, target, via, key, compiled))
+        layers, unknown = read_compiled_layers(target, compiled.plan, build)
+        info = store.commit(
+            compiled.plan,
+            _recorder(build, target, via, key, compiled, (layers, unknown)),
+            layers,
+        )
         return BuildResult(store.directory, info, built=True)
 
 
@@ -156,11 +162,37 @@ def _refuse_faults(build: BuildPlan, target: Target, audit: Audit) -> None:
         )
 
 
+def read_compiled_layers(
+    target: Target, plan: Any, build: BuildPlan
+) -> tuple[LayerTable | None, str | None]:
+    """Ask TensorRT's engine inspector what a plan consists of.
+
+    Returns:
+        The table of layers, or None and why it is not known.
+    """
+    if target.rt.module is None:
+        return None, "trtexec built the engine: the table is made by --with api"
+    if target.gpu is None:
+        return None, "it was compiled without a GPU, and TensorRT opens a plan on its GPU only"
+    try:
+        text = compat.inspect_plan(target.rt, plan)
+        return parse_inspector(text, [profile.name for profile in build.profiles]), None
+    except (BuildError, BundleError) as error:
+        _logger.warning("the engine's layers are not known: %s", error)
+        return None, str(error)
+
+
 def _recorder(
-    build: BuildPlan, target: Target, via: Via, key: str, compiled: Compiled
+    build: BuildPlan,
+    target: Target,
+    via: Via,
+    key: str,
+    compiled: Compiled,
+    found: tuple[LayerTable | None, str | None],
 ) -> Callable[[str, int, str], EngineInfo]:
     """Make the ``engine.json`` of a build once its file's name, size and SHA-256 are known."""
     shapes, files = build.shapes, build.manifest.files
+    layers, unknown = found
 
     def record(name: str, num_bytes: int, sha256: str) -> EngineInfo:
         return EngineInfo(
@@ -190,6 +222,8 @@ def _recorder(
             peak_memory_bytes=compiled.peak_memory_bytes,
             weights=compiled.audit.weights,
             layers=compiled.audit.layers,
+            compiled=layers.summary() if layers is not None else (),
+            compiled_unknown=unknown,
         )
 
     return record

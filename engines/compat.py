@@ -405,6 +405,23 @@ class Compiler:
         )
 
 
+def inspect_plan(rt: TensorRT, plan: Any) -> str:
+    """JSON of the engine inspector about a plan, which is loaded for it and freed again.
+
+    Raises:
+        BuildError: this TensorRT cannot load the plan here, with its reason.
+    """
+    trt = rt.module
+    errors: list[str] = []
+    logger = _make_logger(trt, lambda _severity, _message: None, errors)
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildError(errors[-1] if errors else "it cannot be loaded here, without a reason")
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
 def _build_advice(error: str, workspace_bytes: int) -> str:
     asked = re.search(r"Requested size was (\d+) bytes", error)
     if asked and int(asked[1]) > workspace_bytes:

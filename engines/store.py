@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from edge.bundle.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, verify_plan
+from edge.bundle.engine_layers import LayerTable, is_layers_file, layers_path
 from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.update import fsync, write_durably
 from edge.errors import BundleError, ConfigError, ResourceError
@@ -109,12 +110,18 @@ class EngineStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         _replace(self.directory / BUILD_LOG, text.encode())
 
-    def commit(self, plan: Any, describe: Callable[[str, int, str], EngineInfo]) -> EngineInfo:
+    def commit(
+        self,
+        plan: Any,
+        describe: Callable[[str, int, str], EngineInfo],
+        layers: LayerTable | None = None,
+    ) -> EngineInfo:
         """Put a plan in place.
 
         Args:
             plan: its bytes, any buffer.
             describe: makes the record from the plan's file name, size and SHA-256.
+            layers: kept beside the plan; None if they are not known.
 
         Raises:
             ResourceError: the disk is full; the old engine stays.
@@ -127,6 +134,8 @@ class EngineStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.sweep()
             _replace(self.directory / name, view)
+            if layers is not None:
+                _replace(layers_path(self.directory / name), msgspec.json.encode(layers))
             data = msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
             _replace(self.directory / ENGINE_JSON, data)
         except OSError as error:
@@ -145,8 +154,10 @@ class EngineStore:
             kept = read_engine_info(self.directory).plan
         except BundleError:
             kept = None
+        keep = {kept, layers_path(Path(kept)).name} if kept else set()
         for path in self.directory.iterdir():
-            if path.name.endswith((".plan", ".tmp")) and path.name != kept:
+            ours = path.name.endswith((".plan", ".tmp")) or is_layers_file(path.name)
+            if ours and path.name not in keep:
                 path.unlink()
 
 

@@ -27,12 +27,14 @@ from edge.bundle.engine_file import (
     ProfileInfo,
     ShapeInfo,
 )
+from edge.bundle.engine_layers import parse_inspector
 from edge.bundle.manifest import read_manifest
 from engines.config import BuildConfig, resolve
 from engines.graph import graph_files, prepare_graph
 from engines.profiles import make_profiles
 from engines.store import EngineStore
 from tests.fake_cuda import POISON, FakeGpu, RuleError, Work
+from tests.fake_inspector import inspector_json, layer_names
 
 ALIGNMENT = 256
 _MAGIC = b"FAKE PLAN "
@@ -53,6 +55,15 @@ class ExecutionContextAllocationStrategy(enum.Enum):
 
 class Severity(enum.IntEnum):
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+
+class LayerInformationFormat(enum.Enum):
+    ONELINE, JSON = range(2)
+
+
+class IProfiler:
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        raise NotImplementedError
 
 
 class ILogger:
@@ -138,10 +149,12 @@ def write_engine(
             peak_memory_bytes=None,
             weights=(),
             layers=(),
+            compiled=table.summary(),
         )
 
+    table = parse_inspector(inspector_json(manifest), [profile.name for profile in profiles])
     store = EngineStore(bundle, name)
-    store.commit(plan, describe)
+    store.commit(plan, describe, table)
     return store.directory
 
 
@@ -182,6 +195,7 @@ class FakeEngine:
         graph = (bundle / manifest.graphs.decoder).read_bytes()
         self.session = _session(bundle, prepare_graph(graph, shapes, config.kv_read))
         self.device_memory_size_v2 = plan["device_memory"]
+        self.detailed = plan.get("detailed", True)
         self.num_optimization_profiles = len(self.profiles)
         gpu.born("engine")
 
@@ -205,6 +219,9 @@ class FakeEngine:
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return name.replace("present.", "past_key_values.") if "present." in name else None
 
+    def create_engine_inspector(self) -> FakeInspector:
+        return FakeInspector(self)
+
     def create_execution_context(
         self,
         strategy: ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy.STATIC,
@@ -217,8 +234,21 @@ class FakeEngine:
         return FakeContext(self._gpu, self, self._logger)
 
 
+class FakeInspector:
+    """``IEngineInspector``."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        assert format is LayerInformationFormat.JSON
+        return inspector_json(self._engine.manifest, detailed=self._engine.detailed)
+
+
 class FakeContext:
     """``IExecutionContext``."""
+
+    profiler: IProfiler | None = None
 
     def __init__(self, gpu: FakeGpu, engine: FakeEngine, logger: ILogger) -> None:
         self._gpu, self._engine, self._logger = gpu, engine, logger
@@ -314,6 +344,12 @@ class FakeContext:
         self._last_work = work
         if not capturing:
             self._flushed = self.version
+        if self.profiler is not None:
+            if capturing:
+                raise RuleError("a profiler waits for the run, which a capture cannot")
+            gpu.streams[stream_handle].synchronize()
+            for place, name in enumerate(layer_names(engine.manifest, self._profile or 0)):
+                self.profiler.report_layer_time(name, 0.001 * (place + 1))
         return True
 
     def _dimensions(self) -> dict[str, int]:
@@ -388,6 +424,7 @@ def make_module(gpu: FakeGpu, version: str = "10.16.2.10", name: str = "tensorrt
     module.ILogger, module.DataType = ILogger, DataType
     module.TensorLocation = TensorLocation
     module.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    module.LayerInformationFormat, module.IProfiler = LayerInformationFormat, IProfiler
     module.ICudaEngine, module.IExecutionContext = FakeEngine, FakeContext
 
     class Runtime:

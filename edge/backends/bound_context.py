@@ -14,6 +14,7 @@ from edge.errors import BackendError
 
 from . import cuda
 from .device_cache import DeviceCache, NewRows
+from .layer_times import LayerTimes
 from .step_buffers import StepBuffers
 from .tensorrt_engine import Engine
 
@@ -62,6 +63,7 @@ class BoundContext:
         self._engine, self._manifest, self._stream = engine, manifest, stream
         self._cache, self._new_rows = cache, new_rows
         self._bound: StepShape | None = None
+        self._times: LayerTimes | None = None
         self._hidden_size = manifest.model.hidden_size
         dialect = io_spec.DIALECTS[manifest.dialect]
         self._cursor = dialect.cursor
@@ -120,6 +122,11 @@ class BoundContext:
                 self._call("set_tensor_address", name, self._cache.address(entry, first))
         self._bound = shape
 
+    def time_layers(self, times: LayerTimes) -> None:
+        """Report the layers of every later run to ``times``; there is no way back."""
+        self._context.profiler = self._profiler = self._engine.make_profiler(times)
+        self._times = times
+
     def enqueue(self) -> None:
         """Put the step on the stream.
 
@@ -129,6 +136,9 @@ class BoundContext:
         if not self._context.execute_async_v3(self._stream.handle):
             reason = self._engine.last_error()
             raise BackendError(f"TensorRT refused a step {tuple(self._bound or ())}: {reason}")
+        if self._times is not None:
+            self._stream.synchronize()
+            self._times.end_run()
 
     def close(self) -> None:
         """Destroy the context."""

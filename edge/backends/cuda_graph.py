@@ -162,10 +162,14 @@ class DecodeGraphs:
                 raise
             self._disable(str(error))
 
-    def _disable(self, reason: str) -> None:
-        """Go on without graphs."""
+    def switch_off(self, reason: str) -> None:
+        """Destroy all graphs and make no more; the stream must be idle."""
         self.close()
         self.disabled = reason
+
+    def _disable(self, reason: str) -> None:
+        """Go on without graphs."""
+        self.switch_off(reason)
         _logger.warning("decode goes on without CUDA graphs: %s", reason)
 
     def _close_entry(self, shape: StepShape, entry: _Entry) -> None:

@@ -39,6 +39,7 @@ from .device_memory import (
     plan_engine_memory,
     step_sizes,
 )
+from .layer_times import LayerTimes
 from .step import Floats, Step, step_after
 from .step_buffers import StepBuffers
 from .tensorrt_engine import ChosenEngine, Engine, choose_engine
@@ -65,6 +66,7 @@ class TensorRTBackend:
 
     Attributes:
         memory: what was allocated.
+        engine_dir: of the engine that runs.
 
     Raises:
         DependencyError: TensorRT, a working driver, or both PyCUDA and cuda-bindings are missing.
@@ -108,6 +110,7 @@ class TensorRTBackend:
             num_slots=num_slots,
             kv_capacity=kv_capacity,
         )
+        self.engine_dir = chosen.directory
         try:
             with self._device.active():
                 self._load(chosen, num_slots, max_logits)
@@ -234,6 +237,21 @@ class TensorRTBackend:
     def graphs_disabled(self) -> str | None:
         """Why decode runs without CUDA graphs, or None."""
         return self._graphs.disabled
+
+    def time_layers(self) -> dict[str, LayerTimes]:
+        """Time every layer of all later steps, which then run without CUDA graphs.
+
+        Returns:
+            The collected times by profile: ``prefill`` and ``decode``.
+        """
+        self._check_usable()
+        with self._device.active():
+            self._stream.synchronize()
+            self._graphs.switch_off("the layers are timed")
+            times = {"prefill": LayerTimes(), "decode": LayerTimes()}
+            self._prefill.time_layers(times["prefill"])
+            self._decode.time_layers(times["decode"])
+        return times
 
     def forward(self, step: Step) -> NDArray[np.float32]:
         """See `edge.backends.Backend.forward`.

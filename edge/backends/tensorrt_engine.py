@@ -35,6 +35,8 @@ from edge.errors import (
     EdgeError,
 )
 
+from .layer_times import LayerTimes, make_profiler
+
 _logger = logging.getLogger(__name__)
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -231,6 +233,10 @@ class Engine:
                 "the GPU, or build the engine with a smaller --max-batch or --max-prefill"
             )
         return context
+
+    def make_profiler(self, times: LayerTimes) -> Any:
+        """TensorRT's profiler for a context, which reports to ``times``."""
+        return make_profiler(self._module, times)
 
     def close(self) -> None:
         """Free the weights; every context must be gone."""

@@ -15,6 +15,7 @@ import msgspec
 
 from edge.errors import BundleError, IntegrityError, install_command
 
+from .engine_layers import ProfileLayers
 from .manifest import ENGINES_DIR, Manifest, sha256_file
 
 ENGINE_JSON = "engine.json"
@@ -86,6 +87,9 @@ class EngineInfo(_Struct, frozen=True):
         builder: ``api`` or ``trtexec``.
         peak_memory_bytes: resident memory of the build, at most; None if it was not measured.
         weights, layers: summary of the parsed network.
+        compiled: summary of what TensorRT made of it, per profile; all layers are in the file
+            beside the plan (`engine_layers.read_layers`).
+        compiled_unknown: why ``compiled`` is empty; None if it is not.
     """
 
     schema_version: int
@@ -114,6 +118,8 @@ class EngineInfo(_Struct, frozen=True):
     peak_memory_bytes: int | None
     weights: tuple[WeightBytes, ...]
     layers: tuple[LayerCount, ...]
+    compiled: tuple[ProfileLayers, ...] = ()
+    compiled_unknown: str | None = None
 
 
 def read_engine_info(directory: Path) -> EngineInfo:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edge.measure.bench_report import Change
 
 _MAX_RESULT_BYTES = 16 << 20
+_SLOWEST = 15
 
 
 @click.command()
@@ -51,6 +52,9 @@ _MAX_RESULT_BYTES = 16 << 20
     help="With --against: fail if a figure is slower by more than this share, e.g. 0.05, and "
     "slower beyond the noise.",
 )
+@click.option(
+    "--layers", is_flag=True, help="Then time every layer of the TensorRT engine, by its profiler."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 @engine_options("backend", "kv_capacity", "num_threads")
 @click.pass_context
@@ -60,6 +64,7 @@ def bench(
     bundle: Path,
     against: Path | None,
     max_slowdown: float | None,
+    layers: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -72,7 +77,7 @@ def bench(
     engine = take_engine(options)
     config = BenchConfig(**options)
     before = None if against is None else _read_result(against)
-    result = _measure(bundle, config, engine.with_options(num_slots=config.batch))
+    result = _measure(bundle, config, engine.with_options(num_slots=config.batch), layers)
     changes = [] if before is None else compare(before, result)
     result["against"] = [
         {
@@ -104,9 +109,12 @@ def bench(
         ctx.exit(EXIT_GATE_MISSED)
 
 
-def _measure(bundle: Path, config: BenchConfig, engine_config: EngineConfig) -> dict[str, Any]:
+def _measure(
+    bundle: Path, config: BenchConfig, engine_config: EngineConfig, layers: bool
+) -> dict[str, Any]:
     import time
     from contextlib import closing
+    from dataclasses import asdict
 
     from edge.backends.choose import open_backend
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
@@ -115,6 +123,7 @@ def _measure(bundle: Path, config: BenchConfig, engine_config: EngineConfig) -> 
     from edge.device.telemetry import read_snapshot
     from edge.measure import bench_report
     from edge.measure.bench import run_bench
+    from edge.measure.layer_bench import require_layer_times, time_layers
 
     manifest = read_manifest(bundle)
     verify_files(bundle, manifest)
@@ -122,6 +131,8 @@ def _measure(bundle: Path, config: BenchConfig, engine_config: EngineConfig) -> 
     engine = open_backend(bundle, manifest, engine_config)
     load_s = time.perf_counter() - started
     with closing(engine), closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)) as embeddings:
+        if layers:
+            require_layer_times(engine)
         load_peak_bytes = read_rss_peak_bytes()
         peak_is_new = reset_rss_peak()
         with show_progress() as progress:
@@ -132,6 +143,9 @@ def _measure(bundle: Path, config: BenchConfig, engine_config: EngineConfig) -> 
             engine.name, snapshot, engine_config.num_threads
         )
         result = bench_report.report(manifest, engine, config, samples, device, snapshot)
+        if layers:
+            found = time_layers(require_layer_times(engine), embeddings, manifest, config)
+            result["layers"] = {name: asdict(times) for name, times in found.items()}
     if remark is not None:
         click.echo(f"edge-llm: {remark}", err=True)
     return {
@@ -212,11 +226,43 @@ def _print(result: dict[str, Any], changes: list[Change]) -> None:
     joules, watts = result["decode_joules_per_token"], result["decode_watts"]
     energy = "no power rails here" if joules is None else f"{joules:.3f} J/token at {watts:.1f} W"
     console.print(f"energy of decode: {energy}")
+    for profile in result.get("layers", ()):
+        _print_layers(profile, result["layers"][profile])
     for change in changes:
         console.print(
             f"against: {change.name} {change.ratio - 1:+.1%} "
             f"(95 % {change.low - 1:+.1%} to {change.high - 1:+.1%}): {change.verdict}"
         )
+
+
+def _print_layers(profile: str, times: dict[str, Any]) -> None:
+    """Print a profile's kinds of layers and its slowest ones."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    layers = times["layers"]
+    kinds = make_table(
+        f"{profile}: {len(layers)} layers, {times['total_ms']:.3f} ms under the profiler, median "
+        f"of {times['runs']} runs",
+        *("kind", "layers", "ms", "share"),
+    )
+    found: dict[str, tuple[int, float]] = {}
+    for layer in layers:
+        key = f"{layer['kind'] or 'unknown'} {layer['dtype'] or ''}"
+        count, ms = found.get(key, (0, 0.0))
+        found[key] = count + 1, ms + layer["ms"]
+    for key, (count, ms) in sorted(found.items(), key=lambda item: -item[1][1]):
+        kinds.add_row(key, str(count), f"{ms:.3f}", f"{ms / times['total_ms']:.1%}")
+    slowest = make_table(f"{profile}: the slowest layers", "layer", "ms", "share", "type", "kernel")
+    for layer in layers[:_SLOWEST]:
+        slowest.add_row(
+            layer["name"],
+            f"{layer['ms']:.3f}",
+            f"{layer['share']:.1%}",
+            layer["dtype"] or "-",
+            layer["tactic"] or "-",
+        )
+    console.print("", kinds, "", slowest)
 
 
 def _memory(result: dict[str, Any]) -> str:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import msgspec
 
-from edge.bundle.engine_file import EngineInfo, WeightBytes, read_engine_info, verify_plan
+from edge.bundle.engine_file import (
+    EngineInfo,
+    WeightBytes,
+    read_engine_info,
+    rebuild_command,
+    verify_plan,
+)
+from edge.bundle.engine_layers import LayerTable, ProfileLayers, read_layers
 from edge.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
 
 from . import echo_json
@@ -21,7 +28,7 @@ def inspect_engine(directory: Path, as_json: bool, layers: bool, verify: bool) -
     Args:
         directory: the engine's directory.
         as_json: one line of JSON instead of tables.
-        layers: list the parsed network's layers too.
+        layers: list the layers of the parsed network and of the engine too.
         verify: hash the plan first.
 
     Raises:
@@ -33,11 +40,26 @@ def inspect_engine(directory: Path, as_json: bool, layers: bool, verify: bool) -
     bundle = directory.resolve().parent.parent
     manifest = read_manifest(bundle) if (bundle / MANIFEST_NAME).is_file() else None
     as_exported = weights_as_exported(info, manifest) if manifest else None
+    table = read_layers(directory / info.plan) if layers else None
     if as_json:
-        summary = msgspec.to_builtins(info)
-        echo_json({**summary, "weights_as_exported": as_exported, "verified": verify})
+        summary = {
+            **msgspec.to_builtins(info),
+            "weights_as_exported": as_exported,
+            "verified": verify,
+        }
+        if layers:
+            summary["layer_table"] = msgspec.to_builtins(table)
+        echo_json(summary)
         return
     _print(directory, info, layers, verify, as_exported)
+    if layers:
+        _print_layers(table, why_unknown(directory, info))
+
+
+def why_unknown(directory: Path, info: EngineInfo) -> str:
+    """Why an engine has no table of its layers, and what makes one."""
+    reason = info.compiled_unknown or "an older edge-llm built the engine, or its file is gone"
+    return f"not known: {reason}; build it on its device: {rebuild_command(directory, info)}"
 
 
 def weights_as_exported(info: EngineInfo, manifest: Manifest) -> bool | None:
@@ -55,6 +77,44 @@ def weights_as_exported(info: EngineInfo, manifest: Manifest) -> bool | None:
         sizes[dtype] += linear.shape[0] * linear.shape[1] * _BITS[dtype] // 8
     expected = {WeightBytes(dtype, counts[dtype], sizes[dtype]) for dtype in counts}
     return set(info.weights) == expected
+
+
+def describe_profile(found: ProfileLayers) -> str:
+    """A profile's layers in one line."""
+    products = ", ".join(f"{count} {dtype}" for dtype, count in found.products.items())
+    text = (
+        f"{found.layers} layers, {found.fused} of several nodes, {found.reformats} reformats; "
+        f"matrix products: {products or 'none seen'}; attention {found.attention}"
+    )
+    if found.unpacking:
+        text += f"; {found.unpacking} layers UNPACK weights each time"
+    return text
+
+
+def _compiled_facts(directory: Path, info: EngineInfo) -> list[tuple[str, str]]:
+    if not info.compiled:
+        return [("compiled layers", why_unknown(directory, info))]
+    return [(f"compiled {each.profile}", describe_profile(each)) for each in info.compiled]
+
+
+def _print_layers(table: LayerTable | None, unknown: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    if table is None:
+        console.print("", f"Layers of the engine: {unknown}", sep="\n", soft_wrap=True)
+        return
+    for profile in table.profiles:
+        shown = Table(title=f"Layers of the engine, {profile}", title_justify="left", box=None)
+        for column in ("kind", "type", "nodes", "layer", "kernel"):
+            shown.add_column(
+                column, overflow="fold", justify="right" if column == "nodes" else "left"
+            )
+        for layer in table.of(profile):
+            kind = f"{layer.kind} UNPACKS" if layer.unpacks else layer.kind
+            shown.add_row(kind, layer.dtype, str(len(layer.nodes)), layer.name, layer.tactic)
+        console.print("", shown)
 
 
 def _print(
@@ -81,6 +141,7 @@ def _print(
         ("plan", f"{info.plan}, {info.plan_bytes:,} bytes"),
         ("plan hash", "matches" if verified else "not verified"),
         ("weights as exported", verdict),
+        *_compiled_facts(directory, info),
     ):
         facts.add_row(name, value)
     console.print(facts, "")

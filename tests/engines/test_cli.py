@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from edge.bundle.engine_file import ENGINE_JSON, WeightBytes
+from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
+from edge.device.gpu import Gpu
 from edge.errors import ConfigError
 from engines import builder, check, compat
 from engines.audit import Audit
@@ -18,6 +21,7 @@ from engines.cli import build
 from engines.cli import check as check_verb
 from engines.config import BuildConfig
 from tests.conftest import Bundles
+from tests.fake_inspector import inspector_json
 
 pytest.importorskip("tensorrt_rtx")
 SIZE = ["--max-prefill", "32"]
@@ -104,9 +108,55 @@ def test_build_and_inspect(bundle: Path, tmp_path: Path, monkeypatch: pytest.Mon
     shown = json.loads(run(inspect, directory, "--json").stdout)
     assert shown["weights_as_exported"] is True
     assert shown["verified"] is True
+    assert shown["compiled"] == []
     table = run(inspect, directory, "--layers").stdout
     assert "int4 weights" in table
     assert "kv_cache_update" in table
+    assert "Layers of the engine: not known: it was compiled without a GPU" in table
+    assert f"edge-llm build {copy}" in table
+
+
+def test_inspect_shows_the_layers_that_the_build_read(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    gpu = Gpu("a GPU", "8.6")
+    target = Target(compat.load("tensorrt-rtx"), gpu, "8.6")
+    text = inspector_json(read_manifest(copy), unpacked=("lm_head",))
+    monkeypatch.setattr(compat, "inspect_plan", lambda _rt, _plan: text)
+    result = build_engine(BuildConfig(copy, max_prefill=32, force=True), target=target)
+    prefill, decode = result.info.compiled
+    assert (prefill.profile, decode.profile) == ("prefill", "decode")
+    assert decode.products == {"fp16": 1, "int4": 8}
+    assert decode.unpacking == 1
+    shown = json.loads(run(inspect, str(result.directory), "--layers", "--json").stdout)
+    assert shown["layer_table"]["profiles"] == ["prefill", "decode"]
+    assert len(shown["layer_table"]["layers"]) == 2 * decode.layers
+    assert "layer_table" not in json.loads(run(inspect, str(result.directory), "--json").stdout)
+    table = run(inspect, str(result.directory), "--layers").stdout
+    assert "8 int4" in table
+    assert "1 layers UNPACK weights" in " ".join(table.split())
+    assert "gemv_w4a16_sm80" in table
+    again = build_engine(
+        BuildConfig(copy, max_prefill=24, force=True),
+        target=dataclasses.replace(target, gpu=dataclasses.replace(gpu)),
+    )
+    assert again.directory == result.directory
+    names = sorted(path.name for path in again.directory.iterdir())
+    assert [name for name in names if name.endswith((".plan", ".layers.json"))] == [
+        again.info.plan.replace(".plan", ".layers.json"),
+        again.info.plan,
+    ]  # those of the replaced engine are gone
+
+
+def test_a_plan_that_cannot_be_opened_is_built_and_says_why(bundle: Path, tmp_path: Path) -> None:
+    """TensorRT for RTX needs a driver to open a plan, and here is none."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    target = Target(compat.load("tensorrt-rtx"), Gpu("a GPU", "8.6"), "8.6")
+    result = build_engine(BuildConfig(copy, max_prefill=32, force=True), target=target)
+    assert result.info.compiled == ()
+    assert "CUDA" in (result.info.compiled_unknown or "")
+    assert "not known: " in run(inspect, str(result.directory), "--layers").stdout
 
 
 def test_inspect_says_when_int4_is_not_int4(bundle: Path, tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Times of an engine's layers, as TensorRT's profiler reports them after every run.
+
+With a profiler a run waits for its end and layers do not overlap, so their sum is longer than a
+step in ordinary use, and a CUDA graph cannot be captured.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from edge.bundle.engine_layers import plain_name
+
+
+class LayerTimes:
+    """Collects milliseconds by layer of the runs of one execution context.
+
+    Attributes:
+        runs_ms: of each layer, in the engine's order, the milliseconds of every run; a layer that
+            one run reports several times counts as their sum.
+    """
+
+    def __init__(self) -> None:
+        self.runs_ms: dict[str, list[float]] = defaultdict(list)
+        self._run_ms: dict[str, float] = {}
+
+    def report(self, layer: str, ms: float) -> None:
+        """One layer of the current run has taken this many milliseconds."""
+        name = plain_name(layer)
+        self._run_ms[name] = self._run_ms.get(name, 0.0) + ms
+
+    def end_run(self) -> None:
+        """The current run is over."""
+        for name, ms in self._run_ms.items():
+            self.runs_ms[name].append(ms)
+        self._run_ms.clear()
+
+
+def make_profiler(trt: Any, times: LayerTimes) -> Any:
+    """An ``IProfiler`` that reports to ``times``."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times.report(layer_name, ms)
+
+    return Profiler()

@@ -1,0 +1,283 @@
+"""The layers of a compiled engine, as TensorRT's engine inspector lists them.
+
+The inspector's JSON (``IEngineInspector::getEngineInformation``) has a list ``Layers``: names
+alone, or with the profiling verbosity ``DETAILED`` an object per layer. What is read of it:
+
+===================  ===========================================================================
+``Name``             layers of the second and later profiles end with ``[profile 1]``, ...
+``LayerType``        ``gemm``, ``kgen`` (a kernel that the compiler wrote), ``Reformat``, ...
+``Inputs``           of each tensor ``Format/Datatype`` (TensorRT 10) or ``Datatype`` (from 11 on)
+``Outputs``          the same
+``Weights``          ``Type`` of weights that belong to the layer; not every kind of layer has it
+``TacticName``       the kernel
+``Metadata``         ``[ONNX Layer: NODE]`` of every node that went into the layer
+===================  ===========================================================================
+
+Sources: NVIDIA's guide to the engine inspector, its page on the change from TensorRT 10 to 11, and
+the readers in NVIDIA/TensorRT (``tools/experimental/trt-engine-explorer``, ``tools/Polygraphy``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edge.errors import BundleError
+
+AttentionKind = Literal["fused", "decomposed", "mixed", "unknown"]
+
+_SUFFIX = ".layers.json"
+_PROFILE = re.compile(r"\s*\[profile +(\d+)\]")
+_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_TYPE = re.compile(
+    r"\b(?:(fp16|half)|(bf16|bfloat16)|(fp32|float)|(fp8)|(fp4)|(int4)|(int8)|(int32)|(int64)"
+    r"|(bool)|(uint8))\b",
+    re.IGNORECASE,
+)
+_TYPES = ("fp16", "bf16", "fp32", "fp8", "fp4", "int4", "int8", "int32", "int64", "bool", "uint8")
+_NARROWEST_FIRST = ("int4", "fp4", "int8", "fp8", "fp16", "bf16", "fp32")
+_PACKED = ("int4", "fp4", "int8", "fp8")
+_PRODUCT = re.compile(r"gemm|gemv|matrixmultiply|\bfc\b", re.IGNORECASE)
+_FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)  # _gemm_mha_v2, _gemv_mha_v1, fmha_...
+_ATTENTION_NODE = re.compile(r"\.attended/Attention\Z|/Softmax\Z")
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every struct here."""
+
+
+class CompiledLayer(_Struct, frozen=True):
+    """One layer of an engine: what the GPU runs, mostly one kernel.
+
+    Attributes:
+        name: without the mark of its profile; it is the name that a profiler reports, too.
+        profile: index of its optimization profile.
+        kind: TensorRT's ``LayerType``.
+        reads, writes: element types of its inputs and weights, and of its outputs.
+        tactic: name of the kernel; empty if TensorRT names none.
+        nodes: the ONNX nodes that went into it.
+    """
+
+    name: str
+    profile: int
+    kind: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    tactic: str
+    nodes: tuple[str, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The narrowest number type that it reads, else writes; ``-`` if it has no numbers."""
+        for found in (self.reads, self.writes):
+            for dtype in _NARROWEST_FIRST:
+                if dtype in found:
+                    return dtype
+        return "-"
+
+    @property
+    def reformats(self) -> bool:
+        """Whether it only writes a tensor in another layout or type."""
+        return self.kind.lower() == "reformat" or self.name.startswith("Reformatting CopyNode")
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a matrix product, alone or with what was fused into it."""
+        return (
+            _PRODUCT.search(f"{self.kind} {self.tactic}") is not None
+            or any(node.endswith("/MatMul") for node in self.nodes)
+        )  # fmt: skip
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether it writes packed weights as floats, which the product then reads again."""
+        weights = any(
+            node.endswith("/DequantizeLinear") and ".input." not in node for node in self.nodes
+        )
+        packed = any(dtype in _PACKED for dtype in self.reads)
+        return weights and packed and not self.multiplies
+
+
+class ProfileLayers(_Struct, frozen=True):
+    """Summary of the layers of one optimization profile.
+
+    Attributes:
+        profile: its name.
+        layers: their number.
+        fused: layers that were made of several ONNX nodes.
+        reformats: layers that only change a layout or a type.
+        unpacking: layers that write packed weights as floats, every time that they run.
+        products: matrix products by the type that they read.
+        attention: ``fused`` (in one kernel), ``decomposed``, ``mixed``, or ``unknown`` if no layer
+            names attention's nodes.
+    """
+
+    profile: str
+    layers: int
+    fused: int
+    reformats: int
+    unpacking: int
+    products: dict[str, int]
+    attention: AttentionKind
+
+
+class LayerTable(_Struct, frozen=True):
+    """All layers of an engine, as they are kept beside its plan.
+
+    Attributes:
+        profiles: names of the optimization profiles, by index.
+        layers: in the order of the inspector.
+    """
+
+    profiles: tuple[str, ...]
+    layers: tuple[CompiledLayer, ...]
+
+    def of(self, profile: str) -> list[CompiledLayer]:
+        """Layers of one profile."""
+        index = self.profiles.index(profile)
+        return [layer for layer in self.layers if layer.profile == index]
+
+    def summary(self) -> tuple[ProfileLayers, ...]:
+        """A summary per profile that has layers."""
+        found = ((name, self.of(name)) for name in self.profiles)
+        return tuple(_summarize(name, layers) for name, layers in found if layers)
+
+
+def parse_inspector(text: str, profiles: Sequence[str]) -> LayerTable:
+    """Read what the engine inspector printed for a whole engine.
+
+    Args:
+        text: its JSON.
+        profiles: names of the engine's profiles, in order.
+
+    Raises:
+        BundleError: it is no such JSON, or it has no details of the layers.
+    """
+    try:
+        found = msgspec.json.decode(text.encode())
+        listed = found["Layers"]
+        if listed and all(isinstance(layer, str) for layer in listed):
+            raise BundleError(
+                "the engine was built without details: its layers have names only (profiling "
+                "verbosity LAYER_NAMES_ONLY); build it again with: edge-llm build"
+            )
+        layers = tuple(_parse_layer(layer) for layer in listed)
+    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"TensorRT's engine inspector printed something that is no table of layers: {error!r}"
+        ) from error
+    if not layers:
+        raise BundleError(
+            "TensorRT's engine inspector lists no layers: the engine was built with profiling "
+            "verbosity NONE; build it again with: edge-llm build"
+        )
+    return LayerTable(tuple(profiles), layers)
+
+
+def layers_path(plan: Path) -> Path:
+    """Where the table of a plan's layers is kept: beside it."""
+    return plan.with_suffix(_SUFFIX)
+
+
+def is_layers_file(name: str) -> bool:
+    """Whether a file's name is that of a table of layers."""
+    return name.endswith(_SUFFIX)
+
+
+def read_layers(plan: Path) -> LayerTable | None:
+    """The table of a plan's layers; None if the build left none.
+
+    Raises:
+        BundleError: it is damaged.
+    """
+    path = layers_path(plan)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=LayerTable)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged ({error}); build the engine again") from error
+
+
+def plain_name(name: str) -> str:
+    """A layer's name without the mark of its profile."""
+    return _PROFILE.sub("", name)
+
+
+def _parse_layer(layer: dict[str, Any]) -> CompiledLayer:
+    name = str(layer["Name"])
+    profile = _PROFILE.search(name)
+    weights = layer.get("Weights")
+    types = [_dtype(tensor) for tensor in layer.get("Inputs", ())]
+    if isinstance(weights, dict):
+        types.append(_dtype({"Datatype": weights.get("Type", "")}))
+    return CompiledLayer(
+        plain_name(name),
+        int(profile[1]) if profile else 0,
+        str(layer.get("LayerType", "")),
+        tuple(filter(None, types)),
+        tuple(filter(None, (_dtype(tensor) for tensor in layer.get("Outputs", ())))),
+        str(layer.get("TacticName", "")),
+        tuple(_NODE.findall(layer.get("Metadata", ""))),
+    )
+
+
+def _dtype(tensor: dict[str, Any]) -> str | None:
+    """Element type of a tensor; None where the inspector does not tell (``N/A``)."""
+    for key in ("Datatype", "DataType", "Format/Datatype"):
+        match = _TYPE.search(str(tensor.get(key, "")))
+        if match is not None and match.lastindex is not None:
+            return _TYPES[match.lastindex - 1]
+    return None
+
+
+def _summarize(profile: str, layers: list[CompiledLayer]) -> ProfileLayers:
+    products = Counter(layer.dtype for layer in layers if layer.multiplies and not _attends(layer))
+    return ProfileLayers(
+        profile,
+        len(layers),
+        sum(len(layer.nodes) > 1 for layer in layers),
+        sum(layer.reformats for layer in layers),
+        sum(layer.unpacks for layer in layers),
+        dict(sorted(products.items())),
+        _attention(layers),
+    )
+
+
+def _attends(layer: CompiledLayer) -> bool:
+    return any(_ATTENTION_NODE.search(node) for node in layer.nodes) or _is_fused(layer)
+
+
+def _is_fused(layer: CompiledLayer) -> bool:
+    return _FUSED_ATTENTION.search(f"{layer.name} {layer.tactic}") is not None
+
+
+def _attention(layers: list[CompiledLayer]) -> AttentionKind:
+    """Whether attention runs in kernels of its own: those have ``mha`` in their names."""
+    fused = [_is_fused(layer) for layer in layers if _attends(layer)]
+    if not fused:
+        return "unknown"
+    inside = {
+        node
+        for layer in layers
+        if _is_fused(layer)
+        for node in layer.nodes
+        if _ATTENTION_NODE.search(node)
+    }
+    apart = {
+        node
+        for layer in layers
+        if not _is_fused(layer)
+        for node in layer.nodes
+        if _ATTENTION_NODE.search(node)
+    }
+    if not any(fused):
+        return "decomposed"
+    return "mixed" if apart - inside else "fused"
