@@ -28,6 +28,7 @@ ELEMENT_NUMBERS = {name: number for number, name in ELEMENT_TYPES.items()}
 # Of the small models that the runtime writes itself. From opset 16 on ONNX Runtime CUDA warns about
 # every ScatterND; IR version 8 goes with ONNX 1.11.
 _IR_VERSION, _OPSET = 8, 13
+_NEW_IR_VERSION = 10  # of ONNX 1.16, the first with INT4
 
 Value = int | bytes
 
@@ -340,8 +341,19 @@ def small_model(
     inputs: Sequence[Message],
     outputs: Sequence[Message],
     constants: dict[str, int] | None = None,
+    weights: Sequence[Message] = (),
+    opset: int = _OPSET,
 ) -> bytes:
-    """A ModelProto whose only weights are some int64 constants; fields as in ``onnx.proto3``."""
+    """A ModelProto; fields as in ``onnx.proto3``.
+
+    Args:
+        nodes: of the graph.
+        inputs: its inputs, each a ValueInfoProto.
+        outputs: its outputs, likewise.
+        constants: int64 constants of one number.
+        weights: further initializers, each a TensorProto.
+        opset: of the operators.
+    """
     graph = Message()
     for node in nodes:
         graph.add(1, node.encode())
@@ -349,11 +361,11 @@ def small_model(
     for name, value in (constants or {}).items():
         raw = struct.pack("<q", value)
         graph.add(5, Message().add(1, 1).add(2, ELEMENT_NUMBERS["int64"]).add(8, name).add(9, raw))
-    for number, values in ((11, inputs), (12, outputs)):
+    for number, values in ((5, weights), (11, inputs), (12, outputs)):
         for info in values:
             graph.add(number, info)
-    model = Message().add(1, _IR_VERSION).add(7, graph)
-    return model.add(8, Message().add(1, "").add(2, _OPSET)).serialize()
+    model = Message().add(1, _IR_VERSION if opset == _OPSET else _NEW_IR_VERSION).add(7, graph)
+    return model.add(8, Message().add(1, "").add(2, opset)).serialize()
 
 
 def tensor_info(name: str, element: int, shape: Sequence[int | str]) -> Message:

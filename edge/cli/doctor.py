@@ -28,13 +28,18 @@ _STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
     metavar="SECONDS",
     help="Wait so long for the GPU, as after boot, and fail if there is none.",
 )
-def doctor(bundle: Path | None, as_json: bool, wait_gpu: float | None) -> int:
+@click.option(
+    "--schemes/--no-schemes",
+    default=True,
+    help="Whether to build an engine of one layer for each precision, to see what TensorRT takes.",
+)
+def doctor(bundle: Path | None, as_json: bool, wait_gpu: float | None, schemes: bool) -> int:
     """Check driver, GPU, TensorRT, ONNX Runtime, power, memory, and BUNDLE, step by step.
 
     Exit codes: 0 nothing failed, 65 damaged file, 69 driver, GPU or library unavailable, 71 too
     little memory, 77 no permission for a device node, 78 no engine for this machine.
     """
-    checks = run_checks(bundle=bundle, wait_gpu_s=wait_gpu)
+    checks = run_checks(bundle=bundle, wait_gpu_s=wait_gpu, schemes=schemes)
     code = exit_code(checks)
     if as_json:
         echo_json(

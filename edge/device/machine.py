@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from .nodes import JETSON_NODES, SLOT_NODES
+from .scheme_probe import Verdict
 from .telemetry import Snapshot, read_power_modes, read_snapshot
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours
@@ -145,6 +146,14 @@ class Machine:
             if (name := found.name).lower().replace("_", "-") in _ONNXRUNTIMES
         ]
 
+    def schemes(self) -> tuple[list[Verdict], str | None]:
+        """Build an engine of one layer per scheme, in a child process.
+
+        Returns:
+            The verdicts, and why there are no more if the process failed on the way.
+        """
+        return _run_scheme_probe()
+
     def onnxruntime(self, provider: str) -> Library:
         """Import ONNX Runtime and run a tiny graph, in a child process."""
         return _library(*_run_probe("onnxruntime", provider))
@@ -167,6 +176,27 @@ def _group_name(gid: int) -> str:
 
 def _run_probe(*arguments: str) -> tuple[dict[str, Any], str | None]:
     """JSON of a probe, or why there is none."""
+    output, lines, failure = _spawn_probe(*arguments)
+    if failure is not None:
+        return {}, failure
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    if "error" in found:
+        # What the library printed says more than we know: the library that it could not load.
+        causes = [line.split("with error: ")[1] for line in lines if "with error: " in line]
+        found["error"] += "".join(f"; {line}" for line in causes[-1:] or lines[-1:])
+    return found, None
+
+
+def _run_scheme_probe() -> tuple[list[Verdict], str | None]:
+    output, _, failure = _spawn_probe("schemes")
+    lines = output.splitlines(keepends=True)
+    # A process that was ended leaves whole lines, and perhaps a part of one.
+    whole = [line for line in lines if line.startswith("{") and line.endswith("\n")]
+    return [msgspec.json.decode(line, type=Verdict) for line in whole], failure
+
+
+def _spawn_probe(*arguments: str) -> tuple[str, list[str], str | None]:
+    """What a probe printed, the lines of its standard error, and why it failed or None."""
     command = [sys.executable, "-m", "edge.device.probe", *arguments]
     # Where the package is, also if it is not installed.
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
@@ -174,26 +204,21 @@ def _run_probe(*arguments: str) -> tuple[dict[str, Any], str | None]:
         done = subprocess.run(
             command,
             capture_output=True,
-            text=True,
-            errors="replace",
             timeout=_TIMEOUT_S,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        return {}, f"no answer within {_TIMEOUT_S:.0f} s"
+    except subprocess.TimeoutExpired as error:
+        printed = (error.stdout or b"").decode(errors="replace")
+        return printed, [], f"no answer within {_TIMEOUT_S:.0f} s"
+    output = done.stdout.decode(errors="replace")
     if done.returncode < 0:
-        return {}, f"it crashed with {signal.Signals(-done.returncode).name}"
-    printed = _ESCAPES.sub("", done.stderr)
+        return output, [], f"it crashed with {signal.Signals(-done.returncode).name}"
+    printed = _ESCAPES.sub("", done.stderr.decode(errors="replace"))
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     if done.returncode != 0:
-        return {}, lines[-1] if lines else f"exit code {done.returncode}"
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if "error" in found:
-        # What the library printed says more than we know: the library that it could not load.
-        causes = [line.split("with error: ")[1] for line in lines if "with error: " in line]
-        found["error"] += "".join(f"; {line}" for line in causes[-1:] or lines[-1:])
-    return found, None
+        return output, lines, lines[-1] if lines else f"exit code {done.returncode}"
+    return output, lines, None
 
 
 def _library(found: dict[str, Any], failure: str | None) -> Library:

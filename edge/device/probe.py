@@ -1,9 +1,9 @@
 """What the driver, TensorRT and ONNX Runtime say when they are really used, each tried in a child.
 
 ``python -m edge.device.probe NAME`` prints one JSON line; NAME is cuda, tensorrt, pycuda,
-cuda-bindings, or onnxruntime with a PROVIDER after it. A process of its own, since a broken driver
-may crash or hang, since libraries print what they like, and since a ``cuInit`` that failed once
-fails forever in its process.
+cuda-bindings, or onnxruntime with a PROVIDER after it. For ``schemes`` it prints a line of each. A
+process of its own, since a broken driver may crash or hang, since libraries print what they like,
+and since a ``cuInit`` that failed once fails forever in its process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import os
 import sys
 from typing import Any
 
+import msgspec
+
 from .gpu import load_driver, read_gpu
+from .scheme_probe import probe_schemes
 
 
 def probe_cuda() -> dict[str, Any]:
@@ -149,6 +152,11 @@ def main(arguments: list[str]) -> None:
     # Libraries print to standard output; only the last line is ours.
     output = os.dup(1)
     os.dup2(2, 1)
+    if arguments[0] == "schemes":
+        # Line by line: a crash then tells which scheme it was.
+        for verdict in probe_schemes(*arguments[1:]):
+            os.write(output, msgspec.json.encode(verdict) + b"\n")
+        return
     line = json.dumps(probes[arguments[0]](*arguments[1:]))  # type: ignore[operator]
     os.write(output, f"{line}\n".encode())
 

@@ -31,6 +31,7 @@ from .device import (
     check_power,
     check_system,
 )
+from .schemes import check_schemes
 from .software import (
     check_bundle,
     check_engines,
@@ -58,7 +59,11 @@ _MACHINE = (
 
 
 def run_checks(
-    machine: Machine | None = None, bundle: Path | None = None, wait_gpu_s: float | None = None
+    machine: Machine | None = None,
+    bundle: Path | None = None,
+    wait_gpu_s: float | None = None,
+    *,
+    schemes: bool = True,
 ) -> list[Check]:
     """Check the machine, and what a bundle needs from it.
 
@@ -66,11 +71,14 @@ def run_checks(
         machine: the machine to ask; None is this one.
         bundle: a bundle whose files and engines are checked too.
         wait_gpu_s: seconds to wait for a GPU, whose absence is then a failure; None requires none.
+        schemes: also build an engine of one layer per precision, which takes some seconds.
     """
     machine = machine or Machine()
     cuda = wait_for_gpu(machine, wait_gpu_s or 0.0)
     facts = Facts(machine, machine.snapshot(), machine.nodes(), cuda, wait_gpu_s is not None)
     checks = [check(facts) for check in _MACHINE]
+    if schemes:
+        checks += check_schemes(facts)
     manifest: Manifest | None = None
     if bundle is not None:
         found, manifest = check_bundle(bundle, facts)

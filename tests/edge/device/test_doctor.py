@@ -23,6 +23,7 @@ from edge.cli.doctor import doctor
 from edge.device import probe as device_probe
 from edge.device.doctor import Check, exit_code, run_checks, summary, wait_for_gpu
 from edge.device.machine import CudaProbe, Library, Machine, Node
+from edge.device.scheme_probe import SCHEMES, Verdict
 from edge.device.telemetry import Snapshot
 from edge.errors import install_command
 from tests.conftest import Bundles
@@ -62,6 +63,8 @@ class FakeMachine(Machine):
         self.pycuda_answer = Library(version="2026.1")
         self.cuda_bindings_answer = Library(version="12.9.10")
         self.packages = [("onnxruntime", "1.32.0", "/venv")]
+        self.scheme_answers = [Verdict(name, True, "built", 0.25) for name in SCHEMES]
+        self.scheme_failure: str | None = None
         self.onnxruntime_answers = {CPU: Library(version="1.32.0", providers=(CPU,))}
         self.group_answer = frozenset({"orin", "video", "render"})
         self.container = False
@@ -108,6 +111,10 @@ class FakeMachine(Machine):
 
     def onnxruntime_packages(self) -> list[tuple[str, str, str]]:
         return self.packages
+
+    def schemes(self) -> tuple[list[Verdict], str | None]:
+        self.asked.append("schemes")
+        return self.scheme_answers, self.scheme_failure
 
     def onnxruntime(self, provider: str) -> Library:
         self.asked.append(provider)
@@ -171,6 +178,7 @@ def test_a_laptop_without_a_gpu_is_fine(laptop: FakeMachine):
         "ONNX Runtime": "ok",
         "ONNX Runtime packages": "ok",
         "power and clocks": "skip",
+        "schemes": "skip",
         "memory": "ok",
     }
     assert exit_code(checks) == 0
@@ -197,6 +205,72 @@ def test_a_jetson_without_onnxruntime_runs_engines_only(orin: FakeMachine):
     checks = run_checks(orin)
     assert find(checks, "ONNX Runtime").status == "fail"
     assert exit_code(checks) == 69
+
+
+def refuse(machine: FakeMachine, *names: str, reason: str = "no matching rules found") -> None:
+    machine.scheme_answers = [
+        msgspec.structs.replace(each, built=False, detail=reason) if each.scheme in names else each
+        for each in machine.scheme_answers
+    ]
+
+
+def test_every_scheme_has_a_verdict(orin: FakeMachine):
+    checks = run_checks(orin)
+    for name, scheme in SCHEMES.items():
+        found = find(checks, f"scheme {name}")
+        assert found.status == "ok"
+        assert found.detail == f"{scheme.title}: built in 0.2 s"
+    assert not any(check.name.startswith("scheme") for check in run_checks(orin, schemes=False))
+
+
+def test_a_refused_scheme_is_a_warning_with_the_builders_reason(orin: FakeMachine):
+    orin.tensorrt_answer = Library(version="10.16.2.10")
+    refuse(orin, "w8a8", "attention")
+    checks = run_checks(orin)
+    found = find(checks, "scheme w8a8")
+    assert found.status == "warn"
+    assert "--quant int8-w8a8 cannot be built here" in found.detail
+    assert found.cause == "no matching rules found"
+    assert found.cure == "export with --quant int4"
+    assert find(checks, "scheme attention").cure == "export with --dialect portable"
+    assert exit_code(checks) == 0
+
+
+def test_a_tensorrt_without_even_fp16_fails(orin: FakeMachine):
+    refuse(orin, "fp16")
+    checks = run_checks(orin)
+    assert find(checks, "scheme fp16").status == "fail"
+    assert exit_code(checks) == 69
+
+
+def test_operators_that_came_later_are_no_fault_of_jetpack_6(orin: FakeMachine):
+    refuse(orin, "attention", "kv-update")
+    checks = run_checks(orin)  # TensorRT 10.3
+    assert find(checks, "scheme attention").status == "skip"
+    assert "TensorRT 10.15 has it, this is 10.3.0" in find(checks, "scheme kv-update").detail
+    assert summary(checks) == "the GPU works"
+
+
+def test_a_scheme_that_crashes_the_builder_is_named(orin: FakeMachine):
+    orin.scheme_answers = orin.scheme_answers[:2]
+    orin.scheme_failure = "it crashed with SIGSEGV"
+    checks = run_checks(orin)
+    found = find(checks, "scheme int4-planes")
+    assert found.status == "warn"
+    assert "crashed with SIGSEGV" in found.cause
+    assert "nor were w8a8, attention, kv-update" in found.detail
+    assert find(checks, "scheme int4").status == "ok"
+
+
+@pytest.mark.parametrize(
+    "answer", [Library(missing=True, error="ModuleNotFoundError"), Library(error="ImportError: x")]
+)
+def test_without_tensorrt_no_scheme_is_tried(answer: Library, orin: FakeMachine):
+    orin.tensorrt_answer = answer
+    found = find(run_checks(orin), "schemes")
+    assert found.status == "skip"
+    assert "no TensorRT that works" in found.detail
+    assert "schemes" not in orin.asked
 
 
 Plant = Callable[[FakeMachine], None]

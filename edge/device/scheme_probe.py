@@ -1,0 +1,347 @@
+"""Which precisions and operators a TensorRT takes: engines of one layer each, built right here.
+
+Each graph is the exporter's own pattern in small, so a verdict here is one about a bundle: what
+fails in a probe of a second would fail in a build of minutes. Nothing is read or written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edge.bundle.engine_layers import parse_inspector
+from edge.bundle.onnx_file import (
+    ELEMENT_NUMBERS,
+    Message,
+    Node,
+    attribute,
+    small_model,
+    tensor_info,
+)
+from edge.errors import BundleError
+
+_WIDTH, _OUT, _GROUP = 256, 64, 128
+_HEADS, _KV_HEADS, _HEAD_DIM, _ROWS = 12, 2, 128, 512  # attention of the 1.5B
+_WORKSPACE_BYTES = 256 << 20
+_FP16_ONE, _FP16_SMALL = 0x3C00, 0x2000  # 1 and 2^-7
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What TensorRT said to one graph.
+
+    Attributes:
+        scheme: name of the graph; see `SCHEMES`.
+        built: whether there is an engine.
+        detail: what its layers are, or the reason from the parser or the builder.
+        seconds: for parsing and building.
+    """
+
+    scheme: str
+    built: bool
+    detail: str
+    seconds: float
+
+
+class Scheme(NamedTuple):
+    """One graph.
+
+    Attributes:
+        title: what it is, for people.
+        make: the ONNX file.
+        needed_by: what cannot be built without it.
+        instead: what to do where it is refused.
+    """
+
+    title: str
+    make: Callable[[], bytes]
+    needed_by: str
+    instead: str
+
+
+def _weight(name: str, dtype: str, shape: Sequence[int], data: bytes) -> Message:
+    """A TensorProto."""
+    tensor = Message()
+    for size in shape:
+        tensor.add(1, size)
+    return tensor.add(2, ELEMENT_NUMBERS[dtype]).add(8, name).add(9, data)
+
+
+def _halves(name: str, count: int, shape: Sequence[int], bits: int = _FP16_SMALL) -> Message:
+    return _weight(name, "fp16", shape, struct.pack("<H", bits) * count)
+
+
+def _matmul_model(nodes: list[Node], weights: list[Message], opset: int = 21) -> bytes:
+    fp16 = ELEMENT_NUMBERS["fp16"]
+    return small_model(
+        nodes,
+        [tensor_info("x", fp16, ("batch", 1, _WIDTH))],
+        [tensor_info("y", fp16, ("batch", 1, _OUT))],
+        weights=weights,
+        opset=opset,
+    )
+
+
+def _float() -> bytes:
+    weight = _halves("w", _WIDTH * _OUT, (_WIDTH, _OUT))
+    return _matmul_model([Node("MatMul", ["x", "w"], ["y"], "y/MatMul")], [weight])
+
+
+def _int4(name: str) -> tuple[Node, list[Message]]:
+    """INT4 in groups of 128 along the input, and its scales; every weight is 1."""
+    groups = _WIDTH // _GROUP
+    node = Node(
+        "DequantizeLinear",
+        [f"{name}.weight", f"{name}.scale"],
+        [f"{name}.dequantized"],
+        f"{name}.dequantized/DequantizeLinear",
+        attributes=[attribute("axis", 0), attribute("block_size", _GROUP)],
+    )
+    return node, [
+        _weight(f"{name}.weight", "int4", (_WIDTH, _OUT), b"\x11" * (_WIDTH * _OUT // 2)),
+        _halves(f"{name}.scale", groups * _OUT, (groups, _OUT)),
+    ]
+
+
+def _int4_blocked() -> bytes:
+    dequantize, weights = _int4("w")
+    product = Node("MatMul", ["x", "w.dequantized"], ["y"], "y/MatMul")
+    return _matmul_model([dequantize, product], weights)
+
+
+def _int4_planes() -> bytes:
+    nodes, weights = [], []
+    for plane in ("high", "low"):
+        dequantize, stored = _int4(plane)
+        product = Node(
+            "MatMul",
+            ["x", f"{plane}.dequantized"],
+            [f"{plane}.product"],
+            f"{plane}.product/MatMul",
+        )
+        nodes += [dequantize, product]
+        weights += stored
+    nodes.append(Node("Add", ["high.product", "low.product"], ["y"], "y/Add"))
+    return _matmul_model(nodes, weights)
+
+
+def _w8a8() -> bytes:
+    grid = ["x.scale", "zero"]
+    return _matmul_model(
+        [
+            Node("QuantizeLinear", ["x", *grid], ["x.q"], "x.input.quantized/QuantizeLinear"),
+            Node(
+                "DequantizeLinear", ["x.q", *grid], ["x.d"], "x.input.dequantized/DequantizeLinear"
+            ),
+            Node(
+                "DequantizeLinear",
+                ["w", "w.scale"],
+                ["w.d"],
+                "w.dequantized/DequantizeLinear",
+                attributes=[attribute("axis", 1)],
+            ),
+            Node("MatMul", ["x.d", "w.d"], ["y"], "y/MatMul"),
+        ],
+        [
+            _halves("x.scale", 1, ()),
+            _weight("zero", "int8", (), b"\0"),
+            _weight("w", "int8", (_WIDTH, _OUT), b"\1" * (_WIDTH * _OUT)),
+            _halves("w.scale", _OUT, (_OUT,)),
+        ],
+    )
+
+
+def _attention() -> bytes:
+    """A decode step of masked attention over as many cache rows as the mask has."""
+    fp16, boolean = ELEMENT_NUMBERS["fp16"], ELEMENT_NUMBERS["bool"]
+    cache = ("batch", _KV_HEADS, "kv", _HEAD_DIM)
+    query = ("batch", _HEADS, 1, _HEAD_DIM)
+    scale = attribute("scale", _HEAD_DIM**-0.5)
+    return small_model(
+        [
+            Node(
+                "Attention",
+                ["q", "k", "v", "mask"],
+                ["y"],
+                "y.attended/Attention",
+                attributes=[scale],
+            )
+        ],
+        [
+            tensor_info("q", fp16, query),
+            tensor_info("k", fp16, cache),
+            tensor_info("v", fp16, cache),
+            tensor_info("mask", boolean, ("batch", 1, 1, "kv")),
+        ],
+        [tensor_info("y", fp16, query)],
+        opset=24,
+    )
+
+
+def _kv_update() -> bytes:
+    fp16 = ELEMENT_NUMBERS["fp16"]
+    cache = ("batch", _KV_HEADS, _ROWS, _HEAD_DIM)
+    return small_model(
+        [
+            Node(
+                "TensorScatter",
+                ["past", "new", "write_indices"],
+                ["present"],
+                "present/TensorScatter",
+                attributes=[attribute("axis", 2)],
+            )
+        ],
+        [
+            tensor_info("past", fp16, cache),
+            tensor_info("new", fp16, ("batch", _KV_HEADS, 1, _HEAD_DIM)),
+            tensor_info("write_indices", ELEMENT_NUMBERS["int64"], ("batch",)),
+        ],
+        [tensor_info("present", fp16, cache)],
+        opset=24,
+    )
+
+
+_PORTABLE = "export with --dialect portable"
+SCHEMES: dict[str, Scheme] = {
+    "fp16": Scheme("FP16 product", _float, "every bundle", "update TensorRT"),
+    "int4": Scheme(
+        "INT4 weights in groups of 128", _int4_blocked, "--quant int4", "export with --quant fp16"
+    ),
+    "int4-planes": Scheme(
+        "INT8 weights as two INT4 planes", _int4_planes, "--quant int8", "export with --quant int4"
+    ),
+    "w8a8": Scheme(
+        "INT8 weights and activations", _w8a8, "--quant int8-w8a8", "export with --quant int4"
+    ),
+    "attention": Scheme("attention with a mask, decode", _attention, "--dialect native", _PORTABLE),
+    "kv-update": Scheme("KV-cache update in place", _kv_update, "--dialect native", _PORTABLE),
+}
+
+
+def probe_schemes(
+    module: str = "tensorrt", compute_capability: str | None = None
+) -> Iterator[Verdict]:
+    """Build each of `SCHEMES`.
+
+    Args:
+        module: name of the TensorRT to import.
+        compute_capability: of the GPU to compile for, e.g. ``8.6``, where the machine may have
+            none (TensorRT for RTX only); None is the GPU here.
+    """
+    trt = importlib.import_module(module)
+    for name, scheme in SCHEMES.items():
+        started = time.perf_counter()
+        built, detail = _try(trt, scheme.make(), compute_capability)
+        yield Verdict(name, built, detail, round(time.perf_counter() - started, 3))
+
+
+def _try(trt: Any, graph: bytes, compute_capability: str | None) -> tuple[bool, str]:
+    """Build a graph; attention in one kernel if that can be, else in several."""
+    built, detail, has_attention = _build(trt, graph, compute_capability, decomposable=False)
+    if built or not has_attention:
+        return built, detail
+    apart, instead, _ = _build(trt, graph, compute_capability, decomposable=True)
+    if not apart:
+        return False, detail
+    return True, f"{instead}, in several kernels only; in one: {detail}"
+
+
+def _build(
+    trt: Any, graph: bytes, compute_capability: str | None, *, decomposable: bool
+) -> tuple[bool, str, bool]:
+    """Whether it was built, the engine's layers or the reason, and whether it has attentions."""
+    logger = _make_logger(trt)
+    builder = trt.Builder(logger)
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        reasons = [f"{error.node_operator()}: {_one_line(error.desc())}" for error in errors]
+        return False, (reasons or logger.errors or ["the parser gave no reason"])[0], False
+    attentions = _attentions(trt, network)
+    for attention in attentions:
+        attention.decomposable = decomposable
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if compute_capability is not None:
+        target = getattr(trt.ComputeCapability, f"SM{compute_capability.replace('.', '')}")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(target, 0)
+    config.add_optimization_profile(_profile(builder, network))
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        reason = _one_line(logger.errors[-1]) if logger.errors else "the builder gave no reason"
+        return False, reason, bool(attentions)
+    return True, _describe(trt, logger, plan), bool(attentions)
+
+
+def _one_line(reason: str) -> str:
+    return " ".join(reason.split())
+
+
+def _attentions(trt: Any, network: Any) -> list[Any]:
+    found = []
+    for i in range(network.num_layers if hasattr(trt, "IAttention") else 0):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+            layer.__class__ = trt.IAttentionOutputLayer
+            found.append(layer.attention)
+    return found
+
+
+def _profile(builder: Any, network: Any) -> Any:
+    """One sequence, and up to all rows of the cache."""
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        shape = tuple(tensor.shape)
+        # The batch is the first dimension; a later one that is dynamic counts rows of the cache.
+        least, most = (
+            tuple(
+                size if size >= 0 else 1 if axis == 0 else rows for axis, size in enumerate(shape)
+            )
+            for rows in (_ROWS // 2, _ROWS)
+        )
+        profile.set_shape(tensor.name, least, most, most)
+    return profile
+
+
+def _describe(trt: Any, logger: Any, plan: Any) -> str:
+    """What runs, if the plan can be opened here."""
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        return "built"
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        table = parse_inspector(text, ["probe"])
+    except BundleError:
+        return "built"
+    kernels = [
+        f"{layer.tactic or layer.name} ({layer.dtype})"
+        for layer in table.layers
+        if layer.dtype != "-" and not layer.reformats
+    ]
+    unpacked = "; UNPACKS its weights each time" if table.summary()[0].unpacking else ""
+    return f"built as {', '.join(kernels) or 'no kernel'}{unpacked}"
+
+
+def _make_logger(trt: Any) -> Any:
+    severity = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, level: Any, message: str) -> None:
+            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()
