@@ -11,10 +11,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from edge.bundle import io_spec
-from edge.bundle.engine_file import LayerCount, WeightBytes
+from edge.bundle.engine_file import KvRead, LayerCount, WeightBytes
 from edge.bundle.manifest import Manifest
 
-from .config import BuildShapes, KvRead
+from .config import BuildShapes
 from .network import AttentionView, NetworkView, TensorView
 
 # What a plan holds beside the weights, measured with TensorRT for RTX 1.7: 6 MB for 2 layers,

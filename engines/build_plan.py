@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from edge.bundle.engine_file import Attention, KvRead
 from edge.bundle.manifest import Manifest
 
-from .config import BuildConfig, BuildShapes, resolve
+from .config import KV_READS, BuildConfig, BuildShapes, resolve
 from .profiles import Profile, make_profiles
 
 
@@ -28,9 +29,21 @@ class BuildPlan:
     profiles: tuple[Profile, Profile]
 
     @property
+    def kv_read(self) -> KvRead:
+        """How attention reads the cache; of ``auto`` the first that is tried."""
+        return KV_READS[0] if self.config.kv_read == "auto" else self.config.kv_read
+
+    @property
+    def attention(self) -> Attention | None:
+        """What is asked of TensorRT's attention; None if the dialect has none."""
+        if self.manifest.dialect != "native":
+            return None
+        return "fused" if self.config.attention == "fused" else "decomposed"
+
+    @property
     def changes_graph(self) -> bool:
         """Whether the engine's graph is another one than the bundle's (`graph.prepare_graph`)."""
-        return self.shapes.capacity != self.manifest.kv_capacity or self.config.kv_read != "slice"
+        return self.shapes.capacity != self.manifest.kv_capacity or self.kv_read != "slice"
 
     def rebuild_options(self) -> dict[str, Any]:
         """Options of ``edge-llm build`` that give this engine again."""
@@ -41,6 +54,7 @@ class BuildPlan:
             "kv_capacity": shapes.capacity,
             "kv_buckets": list(shapes.kv_buckets) if config.kv_read == "slice" else None,
             "kv_read": config.kv_read,
+            "attention": config.attention,
             "workspace": config.workspace_bytes,
             "opt_level": config.opt_level,
         }

@@ -28,6 +28,7 @@ from .build_plan import BuildPlan, plan_build
 from .compat import Compiler, TensorRT
 from .config import BuildConfig
 from .graph import graph_files, prepare_graph, write_graph
+from .ladder import Climbed, climb, describe, make_rungs
 from .memory import check_memory
 from .profiles import Profile
 from .progress import STEP
@@ -120,7 +121,7 @@ def build_engine(
     build = plan_build(config, read_manifest(config.bundle))
     target = target or find_target(rt=_trtexec_target() if via == "trtexec" else None)
     compat.check_support(
-        target.rt.flavour, target.rt.version, build.manifest.dialect, config.kv_read
+        target.rt.flavour, target.rt.version, build.manifest.dialect, build.kv_read
     )
     key = engine_key({**_key_parts(build, target), "via": via})
     store = EngineStore(config.bundle, engine_name(build, target))
@@ -133,8 +134,9 @@ def build_engine(
             check_memory(build.manifest, workspace, telemetry.read_available_memory_bytes())
         if via == "trtexec":
             compiled = _compile_with_trtexec(build, target, store, on_line, progress)
+            climbed = Climbed(build, (), build.rebuild_options())
         else:
-            compiled = compile_bundle(
+            compiled, climbed = compile_ladder(
                 build,
                 target,
                 timings=store.read_timings(config.timing_cache),
@@ -147,7 +149,7 @@ def build_engine(
         layers, unknown = read_compiled_layers(target, compiled.plan, build)
         info = store.commit(
             compiled.plan,
-            _recorder(build, target, via, key, compiled, (layers, unknown)),
+            _recorder(climbed, target, via, key, compiled, (layers, unknown)),
             layers,
         )
         return BuildResult(store.directory, info, built=True)
@@ -183,7 +185,7 @@ def read_compiled_layers(
 
 
 def _recorder(
-    build: BuildPlan,
+    climbed: Climbed,
     target: Target,
     via: Via,
     key: str,
@@ -191,6 +193,7 @@ def _recorder(
     found: tuple[LayerTable | None, str | None],
 ) -> Callable[[str, int, str], EngineInfo]:
     """Make the ``engine.json`` of a build once its file's name, size and SHA-256 are known."""
+    build = climbed.build
     shapes, files = build.shapes, build.manifest.files
     layers, unknown = found
 
@@ -214,14 +217,16 @@ def _recorder(
             max_prefill=shapes.max_prefill,
             kv_capacity=shapes.capacity,
             kv_buckets=shapes.kv_buckets,
-            kv_read=build.config.kv_read,
-            options=build.rebuild_options(),
+            kv_read=build.kv_read,
+            options=climbed.options,
             profiles=tuple(_profile_info(profile) for profile in build.profiles),
             builder=via,
             build_s=round(compiled.build_s, 3),
             peak_memory_bytes=compiled.peak_memory_bytes,
             weights=compiled.audit.weights,
             layers=compiled.audit.layers,
+            attention=build.attention if via == "api" else None,
+            refused=climbed.refused,
             compiled=layers.summary() if layers is not None else (),
             compiled_unknown=unknown,
         )
@@ -250,6 +255,41 @@ class Compiled:
     peak_memory_bytes: int | None
 
 
+def compile_ladder(
+    asked: BuildPlan,
+    target: Target,
+    *,
+    timings: bytes | None = None,
+    progress: Progress = silent,
+    keep_log: Callable[[str], None] = lambda _text: None,
+) -> tuple[Compiled, Climbed]:
+    """Compile what was asked for, and where it leaves a choice, the first variant that builds.
+
+    Args:
+        asked: from `plan_build`.
+        target: with what and for which GPU.
+        timings: a timing cache.
+        progress: told the steps of `compile_bundle`, again for each variant.
+        keep_log: given the log of all variants so far.
+
+    Raises:
+        DependencyError: TensorRT is too old for what was asked.
+        IntegrityError: a file of the bundle is damaged.
+        BuildError: no variant was built.
+    """
+    rungs = make_rungs(asked, target.rt)
+    logs: list[str] = []
+
+    def attempt(rung: BuildPlan) -> Compiled:
+        def keep(text: str) -> None:
+            logs.append(f"== {describe(rung)}\n{text}" if len(rungs) > 1 else text)
+            keep_log("".join(logs))
+
+        return compile_bundle(rung, target, timings=timings, progress=progress, keep_log=keep)
+
+    return climb(asked, rungs, attempt)
+
+
 def compile_bundle(
     build: BuildPlan,
     target: Target,
@@ -270,7 +310,7 @@ def compile_bundle(
     with uncounted(progress, "hash"):
         verify_files(config.bundle, manifest, graph_files(manifest))
     path = config.bundle.resolve() / manifest.graphs.decoder
-    graph = prepare_graph(path.read_bytes(), build.shapes, config.kv_read)
+    graph = prepare_graph(path.read_bytes(), build.shapes, build.kv_read)
     lines = _refuse_illegal(build, target, graph)
 
     def log(severity: str, message: str) -> None:
@@ -282,8 +322,8 @@ def compile_bundle(
     try:
         compiler = Compiler(target.rt, log)
         with uncounted(progress, "parse"):
-            network = compiler.parse(graph, path, config.kv_read)
-        audit = audit_network(network, manifest, build.shapes, config.kv_read)
+            network = compiler.parse(graph, path, build.kv_read, build.attention)
+        audit = audit_network(network, manifest, build.shapes, build.kv_read)
         progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
         plan, written = compiler.build(
             build.profiles,
@@ -379,6 +419,8 @@ def engine_name(build: BuildPlan, target: Target) -> str:
     ]
     if build.config.kv_read != "slice":
         parts.append(build.config.kv_read)
+    if build.config.attention != "auto":
+        parts.append(build.config.attention)
     return "-".join(parts)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge.bundle.engine_file import LayerCount, WeightBytes
+from edge.bundle.engine_file import Attention, KvRead, LayerCount, RefusedRung, WeightBytes
 from edge.bundle.manifest import read_manifest
 from edge.device.telemetry import read_available_memory_bytes
 from edge.progress import Progress, silent
 
 from . import compat
 from .build_plan import plan_build
-from .builder import compile_bundle, find_target
+from .builder import compile_ladder, find_target
 from .config import BuildConfig
 from .memory import check_memory
 
@@ -25,6 +25,8 @@ class CheckReport:
     Attributes:
         problems: one sentence each; empty is good.
         attentions: their number in the parsed network.
+        kv_read, attention: what was compiled, where a choice was left.
+        refused: variants before it, with TensorRT's reasons.
         weights: the linear layers' weights by stored type.
         layers: layers of the parsed network by kind and type.
     """
@@ -34,6 +36,9 @@ class CheckReport:
     compute_capability: str
     problems: tuple[str, ...]
     attentions: int
+    kv_read: KvRead
+    attention: Attention | None
+    refused: tuple[RefusedRung, ...]
     weights: tuple[WeightBytes, ...]
     layers: tuple[LayerCount, ...]
     plan_bytes: int
@@ -56,7 +61,7 @@ def check_bundle(
     Args:
         config: what would be built.
         sm: compute capability without the dot; a key of `COMPUTE_CAPABILITIES`.
-        progress: called in the steps of `builder.compile_bundle`.
+        progress: called in the steps of `builder.compile_ladder`.
 
     Raises:
         DependencyError: TensorRT for RTX is missing.
@@ -66,17 +71,20 @@ def check_bundle(
     build = plan_build(config, read_manifest(config.bundle))
     target = find_target(COMPUTE_CAPABILITIES[sm])
     compat.check_support(
-        target.rt.flavour, target.rt.version, build.manifest.dialect, config.kv_read
+        target.rt.flavour, target.rt.version, build.manifest.dialect, build.kv_read
     )
     if not config.force:
         check_memory(build.manifest, 0, read_available_memory_bytes())
-    compiled = compile_bundle(build, target, progress=progress)
+    compiled, climbed = compile_ladder(build, target, progress=progress)
     return CheckReport(
         str(config.bundle),
         f"{target.rt.flavour} {target.rt.version}",
         target.compute_capability,
         compiled.audit.problems,
         compiled.audit.attentions,
+        climbed.build.kv_read,
+        climbed.build.attention,
+        climbed.refused,
         compiled.audit.weights,
         compiled.audit.layers,
         compiled.plan_bytes,

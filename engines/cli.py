@@ -15,7 +15,7 @@ from edge.cli import echo_json
 from edge.cli.progress import show_progress
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
-from .config import KV_READS, BuildConfig
+from .config import ATTENTIONS, KV_READS, BuildConfig
 from .rules.bundle import check_bundle_rules, parse_versions, verdict_as_dict
 from .rules.check import Verdict
 from .trtexec import (
@@ -69,11 +69,19 @@ _SHAPES = (
     ),
     click.option(
         "--kv-read",
-        type=click.Choice(KV_READS),
+        type=click.Choice(["auto", *KV_READS]),
         default="slice",
         show_default=True,
         help="How attention reads the cache: the rows of a bucket, all rows, or each sequence's "
-        "own length (TensorRT 11).",
+        "own length (TensorRT 11); auto is the first of them that builds.",
+    ),
+    click.option(
+        "--attention",
+        type=click.Choice(ATTENTIONS),
+        default="auto",
+        show_default=True,
+        help="TensorRT's attention as one kernel or not at all, in several kernels where it has no "
+        "such one, or the first of the two that builds.",
     ),
     click.option(
         "--workspace",
@@ -133,6 +141,7 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
             "--trt goes with --print-trtexec: a build takes the TensorRT that is here"
         )
     from .builder import build_engine
+    from .ladder import describe
 
     with show_progress() as progress:
         result = build_engine(
@@ -155,6 +164,9 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
                 "peak_memory_bytes": info.peak_memory_bytes,
                 "tensorrt": f"{info.flavour} {info.tensorrt_version}",
                 "compute_capability": info.compute_capability,
+                "kv_read": info.kv_read,
+                "attention": info.attention,
+                "refused": msgspec.to_builtins(info.refused),
             }
         )
         return
@@ -163,6 +175,10 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
         return
     peak = f", peak memory {info.peak_memory_bytes / 1e9:.1f} GB" if info.peak_memory_bytes else ""
     click.echo(f"{result.directory}: {info.plan_bytes / 1e6:,.0f} MB in {info.build_s:.0f} s{peak}")
+    for refused in info.refused:
+        click.echo(f"refused: {describe(refused)}: {refused.reason}")
+    if info.refused:
+        click.echo(f"taken: {describe(info)}")
 
 
 def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
@@ -261,7 +277,8 @@ def _print_report(report: Any) -> None:
         ("compiled by", f"{report.tensorrt_version} for sm {report.compute_capability}"),
         ("plan", f"{report.plan_bytes:,} bytes"),
         ("took", f"{report.build_s:.1f} s, peak memory {report.peak_memory_bytes / 1e9:.2f} GB"),
-        ("attentions", str(report.attentions)),
+        ("attentions", f"{report.attentions}, {report.attention or 'of primitive operators'}"),
+        *((f"refused {each.kv_read}, {each.attention}", each.reason) for each in report.refused),
     ):
         facts.add_row(name, value)
     console.print(facts, "")

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from edge.bundle import io_spec
-from edge.bundle.engine_file import Flavour, where_tensorrt_is_from
+from edge.bundle.engine_file import Attention, Flavour, KvRead, where_tensorrt_is_from
 from edge.bundle.manifest import Dialect
 from edge.errors import BuildError, ConfigError, DependencyError
 from edge.progress import Progress
 
-from .config import KvRead
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .profiles import Profile
 from .progress import PhaseTree
@@ -38,6 +37,7 @@ from .progress import PhaseTree
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _MINIMUM: dict[Dialect, tuple[int, int]] = {"native": (10, 15), "portable": (10, 3)}
 _RTX_MINIMUM = (1, 3)
+_LENGTHS_SINCE = (11, 0)
 _DTYPES = {
     "FLOAT": "fp32",
     "HALF": "fp16",
@@ -156,10 +156,15 @@ def check_support(
             f"dialect {dialect} needs TensorRT >= {needed[0]}.{needed[1]}, found {version}; "
             f"{advice}"
         )
-    if kv_read == "lengths" and found < (11, 0):
+    if kv_read == "lengths" and found < _LENGTHS_SINCE:
         raise DependencyError(
             f"--kv-read lengths needs TensorRT >= 11.0, found {version}; leave it out"
         )
+
+
+def has_lengths(rt: TensorRT) -> bool:
+    """Whether its attention takes each sequence's length."""
+    return rt.flavour == "tensorrt-rtx" or rt.release >= _LENGTHS_SINCE
 
 
 class Compiler:
@@ -184,13 +189,17 @@ class Compiler:
         if self._network is None:
             raise BuildError(f"TensorRT {rt.version} made no network: {self._last_error()}")
 
-    def parse(self, graph: bytes, path: Path, kv_read: KvRead) -> NetworkView:
+    def parse(
+        self, graph: bytes, path: Path, kv_read: KvRead, attention: Attention | None = "decomposed"
+    ) -> NetworkView:
         """Parse a graph and prepare its attentions.
 
         Args:
             graph: the ONNX file.
             path: the graph's path, which need not exist: external weights are found beside it.
             kv_read: ``lengths`` replaces each masked attention by one with lengths.
+            attention: ``fused`` lets the build fail where no kernel does all of an attention,
+                ``decomposed`` lets TensorRT take several (10.16 on sm_87 has shapes without one).
 
         Raises:
             BuildError: the parser refuses it; node, operator and advice are named.
@@ -202,9 +211,8 @@ class Compiler:
             raise BuildError(self._explain(problems, path))
         if kv_read == "lengths":
             self._attend_by_lengths()
-        for attention in self._attentions().values():
-            # Without it, a shape that no fused kernel serves fails the build (10.16 on sm_87).
-            attention.decomposable = True
+        for each in self._attentions().values():
+            each.decomposable = attention != "fused"
         return self.view()
 
     def build(

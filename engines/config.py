@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from edge.bundle import io_spec
+from edge.bundle.engine_file import KvRead
 from edge.bundle.manifest import Manifest
 from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.errors import ConfigError
 
-KvRead = Literal["slice", "full", "lengths"]
 KV_READS: tuple[KvRead, ...] = ("slice", "full", "lengths")
+KvReadChoice = Literal["auto", "slice", "full", "lengths"]
+AttentionChoice = Literal["auto", "fused", "decomposed"]
+ATTENTIONS: tuple[AttentionChoice, ...] = ("auto", "fused", "decomposed")
 
 _MIN_WORKSPACE_BYTES = 1 << 20
 _MAX_BATCH = 64
@@ -33,7 +36,10 @@ class BuildConfig:
             the powers of two from 256 on, and the capacity.
         kv_read: how attention reads the cache: ``slice`` (the first rows, up to the bucket),
             ``full`` (all rows, under the mask: one shape), ``lengths`` (each sequence's own length,
-            inside TensorRT's attention; from TensorRT 11 on).
+            inside TensorRT's attention; from TensorRT 11 on), or ``auto``, the first of these that
+            TensorRT builds.
+        attention: ``fused``, one kernel or no engine; ``decomposed``, several kernels where
+            TensorRT has no such kernel; ``auto``, the first of the two that TensorRT builds.
         workspace_bytes: scratch memory that a kernel may ask for.
         opt_level: 0 (fast build) to 5 (slow build, perhaps a faster engine).
         timing_cache: file with the timings of earlier builds; None is the one beside the engine.
@@ -45,7 +51,8 @@ class BuildConfig:
     max_prefill: int = 512
     kv_capacity: int | None = None
     kv_buckets: tuple[int, ...] = ()
-    kv_read: KvRead = "slice"
+    kv_read: KvReadChoice = "slice"
+    attention: AttentionChoice = "auto"
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     opt_level: int = 3
     timing_cache: Path | None = None
@@ -62,12 +69,14 @@ class BuildConfig:
             )
         if not 0 <= self.opt_level <= 5:
             raise ConfigError(f"--opt-level {self.opt_level} is out of range: 0 to 5")
-        if self.kv_read not in KV_READS:
-            raise ConfigError(f"--kv-read {self.kv_read} is none of {', '.join(KV_READS)}")
+        if self.kv_read not in ("auto", *KV_READS):
+            raise ConfigError(f"--kv-read {self.kv_read} is none of auto, {', '.join(KV_READS)}")
+        if self.attention not in ATTENTIONS:
+            raise ConfigError(f"--attention {self.attention} is none of {', '.join(ATTENTIONS)}")
         if self.kv_buckets and self.kv_read != "slice":
             raise ConfigError(
                 f"--kv-buckets says how many rows the slice of the cache has, but --kv-read "
-                f"{self.kv_read} has no slice; leave one of the two out"
+                f"{self.kv_read} has none, or may take another way; leave one of the two out"
             )
         ascending = all(a < b for a, b in zip(self.kv_buckets, self.kv_buckets[1:], strict=False))
         if not ascending or any(bucket < 1 for bucket in self.kv_buckets):
@@ -110,7 +119,12 @@ def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
             "--kv-read lengths needs TensorRT's own attention, which dialect "
             f"{manifest.dialect} does not use; export with --dialect native"
         )
-    if config.kv_read != "slice":
+    if config.attention != "auto" and manifest.dialect != "native":
+        raise ConfigError(
+            f"--attention {config.attention} is about TensorRT's own attention, which dialect "
+            f"{manifest.dialect} does not use; leave it out, or export with --dialect native"
+        )
+    if config.kv_read not in ("auto", "slice"):
         buckets: tuple[int, ...] = (capacity,)
     elif config.kv_buckets:
         buckets = config.kv_buckets

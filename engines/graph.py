@@ -9,12 +9,13 @@ import os
 from pathlib import Path
 
 from edge.bundle import io_spec
+from edge.bundle.engine_file import KvRead
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BundleError
 
 from .build_plan import BuildPlan
-from .config import BuildShapes, KvRead
+from .config import BuildShapes
 
 
 def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
@@ -55,7 +56,7 @@ def write_graph(build: BuildPlan, directory: Path) -> Path:
     """
     graph, weights = graph_files(build.manifest)
     bundle = build.config.bundle.resolve()
-    data = prepare_graph((bundle / graph).read_bytes(), build.shapes, build.config.kv_read)
+    data = prepare_graph((bundle / graph).read_bytes(), build.shapes, build.kv_read)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / graph
     path.write_bytes(data)

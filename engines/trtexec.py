@@ -82,7 +82,7 @@ def trtexec_command(
         if build.changes_graph:
             raise ConfigError(
                 f"the graph in {config.bundle} is not the one for KV capacity "
-                f"{build.shapes.capacity} and --kv-read {config.kv_read}; write that one first "
+                f"{build.shapes.capacity} and --kv-read {build.kv_read}; write that one first "
                 "and give its path"
             )
         onnx = config.bundle / manifest.graphs.decoder
@@ -252,6 +252,12 @@ def _check_version(config: BuildConfig, manifest: Manifest, version: TrtVersion)
         raise ConfigError(
             f"dialect native needs TensorRT {show(_NATIVE_SINCE)}, asked for is {show(version)}; "
             "export again with --dialect portable"
+        )
+    if config.kv_read == "auto" or config.attention != "auto":
+        option = "--kv-read auto" if config.kv_read == "auto" else f"--attention {config.attention}"
+        raise ConfigError(
+            f"{option} needs the Python API, which trtexec does not go through; build with it, or "
+            "leave the option out"
         )
     if config.kv_read == "lengths":
         raise ConfigError(

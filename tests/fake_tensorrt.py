@@ -29,9 +29,9 @@ from edge.bundle.engine_file import (
 )
 from edge.bundle.engine_layers import parse_inspector
 from edge.bundle.manifest import read_manifest
-from engines.config import BuildConfig, resolve
+from engines.build_plan import plan_build
+from engines.config import BuildConfig
 from engines.graph import graph_files, prepare_graph
-from engines.profiles import make_profiles
 from engines.store import EngineStore
 from tests.fake_cuda import POISON, FakeGpu, RuleError, Work
 from tests.fake_inspector import inspector_json, layer_names
@@ -98,8 +98,8 @@ def write_engine(
     """
     manifest = read_manifest(bundle)
     config = BuildConfig(bundle=bundle, **options)
-    shapes = resolve(config, manifest)
-    profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes)
+    build = plan_build(config, manifest)
+    shapes, profiles = build.shapes, build.profiles
     plan = (
         _MAGIC
         + json.dumps(
@@ -135,7 +135,7 @@ def write_engine(
             max_prefill=shapes.max_prefill,
             kv_capacity=shapes.capacity,
             kv_buckets=shapes.kv_buckets,
-            kv_read=config.kv_read,
+            kv_read=build.kv_read,
             options={"max_batch": shapes.max_batch, "kv_capacity": shapes.capacity},
             profiles=tuple(
                 ProfileInfo(
@@ -186,14 +186,15 @@ class FakeEngine:
             kv_buckets=tuple(plan["kv_buckets"]),
             kv_read=plan["kv_read"],
         )
-        shapes = resolve(config, manifest)
+        build = plan_build(config, manifest)
+        shapes = build.shapes
         self.capacity = shapes.capacity
-        self.profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes)
+        self.profiles = build.profiles
         spec = (manifest.model, manifest.dialect, manifest.dtype, shapes.capacity)
         self.inputs = {t.name: t for t in io_spec.decoder_inputs(*spec)}
         self.outputs = {t.name: t for t in io_spec.decoder_outputs(*spec)}
         graph = (bundle / manifest.graphs.decoder).read_bytes()
-        self.session = _session(bundle, prepare_graph(graph, shapes, config.kv_read))
+        self.session = _session(bundle, prepare_graph(graph, shapes, build.kv_read))
         self.device_memory_size_v2 = plan["device_memory"]
         self.detailed = plan.get("detailed", True)
         self.num_optimization_profiles = len(self.profiles)

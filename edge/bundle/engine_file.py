@@ -21,6 +21,8 @@ from .manifest import ENGINES_DIR, Manifest, sha256_file
 ENGINE_JSON = "engine.json"
 ENGINE_SCHEMA_VERSION = 1
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
+KvRead = Literal["slice", "full", "lengths"]
+Attention = Literal["fused", "decomposed"]
 
 
 def where_tensorrt_is_from(flavour: Flavour) -> str:
@@ -70,6 +72,20 @@ class WeightBytes(_Struct, frozen=True):
     num_bytes: int
 
 
+class RefusedRung(_Struct, frozen=True):
+    """A variant that TensorRT refused before it built the engine.
+
+    Attributes:
+        kv_read: how attention was to read the cache.
+        attention: what was asked of TensorRT's attention; None in dialect ``portable``.
+        reason: TensorRT's.
+    """
+
+    kv_read: KvRead
+    attention: Attention | None
+    reason: str
+
+
 class EngineInfo(_Struct, frozen=True):
     """The content of ``engine.json``.
 
@@ -87,6 +103,9 @@ class EngineInfo(_Struct, frozen=True):
         builder: ``api`` or ``trtexec``.
         peak_memory_bytes: resident memory of the build, at most; None if it was not measured.
         weights, layers: summary of the parsed network.
+        attention: ``fused`` if TensorRT had to make one kernel of each attention, ``decomposed`` if
+            it was free to; None in dialect ``portable``, and not known of older engines.
+        refused: variants that TensorRT refused before this one.
         compiled: summary of what TensorRT made of it, per profile; all layers are in the file
             beside the plan (`engine_layers.read_layers`).
         compiled_unknown: why ``compiled`` is empty; None if it is not.
@@ -110,7 +129,7 @@ class EngineInfo(_Struct, frozen=True):
     max_prefill: int
     kv_capacity: int
     kv_buckets: tuple[int, ...]
-    kv_read: Literal["slice", "full", "lengths"]
+    kv_read: KvRead
     options: dict[str, Any]
     profiles: tuple[ProfileInfo, ...]
     builder: Literal["api", "trtexec"]
@@ -118,6 +137,8 @@ class EngineInfo(_Struct, frozen=True):
     peak_memory_bytes: int | None
     weights: tuple[WeightBytes, ...]
     layers: tuple[LayerCount, ...]
+    attention: Attention | None = None
+    refused: tuple[RefusedRung, ...] = ()
     compiled: tuple[ProfileLayers, ...] = ()
     compiled_unknown: str | None = None
 

@@ -137,6 +137,8 @@ def _print(
         ("batch", f"up to {info.max_batch}"),
         ("prefill", f"up to {info.max_prefill} tokens per step"),
         ("KV cache", f"{info.kv_capacity} rows, read as {info.kv_read}"),
+        ("attention", info.attention or "not TensorRT's own, or not recorded"),
+        *((f"refused {each.kv_read}, {each.attention}", each.reason) for each in info.refused),
         ("KV buckets", ", ".join(map(str, info.kv_buckets))),
         ("plan", f"{info.plan}, {info.plan_bytes:,} bytes"),
         ("plan hash", "matches" if verified else "not verified"),

@@ -11,12 +11,13 @@ import pytest
 from msgspec.structs import replace
 
 from edge.bundle import io_spec
+from edge.bundle.engine_file import KvRead
 from edge.bundle.manifest import FileInfo, Manifest, read_manifest
 from edge.bundle.onnx_file import Message, Node, OnnxFile, attribute
 from edge.errors import BuildError
 from engines import compat
 from engines.audit import Audit, audit_network, check_plan_bytes
-from engines.config import BuildConfig, KvRead, resolve
+from engines.config import BuildConfig, resolve
 from engines.graph import prepare_graph
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Bundles

@@ -22,7 +22,7 @@ BUNDLE = Path("bundle")
         ({"max_prefill": 0}, "--max-prefill 0"),
         ({"workspace_bytes": 1000}, "--workspace of 1000 bytes"),
         ({"opt_level": 6}, "--opt-level 6"),
-        ({"kv_read": "paged"}, "none of slice, full, lengths"),
+        ({"kv_read": "paged"}, "none of auto, slice, full, lengths"),
         ({"kv_buckets": (512, 256)}, "512,256 must be positive and ascending"),
         ({"kv_buckets": (0, 256)}, "positive"),
         ({"kv_buckets": (256,), "kv_read": "full"}, "leave one of the two out"),
@@ -83,6 +83,7 @@ def test_every_option_counts_but_for_where_and_how_it_is_built() -> None:
         "kv_capacity": 512,
         "kv_buckets": (500, 1000),
         "kv_read": "full",
+        "attention": "fused",
         "workspace_bytes": 1 << 29,
         "opt_level": 5,
     }

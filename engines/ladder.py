@@ -1,0 +1,100 @@
+"""What a build tries, one after the other, where the user leaves a choice to it.
+
+Attention in one kernel is tried first, since in decode it is the faster one where TensorRT has such
+a kernel; where it has none the builder fails, and attention is left to be decomposed. With
+``--kv-read auto`` each way to read the cache is tried before attention is decomposed. What the user
+names is not varied: it is built, or it fails with TensorRT's reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from edge.bundle.engine_file import EngineInfo, KvRead, RefusedRung
+from edge.errors import BuildError
+
+from . import compat
+from .build_plan import BuildPlan, plan_build
+from .compat import TensorRT
+from .config import KV_READS, AttentionChoice
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """What a ladder came to.
+
+    Attributes:
+        build: the rung that was built.
+        refused: rungs before it, with TensorRT's reasons.
+        options: of ``edge-llm build``, as the user gave them.
+    """
+
+    build: BuildPlan
+    refused: tuple[RefusedRung, ...]
+    options: dict[str, Any]
+
+
+def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
+    """The builds to try, in order; one if nothing is left to choose.
+
+    Raises:
+        DependencyError: TensorRT is too old for the dialect or for what was asked.
+    """
+    config, manifest = asked.config, asked.manifest
+    reads: list[KvRead] = [asked.kv_read]
+    if config.kv_read == "auto":
+        reads = [read for read in KV_READS if read != "lengths" or _has_lengths(asked, rt)]
+    # Dialect portable has no attention layer that could be decomposed.
+    fixed = config.attention != "auto" or manifest.dialect != "native"
+    attentions: list[AttentionChoice] = [config.attention] if fixed else ["fused", "decomposed"]
+    rungs = [
+        plan_build(replace(config, kv_read=read, attention=attention), manifest)
+        for attention in attentions
+        for read in reads
+    ]
+    for rung in rungs:
+        compat.check_support(rt.flavour, rt.version, manifest.dialect, rung.kv_read)
+    return rungs
+
+
+def _has_lengths(asked: BuildPlan, rt: TensorRT) -> bool:
+    return asked.manifest.dialect == "native" and compat.has_lengths(rt)
+
+
+def climb(
+    asked: BuildPlan, rungs: list[BuildPlan], attempt: Callable[[BuildPlan], T]
+) -> tuple[T, Climbed]:
+    """Try rungs until one is built.
+
+    Args:
+        asked: what the user asked for.
+        rungs: from `make_rungs`.
+        attempt: builds one.
+
+    Raises:
+        BuildError: none was built; every reason is in the message.
+    """
+    refused: list[RefusedRung] = []
+    last = BuildError("nothing was tried")
+    for rung in rungs:
+        try:
+            built = attempt(rung)
+            return built, Climbed(rung, tuple(refused), asked.rebuild_options())
+        except BuildError as error:
+            if len(rungs) == 1:
+                raise
+            refused.append(RefusedRung(rung.kv_read, rung.attention, str(error)))
+            last = error
+    if len({rung.reason for rung in refused}) == 1:
+        raise last  # it is not about what was varied
+    reasons = "; ".join(f"{describe(rung)}: {rung.reason}" for rung in refused)
+    raise BuildError(f"TensorRT built none of {len(refused)} variants. {reasons}")
+
+
+def describe(rung: RefusedRung | BuildPlan | EngineInfo) -> str:
+    """A rung in words."""
+    return f"attention {rung.attention or 'of primitive operators'}, cache read as {rung.kv_read}"
