@@ -1,7 +1,9 @@
-"""What a GPU shows: doctor, the tests marked ``gpu``, and the benchmark, in one report.
+"""What a GPU shows: TensorRT on every precision, doctor, the tests marked ``gpu``, one report.
 
 ``scripts/gpu-check`` makes the environment and calls this. The output directory gets
-``report.json``, ``report.txt``, and the whole output of every step as ``<step>.log``.
+``report.json``, which holds everything and can be sent as it is, ``report.txt`` for people, and the
+whole output of every step as ``<step>.log``. It passes only if TensorRT ran: every cell of the
+matrix, precision by step, has passed; what was skipped has not.
 """
 
 from __future__ import annotations
@@ -18,20 +20,34 @@ from typing import Any, NamedTuple
 
 
 class Done(NamedTuple):
-    """A step's exit code and standard output."""
+    """A step's exit code, standard output, and the last lines of its standard error."""
 
     code: int
     output: str
+    error: str = ""
 
 
 Run = Callable[[str, Sequence[str]], Done]
-BACKENDS = ("tensorrt", "ort-cuda", "ort-cpu")
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    # Fast to export, since what is checked here is the engine and not the quality.
+    "fp16": (),
+    "int4": ("--method", "rtn"),
+    "int8": (),
+    "int8-w8a8": ("--calibration-tokens", "512"),
+}
+CELLS = ("export", "build", "verify", "bench", "layers")
+OTHER_BACKENDS = ("ort-cuda", "ort-cpu")
+_NATIVE_SINCE = (10, 15)  # TensorRT with the operators of dialect native
+_ERROR_LINES = 30
+_NOT_OF_THIS_DIALECT = "dialect native"  # in the reason of a skipped test
 
 
 def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="a new directory")
-    parser.add_argument("--bundle", type=Path, help="to measure; SmolLM2-135M INT4 by default")
+    parser.add_argument(
+        "--bundle", type=Path, help="to measure instead; SmolLM2-135M in four precisions by default"
+    )
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     report = make_report(options.output, options.bundle, run or logged_run(options.output))
@@ -45,45 +61,165 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
 def make_report(output: Path, bundle: Path | None, run: Run) -> dict[str, Any]:
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     commit = run("commit", ["git", "describe", "--always", "--dirty"]).output.strip()
-    export = None
+    tensorrt = read_tensorrt(run)
+    dialect = choose_dialect(tensorrt)
+    doctor = run("doctor", ["edge-llm", "doctor", "--wait-gpu", "0", "--json"])
     if bundle is None:
-        bundle = output / "smollm2-135m-int4"
         source = run("source", [sys.executable, "scripts/smollm2.py"]).output.strip()
-        command = ["edge-llm", "export", source, "-o", str(bundle), "--quant", "int4", "--force"]
-        command += ["--method", "rtn", "--no-verify"]  # fast: what is checked here is the engine
-        export = run("export", command).code
-    doctor = run("doctor", ["edge-llm", "doctor", str(bundle), "--wait-gpu", "0", "--json"])
-    junit = output / "tests.xml"
-    junit.unlink(missing_ok=True)  # so that an old result does not count
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        f"--junitxml={junit}",
-        "-p",
-        "no:cacheprovider",
-    ]
-    code = run("tests", pytest).code
+        matrix = {
+            name: check_row(name, output / f"smollm2-135m-{name}", run, export)
+            for name, export in exports(source, dialect).items()
+        }
+        measured = output / "smollm2-135m-int4"
+    else:
+        matrix = {bundle.name: check_row(bundle.name, bundle, run, None)}
+        measured = bundle
     report: dict[str, Any] = {
         "started": started,
         "commit": commit,
-        "bundle": bundle.name,
-        "export_code": export,
+        "tensorrt": tensorrt,
+        "dialect": dialect,
+        "doctor_code": doctor.code,
         "doctor": last_json(doctor.output),
-        "tests": {"code": code, **read_junit(junit)},
-        "bench": {name: bench(name, bundle, run) for name in BACKENDS},
+        "matrix": matrix,
+        "tests": run_tests(output, run),
+        "bench": {name: bench(name, measured, run) for name in OTHER_BACKENDS},
     }
-    tests = report["tests"]
-    report["passed"] = (
-        not export
-        and doctor.code == 0
-        and code == 0
-        and tests["passed"] > 0  # all skipped proves nothing
-        and any(found["code"] == 0 for name, found in report["bench"].items() if name != "ort-cpu")
-    )
+    report["problems"] = find_problems(report)
+    report["passed"] = not report["problems"]
     return report
+
+
+def read_tensorrt(run: Run) -> str | None:
+    """Version of the TensorRT that this Python imports; None without one."""
+    code = "import tensorrt; print(tensorrt.__version__)"
+    done = run("tensorrt", [sys.executable, "-c", code])
+    lines = done.output.split()
+    return lines[-1] if done.code == 0 and lines else None
+
+
+def choose_dialect(tensorrt: str | None) -> str:
+    """The dialect that a TensorRT builds; ``portable`` where it is not known."""
+    parts = (tensorrt or "0.0").split(".")
+    release = tuple(int(part) for part in parts[:2] if part.isdigit())
+    return "native" if release >= _NATIVE_SINCE else "portable"
+
+
+def exports(source: str, dialect: str) -> dict[str, list[str]]:
+    """The options of ``edge-llm export`` by precision."""
+    return {
+        name: [source, "--quant", name, "--dialect", dialect, "--force", "--no-verify", *options]
+        for name, options in PRECISIONS.items()
+    }
+
+
+def check_row(
+    name: str, bundle: Path, run: Run, export: Sequence[str] | None
+) -> dict[str, dict[str, Any]]:
+    """Export, build, verify, measure and look into one bundle: a verdict per cell.
+
+    Args:
+        name: of the row, which names the logs.
+        bundle: where it is, or will be.
+        run: runs a step.
+        export: options that make it; None if it is there.
+    """
+    row: dict[str, dict[str, Any]] = {}
+    if export is not None:
+        row["export"] = cell(
+            run(f"{name}-export", ["edge-llm", "export", *export, "-o", f"{bundle}"])
+        )
+        if row["export"]["verdict"] != "passed":
+            return skip_rest(row, "the export failed")
+    build = run(f"{name}-build", ["edge-llm", "build", str(bundle), "--json"])
+    row["build"] = cell(build, json_needed=True)
+    if row["build"]["verdict"] != "passed":
+        return skip_rest(row, "the build failed", export is None)
+    engine = Path(row["build"]["result"]["engine"])
+    row["build"]["scratch_bytes"] = read_scratch(engine / "build.log")
+    on_engine = [str(bundle), "--backend", "tensorrt", "--json"]
+    row["verify"] = cell(
+        run(f"{name}-verify", ["edge-llm", "verify", *on_engine]), json_needed=True
+    )
+    row["bench"] = cell(run(f"{name}-bench", ["edge-llm", "bench", *on_engine]), json_needed=True)
+    row["layers"] = check_layers(name, engine, on_engine, run)
+    return row
+
+
+def skip_rest(
+    row: dict[str, dict[str, Any]], reason: str, exported: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Mark the cells that a failed one leaves out."""
+    for name in CELLS:
+        if name not in row and not (exported and name == "export"):
+            row[name] = {"verdict": "skipped", "reason": reason}
+    return row
+
+
+def check_layers(name: str, engine: Path, on_engine: list[str], run: Run) -> dict[str, Any]:
+    """Which layers the engine has, and how long each takes."""
+    inspect = ["edge-llm", "inspect", str(engine), "--layers", "--json", "--no-verify"]
+    table = cell(run(f"{name}-inspect", inspect), json_needed=True)
+    if table["verdict"] != "passed":
+        return table
+    compiled = table["result"].get("compiled")
+    if not compiled:
+        reason = table["result"].get("compiled_unknown") or "the engine has no table of layers"
+        return {**table, "verdict": "failed", "reason": reason}
+    short = ["--layers", "--repeats", "1", "--output-tokens", "17"]
+    found = cell(run(f"{name}-layers", ["edge-llm", "bench", *on_engine, *short]), json_needed=True)
+    if found["verdict"] == "passed":
+        times = found["result"].get("layers") or {}
+        found["result"] = {
+            "compiled": compiled,
+            "attention": table["result"].get("attention"),
+            "times": times,
+        }
+        unpacking = sum(profile["unpacking"] for profile in compiled)
+        if unpacking:
+            found["verdict"] = "failed"
+            found["reason"] = f"{unpacking} layers unpack weights each time that they run"
+        elif not (times.get("decode") or {}).get("layers"):
+            found["verdict"], found["reason"] = "failed", "the profiler timed no layer of decode"
+    return found
+
+
+def cell(done: Done, json_needed: bool = False) -> dict[str, Any]:
+    """The verdict of one command, its reason and its JSON."""
+    found: dict[str, Any] = {"verdict": "passed", "code": done.code, "reason": ""}
+    result = last_json(done.output)
+    if done.code != 0:
+        lines = [line for line in done.error.splitlines() if line.strip()]
+        errors = [line for line in lines if "error: " in line]
+        found["verdict"] = "failed"
+        found["reason"] = (errors or lines or [f"exit code {done.code}"])[-1].strip()
+        found["stderr"] = lines
+    elif json_needed and result is None:
+        found["verdict"], found["reason"] = "failed", "it printed no JSON"
+    if result is not None:
+        found["result"] = result
+    return found
+
+
+def read_scratch(log: Path) -> list[int]:
+    """Scratch memory of each profile, in bytes, from what the builder logged; empty if unknown."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    words = [
+        line.split("Max Scratch Memory: ")[1].split() for line in lines if "Max Scratch" in line
+    ]
+    return [int(found[0]) for found in words if found and found[0].isdigit()]
+
+
+def run_tests(output: Path, run: Run) -> dict[str, Any]:
+    """The tests marked ``gpu``."""
+    junit = output / "tests.xml"
+    junit.unlink(missing_ok=True)  # so that an old result does not count
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={junit}"]
+    code = run("tests", [*command, "-p", "no:cacheprovider"]).code
+    return {"code": code, **read_junit(junit)}
 
 
 def bench(backend: str, bundle: Path, run: Run) -> dict[str, Any]:
@@ -92,17 +228,53 @@ def bench(backend: str, bundle: Path, run: Run) -> dict[str, Any]:
     return {"code": done.code, "result": last_json(done.output)}
 
 
+def find_problems(report: dict[str, Any]) -> list[str]:
+    """Why the report has not passed, a sentence each; empty if it has."""
+    problems = []
+    if report["doctor_code"] != 0:
+        summary = (report["doctor"] or {}).get("summary", "no answer, see doctor.log")
+        problems.append(f"doctor: {summary}")
+    if not has_gpu(report["doctor"]):
+        problems.append("doctor found no GPU that works")
+    if report["tensorrt"] is None:
+        problems.append("TensorRT is not here, so nothing of it ran")
+    for name, row in report["matrix"].items():
+        for part, found in row.items():
+            if found["verdict"] == "failed":
+                problems.append(f"{name} {part}: {found['reason']}")
+            elif found["verdict"] == "skipped":
+                problems.append(f"{name} {part} was skipped: {found['reason']}")
+    tests = report["tests"]
+    if tests["code"] != 0 or not tests["passed"]:
+        problems.append(f"tests: {tests['passed']} passed, {tests['failed']} failed")
+    problems += [
+        f"{len(names)} tests were skipped: {reason}"
+        for reason, names in tests["skips"].items()
+        if report["dialect"] == "native" or _NOT_OF_THIS_DIALECT not in reason
+    ]
+    return problems
+
+
+def has_gpu(doctor: dict[str, Any] | None) -> bool:
+    """Whether doctor made a context on a GPU."""
+    checks = (doctor or {}).get("checks", ())
+    return any(check["name"] == "GPU" and check["status"] in ("ok", "warn") for check in checks)
+
+
 def read_junit(path: Path) -> dict[str, Any]:
-    """Counts, and the names of what failed, from pytest's XML; all 0 if there is none."""
-    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+    """Counts, names of what failed, and of what was skipped by reason, from pytest's XML."""
+    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": {}}
     if not path.is_file():
         return found
     for case in ElementTree.parse(path).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        skipped = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
             found["failed"] += 1
-            found["failures"].append(f"{case.get('classname')}::{case.get('name')}")
-        elif case.find("skipped") is not None:
+            found["failures"].append(name)
+        elif skipped is not None:
             found["skipped"] += 1
+            found["skips"].setdefault(skipped.get("message") or "no reason", []).append(name)
         else:
             found["passed"] += 1
     return found
@@ -121,17 +293,19 @@ def last_json(output: str) -> Any:
 
 def render(report: dict[str, Any]) -> str:
     lines = [
-        f"gpu-check of {report['commit']} at {report['started']}, bundle {report['bundle']}",
+        f"gpu-check of {report['commit']} at {report['started']}: TensorRT "
+        f"{report['tensorrt'] or 'is missing'}, dialect {report['dialect']}",
         "",
     ]
     doctor = report["doctor"] or {"summary": "no answer, see doctor.log", "checks": []}
     lines.append(f"doctor: {doctor['summary']}")
     lines += [f"  {c['status']:<5}{c['name']}: {c['detail']}" for c in doctor["checks"]]
+    lines += ["", *render_matrix(report["matrix"]), ""]
     tests = report["tests"]
     lines += [
-        "",
         f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped",
         *(f"  failed: {name}" for name in tests["failures"]),
+        *(f"  skipped {len(names)}: {reason}" for reason, names in tests["skips"].items()),
         "",
     ]
     for name, found in report["bench"].items():
@@ -139,8 +313,27 @@ def render(report: dict[str, Any]) -> str:
             lines.append(f"bench {name}: {figures(found['result'] or {})}")
         else:
             lines.append(f"bench {name}: exit code {found['code']}, see bench-{name}.log")
-    lines += ["", "passed" if report["passed"] else "NOT passed"]
+    lines += ["", *(f"problem: {problem}" for problem in report["problems"])]
+    lines.append("passed" if report["passed"] else "NOT passed")
     return "\n".join(lines) + "\n"
+
+
+def render_matrix(matrix: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """A line of verdicts per precision, and what was seen in it."""
+    width = max(map(len, matrix))
+    lines = [f"{'':<{width}}  " + "  ".join(f"{name:<7}" for name in CELLS)]
+    for name, row in matrix.items():
+        verdicts = (row[part]["verdict"] if part in row else "-" for part in CELLS)
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{each:<7}" for each in verdicts))
+        if row["bench"]["verdict"] == "passed":
+            lines.append(f"{'':<{width}}    {figures(row['bench']['result'])}")
+        for profile in row["layers"].get("result", {}).get("compiled", ()):
+            products = ", ".join(f"{n} {dtype}" for dtype, n in profile["products"].items())
+            lines.append(
+                f"{'':<{width}}    {profile['profile']}: products {products or 'none seen'}, "
+                f"attention {profile['attention']}, {profile['reformats']} reformats"
+            )
+    return lines
 
 
 def figures(result: dict[str, Any]) -> str:
@@ -160,12 +353,15 @@ def logged_run(output: Path) -> Run:
 
     def run(step: str, command: Sequence[str]) -> Done:
         print(f"gpu-check: {step}", file=sys.stderr)
-        with (output / f"{step}.log").open("w") as log:
+        path = output / f"{step}.log"
+        with path.open("w") as log:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, check=False
             )
+        errors = path.read_text(errors="replace").splitlines()[-_ERROR_LINES:]
+        with path.open("a") as log:
             log.write(done.stdout)
-        return Done(done.returncode, done.stdout)
+        return Done(done.returncode, done.stdout, "\n".join(errors))
 
     return run
 

@@ -1,4 +1,4 @@
-"""``scripts/gpu-check``: it refuses without a GPU, and its report says what happened."""
+"""``scripts/gpu-check``: it refuses without a GPU, and passes only if TensorRT ran everywhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from edge.cli import cli
 from edge.device.nodes import find_gpu_node
 from scripts import gpu_check
 
@@ -19,16 +21,38 @@ JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.gpu.test_a" name="one"/>
 <testcase classname="tests.gpu.test_a" name="two"><failure message="x"/></testcase>
 <testcase classname="tests.gpu.test_a" name="three"><error message="x"/></testcase>
-<testcase classname="tests.gpu.test_b" name="four"><skipped/></testcase>
+<testcase classname="tests.gpu.test_b" name="four"><skipped message="no PyCUDA"/></testcase>
 </testsuite></testsuites>"""
 PASSED = '<testsuites><testsuite><testcase classname="a" name="b"/></testsuite></testsuites>'
-SKIPPED = JUNIT.splitlines()[0] + JUNIT.splitlines()[4] + JUNIT.splitlines()[5]
+
+
+def with_skip(reason: str) -> str:
+    skipped = f'<testcase classname="a" name="c"><skipped message="{reason}"/></testcase>'
+    return PASSED.replace("</testsuite>", f"{skipped}</testsuite>", 1)
+
+
 DOCTOR = {
     "exit_code": 0,
     "summary": "the GPU works",
     "checks": [{"name": "GPU", "status": "ok", "detail": "Orin"}],
 }
-BENCH = {"decode_tps": 61.512, "prefill_tps": 5083.0, "decode_watts": None, "backend": "ort-cuda"}
+NO_GPU = {
+    "exit_code": 0,
+    "summary": "no NVIDIA GPU here; the CPU backend works and nothing is wrong",
+    "checks": [{"name": "GPU", "status": "skip", "detail": "no driver that works"}],
+}
+BENCH = {"decode_tps": 61.512, "prefill_tps": 5083.0, "decode_watts": None, "backend": "tensorrt"}
+DECODE = {
+    "profile": "decode",
+    "layers": 40,
+    "fused": 30,
+    "reformats": 2,
+    "unpacking": 0,
+    "products": {"int4": 120, "int8": 1},
+    "attention": "fused",
+}
+INSPECT = {"compiled": [DECODE], "compiled_unknown": None, "attention": "fused"}
+TIMES = {"runs": 48, "total_ms": 9.5, "layers": [{"name": "a", "ms": 9.5, "kind": "gemm"}]}
 
 
 def test_without_a_gpu_it_refuses_in_one_line(tmp_path: Path):
@@ -51,16 +75,21 @@ def test_without_a_gpu_it_refuses_in_one_line(tmp_path: Path):
 
 
 class Steps:
-    """Answers of the commands, by step; pytest leaves its XML file."""
+    """Answers of the commands, by step; ``*_verify`` and the like stand for every precision."""
 
-    def __init__(self, junit: str = PASSED, **answers: tuple[int, str]) -> None:
+    def __init__(self, junit: str = PASSED, **answers: tuple[Any, ...]) -> None:
         self.junit = junit
-        self.answers = {
+        self.answers: dict[str, tuple[Any, ...]] = {
             "commit": (0, "abc123\n"),
+            "tensorrt": (0, "10.16.2.10\n"),
             "source": (0, "/models/smollm2.gguf\n"),
             "doctor": (0, f"noise\n{json.dumps(DOCTOR)}\n"),
-            "bench_ort_cuda": (0, f"{json.dumps(BENCH)}\n"),
-            "bench_tensorrt": (69, ""),
+            "build": (0, json.dumps({"engine": "/nowhere/engines/one", "refused": []})),
+            "verify": (0, json.dumps({"passed": True})),
+            "bench": (0, json.dumps(BENCH)),
+            "inspect": (0, json.dumps(INSPECT)),
+            "layers": (0, json.dumps({**BENCH, "layers": {"decode": TIMES, "prefill": TIMES}})),
+            "bench_ort_cuda": (69, ""),
             **answers,
         }
         self.commands: dict[str, list[str]] = {}
@@ -70,7 +99,9 @@ class Steps:
         if step == "tests" and self.junit:
             (target,) = [a for a in command if a.startswith("--junitxml=")]
             Path(target.removeprefix("--junitxml=")).write_text(self.junit)
-        return gpu_check.Done(*self.answers.get(step.replace("-", "_"), (0, "")))
+        key = step.replace("-", "_")
+        general = key.rsplit("_", 1)[-1]
+        return gpu_check.Done(*self.answers.get(key, self.answers.get(general, (0, ""))))
 
 
 def check(output: Path, steps: Steps, *arguments: str) -> tuple[int, Any]:
@@ -78,55 +109,188 @@ def check(output: Path, steps: Steps, *arguments: str) -> tuple[int, Any]:
     return code, json.loads((output / "report.json").read_text())
 
 
+def verdicts(report: Any) -> dict[str, str]:
+    return {
+        f"{name} {part}": found["verdict"]
+        for name, row in report["matrix"].items()
+        for part, found in row.items()
+    }
+
+
 def test_a_good_run(tmp_path: Path):
     steps = Steps()
     code, report = check(tmp_path, steps)
     assert code == 0
     assert report["passed"]
-    assert report["commit"] == "abc123"
+    assert report["problems"] == []
+    assert (report["commit"], report["tensorrt"]) == ("abc123", "10.16.2.10")
     assert report["doctor"] == DOCTOR
-    assert report["tests"] == {"code": 0, "passed": 1, "failed": 0, "skipped": 0, "failures": []}
-    assert report["bench"]["ort-cuda"]["result"] == BENCH
-    assert report["bench"]["tensorrt"]["code"] == 69
-    assert steps.commands["export"][2] == "/models/smollm2.gguf"
-    assert steps.commands["doctor"][2] == steps.commands["export"][4]
+    found = verdicts(report)
+    assert len(found) == 4 * 5
+    assert set(found.values()) == {"passed"}
+    layers = report["matrix"]["int4"]["layers"]["result"]
+    assert layers == {
+        "compiled": [DECODE],
+        "attention": "fused",
+        "times": {"decode": TIMES, "prefill": TIMES},
+    }
+    assert report["bench"]["ort-cuda"]["code"] == 69  # it is no part of the verdict
     text = (tmp_path / "report.txt").read_text()
     for words in (
         "the GPU works",
-        "1 passed, 0 failed",
+        "TensorRT 10.16.2.10, dialect native",
         "61.51 tokens/s in decode, 5083 tokens/s in prefill\n",
+        "decode: products 120 int4, 1 int8, attention fused, 2 reformats",
+        "1 passed, 0 failed",
         "exit code 69",
         "\npassed\n",
     ):
         assert words in text
 
 
+@pytest.mark.parametrize(
+    ("version", "dialect"),
+    [
+        ("10.3.0", "portable"),
+        ("10.14.1.48", "portable"),
+        ("10.15.0", "native"),
+        ("11.4.0", "native"),
+        (None, "portable"),
+    ],
+)
+def test_the_dialect_is_that_of_the_installed_tensorrt(
+    version: str | None, dialect: str, tmp_path: Path
+):
+    answer = (1, "", "ModuleNotFoundError") if version is None else (0, f"noise\n{version}\n")
+    steps = Steps(tensorrt=answer)
+    _, report = check(tmp_path, steps)
+    assert report["dialect"] == dialect
+    for name in gpu_check.PRECISIONS:
+        command = steps.commands[f"{name}-export"]
+        assert command[command.index("--dialect") + 1] == dialect
+
+
+def test_every_command_is_one_that_edge_llm_takes(tmp_path: Path):
+    """Held against the real parsers: a wrong option would fail on the device only."""
+    steps = Steps()
+    check(tmp_path, steps)
+    seen = set()
+    for command in steps.commands.values():
+        if command[0] != "edge-llm":
+            continue
+        seen.add(command[1])
+        verb = cli.get_command(click.Context(cli), command[1])
+        assert verb is not None
+        # Directories that only the device has.
+        arguments = [
+            str(tmp_path) if a.startswith(("/nowhere", str(tmp_path))) else a for a in command[2:]
+        ]
+        verb.make_context(command[1], arguments)
+    assert seen == {"export", "build", "verify", "bench", "inspect", "doctor"}
+
+
 def test_a_bundle_of_ones_own_is_not_exported(tmp_path: Path):
     steps = Steps()
-    check(tmp_path, steps, "--bundle", "bundles/mine")
-    assert "export" not in steps.commands
+    code, report = check(tmp_path, steps, "--bundle", "bundles/mine")
+    assert code == 0
+    assert not [step for step in steps.commands if step.endswith("export")]
+    assert steps.commands["mine-build"][2] == "bundles/mine"
     assert steps.commands["bench-ort-cuda"][2] == "bundles/mine"
+    assert set(report["matrix"]["mine"]) == {"build", "verify", "bench", "layers"}
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        Steps(doctor=(69, json.dumps(DOCTOR))),
-        Steps(doctor=(1, "Traceback")),
-        Steps(tests=(1, "")),
-        Steps(junit=SKIPPED),
-        Steps(junit=""),
-        Steps(export=(65, "")),
-        Steps(bench_ort_cuda=(70, "")),
-    ],
-    ids=["doctor", "doctor died", "tests", "all skipped", "no tests", "export", "no bench"],
-)
-def test_a_bad_run_is_not_passed(steps: Steps, tmp_path: Path):
+def failing(message: str, code: int = 70) -> tuple[int, str, str]:
+    return code, "", f"a line of the log\nedge-llm: error: {message}"
+
+
+OUTCOMES: dict[str, tuple[Steps, str]] = {
+    "doctor fails": (Steps(doctor=(69, json.dumps(DOCTOR))), "doctor: the GPU works"),
+    "doctor dies": (Steps(doctor=(1, "Traceback")), "doctor: no answer"),
+    "no GPU": (Steps(doctor=(0, json.dumps(NO_GPU))), "doctor found no GPU that works"),
+    "no TensorRT": (
+        Steps(tensorrt=(1, "", "ModuleNotFoundError"), build=failing("needs TensorRT", 69)),
+        "TensorRT is not here",
+    ),
+    "export fails": (Steps(export=failing("no room", 71)), "int4 export: edge-llm: error: no room"),
+    "build refused": (
+        Steps(int8_w8a8_build=failing("no matching rules found")),
+        "int8-w8a8 build: edge-llm: error: no matching rules found",
+    ),
+    "verify misses": (
+        Steps(int4_verify=(3, json.dumps({"passed": False, "misses": ["cosine"]}))),
+        "int4 verify: exit code 3",
+    ),
+    "bench fails": (Steps(fp16_bench=failing("out of memory", 71)), "fp16 bench:"),
+    "bench says nothing": (Steps(fp16_bench=(0, "")), "fp16 bench: it printed no JSON"),
+    "no table of layers": (
+        Steps(inspect=(0, json.dumps({"compiled": [], "compiled_unknown": "verbosity NONE"}))),
+        "fp16 layers: verbosity NONE",
+    ),
+    "no times of layers": (Steps(layers=(0, json.dumps(BENCH))), "the profiler timed no layer"),
+    "unpacked weights": (
+        Steps(int8_inspect=(0, json.dumps({"compiled": [{**DECODE, "unpacking": 120}]}))),
+        "int8 layers: 120 layers unpack weights",
+    ),
+    "tests fail": (Steps(tests=(1, "")), "tests: 1 passed, 0 failed"),
+    "no tests": (Steps(junit=""), "tests: 0 passed"),
+    "a test is skipped": (
+        Steps(junit=with_skip("no PyCUDA")),
+        "1 tests were skipped: no PyCUDA",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(OUTCOMES))
+def test_every_fault_keeps_the_report_from_passing(name: str, tmp_path: Path):
     (tmp_path / "tests.xml").write_text(PASSED)  # of an earlier run
+    steps, problem = OUTCOMES[name]
     code, report = check(tmp_path, steps)
     assert code == 1
     assert not report["passed"]
-    assert "NOT passed" in (tmp_path / "report.txt").read_text()
+    assert any(problem in found for found in report["problems"]), report["problems"]
+    text = (tmp_path / "report.txt").read_text()
+    assert "NOT passed" in text
+    assert problem in text
+
+
+def test_what_comes_after_a_failed_build_is_skipped_and_other_rows_go_on(tmp_path: Path):
+    _, report = check(tmp_path, Steps(int4_build=failing("no kernel")))
+    found = verdicts(report)
+    assert found["int4 export"] == "passed"
+    assert found["int4 build"] == "failed"
+    assert {found[f"int4 {part}"] for part in ("verify", "bench", "layers")} == {"skipped"}
+    assert {found[f"int8 {part}"] for part in gpu_check.CELLS} == {"passed"}
+    build = report["matrix"]["int4"]["build"]
+    assert build["stderr"] == ["a line of the log", "edge-llm: error: no kernel"]
+    assert "int4 verify was skipped: the build failed" in report["problems"]
+
+
+def test_a_miss_of_verify_leaves_speed_and_layers(tmp_path: Path):
+    missed = (3, json.dumps({"passed": False, "misses": ["cosine 0.9"]}))
+    _, report = check(tmp_path, Steps(int4_verify=missed))
+    found = verdicts(report)
+    assert found["int4 verify"] == "failed"
+    assert found["int4 bench"] == found["int4 layers"] == "passed"
+    assert report["matrix"]["int4"]["verify"]["result"]["misses"] == ["cosine 0.9"]
+
+
+def test_tests_of_the_other_dialect_may_be_skipped_on_an_old_tensorrt(tmp_path: Path):
+    reason = "dialect native needs TensorRT 10.15, found 10.3.0"
+    old = Steps(junit=with_skip(reason), tensorrt=(0, "10.3.0"))
+    assert check(tmp_path / "old", old)[0] == 0
+    assert check(tmp_path / "new", Steps(junit=with_skip(reason)))[0] == 1
+
+
+def test_the_builders_scratch_memory_is_reported(tmp_path: Path):
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    (engine / "build.log").write_text(
+        "info: Max Scratch Memory: 8259584 bytes\ninfo: other\n"
+        "info: Max Scratch Memory: 1536 bytes\n"
+    )
+    steps = Steps(build=(0, json.dumps({"engine": str(engine)})))
+    _, report = check(tmp_path / "report", steps)
+    assert report["matrix"]["fp16"]["build"]["scratch_bytes"] == [8259584, 1536]
 
 
 def test_failures_are_named(tmp_path: Path):
@@ -134,10 +298,11 @@ def test_failures_are_named(tmp_path: Path):
     tests = report["tests"]
     assert (tests["passed"], tests["failed"], tests["skipped"]) == (1, 2, 1)
     assert tests["failures"] == ["tests.gpu.test_a::two", "tests.gpu.test_a::three"]
+    assert tests["skips"] == {"no PyCUDA": ["tests.gpu.test_b::four"]}
 
 
 def test_steps_leave_their_whole_output(tmp_path: Path):
     code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
     done = gpu_check.logged_run(tmp_path)("step", [sys.executable, "-c", code])
-    assert done == (3, "out\n")
+    assert done == (3, "out\n", "err")
     assert (tmp_path / "step.log").read_text() == "err\nout\n"
