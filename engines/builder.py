@@ -146,12 +146,10 @@ def build_engine(
         _refuse_faults(build, target, compiled.audit)
         if compiled.timings is not None:
             store.write_timings(compiled.timings, config.timing_cache)
-        layers, unknown = read_compiled_layers(target, compiled.plan, build)
-        info = store.commit(
-            compiled.plan,
-            _recorder(climbed, target, via, key, compiled, (layers, unknown)),
-            layers,
-        )
+        info = store.commit(compiled.plan, _recorder(climbed, target, via, key, compiled))
+        del compiled  # the plan would be in memory twice
+        layers, unknown = read_compiled_layers(target, store.directory / info.plan, build)
+        info = store.add_layers(info, layers, unknown)
         return BuildResult(store.directory, info, built=True)
 
 
@@ -165,7 +163,7 @@ def _refuse_faults(build: BuildPlan, target: Target, audit: Audit) -> None:
 
 
 def read_compiled_layers(
-    target: Target, plan: Any, build: BuildPlan
+    target: Target, plan: Path, build: BuildPlan
 ) -> tuple[LayerTable | None, str | None]:
     """Ask TensorRT's engine inspector what a plan consists of.
 
@@ -177,8 +175,8 @@ def read_compiled_layers(
     if target.gpu is None:
         return None, "it was compiled without a GPU, and TensorRT opens a plan on its GPU only"
     try:
-        text = compat.inspect_plan(target.rt, plan)
-        return parse_inspector(text, [profile.name for profile in build.profiles]), None
+        texts = compat.inspect_plan(target.rt, plan, len(build.profiles))
+        return parse_inspector(texts, [profile.name for profile in build.profiles]), None
     except (BuildError, BundleError) as error:
         _logger.warning("the engine's layers are not known: %s", error)
         return None, str(error)
@@ -190,12 +188,10 @@ def _recorder(
     via: Via,
     key: str,
     compiled: Compiled,
-    found: tuple[LayerTable | None, str | None],
 ) -> Callable[[str, int, str], EngineInfo]:
     """Make the ``engine.json`` of a build once its file's name, size and SHA-256 are known."""
     build = climbed.build
     shapes, files = build.shapes, build.manifest.files
-    layers, unknown = found
 
     def record(name: str, num_bytes: int, sha256: str) -> EngineInfo:
         return EngineInfo(
@@ -227,8 +223,7 @@ def _recorder(
             layers=compiled.audit.layers,
             attention=build.attention if via == "api" else None,
             refused=climbed.refused,
-            compiled=layers.summary() if layers is not None else (),
-            compiled_unknown=unknown,
+            compiled_unknown="the build was ended before it read them",
         )
 
     return record

@@ -14,6 +14,7 @@ TensorRT for RTX         compiles on a CPU for named GPUs; keeps no timing cache
 from __future__ import annotations
 
 import importlib
+import mmap
 import re
 import signal
 import threading
@@ -26,6 +27,7 @@ from typing import Any
 
 from edge.bundle import io_spec
 from edge.bundle.engine_file import Attention, Flavour, KvRead, where_tensorrt_is_from
+from edge.bundle.engine_layers import told_profiles
 from edge.bundle.manifest import Dialect
 from edge.errors import BuildError, ConfigError, DependencyError
 from edge.progress import Progress
@@ -413,21 +415,44 @@ class Compiler:
         )
 
 
-def inspect_plan(rt: TensorRT, plan: Any) -> str:
+def inspect_plan(rt: TensorRT, plan: Path, num_profiles: int) -> list[str]:
     """JSON of the engine inspector about a plan, which is loaded for it and freed again.
+
+    Args:
+        rt: that built it.
+        plan: its file.
+        num_profiles: optimization profiles of the engine.
+
+    Returns:
+        One text that has the layers of all profiles, or one text per profile.
 
     Raises:
         BuildError: this TensorRT cannot load the plan here, with its reason.
+        BundleError: the inspector lists no layers, or without details.
     """
     trt = rt.module
     errors: list[str] = []
     logger = _make_logger(trt, lambda _severity, _message: None, errors)
     runtime = trt.Runtime(logger)
-    engine = runtime.deserialize_cuda_engine(plan)
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise BuildError(errors[-1] if errors else "it cannot be loaded here, without a reason")
     inspector = engine.create_engine_inspector()
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    form = trt.LayerInformationFormat.JSON
+    whole = str(inspector.get_engine_information(form))
+    if len(told_profiles(whole)) == num_profiles:
+        return [whole]
+    # Some versions tell of the profiles after the first one only in an execution context.
+    texts = []
+    for profile in range(num_profiles):
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = engine.create_execution_context(strategy)
+        if context is None or not context.set_optimization_profile_async(profile, 0):
+            return [whole]
+        inspector.execution_context = context
+        texts.append(str(inspector.get_engine_information(form)))
+    return texts
 
 
 def _build_advice(error: str, workspace_bytes: int) -> str:

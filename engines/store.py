@@ -110,18 +110,12 @@ class EngineStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         _replace(self.directory / BUILD_LOG, text.encode())
 
-    def commit(
-        self,
-        plan: Any,
-        describe: Callable[[str, int, str], EngineInfo],
-        layers: LayerTable | None = None,
-    ) -> EngineInfo:
+    def commit(self, plan: Any, describe: Callable[[str, int, str], EngineInfo]) -> EngineInfo:
         """Put a plan in place.
 
         Args:
             plan: its bytes, any buffer.
             describe: makes the record from the plan's file name, size and SHA-256.
-            layers: kept beside the plan; None if they are not known.
 
         Raises:
             ResourceError: the disk is full; the old engine stays.
@@ -134,10 +128,7 @@ class EngineStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.sweep()
             _replace(self.directory / name, view)
-            if layers is not None:
-                _replace(layers_path(self.directory / name), msgspec.json.encode(layers))
-            data = msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
-            _replace(self.directory / ENGINE_JSON, data)
+            self._write_info(info)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ResourceError(
@@ -147,6 +138,27 @@ class EngineStore:
             raise
         self.sweep()
         return info
+
+    def add_layers(
+        self, info: EngineInfo, layers: LayerTable | None, unknown: str | None
+    ) -> EngineInfo:
+        """Record what the engine in place consists of.
+
+        Args:
+            info: its record.
+            layers: kept beside the plan; None if they are not known.
+            unknown: why they are not.
+        """
+        if layers is not None:
+            _replace(layers_path(self.directory / info.plan), msgspec.json.encode(layers))
+        compiled = layers.summary() if layers is not None else ()
+        info = msgspec.structs.replace(info, compiled=compiled, compiled_unknown=unknown)
+        self._write_info(info)
+        return info
+
+    def _write_info(self, info: EngineInfo) -> None:
+        data = msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
+        _replace(self.directory / ENGINE_JSON, data)
 
     def sweep(self) -> None:
         """Remove plans that ``engine.json`` does not name, and what a killed build left."""

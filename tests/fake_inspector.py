@@ -8,7 +8,7 @@ attention is ``_gemm_mha_v2`` with many queries and ``_gemv_mha_v1`` with one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edge.bundle.manifest import Manifest
@@ -24,8 +24,9 @@ def inspector_json(
     detailed: bool = True,
     fused: bool = True,
     unpacked: tuple[str, ...] = (),
+    profiles: Sequence[int] = (0, 1),
 ) -> str:
-    """JSON of a whole engine with the profiles prefill and decode.
+    """JSON of an engine with the profiles prefill and decode.
 
     Args:
         manifest: of the bundle.
@@ -33,10 +34,11 @@ def inspector_json(
         detailed: False is an engine whose layers have names only.
         fused: attention in one kernel.
         unpacked: linear layers whose weights a kernel of its own writes as floats.
+        profiles: those that are told of.
     """
     layers = [
         _finish(layer, profile, release)
-        for profile in range(2)
+        for profile in profiles
         for layer in _layers(manifest, profile, fused, unpacked)
     ]
     names = ["inputs_embeds", "logits"]

@@ -149,12 +149,11 @@ def write_engine(
             peak_memory_bytes=None,
             weights=(),
             layers=(),
-            compiled=table.summary(),
         )
 
-    table = parse_inspector(inspector_json(manifest), [profile.name for profile in profiles])
+    table = parse_inspector([inspector_json(manifest)], [profile.name for profile in profiles])
     store = EngineStore(bundle, name)
-    store.commit(plan, describe, table)
+    store.add_layers(store.commit(plan, describe), table, None)
     return store.directory
 
 
@@ -172,7 +171,15 @@ def _session(bundle: Path, prepared: bytes) -> Any:
 
 
 class FakeEngine:
-    """``ICudaEngine``."""
+    """``ICudaEngine``.
+
+    Attributes:
+        detailed: whether it was built with details of its layers.
+        per_context: whether the inspector tells of later profiles only in a context.
+    """
+
+    detailed = True
+    per_context = False
 
     def __init__(self, gpu: FakeGpu, logger: ILogger, plan: dict[str, Any]) -> None:
         self._gpu, self._logger = gpu, logger
@@ -196,7 +203,6 @@ class FakeEngine:
         graph = (bundle / manifest.graphs.decoder).read_bytes()
         self.session = _session(bundle, prepare_graph(graph, shapes, build.kv_read))
         self.device_memory_size_v2 = plan["device_memory"]
-        self.detailed = plan.get("detailed", True)
         self.num_optimization_profiles = len(self.profiles)
         gpu.born("engine")
 
@@ -240,10 +246,17 @@ class FakeInspector:
 
     def __init__(self, engine: FakeEngine) -> None:
         self._engine = engine
+        self.execution_context: FakeContext | None = None
 
     def get_engine_information(self, format: LayerInformationFormat) -> str:
         assert format is LayerInformationFormat.JSON
-        return inspector_json(self._engine.manifest, detailed=self._engine.detailed)
+        context, profiles = self.execution_context, [0, 1]
+        if context is not None:
+            profiles = [context._profile or 0]
+        elif self._engine.per_context:
+            profiles = [0]
+        manifest, detailed = self._engine.manifest, self._engine.detailed
+        return inspector_json(manifest, detailed=detailed, profiles=profiles)
 
 
 class FakeContext:

@@ -148,16 +148,36 @@ class LayerTable(_Struct, frozen=True):
         return tuple(_summarize(name, layers) for name, layers in found if layers)
 
 
-def parse_inspector(text: str, profiles: Sequence[str]) -> LayerTable:
-    """Read what the engine inspector printed for a whole engine.
+def parse_inspector(texts: Sequence[str], profiles: Sequence[str]) -> LayerTable:
+    """Read what the engine inspector printed.
 
     Args:
-        text: its JSON.
+        texts: its JSON: one text about the whole engine, or one per profile.
         profiles: names of the engine's profiles, in order.
 
     Raises:
         BundleError: it is no such JSON, or it has no details of the layers.
     """
+    if len(texts) == 1:
+        return LayerTable(tuple(profiles), _parse_text(texts[0]))
+    layers: list[CompiledLayer] = []
+    for index, text in enumerate(texts):
+        found = _parse_text(text)
+        marked = [layer for layer in found if layer.profile == index]
+        layers += marked or [msgspec.structs.replace(layer, profile=index) for layer in found]
+    return LayerTable(tuple(profiles), tuple(layers))
+
+
+def told_profiles(text: str) -> set[int]:
+    """Indices of the profiles whose layers a text of the inspector lists.
+
+    Raises:
+        BundleError: as `parse_inspector`.
+    """
+    return {layer.profile for layer in _parse_text(text)}
+
+
+def _parse_text(text: str) -> tuple[CompiledLayer, ...]:
     try:
         found = msgspec.json.decode(text.encode())
         listed = found["Layers"]
@@ -176,7 +196,7 @@ def parse_inspector(text: str, profiles: Sequence[str]) -> LayerTable:
             "TensorRT's engine inspector lists no layers: the engine was built with profiling "
             "verbosity NONE; build it again with: edge-llm build"
         )
-    return LayerTable(tuple(profiles), layers)
+    return layers
 
 
 def layers_path(plan: Path) -> Path:

@@ -320,7 +320,7 @@ def _describe(trt: Any, logger: Any, plan: Any) -> str:
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     try:
-        table = parse_inspector(text, ["probe"])
+        table = parse_inspector([text], ["probe"])
     except BundleError:
         return "built"
     kernels = [

@@ -123,7 +123,7 @@ def test_inspect_shows_the_layers_that_the_build_read(
     gpu = Gpu("a GPU", "8.6")
     target = Target(compat.load("tensorrt-rtx"), gpu, "8.6")
     text = inspector_json(read_manifest(copy), unpacked=("lm_head",))
-    monkeypatch.setattr(compat, "inspect_plan", lambda _rt, _plan: text)
+    monkeypatch.setattr(compat, "inspect_plan", lambda *_arguments: [text])
     result = build_engine(BuildConfig(copy, max_prefill=32, force=True), target=target)
     prefill, decode = result.info.compiled
     assert (prefill.profile, decode.profile) == ("prefill", "decode")

@@ -17,7 +17,7 @@ PROFILES = ("prefill", "decode")
 
 
 def table(bundle: Path, **options) -> LayerTable:
-    return parse_inspector(inspector_json(read_manifest(bundle), **options), PROFILES)
+    return parse_inspector([inspector_json(read_manifest(bundle), **options)], PROFILES)
 
 
 @pytest.mark.parametrize("release", [(10, 3), (10, 16), (11, 4)])
@@ -80,14 +80,14 @@ def test_attention_in_one_kernel_or_in_several(tiny_bundles: Bundles) -> None:
     for layer in half["Layers"]:
         if "mha" in layer["Name"] and "_1" in layer["Name"].split(" ")[0][-2:]:
             layer["Name"] = layer["TacticName"] = "attend"
-    assert parse_inspector(json.dumps(half), PROFILES).summary()[0].attention == "mixed"
+    assert parse_inspector([json.dumps(half)], PROFILES).summary()[0].attention == "mixed"
 
 
 def test_an_engine_without_details_says_so(tiny_bundles: Bundles) -> None:
     with pytest.raises(BundleError, match=r"without details.*LAYER_NAMES_ONLY.*edge-llm build"):
         table(tiny_bundles("qwen2"), detailed=False)
     with pytest.raises(BundleError, match="verbosity NONE"):
-        parse_inspector('{"Layers": []}', PROFILES)
+        parse_inspector(['{"Layers": []}'], PROFILES)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_an_engine_without_details_says_so(tiny_bundles: Bundles) -> None:
 )
 def test_what_is_no_table_is_refused(text: str) -> None:
     with pytest.raises(BundleError, match="no table of layers"):
-        parse_inspector(text, PROFILES)
+        parse_inspector([text], PROFILES)
 
 
 def test_a_type_that_is_not_known_is_left_out() -> None:
@@ -106,9 +106,20 @@ def test_a_type_that_is_not_known_is_left_out() -> None:
         "Outputs": [],
         "Weights": {"Type": "Int8", "Count": 9},
     }
-    (found,) = parse_inspector(json.dumps({"Layers": [layer]}), PROFILES).layers
+    (found,) = parse_inspector([json.dumps({"Layers": [layer]})], PROFILES).layers
     assert found.reads == ("fp16", "int8")
     assert found.dtype == "int8"
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_text_per_profile_is_the_same_table(tiny_bundles: Bundles, marked: bool) -> None:
+    """Of an execution context, with or without the mark of its profile in the names."""
+    bundle = tiny_bundles("qwen2", quant="int4")
+    manifest = read_manifest(bundle)
+    texts = [inspector_json(manifest, profiles=(i,)) for i in range(2)]
+    if not marked:
+        texts[1] = texts[1].replace(" [profile 1]", "")
+    assert parse_inspector(texts, PROFILES) == table(bundle)
 
 
 def test_the_file_beside_the_plan(tiny_bundles: Bundles, tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Asking a plan what it consists of, on the stand-in of TensorRT."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge.bundle.engine_file import read_engine_info
+from edge.bundle.engine_layers import parse_inspector, read_layers
+from edge.bundle.manifest import read_manifest
+from edge.device.gpu import Gpu
+from edge.errors import BuildError
+from engines import compat
+from engines.build_plan import plan_build
+from engines.builder import Target, read_compiled_layers
+from engines.compat import TensorRT
+from engines.config import BuildConfig
+from tests.conftest import RUNNABLE, Bundles
+from tests.fake_cuda import FakeGpu
+from tests.fake_tensorrt import FakeEngine, make_module, write_engine
+
+PROFILES = ["prefill", "decode"]
+
+
+@pytest.fixture
+def gpu() -> Iterator[FakeGpu]:
+    device = FakeGpu()
+    device.push()  # TensorRT takes the primary context by itself
+    yield device
+    device.pop()
+    gc.collect()
+    assert not device.alive, "the plan stays loaded"
+
+
+@pytest.fixture
+def plan(tiny_bundles: Bundles, tmp_path: Path) -> Path:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundles("qwen2", RUNNABLE, "int4"), bundle)
+    directory = write_engine(bundle, max_prefill=32)
+    return directory / read_engine_info(directory).plan
+
+
+def on(gpu: FakeGpu) -> TensorRT:
+    return TensorRT(make_module(gpu), "tensorrt", "10.16.2.10")
+
+
+@pytest.mark.parametrize("per_context", [False, True])
+def test_all_profiles_are_told_of(
+    per_context: bool, gpu: FakeGpu, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "per_context", per_context)
+    texts = compat.inspect_plan(on(gpu), plan, 2)
+    assert len(texts) == (2 if per_context else 1)
+    assert parse_inspector(texts, PROFILES) == read_layers(plan)
+
+
+def test_a_plan_that_does_not_load_has_tensorrts_reason(gpu: FakeGpu, plan: Path) -> None:
+    gpu.fail_at = len(gpu.calls)
+    with pytest.raises(BuildError, match="deserializeCudaEngine: internal error"):
+        compat.inspect_plan(on(gpu), plan, 2)
+
+
+def test_what_is_not_known_has_a_reason(gpu: FakeGpu, plan: Path) -> None:
+    bundle = plan.parent.parent.parent
+    build = plan_build(BuildConfig(bundle, max_prefill=32), read_manifest(bundle))
+    here = Target(on(gpu), Gpu("a GPU", "8.7"), "8.7")
+    table, unknown = read_compiled_layers(here, plan, build)
+    assert unknown is None
+    assert table == read_layers(plan)
+    elsewhere = Target(on(gpu), None, "8.7")
+    assert "without a GPU" in str(read_compiled_layers(elsewhere, plan, build)[1])
+    trtexec = Target(TensorRT(None, "tensorrt", "10.16"), Gpu("a GPU", "8.7"), "8.7")
+    assert "trtexec" in str(read_compiled_layers(trtexec, plan, build)[1])
+    gpu.fail_at = len(gpu.calls)
+    assert read_compiled_layers(here, plan, build) == (
+        None,
+        "deserializeCudaEngine: internal error",
+    )
