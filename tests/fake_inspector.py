@@ -26,7 +26,7 @@ def inspector_json(
     unpacked: tuple[str, ...] = (),
     profiles: Sequence[int] = (0, 1),
 ) -> str:
-    """JSON of an engine with the profiles prefill and decode.
+    """JSON of an engine with the profiles prefill, decode and perhaps others.
 
     Args:
         manifest: of the bundle.
@@ -44,6 +44,7 @@ def inspector_json(
     names = ["inputs_embeds", "logits"]
     found: dict[str, Any] = {"Layers": layers if detailed else [each["Name"] for each in layers]}
     if release < (11, 0):
+        # Of all profiles, whichever the layers are of.
         found["Bindings"] = [*names, *(f"{name} [profile 1]" for name in names)]
     else:
         found["I/O Tensors"] = [{"Name": name, "DataType": "Half"} for name in names]
@@ -52,8 +53,9 @@ def inspector_json(
 
 def layer_names(manifest: Manifest, profile: int) -> list[str]:
     """Names that a profiler reports for the layers of a profile, as the inspector has them."""
-    found = json.loads(inspector_json(manifest))["Layers"]
-    return [each["Name"] for each in found if ("[profile 1]" in each["Name"]) == bool(profile)]
+    return [
+        each["Name"] for each in json.loads(inspector_json(manifest, profiles=[profile]))["Layers"]
+    ]
 
 
 def _layers(
@@ -76,7 +78,7 @@ def _layers(
         yield from _linear(manifest, f"{name}.qkv", floats, unpacked)
         attention = f"{name}.attended/Attention"
         if fused:
-            kernel = "_gemv_mha_v1" if profile else "_gemm_mha_v2"
+            kernel = "_gemv_mha_v1" if profile == 1 else "_gemm_mha_v2"
             nodes = [f"present.{i}.key.read/Slice", attention]
             yield _layer(f"{kernel}_myl0_{i}", "kgen", [floats, "Bool"], [floats], kernel, nodes)
         else:

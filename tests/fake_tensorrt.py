@@ -151,7 +151,8 @@ def write_engine(
             layers=(),
         )
 
-    table = parse_inspector([inspector_json(manifest)], [profile.name for profile in profiles])
+    names = [profile.name for profile in profiles]
+    table = parse_inspector([inspector_json(manifest, profiles=range(len(names)))], names)
     store = EngineStore(bundle, name)
     store.add_layers(store.commit(plan, describe), table, None)
     return store.directory
@@ -250,11 +251,11 @@ class FakeInspector:
 
     def get_engine_information(self, format: LayerInformationFormat) -> str:
         assert format is LayerInformationFormat.JSON
-        context, profiles = self.execution_context, [0, 1]
+        context, profiles = self.execution_context, range(self._engine.num_optimization_profiles)
         if context is not None:
-            profiles = [context._profile or 0]
+            profiles = range(context._profile or 0, (context._profile or 0) + 1)
         elif self._engine.per_context:
-            profiles = [0]
+            profiles = range(1)
         manifest, detailed = self._engine.manifest, self._engine.detailed
         return inspector_json(manifest, detailed=detailed, profiles=profiles)
 

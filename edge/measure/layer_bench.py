@@ -80,7 +80,7 @@ def time_layers(
     The backend runs without CUDA graphs and slower afterwards: measure everything else before.
 
     Returns:
-        By profile: ``prefill`` and ``decode``.
+        By profile of the engine; one that no step needed has no layers.
 
     Raises:
         ConfigError, BackendError: as `run_bench`.
