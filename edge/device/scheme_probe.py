@@ -10,7 +10,7 @@ import importlib
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -28,7 +28,7 @@ from edge.errors import BundleError
 _WIDTH, _OUT, _GROUP = 256, 64, 128
 _HEADS, _KV_HEADS, _HEAD_DIM, _ROWS = 12, 2, 128, 512  # attention of the 1.5B
 _WORKSPACE_BYTES = 256 << 20
-_FP16_ONE, _FP16_SMALL = 0x3C00, 0x2000  # 1 and 2^-7
+_FP16_SMALL = 0x2000  # 2^-7
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -129,30 +129,52 @@ def _int4_planes() -> bytes:
     return _matmul_model(nodes, weights)
 
 
-def _w8a8() -> bytes:
-    grid = ["x.scale", "zero"]
+def _w8a8(scales: Literal["fp16", "fp32"]) -> bytes:
+    """Inputs and weights on INT8 grids, whose scales may be of another type than the graph."""
+    wide, grid = scales == "fp32", ["x.scale", "zero"]
+    one, weight = ("x.wide", "w.narrow") if wide else ("x", "w.d")
+    nodes = [
+        Node("QuantizeLinear", [one, *grid], ["x.q"], "x.input.quantized/QuantizeLinear"),
+        Node("DequantizeLinear", ["x.q", *grid], ["x.d"], "x.input.dequantized/DequantizeLinear"),
+        Node(
+            "DequantizeLinear",
+            ["w", "w.scale"],
+            ["w.d"],
+            "w.dequantized/DequantizeLinear",
+            attributes=[attribute("axis", 1)],
+        ),
+        Node("MatMul", ["x.narrow" if wide else "x.d", weight], ["y"], "y/MatMul"),
+    ]
+    if wide:
+        nodes = [
+            _cast("x", "x.wide", "fp32"),
+            *nodes[:2],
+            _cast("x.d", "x.narrow", "fp16"),
+            nodes[2],
+            _cast("w.d", "w.narrow", "fp16"),
+            nodes[3],
+        ]
     return _matmul_model(
+        nodes,
         [
-            Node("QuantizeLinear", ["x", *grid], ["x.q"], "x.input.quantized/QuantizeLinear"),
-            Node(
-                "DequantizeLinear", ["x.q", *grid], ["x.d"], "x.input.dequantized/DequantizeLinear"
-            ),
-            Node(
-                "DequantizeLinear",
-                ["w", "w.scale"],
-                ["w.d"],
-                "w.dequantized/DequantizeLinear",
-                attributes=[attribute("axis", 1)],
-            ),
-            Node("MatMul", ["x.d", "w.d"], ["y"], "y/MatMul"),
-        ],
-        [
-            _halves("x.scale", 1, ()),
+            _scales("x.scale", scales, ()),
             _weight("zero", "int8", (), b"\0"),
             _weight("w", "int8", (_WIDTH, _OUT), b"\1" * (_WIDTH * _OUT)),
-            _halves("w.scale", _OUT, (_OUT,)),
+            _scales("w.scale", scales, (_OUT,)),
         ],
     )
+
+
+def _cast(source: str, target: str, dtype: str) -> Node:
+    to = attribute("to", ELEMENT_NUMBERS[dtype])
+    return Node("Cast", [source], [target], f"{target}/Cast", attributes=[to])
+
+
+def _scales(name: str, dtype: Literal["fp16", "fp32"], shape: Sequence[int]) -> Message:
+    count = shape[0] if shape else 1
+    if dtype == "fp16":
+        return _halves(name, count, shape)
+    return _weight(name, dtype, shape, struct.pack("<f", 2.0**-7) * count)
 
 
 def _attention() -> bytes:
@@ -215,7 +237,16 @@ SCHEMES: dict[str, Scheme] = {
         "INT8 weights as two INT4 planes", _int4_planes, "--quant int8", "export with --quant int4"
     ),
     "w8a8": Scheme(
-        "INT8 weights and activations", _w8a8, "--quant int8-w8a8", "export with --quant int4"
+        "INT8 weights and activations",
+        lambda: _w8a8("fp16"),
+        "--quant int8-w8a8",
+        "export with --quant int4",
+    ),
+    "w8a8-fp32": Scheme(
+        "the same with scales in FP32",
+        lambda: _w8a8("fp32"),
+        "--quant int8-w8a8 with scales in FP32",
+        "export with --quant int4",
     ),
     "attention": Scheme("attention with a mask, decode", _attention, "--dialect native", _PORTABLE),
     "kv-update": Scheme("KV-cache update in place", _kv_update, "--dialect native", _PORTABLE),
