@@ -55,6 +55,7 @@ class BuildPlan:
             "kv_buckets": list(shapes.kv_buckets) if config.kv_read == "slice" else None,
             "kv_read": config.kv_read,
             "attention": config.attention,
+            "tune": config.tune,
             "workspace": config.workspace_bytes,
             "opt_level": config.opt_level,
         }

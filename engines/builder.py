@@ -19,7 +19,7 @@ from edge.bundle.manifest import read_manifest, verify_files
 from edge.device import telemetry
 from edge.device.gpu import Gpu, find_gpu
 from edge.device.process import read_rss_peak_bytes, reset_rss_peak
-from edge.errors import BuildError, BundleError, DependencyError
+from edge.errors import BuildError, BundleError, ConfigError, DependencyError
 from edge.progress import Progress, silent, uncounted
 
 from . import compat
@@ -40,6 +40,7 @@ from .trtexec import find_trtexec, run_trtexec, trtexec_command, trtexec_version
 _logger = logging.getLogger(__name__)
 
 Via = Literal["api", "trtexec"]
+CompileVariant = Callable[..., "tuple[Compiled, Climbed]"]
 _SCRATCH = ".trtexec-"
 
 
@@ -97,6 +98,7 @@ def build_engine(
     *,
     target: Target | None = None,
     via: Via = "api",
+    compile_variant: CompileVariant | None = None,
     progress: Progress = silent,
     on_line: Callable[[str], None] = lambda _line: None,
     waiting: Callable[[], None] = lambda: None,
@@ -107,6 +109,8 @@ def build_engine(
         config: what to build.
         target: with what and for which GPU; None is what this machine has.
         via: TensorRT's Python API, or NVIDIA's ``trtexec``, whose network cannot be audited.
+        compile_variant: compiles one of the variants that the options leave open; by default the
+            first that builds (`compile_ladder`). ``config.tune`` needs `tune.compile_fastest`.
         progress: called in each step: hashing, parsing and compiling, or ``trtexec``.
         on_line: given each line of ``trtexec``.
         waiting: called if another build holds the bundle's lock.
@@ -118,6 +122,12 @@ def build_engine(
         DependencyError: no TensorRT, one that is too old, no GPU.
         BuildError: TensorRT refused the graph, failed, or made something else of it.
     """
+    if compile_variant is None:
+        if config.tune:
+            raise ConfigError(
+                "a build with tune needs compile_variant=engines.tune.compile_fastest"
+            )
+        compile_variant = compile_ladder
     build = plan_build(config, read_manifest(config.bundle))
     target = target or find_target(rt=_trtexec_target() if via == "trtexec" else None)
     compat.check_support(
@@ -136,7 +146,7 @@ def build_engine(
             compiled = _compile_with_trtexec(build, target, store, on_line, progress)
             climbed = Climbed(build, (), build.rebuild_options())
         else:
-            compiled, climbed = compile_ladder(
+            compiled, climbed = compile_variant(
                 build,
                 target,
                 timings=store.read_timings(config.timing_cache),
@@ -146,7 +156,7 @@ def build_engine(
         _refuse_faults(build, target, compiled.audit)
         if compiled.timings is not None:
             store.write_timings(compiled.timings, config.timing_cache)
-        info = store.commit(compiled.plan, _recorder(climbed, target, via, key, compiled))
+        info = store.commit(compiled.plan, make_recorder(climbed, target, via, key, compiled))
         del compiled  # the plan would be in memory twice
         layers, unknown = read_compiled_layers(target, store.directory / info.plan, build)
         info = store.add_layers(info, layers, unknown)
@@ -182,7 +192,7 @@ def read_compiled_layers(
         return None, str(error)
 
 
-def _recorder(
+def make_recorder(
     climbed: Climbed,
     target: Target,
     via: Via,
@@ -223,6 +233,7 @@ def _recorder(
             layers=compiled.audit.layers,
             attention=build.attention if via == "api" else None,
             refused=climbed.refused,
+            tuned=climbed.tuned,
             compiled_unknown="the build was ended before it read them",
         )
 

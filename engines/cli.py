@@ -124,6 +124,12 @@ def _shape_options(command: Any) -> Any:
     show_default=True,
     help="TensorRT's Python API, which also audits the network, or NVIDIA's trtexec.",
 )
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="Build every variant that --kv-read auto and --attention auto leave open, time each on "
+    "this GPU, and keep the fastest that answers as the CPU does.",
+)
 @click.option("--print-trtexec", is_flag=True, help="Only print the trtexec line for this engine.")
 @click.option(
     "--trt",
@@ -143,10 +149,16 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
     from .builder import build_engine
     from .ladder import describe
 
+    compile_variant = None
+    if config.tune:
+        from .tune import compile_fastest
+
+        compile_variant = compile_fastest
     with show_progress() as progress:
         result = build_engine(
             config,
             via=via,
+            compile_variant=compile_variant,
             on_line=lambda line: click.echo(line, err=True),
             progress=progress,
             waiting=lambda: click.echo(
@@ -167,6 +179,7 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
                 "kv_read": info.kv_read,
                 "attention": info.attention,
                 "refused": msgspec.to_builtins(info.refused),
+                "tuned": msgspec.to_builtins(info.tuned),
             }
         )
         return
@@ -177,7 +190,10 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
     click.echo(f"{result.directory}: {info.plan_bytes / 1e6:,.0f} MB in {info.build_s:.0f} s{peak}")
     for refused in info.refused:
         click.echo(f"refused: {describe(refused)}: {refused.reason}")
-    if info.refused:
+    for tried in info.tuned:
+        result_of_it = tried.problem or f"{(tried.decode_s or 0) * 1e3:.2f} ms per decode step"
+        click.echo(f"tried: {describe(tried)}: {result_of_it}")
+    if info.refused or info.tuned:
         click.echo(f"taken: {describe(info)}")
 
 

@@ -40,6 +40,8 @@ class BuildConfig:
             TensorRT builds.
         attention: ``fused``, one kernel or no engine; ``decomposed``, several kernels where
             TensorRT has no such kernel; ``auto``, the first of the two that TensorRT builds.
+        tune: build every variant that ``kv_read`` and ``attention`` leave open, and keep the
+            fastest on the GPU that is here.
         workspace_bytes: scratch memory that a kernel may ask for.
         opt_level: 0 (fast build) to 5 (slow build, perhaps a faster engine).
         timing_cache: file with the timings of earlier builds; None is the one beside the engine.
@@ -53,6 +55,7 @@ class BuildConfig:
     kv_buckets: tuple[int, ...] = ()
     kv_read: KvReadChoice = "slice"
     attention: AttentionChoice = "auto"
+    tune: bool = False
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     opt_level: int = 3
     timing_cache: Path | None = None

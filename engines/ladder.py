@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from edge.bundle.engine_file import EngineInfo, KvRead, RefusedRung
+from edge.bundle.engine_file import EngineInfo, KvRead, RefusedRung, TunedRung
 from edge.errors import BuildError
 
 from . import compat
@@ -31,11 +31,13 @@ class Climbed:
         build: the rung that was built.
         refused: rungs before it, with TensorRT's reasons.
         options: of ``edge-llm build``, as the user gave them.
+        tuned: variants that were built and tried on the device, if they were.
     """
 
     build: BuildPlan
     refused: tuple[RefusedRung, ...]
     options: dict[str, Any]
+    tuned: tuple[TunedRung, ...] = ()
 
 
 def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
@@ -95,6 +97,6 @@ def climb(
     raise BuildError(f"TensorRT built none of {len(refused)} variants. {reasons}")
 
 
-def describe(rung: RefusedRung | BuildPlan | EngineInfo) -> str:
+def describe(rung: RefusedRung | TunedRung | BuildPlan | EngineInfo) -> str:
     """A rung in words."""
     return f"attention {rung.attention or 'of primitive operators'}, cache read as {rung.kv_read}"

@@ -253,8 +253,13 @@ def _check_version(config: BuildConfig, manifest: Manifest, version: TrtVersion)
             f"dialect native needs TensorRT {show(_NATIVE_SINCE)}, asked for is {show(version)}; "
             "export again with --dialect portable"
         )
-    if config.kv_read == "auto" or config.attention != "auto":
-        option = "--kv-read auto" if config.kv_read == "auto" else f"--attention {config.attention}"
+    for option, given in (
+        ("--tune", config.tune),
+        ("--kv-read auto", config.kv_read == "auto"),
+        (f"--attention {config.attention}", config.attention != "auto"),
+    ):
+        if not given:
+            continue
         raise ConfigError(
             f"{option} needs the Python API, which trtexec does not go through; build with it, or "
             "leave the option out"

@@ -29,7 +29,7 @@ from edge.bundle.engine_file import (
 )
 from edge.bundle.engine_layers import parse_inspector
 from edge.bundle.manifest import read_manifest
-from engines.build_plan import plan_build
+from engines.build_plan import BuildPlan, plan_build
 from engines.config import BuildConfig
 from engines.graph import graph_files, prepare_graph
 from engines.store import EngineStore
@@ -76,6 +76,25 @@ class ILogger:
 _DTYPES = {"fp16": DataType.HALF, "bf16": DataType.BF16, "int64": DataType.INT64}
 
 
+def fake_plan(build: BuildPlan, device_memory: int = 4096) -> bytes:
+    """What a build leaves, for the stand-in to load."""
+    shapes = build.shapes
+    return (
+        _MAGIC
+        + json.dumps(
+            {
+                "bundle": str(build.config.bundle),
+                "max_batch": shapes.max_batch,
+                "max_prefill": shapes.max_prefill,
+                "kv_capacity": shapes.capacity,
+                "kv_buckets": list(build.config.kv_buckets),
+                "kv_read": build.kv_read,
+                "device_memory": device_memory,
+            }
+        ).encode()
+    )
+
+
 def write_engine(
     bundle: Path,
     *,
@@ -100,20 +119,7 @@ def write_engine(
     config = BuildConfig(bundle=bundle, **options)
     build = plan_build(config, manifest)
     shapes, profiles = build.shapes, build.profiles
-    plan = (
-        _MAGIC
-        + json.dumps(
-            {
-                "bundle": str(bundle),
-                "max_batch": shapes.max_batch,
-                "max_prefill": shapes.max_prefill,
-                "kv_capacity": shapes.capacity,
-                "kv_buckets": list(config.kv_buckets),
-                "kv_read": config.kv_read,
-                "device_memory": device_memory,
-            }
-        ).encode()
-    )
+    plan = fake_plan(build, device_memory)
 
     def describe(plan_name: str, num_bytes: int, sha256: str) -> EngineInfo:
         return EngineInfo(

@@ -86,6 +86,22 @@ class RefusedRung(_Struct, frozen=True):
     reason: str
 
 
+class TunedRung(_Struct, frozen=True):
+    """A variant that was built and tried on the device.
+
+    Attributes:
+        kv_read: how attention reads the cache.
+        attention: what was asked of TensorRT's attention; None in dialect ``portable``.
+        decode_s: seconds of a decode step, the median; None if it was not timed.
+        problem: why it is of no use; None if it answers right.
+    """
+
+    kv_read: KvRead
+    attention: Attention | None
+    decode_s: float | None
+    problem: str | None
+
+
 class EngineInfo(_Struct, frozen=True):
     """The content of ``engine.json``.
 
@@ -106,6 +122,7 @@ class EngineInfo(_Struct, frozen=True):
         attention: ``fused`` if TensorRT had to make one kernel of each attention, ``decomposed`` if
             it was free to; None in dialect ``portable``, and not known of older engines.
         refused: variants that TensorRT refused before this one.
+        tuned: variants that ``--tune`` built and tried; this engine is the fastest that is right.
         compiled: summary of what TensorRT made of it, per profile; all layers are in the file
             beside the plan (`engine_layers.read_layers`).
         compiled_unknown: why ``compiled`` is empty; None if it is not.
@@ -139,6 +156,7 @@ class EngineInfo(_Struct, frozen=True):
     layers: tuple[LayerCount, ...]
     attention: Attention | None = None
     refused: tuple[RefusedRung, ...] = ()
+    tuned: tuple[TunedRung, ...] = ()
     compiled: tuple[ProfileLayers, ...] = ()
     compiled_unknown: str | None = None
 
@@ -236,7 +254,10 @@ def rebuild_command(directory: Path, info: EngineInfo) -> str:
     """The command line that builds this engine again, on the machine where it is typed."""
     parts = ["edge-llm", "build", str(directory.parent.parent)]
     for name, value in info.options.items():
-        if value is None:
+        if value is None or value is False:
+            continue
+        if value is True:
+            parts.append(f"--{name.replace('_', '-')}")
             continue
         text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         parts += [f"--{name.replace('_', '-')}", text]

@@ -9,6 +9,7 @@ import msgspec
 
 from edge.bundle.engine_file import (
     EngineInfo,
+    TunedRung,
     WeightBytes,
     read_engine_info,
     rebuild_command,
@@ -91,6 +92,12 @@ def describe_profile(found: ProfileLayers) -> str:
     return text
 
 
+def _tried(tried: TunedRung) -> str:
+    if tried.decode_s is None:
+        return tried.problem or "not timed"
+    return f"{tried.decode_s * 1e3:.2f} ms per decode step"
+
+
 def _compiled_facts(directory: Path, info: EngineInfo) -> list[tuple[str, str]]:
     if not info.compiled:
         return [("compiled layers", why_unknown(directory, info))]
@@ -139,6 +146,7 @@ def _print(
         ("KV cache", f"{info.kv_capacity} rows, read as {info.kv_read}"),
         ("attention", info.attention or "not TensorRT's own, or not recorded"),
         *((f"refused {each.kv_read}, {each.attention}", each.reason) for each in info.refused),
+        *((f"tried {each.kv_read}, {each.attention}", _tried(each)) for each in info.tuned),
         ("KV buckets", ", ".join(map(str, info.kv_buckets))),
         ("plan", f"{info.plan}, {info.plan_bytes:,} bytes"),
         ("plan hash", "matches" if verified else "not verified"),

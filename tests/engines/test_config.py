@@ -84,6 +84,7 @@ def test_every_option_counts_but_for_where_and_how_it_is_built() -> None:
         "kv_buckets": (500, 1000),
         "kv_read": "full",
         "attention": "fused",
+        "tune": True,
         "workspace_bytes": 1 << 29,
         "opt_level": 5,
     }

@@ -158,7 +158,7 @@ def test_a_choice_that_builds_at_once_has_refused_nothing(bundle: Path) -> None:
     assert info.options["kv_read"] == "auto"
 
 
-@pytest.mark.parametrize("options", [{"kv_read": "auto"}, {"attention": "fused"}])
+@pytest.mark.parametrize("options", [{"kv_read": "auto"}, {"attention": "fused"}, {"tune": True}])
 def test_trtexec_has_no_such_choice(bundle: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="needs the Python API"):
         command_for_bundle(BuildConfig(bundle, max_prefill=32, **options), (10, 16))

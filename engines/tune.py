@@ -1,0 +1,192 @@
+"""``edge-llm build --tune``: build every variant, time each here, keep the fastest right one.
+
+A variant is a rung of `ladder`. Each is put into a directory of its own that no reader of engines
+sees, held against the graph on the CPU, and timed in decode through the runner that will run it.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from edge.backends.ort import OrtBackend
+from edge.backends.tensorrt import TensorRTBackend
+from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+from edge.bundle.engine_file import RefusedRung, TunedRung
+from edge.bundle.manifest import ENGINES_DIR, verify_files
+from edge.errors import BackendError, BuildError, DeviceMemoryError
+from edge.measure.bench import BenchConfig, run_bench
+from edge.measure.verify import compare_backends
+from edge.progress import Progress, silent
+
+from .build_plan import BuildPlan
+from .builder import Compiled, Target, compile_bundle, make_recorder
+from .ladder import Climbed, describe, make_rungs
+from .store import EngineStore
+
+_logger = logging.getLogger(__name__)
+
+_SCRATCH = ".tune-"
+_PROMPT_TOKENS, _OUTPUT_TOKENS, _REPEATS = 256, 33, 3
+_VERIFY_TOKENS, _VERIFY_STEPS = (1, 24, 64), 8
+
+
+@dataclass
+class _Candidate:
+    rung: BuildPlan
+    compiled: Compiled
+    plan: Path
+    found: TunedRung
+
+
+def compile_fastest(
+    asked: BuildPlan,
+    target: Target,
+    *,
+    timings: bytes | None = None,
+    progress: Progress = silent,
+    keep_log: Callable[[str], None] = lambda _text: None,
+) -> tuple[Compiled, Climbed]:
+    """Compile every variant of what was asked for, and return the fastest that answers right.
+
+    Args:
+        asked: from `plan_build`.
+        target: with what and for which GPU, which must be here.
+        timings: a timing cache, which later variants extend.
+        progress: told the steps of each variant: hashing, parsing, compiling, comparing, timing.
+        keep_log: given the log of all variants so far.
+
+    Raises:
+        DependencyError: TensorRT is too old, or what runs an engine is missing.
+        IntegrityError: a file of the bundle is damaged.
+        BuildError: no variant was built and answered right; every reason is in the message.
+    """
+    root = asked.config.bundle / ENGINES_DIR
+    for leftover in root.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(leftover)
+    verify_files(asked.config.bundle, asked.manifest)
+    refused: list[RefusedRung] = []
+    candidates: list[_Candidate] = []
+    logs: list[str] = []
+    try:
+        for number, rung in enumerate(make_rungs(asked, target.rt)):
+
+            def keep(text: str, rung: BuildPlan = rung) -> None:
+                logs.append(f"== {describe(rung)}\n{text}")
+                keep_log("".join(logs))
+
+            try:
+                compiled = compile_bundle(
+                    rung, target, timings=timings, progress=progress, keep_log=keep
+                )
+            except BuildError as error:
+                refused.append(RefusedRung(rung.kv_read, rung.attention, str(error)))
+                continue
+            timings = compiled.timings or timings
+            candidates.append(_try(number, rung, compiled, target, progress))
+        return _choose(asked, candidates, tuple(refused), timings)
+    finally:
+        for leftover in root.glob(f"{_SCRATCH}*"):
+            shutil.rmtree(leftover)
+
+
+def _try(
+    number: int, rung: BuildPlan, compiled: Compiled, target: Target, progress: Progress
+) -> _Candidate:
+    """Put a variant where it can be loaded, compare and time it."""
+    store = EngineStore(rung.config.bundle, f"{_SCRATCH}{number}")
+    describe_engine = make_recorder(Climbed(rung, (), {}), target, "api", _SCRATCH, compiled)
+    info = store.commit(compiled.plan, describe_engine)
+    decode_s, problem = None, "; ".join(compiled.audit.problems[:3]) or None
+    if problem is None:
+        try:
+            decode_s, problem = measure(rung, store.directory, progress)
+        except (BackendError, DeviceMemoryError) as error:
+            problem = str(error)
+    found = TunedRung(rung.kv_read, rung.attention, decode_s, problem)
+    _logger.info("%s: %s", describe(found), problem or f"{decode_s} s")
+    # Its plan is in the file: several would not fit into a Jetson's memory.
+    return _Candidate(rung, replace(compiled, plan=b""), store.directory / info.plan, found)
+
+
+def measure(
+    rung: BuildPlan, directory: Path, progress: Progress = silent
+) -> tuple[float | None, str | None]:
+    """Compare an engine with the graph on the CPU, and time it.
+
+    Returns:
+        Seconds of a decode step of all slots (median), and what is wrong with its answers or None;
+        an engine that answers wrong is not timed.
+
+    Raises:
+        BackendError, DeviceMemoryError: the engine does not load or run.
+        DependencyError: what runs engines is missing.
+    """
+    bundle, manifest = rung.config.bundle, rung.manifest
+    batch = rung.shapes.max_batch
+    with ExitStack() as stack:
+        table = stack.enter_context(closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)))
+        engine = TensorRTBackend(bundle, manifest, directory, num_slots=batch)
+        stack.enter_context(closing(engine))
+        room = engine.capacity - _VERIFY_STEPS
+        with closing(
+            OrtBackend(
+                bundle,
+                manifest,
+                num_slots=1,
+                kv_capacity=engine.capacity,
+                max_step_tokens=engine.max_step_tokens,
+                fuse_attention=False,
+                int8_activations=False,
+            )
+        ) as reference:
+            random = np.random.default_rng(0)
+            prompts = [
+                random.integers(0, manifest.model.vocab_size, min(length, room)).tolist()
+                for length in _VERIFY_TOKENS
+            ]
+            report = compare_backends(
+                reference,
+                engine,
+                prompts,
+                lambda ids: table[np.asarray(ids, dtype=np.int64)],
+                decode_steps=_VERIFY_STEPS,
+                progress=progress,
+            )
+        if not report.passed:
+            return None, "; ".join(report.misses)
+        tokens = min(_PROMPT_TOKENS, engine.capacity - _OUTPUT_TOKENS)
+        config = BenchConfig(max(tokens, 1), _OUTPUT_TOKENS, _REPEATS, batch=batch)
+        samples = run_bench(engine, table, manifest, config, progress=progress)
+        return median(step for steps in samples.itl_s for step in steps), None
+
+
+def _choose(
+    asked: BuildPlan,
+    candidates: list[_Candidate],
+    refused: tuple[RefusedRung, ...],
+    timings: bytes | None,
+) -> tuple[Compiled, Climbed]:
+    timed = [(each.found.decode_s, each) for each in candidates if each.found.decode_s is not None]
+    tuned = tuple(each.found for each in candidates)
+    if not timed:
+        reasons = [f"{describe(each)}: {each.reason}" for each in refused]
+        reasons += [f"{describe(each)}: {each.problem}" for each in tuned]
+        raise BuildError(f"no variant was built and answered right. {'; '.join(reasons)}")
+    _, best = min(timed, key=lambda pair: pair[0])
+    compiled = replace(best.compiled, plan=_map(best.plan), timings=timings)
+    return compiled, Climbed(best.rung, refused, asked.rebuild_options(), tuned)
+
+
+def _map(path: Path) -> Any:
+    with path.open("rb") as file:  # the map lives on when the file is removed
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,0 +1,210 @@
+"""``build --tune`` on the stand-ins: every variant is tried, the fastest that is right is kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from edge.backends.tensorrt import TensorRTBackend
+from edge.bundle.engine_file import find_engines, read_engine_info, rebuild_command
+from edge.bundle.manifest import read_manifest
+from edge.cli.inspect import inspect
+from edge.device.gpu import Gpu
+from edge.errors import BuildError, ConfigError
+from engines import builder, tune
+from engines.audit import Audit
+from engines.build_plan import BuildPlan, plan_build
+from engines.builder import Compiled, Target, build_engine
+from engines.cli import build
+from engines.compat import TensorRT
+from engines.config import BuildConfig
+from engines.store import EngineStore
+from tests.conftest import RUNNABLE, Bundles
+from tests.edge.backends.test_tensorrt import install
+from tests.fake_cuda import FakeGpu
+from tests.fake_tensorrt import fake_plan, make_module, write_engine
+
+pytestmark = pytest.mark.skipif(
+    RUNNABLE != "native", reason="needs ONNX Runtime >= 1.26 for dialect native"
+)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    device = FakeGpu()
+    install(monkeypatch, device)
+    device.push()  # the build reads the layers, for which TensorRT takes the primary context
+    yield device
+    device.pop()
+    gc.collect()
+    assert not device.alive
+    assert not device.broken
+
+
+@pytest.fixture
+def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundles("qwen2", "native", "int4"), tmp_path / "bundle"))
+
+
+class Variants:
+    """A compiler without TensorRT: what it builds, refuses and spoils is planted, by variant."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu) -> None:
+        self.seconds: dict[str, float] = {}
+        self.refused: dict[str, str] = {}
+        self.faults: dict[str, str] = {}
+        self.wrong: set[str] = set()
+        self.seen_timings: list[bytes | None] = []
+        rt = TensorRT(make_module(gpu), "tensorrt", "10.16.2.10")
+        self.target = Target(rt, Gpu("Orin", "8.7"), "8.7")
+        monkeypatch.setattr(builder, "find_target", lambda **_options: self.target)
+        monkeypatch.setattr(tune, "compile_bundle", self.compile)
+        measure = tune.measure
+
+        def planted(rung: BuildPlan, directory: Path, progress: Any) -> Any:
+            seconds, problem = measure(rung, directory, progress)  # it runs, whatever it says
+            assert (seconds or 0) > 0
+            assert problem is None
+            name = self.name(rung)
+            if name in self.wrong:
+                return None, "least cosine 0.31"
+            return self.seconds[name], None
+
+        monkeypatch.setattr(tune, "measure", planted)
+
+    def name(self, rung: BuildPlan) -> str:
+        return f"{rung.kv_read} {rung.attention}"
+
+    def compile(self, rung: BuildPlan, _target: Target, **options: Any) -> Compiled:
+        name = self.name(rung)
+        self.seen_timings.append(options["timings"])
+        options["keep_log"](f"info: {name}\n")
+        if name in self.refused:
+            raise BuildError(self.refused[name])
+        plan = fake_plan(rung)
+        problems = (self.faults[name],) if name in self.faults else ()
+        return Compiled(
+            plan, len(plan), "10.16.2.10", name.encode(), Audit(problems, (), (), 2), 1.0, None
+        )
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu) -> Variants:
+    return Variants(monkeypatch, gpu)
+
+
+def run(bundle: Path, *arguments: str) -> Any:
+    line = [str(bundle), "--max-prefill", "32", "--tune", *arguments]
+    return CliRunner().invoke(build, line, catch_exceptions=False)
+
+
+def test_the_fastest_that_is_right_is_kept(bundle: Path, variants: Variants) -> None:
+    variants.seconds = {"slice fused": 0.004, "slice decomposed": 0.003, "full decomposed": 0.005}
+    variants.refused = {"full fused": "no such kernel"}
+    result = json.loads(run(bundle, "--kv-read", "auto", "--json").stdout)
+    assert (result["kv_read"], result["attention"]) == ("slice", "decomposed")
+    (directory,) = find_engines(bundle)
+    info = read_engine_info(directory)
+    assert [(each.kv_read, each.attention, each.decode_s) for each in info.tuned] == [
+        ("slice", "fused", 0.004),
+        ("slice", "decomposed", 0.003),
+        ("full", "decomposed", 0.005),
+    ]
+    assert [each.reason for each in info.refused] == ["no such kernel"]
+    assert rebuild_command(directory, info).endswith(
+        "--kv-read auto --attention auto --tune --workspace 1073741824 --opt-level 3"
+    )
+    assert not list((bundle / "engines").glob(".tune-*"))
+    assert (directory / "build.log").read_text().count("== attention") == 4
+    assert variants.seen_timings[0] is None  # each build extends the timings of the one before
+    assert variants.seen_timings[-1] == b"slice decomposed"
+    assert (directory / "timing.cache").read_bytes() == b"full decomposed"
+    with TensorRTBackendOf(bundle) as engine:
+        assert engine.info == info
+    shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
+    assert "tried slice, decomposed" in shown
+    assert "3.00 ms per decode step" in shown
+    assert "is up to date" in run(bundle, "--kv-read", "auto").stdout
+
+
+class TensorRTBackendOf:
+    """The engine that a bundle's reader takes."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.engine = TensorRTBackend(bundle, read_manifest(bundle))
+
+    def __enter__(self) -> TensorRTBackend:
+        return self.engine
+
+    def __exit__(self, *_error: object) -> None:
+        self.engine.close()
+
+
+def test_a_fast_variant_that_answers_wrong_is_not_kept(bundle: Path, variants: Variants) -> None:
+    variants.seconds = {"slice decomposed": 0.009}
+    variants.wrong = {"slice fused"}
+    text = run(bundle).stdout
+    assert "tried: attention fused, cache read as slice: least cosine 0.31" in text
+    assert "tried: attention decomposed, cache read as slice: 9.00 ms per decode step" in text
+    assert text.rstrip().endswith("taken: attention decomposed, cache read as slice")
+
+
+def test_a_network_that_fails_the_audit_is_not_even_run(bundle: Path, variants: Variants) -> None:
+    variants.faults = {"slice fused": "attention x is causal"}
+    variants.seconds = {"slice decomposed": 0.009}
+    result = json.loads(run(bundle, "--json").stdout)
+    assert result["tuned"][0]["problem"] == "attention x is causal"
+    assert result["attention"] == "decomposed"
+
+
+def test_nothing_right_leaves_the_old_engine_and_tells_all(
+    bundle: Path, variants: Variants
+) -> None:
+    variants.seconds = {"slice fused": 0.004, "slice decomposed": 0.003}
+    run(bundle)
+    before = read_engine_info(find_engines(bundle)[0])
+    variants.wrong = {"slice fused"}
+    variants.refused = {"slice decomposed": "out of memory"}
+    with pytest.raises(BuildError, match=r"slice: out of memory; .*slice: least cosine 0\.31"):
+        run(bundle, "--opt-level", "4")
+    assert read_engine_info(find_engines(bundle)[0]) == before
+    assert not list((bundle / "engines").glob(".tune-*"))
+
+
+def test_an_engine_is_compared_and_timed(bundle: Path, gpu: FakeGpu, tiny_bundles: Bundles) -> None:
+    """The measurement itself, on a right engine and on one with other weights."""
+
+    def plan_of(path: Path) -> BuildPlan:
+        return plan_build(BuildConfig(path, max_prefill=32), read_manifest(path))
+
+    directory = write_engine(bundle, max_prefill=32)
+    seconds, problem = tune.measure(plan_of(bundle), directory)
+    assert problem is None
+    assert seconds is not None
+    assert 0 < seconds < 10
+    info = read_engine_info(directory)
+    EngineStore(bundle, directory.name).commit(
+        fake_plan(plan_of(tiny_bundles("qwen2", "native", "fp16"))),
+        lambda name, num_bytes, sha256: msgspec.structs.replace(
+            info, plan=name, plan_bytes=num_bytes, plan_sha256=sha256
+        ),
+    )
+    seconds, problem = tune.measure(plan_of(bundle), directory)
+    assert seconds is None
+    assert problem is not None
+    assert "cosine" in problem
+
+
+def test_tune_is_never_ignored(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="compile_fastest"):
+        build_engine(BuildConfig(bundle, max_prefill=32, tune=True))
+    with pytest.raises(ConfigError, match="--tune needs the Python API"):
+        run(bundle, "--print-trtexec", "--trt", "10.16")
