@@ -158,7 +158,7 @@ def measure(
                 reference,
                 engine,
                 prompts,
-                lambda ids: table[np.asarray(ids, dtype=np.int64)],
+                table,
                 decode_steps=_VERIFY_STEPS,
                 progress=progress,
             )
