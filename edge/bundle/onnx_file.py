@@ -10,13 +10,18 @@ Field numbers are those of ``onnx.proto3``.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge.errors import BundleError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_EXTERNAL = 1  # a TensorProto's data_location
 _INT64, _TYPE_FLOAT, _TYPE_INT, _TYPE_INTS = 7, 1, 2, 7
 _ELEMENTS = (
     "fp32 uint8 int8 uint16 int16 int32 int64 string bool fp16 fp64 uint32 uint64 complex64 "
@@ -173,11 +178,30 @@ class ValueInfo:
     shape: tuple[int | str, ...]
 
 
+@dataclass(frozen=True)
+class ExternalTensor:
+    """Where an initializer's bytes are.
+
+    Attributes:
+        dtype: element type (see `ELEMENT_TYPES`).
+        shape: its dimensions.
+        file: name of the data file, relative to the model.
+        offset, num_bytes: its bytes in that file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    num_bytes: int
+
+
 class OnnxFile:
     """A model to look at and edit.
 
     Attributes:
         nodes: the nodes in topological order; edit the list or its nodes, then `serialize`.
+        in_memory: values of the initializers that `put_in_memory` took out of their files.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -186,6 +210,7 @@ class OnnxFile:
         if not self._graph.fields:
             raise BundleError("not an ONNX file: it has no graph")
         self.nodes = [Node.decode(value) for value in self._graph.all_bytes(1)]
+        self.in_memory: dict[str, NDArray[np.generic]] = {}
 
     @property
     def inputs(self) -> list[ValueInfo]:
@@ -242,6 +267,29 @@ class OnnxFile:
         """Declare an operator domain."""
         self._model.add(8, Message().add(1, domain).add(2, version))
 
+    def external_tensors(self) -> dict[str, ExternalTensor]:
+        """Every initializer that is stored outside the model, by name.
+
+        Raises:
+            BundleError: one of them does not say where its bytes are.
+        """
+        tensors = map(Message.parse, self._graph.all_bytes(5))
+        return {each.text(8): _external(each) for each in tensors if each.integer(14) == _EXTERNAL}
+
+    def put_in_memory(self, values: dict[str, NDArray[np.int8]]) -> None:
+        """Give initializers by these names other values, INT8, which no file holds.
+
+        The model says that they are external; whoever opens a session on it must hand `in_memory`
+        to it.
+        """
+        tensors = self._graph.all_bytes(5)
+        for at, data in enumerate(tensors):
+            name = Message.parse(data).text(8)
+            if name in values:
+                tensors[at] = _int8_elsewhere(name, values[name].shape).serialize()
+        self._graph.replace(5, tensors)
+        self.in_memory.update(values)
+
     def _prune(self) -> None:
         needed = {info.name for info in self.outputs}
         kept = []
@@ -267,6 +315,33 @@ def attribute(name: str, value: int | float | Sequence[int]) -> bytes:
             message.add(8, item)
         message.add(20, _TYPE_INTS)
     return message.serialize()
+
+
+def _external(tensor: Message) -> ExternalTensor:
+    entries = [Message.parse(entry) for entry in tensor.all_bytes(13)]
+    where = {entry.text(1): entry.text(2) for entry in entries}
+    try:
+        place = where["location"], int(where["offset"]), int(where["length"])
+    except (KeyError, ValueError) as error:
+        raise BundleError(
+            f"the graph does not say where {tensor.text(8)!r} is stored ({where}); "
+            "export the bundle again"
+        ) from error
+    dims = tuple(value for n, _, value in tensor.fields if n == 1 and isinstance(value, int))
+    element = tensor.integer(2)
+    return ExternalTensor(ELEMENT_TYPES.get(element, f"onnx type {element}"), dims, *place)
+
+
+def _int8_elsewhere(name: str, shape: Sequence[int]) -> Message:
+    """A TensorProto of external data in a file that does not exist."""
+    tensor = Message()
+    for size in shape:
+        tensor.add(1, size)
+    tensor.add(2, ELEMENT_NUMBERS["int8"]).add(8, name)
+    length = str(math.prod(shape))
+    for key, value in (("location", "in-memory"), ("offset", "0"), ("length", length)):
+        tensor.add(13, Message().add(1, key).add(2, value))
+    return tensor.add(14, _EXTERNAL)
 
 
 def _value_info(data: bytes) -> ValueInfo:

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.bundle.onnx_file import Message, Node, OnnxFile, attribute
+from edge.bundle.onnx_file import (
+    ELEMENT_TYPES,
+    ExternalTensor,
+    Message,
+    Node,
+    OnnxFile,
+    attribute,
+)
 from edge.errors import BundleError
 from tests.conftest import Bundles
 from tests.tiny_models import KINDS, Kind
@@ -257,6 +264,7 @@ def exercise(data: bytes) -> None:
     file = OnnxFile(data)
     file.set_dimension([info.name for info in [*file.inputs, *file.outputs]], 1, 5)
     file.add_int64("n", [1])
+    file.external_tensors()
     OnnxFile(file.serialize())
 
 
@@ -283,6 +291,67 @@ def test_every_single_byte_of_a_small_model_may_be_wrong():
         for value in (0x00, 0x7F, 0x80, 0xFF, SMALL[at] ^ 0x08):
             with suppress(BundleError):
                 exercise(_flip(SMALL, at, value))
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8-w8a8"])
+def test_external_tensors_are_those_that_onnx_reads(quant: str, tiny_bundles: Bundles):
+    path = tiny_bundles("qwen2", "native", quant) / "decoder.onnx"
+    expected = {}
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            place = {item.key: item.value for item in tensor.external_data}
+            expected[tensor.name] = ExternalTensor(
+                ELEMENT_TYPES[tensor.data_type],
+                tuple(tensor.dims),
+                place["location"],
+                int(place["offset"]),
+                int(place["length"]),
+            )
+    assert OnnxFile(path.read_bytes()).external_tensors() == expected
+    assert {tensor.dtype for tensor in expected.values()} >= {"fp16", "int8"}
+
+
+def external_model(place: dict[str, str]) -> bytes:
+    weight = TensorProto(name="w", data_type=TensorProto.INT4, dims=(2, 6))
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in place.items():
+        weight.external_data.add(key=key, value=value)
+    info = helper.make_tensor_value_info
+    scale = onnx.numpy_helper.from_array(np.float32(0.5), "s")
+    graph = helper.make_graph(
+        [helper.make_node("DequantizeLinear", ["w", "s"], ["y"])],
+        "g",
+        [],
+        [info("y", TensorProto.FLOAT, (2, 6))],
+        [weight, scale],
+    )
+    opset = [helper.make_opsetid("", 21)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def test_a_tensor_put_in_memory_is_read_from_there():
+    """And from no file: the one that the model names holds another type."""
+    ort = pytest.importorskip("onnxruntime")
+    file = OnnxFile(external_model({"location": "w.data", "offset": "0", "length": "6"}))
+    values = np.arange(-6, 6, dtype=np.int8).reshape(2, 6)
+    file.put_in_memory({"w": values})
+    data = file.serialize()
+    assert file.external_tensors()["w"].dtype == "int8"
+    options = ort.SessionOptions()
+    held = [ort.OrtValue.ortvalue_from_numpy(array) for array in file.in_memory.values()]
+    options.add_external_initializers(list(file.in_memory), held)
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    assert session.run(None, {})[0].tolist() == (values / 2).tolist()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [{}, {"location": "w.data", "offset": "0"}, {"location": "w", "offset": "", "length": "6"}],
+)
+def test_a_tensor_that_is_nowhere_is_refused(place: dict[str, str]):
+    with pytest.raises(BundleError, match="does not say where 'w' is stored"):
+        OnnxFile(external_model(place)).external_tensors()
 
 
 def test_an_edited_model_computes_the_same():
