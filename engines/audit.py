@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from edge.bundle import io_spec
 from edge.bundle.engine_file import KvRead, LayerCount, WeightBytes
 from edge.bundle.manifest import Manifest
+from edge.bundle.schemes import engine_dtype
 
 from .config import BuildShapes
 from .network import AttentionView, NetworkView, TensorView
@@ -22,7 +23,7 @@ from .network import AttentionView, NetworkView, TensorView
 _PLAN_FIXED_BYTES = 16 << 20
 _PLAN_LAYER_BYTES = 2 << 20
 _BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32}
-_FLOAT_PRODUCT = ".float_product"
+_FLOAT_PRODUCT, _HIGH_PRODUCT = ".float_product", ".high_product"
 _PASSED_THROUGH = ("shuffle", "cast", "identity")
 
 
@@ -202,7 +203,7 @@ def _stored_weights(network: NetworkView) -> dict[str, TensorView]:
             continue
         weight = _constant_behind(network, layer.inputs[1])
         if weight is not None:
-            # The product of a linear's float channels keeps its suffix `_FLOAT_PRODUCT`.
+            # Products of float channels and of high planes keep their suffixes.
             name = layer.outputs[0].name.removesuffix(".product").removesuffix(".out")
             found["lm_head" if name == io_spec.LOGITS else name] = weight
     return found
@@ -224,17 +225,22 @@ def _constant_behind(network: NetworkView, tensor: TensorView | None) -> TensorV
 def _check_weights(stored: dict[str, TensorView], manifest: Manifest) -> list[str]:
     problems = []
     for name, linear in manifest.quantization.linears.items():
-        kind = {"float": manifest.dtype, "w8a8": "int8"}.get(linear.scheme.kind, linear.scheme.kind)
-        found = stored.get(name)
-        if found is None:
-            problems.append(f"{name}: no matrix product with stored weights")
-        elif found.dtype != kind:
-            problems.append(f"{name}: its weights are {found.dtype}, the bundle says {kind}")
-        elif found.volume != linear.shape[0] * linear.shape[1]:
-            problems.append(
-                f"{name}: {found.volume} weights, the bundle says "
-                f"{linear.shape[0]} x {linear.shape[1]}"
-            )
+        dtype = engine_dtype(linear.scheme, manifest.dtype)
+        for product in (name, f"{name}{_HIGH_PRODUCT}") if linear.scheme.planes else (name,):
+            found = stored.get(product)
+            if found is None:
+                problems.append(f"{product}: no matrix product with stored weights")
+            elif found.dtype != dtype:
+                problems.append(
+                    f"{product}: its weights are {found.dtype}, the bundle says {dtype}"
+                )
+            elif found.volume != linear.shape[0] * linear.shape[1]:
+                problems.append(
+                    f"{product}: {found.volume} weights, the bundle says "
+                    f"{linear.shape[0]} x {linear.shape[1]}"
+                )
+        if not linear.scheme.planes and f"{name}{_HIGH_PRODUCT}" in stored:
+            problems.append(f"{name}: its weights are in two planes, the bundle says {dtype}")
         problems += _check_float_channels(stored.get(f"{name}{_FLOAT_PRODUCT}"), name, manifest)
     return problems
 

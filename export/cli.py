@@ -64,7 +64,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 @click.option(
     "--group-size",
     type=int,
-    help="Weights that share a scale: 128, 64 or 32; 0 is one scale per output channel (INT8). "
+    help="Weights that share a scale: 128, 64 or 32. "
     "Default: 32 for INT4, for INT8 the largest that fits the model.",
 )
 @click.option(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.linears import norm_sources
 from edge.bundle.manifest import Calibration, FloatType, Graphs, LinearInfo, TensorScheme
+from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import CheckpointError, ConfigError
 from edge.progress import Progress
 from edge.text.chat_template import ChatTemplate
@@ -257,6 +258,13 @@ def _store_linear(
     name = plan.layer.name
     main = outputs[0]
     weight_type = _INT_TYPE.get(plan.scheme.kind, ONNX_TYPE[main.float_type])
+    high_weight = high_scale = None
+    if tensors.high_weight is not None and tensors.scale is not None:
+        weight_type = onnx.TensorProto.INT4
+        high_weight = main.file.add(
+            f"{name}.high_weight", weight_type, plan.layer.shape, tensors.high_weight
+        )
+        high_scale = tensors.scale * np.float32(HIGH_PLANE)  # exact: a power of two
     weight = main.file.add(f"{name}.weight", weight_type, plan.layer.shape, tensors.weight)
     float_weight = main.add_any(f"{name}.float_weight", tensors.float_weight)
     grid = None if plan.input_scale is None else np.array(plan.input_scale, dtype=np.float32)
@@ -273,6 +281,8 @@ def _store_linear(
             scales.add_any(f"{name}.input_scale", grid),
             plan.float_channels,
             float_weight,
+            high_weight,
+            output.add_any(f"{name}.high_scale", high_scale),
         )
 
     return [store(output) for output in outputs]
@@ -280,7 +290,13 @@ def _store_linear(
 
 def _linear_info(plan: LinearPlan, stored: StoredLinear) -> LinearInfo:
     """Describe a linear for the manifest; its bytes are those of the engine's graph."""
-    parts = (stored.weight, stored.scale, stored.float_weight)
+    parts = (
+        stored.weight,
+        stored.scale,
+        stored.float_weight,
+        stored.high_weight,
+        stored.high_scale,
+    )
     return LinearInfo(
         scheme=plan.scheme,
         shape=plan.layer.shape,

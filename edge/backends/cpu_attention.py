@@ -40,12 +40,12 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
         if node.op_type != "Attention":
             continue
         keys, values = (
-            _expect(producers, _expect(producers, name, "Slice").inputs[0], "TensorScatter")
+            expect_node(producers, expect_node(producers, name, "Slice").inputs[0], "TensorScatter")
             for name in node.inputs[1:3]
         )
         # Transpose and Reshape merged the heads to [B, S, H * D], which the operator returns.
-        transposed = _expect(consumers, node.outputs[0], "Transpose")
-        merged = _expect(consumers, transposed.outputs[0], "Reshape")
+        transposed = expect_node(consumers, node.outputs[0], "Transpose")
+        merged = expect_node(consumers, transposed.outputs[0], "Reshape")
         outputs = [merged.outputs[0], keys.outputs[0], values.outputs[0]]
         new: list[Node] = []
         v = _rows(producers, values.inputs[1], shape_kv, new)
@@ -62,8 +62,8 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
         else:
             # Nothing lies between the fused projection and the rotation: the operator splits and
             # rotates by itself, by cache row, which is the position here.
-            inputs = [_expect(producers, v, "Split").inputs[0], "", ""]
-            tables = _expect(producers, node.inputs[0], "RotaryEmbedding").inputs[1:3]
+            inputs = [expect_node(producers, v, "Split").inputs[0], "", ""]
+            tables = expect_node(producers, node.inputs[0], "RotaryEmbedding").inputs[1:3]
             attributes.append(attribute("do_rotary", 1))
         inputs += [keys.inputs[0], values.inputs[0], "cpu.seqlens", "cpu.total", *tables]
         new.append(
@@ -84,7 +84,7 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
     graph.use_domain(_DOMAIN, 1)
 
 
-def _expect(nodes: dict[str, Node], name: str, *op_types: str) -> Node:
+def expect_node(nodes: dict[str, Node], name: str, *op_types: str) -> Node:
     """The node that makes or reads a tensor."""
     node = nodes.get(name)
     if node is None or node.op_type not in op_types:
@@ -98,8 +98,8 @@ def _expect(nodes: dict[str, Node], name: str, *op_types: str) -> Node:
 
 def _rows(producers: dict[str, Node], name: str, shape: str, nodes: list[Node]) -> str:
     """``[B, S, heads * D]`` of a tensor that the graph transposed to ``[B, heads, S, D]``."""
-    transpose = _expect(producers, name, "Transpose")
-    reshape_or_norm = _expect(producers, transpose.inputs[0], "Reshape", "RMSNormalization")
+    transpose = expect_node(producers, name, "Transpose")
+    reshape_or_norm = expect_node(producers, transpose.inputs[0], "Reshape", "RMSNormalization")
     if reshape_or_norm.op_type == "Reshape":
         return reshape_or_norm.inputs[0]
     source = reshape_or_norm.outputs[0]
@@ -111,7 +111,7 @@ def _rope_on_rows(
     producers: dict[str, Node], name: str, shape: str, heads: int, nodes: list[Node]
 ) -> str:
     """The rotation of ``name``, done on ``[B, S, heads * D]`` so that nothing is transposed."""
-    rope = _expect(producers, name, "RotaryEmbedding")
+    rope = expect_node(producers, name, "RotaryEmbedding")
     rows = _rows(producers, rope.inputs[0], shape, nodes)
     nodes.append(
         Node(

@@ -19,6 +19,7 @@ from edge.errors import BackendError, ResourceError
 
 from .cpu_attention import fuse_cache_attention
 from .host_cache import HostCache
+from .join_planes import join_planes
 from .ort_runner import RunShape, StepRunner, cache_tensors, fill_inputs, make_inputs
 from .ort_session import (
     check_int8_activations,
@@ -83,6 +84,7 @@ class OrtBackend:
         fused = fuse_attention and self._dialect.one_attention_operator
         if fused:
             fuse_cache_attention(graph, self._model)
+        join_planes(graph, bundle, manifest)
         self._session: Any = open_session(
             graph, bundle, manifest, num_threads, int8_activations=int8_activations is not False
         )

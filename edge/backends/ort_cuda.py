@@ -27,6 +27,7 @@ from edge.errors import BackendError, DependencyError, EdgeError
 
 from .cpu_attention import fuse_cache_attention
 from .float_bits import from_storage, storage_dtype, to_storage
+from .join_planes import hand_over, join_planes
 from .ort_device import OrtDevice, import_for_device, open_on_device
 from .ort_device_cache import OrtDeviceCache
 from .ort_device_step import DeviceStep
@@ -96,6 +97,7 @@ class OrtCudaBackend:
         if self._fused:
             fuse_cache_attention(graph, self._model)
             _take_total_from_shape(graph)
+        join_planes(graph, bundle, manifest)
         self._runner = StepRunner(
             self._bind,
             read_slot=self.read_slot,
@@ -118,6 +120,7 @@ class OrtCudaBackend:
     def _load(self, graph: OnnxFile, bundle: Path) -> list[dict[str, Any]]:
         """Open the session, allocate the cache, and profile a first step; returns its events."""
         options = session_options(self._ort, bundle)
+        hand_over(graph, self._ort, options)
         # Weights outside the arena: it would round every one of them up.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         # MatMulNBits keeps activations as they are typed, as an engine does; 4 would mean int8.

@@ -18,7 +18,7 @@ import msgspec
 from edge.errors import BundleError, IntegrityError
 
 SCHEMA_VERSION = 3
-"""2 added `SamplingDefaults.assumed`, 3 added `Manifest.tensorrt`."""
+"""2 added `SamplingDefaults.assumed`, 3 `Manifest.tensorrt` and `TensorScheme.planes`."""
 _READABLE_VERSIONS = (1, 2, 3)
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
@@ -89,15 +89,19 @@ class TensorScheme(_Struct, frozen=True):
             (weights and inputs in INT8); all integers are symmetric.
         group_size: weights along the reduction axis that share a scale; 0 means one scale per
             output channel.
+        planes: whether INT8 weights are stored as two INT4 ones (`edge.bundle.schemes`). Bundles
+            of schema versions 1 and 2 have none.
     """
 
     kind: SchemeKind
     group_size: int = 0
+    planes: bool = False
 
     def __str__(self) -> str:
         if self.kind in ("float", "w8a8"):
             return self.kind
-        return f"{self.kind}-g{self.group_size}" if self.group_size else f"{self.kind}-channel"
+        size = f"g{self.group_size}" if self.group_size else "channel"
+        return f"{self.kind}-{size}-planes" if self.planes else f"{self.kind}-{size}"
 
 
 class LinearInfo(_Struct, frozen=True):

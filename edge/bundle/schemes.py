@@ -3,6 +3,10 @@
 A new kind of scheme is a name in `manifest.SchemeKind`, an entry in `SCHEMES`, and a rule in
 `RULES` for the ``--quant`` that uses it. The planner, the checks of disk and memory, and the
 options ``--quant``, ``--keep`` and ``--group-size`` read it from there.
+
+TensorRT takes one scale per group of weights for INT4 only (NvInfer.h of 10.3 to 11.1,
+IDequantizeLayer), and what INT8 weights with float inputs it takes it unpacks in every step. So
+INT8 is stored as two INT4 planes, ``w = 16 * high + low``, each of which stays packed.
 """
 
 from __future__ import annotations
@@ -15,10 +19,14 @@ from typing import Literal
 from edge.errors import ConfigError
 
 from .linears import linear_layers
-from .manifest import ModelSpec, SchemeKind, TensorScheme
+from .manifest import FloatType, ModelSpec, SchemeKind, TensorScheme
 
 GROUP_SIZES = (128, 64, 32)
 """Weights that share a scale: what TensorRT's INT4 block quantization was built with."""
+HIGH_PLANE = 16
+"""What one in the high plane counts; its scale is this many times the low plane's."""
+PLANES_RANGE = (-128, 119)
+"""Of the integers that are stored as planes: 7 in each is 119; joined they are INT8."""
 INT4_GROUP_SIZE = 32
 """Of INT4 layers where nobody says: 128 loses three times as much (docs/quantization.md)."""
 SCALE_BYTES = 2
@@ -39,6 +47,7 @@ class SchemeFacts:
             channel. Empty for weights without scales.
         default_group_size: taken where nobody says; None is the largest that fits the model.
         int8_inputs: whether the layer's inputs are rounded to INT8 too, with one scale.
+        planes: whether new bundles store it as two INT4 planes.
     """
 
     kind: SchemeKind
@@ -46,13 +55,14 @@ class SchemeFacts:
     group_sizes: tuple[int, ...] = ()
     default_group_size: int | None = None
     int8_inputs: bool = False
+    planes: bool = False
 
 
 SCHEMES: dict[str, SchemeFacts] = {
     facts.kind: facts
     for facts in (
         SchemeFacts("float", 16),
-        SchemeFacts("int8", 8, (*GROUP_SIZES, 0)),
+        SchemeFacts("int8", 8, GROUP_SIZES, planes=True),
         SchemeFacts("int4", 4, GROUP_SIZES, INT4_GROUP_SIZE),
         SchemeFacts("w8a8", 8, (0,), int8_inputs=True),
     )
@@ -78,9 +88,8 @@ class Recipe:
     Attributes:
         quant: scheme of the linear layers, by `RULES`; ``fp16`` and ``bf16`` leave the weights as
             floats.
-        group_size: weights that share a scale; 0 is one scale per output channel (INT8 only);
-            None is 32 for INT4 layers, and for INT8 the largest of 128, 64, 32 that divides every
-            layer's input width.
+        group_size: weights that share a scale; None is 32 for INT4 layers, and for INT8 the largest
+            of 128, 64, 32 that divides every layer's input width.
         keep: ``(pattern, scheme)`` overrides in the order given, the last match wins. The
             pattern is a shell wildcard on layer names, the scheme a key of `SCHEMES`.
         clip: how a group's scale is chosen.
@@ -133,7 +142,8 @@ class Recipe:
         facts = SCHEMES[kind]
         if not any(facts.group_sizes):  # no groups to choose
             return TensorScheme(kind=facts.kind)
-        return TensorScheme(kind=facts.kind, group_size=self._group_size(facts, widths))
+        size = self._group_size(facts, widths)
+        return TensorScheme(kind=facts.kind, group_size=size, planes=facts.planes)
 
     def _group_size(self, facts: SchemeFacts, widths: Sequence[int]) -> int:
         size = self.group_size
@@ -142,12 +152,14 @@ class Recipe:
             if not fitting:
                 raise ConfigError(
                     f"no group size of {GROUP_SIZES} divides the input widths {widths} of this "
-                    "model; use --quant int8 --group-size 0, or --quant fp16"
+                    "model; use --quant fp16"
                 )
             return facts.default_group_size or fitting[0]
-        if size == 0 and 0 not in facts.group_sizes:
-            raise ConfigError(f"{facts.kind.upper()} needs groups: use --group-size 128, 64 or 32")
-        if size != 0 and size not in fitting:
+        if size == 0:
+            raise ConfigError(
+                f"{facts.kind.upper()} needs groups: leave --group-size out, or use 128, 64 or 32"
+            )
+        if size not in fitting:
             raise ConfigError(
                 f"--group-size {size} does not fit: the input widths are {widths}, "
                 f"group sizes that fit are {fitting}"
@@ -164,6 +176,13 @@ class Recipe:
         return options if self.clip == "mse" else [*options, "--clip", self.clip]
 
 
+def engine_dtype(scheme: TensorScheme, float_type: FloatType) -> str:
+    """The type in which an engine stores the weights of a scheme, e.g. ``int4`` for both planes."""
+    if scheme.planes:
+        return "int4"
+    return {"float": float_type, "w8a8": "int8"}.get(scheme.kind, scheme.kind)
+
+
 def stored_bytes(shape: tuple[int, int], scheme: TensorScheme) -> tuple[int, int]:
     """Bytes of a weight ``[in, out]`` and of its scales, in a graph typed FP16 or BF16."""
     width, out = shape
@@ -171,5 +190,5 @@ def stored_bytes(shape: tuple[int, int], scheme: TensorScheme) -> tuple[int, int
     weight = (width * out * facts.weight_bits + 7) // 8
     if not facts.group_sizes:
         return weight, 0
-    groups = width // (scheme.group_size or width)
+    groups = width // (scheme.group_size or width) * (2 if scheme.planes else 1)
     return weight, SCALE_BYTES * (groups * out + (1 if facts.int8_inputs else 0))

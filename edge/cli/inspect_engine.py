@@ -17,6 +17,7 @@ from edge.bundle.engine_file import (
 )
 from edge.bundle.engine_layers import LayerTable, ProfileLayers, read_layers
 from edge.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
+from edge.bundle.schemes import engine_dtype
 
 from . import echo_json
 
@@ -73,9 +74,10 @@ def weights_as_exported(info: EngineInfo, manifest: Manifest) -> bool | None:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for linear in manifest.quantization.linears.values():
-        dtype = manifest.dtype if linear.scheme.kind == "float" else linear.scheme.kind
-        counts[dtype] += 1
-        sizes[dtype] += linear.shape[0] * linear.shape[1] * _BITS[dtype] // 8
+        dtype = engine_dtype(linear.scheme, manifest.dtype)
+        planes = 2 if linear.scheme.planes else 1
+        counts[dtype] += planes
+        sizes[dtype] += planes * linear.shape[0] * linear.shape[1] * _BITS[dtype] // 8
     expected = {WeightBytes(dtype, counts[dtype], sizes[dtype]) for dtype in counts}
     return set(info.weights) == expected
 

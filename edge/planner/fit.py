@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import numpy as np
 
 from edge.bundle import io_spec
@@ -28,7 +29,7 @@ from .published import (
 from .speed import FITTED, Efficiency, Work, decode_s, prefill_s, work_of
 from .weights import Linear, recipe_linears
 
-# The publishers' INT8 leaves the lm_head in FP16; ours does not.
+# The publishers' INT8 leaves the lm_head in FP16 and has one scale per group; ours does neither.
 _FP16_HEAD = (("lm_head", "float"),)
 _RECIPES: dict[Precision, Recipe] = {
     "fp16": Recipe("fp16"),
@@ -117,7 +118,10 @@ def _linears(model: ModelSpec, precision: Precision) -> list[Linear]:
     size = recipe.group_size
     if size and any(layer.shape[0] % size for layer in linear_layers(model)):
         recipe = dataclasses.replace(recipe, group_size=None)
-    return recipe_linears(model, recipe)
+    return [
+        linear._replace(scheme=msgspec.structs.replace(linear.scheme, planes=False))
+        for linear in recipe_linears(model, recipe)
+    ]
 
 
 def _work(figure: Figure) -> Work:

@@ -225,7 +225,9 @@ def cpu_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part
         result[part] = 2 * parts[part]
     result["scales"] *= ORT_SCALE_COPIES
     for linear in linears:
-        weight, _ = stored_bytes(linear.shape, linear.scheme)
+        weight, scales = stored_bytes(linear.shape, linear.scheme)
+        if linear.scheme.planes:  # joined at load, which leaves the low plane's scales
+            result["scales"] -= ORT_SCALE_COPIES * scales
         grown = {"float": 2.0, "int8": _ORT_INT8_FACTOR}.get(linear.scheme.kind, 1.0)
         result[linear.part] += round((grown - 1) * weight)
     return result

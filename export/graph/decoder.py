@@ -30,7 +30,7 @@ class StoredLinear:
 
     Attributes:
         scheme: how the weight is stored.
-        weight: ``[in, out]``.
+        weight: ``[in, out]``; the low one of two planes.
         scale: ``[groups, out]`` or ``[out]`` in the type of ``input_scale``, else in the graph's
             float type; None for float weights.
         bias: ``[out]`` or None.
@@ -38,6 +38,8 @@ class StoredLinear:
             None. The input is cast to the type of its scale and back.
         float_channels: input channels that are not rounded, or none.
         float_weight: weights of these channels, ``[channels, out]``.
+        high_weight, high_scale: the high plane, like ``weight`` and ``scale``; None if there are no
+            planes.
     """
 
     scheme: TensorScheme
@@ -47,6 +49,8 @@ class StoredLinear:
     input_scale: StoredTensor | None = None
     float_channels: tuple[int, ...] = ()
     float_weight: StoredTensor | None = None
+    high_weight: StoredTensor | None = None
+    high_scale: StoredTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -190,23 +194,36 @@ class _Decoder:
         if stored.scale is None:
             weight = g.floats(stored.weight)
         else:
-            size = stored.scheme.group_size
-            grouping: dict[str, Any] = {"axis": 0, "block_size": size} if size else {"axis": 1}
-            weight = g.node(
-                "DequantizeLinear",
-                [g.external(stored.weight), g.external(stored.scale)],
-                f"{name}.dequantized",
-                **grouping,
+            weight = self.dequantized(
+                stored.weight, stored.scale, stored.scheme.group_size, f"{name}.dequantized"
             )
             if stored.scale.onnx_type != ONNX_TYPE[g.float_type]:
                 weight = g.node("Cast", [weight], f"{name}.narrow", to=ONNX_TYPE[g.float_type])
+        if stored.high_weight is not None and stored.high_scale is not None:
+            high = self.dequantized(
+                stored.high_weight,
+                stored.high_scale,
+                stored.scheme.group_size,
+                f"{name}.high_dequantized",
+            )
+            addends.insert(0, g.node("MatMul", [x, high], f"{name}.high_product"))
         output = output or f"{name}.out"
         if not addends:
             return g.node("MatMul", [x, weight], output)
         total = g.node("MatMul", [x, weight], f"{name}.product")
         for addend in addends[:-1]:
-            total = g.node("Add", [total, addend], f"{name}.with_float_channels")
+            total = g.node("Add", [total, addend], f"{addend}.added")
         return g.node("Add", [total, addends[-1]], output)
+
+    def dequantized(
+        self, weight: StoredTensor, scale: StoredTensor, group_size: int, output: str
+    ) -> str:
+        """A weight as floats, one scale per group of rows or, with group size 0, per column."""
+        grouping: dict[str, Any] = (
+            {"axis": 0, "block_size": group_size} if group_size else {"axis": 1}
+        )
+        inputs = [self.g.external(weight), self.g.external(scale)]
+        return self.g.node("DequantizeLinear", inputs, output, **grouping)
 
     # What the dialects write differently.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import TensorScheme
 from edge.errors import CheckpointError
 
-from .packing import pack_int4
+from .packing import pack_int4, split_planes
 from .plan import LinearPlan
 from .rtn import TILE_ELEMENTS, RowQuantizer
 
@@ -28,14 +29,17 @@ class LinearTensors:
     """A layer's tensors in graph order.
 
     Attributes:
-        weight: float16/bfloat16 ``[in, out]``, int8 ``[in, out]``, or packed int4 bytes.
+        weight: float16/bfloat16 ``[in, out]``, int8 ``[in, out]``, or packed int4 bytes; of two
+            planes the low one.
         scale: float32 ``[groups, out]``, or ``[out]`` with one scale per channel; None for float.
+        high_weight: packed int4 bytes of the high plane, or None if there are no planes.
         bias: float32 ``[out]``, or None.
         float_weight: weights of the float channels, float32 ``[channels, out]``, or None.
     """
 
     weight: NDArray[np.generic]
     scale: NDArray[np.float32] | None
+    high_weight: NDArray[np.uint8] | None = None
     bias: NDArray[np.float32] | None = None
     float_weight: NDArray[np.float32] | None = None
 
@@ -95,13 +99,14 @@ def convert_linear(
     width = parts[0].shape[1]
     out = sum(part.shape[0] for part in parts)
     size = scheme.group_size or width
-    weight: NDArray[np.generic]
-    if scheme.kind == "float":
-        weight = np.empty((width, out), dtype=float_type)
-    elif scheme.kind == "int4" and all(len(part) % 2 == 0 for part in parts):
-        weight = np.empty((width, out // 2), dtype=np.uint8)
+    pack = _packer(scheme)
+    streams = pack is not None and all(len(part) % 2 == 0 for part in parts)
+    stored: list[NDArray[Any]]
+    if streams:
+        planes = 2 if scheme.planes else 1
+        stored = [np.empty((width, out // 2), dtype=np.uint8) for _ in range(planes)]
     else:
-        weight = np.empty((width, out), dtype=np.int8)
+        stored = [np.empty((width, out), dtype=float_type if scheme.kind == "float" else np.int8)]
     scale = None
     if scheme.kind != "float":
         scale = np.empty((width // size, out), dtype=np.float32)
@@ -112,26 +117,36 @@ def convert_linear(
         rows[:, list(zeroed)] = 0
         first, last = tile.column, tile.column + len(rows)
         if scale is None or quantize is None:
-            weight[:, first:last] = rows.T.astype(float_type)
+            stored[0][:, first:last] = rows.T.astype(float_type)
             return rows.size
         result = quantize(rows)
         scale[:, first:last] = result.scales.T
-        if weight.dtype == np.uint8:
-            columns = np.ascontiguousarray(result.values.T)
-            weight[:, first // 2 : last // 2] = pack_int4(columns).reshape(width, -1)
+        if pack is not None and streams:
+            packed = pack(np.ascontiguousarray(result.values.T))
+            for target, plane in zip(stored, packed, strict=True):
+                target[:, first // 2 : last // 2] = plane.reshape(width, -1)
         else:
-            weight[:, first:last] = result.values.T
+            stored[0][:, first:last] = result.values.T
         return rows.size
 
     elements = TILE_ELEMENTS if quantize is None else quantize.tile_elements
     with ThreadPoolExecutor(_THREADS) as pool:
         for count in pool.map(convert_tile, _tiles([len(part) for part in parts], width, elements)):
             progress(count)
-    if scheme.kind == "int4" and weight.dtype == np.int8:
-        weight = pack_int4(weight.astype(np.int8, copy=False))
+    if pack is not None and not streams:
+        stored = list(pack(stored[0]))
     if scale is not None and scheme.group_size == 0:
         scale = scale[0]
-    return LinearTensors(weight, scale)
+    return LinearTensors(stored[0], scale, *stored[1:])
+
+
+def _packer(
+    scheme: TensorScheme,
+) -> Callable[[NDArray[np.int8]], tuple[NDArray[np.uint8], ...]] | None:
+    """What packs a matrix of an INT4 or a planes scheme; None for others."""
+    if scheme.planes:
+        return split_planes
+    return (lambda values: (pack_int4(values),)) if scheme.kind == "int4" else None
 
 
 def _stack(parts: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.schemes import HIGH_PLANE
+
 
 def pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Pack int8 values in -8..7 of any shape into ``ceil(size / 2)`` bytes."""
@@ -16,6 +18,12 @@ def pack_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
     packed: NDArray[np.uint8] = flat[0::2] & np.uint8(0x0F)
     packed[: flat.size // 2] |= flat[1::2] << np.uint8(4)
     return packed
+
+
+def split_planes(values: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Pack integers of `PLANES_RANGE` as the low and the high plane: ``16 * high + low``."""
+    high = (values + np.int8(HIGH_PLANE // 2)) >> 4
+    return pack_int4(values), pack_int4(high)  # the low nibble of a weight is its low plane
 
 
 def unpack_int4(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.int8]:

@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
+from edge.bundle.schemes import PLANES_RANGE
 
 # Fractions of the absmax scale that the MSE search tries; below 0.6 nothing ever wins on
 # bell-shaped weights. 0.875 is the scale that uses -8 for the largest INT4 weight.
 _MSE_FRACTIONS = (1.0, 0.96, 0.92, 0.875, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6)
-
+# Clipping never pays with 8 bits, but the scale on whose multiples the weights happen to be does:
+# 6 % less squared error on bell-shaped groups of 64, so 119 loses nothing against 127.
+_PLANES_FRACTIONS = tuple(1.0 + 0.004 * step for step in range(11))
 
 TILE_ELEMENTS = 1 << 18
 """Weights of a tile: 1 MiB of float32, so that it and its temporaries stay near the L2 cache."""
@@ -77,7 +80,7 @@ def quantize_rows(
         weights: finite float32.
         scheme: int8 or int4; group size 0 is one group per row.
         clip: ``absmax`` maps a group's largest magnitude to the largest integer; ``mse`` tries
-            smaller scales and keeps the one with the least squared error.
+            smaller scales, for planes larger ones, and keeps the one with the least squared error.
         scale_type: type in which the scales will be stored, float16 or bfloat16.
         importance: float32 ``[in]``, weight of each column's squared error for ``mse``: with the
             mean square of its input this is the error of the output. None weighs all alike.
@@ -86,19 +89,30 @@ def quantize_rows(
     rows, width = weights.shape
     size = scheme.group_size or width
     groups = weights.reshape(rows, width // size, size)
-    top = np.abs(groups).max(axis=-1)
-    scales = storable_scales(top / np.float32(high), scale_type)
+    scales = storable_scales(_reaching_scales(groups, scheme), scale_type)
     if clip == "mse":
         weight = None if importance is None else importance.reshape(-1, size)
-        scales = _least_squares_scales(groups, scales, low, high, scale_type, weight)
+        scales = _least_squares_scales(groups, scales, scheme, scale_type, weight)
     quantized = groups * (np.float32(1.0) / scales)[..., None]
     np.rint(quantized, out=quantized)
     np.clip(quantized, low, high, out=quantized)
     return QuantizedRows(quantized.astype(np.int8).reshape(rows, width), scales)
 
 
+def _reaching_scales(groups: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.float32]:
+    """The least scales with which no weight is clipped, whatever its sign, ``[rows, groups]``."""
+    low, high = integer_range(scheme)
+    above = groups.max(axis=-1) / np.float32(high)
+    # -128 of a symmetric scheme, or -8, is left to the search.
+    below = groups.min(axis=-1) / np.float32(low if scheme.planes else -high)
+    scales: NDArray[np.float32] = np.maximum(above, below)
+    return scales
+
+
 def integer_range(scheme: TensorScheme) -> tuple[int, int]:
     """Return the least and the largest integer of a scheme."""
+    if scheme.planes:
+        return PLANES_RANGE
     return (-8, 7) if scheme.kind == "int4" else (-128, 127)
 
 
@@ -124,16 +138,16 @@ def storable_scales(
 def _least_squares_scales(
     groups: NDArray[np.float32],
     scales: NDArray[np.float32],
-    low: int,
-    high: int,
+    scheme: TensorScheme,
     scale_type: np.dtype[np.generic],
     weight: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
+    low, high = integer_range(scheme)
     best = scales
     least: NDArray[np.float32] | None = None
     rounded = np.empty_like(groups)
     scaled = np.empty_like(groups)
-    for fraction in _MSE_FRACTIONS:
+    for fraction in _PLANES_FRACTIONS if scheme.planes else _MSE_FRACTIONS:
         candidate = storable_scales(scales * np.float32(fraction), scale_type)
         np.multiply(groups, (np.float32(1.0) / candidate)[..., None], out=scaled)
         np.rint(scaled, out=rounded)

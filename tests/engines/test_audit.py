@@ -59,11 +59,11 @@ def test_the_exported_graph_passes(bundle: Path, kv_read: KvRead) -> None:
     assert audit.attentions == manifest.model.num_layers
     stored = {weight.dtype: (weight.count, weight.num_bytes) for weight in audit.weights}
     linears = manifest.quantization.linears.values()
-    for kind in ("int4", "int8"):
-        each = [linear for linear in linears if linear.scheme.kind == kind]
-        bits = sum(linear.shape[0] * linear.shape[1] for linear in each) * int(kind[3:])
-        assert stored.pop(kind) == (len(each), bits // 8)
-    assert stored == {}
+    planes = [2 if linear.scheme.planes else 1 for linear in linears]
+    assert sum(planes) == len(linears) + 1  # those of the lm_head
+    weights = [linear.shape[0] * linear.shape[1] for linear in linears]
+    packed = sum(n * size for n, size in zip(planes, weights, strict=True)) // 2
+    assert stored == {"int4": (sum(planes), packed)}
     counts = {(layer.kind, layer.dtype): layer.count for layer in audit.layers}
     assert counts["kv_cache_update", "fp16"] == 2 * manifest.model.num_layers
 
@@ -137,7 +137,14 @@ def test_another_scheme_than_the_manifest_says_is_found(
 ) -> None:
     other = tiny_bundles("qwen2", "native", "int8")
     audit = parse(other, (other / "decoder.onnx").read_bytes(), read_manifest(bundle))
-    assert "layers.0.qkv: its weights are int8, the bundle says int4" in audit.problems
+    assert "layers.0.qkv: its weights are in two planes, the bundle says int4" in audit.problems
+
+
+def test_a_plane_that_is_missing_is_found(tiny_bundles: Bundles) -> None:
+    """A bundle of INT4 under a manifest that promises INT8."""
+    other, int4 = (tiny_bundles("qwen2", "native", quant) for quant in ("int8", "int4"))
+    audit = parse(int4, (int4 / "decoder.onnx").read_bytes(), read_manifest(other))
+    assert "layers.0.qkv.high_product: no matrix product with stored weights" in audit.problems
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     manifest = read_manifest(tmp_path / "bundle")
     assert (manifest.quantization.name, manifest.quantization.method) == ("int4", "awq")
     assert str(manifest.quantization.linears["layers.0.qkv"].scheme) == "int4-g32"
-    assert str(manifest.quantization.linears["lm_head"].scheme) == "int8-g64"
+    assert str(manifest.quantization.linears["lm_head"].scheme) == "int8-g64-planes"
     assert manifest.dtype == "fp16"
     assert manifest.quantization.clip == "mse"
     lines = result.stdout.splitlines()
@@ -133,7 +133,7 @@ def test_every_option_arrives(checkpoint: Path, tmp_path: Path):
     manifest = read_manifest(tmp_path / "bundle")
     schemes = {name: str(info.scheme) for name, info in manifest.quantization.linears.items()}
     assert schemes["layers.0.down"] == "float"
-    assert schemes["layers.1.down"] == "int8-g32"
+    assert schemes["layers.1.down"] == "int8-g32-planes"
     assert schemes["lm_head"] == "int4-g32"
     assert (manifest.quantization.name, manifest.quantization.clip) == ("int8", "absmax")
     assert (manifest.dialect, manifest.dtype, manifest.kv_capacity) == ("portable", "bf16", 99)

@@ -90,7 +90,9 @@ def test_the_manifest_tells_the_truth(checkpoint: Path, tmp_path: Path, quant: A
         if tensor.external_data
     }
     for name, info in quantization.linears.items():
-        assert info.num_bytes == stored[f"{name}.weight"] + stored.get(f"{name}.scale", 0)
+        roles = ("weight", "scale", "high_weight", "high_scale")
+        assert info.num_bytes == sum(stored.get(f"{name}.{role}", 0) for role in roles)
+        assert (f"{name}.high_weight" in stored) == (info.scheme.kind == "int8")
 
 
 def test_the_source_is_named_but_not_where_it_lay(checkpoint: Path, tmp_path: Path):
@@ -121,7 +123,7 @@ def test_keep_decides_whether_a_bundle_is_quantized(checkpoint: Path, tmp_path: 
     )
     assert (mixed.quantization.method, mixed.quantization.clip) == ("rtn", "absmax")
     kinds = {name: str(info.scheme) for name, info in mixed.quantization.linears.items()}
-    assert kinds["layers.1.o"] == "int8-g64"
+    assert kinds["layers.1.o"] == "int8-g64-planes"
     assert kinds["layers.1.qkv"] == "float"
 
 
@@ -193,7 +195,7 @@ def test_quantized_layers_in_a_bf16_graph(checkpoint: Path, tmp_path: Path, quan
     model = onnx.load(str(tmp_path / "bundle" / "decoder.onnx"), load_external_data=False)
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert types["lm_head.scale"] == types["final_norm.weight"] == onnx.TensorProto.BFLOAT16
-    assert types["lm_head.weight"] == onnx.TensorProto.INT8
+    assert types["lm_head.weight"] == types["lm_head.high_weight"] == onnx.TensorProto.INT4
 
 
 BEYOND_FP16 = {
@@ -353,7 +355,8 @@ def test_a_large_layer_is_streamed(kind: Any, packed_bytes: int):
     """The packed result, its scales and some tiles (measured 6.4 MiB); as float32 it takes 128."""
     rows = np.random.RandomState(0).normal(0, 0.02, (1024, LM_HEAD[1])).astype(ml_dtypes.bfloat16)
     weight = np.broadcast_to(rows, (64, *rows.shape)).reshape(LM_HEAD)
-    scheme = TensorScheme(kind=kind, group_size=0 if kind == "float" else 128)
+    size = 0 if kind == "float" else 128
+    scheme = TensorScheme(kind=kind, group_size=size, planes=kind == "int8")
     fp16 = np.dtype(np.float16)
     quantize = nearest_rows(scheme, "mse", fp16)
     tracemalloc.start()

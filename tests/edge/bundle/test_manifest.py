@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,16 @@ def test_a_bundle_of_an_older_schema_still_opens(version: int, lacks: list[bytes
     assert decode_manifest(resign(old)) == msgspec.structs.replace(
         decode_manifest(data), self_sha256=decode_manifest(resign(old)).self_sha256
     )
+
+
+def test_int8_of_a_bundle_of_schema_2_is_not_in_planes() -> None:
+    linear = LinearInfo(scheme=TensorScheme(kind="int8", group_size=32), shape=(64, 8), num_bytes=1)
+    manifest = make_manifest(schema_version=2)
+    quantization = msgspec.structs.replace(manifest.quantization, linears={"lm_head": linear})
+    data = encode_manifest(msgspec.structs.replace(manifest, quantization=quantization))
+    old = re.sub(rb',\s+"planes": false', b"", data)
+    assert old != data
+    assert decode_manifest(resign(old)).quantization.linears == {"lm_head": linear}
 
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])

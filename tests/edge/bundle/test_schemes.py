@@ -46,7 +46,8 @@ LAYERS = [f"layers.{i}.{part}" for i in range(2) for part in ("qkv", "o", "gate_
 
 
 def int8(group_size: int) -> TensorScheme:
-    return TensorScheme(kind="int8", group_size=group_size)
+    """As new bundles store it."""
+    return TensorScheme(kind="int8", group_size=group_size, planes=True)
 
 
 def int4(group_size: int) -> TensorScheme:
@@ -115,10 +116,6 @@ def test_a_group_size_as_asked(group_size: int):
     assert {scheme.group_size for scheme in schemes.values()} == {group_size}
 
 
-def test_one_scale_per_channel_fits_any_width():
-    assert set(Recipe("int8", 0).schemes(ODD).values()) == {int8(0)}
-
-
 def test_keep_by_name_and_the_last_match_wins():
     keep = (("layers.*", "int8"), ("layers.1.*", "float"), ("*.down", "int4"), ("lm_head", "int4"))
     assert Recipe("int4", 64, keep).schemes(QWEN) == {
@@ -147,8 +144,8 @@ def test_keep_quantizes_single_layers_of_a_float_recipe():
         (QWEN, Recipe("int8", -128), "--group-size -128 does not fit"),
         (QWEN, Recipe("int8", 1), "--group-size 1 does not fit"),
         (QWEN, Recipe("int4", 0), "INT4 needs groups"),
-        (QWEN, Recipe("int8", 0, (("lm_head", "int4"),)), "INT4 needs groups"),
-        (ODD, Recipe("int4"), r"no group size .*\[1536, 8968\].*--group-size 0"),
+        (QWEN, Recipe("int8", 0), "INT8 needs groups: leave --group-size out"),
+        (ODD, Recipe("int4"), r"no group size .*\[1536, 8968\].*--quant fp16"),
         (QWEN, Recipe("int4", None, (("lm-head", "int8"),)), "lm-head=int8 matches no .* lm_head"),
         (QWEN, Recipe("int4", None, (("layers.2.*", "int8"),)), r"layers\.2\.\*=int8 matches no"),
         (QWEN, Recipe("int4", None, (("lm_head", "fp8"),)), "unknown scheme 'fp8'"),
@@ -179,8 +176,9 @@ def test_every_kind_has_its_facts_and_every_quantization_its_rules():
     ("scheme", "expected"),
     [
         (FLOAT, (2 * 64 * 30, 0)),
-        (int8(32), (64 * 30, 2 * 2 * 30)),
-        (int8(0), (64 * 30, 2 * 30)),
+        (int8(32), (64 * 30, 2 * 2 * 2 * 30)),  # a scale in each plane
+        (TensorScheme(kind="int8", group_size=32), (64 * 30, 2 * 2 * 30)),  # of an old bundle
+        (TensorScheme(kind="int8"), (64 * 30, 2 * 30)),
         (int4(32), (32 * 30, 2 * 2 * 30)),
         (TensorScheme(kind="w8a8"), (64 * 30, 2 * 30 + 2)),  # and the scale of the inputs
     ],

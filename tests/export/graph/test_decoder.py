@@ -17,6 +17,7 @@ from edge.bundle import io_spec
 from edge.bundle.io_spec import TensorSpec
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import FloatType, Manifest, read_manifest
+from edge.bundle.schemes import HIGH_PLANE
 from export.graph.graph_builder import ONNX_TYPE
 from export.sources.opening import open_checkpoint
 from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints
@@ -185,28 +186,51 @@ def test_every_linear_is_the_scheme_of_the_manifest(case: Case):
             assert reader.op_type == "MatMul"
             assert graph.producers.get(reader.input[0]) is not None
             (after,) = graph.consumers(reader.output[0]) or [None]
+            if info.scheme.planes:
+                assert after is not None
+                check_high_plane(graph, case.manifest, name, reader, after)
+                (after,) = graph.consumers(after.output[0]) or [None]
             if f"{name}.bias" in graph.initializers:
                 assert after is not None
                 assert after.op_type == "Add"
                 assert f"{name}.bias" in after.input
         quantized = [node for node in graph.nodes if node.op_type == "DequantizeLinear"]
         integers = [t for t in graph.initializers.values() if t.data_type in INTEGERS]
-        expected = [info for info in linears.values() if info.scheme.kind != "float"]
-        assert len(quantized) == len(integers) == len(expected)
+        schemes = [info.scheme for info in linears.values() if info.scheme.kind != "float"]
+        expected = len(schemes) + sum(scheme.planes for scheme in schemes)
+        assert len(quantized) == len(integers) == expected
     biases = {name for name in case.decoder.initializers if name.endswith(".bias")}
     layers = range(case.manifest.model.num_layers)
     qkv = {f"layers.{i}.qkv.bias" for i in layers} if case.manifest.model.qkv_bias else set()
     assert biases == qkv
 
 
-def check_dequantize(graph: Graph, node: onnx.NodeProto, manifest: Manifest, name: str) -> None:
+def check_high_plane(
+    graph: Graph, manifest: Manifest, name: str, low: onnx.NodeProto, total: onnx.NodeProto
+) -> None:
+    """A product like the low plane's, of the same input, and added to it."""
+    (reader,) = graph.consumers(f"{name}.high_weight")
+    check_dequantize(graph, reader, manifest, name, "high_")
+    (product,) = graph.consumers(reader.output[0])
+    assert (product.op_type, product.input[0]) == ("MatMul", low.input[0])
+    assert total.op_type == "Add"
+    assert list(total.input) == [low.output[0], product.output[0]]
+    scales = [load(graph, f"{name}.{plane}scale") for plane in ("", "high_")]
+    np.testing.assert_array_equal(HIGH_PLANE * scales[0], scales[1])
+
+
+def check_dequantize(
+    graph: Graph, node: onnx.NodeProto, manifest: Manifest, name: str, plane: str = ""
+) -> None:
+    """TensorRT takes groups of INT4 only."""
     info = manifest.quantization.linears[name]
     assert node.op_type == "DequantizeLinear"
     # No zero point: symmetric.
-    assert list(node.input) == [f"{name}.weight", f"{name}.scale"]
-    kind = graph.initializers[f"{name}.weight"].data_type
-    assert kind == {"int8": TensorProto.INT8, "int4": TensorProto.INT4}[info.scheme.kind]
-    scale = graph.initializers[f"{name}.scale"]
+    assert list(node.input) == [f"{name}.{plane}weight", f"{name}.{plane}scale"]
+    weight = graph.initializers[f"{name}.{plane}weight"]
+    assert weight.data_type == TensorProto.INT4
+    assert tuple(weight.dims) == info.shape
+    scale = graph.initializers[f"{name}.{plane}scale"]
     assert scale.data_type == ONNX_TYPE[graph.float_type]
     width, out = info.shape
     assert info.scheme.group_size == 32
@@ -289,8 +313,9 @@ def test_the_twin_shares_the_weights(case: Case):
     decoder, twin = case.decoder.external(), case.twin.external()
     assert decoder.keys() == twin.keys()
     shared = {name for name, (file, *_) in twin.items() if file == f"{case.decoder.path.name}.data"}
-    weights = {f"{name}.weight" for name in case.manifest.quantization.linears}
-    assert shared == weights
+    linears = case.manifest.quantization.linears
+    planes = {f"{name}.high_weight" for name in linears if linears[name].scheme.planes}
+    assert shared == planes | {f"{name}.weight" for name in linears}
     for name in decoder:
         one, other = case.decoder.initializers[name], case.twin.initializers[name]
         assert list(one.dims) == list(other.dims)
@@ -302,7 +327,7 @@ def test_the_twin_shares_the_weights(case: Case):
             assert other.data_type == TensorProto.FLOAT
             assert one.data_type == ONNX_TYPE[case.manifest.dtype]
     roles = {name.rpartition(".")[2] for name in twin.keys() - shared}
-    assert roles <= {"scale", "bias", "weight", "cos_table", "sin_table"}
+    assert roles <= {"scale", "high_scale", "bias", "weight", "cos_table", "sin_table"}
     own = [name for name in twin.keys() - shared if name.endswith(".weight")]
     assert all(name.endswith("norm.weight") for name in own)
 
@@ -352,6 +377,8 @@ def test_the_stored_weights_are_those_of_the_checkpoint(
                 if scheme.kind == "float":
                     np.testing.assert_array_equal(stored, expected)
                     continue
+                if scheme.planes:
+                    stored += HIGH_PLANE * load(graph, f"{layer.name}.high_weight")
                 scale = load(graph, f"{layer.name}.scale")
                 assert (scale >= 2.0**-14).all()
                 found = stored * np.repeat(scale, scheme.group_size, axis=0)

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edge.bundle.manifest import SchemeKind, TensorScheme
+from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import CheckpointError
 from export.quantize import linear
 from export.quantize.linear import LinearTensors, convert_linear
-from export.quantize.packing import pack_int4, unpack_int4
+from export.quantize.packing import pack_int4, split_planes, unpack_int4
 from export.quantize.plan import nearest_rows
 from export.quantize.rtn import TILE_ELEMENTS, dequantize_rows, quantize_rows
 
@@ -29,6 +30,7 @@ SCHEMES = (
     TensorScheme(kind="float"),
     TensorScheme(kind="int8"),
     TensorScheme(kind="int8", group_size=32),
+    TensorScheme(kind="int8", group_size=32, planes=True),
     TensorScheme(kind="int4", group_size=32),
     TensorScheme(kind="int4", group_size=64),
 )
@@ -91,9 +93,17 @@ def test_streamed_equals_direct(
     assert streamed.scale is not None
     np.testing.assert_array_equal(streamed.scale, scales)
     values = np.ascontiguousarray(direct.values.T)
-    expected = pack_int4(values) if scheme.kind == "int4" else values
+    high = None
+    expected: NDArray[Any] = values
+    if scheme.planes:
+        expected, high = split_planes(values)
+    elif scheme.kind == "int4":
+        expected = pack_int4(values)
     assert streamed.weight.dtype == expected.dtype
     assert streamed.weight.tobytes() == expected.tobytes()
+    assert (streamed.high_weight is None) == (high is None)
+    if streamed.high_weight is not None and high is not None:
+        assert streamed.high_weight.tobytes() == high.tobytes()
 
 
 def test_zeroed_channels_take_no_part_in_a_scale():
@@ -122,15 +132,26 @@ def test_onnx_runtime_reads_the_weights_that_were_meant(scheme: TensorScheme, le
     tensors, _ = convert(parts, scheme)
     assert tensors.scale is not None
     shape = (128, sum(lengths))
-    onnx_type = TensorProto.INT4 if scheme.kind == "int4" else TensorProto.INT8
-    weight = helper.make_tensor("w", onnx_type, shape, tensors.weight.tobytes(), raw=True)
+    packed = scheme.kind == "int4" or scheme.planes
+    onnx_type = TensorProto.INT4 if packed else TensorProto.INT8
     grouping = {"axis": 0, "block_size": scheme.group_size} if scheme.group_size else {"axis": 1}
+    parts_of_sum = [("low", tensors.weight, tensors.scale)]
+    if tensors.high_weight is not None:
+        parts_of_sum.append(("high", tensors.high_weight, tensors.scale * np.float32(HIGH_PLANE)))
+    nodes, constants = [], []
+    for name, weight, scale in parts_of_sum:
+        nodes.append(
+            helper.make_node("DequantizeLinear", [name, f"{name}.s"], [f"{name}.y"], **grouping)
+        )
+        constants.append(helper.make_tensor(name, onnx_type, shape, weight.tobytes(), raw=True))
+        constants.append(onnx.numpy_helper.from_array(scale, f"{name}.s"))
+    nodes.append(helper.make_node("Sum", [f"{name}.y" for name, *_ in parts_of_sum], ["y"]))
     graph = helper.make_graph(
-        [helper.make_node("DequantizeLinear", ["w", "s"], ["y"], **grouping)],
+        nodes,
         "dequantize",
         [],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-        [weight, onnx.numpy_helper.from_array(tensors.scale, "s")],
+        constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

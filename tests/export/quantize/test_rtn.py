@@ -19,7 +19,7 @@ from export.quantize.rtn import QuantizedRows, dequantize_rows, quantize_rows
 FP16: np.dtype[Any] = np.dtype(np.float16)
 BF16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 SMALLEST_SCALE = 2.0**-14  # smallest normal fp16 number
-RANGES = {"int8": (-128, 127), "int4": (-8, 7)}
+RANGES = {"int8": (-128, 127), "int4": (-8, 7), "int8 in planes": (-128, 119)}
 # float32 reciprocals and products, seven or eight digits each.
 SLACK = 1 + 1e-5
 
@@ -28,6 +28,7 @@ SLACK = 1 + 1e-5
 def matrices(draw: st.DrawFn) -> tuple[NDArray[np.float32], TensorScheme, np.dtype[Any]]:
     """Weights with groups of very different size: all zero, denormal, common, huge."""
     kind: SchemeKind = draw(st.sampled_from(["int8", "int4"]))
+    planes = kind == "int8" and draw(st.booleans())
     scale_type = draw(st.sampled_from([FP16, BF16]))
     size = draw(st.sampled_from([1, 2, 5, 16]))
     rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 3))
@@ -39,8 +40,12 @@ def matrices(draw: st.DrawFn) -> tuple[NDArray[np.float32], TensorScheme, np.dty
     exponents = draw(hnp.arrays(np.int64, (rows, groups, 1), elements=st.integers(-60, largest)))
     weights = (bell * 2.0**exponents).astype(np.float32)
     per_channel = groups == 1 and draw(st.booleans())
-    scheme = TensorScheme(kind=kind, group_size=0 if per_channel else size)
+    scheme = TensorScheme(kind=kind, group_size=0 if per_channel else size, planes=planes)
     return weights.reshape(rows, groups * size), scheme, scale_type
+
+
+def range_of(scheme: TensorScheme) -> tuple[int, int]:
+    return RANGES["int8 in planes" if scheme.planes else scheme.kind]
 
 
 def squared_errors(weights: NDArray[np.float32], result: QuantizedRows) -> NDArray[np.float64]:
@@ -64,7 +69,7 @@ def test_scales_and_integers_are_storable(
     assert result.values.shape == weights.shape
     assert result.scales.dtype == np.float32
     assert result.scales.shape == (len(weights), groups)
-    low, high = RANGES[scheme.kind]
+    low, high = range_of(scheme)
     assert low <= result.values.min()
     assert result.values.max() <= high
     assert (result.scales >= SMALLEST_SCALE).all()
@@ -95,26 +100,51 @@ def test_mse_is_never_worse_than_absmax_in_any_group(
     weights, scheme, scale_type = case
     absmax = quantize_rows(weights, scheme, "absmax", scale_type)
     mse = quantize_rows(weights, scheme, "mse", scale_type)
-    assert (mse.scales <= absmax.scales).all()
+    if scheme.planes:
+        assert (mse.scales >= absmax.scales).all()
+    else:
+        assert (mse.scales <= absmax.scales).all()
     # Where a weight hits its step to the last digit, the error is that digit's rounding.
     rounding = (weights.reshape(*mse.scales.shape, -1).astype(np.float64) * 1e-6) ** 2
     allowed = squared_errors(weights, absmax) * SLACK + rounding.sum(axis=-1)
     assert (squared_errors(weights, mse) <= allowed).all()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_mse_takes_the_best_of_the_scales_it_tries(kind: SchemeKind):
+@pytest.mark.parametrize(
+    ("scheme", "fractions"),
+    [
+        (TensorScheme(kind="int8", group_size=32), rtn._MSE_FRACTIONS),
+        (TensorScheme(kind="int8", group_size=32, planes=True), rtn._PLANES_FRACTIONS),
+        (TensorScheme(kind="int4", group_size=32), rtn._MSE_FRACTIONS),
+    ],
+    ids=str,
+)
+def test_mse_takes_the_best_of_the_scales_it_tries(
+    scheme: TensorScheme, fractions: tuple[float, ...]
+):
     weights = np.random.RandomState(1).normal(0, 0.02, (32, 128)).astype(np.float32)
-    scheme = TensorScheme(kind=kind, group_size=32)
     found = squared_errors(weights, quantize_rows(weights, scheme, "mse", FP16))
     absmax = quantize_rows(weights, scheme, "absmax", FP16).scales
     groups = weights.reshape(32, 4, 32).astype(np.float64)
     errors = []
-    for fraction in rtn._MSE_FRACTIONS:
+    for fraction in fractions:
         scale = (absmax * np.float32(fraction)).astype(FP16).astype(np.float64)[..., None]
-        integers = np.clip(np.rint(groups / scale), *RANGES[kind])
+        integers = np.clip(np.rint(groups / scale), *range_of(scheme))
         errors.append(((groups - integers * scale) ** 2).sum(axis=-1))
     np.testing.assert_allclose(found, np.min(errors, axis=0), rtol=1e-5)
+
+
+def test_planes_lose_nothing_against_the_whole_range_of_int8():
+    """127 is out of their reach, but the search of the scale makes up for it; measured 0.94."""
+    weights = np.random.RandomState(2).normal(0, 0.02, (256, 512)).astype(np.float32)
+    found = [
+        squared_errors(weights, quantize_rows(weights, scheme, "mse", FP16)).sum()
+        for scheme in (
+            TensorScheme(kind="int8", group_size=64, planes=True),
+            TensorScheme(kind="int8", group_size=64),
+        )
+    ]
+    assert found[0] < found[1]
 
 
 @pytest.mark.parametrize("scale_type", [FP16, BF16], ids=str)
