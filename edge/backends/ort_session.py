@@ -12,6 +12,8 @@ from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BackendError, BundleError, ConfigError, DependencyError, install_command
 
+from .join_planes import hand_over
+
 if TYPE_CHECKING:
     import onnxruntime
 
@@ -113,6 +115,7 @@ def open_session(
     """
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
     options = session_options(ort, bundle)
+    hand_over(graph, ort, options)
     options.intra_op_num_threads = num_threads or 0
     # The arena grows in powers of two and never shrinks: 250 MB more resident at 1.5B.
     options.enable_cpu_mem_arena = False
