@@ -45,11 +45,10 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("--quant fp16", {"quant": "fp16"}),
     Recipe("--quant bf16", {"quant": "bf16"}),
     Recipe("--quant int8", {"quant": "int8", "clip": "absmax"}),
-    Recipe("--quant int8 --group-size 0", {"quant": "int8", "group_size": 0, "clip": "absmax"}),
     Recipe("--quant int8-w8a8", {"quant": "int8-w8a8", "clip": "absmax"}),
     Recipe(
-        "--quant int8-w8a8 --group-size 0",
-        {"quant": "int8-w8a8", "group_size": 0, "clip": "absmax"},
+        "--quant int8-w8a8 --keep '*=w8a8'",
+        {"quant": "int8-w8a8", "keep": (("*", "w8a8"),), "clip": "absmax"},
     ),
     Recipe("--quant int4", {"quant": "int4", **_QUICK}),
     Recipe(

@@ -162,10 +162,7 @@ OPERATOR_SINCE: dict[str, Release] = {
 }
 """ONNX's own operators, and the first TensorRT whose parser has them."""
 
-_BLOCK_INT8_INSTEAD = (
-    "export with --keep lm_head=float for --quant int4, with --group-size 0 (a scale per output "
-    "channel) for --quant int8, or with --quant fp16"
-)
+_BLOCK_INT8_INSTEAD = "export the bundle again: INT8 weights are two INT4 planes since then"
 _HEADER_10_3_BLOCK = "NvInfer.h v10.3.0:5332-5334, 5496 (v10.7.0:5468-5472, 5506)"
 _HEADER_10_13_BLOCK = (
     "NvInfer.h v10.13.3:5564, v10.16:5719, v11.1:5544; INT8 is in no header. The builder's own "

@@ -94,7 +94,7 @@ def test_an_illegal_bundle_is_told_with_node_rule_source_and_way_out(illegal: Pa
     assert "layers.0.qkv.dequantized" in line
     assert "int8 with a scale per block" in line
     assert "source: NvInfer.h v10.3.0" in result.stdout
-    assert "instead: export with" in result.stdout
+    assert "instead: export the bundle again" in result.stdout
 
 
 def test_the_same_as_json(illegal: Path) -> None:
