@@ -18,6 +18,7 @@ from edge.errors import EXIT_GATE_MISSED, ConfigError
 from .config import ATTENTIONS, KV_READS, BuildConfig
 from .rules.bundle import check_bundle_rules, parse_versions, verdict_as_dict
 from .rules.check import Verdict
+from .rules.table import version_of
 from .trtexec import (
     command_for_bundle,
     find_trtexec,
@@ -200,6 +201,9 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
 def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
     version = parse_version(trt) if trt else trtexec_version(find_trtexec())
     line = command_for_bundle(config, version)
+    for verdict in check_bundle_rules(config.bundle, [version_of("tensorrt", version)]):
+        for finding in verdict.refusals:
+            click.echo(f"warning: {verdict.version} does not take the graph: {finding}", err=True)
     if as_json:
         echo_json({"trtexec": line})
     else:

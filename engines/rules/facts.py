@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge.bundle.onnx_file import ELEMENT_TYPES, Node, OnnxFile, ValueInfo
 from edge.bundle.onnx_values import Constant, Constants, node_attributes
@@ -28,6 +29,13 @@ _FIRST_INPUTS_TYPE = (
     *("ReduceSum", "ReduceMax", "Expand", "Tile", "Pad", "ScatterND"),
 )
 _COUNTS = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
+
+
+def _all_usable(values: NDArray[Any]) -> bool:
+    """Whether all are above zero and finite; FP16 by its bits, in one pass."""
+    if values.dtype == np.float16:
+        return bool((values.view(np.uint16) - np.uint16(1) < np.uint16(0x7BFF)).all())
+    return bool((np.isfinite(values) & (values > 0)).all())
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ class GraphFacts:
         if constant is None or constant.dtype not in ("fp32", "fp16", "bf16"):
             return None
         values = self.constants.values(name)
-        if values is None:
+        if values is None or _all_usable(values):
             return None
         for fault, where in (
             ("not a number", np.isnan(values)),

@@ -168,3 +168,13 @@ def test_it_needs_neither_tensorrt_nor_onnx(illegal: Path) -> None:
     )
     assert done.returncode == EXIT_GATE_MISSED, done.stderr
     assert done.stdout.count("rule block-type") == len(VERSIONS) - 1
+
+
+def test_a_printed_trtexec_line_warns(illegal: Path) -> None:
+    from engines.cli import build
+
+    arguments = [str(illegal), "--max-prefill", "32", "--print-trtexec", "--trt", "10.3"]
+    result = CliRunner().invoke(build, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("trtexec ")
+    assert "warning: TensorRT 10.3 does not take the graph" in result.stderr

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from edge.errors import BundleError
 from engines.rules import check as check_module
+from engines.rules import facts as facts_module
 from engines.rules.check import Verdict, check_graph
 from engines.rules.table import OPERATOR_SINCE, RULES, VERSIONS, version_of
 
@@ -563,3 +564,11 @@ def test_every_single_byte_of_a_graph_may_be_wrong() -> None:
             for value in (0x00, 0x7F, 0x80, 0xFF, base[at] ^ 0x08):
                 with suppress(BundleError):
                     check_graph(base[:at] + bytes([value]) + base[at + 1 :], None, VERSIONS[:1])
+
+
+@given(st.integers(0, 0xFFFF))
+def test_fp16_scales_are_judged_by_their_bits_as_by_their_values(bits: int) -> None:
+    value = np.array([bits], np.uint16).view(np.float16)
+    usable = bool(np.isfinite(value[0]) and value[0] > 0)
+    assert facts_module._all_usable(value) is usable
+    assert facts_module._all_usable(value.astype(np.float32)) is usable
