@@ -6,8 +6,9 @@ and the rule's ``note`` says so; a rule whose source is not NVIDIA's says so the
 
 Sources: ``NvInfer.h`` is include/NvInfer.h of github.com/NVIDIA/TensorRT at a tag, with its lines;
 ``operators.md`` and ``onnxOpImporters.cpp`` are of github.com/onnx/onnx-tensorrt at the commit that
-the tag names as its parser. 11.2 and newer were not to be had: their steps are those of 11.1, and
-the release notes of 11.2 to 11.5 name no change but opset 25 in 11.5.
+the tag names as its parser. Of the parser's source, 10.1 and 10.16 were read, of its list of
+operators 11.1 too. Of 11.2 and newer only release notes were: their steps are those of 11.1, with
+the operator DFT from 11.2 on and opset 25 from 11.5 on.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ VERSIONS: tuple[Version, ...] = (
     Version("rtx", (1, 7), "tensorrt-rtx", where="GeForce RTX, and edge-llm check"),
 )
 LAST_CONFIRMED: Release = (11, 1)
-"""The newest release whose header and parser were read."""
+"""The newest release whose header and list of operators were read."""
 
 
 def version_of(flavour: Flavour, release: Release) -> Version:
@@ -118,7 +119,7 @@ class Rule:
 
 _RTX = (1, 0)
 _COMPILED = "compiled with TensorRT for RTX 1.7.1"
-_PARSER = "onnxOpImporters.cpp, QuantDequantLinearHelper (TensorRT 11.1: 7c51a63)"
+_PARSER = "onnxOpImporters.cpp, QuantDequantLinearHelper (TensorRT 10.16: 6bde659)"
 _AGAIN = "export the bundle again with this edge-llm"
 _PLAIN_EXPORT = "export without own operators: edge-llm export writes plain ONNX only"
 
@@ -176,8 +177,13 @@ _GRAPH_RULES = (
         "export with --target jetpack6 (dialect portable, opset 21)",
         (
             Step((10, 0), 21, "INT4 QuantizeLinear, which is opset 21: Changelog.md of 10.0"),
-            Step((10, 9), 22, "operators.md of TensorRT 10.9"),
-            Step((10, 13), 24, "operators.md of TensorRT 10.13 to 11.1 (6bde659, 7c51a63)"),
+            Step((10, 9), 22, "release notes of TensorRT 10.9; not confirmed"),
+            Step(
+                (10, 13),
+                24,
+                "release notes of TensorRT 10.13; confirmed for 10.15 to 11.1: operators.md "
+                "(fa5aa9f, 6bde659, 7c51a63)",
+            ),
             Step((11, 5), 25, "release notes of TensorRT 11.5"),
         ),
         Step(_RTX, 24, _COMPILED),
@@ -190,7 +196,7 @@ _GRAPH_RULES = (
         "nothing: blocked INT4 begins with opset 21, and the parser reads it",
         (
             Step((10, 0), 20, "operators.md of TensorRT 10.1 (96e7811), first lines"),
-            Step((10, 9), None, "operators.md of TensorRT 10.9"),
+            Step((10, 9), None, "release notes of TensorRT 10.9; not confirmed"),
         ),
         None,
         refuses=False,
@@ -212,7 +218,7 @@ _GRAPH_RULES = (
         "domain",
         "an operator of another domain needs a plugin",
         _PLAIN_EXPORT,
-        *_everywhere(("",), "onnxOpImporters.cpp, FallbackPluginImporter (7c51a63)"),
+        *_everywhere(("",), "onnxOpImporters.cpp, FallbackPluginImporter (6bde659)"),
     ),
     Rule(
         "subgraph",
@@ -416,7 +422,7 @@ _OPERATOR_RULES = (
         _AGAIN,
         *_everywhere(
             True,
-            "onnxOpImporters.cpp, Attention (7c51a63): is_causal becomes addAttention(causal), "
+            "onnxOpImporters.cpp, Attention (6bde659): is_causal becomes addAttention(causal), "
             "which is upper-left (NvInfer.h v11.1:7017)",
         ),
         note="Not an error in TensorRT: in decode the query would see the first key only.",
@@ -426,7 +432,7 @@ _OPERATOR_RULES = (
         "Attention has query, key, value and mask, and one output",
         _AGAIN,
         *_everywhere(4, "operators.md of TensorRT 10.16 (6bde659) and 11.1 (7c51a63)"),
-        note="onnxOpImporters.cpp (7c51a63) refuses past_key and past_value and ignores "
+        note="onnxOpImporters.cpp (6bde659) refuses past_key and past_value and ignores "
         "nonpad_kv_seqlen, which gives wrong answers without an error: all are refused.",
     ),
     Rule(
