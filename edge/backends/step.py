@@ -69,7 +69,7 @@ class Step:
         seq = self.seq
         if seq > 1 and not (np.diff(positions) == 1).all():
             raise BackendError("the positions of a sequence are not consecutive")
-        # A decode step is checked at each token: one call of NumPy, not four.
+        # Every token of an answer passes here: one call of NumPy for a decode step, not four.
         outside = wanted if seq == 1 else (wanted < 0) | (wanted >= seq)
         if outside.any():
             raise BackendError(
@@ -100,8 +100,8 @@ class Step:
         """Refuse what a backend cannot run: its operators write where they are told.
 
         Raises:
-            BackendError: the backend is closed, or has no such slot, no so long cache or takes no
-                so long step.
+            BackendError: the backend is closed, or the step names a slot that it does not have,
+                writes or reads past its capacity, or is longer than it takes.
         """
         if backend.failed is not None:
             raise BackendError(f"{backend.failed}; load the bundle again")

@@ -20,6 +20,7 @@ from edge.measure.evaluate import (
     Gate,
     Positions,
     _CacheErrors,
+    _run_window,
     bits_per_weight,
     check_gate,
     compare,
@@ -31,7 +32,7 @@ from edge.measure.evaluate import (
     read_text,
     summarize,
 )
-from tests.fakes import ScriptedBackend, write_table
+from tests.fakes import ScriptedBackend, random_logits, write_table
 from tests.manifests import make_manifest
 
 LOGITS = st.lists(st.floats(-500, 500, width=32), min_size=6, max_size=6)
@@ -127,6 +128,29 @@ def test_each_token_is_scored_as_the_successor_of_the_one_before(tmp_path: Path,
     perplexity = summarize(found)["perplexity"]
     assert perplexity == pytest.approx(2 * 8 ** (3 / (size - 1)))
     assert np.bincount(found.block).max() == steps
+
+
+def test_both_models_run_the_same_blocks(tmp_path: Path):
+    """Whichever engine takes the shorter steps: the logits of one block are compared."""
+    table = EmbeddingTable(write_table(tmp_path / "table", 9))
+    models = [
+        SimpleNamespace(
+            backend=ScriptedBackend(table, random_logits(9), max_step_tokens=steps),
+            embeddings=table,
+            manifest=make_manifest(),
+        )
+        for steps in (7, 5)
+    ]
+    for bundle, reference in (models, models[::-1]):
+        ran = list(_run_window(bundle, reference, np.arange(9).repeat(2)))
+        assert [(part.start, part.stop) for part, _, _ in ran] == [
+            (0, 5),
+            (5, 10),
+            (10, 15),
+            (15, 17),
+        ]
+        for _, ours, theirs in ran:
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_layer_errors_by_hand():
