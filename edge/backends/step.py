@@ -30,6 +30,8 @@ class Step:
         kv_len: rows that attention must see at least: ``positions.max() + 1``.
         logits_indices: int64 ``[B, N]`` indices into ``S`` of the tokens that get logits.
         starts: the first position of each sequence.
+        batch, seq, num_logits: ``B``, ``S`` and ``N``.
+        end: the row after the last one that is written, of the longest sequence.
 
     Raises:
         BackendError: the arrays do not fit each other, slots repeat, positions are not
@@ -42,6 +44,10 @@ class Step:
     kv_len: int
     logits_indices: Ints
     starts: list[int] = field(init=False, repr=False)
+    batch: int = field(init=False, repr=False)
+    seq: int = field(init=False, repr=False)
+    num_logits: int = field(init=False, repr=False)
+    end: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         positions, wanted, batch = self.positions, self.logits_indices, len(self.slots)
@@ -59,42 +65,22 @@ class Step:
             )
         if len(set(self.slots)) != batch:
             raise BackendError(f"slots {list(self.slots)} are not distinct")
-        starts = positions[:, 0].tolist()
-        object.__setattr__(self, "starts", starts)
-        if min(starts) < 0 or self.end > self.kv_len:
+        starts, seq = positions[:, 0].tolist(), positions.shape[1]
+        end = max(starts) + seq
+        # The class is frozen, for others.
+        vars(self).update(starts=starts, batch=batch, seq=seq, num_logits=wanted.shape[1], end=end)
+        if min(starts) < 0 or end > self.kv_len:
             raise BackendError(
-                f"a step at positions {min(starts)}..{self.end - 1} does not fit a cache that is "
+                f"a step at positions {min(starts)}..{end - 1} does not fit a cache that is "
                 f"read up to row {self.kv_len}"
             )
-        seq = self.seq
         if seq > 1 and not (np.diff(positions) == 1).all():
             raise BackendError("the positions of a sequence are not consecutive")
-        # Every token of an answer passes here: one call of NumPy for a decode step, not four.
-        outside = wanted if seq == 1 else (wanted < 0) | (wanted >= seq)
-        if outside.any():
+        # Every token of an answer passes here, and for few numbers lists are quicker than NumPy.
+        if any(index < 0 or index >= seq for row in wanted.tolist() for index in row):
             raise BackendError(
                 f"logits are wanted at {wanted.tolist()}, of {seq} tokens per sequence"
             )
-
-    @property
-    def batch(self) -> int:
-        """Sequences."""
-        return len(self.slots)
-
-    @property
-    def seq(self) -> int:
-        """Tokens per sequence."""
-        return int(self.positions.shape[1])
-
-    @property
-    def num_logits(self) -> int:
-        """Rows of logits per sequence."""
-        return int(self.logits_indices.shape[1])
-
-    @property
-    def end(self) -> int:
-        """The row after the last one that is written, of the longest sequence."""
-        return max(self.starts) + self.seq
 
     def check(self, backend: Backend) -> None:
         """Refuse what a backend cannot run: its operators write where they are told.
@@ -140,8 +126,13 @@ def step_after(
         BackendError: see `Step`.
     """
     seq = embeds.shape[1]
-    positions = np.array(past, dtype=np.int64)[:, None] + np.arange(seq)
-    return Step(slots, embeds, positions, max(past) + seq, logits_indices)
+    return Step(slots, embeds, positions_from(past, seq), max(past) + seq, logits_indices)
+
+
+def positions_from(starts: Sequence[int], seq: int) -> Ints:
+    """Consecutive positions ``[B, seq]`` from the first one of each sequence on."""
+    first = np.array(starts, dtype=np.int64)[:, None]
+    return first if seq == 1 else first + np.arange(seq)
 
 
 def all_tokens(count: int) -> Ints:

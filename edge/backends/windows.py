@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .step import Step
+from .step import Step, positions_from
 
 UNBOUNDED = sys.maxsize
 
@@ -106,12 +106,12 @@ def window_step(window: Window, step: Step) -> Step:
     """Make the step of a window's slots, in their order; idle ones run something at position 0."""
     if window.whole and window.batch == step.batch:
         return step
-    rows = np.full(window.batch, -1)  # an idle slot runs the tokens of some other one
-    rows[list(window.places)] = window.rows
-    positions = step.positions[rows]
-    for place in window.idle:
-        positions[place] = np.arange(step.seq)
     slots = range(window.first, window.first + window.batch)
+    at, starts = [-1] * window.batch, [0] * window.batch
+    for place, row in zip(window.places, window.rows, strict=True):
+        at[place], starts[place] = row, step.starts[row]
+    rows = np.array(at)  # an idle slot runs the tokens of some other one
+    positions = positions_from(starts, step.seq)
     return Step(slots, step.embeds[rows], positions, step.kv_len, step.logits_indices[rows])
 
 
