@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from edge.backends.ort_session import onnxruntime_version
 from edge.bundle.io_spec import DIALECTS
 from edge.bundle.manifest import Dialect
+from edge.device.nodes import GPU_NODES, find_gpu_node
 from scripts.smollm2 import smollm2_gguf
 from tests import skips
 from tests.tiny_models import Kind, write_checkpoint
@@ -180,9 +181,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a device that is not here."""
     if item.get_closest_marker("jetson") and not _device_model().startswith("NVIDIA Jetson"):
         pytest.skip("no Jetson here (/proc/device-tree/model does not name one)")
-    gpus = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu")
-    if item.get_closest_marker("gpu") and not any(Path(gpu).exists() for gpu in gpus):
-        pytest.skip(f"no NVIDIA GPU here (none of {', '.join(gpus)} exists)")
+    if item.get_closest_marker("gpu") and find_gpu_node() is None:
+        pytest.skip(f"no NVIDIA GPU here ({', '.join(GPU_NODES[:3])} and the like are missing)")
 
 
 @functools.cache
