@@ -47,7 +47,7 @@ def open_backend(bundle: Path, manifest: Manifest, config: EngineConfig) -> Back
 
 
 def unused_gpu(backend: str, config: EngineConfig) -> str | None:
-    """Why this machine's GPU computes nothing, though nobody named the CPU as backend; else None.
+    """Return why the GPU here computes nothing, though nobody named the CPU as backend; else None.
 
     Args:
         backend: name of the engine that was chosen.

@@ -71,7 +71,7 @@ class Driver(Protocol):
 
 
 def load_driver() -> Driver:
-    """PyCUDA, or else cuda-bindings; what is passed over, and why, is logged.
+    """Import PyCUDA, or else cuda-bindings; what is passed over, and why, is logged.
 
     Raises:
         DependencyError: neither can be imported.
@@ -95,7 +95,7 @@ def load_driver() -> Driver:
 
 
 def load_bindings() -> Calls:
-    """The calls of cuda-bindings, for CUDA graphs.
+    """Import the calls of cuda-bindings, for CUDA graphs.
 
     Raises:
         DependencyError: it cannot be imported.

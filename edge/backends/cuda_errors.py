@@ -73,7 +73,7 @@ _INIT_CURES = (
 
 
 def explain_init_failure(text: str, root: Path = Path("/")) -> str:
-    """What is wrong when the driver does not start, and what to do.
+    """Say what is wrong when the driver does not start, and what to do.
 
     Args:
         text: what the driver said.
@@ -96,10 +96,10 @@ def explain_init_failure(text: str, root: Path = Path("/")) -> str:
 
 
 def is_fatal(reason: str) -> bool:
-    """Whether nothing works on the GPU any more, by the driver's sentence."""
+    """Return whether nothing works on the GPU any more, by the driver's sentence."""
     return any(sign in reason for sign in _FATAL)
 
 
 def reason_of(error: BaseException) -> str:
-    """The driver's sentence, as ``cuFunction failed: sentence``."""
+    """Return the driver's sentence, as ``cuFunction failed: sentence``."""
     return str(error).replace("\n", " ").strip() or type(error).__name__

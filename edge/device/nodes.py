@@ -24,7 +24,7 @@ GPU_NODES = tuple(name for name in (*JETSON_NODES, *SLOT_NODES) if name not in _
 
 
 def find_gpu_node(root: Path = Path("/")) -> str | None:
-    """Name of the first device node that only an NVIDIA GPU has; None on a machine without one.
+    """Return the first device node that only an NVIDIA GPU has; None on a machine without one.
 
     The driver is not asked: whoever lacks a driver, a library or a right still has the GPU.
 
