@@ -140,11 +140,13 @@ class Machine:
 
     def onnxruntime_packages(self) -> list[tuple[str, str, str]]:
         """Name, version and directory of every installed ONNX Runtime, as Python finds them."""
-        return [
-            (name, found.version, str(found.locate_file("")))
-            for found in metadata.distributions()
-            if (name := found.name).lower().replace("_", "-") in _ONNXRUNTIMES
+        found = [
+            (name, one.version, os.path.realpath(str(one.locate_file(""))))
+            for one in metadata.distributions()
+            # A broken installation has no name.
+            if (name := str(one.name)).lower().replace("_", "-") in _ONNXRUNTIMES
         ]
+        return list(dict.fromkeys(found))  # a directory may be on the path under two names
 
     def schemes(self) -> tuple[list[Verdict], str | None]:
         """Build an engine of one layer per scheme, in a child process.
