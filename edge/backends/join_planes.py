@@ -9,6 +9,7 @@ both against each other.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ _CHUNK_BYTES = 1 << 17  # of a plane; with its temporaries it stays in the L2 ca
 def join_planes(graph: OnnxFile, bundle: Path, manifest: Manifest) -> None:
     """Replace every pair of planes by one INT8 weight in `OnnxFile.in_memory`.
 
-    One by one, so that the planes of one weight at most are held beside the joined ones.
+    Planes are read in chunks, so nothing but the joined weights takes memory: one block, which goes
+    back to the system as a whole.
 
     Raises:
         BundleError: the graph is not one that edge-llm's exporter wrote.
@@ -40,39 +42,30 @@ def join_planes(graph: OnnxFile, bundle: Path, manifest: Manifest) -> None:
     names = [name for name, linear in linears.items() if linear.scheme.planes]
     if not names:
         return
-    producers = {output: node for node in graph.nodes for output in node.outputs}
-    consumers = {name: node for node in graph.nodes for name in node.inputs}
+    _drop_high_products(graph, names)
     stored = graph.external_tensors()
+    sizes = [math.prod(linears[name].shape) for name in names]
+    block = np.empty(sum(sizes), dtype=np.int8)
+    parts = np.split(block, np.cumsum(sizes)[:-1])
     joined: dict[str, NDArray[np.int8]] = {}
-    sums = set()
-    for name in names:
-        low, high = f"{name}.weight", f"{name}.high_weight"
-        dequantized = expect_node(consumers, high, "DequantizeLinear")
-        product = expect_node(consumers, dequantized.outputs[0], "MatMul")
-        total = expect_node(consumers, product.outputs[0], "Add")
-        # What only the high plane needed is left out when the graph is serialized.
-        expect_node(producers, total.inputs[0], "MatMul").outputs = total.outputs
-        sums.add(total.name)
-        planes = [_read(bundle, stored[each]) for each in (low, high)]
-        joined[low] = join(*planes).reshape(stored[low].shape)
-    graph.nodes = [node for node in graph.nodes if node.name not in sums]
+    for name, part in zip(names, parts, strict=True):
+        low = stored[f"{name}.weight"]
+        _read_joined(bundle, low, stored[f"{name}.high_weight"], part)
+        joined[f"{name}.weight"] = part.reshape(low.shape)
     graph.put_in_memory(joined)
 
 
-def join(low: NDArray[np.uint8], high: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """``16 * high + low`` of packed INT4 planes, int8 with two weights per byte of a plane."""
-    result = np.empty((low.size, 2), dtype=np.uint8)
+def join(low: NDArray[np.uint8], high: NDArray[np.uint8], out: NDArray[np.int8]) -> None:
+    """Write ``16 * high + low`` of packed INT4 planes, two weights per byte of a plane."""
+    result = out.view(np.uint8).reshape(-1, 2)
     sign = np.uint8(HIGH_PLANE // 2)
-    for start in range(0, low.size, _CHUNK_BYTES):
-        chunk = slice(start, start + _CHUNK_BYTES)
-        # Bytes wrap around: the sum of nibble and plane is what two's complement makes of it.
-        for column, (below, above) in enumerate(
-            ((low[chunk] & 15, high[chunk] << 4), (low[chunk] >> 4, high[chunk] & 0xF0))
-        ):
-            below ^= sign
-            below -= sign
-            np.add(below, above, out=result[chunk, column])
-    return result.view(np.int8)
+    # Bytes wrap around: the sum of nibble and plane is what two's complement makes of it.
+    for column, (below, above) in enumerate(
+        ((low & 15, high << 4), (low >> 4, high & 0xF0)),
+    ):
+        below ^= sign
+        below -= sign
+        np.add(below, above, out=result[:, column])
 
 
 def hand_over(graph: OnnxFile, ort: ModuleType, options: onnxruntime.SessionOptions) -> None:
@@ -81,6 +74,28 @@ def hand_over(graph: OnnxFile, ort: ModuleType, options: onnxruntime.SessionOpti
     options.add_external_initializers(list(graph.in_memory), values)
 
 
-def _read(bundle: Path, tensor: ExternalTensor) -> NDArray[np.uint8]:
-    with (bundle / tensor.file).open("rb") as file:
-        return np.fromfile(file, np.uint8, tensor.num_bytes, offset=tensor.offset)
+def _drop_high_products(graph: OnnxFile, names: list[str]) -> None:
+    """Let the low plane's product be the sum; what only the high plane needs is then unused."""
+    producers = {output: node for node in graph.nodes for output in node.outputs}
+    consumers = {name: node for node in graph.nodes for name in node.inputs}
+    sums = set()
+    for name in names:
+        dequantized = expect_node(consumers, f"{name}.high_weight", "DequantizeLinear")
+        product = expect_node(consumers, dequantized.outputs[0], "MatMul")
+        total = expect_node(consumers, product.outputs[0], "Add")
+        expect_node(producers, total.inputs[0], "MatMul").outputs = total.outputs
+        sums.add(total.name)
+    graph.nodes = [node for node in graph.nodes if node.name not in sums]
+
+
+def _read_joined(
+    bundle: Path, low: ExternalTensor, high: ExternalTensor, out: NDArray[np.int8]
+) -> None:
+    with (bundle / low.file).open("rb") as file:
+        for start in range(0, low.num_bytes, _CHUNK_BYTES):
+            count = min(_CHUNK_BYTES, low.num_bytes - start)
+            planes = []
+            for plane in (low, high):
+                file.seek(plane.offset + start)
+                planes.append(np.frombuffer(file.read(count), np.uint8))
+            join(planes[0], planes[1], out[2 * start : 2 * (start + count)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +35,7 @@ _ORT_SESSION_BYTES = 4_000_000
 ORT_SCALE_COPIES = 3
 _ORT_INT8_FACTOR = 1.1  # measured: what the 8-bit kernel's layout adds
 _ORT_LOAD_FACTOR = 0.45  # measured: a layer's original lives beside its packed copy for a while
+_ORT_JOINED_BYTES = 1.7  # measured, per weight in planes: the joined one, and ONNX Runtime's copies
 
 # What the kernel, its carve-outs and a system without a desktop take of a Jetson's memory.
 _SYSTEM_SHARE, _SYSTEM_BYTES = 0.1, 1_000_000_000
@@ -161,7 +163,9 @@ def plan_process_memory(
     )
     # TensorRT reads the plan from a mapped file into the device's memory: nothing is held twice.
     idle = plan.process_bytes - cache - activations
-    load_peak = idle + int(_ORT_LOAD_FACTOR * stored) if on_cpu else plan.process_bytes
+    joined = sum(math.prod(linear.shape) for linear in linears if linear.scheme.planes)
+    loading = int(_ORT_LOAD_FACTOR * stored + _ORT_JOINED_BYTES * joined)
+    load_peak = idle + loading if on_cpu else plan.process_bytes
     return dataclasses.replace(plan, load_peak=max(load_peak, plan.process_bytes))
 
 

@@ -42,7 +42,7 @@ def test_check_reports_as_json_and_as_a_table(bundle: Path) -> None:
     report = json.loads(result.stdout)
     assert report["passed"] is True
     assert report["attentions"] == 2
-    assert {weight["dtype"] for weight in report["weights"]} == {"int4", "int8"}
+    assert {weight["dtype"] for weight in report["weights"]} == {"int4"}
     table = run(check_verb, str(bundle), *SIZE, "--sm", "120").stdout
     assert "sm 12.0" in table
     assert table.rstrip().endswith("passed")
