@@ -82,6 +82,7 @@ def make_report(output: Path, bundle: Path | None, run: Run) -> dict[str, Any]:
         "doctor_code": doctor.code,
         "doctor": last_json(doctor.output),
         "matrix": matrix,
+        "tune": tune(measured, matrix, run),
         "tests": run_tests(output, run),
         "bench": {name: bench(name, measured, run) for name in OTHER_BACKENDS},
     }
@@ -144,6 +145,15 @@ def check_row(
     row["bench"] = cell(run(f"{name}-bench", ["edge-llm", "bench", *on_engine]), json_needed=True)
     row["layers"] = check_layers(name, engine, on_engine, run)
     return row
+
+
+def tune(bundle: Path, matrix: dict[str, dict[str, dict[str, Any]]], run: Run) -> dict[str, Any]:
+    """Which way of attention and of reading the cache is fastest here, each timed and compared."""
+    row = matrix.get("int4") or next(iter(matrix.values()))
+    if row["build"]["verdict"] != "passed":
+        return {"verdict": "skipped", "reason": "the build failed"}
+    command = ["edge-llm", "build", str(bundle), "--kv-read", "auto", "--tune", "--json"]
+    return cell(run("tune", command), json_needed=True)
 
 
 def skip_rest(
@@ -244,6 +254,8 @@ def find_problems(report: dict[str, Any]) -> list[str]:
                 problems.append(f"{name} {part}: {found['reason']}")
             elif found["verdict"] == "skipped":
                 problems.append(f"{name} {part} was skipped: {found['reason']}")
+    if report["tune"]["verdict"] != "passed":
+        problems.append(f"tune {report['tune']['verdict']}: {report['tune']['reason']}")
     tests = report["tests"]
     if tests["code"] != 0 or not tests["passed"]:
         problems.append(f"tests: {tests['passed']} passed, {tests['failed']} failed")
@@ -300,7 +312,7 @@ def render(report: dict[str, Any]) -> str:
     doctor = report["doctor"] or {"summary": "no answer, see doctor.log", "checks": []}
     lines.append(f"doctor: {doctor['summary']}")
     lines += [f"  {c['status']:<5}{c['name']}: {c['detail']}" for c in doctor["checks"]]
-    lines += ["", *render_matrix(report["matrix"]), ""]
+    lines += ["", *render_matrix(report["matrix"]), "", *render_tune(report["tune"]), ""]
     tests = report["tests"]
     lines += [
         f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped",
@@ -334,6 +346,19 @@ def render_matrix(matrix: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
                 f"attention {profile['attention']}, {profile['reformats']} reformats"
             )
     return lines
+
+
+def render_tune(found: dict[str, Any]) -> list[str]:
+    """A line per variant that was tried."""
+    result = found.get("result", {})
+    tried = [(each, each["reason"]) for each in result.get("refused", ())]
+    for each in result.get("tuned", ()):
+        seconds = each["decode_s"]
+        tried.append((each, f"{seconds * 1e3:.2f} ms per step" if seconds else each["problem"]))
+    return [
+        f"tune: {found['verdict']}",
+        *(f"  {each['kv_read']}, attention {each['attention']}: {what}" for each, what in tried),
+    ]
 
 
 def figures(result: dict[str, Any]) -> str:

@@ -52,6 +52,14 @@ DECODE = {
     "attention": "fused",
 }
 INSPECT = {"compiled": [DECODE], "compiled_unknown": None, "attention": "fused"}
+TUNE = {
+    "engine": "/nowhere/engines/auto",
+    "refused": [{"kv_read": "full", "attention": "fused", "reason": "no kernel"}],
+    "tuned": [
+        {"kv_read": "slice", "attention": "fused", "decode_s": 0.0041, "problem": None},
+        {"kv_read": "slice", "attention": "decomposed", "decode_s": None, "problem": "cosine"},
+    ],
+}
 TIMES = {"runs": 48, "total_ms": 9.5, "layers": [{"name": "a", "ms": 9.5, "kind": "gemm"}]}
 
 
@@ -85,6 +93,7 @@ class Steps:
             "source": (0, "/models/smollm2.gguf\n"),
             "doctor": (0, f"noise\n{json.dumps(DOCTOR)}\n"),
             "build": (0, json.dumps({"engine": "/nowhere/engines/one", "refused": []})),
+            "tune": (0, json.dumps(TUNE)),
             "verify": (0, json.dumps({"passed": True})),
             "bench": (0, json.dumps(BENCH)),
             "inspect": (0, json.dumps(INSPECT)),
@@ -141,6 +150,9 @@ def test_a_good_run(tmp_path: Path):
         "TensorRT 10.16.2.10, dialect native",
         "61.51 tokens/s in decode, 5083 tokens/s in prefill\n",
         "decode: products 120 int4, 1 int8, attention fused, 2 reformats",
+        "full, attention fused: no kernel",
+        "slice, attention fused: 4.10 ms per step",
+        "slice, attention decomposed: cosine",
         "1 passed, 0 failed",
         "exit code 69",
         "\npassed\n",
@@ -230,6 +242,10 @@ OUTCOMES: dict[str, tuple[Steps, str]] = {
     "unpacked weights": (
         Steps(int8_inspect=(0, json.dumps({"compiled": [{**DECODE, "unpacking": 120}]}))),
         "int8 layers: 120 layers unpack weights",
+    ),
+    "nothing answers right": (
+        Steps(tune=failing("no variant was built and answered right")),
+        "tune failed: edge-llm: error: no variant",
     ),
     "tests fail": (Steps(tests=(1, "")), "tests: 1 passed, 0 failed"),
     "no tests": (Steps(junit=""), "tests: 0 passed"),
