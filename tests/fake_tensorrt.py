@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import functools
 import json
-import os
 import types
 import weakref
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.ort_session import session_options
 from edge.bundle import io_spec
 from edge.bundle.engine_file import (
     ENGINE_SCHEMA_VERSION,
@@ -168,12 +168,8 @@ def write_engine(
 def _session(bundle: Path, prepared: bytes) -> Any:
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(ort, bundle)
     options.intra_op_num_threads = 1
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", os.fspath(bundle.resolve())
-    )
     return ort.InferenceSession(prepared, options, providers=["CPUExecutionProvider"])
 
 

@@ -103,7 +103,7 @@ def test_every_command_parses(
         assert set(arguments) <= all_flags(), f"{document}: {line}"
         return
     for argument in arguments:
-        if argument == "BUNDLE" or argument.startswith("bundles/"):
+        if argument in ("BUNDLE", "ENGINE") or argument.startswith("bundles/"):
             (tmp_path / argument).mkdir(parents=True, exist_ok=True)
     try:
         context = verbs()[verb].make_context(verb, list(arguments))

@@ -187,9 +187,12 @@ def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
 
 
 def session_options(ort: ModuleType, bundle: Path) -> onnxruntime.SessionOptions:
-    """Options that every session on a bundle has: quiet, and the weights are found."""
+    """Options that every session on a bundle has: quiet, exact, and the weights are found."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # On x86 without VNNI the kernel for INT8 inputs adds pairs of products in 16 bits, where they
+    # saturate. This takes another one there (onnxruntime_session_options_config_keys.h).
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", os.fspath(bundle.resolve())
     )

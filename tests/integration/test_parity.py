@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edge import LLM, SamplingParams
 from edge.backends.ort import OrtBackend
+from edge.backends.ort_session import session_options
 from edge.backends.step import step_after
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
@@ -170,8 +171,7 @@ class EngineGraph:
     def __init__(self, bundle: Path) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options(ort, bundle)
         options.intra_op_num_threads = 1
         self.manifest = read_manifest(bundle)
         self.session = ort.InferenceSession(

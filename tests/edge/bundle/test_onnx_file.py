@@ -293,8 +293,10 @@ def test_every_single_byte_of_a_small_model_may_be_wrong():
                 exercise(_flip(SMALL, at, value))
 
 
-@pytest.mark.parametrize("quant", ["int4", "int8-w8a8"])
-def test_external_tensors_are_those_that_onnx_reads(quant: str, tiny_bundles: Bundles):
+@pytest.mark.parametrize(("quant", "integers"), [("int4", "int4"), ("int8-w8a8", "int8")])
+def test_external_tensors_are_those_that_onnx_reads(
+    quant: str, integers: str, tiny_bundles: Bundles
+):
     path = tiny_bundles("qwen2", "native", quant) / "decoder.onnx"
     expected = {}
     for tensor in onnx.load(path, load_external_data=False).graph.initializer:
@@ -308,7 +310,7 @@ def test_external_tensors_are_those_that_onnx_reads(quant: str, tiny_bundles: Bu
                 int(place["length"]),
             )
     assert OnnxFile(path.read_bytes()).external_tensors() == expected
-    assert {tensor.dtype for tensor in expected.values()} >= {"fp16", "int8"}
+    assert {tensor.dtype for tensor in expected.values()} >= {"fp16", integers}
 
 
 def external_model(place: dict[str, str]) -> bytes:

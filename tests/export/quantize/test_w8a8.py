@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 
+from edge.backends.ort_session import session_options
 from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
 from edge.errors import ConfigError
@@ -112,7 +113,9 @@ def test_the_graph_adds_the_float_channels(bundle: Path):
         model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, 1, [1, 5, None]))
     part = onnx.utils.Extractor(model).extract_model(["layers.1.gated"], ["layers.1.down.out"])
     session = onnxruntime.InferenceSession(
-        part.SerializeToString(), providers=["CPUExecutionProvider"]
+        part.SerializeToString(),
+        session_options(onnxruntime, bundle),
+        providers=["CPUExecutionProvider"],
     )
     (found,) = session.run(None, {"layers.1.gated": x})
     weight = constants["layers.1.down.weight"] * constants["layers.1.down.scale"]
@@ -204,8 +207,9 @@ def test_onnx_runtime_computes_what_the_integers_say():
     model = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
     )
+    options = session_options(onnxruntime, Path())
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     rounded = np.clip(np.rint(x / grid), -128, 127).astype(np.int64)
     wanted = (rounded @ weight.astype(np.int64)) * (grid * scale)
