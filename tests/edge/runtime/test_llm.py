@@ -18,7 +18,7 @@ import pytest
 
 import edge.runtime.llm
 from edge import LLM, GenerationChunk, SamplingParams
-from edge.backends import ort
+from edge.backends import ort, ort_session
 from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import encode_manifest, read_manifest
@@ -591,7 +591,7 @@ def test_a_damaged_file_is_named_before_anything_is_parsed(
 ):
     for parser in ("Tokenizer", "EmbeddingTable", "ChatTemplate"):
         monkeypatch.setattr(edge.runtime.llm, parser, None)
-    monkeypatch.setattr(ort, "OnnxFile", None)
+    monkeypatch.setattr(ort_session, "OnnxFile", None)
     path = copy / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
