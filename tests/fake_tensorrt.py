@@ -168,7 +168,7 @@ def write_engine(
 def _session(bundle: Path, prepared: bytes) -> Any:
     import onnxruntime as ort
 
-    options = session_options(ort, bundle)
+    options = session_options(ort, bundle, read_manifest(bundle))
     options.intra_op_num_threads = 1
     return ort.InferenceSession(prepared, options, providers=["CPUExecutionProvider"])
 

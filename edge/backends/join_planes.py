@@ -2,9 +2,12 @@
 
 In the file such a weight is ``16 * high + low``: two matrix products and their sum, which is what
 TensorRT keeps packed. ONNX Runtime has one kernel for 8-bit weights (MatMulNBits) and takes two
-passes over the activations for two planes. So each pair becomes one INT8 weight of the low plane's
+passes over the activations for two planes. So each pair becomes one 8-bit weight of the low plane's
 scales, held in memory; only the session's copy of the graph is rewritten, and a parity test holds
 both against each other.
+
+The joined weights are UINT8 with a zero point of 128: what ONNX Runtime's option for exact products
+of INT8 (`ort_session.session_options`) makes of an INT8 constant in groups does not run.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ from .cpu_attention import expect_node
 if TYPE_CHECKING:
     import onnxruntime
 
+_ZERO_POINT = np.uint8(128)
 _CHUNK_BYTES = 1 << 17  # of a plane; with its temporaries it stays in the L2 cache
 
 
 def join_planes(graph: OnnxFile, bundle: Path, manifest: Manifest) -> None:
-    """Replace every pair of planes by one INT8 weight in `OnnxFile.in_memory`.
+    """Replace every pair of planes by one UINT8 weight in `OnnxFile.in_memory`.
 
     Planes are read in chunks, so nothing but the joined weights takes memory: one block, which goes
     back to the system as a whole.
@@ -44,20 +48,27 @@ def join_planes(graph: OnnxFile, bundle: Path, manifest: Manifest) -> None:
         return
     _drop_high_products(graph, names)
     stored = graph.external_tensors()
+    consumers = {name: node for node in graph.nodes for name in node.inputs}
     sizes = [math.prod(linears[name].shape) for name in names]
-    block = np.empty(sum(sizes), dtype=np.int8)
+    block = np.empty(sum(sizes), dtype=np.uint8)
     parts = np.split(block, np.cumsum(sizes)[:-1])
-    joined: dict[str, NDArray[np.int8]] = {}
+    joined: dict[str, NDArray[np.uint8]] = {}
     for name, part in zip(names, parts, strict=True):
         low = stored[f"{name}.weight"]
         _read_joined(bundle, low, stored[f"{name}.high_weight"], part)
         joined[f"{name}.weight"] = part.reshape(low.shape)
+        rows, columns = low.shape
+        groups = rows // linears[name].scheme.group_size
+        zero_point = f"zero_point.{groups}x{columns}"
+        joined.setdefault(zero_point, np.full((groups, columns), _ZERO_POINT))
+        dequantized = expect_node(consumers, f"{name}.weight", "DequantizeLinear")
+        dequantized.inputs = [*dequantized.inputs[:2], zero_point]
     graph.put_in_memory(joined)
 
 
-def join(low: NDArray[np.uint8], high: NDArray[np.uint8], out: NDArray[np.int8]) -> None:
-    """Write ``16 * high + low`` of packed INT4 planes, two weights per byte of a plane."""
-    result = out.view(np.uint8).reshape(-1, 2)
+def join(low: NDArray[np.uint8], high: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """Write ``16 * high + low + 128`` of packed INT4 planes, two weights per byte of a plane."""
+    result = out.reshape(-1, 2)
     sign = np.uint8(HIGH_PLANE // 2)
     # Bytes wrap around: the sum of nibble and plane is what two's complement makes of it.
     for column, (below, above) in enumerate(
@@ -65,6 +76,7 @@ def join(low: NDArray[np.uint8], high: NDArray[np.uint8], out: NDArray[np.int8])
     ):
         below ^= sign
         below -= sign
+        above ^= _ZERO_POINT
         np.add(below, above, out=result[:, column])
 
 
@@ -89,7 +101,7 @@ def _drop_high_products(graph: OnnxFile, names: list[str]) -> None:
 
 
 def _read_joined(
-    bundle: Path, low: ExternalTensor, high: ExternalTensor, out: NDArray[np.int8]
+    bundle: Path, low: ExternalTensor, high: ExternalTensor, out: NDArray[np.uint8]
 ) -> None:
     with (bundle / low.file).open("rb") as file:
         for start in range(0, low.num_bytes, _CHUNK_BYTES):

@@ -105,7 +105,7 @@ class OrtCudaBackend:
             vocab_size=self._model.vocab_size,
             fused=self._fused,
         )
-        events = self._load(graph, bundle)
+        events = self._load(graph, bundle, manifest)
         self._warm_up(1)
         self._check_in_place()
         self.nodes_elsewhere = tensor_nodes_elsewhere(events, self.device.provider)
@@ -117,9 +117,9 @@ class OrtCudaBackend:
                 ", ".join(f"{count} {name}" for name, count in self.nodes_elsewhere.items()),
             )
 
-    def _load(self, graph: OnnxFile, bundle: Path) -> list[dict[str, Any]]:
+    def _load(self, graph: OnnxFile, bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
         """Open the session, allocate the cache, and profile a first step; returns its events."""
-        options = session_options(self._ort, bundle)
+        options = session_options(self._ort, bundle, manifest)
         hand_over(graph, self._ort, options)
         # Weights outside the arena: it would round every one of them up.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from .join_planes import hand_over
 if TYPE_CHECKING:
     import onnxruntime
 
+_LOG = logging.getLogger(__name__)
 _ROUNDS_INT8_WEIGHTS_SINCE = (1, 25)  # MatMulNBits of INT8 weights; of INT4 ones 1.23 has it
 
 
@@ -114,7 +116,7 @@ def open_session(
         BackendError: ONNX Runtime refuses the graph.
     """
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
-    options = session_options(ort, bundle)
+    options = session_options(ort, bundle, manifest)
     hand_over(graph, ort, options)
     options.intra_op_num_threads = num_threads or 0
     # The arena grows in powers of two and never shrinks: 250 MB more resident at 1.5B.
@@ -186,14 +188,25 @@ def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
     return module
 
 
-def session_options(ort: ModuleType, bundle: Path) -> onnxruntime.SessionOptions:
+def session_options(
+    ort: ModuleType, bundle: Path, manifest: Manifest
+) -> onnxruntime.SessionOptions:
     """Options that every session on a bundle has: quiet, exact, and the weights are found."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # On x86 without VNNI the kernel for INT8 inputs adds pairs of products in 16 bits, where they
-    # saturate. This takes another one there (onnxruntime_session_options_config_keys.h).
-    options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", os.fspath(bundle.resolve())
     )
+    schemes = [linear.scheme for linear in manifest.quantization.linears.values()]
+    if any(scheme.kind == "w8a8" for scheme in schemes):
+        # On x86 without VNNI the kernel for INT8 inputs adds pairs of products in 16 bits, where
+        # they saturate. This takes another (onnxruntime_session_options_config_keys.h). What it
+        # makes of INT8 weights in groups, as old bundles hold them, does not run.
+        if any(scheme.kind == "int8" and not scheme.planes for scheme in schemes):
+            _LOG.warning(
+                "%s: on an x86 CPU without VNNI its INT8 products are not exact; export it again",
+                manifest.name,
+            )
+        else:
+            options.add_session_config_entry("session.x64quantprecision", "1")
     return options

@@ -10,9 +10,8 @@ Field numbers are those of ``onnx.proto3``.
 
 from __future__ import annotations
 
-import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -276,18 +275,16 @@ class OnnxFile:
         tensors = map(Message.parse, self._graph.all_bytes(5))
         return {each.text(8): _external(each) for each in tensors if each.integer(14) == _EXTERNAL}
 
-    def put_in_memory(self, values: dict[str, NDArray[np.int8]]) -> None:
-        """Give initializers by these names other values, INT8, which no file holds.
+    def put_in_memory(self, values: Mapping[str, NDArray[np.int8] | NDArray[np.uint8]]) -> None:
+        """Give initializers by these names other values, old or new, which no file holds.
 
         The model says that they are external; whoever opens a session on it must hand `in_memory`
         to it.
         """
         tensors = self._graph.all_bytes(5)
-        for at, data in enumerate(tensors):
-            name = Message.parse(data).text(8)
-            if name in values:
-                tensors[at] = _int8_elsewhere(name, values[name].shape).serialize()
-        self._graph.replace(5, tensors)
+        kept = [data for data in tensors if Message.parse(data).text(8) not in values]
+        new = [_elsewhere(name, value).serialize() for name, value in values.items()]
+        self._graph.replace(5, kept + new)
         self.in_memory.update(values)
 
     def _prune(self) -> None:
@@ -332,15 +329,14 @@ def _external(tensor: Message) -> ExternalTensor:
     return ExternalTensor(ELEMENT_TYPES.get(element, f"onnx type {element}"), dims, *place)
 
 
-def _int8_elsewhere(name: str, shape: Sequence[int]) -> Message:
+def _elsewhere(name: str, value: NDArray[np.int8] | NDArray[np.uint8]) -> Message:
     """A TensorProto of external data in a file that does not exist."""
     tensor = Message()
-    for size in shape:
+    for size in value.shape:
         tensor.add(1, size)
-    tensor.add(2, ELEMENT_NUMBERS["int8"]).add(8, name)
-    length = str(math.prod(shape))
-    for key, value in (("location", "in-memory"), ("offset", "0"), ("length", length)):
-        tensor.add(13, Message().add(1, key).add(2, value))
+    tensor.add(2, ELEMENT_NUMBERS[value.dtype.name]).add(8, name)
+    for key, text in (("location", "in-memory"), ("offset", "0"), ("length", str(value.nbytes))):
+        tensor.add(13, Message().add(1, key).add(2, text))
     return tensor.add(14, _EXTERNAL)
 
 

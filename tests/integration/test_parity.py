@@ -171,9 +171,9 @@ class EngineGraph:
     def __init__(self, bundle: Path) -> None:
         import onnxruntime as ort
 
-        options = session_options(ort, bundle)
-        options.intra_op_num_threads = 1
         self.manifest = read_manifest(bundle)
+        options = session_options(ort, bundle, self.manifest)
+        options.intra_op_num_threads = 1
         self.session = ort.InferenceSession(
             bundle / self.manifest.graphs.decoder, options, providers=["CPUExecutionProvider"]
         )

@@ -114,7 +114,7 @@ def test_the_graph_adds_the_float_channels(bundle: Path):
     part = onnx.utils.Extractor(model).extract_model(["layers.1.gated"], ["layers.1.down.out"])
     session = onnxruntime.InferenceSession(
         part.SerializeToString(),
-        session_options(onnxruntime, bundle),
+        session_options(onnxruntime, bundle, read_manifest(bundle)),
         providers=["CPUExecutionProvider"],
     )
     (found,) = session.run(None, {"layers.1.gated": x})
@@ -180,7 +180,7 @@ def test_the_cpu_multiplies_integers(bundle: Path, tmp_path: Path):
     assert sum(operators[name] for name in integer) == 7, operators
 
 
-def test_onnx_runtime_computes_what_the_integers_say():
+def test_onnx_runtime_computes_what_the_integers_say(bundle: Path):
     random = np.random.RandomState(0)
     x = random.randn(5, 32).astype(np.float32) * 3
     weight = random.randint(-127, 128, (32, 16)).astype(np.int8)
@@ -207,7 +207,7 @@ def test_onnx_runtime_computes_what_the_integers_say():
     model = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
     )
-    options = session_options(onnxruntime, Path())
+    options = session_options(onnxruntime, bundle, read_manifest(bundle))
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
