@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from .profiles import Profile
 from .progress import STEP
 from .rules.bundle import refuse_illegal
 from .rules.table import version_of
+from .scratch import scratch_by_profile
 from .store import TIMING_CACHE, EngineStore, engine_key
 from .trtexec import find_trtexec, run_trtexec, trtexec_command, trtexec_version
 
@@ -248,6 +249,7 @@ class Compiled:
         plan: a buffer.
         timings: TensorRT's timing cache, or None.
         audit: audit of the parsed network and of the plan's size.
+        scratch_bytes: scratch memory of each profile by name; empty if TensorRT did not say.
         build_s: seconds of parsing and compiling.
         peak_memory_bytes: the most resident memory; None if it was not measured.
     """
@@ -259,6 +261,7 @@ class Compiled:
     audit: Audit
     build_s: float
     peak_memory_bytes: int | None
+    scratch_bytes: dict[str, int] = field(default_factory=dict)
 
 
 def compile_ladder(
@@ -350,6 +353,7 @@ def compile_bundle(
         Audit(audit.problems + size_problems, audit.weights, audit.layers, audit.attentions),
         time.perf_counter() - started,
         read_rss_peak_bytes(),
+        scratch_by_profile(lines, build.profiles),
     )
 
 

@@ -14,6 +14,7 @@ from .build_plan import plan_build
 from .builder import compile_ladder, find_target
 from .config import BuildConfig
 from .memory import check_memory
+from .scratch import check_decode_scratch
 
 COMPUTE_CAPABILITIES = {80: "8.0", 86: "8.6", 89: "8.9", 120: "12.0"}
 
@@ -29,6 +30,7 @@ class CheckReport:
         refused: variants before it, with TensorRT's reasons.
         weights: the linear layers' weights by stored type.
         layers: layers of the parsed network by kind and type.
+        scratch_bytes: of each profile by name; empty if TensorRT did not say.
     """
 
     bundle: str
@@ -42,6 +44,7 @@ class CheckReport:
     weights: tuple[WeightBytes, ...]
     layers: tuple[LayerCount, ...]
     plan_bytes: int
+    scratch_bytes: dict[str, int]
     build_s: float
     peak_memory_bytes: int | None
 
@@ -76,11 +79,12 @@ def check_bundle(
     if not config.force:
         check_memory(build.manifest, 0, read_available_memory_bytes())
     compiled, climbed = compile_ladder(build, target, progress=progress)
+    unpacked = check_decode_scratch(compiled.scratch_bytes, build.manifest, build.shapes)
     return CheckReport(
         str(config.bundle),
         f"{target.rt.flavour} {target.rt.version}",
         target.compute_capability,
-        compiled.audit.problems,
+        (*compiled.audit.problems, *unpacked),
         compiled.audit.attentions,
         climbed.build.kv_read,
         climbed.build.attention,
@@ -88,6 +92,7 @@ def check_bundle(
         compiled.audit.weights,
         compiled.audit.layers,
         compiled.plan_bytes,
+        compiled.scratch_bytes,
         round(compiled.build_s, 3),
         compiled.peak_memory_bytes,
     )

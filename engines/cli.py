@@ -299,6 +299,7 @@ def _print_report(report: Any) -> None:
         ("took", f"{report.build_s:.1f} s, peak memory {report.peak_memory_bytes / 1e9:.2f} GB"),
         ("attentions", f"{report.attentions}, {report.attention or 'of primitive operators'}"),
         *((f"refused {each.kv_read}, {each.attention}", each.reason) for each in report.refused),
+        *((f"scratch of {name}", f"{size:,} bytes") for name, size in report.scratch_bytes.items()),
     ):
         facts.add_row(name, value)
     console.print(facts, "")
