@@ -62,13 +62,13 @@ def make_report(output: Path, bundle: Path | None, run: Run) -> dict[str, Any]:
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     commit = run("commit", ["git", "describe", "--always", "--dirty"]).output.strip()
     tensorrt = read_tensorrt(run)
-    dialect = choose_dialect(tensorrt)
+    target = choose_target(tensorrt)
     doctor = run("doctor", ["edge-llm", "doctor", "--wait-gpu", "0", "--json"])
     if bundle is None:
         source = run("source", [sys.executable, "scripts/smollm2.py"]).output.strip()
         matrix = {
             name: check_row(name, output / f"smollm2-135m-{name}", run, export)
-            for name, export in exports(source, dialect).items()
+            for name, export in exports(source, target).items()
         }
         measured = output / "smollm2-135m-int4"
     else:
@@ -78,7 +78,7 @@ def make_report(output: Path, bundle: Path | None, run: Run) -> dict[str, Any]:
         "started": started,
         "commit": commit,
         "tensorrt": tensorrt,
-        "dialect": dialect,
+        "target": target,
         "doctor_code": doctor.code,
         "doctor": last_json(doctor.output),
         "matrix": matrix,
@@ -99,17 +99,19 @@ def read_tensorrt(run: Run) -> str | None:
     return lines[-1] if done.code == 0 and lines else None
 
 
-def choose_dialect(tensorrt: str | None) -> str:
-    """The dialect that a TensorRT builds; ``portable`` where it is not known."""
+def choose_target(tensorrt: str | None) -> str:
+    """The target of ``edge-llm export`` for a TensorRT; the oldest where it is not known."""
     parts = (tensorrt or "0.0").split(".")
     release = tuple(int(part) for part in parts[:2] if part.isdigit())
-    return "native" if release >= _NATIVE_SINCE else "portable"
+    if release < _NATIVE_SINCE:
+        return "jetpack6"
+    return "jetpack7" if release < (11, 0) else "trt11"
 
 
-def exports(source: str, dialect: str) -> dict[str, list[str]]:
+def exports(source: str, target: str) -> dict[str, list[str]]:
     """The options of ``edge-llm export`` by precision."""
     return {
-        name: [source, "--quant", name, "--dialect", dialect, "--force", "--no-verify", *options]
+        name: [source, "--quant", name, "--target", target, "--force", "--no-verify", *options]
         for name, options in PRECISIONS.items()
     }
 
@@ -262,7 +264,7 @@ def find_problems(report: dict[str, Any]) -> list[str]:
     problems += [
         f"{len(names)} tests were skipped: {reason}"
         for reason, names in tests["skips"].items()
-        if report["dialect"] == "native" or _NOT_OF_THIS_DIALECT not in reason
+        if report["target"] != "jetpack6" or _NOT_OF_THIS_DIALECT not in reason
     ]
     return problems
 
@@ -306,7 +308,7 @@ def last_json(output: str) -> Any:
 def render(report: dict[str, Any]) -> str:
     lines = [
         f"gpu-check of {report['commit']} at {report['started']}: TensorRT "
-        f"{report['tensorrt'] or 'is missing'}, dialect {report['dialect']}",
+        f"{report['tensorrt'] or 'is missing'}, target {report['target']}",
         "",
     ]
     doctor = report["doctor"] or {"summary": "no answer, see doctor.log", "checks": []}

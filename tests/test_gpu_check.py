@@ -147,7 +147,7 @@ def test_a_good_run(tmp_path: Path):
     text = (tmp_path / "report.txt").read_text()
     for words in (
         "the GPU works",
-        "TensorRT 10.16.2.10, dialect native",
+        "TensorRT 10.16.2.10, target jetpack7",
         "61.51 tokens/s in decode, 5083 tokens/s in prefill\n",
         "decode: products 120 int4, 1 int8, attention fused, 2 reformats",
         "full, attention fused: no kernel",
@@ -161,25 +161,26 @@ def test_a_good_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("version", "dialect"),
+    ("version", "target"),
     [
-        ("10.3.0", "portable"),
-        ("10.14.1.48", "portable"),
-        ("10.15.0", "native"),
-        ("11.4.0", "native"),
-        (None, "portable"),
+        ("10.3.0", "jetpack6"),
+        ("10.14.1.48", "jetpack6"),
+        ("10.15.0", "jetpack7"),
+        ("10.16.2.10", "jetpack7"),
+        ("11.4.0", "trt11"),
+        (None, "jetpack6"),
     ],
 )
-def test_the_dialect_is_that_of_the_installed_tensorrt(
-    version: str | None, dialect: str, tmp_path: Path
+def test_the_target_is_that_of_the_installed_tensorrt(
+    version: str | None, target: str, tmp_path: Path
 ):
     answer = (1, "", "ModuleNotFoundError") if version is None else (0, f"noise\n{version}\n")
     steps = Steps(tensorrt=answer)
     _, report = check(tmp_path, steps)
-    assert report["dialect"] == dialect
+    assert report["target"] == target
     for name in gpu_check.PRECISIONS:
         command = steps.commands[f"{name}-export"]
-        assert command[command.index("--dialect") + 1] == dialect
+        assert command[command.index("--target") + 1] == target
 
 
 def test_every_command_is_one_that_edge_llm_takes(tmp_path: Path):
