@@ -20,13 +20,13 @@ class BuildPlan:
         config: the options as given.
         manifest: the bundle's manifest.
         shapes: the options filled in for this model.
-        profiles: the two optimization profiles, in the order in which the engine has them.
+        profiles: the optimization profiles, in the order in which the engine has them.
     """
 
     config: BuildConfig
     manifest: Manifest
     shapes: BuildShapes
-    profiles: tuple[Profile, Profile]
+    profiles: tuple[Profile, ...]
 
     @property
     def kv_read(self) -> KvRead:

@@ -344,7 +344,7 @@ def compile_bundle(
         )
     finally:
         keep_log("\n".join(lines) + "\n")
-    size_problems = tuple(check_plan_bytes(plan.nbytes, manifest))
+    size_problems = tuple(check_plan_bytes(plan.nbytes, manifest, len(build.profiles)))
     return Compiled(
         plan,
         plan.nbytes,
@@ -412,7 +412,7 @@ def _compile_with_trtexec(
         len(data),
         result.version or target.rt.version,
         None,
-        Audit(tuple(check_plan_bytes(len(data), build.manifest)), (), (), 0),
+        Audit(tuple(check_plan_bytes(len(data), build.manifest, len(build.profiles))), (), (), 0),
         result.build_s if result.build_s is not None else result.seconds,
         result.peak_host_bytes,
     )

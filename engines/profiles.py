@@ -1,22 +1,24 @@
-"""The two optimization profiles: for every input, the least, the usual and the largest shape.
+"""The optimization profiles: for every input, the least, the usual and the largest shape.
 
-One profile for prefill (many tokens of few sequences), one for decode (one token of each): TensorRT
-picks kernels per profile, so that decode gets matrix-vector kernels.
+`edge.bundle.sizes.profile_limits` says which there are. TensorRT picks kernels per profile, so that
+decode gets matrix-vector kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect, FloatType, ModelSpec
+from edge.bundle.sizes import ProfileName, StepLimits, profile_limits
 
 from .config import BuildShapes
 
 Shape = tuple[int, ...]
-ProfileName = Literal["prefill", "decode"]
+
+# A batch of several tokens is mostly drafts and the ends of prompts.
+_USUAL_BATCH_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Profile:
     """One optimization profile.
 
     Attributes:
-        name: ``prefill`` or ``decode``.
+        name: ``prefill``, ``decode`` or ``batch``.
         inputs: every input of the graph in graph order.
     """
 
@@ -43,29 +45,24 @@ class Profile:
 
 def make_profiles(
     model: ModelSpec, dialect: Dialect, dtype: FloatType, shapes: BuildShapes
-) -> tuple[Profile, Profile]:
-    """Prefill and decode, in the order in which the engine has them."""
+) -> tuple[Profile, ...]:
+    """The profiles, in the order in which the engine has them."""
     buckets = shapes.kv_buckets
     kv = (buckets[0], buckets[len(buckets) // 2], buckets[-1])
-    batch, seq = shapes.max_batch, shapes.max_prefill
-    # A prompt usually comes alone and wants the logits of its last token; scoring wants all.
-    prefill = {
-        io_spec.BATCH: (1, 1, batch),
-        io_spec.SEQ: (1, seq, seq),
-        io_spec.NUM_LOGITS: (1, 1, seq),
-        io_spec.KV: kv,
-    }
-    decode = {
-        io_spec.BATCH: (1, batch, batch),
-        io_spec.SEQ: (1, 1, 1),
-        io_spec.NUM_LOGITS: (1, 1, 1),
-        io_spec.KV: kv,
-    }
     specs = io_spec.decoder_inputs(model, dialect, dtype, shapes.capacity)
-    return (
-        Profile("prefill", {spec.name: _range(spec, prefill) for spec in specs}),
-        Profile("decode", {spec.name: _range(spec, decode) for spec in specs}),
-    )
+
+    def profile(limits: StepLimits) -> Profile:
+        seq = min(limits.seq, _USUAL_BATCH_TOKENS) if limits.profile == "batch" else limits.seq
+        # A prompt wants the logits of its last token; scoring and drafts want all.
+        sizes = {
+            io_spec.BATCH: (1, limits.batch, limits.batch),
+            io_spec.SEQ: (1, seq, limits.seq),
+            io_spec.NUM_LOGITS: (1, 1, limits.num_logits),
+            io_spec.KV: kv,
+        }
+        return Profile(limits.profile, {spec.name: _range(spec, sizes) for spec in specs})
+
+    return tuple(map(profile, profile_limits(shapes.max_batch, shapes.max_prefill)))
 
 
 def _range(spec: io_spec.TensorSpec, sizes: Mapping[str, tuple[int, int, int]]) -> ShapeRange:

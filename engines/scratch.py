@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
-from edge.bundle.sizes import ENGINE_FLOAT_BYTES, activation_bytes
+from edge.bundle.sizes import ENGINE_FLOAT_BYTES, activation_bytes, profile_limits
 
 from .config import BuildShapes
 from .profiles import Profile
@@ -46,13 +46,8 @@ def check_decode_scratch(
     model = manifest.model
     rows = shapes.max_batch * shapes.capacity
     layer_cache = rows * io_spec.kv_bytes_per_token(model, manifest.dtype) // model.num_layers
-    step = activation_bytes(
-        model,
-        manifest.dialect,
-        batch=shapes.max_batch,
-        max_prefill=1,
-        kv_capacity=shapes.capacity,
-    )
+    decode = [each for each in profile_limits(shapes.max_batch, 1) if each.profile == "decode"]
+    step = activation_bytes(model, manifest.dialect, decode, shapes.capacity)
     of_floats = _KERNEL_BYTES + layer_cache + step
     largest = max(packed, key=packed.__getitem__)
     unpacked = ENGINE_FLOAT_BYTES * packed[largest]

@@ -32,8 +32,10 @@ from edge.backends import tensorrt as runner  # noqa: E402
 from edge.backends import tensorrt_engine  # noqa: E402
 from edge.backends.step import step_after  # noqa: E402
 from edge.backends.step_buffers import widen_fp16  # noqa: E402
-from edge.bundle.engine_file import EngineInfo, ProfileInfo  # noqa: E402
+from edge.bundle import io_spec  # noqa: E402
+from edge.bundle.engine_file import EngineInfo, ProfileInfo, ShapeInfo  # noqa: E402
 from edge.bundle.manifest import Manifest  # noqa: E402
+from edge.bundle.sizes import StepLimits, profile_limits  # noqa: E402
 from tests.manifests import make_manifest  # noqa: E402
 
 CAPACITY, VOCAB = 4096, 151_936
@@ -65,8 +67,6 @@ class IdleEngine:
     activations_bytes = 1 << 20
 
     def __init__(self, chosen: Any, manifest: Manifest) -> None:
-        from edge.bundle import io_spec
-
         self.info = chosen.info
         spec = (manifest.model, manifest.dialect, manifest.dtype, chosen.info.kv_capacity)
         tensors = [*io_spec.decoder_inputs(*spec), *io_spec.decoder_outputs(*spec)]
@@ -174,6 +174,16 @@ def idle_modules() -> dict[str, Any]:
     return {"pycuda.driver": driver, "cuda.bindings.driver": graphs}
 
 
+def describe(limits: StepLimits) -> ProfileInfo:
+    """A profile of these limits as ``engine.json`` has it."""
+    shapes = {
+        io_spec.POSITION_IDS: (limits.batch, limits.seq),
+        io_spec.LOGITS_INDICES: (limits.batch, limits.num_logits),
+    }
+    inputs = {name: ShapeInfo((1, 1), shape, shape) for name, shape in shapes.items()}
+    return ProfileInfo(limits.profile, inputs)
+
+
 def make_backend(batch: int, dialect: str, graphs: bool) -> runner.TensorRTBackend:
     """The runner, on an engine of the 1.5B shape that does nothing."""
     import msgspec
@@ -190,7 +200,7 @@ def make_backend(batch: int, dialect: str, graphs: bool) -> runner.TensorRTBacke
         flavour="tensorrt", tensorrt_version="10.16.2", compute_capability="8.7", device=None,
         jetpack=None, l4t=None, sources={}, max_batch=batch, max_prefill=512, kv_capacity=CAPACITY,
         kv_buckets=BUCKETS, kv_read="slice", options={},
-        profiles=(ProfileInfo("prefill", {}), ProfileInfo("decode", {})), builder="api", build_s=0,
+        profiles=tuple(map(describe, profile_limits(batch, 512))), builder="api", build_s=0,
         peak_memory_bytes=None, weights=(), layers=(),
     )  # fmt: skip
     chosen = tensorrt_engine.ChosenEngine(Path(), info, None)

@@ -113,9 +113,8 @@ def plan_engine_memory(
             activation_bytes(
                 model,
                 manifest.dialect,
-                batch=info.max_batch,
-                max_prefill=info.max_prefill,
-                kv_capacity=info.kv_capacity,
+                [profile.limits for profile in info.profiles],
+                info.kv_capacity,
             )
             if activations_bytes is None
             else activations_bytes
@@ -128,10 +127,10 @@ def plan_engine_memory(
 
 
 def step_sizes(info: EngineInfo, max_logits: int) -> tuple[StepSizes, StepSizes]:
-    """The sizes of the profiles ``prefill`` and ``decode``.
+    """The sizes of the buffers for steps of several tokens, and for decode.
 
-    A prefill run takes no more tokens in all than one prompt chunk has: several long chunks run one
-    after the other, which is no slower, and need no larger buffers.
+    A run takes no more tokens in all than one prompt chunk has: several long chunks run one after
+    the other, which is no slower, and need no larger buffers.
     """
     tokens = max(info.max_prefill, info.max_batch)
     return (

@@ -1,6 +1,6 @@
 """TensorRT on an NVIDIA GPU: the engine of a Jetson, and of any workstation.
 
-Everything is allocated at load (`device_memory`), two execution contexts share one block of
+Everything is allocated at load (`device_memory`), the execution contexts share one block of
 activations, and each step runs on one stream: copy in, engine, copy out, one wait at its end.
 
 The batch of an engine is a contiguous part of the cache, so a decode step on slots 0 and 2 spans
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
-from edge.bundle.sizes import DEFAULT_MAX_LOGITS
+from edge.bundle.sizes import DEFAULT_MAX_LOGITS, ProfileName
 from edge.errors import BackendError, ConfigError, DeviceError, DeviceMemoryError
 
 from . import cuda
@@ -117,7 +117,7 @@ class TensorRTBackend:
                 self._graphs = DecodeGraphs(
                     self._device,
                     self._stream,
-                    lambda: self._make_context("decode", self._decode_buffers),
+                    lambda: self._make_context("decode"),
                     max_graphs if use_cuda_graphs else 0,
                 )
                 self._resources.callback(self._graphs.close)
@@ -136,11 +136,17 @@ class TensorRTBackend:
         self.capacity = info.kv_capacity - int(spare)
         sizes = step_sizes(info, max_logits)
         self._max_num_logits = min(sizes[0].logits, info.max_prefill)  # of one sequence
+        # Decode first: it is the best for what it covers.
+        self._limits = sorted(
+            (profile.limits for profile in info.profiles), key=lambda each: each.profile != "decode"
+        )
+        shared = (limits.seq for limits in self._limits if limits.batch > 1)
         self._batching = Batching(
             decode_gap=UNBOUNDED,
             # Several tokens of an idle slot would not all land in its spare row.
             chunk_gap=0 if self._dialect.in_place else UNBOUNDED,
             max_batch=info.max_batch,
+            max_shared_seq=max(shared, default=1),
             max_tokens=sizes[0].tokens,
             max_logits=sizes[0].logits,
         )
@@ -162,10 +168,11 @@ class TensorRTBackend:
         self.memory = plan(self._engine.activations_bytes)
         self._check_free("the rest", self.memory.device_bytes - self.memory.weights_bytes)
         self._allocate(sizes)
-        self._prefill = self._make_context("prefill", self._prefill_buffers)
-        self._resources.callback(self._prefill.close)
-        self._decode = self._make_context("decode", self._decode_buffers)
-        self._resources.callback(self._decode.close)
+        self._contexts: dict[ProfileName, BoundContext] = {}
+        for limits in self._limits:
+            context = self._make_context(limits.profile)
+            self._contexts[limits.profile] = context
+            self._resources.callback(context.close)
         self._stream.synchronize()
 
     def _allocate(self, sizes: tuple[StepSizes, StepSizes]) -> None:
@@ -210,7 +217,8 @@ class TensorRTBackend:
         self._stream.synchronize()
         return memory.address
 
-    def _make_context(self, profile: str, buffers: StepBuffers) -> BoundContext:
+    def _make_context(self, profile: ProfileName) -> BoundContext:
+        buffers = self._decode_buffers if profile == "decode" else self._prefill_buffers
         return BoundContext(
             self._engine,
             profile,
@@ -238,19 +246,19 @@ class TensorRTBackend:
         """Why decode runs without CUDA graphs, or None."""
         return self._graphs.disabled
 
-    def time_layers(self) -> dict[str, LayerTimes]:
+    def time_layers(self) -> dict[ProfileName, LayerTimes]:
         """Time every layer of all later steps, which then run without CUDA graphs.
 
         Returns:
-            The collected times by profile: ``prefill`` and ``decode``.
+            The collected times by optimization profile.
         """
         self._check_usable()
         with self._device.active():
             self._stream.synchronize()
             self._graphs.switch_off("the layers are timed")
-            times = {"prefill": LayerTimes(), "decode": LayerTimes()}
-            self._prefill.time_layers(times["prefill"])
-            self._decode.time_layers(times["decode"])
+            times = {profile: LayerTimes() for profile in self._contexts}
+            for profile, context in self._contexts.items():
+                context.time_layers(times[profile])
         return times
 
     def forward(self, step: Step) -> NDArray[np.float32]:
@@ -313,7 +321,10 @@ class TensorRTBackend:
         kv_len = self._dialect.rows_read([step.starts[row] for row in window.rows], step.kv_len)
         shape = StepShape(window.first, window.batch, seq, num, self._bucket(kv_len))
         if not (decode and self._graphs.run(shape, self._put_decode)):
-            context = self._decode if decode else self._prefill
+            profile = next(
+                limits.profile for limits in self._limits if limits.covers(window.batch, seq, num)
+            )
+            context = self._contexts[profile]
             context.bind(shape)
             self._put(context, shape, buffers)
         if self._new_rows is not None:

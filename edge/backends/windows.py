@@ -54,6 +54,7 @@ class Batching:
             has one token.
         chunk_gap: the same where sequences have several tokens.
         max_batch: slots of a window, idle ones included.
+        max_shared_seq: tokens of each sequence, where several sequences run together.
         max_tokens, max_logits: of all sequences together, where one has several of them.
         alone_after_past: run several tokens one sequence at a time as soon as any of them follow
             others.
@@ -62,6 +63,7 @@ class Batching:
     decode_gap: int
     chunk_gap: int
     max_batch: int = UNBOUNDED
+    max_shared_seq: int = UNBOUNDED
     max_tokens: int = UNBOUNDED
     max_logits: int = UNBOUNDED
     alone_after_past: bool = False
@@ -71,7 +73,7 @@ class Batching:
         seq, num, width = step.seq, step.num_logits, self.max_batch
         if seq > 1 or num > 1:
             width = min(width, self.max_tokens // seq, self.max_logits // max(num, 1))
-        if seq > 1 and self.alone_after_past and any(step.starts):
+        if seq > self.max_shared_seq or (seq > 1 and self.alone_after_past and any(step.starts)):
             width = 1
         gap = self.decode_gap if seq == 1 else self.chunk_gap
         return plan_windows(step.slots, max(width, 1), gap)

@@ -15,8 +15,10 @@ import msgspec
 
 from edge.errors import BundleError, IntegrityError, install_command
 
+from . import io_spec
 from .engine_layers import ProfileLayers
 from .manifest import ENGINES_DIR, Manifest, sha256_file
+from .sizes import ProfileName, StepLimits
 
 ENGINE_JSON = "engine.json"
 ENGINE_SCHEMA_VERSION = 1
@@ -52,8 +54,25 @@ class ShapeInfo(_Struct, frozen=True):
 class ProfileInfo(_Struct, frozen=True):
     """One optimization profile; its index in the engine is its place in the list."""
 
-    name: Literal["prefill", "decode"]
+    name: ProfileName
     inputs: dict[str, ShapeInfo]
+
+    @property
+    def limits(self) -> StepLimits:
+        """The most that one run takes.
+
+        Raises:
+            BundleError: the profile lacks an input of the graph.
+        """
+        try:
+            batch, seq = self.inputs[io_spec.POSITION_IDS].max
+            _, num_logits = self.inputs[io_spec.LOGITS_INDICES].max
+        except (KeyError, ValueError) as error:
+            raise BundleError(
+                f"{ENGINE_JSON} has no shapes of {io_spec.POSITION_IDS} and "
+                f"{io_spec.LOGITS_INDICES} in profile {self.name}; build the engine again"
+            ) from error
+        return StepLimits(self.name, batch, seq, num_logits)
 
 
 class LayerCount(_Struct, frozen=True):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from .io_spec import DIALECTS
 from .manifest import Dialect, ModelSpec
+
+ProfileName = Literal["prefill", "decode", "batch"]
 
 INDEX_BYTES = 8
 """Of a position, a cursor or an index: int64."""
@@ -24,21 +28,58 @@ _BUILD_FIXED_BYTES = 800 << 20
 _BUILD_WEIGHT_FACTOR = 3.2
 
 
+class StepLimits(NamedTuple):
+    """The most that one run of an optimization profile takes.
+
+    Attributes:
+        profile: its name.
+        batch: sequences.
+        seq: tokens of each.
+        num_logits: logits of each.
+    """
+
+    profile: ProfileName
+    batch: int
+    seq: int
+    num_logits: int
+
+    def covers(self, batch: int, seq: int, num_logits: int) -> bool:
+        """Whether a run fits."""
+        return batch <= self.batch and seq <= self.seq and num_logits <= self.num_logits
+
+
+def profile_limits(max_batch: int, max_prefill: int) -> tuple[StepLimits, ...]:
+    """The optimization profiles of an engine, in the order in which it has them.
+
+    TensorRT sizes an engine's scratch memory for the largest run of any profile, so none takes more
+    tokens in all than one chunk of a prompt: ``prefill`` one long chunk, ``batch`` short chunks of
+    several sequences (drafts, ends of prompts), ``decode`` one token of each.
+    """
+    prefill = StepLimits("prefill", 1, max_prefill, max_prefill)
+    decode = StepLimits("decode", max_batch, 1, 1)
+    share = max_prefill // max_batch
+    if max_batch == 1 or share <= 1:
+        return prefill, decode
+    return prefill, decode, StepLimits("batch", max_batch, share, share)
+
+
 def activation_bytes(
-    model: ModelSpec, dialect: Dialect, *, batch: int, max_prefill: int, kv_capacity: int
+    model: ModelSpec, dialect: Dialect, limits: Iterable[StepLimits], kv_capacity: int
 ) -> int:
     """Estimate an engine's scratch memory: two copies of the tensors of its widest layer.
 
-    TensorRT sizes it for the prefill profile's largest batch of its longest chunks. Where attention
-    is made of single operators (dialect ``portable``), the scores count too.
+    TensorRT sizes it for the largest run of any profile. Where attention is made of single
+    operators (dialect ``portable``), the scores count too.
     """
-    tokens = batch * max_prefill
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     widest = max(2 * model.intermediate_size, qkv) + 2 * model.hidden_size
-    scores = 0
-    if not DIALECTS[dialect].one_attention_operator:
-        scores = tokens * model.num_heads * (kv_capacity + max_prefill)
-    return 2 * ENGINE_FLOAT_BYTES * (tokens * widest + scores)
+    separate = not DIALECTS[dialect].one_attention_operator
+
+    def values(step: StepLimits) -> int:
+        scores = model.num_heads * (kv_capacity + step.seq) if separate else 0
+        return step.batch * step.seq * (widest + scores)
+
+    return 2 * ENGINE_FLOAT_BYTES * max(map(values, limits))
 
 
 @dataclass(frozen=True)

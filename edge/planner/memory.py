@@ -17,6 +17,7 @@ from edge.bundle.sizes import (
     INDEX_BYTES,
     activation_bytes,
     plan_build_memory,
+    profile_limits,
 )
 
 from .weights import Linear, Part, weight_parts
@@ -183,13 +184,8 @@ def step_bytes(model: ModelSpec, deployment: Deployment) -> int:
     """
     step = min(deployment.max_prefill, deployment.kv_capacity)
     if deployment.backend == "tensorrt":
-        return activation_bytes(
-            model,
-            deployment.dialect,
-            batch=deployment.batch,
-            max_prefill=step,
-            kv_capacity=deployment.kv_capacity,
-        )
+        limits = profile_limits(deployment.batch, step)
+        return activation_bytes(model, deployment.dialect, limits, deployment.kv_capacity)
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     scores = model.num_heads * step * deployment.kv_capacity
     mlp = step * 4 * model.intermediate_size  # gate and up, fused and then apart

@@ -73,5 +73,5 @@ def test_the_compiler_says_it(tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2", "native", "int4")
     report = check_bundle(BuildConfig(bundle, max_batch=4, max_prefill=64))
     assert report.passed
-    assert list(report.scratch_bytes) == ["prefill", "decode"]
+    assert list(report.scratch_bytes) == ["prefill", "decode", "batch"]
     assert report.scratch_bytes["prefill"] >= report.scratch_bytes["decode"] > 0

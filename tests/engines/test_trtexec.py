@@ -38,8 +38,8 @@ trtexec
 logits_indices:1x1,past_key_values.*:1x2x256x16
 --optShapes=inputs_embeds:1x64x64,position_ids:1x64,write_indices:1,kv_positions:256,\
 logits_indices:1x1,past_key_values.*:1x2x256x16
---maxShapes=inputs_embeds:4x64x64,position_ids:4x64,write_indices:4,kv_positions:256,\
-logits_indices:4x64,past_key_values.*:4x2x256x16
+--maxShapes=inputs_embeds:1x64x64,position_ids:1x64,write_indices:1,kv_positions:256,\
+logits_indices:1x64,past_key_values.*:1x2x256x16
 --profile=1
 --minShapes=inputs_embeds:1x1x64,position_ids:1x1,write_indices:1,kv_positions:256,\
 logits_indices:1x1,past_key_values.*:1x2x256x16
@@ -47,6 +47,13 @@ logits_indices:1x1,past_key_values.*:1x2x256x16
 logits_indices:4x1,past_key_values.*:4x2x256x16
 --maxShapes=inputs_embeds:4x1x64,position_ids:4x1,write_indices:4,kv_positions:256,\
 logits_indices:4x1,past_key_values.*:4x2x256x16
+--profile=2
+--minShapes=inputs_embeds:1x1x64,position_ids:1x1,write_indices:1,kv_positions:256,\
+logits_indices:1x1,past_key_values.*:1x2x256x16
+--optShapes=inputs_embeds:4x16x64,position_ids:4x16,write_indices:4,kv_positions:256,\
+logits_indices:4x1,past_key_values.*:4x2x256x16
+--maxShapes=inputs_embeds:4x16x64,position_ids:4x16,write_indices:4,kv_positions:256,\
+logits_indices:4x16,past_key_values.*:4x2x256x16
 --memPoolSize=workspace:1024M
 --builderOptimizationLevel=3
 --avgTiming=1

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from edge.backends import cuda
-from edge.backends.bound_context import StepShape
+from edge.backends.bound_context import BoundContext, StepShape
 from edge.backends.device_memory import plan_engine_memory
 from edge.backends.step import step_after
 from edge.backends.tensorrt import TensorRTBackend
@@ -33,6 +33,7 @@ from edge.bundle import io_spec
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.manifest import read_manifest
+from edge.bundle.sizes import StepLimits
 from edge.errors import (
     BackendError,
     BundleError,
@@ -43,6 +44,7 @@ from edge.errors import (
     EdgeError,
     IntegrityError,
 )
+from engines import profiles
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.fake_cuda import (
@@ -281,6 +283,70 @@ def test_more_logits_than_fit_are_fetched_in_pieces(
         assert_allclose(few.backend.read_slot(0, 24), many.backend.read_slot(0, 24), atol=0.01)
 
 
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Optimization profile, sequences and tokens of each run that is put on a stream."""
+    found: list[tuple[int, int, int]] = []
+    enqueue = BoundContext.enqueue
+
+    def noted(self: BoundContext) -> None:
+        assert self._bound is not None
+        found.append((self._context._profile, self._bound.batch, self._bound.seq))
+        enqueue(self)
+
+    monkeypatch.setattr(BoundContext, "enqueue", noted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("slots", "seq", "expected"),
+    [
+        ([1], 24, [(0, 1, 24)]),
+        ([1], 2, [(0, 1, 2)]),
+        ([0, 1, 2, 3], 6, [(2, 4, 6)]),
+        ([0, 1], 2, [(2, 2, 2)]),
+        ([0, 1, 2], 7, [(0, 1, 7)] * 3),  # more tokens each than the batch takes
+        ([0, 1, 2, 3], 1, [(1, 4, 1)]),
+    ],
+)
+def test_a_step_runs_in_the_profile_that_covers_it(
+    slots: list[int],
+    seq: int,
+    expected: list[tuple[int, int, int]],
+    runs: list[tuple[int, int, int]],
+    gpu: FakeGpu,
+    engine_bundles: EngineBundles,
+):
+    bundle = engine_bundles("qwen2", "portable")
+    ids = random_ids(len(slots), seq)
+    with GpuRunner(bundle, gpu) as ours, Runner(bundle) as theirs:
+        assert_allclose(ours.step(ids, slots), theirs.step(ids, slots), atol=ATOL, rtol=0)
+    assert runs == expected
+
+
+def test_an_engine_of_two_profiles_still_runs(
+    runs: list[tuple[int, int, int]],
+    gpu: FakeGpu,
+    tiny_bundles: Bundles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Before there was a profile for batches, that of prefill took them."""
+
+    def two(max_batch: int, max_prefill: int) -> tuple[StepLimits, ...]:
+        prefill = StepLimits("prefill", max_batch, max_prefill, max_prefill)
+        return prefill, StepLimits("decode", max_batch, 1, 1)
+
+    monkeypatch.setattr(profiles, "profile_limits", two)
+    bundle = tmp_path / "b"
+    shutil.copytree(tiny_bundles("qwen2", "portable"), bundle)
+    write_engine(bundle, **ENGINE)  # type: ignore[arg-type]
+    slots, ids = [0, 1, 2], random_ids(3, 7)
+    with GpuRunner(bundle, gpu) as ours, Runner(bundle) as theirs:
+        assert_allclose(ours.step(ids, slots), theirs.step(ids, slots), atol=ATOL, rtol=0)
+    assert runs == [(0, 3, 7)]
+
+
 def test_the_step_reads_no_more_of_the_cache_than_its_bucket(
     gpu: FakeGpu, engine_bundles: EngineBundles
 ):
@@ -288,7 +354,7 @@ def test_the_step_reads_no_more_of_the_cache_than_its_bucket(
         seen = []
         for _ in range(70):
             runner.step(random_ids(1, 1), [1])
-            shape = runner.engine._decode._bound
+            shape = runner.engine._contexts["decode"]._bound
             assert shape is not None
             seen.append(shape.kv)
         assert seen == [16] * 16 + [64] * 48 + [128] * 6
@@ -348,7 +414,7 @@ def test_the_number_of_graphs_is_bounded(gpu: FakeGpu, engine_bundles: EngineBun
                 runner.step(random_ids(len(slots), 1), slots)
             assert len(runner.engine._graphs) <= 2
             assert gpu.alive["graph"] <= 2
-            assert gpu.alive["execution context"] <= 4  # two of the profiles, two of graphs
+            assert gpu.alive["execution context"] <= 5  # three of the profiles, two of graphs
         assert runner.engine._graphs.captured == 6
 
 
@@ -451,7 +517,7 @@ def test_the_stand_in_refuses(
         for _ in range(3):
             runner.step(random_ids(1, 1), [1])
         backend = runner.engine
-        context = backend._decode._context
+        context = backend._contexts["decode"]._context
         device, stream, positions = backend._device, backend._stream, backend._kv_positions
 
         def err() -> None:
@@ -464,9 +530,9 @@ def test_the_stand_in_refuses(
             elif mistake == "no device memory":
                 context._memory = None
             elif mistake == "shape outside the profile":
-                backend._decode.bind(StepShape(0, 1, 2, 1, 16))
+                backend._contexts["decode"].bind(StepShape(0, 1, 2, 1, 16))
             elif mistake == "unaligned":
-                backend._decode._call("set_tensor_address", "logits", 128)
+                backend._contexts["decode"]._call("set_tensor_address", "logits", 128)
             elif mistake == "upload of a temporary":
                 stream.upload(positions, np.arange(CAPACITY))
             elif mistake == "copy of a temporary":
@@ -496,7 +562,7 @@ def test_the_stand_in_refuses(
                 entry.context._context.set_input_shape("kv_positions", (16,))
                 entry.graph.launch(backend._stream)
             backend._decode_buffers.upload(backend._stream, 1, 1, 1)
-            backend._decode.enqueue()
+            backend._contexts["decode"].enqueue()
             backend._stream.synchronize()
 
         with backend._device.active():
@@ -598,14 +664,14 @@ def test_a_damaged_plan_is_never_deserialized(gpu: FakeGpu, tiny_bundles: Bundle
 def test_an_engine_that_is_not_as_its_record_says(
     gpu: FakeGpu, tiny_bundles: Bundles, tmp_path: Path
 ):
-    """A plan of two profiles and a record of one: refused before an address is set."""
+    """A plan of three profiles and a record of one: refused before an address is set."""
     bundle = tmp_path / "b"
     shutil.copytree(tiny_bundles("qwen2", "portable"), bundle)
     directory = write_engine(bundle, **ENGINE)  # type: ignore[arg-type]
     info = read_engine_info(directory)
     wrong = msgspec.structs.replace(info, profiles=info.profiles[:1])
     (directory / "engine.json").write_bytes(msgspec.json.encode(wrong))
-    with pytest.raises(BackendError, match=r"not the one that engine.json describes: 2 profiles"):
+    with pytest.raises(BackendError, match=r"not the one that engine.json describes: 3 profiles"):
         TensorRTBackend(bundle, read_manifest(bundle))
 
 

@@ -70,12 +70,8 @@ def test_the_engines_parts_are_those_that_the_tensorrt_backend_allocates(
 ):
     """From dimensions alone what `edge.backends.device_memory` plans from an engine."""
     bundle = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "bundle")
-    info = msgspec.structs.replace(
-        read_engine_info(write_engine(bundle, max_prefill=64)),
-        max_batch=batch,
-        max_prefill=512,
-        kv_capacity=4096,
-    )
+    engine = write_engine(bundle, max_batch=batch, max_prefill=64)
+    info = msgspec.structs.replace(read_engine_info(engine), kv_capacity=4096)
     model = BUILT_IN["r1-qwen-1.5b"].spec
     manifest = msgspec.structs.replace(read_manifest(bundle), model=model, dialect=dialect)
     theirs = device_memory.plan_engine_memory(info, manifest)
@@ -83,7 +79,7 @@ def test_the_engines_parts_are_those_that_the_tensorrt_backend_allocates(
         model,
         recipe_linears(model, find_variant("int4")),
         4096,
-        Deployment(batch=batch, dialect=dialect),
+        Deployment(batch=batch, dialect=dialect, max_prefill=64),
     )
     assert ours.cache == theirs.cache_bytes
     assert ours.activations == theirs.activations_bytes
