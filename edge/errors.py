@@ -151,7 +151,19 @@ class DeviceError(BackendError):
 
 
 class BuildError(EdgeError):
-    """TensorRT refused a graph, or failed to build an engine of it."""
+    """TensorRT refused a graph, or failed to build an engine of it.
+
+    Attributes:
+        cause: equal for two refusals of one kind, wherever in a graph they are; empty if unknown.
+    """
+
+    def __init__(self, message: str, cause: str = "") -> None:
+        super().__init__(message, cause)  # pickle and copy rebuild it from these
+        self.message = message
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class GateError(EdgeError):

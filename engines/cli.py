@@ -226,8 +226,24 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
     help="GPU to compile for, which need not be here. TensorRT for RTX cannot compile for the "
     "Orin's 87; 86 is closest, with the same parser, network and audit.",
 )
+@click.option(
+    "--reduce",
+    "reduced",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="OUT.onnx",
+    help="Where TensorRT refuses the graph, write its smallest part that is refused for the same "
+    "cause. With a GPU here and no --sm it asks the TensorRT that builds.",
+)
 @click.pass_context
-def check(ctx: click.Context, /, as_json: bool, sm: str, trt: str | None, **options: Any) -> None:
+def check(
+    ctx: click.Context,
+    /,
+    as_json: bool,
+    sm: str,
+    trt: str | None,
+    reduced: Path | None,
+    **options: Any,
+) -> None:
     """Compile BUNDLE without a GPU and audit what TensorRT made of it.
 
     Needs TensorRT for RTX. Exits with code 65 if the audit finds a fault; nothing is written.
@@ -237,6 +253,10 @@ def check(ctx: click.Context, /, as_json: bool, sm: str, trt: str | None, **opti
     """
     if trt is not None:
         _check_rules(ctx, options["bundle"], trt, as_json)
+        return
+    if reduced is not None:
+        given = ctx.get_parameter_source("sm") is ParameterSource.COMMANDLINE
+        _reduce(BuildConfig(**options), reduced, int(sm), own_gpu=not given, as_json=as_json)
         return
     from .check import check_bundle
 
@@ -270,6 +290,30 @@ def _check_rules(ctx: click.Context, bundle: Path, trt: str, as_json: bool) -> N
             _print_verdict(verdict)
     if not legal:
         ctx.exit(EXIT_GATE_MISSED)
+
+
+def _reduce(config: BuildConfig, output: Path, sm: int, *, own_gpu: bool, as_json: bool) -> None:
+    from edge.device.gpu import find_gpu
+
+    from .reduce import reduce_bundle
+
+    here = own_gpu and find_gpu() is not None
+    with show_progress() as progress:
+        found = reduce_bundle(config, output, None if here else sm, progress)
+    if as_json:
+        echo_json(msgspec.to_builtins(found))
+        return
+    files = " and ".join(filter(None, (found.path, found.weights)))
+    click.echo(f"{files}: {found.num_bytes:,} bytes, refused by {found.tensorrt} ({found.step})")
+    click.echo(f"{len(found.nodes)} of {found.nodes_before} nodes:")
+    for title, lines in (("node", found.nodes), ("in", found.inputs), ("out", found.outputs)):
+        for line in lines:
+            click.echo(f"  {title}: {line}")
+    if found.sizes:
+        sizes = ", ".join(f"{name} = {size}" for name, size in found.sizes.items())
+        click.echo(f"  dynamic dimensions were fixed: {sizes}")
+    click.echo(f"error: {found.error}")
+    click.echo(f"reproduce with: {found.command}")
 
 
 def _print_verdict(verdict: Verdict) -> None:

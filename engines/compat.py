@@ -210,7 +210,7 @@ class Compiler:
         parser = trt.OnnxParser(self._network, self._logger)
         if not parser.parse(graph, str(path)):
             problems = [parser.get_error(i) for i in range(parser.num_errors)]
-            raise BuildError(self._explain(problems, path))
+            raise BuildError(self._explain(problems, path), _parser_cause(problems))
         if kv_read == "lengths":
             self._attend_by_lengths()
         for each in self._attentions().values():
@@ -275,7 +275,8 @@ class Compiler:
         if plan is None:
             raise BuildError(
                 f"TensorRT {self.rt.version} failed to build the engine: {self._last_error()}; "
-                f"{_build_advice(self._last_error(), workspace_bytes)}"
+                f"{_build_advice(self._last_error(), workspace_bytes)}",
+                _builder_cause(self._last_error()),
             )
         written = None
         if self.rt.keeps_timings:
@@ -453,6 +454,20 @@ def inspect_plan(rt: TensorRT, plan: Path, num_profiles: int) -> list[str]:
         inspector.execution_context = context
         texts.append(str(inspector.get_engine_information(form)))
     return texts
+
+
+def _parser_cause(problems: list[Any]) -> str:
+    """The check that failed first: operator, error code, and the line of the parser's source."""
+    if not problems:
+        return ""
+    first = problems[0]
+    code = getattr(first.code(), "name", first.code())
+    return f"{first.node_operator()} {code} {first.file()}:{first.line()}"
+
+
+def _builder_cause(error: str) -> str:
+    """A message of the builder without names, numbers and lists of nodes."""
+    return re.sub(r"\{.*\}|\[.*?\]|'[^']*'|\"[^\"]*\"|\d+", "", error).strip()
 
 
 def _build_advice(error: str, workspace_bytes: int) -> str:
