@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest, ModelSpec
+from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BackendError, ResourceError
 
 from .cpu_attention import fuse_cache_attention
@@ -80,11 +81,7 @@ class OrtBackend:
             for linear in manifest.quantization.linears.values()
         )
         self._model, self._dialect = manifest.model, io_spec.DIALECTS[manifest.dialect]
-        graph = load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", self.capacity)
-        fused = fuse_attention and self._dialect.one_attention_operator
-        if fused:
-            fuse_cache_attention(graph, self._model)
-        join_planes(graph, bundle, manifest)
+        graph = load_cpu_graph(bundle, manifest, self.capacity, fuse_attention=fuse_attention)
         self._session: Any = open_session(
             graph, bundle, manifest, num_threads, int8_activations=int8_activations is not False
         )
@@ -106,7 +103,7 @@ class OrtBackend:
             read_slot=self.read_slot,
             put_back=self.write_slot,
             vocab_size=model.vocab_size,
-            fused=fused,
+            fused=fuse_attention and self._dialect.one_attention_operator,
         )
 
     @property
@@ -141,6 +138,27 @@ class OrtBackend:
         self._runner.forget()
         self._cache.close()
         self._session = None
+
+
+def load_cpu_graph(
+    bundle: Path, manifest: Manifest, capacity: int, *, fuse_attention: bool
+) -> OnnxFile:
+    """Read the decoder as `OrtBackend` runs it.
+
+    Args:
+        bundle: the bundle's directory.
+        manifest: its manifest.
+        capacity: rows of the cache.
+        fuse_attention: rewrite attention for the CPU, in a dialect that has it as one operator.
+
+    Raises:
+        BundleError: the graph is not one that edge-llm's exporter wrote.
+    """
+    graph = load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", capacity)
+    if fuse_attention and io_spec.DIALECTS[manifest.dialect].one_attention_operator:
+        fuse_cache_attention(graph, manifest.model)
+    join_planes(graph, bundle, manifest)
+    return graph
 
 
 class _HostStep:

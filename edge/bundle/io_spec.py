@@ -102,6 +102,11 @@ def cache_inputs(layer: int) -> tuple[str, str]:
     return past_key(layer), past_value(layer)
 
 
+def layer_output(layer: int) -> str:
+    """Output of a decoder layer ``[B, S, hidden]``, a tensor within the graph."""
+    return f"layers.{layer}.mlp_residual"
+
+
 @dataclass(frozen=True)
 class DialectSpec:
     """What differs between the dialects for whoever plans or runs a decoder.

@@ -262,6 +262,20 @@ class OnnxFile:
         self._graph.add(5, tensor)
         return name
 
+    def add_output(self, info: Message) -> None:
+        """Make a tensor of the graph one more output; see `tensor_info`.
+
+        Raises:
+            BundleError: no node makes it.
+        """
+        name = info.text(1)
+        if not any(name in node.outputs for node in self.nodes):
+            raise BundleError(
+                f"the decoder graph has no tensor {name!r}; export the bundle again with this "
+                "edge-llm"
+            )
+        self._graph.add(12, info)
+
     def use_domain(self, domain: str, version: int) -> None:
         """Declare an operator domain."""
         self._model.add(8, Message().add(1, domain).add(2, version))

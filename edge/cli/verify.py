@@ -20,6 +20,7 @@ from .options import Finite, bundle_argument, engine_options, take_engine
 from .progress import show_progress
 
 if TYPE_CHECKING:
+    from edge.measure.layers import LayerReport
     from edge.measure.verify import Agreement, VerifyReport
     from edge.text.tokenizer import Tokenizer
 
@@ -58,6 +59,12 @@ _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
 @click.option(
     "--min-cache-cosine", type=Finite(-1, 1), help="Least cosine of a cached row; 0.999 or 0.95."
 )
+@click.option(
+    "--layers",
+    is_flag=True,
+    help="Find the decoder layer from which on ort-cpu, as it runs here, drifts from the float "
+    "graph; --min-cosine is then the least cosine of a layer's output.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 def verify(
     bundle: Path,
@@ -67,6 +74,7 @@ def verify(
     min_top1: float | None,
     max_kl: float | None,
     min_cache_cosine: float | None,
+    layers: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -82,6 +90,9 @@ def verify(
         "cache_cosine": min_cache_cosine,
     }
     wanted = {key: value for key, value in given.items() if value is not None}
+    if layers:
+        _verify_layers(bundle, _configs(options)[0], prompts_file, decode_steps, wanted, as_json)
+        return
     name, report = _compare(bundle, *_configs(options), prompts_file, decode_steps, wanted)
     if as_json:
         echo_json({"backend": name, "passed": report.passed, **msgspec.to_builtins(report)})
@@ -153,6 +164,116 @@ def _compare(
             progress=progress,
         )
         return candidate.name, report
+
+
+def _verify_layers(
+    bundle: Path,
+    config: EngineConfig,
+    prompts_file: Path | None,
+    decode_steps: int,
+    wanted: Mapping[str, float],
+    as_json: bool,
+) -> None:
+    """Compare every layer of the CPU's fast path with the float graph, and end with the verdict."""
+    _refuse_layers(bundle, config, wanted)
+    report = _compare_layers(bundle, config, prompts_file, decode_steps, wanted.get("cosine"))
+    if as_json:
+        echo_json({"backend": "ort-cpu", "passed": report.passed, **msgspec.to_builtins(report)})
+    else:
+        _print_layers(bundle, report)
+    if not report.passed:
+        click.get_current_context().exit(EXIT_GATE_MISSED)
+
+
+def _refuse_layers(bundle: Path, config: EngineConfig, wanted: Mapping[str, float]) -> None:
+    from edge.bundle.engine_file import find_engines
+
+    flags = {"top1": "--min-top1", "kl": "--max-kl", "cache_cosine": "--min-cache-cosine"}
+    for name, flag in flags.items():
+        if name in wanted:
+            raise ConfigError(f"{flag} has no effect with --layers, which compares no logits")
+    engine = config.backend
+    if engine == "auto" and find_engines(bundle):
+        engine = "tensorrt"
+    if engine in GPU_BACKENDS:
+        raise ConfigError(
+            f"--layers compares ort-cpu only, and here {engine} would run: a TensorRT engine shows "
+            "no layers unless it is built with them as outputs; give --backend ort-cpu, or leave "
+            "--layers out to compare logits and cache"
+        )
+
+
+def _compare_layers(
+    bundle: Path,
+    config: EngineConfig,
+    prompts_file: Path | None,
+    decode_steps: int,
+    floor: float | None,
+) -> LayerReport:
+    from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+    from edge.bundle.manifest import read_manifest, verify_files
+    from edge.measure.layers import CpuLayers, compare_layers
+    from edge.measure.verify import ROUNDED_ACTIVATIONS, Thresholds
+    from edge.progress import uncounted
+    from edge.text.tokenizer import Tokenizer
+
+    manifest = read_manifest(bundle)
+    with ExitStack() as stack:
+        progress = stack.enter_context(show_progress())
+        with uncounted(progress, "hash"):
+            verify_files(bundle, manifest, manifest.files)
+        tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
+        table = stack.enter_context(closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)))
+        limit = config.kv_capacity or manifest.kv_capacity
+        prompts = read_prompts(prompts_file, tokenizer, limit - decode_steps)
+        rounds = config.int8_activations is not False and manifest.quantization.method != "none"
+        # No more rows than these tokens need: a step copies the whole cache.
+        capacity = min(limit, max(map(len, prompts)) + decode_steps)
+        with uncounted(progress, "open"):
+            reference, candidate = (
+                CpuLayers(
+                    bundle,
+                    manifest,
+                    capacity=capacity,
+                    num_threads=config.num_threads,
+                    fuse_attention=fast,
+                    int8_activations=fast and rounds,
+                )
+                for fast in (False, True)
+            )
+        if floor is None:
+            floor = (ROUNDED_ACTIVATIONS if rounds else Thresholds()).cosine
+        return compare_layers(
+            reference,
+            candidate,
+            prompts,
+            table,
+            decode_steps=decode_steps,
+            floor=floor,
+            chunk=_PROMPT_CHUNK,
+            progress=progress,
+        )
+
+
+def _print_layers(bundle: Path, report: LayerReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False)
+    table = Table(
+        title=f"{bundle}: layers of ort-cpu against the float graph, {report.positions} positions",
+        title_justify="left",
+        box=None,
+    )
+    for column in ("layer", "least cosine", "largest error / RMS"):
+        table.add_column(column, justify="right")
+    for each in report.layers:
+        table.add_row(str(each.layer), f"{each.min_cosine:.6f}", f"{each.max_error:.4f}")
+    console.print(table)
+    if report.first is None:
+        console.print(f"passed: no layer is below {report.floor}")
+    else:
+        console.print(f"MISSED: layer {report.first} is the first below {report.floor}")
 
 
 def read_prompts(path: Path | None, tokenizer: Tokenizer, limit: int) -> list[list[int]]:

@@ -157,7 +157,7 @@ class _Decoder:
         sigmoid = g.node("Sigmoid", [f"{name}.gate"], f"{name}.gate.sigmoid")
         gate = g.node("Mul", [f"{name}.gate", sigmoid], f"{name}.gate.silu")
         h = g.node("Mul", [gate, f"{name}.up"], f"{name}.gated")
-        return g.node("Add", [x, self.linear(h, f"{name}.down")], f"{name}.mlp_residual")
+        return g.node("Add", [x, self.linear(h, f"{name}.down")], io_spec.layer_output(i))
 
     def heads(self, x: str, count: int, norm: str | None) -> str:
         """Turn ``[B, S, count * D]`` into ``[B, count, S, D]``, normalised per head for Qwen3."""
