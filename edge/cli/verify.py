@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import msgspec
@@ -20,8 +20,12 @@ from .options import Finite, bundle_argument, engine_options, take_engine
 from .progress import show_progress
 
 if TYPE_CHECKING:
-    from edge.measure.layers import LayerReport
+    from edge.backends.ort import OrtBackend
+    from edge.bundle.embeddings import EmbeddingTable
+    from edge.bundle.manifest import Manifest
+    from edge.measure.layers import CpuLayers, LayerReport
     from edge.measure.verify import Agreement, VerifyReport
+    from edge.progress import Progress
     from edge.text.tokenizer import Tokenizer
 
 _PROMPT_CHUNK = 64  # tokens per step: the longest prompt goes through several
@@ -62,8 +66,8 @@ _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
 @click.option(
     "--layers",
     is_flag=True,
-    help="Find the decoder layer from which on ort-cpu, as it runs here, drifts from the float "
-    "graph; --min-cosine is then the least cosine of a layer's output.",
+    help="Name the first decoder layer that drifts: by its output on the CPU, by its keys and "
+    "values on a GPU. --min-cosine is then the least cosine of a layer at a position.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 def verify(
@@ -91,7 +95,7 @@ def verify(
     }
     wanted = {key: value for key, value in given.items() if value is not None}
     if layers:
-        _verify_layers(bundle, _configs(options)[0], prompts_file, decode_steps, wanted, as_json)
+        _verify_layers(bundle, _configs(options), prompts_file, decode_steps, wanted, as_json)
         return
     name, report = _compare(bundle, *_configs(options), prompts_file, decode_steps, wanted)
     if as_json:
@@ -122,34 +126,15 @@ def _compare(
 ) -> tuple[str, VerifyReport]:
     """Compare the engine that runs the bundle here, and return its name and the report."""
     from edge.backends.choose import open_backend
-    from edge.backends.ort import OrtBackend
-    from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-    from edge.bundle.manifest import read_manifest, verify_files
     from edge.measure.verify import ROUNDED_ACTIVATIONS, Thresholds, compare_backends
     from edge.progress import uncounted
-    from edge.text.tokenizer import Tokenizer
 
-    manifest = read_manifest(bundle)
-    with ExitStack() as stack:
-        progress = stack.enter_context(show_progress())
-        with uncounted(progress, "hash"):
-            verify_files(bundle, manifest, manifest.files)
-        tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
-        table = stack.enter_context(closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)))
-        with uncounted(progress, "open"):
-            # The graph as it was exported: no rewritten attention, no rounded activations.
-            reference = OrtBackend(
-                bundle,
-                manifest,
-                kv_capacity=reference_config.kv_capacity,
-                num_threads=reference_config.num_threads,
-                max_step_tokens=reference_config.prefill_chunk,
-                fuse_attention=False,
-                int8_activations=False,
-            )
-            stack.enter_context(closing(reference))
+    with _open(bundle) as opened:
+        manifest = opened.manifest
+        with uncounted(opened.progress, "open"):
+            reference = _open_plain(opened, bundle, reference_config)
             candidate = open_backend(bundle, manifest, config)
-            stack.enter_context(closing(candidate))
+            opened.stack.enter_context(closing(candidate))
         quantized = manifest.quantization.method != "none"
         rounds = candidate.name == "ort-cpu" and quantized
         # An engine may have been built for fewer rows than the bundle names.
@@ -157,63 +142,29 @@ def _compare(
         report = compare_backends(
             reference,
             candidate,
-            read_prompts(prompts_file, tokenizer, capacity - decode_steps),
-            table,
+            read_prompts(prompts_file, opened.tokenizer, capacity - decode_steps),
+            opened.table,
             decode_steps=decode_steps,
             thresholds=replace(ROUNDED_ACTIVATIONS if rounds else Thresholds(), **wanted),
-            progress=progress,
+            progress=opened.progress,
         )
         return candidate.name, report
 
 
-def _verify_layers(
-    bundle: Path,
-    config: EngineConfig,
-    prompts_file: Path | None,
-    decode_steps: int,
-    wanted: Mapping[str, float],
-    as_json: bool,
-) -> None:
-    """Compare every layer of the CPU's fast path with the float graph, and end with the verdict."""
-    _refuse_layers(bundle, config, wanted)
-    report = _compare_layers(bundle, config, prompts_file, decode_steps, wanted.get("cosine"))
-    if as_json:
-        echo_json({"backend": "ort-cpu", "passed": report.passed, **msgspec.to_builtins(report)})
-    else:
-        _print_layers(bundle, report)
-    if not report.passed:
-        click.get_current_context().exit(EXIT_GATE_MISSED)
+class _Opened(NamedTuple):
+    """A bundle whose hashes are right, and what closes with it."""
+
+    stack: ExitStack
+    progress: Progress
+    manifest: Manifest
+    tokenizer: Tokenizer
+    table: EmbeddingTable
 
 
-def _refuse_layers(bundle: Path, config: EngineConfig, wanted: Mapping[str, float]) -> None:
-    from edge.bundle.engine_file import find_engines
-
-    flags = {"top1": "--min-top1", "kl": "--max-kl", "cache_cosine": "--min-cache-cosine"}
-    for name, flag in flags.items():
-        if name in wanted:
-            raise ConfigError(f"{flag} has no effect with --layers, which compares no logits")
-    engine = config.backend
-    if engine == "auto" and find_engines(bundle):
-        engine = "tensorrt"
-    if engine in GPU_BACKENDS:
-        raise ConfigError(
-            f"--layers compares ort-cpu only, and here {engine} would run: a TensorRT engine shows "
-            "no layers unless it is built with them as outputs; give --backend ort-cpu, or leave "
-            "--layers out to compare logits and cache"
-        )
-
-
-def _compare_layers(
-    bundle: Path,
-    config: EngineConfig,
-    prompts_file: Path | None,
-    decode_steps: int,
-    floor: float | None,
-) -> LayerReport:
+@contextmanager
+def _open(bundle: Path) -> Iterator[_Opened]:
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
     from edge.bundle.manifest import read_manifest, verify_files
-    from edge.measure.layers import CpuLayers, compare_layers
-    from edge.measure.verify import ROUNDED_ACTIVATIONS, Thresholds
     from edge.progress import uncounted
     from edge.text.tokenizer import Tokenizer
 
@@ -224,44 +175,134 @@ def _compare_layers(
             verify_files(bundle, manifest, manifest.files)
         tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
         table = stack.enter_context(closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)))
-        limit = config.kv_capacity or manifest.kv_capacity
-        prompts = read_prompts(prompts_file, tokenizer, limit - decode_steps)
-        rounds = config.int8_activations is not False and manifest.quantization.method != "none"
-        # No more rows than these tokens need: a step copies the whole cache.
-        capacity = min(limit, max(map(len, prompts)) + decode_steps)
+        yield _Opened(stack, progress, manifest, tokenizer, table)
+
+
+def _open_plain(opened: _Opened, bundle: Path, config: EngineConfig) -> OrtBackend:
+    """Open the graph as it was exported: no rewritten attention, no rounded activations."""
+    from edge.backends.ort import OrtBackend
+
+    backend = OrtBackend(
+        bundle,
+        opened.manifest,
+        kv_capacity=config.kv_capacity,
+        num_threads=config.num_threads,
+        max_step_tokens=config.prefill_chunk,
+        fuse_attention=False,
+        int8_activations=False,
+    )
+    return opened.stack.enter_context(closing(backend))
+
+
+def _verify_layers(
+    bundle: Path,
+    configs: tuple[EngineConfig, EngineConfig],
+    prompts_file: Path | None,
+    decode_steps: int,
+    wanted: Mapping[str, float],
+    as_json: bool,
+) -> None:
+    """Compare layer by layer with the float graph, and end with the verdict."""
+    flags = {"top1": "--min-top1", "kl": "--max-kl", "cache_cosine": "--min-cache-cosine"}
+    for name, flag in flags.items():
+        if name in wanted:
+            raise ConfigError(f"{flag} has no effect with --layers, which compares no logits")
+    floor = wanted.get("cosine")
+    engine, report = _compare_layers(bundle, *configs, prompts_file, decode_steps, floor)
+    if as_json:
+        echo_json({"backend": engine, "passed": report.passed, **msgspec.to_builtins(report)})
+    else:
+        _print_layers(bundle, engine, report)
+    if not report.passed:
+        click.get_current_context().exit(EXIT_GATE_MISSED)
+
+
+def _compare_layers(
+    bundle: Path,
+    config: EngineConfig,
+    reference_config: EngineConfig,
+    prompts_file: Path | None,
+    decode_steps: int,
+    floor: float | None,
+) -> tuple[str, LayerReport]:
+    """Compare the layers' outputs on the CPU, and what they cached on a GPU."""
+    from edge.backends.choose import open_backend
+    from edge.bundle.engine_file import find_engines
+    from edge.measure.layers import CacheLayers, LayerSource, compare_layers
+    from edge.measure.verify import ROUNDED_ACTIVATIONS, Thresholds
+    from edge.progress import uncounted
+
+    with _open(bundle) as opened:
+        manifest, progress = opened.manifest, opened.progress
+        name, quantized = "ort-cpu", manifest.quantization.method != "none"
+        reference: LayerSource
+        candidate: LayerSource
         with uncounted(progress, "open"):
-            reference, candidate = (
-                CpuLayers(
-                    bundle,
-                    manifest,
-                    capacity=capacity,
-                    num_threads=config.num_threads,
-                    fuse_attention=fast,
-                    int8_activations=fast and rounds,
+            if config.backend in GPU_BACKENDS or (
+                config.backend == "auto" and find_engines(bundle)
+            ):
+                plain = _open_plain(opened, bundle, reference_config)
+                backend = open_backend(bundle, manifest, config)
+                opened.stack.enter_context(closing(backend))
+                name, reference, candidate = backend.name, CacheLayers(plain), CacheLayers(backend)
+                limit = min(reference.capacity, candidate.capacity)
+                prompts = read_prompts(prompts_file, opened.tokenizer, limit - decode_steps)
+            else:
+                prompts, reference, candidate = _open_cpu_layers(
+                    opened, bundle, config, prompts_file, decode_steps
                 )
-                for fast in (False, True)
-            )
         if floor is None:
-            floor = (ROUNDED_ACTIVATIONS if rounds else Thresholds()).cosine
-        return compare_layers(
+            rounded = name == "ort-cpu" and quantized
+            floor = (ROUNDED_ACTIVATIONS if rounded else Thresholds()).cosine
+        return name, compare_layers(
             reference,
             candidate,
             prompts,
-            table,
+            opened.table,
             decode_steps=decode_steps,
             floor=floor,
-            chunk=_PROMPT_CHUNK,
+            max_tokens=_PROMPT_CHUNK,
             progress=progress,
         )
 
 
-def _print_layers(bundle: Path, report: LayerReport) -> None:
+def _open_cpu_layers(
+    opened: _Opened,
+    bundle: Path,
+    config: EngineConfig,
+    prompts_file: Path | None,
+    decode_steps: int,
+) -> tuple[list[list[int]], CpuLayers, CpuLayers]:
+    """Read the prompts, and open the plain graph and the CPU's fast path."""
+    from edge.measure.layers import CpuLayers
+
+    limit = config.kv_capacity or opened.manifest.kv_capacity
+    prompts = read_prompts(prompts_file, opened.tokenizer, limit - decode_steps)
+    # No more rows than these tokens need: a step copies the whole cache.
+    capacity = min(limit, max(map(len, prompts)) + decode_steps)
+    rounds = config.int8_activations is not False
+    reference, candidate = (
+        CpuLayers(
+            bundle,
+            opened.manifest,
+            capacity=capacity,
+            num_threads=config.num_threads,
+            fuse_attention=fast,
+            int8_activations=fast and rounds,
+        )
+        for fast in (False, True)
+    )
+    return prompts, reference, candidate
+
+
+def _print_layers(bundle: Path, engine: str, report: LayerReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(markup=False)
+    shown = "outputs of the layers" if report.compared == "outputs" else "keys and values"
     table = Table(
-        title=f"{bundle}: layers of ort-cpu against the float graph, {report.positions} positions",
+        title=f"{bundle}: {shown}, {engine} against the float graph on the CPU",
         title_justify="left",
         box=None,
     )
@@ -270,10 +311,14 @@ def _print_layers(bundle: Path, report: LayerReport) -> None:
     for each in report.layers:
         table.add_row(str(each.layer), f"{each.min_cosine:.6f}", f"{each.max_error:.4f}")
     console.print(table)
+    console.print(f"positions: {report.positions}")
     if report.first is None:
         console.print(f"passed: no layer is below {report.floor}")
-    else:
-        console.print(f"MISSED: layer {report.first} is the first below {report.floor}")
+        return
+    console.print(f"MISSED: layer {report.first} is the first below {report.floor}")
+    if report.compared == "cache":
+        before = f", or in layer {report.first - 1} after it" if report.first else ""
+        console.print(f"what drifts is in its norm, projection or rotation{before}")
 
 
 def read_prompts(path: Path | None, tokenizer: Tokenizer, limit: int) -> list[list[int]]:

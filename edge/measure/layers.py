@@ -1,9 +1,10 @@
 """Finds the decoder layer from which on one way to run a graph drifts from another.
 
-Both sides run copies of the graph in memory in which every layer's output is an output of the
-graph, on the same tokens: prompts in chunks, then the reference's own greedy tokens. A layer works
-on what the layers before it made, so errors add up: the first layer below the floor counts, not
-the worst.
+Both sides run the same tokens: prompts in chunks, then the reference's own greedy tokens. On the
+CPU they run copies of the graph in memory in which every layer's output is an output of the graph.
+An engine on a GPU shows what its layers wrote into the cache instead: keys and values of a layer
+are a projection of the output of the layer before it. Errors add up from layer to layer, so the
+first layer below the floor counts, not the worst.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Floats
+from edge.backends import Backend, Floats
 from edge.backends.ort import load_cpu_graph
 from edge.backends.ort_runner import RunShape, cache_tensors, fill_inputs, make_inputs
 from edge.backends.ort_session import check_sizes, check_threads, open_session
@@ -28,10 +29,12 @@ from edge.errors import BackendError, ConfigError
 from edge.figures import cosine_similarity
 from edge.progress import Progress, silent
 
+Compared = Literal["outputs", "cache"]
+
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """How a layer's output agrees over all positions.
+    """How what a layer made agrees over all positions.
 
     Attributes:
         layer: its index.
@@ -50,12 +53,15 @@ class LayerReport:
     """Every layer's drift, and the first one below the floor.
 
     Attributes:
+        compared: the layers' ``outputs``, or the keys and values that they wrote into the
+            ``cache``.
         positions: that were compared.
         floor: the least cosine that is wanted.
         first: index of the first layer below it; None is good.
         layers: in order.
     """
 
+    compared: Compared
     positions: int
     floor: float
     first: int | None
@@ -72,17 +78,44 @@ class LayerSource(Protocol):
 
     Attributes:
         capacity: tokens that its cache holds.
+        max_step_tokens: the most tokens that one `run` takes.
+        compared: what it shows of a layer.
     """
 
     capacity: int
+    max_step_tokens: int
+    compared: Compared
 
     def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Run tokens ``[S, hidden]`` from cache row ``start`` on.
 
         Returns:
-            The layers' outputs ``[layers, S, hidden]``, and the logits ``[vocab]`` of the last one.
+            What each layer made, ``[layers, parts, S, width]``, and the logits ``[vocab]`` of the
+            last token. A layer's output is one part, its keys and values are two.
+
+        Raises:
+            BackendError: the engine failed.
         """
         ...
+
+
+class CacheLayers:
+    """A `LayerSource` on any engine: keys and values of all heads, from slot 0 of its cache."""
+
+    compared: Compared = "cache"
+
+    def __init__(self, backend: Backend) -> None:
+        self.capacity, self.max_step_tokens = backend.capacity, backend.max_step_tokens
+        self._backend = backend
+
+    def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `LayerSource.run`."""
+        step = step_after([0], [start], embeds[None], last_token(len(embeds))[None])
+        logits = self._backend.forward(step)[0, -1].copy()
+        rows = self._backend.read_slot(0, step.end)[:, :, start:]
+        entries, heads, count, width = rows.shape
+        by_token = rows.transpose(0, 2, 1, 3).astype(np.float32)
+        return by_token.reshape(entries // 2, 2, count, heads * width), logits
 
 
 class CpuLayers:
@@ -99,6 +132,8 @@ class CpuLayers:
         DependencyError, BundleError, ConfigError: see `edge.backends.ort.OrtBackend`.
     """
 
+    compared: Compared = "outputs"
+
     def __init__(
         self,
         bundle: Path,
@@ -109,7 +144,7 @@ class CpuLayers:
         fuse_attention: bool,
         int8_activations: bool,
     ) -> None:
-        self.capacity = check_sizes(manifest, 1, capacity, 1)
+        self.capacity = self.max_step_tokens = check_sizes(manifest, 1, capacity, 1)
         check_threads(num_threads)
         model = self._model = manifest.model
         self._dialect = io_spec.DIALECTS[manifest.dialect]
@@ -140,7 +175,7 @@ class CpuLayers:
                 f"ONNX Runtime failed on a step of {step.seq} tokens: {error}"
             ) from error
         self._keep(found[: len(outputs)], start, step.end)
-        return np.stack(found[len(outputs) :])[:, 0], logits[0, -1]
+        return np.stack(found[len(outputs) :]), logits[0, -1]
 
     def _keep(self, rows: list[NDArray[np.float32]], start: int, end: int) -> None:
         """Keep the step's keys and values: whole caches, or the new rows where these are given."""
@@ -156,7 +191,7 @@ def compare_layers(
     *,
     decode_steps: int,
     floor: float,
-    chunk: int = 64,
+    max_tokens: int = 64,
     progress: Progress = silent,
 ) -> LayerReport:
     """Run prompts through both and compare the outputs of every layer.
@@ -168,7 +203,7 @@ def compare_layers(
         table: the bundle's token table.
         decode_steps: steps after each prompt, with the reference's greedy tokens.
         floor: the least cosine that a layer must reach at every position.
-        chunk: tokens per step of a prompt.
+        max_tokens: bounds the steps of a prompt, as both engines do.
         progress: called with the tokens that both have run (step ``compare``).
 
     Raises:
@@ -181,6 +216,7 @@ def compare_layers(
             f"prompts of 1 to {limit} tokens fit the cache with {decode_steps} decode steps; found "
             f"{[len(prompt) for prompt in prompts]}"
         )
+    chunk = min(max_tokens, reference.max_step_tokens, candidate.max_step_tokens)
     measured: list[NDArray[np.float64]] = []
     ran, total = 0, sum(len(prompt) + decode_steps for prompt in prompts)
     progress("compare", 0, total, "tokens")
@@ -195,11 +231,11 @@ def compare_layers(
             progress("compare", ran, total, "tokens")
             if start == len(ids):
                 ids = np.append(ids, logits.argmax())
-    return _report(np.concatenate(measured, axis=-1), floor)
+    return _report(reference.compared, np.concatenate(measured, axis=-1), floor)
 
 
 def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine and error of each row, ``[2, layers, S]``; NaN where a row is not finite."""
+    """Cosine and error of each row, ``[2, layers, parts, S]``; NaN where a row is not finite."""
     with np.errstate(invalid="ignore"):
         error = np.abs(ours.astype(np.float64) - theirs).max(axis=-1)
         size = np.sqrt(np.square(ours, dtype=np.float64).mean(axis=-1))
@@ -207,12 +243,13 @@ def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[
     return np.stack([cosine_similarity(ours, theirs), relative])
 
 
-def _report(measured: NDArray[np.float64], floor: float) -> LayerReport:
-    cosines, errors = measured[0].min(axis=-1), measured[1].max(axis=-1)  # both keep a NaN
+def _report(compared: Compared, measured: NDArray[np.float64], floor: float) -> LayerReport:
+    cosines = measured[0].min(axis=(-2, -1))  # it keeps a NaN, and so does `max`
+    errors = measured[1].max(axis=(-2, -1))
     below = np.flatnonzero(~(cosines >= floor))
     layers = tuple(
         LayerDrift(layer, float(cosine), float(error))
         for layer, (cosine, error) in enumerate(zip(cosines, errors, strict=True))
     )
     first = int(below[0]) if below.size else None
-    return LayerReport(measured.shape[-1], floor, first, layers)
+    return LayerReport(compared, measured.shape[-1], floor, first, layers)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from edge.cli.verify import verify
 from edge.errors import BundleError, ConfigError
 from edge.measure.layers import CpuLayers, LayerReport, compare_layers
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
+from tests.edge.backends.test_tensorrt import install
+from tests.fake_cuda import FakeGpu
+from tests.fake_tensorrt import write_engine
 
 PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
 STEPS = 6
@@ -84,7 +89,7 @@ def test_the_rewritten_attention_drifts_in_no_layer(
 ) -> None:
     require_kernels(dialect)
     bundle = tiny_bundles(kind, dialect)
-    report = compare(bundle, layers_of(bundle, fuse_attention=True), floor=0.99999, chunk=3)
+    report = compare(bundle, layers_of(bundle, fuse_attention=True), floor=0.99999, max_tokens=3)
     assert report.passed
     assert report.positions == 8 + 2 * STEPS
     assert [each.layer for each in report.layers] == [0, 1]
@@ -104,7 +109,8 @@ def test_it_computes_what_the_backend_computes(
     ids = PROMPTS[0]
     for part, logits in prefill(backend, table, ids, max_tokens=3):
         found, ours = layers.run(part.start, table[np.array(ids[part])])
-        assert found.shape == (2, part.stop - part.start, read_manifest(bundle).model.hidden_size)
+        width = read_manifest(bundle).model.hidden_size
+        assert found.shape == (2, 1, part.stop - part.start, width)
         np.testing.assert_allclose(ours, logits[-1], rtol=1e-4, atol=1e-4)
 
 
@@ -126,7 +132,7 @@ def test_values_that_are_no_numbers_are_below_every_floor(bundle: Path) -> None:
     class NotFinite(CpuLayers):
         def run(self, start: int, embeds: Any) -> Any:
             found, logits = super().run(start, embeds)
-            found[1, 0, 0] = np.inf if start else 0
+            found[1, 0, 0, 0] = np.inf if start else 0
             return found, logits
 
     wrong = NotFinite(
@@ -171,8 +177,6 @@ def test_the_verb_measures_rounded_activations_by_layer(rounded: Path) -> None:
         (["--max-kl", "1"], "--max-kl has no effect with --layers"),
         (["--min-top1", "1"], "--min-top1 has no effect"),
         (["--min-cache-cosine", "1"], "--min-cache-cosine has no effect"),
-        (["--backend", "tensorrt"], "here tensorrt would run"),
-        (["--backend", "ort-cuda"], "here ort-cuda would run"),
         (["--decode-steps", "200"], "--kv-capacity"),
     ],
 )
@@ -182,9 +186,53 @@ def test_options_that_do_not_go_with_layers(bundle: Path, options: list[str], wo
     assert words in str(refused)
 
 
-def test_a_bundle_with_an_engine_asks_for_the_cpu_by_name(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    device = FakeGpu()
+    install(monkeypatch, device)
+    yield device
+    gc.collect()
+    assert not device.alive
+    assert not device.broken
+
+
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+def test_an_engine_is_compared_by_what_its_layers_cached(
+    tiny_bundles: Bundles, tmp_path: Path, gpu: FakeGpu, dialect: str
 ) -> None:
-    monkeypatch.setattr("edge.bundle.engine_file.find_engines", lambda _bundle: [Path("engine")])
-    assert "give --backend ort-cpu" in str(run(bundle, "--layers").exception)
-    assert run(bundle, "--layers", "--backend", "ort-cpu", "--decode-steps", 2).exit_code == 0
+    require_kernels(dialect)
+    copy = Path(shutil.copytree(tiny_bundles("qwen2", dialect), tmp_path / "bundle"))
+    write_engine(copy, max_prefill=24)
+    result = run(copy, "--layers", "--decode-steps", 4, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["backend"], report["compared"]) == ("tensorrt", "cache")
+    assert report["positions"] > 24  # more than one step
+    assert all(layer["min_cosine"] > 0.9999 for layer in report["layers"])
+    assert run(copy, "--layers", "--backend", "ort-cpu", "--decode-steps", 2).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("tensor", "first", "words"),
+    [
+        ("layers.0.qkv.weight", 0, "norm, projection or rotation"),
+        ("layers.0.down.weight", 1, "or in layer 0 after it"),
+    ],
+)
+def test_the_cache_names_the_layer_before_which_an_engine_drifts(
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tensor: str,
+    first: int,
+    words: str,
+) -> None:
+    wrong = spoil(bundle, tmp_path / "spoilt", tensor)
+    monkeypatch.setattr(
+        "edge.backends.choose.open_backend",
+        lambda _bundle, manifest, _config: OrtBackend(wrong, manifest, max_step_tokens=24),
+    )
+    result = run(bundle, "--layers", "--backend", "tensorrt", "--decode-steps", 4)
+    assert result.exit_code == 3
+    assert f"MISSED: layer {first} is the first below" in result.stdout
+    assert words in " ".join(result.stdout.split())
