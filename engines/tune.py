@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from edge.backends.ort import OrtBackend
-from edge.backends.tensorrt import TensorRTBackend
+from edge.backends.ort.cpu import OrtBackend
+from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.engine_file import RefusedRung, TunedRung
 from edge.bundle.manifest import ENGINES_DIR, verify_files

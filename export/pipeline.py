@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge._version import __version__
-from edge.backends.ort_session import onnxruntime_version
+from edge.backends.ort.session import onnxruntime_version
 from edge.bundle import io_spec
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import (

@@ -28,10 +28,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from edge.backends import tensorrt as runner  # noqa: E402
-from edge.backends import tensorrt_engine  # noqa: E402
 from edge.backends.step import step_after  # noqa: E402
-from edge.backends.step_buffers import widen_fp16  # noqa: E402
+from edge.backends.tensorrt import engine as tensorrt_engine  # noqa: E402
+from edge.backends.tensorrt import runner  # noqa: E402
+from edge.backends.tensorrt.step_buffers import widen_fp16  # noqa: E402
 from edge.bundle import io_spec  # noqa: E402
 from edge.bundle.engine_file import EngineInfo, ProfileInfo, ShapeInfo  # noqa: E402
 from edge.bundle.manifest import Manifest  # noqa: E402
@@ -62,7 +62,7 @@ class IdleContext:
 
 
 class IdleEngine:
-    """What `tensorrt_engine.Engine` offers, without a plan."""
+    """What `edge.backends.tensorrt.engine.Engine` offers, without a plan."""
 
     activations_bytes = 1 << 20
 

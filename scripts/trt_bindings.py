@@ -72,7 +72,7 @@ WHEELS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 
-SOURCES = ("edge/backends/bound_context.py",)
+SOURCES = ("edge/backends/tensorrt/bound_context.py",)
 """Files that use TensorRT's objects without its module; all others are found."""
 
 _NEVER: Release = (99, 0)

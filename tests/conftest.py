@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pytest
 from hypothesis import HealthCheck, settings
 
-from edge.backends.ort_session import onnxruntime_version
+from edge.backends.ort.session import onnxruntime_version
 from edge.bundle.io_spec import DIALECTS
 from edge.bundle.manifest import Dialect
 from edge.device.nodes import GPU_NODES, find_gpu_node

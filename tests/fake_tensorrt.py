@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.ort_session import session_options
+from edge.backends.ort.session import session_options
 from edge.bundle import io_spec
 from edge.bundle.engine_file import (
     ENGINE_SCHEMA_VERSION,

@@ -41,7 +41,8 @@ def test_importing_the_package_loads_nothing_heavy(tmp_path: Path):
 def test_importing_the_runtime_loads_no_engine(tmp_path: Path):
     """Numpy is there from here on; the engine, tokenizer and template come with a bundle."""
     code = (
-        "from edge import *; import edge.backends.ort, edge.backends.tensorrt, edge.cli; "
+        "from edge import *; import edge.backends.ort.cpu, edge.backends.tensorrt.runner; "
+        "import edge.cli; "
         "late = 'onnxruntime', 'onnx', 'tensorrt', 'pycuda', 'tokenizers', 'minijinja', 'rich', "
         "'torch'; "
         "print([m for m in late if m in sys.modules], 'numpy' in sys.modules)"
@@ -76,7 +77,7 @@ def test_every_public_name_resolves():
     [
         (
             "onnxruntime",
-            "from edge.backends.ort_session import import_onnxruntime as load; "
+            "from edge.backends.ort.session import import_onnxruntime as load; "
             "load(None, 'the CPU backend needs onnxruntime', 'cpu')",
             "[cpu]'",
         ),

@@ -49,7 +49,7 @@ def test_an_unknown_machine_has_no_stub() -> None:
 
 def test_the_uses_of_this_code_are_found() -> None:
     files = {path.name for path in source_files()}
-    assert {"compat.py", "tensorrt_engine.py", "bound_context.py", "probe.py"} <= files
+    assert {"compat.py", "engine.py", "bound_context.py", "probe.py"} <= files
     uses = find_uses(source_files())
     assert ("MemoryPoolType", "WORKSPACE") in uses.chains
     assert ("ILogger", "Severity", "ERROR") in uses.chains  # by an alias

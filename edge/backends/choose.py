@@ -103,7 +103,7 @@ def _refusal(error: BundleError | DependencyError, node: str) -> BundleError | D
 
 
 def _open_tensorrt(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
-    from .tensorrt import TensorRTBackend
+    from .tensorrt.runner import TensorRTBackend
 
     return TensorRTBackend(
         bundle, manifest, num_slots=config.num_slots, kv_capacity=config.kv_capacity
@@ -111,7 +111,7 @@ def _open_tensorrt(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
 
 
 def _open_ort_cuda(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
-    from .ort_cuda import OrtCudaBackend
+    from .ort.gpu import OrtCudaBackend
 
     def open_with(capacity: int) -> Backend:
         return OrtCudaBackend(
@@ -128,7 +128,7 @@ def _open_ort_cuda(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
 
 
 def _open_ort_cpu(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
-    from . import ort
+    from .ort import cpu as ort
 
     capacity = config.kv_capacity
     if capacity is None:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 import msgspec
 
-from edge.backends.ort_session import check_int8_activations
+from edge.backends.ort.session import check_int8_activations
 from edge.bundle.manifest import MANIFEST_NAME, Dialect, ModelSpec, read_manifest
 from edge.bundle.update import update_manifest
 from edge.engine_config import EngineConfig

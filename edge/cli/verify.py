@@ -20,7 +20,7 @@ from .options import Finite, bundle_argument, engine_options, take_engine
 from .progress import show_progress
 
 if TYPE_CHECKING:
-    from edge.backends.ort import OrtBackend
+    from edge.backends.ort.cpu import OrtBackend
     from edge.bundle.embeddings import EmbeddingTable
     from edge.bundle.manifest import Manifest
     from edge.measure.layers import CpuLayers, LayerReport
@@ -180,7 +180,7 @@ def _open(bundle: Path) -> Iterator[_Opened]:
 
 def _open_plain(opened: _Opened, bundle: Path, config: EngineConfig) -> OrtBackend:
     """Open the graph as it was exported: no rewritten attention, no rounded activations."""
-    from edge.backends.ort import OrtBackend
+    from edge.backends.ort.cpu import OrtBackend
 
     backend = OrtBackend(
         bundle,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
-from edge.backends.device_memory import EngineMemory
+from edge.backends.tensorrt.device_memory import EngineMemory
 from edge.bundle.manifest import Manifest
 from edge.device.telemetry import Snapshot
 from edge.errors import ConfigError

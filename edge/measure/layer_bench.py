@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from edge.backends import Backend
-from edge.backends.layer_times import LayerTimes
-from edge.backends.tensorrt import TensorRTBackend
+from edge.backends.tensorrt.layer_times import LayerTimes
+from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.engine_layers import LayerTable, read_layers
 from edge.bundle.manifest import Manifest

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend, Floats
-from edge.backends.ort import load_cpu_graph
-from edge.backends.ort_runner import RunShape, cache_tensors, fill_inputs, make_inputs
-from edge.backends.ort_session import check_sizes, check_threads, open_session
+from edge.backends.ort.cpu import load_cpu_graph
+from edge.backends.ort.runner import RunShape, cache_tensors, fill_inputs, make_inputs
+from edge.backends.ort.session import check_sizes, check_threads, open_session
 from edge.backends.step import TokenTable, last_token, step_after
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
@@ -126,10 +126,10 @@ class CpuLayers:
         manifest: its manifest.
         capacity: rows of the cache.
         num_threads: None is one per physical core.
-        fuse_attention, int8_activations: as of `edge.backends.ort.OrtBackend`.
+        fuse_attention, int8_activations: as of `edge.backends.ort.cpu.OrtBackend`.
 
     Raises:
-        DependencyError, BundleError, ConfigError: see `edge.backends.ort.OrtBackend`.
+        DependencyError, BundleError, ConfigError: see `edge.backends.ort.cpu.OrtBackend`.
     """
 
     compared: Compared = "outputs"

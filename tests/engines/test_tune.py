@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from edge.backends.tensorrt import TensorRTBackend
+from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.engine_file import find_engines, read_engine_info, rebuild_command
 from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
@@ -28,7 +28,7 @@ from engines.compat import TensorRT
 from engines.config import BuildConfig
 from engines.store import EngineStore
 from tests.conftest import RUNNABLE, Bundles
-from tests.edge.backends.test_tensorrt import install
+from tests.edge.backends.tensorrt.test_runner import install
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import fake_plan, make_module, write_engine
 

@@ -19,7 +19,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from edge.backends import cuda
-from edge.backends.tensorrt import TensorRTBackend
+from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import read_manifest

@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 from edge import LLM, SamplingParams
-from edge.backends.ort import OrtBackend
-from edge.backends.ort_session import session_options
+from edge.backends.ort.cpu import OrtBackend
+from edge.backends.ort.session import session_options
 from edge.backends.step import step_after
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable

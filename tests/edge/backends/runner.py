@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.ort import OrtBackend
+from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME

@@ -516,7 +516,7 @@ def test_a_reader_that_goes_away_is_no_crash(bundle: Path):
 SLOW_CHAT = """
 import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from edge.backends.ort import OrtBackend
+from edge.backends.ort.cpu import OrtBackend
 forward = OrtBackend.forward
 def slow(*args):
     time.sleep(0.15)

@@ -318,7 +318,7 @@ def test_a_slowdown_beyond_the_limit_fails(
     bundle = str(tiny_bundles("qwen2", quant="int4"))
     saved = tmp_path / "bench.json"
     saved.write_text(run_verb(bundle, "--json", *SMALL).stdout)
-    from edge.backends.ort import OrtBackend
+    from edge.backends.ort.cpu import OrtBackend
 
     forward: Callable[..., Any] = OrtBackend.forward
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edge.backends.layer_times import LayerTimes
+from edge.backends.tensorrt.layer_times import LayerTimes
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.engine_layers import layers_path, read_layers
 from edge.cli.bench import bench
 from edge.errors import ConfigError
 from tests.conftest import Bundles, require_kernels
-from tests.edge.backends.test_tensorrt import GpuRunner, install
+from tests.edge.backends.tensorrt.test_runner import GpuRunner, install
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import write_engine
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from edge.backends.ort import OrtBackend
+from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import prefill
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EmbeddingTable
@@ -23,7 +23,7 @@ from edge.cli.verify import verify
 from edge.errors import BundleError, ConfigError
 from edge.measure.layers import CpuLayers, LayerReport, compare_layers
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
-from tests.edge.backends.test_tensorrt import install
+from tests.edge.backends.tensorrt.test_runner import install
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import write_engine
 

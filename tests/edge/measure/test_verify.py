@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge.backends import Step
-from edge.backends.ort import OrtBackend
+from edge.backends.ort.cpu import OrtBackend
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.manifest import Manifest, read_manifest

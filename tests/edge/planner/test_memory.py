@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge.backends import device_memory
-from edge.backends.ort import OrtBackend
+from edge.backends.ort.cpu import OrtBackend
+from edge.backends.tensorrt import device_memory
 from edge.bundle import io_spec
 from edge.bundle.engine_file import read_engine_info
 from edge.bundle.manifest import Dialect, Manifest, read_manifest
@@ -68,7 +68,7 @@ def test_the_engine_holds_the_bundles_weights(tiny_bundles: Bundles):
 def test_the_engines_parts_are_those_that_the_tensorrt_backend_allocates(
     batch: int, dialect: Dialect, tiny_bundles: Bundles, tmp_path: Path
 ):
-    """From dimensions alone what `edge.backends.device_memory` plans from an engine."""
+    """From dimensions alone what `edge.backends.tensorrt.device_memory` plans from an engine."""
     bundle = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "bundle")
     engine = write_engine(bundle, max_batch=batch, max_prefill=64)
     info = msgspec.structs.replace(read_engine_info(engine), kv_capacity=4096)

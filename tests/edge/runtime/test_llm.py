@@ -18,7 +18,8 @@ import pytest
 
 import edge.runtime.llm
 from edge import LLM, GenerationChunk, SamplingParams
-from edge.backends import ort, ort_session
+from edge.backends.ort import cpu as ort
+from edge.backends.ort import session as ort_session
 from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import encode_manifest, read_manifest

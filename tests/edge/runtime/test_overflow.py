@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.backends import Floats
-from edge.backends.ort import OrtBackend
+from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import step_after
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import ModelSpec, RopeSpec, read_manifest

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge.backends import Backend, Floats
-from edge.backends.ort import OrtBackend
+from edge.backends.ort.cpu import OrtBackend
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import FileInfo, Manifest, SamplingDefaults, read_manifest
 from edge.cli.cache import cache

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge.backends import ort
+from edge.backends.ort import cpu as ort
 from edge.bundle.embeddings import EmbeddingTable
 from edge.device.telemetry import Snapshot
 from edge.errors import BackendError, EdgeError

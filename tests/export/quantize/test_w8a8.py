@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 
-from edge.backends.ort_session import session_options
+from edge.backends.ort.session import session_options
 from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
 from edge.errors import ConfigError

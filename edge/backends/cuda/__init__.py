@@ -1,0 +1,360 @@
+"""The only door to CUDA: through PyCUDA, or else through cuda-bindings (`driver`).
+
+Graphs always go through cuda-bindings, since PyCUDA has none. Nothing here computes or knows a
+model. Addresses are plain integers, all copies are asynchronous on one `Stream`, and every call
+that fails raises one clear `EdgeError`.
+
+Memory and streams belong to a context, and are freed only in a thread where that context is
+current: whoever calls here stands inside ``with device.active()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.device.telemetry import read_available_memory_bytes
+from edge.errors import DependencyError, DeviceError, DeviceMemoryError, EdgeError
+
+from .bindings import Calls
+from .driver import load_bindings, load_driver
+from .errors import explain_init_failure, is_fatal, reason_of
+
+
+class Stream:
+    """A CUDA stream: what is put on it runs in that order, and apart from the host.
+
+    Attributes:
+        handle: its address, as TensorRT takes it.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._stream = device.call("create a stream", device.driver.Stream)
+        self.handle = int(self._stream.handle)
+
+    def synchronize(self) -> None:
+        """Wait until everything on it has run.
+
+        Raises:
+            DeviceError: something that was put on it failed.
+        """
+        try:
+            self._stream.synchronize()
+        except self._device.driver.Error as error:
+            raise self._device.error("run a step", error) from error
+
+    def upload(self, target: int, source: NDArray[Any]) -> None:
+        """Copy a contiguous, pinned host array to the device; it must not change until it ran."""
+        try:
+            self._device.driver.memcpy_htod_async(target, source, self._stream)
+        except self._device.driver.Error as error:
+            raise self._device.error("copy to the GPU", error) from error
+
+    def download(self, target: NDArray[Any], source: int) -> None:
+        """Fill a contiguous, pinned host array; its values are there after `synchronize`."""
+        try:
+            self._device.driver.memcpy_dtoh_async(target, source, self._stream)
+        except self._device.driver.Error as error:
+            raise self._device.error("copy from the GPU", error) from error
+
+    def clear(self, target: int, num_bytes: int) -> None:
+        """Fill device memory with zeros."""
+        self._device.call(
+            "clear memory", self._device.driver.memset_d8_async, target, 0, num_bytes, self._stream
+        )
+
+    def close(self) -> None:
+        """Destroy it; work that is on it is waited for by the driver."""
+        self._stream = None
+
+
+class Box(NamedTuple):
+    """One side of a `BoxCopy`: rows ``pitch`` bytes apart, in layers of ``rows`` of them.
+
+    Attributes:
+        base: a device address, or a contiguous host array.
+        pitch: bytes from one row to the next.
+        rows: rows from one layer to the next.
+    """
+
+    base: int | NDArray[Any]
+    pitch: int
+    rows: int
+
+
+class BoxCopy:
+    """Copies a box out of one strided memory into another by a single ``cuMemcpy3DAsync``.
+
+    The object is made once and run with other addresses: nothing is allocated in a step.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._copy = device.call("prepare a copy", device.driver.Memcpy3D)
+
+    def run(
+        self, target: Box, source: Box, *, width: int, height: int, depth: int, stream: Stream
+    ) -> None:
+        """Put ``depth`` layers of ``height`` rows of ``width`` bytes on a stream.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        copy = self._copy
+        try:
+            if isinstance(source.base, int):
+                copy.set_src_device(source.base)
+            else:
+                copy.set_src_host(source.base)
+            if isinstance(target.base, int):
+                copy.set_dst_device(target.base)
+            else:
+                copy.set_dst_host(target.base)
+            copy.src_pitch, copy.src_height = source.pitch, source.rows
+            copy.dst_pitch, copy.dst_height = target.pitch, target.rows
+            copy.width_in_bytes, copy.height, copy.depth = width, height, depth
+            copy(stream._stream)
+        except self._device.driver.Error as error:
+            raise self._device.error("copy rows of the cache", error) from error
+
+
+class DeviceMemory:
+    """A block of device memory.
+
+    Attributes:
+        address: 256-byte aligned (cuMemAlloc).
+        num_bytes: its size.
+    """
+
+    def __init__(self, device: Device, num_bytes: int, purpose: str) -> None:
+        self.num_bytes = num_bytes
+        self._block = device.allocate(purpose, num_bytes, device.driver.mem_alloc, num_bytes)
+        self.address = int(self._block)
+
+    def close(self) -> None:
+        """Give it back; twice is harmless."""
+        block, self._block, self.address = self._block, None, 0
+        if block is not None:
+            block.free()
+
+
+class PinnedMemory:
+    """Host memory that the GPU reaches by itself.
+
+    Attributes:
+        array: ``[num_bytes]`` uint8; never use it after `close`.
+        address: where the device sees it, or 0 if it was not mapped.
+    """
+
+    def __init__(self, device: Device, num_bytes: int, purpose: str, *, mapped: bool) -> None:
+        driver = device.driver
+        flags = driver.host_alloc_flags.DEVICEMAP if mapped else 0
+        self.array: NDArray[np.uint8] = device.allocate(
+            purpose, num_bytes, driver.pagelocked_empty, num_bytes, np.uint8, mem_flags=flags
+        )
+        self._block = self.array.base
+        self.address = 0
+        if mapped:
+            try:
+                self.address = int(device.call("map memory", self._block.get_device_pointer))
+            except EdgeError:
+                self.close()
+                raise
+        self.array[...] = 0
+
+    def close(self) -> None:
+        """Give it back; twice is harmless."""
+        block, self._block, self.address = self._block, None, 0
+        self.array = np.empty(0, np.uint8)
+        if block is not None:
+            block.free()
+
+
+class GraphExec:
+    """A captured CUDA graph, ready to be launched."""
+
+    def __init__(self, device: Device, handle: Any) -> None:
+        self._device = device
+        self._handle = handle
+
+    def launch(self, stream: Stream) -> None:
+        """Put one run of it on a stream.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        self._device.graph_call("launch a CUDA graph", "cuGraphLaunch", self._handle, stream.handle)
+
+    def close(self) -> None:
+        """Destroy it; twice is harmless."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._device.graph_call("destroy a CUDA graph", "cuGraphExecDestroy", handle)
+
+
+class Device:
+    """One GPU, through its primary context, which TensorRT's own runtime calls use too.
+
+    Args:
+        ordinal: number of the GPU.
+
+    Attributes:
+        driver: PyCUDA, or what stands in for it.
+        name: of the GPU.
+        compute_capability: e.g. ``8.7``.
+        integrated: whether it shares the host's memory, as on a Jetson.
+
+    Raises:
+        DependencyError: PyCUDA and cuda-bindings are missing, or the driver does not start; the
+            message has the cure.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self.driver = driver = load_driver()
+        try:
+            driver.init()
+            gpu = driver.Device(ordinal)
+            self.name = str(gpu.name())
+            self.compute_capability = "{}.{}".format(*gpu.compute_capability())
+            self.integrated = bool(gpu.get_attribute(driver.device_attribute.INTEGRATED))
+            self._context = _primary_context(driver, ordinal)  # type: ignore[arg-type]
+        except driver.Error as error:
+            raise DependencyError(explain_init_failure(reason_of(error))) from error
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Make its context the thread's own for as long as the block lasts."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        """Make its context current; `leave` must follow in the same thread."""
+        self.call("enter the context", self._context.push)
+
+    def leave(self) -> None:
+        """Undo `enter`. A context that stays current would abort the process at its end."""
+        self.call("leave the context", self._context.pop)
+
+    @functools.cached_property
+    def _graphs(self) -> Calls:
+        return load_bindings()
+
+    def graph_call(self, doing: str, name: str, *args: Any) -> Any:
+        """Call a function of cuda-bindings, which has the graphs that PyCUDA lacks.
+
+        Raises:
+            DependencyError: cuda-bindings is missing.
+            DeviceError: the call failed, or the driver's library does not have it.
+        """
+        graphs = self._graphs
+        try:
+            return graphs(name, *args)
+        except graphs.Error as error:
+            raise self.error(doing, error) from error
+
+    def memory_info(self) -> tuple[int, int]:
+        """Free and all bytes of device memory.
+
+        On an integrated GPU the driver counts the page cache as used, though the kernel gives it
+        up on demand (NVIDIA, CUDA for Tegra): there the free bytes are at least ``MemAvailable``.
+        """
+        free, total = self.call("ask for free memory", self.driver.mem_get_info)
+        if self.integrated:
+            free = max(int(free), read_available_memory_bytes() or 0)
+        return int(free), int(total)
+
+    def allocate(self, purpose: str, num_bytes: int, function: Any, *args: Any, **kw: Any) -> Any:
+        """Call an allocator of the driver.
+
+        Raises:
+            DeviceMemoryError: it did not fit.
+            DeviceError: the driver failed in another way.
+        """
+        try:
+            return function(*args, **kw)
+        except (self.driver.Error, MemoryError) as error:
+            if not isinstance(error, (self.driver.MemoryError, MemoryError)):
+                raise self.error(f"allocate {purpose}", error) from error
+            free, total = self.memory_info()
+            raise DeviceMemoryError(
+                f"{purpose} needs {num_bytes / 1e6:,.0f} MB of GPU memory, but {free / 1e6:,.0f} "
+                f"of {total / 1e6:,.0f} MB are free; stop other programs, or build the engine "
+                "with a smaller --kv-capacity or --max-batch"
+            ) from error
+
+    def call(self, doing: str, function: Any, *args: Any) -> Any:
+        """Call the driver.
+
+        Raises:
+            DeviceError: it failed.
+        """
+        try:
+            return function(*args)
+        except self.driver.Error as error:
+            raise self.error(doing, error) from error
+
+    def error(self, doing: str, error: BaseException) -> DeviceError:
+        """Make the driver's exception one of ours."""
+        reason = reason_of(error)
+        fatal = is_fatal(reason)
+        cure = "start the process anew" if fatal else "try again"
+        return DeviceError(f"the GPU could not {doing}: {reason}; {cure}", fatal)
+
+    def begin_capture(self, stream: Stream) -> None:
+        """Record what is put on the stream from now on instead of running it.
+
+        Other threads may go on with what a capture forbids (mode THREAD_LOCAL).
+        """
+        doing, name = "begin a capture", "cuStreamBeginCapture"
+        self.graph_call(doing, name, stream.handle, self._graphs.capture_mode)
+
+    def end_capture(self, stream: Stream) -> GraphExec:
+        """End the recording and make it runnable.
+
+        Raises:
+            DeviceError: what was recorded cannot be a graph; the stream is usable again.
+        """
+        graph = self.graph_call("end a capture", "cuStreamEndCapture", stream.handle)
+        try:
+            handle = self.graph_call("instantiate a CUDA graph", "cuGraphInstantiate", graph, 0)
+        except DeviceError:
+            with contextlib.suppress(DeviceError):  # the first error is the one to tell
+                self._destroy_captured(graph)
+            raise
+        ready = GraphExec(self, handle)
+        try:
+            self._destroy_captured(graph)
+        except DeviceError:
+            with contextlib.suppress(DeviceError):
+                ready.close()
+            raise
+        return ready
+
+    def abandon_capture(self, stream: Stream) -> None:
+        """End a recording that failed, whatever it holds; harmless if none is open."""
+        try:
+            graph = self.graph_call("end a capture", "cuStreamEndCapture", stream.handle)
+        except DeviceError:
+            return  # none is open, or what broke it has been told
+        self._destroy_captured(graph)
+
+    def _destroy_captured(self, graph: Any) -> None:
+        self.graph_call("destroy a captured graph", "cuGraphDestroy", graph)
+
+
+@functools.cache
+def _primary_context(driver: Any, ordinal: int) -> Any:
+    """The context of a GPU, kept until the process ends, as CUDA's own runtime keeps it.
+
+    PyCUDA gives it back only in the thread that retained it, which need not be alive by then.
+    """
+    return driver.Device(ordinal).retain_primary_context()

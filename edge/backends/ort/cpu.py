@@ -1,0 +1,237 @@
+"""ONNX Runtime on the CPU: the default engine of any machine, and the reference of every other.
+
+The cache lives in numpy arrays that are bound as input and output at one address, so a step writes
+its rows in place and copies nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends.step import Floats, Step
+from edge.bundle import io_spec
+from edge.bundle.manifest import Manifest, ModelSpec
+from edge.bundle.onnx_file import OnnxFile
+from edge.errors import BackendError, ResourceError
+
+from .cpu_attention import fuse_cache_attention
+from .host_cache import HostCache
+from .join_planes import join_planes
+from .runner import RunShape, StepRunner, cache_tensors, fill_inputs, make_inputs
+from .session import (
+    check_int8_activations,
+    check_sizes,
+    check_threads,
+    load_graph,
+    open_session,
+)
+
+
+class OrtBackend:
+    """A `Backend` on ONNX Runtime's CPU provider.
+
+    Args:
+        bundle: the bundle's directory; its files are trusted (`manifest.verify_files` comes first).
+        manifest: its manifest.
+        num_slots: sequences that the cache holds.
+        kv_capacity: rows per slot; None is the bundle's own. Only the small graph file is
+            re-shaped in memory, the weights stay untouched.
+        max_step_tokens: the most tokens per sequence and step; bounds the activations' memory.
+        num_threads: None is one per physical core.
+        fuse_attention: rewrite attention for the CPU (`cpu_attention`); off runs the graph as is.
+        int8_activations: let MatMulNBits round each block of activations to int8 (accuracy level
+            4), its fastest kernel. That error is this engine's own, not the bundle's; off
+            multiplies dequantized weights in FP32, as engines with float activations do in
+            theirs, and weights are then dequantized in every step: decode is many times slower.
+            None rounds where this ONNX Runtime can, true refuses where it rounds nothing.
+
+    Raises:
+        DependencyError: onnxruntime is missing, or too old for the bundle's dialect or for
+            ``int8_activations``.
+        BundleError: the graph's inputs and outputs are not those of `io_spec`.
+        ConfigError: a number out of range, or ``int8_activations`` where nothing is rounded.
+    """
+
+    name = "ort-cpu"
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        *,
+        num_slots: int = 1,
+        kv_capacity: int | None = None,
+        max_step_tokens: int = 512,
+        num_threads: int | None = None,
+        fuse_attention: bool = True,
+        int8_activations: bool | None = None,
+    ) -> None:
+        self.capacity = check_sizes(manifest, num_slots, kv_capacity, max_step_tokens)
+        self.num_slots, self.max_step_tokens = num_slots, max_step_tokens
+        check_threads(num_threads)
+        if int8_activations:
+            check_int8_activations(manifest)
+        self.rounds_activations = int8_activations is not False and any(
+            linear.scheme.kind in ("int4", "int8")
+            for linear in manifest.quantization.linears.values()
+        )
+        self._model, self._dialect = manifest.model, io_spec.DIALECTS[manifest.dialect]
+        graph = load_cpu_graph(bundle, manifest, self.capacity, fuse_attention=fuse_attention)
+        self._session: Any = open_session(
+            graph, bundle, manifest, num_threads, int8_activations=int8_activations is not False
+        )
+        _return_freed_memory()
+        model = self._model
+        shape = (num_slots, model.num_kv_heads, self.capacity, model.head_dim)
+        try:
+            self._cache = HostCache(2 * model.num_layers, shape, np.dtype(np.float32))
+        except MemoryError as error:
+            raise ResourceError(
+                f"the KV cache of {num_slots} slots of {self.capacity} tokens does not fit into "
+                "memory; fewer slots, or a smaller --kv-capacity"
+            ) from error
+        self._kv_positions = np.arange(self.capacity, dtype=np.int64)
+        self._runner = StepRunner(
+            lambda shape: _HostStep(
+                self._session, self._dialect, model, self._cache, self._kv_positions, shape
+            ),
+            read_slot=self.read_slot,
+            put_back=self.write_slot,
+            vocab_size=model.vocab_size,
+            fused=fuse_attention and self._dialect.one_attention_operator,
+        )
+
+    @property
+    def failed(self) -> str | None:
+        """See `edge.backends.Backend.failed`."""
+        return "the backend is closed" if self._session is None else None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the cache when full."""
+        return sum(array.nbytes for array in self._cache.arrays)
+
+    def forward(self, step: Step) -> NDArray[np.float32]:
+        """See `edge.backends.Backend.forward`."""
+        step.check(self)
+        return self._runner.run(step)
+
+    def read_slot(self, slot: int, length: int) -> Floats:
+        """See `edge.backends.Backend.read_slot`."""
+        return self._cache.read(slot, length)
+
+    def write_slot(self, slot: int, rows: Floats) -> None:
+        """See `edge.backends.Backend.write_slot`."""
+        self._cache.write(slot, rows)
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """See `edge.backends.Backend.copy_slot`."""
+        self._cache.copy(source, target, length)
+
+    def close(self) -> None:
+        """Free the session and the cache."""
+        self._runner.forget()
+        self._cache.close()
+        self._session = None
+
+
+def load_cpu_graph(
+    bundle: Path, manifest: Manifest, capacity: int, *, fuse_attention: bool
+) -> OnnxFile:
+    """Read the decoder as `OrtBackend` runs it.
+
+    Args:
+        bundle: the bundle's directory.
+        manifest: its manifest.
+        capacity: rows of the cache.
+        fuse_attention: rewrite attention for the CPU, in a dialect that has it as one operator.
+
+    Raises:
+        BundleError: the graph is not one that edge-llm's exporter wrote.
+    """
+    graph = load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", capacity)
+    if fuse_attention and io_spec.DIALECTS[manifest.dialect].one_attention_operator:
+        fuse_cache_attention(graph, manifest.model)
+    join_planes(graph, bundle, manifest)
+    return graph
+
+
+class _HostStep:
+    """Fixed arrays of one step shape, bound once and run many times.
+
+    Args:
+        session: ONNX Runtime's.
+        dialect, model: of its graph.
+        cache: of all slots.
+        kv_positions: 0, 1, 2, ... up to the capacity.
+        shape: of the steps.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        dialect: io_spec.DialectSpec,
+        model: ModelSpec,
+        cache: HostCache,
+        kv_positions: NDArray[np.int64],
+        shape: RunShape,
+    ) -> None:
+        first, batch, seq, num_logits = shape
+        self._session, self._dialect, self._first = session, dialect, first
+        self._cache, self._kv_positions = cache, kv_positions
+        self._inputs = make_inputs(dialect, model.hidden_size, np.float32, shape)
+        self._logits = np.empty((batch, num_logits, model.vocab_size), dtype=np.float32)
+        rows = (batch, model.num_kv_heads, seq, model.head_dim)
+        # ONNX Runtime is given bare addresses; what they point at must outlive a `close`.
+        self._caches = [array[first : first + batch] for array in cache.arrays]
+        inputs, outputs, self._new = cache_tensors(
+            dialect, self._caches, lambda: np.empty(rows, dtype=np.float32)
+        )
+        self._binding = session.io_binding()
+        for name, array in {**self._inputs, **inputs}.items():
+            _bind(self._binding.bind_input, name, array)
+        for name, array in {io_spec.LOGITS: self._logits, **outputs}.items():
+            _bind(self._binding.bind_output, name, array)
+
+    def run(self, step: Step) -> NDArray[np.float32]:
+        fill_inputs(self._inputs, step, step.embeds)
+        kv_len = self._dialect.rows_read(step.starts, step.kv_len)
+        _bind(self._binding.bind_input, io_spec.KV_POSITIONS, self._kv_positions[:kv_len])
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(
+                f"ONNX Runtime failed on a step of {step.positions.shape} tokens: {error}"
+            ) from error
+        self._append(step)
+        for slot, start in enumerate(step.starts, start=self._first):
+            self._cache.wrote(slot, start + step.seq)
+        self._cache.settle(step.positions.size)
+        return self._logits
+
+    def _append(self, step: Step) -> None:
+        """Copy the step's keys and values into the cache, where the graph does not write them."""
+        if not self._new:
+            return
+        for row, start in enumerate(step.starts):
+            for cache, new in zip(self._caches, self._new, strict=True):
+                cache[row, :, start : start + step.seq] = new[row]
+
+
+def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _return_freed_memory() -> None:
+    """Give the kernel back what loading has freed: 200 MB of packed weights' originals at 1.5B.
+
+    glibc keeps it for a process that would need it again; elsewhere there is nothing to call.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

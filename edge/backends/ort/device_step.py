@@ -1,0 +1,91 @@
+"""A step on a device of ONNX Runtime, bound to memory there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends.step import Step
+from edge.bundle import io_spec
+from edge.bundle.manifest import FloatType, ModelSpec
+
+from .device_cache import OrtDeviceCache
+from .faults import DeviceFaults
+from .float_bits import from_storage, to_storage
+from .rows import Block
+from .runner import RunShape, cache_tensors, fill_inputs, make_inputs
+
+_BF16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such type, its bits travel as uint16
+
+
+class DeviceStep:
+    """Fixed buffers on the device for one step shape, bound once and run many times.
+
+    Args:
+        session: ONNX Runtime's.
+        dialect, model: of its graph.
+        cache: of all slots.
+        faults: explains what fails.
+        float_type: of the graph.
+        shape: of the steps.
+        kv_len_of_batch: give the graph the length of the longest sequence of this very batch,
+            which `GroupQueryAttention` wants.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        dialect: io_spec.DialectSpec,
+        model: ModelSpec,
+        cache: OrtDeviceCache,
+        faults: DeviceFaults,
+        float_type: FloatType,
+        shape: RunShape,
+        *,
+        kv_len_of_batch: bool,
+    ) -> None:
+        first, batch, seq, num_logits = shape
+        self._session, self._dialect, self._faults = session, dialect, faults
+        self._float_type, self._kv_len_of_batch = float_type, kv_len_of_batch
+        self._device, self._positions = cache.device, cache.positions
+        self._element = _BF16 if float_type == "bf16" else cache.dtype.type
+        # Bound anew in every step: a binding copies host memory to where the graph wants it, and
+        # ONNX Runtime wants some of the indices on the host and some on the device.
+        self._inputs = make_inputs(dialect, model.hidden_size, cache.dtype, shape)
+        # Logits are what leaves the device: ONNX Runtime copies them here.
+        self._logits = np.empty((batch, num_logits, model.vocab_size), dtype=cache.dtype)
+        rows = (batch, model.num_kv_heads, seq, model.head_dim)
+        self._caches = cache.blocks(first, batch)
+        inputs, outputs, self._new = cache_tensors(
+            dialect, self._caches, lambda: cache.allocate(rows)
+        )
+        # Appending the rows that a graph returns is a run of its own.
+        self._append = cache.writer(self._caches, self._new) if self._new else None
+        self._binding = session.io_binding()
+        for name, block in inputs.items():
+            self._bind(self._binding.bind_input, name, block, self._element)
+        for name, block in outputs.items():
+            self._bind(self._binding.bind_output, name, block, self._element)
+        where = (self._logits.shape, self._logits.ctypes.data)
+        self._binding.bind_output(io_spec.LOGITS, "cpu", 0, self._element, *where)
+
+    def _bind(self, bind: Any, name: str, block: Block, element: Any) -> None:
+        bind(name, self._device.name, self._device.index, element, block.shape, block.address)
+
+    def run(self, step: Step) -> NDArray[np.float32]:
+        """See `edge.backends.ort.runner.BoundStep`."""
+        kv_len = step.end if self._kv_len_of_batch else step.kv_len
+        kv_len = self._dialect.rows_read(step.starts, kv_len)
+        rows = Block(self._positions.address, (kv_len,), self._positions.owner)
+        with self._faults.explain(f"on a step of {step.positions.shape} tokens"):
+            fill_inputs(self._inputs, step, to_storage(step.embeds, self._float_type))
+            for name, buffer in self._inputs.items():
+                element = self._element if name == io_spec.INPUTS_EMBEDS else np.int64
+                self._binding.bind_input(name, "cpu", 0, element, buffer.shape, buffer.ctypes.data)
+            self._bind(self._binding.bind_input, io_spec.KV_POSITIONS, rows, np.int64)
+            self._session.run_with_iobinding(self._binding)
+            if self._append is not None:
+                self._append.write(step.starts)
+        return from_storage(self._logits, self._float_type).astype(np.float32, copy=False)

@@ -1,0 +1,253 @@
+"""ONNX Runtime on an NVIDIA GPU: the same graph that engines are built from, without an engine.
+
+It runs ``decoder.onnx``, typed fp16 or bf16. The CUDA provider of ONNX Runtime has kernels for all
+of dialect ``native`` (TensorScatter and Attention of opset 24 among them, OperatorKernels.md), and
+for `GroupQueryAttention`, which reads and writes the cache in place; so the load-time rewrite of
+the CPU serves here, too. Dialect ``portable`` runs as it is and its new rows are scattered.
+
+The cache lies in device memory that ONNX Runtime allocated, at fixed addresses. Only a step's
+embeddings and indices go in, and only logits come out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends.step import Floats, Step, last_token, step_after
+from edge.bundle import io_spec
+from edge.bundle.manifest import FloatType, Manifest
+from edge.bundle.onnx_file import Node, OnnxFile
+from edge.errors import BackendError, DependencyError, EdgeError
+
+from .cpu_attention import fuse_cache_attention
+from .device import OrtDevice, import_for_device, open_on_device
+from .device_cache import OrtDeviceCache
+from .device_step import DeviceStep
+from .faults import DeviceFaults
+from .float_bits import from_storage, storage_dtype, to_storage
+from .join_planes import hand_over, join_planes
+from .placement import tensor_nodes_elsewhere
+from .runner import RunShape, StepRunner
+from .session import check_sizes, load_graph, session_options
+
+_LOG = logging.getLogger(__name__)
+
+
+class OrtCudaBackend:
+    """A `Backend` on ONNX Runtime's CUDA provider.
+
+    Args:
+        bundle: the bundle's directory; its files are trusted (`manifest.verify_files` comes first).
+        manifest: its manifest.
+        num_slots: sequences that the cache holds.
+        kv_capacity: rows per slot; None is the bundle's own.
+        max_step_tokens: the most tokens per sequence and step; bounds the activations' memory.
+        fuse_attention: rewrite attention to `GroupQueryAttention` (dialect ``native``); off runs
+            the graph as it is, which copies the cache's valid rows in every step.
+        device: another one than the first GPU; tests put the CPU here.
+
+    Attributes:
+        nodes_elsewhere: operators that work on tensors but run outside the device, with their
+            number; empty if all is well. They are logged as a warning, too.
+
+    Raises:
+        DependencyError: onnxruntime-gpu, a library or a kernel that it needs is missing.
+        DeviceMemoryError: weights and cache do not fit into the device's memory.
+        BundleError: the graph's inputs and outputs are not those of `io_spec`.
+        ConfigError: a number out of range.
+    """
+
+    name = "ort-cuda"
+    rounds_activations = False
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        *,
+        num_slots: int = 1,
+        kv_capacity: int | None = None,
+        max_step_tokens: int = 512,
+        fuse_attention: bool = True,
+        device: OrtDevice | None = None,
+    ) -> None:
+        self.capacity = check_sizes(manifest, num_slots, kv_capacity, max_step_tokens)
+        self.num_slots, self.max_step_tokens = num_slots, max_step_tokens
+        self.device = device or OrtDevice()
+        self._model, self._dialect = manifest.model, io_spec.DIALECTS[manifest.dialect]
+        self._float_type: FloatType = manifest.dtype
+        cache_bytes = io_spec.kv_bytes_per_token(self._model, self._float_type)
+        cache_bytes *= self.capacity * num_slots
+        self._faults = DeviceFaults(
+            self.device.name,
+            f"{cache_bytes / 1e6:,.0f} MB ({num_slots} slots of {self.capacity} tokens)",
+        )
+        _check_types(manifest)
+        self._ort = import_for_device(manifest, self.device)
+        path = bundle / manifest.graphs.decoder
+        graph = load_graph(path, manifest, self._float_type, self.capacity)
+        self._fused = fuse_attention and self._dialect.one_attention_operator
+        if self._fused:
+            fuse_cache_attention(graph, self._model)
+            _take_total_from_shape(graph)
+        join_planes(graph, bundle, manifest)
+        self._runner = StepRunner(
+            self._bind,
+            read_slot=self.read_slot,
+            put_back=self._put_back,
+            vocab_size=self._model.vocab_size,
+            fused=self._fused,
+        )
+        events = self._load(graph, bundle, manifest)
+        self._warm_up(1)
+        self._check_in_place()
+        self.nodes_elsewhere = tensor_nodes_elsewhere(events, self.device.provider)
+        if self.nodes_elsewhere:
+            _LOG.warning(
+                "%d nodes run outside %s, each step waits for them: %s",
+                sum(self.nodes_elsewhere.values()),
+                self.device.provider,
+                ", ".join(f"{count} {name}" for name, count in self.nodes_elsewhere.items()),
+            )
+
+    def _load(self, graph: OnnxFile, bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
+        """Open the session, allocate the cache, and profile a first step; returns its events."""
+        options = session_options(self._ort, bundle, manifest)
+        hand_over(graph, self._ort, options)
+        # Weights outside the arena: it would round every one of them up.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        # MatMulNBits keeps activations as they are typed, as an engine does; 4 would mean int8.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        model = self._model
+        shape = (self.num_slots, model.num_kv_heads, self.capacity, model.head_dim)
+        with tempfile.TemporaryDirectory(prefix="edge-llm-") as folder:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "step")
+            with self._faults.explain("while loading"):
+                self._session: Any = open_on_device(
+                    self._ort, self.device, graph.serialize(), options
+                )
+                self._cache = OrtDeviceCache(
+                    self._ort,
+                    self.device,
+                    2 * model.num_layers,
+                    shape,
+                    storage_dtype(self._float_type),
+                )
+            self._warm_up(0)
+            events: list[dict[str, Any]] = json.loads(
+                Path(self._session.end_profiling()).read_text("utf-8")
+            )
+        return events
+
+    @property
+    def failed(self) -> str | None:
+        """See `edge.backends.Backend.failed`; a lost device needs the process to restart."""
+        return "the backend is closed" if self._session is None else self._faults.lost
+
+    @property
+    def cache_bytes(self) -> int:
+        """Device memory of the cache."""
+        return self._cache.num_bytes
+
+    def forward(self, step: Step) -> NDArray[np.float32]:
+        """See `edge.backends.Backend.forward`."""
+        self._check_usable()
+        step.check(self)
+        return self._runner.run(step)
+
+    def read_slot(self, slot: int, length: int) -> Floats:
+        """See `edge.backends.Backend.read_slot`; bf16 rows come as float32, which holds them."""
+        self._check_usable()
+        with self._faults.explain("while reading a slot"):
+            rows = self._cache.read(slot, length)
+        return from_storage(rows, self._float_type)
+
+    def write_slot(self, slot: int, rows: Floats) -> None:
+        """See `edge.backends.Backend.write_slot`."""
+        self._check_usable()
+        stored = to_storage(rows, self._float_type)
+        with self._faults.explain("while writing a slot"):
+            self._cache.write(slot, stored)
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """See `edge.backends.Backend.copy_slot`; nothing leaves the device."""
+        self._check_usable()
+        with self._faults.explain("while copying a slot"):
+            self._cache.copy(source, target, length)
+
+    def close(self) -> None:
+        """Free the session and the cache."""
+        self._runner.forget()
+        self._cache.close()
+        self._session = None
+
+    def _check_usable(self) -> None:
+        self._faults.check()
+        if self._session is None:
+            raise BackendError("the backend is closed; load the bundle again")
+
+    def _put_back(self, slot: int, row: Floats) -> None:
+        try:
+            self.write_slot(slot, row)
+        except EdgeError as error:
+            # Its rows may be a prefix that others share, and nobody would notice.
+            self._faults.lost = self._faults.lost or f"a slot's row could not be put back: {error}"
+            raise
+
+    def _warm_up(self, position: int) -> None:
+        """Run a decode step, so that the device loads its kernels."""
+        embeds = np.ones((1, 1, self._model.hidden_size), dtype=np.float16)
+        self.forward(step_after([0], [position], embeds, last_token(1)[None]))
+
+    def _check_in_place(self) -> None:
+        """The rows of two steps must be there: a copied cache would have lost the first."""
+        if not self.read_slot(0, 2).any(axis=(1, 3)).all():
+            raise BackendError(
+                f"ONNX Runtime {self._ort.__version__} did not update the cache in place on "
+                f"{self.device.provider}; use another version, or --backend ort-cpu"
+            )
+
+    def _bind(self, shape: RunShape) -> DeviceStep:
+        with self._faults.explain("while preparing a step"):
+            return DeviceStep(
+                self._session,
+                self._dialect,
+                self._model,
+                self._cache,
+                self._faults,
+                self._float_type,
+                shape,
+                kv_len_of_batch=self._fused,
+            )
+
+
+def _take_total_from_shape(graph: OnnxFile) -> None:
+    """Give GroupQueryAttention its total length as a shape, which is known on the host.
+
+    It wants that number in host memory. Computed from ``write_indices``, which lie on the device,
+    it would make the host wait for the device once more in every step.
+    """
+    for index, node in enumerate(graph.nodes):
+        if node.outputs == ["cpu.longest"]:
+            graph.nodes[index] = Node(
+                "Shape", [io_spec.KV_POSITIONS], node.outputs, "cpu.longest/Shape"
+            )
+            return
+    raise AssertionError("fuse_cache_attention computes cpu.longest")
+
+
+def _check_types(manifest: Manifest) -> None:
+    schemes = {info.scheme.kind for info in manifest.quantization.linears.values()}
+    if manifest.dtype == "bf16" and schemes != {"float"}:
+        raise DependencyError(
+            "ONNX Runtime has no CUDA kernel for quantized weights with bf16 scales; export with "
+            "--dtype fp16, or use an engine or --backend ort-cpu"
+        )

@@ -1,0 +1,134 @@
+"""Host memory of a KV cache that costs what is written into it.
+
+Where the kernel gives huge pages freely, the first row of a sequence makes 2 MB resident in every
+head of every layer: eight slots of 40 tokens took as much as eight full ones (numpy asks for huge
+pages above 4 MB, and some systems always give them). With small pages alone, attention over 3,000
+rows takes 3 to 5 % longer. So pages are small at first, and made huge once they are half full:
+resident is at most twice what was used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends.step import Floats
+
+HUGE_PAGE_BYTES = 2 << 20  # of x86-64, and of aarch64 with pages of 4 KB
+_CHECK_ROWS = 256  # a slot grows by this many before its pages are looked at again
+_TOKENS_PER_PAGE = 16  # a page takes 0.6 ms or more to copy: no step shall wait for all of them
+_MADV_COLLAPSE = 25  # Linux 6.1; before that the kernel does it by itself, some time later
+
+
+class HostCache:
+    """Zeroed tensors ``[slots, kv_heads, capacity, head_dim]`` in memory of their own.
+
+    Args:
+        num_tensors: keys and values of all layers.
+        shape: of each tensor.
+        dtype: of its elements.
+
+    Attributes:
+        arrays: the tensors. They keep their memory alive, also without this object.
+
+    Raises:
+        MemoryError: the system does not grant so much address space.
+    """
+
+    def __init__(
+        self, num_tensors: int, shape: tuple[int, int, int, int], dtype: np.dtype[Any]
+    ) -> None:
+        slots, self._heads, capacity, head_dim = shape
+        self._row_bytes = head_dim * dtype.itemsize
+        self._block_bytes = capacity * self._row_bytes  # rows of one slot and head
+        num_bytes = slots * self._heads * self._block_bytes
+        self._rows = np.zeros(slots, np.int64)  # that were ever written, from the first one on
+        self._check_at = [1] * slots
+        # Every tensor begins at a huge page, so that one list of pages goes for all.
+        self._huge = np.zeros(num_bytes // HUGE_PAGE_BYTES, np.bool_)
+        self._pending: deque[tuple[mmap.mmap, int]] = deque()
+        self._blocks: list[tuple[mmap.mmap, int]] = []
+        self.arrays: list[Floats] = []
+        for _ in range(num_tensors):
+            block, start = _reserve(num_bytes)
+            self._blocks.append((block, start))
+            tensor = np.frombuffer(block, dtype, int(np.prod(shape)), start).reshape(shape)
+            self.arrays.append(tensor)
+
+    def read(self, slot: int, length: int) -> Floats:
+        """Copy the first rows of a slot: ``[num_tensors, kv_heads, length, head_dim]``."""
+        return np.stack([array[slot, :, :length] for array in self.arrays])
+
+    def write(self, slot: int, rows: Floats) -> None:
+        """Overwrite the first rows of a slot with what `read` returned."""
+        for array, values in zip(self.arrays, rows, strict=True):
+            array[slot, :, : values.shape[1]] = values
+        self.wrote(slot, rows.shape[2])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first rows of one slot to another."""
+        for array in self.arrays:
+            array[target, :, :length] = array[source, :, :length]
+        self.wrote(target, length)
+
+    def close(self) -> None:
+        """Let go of the memory, which lives on while anyone else holds a tensor."""
+        self.arrays, self._blocks = [], []
+        self._pending.clear()
+
+    def wrote(self, slot: int, num_rows: int) -> None:
+        """Note that the first ``num_rows`` rows of a slot may have been written."""
+        if num_rows < self._check_at[slot]:
+            return
+        self._check_at[slot] = num_rows + _CHECK_ROWS
+        self._rows[slot] = num_rows
+        full = 2 * self._used_bytes() >= HUGE_PAGE_BYTES
+        for page in np.flatnonzero(full & ~self._huge).tolist():
+            offset = page * HUGE_PAGE_BYTES
+            self._pending.extend((block, start + offset) for block, start in self._blocks)
+        self._huge |= full
+
+    def settle(self, num_tokens: int) -> None:
+        """Make some of the pages huge that have become half full, behind a step of that size."""
+        for _ in range(min(1 + num_tokens // _TOKENS_PER_PAGE, len(self._pending))):
+            block, offset = self._pending.popleft()
+            _advise(block, "MADV_HUGEPAGE", offset, HUGE_PAGE_BYTES)
+            # Refused by an older kernel, or where no 2 MB are free in one piece: it stays small.
+            with contextlib.suppress(OSError):
+                block.madvise(_MADV_COLLAPSE, offset, HUGE_PAGE_BYTES)
+
+    def _used_bytes(self) -> NDArray[np.int64]:
+        """Bytes of written rows in each whole huge page of a tensor."""
+        used = np.repeat(self._rows * self._row_bytes, self._heads)  # of each slot and head
+        before = np.concatenate([[0], np.cumsum(used)])
+        edges = np.arange(len(self._huge) + 1, dtype=np.int64) * HUGE_PAGE_BYTES
+        index, within = np.divmod(edges, self._block_bytes)
+        padded = np.append(used, 0)  # the last edge may be the tensor's end
+        result: NDArray[np.int64] = np.diff(before[index] + np.minimum(within, padded[index]))
+        return result
+
+
+def _reserve(num_bytes: int) -> tuple[mmap.mmap, int]:
+    """Private zeros in small pages, and the offset of the first huge page's border in them."""
+    try:
+        block = mmap.mmap(
+            -1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    _advise(block, "MADV_NOHUGEPAGE", 0, len(block))
+    address = np.frombuffer(block, np.uint8, 1).ctypes.data
+    return block, -address % HUGE_PAGE_BYTES
+
+
+def _advise(block: mmap.mmap, name: str, offset: int, num_bytes: int) -> None:
+    """Advise the kernel; a system without huge pages has no such advice, or refuses it."""
+    advice: int | None = getattr(mmap, name, None)
+    if advice is not None:
+        with contextlib.suppress(OSError):
+            block.madvise(advice, offset, num_bytes)

@@ -1,0 +1,113 @@
+"""The load-time join of INT8 weights that are stored as two INT4 planes, for ONNX Runtime.
+
+In the file such a weight is ``16 * high + low``: two matrix products and their sum, which is what
+TensorRT keeps packed. ONNX Runtime has one kernel for 8-bit weights (MatMulNBits) and takes two
+passes over the activations for two planes. So each pair becomes one 8-bit weight of the low plane's
+scales, held in memory; only the session's copy of the graph is rewritten, and a parity test holds
+both against each other.
+
+The joined weights are UINT8 with a zero point of 128: what ONNX Runtime's option for exact products
+of INT8 (`session.session_options`) makes of an INT8 constant in groups does not run.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import Manifest
+from edge.bundle.onnx_file import ExternalTensor, OnnxFile
+from edge.bundle.schemes import HIGH_PLANE
+
+from .cpu_attention import expect_node
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_ZERO_POINT = np.uint8(128)
+_CHUNK_BYTES = 1 << 17  # of a plane; with its temporaries it stays in the L2 cache
+
+
+def join_planes(graph: OnnxFile, bundle: Path, manifest: Manifest) -> None:
+    """Replace every pair of planes by one UINT8 weight in `OnnxFile.in_memory`.
+
+    Planes are read in chunks, so nothing but the joined weights takes memory: one block, which goes
+    back to the system as a whole.
+
+    Raises:
+        BundleError: the graph is not one that edge-llm's exporter wrote.
+    """
+    linears = manifest.quantization.linears
+    names = [name for name, linear in linears.items() if linear.scheme.planes]
+    if not names:
+        return
+    _drop_high_products(graph, names)
+    stored = graph.external_tensors()
+    consumers = {name: node for node in graph.nodes for name in node.inputs}
+    sizes = [math.prod(linears[name].shape) for name in names]
+    block = np.empty(sum(sizes), dtype=np.uint8)
+    parts = np.split(block, np.cumsum(sizes)[:-1])
+    joined: dict[str, NDArray[np.uint8]] = {}
+    for name, part in zip(names, parts, strict=True):
+        low = stored[f"{name}.weight"]
+        _read_joined(bundle, low, stored[f"{name}.high_weight"], part)
+        joined[f"{name}.weight"] = part.reshape(low.shape)
+        rows, columns = low.shape
+        groups = rows // linears[name].scheme.group_size
+        zero_point = f"zero_point.{groups}x{columns}"
+        joined.setdefault(zero_point, np.full((groups, columns), _ZERO_POINT))
+        dequantized = expect_node(consumers, f"{name}.weight", "DequantizeLinear")
+        dequantized.inputs = [*dequantized.inputs[:2], zero_point]
+    graph.put_in_memory(joined)
+
+
+def join(low: NDArray[np.uint8], high: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """Write ``16 * high + low + 128`` of packed INT4 planes, two weights per byte of a plane."""
+    result = out.reshape(-1, 2)
+    sign = np.uint8(HIGH_PLANE // 2)
+    # Bytes wrap around: the sum of nibble and plane is what two's complement makes of it.
+    for column, (below, above) in enumerate(
+        ((low & 15, high << 4), (low >> 4, high & 0xF0)),
+    ):
+        below ^= sign
+        below -= sign
+        above ^= _ZERO_POINT
+        np.add(below, above, out=result[:, column])
+
+
+def hand_over(graph: OnnxFile, ort: ModuleType, options: onnxruntime.SessionOptions) -> None:
+    """Let a session take the weights that are in memory; nothing is copied."""
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in graph.in_memory.values()]
+    options.add_external_initializers(list(graph.in_memory), values)
+
+
+def _drop_high_products(graph: OnnxFile, names: list[str]) -> None:
+    """Let the low plane's product be the sum; what only the high plane needs is then unused."""
+    producers = {output: node for node in graph.nodes for output in node.outputs}
+    consumers = {name: node for node in graph.nodes for name in node.inputs}
+    sums = set()
+    for name in names:
+        dequantized = expect_node(consumers, f"{name}.high_weight", "DequantizeLinear")
+        product = expect_node(consumers, dequantized.outputs[0], "MatMul")
+        total = expect_node(consumers, product.outputs[0], "Add")
+        expect_node(producers, total.inputs[0], "MatMul").outputs = total.outputs
+        sums.add(total.name)
+    graph.nodes = [node for node in graph.nodes if node.name not in sums]
+
+
+def _read_joined(
+    bundle: Path, low: ExternalTensor, high: ExternalTensor, out: NDArray[np.uint8]
+) -> None:
+    with (bundle / low.file).open("rb") as file:
+        for start in range(0, low.num_bytes, _CHUNK_BYTES):
+            count = min(_CHUNK_BYTES, low.num_bytes - start)
+            planes = []
+            for plane in (low, high):
+                file.seek(plane.offset + start)
+                planes.append(np.frombuffer(file.read(count), np.uint8))
+            join(planes[0], planes[1], out[2 * start : 2 * (start + count)])

@@ -1,0 +1,151 @@
+"""Steps on ONNX Runtime: which slots run together, and what a session's binding is made of.
+
+A slot is a contiguous part of each cache tensor, so a step on slots ``first .. first + B`` binds
+the addresses of that part. What the memory is, and how it is bound, is the backend's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends.step import Floats, Step
+from edge.backends.windows import Batching, Window, window_step
+from edge.bundle import io_spec
+
+T = TypeVar("T")
+
+
+class RunShape(NamedTuple):
+    """What a binding is made for: the first slot, sequences, tokens and logits of each."""
+
+    first: int
+    batch: int
+    seq: int
+    num_logits: int
+
+
+class BoundStep(Protocol):
+    """A step of one shape, prepared once and run many times."""
+
+    def run(self, step: Step) -> NDArray[np.float32]:
+        """Logits ``[B, N, vocab]``; the step's slots are those that are bound."""
+        ...
+
+
+class StepRunner:
+    """Runs steps window by window; a decode step is bound once per run of slots.
+
+    A run reads all weights, a row more computes: at the 1.5B shape (INT4, 2 cores) 20 ms and 10 ms.
+    So decode spans one idle slot, whose written row is put back.
+
+    Args:
+        bind: prepares a step of a shape.
+        read_slot: see `edge.backends.Backend.read_slot`.
+        put_back: overwrites the first rows of a slot with what ``read_slot`` returned.
+        vocab_size: length of a row of logits.
+        fused: the graph has `GroupQueryAttention`, which takes several tokens after a past for one
+            sequence at a time.
+    """
+
+    def __init__(
+        self,
+        bind: Callable[[RunShape], BoundStep],
+        *,
+        read_slot: Callable[[int, int], Floats],
+        put_back: Callable[[int, Floats], None],
+        vocab_size: int,
+        fused: bool,
+    ) -> None:
+        self._bind, self._read_slot, self._put_back = bind, read_slot, put_back
+        self._vocab_size = vocab_size
+        self._batching = Batching(decode_gap=1, chunk_gap=0, alone_after_past=fused)
+        self._decode_steps: dict[RunShape, BoundStep] = {}
+
+    def run(self, step: Step) -> NDArray[np.float32]:
+        """Run a checked step; see `edge.backends.Backend.forward`."""
+        windows = self._batching.plan(step)
+        if len(windows) == 1 and windows[0].whole:
+            return self._run(step)
+        shape = (step.batch, step.num_logits, self._vocab_size)
+        logits = np.empty(shape, dtype=np.float32)
+        for window in windows:
+            logits[list(window.rows)] = self._run_window(window, step)[list(window.places)]
+        return logits
+
+    def forget(self) -> None:
+        """Drop all bindings, and with them the session."""
+        self._decode_steps.clear()
+
+    def _run_window(self, window: Window, step: Step) -> NDArray[np.float32]:
+        idle = [window.first + place for place in window.idle]
+        kept = [(slot, self._read_slot(slot, 1)) for slot in idle]
+        try:
+            return self._run(window_step(window, step))
+        finally:
+            for slot, row in kept:
+                self._put_back(slot, row)
+
+    def _run(self, step: Step) -> NDArray[np.float32]:
+        shape = RunShape(step.slots[0], step.batch, step.seq, step.num_logits)
+        if not shape.seq == shape.num_logits == 1:
+            return self._bind(shape).run(step)
+        # Decode repeats the same shapes for ever.
+        bound = self._decode_steps.get(shape)
+        if bound is None:
+            bound = self._decode_steps[shape] = self._bind(shape)
+        return bound.run(step)
+
+
+def make_inputs(
+    dialect: io_spec.DialectSpec, hidden_size: int, dtype: Any, shape: RunShape
+) -> dict[str, NDArray[Any]]:
+    """Make arrays for what changes with each step, by the name of the input; see `fill_inputs`."""
+    _, batch, seq, num_logits = shape
+    return {
+        io_spec.INPUTS_EMBEDS: np.empty((batch, seq, hidden_size), dtype),
+        io_spec.POSITION_IDS: np.empty((batch, seq), np.int64),
+        dialect.cursor: np.empty(batch, np.int64),
+        io_spec.LOGITS_INDICES: np.empty((batch, num_logits), np.int64),
+    }
+
+
+def fill_inputs(inputs: dict[str, NDArray[Any]], step: Step, embeds: NDArray[Any]) -> None:
+    """Write a step into the arrays of `make_inputs`.
+
+    Args:
+        inputs: the arrays.
+        step: what runs.
+        embeds: its embeddings in the graph's float type.
+    """
+    values = (embeds, step.positions, step.starts, step.logits_indices)
+    for array, value in zip(inputs.values(), values, strict=True):
+        array[...] = value
+
+
+def cache_tensors(
+    dialect: io_spec.DialectSpec, caches: Sequence[T], make_rows: Callable[[], T]
+) -> tuple[dict[str, T], dict[str, T], list[T]]:
+    """Name what the graph's cache inputs and outputs are bound to.
+
+    Args:
+        dialect: of the graph.
+        caches: the bound slots' part of each cache tensor: keys and values of layer after layer.
+        make_rows: makes memory for the rows that a step returns for one of them.
+
+    Returns:
+        Inputs and outputs by name, and the memory of the rows that the runtime must append to
+        ``caches``, in their order; empty where the graph writes in place.
+    """
+    layers = range(len(caches) // 2)
+    new = [] if dialect.in_place else [make_rows() for _ in caches]
+    inputs = [name for layer in layers for name in io_spec.cache_inputs(layer)]
+    outputs = [name for layer in layers for name in dialect.cache_outputs(layer)]
+    return (
+        dict(zip(inputs, caches, strict=True)),
+        dict(zip(outputs, new or caches, strict=True)),
+        new,
+    )

@@ -1,0 +1,1 @@
+"""TensorRT engines on an NVIDIA GPU: `runner` and what it is put together from."""

@@ -1,0 +1,153 @@
+"""An execution context of an engine, bound to the memory of the runner.
+
+Between two steps only what differs is set anew: a decode step in the same slots sets nothing,
+another bucket one shape. TensorRT wants addresses aligned to 256 bytes (NvInferRuntime.h).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from edge.backends import cuda
+from edge.bundle import io_spec
+from edge.bundle.manifest import Manifest
+from edge.errors import BackendError
+
+from .device_cache import DeviceCache, NewRows
+from .engine import Engine
+from .layer_times import LayerTimes
+from .step_buffers import StepBuffers
+
+
+class StepShape(NamedTuple):
+    """All that an execution context must be told for a step; equal shapes share a CUDA graph.
+
+    Attributes:
+        first: the first slot.
+        batch, seq, num_logits: sequences, tokens and logits of each.
+        kv: rows of the cache that attention reads.
+    """
+
+    first: int
+    batch: int
+    seq: int
+    num_logits: int
+    kv: int
+
+
+class BoundContext:
+    """An execution context, its profile, and the memory that its tensors are bound to.
+
+    Args:
+        engine: whose.
+        profile: ``prefill`` or ``decode``.
+        activations: memory that all contexts share: their runs follow each other on one stream.
+        buffers, cache, new_rows: what the tensors are bound to; ``new_rows`` for ``portable``.
+        kv_positions: address of 0, 1, 2, ... up to the capacity.
+        stream: where it runs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        profile: str,
+        manifest: Manifest,
+        *,
+        activations: cuda.DeviceMemory,
+        buffers: StepBuffers,
+        cache: DeviceCache,
+        new_rows: NewRows | None,
+        kv_positions: int,
+        stream: cuda.Stream,
+    ) -> None:
+        self._engine, self._manifest, self._stream = engine, manifest, stream
+        self._cache, self._new_rows = cache, new_rows
+        self._bound: StepShape | None = None
+        self._times: LayerTimes | None = None
+        self._hidden_size = manifest.model.hidden_size
+        dialect = io_spec.DIALECTS[manifest.dialect]
+        self._cursor = dialect.cursor
+        self._pasts: list[str] = []
+        self._outputs: list[str] = []
+        for layer in range(manifest.model.num_layers):
+            self._pasts += io_spec.cache_inputs(layer)
+            self._outputs += dialect.cache_outputs(layer)
+        self._context = engine.create_context()
+        self._call("set_optimization_profile_async", engine.profile(profile), stream.handle)
+        if hasattr(self._context, "set_device_memory"):
+            self._context.set_device_memory(activations.address, activations.num_bytes)
+        else:
+            self._context.device_memory = activations.address
+        fixed = {**buffers.addresses, io_spec.KV_POSITIONS: kv_positions}
+        for name, address in fixed.items():
+            if name in engine.tensors:
+                self._call("set_tensor_address", name, address)
+
+    def bind(self, shape: StepShape) -> None:
+        """Tell the context what differs from the step before.
+
+        Raises:
+            BackendError: TensorRT refuses a shape or an address.
+        """
+        old, self._bound = self._bound, None  # a failure half way leaves nothing to rely on
+        if shape == old:
+            self._bound = old
+            return
+        first, batch, seq, num_logits, kv = shape
+        same_batch = old is not None and old.batch == batch
+        if old is None or (old.batch, old.seq) != (batch, seq):
+            self._call("set_input_shape", io_spec.INPUTS_EMBEDS, (batch, seq, self._hidden_size))
+            self._call("set_input_shape", io_spec.POSITION_IDS, (batch, seq))
+        if old is None or (old.batch, old.num_logits) != (batch, num_logits):
+            self._call("set_input_shape", io_spec.LOGITS_INDICES, (batch, num_logits))
+        if (old is None or old.kv != kv) and io_spec.KV_POSITIONS in self._engine.tensors:
+            self._call("set_input_shape", io_spec.KV_POSITIONS, (kv,))
+        if not same_batch:
+            self._call("set_input_shape", self._cursor, (batch,))
+            model = self._manifest.model
+            rows = (batch, model.num_kv_heads, self._engine.info.kv_capacity, model.head_dim)
+            for name in self._pasts:
+                self._call("set_input_shape", name, rows)
+        if old is None or old.first != first:
+            for entry, name in enumerate(self._pasts):
+                self._call("set_tensor_address", name, self._cache.address(entry, first))
+        if self._new_rows is not None:
+            if old is None or (old.batch, old.seq) != (batch, seq):
+                for entry, name in enumerate(self._outputs):
+                    address = self._new_rows.address(entry, batch, seq)
+                    self._call("set_tensor_address", name, address)
+        elif old is None or old.first != first:
+            # In place: a cache output has the address of its input.
+            for entry, name in enumerate(self._outputs):
+                self._call("set_tensor_address", name, self._cache.address(entry, first))
+        self._bound = shape
+
+    def time_layers(self, times: LayerTimes) -> None:
+        """Report the layers of every later run to ``times``; there is no way back."""
+        self._context.profiler = self._profiler = self._engine.make_profiler(times)
+        self._times = times
+
+    def enqueue(self) -> None:
+        """Put the step on the stream.
+
+        Raises:
+            BackendError: TensorRT refuses it.
+        """
+        if not self._context.execute_async_v3(self._stream.handle):
+            reason = self._engine.last_error()
+            raise BackendError(f"TensorRT refused a step {tuple(self._bound or ())}: {reason}")
+        if self._times is not None:
+            self._stream.synchronize()
+            self._times.end_run()
+
+    def close(self) -> None:
+        """Destroy the context."""
+        self._context = None
+
+    def _call(self, method: str, *args: Any) -> None:
+        try:
+            done = getattr(self._context, method)(*args)
+        except RuntimeError as error:  # set_optimization_profile_async of some versions
+            raise BackendError(f"TensorRT refused {method}{args}: {error}") from error
+        if not done:
+            raise BackendError(f"TensorRT refused {method}{args}: {self._engine.last_error()}")

@@ -1,0 +1,296 @@
+"""The door to CUDA: what it says when the driver fails, and that its stand-ins are faithful."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge.backends import cuda
+from edge.backends.cuda import bindings as cuda_bindings
+from edge.backends.cuda.bindings import BindingsDriver, Calls
+from edge.backends.cuda.errors import explain_init_failure
+from edge.device.nodes import find_gpu_node
+from edge.errors import DependencyError, DeviceError, DeviceMemoryError
+from tests import fake_cuda_bindings as fake_bindings
+from tests import fake_tensorrt
+from tests.fake_cuda import DRIVERS, CaptureMode, FakeGpu
+
+
+@pytest.fixture(params=DRIVERS)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    fake = FakeGpu(with_pycuda=request.param == "pycuda")
+    for name, module in fake.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("said", "cause", "cure"),
+    [
+        ("cuInit failed: no CUDA-capable device is detected", "no NVIDIA GPU", "CUDA_VISIBLE_DEV"),
+        (
+            "cuInit failed: system has unsupported display driver / cuda driver combination",
+            "803",
+            "reboot",
+        ),
+        (
+            "cuInit failed: forward compatibility was attempted on non supported HW",
+            "804",
+            "LD_LIBRARY_PATH",
+        ),
+        (
+            "CUDA driver version is insufficient for CUDA runtime version",
+            "(CUDA 35)",
+            "update the driver",
+        ),
+        ("cuInit failed: system not yet initialized", "802", "wait"),
+        ("cuInit failed: operation not supported", "801", "--runtime nvidia"),
+        ("cuInit failed: unknown error", "999", "dmesg"),
+        ("cuInit failed: something new", "does not start", "edge-llm doctor"),
+    ],
+)
+def test_a_driver_that_does_not_start_has_a_cause_and_a_cure(
+    said: str, cause: str, cure: str, tmp_path: Path
+):
+    message = explain_init_failure(said, tmp_path)
+    assert cause in message
+    assert cure in message
+    assert said in message or "does not start" in message
+
+
+def test_a_device_node_that_may_not_be_opened_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a Jetson it shows as CUDA 999 or 801, which say nothing."""
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvmap").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "nvmap")
+    message = explain_init_failure("cuInit failed: unknown error", tmp_path)
+    assert f"may not open {tmp_path / 'dev' / 'nvmap'}" in message
+    assert "usermod -aG video,render" in message
+
+
+def test_opening_fails_with_the_cure_and_the_exit_code(gpu: FakeGpu):
+    gpu.fail_at, gpu.fail_code = 0, 803
+    with pytest.raises(DependencyError, match="different versions") as caught:
+        cuda.Device()
+    assert caught.value.exit_code == 69
+    gpu.fail_at = None
+    with pytest.raises(DependencyError, match=r"no GPU of this number .*CUDA_VISIBLE_DEVICES"):
+        cuda.Device(1)
+    device = cuda.Device()
+    assert (device.name, device.compute_capability, device.integrated) == ("Fake", "8.7", False)
+
+
+@pytest.mark.parametrize(("code", "fatal"), [(2, False), (700, True), (719, True), (999, True)])
+def test_errors_are_sorted_by_whether_the_context_survives(gpu: FakeGpu, code: int, fatal: bool):
+    device = cuda.Device()
+    with device.active():
+        stream = cuda.Stream(device)
+        memory = cuda.DeviceMemory(device, 512, "test")
+        gpu.fail_at, gpu.fail_code = len(gpu.calls), code
+        with pytest.raises(DeviceError) as caught:
+            stream.upload(memory.address, np.zeros(4, np.uint8))
+        assert caught.value.fatal is fatal
+        assert ("anew" in str(caught.value)) is fatal
+        gpu.fail_at = gpu.lost = None
+        memory.close()
+        memory.close()
+    assert gpu.depth == 0
+
+
+def test_memory_that_does_not_fit_names_the_numbers_and_the_knobs(gpu: FakeGpu):
+    device = cuda.Device()
+    with device.active():
+        message = "cache needs 2,147 MB of GPU memory, but 1,074 of 1,074 MB .*--kv-capacity"
+        with pytest.raises(DeviceMemoryError, match=message):
+            cuda.DeviceMemory(device, 2 << 30, "the KV cache")
+
+
+def test_free_memory_of_a_jetson_counts_what_the_kernel_gives_up(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cuda, "read_available_memory_bytes", lambda: 7 << 30)
+    with cuda.Device().active() as _:
+        assert cuda.Device().memory_info()[0] == gpu.total_bytes
+        gpu.integrated = True
+        assert cuda.Device().memory_info()[0] == 7 << 30
+        monkeypatch.setattr(cuda, "read_available_memory_bytes", lambda: None)
+        assert cuda.Device().memory_info()[0] == gpu.total_bytes
+
+
+# The stand-ins against the real bindings
+
+
+def bound_arguments(method: Any) -> list[str]:
+    """Argument names of a pybind11 method, from the signatures in its docstring."""
+    pattern = re.compile(r"^(?:\d+\. )?\w+\(self: [^,)]*(?:, )?(.*)\) ->", re.MULTILINE)
+    signatures = pattern.findall(method.__doc__)
+    assert signatures, method
+    return re.findall(r"(?:^|, )(\w+):", signatures[0])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "methods"),
+    [
+        (
+            fake_tensorrt.FakeContext,
+            "IExecutionContext",
+            "set_optimization_profile_async set_device_memory set_input_shape set_tensor_address "
+            "execute_async_v3",
+        ),
+        (
+            fake_tensorrt.FakeEngine,
+            "ICudaEngine",
+            "get_tensor_name get_tensor_dtype get_tensor_location get_aliased_input_tensor "
+            "create_execution_context",
+        ),
+    ],
+)
+def test_the_stand_in_has_tensorrt_s_names_and_arguments(ours: Any, theirs: str, methods: str):
+    trt = pytest.importorskip("tensorrt_rtx")
+    real = getattr(trt, theirs)
+    for name in methods.split():
+        code = getattr(ours, name).__code__
+        assert bound_arguments(getattr(real, name)) == list(
+            code.co_varnames[1 : code.co_argcount]
+        ), name
+    public = {name for name in vars(ours) if not name.startswith("_")} - {"version"}
+    assert public <= set(dir(real))
+
+
+def test_the_stand_in_has_tensorrt_s_enums():
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert {m.name for m in fake_tensorrt.ExecutionContextAllocationStrategy} == set(
+        trt.ExecutionContextAllocationStrategy.__members__
+    )
+    assert {m.name for m in fake_tensorrt.TensorLocation} == set(trt.TensorLocation.__members__)
+    assert {m.name for m in fake_tensorrt.DataType} <= set(trt.DataType.__members__)
+    assert {m.name for m in fake_tensorrt.Severity} == set(trt.ILogger.Severity.__members__)
+    for name in ("device_memory_size_v2", "num_io_tensors", "num_optimization_profiles"):
+        assert hasattr(trt.ICudaEngine, name)
+
+
+# cuda-bindings: the stand-in and the calls of the product against NVIDIA's own package
+
+
+@pytest.fixture
+def real_bindings() -> Any:
+    return pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
+
+
+def test_the_stand_in_has_the_calls_of_cuda_bindings(real_bindings: Any):
+    fake: Any = fake_bindings.make_bindings(FakeGpu())
+    names = [name for name in vars(fake) if name.startswith("cu")]
+    assert len(names) > 25
+    for name in names:
+        signature = getattr(real_bindings, name).__doc__.splitlines()[0]
+        arguments = re.findall(r"(\w+)(?::[^,)]*)?[,)]", signature)
+        code = getattr(fake, name).__wrapped__.__code__
+        assert arguments == list(code.co_varnames[: code.co_argcount]), name
+    enums = {
+        "CUresult": fake_bindings.Result,
+        "CUstreamCaptureMode": CaptureMode,
+        "CUdevice_attribute": fake_bindings.DeviceAttribute,
+        "CUmemorytype": fake_bindings.MemoryType,
+    }
+    for name, ours in enums.items():
+        for member in ours:
+            assert getattr(real_bindings, name).__members__[member.name] == member.value
+    assert set(fake.CUDA_MEMCPY3D.__slots__) <= set(dir(real_bindings.CUDA_MEMCPY3D()))
+    assert real_bindings.CU_MEMHOSTALLOC_DEVICEMAP == fake.CU_MEMHOSTALLOC_DEVICEMAP
+
+
+@pytest.mark.skipif(find_gpu_node() is not None, reason="there is a GPU here")
+def test_cuda_bindings_take_every_argument_of_ours(real_bindings: Any):
+    """Without a driver each call ends in RuntimeError, after its arguments were converted."""
+    driver, calls = BindingsDriver(real_bindings), Calls(real_bindings)
+    stream = object.__new__(cuda_bindings._Stream)
+    stream._call, stream.stream = calls, real_bindings.CUstream(0x10)
+    copy = cuda_bindings._Memcpy3D(calls)
+    array = np.zeros(16, np.uint8)
+    copy.set_src_host(array)
+    copy.set_dst_device(0x1000)
+    copy.src_pitch = copy.dst_pitch = copy.width_in_bytes = 16
+    copy.src_height = copy.dst_height = copy.height = copy.depth = 1
+    assert (copy.fields.srcHost, int(copy.fields.dstDevice)) == (array.ctypes.data, 0x1000)
+    gpu, context = object.__new__(cuda_bindings._Device), cuda_bindings._Context(calls, 0x10)
+    gpu._call, gpu._device = calls, 0
+    attempts: list[Callable[[], Any]] = [
+        driver.init,
+        lambda: driver.Device(0),
+        gpu.name,
+        gpu.compute_capability,
+        lambda: gpu.get_attribute(driver.device_attribute.INTEGRATED),
+        gpu.retain_primary_context,
+        context.push,
+        context.pop,
+        driver.Stream,
+        stream.synchronize,
+        lambda: driver.mem_alloc(512),
+        driver.mem_get_info,
+        lambda: driver.pagelocked_empty(512, np.uint8, mem_flags=driver.host_alloc_flags.DEVICEMAP),
+        lambda: driver.memcpy_htod_async(0x1000, array, stream),
+        lambda: driver.memcpy_dtoh_async(array, 0x1000, stream),
+        lambda: driver.memset_d8_async(0x1000, 0, 16, stream),
+        lambda: copy(stream),
+        *(
+            functools.partial(calls, name, *args)
+            for name, args in {
+                "cuStreamDestroy": (stream.stream,),
+                "cuMemFree": (0x1000,),
+                "cuMemFreeHost": (0x1000,),
+                "cuMemHostGetDevicePointer": (0x1000, 0),
+                "cuStreamBeginCapture": (0x10, calls.capture_mode),
+                "cuStreamEndCapture": (0x10,),
+                "cuGraphInstantiate": (real_bindings.CUgraph(0x10), 0),
+                "cuGraphDestroy": (real_bindings.CUgraph(0x10),),
+                "cuGraphLaunch": (real_bindings.CUgraphExec(0x10), 0x10),
+                "cuGraphExecDestroy": (real_bindings.CUgraphExec(0x10),),
+            }.items()
+        ),
+    ]
+    for attempt in attempts:
+        with pytest.raises(cuda_bindings.Error, match=r"failed: .*(libcuda|driver lib|not found)"):
+            attempt()
+
+
+@pytest.mark.skipif(find_gpu_node() is not None, reason="there is a GPU here")
+def test_without_a_driver_cuda_bindings_name_the_cure(
+    real_bindings: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Twice: version 12 says something else the second time."""
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    for _ in range(2):
+        with pytest.raises(DependencyError, match=r"libcuda.so.1 does not load.*nvidia-l4t-cuda"):
+            cuda.Device()
+
+
+# Which of the two
+
+
+def test_pycuda_comes_first_and_why_it_is_not_used_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    fake = FakeGpu()
+    for name, module in fake.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    caplog.set_level(logging.INFO)
+    assert cuda.Device().driver is sys.modules["pycuda.driver"]
+    assert "through PyCUDA" in caplog.text
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    assert isinstance(cuda.Device().driver, BindingsDriver)
+    assert "through cuda-bindings: " in caplog.text
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(
+        DependencyError, match=r"PyCUDA or cuda-bindings: .*pip install pycuda.*<13"
+    ):
+        cuda.Device()

@@ -1,0 +1,174 @@
+"""INT8 weights in two planes, joined at load, against the graph as it was exported."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
+from edge.backends.ort import cpu as ort
+from edge.backends.ort import join_planes as module
+from edge.backends.ort.join_planes import join, join_planes
+from edge.bundle.manifest import read_manifest
+from edge.bundle.onnx_file import OnnxFile
+from edge.bundle.schemes import HIGH_PLANE, PLANES_RANGE, SCHEMES
+from edge.errors import BundleError
+from export.pipeline import ExportConfig, export_checkpoint
+from export.quantize.packing import split_planes
+from tests.conftest import Bundles, Checkpoints, require_kernels
+from tests.edge.backends.runner import Runner, random_ids
+from tests.tiny_models import KINDS, Kind
+
+# The same integers and scales in other sums, of products of size one; measured 1e-5.
+ATOL = 5e-5
+
+
+def joined_graph(bundle: Path) -> OnnxFile:
+    graph = OnnxFile((bundle / "decoder.cpu.onnx").read_bytes())
+    join_planes(graph, bundle, read_manifest(bundle))
+    return graph
+
+
+def joined_values(low: NDArray[np.uint8], high: NDArray[np.uint8]) -> NDArray[np.int8]:
+    result = np.empty(2 * low.size, np.uint8)
+    join(low, high, result)
+    return (result ^ 128).view(np.int8)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    hnp.arrays(
+        np.int8, st.integers(1, 20).map(lambda n: 2 * n), elements=st.integers(*PLANES_RANGE)
+    )
+)
+def test_join_is_the_inverse_of_split(values: NDArray[np.int8]):
+    assert_array_equal(joined_values(*split_planes(values)), values)
+
+
+def test_every_pair_of_planes_joins_to_its_sum():
+    """The least is -136, which no exported weight is; it wraps around."""
+    nibbles = np.arange(256, dtype=np.uint8)
+    low, high = (plane.reshape(-1) for plane in np.meshgrid(nibbles, nibbles))
+    signed = [np.stack([p & 15, p >> 4], axis=1).astype(np.int64) for p in (low, high)]
+    below, above = ((part ^ 8) - 8 for part in signed)
+    wanted = (HIGH_PLANE * above + below).astype(np.int8).reshape(-1)
+    assert_array_equal(joined_values(low, high), wanted)
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4", "int8-w8a8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_weights_are_what_the_file_adds_up_to(
+    kind: Kind, quant: str, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    """Read by onnx, which knows nothing of planes; ours in chunks that fit no row."""
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 999)
+    onnx = pytest.importorskip("onnx")
+    bundle = tiny_bundles(kind, "native", quant)
+    model = onnx.load(bundle / "decoder.cpu.onnx")
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    graph = joined_graph(bundle)
+    linears = read_manifest(bundle).quantization.linears
+    planes = [name for name, linear in linears.items() if linear.scheme.planes]
+    assert planes
+    weights = {name for name in graph.in_memory if not name.startswith("zero_point.")}
+    assert weights == {f"{name}.weight" for name in planes}
+    for name in planes:
+        size = linears[name].scheme.group_size
+        parts = [
+            stored[f"{name}.{part}weight"].astype(np.float32)
+            * np.repeat(stored[f"{name}.{part}scale"], size, axis=0)
+            for part in ("", "high_")
+        ]
+        joined = graph.in_memory[f"{name}.weight"].astype(np.float32) - 128
+        assert_array_equal(joined * np.repeat(stored[f"{name}.scale"], size, axis=0), sum(parts))
+
+
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_the_joined_graph_computes_the_same(
+    dialect: Any, quant: str, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    """As one that runs every plane for itself, for a prompt, a chunk and a token."""
+    require_kernels(dialect)
+    bundle = tiny_bundles("qwen2", dialect, quant)
+
+    def run() -> list[NDArray[Any]]:
+        with Runner(bundle, fuse_attention=False, int8_activations=False) as runner:
+            return [
+                runner.step(random_ids(2, 17), [0, 1]),
+                runner.step(random_ids(1, 5, seed=1)),
+                runner.step(random_ids(2, 1, seed=2), [0, 1]),
+                runner.cache(0),
+            ]
+
+    joined = run()
+    monkeypatch.setattr(ort, "join_planes", lambda *_: None)
+    for ours, theirs in zip(joined, run(), strict=True):
+        assert_allclose(ours, theirs, atol=ATOL, rtol=0)
+
+
+def test_a_bundle_of_blocked_int8_still_runs(
+    tiny_checkpoints: Checkpoints,
+    tiny_bundles: Bundles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As edge-llm wrote it before planes; it rounds weights a little otherwise."""
+    require_kernels("native")
+    facts = dataclasses.replace(SCHEMES["int8"], planes=False)
+    monkeypatch.setitem(SCHEMES, "int8", facts)
+    old = tmp_path / "old"
+    export_checkpoint(
+        ExportConfig(
+            source=str(tiny_checkpoints("qwen2")), output=old, quant="int8", kv_capacity=64
+        )
+    )
+    scheme = read_manifest(old).quantization.linears["lm_head"].scheme
+    assert (str(scheme), joined_graph(old).in_memory) == ("int8-g64", {})
+    logits = []
+    for bundle in (old, tiny_bundles("qwen2", "native", "int8")):
+        with Runner(bundle) as runner:
+            logits.append(runner.step(random_ids(1, 17)).ravel())
+    cosine = np.dot(*logits) / np.prod([np.linalg.norm(each) for each in logits])
+    assert 0.999 < cosine < 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_the_high_planes_is_left(kind: Kind, tiny_bundles: Bundles):
+    bundle = tiny_bundles(kind, "native", "int8")
+    graph = joined_graph(bundle)
+    again = OnnxFile(graph.serialize())
+    tensors = again.external_tensors()
+    kinds = [tensor.dtype for name, tensor in tensors.items() if name.endswith(".weight")]
+    linears = 4 * read_manifest(bundle).model.num_layers + 1
+    assert (kinds.count("uint8"), kinds.count("int4")) == (linears, 0)
+    dequantized = [node for node in again.nodes if node.op_type == "DequantizeLinear"]
+    assert len(dequantized) == linears
+    assert not any("high" in name for name in tensors)
+
+
+def test_a_bundle_without_planes_is_left_alone(tiny_bundles: Bundles):
+    bundle = tiny_bundles("llama", "native", "fp16")
+    before = (bundle / "decoder.cpu.onnx").read_bytes()
+    graph = joined_graph(bundle)
+    assert graph.in_memory == {}
+    assert graph.serialize() == before
+
+
+@pytest.mark.parametrize("op_type", ["DequantizeLinear", "MatMul", "Add"])
+def test_another_shape_of_graph_is_refused(op_type: str, tiny_bundles: Bundles):
+    bundle = tiny_bundles("qwen2", "native", "int8")
+    graph = OnnxFile((bundle / "decoder.cpu.onnx").read_bytes())
+    for node in graph.nodes:
+        if node.op_type == op_type:
+            node.op_type = "Identity"
+    with pytest.raises(BundleError, match=f"has Identity at .*, expected {op_type}"):
+        join_planes(graph, bundle, read_manifest(bundle))

@@ -1,0 +1,44 @@
+"""Sizes and places, without a device: nothing overlaps, everything is aligned, all of it fits."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge.backends.tensorrt.device_memory import (
+    ALIGNMENT,
+    StepSizes,
+    input_layout,
+    new_rows_bytes,
+    new_rows_stride,
+)
+from tests.manifests import make_manifest
+
+MODEL = make_manifest().model
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 8), st.integers(1, 8), st.integers(1, 300), st.sampled_from([16, 24, 64, 128])
+)
+def test_the_new_rows_of_any_step_fit_and_are_aligned(batch: int, heads: int, seq: int, dim: int):
+    from msgspec.structs import replace
+
+    model = replace(MODEL, num_kv_heads=heads, head_dim=dim)
+    stride = new_rows_stride(batch, seq, model)
+    pitch = seq * dim * 2
+    assert stride % ALIGNMENT == stride % pitch == 0
+    assert stride >= batch * heads * pitch
+    # The block of the largest step holds every smaller one.
+    sizes = StepSizes(8, batch * seq, 1)
+    assert 2 * model.num_layers * stride <= new_rows_bytes(sizes, model)
+
+
+@given(st.integers(1, 64), st.integers(1, 2000), st.integers(1, 500), st.integers(1, 5000))
+def test_regions_of_the_inputs_do_not_overlap(batch: int, tokens: int, logits: int, hidden: int):
+    layout = input_layout(StepSizes(batch, tokens, logits), hidden)
+    starts = [layout.cursor, layout.indices, layout.positions, layout.embeds, layout.num_bytes]
+    needed = [8 * batch, 8 * logits, 8 * tokens, 2 * tokens * hidden]
+    assert all(start % ALIGNMENT == 0 for start in starts)
+    for start, end, num_bytes in zip(starts, starts[1:], needed, strict=False):
+        assert 0 <= end - start - num_bytes < ALIGNMENT
