@@ -174,15 +174,10 @@ def _session(bundle: Path, prepared: bytes) -> Any:
 
 
 class FakeEngine:
-    """``ICudaEngine``.
+    """``ICudaEngine``."""
 
-    Attributes:
-        detailed: whether it was built with details of its layers.
-        per_context: whether the inspector tells of later profiles only in a context.
-    """
-
-    detailed = True
-    per_context = False
+    _detailed = True  # built with details of its layers
+    _per_context = False  # the inspector tells of later profiles only in a context
 
     def __init__(self, gpu: FakeGpu, logger: ILogger, plan: dict[str, Any]) -> None:
         self._gpu, self._logger = gpu, logger
@@ -256,9 +251,9 @@ class FakeInspector:
         context, profiles = self.execution_context, range(self._engine.num_optimization_profiles)
         if context is not None:
             profiles = range(context._profile or 0, (context._profile or 0) + 1)
-        elif self._engine.per_context:
+        elif self._engine._per_context:
             profiles = range(1)
-        manifest, detailed = self._engine.manifest, self._engine.detailed
+        manifest, detailed = self._engine.manifest, self._engine._detailed
         return inspector_json(manifest, detailed=detailed, profiles=profiles)
 
 

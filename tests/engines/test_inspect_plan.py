@@ -52,7 +52,7 @@ def on(gpu: FakeGpu) -> TensorRT:
 def test_all_profiles_are_told_of(
     per_context: bool, gpu: FakeGpu, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeEngine, "per_context", per_context)
+    monkeypatch.setattr(FakeEngine, "_per_context", per_context)
     texts = compat.inspect_plan(on(gpu), plan, 2)
     assert len(texts) == (2 if per_context else 1)
     assert parse_inspector(texts, PROFILES) == read_layers(plan)
