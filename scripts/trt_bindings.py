@@ -103,11 +103,14 @@ _PYTHON = {
     for kind in (str, bytes, dict, list, set, tuple, int, Path, threading.Event, io.BufferedReader)
     for name in dir(kind)
 }
+_USES_TENSORRT = re.compile(r"\btrt\.[A-Z]|\b_?module\.[A-Z]")
+_CUDA = ROOT / "edge" / "backends" / "cuda"  # its modules are those of CUDA
 _ELSEWHERE = {
     *("get_available_providers", "get_providers", "preload_dlls", "InferenceSession"),
     *("reshape", "tobytes", "nbytes"),
+    *("VERSION_TEXT", "CUresult", "CUDA_SUCCESS"),
 }
-"""Of ONNX Runtime and NumPy, in the files that use TensorRT too."""
+"""Of ONNX Runtime, NumPy, PyCUDA and cuda-bindings, in the files that use TensorRT too."""
 
 
 # The stub libraries.
@@ -219,7 +222,7 @@ def source_files() -> list[Path]:
     found = {ROOT / name for name in SOURCES}
     for package in ("edge", "engines"):
         for path in (ROOT / package).rglob("*.py"):
-            if re.search(r"\btrt\.[A-Z]|\b_?module\.[A-Z]", path.read_text("utf-8")):
+            if path.parent != _CUDA and _USES_TENSORRT.search(path.read_text("utf-8")):
                 found.add(path)
     return sorted(found)
 

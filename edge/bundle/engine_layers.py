@@ -81,6 +81,11 @@ class CompiledLayer(_Struct, frozen=True):
         return "-"
 
     @property
+    def kernel(self) -> str:
+        """Its kernel's name, or its own where TensorRT names none."""
+        return self.tactic or self.name
+
+    @property
     def reformats(self) -> bool:
         """Whether it only writes a tensor in another layout or type."""
         return self.kind.lower() == "reformat" or self.name.startswith("Reformatting CopyNode")

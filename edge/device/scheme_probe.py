@@ -355,7 +355,7 @@ def _describe(trt: Any, logger: Any, plan: Any) -> str:
     except BundleError:
         return "built"
     kernels = [
-        f"{layer.tactic or layer.name} ({layer.dtype})"
+        f"{layer.kernel} ({layer.dtype})"
         for layer in table.layers
         if layer.dtype != "-" and not layer.reformats
     ]
