@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 
 from edge._version import __version__
@@ -223,6 +224,11 @@ class _Decoder:
             {"axis": 0, "block_size": group_size} if group_size else {"axis": 1}
         )
         inputs = [self.g.external(weight), self.g.external(scale)]
+        if not group_size:
+            # Without it ONNX Runtime 1.23 aborts in its exact mode; that mode replaces it, so each
+            # weight has its own.
+            zeros = np.zeros(scale.dims[0], np.int8)
+            inputs.append(self.g.constant(f"{output}.zero_point", zeros))
         return self.g.node("DequantizeLinear", inputs, output, **grouping)
 
     # What the dialects write differently.

@@ -52,7 +52,7 @@ class GraphBuilder:
         return names[0]
 
     def constant(self, name: str, values: NDArray[np.generic] | Sequence[int]) -> str:
-        """Add a small int64 or bool constant, stored in the model file; one per name."""
+        """Add a small integer or bool constant, stored in the model file; one per name."""
         if name not in self._initializers:
             array = np.asarray(values, dtype=None if isinstance(values, np.ndarray) else np.int64)
             self._initializers[name] = onnx.numpy_helper.from_array(array, name)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _LOG = logging.getLogger(__name__)
+_EXACT_SINCE_SCHEMA = 3
 _ROUNDS_INT8_WEIGHTS_SINCE = (1, 25)  # MatMulNBits of INT8 weights; of INT4 ones 1.23 has it
 
 
@@ -200,9 +201,9 @@ def session_options(
     schemes = [linear.scheme for linear in manifest.quantization.linears.values()]
     if any(scheme.kind == "w8a8" for scheme in schemes):
         # On x86 without VNNI the kernel for INT8 inputs adds pairs of products in 16 bits, where
-        # they saturate. This takes another (onnxruntime_session_options_config_keys.h). What it
-        # makes of INT8 weights in groups, as old bundles hold them, does not run.
-        if any(scheme.kind == "int8" and not scheme.planes for scheme in schemes):
+        # they saturate. This takes another (onnxruntime_session_options_config_keys.h). With what
+        # old bundles hold, INT8 in groups and no zero points, it does not run.
+        if manifest.schema_version < _EXACT_SINCE_SCHEMA:
             _LOG.warning(
                 "%s: on an x86 CPU without VNNI its INT8 products are not exact; export it again",
                 manifest.name,

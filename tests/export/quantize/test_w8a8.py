@@ -191,7 +191,7 @@ def test_onnx_runtime_computes_what_the_integers_say(bundle: Path):
         [
             make("QuantizeLinear", ["x", "grid", "zero"], ["q"]),
             make("DequantizeLinear", ["q", "grid", "zero"], ["d"]),
-            make("DequantizeLinear", ["weight", "scale"], ["w"], axis=1),
+            make("DequantizeLinear", ["weight", "scale", "zeros"], ["w"], axis=1),
             make("MatMul", ["d", "w"], ["y"]),
         ],
         "g",
@@ -200,7 +200,8 @@ def test_onnx_runtime_computes_what_the_integers_say(bundle: Path):
         [
             onnx.numpy_helper.from_array(np.asarray(value), name)
             for name, value in (
-                ("grid", grid), ("zero", np.int8(0)), ("weight", weight), ("scale", scale)
+                ("grid", grid), ("zero", np.int8(0)), ("weight", weight), ("scale", scale),
+                ("zeros", np.zeros(16, np.int8)),
             )
         ],
     )  # fmt: skip
