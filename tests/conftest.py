@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import itertools
+import logging
 import os
 import shutil
 import socket
@@ -79,6 +80,17 @@ def require_kernels(dialect: str) -> None:
     """Skip where ONNX Runtime cannot run a dialect: the newest one for Python 3.10 is 1.23."""
     if dialect == "native" and RUNNABLE != "native":
         pytest.skip("needs ONNX Runtime >= 1.26 for dialect native")
+
+
+@pytest.fixture(autouse=True)
+def _restored_logger() -> Iterator[None]:
+    """A server configures the logger ``edge``, which would then hide records from later tests."""
+    logger = logging.getLogger("edge")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate
 
 
 @pytest.fixture(scope="session")
