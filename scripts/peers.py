@@ -1,0 +1,501 @@
+"""Measure edge-llm beside its peers: one machine, one model, in turns; prints Markdown tables.
+
+usage: scripts/peers [--model qwen2.5-coder-1.5b] [--bundle LABEL=BUNDLE ...] [--peers llama.cpp]
+                     [--parts generate,serving] [--rounds 3] [--work .peers]
+
+Every engine reads the same GGUF file: edge-llm exports a bundle from it (default options),
+llama.cpp requantizes it to Q4_0, OpenVINO GenAI reads that. Only figures of one run compare.
+
+- generate: each round starts each engine once, by its own instrument (`edge-llm bench`,
+  `llama-bench`, OpenVINO's metrics): prefill of 512 tokens, and 128 new tokens after 128. Figures
+  are medians over rounds, ratios medians of the rounds' ratios.
+- serving: `edge-llm serve` and `llama-server` at once, asked in turns by 1 to 16 clients, which
+  stream greedy answers of a fixed length: prompts of 60 tokens, then of 16 to 2,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import http.client
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from scripts.real_models import MODELS, fetch
+from scripts.smollm2 import smollm2_gguf
+
+LLAMA_CPP_PYTHON = "0.3.36"
+OPENVINO_GENAI = "2026.4.1.0"
+PREFILL, CONTEXT, NEW_TOKENS = 512, 128, 128
+CAPACITY = 2304  # rows per slot on both sides: the longest prompt and its answer
+PROSE = (
+    "The harbour town woke slowly. Fishermen mended nets while gulls quarrelled over scraps, and "
+    "the baker carried warm loaves across the square. By noon a hard wind had come up from the "
+    "west, and the boats that were still out turned for home, one after another, low in the water. "
+)
+
+
+class Answer(NamedTuple):
+    """What a client saw of one streamed answer, in seconds since it asked."""
+
+    ttft_s: float
+    itl_s: list[float]
+    tokens: int
+    prompt_tokens: int
+
+
+def main() -> None:
+    options = parse()
+    options.work.mkdir(parents=True, exist_ok=True)
+    gguf = model_file(options)
+    bundles = dict(each.split("=", 1) for each in options.bundle) or {
+        "edge-llm": str(default_bundle(options, gguf))
+    }
+    llama = build_llama_cpp(options.work) if "llama.cpp" in options.peers else None
+    q4_0 = quantize(options, gguf, build_llama_cpp(options.work))
+    result: dict[str, Any] = {"machine": machine(), "model": options.model}
+    if "generate" in options.parts:
+        engines = {label: edge_bench(path, options.threads) for label, path in bundles.items()}
+        if llama is not None:
+            engines["llama.cpp Q4_0"] = llama_bench(llama, q4_0, options.threads)
+        if "openvino" in options.peers:
+            python = openvino(options.work)
+            engines["OpenVINO GenAI Q4_0"] = openvino_bench(python, q4_0, options.threads)
+        result["generate"] = generate(engines, options.rounds)
+    if "serving" in options.parts:
+        tokenizer = Tokenizer.from_file(str(Path(next(iter(bundles.values()))) / "tokenizer.json"))
+        result["serving"] = serving(options, bundles, llama, q4_0, tokenizer)
+    print(json.dumps(result), file=sys.stderr)
+    print(tables(result))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="qwen2.5-coder-1.5b", choices=[*MODELS, "smollm2"])
+    parser.add_argument(
+        "--models", type=Path, default=Path(".models"), help="of scripts/real-models"
+    )
+    parser.add_argument("--bundle", action="append", default=[], metavar="LABEL=BUNDLE")
+    parser.add_argument("--peers", default="llama.cpp", help="of llama.cpp,openvino")
+    parser.add_argument("--parts", default="generate,serving")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", default="1,2,4,8,16")
+    parser.add_argument("--prompt-tokens", default="60,16-2000", help="a length, or LOW-HIGH")
+    parser.add_argument("--answer-tokens", type=int, default=64)
+    parser.add_argument("--serve-option", action="append", default=[], help="for edge-llm serve")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", type=Path, default=Path(".peers"))
+    options = parser.parse_args()
+    options.peers, options.parts = options.peers.split(","), options.parts.split(",")
+    for given, known in (
+        (options.peers, ("llama.cpp", "openvino")),
+        (options.parts, ("generate", "serving")),
+    ):
+        if unknown := set(given) - set(known):
+            parser.error(f"{', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    for each in options.bundle:
+        if "=" not in each:
+            parser.error(f"--bundle {each} is not LABEL=BUNDLE")
+    return options
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to place the figures."""
+    info = Path("/proc/cpuinfo").read_text()
+    fields = {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in info.splitlines())
+    }
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    wanted = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": fields.get("model name", platform.machine()),
+        "cores": os.cpu_count(),
+        "flags": [flag for flag in wanted if flag in flags],
+        "versions": {
+            "edge-llm": importlib.metadata.version("edge-llm"),
+            "onnxruntime": importlib.metadata.version("onnxruntime"),
+            "llama-cpp-python": LLAMA_CPP_PYTHON,
+            "openvino-genai": OPENVINO_GENAI,
+        },
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+# What is measured: made once, kept in --work.
+
+
+def run(command: Sequence[object]) -> str:
+    """A command's standard output; its failure ends this script with its last words."""
+    words = [str(word) for word in command]
+    say(" ".join(words))
+    done = subprocess.run(words, text=True, capture_output=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"error: {words[0]} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def edge_llm(*arguments: object) -> list[object]:
+    return [sys.executable, "-m", "edge.cli", *arguments]
+
+
+def model_file(options: argparse.Namespace) -> Path:
+    return smollm2_gguf() if options.model == "smollm2" else fetch(options.model, options.models)
+
+
+def default_bundle(options: argparse.Namespace, gguf: Path) -> Path:
+    """The bundle that a user gets who says nothing but INT4."""
+    bundle = Path(options.work) / f"{options.model}-int4"
+    if not bundle.exists():
+        run(edge_llm("export", gguf, "-o", bundle, "--quant", "int4"))
+    return bundle
+
+
+def build_llama_cpp(work: Path) -> Path:
+    """llama.cpp as it stands in llama-cpp-python's source package, for this very CPU."""
+    build = work / f"llama.cpp-{LLAMA_CPP_PYTHON}"
+    programs = ("llama-server", "llama-bench", "llama-quantize")
+    if all((build / "bin" / name).exists() for name in programs):
+        return build / "bin"
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            sys.exit(
+                f"error: llama.cpp is compiled here, and {tool} is not on the path; on Debian and "
+                "Ubuntu: apt-get install cmake g++"
+            )
+    package = f"llama-cpp-python=={LLAMA_CPP_PYTHON}"
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
+    run([*pip, "--dest", work, package])
+    archive = work / f"llama_cpp_python-{LLAMA_CPP_PYTHON}.tar.gz"
+    shutil.unpack_archive(archive, work, filter="data")
+    source = work / f"llama_cpp_python-{LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
+    parts = ("BUILD_UI", "USE_PREBUILT_UI", "OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_APP")
+    flags = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON"]
+    flags += [f"-DLLAMA_{part}=OFF" for part in parts]
+    run(["cmake", "-S", source, "-B", build, *flags])
+    run(["cmake", "--build", build, "--parallel", os.cpu_count(), "--target", *programs])
+    return build / "bin"
+
+
+def quantize(options: argparse.Namespace, gguf: Path, llama: Path) -> Path:
+    output = Path(options.work) / f"{options.model}-q4_0.gguf"
+    if not output.exists():
+        run([llama / "llama-quantize", "--allow-requantize", gguf, output, "Q4_0"])
+    return output
+
+
+def openvino(work: Path) -> Path:
+    """The Python of OpenVINO's own environment."""
+    python = work / "venv-openvino" / "bin" / "python"
+    if not python.exists():
+        run([sys.executable, "-m", "venv", python.parents[1]])
+        run([python, "-m", "pip", "install", "-q", f"openvino-genai=={OPENVINO_GENAI}", "numpy"])
+    return python
+
+
+# One stream.
+
+
+class Speed(NamedTuple):
+    """Tokens per second of one round."""
+
+    prefill: float
+    decode: float
+
+
+def edge_bench(bundle: str, threads: int) -> Any:
+    def once() -> Speed:
+        found = []
+        for prompt, new in ((PREFILL, 2), (CONTEXT, NEW_TOKENS)):
+            command = edge_llm("bench", bundle, "--backend", "ort-cpu", "--num-threads", threads)
+            command += ["--prompt-tokens", prompt, "--output-tokens", new, "--repeats", 3, "--json"]
+            found.append(json.loads(run(command)))
+        return Speed(
+            found[0]["prefill"]["tokens_per_s"]["p50"], found[1]["decode"]["tokens_per_s"]["p50"]
+        )
+
+    return once
+
+
+def llama_bench(llama: Path, model: Path, threads: int) -> Any:
+    def once() -> Speed:
+        command = [llama / "llama-bench", "-m", model, "-t", threads, "-r", 3, "-o", "json"]
+        prefill = json.loads(run([*command, "-p", PREFILL, "-n", 0]))
+        decode = json.loads(run([*command, "-p", 0, "-n", NEW_TOKENS, "-d", CONTEXT]))
+        return Speed(median(prefill[0]["samples_ts"]), median(decode[0]["samples_ts"]))
+
+    return once
+
+
+_OPENVINO = """
+import json, sys, numpy as np, openvino as ov, openvino_genai as og
+from statistics import median
+path, threads, prefill, context, new = sys.argv[1], *map(int, sys.argv[2:])
+pipeline = og.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY")
+def metrics(prompt, tokens):
+    config = og.GenerationConfig()
+    config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, True, False
+    config.apply_chat_template = False
+    ids = np.random.default_rng(prompt).integers(300, 40000, (1, prompt))
+    inputs = og.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
+    return pipeline.generate(inputs, config).perf_metrics
+metrics(context, 4)
+prefills = [prefill / metrics(prefill, 2).get_ttft().mean * 1e3 for _ in range(3)]
+decodes = [1e3 / metrics(context, new).get_tpot().mean for _ in range(3)]
+print(json.dumps([median(prefills), median(decodes)]))
+"""
+
+
+def openvino_bench(python: Path, model: Path, threads: int) -> Any:
+    def once() -> Speed:
+        command = [python, "-c", _OPENVINO, model, threads, PREFILL, CONTEXT, NEW_TOKENS]
+        return Speed(*json.loads(run(command).splitlines()[-1]))
+
+    return once
+
+
+def generate(engines: dict[str, Any], rounds: int) -> dict[str, list[Speed]]:
+    """Each engine in turn, as often as there are rounds; every other round begins at the end."""
+    found: dict[str, list[Speed]] = {name: [] for name in engines}
+    for index in range(rounds):
+        names = list(engines)[:: 1 if index % 2 == 0 else -1]
+        for name in names:
+            found[name].append(engines[name]())
+            say(f"round {index + 1}: {name}: {found[name][-1]}")
+    return found
+
+
+# Many streams.
+
+
+@contextmanager
+def server(command: Sequence[object], port: int, log: Path) -> Iterator[int]:
+    """A server that is ready, until the end of the block."""
+    say(" ".join(map(str, command)))
+    with log.open("w") as file:
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + 300
+        while not _ready(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"error: the server did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(0.2)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _ready(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def serving(
+    options: argparse.Namespace,
+    bundles: dict[str, str],
+    llama: Path | None,
+    model: Path,
+    tokenizer: Tokenizer,
+) -> list[dict[str, Any]]:
+    """A row for each kind of prompt, number of clients and server."""
+    counts = [int(count) for count in options.clients.split(",")]
+    slots = min(8, max(counts))
+    ports = itertools.count(18400)
+    rows: list[dict[str, Any]] = []
+    with _servers(options, bundles, llama, model, slots, ports) as servers:
+        for name, port in servers.items():
+            ask(port, tokenizer.encode("warm up " + PROSE).ids[:32], 8, name)
+        for prompts, count in itertools.product(options.prompt_tokens.split(","), counts):
+            order = list(servers.items())[:: 1 if len(rows) // len(servers) % 2 == 0 else -1]
+            for name, port in order:
+                rows.append(
+                    {"prompts": prompts, "clients": count, "server": name}
+                    | load(port, name, count, prompts, options.answer_tokens, tokenizer)
+                )
+                say(json.dumps(rows[-1]))
+    return rows
+
+
+@contextmanager
+def _servers(
+    options: argparse.Namespace,
+    bundles: dict[str, str],
+    llama: Path | None,
+    model: Path,
+    slots: int,
+    ports: Iterator[int],
+) -> Iterator[dict[str, int]]:
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        found: dict[str, int] = {}
+        for label, bundle in bundles.items():
+            port = next(ports)
+            command = edge_llm("serve", bundle, "--backend", "ort-cpu", "--port", port)
+            command += ["--num-slots", slots, "--kv-capacity", CAPACITY]
+            command += ["--num-threads", options.threads, *options.serve_option]
+            log = options.work / f"serve-{len(found)}.log"
+            found[label] = stack.enter_context(server(command, port, log))
+        if llama is not None:
+            port = next(ports)
+            command = [llama / "llama-server", "-m", model, "--port", port, "-np", slots]
+            command += ["-c", slots * CAPACITY, "-t", options.threads, "-tb", options.threads]
+            log = options.work / "llama-server.log"
+            found["llama-server Q4_0"] = stack.enter_context(server(command, port, log))
+        yield found
+
+
+def load(
+    port: int, name: str, clients: int, prompts: str, answer_tokens: int, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Clients that ask again as soon as they are answered, the same questions of every server."""
+    low, _, high = prompts.partition("-")
+    rounds = max(2, 6 // clients)
+    answers: list[Answer] = []
+    failures: list[BaseException] = []
+
+    def client(index: int) -> None:
+        rng = random.Random(f"{prompts} {clients} {index}")
+        for turn in range(rounds):
+            length = round(math.exp(rng.uniform(math.log(int(low)), math.log(int(high or low)))))
+            text = f"{rng.randrange(10**9)} {clients} {index} {turn}. " + PROSE * (length // 50 + 1)
+            ids = tokenizer.encode(text).ids[:length]
+            try:
+                answers.append(ask(port, ids, answer_tokens, name))
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=client, args=(index,)) for index in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - started
+    if failures:
+        sys.exit(f"error: {len(failures)} requests to {name} failed: {failures[0]!r}")
+    ttft = np.percentile([answer.ttft_s for answer in answers], [50, 99])
+    itl = np.percentile([gap for answer in answers for gap in answer.itl_s], [50, 99])
+    return {
+        "tokens_per_s": sum(answer.tokens for answer in answers) / seconds,
+        "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
+        "ttft_p50_s": float(ttft[0]),
+        "ttft_p99_s": float(ttft[1]),
+        "itl_p50_ms": float(itl[0]) * 1e3,
+        "itl_p99_ms": float(itl[1]) * 1e3,
+    }
+
+
+def ask(port: int, ids: list[int], tokens: int, name: str) -> Answer:
+    """One streamed completion of exactly this many tokens."""
+    body = {
+        "prompt": ids,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if name.startswith("llama-server"):
+        body["cache_prompt"] = False
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    started = time.perf_counter()
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+    )
+    response = connection.getresponse()
+    if response.status != 200:
+        raise ValueError(f"{response.status}: {response.read()[:500]!r}")
+    times: list[float] = []
+    usage: dict[str, int] = {}
+    for line in response:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        if "error" in event:
+            raise ValueError(str(event["error"]))
+        if event.get("choices") and event["choices"][0].get("text"):
+            times.append(time.perf_counter() - started)
+        usage = event.get("usage") or usage
+    connection.close()
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    return Answer(times[0], gaps, usage["completion_tokens"], usage["prompt_tokens"])
+
+
+# What is shown.
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Markdown."""
+    about = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    flags = ", ".join(about["flags"])
+    lines = [
+        f"{result['model']} on {about['cores']} cores of {about['cpu']} ({flags}), "
+        f"{about['date']}; {versions}.",
+        "",
+    ]
+    if speeds := result.get("generate"):
+        reference = next((name for name in speeds if name.startswith("llama.cpp")), None)
+        lines += ["| | prefill of 512, tok/s | decode after 128, tok/s | ratio to llama.cpp |"]
+        lines += ["|---|---|---|---|"]
+        for name, rounds in speeds.items():
+            prefill, decode = (median(column) for column in zip(*rounds, strict=True))
+            ratio = "not measured"
+            if reference is not None:
+                pairs = list(zip(rounds, speeds[reference], strict=True))
+                ratio = " and ".join(
+                    f"{median(mine[at] / peer[at] for mine, peer in pairs):.2f}" for at in (0, 1)
+                )
+            lines.append(f"| {name} | {prefill:.0f} | {decode:.1f} | {ratio} |")
+        lines.append("")
+    if rows := result.get("serving"):
+        lines += [
+            "| prompts, tokens | clients | server | whole, tok/s | TTFT P50 / P99, s "
+            "| ITL P50 / P99, ms |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['prompts']} | {row['clients']} | {row['server']} | {row['tokens_per_s']:.1f} "
+            f"| {row['ttft_p50_s']:.2f} / {row['ttft_p99_s']:.2f} "
+            f"| {row['itl_p50_ms']:.0f} / {row['itl_p99_ms']:.0f} |"
+            for row in rows
+        ]
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
