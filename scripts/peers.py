@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from edge import __version__
 from scripts.real_models import MODELS, fetch
 from scripts.smollm2 import smollm2_gguf
 
@@ -134,7 +135,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "flags": [flag for flag in wanted if flag in flags],
         "versions": {
-            "edge-llm": importlib.metadata.version("edge-llm"),
+            "edge-llm": __version__,
             "onnxruntime": importlib.metadata.version("onnxruntime"),
             "llama-cpp-python": LLAMA_CPP_PYTHON,
             "openvino-genai": OPENVINO_GENAI,
@@ -231,9 +232,7 @@ def edge_bench(bundle: str, threads: int) -> Any:
             command = edge_llm("bench", bundle, "--backend", "ort-cpu", "--num-threads", threads)
             command += ["--prompt-tokens", prompt, "--output-tokens", new, "--repeats", 3, "--json"]
             found.append(json.loads(run(command)))
-        return Speed(
-            found[0]["prefill"]["tokens_per_s"]["p50"], found[1]["decode"]["tokens_per_s"]["p50"]
-        )
+        return Speed(found[0]["prefill_tps"], found[1]["decode_tps"])
 
     return once
 
