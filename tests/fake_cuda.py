@@ -82,11 +82,13 @@ class Work:
         run: does it.
         poison: marks what it will write as not there yet.
         valid: asked when a graph replays it.
+        scratch: address and bytes of memory that it needs for itself.
     """
 
     run: Op
     poison: Op = field(default=lambda: None)
     valid: Op = field(default=lambda: None)
+    scratch: tuple[int, int] = (0, 0)
 
 
 class HostBytes:
@@ -130,6 +132,8 @@ class FakeGpu:
         calls: names of all calls so far.
         fail_at: number of the call that fails, counted from 0; None fails none.
         fail_code: the CUDA error it fails with.
+        reserved_bytes: of device memory that no call has shown: weights, execution contexts.
+        spent_s: seconds that calls would have taken, by name; nothing waits for them.
         lost: the error that every call returns from now on.
         missing: functions of cuda-bindings that the driver's library does not have; ``libcuda`` is
             the whole library.
@@ -147,7 +151,8 @@ class FakeGpu:
         self.total_bytes, self.integrated = total_bytes, integrated
         self.compute_capability = compute_capability
         self.blocks: dict[int, NDArray[np.uint8]] = {}
-        self.pinned = 0
+        self.reserved_bytes = 0
+        self.spent_s: dict[str, float] = {}
         self.live: dict[str, int] = {}
         self.streams: weakref.WeakValueDictionary[int, FakeStream] = weakref.WeakValueDictionary()
         self.calls: list[str] = []
@@ -225,17 +230,40 @@ class FakeGpu:
 
     # Memory
 
-    def allocate(self, num_bytes: int) -> int:
-        used = sum(block.nbytes for block in self.blocks.values())
-        if used + num_bytes > self.total_bytes:
-            raise OutOfMemoryError("cuMemAlloc failed: out of memory", OUT_OF_MEMORY)
-        return self.register(np.full(num_bytes, POISON, np.uint8))
+    @property
+    def used_bytes(self) -> int:
+        return self.reserved_bytes + sum(block.nbytes for block in self.blocks.values())
 
-    def register(self, array: NDArray[np.uint8]) -> int:
-        address = self._next
+    def reserve(self, num_bytes: int) -> bool:
+        """Take device memory, or give it back; False if there is not as much."""
+        if num_bytes > 0 and self.used_bytes + num_bytes > self.total_bytes:
+            return False
+        self.reserved_bytes += num_bytes
+        return True
+
+    def spend(self, name: str, seconds: float) -> None:
+        self.spent_s[name] = self.spent_s.get(name, 0.0) + seconds
+
+    def allocate(self, num_bytes: int) -> int:
+        if self.used_bytes + num_bytes > self.total_bytes:
+            raise OutOfMemoryError("cuMemAlloc failed: out of memory", OUT_OF_MEMORY)
+        # No better aligned than CUDA promises, which is 256 bytes.
+        return self.register(np.full(num_bytes, POISON, np.uint8), 256)
+
+    def register(self, array: NDArray[np.uint8], offset: int = 0) -> int:
+        address = self._next + offset
         self._next += -(-array.nbytes // 4096) * 4096 + 4096
         self.blocks[address] = array
         return address
+
+    def holds(self, address: int) -> bool:
+        """Whether an address is of the device."""
+        return any(base <= address < base + len(block) for base, block in self.blocks.items())
+
+    def still(self, address: int, before: NDArray[np.uint8]) -> None:
+        """An address must be of the block that it was of when a graph was captured."""
+        if self.memory(address, len(before)).ctypes.data != before.ctypes.data:
+            raise RuleError(f"memory at {address:#x} was freed after the capture")
 
     def memory(self, address: int, num_bytes: int) -> NDArray[np.uint8]:
         """The bytes at an address; all of them must lie in one live block."""
@@ -250,8 +278,7 @@ class FakeGpu:
 
     def memory_info(self) -> tuple[int, int]:
         self.call("cuMemGetInfo")
-        used = sum(block.nbytes for block in self.blocks.values())
-        return self.total_bytes - used, self.total_bytes
+        return self.total_bytes - self.used_bytes, self.total_bytes
 
     # Work
 
@@ -260,11 +287,19 @@ class FakeGpu:
         if stream.capturing is not None:
             stream.capturing.append(work)
             return
+        self._check_scratch(handle, work)
         work.poison()
         if self.eager:
             work.run()
         else:
             stream.pending.append(work)
+
+    def _check_scratch(self, handle: int, work: Work) -> None:
+        first, size = work.scratch
+        for other, stream in self.streams.items():
+            for each in stream.pending if other != handle else ():
+                if first < sum(each.scratch) and each.scratch[0] < first + size:
+                    raise RuleError("two runs at once write the same activations")
 
     def upload(self, dest: int, source: HostBytes, handle: int) -> None:
         self.call("cuMemcpyHtoDAsync")
@@ -273,7 +308,7 @@ class FakeGpu:
         def run() -> None:
             target[...] = source.view()
 
-        self.put(handle, Work(run))
+        self.put(handle, Work(run, valid=lambda: self.still(dest, target)))
 
     def download(self, target: HostBytes, src: int, handle: int) -> None:
         self.call("cuMemcpyDtoHAsync")
@@ -282,12 +317,13 @@ class FakeGpu:
         def run() -> None:
             target.view()[...] = source
 
-        self.put(handle, Work(run, lambda: target.view().fill(POISON)))
+        poison = functools.partial(_poison, target)
+        self.put(handle, Work(run, poison, lambda: self.still(src, source)))
 
     def fill(self, dest: int, value: int, num_bytes: int, handle: int) -> None:
         self.call("cuMemsetD8Async")
         target = self.memory(dest, num_bytes)
-        self.put(handle, Work(lambda: target.fill(value)))
+        self.put(handle, Work(lambda: target.fill(value), valid=lambda: self.still(dest, target)))
 
     def copy_box(self, target: Side, source: Side, size: tuple[int, int, int], handle: int) -> None:
         """One 3-D copy; ``size`` is width in bytes, height and depth."""
@@ -440,6 +476,10 @@ class FakeMemcpy3D:
             (self.width_in_bytes, self.height, self.depth),
             stream.handle,
         )
+
+
+def _poison(target: HostBytes) -> None:
+    target.view().fill(POISON)
 
 
 def _strided(

@@ -1,24 +1,29 @@
 """A stand-in for ``tensorrt`` that keeps its documented rules and computes with ONNX Runtime.
 
-An engine is the bundle's own graph; a run reads and writes the bound addresses of a `FakeGpu`, in
+`fake_builder` makes its engines; a run reads and writes the bound addresses of a `FakeGpu`, in
 stream order. What TensorRT refuses is refused in its way (False, and an error in the log); what it
-documents as undefined is a `RuleError`.
+documents as undefined is a `RuleError`. Rules are of NvInferRuntime.h, alike from 10.3 to 11.1.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import gc
 import json
+import sys
 import types
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from hypothesis import given, settings, strategies
 from numpy.typing import NDArray
 
-from edge.backends.ort.session import session_options
 from edge.bundle import io_spec
 from edge.bundle.engine_file import (
     ENGINE_SCHEMA_VERSION,
@@ -28,21 +33,35 @@ from edge.bundle.engine_file import (
     ShapeInfo,
 )
 from edge.bundle.engine_layers import parse_inspector
-from edge.bundle.manifest import read_manifest
+from edge.bundle.manifest import Manifest, read_manifest
+from edge.bundle.onnx_file import OnnxFile
+from edge.progress import silent
 from engines.build_plan import BuildPlan, plan_build
+from engines.compat import Compiler, TensorRT
 from engines.config import BuildConfig
 from engines.graph import graph_files, prepare_graph
 from engines.store import EngineStore
+from tests import fake_builder
+from tests.fake_builder import (
+    DTYPES,
+    PLAN_MAGIC,
+    Builder,
+    DataType,
+    ILogger,
+    Planted,
+    Pretended,
+    Severity,
+    shape_inputs,
+)
 from tests.fake_cuda import POISON, FakeGpu, RuleError, Work
 from tests.fake_inspector import inspector_json, layer_names
 
 ALIGNMENT = 256
-_MAGIC = b"FAKE PLAN "
+# Of device memory, that an execution context keeps. TensorRT for RTX 1.7.1 reports none at build.
+CONTEXT_BYTES = 64 << 10
+CONTEXT_S = 0.05
+GOOD = Planted()
 _NUMPY = {"fp16": np.float16, "bf16": np.uint16, "int64": np.int64}
-
-
-class DataType(enum.Enum):
-    FLOAT, HALF, BF16, INT8, INT32, INT64 = range(6)
 
 
 class TensorLocation(enum.Enum):
@@ -51,10 +70,6 @@ class TensorLocation(enum.Enum):
 
 class ExecutionContextAllocationStrategy(enum.Enum):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
-
-
-class Severity(enum.IntEnum):
-    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
 
 class LayerInformationFormat(enum.Enum):
@@ -66,33 +81,43 @@ class IProfiler:
         raise NotImplementedError
 
 
-class ILogger:
-    Severity = Severity
+def fake_plan(
+    build: BuildPlan,
+    *,
+    version: str = "10.16.2.10",
+    flavour: Flavour = "tensorrt",
+    compute_capability: str = "8.7",
+    planted: Planted = GOOD,
+    change: Callable[[bytes], bytes] = lambda graph: graph,
+) -> bytes:
+    """What the stand-in builds, asked past the product's own check of the graph.
 
-    def log(self, severity: Any, msg: str) -> None:
-        raise NotImplementedError
-
-
-_DTYPES = {"fp16": DataType.HALF, "bf16": DataType.BF16, "int64": DataType.INT64}
-
-
-def fake_plan(build: BuildPlan, device_memory: int = 4096) -> bytes:
-    """What a build leaves, for the stand-in to load."""
-    shapes = build.shapes
-    return (
-        _MAGIC
-        + json.dumps(
-            {
-                "bundle": str(build.config.bundle),
-                "max_batch": shapes.max_batch,
-                "max_prefill": shapes.max_prefill,
-                "kv_capacity": shapes.capacity,
-                "kv_buckets": list(build.config.kv_buckets),
-                "kv_read": build.kv_read,
-                "device_memory": device_memory,
-            }
-        ).encode()
+    Args:
+        build: of what.
+        version, flavour, compute_capability: of the TensorRT and the GPU.
+        planted: what goes wrong.
+        change: makes another graph of it.
+    """
+    module = make_module(
+        FakeGpu(),
+        version,
+        flavour=flavour,
+        compute_capability=compute_capability,
+        planted=planted,
     )
+    compiler = Compiler(TensorRT(module, flavour, version), lambda _severity, _text: None)
+    path = build.config.bundle.resolve() / build.manifest.graphs.decoder
+    graph = change(prepare_graph(path.read_bytes(), build.shapes, build.kv_read))
+    compiler.parse(graph, path, build.kv_read)
+    plan, _ = compiler.build(
+        build.profiles,
+        workspace_bytes=build.config.workspace_bytes,
+        opt_level=0,
+        timings=None,
+        compute_capability=None,
+        progress=silent,
+    )
+    return bytes(memoryview(plan))
 
 
 def write_engine(
@@ -102,8 +127,9 @@ def write_engine(
     version: str = "10.16.2.10",
     flavour: Flavour = "tensorrt",
     compute_capability: str = "8.7",
-    device_memory: int = 4096,
+    planted: Planted = GOOD,
     created: str = "2026-01-01",
+    plan: bytes | None = None,
     **options: Any,
 ) -> Path:
     """Put a stand-in engine into a bundle, with an ``engine.json`` as a build writes it.
@@ -112,14 +138,22 @@ def write_engine(
         bundle: its directory.
         name: of the engine's directory.
         version, flavour, compute_capability, created: as recorded.
-        device_memory: bytes of activations.
+        planted: see `fake_plan`.
+        plan: instead of the bundle's own.
         options: of `BuildConfig`.
     """
     manifest = read_manifest(bundle)
     config = BuildConfig(bundle=bundle, **options)
     build = plan_build(config, manifest)
     shapes, profiles = build.shapes, build.profiles
-    plan = fake_plan(build, device_memory)
+    if plan is None:
+        plan = fake_plan(
+            build,
+            version=version,
+            flavour=flavour,
+            compute_capability=compute_capability,
+            planted=planted,
+        )
 
     def describe(plan_name: str, num_bytes: int, sha256: str) -> EngineInfo:
         return EngineInfo(
@@ -164,13 +198,19 @@ def write_engine(
     return store.directory
 
 
-@functools.cache
-def _session(bundle: Path, prepared: bytes) -> Any:
+@functools.lru_cache(maxsize=16)
+def _session(model: bytes) -> Any:
     import onnxruntime as ort
 
-    options = session_options(ort, bundle, read_manifest(bundle))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    return ort.InferenceSession(prepared, options, providers=["CPUExecutionProvider"])
+    # By default ONNX Runtime rounds the inputs of INT4 products to INT8, which TensorRT does not.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if b"QuantizeLinear" in model.replace(b"DequantizeLinear", b""):
+        # See edge.backends.ort.session: sums of INT8 products in 16 bits are not exact.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 class FakeEngine:
@@ -179,50 +219,56 @@ class FakeEngine:
     _detailed = True  # built with details of its layers
     _per_context = False  # the inspector tells of later profiles only in a context
 
-    def __init__(self, gpu: FakeGpu, logger: ILogger, plan: dict[str, Any]) -> None:
-        self._gpu, self._logger = gpu, logger
-        bundle = Path(plan["bundle"])
-        self.manifest = manifest = read_manifest(bundle)
-        config = BuildConfig(
-            bundle=bundle,
-            max_batch=plan["max_batch"],
-            max_prefill=plan["max_prefill"],
-            kv_capacity=plan["kv_capacity"],
-            kv_buckets=tuple(plan["kv_buckets"]),
-            kv_read=plan["kv_read"],
-        )
-        build = plan_build(config, manifest)
-        shapes = build.shapes
-        self.capacity = shapes.capacity
-        self.profiles = build.profiles
-        spec = (manifest.model, manifest.dialect, manifest.dtype, shapes.capacity)
-        self.inputs = {t.name: t for t in io_spec.decoder_inputs(*spec)}
-        self.outputs = {t.name: t for t in io_spec.decoder_outputs(*spec)}
-        graph = (bundle / manifest.graphs.decoder).read_bytes()
-        self.session = _session(bundle, prepare_graph(graph, shapes, build.kv_read))
-        self.device_memory_size_v2 = plan["device_memory"]
-        self.num_optimization_profiles = len(self.profiles)
+    def __init__(self, gpu: FakeGpu, logger: ILogger, head: dict[str, Any], model: bytes) -> None:
+        self._gpu, self._logger, self._head = gpu, logger, head
+        graph = OnnxFile(model)
+        self._inputs = {info.name: info for info in graph.inputs}
+        self._outputs = {info.name: info for info in graph.outputs}
+        self._hosts = shape_inputs(graph)
+        self._model = model
+        self._aliases = {
+            node.outputs[0]: node.inputs[0]
+            for node in graph.nodes
+            if node.op_type == "TensorScatter"
+        }
+        self._profiles: list[dict[str, Any]] = head["profiles"]
+        self.device_memory_size_v2 = max(head["scratch"])
+        self.num_optimization_profiles = len(self._profiles)
+        self._weights_bytes = len(model)  # which the runtime has reserved
         gpu.born("engine")
 
     def __del__(self) -> None:
-        if "device_memory_size_v2" in self.__dict__:
+        if "_weights_bytes" in self.__dict__:
+            self._gpu.reserve(-self._weights_bytes)
             self._gpu.dead("engine")
 
     @property
+    def _manifest(self) -> Manifest:
+        return read_manifest(Path(self._head["bundle"]))
+
+    @property
     def num_io_tensors(self) -> int:
-        return len(self.inputs) + len(self.outputs)
+        return len(self._inputs) + len(self._outputs)
 
     def get_tensor_name(self, index: int) -> str:
-        return [*self.inputs, *self.outputs][index]
+        return [*self._inputs, *self._outputs][index]
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return _DTYPES[{**self.inputs, **self.outputs}[name].dtype]
+        return DTYPES[{**self._inputs, **self._outputs}[name].dtype]
 
     def get_tensor_location(self, name: str) -> TensorLocation:
-        return TensorLocation.DEVICE
+        return TensorLocation.HOST if name in self._hosts else TensorLocation.DEVICE
+
+    def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
+        return int(self._head["scratch"][profile_index])
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        return name.replace("present.", "past_key_values.") if "present." in name else None
+        return self._aliases.get(name)
+
+    @property
+    def _capacity(self) -> int:
+        (rows,) = {self._inputs[name].shape[2] for name in self._inputs if "past_key" in name}
+        return int(rows)
 
     def create_engine_inspector(self) -> FakeInspector:
         return FakeInspector(self)
@@ -233,9 +279,11 @@ class FakeEngine:
     ) -> FakeContext | None:
         if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
             raise RuleError("every context would allocate its own activations")
-        if self._gpu.code("create_execution_context"):
+        failed = self._gpu.code("create_execution_context")
+        if failed or not self._gpu.reserve(CONTEXT_BYTES):
             self._logger.log(Severity.ERROR, "createExecutionContext: out of memory")
             return None
+        self._gpu.spend("create_execution_context", CONTEXT_S)
         return FakeContext(self._gpu, self, self._logger)
 
 
@@ -253,8 +301,16 @@ class FakeInspector:
             profiles = range(context._profile or 0, (context._profile or 0) + 1)
         elif self._engine._per_context:
             profiles = range(1)
-        manifest, detailed = self._engine.manifest, self._engine._detailed
-        return inspector_json(manifest, detailed=detailed, profiles=profiles)
+        if self._engine._head["bundle"] is None:
+            return json.dumps({"Layers": []})
+        head = self._engine._head
+        return inspector_json(
+            self._engine._manifest,
+            detailed=self._engine._detailed,
+            fused=head["fused"],
+            unpacked=tuple(head["unpacks"]),
+            profiles=profiles,
+        )
 
 
 class FakeContext:
@@ -280,6 +336,7 @@ class FakeContext:
         if any(work is self._last_work for work in queued):
             # An exception would be swallowed here.
             self._gpu.broken.append("an execution context was destroyed before its run")
+        self._gpu.reserve(-CONTEXT_BYTES)
         self._gpu.dead("execution context")
 
     def _changes(self, what: str) -> bool:
@@ -303,34 +360,33 @@ class FakeContext:
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self._changes("set_device_memory")
-        if memory % ALIGNMENT or size < self._engine.device_memory_size_v2:
-            raise RuleError(f"{size} bytes of activations at {memory:#x}")
+        if memory % ALIGNMENT:
+            raise RuleError(f"activations at {memory:#x}, not aligned to {ALIGNMENT} bytes")
         self._memory = memory, size
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if not self._changes("set_input_shape"):
             return False
-        if self._profile is None or name not in self._engine.inputs:
+        if self._profile is None or name not in self._engine._inputs:
             return self._refuse(f"setInputShape: {name} in profile {self._profile}")
-        limits = self._engine.profiles[self._profile].inputs[name]
-        inside = len(shape) == len(limits.min) and all(
-            low <= size <= high
-            for low, size, high in zip(limits.min, shape, limits.max, strict=True)
+        least, _, most = self._engine._profiles[self._profile][name]
+        inside = len(shape) == len(least) and all(
+            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
         )
         if not inside:
-            return self._refuse(
-                f"setInputShape: {name} {shape} is not within {limits.min} and {limits.max}"
-            )
+            return self._refuse(f"setInputShape: {name} {shape} is not within {least} and {most}")
         self._shapes[name] = tuple(shape)
         return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if not self._changes("set_tensor_address"):
             return False
-        if name not in self._engine.inputs and name not in self._engine.outputs:
+        if name not in self._engine._inputs and name not in self._engine._outputs:
             return self._refuse(f"setTensorAddress: no tensor {name}")
         if memory % ALIGNMENT:
             return self._refuse(f"setTensorAddress: {name} is not aligned to {ALIGNMENT} bytes")
+        if name in self._engine._hosts and self._gpu.holds(memory):
+            raise RuleError(f"{name} is read on the host, and this is an address of the GPU")
         self._addresses[name] = memory
         return True
 
@@ -342,10 +398,13 @@ class FakeContext:
             return self._refuse("enqueueV3: internal error")
         if self._memory is None:
             return self._refuse("enqueueV3: the context has no device memory")
-        for name in [*engine.inputs, *engine.outputs]:
+        needed = engine.get_device_memory_size_for_profile_v2(self._profile or 0)
+        if self._memory[1] < needed:
+            raise RuleError(f"{self._memory[1]} bytes of activations, {needed} are written")
+        for name in [*engine._inputs, *engine._outputs]:
             if not self._addresses.get(name):
                 return self._refuse(f"enqueueV3: the address of {name} is not set")
-        missing = [name for name in engine.inputs if name not in self._shapes]
+        missing = [name for name in engine._inputs if name not in self._shapes]
         if missing:
             return self._refuse(f"enqueueV3: the shape of {missing[0]} is not set")
         capturing = gpu.streams[stream_handle].capturing is not None
@@ -360,14 +419,14 @@ class FakeContext:
             if capturing:
                 raise RuleError("a profiler waits for the run, which a capture cannot")
             gpu.streams[stream_handle].synchronize()
-            for place, name in enumerate(layer_names(engine.manifest, self._profile or 0)):
+            for place, name in enumerate(layer_names(engine._manifest, self._profile or 0)):
                 self.profiler.report_layer_time(name, 0.001 * (place + 1))
         return True
 
     def _dimensions(self) -> dict[str, int]:
         """The symbols of `io_spec` by value; inputs must agree."""
         found: dict[str, int] = {}
-        for name, spec in self._engine.inputs.items():
+        for name, spec in self._engine._inputs.items():
             for symbol, size in zip(spec.shape, self._shapes[name], strict=True):
                 if isinstance(symbol, str) and found.setdefault(symbol, size) != size:
                     raise RuleError(f"{name} has {size} of {symbol}, others {found[symbol]}")
@@ -377,21 +436,22 @@ class FakeContext:
         engine, gpu = self._engine, self._gpu
         sizes = self._dimensions()
         views: dict[str, NDArray[Any]] = {}
-        for spec in [*engine.inputs.values(), *engine.outputs.values()]:
+        for spec in [*engine._inputs.values(), *engine._outputs.values()]:
             shape = tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
             dtype = np.dtype(_NUMPY[spec.dtype])
             num_bytes = int(np.prod(shape)) * dtype.itemsize
             memory = gpu.memory(self._addresses[spec.name], num_bytes)
             views[spec.name] = memory.view(dtype).reshape(shape)
-            alias = engine.get_aliased_input_tensor(spec.name)
+            alias = engine._aliases.get(spec.name)
             if alias and self._addresses[alias] != self._addresses[spec.name]:
                 raise RuleError(f"{spec.name} is not at the address of {alias}")
         assert self._memory is not None
-        scratch = gpu.memory(*self._memory)
-        plain = [
-            views[name] for name in engine.outputs if not engine.get_aliased_input_tensor(name)
-        ]
+        needed = engine.get_device_memory_size_for_profile_v2(self._profile or 0)
+        scratch = gpu.memory(self._memory[0], needed)
+        held = {address: gpu.memory(address, 1) for address in self._addresses.values()}
+        plain = [views[name] for name in engine._outputs if name not in engine._aliases]
         version, owner = self.version, weakref.ref(self)  # a stream keeps no context alive
+        activations = self._memory[0]
 
         def poison() -> None:
             for view in plain:
@@ -403,54 +463,148 @@ class FakeContext:
                 raise RuleError("the context of a graph is destroyed")
             if context.version != version:
                 raise RuleError("the context of a graph was changed after the capture")
+            for address, before in {**held, activations: scratch[:1]}.items():
+                gpu.still(address, before)
 
         def run() -> None:
             scratch.fill(0xAB)
             _compute(engine, views, sizes)
 
-        return Work(run, poison, valid)
+        return Work(run, poison, valid, (activations, needed))
 
 
 def _compute(engine: FakeEngine, views: dict[str, NDArray[Any]], sizes: dict[str, int]) -> None:
-    inputs = {name: views[name] for name in engine.inputs}
+    inputs = {name: views[name] for name in engine._inputs}
     if io_spec.WRITE_INDICES in inputs:
         last = inputs[io_spec.WRITE_INDICES] + sizes[io_spec.SEQ]
-        if inputs[io_spec.WRITE_INDICES].min() < 0 or last.max() > engine.capacity:
-            raise RuleError(f"rows up to {last.max()} of {engine.capacity} are written")
-    elif inputs[io_spec.PAST_LENGTHS].max() > sizes[io_spec.KV]:
+        if inputs[io_spec.WRITE_INDICES].min() < 0 or last.max() > engine._capacity:
+            raise RuleError(f"rows up to {last.max()} of {engine._capacity} are written")
+    elif inputs[io_spec.PAST_LENGTHS].max() > len(inputs[io_spec.KV_POSITIONS]):
         raise RuleError("more rows are valid than are read")
-    if not np.array_equal(inputs[io_spec.KV_POSITIONS], np.arange(sizes[io_spec.KV])):
+    rows = inputs.get(io_spec.KV_POSITIONS)
+    if rows is not None and not np.array_equal(rows, np.arange(len(rows))):
         raise RuleError("kv_positions are not 0, 1, 2, ...")
-    if inputs[io_spec.POSITION_IDS].max() >= max(engine.capacity, sizes[io_spec.KV]):
+    if inputs[io_spec.POSITION_IDS].max() >= engine._capacity:
         raise RuleError("a position lies outside of the cache")
     copies = {name: np.array(array) for name, array in inputs.items()}
-    results = engine.session.run(list(engine.outputs), copies)
-    for name, result in zip(engine.outputs, results, strict=True):
+    results = _session(engine._model).run(list(engine._outputs), copies)
+    for name, result in zip(engine._outputs, results, strict=True):
         views[name][...] = result
 
 
-def make_module(gpu: FakeGpu, version: str = "10.16.2.10", name: str = "tensorrt") -> Any:
-    """The module ``tensorrt``, for ``sys.modules``."""
+class OldEngine(FakeEngine):
+    """``ICudaEngine`` before 10.15."""
+
+    @property
+    def get_aliased_input_tensor(self) -> Any:
+        raise AttributeError("get_aliased_input_tensor comes with TensorRT 10.15")
+
+
+def make_module(
+    gpu: FakeGpu,
+    version: str = "10.16.2.10",
+    name: str = "tensorrt",
+    *,
+    flavour: Flavour | None = None,
+    compute_capability: str | None = None,
+    planted: Planted = GOOD,
+) -> Any:
+    """The module ``tensorrt``, for ``sys.modules``.
+
+    Args:
+        gpu: where it runs.
+        version: full, e.g. ``10.3.0.30``.
+        name: of the module.
+        flavour: None is that of the name.
+        compute_capability: None is that of the GPU.
+        planted: what goes wrong.
+    """
+    here = compute_capability or ".".join(map(str, gpu.compute_capability))
+    flavour = flavour or ("tensorrt-rtx" if name.endswith("_rtx") else "tensorrt")
+    pretended = Pretended(version, flavour, here, planted)
     module: Any = types.ModuleType(name)
     module.__version__ = version
-    module.ILogger, module.DataType = ILogger, DataType
+    module.ILogger, module.DataType, module.int32 = ILogger, DataType, DataType.INT32
     module.TensorLocation = TensorLocation
     module.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     module.LayerInformationFormat, module.IProfiler = LayerInformationFormat, IProfiler
     module.ICudaEngine, module.IExecutionContext = FakeEngine, FakeContext
+    for each in fake_builder.NAMES:
+        setattr(module, each, getattr(fake_builder, each))
+    if pretended.release >= (10, 14):
+        module.IAttention = fake_builder.Attention
+        module.IAttentionOutputLayer = fake_builder.AttentionOutputLayer
+        module.AttentionNormalizationOp = fake_builder.AttentionNormalizationOp
+    if pretended.release >= (11, 0):
+        module.CausalMaskKind = fake_builder.CausalMaskKind
+    module.Builder = functools.partial(Builder, pretended)
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
             self._logger = logger
 
         def deserialize_cuda_engine(self, serialized_engine: Any) -> FakeEngine | None:
+            def refuse(why: str) -> FakeEngine | None:
+                text = f"deserializeCudaEngine: {why}"
+                self._logger.log(Severity.ERROR, text)
+                return None
+
             data = bytes(memoryview(serialized_engine))
-            if not data.startswith(_MAGIC):
+            if not data.startswith(PLAN_MAGIC):
                 raise RuleError("TensorRT was given something that is no plan")
             if gpu.code("deserialize_cuda_engine"):
-                self._logger.log(Severity.ERROR, "deserializeCudaEngine: internal error")
-                return None
-            return FakeEngine(gpu, self._logger, json.loads(data[len(_MAGIC) :]))
+                return refuse("internal error")
+            text, _, model = data[len(PLAN_MAGIC) :].partition(b"\n")
+            head = json.loads(text)
+            if (head["version"], head["flavour"]) != (version, flavour):
+                return refuse(
+                    "The engine plan file is not compatible with this version of TensorRT, "
+                    f"expecting library version {version} got {head['version']}, please rebuild"
+                )
+            if head["compute_capability"] != here and flavour == "tensorrt":
+                return refuse(
+                    "The engine plan file is generated on an incompatible device, expecting "
+                    f"compute {here} got compute {head['compute_capability']}, please rebuild"
+                )
+            if not gpu.reserve(len(model)):
+                return refuse("out of memory")
+            kind = OldEngine if pretended.release < (10, 15) else FakeEngine
+            return kind(gpu, self._logger, head, model)
 
     module.Runtime = Runtime
     return module
+
+
+def install(patch: pytest.MonkeyPatch, gpu: FakeGpu, **module: Any) -> None:
+    """Make the stand-ins what the product imports; ``module`` is for `make_module`."""
+    for name, fake in gpu.modules().items():
+        patch.setitem(sys.modules, name, fake)
+    patch.setitem(sys.modules, module.get("name", "tensorrt"), make_module(gpu, **module))
+
+
+@functools.cache
+def _register_randoms() -> None:
+    """Let Hypothesis look for the owners of its generators while the collector still shows them."""
+
+    @settings(max_examples=1, database=None)
+    @given(strategies.none())
+    def run(_: None) -> None:
+        pass
+
+    run()
+
+
+@contextmanager
+def emptied(gpu: FakeGpu) -> Iterator[FakeGpu]:
+    """Whatever is made on the device is gone in the end."""
+    _register_randoms()
+    # What was there before is not looked through again: that takes 40 ms of every collection.
+    gc.freeze()
+    try:
+        yield gpu
+        gc.collect()
+        assert not gpu.alive, "left behind"
+        assert not gpu.broken
+        assert gpu.reserved_bytes == 0
+    finally:
+        gc.unfreeze()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from engines.compat import TensorRT
 from engines.config import BuildConfig
 from tests.conftest import RUNNABLE, Bundles
 from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import FakeEngine, make_module, write_engine
+from tests.fake_tensorrt import FakeEngine, emptied, make_module, write_engine
 
 PROFILES = ["prefill", "decode"]
 
@@ -30,10 +29,9 @@ PROFILES = ["prefill", "decode"]
 def gpu() -> Iterator[FakeGpu]:
     device = FakeGpu()
     device.push()  # TensorRT takes the primary context by itself
-    yield device
-    device.pop()
-    gc.collect()
-    assert not device.alive, "the plan stays loaded"
+    with emptied(device):
+        yield device
+        device.pop()
 
 
 @pytest.fixture

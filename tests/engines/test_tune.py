@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -28,9 +27,8 @@ from engines.compat import TensorRT
 from engines.config import BuildConfig
 from engines.store import EngineStore
 from tests.conftest import RUNNABLE, Bundles
-from tests.edge.backends.tensorrt.test_runner import install
 from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import fake_plan, make_module, write_engine
+from tests.fake_tensorrt import emptied, fake_plan, install, make_module, write_engine
 
 pytestmark = pytest.mark.skipif(
     RUNNABLE != "native", reason="needs ONNX Runtime >= 1.26 for dialect native"
@@ -42,11 +40,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     device = FakeGpu()
     install(monkeypatch, device)
     device.push()  # the build reads the layers, for which TensorRT takes the primary context
-    yield device
-    device.pop()
-    gc.collect()
-    assert not device.alive
-    assert not device.broken
+    with emptied(device):
+        yield device
+        device.pop()
 
 
 @pytest.fixture

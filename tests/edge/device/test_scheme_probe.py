@@ -14,7 +14,10 @@ from edge.device import machine, scheme_probe
 from edge.device.machine import Machine
 from edge.device.scheme_probe import SCHEMES, Verdict, probe_schemes
 from tests.conftest import require_kernels
+from tests.fake_builder import Planted
+from tests.fake_cuda import FakeGpu
 from tests.fake_inspector import inspector_json
+from tests.fake_tensorrt import emptied, install
 
 
 def test_tensorrt_for_rtx_builds_every_scheme() -> None:
@@ -24,6 +27,45 @@ def test_tensorrt_for_rtx_builds_every_scheme() -> None:
     for verdict in verdicts:
         assert verdict.built, verdict
         assert verdict.detail == "built"  # no driver here opens the plan
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [
+        ("10.3.0.30", {"attention": "rule opset", "kv-update": "rule opset"}),
+        ("10.13.3.9", {"attention": "rule operators", "kv-update": "rule operators"}),
+        ("10.16.2.10", {"w8a8": "rule int8-half-scale"}),
+        ("11.4.0.106", {}),
+    ],
+)
+def test_each_tensorrt_takes_what_the_table_of_rules_says(
+    version: str, refused: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stand-in, which knows no more of the schemes than their graphs."""
+    gpu = FakeGpu()
+    install(monkeypatch, gpu, version=version)
+    gpu.push()  # TensorRT takes the primary context by itself
+    with emptied(gpu):
+        verdicts = {each.scheme: each for each in probe_schemes()}
+        gpu.pop()
+    assert list(verdicts) == list(SCHEMES)
+    assert {name for name, each in verdicts.items() if not each.built} == set(refused)
+    for name, words in refused.items():
+        assert words in verdicts[name].detail
+
+
+def test_attention_without_a_kernel_of_its_own_is_told_by_the_probe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = FakeGpu()
+    install(monkeypatch, gpu, planted=Planted(no_fused="no tactic for head_dim 128"))
+    gpu.push()
+    with emptied(gpu):
+        (verdict,) = (each for each in probe_schemes() if each.scheme == "attention")
+        gpu.pop()
+    assert verdict.built
+    assert "in several kernels only; in one: " in verdict.detail
+    assert "no tactic for head_dim 128" in verdict.detail
 
 
 @pytest.mark.parametrize(

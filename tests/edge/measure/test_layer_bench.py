@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,9 +17,9 @@ from edge.bundle.engine_layers import layers_path, read_layers
 from edge.cli.bench import bench
 from edge.errors import ConfigError
 from tests.conftest import Bundles, require_kernels
-from tests.edge.backends.tensorrt.test_runner import GpuRunner, install
+from tests.edge.backends.tensorrt.test_runner import GpuRunner
 from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import write_engine
+from tests.fake_tensorrt import emptied, install, write_engine
 
 SMALL = ["--prompt-tokens", "40", "--output-tokens", "6", "--repeats", "1"]
 
@@ -29,10 +28,8 @@ SMALL = ["--prompt-tokens", "40", "--output-tokens", "6", "--repeats", "1"]
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     device = FakeGpu()
     install(monkeypatch, device)
-    yield device
-    gc.collect()
-    assert not device.alive
-    assert not device.broken
+    with emptied(device):
+        yield device
 
 
 @pytest.fixture(params=["native", "portable"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -23,9 +22,8 @@ from edge.cli.verify import verify
 from edge.errors import BundleError, ConfigError
 from edge.measure.layers import CpuLayers, LayerReport, compare_layers
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
-from tests.edge.backends.tensorrt.test_runner import install
 from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import write_engine
+from tests.fake_tensorrt import emptied, install, write_engine
 
 PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
 STEPS = 6
@@ -190,10 +188,8 @@ def test_options_that_do_not_go_with_layers(bundle: Path, options: list[str], wo
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     device = FakeGpu()
     install(monkeypatch, device)
-    yield device
-    gc.collect()
-    assert not device.alive
-    assert not device.broken
+    with emptied(device):
+        yield device
 
 
 @pytest.mark.parametrize("dialect", ["native", "portable"])

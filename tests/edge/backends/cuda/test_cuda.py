@@ -19,8 +19,8 @@ from edge.backends.cuda.bindings import BindingsDriver, Calls
 from edge.backends.cuda.errors import explain_init_failure
 from edge.device.nodes import find_gpu_node
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError
+from tests import fake_builder, fake_tensorrt
 from tests import fake_cuda_bindings as fake_bindings
-from tests import fake_tensorrt
 from tests.fake_cuda import DRIVERS, CaptureMode, FakeGpu
 
 
@@ -151,8 +151,31 @@ def bound_arguments(method: Any) -> list[str]:
             fake_tensorrt.FakeEngine,
             "ICudaEngine",
             "get_tensor_name get_tensor_dtype get_tensor_location get_aliased_input_tensor "
-            "create_execution_context",
+            "create_execution_context get_device_memory_size_for_profile_v2",
         ),
+        (
+            fake_builder.Builder,
+            "Builder",
+            "create_network create_builder_config create_optimization_profile "
+            "build_serialized_network",
+        ),
+        (
+            fake_builder.BuilderConfig,
+            "IBuilderConfig",
+            "set_memory_pool_limit add_optimization_profile create_timing_cache set_timing_cache "
+            "get_timing_cache",
+        ),
+        (fake_builder.OptimizationProfile, "IOptimizationProfile", "set_shape set_shape_input"),
+        (
+            fake_builder.Network,
+            "INetworkDefinition",
+            "get_layer get_input get_output add_shape add_slice add_elementwise add_cast "
+            "add_attention_v2",
+        ),
+        (fake_builder.Layer, "ILayer", "get_input get_output set_input"),
+        (fake_builder.Attention11, "IAttention", "get_input get_output"),
+        (fake_builder.OnnxParser, "OnnxParser", "parse get_error"),
+        (fake_builder.ParserError, "ParserError", "node_name node_operator desc code file line"),
     ],
 )
 def test_the_stand_in_has_tensorrt_s_names_and_arguments(ours: Any, theirs: str, methods: str):
@@ -173,8 +196,8 @@ def test_the_stand_in_has_tensorrt_s_enums():
         trt.ExecutionContextAllocationStrategy.__members__
     )
     assert {m.name for m in fake_tensorrt.TensorLocation} == set(trt.TensorLocation.__members__)
-    assert {m.name for m in fake_tensorrt.DataType} <= set(trt.DataType.__members__)
-    assert {m.name for m in fake_tensorrt.Severity} == set(trt.ILogger.Severity.__members__)
+    assert {m.name for m in fake_builder.DataType} <= set(trt.DataType.__members__)
+    assert {m.name for m in fake_builder.Severity} == set(trt.ILogger.Severity.__members__)
     for name in ("device_memory_size_v2", "num_io_tensors", "num_optimization_profiles"):
         assert hasattr(trt.ICudaEngine, name)
 

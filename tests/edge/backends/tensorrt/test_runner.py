@@ -10,6 +10,7 @@ import functools
 import gc
 import itertools
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -28,14 +29,17 @@ from edge.backends import cuda
 from edge.backends.step import step_after
 from edge.backends.tensorrt.bound_context import BoundContext, StepShape
 from edge.backends.tensorrt.device_memory import plan_engine_memory
+from edge.backends.tensorrt.engine import Engine
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.manifest import read_manifest
+from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.sizes import StepLimits
 from edge.errors import (
     BackendError,
+    BuildError,
     BundleError,
     ConfigError,
     DependencyError,
@@ -45,8 +49,11 @@ from edge.errors import (
     IntegrityError,
 )
 from engines import profiles
+from engines.build_plan import plan_build
+from engines.config import BuildConfig
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
+from tests.fake_builder import OptimizationProfile, Planted
 from tests.fake_cuda import (
     DRIVERS,
     ILLEGAL_ADDRESS,
@@ -56,7 +63,15 @@ from tests.fake_cuda import (
     FakeStream,
     RuleError,
 )
-from tests.fake_tensorrt import FakeContext, make_module, write_engine
+from tests.fake_tensorrt import (
+    CONTEXT_BYTES,
+    CONTEXT_S,
+    FakeContext,
+    emptied,
+    fake_plan,
+    install,
+    write_engine,
+)
 from tests.tiny_models import KINDS
 
 # The engine's graph is typed fp16, the reference fp32: logits of size 10 differ in the third digit.
@@ -108,23 +123,18 @@ def engine_bundles(
     return bundle
 
 
-def install(patch: pytest.MonkeyPatch, gpu: FakeGpu, **module: Any) -> None:
-    for name, fake in gpu.modules().items():
-        patch.setitem(sys.modules, name, fake)
-    name = module.get("name", "tensorrt")
-    patch.setitem(sys.modules, name, make_module(gpu, **module))
-
-
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    """Everything below runs through PyCUDA and through cuda-bindings."""
-    device = FakeGpu(with_pycuda=request.param == "pycuda")
+    device = FakeGpu(with_pycuda=getattr(request, "param", "pycuda") == "pycuda")
     install(monkeypatch, device)
-    yield device
-    gc.collect()
-    assert not device.alive, "left behind"
-    assert not device.broken
+    with emptied(device):
+        yield device
     assert device.depth == 0
+
+
+both_drivers = pytest.mark.parametrize("gpu", DRIVERS, indirect=True)
+"""Where the driver may matter: memory, copies, streams, graphs, threads, errors. Above the door to
+CUDA (`edge.backends.cuda`) all is the same, and one is enough."""
 
 
 @pytest.fixture(params=DIALECTS)
@@ -132,8 +142,16 @@ def dialect(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("integrated", [False, True], ids=["discrete", "integrated"])
+@pytest.mark.parametrize(
+    ("kind", "gpu", "integrated"),
+    [
+        *((kind, "pycuda", False) for kind in KINDS),
+        ("qwen2", "pycuda", True),
+        ("qwen2", "cuda-bindings", False),
+        ("qwen2", "cuda-bindings", True),
+    ],
+    indirect=["gpu"],
+)
 def test_it_generates_what_the_cpu_generates(
     kind: str, dialect: str, integrated: bool, gpu: FakeGpu, engine_bundles: EngineBundles
 ):
@@ -239,6 +257,7 @@ def test_the_last_row_is_usable_and_what_passes_it_is_refused(
         assert len(gpu.calls) == calls, "refused before the GPU hears of it"
 
 
+@both_drivers
 def test_read_write_and_copy_of_a_slot(dialect: str, gpu: FakeGpu, engine_bundles: EngineBundles):
     with GpuRunner(engine_bundles("qwen2", dialect), gpu) as runner:
         backend = runner.engine
@@ -361,9 +380,17 @@ def test_the_step_reads_no_more_of_the_cache_than_its_bucket(
         assert runner.engine.graphs_disabled == "switched off"
 
 
-@pytest.mark.parametrize("kv_read", ["full", "lengths"])
-def test_other_ways_to_read_the_cache(kv_read: str, gpu: FakeGpu, engine_bundles: EngineBundles):
-    bundle = engine_bundles("qwen2", "native", kv_read=kv_read)
+@pytest.mark.parametrize(("kv_read", "version"), [("full", "10.16.2.10"), ("lengths", "11.1.0.9")])
+def test_other_ways_to_read_the_cache(
+    kv_read: str,
+    version: str,
+    gpu: FakeGpu,
+    engine_bundles: EngineBundles,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """``lengths`` is a graph that the build has edited: attention by lengths, without a mask."""
+    install(monkeypatch, gpu, version=version)
+    bundle = engine_bundles("qwen2", "native", kv_read=kv_read, version=version)
     ids = random_ids(2, 20)
     with GpuRunner(bundle, gpu) as ours, Runner(bundle) as theirs:
         for chunk in (slice(0, 12), slice(12, 13), slice(13, 20)):
@@ -374,11 +401,13 @@ def test_other_ways_to_read_the_cache(kv_read: str, gpu: FakeGpu, engine_bundles
 # CUDA graphs
 
 
+@both_drivers
 def test_a_replay_is_a_graph_and_reads_the_buffers(
     dialect: str, gpu: FakeGpu, engine_bundles: EngineBundles
 ):
     """From the fourth step on nothing is launched one by one, and every token counts."""
     bundle = engine_bundles("qwen2", dialect)
+    spent_s: dict[str, float] = {}
     with GpuRunner(bundle, gpu) as graphs, GpuRunner(bundle, gpu, use_cuda_graphs=False) as plain:
         for step in range(12):
             ids = random_ids(2, 1, seed=step)
@@ -386,7 +415,10 @@ def test_a_replay_is_a_graph_and_reads_the_buffers(
             ours = graphs.step(ids, [1, 2])
             calls = gpu.calls[before:]
             assert_array_equal(ours, plain.step(ids, [1, 2]))
+            if step == 1:
+                spent_s = dict(gpu.spent_s)  # both have made their contexts
             if step >= 3:
+                assert gpu.spent_s == spent_s
                 append = ["cuMemcpy3DAsync"] * 2 if dialect == "portable" else []
                 assert calls == [
                     "cuCtxPushCurrent", "cuGraphLaunch", *append, "cuStreamSynchronize",
@@ -416,8 +448,12 @@ def test_the_number_of_graphs_is_bounded(gpu: FakeGpu, engine_bundles: EngineBun
             assert gpu.alive["graph"] <= 2
             assert gpu.alive["execution context"] <= 5  # three of the profiles, two of graphs
         assert runner.engine._graphs.captured == 6
+        # A context takes its time, for a graph too.
+        spent_s = gpu.spent_s["create_execution_context"]
+        assert spent_s == pytest.approx((3 + 6) * CONTEXT_S)
 
 
+@both_drivers
 @pytest.mark.parametrize(
     "call", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "execute_async_v3"]
 )
@@ -450,6 +486,35 @@ def test_without_a_capture_decode_goes_on(
         assert "graph" not in gpu.alive
 
 
+def test_without_memory_for_the_context_of_a_graph_decode_goes_on(
+    gpu: FakeGpu, engine_bundles: EngineBundles
+):
+    bundle = engine_bundles("qwen2", "native")
+    with GpuRunner(bundle, gpu) as ours, GpuRunner(bundle, gpu, use_cuda_graphs=False) as plain:
+        gpu.total_bytes = gpu.used_bytes + CONTEXT_BYTES // 2
+        for step in range(5):
+            ids = random_ids(1, 1, seed=step)
+            assert_array_equal(ours.step(ids, [1]), plain.step(ids, [1]))
+        reason = str(ours.engine.graphs_disabled)
+        assert re.match("no execution context for a graph: .*memory", reason)
+        assert ours.engine.failed is None
+
+
+@both_drivers
+def test_a_call_that_goes_missing_after_loading_costs_the_graphs_only(
+    gpu: FakeGpu, engine_bundles: EngineBundles
+):
+    """cuda-bindings look a function up when it is called first, and raise RuntimeError."""
+    bundle = engine_bundles("qwen2", "native")
+    with GpuRunner(bundle, gpu) as ours, GpuRunner(bundle, gpu, use_cuda_graphs=False) as plain:
+        gpu.missing.add("cuStreamBeginCapture")
+        for step in range(5):
+            ids = random_ids(1, 1, seed=step)
+            assert_array_equal(ours.step(ids, [1]), plain.step(ids, [1]))
+        assert "cuStreamBeginCapture" in str(ours.engine.graphs_disabled)
+
+
+@both_drivers
 @pytest.mark.parametrize(
     "missing",
     [
@@ -490,29 +555,36 @@ def test_what_graphs_need_is_tried_at_load(
 # Planted mistakes: what the stand-in refuses, so that the tests above mean something
 
 
+_MISTAKES = {
+    "cache at two addresses": "is not at the address of",
+    "write past the capacity": "rows up to 129 of 128",
+    "changed shape under a graph": "changed after the capture",
+    "memory freed under a graph": "nothing is allocated at",
+    "captured without a run in advance": "captured without a run in advance",
+    "unset tensor": "address of logits is not set",
+    "shape outside the profile": "not within",
+    "no device memory": "no device memory",
+    "activations too small": "255 bytes of activations, .* are written",
+    "activations of two runs at once": "two runs at once write the same activations",
+    "unaligned": "not aligned",
+    "upload of a temporary": "freed before the copy of it ran",
+    "copy of a temporary": "freed before the copy of it ran",
+    "download to a temporary": "freed before the copy of it ran",
+    "allocation inside a capture": "not permitted when stream is capturing",
+    "allocation beside a global capture": "previous error during capture",
+}
+
+
 @pytest.mark.parametrize(
-    ("mistake", "message"),
+    ("gpu", "mistake"),
     [
-        ("cache at two addresses", "is not at the address of"),
-        ("write past the capacity", "rows up to 129 of 128"),
-        ("changed shape under a graph", "changed after the capture"),
-        ("captured without a run in advance", "captured without a run in advance"),
-        ("unset tensor", "address of logits is not set"),
-        ("shape outside the profile", "not within"),
-        ("no device memory", "no device memory"),
-        ("unaligned", "not aligned"),
-        ("upload of a temporary", "freed before the copy of it ran"),
-        ("copy of a temporary", "freed before the copy of it ran"),
-        ("download to a temporary", "freed before the copy of it ran"),
-        ("allocation inside a capture", "not permitted when stream is capturing"),
-        ("allocation beside a global capture", "previous error during capture"),
+        # cuda-bindings get an address, which says nothing of the life of a temporary.
+        *(("pycuda", mistake) for mistake in _MISTAKES),
+        *(("cuda-bindings", mistake) for mistake in _MISTAKES if "alloc" in mistake),
     ],
+    indirect=["gpu"],
 )
-def test_the_stand_in_refuses(
-    mistake: str, message: str, gpu: FakeGpu, engine_bundles: EngineBundles
-):
-    if "temporary" in mistake and not gpu.with_pycuda:
-        return  # cuda-bindings get an address, which says nothing of the array's life
+def test_the_stand_in_refuses(mistake: str, gpu: FakeGpu, engine_bundles: EngineBundles):
     with GpuRunner(engine_bundles("qwen2", "native"), gpu) as runner:
         for _ in range(3):
             runner.step(random_ids(1, 1), [1])
@@ -529,6 +601,16 @@ def test_the_stand_in_refuses(
                 context.set_tensor_address("logits", 0)
             elif mistake == "no device memory":
                 context._memory = None
+            elif mistake == "activations too small":
+                context.set_device_memory(backend._activations.address, 255)
+            elif mistake == "activations of two runs at once":
+                backend._contexts["decode"].enqueue()
+                context.execute_async_v3(other.handle)
+            elif mistake == "memory freed under a graph":
+                backend._activations.close()
+                [entry] = backend._graphs._entries.values()
+                assert entry.graph is not None
+                entry.graph.launch(backend._stream)
             elif mistake == "shape outside the profile":
                 backend._contexts["decode"].bind(StepShape(0, 1, 2, 1, 16))
             elif mistake == "unaligned":
@@ -549,8 +631,8 @@ def test_the_stand_in_refuses(
             elif mistake == "allocation beside a global capture":
                 mode = CaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
                 device.graph_call("test", "cuStreamBeginCapture", stream.handle, mode)
-                with ThreadPoolExecutor(1) as other:
-                    refused = other.submit(attempt, lambda: allocate(device)).result()
+                with ThreadPoolExecutor(1) as thread:
+                    refused = thread.submit(attempt, lambda: allocate(device)).result()
                 assert "not permitted when stream is capturing" in str(refused)
                 device.end_capture(stream)
             elif mistake == "captured without a run in advance":
@@ -566,9 +648,11 @@ def test_the_stand_in_refuses(
             backend._stream.synchronize()
 
         with backend._device.active():
-            with pytest.raises((RuleError, BackendError), match=message):
+            other = cuda.Stream(device)
+            with pytest.raises((RuleError, BackendError), match=_MISTAKES[mistake]):
                 err()
             backend._device.abandon_capture(backend._stream)
+            other.close()
         gpu.streams[backend._stream.handle].pending.clear()
 
 
@@ -580,6 +664,7 @@ def allocate(device: cuda.Device) -> None:
         memory.close()
 
 
+@both_drivers
 def test_other_threads_may_use_the_gpu_during_a_capture(
     gpu: FakeGpu, engine_bundles: EngineBundles, monkeypatch: pytest.MonkeyPatch
 ):
@@ -603,6 +688,7 @@ def test_other_threads_may_use_the_gpu_during_a_capture(
         assert (ours.engine.graphs_disabled, ours.engine._graphs.captured) == (None, 1)
 
 
+@both_drivers
 def test_the_stand_in_poisons_what_is_read_too_early(gpu: FakeGpu, engine_bundles: EngineBundles):
     with GpuRunner(engine_bundles("qwen2", "native"), gpu) as runner:
         backend = runner.engine
@@ -629,8 +715,8 @@ def test_the_engine_of_another_machine_is_refused_with_the_command(
     command = f"edge-llm build {bundle} --max-batch 4 --kv-capacity 128"
     with pytest.raises(BundleError, match=rf"another GPU \(sm 8.6, here sm 8.7\).*{command}"):
         TensorRTBackend(bundle, manifest)
-    write_engine(bundle, name="b", version="10.3.0", **ENGINE)  # type: ignore[arg-type]
-    with pytest.raises(BundleError, match=r"another TensorRT .*10.3.0, here tensorrt 10.16.2"):
+    write_engine(bundle, name="b", version="10.15.1.2", **ENGINE)  # type: ignore[arg-type]
+    with pytest.raises(BundleError, match=r"another TensorRT .*10.15.1.2, here tensorrt 10.16.2"):
         TensorRTBackend(bundle, manifest, bundle / "engines" / "b")
     write_engine(bundle, name="c", **{**ENGINE, "max_batch": 1})  # type: ignore[arg-type]
     write_engine(bundle, name="d", **{**ENGINE, "max_batch": 2})  # type: ignore[arg-type]
@@ -690,6 +776,54 @@ def test_slots_that_tensorrt_could_not_address(gpu: FakeGpu, tiny_bundles: Bundl
         TensorRTBackend(bundle, read_manifest(bundle))
 
 
+def test_an_odd_capacity_runs_where_its_slots_are_aligned(
+    gpu: FakeGpu, engine_bundles: EngineBundles
+):
+    """CUDA promises 256 bytes and no more, and the stand-in gives no more."""
+    size = {"max_batch": 1, "kv_capacity": 100, "kv_buckets": (17, 100)}
+    bundle = engine_bundles("qwen2", "portable", **size)
+    with GpuRunner(bundle, gpu) as ours, Runner(bundle) as theirs:
+        assert {address % 512 for address in gpu.blocks} == {256}
+        for ids in (random_ids(1, 19), random_ids(1, 1), random_ids(1, 1)):
+            assert_allclose(ours.step(ids), theirs.step(ids), atol=ATOL, rtol=0)
+
+
+def read_from_an_input(graph: bytes) -> bytes:
+    """The cache is read up to the number in an input, not up to the length of one."""
+    changed = OnnxFile(graph)
+    for node in changed.nodes:
+        if node.op_type == "Slice":
+            node.inputs[2] = io_spec.WRITE_INDICES
+    return changed.serialize()
+
+
+def test_a_tensor_that_tensorrt_wants_on_the_host_is_refused(
+    gpu: FakeGpu, tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bundle = tmp_path / "b"
+    shutil.copytree(tiny_bundles("qwen2", "native"), bundle)
+    manifest = read_manifest(bundle)
+    size = {**ENGINE, "max_batch": 1}
+    build = plan_build(BuildConfig(bundle, **size), manifest)  # type: ignore[arg-type]
+    with pytest.raises(BuildError, match="write_indices is a shape tensor without values"):
+        fake_plan(build, change=read_from_an_input)
+    # Some other tool has built it.
+    set_shape = OptimizationProfile.set_shape
+
+    def with_values(self: OptimizationProfile, input: str, *shapes: tuple[int, ...]) -> None:
+        set_shape(self, input, *shapes)
+        self.set_shape_input(input, *shapes)
+
+    monkeypatch.setattr(OptimizationProfile, "set_shape", with_values)
+    write_engine(bundle, plan=fake_plan(build, change=read_from_an_input), **size)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="write_indices is wanted on the host"):
+        TensorRTBackend(bundle, manifest)
+    everything = {t.name for t in io_spec.decoder_inputs(manifest.model, "native", "fp16", 128)}
+    monkeypatch.setattr(Engine, "_check", lambda engine, *_: setattr(engine, "tensors", everything))
+    with pytest.raises(RuleError, match="write_indices is read on the host"):
+        TensorRTBackend(bundle, manifest)
+
+
 @pytest.mark.parametrize(
     ("package", "message"),
     [
@@ -715,6 +849,7 @@ def test_a_missing_library_is_named_with_its_remedy(
 # Memory
 
 
+@both_drivers
 def test_the_memory_plan_is_what_is_allocated(
     dialect: str, gpu: FakeGpu, engine_bundles: EngineBundles
 ):
@@ -725,6 +860,10 @@ def test_the_memory_plan_is_what_is_allocated(
     with GpuRunner(bundle, gpu) as runner:
         allocated = sum(block.nbytes for block in gpu.blocks.values())
         memory = runner.engine.memory
+        # TensorRT takes the weights when it loads the plan, which has little more, and something
+        # for every context.
+        of_tensorrt = gpu.reserved_bytes - len(runner.engine._contexts) * CONTEXT_BYTES
+    assert 0 <= memory.weights_bytes - of_tensorrt < 16 << 10
     assert memory.device_bytes - memory.weights_bytes == allocated
     assert not memory.activations_estimated
     planned = plan_engine_memory(info, manifest, integrated=False)
@@ -739,6 +878,7 @@ def test_the_memory_plan_is_what_is_allocated(
     assert shared.io_bytes == planned.io_bytes - planned.pinned_bytes
 
 
+@both_drivers
 def test_too_little_memory_says_what_was_needed_and_which_knob(
     gpu: FakeGpu, engine_bundles: EngineBundles
 ):
@@ -753,7 +893,7 @@ def test_activations_that_do_not_fit_are_refused_before_anything_is_allocated(
     gpu: FakeGpu, engine_bundles: EngineBundles
 ):
     """A Jetson would grant it all and kill the process later; only the engine knows its need."""
-    bundle = engine_bundles("qwen2", "native", device_memory=64 << 20)
+    bundle = engine_bundles("qwen2", "native", planted=Planted(scratch_bytes=64 << 20))
     manifest = read_manifest(bundle)
     [directory] = find_engines(bundle)
     info = read_engine_info(directory)
@@ -781,7 +921,11 @@ def places_to_fail(calls: list[str]) -> list[int]:
     return [i for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
 
 
-@pytest.mark.parametrize("code", [OUT_OF_MEMORY, ILLEGAL_ADDRESS])
+@both_drivers
+@pytest.mark.parametrize(
+    ("code", "dialect"),
+    [(OUT_OF_MEMORY, "native"), (OUT_OF_MEMORY, "portable"), (ILLEGAL_ADDRESS, "portable")],
+)
 def test_every_call_of_loading_may_fail(
     code: int, dialect: str, gpu: FakeGpu, engine_bundles: EngineBundles
 ):
@@ -818,6 +962,7 @@ def test_every_call_of_loading_may_fail(
     TensorRTBackend(bundle, manifest).close()
 
 
+@both_drivers
 @pytest.mark.parametrize(
     ("code", "dialect"),
     [(OUT_OF_MEMORY, "native"), (OUT_OF_MEMORY, "portable"), (ILLEGAL_ADDRESS, "portable")],
@@ -886,6 +1031,7 @@ def test_a_context_that_was_bound_by_half_is_bound_anew(
         assert_array_equal(ours.cache(1), plain.cache(1))
 
 
+@both_drivers
 def test_it_loads_runs_and_closes_in_three_threads(
     dialect: str, gpu: FakeGpu, engine_bundles: EngineBundles
 ):
@@ -900,6 +1046,7 @@ def test_it_loads_runs_and_closes_in_three_threads(
     runner.__exit__(None, None, None)
 
 
+@both_drivers
 def test_an_interrupt_during_a_capture_leaves_a_working_backend(
     gpu: FakeGpu, engine_bundles: EngineBundles, monkeypatch: pytest.MonkeyPatch
 ):

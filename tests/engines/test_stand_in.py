@@ -1,0 +1,400 @@
+"""The stand-in of TensorRT builds by the table of rules itself, whoever asked the table before.
+
+So a test that passes on it says that the graph is legal for the version that it stands for.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from edge.bundle import io_spec
+from edge.bundle.engine_file import find_engines, read_engine_info
+from edge.bundle.manifest import read_manifest
+from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attribute
+from edge.bundle.sizes import activation_bytes, profile_limits
+from edge.device.gpu import Gpu
+from edge.errors import BuildError
+from engines import builder, compat
+from engines.build_plan import BuildPlan, plan_build
+from engines.builder import Target, build_engine, compile_bundle
+from engines.compat import TensorRT
+from engines.config import BuildConfig
+from engines.rules.bundle import check_bundle_rules, parse_versions
+from engines.rules.table import RULES, VERSIONS
+from tests import fake_builder
+from tests.conftest import RUNNABLE, Bundles, require_kernels
+from tests.edge.backends.runner import Runner, random_ids
+from tests.edge.backends.tensorrt.test_runner import ATOL, GpuRunner
+from tests.engines.rules.test_bundle import plant
+from tests.engines.rules.test_rules import PLANTED
+from tests.fake_builder import Planted, TimingCache
+from tests.fake_cuda import FakeGpu, RuleError
+from tests.fake_tensorrt import FakeEngine, emptied, fake_plan, install, make_module
+
+COLUMNS = [version.name for version in VERSIONS if version.flavour == "tensorrt"]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    device = FakeGpu()
+    device.push()  # the build reads the layers, for which TensorRT takes the primary context
+    with emptied(device):
+        yield device
+        device.pop()
+
+
+@pytest.fixture
+def copied(tiny_bundles: Bundles, tmp_path: Path) -> Callable[[str, str], Path]:
+    def copy(dialect: str, quant: str) -> Path:
+        return Path(shutil.copytree(tiny_bundles("qwen2", dialect, quant), tmp_path / "bundle"))
+
+    return copy
+
+
+def target(gpu: FakeGpu, version: str = "10.16.2.10", planted: Planted | None = None) -> Target:
+    module = make_module(gpu, version, planted=planted or Planted())
+    return Target(TensorRT(module, "tensorrt", version), Gpu("Orin", "8.7"), "8.7")
+
+
+def plan_of(bundle: Path, **options: Any) -> BuildPlan:
+    return plan_build(BuildConfig(bundle, **{"max_prefill": 32, **options}), read_manifest(bundle))
+
+
+# The gate is the product's; behind it is another
+
+
+def test_the_products_own_check_speaks_first(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copied("portable", "int4")
+    plant(bundle, "int8")
+    monkeypatch.setattr(fake_builder.Builder, "__init__", None)  # nobody may make one
+    with pytest.raises(BuildError, match=r"10\.3 does not take .*rule block-type"):
+        build_engine(BuildConfig(bundle, max_prefill=32), target=target(gpu, "10.3.0.30"))
+
+
+def test_without_it_the_builder_refuses(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copied("portable", "int4")
+    plant(bundle, "int8")
+    monkeypatch.setattr(builder, "refuse_illegal", lambda *_: [])
+    with pytest.raises(BuildError, match=r"10\.3\.0\.30 failed to build .*rule block-type"):
+        build_engine(BuildConfig(bundle, max_prefill=32), target=target(gpu, "10.3.0.30"))
+    assert not list((bundle / "engines").glob("*/engine.json"))
+    log = next((bundle / "engines").glob("*/build.log")).read_text()
+    assert "error: Error Code 4: API Usage Error" in log
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("quant", ["fp16", "int4", "int8", "int8-w8a8"])
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+def test_it_takes_what_the_table_takes(
+    dialect: str,
+    quant: str,
+    name: str,
+    gpu: FakeGpu,
+    tiny_bundles: Bundles,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every recipe and version, past the product's checks; what is built passes the audit."""
+    bundle = tiny_bundles("qwen2", dialect, quant)
+    (verdict,) = check_bundle_rules(bundle, parse_versions(name))
+    monkeypatch.setattr(builder, "refuse_illegal", lambda *_: [])
+    build = plan_of(bundle, max_batch=4)
+    if not verdict.legal:
+        with pytest.raises(BuildError, match=f"rule {verdict.refusals[0].rule}"):
+            compile_bundle(build, target(gpu, f"{name}.0.1"))
+        return
+    compiled = compile_bundle(build, target(gpu, f"{name}.0.1"))
+    assert compiled.audit.problems == ()
+    assert list(compiled.scratch_bytes) == ["prefill", "decode", "batch"]
+
+
+def replace_input(graph: OnnxFile, node: Node, place: int, dtype: str, shape: Any, raw: bytes):
+    tensor = Message()
+    for size in shape:
+        tensor.add(1, size)
+    name = f"planted.{place}"
+    graph._graph.add(5, tensor.add(2, ELEMENT_NUMBERS[dtype]).add(8, name).add(9, raw))
+    node.inputs[place] = name
+
+
+def negative_scale(graph: OnnxFile) -> None:
+    node = next(node for node in graph.nodes if node.op_type == "DequantizeLinear")
+    shape = graph.external_tensors()[node.inputs[1]].shape
+    values = np.full(shape, -1, np.float16)
+    replace_input(graph, node, 1, "fp16", shape, values.tobytes())
+
+
+def newer_operator(graph: OnnxFile) -> None:
+    next(node for node in graph.nodes if node.op_type == "Sigmoid").op_type = "Swish"
+
+
+def own_operator(graph: OnnxFile) -> None:
+    next(node for node in graph.nodes if node.op_type == "Sigmoid").domain = "com.microsoft"
+
+
+def mixed_types(graph: OnnxFile) -> None:
+    node = next(node for node in graph.nodes if node.op_type == "Add")
+    values = np.zeros(1, np.float32)
+    replace_input(graph, node, 1, "fp32", (1,), values.tobytes())
+
+
+def causal(graph: OnnxFile) -> None:
+    node = next(node for node in graph.nodes if node.op_type == "Attention")
+    node.attributes.append(attribute("is_causal", 1))
+
+
+def lengths_that_are_ignored(graph: OnnxFile) -> None:
+    node = next(node for node in graph.nodes if node.op_type == "Attention")
+    node.inputs += ["", "", io_spec.WRITE_INDICES]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (negative_scale, r"cannot parse .*operator DequantizeLinear: .*rule scale-positive"),
+        (newer_operator, r"cannot parse .*operator Swish: .*rule operators"),
+        (own_operator, r"cannot parse .*operator Sigmoid: .*rule domain"),
+        (mixed_types, r"failed to build .*Add must have same input types.*fp16 and fp32"),
+    ],
+)
+def test_a_planted_fault_is_refused_by_who_finds_it(
+    change: Callable[[OnnxFile], None], words: str, tiny_bundles: Bundles
+) -> None:
+    with pytest.raises(BuildError, match=words):
+        fake_plan(plan_of(tiny_bundles("qwen2", "native", "int4")), change=changed_by(change))
+
+
+@pytest.mark.parametrize("change", [causal, lengths_that_are_ignored])
+def test_what_tensorrt_answers_wrong_without_an_error_fails_the_test(
+    change: Callable[[OnnxFile], None], tiny_bundles: Bundles
+) -> None:
+    with pytest.raises(RuleError, match=r"would take this and answer wrong: .*rule attention-"):
+        fake_plan(plan_of(tiny_bundles("qwen2", "native", "int4")), change=changed_by(change))
+
+
+def changed_by(change: Callable[[OnnxFile], None]) -> Callable[[bytes], bytes]:
+    def edit(data: bytes) -> bytes:
+        graph = OnnxFile(data)
+        change(graph)
+        return graph.serialize()
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("rule", "make", "change"),
+    [fault[:3] for fault in PLANTED],
+    ids=[f"{fault[0]}-{number}" for number, fault in enumerate(PLANTED)],
+)
+def test_every_fault_that_the_table_knows_is_refused(
+    rule: str, make: Callable[[], Any], change: Callable[[Any], None], gpu: FakeGpu
+) -> None:
+    graph = make()
+    change(graph)
+    module = make_module(gpu, "10.16.2.10" if rule == "int8-half-scale" else "11.1.0.9")
+    said: list[str] = []
+
+    class Logger(fake_builder.ILogger):
+        def log(self, severity: Any, msg: str) -> None:
+            said.append(msg)
+
+    maker = module.Builder(Logger())
+    network = maker.create_network(1 << module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    try:
+        if module.OnnxParser(network, Logger()).parse(graph.serialize()):
+            assert maker.build_serialized_network(network, maker.create_builder_config()) is None
+    except RuleError as error:
+        said.append(str(error))
+    assert f"rule {rule}" in " ".join(said)
+
+
+def test_the_rules_that_it_knows_by_name_are_in_the_table() -> None:
+    assert {rule.name for rule in RULES} >= fake_builder.SILENT_RULES
+
+
+def test_a_file_that_is_not_there_is_a_parsers_error(copied: Any) -> None:
+    bundle = copied(RUNNABLE, "int4")
+    build = plan_of(bundle)
+    (bundle / "decoder.onnx.data").unlink()
+    with pytest.raises(BuildError, match=r"the file as a whole: Failed to open file .*onnx\.data"):
+        fake_plan(build)
+
+
+# What it builds is an engine
+
+
+@pytest.mark.parametrize(
+    ("dialect", "quant", "version", "options"),
+    [
+        ("portable", "int8", "10.3.0.30", {}),
+        ("portable", "int8-w8a8", "10.7.0.23", {}),
+        ("native", "int4", "10.16.2.10", {}),
+        ("native", "int4", "11.4.0.106", {"kv_read": "lengths"}),
+    ],
+)
+def test_a_build_of_each_version_answers_as_the_cpu(
+    dialect: str,
+    quant: str,
+    version: str,
+    options: Any,
+    gpu: FakeGpu,
+    copied: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From ``build`` to logits, without a word of the product replaced."""
+    require_kernels(dialect)
+    bundle = copied(dialect, quant)
+    install(monkeypatch, gpu, version=version)
+    config = BuildConfig(bundle, max_prefill=24, max_batch=2, **options)
+    built = build_engine(config, target=target(gpu, version))
+    assert built.info.tensorrt_version == version
+    assert built.info.compiled  # the layers could be read
+    with GpuRunner(bundle, gpu) as ours, Runner(bundle, int8_activations=False) as theirs:
+        assert ours.engine.info == built.info
+        for step, seq in enumerate((17, 3, 1, 1, 1, 1)):
+            ids = random_ids(2, seq, seed=step)
+            found, wanted = ours.step(ids, [0, 1]), theirs.step(ids, [0, 1])
+            if quant == "int8-w8a8":  # here and there a rounding to FP16 is a step of 1/127 more
+                assert np.abs(found - wanted).mean() < ATOL
+            else:
+                assert_allclose(found, wanted, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "words"),
+    [
+        ("10.16.1.11", (8, 7), r"expecting library version 10\.16\.1\.11 got 10\.16\.2\.10"),
+        ("10.16.2.10", (11, 0), r"expecting compute 11\.0 got compute 8\.7"),
+    ],
+)
+def test_a_plan_of_another_tensorrt_or_gpu_does_not_load(
+    version: str,
+    capability: tuple[int, int],
+    words: str,
+    gpu: FakeGpu,
+    tiny_bundles: Bundles,
+    tmp_path: Path,
+) -> None:
+    plan = tmp_path / "engine.plan"
+    plan.write_bytes(fake_plan(plan_of(tiny_bundles("qwen2"))))
+    gpu.compute_capability = capability
+    rt = TensorRT(make_module(gpu, version), "tensorrt", version)
+    with pytest.raises(BuildError, match=words):
+        compat.inspect_plan(rt, plan, 2)
+
+
+def test_a_plan_runs_without_its_bundle(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its weights in it, as a plan does."""
+    bundle = copied(RUNNABLE, "int4")
+    install(monkeypatch, gpu)
+    build_engine(BuildConfig(bundle, max_prefill=24), target=target(gpu))
+    ids = random_ids(1, 9)
+    with GpuRunner(bundle, gpu) as runner:
+        expected = runner.step(ids)
+    (bundle / "decoder.onnx.data").write_bytes(b"")
+    (bundle / "decoder.onnx").write_bytes(b"")
+    with GpuRunner(bundle, gpu) as runner:
+        assert (runner.step(ids) == expected).all()
+
+
+def test_attention_that_no_kernel_does_at_once_is_decomposed(gpu: FakeGpu, copied: Any) -> None:
+    bundle = copied("native", "int4")
+    here = target(gpu, planted=Planted(no_fused="no tactic for head_dim 16"))
+    info = build_engine(BuildConfig(bundle, max_prefill=32), target=here).info
+    assert info.attention == "decomposed"
+    (refused,) = info.refused
+    assert refused.attention == "fused"
+    assert "no tactic for head_dim 16" in refused.reason
+    assert {each.attention for each in info.compiled} == {"decomposed"}
+
+
+def test_timings_that_are_damaged_or_of_another_tensorrt_are_left_aside(
+    gpu: FakeGpu, copied: Any
+) -> None:
+    bundle = copied("portable", "fp16")
+
+    def build(level: int, version: str = "10.16.2.10") -> TimingCache:
+        config = BuildConfig(bundle, max_prefill=32, opt_level=level, timing_cache=cache)
+        build_engine(config, target=target(gpu, version))
+        found = TimingCache.read(cache.read_bytes())
+        assert found is not None
+        return found
+
+    cache = bundle.parent / "timing.cache"
+    cache.write_bytes(b"\0" * 100)
+    assert build(1).entries == 1
+    assert build(2).entries == 2  # it is read
+    other = build(3, "10.15.1.2")
+    assert (other.entries, other.owner) == (1, "10.15.1.2 8.7")
+
+
+# Scratch memory
+
+
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+def test_scratch_is_what_the_graph_needs_at_the_largest_shapes(
+    dialect: str, gpu: FakeGpu, tiny_bundles: Bundles
+) -> None:
+    bundle = tiny_bundles("qwen2", dialect, "int4")
+
+    def scratch(**sizes: int) -> dict[str, int]:
+        return compile_bundle(plan_of(bundle, **sizes), target(gpu)).scratch_bytes
+
+    found = scratch(max_batch=4, max_prefill=32)
+    longer = scratch(max_batch=4, max_prefill=96)
+    assert longer["decode"] == found["decode"]
+    # Three times the tokens; scores of primitive operators grow with their square.
+    assert 2.5 < longer["prefill"] / found["prefill"] < 9
+    # A decode step has copies of the cache's rows, of every slot.
+    wider = scratch(max_batch=8, max_prefill=32)
+    assert wider["decode"] == pytest.approx(2 * found["decode"], rel=0.01)
+    assert wider["prefill"] == found["prefill"]
+    # What `plan` estimates for a chunk of a prompt is of this size.
+    build = plan_of(bundle, max_batch=4, max_prefill=96)
+    (prefill,) = (each for each in profile_limits(4, 96) if each.profile == "prefill")
+    estimate = activation_bytes(build.manifest.model, build.manifest.dialect, [prefill], 128)
+    assert 0.5 < longer["prefill"] / estimate < 2
+
+
+def test_a_context_takes_the_scratch_of_the_largest_profile(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copied(RUNNABLE, "int4")
+    install(monkeypatch, gpu)
+    here = target(gpu, planted=Planted(unpacks=("lm_head",)))
+    build_engine(BuildConfig(bundle, max_prefill=24), target=here)
+    (directory,) = find_engines(bundle)
+    log = (directory / "build.log").read_text()
+    told = [int(size) for size in re.findall(r"Max Scratch Memory: (\d+) bytes", log)]
+    plain = compile_bundle(plan_of(bundle, max_prefill=24), target(gpu)).scratch_bytes
+    unpacked = 2 * np.prod(read_manifest(bundle).quantization.linears["lm_head"].shape)
+    assert [size - unpacked for size in told] == [plain[name] for name in ("prefill", "decode")]
+    with GpuRunner(bundle, gpu) as runner:
+        engine: FakeEngine = runner.engine._engine._engine
+        sizes = [engine.get_device_memory_size_for_profile_v2(i) for i in range(2)]
+        assert sizes == told
+        assert runner.engine.memory.activations_bytes == max(told)
+        # All of it is written to.
+        runner.step(random_ids(1, 24))
+        held = gpu.memory(runner.engine._activations.address, max(told))
+        assert (held == 0xAB).all()
+    assert [each.unpacking for each in read_engine_info(directory).compiled] == [1, 1]
+
+
+def test_a_workspace_that_is_too_small_is_named(gpu: FakeGpu, tiny_bundles: Bundles) -> None:
+    build = plan_of(tiny_bundles("qwen2", "portable"), max_prefill=128, workspace_bytes=1 << 20)
+    with pytest.raises(BuildError, match=r"Requested size was \d+ bytes.*give --workspace \d+M"):
+        compile_bundle(build, target(gpu))
