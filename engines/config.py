@@ -9,7 +9,7 @@ from typing import Literal
 from edge.bundle import io_spec
 from edge.bundle.engine_file import KvRead
 from edge.bundle.manifest import Manifest
-from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
+from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES, check_slots
 from edge.errors import ConfigError
 
 KV_READS: tuple[KvRead, ...] = ("slice", "full", "lengths")
@@ -107,11 +107,13 @@ def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
     """Fill in the options for a model and check them against it.
 
     Raises:
-        ConfigError: a capacity that the RoPE table cannot serve, a prefill step or a bucket that
-            does not fit the cache, a way to read the cache that the dialect does not have.
+        ConfigError: a capacity that the RoPE table cannot serve, or whose slots TensorRT could not
+            be given; a prefill step or a bucket that does not fit the cache; a way to read the
+            cache that the dialect does not have.
     """
     capacity = manifest.kv_capacity if config.kv_capacity is None else config.kv_capacity
     io_spec.check_capacity(capacity, manifest.rope_positions)
+    check_slots(manifest.model, capacity)
     if config.max_prefill > capacity:
         raise ConfigError(
             f"--max-prefill {config.max_prefill} exceeds the KV capacity of {capacity} tokens; "

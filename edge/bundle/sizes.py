@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from edge.errors import ConfigError
 
 from .io_spec import DIALECTS
 from .manifest import Dialect, ModelSpec
@@ -15,6 +18,8 @@ INDEX_BYTES = 8
 """Of a position, a cursor or an index: int64."""
 ENGINE_FLOAT_BYTES = 2
 """Of an activation, a cached value or a logit in an engine: FP16 or BF16."""
+ALIGNMENT = 256
+"""What TensorRT asks of every tensor's address (NvInferRuntime.h, setTensorAddress)."""
 DEFAULT_MAX_LOGITS = 64
 """Rows of logits that one run of an engine returns at most; scoring a prompt asks for many."""
 DEFAULT_WORKSPACE_BYTES = 1 << 30
@@ -61,6 +66,21 @@ def profile_limits(max_batch: int, max_prefill: int) -> tuple[StepLimits, ...]:
     if max_batch == 1 or share <= 1:
         return prefill, decode
     return prefill, decode, StepLimits("batch", max_batch, share, share)
+
+
+def check_slots(model: ModelSpec, capacity: int) -> None:
+    """Refuse a KV capacity whose slots an engine could not be given, as they follow each other.
+
+    Raises:
+        ConfigError: the keys or values of a slot do not end at a multiple of `ALIGNMENT` bytes.
+    """
+    row_bytes = model.num_kv_heads * model.head_dim * ENGINE_FLOAT_BYTES
+    if row_bytes * capacity % ALIGNMENT:
+        step = ALIGNMENT // math.gcd(ALIGNMENT, row_bytes)
+        raise ConfigError(
+            f"a KV capacity of {capacity} tokens puts slots at addresses that TensorRT refuses; "
+            f"build the engine with a --kv-capacity that is a multiple of {step}"
+        )
 
 
 def activation_bytes(

@@ -39,6 +39,7 @@ def test_numbers_out_of_range_are_refused_by_name(options, words: str) -> None:
         ({"kv_capacity": 1}, "--kv-capacity 1"),
         ({"kv_capacity": 100_000}, "--kv-capacity 100000"),
         ({"kv_capacity": 256}, "--max-prefill 512 exceeds the KV capacity of 256"),
+        ({"kv_capacity": 1023}, "addresses that TensorRT refuses; .* a multiple of 4"),
         ({"kv_capacity": 1024, "kv_buckets": (256, 512)}, "must be the KV capacity, 1024"),
     ],
 )

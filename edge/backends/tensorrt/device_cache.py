@@ -6,7 +6,6 @@ Layout ``[2 * layers, slots, kv_heads, rows, head_dim]``: entry ``2 * i`` holds 
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 
 import numpy as np
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 from edge.backends import cuda
 from edge.backends.step import Floats
 from edge.bundle.manifest import FloatType, ModelSpec
-from edge.errors import ConfigError
+from edge.bundle.sizes import check_slots
 
-from .device_memory import ALIGNMENT, StepSizes, new_rows_bytes, new_rows_stride
+from .device_memory import StepSizes, new_rows_bytes, new_rows_stride
 from .step_buffers import round_to_bf16
 
 _ELEMENT_BYTES = 2
@@ -58,13 +57,7 @@ class DeviceCache:
         self._slots, self._rows = num_slots, rows
         self._row_bytes = self._dim * _ELEMENT_BYTES
         self.slot_bytes = self._heads * rows * self._row_bytes
-        if num_slots > 1 and self.slot_bytes % ALIGNMENT:
-            step = ALIGNMENT // math.gcd(ALIGNMENT, self._heads * self._row_bytes)
-            raise ConfigError(
-                f"a KV capacity of {rows} tokens puts slots at addresses that TensorRT refuses; "
-                f"build the engine with a --kv-capacity that is a multiple of {step}, or with "
-                "--max-batch 1"
-            )
+        check_slots(model, rows)
         num_bytes = self._layers * num_slots * self.slot_bytes
         block = cuda.DeviceMemory(device, num_bytes, f"the KV cache of {num_slots} x {rows} tokens")
         resources.callback(block.close)

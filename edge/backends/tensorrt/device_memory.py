@@ -14,14 +14,12 @@ from edge.bundle import io_spec
 from edge.bundle.engine_file import EngineInfo
 from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.sizes import (
+    ALIGNMENT,
     DEFAULT_MAX_LOGITS,
     ENGINE_FLOAT_BYTES,
     INDEX_BYTES,
     activation_bytes,
 )
-
-# What TensorRT asks of every tensor's address (NvInferRuntime.h, setTensorAddress).
-ALIGNMENT = 256
 
 
 class StepSizes(NamedTuple):

@@ -28,14 +28,13 @@ from edge.backends.step import Floats, Step, step_after
 from edge.backends.windows import UNBOUNDED, Batching, Window
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
-from edge.bundle.sizes import DEFAULT_MAX_LOGITS, ProfileName
+from edge.bundle.sizes import ALIGNMENT, DEFAULT_MAX_LOGITS, ProfileName
 from edge.errors import BackendError, ConfigError, DeviceError, DeviceMemoryError
 
 from .bound_context import BoundContext, StepShape
 from .cuda_graph import DecodeGraphs
 from .device_cache import DeviceCache, NewRows
 from .device_memory import (
-    ALIGNMENT,
     EngineMemory,
     StepSizes,
     plan_engine_memory,

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.backends.tensorrt.device_memory import (
-    ALIGNMENT,
     StepSizes,
     input_layout,
     new_rows_bytes,
     new_rows_stride,
 )
+from edge.bundle.sizes import ALIGNMENT
 from tests.manifests import make_manifest
 
 MODEL = make_manifest().model

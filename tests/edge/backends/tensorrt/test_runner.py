@@ -768,11 +768,21 @@ def test_numbers_out_of_range(option: str, gpu: FakeGpu, engine_bundles: EngineB
         TensorRTBackend(bundle, read_manifest(bundle), **{option: 0})  # type: ignore[arg-type]
 
 
-def test_slots_that_tensorrt_could_not_address(gpu: FakeGpu, tiny_bundles: Bundles, tmp_path: Path):
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_slots_that_tensorrt_could_not_address(
+    max_batch: int,
+    gpu: FakeGpu,
+    tiny_bundles: Bundles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """With one slot, too, each layer's values follow its keys; a build refuses it as well."""
+    monkeypatch.setattr("engines.config.check_slots", lambda *_: None)
     bundle = tmp_path / "b"
     shutil.copytree(tiny_bundles("qwen2", "portable"), bundle)
-    write_engine(bundle, **{**ENGINE, "kv_capacity": 101, "kv_buckets": (16, 101)})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="multiple of 4, or with --max-batch 1"):
+    size = {"max_batch": max_batch, "kv_capacity": 101, "kv_buckets": (16, 101)}
+    write_engine(bundle, **{**ENGINE, **size})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--kv-capacity that is a multiple of 4"):
         TensorRTBackend(bundle, read_manifest(bundle))
 
 
