@@ -6,15 +6,19 @@ from dataclasses import dataclass
 
 from edge.bundle.engine_file import Attention, KvRead, LayerCount, RefusedRung, WeightBytes
 from edge.bundle.manifest import read_manifest
+from edge.bundle.onnx_file import OnnxFile
 from edge.device.telemetry import read_available_memory_bytes
 from edge.progress import Progress, silent
 
 from . import compat
-from .build_plan import plan_build
+from .build_plan import BuildPlan, plan_build
 from .builder import compile_ladder, find_target
 from .config import BuildConfig
+from .graph import prepare_graph
 from .memory import check_memory
+from .rules.facts import GraphFacts
 from .scratch import check_decode_scratch
+from .step_bytes import StepCost, step_costs, work_of_graph
 
 COMPUTE_CAPABILITIES = {80: "8.0", 86: "8.6", 89: "8.9", 120: "12.0"}
 
@@ -31,6 +35,7 @@ class CheckReport:
         weights: the linear layers' weights by stored type.
         layers: layers of the parsed network by kind and type.
         scratch_bytes: of each profile by name; empty if TensorRT did not say.
+        steps: what a step of each profile reads, and how fast each module can be at best.
     """
 
     bundle: str
@@ -45,6 +50,7 @@ class CheckReport:
     layers: tuple[LayerCount, ...]
     plan_bytes: int
     scratch_bytes: dict[str, int]
+    steps: tuple[StepCost, ...]
     build_s: float
     peak_memory_bytes: int | None
 
@@ -93,6 +99,15 @@ def check_bundle(
         compiled.audit.layers,
         compiled.plan_bytes,
         compiled.scratch_bytes,
+        _step_costs(climbed.build),
         round(compiled.build_s, 3),
         compiled.peak_memory_bytes,
     )
+
+
+def _step_costs(build: BuildPlan) -> tuple[StepCost, ...]:
+    bundle, manifest = build.config.bundle, build.manifest
+    data = (bundle / manifest.graphs.decoder).read_bytes()
+    graph = prepare_graph(data, build.shapes, build.kv_read)
+    work = work_of_graph(GraphFacts(OnnxFile(graph), bundle), manifest)
+    return step_costs(work, build.shapes, build.kv_read)

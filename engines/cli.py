@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -27,6 +28,11 @@ from .trtexec import (
     trtexec_version,
 )
 from .trtexec_options import TRT_VERSIONS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .step_bytes import StepCost
 
 _SIZE = re.compile(r"(\d+) *([kmg])?(i?b)?\Z", re.IGNORECASE)
 
@@ -331,6 +337,43 @@ def _print_verdict(verdict: Verdict) -> None:
         click.echo(f"    instead: {finding.instead}")
 
 
+def _print_steps(console: Console, steps: Sequence[StepCost]) -> None:
+    from edge.cli.plan import make_table
+
+    costs = make_table(
+        "Bytes of a step, MB: from the fewest cache rows to a full cache",
+        *("profile", "sequences", "tokens", "weights", "unpacked", "cache", "per token"),
+    )
+    for step in steps:
+        costs.add_row(
+            step.profile,
+            str(step.batch),
+            str(step.batch * step.tokens),
+            f"{step.packed_bytes / 1e6:,.1f}",
+            f"{step.unpacked_bytes / 1e6:,.1f}",
+            " to ".join(f"{size / 1e6:,.1f}" for size in step.cache_bytes),
+            " to ".join(f"{size / 1e6:,.1f}" for size in step.bytes_per_token),
+        )
+    console.print(costs, "")
+    names = [f"{step.profile} {step.batch}x{step.tokens}" for step in steps]
+    ceilings = make_table(
+        "Ceilings, tokens per second: full cache to fewest rows", "module", "GB/s", *names
+    )
+    for index, module in enumerate(steps[0].ceilings):
+        at = [step.ceilings[index] for step in steps]
+        ceilings.add_row(
+            f"{module.device} {module.power_mode}",
+            f"{module.bytes_per_s / 1e9:.1f}",
+            *(f"{one.full.tokens_per_s:,.0f} to {one.short.tokens_per_s:,.0f}" for one in at),
+        )
+    console.print(ceilings)
+    console.print(
+        "A ceiling is computed: all bytes of a step at the whole bandwidth, or its operations at "
+        "the tensor cores' peak if that takes longer.",
+        "",
+    )
+
+
 def _print_report(report: Any) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -347,6 +390,7 @@ def _print_report(report: Any) -> None:
     ):
         facts.add_row(name, value)
     console.print(facts, "")
+    _print_steps(console, report.steps)
     weights = Table(title="Weights of the linear layers", title_justify="left", box=None)
     for column in ("type", "layers", "bytes"):
         weights.add_column(column, justify="left" if column == "type" else "right")

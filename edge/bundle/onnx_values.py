@@ -20,7 +20,7 @@ from edge.errors import BundleError
 from .manifest import is_file_name
 from .onnx_file import ELEMENT_TYPES, Message, Node, OnnxFile, read_varint
 
-_BITS = {
+ELEMENT_BITS = {
     name: bits
     for bits, names in (
         (4, "int4 uint4 fp4"),
@@ -31,8 +31,9 @@ _BITS = {
     )
     for name in names.split()
 }
+"""Of an element by its type, packed."""
 _NUMPY = {
-    name: f"<{code}{_BITS[name] // 8}"
+    name: f"<{code}{ELEMENT_BITS[name] // 8}"
     for code, names in (
         ("i", "int8 int16 int32 int64"),
         ("u", "bool uint8 uint16 uint32 uint64 bf16"),
@@ -75,7 +76,7 @@ class Constant:
     @property
     def num_bytes(self) -> int:
         """Bytes of all elements, packed."""
-        return (self.volume * _BITS[self.dtype] + 7) // 8
+        return (self.volume * ELEMENT_BITS[self.dtype] + 7) // 8
 
 
 class Constants:
@@ -162,7 +163,7 @@ def read_constant(data: bytes) -> Constant:
     name, element = message.text(8), message.integer(2)
     where = f"not a valid graph: the constant {name!r}"
     dtype = ELEMENT_TYPES.get(element)
-    if dtype is None or dtype not in _BITS:
+    if dtype is None or dtype not in ELEMENT_BITS:
         raise BundleError(f"{where} has element type {element}, which is none of numbers")
     shape = tuple(_signed(size) for size in _varints(message, 1))
     if len(shape) > _MAX_RANK or any(size < 0 for size in shape):
@@ -254,9 +255,9 @@ def _typed_values(message: Message, dtype: str) -> bytes:
     if dtype in ("fp32", "fp64"):  # as they are in the file, packed or not
         return b"".join(message.all_bytes(number))
     values = [value & 0xFFFFFFFFFFFFFFFF for value in _varints(message, number)]
-    if _BITS[dtype] == 4:  # each entry has the bytes of two elements
+    if ELEMENT_BITS[dtype] == 4:  # each entry has the bytes of two elements
         return bytes(value & 0xFF for value in values)
-    size = _BITS[dtype] // 8
+    size = ELEMENT_BITS[dtype] // 8
     mask = (1 << 8 * size) - 1
     return b"".join((value & mask).to_bytes(size, "little") for value in values)
 

@@ -172,22 +172,35 @@ def _print(result: Plan) -> None:
         )
         return
     speed = make_table(
-        f"Speed on {place}, {device.mode.bytes_per_s / 1e9:.1f} GB/s",
-        *("quantization", "context", "decode tok/s", "ceiling", "TPOT ms", "prefill tok/s"),
-        "TTFT ms",
+        f"Speed on {place}, {device.mode.bytes_per_s / 1e9:.1f} GB/s: tokens per second",
+        *("quantization", "context", "decode max", "decode", "TPOT ms"),
+        *("prefill max", "prefill", "TTFT ms"),
     )
+    marks = {"fitted": "", "measured": "", "carried over": "*"}
     for option in result.options:
+        decode, prefill = (marks[option.basis[kind]] for kind in ("decode", "prefill"))
         for at in option.speeds:
+            most = at.prefill_ceiling_tps
             speed.add_row(
                 option.name,
                 str(at.context),
-                f"{at.decode_tps:.1f}",
-                f"{at.roofline_tps:.1f}",
-                f"{at.tpot_s * 1e3:.1f}",
-                f"{at.prefill_tps:,.0f}",
-                f"{at.ttft_s * 1e3:,.0f}",
+                f"{at.decode_ceiling_tps:.1f}",
+                f"{at.decode_tps:.1f}{decode}",
+                f"{at.tpot_s * 1e3:.1f}{decode}",
+                "-" if most is None else f"{most:,.0f}",
+                f"{at.prefill_tps:,.0f}{prefill}",
+                f"{at.ttft_s * 1e3:,.0f}{prefill}",
             )
     console.print(speed)
+    console.print(
+        "max: the ceiling, computed: all bytes of a step at the whole bandwidth, or its operations "
+        "at the tensor cores' peak. The other figures are predicted."
+    )
+    if any("carried over" in option.basis.values() for option in result.options):
+        console.print(
+            "* nobody published this case (module, power mode, precision, batch): the factors were "
+            "fitted to others."
+        )
     factors = result.efficiency
     # A CPU's arithmetic is in no table, so a share of it would say nothing.
     arithmetic = "" if device.name == "cpu" else f", arithmetic at {factors.compute:.0%}"

@@ -22,7 +22,7 @@ from edge.planner.calibration import BENCH_SCHEMA
 from edge.planner.devices import identify
 from edge.planner.memory import BackendKind, Deployment, plan_process_memory
 from edge.planner.plan import CPU, Device, find_device
-from edge.planner.speed import FITTED, Work, decode_s, work_of
+from edge.planner.speed import FITTED, Work, ceiling, decode_s, work_of
 from edge.planner.weights import manifest_linears
 
 from .bench import BenchConfig, Samples
@@ -192,15 +192,14 @@ def roofline(
     if device is None or device.mode is None:
         return None
     context = mean_context(config)
-    read = work.step_bytes + config.batch * context * work.kv_bytes_per_token
-    ceiling = config.batch * device.mode.bytes_per_s / read
+    most = ceiling(work, device.mode, config.batch, 1, context)
     predicted = None
     if device.name != CPU:
         predicted = config.batch / decode_s(work, device.mode, FITTED, config.batch, context)
     return {
-        "bytes_per_step": round(read),
-        "decode_tps": ceiling,
-        "reached": decode_tps / ceiling,
+        "bytes_per_step": most.read_bytes,
+        "decode_tps": most.tokens_per_s,
+        "reached": decode_tps / most.tokens_per_s,
         "predicted_decode_tps": predicted,
     }
 

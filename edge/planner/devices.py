@@ -29,12 +29,14 @@ class PowerMode:
         num_sms: streaming multiprocessors that are on.
         gpu_clock_hz: highest clock of the GPU.
         bytes_per_s: bandwidth of the memory, as the data sheet has it.
+        knows_arithmetic: whether SMs and clock are facts; of a CPU they are a round number.
     """
 
     name: str
     num_sms: int
     gpu_clock_hz: float
     bytes_per_s: float
+    knows_arithmetic: bool = True
 
     @property
     def int8_ops(self) -> float:

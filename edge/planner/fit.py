@@ -72,7 +72,7 @@ def fit() -> Efficiency:
     for figure in (f for f in fitted if f.kind == "decode" and f.batch == 1):
         work, mode = _work(figure), _mode(figure)
         seconds = 1 / figure.value
-        rows.append((work.step_bytes / mode.bytes_per_s / seconds, work.num_layers / seconds))
+        rows.append((work.weights_bytes / mode.bytes_per_s / seconds, work.num_layers / seconds))
         targets.append(1 - _cache_share(figure, work, base))
     solution = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
     base = dataclasses.replace(base, weights=float(1 / solution[0]), layer_s=float(solution[1]))
@@ -128,7 +128,10 @@ def _work(figure: Figure) -> Work:
     model = MODELS[figure.model]
     linears = _linears(model, figure.precision)
     plan = plan_process_memory(model, linears, DEFAULT_CONTEXT, Deployment())
-    return work_of(model, linears, plan.weights, Deployment())
+    # Those engines have kernels of their own for INT8 weights, which unpack nothing.
+    return dataclasses.replace(
+        work_of(model, linears, plan.weights, Deployment()), unpacked_bytes=0
+    )
 
 
 def _mode(figure: Figure) -> PowerMode:

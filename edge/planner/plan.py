@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from edge.bundle import io_spec
 from edge.bundle.schemes import Recipe
@@ -13,10 +13,15 @@ from edge.errors import ConfigError
 from .devices import DEFAULT_DEVICE, MODULES, Module, PowerMode
 from .memory import Deployment, ProcessMemory, plan_process_memory, usable_bytes
 from .models import PlannedModel
-from .speed import Efficiency, Speed, Work, predict, work_of
+from .published import Kind, Precision, has_fitted
+from .speed import FITTED, Efficiency, Speed, Work, predict, work_of
 from .weights import VARIANTS, Linear, find_variant, manifest_linears, recipe_linears
 
 CPU = "cpu"
+Basis = Literal["fitted", "carried over", "measured"]
+"""What a prediction rests on: published figures of this very case (module, precision, batch), those
+of others, or the benchmark of ``--calibrate``. A ceiling rests on none of them."""
+_PRECISIONS: dict[str, Precision] = {"float": "fp16", "int8": "int8", "int4": "int4"}
 # How fast a CPU multiplies is not in any table: a round number that `calibrate` scales.
 _CPU_NOMINAL_OPS = 100e12
 
@@ -46,6 +51,7 @@ class Option:
         memory: memory by part.
         work: bytes and operations.
         speeds: at each context of the plan; empty where the device's bandwidth is unknown.
+        basis: what the predictions among the speeds rest on.
         fits: whether the device has the memory; None where that is unknown.
     """
 
@@ -54,6 +60,7 @@ class Option:
     memory: ProcessMemory
     work: Work
     speeds: tuple[Speed, ...]
+    basis: dict[Kind, Basis]
     fits: bool | None
 
 
@@ -87,6 +94,7 @@ class Plan:
                     "memory": option.memory.as_dict(),
                     "work": asdict(option.work),
                     "fits": option.fits,
+                    "basis": option.basis,
                     "speeds": [asdict(speed) for speed in option.speeds],
                 }
                 for option in self.options
@@ -132,7 +140,8 @@ def find_module(name: str) -> Module:
 def cpu_mode(bytes_per_s: float) -> PowerMode:
     """Make a power mode of a CPU of measured bandwidth."""
     per_sm_clock = PowerMode("unit", 1, 1.0, 1.0).int8_ops
-    return PowerMode(CPU, 1, _CPU_NOMINAL_OPS / per_sm_clock, bytes_per_s)
+    clock_hz = _CPU_NOMINAL_OPS / per_sm_clock
+    return PowerMode(CPU, 1, clock_hz, bytes_per_s, knows_arithmetic=False)
 
 
 def make_plan(
@@ -183,8 +192,26 @@ def make_plan(
             else ()
         )
         fits = None if device.usable_bytes is None else memory.load_peak <= device.usable_bytes
-        options.append(Option(name, recipe, memory, work, speeds, fits))
+        basis = _basis(device, linears, deployment.batch, efficiency)
+        options.append(Option(name, recipe, memory, work, speeds, basis, fits))
     return Plan(model, device, deployment, efficiency, tuple(options))
+
+
+def _basis(
+    device: Device, linears: Sequence[Linear], batch: int, efficiency: Efficiency
+) -> dict[Kind, Basis]:
+    kinds: tuple[Kind, ...] = ("decode", "prefill")
+    if efficiency != FITTED:
+        return dict.fromkeys(kinds, "measured")
+    schemes = {linear.scheme.kind for linear in linears if linear.part != "lm_head"}
+    precision = _PRECISIONS.get(schemes.pop()) if len(schemes) == 1 else None
+    found: dict[Kind, Basis] = {}
+    for kind in kinds:
+        known = device.mode is not None and has_fitted(
+            kind, device.name, device.mode.name, precision, batch
+        )
+        found[kind] = "fitted" if known else "carried over"
+    return found
 
 
 def _linears(

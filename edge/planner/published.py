@@ -13,9 +13,11 @@ from typing import Literal
 
 from edge.bundle.manifest import ModelSpec
 
+from .devices import MODULES
 from .models import BUILT_IN, decoder_spec
 
 Precision = Literal["fp16", "int8", "int4"]
+Kind = Literal["decode", "prefill"]
 DEFAULT_CONTEXT = 256
 MODELS: dict[str, ModelSpec] = {
     "R1-Distill-Qwen-1.5B": BUILT_IN["r1-qwen-1.5b"].spec,
@@ -57,7 +59,7 @@ class Figure:
     mode: str | None
     model: str
     precision: Precision
-    kind: Literal["decode", "prefill"]
+    kind: Kind
     value: float
     tokens: int = DEFAULT_CONTEXT
     batch: int = 1
@@ -228,6 +230,29 @@ SPEED_FIGURES: tuple[Figure, ...] = (
     *_decode(_OLLAMA, _AGX, (("Llama-3-8B", "int4", 14.0),)),
     *_decode(_OLLAMA, _NANO, (("Llama-3.2-1B", "int4", 62.0), ("Qwen2.5-0.5B", "int4", 50.0))),
 )
+
+
+def has_fitted(
+    kind: Kind, device: str, mode: str, precision: Precision | None, batch: int = 1
+) -> bool:
+    """Whether the fit has figures of this very case; elsewhere its factors are carried over.
+
+    Args:
+        kind: of the figure.
+        device: name in `devices.MODULES`.
+        mode: name of its power mode.
+        precision: of the layers; None is one that nobody published, or several.
+        batch: sequences per decode step; a factor fitted at 1 and 8 holds from one to the other.
+    """
+    batches = [
+        figure.batch
+        for figure in SPEED_FIGURES
+        if figure.fitted
+        and (figure.kind, figure.device, figure.precision) == (kind, device, precision)
+        and MODULES[device].mode(figure.mode).name == mode
+    ]
+    return bool(batches) and (kind == "prefill" or min(batches) <= batch <= max(batches))
+
 
 NOT_PREDICTED: tuple[tuple[str, str], ...] = (
     ("TensorRT-Edge-LLM EAGLE3: Qwen3-1.7B 128.2, Qwen3-8B 59.3 tok/s", "speculative decoding"),

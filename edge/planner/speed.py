@@ -1,15 +1,18 @@
-"""Predicted speed: bytes and operations against a module's bandwidth and arithmetic.
+"""The ceiling of speed, and what is predicted below it.
 
 A decode step reads every weight and every row of the cache once. A prefill step reads the weights
-too, and multiplies::
+too, and multiplies. At a module's bandwidth and at the peak of its tensor cores that takes a time
+which no engine undercuts: the ceiling (`ceiling`). It is computed, nothing in it is fitted.
+
+A prediction takes shares of these figures that engines were seen to reach::
 
     decode  = (weights / (bandwidth * WEIGHTS) + layers * LAYER) * (1 + BATCH * (batch - 1))
               + batch * context * kv_bytes / (bandwidth * CACHE)
     prefill = chunks * (weights / (bandwidth * WEIGHTS) + layers * LAYER)
               + operations / (peak * COMPUTE)
 
-The five capital letters are `Efficiency`. The defaults are fitted to published figures of Orin
-(`edge.planner.fit`); ``--calibrate`` measures two of them.
+The five words in capital letters are `Efficiency`. The defaults are fitted to published figures of
+Orin (`edge.planner.fit`); ``--calibrate`` measures two of them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import ModelSpec
@@ -66,13 +70,15 @@ class Work:
     """What one model in one quantization costs.
 
     Attributes:
-        step_bytes: weights that a step reads.
+        step_bytes: weights that a step reads, packed, with scales, norms and biases.
         num_layers: decoder layers.
         kv_bytes_per_token: cache that a token of context costs to read.
-        linear_ops: operations of the layers' matrix products per token.
+        linear_ops: operations of the layers' matrix products per token. On a GPU the two planes of
+            an INT8 weight are two products.
         head_ops: operations of the lm_head per token that gets logits.
         attention_ops: operations of attention per pair of tokens.
         int8_share: share of ``linear_ops`` that runs in INT8.
+        unpacked_bytes: what a step writes and reads on top because weights are unpacked.
     """
 
     step_bytes: int
@@ -82,6 +88,16 @@ class Work:
     head_ops: int
     attention_ops: int
     int8_share: float
+    unpacked_bytes: int = 0
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes that a step moves for the weights, unpacked copies among them."""
+        return self.step_bytes + self.unpacked_bytes
+
+    def read_bytes(self, batch: int, rows: float) -> float:
+        """Bytes that a step moves: the weights once, and this many cache rows per sequence."""
+        return self.weights_bytes + batch * rows * self.kv_bytes_per_token
 
 
 def work_of(
@@ -92,15 +108,18 @@ def work_of(
 ) -> Work:
     """Count bytes and operations; ``weights`` are those in memory (`ProcessMemory.weights`)."""
     layer_ops = head_ops = int8_ops = 0
+    on_cpu = deployment.backend == "ort-cpu"
     for linear in linears:
-        ops = 2 * linear.shape[0] * linear.shape[1]
+        # The CPU joins the planes when it loads them.
+        products = 2 if linear.scheme.planes and not on_cpu else 1
+        ops = products * 2 * linear.shape[0] * linear.shape[1]
         if linear.part == "lm_head":
             head_ops += ops
             continue
         layer_ops += ops
         int8_ops += ops if SCHEMES[linear.scheme.kind].int8_inputs else 0
     step_bytes = sum(size for part, size in weights.items() if part != "rope")
-    if deployment.backend == "ort-cpu":
+    if on_cpu:
         step_bytes -= weights["scales"] // ORT_SCALE_COPIES  # the one beside the packed weights
     return Work(
         step_bytes=step_bytes,
@@ -110,7 +129,57 @@ def work_of(
         head_ops=head_ops,
         attention_ops=4 * model.num_layers * model.num_heads * model.head_dim,
         int8_share=int8_ops / layer_ops,
+        unpacked_bytes=0 if on_cpu else sum(linear.unpacked_bytes for linear in linears),
     )
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The least time of a step, by a module's figures alone.
+
+    Attributes:
+        read_bytes: bytes that the step moves.
+        step_s: the longer of moving them and multiplying.
+        tokens_per_s: over all sequences.
+        bound: which of the two it is.
+    """
+
+    read_bytes: int
+    step_s: float
+    tokens_per_s: float
+    bound: Literal["bandwidth", "arithmetic"]
+
+
+def ceiling(work: Work, mode: PowerMode, batch: int, tokens: int, rows: float) -> Ceiling:
+    """Compute what no engine exceeds: activations, launches and the cache's writing cost nothing.
+
+    Args:
+        work: bytes and operations.
+        mode: bandwidth and arithmetic; where the latter is not known the former decides.
+        batch: sequences of the step.
+        tokens: of each sequence; each gets logits for one.
+        rows: of the cache that each sequence reads, its own tokens among them.
+    """
+    read = work.read_bytes(batch, rows)
+    reading_s, multiplying_s = read / mode.bytes_per_s, 0.0
+    if mode.knows_arithmetic:
+        multiplying_s = batch * _at_peak_s(work, mode, tokens, rows)
+    step_s = max(reading_s, multiplying_s)
+    bound: Literal["bandwidth", "arithmetic"] = (
+        "bandwidth" if reading_s >= multiplying_s else "arithmetic"
+    )
+    return Ceiling(round(read), step_s, batch * tokens / step_s, bound)
+
+
+def prefill_ceiling_s(
+    work: Work, mode: PowerMode, tokens: int, max_prefill: int | None = None
+) -> float:
+    """Least seconds of a prompt, chunk by chunk; see `prefill_s`."""
+    size = max_prefill or tokens
+    ends = [*range(size, tokens, size), tokens]
+    starts = [0, *ends[:-1]]
+    chunks = zip(starts, ends, strict=True)
+    return sum(ceiling(work, mode, 1, end - start, end).step_s for start, end in chunks)
 
 
 @dataclass(frozen=True)
@@ -121,18 +190,20 @@ class Speed:
         context: tokens in the cache of each sequence.
         tpot_s: one decode step.
         decode_tps: tokens per second over all sequences.
-        roofline_tps: the same at the data sheet's bandwidth and nothing else: no engine exceeds it.
+        decode_ceiling_tps: the most that this can be (`ceiling`).
         prefill_s: a prompt of ``context`` tokens, one sequence.
         prefill_tps: its tokens per second.
+        prefill_ceiling_tps: the most that this can be; None where the arithmetic is not known.
         ttft_s: the same and the first token; no queue, no tokenizer.
     """
 
     context: int
     tpot_s: float
     decode_tps: float
-    roofline_tps: float
+    decode_ceiling_tps: float
     prefill_s: float
     prefill_tps: float
+    prefill_ceiling_tps: float | None
     ttft_s: float
 
 
@@ -147,14 +218,15 @@ def predict(
     """Speed at a context, see the top of this module; ``max_prefill`` as in `prefill_s`."""
     tpot_s = decode_s(work, mode, efficiency, batch, context)
     prefill = prefill_s(work, mode, efficiency, context, max_prefill)
-    roofline = (work.step_bytes + batch * context * work.kv_bytes_per_token) / mode.bytes_per_s
+    least_s = prefill_ceiling_s(work, mode, context, max_prefill)
     return Speed(
         context=context,
         tpot_s=tpot_s,
         decode_tps=batch / tpot_s,
-        roofline_tps=batch / roofline,
+        decode_ceiling_tps=ceiling(work, mode, batch, 1, context).tokens_per_s,
         prefill_s=prefill,
         prefill_tps=context / prefill,
+        prefill_ceiling_tps=context / least_s if mode.knows_arithmetic else None,
         ttft_s=prefill,
     )
 
@@ -180,7 +252,7 @@ def prefill_s(
     A longer prompt than ``max_prefill`` goes in chunks, and each reads the weights again; None is
     one chunk.
     """
-    arithmetic = _prefill_at_peak_s(work, mode, tokens) / efficiency.compute
+    arithmetic = _at_peak_s(work, mode, tokens, tokens) / efficiency.compute
     return _chunks(tokens, max_prefill) * _weights_s(work, mode, efficiency) + arithmetic
 
 
@@ -189,7 +261,7 @@ def _chunks(tokens: int, max_prefill: int | None) -> int:
 
 
 def _weights_s(work: Work, mode: PowerMode, efficiency: Efficiency) -> float:
-    read = work.step_bytes / (mode.bytes_per_s * efficiency.weights)
+    read = work.weights_bytes / (mode.bytes_per_s * efficiency.weights)
     return read + work.num_layers * efficiency.layer_s
 
 
@@ -200,10 +272,11 @@ def _cache_s(
     return read / (mode.bytes_per_s * efficiency.cache)
 
 
-def _prefill_at_peak_s(work: Work, mode: PowerMode, tokens: int) -> float:
+def _at_peak_s(work: Work, mode: PowerMode, tokens: int, rows: float) -> float:
+    """Seconds of a sequence's products, where its last token sees this many rows."""
     linear = tokens * work.linear_ops
     int8 = linear * work.int8_share / mode.int8_ops
-    pairs = tokens * (tokens + 1) / 2
+    pairs = tokens * (rows - (tokens - 1) / 2)
     rest = linear * (1 - work.int8_share) + work.head_ops + pairs * work.attention_ops
     return int8 + rest / mode.fp16_flops
 
@@ -245,21 +318,21 @@ def calibrate(work: Work, mode: PowerMode, base: Efficiency, measured: Measured)
     step = (measured.tpot_s - cache) / (1 + base.batch * (measured.batch - 1))
     for layer_s in (base.layer_s, 0.0):
         left = step - work.num_layers * layer_s
-        weights = work.step_bytes / (mode.bytes_per_s * left) if left > 0 else 2.0
+        weights = work.weights_bytes / (mode.bytes_per_s * left) if left > 0 else 2.0
         if weights <= 1 + 1e-9:  # all of the bandwidth, but for rounding
             break
     else:
         raise ConfigError(
             f"--calibrate {measured.where}: {measured.tpot_s * 1e3:.2f} ms per step is less than "
-            f"{work.step_bytes / 1e6:,.0f} MB take at {mode.bytes_per_s / 1e9:.1f} GB/s; the file "
-            "is of another model, quantization or device"
+            f"{work.weights_bytes / 1e6:,.0f} MB take at {mode.bytes_per_s / 1e9:.1f} GB/s; the "
+            "file is of another model, quantization or device"
         )
     found = dataclasses.replace(
         base, weights=weights, layer_s=layer_s, source=f"measured: {measured.where}"
     )
     chunks = _chunks(measured.prompt_tokens, measured.max_prefill)
     rest = measured.prefill_s - chunks * _weights_s(work, mode, found)
-    peak = _prefill_at_peak_s(work, mode, measured.prompt_tokens)
+    peak = _at_peak_s(work, mode, measured.prompt_tokens, measured.prompt_tokens)
     # A prompt this short says nothing of the arithmetic: its prefill is all reading.
     if rest <= peak:
         return found

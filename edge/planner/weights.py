@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from edge.bundle.linears import linear_layers, norm_layers
 from edge.bundle.manifest import Manifest, ModelSpec, TensorScheme
-from edge.bundle.schemes import Recipe, stored_bytes
+from edge.bundle.schemes import SCALE_BYTES, SCHEMES, Recipe, stored_bytes
+from edge.bundle.sizes import ENGINE_FLOAT_BYTES
 from edge.errors import ConfigError
 
 Part = Literal["attention", "mlp", "lm_head", "scales", "norms", "rope"]
@@ -45,16 +47,63 @@ def find_variant(name: str) -> Recipe:
 
 
 class Linear(NamedTuple):
-    """A linear layer as it is stored; ``shape`` is ``[in, out]``."""
+    """A linear layer as it is stored.
+
+    Attributes:
+        name: e.g. ``layers.0.qkv``.
+        shape: ``[in, out]``.
+        scheme: how its weight is stored.
+        num_bytes: of weight and scales, as a bundle's manifest has them; None: not exported yet.
+    """
 
     name: str
     shape: tuple[int, int]
     scheme: TensorScheme
+    num_bytes: int | None = None
 
     @property
     def part(self) -> Part:
         """Where its weight counts: ``attention``, ``mlp`` or ``lm_head``."""
-        return _PART_OF[self.name.rpartition(".")[2]]
+        return part_of(self.name)
+
+    @property
+    def stored_bytes(self) -> tuple[int, int]:
+        """Bytes of its weight and of its scales; real ones where it is in a bundle.
+
+        What the scheme does not tell counts to the weight: channels in float, the width of scales
+        in FP32.
+        """
+        weight, scales = stored_bytes(self.shape, self.scheme)
+        if self.num_bytes is None:
+            return weight, scales
+        # The scale of the inputs is not among the bytes that the manifest gives a layer.
+        own = scales - (SCALE_BYTES if SCHEMES[self.scheme.kind].int8_inputs else 0)
+        return self.num_bytes - own, scales
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Bytes that TensorRT moves in every step because it unpacks the weight.
+
+        It does so with INT8 weights whose inputs are floats (rule ``int8-weight-only``): the copy
+        in floats is written, and read by the product.
+        """
+        if self.scheme.kind != "int8" or self.scheme.planes:
+            return 0
+        return unpacked_bytes(math.prod(self.shape))
+
+
+def part_of(layer: str) -> Part:
+    """Where a linear layer counts, by its name.
+
+    Raises:
+        KeyError: it is no linear layer of a decoder.
+    """
+    return _PART_OF[layer.rpartition(".")[2]]
+
+
+def unpacked_bytes(weights: int) -> int:
+    """Bytes written and read again where this many weights are unpacked in a step."""
+    return 2 * ENGINE_FLOAT_BYTES * weights
 
 
 def recipe_linears(model: ModelSpec, recipe: Recipe) -> list[Linear]:
@@ -70,7 +119,7 @@ def recipe_linears(model: ModelSpec, recipe: Recipe) -> list[Linear]:
 def manifest_linears(manifest: Manifest) -> list[Linear]:
     """List the linear layers of a bundle, as its manifest has them."""
     return [
-        Linear(name, linear.shape, linear.scheme)
+        Linear(name, linear.shape, linear.scheme, linear.num_bytes)
         for name, linear in manifest.quantization.linears.items()
     ]
 
@@ -88,7 +137,7 @@ def weight_parts(model: ModelSpec, linears: Iterable[Linear], positions: int) ->
     """
     parts: dict[Part, int] = dict.fromkeys(PARTS, 0)
     for linear in linears:
-        weight, scales = stored_bytes(linear.shape, linear.scheme)
+        weight, scales = linear.stored_bytes
         parts[linear.part] += weight
         parts["scales"] += scales
     biases = sum(layer.shape[1] for layer in linear_layers(model) if layer.biases)

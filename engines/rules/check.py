@@ -368,18 +368,8 @@ def _operand_scales(facts: GraphFacts, _value: bool, _version: Version) -> Itera
 def _int8_weight_only(
     facts: GraphFacts, value: tuple[str, ...], _version: Version
 ) -> Iterator[Breach]:
-    weights: set[str] = set()
-    inputs: set[str] = set()
-    for quant in facts.quant_nodes:
-        if not quant.dequantizes or quant.blocked or quant.dtype not in value:
-            continue
-        (inputs if quant.data_shape is None else weights).update(quant.node.node.outputs)
-    for node in facts.nodes:
-        if node.op_type == "Cast":
-            for group in (weights, inputs):
-                group.update(node.node.outputs if node.input(0) in group else ())
-        if node.op_type == "MatMul" and node.input(1) in weights and node.input(0) not in inputs:
-            yield node.name, f"{node.input(1)} is INT8, {node.input(0)} is not"
+    for node, _weight in facts.weight_only_products(value):
+        yield node.name, f"{node.input(1)} is INT8, {node.input(0)} is not"
 
 
 @_rule("quantized-use")

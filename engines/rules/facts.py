@@ -201,6 +201,33 @@ class GraphFacts:
         kinds = ("QuantizeLinear", "DequantizeLinear")
         return [self._quant_node(node) for node in self.nodes if node.op_type in kinds]
 
+    def weight_only_products(self, types: tuple[str, ...]) -> Iterator[tuple[FactNode, QuantNode]]:
+        """Every product of a weight in one of these types, without blocks, and an input in none.
+
+        Args:
+            types: quantized types.
+
+        Yields:
+            The product and the node that dequantizes its weight.
+        """
+        weights: dict[str, QuantNode] = {}
+        inputs: set[str] = set()
+        for quant in self.quant_nodes:
+            if not quant.dequantizes or quant.blocked or quant.dtype not in types:
+                continue
+            if quant.data_shape is None:
+                inputs.update(quant.node.node.outputs)
+            else:
+                weights.update(dict.fromkeys(quant.node.node.outputs, quant))
+        for node in self.nodes:
+            left, right = node.input(0), node.input(1)
+            if node.op_type == "Cast":
+                if left in weights:
+                    weights.update(dict.fromkeys(node.node.outputs, weights[left]))
+                inputs.update(node.node.outputs if left in inputs else ())
+            if node.op_type == "MatMul" and right in weights and left not in inputs:
+                yield node, weights[right]
+
     def _quant_node(self, node: FactNode) -> QuantNode:
         data, scale, zero = node.input(0), node.input(1), node.input(2)
         if node.op_type == "DequantizeLinear":

@@ -64,6 +64,30 @@ def test_memory_decides_what_fits():
     assert all(option.fits is None for option in make(device=CPU).options)
 
 
+def test_a_prediction_says_what_it_rests_on():
+    def basis(
+        device: str = "agx-orin-64", mode: str | None = None, batch: int = 1
+    ) -> dict[str, Any]:
+        plan = make_plan(
+            BUILT_IN["r1-qwen-1.5b"], find_device(device, mode), Deployment(batch=batch), FITTED
+        )
+        return {o.name: (o.basis["decode"], o.basis["prefill"]) for o in plan.options}
+
+    fitted, carried = "fitted", "carried over"
+    assert basis() == {
+        "fp16": (fitted, carried),
+        "int8": (fitted, carried),
+        "int8-w8a8": (carried, carried),
+        **{name: (fitted, fitted) for name in VARIANTS if name.startswith("int4")},
+    }
+    of_eight = basis(batch=8)
+    assert of_eight["int4"] == (fitted, fitted)
+    assert of_eight["fp16"] == (carried, carried)
+    assert basis(batch=9)["int4"] == (carried, fitted)
+    for elsewhere in (basis("orin-nx-16"), basis("agx-orin-64", "30W")):
+        assert set(elsewhere.values()) == {(carried, carried)}
+
+
 def test_context_slows_decode_and_the_first_token():
     short, long = make(quants=["int4"], contexts=[128, 4096]).options[0].speeds
     assert short.tpot_s < long.tpot_s
@@ -156,6 +180,7 @@ def test_a_benchmark_calibrates(tmp_path: Path):
         contexts=[576],
     )
     assert found.options[0].speeds[0].tpot_s == pytest.approx(0.0070, rel=0.01)
+    assert set(found.options[0].basis.values()) == {"measured"}
 
 
 def test_a_cpus_benchmark_brings_its_bandwidth(tmp_path: Path):

@@ -85,7 +85,7 @@ def test_the_leaves_of_the_drawing(wish: Wish, leaf: str):
             "r1-qwen-7b int8-w8a8",
             False,
         ),
-        (Wish(ttft_s=0.05), "agx-orin-64", tuple(BUILT_IN), "r1-qwen-1.5b int8-w8a8", False),
+        (Wish(ttft_s=0.07), "agx-orin-64", tuple(BUILT_IN), "r1-qwen-1.5b int8-w8a8", False),
     ],
 )
 def test_the_tree(wish: Wish, device: str, models: tuple[str, ...], taken: str | None, holds: bool):

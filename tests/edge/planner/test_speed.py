@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,13 +19,16 @@ from edge.planner.speed import (
     Measured,
     Work,
     calibrate,
+    ceiling,
     decode_s,
     predict,
+    prefill_ceiling_s,
     prefill_s,
     work_of,
 )
-from edge.planner.weights import find_variant, recipe_linears
+from edge.planner.weights import VARIANTS, find_variant, recipe_linears
 
+DOCUMENT = Path(__file__).parents[3] / "docs" / "planner.md"
 AGX = MODULES["agx-orin-64"].mode(None)
 PERFECT = Efficiency(weights=1, layer_s=0, cache=1, compute=1, batch=0, source="ideal")
 
@@ -51,15 +55,15 @@ def work_for(name: str, quant: str) -> Work:
 )
 def test_the_roofline_is_the_known_one(name: str, quant: str, ceiling: float):
     found = predict(work_for(name, quant), AGX, PERFECT, 1, 1)
-    assert found.roofline_tps == pytest.approx(ceiling, rel=0.012)
-    assert found.decode_tps == pytest.approx(found.roofline_tps)
+    assert found.decode_ceiling_tps == pytest.approx(ceiling, rel=0.012)
+    assert found.decode_tps == pytest.approx(found.decode_ceiling_tps)
 
 
 def test_no_prediction_exceeds_the_roofline():
     for quant in ("fp16", "int8", "int4"):
         for context in (1, 512, 4096):
             found = predict(work_for("r1-qwen-7b", quant), AGX, FITTED, 4, context)
-            assert found.decode_tps < found.roofline_tps
+            assert found.decode_tps < found.decode_ceiling_tps
 
 
 def test_operations_are_two_per_weight_and_token():
@@ -128,3 +132,56 @@ def test_faster_than_memory_is_refused():
     work = work_for("r1-qwen-1.5b", "int4")
     with pytest.raises(ConfigError, match=r"wrong\.json: 1\.00 ms per step is less than"):
         calibrate(work, AGX, FITTED, Measured(1, 256, 0.001, 512, 512, 0.1, "wrong.json"))
+
+
+def test_the_ceilings_of_the_document_are_those_of_the_planner():
+    """docs/planner.md says which commands give its table; the numbers here are theirs."""
+    text = DOCUMENT.read_text("utf-8").split("## Ceilings")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `")]
+    shown = {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in rows}
+    nano = MODULES["orin-nano-8"].mode("15W")
+    expected = {}
+    for variant in VARIANTS:
+        model = BUILT_IN["r1-qwen-1.5b"].spec
+        linears = recipe_linears(model, find_variant(variant))
+        weights = plan_process_memory(model, linears, 8192, Deployment()).weights
+        work = work_of(model, linears, weights, Deployment())
+        speeds = [
+            f"{predict(work, mode, FITTED, 1, 1).decode_ceiling_tps:.1f}"
+            for mode in (AGX, MODULES["orin-nx-16"].mode(None), nano)
+        ]
+        read = work.read_bytes(1, 1)
+        expected[variant] = [f"{read / 1e6:,.0f}", f"{weights['scales'] / 1e6:,.0f}", *speeds]
+    assert shown == expected
+
+
+def test_a_ceiling_is_the_longer_of_reading_and_multiplying():
+    work = work_for("r1-qwen-1.5b", "int4")
+    one, many = ceiling(work, AGX, 1, 1, 1), ceiling(work, AGX, 1, 512, 512)
+    assert (one.bound, many.bound) == ("bandwidth", "arithmetic")
+    assert one.step_s == work.read_bytes(1, 1) / AGX.bytes_per_s
+    ideal = prefill_s(work, AGX, dataclasses.replace(PERFECT, weights=1e9), 512)
+    assert many.step_s == pytest.approx(ideal)
+    on_cpu = dataclasses.replace(AGX, knows_arithmetic=False)
+    assert ceiling(work, on_cpu, 1, 512, 512).bound == "bandwidth"
+    assert predict(work, on_cpu, FITTED, 1, 512).prefill_ceiling_tps is None
+
+
+def test_no_prefill_is_faster_than_its_chunks_can_be():
+    for name, quant in (("r1-qwen-1.5b", "int4"), ("r1-qwen-7b", "int8-w8a8")):
+        work = work_for(name, quant)
+        for tokens in (1, 511, 512, 513, 3000):
+            least = prefill_ceiling_s(work, AGX, tokens, 512)
+            assert least < prefill_s(work, AGX, FITTED, tokens, 512)
+            whole = prefill_ceiling_s(work, AGX, tokens)
+            assert least >= whole * (1 - 1e-9)
+            assert (least == whole) == (tokens <= 512)
+
+
+def test_planes_multiply_twice_on_a_gpu_and_once_on_a_cpu():
+    model = BUILT_IN["r1-qwen-1.5b"].spec
+    linears = recipe_linears(model, find_variant("int8"))
+    for deployment, times in ((Deployment("tensorrt"), 2), (Deployment("ort-cpu"), 1)):
+        memory = plan_process_memory(model, linears, 4096, deployment)
+        found = work_of(model, linears, memory.weights, deployment)
+        assert found.linear_ops == times * work_for("r1-qwen-1.5b", "fp16").linear_ops
