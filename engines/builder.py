@@ -43,6 +43,7 @@ _logger = logging.getLogger(__name__)
 Via = Literal["api", "trtexec"]
 CompileVariant = Callable[..., "tuple[Compiled, Climbed]"]
 _SCRATCH = ".trtexec-"
+_LAYERS = "layers.json"
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,12 @@ def build_engine(
         if compiled.timings is not None:
             store.write_timings(compiled.timings, config.timing_cache)
         info = store.commit(compiled.plan, make_recorder(climbed, target, via, key, compiled))
+        exported = compiled.exported_layers
         del compiled  # the plan would be in memory twice
-        layers, unknown = read_compiled_layers(target, store.directory / info.plan, build)
+        if via == "trtexec":
+            layers, unknown = read_exported_layers(exported, build)
+        else:
+            layers, unknown = read_compiled_layers(target, store.directory / info.plan, build)
         info = store.add_layers(info, layers, unknown)
         return BuildResult(store.directory, info, built=True)
 
@@ -181,14 +186,32 @@ def read_compiled_layers(
     Returns:
         The table of layers, or None and why it is not known.
     """
-    if target.rt.module is None:
-        return None, "trtexec built the engine: the table is made by --with api"
     if target.gpu is None:
         return None, "it was compiled without a GPU, and TensorRT opens a plan on its GPU only"
     try:
         texts = compat.inspect_plan(target.rt, plan, len(build.profiles))
         return parse_inspector(texts, [profile.name for profile in build.profiles]), None
     except (BuildError, BundleError) as error:
+        _logger.warning("the engine's layers are not known: %s", error)
+        return None, str(error)
+
+
+def read_exported_layers(
+    text: str | None, build: BuildPlan
+) -> tuple[LayerTable | None, str | None]:
+    """Read the layers that ``trtexec`` wrote.
+
+    It asks the same inspector, for the engine without an execution context. So a TensorRT that
+    tells of later profiles only in a context tells of the first one here.
+
+    Returns:
+        The table of layers, or None and why it is not known.
+    """
+    if text is None:
+        return None, "trtexec wrote no table of layers"
+    try:
+        return parse_inspector([text], [profile.name for profile in build.profiles]), None
+    except BundleError as error:
         _logger.warning("the engine's layers are not known: %s", error)
         return None, str(error)
 
@@ -262,6 +285,7 @@ class Compiled:
     build_s: float
     peak_memory_bytes: int | None
     scratch_bytes: dict[str, int] = field(default_factory=dict)
+    exported_layers: str | None = None
 
 
 def compile_ladder(
@@ -400,6 +424,7 @@ def _compile_with_trtexec(
             onnx=graph,
             plan=plan,
             timing_cache=build.config.timing_cache or store.directory / TIMING_CACHE,
+            layers=Path(scratch) / _LAYERS,
         )
         try:
             with uncounted(progress, "trtexec"):
@@ -407,6 +432,8 @@ def _compile_with_trtexec(
         finally:
             store.write_log("\n".join([" ".join(argv), *lines]) + "\n")
         data = plan.read_bytes()
+        layers = Path(scratch) / _LAYERS
+        exported = layers.read_text("utf-8", "replace") if layers.is_file() else None
     return Compiled(
         data,
         len(data),
@@ -415,6 +442,7 @@ def _compile_with_trtexec(
         Audit(tuple(check_plan_bytes(len(data), build.manifest, len(build.profiles))), (), (), 0),
         result.build_s if result.build_s is not None else result.seconds,
         result.peak_host_bytes,
+        exported_layers=exported,
     )
 
 

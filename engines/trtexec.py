@@ -61,6 +61,7 @@ def trtexec_command(
     onnx: Path | None = None,
     plan: Path | None = None,
     timing_cache: Path | None = None,
+    layers: Path | None = None,
 ) -> list[str]:
     """Make the ``trtexec`` line of a build.
 
@@ -71,6 +72,7 @@ def trtexec_command(
             capacity or ``kv_read`` than the bundle's needs the graph of `write_graph` here.
         plan: where the engine goes; ``engine.plan`` in the current directory by default.
         timing_cache: the config's by default, else ``timing.cache`` beside ``plan``.
+        layers: where the engine inspector's JSON of the layers goes; by default nowhere.
 
     Raises:
         ConfigError: options that contradict the version, or another capacity than the bundle's
@@ -107,6 +109,8 @@ def trtexec_command(
         "--profilingVerbosity=detailed",
         f"--timingCacheFile={timing_cache}",
     ]
+    if layers is not None:
+        line.append(f"--exportLayerInfo={layers}")
     if manifest.dialect == "native" and version >= _DECOMPOSABLE_SINCE:
         line.append("--decomposableAttentions=*")
     return [*line, "--skipInference"]

@@ -71,8 +71,6 @@ def test_what_is_not_known_has_a_reason(gpu: FakeGpu, plan: Path) -> None:
     assert table == read_layers(plan)
     elsewhere = Target(on(gpu), None, "8.7")
     assert "without a GPU" in str(read_compiled_layers(elsewhere, plan, build)[1])
-    trtexec = Target(TensorRT(None, "tensorrt", "10.16"), Gpu("a GPU", "8.7"), "8.7")
-    assert "trtexec" in str(read_compiled_layers(trtexec, plan, build)[1])
     gpu.fail_at = len(gpu.calls)
     assert read_compiled_layers(here, plan, build) == (
         None,

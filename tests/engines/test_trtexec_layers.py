@@ -1,0 +1,178 @@
+"""A build by ``trtexec`` knows its layers: a stand-in writes the file that the real one writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from edge.bundle.engine_layers import parse_inspector, read_layers
+from edge.bundle.manifest import read_manifest
+from edge.cli.inspect import inspect
+from engines.builder import BuildResult, Target, build_engine
+from engines.compat import TensorRT
+from engines.config import BuildConfig
+from engines.trtexec_options import options
+from tests.conftest import Bundles
+from tests.fake_inspector import inspector_json
+
+PROFILES = ("prefill", "decode")
+# The inspector's text as ``trtexec`` writes it: objects one per line, ``},{`` between layers, names
+# of tensors with their places. The layout is that of a file in NVIDIA/TensorRT issue 4020 (24.06).
+TEXT = """\
+{"Layers": [{
+  "Name": "Reformatting CopyNode for Input Tensor 0 to lm_head",
+  "LayerType": "Reformat",
+  "Inputs": [
+  {
+    "Name": "last_hidden",
+    "Location": "Device",
+    "Dimensions": [1,1,64],
+    "Format/Datatype": "Row major linear FP32"
+  }],
+  "Outputs": [
+  {
+    "Name": "Reformatted Input Tensor 0 to lm_head",
+    "Location": "Device",
+    "Dimensions": [1,1,64],
+    "Format/Datatype": "Row major Int8 format"
+  }],
+  "ParameterType": "Reformat",
+  "Origin": "REFORMAT",
+  "TacticValue": "0x00000000000003e8",
+  "StreamId": 0,
+  "Metadata": ""
+},{
+  "Name": "lm_head_myl0_7 [profile 1]",
+  "LayerType": "gemm",
+  "Inputs": [
+  {
+    "Name": "__mye1",
+    "Dimensions": [1,1,64],
+    "Format/Datatype": "N/A due to dynamic shapes"
+  },
+  {
+    "Name": "lm_head.weight",
+    "Dimensions": [64,320],
+    "Format/Datatype": "Int4"
+  }],
+  "Outputs": [
+  {
+    "Name": "logits",
+    "Dimensions": [1,1,320],
+    "Format/Datatype": "Half"
+  }],
+  "TacticName": "sm80_gemv_w4a16",
+  "StreamId": 0,
+  "Metadata": "[ONNX Layer: lm_head.dequantized/DequantizeLinear][ONNX Layer: logits/MatMul]"
+}],
+"Bindings": ["inputs_embeds"
+,"logits"
+,"inputs_embeds [profile 1]"
+,"logits [profile 1]"
+]}
+"""
+# Takes the options of its release only, like the real one, and writes names without details unless
+# it is asked for them.
+STAND_IN = """\
+#!{python}
+import json, pathlib, sys
+
+banner = "TensorRT.trtexec [TensorRT v101601] # trtexec"
+given = dict(word.partition("=")[::2] for word in sys.argv[1:])
+unknown = set(given) - set({known!r})
+print("&&&& RUNNING", banner)
+if unknown:
+    print("[E] Unknown option:", *unknown)
+    sys.exit("&&&& FAILED " + banner)
+text = pathlib.Path({layers!r}).read_text()
+if given.get("--profilingVerbosity") != "detailed":
+    names = [layer["Name"] for layer in json.loads(text)["Layers"]]
+    text = json.dumps({{"Layers": names}})
+if "--exportLayerInfo" in given and text:
+    pathlib.Path(given["--exportLayerInfo"]).write_text(text)
+if "--saveEngine" in given:
+    pathlib.Path(given["--saveEngine"]).write_bytes(bytes({plan_bytes}))
+print("&&&& PASSED", banner)
+"""
+
+
+@pytest.fixture
+def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundles("qwen2", "native", "int4"), tmp_path / "bundle"))
+
+
+def build(bundle: Path, monkeypatch: pytest.MonkeyPatch, text: str, **changes: Any) -> BuildResult:
+    folder = bundle.parent / "bin"
+    folder.mkdir(exist_ok=True)
+    layers = folder / "layers.json"
+    layers.write_text(text)
+    values = {
+        "python": sys.executable,
+        "known": sorted(options((10, 16))),
+        "layers": str(layers),
+        "plan_bytes": (bundle / "decoder.onnx.data").stat().st_size,
+        **changes,
+    }
+    binary = folder / "trtexec"
+    binary.write_text(STAND_IN.format(**values))
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return build_engine(
+        BuildConfig(bundle, max_prefill=32),
+        target=Target(TensorRT(None, "tensorrt", "10.16"), None, "8.7"),
+        via="trtexec",
+    )
+
+
+def test_the_table_is_that_of_the_inspector(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = inspector_json(read_manifest(bundle), unpacked=("layers.0.down",))
+    result = build(bundle, monkeypatch, text)
+    table = parse_inspector([text], PROFILES)
+    assert read_layers(result.directory / result.info.plan) == table
+    assert result.info.compiled == table.summary()
+    assert [each.unpacking for each in result.info.compiled] == [1, 1]
+    assert result.info.compiled_unknown is None
+    assert not list(bundle.glob("engines/.trtexec-*"))
+    shown = CliRunner().invoke(
+        inspect, [str(result.directory), "--layers"], catch_exceptions=False, env={"COLUMNS": "180"}
+    )
+    assert "gemv_w4a16_sm80" in shown.stdout
+    assert "UNPACK" in shown.stdout
+
+
+def test_the_layout_of_the_file_is_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = build(bundle, monkeypatch, TEXT)
+    table = read_layers(result.directory / result.info.plan)
+    assert table is not None
+    (copy,), (head,) = table.of("prefill"), table.of("decode")
+    assert copy.reformats
+    assert (copy.reads, copy.writes) == (("fp32",), ("int8",))
+    assert (head.name, head.kind, head.dtype) == ("lm_head_myl0_7", "gemm", "int4")
+    assert head.nodes == ("lm_head.dequantized/DequantizeLinear", "logits/MatMul")
+    assert [each.profile for each in result.info.compiled] == ["prefill", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "trtexec wrote no table of layers"),
+        ('{"Layers": ["lm_head"], "Bindings": []}', "without details"),
+        ('{"Layers": [{"Na', "no table of layers"),
+    ],
+)
+def test_an_engine_without_a_table_is_built_and_says_why(
+    text: str, reason: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = build(bundle, monkeypatch, text)
+    assert result.built
+    assert result.info.compiled == ()
+    assert reason in str(result.info.compiled_unknown)
+    assert read_layers(result.directory / result.info.plan) is None
+    shown = CliRunner().invoke(inspect, [str(result.directory), "--json"], catch_exceptions=False)
+    assert reason in json.loads(shown.stdout)["compiled_unknown"]
