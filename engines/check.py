@@ -8,7 +8,7 @@ from edge.bundle.engine_file import Attention, KvRead, LayerCount, RefusedRung, 
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.device.telemetry import read_available_memory_bytes
-from edge.progress import Progress, silent
+from edge.progress import Progress, silent, uncounted
 
 from . import compat
 from .build_plan import BuildPlan, plan_build
@@ -17,7 +17,7 @@ from .config import BuildConfig
 from .graph import prepare_graph
 from .memory import check_memory
 from .rules.facts import GraphFacts
-from .scratch import check_decode_scratch
+from .scratch import DecodeScratch, compare_decode_scratch
 from .step_bytes import StepCost, step_costs, work_of_graph
 
 COMPUTE_CAPABILITIES = {80: "8.0", 86: "8.6", 89: "8.9", 120: "12.0"}
@@ -35,6 +35,8 @@ class CheckReport:
         weights: the linear layers' weights by stored type.
         layers: layers of the parsed network by kind and type.
         scratch_bytes: of each profile by name; empty if TensorRT did not say.
+        decode_scratch: of one sequence, beside what it is with float weights; None without packed
+            weights.
         steps: what a step of each profile reads, and how fast each module can be at best.
     """
 
@@ -50,6 +52,7 @@ class CheckReport:
     layers: tuple[LayerCount, ...]
     plan_bytes: int
     scratch_bytes: dict[str, int]
+    decode_scratch: DecodeScratch | None
     steps: tuple[StepCost, ...]
     build_s: float
     peak_memory_bytes: int | None
@@ -70,7 +73,7 @@ def check_bundle(
     Args:
         config: what would be built.
         sm: compute capability without the dot; a key of `COMPUTE_CAPABILITIES`.
-        progress: called in the steps of `builder.compile_ladder`.
+        progress: called in the steps of `builder.compile_ladder`, and in ``scratch``.
 
     Raises:
         DependencyError: TensorRT for RTX is missing.
@@ -85,12 +88,13 @@ def check_bundle(
     if not config.force:
         check_memory(build.manifest, 0, read_available_memory_bytes())
     compiled, climbed = compile_ladder(build, target, progress=progress)
-    unpacked = check_decode_scratch(compiled.scratch_bytes, build.manifest, build.shapes)
+    with uncounted(progress, "scratch"):
+        scratch = compare_decode_scratch(climbed.build, target.rt, target.compute_capability)
     return CheckReport(
         str(config.bundle),
         f"{target.rt.flavour} {target.rt.version}",
         target.compute_capability,
-        (*compiled.audit.problems, *unpacked),
+        (*compiled.audit.problems, *([] if scratch is None else scratch.problems)),
         compiled.audit.attentions,
         climbed.build.kv_read,
         climbed.build.attention,
@@ -99,6 +103,7 @@ def check_bundle(
         compiled.audit.layers,
         compiled.plan_bytes,
         compiled.scratch_bytes,
+        scratch,
         _step_costs(climbed.build),
         round(compiled.build_s, 3),
         compiled.peak_memory_bytes,

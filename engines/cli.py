@@ -374,6 +374,13 @@ def _print_steps(console: Console, steps: Sequence[StepCost]) -> None:
     )
 
 
+def _compared(scratch: Any) -> list[tuple[str, str]]:
+    if scratch is None:
+        return []
+    text = f"{scratch.packed:,} bytes, with float weights {scratch.floats:,}"
+    return [("scratch of decode, one sequence", text)]
+
+
 def _print_report(report: Any) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -387,6 +394,7 @@ def _print_report(report: Any) -> None:
         ("attentions", f"{report.attentions}, {report.attention or 'of primitive operators'}"),
         *((f"refused {each.kv_read}, {each.attention}", each.reason) for each in report.refused),
         *((f"scratch of {name}", f"{size:,} bytes") for name, size in report.scratch_bytes.items()),
+        *_compared(report.decode_scratch),
     ):
         facts.add_row(name, value)
     console.print(facts, "")

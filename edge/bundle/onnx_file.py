@@ -276,6 +276,29 @@ class OnnxFile:
             )
         self._graph.add(12, info)
 
+    def remove_values(self, names: Iterable[str]) -> None:
+        """Take inputs and outputs of these names, where there are such, out of the graph."""
+        unwanted = set(names)
+        for number in (11, 12):
+            infos = self._graph.all_bytes(number)
+            kept = [data for data in infos if Message.parse(data).text(1) not in unwanted]
+            self._graph.replace(number, kept)
+
+    def put_in_file(
+        self, name: str, dtype: str, shape: Sequence[int], place: tuple[str, int, int]
+    ) -> None:
+        """Make a tensor, old or new, a constant whose bytes are in a file.
+
+        Args:
+            name: of the tensor.
+            dtype: its element type (see `ELEMENT_TYPES`).
+            shape: its dimensions.
+            place: the file beside the model's, its first byte there, and its number of bytes.
+        """
+        tensors = self._graph.all_bytes(5)
+        kept = [data for data in tensors if Message.parse(data).text(8) != name]
+        self._graph.replace(5, [*kept, _elsewhere(name, dtype, shape, place).serialize()])
+
     def use_domain(self, domain: str, version: int) -> None:
         """Declare an operator domain."""
         self._model.add(8, Message().add(1, domain).add(2, version))
@@ -297,7 +320,10 @@ class OnnxFile:
         """
         tensors = self._graph.all_bytes(5)
         kept = [data for data in tensors if Message.parse(data).text(8) not in values]
-        new = [_elsewhere(name, value).serialize() for name, value in values.items()]
+        new = []
+        for name, value in values.items():
+            place = ("in-memory", 0, value.nbytes)
+            new.append(_elsewhere(name, value.dtype.name, value.shape, place).serialize())
         self._graph.replace(5, kept + new)
         self.in_memory.update(values)
 
@@ -343,14 +369,14 @@ def _external(tensor: Message) -> ExternalTensor:
     return ExternalTensor(ELEMENT_TYPES.get(element, f"onnx type {element}"), dims, *place)
 
 
-def _elsewhere(name: str, value: NDArray[np.int8] | NDArray[np.uint8]) -> Message:
-    """A TensorProto of external data in a file that does not exist."""
+def _elsewhere(name: str, dtype: str, shape: Sequence[int], place: tuple[str, int, int]) -> Message:
+    """A TensorProto of external data."""
     tensor = Message()
-    for size in value.shape:
+    for size in shape:
         tensor.add(1, size)
-    tensor.add(2, ELEMENT_NUMBERS[value.dtype.name]).add(8, name)
-    for key, text in (("location", "in-memory"), ("offset", "0"), ("length", str(value.nbytes))):
-        tensor.add(13, Message().add(1, key).add(2, text))
+    tensor.add(2, ELEMENT_NUMBERS[dtype]).add(8, name)
+    for key, value in zip(("location", "offset", "length"), place, strict=True):
+        tensor.add(13, Message().add(1, key).add(2, str(value)))
     return tensor.add(14, _EXTERNAL)
 
 
