@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from edge.bundle.engine_file import Attention, KvRead
+from edge.bundle.engine_file import Attention, KvRead, Scales
 from edge.bundle.manifest import Manifest
 
 from .config import KV_READS, BuildConfig, BuildShapes, resolve
@@ -21,12 +21,14 @@ class BuildPlan:
         manifest: the bundle's manifest.
         shapes: the options filled in for this model.
         profiles: the optimization profiles, in the order in which the engine has them.
+        scales: ``fp32`` widens the scales of INT8 inputs; no option asks for it, the ladder does.
     """
 
     config: BuildConfig
     manifest: Manifest
     shapes: BuildShapes
     profiles: tuple[Profile, ...]
+    scales: Scales = "stored"
 
     @property
     def kv_read(self) -> KvRead:
@@ -43,7 +45,8 @@ class BuildPlan:
     @property
     def changes_graph(self) -> bool:
         """Whether the engine's graph is another one than the bundle's (`graph.prepare_graph`)."""
-        return self.shapes.capacity != self.manifest.kv_capacity or self.kv_read != "slice"
+        capacity = self.manifest.kv_capacity
+        return (self.shapes.capacity, self.kv_read, self.scales) != (capacity, "slice", "stored")
 
     def rebuild_options(self) -> dict[str, Any]:
         """Options of ``edge-llm build`` that give this engine again."""

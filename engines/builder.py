@@ -27,7 +27,7 @@ from .audit import Audit, audit_network, check_plan_bytes
 from .build_plan import BuildPlan, plan_build
 from .compat import Compiler, TensorRT
 from .config import BuildConfig
-from .graph import graph_files, prepare_graph, write_graph
+from .graph import graph_files, graph_of, write_graph
 from .ladder import Climbed, climb, describe, make_rungs
 from .memory import check_memory
 from .profiles import Profile
@@ -258,6 +258,7 @@ def make_recorder(
             attention=build.attention if via == "api" else None,
             refused=climbed.refused,
             tuned=climbed.tuned,
+            scales=build.scales,
             compiled_unknown="the build was ended before it read them",
         )
 
@@ -343,7 +344,7 @@ def compile_bundle(
     with uncounted(progress, "hash"):
         verify_files(config.bundle, manifest, graph_files(manifest))
     path = config.bundle.resolve() / manifest.graphs.decoder
-    graph = prepare_graph(path.read_bytes(), build.shapes, build.kv_read)
+    graph = graph_of(build)
     lines = _refuse_illegal(build, target, graph)
 
     def log(severity: str, message: str) -> None:

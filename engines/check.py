@@ -14,7 +14,7 @@ from . import compat
 from .build_plan import BuildPlan, plan_build
 from .builder import compile_ladder, find_target
 from .config import BuildConfig
-from .graph import prepare_graph
+from .graph import graph_of
 from .memory import check_memory
 from .rules.facts import GraphFacts
 from .scratch import DecodeScratch, compare_decode_scratch
@@ -112,7 +112,5 @@ def check_bundle(
 
 def _step_costs(build: BuildPlan) -> tuple[StepCost, ...]:
     bundle, manifest = build.config.bundle, build.manifest
-    data = (bundle / manifest.graphs.decoder).read_bytes()
-    graph = prepare_graph(data, build.shapes, build.kv_read)
-    work = work_of_graph(GraphFacts(OnnxFile(graph), bundle), manifest)
+    work = work_of_graph(GraphFacts(OnnxFile(graph_of(build)), bundle), manifest)
     return step_costs(work, build.shapes, build.kv_read)

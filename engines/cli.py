@@ -185,6 +185,7 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
                 "compute_capability": info.compute_capability,
                 "kv_read": info.kv_read,
                 "attention": info.attention,
+                "scales": info.scales,
                 "refused": msgspec.to_builtins(info.refused),
                 "tuned": msgspec.to_builtins(info.tuned),
             }
@@ -392,7 +393,7 @@ def _print_report(report: Any) -> None:
         ("plan", f"{report.plan_bytes:,} bytes"),
         ("took", f"{report.build_s:.1f} s, peak memory {report.peak_memory_bytes / 1e9:.2f} GB"),
         ("attentions", f"{report.attentions}, {report.attention or 'of primitive operators'}"),
-        *((f"refused {each.kv_read}, {each.attention}", each.reason) for each in report.refused),
+        *((f"refused {each.label}", each.reason) for each in report.refused),
         *((f"scratch of {name}", f"{size:,} bytes") for name, size in report.scratch_bytes.items()),
         *_compared(report.decode_scratch),
     ):

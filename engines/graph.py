@@ -1,4 +1,4 @@
-"""Adapts the bundle's graph to the engine: another capacity, another way to read the cache.
+"""Adapts the bundle's graph to the engine: capacity, a way to read the cache, types of scales.
 
 Only the small ``decoder.onnx`` is edited, in memory; its weights stay where they are.
 """
@@ -11,11 +11,26 @@ from pathlib import Path
 from edge.bundle import io_spec
 from edge.bundle.engine_file import KvRead
 from edge.bundle.manifest import Manifest
-from edge.bundle.onnx_file import OnnxFile
+from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, OnnxFile, attribute
+from edge.bundle.onnx_values import Constants
 from edge.errors import BundleError
 
 from .build_plan import BuildPlan
 from .config import BuildShapes
+
+_QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+
+
+def graph_of(build: BuildPlan) -> bytes:
+    """The graph of a build, from its bundle.
+
+    Raises:
+        BundleError: see `prepare_graph` and `widen_scales`.
+    """
+    bundle = build.config.bundle
+    data = (bundle / build.manifest.graphs.decoder).read_bytes()
+    graph = prepare_graph(data, build.shapes, build.kv_read)
+    return graph if build.scales == "stored" else widen_scales(graph, bundle)
 
 
 def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
@@ -56,7 +71,7 @@ def write_graph(build: BuildPlan, directory: Path) -> Path:
     """
     graph, weights = graph_files(build.manifest)
     bundle = build.config.bundle.resolve()
-    data = prepare_graph((bundle / graph).read_bytes(), build.shapes, build.kv_read)
+    data = graph_of(build)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / graph
     path.write_bytes(data)
@@ -69,6 +84,74 @@ def write_graph(build: BuildPlan, directory: Path) -> Path:
 def graph_files(manifest: Manifest) -> tuple[str, str]:
     """The files that an engine is built from: the graph and its weights."""
     return manifest.graphs.decoder, f"{manifest.graphs.decoder}.data"
+
+
+def has_half_scales(data: bytes) -> bool:
+    """Whether inputs are rounded to INT8 with scales of 16 bits."""
+    graph = OnnxFile(data)
+    constants = Constants(graph)
+    rounding = (node for node in graph.nodes if node.op_type == "QuantizeLinear")
+    return any(_is_half(constants, node.inputs[1]) for node in rounding)
+
+
+def widen_scales(data: bytes, directory: Path) -> bytes:
+    """Give INT8 its scales in FP32 where they have 16 bits, as some TensorRT need them.
+
+    Inputs are cast to FP32 before they are rounded, and what is dequantized is cast back, so all
+    other types stay. Both operands of a product get scales of one type (rule ``operand-scales``).
+
+    Args:
+        data: a decoder.
+        directory: where its weights are.
+
+    Raises:
+        BundleError: a scale cannot be read.
+    """
+    graph = OnnxFile(data)
+    constants = Constants(graph, directory)
+    wide: dict[str, str] = {}
+
+    def widened(name: str) -> str:
+        if name not in wide:
+            constant, values = constants.get(name), constants.values(name)
+            assert constant is not None
+            assert values is not None
+            wide[name] = graph.add_floats(f"{name}.fp32", constant.shape, values)
+        return wide[name]
+
+    nodes: list[Node] = []
+    rounded: set[str] = set()
+    for node in graph.nodes:
+        nodes.append(node)
+        if node.op_type not in _QUANTIZING or not _is_half(constants, node.inputs[1]):
+            continue
+        data_in, scale = node.inputs[:2]
+        constant = constants.get(data_in)
+        if node.op_type == "QuantizeLinear":
+            nodes.insert(-1, _cast(data_in, f"{node.outputs[0]}.fp32", "fp32"))
+            node.inputs[0] = f"{node.outputs[0]}.fp32"
+            rounded.add(node.outputs[0])
+        elif data_in in rounded or (constant is not None and constant.dtype == "int8"):
+            constant_scale = constants.get(scale)
+            assert constant_scale is not None
+            output = node.outputs[0]
+            node.outputs[0] = f"{output}.fp32"
+            nodes.append(_cast(f"{output}.fp32", output, constant_scale.dtype))
+        else:
+            continue
+        node.inputs[1] = widened(scale)
+    graph.nodes = nodes
+    return graph.serialize()
+
+
+def _is_half(constants: Constants, scale: str) -> bool:
+    constant = constants.get(scale)
+    return constant is not None and constant.dtype in ("fp16", "bf16")
+
+
+def _cast(source: str, output: str, dtype: str) -> Node:
+    to = attribute("to", ELEMENT_NUMBERS[dtype])
+    return Node("Cast", [source], [output], f"{output}/Cast", attributes=[to])
 
 
 def _remove_slices(graph: OnnxFile, caches: set[str]) -> None:

@@ -2,8 +2,10 @@
 
 Attention in one kernel is tried first, since in decode it is the faster one where TensorRT has such
 a kernel; where it has none the builder fails, and attention is left to be decomposed. With
-``--kv-read auto`` each way to read the cache is tried before attention is decomposed. What the user
-names is not varied: it is built, or it fails with TensorRT's reason.
+``--kv-read auto`` each way to read the cache is tried before attention is decomposed. Where inputs
+are rounded to INT8 with scales of 16 bits, all of this is tried again with these scales in FP32,
+since some TensorRT may take no others (NVIDIA/TensorRT#4832). What the user names is not varied: it
+is built, or it fails with TensorRT's reason.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from edge.bundle.engine_file import EngineInfo, KvRead, RefusedRung, TunedRung
+from edge.bundle.engine_file import EngineInfo, KvRead, RefusedRung, Scales, TunedRung
+from edge.bundle.schemes import SCHEMES
 from edge.errors import BuildError
 
 from . import compat
 from .build_plan import BuildPlan, plan_build
 from .compat import TensorRT
 from .config import KV_READS, AttentionChoice
+from .graph import has_half_scales
 
 T = TypeVar("T")
 
@@ -54,13 +58,24 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
     fixed = config.attention != "auto" or manifest.dialect != "native"
     attentions: list[AttentionChoice] = [config.attention] if fixed else ["fused", "decomposed"]
     rungs = [
-        plan_build(replace(config, kv_read=read, attention=attention), manifest)
+        replace(
+            plan_build(replace(config, kv_read=read, attention=attention), manifest), scales=scales
+        )
+        for scales in _scales(asked)
         for attention in attentions
         for read in reads
     ]
     for rung in rungs:
         compat.check_support(rt.flavour, rt.version, manifest.dialect, rung.kv_read)
     return rungs
+
+
+def _scales(asked: BuildPlan) -> tuple[Scales, ...]:
+    linears = asked.manifest.quantization.linears.values()
+    if not any(SCHEMES[linear.scheme.kind].int8_inputs for linear in linears):
+        return ("stored",)
+    graph = asked.config.bundle / asked.manifest.graphs.decoder
+    return ("stored", "fp32") if has_half_scales(graph.read_bytes()) else ("stored",)
 
 
 def _has_lengths(asked: BuildPlan, rt: TensorRT) -> bool:
@@ -89,7 +104,7 @@ def climb(
         except BuildError as error:
             if len(rungs) == 1:
                 raise
-            refused.append(RefusedRung(rung.kv_read, rung.attention, str(error)))
+            refused.append(RefusedRung(rung.kv_read, rung.attention, str(error), rung.scales))
             last = error
     if len({rung.reason for rung in refused}) == 1:
         raise last  # it is not about what was varied
@@ -99,4 +114,6 @@ def climb(
 
 def describe(rung: RefusedRung | TunedRung | BuildPlan | EngineInfo) -> str:
     """A rung in words."""
-    return f"attention {rung.attention or 'of primitive operators'}, cache read as {rung.kv_read}"
+    wide = ", scales in FP32" if rung.scales == "fp32" else ""
+    attention = rung.attention or "of primitive operators"
+    return f"attention {attention}, cache read as {rung.kv_read}{wide}"

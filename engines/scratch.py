@@ -30,7 +30,7 @@ from edge.progress import silent
 
 from .build_plan import BuildPlan, plan_build
 from .compat import Compiler, TensorRT
-from .graph import prepare_graph
+from .graph import graph_of
 from .profiles import Profile
 from .rules.facts import GraphFacts
 
@@ -95,7 +95,7 @@ def compare_decode_scratch(
     """
     single = plan_build(replace(build.config, max_batch=1), build.manifest)
     path = build.config.bundle.resolve() / build.manifest.graphs.decoder
-    graph = one_of_each_kind(prepare_graph(path.read_bytes(), build.shapes, build.kv_read))
+    graph = one_of_each_kind(graph_of(build))
     twin, num_bytes = in_floats(graph)
     if twin == graph:
         return None

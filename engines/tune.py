@@ -89,7 +89,7 @@ def compile_fastest(
                     rung, target, timings=timings, progress=progress, keep_log=keep
                 )
             except BuildError as error:
-                refused.append(RefusedRung(rung.kv_read, rung.attention, str(error)))
+                refused.append(RefusedRung(rung.kv_read, rung.attention, str(error), rung.scales))
                 continue
             timings = compiled.timings or timings
             candidates.append(_try(number, rung, compiled, target, progress))
@@ -112,7 +112,7 @@ def _try(
             decode_s, problem = measure(rung, store.directory, progress)
         except (BackendError, DeviceMemoryError) as error:
             problem = str(error)
-    found = TunedRung(rung.kv_read, rung.attention, decode_s, problem)
+    found = TunedRung(rung.kv_read, rung.attention, decode_s, problem, rung.scales)
     _logger.info("%s: %s", describe(found), problem or f"{decode_s} s")
     # Its plan is in the file: several would not fit into a Jetson's memory.
     return _Candidate(rung, replace(compiled, plan=b""), store.directory / info.plan, found)

@@ -25,6 +25,7 @@ ENGINE_SCHEMA_VERSION = 1
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 KvRead = Literal["slice", "full", "lengths"]
 Attention = Literal["fused", "decomposed"]
+Scales = Literal["stored", "fp32"]
 
 
 def where_tensorrt_is_from(flavour: Flavour) -> str:
@@ -98,11 +99,18 @@ class RefusedRung(_Struct, frozen=True):
         kv_read: how attention was to read the cache.
         attention: what was asked of TensorRT's attention; None in dialect ``portable``.
         reason: TensorRT's.
+        scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
     """
 
     kv_read: KvRead
     attention: Attention | None
     reason: str
+    scales: Scales = "stored"
+
+    @property
+    def label(self) -> str:
+        """What it was, in a few words."""
+        return _label(self)
 
 
 class TunedRung(_Struct, frozen=True):
@@ -113,12 +121,24 @@ class TunedRung(_Struct, frozen=True):
         attention: what was asked of TensorRT's attention; None in dialect ``portable``.
         decode_s: seconds of a decode step, the median; None if it was not timed.
         problem: why it is of no use; None if it answers right.
+        scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
     """
 
     kv_read: KvRead
     attention: Attention | None
     decode_s: float | None
     problem: str | None
+    scales: Scales = "stored"
+
+    @property
+    def label(self) -> str:
+        """What it was, in a few words."""
+        return _label(self)
+
+
+def _label(rung: RefusedRung | TunedRung) -> str:
+    wide = ", FP32 scales" if rung.scales == "fp32" else ""
+    return f"{rung.kv_read}, {rung.attention}{wide}"
 
 
 class EngineInfo(_Struct, frozen=True):
@@ -145,6 +165,8 @@ class EngineInfo(_Struct, frozen=True):
         compiled: summary of what TensorRT made of it, per profile; all layers are in the file
             beside the plan (`engine_layers.read_layers`).
         compiled_unknown: why ``compiled`` is empty; None if it is not.
+        scales: ``fp32`` if the scales of INT8 inputs were widened for this TensorRT, else
+            ``stored``.
     """
 
     schema_version: int
@@ -178,6 +200,7 @@ class EngineInfo(_Struct, frozen=True):
     tuned: tuple[TunedRung, ...] = ()
     compiled: tuple[ProfileLayers, ...] = ()
     compiled_unknown: str | None = None
+    scales: Scales = "stored"
 
 
 def read_engine_info(directory: Path) -> EngineInfo:

@@ -262,6 +262,15 @@ class OnnxFile:
         self._graph.add(5, tensor)
         return name
 
+    def add_floats(self, name: str, shape: Sequence[int], values: NDArray[np.float32]) -> str:
+        """Add an FP32 constant."""
+        tensor = Message()
+        for size in shape:
+            tensor.add(1, size)
+        tensor.add(2, ELEMENT_NUMBERS["fp32"]).add(8, name).add(9, values.astype("<f4").tobytes())
+        self._graph.add(5, tensor)
+        return name
+
     def add_output(self, info: Message) -> None:
         """Make a tensor of the graph one more output; see `tensor_info`.
 

@@ -132,7 +132,13 @@ def test_the_record_says_what_was_refused_and_what_was_taken(
 ) -> None:
     result = json.loads(run(build, str(bundle), "--max-prefill", "32", "--json").stdout)
     assert result["attention"] == "decomposed"
-    assert result["refused"] == [{"kv_read": "slice", "attention": "fused", "reason": REASON}]
+    (refused,) = result["refused"]
+    assert refused == {
+        "kv_read": "slice",
+        "attention": "fused",
+        "reason": REASON,
+        "scales": "stored",
+    }
     directory = Path(result["engine"])
     info = read_engine_info(directory)
     assert (info.attention, info.kv_read) == ("decomposed", "slice")
