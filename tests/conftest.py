@@ -6,6 +6,7 @@ import functools
 import ipaddress
 import itertools
 import logging
+import mmap
 import os
 import shutil
 import socket
@@ -14,12 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 from edge.backends.ort.session import onnxruntime_version
 from edge.bundle.io_spec import DIALECTS
 from edge.bundle.manifest import Dialect
+from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 from edge.device.nodes import GPU_NODES, find_gpu_node
 from scripts.smollm2 import smollm2_gguf
 from tests import skips
@@ -80,6 +83,17 @@ def require_kernels(dialect: str) -> None:
     """Skip where ONNX Runtime cannot run a dialect: the newest one for Python 3.10 is 1.23."""
     if dialect == "native" and RUNNABLE != "native":
         pytest.skip("needs ONNX Runtime >= 1.26 for dialect native")
+
+
+def require_huge_pages() -> None:
+    """Skip where the kernel makes no huge pages of small ones."""
+    block = mmap.mmap(-1, 2 * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block[:] = b"x" * len(block)
+    first = -np.frombuffer(block, np.uint8, 1).ctypes.data % HUGE_PAGE_BYTES
+    try:
+        block.madvise(MADV_COLLAPSE, first, HUGE_PAGE_BYTES)
+    except OSError:
+        pytest.skip("this kernel gives no huge pages")
 
 
 @pytest.fixture(autouse=True)

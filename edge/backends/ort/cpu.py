@@ -17,6 +17,7 @@ from edge.backends.step import Floats, Step
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.onnx_file import OnnxFile
+from edge.device.huge_pages import collapse_filled
 from edge.errors import BackendError, ResourceError
 
 from .cpu_attention import fuse_cache_attention
@@ -30,6 +31,8 @@ from .session import (
     load_graph,
     open_session,
 )
+
+_WEIGHTS_BYTES = 8 << 20  # regions from this size on hold weights
 
 
 class OrtBackend:
@@ -85,7 +88,9 @@ class OrtBackend:
         self._session: Any = open_session(
             graph, bundle, manifest, num_threads, int8_activations=int8_activations is not False
         )
+        del graph  # with weights that the session has in its own form by now
         _return_freed_memory()
+        collapse_filled(_WEIGHTS_BYTES)
         model = self._model
         shape = (num_slots, model.num_kv_heads, self.capacity, model.head_dim)
         try:

@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.step import Floats
+from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 
-HUGE_PAGE_BYTES = 2 << 20  # of x86-64, and of aarch64 with pages of 4 KB
 _CHECK_ROWS = 256  # a slot grows by this many before its pages are looked at again
 _TOKENS_PER_PAGE = 16  # a page takes 0.6 ms or more to copy: no step shall wait for all of them
-_MADV_COLLAPSE = 25  # Linux 6.1; before that the kernel does it by itself, some time later
 
 
 class HostCache:
@@ -100,7 +99,7 @@ class HostCache:
             _advise(block, "MADV_HUGEPAGE", offset, HUGE_PAGE_BYTES)
             # Refused by an older kernel, or where no 2 MB are free in one piece: it stays small.
             with contextlib.suppress(OSError):
-                block.madvise(_MADV_COLLAPSE, offset, HUGE_PAGE_BYTES)
+                block.madvise(MADV_COLLAPSE, offset, HUGE_PAGE_BYTES)
 
     def _used_bytes(self) -> NDArray[np.int64]:
         """Bytes of written rows in each whole huge page of a tensor."""

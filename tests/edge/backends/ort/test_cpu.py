@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, ConfigError
-from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
+from tests.conftest import TINY_KV_CAPACITY, Bundles, require_huge_pages, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.tiny_models import KINDS, Kind
 
@@ -42,6 +44,32 @@ def open_runner(bundles: Bundles, kind: Kind, variant: str, **options: Any) -> R
     return Runner(
         bundles(kind, variant.split()[0]), fuse_attention=variant == "native fused", **options
     )
+
+
+_SHOW_MEMORY = """
+import sys
+from pathlib import Path
+from edge.backends.ort import cpu
+from edge.bundle.manifest import read_manifest
+bundle = Path(sys.argv[1])
+if "small" in sys.argv:
+    cpu.collapse_filled = lambda _: 0
+backend = cpu.OrtBackend(bundle, read_manifest(bundle))
+print(Path("/proc/self/smaps_rollup").read_text(), end="")
+"""
+
+
+def test_weights_are_in_huge_pages_and_take_no_more_memory(smollm2_bundle: Path):
+    """SmolLM2 in fp16, whose weights the CPU holds in fp32, in processes of their own."""
+    require_huge_pages()
+    resident, huge = {}, {}
+    for pages in ("small", "huge"):
+        command = [sys.executable, "-c", _SHOW_MEMORY, str(smollm2_bundle), pages]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        kib = dict(line.split()[:2] for line in done.stdout.splitlines())
+        resident[pages], huge[pages] = int(kib["Anonymous:"]), int(kib["AnonHugePages:"])
+    assert huge["huge"] >= 0.85 * resident["huge"]
+    assert resident["huge"] == pytest.approx(resident["small"], rel=0.03)
 
 
 @pytest.mark.parametrize("kind", KINDS)

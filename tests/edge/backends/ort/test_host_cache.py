@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from edge.backends.ort.host_cache import HUGE_PAGE_BYTES, HostCache
+from edge.backends.ort.host_cache import HostCache
+from edge.device.huge_pages import HUGE_PAGE_BYTES
 from edge.errors import ResourceError
 from tests.conftest import TINY_KV_CAPACITY, Bundles
 from tests.edge.backends.runner import Runner
