@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -321,7 +322,7 @@ class OnnxFile:
         tensors = map(Message.parse, self._graph.all_bytes(5))
         return {each.text(8): _external(each) for each in tensors if each.integer(14) == _EXTERNAL}
 
-    def put_in_memory(self, values: Mapping[str, NDArray[np.int8] | NDArray[np.uint8]]) -> None:
+    def put_in_memory(self, values: Mapping[str, NDArray[Any]]) -> None:
         """Give initializers by these names other values, old or new, which no file holds.
 
         The model says that they are external; whoever opens a session on it must hand `in_memory`
@@ -332,7 +333,8 @@ class OnnxFile:
         new = []
         for name, value in values.items():
             place = ("in-memory", 0, value.nbytes)
-            new.append(_elsewhere(name, value.dtype.name, value.shape, place).serialize())
+            element = value.dtype.name.replace("float", "fp")
+            new.append(_elsewhere(name, element, value.shape, place).serialize())
         self._graph.replace(5, kept + new)
         self.in_memory.update(values)
 

@@ -148,7 +148,13 @@ class CpuLayers:
         check_threads(num_threads)
         model = self._model = manifest.model
         self._dialect = io_spec.DIALECTS[manifest.dialect]
-        graph = load_cpu_graph(bundle, manifest, capacity, fuse_attention=fuse_attention)
+        graph = load_cpu_graph(
+            bundle,
+            manifest,
+            capacity,
+            fuse_attention=fuse_attention,
+            int8_activations=int8_activations,
+        )
         self._layers = [io_spec.layer_output(layer) for layer in range(model.num_layers)]
         shape = (io_spec.BATCH, io_spec.SEQ, model.hidden_size)
         for name in self._layers:

@@ -36,7 +36,7 @@ _ORT_SESSION_BYTES = 4_000_000
 ORT_SCALE_COPIES = 3
 _ORT_INT8_FACTOR = 1.1  # measured: what the 8-bit kernel's layout adds
 _ORT_LOAD_FACTOR = 0.45  # measured: a layer's original lives beside its packed copy for a while
-_ORT_JOINED_BYTES = 1.7  # measured, per weight in planes: the joined one, and ONNX Runtime's copies
+_ORT_JOINED_BYTES = 1.0  # per weight in planes: the joined one, until all are packed
 
 # What the kernel, its carve-outs and a system without a desktop take of a Jetson's memory.
 _SYSTEM_SHARE, _SYSTEM_BYTES = 0.1, 1_000_000_000

@@ -25,10 +25,13 @@ from .host_cache import HostCache
 from .join_planes import join_planes
 from .runner import RunShape, StepRunner, cache_tensors, fill_inputs, make_inputs
 from .session import (
+    accuracy_level,
     check_int8_activations,
     check_sizes,
     check_threads,
+    import_onnxruntime,
     load_graph,
+    multiplies_8_bits,
     open_session,
 )
 
@@ -84,9 +87,12 @@ class OrtBackend:
             for linear in manifest.quantization.linears.values()
         )
         self._model, self._dialect = manifest.model, io_spec.DIALECTS[manifest.dialect]
-        graph = load_cpu_graph(bundle, manifest, self.capacity, fuse_attention=fuse_attention)
+        rounds = int8_activations is not False
+        graph = load_cpu_graph(
+            bundle, manifest, self.capacity, fuse_attention=fuse_attention, int8_activations=rounds
+        )
         self._session: Any = open_session(
-            graph, bundle, manifest, num_threads, int8_activations=int8_activations is not False
+            graph, bundle, manifest, num_threads, int8_activations=rounds
         )
         del graph  # with weights that the session has in its own form by now
         _return_freed_memory()
@@ -146,7 +152,12 @@ class OrtBackend:
 
 
 def load_cpu_graph(
-    bundle: Path, manifest: Manifest, capacity: int, *, fuse_attention: bool
+    bundle: Path,
+    manifest: Manifest,
+    capacity: int,
+    *,
+    fuse_attention: bool,
+    int8_activations: bool,
 ) -> OnnxFile:
     """Read the decoder as `OrtBackend` runs it.
 
@@ -155,14 +166,18 @@ def load_cpu_graph(
         manifest: its manifest.
         capacity: rows of the cache.
         fuse_attention: rewrite attention for the CPU, in a dialect that has it as one operator.
+        int8_activations: as `open_session` will be told.
 
     Raises:
+        DependencyError: see `import_onnxruntime`.
         BundleError: the graph is not one that edge-llm's exporter wrote.
     """
     graph = load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", capacity)
     if fuse_attention and io_spec.DIALECTS[manifest.dialect].one_attention_operator:
         fuse_cache_attention(graph, manifest.model)
-    join_planes(graph, bundle, manifest)
+    ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
+    level = accuracy_level(int8_activations) if multiplies_8_bits(ort) else None
+    join_planes(graph, bundle, manifest, accuracy_level=level)
     return graph
 
 

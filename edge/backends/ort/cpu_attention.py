@@ -21,7 +21,8 @@ from edge.bundle.manifest import ModelSpec
 from edge.bundle.onnx_file import Node, OnnxFile, attribute
 from edge.errors import BundleError
 
-_DOMAIN = "com.microsoft"
+OWN_DOMAIN = "com.microsoft"
+"""Of ONNX Runtime's own operators."""
 
 
 def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
@@ -67,7 +68,9 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
             attributes.append(attribute("do_rotary", 1))
         inputs += [keys.inputs[0], values.inputs[0], "cpu.seqlens", "cpu.total", *tables]
         new.append(
-            Node("GroupQueryAttention", inputs, outputs, f"{node.name}/fused", _DOMAIN, attributes)
+            Node(
+                "GroupQueryAttention", inputs, outputs, f"{node.name}/fused", OWN_DOMAIN, attributes
+            )
         )
         fused[node.outputs[0]] = new
         taken.update(outputs)
@@ -81,7 +84,7 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
         if not taken.intersection(node.outputs):
             nodes += fused.get(node.outputs[0], [node])
     graph.nodes = nodes
-    graph.use_domain(_DOMAIN, 1)
+    graph.use_domain(OWN_DOMAIN, 1)
 
 
 def expect_node(nodes: dict[str, Node], name: str, *op_types: str) -> Node:

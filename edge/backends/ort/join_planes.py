@@ -8,6 +8,10 @@ both against each other.
 
 The joined weights are UINT8 with a zero point of 128: what ONNX Runtime's option for exact products
 of INT8 (`session.session_options`) makes of an INT8 constant in groups does not run.
+
+MatMulNBits (``com.microsoft``, onnxruntime ContribOperators.md) takes weights as
+``[out, groups, group size]``, around 128, and scales as ``[out, groups]``. ONNX Runtime makes it of
+`DequantizeLinear` and `MatMul` by itself, with one more copy of all weights.
 """
 
 from __future__ import annotations
@@ -15,16 +19,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import Manifest
-from edge.bundle.onnx_file import ExternalTensor, OnnxFile
+from edge.bundle.onnx_file import ExternalTensor, Node, OnnxFile, attribute
 from edge.bundle.schemes import HIGH_PLANE
 
-from .cpu_attention import expect_node
+from .cpu_attention import OWN_DOMAIN, expect_node
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -33,11 +37,21 @@ _ZERO_POINT = np.uint8(128)
 _CHUNK_BYTES = 1 << 17  # of a plane; with its temporaries it stays in the L2 cache
 
 
-def join_planes(graph: OnnxFile, bundle: Path, manifest: Manifest) -> None:
+def join_planes(
+    graph: OnnxFile, bundle: Path, manifest: Manifest, *, accuracy_level: int | None = None
+) -> None:
     """Replace every pair of planes by one UINT8 weight in `OnnxFile.in_memory`.
 
     Planes are read in chunks, so nothing but the joined weights takes memory: one block, which goes
     back to the system as a whole.
+
+    Args:
+        graph: of the decoder.
+        bundle: the bundle's directory.
+        manifest: its manifest.
+        accuracy_level: write the products as MatMulNBits with this level (see
+            `session.accuracy_level`), for a graph whose scales are FP32; None leaves
+            `DequantizeLinear` and `MatMul`.
 
     Raises:
         BundleError: the graph is not one that edge-llm's exporter wrote.
@@ -52,23 +66,55 @@ def join_planes(graph: OnnxFile, bundle: Path, manifest: Manifest) -> None:
     sizes = [math.prod(linears[name].shape) for name in names]
     block = np.empty(sum(sizes), dtype=np.uint8)
     parts = np.split(block, np.cumsum(sizes)[:-1])
-    joined: dict[str, NDArray[np.uint8]] = {}
+    joined: dict[str, NDArray[Any]] = {}
+    products: dict[str, Node] = {}
     for name, part in zip(names, parts, strict=True):
-        low = stored[f"{name}.weight"]
-        _read_joined(bundle, low, stored[f"{name}.high_weight"], part)
-        joined[f"{name}.weight"] = part.reshape(low.shape)
+        weight, scale = f"{name}.weight", f"{name}.scale"
+        low, high = stored[weight], stored[f"{name}.high_weight"]
         rows, columns = low.shape
-        groups = rows // linears[name].scheme.group_size
-        zero_point = f"zero_point.{groups}x{columns}"
-        joined.setdefault(zero_point, np.full((groups, columns), _ZERO_POINT))
-        dequantized = expect_node(consumers, f"{name}.weight", "DequantizeLinear")
-        dequantized.inputs = [*dequantized.inputs[:2], zero_point]
+        group_size = linears[name].scheme.group_size
+        groups = rows // group_size
+        dequantized = expect_node(consumers, weight, "DequantizeLinear")
+        if accuracy_level is None or columns % 2:  # rows end within a byte of odd ones
+            _read_joined(bundle, low, high, part)
+            joined[weight] = part.reshape(low.shape)
+            zero_point = f"zero_point.{groups}x{columns}"
+            joined.setdefault(zero_point, np.full((groups, columns), _ZERO_POINT))
+            dequantized.inputs = [*dequantized.inputs[:2], zero_point]
+        else:
+            joined[weight] = part.reshape(columns, groups, group_size)
+            _read_transposed(bundle, low, high, joined[weight])
+            joined[scale] = _read_scales(bundle, stored[scale]).T.copy()
+            product = expect_node(consumers, dequantized.outputs[0], "MatMul")
+            attributes = {
+                "K": rows,
+                "N": columns,
+                "bits": 8,
+                "block_size": group_size,
+                "accuracy_level": accuracy_level,
+            }
+            products[product.name] = Node(
+                "MatMulNBits",
+                [product.inputs[0], weight, scale],
+                product.outputs,
+                product.name,
+                OWN_DOMAIN,
+                [attribute(key, value) for key, value in attributes.items()],
+            )
+    graph.nodes = [products.get(node.name, node) for node in graph.nodes]
+    if products:
+        graph.use_domain(OWN_DOMAIN, 1)
     graph.put_in_memory(joined)
 
 
 def join(low: NDArray[np.uint8], high: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
-    """Write ``16 * high + low + 128`` of packed INT4 planes, two weights per byte of a plane."""
-    result = out.reshape(-1, 2)
+    """Write ``16 * high + low + 128`` of packed INT4 planes, two weights per byte of a plane.
+
+    Args:
+        low: plane ``[..., n]``.
+        high: plane likewise.
+        out: ``[..., 2 * n]``, in any layout.
+    """
     sign = np.uint8(HIGH_PLANE // 2)
     # Bytes wrap around: the sum of nibble and plane is what two's complement makes of it.
     for column, (below, above) in enumerate(
@@ -77,7 +123,7 @@ def join(low: NDArray[np.uint8], high: NDArray[np.uint8], out: NDArray[np.uint8]
         below ^= sign
         below -= sign
         above ^= _ZERO_POINT
-        np.add(below, above, out=result[:, column])
+        np.add(below, above, out=out[..., column::2])
 
 
 def hand_over(graph: OnnxFile, ort: ModuleType, options: onnxruntime.SessionOptions) -> None:
@@ -111,3 +157,31 @@ def _read_joined(
                 file.seek(plane.offset + start)
                 planes.append(np.frombuffer(file.read(count), np.uint8))
             join(planes[0], planes[1], out[2 * start : 2 * (start + count)])
+
+
+def _read_transposed(
+    bundle: Path, low: ExternalTensor, high: ExternalTensor, out: NDArray[np.uint8]
+) -> None:
+    """Join the planes ``[in, out]`` of a weight to ``[out, groups, group size]``."""
+    columns, groups, group_size = out.shape
+    width = max(_CHUNK_BYTES // group_size, 1)  # bytes of a row of a plane in one chunk
+    both = np.empty((group_size, 2 * width), np.uint8)
+    row_bytes = columns // 2
+    with (bundle / low.file).open("rb") as file:
+        for group in range(groups):
+            planes = []
+            for plane in (low, high):
+                file.seek(plane.offset + group * group_size * row_bytes)
+                values = np.frombuffer(file.read(group_size * row_bytes), np.uint8)
+                planes.append(values.reshape(group_size, row_bytes))
+            for start in range(0, row_bytes, width):
+                chunks = [plane[:, start : start + width] for plane in planes]
+                part = both[:, : 2 * chunks[0].shape[1]]
+                join(chunks[0], chunks[1], part)
+                out[2 * start : 2 * start + part.shape[1], group] = part.T
+
+
+def _read_scales(bundle: Path, scale: ExternalTensor) -> NDArray[np.float32]:
+    with (bundle / scale.file).open("rb") as file:
+        file.seek(scale.offset)
+        return np.frombuffer(file.read(scale.num_bytes), np.float32).reshape(scale.shape)

@@ -122,14 +122,18 @@ def open_session(
     options.intra_op_num_threads = num_threads or 0
     # The arena grows in powers of two and never shrinks: 250 MB more resident at 1.5B.
     options.enable_cpu_mem_arena = False
-    # What MatMulNBits computes with, as its schema numbers it: 1 is fp32, 4 is int8.
     options.add_session_config_entry(
-        "session.qdq_matmulnbits_accuracy_level", "4" if int8_activations else "1"
+        "session.qdq_matmulnbits_accuracy_level", str(accuracy_level(int8_activations))
     )
     try:
         return ort.InferenceSession(graph.serialize(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise BackendError(f"ONNX Runtime cannot load {bundle}: {error}") from error
+
+
+def accuracy_level(int8_activations: bool) -> int:
+    """What MatMulNBits computes with, as its schema numbers it: 1 is fp32, 4 is int8."""
+    return 4 if int8_activations else 1
 
 
 def check_int8_activations(manifest: Manifest) -> None:
@@ -148,8 +152,8 @@ def check_int8_activations(manifest: Manifest) -> None:
             "only inputs of INT8 or INT4 weights are rounded; leave the option out"
         )
     ort = import_onnxruntime(manifest, "int8 activations need onnxruntime", "cpu")
-    needed = _ROUNDS_INT8_WEIGHTS_SINCE
-    if onnxruntime_version(ort) < needed:
+    if not multiplies_8_bits(ort):
+        needed = _ROUNDS_INT8_WEIGHTS_SINCE
         raise DependencyError(
             f"int8 activations with INT8 weights need onnxruntime >= {needed[0]}.{needed[1]}; "
             f"found {ort.__version__}, which multiplies them in float; upgrade it, or leave the "
@@ -161,6 +165,11 @@ def onnxruntime_version(ort: ModuleType) -> tuple[int, int]:
     """Major and minor version of the module ``onnxruntime``."""
     major, minor = ort.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def multiplies_8_bits(ort: ModuleType) -> bool:
+    """Whether MatMulNBits takes INT8 weights; an older one has them dequantized."""
+    return onnxruntime_version(ort) >= _ROUNDS_INT8_WEIGHTS_SINCE
 
 
 def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:

@@ -25,15 +25,18 @@ from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.packing import split_planes
 from tests.conftest import Bundles, Checkpoints, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
-from tests.tiny_models import KINDS, Kind
+from tests.tiny_models import KINDS, Kind, write_checkpoint
 
 # The same integers and scales in other sums, of products of size one; measured 1e-5.
 ATOL = 5e-5
 
 
-def joined_graph(bundle: Path) -> OnnxFile:
+FORMS = pytest.mark.parametrize("level", [None, 4], ids=["DequantizeLinear", "MatMulNBits"])
+
+
+def joined_graph(bundle: Path, level: int | None = None) -> OnnxFile:
     graph = OnnxFile((bundle / "decoder.cpu.onnx").read_bytes())
-    join_planes(graph, bundle, read_manifest(bundle))
+    join_planes(graph, bundle, read_manifest(bundle), accuracy_level=level)
     return graph
 
 
@@ -63,10 +66,15 @@ def test_every_pair_of_planes_joins_to_its_sum():
     assert_array_equal(joined_values(low, high), wanted)
 
 
+@FORMS
 @pytest.mark.parametrize("quant", ["int8", "int4", "int8-w8a8"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_joined_weights_are_what_the_file_adds_up_to(
-    kind: Kind, quant: str, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+    kind: Kind,
+    quant: str,
+    level: int | None,
+    tiny_bundles: Bundles,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """Read by onnx, which knows nothing of planes; ours in chunks that fit no row."""
     monkeypatch.setattr(module, "_CHUNK_BYTES", 999)
@@ -74,12 +82,14 @@ def test_joined_weights_are_what_the_file_adds_up_to(
     bundle = tiny_bundles(kind, "native", quant)
     model = onnx.load(bundle / "decoder.cpu.onnx")
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    graph = joined_graph(bundle)
+    graph = joined_graph(bundle, level)
+    products = {node.inputs[1]: node for node in graph.nodes if node.op_type == "MatMulNBits"}
     linears = read_manifest(bundle).quantization.linears
     planes = [name for name, linear in linears.items() if linear.scheme.planes]
     assert planes
-    weights = {name for name in graph.in_memory if not name.startswith("zero_point.")}
-    assert weights == {f"{name}.weight" for name in planes}
+    weights = {f"{name}.weight" for name in planes}
+    assert {name for name in graph.in_memory if name.endswith(".weight")} == weights
+    assert set(products) == (set() if level is None else weights)
     for name in planes:
         size = linears[name].scheme.group_size
         parts = [
@@ -88,7 +98,24 @@ def test_joined_weights_are_what_the_file_adds_up_to(
             for part in ("", "high_")
         ]
         joined = graph.in_memory[f"{name}.weight"].astype(np.float32) - 128
-        assert_array_equal(joined * np.repeat(stored[f"{name}.scale"], size, axis=0), sum(parts))
+        if level is None:
+            joined *= np.repeat(stored[f"{name}.scale"], size, axis=0)
+        else:
+            joined = (
+                (joined * graph.in_memory[f"{name}.scale"].astype(np.float32)[..., None])
+                .reshape(len(joined), -1)
+                .T
+            )
+            found = {
+                item.name: item.i
+                for item in map(
+                    onnx.AttributeProto.FromString, products[f"{name}.weight"].attributes
+                )
+            }
+            rows, columns = joined.shape
+            sizes = {"K": rows, "N": columns, "bits": 8, "block_size": size}
+            assert found == {**sizes, "accuracy_level": level}
+        assert_array_equal(joined, sum(parts))
 
 
 @pytest.mark.parametrize("dialect", ["native", "portable"])
@@ -110,9 +137,41 @@ def test_the_joined_graph_computes_the_same(
             ]
 
     joined = run()
-    monkeypatch.setattr(ort, "join_planes", lambda *_: None)
+    monkeypatch.setattr(ort, "join_planes", lambda *_, **__: None)
     for ours, theirs in zip(joined, run(), strict=True):
         assert_allclose(ours, theirs, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("int8_activations", [False, True])
+def test_products_that_we_write_are_those_that_onnxruntime_makes(
+    int8_activations: bool, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    require_kernels("native")
+    logits = []
+    for ours in (True, False):
+        monkeypatch.setattr(ort, "multiplies_8_bits", lambda _, ours=ours: ours)
+        with Runner(
+            tiny_bundles("llama", "native", "int8"), int8_activations=int8_activations
+        ) as runner:
+            logits.append(np.concatenate([runner.step(random_ids(1, n)) for n in (17, 1)], axis=1))
+    assert_allclose(logits[0], logits[1], atol=ATOL, rtol=0)
+
+
+def test_rows_that_end_within_a_byte_are_joined_too(tmp_path: Path):
+    """An odd vocabulary: its lm_head stays a MatMul for ONNX Runtime to fuse."""
+    require_kernels("native")
+    source = write_checkpoint(tmp_path / "source", "llama", vocab_size=321)
+    logits = []
+    for quant in ("int8", "fp16"):
+        bundle = tmp_path / quant
+        export_checkpoint(
+            ExportConfig(source=str(source), output=bundle, quant=quant, kv_capacity=64)
+        )
+        with Runner(bundle) as runner:
+            logits.append(runner.step(random_ids(1, 17)).ravel())
+    graph = OnnxFile(joined_graph(tmp_path / "int8", 4).serialize())
+    assert [node.op_type for node in graph.nodes].count("DequantizeLinear") == 1
+    assert np.dot(*logits) / np.prod([np.linalg.norm(each) for each in logits]) > 0.999
 
 
 def test_a_bundle_of_blocked_int8_still_runs(
@@ -141,17 +200,19 @@ def test_a_bundle_of_blocked_int8_still_runs(
     assert 0.999 < cosine < 1.0
 
 
+@FORMS
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_of_the_high_planes_is_left(kind: Kind, tiny_bundles: Bundles):
+def test_nothing_of_the_high_planes_is_left(kind: Kind, level: int | None, tiny_bundles: Bundles):
     bundle = tiny_bundles(kind, "native", "int8")
-    graph = joined_graph(bundle)
+    graph = joined_graph(bundle, level)
     again = OnnxFile(graph.serialize())
     tensors = again.external_tensors()
     kinds = [tensor.dtype for name, tensor in tensors.items() if name.endswith(".weight")]
     linears = 4 * read_manifest(bundle).model.num_layers + 1
     assert (kinds.count("uint8"), kinds.count("int4")) == (linears, 0)
-    dequantized = [node for node in again.nodes if node.op_type == "DequantizeLinear"]
-    assert len(dequantized) == linears
+    ops = [node.op_type for node in again.nodes]
+    found = ops.count("DequantizeLinear"), ops.count("MatMulNBits")
+    assert found == ((linears, 0) if level is None else (0, linears))
     assert not any("high" in name for name in tensors)
 
 
