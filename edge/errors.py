@@ -59,16 +59,19 @@ class ContextLengthError(RequestError):
     Attributes:
         num_tokens: tokens that were given.
         capacity: tokens that fit.
+        at_least: whether the prompt was not encoded, and may have more than ``num_tokens``.
     """
 
-    def __init__(self, num_tokens: int, capacity: int) -> None:
-        super().__init__(num_tokens, capacity)  # pickle and copy rebuild it from these
+    def __init__(self, num_tokens: int, capacity: int, at_least: bool = False) -> None:
+        super().__init__(num_tokens, capacity, at_least)  # pickle and copy rebuild it from these
         self.num_tokens = num_tokens
         self.capacity = capacity
+        self.at_least = at_least
 
     def __str__(self) -> str:
         return (
-            f"the prompt has {self.num_tokens} tokens, but the KV cache holds {self.capacity} and "
+            f"the prompt has {self.num_tokens} tokens{' or more' if self.at_least else ''}, but "
+            f"the KV cache holds {self.capacity} and "
             "one must be left for the answer; shorten the prompt or load with a larger "
             "--kv-capacity"
         )

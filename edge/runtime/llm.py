@@ -17,7 +17,7 @@ from edge.backends.choose import open_backend, unused_gpu
 from edge.bundle import manifest as manifests
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.engine_config import EngineConfig, EngineOptions
-from edge.errors import BundleError, ConfigError, RequestError
+from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
 from edge.text.chat_template import (
     ChatTemplate,
     ReasoningSplitter,
@@ -148,6 +148,8 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
+        max_tokens: int | None = None,
+        on_piece: Callable[[], None] | None = None,
     ) -> list[int]:
         """Encode a prompt, the begin token included where the model wants one.
 
@@ -158,8 +160,11 @@ class LLM:
             prompt: plain text, token ids or messages.
             tools: JSON schemas of functions that the model may call; for messages only.
             thinking: false ends the reasoning before it begins; for messages only.
+            max_tokens: refuse, before it is encoded, what surely has more tokens.
+            on_piece: see `Tokenizer.encode`.
 
         Raises:
+            ContextLengthError: the prompt surely has more than ``max_tokens``.
             RequestError: a malformed message, messages for a bundle without a template, or an
                 option that this prompt or template has no place for.
         """
@@ -169,7 +174,12 @@ class LLM:
                     "tools and thinking belong to chat messages; this prompt is plain text or ids"
                 )
             if isinstance(prompt, str):
-                return self.tokenizer.encode(prompt, add_bos=self.manifest.tokens.add_bos)
+                if max_tokens is not None:
+                    least = self.tokenizer.least_tokens(prompt)
+                    if least > max_tokens:
+                        raise ContextLengthError(least, max_tokens, at_least=True)
+                add_bos = self.manifest.tokens.add_bos
+                return self.tokenizer.encode(prompt, add_bos=add_bos, on_piece=on_piece)
             return [int(token_id) for token_id in prompt]
         given: object = prompt
         if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
@@ -185,7 +195,15 @@ class LLM:
         options: dict[str, Any] = {}
         if not thinking and "enable_thinking" in self.template.variables:
             options["enable_thinking"] = False
-        ids = encode_chat(self.tokenizer, self.template, messages, tools=tools, **options)
+        ids = encode_chat(
+            self.tokenizer,
+            self.template,
+            messages,
+            tools=tools,
+            max_tokens=max_tokens,
+            on_piece=on_piece,
+            **options,
+        )
         if not thinking and not options and self._opens_reasoning(ids):
             ids += self.tokenizer.encode(_NO_THOUGHT, control=True)
         return ids
@@ -203,6 +221,7 @@ class LLM:
         output: OutputFormat | None = None,
         thinking: bool = True,
         thinking_budget: int | None = None,
+        ids: Sequence[int] | None = None,
     ) -> list[Generation]:
         """Queue ``n`` answers to a prompt, which share its rows of the cache; returns at once.
 
@@ -220,6 +239,8 @@ class LLM:
             thinking: see `encode`.
             thinking_budget: tokens after which the reasoning is ended; for chats of models that
                 reason.
+            ids: what `encode` made of the prompt with these ``tools`` and ``thinking``, where the
+                caller has it.
 
         Raises:
             RequestError: a wrong prompt, parameter, output format or budget.
@@ -229,7 +250,8 @@ class LLM:
             BackendError: the engine can serve no more, or the LLM is closed.
         """
         self.scheduler.check_count(n)
-        ids = self.encode(prompt, tools=tools, thinking=thinking)
+        if ids is None:
+            ids = self.encode(prompt, tools=tools, thinking=thinking, max_tokens=self.kv_capacity)
         is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
         resolved = self._resolve(params)
         streams = [self._output_stream(ids, resolved, is_chat) for _ in range(n)]
@@ -382,14 +404,16 @@ class LLM:
         finally:
             generation.cancel()  # nothing to do after the last piece
 
-    def _output_stream(self, ids: list[int], params: SamplingParams, is_chat: bool) -> OutputStream:
+    def _output_stream(
+        self, ids: Sequence[int], params: SamplingParams, is_chat: bool
+    ) -> OutputStream:
         splitter = None
         if is_chat and self._reasons:
             splitter = ReasoningSplitter(self._opens_reasoning(ids))
         return OutputStream(Detokenizer(self.tokenizer), params.stop, splitter)
 
     def _constrain(
-        self, ids: list[int], output: OutputFormat | None, budget: int | None, reasons: bool
+        self, ids: Sequence[int], output: OutputFormat | None, budget: int | None, reasons: bool
     ) -> Constraint | None:
         """Make a constraint: reasoning first, within its budget, then the output format."""
         if output is None and budget is None:
@@ -424,7 +448,7 @@ class LLM:
 
         return PrefixStore(directory, self.manifest, Layout.of(self.backend))
 
-    def _opens_reasoning(self, ids: list[int]) -> bool:
+    def _opens_reasoning(self, ids: Sequence[int]) -> bool:
         return prompt_opens_reasoning(self.tokenizer.decode(ids[-8:]))
 
     def _resolve(self, params: SamplingParams | None) -> SamplingParams:

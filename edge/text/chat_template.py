@@ -10,12 +10,18 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from edge.errors import BundleError, DependencyError, EdgeError, RequestError
+from edge.errors import (
+    BundleError,
+    ContextLengthError,
+    DependencyError,
+    EdgeError,
+    RequestError,
+)
 
 if TYPE_CHECKING:
     from edge.bundle.manifest import Tokens
@@ -180,6 +186,8 @@ def encode_chat(
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    max_tokens: int | None = None,
+    on_piece: Callable[[], None] | None = None,
     **extra: Any,
 ) -> list[int]:
     """Render messages and encode them; no message can smuggle in a control token.
@@ -198,12 +206,15 @@ def encode_chat(
         messages: see `normalize_messages`.
         add_generation_prompt: end with the opening of the assistant's answer.
         tools: JSON schemas of functions, in OpenAI's form.
+        max_tokens: refuse, before it is encoded, what surely has more tokens.
+        on_piece: see `Tokenizer.encode`.
         extra: further variables of the template.
 
     Returns:
         Token ids, with exactly one bos if the template writes it or the model wants it.
 
     Raises:
+        ContextLengthError: the rendered messages surely have more than ``max_tokens``.
         RequestError: see `ChatTemplate.render`.
     """
     plain_messages = [
@@ -218,18 +229,23 @@ def encode_chat(
     )
     pieces = tokenizer.split_control(rendered)
     expected = [tokenizer.control_tokens[text] for text, is_control in pieces if is_control]
+    if max_tokens is not None:
+        plain = shield.uncover("".join(text for text, is_control in pieces if not is_control))
+        least = len(expected) + tokenizer.least_tokens(plain)
+        if least > max_tokens:
+            raise ContextLengthError(least, max_tokens, at_least=True)
 
     # All is encoded in one go, so that the ids are the library's own. If that finds other control
     # tokens than the template wrote, someone typed one, and the pieces are encoded one by one.
     control_ids = frozenset(tokenizer.control_tokens.values())
-    ids = tokenizer.encode(shield.uncover(rendered), control=True)
+    ids = tokenizer.encode(shield.uncover(rendered), control=True, on_piece=on_piece)
     if [id_ for id_ in ids if id_ in control_ids] != expected:
         ids = []
         for text, is_control in pieces:
             if is_control:
                 ids.append(tokenizer.control_tokens[text])
             else:
-                ids.extend(tokenizer.encode(shield.uncover(text)))
+                ids.extend(tokenizer.encode(shield.uncover(text), on_piece=on_piece))
     bos = tokenizer.tokens.bos
     if tokenizer.tokens.add_bos and bos is not None and ids[:1] != [bos]:
         ids.insert(0, bos)

@@ -9,15 +9,19 @@ token that a user types never acts as one.
 from __future__ import annotations
 
 import codecs
+import math
 import re
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from edge.errors import BundleError, DependencyError, RequestError
 
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 _LONG_CHARS = 1 << 14  # encoding more takes at least about 10 ms
+_PIECE_CHARS = 1 << 15  # the library takes about 200 bytes per character while it encodes
+_NFC_RATIO = 4.0  # NFC makes text shorter, at most 7 bytes to 2 (below)
 _MAX_ID = 2**31 - 1  # ids are int32 in engines
 
 
@@ -48,9 +54,8 @@ class Tokenizer:
         file = _parse(data, where)
         self._byte_level, self._strips_space = _decoder_kind(file.decoder, where)
         self._library = _load_library(file, where)
-        # A setting of the library object says whether control tokens are recognized, so only one
-        # thread may encode at a time; a second object would double its 80 MB (128,000 tokens).
-        self._lock = threading.Lock()
+        self._switch = _ControlSwitch(self._library)
+        self._cuts = _finds_cuts(file)
         self._control_tokens = {token.content: token.id for token in file.added_tokens}
         self._control_texts = {token.id: token.content for token in file.added_tokens}
         # Longest first: the library, too, takes the longest of the tokens that start together.
@@ -62,9 +67,12 @@ class Tokenizer:
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
         """One more than the highest id; the model's own vocabulary may be padded beyond it."""
         known = set(vocabulary)
-        self._lost_bytes = bytes(b for b, char in enumerate(_byte_chars()) if char not in known)
-        self._most_bytes = _most_bytes_per_token(
-            vocabulary.keys() - self._control_tokens.keys(), file, self._byte_level
+        plain = vocabulary.keys() - self._control_tokens.keys()
+        self.longest_token = max(map(len, vocabulary), default=1)
+        """Characters of the longest token, as ``tokenizer.json`` spells it."""
+        self._composes = msgspec.json.decode(file.normalizer) is not None
+        self._byte_weights = (
+            _byte_weights(plain, known) if _is_bounded(file, self._byte_level) else None
         )
         unknown = self._library.model.unk_token
         self._unknown_id = None if unknown is None else self.id_of(unknown)
@@ -110,7 +118,14 @@ class Tokenizer:
         found: int | None = self._library.token_to_id(text)
         return found
 
-    def encode(self, text: str, *, add_bos: bool = False, control: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool = False,
+        control: bool = False,
+        on_piece: Callable[[], None] | None = None,
+    ) -> list[int]:
         """Turn text into token ids.
 
         Args:
@@ -118,6 +133,7 @@ class Tokenizer:
             add_bos: start with the model's begin-of-sequence token.
             control: whether the text of a control token becomes that token (for a rendered chat
                 template); else everything is plain text and no id of a control token comes out.
+            on_piece: called before each piece of a long text; what it raises ends the work.
 
         Raises:
             RequestError: the text has lone surrogates, needs a token that the vocabulary lacks,
@@ -129,14 +145,11 @@ class Tokenizer:
             raise RequestError(
                 f"the text has a lone surrogate at character {error.start}; send valid Unicode"
             ) from error
-        with self._lock:
-            self._library.encode_special_tokens = not control
-            # The library gives other threads the interpreter only where it is handed a batch.
-            if len(text) > _LONG_CHARS:
-                encoding = self._library.encode_batch_fast([text], add_special_tokens=False)[0]
-            else:
-                encoding = self._library.encode(text, add_special_tokens=False)
-            ids: list[int] = encoding.ids
+        ids: list[int] = []
+        for piece in self._pieces(text):
+            if on_piece is not None:
+                on_piece()
+            ids += self._encode_piece(piece, control)
         if not control and not self._control_texts.keys().isdisjoint(ids):
             # The vocabulary proper may contain the text of a control token (SmolLM2 does).
             ids = [piece for id_ in ids for piece in self._spelled(id_)]
@@ -146,13 +159,64 @@ class Tokenizer:
             ids.insert(0, self.tokens.bos)
         return ids
 
+    def _encode_piece(self, text: str, control: bool) -> list[int]:
+        # Where no control token is in the text, both settings give the same ids, and with this
+        # one nobody waits.
+        with self._switch.held(plain=False):
+            ids = self._call_library(text)
+        if not control and not self._control_texts.keys().isdisjoint(ids):
+            with self._switch.held(plain=True):
+                ids = self._call_library(text)
+        return ids
+
+    def _call_library(self, text: str) -> list[int]:
+        # The library gives other threads the interpreter only where it is handed a batch.
+        if len(text) > _LONG_CHARS:
+            encoding = self._library.encode_batch_fast([text], add_special_tokens=False)[0]
+        else:
+            encoding = self._library.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Cut a long text where its ids are the same as without the cut, if there is such a place.
+
+        While the library encodes a piece it takes memory for it, and holds up whoever wants the
+        other setting for control tokens.
+        """
+        start = 0
+        while self._cuts and len(text) - start > _PIECE_CHARS:
+            found = _CUT.search(text, start + _PIECE_CHARS)
+            if found is None:
+                break
+            yield text[start : found.start()]
+            start = found.start()
+        yield text[start:] if start else text
+
     def least_tokens(self, text: str) -> int:
-        """The fewest tokens that a plain text can have, without encoding it; 0 if unknown."""
-        if not self._most_bytes:
+        """The fewest tokens that a plain text can have, without encoding it; 0 if unknown.
+
+        A byte that occurs in no token of more than k bytes takes at least 1/k of a token. NFC
+        leaves ASCII before ASCII as it is; of the rest anything may become of it, in a quarter of
+        the bytes.
+        """
+        weights = self._byte_weights
+        if weights is None:
             return 0
-        # What the vocabulary has no token for is dropped, or becomes part of an unknown token.
-        data = text.encode("utf-8", "surrogatepass").translate(None, self._lost_bytes)
-        return len(data) // self._most_bytes
+        data = text.encode("utf-8", "surrogatepass")
+        composes = self._composes and not text.isascii()
+        counts, num_changing = np.zeros(256, np.int64), 0
+        for start in range(0, len(data), _PIECE_CHARS):  # NumPy makes an int64 of each byte
+            part = np.frombuffer(data[start : start + _PIECE_CHARS], np.uint8)
+            if composes:
+                stays = part < 0x80
+                stays[:-1] &= stays[1:]
+                stays[-1] = False  # what comes next is in another part
+                num_changing += len(part) - int(stays.sum())
+                part = part[stays]
+            counts += np.bincount(part, minlength=256)
+        least = float(counts @ weights) + num_changing * float(weights.min()) / _NFC_RATIO
+        return math.ceil(least - 1e-6)
 
     def split_control(self, text: str) -> list[tuple[str, bool]]:
         """Cut text into non-empty pieces, each with whether it is a control token."""
@@ -445,18 +509,107 @@ def _decoder_kind(decoder: Any, where: str) -> tuple[bool, bool]:
     )
 
 
-def _most_bytes_per_token(vocabulary: Collection[str], file: _File, byte_level: bool) -> int:
-    """Bytes of text that one token can stand for; 0 where nothing bounds them.
+def _is_bounded(file: _File, byte_level: bool) -> bool:
+    """Whether each token stands for its own bytes and nothing else of the text is dropped.
 
-    NFC makes text shorter, at most 7 to 2 (U+1FBE U+0308 U+0301 to U+0390, over all of Unicode 14).
+    NFC is allowed for: over all of Unicode 14 it makes 7 bytes 2 at most (U+1FBE U+0308 U+0301 to
+    U+0390), and leaves ASCII alone.
     """
-    if not byte_level:
-        return 0
+    if not byte_level or b"Removed" in bytes(file.pre_tokenizer):
+        return False
     normalizer = msgspec.json.decode(file.normalizer)
     parts = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    if b"Removed" in bytes(file.pre_tokenizer) or any(part.get("type") != "NFC" for part in parts):
-        return 0
-    return max(map(len, vocabulary)) * (4 if parts else 1)
+    return all(part.get("type") == "NFC" for part in parts)
+
+
+def _byte_weights(vocabulary: Collection[str], known: Collection[str]) -> NDArray[np.float64]:
+    """For each byte, the least part of a token that it takes: 1 over the longest that has it.
+
+    What the vocabulary has no token for is dropped, or becomes part of an unknown token: 0.
+
+    Args:
+        vocabulary: tokens that plain text may become, in GPT-2's stand-ins for bytes.
+        known: all tokens.
+
+    Returns:
+        Weights by byte, ``[256]``.
+    """
+    by_length: dict[int, list[str]] = {}
+    for token in vocabulary:
+        by_length.setdefault(len(token), []).append(token)
+    weights = np.zeros(256)
+    for length in sorted(by_length):  # the longest comes last and stays
+        chars = set().union(*by_length[length])
+        weights[[_CHAR_TO_BYTE[char] for char in chars if char in _CHAR_TO_BYTE]] = 1 / length
+    weights[[byte for byte, char in enumerate(_BYTE_TO_CHAR) if char not in known]] = 0
+    return weights
+
+
+def _finds_cuts(file: _File) -> bool:
+    """Whether `_CUT` finds places where words end, whatever stands around them.
+
+    True of the pre-tokenizers of Qwen2, Llama 3 and GPT-2 (also after Digits), with tokens that
+    have no space in them and take none from their neighbours.
+    """
+    normalizer = msgspec.json.decode(file.normalizer)
+    if normalizer not in (None, {"type": "NFC"}):
+        return False
+    if any(
+        " " in token.content or token.lstrip or token.rstrip or token.single_word
+        for token in file.added_tokens
+    ):
+        return False
+    pre = msgspec.json.decode(file.pre_tokenizer) or {}
+    steps = pre.get("pretokenizers") if _kind(pre) == "Sequence" else [pre]
+    if not isinstance(steps, list) or not steps or _kind(steps[-1]) != "ByteLevel":
+        return False
+    if len(steps) == 1 or (len(steps) == 2 and _kind(steps[0]) == "Digits"):
+        return bool(steps[-1].get("use_regex", True))
+    pattern = steps[0].get("pattern") if _kind(steps[0]) == "Split" else None
+    return (
+        len(steps) == 2
+        and isinstance(pattern, dict)
+        and pattern.get("Regex") in _WORDS
+        and steps[0].get("behavior") == "Isolated"
+        and not steps[0].get("invert")
+    )
+
+
+class _ControlSwitch:
+    """Guards a setting of the library's object: whether it recognizes control tokens.
+
+    Threads that want the same setting encode at once. One that wants the other waits until they
+    are done, and those that come later wait for it: first come, first served. A second object for
+    the other setting would double its 80 MB (128,000 tokens).
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self._plain = library.encode_special_tokens = False
+        self._active = 0
+        self._line: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def held(self, *, plain: bool) -> Iterator[None]:
+        """Keep the setting while the block runs; ``plain`` recognizes no control tokens."""
+        place = object()
+        with self._changed:
+            self._line.append(place)
+            self._changed.wait_for(
+                lambda: self._line[0] is place and (self._plain == plain or not self._active)
+            )
+            self._line.popleft()
+            if self._plain != plain:
+                self._plain = self._library.encode_special_tokens = plain
+            self._active += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._active -= 1
+                self._changed.notify_all()
 
 
 def _kind(decoder: Any) -> Any:
@@ -472,6 +625,16 @@ def _byte_chars() -> list[str]:
 
 _BYTE_TO_CHAR = _byte_chars()
 _CHAR_TO_BYTE = {char: byte for byte, char in enumerate(_BYTE_TO_CHAR)}
+# Pre-tokenizers of Qwen2 and Llama 3, as their tokenizer.json spells them.
+_WORDS = frozenset(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    + digits
+    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for digits in (r"\p{N}", r"\p{N}{1,3}")
+)
+# No word of theirs goes on over a space, nor from a Chinese letter to a mark.
+_CUT = re.compile(r"(?<=[!-~])(?= [A-Za-z])|(?<=[\u4e00-\u9fff])(?=[，。、；：？！])")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 

@@ -155,8 +155,9 @@ def as_api_error(error: BaseException) -> APIError:
         return APIError(
             400,
             "context_length_exceeded",
-            f"the prompt has {error.num_tokens} tokens, but the context holds {error.capacity} and "
-            "one must be left for the answer; shorten the prompt",
+            f"the prompt has {error.num_tokens} tokens{' or more' if error.at_least else ''}, but "
+            f"the context holds {error.capacity} and one must be left for the answer; shorten the "
+            "prompt",
             param="messages",
             extra={"n_prompt_tokens": error.num_tokens, "n_ctx": error.capacity},
         )

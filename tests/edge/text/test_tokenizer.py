@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from edge.bundle.manifest import Tokens
 from edge.errors import BundleError, RequestError
+from edge.text import tokenizer as module
 from edge.text.tokenizer import MAX_STOP_CHARS, MAX_STOPS, Detokenizer, StopMatcher, Tokenizer
 from tests.tiny_models import BOS, BOS_ID, CONTROL, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
 
@@ -167,6 +168,18 @@ def test_the_least_tokens_of_a_text_that_nfc_makes_shorter(path):
     assert 0 < tokenizer.least_tokens(text) <= 8
 
 
+def test_the_least_tokens_know_which_bytes_long_tokens_have(path):
+    """A vocabulary with long runs of one character says little about texts of others."""
+    file = json.loads(path.read_bytes())
+    model = file["model"] | {"vocab": file["model"]["vocab"] | {"=" * 128: 400}}
+    data = changed(path, model=model, normalizer={"type": "NFC"}, added_tokens=[])
+    tokenizer = Tokenizer.from_bytes(data, NO_BOS)
+    assert tokenizer.longest_token == 128
+    assert tokenizer.least_tokens("=" * 12_800) == 100
+    assert tokenizer.least_tokens("hello" * 1000) >= 800
+    assert tokenizer.least_tokens("hello" * 1000 + "é") >= 800
+
+
 def test_the_least_tokens_are_near_where_tokens_are_longest(path):
     longest = max(json.loads(path.read_bytes())["model"]["vocab"], key=len)
     text = longest.replace("Ġ", " ") * 50
@@ -220,6 +233,108 @@ def test_a_long_text_is_encoded_alike_and_lets_others_run(
     assert max(gaps) < took_s / 2
 
 
+def byte_level(use_regex: bool) -> dict[str, object]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+            "use_regex": use_regex}  # fmt: skip
+
+
+def words(pattern: str) -> dict[str, object]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+             "invert": False}  # fmt: skip
+    return {"type": "Sequence", "pretokenizers": [split, byte_level(False)]}
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+PRES = [
+    *map(words, sorted(module._WORDS)),
+    byte_level(True),
+    {"type": "Sequence", "pretokenizers": [DIGITS, byte_level(True)]},
+]
+
+
+@pytest.mark.parametrize("pre", PRES)
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}])
+@settings(deadline=None, max_examples=80)
+@given(
+    parts=st.lists(
+        st.one_of(
+            fragments,
+            st.sampled_from(
+                [" hello", " what", "!", "'s", " 's", " s", "12345", " 1", "你好，", "！"]
+            ),
+            st.sampled_from(["\n the", "e\u0301", " \u0301a", "\x1c a", "\u200b a", "e \u0301"]),
+        ),
+        min_size=6,
+        max_size=30,
+    ),
+    control=st.booleans(),
+)
+def test_cuts_do_not_show(path, pre, normalizer, parts, control):
+    tokenizer = Tokenizer.from_bytes(
+        changed(path, pre_tokenizer=pre, normalizer=normalizer), TOKENS
+    )
+    text = "".join(parts)
+    assert tokenizer._cuts
+    whole = tokenizer.encode(text, control=control)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE_CHARS", 4)
+        assert "".join(tokenizer._pieces(text)) == text
+        assert tokenizer.encode(text, control=control) == whole
+
+
+def test_a_long_text_is_encoded_in_pieces_and_may_be_given_up(tokenizer):
+    text = "hello world " * 40_000
+    seen = 0
+
+    def on_piece() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        tokenizer.encode(text, on_piece=on_piece)
+    sizes = [len(piece) for piece in tokenizer._pieces(text)]
+    assert len(sizes) > 10
+    assert max(sizes) < module._PIECE_CHARS + 20
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": words(r"\w+|\W+")},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": byte_level(False)},
+        {"normalizer": {"type": "Lowercase"}},
+        {"added_tokens": [added(304, "a b")]},
+        {"added_tokens": [added(304, "LL", lstrip=True)]},
+    ],
+)
+def test_what_is_not_known_to_have_cuts_is_not_cut(path, changes):
+    tokenizer = Tokenizer.from_bytes(changed(path, **changes), NO_BOS)
+    assert len(list(tokenizer._pieces("hello world " * 40_000))) == 1
+
+
+def test_nobody_waits_for_a_whole_text_of_the_other_setting(tokenizer):
+    """Typed control tokens need the other setting; the line is first come, first served."""
+    long = ("hello " + CONTROL[1] + " world ") * 20_000
+    ended: list[str] = []
+    began = threading.Event()
+
+    def encode_long() -> None:
+        tokenizer.encode(long, on_piece=began.set)
+        ended.append("long")
+
+    thread = threading.Thread(target=encode_long)
+    thread.start()
+    began.wait(10)
+    for _ in range(3):
+        tokenizer.encode("hello", control=True)
+    ended.append("short")
+    thread.join()
+    assert ended == ["short", "long"]
+
+
 def test_lone_surrogates(tokenizer):
     with pytest.raises(RequestError, match="lone surrogate at character 2"):
         tokenizer.encode("ab\ud83d")
@@ -239,10 +354,13 @@ class SlowSwitch:
         return getattr(self.library, name)
 
 
-def test_threads_do_not_mix_plain_text_and_templates(tokenizer, monkeypatch):
+def test_threads_do_not_mix_plain_text_and_templates(path, monkeypatch):
     text = "".join(CONTROL)
+    tokenizer = Tokenizer.from_file(path, TOKENS)
     expected = {control: tokenizer.encode(text, control=control) for control in (False, True)}
-    monkeypatch.setattr(tokenizer, "_library", SlowSwitch(tokenizer._library))
+    slow = SlowSwitch(tokenizer._library)
+    monkeypatch.setattr(tokenizer, "_library", slow)
+    monkeypatch.setattr(tokenizer, "_switch", module._ControlSwitch(slow))
 
     def count_wrong(control: bool) -> int:
         results = [tokenizer.encode(text, control=control) for _ in range(25)]
