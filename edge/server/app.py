@@ -21,8 +21,9 @@ from .api.text import detokenize, tokenize, tokenizer_info
 from .http.access import APIKeys
 from .http.errors import APIError
 from .http.guard import App, Guard, Receive, Scope, Send, read_body
+from .http.memory import Trimmer
 from .http.page import load_page, page_headers
-from .http.threads import in_thread
+from .http.threads import LARGE_BYTES, Lane, Lanes, in_thread
 from .models.registry import Choice, ModelRegistry, ServedModel
 from .settings import ServerSettings
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .observe.metrics import Metrics
 
 PAGE = "/"
-_LARGE_BYTES = 64 * 2**10  # larger bodies are parsed in a thread
 _Body = TypeVar("_Body")
 _TextBody = TypeVar("_TextBody", ChatRequest, CompletionRequest)
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -49,7 +49,9 @@ def create_app(models: ModelRegistry, settings: ServerSettings, metrics: Metrics
     """
     path = settings.api_key_file
     keys = None if path is None else APIKeys.from_file(path)
-    router = Router(_Endpoints(models, settings, metrics).routes(), redirect_slashes=False)
+    trimmer = Trimmer()
+    endpoints = _Endpoints(models, settings, metrics, trimmer)
+    router = Router(endpoints.routes(), redirect_slashes=False)
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = router  # so that it raises instead of answering in plain text
@@ -62,14 +64,22 @@ def create_app(models: ModelRegistry, settings: ServerSettings, metrics: Metrics
         public=frozenset({PAGE}),
         is_draining=lambda: models.is_draining,
         on_rejection=metrics.observe_rejection,
+        on_large=trimmer.soon,
     )
 
 
 class _Endpoints:
-    def __init__(self, models: ModelRegistry, settings: ServerSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        models: ModelRegistry,
+        settings: ServerSettings,
+        metrics: Metrics,
+        trimmer: Trimmer,
+    ) -> None:
         self._models = models
         self._settings = settings
         self._metrics = metrics
+        self._lanes = Lanes(settings, on_large=trimmer.soon)
 
     def routes(self) -> list[BaseRoute]:
         """List every path; those of the API with and without ``/v1``."""
@@ -99,12 +109,13 @@ class _Endpoints:
             ),
         ]
 
-    async def _read(self, request: Request, kind: type[_Body]) -> _Body:
+    async def _read(self, request: Request, kind: type[_Body]) -> tuple[_Body, Lane]:
+        """Read the body of a request; returns it, and the lane in which to encode its texts."""
         body = await read_body(request.scope, request.receive, self._settings)
-        limit = self._settings.max_nesting
-        if len(body) < _LARGE_BYTES:
-            return decode(body, kind, limit)
-        return await in_thread(lambda: decode(body, kind, limit))
+        limit, lane = self._settings.max_nesting, self._lanes.lane(len(body))
+        if len(body) < LARGE_BYTES:
+            return decode(body, kind, limit), lane
+        return await lane.run(lambda _: decode(body, kind, limit), request.receive), lane
 
     # ------------------------------------------------------------------------------- text
 
@@ -121,7 +132,7 @@ class _Endpoints:
         plan: Callable[[Turn, _TextBody], Plan],
         render: Callable[[Turn, _TextBody], Render],
     ) -> Response:
-        body = await self._read(request, kind)
+        body, lane = await self._read(request, kind)
         choice = await self._choose(body, request)
         turn = Turn(
             model=choice.model,
@@ -129,6 +140,7 @@ class _Endpoints:
             settings=self._settings,
             metrics=self._metrics,
             receive=request.receive,
+            lane=lane,
             headers=choice.headers(),
             arm=choice.arm,
         )
@@ -143,16 +155,18 @@ class _Endpoints:
         return choice
 
     async def _tokenize(self, request: Request) -> Response:
-        body = await self._read(request, TokenizeRequest)
+        body, lane = await self._read(request, TokenizeRequest)
         model = (await self._models.choose(body.model)).model
         with model.lease():
-            return json_response(await in_thread(lambda: tokenize(body, model)))
+            return json_response(
+                await lane.run(partial(tokenize, body, model, self._settings), request.receive)
+            )
 
     async def _detokenize(self, request: Request) -> Response:
-        body = await self._read(request, DetokenizeRequest)
+        body, lane = await self._read(request, DetokenizeRequest)
         model = (await self._models.choose(body.model)).model
         with model.lease():
-            return json_response(await in_thread(lambda: detokenize(body, model)))
+            return json_response(await lane.run(lambda _: detokenize(body, model), request.receive))
 
     async def _tokenizer_info(self, request: Request) -> Response:
         choice = await self._models.choose(request.query_params.get("model"))

@@ -24,7 +24,9 @@ from edge.measure.drift import DriftMonitor, read_counts
 
 from .api.protocol import check_decoding
 from .app import create_app
+from .http.connections import Connections, Listener, possible_connections, raise_file_limit
 from .http.errors import APIError
+from .http.memory import limit_arenas
 from .http.messages import make_server
 from .http.threads import in_thread
 from .models.registry import ModelRegistry
@@ -116,8 +118,13 @@ class Service:
             drift=_drift_monitor(settings),
             vllm_names=settings.vllm_metrics,
         )
-        self._server = make_server(create_app(self.models, settings, self.metrics), settings)
+        num_connections = possible_connections(settings.max_connections, len(settings.model))
+        limits = replace(settings, max_connections=num_connections)
+        connections = Connections(num_connections, settings.max_connections_per_address)
+        app = create_app(self.models, limits, self.metrics)
+        self._server = make_server(app, limits, connections)
         self._socket = _listen(settings.host, settings.port)
+        self._socket.on_lack = connections.close_idlest
         self.port: int = self._socket.getsockname()[1]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stops = 0
@@ -340,7 +347,7 @@ def _drift_monitor(settings: ServerSettings) -> DriftMonitor:
     return DriftMonitor(baseline, settings.drift_window)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> Listener:
     """Open a listening socket.
 
     Raises:
@@ -348,7 +355,7 @@ def _listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns off Nagle only where the protocol is named; else answers wait 40 ms for an ACK.
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host.strip("[]"), port))
@@ -377,6 +384,8 @@ def serve(
     Raises:
         EdgeError: the service could not start.
     """
+    limit_arenas()
+    raise_file_limit()
     opens = open_one or open_llm(settings.engine)
     service = Service(settings, opens, notifier=Notifier(os.environ), reread=reread)
     code = asyncio.run(service.run())

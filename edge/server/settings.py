@@ -42,11 +42,19 @@ class ServerSettings(EngineConfig):
         memory_budget_mb: MiB that all bundles may take together while one replaces another; by
             default a second one is opened beside the first if it fits into the free memory.
         max_body_bytes: longest body of a request.
+        max_inflight_body_bytes: bytes of all bodies whose requests have not ended; one client may
+            have a quarter of them, and the first 16 KiB of each body are free.
         max_header_bytes: longest head of a request, all its headers together.
         max_nesting: levels of arrays and objects in a body at most.
         max_messages: messages of a chat at most.
         max_choices: answers of one request at most: n times the number of prompts.
-        max_connections: connections that are open at once; more are closed.
+        max_connections: connections that are open at once, or fewer where the limit of open files
+            is lower; a new one replaces the one that has waited longest for its client.
+        max_connections_per_address: likewise, from one address (of IPv6 one network of 64 bits).
+        max_connections_per_key: requests that one API key may have under way at once.
+        text_queue_capacity: long requests (bodies of 32 KiB or more) that wait to be read and
+            encoded, which happens one after the other; more are refused.
+        text_timeout_s: seconds for which a request may wait to be encoded, and for that.
         header_timeout_s: seconds from the first byte of a head, or from the connection, to the end
             of the head.
         body_timeout_s: seconds from the head to the end of the body.
@@ -78,11 +86,16 @@ class ServerSettings(EngineConfig):
     split: dict[str, str] = field(default_factory=dict)
     memory_budget_mb: int | None = None
     max_body_bytes: _Positive = 4 * 2**20
+    max_inflight_body_bytes: _Positive = 64 * 2**20
     max_header_bytes: _Positive = 16 * 2**10
     max_nesting: _Positive = 64
     max_messages: _Positive = 4096
     max_choices: _Positive = 16
     max_connections: _Positive = 1024
+    max_connections_per_address: _Positive = 256
+    max_connections_per_key: _Positive = 128
+    text_queue_capacity: _Positive = 16
+    text_timeout_s: _Seconds = 30.0
     header_timeout_s: _Seconds = 10.0
     body_timeout_s: _Seconds = 10.0
     write_timeout_s: _Seconds = 20.0
@@ -106,6 +119,11 @@ class ServerSettings(EngineConfig):
                     f"the model name {name!r} is not 1 to 128 printable ASCII characters without "
                     "spaces; name it with --model NAME=BUNDLE"
                 )
+        if self.max_inflight_body_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"max_inflight_body_bytes, {self.max_inflight_body_bytes}, is less than one body "
+                f"may have (max_body_bytes, {self.max_body_bytes}); raise it or lower that"
+            )
         if self.api_key_file is None and not self.allow_open and not is_loopback(self.host):
             raise ConfigError(
                 f"host {self.host} can be reached from other machines, and no API key is set; "

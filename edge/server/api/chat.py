@@ -26,7 +26,14 @@ from .answers import (
     TopLogprob,
     Usage,
 )
-from .generate import answer_head, check_choices, check_length, sampling_params
+from .generate import (
+    answer_head,
+    check_choices,
+    check_length,
+    check_messages,
+    check_texts,
+    sampling_params,
+)
 from .pieces import MakeParser, Piece
 from .protocol import ChatRequest
 from .respond import Plan, Turn
@@ -41,6 +48,7 @@ from .tools import (
     strict_calls,
     syntax_of,
     template_tools,
+    user_texts,
 )
 
 # Tokens of reasoning for OpenAI's efforts; R1 and Qwen3 know none, so they are budgets here.
@@ -55,6 +63,7 @@ def plan_chat(turn: Turn, body: ChatRequest) -> Plan:
     """
     _check_fields(body, turn.settings)
     llm = turn.model.llm
+    check_texts(llm, [body.messages, body.tools], "messages")
     template = llm.template.source if llm.template is not None else ""
     syntax = syntax_of(template)
     forced = forced_schema(body)
@@ -74,8 +83,7 @@ def plan_chat(turn: Turn, body: ChatRequest) -> Plan:
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
     messages = prepare_messages(body.messages, template)
     # What users write is part of every prompt; templates may drop other messages.
-    texts = [message.get("content") for message in messages if message.get("role") == "user"]
-    check_length(llm, [text for text in texts if isinstance(text, str)], "messages")
+    check_length(llm, user_texts(messages), "messages")
     return Plan(
         prompts=[messages],
         params=params,
@@ -101,8 +109,7 @@ def _check_fields(body: ChatRequest, settings: ServerSettings) -> None:
         raise invalid("top_logprobs: needs logprobs to be true", "top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options: needs stream to be true", "stream_options")
-    if len(body.messages) > settings.max_messages:
-        raise invalid(f"messages: more than {settings.max_messages} messages", "messages")
+    check_messages(len(body.messages), settings)
     check_choices(body.n or 1, 1, settings.max_choices)
 
 

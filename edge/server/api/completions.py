@@ -15,7 +15,7 @@ from edge.runtime.sampling import SampledToken
 from edge.server.http.errors import invalid
 
 from .answers import TextChoice, TextCompletion, TextLogprobs, Usage
-from .generate import answer_head, check_choices, check_length, sampling_params
+from .generate import answer_head, check_choices, check_length, check_texts, sampling_params
 from .pieces import Piece
 from .protocol import CompletionRequest
 from .respond import Plan, Turn
@@ -23,7 +23,7 @@ from .sse import DONE, event
 
 
 def plan_completion(turn: Turn, body: CompletionRequest) -> Plan:
-    """Turn the body of a completion request into a plan, and encode the prompts.
+    """Turn the body of a completion request into a plan.
 
     Raises:
         APIError, RequestError: the fields contradict each other or do not fit the model.
@@ -34,15 +34,16 @@ def plan_completion(turn: Turn, body: CompletionRequest) -> Plan:
     prompts = _split_prompts(body.prompt)
     check_choices(n, len(prompts), turn.settings.max_choices)
     params = sampling_params(body, llm, max_tokens=body.max_tokens, logprobs=body.logprobs)
+    check_texts(llm, prompts, "prompt")
     for prompt in prompts:
         check_length(llm, [prompt] if isinstance(prompt, str) else [], "prompt")
-    encoded = [llm.encode(prompt) for prompt in prompts]
     vocab_size = llm.manifest.model.vocab_size
-    outside = next((id_ for ids in encoded for id_ in ids if id_ >= vocab_size), None)
+    given = [ids for ids in prompts if not isinstance(ids, str)]
+    outside = next((id_ for ids in given for id_ in ids if id_ >= vocab_size), None)
     if outside is not None:
         raise invalid(f"prompt: token {outside} is not in the vocabulary of {vocab_size}", "prompt")
     return Plan(
-        prompts=encoded,
+        prompts=prompts,
         params=params,
         n=n,
         stream=bool(body.stream),

@@ -7,9 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from edge.runtime.sampling import KNOBS, SamplingParams
 from edge.server.http.errors import APIError, invalid
 from edge.server.models.registry import ServedModel
+from edge.server.settings import ServerSettings
 
 from .protocol import Sampling
 
@@ -61,22 +64,85 @@ def check_choices(n: int, prompts: int, limit: int) -> None:
         raise invalid(f"n: {n} times {prompts} prompts exceeds {limit} answers per request", "n")
 
 
-def check_length(llm: LLM, texts: Sequence[str], param: str) -> None:
-    """Refuse texts that cannot fit, before seconds are spent on encoding them.
+def check_messages(num: int, settings: ServerSettings) -> None:
+    """Refuse a chat of more messages than the settings allow.
+
+    Raises:
+        APIError: 400.
+    """
+    if num > settings.max_messages:
+        raise invalid(
+            f"messages: {num} are more than {settings.max_messages}; send fewer", "messages"
+        )
+
+
+def check_length(
+    llm: LLM, texts: Sequence[str], param: str, *, capacity: int | None = None
+) -> None:
+    """Refuse texts of one prompt that cannot fit, before seconds are spent on encoding them.
+
+    Args:
+        llm: the model.
+        texts: parts of the prompt.
+        param: the field that is named.
+        capacity: tokens that fit; None is the context.
 
     Raises:
         APIError: 400.
     """
     least = sum(map(llm.tokenizer.least_tokens, texts))
-    if least >= llm.kv_capacity:
+    capacity = llm.kv_capacity if capacity is None else capacity
+    if least >= capacity:
         raise APIError(
             400,
             "context_length_exceeded",
-            f"the prompt has {least} tokens or more, but the context holds {llm.kv_capacity}; "
+            f"the prompt has {least} tokens or more, but there is room for {capacity}; "
             "shorten the prompt",
             param=param,
-            extra={"n_prompt_tokens": least, "n_ctx": llm.kv_capacity},
+            extra={"n_prompt_tokens": least, "n_ctx": capacity},
         )
+
+
+def check_texts(llm: LLM, values: Any, param: str, *, capacity: int | None = None) -> None:
+    """Refuse a request with more text than the context could hold if all of it were long tokens.
+
+    Every text counts, also of messages that a chat template may leave out: all of them are copied
+    and rendered. `LLM.encode` looks at what is left of them more closely.
+
+    Args:
+        llm: the model.
+        values: plain JSON data, and types of `edge.server.api.protocol`.
+        param: the field that is named.
+        capacity: tokens that fit; None is the context.
+
+    Raises:
+        APIError: 400.
+    """
+    found, longest = count_chars(values), llm.tokenizer.longest_token
+    capacity = llm.kv_capacity if capacity is None else capacity
+    if found > capacity * longest:
+        least = found // longest
+        raise APIError(
+            400,
+            "context_length_exceeded",
+            f"the texts have {found} characters, but there is room for {capacity} tokens of "
+            f"{longest} characters at most; shorten them",
+            param=param,
+            extra={"n_prompt_tokens": least, "n_ctx": capacity},
+        )
+
+
+def count_chars(value: Any) -> int:
+    """Count the characters of every text in a value, keys included."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(count_chars, value)) + sum(map(count_chars, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(count_chars, value))
+    if isinstance(value, msgspec.Struct):
+        return sum(count_chars(getattr(value, name)) for name in value.__struct_fields__)
+    return 0
 
 
 def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:

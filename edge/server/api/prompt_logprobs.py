@@ -17,7 +17,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ContextLengthError, DeadlineError, OverloadError
 from edge.figures import log_softmax
 from edge.runtime.sampling import SampledToken
-from edge.server.models.flight import ClientGoneError, until_gone
+from edge.server.http.threads import ClientGoneError, until_gone
 
 if TYPE_CHECKING:
     from edge.server.http.guard import Receive

@@ -19,8 +19,8 @@ from edge.errors import EdgeError
 from edge.runtime.sampling import SamplingParams
 from edge.server.http.access import Client
 from edge.server.http.guard import Receive
-from edge.server.http.threads import in_thread
-from edge.server.models.flight import ClientGoneError, Flight, until_gone
+from edge.server.http.threads import ClientGoneError, Lane, OnPiece, in_thread, until_gone
+from edge.server.models.flight import Flight
 from edge.server.models.registry import ServedModel
 from edge.server.settings import ServerSettings
 
@@ -47,6 +47,7 @@ class Turn:
         settings: limits of the server.
         metrics: counts every end.
         receive: reads from the client's connection.
+        lane: where its texts are encoded.
         headers: headers of the response.
         arm: the arm of the A/B split that chose the model, if any.
     """
@@ -56,6 +57,7 @@ class Turn:
     settings: ServerSettings
     metrics: Metrics
     receive: Receive
+    lane: Lane
     headers: Mapping[str, str]
     arm: str | None = None
 
@@ -129,10 +131,17 @@ async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> 
     """
     model, settings = turn.model, turn.settings
     with model.lease():
-        plan = await in_thread(make_plan)
-        echoes = await _echoes(turn, plan)
+
+        def prepare(on_piece: OnPiece) -> tuple[Plan, list[list[int]]]:
+            plan = make_plan()
+            return plan, [_encode(model, plan, prompt, on_piece) for prompt in plan.prompts]
+
+        plan, ids = await turn.lane.run(prepare, turn.receive)
+        echoes = await _echoes(turn, plan, ids)
         # The output's form may have to be compiled first.
-        generations = await in_thread(lambda: _submit(turn, plan), slow=plan.output is not None)
+        generations = await in_thread(
+            lambda: _submit(turn, plan, ids), slow=plan.output is not None
+        )
         flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
     answer = _Answer(plan, echoes, flight, render)
     if plan.stream:
@@ -198,14 +207,24 @@ class _Answer:
         return _usage_of(self._flight.stats, self._flight.reasoning_tokens, self._n)
 
 
-async def _echoes(turn: Turn, plan: Plan) -> list[Piece]:
+def _encode(model: ServedModel, plan: Plan, prompt: Prompt, on_piece: OnPiece | None) -> list[int]:
+    llm = model.llm
+    return llm.encode(
+        prompt,
+        tools=plan.tools,
+        thinking=plan.thinking,
+        max_tokens=llm.kv_capacity,
+        on_piece=on_piece,
+    )
+
+
+async def _echoes(turn: Turn, plan: Plan, encoded: Sequence[list[int]]) -> list[Piece]:
     """Return, for each prompt, what its answers begin with."""
     if not plan.echo:
-        return [Piece() for _ in plan.prompts]
+        return [Piece() for _ in encoded]
     llm, top = turn.model.llm, plan.params.logprobs
     echoes = []
-    for prompt in plan.prompts:
-        ids = llm.encode(prompt)
+    for ids in encoded:
         echo = Piece(text=llm.tokenizer.decode(ids))
         if top is not None:
             echo.tokens = await score_prompt(
@@ -219,7 +238,7 @@ async def _echoes(turn: Turn, plan: Plan) -> list[Piece]:
     return echoes
 
 
-def _submit(turn: Turn, plan: Plan) -> list[Generation]:
+def _submit(turn: Turn, plan: Plan, encoded: Sequence[list[int]]) -> list[Generation]:
     """Queue every prompt, or none."""
     # Cached prefixes are shared within one key, and within one `cache_salt` of it.
     salt = turn.client.salt
@@ -227,7 +246,7 @@ def _submit(turn: Turn, plan: Plan) -> list[Generation]:
         salt = f"{salt}/{plan.cache_salt}"
     generations: list[Generation] = []
     try:
-        for prompt in plan.prompts:
+        for prompt, ids in zip(plan.prompts, encoded, strict=True):
             generations += turn.model.llm.submit(
                 prompt,
                 plan.params,
@@ -238,6 +257,7 @@ def _submit(turn: Turn, plan: Plan) -> list[Generation]:
                 output=plan.output,
                 thinking=plan.thinking,
                 thinking_budget=plan.thinking_budget,
+                ids=ids,
             )
     except EdgeError:
         for generation in generations:

@@ -11,7 +11,8 @@ from starlette.responses import Response
 
 from edge.server.http.errors import APIError, as_api_error
 from edge.server.http.guard import Receive, Scope, Send
-from edge.server.models.flight import ClientGoneError, Flight, until_gone
+from edge.server.http.threads import ClientGoneError, until_gone
+from edge.server.models.flight import Flight
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"

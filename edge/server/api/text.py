@@ -6,24 +6,37 @@ from typing import Any
 
 from edge.errors import RequestError
 from edge.server.http.errors import invalid
+from edge.server.http.threads import OnPiece
 from edge.server.models.registry import ServedModel
+from edge.server.settings import ServerSettings
 from edge.text.chat_template import encode_chat
 
 from .answers import DetokenizeResponse, TokenizeResponse
+from .generate import check_length, check_messages, check_texts
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .tools import prepare_messages, template_tools
 
+# Who measures a perplexity has a document encoded and cuts it afterwards.
+_LEAST_ROOM_TOKENS = 32_768
 
-def tokenize(body: TokenizeRequest, model: ServedModel) -> TokenizeResponse:
+
+def tokenize(
+    body: TokenizeRequest, model: ServedModel, settings: ServerSettings, on_piece: OnPiece
+) -> TokenizeResponse:
     """Encode a text, in which control tokens stay text, or a chat.
 
     Raises:
-        APIError, RequestError: the body has both or neither, or they cannot be encoded.
+        APIError, RequestError: the body has both or neither, they cannot be encoded, or surely do
+            not fit into the context, or 32,768 tokens where that holds less.
     """
     llm = model.llm
     if (body.prompt is None) == (body.messages is None):
         raise invalid("prompt: give either prompt or messages", "prompt")
+    capacity = max(llm.kv_capacity, _LEAST_ROOM_TOKENS)
+    values = [body.prompt, body.messages, body.tools]
+    check_texts(llm, values, "prompt", capacity=capacity)
     if body.messages is not None:
+        check_messages(len(body.messages), settings)
         if llm.template is None:
             raise RequestError("messages: this model has no chat template; send prompt")
         ids = encode_chat(
@@ -32,13 +45,16 @@ def tokenize(body: TokenizeRequest, model: ServedModel) -> TokenizeResponse:
             prepare_messages(body.messages, llm.template.source),
             add_generation_prompt=body.add_generation_prompt,
             tools=template_tools(body.tools) if body.tools else None,
+            max_tokens=capacity,
+            on_piece=on_piece,
         )
     else:
         assert body.prompt is not None
         if body.tools is not None:
             raise invalid("tools: belong to messages", "tools")
+        check_length(llm, [body.prompt], "prompt", capacity=capacity)
         add_bos = body.add_special_tokens and llm.manifest.tokens.add_bos
-        ids = llm.tokenizer.encode(body.prompt, add_bos=add_bos)
+        ids = llm.tokenizer.encode(body.prompt, add_bos=add_bos, on_piece=on_piece)
     texts = None
     if body.return_token_strs:
         texts = [llm.tokenizer.token_bytes(id_).decode("utf-8", "replace") for id_ in ids]
@@ -46,7 +62,17 @@ def tokenize(body: TokenizeRequest, model: ServedModel) -> TokenizeResponse:
 
 
 def detokenize(body: DetokenizeRequest, model: ServedModel) -> DetokenizeResponse:
-    """Return the text of token ids, control tokens included."""
+    """Return the text of token ids, control tokens included.
+
+    Raises:
+        APIError: 400, more ids than the context holds.
+    """
+    if len(body.tokens) > model.llm.kv_capacity:
+        raise invalid(
+            f"tokens: {len(body.tokens)} are more than the {model.llm.kv_capacity} that the "
+            "context holds; send them in parts",
+            "tokens",
+        )
     return DetokenizeResponse(model.llm.tokenizer.decode(body.tokens))
 
 

@@ -277,6 +277,18 @@ def prepare_messages(messages: Sequence[Mapping[str, Any]], template: str) -> li
     return result
 
 
+def user_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what users wrote, whole or in parts; what is malformed is left for the template."""
+    texts: list[str] = []
+    for message in messages:
+        if message.get("role") == "user":
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [content]
+            given = [part.get("text") if isinstance(part, dict) else part for part in parts]
+            texts += [text for text in given if isinstance(text, str)]
+    return texts
+
+
 def _with_object(index: int, call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,6 +80,19 @@ class APIKeys:
             if hmac.compare_digest(key, digest):
                 found = client
         return found if scheme.lower() == b"bearer" else None
+
+
+def address_group(address: str) -> str:
+    """Return what limits count as one client's address: of IPv6 the network of 64 bits."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.IPv6Network((parsed, 64), strict=False))
+    return address
 
 
 def _digest(key: bytes) -> bytes:

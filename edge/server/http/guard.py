@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
@@ -19,8 +20,10 @@ from starlette.exceptions import HTTPException
 
 from edge.server.settings import ServerSettings, is_loopback
 
-from .access import APIKeys, Client, RateLimit
+from .access import APIKeys, Client, RateLimit, address_group
+from .bodies import BodyAccount, BodyBudget
 from .errors import APIError, as_api_error, draining
+from .threads import LARGE_BYTES
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,7 +34,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PUBLIC = frozenset({"/health", "/ready"})
 """Paths that need no key; the application adds the page."""
 
-_PROBES = PUBLIC | {"/metrics", "/stats"}  # polled, so logged at DEBUG only
+PROBES = PUBLIC | {"/metrics", "/stats"}
+"""Paths that are polled: logged at DEBUG only, and answered when all connections are in use."""
+
 _log = logging.getLogger("edge.server")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _LENGTH = re.compile(rb"[0-9]{1,19}")
@@ -50,6 +55,7 @@ class Guard:
         public: paths that need no key, besides `PUBLIC`.
         is_draining: tells whether the server is about to stop.
         on_rejection: called with the code of every error that is answered here.
+        on_large: called when a request with a large body has ended.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class Guard:
         public: frozenset[str] = frozenset(),
         is_draining: Callable[[], bool] = lambda: False,
         on_rejection: Callable[[str], None] = lambda code: None,
+        on_large: Callable[[], None] = lambda: None,
     ) -> None:
         self._app = app
         self._settings = settings
@@ -68,7 +75,10 @@ class Guard:
         self._public = PUBLIC | public
         self._is_draining = is_draining
         self._on_rejection = on_rejection
+        self._on_large = on_large
         self._rate = RateLimit(settings.rate_limit_rpm)
+        self._bodies = BodyBudget(settings.max_inflight_body_bytes, settings.max_body_bytes)
+        self._under_way: Counter[str] = Counter()  # requests by the name of their key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the head of a request, pass it on, answer its errors, and log it."""
@@ -77,6 +87,7 @@ class Guard:
         headers = _Headers(scope["headers"])
         request_id = scope["request_id"] = _request_id(headers)
         body = _Body(receive, headers)
+        key: str | None = None
         started = time.perf_counter()
         status = 0
 
@@ -96,6 +107,10 @@ class Guard:
 
         try:
             self._check(scope, headers)
+            if self._keys is not None and scope["path"] not in self._public | PROBES:
+                key = self._enter(scope["client_name"])
+            body.account = self._bodies.account(key or _address(scope))
+            body.account.check(min(_length(headers), self._settings.max_body_bytes))
             await self._app(scope, body.receive, send_with_id)
         except ConnectionError:
             status = status or 499  # nginx's number for a client that left
@@ -103,7 +118,7 @@ class Guard:
             answer = _as_answer(error)
             if answer.status in (500, 501):
                 _log.exception("request %s failed", request_id)
-            if scope["path"] not in _PROBES:
+            if scope["path"] not in PROBES:
                 self._on_rejection(answer.code)
             if status:
                 return  # too late for another status; the server cuts the connection
@@ -111,8 +126,14 @@ class Guard:
                 await body.discard(_DISCARD_FACTOR * self._settings.max_body_bytes)
             await send_error(send_with_id, answer)
         finally:
+            if key is not None:
+                self._leave(key)
+            if body.account is not None:
+                body.account.close()
+            if body.num_bytes >= LARGE_BYTES:
+                self._on_large()
             _log.log(
-                logging.DEBUG if scope["path"] in _PROBES else logging.INFO,
+                logging.DEBUG if scope["path"] in PROBES else logging.INFO,
                 "%s %s %d %.1f ms",
                 scope["method"],
                 scope["path"][:200],
@@ -121,8 +142,33 @@ class Guard:
                 extra={"request_id": request_id, "client": scope.get("client_name")},
             )
 
+    def _enter(self, key: str) -> str:
+        """Count a request of a key."""
+        limit = self._settings.max_connections_per_key
+        if self._under_way[key] >= limit:
+            raise APIError(
+                429,
+                "too_many_connections",
+                f"this API key has {limit} requests under way; wait for one of them",
+                retry_after_s=1,
+            )
+        self._under_way[key] += 1
+        return key
+
+    def _leave(self, key: str) -> None:
+        self._under_way[key] -= 1
+
     def _check(self, scope: Scope, headers: _Headers) -> None:
         settings = self._settings
+        connection = scope.get("state", {}).get("connection")
+        if connection is not None and connection.is_surplus and scope["path"] not in PROBES:
+            raise APIError(
+                503,
+                "too_many_connections",
+                "all connections are in use; try again in a moment",
+                retry_after_s=1,
+                close=True,
+            )
         if scope["http_version"] not in ("1.0", "1.1"):
             raise APIError(505, "http_version", "speak HTTP/1.1", close=True)
         if headers.num_bytes + len(scope["raw_path"]) > settings.max_header_bytes:
@@ -200,6 +246,17 @@ class _Headers:
         return self._first.get(name)
 
 
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return address_group(client[0]) if client else ""
+
+
+def _length(headers: _Headers) -> int:
+    """Return what Content-Length says; 0 where it says nothing, or no number."""
+    length = headers.get(b"content-length") or b"0"
+    return int(length) if _LENGTH.fullmatch(length) else 0
+
+
 def _request_id(headers: _Headers) -> str:
     given = headers.get(b"x-request-id") or b""
     return given.decode() if _ID.fullmatch(given) else secrets.token_hex(12)
@@ -237,21 +294,24 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
         ConnectionError: the client left.
     """
     _check_body_headers(scope, settings.max_body_bytes)
-    body = bytearray()
+    parts: list[bytes] = []
 
-    async def read() -> bytes:
+    async def read() -> None:
+        num_bytes = 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ConnectionError("the client left before its request was complete")
-            body.extend(message.get("body", b""))
-            if len(body) > settings.max_body_bytes:
+            parts.append(message.get("body", b""))
+            num_bytes += len(parts[-1])
+            if num_bytes > settings.max_body_bytes:
                 raise _too_large(settings.max_body_bytes)
             if not message.get("more_body", False):
-                return bytes(body)
+                return
 
     try:
-        return await asyncio.wait_for(read(), settings.body_timeout_s)
+        await asyncio.wait_for(read(), settings.body_timeout_s)
+        return b"".join(parts)
     except asyncio.TimeoutError:
         raise APIError(
             408,
@@ -260,6 +320,8 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
             close=True,
             should_retry=False,
         ) from None
+    finally:
+        parts.clear()  # an error's traceback leads here, and may live until a garbage collection
 
 
 class _Body:
@@ -267,6 +329,8 @@ class _Body:
 
     def __init__(self, receive: Receive, headers: _Headers) -> None:
         self._receive = receive
+        self.account: BodyAccount | None = None
+        self.num_bytes = 0
         length = headers.get(b"content-length")
         self.is_complete = not headers.has(b"transfer-encoding") and length in (None, b"0")
 
@@ -275,10 +339,16 @@ class _Body:
         message = await self._receive()
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             self.is_complete = True
+        self.num_bytes += len(message.get("body", b""))
+        if self.account is not None:
+            self.account.grow_to(self.num_bytes)
         return message
 
     async def discard(self, limit_bytes: int) -> None:
         """Read what a refused client still sends, within bounds, so that it sees the answer."""
+        if self.account is not None:
+            self.account.close()  # nothing is kept of it
+            self.account = None
 
         async def read() -> None:
             total = 0

@@ -18,32 +18,60 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edge.server.settings import ServerSettings
 
+from .access import address_group
+from .connections import Connections
 from .errors import APIError
 from .guard import App
+
+_READ_BYTES = 64 * 2**10
 
 
 class _Protocol(H11Protocol):  # type: ignore[misc]
     """One connection: uvicorn's protocol with timers for heads and readers, and a bound."""
 
-    settings: ServerSettings  # set by the subclass that `make_server` makes
+    settings: ServerSettings  # these are set by the subclass that `make_server` makes
+    open_connections: Connections
+    group = ""
+    is_surplus = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        if len(self.connections) > self.settings.max_connections:
-            transport.abort()
+        self.group = address_group(self.client[0]) if self.client else ""
+        self.app_state = {"connection": self}  # the guard finds it in the request's scope
+        # A client may send ahead while it is being answered; asyncio would take 256 KiB of it.
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
+        self.open_connections.add(self)
+        if transport.is_closing():
             return
         # Writing is paused as soon as the system takes no more: "paused" means a slow reader.
         transport.set_write_buffer_limits(high=0)
         self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.open_connections.remove(self)
         self._stop_head_timer()
         self._stop_write_timer()
         super().connection_lost(exc)
 
+    @property
+    def waits_for_client(self) -> bool:
+        """See `Connection.waits_for_client`."""
+        if self.cycle is None or self.cycle.response_complete or self.flow.write_paused:
+            return True
+        return self.conn.their_state is h11.SEND_BODY
+
+    def abort(self) -> None:
+        """See `Connection.abort`."""
+        self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        self.open_connections.touch(self)
+        super().on_response_complete()
+
     def data_received(self, data: bytes) -> None:
+        self.open_connections.touch(self)
         super().data_received(data)
         if self.transport.is_closing():
             return
@@ -125,25 +153,27 @@ class Server(uvicorn.Server):  # type: ignore[misc]
         yield
 
 
-def make_server(app: App, settings: ServerSettings) -> Server:
+def make_server(app: App, settings: ServerSettings, connections: Connections) -> Server:
     """Make the server of an application; it stops once ``should_exit`` is set."""
-    protocol: type[Any] = type("Protocol", (_Protocol,), {"settings": settings})
-    return Server(
-        uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            http=protocol,
-            ws="none",
-            lifespan="off",
-            loop="asyncio",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=settings.keep_alive_s,
-            timeout_graceful_shutdown=1,
-            h11_max_incomplete_event_size=settings.max_header_bytes,
-            backlog=2048,
-        )
+    protocol: type[Any] = type(
+        "Protocol", (_Protocol,), {"settings": settings, "open_connections": connections}
     )
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=1,
+        h11_max_incomplete_event_size=settings.max_header_bytes,
+        backlog=2048,
+    )
+    config.load()  # now, not with the first connections: it imports modules, which takes files
+    return Server(config)

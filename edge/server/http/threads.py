@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import threading
+import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from edge.errors import OverloadError
+
+from .errors import APIError
+
+if TYPE_CHECKING:
+    from edge.server.settings import ServerSettings
 
 _Result = TypeVar("_Result")
 _slow_executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="edge-grammar")
+OnPiece = Callable[[], None]
+
+LARGE_BYTES = 32 * 2**10
+"""Bodies from here on are read and encoded apart from shorter ones, one after the other."""
+_SHORT_THREADS = 2
+
+
+class ClientGoneError(ConnectionError):
+    """The client left before its answer was complete."""
+
+
+class _GivenUpError(Exception):
+    """Nobody waits for this work any more."""
+
+
+async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def in_thread(work: Callable[[], _Result], *, slow: bool = False) -> _Result:
@@ -20,3 +49,137 @@ async def in_thread(work: Callable[[], _Result], *, slow: bool = False) -> _Resu
     """
     executor = _slow_executor if slow else None
     return await asyncio.get_running_loop().run_in_executor(executor, work)
+
+
+class Lane:
+    """A few threads for what costs by the length of a request's texts, and a bounded queue.
+
+    Args:
+        name: begins the names of the threads.
+        num_threads: how many jobs run at once.
+        queue_capacity: jobs that wait at most.
+        timeout_s: seconds that a job may take, its wait included.
+        on_idle: called in the event loop when the last job has ended.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_threads: int,
+        queue_capacity: int,
+        timeout_s: float,
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._capacity = num_threads + queue_capacity
+        self._timeout_s = timeout_s
+        self._on_idle = on_idle
+        self.num_jobs = 0
+
+    async def run(
+        self,
+        work: Callable[[OnPiece], _Result],
+        receive: Callable[[], Awaitable[Any]],
+    ) -> _Result:
+        """Run ``work`` and return its result; it ends early when the client leaves or time is up.
+
+        Args:
+            work: what to run; it calls its argument often, which raises to end it.
+            receive: reads from the client's connection, whose body has been read.
+
+        Raises:
+            OverloadError: too many wait.
+            APIError: 503, it took too long.
+            ClientGoneError: the client left.
+        """
+        if self.num_jobs >= self._capacity:
+            raise OverloadError("too many texts wait to be encoded; try again later", 1.0)
+        left = threading.Event()
+        deadline = time.monotonic() + self._timeout_s
+
+        def on_piece() -> None:
+            if left.is_set() or time.monotonic() > deadline:
+                raise _GivenUpError
+
+        def guarded() -> _Result:
+            on_piece()  # it may have waited for this thread
+            return work(on_piece)
+
+        self.num_jobs += 1
+        loop = asyncio.get_running_loop()
+        submitted = self._executor.submit(guarded)
+        submitted.add_done_callback(lambda _: self._call_soon(loop, self._ended))
+        job = asyncio.wrap_future(submitted)
+        job.add_done_callback(lambda job: job.cancelled() or job.exception())
+        gone = asyncio.ensure_future(until_gone(receive))
+        waiting: set[asyncio.Future[Any]] = {job, gone}
+        try:
+            await asyncio.wait(
+                waiting, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if job.done():
+                return job.result()
+            if gone.done():
+                raise ClientGoneError("the client left")
+            raise self._too_late()
+        except _GivenUpError:  # the thread saw before this loop that the time is up
+            raise self._too_late() from None
+        finally:
+            left.set()
+            gone.cancel()
+            job.cancel()  # a thread that has begun goes on to its next piece
+            # An error's traceback leads to this frame: it would keep itself, and the request, until
+            # a garbage collection.
+            del submitted, job, waiting
+
+    def _too_late(self) -> APIError:
+        return APIError(
+            503,
+            "deadline_exceeded",
+            f"the texts were not encoded within {self._timeout_s:g} s; send less, or try again "
+            "later",
+            retry_after_s=5,
+            should_retry=False,
+        )
+
+    @staticmethod
+    def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and so is its server
+            loop.call_soon_threadsafe(call)
+
+    def _ended(self) -> None:
+        self.num_jobs -= 1
+        if not self.num_jobs:
+            self._on_idle()
+
+
+class Lanes:
+    """One lane for short requests and one for long ones, so that none waits for a longer kind.
+
+    Args:
+        settings: length of the queues, and time.
+        on_large: called in the event loop when the last of some long requests has been encoded.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, *, on_large: Callable[[], None] = lambda: None
+    ) -> None:
+        self._short = Lane(
+            "edge-text",
+            num_threads=_SHORT_THREADS,
+            queue_capacity=settings.max_connections,  # each takes milliseconds
+            timeout_s=settings.text_timeout_s,
+        )
+        # One at a time: a text takes up to 200 times its length in memory for a moment.
+        self._long = Lane(
+            "edge-long-text",
+            num_threads=1,
+            queue_capacity=settings.text_queue_capacity,
+            timeout_s=settings.text_timeout_s,
+            on_idle=on_large,
+        )
+
+    def lane(self, num_bytes: int) -> Lane:
+        """Return the lane for a request with a body of this size."""
+        return self._short if num_bytes < LARGE_BYTES else self._long

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from edge.errors import DeadlineError, EdgeError
 from edge.measure.drift import WATCH_USER
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("edge.server")
 OnChunk = Callable[[int, "GenerationChunk"], None]
-
-
-class ClientGoneError(ConnectionError):
-    """The client left before its answer was complete."""
 
 
 class Carrier(Protocol):
@@ -156,9 +152,3 @@ class _ReasoningCounter:
     @property
     def tokens(self) -> int:
         return self._before if self._reasons else 0
-
-
-async def until_gone(receive: Callable[[], Any]) -> None:
-    """Return when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

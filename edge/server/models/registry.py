@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from edge.errors import ResourceError
 from edge.runtime.scheduler.request import SchedulerStats
 from edge.server.http.errors import APIError, draining, invalid, stalled
 from edge.server.observe.metric_families import EngineInfo
@@ -190,7 +191,7 @@ class ModelRegistry:
         splits: Mapping[str, Split] | None = None,
         stall_s: float | None = None,
     ) -> None:
-        self.open_llm = open_llm
+        self._open_llm = open_llm
         self._default = default
         self._rules = rules or []
         self._splits = splits or {}
@@ -214,9 +215,23 @@ class ModelRegistry:
             started = time.monotonic()
             # Resolved now, since a link may lead elsewhere when this bundle is opened again.
             path = bundle.resolve()
-            self.add(ServedModel(name, path, self.open_llm(path)))
+            self.add(ServedModel(name, path, self.open(path)))
             _log.info("model %s is open after %.1f s", name, time.monotonic() - started)
         self.is_loading = False
+
+    def open(self, bundle: Path) -> LLM:
+        """Open a bundle; blocks.
+
+        Raises:
+            EdgeError: it cannot be opened.
+        """
+        try:
+            return self._open_llm(bundle)
+        except OSError as error:  # no file descriptor or memory is left, or a library is gone
+            raise ResourceError(
+                f"cannot open {bundle}: {error}; look at the limits of this process (ulimit -a, "
+                "LimitNOFILE=) and at the file"
+            ) from error
 
     def add(self, model: ServedModel) -> None:
         """Serve a model; the model that had its name before is retired, but runs on."""

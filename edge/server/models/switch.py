@@ -112,7 +112,7 @@ class Switcher:
 
     def _open(self, bundle: Path) -> LLM:
         """Open a bundle and generate two tokens: a model whose logits are NaN is not served."""
-        llm = self._models.open_llm(bundle)
+        llm = self._models.open(bundle)
         try:
             first = llm.manifest.tokens.bos
             prompt = [0 if first is None else first]

@@ -1,19 +1,24 @@
 """A service with a scripted engine in a process of its own, for tests that send signals.
 
-``python -m tests.edge.server.child BUNDLE DELAY_S SETTING=VALUE...``
+``python -m tests.edge.server.child BUNDLE DELAY_S SETTING=VALUE...``; ``open_delay_s=S`` says how
+long a model takes to open, ``max_files=N`` is the limit of open files.
 """
 
 from __future__ import annotations
 
+import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from edge.config_file import load_settings
+from edge.errors import EdgeError
+from edge.runtime.llm import LLM
 from edge.server.observe.logs import configure_logging
 from edge.server.run import serve
 from edge.server.settings import ServerSettings
-from tests.edge.server.scripted import ScriptedEngine
+from tests.edge.server.scripted import CAPACITY, ScriptedEngine
 
 
 def main(bundle: str, delay_s: str, *pairs: str) -> int:
@@ -21,10 +26,23 @@ def main(bundle: str, delay_s: str, *pairs: str) -> int:
     engine.default = "x" * 40
     engine.delay_s = float(delay_s)
     flags: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs)
+    open_delay_s = float(flags.pop("open_delay_s", 0))
+    if max_files := int(flags.pop("max_files", 0)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
     flags |= {"model": {"tiny": bundle}, "port": "0"}
     settings = load_settings(ServerSettings, flags=flags).settings
     configure_logging(settings.log_format, settings.log_level)
-    return serve(settings, lambda path: engine.open(Path(path), num_slots=4, queue_capacity=64))
+
+    def open_one(path: Path) -> LLM:
+        time.sleep(open_delay_s)
+        capacity = settings.kv_capacity or CAPACITY
+        return engine.open(path, num_slots=4, queue_capacity=64, kv_capacity=capacity)
+
+    try:
+        return serve(settings, open_one)
+    except EdgeError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge.server.api import protocol
 from edge.server.api.protocol import ChatRequest, CompletionRequest, decode, nesting
 from edge.server.http.errors import APIError, as_api_error
 from tests.edge.server.scripted import Answer, Live
@@ -158,6 +159,15 @@ def test_nesting_is_what_json_says(value: Any):
         return 0
 
     assert nesting(json.dumps(value).encode()) == depth(value)
+
+
+@given(JSON, st.integers(1, 9))
+def test_nesting_does_not_depend_on_the_parts_in_which_it_is_read(value: Any, size: int):
+    body = json.dumps(value).encode()
+    whole = nesting(body)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "_SCAN_BYTES", size)
+        assert nesting(body) == whole
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])

@@ -1,0 +1,47 @@
+"""Gives the memory of large requests back to the system, where glibc would keep it.
+
+glibc makes an arena per thread that allocates, up to eight per core, and none of them shrinks by
+itself once something small and lasting sits at its end. Few arenas and a trim after the large
+requests keep the process at the size that its work needs; see mallopt(3) and malloc_trim(3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+
+_ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
+_ARENAS = 2
+_TRIM_AFTER_S = 0.5
+_libc = ctypes.CDLL(None)
+_has_trim = hasattr(_libc, "malloc_trim")  # musl has neither
+
+
+def limit_arenas() -> bool:
+    """Let malloc make few arenas, unless the environment says how many; call it before threads.
+
+    Returns:
+        Whether this process has the limit now.
+    """
+    said = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
+    if said or not _has_trim:
+        return False
+    return bool(_libc.mallopt(_ARENA_MAX, _ARENAS))
+
+
+class Trimmer:
+    """Gives free memory back to the system a moment after it was asked to; for one event loop."""
+
+    def __init__(self) -> None:
+        self._waits = False
+
+    def soon(self) -> None:
+        """Trim in a moment, in a thread; calls until then are one."""
+        if _has_trim and not self._waits:
+            self._waits = True
+            asyncio.get_running_loop().call_later(_TRIM_AFTER_S, self._trim)
+
+    def _trim(self) -> None:
+        self._waits = False
+        asyncio.get_running_loop().run_in_executor(None, _libc.malloc_trim, 0)
