@@ -289,14 +289,14 @@ def generate(engines: dict[str, Any], rounds: int) -> dict[str, list[Speed]]:
 
 
 @contextmanager
-def server(command: Sequence[object], port: int, log: Path) -> Iterator[int]:
-    """A server that is ready, until the end of the block."""
+def server(command: Sequence[object], port: int, ready: str, log: Path) -> Iterator[int]:
+    """A server whose path ``ready`` answers 200, until the end of the block."""
     say(" ".join(map(str, command)))
     with log.open("w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
     try:
         deadline = time.monotonic() + 300
-        while not _ready(port):
+        while not _answers(port, ready):
             if process.poll() is not None or time.monotonic() > deadline:
                 sys.exit(f"error: the server did not start:\n{log.read_text()[-3000:]}")
             time.sleep(0.2)
@@ -306,10 +306,10 @@ def server(command: Sequence[object], port: int, log: Path) -> Iterator[int]:
         process.wait(30)
 
 
-def _ready(port: int) -> bool:
+def _answers(port: int, path: str) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        connection.request("GET", "/health")
+        connection.request("GET", path)
         return connection.getresponse().status == 200
     except OSError:
         return False
@@ -362,13 +362,13 @@ def _servers(
             command += ["--num-slots", slots, "--kv-capacity", CAPACITY]
             command += ["--num-threads", options.threads, *options.serve_option]
             log = options.work / f"serve-{len(found)}.log"
-            found[label] = stack.enter_context(server(command, port, log))
+            found[label] = stack.enter_context(server(command, port, "/ready", log))
         if llama is not None:
             port = next(ports)
             command = [llama / "llama-server", "-m", model, "--port", port, "-np", slots]
             command += ["-c", slots * CAPACITY, "-t", options.threads, "-tb", options.threads]
             log = options.work / "llama-server.log"
-            found["llama-server Q4_0"] = stack.enter_context(server(command, port, log))
+            found["llama-server Q4_0"] = stack.enter_context(server(command, port, "/health", log))
         yield found
 
 
