@@ -512,9 +512,10 @@ def test_a_reader_that_goes_away_is_no_crash(bundle: Path):
 
 
 # The engine sleeps, so that even a busy machine has time to interrupt it; the terminal is this
-# process's own.
+# process's own. A shell's background jobs, and what they start, ignore Ctrl-C.
 SLOW_CHAT = """
-import fcntl, sys, termios, time
+import fcntl, signal, sys, termios, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from edge.backends.ort.cpu import OrtBackend
 forward = OrtBackend.forward
