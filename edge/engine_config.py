@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 BackendName = Literal["auto", "tensorrt", "ort-cuda", "ort-cpu"]
+Prefill = Literal["plain", "int8"]
 GPU_BACKENDS = ("tensorrt", "ort-cuda")
 _Positive = Annotated[int, Meta(ge=1)]
 _Count = Annotated[int, Meta(ge=0)]
@@ -32,6 +33,7 @@ class EngineOptions(TypedDict, total=False):
     backend: BackendName
     kv_capacity: int | None
     num_threads: int | None
+    prefill: Prefill
     prefill_chunk: int
     int8_activations: bool | None
     num_slots: int
@@ -54,6 +56,9 @@ class EngineConfig:
         kv_capacity: tokens that prompt and answer may take together; by default the bundle's own,
             or what memory holds of it.
         num_threads: CPU threads, with which auto takes the CPU; by default one per physical core.
+        prefill: int8 makes the CPU read prompts two to three times as fast, with activations
+            rounded to int8 and weights of a byte each, which are held besides the bundle's own and
+            refused where memory does not hold them; plain multiplies as in decode.
         prefill_chunk: prompt tokens per step at most; an engine may take fewer.
         int8_activations: let the CPU round activations to int8, its fastest kernel; by default
             where it can. Off is many times slower, but exact: answers do not depend on what else
@@ -81,6 +86,7 @@ class EngineConfig:
     backend: BackendName = "auto"
     kv_capacity: _Positive | None = None
     num_threads: _Positive | None = None
+    prefill: Prefill = "plain"
     prefill_chunk: _Positive = 512
     int8_activations: bool | None = None
     num_slots: _Positive = 4
@@ -110,6 +116,8 @@ class EngineConfig:
         """Name of an option that is set and that only the CPU can honour; None if there is none."""
         if self.num_threads is not None:
             return "num_threads"
+        if self.prefill == "int8":
+            return "prefill"
         return "int8_activations" if self.int8_activations else None
 
     @property

@@ -1,6 +1,7 @@
 """Measure edge-llm beside its peers: one machine, one model, in turns; prints Markdown tables.
 
-usage: scripts/peers [--model qwen2.5-coder-1.5b] [--bundle LABEL=BUNDLE ...] [--peers llama.cpp]
+usage: scripts/peers [--model qwen2.5-coder-1.5b] [--bundle 'LABEL=BUNDLE OPTIONS' ...]
+                     [--peers llama.cpp]
                      [--parts generate,serving] [--rounds 3] [--work .peers]
 
 Every engine reads the same GGUF file: edge-llm exports a bundle from it (default options),
@@ -25,6 +26,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -67,14 +69,15 @@ def main() -> None:
     options = parse()
     options.work.mkdir(parents=True, exist_ok=True)
     gguf = model_file(options)
-    bundles = dict(each.split("=", 1) for each in options.bundle) or {
-        "edge-llm": str(default_bundle(options, gguf))
+    given = [each.split("=", 1) for each in options.bundle]
+    bundles = {label: shlex.split(words) for label, words in given} or {
+        "edge-llm": [str(default_bundle(options, gguf))]
     }
     llama = build_llama_cpp(options.work) if "llama.cpp" in options.peers else None
     q4_0 = quantize(options, gguf, build_llama_cpp(options.work))
     result: dict[str, Any] = {"machine": machine(), "model": options.model}
     if "generate" in options.parts:
-        engines = {label: edge_bench(path, options.threads) for label, path in bundles.items()}
+        engines = {label: edge_bench(words, options.threads) for label, words in bundles.items()}
         if llama is not None:
             engines["llama.cpp Q4_0"] = llama_bench(llama, q4_0, options.threads)
         if "openvino" in options.peers:
@@ -82,7 +85,9 @@ def main() -> None:
             engines["OpenVINO GenAI Q4_0"] = openvino_bench(python, q4_0, options.threads)
         result["generate"] = generate(engines, options.rounds)
     if "serving" in options.parts:
-        tokenizer = Tokenizer.from_file(str(Path(next(iter(bundles.values()))) / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(
+            str(Path(next(iter(bundles.values()))[0]) / "tokenizer.json")
+        )
         result["serving"] = serving(options, bundles, llama, q4_0, tokenizer)
     print(json.dumps(result), file=sys.stderr)
     print(tables(result))
@@ -96,7 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--models", type=Path, default=Path(".models"), help="of scripts/real-models"
     )
-    parser.add_argument("--bundle", action="append", default=[], metavar="LABEL=BUNDLE")
+    parser.add_argument("--bundle", action="append", default=[], metavar="'LABEL=BUNDLE OPTIONS'")
     parser.add_argument("--peers", default="llama.cpp", help="of llama.cpp,openvino")
     parser.add_argument("--parts", default="generate,serving")
     parser.add_argument("--rounds", type=int, default=3)
@@ -116,7 +121,7 @@ def parse() -> argparse.Namespace:
             parser.error(f"{', '.join(sorted(unknown))} is none of {', '.join(known)}")
     for each in options.bundle:
         if "=" not in each:
-            parser.error(f"--bundle {each} is not LABEL=BUNDLE")
+            parser.error(f"--bundle {each} is not LABEL=BUNDLE OPTIONS")
     return options
 
 
@@ -225,11 +230,11 @@ class Speed(NamedTuple):
     decode: float
 
 
-def edge_bench(bundle: str, threads: int) -> Any:
+def edge_bench(bundle: list[str], threads: int) -> Any:
     def once() -> Speed:
         found = []
         for prompt, new in ((PREFILL, 2), (CONTEXT, NEW_TOKENS)):
-            command = edge_llm("bench", bundle, "--backend", "ort-cpu", "--num-threads", threads)
+            command = edge_llm("bench", *bundle, "--backend", "ort-cpu", "--num-threads", threads)
             command += ["--prompt-tokens", prompt, "--output-tokens", new, "--repeats", 3, "--json"]
             found.append(json.loads(run(command)))
         return Speed(found[0]["prefill_tps"], found[1]["decode_tps"])
@@ -319,7 +324,7 @@ def _answers(port: int, path: str) -> bool:
 
 def serving(
     options: argparse.Namespace,
-    bundles: dict[str, str],
+    bundles: dict[str, list[str]],
     llama: Path | None,
     model: Path,
     tokenizer: Tokenizer,
@@ -346,7 +351,7 @@ def serving(
 @contextmanager
 def _servers(
     options: argparse.Namespace,
-    bundles: dict[str, str],
+    bundles: dict[str, list[str]],
     llama: Path | None,
     model: Path,
     slots: int,
@@ -358,7 +363,7 @@ def _servers(
         found: dict[str, int] = {}
         for label, bundle in bundles.items():
             port = next(ports)
-            command = edge_llm("serve", bundle, "--backend", "ort-cpu", "--port", port)
+            command = edge_llm("serve", *bundle, "--backend", "ort-cpu", "--port", port)
             command += ["--num-slots", slots, "--kv-capacity", CAPACITY]
             command += ["--num-threads", options.threads, *options.serve_option]
             log = options.work / f"serve-{len(found)}.log"

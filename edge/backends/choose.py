@@ -129,10 +129,12 @@ def _open_ort_cuda(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
 
 def _open_ort_cpu(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
     from .ort import cpu as ort
+    from .ort.int8_prompts import int8_bytes
 
     capacity = config.kv_capacity
     if capacity is None:
-        capacity = host_capacity(manifest, config.num_slots, config.prefill_chunk)
+        extra = int8_bytes(manifest) if config.prefill == "int8" else 0
+        capacity = host_capacity(manifest, config.num_slots, config.prefill_chunk, extra)
     return ort.OrtBackend(
         bundle,
         manifest,
@@ -141,6 +143,7 @@ def _open_ort_cpu(bundle: Path, manifest: Manifest, config: EngineConfig) -> Bac
         num_threads=config.num_threads,
         max_step_tokens=config.prefill_chunk,
         int8_activations=config.int8_activations,
+        int8_prompts=config.prefill == "int8",
     )
 
 

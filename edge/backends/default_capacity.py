@@ -19,7 +19,9 @@ LEAST_CAPACITY = 1024
 """Tokens; less is no conversation, so a machine with no room for it is left to fail by itself."""
 
 
-def host_capacity(manifest: Manifest, num_slots: int, max_step_tokens: int) -> int:
+def host_capacity(
+    manifest: Manifest, num_slots: int, max_step_tokens: int, extra_bytes: int = 0
+) -> int:
     """Cache rows per slot on the CPU, such that a full cache still fits the memory that is free.
 
     The cache takes memory as it fills: without this, a long answer would end with the process
@@ -29,6 +31,7 @@ def host_capacity(manifest: Manifest, num_slots: int, max_step_tokens: int) -> i
         manifest: of the bundle.
         num_slots: sequences that the cache holds.
         max_step_tokens: the most tokens per sequence and step.
+        extra_bytes: of weights in another form besides the bundle's.
     """
     wanted, free = manifest.kv_capacity, read_available_memory_bytes()
     linears = manifest_linears(manifest)
@@ -38,7 +41,8 @@ def host_capacity(manifest: Manifest, num_slots: int, max_step_tokens: int) -> i
             "ort-cpu", num_slots, capacity, min(max_step_tokens, capacity), manifest.dialect
         )
         model, positions = manifest.model, manifest.rope_positions
-        return plan_process_memory(model, linears, positions, deployment).load_peak
+        plan = plan_process_memory(model, linears, positions, deployment)
+        return plan.load_peak + extra_bytes
 
     if free is None or need(wanted) <= free:  # None: the system does not tell
         return wanted

@@ -56,7 +56,7 @@ _SLOWEST = 15
     "--layers", is_flag=True, help="Then time every layer of the TensorRT engine, by its profiler."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-@engine_options("backend", "kv_capacity", "num_threads")
+@engine_options("backend", "kv_capacity", "num_threads", "prefill")
 @click.pass_context
 def bench(
     ctx: click.Context,

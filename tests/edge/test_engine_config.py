@@ -20,6 +20,7 @@ OTHER_VALUES: dict[str, Any] = {
     "backend": "ort-cpu",
     "kv_capacity": 99,
     "num_threads": 1,
+    "prefill": "int8",
     "prefill_chunk": 33,
     "int8_activations": False,
     "num_slots": 5,
@@ -40,6 +41,7 @@ OTHER_VALUES: dict[str, Any] = {
         ({"backend": "tensorrt9"}, "backend is 'tensorrt9': use auto, tensorrt, ort-cuda, ort-cpu"),
         ({"kv_capacity": 0}, "kv_capacity is 0: Expected `int` >= 1"),
         ({"num_threads": 0}, "num_threads is 0"),
+        ({"prefill": "fp8"}, "prefill is 'fp8': use plain, int8"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0"),
         ({"num_slots": 0}, "num_slots is 0"),
         ({"num_slots": "4"}, "num_slots is '4': Expected `int`, got `str`"),
@@ -56,6 +58,7 @@ OTHER_VALUES: dict[str, Any] = {
         ({"backend": "tensorrt", "num_threads": 2}, "num_threads is for ort-cpu, and tensorrt"),
         ({"backend": "ort-cuda", "int8_activations": True}, "int8_activations is for ort-cpu"),
         ({"backend": "tensorrt", "int8_activations": True}, "leave one out"),
+        ({"backend": "tensorrt", "prefill": "int8"}, "prefill is for ort-cpu, and tensorrt"),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_name(options: dict[str, Any], message: str):

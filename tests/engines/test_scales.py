@@ -84,7 +84,7 @@ def test_the_answers_are_those_of_an_export_with_wide_scales(
     # some inputs differ by one step of INT8.
     a, b = found.astype(np.float32)[0], before[0]
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-    assert cosine.min() > 0.999
+    assert cosine.min() > 0.99
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

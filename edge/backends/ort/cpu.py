@@ -18,10 +18,12 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.onnx_file import OnnxFile
 from edge.device.huge_pages import collapse_filled
+from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import BackendError, ResourceError
 
 from .cpu_attention import fuse_cache_attention
 from .host_cache import HostCache
+from .int8_prompts import MIN_TOKENS, int8_bytes, widen_products
 from .join_planes import join_planes
 from .runner import RunShape, StepRunner, cache_tensors, fill_inputs, make_inputs
 from .session import (
@@ -55,12 +57,16 @@ class OrtBackend:
             multiplies dequantized weights in FP32, as engines with float activations do in
             theirs, and weights are then dequantized in every step: decode is many times slower.
             None rounds where this ONNX Runtime can, true refuses where it rounds nothing.
+        int8_prompts: run steps of many tokens in a second session whose weights are INT8
+            (`int8_prompts`).
 
     Raises:
         DependencyError: onnxruntime is missing, or too old for the bundle's dialect or for
             ``int8_activations``.
         BundleError: the graph's inputs and outputs are not those of `io_spec`.
-        ConfigError: a number out of range, or ``int8_activations`` where nothing is rounded.
+        ConfigError: a number out of range, or ``int8_activations`` or ``int8_prompts`` where they
+            change nothing.
+        ResourceError: there is no memory for the cache, or for the weights of ``int8_prompts``.
     """
 
     name = "ort-cpu"
@@ -76,6 +82,7 @@ class OrtBackend:
         num_threads: int | None = None,
         fuse_attention: bool = True,
         int8_activations: bool | None = None,
+        int8_prompts: bool = False,
     ) -> None:
         self.capacity = check_sizes(manifest, num_slots, kv_capacity, max_step_tokens)
         self.num_slots, self.max_step_tokens = num_slots, max_step_tokens
@@ -88,14 +95,25 @@ class OrtBackend:
         )
         self._model, self._dialect = manifest.model, io_spec.DIALECTS[manifest.dialect]
         rounds = int8_activations is not False
-        graph = load_cpu_graph(
-            bundle, manifest, self.capacity, fuse_attention=fuse_attention, int8_activations=rounds
-        )
-        self._session: Any = open_session(
-            graph, bundle, manifest, num_threads, int8_activations=rounds
-        )
-        del graph  # with weights that the session has in its own form by now
-        _return_freed_memory()
+        if int8_prompts:
+            _check_memory(manifest)
+
+        def open_graph(prompts: bool) -> Any:
+            graph = load_cpu_graph(
+                bundle,
+                manifest,
+                self.capacity,
+                fuse_attention=fuse_attention,
+                int8_activations=rounds,
+                int8_prompts=prompts,
+            )
+            session = open_session(graph, bundle, manifest, num_threads, int8_activations=rounds)
+            del graph  # with weights that the session has in its own form by now
+            _return_freed_memory()
+            return session
+
+        self._session = open_graph(prompts=False)
+        self._prompt_session = open_graph(prompts=True) if int8_prompts else None
         collapse_filled(_WEIGHTS_BYTES)
         model = self._model
         shape = (num_slots, model.num_kv_heads, self.capacity, model.head_dim)
@@ -109,7 +127,12 @@ class OrtBackend:
         self._kv_positions = np.arange(self.capacity, dtype=np.int64)
         self._runner = StepRunner(
             lambda shape: _HostStep(
-                self._session, self._dialect, model, self._cache, self._kv_positions, shape
+                self._session_of(shape),
+                self._dialect,
+                model,
+                self._cache,
+                self._kv_positions,
+                shape,
             ),
             read_slot=self.read_slot,
             put_back=self.write_slot,
@@ -148,7 +171,13 @@ class OrtBackend:
         """Free the session and the cache."""
         self._runner.forget()
         self._cache.close()
-        self._session = None
+        self._session = self._prompt_session = None
+
+    def _session_of(self, shape: RunShape) -> Any:
+        """The session that runs steps of a shape."""
+        if shape.seq < MIN_TOKENS or shape.num_logits > 1 or self._prompt_session is None:
+            return self._session
+        return self._prompt_session
 
 
 def load_cpu_graph(
@@ -158,6 +187,7 @@ def load_cpu_graph(
     *,
     fuse_attention: bool,
     int8_activations: bool,
+    int8_prompts: bool = False,
 ) -> OnnxFile:
     """Read the decoder as `OrtBackend` runs it.
 
@@ -167,6 +197,7 @@ def load_cpu_graph(
         capacity: rows of the cache.
         fuse_attention: rewrite attention for the CPU, in a dialect that has it as one operator.
         int8_activations: as `open_session` will be told.
+        int8_prompts: the form for steps of many tokens.
 
     Raises:
         DependencyError: see `import_onnxruntime`.
@@ -177,8 +208,20 @@ def load_cpu_graph(
         fuse_cache_attention(graph, manifest.model)
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
     level = accuracy_level(int8_activations) if multiplies_8_bits(ort) else None
-    join_planes(graph, bundle, manifest, accuracy_level=level)
+    widened = widen_products(graph, bundle, manifest) if int8_prompts else []
+    join_planes(graph, bundle, manifest, accuracy_level=level, without=widened)
     return graph
+
+
+def _check_memory(manifest: Manifest) -> None:
+    """Refuse INT8 weights for prompts that memory does not hold."""
+    needed = 2 * int8_bytes(manifest)  # while the session packs them, they are there twice
+    free = read_available_memory_bytes()
+    if free is not None and free < needed:
+        raise ResourceError(
+            f"--prefill int8 takes {needed / 1e9:.1f} GB of memory while it loads, half of it from "
+            f"then on, and {free / 1e9:.1f} GB are free; leave the option out, or free some memory"
+        )
 
 
 class _HostStep:

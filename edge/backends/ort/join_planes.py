@@ -17,6 +17,7 @@ MatMulNBits (``com.microsoft``, onnxruntime ContribOperators.md) takes weights a
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,12 @@ _CHUNK_BYTES = 1 << 17  # of a plane; with its temporaries it stays in the L2 ca
 
 
 def join_planes(
-    graph: OnnxFile, bundle: Path, manifest: Manifest, *, accuracy_level: int | None = None
+    graph: OnnxFile,
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    accuracy_level: int | None = None,
+    without: Container[str] = (),
 ) -> None:
     """Replace every pair of planes by one UINT8 weight in `OnnxFile.in_memory`.
 
@@ -52,15 +58,18 @@ def join_planes(
         accuracy_level: write the products as MatMulNBits with this level (see
             `session.accuracy_level`), for a graph whose scales are FP32; None leaves
             `DequantizeLinear` and `MatMul`.
+        without: layers that are left alone.
 
     Raises:
         BundleError: the graph is not one that edge-llm's exporter wrote.
     """
     linears = manifest.quantization.linears
-    names = [name for name, linear in linears.items() if linear.scheme.planes]
+    names = [
+        name for name, linear in linears.items() if linear.scheme.planes and name not in without
+    ]
     if not names:
         return
-    _drop_high_products(graph, names)
+    drop_high_products(graph, names)
     stored = graph.external_tensors()
     consumers = {name: node for node in graph.nodes for name in node.inputs}
     sizes = [math.prod(linears[name].shape) for name in names]
@@ -132,7 +141,7 @@ def hand_over(graph: OnnxFile, ort: ModuleType, options: onnxruntime.SessionOpti
     options.add_external_initializers(list(graph.in_memory), values)
 
 
-def _drop_high_products(graph: OnnxFile, names: list[str]) -> None:
+def drop_high_products(graph: OnnxFile, names: list[str]) -> None:
     """Let the low plane's product be the sum; what only the high plane needs is then unused."""
     producers = {output: node for node in graph.nodes for output in node.outputs}
     consumers = {name: node for node in graph.nodes for name in node.inputs}

@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,9 +108,12 @@ def test_without_an_engine_a_gpu_that_idles_is_said(
         assert caplog.messages.count(warning) == 1
 
 
-@pytest.mark.parametrize("option", ["num_threads", "int8_activations"])
+@pytest.mark.parametrize(
+    ("option", "value"), [("num_threads", 1), ("int8_activations", True), ("prefill", "int8")]
+)
 def test_an_option_of_the_cpu_asks_for_it_even_where_an_engine_is(
     option: str,
+    value: Any,
     tiny_bundles: Bundles,
     node: str | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -118,7 +122,7 @@ def test_an_option_of_the_cpu_asks_for_it_even_where_an_engine_is(
     bundle = tiny_bundles("qwen2", quant="int4")
     monkeypatch.setattr(choose, "find_engines", lambda path: [path / "engines" / "sm87"])
     monkeypatch.setattr(choose, "_has_cuda_provider", lambda: True)
-    config = EngineConfig(num_slots=1, **{option: 1 if option == "num_threads" else True})  # type: ignore[arg-type]
+    config = EngineConfig(num_slots=1, **{option: value})
     with (
         caplog.at_level(logging.WARNING),
         closing(choose.open_backend(bundle, read_manifest(bundle), config)) as backend,

@@ -28,9 +28,9 @@ from tests.edge.server.scripted import Answer, Live, running
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "what"}], "temperature": 0}
 _STEP_S = 0.001
-_GROWTH = 64 * MIB
+_GROWTH = 96 * MIB  # 48 to 54 on a quiet machine, 80 on a busy one; 860 without a budget
 _KEPT = 16 * MIB
-_NOISE_S = 0.05  # of one request, where other work has this machine's two cores
+_NOISE_S = 0.1  # of one request, where other work has this machine's two cores
 
 
 class Memory:
@@ -49,7 +49,7 @@ class Memory:
             self.most = max(self.most, self._server.resident_bytes)
 
     def check(self) -> None:
-        """It grew by less than 64 MiB, and gives it back."""
+        """It grew by a bounded amount, and gives it back."""
         self._ended.set()
         self._thread.join()
         assert self.most - self.start < _GROWTH
