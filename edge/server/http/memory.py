@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import os
 
 _ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
@@ -44,4 +45,9 @@ class Trimmer:
 
     def _trim(self) -> None:
         self._waits = False
-        asyncio.get_running_loop().run_in_executor(None, _libc.malloc_trim, 0)
+        asyncio.get_running_loop().run_in_executor(None, _give_back)
+
+
+def _give_back() -> None:
+    gc.collect()  # a traceback, say, holds what it saw in a cycle
+    _libc.malloc_trim(0)

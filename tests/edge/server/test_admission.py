@@ -413,12 +413,14 @@ def test_nothing_is_encoded_for_clients_that_left(
     gated: tuple[Live, Gate], path: str, body: dict[str, Any]
 ):
     live, gate = gated
-    socks = [live.connect() for _ in range(3)]
-    for sock in socks:
-        sock.sendall(post(path, json.dumps(body).encode()))
+    data = post(path, json.dumps(body).encode())
+    first, *others = socks = [live.connect() for _ in range(3)]
+    first.sendall(data)
     until(lambda: gate.begun == 1)
-    time.sleep(0.2)
-    for sock in socks:
+    for sock in others:
+        sock.sendall(data)
+    time.sleep(0.3)
+    for sock in reversed(socks):  # those that wait leave before it is their turn
         sock.close()
     time.sleep(0.3)
     assert gate.begun == 1  # the one that had begun ended, and the others never began
