@@ -75,7 +75,7 @@ def main() -> None:
     }
     llama = build_llama_cpp(options.work) if "llama.cpp" in options.peers else None
     q4_0 = quantize(options, gguf, build_llama_cpp(options.work))
-    result: dict[str, Any] = {"machine": machine(), "model": options.model}
+    result: dict[str, Any] = {"machine": machine(options.peers), "model": options.model}
     if "generate" in options.parts:
         engines = {label: edge_bench(words, options.threads) for label, words in bundles.items()}
         if llama is not None:
@@ -125,8 +125,9 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def machine() -> dict[str, Any]:
+def machine(peers: Sequence[str]) -> dict[str, Any]:
     """What a reader needs to place the figures."""
+    versions = {"llama.cpp": LLAMA_CPP_PYTHON, "openvino": OPENVINO_GENAI}
     info = Path("/proc/cpuinfo").read_text()
     fields = {
         key.strip(): value.strip()
@@ -142,8 +143,7 @@ def machine() -> dict[str, Any]:
         "versions": {
             "edge-llm": __version__,
             "onnxruntime": importlib.metadata.version("onnxruntime"),
-            "llama-cpp-python": LLAMA_CPP_PYTHON,
-            "openvino-genai": OPENVINO_GENAI,
+            **{f"{peer} (PyPI)": versions[peer] for peer in peers},
         },
         "load_average": round(os.getloadavg()[0], 2),
     }
