@@ -151,6 +151,7 @@ def _measure(
     return {
         **result,
         "bundle": str(bundle),
+        "prefill": engine_config.prefill,
         "load_s": load_s,
         "memory": {
             "load_peak_bytes": load_peak_bytes,

@@ -1,4 +1,4 @@
-"""Resident memory of this process, from ``/proc/self``."""
+"""Resident memory of this process and features of its CPU, from ``/proc``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from pathlib import Path
 from .telemetry import read_kib
 
 _STATUS = Path("/proc/self/status")
+
+
+def read_cpu_flags() -> frozenset[str]:
+    """What x86 cores can do, as ``/proc/cpuinfo`` names it; empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
 
 
 def read_rss_bytes() -> int | None:

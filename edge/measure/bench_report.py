@@ -102,6 +102,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     try:
         same = ("batch", "prompt_tokens", "output_tokens", "backend", "work")
         differing = [key for key in same if old[key] != new[key]]
+        if old.get("prefill", "plain") != new.get("prefill", "plain"):  # older runs do not say
+            differing.append("prefill")
         if old["device"]["name"] != new["device"]["name"]:
             differing.append("device")
         pairs = [

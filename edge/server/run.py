@@ -109,6 +109,7 @@ class Service:
             self._free_bytes,
             num_slots=settings.num_slots,
             kv_capacity=settings.kv_capacity,
+            prefill=settings.prefill,
             drain_timeout_s=settings.drain_timeout_s,
         )
         self.metrics = Metrics(
@@ -277,7 +278,8 @@ class Service:
         if settings.memory_budget_mb is None:
             return self._telemetry().memory_available_bytes
         manifests = [model.llm.manifest for model in self.models.models()]
-        taken = [need_bytes(m, settings.num_slots, settings.kv_capacity) for m in manifests]
+        sizes = settings.num_slots, settings.kv_capacity, settings.prefill
+        taken = [need_bytes(manifest, *sizes) for manifest in manifests]
         return settings.memory_budget_mb * 2**20 - sum(taken)
 
     # ------------------------------------------------------------------------------- signals

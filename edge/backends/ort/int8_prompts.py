@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ExternalTensor, Node, OnnxFile
 from edge.bundle.schemes import HIGH_PLANE
+from edge.device.process import read_cpu_flags
 from edge.errors import ConfigError
 
 from .cpu_attention import OWN_DOMAIN, expect_node
@@ -139,11 +140,7 @@ def _signed_weights() -> bool:
     """Whether the product of UINT8 by INT8 is exact on this CPU."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_vnni" in text or "avx_vnni" in text
+    return not read_cpu_flags().isdisjoint(("avx512_vnni", "avx_vnni"))
 
 
 def _node(op_type: str, inputs: list[str], output: str, domain: str = "") -> Node:

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge.backends.ort.int8_prompts import int8_bytes
 from edge.bundle.io_spec import kv_bytes_per_token
 from edge.bundle.manifest import Manifest, read_manifest
+from edge.engine_config import Prefill
 from edge.errors import BackendError, EdgeError
 from edge.runtime.sampling import SamplingParams
 from edge.server.http.threads import in_thread
@@ -29,11 +31,18 @@ _log = logging.getLogger("edge.server")
 _POLL_S = 0.02
 
 
-def need_bytes(manifest: Manifest, num_slots: int, kv_capacity: int | None) -> int:
-    """Compute the memory that a bundle takes at most: its files, and the KV cache."""
+def need_bytes(
+    manifest: Manifest, num_slots: int, kv_capacity: int | None, prefill: Prefill = "plain"
+) -> int:
+    """Compute the memory that a bundle takes at most: its files, the KV cache, prompts' weights.
+
+    Raises:
+        ConfigError: the bundle has no weights for such a ``prefill``.
+    """
+    prompts = int8_bytes(manifest) if prefill == "int8" else 0
     files = sum(file.num_bytes for file in manifest.files.values())
     tokens = num_slots * (kv_capacity or manifest.kv_capacity)
-    return files + tokens * kv_bytes_per_token(manifest.model, manifest.dtype)
+    return prompts + files + tokens * kv_bytes_per_token(manifest.model, manifest.dtype)
 
 
 class Switcher:
@@ -44,6 +53,7 @@ class Switcher:
         free_bytes: returns the memory that a second model may take now; None if that is not known.
         num_slots: slots of each cache.
         kv_capacity: tokens of a slot; None is each bundle's own.
+        prefill: how prompts are multiplied.
         drain_timeout_s: how long requests may run on a model that must be closed first.
     """
 
@@ -54,12 +64,14 @@ class Switcher:
         *,
         num_slots: int,
         kv_capacity: int | None = None,
+        prefill: Prefill = "plain",
         drain_timeout_s: float = 30.0,
     ) -> None:
         self._models = models
         self._free_bytes = free_bytes
         self._num_slots = num_slots
         self._kv_capacity = kv_capacity
+        self._prefill = prefill
         self._drain_timeout_s = drain_timeout_s
         self._lock = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -75,7 +87,7 @@ class Switcher:
             started = time.monotonic()
             try:
                 manifest = await in_thread(lambda: read_manifest(bundle))
-                need = need_bytes(manifest, self._num_slots, self._kv_capacity)
+                need = need_bytes(manifest, self._num_slots, self._kv_capacity, self._prefill)
                 free = await in_thread(self._free_bytes)
                 beside = free is None or need <= free
                 if beside:

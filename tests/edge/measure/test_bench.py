@@ -226,6 +226,7 @@ def test_a_large_slowdown_is_never_missed(values: list[float], factor: float):
         ({"batch": 2}, "differs in batch"),
         ({"work": {"step_bytes": 2}}, "differs in work"),
         ({"device": {"name": "orin-nx-8"}}, "differs in device"),
+        ({"prefill": "int8"}, "differs in prefill"),
         ({"tpot_s": None}, "not what edge-llm bench"),
         ({"tpot_s": {"values": ["fast"]}}, "not what edge-llm bench"),
         ({"tpot_s": {"values": []}}, "not what edge-llm bench"),

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge.backends.ort.int8_prompts import int8_bytes
 from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.device.telemetry import Snapshot
 from edge.errors import ConfigError
@@ -403,6 +404,12 @@ def test_two_models_fit_only_if_the_budget_says_so(bundles: dict[str, Path]):
     size = need_bytes(manifest, 4, 512)
     assert size > sum(file.num_bytes for file in manifest.files.values())
     assert need_bytes(manifest, 8, 512) > size
+
+
+def test_the_budget_counts_the_weights_of_int8_prompts(tiny_bundles: Bundles):
+    manifest = read_manifest(tiny_bundles("qwen2", quant="int4"))
+    extra = need_bytes(manifest, 4, 512, "int8") - need_bytes(manifest, 4, 512)
+    assert extra == int8_bytes(manifest) > 0
 
 
 def test_a_wrong_configuration_changes_nothing(
