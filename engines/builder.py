@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from edge.bundle.manifest import read_manifest, verify_files
 from edge.device import telemetry
 from edge.device.gpu import Gpu, find_gpu
 from edge.device.process import read_rss_peak_bytes, reset_rss_peak
-from edge.errors import BuildError, BundleError, ConfigError, DependencyError
+from edge.errors import BackendError, BuildError, BundleError, ConfigError, DependencyError
 from edge.progress import Progress, silent, uncounted
 
 from . import compat
@@ -28,7 +28,7 @@ from .build_plan import BuildPlan, plan_build
 from .compat import Compiler, TensorRT
 from .config import BuildConfig
 from .graph import graph_files, graph_of, write_graph
-from .ladder import Climbed, climb, describe, make_rungs
+from .ladder import Climbed, climb, describe, make_rungs, scales_to_try
 from .memory import check_memory
 from .profiles import Profile
 from .progress import STEP
@@ -145,8 +145,7 @@ def build_engine(
             workspace = config.workspace_bytes if target.gpu else 0
             check_memory(build.manifest, workspace, telemetry.read_available_memory_bytes())
         if via == "trtexec":
-            compiled = _compile_with_trtexec(build, target, store, on_line, progress)
-            climbed = Climbed(build, (), build.rebuild_options())
+            compiled, climbed = _climb_with_trtexec(build, target, store, on_line, progress)
         else:
             compiled, climbed = compile_variant(
                 build,
@@ -395,45 +394,61 @@ def _trtexec_target() -> TensorRT:
     return TensorRT(None, "tensorrt", f"{major}.{minor}")
 
 
-def _compile_with_trtexec(
-    build: BuildPlan,
+def _climb_with_trtexec(
+    asked: BuildPlan,
     target: Target,
     store: EngineStore,
     on_line: Callable[[str], None],
     progress: Progress,
-) -> Compiled:
+) -> tuple[Compiled, Climbed]:
+    """Build with the scales as stored, else in FP32; ``trtexec`` decides all else itself."""
     with uncounted(progress, "hash"):
-        verify_files(build.config.bundle, build.manifest, graph_files(build.manifest))
-    root = store.directory.parent
-    for leftover in root.glob(f"{_SCRATCH}*"):
+        verify_files(asked.config.bundle, asked.manifest, graph_files(asked.manifest))
+    for leftover in store.directory.parent.glob(f"{_SCRATCH}*"):
         shutil.rmtree(leftover)
     store.directory.mkdir(exist_ok=True)
-    lines: list[str] = []
+    log: list[str] = []
 
     def keep(line: str) -> None:
-        lines.append(line)
+        log.append(line)
         on_line(line)
 
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=root) as scratch:
+    def attempt(rung: BuildPlan) -> Compiled:
+        try:
+            return _compile_with_trtexec(rung, target, store, keep, progress)
+        except BackendError as error:
+            raise BuildError(str(error)) from error
+        finally:
+            store.write_log("\n".join(log) + "\n")
+
+    rungs = [replace(asked, scales=scales) for scales in scales_to_try(asked)]
+    return climb(asked, rungs, attempt)
+
+
+def _compile_with_trtexec(
+    build: BuildPlan,
+    target: Target,
+    store: EngineStore,
+    keep: Callable[[str], None],
+    progress: Progress,
+) -> Compiled:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=store.directory.parent) as scratch:
         graph = write_graph(build, Path(scratch))
-        for warning in _refuse_illegal(build, target, graph.read_bytes()):
-            keep(warning)
-        plan = Path(scratch) / "engine.plan"
+        plan, layers = Path(scratch) / "engine.plan", Path(scratch) / _LAYERS
         argv = trtexec_command(
             build,
             target.rt.release,
             onnx=graph,
             plan=plan,
             timing_cache=build.config.timing_cache or store.directory / TIMING_CACHE,
-            layers=Path(scratch) / _LAYERS,
+            layers=layers,
         )
-        try:
-            with uncounted(progress, "trtexec"):
-                result = run_trtexec(argv, keep)
-        finally:
-            store.write_log("\n".join([" ".join(argv), *lines]) + "\n")
+        for warning in _refuse_illegal(build, target, graph.read_bytes()):
+            keep(warning)
+        keep(" ".join(argv))
+        with uncounted(progress, "trtexec"):
+            result = run_trtexec(argv, keep)
         data = plan.read_bytes()
-        layers = Path(scratch) / _LAYERS
         exported = layers.read_text("utf-8", "replace") if layers.is_file() else None
     return Compiled(
         data,

@@ -61,7 +61,7 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
         replace(
             plan_build(replace(config, kv_read=read, attention=attention), manifest), scales=scales
         )
-        for scales in _scales(asked)
+        for scales in scales_to_try(asked)
         for attention in attentions
         for read in reads
     ]
@@ -70,7 +70,8 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
     return rungs
 
 
-def _scales(asked: BuildPlan) -> tuple[Scales, ...]:
+def scales_to_try(asked: BuildPlan) -> tuple[Scales, ...]:
+    """``fp32`` after ``stored`` where inputs are rounded to INT8 with scales of 16 bits."""
     linears = asked.manifest.quantization.linears.values()
     if not any(SCHEMES[linear.scheme.kind].int8_inputs for linear in linears):
         return ("stored",)

@@ -21,7 +21,8 @@ ENGINE_FLOAT_BYTES = 2
 ALIGNMENT = 256
 """What TensorRT asks of every tensor's address (NvInferRuntime.h, setTensorAddress)."""
 DEFAULT_MAX_LOGITS = 64
-"""Rows of logits that one run of an engine returns at most; scoring a prompt asks for many."""
+"""Rows of logits that one run of an engine returns at most; scoring a prompt asks for many, and
+gets them from several runs. 512 rows of the 1.5B's vocabulary are 156 MB, several times over."""
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 """Scratch memory of a kernel. TensorRT's own default is all of the device's memory, which on a
 Jetson is also the host's."""
@@ -58,14 +59,15 @@ def profile_limits(max_batch: int, max_prefill: int) -> tuple[StepLimits, ...]:
 
     TensorRT sizes an engine's scratch memory for the largest run of any profile, so none takes more
     tokens in all than one chunk of a prompt: ``prefill`` one long chunk, ``batch`` short chunks of
-    several sequences (drafts, ends of prompts), ``decode`` one token of each.
+    several sequences (drafts, ends of prompts), ``decode`` one token of each. Nor does one return
+    more logits of a sequence than the runner asks for.
     """
-    prefill = StepLimits("prefill", 1, max_prefill, max_prefill)
+    prefill = StepLimits("prefill", 1, max_prefill, min(max_prefill, DEFAULT_MAX_LOGITS))
     decode = StepLimits("decode", max_batch, 1, 1)
     share = max_prefill // max_batch
     if max_batch == 1 or share <= 1:
         return prefill, decode
-    return prefill, decode, StepLimits("batch", max_batch, share, share)
+    return prefill, decode, StepLimits("batch", max_batch, share, min(share, DEFAULT_MAX_LOGITS))
 
 
 def check_slots(model: ModelSpec, capacity: int) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect
-from edge.bundle.sizes import profile_limits
+from edge.bundle.sizes import DEFAULT_MAX_LOGITS, profile_limits
 from engines.config import BuildShapes
 from engines.profiles import ShapeRange, make_profiles
 from tests.manifests import make_model
@@ -73,7 +73,8 @@ def test_no_profile_takes_more_tokens_than_one_chunk_or_one_token_of_each(
     max_batch: int, max_prefill: int
 ) -> None:
     limits = {each.profile: each for each in profile_limits(max_batch, max_prefill)}
-    assert limits["prefill"][1:] == (1, max_prefill, max_prefill)
+    assert limits["prefill"][1:] == (1, max_prefill, min(max_prefill, DEFAULT_MAX_LOGITS))
+    assert all(each.num_logits <= min(each.seq, DEFAULT_MAX_LOGITS) for each in limits.values())
     assert limits["decode"][1:] == (max_batch, 1, 1)
     assert all(each.batch * each.seq <= max(max_prefill, max_batch) for each in limits.values())
     if "batch" in limits:

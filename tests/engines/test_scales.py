@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,69 @@ def test_a_build_goes_on_with_wide_scales(
     assert "scales in FP32" in (directory / "build.log").read_text()
     assert not build_engine(BuildConfig(bundle, max_prefill=32), target=refusing).built
     assert graph_of(bundle) == graph_of(source)
+
+
+# Takes INT8 with FP32 scales only; ``{always}`` makes it refuse those too.
+TRTEXEC = """\
+#!{python}
+import pathlib, sys
+
+from engines.graph import has_half_scales
+
+given = dict(word.partition("=")[::2] for word in sys.argv[1:])
+graph = pathlib.Path(given["--onnx"])
+print("&&&& RUNNING TensorRT.trtexec [TensorRT v101601] # trtexec")
+if has_half_scales(graph.read_bytes()) or {always}:
+    print("[E] {reason}")
+    sys.exit("&&&& FAILED TensorRT.trtexec")
+weights = graph.with_name("decoder.onnx.data").stat().st_size
+pathlib.Path(given["--saveEngine"]).write_bytes(bytes(weights))
+print("&&&& PASSED TensorRT.trtexec [TensorRT v101601] # trtexec")
+"""
+
+
+@pytest.fixture
+def by_trtexec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    def run(bundle: Path, version: str, *, always: bool = False) -> Any:
+        binary = tmp_path / "trtexec"
+        binary.write_text(
+            TRTEXEC.format(python=sys.executable, always=always, reason=REASON), "utf-8"
+        )
+        binary.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        target = Target(TensorRT(None, "tensorrt", version), None, "8.7")
+        return build_engine(BuildConfig(bundle, max_prefill=32), target=target, via="trtexec")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("version", "reason", "runs"),
+    [("10.13", REASON, 2), ("10.16", "does not take", 1)],  # its rules refuse them before it runs
+)
+def test_trtexec_goes_on_with_wide_scales(
+    version: str, reason: str, runs: int, tiny_bundles: Bundles, tmp_path: Path, by_trtexec: Any
+) -> None:
+    source = tiny_bundles("qwen2", "portable", "int8-w8a8")
+    bundle = Path(shutil.copytree(source, tmp_path / "bundle"))
+    result = by_trtexec(bundle, version)
+    assert result.info.scales == "fp32"
+    (refused,) = result.info.refused
+    assert reason in refused.reason
+    assert refused.scales == "stored"
+    log = (result.directory / "build.log").read_text()
+    assert [log.count(word) for word in ("--saveEngine=", "PASSED")] == [runs, 1]
+    assert not by_trtexec(bundle, version).built
+    assert not list(bundle.glob("engines/.trtexec-*"))
+
+
+def test_trtexec_that_takes_neither_says_why(
+    tiny_bundles: Bundles, tmp_path: Path, by_trtexec: Any
+) -> None:
+    for quant, runs in (("int4", 1), ("int8-w8a8", 2)):
+        source = tiny_bundles("qwen2", "portable", quant)
+        bundle = Path(shutil.copytree(source, tmp_path / quant))
+        with pytest.raises(BuildError, match="planted"):
+            by_trtexec(bundle, "10.13", always=True)
+        (log,) = bundle.glob("engines/*/build.log")
+        assert log.read_text().count("--saveEngine=") == runs

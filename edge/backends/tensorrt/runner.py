@@ -134,11 +134,12 @@ class TensorRTBackend:
         spare = self._dialect.in_place and min(info.max_batch, self.num_slots) > 1
         self.capacity = info.kv_capacity - int(spare)
         sizes = step_sizes(info, max_logits)
-        self._max_num_logits = min(sizes[0].logits, info.max_prefill)  # of one sequence
         # Decode first: it is the best for what it covers.
         self._limits = sorted(
             (profile.limits for profile in info.profiles), key=lambda each: each.profile != "decode"
         )
+        most = max(limits.num_logits for limits in self._limits)
+        self._max_num_logits = min(sizes[0].logits, most)  # of one sequence
         shared = (limits.seq for limits in self._limits if limits.batch > 1)
         self._batching = Batching(
             decode_gap=UNBOUNDED,

@@ -31,7 +31,7 @@ from edge.backends.tensorrt.bound_context import BoundContext, StepShape
 from edge.backends.tensorrt.device_memory import plan_engine_memory
 from edge.backends.tensorrt.engine import Engine
 from edge.backends.tensorrt.runner import TensorRTBackend
-from edge.bundle import io_spec
+from edge.bundle import io_spec, sizes
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.manifest import read_manifest
@@ -300,6 +300,17 @@ def test_more_logits_than_fit_are_fetched_in_pieces(
         whole = many.backend.forward(step_after([0], [0], table, np.arange(24)[None]))
         assert_allclose(ours[0], whole[0][wanted[0]], atol=0.02, rtol=0)
         assert_allclose(few.backend.read_slot(0, 24), many.backend.read_slot(0, 24), atol=0.01)
+
+
+def test_an_engine_of_few_logits_gives_all_in_pieces(
+    gpu: FakeGpu, tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sizes, "DEFAULT_MAX_LOGITS", 5)
+    bundle = Path(shutil.copytree(tiny_bundles("qwen2", "portable"), tmp_path / "bundle"))
+    write_engine(bundle, **ENGINE)  # type: ignore[arg-type]
+    ids = random_ids(2, 24)
+    with GpuRunner(bundle, gpu) as ours, Runner(bundle) as theirs:
+        assert_allclose(ours.step(ids, [3, 1]), theirs.step(ids, [3, 1]), atol=ATOL, rtol=0)
 
 
 @pytest.fixture
