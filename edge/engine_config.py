@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BackendName = Literal["auto", "tensorrt", "ort-cuda", "ort-cpu"]
 Prefill = Literal["plain", "int8"]
 GPU_BACKENDS = ("tensorrt", "ort-cuda")
+_LEAST_CHUNK = 3  # an odd number of tokens is made of twos and one three
 _Positive = Annotated[int, Meta(ge=1)]
 _Count = Annotated[int, Meta(ge=0)]
 
@@ -36,6 +37,7 @@ class EngineOptions(TypedDict, total=False):
     prefill: Prefill
     prefill_chunk: int
     int8_activations: bool | None
+    deterministic: bool
     num_slots: int
     max_batch: int | None
     queue_capacity: int
@@ -61,8 +63,11 @@ class EngineConfig:
             refused where memory does not hold them; plain multiplies as in decode.
         prefill_chunk: prompt tokens per step at most; an engine may take fewer.
         int8_activations: let the CPU round activations to int8, its fastest kernel; by default
-            where it can. Off is many times slower, but exact: answers do not depend on what else
-            runs. On is refused where nothing can be rounded; GPU engines never round.
+            where it can. Off is many times slower, but exact. On is refused where nothing can be
+            rounded; GPU engines never round.
+        deterministic: on the CPU, a request has the same answer to the bit whatever else runs,
+            however its prompt is cut and whatever is cached. Of an earlier answer no rows are used
+            again, and nothing is drafted.
         num_slots: sequences that the KV cache has room for: running ones, and ended ones whose rows
             are kept.
         max_batch: sequences that are computed at once; by default one per slot.
@@ -89,6 +94,7 @@ class EngineConfig:
     prefill: Prefill = "plain"
     prefill_chunk: _Positive = 512
     int8_activations: bool | None = None
+    deterministic: bool = False
     num_slots: _Positive = 4
     max_batch: _Positive | None = None
     queue_capacity: _Count = 64
@@ -105,10 +111,28 @@ class EngineConfig:
                 f"max_batch is {self.max_batch}, but there are {self.num_slots} slots; raise "
                 "num_slots, or leave max_batch open for one per slot"
             )
+        if self.deterministic:
+            self._check_deterministic()
         wish = self.cpu_option
         if wish is not None and self.backend in GPU_BACKENDS:
             raise ConfigError(
                 f"{wish} is for ort-cpu, and {self.backend} computes on the GPU: leave one out"
+            )
+
+    def _check_deterministic(self) -> None:
+        for given, option, why in (
+            (self.prefill == "int8", "prefill int8", "rounds a token by those beside it"),
+            (self.speculative, "speculative", "computes tokens in steps of several"),
+            (self.prefix_dir, "prefix_dir", "brings rows that another process computed"),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{option} {why}, so answers are not deterministic: leave one of the two out"
+                )
+        if self.prefill_chunk < _LEAST_CHUNK:
+            raise ConfigError(
+                f"prefill_chunk is {self.prefill_chunk}; deterministic cuts prompts into chunks of "
+                f"two tokens or more, which takes {_LEAST_CHUNK}"
             )
 
     @property
@@ -118,6 +142,8 @@ class EngineConfig:
             return "num_threads"
         if self.prefill == "int8":
             return "prefill"
+        if self.deterministic:
+            return "deterministic"
         return "int8_activations" if self.int8_activations else None
 
     @property

@@ -144,6 +144,7 @@ def _open_ort_cpu(bundle: Path, manifest: Manifest, config: EngineConfig) -> Bac
         max_step_tokens=config.prefill_chunk,
         int8_activations=config.int8_activations,
         int8_prompts=config.prefill == "int8",
+        deterministic=config.deterministic,
     )
 
 

@@ -58,6 +58,9 @@ class Batching:
         max_tokens, max_logits: of all sequences together, where one has several of them.
         alone_after_past: run several tokens one sequence at a time as soon as any of them follow
             others.
+        min_decode: slots of a window where each sequence has one token: a lone one runs beside an
+            idle neighbour. Needs ``num_slots``.
+        num_slots: of the cache.
     """
 
     decode_gap: int
@@ -67,6 +70,8 @@ class Batching:
     max_tokens: int = UNBOUNDED
     max_logits: int = UNBOUNDED
     alone_after_past: bool = False
+    min_decode: int = 1
+    num_slots: int = UNBOUNDED
 
     def plan(self, step: Step) -> list[Window]:
         """Cover a step's slots by windows that the engine takes, in slot order."""
@@ -76,7 +81,17 @@ class Batching:
         if seq > self.max_shared_seq or (seq > 1 and self.alone_after_past and any(step.starts)):
             width = 1
         gap = self.decode_gap if seq == 1 else self.chunk_gap
-        return plan_windows(step.slots, max(width, 1), gap)
+        windows = plan_windows(step.slots, max(width, 1), gap)
+        if seq > 1 or self.min_decode == 1:
+            return windows
+        return [self._widened(window) for window in windows]
+
+    def _widened(self, window: Window) -> Window:
+        """The window with idle slots behind it, or at the end of the cache before it."""
+        batch = max(window.batch, min(self.min_decode, self.num_slots))
+        first = min(window.first, self.num_slots - batch)
+        shift = window.first - first
+        return Window(first, batch, window.rows, tuple(place + shift for place in window.places))
 
 
 def plan_windows(slots: Sequence[int], max_width: int, max_gap: int) -> list[Window]:

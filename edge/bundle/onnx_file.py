@@ -237,7 +237,7 @@ class OnnxFile:
 
     def serialize(self) -> bytes:
         """The edited model, with nodes and initializers that nothing uses left out."""
-        self._prune()
+        self.prune()
         self._graph.replace(1, (node.encode() for node in self.nodes))
         self._model.replace(7, [self._graph.serialize()])
         return self._model.serialize()
@@ -338,7 +338,8 @@ class OnnxFile:
         self._graph.replace(5, kept + new)
         self.in_memory.update(values)
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Drop nodes and weights that no output needs."""
         needed = {info.name for info in self.outputs}
         kept = []
         for node in reversed(self.nodes):

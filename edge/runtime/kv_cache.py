@@ -24,6 +24,7 @@ class Slot:
         ids: the token of each valid row, in row order.
         salt: sequences of another salt never see these rows.
         in_use: whether a running sequence owns the slot.
+        prefilled: leading rows that steps of several tokens computed.
         shareable: whether row 0 still holds the sequence's first token; false after a slide.
         used_at: when a sequence gave it back, on the pool's own clock.
     """
@@ -33,6 +34,7 @@ class Slot:
     ids: list[int] = field(default_factory=list)
     salt: str = ""
     in_use: bool = False
+    prefilled: int = 0
     shareable: bool = True
     used_at: int = 0
 
@@ -58,7 +60,7 @@ class Slot:
 
     def reset(self) -> None:
         """Forget all rows; after a failed step they cannot be trusted."""
-        self.ids = []
+        self.ids, self.prefilled = [], 0
         self.shareable = True
 
     def shared_with(self, ids: list[int], salt: str) -> int:
@@ -90,10 +92,13 @@ class SlotPool:
     Args:
         num_slots: how many slots there are.
         capacity: rows of each slot.
+        deterministic: share only rows that a prompt of its own would have given in the same bits:
+            those of steps of several tokens, of which two at least are left to run.
     """
 
-    def __init__(self, num_slots: int, capacity: int) -> None:
+    def __init__(self, num_slots: int, capacity: int, *, deterministic: bool = False) -> None:
         self.slots = [Slot(index, capacity) for index in range(num_slots)]
+        self.deterministic = deterministic
         self._clock = 0
 
     @property
@@ -129,9 +134,8 @@ class SlotPool:
         free = [slot for slot in self.slots if not slot.in_use]
         if not free:
             return None
-        # The last token must run, to give logits.
-        most = len(ids) - 1
-        shared = {slot: min(slot.shared_with(ids, salt), most) for slot in self.slots}
+        most = self.most_shared(ids)
+        shared = {slot: min(self._shared(slot, ids, salt), most) for slot in self.slots}
         best = max(shared.values())
         active = {slot.index for slot in self.slots if slot.in_use}
 
@@ -150,9 +154,13 @@ class SlotPool:
         swap = not source.in_use and not _loses(source, best) and target.length > 0
         return Placement(target, best, source, swap)
 
+    def most_shared(self, ids: list[int]) -> int:
+        """Rows of a prompt that need not run at most: its last token must, to give logits."""
+        return max(len(ids) - (2 if self.deterministic else 1), 0)
+
     def take(self, slot: Slot, ids: list[int], salt: str) -> None:
         """Give a slot to a sequence; ``ids`` are the tokens of the rows that it starts with."""
-        slot.ids, slot.salt = list(ids), salt
+        slot.ids, slot.salt, slot.prefilled = list(ids), salt, len(ids)
         slot.in_use = slot.shareable = True
 
     def give_back(self, slot: Slot, *, keep: bool) -> None:
@@ -161,6 +169,10 @@ class SlotPool:
         slot.in_use, slot.used_at = False, self._clock
         if not (keep and slot.shareable):
             slot.reset()
+
+    def _shared(self, slot: Slot, ids: list[int], salt: str) -> int:
+        shared = slot.shared_with(ids, salt)
+        return min(shared, slot.prefilled) if self.deterministic else shared
 
     def forget(self) -> None:
         """Drop every row that no sequence owns."""

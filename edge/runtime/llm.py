@@ -59,7 +59,8 @@ class LLM:
     on the request, and a draft is taken only where it is what would have been sampled. Engines,
     however, may compute a token's logits differently with other tokens in the step (batch, chunk,
     drafts): in the last bits with float activations, visibly with ``int8_activations`` on the CPU,
-    where the text of two runs can part (docs/serving-core.md has figures).
+    where the text of two runs can part (docs/serving-core.md has figures); ``deterministic`` has
+    the CPU compute it alike.
 
     Args:
         bundle: directory that ``edge-llm export`` wrote.

@@ -22,6 +22,7 @@ from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import BackendError, ResourceError
 
 from .cpu_attention import fuse_cache_attention
+from .even_rows import cut_groups, find_unevenness
 from .host_cache import HostCache
 from .int8_prompts import MIN_TOKENS, int8_bytes, widen_products
 from .join_planes import join_planes
@@ -59,8 +60,11 @@ class OrtBackend:
             None rounds where this ONNX Runtime can, true refuses where it rounds nothing.
         int8_prompts: run steps of many tokens in a second session whose weights are INT8
             (`int8_prompts`).
+        deterministic: compute a token alike whatever runs beside it (`even_rows`), but for steps of
+            one token and of several, which differ.
 
     Raises:
+        BackendError: ONNX Runtime has no such kernels here for ``deterministic``.
         DependencyError: onnxruntime is missing, or too old for the bundle's dialect or for
             ``int8_activations``.
         BundleError: the graph's inputs and outputs are not those of `io_spec`.
@@ -83,6 +87,7 @@ class OrtBackend:
         fuse_attention: bool = True,
         int8_activations: bool | None = None,
         int8_prompts: bool = False,
+        deterministic: bool = False,
     ) -> None:
         self.capacity = check_sizes(manifest, num_slots, kv_capacity, max_step_tokens)
         self.num_slots, self.max_step_tokens = num_slots, max_step_tokens
@@ -106,6 +111,7 @@ class OrtBackend:
                 fuse_attention=fuse_attention,
                 int8_activations=rounds,
                 int8_prompts=prompts,
+                deterministic=deterministic,
             )
             session = open_session(graph, bundle, manifest, num_threads, int8_activations=rounds)
             del graph  # with weights that the session has in its own form by now
@@ -139,6 +145,8 @@ class OrtBackend:
             vocab_size=model.vocab_size,
             fused=fuse_attention and self._dialect.one_attention_operator,
         )
+        if deterministic:
+            self._make_even()
 
     @property
     def failed(self) -> str | None:
@@ -173,6 +181,17 @@ class OrtBackend:
         self._cache.close()
         self._session = self._prompt_session = None
 
+    def _make_even(self) -> None:
+        if find_unevenness(self, self._model.hidden_size) and self.num_slots > 1:
+            self._runner.pair_lone_tokens(self.num_slots)
+        found = find_unevenness(self, self._model.hidden_size)
+        if found is not None:
+            self.close()
+            raise BackendError(
+                f"this ONNX Runtime computes {found} differently on this processor, so answers "
+                "cannot be kept from depending on what else runs; leave deterministic out"
+            )
+
     def _session_of(self, shape: RunShape) -> Any:
         """The session that runs steps of a shape."""
         if shape.seq < MIN_TOKENS or shape.num_logits > 1 or self._prompt_session is None:
@@ -188,6 +207,7 @@ def load_cpu_graph(
     fuse_attention: bool,
     int8_activations: bool,
     int8_prompts: bool = False,
+    deterministic: bool = False,
 ) -> OnnxFile:
     """Read the decoder as `OrtBackend` runs it.
 
@@ -198,6 +218,7 @@ def load_cpu_graph(
         fuse_attention: rewrite attention for the CPU, in a dialect that has it as one operator.
         int8_activations: as `open_session` will be told.
         int8_prompts: the form for steps of many tokens.
+        deterministic: the form whose products treat all rows alike.
 
     Raises:
         DependencyError: see `import_onnxruntime`.
@@ -210,6 +231,8 @@ def load_cpu_graph(
     level = accuracy_level(int8_activations) if multiplies_8_bits(ort) else None
     widened = widen_products(graph, bundle, manifest) if int8_prompts else []
     join_planes(graph, bundle, manifest, accuracy_level=level, without=widened)
+    if deterministic:
+        cut_groups(graph, bundle)
     return graph
 
 

@@ -7,6 +7,7 @@ the addresses of that part. What the memory is, and how it is bound, is the back
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -75,6 +76,10 @@ class StepRunner:
         for window in windows:
             logits[list(window.rows)] = self._run_window(window, step)[list(window.places)]
         return logits
+
+    def pair_lone_tokens(self, num_slots: int) -> None:
+        """Run no decode step of one slot from now on, but beside an idle one of ``num_slots``."""
+        self._batching = replace(self._batching, min_decode=2, num_slots=num_slots)
 
     def forget(self) -> None:
         """Drop all bindings, and with them the session."""

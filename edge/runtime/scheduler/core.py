@@ -32,6 +32,7 @@ from edge.runtime.sampling import SampledToken, Sampler
 from .policy import Draft, Policy
 from .request import Drafter, FinishReason, Overflow, PrefixSource, Request, Sink
 
+_SHORT = 31  # tokens that no engine's attention cuts into blocks
 _FIRST_GUESS = 0.3  # acceptance of a drafter that has proposed nothing yet
 _NEWEST = 0.15  # weight of the newest verdict on a drafted token
 
@@ -115,7 +116,10 @@ class EngineCore:
         self.make_drafter = make_drafter
         self.max_draft_tokens = min(config.speculative, backend.max_step_tokens - 1)
         self.prefix_store = prefix_store
-        self.pool = SlotPool(backend.num_slots, backend.capacity)
+        self.deterministic = config.deterministic
+        self.pool = SlotPool(
+            backend.num_slots, backend.capacity, deterministic=config.deterministic
+        )
         batch = min(config.max_batch or backend.num_slots, backend.num_slots)
         tokens = min(config.prefill_chunk, backend.max_step_tokens)
         self.policy = Policy(batch, tokens, config.target_itl_s)
@@ -161,7 +165,7 @@ class EngineCore:
             default=None,
         )
         chunk = 0 if prefilling is None else self.policy.chunk_tokens(len(decoding))
-        rides = prefilling is not None and chunk == 0
+        rides = prefilling is not None and chunk == 0 and not self.deterministic
         if decoding:
             rides = self._decode(decoding, prefilling if rides else None)
         if prefilling is not None and not (rides or prefilling.ended):
@@ -260,15 +264,15 @@ class EngineCore:
         assert placement is not None
         slot, cached, source, swap = placement
         stored = self.prefix_store.lookup(ids, sequence.salt) if self.prefix_store else None
-        # The last token runs in any case.
-        longer = stored is not None and min(stored.length, len(ids) - 1) > cached
+        most = self.pool.most_shared(ids)
+        longer = stored is not None and min(stored.length, most) > cached
         rows = stored.load() if stored is not None and longer else None
         if stored is not None and rows is not None:
-            cached = min(stored.length, len(ids) - 1)
+            cached = min(stored.length, most)
             slot.reset()
             self.backend.write_slot(slot.index, rows)
         elif source is not None:
-            old_ids, old_salt = slot.ids, slot.salt
+            old_ids, old_salt, old_prefilled = slot.ids, slot.salt, slot.prefilled
             old_rows = self.backend.read_slot(slot.index, slot.length) if swap else None
             slot.reset()
             self.backend.copy_slot(source.index, slot.index, cached)
@@ -276,6 +280,7 @@ class EngineCore:
                 source.reset()
                 self.backend.write_slot(source.index, old_rows)
                 source.ids, source.salt, source.used_at = old_ids, old_salt, slot.used_at
+                source.prefilled = old_prefilled
         self.pool.take(slot, ids[:cached], sequence.salt)
         sequence.slot = slot
         return cached
@@ -283,6 +288,8 @@ class EngineCore:
     # ------------------------------------------------------------------ steps
 
     def _prefill(self, sequence: SequenceState, limit: int) -> None:
+        if self.deterministic:
+            limit = _even_chunk(len(sequence.pending), limit)
         part = sequence.pending[:limit]
         last = len(part) - 1
         logits = self._forward([sequence], [part], [[last]])
@@ -290,6 +297,7 @@ class EngineCore:
             return
         slot = _slot_of(sequence)
         slot.extend(part)
+        slot.prefilled = slot.length
         sequence.pending = sequence.pending[limit:]
         if not sequence.pending and not sequence.cancelled:
             self._sample(sequence, logits[0])
@@ -533,6 +541,20 @@ class EngineCore:
 def _slot_of(sequence: SequenceState) -> Slot:
     assert sequence.slot is not None, "the sequence does not run"
     return sequence.slot
+
+
+def _even_chunk(pending: int, limit: int) -> int:
+    """A chunk of about ``limit`` tokens, of two or more ``pending``, that leaves none alone.
+
+    An engine may compute a lone token in other bits than one of several, also the odd one that its
+    attention leaves behind blocks of 32 tokens or more. So long prompts run in even chunks, and
+    end with three if they are odd.
+    """
+    if pending <= max(min(limit, _SHORT), 3):
+        return pending
+    if pending % 2 and pending - 3 <= limit:
+        return pending - 3
+    return min(pending, max(limit, 2)) // 2 * 2
 
 
 def _caused(message: str, cause: BaseException) -> BackendError:

@@ -109,7 +109,13 @@ def test_without_an_engine_a_gpu_that_idles_is_said(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("num_threads", 1), ("int8_activations", True), ("prefill", "int8")]
+    ("option", "value"),
+    [
+        ("num_threads", 1),
+        ("int8_activations", True),
+        ("prefill", "int8"),
+        ("deterministic", True),
+    ],
 )
 def test_an_option_of_the_cpu_asks_for_it_even_where_an_engine_is(
     option: str,

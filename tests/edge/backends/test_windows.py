@@ -81,3 +81,21 @@ def test_the_step_of_a_window_is_in_the_order_of_its_slots():
     assert_array_equal(part.embeds[[0, 2]], step.embeds[[1, 0]])
     whole = make_step([4, 5], [1, 1], 2)
     assert window_step(Window(4, 2, (0, 1), (0, 1)), whole) is whole
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 7), unique=True, min_size=1), st.integers(0, 2))
+def test_a_lone_token_runs_beside_an_idle_slot(slots: list[int], spare: int):
+    num_slots = max(slots) + 1 + spare
+    batching = Batching(decode_gap=1, chunk_gap=0, min_decode=2, num_slots=num_slots)
+    step = make_step(slots, [7] * len(slots), 1)
+    windows = batching.plan(step)
+    assert sorted(row for window in windows for row in window.rows) == list(range(len(slots)))
+    for window in windows:
+        assert window.batch >= min(2, num_slots)
+        assert 0 <= window.first <= window.first + window.batch <= num_slots
+        idle = {window.first + place for place in window.idle}
+        assert idle.isdisjoint(slots)
+        assert [slots[row] - window.first for row in window.rows] == list(window.places)
+    chunk = make_step(slots, [0] * len(slots), 3)
+    assert batching.plan(chunk) == Batching(decode_gap=1, chunk_gap=0).plan(chunk)

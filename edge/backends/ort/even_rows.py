@@ -1,0 +1,116 @@
+"""What makes ONNX Runtime's CPU compute every token of a step alike, however many there are.
+
+Its products of packed weights (MatMulNBits) take other kernels for one row, for a pair and for the
+odd one that is left, and where these sum a row's parts in another order, what a sequence gets
+depends on what runs beside it. A last bit is enough: activations are rounded to int8 after it, and
+a greedy answer may part. Observed with ONNX Runtime 1.32: on x86 with AVX-512, kernels of groups
+of 32 agree, those of larger groups do not for a lone or last odd row; with AVX2 (emulated) INT4
+rows agree from two on, and one alone is another's. Attention sums one token in its own way, too.
+
+So groups are cut to 32 at load, which changes no weight; a lone token of a decode step runs beside
+an idle slot where it must; and whether that is enough is found by trying, not by rules for
+processors (`find_unevenness`). That prompts run no lone token is the scheduler's part.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend
+from edge.backends.step import step_after
+from edge.bundle.onnx_file import ExternalTensor, Node, OnnxFile, attribute
+from edge.bundle.onnx_values import node_attributes
+
+_GROUP = 32
+_TOKENS = 7  # of the trial: a chunk of six and a token after it
+_SPLITS = ((2, 4), (3, 3), (4, 2))
+
+
+def cut_groups(graph: OnnxFile, bundle: Path) -> None:
+    """Cut groups of more than 32 weights to 32, each with the scale of the whole.
+
+    Args:
+        graph: a decoder with FP32 scales, its planes joined.
+        bundle: where its weights are.
+    """
+    graph.prune()  # of high planes
+    stored = graph.external_tensors()
+    values: dict[str, NDArray[Any]] = {}
+
+    def value(name: str) -> NDArray[Any]:
+        if name in graph.in_memory:
+            return graph.in_memory[name]
+        return _read(bundle, stored[name])
+
+    for node in graph.nodes:
+        size = node_attributes(node).get("block_size", 0)
+        if size <= _GROUP or size % _GROUP:
+            continue
+        times = size // _GROUP
+        if node.op_type == "MatMulNBits":
+            weight, scale = node.inputs[1:3]
+            packed = value(weight)  # [out, groups, bytes]
+            values[weight] = packed.reshape(len(packed), -1, packed.shape[2] // times)
+            values[scale] = value(scale).repeat(times, axis=1)
+        elif node.op_type == "DequantizeLinear":
+            values.update((name, value(name).repeat(times, axis=0)) for name in node.inputs[1:])
+        else:
+            continue
+        _set_block_size(node)
+    if values:
+        graph.put_in_memory(values)
+
+
+def find_unevenness(backend: Backend, hidden_size: int) -> str | None:
+    """Try whether a token's numbers depend on what runs beside it; the cache must be empty.
+
+    A sequence runs in chunks cut at several places, then a token of it alone and beside others.
+    All must agree in every bit. It takes about a dozen short steps and leaves rows that the first
+    real tokens overwrite.
+
+    Returns:
+        What differs; None if nothing does.
+    """
+    random = np.random.default_rng(0)
+    slots = list(range(min(backend.num_slots, 3)))
+    embeds = random.standard_normal((len(slots), _TOKENS, hidden_size), np.float32)
+
+    def run(slots: list[int], start: int, end: int) -> NDArray[np.float32]:
+        part = embeds[slots, start:end]
+        last = np.full((len(slots), 1), end - start - 1)
+        logits = backend.forward(step_after(slots, [start] * len(slots), part, last))
+        return np.array(logits)
+
+    before = _TOKENS - 1
+    whole, rows = run([0], 0, before), backend.read_slot(0, before).copy()
+    for split in _SPLITS:
+        run([0], 0, split[0])
+        logits = run([0], split[0], before)
+        if not (
+            np.array_equal(logits, whole) and np.array_equal(backend.read_slot(0, before), rows)
+        ):
+            return f"a prompt of {before} tokens in chunks of {split[0]} and {split[1]}"
+    for slot in slots[1:]:
+        run([slot], 0, before)
+    alone = [run([slot], before, _TOKENS)[0] for slot in slots]
+    for count in range(2, len(slots) + 1):
+        together = run(slots[:count], before, _TOKENS)
+        if not all(map(np.array_equal, together, alone)):
+            return f"{count} sequences in one step and one after the other"
+    return None
+
+
+def _read(bundle: Path, tensor: ExternalTensor) -> NDArray[Any]:
+    dtype = np.dtype(tensor.dtype.replace("fp", "float"))
+    with (bundle / tensor.file).open("rb") as file:
+        file.seek(tensor.offset)
+        return np.frombuffer(file.read(tensor.num_bytes), dtype).reshape(tensor.shape)
+
+
+def _set_block_size(node: Node) -> None:
+    kept = [data for data in node.attributes if b"block_size" not in data]
+    node.attributes = [*kept, attribute("block_size", _GROUP)]
