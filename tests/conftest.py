@@ -26,6 +26,7 @@ from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 from edge.device.nodes import GPU_NODES, find_gpu_node
 from scripts.smollm2 import smollm2_gguf
 from tests import skips
+from tests.manifests import replace_file
 from tests.tiny_models import Kind, write_checkpoint
 
 
@@ -73,6 +74,13 @@ class Bundles(Protocol):
 
 
 TINY_KV_CAPACITY = 128
+FILL_MARKS = {
+    "<think>": "<|fim_prefix|>",
+    "</think>": "<|fim_suffix|>",
+    "<|EOT|>": "<|fim_middle|>",
+    "<｜User｜>": "<|file_sep|>",
+}
+"""Control tokens of the tiny models, and what `code_bundle` calls them."""
 
 # How long an example takes is the machine's load, not the code.
 settings.register_profile("load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -148,6 +156,18 @@ def tiny_bundles(
     def bundle(kind: Kind, dialect: str = RUNNABLE, quant: str = "fp16") -> Path:
         return export(kind, dialect, quant)
 
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def code_bundle(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with Qwen2.5-Coder's marks in place of R1's; treat it as read-only."""
+    bundle = tmp_path_factory.mktemp("code") / "tiny"
+    shutil.copytree(tiny_bundles("qwen2"), bundle)
+    tokenizer = (bundle / "tokenizer.json").read_text("utf-8")
+    for old, new in FILL_MARKS.items():
+        tokenizer = tokenizer.replace(f'"{old}"', f'"{new}"')
+    replace_file(bundle, "tokenizer.json", tokenizer.encode())
     return bundle
 
 

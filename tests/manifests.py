@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from edge.bundle.manifest import (
+    MANIFEST_NAME,
     SCHEMA_VERSION,
+    FileInfo,
     Graphs,
     LinearInfo,
     Manifest,
@@ -18,6 +22,8 @@ from edge.bundle.manifest import (
     Source,
     TensorScheme,
     Tokens,
+    encode_manifest,
+    read_manifest,
 )
 
 _MODEL = ModelSpec(
@@ -73,3 +79,12 @@ def make_manifest(**changes: Any) -> Manifest:
 def make_model(**changes: Any) -> ModelSpec:
     """The manifest's model with some fields replaced."""
     return msgspec.structs.replace(_MODEL, **changes)
+
+
+def replace_file(bundle: Path, name: str, data: bytes) -> None:
+    """Give a file of a bundle another content, and its manifest the hash of that."""
+    (bundle / name).write_bytes(data)
+    manifest = read_manifest(bundle)
+    files = {**manifest.files, name: FileInfo(len(data), hashlib.sha256(data).hexdigest())}
+    changed = msgspec.structs.replace(manifest, files=files)
+    (bundle / MANIFEST_NAME).write_bytes(encode_manifest(changed))

@@ -27,6 +27,11 @@ from .screen import StreamPrinter, format_stats
 @click.argument("prompt", required=False)
 @click.option("--system", help="System message; R1 distills are best used without one.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without chat template.")
+@click.option(
+    "--suffix",
+    metavar="TEXT",
+    help="Fill the gap between PROMPT and this text, both plain (code models).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of streaming.")
 @click.option("--no-stats", is_flag=True, help="Do not print speed figures on stderr.")
 @engine_options(*ONE_ANSWER)
@@ -36,6 +41,7 @@ def run(
     prompt: str | None,
     system: str | None,
     raw: bool,
+    suffix: str | None,
     as_json: bool,
     no_stats: bool,
     **options: Any,
@@ -47,16 +53,20 @@ def run(
         if sys.stdin.isatty():
             raise RequestError("no prompt; give one as an argument or pipe it in")
         prompt = sys.stdin.read()
+    raw = raw or suffix is not None
     _check_prompt(prompt, raw)
     if raw and system is not None:
-        raise RequestError("--system needs the chat template, --raw works without; drop one")
+        raise RequestError(
+            "--system needs the chat template, --raw and --suffix work without; drop one"
+        )
     from edge.runtime.llm import LLM
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     with LLM(bundle, config) as llm:
+        given = prompt if raw else messages
         if as_json:
-            result = llm.generate(prompt if raw else messages, params)
+            result = llm.generate(given, params, suffix=suffix)
             echo_json(
                 {
                     "text": result.text,
@@ -67,7 +77,7 @@ def run(
             )
             return
         printer = StreamPrinter()
-        for chunk in llm.stream(prompt if raw else messages, params):
+        for chunk in llm.stream(given, params, suffix=suffix):
             printer.show(chunk)
         printer.end()
         printer.warn_if_cut_off(llm)

@@ -25,6 +25,7 @@ from edge.text.chat_template import (
     prompt_opens_reasoning,
     template_reasons,
 )
+from edge.text.fill_in_middle import fill_in_middle
 from edge.text.tokenizer import Detokenizer, Tokenizer
 
 from .drafts import NgramDrafter
@@ -147,6 +148,7 @@ class LLM:
         self,
         prompt: Prompt,
         *,
+        suffix: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
         max_tokens: int | None = None,
@@ -159,6 +161,8 @@ class LLM:
 
         Args:
             prompt: plain text, token ids or messages.
+            suffix: the text that comes after the answer: the model is asked to fill the gap between
+                ``prompt``, a plain text, and this one. Either may be empty.
             tools: JSON schemas of functions that the model may call; for messages only.
             thinking: false ends the reasoning before it begins; for messages only.
             max_tokens: refuse, before it is encoded, what surely has more tokens.
@@ -166,9 +170,12 @@ class LLM:
 
         Raises:
             ContextLengthError: the prompt surely has more than ``max_tokens``.
-            RequestError: a malformed message, messages for a bundle without a template, or an
-                option that this prompt or template has no place for.
+            RequestError: a malformed message, messages for a bundle without a template, an
+                option that this prompt or template has no place for, or a suffix for a model that
+                has no tokens for it.
         """
+        if suffix is not None and not isinstance(prompt, str):
+            raise RequestError("suffix: belongs to a plain text, not to chat messages or token ids")
         if isinstance(prompt, str) or _is_ids(prompt):
             if tools or not thinking:
                 raise RequestError(
@@ -176,9 +183,12 @@ class LLM:
                 )
             if isinstance(prompt, str):
                 if max_tokens is not None:
-                    least = self.tokenizer.least_tokens(prompt)
+                    least = sum(map(self.tokenizer.least_tokens, (prompt, suffix or "")))
                     if least > max_tokens:
                         raise ContextLengthError(least, max_tokens, at_least=True)
+                if suffix is not None:
+                    fill = fill_in_middle(self.tokenizer)
+                    return fill.encode(self.tokenizer, prompt, suffix, on_piece)
                 add_bos = self.manifest.tokens.add_bos
                 return self.tokenizer.encode(prompt, add_bos=add_bos, on_piece=on_piece)
             return [int(token_id) for token_id in prompt]
@@ -218,6 +228,7 @@ class LLM:
         priority: int = 0,
         deadline_s: float | None = None,
         salt: str = "",
+        suffix: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         output: OutputFormat | None = None,
         thinking: bool = True,
@@ -235,13 +246,14 @@ class LLM:
             priority: lower runs first.
             deadline_s: seconds after which an answer ends with `DeadlineError`.
             salt: prompts share cached prefixes only with those of the same salt.
+            suffix: see `encode`; the answer ends at the tokens that end a middle, too.
             tools: see `encode`.
             output: the form that the answer must have; reasoning is free.
             thinking: see `encode`.
             thinking_budget: tokens after which the reasoning is ended; for chats of models that
                 reason.
-            ids: what `encode` made of the prompt with these ``tools`` and ``thinking``, where the
-                caller has it.
+            ids: what `encode` made of the prompt with this ``suffix``, these ``tools`` and
+                ``thinking``, where the caller has it.
 
         Raises:
             RequestError: a wrong prompt, parameter, output format or budget.
@@ -252,10 +264,16 @@ class LLM:
         """
         self.scheduler.check_count(n)
         if ids is None:
-            ids = self.encode(prompt, tools=tools, thinking=thinking, max_tokens=self.kv_capacity)
+            ids = self.encode(
+                prompt, suffix=suffix, tools=tools, thinking=thinking, max_tokens=self.kv_capacity
+            )
         is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
         resolved = self._resolve(params)
-        streams = [self._output_stream(ids, resolved, is_chat) for _ in range(n)]
+        end_ids = self._end_ids(resolved)
+        if suffix is not None and not resolved.ignore_eos:
+            end_ids |= fill_in_middle(self.tokenizer).ends
+        fills = suffix is not None
+        streams = [self._output_stream(ids, resolved, is_chat, fills) for _ in range(n)]
         reasons = is_chat and self._reasons and thinking
         if thinking_budget is not None and not reasons:
             raise RequestError(
@@ -266,7 +284,7 @@ class LLM:
         request = Request(
             ids=tuple(ids),
             params=resolved,
-            end_ids=self._end_ids(resolved),
+            end_ids=end_ids,
             priority=priority,
             deadline_s=deadline_s,
             salt=salt,
@@ -406,12 +424,13 @@ class LLM:
             generation.cancel()  # nothing to do after the last piece
 
     def _output_stream(
-        self, ids: Sequence[int], params: SamplingParams, is_chat: bool
+        self, ids: Sequence[int], params: SamplingParams, is_chat: bool, fills: bool
     ) -> OutputStream:
         splitter = None
         if is_chat and self._reasons:
             splitter = ReasoningSplitter(self._opens_reasoning(ids))
-        return OutputStream(Detokenizer(self.tokenizer), params.stop, splitter)
+        detokenizer = Detokenizer(self.tokenizer, goes_on=fills)
+        return OutputStream(detokenizer, params.stop, splitter)
 
     def _constrain(
         self, ids: Sequence[int], output: OutputFormat | None, budget: int | None, reasons: bool

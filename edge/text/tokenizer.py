@@ -34,6 +34,10 @@ _LONG_CHARS = 1 << 14  # encoding more takes at least about 10 ms
 _PIECE_CHARS = 1 << 15  # the library takes about 200 bytes per character while it encodes
 _NFC_RATIO = 4.0  # NFC makes text shorter, at most 7 bytes to 2 (below)
 _MAX_ID = 2**31 - 1  # ids are int32 in engines
+# In front of a text it takes the space that a sentencepiece vocabulary would put there. No word and
+# no run of spaces has it, so the tokens after it are those of the text alone (CodeLlama's own code
+# uses the same character).
+_STANDS_ALONE = "☺"
 
 
 class Tokenizer:
@@ -124,6 +128,7 @@ class Tokenizer:
         *,
         add_bos: bool = False,
         control: bool = False,
+        goes_on: bool = False,
         on_piece: Callable[[], None] | None = None,
     ) -> list[int]:
         """Turn text into token ids.
@@ -131,6 +136,8 @@ class Tokenizer:
         Args:
             text: any Unicode text.
             add_bos: start with the model's begin-of-sequence token.
+            goes_on: the text is the rest of a longer one, so a sentencepiece vocabulary gets no
+                space before it.
             control: whether the text of a control token becomes that token (for a rendered chat
                 template); else everything is plain text and no id of a control token comes out.
             on_piece: called before each piece of a long text; what it raises ends the work.
@@ -145,11 +152,14 @@ class Tokenizer:
             raise RequestError(
                 f"the text has a lone surrogate at character {error.start}; send valid Unicode"
             ) from error
+        goes_on = goes_on and self._strips_space and bool(text)
         ids: list[int] = []
-        for piece in self._pieces(text):
+        for piece in self._pieces(_STANDS_ALONE + text if goes_on else text):
             if on_piece is not None:
                 on_piece()
             ids += self._encode_piece(piece, control)
+        if goes_on:
+            ids = ids[len(self._encode_piece(_STANDS_ALONE, control)) :]
         if not control and not self._control_texts.keys().isdisjoint(ids):
             # The vocabulary proper may contain the text of a control token (SmolLM2 does).
             ids = [piece for id_ in ids for piece in self._spelled(id_)]
@@ -287,17 +297,20 @@ class Detokenizer:
     All that `push` and `flush` return is, joined, what `Tokenizer.decode` returns for the ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip: Collection[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip: Collection[int] = (), *, goes_on: bool = False
+    ) -> None:
         """Start a stream.
 
         Args:
             tokenizer: the tokenizer that made the ids.
             skip: ids that leave no text (e.g. the end of the answer).
+            goes_on: the text is the rest of a longer one, so its first space stays.
         """
         self._tokenizer = tokenizer
         self._skip = frozenset(skip)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._at_start = True
+        self._at_start = not goes_on
 
     def push(self, token_id: int) -> str:
         """Add one token; return the characters that it completes, perhaps none.

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from msgspec import UNSET
 
 from edge.runtime.sampling import SampledToken
 from edge.server.http.errors import invalid
+from edge.text.fill_in_middle import fill_in_middle
 
 from .answers import TextChoice, TextCompletion, TextLogprobs, Usage
 from .generate import answer_head, check_choices, check_length, check_texts, sampling_params
@@ -20,6 +21,9 @@ from .pieces import Piece
 from .protocol import CompletionRequest
 from .respond import Plan, Turn
 from .sse import DONE, event
+
+if TYPE_CHECKING:
+    from edge.runtime.llm import LLM
 
 
 def plan_completion(turn: Turn, body: CompletionRequest) -> Plan:
@@ -31,12 +35,15 @@ def plan_completion(turn: Turn, body: CompletionRequest) -> Plan:
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options: needs stream to be true", "stream_options")
     llm, n = turn.model.llm, body.n or 1
-    prompts = _split_prompts(body.prompt)
+    prompts = _split_prompts(body.prompt, may_be_empty=body.suffix is not None)
+    if body.suffix is not None:
+        _check_suffix(llm, prompts, body)
     check_choices(n, len(prompts), turn.settings.max_choices)
     params = sampling_params(body, llm, max_tokens=body.max_tokens, logprobs=body.logprobs)
-    check_texts(llm, prompts, "prompt")
+    suffixes = [] if body.suffix is None else [body.suffix]
+    check_texts(llm, [prompts, suffixes], "prompt")
     for prompt in prompts:
-        check_length(llm, [prompt] if isinstance(prompt, str) else [], "prompt")
+        check_length(llm, [prompt, *suffixes] if isinstance(prompt, str) else [], "prompt")
     vocab_size = llm.manifest.model.vocab_size
     given = [ids for ids in prompts if not isinstance(ids, str)]
     outside = next((id_ for ids in given for id_ in ids if id_ >= vocab_size), None)
@@ -48,12 +55,27 @@ def plan_completion(turn: Turn, body: CompletionRequest) -> Plan:
         n=n,
         stream=bool(body.stream),
         echo=bool(body.echo),
+        suffix=body.suffix,
         user=body.user,
         cache_salt=body.cache_salt,
     )
 
 
-def _split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+def _check_suffix(llm: LLM, prompts: Sequence[str | list[int]], body: CompletionRequest) -> None:
+    """Refuse a suffix that nothing can be put before.
+
+    Raises:
+        APIError, RequestError: ids as prompt, an echo of a prompt that has two ends, or a model
+            without the tokens.
+    """
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise invalid("suffix: needs prompts that are texts, not token ids", "suffix")
+    if body.echo:
+        raise invalid("echo: cannot be combined with suffix; put the texts together", "echo")
+    fill_in_middle(llm.tokenizer)
+
+
+def _split_prompts(prompt: str | list[Any], *, may_be_empty: bool = False) -> list[str | list[int]]:
     """Return the prompts of a request: one text, one list of ids, or a list of either.
 
     Raises:
@@ -70,7 +92,7 @@ def _split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:
         )
     else:
         prompts = prompt
-    if not all(prompts):
+    if not prompts or not (may_be_empty or all(prompts)):
         raise invalid("prompt: is empty; give at least one token", "prompt")
     return prompts
 

@@ -15,7 +15,8 @@ def facts_of(request: ChatRequest | CompletionRequest, request_id: str) -> Facts
     """Return what rules and splits may know about a request."""
     key = request.user or request_id
     if isinstance(request, CompletionRequest):
-        return Facts(_num_chars(request.prompt), "completion", key)
+        chars = _num_chars(request.prompt) + _num_chars(request.suffix)
+        return Facts(chars, "completion", key)
     kind = "chat"
     if request.tools and request.tool_choice != "none":
         kind = "tools"

@@ -171,6 +171,7 @@ class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /v1/completions``."""
 
     prompt: str | Annotated[list[str | _TokenId | list[_TokenId]], Meta(min_length=1)]
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 

@@ -73,6 +73,7 @@ class Plan:
         stream: whether the answer is sent while it is generated.
         echo: whether each answer begins with its prompt, scored if ``params`` want
             log-probabilities.
+        suffix: the text that comes after each answer; see `LLM.encode`.
         user: the user that the request names.
         cache_salt: the request's salt, besides the client's own.
         tools: JSON schemas of functions, for the chat template.
@@ -88,6 +89,7 @@ class Plan:
     n: int = 1
     stream: bool = False
     echo: bool = False
+    suffix: str | None = None
     user: str | None = None
     cache_salt: str | None = None
     tools: list[dict[str, Any]] | None = None
@@ -211,6 +213,7 @@ def _encode(model: ServedModel, plan: Plan, prompt: Prompt, on_piece: OnPiece | 
     llm = model.llm
     return llm.encode(
         prompt,
+        suffix=plan.suffix,
         tools=plan.tools,
         thinking=plan.thinking,
         max_tokens=llm.kv_capacity,
@@ -253,6 +256,7 @@ def _submit(turn: Turn, plan: Plan, encoded: Sequence[list[int]]) -> list[Genera
                 n=plan.n,
                 deadline_s=turn.settings.request_timeout_s,
                 salt=salt,
+                suffix=plan.suffix,
                 tools=plan.tools,
                 output=plan.output,
                 thinking=plan.thinking,

@@ -124,6 +124,17 @@ def test_run_raw_continues_plain_text(edge_llm: Callable[..., Result], bundle: P
         assert result.out != llm.generate(QUESTION, params).text + "\n"
 
 
+def test_run_fills_a_gap(edge_llm: Callable[..., Result], code_bundle: Path):
+    options = ("--max-tokens", 8, "--json", "--num-threads", 1, *GREEDY)
+    params = SamplingParams(temperature=0, max_tokens=8)
+    with LLM(code_bundle, num_threads=1) as llm:
+        for prefix in ("hello ", ""):
+            result = edge_llm("run", code_bundle, prefix, "--suffix", " world", *options)
+            assert (
+                json.loads(result.out)["text"] == llm.generate(prefix, params, suffix=" world").text
+            )
+
+
 def test_run_json_is_one_line(edge_llm: Callable[..., Result], bundle: Path):
     options = ("--seed", 3, "--temperature", 1, "--max-tokens", 12, "--json", "--num-threads", 1)
     result = edge_llm("run", bundle, "hello", *options)
@@ -172,7 +183,7 @@ def test_every_sampling_option_arrives(
 ):
     seen: list[SamplingParams] = []
 
-    def generate(self: LLM, prompt: Any, params: SamplingParams) -> Any:
+    def generate(self: LLM, prompt: Any, params: SamplingParams, **_options: Any) -> Any:
         seen.append(params)
         raise edge.EdgeError("seen")
 
@@ -195,6 +206,8 @@ def test_every_sampling_option_arrives(
         (("--kv-capacity", "100000"), 64, "--kv-capacity 100000 is out of range"),
         (("--kv-capacity", "4"), 65, "tokens or more, but the KV cache holds 4"),
         (("--raw", "--system", "x"), 65, "--system"),
+        (("--suffix", "", "--system", "x"), 65, "--system"),
+        (("--suffix", "x"), 65, "this model has no tokens to fill a gap with"),
     ],
 )
 def test_run_errors_are_one_line(

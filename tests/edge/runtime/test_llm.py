@@ -64,9 +64,9 @@ class Scripted:
         monkeypatch.setattr(ort, "OrtBackend", open_backend)
         self.llm = LLM(bundle, **options)
 
-    def say(self, prompt: Prompt, answer: str) -> None:
+    def say(self, prompt: Prompt, answer: str, **options: Any) -> None:
         """Answer ``prompt`` with this text and the end token; control tokens act."""
-        start = len(self.llm.encode(prompt))
+        start = len(self.llm.encode(prompt, **options))
         ids = [*self.llm.tokenizer.encode(answer, control=True), EOS_ID]
         # A draft may run past the end.
         self.backend.script = lambda seen: ids[min(len(seen) - start, len(ids) - 1)]
@@ -116,6 +116,42 @@ def test_the_stream_is_the_answer_in_whole_characters(scripted: Scripted):
     assert last.finish_reason == "stop"
     assert last.stats is not None
     assert last.tokens == ()  # the end token is no part of the answer
+
+
+def test_a_gap_is_filled_until_its_end(code_bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    scripted = Scripted(code_bundle, monkeypatch)
+    with scripted.llm as llm:
+        encode, marks = llm.tokenizer.encode, llm.tokenizer.control_tokens
+        prompt = llm.encode("hello(", suffix=")")
+        assert prompt == [
+            BOS_ID, marks["<|fim_prefix|>"], *encode("hello("),
+            marks["<|fim_suffix|>"], *encode(")"), marks["<|fim_middle|>"],
+        ]  # fmt: skip
+        for end in ("<|file_sep|>", "<|fim_prefix|>"):
+            scripted.say("hello(", f" the world{end}junk", suffix=")")
+            result = llm.generate("hello(", GREEDY, suffix=")")
+            assert (result.text, result.finish_reason) == (" the world", "stop")
+            on = llm.generate("hello(", replace(GREEDY, ignore_eos=True, max_tokens=8), suffix=")")
+            assert on.text.startswith(f" the world{end}junk")
+            # The very ids, without a gap: only the model's own end counts.
+            assert f"{end}junk" in llm.generate(prompt, GREEDY).text
+        for prefix, suffix in (("", "x"), ("x", ""), ("", "")):
+            assert len(llm.encode(prefix, suffix=suffix)) == 4 + len(prefix + suffix)
+            llm.generate(prefix, GREEDY, suffix=suffix)
+
+
+def test_a_suffix_needs_a_plain_text_and_a_model_for_it(llm: LLM, code_bundle: Path):
+    for prompt in (QUESTION, [1, 2]):
+        with pytest.raises(RequestError, match="suffix: belongs to a plain text"):
+            llm.generate(prompt, GREEDY, suffix="x")
+    with pytest.raises(RequestError, match="suffix: this model has no tokens"):
+        llm.generate("x", GREEDY, suffix="")
+    with LLM(code_bundle, num_threads=1) as coder:
+        for texts in (("x y " * 200, ""), ("", "x y " * 200)):
+            with pytest.raises(ContextLengthError):
+                coder.generate(texts[0], GREEDY, suffix=texts[1])
+        free = coder.generate("hello", GREEDY, suffix=" the world")
+        assert free.text != coder.generate("hello", GREEDY, suffix=" worlds").text
 
 
 def test_plain_text_comes_back_as_the_model_wrote_it(scripted: Scripted):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from edge.bundle.manifest import FileInfo, encode_manifest, read_manifest
 from tests.conftest import Bundles
 from tests.edge.server.scripted import HERMES_TEMPLATE, Live, running
+from tests.manifests import replace_file
 
 
 @pytest.fixture(scope="session")
@@ -26,11 +24,5 @@ def tool_bundle(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory)
     """The tiny bundle with a template that takes tools."""
     bundle = tmp_path_factory.mktemp("tools") / "tiny"
     shutil.copytree(tiny_bundles("qwen2"), bundle)
-    template = HERMES_TEMPLATE.encode()
-    (bundle / "chat_template.jinja").write_bytes(template)
-    manifest = read_manifest(bundle)
-    info = FileInfo(len(template), hashlib.sha256(template).hexdigest())
-    files = {**manifest.files, "chat_template.jinja": info}
-    changed = msgspec.structs.replace(manifest, files=files)
-    (bundle / "manifest.json").write_bytes(encode_manifest(changed))
+    replace_file(bundle, "chat_template.jinja", HERMES_TEMPLATE.encode())
     return bundle

@@ -471,6 +471,16 @@ def test_a_first_token_without_text_does_not_keep_the_first_space():
     assert "".join(map(detokenizer.push, ids)) == tokenizer.decode(ids) == "a b"
 
 
+@quick
+@given(st.text("ab é ", max_size=8), st.text("ab é ", max_size=8))
+def test_text_that_goes_on_keeps_its_first_space_both_ways(first, second):
+    tokenizer = Tokenizer.from_bytes(sentencepiece(), NO_BOS)
+    ids = tokenizer.encode(second, goes_on=True)
+    assert tokenizer.decode(tokenizer.encode(first + "b") + ids) == first + "b" + second
+    detokenizer = Detokenizer(tokenizer, goes_on=True)
+    assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == second
+
+
 def test_text_that_only_the_unknown_token_could_stand_for():
     tokenizer = Tokenizer.from_bytes(sentencepiece(byte_tokens=False), NO_BOS)
     assert tokenizer.decode(tokenizer.encode("a b")) == "a b"

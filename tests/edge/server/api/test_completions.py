@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from edge.runtime.sampling import SamplingParams
-from tests.edge.server.scripted import Live
+from tests.edge.server.scripted import Live, running
 
 
 def complete(live: Live, prompt: Any = "hello", **fields: Any) -> Any:
@@ -126,6 +128,59 @@ def test_the_server_says_what_the_core_says(live: Live):
     wanted = live.engine.llm.generate(ids, params)
     answer = complete(live, ids, temperature=1, top_p=0.9, seed=11, max_tokens=20).json
     assert answer["choices"][0]["text"] == wanted.text
+
+
+# A gap
+
+
+@pytest.fixture(scope="module")
+def coder(code_bundle: Path) -> Iterator[Live]:
+    with running(code_bundle, model={"tiny": code_bundle}, max_choices=4) as service:
+        service.engine.say("def hello(", "the world<|file_sep|>junk", suffix="): pass")
+        service.engine.say("", "the start", suffix="): pass")
+        yield service
+
+
+def test_a_suffix_asks_for_what_comes_before_it(coder: Live):
+    wanted = ["the world", "the start"]
+    prompts = ["def hello(", ""]
+    answer = complete(coder, prompts, suffix="): pass", max_tokens=50).json
+    assert [choice["text"] for choice in answer["choices"]] == wanted
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+    llm = coder.engine.llm
+    num_prompt = sum(len(llm.encode(prompt, suffix="): pass")) for prompt in prompts)
+    assert answer["usage"]["prompt_tokens"] == num_prompt
+    *events, done = complete(
+        coder, prompts, suffix="): pass", max_tokens=50, n=2, stream=True
+    ).events
+    assert done == "[DONE]"
+    for index in range(4):
+        parts = [c["text"] for event in events for c in event["choices"] if c["index"] == index]
+        assert "".join(parts) == wanted[index // 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [5, 6]}, "suffix"),
+        ({"prompt": [[5, 6]]}, "suffix"),
+        ({"prompt": []}, "prompt"),
+        ({"echo": True}, "echo"),
+        ({"suffix": 5}, "suffix"),
+        ({"suffix": "x y " * 1000}, "prompt"),
+    ],
+)
+def test_suffixes_that_cannot_be(coder: Live, fields: dict[str, Any], param: str):
+    answer = complete(coder, **{"suffix": "x", **fields})
+    assert (answer.status, answer.json["error"]["param"]) == (400, param)
+
+
+def test_a_model_that_fills_no_gap_says_so(live: Live):
+    for suffix in ("", "x"):
+        answer = complete(live, suffix=suffix)
+        assert (answer.status, answer.json["error"]["param"]) == (400, "suffix")
+        assert "Qwen2.5-Coder" in answer.json["error"]["message"]
+    assert complete(live, suffix=None).status == 200
 
 
 # /tokenize and its kin

@@ -181,6 +181,7 @@ PAIRS: dict[str, dict[str, Pair]] = {
     TEXT: {
         **SAMPLING,
         "prompt": ({"prompt": "a"}, {"prompt": "b"}),
+        "suffix": ({}, {"suffix": ""}),
         "echo": ({"echo": True}, {"echo": False}),
         "logprobs": ({"logprobs": 1}, {"logprobs": 2}),
     },
