@@ -22,12 +22,11 @@ _HUB_IDS = {
     "7B": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
     "8B": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
 }
-_PARAMETERS = tuple(item.name for item in fields(SamplingParams))
+_DEFAULT_LENGTH = 200
+_PARAMETERS = tuple(item.name for item in fields(SamplingParams) if item.name != "max_tokens")
 # Options that code for transformers or for an engine gives, and what to give here instead.
 _INSTEAD = {
-    "do_sample": "leave it out, or give temperature=0 for the likeliest token (do_sample=False)",
-    "max_new_tokens": "give max_length, which counts prompt and answer together",
-    "max_tokens": "give max_length, which counts prompt and answer together",
+    "max_tokens": "give max_new_tokens, or max_length, which counts prompt and answer together",
     "num_return_sequences": "use model.llm.submit(messages, n=...) for several answers",
     "num_beams": "leave it out: answers are sampled; model.llm.generate_best ranks several",
     "stop_strings": "give stop, a tuple of texts",
@@ -82,9 +81,12 @@ class DeepSeekModel:
     def generate(
         self,
         context: Prompt,
-        max_length: int = 200,
+        max_length: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
         **params: Any,
     ) -> str:
         """Generate the answer to a text or a list of messages.
@@ -94,34 +96,72 @@ class DeepSeekModel:
 
         Args:
             context: a text, or chat messages.
-            max_length: tokens of prompt and answer together, as in ``transformers``.
+            max_length: tokens of prompt and answer together, as in ``transformers``; 200 unless
+                ``max_new_tokens`` is given.
             temperature: None takes the model's own generation config.
             top_k: None takes the model's own generation config.
+            max_new_tokens: tokens of the answer, in place of ``max_length``.
+            do_sample: false takes the likeliest token each time, true draws it; None follows
+                ``temperature``.
             **params: any other field of `SamplingParams` but ``max_tokens``.
 
         Raises:
-            RequestError: an unknown or wrong parameter, or a prompt that leaves no room in
-                ``max_length``.
+            RequestError: an unknown or wrong parameter, two that contradict each other, or a prompt
+                that leaves no room in ``max_length``.
         """
         for name in params:
-            if name in _INSTEAD or name not in _PARAMETERS:
+            if name not in _PARAMETERS:
                 raise _unknown_option(name)
+        if max_new_tokens is not None and max_length is not None:
+            raise RequestError(
+                "give max_length, which counts prompt and answer together, or max_new_tokens, "
+                "which counts the answer, not both"
+            )
         messages: Prompt = (
             [{"role": "user", "content": context}] if isinstance(context, str) else context
         )
+        if max_new_tokens is None:
+            length = _DEFAULT_LENGTH if max_length is None else max_length
+            max_new_tokens = self._room(messages, length)
+        result = self.llm.generate(
+            messages,
+            SamplingParams(
+                temperature=self._temperature(temperature, do_sample),
+                top_k=top_k,
+                max_tokens=max_new_tokens,
+                **params,
+            ),
+        )
+        if not result.reasoning:
+            return result.text
+        return f"<think>\n{result.reasoning}\n</think>\n\n{result.text}"
+
+    def _room(self, messages: Prompt, max_length: int) -> int:
+        """Count the tokens that a prompt leaves of ``max_length``."""
         room = max_length - len(self.llm.encode(messages))
         if room < 1:
             raise RequestError(
                 f"the prompt has {max_length - room} tokens, max_length is {max_length}; "
                 "raise max_length: it counts prompt and answer together"
             )
-        result = self.llm.generate(
-            messages,
-            SamplingParams(temperature=temperature, top_k=top_k, max_tokens=room, **params),
-        )
-        if not result.reasoning:
-            return result.text
-        return f"<think>\n{result.reasoning}\n</think>\n\n{result.text}"
+        return room
+
+    def _temperature(self, temperature: float | None, do_sample: bool | None) -> float | None:
+        """Return the temperature that both options mean together."""
+        if do_sample is None:
+            return temperature
+        if not isinstance(do_sample, bool):
+            raise RequestError(f"do_sample must be True or False, not {do_sample!r}")
+        if temperature is not None and (temperature > 0) != do_sample:
+            raise RequestError(
+                f"do_sample={do_sample} contradicts temperature={temperature}: 0 takes the "
+                "likeliest token, more draws it; drop one of the two"
+            )
+        if not do_sample:
+            return 0.0
+        if temperature is None and self.llm.manifest.sampling.temperature == 0:
+            return 1.0  # the default of transformers
+        return temperature
 
     def close(self) -> None:
         """Free the engine."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+import edge
 from edge import DeepSeekModel, SamplingParams
 from edge.errors import BundleError, ConfigError, RequestError
 from tests.conftest import Bundles
@@ -108,22 +111,64 @@ def test_a_text_is_one_user_message(model: DeepSeekModel):
 
 def test_wrong_parameters(model: DeepSeekModel):
     with model:
-        with pytest.raises(RequestError, match="max_length"):
-            model.generate(QUESTION, max_tokens=5)
+        with pytest.raises(RequestError, match="not both"):
+            model.generate(QUESTION, max_length=50, max_new_tokens=5)
+        with pytest.raises(RequestError, match="do_sample must be True or False, not 1"):
+            model.generate(QUESTION, do_sample=1)  # type: ignore[arg-type]
+        for max_length in (0, -1):
+            with pytest.raises(RequestError, match=f"max_length is {max_length}"):
+                model.generate(QUESTION, max_length=max_length)
         with pytest.raises(RequestError, match="temperature"):
             model.generate(QUESTION, temperature=-1)
         for name, words in (
-            ("do_sample", "temperature=0"),
-            ("max_new_tokens", "max_length"),
+            ("max_tokens", "max_new_tokens"),
             ("num_return_sequences", r"submit\(messages, n="),
             ("repetition_penalti", "the nearest known one is repetition_penalty"),
         ):
+            options: dict[str, Any] = {name: 1}
             with pytest.raises(RequestError, match=f"no option {name}: .*{words}"):
-                model.generate(QUESTION, **{name: 1})
+                model.generate(QUESTION, **options)
         for item in dataclasses.fields(SamplingParams):  # and no known one is refused as unknown
-            if item.name not in ("max_tokens", "temperature", "top_k"):
+            if item.name not in ("max_tokens", "temperature", "top_k"):  # in the signature
                 default = getattr(SamplingParams(), item.name)
                 assert model.generate(QUESTION, 60, **{item.name: default})
+
+
+def test_max_new_tokens_counts_the_answer(model: DeepSeekModel):
+    options: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+    with model:
+        num_prompt = len(model.llm.encode(CHAT))
+        for number in (1, 9):
+            answer = model.generate(QUESTION, max_new_tokens=number, **options)
+            assert answer == model.generate(QUESTION, max_length=num_prompt + number, **options)
+
+
+def test_do_sample_draws_or_does_not(model: DeepSeekModel, monkeypatch: pytest.MonkeyPatch):
+    with model:
+        greedy = model.generate(QUESTION, 60, temperature=0)
+        assert greedy == model.generate(QUESTION, 60, do_sample=False, seed=1)
+        assert greedy == model.generate(QUESTION, 60, do_sample=False, temperature=0)
+        own = model.generate(QUESTION, 60, seed=1)
+        assert own == model.generate(QUESTION, 60, do_sample=True, seed=1) != greedy
+        assert own != model.generate(QUESTION, 60, do_sample=True, temperature=3.0, seed=1)
+        for do_sample, temperature in ((True, 0), (False, 0.7)):
+            message = f"do_sample={do_sample} contradicts temperature={temperature}"
+            with pytest.raises(RequestError, match=message):
+                model.generate(QUESTION, do_sample=do_sample, temperature=temperature)
+        drawn = model.generate(QUESTION, 60, temperature=1.0, seed=1)
+        sampling = msgspec.structs.replace(model.llm.manifest.sampling, temperature=0.0)
+        manifest = msgspec.structs.replace(model.llm.manifest, sampling=sampling)
+        monkeypatch.setattr(model.llm, "manifest", manifest)  # a model that is greedy by itself
+        assert model.generate(QUESTION, 60, seed=1) == greedy
+        assert model.generate(QUESTION, 60, do_sample=True, seed=1) == drawn
+
+
+def test_tutorials_import_it_from_a_module_of_its_own():
+    """The installed file, which is a copy in an editable install too."""
+    shim = importlib.import_module("deepseek_r1")
+    assert shim.DeepSeekModel is DeepSeekModel
+    source = Path(edge.__file__).with_name("deepseek_r1.py")
+    assert Path(str(shim.__file__)).read_bytes() == source.read_bytes(), "pip install -e . again"
 
 
 def test_reasoning_is_part_of_the_text(model: DeepSeekModel):
