@@ -77,6 +77,8 @@ def test_the_facts_of_requests():
     assert chat(response_format={"type": "json_object"}).kind == "json"
     completion = msgspec.convert({"prompt": [[1, 2], [3]]}, CompletionRequest)
     assert facts_of(completion, "x") == Facts(12, "completion", "x")
+    gap = msgspec.convert({"prompt": "ab", "suffix": "cde"}, CompletionRequest)
+    assert facts_of(gap, "x").prompt_chars == 5
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=5), st.integers(0, 2**32))
