@@ -13,17 +13,19 @@ import click
 import pytest
 
 import edge.errors
-from edge import cli
+from edge import LLM, cli
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect
 from edge.cli.options import take_engine, take_sampling
 from edge.errors import EXIT_GATE_MISSED, EdgeError
+from edge.runtime import deepseek
 from tests.conftest import Bundles
 from tests.manifests import make_model
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DESIGN = ROOT / "docs" / "design.md"
+CLAIMS = ROOT / "docs" / "claims.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 DOCS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 
@@ -178,6 +180,60 @@ def test_python_of_the_readme_runs(
         assert bundle.name in source or "DeepSeekModel" in source
         exec(compile(source, str(README), "exec"), {})
         assert capsys.readouterr().out.strip()
+
+
+@pytest.fixture
+def cuda_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`DeepSeekModel` asks for a GPU and gets a CPU."""
+    monkeypatch.setattr(deepseek, "LLM", lambda bundle, backend: LLM(bundle, backend="ort-cpu"))
+
+
+def test_python_of_the_claims_runs_as_it_is_printed(
+    tiny_bundles: Bundles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cuda_is_a_cpu: None,
+):
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path))
+    (tmp_path / "deepseek-r1-distill-qwen-7b-fp16").symlink_to(tiny_bundles("qwen2"))
+    python = blocks(CLAIMS, "python")
+    assert len(python) == 2
+    for source in python:
+        exec(compile(source, str(CLAIMS), "exec"), {})
+        assert capsys.readouterr().out.strip()
+
+
+def test_every_claim_has_a_verdict():
+    text = CLAIMS.read_text("utf-8")
+    known, claims = text.split("\n## ", 1)
+    verdicts = {cells[0] for cells in rows(known)}
+    found = list(rows(claims.split("## Continual learning")[0]))
+    assert all(len(cells) == 3 for cells in found)
+    assert {cells[1] for cells in found} == verdicts
+    assert len(found) > 40
+
+
+_API = re.compile(r"(LLM|DeepSeekModel|SamplingParams|EngineConfig)\.(\w+)")
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_named_call_and_metric_exists(path: Path):
+    named = [(span, found) for span in spans(path) if (found := _API.match(span))]
+    assert [span for span, found in named if not hasattr(getattr(edge, found[1]), found[2])] == []
+    metrics = {name for span in spans(path) for name in re.findall(r"\bedgellm_\w+", span)}
+    assert {name for name in metrics if not _is_metric(name)} == set()
+
+
+def _is_metric(name: str) -> bool:
+    """Whether the server has it, perhaps with what Prometheus adds to counters and histograms."""
+    bare = re.sub(r"_(total|bucket|info)$", "", name.removeprefix("edgellm_"))
+    return f'"{bare}"' in _metric_source() or f'"edgellm_{bare}"' in _metric_source()
+
+
+@functools.cache
+def _metric_source() -> str:
+    return "".join(p.read_text("utf-8") for p in (ROOT / "edge/server/observe").glob("*.py"))
 
 
 def _error_classes() -> dict[str, type[EdgeError]]:
