@@ -69,14 +69,14 @@ class _Family:
 
 
 _FAMILIES = (
-    # Qwen2.5-Coder (technical report, arXiv:2409.12186, table 1) and CodeGemma.
+    # Qwen2.5-Coder (technical report, arXiv:2409.12186) and CodeGemma.
     _Family(
         "<|fim_prefix|>",
         "<|fim_suffix|>",
         "<|fim_middle|>",
         ("<|endoftext|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>"),
     ),
-    # StarCoder (arXiv:2305.06161, table 3), StarCoder2 and Granite code models.
+    # StarCoder (arXiv:2305.06161), StarCoder2 and Granite code models.
     _Family(
         "<fim_prefix>",
         "<fim_suffix>",
