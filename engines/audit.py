@@ -24,6 +24,7 @@ _PLAN_FIXED_BYTES = 8 << 20
 _PLAN_LAYER_BYTES = 1 << 20
 _BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32}
 _FLOAT_PRODUCT, _HIGH_PRODUCT = ".float_product", ".high_product"
+_OFFSET_PRODUCT = ".offset_product"
 _PASSED_THROUGH = ("shuffle", "cast", "identity")
 
 
@@ -244,8 +245,21 @@ def _check_weights(stored: dict[str, TensorView], manifest: Manifest) -> list[st
                 )
         if not linear.scheme.planes and f"{name}{_HIGH_PRODUCT}" in stored:
             problems.append(f"{name}: its weights are in two planes, the bundle says {dtype}")
+        problems += _check_offsets(stored.get(f"{name}{_OFFSET_PRODUCT}"), name, manifest)
         problems += _check_float_channels(stored.get(f"{name}{_FLOAT_PRODUCT}"), name, manifest)
     return problems
+
+
+def _check_offsets(found: TensorView | None, name: str, manifest: Manifest) -> list[str]:
+    linear = manifest.quantization.linears[name]
+    width, out = linear.shape
+    wanted = width // (linear.scheme.group_size or width) if linear.offsets else 0
+    volume = 0 if found is None else found.volume
+    if volume != wanted * out:
+        return [f"{name}: {volume} offsets of groups, the bundle says {wanted} x {out}"]
+    if found is not None and found.dtype != manifest.dtype:
+        return [f"{name}: its offsets of groups are {found.dtype}, not {manifest.dtype}"]
+    return []
 
 
 def _check_float_channels(found: TensorView | None, name: str, manifest: Manifest) -> list[str]:

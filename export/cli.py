@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.bundle.manifest import describe_sampling, describe_tensorrt
+from edge.bundle.manifest import describe_from_source, describe_sampling, describe_tensorrt
 from edge.bundle.schemes import RULES
 from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
 
 from .targets import TARGETS
 
 if TYPE_CHECKING:
-    from edge.bundle.manifest import ReducedVocabulary
+    from edge.bundle.manifest import Manifest, ReducedVocabulary
 
     from .config import ExportConfig
 
@@ -56,10 +56,10 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 )
 @click.option(
     "--quant",
-    type=click.Choice(list(RULES)),
-    default="int4",
-    show_default=True,
-    help="Scheme of the linear layers.",
+    type=click.Choice([*RULES, "source"]),
+    help="Scheme of the linear layers; source keeps the integers of a checkpoint that is quantized "
+    "already (GPTQ, AWQ, compressed-tensors, AutoRound). Default: source for such a checkpoint, "
+    "else int4.",
 )
 @click.option(
     "--group-size",
@@ -210,7 +210,9 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
         ctx.exit(EXIT_GATE_MISSED)
     num_bytes = sum(file.num_bytes for file in manifest.files.values())
     text = (manifest.quality or {}).get("text")
-    missed = [] if text is None else list(missed_thresholds(load_gate(*_gate(config)), text))
+    missed = (
+        [] if text is None else list(missed_thresholds(load_gate(*_gate(config, manifest)), text))
+    )
     if as_json:
         echo_json(
             {
@@ -220,6 +222,7 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
                 "num_bytes": num_bytes,
                 "source": manifest.source.location,
                 "revision": manifest.source.revision,
+                "source_quantization": describe_from_source(manifest),
                 "sampling_assumed": manifest.sampling.assumed,
                 "dialect": manifest.dialect,
                 "tensorrt": manifest.tensorrt,
@@ -228,8 +231,12 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
             }
         )
         return
-    click.echo(f"{config.output}: {manifest.name}, {config.quant}, {num_bytes / 1e6:,.0f} MB")
+    click.echo(
+        f"{config.output}: {manifest.name}, {manifest.quantization.name}, {num_bytes / 1e6:,.0f} MB"
+    )
     click.echo(f"TensorRT: {describe_tensorrt(manifest)}")
+    if (from_source := describe_from_source(manifest)) is not None:
+        click.echo(f"the source is quantized: {from_source}")
     if manifest.vocabulary is not None:
         click.echo(_vocabulary(manifest.vocabulary))
     if manifest.sampling.assumed is not None:
@@ -241,20 +248,22 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
             f"({text['perplexity_reference']:.2f} in float, x{text['perplexity_ratio']:.3f})"
         )
         if missed:
+            kind = manifest.quantization.name.split("-")[0]
             click.echo(
-                f"warning: it misses the gate {_gate(config)[1].split('-')[0]}, which is meant for "
+                f"warning: it misses the gate {kind}, which is meant for "
                 f"models of 1.5B and more: {'; '.join(missed)}",
                 err=True,
             )
     schemes = {name: info.scheme for name, info in manifest.quantization.linears.items()}
-    if (better := better_recipe(config, schemes, missed=bool(missed))) is not None:
+    resolved = config.resolved(is_quantized=manifest.source.quantization is not None)
+    if (better := better_recipe(resolved, schemes, missed=bool(missed))) is not None:
         click.echo(f"{better} would lose less; docs/quantization.md has the figures")
     click.echo(f"Try it: edge-llm run {config.output} 'Why is the sky blue?'")
 
 
-def _gate(config: ExportConfig) -> tuple[str, str]:
+def _gate(config: ExportConfig, manifest: Manifest) -> tuple[str, str]:
     """Return the arguments of `load_gate`."""
-    return config.gate or "recipe", config.quant
+    return config.gate or "recipe", manifest.quantization.name
 
 
 def _vocabulary(reduced: ReducedVocabulary) -> str:

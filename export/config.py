@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,6 +15,8 @@ from .quantize.calibrated import Method
 from .targets import ANY, TARGETS, Target
 
 GraphType = Literal["fp16", "bf16"]
+AS_IN_SOURCE: Literal["source"] = "source"
+"""The ``--quant`` that keeps the integers of a checkpoint that is quantized already."""
 DEFAULT_METHOD: Method = "awq"
 """How INT4 layers are rounded; docs/quantization.md has what each method costs and loses."""
 
@@ -26,7 +28,8 @@ class ExportConfig:
     Attributes:
         source: HF directory, hub id or GGUF file.
         output: the bundle's directory.
-        quant: scheme of the linear layers.
+        quant: scheme of the linear layers; ``source`` keeps them as a quantized checkpoint has
+            them. None is ``source`` for such a checkpoint and ``int4`` for others, see `resolved`.
         group_size: see `Recipe`.
         keep: see `Recipe`.
         clip: see `Recipe`.
@@ -65,7 +68,7 @@ class ExportConfig:
 
     source: str
     output: Path
-    quant: Quant = "int4"
+    quant: Quant | Literal["source"] | None = None
     group_size: int | None = None
     keep: tuple[tuple[str, str], ...] = ()
     clip: Clip = "mse"
@@ -96,8 +99,13 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         implied: GraphType = "bf16" if self.quant == "bf16" else "fp16"
+        if self.quant == AS_IN_SOURCE:
+            self._refuse_rounding()
+        quant: Quant = "int4" if self.quant is None else "fp16"
+        if self.quant not in (None, AS_IN_SOURCE):
+            quant = self.quant
         for option, value, choices in (
-            ("--quant", self.quant, Quant),
+            ("--quant", quant, Quant),
             ("--clip", self.clip, Clip),
             ("--method", self.method or "rtn", Method),
             ("--embeddings", self.embeddings, EmbeddingType),
@@ -114,8 +122,8 @@ class ExportConfig:
             raise ConfigError(
                 f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"
             )
-        has_int4 = self.quant == "int4" or any(kind == "int4" for _, kind in self.keep)
-        default: Method = DEFAULT_METHOD if has_int4 else "rtn"
+        has_int4 = quant == "int4" or any(kind == "int4" for _, kind in self.keep)
+        default: Method = DEFAULT_METHOD if has_int4 and self.quant != AS_IN_SOURCE else "rtn"
         object.__setattr__(self, "rounding", self.method or default)
         rounds_inputs = self.quant == "int8-w8a8" or any(kind == "w8a8" for _, kind in self.keep)
         for option, setting in (
@@ -140,10 +148,47 @@ class ExportConfig:
                 f"--clip {self.clip} has no effect with --method {self.rounding}; add --method rtn"
             )
         object.__setattr__(self, "float_type", self.dtype or implied)
-        recipe = Recipe(self.quant, self.group_size, self.keep, self.clip)
+        recipe = Recipe(quant, self.group_size, self.keep, self.clip)
         object.__setattr__(self, "recipe", recipe)
         if self.rotate is None:
             object.__setattr__(self, "rotate", self.quant == "int8-w8a8")
+
+    def resolved(self, *, is_quantized: bool) -> ExportConfig:
+        """The same with the ``quant`` that None means.
+
+        Args:
+            is_quantized: whether the checkpoint is quantized already.
+
+        Raises:
+            ConfigError: ``source`` for a float checkpoint, or options that contradict it.
+        """
+        if self.quant == AS_IN_SOURCE and not is_quantized:
+            raise ConfigError(
+                f"--quant source keeps the integers of a quantized checkpoint, but {self.source} "
+                "has float weights; leave it out, or use --quant int4"
+            )
+        if self.quant is not None:
+            return self
+        return replace(self, quant=AS_IN_SOURCE if is_quantized else "int4")
+
+    def _refuse_rounding(self) -> None:
+        """Refuse what has no effect where the source's integers are kept."""
+        for option, given in (
+            (f"--method {self.method}", self.method is not None),
+            (f"--group-size {self.group_size}", self.group_size is not None),
+            (f"--clip {self.clip}", self.clip != "mse"),
+            ("--calibration", self.calibration is not None),
+            ("--calibration-tokens", self.calibration_tokens is not None),
+            ("--seed", self.seed is not None),
+            ("--rotate", bool(self.rotate)),
+            ("--keep ...=w8a8", any(kind == "w8a8" for _, kind in self.keep)),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{option} has no effect on {self.source}, which is quantized already and "
+                    "keeps its integers (--quant source); leave it out, or quantize it anew with "
+                    "another --quant, e.g. int4"
+                )
 
     def _find_device(self) -> Target:
         if self.target is None:

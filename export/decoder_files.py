@@ -16,7 +16,14 @@ import onnx
 from numpy.typing import NDArray
 
 from edge.bundle.linears import norm_sources
-from edge.bundle.manifest import Calibration, FloatType, Graphs, LinearInfo, TensorScheme
+from edge.bundle.manifest import (
+    Calibration,
+    FloatType,
+    FromSource,
+    Graphs,
+    LinearInfo,
+    TensorScheme,
+)
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import CheckpointError, ConfigError
 from edge.progress import Progress
@@ -31,6 +38,7 @@ from .graph.graph_builder import ONNX_TYPE
 from .graph.rope import rope_tables
 from .quantize.calibrated import Calibrated
 from .quantize.calibration import LayerRunner
+from .quantize.from_source import AsInSource
 from .quantize.linear import LinearTensors, convert
 from .quantize.plan import Block, Calibrator, LinearPlan, ToNearest, linear_blocks
 from .quantize.scaled_checkpoint import ScaledCheckpoint
@@ -93,6 +101,8 @@ class DecoderFiles:
         Raises:
             ConfigError: no layer uses the method.
         """
+        if self.config.quant == "source":
+            return False
         kinds = {scheme.kind for scheme in self.schemes.values()}
         if self.config.method not in (None, "rtn") and "int4" not in kinds:
             raise ConfigError(
@@ -158,6 +168,12 @@ class DecoderFiles:
 
     def _to_nearest(self) -> Calibrator:
         scale_type = _NUMPY_TYPE[self.config.float_type]
+        if self.config.quant == "source":
+            kept = (
+                frozenset(self.schemes) - self.config.recipe.overrides(self.checkpoint.spec).keys()
+            )
+            clip = self.config.clip
+            return AsInSource(self.checkpoint, self.schemes, kept, clip, scale_type)
         return ToNearest(self.checkpoint, self.schemes, self.config.clip, scale_type)
 
     def _write_data(
@@ -211,7 +227,7 @@ class DecoderFiles:
                 linear, tensors, outputs, wide_input_scales=self.config.device.wide_input_scales
             )
             linears[linear.layer.name] = stored
-            infos[linear.layer.name] = _linear_info(linear, stored[0])
+            infos[linear.layer.name] = _linear_info(linear, stored[0], tensors)
         return finished.after(plan, linears, infos)
 
     def _store_rope(self, output: _Output) -> tuple[StoredTensor, StoredTensor]:
@@ -283,12 +299,14 @@ def _store_linear(
             float_weight,
             high_weight,
             output.add_any(f"{name}.high_scale", high_scale),
+            output.add_any(f"{name}.offset", tensors.offset),
+            plan.input_order,
         )
 
     return [store(output) for output in outputs]
 
 
-def _linear_info(plan: LinearPlan, stored: StoredLinear) -> LinearInfo:
+def _linear_info(plan: LinearPlan, stored: StoredLinear, tensors: LinearTensors) -> LinearInfo:
     """Describe a linear for the manifest; its bytes are those of the engine's graph."""
     parts = (
         stored.weight,
@@ -296,13 +314,26 @@ def _linear_info(plan: LinearPlan, stored: StoredLinear) -> LinearInfo:
         stored.float_weight,
         stored.high_weight,
         stored.high_scale,
+        stored.offset,
     )
+    from_source = None
+    if plan.treatment is not None:
+        from_source = FromSource(
+            treatment=plan.treatment,
+            groups=tensors.num_groups,
+            changed_groups=tensors.changed_groups,
+            relative_error=tensors.relative_error,
+            note=plan.note,
+        )
     return LinearInfo(
         scheme=plan.scheme,
         shape=plan.layer.shape,
         num_bytes=sum(part.num_bytes for part in parts if part is not None),
         activation_scale=plan.input_scale,
         float_channels=plan.float_channels,
+        offsets=stored.offset is not None,
+        reordered=bool(plan.input_order),
+        from_source=from_source,
     )
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from edge._version import __version__
 from edge.backends.ort.session import onnxruntime_version
@@ -22,7 +23,7 @@ from edge.bundle.manifest import (
     TensorScheme,
     read_manifest,
 )
-from edge.bundle.schemes import SCHEMES, stored_bytes
+from edge.bundle.schemes import SCHEMES, Clip, stored_bytes
 from edge.errors import ConfigError, DependencyError, EdgeError
 from edge.measure.evaluate import check_gate, load_gate
 from edge.progress import Progress, prefixed, silent, uncounted
@@ -31,12 +32,15 @@ from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 
 from .bundle import BundleWriter
+from .config import AS_IN_SOURCE
 from .config import ExportConfig as ExportConfig
 from .decoder_files import DecoderFiles, WrittenDecoder
 from .estimate import describe_s, export_s
 from .graph.embedding_table import EmbeddingType, embedding_tensors
 from .graph.safetensors_writer import write_safetensors
+from .quantize.calibrated import Method
 from .quantize.float_channels import NUM_CHANNELS
+from .quantize.from_source import is_quantized, source_schemes
 from .quantize.rotation import RotatedCheckpoint
 from .sources.checkpoint import Checkpoint
 from .sources.documents import DEFAULT_TOKENS
@@ -78,7 +82,8 @@ def export_checkpoint(
         GateError: ``verify`` found the bundle not good enough; what was at ``output`` stays.
     """
     if config.verify:  # a gate that cannot be read ends the export now and not after hours
-        check_gate(load_gate(config.gate or "recipe", config.quant), task=False, reference=True)
+        gate = load_gate(config.gate or "recipe", config.quant or config.recipe.quant)
+        check_gate(gate, task=False, reference=True)
     if problem := _cannot_run_here(config.graph_dialect):
         if config.verify:
             raise DependencyError(f"--verify runs the bundle, but {problem}")
@@ -86,6 +91,7 @@ def export_checkpoint(
     with open_checkpoint(
         config.source, revision=config.revision, cache_dir=config.cache_dir
     ) as checkpoint:
+        config = config.resolved(is_quantized=is_quantized(checkpoint))
         return _Export(config, checkpoint, progress or silent, announce or _mute).run()
 
 
@@ -125,7 +131,11 @@ class _Export:
             checkpoint = RotatedCheckpoint(checkpoint)
         self.checkpoint = checkpoint
         self.model = checkpoint.spec
-        self.schemes = config.recipe.schemes(self.model)
+        if config.quant == AS_IN_SOURCE:
+            overrides = config.recipe.overrides(self.model)
+            self.schemes = {**source_schemes(checkpoint), **overrides}
+        else:
+            self.schemes = config.recipe.schemes(self.model)
         self.quantized = any(scheme.kind != "float" for scheme in self.schemes.values())
         if config.verify and not self.quantized:
             raise ConfigError(
@@ -199,6 +209,11 @@ class _Export:
             return manifest
         return read_manifest(staged)
 
+    @property
+    def _quant(self) -> str:
+        """The name of the recipe."""
+        return self.config.quant or self.config.recipe.quant
+
     def _stage(self, writer: BundleWriter, manifest: Manifest) -> Path:
         with uncounted(self.progress, "hash"):
             return writer.stage(manifest)
@@ -216,8 +231,10 @@ class _Export:
         measured = self.quantized and (self.config.verify or self.config.report)
         rounding = self.config.rounding
         seconds = export_s(self.model, self.schemes, rounding, tokens if measured else 0)
-        recipe: list[str] = [self.config.quant]
-        if any(scheme.kind == "int4" for scheme in self.schemes.values()):
+        recipe: list[str] = [self._quant]
+        if self.config.quant != AS_IN_SOURCE and any(
+            scheme.kind == "int4" for scheme in self.schemes.values()
+        ):
             recipe.append(rounding)
         return f"{', '.join(recipe)}: expect {describe_s(seconds)} on two cores" + (
             ", measuring included" if measured else ""
@@ -262,7 +279,18 @@ class _Export:
         linears = dict(decoder.linears)
         peaks = dict(decoder.peaks)
         int4 = any(scheme.kind == "int4" for scheme in self.schemes.values())
-        method = self.config.rounding if int4 else "rtn"
+        method: Literal["source"] | Method = self.config.rounding if int4 else "rtn"
+        clip: Literal["none"] | Clip = self.config.clip
+        if self.config.quant == AS_IN_SOURCE:
+            method = "source"
+            # Rounded are the requantized, and float layers to which --keep gives another scheme.
+            rounded = any(
+                info.from_source.treatment == "requantized"
+                if info.from_source is not None
+                else info.scheme.kind != "float"
+                for info in linears.values()
+            )
+            clip = "mse" if rounded else "none"
         return Manifest(
             schema_version=SCHEMA_VERSION,
             producer=f"edge-llm {__version__}",
@@ -274,9 +302,9 @@ class _Export:
             kv_capacity=self.kv_capacity,
             rope_positions=self.positions,
             quantization=Quantization(
-                name=self.config.quant,
+                name=self._quant,
                 method=method if self.quantized else "none",
-                clip=self.config.clip if self.quantized else "none",
+                clip=clip if self.quantized else "none",
                 linears=linears,
                 calibration=decoder.calibration,
                 smoothed=any(info.activation_scale is not None for info in linears.values()),

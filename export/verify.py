@@ -30,7 +30,7 @@ from edge.measure.evaluate import CHUNK_TOKENS
 from edge.planner.memory import Deployment, plan_process_memory
 from edge.planner.weights import manifest_linears, recipe_linears
 
-from .config import DEFAULT_METHOD, ExportConfig
+from .config import AS_IN_SOURCE, DEFAULT_METHOD, ExportConfig
 
 VERIFY_TOKENS = 4096
 """Tokens of the held-out text that give the KL divergence to about a tenth of its value."""
@@ -146,6 +146,8 @@ def better_recipe(
         schemes: the scheme of every linear layer, by name.
         missed: whether a gate was missed, so that more bits are suggested, too.
     """
+    if config.quant == AS_IN_SOURCE:
+        return None  # what the source lost is not known
     int4 = {name: s for name, s in schemes.items() if s.kind == "int4"}
     if "lm_head" in int4:
         return "--keep lm_head=int8"

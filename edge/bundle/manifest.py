@@ -17,9 +17,10 @@ import msgspec
 
 from edge.errors import BundleError, IntegrityError
 
-SCHEMA_VERSION = 3
-"""2 added `SamplingDefaults.assumed`, 3 `Manifest.tensorrt` and `TensorScheme.planes`."""
-_READABLE_VERSIONS = (1, 2, 3)
+SCHEMA_VERSION = 4
+"""2 added `SamplingDefaults.assumed`, 3 `Manifest.tensorrt` and `TensorScheme.planes`, 4
+`Source.quantization` and, of `LinearInfo`, ``from_source``, ``offsets`` and ``reordered``."""
+_READABLE_VERSIONS = (1, 2, 3, 4)
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
@@ -32,6 +33,7 @@ Architecture = Literal["qwen2", "llama", "qwen3"]
 Dialect = Literal["native", "portable"]
 FloatType = Literal["fp16", "bf16", "fp32"]
 SchemeKind = Literal["float", "int8", "int4", "w8a8"]
+Treatment = Literal["kept", "requantized", "dequantized"]
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,6 +106,26 @@ class TensorScheme(_Struct, frozen=True):
         return f"{self.kind}-{size}-planes" if self.planes else f"{self.kind}-{size}"
 
 
+class FromSource(_Struct, frozen=True):
+    """What became of the integers in which a quantized checkpoint stores a linear layer.
+
+    Attributes:
+        treatment: ``kept`` code for code, ``requantized``, or ``dequantized`` to the graph's float
+            type.
+        groups: groups of weights that share a scale in the bundle; 0 if dequantized.
+        changed_groups: of these, the ones that were rounded anew.
+        relative_error: root of the summed squared difference from the dequantized source over that
+            of its weights; 0.0 where every weight is the source's.
+        note: why it was not kept, or what else differs from the source, for a person, or None.
+    """
+
+    treatment: Treatment
+    groups: int = 0
+    changed_groups: int = 0
+    relative_error: float = 0.0
+    note: str | None = None
+
+
 class LinearInfo(_Struct, frozen=True):
     """One linear layer as stored.
 
@@ -114,6 +136,11 @@ class LinearInfo(_Struct, frozen=True):
         activation_scale: scale of its input (``w8a8``), which is rounded to INT8 multiples of it.
         float_channels: input channels (``w8a8``) that are not rounded: their weights are stored
             in the graph's float type besides, and are zero in the INT8 weight.
+        offsets: whether the graph adds the sums of each group's inputs, times an offset per group
+            and output: what zero points are without a zero point (`export.graph.decoder`).
+        reordered: whether the graph takes the input channels in another order.
+        from_source: what became of the source's integers; None where the source is float or the
+            recipe quantized it anew.
     """
 
     scheme: TensorScheme
@@ -121,6 +148,9 @@ class LinearInfo(_Struct, frozen=True):
     num_bytes: int
     activation_scale: float | None = None
     float_channels: tuple[int, ...] = ()
+    offsets: bool = False
+    reordered: bool = False
+    from_source: FromSource | None = None
 
 
 class Calibration(_Struct, frozen=True):
@@ -145,8 +175,9 @@ class Quantization(_Struct, frozen=True):
     """What was done to the weights.
 
     Attributes:
-        name: the recipe's name, e.g. ``int4``.
-        method: how the integers of INT4 layers were found.
+        name: the recipe's name, e.g. ``int4``; ``source`` is as the checkpoint was quantized.
+        method: how the integers of INT4 layers were found; ``source`` where the checkpoint's own
+            are kept.
         clip: ``absmax``, ``mse`` or ``none`` for a float bundle.
         linears: every linear layer by name (``layers.0.qkv``, ``layers.0.o``,
             ``layers.0.gate_up``, ``layers.0.down``, ``lm_head``).
@@ -157,7 +188,7 @@ class Quantization(_Struct, frozen=True):
     """
 
     name: str
-    method: Literal["none", "rtn", "awq", "gptq", "awq+gptq"]
+    method: Literal["none", "rtn", "awq", "gptq", "awq+gptq", "source"]
     clip: Literal["none", "absmax", "mse"]
     linears: dict[str, LinearInfo]
     calibration: Calibration | None = None
@@ -212,6 +243,18 @@ class Adapter(_Struct, frozen=True):
     sha256: str
 
 
+class SourceQuantization(_Struct, frozen=True):
+    """How a checkpoint was quantized by whoever made it.
+
+    Attributes:
+        method: ``quant_method`` of its config, e.g. ``gptq``.
+        details: for a person, e.g. ``4 bits, groups of 128, symmetric``.
+    """
+
+    method: str
+    details: str
+
+
 class Source(_Struct, frozen=True):
     """Where the weights came from.
 
@@ -222,6 +265,7 @@ class Source(_Struct, frozen=True):
         sha256: SHA-256 of the GGUF file, or of the safetensors files' hashes in name order.
         licence: the licence that the source states.
         adapter: what was merged into the weights, or None.
+        quantization: how the weights were quantized already, or None.
     """
 
     kind: Literal["directory", "hub", "gguf"]
@@ -230,6 +274,7 @@ class Source(_Struct, frozen=True):
     sha256: str | None = None
     licence: str | None = None
     adapter: Adapter | None = None
+    quantization: SourceQuantization | None = None
 
 
 class ReducedVocabulary(_Struct, frozen=True):
@@ -312,6 +357,41 @@ def describe_sampling(sampling: SamplingDefaults) -> str:
     assumed = values.pop("assumed")
     parts = [f"{name} {value:g}" for name, value in values.items()]
     return ", ".join(parts if assumed is None else [*parts, f"assumed ({assumed})"])
+
+
+def describe_from_source(manifest: Manifest) -> str | None:
+    """One line for a person on what became of a quantized checkpoint; None for a float one."""
+    quantized = manifest.source.quantization
+    if quantized is None:
+        return None
+    line = f"{quantized.method}, {quantized.details}"
+    if manifest.quantization.name != "source":
+        return f"{line}; dequantized, then exported as {manifest.quantization.name}"
+    found = [
+        linear.from_source
+        for linear in manifest.quantization.linears.values()
+        if linear.from_source is not None
+    ]
+    parts = []
+    for treatment, words in (
+        ("kept", "kept code for code"),
+        ("requantized", "rounded anew"),
+        ("dequantized", f"dequantized to {manifest.dtype}"),
+    ):
+        those = [each for each in found if each.treatment == treatment]
+        if not those:
+            continue
+        part = f"{len(those)} of {len(found)} layers {words}"
+        if changed := sum(each.changed_groups for each in those):
+            worst = max(each.relative_error for each in those)
+            part += (
+                f" ({changed:,} of {sum(each.groups for each in those):,} groups changed, relative "
+                f"error at most {worst:.2g})"
+            )
+        if notes := sorted({each.note for each in those if each.note is not None}):
+            part += f": {', '.join(notes)}"
+        parts.append(part)
+    return "; ".join([line, *parts])
 
 
 def describe_tensorrt(manifest: Manifest) -> str:

@@ -178,13 +178,6 @@ def _refuse_unsupported(config: _Config) -> None:
             "asks for Python code from the checkpoint, which is never run; if the model is the "
             "stock architecture, delete the key from a local copy",
         )
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key) is not None:
-            section = config.section(key)
-            method = section.get("quant_method", section.get("format", "unknown method"))
-            raise config.error(
-                key, f"says the weights are already quantized ({method}); use the original model"
-            )
     activation = config.get("hidden_act")
     if activation not in (None, "silu"):  # silu is the default of all three classes
         raise config.error("hidden_act", f"must be silu, found {activation!r}")

@@ -111,11 +111,23 @@ class Recipe:
         rules = RULES.get(self.quant)
         if rules is None:
             raise ConfigError(f"--quant {self.quant} is unknown; use {' or '.join(RULES)}")
+        result = self._matching(model, (*rules, *self.keep))
+        if all(scheme.kind == "float" for scheme in result.values()):
+            self._refuse_idle_options()
+        return result
+
+    def overrides(self, model: ModelSpec) -> dict[str, TensorScheme]:
+        """The schemes that ``keep`` alone gives to layers, by name; see `schemes`."""
+        return self._matching(model, self.keep)
+
+    def _matching(
+        self, model: ModelSpec, rules: Sequence[tuple[str, str]]
+    ) -> dict[str, TensorScheme]:
         layers = linear_layers(model)
         names = [layer.name for layer in layers]
         widths = sorted({layer.shape[0] for layer in layers})
         result: dict[str, TensorScheme] = {}
-        for pattern, kind in (*rules, *self.keep):
+        for pattern, kind in rules:
             matching = fnmatch.filter(names, pattern)
             if not matching:
                 raise ConfigError(
@@ -123,8 +135,6 @@ class Recipe:
                     f"{names[0]}, {names[3]} and lm_head"
                 )
             result.update(dict.fromkeys(matching, self._scheme(kind, widths)))
-        if all(scheme.kind == "float" for scheme in result.values()):
-            self._refuse_idle_options()
         return result
 
     def _refuse_idle_options(self) -> None:

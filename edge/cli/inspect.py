@@ -12,6 +12,7 @@ from edge.bundle import io_spec
 from edge.bundle.engine_file import ENGINE_JSON
 from edge.bundle.manifest import (
     Manifest,
+    describe_from_source,
     describe_sampling,
     describe_tensorrt,
     read_manifest,
@@ -73,6 +74,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
     facts = table(f"{manifest.name}  ({bundle})", "", "")
     facts.show_header = False
     revision = f" at {manifest.source.revision}" if manifest.source.revision else ""
+    from_source = describe_from_source(manifest)
     kv_bytes = io_spec.kv_bytes_per_token(model, manifest.dtype)
     for name, value in (
         ("source", f"{manifest.source.kind} {manifest.source.location}{revision}"),
@@ -93,6 +95,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
             f"{manifest.quantization.name} ({manifest.quantization.method}, clip "
             f"{manifest.quantization.clip}{_folded(manifest)})",
         ),
+        *((("of the source", from_source),) if from_source is not None else ()),
         ("sampling", describe_sampling(manifest.sampling)),
         ("files", "all hashes match" if verified else "not verified"),
     ):
@@ -106,6 +109,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
         scheme = str(linear.scheme)
         if linear.float_channels:
             scheme += f", {len(linear.float_channels)} channels float"
+        scheme += ", offsets" * linear.offsets + ", reordered" * linear.reordered
         key = (name if layers else name.rsplit(".", maxsplit=1)[-1], scheme)
         groups[key] += 1
         sizes[key] += linear.num_bytes

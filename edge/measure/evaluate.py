@@ -450,7 +450,8 @@ def load_gate(name: str, recipe: str) -> Gate:
     if name in GATES:
         return GATES[name]
     if name == "recipe":
-        kind = recipe.split("-")[0]
+        # Kept integers lose nothing, but INT8 inputs may be among them.
+        kind = "int8" if recipe == "source" else recipe.split("-")[0]
         if kind not in GATES:
             raise ConfigError(
                 f"no built-in gate fits the recipe {recipe!r}; use --gate with one of "

@@ -41,6 +41,10 @@ class StoredLinear:
         float_weight: weights of these channels, ``[channels, out]``.
         high_weight, high_scale: the high plane, like ``weight`` and ``scale``; None if there are no
             planes.
+        offset: ``[groups, out]`` in the graph's float type: what the sum of a group's inputs is
+            multiplied with, see `export.quantize.kept`; None without offsets.
+        input_order: the order in which the weight's rows take the input channels; empty as they
+            are.
     """
 
     scheme: TensorScheme
@@ -52,6 +56,8 @@ class StoredLinear:
     float_weight: StoredTensor | None = None
     high_weight: StoredTensor | None = None
     high_scale: StoredTensor | None = None
+    offset: StoredTensor | None = None
+    input_order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,11 +180,23 @@ class _Decoder:
     def linear(self, x: str, name: str, output: str | None = None) -> str:
         g, stored = self.g, self.tensors.linears[name]
         addends = []
+        if stored.input_order:
+            order = g.constant(f"{name}.input_order", stored.input_order)
+            x = g.node("Gather", [x, order], f"{name}.input.ordered", axis=-1)
         if stored.float_weight is not None:
             channels = g.constant(f"{name}.float_indices", stored.float_channels)
             picked = g.node("Gather", [x, channels], f"{name}.float_inputs", axis=-1)
             addends.append(
                 g.node("MatMul", [picked, g.floats(stored.float_weight)], f"{name}.float_product")
+            )
+        if stored.offset is not None:
+            groups = stored.offset.dims[0]
+            shape = g.constant(f"shape.groups.{groups}", [0, 0, groups, -1])
+            grouped = g.node("Reshape", [x, shape], f"{name}.input.grouped")
+            axes = g.constant("axes.last", [-1])
+            sums = g.node("ReduceSum", [grouped, axes], f"{name}.input.sums", keepdims=0)
+            addends.append(
+                g.node("MatMul", [sums, g.floats(stored.offset)], f"{name}.offset_product")
             )
         if stored.bias is not None:
             addends.append(g.floats(stored.bias))

@@ -6,6 +6,7 @@ the GIL), so memory stays at the packed result plus a few tiles whatever the lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
 from edge.errors import CheckpointError
+from export.sources.quantized_weight import QuantizedWeight
 
+from .kept import carry_rows
 from .packing import pack_int4, split_planes
 from .plan import LinearPlan
-from .rtn import TILE_ELEMENTS, RowQuantizer
+from .rtn import TILE_ELEMENTS, RowQuantizer, dequantize_rows
 
 _THREADS = 2
 
@@ -35,6 +38,11 @@ class LinearTensors:
         high_weight: packed int4 bytes of the high plane, or None if there are no planes.
         bias: float32 ``[out]``, or None.
         float_weight: weights of the float channels, float32 ``[channels, out]``, or None.
+        offset: what the sums of each group's inputs are multiplied with, float32 ``[groups, out]``,
+            or None.
+        num_groups: groups with a scale of their own; 0 for float.
+        changed_groups: of these, those whose integers are not the source's.
+        relative_error: of the weights, against a quantized source; see `manifest.FromSource`.
     """
 
     weight: NDArray[np.generic]
@@ -42,6 +50,10 @@ class LinearTensors:
     high_weight: NDArray[np.uint8] | None = None
     bias: NDArray[np.float32] | None = None
     float_weight: NDArray[np.float32] | None = None
+    offset: NDArray[np.float32] | None = None
+    num_groups: int = 0
+    changed_groups: int = 0
+    relative_error: float = 0.0
 
 
 def convert(
@@ -58,13 +70,24 @@ def convert(
         CheckpointError: a weight is not finite, or too large for the graph's float type.
     """
     layer, channels = plan.layer, list(plan.float_channels)
-    parts = [plan.checkpoint.tensor(name) for name in layer.weights]
-    tensors = convert_linear(
-        parts, layer.weights, plan.scheme, plan.quantize, float_type, progress, channels
-    )
     bias = float_weight = None
     if layer.biases:
         bias = _stack([plan.checkpoint.tensor(name) for name in layer.biases])
+    if plan.kept is not None:
+        order = np.array(plan.input_order, dtype=np.int64) if plan.input_order else None
+        kept = convert_kept(plan.kept, plan.scheme, float_type, order, progress)
+        return replace(kept, bias=bias)
+    parts = [plan.checkpoint.tensor(name) for name in layer.weights]
+    tensors = convert_linear(
+        parts,
+        layer.weights,
+        plan.scheme,
+        plan.quantize,
+        float_type,
+        progress,
+        channels,
+        measure=plan.treatment == "requantized",
+    )
     if channels:
         float_weight = _stack([part[:, channels] for part in parts]).T
     return replace(tensors, bias=bias, float_weight=float_weight)
@@ -78,6 +101,8 @@ def convert_linear(
     float_type: np.dtype[np.generic],
     progress: Callable[[int], None],
     zeroed: Sequence[int] = (),
+    *,
+    measure: bool = False,
 ) -> LinearTensors:
     """Stack ``[out, in]`` parts, transpose to ``[in, out]`` and store them as the scheme says.
 
@@ -89,6 +114,7 @@ def convert_linear(
         float_type: the graph's float type.
         progress: called with the number of weights done.
         zeroed: input channels whose weights are stored as zero.
+        measure: whether to compute what rounding changed.
 
     Returns:
         The weight and its scale.
@@ -96,48 +122,137 @@ def convert_linear(
     Raises:
         CheckpointError: a weight is not finite, or too large for the graph's float type.
     """
-    width = parts[0].shape[1]
-    out = sum(part.shape[0] for part in parts)
+
+    def convert_rows(part: int, rows: slice) -> _Rows:
+        floats = parts[part][rows].astype(np.float32)
+        _check_range(floats, names[part], float_type)
+        floats[:, list(zeroed)] = 0
+        if quantize is None:
+            return _Rows(floats.astype(float_type))
+        result = quantize(floats)
+        if not measure:
+            return _Rows(result.values, result.scales)
+        difference = dequantize_rows(result) - floats
+        return _Rows(
+            result.values,
+            result.scales,
+            changed_groups=result.scales.size,
+            squared_error=float(np.einsum("ri,ri->", difference, difference)),
+            squared_norm=float(np.einsum("ri,ri->", floats, floats)),
+        )
+
+    elements = TILE_ELEMENTS if quantize is None else quantize.tile_elements
+    dtype = float_type if scheme.kind == "float" else np.dtype(np.int8)
+    shapes = [part.shape for part in parts]
+    return _convert(shapes, scheme, dtype, convert_rows, elements, progress)
+
+
+def convert_kept(
+    parts: Sequence[QuantizedWeight],
+    scheme: TensorScheme,
+    scale_type: np.dtype[np.generic],
+    order: NDArray[np.int64] | None,
+    progress: Callable[[int], None],
+) -> LinearTensors:
+    """Stack the integers of a quantized checkpoint and store them as the scheme says.
+
+    Args:
+        parts: see `kept.carry_rows`, as for the rest.
+        scheme: how to store them.
+        scale_type: the graph's float type.
+        order: order in which the graph takes the input channels; None as they are.
+        progress: called with the number of weights done.
+    """
+
+    def carry(part: int, rows: slice) -> _Rows:
+        done = carry_rows(parts[part], rows, scheme, scale_type, order)
+        return _Rows(
+            done.values,
+            done.scales,
+            done.offsets,
+            done.changed_groups,
+            done.squared_error,
+            done.squared_norm,
+        )
+
+    shapes = [part.codes.shape for part in parts]
+    return _convert(shapes, scheme, np.dtype(np.int8), carry, TILE_ELEMENTS, progress)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A tile of rows as it is stored: ``values`` ``[rows, in]``, the others ``[rows, groups]``."""
+
+    values: NDArray[np.generic]
+    scales: NDArray[np.float32] | None = None
+    offsets: NDArray[np.float32] | None = None
+    changed_groups: int = 0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+
+def _convert(
+    shapes: Sequence[tuple[int, ...]],
+    scheme: TensorScheme,
+    dtype: np.dtype[np.generic],
+    convert_rows: Callable[[int, slice], _Rows],
+    elements: int,
+    progress: Callable[[int], None],
+) -> LinearTensors:
+    """Convert parts of a matrix in tiles and transpose them to ``[in, out]``."""
+    width = shapes[0][1]
+    out = sum(shape[0] for shape in shapes)
     size = scheme.group_size or width
     pack = _packer(scheme)
-    streams = pack is not None and all(len(part) % 2 == 0 for part in parts)
+    streams = pack is not None and all(shape[0] % 2 == 0 for shape in shapes)
     stored: list[NDArray[Any]]
     if streams:
         planes = 2 if scheme.planes else 1
         stored = [np.empty((width, out // 2), dtype=np.uint8) for _ in range(planes)]
     else:
-        stored = [np.empty((width, out), dtype=float_type if scheme.kind == "float" else np.int8)]
-    scale = None
+        stored = [np.empty((width, out), dtype=dtype)]
+    scale = offset = None
     if scheme.kind != "float":
         scale = np.empty((width // size, out), dtype=np.float32)
+        offset = np.zeros_like(scale)
 
-    def convert_tile(tile: _Tile) -> int:
-        rows = parts[tile.part][tile.start : tile.stop].astype(np.float32)
-        _check_range(rows, names[tile.part], float_type)
-        rows[:, list(zeroed)] = 0
-        first, last = tile.column, tile.column + len(rows)
-        if scale is None or quantize is None:
-            stored[0][:, first:last] = rows.T.astype(float_type)
-            return rows.size
-        result = quantize(rows)
-        scale[:, first:last] = result.scales.T
+    def convert_tile(tile: _Tile) -> _Rows:
+        rows = convert_rows(tile.part, slice(tile.start, tile.stop))
+        first, last = tile.column, tile.column + len(rows.values)
+        if scale is not None and rows.scales is not None:
+            scale[:, first:last] = rows.scales.T
+        if offset is not None and rows.offsets is not None:
+            offset[:, first:last] = rows.offsets.T
         if pack is not None and streams:
-            packed = pack(np.ascontiguousarray(result.values.T))
+            packed = pack(np.ascontiguousarray(rows.values.T))
             for target, plane in zip(stored, packed, strict=True):
                 target[:, first // 2 : last // 2] = plane.reshape(width, -1)
         else:
-            stored[0][:, first:last] = result.values.T
-        return rows.size
+            stored[0][:, first:last] = rows.values.T
+        # A copy: a view would keep the tile.
+        return replace(rows, values=rows.values[:, :0].copy(), scales=None, offsets=None)
 
-    elements = TILE_ELEMENTS if quantize is None else quantize.tile_elements
+    done, lengths = [], [shape[0] for shape in shapes]
     with ThreadPoolExecutor(_THREADS) as pool:
-        for count in pool.map(convert_tile, _tiles([len(part) for part in parts], width, elements)):
-            progress(count)
+        for rows in pool.map(convert_tile, _tiles(lengths, width, elements)):
+            done.append(rows)
+            progress(len(rows.values) * width)
     if pack is not None and not streams:
         stored = list(pack(stored[0]))
+    num_groups = 0 if scale is None else scale.size
     if scale is not None and scheme.group_size == 0:
         scale = scale[0]
-    return LinearTensors(stored[0], scale, *stored[1:])
+    norm = sum(rows.squared_norm for rows in done)
+    error = sum(rows.squared_error for rows in done)
+    return LinearTensors(
+        stored[0],
+        scale,
+        stored[1] if len(stored) > 1 else None,
+        offset=offset if offset is not None and offset.any() else None,
+        num_groups=num_groups,
+        changed_groups=sum(rows.changed_groups for rows in done),
+        relative_error=math.sqrt(error / norm) if norm else 0.0,
+    )
 
 
 def _packer(

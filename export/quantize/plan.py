@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import LinearSpec, linear_layers
-from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.bundle.manifest import ModelSpec, TensorScheme, Treatment
 from edge.bundle.schemes import Clip
 from export.sources.checkpoint import Checkpoint
+from export.sources.quantized_weight import QuantizedWeight
 
 from .rtn import NearestRows, RowQuantizer
 
@@ -54,6 +55,12 @@ class LinearPlan:
         quantize: how its rows are rounded; None for float weights.
         input_scale: scale of the static INT8 range of its inputs; None where inputs stay float.
         float_channels: input channels that are computed in float beside the integers, ascending.
+        kept: integers of a quantized checkpoint, one for each weight of the layer, which are not
+            rounded; None where the floats of ``checkpoint`` are converted.
+        input_order: the order in which the graph takes the input channels; empty as they are.
+        treatment: what becomes of a quantized checkpoint's weight, see `manifest.FromSource`; None
+            where the weight is float, or where the whole model is quantized anew.
+        note: what there is to say about that, for a person, or None.
     """
 
     layer: LinearSpec
@@ -62,6 +69,10 @@ class LinearPlan:
     quantize: RowQuantizer | None
     input_scale: float | None = None
     float_channels: tuple[int, ...] = ()
+    kept: tuple[QuantizedWeight, ...] | None = None
+    input_order: tuple[int, ...] = ()
+    treatment: Treatment | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from edge.errors import ConfigError, DependencyError, install_command
 
 
 class _RecipeFile(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    quant: Quant | None = None
+    quant: Quant | Literal["source"] | None = None
     method: Literal["rtn", "awq", "gptq", "awq+gptq"] | None = None
     group_size: int | None = None
     keep: dict[str, str] | None = None

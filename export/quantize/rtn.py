@@ -22,6 +22,8 @@ _MSE_FRACTIONS = (1.0, 0.96, 0.92, 0.875, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6
 # 6 % less squared error on bell-shaped groups of 64, so 119 loses nothing against 127.
 _PLANES_FRACTIONS = tuple(1.0 + 0.004 * step for step in range(11))
 
+LEAST_SCALE = np.float32(2.0**-14)
+"""float16's smallest normal number; TensorRT takes no smaller scale."""
 TILE_ELEMENTS = 1 << 18
 """Weights of a tile: 1 MiB of float32, so that it and its temporaries stay near the L2 cache."""
 
@@ -131,7 +133,7 @@ def storable_scales(
     bfloat16 shares float16's floor: its own (2**-126) would overflow the reciprocal's products.
     """
     rounded = scales.astype(scale_type).astype(np.float32)
-    result: NDArray[np.float32] = np.maximum(rounded, np.float32(2.0**-14))
+    result: NDArray[np.float32] = np.maximum(rounded, LEAST_SCALE)
     return result
 
 

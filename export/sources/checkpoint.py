@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import ModelSpec, Source
 
 from .checkpoint_text import CheckpointText
+from .quantization_config import WeightFormat
+from .quantized_weight import QuantizedWeight
 
 _Self = TypeVar("_Self", bound="Checkpoint")
 
@@ -46,6 +48,28 @@ class Checkpoint(ABC):
                 cannot be dequantized.
         """
 
+    def weight_format(self, name: str) -> WeightFormat | None:
+        """How the checkpoint stores a linear's weight in integers or 8-bit floats; None if float.
+
+        Args:
+            name: HF name of the weight, as for `tensor`.
+        """
+        return None
+
+    def quantized_weight(self, name: str) -> QuantizedWeight | None:
+        """Read a weight as the integers that the checkpoint stores.
+
+        Args:
+            name: HF name of a weight whose `weight_format` is of integers.
+
+        Returns:
+            None if the weights are no longer the ones that are stored.
+
+        Raises:
+            CheckpointError: a value is not what the config says, or the checkpoint was closed.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the files; each stays mapped until the last view of it is gone."""
@@ -78,6 +102,13 @@ class Transformed(Checkpoint):
     def tensor(self, name: str) -> NDArray[Any]:
         """Read a tensor of the original; see `Checkpoint.tensor`."""
         return self.original.tensor(name)
+
+    def weight_format(self, name: str) -> WeightFormat | None:
+        """How the original stores a weight; see `Checkpoint.weight_format`.
+
+        A subclass forwards `quantized_weight` for what it leaves alone.
+        """
+        return self.original.weight_format(name)
 
     def close(self) -> None:
         """Close the original."""

@@ -10,23 +10,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import expected_tensors
+from edge.bundle.linears import expected_tensors, linear_layers
 from edge.bundle.manifest import Source, sha256_file
 from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError
 
 from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_licence, read_text
-from .safetensors_file import SafetensorsFile
+from .quantization_config import WeightFormat, read_quantization
+from .quantized_module import QuantizedModule
+from .quantized_weight import QuantizedWeight
+from .safetensors_file import FLOATS, SafetensorsFile, TensorEntry
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMPARE_BYTES = 1 << 24
+_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
+_EMBEDDINGS = "model.embed_tokens.weight"
 
 
 class HfDirectory(Checkpoint):
-    """A directory's weights; tensors are read-only views of the mapped files."""
+    """A directory's weights; tensors are read-only views of the mapped files.
+
+    Weights that are quantized already (``quantization_config``) are dequantized to fp32 one at a
+    time, or read as the integers that they are.
+    """
 
     def __init__(
         self,
@@ -53,8 +62,13 @@ class HfDirectory(Checkpoint):
         self.spec = parse_config(config, str(config_path))
         self.text = read_text(directory, config, self.spec.vocab_size, hub_id)
         self.name = (hub_id or directory.resolve().name).rpartition("/")[2]
-        self._files, self._owner = _open_weights(directory)
+        self._quantization = read_quantization(config, str(config_path))
+        is_quantized = self._quantization is not None
+        self._files, self._owner = _open_weights(directory, quantized=is_quantized)
+        self._modules = self._quantized_modules()
         self._check_tensors()
+        for module in self._modules.values():
+            module.check_values(self._read, self._owner.__contains__)
 
     @cached_property
     def source(self) -> Source:
@@ -70,47 +84,117 @@ class HfDirectory(Checkpoint):
             revision=self._revision,
             sha256=hashlib.sha256(lines.encode()).hexdigest(),
             licence=read_licence(self._directory),
+            quantization=None if self._quantization is None else self._quantization.describe(),
         )
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Return the tensor's view, fp32, fp16 or bfloat16; see `Checkpoint.tensor`."""
-        if name not in self._owner:
-            raise CheckpointError(f"{self._directory} has no tensor {name}, or it was closed")
-        return self._owner[name].tensor(name)
+        module = self._modules.get(name)
+        if module is not None:
+            return module.read_floats(self._read, self._owner.__contains__)
+        return self._read(name)
+
+    def weight_format(self, name: str) -> WeightFormat | None:
+        """How a linear's weight is stored; see `Checkpoint.weight_format`."""
+        return self._modules[name].form if name in self._modules else None
+
+    def quantized_weight(self, name: str) -> QuantizedWeight | None:
+        """Read a weight as integers; see `Checkpoint.quantized_weight`."""
+        return self._modules[name].read(self._read, self._owner.__contains__)
 
     def close(self) -> None:
         """Let go of the files; each stays mapped until the last view of it is gone."""
         self._files = {}
         self._owner = {}
 
+    def _read(self, name: str) -> NDArray[Any]:
+        if name not in self._owner:
+            raise CheckpointError(f"{self._directory} has no tensor {name}, or it was closed")
+        return self._owner[name].tensor(name)
+
+    def _quantized_modules(self) -> dict[str, QuantizedModule]:
+        """The linear modules that config.json says are quantized, by the name of their weight."""
+        modules: dict[str, QuantizedModule] = {}
+        if self._quantization is None:
+            return modules
+        for layer in linear_layers(self.spec):
+            for name, rows in zip(layer.weights, layer.rows, strict=True):
+                module = name.removesuffix(".weight")
+                form = self._quantization.format_of(module)
+                if name != _EMBEDDINGS and form is not None:
+                    shape = (rows, layer.shape[0])
+                    modules[name] = QuantizedModule(
+                        module, form, shape, self._quantization.key, self._directory
+                    )
+        if not modules:
+            raise CheckpointError(
+                f"{self._directory / 'config.json'}: {self._quantization.key} leaves every linear "
+                "layer float; delete the key from a local copy"
+            )
+        return modules
+
     def _check_tensors(self) -> None:
+        entries = {name: file.entries[name] for name, file in self._owner.items()}
         expected = expected_tensors(self.spec)
+        known: set[str] = set()
+        for module in self._modules.values():
+            known |= module.check(entries)
         for name, shape in expected.items():
-            if name not in self._owner:
+            if name in self._modules:
+                continue
+            known.add(name)
+            if name not in entries:
                 raise CheckpointError(
                     f"{self._directory} has no tensor {name}, expected {list(shape)}; the "
                     "checkpoint is incomplete or config.json is of another model"
                 )
-            found = self._owner[name].entries[name].shape
-            if found != shape:
+            found = entries[name]
+            if found.shape != shape:
                 raise CheckpointError(
-                    f"{self._directory}: tensor {name} has shape {list(found)}, config.json says "
-                    f"{list(shape)}"
+                    f"{self._directory}: tensor {name} has shape {list(found.shape)}, config.json "
+                    f"says {list(shape)}"
                 )
-        for name in sorted(self._owner.keys() - expected.keys()):
-            if name.endswith(".self_attn.rotary_emb.inv_freq"):
-                continue  # written by old transformers; the frequencies follow from config.json
-            if name == "lm_head.weight" and self.spec.tied_embeddings:
-                self._check_tied_head()
-                continue
-            raise CheckpointError(
-                f"{self._owner[name].path}: tensor {name} is not part of "
-                f"{self.spec.architecture} as config.json describes it; found "
-                f"{list(self._owner[name].entries[name].shape)}, expected no such tensor"
-            )
+            if found.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{self._directory}: tensor {name} has type {found.dtype}, but config.json "
+                    f"leaves it float ({', '.join(FLOATS)}); the config is of another checkpoint"
+                )
+        for name in sorted(entries.keys() - known):
+            if not self._is_ignored(name, entries[name]):
+                raise self._stray(name, entries[name])
+
+    def _is_ignored(self, name: str, entry: TensorEntry) -> bool:
+        """Whether a tensor that is no part of the model changes nothing."""
+        if name.endswith(".self_attn.rotary_emb.inv_freq"):
+            return True  # written by old transformers; the frequencies follow from config.json
+        if name == "lm_head.weight" and self.spec.tied_embeddings:
+            self._check_tied_head()
+            return True
+        quantization = self._quantization
+        if quantization is not None and quantization.cache_scales and name.endswith(_CACHE_SCALES):
+            return True
+        module = self._modules.get(name.removesuffix("bias") + "weight")
+        if module is None or entry.shape != (module.shape[0],) or entry.dtype not in FLOATS:
+            return False
+        # Old GPTQ tools give every module a bias.
+        return not self._read(name).astype(np.float32).any()
+
+    def _stray(self, name: str, entry: TensorEntry) -> CheckpointError:
+        problem = (
+            f"{self._owner[name].path}: tensor {name} is not part of {self.spec.architecture} as "
+            f"config.json describes it; found {entry.dtype} {list(entry.shape)}, expected no such "
+            "tensor"
+        )
+        if self._quantization is None:
+            return CheckpointError(problem)
+        module = name.rpartition(".")[0]
+        form = self._quantization.format_of(module)
+        return CheckpointError(
+            f"{problem}: {self._quantization.key} says of {module}: {form or 'not quantized'}"
+        )
 
     def _check_tied_head(self) -> None:
-        embeddings = self.tensor("model.embed_tokens.weight")
+        embeddings = self.tensor(_EMBEDDINGS)
         head = self.tensor("lm_head.weight")
         same = embeddings.shape == head.shape and embeddings.dtype == head.dtype
         if not same or not _equal_bytes(embeddings, head):
@@ -131,12 +215,12 @@ def _equal_bytes(a: NDArray[Any], b: NDArray[Any]) -> bool:
 
 
 def _open_weights(
-    directory: Path,
+    directory: Path, *, quantized: bool
 ) -> tuple[dict[str, SafetensorsFile], dict[str, SafetensorsFile]]:
     """Files by name, and the file that holds each tensor."""
     # transformers' order: the single file wins over an index.
     if (directory / WEIGHTS_NAME).exists():
-        file = SafetensorsFile(directory / WEIGHTS_NAME)
+        file = SafetensorsFile(directory / WEIGHTS_NAME, quantized=quantized)
         return {WEIGHTS_NAME: file}, dict.fromkeys(file.entries, file)
     index_path = directory / INDEX_NAME
     if not index_path.exists():
@@ -162,7 +246,7 @@ def _open_weights(
                 f"{directory} has no {shard}, which {INDEX_NAME} names; download the checkpoint "
                 "again"
             )
-        files[shard] = SafetensorsFile(directory / shard)
+        files[shard] = SafetensorsFile(directory / shard, quantized=quantized)
     for shard, file in files.items():
         listed = {name for name, owner in shard_of.items() if owner == shard}
         if stray := sorted(listed ^ file.entries.keys()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from edge.errors import CheckpointError
 
 from .checkpoint import Checkpoint, Transformed
 from .lora_config import ADAPTER_CONFIG, LoraConfig, read_lora_config
+from .quantization_config import WeightFormat
+from .quantized_weight import QuantizedWeight
 from .safetensors_file import SafetensorsFile, TensorEntry
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -91,6 +94,19 @@ class LoraCheckpoint(Transformed):
         if module == _EMBEDDINGS:
             a, b = b.T, a.T  # the table is [vocab, hidden], the product [hidden, vocab]
         return _add(base, a, b, np.float32(self._scaling[module]))
+
+    def weight_format(self, name: str) -> WeightFormat | None:
+        """How the base stores a weight; where the adapter changes it, its inputs stay float."""
+        form = super().weight_format(name)
+        return replace(form, inputs="float") if form and self._touches(name) else form
+
+    def quantized_weight(self, name: str) -> QuantizedWeight | None:
+        """Read integers of a weight that the adapter leaves alone; see `Checkpoint`."""
+        return None if self._touches(name) else self.original.quantized_weight(name)
+
+    def _touches(self, name: str) -> bool:
+        module = name.removesuffix(".weight")
+        return module in self._low_rank or module in self._whole
 
     def close(self) -> None:
         """Close the adapter and the base model."""

@@ -13,6 +13,7 @@ from .checkpoint_text import read_json, read_text
 from .gguf_source import GgufCheckpoint
 from .hf_directory import HfDirectory
 from .hub import download
+from .quantization_config import read_quantization
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -57,4 +58,5 @@ def _check_text(directory: Path) -> None:
     """Refuse what cannot be exported before gigabytes of it are downloaded."""
     config = read_json(directory / "config.json")
     spec = parse_config(config, str(directory / "config.json"))
+    read_quantization(config, str(directory / "config.json"))
     read_text(directory, config, spec.vocab_size)

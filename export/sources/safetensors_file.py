@@ -22,8 +22,10 @@ from edge.errors import CheckpointError, DependencyError, install_command
 # The limit of the reference implementation; a real header has about 100 bytes per tensor.
 _MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
-_NUMPY_TYPE = {"F32": "<f4", "F16": "<f2"}
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_NUMPY_TYPE = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
+FLOATS = ("F32", "F16", "BF16")
+"""The types of float weights."""
 
 
 def bfloat16() -> np.dtype[Any]:
@@ -32,13 +34,17 @@ def bfloat16() -> np.dtype[Any]:
     Raises:
         DependencyError: ml-dtypes is not installed.
     """
+    return _ml_dtype("bfloat16")
+
+
+def _ml_dtype(name: str) -> np.dtype[Any]:
     try:
         import ml_dtypes
     except ImportError as error:
         raise DependencyError(
-            f"reading bfloat16 weights needs ml-dtypes; run: {install_command('export')}"
+            f"reading {name} weights needs ml-dtypes; run: {install_command('export')}"
         ) from error
-    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
     return dtype
 
 
@@ -60,13 +66,18 @@ class SafetensorsFile:
         entries: the header, by tensor name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, quantized: bool = False) -> None:
         """Map the file and check its header.
+
+        Args:
+            path: the file.
+            quantized: whether it may hold integers and FP8, too.
 
         Raises:
             CheckpointError: the file cannot be read or its header is not valid.
         """
         self.path = path
+        self._types = tuple(_ITEM_BYTES) if quantized else FLOATS
         try:
             with path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -87,7 +98,10 @@ class SafetensorsFile:
         raw: NDArray[Any] = np.empty(0, dtype=np.uint8)
         if num_bytes:  # an empty range cannot be mapped
             raw = np.memmap(self.path, np.uint8, "r", entry.begin, (num_bytes,))
-        dtype = bfloat16() if entry.dtype == "BF16" else np.dtype(_NUMPY_TYPE[entry.dtype])
+        if entry.dtype in _NUMPY_TYPE:
+            dtype = np.dtype(_NUMPY_TYPE[entry.dtype])
+        else:
+            dtype = bfloat16() if entry.dtype == "BF16" else _ml_dtype("float8_e4m3fn")
         return raw.view(dtype).reshape(entry.shape)
 
     def _damaged(self, why: str) -> CheckpointError:
@@ -125,10 +139,11 @@ class SafetensorsFile:
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
             raise self._damaged(f"tensor {name} has shape {shape!r} and data_offsets {offsets!r}")
-        if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        if not isinstance(dtype, str) or dtype not in self._types:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has type {dtype!r}, expected one of "
-                f"{', '.join(_ITEM_BYTES)}; use the original, unquantized checkpoint"
+                f"{', '.join(self._types)}; use the original, unquantized checkpoint, or one whose "
+                "config.json has a quantization_config"
             )
         num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
         if offsets[1] - offsets[0] != num_bytes:

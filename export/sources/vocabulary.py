@@ -26,6 +26,7 @@ from edge.text.tokenizer import Tokenizer
 from .checkpoint import Checkpoint, Transformed
 from .checkpoint_text import CheckpointText
 from .documents import CalibrationText, encode_document, read_calibration_text
+from .quantized_weight import QuantizedWeight
 from .reduced_tokenizer import BpeTokenizer, ids_of_generation_config, reduce_generation_config
 
 MULTIPLE = 64
@@ -134,6 +135,11 @@ class ReducedCheckpoint(Transformed):
         """Read a tensor; of the token table and the lm_head, the kept rows."""
         tensor = super().tensor(name)
         return tensor[self.kept] if name in _TABLES else tensor
+
+    def quantized_weight(self, name: str) -> QuantizedWeight | None:
+        """Read integers; of the lm_head, the kept rows."""
+        weight = self.original.quantized_weight(name)
+        return weight.take_rows(self.kept) if weight is not None and name in _TABLES else weight
 
 
 def choose(

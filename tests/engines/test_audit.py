@@ -22,6 +22,7 @@ from engines.graph import prepare_graph
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Bundles
 from tests.export.quantize.loud_checkpoint import write_loud_checkpoint
+from tests.quantized_golden import QuantizedGolden
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -188,6 +189,39 @@ def test_float_channels_that_the_manifest_does_not_know_are_found(loud: Path) ->
     changed = replace(manifest, quantization=replace(manifest.quantization, linears=linears))
     (problem,) = parse(loud, (loud / "decoder.onnx").read_bytes(), changed).problems
     assert problem == "layers.1.down: 256 weights of channels in float, the bundle says 2 x 64"
+
+
+@pytest.fixture(scope="module")
+def offset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of GPTQ's integers with zero points and act-order."""
+    root = tmp_path_factory.mktemp("offset")
+    source = QuantizedGolden.load("gptq-asym-act-order").write(root / "model")
+    export_checkpoint(ExportConfig(source=str(source), output=root / "bundle", kv_capacity=64))
+    return root / "bundle"
+
+
+def test_offsets_of_groups_are_accounted_for(offset: Path) -> None:
+    audit = damaged(offset, lambda _: None)
+    assert audit.problems == ()
+    assert {weight.dtype for weight in audit.weights} == {"int4", "fp16"}
+
+
+def test_lost_offsets_are_found(offset: Path) -> None:
+    def change(graph: OnnxFile) -> None:
+        (node,) = (n for n in graph.nodes if "layers.0.down.offset_product" in n.inputs)
+        node.op_type, node.inputs = "Identity", node.inputs[:1]
+
+    (problem,) = damaged(offset, change).problems
+    assert problem == "layers.0.down: 0 offsets of groups, the bundle says 2 x 64"
+
+
+def test_offsets_that_the_manifest_does_not_know_are_found(offset: Path) -> None:
+    manifest = read_manifest(offset)
+    linears = dict(manifest.quantization.linears)
+    linears["layers.0.down"] = replace(linears["layers.0.down"], offsets=False)
+    changed = replace(manifest, quantization=replace(manifest.quantization, linears=linears))
+    (problem,) = parse(offset, (offset / "decoder.onnx").read_bytes(), changed).problems
+    assert problem == "layers.0.down: 128 offsets of groups, the bundle says 0 x 64"
 
 
 def test_a_plan_with_unpacked_weights_is_too_large(bundle: Path) -> None:

@@ -177,6 +177,7 @@ def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
         "num_bytes": sum(file.num_bytes for file in files),
         "source": "Tiny-R1",
         "revision": None,
+        "source_quantization": None,
         "sampling_assumed": None,
         "dialect": RUNNABLE,
         "tensorrt": list(manifest.tensorrt or ()),

@@ -81,7 +81,6 @@ def test_what_is_no_model_is_refused_with_what_could_be(tmp_path: Path):
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures GPT2LMHeadModel is not supported"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be"),
-        ({"quantization_config": {"quant_method": "awq"}}, "use the original model"),
     ],
 )
 def test_a_config_that_export_refuses_is_refused_by_its_path(
@@ -91,6 +90,13 @@ def test_a_config_that_export_refuses_is_refused_by_its_path(
     path.write_text(json.dumps({**CONFIG, **change}))
     with pytest.raises(CheckpointError, match=f"^{path}: .*{message}"):
         read_config(path)
+
+
+def test_a_quantized_checkpoint_is_planned_by_its_dimensions(tmp_path: Path):
+    """What it is planned as is the recipe that the plan is asked for."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "awq"}}))
+    assert read_config(path) == parse_config(CONFIG)
 
 
 @given(st.binary(max_size=200))

@@ -1,0 +1,555 @@
+"""How a checkpoint says that its weights are quantized: ``quantization_config`` of config.json.
+
+Every tool writes keys of its own. What they say is brought into one form, a `WeightFormat` for each
+module, and what cannot be followed exactly is refused by name. The layouts were read off the tools'
+own files (``scripts/make_quantized_golden.py``): those of GPTQ and AWQ as GPTQModel 7.6 and
+AutoRound 0.15 write them, compressed-tensors 0.19 and ModelOpt 0.47. ``fp8`` is described by
+transformers' ``FineGrainedFP8Config``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from edge.bundle.manifest import SourceQuantization
+from edge.errors import CheckpointError
+
+KEYS = ("quantization_config", "compression_config")
+Layout = Literal["gptq", "awq", "packed", "int8", "fp8", "fp8-inv", "nvfp4", "modelopt-nvfp4"]
+
+_INSTEAD = "export the original model and choose a --quant"
+_NO_GRID = f"its weights are no multiples of a scale, so no integers can be kept; {_INSTEAD}"
+# What `transformers` knows besides, and why it is not read.
+_REFUSED = {
+    "bitsandbytes": f"NF4, FP4 and LLM.int8 are not read: {_NO_GRID}; or dequantize it where it "
+    "was made: model.dequantize() and save_pretrained()",
+    "aqlm": _NO_GRID,
+    "quip": _NO_GRID,
+    "vptq": _NO_GRID,
+    "higgs": _NO_GRID,
+    "spqr": _NO_GRID,
+    "hqq": f"the layout is not read; {_INSTEAD}",
+    "eetq": f"the layout is not read; {_INSTEAD}",
+    "quanto": f"the layout is not read; {_INSTEAD}",
+    "torchao": f"the layout is not read; {_INSTEAD}",
+    "fbgemm-fp8": f"the layout is not read; {_INSTEAD}",
+    "bitnet": f"the layout is not read; {_INSTEAD}",
+    "mxfp4": f"the layout is not read; {_INSTEAD}",
+}
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the weight of one linear module is stored.
+
+    Attributes:
+        layout: which tensors there are, see `export.sources.quantized_module`.
+        bits: of a weight.
+        group_size: weights along the input that share a scale; 0 is the whole row.
+        symmetric: whether the integers have no zero point.
+        zero_offset: what is added to a stored zero point; 1 for GPTQ's first format.
+        act_order: whether the input channels are grouped by importance, not by position.
+        block: ``[out, in]`` of a block that shares a scale (``fp8``), or None.
+        inputs: how the tool rounds the inputs of the module too: not at all, by a stored scale, or
+            by the inputs at hand.
+        inputs_symmetric: whether rounded inputs have no zero point.
+    """
+
+    layout: Layout
+    bits: int
+    group_size: int = 0
+    symmetric: bool = True
+    zero_offset: int = 0
+    act_order: bool = False
+    block: tuple[int, int] | None = None
+    inputs: Literal["float", "static", "dynamic"] = "float"
+    inputs_symmetric: bool = True
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the weights are integers times scales."""
+        return self.layout in ("gptq", "awq", "packed", "int8")
+
+    def __str__(self) -> str:
+        if not self.is_integer:
+            scales = f" in blocks of {self.block[0]} x {self.block[1]}" if self.block else ""
+            return f"{'NVFP4' if self.bits == 4 else 'FP8'} weights{scales}{self._inputs}"
+        size = f"groups of {self.group_size}" if self.group_size else "one scale per output"
+        zero = "symmetric" if self.symmetric else "asymmetric"
+        order = ", act-order" if self.act_order else ""
+        return f"{self.bits} bits, {size}, {zero}{order}{self._inputs}"
+
+    @property
+    def _inputs(self) -> str:
+        return "" if self.inputs == "float" else f", {self.inputs} scales of inputs"
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What a config.json says about the quantization of its weights.
+
+    Attributes:
+        key: the key of config.json.
+        method: ``quant_method``.
+        where: path for error messages.
+        main: the format of most modules.
+        cache_scales: whether the checkpoint has scales for an 8-bit KV cache, which are not used.
+    """
+
+    key: str
+    method: str
+    where: str
+    main: WeightFormat
+    resolve: Callable[[str], WeightFormat | None]
+    cache_scales: bool = False
+
+    def format_of(self, module: str) -> WeightFormat | None:
+        """The format of a linear module, e.g. ``lm_head``; None if the config leaves it float."""
+        return self.resolve(module)
+
+    def describe(self) -> SourceQuantization:
+        """Describe it for the manifest."""
+        cache = "; scales of an 8-bit KV cache are left out" if self.cache_scales else ""
+        return SourceQuantization(method=self.method, details=f"{self.main}{cache}")
+
+
+def read_quantization(config: Mapping[str, Any], where: str) -> QuantizationConfig | None:
+    """Read how a checkpoint is quantized; None if its config.json says nothing of it.
+
+    Args:
+        config: the parsed config.json.
+        where: its path for error messages.
+
+    Raises:
+        CheckpointError: an unknown method, or a value that cannot be followed; the key is named.
+    """
+    found = [key for key in KEYS if config.get(key) is not None]
+    if not found:
+        return None
+    key = found[0]
+    section = config[key]
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{where}: {key} must be an object, found {section!r:.80}")
+    default = "compressed-tensors" if "config_groups" in section else None
+    method = section.get("quant_method", default)
+    reader = _Reader(section, f"{where}: {key}")
+    if not isinstance(method, str):
+        raise reader.error("quant_method", f"must name a method, found {method!r:.80}")
+    name = method.lower().replace("_", "-").removeprefix("intel/")
+    if name in _REFUSED:
+        raise reader.error("quant_method", f"is {method}: {_REFUSED[name]}")
+    if name not in _METHODS:
+        raise reader.error(
+            "quant_method", f"{method!r:.80} is not known; known: {', '.join(_METHODS)}"
+        )
+    main, resolve, cache_scales = _METHODS[name](reader)
+    return QuantizationConfig(key, name, where, main, resolve, cache_scales)
+
+
+_Resolve = Callable[[str], "WeightFormat | None"]
+_Found = tuple[WeightFormat, _Resolve, bool]
+_T = TypeVar("_T")
+
+
+class _Reader:
+    """One JSON object; every error names the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def error(self, key: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {key} {problem}")
+
+    def convert(self, kind: type[_T]) -> _T:
+        """Check the types of the keys that a struct has; tools add others."""
+        try:
+            return msgspec.convert(dict(self.values), kind)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"{self.where}: {error}") from error
+
+    def group_size(self, size: int | None, key: str = "group_size") -> int:
+        """A group size as `WeightFormat` has it; tools write -1 for a whole row."""
+        if size is None or size == -1:
+            return 0
+        if size < 1:
+            raise self.error(key, f"must be positive or -1, found {size}")
+        return size
+
+    def only(self, key: str, value: Any, known: Sequence[Any]) -> None:
+        if value not in known:
+            choices = ", ".join(map(str, known))
+            raise self.error(key, f"is {value!r:.80}; what is read: {choices}. Else {_INSTEAD}")
+
+    def patterns(self, key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
+        try:
+            return [re.compile(pattern) for pattern in patterns]
+        except re.error as error:
+            raise self.error(key, f"holds a pattern that is not valid: {error}") from error
+
+
+# ------------------------------------------------------------------------------------- AWQ
+
+
+class _Awq(msgspec.Struct):
+    bits: int | None = None
+    w_bit: int | None = None
+    group_size: int | None = None
+    q_group_size: int | None = None
+    zero_point: bool = True
+    version: str = "gemm"
+    modules_to_not_convert: list[str] | None = None
+
+
+def _awq(reader: _Reader) -> _Found:
+    values = reader.convert(_Awq)
+    version = reader.values.get("checkpoint_format") or reader.values.get("format")
+    reader.only("version", str(version or values.version).lower(), ("gemm",))
+    bits = values.bits if values.bits is not None else values.w_bit
+    reader.only("bits", bits, (4,))
+    size = values.group_size if values.group_size is not None else values.q_group_size
+    main = WeightFormat("awq", 4, reader.group_size(size), symmetric=not values.zero_point)
+    kept = ["lm_head", *(values.modules_to_not_convert or ())]
+    return main, lambda module: None if any(name in module for name in kept) else main, False
+
+
+# ------------------------------------------------------------------------------------ GPTQ
+
+
+class _Gptq(msgspec.Struct):
+    bits: int
+    group_size: int = 128
+    desc_act: bool = False
+    sym: bool = True
+    checkpoint_format: str | None = None
+    format: str | None = None
+    pack_dtype: str = "int32"
+    lm_head: bool = False
+    is_marlin_format: bool = False
+    dynamic: dict[str, dict[str, Any]] | None = None
+    modules_in_block_to_quantize: list[list[str] | str] | None = None
+
+
+# GPTQ's first format stores every zero point less one, its second as it is.
+_GPTQ_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+_GPTQ_BITS = (2, 4, 8)
+
+
+def _gptq(reader: _Reader) -> _Found:
+    values = reader.convert(_Gptq)
+    version = values.checkpoint_format or values.format or "gptq"
+    if version.lower() == "gemm":  # GPTQModel writes AWQ under either name
+        return _awq(reader)
+    reader.only("checkpoint_format", version, tuple(_GPTQ_OFFSETS))
+    reader.only("is_marlin_format", values.is_marlin_format, (False,))
+    reader.only("pack_dtype", values.pack_dtype, ("int32",))
+    reader.only("bits", values.bits, _GPTQ_BITS)
+    main = WeightFormat(
+        "gptq",
+        values.bits,
+        reader.group_size(values.group_size),
+        symmetric=values.sym,
+        zero_offset=_GPTQ_OFFSETS[version],
+        act_order=values.desc_act,
+    )
+    dynamic = values.dynamic or {}
+    rules = reader.patterns(
+        "dynamic", [name.removeprefix("+:").removeprefix("-:") for name in dynamic]
+    )
+    chosen = [
+        name
+        for names in values.modules_in_block_to_quantize or ()
+        for name in ([names] if isinstance(names, str) else names)
+    ]
+
+    def resolve(module: str) -> WeightFormat | None:
+        if module == "lm_head" and not values.lm_head:
+            return None
+        if chosen and module != "lm_head" and not module.endswith(tuple(chosen)):
+            return None
+        for rule, (name, changes) in zip(rules, dynamic.items(), strict=True):
+            if rule.match(module) is not None:
+                return None if name.startswith("-:") else _changed(reader, main, changes, "dynamic")
+        return main
+
+    return main, resolve, False
+
+
+def _changed(
+    reader: _Reader, main: WeightFormat, changes: Mapping[str, Any], key: str
+) -> WeightFormat | None:
+    """A format with what a tool says of one module; None if that leaves it float."""
+    given = _Reader(changes, f"{reader.where}: {key}").convert(_Changes)
+    if given.bits is not None and given.bits >= 16:
+        return None
+    bits = main.bits if given.bits is None else given.bits
+    reader.only(f"{key}: bits", bits, _GPTQ_BITS if main.layout == "gptq" else (4,))
+    reader.only(f"{key}: data_type", given.data_type, ("int",))
+    size = main.group_size
+    if given.group_size is not None:
+        size = reader.group_size(given.group_size, f"{key}: group_size")
+    return replace(
+        main,
+        bits=bits,
+        group_size=size,
+        symmetric=main.symmetric if given.sym is None else given.sym,
+        act_order=main.act_order if given.desc_act is None else given.desc_act,
+    )
+
+
+class _Changes(msgspec.Struct):
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    desc_act: bool | None = None
+    data_type: str = "int"
+
+
+# ------------------------------------------------------------------------------- AutoRound
+
+
+class _AutoRound(msgspec.Struct):
+    bits: int
+    group_size: int = 128
+    sym: bool = True
+    data_type: str = "int"
+    packing_format: str = "auto_round:auto_gptq"
+    act_bits: int | None = None
+    extra_config: dict[str, dict[str, Any]] | None = None
+
+
+# The zero points of its own packing and of GPTQModel's are stored as they are.
+_AUTO_ROUND: dict[str, tuple[Layout, int]] = {
+    "auto_round:auto_gptq": ("gptq", 1),
+    "auto_round:gptqmodel": ("gptq", 0),
+    "auto_round:exllamav2": ("gptq", 0),
+    "auto_round": ("gptq", 0),
+    "auto_round:auto_awq": ("awq", 0),
+}
+
+
+def _auto_round(reader: _Reader) -> _Found:
+    values = reader.convert(_AutoRound)
+    reader.only("packing_format", values.packing_format, tuple(_AUTO_ROUND))
+    reader.only("data_type", values.data_type, ("int",))
+    reader.only("act_bits", values.act_bits or 16, (16, 32))
+    layout, offset = _AUTO_ROUND[values.packing_format]
+    reader.only("bits", values.bits, _GPTQ_BITS if layout == "gptq" else (4,))
+    size = reader.group_size(values.group_size)
+    main = WeightFormat(layout, values.bits, size, symmetric=values.sym, zero_offset=offset)
+    extra = values.extra_config or {}
+    rules = reader.patterns("extra_config", list(extra))
+
+    def resolve(module: str) -> WeightFormat | None:
+        changes = extra.get(module)
+        if changes is None:
+            found = (
+                c for rule, c in zip(rules, extra.values(), strict=True) if rule.fullmatch(module)
+            )
+            changes = next(found, None)
+        if changes is None:
+            return None if module == "lm_head" else main
+        return _changed(reader, main, changes, "extra_config")
+
+    return main, resolve, False
+
+
+# ---------------------------------------------------------------------- compressed-tensors
+
+
+class _CtArgs(msgspec.Struct):
+    num_bits: int = 8
+    type: str = "int"
+    symmetric: bool = True
+    group_size: int | None = None
+    strategy: str | None = None
+    block_structure: list[int] | None = None
+    dynamic: bool | str = False
+    actorder: bool | str | None = None
+
+
+class _CtGroup(msgspec.Struct):
+    targets: list[str]
+    weights: _CtArgs | None = None
+    input_activations: _CtArgs | None = None
+    output_activations: _CtArgs | None = None
+    format: str | None = None
+
+
+class _CompressedTensors(msgspec.Struct):
+    config_groups: dict[str, _CtGroup]
+    format: str | None = None
+    ignore: list[str] | None = None
+    quantization_status: str = "compressed"
+    kv_cache_scheme: dict[str, Any] | None = None
+    sparsity_config: dict[str, Any] | None = None
+    transform_config: dict[str, Any] | None = None
+
+
+_CT_LAYOUTS: dict[str, Layout] = {
+    "pack-quantized": "packed",
+    "int-quantized": "int8",
+    "float-quantized": "fp8",
+    "nvfp4-pack-quantized": "nvfp4",
+}
+_CT_BITS = {"packed": (2, 4, 8), "int8": (8,), "fp8": (8,), "nvfp4": (4,)}
+_CT_STRATEGIES = {
+    "packed": ("group", "channel", "tensor"),
+    "int8": ("group", "channel", "tensor"),
+    "fp8": ("channel", "tensor", "block"),
+    "nvfp4": ("tensor_group",),
+}
+
+
+def _compressed_tensors(reader: _Reader) -> _Found:
+    values = reader.convert(_CompressedTensors)
+    reader.only("quantization_status", values.quantization_status, ("compressed",))
+    sparsity = (values.sparsity_config or {}).get("format", "dense")
+    reader.only("sparsity_config: format", sparsity, ("dense",))
+    if values.transform_config and values.transform_config.get("config_groups"):
+        raise reader.error(
+            "transform_config", f"asks for transforms at run time, which are not read; {_INSTEAD}"
+        )
+    groups = [
+        (group.targets, _ct_format(reader, name, group, values.format))
+        for name, group in values.config_groups.items()
+    ]
+    if not groups:
+        raise reader.error("config_groups", "has no group")
+    ignored = values.ignore or []
+    reader.patterns("ignore", [name[3:] for name in ignored if name.startswith("re:")])
+    for targets, _ in groups:
+        reader.patterns("targets", [name[3:] for name in targets if name.startswith("re:")])
+
+    def resolve(module: str) -> WeightFormat | None:
+        if _ct_names(ignored, module):
+            return None
+        # A name or pattern is more particular than the class of all linears.
+        matching = [(targets, form) for targets, form in groups if _ct_names(targets, module)]
+        matching.sort(key=lambda group: group[0] == ["Linear"])
+        return matching[0][1] if matching else None
+
+    return groups[0][1], resolve, values.kv_cache_scheme is not None
+
+
+def _ct_names(targets: Sequence[str], module: str) -> bool:
+    return any(
+        target in (module, "Linear")
+        or (target.startswith("re:") and re.match(target[3:], module) is not None)
+        for target in targets
+    )
+
+
+def _ct_format(reader: _Reader, name: str, group: _CtGroup, default: str | None) -> WeightFormat:
+    where = f"config_groups: {name}"
+    reader.only(f"{where}: format", group.format or default, tuple(_CT_LAYOUTS))
+    layout = _CT_LAYOUTS[str(group.format or default)]
+    args = group.weights
+    if args is None:
+        raise reader.error(f"{where}: weights", "is missing: nothing is said of the weights")
+    if group.output_activations is not None:
+        raise reader.error(f"{where}: output_activations", f"are not read; {_INSTEAD}")
+    kind = "int" if layout in ("packed", "int8") else "float"
+    reader.only(f"{where}: weights: type", args.type, (kind,))
+    reader.only(f"{where}: weights: num_bits", args.num_bits, _CT_BITS[layout])
+    strategy = args.strategy or ("group" if args.group_size else "tensor")
+    if args.group_size == -1:
+        strategy = "channel"
+    reader.only(f"{where}: weights: strategy", strategy, _CT_STRATEGIES[layout])
+    size = 0
+    if "group" in strategy:
+        size = reader.group_size(args.group_size, f"{where}: weights: group_size")
+    if layout == "nvfp4":
+        reader.only(f"{where}: weights: group_size", size, (16,))
+    if kind == "float":
+        reader.only(f"{where}: weights: symmetric", args.symmetric, (True,))
+    block = None
+    if strategy == "block":
+        block = _block(reader, args.block_structure, f"{where}: weights: block_structure")
+    inputs, inputs_symmetric = _ct_inputs(group.input_activations)
+    order = args.actorder in ("group", "dynamic", True)
+    return WeightFormat(
+        layout,
+        args.num_bits,
+        size,
+        symmetric=args.symmetric,
+        act_order=order,
+        block=block,
+        inputs=inputs,
+        inputs_symmetric=inputs_symmetric,
+    )
+
+
+def _ct_inputs(args: _CtArgs | None) -> tuple[Literal["float", "static", "dynamic"], bool]:
+    if args is None:
+        return "float", True
+    return ("dynamic" if args.dynamic else "static"), args.symmetric
+
+
+def _block(reader: _Reader, block: list[int] | None, key: str) -> tuple[int, int]:
+    if block is None or len(block) != 2 or min(block) < 1:
+        raise reader.error(key, f"must be two positive sizes, found {block!r:.80}")
+    return block[0], block[1]
+
+
+# --------------------------------------------------------------------------- FP8, ModelOpt
+
+
+class _Fp8(msgspec.Struct):
+    fmt: str = "e4m3"
+    weight_block_size: list[int] | None = None
+    activation_scheme: str = "dynamic"
+    modules_to_not_convert: list[str] | None = None
+
+
+def _fp8(reader: _Reader) -> _Found:
+    values = reader.convert(_Fp8)
+    reader.only("fmt", values.fmt, ("e4m3",))
+    reader.only("activation_scheme", values.activation_scheme, ("dynamic",))
+    block = _block(reader, values.weight_block_size, "weight_block_size")
+    main = WeightFormat("fp8-inv", 8, block=block, inputs="dynamic")
+    kept = ["lm_head", *(values.modules_to_not_convert or ())]
+    return main, lambda module: None if any(name in module for name in kept) else main, False
+
+
+class _ModelOpt(msgspec.Struct):
+    quant_algo: str
+    ignore: list[str] | None = None
+    exclude_modules: list[str] | None = None
+    kv_cache_scheme: dict[str, Any] | None = None
+    kv_cache_quant_algo: str | None = None
+
+
+_MODELOPT = {
+    "FP8": WeightFormat("fp8", 8, inputs="static"),
+    "NVFP4": WeightFormat("modelopt-nvfp4", 4, 16, inputs="static"),
+}
+
+
+def _modelopt(reader: _Reader) -> _Found:
+    values = reader.convert(_ModelOpt)
+    reader.only("quant_algo", values.quant_algo, tuple(_MODELOPT))
+    main = _MODELOPT[values.quant_algo]
+    kept = [*(values.ignore or ()), *(values.exclude_modules or ())]
+
+    def resolve(module: str) -> WeightFormat | None:
+        return None if any(fnmatch.fnmatchcase(module, name) for name in kept) else main
+
+    cache_scales = values.kv_cache_scheme is not None or values.kv_cache_quant_algo is not None
+    return main, resolve, cache_scales
+
+
+_METHODS: dict[str, Callable[[_Reader], _Found]] = {
+    "awq": _awq,
+    "gptq": _gptq,
+    "auto-round": _auto_round,
+    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+    "modelopt": _modelopt,
+}
