@@ -307,7 +307,9 @@ class _Export:
                 clip=clip if self.quantized else "none",
                 linears=linears,
                 calibration=decoder.calibration,
-                smoothed=any(info.activation_scale is not None for info in linears.values()),
+                # The source's own input scales come without factors.
+                smoothed=method != "source"
+                and any(info.activation_scale is not None for info in linears.values()),
                 rotated=bool(self.config.rotate),
                 embeddings=self.config.embeddings,
             ),

@@ -27,6 +27,8 @@ HIGH_PLANE = 16
 """What one in the high plane counts; its scale is this many times the low plane's."""
 PLANES_RANGE = (-128, 119)
 """Of the integers that are stored as planes: 7 in each is 119; joined they are INT8."""
+PLANES_LEAST = -136
+"""The least that two planes can hold; only layers with offsets (`LinearInfo.offsets`) reach it."""
 INT4_GROUP_SIZE = 32
 """Of INT4 layers where nobody says: 128 loses three times as much (docs/quantization.md)."""
 SCALE_BYTES = 2

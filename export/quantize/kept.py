@@ -6,10 +6,9 @@ needs besides its codes is an offset ``o``: with ``w = s * (q - z)`` and ``c + o
     x @ w = x @ (s * c)  +  (sum of the group's x) @ (s * o)
 
 where ``c`` is stored and ``o`` is 0 wherever ``q - z`` itself fits. So AWQ's zero points and
-AutoRound's negative scales keep their four bits; two planes would take eight. The whole range of
-INT8 (-128..127) is 8 more than two planes hold (`edge.bundle.schemes`): groups that reach beyond
-are shifted in the same way. A group that still does not fit, or whose scale the graph's type cannot
-hold, is rounded anew.
+AutoRound's negative scales keep their four bits; two planes would take eight. In the same way two
+planes hold the whole range of INT8, which reaches 8 beyond them (`edge.bundle.schemes`). A group
+whose scale the graph's type cannot hold is rounded anew.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
-from edge.bundle.schemes import SCHEMES
+from edge.bundle.schemes import PLANES_LEAST, SCHEMES
 from export.sources.quantized_weight import QuantizedWeight
 
 from .rtn import LEAST_SCALE, integer_range, quantize_rows, storable_scales
@@ -32,7 +31,7 @@ class CarriedRows:
     """Rows of a weight as the graph stores them.
 
     Attributes:
-        values: int8 ``[rows, in]``.
+        values: int8 ``[rows, in]``; of planes modulo 256, since -136 is the least that they hold.
         scales: float32 ``[rows, groups]``, each exactly representable in the graph's float type.
         offsets: float32 ``[rows, groups]``: ``s * o``.
         changed_groups: groups that were rounded anew.
@@ -80,14 +79,17 @@ def carry_rows(
 
     low, high = integer_range(scheme)
     least, most = groups.min(axis=-1), groups.max(axis=-1)
-    offsets = np.where(most > high, most - high, np.where(least < low, least - low, 0))
+    offsets = np.where((least < low) | (most > high), most - high, 0)
     if SCHEMES[scheme.kind].int8_inputs:
         offsets[:] = 0  # the sums are of inputs that are not rounded
+    reach = PLANES_LEAST if scheme.planes else low
     groups -= offsets[..., None].astype(np.int16)
     stored = storable_scales(scales, scale_type)
     # The scale of a group of zeros counts for nothing.
     unfit = (
-        (most - offsets > high) | (least - offsets < low) | ((scales < LEAST_SCALE) & (energy > 0))
+        (most - offsets > high)
+        | (least - offsets < reach)
+        | ((scales < LEAST_SCALE) & (energy > 0))
     )
     errors = energy * np.square(np.where(energy > 0, stored - scales, 0).astype(np.float64))
     if unfit.any():

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ExternalTensor, Node, OnnxFile
-from edge.bundle.schemes import HIGH_PLANE
+from edge.bundle.schemes import HIGH_PLANE, PLANES_LEAST
 from edge.device.process import read_cpu_flags
 from edge.errors import ConfigError
 
@@ -199,6 +199,8 @@ def _read(
     group_size = rows // len(scales)
     # The most that a plane, or two, can hold; taken as it is, no weight has to be looked at twice.
     largest = HIGH_PLANE // 2 if high is None else HIGH_PLANE**2 // 2
+    if high is not None and f"{name}.offset" in stored:
+        largest = -PLANES_LEAST
     column_scales = scales.max(axis=0) * np.float32(largest / _LARGEST)
     ratios = scales / np.maximum(column_scales, np.finfo(np.float32).tiny)
     planes = [_load(bundle, plane, np.dtype(np.uint8)) for plane in (low, high) if plane]

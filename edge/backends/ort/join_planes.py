@@ -6,6 +6,9 @@ passes over the activations for two planes. So each pair becomes one 8-bit weigh
 scales, held in memory; only the session's copy of the graph is rewritten, and a parity test holds
 both against each other.
 
+Integers of others' checkpoints reach down to -136 (`PLANES_LEAST`), in layers with offsets. Those
+are joined around 136; where the kernel takes 128 for granted, the layer's offsets make up for it.
+
 The joined weights are UINT8 with a zero point of 128: what ONNX Runtime's option for exact products
 of INT8 (`session.session_options`) makes of an INT8 constant in groups does not run.
 
@@ -27,7 +30,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ExternalTensor, Node, OnnxFile, attribute
-from edge.bundle.schemes import HIGH_PLANE
+from edge.bundle.schemes import HIGH_PLANE, PLANES_LEAST
 
 from .cpu_attention import OWN_DOMAIN, expect_node
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _ZERO_POINT = np.uint8(128)
+_BEYOND = np.uint8(-128 - PLANES_LEAST)
 _CHUNK_BYTES = 1 << 17  # of a plane; with its temporaries it stays in the L2 cache
 
 
@@ -83,17 +87,23 @@ def join_planes(
         rows, columns = low.shape
         group_size = linears[name].scheme.group_size
         groups = rows // group_size
+        beyond = _BEYOND if linears[name].offsets else np.uint8(0)
         dequantized = expect_node(consumers, weight, "DequantizeLinear")
         if accuracy_level is None or columns % 2:  # rows end within a byte of odd ones
             _read_joined(bundle, low, high, part)
             joined[weight] = part.reshape(low.shape)
-            zero_point = f"zero_point.{groups}x{columns}"
-            joined.setdefault(zero_point, np.full((groups, columns), _ZERO_POINT))
+            zero = _ZERO_POINT + beyond
+            zero_point = f"zero_point.{zero}.{groups}x{columns}"
+            joined.setdefault(zero_point, np.full((groups, columns), zero))
             dequantized.inputs = [*dequantized.inputs[:2], zero_point]
         else:
             joined[weight] = part.reshape(columns, groups, group_size)
             _read_transposed(bundle, low, high, joined[weight])
-            joined[scale] = _read_scales(bundle, stored[scale]).T.copy()
+            scales = _read_floats(bundle, stored[scale])
+            joined[scale] = scales.T.copy()
+            if beyond:
+                offset = f"{name}.offset"
+                joined[offset] = _read_floats(bundle, stored[offset]) - scales * np.float32(beyond)
             product = expect_node(consumers, dequantized.outputs[0], "MatMul")
             attributes = {
                 "K": rows,
@@ -110,6 +120,7 @@ def join_planes(
                 OWN_DOMAIN,
                 [attribute(key, value) for key, value in attributes.items()],
             )
+        part += beyond  # modulo 256, as `join` does
     graph.nodes = [products.get(node.name, node) for node in graph.nodes]
     if products:
         graph.use_domain(OWN_DOMAIN, 1)
@@ -190,7 +201,7 @@ def _read_transposed(
                 out[2 * start : 2 * start + part.shape[1], group] = part.T
 
 
-def _read_scales(bundle: Path, scale: ExternalTensor) -> NDArray[np.float32]:
-    with (bundle / scale.file).open("rb") as file:
-        file.seek(scale.offset)
-        return np.frombuffer(file.read(scale.num_bytes), np.float32).reshape(scale.shape)
+def _read_floats(bundle: Path, tensor: ExternalTensor) -> NDArray[np.float32]:
+    with (bundle / tensor.file).open("rb") as file:
+        file.seek(tensor.offset)
+        return np.frombuffer(file.read(tensor.num_bytes), np.float32).reshape(tensor.shape)
