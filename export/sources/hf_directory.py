@@ -62,7 +62,7 @@ class HfDirectory(Checkpoint):
         self.spec = parse_config(config, str(config_path))
         self.text = read_text(directory, config, self.spec.vocab_size, hub_id)
         self.name = (hub_id or directory.resolve().name).rpartition("/")[2]
-        self._quantization = read_quantization(config, str(config_path))
+        self._quantization = read_quantization(config, directory)
         is_quantized = self._quantization is not None
         self._files, self._owner = _open_weights(directory, quantized=is_quantized)
         self._modules = self._quantized_modules()
@@ -128,8 +128,8 @@ class HfDirectory(Checkpoint):
                     )
         if not modules:
             raise CheckpointError(
-                f"{self._directory / 'config.json'}: {self._quantization.key} leaves every linear "
-                "layer float; delete the key from a local copy"
+                f"{self._quantization.where}: {self._quantization.key} leaves every linear layer "
+                "float; delete the key from a local copy"
             )
         return modules
 

@@ -9,6 +9,7 @@ from edge.errors import CheckpointError, DependencyError, install_command
 
 _TEXT_FILES = [
     "config.json",
+    "hf_quant_config.json",  # of ModelOpt
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -58,5 +58,5 @@ def _check_text(directory: Path) -> None:
     """Refuse what cannot be exported before gigabytes of it are downloaded."""
     config = read_json(directory / "config.json")
     spec = parse_config(config, str(directory / "config.json"))
-    read_quantization(config, str(directory / "config.json"))
+    read_quantization(config, directory)
     read_text(directory, config, spec.vocab_size)

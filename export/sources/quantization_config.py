@@ -13,6 +13,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -20,7 +21,11 @@ import msgspec
 from edge.bundle.manifest import SourceQuantization
 from edge.errors import CheckpointError
 
+from .checkpoint_text import read_json
+
 KEYS = ("quantization_config", "compression_config")
+MODELOPT_NAME = "hf_quant_config.json"
+"""Where ModelOpt says it; its newer versions copy it into config.json."""
 Layout = Literal["gptq", "awq", "packed", "int8", "fp8", "fp8-inv", "nvfp4", "modelopt-nvfp4"]
 
 _INSTEAD = "export the original model and choose a --quant"
@@ -95,16 +100,16 @@ class QuantizationConfig:
     """What a config.json says about the quantization of its weights.
 
     Attributes:
-        key: the key of config.json.
+        key: the key that says so.
         method: ``quant_method``.
-        where: path for error messages.
+        where: the file that says so.
         main: the format of most modules.
         cache_scales: whether the checkpoint has scales for an 8-bit KV cache, which are not used.
     """
 
     key: str
     method: str
-    where: str
+    where: Path
     main: WeightFormat
     resolve: Callable[[str], WeightFormat | None]
     cache_scales: bool = False
@@ -119,16 +124,23 @@ class QuantizationConfig:
         return SourceQuantization(method=self.method, details=f"{self.main}{cache}")
 
 
-def read_quantization(config: Mapping[str, Any], where: str) -> QuantizationConfig | None:
-    """Read how a checkpoint is quantized; None if its config.json says nothing of it.
+def read_quantization(config: Mapping[str, Any], directory: Path) -> QuantizationConfig | None:
+    """Read how a checkpoint is quantized; None if nothing is said of it.
 
     Args:
         config: the parsed config.json.
-        where: its path for error messages.
+        directory: the checkpoint; may hold `MODELOPT_NAME`.
 
     Raises:
         CheckpointError: an unknown method, or a value that cannot be followed; the key is named.
     """
+    where = directory / "config.json"
+    modelopt = directory / MODELOPT_NAME
+    if all(config.get(key) is None for key in KEYS) and modelopt.is_file():
+        section = read_json(modelopt).get("quantization")
+        if isinstance(section, dict):
+            section = {"quant_method": "modelopt", **section}
+        where, config = modelopt, {KEYS[0]: section}
     found = [key for key in KEYS if config.get(key) is not None]
     if not found:
         return None

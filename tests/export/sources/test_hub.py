@@ -161,10 +161,13 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
     (main / "pytorch_model.bin").write_bytes(b"pickle")
     tag = tiny.write_checkpoint(root / "tag", "qwen2", seed=7)
     custom = tiny.write_checkpoint(root / "custom", "llama", auto_map={"AutoModel": "x.Y"})
+    nf4 = {"quant_method": "bitsandbytes"}
+    quantized = tiny.write_checkpoint(root / "nf4", "llama", quantization_config=nf4)
     hub.snapshots = {
         ("owner/tiny", MAIN): main,
         ("owner/tiny", TAG): tag,
         ("owner/custom", MAIN): custom,
+        ("owner/nf4", MAIN): quantized,
     }
     thread = threading.Thread(target=hub.server.serve_forever, daemon=True)
     thread.start()
@@ -208,6 +211,7 @@ def test_download(hub: Hub, worker: Worker, tmp_path: Path) -> None:
             "sha256": hashlib.sha256(lines.encode()).hexdigest(),
             "licence": "mit",
             "adapter": None,
+            "quantization": None,
         },
     }
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
@@ -222,9 +226,18 @@ def test_a_revision_is_resolved_to_its_commit(hub, worker, revision, tmp_path: P
     assert answer["norm"] == norm_of(hub.snapshots["owner/tiny", TAG], seed=7)
 
 
-def test_a_model_that_is_refused_costs_no_download(hub, worker, tmp_path: Path) -> None:
-    assert "auto_map asks for Python code" in worker.open("owner/custom", cache=tmp_path)["error"]
-    resolved = [path for _, path in hub.requests if path.startswith("owner/custom/resolve")]
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("owner/custom", "auto_map asks for Python code"),
+        ("owner/nf4", "quant_method is bitsandbytes: NF4"),
+    ],
+)
+def test_a_model_that_is_refused_costs_no_download(
+    source: str, words: str, hub, worker, tmp_path: Path
+) -> None:
+    assert words in worker.open(source, cache=tmp_path)["error"]
+    resolved = [path for _, path in hub.requests if path.startswith(f"{source}/resolve")]
     assert any(path.endswith("/config.json") for path in resolved)
     assert not any(path.endswith(".safetensors") for path in resolved)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -213,7 +214,7 @@ TENSORS = {"quant_method": "compressed-tensors", "config_groups": {"g": GROUP}}
 
 
 def of(section: dict[str, Any], module: str = UP) -> WeightFormat | None:
-    config = read_quantization({"quantization_config": section}, "dir/config.json")
+    config = read_quantization({"quantization_config": section}, Path("dir"))
     assert config is not None
     return config.format_of(module)
 
@@ -341,7 +342,7 @@ def test_a_config_that_cannot_be_followed_is_refused(section: dict[str, Any], wo
     with pytest.raises(CheckpointError, match=rf"^dir/config\.json: .*{words}"):
         of(section)
     with pytest.raises(CheckpointError, match=r"must be an object, found 'awq'"):
-        read_quantization({"quantization_config": "awq"}, "dir/config.json")
+        read_quantization({"quantization_config": "awq"}, Path("dir"))
 
 
 _JSON = st.recursive(
@@ -562,6 +563,25 @@ def test_scales_of_a_cache_are_left_out_and_said(tmp_path: Path) -> None:
         source = checkpoint.source.quantization
     assert source is not None
     assert "8-bit KV cache are left out" in source.details
+
+
+@pytest.mark.parametrize("name", ["modelopt-fp8", "modelopt-nvfp4"])
+def test_modelopt_may_say_it_in_a_file_of_its_own(name: str, tmp_path: Path) -> None:
+    golden = QuantizedGolden.load(name)
+    directory = golden.write(tmp_path / name)
+    change_config(directory, quantization_config=None)
+    kept = {"quant_algo": golden.config["quant_algo"], "exclude_modules": ["lm_head"]}
+    file = directory / "hf_quant_config.json"
+    file.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": kept}))
+    with HfDirectory(directory) as checkpoint:
+        weight = checkpoint.tensor(f"{UP}.weight").tobytes()
+    change_config(directory, quantization_config=golden.config)
+    with HfDirectory(directory) as checkpoint:
+        assert checkpoint.tensor(f"{UP}.weight").tobytes() == weight
+    change_config(directory, quantization_config=None)
+    file.write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: .*quant_algo is 'W4A8_AWQ'"):
+        HfDirectory(directory)
 
 
 def test_what_is_closed_is_not_read(tmp_path: Path) -> None:
