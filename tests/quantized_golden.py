@@ -6,7 +6,9 @@ checkpoint differs from the one that it was given (`write_base`), and the refere
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +107,17 @@ class QuantizedGolden:
 
 def write_base(directory: Path) -> Path:
     """Write the checkpoint that every tool was given, in bf16."""
-    return write_checkpoint(directory, "qwen2", **_BASE)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in _base_files().items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+@functools.cache
+def _base_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as directory:
+        write_checkpoint(Path(directory), "qwen2", **_BASE)
+        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 
 def change_config(directory: Path, **changes: Any) -> None:
