@@ -24,6 +24,7 @@ BackendName = Literal["auto", "tensorrt", "ort-cuda", "ort-cpu"]
 Prefill = Literal["plain", "int8"]
 GPU_BACKENDS = ("tensorrt", "ort-cuda")
 _LEAST_CHUNK = 3  # an odd number of tokens is made of twos and one three
+_DRAFT_TOKENS = 5
 _Positive = Annotated[int, Meta(ge=1)]
 _Count = Annotated[int, Meta(ge=0)]
 
@@ -44,7 +45,8 @@ class EngineOptions(TypedDict, total=False):
     target_itl_ms: float | None
     reuse_prefix: bool
     overflow: Literal["stop", "slide"]
-    speculative: int
+    draft: str | Path | None
+    speculative: int | None
     prefix_dir: str | Path | None
 
 
@@ -79,8 +81,11 @@ class EngineConfig:
         reuse_prefix: keep the cache rows of ended sequences for later prompts that begin alike.
         overflow: when a slot of the cache is full, stop ends the answer; slide drops old tokens,
             except the first ones, and goes on.
-        speculative: drafted tokens per step at most, guessed from what the text repeats, where
-            that is measured to pay; 0 drafts none.
+        draft: a smaller bundle with the same tokenizer that drafts tokens, where that is measured
+            to pay; answers stay what they are. It takes memory of its own, with as many slots.
+        speculative: drafted tokens per step at most, where that is measured to pay; guessed by
+            draft, or without one from what the text repeats. 0 drafts none; by default 0, or 5
+            with draft.
         prefix_dir: directory of prefixes that edge-llm cache build stored; prompts that begin with
             one of them load its rows.
 
@@ -101,7 +106,8 @@ class EngineConfig:
     target_itl_ms: Annotated[float, Meta(gt=0)] | None = None
     reuse_prefix: bool = True
     overflow: Literal["stop", "slide"] = "stop"
-    speculative: _Count = 0
+    draft: Path | None = None
+    speculative: _Count | None = None
     prefix_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -113,6 +119,10 @@ class EngineConfig:
             )
         if self.deterministic:
             self._check_deterministic()
+        if self.draft is not None and self.speculative == 0:
+            raise ConfigError(
+                f"draft is {self.draft}, but speculative is 0, which drafts nothing: leave one out"
+            )
         wish = self.cpu_option
         if wish is not None and self.backend in GPU_BACKENDS:
             raise ConfigError(
@@ -122,7 +132,7 @@ class EngineConfig:
     def _check_deterministic(self) -> None:
         for given, option, why in (
             (self.prefill == "int8", "prefill int8", "rounds a token by those beside it"),
-            (self.speculative, "speculative", "computes tokens in steps of several"),
+            (self.max_draft_tokens, "speculative or draft", "computes tokens in steps of several"),
             (self.prefix_dir, "prefix_dir", "brings rows that another process computed"),
         ):
             if given:
@@ -147,6 +157,13 @@ class EngineConfig:
         return "int8_activations" if self.int8_activations else None
 
     @property
+    def max_draft_tokens(self) -> int:
+        """Drafted tokens per step at most: `speculative`, or its default."""
+        if self.speculative is None:
+            return 0 if self.draft is None else _DRAFT_TOKENS
+        return self.speculative
+
+    @property
     def target_itl_s(self) -> float | None:
         """`target_itl_ms` in seconds."""
         return None if self.target_itl_ms is None else self.target_itl_ms / 1e3
@@ -161,5 +178,5 @@ class EngineConfig:
         for name in options:
             if name not in known:
                 raise unknown_name(f"the engine has no option {name!r}", name, known)
-        # A text as prefix_dir becomes a path when it is checked.
+        # A text as draft or prefix_dir becomes a path when it is checked.
         return dataclasses.replace(self, **options)  # type: ignore[arg-type]

@@ -23,7 +23,9 @@ from .default_capacity import device_backend, host_capacity
 _log = logging.getLogger(__name__)
 
 
-def open_backend(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
+def open_backend(
+    bundle: Path, manifest: Manifest, config: EngineConfig, beside: Manifest | None = None
+) -> Backend:
     """Load a bundle, whose files are trusted (`manifest.verify_files` comes first).
 
     What ``auto`` passes over, and why, is logged. On a machine with a GPU it passes over no engine
@@ -35,11 +37,13 @@ def open_backend(bundle: Path, manifest: Manifest, config: EngineConfig) -> Back
         config: name of the engine, and the sizes of its cache and of its steps. A TensorRT engine
             has the longest step that it was built for. Without ``kv_capacity``, ONNX Runtime takes
             what memory holds of the bundle's (`default_capacity`).
+        beside: manifest of a bundle that will be opened beside this one, with the same slots and
+            capacity, for which the CPU leaves memory.
 
     Raises:
         ConfigError, BundleError, DependencyError, BackendError, DeviceMemoryError: see the engine.
     """
-    backend = _open(bundle, manifest, config)
+    backend = _open(bundle, manifest, config, beside)
     warning = unused_gpu(backend.name, config)
     if warning is not None:
         _log.warning("%s", warning)
@@ -69,7 +73,9 @@ def unused_gpu(backend: str, config: EngineConfig) -> str | None:
     )
 
 
-def _open(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
+def _open(
+    bundle: Path, manifest: Manifest, config: EngineConfig, beside: Manifest | None
+) -> Backend:
     name = config.backend
     if name == "auto" and config.cpu_option is not None:
         # An engine that has no use for the option would ignore the caller's wish.
@@ -91,7 +97,7 @@ def _open(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
             if name == "ort-cuda":
                 raise
             _log.warning("ONNX Runtime's CUDA provider is not used: %s", error)
-    return _open_ort_cpu(bundle, manifest, config)
+    return _open_ort_cpu(bundle, manifest, config, beside)
 
 
 def _refusal(error: BundleError | DependencyError, node: str) -> BundleError | DependencyError:
@@ -127,14 +133,16 @@ def _open_ort_cuda(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
     return open_with(config.kv_capacity)
 
 
-def _open_ort_cpu(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
+def _open_ort_cpu(
+    bundle: Path, manifest: Manifest, config: EngineConfig, beside: Manifest | None
+) -> Backend:
     from .ort import cpu as ort
     from .ort.int8_prompts import int8_bytes
 
     capacity = config.kv_capacity
     if capacity is None:
         extra = int8_bytes(manifest) if config.prefill == "int8" else 0
-        capacity = host_capacity(manifest, config.num_slots, config.prefill_chunk, extra)
+        capacity = host_capacity(manifest, config.num_slots, config.prefill_chunk, extra, beside)
     return ort.OrtBackend(
         bundle,
         manifest,

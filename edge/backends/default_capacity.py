@@ -8,7 +8,12 @@ from collections.abc import Callable
 from edge.bundle.manifest import Manifest
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import DeviceMemoryError
-from edge.planner.memory import Deployment, plan_process_memory
+from edge.planner.memory import (
+    Deployment,
+    ProcessMemory,
+    plan_process_memory,
+    plan_process_pair,
+)
 from edge.planner.weights import manifest_linears
 
 from . import Backend
@@ -20,7 +25,11 @@ LEAST_CAPACITY = 1024
 
 
 def host_capacity(
-    manifest: Manifest, num_slots: int, max_step_tokens: int, extra_bytes: int = 0
+    manifest: Manifest,
+    num_slots: int,
+    max_step_tokens: int,
+    extra_bytes: int = 0,
+    beside: Manifest | None = None,
 ) -> int:
     """Cache rows per slot on the CPU, such that a full cache still fits the memory that is free.
 
@@ -32,17 +41,21 @@ def host_capacity(
         num_slots: sequences that the cache holds.
         max_step_tokens: the most tokens per sequence and step.
         extra_bytes: of weights in another form besides the bundle's.
+        beside: manifest of a bundle that will be opened beside this one, with the same slots.
     """
     wanted, free = manifest.kv_capacity, read_available_memory_bytes()
-    linears = manifest_linears(manifest)
+
+    def plan(each: Manifest, capacity: int) -> ProcessMemory:
+        deployment = Deployment(
+            "ort-cpu", num_slots, capacity, min(max_step_tokens, capacity), each.dialect
+        )
+        linears = manifest_linears(each)
+        return plan_process_memory(each.model, linears, each.rope_positions, deployment)
 
     def need(capacity: int) -> int:
-        deployment = Deployment(
-            "ort-cpu", num_slots, capacity, min(max_step_tokens, capacity), manifest.dialect
-        )
-        model, positions = manifest.model, manifest.rope_positions
-        plan = plan_process_memory(model, linears, positions, deployment)
-        return plan.load_peak + extra_bytes
+        own = plan(manifest, capacity)
+        other = plan(beside, min(capacity, beside.rope_positions)) if beside is not None else None
+        return plan_process_pair(own, other).load_peak + extra_bytes
 
     if free is None or need(wanted) <= free:  # None: the system does not tell
         return wanted

@@ -170,6 +170,36 @@ def plan_process_memory(
     return dataclasses.replace(plan, load_peak=max(load_peak, plan.process_bytes))
 
 
+def plan_process_pair(target: ProcessMemory, draft: ProcessMemory | None) -> ProcessMemory:
+    """Add a second model in the same process: its engine, but no second Python or tokenizer.
+
+    Args:
+        target: the model that answers.
+        draft: the one that drafts; None leaves the plan as it is. It is loaded after the target.
+
+    Returns:
+        The sum by part. A build is that of one engine after the other.
+    """
+    if draft is None:
+        return target
+    weights = {part: size + draft.weights.get(part, 0) for part, size in target.weights.items()}
+    own = draft.device_bytes + draft.embeddings
+    loading = max(draft.load_peak - draft.process_bytes, 0)
+    both = dataclasses.replace(
+        target,
+        weights=weights,
+        cache=target.cache + draft.cache,
+        activations=target.activations + draft.activations,
+        io=target.io + draft.io,
+        pinned=target.pinned + draft.pinned,
+        embeddings=target.embeddings + draft.embeddings,
+        build_peak=max(target.build_peak, draft.build_peak),
+    )
+    # Plans of one process count the cache at its peak only once it is full, as this does.
+    peak = max(target.load_peak, both.process_bytes, target.process_bytes + own + loading)
+    return dataclasses.replace(both, load_peak=peak)
+
+
 def cache_bytes(model: ModelSpec, deployment: Deployment) -> int:
     """Keys and values of every slot at full capacity."""
     per_token = io_spec.kv_bytes_per_token(model, deployment.float_type)

@@ -1,6 +1,6 @@
 """Drafts for speculative decoding without a second model: what followed these tokens last time.
 
-Answers repeat their prompt (summaries, edits of code) and themselves. `NgramDrafter` finds the last
+Answers repeat their prompt (summaries, edits of code) and themselves. `NgramIndex` finds the last
 place where the newest tokens occurred before and proposes what came after them there. The idea is
 prompt look-up decoding (https://github.com/apoorvumang/prompt-lookup-decoding) and LLMA (arXiv
 2304.04487). The core of the scheduler runs the drafted tokens in one step and draws from the true
@@ -13,13 +13,60 @@ from collections.abc import Sequence
 
 from edge.errors import ConfigError
 
+from .scheduler import DraftContext, DraftWorth
+
 LONGEST_NGRAM = 4
 SHORTEST_NGRAM = 2
 _FIRST_LENGTH = 4
+_FIRST_GUESS = 0.3  # of a text about which nothing is known yet
+_NEWEST = 0.15
 
 
 class NgramDrafter:
-    """Drafts for one sequence from its own tokens; an `edge.runtime.scheduler.Drafter`.
+    """An index for the sequence of each slot; an `edge.runtime.scheduler.Drafter`."""
+
+    is_free = True  # a look-up takes microseconds
+    first_guess = _FIRST_GUESS
+    newest = _NEWEST
+
+    def __init__(self) -> None:
+        self._indexes: dict[int, NgramIndex] = {}
+        self._found: dict[int, list[int]] = {}
+
+    def begin(self, slot: int, salt: str) -> None:
+        """Forget the slot's sequence before; a sequence learns from itself alone."""
+        self._indexes[slot] = NgramIndex()
+        self._found.pop(slot, None)
+
+    def slide(self, slot: int, before: list[int], after: list[int]) -> None:
+        """Ignore it: the text is what it was, though the target sees less of it."""
+
+    def behind(self, context: DraftContext) -> int:
+        """Return 0: a token is entered when it comes."""
+        return 0
+
+    def read(self, context: DraftContext, most: int) -> None:
+        """Do nothing: there is nothing to read."""
+
+    def offer(self, context: DraftContext) -> int:
+        """Look up what followed the end of the text, and return its length."""
+        found = self._indexes[context.slot].propose(context.ids, context.limit)
+        self._found[context.slot] = found
+        return len(found)
+
+    def propose(
+        self, contexts: Sequence[DraftContext], count: int, worth: DraftWorth
+    ) -> list[list[int]]:
+        """Return the beginnings of what `offer` found."""
+        return [self._found[context.slot][:count] for context in contexts]
+
+    def observe(self, slot: int, proposed: int, accepted: int) -> None:
+        """Adapt the length of the slot's next draft."""
+        self._indexes[slot].observe(proposed, accepted)
+
+
+class NgramIndex:
+    """Drafts for one sequence from its own tokens.
 
     The n-grams of the sequence are indexed once each: a token costs one dictionary entry per
     length of n-gram (some 350 bytes for the three lengths), and a proposal one look-up per length

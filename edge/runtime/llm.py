@@ -28,10 +28,11 @@ from edge.text.chat_template import (
 from edge.text.fill_in_middle import fill_in_middle
 from edge.text.tokenizer import Detokenizer, Tokenizer
 
+from .draft_model import ModelDrafter, open_drafter, read_draft
 from .drafts import NgramDrafter
 from .generation import score
 from .sampling import SamplingParams
-from .scheduler import Constraint, Overflow, PrefixSource, Request, Scheduler
+from .scheduler import Constraint, Drafter, Overflow, PrefixSource, Request, Scheduler
 from .stream import (
     Generation,
     GenerationChunk,
@@ -75,6 +76,7 @@ class LLM:
         tokenizer: the model's tokenizer.
         template: the model's chat template; None where it has none.
         backend: the engine; only `call` may use it.
+        draft_manifest: description of the bundle that drafts; None without one.
         warning: why the CPU computes on a machine with a GPU, where nobody named it as backend;
             else None.
         embeddings: the token table.
@@ -113,10 +115,16 @@ class LLM:
         self._reasons = self.template is not None and template_reasons(
             self.template.source, self.tokenizer.control_tokens
         )
-        self.backend: Backend = open_backend(self.bundle, self.manifest, config)
+        self.draft_manifest = (
+            None if config.draft is None else read_draft(config.draft, self.bundle)
+        )
+        self.backend: Backend = open_backend(
+            self.bundle, self.manifest, config, self.draft_manifest
+        )
         self.warning = unused_gpu(self.backend.name, config)
         # Opened last: if a later step failed, nothing would close its file.
         self.embeddings = EmbeddingTable(self.bundle / EMBEDDINGS_NAME)
+        self._draft_model: ModelDrafter | None = None
         try:
             self.scheduler = Scheduler(
                 self.backend,
@@ -124,12 +132,11 @@ class LLM:
                 self.manifest.model.vocab_size,
                 config,
                 overflow=self._sliding_window() if config.overflow == "slide" else None,
-                make_drafter=NgramDrafter if config.speculative else None,
+                drafter=self._drafter(),
                 prefix_store=self._stored_prefixes(config.prefix_dir),
             )
         except BaseException:
-            self.backend.close()
-            self.embeddings.close()
+            self._close_engines()
             raise
         self._grammars: GrammarCompiler | None = None
 
@@ -400,8 +407,7 @@ class LLM:
     def close(self) -> None:
         """Cancel what runs, free the engine and close the files; calling it twice is harmless."""
         self.scheduler.close()
-        self.backend.close()
-        self.embeddings.close()
+        self._close_engines()
 
     def __enter__(self) -> LLM:
         return self
@@ -413,6 +419,12 @@ class LLM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _close_engines(self) -> None:
+        if self._draft_model is not None:
+            self._draft_model.close()
+        self.backend.close()
+        self.embeddings.close()
 
     def _stream(
         self, prompt: Prompt, params: SamplingParams | None, options: dict[str, Any]
@@ -455,6 +467,19 @@ class LLM:
         return ThinkingBudget(
             self.tokenizer, vocab_size, opened=opened, budget=budget, answer=answer
         )
+
+    def _drafter(self) -> Drafter | None:
+        config = self.config
+        if config.draft is not None and self.draft_manifest is not None:
+            self._draft_model = open_drafter(
+                config.draft,
+                self.draft_manifest,
+                target=self.backend,
+                target_vocab=self.manifest.model.vocab_size,
+                config=config,
+            )
+            return self._draft_model
+        return NgramDrafter() if config.speculative else None
 
     def _sliding_window(self) -> Overflow:
         from .overflow import SlidingWindow

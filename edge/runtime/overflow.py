@@ -50,7 +50,20 @@ class SlidingWindow:
         length = len(ids)
         sinks = min(self._num_sinks, (length - 1) // 2)
         dropped = max((length - sinks) // 2, 1)
-        kept = np.concatenate((rows[:, :, :sinks], rows[:, :, sinks + dropped :]), axis=2)
+        return self.cut(rows, sinks, dropped), ids[:sinks] + ids[sinks + dropped :]
+
+    def cut(self, rows: Floats, start: int, count: int) -> Floats:
+        """Drop ``count`` rows from ``start`` on; the keys of those after them are turned.
+
+        Args:
+            rows: ``[2 * layers, kv_heads, length, head_dim]``.
+            start: the first row to drop.
+            count: how many.
+
+        Returns:
+            ``[2 * layers, kv_heads, length - count, head_dim]``, in the type of ``rows``.
+        """
+        kept = np.concatenate((rows[:, :, :start], rows[:, :, start + count :]), axis=2)
         for keys in kept[::2]:  # layer by layer: float64 of all would be large
-            keys[:, sinks:] = turn(keys[:, sinks:], self._frequencies, -dropped)
-        return kept, ids[:sinks] + ids[sinks + dropped :]
+            keys[:, start:] = turn(keys[:, start:], self._frequencies, -count)
+        return kept

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -391,7 +392,9 @@ class Sampler:
     to a border to tell, the full sort of `keep_top_p` decides.
 
     Every token takes the same number of random numbers. So the token at a given place depends on
-    the seed, the place and its own logits alone.
+    the seed, the place and its own logits alone. And another model that draws with the numbers of
+    the same place (`guess`) draws the same token as often as the two distributions let an inverse
+    CDF agree; this is what makes a draft right at temperatures above 0.
 
     Attributes:
         params: the resolved parameters.
@@ -418,6 +421,8 @@ class Sampler:
         # 53 bits: a seed that is reported survives JSON readers that know only doubles.
         self.seed = secrets.randbits(53) if params.seed is None else params.seed
         self._rng = np.random.Generator(np.random.PCG64(self.seed))
+        self._ahead: deque[list[float]] = deque()  # random numbers of the next places, if drawn
+        self._guessed: list[_Counted] = []
 
         self._counts = np.zeros(vocab_size, np.int32)  # of generated tokens
         self._generated = _DistinctIds(vocab_size)
@@ -445,6 +450,45 @@ class Sampler:
         _check_ids("the answer", (token_id,), self._counts.size)
         self._count(token_id)
 
+    def guess(self, logits: Logits) -> tuple[int, float]:
+        """Draw what may come next from another model's logits; nothing of the answer changes.
+
+        The first call uses the random numbers of the next place, a further one those of the place
+        after, as if the tokens guessed before were part of the answer. `forget_guesses` ends that.
+
+        Args:
+            logits: float32 ``[vocab]``, left as they are; -inf for a token that it does not know.
+
+        Returns:
+            The token, and its probability at this temperature (at 1 where the draw is greedy)
+            before anything is cut off.
+
+        Raises:
+            BackendError: see `sample`.
+        """
+        self._check_row(logits)
+        with np.errstate(over="ignore", invalid="ignore"):
+            adjusted = self._adjust(logits, None)
+            if self._greedy:
+                token_id = _argmax(adjusted)
+                scale(adjusted, 1.0, out=self._x)
+            else:
+                token_id = self._draw(adjusted, self._uniforms(len(self._guessed)))
+            total = _running_sums(np.exp(self._x, out=self._weights))[-1]
+        chance = float(self._weights[token_id]) / float(total)
+        self._guessed.append(self._count(token_id))
+        return token_id, chance
+
+    def forget_guesses(self) -> None:
+        """Take back what `guess` counted."""
+        while self._guessed:
+            counted = self._guessed.pop()
+            self._counts[counted.token_id] -= 1
+            if counted.is_new:
+                self._generated.drop_last()
+            if counted.is_unseen:
+                self._seen.drop_last()
+
     def sample(self, logits: Logits, mask: Logits | None = None) -> SampledToken:
         """Draw the next token of the answer; the penalties of later ones count it.
 
@@ -456,24 +500,38 @@ class Sampler:
             BackendError: the row has another shape or type, a logit is NaN or +inf, or all are
                 -inf.
         """
+        self._check_row(logits)
+        assert not self._guessed, "guesses must be forgotten before a token is sampled"
+        with np.errstate(over="ignore", invalid="ignore"):
+            adjusted = self._adjust(logits, mask)
+            if self._greedy:
+                token_id = _argmax(adjusted)
+            else:
+                uniforms = self._uniforms(0)
+                self._ahead.popleft()
+                token_id = self._draw(adjusted, uniforms)
+            self._count(token_id)
+            if self.params.logprobs is None:
+                return SampledToken(token_id)
+            return self._with_logprobs(token_id, logits, self.params.logprobs)
+
+    def _check_row(self, logits: Logits) -> None:
         if logits.shape != self._x.shape or logits.dtype != np.float32:
             raise BackendError(
                 f"the model produced a row of logits of shape {list(logits.shape)} and type "
                 f"{logits.dtype}, expected {list(self._x.shape)} and float32; "
                 "export and build the bundle again"
             )
-        with np.errstate(over="ignore", invalid="ignore"):
-            adjusted = self._adjust(logits, mask)
-            token_id = _argmax(adjusted) if self._greedy else self._draw(adjusted)
-            self._count(token_id)
-            if self.params.logprobs is None:
-                return SampledToken(token_id)
-            return self._with_logprobs(token_id, logits, self.params.logprobs)
 
-    def _count(self, token_id: int) -> None:
+    def _uniforms(self, place: int) -> list[float]:
+        """The random numbers of a place, counted from the next one on."""
+        while len(self._ahead) <= place:
+            self._ahead.append(self._rng.random(_DRAWS).tolist())
+        return self._ahead[place]
+
+    def _count(self, token_id: int) -> _Counted:
         self._counts[token_id] += 1
-        self._generated.add(token_id)
-        self._seen.add(token_id)
+        return _Counted(token_id, self._generated.add(token_id), self._seen.add(token_id))
 
     def _adjust(self, logits: Logits, mask: Logits | None) -> Logits:
         """Apply penalties, bias and mask; returns the row itself where there are none."""
@@ -494,9 +552,8 @@ class Sampler:
             adjusted += mask
         return adjusted
 
-    def _draw(self, logits: Logits) -> int:
+    def _draw(self, logits: Logits, uniforms: list[float]) -> int:
         knobs = self._knobs
-        uniforms: list[float] = self._rng.random(_DRAWS).tolist()
         x = scale(logits, knobs.temperature, out=self._x)
         ids = None
         if 0 < knobs.top_k < x.size:
@@ -550,6 +607,14 @@ class Sampler:
         )
 
 
+class _Counted(NamedTuple):
+    """A token that was counted, and whether it was the first of its kind, so it can be undone."""
+
+    token_id: int
+    is_new: bool  # in the answer
+    is_unseen: bool  # in prompt and answer
+
+
 class _DistinctIds:
     """Distinct token ids in the order in which they came."""
 
@@ -562,11 +627,18 @@ class _DistinctIds:
     def ids(self) -> Ids:
         return self._ids[: self._size]
 
-    def add(self, token_id: int) -> None:
-        if not self._is_in[token_id]:
-            self._is_in[token_id] = True
-            self._ids[self._size] = token_id
-            self._size += 1
+    def add(self, token_id: int) -> bool:
+        """Add an id; returns whether it is new."""
+        if self._is_in[token_id]:
+            return False
+        self._is_in[token_id] = True
+        self._ids[self._size] = token_id
+        self._size += 1
+        return True
+
+    def drop_last(self) -> None:
+        self._size -= 1
+        self._is_in[self._ids[self._size]] = False
 
 
 def _probabilities(x: Logits, knobs: SamplingDefaults) -> NDArray[np.float64]:

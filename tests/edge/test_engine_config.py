@@ -29,6 +29,7 @@ OTHER_VALUES: dict[str, Any] = {
     "target_itl_ms": 12.5,
     "reuse_prefix": False,
     "overflow": "slide",
+    "draft": Path(),
     "speculative": 4,
     "prefix_dir": Path(),
 }
@@ -54,6 +55,7 @@ EXCLUDING: dict[str, Any] = {"deterministic": True}  # what others of them would
         ({"reuse_prefix": 1}, "reuse_prefix is 1: Expected `bool`"),
         ({"overflow": "grow"}, "overflow is 'grow': use stop, slide"),
         ({"speculative": -1}, "speculative is -1"),
+        ({"draft": "small", "speculative": 0}, "draft is small, but speculative is 0"),
         ({"max_batch": 5, "num_slots": 4}, "max_batch is 5, but there are 4 slots"),
         ({"backend": "ort-cuda", "num_threads": 2}, "num_threads is for ort-cpu, and ort-cuda"),
         ({"backend": "tensorrt", "num_threads": 2}, "num_threads is for ort-cpu, and tensorrt"),

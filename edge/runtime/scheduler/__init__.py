@@ -5,7 +5,9 @@ from __future__ import annotations
 from .core import SequenceState
 from .request import (
     Constraint,
+    DraftContext,
     Drafter,
+    DraftWorth,
     FinishReason,
     Overflow,
     PrefixSource,
@@ -18,6 +20,8 @@ from .scheduler import Scheduler
 
 __all__ = [
     "Constraint",
+    "DraftContext",
+    "DraftWorth",
     "Drafter",
     "FinishReason",
     "Overflow",

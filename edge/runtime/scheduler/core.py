@@ -13,6 +13,7 @@ the first prompt in line. Alternatively that prompt's next token runs in the dec
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,12 +30,16 @@ from edge.runtime.generation import GenerationStats
 from edge.runtime.kv_cache import Slot, SlotPool
 from edge.runtime.sampling import SampledToken, Sampler
 
-from .policy import Draft, Policy
-from .request import Drafter, FinishReason, Overflow, PrefixSource, Request, Sink
+from .policy import DecodeRun, Draft, Policy
+from .request import DraftContext, Drafter, FinishReason, Overflow, PrefixSource, Request, Sink
 
+_log = logging.getLogger(__name__)
+_NEWEST = 0.15  # weight of the newest time in a running mean
+_NEWEST_VERDICT = 0.01  # weight of the newest verdict on a draft for what new sequences start with
+_FIRST_VERDICTS = 4  # that many verdicts weigh as much as what was believed before any
+_TRIALS = 0.03  # of the time of plain steps may be lost to learn whether drafts pay by now
+_SAVED_STEPS = 40  # what is saved up for trials, in plain steps
 _SHORT = 31  # tokens that no engine's attention cuts into blocks
-_FIRST_GUESS = 0.3  # acceptance of a drafter that has proposed nothing yet
-_NEWEST = 0.15  # weight of the newest verdict on a drafted token
 
 
 class SequenceState:
@@ -66,19 +71,16 @@ class SequenceState:
         self.deadline_s = None if request.deadline_s is None else now_s + request.deadline_s
         self.stats = GenerationStats(prompt_tokens=len(request.ids))
         self.model_s_before = 0.0
-        self.drafter: Drafter | None = None
         self.draft: list[int] = []
-        self.acceptance = _FIRST_GUESS
+        self.offered = 0  # tokens that could be drafted for this step
+        self.acceptance = 0.0
+        self.verdicts = 0  # on its drafts
 
     @property
     def tokens_left(self) -> int | None:
         """Number of tokens that it may still sample; None without a limit."""
         limit = self.request.params.max_tokens
         return None if limit is None else limit - self.stats.completion_tokens
-
-    def judge(self, right: bool) -> None:
-        """Count one drafted token as right or wrong."""
-        self.acceptance += _NEWEST * (right - self.acceptance)
 
 
 class EngineCore:
@@ -91,7 +93,7 @@ class EngineCore:
         config: how many sequences run at once, how long a step may be, and what is kept.
             Without ``reuse_prefix`` only the samples of one submission share rows.
         overflow: what to do when a slot is full; None ends the sequence.
-        make_drafter: makes a sequence's drafter; None runs without speculation.
+        drafter: guesses tokens of all sequences; None runs without speculation.
         prefix_store: prefixes that are kept outside the cache.
         clock: returns monotonic seconds.
     """
@@ -104,7 +106,7 @@ class EngineCore:
         config: EngineConfig,
         *,
         overflow: Overflow | None = None,
-        make_drafter: Callable[[], Drafter] | None = None,
+        drafter: Drafter | None = None,
         prefix_store: PrefixSource | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
@@ -113,8 +115,13 @@ class EngineCore:
         self.vocab_size = vocab_size
         self.reuse_prefix = config.reuse_prefix
         self.overflow = overflow
-        self.make_drafter = make_drafter
-        self.max_draft_tokens = min(config.speculative, backend.max_step_tokens - 1)
+        self.drafter = drafter
+        self.drafting = True
+        self.acceptance = 0.0 if drafter is None else drafter.first_guess
+        self.trial_s = 0.0  # may be lost to drafts that do not seem to pay
+        self.drafts_failed: str | None = None
+        self.draft_saved_s = 0.0
+        self.max_draft_tokens = min(config.max_draft_tokens, backend.max_step_tokens - 1)
         self.prefix_store = prefix_store
         self.deterministic = config.deterministic
         self.pool = SlotPool(
@@ -133,8 +140,10 @@ class EngineCore:
         self.last_step_s = 0.0
         self.longest_step_s = 0.0
         self.most_step_tokens = 0
+        self._forward_s = 0.0  # of the newest step
         self._call_began_s = 0.0
         self.mean_run_s = 0.0  # of a sequence from start to end, running mean
+        self.mean_tokens = 0.0  # of an answer, running mean
         self.counts: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
 
@@ -252,8 +261,10 @@ class EngineCore:
             return
         sequence.stats.cached_tokens = cached
         sequence.pending = sequence.ids[cached:]
-        if self.make_drafter is not None:
-            sequence.drafter = self.make_drafter()
+        if self.drafter is not None:
+            assert sequence.slot is not None
+            self.drafter.begin(sequence.slot.index, sequence.salt)
+            sequence.acceptance = self.acceptance
         self.counts["prompt"] += len(sequence.ids)
         self.counts["cached"] += cached
 
@@ -307,33 +318,61 @@ class EngineCore:
         ready = [sequence for sequence in decoding if self._has_room(sequence)]
         if not ready:
             return False
-        if self.make_drafter is None:
-            self._decode_run(ready if rider is None else [*ready, rider], 0)
+        if self.drafter is None or not self.drafting:
+            self._decode_run(ready if rider is None else [*ready, rider], DecodeRun((), 0))
             return rider is not None
         ridden = False
-        for sequence in ready:
-            sequence.draft = self._propose(sequence)
-        drafts = [Draft(len(s.draft), s.acceptance) for s in ready]
-        for run in self.policy.draft_plan(drafts):
+        contexts = [self._draft_context(sequence) for sequence in ready]
+        drafts = self._offers(ready, contexts)
+        plan = self.policy.draft_plan(drafts)
+        trial = None
+        if not (self.drafter_is_free or any(run.drafted for run in plan)):
+            trial = self.policy.trial(drafts, self.trial_s)
+        before = self.counts["completion"]
+        took_s = 0.0
+        for run in trial or plan:
             rows = [ready[i] for i in run.rows]
+            guessing_s = 0.0
+            if run.drafted or self.drafter_is_free:
+                guessing_s = self._propose(rows, [contexts[i] for i in run.rows], run.drafted)
             if rider is not None and not run.drafted:
                 rows.append(rider)
                 rider, ridden = None, True
-            self._decode_run(rows, run.drafted)
+            self._decode_run(rows, run, guessing_s)
+            took_s += guessing_s + self._forward_s
+        tokens = self.counts["completion"] - before
+        if any(run.drafted for run in trial or plan):
+            self._count_drafts(tokens, took_s, len(ready), is_trial=trial is not None)
+        elif not self.drafter_is_free:
+            self.trial_s = min(self.trial_s + _TRIALS * took_s, _SAVED_STEPS * took_s)
         return ridden
 
-    def _decode_run(self, sequences: list[SequenceState], drafted: int) -> None:
+    def _count_drafts(self, tokens: int, took_s: float, batch: int, *, is_trial: bool) -> None:
+        """Compare what a decode step with drafts gave with plain steps of all its sequences."""
+        self.counts["draft_steps"] += 1
+        plain_s = self.policy.costs.decode.estimate(batch) or took_s
+        saved_s = plain_s * tokens / batch - took_s
+        self.draft_saved_s += saved_s
+        if is_trial:
+            self.trial_s += min(saved_s, 0.0)
+
+    def _decode_run(
+        self, sequences: list[SequenceState], run: DecodeRun, guessing_s: float = 0.0
+    ) -> None:
         """Run one token of each sequence and its drafted ones; shorter drafts are padded.
 
         Rows of padding and of wrong drafts are not counted, so later tokens overwrite them.
         """
-        # Padding must not pass the end of anyone's slot.
-        drafted = min([drafted, *(_slot_of(s).remaining - 1 for s in sequences)])
+        # A drafter may stop early, and padding must not pass the end of anyone's slot.
+        longest = max(len(sequence.draft) for sequence in sequences)
+        rooms = (_slot_of(sequence).remaining - 1 for sequence in sequences)
+        drafted = min([run.drafted, longest, *rooms])
         rows = []
         for sequence in sequences:
             tail, first = sequence.draft[:drafted], sequence.pending[:1]
             rows.append([*first, *tail, *first * (drafted - len(tail))])
         places = list(range(1 + drafted))
+        batch = len(sequences)
         logits = self._forward(sequences, rows, [places] * len(rows))
         if logits is None:
             return
@@ -344,7 +383,10 @@ class EngineCore:
             if len(sequence.pending) > 1:  # a prompt that rides
                 sequence.pending = sequence.pending[1:]
             else:
-                self._sample(sequence, row)
+                self._sample(sequence, row, run.drafted)
+        if run.drafted and not self.drafter_is_free:
+            took_s = guessing_s + self._forward_s
+            self.policy.costs.observe_drafted(batch, run.drafted, took_s)
 
     def _forward(
         self,
@@ -368,7 +410,7 @@ class EngineCore:
             for sequence in sequences:
                 self._fail(sequence, error)
             return None
-        seconds = self.now() - started
+        seconds = self._forward_s = self.now() - started
         self._count_step(len(sequences) * seq, seconds)
         self.model_s += seconds
         costs = self.policy.costs
@@ -388,11 +430,14 @@ class EngineCore:
 
     # ------------------------------------------------------------------ tokens
 
-    def _sample(self, sequence: SequenceState, logits: NDArray[np.float32]) -> None:
+    def _sample(
+        self, sequence: SequenceState, logits: NDArray[np.float32], planned: int = 0
+    ) -> None:
         """Draw a token at each place, as long as the draft was what was drawn."""
         draft, drafted = sequence.draft, len(logits) - 1
         sequence.draft = []
         accepted = 0
+        slot = _slot_of(sequence).index
         for place, row in enumerate(logits):
             token = self._draw(sequence, row)
             if token is None or not self._deliver(sequence, token):
@@ -400,17 +445,32 @@ class EngineCore:
             right = place < len(draft) and token.id == draft[place]
             if place < len(draft):
                 # A drafted token that was not run is still a guess to learn from.
-                sequence.judge(right)
+                self._judge(sequence, right)
+            elif place < min(planned, sequence.offered) and not self.drafter_is_free:
+                self._judge(sequence, False)  # it dared no guess, which ends a draft just as well
             if not right or place == drafted:
                 sequence.pending = [token.id]
                 break
             _slot_of(sequence).extend([token.id])
             accepted += 1
-        if draft and sequence.drafter is not None:
+        if draft and self.drafter is not None:
             proposed = min(len(draft), drafted)
             self.counts["drafted"] += proposed
             self.counts["accepted"] += accepted
-            sequence.drafter.observe(proposed, accepted)
+            self.drafter.observe(slot, proposed, accepted)
+
+    def _judge(self, sequence: SequenceState, right: bool) -> None:
+        """Count one drafted token as right or wrong."""
+        if self.drafter is None:
+            return
+        newest = self.drafter.newest
+        if not self.drafter.is_free:
+            sequence.verdicts += 1
+            newest = max(newest, 1 / (sequence.verdicts + _FIRST_VERDICTS))
+            self.counts["verdicts"] += 1
+            of_all = max(_NEWEST_VERDICT, 1 / (self.counts["verdicts"] + _FIRST_VERDICTS))
+            self.acceptance += of_all * (right - self.acceptance)
+        sequence.acceptance += newest * (right - sequence.acceptance)
 
     def _draw(self, sequence: SequenceState, logits: NDArray[np.float32]) -> SampledToken | None:
         constraint = sequence.request.constraint
@@ -461,7 +521,9 @@ class EngineCore:
         sequence.stats.model_s = self.model_s - sequence.model_s_before if sequence.slot else 0.0
         if sequence.slot is not None:
             run_s = self.now() - sequence.submitted_s - sequence.stats.queue_s
-            self.mean_run_s += (_NEWEST if self.mean_run_s else 1.0) * (run_s - self.mean_run_s)
+            newest = _NEWEST if self.mean_run_s else 1.0
+            self.mean_run_s += newest * (run_s - self.mean_run_s)
+            self.mean_tokens += newest * (sequence.stats.completion_tokens - self.mean_tokens)
             sequence.stats.context_left = sequence.slot.remaining
         self._leave(sequence, keep=self.reuse_prefix)
         self.outcomes[reason] += 1
@@ -525,17 +587,120 @@ class EngineCore:
         except EdgeError as error:
             self._fail(sequence, error)
             return False
-        slot.ids = ids
+        before, slot.ids = slot.ids, ids
+        if self.drafter is not None:
+            self._let_draft(lambda drafter: drafter.slide(slot.index, before, ids))
         return True
 
-    def _propose(self, sequence: SequenceState) -> list[int]:
-        assert sequence.drafter is not None
-        limit = min(self.max_draft_tokens, _slot_of(sequence).remaining - 1)
+    @property
+    def drafter_is_free(self) -> bool:
+        """Whether guesses take no time that counts; true without a drafter."""
+        return self.drafter is None or self.drafter.is_free
+
+    def _draft_context(self, sequence: SequenceState) -> DraftContext:
+        slot = _slot_of(sequence)
+        limit = min(self.max_draft_tokens, slot.remaining - 1)
         left = sequence.tokens_left
         if left is not None:
             # The token after the last right draft is sampled, too.
             limit = min(limit, left - 1)
-        return sequence.drafter.propose(sequence.ids, limit)[:limit] if limit > 0 else []
+        rows = sequence.ids if slot.shareable else [*slot.ids, *sequence.pending]
+        return DraftContext(slot.index, sequence.ids, rows, max(limit, 0), sequence.sampler)
+
+    def _offers(self, sequences: list[SequenceState], contexts: list[DraftContext]) -> list[Draft]:
+        """Ask how much could be drafted; one sequence is read first where that is worth it."""
+        found: list[Draft] = []
+        has_read = False
+        for sequence, context in zip(sequences, contexts, strict=True):
+            length = 0
+            drafter = self.drafter
+            if drafter is not None and context.limit:
+                behind = drafter.behind(context)
+                if (
+                    behind
+                    and not has_read
+                    and self._reads(sequence, context, behind, len(contexts))
+                ):
+                    has_read = True
+                    self._read(context, behind)
+                    behind = 0 if self.drafter is None else drafter.behind(context)
+                if not behind and self.drafter is not None:
+                    length = drafter.offer(context)
+            sequence.offered = length
+            found.append(Draft(length, sequence.acceptance))
+        return found
+
+    def _reads(
+        self, sequence: SequenceState, context: DraftContext, behind: int, batch: int
+    ) -> bool:
+        """Whether the drafter should read on in a sequence, or may, to learn whether it pays."""
+        written, left = sequence.stats.completion_tokens, sequence.tokens_left
+        expected = self.mean_tokens - written
+        if left is not None:
+            written, expected = min(written, left), min(expected, left)
+        draft = Draft(context.limit, sequence.acceptance)
+        if self.policy.reads(behind, draft, batch, written=written, expected=expected):
+            return True
+        price_s = self.policy.costs.reading_s(behind)
+        if price_s > self.trial_s:
+            return False
+        self.trial_s -= price_s
+        return True
+
+    def _read(self, context: DraftContext, behind: int) -> None:
+        """Let the drafter read a chunk of what it lacks, as long as a stream may wait for it."""
+        costs, most = self.policy.costs, self.policy.step_tokens
+        if self.policy.target_itl_s is not None:
+            decode_s = costs.decode.estimate(len(self.running)) or 0.0
+            most = costs.reading.largest(self.policy.target_itl_s - decode_s, most)
+        took_s = self._let_draft(lambda drafter: drafter.read(context, most))
+        if took_s is not None:
+            costs.reading.observe(min(behind, most), took_s)
+            self.draft_saved_s -= took_s
+
+    def _propose(
+        self, sequences: list[SequenceState], contexts: list[DraftContext], count: int
+    ) -> float:
+        """Let the drafter guess for these sequences; returns the seconds that it took."""
+        if self.drafter is None:
+            return 0.0
+        able = [i for i, sequence in enumerate(sequences) if sequence.offered]
+        if not able:
+            return 0.0
+        if self.drafter.is_free:
+            count = self.max_draft_tokens  # what is not run is learnt from, too
+        worth = self.policy.draft_worth(len(sequences))
+        found: list[list[int]] = []
+        took_s = self._let_draft(
+            lambda drafter: found.extend(drafter.propose([contexts[i] for i in able], count, worth))
+        )
+        if took_s is None:
+            return 0.0
+        for i, draft in zip(able, found, strict=True):
+            sequences[i].draft = draft[: contexts[i].limit]
+        if not self.drafter_is_free:
+            # The guess at which it stopped took its time, too.
+            guesses = min(max(map(len, found)) + 1, count)
+            self.policy.costs.guess.observe(len(sequences), took_s / guesses)
+            self.model_s += took_s
+        return took_s
+
+    def _let_draft(self, work: Callable[[Drafter], None]) -> float | None:
+        """Let the drafter do something; returns its seconds, or None if it failed.
+
+        Answers do not need it, so they go on without drafts, and the log and the stats say so.
+        """
+        assert self.drafter is not None
+        started = self.now()
+        try:
+            work(self.drafter)
+        except EdgeError as error:
+            _log.error("no more drafts, answers go on without: %s", error)
+            self.drafts_failed = str(error)
+            self.drafter = None
+            return None
+        self.last_step_s = self.now()
+        return self.last_step_s - started
 
 
 def _slot_of(sequence: SequenceState) -> Slot:

@@ -13,7 +13,7 @@ from edge.backends import Floats
 from edge.errors import EdgeError
 from edge.runtime.generation import FinishReason as FinishReason
 from edge.runtime.generation import GenerationStats
-from edge.runtime.sampling import SampledToken, SamplingParams
+from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
 
 _SEEDS = 1 << 64
 
@@ -69,15 +69,117 @@ class Sink(Protocol):
         ...
 
 
-class Drafter(Protocol):
-    """Guesses the next tokens of one sequence, for speculative decoding."""
+@dataclass(frozen=True, eq=False)
+class DraftContext:
+    """One running sequence as a drafter sees it, for one decode step.
 
-    def propose(self, ids: Sequence[int], limit: int) -> list[int]:
-        """Return up to ``limit`` guesses for what follows ``ids`` (prompt and answer so far)."""
+    Attributes:
+        slot: its slot in the target's cache; no other sequence has it while this one runs.
+        ids: prompt and answer so far.
+        rows: the tokens that the target attends to: those of its cache, and the one that runs
+            next. They are ``ids``, unless the slot has slid.
+        limit: guesses that can be of use at most.
+        sampler: the sequence's own; `Sampler.guess` draws with the random numbers that decide the
+            answer's next tokens.
+    """
+
+    slot: int
+    ids: list[int]
+    rows: list[int]
+    limit: int
+    sampler: Sampler
+
+
+class DraftWorth(NamedTuple):
+    """From which probability on a guess is worth its time, those before it being right, too.
+
+    Attributes:
+        run: that the target runs it; 0 where that time is not known yet.
+        go_on: that another one is made after it.
+    """
+
+    run: float = 0.0
+    go_on: float = 0.0
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of running sequences; the target then verifies them in one step.
+
+    One drafter serves all slots of an engine, in the engine's thread. What it guesses changes no
+    answer, so it may be wrong in every way; it costs time. A drafter that needs more of the target
+    than tokens, such as a head that reads hidden states, gets it as one more field of
+    `DraftContext`.
+
+    Attributes:
+        is_free: proposals take no time that counts, so they are also made where none is run, to
+            learn how often they are right. How right they are is the text's doing: each sequence
+            starts anew. Otherwise it is the model's, and starts with what others had.
+        first_guess: how probable it is that a proposed token is right, before any was run.
+        newest: weight of the newest verdict in the running mean of that probability.
+    """
+
+    @property
+    def is_free(self) -> bool:
+        """See the class."""
         ...
 
-    def observe(self, proposed: int, accepted: int) -> None:
-        """Take note of how many of the last proposal's tokens were right."""
+    @property
+    def first_guess(self) -> float:
+        """See the class."""
+        ...
+
+    @property
+    def newest(self) -> float:
+        """See the class."""
+        ...
+
+    def begin(self, slot: int, salt: str) -> None:
+        """Take note that a new sequence runs in a slot; see `Request` for ``salt``."""
+        ...
+
+    def slide(self, slot: int, before: list[int], after: list[int]) -> None:
+        """Take note that the target dropped rows of a slot.
+
+        Args:
+            slot: which one.
+            before: the tokens of its rows until now.
+            after: those that are left: the first ones, and the newest.
+        """
+        ...
+
+    def behind(self, context: DraftContext) -> int:
+        """Tokens that must be read (`read`) before it can propose anything; 0 if it can now."""
+        ...
+
+    def read(self, context: DraftContext, most: int) -> None:
+        """Read up to ``most`` of the tokens that it is behind.
+
+        Raises:
+            EdgeError: it can guess no more.
+        """
+        ...
+
+    def offer(self, context: DraftContext) -> int:
+        """Return how many tokens it could propose now, up to the limit."""
+        ...
+
+    def propose(
+        self, contexts: Sequence[DraftContext], count: int, worth: DraftWorth
+    ) -> list[list[int]]:
+        """Guess what follows each sequence.
+
+        Args:
+            contexts: sequences that are not behind.
+            count: guesses per sequence at most.
+            worth: where to stop, for a drafter that knows how sure it is.
+
+        Raises:
+            EdgeError: it can guess no more.
+        """
+        ...
+
+    def observe(self, slot: int, proposed: int, accepted: int) -> None:
+        """Take note of how many of the last proposal's tokens were run, and were right."""
         ...
 
 
@@ -177,6 +279,10 @@ class SchedulerStats:
         cached_tokens: prompt tokens that were in the cache already.
         completion_tokens: tokens that were sampled.
         drafted_tokens, accepted_tokens: tokens that speculative decoding ran, and that were right.
+        draft_steps: decode steps for which tokens were drafted.
+        draft_saved_s: seconds that drafts have saved so far against plain decode at its measured
+            pace, their own time counted; negative while they have cost more than they gave.
+        drafts_failed: why nothing is drafted any more; None while the drafter works.
         steps: calls of the backend.
         last_step_s: monotonic clock when a step last ended; a heartbeat while anything runs.
         full_step_s: seconds that a step with the most tokens allowed should take, at the pace of
@@ -198,6 +304,9 @@ class SchedulerStats:
     completion_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    draft_steps: int = 0
+    draft_saved_s: float = 0.0
+    drafts_failed: str | None = None
     steps: int = 0
     last_step_s: float = 0.0
     full_step_s: float | None = None

@@ -52,7 +52,7 @@ class Scheduler:
             Slots beyond ``max_batch`` hold prefixes. Without ``reuse_prefix`` only the samples of
             one submission share their prompt.
         overflow: what to do when a slot is full; None ends the sequence with ``length``.
-        make_drafter: makes the drafter of each sequence; None runs without speculation.
+        drafter: guesses tokens of all sequences; None runs without speculation.
         prefix_store: prefixes that are kept outside the cache.
     """
 
@@ -64,7 +64,7 @@ class Scheduler:
         config: EngineConfig,
         *,
         overflow: Overflow | None = None,
-        make_drafter: Callable[[], Drafter] | None = None,
+        drafter: Drafter | None = None,
         prefix_store: PrefixSource | None = None,
     ) -> None:
         self._core = EngineCore(
@@ -73,7 +73,7 @@ class Scheduler:
             vocab_size,
             config,
             overflow=overflow,
-            make_drafter=make_drafter,
+            drafter=drafter,
             prefix_store=prefix_store,
         )
         self.queue_capacity = config.queue_capacity
@@ -85,6 +85,15 @@ class Scheduler:
     def max_batch(self) -> int:
         """Number of sequences that run at once."""
         return self._core.policy.max_batch
+
+    @property
+    def drafting(self) -> bool:
+        """Whether the drafter is asked at all; may be set at any time, to compare."""
+        return self._core.drafting
+
+    @drafting.setter
+    def drafting(self, value: bool) -> None:
+        self._core.drafting = value
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[SequenceState]:
         """Queue requests that belong together: all of them or none.
@@ -161,6 +170,9 @@ class Scheduler:
             completion_tokens=counts["completion"],
             drafted_tokens=counts["drafted"],
             accepted_tokens=counts["accepted"],
+            draft_steps=counts["draft_steps"],
+            draft_saved_s=core.draft_saved_s,
+            drafts_failed=core.drafts_failed,
             steps=core.steps,
             last_step_s=core.last_step_s,
             full_step_s=core.full_step_s,

@@ -142,10 +142,15 @@ _STATE = {
     "kv_cache_used_tokens": ("kv_used_tokens", "Cache rows of running sequences."),
     "kv_cache_kept_tokens": ("kv_cached_tokens", "Cache rows kept for reuse."),
     "kv_cache_capacity_tokens": ("kv_capacity_tokens", "Cache rows in all."),
+    "draft_saved_seconds": (
+        "draft_saved_s",
+        "Seconds that drafts have saved against plain decode; negative where they cost more.",
+    ),
 }
 _COUNTED = {
     "drafted_tokens": ("drafted_tokens", "Tokens guessed by speculative decoding."),
     "accepted_tokens": ("accepted_tokens", "Guessed tokens that were right."),
+    "draft_steps": ("draft_steps", "Decode steps for which tokens were guessed."),
     "engine_steps": ("steps", "Calls of the engine."),
 }
 
@@ -170,6 +175,12 @@ def scheduler_families(schedulers: Mapping[str, SchedulerStats]) -> Iterator[Met
         "1 if the engine can serve no more.",
         ("model",),
         {(model,): float(s.failed is not None) for model, s in schedulers.items()},
+    )
+    yield gauge(
+        "drafts_failed",
+        "1 if nothing is drafted any more since the draft model failed.",
+        ("model",),
+        {(model,): float(s.drafts_failed is not None) for model, s in schedulers.items()},
     )
     for name, (attribute, text) in _COUNTED.items():
         family = CounterMetricFamily(f"edgellm_{name}", text, labels=["model"])
@@ -224,6 +235,7 @@ def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:
     return {
         "loaded": True,
         "failed": stats.failed is not None,
+        "drafts_failed": stats.drafts_failed is not None,
         "kv_cache_usage_ratio": round(_usage(stats), 6),
         **{name: getattr(stats, name) for name in names},
     }

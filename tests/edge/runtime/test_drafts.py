@@ -18,10 +18,10 @@ from edge.bundle.io_spec import EMBEDDINGS_TENSOR
 from edge.bundle.manifest import SamplingDefaults
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
-from edge.runtime.drafts import NgramDrafter
+from edge.runtime.drafts import NgramDrafter, NgramIndex
 from edge.runtime.sampling import Sampler, SamplingParams, final_probabilities
 from edge.runtime.scheduler.core import EngineCore, SequenceState
-from edge.runtime.scheduler.request import Constraint, Request
+from edge.runtime.scheduler.request import Constraint, DraftContext, Drafter, Request
 from tests.edge.runtime.scheduler.conftest import Collected
 from tests.fakes import Script, ScriptedBackend, random_logits
 
@@ -46,7 +46,7 @@ def _by_search(ids: Sequence[int], longest: int, shortest: int, count: int) -> l
 def test_a_proposal_is_what_followed_the_last_place_of_the_longest_ngram(
     ids: list[int], cuts: list[int], limit: int
 ) -> None:
-    drafter = NgramDrafter(longest=3, shortest=1)
+    drafter = NgramIndex(longest=3, shortest=1)
     for cut in sorted({*(cut for cut in cuts if cut < len(ids)), len(ids)}):
         # The index grows with the sequence, whatever the pieces.
         assert drafter.propose(ids[:cut], limit) == _by_search(ids[:cut], 3, 1, limit)
@@ -58,7 +58,7 @@ def test_a_proposal_is_what_followed_the_last_place_of_the_longest_ngram(
 )
 def test_text_that_repeats_is_continued_rightly(period: list[int], length: int) -> None:
     text = period * 80
-    draft = NgramDrafter().propose(text[:length], 4)
+    draft = NgramIndex().propose(text[:length], 4)
     # From the second token of the second round on, the last two tokens stood there before.
     assert draft == (text[length : length + 4] if length >= len(period) + 2 else [])
 
@@ -67,13 +67,13 @@ def test_text_that_repeats_is_continued_rightly(period: list[int], length: int) 
 def test_only_tokens_of_the_sequence_are_proposed_and_no_more_than_asked_for(
     ids: list[int], limit: int
 ) -> None:
-    draft = NgramDrafter().propose(ids, limit)
+    draft = NgramIndex().propose(ids, limit)
     assert len(draft) <= limit
     assert set(draft) <= set(ids)
 
 
 def test_the_draft_grows_while_right_and_shrinks_when_wrong() -> None:
-    drafter, ids = NgramDrafter(), [1, 2, 3] * 20
+    drafter, ids = NgramIndex(), [1, 2, 3] * 20
     lengths: list[int] = []
     for right in (None, True, True, False, True):
         if right is not None:
@@ -95,7 +95,7 @@ def test_each_token_is_indexed_once() -> None:
             return super().__getitem__(key)
 
     ids = Counted(np.random.RandomState(0).randint(0, 50, 400).tolist())
-    drafter = NgramDrafter()
+    drafter = NgramIndex()
     grown = Counted(ids[:1])
     Counted.slices = 0
     for token in ids[1:]:
@@ -108,7 +108,7 @@ def test_each_token_is_indexed_once() -> None:
 @pytest.mark.parametrize(("longest", "shortest"), [(2, 3), (2, 0)])
 def test_impossible_ngrams_are_refused(longest: int, shortest: int) -> None:
     with pytest.raises(ConfigError, match="1 <= shortest <= longest"):
-        NgramDrafter(longest, shortest)
+        NgramIndex(longest, shortest)
 
 
 # ---------------------------------------------------------------- exactness, through the scheduler
@@ -117,8 +117,10 @@ def test_impossible_ngrams_are_refused(longest: int, shortest: int) -> None:
 class _EagerDrafter(NgramDrafter):
     """Always has a draft, mostly a wrong one."""
 
-    def propose(self, ids: Sequence[int], limit: int) -> list[int]:
-        return super().propose(ids, limit) or [ids[-1]] * min(limit, 2)
+    def offer(self, context: DraftContext) -> int:
+        if not super().offer(context):
+            self._found[context.slot] = context.ids[-1:] * min(context.limit, 2)
+        return len(self._found[context.slot])
 
 
 class _NoneTwice:
@@ -142,7 +144,7 @@ def _run(
     script: Script,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
-    make_drafter: Callable[[], NgramDrafter] | None,
+    make_drafter: Callable[[], Drafter] | None,
     make_constraint: Callable[[], Constraint] | None = None,
 ) -> tuple[list[list[int]], EngineCore]:
     backend = ScriptedBackend(table, script, num_slots=len(prompts), capacity=64)
@@ -152,7 +154,7 @@ def _run(
         table,
         VOCAB,
         EngineConfig(speculative=8),
-        make_drafter=make_drafter,
+        drafter=None if make_drafter is None else make_drafter(),
         clock=lambda: float(next(clock)),
     )
     answers = [Collected() for _ in prompts]
@@ -202,7 +204,7 @@ def _repeats(seen: tuple[int, ...]) -> NDArray[np.float32]:
 @settings(max_examples=15, deadline=None)
 def test_drafts_change_no_answer(
     table: EmbeddingTable,
-    make_drafter: Callable[[], NgramDrafter],
+    make_drafter: Callable[[], Drafter],
     temperature: float,
     prompts: list[list[int]],
     seed: int,

@@ -7,7 +7,7 @@ import gc
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from edge.errors import (
 )
 from edge.runtime.drafts import NgramDrafter
 from edge.runtime.llm import Prompt
+from edge.runtime.scheduler import DraftContext
 from tests.conftest import TINY_KV_CAPACITY, Bundles
 from tests.fakes import ScriptedBackend, num_open_files, random_logits
 from tests.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID
@@ -431,9 +432,9 @@ def test_speculation_leaves_the_answer_as_it_is(
     limits: list[int] = []
 
     class Asked(NgramDrafter):
-        def propose(self, ids: Sequence[int], limit: int) -> list[int]:
-            limits.append(limit)
-            return super().propose(ids, limit)
+        def offer(self, context: DraftContext) -> int:
+            limits.append(context.limit)
+            return super().offer(context)
 
     monkeypatch.setattr(edge.runtime.llm, "NgramDrafter", Asked)
     for speculative in (0, 1, 4):

@@ -406,6 +406,67 @@ def test_the_end_of_the_cdf_never_gives_a_token_without_mass():
         assert sampler.sample(logits).id == expected
 
 
+@given(
+    data=st.data(),
+    temperature=st.sampled_from([0.0, 0.6, 1.5]),
+    top_k=st.sampled_from([0, 5]),
+    top_p=st.sampled_from([0.8, 1.0]),
+    penalties=st.sampled_from([(1.0, 0.0), (1.3, 0.5)]),
+    seed=st.integers(0, 2**32),
+)
+def test_a_guess_is_what_would_be_drawn_and_changes_nothing(
+    data, temperature, top_k, top_p, penalties, seed
+):
+    """From the same logits: whatever is guessed how far ahead, in between and before."""
+    made = params(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=penalties[0],
+        frequency_penalty=penalties[1],
+        seed=seed,
+    )
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((12, 30)).astype(np.float32) * 2
+    others = rng.standard_normal((12, 30)).astype(np.float32) * 2
+    plain, guessing = (Sampler(made, 30, [1, 2, 3]) for _ in range(2))
+    expected = [plain.sample(each).id for each in rows]
+    place = 0
+    while place < len(rows):
+        ahead = data.draw(st.integers(0, len(rows) - place))
+        guesses = [guessing.guess(each) for each in rows[place : place + ahead]]
+        assert [guess for guess, _ in guesses] == expected[place : place + ahead]
+        assert all(0 < chance <= 1 + 1e-6 for _, chance in guesses)
+        guessing.forget_guesses()
+        for each in others[: data.draw(st.integers(0, 3))]:
+            guessing.guess(each)
+        guessing.forget_guesses()
+        assert guessing.sample(rows[place]).id == expected[place]
+        place += 1
+
+
+def test_the_chance_of_a_guess_is_its_probability():
+    logits = log_row(0.5, 0.3, 0.2)
+    greedy = Sampler(params(temperature=0.0), 3)
+    guess, chance = greedy.guess(logits)
+    assert guess == 0
+    assert chance == pytest.approx(0.5)
+    drawn = {}
+    for seed in range(40):
+        sampler = Sampler(params(temperature=1.0, top_k=2, seed=seed), 3)
+        guess, chance = sampler.guess(logits)
+        drawn[guess] = chance
+    assert drawn == {0: pytest.approx(0.5), 1: pytest.approx(0.3)}  # nothing is renormalised
+
+
+def test_a_row_that_the_draft_spoilt_is_refused():
+    sampler = Sampler(params(temperature=1.0), 3)
+    with pytest.raises(BackendError, match="non-finite"):
+        sampler.guess(row(0.0, math.nan, 1.0))
+    with pytest.raises(BackendError, match="shape"):
+        sampler.guess(row(0.0, 1.0))
+
+
 CASES = [
     {"temperature": 0.6},
     {"temperature": 0.6, "top_p": 0.95},
@@ -430,7 +491,7 @@ def test_frequencies_match_the_definition(options, size):
     prompt = [1, 2, 3, 3]
     sampler = Sampler(made, size, prompt)
     # Every draw is the first.
-    sampler._count = lambda _: None  # type: ignore[assignment,method-assign]
+    sampler._count = lambda _: None  # type: ignore[assignment,method-assign,return-value]
     counts = np.bincount([sampler.sample(logits).id for _ in range(num_draws)], minlength=size)
     expected = final_probabilities(logits, made, prompt_ids=prompt) * num_draws
     assert counts[expected == 0].sum() == 0

@@ -210,7 +210,7 @@ def test_a_request_answers_alike_alone_and_in_a_crowd(tiny_bundles: Bundles):
     ("options", "words"),
     [
         ({"prefill": "int8"}, "prefill int8 rounds"),
-        ({"speculative": 4}, "speculative computes"),
+        ({"speculative": 4}, "speculative or draft computes"),
         ({"prefix_dir": "x"}, "prefix_dir brings"),
         ({"prefill_chunk": 2}, "takes 3"),
         ({"backend": "tensorrt"}, "computes on the GPU"),

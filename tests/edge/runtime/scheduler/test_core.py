@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, DeviceMemoryError
 from edge.runtime.generation import GenerationStats
 from edge.runtime.sampling import SampledToken
-from edge.runtime.scheduler import FinishReason
+from edge.runtime.scheduler import DraftContext, DraftWorth, FinishReason
 from edge.runtime.scheduler.core import SequenceState
 from tests.edge.runtime.scheduler.conftest import (
     COUNT_UP,
@@ -47,12 +48,36 @@ SCRIPT = random_logits(VOCAB)
 class Guesser:
     """A drafter that is right about a greedy answer, but for each ``wrong_each``-th token."""
 
+    is_free = True
+    first_guess = 0.3
+    newest = 0.15
+
     def __init__(self, script: Script, wrong_each: int) -> None:
         self.script = script
         self.wrong_each = wrong_each
         self.verdicts: list[tuple[int, int]] = []
 
-    def propose(self, ids: Any, limit: int) -> list[int]:
+    def begin(self, slot: int, salt: str) -> None:
+        pass
+
+    def slide(self, slot: int, before: list[int], after: list[int]) -> None:
+        pass
+
+    def behind(self, context: DraftContext) -> int:
+        return 0
+
+    def read(self, context: DraftContext, most: int) -> None:
+        raise AssertionError("it is never behind")
+
+    def offer(self, context: DraftContext) -> int:
+        return context.limit
+
+    def propose(
+        self, contexts: Sequence[DraftContext], count: int, worth: DraftWorth
+    ) -> list[list[int]]:
+        return [self._guess(context.ids, min(count, context.limit)) for context in contexts]
+
+    def _guess(self, ids: list[int], limit: int) -> list[int]:
         seen = list(ids)
         for _ in range(limit):
             logits = np.asarray(self.script(tuple(seen)))
@@ -60,7 +85,7 @@ class Guesser:
             seen.append((guess + 1) % VOCAB if len(seen) % self.wrong_each == 0 else guess)
         return seen[len(ids) :]
 
-    def observe(self, proposed: int, accepted: int) -> None:
+    def observe(self, slot: int, proposed: int, accepted: int) -> None:
         assert 0 <= accepted <= proposed
         self.verdicts.append((proposed, accepted))
 
@@ -103,7 +128,7 @@ class Life(RuleBasedStateMachine):
             max_step_tokens=chunk,
             reuse_prefix=reuse,
             overflow=DropMiddle() if slides else None,
-            make_drafter=(lambda: Guesser(SCRIPT, 4)) if drafts else None,
+            drafter=Guesser(SCRIPT, 4) if drafts else None,
             speculative=3,
             target_itl_ms=target_itl_ms,
             clock=lambda: self.now,
@@ -424,7 +449,7 @@ def test_constraints_see_what_is_sampled_and_nothing_else(table: EmbeddingTable,
     engine = Engine(
         table,
         SCRIPT,
-        make_drafter=(lambda: Guesser(guess, 1000)) if drafts else None,
+        drafter=Guesser(guess, 1000) if drafts else None,
         speculative=8,
         clock=lambda: 0.0,
     )
@@ -484,7 +509,7 @@ def test_right_drafts_save_steps(table: EmbeddingTable):
     plain = Engine(table)
     drafting = Engine(
         table,
-        make_drafter=lambda: Guesser(COUNT_UP, 1000),
+        drafter=Guesser(COUNT_UP, 1000),
         speculative=4,
         clock=lambda: 0.0,
     )

@@ -1,0 +1,316 @@
+"""Drafts from a second, smaller model with the same tokenizer.
+
+`ModelDrafter` has its own engine, with a slot for each slot of the target. It keeps no record of
+what was accepted: before each draft it compares the tokens of its rows with those of the target and
+goes on after the last that both have. So a rejected draft, a cancelled sequence, a prefix that is
+used again and a failed step all need nothing of their own here.
+
+Guesses are drawn with the random numbers that the target will use at the same places
+(`Sampler.guess`), by the same inverse CDF. So the draft is right at temperatures above 0 as often
+as the two distributions overlap there, and what the target draws stays its own draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend, Floats
+from edge.backends.choose import open_backend
+from edge.backends.step import prefill, step_after
+from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+from edge.bundle.manifest import Manifest, read_manifest, verify_files
+from edge.engine_config import EngineConfig
+from edge.errors import ConfigError
+from edge.text.tokenizer_difference import tokenizer_difference
+
+from .kv_cache import common_prefix
+from .overflow import SlidingWindow
+from .scheduler import DraftContext, DraftWorth
+
+CLOSE = 8
+"""Tokens that a draft's first step takes in by itself; what is further behind is read before."""
+_FIRST_GUESS = 0.7  # of a model that has proposed nothing yet: high, so that it is tried
+_NEWEST = 0.05
+
+CutRows = Callable[[Floats, int, int], Floats]
+"""From rows of a slot, the first row to drop and how many, to the rows that stay, keys turned."""
+
+
+class ModelDrafter:
+    """A small model that guesses for a larger one; an `edge.runtime.scheduler.Drafter`.
+
+    Args:
+        backend: engine of the small model, with at least the target's slots; it is closed with the
+            drafter, and nobody else uses it.
+        embeddings: its token table, which is closed with the drafter, too.
+        draft_vocab: length of its rows of logits.
+        target_vocab: length of the target's. Ids mean the same in both as far as both have them;
+            those beyond the smaller one are padding.
+        stand_in: id that is read in place of one that the small model does not have.
+        cut_rows: lets rows follow a target that slides; without it they are read again.
+
+    Attributes:
+        backend: see above.
+    """
+
+    is_free = False
+    first_guess = _FIRST_GUESS
+    newest = _NEWEST
+
+    def __init__(
+        self,
+        backend: Backend,
+        embeddings: EmbeddingTable,
+        *,
+        draft_vocab: int,
+        target_vocab: int,
+        stand_in: int = 0,
+        cut_rows: CutRows | None = None,
+    ) -> None:
+        self.backend = backend
+        self._embeddings = embeddings
+        self._draft_vocab = draft_vocab
+        self._shared = min(draft_vocab, target_vocab)
+        self._stand_in = stand_in
+        self._cut_rows = cut_rows
+        self._row = np.full(target_vocab, -np.inf, np.float32)
+        self._ids: list[list[int]] = [[] for _ in range(backend.num_slots)]
+        self._salts = [""] * backend.num_slots
+
+    def begin(self, slot: int, salt: str) -> None:
+        """Keep the rows of the sequence before, if this one may share them."""
+        if self._salts[slot] != salt:
+            self._ids[slot], self._salts[slot] = [], salt
+
+    def slide(self, slot: int, before: list[int], after: list[int]) -> None:
+        """Drop the same rows as the target did.
+
+        Raises:
+            EdgeError: the engine failed.
+        """
+        ids = self._ids[slot]
+        shared = common_prefix(ids, before)
+        start = common_prefix(before, after)
+        dropped = len(before) - len(after)
+        end = start + dropped
+        # Rows from `end` on now follow those before `start`, if that is what the target did.
+        if self._cut_rows is None or shared <= end or after != [*before[:start], *before[end:]]:
+            return
+        rows = self.backend.read_slot(slot, shared)
+        self._ids[slot] = []  # until they are written
+        self.backend.write_slot(slot, self._cut_rows(rows, start, dropped))
+        self._ids[slot] = [*ids[:start], *ids[end:shared]]
+
+    def behind(self, context: DraftContext) -> int:
+        """Tokens to read before the last `CLOSE`, after rows that another slot has were copied."""
+        lacks = self._lacks(context)
+        if lacks > CLOSE:
+            self._copy_prefix(context)
+            lacks = self._lacks(context)
+        return lacks - 1 if lacks > CLOSE and self._room(context) > 0 else 0
+
+    def read(self, context: DraftContext, most: int) -> None:
+        """Run tokens that it lacks, from the first on, without the last one.
+
+        Raises:
+            EdgeError: the engine failed.
+        """
+        ids, rows = self._ids[context.slot], context.rows
+        first = len(rows) - self._lacks(context)
+        del ids[first:]
+        last = min(first + most, len(rows) - 1)
+        tokens = self._known(rows[first:last])
+        for part, _ in prefill(
+            self.backend, self._embeddings, tokens, slot=context.slot, past=first
+        ):
+            ids += rows[first + part.start : first + part.stop]
+
+    def offer(self, context: DraftContext) -> int:
+        """Return the limit, as far as its own slot has room."""
+        return max(min(context.limit, self._room(context)), 0)
+
+    def propose(
+        self, contexts: Sequence[DraftContext], count: int, worth: DraftWorth
+    ) -> list[list[int]]:
+        """Guess token after token for all sequences together; each stops where it is unsure.
+
+        Raises:
+            EdgeError: the engine failed.
+        """
+        drafts: list[list[int]] = [[] for _ in contexts]
+        chances = [1.0] * len(contexts)
+        limits = [min(count, self.offer(context)) for context in contexts]
+        going = [i for i, limit in enumerate(limits) if limit > 0]
+        try:
+            tokens, past = self._first_step(contexts, going)
+            while going:
+                logits = self._forward([contexts[i].slot for i in going], past, tokens)
+                going_on = []
+                for i, row in zip(going, logits, strict=True):
+                    guess, chance = contexts[i].sampler.guess(self._fit(row))
+                    chances[i] *= chance
+                    if chances[i] >= worth.run:
+                        drafts[i].append(guess)
+                        if chances[i] >= worth.go_on and len(drafts[i]) < limits[i]:
+                            going_on.append(i)
+                going = going_on
+                tokens = [drafts[i][-1:] for i in going]
+                past = [len(self._ids[contexts[i].slot]) for i in going]
+        finally:
+            for context in contexts:
+                context.sampler.forget_guesses()
+        return drafts
+
+    def observe(self, slot: int, proposed: int, accepted: int) -> None:
+        """Do nothing: it goes on after the tokens that are there, whoever drew them."""
+
+    def close(self) -> None:
+        """Free the engine and close the table; calling it twice is harmless."""
+        self.backend.close()
+        self._embeddings.close()
+
+    def _first_step(
+        self, contexts: Sequence[DraftContext], going: list[int]
+    ) -> tuple[list[list[int]], list[int]]:
+        """The tokens that each sequence lacks; who lacks fewer than another runs some again."""
+        size = max((self._lacks(contexts[i]) for i in going), default=1)
+        size = min([size, self.backend.max_step_tokens, *(len(contexts[i].rows) for i in going)])
+        tokens, past = [], []
+        for i in going:
+            rows, ids = contexts[i].rows, self._ids[contexts[i].slot]
+            first = len(rows) - size
+            if self._lacks(contexts[i]) > size:  # beside a very short text
+                self.read(contexts[i], self._lacks(contexts[i]) - size)
+            del ids[first:]
+            past.append(first)
+            tokens.append(list(rows[first:]))
+        return tokens, past
+
+    def _forward(
+        self, slots: list[int], past: list[int], tokens: list[list[int]]
+    ) -> NDArray[np.float32]:
+        """Run a step; returns the logits of each sequence's last token, ``[batch, vocab]``."""
+        ids = np.stack([self._known(row) for row in tokens])
+        last = np.full((len(slots), 1), ids.shape[1] - 1)
+        logits = self.backend.forward(step_after(slots, past, self._embeddings[ids], last))
+        for slot, row in zip(slots, tokens, strict=True):
+            self._ids[slot] += row
+        return logits[:, 0]
+
+    def _fit(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A row of its logits as one of the target; what only the target has cannot be guessed."""
+        if len(row) == len(self._row):
+            return row
+        self._row[: self._shared] = row[: self._shared]
+        return self._row
+
+    def _known(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        found = np.array(ids, dtype=np.int64)
+        return np.where(found < self._draft_vocab, found, self._stand_in)
+
+    def _lacks(self, context: DraftContext) -> int:
+        """Tokens of the target's rows that its own lack; at least the last, which gives logits."""
+        shared = common_prefix(self._ids[context.slot], context.rows)
+        return len(context.rows) - min(shared, len(context.rows) - 1)
+
+    def _room(self, context: DraftContext) -> int:
+        """Guesses for which there are rows: the last guess needs none."""
+        return self.backend.capacity - len(context.rows) + 1
+
+    def _copy_prefix(self, context: DraftContext) -> None:
+        """Take over the rows that a slot of the same salt shares with this text, if they are more.
+
+        Raises:
+            EdgeError: the engine failed.
+        """
+        own, salt = context.slot, self._salts[context.slot]
+        most = len(context.rows) - 1
+        shared = {
+            slot: min(common_prefix(ids, context.rows), most)
+            for slot, ids in enumerate(self._ids)
+            if self._salts[slot] == salt
+        }
+        best = max(shared, key=lambda slot: shared[slot])
+        if shared[best] < shared[own] + CLOSE:
+            return
+        self._ids[own] = []
+        self.backend.copy_slot(best, own, shared[best])
+        self._ids[own] = self._ids[best][: shared[best]]
+
+
+def read_draft(bundle: Path, target: Path) -> Manifest:
+    """Read the manifest of a bundle that is to draft, and check its files and tokenizer.
+
+    Args:
+        bundle: the bundle that drafts.
+        target: the bundle that answers, whose files have been checked.
+
+    Raises:
+        ConfigError: the tokenizers differ.
+        BundleError, IntegrityError: the bundle is missing, damaged or incomplete.
+    """
+    manifest = read_manifest(bundle)
+    names = dict.fromkeys([*manifest.files, "tokenizer.json", EMBEDDINGS_NAME, manifest.graphs.cpu])
+    verify_files(bundle, manifest, names)
+    difference = tokenizer_difference(target / "tokenizer.json", bundle / "tokenizer.json")
+    if difference is not None:
+        raise ConfigError(
+            f"the draft {bundle} has another tokenizer than {target}: {difference}; a draft must "
+            "have the same, so take a smaller model of the same family, with the same "
+            "--vocab-keep if one was given"
+        )
+    return manifest
+
+
+def open_drafter(
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    target: Backend,
+    target_vocab: int,
+    config: EngineConfig,
+) -> ModelDrafter:
+    """Open a bundle on the same kind of engine as the target, with the same slots.
+
+    Its activations may be rounded whatever ``config`` says: that decides how often it is right, and
+    nothing else. A slot has the target's capacity, or what the model's positions allow; where that
+    is less, longer texts go on without drafts.
+
+    Args:
+        bundle: directory of the bundle.
+        manifest: what `read_draft` returned.
+        target: the engine that answers.
+        target_vocab: length of its rows of logits.
+        config: options with which the target was opened.
+
+    Raises:
+        ConfigError, BundleError, DependencyError, BackendError: see `open_backend`; a TensorRT
+            engine of the draft has too few slots.
+    """
+    tensorrt = target.name == "tensorrt"
+    options = EngineConfig(
+        backend="tensorrt" if tensorrt else "ort-cuda" if target.name == "ort-cuda" else "ort-cpu",
+        # An engine has the capacity that it was built with.
+        kv_capacity=None if tensorrt else min(target.capacity, manifest.rope_positions),
+        num_threads=config.num_threads,
+        prefill_chunk=config.prefill_chunk,
+        num_slots=target.num_slots,
+    )
+    backend = open_backend(bundle, manifest, options)
+    try:
+        embeddings = EmbeddingTable(bundle / EMBEDDINGS_NAME)
+    except BaseException:
+        backend.close()
+        raise
+    return ModelDrafter(
+        backend,
+        embeddings,
+        draft_vocab=manifest.model.vocab_size,
+        target_vocab=target_vocab,
+        stand_in=manifest.tokens.eos[0],
+        cut_rows=SlidingWindow(manifest.model).cut,
+    )
