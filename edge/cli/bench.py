@@ -11,7 +11,7 @@ import click
 import msgspec
 
 import edge
-from edge.errors import EXIT_GATE_MISSED, ConfigError
+from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
 
 from . import echo_json
 from .options import Finite, bundle_argument, engine_options, take_engine
@@ -56,7 +56,7 @@ _SLOWEST = 15
     "--layers", is_flag=True, help="Then time every layer of the TensorRT engine, by its profiler."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-@engine_options("backend", "kv_capacity", "num_threads", "prefill")
+@engine_options("backend", "kv_capacity", "num_threads", "prefill", "draft", "speculative")
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -68,7 +68,10 @@ def bench(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure prefill and decode of BUNDLE: medians of repeats after a warm-up."""
+    """Measure prefill and decode of BUNDLE: medians of repeats after a warm-up.
+
+    With --draft or --speculative it then answers questions with and without drafts, in turns.
+    """
     from edge.measure.bench import BenchConfig
     from edge.measure.bench_report import compare
 
@@ -148,6 +151,8 @@ def _measure(
             result["layers"] = {name: asdict(times) for name, times in found.items()}
     if remark is not None:
         click.echo(f"edge-llm: {remark}", err=True)
+    if engine_config.max_draft_tokens:
+        result["drafts"] = _measure_drafts(bundle, config, engine_config)
     return {
         **result,
         "bundle": str(bundle),
@@ -159,6 +164,25 @@ def _measure(
             "run_peak_bytes": run_peak_bytes if peak_is_new else None,
         },
         "versions": _versions(),
+    }
+
+
+def _measure_drafts(
+    bundle: Path, config: BenchConfig, engine_config: EngineConfig
+) -> dict[str, Any]:
+    from edge.measure.draft_bench import run_draft_bench
+    from edge.runtime.llm import LLM
+
+    draft = engine_config.draft
+    with LLM(bundle, engine_config, reuse_prefix=False) as llm, show_progress() as progress:
+        texts = run_draft_bench(llm, config, progress=progress)
+        failed = llm.scheduler.stats().drafts_failed
+    if failed is not None:
+        raise BackendError(f"the draft failed, so there is nothing to compare: {failed}")
+    return {
+        "draft": None if draft is None else str(draft),
+        "speculative": engine_config.max_draft_tokens,
+        "texts": texts,
     }
 
 
@@ -227,6 +251,8 @@ def _print(result: dict[str, Any], changes: list[Change]) -> None:
     joules, watts = result["decode_joules_per_token"], result["decode_watts"]
     energy = "no power rails here" if joules is None else f"{joules:.3f} J/token at {watts:.1f} W"
     console.print(f"energy of decode: {energy}")
+    if "drafts" in result:
+        _print_drafts(result["drafts"])
     for profile in result.get("layers", ()):
         _print_layers(profile, result["layers"][profile])
     for change in changes:
@@ -234,6 +260,33 @@ def _print(result: dict[str, Any], changes: list[Change]) -> None:
             f"against: {change.name} {change.ratio - 1:+.1%} "
             f"(95 % {change.low - 1:+.1%} to {change.high - 1:+.1%}): {change.verdict}"
         )
+
+
+def _print_drafts(drafts: dict[str, Any]) -> None:
+    """Print each text's speed with and without drafts."""
+    from rich.console import Console
+
+    table = make_table(
+        f"Drafts by {drafts['draft'] or 'what the text repeats'}, up to {drafts['speculative']} "
+        "tokens a step",
+        *("text", "temperature", "plain, tok/s", "drafts, tok/s", "gain", "proposed", "accepted"),
+        *("steps", "saved, s", "same answers"),
+    )
+    for row in drafts["texts"]:
+        share = "" if row["acceptance"] is None else f" ({row['acceptance']:.0%})"
+        table.add_row(
+            row["text"],
+            f"{row['temperature']:g}",
+            f"{row['plain_tps']:.1f}",
+            f"{row['drafted_tps']:.1f}",
+            f"{row['ratio']:.2f}x",
+            str(row["drafted"]),
+            f"{row['accepted']}{share}",
+            str(row["steps"]),
+            f"{row['saved_s']:.2f}",
+            f"{row['same']} of {row['pairs']}",
+        )
+    Console(markup=False, highlight=False).print("", table)
 
 
 def _print_layers(profile: str, times: dict[str, Any]) -> None:

@@ -350,7 +350,7 @@ class EngineCore:
     def _count_drafts(self, tokens: int, took_s: float, batch: int, *, is_trial: bool) -> None:
         """Compare what a decode step with drafts gave with plain steps of all its sequences."""
         self.counts["draft_steps"] += 1
-        plain_s = self.policy.costs.decode.estimate(batch) or took_s
+        plain_s = self.policy.costs.mean_plain_s(batch) or took_s
         saved_s = plain_s * tokens / batch - took_s
         self.draft_saved_s += saved_s
         if is_trial:
@@ -417,7 +417,7 @@ class EngineCore:
         if len(wanted[0]) > 1:
             costs.observe_verify(len(sequences), seq, seconds)
         elif seq == 1:
-            costs.decode.observe(len(sequences), seconds)
+            costs.observe_plain(len(sequences), seconds)
         if len(sequences) == 1 and len(wanted[0]) == 1:
             costs.prefill.observe(seq, seconds)
         return logits

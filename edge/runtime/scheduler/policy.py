@@ -18,6 +18,7 @@ from typing import NamedTuple
 from .request import DraftWorth
 
 _NEWEST = 0.25  # weight of the newest time in a running mean
+_NEWEST_OF_MEAN = 0.05  # likewise, of a mean that takes slow times as they are
 _FADE = 1 / 2048  # how fast the estimate of an option that is not taken falls, so it is tried again
 _GAIN = 1.05  # speculation must promise this much more than plain decode
 _PROMPT_SHARE = 0.9  # of the speed that a prompt has alone, while others decode
@@ -144,6 +145,7 @@ class StepCosts:
         self.decode = CostCurve()
         self.guess = CostCurve()
         self.reading = CostCurve()
+        self._plain: dict[int, float] = {}
         self._verify: dict[tuple[int, int], _Point] = {}
         self._drafted: dict[tuple[int, int], _Point] = {}
 
@@ -155,6 +157,16 @@ class StepCosts:
             self._verify[batch, seq] = _Point(seq, seconds)
         else:
             point.observe(seq, seconds)
+
+    def observe_plain(self, batch: int, seconds: float) -> None:
+        """Count a decode step, one token for each of ``batch`` sequences, and its mean time."""
+        self.decode.observe(batch, seconds)
+        mean = self._plain.setdefault(batch, seconds)
+        self._plain[batch] = mean + _NEWEST_OF_MEAN * (seconds - mean)
+
+    def mean_plain_s(self, batch: int) -> float | None:
+        """Mean seconds of a decode step, slow ones included; else the estimate, if there is one."""
+        return self._plain.get(batch, self.decode.estimate(batch))
 
     def observe_drafted(self, batch: int, count: int, seconds: float) -> None:
         """Count a decode step for which up to ``count`` tokens were drafted, their time included.

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from edge.backends import Step
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import Manifest, read_manifest
+from edge.cli import bench as bench_verb
 from edge.cli.bench import bench
 from edge.device.telemetry import EnergyMeter, Snapshot
 from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
@@ -362,3 +363,48 @@ def test_a_wrong_file_to_compare_with_is_refused(
 def test_a_limit_needs_something_to_compare_with(tiny_bundles: Bundles):
     with pytest.raises(ConfigError, match="give --against"):
         run_verb(str(tiny_bundles("qwen2")), "--max-slowdown", "0.1")
+
+
+def test_drafts_are_measured_beside_plain_answers(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    # A tiny model drafts at a loss, which is what is tried here.
+    monkeypatch.setattr("edge.runtime.scheduler.core._SAVED_STEPS", 1e12)
+    monkeypatch.setattr("edge.runtime.scheduler.core._TRIALS", 1e9)
+    draft = str(tiny_bundles("llama", quant="int4"))
+    arguments = [
+        *(str(tiny_bundles("qwen2")), "--prompt-tokens", "8", "--output-tokens", "10"),
+        *("--repeats", "1", "--batch", "2", "--num-threads", "1", "--draft", draft, "--json"),
+    ]
+    run = CliRunner().invoke(bench, arguments, catch_exceptions=False)
+    result = json.loads(run.stdout)
+    drafts = result["drafts"]
+    assert (drafts["draft"], drafts["speculative"]) == (draft, 5)
+    assert {(row["text"], row["temperature"]) for row in drafts["texts"]} == {
+        (text, temperature) for text in ("code", "chat", "prose") for temperature in (0.0, 0.6)
+    }
+    for row in drafts["texts"]:
+        assert row["same"] == row["pairs"] == 1
+        assert row["ratio"] == row["drafted_tps"] / row["plain_tps"]
+        assert 0 <= row["accepted"] <= row["drafted"] <= 5 * 2 * row["steps"]
+    assert sum(row["steps"] for row in drafts["texts"]) > 0
+    bench_verb._print_drafts(drafts)
+    shown = capsys.readouterr().out
+    assert "Drafts by" in shown
+    assert shown.count("1 of 1") == 6
+
+
+def test_a_draft_that_fails_leaves_nothing_to_compare(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> Any:
+        raise BackendError("the draft is out of order")
+
+    monkeypatch.setattr("edge.runtime.draft_model.ModelDrafter.behind", lambda *_: 0)
+    monkeypatch.setattr("edge.runtime.draft_model.ModelDrafter.propose", fail)
+    bundle = str(tiny_bundles("qwen2"))
+    small = ["--prompt-tokens", "8", "--output-tokens", "6", "--repeats", "1"]
+    run = CliRunner().invoke(bench, [bundle, *small, "--num-threads", "1", "--draft", bundle])
+    assert isinstance(run.exception, BackendError)
+    assert "nothing to compare: the draft is out of order" in str(run.exception)
