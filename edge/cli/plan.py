@@ -53,6 +53,11 @@ calibrate_option = click.option(
 )
 @click.option("--quant", "quants", multiple=True, help="Only this quantization; may be repeated.")
 @click.option(
+    "--draft",
+    help="Model that drafts, with the same tokenizer: what MODEL may be. Planned in int4 unless "
+    "it is a bundle.",
+)
+@click.option(
     "--context",
     "contexts",
     type=int,
@@ -74,6 +79,7 @@ def plan(
     kv_capacity: int | None,
     max_prefill: int,
     quants: tuple[str, ...],
+    draft: str | None,
     contexts: tuple[int, ...],
     calibrate: Path | None,
     svg: Path | None,
@@ -86,7 +92,7 @@ def plan(
     """
     from edge.planner.calibration import calibrated
     from edge.planner.memory import Deployment
-    from edge.planner.models import BUILT_IN, find_model
+    from edge.planner.models import BUILT_IN, check_tokenizers, find_model
     from edge.planner.picture import draw_plan
     from edge.planner.plan import CPU, find_device, make_plan
     from edge.planner.speed import FITTED
@@ -109,8 +115,18 @@ def plan(
     backend: Any = "ort-cpu" if target.name == CPU else "tensorrt"
     dialect: Dialect = "native" if planned.manifest is None else planned.manifest.dialect
     deployment = Deployment(backend, batch, kv_capacity, min(max_prefill, kv_capacity), dialect)
+    drafting = None
+    if draft is not None:
+        drafting = find_model(draft)
+        check_tokenizers(planned, drafting)
     result = make_plan(
-        planned, target, deployment, efficiency, quants=quants, contexts=sorted(set(contexts))
+        planned,
+        target,
+        deployment,
+        efficiency,
+        quants=quants,
+        contexts=sorted(set(contexts)),
+        draft=drafting,
     )
     if svg is not None:
         try:
@@ -201,6 +217,12 @@ def _print(result: Plan) -> None:
             "* nobody published this case (module, power mode, precision, batch): the factors were "
             "fitted to others."
         )
+    if result.draft is not None:
+        console.print("", _draft_table(result))
+        console.print(
+            "Acceptance: how often a guess is right, those before it being right; measure it with "
+            "edge-llm bench BUNDLE --draft BUNDLE. Where drafts lose, the policy does not draft."
+        )
     factors = result.efficiency
     # A CPU's arithmetic is in no table, so a share of it would say nothing.
     arithmetic = "" if device.name == "cpu" else f", arithmetic at {factors.compute:.0%}"
@@ -208,6 +230,31 @@ def _print(result: Plan) -> None:
         f"Efficiency: weights at {factors.weights:.0%} and cache at {factors.cache:.0%} of the "
         f"bandwidth, {factors.layer_s * 1e6:.0f} us per layer{arithmetic}; {factors.source}."
     )
+
+
+def _draft_table(result: Plan) -> Table:
+    """Speed with the draft model, by quantization and context."""
+    assert result.draft is not None
+    acceptances = sorted({speed.acceptance for speed in result.options[0].drafts})
+    table = make_table(
+        f"Drafts by {result.draft.name} ({result.draft.quant}): gain and guesses per step, by "
+        "acceptance",
+        *("quantization", "context", "decode"),
+        *(f"{acceptance:.0%}" for acceptance in acceptances),
+        "pays from",
+    )
+    for option in result.options:
+        least = option.least_acceptance
+        for at in option.speeds:
+            cells = [
+                f"{speed.gain:.2f} ({speed.guesses})"
+                for speed in option.drafts
+                if speed.context == at.context
+            ]
+            first = at is option.speeds[0]
+            pays = "" if not first else "never" if least is None else f"{least:.0%}"
+            table.add_row(option.name, str(at.context), f"{at.decode_tps:.1f}", *cells, pays)
+    return table
 
 
 def _mb(num_bytes: int) -> str:

@@ -18,6 +18,7 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError, ConfigError
+from edge.text.tokenizer_difference import tokenizer_difference
 
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -131,6 +132,29 @@ def find_model(name: str) -> PlannedModel:
         f"{name} is no bundle, no directory with a config.json, no config.json and none of "
         f"{', '.join(BUILT_IN)}"
     )
+
+
+def check_tokenizers(target: PlannedModel, draft: PlannedModel) -> None:
+    """Refuse a draft with another tokenizer, as far as the models are there to be compared.
+
+    Of two bundles the tokenizers are; otherwise the families, since a model of another one has
+    another tokenizer.
+
+    Raises:
+        ConfigError: they differ; what differs is named.
+    """
+    difference = None
+    if target.bundle is not None and draft.bundle is not None:
+        difference = tokenizer_difference(
+            target.bundle / "tokenizer.json", draft.bundle / "tokenizer.json"
+        )
+    elif target.spec.architecture != draft.spec.architecture:
+        difference = f"one is a {target.spec.architecture}, the other a {draft.spec.architecture}"
+    if difference is not None:
+        raise ConfigError(
+            f"--draft {draft.name} has another tokenizer than {target.name}: {difference}; take a "
+            "smaller model of the same family"
+        )
 
 
 def read_config(path: Path) -> ModelSpec:

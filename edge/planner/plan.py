@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from edge.bundle import io_spec
@@ -11,13 +11,29 @@ from edge.bundle.schemes import Recipe
 from edge.errors import ConfigError
 
 from .devices import DEFAULT_DEVICE, MODULES, Module, PowerMode
-from .memory import Deployment, ProcessMemory, plan_process_memory, usable_bytes
+from .drafting import (
+    ACCEPTANCES,
+    DraftPlan,
+    DraftSpeed,
+    draft_speed,
+    least_acceptance,
+    plan_draft,
+)
+from .memory import (
+    Deployment,
+    ProcessMemory,
+    plan_process_memory,
+    plan_process_pair,
+    usable_bytes,
+)
 from .models import PlannedModel
 from .published import Kind, Precision, has_fitted
 from .speed import FITTED, Efficiency, Speed, Work, predict, work_of
 from .weights import VARIANTS, Linear, find_variant, manifest_linears, recipe_linears
 
 CPU = "cpu"
+DRAFT_QUANT = "int4"
+"""What a draft model is planned in that is no bundle: its errors cost time, and no quality."""
 Basis = Literal["fitted", "carried over", "measured"]
 """What a prediction rests on: published figures of this very case (module, precision, batch), those
 of others, or the benchmark of ``--calibrate``. A ceiling rests on none of them."""
@@ -48,11 +64,14 @@ class Option:
     Attributes:
         name: name of the variant, or the bundle's own quantization.
         recipe: what ``edge-llm export`` is asked for; None for a bundle.
-        memory: memory by part.
+        memory: memory by part, that of a draft model included.
         work: bytes and operations.
         speeds: at each context of the plan; empty where the device's bandwidth is unknown.
         basis: what the predictions among the speeds rest on.
         fits: whether the device has the memory; None where that is unknown.
+        drafts: speed with the draft model by context and acceptance; empty without one.
+        least_acceptance: at the first context, from which acceptance on drafts pay; None without
+            a draft, or where they never do.
     """
 
     name: str
@@ -62,17 +81,20 @@ class Option:
     speeds: tuple[Speed, ...]
     basis: dict[Kind, Basis]
     fits: bool | None
+    drafts: tuple[DraftSpeed, ...] = ()
+    least_acceptance: float | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model on a device; `options` are the quantizations."""
+    """A model on a device; `options` are the quantizations, `draft` is a model beside each."""
 
     model: PlannedModel
     device: Device
     deployment: Deployment
     efficiency: Efficiency
     options: tuple[Option, ...]
+    draft: DraftPlan | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -88,6 +110,14 @@ class Plan:
             "kv_capacity": self.deployment.kv_capacity,
             "max_prefill": self.deployment.max_prefill,
             "efficiency": asdict(self.efficiency),
+            "draft": None
+            if self.draft is None
+            else {
+                "model": self.draft.name,
+                "quant": self.draft.quant,
+                "work": asdict(self.draft.work),
+                "device_bytes": self.draft.memory.device_bytes,
+            },
             "options": [
                 {
                     "quant": option.name,
@@ -96,6 +126,8 @@ class Plan:
                     "fits": option.fits,
                     "basis": option.basis,
                     "speeds": [asdict(speed) for speed in option.speeds],
+                    "drafts": [asdict(speed) for speed in option.drafts],
+                    "least_acceptance": option.least_acceptance,
                 }
                 for option in self.options
             ],
@@ -152,6 +184,7 @@ def make_plan(
     *,
     quants: Sequence[str] = (),
     contexts: Sequence[int] = (),
+    draft: PlannedModel | None = None,
 ) -> Plan:
     """Compute memory and speed of a model.
 
@@ -162,6 +195,7 @@ def make_plan(
         efficiency: what of the device's figures is reached.
         quants: names of variants; empty is all, or the bundle's own.
         contexts: tokens to predict speed at; empty is 512 and the capacity.
+        draft: a model that drafts: a bundle, or a model in `DRAFT_QUANT`.
 
     Raises:
         ConfigError: a capacity or context out of range, an unknown quantization, or one that is not
@@ -180,6 +214,10 @@ def make_plan(
             f"--context {', '.join(map(str, contexts))} must lie in 1 to the KV capacity {capacity}"
         )
     options = []
+    drafter = None
+    if draft is not None:
+        ((quant, _, own),) = _linears(draft, () if draft.manifest is not None else (DRAFT_QUANT,))
+        drafter = plan_draft(draft, quant, own, deployment)
     for name, recipe, linears in _linears(model, quants):
         memory = plan_process_memory(model.spec, linears, positions, deployment)
         work = work_of(model.spec, linears, memory.weights, deployment)
@@ -191,10 +229,29 @@ def make_plan(
             if device.mode is not None
             else ()
         )
+        if drafter is not None:
+            memory = plan_process_pair(memory, drafter.memory)
         fits = None if device.usable_bytes is None else memory.load_peak <= device.usable_bytes
         basis = _basis(device, linears, deployment.batch, efficiency)
-        options.append(Option(name, recipe, memory, work, speeds, basis, fits))
-    return Plan(model, device, deployment, efficiency, tuple(options))
+        option = Option(name, recipe, memory, work, speeds, basis, fits)
+        if drafter is not None and device.mode is not None:
+            option = _with_drafts(option, drafter.work, device.mode, efficiency, deployment.batch)
+        options.append(option)
+    return Plan(model, device, deployment, efficiency, tuple(options), drafter)
+
+
+def _with_drafts(
+    option: Option, draft: Work, mode: PowerMode, efficiency: Efficiency, batch: int
+) -> Option:
+    def at(context: int, acceptance: float) -> DraftSpeed:
+        return draft_speed(option.work, draft, mode, efficiency, batch, context, acceptance)
+
+    contexts = [speed.context for speed in option.speeds]
+    return replace(
+        option,
+        drafts=tuple(at(context, a) for context in contexts for a in ACCEPTANCES),
+        least_acceptance=least_acceptance(lambda acceptance: at(contexts[0], acceptance)),
+    )
 
 
 def _basis(

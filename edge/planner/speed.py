@@ -240,6 +240,19 @@ def decode_s(
     )
 
 
+def verify_s(
+    work: Work, mode: PowerMode, efficiency: Efficiency, batch: int, guesses: int, context: float
+) -> float:
+    """Predict the seconds of a decode step that verifies so many guesses of each sequence.
+
+    The cache is read once per sequence, and each token costs what a further sequence does.
+    """
+    rows = batch * (1 + guesses)
+    return _weights_s(work, mode, efficiency) * (1 + efficiency.batch * (rows - 1)) + _cache_s(
+        work, mode, efficiency, batch, context
+    )
+
+
 def prefill_s(
     work: Work,
     mode: PowerMode,

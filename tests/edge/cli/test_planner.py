@@ -66,6 +66,27 @@ def test_the_table_names_what_the_numbers_stand_on(tmp_path: Path):
     assert picture.read_text().startswith("<svg xmlns=")
 
 
+def test_a_draft_is_planned_beside_the_model(tiny_bundles: Bundles):
+    given = ("r1-qwen-7b", "--quant", "int4", "--draft", "r1-qwen-1.5b")
+    shown = run_verb(plan, *given).stdout
+    assert "Drafts by r1-qwen-1.5b (int4)" in shown
+    assert "pays from" in shown
+    found = json.loads(run_verb(plan, *given, "--json").stdout)
+    alone = json.loads(run_verb(plan, *given[:3], "--json").stdout)
+    assert alone["draft"] is None
+    (option,), (before,) = found["options"], alone["options"]
+    assert option["speeds"] == before["speeds"]
+    added = option["memory"]["device_bytes"] - before["memory"]["device_bytes"]
+    assert added == found["draft"]["device_bytes"] > 1e9
+    bundle, other = tiny_bundles("qwen2"), tiny_bundles("llama", quant="int4")
+    (option,) = json.loads(run_verb(plan, str(bundle), "--draft", str(other), "--json").stdout)[
+        "options"
+    ]
+    assert option["drafts"]
+    with pytest.raises(ConfigError, match="one is a qwen2, the other a llama"):
+        run_verb(plan, "r1-qwen-7b", "--draft", "r1-llama-8b")
+
+
 def test_a_cpu_says_what_is_missing():
     done = run_verb(plan, "r1-qwen-1.5b", "--device", "cpu")
     assert "the bandwidth of this CPU is not known" in done.stdout
