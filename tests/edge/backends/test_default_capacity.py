@@ -55,6 +55,23 @@ def test_less_memory_gives_fewer_rows_and_one_line(
     assert "--kv-capacity" in record.getMessage()
 
 
+def test_room_is_left_for_a_bundle_that_drafts(monkeypatch: pytest.MonkeyPatch):
+    draft = make_manifest(kv_capacity=4096, rope_positions=4096)
+    free(monkeypatch, peak(MANIFEST, 8192))
+    alone, both = (
+        host_capacity(MANIFEST, SLOTS, STEP),
+        host_capacity(MANIFEST, SLOTS, STEP, 0, draft),
+    )
+    assert alone == 8192
+    assert both < 8192
+    # Beyond its positions the draft's cache grows no more.
+    own = plan_process_memory(
+        draft.model, manifest_linears(draft), 4096, Deployment("ort-cpu", SLOTS, 4096, STEP)
+    )
+    free(monkeypatch, peak(MANIFEST, 8192) + own.load_peak)
+    assert host_capacity(MANIFEST, SLOTS, STEP, 0, draft) == 8192
+
+
 def test_there_is_a_least_and_it_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
+from edge import LLM, SamplingParams
 from edge.backends import cuda
 from edge.backends.step import step_after
 from edge.backends.tensorrt.bound_context import BoundContext, StepShape
@@ -48,6 +49,7 @@ from edge.errors import (
     EdgeError,
     IntegrityError,
 )
+from edge.runtime.scheduler import SchedulerStats
 from engines import profiles
 from engines.build_plan import plan_build
 from engines.config import BuildConfig
@@ -1106,3 +1108,31 @@ def test_a_closed_backend_says_so(gpu: FakeGpu, engine_bundles: EngineBundles):
             runner.step(random_ids(1, 1), [0])
         with pytest.raises(BackendError, match="closed"):
             runner.backend.read_slot(0, 1)
+
+
+def test_a_draft_model_has_an_engine_in_its_own_bundle(
+    engine_bundles: EngineBundles,
+    tiny_bundles: Bundles,
+    gpu: FakeGpu,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    target, draft = engine_bundles("qwen2"), engine_bundles("llama", max_batch=2)
+    params = SamplingParams(temperature=1.0, seed=4, max_tokens=24)
+
+    def answers(**options: Any) -> tuple[list[Any], SchedulerStats]:
+        with LLM(target, backend="tensorrt", num_slots=2, **options) as llm:
+            # Stand-ins draft at a loss, which is what is tried here.
+            policy = llm.scheduler._core.policy
+            always = functools.partial(policy.trial, budget_s=1e9)
+            monkeypatch.setattr(policy, "trial", lambda drafts, _: always(drafts))
+            results = [g.result() for g in llm.submit("hello world", params, n=2)]
+            return [result.tokens for result in results], llm.scheduler.stats()
+
+    plain, _ = answers()
+    drafted, stats = answers(draft=draft)
+    assert drafted == plain
+    assert stats.drafted_tokens > 0
+    assert stats.drafts_failed is None
+    with pytest.raises(BundleError, match="edge-llm build"):
+        LLM(target, backend="tensorrt", draft=tiny_bundles("llama"))
+    gc.collect()
