@@ -110,6 +110,7 @@ class Service:
             num_slots=settings.num_slots,
             kv_capacity=settings.kv_capacity,
             prefill=settings.prefill,
+            draft=settings.draft,
             drain_timeout_s=settings.drain_timeout_s,
         )
         self.metrics = Metrics(
@@ -277,9 +278,11 @@ class Service:
         settings = self._settings
         if settings.memory_budget_mb is None:
             return self._telemetry().memory_available_bytes
-        manifests = [model.llm.manifest for model in self.models.models()]
         sizes = settings.num_slots, settings.kv_capacity, settings.prefill
-        taken = [need_bytes(manifest, *sizes) for manifest in manifests]
+        taken = [
+            need_bytes(model.llm.manifest, *sizes, model.llm.draft_manifest)
+            for model in self.models.models()
+        ]
         return settings.memory_budget_mb * 2**20 - sum(taken)
 
     # ------------------------------------------------------------------------------- signals

@@ -32,17 +32,30 @@ _POLL_S = 0.02
 
 
 def need_bytes(
-    manifest: Manifest, num_slots: int, kv_capacity: int | None, prefill: Prefill = "plain"
+    manifest: Manifest,
+    num_slots: int,
+    kv_capacity: int | None,
+    prefill: Prefill = "plain",
+    draft: Manifest | None = None,
 ) -> int:
     """Compute the memory that a bundle takes at most: its files, the KV cache, prompts' weights.
+
+    Args:
+        manifest: of the bundle.
+        num_slots: slots of its cache.
+        kv_capacity: tokens of a slot; None is the bundle's own.
+        prefill: how prompts are multiplied.
+        draft: of the bundle that drafts for it, whose cache is as long.
 
     Raises:
         ConfigError: the bundle has no weights for such a ``prefill``.
     """
+    capacity = kv_capacity or manifest.kv_capacity
     prompts = int8_bytes(manifest) if prefill == "int8" else 0
     files = sum(file.num_bytes for file in manifest.files.values())
-    tokens = num_slots * (kv_capacity or manifest.kv_capacity)
-    return prompts + files + tokens * kv_bytes_per_token(manifest.model, manifest.dtype)
+    cache = num_slots * capacity * kv_bytes_per_token(manifest.model, manifest.dtype)
+    own = prompts + files + cache
+    return own if draft is None else own + need_bytes(draft, num_slots, capacity)
 
 
 class Switcher:
@@ -54,6 +67,7 @@ class Switcher:
         num_slots: slots of each cache.
         kv_capacity: tokens of a slot; None is each bundle's own.
         prefill: how prompts are multiplied.
+        draft: bundle that drafts for each of them, if any.
         drain_timeout_s: how long requests may run on a model that must be closed first.
     """
 
@@ -65,6 +79,7 @@ class Switcher:
         num_slots: int,
         kv_capacity: int | None = None,
         prefill: Prefill = "plain",
+        draft: Path | None = None,
         drain_timeout_s: float = 30.0,
     ) -> None:
         self._models = models
@@ -72,6 +87,7 @@ class Switcher:
         self._num_slots = num_slots
         self._kv_capacity = kv_capacity
         self._prefill = prefill
+        self._draft = draft
         self._drain_timeout_s = drain_timeout_s
         self._lock = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -87,7 +103,7 @@ class Switcher:
             started = time.monotonic()
             try:
                 manifest = await in_thread(lambda: read_manifest(bundle))
-                need = need_bytes(manifest, self._num_slots, self._kv_capacity, self._prefill)
+                need = await in_thread(lambda: self._need_bytes(manifest))
                 free = await in_thread(self._free_bytes)
                 beside = free is None or need <= free
                 if beside:
@@ -105,6 +121,10 @@ class Switcher:
                 time.monotonic() - started,
                 "beside the old one" if beside else "in its place",
             )
+
+    def _need_bytes(self, manifest: Manifest) -> int:
+        draft = None if self._draft is None else read_manifest(self._draft)
+        return need_bytes(manifest, self._num_slots, self._kv_capacity, self._prefill, draft)
 
     async def _replace(self, old: ServedModel, bundle: Path) -> None:
         with self._models.held(old.name):

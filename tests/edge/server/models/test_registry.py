@@ -406,6 +406,7 @@ def test_two_models_fit_only_if_the_budget_says_so(bundles: dict[str, Path]):
     size = need_bytes(manifest, 4, 512)
     assert size > sum(file.num_bytes for file in manifest.files.values())
     assert need_bytes(manifest, 8, 512) > size
+    assert need_bytes(manifest, 4, 512, "plain", manifest) == 2 * size
 
 
 def test_the_budget_counts_the_weights_of_int8_prompts(tiny_bundles: Bundles):
