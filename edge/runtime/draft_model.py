@@ -106,7 +106,11 @@ class ModelDrafter:
         self._ids[slot] = [*ids[:start], *ids[end:shared]]
 
     def behind(self, context: DraftContext) -> int:
-        """Tokens to read before the last `CLOSE`, after rows that another slot has were copied."""
+        """Tokens to read first, after rows that another slot has were copied; 0 if few are lacking.
+
+        Raises:
+            EdgeError: the engine failed.
+        """
         lacks = self._lacks(context)
         if lacks > CLOSE:
             self._copy_prefix(context)

@@ -613,9 +613,8 @@ class EngineCore:
         has_read = False
         for sequence, context in zip(sequences, contexts, strict=True):
             length = 0
-            drafter = self.drafter
-            if drafter is not None and context.limit:
-                behind = drafter.behind(context)
+            if self.drafter is not None and context.limit:
+                behind = self._behind(context)
                 if (
                     behind
                     and not has_read
@@ -623,12 +622,19 @@ class EngineCore:
                 ):
                     has_read = True
                     self._read(context, behind)
-                    behind = 0 if self.drafter is None else drafter.behind(context)
+                    behind = self._behind(context)
                 if not behind and self.drafter is not None:
-                    length = drafter.offer(context)
+                    length = self.drafter.offer(context)
             sequence.offered = length
             found.append(Draft(length, sequence.acceptance))
         return found
+
+    def _behind(self, context: DraftContext) -> int:
+        """Tokens that the drafter must read first; it may copy some that another slot has."""
+        found: list[int] = []
+        if self.drafter is not None:
+            self._let_draft(lambda drafter: found.append(drafter.behind(context)))
+        return found[0] if found else 0
 
     def _reads(
         self, sequence: SequenceState, context: DraftContext, behind: int, batch: int

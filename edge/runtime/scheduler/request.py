@@ -148,7 +148,11 @@ class Drafter(Protocol):
         ...
 
     def behind(self, context: DraftContext) -> int:
-        """Tokens that must be read (`read`) before it can propose anything; 0 if it can now."""
+        """Tokens that must be read (`read`) before it can propose anything; 0 if it can now.
+
+        Raises:
+            EdgeError: it can guess no more.
+        """
         ...
 
     def read(self, context: DraftContext, most: int) -> None:

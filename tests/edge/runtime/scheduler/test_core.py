@@ -17,15 +17,17 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     multiple,
+    precondition,
     rule,
 )
 
 from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, DeviceMemoryError
+from edge.runtime.draft_model import ModelDrafter
 from edge.runtime.generation import GenerationStats
 from edge.runtime.sampling import SampledToken
-from edge.runtime.scheduler import DraftContext, DraftWorth, FinishReason
+from edge.runtime.scheduler import DraftContext, Drafter, DraftWorth, FinishReason
 from edge.runtime.scheduler.core import SequenceState
 from tests.edge.runtime.scheduler.conftest import (
     COUNT_UP,
@@ -40,7 +42,7 @@ from tests.edge.runtime.scheduler.conftest import (
     failed_as_told,
     make_request,
 )
-from tests.fakes import Script, random_logits
+from tests.fakes import Script, ScriptedBackend, random_logits
 
 SCRIPT = random_logits(VOCAB)
 
@@ -100,7 +102,7 @@ class Life(RuleBasedStateMachine):
         capacity=st.integers(6, 20),
         chunk=st.integers(1, 6),
         slides=st.booleans(),
-        drafts=st.booleans(),
+        drafts=st.sampled_from([None, "guesser", "same model", "other model"]),
         reuse=st.booleans(),
         target_itl_ms=st.sampled_from([None, 20.0]),
         per_sequence_s=st.sampled_from([0.0, 0.001, 0.05]),
@@ -112,7 +114,7 @@ class Life(RuleBasedStateMachine):
         capacity: int,
         chunk: int,
         slides: bool,
-        drafts: bool,
+        drafts: str | None,
         reuse: bool,
         target_itl_ms: float | None,
         per_sequence_s: float,
@@ -120,6 +122,27 @@ class Life(RuleBasedStateMachine):
     ) -> None:
         self.now = 100.0
         self.slides = slides
+        self.draft: ScriptedBackend | None = None
+        drafter: Drafter | None = None
+        if drafts == "guesser":
+            drafter = Guesser(SCRIPT, 4)
+        elif drafts is not None:
+            self.draft = ScriptedBackend(
+                self.table,
+                SCRIPT if drafts == "same model" else lambda seen: SCRIPT((9, *seen)),
+                num_slots=num_slots,
+                capacity=capacity,
+                max_step_tokens=chunk,
+            )
+            drafter = ModelDrafter(
+                self.draft,
+                self.table,
+                draft_vocab=VOCAB,
+                target_vocab=VOCAB,
+                cut_rows=lambda rows, start, count: np.delete(
+                    rows, slice(start, start + count), axis=2
+                ),
+            )
         self.engine = Engine(
             self.table,
             SCRIPT,
@@ -128,7 +151,7 @@ class Life(RuleBasedStateMachine):
             max_step_tokens=chunk,
             reuse_prefix=reuse,
             overflow=DropMiddle() if slides else None,
-            drafter=Guesser(SCRIPT, 4) if drafts else None,
+            drafter=drafter,
             speculative=3,
             target_itl_ms=target_itl_ms,
             clock=lambda: self.now,
@@ -201,6 +224,15 @@ class Life(RuleBasedStateMachine):
         self.engine.core.step()
         self.engine.backend.fails = False
 
+    @precondition(lambda self: self.draft is not None)
+    @rule()
+    def draft_fault(self) -> None:
+        assert self.draft is not None
+        self.draft.fails = True
+        for _ in range(3):
+            self.engine.core.step()
+        self.draft.fails = False
+
     @rule()
     def use_the_backend(self) -> None:
         self.engine.run()
@@ -211,6 +243,10 @@ class Life(RuleBasedStateMachine):
     def books_are_true(self) -> None:
         if hasattr(self, "engine"):
             self.engine.check_books()
+            drafter = self.engine.core.drafter
+            if self.draft is not None and isinstance(drafter, ModelDrafter):
+                for slot, ids in enumerate(drafter._ids):
+                    assert self.draft.rows_of(slot, len(ids)) == ids
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
