@@ -24,10 +24,11 @@ from edge.bundle.manifest import (
     read_manifest,
 )
 from edge.bundle.schemes import SCHEMES, Clip, stored_bytes
-from edge.errors import ConfigError, DependencyError, EdgeError
+from edge.errors import BundleError, CheckpointError, ConfigError, DependencyError, EdgeError
 from edge.measure.evaluate import check_gate, load_gate
 from edge.progress import Progress, prefixed, silent, uncounted
-from edge.text.chat_template import template_reasons
+from edge.text.chat_template import ChatTemplate, template_reasons
+from edge.text.tokenizer import Tokenizer
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 
@@ -43,6 +44,7 @@ from .quantize.float_channels import NUM_CHANNELS
 from .quantize.from_source import is_quantized, source_schemes
 from .quantize.rotation import RotatedCheckpoint
 from .sources.checkpoint import Checkpoint
+from .sources.checkpoint_text import CheckpointText
 from .sources.documents import DEFAULT_TOKENS
 from .sources.lora import LoraCheckpoint
 from .sources.opening import open_checkpoint
@@ -110,6 +112,20 @@ def _cannot_run_here(dialect: Dialect) -> str | None:
     )
 
 
+def _try_text(text: CheckpointText) -> None:
+    """Open tokenizer and chat template as those do who use the bundle, before hours of work.
+
+    Raises:
+        CheckpointError: one of them is refused.
+    """
+    try:
+        Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
+        if text.chat_template is not None:
+            ChatTemplate(text.chat_template, text.tokens)
+    except BundleError as error:
+        raise CheckpointError(f"no bundle of this source could be opened: {error}") from error
+
+
 class _Export:
     def __init__(
         self,
@@ -144,6 +160,7 @@ class _Export:
             )
         self.positions = io_spec.rope_positions(self.model)
         template = checkpoint.text.chat_template
+        _try_text(checkpoint.text)
         self.kv_capacity = (
             io_spec.default_kv_capacity(
                 reasons=template is not None and template_reasons(template),

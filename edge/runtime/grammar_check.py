@@ -1,10 +1,7 @@
-"""Compiles one untrusted grammar in a process of its own, which the caller can end.
+"""Compiles one untrusted grammar; `structured_output` has this done in a limited child.
 
 Some small grammars take llguidance minutes and gigabytes whatever its own limits say (a
 ``multipleOf`` of a million, many patterns joined by ``allOf``), and its threads cannot be stopped.
-This file runs as a script, so it imports nothing of the package. Standard input is JSON: ``path``
-(``sys.path``), ``grammar``, ``control_tokens``, ``cpu_s`` and ``memory_bytes``. Standard output is
-what is wrong with the grammar, empty if nothing is.
 
 The compiler's work does not depend on the vocabulary, so single bytes and the control tokens, whose
 names a grammar may use, replace it here.
@@ -12,10 +9,14 @@ names a grammar may use, replace it here.
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import sys
+import msgspec
+
+
+class GrammarTask(msgspec.Struct):
+    """A grammar as ``LLMatcher`` takes it, and the names that it may use."""
+
+    grammar: str
+    control_tokens: list[str]
 
 
 class _Bytes:
@@ -33,23 +34,15 @@ class _Bytes:
         return list(text)
 
 
-def main() -> None:
-    """Check the grammar that standard input describes."""
-    task = json.load(sys.stdin)
-    sys.path[:] = task["path"]
-    os.nice(10)  # the engine decodes for others meanwhile
-    resource.setrlimit(resource.RLIMIT_CPU, (task["cpu_s"], task["cpu_s"]))
-    resource.setrlimit(resource.RLIMIT_AS, (task["memory_bytes"], task["memory_bytes"]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def work(data: bytes) -> bytes:
+    """Check the grammar of an encoded `GrammarTask`; returns what is wrong with it, or nothing."""
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-    tokenizer = LLTokenizer(TokenizerWrapper(_Bytes(task["control_tokens"])), slices=[])
+    task = msgspec.json.decode(data, type=GrammarTask)
+    tokenizer = LLTokenizer(TokenizerWrapper(_Bytes(task.control_tokens)), slices=[])
     limits = LLParserLimits(verbose_errors=False)
-    matcher = LLMatcher(tokenizer, task["grammar"], log_level=0, limits=limits)
+    matcher = LLMatcher(tokenizer, task.grammar, log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()
-    sys.stdout.write(matcher.get_error())
-
-
-if __name__ == "__main__":
-    main()
+    error: str = matcher.get_error()
+    return error.encode()

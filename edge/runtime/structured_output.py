@@ -7,15 +7,11 @@ draws among those. So the text of a finished answer always has the form, whateve
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import msgspec
@@ -23,6 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import DependencyError, RequestError, ResourceError, install_command
+from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
+
+from .grammar_check import GrammarTask
 
 if TYPE_CHECKING:
     from edge.text.tokenizer import Tokenizer
@@ -49,7 +48,8 @@ _HINTS = {
 # A model that loses its way may write white space for ever where JSON allows it.
 _SCHEMA_OPTIONS = {"lenient": False, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 _CACHED_GRAMMARS = 32
-_CHECK_SCRIPT = Path(__file__).with_name("grammar_check.py")
+_CHECK = "edge.runtime.grammar_check:work"
+_CHECK_NICE = 10  # the engine decodes for others meanwhile
 _CHECK_MEMORY_BYTES = 1 << 30
 
 
@@ -177,39 +177,21 @@ class GrammarCompiler:
         return matcher
 
     def _check(self, kind: OutputKind, grammar: str) -> None:
-        task = {
-            "path": sys.path,
-            "grammar": grammar,
-            "control_tokens": list(self._tokenizer.control_tokens),
-            "cpu_s": self._limits.compile_s,
-            "memory_bytes": _CHECK_MEMORY_BYTES,
-        }
+        limits = Limits(self._limits.compile_s, _CHECK_MEMORY_BYTES, nice=_CHECK_NICE)
+        task = GrammarTask(grammar, list(self._tokenizer.control_tokens))
         try:
-            with self._checking:
-                done = subprocess.run(
-                    [sys.executable, "-I", "-S", str(_CHECK_SCRIPT)],
-                    input=json.dumps(task).encode(),
-                    capture_output=True,
-                    timeout=10 * self._limits.compile_s,  # it may have to wait for a core
-                    check=False,
-                )
-        except subprocess.TimeoutExpired:
+            # A child for each: what one grammar leaves in memory is not taken from the next.
+            with self._checking, LimitedChild(_CHECK, limits) as child:
+                error = child.ask(msgspec.json.encode(task))
+        except LimitError:
             _refuse_cost(kind, self._limits)
-        except OSError as error:
+        except ChildError as failure:
             raise ResourceError(
-                f"cannot start a process that compiles the {_NOUNS[kind]}: {error}; "
-                "free memory or raise the limit of processes"
-            ) from error
-        errors = done.stderr.decode("utf-8", "replace").split("\n")
-        if done.returncode < 0 or any(line.startswith("MemoryError") for line in errors):
-            _refuse_cost(kind, self._limits)  # a limit ended it
-        if done.returncode:
-            raise ResourceError(
-                f"the process that compiles the {_NOUNS[kind]} failed: "
-                f"{' '.join(errors).strip()[-300:]}; is llguidance installed whole?"
-            )
-        if done.stdout:
-            _refuse(kind, done.stdout.decode("utf-8", "replace"))
+                f"the process that compiles the {_NOUNS[kind]} failed: {str(failure)[-300:]}; "
+                "is llguidance installed whole?"
+            ) from failure
+        if error:
+            _refuse(kind, error.decode("utf-8", "replace"))
 
 
 class GrammarConstraint:

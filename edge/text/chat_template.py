@@ -7,21 +7,18 @@ text, whoever sent them.
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from edge.errors import (
-    BundleError,
-    ContextLengthError,
-    DependencyError,
-    EdgeError,
-    RequestError,
-)
+from edge.errors import BundleError, ContextLengthError, DependencyError, RequestError
+from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
+
+from .known_templates import is_known_template
+from .template_engine import Answer, Task, TemplateEngine, TemplateFailure
 
 if TYPE_CHECKING:
     from edge.bundle.manifest import Tokens
@@ -31,9 +28,41 @@ if TYPE_CHECKING:
 THINK_START = "<think>"
 THINK_END = "</think>"
 
-# Steps and characters that one rendering may take; a prompt of 500,000 characters takes some
-# 2 million with R1's template, and an endless loop ends after 0.2 s.
-_FUEL = 10_000_000
+TEMPLATE_LIMITS = Limits(cpu_s=2.0, memory_bytes=512 << 20)
+"""What one rendering of an unknown template may cost; a body of 4 MB takes 0.1 s and 80 MB."""
+_MAX_SOURCE_CHARS = 1 << 18  # those of tool-calling models have some 15,000
+_REPAIR = "repair the source's template and export the bundle again"
+_child = LimitedChild("edge.text.template_engine:work", TEMPLATE_LIMITS)
+# What a template is tried with: turns of every role, and a call.
+_TRIAL_CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "add", "arguments": {"a": 1}},
+}
+_TRIAL_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds.",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+        },
+    }
+]
+_TRIAL_MESSAGES: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "Hello"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "<think>\nso\n</think>\n\nHi"},
+        {"role": "user", "content": "1+1?"},
+    ],
+    [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": None, "tool_calls": [_TRIAL_CALL]},
+        {"role": "tool", "content": "2", "name": "add", "tool_call_id": "call00001"},
+    ],
+]
 
 _KEYS_BY_ROLE = {
     "system": frozenset({"role", "content", "name"}),
@@ -46,7 +75,6 @@ _KEYS_BY_ROLE = {
 # OpenAI's rule for the name of a participant; the name of a tool is free.
 _PARTICIPANT = re.compile(r"[^\s<|\\/>]{1,64}")
 _SPLITS_REASONING = re.compile(rf"split\(\s*['\"]{THINK_END}['\"]")
-_TEMPLATE_NAME = "chat_template.jinja"
 # Names that a caller may not set: this module's variables and functions, and those of minijinja.
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
@@ -61,51 +89,60 @@ class ChatTemplate:
     values are empty, and there are ``raise_exception``, ``strftime_now``, a ``tojson`` that does
     not escape HTML, loop controls and ``{% generation %}``. The template sees plain JSON data only.
 
+    A template of `known_templates` is compiled and rendered here. Any other is in a child with
+    `TEMPLATE_LIMITS`, one for all templates of the process, since a few lines can ask for all
+    memory or for ever; first it is tried with some short conversations.
+
     Attributes:
         source: the Jinja text.
         tokens: the manifest's tokens.
         variables: names that the template looks up; an option outside them would have no effect.
+        is_known: whether it runs in this process.
     """
 
     def __init__(self, source: str, tokens: Tokens) -> None:
-        """Compile the template.
+        """Compile the template, and try it if it is not known.
 
         Args:
             source: the Jinja text, e.g. of ``chat_template.jinja``.
             tokens: the manifest's bos and eos, for ``bos_token`` and ``eos_token``.
 
         Raises:
-            BundleError: the template has a syntax error.
+            BundleError: the template has a syntax error, is too long, or passes a limit with a
+                short conversation.
             DependencyError: the ``minijinja`` library is missing.
+            ResourceError: no process could be started for it.
         """
         try:
-            import minijinja
+            import_module("minijinja")  # the child would only say that it failed
         except ImportError as error:
             raise DependencyError(
                 "chat templates need the package minijinja; pip install 'minijinja>=3.1'"
             ) from error
+        if len(source) > _MAX_SOURCE_CHARS:
+            raise BundleError(
+                f"the chat template has {len(source)} characters, at most {_MAX_SOURCE_CHARS} are "
+                f"taken; {_REPAIR}"
+            )
         self.source = source
         self.tokens = tokens
-        self._environment = minijinja.Environment(
-            fuel=_FUEL,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined_behavior="lenient",
-            auto_escape_callback=lambda _: False,
-            debug=False,  # else an error would quote the messages
-            filters={"tojson": _to_json},
-            globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
-        )
+        self.is_known = is_known_template(source)
+        self._engine: TemplateEngine | None = None
         try:
-            self._environment.add_template(_TEMPLATE_NAME, _without_generation_tags(source))
-            self.variables: frozenset[str] = frozenset(
-                self._environment.undeclared_variables_in_template(_TEMPLATE_NAME)
-            )
-        except minijinja.TemplateError as error:
+            if self.is_known:
+                self._engine = TemplateEngine(source)
+                self.variables = self._engine.variables
+            else:
+                self.variables = frozenset(self._ask(trials=self._trials()).variables)
+        except TemplateFailure as failure:
+            if failure.kind == "syntax":
+                raise BundleError(
+                    f"the chat template does not compile: {failure.why}; {_REPAIR}"
+                ) from failure
             raise BundleError(
-                f"the chat template does not compile: {_describe(error)}; "
-                "repair the source's template and export the bundle again"
-            ) from error
+                f"the chat template cannot be used: {failure.why}, with a conversation of a few "
+                f"words; {_REPAIR}"
+            ) from failure
 
     def render(
         self,
@@ -127,8 +164,9 @@ class ChatTemplate:
             extra: further variables of the template, e.g. ``enable_thinking``.
 
         Raises:
-            RequestError: a message is wrong, the template refuses the messages or does not end,
+            RequestError: a message is wrong, the template refuses the messages or passes a limit,
                 or it has no use for ``tools``, for tool calls or for a variable of ``extra``.
+            ResourceError: no process could be started for the template.
         """
         plain_messages = normalize_messages(messages)
         plain_tools, plain_extra = _plain([tools, extra], "tools and template options")
@@ -142,14 +180,7 @@ class ChatTemplate:
         extra: dict[str, Any],
     ) -> str:
         """Render messages and options that are plain JSON data already; see `render`."""
-        context: dict[str, Any] = {
-            "messages": messages,
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            "bos_token": self.tokens.bos_text,
-            "eos_token": self.tokens.eos_text,
-        }
+        context = self._context(messages, add_generation_prompt, tools)
         if tools and "tools" not in self.variables:
             raise RequestError("tools: this model's chat template has no place for them")
         if "tool_calls" not in self.source:
@@ -164,19 +195,70 @@ class ChatTemplate:
                 )
             context[name] = value
         try:
-            rendered: str = self._environment.render_template(_TEMPLATE_NAME, **context)
-        except EdgeError:
-            raise
-        except Exception as error:  # a template may provoke any error of a Python method
-            if getattr(error, "kind", None) == "OutOfFuel":
+            if self._engine is not None:
+                return self._engine.render(context)
+            return self._ask(context).text or ""
+        except TemplateFailure as failure:
+            if failure.kind == "refused":
                 raise RequestError(
-                    f"the chat template did not end within {_FUEL} steps; shorten the messages "
-                    f"({len(messages)} now), or repair the template if it loops"
-                ) from error
+                    f"the chat template refuses these messages: {failure.why}"
+                ) from failure
+            if failure.kind in ("fuel", "limit"):
+                raise RequestError(
+                    f"the chat template cannot render these messages: {failure.why}; shorten the "
+                    f"messages ({len(messages)} now), or repair the template if it loops"
+                ) from failure
             raise RequestError(
-                f"the chat template cannot render these messages: {_describe(error)}"
+                f"the chat template cannot render these messages: {failure.why}"
+            ) from failure
+
+    def _context(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None,
+    ) -> dict[str, Any]:
+        return {
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.tokens.bos_text,
+            "eos_token": self.tokens.eos_text,
+        }
+
+    def _trials(self) -> list[dict[str, Any]]:
+        return [
+            self._context(messages, prompt, tools)
+            for messages in _TRIAL_MESSAGES
+            for prompt in (True, False)
+            for tools in (None, _TRIAL_TOOLS)
+        ]
+
+    def _ask(
+        self, context: dict[str, Any] | None = None, trials: list[dict[str, Any]] | None = None
+    ) -> Answer:
+        """Let the child compile and try the template, or render it.
+
+        Raises:
+            TemplateFailure: see `TemplateEngine`; also if it passes a limit, which is ``limit``.
+        """
+        try:
+            task = msgspec.json.encode(Task(self.source, context, trials or []))
+        except UnicodeEncodeError as error:  # JSON escapes can hold half a character
+            raise TemplateFailure(
+                "failed", "the template or a token has a lone surrogate"
             ) from error
-        return rendered
+        try:
+            data = _child.ask(task)
+        except LimitError:
+            raise TemplateFailure("limit", f"it takes more than {TEMPLATE_LIMITS}") from None
+        except ChildError as error:
+            raise TemplateFailure("failed", f"its process failed ({error})") from error
+        answer = msgspec.json.decode(data, type=Answer)
+        if answer.kind is not None:
+            raise TemplateFailure(answer.kind, answer.why)
+        return answer
 
 
 def encode_chat(
@@ -408,45 +490,6 @@ def _strings(value: Any) -> Iterator[str]:
         for key, item in value.items():
             yield key
             yield from _strings(item)
-
-
-def _raise_exception(message: Any) -> NoReturn:
-    raise RequestError(f"the chat template refuses these messages: {message}")
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Encode as ``transformers`` does: unlike Jinja's own filter, leave ``<`` and ``'`` alone."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _without_generation_tags(source: str) -> str:
-    """Replace ``{% generation %}``, which marks text for training, by an ``if`` that holds."""
-    return re.sub(
-        r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}",
-        lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}",
-        source,
-    )
-
-
-def _describe(error: Exception) -> str:
-    """Return the error in one line; minijinja's own message ends with the template's line."""
-    return str(getattr(error, "message", None) or repr(error)).splitlines()[0]
 
 
 class ReasoningSplitter:

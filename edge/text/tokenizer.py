@@ -23,7 +23,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.errors import BundleError, DependencyError, RequestError
+from edge.errors import BundleError, DependencyError, EdgeError, RequestError
+from edge.files import read_file
+
+from .tokenizer_file import MAX_FILE_BYTES, MAX_ID, TokenizerFile, parse_tokenizer
 
 if TYPE_CHECKING:
     from edge.bundle.manifest import Tokens
@@ -55,7 +58,7 @@ class Tokenizer:
                 ``tokens``.
             DependencyError: the ``tokenizers`` library is missing.
         """
-        file = _parse(data, where)
+        file = parse_tokenizer(data, where)
         self._byte_level, self._strips_space = _decoder_kind(file.decoder, where)
         self._library = _load_library(file, where)
         self._switch = _ControlSwitch(self._library)
@@ -69,12 +72,14 @@ class Tokenizer:
         self.tokens = tokens
         vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        if self.vocab_size > MAX_ID + 1:
+            raise BundleError(f"{where} has the id {self.vocab_size - 1}, the most is {MAX_ID}")
         """One more than the highest id; the model's own vocabulary may be padded beyond it."""
         known = set(vocabulary)
         plain = vocabulary.keys() - self._control_tokens.keys()
         self.longest_token = max(map(len, vocabulary), default=1)
         """Characters of the longest token, as ``tokenizer.json`` spells it."""
-        self._composes = msgspec.json.decode(file.normalizer) is not None
+        self._composes = file.normalizer is not None
         self._byte_weights = (
             _byte_weights(plain, known) if _is_bounded(file, self._byte_level) else None
         )
@@ -100,7 +105,7 @@ class Tokenizer:
             DependencyError: the ``tokenizers`` library is missing.
         """
         try:
-            data = path.read_bytes()
+            data = read_file(path, MAX_FILE_BYTES)
         except OSError as error:
             raise BundleError(
                 f"cannot read {path} ({error.strerror}); copy or export the bundle again"
@@ -181,10 +186,11 @@ class Tokenizer:
 
     def _call_library(self, text: str) -> list[int]:
         # The library gives other threads the interpreter only where it is handed a batch.
-        if len(text) > _LONG_CHARS:
-            encoding = self._library.encode_batch_fast([text], add_special_tokens=False)[0]
-        else:
-            encoding = self._library.encode(text, add_special_tokens=False)
+        with _panics("the library tokenizers panics at this text", RequestError):
+            if len(text) > _LONG_CHARS:
+                encoding = self._library.encode_batch_fast([text], add_special_tokens=False)[0]
+            else:
+                encoding = self._library.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         return ids
 
@@ -430,55 +436,7 @@ class StopMatcher:
         return fallback
 
 
-class _AddedToken(msgspec.Struct):
-    id: int
-    content: str
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    normalized: bool = True
-    special: bool = False
-
-
-_NULL = msgspec.Raw(b"null")
-
-
-class _File(msgspec.Struct):
-    """The parts of a ``tokenizer.json`` that matter; the vocabulary is never parsed in Python.
-
-    Post-processor, truncation and padding are left out on purpose: who adds bos or cuts a prompt
-    is decided here and not in that file.
-    """
-
-    model: msgspec.Raw
-    added_tokens: list[_AddedToken] = []
-    normalizer: msgspec.Raw = _NULL
-    pre_tokenizer: msgspec.Raw = _NULL
-    decoder: Any = None
-
-
-class _Model(msgspec.Struct):
-    type: str = "BPE"
-
-
-def _parse(data: bytes, where: str) -> _File:
-    try:
-        file = msgspec.json.decode(data, type=_File)
-        model = msgspec.json.decode(file.model, type=_Model)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BundleError(
-            f"{where} is not a tokenizer.json ({error}); copy or export the bundle again"
-        ) from error
-    if model.type != "BPE":
-        raise BundleError(f"{where} has a tokenizer of type {model.type!r}; supported is 'BPE'")
-    for token in file.added_tokens:
-        if not token.content:
-            raise BundleError(f"{where}: the added token with id {token.id} has no text")
-        token.special = True  # then one switch of the library turns all of them off and on
-    return file
-
-
-def _load_library(file: _File, where: str) -> Any:
+def _load_library(file: TokenizerFile, where: str) -> Any:
     try:
         import tokenizers
     except ImportError as error:
@@ -486,8 +444,9 @@ def _load_library(file: _File, where: str) -> Any:
             "encoding text needs the package tokenizers; pip install 'tokenizers>=0.20'"
         ) from error
     try:
-        library = tokenizers.Tokenizer.from_buffer(msgspec.json.encode(file))
-    except ValueError as error:
+        with _panics(f"{where} makes the library tokenizers panic", BundleError):
+            library = tokenizers.Tokenizer.from_buffer(msgspec.json.encode(file))
+    except (ValueError, UnicodeError) as error:
         raise BundleError(
             f"{where} was refused by tokenizers {tokenizers.__version__} ({error}); "
             "upgrade tokenizers or export the bundle again"
@@ -522,15 +481,15 @@ def _decoder_kind(decoder: Any, where: str) -> tuple[bool, bool]:
     )
 
 
-def _is_bounded(file: _File, byte_level: bool) -> bool:
+def _is_bounded(file: TokenizerFile, byte_level: bool) -> bool:
     """Whether each token stands for its own bytes and nothing else of the text is dropped.
 
     NFC is allowed for: over all of Unicode 14 it makes 7 bytes 2 at most (U+1FBE U+0308 U+0301 to
     U+0390), and leaves ASCII alone.
     """
-    if not byte_level or b"Removed" in bytes(file.pre_tokenizer):
+    if not byte_level or "Removed" in repr(file.pre_tokenizer):
         return False
-    normalizer = msgspec.json.decode(file.normalizer)
+    normalizer = file.normalizer
     parts = normalizer.get("normalizers", [normalizer]) if normalizer else []
     return all(part.get("type") == "NFC" for part in parts)
 
@@ -558,21 +517,20 @@ def _byte_weights(vocabulary: Collection[str], known: Collection[str]) -> NDArra
     return weights
 
 
-def _finds_cuts(file: _File) -> bool:
+def _finds_cuts(file: TokenizerFile) -> bool:
     """Whether `_CUT` finds places where words end, whatever stands around them.
 
     True of the pre-tokenizers of Qwen2, Llama 3 and GPT-2 (also after Digits), with tokens that
     have no space in them and take none from their neighbours.
     """
-    normalizer = msgspec.json.decode(file.normalizer)
-    if normalizer not in (None, {"type": "NFC"}):
+    if file.normalizer not in (None, {"type": "NFC"}):
         return False
     if any(
         " " in token.content or token.lstrip or token.rstrip or token.single_word
         for token in file.added_tokens
     ):
         return False
-    pre = msgspec.json.decode(file.pre_tokenizer) or {}
+    pre = file.pre_tokenizer or {}
     steps = pre.get("pretokenizers") if _kind(pre) == "Sequence" else [pre]
     if not isinstance(steps, list) or not steps or _kind(steps[-1]) != "ByteLevel":
         return False
@@ -586,6 +544,19 @@ def _finds_cuts(file: _File) -> bool:
         and steps[0].get("behavior") == "Isolated"
         and not steps[0].get("invert")
     )
+
+
+@contextmanager
+def _panics(what: str, kind: type[EdgeError]) -> Iterator[None]:
+    """Turn a panic of the library, which is no `Exception`, into an error of this kind."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise  # KeyboardInterrupt and what else ends a program
+        raise kind(f"{what}: {str(error)[:200]}; change it or upgrade tokenizers") from error
 
 
 class _ControlSwitch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from itertools import groupby
 from pathlib import Path
@@ -251,6 +252,20 @@ def test_a_damaged_tensor_is_refused_and_nothing_is_left(spoil: Any, tmp_path: P
 
 
 # ----------------------------------------------------------------------------------- progress
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json"])
+def test_text_that_no_bundle_could_be_opened_with_is_refused_first(name: str, tmp_path: Path):
+    source = write_checkpoint(tmp_path / "model", "qwen2")
+    if name == "tokenizer.json":
+        content = json.loads((source / name).read_bytes())
+        content["model"]["end_of_word_suffix"] = "é"
+        (source / name).write_text(json.dumps(content))
+    else:
+        (source / name).write_text("{{ [[1]] | tojson(indent=900000000) }}")
+    with pytest.raises(CheckpointError, match="no bundle of this source could be opened"):
+        export(source, tmp_path / "bundle", dialect="portable")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_progress_is_monotonic_and_complete(checkpoint: Path, tmp_path: Path):

@@ -114,7 +114,9 @@ class Guard:
             await self._app(scope, body.receive, send_with_id)
         except ConnectionError:
             status = status or 499  # nginx's number for a client that left
-        except Exception as error:  # noqa: BLE001 - nothing above can answer
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - nothing above can answer, a panic neither
             answer = _as_answer(error)
             if answer.status in (500, 501):
                 _log.exception("request %s failed", request_id)
@@ -359,7 +361,7 @@ class _Body:
             await asyncio.wait_for(read(), _DISCARD_S)
 
 
-def _as_answer(error: Exception) -> APIError:
+def _as_answer(error: BaseException) -> APIError:
     if isinstance(error, HTTPException):
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")

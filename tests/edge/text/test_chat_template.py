@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import itertools
 import re
+import resource
+import threading
+import time
 import unicodedata
 from typing import Any
 
@@ -11,7 +16,10 @@ from hypothesis import strategies as st
 
 from edge.bundle.manifest import Tokens
 from edge.errors import BundleError, RequestError
+from edge.limited_child import LimitedChild, Limits
+from edge.text import chat_template, known_templates
 from edge.text.chat_template import (
+    TEMPLATE_LIMITS,
     ChatTemplate,
     ReasoningSplitter,
     encode_chat,
@@ -219,18 +227,103 @@ def test_strftime_now():
     assert before <= int(year) <= datetime.datetime.now().year
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
-        "{{ 'a' * 1000000000 }}",
-        "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}"
-        "{% endfor %}",
-    ],
-)
-def test_a_template_cannot_run_for_ever(source):
-    with pytest.raises(RequestError, match="did not end within"):
-        ChatTemplate(source, TOKENS).render([turn("user")])
+DOUBLE = "{% set n = namespace(x=['a']) %}{% for i in range(60) %}{% set n.x = EXPR %}{% endfor %}"
+ENDLESS = [
+    "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 1000000000 }}",
+    DOUBLE.replace("['a']", "'aa'").replace("EXPR", "n.x + n.x"),
+]
+# What fuel does not bound: one step each, or memory.
+UNBOUNDED = [
+    DOUBLE.replace("EXPR", "n.x + n.x") + "{{ n.x | length }}",
+    DOUBLE.replace("EXPR", "[n.x, n.x]") + "{{ n.x | tojson }}",
+    DOUBLE.replace("EXPR", "[n.x, n.x]") + "{{ n.x }}",
+    "{{ [[1]] | tojson(indent=900000000) }}",
+]
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """A child of its own, with less time, as each of these tests uses it up."""
+    limits = Limits(cpu_s=0.5, memory_bytes=TEMPLATE_LIMITS.memory_bytes)
+    with LimitedChild("edge.text.template_engine:work", limits) as child:
+        monkeypatch.setattr(chat_template, "_child", child)
+        yield
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("source", [*ENDLESS, *UNBOUNDED])
+def test_a_template_that_never_ends_is_refused_when_it_is_opened(source):
+    before_s = time.monotonic()
+    with pytest.raises(BundleError, match=r"cannot be used: it (takes more than|did not end)"):
+        ChatTemplate(source, TOKENS)
+    assert time.monotonic() - before_s < 10
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("source", [*ENDLESS, *UNBOUNDED])
+def test_a_message_cannot_make_a_template_run_for_ever(source):
+    """Nor take this process's memory, nor hold its other threads, and the next chat is answered."""
+    trap = f"{{% if messages[0].content == 'go' %}}{source}{{% endif %}}ok"
+    template = ChatTemplate(trap, TOKENS)
+    ticks, done = [], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.01):
+            ticks.append(time.monotonic())
+
+    ticker = threading.Thread(target=tick)
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ticker.start()
+    try:
+        before_s = time.monotonic()
+        with pytest.raises(RequestError, match="cannot render these messages"):
+            template.render([turn("user", "go")])
+        took_s = time.monotonic() - before_s
+        assert template.render([turn("user", "hello")]) == "ok"
+    finally:
+        done.set()
+        ticker.join()
+    assert took_s < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 32 << 10
+    times = [before_s, *ticks, before_s + took_s]
+    assert max(b - a for a, b in itertools.pairwise(times)) < 0.4
+
+
+def test_an_unknown_template_costs_little_per_request(r1):
+    """No process per request: a hundred chats take less than five starts of a process would."""
+    assert not r1.is_known
+    before_s = time.monotonic()
+    for _ in range(100):
+        r1.render(HISTORY)
+    assert time.monotonic() - before_s < 0.5
+
+
+def test_known_templates_run_in_this_process(monkeypatch):
+    digest = hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
+    unknown = ChatTemplate(CHAT_TEMPLATE, TOKENS)
+    monkeypatch.setitem(known_templates.KNOWN_TEMPLATES, digest, "the tests'")
+
+    def refuse(task: bytes) -> bytes:
+        raise AssertionError("a known template was given to the child")
+
+    monkeypatch.setattr(chat_template._child, "ask", refuse)
+    known = ChatTemplate(CHAT_TEMPLATE + "\n", TOKENS)
+    assert known.is_known
+    assert known.variables == unknown.variables
+    rendered = known.render(HISTORY)
+    monkeypatch.undo()
+    assert rendered == unknown.render(HISTORY)
+    for wrong in ([turn("user", "a"), turn("assistant", None, tool_calls=[CALL])], [turn("robot")]):
+        with pytest.raises(RequestError):
+            known.render(wrong)
+
+
+def test_templates_that_are_no_text():
+    with pytest.raises(BundleError, match="lone surrogate"):
+        ChatTemplate("{{ '\ud800' }}", TOKENS)
+    with pytest.raises(BundleError, match="at most"):
+        ChatTemplate("a" * ((1 << 18) + 1), TOKENS)
 
 
 def test_long_chats_are_within_the_bound(r1):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from edge.errors import ConfigError
 from edge.server.http.access import APIKeys, RateLimit, address_group
-from edge.server.http.guard import _Body, _Headers
+from edge.server.http.guard import Guard, _Body, _Headers
 from edge.server.settings import ServerSettings
 from tests.conftest import Bundles
 from tests.edge.server.scripted import Live, running
@@ -445,3 +445,48 @@ def test_a_rate_limit_never_lets_more_through(gaps: list[float], per_minute: int
             passed.append(now)
     for start in passed:  # a full bucket and what came in meanwhile
         assert sum(start <= at < start + 60 for at in passed) <= 2 * per_minute
+
+
+class Panic(BaseException):
+    """As `pyo3_runtime.PanicException`: no `Exception`."""
+
+
+@pytest.mark.parametrize(
+    ("error", "is_answered"),
+    [(Panic("boom"), True), (ValueError("boom"), True)]
+    + [(kind(), False) for kind in (asyncio.CancelledError, KeyboardInterrupt, SystemExit)],
+)
+def test_whatever_fails_is_answered_in_the_envelope(error: BaseException, is_answered: bool):
+    sent: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        raise error
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "GET",
+        "path": "/v1/models",
+        "raw_path": b"/v1/models",
+        "headers": [(b"host", b"localhost")],
+        "client": ("127.0.0.1", 1),
+    }
+    guard = Guard(application, ServerSettings(), None)
+    call = guard(scope, receive, send).__await__()
+    if not is_answered:
+        with pytest.raises(type(error)):
+            next(call)
+        assert not sent
+        return
+    with pytest.raises(StopIteration):
+        next(call)
+    assert sent[0]["status"] == 500
+    answer = json.loads(sent[1]["body"])["error"]
+    assert answer["code"] == "internal_error"
+    assert "boom" not in answer["message"]

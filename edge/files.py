@@ -1,0 +1,45 @@
+"""Reads whole files whose origin nobody vouches for: plain files of a limited size only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Read a plain file.
+
+    A pipe would be waited for, and a device may have no end. A symbolic link is followed.
+
+    Args:
+        path: the file.
+        max_bytes: the most that is read.
+
+    Raises:
+        OSError: it cannot be opened or read, is no plain file, or is larger; ``strerror`` says so.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {_size(max_bytes)}", str(path))
+    return data
+
+
+def read_text_file(path: Path, max_bytes: int) -> str:
+    """Read a plain file of UTF-8 text; see `read_file`. Every kind of line end becomes a newline.
+
+    Raises:
+        OSError: see `read_file`.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    text = read_file(path, max_bytes).decode("utf-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as `Path.read_text` does
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes >> 20} MiB" if num_bytes >= 1 << 20 else f"{num_bytes} bytes"

@@ -1,0 +1,267 @@
+"""Runs what strangers wrote in a process of its own, with limits on its time and memory.
+
+Some libraries cannot be stopped from within: they hold the interpreter, or the process ends where
+memory does. So the work is done by a child that the kernel ends, and the parent goes on.
+
+The child imports a module and calls its function with bytes for each task, one at a time. A frame
+on its pipes is a letter, eight bytes of length (little-endian), and that many bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edge.errors import ResourceError
+
+_RESULT, _FAILURE, _NO_MEMORY = b"r", b"f", b"m"
+_LENGTH_BYTES = 8
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from edge.limited_child import serve; serve(*sys.argv[2:])"
+)
+_WALL_FACTOR = 10  # it may have to wait for a core
+_MIN_WALL_S = 10.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one task may cost.
+
+    Attributes:
+        cpu_s: CPU seconds; the wall clock may show ten times as many, and at least 10.
+        memory_bytes: address space of the child, the interpreter included (some 40 MB).
+        answer_bytes: length of an answer.
+        nice: added to the child's niceness.
+    """
+
+    cpu_s: float
+    memory_bytes: int
+    answer_bytes: int = 1 << 26
+    nice: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.cpu_s:g} s of CPU time or {self.memory_bytes >> 20} MiB"
+
+
+class LimitError(Exception):
+    """A task passed a limit, and its child was ended; callers say what the task was."""
+
+
+class ChildError(Exception):
+    """The child failed in a way that is no limit's; the message is its own."""
+
+
+class LimitedChild:
+    """A child that does tasks for any thread, one after the other.
+
+    It starts with the first task and again after each that passed a limit (some 0.1 s), and ends
+    with this object or this process. Use it as a context manager for a single task.
+    """
+
+    def __init__(self, function: str, limits: Limits) -> None:
+        """Prepare; nothing is started yet.
+
+        Args:
+            function: ``module:name`` of a function from bytes to bytes.
+            limits: of each task.
+        """
+        self._function = function
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] = _nothing
+        self._owner = 0
+
+    def ask(self, task: bytes) -> bytes:
+        """Do a task.
+
+        Raises:
+            LimitError: it took more than the limits, and an answer is not known.
+            ChildError: the function raised an exception, which it should not.
+            ResourceError: no process could be started.
+        """
+        with self._lock:
+            process = self._started()
+            try:
+                kind, answer = self._exchange(process, task)
+            except BaseException:
+                self._stop()
+                raise
+            if kind != _RESULT:
+                self._stop()
+        if kind == _NO_MEMORY:
+            raise LimitError
+        if kind == _FAILURE:
+            raise ChildError(answer.decode("utf-8", "replace"))
+        return answer
+
+    def close(self) -> None:
+        """End the child; the next task starts another."""
+        with self._lock:
+            self._stop()
+
+    def __enter__(self) -> LimitedChild:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._owner == os.getpid():
+            if self._process.poll() is None:
+                return self._process
+            self._stop()
+        # Isolated and without site: nothing of the environment changes what the child imports.
+        path = [str(Path(__file__).resolve().parent.parent), *sys.path]
+        limits = self._limits
+        command = [sys.executable, "-I", "-S", "-c", _START, json.dumps(path), self._function]
+        command += [str(limits.cpu_s), str(limits.memory_bytes), str(limits.nice)]
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # what it has to say comes in a frame
+                bufsize=0,
+            )
+        except OSError as error:
+            raise ResourceError(
+                f"cannot start a process for {self._function}: {error}; free memory or raise the "
+                "limit of processes"
+            ) from error
+        self._process, self._owner = process, os.getpid()
+        self._end = weakref.finalize(self, _end, process, self._owner)
+        return process
+
+    def _stop(self) -> None:
+        self._end()
+        self._process, self._end = None, _nothing
+
+    def _exchange(self, process: subprocess.Popen[bytes], task: bytes) -> tuple[bytes, bytes]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        deadline = time.monotonic() + max(_WALL_FACTOR * self._limits.cpu_s, _MIN_WALL_S)
+        target, source = process.stdin.fileno(), process.stdout.fileno()
+        os.set_blocking(target, False)
+        os.set_blocking(source, False)
+        frame = memoryview(b"".join((b"t", len(task).to_bytes(_LENGTH_BYTES, "little"), task)))
+        try:
+            while frame:
+                _wait(target, select.POLLOUT, deadline)
+                frame = frame[os.write(target, frame) :]
+        except BrokenPipeError:
+            pass  # why is in the answer, or in how it ended
+        head = self._read(process, source, 1 + _LENGTH_BYTES, deadline)
+        length = int.from_bytes(head[1:], "little")
+        if length > self._limits.answer_bytes:
+            raise LimitError
+        return bytes(head[:1]), bytes(self._read(process, source, length, deadline))
+
+    def _read(
+        self, process: subprocess.Popen[bytes], source: int, count: int, deadline: float
+    ) -> bytearray:
+        data = bytearray()
+        while len(data) < count:
+            _wait(source, select.POLLIN, deadline)
+            try:
+                part = os.read(source, min(count - len(data), 1 << 20))
+            except BlockingIOError:
+                continue
+            if not part:
+                self._explain(process)
+            data += part
+        return data
+
+    @staticmethod
+    def _explain(process: subprocess.Popen[bytes]) -> NoReturn:
+        """Raise the error for a child that closed its pipe: a signal means a limit."""
+        try:
+            code = process.wait(_MIN_WALL_S)
+        except subprocess.TimeoutExpired:
+            raise LimitError from None
+        if code < 0:
+            raise LimitError
+        raise ChildError(f"it ended with exit code {code} before it answered")
+
+
+def _nothing() -> None:
+    """Nothing is to be ended."""
+
+
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    process.stdout.close()
+    if owner == os.getpid():  # after a fork, the child is another process's
+        process.kill()
+        process.wait()
+
+
+def _wait(descriptor: int, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(descriptor, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+        raise LimitError
+
+
+# ------------------------------------------------------------------------------- in the child
+
+
+def serve(function: str, cpu_s: str, memory_bytes: str, nice: str) -> None:
+    """Do tasks from standard input until it ends; runs in the child.
+
+    Args:
+        function: see `LimitedChild`.
+        cpu_s: see `Limits`.
+        memory_bytes: see `Limits`.
+        nice: see `Limits`.
+    """
+    import resource
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this one
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default is to end the process
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+    os.nice(int(nice))
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # frames only
+    work: Callable[[bytes], bytes] | None = None
+    while len(head := source.read(1 + _LENGTH_BYTES)) == 1 + _LENGTH_BYTES:
+        kind, answer = _RESULT, b""
+        signal.setitimer(signal.ITIMER_PROF, float(cpu_s))
+        try:
+            task = source.read(int.from_bytes(head[1:], "little"))
+            if work is None:
+                work = _find(function)
+            answer = work(task)
+        except MemoryError:
+            kind = _NO_MEMORY
+        except Exception as error:  # noqa: BLE001 - the parent raises it
+            kind, answer = _FAILURE, f"{type(error).__name__}: {error}"[:2000].encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        target.write(kind + len(answer).to_bytes(_LENGTH_BYTES, "little") + answer)
+        target.flush()
+        if kind != _RESULT:
+            return
+
+
+def _find(function: str) -> Callable[[bytes], bytes]:
+    module, _, name = function.partition(":")
+    found: Any = getattr(import_module(module), name)
+    work: Callable[[bytes], bytes] = found
+    return work

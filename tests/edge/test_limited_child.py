@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge import limited_child
+from edge.errors import ResourceError
+from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
+
+LIMITS = Limits(cpu_s=0.3, memory_bytes=256 << 20, answer_bytes=1 << 22)
+
+
+@pytest.fixture(scope="module")
+def child():
+    with LimitedChild("tests.edge.child_tasks:work", LIMITS) as opened:
+        yield opened
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.binary(max_size=100))
+def test_bytes_come_back_as_they_were(child, data):
+    assert child.ask(b"echo " + data) == data
+
+
+def test_long_tasks_and_answers_do_not_block_each_other(child):
+    data = os.urandom(3 << 20)  # of many times a pipe's size
+    assert child.ask(b"echo " + data) == data
+
+
+def test_one_child_does_many_tasks_of_many_threads(child):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: child.ask(b"echo %d" % n), range(200)))
+        assert answers == [b"%d" % n for n in range(200)]
+        assert len(set(pool.map(lambda _: child.ask(b"pid"), range(20)))) == 1
+
+
+@pytest.mark.parametrize("task", [b"spin", b"take 1000000000", b"long 5000000", b"abort"])
+def test_what_passes_a_limit_ends_the_child_and_the_next_task_has_another(child, task):
+    before = child.ask(b"pid")
+    before_s = time.monotonic()
+    with pytest.raises(LimitError):
+        child.ask(task)
+    assert time.monotonic() - before_s < 10
+    after = child.ask(b"pid")
+    assert after != before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(before), 0)
+
+
+def test_a_child_that_stands_still_is_ended(child, monkeypatch):
+    child.ask(b"pid")
+    monkeypatch.setattr(limited_child, "_MIN_WALL_S", 0.3)
+    monkeypatch.setattr(limited_child, "_WALL_FACTOR", 1)
+    for task in (b"sleep 60", b"stop", b"stop " + bytes(1 << 20)):
+        with pytest.raises(LimitError):
+            child.ask(task)
+    assert child.ask(b"echo a") == b"a"
+
+
+def test_time_is_counted_by_task(child):
+    before = child.ask(b"pid")
+    for _ in range(4):
+        child.ask(b"sleep 0.12")  # sleeping costs no CPU time
+    assert child.ask(b"pid") == before
+
+
+def test_other_ends_are_told_from_limits(child):
+    with pytest.raises(ChildError, match="ValueError: what"):
+        child.ask(b"raise what")
+    with pytest.raises(ChildError, match="exit code 3"):
+        child.ask(b"exit")
+    assert child.ask(b"print") == b"done"
+    with pytest.raises(ChildError, match="No module named"):
+        LimitedChild("tests.edge.nothing:work", LIMITS).ask(b"")
+
+
+def test_a_process_that_cannot_start_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(ResourceError, match="cannot start a process"):
+        LimitedChild("tests.edge.child_tasks:work", LIMITS).ask(b"echo")
+
+
+def test_the_child_ends_with_its_owner():
+    child = LimitedChild("tests.edge.child_tasks:work", LIMITS)
+    pid = int(child.ask(b"pid"))
+    del child
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_fork_gets_a_child_of_its_own(child):
+    ours = child.ask(b"pid")
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pytest-xdist has threads
+        fork = os.fork()
+    if fork == 0:
+        try:
+            os.write(writer, child.ask(b"pid"))
+            child.close()
+        finally:
+            os._exit(0)
+    os.close(writer)
+    theirs = os.read(reader, 100)
+    os.close(reader)
+    os.waitpid(fork, 0)
+    assert theirs.isdigit()
+    assert theirs != ours
+    assert child.ask(b"pid") == ours
