@@ -8,7 +8,9 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
+
+import msgspec
 
 from edge._version import __version__
 from edge.backends.ort.session import onnxruntime_version
@@ -21,6 +23,8 @@ from edge.bundle.manifest import (
     ModelSpec,
     Quantization,
     TensorScheme,
+    Tokens,
+    printable,
     read_manifest,
 )
 from edge.bundle.schemes import SCHEMES, Clip, stored_bytes
@@ -308,7 +312,7 @@ class _Export:
                 for info in linears.values()
             )
             clip = "mse" if rounded else "none"
-        return Manifest(
+        manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             producer=f"edge-llm {__version__}",
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -339,6 +343,22 @@ class _Export:
             vocabulary=None if self.reduced is None else self.reduced.vocabulary,
             tensorrt=legal,
         )
+        return _printable(manifest)
+
+
+_Part = TypeVar("_Part", bound=msgspec.Struct)
+
+
+def _printable(part: _Part) -> _Part:
+    """Replace in every text of a struct what a manifest may not have; tokens' texts stay."""
+    changes: dict[str, Any] = {}
+    for name in part.__struct_fields__:
+        value = getattr(part, name)
+        if isinstance(value, str):
+            changes[name] = printable(value)
+        elif isinstance(value, msgspec.Struct) and not isinstance(value, Tokens):
+            changes[name] = _printable(value)
+    return msgspec.structs.replace(part, **changes)
 
 
 def estimated_bytes(

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -36,6 +36,24 @@ SchemeKind = Literal["float", "int8", "int4", "w8a8"]
 Treatment = Literal["kept", "requantized", "dequantized"]
 
 
+# Ranges: far beyond what exists, and small enough that nothing made of them is large. They are
+# checked where a manifest is decoded, so also before one is written.
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+_Heads = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+_Layers = Annotated[int, msgspec.Meta(ge=1, le=1000)]
+_Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]  # of a token table; ids are below
+_Positions = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+_Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 22)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+_Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+# A terminal shows it: no control characters, and none that turn the direction of writing.
+_UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
+_Line = Annotated[str, msgspec.Meta(max_length=1000, pattern=rf"^[^{_UNPRINTABLE}]*\Z")]
+_TokenText = Annotated[str, msgspec.Meta(max_length=1000)]
+
+
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every struct of the manifest."""
 
@@ -53,30 +71,30 @@ class RopeSpec(_Struct, frozen=True):
         attention_factor: scale on cos and sin (``yarn``); 1.0 elsewhere.
     """
 
-    theta: float
+    theta: Annotated[float, msgspec.Meta(gt=1, le=1e15)]
     kind: Literal["default", "linear", "llama3", "yarn"] = "default"
-    factor: float = 1.0
-    original_max_positions: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
+    factor: Annotated[float, msgspec.Meta(ge=1, le=1e6)] = 1.0
+    original_max_positions: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] = 0
+    low_freq_factor: _Positive = 1.0
+    high_freq_factor: _Positive = 4.0
+    beta_fast: _Positive = 32.0
+    beta_slow: _Positive = 1.0
+    attention_factor: _Positive = 1.0
 
 
 class ModelSpec(_Struct, frozen=True):
     """Every number of the decoder that the graph and the runtime need."""
 
     architecture: Architecture
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    rms_norm_eps: float
-    max_position_embeddings: int
+    hidden_size: _Size
+    num_layers: _Layers
+    num_heads: _Heads
+    num_kv_heads: _Heads
+    head_dim: _Heads
+    intermediate_size: _Size
+    vocab_size: _Rows
+    rms_norm_eps: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    max_position_embeddings: _Positions
     rope: RopeSpec
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -96,7 +114,7 @@ class TensorScheme(_Struct, frozen=True):
     """
 
     kind: SchemeKind
-    group_size: int = 0
+    group_size: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 0
     planes: bool = False
 
     def __str__(self) -> str:
@@ -120,10 +138,10 @@ class FromSource(_Struct, frozen=True):
     """
 
     treatment: Treatment
-    groups: int = 0
-    changed_groups: int = 0
-    relative_error: float = 0.0
-    note: str | None = None
+    groups: _Count = 0
+    changed_groups: _Count = 0
+    relative_error: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
+    note: _Line | None = None
 
 
 class LinearInfo(_Struct, frozen=True):
@@ -144,10 +162,10 @@ class LinearInfo(_Struct, frozen=True):
     """
 
     scheme: TensorScheme
-    shape: tuple[int, int]
-    num_bytes: int
-    activation_scale: float | None = None
-    float_channels: tuple[int, ...] = ()
+    shape: tuple[_Rows, _Rows]
+    num_bytes: _Count
+    activation_scale: _Positive | None = None
+    float_channels: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=4096)] = ()
     offsets: bool = False
     reordered: bool = False
     from_source: FromSource | None = None
@@ -164,10 +182,10 @@ class Calibration(_Struct, frozen=True):
         seed: the seed of the order of the documents.
     """
 
-    text: str
-    sha256: str
-    num_tokens: int
-    seq_len: int
+    text: _Line
+    sha256: _Sha256
+    num_tokens: _Count
+    seq_len: _Count
     seed: int
 
 
@@ -187,10 +205,10 @@ class Quantization(_Struct, frozen=True):
         embeddings: how the rows of the token table are stored; INT8 rows have one scale each.
     """
 
-    name: str
+    name: _Line
     method: Literal["none", "rtn", "awq", "gptq", "awq+gptq", "source"]
     clip: Literal["none", "absmax", "mse"]
-    linears: dict[str, LinearInfo]
+    linears: Annotated[dict[str, LinearInfo], msgspec.Meta(max_length=1 << 13)]
     calibration: Calibration | None = None
     smoothed: bool = False
     rotated: bool = False
@@ -205,12 +223,12 @@ class SamplingDefaults(_Struct, frozen=True):
             where they are the source's own.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    assumed: str | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 1.0
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)] = 0
+    top_p: _Share = 1.0
+    min_p: _Share = 0.0
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.1, le=10)] = 1.0
+    assumed: _Line | None = None
 
 
 class Tokens(_Struct, frozen=True):
@@ -224,10 +242,10 @@ class Tokens(_Struct, frozen=True):
         add_bos: whether plain text (not a chat) starts with ``bos``.
     """
 
-    bos: int | None
-    bos_text: str
-    eos: tuple[int, ...]
-    eos_text: str
+    bos: _Id | None
+    bos_text: _TokenText
+    eos: Annotated[tuple[_Id, ...], msgspec.Meta(min_length=1, max_length=256)]
+    eos_text: _TokenText
     add_bos: bool
 
 
@@ -239,8 +257,8 @@ class Adapter(_Struct, frozen=True):
         sha256: SHA-256 of ``adapter_model.safetensors``.
     """
 
-    name: str
-    sha256: str
+    name: _Line
+    sha256: _Sha256
 
 
 class SourceQuantization(_Struct, frozen=True):
@@ -251,8 +269,8 @@ class SourceQuantization(_Struct, frozen=True):
         details: for a person, e.g. ``4 bits, groups of 128, symmetric``.
     """
 
-    method: str
-    details: str
+    method: _Line
+    details: _Line
 
 
 class Source(_Struct, frozen=True):
@@ -269,10 +287,10 @@ class Source(_Struct, frozen=True):
     """
 
     kind: Literal["directory", "hub", "gguf"]
-    location: str
-    revision: str | None = None
-    sha256: str | None = None
-    licence: str | None = None
+    location: _Line
+    revision: _Line | None = None
+    sha256: _Sha256 | None = None
+    licence: _Line | None = None
     adapter: Adapter | None = None
     quantization: SourceQuantization | None = None
 
@@ -292,19 +310,19 @@ class ReducedVocabulary(_Struct, frozen=True):
         text_tokens: tokens of the same text with the reduced one.
     """
 
-    original_size: int
-    size: int
-    file: str
-    sha256: str
-    text_tokens_original: int | None = None
-    text_tokens: int | None = None
+    original_size: _Rows
+    size: _Rows
+    file: _Line
+    sha256: _Sha256
+    text_tokens_original: _Count | None = None
+    text_tokens: _Count | None = None
 
 
 class FileInfo(_Struct, frozen=True):
     """Size and SHA-256 (lower-case hex) of one file of the bundle."""
 
-    num_bytes: int
-    sha256: str
+    num_bytes: _Count
+    sha256: _Sha256
 
 
 class Graphs(_Struct, frozen=True):
@@ -331,23 +349,23 @@ class Manifest(_Struct, frozen=True):
     """
 
     schema_version: int
-    producer: str
-    created: str
-    name: str
+    producer: _Line
+    created: _Line
+    name: _Line
     model: ModelSpec
     dialect: Dialect
     dtype: Literal["fp16", "bf16"]
-    kv_capacity: int
-    rope_positions: int
+    kv_capacity: _Rows
+    rope_positions: _Rows
     quantization: Quantization
     sampling: SamplingDefaults
     tokens: Tokens
     source: Source
     graphs: Graphs
-    files: dict[str, FileInfo]
+    files: Annotated[dict[str, FileInfo], msgspec.Meta(max_length=1000)]
     quality: dict[str, Any] | None = None
     vocabulary: ReducedVocabulary | None = None
-    tensorrt: tuple[str, ...] | None = None
+    tensorrt: Annotated[tuple[_Line, ...], msgspec.Meta(max_length=100)] | None = None
     self_sha256: str = _NO_HASH
 
 
@@ -467,6 +485,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         raise BundleError(
             f"{where} does not fit schema {version}: {error}; export the bundle again"
         ) from error
+    _check_fit(manifest, where)
     for name in manifest.files:
         if not is_file_name(name):
             raise BundleError(
@@ -474,6 +493,51 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
                 "export the bundle again"
             )
     return manifest
+
+
+def check_ranges(spec: ModelSpec, where: str) -> None:
+    """Refuse dimensions that no manifest may have.
+
+    Raises:
+        BundleError: one is out of its range; it is named.
+    """
+    try:
+        msgspec.convert(msgspec.to_builtins(spec), type=ModelSpec)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{where}: {error}") from error
+
+
+def _check_fit(manifest: Manifest, where: str) -> None:
+    """Refuse numbers that are in range and contradict each other."""
+    model, rope = manifest.model, manifest.model.rope
+    ids = [*manifest.tokens.eos, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
+    wrong = [
+        text
+        for is_wrong, text in (
+            (model.num_heads % model.num_kv_heads, "num_heads is no multiple of num_kv_heads"),
+            (model.head_dim % 2, "head_dim is odd"),
+            (manifest.kv_capacity > manifest.rope_positions, "kv_capacity exceeds rope_positions"),
+            (max(ids) >= model.vocab_size, "the id of bos or eos exceeds vocab_size"),
+            (
+                rope.kind in ("llama3", "yarn") and not rope.original_max_positions,
+                f"rope of kind {rope.kind} has no original_max_positions",
+            ),
+            (
+                rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor,
+                "rope's low_freq_factor is not below its high_freq_factor",
+            ),
+        )
+        if is_wrong
+    ]
+    if wrong:
+        raise BundleError(
+            f"{where} contradicts itself: {'; '.join(wrong)}; export the bundle again"
+        )
+
+
+def printable(text: str) -> str:
+    """Replace what a manifest may not have in a name: characters that a terminal obeys."""
+    return re.sub(f"[{_UNPRINTABLE}]", "\N{REPLACEMENT CHARACTER}", text)[:1000]
 
 
 class _Version(msgspec.Struct):

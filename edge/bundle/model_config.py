@@ -7,12 +7,13 @@ stock ``transformers`` class does not assume too.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from edge.errors import CheckpointError
+from edge.errors import BundleError, CheckpointError
 
-from .manifest import Architecture, ModelSpec, RopeSpec
+from .manifest import Architecture, ModelSpec, RopeSpec, check_ranges
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": "qwen2",
@@ -21,8 +22,12 @@ _ARCHITECTURES: dict[str, Architecture] = {
 }
 # ``rope_theta`` may be absent from the oldest Llama configs; all three classes default to this.
 _DEFAULT_ROPE_THETA = 10_000.0
-# Llama-3.1-405B has 126; a number far beyond that is a damaged file and would exhaust memory.
-_MAX_LAYERS = 1000
+_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+"""Keys of ``config.json`` that the manifest names otherwise."""
 
 
 class _Config:
@@ -125,13 +130,14 @@ def check_spec(spec: ModelSpec, where: str) -> None:
     """Refuse dimensions that do not fit each other.
 
     Raises:
-        CheckpointError: heads that do not divide into KV heads, an odd head dimension or an
-            impossible number of layers.
+        CheckpointError: heads that do not divide into KV heads, an odd head dimension or a
+            number that no manifest may have.
     """
-    if spec.num_layers > _MAX_LAYERS:
-        raise CheckpointError(
-            f"{where}: num_hidden_layers is {spec.num_layers}; the limit is {_MAX_LAYERS}"
-        )
+    try:
+        check_ranges(spec, where)
+    except BundleError as error:
+        message = re.sub(r"(?<=\$\.)\w+", lambda name: _KEYS.get(name[0], name[0]), str(error))
+        raise CheckpointError(f"{message}; is the file damaged?") from error
     if spec.num_heads % spec.num_kv_heads:
         raise CheckpointError(
             f"{where}: num_attention_heads ({spec.num_heads}) is not a multiple of "

@@ -124,15 +124,17 @@ def sampling_defaults(generation: Mapping[str, Any], where: str) -> SamplingDefa
             raise CheckpointError(f"{where}: {key} must be in {low}..{high}, found {value}")
         return value
 
-    top_k = number("top_k", 0, -1, 1 << 31)  # -1 and 0 both mean "off" to one library or another
+    top_k = number(
+        "top_k", 0, -1, (1 << 31) - 1
+    )  # -1 and 0 both mean "off" to one library or another
     if not isinstance(top_k, int):
         raise CheckpointError(f"{where}: top_k must be an integer, found {top_k}")
     return SamplingDefaults(
-        temperature=float(number("temperature", 1.0, 0.0, 100.0)),
+        temperature=float(number("temperature", 1.0, 0.0, 10.0)),
         top_k=max(top_k, 0),
         top_p=float(number("top_p", 1.0, 0.0, 1.0)),
         min_p=float(number("min_p", 0.0, 0.0, 1.0)),
-        repetition_penalty=float(number("repetition_penalty", 1.0, 0.01, 100.0)),
+        repetition_penalty=float(number("repetition_penalty", 1.0, 0.1, 10.0)),
     )
 
 

@@ -3,14 +3,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -25,17 +28,24 @@ from edge.bundle.manifest import (
     TensorScheme,
     Tokens,
     decode_manifest,
+    describe_sampling,
     encode_manifest,
     is_file_name,
     read_manifest,
     sha256_file,
     verify_files,
 )
+from edge.bundle.rope import inverse_frequencies
 from edge.errors import BundleError, IntegrityError
+from edge.runtime.sampling import KNOBS
 from tests.manifests import make_manifest, make_model
 
-counts = st.integers(0, 2**63 - 1)
+counts = st.integers(0, 2**50)
+rows = st.integers(1, 2**22)
+ids = st.integers(0, 299)
 floats = st.floats(allow_nan=False, allow_infinity=False)
+lines = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=50)
+digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 file_names = st.from_regex(r"[a-z0-9_][A-Za-z0-9._-]{0,20}\Z").filter(is_file_name)
 reports = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | floats | st.text(),
@@ -43,54 +53,57 @@ reports = st.recursive(
     max_leaves=8,
 )
 schemes = st.builds(
-    TensorScheme, kind=st.sampled_from(["float", "int8", "int4"]), group_size=counts
+    TensorScheme,
+    kind=st.sampled_from(["float", "int8", "int4"]),
+    group_size=st.integers(0, 2**20),
 )
 manifests = st.builds(
     make_manifest,
-    name=st.text(),
+    name=lines,
     model=st.builds(
         make_model,
-        hidden_size=counts,
-        rms_norm_eps=floats,
-        rope=st.builds(RopeSpec, theta=floats, kind=st.sampled_from(["default", "llama3", "yarn"])),
+        hidden_size=st.integers(1, 2**20),
+        rms_norm_eps=st.floats(0, 1, exclude_min=True),
+        rope=st.builds(
+            RopeSpec,
+            theta=st.floats(1, 1e15, exclude_min=True),
+            kind=st.sampled_from(["default", "llama3", "yarn"]),
+            original_max_positions=st.integers(1, 2**31),
+        ),
     ),
     dialect=st.sampled_from(["native", "portable"]),
     dtype=st.sampled_from(["fp16", "bf16"]),
     quantization=st.builds(
         Quantization,
-        name=st.text(),
+        name=lines,
         method=st.sampled_from(["none", "rtn"]),
         clip=st.sampled_from(["none", "absmax", "mse"]),
         linears=st.dictionaries(
             st.text(),
-            st.builds(
-                LinearInfo, scheme=schemes, shape=st.tuples(counts, counts), num_bytes=counts
-            ),
+            st.builds(LinearInfo, scheme=schemes, shape=st.tuples(rows, rows), num_bytes=counts),
             max_size=3,
         ),
     ),
-    sampling=st.builds(SamplingDefaults, temperature=floats, top_k=counts),
+    sampling=st.builds(
+        SamplingDefaults, temperature=st.floats(0, 10), top_k=st.integers(0, 2**31 - 1)
+    ),
     tokens=st.builds(
         Tokens,
-        bos=st.none() | counts,
+        bos=st.none() | ids,
         bos_text=st.text(),
-        eos=st.lists(counts, max_size=3).map(tuple),
+        eos=st.lists(ids, min_size=1, max_size=3).map(tuple),
         eos_text=st.text(),
         add_bos=st.booleans(),
     ),
     source=st.builds(
         Source,
         kind=st.sampled_from(["directory", "hub", "gguf"]),
-        location=st.text(),
-        revision=st.none() | st.text(),
+        location=lines,
+        revision=st.none() | lines,
     ),
     graphs=st.builds(Graphs, decoder=file_names, cpu=file_names),
     files=st.dictionaries(
-        file_names,
-        st.builds(
-            FileInfo, num_bytes=counts, sha256=st.text("0123456789abcdef", min_size=64, max_size=64)
-        ),
-        max_size=3,
+        file_names, st.builds(FileInfo, num_bytes=counts, sha256=digests), max_size=3
     ),
     quality=st.none() | st.dictionaries(st.text(), reports, max_size=3),
 )
@@ -177,7 +190,7 @@ def test_what_is_no_manifest_is_refused_by_name(data: bytes) -> None:
     ("change", "named"),
     [
         ({"kv_capacty": 1}, "kv_capacty"),
-        ({"tokens": {"bos": None, "eos": [], "shape": 1}}, "shape"),
+        ({"tokens": {"bos": None, "eos": [2], "shape": 1}}, "shape"),
         ({"kv_capacity": "256"}, r"\$\.kv_capacity"),
         ({"dialect": "plugin"}, "plugin"),
         ({"dtype": "fp32"}, "fp32"),
@@ -316,3 +329,110 @@ def test_sha256_over_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "file").write_bytes(data)
     expected = FileInfo(num_bytes=100, sha256=hashlib.sha256(data).hexdigest())
     assert sha256_file(tmp_path / "file") == expected
+
+
+# --- hostile manifests, correctly signed --------------------------------------------------------
+
+
+def change(place: str, value: Any) -> bytes:
+    """The manifest with one value replaced, ``place`` is ``model.rope.theta``."""
+    tree = json.loads(encode_manifest(make_manifest()))
+    del tree["self_sha256"]
+    *path, last = place.split(".")
+    node = tree
+    for key in path:
+        node = node[key]
+    node[last] = value
+    return resign(json.dumps({**tree, "self_sha256": ""}, indent=2).encode())
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("model.num_layers", 10**9),
+        ("model.num_layers", 0),
+        ("model.head_dim", 15),
+        ("model.num_kv_heads", 3),
+        ("model.vocab_size", 2**40),
+        ("model.rms_norm_eps", 0),
+        ("model.rope.theta", 0),
+        ("model.rope.theta", -1),
+        ("model.rope.theta", 1),
+        ("model.rope.kind", "yarn"),  # without original_max_positions
+        ("kv_capacity", 10**6),
+        ("rope_positions", 0),
+        ("tokens.eos", []),
+        ("tokens.eos", [-5]),
+        ("tokens.eos", [10**6]),
+        ("tokens.bos", 300),
+        ("sampling.temperature", -1),
+        ("sampling.top_p", 1.5),
+        ("sampling.repetition_penalty", 0),
+        ("name", "\x1b[2J\x1b]0;owned\x07"),
+        ("name", "abc\u202egpj.exe"),
+        ("name", "a" * 2000),
+        ("source.location", "a\nb"),
+        ("files", {"a": {"num_bytes": -1, "sha256": "0" * 64}}),
+        ("files", {"a": {"num_bytes": 1, "sha256": "z" * 64}}),
+    ],
+)
+def test_numbers_and_names_out_of_range_are_refused(place: str, value: Any) -> None:
+    with pytest.raises(BundleError):
+        decode_manifest(change(place, value))
+    assert decode_manifest(change("name", "R1 Distill é 你好")).name == "R1 Distill é 你好"
+
+
+def test_the_ranges_of_sampling_are_those_of_requests() -> None:
+    """Else a bundle opens whose every request is refused, as if the client were wrong."""
+    for name in SamplingDefaults.__struct_fields__:
+        if name == "assumed":
+            continue
+        for value in (KNOBS[name].low, KNOBS[name].high):
+            number = KNOBS[name].kind(value)
+            decode_manifest(change(f"sampling.{name}", number))
+            for beyond in (number - 1, number + 1):
+                if not KNOBS[name].low <= beyond <= KNOBS[name].high:
+                    with pytest.raises(BundleError):
+                        decode_manifest(change(f"sampling.{name}", beyond))
+
+
+hostile_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | floats
+    | st.text(max_size=8)
+    | st.sampled_from([10**9, -1, 0, 2**63, 1e308, 5e-324, "../x", "a" * 5000]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=4), hostile_values)
+def test_any_signed_manifest_is_one_or_an_error(place: list[int], value: Any) -> None:
+    """And what is made of it when a bundle is opened takes no time."""
+    tree = json.loads(encode_manifest(make_manifest()))
+    del tree["self_sha256"]
+    node: Any = tree
+    while isinstance(node, dict) and node:
+        key = list(node)[place[0] % len(node)]
+        place = place[1:]
+        if not place or not isinstance(node[key], dict):
+            node[key] = value
+            break
+        node = node[key]
+    data = resign(json.dumps({**tree, "self_sha256": ""}, indent=2).encode())
+    before_s = time.process_time()
+    try:
+        manifest = decode_manifest(data)
+    except BundleError:
+        return
+    finally:
+        assert time.process_time() - before_s < 1
+    assert len(linear_layers(manifest.model)) == 4 * manifest.model.num_layers + 1
+    assert np.isfinite(inverse_frequencies(manifest.model.rope, manifest.model.head_dim)).all()
+    assert describe_sampling(manifest.sampling).isprintable()
+    assert time.process_time() - before_s < 2
