@@ -31,14 +31,22 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text_file(path: Path, max_bytes: int) -> str:
-    """Read a plain file of UTF-8 text; see `read_file`. Every kind of line end becomes a newline.
+    """Read a plain file of UTF-8 text; see `read_file` and `decode_text`.
 
     Raises:
         OSError: see `read_file`.
         UnicodeDecodeError: it is not UTF-8.
     """
-    text = read_file(path, max_bytes).decode("utf-8")
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # as `Path.read_text` does
+    return decode_text(read_file(path, max_bytes))
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8 as `Path.read_text` does: every kind of line end becomes a newline.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _size(num_bytes: int) -> str:

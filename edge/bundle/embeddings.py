@@ -27,14 +27,21 @@ class EmbeddingTable:
     the page cache), the scales once. A memory map would do the same, but the kernel maps 64 KiB
     around every row, and 450 MB of the table count as resident after some prompts.
 
+    Args:
+        path: the file; with a descriptor only for messages.
+        descriptor: of the file, where it is open already; it is duplicated.
+
     Raises:
         BundleError: the file is not such a table.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self._file = -1
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if descriptor is None:
+                self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            else:
+                self._file = os.dup(descriptor)  # not inherited by children either
             header_bytes = int.from_bytes(os.pread(self._file, 8, 0), "little")
             if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
                 raise ValueError(f"its header claims {header_bytes} bytes")

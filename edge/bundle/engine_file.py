@@ -7,20 +7,27 @@ checked before TensorRT sees a byte of it. A plan's file name carries its hash, 
 
 from __future__ import annotations
 
+import hashlib
+import mmap
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from edge.errors import BundleError, IntegrityError, install_command
+from edge.files import read_file
 
 from . import io_spec
 from .engine_layers import ProfileLayers
-from .manifest import ENGINES_DIR, Manifest, sha256_file
+from .manifest import ENGINES_DIR, Count, Line, Manifest, Rows, Sha256
 from .sizes import ProfileName, StepLimits
 
 ENGINE_JSON = "engine.json"
+_MAX_BYTES = 1 << 24
 ENGINE_SCHEMA_VERSION = 1
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 KvRead = Literal["slice", "full", "lengths"]
@@ -170,29 +177,29 @@ class EngineInfo(_Struct, frozen=True):
     """
 
     schema_version: int
-    producer: str
-    created: str
-    key: str
-    plan: str
-    plan_bytes: int
-    plan_sha256: str
+    producer: Line
+    created: Line
+    key: Line
+    plan: Line
+    plan_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+    plan_sha256: Sha256
     flavour: Flavour
-    tensorrt_version: str
-    compute_capability: str
-    device: str | None
-    jetpack: str | None
-    l4t: str | None
-    sources: dict[str, str]
-    max_batch: int
-    max_prefill: int
-    kv_capacity: int
-    kv_buckets: tuple[int, ...]
+    tensorrt_version: Line
+    compute_capability: Line
+    device: Line | None
+    jetpack: Line | None
+    l4t: Line | None
+    sources: dict[Line, Line]
+    max_batch: Rows
+    max_prefill: Rows
+    kv_capacity: Rows
+    kv_buckets: Annotated[tuple[Rows, ...], msgspec.Meta(max_length=1000)]
     kv_read: KvRead
     options: dict[str, Any]
     profiles: tuple[ProfileInfo, ...]
     builder: Literal["api", "trtexec"]
-    build_s: float
-    peak_memory_bytes: int | None
+    build_s: Annotated[float, msgspec.Meta(ge=0)]
+    peak_memory_bytes: Count | None
     weights: tuple[WeightBytes, ...]
     layers: tuple[LayerCount, ...]
     attention: Attention | None = None
@@ -211,7 +218,7 @@ def read_engine_info(directory: Path) -> EngineInfo:
     """
     path = directory / ENGINE_JSON
     try:
-        info = msgspec.json.decode(path.read_bytes(), type=EngineInfo)
+        info = msgspec.json.decode(read_file(path, _MAX_BYTES), type=EngineInfo)
     except OSError as error:
         raise BundleError(
             f"no engine at {directory}: cannot read {ENGINE_JSON} ({error.strerror}); "
@@ -238,18 +245,38 @@ def verify_plan(directory: Path, info: EngineInfo) -> Path:
     Raises:
         IntegrityError: it is missing, or has another size or hash than ``engine.json`` says.
     """
+    with open_plan(directory, info):
+        return directory / info.plan
+
+
+@contextmanager
+def open_plan(directory: Path, info: EngineInfo) -> Iterator[mmap.mmap]:
+    """Map the plan and hash the map: what is at its path later is not looked at.
+
+    On a Jetson a plan that is read takes its size of the GPU's memory again.
+
+    Raises:
+        IntegrityError: it is missing, or has another size or hash than ``engine.json`` says.
+    """
     path = directory / info.plan
     again = f"build it again with: {rebuild_command(directory, info)}"
-    try:
-        found = sha256_file(path)
-    except OSError as error:
-        raise IntegrityError(f"{path} cannot be read ({error.strerror}); {again}") from error
-    if (found.num_bytes, found.sha256) != (info.plan_bytes, info.plan_sha256):
-        raise IntegrityError(
-            f"{path} is damaged: {found.num_bytes} bytes with SHA-256 {found.sha256[:16]}…, "
-            f"{ENGINE_JSON} says {info.plan_bytes} with {info.plan_sha256[:16]}…; {again}"
-        )
-    return path
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            file = stack.enter_context(os.fdopen(descriptor, "rb"))
+            size = os.fstat(descriptor).st_size
+            plan = None
+            if size == info.plan_bytes:  # nothing empty is mapped, nor what has no end
+                plan = stack.enter_context(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+        except OSError as error:
+            raise IntegrityError(f"{path} cannot be read ({error.strerror}); {again}") from error
+        found = "-" if plan is None else hashlib.sha256(plan).hexdigest()
+        if plan is None or found != info.plan_sha256:
+            raise IntegrityError(
+                f"{path} is damaged: {size} bytes with SHA-256 {found[:16]}…, "
+                f"{ENGINE_JSON} says {info.plan_bytes} with {info.plan_sha256[:16]}…; {again}"
+            )
+        yield plan
 
 
 def check_engine(

@@ -28,10 +28,12 @@ from typing import Any, Literal
 import msgspec
 
 from edge.errors import BundleError
+from edge.files import read_file
 
 AttentionKind = Literal["fused", "decomposed", "mixed", "unknown"]
 
 _SUFFIX = ".layers.json"
+_MAX_BYTES = 1 << 26
 _PROFILE = re.compile(r"\s*\[profile +(\d+)\]")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _TYPE = re.compile(
@@ -222,7 +224,7 @@ def read_layers(plan: Path) -> LayerTable | None:
     """
     path = layers_path(plan)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=LayerTable)
+        return msgspec.json.decode(read_file(path, _MAX_BYTES), type=LayerTable)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -8,14 +8,17 @@ SHA-256 of the file's own bytes with that value replaced by 64 zeros.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from edge.errors import BundleError, IntegrityError
+from edge.files import read_file
 
 SCHEMA_VERSION = 4
 """2 added `SamplingDefaults.assumed`, 3 `Manifest.tensorrt` and `TensorScheme.planes`, 4
@@ -25,6 +28,7 @@ MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
 _HASH_CHUNK_BYTES = 1 << 22
+_MAX_BYTES = 1 << 24  # a layer takes about 1 KB
 _MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _SELF_HASH = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n\}\n\Z')
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
@@ -41,16 +45,16 @@ Treatment = Literal["kept", "requantized", "dequantized"]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 _Heads = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 _Layers = Annotated[int, msgspec.Meta(ge=1, le=1000)]
-_Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]  # of a token table; ids are below
+Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]  # of a token table; ids are below
 _Positions = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 22)]
-_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-_Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 # A terminal shows it: no control characters, and none that turn the direction of writing.
 _UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
-_Line = Annotated[str, msgspec.Meta(max_length=1000, pattern=rf"^[^{_UNPRINTABLE}]*\Z")]
+Line = Annotated[str, msgspec.Meta(max_length=1000, pattern=rf"^[^{_UNPRINTABLE}]*\Z")]
 _TokenText = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
@@ -92,7 +96,7 @@ class ModelSpec(_Struct, frozen=True):
     num_kv_heads: _Heads
     head_dim: _Heads
     intermediate_size: _Size
-    vocab_size: _Rows
+    vocab_size: Rows
     rms_norm_eps: Annotated[float, msgspec.Meta(gt=0, le=1)]
     max_position_embeddings: _Positions
     rope: RopeSpec
@@ -138,10 +142,10 @@ class FromSource(_Struct, frozen=True):
     """
 
     treatment: Treatment
-    groups: _Count = 0
-    changed_groups: _Count = 0
+    groups: Count = 0
+    changed_groups: Count = 0
     relative_error: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
-    note: _Line | None = None
+    note: Line | None = None
 
 
 class LinearInfo(_Struct, frozen=True):
@@ -162,10 +166,10 @@ class LinearInfo(_Struct, frozen=True):
     """
 
     scheme: TensorScheme
-    shape: tuple[_Rows, _Rows]
-    num_bytes: _Count
+    shape: tuple[Rows, Rows]
+    num_bytes: Count
     activation_scale: _Positive | None = None
-    float_channels: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=4096)] = ()
+    float_channels: Annotated[tuple[Count, ...], msgspec.Meta(max_length=4096)] = ()
     offsets: bool = False
     reordered: bool = False
     from_source: FromSource | None = None
@@ -182,10 +186,10 @@ class Calibration(_Struct, frozen=True):
         seed: the seed of the order of the documents.
     """
 
-    text: _Line
-    sha256: _Sha256
-    num_tokens: _Count
-    seq_len: _Count
+    text: Line
+    sha256: Sha256
+    num_tokens: Count
+    seq_len: Count
     seed: int
 
 
@@ -205,7 +209,7 @@ class Quantization(_Struct, frozen=True):
         embeddings: how the rows of the token table are stored; INT8 rows have one scale each.
     """
 
-    name: _Line
+    name: Line
     method: Literal["none", "rtn", "awq", "gptq", "awq+gptq", "source"]
     clip: Literal["none", "absmax", "mse"]
     linears: Annotated[dict[str, LinearInfo], msgspec.Meta(max_length=1 << 13)]
@@ -228,7 +232,7 @@ class SamplingDefaults(_Struct, frozen=True):
     top_p: _Share = 1.0
     min_p: _Share = 0.0
     repetition_penalty: Annotated[float, msgspec.Meta(ge=0.1, le=10)] = 1.0
-    assumed: _Line | None = None
+    assumed: Line | None = None
 
 
 class Tokens(_Struct, frozen=True):
@@ -257,8 +261,8 @@ class Adapter(_Struct, frozen=True):
         sha256: SHA-256 of ``adapter_model.safetensors``.
     """
 
-    name: _Line
-    sha256: _Sha256
+    name: Line
+    sha256: Sha256
 
 
 class SourceQuantization(_Struct, frozen=True):
@@ -269,8 +273,8 @@ class SourceQuantization(_Struct, frozen=True):
         details: for a person, e.g. ``4 bits, groups of 128, symmetric``.
     """
 
-    method: _Line
-    details: _Line
+    method: Line
+    details: Line
 
 
 class Source(_Struct, frozen=True):
@@ -287,10 +291,10 @@ class Source(_Struct, frozen=True):
     """
 
     kind: Literal["directory", "hub", "gguf"]
-    location: _Line
-    revision: _Line | None = None
-    sha256: _Sha256 | None = None
-    licence: _Line | None = None
+    location: Line
+    revision: Line | None = None
+    sha256: Sha256 | None = None
+    licence: Line | None = None
     adapter: Adapter | None = None
     quantization: SourceQuantization | None = None
 
@@ -310,19 +314,19 @@ class ReducedVocabulary(_Struct, frozen=True):
         text_tokens: tokens of the same text with the reduced one.
     """
 
-    original_size: _Rows
-    size: _Rows
-    file: _Line
-    sha256: _Sha256
-    text_tokens_original: _Count | None = None
-    text_tokens: _Count | None = None
+    original_size: Rows
+    size: Rows
+    file: Line
+    sha256: Sha256
+    text_tokens_original: Count | None = None
+    text_tokens: Count | None = None
 
 
 class FileInfo(_Struct, frozen=True):
     """Size and SHA-256 (lower-case hex) of one file of the bundle."""
 
-    num_bytes: _Count
-    sha256: _Sha256
+    num_bytes: Count
+    sha256: Sha256
 
 
 class Graphs(_Struct, frozen=True):
@@ -349,14 +353,14 @@ class Manifest(_Struct, frozen=True):
     """
 
     schema_version: int
-    producer: _Line
-    created: _Line
-    name: _Line
+    producer: Line
+    created: Line
+    name: Line
     model: ModelSpec
     dialect: Dialect
     dtype: Literal["fp16", "bf16"]
-    kv_capacity: _Rows
-    rope_positions: _Rows
+    kv_capacity: Rows
+    rope_positions: Rows
     quantization: Quantization
     sampling: SamplingDefaults
     tokens: Tokens
@@ -365,7 +369,7 @@ class Manifest(_Struct, frozen=True):
     files: Annotated[dict[str, FileInfo], msgspec.Meta(max_length=1000)]
     quality: dict[str, Any] | None = None
     vocabulary: ReducedVocabulary | None = None
-    tensorrt: Annotated[tuple[_Line, ...], msgspec.Meta(max_length=100)] | None = None
+    tensorrt: Annotated[tuple[Line, ...], msgspec.Meta(max_length=100)] | None = None
     self_sha256: str = _NO_HASH
 
 
@@ -427,13 +431,8 @@ def is_file_name(name: str) -> bool:
 
 def sha256_file(path: Path) -> FileInfo:
     """Hash a file in chunks; memory stays constant."""
-    digest = hashlib.sha256()
-    num_bytes = 0
     with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            num_bytes += len(chunk)
-    return FileInfo(num_bytes=num_bytes, sha256=digest.hexdigest())
+        return _hash(_chunks(file.fileno()))
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -552,13 +551,120 @@ def read_manifest(bundle: Path) -> Manifest:
     """
     path = bundle / MANIFEST_NAME
     try:
-        data = path.read_bytes()
+        data = read_file(path, _MAX_BYTES)
     except OSError as error:
         raise BundleError(
             f"no bundle at {bundle}: cannot read {MANIFEST_NAME} ({error.strerror}); "
             "make one with: edge-llm export SOURCE -o BUNDLE"
         ) from error
     return decode_manifest(data, str(path))
+
+
+class VerifiedFiles:
+    """Files of a bundle, opened once, hashed, and read by the same descriptors.
+
+    What `read` returns, and what is read by a `descriptor`, is of the file that was hashed,
+    whatever is put at its path meanwhile. After a library that opens files by their paths comes
+    `check_unchanged`. Use it as a context manager.
+    """
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, names: Iterable[str] | None = None
+    ) -> None:
+        """Open and hash; see `verify_files`."""
+        self._bundle = bundle
+        self._manifest = manifest
+        self._files: dict[str, tuple[int, os.stat_result]] = {}
+        try:
+            for name in manifest.files if names is None else names:
+                self._open(name)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str) -> bytes:
+        """Read a whole file that was hashed.
+
+        Raises:
+            IntegrityError: it was changed since.
+        """
+        data = b"".join(_chunks(self._files[name][0]))
+        self._check_hash(name, FileInfo(len(data), hashlib.sha256(data).hexdigest()))
+        return data
+
+    def descriptor(self, name: str) -> int:
+        """A descriptor of a file that was hashed; it ends with this object."""
+        return self._files[name][0]
+
+    def check_unchanged(self) -> None:
+        """Check that the paths still lead to the files that were hashed, and nobody wrote to them.
+
+        A file that was swapped and put back has another time of change (ctime), too.
+
+        Raises:
+            IntegrityError: one is another, or was changed; it is named.
+        """
+        for name, (_, before) in self._files.items():
+            path = self._bundle / name
+            try:
+                now = path.stat()
+            except OSError as error:
+                raise self._cannot_read(path, error) from error
+            if _identity(now) != _identity(before):
+                raise IntegrityError(
+                    f"{path} was changed while the bundle was opened; open it again when nobody "
+                    "writes to it"
+                )
+
+    def close(self) -> None:
+        """Close the files; calling it twice is harmless."""
+        while self._files:
+            os.close(self._files.popitem()[1][0])
+
+    def __enter__(self) -> VerifiedFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _open(self, name: str) -> None:
+        path = self._bundle / name
+        expected = self._manifest.files.get(name)
+        if expected is None:
+            raise IntegrityError(
+                f"{path} is not listed in {MANIFEST_NAME}, so nothing vouches for it; "
+                "export the bundle again"
+            )
+        try:
+            # A pipe would be waited for.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            found = os.fstat(descriptor)
+            self._files[name] = descriptor, found
+            if not stat.S_ISREG(found.st_mode):
+                raise IntegrityError(f"{path} is no plain file; copy or export the bundle again")
+            # The size first: it is free, and a cut-off copy is the most common fault.
+            if found.st_size != expected.num_bytes:
+                raise IntegrityError(
+                    f"{path} has {found.st_size} bytes, the manifest says {expected.num_bytes}; "
+                    "copy or export the bundle again"
+                )
+            self._check_hash(name, _hash(_chunks(descriptor)))
+        except OSError as error:
+            raise self._cannot_read(path, error) from error
+
+    def _check_hash(self, name: str, found: FileInfo) -> None:
+        expected = self._manifest.files[name]
+        if found != expected:
+            raise IntegrityError(
+                f"{self._bundle / name} is damaged: its SHA-256 is {found.sha256[:16]}…, the "
+                f"manifest says {expected.sha256[:16]}…; copy or export the bundle again"
+            )
+
+    @staticmethod
+    def _cannot_read(path: Path, error: OSError) -> IntegrityError:
+        return IntegrityError(
+            f"{path} cannot be read ({error.strerror}); copy or export the bundle again"
+        )
 
 
 def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
@@ -570,32 +676,26 @@ def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None =
         names: files to check; all by default.
 
     Raises:
-        IntegrityError: a file is missing, has another size or another hash, or the manifest does
-            not list it; the file is named.
+        IntegrityError: a file is missing, no plain file, has another size or another hash, or the
+            manifest does not list it; the file is named.
     """
-    for name in manifest.files if names is None else names:
-        path = bundle / name
-        expected = manifest.files.get(name)
-        if expected is None:
-            raise IntegrityError(
-                f"{path} is not listed in {MANIFEST_NAME}, so nothing vouches for it; "
-                "export the bundle again"
-            )
-        try:
-            size = path.stat().st_size
-            # The size first: it is free, and a cut-off copy is the most common fault.
-            found = expected if size != expected.num_bytes else sha256_file(path)
-        except OSError as error:
-            raise IntegrityError(
-                f"{path} cannot be read ({error.strerror}); copy or export the bundle again"
-            ) from error
-        if size != expected.num_bytes:
-            raise IntegrityError(
-                f"{path} has {size} bytes, the manifest says {expected.num_bytes}; "
-                "copy or export the bundle again"
-            )
-        if found.sha256 != expected.sha256:
-            raise IntegrityError(
-                f"{path} is damaged: its SHA-256 is {found.sha256[:16]}…, the manifest says "
-                f"{expected.sha256[:16]}…; copy or export the bundle again"
-            )
+    VerifiedFiles(bundle, manifest, names).close()
+
+
+def _chunks(descriptor: int) -> Iterator[bytes]:
+    at = 0
+    while chunk := os.pread(descriptor, _HASH_CHUNK_BYTES, at):
+        yield chunk
+        at += len(chunk)
+
+
+def _hash(chunks: Iterable[bytes]) -> FileInfo:
+    digest, num_bytes = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    return FileInfo(num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

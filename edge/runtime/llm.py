@@ -18,6 +18,7 @@ from edge.bundle import manifest as manifests
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
+from edge.files import decode_text
 from edge.text.chat_template import (
     ChatTemplate,
     ReasoningSplitter,
@@ -109,9 +110,16 @@ class LLM:
         if config.backend != "ort-cpu":
             read.append(graphs.decoder)
         names = dict.fromkeys([*self.manifest.files, *read])
-        manifests.verify_files(self.bundle, self.manifest, names)
-        self.tokenizer = Tokenizer.from_file(self.bundle / "tokenizer.json", self.manifest.tokens)
-        self.template = self._read_template()
+        with manifests.VerifiedFiles(self.bundle, self.manifest, names) as files:
+            self._open(files, config)
+
+    def _open(self, files: manifests.VerifiedFiles, config: EngineConfig) -> None:
+        self.tokenizer = Tokenizer(
+            files.read("tokenizer.json"),
+            self.manifest.tokens,
+            str(self.bundle / "tokenizer.json"),
+        )
+        self.template = self._read_template(files)
         self._reasons = self.template is not None and template_reasons(
             self.template.source, self.tokenizer.control_tokens
         )
@@ -121,9 +129,16 @@ class LLM:
         self.backend: Backend = open_backend(
             self.bundle, self.manifest, config, self.draft_manifest
         )
+        try:
+            # Graph and weights are opened by their paths, once more.
+            files.check_unchanged()
+            self.embeddings = EmbeddingTable(
+                self.bundle / EMBEDDINGS_NAME, files.descriptor(EMBEDDINGS_NAME)
+            )
+        except BaseException:
+            self.backend.close()
+            raise
         self.warning = unused_gpu(self.backend.name, config)
-        # Opened last: if a later step failed, nothing would close its file.
-        self.embeddings = EmbeddingTable(self.bundle / EMBEDDINGS_NAME)
         self._draft_model: ModelDrafter | None = None
         try:
             self.scheduler = Scheduler(
@@ -506,12 +521,12 @@ class LLM:
         eos = () if params.ignore_eos else self.manifest.tokens.eos
         return frozenset((*params.stop_token_ids, *eos))
 
-    def _read_template(self) -> ChatTemplate | None:
+    def _read_template(self, files: manifests.VerifiedFiles) -> ChatTemplate | None:
         name = "chat_template.jinja"
         if name not in self.manifest.files:
             return None
         try:
-            source = (self.bundle / name).read_text(encoding="utf-8")
+            source = decode_text(files.read(name))
         except UnicodeDecodeError as error:
             raise BundleError(f"{self.bundle / name} is not UTF-8; export again") from error
         return ChatTemplate(source, self.manifest.tokens)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import mmap
 from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +20,9 @@ from edge.bundle.engine_file import (
     Flavour,
     check_engine,
     find_engines,
+    open_plan,
     read_engine_info,
     rebuild_command,
-    verify_plan,
     where_tensorrt_is_from,
 )
 from edge.bundle.manifest import Manifest
@@ -142,11 +141,10 @@ class Engine:
     def __init__(self, chosen: ChosenEngine, manifest: Manifest) -> None:
         self.info, self._module = chosen.info, chosen.module
         self._errors: deque[str] = deque(maxlen=4)
-        path = verify_plan(chosen.directory, chosen.info)
         self._logger = _make_logger(self._module, self._errors)
         self._runtime = self._module.Runtime(self._logger)
-        # Mapped, not read: on a Jetson the plan would take its size of the GPU's memory again.
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        path = chosen.directory / chosen.info.plan
+        with open_plan(chosen.directory, chosen.info) as plan:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             command = rebuild_command(chosen.directory, chosen.info)

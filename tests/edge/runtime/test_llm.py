@@ -18,6 +18,8 @@ import pytest
 
 import edge.runtime.llm
 from edge import LLM, GenerationChunk, SamplingParams
+from edge.backends import Backend
+from edge.backends.choose import open_backend
 from edge.backends.ort import cpu as ort
 from edge.backends.ort import session as ort_session
 from edge.backends.step import all_tokens, prefill
@@ -499,6 +501,28 @@ def test_a_request_that_fails_leaves_the_next_one_working(
             scripted.llm.generate([10**6], params)
         assert scripted.llm.generate("what", params).tokens == expected
     scripted.llm.close()
+
+
+def test_a_bundle_that_is_changed_while_it_is_opened_is_refused(
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """After its files were hashed, someone puts other weights there; the text is the hashed one."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundles("qwen2"), bundle)
+    opened = []
+
+    def late(directory: Path, manifest: Any, config: Any) -> Backend:
+        weights = directory / "decoder.onnx.data"
+        other = weights.with_name("other")
+        other.write_bytes(weights.read_bytes())
+        other.replace(weights)
+        opened.append(open_backend(directory, manifest, config))
+        return opened[0]
+
+    monkeypatch.setattr("edge.runtime.llm.open_backend", late)
+    with pytest.raises(IntegrityError, match=r"decoder\.onnx\.data was changed while"):
+        LLM(bundle, backend="ort-cpu")
+    assert opened[0].failed == "the backend is closed"
 
 
 def test_closing(scripted: Scripted):
