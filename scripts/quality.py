@@ -1,0 +1,218 @@
+"""Export a model by every recipe, compare each bundle with the float one, print a Markdown table.
+
+usage: scripts/quality [--model smollm2] [--recipe NAME ...] [--text NAME ...] [--tokens 1533]
+
+Each recipe has a directory below ``--work``, with the commit, the seconds and the peak of resident
+memory of its export, and the result of ``edge-llm eval`` for each text. What is there is not done
+again; delete a recipe's directory to measure it anew. The bundle is deleted once all texts
+are read (``--keep-bundles`` keeps it). ``--gguf LABEL=FILE`` adds a rival's file of the same model,
+e.g. a Q4_0 of llama-quantize: its weights are dequantized into a float bundle, so only the loss of
+its weights counts, as with all other rows.
+
+Standard output has the table of all recipes that are there, asked for this time or before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from scripts.real_models import DIRECTORY, MODELS
+from scripts.smollm2 import smollm2_gguf
+
+_DATA = Path("edge/measure/data")
+TEXTS = {
+    "built-in": _DATA / "eval_text.txt",
+    "prose": _DATA / "prose.txt",
+    "code": _DATA / "code.txt",
+    "Chinese": _DATA / "chinese.txt",
+}
+_INT4 = ("--quant", "int4")
+RECIPES: dict[str, tuple[str, ...]] = {
+    "int8": ("--quant", "int8"),
+    "int8-w8a8": ("--quant", "int8-w8a8"),
+    "int8-w8a8-all": ("--quant", "int8-w8a8", "--keep", "*.down=w8a8", "--keep", "lm_head=w8a8"),
+    "int4": _INT4,
+    **{
+        f"int4-{method}-g{size}": (*_INT4, "--method", method, "--group-size", str(size))
+        for method in ("rtn", "awq", "gptq", "awq+gptq")
+        for size in (32, 64, 128)
+    },
+    "int4-head-int4": (*_INT4, "--keep", "lm_head=int4"),
+    "int4-head-fp16": (*_INT4, "--keep", "lm_head=float"),
+}
+_REFERENCE, _FLOAT = "fp16", ("--quant", "fp16")
+
+
+def main() -> None:
+    options = parse()
+    source = model_file(options)
+    work: Path = options.work / options.model
+    reference = work / _REFERENCE / "bundle"
+    if not reference.is_dir():
+        export(str(source), _FLOAT, work / _REFERENCE)
+    rivals = dict(each.split("=", 1) for each in options.gguf)
+    jobs = [(name, str(source), RECIPES[name]) for name in options.recipe]
+    jobs += [(label, file, _FLOAT) for label, file in rivals.items()]
+    for name, checkpoint, recipe in jobs:
+        measure(work / name, checkpoint, recipe, reference, options)
+    print(table(work, options.model))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2", choices=["smollm2", *MODELS])
+    parser.add_argument("--models", type=Path, default=DIRECTORY, help="of scripts/real-models")
+    parser.add_argument("--recipe", nargs="*", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--text", nargs="*", default=list(TEXTS), choices=list(TEXTS))
+    parser.add_argument("--tokens", type=int, help="of each text; by default all")
+    parser.add_argument("--window", type=int, help="tokens per window, as of edge-llm eval")
+    parser.add_argument("--gguf", action="append", default=[], metavar="LABEL=FILE")
+    parser.add_argument("--keep-bundles", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path(".quality"))
+    options = parser.parse_args()
+    for each in options.gguf:
+        label, _, file = each.partition("=")
+        if not (label and Path(file).is_file()) or label in (*RECIPES, _REFERENCE):
+            parser.error(f"--gguf {each}: give a new name and a file, LABEL=FILE")
+    return options
+
+
+def model_file(options: argparse.Namespace) -> Path:
+    if options.model == "smollm2":
+        return smollm2_gguf()
+    path: Path = options.models / f"{options.model}.gguf"
+    if not path.is_file():
+        sys.exit(f"error: {path} is not there; scripts/real-models {options.model} fetches it")
+    return path
+
+
+def measure(
+    place: Path, source: str, recipe: tuple[str, ...], reference: Path, options: argparse.Namespace
+) -> None:
+    """Export one recipe and read the texts that are still missing."""
+    missing = [name for name in options.text if not (place / f"{name}.json").is_file()]
+    if not missing:
+        return
+    bundle = place / "bundle"
+    if not bundle.is_dir():
+        export(source, recipe, place)
+    for name in missing:
+        line = ["eval", bundle, "--against", reference, "--text", TEXTS[name], "--json"]
+        for option in ("tokens", "window"):
+            if (value := getattr(options, option)) is not None:
+                line += [f"--{option}", value]
+        result = run(line)
+        (place / f"{name}.json").write_text(result.stdout)
+    if not options.keep_bundles:
+        shutil.rmtree(bundle)
+
+
+def export(source: str, recipe: tuple[str, ...], place: Path) -> None:
+    """Export and note what it took; the bundle appears whole or not at all."""
+    place.mkdir(parents=True, exist_ok=True)
+    before, started = cpu_seconds(), time.perf_counter()
+    line = ["export", source, "-o", place / "bundle", *recipe]
+    peak = run_measured(line)
+    cost = {
+        "commit": commit(),
+        "recipe": " ".join(recipe),
+        "seconds": time.perf_counter() - started,
+        "cpu_s": cpu_seconds() - before,
+        "peak_bytes": peak,
+    }
+    (place / "export.json").write_text(json.dumps(cost))
+
+
+def commit() -> str:
+    line = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run(line: list[Any]) -> subprocess.CompletedProcess[str]:
+    """Run a verb of edge-llm; what it says beside its result goes to this script's stderr."""
+    command = [sys.executable, "-m", "edge.cli", *map(str, line)]
+    print("+ edge-llm", *command[3:], file=sys.stderr)
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"error: edge-llm {line[0]} ended with exit code {result.returncode}")
+    return result
+
+
+def run_measured(line: list[Any]) -> int:
+    """Run a verb in a process of its own parent; returns its peak of resident memory in bytes."""
+    code = (
+        "import resource, subprocess, sys; "
+        "done = subprocess.run(sys.argv[1:], stdout=sys.stderr); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10); "
+        "sys.exit(done.returncode)"
+    )
+    command = [sys.executable, "-c", code, sys.executable, "-m", "edge.cli", *map(str, line)]
+    print("+ edge-llm", *command[6:], file=sys.stderr)
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"error: edge-llm {line[0]} ended with exit code {result.returncode}")
+    return int(result.stdout)
+
+
+def table(work: Path, model: str) -> str:
+    """What was measured of a model, as Markdown; rows in the order of `RECIPES`."""
+    order = {name: index for index, name in enumerate(RECIPES)}
+    places = [path.parent for path in work.glob("*/export.json") if path.parent.name != _REFERENCE]
+    places.sort(key=lambda path: (order.get(path.name, len(order)), path.name))
+    texts = [name for name in TEXTS if any((path / f"{name}.json").is_file() for path in places)]
+    heads = " / ".join(texts)
+    lines = [
+        f"{model}, on {heads}:",
+        "",
+        "| Recipe | Bits per weight (with lm_head) | KL | KL, 99th percentile "
+        "| Perplexity over float's | Top-1 agreement, % | Export | Commit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for place in places:
+        read = {
+            name: json.loads(path.read_text())
+            for name in texts
+            if (path := place / f"{name}.json").is_file()
+        }
+        if not read:
+            continue
+        one = next(iter(read.values()))
+        cost = json.loads((place / "export.json").read_text())
+        figures = []
+        for key, factor, form in (
+            ("kl_mean", 1, "{:.4f}"),
+            ("kl_p99", 1, "{:.2f}"),
+            ("perplexity_ratio", 1, "{:.3f}"),
+            ("top1_agreement", 100, "{:.1f}"),
+        ):
+            values = (
+                form.format(factor * read[name][key]) if name in read else "" for name in texts
+            )
+            figures.append(" / ".join(values))
+        bits = f"{one['bits_per_weight']:.2f} ({one['bits_per_weight_with_lm_head']:.2f})"
+        took = f"{cost['seconds'] / 60:.1f} min, {cost['peak_bytes'] / 1e9:.1f} GB"
+        if cost["recipe"] == " ".join(_FLOAT):
+            bits = took = ""  # of a rival's weights, which are floats here
+        lines.append(
+            f"| `{place.name}` | {bits} | {' | '.join(figures)} | {took} | {cost['commit']} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""`scripts/quality` on a tiny model: what is there is not done again, and the table has it all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import quality
+from tests.conftest import Checkpoints
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The table has four sound chairs, and the fifth is a list of them. " * 4)
+    monkeypatch.setattr(quality, "TEXTS", {"prose": text, "code": text})
+
+
+def call(monkeypatch: pytest.MonkeyPatch, source: Path, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality", *arguments])
+    monkeypatch.setattr(quality, "model_file", lambda _options: source)
+    quality.main()
+
+
+def test_a_recipe_is_measured_once(
+    texts: None,
+    tiny_checkpoints: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    lines: list[list[Any]] = []
+    run = quality.run
+
+    def watched(line: list[Any]) -> Any:
+        lines.append(line)
+        return run(line)
+
+    monkeypatch.setattr(quality, "run", watched)
+    work = ["--work", str(tmp_path / "work"), "--recipe", "int4-rtn-g32", "--tokens", "40"]
+    work += ["--window", "32"]
+    source = tiny_checkpoints("qwen2")
+    call(monkeypatch, source, *work, "--text", "prose")
+    place = tmp_path / "work" / "smollm2" / "int4-rtn-g32"
+    result = json.loads((place / "prose.json").read_text())
+    assert not (place / "bundle").exists()
+    call(monkeypatch, source, *work, "--text", "prose")
+    assert len(lines) == 1
+    table = capsys.readouterr().out.splitlines()
+    row = next(line for line in table if line.startswith("| `int4-rtn-g32`"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert float(cells[2]) == pytest.approx(result["kl_mean"], abs=1e-4)
+    assert float(cells[5]) == pytest.approx(100 * result["top1_agreement"], abs=0.1)
+    assert result["kl_mean"] > 0
+    cost = json.loads((place / "export.json").read_text())
+    assert 20e6 < cost["peak_bytes"] < 4e9
+    assert cost["seconds"] > 0
+    call(monkeypatch, source, *work)  # the other text too
+    assert len(lines) == 2
+    assert json.loads((place / "code.json").read_text())["kl_mean"] == result["kl_mean"]
+
+
+def test_a_rival_needs_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for given in ("q4_0", "q4_0=missing.gguf", "int8=" + __file__):
+        with pytest.raises(SystemExit):
+            call(monkeypatch, tmp_path, "--gguf", given)
