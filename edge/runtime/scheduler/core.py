@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 _NEWEST = 0.15  # weight of the newest time in a running mean
 _NEWEST_VERDICT = 0.01  # weight of the newest verdict on a draft for what new sequences start with
 _FIRST_VERDICTS = 4  # that many verdicts weigh as much as what was believed before any
+_FIRST_SPREAD = 0.2  # of acceptance between sequences, before any is known
+_NEWEST_SPREAD = 0.1
+_MOST_HOPE = 0.95  # acceptance that a sequence starts with at most
 _TRIALS = 0.03  # of the time of plain steps may be lost to learn whether drafts pay by now
 _SAVED_STEPS = 40  # what is saved up for trials, in plain steps
 _SHORT = 31  # tokens that no engine's attention cuts into blocks
@@ -118,6 +121,7 @@ class EngineCore:
         self.drafter = drafter
         self.drafting = True
         self.acceptance = 0.0 if drafter is None else drafter.first_guess
+        self.spread = _FIRST_SPREAD  # of acceptance from sequence to sequence, running mean
         self.trial_s = 0.0  # may be lost to drafts that do not seem to pay
         self.drafts_failed: str | None = None
         self.draft_saved_s = 0.0
@@ -265,6 +269,9 @@ class EngineCore:
             assert sequence.slot is not None
             self.drafter.begin(sequence.slot.index, sequence.salt)
             sequence.acceptance = self.acceptance
+            if not self.drafter.is_free:
+                # Texts differ: one is given up by its own guesses, not by those of others.
+                sequence.acceptance = min(self.acceptance + self.spread, _MOST_HOPE)
         self.counts["prompt"] += len(sequence.ids)
         self.counts["cached"] += cached
 
@@ -561,6 +568,9 @@ class EngineCore:
 
     def _leave(self, sequence: SequenceState, *, keep: bool) -> None:
         sequence.ended = True
+        if sequence.verdicts:
+            spread = abs(sequence.acceptance - self.acceptance)
+            self.spread += _NEWEST_SPREAD * (spread - self.spread)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         if sequence.slot is not None:
             self.pool.give_back(sequence.slot, keep=keep)

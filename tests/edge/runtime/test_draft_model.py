@@ -451,6 +451,19 @@ def test_drafts_pay_where_they_are_right_and_cheap(tables: Callable[[int], Embed
     assert often / plain > 1.15
 
 
+def test_a_text_is_not_given_up_for_others(tables: Callable[[int], EmbeddingTable]):
+    """Half of the texts are easy for the draft, and every other one is not."""
+
+    def half(seen: tuple[int, ...]) -> NDArray[np.float32]:
+        return np.asarray(TARGET(seen) if seen[0] % 2 else unrelated(seen), np.float32)
+
+    plain, _ = _speed(tables, None, _on_gpu, 0, 1)
+    drafted, core = _speed(tables, half, _on_gpu, 0.2, 1)
+    assert drafted / plain > 1.2
+    # A thousand tokens are easy.
+    assert core.counts["accepted"] > 400
+
+
 def test_a_draft_that_becomes_right_is_found_again(tables: Callable[[int], EmbeddingTable]):
     """A small part of the time goes into trials, so that nothing is given up for ever."""
     pair = Pair(
