@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from .errors import ConfigError, DependencyError, install_command
+from .files import MALFORMED
 
 ENV_PREFIX = "EDGE_LLM_SERVE_"
 DEFAULT_FILE = Path("/etc/edge-llm/config.toml")
@@ -150,7 +151,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes; is it a configuration?")
     try:
         parsed: dict[str, Any] = tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     return parsed
 

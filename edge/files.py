@@ -6,12 +6,33 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What parsers of JSON and TOML raise: also for text that is no UTF-8, numbers of 5,000 digits and
+brackets 100,000 deep."""
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a plain file for reading.
+
+    A pipe would be waited for, and a device may have no end. A symbolic link is followed.
+
+    Raises:
+        OSError: it cannot be opened or is no plain file; ``strerror`` says so.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return file
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """Read a plain file.
-
-    A pipe would be waited for, and a device may have no end. A symbolic link is followed.
+    """Read a plain file whole; see `open_file`.
 
     Args:
         path: the file.
@@ -20,10 +41,7 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     Raises:
         OSError: it cannot be opened or read, is no plain file, or is larger; ``strerror`` says so.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    with open_file(path) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {_size(max_bytes)}", str(path))

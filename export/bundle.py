@@ -46,6 +46,7 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.update import MANIFEST_TEMP, beside, fsync, locked, resolve_target, write_durably
 from edge.errors import BundleError, ConfigError, ResourceError
+from edge.files import read_file
 
 _logger = logging.getLogger(__name__)
 
@@ -295,7 +296,9 @@ class _AnyManifest(msgspec.Struct):
 def _own_entries(bundle: Path) -> set[str]:
     """Names of the entries that an export or a build wrote; empty if this is not a bundle."""
     try:
-        manifest = msgspec.json.decode((bundle / MANIFEST_NAME).read_bytes(), type=_AnyManifest)
+        manifest = msgspec.json.decode(
+            read_file(bundle / MANIFEST_NAME, 1 << 24), type=_AnyManifest
+        )
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return set()
     return {*manifest.files, MANIFEST_NAME, MANIFEST_TEMP, ENGINES_DIR}

@@ -501,7 +501,7 @@ def check_ranges(spec: ModelSpec, where: str) -> None:
         BundleError: one is out of its range; it is named.
     """
     try:
-        msgspec.convert(msgspec.to_builtins(spec), type=ModelSpec)
+        msgspec.json.decode(msgspec.json.encode(spec), type=ModelSpec)
     except msgspec.ValidationError as error:
         raise BundleError(f"{where}: {error}") from error
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edge.errors import BundleError
 
+_MAX_FIELDS = 1 << 18  # of a message; a decoder of 126 layers has 10,000 nodes
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = 1  # a TensorProto's data_location
 _INT64, _TYPE_FLOAT, _TYPE_INT, _TYPE_INTS = 7, 1, 2, 7
@@ -72,6 +73,8 @@ class Message:
                 if at > len(data):
                     raise BundleError(f"not an ONNX file: it ends inside field {number}")
             fields.append((number, wire_type, value))
+            if len(fields) > _MAX_FIELDS:
+                raise BundleError(f"not an ONNX file: over {_MAX_FIELDS} fields in a part")
         return Message(fields)
 
     def serialize(self) -> bytes:

@@ -12,6 +12,7 @@ import msgspec
 
 import edge
 from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
+from edge.files import read_file
 
 from . import echo_json
 from .options import Finite, bundle_argument, engine_options, take_engine
@@ -198,9 +199,7 @@ def _versions() -> dict[str, str]:
 
 def _read_result(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_RESULT_BYTES:
-            raise ConfigError(f"--against {path} is too large for a result of edge-llm bench")
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(read_file(path, _MAX_RESULT_BYTES), type=dict[str, Any])
     except OSError as error:
         raise ConfigError(f"--against {path} cannot be read: {error.strerror}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

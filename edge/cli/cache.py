@@ -10,6 +10,7 @@ import click
 
 from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError, RequestError
+from edge.files import read_text_file
 
 from . import echo_json
 from .options import bundle_argument, engine_options, take_engine
@@ -23,6 +24,7 @@ _directory_option = click.option(
     help="Directory of all stored prefixes; default: $XDG_CACHE_HOME/edge-llm/prefixes.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+_MAX_TEXT_BYTES = 1 << 24
 
 
 @click.group()
@@ -123,7 +125,9 @@ def drop(bundle: Path, name: str, prefix_dir: Path | None, as_json: bool) -> Non
 def _read(path: Path | None) -> str:
     assert path is not None
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text_file(path, _MAX_TEXT_BYTES)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text: {error.reason}") from error
 

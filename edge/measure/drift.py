@@ -36,6 +36,7 @@ import msgspec
 
 from edge.errors import ConfigError
 from edge.figures import geometric_edges
+from edge.files import MALFORMED, read_file
 from edge.runtime.sampling import KNOBS
 
 ALPHA = 0.001
@@ -59,6 +60,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     **{name: knob.grid for name, knob in KNOBS.items() if knob.grid},
 }
 """Upper edges of the bins of each parameter, inclusive; one more bin holds what is above."""
+_MAX_COUNTS_BYTES = 1 << 24
 
 
 class Counts(msgspec.Struct, forbid_unknown_fields=True):
@@ -279,7 +281,7 @@ def decode_counts(data: bytes | str, where: str) -> Counts:
     """
     try:
         counts = msgspec.json.decode(data, type=Counts)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{where} holds no counts of requests: {error}") from error
     check_counts(counts, where)
     return counts
@@ -309,7 +311,7 @@ def read_counts(path: Path) -> Counts:
         ConfigError: it cannot be read or holds no counts.
     """
     try:
-        return decode_counts(path.read_bytes(), str(path))
+        return decode_counts(read_file(path, _MAX_COUNTS_BYTES), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 

@@ -28,6 +28,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError, DependencyError
 from edge.figures import cosine_similarity, kl_divergence, log_softmax
+from edge.files import MALFORMED, read_text_file
 from edge.progress import Progress, silent
 
 CHUNK_TOKENS = 64
@@ -41,6 +42,7 @@ _CONFIDENCE = 0.95
 _CURVE_POINTS = 32
 
 Vector = NDArray[np.float64]
+_MAX_TEXT_BYTES = 1 << 28
 
 
 class Model(Protocol):
@@ -199,7 +201,7 @@ def read_text(path: Path) -> str:
         ConfigError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text_file(path, _MAX_TEXT_BYTES)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; name a text file") from error
     except UnicodeDecodeError as error:
@@ -471,7 +473,7 @@ def load_gate(name: str, recipe: str) -> Gate:
         raise DependencyError(
             f"reading {path} needs tomli on this Python; pip install tomli, or write it as .json"
         ) from error
-    except ValueError as error:  # msgspec's errors, and those of the TOML parser
+    except MALFORMED as error:
         raise ConfigError(
             f"{path} is not a gate: {error}; its fields are those of --help"
         ) from error

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from edge.backends.step import all_tokens, prefill
 from edge.errors import ConfigError, ContextLengthError
 from edge.figures import token_logprobs
+from edge.files import MALFORMED
 from edge.progress import Progress, silent
 from edge.runtime.llm import LLM
 from edge.runtime.sampling import SamplingParams
@@ -106,7 +107,7 @@ def read_task(path: Path, limit: int | None = None) -> list[tuple[int, Item]]:
             continue
         try:
             item = _parse_item(line)
-        except ValueError as error:  # msgspec's errors are some of these
+        except MALFORMED as error:
             raise ConfigError(
                 f'{path}, line {number}: {error}; a line is {{"question", "choices", '
                 '"answer": 2} or {"question", "answer": "... #### 42"}'

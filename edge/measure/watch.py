@@ -21,6 +21,7 @@ from typing import Protocol
 import msgspec
 
 from edge.errors import ConfigError
+from edge.files import MALFORMED, read_file
 from edge.progress import Progress, silent
 from edge.runtime.llm import LLM
 from edge.runtime.sampling import SamplingParams
@@ -45,6 +46,7 @@ _REFUSAL = re.compile(
 )
 _WORDS = re.compile(r"\w+")
 _NUMBER = re.compile(r"-?\d[\d.,/]*")
+_MAX_BASELINE_BYTES = 1 << 26
 
 
 class GoldenItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,7 +199,7 @@ def read_golden(path: Path) -> tuple[list[GoldenItem], str]:
             continue
         try:
             item = msgspec.json.decode(line, type=GoldenItem)
-        except msgspec.DecodeError as error:
+        except MALFORMED as error:
             raise ConfigError(
                 f'{path}, line {number}: {error}; write {{"id": ..., "prompt": ..., "answer": ...}}'
             ) from error
@@ -385,14 +387,14 @@ def read_baseline(path: Path) -> Baseline:
         ConfigError: it cannot be read, or is not a baseline of this version.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path, _MAX_BASELINE_BYTES)
     except OSError as error:
         raise ConfigError(
             f"cannot read the baseline {path}: {error.strerror}; record one with --record"
         ) from error
     try:
         baseline = msgspec.json.decode(data, type=Baseline)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{path} is no baseline: {error}; record one with --record") from error
     if baseline.version != BASELINE_VERSION:
         raise ConfigError(

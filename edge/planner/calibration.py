@@ -8,11 +8,13 @@ from typing import Any
 import msgspec
 
 from edge.errors import ConfigError
+from edge.files import read_file
 
 from .plan import CPU, Device, find_device
 from .speed import FITTED, Efficiency, Measured, Work, calibrate
 
 BENCH_SCHEMA = 1
+_MAX_BYTES = 1 << 24
 
 
 class Center(msgspec.Struct, frozen=True):
@@ -50,7 +52,7 @@ def read_bench(path: Path) -> BenchFile:
         ConfigError: it cannot be read, or is no such file.
     """
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=BenchFile)
+        found = msgspec.json.decode(read_file(path, _MAX_BYTES), type=BenchFile)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -18,6 +18,7 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError, ConfigError
+from edge.files import read_file
 from edge.text.tokenizer_difference import tokenizer_difference
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -164,9 +165,7 @@ def read_config(path: Path) -> ModelSpec:
         CheckpointError: not such a file, or a model that cannot be exported; the key is named.
     """
     try:
-        data = path.read_bytes()
-        if len(data) > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} has {len(data)} bytes; a config.json has a few thousand")
+        data = read_file(path, _MAX_CONFIG_BYTES)
         values = msgspec.json.decode(data, type=dict[str, Any])
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

@@ -13,12 +13,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import msgspec
 import numpy as np
@@ -29,6 +30,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.bundle.update import fsync
 from edge.errors import ConfigError, ContextLengthError, RequestError, ResourceError
+from edge.files import MALFORMED, open_file
 
 from .kv_cache import common_prefix
 from .scheduler import StoredPrefix
@@ -40,6 +42,9 @@ _DIGEST_BYTES = 32
 _MAX_HEADER_BYTES = 1 << 22
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 DEFAULT_MAX_BYTES = 4 << 30
+
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,9 +60,9 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     engine: str
     dtype: Literal["float16", "float32"]
-    planes: int
-    kv_heads: int
-    head_dim: int
+    planes: _Size
+    kv_heads: _Size
+    head_dim: _Size
     rounds_activations: bool = False
 
     @classmethod
@@ -230,7 +235,7 @@ class PrefixStore:
 
     def _read(self, path: Path) -> tuple[_Header, int]:
         """The header, checked against what this store is for, and where the rows start."""
-        with path.open("rb") as file:
+        with open_file(path) as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise _UnusableError("it is no prefix file of this version")
             length = int.from_bytes(file.read(8), "little")
@@ -243,7 +248,7 @@ class PrefixStore:
             raise _UnusableError("it is damaged (its header)")
         try:
             header = msgspec.json.decode(data, type=_Header)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except MALFORMED as error:
             raise _UnusableError(f"it is of another version ({error})") from error
         if header.bundle != self._bundle:
             raise _UnusableError("it belongs to another bundle; build it again")
@@ -252,7 +257,7 @@ class PrefixStore:
                 f"it was made by {header.layout}, this is {self._layout}; build it again"
             )
         item = np.dtype(header.layout.dtype).itemsize
-        expected = start + int(np.prod(header.layout.shape(len(header.ids)))) * item
+        expected = start + math.prod(header.layout.shape(len(header.ids))) * item
         if not header.ids or size != expected:
             raise _UnusableError(f"it has {size} bytes, its header describes {expected}")
         return header, start
@@ -326,6 +331,7 @@ def _replace_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
     The file is readable by its owner only, as what it holds was made from a prompt.
     """
     temp = path.with_name(f".{path.name}.tmp")  # a fixed name, so a killed build leaves one at most
+    descriptor = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -338,6 +344,8 @@ def _replace_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
             temp.replace(path)
         fsync(path.parent)
     except OSError as error:
+        if descriptor >= 0:  # a full disk would stay full
+            temp.unlink(missing_ok=True)
         raise ResourceError(
             f"cannot write {path}: {error.strerror}; free disk space, or name another directory"
         ) from error

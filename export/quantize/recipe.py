@@ -9,6 +9,9 @@ import msgspec
 
 from edge.bundle.schemes import Clip, Quant
 from edge.errors import ConfigError, DependencyError, install_command
+from edge.files import MALFORMED, read_file
+
+_MAX_BYTES = 1 << 20
 
 
 class _RecipeFile(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -41,7 +44,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     decode = msgspec.json.decode if path.suffix.lower() == ".json" else msgspec.toml.decode
     try:
-        recipe = decode(path.read_bytes(), type=_RecipeFile)
+        recipe = decode(read_file(path, _MAX_BYTES), type=_RecipeFile)
     except OSError as error:
         raise ConfigError(f"--recipe {path} cannot be read: {error.strerror}") from error
     except ImportError as error:
@@ -49,7 +52,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
             "recipes in TOML need the package tomli before Python 3.11; install it with: "
             f"{install_command('export')}"
         ) from error
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"--recipe {path} is not valid: {error}") from error
     options: dict[str, Any] = {
         name: value for name, value in msgspec.structs.asdict(recipe).items() if value is not None
@@ -57,5 +60,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if "keep" in options:
         options["keep"] = tuple(options["keep"].items())
     if "calibration" in options:
+        if "\0" in options["calibration"]:
+            raise ConfigError(
+                f"--recipe {path}: calibration is no path: {options['calibration']!r}"
+            )
         options["calibration"] = path.parent / options["calibration"]
     return options

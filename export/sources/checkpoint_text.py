@@ -11,8 +11,12 @@ from typing import Any
 
 from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import CheckpointError
+from edge.files import read_file, read_text_file
 
 from .assumed_sampling import assume_sampling
+
+_MAX_BYTES = 1 << 26
+_MAX_TEMPLATE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path, _MAX_BYTES))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -86,7 +90,7 @@ def read_text(
     template = _chat_template(directory, tokenizer_config)
     origin = config.get("_name_or_path")
     return CheckpointText(
-        tokenizer_json=tokenizer_path.read_bytes(),
+        tokenizer_json=read_file(tokenizer_path, _MAX_BYTES),
         chat_template=template,
         tokens=_tokens(directory, tokenizer, tokenizer_config, generation or config, vocab_size),
         sampling=assume_sampling(
@@ -162,7 +166,7 @@ def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str 
     jinja = directory / "chat_template.jinja"
     try:
         if jinja.exists():
-            return jinja.read_text(encoding="utf-8")
+            return read_text_file(jinja, _MAX_TEMPLATE_BYTES)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {jinja}: {error}") from error
     template = tokenizer_config.get("chat_template")

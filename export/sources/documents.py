@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import ConfigError
+from edge.files import MALFORMED, read_file
 from edge.text.chat_template import THINK_END, THINK_START, ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
 
 SEQ_LEN = 512
 DEFAULT_TOKENS = 16384
 _BUILT_IN = "built-in"
+MAX_TEXT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def read_calibration_text(path: Path | None, option: str = "--calibration") -> C
         name, is_jsonl = _BUILT_IN, True
     else:
         try:
-            data = path.read_bytes()
+            data = read_file(path, MAX_TEXT_BYTES)
         except OSError as error:
             raise ConfigError(f"{option} {path} cannot be read: {error.strerror}") from error
         name, is_jsonl = path.name, path.suffix.lower() in (".jsonl", ".ndjson")
@@ -77,14 +79,24 @@ def read_calibration_text(path: Path | None, option: str = "--calibration") -> C
 def _document(line: str, where: str) -> Mapping[str, Any]:
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
     if isinstance(value, dict):
         if set(value) == {"text"} and isinstance(value["text"], str):
             return value
         if set(value) == {"messages"} and isinstance(value["messages"], list):
-            return value
+            if all(map(_is_message, value["messages"])):
+                return value
+            raise ConfigError(
+                f"{where}: a message is an object whose role, content and reasoning are texts"
+            )
     raise ConfigError(f'{where} must be {{"text": "..."}} or {{"messages": [...]}}')
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key), str | None) for key in ("role", "content", "reasoning")
+    )
 
 
 def calibration_batches(

@@ -18,12 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import CheckpointError, DependencyError, install_command
+from edge.files import open_file
 
 from .safetensors_file import bfloat16
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4  # GGML_MAX_DIMS
+# Of the keys, values and names before the weights: a vocabulary of 150,000 tokens has 1 million
+# values in 8 MB. Each becomes an object of Python.
+_MAX_COUNT = 1 << 16
+_MAX_VALUES = 1 << 22
+_MAX_METADATA_BYTES = 1 << 26
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4",
@@ -69,7 +75,7 @@ class GgufFile:
         self._gguf = gguf
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 if file.read(len(_MAGIC)) != _MAGIC:
                     raise self._damaged("it does not begin with GGUF")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -83,6 +89,9 @@ class GgufFile:
                 "little-endian; convert the model again with a current llama.cpp"
             )
         num_tensors, num_keys = self._integer("<Q"), self._integer("<Q")
+        if max(num_tensors, num_keys) > _MAX_COUNT:
+            raise self._damaged(f"it has {num_tensors} tensors and {num_keys} keys")
+        self._num_values = 0
         self.metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self._string()
@@ -131,6 +140,8 @@ class GgufFile:
                 f"it ends at byte {len(self._map)}, but {num_bytes} bytes are due at {position}"
             )
         self._position += num_bytes
+        if self._position > _MAX_METADATA_BYTES:
+            raise self._damaged(f"its metadata has more than {_MAX_METADATA_BYTES >> 20} MiB")
         return position
 
     def _integer(self, layout: str) -> int:
@@ -153,14 +164,21 @@ class GgufFile:
             return self._scalars(kind, 1)[0]
         item_kind, count = self._integer("<I"), self._integer("<Q")
         if item_kind == _STRING:
+            self._count_values(count)
             return [self._string() for _ in range(count)]
         return self._scalars(item_kind, count)
+
+    def _count_values(self, count: int) -> None:
+        self._num_values += count
+        if self._num_values > _MAX_VALUES:
+            raise self._damaged(f"its metadata has more than {_MAX_VALUES} values")
 
     def _scalars(self, kind: int, count: int) -> list[Any]:
         if kind not in _SCALARS:  # an array of arrays too: the format allows it, nobody writes it
             raise self._damaged(f"value type {kind} at byte {self._position} is unknown")
         dtype = np.dtype(_SCALARS[kind])
         position = self._take(count * dtype.itemsize)
+        self._count_values(count)
         values = np.frombuffer(self._map, np.uint8, count * dtype.itemsize, position).view(dtype)
         if kind == 6:
             # The shortest decimal that rounds to the same fp32: 1e-05, not 9.999999747378752e-06.

@@ -270,7 +270,7 @@ def derive_llama3(factors: NDArray[np.float64], theta: float, head_dim: int) -> 
                 factor=factor,
                 original_max_positions=round(2 * math.pi * gradient / -offset) if offset else 0,
                 low_freq_factor=1.0,
-                high_freq_factor=round(1 - 1 / offset, 4) if offset else 0.0,
+                high_freq_factor=float(round(1 - 1 / offset, 4)) if offset else 0.0,
             )
             if np.allclose(_llama3_divisors(spec, frequencies), factors, rtol=1e-4, atol=0):
                 return spec

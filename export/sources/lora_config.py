@@ -8,7 +8,6 @@ it is switched off.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import msgspec
 from edge.errors import CheckpointError
 
 from .checkpoint_text import read_json
+from .untrusted_pattern import match
 
 Number = TypeVar("Number", int, float)
 
@@ -82,12 +82,12 @@ class LoraConfig(msgspec.Struct, frozen=True):
     def targets(self, module: str) -> bool:
         """Whether a linear or embedding module has low-rank matrices, by peft's rules."""
         saved = (rf"(^|.*\.){name}($|\..*)" for name in self.modules_to_save or ())
-        if _names(self.exclude_modules, module) or any(re.match(name, module) for name in saved):
+        if _names(self.exclude_modules, module) or any(match(name, module) for name in saved):
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
                 return module not in ("lm_head", "model.embed_tokens")
-            return re.fullmatch(self.target_modules, module) is not None
+            return _is_match(self.target_modules, module)
         if module in self.target_modules:
             return True
         return _names(self.target_modules, module) and self._in_a_chosen_layer(module)
@@ -103,9 +103,15 @@ class LoraConfig(msgspec.Struct, frozen=True):
             return True
         patterns = self.layers_pattern or r"[^.]*"
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            layer = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+            layer = match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
             if layer is not None:
-                return int(layer[1]) in ([chosen] if isinstance(chosen, int) else chosen)
+                number = layer[1] or ""
+                if not number.isdecimal():
+                    raise CheckpointError(
+                        f"{ADAPTER_CONFIG}: layers_pattern {pattern!r:.80} has groups of its own; "
+                        "write it without parentheses"
+                    )
+                return int(number) in ([chosen] if isinstance(chosen, int) else chosen)
         return False
 
 
@@ -178,22 +184,25 @@ def _check_values(config: LoraConfig, path: Path) -> None:
     for key, value in patterns.items():
         for pattern in [value] if isinstance(value, str) else value or ():
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise CheckpointError(
-                    f"{path}: {key} has {pattern!r}, which is no pattern: {error}"
-                ) from error
+                match(pattern, "")
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {key}: {error}") from error
 
 
 def _names(choice: str | list[str] | None, module: str) -> bool:
     if isinstance(choice, str):
-        return re.fullmatch(choice, module) is not None
+        return _is_match(choice, module)
     return any(module == name or module.endswith(f".{name}") for name in choice or ())
 
 
 def _pattern_value(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
     """The first pattern that matches the end of the module's name wins."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+def _is_match(pattern: str, module: str) -> bool:
+    """Whether the pattern is the whole name, as `re.fullmatch` tells."""
+    return match(rf"(?:{pattern})\Z", module) is not None

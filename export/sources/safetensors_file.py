@@ -18,9 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import CheckpointError, DependencyError, install_command
+from edge.files import open_file
 
-# The limit of the reference implementation; a real header has about 100 bytes per tensor.
-_MAX_HEADER_BYTES = 100_000_000
+# A header has about 100 bytes per tensor; the reference implementation takes 100 MB, which become
+# 3 GB of Python's objects.
+_MAX_HEADER_BYTES = 16_000_000
+_MAX_DIMS = 8
+_MAX_SIZE = 1 << 48
 _LENGTH_BYTES = 8
 _NUMPY_TYPE = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
@@ -79,7 +83,7 @@ class SafetensorsFile:
         self.path = path
         self._types = tuple(_ITEM_BYTES) if quantized else FLOATS
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 size = file.seek(0, 2)
                 if size < _LENGTH_BYTES:
                     raise self._damaged(f"it has {size} bytes only")
@@ -137,8 +141,10 @@ class SafetensorsFile:
         if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
             raise self._damaged(f"tensor {name} has no dtype, shape and data_offsets")
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
-            raise self._damaged(f"tensor {name} has shape {shape!r} and data_offsets {offsets!r}")
+        if not (_are_sizes(shape, _MAX_DIMS) and _are_sizes(offsets, 2) and len(offsets) == 2):
+            raise self._damaged(
+                f"tensor {name:.80} has shape {shape!r:.80} and data_offsets {offsets!r:.80}"
+            )
         if not isinstance(dtype, str) or dtype not in self._types:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has type {dtype!r}, expected one of "
@@ -154,8 +160,12 @@ class SafetensorsFile:
         return TensorEntry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+def _are_sizes(value: Any, most: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= most
+        and all(type(item) is int and 0 <= item < _MAX_SIZE for item in value)
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

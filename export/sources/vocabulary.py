@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import ReducedVocabulary
 from edge.errors import ConfigError, RequestError
+from edge.files import read_file
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint, Transformed
 from .checkpoint_text import CheckpointText
-from .documents import CalibrationText, encode_document, read_calibration_text
+from .documents import MAX_TEXT_BYTES, CalibrationText, encode_document, read_calibration_text
 from .quantized_weight import QuantizedWeight
 from .reduced_tokenizer import BpeTokenizer, ids_of_generation_config, reduce_generation_config
 
@@ -72,7 +73,7 @@ def read_keep_list(path: Path) -> KeepList:
         text = read_calibration_text(path, "--vocab-keep")
         return KeepList(text.name, text.sha256, text=text)
     try:
-        data = path.read_bytes()
+        data = read_file(path, MAX_TEXT_BYTES)
     except OSError as error:
         raise ConfigError(f"--vocab-keep {path} cannot be read: {error.strerror}") from error
     try:

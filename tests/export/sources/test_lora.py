@@ -198,7 +198,7 @@ def test_a_manifest_from_before_these_fields_still_loads(base: Path, tmp_path: P
         ({"r": None}, "missing required field `r`"),
         ({"r": 8}, r"q_proj.lora_A.weight has shape \[4, 64\].* ask for \[8, 64\]"),
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern 'q_proj' must be at least 1"),
-        ({"rank_pattern": {"(": 1}}, r"rank_pattern has '\(', which is no pattern"),
+        ({"rank_pattern": {"(": 1}}, r"rank_pattern: '\(' is no pattern"),
         ({"lora_alpha": "much"}, r"`\$.lora_alpha`"),
         ({"target_modules": ["q_proj"]}, "does not cover model.layers.0.mlp.down_proj"),
         (

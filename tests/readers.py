@@ -1,0 +1,422 @@
+"""Every reader of files whose origin nobody vouches for, with a small file that it takes.
+
+The property tests and the fuzz targets go through this table: whatever the bytes, a reader gives a
+value or an `EdgeError`, soon and without much memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, rebuild_command
+from edge.bundle.engine_layers import layers_path, read_layers
+from edge.bundle.linears import linear_layers
+from edge.bundle.manifest import (
+    MANIFEST_NAME,
+    Tokens,
+    describe_sampling,
+    encode_manifest,
+    read_manifest,
+)
+from edge.bundle.onnx_file import Message, OnnxFile, tensor_info
+from edge.bundle.rope import inverse_frequencies
+from edge.config_file import load_settings
+from edge.errors import EdgeError
+from edge.measure.drift import read_counts
+from edge.measure.evaluate import load_gate
+from edge.measure.tasks import read_task
+from edge.measure.watch import read_baseline, read_golden
+from edge.planner.calibration import BENCH_SCHEMA, read_bench
+from edge.planner.models import read_config
+from edge.runtime.prefix_store import Layout, PrefixStore, bundle_key
+from edge.server.settings import ServerSettings
+from edge.text.chat_template import ChatTemplate
+from edge.text.tokenizer import Tokenizer
+from export.quantize.recipe import read_recipe
+from export.sources.checkpoint_text import read_text
+from export.sources.documents import encode_document, read_calibration_text
+from export.sources.gguf_file import GgufFile
+from export.sources.lora_config import read_lora_config
+from export.sources.safetensors_file import SafetensorsFile
+from export.sources.vocabulary import read_keep_list
+from tests.manifests import make_manifest
+from tests.tiny_models import CHAT_TEMPLATE
+
+TOKENS = Tokens(bos=None, bos_text="", eos=(0,), eos_text="", add_bos=False)
+_MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head")
+_VOCABULARY = {chr(code): number for number, code in enumerate(range(0x21, 0x7F))} | {"Ġ": 94}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader.
+
+    Attributes:
+        name: name of the file, in a directory of its own.
+        seed: a file that is taken.
+        read: opens the file at a path and looks at all that is in it.
+        mend: makes a damaged file's own hashes right again, so that what is behind them is reached.
+    """
+
+    name: str
+    seed: bytes
+    read: Callable[[Path], object]
+    mend: Callable[[bytes], bytes] = bytes
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the seed is one JSON object."""
+        try:
+            return isinstance(json.loads(self.seed), dict)
+        except ValueError:
+            return False
+
+    def try_bytes(self, data: bytes, folder: Path) -> bool:
+        """Read bytes; whether they were taken. Anything but an `EdgeError` comes through."""
+        path = folder / self.name
+        path.write_bytes(data)
+        try:
+            self.read(path)
+        except EdgeError as error:
+            if not str(error):
+                raise AssertionError("an error says what was wrong") from error
+            return False
+        return True
+
+
+# ------------------------------------------------------------------------------- bundles
+
+
+def resign(data: bytes) -> bytes:
+    """The manifest with the right hash of itself, whatever else is in it."""
+    field = b'"self_sha256": "'
+    head, found, _ = data.rpartition(field)
+    if not found:
+        head = data.rstrip().removesuffix(b"}").rstrip() + b",\n  "
+    blank = head + field + b"0" * 64 + b'"\n}\n'
+    return head + field + hashlib.sha256(blank).hexdigest().encode() + b'"\n}\n'
+
+
+def _manifest(path: Path) -> None:
+    manifest = read_manifest(path.parent)
+    linear_layers(manifest.model)
+    inverse_frequencies(manifest.model.rope, manifest.model.head_dim)
+    describe_sampling(manifest.sampling)
+
+
+def _onnx_seed() -> bytes:
+    node = Message().add(1, "x").add(2, "y").add(3, "n").add(4, "Identity")
+    place = [("location", "data"), ("offset", "0"), ("length", "8")]
+    weight = Message().add(1, 2).add(2, 1).add(8, "w").add(14, 1)
+    for key, value in place:
+        weight.add(13, Message().add(1, key).add(2, value))
+    graph = Message().add(1, node).add(5, weight)
+    graph.add(11, tensor_info("x", 1, ("batch", 2))).add(12, tensor_info("y", 1, (1, 2)))
+    return Message().add(1, 8).add(7, graph).add(8, Message().add(2, 21)).serialize()
+
+
+def _onnx(path: Path) -> None:
+    graph = OnnxFile(path.read_bytes())
+    names = [value.name for value in [*graph.inputs, *graph.outputs]]
+    _ = graph.opsets, graph.external_tensors()
+    graph.set_dimension(names, 0, 7)
+    OnnxFile(graph.serialize())
+
+
+def _safetensors(header: dict[str, Any], data: bytes) -> bytes:
+    head = json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + data
+
+
+def _embeddings(path: Path) -> None:
+    table = EmbeddingTable(path)
+    try:
+        _ = table[np.array([0])]
+    finally:
+        table.close()
+
+
+_TOKENIZER = {
+    "added_tokens": [{"id": 96, "content": "<think>", "special": False}],
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": "\\p{L}+|\\s+"},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False},
+        ],
+    },
+    "decoder": {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    },
+    "model": {"type": "BPE", "vocab": _VOCABULARY | {"ab": 95}, "merges": ["a b"]},
+}
+
+
+def _tokenizer(path: Path) -> None:
+    tokenizer = Tokenizer.from_file(path, TOKENS)
+    ids = tokenizer.encode("ab <think>")
+    tokenizer.encode("ab <think>", control=True)
+    tokenizer.decode(ids)
+    tokenizer.least_tokens("ab")
+
+
+def _template(path: Path) -> None:
+    template = ChatTemplate(path.read_bytes().decode("utf-8", "replace"), TOKENS)
+    template.render([{"role": "user", "content": "hello"}])
+
+
+def _engine(path: Path) -> None:
+    info = read_engine_info(path.parent)
+    for profile in info.profiles:
+        _ = profile.limits
+    rebuild_command(path.parent, info)
+
+
+def _engine_seed() -> bytes:
+    shape = {"min": [1, 1], "opt": [1, 1], "max": [4, 1]}
+    inputs = {"position_ids": shape, "logits_indices": shape}
+    info = {
+        "schema_version": 1, "producer": "edge-llm", "created": "2026-01-01", "key": "k",
+        "plan": "decoder.plan", "plan_bytes": 10, "plan_sha256": "0" * 64, "flavour": "tensorrt",
+        "tensorrt_version": "10.3.0", "compute_capability": "8.7", "device": None, "jetpack": None,
+        "l4t": None, "sources": {"decoder.onnx": "0" * 64}, "max_batch": 4, "max_prefill": 8,
+        "kv_capacity": 64, "kv_buckets": [32, 64], "kv_read": "slice",
+        "options": {"max_batch": 4}, "profiles": [{"name": "decode", "inputs": inputs}],
+        "builder": "api", "build_s": 1.0, "peak_memory_bytes": None, "weights": [], "layers": [],
+    }  # fmt: skip
+    data = msgspec.json.encode(info)
+    msgspec.json.decode(data, type=EngineInfo)
+    return data
+
+
+_MANIFEST = make_manifest()
+_LAYOUT = Layout("ort-cpu", "float32", 2, 1, 4)
+
+
+def _prefix_file(header: bytes, rows: bytes) -> bytes:
+    head = b"edge-llm prefix 1\n" + len(header).to_bytes(8, "little") + header
+    return head + hashlib.sha256(header).digest() + rows
+
+
+def _prefix_seed() -> bytes:
+    rows = bytes(4 * 2 * 1 * 3 * 4)
+    header = {
+        "bundle": bundle_key(_MANIFEST),
+        "layout": msgspec.to_builtins(_LAYOUT),
+        "ids": [1, 2, 3],
+        "rows_sha256": hashlib.sha256(rows).hexdigest(),
+    }
+    return _prefix_file(json.dumps(header).encode(), rows)
+
+
+def _mend_prefix(data: bytes) -> bytes:
+    length = int.from_bytes(data[18:26], "little")
+    if length > len(data) - 58:
+        return data
+    header, rows = data[26 : 26 + length], data[58 + length :]
+    return _prefix_file(header, rows)
+
+
+def _prefixes(path: Path) -> None:
+    folder = path.parent / bundle_key(_MANIFEST)[:16]
+    folder.mkdir(exist_ok=True)
+    path.replace(folder / "a.kv")
+    PrefixStore(path.parent, _MANIFEST).list()
+    PrefixStore(path.parent, _MANIFEST, _LAYOUT).lookup([1, 2, 3, 4], "")
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+def _tensors(path: Path) -> None:
+    file = SafetensorsFile(path)
+    for name in list(file.entries)[:100]:
+        file.tensor(name)
+
+
+def _gguf_seed() -> bytes:
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    keys = [
+        text("general.architecture") + struct.pack("<I", 8) + text("qwen2"),
+        text("general.alignment") + struct.pack("<II", 4, 32),
+        text("a.list") + struct.pack("<IIQ", 9, 6, 2) + struct.pack("<2f", 1.0, 0.1),
+        text("a.texts") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b"),
+    ]
+    tensors = [
+        text("a") + struct.pack("<IQQIQ", 2, 4, 2, 0, 0),  # F32 [2, 4]
+        text("b") + struct.pack("<IQQIQ", 2, 32, 1, 8, 32),  # Q8_0 [1, 32]
+    ]
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(keys + tensors)
+    head += bytes(-len(head) % 32)
+    return head + bytes(32) + bytes(34)
+
+
+def _gguf(path: Path) -> None:
+    file = GgufFile(path)
+    for name in list(file.tensors)[:100]:
+        file.tensor(name)
+
+
+def _checkpoint_text(path: Path) -> None:
+    (path.parent / "tokenizer.json").write_text(json.dumps(_TOKENIZER))
+    read_text(path.parent, {}, 200)
+
+
+def _lora(path: Path) -> None:
+    config = read_lora_config(path.parent)
+    for module in _MODULES:
+        _ = config.targets(module), config.saves(module), config.rank(module)
+        config.scaling(module)
+
+
+_tokenizers: list[Tokenizer] = []
+
+
+def _calibration(path: Path) -> None:
+    if not _tokenizers:
+        _tokenizers.append(Tokenizer(json.dumps(_TOKENIZER).encode(), TOKENS))
+    for document in read_calibration_text(path).documents:
+        encode_document(_tokenizers[0], None, document)
+
+
+def _lines(*values: Any) -> bytes:
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
+    "vocab_size": 320, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_LORA = {
+    "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"],
+    "rank_pattern": {"q_proj": 2}, "alpha_pattern": {}, "modules_to_save": ["lm_head"],
+    "layers_to_transform": [0], "layers_pattern": "layers", "bias": "none",
+}  # fmt: skip
+_BENCH = {
+    "schema": BENCH_SCHEMA, "device": {"name": "cpu", "power_mode": None, "bytes_per_s": None},
+    "work": {}, "batch": 1, "context": 8, "prompt_tokens": 8, "max_prefill": 8,
+    "tpot_s": {"median": 0.1}, "prefill_s": {"median": 0.1},
+}  # fmt: skip
+_CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+_FLOATS = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+_ROWS = {"token_embeddings": {"dtype": "F16", "shape": [2, 4], "data_offsets": [0, 16]}}
+
+READERS = {
+    "manifest": Reader(MANIFEST_NAME, encode_manifest(_MANIFEST), _manifest, resign),
+    "onnx": Reader("decoder.onnx", _onnx_seed(), _onnx),
+    "embeddings": Reader("embeddings.safetensors", _safetensors(_ROWS, bytes(16)), _embeddings),
+    "tokenizer": Reader("tokenizer.json", json.dumps(_TOKENIZER).encode(), _tokenizer),
+    "template": Reader("chat_template.jinja", CHAT_TEMPLATE.encode(), _template),
+    "engine": Reader(ENGINE_JSON, _engine_seed(), _engine),
+    "layers": Reader(
+        "decoder.layers.json",
+        b'{"profiles": ["decode"], "layers": []}',
+        lambda path: read_layers(_plan_of(path)),
+    ),
+    "prefix": Reader("a.kv", _prefix_seed(), _prefixes, _mend_prefix),
+    "safetensors": Reader("a.safetensors", _safetensors({"a": _FLOATS}, bytes(24)), _tensors),
+    "gguf": Reader("a.gguf", _gguf_seed(), _gguf),
+    "config": Reader("config.json", json.dumps(CONFIG).encode(), read_config),
+    "tokenizer_config": Reader(
+        "tokenizer_config.json",
+        json.dumps({"eos_token": "<think>", "chat_template": "a", "add_bos_token": False}).encode(),
+        _checkpoint_text,
+    ),
+    "generation": Reader(
+        "generation_config.json",
+        json.dumps({"eos_token_id": [96], "temperature": 0.6, "top_k": 20}).encode(),
+        _checkpoint_text,
+    ),
+    "lora": Reader("adapter_config.json", json.dumps(_LORA).encode(), _lora),
+    "calibration": Reader("text.jsonl", _lines({"text": "a b"}, _CHAT), _calibration),
+    "keep_list": Reader("ids.json", b"[1, 2, 3]", read_keep_list),
+    "task": Reader(
+        "task.jsonl",
+        _lines({"question": "a?", "choices": ["a", "b"], "answer": 1}),
+        lambda path: [item.expected for _, item in read_task(path)],
+    ),
+    "numbers": Reader(
+        "task.jsonl",
+        _lines({"question": "a?", "answer": "b #### 1,234.5"}),
+        lambda path: [item.expected for _, item in read_task(path)],
+    ),
+    "golden": Reader(
+        "golden.jsonl", _lines({"id": "a", "prompt": "b", "answer": "c"}), read_golden
+    ),
+    "recipe": Reader("recipe.json", b'{"quant": "int4", "group_size": 32}', read_recipe),
+    "recipe_toml": Reader(
+        "recipe.toml", b'quant = "int4"\ngroup_size = 32\n[keep]\n"lm_head" = "fp16"\n', read_recipe
+    ),
+    "gate": Reader("gate.json", b'{"kl_mean": 0.1}', lambda path: load_gate(str(path), "int8")),
+    "gate_toml": Reader("gate.toml", b"kl_mean = 0.1\n", lambda path: load_gate(str(path), "int8")),
+    "settings": Reader(
+        "edge-llm.toml",
+        b'port = 8000\nhost = "127.0.0.1"\nkv_capacity = 64\n',
+        lambda path: load_settings(ServerSettings, file=path),
+    ),
+    "baseline": Reader(
+        "baseline.json",
+        b'{"bundle": "a", "golden_sha256": "b", "max_tokens": 1, "items": []}',
+        read_baseline,
+    ),
+    "counts": Reader("counts.json", b"{}", read_counts),
+    "bench": Reader("bench.json", json.dumps(_BENCH).encode(), read_bench),
+}
+
+
+def _plan_of(path: Path) -> Path:
+    plan = path.with_name("decoder.plan")
+    assert layers_path(plan) == path
+    return plan
+
+
+# ------------------------------------------------------------------------------- what is wrong
+
+DEEP = '[{"a":' * 50_000
+NASTY: list[Any] = [
+    *(-1, 0, 1, 2**31, 2**53, 2**63, 2**64, 10**30, 1e308, 5e-324, 0.5, True, None),
+    *("", "\x00", "../x", "/dev/zero", "\x1b[2J", "a" * 3000, "(a+)+$", "é", "9" * 5000),
+    *([], {}, [[]], [{}], [None], {"": None}, [0] * 300, {"type": "Sequence"}, {"a": {"b": []}}),
+]
+
+
+def put(tree: Any, place: list[int], value: Any) -> None:
+    """Replace what is at a place, or add a key there."""
+    node = tree
+    while True:
+        keys: list[Any] = list(node) if isinstance(node, dict) else list(range(len(node)))
+        index, place = place[0] % (len(keys) + 1), place[1:]
+        if index == len(keys):
+            if isinstance(node, dict):
+                node["another"] = value
+            else:
+                node.append(value)
+            return
+        if not place or not isinstance(node[keys[index]], dict | list):
+            node[keys[index]] = value
+            return
+        node = node[keys[index]]
