@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import socket
 import threading
 import time
@@ -12,14 +13,19 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge.backends import choose
+from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest, sha256_file
+from edge.limited_child import LimitedChild, Limits
+from edge.text import chat_template
 from tests.conftest import Bundles
 from tests.edge.server.scripted import Live, running
 from tests.fakes import ScriptedBackend
-from tests.tiny_models import CONTROL_IDS
+from tests.tiny_models import CHAT_TEMPLATE, CONTROL_IDS
 
 SECRET = re.compile(rb"0x[0-9a-f]{6,}|Traceback|/opt/|/tmp/|\.py|/work|edge/server")
 
@@ -327,3 +333,44 @@ def test_heat_makes_the_server_not_ready(tiny_bundles: Bundles, monkeypatch: pyt
         assert not reason_within(0.3, None)
         heat["gpu"] = 80.0
         assert reason_within(3, None)
+
+
+TRAP = (
+    "{% if messages[0].content == 'go' %}{% set n = namespace(x=['a']) %}{% for i in range(60) %}"
+    "{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | length }}{% endif %}"
+)
+
+
+def test_a_template_that_never_ends_holds_up_nobody_else(
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One chat froze the server for ever: it was not even ended by SIGTERM."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundles("qwen2"), bundle)
+    (bundle / "chat_template.jinja").write_text(TRAP + CHAT_TEMPLATE)
+    manifest = read_manifest(bundle)
+    files = manifest.files | {"chat_template.jinja": sha256_file(bundle / "chat_template.jinja")}
+    (bundle / MANIFEST_NAME).write_bytes(
+        encode_manifest(msgspec.structs.replace(manifest, files=files))
+    )
+    limits = Limits(cpu_s=0.5, memory_bytes=chat_template.TEMPLATE_LIMITS.memory_bytes)
+    with (
+        LimitedChild("edge.text.template_engine:work", limits) as child,
+        monkeypatch.context() as patch,
+        running(bundle) as live,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        patch.setattr(chat_template, "_child", child)
+        trapped = pool.submit(live.chat, "go")
+        waits = []
+        while not trapped.done():
+            before_s = time.monotonic()
+            assert live.ask("/health").status == 200
+            waits.append(time.monotonic() - before_s)
+            time.sleep(0.02)
+        answer = trapped.result()
+        assert answer.status == 400
+        assert "cannot render these messages: it takes more than" in answer.json["error"]["message"]
+        assert len(waits) > 5
+        assert max(waits) < 1
+        assert live.chat("what").status == 200
