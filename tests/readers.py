@@ -36,12 +36,15 @@ from edge.measure.drift import read_counts
 from edge.measure.evaluate import load_gate
 from edge.measure.tasks import read_task
 from edge.measure.watch import read_baseline, read_golden
+from edge.measure.watch_server import read_state, read_stats_file
 from edge.planner.calibration import BENCH_SCHEMA, read_bench
 from edge.planner.models import read_config
 from edge.runtime.prefix_store import Layout, PrefixStore, bundle_key
 from edge.server.settings import ServerSettings
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
+from engines.rules.check import check_graph
+from engines.rules.table import VERSIONS
 from export.quantize.recipe import read_recipe
 from export.sources.checkpoint_text import read_text
 from export.sources.documents import encode_document, read_calibration_text
@@ -382,6 +385,13 @@ READERS = {
         "baseline.json",
         b'{"bundle": "a", "golden_sha256": "b", "max_tokens": 1, "items": []}',
         read_baseline,
+    ),
+    "traffic": Reader("traffic.json", b"{}", read_state),
+    "stats": Reader("stats.json", b'{"asked": {}}', read_stats_file),
+    "rules": Reader(
+        "decoder.onnx",
+        _onnx_seed(),
+        lambda path: check_graph(path.read_bytes(), path.parent, VERSIONS),
     ),
     "counts": Reader("counts.json", b"{}", read_counts),
     "bench": Reader("bench.json", json.dumps(_BENCH).encode(), read_bench),

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from edge.errors import BackendError, ConfigError
+from edge.files import MALFORMED, read_file
 from edge.progress import Progress, silent
 
 from .drift import WATCH_USER, Counts, check_counts, decode_counts
@@ -189,7 +190,7 @@ class ServerAnswerer:
             raise refusal(
                 f"{self._url}{path} answered {error.code}: {message or error.reason}"
             ) from error
-        except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
+        except (OSError, http.client.HTTPException, *MALFORMED) as error:
             raise BackendError(
                 f"{self._url}{path} gave no answer: {error}; is the service running there?"
             ) from error
@@ -214,8 +215,8 @@ def read_stats_file(path: Path) -> Counts:
         ConfigError: it cannot be read, or has none.
     """
     try:
-        stats = msgspec.json.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        stats = msgspec.json.decode(read_file(path, _MAX_BYTES))
+    except (OSError, *MALFORMED) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     return counts_of_stats(stats, str(path))
 
@@ -229,8 +230,8 @@ def read_state(path: Path) -> TrafficState:
     if not path.exists():
         return TrafficState()
     try:
-        state = msgspec.json.decode(path.read_bytes(), type=TrafficState)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        state = msgspec.json.decode(read_file(path, _MAX_BYTES), type=TrafficState)
+    except (OSError, *MALFORMED) as error:
         raise ConfigError(f"{path} is no state of a watch: {error}; remove it") from error
     for counts in (state.seen, state.pending):
         check_counts(counts, str(path))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["edge", "export"]):
+with atheris.instrument_imports(include=["edge", "engines", "export"]):
     from tests.readers import NASTY, READERS, put
 
 
