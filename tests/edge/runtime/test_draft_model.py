@@ -195,7 +195,7 @@ def made(**options: Any) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 24, **options}).resolve(SamplingDefaults())
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=20), min_size=1, max_size=5),
     draft=st.sampled_from([TARGET, similar(TARGET, 1), unrelated]),
@@ -421,7 +421,7 @@ def _speed(
         reuse_prefix=False,
     )
     params = made(temperature=0.0, max_tokens=50)
-    pair.answers([[i % 5, i // 5, i % 3] for i in range(40)], params)
+    pair.answers([[i % 5, i // 5, i % 3] for i in range(25)], params)
     return pair.core.counts["completion"] / pair.now, pair.core
 
 
@@ -460,8 +460,8 @@ def test_a_text_is_not_given_up_for_others(tables: Callable[[int], EmbeddingTabl
     plain, _ = _speed(tables, None, _on_gpu, 0, 1)
     drafted, core = _speed(tables, half, _on_gpu, 0.2, 1)
     assert drafted / plain > 1.2
-    # A thousand tokens are easy.
-    assert core.counts["accepted"] > 400
+    # More than 600 tokens are easy.
+    assert core.counts["accepted"] > 250
 
 
 def test_a_draft_that_becomes_right_is_found_again(tables: Callable[[int], EmbeddingTable]):
