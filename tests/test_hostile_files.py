@@ -61,7 +61,7 @@ def test_what_was_found_once_is_an_error(file: Path, tmp_path: Path):
     """Each of these took minutes or gigabytes, or ended in a traceback or an abort, before."""
     before_s = time.monotonic()
     assert not READERS[file.parent.name].try_bytes(file.read_bytes(), tmp_path)
-    assert time.monotonic() - before_s < 20
+    assert time.monotonic() - before_s < 60
 
 
 changes = st.lists(
@@ -189,7 +189,7 @@ def test_gguf_with_more_metadata_than_a_vocabulary(tmp_path: Path):
     key = struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 6, count)
     data = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + bytes(4 * count)
     (tmp_path / "a.gguf").write_bytes(data)
-    with pytest.raises(CheckpointError, match="more than 4194304 values"):
+    with pytest.raises(CheckpointError, match="more than 2097152 values"):
         GgufFile(tmp_path / "a.gguf")
     for counts in ((2**63, 1), (1, 2**63)):
         (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts))

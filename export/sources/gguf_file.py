@@ -28,7 +28,7 @@ _MAX_DIMS = 4  # GGML_MAX_DIMS
 # Of the keys, values and names before the weights: a vocabulary of 150,000 tokens has 1 million
 # values in 8 MB. Each becomes an object of Python.
 _MAX_COUNT = 1 << 16
-_MAX_VALUES = 1 << 22
+_MAX_VALUES = 1 << 21
 _MAX_METADATA_BYTES = 1 << 26
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
