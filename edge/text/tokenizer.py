@@ -507,7 +507,7 @@ def _byte_weights(vocabulary: Collection[str], known: Collection[str]) -> NDArra
         Weights by byte, ``[256]``.
     """
     by_length: dict[int, list[str]] = {}
-    for token in vocabulary:
+    for token in filter(None, vocabulary):  # an empty one stands for nothing
         by_length.setdefault(len(token), []).append(token)
     weights = np.zeros(256)
     for length in sorted(by_length):  # the longest comes last and stays
