@@ -478,7 +478,7 @@ def test_a_message_that_cannot_be_answered_leaves_the_chat_going(
 def test_a_chat_needs_a_template(
     edge_llm: Callable[..., Result], bundle: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(LLM, "_read_template", lambda self: None)
+    monkeypatch.setattr(LLM, "_read_template", lambda self, files: None)
     assert "edge-llm run --raw" in error_line(edge_llm("chat", bundle), 65)
 
 
