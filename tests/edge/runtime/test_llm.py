@@ -511,12 +511,12 @@ def test_a_bundle_that_is_changed_while_it_is_opened_is_refused(
     shutil.copytree(tiny_bundles("qwen2"), bundle)
     opened = []
 
-    def late(directory: Path, manifest: Any, config: Any) -> Backend:
+    def late(directory: Path, *others: Any) -> Backend:
         weights = directory / "decoder.onnx.data"
         other = weights.with_name("other")
         other.write_bytes(weights.read_bytes())
         other.replace(weights)
-        opened.append(open_backend(directory, manifest, config))
+        opened.append(open_backend(directory, *others))
         return opened[0]
 
     monkeypatch.setattr("edge.runtime.llm.open_backend", late)
