@@ -19,7 +19,7 @@ from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.onnx_file import OnnxFile
 from edge.device.huge_pages import collapse_filled
 from edge.device.telemetry import read_available_memory_bytes
-from edge.errors import BackendError, ResourceError
+from edge.errors import BackendError, ConfigError, ResourceError
 
 from .cpu_attention import fuse_cache_attention
 from .even_rows import cut_groups, find_unevenness
@@ -68,8 +68,8 @@ class OrtBackend:
         DependencyError: onnxruntime is missing, or too old for the bundle's dialect or for
             ``int8_activations``.
         BundleError: the graph's inputs and outputs are not those of `io_spec`.
-        ConfigError: a number out of range, or ``int8_activations`` or ``int8_prompts`` where they
-            change nothing.
+        ConfigError: a number out of range, ``int8_activations`` or ``int8_prompts`` where they
+            change nothing, or ``deterministic`` with attention of several operators.
         ResourceError: there is no memory for the cache, or for the weights of ``int8_prompts``.
     """
 
@@ -102,6 +102,11 @@ class OrtBackend:
         rounds = int8_activations is not False
         if int8_prompts:
             _check_memory(manifest)
+        if deterministic and not (fuse_attention and self._dialect.one_attention_operator):
+            raise ConfigError(
+                f"deterministic needs a bundle of dialect native, whose attention is one operator; "
+                f"this one is {manifest.dialect}: export it again, or leave the option out"
+            )
 
         def open_graph(prompts: bool) -> Any:
             graph = load_cpu_graph(

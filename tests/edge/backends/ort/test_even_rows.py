@@ -22,10 +22,16 @@ from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_values import node_attributes
 from edge.errors import BackendError, ConfigError
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.conftest import Bundles, Checkpoints
+from tests.conftest import Bundles, Checkpoints, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 
 QUANTS = ("fp16", "int4", "int8", "int8-w8a8")
+
+
+@pytest.fixture(autouse=True)
+def native() -> None:
+    """Attention in one operator is what makes it possible."""
+    require_kernels("native")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,7 @@ def grouped(tiny_checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFact
                     quant=quant,
                     group_size=64,
                     method="rtn" if quant == "int4" else None,
+                    dialect="native",
                     kv_capacity=128,
                 )
             )
@@ -55,7 +62,7 @@ def grouped(tiny_checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFact
 def test_a_token_is_computed_alike_in_any_company(quant: str, tiny_bundles: Bundles):
     ids = random_ids(1, 72)
 
-    with Runner(tiny_bundles("qwen2", quant=quant), deterministic=True) as runner:
+    with Runner(tiny_bundles("qwen2", "native", quant=quant), deterministic=True) as runner:
 
         def prompt(slot: int, sizes: list[int]) -> NDArray[np.float32]:
             runner.lengths[slot] = 0
@@ -145,7 +152,7 @@ class Company:
     ],
 )
 def test_a_last_bit_is_noticed(changes: Any, found: str | None, tiny_bundles: Bundles):
-    with Runner(tiny_bundles("qwen2", quant="int4"), deterministic=True) as runner:
+    with Runner(tiny_bundles("qwen2", "native", quant="int4"), deterministic=True) as runner:
         told = find_unevenness(Company(runner, changes), 64)  # type: ignore[arg-type]
     assert (told is None) == (found is None)
     assert found is None or (told is not None and found in told)
@@ -163,7 +170,7 @@ def test_a_lone_token_gets_company_where_it_needs_some(
         return np.nextafter(logits, np.float32(1e9)) if step.batch == step.seq == 1 else logits
 
     monkeypatch.setattr(cpu._HostStep, "run", uneven)
-    bundle = tiny_bundles("qwen2", quant="int4")
+    bundle = tiny_bundles("qwen2", "native", quant="int4")
     with Runner(bundle, deterministic=True) as runner:
         ids = random_ids(1, 8)
         for slot in (0, 3):
@@ -188,11 +195,11 @@ def test_kernels_that_cannot_be_evened_are_refused(
 ):
     monkeypatch.setattr(cpu, "find_unevenness", lambda *_: "2 sequences in one step")
     with pytest.raises(BackendError, match="leave deterministic out"):
-        Runner(tiny_bundles("qwen2", quant="int4"), deterministic=True)
+        Runner(tiny_bundles("qwen2", "native", quant="int4"), deterministic=True)
 
 
 def test_a_request_answers_alike_alone_and_in_a_crowd(tiny_bundles: Bundles):
-    bundle = tiny_bundles("qwen2", quant="int4")
+    bundle = tiny_bundles("qwen2", "native", quant="int4")
     prompts = [random_ids(5 + 7 * i, seed=i).tolist() for i in range(6)]
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=24)
     with LLM(bundle, deterministic=True, num_slots=1, reuse_prefix=False) as llm:
@@ -219,3 +226,8 @@ def test_a_request_answers_alike_alone_and_in_a_crowd(tiny_bundles: Bundles):
 def test_what_it_excludes_is_refused(options: dict[str, Any], words: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=words):
         LLM(tmp_path, deterministic=True, **options)
+
+
+def test_attention_of_several_operators_is_refused(tiny_bundles: Bundles):
+    with pytest.raises(ConfigError, match="needs a bundle of dialect native"):
+        Runner(tiny_bundles("qwen2", "portable", quant="int4"), deterministic=True)
