@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts import quality
-from tests.conftest import Checkpoints
+from tests.conftest import Checkpoints, require_kernels
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def test_a_recipe_is_measured_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
+    require_kernels("native")
     lines: list[list[Any]] = []
     run = quality.run
 
