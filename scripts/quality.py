@@ -4,10 +4,10 @@ usage: scripts/quality [--model smollm2] [--recipe NAME ...] [--text NAME ...] [
 
 Each recipe has a directory below ``--work``, with the commit, the seconds and the peak of resident
 memory of its export, and the result of ``edge-llm eval`` for each text. What is there is not done
-again; delete a recipe's directory to measure it anew. The bundle is deleted once all texts
-are read (``--keep-bundles`` keeps it). ``--gguf LABEL=FILE`` adds a rival's file of the same model,
-e.g. a Q4_0 of llama-quantize: its weights are dequantized into a float bundle, so only the loss of
-its weights counts, as with all other rows.
+again, unless ``--tokens`` or ``--window`` was another; delete a recipe's directory to measure it
+anew. The bundle is deleted once all texts are read (``--keep-bundles`` keeps it). ``--gguf
+LABEL=FILE`` adds a rival's file of the same model, e.g. a Q4_0 of llama-quantize: its weights are
+dequantized into a float bundle, so only the loss of its weights counts, as with all other rows.
 
 Standard output has the table of all recipes that are there, asked for this time or before.
 """
@@ -100,7 +100,8 @@ def measure(
     place: Path, source: str, recipe: tuple[str, ...], reference: Path, options: argparse.Namespace
 ) -> None:
     """Export one recipe and read the texts that are still missing."""
-    missing = [name for name in options.text if not (place / f"{name}.json").is_file()]
+    asked = {name: getattr(options, name) for name in ("tokens", "window")}
+    missing = [name for name in options.text if read_result(place, name).get("asked") != asked]
     if not missing:
         return
     bundle = place / "bundle"
@@ -108,13 +109,18 @@ def measure(
         export(source, recipe, place)
     for name in missing:
         line = ["eval", bundle, "--against", reference, "--text", TEXTS[name], "--json"]
-        for option in ("tokens", "window"):
-            if (value := getattr(options, option)) is not None:
-                line += [f"--{option}", value]
-        result = run(line)
-        (place / f"{name}.json").write_text(result.stdout)
+        for option, value in asked.items():
+            line += [] if value is None else [f"--{option}", value]
+        result = {"asked": asked, **json.loads(run(line).stdout)}
+        (place / f"{name}.json").write_text(json.dumps(result))
     if not options.keep_bundles:
         shutil.rmtree(bundle)
+
+
+def read_result(place: Path, text: str) -> dict[str, Any]:
+    """What a recipe lost on a text; empty if it has not read it."""
+    path = place / f"{text}.json"
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def export(source: str, recipe: tuple[str, ...], place: Path) -> None:
@@ -180,15 +186,11 @@ def table(work: Path, model: str) -> str:
         f"{model}, on {heads}:",
         "",
         "| Recipe | Bits per weight (with lm_head) | KL | KL, 99th percentile "
-        "| Perplexity over float's | Top-1 agreement, % | Export | Commit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| Perplexity over float's | Top-1 agreement, % | Tokens | Export | Commit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for place in places:
-        read = {
-            name: json.loads(path.read_text())
-            for name in texts
-            if (path := place / f"{name}.json").is_file()
-        }
+        read = {name: found for name in texts if (found := read_result(place, name))}
         if not read:
             continue
         one = next(iter(read.values()))
@@ -199,6 +201,7 @@ def table(work: Path, model: str) -> str:
             ("kl_p99", 1, "{:.2f}"),
             ("perplexity_ratio", 1, "{:.3f}"),
             ("top1_agreement", 100, "{:.1f}"),
+            ("tokens", 1, "{}"),
         ):
             values = (
                 form.format(factor * read[name][key]) if name in read else "" for name in texts

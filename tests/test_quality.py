@@ -63,6 +63,9 @@ def test_a_recipe_is_measured_once(
     call(monkeypatch, source, *work)  # the other text too
     assert len(lines) == 2
     assert json.loads((place / "code.json").read_text())["kl_mean"] == result["kl_mean"]
+    call(monkeypatch, source, *work, "--text", "prose", "--tokens", "20")
+    assert len(lines) == 3
+    assert json.loads((place / "prose.json").read_text())["tokens"] < result["tokens"]
 
 
 def test_a_rival_needs_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

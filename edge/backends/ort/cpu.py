@@ -187,9 +187,10 @@ class OrtBackend:
         self._session = self._prompt_session = None
 
     def _make_even(self) -> None:
-        if find_unevenness(self, self._model.hidden_size) and self.num_slots > 1:
-            self._runner.pair_lone_tokens(self.num_slots)
         found = find_unevenness(self, self._model.hidden_size)
+        if found is not None and self.num_slots > 1:
+            self._runner.pair_lone_tokens(self.num_slots)
+            found = find_unevenness(self, self._model.hidden_size)
         if found is not None:
             self.close()
             raise BackendError(

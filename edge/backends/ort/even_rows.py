@@ -26,8 +26,7 @@ from edge.bundle.onnx_file import ExternalTensor, Node, OnnxFile, attribute
 from edge.bundle.onnx_values import node_attributes
 
 _GROUP = 32
-_TOKENS = 7  # of the trial: a chunk of six and a token after it
-_SPLITS = ((2, 4), (3, 3), (4, 2))
+_CHUNK = 6  # tokens of the trial's prompt, or fewer where a step or a slot holds fewer
 
 
 def cut_groups(graph: OnnxFile, bundle: Path) -> None:
@@ -77,7 +76,8 @@ def find_unevenness(backend: Backend, hidden_size: int) -> str | None:
     """
     random = np.random.default_rng(0)
     slots = list(range(min(backend.num_slots, 3)))
-    embeds = random.standard_normal((len(slots), _TOKENS, hidden_size), np.float32)
+    before = min(_CHUNK, backend.max_step_tokens, backend.capacity - 1)
+    embeds = random.standard_normal((len(slots), before + 1, hidden_size), np.float32)
 
     def run(slots: list[int], start: int, end: int) -> NDArray[np.float32]:
         part = embeds[slots, start:end]
@@ -85,20 +85,19 @@ def find_unevenness(backend: Backend, hidden_size: int) -> str | None:
         logits = backend.forward(step_after(slots, [start] * len(slots), part, last))
         return np.array(logits)
 
-    before = _TOKENS - 1
     whole, rows = run([0], 0, before), backend.read_slot(0, before).copy()
-    for split in _SPLITS:
-        run([0], 0, split[0])
-        logits = run([0], split[0], before)
+    for first in range(2, before - 1):
+        run([0], 0, first)
+        logits = run([0], first, before)
         if not (
             np.array_equal(logits, whole) and np.array_equal(backend.read_slot(0, before), rows)
         ):
-            return f"a prompt of {before} tokens in chunks of {split[0]} and {split[1]}"
+            return f"a prompt of {before} tokens in chunks of {first} and {before - first}"
     for slot in slots[1:]:
         run([slot], 0, before)
-    alone = [run([slot], before, _TOKENS)[0] for slot in slots]
+    alone = [run([slot], before, before + 1)[0] for slot in slots]
     for count in range(2, len(slots) + 1):
-        together = run(slots[:count], before, _TOKENS)
+        together = run(slots[:count], before, before + 1)
         if not all(map(np.array_equal, together, alone)):
             return f"{count} sequences in one step and one after the other"
     return None

@@ -131,7 +131,8 @@ class Company:
 
     def __init__(self, runner: Runner, changes: Any) -> None:
         self.backend, self.changes = runner.backend, changes
-        self.num_slots = self.backend.num_slots
+        self.num_slots, self.capacity = self.backend.num_slots, self.backend.capacity
+        self.max_step_tokens = self.backend.max_step_tokens
 
     def forward(self, step: Step) -> NDArray[np.float32]:
         logits = self.backend.forward(step)
@@ -188,6 +189,12 @@ def test_a_lone_token_gets_company_where_it_needs_some(
         batches.clear()
         runner.step(ids[:, :1])
         assert batches == [1]
+
+
+@pytest.mark.parametrize("sizes", [{"max_step_tokens": 3}, {"kv_capacity": 4}])
+def test_the_trial_fits_short_steps_and_small_slots(sizes: dict[str, int], tiny_bundles: Bundles):
+    with Runner(tiny_bundles("qwen2", "native", quant="int4"), deterministic=True, **sizes) as ours:
+        assert ours.step(random_ids(1, 3)).shape[1] == 3
 
 
 def test_kernels_that_cannot_be_evened_are_refused(
