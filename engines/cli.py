@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.cli import echo_json
+from edge.cli.options import bundle_argument
 from edge.cli.progress import show_progress
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
@@ -56,7 +57,7 @@ def _buckets(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
 
 
 _SHAPES = (
-    click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False)),
+    bundle_argument,
     click.option("--max-batch", type=int, default=1, show_default=True, help="Sequences per step."),
     click.option(
         "--max-prefill",

@@ -107,6 +107,10 @@ def test_every_command_parses(
     for argument in arguments:
         if argument in ("BUNDLE", "ENGINE") or argument.startswith("bundles/"):
             (tmp_path / argument).mkdir(parents=True, exist_ok=True)
+        elif argument == "1.5b":
+            bundle = tmp_path / "bundles" / "deepseek-r1-distill-qwen-1.5b-int4"
+            bundle.mkdir(parents=True, exist_ok=True)
+            (bundle / "manifest.json").touch()
     try:
         context = verbs()[verb].make_context(verb, list(arguments))
     except (click.UsageError, EdgeError) as error:

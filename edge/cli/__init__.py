@@ -65,7 +65,8 @@ def _print_versions(ctx: click.Context, _: click.Parameter, value: bool) -> None
 @click.command(
     cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="First steps: edge-llm export SOURCE -o BUNDLE, then edge-llm run BUNDLE PROMPT.",
+    epilog="First steps: edge-llm pull deepseek-r1:1.5b, or edge-llm export SOURCE -o BUNDLE of "
+    "any other model; then edge-llm run BUNDLE PROMPT.",
 )
 @click.option(
     "--version",

@@ -12,15 +12,13 @@ from edge.device.doctor import Check, exit_code, run_checks, summary
 from edge.device.telemetry import read_snapshot
 
 from . import echo_json
-from .options import Finite
+from .options import BundlePath, Finite
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
 
 
 @click.command()
-@click.argument(
-    "bundle", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False)
-)
+@click.argument("bundle", required=False, type=BundlePath())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 @click.option(
     "--wait-gpu",

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
+from edge.bundle.library import bundle_directories, find_bundle
 from edge.config_file import load_settings
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.runtime.sampling import KNOBS, SamplingParams
@@ -35,9 +37,27 @@ class Finite(click.FloatRange):
         return number
 
 
-bundle_argument = click.argument(
-    "bundle", type=click.Path(path_type=Path, exists=True, file_okay=False)
-)
+class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """A bundle, by its directory or by a name that `find_bundle` knows."""
+
+    name = "bundle"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Find the bundle, or end with the error that says which there are."""
+        if Path(value).is_file():
+            self.fail(f"{value} is a file; a bundle is a directory", param, ctx)
+        return find_bundle(str(value))
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Offer the bundles that have names, and directories."""
+        names = [directory.name for directory in bundle_directories()]
+        items = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return items or [CompletionItem(incomplete, type="dir")]
+
+
+bundle_argument = click.argument("bundle", type=BundlePath())
 
 _MANY_ANSWERS = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}
 ONE_ANSWER = tuple(field.name for field in fields(EngineConfig) if field.name not in _MANY_ANSWERS)

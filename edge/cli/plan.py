@@ -88,7 +88,7 @@ def plan(
     """Predict memory and speed of MODEL for every quantization.
 
     MODEL is a bundle, a directory with a config.json, a config.json, or one of r1-qwen-1.5b,
-    r1-qwen-7b, r1-llama-8b and r1-qwen3-8b.
+    r1-qwen-7b, r1-llama-8b and r1-qwen3-8b, also under the names that pull knows.
     """
     from edge.planner.calibration import calibrated
     from edge.planner.memory import Deployment

@@ -12,13 +12,12 @@ from edge.config_file import load_settings
 from edge.errors import ConfigError, DependencyError, install_command
 from edge.server.settings import ServerSettings
 
+from .options import BundlePath
 from .settings_options import config_option, default_config, settings_options
 
 
 @click.command()
-@click.argument(
-    "bundle", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False)
-)
+@click.argument("bundle", required=False, type=BundlePath())
 @config_option
 @settings_options(ServerSettings)
 def serve(bundle: Path | None, config_file: Path | None, **flags: Any) -> int:

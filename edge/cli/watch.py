@@ -52,7 +52,7 @@ from edge.progress import Progress, prefixed, uncounted
 from edge.runtime.llm import LLM
 
 from . import echo_json
-from .options import engine_options, take_engine
+from .options import BundlePath, engine_options, take_engine
 from .progress import show_progress
 
 _ENGINE = ("backend", "kv_capacity", "num_threads", "int8_activations")
@@ -75,9 +75,7 @@ class _Outcome:
 
 
 @click.command()
-@click.argument(
-    "bundle", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False)
-)
+@click.argument("bundle", required=False, type=BundlePath())
 @click.option("--baseline", type=_FILE, help="JSON of an earlier run to compare with.")
 @click.option(
     "--against",

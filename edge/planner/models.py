@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from edge.bundle.library import CATALOGUE, hub_id
 from edge.bundle.manifest import (
     MANIFEST_NAME,
     Architecture,
@@ -89,22 +90,22 @@ BUILT_IN: dict[str, PlannedModel] = {
     "r1-qwen-1.5b": PlannedModel(
         "r1-qwen-1.5b",
         decoder_spec("qwen2", 1536, 28, (12, 2, 128), 8960, 151936),
-        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        CATALOGUE["deepseek-r1:1.5b"],
     ),
     "r1-qwen-7b": PlannedModel(
         "r1-qwen-7b",
         decoder_spec("qwen2", 3584, 28, (28, 4, 128), 18944, 152064),
-        "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+        CATALOGUE["deepseek-r1:7b"],
     ),
     "r1-llama-8b": PlannedModel(
         "r1-llama-8b",
         decoder_spec("llama", 4096, 32, (32, 8, 128), 14336, 128256),
-        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        CATALOGUE["deepseek-r1:8b"],
     ),
     "r1-qwen3-8b": PlannedModel(
         "r1-qwen3-8b",
         decoder_spec("qwen3", 4096, 36, (32, 8, 128), 12288, 151936),
-        "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
+        CATALOGUE["deepseek-r1:8b-0528"],
     ),
 }
 
@@ -119,6 +120,8 @@ def find_model(name: str) -> PlannedModel:
     """
     if name.lower() in BUILT_IN:
         return BUILT_IN[name.lower()]
+    if (known := hub_id(name)) is not None:
+        return next(model for model in BUILT_IN.values() if model.source == known)
     path = Path(name)
     if (path / MANIFEST_NAME).is_file():
         manifest = read_manifest(path)

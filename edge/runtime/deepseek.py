@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import os
 from dataclasses import fields
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from edge.bundle.engine_file import find_engines
+from edge.bundle.library import CATALOGUE, bundle_name, roots
 from edge.engine_config import BackendName
 from edge.errors import BundleError, ConfigError, RequestError
 
 from .llm import LLM, Prompt
 from .sampling import SamplingParams
 
-BUNDLES_VARIABLE = "EDGE_LLM_BUNDLES"
-_HUB_IDS = {
-    "1.5B": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-    "7B": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
-    "8B": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
-}
+_VERSIONS = ("1.5B", "7B", "8B")
 _DEFAULT_LENGTH = 200
 _PARAMETERS = tuple(item.name for item in fields(SamplingParams) if item.name != "max_tokens")
 # Options that code for transformers or for an engine gives, and what to give here instead.
@@ -39,8 +33,8 @@ _DEVICES = ("auto", "cuda", "cpu")
 class DeepSeekModel:
     """A DeepSeek-R1 distill by version and precision.
 
-    The bundle is looked up under the directory that ``EDGE_LLM_BUNDLES`` names (default:
-    ``bundles`` in the working directory), as e.g. ``deepseek-r1-distill-qwen-1.5b-int8``.
+    The bundle is looked up where bundles are kept (`edge.bundle.library.roots`), as e.g.
+    ``deepseek-r1-distill-qwen-1.5b-int8``.
 
     Args:
         version: ``1.5B``, ``7B`` or ``8B``.
@@ -57,20 +51,22 @@ class DeepSeekModel:
         self, version: str = "1.5B", precision: str = "int8", device: str = "auto"
     ) -> None:
         for name, value, choices in (
-            ("version", version, _HUB_IDS),
+            ("version", version, _VERSIONS),
             ("precision", precision, _PRECISIONS),
             ("device", device, _DEVICES),
         ):
             if value not in choices:
                 raise ConfigError(f"unknown {name} {value!r}; use one of {', '.join(choices)}")
-        hub_id = _HUB_IDS[version]
-        root = Path(os.environ.get(BUNDLES_VARIABLE, "bundles"))
-        self.bundle = root / f"{hub_id.split('/')[1].lower()}-{precision}"
-        if not self.bundle.is_dir():
+        hub_id = CATALOGUE[f"deepseek-r1:{version.lower()}"]
+        name = bundle_name(hub_id, precision)
+        candidates = [root / name for root in roots()]
+        found = next((path for path in candidates if path.is_dir()), None)
+        if found is None:
             raise BundleError(
-                f"no bundle at {self.bundle}; make it with: "
-                f"edge-llm export {hub_id} -o {self.bundle} --quant {precision}"
+                f"no bundle at {' or '.join(map(str, candidates))}; make it with: "
+                f"edge-llm export {hub_id} -o {candidates[0]} --quant {precision}"
             )
+        self.bundle = found
         backend: BackendName = "auto"
         if device == "cpu":
             backend = "ort-cpu"

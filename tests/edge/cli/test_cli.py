@@ -14,12 +14,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 import edge
 from edge import LLM, SamplingParams
@@ -28,35 +26,12 @@ from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.runtime.sampling import KNOBS
 from tests.conftest import TINY_KV_CAPACITY, Bundles
+from tests.edge.cli.conftest import Result, error_line
 from tests.edge.test_engine_config import OTHER_VALUES
 
 ROOT = Path(edge.__file__).parent.parent
 GREEDY = ("--temperature", "0", "--num-threads", "1")
 QUESTION = [{"role": "user", "content": "hello"}]
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def edge_llm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs the command in this process, on click's stand-ins for the three streams."""
-
-    def run(*arguments: object, stdin: str | bytes = "") -> Result:
-        monkeypatch.setattr(sys, "argv", ["edge-llm", *map(str, arguments)])
-        with CliRunner().isolation(input=stdin) as (out, err, _):
-            with pytest.raises(SystemExit) as leaving:
-                main()
-            assert isinstance(leaving.value.code, int)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            return Result(leaving.value.code, out.getvalue().decode(), err.getvalue().decode())
-
-    return run
 
 
 @pytest.fixture
@@ -65,14 +40,6 @@ def bundle(tiny_bundles: Bundles) -> Path:
 
 
 CUT_OFF = "edge-llm: the answer was cut off: after {} tokens, as --max-tokens says\n"
-
-
-def error_line(result: Result, code: int) -> str:
-    """The one line on stderr of a run that failed."""
-    assert (result.code, result.out) == (code, "")
-    (line,) = result.err.splitlines()
-    assert line.startswith("edge-llm: error: ")
-    return line
 
 
 # run
@@ -286,12 +253,11 @@ def test_more_threads_than_cores_are_refused(edge_llm: Callable[..., Result], bu
 
 def test_usage_errors(edge_llm: Callable[..., Result], bundle: Path, tmp_path: Path):
     for arguments, message in (
-        (("run", tmp_path / "absent", "x"), "does not exist"),
         (("run", bundle, "x", "--backend", "abacus"), "'auto', 'tensorrt', 'ort-cuda', 'ort-cpu'"),
         (("run", bundle, "x", "--num-threads", "0"), "--num-threads"),
         (("run", bundle, "x", "--top-x", "3"), "No such option"),
         (("frobnicate",), "No such command 'frobnicate'; see: edge-llm --help"),
-        (("rum", bundle, "x"), "No such command 'rum'; did you mean run?; see: edge-llm --help"),
+        (("chta", bundle), "No such command 'chta'; did you mean chat?; see: edge-llm --help"),
         (("run",), "Missing argument 'BUNDLE'; see: edge-llm run --help"),
         (("cache", "lst"), "No such command 'lst'"),
     ):
@@ -300,6 +266,8 @@ def test_usage_errors(edge_llm: Callable[..., Result], bundle: Path, tmp_path: P
     assert (result.code, result.out) == (64, "")
     assert "edge-llm [OPTIONS] COMMAND [ARGS]" in result.err
     assert "no bundle at" in error_line(edge_llm("run", tmp_path, "x"), 65)
+    absent = tmp_path / "absent"
+    assert f"no directory {absent} and no bundle" in error_line(edge_llm("run", absent, "x"), 65)
 
 
 def test_an_error_can_be_traced(

@@ -1,0 +1,165 @@
+"""``edge-llm list``, ``rm`` and ``pull``: the bundles of this machine, by name."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge.bundle.engine_file import find_engines
+from edge.bundle.library import (
+    CATALOGUE,
+    bundle_directories,
+    bundle_name,
+    hub_id,
+    roots,
+)
+from edge.bundle.manifest import MANIFEST_NAME, read_manifest
+from edge.errors import BundleError, ConfigError, EdgeError
+
+from . import echo_json
+from .options import BundlePath
+
+
+@click.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+def list_bundles(as_json: bool) -> None:
+    """List the bundles of this machine, and the models that pull knows.
+
+    Bundles are looked for in bundles/ and in edge-llm/bundles of the user's data directory, or
+    where EDGE_LLM_BUNDLES points.
+    """
+    found = [_describe(directory) for directory in bundle_directories()]
+    if as_json:
+        echo_json({"roots": list(map(str, roots())), "bundles": found, "catalogue": CATALOGUE})
+        return
+    if not found:
+        click.echo(f"no bundle in {' or '.join(map(str, roots()))}")
+    width = max((len(bundle["name"]) for bundle in found), default=0)
+    for bundle in found:
+        click.echo(f"{bundle['name']:{width}}  {_line(bundle)}")
+    click.echo("to get one: edge-llm pull " + " | ".join(CATALOGUE), err=True)
+
+
+def _describe(directory: Path) -> dict[str, Any]:
+    about: dict[str, Any] = {"name": directory.name, "path": str(directory)}
+    try:
+        manifest = read_manifest(directory)
+    except EdgeError as error:
+        return {**about, "error": str(error)}
+    return {
+        **about,
+        "model": manifest.name,
+        "quantization": manifest.quantization.name,
+        "dialect": manifest.dialect,
+        "num_bytes": sum(file.num_bytes for file in manifest.files.values()),
+        "kv_capacity": manifest.kv_capacity,
+        "engines": [engine.name for engine in find_engines(directory)],
+    }
+
+
+def _line(bundle: dict[str, Any]) -> str:
+    if "error" in bundle:
+        return f"damaged: {bundle['error']}"
+    engines = ", ".join(bundle["engines"]) or "no engine"
+    return (
+        f"{bundle['quantization']:10}  {bundle['num_bytes'] / 1e6:6,.0f} MB  "
+        f"{bundle['dialect']:8}  {engines}  ({bundle['path']})"
+    )
+
+
+@click.command("rm")
+@click.argument("bundle", type=BundlePath())
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def remove(bundle: Path, yes: bool) -> None:
+    """Remove BUNDLE with its engines from this machine."""
+    if not (bundle / MANIFEST_NAME).is_file():
+        raise BundleError(
+            f"{bundle} has no {MANIFEST_NAME}, so it is no bundle; nothing was removed"
+        )
+    if bundle.is_symlink():
+        raise BundleError(
+            f"{bundle} is a link to {bundle.resolve()}; remove the link with rm, or name the bundle"
+        )
+    num_bytes = sum(path.lstat().st_size for path in bundle.rglob("*"))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"nobody can be asked whether to remove {bundle}; give --yes")
+        click.confirm(f"remove {bundle} ({num_bytes / 1e6:,.0f} MB)?", abort=True, err=True)
+    # Under its name there is all of the bundle or nothing, however this ends.
+    doomed = bundle.resolve().with_name(f".{bundle.resolve().name}.removed")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    bundle.rename(doomed)
+    shutil.rmtree(doomed)
+    click.echo(f"removed {bundle}, {num_bytes / 1e6:,.0f} MB")
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("model")
+@click.option("--quant", default="int4", show_default=True, help="As for edge-llm export.")
+@click.option(
+    "--build/--no-build", default=None, help="Build the engine. Default: where TensorRT runs."
+)
+@click.option("--force", is_flag=True, help="Make it anew if it is there.")
+@click.argument("export_options", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def pull(
+    ctx: click.Context,
+    model: str,
+    quant: str,
+    build: bool | None,
+    force: bool,
+    export_options: tuple[str, ...],
+) -> None:
+    """Get MODEL: download it, export it, and build its engine where TensorRT runs.
+
+    MODEL is deepseek-r1:1.5b, :7b, :8b (the Llama distill) or :8b-0528 (the Qwen3 distill), or a
+    hub id. What follows is for edge-llm export, for example --method rtn or --kv-capacity 8192.
+    HF_ENDPOINT sets a mirror of the hub.
+    """
+    source = hub_id(model) or model
+    if "/" not in source:
+        raise ConfigError(
+            f"{model!r} is neither a hub id (owner/name) nor one of {', '.join(CATALOGUE)}"
+        )
+    bundle = roots()[0] / bundle_name(source, quant)
+    if (bundle / MANIFEST_NAME).is_file() and not force:
+        click.echo(f"{bundle} is there already; --force makes it anew", err=True)
+    else:
+        bundle.parent.mkdir(parents=True, exist_ok=True)
+        target = () if "--target" in export_options else _target()
+        options = (*target, *export_options, *(["--force"] if force else []))
+        _run(ctx, "export", source, "-o", str(bundle), "--quant", quant, *options)
+    if build is None:
+        from edge.device.machine import Machine
+
+        build = Machine().tensorrt().error is None
+    if build:
+        _run(ctx, "build", str(bundle))
+    click.echo(f"Try it: edge-llm run {bundle.name} 'Why is the sky blue?'")
+
+
+def _target() -> tuple[str, ...]:
+    """Options of the export for this very machine: a Jetson's graph is that of its JetPack."""
+    from edge.device.telemetry import read_l4t
+
+    release = (read_l4t() or "").partition(".")[0]
+    jetpack = {"36": "jetpack6", "38": "jetpack7", "39": "jetpack7"}.get(release)
+    return () if jetpack is None else ("--target", jetpack)
+
+
+def _run(ctx: click.Context, verb: str, *arguments: str) -> None:
+    """Run another verb as if it had been typed, and say what was typed."""
+    click.echo(f"$ edge-llm {verb} {shlex.join(arguments)}", err=True)
+    group = ctx.find_root().command
+    assert isinstance(group, click.Group)
+    command = group.get_command(ctx, verb)
+    assert command is not None, verb
+    code = command.main(list(arguments), f"edge-llm {verb}", standalone_mode=False)
+    if isinstance(code, int) and code:
+        ctx.exit(code)

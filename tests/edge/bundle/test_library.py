@@ -1,0 +1,126 @@
+"""Bundles by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from edge.bundle.library import (
+    CATALOGUE,
+    bundle_directories,
+    bundle_name,
+    find_bundle,
+    hub_id,
+    roots,
+)
+from edge.errors import BundleError
+
+QWEN = "deepseek-r1-distill-qwen-1.5b"
+LLAMA = "deepseek-r1-distill-llama-8b"
+QWEN3 = "deepseek-r1-0528-qwen3-8b"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's bundles are, and nobody else's."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "kept"
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(root))
+    return root
+
+
+def make(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "manifest.json").touch()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        (f"{QWEN}-int4", f"{QWEN}-int4"),
+        ("1.5b", f"{QWEN}-int4"),
+        ("1.5B", f"{QWEN}-int4"),
+        ("qwen:1.5b", f"{QWEN}-int4"),
+        ("deepseek-r1:1.5b", f"{QWEN}-int4"),
+        ("deepseek-r1:1.5b-int4", f"{QWEN}-int4"),
+        ("deepseek-r1:8b", f"{LLAMA}-int8"),
+        ("deepseek-r1:8b-0528", f"{QWEN3}-int4"),
+        ("deepseek-r1:8b-0528-int4", f"{QWEN3}-int4"),
+        ("llama", f"{LLAMA}-int8"),
+        ("mine", "mine"),
+    ],
+)
+def test_a_name_stands_for_one_bundle(root: Path, name: str, meant: str):
+    make(root, f"{QWEN}-int4", f"{LLAMA}-int8", f"{QWEN3}-int4", "mine", "mine-too")
+    assert find_bundle(name) == root / meant
+
+
+def test_a_directory_is_itself_whatever_is_kept(root: Path):
+    make(root, "mine")
+    (here := Path("mine")).mkdir()
+    assert find_bundle("mine") == here
+    assert find_bundle(str(root / "mine")) == root / "mine"
+
+
+def test_the_first_root_wins(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    other = tmp_path / "other"
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", f"{root}{os.pathsep}{other}")
+    make(root, "both")
+    make(other, "both", "second")
+    assert list(bundle_directories()) == [root / "both", other / "second"]
+    assert find_bundle("both") == root / "both"
+
+
+def test_without_the_variable_here_and_the_data_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("EDGE_LLM_BUNDLES", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert roots() == [Path("bundles"), tmp_path / "edge-llm" / "bundles"]
+
+
+def test_a_name_of_two_shows_both(root: Path):
+    make(root, f"{QWEN}-int4", f"{QWEN}-int8")
+    with pytest.raises(BundleError, match=r"'1\.5b' fits 2 bundles: .*-int4, .*-int8; give more"):
+        find_bundle("1.5b")
+    assert find_bundle("1.5b-int8") == root / f"{QWEN}-int8"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("7b", "edge-llm pull deepseek-r1:7b"),
+        ("deepseek-r1:8b", "edge-llm pull deepseek-r1:8b"),
+        ("qwen3", "edge-llm pull deepseek-r1:8b-0528"),
+        ("gemma", "edge-llm export makes one"),
+        ("", "edge-llm export makes one"),
+        ("-:", "edge-llm export makes one"),
+    ],
+)
+def test_an_unknown_name_says_what_is_there_and_how_to_get_it(root: Path, name: str, remedy: str):
+    make(root, "mine")
+    with pytest.raises(BundleError) as caught:
+        find_bundle(name)
+    assert f"{root}, which has mine" in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_what_is_no_bundle_has_no_name(root: Path):
+    make(root, ".mine.edge-llm-staging")
+    (root / "notes").mkdir()
+    (root / "file").touch()
+    assert list(bundle_directories()) == []
+    with pytest.raises(BundleError, match="no bundle in"):
+        find_bundle("notes")
+
+
+def test_every_name_of_the_catalogue_finds_what_pull_writes(root: Path):
+    for name, source in CATALOGUE.items():
+        assert hub_id(name.upper()) == source
+        make(root, bundle_name(source, "int4"))
+    for name, source in CATALOGUE.items():
+        assert find_bundle(name) == root / bundle_name(source, "int4")
+    assert hub_id("mine") is None

@@ -1,0 +1,126 @@
+"""``edge-llm list``, ``rm`` and ``pull``, and bundles by name in every verb."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edge.bundle.manifest import read_manifest
+from edge.cli.options import BundlePath
+from tests.conftest import Bundles
+from tests.edge.cli.conftest import Result, error_line
+from tests.tiny_models import write_checkpoint
+
+EdgeLlm = Callable[..., Result]
+
+
+@pytest.fixture
+def root(tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of two bundles, one of them damaged."""
+    root = tmp_path / "kept"
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(root))
+    shutil.copytree(tiny_bundles("qwen2"), root / "tiny-1.5b-fp16")
+    (root / "broken").mkdir()
+    (root / "broken" / "manifest.json").write_text("{}")
+    return root
+
+
+def test_list_has_names_sizes_and_damage(edge_llm: EdgeLlm, root: Path):
+    found = edge_llm("list")
+    broken, tiny = found.out.splitlines()
+    assert broken.startswith("broken")
+    assert "damaged: " in broken
+    assert tiny.split()[:2] == ["tiny-1.5b-fp16", "fp16"]
+    assert "no engine" in tiny
+    assert "edge-llm pull deepseek-r1:1.5b" in found.err
+    listed = json.loads(edge_llm("list", "--json").out)
+    assert [bundle["name"] for bundle in listed["bundles"]] == ["broken", "tiny-1.5b-fp16"]
+    sizes = read_manifest(root / "tiny-1.5b-fp16").files.values()
+    assert listed["bundles"][1]["num_bytes"] == sum(file.num_bytes for file in sizes)
+
+
+def test_list_of_nothing(edge_llm: EdgeLlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path / "none"))
+    assert edge_llm("list").out == f"no bundle in {tmp_path / 'none'}\n"
+
+
+def test_every_verb_takes_a_name(edge_llm: EdgeLlm, root: Path):
+    named = edge_llm("inspect", "1.5b", "--json")
+    assert named.code == 0
+    assert named.out == edge_llm("inspect", root / "tiny-1.5b-fp16", "--json").out
+    for verb in ("run", "chat", "serve", "bench", "verify", "build", "check", "watch", "doctor"):
+        assert "which has broken, tiny-1.5b-fp16" in error_line(edge_llm(verb, "gemma"), 65)
+
+
+def test_a_file_is_no_bundle(edge_llm: EdgeLlm, root: Path):
+    path = root / "tiny-1.5b-fp16" / "manifest.json"
+    assert "is a file; a bundle is a directory" in edge_llm("run", path, "hello").err
+
+
+def test_names_complete(root: Path):
+    complete = BundlePath().shell_complete
+    assert [item.value for item in complete(None, None, "ti")] == ["tiny-1.5b-fp16"]  # type: ignore[arg-type]
+    (other,) = complete(None, None, "./x")  # type: ignore[arg-type]
+    assert other.type == "dir"
+
+
+def test_rm_removes_the_whole_bundle_and_no_other(edge_llm: EdgeLlm, root: Path):
+    removed = edge_llm("rm", "1.5b", "--yes")
+    assert removed.code == 0
+    assert removed.out.startswith(f"removed {root / 'tiny-1.5b-fp16'}, ")
+    assert [path.name for path in root.iterdir()] == ["broken"]
+    assert edge_llm("rm", "broken", "--yes").code == 0
+    assert list(root.iterdir()) == []
+
+
+def test_rm_asks_and_touches_only_bundles(edge_llm: EdgeLlm, root: Path):
+    assert "give --yes" in error_line(edge_llm("rm", "1.5b"), 64)
+    (root / "notes").mkdir()
+    assert "is no bundle" in error_line(edge_llm("rm", root / "notes", "--yes"), 65)
+    (root / "link").symlink_to(root / "tiny-1.5b-fp16")
+    assert "is a link to" in error_line(edge_llm("rm", root / "link", "--yes"), 65)
+    assert (root / "notes").is_dir()
+    assert (root / "tiny-1.5b-fp16" / "manifest.json").is_file()
+
+
+def test_pull_exports_under_a_name_and_once(
+    edge_llm: EdgeLlm, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a directory in place of the hub, which takes the same way from there on."""
+    checkpoint = tmp_path / "Tiny-Model"
+    write_checkpoint(checkpoint, "qwen2")
+    options = (str(checkpoint), "--quant", "int8", "--no-verify", "--kv-capacity", "48")
+    result = edge_llm("pull", *options)
+    assert result.code == 0, result.err
+    bundle = root / "tiny-model-int8"
+    assert read_manifest(bundle).kv_capacity == 48
+    assert f"$ edge-llm export {checkpoint} -o {bundle} --quant int8 --no-verify" in result.err
+    assert "edge-llm run tiny-model-int8" in result.out
+    before = (bundle / "manifest.json").stat().st_mtime_ns
+    assert "is there already" in edge_llm("pull", *options).err
+    assert (bundle / "manifest.json").stat().st_mtime_ns == before
+    assert edge_llm("pull", *options, "--force").code == 0
+    assert (bundle / "manifest.json").stat().st_mtime_ns != before
+
+
+def test_pull_knows_the_catalogue(edge_llm: EdgeLlm, root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    failed = edge_llm("pull", "deepseek-r1:1.5b")
+    assert failed.code == 65
+    assert "$ edge-llm export deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B" in failed.err
+    assert "neither a hub id (owner/name) nor one of" in error_line(edge_llm("pull", "1.5b"), 64)
+
+
+@pytest.mark.parametrize(("release", "target"), [("36.4.3", "jetpack6"), ("38.2", "jetpack7")])
+def test_pull_on_a_jetson_exports_for_its_jetpack(
+    edge_llm: EdgeLlm, root: Path, monkeypatch: pytest.MonkeyPatch, release: str, target: str
+):
+    monkeypatch.setattr("edge.device.telemetry.read_l4t", lambda: release)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert f"--quant int4 --target {target}" in edge_llm("pull", "deepseek-r1:7b").err
