@@ -73,7 +73,7 @@ _CURVES = ("kl_by_position", "layers")  # too long for a manifest
     "--task",
     "task_file",
     type=click.Path(path_type=Path),
-    help="Answer the questions of this JSONL file instead (MMLU or GSM8K layout).",
+    help="Answer the questions of this JSONL file instead (MMLU, GSM8K or HumanEval layout).",
 )
 @click.option("--limit", type=click.IntRange(1), help="Questions of the task; default: all.")
 @click.option(
@@ -368,7 +368,7 @@ def _run_task(
         if value is not None and not fits
     ]
     if idle:
-        kind = "choices" if is_choice else "numbers"
+        kind = "choices" if is_choice else "generated"
         raise ConfigError(f"{idle[0]} has no effect: the answers in {task_file} are {kind}")
     params = SamplingParams(
         temperature=temperature or 0.0, seed=seed, max_tokens=max_tokens or 1024
@@ -416,9 +416,11 @@ def _print_task(results: list[dict[str, Any]]) -> None:
         paired = result.get("against")
         if paired is None:
             continue
+        low, high = paired["accuracy_loss_interval"]
         click.echo(
             f"  reference {paired['accuracy']:.1%}; loss {paired['accuracy_loss']:+.1%} "
-            f"({paired['lost']} lost, {paired['won']} won, McNemar p = {paired['mcnemar_p']:.3g})"
+            f"(95 %: {low:+.1%} to {high:+.1%}; {paired['lost']} lost, {paired['won']} won, "
+            f"McNemar p = {paired['mcnemar_p']:.3g})"
         )
         for flip in paired["flips"]:
             click.echo(

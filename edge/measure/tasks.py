@@ -1,13 +1,15 @@
 """Runs tasks with right answers from a local JSONL file: accuracy, and a paired test of bundles.
 
-Two layouts, one JSON object per line; other keys are ignored:
+Three layouts, one JSON object per line; other keys are ignored:
 
 - multiple choice (MMLU): ``{"question", "choices": [...], "answer": 2}``; the answer is an index
   or a letter.
 - generation (GSM8K): ``{"question", "answer": "... #### 42"}``; the answer ends in a number.
+- programs (HumanEval): ``{"question": "def f(x): ...", "tests": "assert f(1) == 2"}``.
 
 Multiple choice compares log-probabilities of the choices after one prompt; nothing is sampled.
-A generated answer is right if its final number equals the expected one, exactly.
+A generated answer is right if its final number equals the expected one, exactly; a program if its
+tests pass (`edge.measure.programs`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,14 @@ from edge.runtime.llm import LLM
 from edge.runtime.sampling import SamplingParams
 
 from .evaluate import CHUNK_TOKENS, read_text
+from .programs import (
+    ProgramItem,
+    chat_request,
+    check_program,
+    function_name,
+    program_of_answer,
+    program_of_continuation,
+)
 
 Scoring = Literal["letter", "text"]
 
@@ -71,7 +81,7 @@ class NumberItem(msgspec.Struct, frozen=True):
         return self.answer.rsplit("####", 1)[-1].strip()
 
 
-Item = ChoiceItem | NumberItem
+Item = ChoiceItem | NumberItem | ProgramItem
 
 
 @dataclass(frozen=True)
@@ -80,9 +90,10 @@ class ItemResult:
 
     Attributes:
         line: the item's line in the file, from 1.
-        expected: the right letter or number.
-        answer: the letter or number that was found; None if the text holds no number.
-        correct: whether both are equal.
+        expected: the right letter or number; ``passes`` of a program.
+        answer: the letter or number that was found, ``passes``, or what is wrong with a program;
+            None if the text holds no number or no program.
+        correct: whether it is right.
     """
 
     line: int
@@ -110,12 +121,12 @@ def read_task(path: Path, limit: int | None = None) -> list[tuple[int, Item]]:
         except MALFORMED as error:
             raise ConfigError(
                 f'{path}, line {number}: {error}; a line is {{"question", "choices", '
-                '"answer": 2} or {"question", "answer": "... #### 42"}'
+                '"answer": 2}, {"question", "answer": "... #### 42"} or {"question", "tests"}'
             ) from error
         if items and type(item) is not type(items[0][1]):
             raise ConfigError(
                 f"{path}, line {number}: line {items[0][0]} has another layout; keep questions "
-                "with choices and questions without in two files"
+                "with choices, with numbers and with tests in files of their own"
             )
         items.append((number, item))
     if not items:
@@ -125,6 +136,8 @@ def read_task(path: Path, limit: int | None = None) -> list[tuple[int, Item]]:
 
 def _parse_item(line: str) -> Item:
     raw = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    if "tests" in raw:
+        return _checked_program(msgspec.json.decode(line, type=ProgramItem))
     if "choices" not in raw:
         number = msgspec.json.decode(line, type=NumberItem)
         if parse_number(number.expected) is None:
@@ -140,6 +153,18 @@ def _parse_item(line: str) -> Item:
         known = len(item.expected) == 1 and item.expected in letters
     if not known:
         raise ValueError(f"the answer {item.answer!r} is none of {len(item.choices)} choices")
+    return item
+
+
+def _checked_program(item: ProgramItem) -> ProgramItem:
+    if function_name(item) is None:
+        raise ValueError("the question has no line that begins with 'def '")
+    if not item.tests.strip():
+        raise ValueError("the tests are empty, so any program would pass")
+    try:
+        compile(item.tests, "tests", "exec")
+    except (SyntaxError, MemoryError, RecursionError) as error:  # the last two: nested too deep
+        raise ValueError(f"the tests are no Python: {error}") from error
     return item
 
 
@@ -207,6 +232,7 @@ def run_task(
     Raises:
         ContextLengthError: a question does not fit into the KV cache.
         BackendError: the engine failed.
+        ResourceError: this machine cannot keep a program from files and network.
     """
     results = []
     progress("answer", 0, len(items), "questions")
@@ -214,6 +240,9 @@ def run_task(
         if isinstance(item, ChoiceItem):
             scores = choice_scores(llm, item, scoring)
             answer: str | None = string.ascii_uppercase[int(np.argmax(scores))]
+            correct = answer == item.expected
+        elif isinstance(item, ProgramItem):
+            answer = _run_program(llm, item, params)
             correct = answer == item.expected
         else:
             answer = find_number(_generate(llm, item, params))
@@ -276,6 +305,19 @@ def _generate(llm: LLM, item: NumberItem, params: SamplingParams | None) -> str:
     return llm.generate([{"role": "user", "content": question}], params).text
 
 
+def _run_program(llm: LLM, item: ProgramItem, params: SamplingParams | None) -> str | None:
+    """What is wrong with the program that a bundle writes, or ``item.expected``."""
+    if llm.template is None:
+        text = llm.generate(item.question.rstrip() + "\n", params).text
+        program: str | None = program_of_continuation(item, text)
+    else:
+        text = llm.generate([{"role": "user", "content": chat_request(item)}], params).text
+        program = program_of_answer(item, text)
+    if program is None:
+        return None
+    return check_program(item, program) or item.expected
+
+
 # ------------------------------------------------------------------------------- statistics
 
 
@@ -312,8 +354,26 @@ def mcnemar_exact(lost: int, won: int) -> float:
     return min(1.0, float(Fraction(2 * tail, 2**flips)))
 
 
+def loss_interval(lost: int, won: int, pairs: int) -> tuple[float, float]:
+    """Compute the 95 % interval of ``(lost - won) / pairs``, a difference of paired proportions.
+
+    Half an item is added to each cell of the table (Agresti and Min, Statistics in Medicine 2005,
+    doi:10.1002/sim.1781), so it does not shrink to nothing where nothing flipped.
+    """
+    if min(lost, won) < 0 or lost + won > pairs or pairs < 1:
+        raise ValueError(f"{lost} lost and {won} won of {pairs} are no counts")
+    down, up, total = lost + 0.5, won + 0.5, pairs + 2
+    middle = (down - up) / total
+    half = _Z_95 * math.sqrt(down + up - (down - up) ** 2 / total) / total
+    return max(-1.0, middle - half), min(1.0, middle + half)
+
+
 def summarize_task(results: Sequence[ItemResult]) -> dict[str, object]:
-    """Compute accuracy with its interval; ``unanswered`` counts answers without a number."""
+    """Compute accuracy with its interval.
+
+    ``unanswered`` counts answers without a number or a program, ``wrong`` lists the lines of the
+    items that were not right, so that results of separate runs can be paired.
+    """
     correct = sum(result.correct for result in results)
     return {
         "items": len(results),
@@ -321,6 +381,7 @@ def summarize_task(results: Sequence[ItemResult]) -> dict[str, object]:
         "accuracy": correct / len(results),
         "accuracy_interval": wilson_interval(correct, len(results)),
         "unanswered": sum(result.answer is None for result in results),
+        "wrong": [result.line for result in results if not result.correct],
     }
 
 
@@ -333,6 +394,7 @@ def compare_task(
     lost = sum(theirs.correct for _, theirs in flips)
     return {
         "accuracy_loss": (2 * lost - len(flips)) / len(pairs),
+        "accuracy_loss_interval": loss_interval(lost, len(flips) - lost, len(pairs)),
         "lost": lost,
         "won": len(flips) - lost,
         "mcnemar_p": mcnemar_exact(lost, len(flips) - lost),

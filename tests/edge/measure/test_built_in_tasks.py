@@ -32,7 +32,8 @@ def test_choices_are_fair(name: str, count: int):
 def test_arithmetic_is_what_its_script_makes():
     items = [item for _, item in read_task(TASKS / "arithmetic.jsonl")]
     made = [(each["question"], each["answer"]) for each in make_problems()]
-    assert [(item.question, item.answer) for item in items] == made
+    found = [(item.question, item.answer) for item in items if isinstance(item, NumberItem)]
+    assert found == made
     assert len({question for question, _ in made}) == 150
 
 

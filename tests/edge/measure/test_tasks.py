@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.errors import ConfigError
+from edge.measure.programs import ProgramItem
 from edge.measure.tasks import (
     ChoiceItem,
     ItemResult,
     choice_scores,
     compare_task,
     find_number,
+    loss_interval,
     mcnemar_exact,
     parse_number,
     read_task,
@@ -22,9 +26,11 @@ from edge.measure.tasks import (
     wilson_interval,
 )
 from edge.runtime.llm import LLM
+from edge.runtime.sampling import SamplingParams
 
 CHOICE = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1, "subject": "sums"}
 NUMBER = {"question": "2 + 2?", "answer": "It is 2 + 2 = 4.\n#### 4"}
+PROGRAM = {"question": "def four():\n    '''2 + 2.'''", "tests": "assert four() == 4"}
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -39,6 +45,8 @@ def test_layouts(tmp_path: Path):
     assert (first, last, item.expected) == (1, 3, "B")
     ((_, number),) = read_task(write(tmp_path / "t", NUMBER, NUMBER), limit=1)
     assert number.expected == "4"
+    ((_, program),) = read_task(write(tmp_path / "t", PROGRAM))
+    assert program == ProgramItem(PROGRAM["question"], PROGRAM["tests"])
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,14 @@ def test_other_bad_files(tmp_path: Path):
         read_task(write(tmp_path / "t", ""))
     with pytest.raises(ConfigError, match="end in a number"):
         read_task(write(tmp_path / "t", {**NUMBER, "answer": "four"}))
+    for change, message in (
+        ({"question": "four"}, "begins with 'def '"),
+        ({"tests": " "}, "any program would pass"),
+        ({"tests": "assert four( == 4"}, "no Python"),
+        ({"tests": 4}, "tests"),
+    ):
+        with pytest.raises(ConfigError, match=f"line 1: .*{message}"):
+            read_task(write(tmp_path / "t", {**PROGRAM, **change}))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +123,16 @@ def test_mcnemar_by_hand():
     assert mcnemar_exact(1, 5) == 2 * 7 / 64
 
 
+def test_the_interval_of_a_loss_by_hand():
+    # 150 lost and 86 won of 1600: 64 / 1602, and 1.96 * sqrt(237 - 64**2 / 1602) / 1602 = 0.01873.
+    assert loss_interval(150, 86, 1600) == pytest.approx((0.02122, 0.05868), abs=5e-5)
+    low, high = loss_interval(0, 0, 60)
+    assert low == -high < 0  # nothing flipped, and yet nothing is proven
+    assert loss_interval(1, 0, 1)[1] == 1
+    with pytest.raises(ValueError, match="no counts"):
+        loss_interval(3, 2, 4)
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 3000), st.integers(0, 3000))
 def test_mcnemar_is_symmetric(lost, won):
@@ -124,6 +150,8 @@ def test_paired_comparison():
     found = compare_task(ours, theirs)
     assert (found["lost"], found["won"], found["accuracy_loss"]) == (2, 1, 0.25)
     assert [flip["line"] for flip in found["flips"]] == [2, 3, 4]  # type: ignore[attr-defined]
+    assert found["accuracy_loss_interval"] == loss_interval(2, 1, 4)
+    assert summarize_task(ours)["wrong"] == [2, 3]
 
 
 @pytest.mark.parametrize("scoring", ["letter", "text"])
@@ -147,11 +175,34 @@ def test_choices_score_like_the_whole_text(tiny_bundles, scoring):
 
 
 def test_generation_ends_and_counts(tiny_bundles, tmp_path: Path):
-    from edge.runtime.sampling import SamplingParams
-
     items = read_task(write(tmp_path / "t", NUMBER, NUMBER))
     with LLM(tiny_bundles("qwen2", "portable")) as llm:
         params = SamplingParams(temperature=0, max_tokens=3)
         results = run_task(llm, items, params=params)
     assert [result.line for result in results] == [1, 2]
     assert results[0].answer == results[1].answer
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_programs_are_written_run_and_judged(tiny_bundles, monkeypatch, kind):
+    """A tiny model writes no Python, so what it writes is replaced; all else is as it is."""
+    item = ProgramItem(PROGRAM["question"], PROGRAM["tests"])
+    with LLM(tiny_bundles(kind, "portable")) as llm:
+        (plain,) = run_task(llm, [(1, item)], params=SamplingParams(temperature=0, max_tokens=8))
+        assert not plain.correct
+        asked: list[Any] = []
+        result = plain
+        for text in ("    return 4", "    return 5"):
+
+            def generate(prompt, params, text=text):
+                asked.append(prompt)
+                fenced = f"```python\n{text}\n```"
+                return SimpleNamespace(text=text if isinstance(prompt, str) else fenced)
+
+            monkeypatch.setattr(llm, "generate", generate)
+            (result,) = run_task(llm, [(1, item)])
+            assert result.correct == (text == "    return 4")
+        assert result.answer is not None
+        assert "AssertionError" in result.answer
+        shown = asked[0] if isinstance(asked[0], str) else asked[0][0]["content"]
+        assert item.question in shown
