@@ -1,15 +1,19 @@
-"""Export a model by every recipe, compare each bundle with the float one, print a Markdown table.
+"""Export a model by every recipe, compare each bundle with the float one, print Markdown tables.
 
 usage: scripts/quality [--model smollm2] [--recipe NAME ...] [--text NAME ...] [--tokens 1533]
+                       [--task NAME ...] [--limit 60] [--max-tokens 300]
 
 Each recipe has a directory below ``--work``, with the commit, the seconds and the peak of resident
-memory of its export, and the result of ``edge-llm eval`` for each text. What is there is not done
-again, unless ``--tokens`` or ``--window`` was another; delete a recipe's directory to measure it
-anew. The bundle is deleted once all texts are read (``--keep-bundles`` keeps it). ``--gguf
-LABEL=FILE`` adds a rival's file of the same model, e.g. a Q4_0 of llama-quantize: its weights are
-dequantized into a float bundle, so only the loss of its weights counts, as with all other rows.
+memory of its export, and the result of ``edge-llm eval`` for each text and task. What is there is
+not done again, unless its options were others; delete a recipe's directory to measure it anew.
+The bundle is deleted once all is measured (``--keep-bundles`` keeps it). ``--gguf LABEL=FILE``
+adds a rival's file of the same model, e.g. a Q4_0 of llama-quantize: its weights are dequantized
+into a float bundle, so only the loss of its weights counts, as with all other rows.
 
-Standard output has the table of all recipes that are there, asked for this time or before.
+``--task`` also asks questions with right answers, of the float bundle too, so each recipe's answers
+are paired with the float model's; without names it asks all tasks, which takes hours per recipe.
+
+Standard output has the tables of all recipes that are there, asked for this time or before.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edge.measure.tasks import loss_interval, mcnemar_exact, wilson_interval
 from scripts.real_models import DIRECTORY, MODELS
 from scripts.smollm2 import smollm2_gguf
 
@@ -34,6 +39,11 @@ TEXTS = {
     "code": _DATA / "code.txt",
     "Chinese": _DATA / "chinese.txt",
 }
+TASKS = {
+    name: _DATA / "tasks" / f"{name}.jsonl"
+    for name in ("choices", "chinese", "arithmetic", "programs")
+}
+_CHOICES = ("choices", "chinese")  # nothing is generated
 _INT4 = ("--quant", "int4")
 RECIPES: dict[str, tuple[str, ...]] = {
     "int8": ("--quant", "int8"),
@@ -58,12 +68,15 @@ def main() -> None:
     reference = work / _REFERENCE / "bundle"
     if not reference.is_dir():
         export(str(source), _FLOAT, work / _REFERENCE)
+    ask(work / _REFERENCE, reference, options)
     rivals = dict(each.split("=", 1) for each in options.gguf)
     jobs = [(name, str(source), RECIPES[name]) for name in options.recipe]
     jobs += [(label, file, _FLOAT) for label, file in rivals.items()]
     for name, checkpoint, recipe in jobs:
         measure(work / name, checkpoint, recipe, reference, options)
     print(table(work, options.model))
+    if answered := task_table(work, options.model):
+        print(f"\n{answered}")
 
 
 def parse() -> argparse.Namespace:
@@ -76,10 +89,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", nargs="*", default=list(TEXTS), choices=list(TEXTS))
     parser.add_argument("--tokens", type=int, help="of each text; by default all")
     parser.add_argument("--window", type=int, help="tokens per window, as of edge-llm eval")
+    parser.add_argument("--task", nargs="*", default=[], choices=list(TASKS))
+    parser.add_argument("--limit", type=int, help="questions of each task; by default all")
+    parser.add_argument("--max-tokens", type=int, help="of a generated answer, as of edge-llm eval")
     parser.add_argument("--gguf", action="append", default=[], metavar="LABEL=FILE")
     parser.add_argument("--keep-bundles", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(".quality"))
     options = parser.parse_args()
+    if "--task" in sys.argv and not options.task:
+        options.task = list(TASKS)
     for each in options.gguf:
         label, _, file = each.partition("=")
         if not (label and Path(file).is_file()) or label in (*RECIPES, _REFERENCE):
@@ -99,10 +117,10 @@ def model_file(options: argparse.Namespace) -> Path:
 def measure(
     place: Path, source: str, recipe: tuple[str, ...], reference: Path, options: argparse.Namespace
 ) -> None:
-    """Export one recipe and read the texts that are still missing."""
+    """Export one recipe, read the texts and answer the questions that are still missing."""
     asked = {name: getattr(options, name) for name in ("tokens", "window")}
     missing = [name for name in options.text if read_result(place, name).get("asked") != asked]
-    if not missing:
+    if not missing and not unanswered(place, options):
         return
     bundle = place / "bundle"
     if not bundle.is_dir():
@@ -113,13 +131,36 @@ def measure(
             line += [] if value is None else [f"--{option}", value]
         result = {"asked": asked, **json.loads(run(line).stdout)}
         (place / f"{name}.json").write_text(json.dumps(result))
+    ask(place, bundle, options)
     if not options.keep_bundles:
         shutil.rmtree(bundle)
 
 
-def read_result(place: Path, text: str) -> dict[str, Any]:
-    """What a recipe lost on a text; empty if it has not read it."""
-    path = place / f"{text}.json"
+def unanswered(place: Path, options: argparse.Namespace) -> dict[str, dict[str, int | None]]:
+    """The tasks that a bundle has not answered yet, each with its options."""
+    wanted: dict[str, dict[str, int | None]] = {}
+    for name in options.task:
+        asked = {"limit": options.limit}
+        if name not in _CHOICES:
+            asked["max_tokens"] = options.max_tokens
+        if read_result(place, f"task-{name}").get("asked") != asked:
+            wanted[name] = asked
+    return wanted
+
+
+def ask(place: Path, bundle: Path, options: argparse.Namespace) -> None:
+    """Let a bundle answer the tasks that are still missing."""
+    for name, asked in unanswered(place, options).items():
+        line: list[Any] = ["eval", bundle, "--task", TASKS[name], "--json"]
+        for option, value in asked.items():
+            line += [] if value is None else [f"--{option.replace('_', '-')}", value]
+        result = {"asked": asked, **json.loads(run(line).stdout)}
+        (place / f"task-{name}.json").write_text(json.dumps(result))
+
+
+def read_result(place: Path, name: str) -> dict[str, Any]:
+    """What a recipe lost on a text, or its answers to ``task-NAME``; empty if it has neither."""
+    path = place / f"{name}.json"
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
@@ -176,11 +217,16 @@ def run_measured(line: list[Any]) -> int:
     return int(result.stdout)
 
 
-def table(work: Path, model: str) -> str:
-    """What was measured of a model, as Markdown; rows in the order of `RECIPES`."""
+def _places(work: Path) -> list[Path]:
+    """The directories of all recipes that were exported, in the order of `RECIPES`."""
     order = {name: index for index, name in enumerate(RECIPES)}
     places = [path.parent for path in work.glob("*/export.json") if path.parent.name != _REFERENCE]
-    places.sort(key=lambda path: (order.get(path.name, len(order)), path.name))
+    return sorted(places, key=lambda path: (order.get(path.name, len(order)), path.name))
+
+
+def table(work: Path, model: str) -> str:
+    """What was measured of a model, as Markdown; rows in the order of `RECIPES`."""
+    places = _places(work)
     texts = [name for name in TEXTS if any((path / f"{name}.json").is_file() for path in places)]
     heads = " / ".join(texts)
     lines = [
@@ -216,6 +262,57 @@ def table(work: Path, model: str) -> str:
             f"| `{place.name}` | {bits} | {' | '.join(figures)} | {took} | {cost['commit']} |"
         )
     return "\n".join(lines)
+
+
+def task_table(work: Path, model: str) -> str:
+    """Accuracy of each recipe beside the float model's, on the same questions, as Markdown."""
+    theirs = {name: read_result(work / _REFERENCE, f"task-{name}") for name in TASKS}
+    names = [name for name in TASKS if theirs[name]]
+    if not names:
+        return ""
+    lines = [
+        f"{model}, right answers of the float bundle: "
+        + ", ".join(f"{name} {_share(theirs[name])}" for name in names)
+        + ". By recipe, right answers and what was lost of the float model's (negative: won), in % "
+        "of the questions, with 95 % intervals and McNemar's p:",
+        "",
+        f"| Recipe | {' | '.join(names)} | all of these: lost |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for place in _places(work):
+        ours = {name: read_result(place, f"task-{name}") for name in names}
+        pairs = {
+            name: _flips(ours[name], theirs[name])
+            for name in names
+            if ours[name].get("asked") == theirs[name]["asked"]
+        }
+        if not pairs:
+            continue
+        cells = [
+            f"{_share(ours[name])}; {_loss(*pairs[name])}" if name in pairs else ""
+            for name in names
+        ]
+        total = _loss(*(sum(column) for column in zip(*pairs.values(), strict=True)))
+        lines.append(f"| `{place.name}` | {' | '.join(cells)} | {total} |")
+    return "\n".join(lines)
+
+
+def _share(result: dict[str, Any]) -> str:
+    low, high = wilson_interval(result["correct"], result["items"])
+    return f"{100 * result['accuracy']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def _flips(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, int, int]:
+    """Questions that only the float bundle got right, that only ours did, and all."""
+    wrong, wrong_there = set(ours["wrong"]), set(theirs["wrong"])
+    return len(wrong - wrong_there), len(wrong_there - wrong), ours["items"]
+
+
+def _loss(lost: int, won: int, items: int) -> str:
+    low, high = (100 * end for end in loss_interval(lost, won, items))
+    share = 100 * (lost - won) / items
+    p = mcnemar_exact(lost, won)
+    return f"{share:+.1f} ({low:+.1f} to {high:+.1f}), p {p:.2g}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import pytest
 from scripts import quality
 from tests.conftest import Checkpoints, require_kernels
 
+ROWS = ("int4-rtn-g32", "fp16")
+
 
 @pytest.fixture
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +68,50 @@ def test_a_recipe_is_measured_once(
     call(monkeypatch, source, *work, "--text", "prose", "--tokens", "20")
     assert len(lines) == 3
     assert json.loads((place / "prose.json").read_text())["tokens"] < result["tokens"]
+
+
+def test_answers_are_paired_with_those_of_the_float_model(
+    texts: None,
+    tiny_checkpoints: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    require_kernels("native")
+    work = ["--work", str(tmp_path / "work"), "--recipe", "int4-rtn-g32", "--text", "prose"]
+    work += ["--limit", "12", "--task", "choices", "chinese"]
+    call(monkeypatch, tiny_checkpoints("qwen2"), *work, "--tokens", "40", "--window", "32")
+    place = tmp_path / "work" / "smollm2"
+    read = [json.loads((place / name / "task-choices.json").read_text()) for name in ROWS]
+    ours, theirs = (set(result["wrong"]) for result in read)
+    assert [result["items"] for result in read] == [12, 12]
+    row = capsys.readouterr().out.splitlines()[-1]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[0] == "`int4-rtn-g32`"
+    assert cells[1].startswith(f"{100 * (12 - len(ours)) / 12:.1f} (")
+    assert f"; {100 * (len(ours) - len(theirs)) / 12:+.1f} (" in cells[1]
+    assert ", p " in cells[3]
+    # Another number of questions is another measurement, which no old answer is paired with.
+    work[work.index("12")] = "5"
+    call(monkeypatch, tiny_checkpoints("qwen2"), *work, "--tokens", "40", "--window", "32")
+    assert json.loads((place / ROWS[0] / "task-chinese.json").read_text())["items"] == 5
+
+
+def test_the_loss_is_counted_over_all_tasks(tmp_path: Path):
+    def store(name: str, task: str, wrong: list[int]) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "export.json").write_text("{}")
+        right = 20 - len(wrong)
+        result = {"asked": {}, "items": 20, "correct": right, "accuracy": right / 20}
+        (tmp_path / name / f"task-{task}.json").write_text(json.dumps({**result, "wrong": wrong}))
+
+    store("fp16", "choices", [1, 2])
+    store("fp16", "programs", [5])
+    store("int8", "choices", [1, 3, 4, 5, 6, 7, 8])  # 6 lost, 1 won
+    store("int8", "programs", [5, 6])  # 1 lost
+    assert quality._loss(7, 1, 40) in quality.task_table(tmp_path, "mine")
+    assert quality._loss(7, 1, 40).startswith("+15.0 (")
+    assert quality._loss(7, 1, 40).endswith("p 0.07")  # 2 * (1 + 8) / 2**8
 
 
 def test_a_rival_needs_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
