@@ -93,7 +93,7 @@ class _Outcome:
     "--golden",
     type=_FILE,
     default=GOLDEN_SET,
-    help='JSONL of {"id", "prompt", "answer"}; default: the 48 prompts that come with edge-llm.',
+    help='JSONL of {"id", "prompt", "answer"}; default: the 62 prompts that come with edge-llm.',
 )
 @click.option(
     "--max-tokens",

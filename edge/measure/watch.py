@@ -44,7 +44,7 @@ _REFUSAL = re.compile(
     r"|as an ai(?: language)? model|against my (?:guidelines|programming))\b",
     re.IGNORECASE,
 )
-_WORDS = re.compile(r"\w+")
+_WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")  # Chinese puts no spaces between words
 _NUMBER = re.compile(r"-?\d[\d.,/]*")
 _MAX_BASELINE_BYTES = 1 << 26
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,11 +47,45 @@ def test_arithmetic_by_hand():
     assert [item.expected for item in items] == [str(answer) for answer in expected]
 
 
-def test_no_question_is_in_the_calibration_text():
-    lines = Path("export/sources/calibration_text/problems.jsonl").read_text("utf-8").splitlines()
-    calibration = [json.dumps(json.loads(line), ensure_ascii=False) for line in lines]
-    assert len(calibration) > 20
-    for path in TASKS.glob("*.jsonl"):
-        for _, item in read_task(path):
-            question = json.dumps(item.question, ensure_ascii=False)[1:-1]
-            assert not any(question in text for text in calibration)
+def strings(value: object) -> Iterator[str]:
+    """Every text inside of a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from strings(list(value.values()))
+    elif isinstance(value, list):
+        for each in value:
+            yield from strings(each)
+
+
+def runs(texts: Iterable[str]) -> set[tuple[str, ...]]:
+    """Every twelve words in a row; a Chinese character is a word."""
+    found = set()
+    for text in texts:
+        words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text)
+        found |= {tuple(words[at : at + 12]) for at in range(len(words) - 11)}
+    return found
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    for line in path.read_text("utf-8").splitlines():
+        yield from strings(json.loads(line))
+
+
+HELD_OUT = sorted(EVAL_TEXT.parent.rglob("*.*"))
+
+
+def test_the_held_out_files_are_all_there():
+    texts = {"chinese.txt", "code.txt", "eval_text.txt", "golden.jsonl", "prose.txt"}
+    tasks = {"arithmetic.jsonl", "chinese.jsonl", "choices.jsonl", "programs.jsonl"}
+    assert texts | tasks <= {path.name for path in HELD_OUT}
+    assert len(HELD_OUT) >= len(texts) + len(tasks)
+
+
+@pytest.mark.parametrize("path", HELD_OUT, ids=lambda path: path.stem)
+def test_calibration_has_seen_nothing_of_what_is_held_out(path: Path):
+    calibration = runs(lines_of(Path("export/sources/calibration_text/problems.jsonl")))
+    assert len(calibration) > 5000
+    held_out = runs(lines_of(path) if path.suffix == ".jsonl" else [path.read_text("utf-8")])
+    assert held_out
+    assert calibration.isdisjoint(held_out)
