@@ -8,7 +8,8 @@ memory of its export, and the result of ``edge-llm eval`` for each text and task
 not done again, unless its options were others; delete a recipe's directory to measure it anew.
 The bundle is deleted once all is measured (``--keep-bundles`` keeps it). ``--gguf LABEL=FILE``
 adds a rival's file of the same model, e.g. a Q4_0 of llama-quantize: its weights are dequantized
-into a float bundle, so only the loss of its weights counts, as with all other rows.
+into a float bundle, so only the loss of its weights counts, as with all other rows. ``--rival
+Q4_0`` makes such a file of the model's linear layers (scripts/gguf_rivals.py).
 
 ``--task`` also asks questions with right answers, of the float bundle too, so each recipe's answers
 are paired with the float model's; without names it asks all tasks, which takes hours per recipe.
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.measure.tasks import loss_interval, mcnemar_exact, wilson_interval
+from scripts.gguf_rivals import bits_per_weight, requantize
 from scripts.real_models import DIRECTORY, MODELS
 from scripts.smollm2 import smollm2_gguf
 
@@ -58,6 +60,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "int4-head-int4": (*_INT4, "--keep", "lm_head=int4"),
     "int4-head-fp16": (*_INT4, "--keep", "lm_head=float"),
 }
+RIVALS = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
 _REFERENCE, _FLOAT = "fp16", ("--quant", "fp16")
 
 
@@ -72,6 +75,11 @@ def main() -> None:
     rivals = dict(each.split("=", 1) for each in options.gguf)
     jobs = [(name, str(source), RECIPES[name]) for name in options.recipe]
     jobs += [(label, file, _FLOAT) for label, file in rivals.items()]
+    for name in options.rival:
+        file = work / f"{name}.gguf"
+        if not file.exists():
+            requantize(source, file, name)
+        jobs.append((name, str(file), _FLOAT))
     for name, checkpoint, recipe in jobs:
         measure(work / name, checkpoint, recipe, reference, options)
     print(table(work, options.model))
@@ -93,6 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="questions of each task; by default all")
     parser.add_argument("--max-tokens", type=int, help="of a generated answer, as of edge-llm eval")
     parser.add_argument("--gguf", action="append", default=[], metavar="LABEL=FILE")
+    parser.add_argument("--rival", nargs="*", default=[], choices=list(RIVALS))
     parser.add_argument("--keep-bundles", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(".quality"))
     options = parser.parse_args()
@@ -100,7 +109,7 @@ def parse() -> argparse.Namespace:
         options.task = list(TASKS)
     for each in options.gguf:
         label, _, file = each.partition("=")
-        if not (label and Path(file).is_file()) or label in (*RECIPES, _REFERENCE):
+        if not (label and Path(file).is_file()) or label in (*RECIPES, *RIVALS, _REFERENCE):
             parser.error(f"--gguf {each}: give a new name and a file, LABEL=FILE")
     return options
 
@@ -257,7 +266,9 @@ def table(work: Path, model: str) -> str:
         bits = f"{one['bits_per_weight']:.2f} ({one['bits_per_weight_with_lm_head']:.2f})"
         took = f"{cost['seconds'] / 60:.1f} min, {cost['peak_bytes'] / 1e9:.1f} GB"
         if cost["recipe"] == " ".join(_FLOAT):
-            bits = took = ""  # of a rival's weights, which are floats here
+            # A rival's weights, which are floats here.
+            took = ""
+            bits = f"{bits_per_weight(place.name):.2f}" if place.name in RIVALS else ""
         lines.append(
             f"| `{place.name}` | {bits} | {' | '.join(figures)} | {took} | {cost['commit']} |"
         )
