@@ -87,6 +87,14 @@ settings.register_profile("load", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("load")
 
 
+def write_secret(path: Path, text: str) -> Path:
+    """Write a file that only its owner can read, as a file of API keys must be."""
+    path.touch(mode=0o600)
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
 def require_kernels(dialect: str) -> None:
     """Skip where ONNX Runtime cannot run a dialect: the newest one for Python 3.10 is 1.23."""
     if dialect == "native" and RUNNABLE != "native":

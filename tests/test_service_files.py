@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 UNITS = ROOT / "scripts" / "systemd"
 INSTALLER = ROOT / "scripts" / "install-service"
 COMMAND = "/opt/edge-llm/bin/edge-llm"
-MAX_EXPOSURE = 2.0
+MAX_EXPOSURE = 1.5
 DROP_INS = ("relaxed", "cpu", "lan")
 
 needs_systemd = pytest.mark.skipif(
@@ -128,6 +128,13 @@ def test_the_commands_parse(unit: str, tmp_path: Path):
         command.make_context(verb, arguments)
 
 
+@pytest.mark.parametrize("file", ["edge-llm@.service", "cpu.conf"])
+def test_the_keys_are_where_the_service_looks(file: str):
+    """A drop-in that empties the list of commands must not take this one away."""
+    link = "ExecStartPre=/bin/ln -sfn ${CREDENTIALS_DIRECTORY}/api-keys ${RUNTIME_DIRECTORY}/"
+    assert link in (UNITS / file).read_text()
+
+
 def test_a_wrong_start_is_not_repeated():
     """Exit codes of `edge.errors` that no restart cures."""
     from edge.errors import BackendError, BundleError, ConfigError, RequestError
@@ -152,7 +159,8 @@ def test_the_first_lines_of_defence_are_there():
     assert service["Type"] == "notify"
     assert service["DynamicUser"] == "yes"
     assert service["LoadCredential"] == "api-keys:/etc/edge-llm/api-keys"
-    assert "${CREDENTIALS_DIRECTORY}/api-keys" in service["ExecStart"]
+    assert "--api-key-file ${RUNTIME_DIRECTORY}/api-keys" in service["ExecStart"]
+    assert "ExecReload" in service
     assert "ProcSubset" not in service  # CUDA reads /proc/sys and /sys
 
 
@@ -237,7 +245,7 @@ def test_what_it_writes_is_what_the_server_reads(tmp_path: Path):
     assert settings.port == 8123
     keys = tmp_path / "etc/edge-llm/api-keys"
     secret = keys.read_text().splitlines()[1].partition(":")[2]
-    client = APIKeys.from_file(keys).find(f"Bearer {secret}".encode())
+    client = APIKeys(keys).find(f"Bearer {secret}".encode())
     assert client is not None
     assert client.name == "local"
     watch = (tmp_path / "etc/edge-llm/r1.watch").read_text()

@@ -18,6 +18,7 @@ import msgspec
 
 from edge.errors import BackendError, ConfigError
 from edge.files import MALFORMED, read_file
+from edge.key_file import read_key_file
 from edge.progress import Progress, silent
 
 from .drift import WATCH_USER, Counts, check_counts, decode_counts
@@ -239,16 +240,15 @@ def read_state(path: Path) -> TrafficState:
 
 
 def read_api_key(path: Path) -> str:
-    """Read the first key of a file of keys, as ``edge-llm serve --api-key-file`` reads it.
+    """Read the first key of a file of keys that is there itself, not only as its hash.
 
     Raises:
-        ConfigError: it cannot be read, or has none.
+        ConfigError: see `read_key_file`, or it has only hashes.
     """
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the API key file {path}: {error}") from error
-    keys = [line.rpartition(":")[2] for line in lines if line and not line.startswith("#")]
+    keys = [entry.key for entry in read_key_file(path) if entry.key is not None]
     if not keys:
-        raise ConfigError(f"{path} holds no API key")
+        raise ConfigError(
+            f"{path} has only hashes of API keys, and the watch has to send one; add a key for it "
+            "as NAME:KEY"
+        )
     return keys[0]

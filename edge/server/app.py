@@ -36,19 +36,17 @@ _TextBody = TypeVar("_TextBody", ChatRequest, CompletionRequest)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def create_app(models: ModelRegistry, settings: ServerSettings, metrics: Metrics) -> App:
+def create_app(
+    models: ModelRegistry, settings: ServerSettings, metrics: Metrics, keys: APIKeys | None
+) -> App:
     """Make the application with its guard.
 
     Args:
         models: the models that are served.
-        settings: limits, and the file of API keys.
+        settings: limits.
         metrics: counts requests, choices of models and rejections.
-
-    Raises:
-        ConfigError: the file of API keys cannot be used.
+        keys: of those who may call; None lets everyone on this machine.
     """
-    path = settings.api_key_file
-    keys = None if path is None else APIKeys.from_file(path)
     trimmer = Trimmer()
     endpoints = _Endpoints(models, settings, metrics, trimmer)
     router = Router(endpoints.routes(), redirect_slashes=False)

@@ -24,6 +24,7 @@ from edge.measure.drift import DriftMonitor, read_counts
 
 from .api.protocol import check_decoding
 from .app import create_app
+from .http.access import APIKeys
 from .http.connections import Connections, Listener, possible_connections, raise_file_limit
 from .http.errors import APIError
 from .http.memory import limit_arenas
@@ -77,7 +78,7 @@ class Service:
         is_clean: false if an engine did not stop; the process should then end at once.
 
     Raises:
-        ConfigError, DependencyError: see `create_app`, `Metrics` and `check_decoding`.
+        ConfigError, DependencyError: see `APIKeys`, `Metrics` and `check_decoding`.
     """
 
     def __init__(
@@ -123,7 +124,9 @@ class Service:
         num_connections = possible_connections(settings.max_connections, len(settings.model))
         limits = replace(settings, max_connections=num_connections)
         connections = Connections(num_connections, settings.max_connections_per_address)
-        app = create_app(self.models, limits, self.metrics)
+        path = settings.api_key_file
+        self._keys = None if path is None else APIKeys(path)
+        app = create_app(self.models, limits, self.metrics, self._keys)
         self._server = make_server(app, limits, connections)
         self._socket = _listen(settings.host, settings.port)
         self._socket.on_lack = connections.close_idlest
@@ -249,13 +252,15 @@ class Service:
     # ------------------------------------------------------------------------------- reload
 
     async def reload(self) -> None:
-        """Read the settings again and replace every model whose bundle has changed.
+        """Read keys and settings again and replace every model whose bundle has changed.
 
         An error is logged and ends the reload; what is not yet replaced stays as it is.
         """
         if self._reread is None:
             return
         try:
+            if self._keys is not None:
+                await in_thread(self._keys.reread)
             fresh = self._reread()
             for name, path in fresh.model.items():
                 bundle = path.resolve()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge.errors import ConfigError
-
-_MIN_KEY_CHARS = 8
+from edge.key_file import key_digest, read_key_file
 
 
 @dataclass(frozen=True)
@@ -29,44 +26,26 @@ class Client:
 
 
 class APIKeys:
-    """API keys, compared in constant time.
+    """The API keys of a file, compared in constant time.
 
     Args:
-        keys: pairs of a name and a key.
+        path: the file; see `edge.key_file`.
+
+    Raises:
+        ConfigError: the file cannot be used.
     """
 
-    def __init__(self, keys: Iterable[tuple[str, str]]) -> None:
-        self._clients = [
-            (_digest(key.encode()), Client(name, _digest(key.encode()).hex()[:16]))
-            for name, key in keys
-        ]
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._clients = _read(path)
 
-    @classmethod
-    def from_file(cls, path: Path) -> APIKeys:
-        """Read one key per line, ``NAME:KEY`` or just the key; ``#`` begins a comment line.
+    def reread(self) -> None:
+        """Read the file again; from then on only the keys that are in it now are good.
 
         Raises:
-            ConfigError: the file cannot be read or has no key, or a key is short or repeated.
+            ConfigError: the file cannot be used; the keys stay as they were.
         """
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the API keys of {path} ({error})") from error
-        keys: dict[str, str] = {}
-        for number, line in enumerate(lines, 1):
-            text = line.strip()
-            if not text or text.startswith("#"):
-                continue
-            name, _, key = text.rpartition(":")
-            if len(key) < _MIN_KEY_CHARS or not key.isascii() or key in keys.values():
-                raise ConfigError(
-                    f"line {number} of {path} has no new key of at least {_MIN_KEY_CHARS} ASCII "
-                    "characters; write NAME:KEY"
-                )
-            keys[name or f"key-{number}"] = key
-        if not keys:
-            raise ConfigError(f"{path} has no API key; write one per line, as NAME:KEY")
-        return cls(keys.items())
+        self._clients = _read(self._path)
 
     def find(self, authorization: bytes | None) -> Client | None:
         """Return the client of an ``Authorization: Bearer`` header, or None.
@@ -74,12 +53,18 @@ class APIKeys:
         Every key is compared, so that the time tells nothing about any of them.
         """
         scheme, _, given = (authorization or b"").partition(b" ")
-        digest = _digest(given.strip())
+        digest = key_digest(given.strip())
         found = None
         for key, client in self._clients:
             if hmac.compare_digest(key, digest):
                 found = client
         return found if scheme.lower() == b"bearer" else None
+
+
+def _read(path: Path) -> list[tuple[bytes, Client]]:
+    return [
+        (entry.digest, Client(entry.name, entry.digest.hex()[:16])) for entry in read_key_file(path)
+    ]
 
 
 def address_group(address: str) -> str:
@@ -93,10 +78,6 @@ def address_group(address: str) -> str:
             return str(parsed.ipv4_mapped)
         return str(ipaddress.IPv6Network((parsed, 64), strict=False))
     return address
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 class RateLimit:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from edge.cli.watch import watch
 from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
+from edge.key_file import hashed_line
 from edge.measure.drift import GRIDS, Counts
 from edge.measure.watch import (
     GOLDEN_SET,
@@ -36,7 +37,7 @@ from edge.measure.watch import (
     write_baseline,
 )
 from edge.measure.watch_server import ServerAnswerer, read_api_key
-from tests.conftest import Bundles
+from tests.conftest import Bundles, write_secret
 
 KEY = "a-long-enough-key-of-a-test"
 
@@ -356,15 +357,14 @@ def test_the_proxy_of_the_environment_is_not_asked(stub: Stub, monkeypatch: pyte
     assert ServerAnswerer(stub.url).answer("Where?", 9).text == "Paris"
 
 
-def test_the_first_key_of_a_file(tmp_path: Path):
+def test_the_first_key_of_a_file_that_can_be_sent(tmp_path: Path):
     path = tmp_path / "keys"
-    path.write_text(f"# comment\n\nlocal:{KEY}\nother:key\n")
+    hashed = hashed_line("first", "a-key-of-another-one")
+    write_secret(path, f"# comment\n\n{hashed}\nlocal:{KEY}\nother:other-key\n")
     assert read_api_key(path) == KEY
-    path.write_text("# nothing\n")
-    with pytest.raises(ConfigError, match="holds no API key"):
+    write_secret(path, f"{hashed}\n")
+    with pytest.raises(ConfigError, match=r"only hashes .* add a key for it as NAME:KEY"):
         read_api_key(path)
-    with pytest.raises(ConfigError, match="cannot read the API key file"):
-        read_api_key(tmp_path / "none")
 
 
 # --------------------------------------------------------------------------- the verb
@@ -453,7 +453,7 @@ def test_two_bundles(tiny_bundles: Bundles, golden: Path):
 def test_missing_baselines_are_recorded_once(stub: Stub, golden: Path, tmp_path: Path):
     baseline, traffic, state = (tmp_path / name for name in ("b.json", "t.json", "s.json"))
     keys = tmp_path / "keys"
-    keys.write_text(f"local:{KEY}\n")
+    write_secret(keys, f"local:{KEY}\n")
     arguments = (
         *("--server", stub.url, "--api-key-file", keys, "--golden", golden, "--record-missing"),
         *("--baseline", baseline, "--traffic", traffic, "--state", state, "--text-tokens", "0"),

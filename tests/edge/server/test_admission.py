@@ -21,7 +21,7 @@ import pytest
 from edge.server.http.bodies import FREE_BYTES
 from edge.server.http.connections import SURPLUS
 from edge.server.http.threads import LARGE_BYTES
-from tests.conftest import Bundles
+from tests.conftest import Bundles, write_secret
 from tests.edge.server.attacker import MIB, post
 from tests.edge.server.processes import Child, scripted_child
 from tests.edge.server.scripted import Answer, Live, running
@@ -231,7 +231,7 @@ def test_a_lack_of_descriptors_while_the_model_is_opened(tiny_bundles: Bundles):
 def crowded(tiny_bundles: Bundles, tmp_path: Path) -> Iterator[Live]:
     """Four connections at most, two of an address and two under way for a key."""
     keys = tmp_path / "keys"
-    keys.write_text("a:sk-aaaaaaaa\nb:sk-bbbbbbbb\n")
+    write_secret(keys, "a:sk-aaaaaaaa\nb:sk-bbbbbbbb\n")
     with running(
         tiny_bundles("qwen2"),
         max_connections=4,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import write_secret
 from tests.edge.server.api.test_tools import CALL, WEATHER
 from tests.edge.server.scripted import Live, running
 
@@ -26,7 +27,7 @@ AUTH = {"Authorization": f"Bearer {KEY}"}
 @pytest.fixture(scope="module")
 def served(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text(f"client:{KEY}\n")
+    write_secret(keys, f"client:{KEY}\n")
     with running(tool_bundle, api_key_file=keys, llm={"queue_capacity": 4}) as live:
         live.engine.say(QUESTION, "Hello there.")
         live.engine.say("once", " upon a time")

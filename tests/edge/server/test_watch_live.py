@@ -14,7 +14,7 @@ from edge.errors import EXIT_GATE_MISSED
 from edge.measure.evaluate import EVAL_TEXT
 from edge.measure.watch import eval_text, perplexity
 from edge.measure.watch_server import ServerAnswerer
-from tests.conftest import Bundles
+from tests.conftest import Bundles, write_secret
 from tests.edge.server.scripted import running
 
 KEY = "a-key-of-the-real-service"
@@ -31,7 +31,7 @@ def run(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
 
 def test_a_service_that_forgets(tiny_bundles: Bundles, tmp_path: Path):
     keys, golden = tmp_path / "keys", tmp_path / "golden.jsonl"
-    keys.write_text(f"me:{KEY}\n")
+    write_secret(keys, f"me:{KEY}\n")
     golden.write_text(
         "".join(
             json.dumps({"id": f"q{at}", "prompt": f"Say {at}.", "answer": "yes"}) + "\n"

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.errors import ConfigError
-from edge.server.http.access import APIKeys, RateLimit, address_group
+from edge.key_file import hashed_line
+from edge.server.http.access import RateLimit, address_group
 from edge.server.http.guard import Guard, _Body, _Headers
 from edge.server.settings import ServerSettings
-from tests.conftest import Bundles
+from tests.conftest import Bundles, write_secret
 from tests.edge.server.scripted import Live, running
 
 KEY = "sk-first-key"
@@ -32,7 +33,7 @@ BODY = json.dumps(CHAT).encode()
 def strict(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A service with keys and short times."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text(f"# who may call\nalice:{KEY}\n\nsk-second-key\n")
+    write_secret(keys, f"# who may call\nalice:{KEY}\n\nsk-second-key\n")
     with running(
         tiny_bundles("qwen2"),
         api_key_file=keys,
@@ -124,20 +125,41 @@ def test_health_page_and_readiness_need_no_key(strict: Live):
         assert strict.ask(path).status == 200
 
 
-def test_key_files_that_cannot_be_right(tmp_path: Path):
-    path = tmp_path / "keys"
-    for text in (
-        "",
-        "# only a comment\n",
-        "short\n",
-        "a:sk-12345678\nb:sk-12345678\n",
-        "clé-secrète",
-    ):
-        path.write_text(text)
-        with pytest.raises(ConfigError):
-            APIKeys.from_file(path)
-    with pytest.raises(ConfigError, match="cannot read"):
-        APIKeys.from_file(tmp_path / "absent")
+@pytest.mark.parametrize("form", ["plain", "hashed"])
+def test_keys_are_read_again_at_a_reload(form: str, tiny_bundles: Bundles, tmp_path: Path):
+    def line(name: str) -> str:
+        return f"{name}:sk-of-{name}\n" if form == "plain" else hashed_line(name, f"sk-of-{name}")
+
+    def status(name: str) -> int:
+        headers = {"Authorization": f"Bearer sk-of-{name}"}
+        return live.ask("/v1/models", headers=headers).status
+
+    keys = write_secret(tmp_path / "keys", line("alice"))
+    with running(tiny_bundles("qwen2"), api_key_file=keys) as live:
+        service = live.service
+        service._reread = lambda: service._settings
+
+        def reload() -> None:
+            assert service._loop is not None
+            asyncio.run_coroutine_threadsafe(service.reload(), service._loop).result(30)
+
+        assert (status("alice"), status("bob")) == (200, 401)
+        stored = line("alice").strip().partition(":")[2]
+        for digest in (stored.removeprefix("sha256:"), f"sha256:{stored}", line("alice").strip()):
+            found = live.ask("/v1/models", headers={"Authorization": f"Bearer {digest}"})
+            assert found.status == (200 if digest == "sk-of-alice" else 401)
+        write_secret(keys, line("bob"))
+        assert (status("alice"), status("bob")) == (200, 401)  # nobody said so yet
+        reload()
+        assert (status("alice"), status("bob")) == (401, 200)
+        for wrong in ("", "carol:short"):
+            write_secret(keys, wrong)
+            reload()
+            assert (status("alice"), status("bob")) == (401, 200)  # as it was
+        keys.chmod(0o644)
+        keys.write_text(line("alice"))
+        reload()
+        assert (status("alice"), status("bob")) == (401, 200)
 
 
 def test_an_open_address_needs_a_key_or_an_explicit_word(tmp_path: Path):
@@ -404,7 +426,7 @@ def test_request_ids_go_through_if_they_are_harmless(live: Live):
 
 def test_a_rate_limit_counts_each_key_for_itself(tiny_bundles: Bundles, tmp_path: Path):
     keys = tmp_path / "keys"
-    keys.write_text("a:sk-aaaaaaaa\nb:sk-bbbbbbbb\n")
+    write_secret(keys, "a:sk-aaaaaaaa\nb:sk-bbbbbbbb\n")
     with running(tiny_bundles("qwen2"), api_key_file=keys, rate_limit_rpm=3) as live:
         for key in ("sk-aaaaaaaa", "sk-bbbbbbbb"):
             headers = {"Authorization": f"Bearer {key}"}

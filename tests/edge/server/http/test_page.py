@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edge.server.http.page import load_page, page_headers
-from tests.conftest import Bundles
+from tests.conftest import Bundles, write_secret
 from tests.edge.server.http.page_stub import ATTACK, HOT_CELSIUS, StubServer, page_stub
 from tests.edge.server.scripted import Live, running
 
@@ -405,7 +405,7 @@ REAL_KEY = "a-key-of-the-real-service"
 def real(driver: Any, tiny_bundles: Bundles, tmp_path: Path) -> Iterator[tuple[Browser, Live]]:
     """The page as the service serves it, on an engine that says what it is told to."""
     keys = tmp_path / "keys"
-    keys.write_text(f"me:{REAL_KEY}\n")
+    write_secret(keys, f"me:{REAL_KEY}\n")
     with running(tiny_bundles("qwen2"), api_key_file=keys) as live:
         driver.set_window_size(1280, 800)
         driver.get(live.url)
