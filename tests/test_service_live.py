@@ -1,0 +1,248 @@
+"""The installed service under a real systemd: what the unit promises, seen to happen.
+
+One boot serves all tests, so they stay together and in this order. The units are the installer's
+with the drop-in ``cpu``; what differs is the time of the watchdog, 6 s instead of 30.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge.key_file import hashed_line
+from tests.conftest import Bundles
+from tests.systemd_machine import Machine, until, why_not
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("systemd")]
+
+UNIT, WATCH = "edge-llm@tiny.service", "edge-llm-watch@tiny.service"
+BUNDLE, KEYS = "/var/lib/edge-llm/bundles/tiny", "/etc/edge-llm/api-keys"
+MAX_EXPOSURE = 1.5
+BACK_S = 60.0  # a machine with other work takes a while to load Python and a model
+ROOM = {"max_tokens": 100, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def booted(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    for needed in ("uvicorn", "starlette", "prometheus_client", "llguidance"):
+        pytest.importorskip(needed)
+    reason = why_not(tmp_path_factory.mktemp("probe"))
+    if reason is not None:
+        pytest.skip(reason)
+    with Machine(tmp_path_factory.mktemp("machine"), tiny_bundles("qwen2")) as machine:
+        yield machine
+
+
+@pytest.fixture
+def machine(booted: Machine) -> Machine:
+    """The machine with the service up, whatever the test before has done to it."""
+    if booted.show(UNIT, "ActiveState")["ActiveState"] != "active":
+        booted.call("systemctl", "reset-failed", UNIT)
+        started = booted.call("systemctl", "start", UNIT)
+        assert started.returncode == 0, started.stderr + booted.log(UNIT)
+    return booted
+
+
+def local_key(machine: Machine) -> str:
+    found = re.search(r"^local:(\S+)$", machine.path(KEYS).read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def complete(machine: Machine, **fields: Any) -> dict[str, Any]:
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 3, **fields}
+    status, answer = machine.request("/v1/completions", body, local_key(machine))
+    assert status == 200, answer
+    result: dict[str, Any] = json.loads(answer)
+    return result
+
+
+def main_pid(machine: Machine) -> int:
+    return int(machine.show(UNIT, "MainPID")["MainPID"])
+
+
+def is_ready(machine: Machine) -> bool:
+    try:
+        return machine.request("/ready", timeout=2)[0] == 200
+    except OSError:
+        return False
+
+
+def test_a_start_ends_when_the_model_is_loaded(machine: Machine):
+    """`Type=notify`: no wait, no second try."""
+    assert machine.call("systemctl", "stop", UNIT).returncode == 0
+    assert not is_ready(machine)
+    assert machine.call("systemctl", "start", UNIT).returncode == 0
+    assert is_ready(machine)
+    assert machine.show(UNIT, "SubState", "StatusText") == {
+        "SubState": "running",
+        "StatusText": "serving",
+    }
+
+
+def test_the_service_is_nobody_and_may_nothing(machine: Machine):
+    pid = main_pid(machine)
+    status = machine.path(f"/proc/{pid}/status").read_text()
+    fields = dict(re.findall(r"^(\w+):\s+(.*)$", status, re.MULTILINE))
+    uids = {int(uid) for uid in fields["Uid"].split()}
+    assert len(uids) == 1
+    assert 61184 <= uids.pop() <= 65519  # systemd's range of dynamic users
+    assert {int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {0}
+    assert fields["NoNewPrivs"] == "1"
+    assert fields["Seccomp"] == "2"  # a filter
+    # Where it is, not even root could write.
+    inside = ("nsenter", f"--target={pid}", "--mount", "--wd=/", "touch")
+    for place in ("/etc", "/usr", "/opt/edge-llm", "/var/lib/edge-llm", BUNDLE, "/sys"):
+        assert "Read-only" in machine.call(*inside, f"{place}/x").stderr, place
+    assert machine.call(*inside, "/var/cache/edge-llm/tiny/x").returncode == 0
+    assert list(Path(f"/proc/{machine.pid}/root/proc/{pid}/root/root").iterdir()) == []
+
+
+def test_systemd_counts_it_as_hardly_exposed(machine: Machine):
+    for unit in (UNIT, WATCH):
+        text = machine.ask("systemd-analyze", "security", "--no-pager", unit)
+        found = re.search(r"Overall exposure level for \S+: ([\d.]+)", text)
+        assert found, text
+        assert float(found[1]) <= MAX_EXPOSURE
+
+
+def test_its_keys_are_credentials(machine: Machine):
+    assert machine.request("/v1/models")[0] == 401
+    assert machine.request("/v1/models", key="not-one-of-them")[0] == 401
+    assert machine.request("/v1/models", key=local_key(machine))[0] == 200
+    assert machine.path(KEYS).stat().st_mode & 0o777 == 0o600
+    link = machine.ask("readlink", "/run/edge-llm-tiny/api-keys")
+    assert link == f"/run/credentials/{UNIT}/api-keys"
+
+
+def test_what_runs_in_a_limited_child_runs_under_the_filter(machine: Machine):
+    """A grammar, and a chat template that is not known."""
+    good = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    bomb = {"type": "integer", "multipleOf": 999_983}  # compiles for minutes
+    for schema, wanted in ((good, 200), (bomb, 400)):
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "hello world"}],
+            "max_tokens": 40,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "one", "strict": True, "schema": schema},
+            },
+        }
+        status, answer = machine.request("/v1/chat/completions", body, local_key(machine))
+        assert status == wanted, answer
+        assert (b"simplify it" in answer) == (wanted == 400)
+    assert is_ready(machine)
+
+
+def test_a_reload_reads_the_keys_again(machine: Machine):
+    pid, old = main_pid(machine), local_key(machine)
+    text = machine.path(KEYS).read_text()
+    machine.path(KEYS).write_text(hashed_line("new", "sk-a-new-key-of-the-tests") + "\n")
+    try:
+        assert machine.request("/v1/models", key=old)[0] == 200
+        reloaded = machine.call("systemctl", "reload", UNIT)
+        assert reloaded.returncode == 0, reloaded.stderr
+        until(lambda: machine.request("/v1/models", key=old)[0] == 401, BACK_S)
+        assert machine.request("/v1/models", key="sk-a-new-key-of-the-tests")[0] == 200
+        owner, mode = machine.ask("stat", "--format=%u %a", "/run/edge-llm-tiny/api-keys").split()
+        assert int(owner) >= 61184
+        assert mode == "400"
+        machine.path(KEYS).rename(machine.path(f"{KEYS}.away"))
+        assert machine.call("systemctl", "reload", UNIT).returncode != 0
+        machine.path(f"{KEYS}.away").rename(machine.path(KEYS))
+        assert machine.request("/v1/models", key="sk-a-new-key-of-the-tests")[0] == 200
+    finally:
+        machine.path(KEYS).write_text(text)
+    assert machine.call("systemctl", "reload", UNIT).returncode == 0
+    until(lambda: machine.request("/v1/models", key=old)[0] == 200, BACK_S)
+    assert main_pid(machine) == pid  # nothing was restarted
+
+
+def test_the_watch_records_and_compares(machine: Machine):
+    golden = [{"id": f"q{at}", "prompt": f"Say {at}."} for at in range(4)]
+    lines = "".join(json.dumps(item) + "\n" for item in golden)
+    machine.path("/etc/edge-llm/golden.jsonl").write_text(lines)
+    machine.path("/etc/edge-llm/tiny.watch").write_text(
+        "EDGE_LLM_WATCH_ARGS=--server http://127.0.0.1:8000 --golden /etc/edge-llm/golden.jsonl"
+        " --max-tokens 8 --text-tokens 64\n"
+    )
+    for wanted in ("recorded 4 answers", "wrong_rate"):
+        started = machine.call("systemctl", "start", WATCH)
+        assert started.returncode == 0, machine.log(WATCH)
+        assert wanted in machine.log(WATCH)
+    assert machine.call("systemctl", "start", "edge-llm-watch@tiny.timer").returncode == 0
+    timer = machine.show("edge-llm-watch@tiny.timer", "ActiveState", "NextElapseUSecRealtime")
+    assert timer["ActiveState"] == "active"
+    assert " 03:" in timer["NextElapseUSecRealtime"]  # of the night, and up to half an hour later
+
+
+def test_a_killed_service_comes_back(machine: Machine):
+    pid, restarts = main_pid(machine), int(machine.show(UNIT, "NRestarts")["NRestarts"])
+    machine.call("systemctl", "kill", "--kill-whom=main", "--signal=KILL", UNIT)
+    until(lambda: main_pid(machine) not in (0, pid) and is_ready(machine), BACK_S)
+    assert int(machine.show(UNIT, "NRestarts")["NRestarts"]) == restarts + 1
+    assert complete(machine)["usage"]["completion_tokens"] >= 1
+
+
+def test_a_hung_service_is_ended_and_comes_back(machine: Machine):
+    pid = main_pid(machine)
+    machine.call("systemctl", "kill", "--kill-whom=main", f"--signal={signal.SIGSTOP.value}", UNIT)
+    until(lambda: main_pid(machine) not in (0, pid) and is_ready(machine), BACK_S)
+    assert f"{UNIT}: Watchdog timeout (limit 6s)!" in machine.log(UNIT)
+    assert complete(machine)["usage"]["completion_tokens"] >= 1
+
+
+def test_a_stop_lets_running_answers_finish(machine: Machine):
+    answers: list[tuple[int, Any]] = []
+    key = local_key(machine)
+
+    def ask() -> None:
+        body = {"model": "tiny", "prompt": "a", "n": 16, **ROOM}
+        status, answer = machine.request("/v1/completions", body, key)
+        answers.append((status, json.loads(answer)))
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    until(lambda: b"edgellm_requests_running 0" not in machine.request("/metrics", key=key)[1], 30)
+    stopped = machine.call("systemctl", "stop", UNIT)
+    assert stopped.returncode == 0, stopped.stderr
+    for client in clients:
+        client.join(60)
+    assert [status for status, _ in answers] == [200] * 4
+    for _, answer in answers:
+        assert answer["usage"]["completion_tokens"] == 16 * 100
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    running = re.findall(r"stopping; (\d+) requests may take", machine.log(UNIT))
+    assert int(running[-1]) >= 1, "nothing was running any more"
+    assert machine.show(UNIT, "ActiveState", "Result") == {
+        "ActiveState": "inactive",
+        "Result": "success",
+    }
+
+
+def test_a_damaged_bundle_is_said_once(machine: Machine):
+    assert machine.call("systemctl", "stop", UNIT).returncode == 0
+    weights = machine.path(f"{BUNDLE}/embeddings.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        assert machine.call("systemctl", "start", UNIT).returncode != 0
+        state = machine.show(UNIT, "ActiveState", "ExecMainStatus", "NRestarts")
+        assert state["ActiveState"] == "failed"
+        assert state["ExecMainStatus"] == "65"
+        assert state["NRestarts"] == "0"  # no storm
+        last = machine.log(UNIT).splitlines()[-8:]
+        assert any("error: " in line and "embeddings.safetensors" in line for line in last), last
+    finally:
+        weights.write_bytes(whole)
+    assert machine.call("systemctl", "start", UNIT).returncode == 0
+    assert is_ready(machine)
