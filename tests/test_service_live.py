@@ -113,6 +113,28 @@ def test_systemd_counts_it_as_hardly_exposed(machine: Machine):
         assert float(found[1]) <= MAX_EXPOSURE
 
 
+def test_the_installer_sets_limits_that_fit_the_bundle(machine: Machine):
+    """The installer itself, in the machine, a second time: it also enables and restarts."""
+    installer = ("/opt/checkout/scripts/install-service", "tiny", "--no-venv", "--with", "cpu")
+    installed = machine.call("bash", *installer)
+    assert installed.returncode == 0, installed.stderr
+    assert "40-limits.conf" in installed.stdout
+    assert is_ready(machine)
+    shown = machine.show(UNIT, "MemoryHigh", "MemoryMax", "TasksMax", "TasksCurrent", "MainPID")
+    high, most = int(shown["MemoryHigh"]), int(shown["MemoryMax"])
+    assert 1 << 30 < high < most < 8 << 30
+    status = machine.path(f"/proc/{shown['MainPID']}/status").read_text()
+    resident = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert resident
+    assert int(resident[1]) << 10 < high / 2
+    threads = re.search(r"Threads:\s+(\d+)", status)
+    assert threads
+    assert int(threads[1]) < int(shown["TasksMax"]) / 2
+    again = machine.call("bash", *installer)
+    assert "wrote" not in again.stdout
+    assert machine.ask("systemctl", "is-enabled", UNIT) == "enabled"
+
+
 def test_its_keys_are_credentials(machine: Machine):
     assert machine.request("/v1/models")[0] == 401
     assert machine.request("/v1/models", key="not-one-of-them")[0] == 401

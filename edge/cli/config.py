@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from edge.config_file import load_settings
+from edge.errors import ConfigError
 from edge.server.settings import ServerSettings
 
 from . import echo_json
@@ -43,6 +44,29 @@ def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) ->
         # TOML has no null, so what is not set is a comment.
         line = f"# {name} is not set" if value is None else f"{name:{width}} = {_toml(value)}"
         click.echo(f"{line:60}  # {resolved.origins[name]}" if origin else line)
+
+
+@config.command()
+@config_option
+@settings_options(ServerSettings)
+def unit(config_file: Path | None, **flags: Any) -> None:
+    """Print a drop-in for systemd: limits of memory and tasks, planned for the bundles.
+
+    Takes the flags of serve. scripts/install-service writes it for each service.
+    """
+    from edge.server.models.limits import unit_limits
+
+    settings = load_settings(
+        ServerSettings, file=config_file or default_config(), environ=os.environ, flags=flags
+    ).settings
+    if not settings.model:
+        raise ConfigError("there is no bundle to plan for; name one with --model NAME=BUNDLE")
+    limits = unit_limits(settings)
+    click.echo("# Made by edge-llm config unit, from the settings and the bundles that they name.")
+    click.echo("[Service]")
+    click.echo(f"MemoryHigh={limits.memory_high_bytes}")
+    click.echo(f"MemoryMax={limits.memory_max_bytes}")
+    click.echo(f"TasksMax={limits.tasks_max}")
 
 
 def _toml(value: Any) -> str:

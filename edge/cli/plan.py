@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from edge.bundle.manifest import Dialect
-    from edge.planner.plan import Plan
+    from edge.planner.plan import Device, Plan
+    from edge.planner.speed import Efficiency
 
 device_option = click.option(
     "--device",
@@ -90,18 +92,13 @@ def plan(
     MODEL is a bundle, a directory with a config.json, a config.json, or one of r1-qwen-1.5b,
     r1-qwen-7b, r1-llama-8b and r1-qwen3-8b, also under the names that pull knows.
     """
-    from edge.planner.calibration import calibrated
     from edge.planner.memory import Deployment
     from edge.planner.models import BUILT_IN, check_tokenizers, find_model
     from edge.planner.picture import draw_plan
-    from edge.planner.plan import CPU, find_device, make_plan
-    from edge.planner.speed import FITTED
+    from edge.planner.plan import CPU, make_plan
 
     planned = find_model(model)
-    if calibrate is None:
-        target, efficiency = find_device(device, power_mode), FITTED
-    else:
-        target, efficiency = calibrated(calibrate, device, power_mode)
+    target, efficiency = take_device(device, power_mode, calibrate)
     if kv_capacity is None:
         # What the export would take; of a config.json nobody knows whether the model reasons.
         kv_capacity = (
@@ -139,6 +136,28 @@ def plan(
     _print(result)
     if svg is not None:
         click.echo(f"drawn: {svg}", err=True)
+
+
+def take_device(
+    device: str | None, power_mode: str | None, calibrate: Path | None
+) -> tuple[Device, Efficiency]:
+    """Find the device of the options; the memory of ``cpu`` is what this machine has left now.
+
+    Raises:
+        ConfigError: see `find_device` and `calibrated`.
+    """
+    from edge.device.telemetry import read_available_memory_bytes
+    from edge.planner.calibration import calibrated
+    from edge.planner.plan import CPU, find_device
+    from edge.planner.speed import FITTED
+
+    if calibrate is None:
+        target, efficiency = find_device(device, power_mode), FITTED
+    else:
+        target, efficiency = calibrated(calibrate, device, power_mode)
+    if target.name == CPU:
+        target = dataclasses.replace(target, usable_bytes=read_available_memory_bytes())
+    return target, efficiency
 
 
 def make_table(title: str, *columns: str) -> Table:

@@ -13,7 +13,7 @@ from edge.errors import EXIT_GATE_MISSED, ConfigError
 
 from . import echo_json
 from .options import Finite
-from .plan import calibrate_option, device_option, make_table, power_mode_option
+from .plan import calibrate_option, device_option, make_table, power_mode_option, take_device
 
 if TYPE_CHECKING:
     from edge.planner.recommend import Candidate, Recommendation
@@ -111,18 +111,13 @@ def recommend(
 
     Exit code 3 if nothing meets every wish.
     """
-    from edge.planner.calibration import calibrated
     from edge.planner.memory import Deployment
     from edge.planner.models import BUILT_IN
-    from edge.planner.plan import CPU, find_device
+    from edge.planner.plan import CPU
     from edge.planner.recommend import Wish
     from edge.planner.recommend import recommend as choose
-    from edge.planner.speed import FITTED
 
-    if calibrate is None:
-        target, efficiency = find_device(device, power_mode), FITTED
-    else:
-        target, efficiency = calibrated(calibrate, device, power_mode)
+    target, efficiency = take_device(device, power_mode, calibrate)
     wish = Wish(
         tpot_s=None if latency_ms is None else latency_ms / 1e3,
         ttft_s=None if ttft_ms is None else ttft_ms / 1e3,

@@ -30,6 +30,8 @@ from types import TracebackType
 
 import msgspec
 
+from .cgroup import read_room_bytes
+
 # Rails that see the module's whole input (Orin NX and Nano, Thor, TX2 and older), best first.
 _INPUT_RAILS = ("VIN", "VDD_IN", "POM_5V_IN")
 # AGX Orin has no such rail. These three are fed side by side; VDDQ_VDD2_1V8AO (the memory) is fed
@@ -56,6 +58,8 @@ class Snapshot(msgspec.Struct, frozen=True):
         throttled_by: the cooling devices that do, e.g. ``gpu-throttle-alert``.
         over_current_events: since boot; each one cuts the clocks for a moment.
         memory_total_bytes, memory_available_bytes: system memory, which on Orin is the GPU's too.
+        memory_room_bytes: what this process can have: the available bytes, or less where a control
+            group limits it.
         process_rss_bytes: resident memory of this process.
     """
 
@@ -75,6 +79,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     over_current_events: int | None = None
     memory_total_bytes: int | None = None
     memory_available_bytes: int | None = None
+    memory_room_bytes: int | None = None
     process_rss_bytes: int | None = None
 
 
@@ -104,7 +109,8 @@ def read_snapshot(root: Path = Path("/")) -> Snapshot:
         throttled_by=alerts or (),
         over_current_events=_read_over_current_events(root),
         memory_total_bytes=read_kib(root / "proc/meminfo", "MemTotal"),
-        memory_available_bytes=read_available_memory_bytes(root),
+        memory_available_bytes=_available_bytes(root),
+        memory_room_bytes=read_available_memory_bytes(root),
         process_rss_bytes=read_kib(root / "proc/self/status", "VmRSS"),
     )
 
@@ -131,7 +137,15 @@ def read_jetpack(root: Path = Path("/")) -> str | None:
 
 
 def read_available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """``MemAvailable``: memory of the system that can be had without swapping."""
+    """Memory that this process can have without swapping.
+
+    That is ``MemAvailable``, or less where a control group limits it.
+    """
+    system, group = _available_bytes(root), read_room_bytes(root)
+    return min((size for size in (system, group) if size is not None), default=None)
+
+
+def _available_bytes(root: Path) -> int | None:
     return read_kib(root / "proc/meminfo", "MemAvailable")
 
 

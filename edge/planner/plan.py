@@ -49,7 +49,7 @@ class Device:
     Attributes:
         name: name of a module, or ``cpu``.
         mode: its clocks; None for a CPU whose bandwidth nobody measured.
-        usable_bytes: memory that programs can have; None for a CPU.
+        usable_bytes: memory that programs can have; None where it is not known.
     """
 
     name: str

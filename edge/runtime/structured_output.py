@@ -50,7 +50,7 @@ _SCHEMA_OPTIONS = {"lenient": False, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{
 _CACHED_GRAMMARS = 32
 _CHECK = "edge.runtime.grammar_check:work"
 _CHECK_NICE = 10  # the engine decodes for others meanwhile
-_CHECK_MEMORY_BYTES = 1 << 30
+CHECK_MEMORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class GrammarCompiler:
         return matcher
 
     def _check(self, kind: OutputKind, grammar: str) -> None:
-        limits = Limits(self._limits.compile_s, _CHECK_MEMORY_BYTES, nice=_CHECK_NICE)
+        limits = Limits(self._limits.compile_s, CHECK_MEMORY_BYTES, nice=_CHECK_NICE)
         task = GrammarTask(grammar, list(self._tokenizer.control_tokens))
         try:
             # A child for each: what one grammar leaves in memory is not taken from the next.
@@ -402,7 +402,7 @@ def _refuse(kind: OutputKind, why: str) -> NoReturn:
 def _refuse_cost(kind: OutputKind, limits: GrammarLimits) -> NoReturn:
     raise RequestError(
         f"the {_NOUNS[kind]} takes more than {limits.compile_s} s or "
-        f"{_CHECK_MEMORY_BYTES >> 20} MiB to compile; simplify it: what costs most are patterns "
+        f"{CHECK_MEMORY_BYTES >> 20} MiB to compile; simplify it: what costs most are patterns "
         "that are joined (allOf, &), a large multipleOf and large counts of repetition"
     )
 

@@ -282,7 +282,7 @@ class Service:
         """Return the memory for a second model beside the open ones; None if it is not known."""
         settings = self._settings
         if settings.memory_budget_mb is None:
-            return self._telemetry().memory_available_bytes
+            return self._telemetry().memory_room_bytes
         sizes = settings.num_slots, settings.kv_capacity, settings.prefill
         taken = [
             need_bytes(model.llm.manifest, *sizes, model.llm.draft_manifest)

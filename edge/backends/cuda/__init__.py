@@ -265,7 +265,8 @@ class Device:
         """Free and all bytes of device memory.
 
         On an integrated GPU the driver counts the page cache as used, though the kernel gives it
-        up on demand (NVIDIA, CUDA for Tegra): there the free bytes are at least ``MemAvailable``.
+        up on demand (NVIDIA, CUDA for Tegra): there the free bytes are at least what
+        `read_available_memory_bytes` says.
         """
         free, total = self.call("ask for free memory", self.driver.mem_get_info)
         if self.integrated:

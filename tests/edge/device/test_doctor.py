@@ -77,7 +77,7 @@ class FakeMachine(Machine):
     def snapshot(self) -> Snapshot:
         found = super().snapshot()
         if self.memory is not None:
-            found = msgspec.structs.replace(found, memory_available_bytes=self.memory)
+            found = msgspec.structs.replace(found, memory_room_bytes=self.memory)
         return found
 
     def architecture(self) -> str:

@@ -42,6 +42,7 @@ def test_agx_orin_with_jetpack_6(tmp_path: Path):
         over_current_events=5,
         memory_total_bytes=64350472 * 1024,
         memory_available_bytes=51200000 * 1024,
+        memory_room_bytes=51200000 * 1024,
         process_rss_bytes=123456 * 1024,
     )
 

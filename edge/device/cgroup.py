@@ -1,0 +1,111 @@
+"""Reads how much memory the control groups of this process leave it: containers, systemd units.
+
+``/proc/meminfo`` is the machine's. A group's limit holds for all that is in it, and each of its
+parents may have a smaller one, so the whole chain counts:
+
+=====  ==================================  ==============================================
+v2     ``memory.max``, ``memory.high``     ``memory.current``, ``inactive_file`` of
+                                           ``memory.stat``
+v1     ``memory.limit_in_bytes``           ``memory.usage_in_bytes``, ``total_inactive_file``
+=====  ==================================  ==============================================
+
+Above ``memory.high`` processes are held up until they are unusable, so that is a limit, too. File
+pages that nobody uses any more count as free, as they do in ``MemAvailable``. A kernel may have
+both versions mounted, with memory in one of them (systemd's hybrid hierarchy).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_UNLIMITED = 1 << 60  # v1 has no word for it, only a number near 2**63
+
+
+class _Version(NamedTuple):
+    limits: tuple[str, ...]
+    usage: str
+    reclaimable: str
+
+
+_V2 = _Version(("memory.max", "memory.high"), "memory.current", "inactive_file")
+_V1 = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+
+
+def read_room_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes that this process can take before a group's limit is met; None if nothing limits it.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    rooms = [
+        room
+        for version, group, top in _groups(root)
+        for directory in _chain(group, top)
+        if (room := _room(directory, version)) is not None
+    ]
+    return min(rooms, default=None)
+
+
+def _groups(root: Path) -> Iterator[tuple[_Version, Path, Path]]:
+    """This process's groups that can limit memory, each with the top of what is mounted of them."""
+    paths = {}
+    for line in _lines(root / "proc/self/cgroup"):
+        number, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if "memory" in controllers.split(","):
+            paths[_V1] = path
+        elif number == "0" and not controllers:
+            paths[_V2] = path
+    for line in _lines(root / "proc/self/mountinfo"):
+        fields, _, rest = line.partition(" - ")
+        before, after = fields.split(), rest.split()
+        if len(before) < 5 or len(after) < 3:
+            continue
+        is_v1 = after[0] == "cgroup" and "memory" in after[2].split(",")
+        version = _V1 if is_v1 else _V2 if after[0] == "cgroup2" else None
+        if version is None or version not in paths:
+            continue
+        part, top = _unescape(before[3]), root / _unescape(before[4]).lstrip("/")
+        below = paths[version].removeprefix(part.rstrip("/")).lstrip("/")
+        inside = paths[version].startswith(part) and ".." not in Path(below).parts
+        yield version, top / below if inside else top, top
+
+
+def _chain(group: Path, top: Path) -> Iterator[Path]:
+    yield group
+    while group != top:
+        group = group.parent
+        yield group
+
+
+def _room(group: Path, version: _Version) -> int | None:
+    limits = [limit for name in version.limits if (limit := _number(group / name)) is not None]
+    usage = _number(group / version.usage)
+    if usage is None or not limits or min(limits) >= _UNLIMITED:
+        return None
+    stat = dict(line.split(" ", 1) for line in _lines(group / "memory.stat") if " " in line)
+    used = usage - (_parse(stat.get(version.reclaimable, "")) or 0)
+    return max(0, min(limits) - max(0, used))
+
+
+def _number(path: Path) -> int | None:
+    """A file's number; None for ``max``, or where there is none."""
+    return _parse("".join(_lines(path)))
+
+
+def _parse(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[0-9]{1,20}", text) else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8", "replace").splitlines()
+    except OSError:  # not there, or a group that has just ended
+        return []
+
+
+def _unescape(path: str) -> str:
+    """Undo what ``/proc/self/mountinfo`` does to spaces and backslashes."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)

@@ -1,0 +1,110 @@
+"""How much memory and how many threads a service may need: limits for its systemd unit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from edge.backends.ort.int8_prompts import int8_bytes
+from edge.bundle.engine_file import find_engines
+from edge.bundle.manifest import Manifest, read_manifest
+from edge.device.nodes import find_gpu_node
+from edge.planner.memory import (
+    BackendKind,
+    Deployment,
+    ProcessMemory,
+    plan_process_memory,
+    plan_process_pair,
+)
+from edge.planner.weights import manifest_linears
+from edge.runtime.structured_output import CHECK_MEMORY_BYTES
+from edge.server.settings import ServerSettings
+from edge.text.chat_template import TEMPLATE_LIMITS
+
+# The plan is of the engine at its peak. A prompt's text, logits of scores and what malloc keeps of
+# them are not in it, nor is what the plan is wrong by (docs/planner.md).
+_PLAN_MARGIN = 1.25
+_BODY_FACTOR = 4  # a body, its JSON, its texts, its tokens
+_MAX_FACTOR = 1.25  # from where processes are held up to where they are ended
+_TASKS = 128  # the loop, its workers, children, and libraries that start threads of their own
+_TASKS_PER_CORE = 4  # two sessions of a bundle, and of a draft
+
+
+@dataclass(frozen=True)
+class UnitLimits:
+    """What systemd should let a service have.
+
+    Attributes:
+        memory_high_bytes: more than all that is planned; beyond it the kernel reclaims and waits.
+        memory_max_bytes: the service is ended beyond this.
+        tasks_max: threads and processes.
+    """
+
+    memory_high_bytes: int
+    memory_max_bytes: int
+    tasks_max: int
+
+
+def unit_limits(settings: ServerSettings, num_cores: int | None = None) -> UnitLimits:
+    """Plan the limits of a service that has these settings.
+
+    Args:
+        settings: of the service, with the bundles that it serves.
+        num_cores: cores that it computes on; None asks the system.
+
+    Raises:
+        BundleError: the manifest of a bundle cannot be read.
+        ConfigError: a bundle has no weights for ``prefill``.
+    """
+    draft = None if settings.draft is None else read_manifest(settings.draft)
+    plans = []
+    for bundle in settings.model.values():
+        manifest = read_manifest(bundle)
+        on_cpu = _computes_on_cpu(settings, has_engine=bool(find_engines(bundle)))
+        plans.append(_plan(settings, manifest, draft, on_cpu=on_cpu))
+    children = TEMPLATE_LIMITS.memory_bytes + CHECK_MEMORY_BYTES
+    bodies = _BODY_FACTOR * settings.max_inflight_body_bytes
+    high = int(_PLAN_MARGIN * _together(plans)) + children + bodies
+    cores = num_cores or os.cpu_count() or 1
+    return UnitLimits(
+        memory_high_bytes=high,
+        memory_max_bytes=int(_MAX_FACTOR * high),
+        tasks_max=_TASKS + _TASKS_PER_CORE * cores * max(1, len(plans)),
+    )
+
+
+def _computes_on_cpu(settings: ServerSettings, *, has_engine: bool) -> bool:
+    if settings.backend != "auto":
+        return settings.backend == "ort-cpu"
+    if settings.engine.cpu_option is not None:
+        return True
+    return find_gpu_node() is None and not has_engine
+
+
+def _plan(
+    settings: ServerSettings, manifest: Manifest, draft: Manifest | None, *, on_cpu: bool
+) -> ProcessMemory:
+    backend: BackendKind = "ort-cpu" if on_cpu else "tensorrt"
+
+    def plan(each: Manifest, capacity: int) -> ProcessMemory:
+        step = min(settings.prefill_chunk, capacity)
+        deployment = Deployment(backend, settings.num_slots, capacity, step, each.dialect)
+        linears = manifest_linears(each)
+        return plan_process_memory(each.model, linears, each.rope_positions, deployment)
+
+    capacity = settings.kv_capacity or manifest.kv_capacity
+    beside = None if draft is None else plan(draft, min(capacity, draft.rope_positions))
+    planned = plan_process_pair(plan(manifest, capacity), beside)
+    # While the session packs them, they are there twice.
+    extra = 2 * int8_bytes(manifest) if settings.prefill == "int8" else 0
+    return replace(planned, load_peak=planned.load_peak + extra)
+
+
+def _together(plans: Iterable[ProcessMemory]) -> int:
+    """Bytes of several bundles in one process, opened one after the other."""
+    before = most = 0
+    for plan in plans:
+        most = max(most, before + plan.load_peak)
+        before += plan.process_bytes - (plan.python if before else 0)
+    return max(most, before)
