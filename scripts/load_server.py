@@ -125,15 +125,21 @@ class Load:
             if status == 429:
                 await asyncio.sleep(0.5)
 
+    def _request(self, kind: str) -> bytes:
+        if kind == "bad":
+            return bad(self._rng)
+        if kind == "leaves":
+            kind = self._rng.choice(("chat_stream", "chat", "text"))
+        return good(kind, self._rng)
+
     async def _ask(self, kind: str) -> int:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         try:
+            writer.write(self._request(kind))
             if kind == "leaves":
-                writer.write(good(self._rng.choice(("chat_stream", "chat", "text")), self._rng))
                 await writer.drain()
                 await asyncio.sleep(self._rng.random() * 0.3)
                 return 0
-            writer.write(bad(self._rng) if kind == "bad" else good(kind, self._rng))
             answer = await reader.read()
             while piece := await reader.read():
                 answer += piece

@@ -1,11 +1,12 @@
 """Hostile clients in a process of their own, until standard input ends; then counts of answers.
 
-``python -m tests.edge.server.attacker KIND PORT NUM ADDRESS...``
+``python -m tests.edge.server.attacker KIND PORT NUM ADDRESS...``; EDGE_LLM_ATTACKER_KEY is a key.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 import threading
@@ -45,8 +46,10 @@ TEXTS: tuple[tuple[str, object], ...] = (
 
 
 def post(path: str, data: bytes, length: int | None = None) -> bytes:
+    key = os.environ.get("EDGE_LLM_ATTACKER_KEY")
+    allowed = f"Authorization: Bearer {key}\r\n" if key else ""
     return (
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{allowed}Content-Type: application/json\r\n"
         f"Content-Length: {len(data) if length is None else length}\r\nConnection: close\r\n\r\n"
     ).encode() + data
 
