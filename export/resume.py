@@ -213,10 +213,24 @@ def _save(directory: Path, key: str, finished: Finished, files: Sequence[DataFil
     assert finished.hidden is not None
     lengths = {file.path.name: file.sync() for file in files}
     arrays = {f"factors.{name}": values for name, values in finished.factors.items()}
-    with (directory / _arrays_name(finished.blocks)).open("wb") as file:
-        np.savez(file, hidden=finished.hidden, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
+    saved = directory / _arrays_name(finished.blocks)
+    temp = directory / f"{STATE_NAME}.tmp"
+    try:
+        with saved.open("wb") as file:
+            np.savez(file, hidden=finished.hidden, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        write_durably(temp, _encode(key, finished, lengths))
+        temp.replace(directory / STATE_NAME)
+    except OSError:  # a full disk would stay full
+        temp.unlink(missing_ok=True)
+        saved.unlink(missing_ok=True)
+        raise
+    fsync(directory)
+    (directory / _arrays_name(finished.blocks - 1)).unlink(missing_ok=True)
+
+
+def _encode(key: str, finished: Finished, lengths: dict[str, int]) -> bytes:
     stored = _Stored(
         key=key,
         finished=finished.blocks,
@@ -225,11 +239,7 @@ def _save(directory: Path, key: str, finished: Finished, files: Sequence[DataFil
         infos=dict(finished.infos),
         peaks={name: value.hex() for name, value in finished.peaks.items()},
     )
-    temp = directory / f"{STATE_NAME}.tmp"
-    write_durably(temp, msgspec.json.encode(stored))
-    temp.replace(directory / STATE_NAME)
-    fsync(directory)
-    (directory / _arrays_name(finished.blocks - 1)).unlink(missing_ok=True)
+    return msgspec.json.encode(stored)
 
 
 def _leave(directory: Path, saved: int) -> None:

@@ -7,8 +7,9 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from edge.errors import BundleError, ConfigError
 
@@ -127,6 +128,71 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, write: Callable[[BinaryIO], object], *, mode: int) -> None:
+    """Write a file beside ``path`` and swap: whenever this ends, ``path`` is whole, old or new.
+
+    What fails leaves nothing behind. What is killed leaves one file (`temp_path`), which the next
+    call or `sweep_temp` takes away.
+
+    Args:
+        path: the file; its directory is there.
+        write: writes the content.
+        mode: rights of the file.
+
+    Raises:
+        ConfigError: another process is writing the same file.
+        OSError: it cannot be written.
+    """
+    temp = temp_path(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(temp, flags, 0o600), "wb") as file:
+        if not _lock(file.fileno(), temp):
+            raise ConfigError(f"another process is writing {path}; wait until it ends")
+        try:
+            file.truncate(0)
+            write(file)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+            temp.replace(path)
+        except BaseException:
+            temp.unlink(missing_ok=True)  # a full disk would stay full
+            raise
+    fsync(path.parent)
+
+
+def temp_path(path: Path) -> Path:
+    """The hidden file beside ``path`` that `replace_durably` writes first."""
+    return path.with_name(f".{path.name}.tmp")  # a fixed name: a killed process leaves one at most
+
+
+def sweep_temp(temp: Path) -> None:
+    """Remove what a killed `replace_durably` left, if no living one is writing it.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    try:
+        descriptor = os.open(temp, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return  # none is there, or it is no file of ours
+    try:
+        if _lock(descriptor, temp):
+            temp.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Lock an open file, if it is still the one at ``path``; the kernel unlocks what is killed."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between our open and our lock the last holder may have renamed it to the real file.
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def fsync(path: Path) -> None:

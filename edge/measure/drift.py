@@ -24,8 +24,6 @@ bin, so that an empty one costs no infinity.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge.bundle.update import replace_durably
 from edge.errors import ConfigError
 from edge.figures import geometric_edges
 from edge.files import MALFORMED, read_file
@@ -320,19 +319,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all: a reader never sees half of it.
 
     Raises:
-        ConfigError: the directory is missing or full, or not writable.
+        ConfigError: the directory is missing or full, or not writable, or another process is
+            writing the file.
     """
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)  # a metrics collector of another user reads it
-            Path(name).replace(path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            raise
+        # A metrics collector of another user reads it.
+        replace_durably(path, lambda file: file.write(data), mode=0o644)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error

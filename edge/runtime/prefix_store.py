@@ -10,7 +10,6 @@ SHA-256 (32 bytes), the rows in C order.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import math
@@ -28,7 +27,7 @@ from edge.backends import Backend, Floats
 from edge.backends.step import prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
-from edge.bundle.update import fsync
+from edge.bundle.update import fsync, replace_durably, sweep_temp, temp_path
 from edge.errors import ConfigError, ContextLengthError, RequestError, ResourceError
 from edge.files import MALFORMED, open_file
 
@@ -189,7 +188,17 @@ class PrefixStore:
             file.write(head)
             file.write(rows.data)
 
-        _replace_durably(path, write)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for temp in self.directory.glob(".*.kv.tmp"):
+                if temp != temp_path(path):
+                    sweep_temp(temp)
+            # Only its owner may read it, as what it holds was made from a prompt.
+            replace_durably(path, write, mode=0o600)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write {path}: {error.strerror}; free disk space, or name another directory"
+            ) from error
         self._entries[name] = list(ids), path
         return path
 
@@ -212,6 +221,7 @@ class PrefixStore:
         _check_name(name)
         self._entries.pop(name, None)
         path = self.directory / f"{name}.kv"
+        sweep_temp(temp_path(path))
         if not path.exists():
             return False
         path.unlink()
@@ -323,41 +333,3 @@ def _check_name(name: str) -> None:
         raise ConfigError(
             f"{name!r:.80} cannot be a prefix's name; use 1 to 64 letters, digits, '-' and '_'"
         )
-
-
-def _replace_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write beside ``path`` and swap: whenever this ends, ``path`` is whole, old or new.
-
-    The file is readable by its owner only, as what it holds was made from a prompt.
-    """
-    temp = path.with_name(f".{path.name}.tmp")  # a fixed name, so a killed build leaves one at most
-    descriptor = -1
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            _lock(file, temp, path)
-            file.truncate(0)
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            temp.replace(path)
-        fsync(path.parent)
-    except OSError as error:
-        if descriptor >= 0:  # a full disk would stay full
-            temp.unlink(missing_ok=True)
-        raise ResourceError(
-            f"cannot write {path}: {error.strerror}; free disk space, or name another directory"
-        ) from error
-
-
-def _lock(file: BinaryIO, temp: Path, path: Path) -> None:
-    """Lock the file; the kernel unlocks it however the process ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between our open and our lock the last holder may have renamed it to the real file.
-        if os.path.samestat(os.fstat(file.fileno()), temp.lstat()):
-            return
-    except (BlockingIOError, FileNotFoundError):
-        pass  # raised below
-    raise ConfigError(f"another process is writing {path}; wait until it ends")

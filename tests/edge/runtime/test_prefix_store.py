@@ -184,6 +184,7 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from edge.runtime import prefix_store
+from edge.bundle import update
 from edge.bundle.manifest import read_manifest
 layout = prefix_store.Layout("ort-cpu", "float32", 4, 2, 8)
 store = prefix_store.PrefixStore(Path(sys.argv[1]), read_manifest(Path(sys.argv[2])), layout)
@@ -195,7 +196,7 @@ if point == "fsync":
 elif point == "replace":
     Path.replace = stop
 else:
-    prefix_store._lock = lambda *a: stop()
+    update._lock = lambda *a: stop()
 store.save("a", [1, 2], np.ones(layout.shape(2), np.float32))
 """
 
