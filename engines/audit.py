@@ -106,7 +106,8 @@ def _weights_bytes(manifest: Manifest) -> int:
 def _check_interface(
     network: NetworkView, manifest: Manifest, shapes: BuildShapes, kv_read: KvRead
 ) -> list[str]:
-    spec = (manifest.model, manifest.dialect, manifest.dtype, shapes.capacity)
+    dimensions = (manifest.model, manifest.dialect, manifest.dtype, shapes.capacity)
+    spec = (*dimensions, manifest.int8_layers)
     problems = []
     for kind, found, expected in (
         ("input", network.inputs, io_spec.decoder_inputs(*spec)),

@@ -9,7 +9,7 @@ from typing import Literal
 from edge.bundle import io_spec
 from edge.bundle.engine_file import KvRead
 from edge.bundle.manifest import Manifest
-from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES, check_slots
+from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES, cache_element_bytes, check_slots
 from edge.errors import ConfigError
 
 KV_READS: tuple[KvRead, ...] = ("slice", "full", "lengths")
@@ -113,7 +113,7 @@ def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
     """
     capacity = manifest.kv_capacity if config.kv_capacity is None else config.kv_capacity
     io_spec.check_capacity(capacity, manifest.rope_positions)
-    check_slots(manifest.model, capacity)
+    check_slots(manifest.model, capacity, cache_element_bytes(manifest))
     if config.max_prefill > capacity:
         raise ConfigError(
             f"--max-prefill {config.max_prefill} exceeds the KV capacity of {capacity} tokens; "

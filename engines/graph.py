@@ -120,7 +120,6 @@ def widen_scales(data: bytes, directory: Path) -> bytes:
         return wide[name]
 
     nodes: list[Node] = []
-    rounded: set[str] = set()
     for node in graph.nodes:
         nodes.append(node)
         if node.op_type not in _QUANTIZING or not _is_half(constants, node.inputs[1]):
@@ -130,8 +129,7 @@ def widen_scales(data: bytes, directory: Path) -> bytes:
         if node.op_type == "QuantizeLinear":
             nodes.insert(-1, _cast(data_in, f"{node.outputs[0]}.fp32", "fp32"))
             node.inputs[0] = f"{node.outputs[0]}.fp32"
-            rounded.add(node.outputs[0])
-        elif data_in in rounded or (constant is not None and constant.dtype == "int8"):
+        elif constant is None or constant.dtype == "int8":
             constant_scale = constants.get(scale)
             assert constant_scale is not None
             output = node.outputs[0]

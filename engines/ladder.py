@@ -71,9 +71,10 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
 
 
 def scales_to_try(asked: BuildPlan) -> tuple[Scales, ...]:
-    """``fp32`` after ``stored`` where inputs are rounded to INT8 with scales of 16 bits."""
+    """``fp32`` after ``stored`` where inputs, or the cache, are INT8 with scales of 16 bits."""
     linears = asked.manifest.quantization.linears.values()
-    if not any(SCHEMES[linear.scheme.kind].int8_inputs for linear in linears):
+    rounds_inputs = any(SCHEMES[linear.scheme.kind].int8_inputs for linear in linears)
+    if not rounds_inputs and asked.manifest.kv_cache is None:
         return ("stored",)
     graph = asked.config.bundle / asked.manifest.graphs.decoder
     return ("stored", "fp32") if has_half_scales(graph.read_bytes()) else ("stored",)

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.bundle.manifest import describe_from_source, describe_sampling, describe_tensorrt
+from edge.bundle.manifest import (
+    describe_from_source,
+    describe_kv_cache,
+    describe_sampling,
+    describe_tensorrt,
+)
 from edge.bundle.schemes import RULES
 from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
 
@@ -122,6 +127,14 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     help="Rows of the token table; int8, one scale per row, halves its file.",
 )
 @click.option(
+    "--kv-cache",
+    type=click.Choice(["float", "int8"]),
+    default="float",
+    show_default=True,
+    help="Rows of the KV cache; int8 halves them in an engine and quarters them on the CPU, with "
+    "scales that a calibration finds. Layers that would lose too much stay in float.",
+)
+@click.option(
     "--lora",
     type=click.Path(path_type=Path),
     metavar="DIR",
@@ -226,6 +239,7 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
                 "sampling_assumed": manifest.sampling.assumed,
                 "dialect": manifest.dialect,
                 "tensorrt": manifest.tensorrt,
+                "kv_cache": describe_kv_cache(manifest),
                 "quality": None if text is None else {n: text[n] for n in _FIGURES},
                 "missed": missed,
             }
@@ -235,6 +249,8 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
         f"{config.output}: {manifest.name}, {manifest.quantization.name}, {num_bytes / 1e6:,.0f} MB"
     )
     click.echo(f"TensorRT: {describe_tensorrt(manifest)}")
+    if manifest.kv_cache is not None:
+        click.echo(f"KV cache: {describe_kv_cache(manifest)}")
     if (from_source := describe_from_source(manifest)) is not None:
         click.echo(f"the source is quantized: {from_source}")
     if manifest.vocabulary is not None:

@@ -15,6 +15,7 @@ from .quantize.calibrated import Method
 from .targets import ANY, TARGETS, Target
 
 GraphType = Literal["fp16", "bf16"]
+KvCacheType = Literal["float", "int8"]
 AS_IN_SOURCE: Literal["source"] = "source"
 """The ``--quant`` that keeps the integers of a checkpoint that is quantized already."""
 DEFAULT_METHOD: Method = "awq"
@@ -41,13 +42,16 @@ class ExportConfig:
         rotate: rotate the residual stream and the heads' values (`quantize.rotation`); None does
             so for ``int8-w8a8`` only.
         embeddings: how the rows of the token table are stored.
+        kv_cache: how the rows of the KV cache are stored: in the graph's float type, or in INT8
+            with calibrated scales, see `quantize.kv_scales`.
         lora: directory of an adapter in peft's layout to merge into the weights first.
         vocab_keep: file that says which tokens to keep, see `vocabulary.read_keep_list`; None
             keeps all.
         vocab_size: how many tokens to keep, with a text in ``vocab_keep``.
         target: the device that the bundle is for, a key of `targets.TARGETS`: it decides dialect
             and types of scales; a graph that its TensorRT does not take is refused.
-        dialect: see `edge.bundle.io_spec`; None is the target's, ``native`` without one.
+        dialect: see `edge.bundle.io_spec`; None is the target's, ``native`` without one. TensorRT
+            takes an INT8 cache in ``portable`` only, so a target with TensorRT gets that then.
         dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
         kv_capacity: cache rows per sequence; None is `edge.bundle.io_spec.default_kv_capacity`.
         revision: branch, tag or commit of a hub id; None is its default branch.
@@ -78,6 +82,7 @@ class ExportConfig:
     seed: int | None = None
     rotate: bool | None = None
     embeddings: EmbeddingType = "fp16"
+    kv_cache: KvCacheType = "float"
     lora: Path | None = None
     vocab_keep: Path | None = None
     vocab_size: int | None = None
@@ -109,6 +114,7 @@ class ExportConfig:
             ("--clip", self.clip, Clip),
             ("--method", self.method or "rtn", Method),
             ("--embeddings", self.embeddings, EmbeddingType),
+            ("--kv-cache", self.kv_cache, KvCacheType),
             ("--dialect", self.dialect or "native", Dialect),
             ("--dtype", self.dtype or implied, GraphType),
         ):
@@ -117,7 +123,7 @@ class ExportConfig:
                     f"{option} {value} is unknown; use {' or '.join(get_args(choices))}"
                 )
         object.__setattr__(self, "device", self._find_device())
-        object.__setattr__(self, "graph_dialect", self.dialect or self.device.dialects[0])
+        object.__setattr__(self, "graph_dialect", self.dialect or self._implied_dialect())
         if self.dtype is not None and self.quant in ("fp16", "bf16") and self.dtype != implied:
             raise ConfigError(
                 f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"
@@ -131,7 +137,8 @@ class ExportConfig:
             ("--calibration-tokens", self.calibration_tokens),
             ("--seed", self.seed),
         ):
-            if setting is not None and self.rounding == "rtn" and not rounds_inputs:
+            calibrates = self.rounding != "rtn" or rounds_inputs or self.kv_cache == "int8"
+            if setting is not None and not calibrates:
                 raise ConfigError(
                     f"{option} has no effect with --method rtn; use --method awq+gptq or leave "
                     "it out"
@@ -171,15 +178,22 @@ class ExportConfig:
             return self
         return replace(self, quant=AS_IN_SOURCE if is_quantized else "int4")
 
+    def _implied_dialect(self) -> Dialect:
+        needs_portable = self.kv_cache == "int8" and self.device.versions
+        return "portable" if needs_portable else self.device.dialects[0]
+
     def _refuse_rounding(self) -> None:
         """Refuse what has no effect where the source's integers are kept."""
         for option, given in (
             (f"--method {self.method}", self.method is not None),
             (f"--group-size {self.group_size}", self.group_size is not None),
             (f"--clip {self.clip}", self.clip != "mse"),
-            ("--calibration", self.calibration is not None),
-            ("--calibration-tokens", self.calibration_tokens is not None),
-            ("--seed", self.seed is not None),
+            ("--calibration", self.calibration is not None and self.kv_cache == "float"),
+            (
+                "--calibration-tokens",
+                self.calibration_tokens is not None and self.kv_cache == "float",
+            ),
+            ("--seed", self.seed is not None and self.kv_cache == "float"),
             ("--rotate", bool(self.rotate)),
             ("--keep ...=w8a8", any(kind == "w8a8" for _, kind in self.keep)),
         ):
@@ -200,6 +214,12 @@ class ExportConfig:
             raise ConfigError(
                 f"--target {self.target} contradicts --dialect {self.dialect}: its TensorRT takes "
                 f"{' or '.join(device.dialects)} only; leave --dialect out"
+            )
+        if self.kv_cache == "int8" and self.dialect == "native" and device.versions:
+            raise ConfigError(
+                f"--kv-cache int8 contradicts --dialect native for --target {self.target}: "
+                "TensorRT updates a cache of floats only; use --dialect portable, or leave "
+                "--kv-cache out"
             )
         return device
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -21,12 +20,13 @@ from edge.bundle.manifest import (
     FloatType,
     FromSource,
     Graphs,
+    KvCache,
     LinearInfo,
     TensorScheme,
 )
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import CheckpointError, ConfigError
-from edge.progress import Progress
+from edge.progress import Progress, prefixed
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
 
@@ -34,11 +34,13 @@ from .bundle import BundleWriter
 from .config import ExportConfig
 from .graph.data_file import DataFile, StoredTensor
 from .graph.decoder import DecoderTensors, StoredLinear, build_decoder
-from .graph.graph_builder import ONNX_TYPE
+from .graph.graph_builder import NUMPY_TYPE, ONNX_TYPE
+from .graph.kv_quantization import KvScales
 from .graph.rope import rope_tables
 from .quantize.calibrated import Calibrated
 from .quantize.calibration import LayerRunner
 from .quantize.from_source import AsInSource
+from .quantize.kv_scales import calibrate_kv_cache
 from .quantize.linear import LinearTensors, convert
 from .quantize.plan import Block, Calibrator, LinearPlan, ToNearest, linear_blocks
 from .quantize.scaled_checkpoint import ScaledCheckpoint
@@ -51,11 +53,6 @@ _INT_TYPE = {
     "w8a8": onnx.TensorProto.INT8,
     "int4": onnx.TensorProto.INT4,
 }
-_NUMPY_TYPE: dict[str, np.dtype[np.generic]] = {
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-    "fp32": np.dtype(np.float32),
-}
 
 
 @dataclass(frozen=True)
@@ -67,12 +64,14 @@ class WrittenDecoder:
         linears: how every linear is stored, by name.
         calibration: the text that a calibrated export saw; None without calibration.
         peaks: largest activations of a calibrated export, by name.
+        kv_cache: how the cache is stored; None is in float.
     """
 
     graphs: Graphs
     linears: Mapping[str, LinearInfo]
     calibration: Calibration | None
     peaks: Mapping[str, float]
+    kv_cache: KvCache | None
 
 
 @dataclass(frozen=True)
@@ -131,17 +130,44 @@ class DecoderFiles:
         else:
             with fresh_work(targets) as work:
                 finished, tensors = self._write_data(self._to_nearest(), work)
+        kv_cache = None
+        if self.config.kv_cache == "int8":
+            scales, kv_cache = self._kv_scales(finished)
+            tensors = [replace(each, kv_scales=scales) for each in tensors]
         for name, float_type, each in zip(names, self._float_types, tensors, strict=True):
             proto = build_decoder(
                 self.checkpoint.spec, self.config.graph_dialect, float_type, each, kv_capacity
             )
             writer.write_bytes(name, proto.SerializeToString())
-        return WrittenDecoder(graphs, finished.infos, calibration, finished.peaks)
+        return WrittenDecoder(graphs, finished.infos, calibration, finished.peaks, kv_cache)
 
     @property
     def _float_types(self) -> tuple[FloatType, FloatType]:
         """The float type of each graph."""
         return (self.config.float_type, "fp32")
+
+    def _kv_scales(self, finished: Finished) -> tuple[dict[int, KvScales], KvCache]:
+        """Calibrate the cache with the weights as they were folded.
+
+        Raises:
+            ConfigError: the text cannot be used, or no layer may be in 8 bits.
+        """
+        ids, calibration = self._calibration_text()
+        scales, kv_cache = calibrate_kv_cache(
+            ScaledCheckpoint(self.checkpoint, finished.factors),
+            ids,
+            calibration,
+            NUMPY_TYPE[self.config.float_type],
+            wide=self.config.device.wide_input_scales,
+            progress=prefixed(self.progress, "KV cache: "),
+        )
+        if not scales:
+            raise ConfigError(
+                "--kv-cache int8: rounding would move the attention scores of every layer by more "
+                f"than {kv_cache.limit} (at least {min(kv_cache.score_errors):.3g}); leave the "
+                "option out"
+            )
+        return scales, kv_cache
 
     def _calibration_text(self) -> tuple[NDArray[np.int64], Calibration]:
         """Read the tokens to calibrate with, and describe them for the manifest."""
@@ -163,11 +189,11 @@ class DecoderFiles:
         )
 
     def _calibrated(self, runner: LayerRunner) -> Calibrator:
-        scale_type = _NUMPY_TYPE[self.config.float_type]
+        scale_type = NUMPY_TYPE[self.config.float_type]
         return Calibrated(runner, self.schemes, self.config.rounding, self.config.clip, scale_type)
 
     def _to_nearest(self) -> Calibrator:
-        scale_type = _NUMPY_TYPE[self.config.float_type]
+        scale_type = NUMPY_TYPE[self.config.float_type]
         if self.config.quant == "source":
             kept = (
                 frozenset(self.schemes) - self.config.recipe.overrides(self.checkpoint.spec).keys()
@@ -222,7 +248,7 @@ class DecoderFiles:
         plan = calibrator.plan(block, finished.hidden)
         linears, infos = {}, {}
         for linear in plan.linears:
-            tensors = convert(linear, _NUMPY_TYPE[self.config.float_type], count)
+            tensors = convert(linear, NUMPY_TYPE[self.config.float_type], count)
             stored = _store_linear(
                 linear, tensors, outputs, wide_input_scales=self.config.device.wide_input_scales
             )
@@ -356,4 +382,4 @@ def _to_float(values: NDArray[np.generic], name: str, float_type: FloatType) -> 
             f"{name} holds a value of magnitude {largest:.4g}, FP16 ends at 65504; "
             "export with --dtype bf16"
         )
-    return wide.astype(_NUMPY_TYPE[float_type])
+    return wide.astype(NUMPY_TYPE[float_type])

@@ -37,7 +37,7 @@ from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 
 from .bundle import BundleWriter
-from .config import AS_IN_SOURCE
+from .config import AS_IN_SOURCE, KvCacheType
 from .config import ExportConfig as ExportConfig
 from .decoder_files import DecoderFiles, WrittenDecoder
 from .estimate import describe_s, export_s
@@ -90,7 +90,7 @@ def export_checkpoint(
     if config.verify:  # a gate that cannot be read ends the export now and not after hours
         gate = load_gate(config.gate or "recipe", config.quant or config.recipe.quant)
         check_gate(gate, task=False, reference=True)
-    if problem := _cannot_run_here(config.graph_dialect):
+    if problem := _cannot_run_here(config.graph_dialect, config.kv_cache):
         if config.verify:
             raise DependencyError(f"--verify runs the bundle, but {problem}")
         _log.warning("%s", problem)
@@ -101,18 +101,19 @@ def export_checkpoint(
         return _Export(config, checkpoint, progress or silent, announce or _mute).run()
 
 
-def _cannot_run_here(dialect: Dialect) -> str | None:
+def _cannot_run_here(dialect: Dialect, kv_cache: KvCacheType) -> str | None:
     """Say why this machine's CPU cannot run a dialect; the bundle may be for another machine."""
     try:
         import onnxruntime
     except ImportError:
         return None  # no bundle runs here, and none was asked to
-    needed = io_spec.DIALECTS[dialect].min_onnxruntime
+    needed = io_spec.needed_onnxruntime(dialect, int8_cache=kv_cache == "int8")
     if onnxruntime_version(onnxruntime) >= needed:
         return None
+    cache = " with an 8-bit KV cache" if kv_cache == "int8" else ""
     return (
-        f"dialect {dialect} needs onnxruntime >= {needed[0]}.{needed[1]} to run on a CPU, found "
-        f"{onnxruntime.__version__}; for this machine export with --dialect portable"
+        f"dialect {dialect}{cache} needs onnxruntime >= {needed[0]}.{needed[1]} to run on a CPU, "
+        f"found {onnxruntime.__version__}; for this machine export with --dialect portable"
     )
 
 
@@ -342,6 +343,7 @@ class _Export:
             quality={"activation_peaks": peaks} if peaks else None,
             vocabulary=None if self.reduced is None else self.reduced.vocabulary,
             tensorrt=legal,
+            kv_cache=decoder.kv_cache,
         )
         return _printable(manifest)
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from edge.backends.ort.session import onnxruntime_version
-from edge.bundle.io_spec import DIALECTS
+from edge.bundle.io_spec import needed_onnxruntime
 from edge.bundle.manifest import Dialect
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 from edge.device.nodes import GPU_NODES, find_gpu_node
@@ -53,12 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(FirstTest(int(started_s)))
 
 
-def _runs(dialect: Dialect) -> bool:
+def _runs(dialect: Dialect, *, int8_cache: bool = False) -> bool:
     try:
         import onnxruntime
     except ImportError:
         return True  # nothing runs a bundle, so any will do
-    return onnxruntime_version(onnxruntime) >= DIALECTS[dialect].min_onnxruntime
+    needed = needed_onnxruntime(dialect, int8_cache=int8_cache)
+    return onnxruntime_version(onnxruntime) >= needed
 
 
 RUNNABLE: Dialect = "native" if _runs("native") else "portable"
@@ -70,7 +71,9 @@ class Checkpoints(Protocol):
 
 
 class Bundles(Protocol):
-    def __call__(self, kind: Kind, dialect: str = RUNNABLE, quant: str = "fp16") -> Path: ...
+    def __call__(
+        self, kind: Kind, dialect: str = RUNNABLE, quant: str = "fp16", kv_cache: str = "float"
+    ) -> Path: ...
 
 
 TINY_KV_CAPACITY = 128
@@ -99,6 +102,13 @@ def require_kernels(dialect: str) -> None:
     """Skip where ONNX Runtime cannot run a dialect: the newest one for Python 3.10 is 1.23."""
     if dialect == "native" and RUNNABLE != "native":
         pytest.skip("needs ONNX Runtime >= 1.26 for dialect native")
+
+
+def require_int8_cache(dialect: str) -> None:
+    """Skip where ONNX Runtime cannot run a dialect with an 8-bit cache."""
+    require_kernels(dialect)
+    if dialect == "native" and not _runs("native", int8_cache=True):
+        pytest.skip("needs ONNX Runtime >= 1.27 for an 8-bit cache in dialect native")
 
 
 def require_huge_pages() -> None:
@@ -146,8 +156,8 @@ def tiny_bundles(
     root = tmp_path_factory.mktemp("bundles")
 
     @functools.cache
-    def export(kind: Kind, dialect: Any, quant: Any) -> Path:
-        output = root / f"{kind}-{dialect}-{quant}"
+    def export(kind: Kind, dialect: Any, quant: Any, kv_cache: Any) -> Path:
+        output = root / f"{kind}-{dialect}-{quant}-{kv_cache}"
         export_checkpoint(
             ExportConfig(
                 source=str(tiny_checkpoints(kind)),
@@ -156,13 +166,16 @@ def tiny_bundles(
                 group_size=None if quant in ("fp16", "bf16") else 32,
                 method="rtn" if quant == "int4" else None,
                 dialect=dialect,
+                kv_cache=kv_cache,
                 kv_capacity=TINY_KV_CAPACITY,
             )
         )
         return output
 
-    def bundle(kind: Kind, dialect: str = RUNNABLE, quant: str = "fp16") -> Path:
-        return export(kind, dialect, quant)
+    def bundle(
+        kind: Kind, dialect: str = RUNNABLE, quant: str = "fp16", kv_cache: str = "float"
+    ) -> Path:
+        return export(kind, dialect, quant, kv_cache)
 
     return bundle
 

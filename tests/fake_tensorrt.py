@@ -16,6 +16,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from edge.progress import silent
 from engines.build_plan import BuildPlan, plan_build
 from engines.compat import Compiler, TensorRT
 from engines.config import BuildConfig
-from engines.graph import graph_files, prepare_graph
+from engines.graph import graph_files, graph_of
+from engines.ladder import scales_to_try
 from engines.store import EngineStore
 from tests import fake_builder
 from tests.fake_builder import (
@@ -61,7 +63,7 @@ ALIGNMENT = 256
 CONTEXT_BYTES = 64 << 10
 CONTEXT_S = 0.05
 GOOD = Planted()
-_NUMPY = {"fp16": np.float16, "bf16": np.uint16, "int64": np.int64}
+_NUMPY = {"fp16": np.float16, "bf16": np.uint16, "int64": np.int64, "int8": np.int8}
 
 
 class TensorLocation(enum.Enum):
@@ -107,7 +109,7 @@ def fake_plan(
     )
     compiler = Compiler(TensorRT(module, flavour, version), lambda _severity, _text: None)
     path = build.config.bundle.resolve() / build.manifest.graphs.decoder
-    graph = change(prepare_graph(path.read_bytes(), build.shapes, build.kv_read))
+    graph = change(graph_of(build))
     compiler.parse(graph, path, build.kv_read)
     plan, _ = compiler.build(
         build.profiles,
@@ -145,6 +147,8 @@ def write_engine(
     manifest = read_manifest(bundle)
     config = BuildConfig(bundle=bundle, **options)
     build = plan_build(config, manifest)
+    if manifest.kv_cache is not None:  # the rung that every version takes
+        build = replace(build, scales=scales_to_try(build)[-1])
     shapes, profiles = build.shapes, build.profiles
     if plan is None:
         plan = fake_plan(

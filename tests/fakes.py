@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Floats, Step
 from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.kv_scales import Scales
 from edge.errors import BackendError
 
 Script = Callable[[tuple[int, ...]], "int | NDArray[np.float32]"]
@@ -33,6 +34,7 @@ class ScriptedBackend:
 
     name = "scripted"
     rounds_activations = False
+    kv_scales: Scales = {}  # noqa: RUF012
 
     def __init__(
         self,

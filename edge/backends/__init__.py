@@ -7,6 +7,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.kv_scales import Scales
+
 from .step import Floats, Ints, Step
 
 __all__ = ["Backend", "Floats", "Ints", "Step"]
@@ -25,6 +27,8 @@ class Backend(Protocol):
         max_step_tokens: the most tokens per sequence that one `forward` takes.
         rounds_activations: activations are rounded to int8, so the rows of its cache are not those
             of an engine that computes in float.
+        kv_scales: of the cache tensors in 8 bits (`edge.bundle.kv_scales`); empty where rows are
+            floats. Such rows come and go as float32, and lose nothing on the way.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Backend(Protocol):
     capacity: int
     max_step_tokens: int
     rounds_activations: bool
+    kv_scales: Scales
 
     @property
     def failed(self) -> str | None:

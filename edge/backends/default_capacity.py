@@ -47,7 +47,12 @@ def host_capacity(
 
     def plan(each: Manifest, capacity: int) -> ProcessMemory:
         deployment = Deployment(
-            "ort-cpu", num_slots, capacity, min(max_step_tokens, capacity), each.dialect
+            "ort-cpu",
+            num_slots,
+            capacity,
+            min(max_step_tokens, capacity),
+            each.dialect,
+            each.int8_layers,
         )
         linears = manifest_linears(each)
         return plan_process_memory(each.model, linears, each.rope_positions, deployment)

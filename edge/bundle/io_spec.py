@@ -23,13 +23,16 @@ Dialect ``portable`` (opset 21, TensorRT >= 10.3, ONNX Runtime 1.23): the cache 
 and the runtime appends the step's rows itself. ``write_indices`` is replaced by ``past_lengths``
 [B], the valid cache rows per sequence, ``present.i.*`` by ``new.i.key/.value`` [B, kv, S, dim].
 
+In a bundle with an 8-bit cache (`Manifest.kv_cache`) the cache tensors of most layers are int8:
+multiples of the scales in `kv_scales`.
+
 A cache row's index is the position of its token. A token attends to the cache rows whose position
 is not greater than its own, so rows of padding after a sequence are never read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,7 +58,7 @@ BATCH, SEQ, NUM_LOGITS, KV = "batch", "seq", "num_logits", "kv"
 # An RoPE table longer than this costs more memory than anyone's context needs on an edge device.
 MAX_ROPE_POSITIONS = 32768
 
-ElementType = Literal["fp16", "bf16", "fp32", "int64"]
+ElementType = Literal["fp16", "bf16", "fp32", "int64", "int8"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,16 @@ def cache_inputs(layer: int) -> tuple[str, str]:
     return past_key(layer), past_value(layer)
 
 
+def key_scale(layer: int) -> str:
+    """Constant with the scales of a layer's keys in an 8-bit cache, ``[kv, 1, dim]``."""
+    return f"layers.{layer}.k.cache_scale"
+
+
+def value_scale(layer: int) -> str:
+    """Constant with the scales of a layer's values in an 8-bit cache, ``[kv, 1, dim]``."""
+    return f"layers.{layer}.v.cache_scale"
+
+
 def layer_output(layer: int) -> str:
     """Output of a decoder layer ``[B, S, hidden]``, a tensor within the graph."""
     return f"layers.{layer}.mlp_residual"
@@ -114,6 +127,7 @@ class DialectSpec:
     Attributes:
         opset: version of its operators.
         min_onnxruntime: the first ONNX Runtime whose CPU has all of them.
+        min_onnxruntime_int8: the same where the cache is in 8 bits.
         cursor: name of the input ``[B]`` with the row after the last valid one of each sequence.
         cache_outputs: names of a layer's outputs of keys and values.
         in_place: whether the graph writes the step's rows into the cache itself, also for slots
@@ -124,6 +138,7 @@ class DialectSpec:
 
     opset: int
     min_onnxruntime: tuple[int, int]
+    min_onnxruntime_int8: tuple[int, int]
     cursor: str
     cache_outputs: Callable[[int], tuple[str, str]]
     in_place: bool
@@ -146,6 +161,7 @@ DIALECTS: dict[Dialect, DialectSpec] = {
     "native": DialectSpec(
         opset=24,
         min_onnxruntime=(1, 26),
+        min_onnxruntime_int8=(1, 27),  # GroupQueryAttention with an INT8 cache; tried
         cursor=WRITE_INDICES,
         cache_outputs=lambda layer: (present_key(layer), present_value(layer)),
         in_place=True,
@@ -154,6 +170,7 @@ DIALECTS: dict[Dialect, DialectSpec] = {
     "portable": DialectSpec(
         opset=21,
         min_onnxruntime=(1, 23),
+        min_onnxruntime_int8=(1, 23),
         cursor=PAST_LENGTHS,
         cache_outputs=lambda layer: (new_key(layer), new_value(layer)),
         in_place=False,
@@ -192,8 +209,28 @@ def check_capacity(capacity: int, positions: int) -> None:
         )
 
 
+def needed_onnxruntime(dialect: Dialect, *, int8_cache: bool) -> tuple[int, int]:
+    """The first ONNX Runtime whose CPU runs a decoder."""
+    spec = DIALECTS[dialect]
+    return spec.min_onnxruntime_int8 if int8_cache else spec.min_onnxruntime
+
+
+def cache_types(
+    model: ModelSpec, dtype: FloatType, int8_layers: Collection[int]
+) -> list[ElementType]:
+    """Element type of each cache tensor: keys and values of layer after layer."""
+    types: list[ElementType] = []
+    for layer in range(model.num_layers):
+        types += ["int8" if layer in int8_layers else dtype] * 2
+    return types
+
+
 def decoder_inputs(
-    model: ModelSpec, dialect: Dialect, dtype: FloatType, capacity: int
+    model: ModelSpec,
+    dialect: Dialect,
+    dtype: FloatType,
+    capacity: int,
+    int8_layers: Collection[int] = (),
 ) -> list[TensorSpec]:
     """Inputs of the decoder in graph order."""
     cache = (BATCH, model.num_kv_heads, capacity, model.head_dim)
@@ -204,25 +241,36 @@ def decoder_inputs(
         TensorSpec(KV_POSITIONS, (KV,), "int64"),
         TensorSpec(LOGITS_INDICES, (BATCH, NUM_LOGITS), "int64"),
     ]
+    types = cache_types(model, dtype, int8_layers)
     for layer in range(model.num_layers):
-        specs += [TensorSpec(name, cache, dtype) for name in cache_inputs(layer)]
+        specs += [TensorSpec(name, cache, types[2 * layer]) for name in cache_inputs(layer)]
     return specs
 
 
 def decoder_outputs(
-    model: ModelSpec, dialect: Dialect, dtype: FloatType, capacity: int
+    model: ModelSpec,
+    dialect: Dialect,
+    dtype: FloatType,
+    capacity: int,
+    int8_layers: Collection[int] = (),
 ) -> list[TensorSpec]:
     """Outputs of the decoder in graph order."""
     spec = DIALECTS[dialect]
     rows = capacity if spec.in_place else SEQ
     shape = (BATCH, model.num_kv_heads, rows, model.head_dim)
     specs = [TensorSpec(LOGITS, (BATCH, NUM_LOGITS, model.vocab_size), dtype)]
+    types = cache_types(model, dtype, int8_layers)
     for layer in range(model.num_layers):
-        specs += [TensorSpec(name, shape, dtype) for name in spec.cache_outputs(layer)]
+        specs += [TensorSpec(name, shape, types[2 * layer]) for name in spec.cache_outputs(layer)]
     return specs
 
 
-def kv_bytes_per_token(model: ModelSpec, dtype: FloatType) -> int:
+ELEMENT_BYTES: dict[ElementType, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "int64": 8, "int8": 1}
+
+
+def kv_bytes_per_token(
+    model: ModelSpec, dtype: FloatType, int8_layers: Collection[int] = ()
+) -> int:
     """Bytes of cache that one token takes over all layers."""
-    size = 4 if dtype == "fp32" else 2
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
+    types = cache_types(model, dtype, int8_layers)
+    return model.num_kv_heads * model.head_dim * sum(ELEMENT_BYTES[each] for each in types)

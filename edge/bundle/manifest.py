@@ -20,10 +20,11 @@ import msgspec
 from edge.errors import BundleError, IntegrityError
 from edge.files import read_file
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """2 added `SamplingDefaults.assumed`, 3 `Manifest.tensorrt` and `TensorScheme.planes`, 4
-`Source.quantization` and, of `LinearInfo`, ``from_source``, ``offsets`` and ``reordered``."""
-_READABLE_VERSIONS = (1, 2, 3, 4)
+`Source.quantization` and, of `LinearInfo`, ``from_source``, ``offsets`` and ``reordered``, 5
+`Manifest.kv_cache`."""
+_READABLE_VERSIONS = (1, 2, 3, 4, 5)
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
@@ -219,6 +220,30 @@ class Quantization(_Struct, frozen=True):
     embeddings: Literal["fp16", "int8"] = "fp16"
 
 
+class KvCache(_Struct, frozen=True):
+    """A cache of keys and values in 8 bits, but for the layers that stay in float.
+
+    The scales are constants of the graphs (`edge.bundle.kv_scales`): one per head and channel, for
+    keys after RoPE and for values.
+
+    Attributes:
+        kind: how rows are stored.
+        score_errors: of each layer, the expected error of an attention score, the root of its mean
+            square for the worst head, in nats: how far rounding the keys moves what softmax takes.
+        limit: the largest such error of a layer in 8 bits.
+        float_layers: the layers above it, whose rows stay in the graph's float type, ascending.
+        calibration: the text that the scales were found with.
+    """
+
+    kind: Literal["int8"]
+    score_errors: Annotated[
+        tuple[Annotated[float, msgspec.Meta(ge=0, le=1e12)], ...], msgspec.Meta(max_length=1000)
+    ]
+    limit: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+    float_layers: Annotated[tuple[Count, ...], msgspec.Meta(max_length=1000)]
+    calibration: Calibration
+
+
 class SamplingDefaults(_Struct, frozen=True):
     """The model's own generation config; what a caller leaves open is taken from here.
 
@@ -350,6 +375,7 @@ class Manifest(_Struct, frozen=True):
     Attributes:
         tensorrt: versions of TensorRT whose rules the graph keeps, by name, as the exporter knew
             them; None if nobody checked.
+        kv_cache: how the cache is stored; None is in the graph's float type.
     """
 
     schema_version: int
@@ -370,7 +396,16 @@ class Manifest(_Struct, frozen=True):
     quality: dict[str, Any] | None = None
     vocabulary: ReducedVocabulary | None = None
     tensorrt: Annotated[tuple[Line, ...], msgspec.Meta(max_length=100)] | None = None
+    kv_cache: KvCache | None = None
     self_sha256: str = _NO_HASH
+
+    @property
+    def int8_layers(self) -> tuple[int, ...]:
+        """Layers whose cache rows are INT8, ascending; the others' are of the float type."""
+        if self.kv_cache is None:
+            return ()
+        kept = self.kv_cache.float_layers
+        return tuple(layer for layer in range(self.model.num_layers) if layer not in kept)
 
 
 def describe_sampling(sampling: SamplingDefaults) -> str:
@@ -414,6 +449,15 @@ def describe_from_source(manifest: Manifest) -> str | None:
             part += f": {', '.join(notes)}"
         parts.append(part)
     return "; ".join([line, *parts])
+
+
+def describe_kv_cache(manifest: Manifest) -> str:
+    """One phrase for a person, e.g. ``int8, layers 0 and 27 in fp16``."""
+    found = manifest.kv_cache
+    if found is None:
+        return manifest.dtype
+    kept = ", ".join(map(str, found.float_layers))
+    return f"{found.kind}, layers {kept} in {manifest.dtype}" if kept else found.kind
 
 
 def describe_tensorrt(manifest: Manifest) -> str:
@@ -524,6 +568,16 @@ def _check_fit(manifest: Manifest, where: str) -> None:
             (
                 rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor,
                 "rope's low_freq_factor is not below its high_freq_factor",
+            ),
+            (
+                manifest.kv_cache is not None
+                and len(manifest.kv_cache.score_errors) != model.num_layers,
+                "kv_cache has not one of score_errors for each layer",
+            ),
+            (
+                manifest.kv_cache is not None
+                and not set(manifest.kv_cache.float_layers) < set(range(model.num_layers)),
+                "kv_cache leaves no layer in 8 bits, or names one that is not there",
             ),
         )
         if is_wrong

@@ -23,7 +23,7 @@ from edge.errors import BundleError
 _MAX_FIELDS = 1 << 18  # of a message; a decoder of 126 layers has 10,000 nodes
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = 1  # a TensorProto's data_location
-_INT64, _TYPE_FLOAT, _TYPE_INT, _TYPE_INTS = 7, 1, 2, 7
+_INT64, _TYPE_FLOAT, _TYPE_INT, _TYPE_STRING, _TYPE_INTS = 7, 1, 2, 3, 7
 _ELEMENTS = (
     "fp32 uint8 int8 uint16 int16 int32 int64 string bool fp16 fp64 uint32 uint64 complex64 "
     "complex128 bf16 fp8 fp8-e4m3fnuz fp8-e5m2 fp8-e5m2fnuz uint4 int4 fp4"
@@ -354,10 +354,12 @@ class OnnxFile:
         self._graph.replace(5, [data for data in tensors if Message.parse(data).text(8) in needed])
 
 
-def attribute(name: str, value: int | float | Sequence[int]) -> bytes:
-    """An AttributeProto: an int, a float, or ints."""
+def attribute(name: str, value: int | float | str | Sequence[int]) -> bytes:
+    """An AttributeProto: an int, a float, a string, or ints."""
     message = Message().add(1, name)
-    if isinstance(value, int):
+    if isinstance(value, str):
+        message.add(4, value).add(20, _TYPE_STRING)
+    elif isinstance(value, int):
         message.add(3, value).add(20, _TYPE_INT)
     elif isinstance(value, float):
         message.fields.append((2, _FIXED32, struct.pack("<f", value)))

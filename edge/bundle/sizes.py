@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 
 from edge.errors import ConfigError
 
-from .io_spec import DIALECTS
-from .manifest import Dialect, ModelSpec
+from .io_spec import DIALECTS, ELEMENT_BYTES
+from .manifest import Dialect, Manifest, ModelSpec
 
 ProfileName = Literal["prefill", "decode", "batch"]
 
@@ -70,13 +70,23 @@ def profile_limits(max_batch: int, max_prefill: int) -> tuple[StepLimits, ...]:
     return prefill, decode, StepLimits("batch", max_batch, share, min(share, DEFAULT_MAX_LOGITS))
 
 
-def check_slots(model: ModelSpec, capacity: int) -> None:
+def cache_element_bytes(manifest: Manifest) -> int:
+    """Bytes of the smallest element of an engine's cache."""
+    return ELEMENT_BYTES["int8" if manifest.int8_layers else manifest.dtype]
+
+
+def check_slots(model: ModelSpec, capacity: int, element_bytes: int = ENGINE_FLOAT_BYTES) -> None:
     """Refuse a KV capacity whose slots an engine could not be given, as they follow each other.
+
+    Args:
+        model: dimensions.
+        capacity: rows of a slot.
+        element_bytes: of the smallest element of the cache.
 
     Raises:
         ConfigError: the keys or values of a slot do not end at a multiple of `ALIGNMENT` bytes.
     """
-    row_bytes = model.num_kv_heads * model.head_dim * ENGINE_FLOAT_BYTES
+    row_bytes = model.num_kv_heads * model.head_dim * element_bytes
     if row_bytes * capacity % ALIGNMENT:
         step = ALIGNMENT // math.gcd(ALIGNMENT, row_bytes)
         raise ConfigError(

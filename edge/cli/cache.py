@@ -73,7 +73,12 @@ def build(
             ids = _system_ids(llm, _read(system).removesuffix("\n"))
         else:
             ids = _text_ids(llm, _read(text))
-        store = PrefixStore(prefix_dir or default_directory(), llm.manifest, Layout.of(llm.backend))
+        store = PrefixStore(
+            prefix_dir or default_directory(),
+            llm.manifest,
+            Layout.of(llm.backend),
+            scales=llm.backend.kv_scales,
+        )
         path = store.save(name, ids, compute_rows(llm.backend, llm.embeddings, ids))
     size = path.stat().st_size
     if as_json:

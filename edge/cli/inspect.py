@@ -13,6 +13,7 @@ from edge.bundle.engine_file import ENGINE_JSON
 from edge.bundle.manifest import (
     Manifest,
     describe_from_source,
+    describe_kv_cache,
     describe_sampling,
     describe_tensorrt,
     read_manifest,
@@ -75,7 +76,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
     facts.show_header = False
     revision = f" at {manifest.source.revision}" if manifest.source.revision else ""
     from_source = describe_from_source(manifest)
-    kv_bytes = io_spec.kv_bytes_per_token(model, manifest.dtype)
+    kv_bytes = io_spec.kv_bytes_per_token(model, manifest.dtype, manifest.int8_layers)
     for name, value in (
         ("source", f"{manifest.source.kind} {manifest.source.location}{revision}"),
         ("licence", manifest.source.licence or "not stated"),
@@ -90,6 +91,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
         ("dialect", f"{manifest.dialect}, {manifest.dtype}"),
         ("TensorRT", describe_tensorrt(manifest)),
         ("KV capacity", f"{manifest.kv_capacity} tokens, {kv_bytes:,} bytes each in the engine"),
+        ("KV cache", describe_kv_cache(manifest)),
         (
             "quantization",
             f"{manifest.quantization.name} ({manifest.quantization.method}, clip "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -60,6 +60,11 @@ calibrate_option = click.option(
     "it is a bundle.",
 )
 @click.option(
+    "--kv-cache",
+    type=click.Choice(["float", "int8"]),
+    help="Rows of the KV cache; default: the bundle's, else float.",
+)
+@click.option(
     "--context",
     "contexts",
     type=int,
@@ -80,6 +85,7 @@ def plan(
     batch: int,
     kv_capacity: int | None,
     max_prefill: int,
+    kv_cache: str | None,
     quants: tuple[str, ...],
     draft: str | None,
     contexts: tuple[int, ...],
@@ -110,8 +116,19 @@ def plan(
             else planned.manifest.kv_capacity
         )
     backend: Any = "ort-cpu" if target.name == CPU else "tensorrt"
-    dialect: Dialect = "native" if planned.manifest is None else planned.manifest.dialect
-    deployment = Deployment(backend, batch, kv_capacity, min(max_prefill, kv_capacity), dialect)
+    dialect: Dialect = int8_dialect(backend, kv_cache)
+    int8_layers: tuple[int, ...] | Literal["all"] = "all" if kv_cache == "int8" else ()
+    if planned.manifest is not None:
+        dialect, int8_layers = planned.manifest.dialect, planned.manifest.int8_layers
+        found = "int8" if int8_layers else "float"
+        if kv_cache not in (None, found):
+            raise ConfigError(
+                f"--kv-cache {kv_cache} is not what {model} has ({found}); leave it out, or give "
+                "the model's config.json"
+            )
+    deployment = Deployment(
+        backend, batch, kv_capacity, min(max_prefill, kv_capacity), dialect, int8_layers
+    )
     drafting = None
     if draft is not None:
         drafting = find_model(draft)
@@ -158,6 +175,11 @@ def take_device(
     if target.name == CPU:
         target = dataclasses.replace(target, usable_bytes=read_available_memory_bytes())
     return target, efficiency
+
+
+def int8_dialect(backend: str, kv_cache: str | None) -> Dialect:
+    """The dialect to plan for where there is no bundle: TensorRT has an 8-bit cache in one only."""
+    return "portable" if backend == "tensorrt" and kv_cache == "int8" else "native"
 
 
 def make_table(title: str, *columns: str) -> Table:

@@ -13,7 +13,14 @@ from edge.errors import EXIT_GATE_MISSED, ConfigError
 
 from . import echo_json
 from .options import Finite
-from .plan import calibrate_option, device_option, make_table, power_mode_option, take_device
+from .plan import (
+    calibrate_option,
+    device_option,
+    int8_dialect,
+    make_table,
+    power_mode_option,
+    take_device,
+)
 
 if TYPE_CHECKING:
     from edge.planner.recommend import Candidate, Recommendation
@@ -90,6 +97,13 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     show_default=True,
     help="Tokens per slot.",
 )
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["float", "int8"]),
+    default="float",
+    show_default=True,
+    help="Rows of the KV cache.",
+)
 @calibrate_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 @click.pass_context
@@ -103,6 +117,7 @@ def recommend(
     power_mode: str | None,
     batch: int,
     kv_capacity: int,
+    kv_cache: str,
     calibrate: Path | None,
     as_json: bool,
     **wishes: Any,
@@ -124,7 +139,14 @@ def recommend(
         **wishes,
     )
     backend: Any = "ort-cpu" if target.name == CPU else "tensorrt"
-    deployment = Deployment(backend, batch, kv_capacity, min(512, kv_capacity))
+    deployment = Deployment(
+        backend,
+        batch,
+        kv_capacity,
+        min(512, kv_capacity),
+        int8_dialect(backend, kv_cache),
+        "all" if kv_cache == "int8" else (),
+    )
     found = choose(wish, target, deployment, efficiency, models or tuple(BUILT_IN))
     if as_json:
         echo_json(_as_dict(found))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend
 from edge.backends.tensorrt.device_memory import EngineMemory
-from edge.bundle.manifest import Manifest
+from edge.bundle.manifest import Manifest, describe_kv_cache
 from edge.device.telemetry import Snapshot
 from edge.errors import ConfigError
 from edge.planner.calibration import BENCH_SCHEMA
@@ -180,7 +180,12 @@ def work_of_bundle(manifest: Manifest, backend: Backend, config: BenchConfig) ->
     """Count the bytes and operations of a step as the planner does."""
     kind: BackendKind = "ort-cpu" if backend.name == "ort-cpu" else "tensorrt"
     deployment = Deployment(
-        kind, config.batch, backend.capacity, backend.max_step_tokens, manifest.dialect
+        kind,
+        config.batch,
+        backend.capacity,
+        backend.max_step_tokens,
+        manifest.dialect,
+        manifest.int8_layers,
     )
     linears = manifest_linears(manifest)
     memory = plan_process_memory(manifest.model, linears, manifest.rope_positions, deployment)
@@ -255,6 +260,7 @@ def report(
         "context": mean_context(config),
         "work": dataclasses.asdict(work),
         "cache_bytes": backend.cache_bytes,
+        "kv_cache": describe_kv_cache(manifest),
         "device_memory": device_memory(backend),
         **figures,
         "roofline": roofline(work, device, config, figures["decode_tps"]),

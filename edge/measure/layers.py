@@ -163,7 +163,10 @@ class CpuLayers:
             graph, bundle, manifest, num_threads, int8_activations=int8_activations
         )
         rows = (1, model.num_kv_heads, capacity, model.head_dim)
-        self._caches = [np.zeros(rows, np.float32) for _ in range(2 * model.num_layers)]
+        self._caches = [
+            np.zeros(rows, np.int8 if kind == "int8" else np.float32)
+            for kind in io_spec.cache_types(model, "fp32", manifest.int8_layers)
+        ]
 
     def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """See `LayerSource.run`."""
@@ -171,7 +174,7 @@ class CpuLayers:
         shape = RunShape(0, 1, step.seq, 1)
         inputs = make_inputs(self._dialect, self._model.hidden_size, np.float32, shape)
         fill_inputs(inputs, step, step.embeds)
-        caches, outputs, _ = cache_tensors(self._dialect, self._caches, lambda: self._caches[0])
+        caches, outputs, _ = cache_tensors(self._dialect, self._caches, lambda _: self._caches[0])
         rows_read = self._dialect.rows_read(step.starts, step.kv_len)
         feeds = {**inputs, **caches, io_spec.KV_POSITIONS: np.arange(rows_read, dtype=np.int64)}
         try:

@@ -82,6 +82,7 @@ def plan_draft(
         min(deployment.kv_capacity, positions),
         deployment.max_prefill,
         deployment.dialect if model.manifest is None else model.manifest.dialect,
+        () if model.manifest is None else model.manifest.int8_layers,
     )
     memory = plan_process_memory(model.spec, linears, positions, own)
     return DraftPlan(model.name, quant, memory, work_of(model.spec, linears, memory.weights, own))

@@ -52,6 +52,8 @@ class Deployment:
         kv_capacity: tokens per slot.
         max_prefill: tokens per prefill step.
         dialect: dialect of the graph, see `edge.bundle.io_spec`.
+        int8_layers: layers whose cache is in 8 bits, see `edge.bundle.manifest.KvCache`.
+            ``all`` plans without a bundle, whose calibration may keep some in float.
     """
 
     backend: BackendKind = "tensorrt"
@@ -59,6 +61,12 @@ class Deployment:
     kv_capacity: int = 4096
     max_prefill: int = 512
     dialect: Dialect = "native"
+    int8_layers: tuple[int, ...] | Literal["all"] = ()
+
+    def cache_token_bytes(self, model: ModelSpec) -> int:
+        """Bytes of cache that a token takes over all layers."""
+        layers = range(model.num_layers) if self.int8_layers == "all" else self.int8_layers
+        return io_spec.kv_bytes_per_token(model, self.float_type, layers)
 
     @property
     def float_type(self) -> FloatType:
@@ -202,8 +210,7 @@ def plan_process_pair(target: ProcessMemory, draft: ProcessMemory | None) -> Pro
 
 def cache_bytes(model: ModelSpec, deployment: Deployment) -> int:
     """Keys and values of every slot at full capacity."""
-    per_token = io_spec.kv_bytes_per_token(model, deployment.float_type)
-    return deployment.batch * deployment.kv_capacity * per_token
+    return deployment.batch * deployment.kv_capacity * deployment.cache_token_bytes(model)
 
 
 def step_bytes(model: ModelSpec, deployment: Deployment) -> int:
@@ -233,17 +240,18 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
     positions = INDEX_BYTES * deployment.kv_capacity
     if deployment.backend == "ort-cpu":
         values = tokens * model.hidden_size + deployment.batch * model.vocab_size
+        io = _FP32_BYTES * values + INDEX_BYTES * tokens + positions
         if not io_spec.DIALECTS[deployment.dialect].in_place:
-            values += 2 * model.num_layers * tokens * model.num_kv_heads * model.head_dim
-        return _FP32_BYTES * values + INDEX_BYTES * tokens + positions, 0
+            io += tokens * deployment.cache_token_bytes(model)
+        return io, 0
     # Of prefill and of decode.
     logits = max(DEFAULT_MAX_LOGITS, deployment.batch) + deployment.batch
     inputs = tokens + deployment.batch
     values = inputs * model.hidden_size + logits * model.vocab_size
     io = positions
     if not io_spec.DIALECTS[deployment.dialect].in_place:
-        rows = 2 * model.num_layers * tokens * (model.num_kv_heads + 1)
-        io += rows * model.head_dim * ENGINE_FLOAT_BYTES
+        rows = tokens * deployment.cache_token_bytes(model)
+        io += rows + rows // model.num_kv_heads
     return io, ENGINE_FLOAT_BYTES * values + INDEX_BYTES * (inputs + logits)
 
 

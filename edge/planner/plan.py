@@ -108,6 +108,7 @@ class Plan:
             "backend": self.deployment.backend,
             "batch": self.deployment.batch,
             "kv_capacity": self.deployment.kv_capacity,
+            "kv_cache": "int8" if self.deployment.int8_layers else "float",
             "max_prefill": self.deployment.max_prefill,
             "efficiency": asdict(self.efficiency),
             "draft": None

@@ -278,6 +278,8 @@ def _commands(taken: Candidate, deployment: Deployment) -> tuple[str, ...]:
     bundle = f"bundles/{taken.model.name}-{taken.option.name}"
     export = ["edge-llm export", str(taken.model.source), "-o", bundle, *recipe.export_options()]
     export += ["--kv-capacity", str(deployment.kv_capacity)]
+    if deployment.int8_layers:
+        export += ["--kv-cache", "int8", "--dialect", deployment.dialect]
     build = ["edge-llm build", bundle, "--max-batch", str(deployment.batch)]
     build += ["--max-prefill", str(deployment.max_prefill)]
     commands = (" ".join(export), " ".join(build))

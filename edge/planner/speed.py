@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edge.bundle import io_spec
 from edge.bundle.manifest import ModelSpec
 from edge.bundle.schemes import SCHEMES
 from edge.errors import ConfigError
@@ -124,7 +123,7 @@ def work_of(
     return Work(
         step_bytes=step_bytes,
         num_layers=model.num_layers,
-        kv_bytes_per_token=io_spec.kv_bytes_per_token(model, deployment.float_type),
+        kv_bytes_per_token=deployment.cache_token_bytes(model),
         linear_ops=layer_ops,
         head_ops=head_ops,
         attention_ops=4 * model.num_layers * model.num_heads * model.head_dim,

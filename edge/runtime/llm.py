@@ -506,7 +506,8 @@ class LLM:
             return None
         from .prefix_store import Layout, PrefixStore
 
-        return PrefixStore(directory, self.manifest, Layout.of(self.backend))
+        layout, scales = Layout.of(self.backend), self.backend.kv_scales
+        return PrefixStore(directory, self.manifest, layout, scales=scales)
 
     def _opens_reasoning(self, ids: Sequence[int]) -> bool:
         return prompt_opens_reasoning(self.tokenizer.decode(ids[-8:]))

@@ -1,7 +1,8 @@
 """Keeps the cache rows of prompt beginnings on disk, by name: system prompts, documents.
 
-A file holds the rows that `Backend.read_slot` gave, what they belong to and a hash of each part. It
-is used only for the same bundle, engine, float type and tokens. A file that is damaged, cut off or
+A file holds the rows that `Backend.read_slot` gave, what they belong to and a hash of each part;
+rows of an 8-bit cache in their 8 bits. It is used only for the same bundle, engine, float type,
+scales of an 8-bit cache and tokens. A file that is damaged, cut off or
 of another origin is left alone with one line in the log, and the prompt is computed as usual.
 
 The layout of a file: `_MAGIC`, the header's length (8 bytes, little-endian), the header (JSON), its
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -22,10 +22,12 @@ from typing import Annotated, BinaryIO, Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from edge.backends import Backend, Floats
 from edge.backends.step import prefill
 from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.kv_scales import Scales, pack_rows, packed_bytes, scales_sha256, unpack_rows
 from edge.bundle.manifest import Manifest
 from edge.bundle.update import fsync, replace_durably, sweep_temp, temp_path
 from edge.errors import ConfigError, ContextLengthError, RequestError, ResourceError
@@ -55,6 +57,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         planes: keys and values of all layers, ``2 * layers``.
         kv_heads, head_dim: see `Backend.read_slot`.
         rounds_activations: see `Backend`.
+        int8_planes: those that are stored as INT8, ascending.
+        scales_sha256: SHA-256 of their scales; empty where there are none.
     """
 
     engine: str
@@ -63,6 +67,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_heads: _Size
     head_dim: _Size
     rounds_activations: bool = False
+    int8_planes: Annotated[tuple[int, ...], msgspec.Meta(max_length=1 << 16)] = ()
+    scales_sha256: str = ""
 
     @classmethod
     def of(cls, backend: Backend) -> Layout:
@@ -72,16 +78,33 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dtype: Literal["float16", "float32"] = "float32"
         if rows.dtype == np.float16:
             dtype = "float16"
-        return cls(backend.name, dtype, planes, kv_heads, head_dim, backend.rounds_activations)
+        return cls(
+            backend.name,
+            dtype,
+            planes,
+            kv_heads,
+            head_dim,
+            backend.rounds_activations,
+            tuple(sorted(backend.kv_scales)),
+            scales_sha256(backend.kv_scales),
+        )
 
     def __str__(self) -> str:
-        return f"{self.engine} in {self.dtype}" + (
-            " with int8 activations" if self.rounds_activations else ""
-        )
+        text = f"{self.engine} in {self.dtype}"
+        if self.rounds_activations:
+            text += " with int8 activations"
+        if self.int8_planes:
+            text += f", {len(self.int8_planes)} of {self.planes} cache tensors in int8"
+            text += f" (scales {self.scales_sha256[:8]})"
+        return text
 
     def shape(self, length: int) -> tuple[int, int, int, int]:
         """The shape of ``length`` rows."""
         return self.planes, self.kv_heads, length, self.head_dim
+
+    def num_bytes(self, length: int) -> int:
+        """Bytes of ``length`` rows in a file."""
+        return packed_bytes(self.shape(length), np.dtype(self.dtype), len(self.int8_planes))
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,6 +139,7 @@ class PrefixStore:
         manifest: the bundle's manifest.
         layout: layout of the backend's rows; None only looks at the files.
         max_bytes: bytes that this bundle's prefixes may take together.
+        scales: of the backend (`Backend.kv_scales`); as ``layout``, which has their hash.
     """
 
     def __init__(
@@ -124,7 +148,11 @@ class PrefixStore:
         manifest: Manifest,
         layout: Layout | None = None,
         max_bytes: int = DEFAULT_MAX_BYTES,
+        scales: Scales | None = None,
     ) -> None:
+        self._scales: Scales = scales or {}
+        if layout is not None:
+            assert layout.scales_sha256 == scales_sha256(self._scales), "scales are the layout's"
         self._bundle = bundle_key(manifest)
         self.directory = directory / self._bundle[:16]
         self._layout = layout
@@ -171,22 +199,22 @@ class PrefixStore:
         assert layout is not None, "a store without a layout only lists and drops"
         assert rows.shape == layout.shape(len(ids)), "rows are those of the ids"
         assert rows.dtype == layout.dtype, "rows are the backend's"
-        rows = np.ascontiguousarray(rows)
-        digest = hashlib.sha256(rows.data).hexdigest()
+        data = pack_rows(rows, self._scales)
+        digest = hashlib.sha256(data.data).hexdigest()
         header = msgspec.json.encode(_Header(self._bundle, layout, list(ids), digest))
         head = _MAGIC + len(header).to_bytes(8, "little") + header + hashlib.sha256(header).digest()
         path = self.directory / f"{name}.kv"
         others = sum(other.stat().st_size for other in self._files() if other != path)
-        if others + len(head) + rows.nbytes > self._max_bytes:
+        if others + len(head) + data.nbytes > self._max_bytes:
             raise ResourceError(
-                f"the prefix {name!r} takes {rows.nbytes >> 20} MiB and the others of this bundle "
+                f"the prefix {name!r} takes {data.nbytes >> 20} MiB and the others of this bundle "
                 f"{others >> 20} MiB, more than the {self._max_bytes >> 20} MiB allowed; "
                 "drop one with: edge-llm cache drop"
             )
 
         def write(file: BinaryIO) -> None:
             file.write(head)
-            file.write(rows.data)
+            file.write(data.data)
 
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -209,7 +237,7 @@ class PrefixStore:
             size = path.stat().st_size
             try:
                 header, start = self._read(path)
-                self._read_rows(path, header, start)
+                self._read_bytes(path, header, start)
             except (OSError, _UnusableError) as error:
                 found.append(PrefixInfo(path.stem, 0, size, str(error)))
             else:
@@ -237,7 +265,10 @@ class PrefixStore:
             header, start = self._read(path)
             if header.ids != ids:
                 raise _UnusableError("it was replaced; restart to use the new one")
-            return self._read_rows(path, header, start)
+            data = self._read_bytes(path, header, start)
+            layout = header.layout
+            shape = layout.shape(len(header.ids))
+            return unpack_rows(data, shape, np.dtype(layout.dtype), self._scales)
         except (OSError, _UnusableError) as error:
             _log.warning("stored prefix %s is ignored from now on: %s", path, error)
             self._entries.pop(path.stem, None)
@@ -266,18 +297,18 @@ class PrefixStore:
             raise _UnusableError(
                 f"it was made by {header.layout}, this is {self._layout}; build it again"
             )
-        item = np.dtype(header.layout.dtype).itemsize
-        expected = start + math.prod(header.layout.shape(len(header.ids))) * item
+        if len(header.layout.int8_planes) > header.layout.planes:
+            raise _UnusableError("it is damaged (its layout)")
+        expected = start + header.layout.num_bytes(len(header.ids))
         if not header.ids or size != expected:
             raise _UnusableError(f"it has {size} bytes, its header describes {expected}")
         return header, start
 
-    def _read_rows(self, path: Path, header: _Header, start: int) -> Floats:
+    def _read_bytes(self, path: Path, header: _Header, start: int) -> NDArray[np.uint8]:
         data = np.fromfile(path, dtype=np.uint8, offset=start)
         if hashlib.sha256(data.data).hexdigest() != header.rows_sha256:
             raise _UnusableError("it is damaged (its rows)")
-        rows: Floats = data.view(header.layout.dtype)
-        return rows.reshape(header.layout.shape(len(header.ids)))
+        return data
 
 
 class _UnusableError(Exception):

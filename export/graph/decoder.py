@@ -8,8 +8,8 @@ of the step, ``K`` cache rows read, ``H`` heads, ``G`` KV heads, ``D`` head size
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from edge.bundle.manifest import Dialect, FloatType, ModelSpec, TensorScheme
 
 from .data_file import StoredTensor
 from .graph_builder import ONNX_TYPE, GraphBuilder
+from .kv_quantization import KvScales, dequantized_rows, key_factor, rounded_rows, value_factor
 
 _FP32 = ONNX_TYPE["fp32"]
 
@@ -69,12 +70,14 @@ class DecoderTensors:
         norms: RMSNorm weights by name: ``layers.0.input_norm``, ``layers.0.post_norm``,
             ``layers.0.q_norm``, ``layers.0.k_norm``, ``final_norm``.
         rope_cos, rope_sin: ``[positions, head_dim / 2]``.
+        kv_scales: of the layers whose cache is in 8 bits, by number.
     """
 
     linears: Mapping[str, StoredLinear]
     norms: Mapping[str, StoredTensor]
     rope_cos: StoredTensor
     rope_sin: StoredTensor
+    kv_scales: Mapping[int, KvScales] = field(default_factory=dict)
 
 
 def build_decoder(
@@ -118,7 +121,7 @@ class _Decoder:
         x = self.g.node("GatherND", [x, indices], "last_hidden", batch_dims=1)
         x = self.norm(x, "final_norm")
         self.linear(x, "lm_head", output=io_spec.LOGITS)
-        spec = (self.model, dialect, self.g.float_type, kv_capacity)
+        spec = (self.model, dialect, self.g.float_type, kv_capacity, self.tensors.kv_scales)
         return self.g.model(
             "decoder",
             io_spec.DIALECTS[dialect].opset,
@@ -306,25 +309,39 @@ class _Native(_Decoder):
 
     def attention(self, i: int, q: str, k: str, v: str) -> str:
         g = self.g
-        read = []
-        for new, past, present in (
-            (k, io_spec.past_key(i), io_spec.present_key(i)),
-            (v, io_spec.past_value(i), io_spec.present_value(i)),
-        ):
-            g.node("TensorScatter", [past, new, io_spec.WRITE_INDICES], present, axis=2)
-            read.append(
-                g.node(
-                    "Slice",
-                    [present, g.constant("kv_start", [0]), "kv_len", g.constant("axes.2", [2])],
-                    f"{present}.read",
-                )
-            )
+        read = [
+            self._cached(i, k, io_spec.past_key(i), io_spec.present_key(i), key_factor),
+            self._cached(i, v, io_spec.past_value(i), io_spec.present_value(i), value_factor),
+        ]
         return g.node(
             "Attention",
             [q, *read, "mask"],
             f"layers.{i}.attended",
             scale=1.0 / math.sqrt(self.model.head_dim),
         )
+
+    def _cached(
+        self,
+        i: int,
+        new: str,
+        past: str,
+        present: str,
+        make_factor: Callable[[GraphBuilder, int, KvScales], str],
+    ) -> str:
+        """Write a step's keys or values into the cache; returns the rows that attention reads."""
+        g, scales = self.g, self.tensors.kv_scales.get(i)
+        if scales is not None:
+            new = rounded_rows(g, new, make_factor(g, i, scales), f"{present}.new", scales)
+        g.node("TensorScatter", [past, new, io_spec.WRITE_INDICES], present, axis=2)
+        rows = g.node(
+            "Slice",
+            [present, g.constant("kv_start", [0]), "kv_len", g.constant("axes.2", [2])],
+            f"{present}.read",
+        )
+        if scales is None:
+            return rows
+        rows = dequantized_rows(g, rows, scales)
+        return g.node("Mul", [rows, make_factor(g, i, scales)], f"{present}.floats")
 
 
 class PortableDecoder(_Decoder):
@@ -407,14 +424,16 @@ class PortableDecoder(_Decoder):
         return g.node("Concat", [low, high], output, axis=-1)
 
     def key_name(self, i: int) -> str:
-        """Return the name of an output: the keys leave the graph as they are."""
-        return io_spec.new_key(i)
+        """Return the name of an output: the keys leave the graph as they are, or rounded."""
+        return f"layers.{i}.k.rope" if i in self.tensors.kv_scales else io_spec.new_key(i)
 
     def heads_name(self, x: str) -> str:
-        """Return the name of a projection's heads; the values leave the graph as they are."""
+        """Return the name of a projection's heads; the values leave the graph as keys do."""
         parts = x.split(".")
         if parts[0] == "layers" and parts[2:] == ["v", "heads"]:
-            return io_spec.new_value(int(parts[1]))
+            layer = int(parts[1])
+            if layer not in self.tensors.kv_scales:
+                return io_spec.new_value(layer)
         return f"{x}.t"
 
     def attention(self, i: int, q: str, k: str, v: str) -> str:
@@ -432,6 +451,14 @@ class PortableDecoder(_Decoder):
         grouped = g.node("Mul", [grouped, scale], f"{name}.q.scaled")
         group_axis = g.constant("axes.2", [2])
         scores, values = [], []
+        kv = self.tensors.kv_scales.get(i)
+        if kv is not None:
+            # Of rows in 8 bits only integers are multiplied. The keys' scales are on the queries
+            # instead and the values' on the mix: TensorRT takes scales per channel for weights
+            # alone (rule channel-scale), and here they cost a row each and not the whole cache.
+            k = rounded_rows(g, k, key_factor(g, i, kv), io_spec.new_key(i), kv)
+            v = rounded_rows(g, v, value_factor(g, i, kv), io_spec.new_value(i), kv)
+            grouped = self._scaled(grouped, key_factor(g, i, kv), f"{name}.q.by_key_scale")
         past = (io_spec.past_key(i), io_spec.past_value(i))
         for part, keys, vals in (("past", *past), ("new", k, v)):
             if part == "past":
@@ -439,8 +466,11 @@ class PortableDecoder(_Decoder):
                 keys = g.node("Slice", [keys, *bounds], f"{keys}.read")
                 vals = g.node("Slice", [vals, *bounds], f"{vals}.read")
             keys = g.node("Unsqueeze", [keys, group_axis], f"{keys}.grouped")
-            values.append(g.node("Unsqueeze", [vals, group_axis], f"{vals}.grouped"))
+            vals = g.node("Unsqueeze", [vals, group_axis], f"{vals}.grouped")
             keys = g.node("Transpose", [keys], f"{keys}.t", perm=[0, 1, 2, 4, 3])
+            if kv is not None:
+                keys, vals = dequantized_rows(g, keys, kv), dequantized_rows(g, vals, kv)
+            values.append(vals)
             score = g.node("MatMul", [grouped, keys], f"{name}.scores.{part}")
             if g.float_type != "fp32":
                 score = g.node("Cast", [score], f"{score}.fp32", to=_FP32)
@@ -461,8 +491,16 @@ class PortableDecoder(_Decoder):
             for part, value in zip(("past", "new"), values, strict=True)
         ]
         total = g.node("Add", mixed, f"{name}.mixed")
+        if kv is not None:
+            total = self._scaled(total, value_factor(g, i, kv), f"{name}.mixed.by_value_scale")
         return g.node(
             "Reshape",
             [total, g.constant("shape.ungrouped", [0, m.num_heads, -1, size])],
             f"{name}.attended",
         )
+
+    def _scaled(self, x: str, factor: str, output: str) -> str:
+        """``[B, G, H / G, S, D]`` times the factors ``[G, 1, D]`` of a cache."""
+        axis = self.g.constant("axes.1", [1])
+        grouped = self.g.node("Unsqueeze", [factor, axis], f"{factor}.grouped")
+        return self.g.node("Mul", [x, grouped], output)

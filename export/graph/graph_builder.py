@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -20,6 +21,12 @@ ONNX_TYPE: dict[str, int] = {
     "bf16": TensorProto.BFLOAT16,
     "fp32": TensorProto.FLOAT,
     "int64": TensorProto.INT64,
+    "int8": TensorProto.INT8,
+}
+NUMPY_TYPE: dict[str, np.dtype[np.generic]] = {
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp32": np.dtype(np.float32),
 }
 
 
@@ -63,6 +70,15 @@ class GraphBuilder:
         if name not in self._initializers:
             self._initializers[name] = helper.make_tensor(
                 name, ONNX_TYPE[float_type or self.float_type], [], [value]
+            )
+        return name
+
+    def small_floats(self, name: str, values: NDArray[np.floating]) -> str:
+        """Add a small constant in the graph's float type, stored in the model file."""
+        if name not in self._initializers:
+            data = np.ascontiguousarray(values, NUMPY_TYPE[self.float_type]).tobytes()
+            self._initializers[name] = helper.make_tensor(
+                name, ONNX_TYPE[self.float_type], values.shape, data, raw=True
             )
         return name
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,16 +79,22 @@ class LayerRunner:
         ids: token ids int64 ``[sequences, seq_len]``.
         progress: called with the sequences that passed a layer (step ``calibrate``), counted over
             all layers.
+        taps: which values of a layer `LayerActivations.inputs` has, by their names within it, and
+            the names there; by default what the linears see.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, ids: NDArray[np.int64], progress: Progress = silent
+        self,
+        checkpoint: Checkpoint,
+        ids: NDArray[np.int64],
+        progress: Progress = silent,
+        taps: Mapping[str, str] = _TAPS,
     ) -> None:
         self.checkpoint = checkpoint
         self._ids = ids
         self._progress = progress
         model = checkpoint.spec
-        self._graph = _LayerGraph(model)
+        self._graph = _LayerGraph(model, taps)
         self._session = _layer_session(self._graph)
         tables = rope_tables(model.rope, model.head_dim, ids.shape[1])
         self._rope = {
@@ -194,7 +201,8 @@ class _LayerGraph(PortableDecoder):
             ``peak <name>``.
     """
 
-    def __init__(self, model: ModelSpec) -> None:
+    def __init__(self, model: ModelSpec, taps: Mapping[str, str] = _TAPS) -> None:
+        self._taps = taps
         one = msgspec.structs.replace(model, num_layers=1)
         self.linear_specs = {layer.name: layer for layer in linear_layers(one)}
         del self.linear_specs["lm_head"]
@@ -228,14 +236,10 @@ class _LayerGraph(PortableDecoder):
         hidden = self.layer(0, io_spec.INPUTS_EMBEDS)
         outputs = [TensorSpec(hidden, ("batch", "seq", width), "fp32")]
         self.outputs[hidden] = "hidden"
-        for value, short in _TAPS.items():
+        for value, short in self._taps.items():
             name = f"layers.0.{value}"
             self.outputs[name] = f"input {short}"
-            outputs.append(
-                TensorSpec(
-                    name, ("batch", "seq", self.linear_specs[f"layers.0.{short}"].shape[0]), "fp32"
-                )
-            )
+            outputs.append(TensorSpec(name, ("batch", "seq", f"{short}.width"), "fp32"))
         for value in _PEAKS:
             name = f"layers.0.{value}"
             size = g.node("Abs", [name], f"{name}.magnitude")

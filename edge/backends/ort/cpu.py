@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge.backends.step import Floats, Step
 from edge.bundle import io_spec
+from edge.bundle.kv_scales import Scales, read_scales
 from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.onnx_file import OnnxFile
 from edge.device.huge_pages import collapse_filled
@@ -23,7 +24,7 @@ from edge.errors import BackendError, ConfigError, ResourceError
 
 from .cpu_attention import fuse_cache_attention
 from .even_rows import cut_groups, find_unevenness
-from .host_cache import HostCache
+from .host_cache import HostCaches
 from .int8_prompts import MIN_TOKENS, int8_bytes, widen_products
 from .join_planes import join_planes
 from .runner import RunShape, StepRunner, cache_tensors, fill_inputs, make_inputs
@@ -108,6 +109,8 @@ class OrtBackend:
                 f"this one is {manifest.dialect}: export it again, or leave the option out"
             )
 
+        self.kv_scales: Scales = {}
+
         def open_graph(prompts: bool) -> Any:
             graph = load_cpu_graph(
                 bundle,
@@ -118,6 +121,7 @@ class OrtBackend:
                 int8_prompts=prompts,
                 deterministic=deterministic,
             )
+            self.kv_scales = read_scales(graph, manifest, bundle / manifest.graphs.cpu)
             session = open_session(graph, bundle, manifest, num_threads, int8_activations=rounds)
             del graph  # with weights that the session has in its own form by now
             _return_freed_memory()
@@ -129,7 +133,7 @@ class OrtBackend:
         model = self._model
         shape = (num_slots, model.num_kv_heads, self.capacity, model.head_dim)
         try:
-            self._cache = HostCache(2 * model.num_layers, shape, np.dtype(np.float32))
+            self._cache = HostCaches(2 * model.num_layers, shape, self.kv_scales)
         except MemoryError as error:
             raise ResourceError(
                 f"the KV cache of {num_slots} slots of {self.capacity} tokens does not fit into "
@@ -269,7 +273,7 @@ class _HostStep:
         session: Any,
         dialect: io_spec.DialectSpec,
         model: ModelSpec,
-        cache: HostCache,
+        cache: HostCaches,
         kv_positions: NDArray[np.int64],
         shape: RunShape,
     ) -> None:
@@ -282,7 +286,7 @@ class _HostStep:
         # ONNX Runtime is given bare addresses; what they point at must outlive a `close`.
         self._caches = [array[first : first + batch] for array in cache.arrays]
         inputs, outputs, self._new = cache_tensors(
-            dialect, self._caches, lambda: np.empty(rows, dtype=np.float32)
+            dialect, self._caches, lambda cache: np.empty(rows, dtype=cache.dtype)
         )
         self._binding = session.io_binding()
         for name, array in {**self._inputs, **inputs}.items():

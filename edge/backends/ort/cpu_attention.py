@@ -9,7 +9,9 @@ session's copy is rewritten, and a parity test holds both against each other.
 GroupQueryAttention (``com.microsoft``, onnxruntime ContribOperators.md) takes queries, keys and
 values as ``[B, S, heads * D]``, or all three as the fused projection gives them and rotates them
 itself; the cache; ``seqlens_k`` = valid rows after this step minus one, and the largest such count.
-It masks and rotates by cache row, which is the position here.
+It masks and rotates by cache row, which is the position here. With a cache in 8 bits
+(``k_quant_type``, ``v_quant_type``, ``kv_cache_bit_width``) it takes the scales, rounds the rows
+that it writes, and multiplies the integers that it reads.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from edge.errors import BundleError
 
 OWN_DOMAIN = "com.microsoft"
 """Of ONNX Runtime's own operators."""
+_KEY_SCALE_INPUT = 12
 
 
 def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
@@ -40,16 +43,14 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
     for node in graph.nodes:
         if node.op_type != "Attention":
             continue
-        keys, values = (
-            expect_node(producers, expect_node(producers, name, "Slice").inputs[0], "TensorScatter")
-            for name in node.inputs[1:3]
-        )
+        keys, key_rows, key_scale = _written(producers, node.inputs[1])
+        values, value_rows, value_scale = _written(producers, node.inputs[2])
         # Transpose and Reshape merged the heads to [B, S, H * D], which the operator returns.
         transposed = expect_node(consumers, node.outputs[0], "Transpose")
         merged = expect_node(consumers, transposed.outputs[0], "Reshape")
         outputs = [merged.outputs[0], keys.outputs[0], values.outputs[0]]
         new: list[Node] = []
-        v = _rows(producers, values.inputs[1], shape_kv, new)
+        v = _rows(producers, value_rows, shape_kv, new)
         attributes = [
             attribute("num_heads", model.num_heads),
             attribute("kv_num_heads", model.num_kv_heads),
@@ -57,7 +58,7 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
         ]
         if model.qk_norm:
             q = _rope_on_rows(producers, node.inputs[0], shape_q, model.num_heads, new)
-            k = _rope_on_rows(producers, keys.inputs[1], shape_kv, model.num_kv_heads, new)
+            k = _rope_on_rows(producers, key_rows, shape_kv, model.num_kv_heads, new)
             inputs = [q, k, v]
             tables = []
         else:
@@ -67,6 +68,14 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
             tables = expect_node(producers, node.inputs[0], "RotaryEmbedding").inputs[1:3]
             attributes.append(attribute("do_rotary", 1))
         inputs += [keys.inputs[0], values.inputs[0], "cpu.seqlens", "cpu.total", *tables]
+        if key_scale is not None and value_scale is not None:
+            # Before them: cos, sin, position_ids, attention_bias and head_sink.
+            inputs += [""] * (_KEY_SCALE_INPUT - len(inputs)) + [key_scale, value_scale]
+            attributes += [
+                attribute("k_quant_type", "PER_CHANNEL"),
+                attribute("v_quant_type", "PER_CHANNEL"),
+                attribute("kv_cache_bit_width", 8),
+            ]
         new.append(
             Node(
                 "GroupQueryAttention", inputs, outputs, f"{node.name}/fused", OWN_DOMAIN, attributes
@@ -85,6 +94,22 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
             nodes += fused.get(node.outputs[0], [node])
     graph.nodes = nodes
     graph.use_domain(OWN_DOMAIN, 1)
+
+
+def _written(producers: dict[str, Node], name: str) -> tuple[Node, str, str | None]:
+    """What attention reads: the node that writes it, the rows before rounding, their scales."""
+    factor = producers.get(name)
+    if factor is None or factor.op_type != "Mul":
+        scatter = expect_node(
+            producers, expect_node(producers, name, "Slice").inputs[0], "TensorScatter"
+        )
+        return scatter, scatter.inputs[1], None
+    integers = expect_node(producers, factor.inputs[0], "DequantizeLinear")
+    part = expect_node(producers, integers.inputs[0], "Slice")
+    scatter = expect_node(producers, part.inputs[0], "TensorScatter")
+    rounded = expect_node(producers, scatter.inputs[1], "QuantizeLinear")
+    steps = expect_node(producers, rounded.inputs[0], "Div")
+    return scatter, steps.inputs[0], steps.inputs[1]
 
 
 def expect_node(nodes: dict[str, Node], name: str, *op_types: str) -> Node:

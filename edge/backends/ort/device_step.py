@@ -59,7 +59,7 @@ class DeviceStep:
         rows = (batch, model.num_kv_heads, seq, model.head_dim)
         self._caches = cache.blocks(first, batch)
         inputs, outputs, self._new = cache_tensors(
-            dialect, self._caches, lambda: cache.allocate(rows)
+            dialect, self._caches, lambda _: cache.allocate(rows)
         )
         # Appending the rows that a graph returns is a run of its own.
         self._append = cache.writer(self._caches, self._new) if self._new else None

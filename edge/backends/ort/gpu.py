@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edge.backends.step import Floats, Step, last_token, step_after
 from edge.bundle import io_spec
+from edge.bundle.kv_scales import Scales
 from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import Node, OnnxFile
 from edge.errors import BackendError, DependencyError, EdgeError
@@ -90,6 +91,7 @@ class OrtCudaBackend:
             f"{cache_bytes / 1e6:,.0f} MB ({num_slots} slots of {self.capacity} tokens)",
         )
         _check_types(manifest)
+        self.kv_scales: Scales = {}
         self._ort = import_for_device(manifest, self.device)
         path = bundle / manifest.graphs.decoder
         graph = load_graph(path, manifest, self._float_type, self.capacity)
@@ -245,6 +247,11 @@ def _take_total_from_shape(graph: OnnxFile) -> None:
 
 
 def _check_types(manifest: Manifest) -> None:
+    if manifest.kv_cache is not None:
+        raise DependencyError(
+            "the backend ort-cuda has no 8-bit KV cache yet; use --backend ort-cpu or an engine, "
+            "or export without --kv-cache int8"
+        )
     schemes = {info.scheme.kind for info in manifest.quantization.linears.values()}
     if manifest.dtype == "bf16" and schemes != {"float"}:
         raise DependencyError(

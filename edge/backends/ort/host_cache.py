@@ -18,14 +18,90 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.step import Floats
+from edge.bundle.kv_scales import Scales, dequantize_rows, quantize_rows
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 
 _CHECK_ROWS = 256  # a slot grows by this many before its pages are looked at again
 _TOKENS_PER_PAGE = 16  # a page takes 0.6 ms or more to copy: no step shall wait for all of them
 
 
+class HostCaches:
+    """Tensors of which some hold INT8 and the others float32; see `HostCache`.
+
+    Args:
+        shape: of each tensor.
+        num_tensors: keys and values of all layers.
+        scales: of those in INT8, by number.
+
+    Attributes:
+        arrays: the tensors in order.
+
+    Raises:
+        MemoryError: the system does not grant so much address space.
+    """
+
+    def __init__(self, num_tensors: int, shape: tuple[int, int, int, int], scales: Scales) -> None:
+        self._scales = scales
+        self._parts: list[HostCache] = []
+        found: dict[int, NDArray[Any]] = {}
+        for dtype, numbers in (
+            (np.dtype(np.int8), [each for each in range(num_tensors) if each in scales]),
+            (np.dtype(np.float32), [each for each in range(num_tensors) if each not in scales]),
+        ):
+            if numbers:
+                part = HostCache(len(numbers), shape, dtype)
+                self._parts.append(part)
+                found.update(zip(numbers, part.arrays, strict=True))
+        self.arrays: list[NDArray[Any]] = [found[number] for number in range(num_tensors)]
+
+    def read(self, slot: int, length: int) -> NDArray[np.float32]:
+        """Copy the first rows of a slot: float32 ``[num_tensors, kv_heads, length, head_dim]``."""
+        _, heads, _, dim = self.arrays[0].shape
+        rows = np.empty((len(self.arrays), heads, length, dim), np.float32)
+        for number, array in enumerate(self.arrays):
+            part = array[slot, :, :length]
+            scale = self._scales.get(number)
+            rows[number] = part if scale is None else dequantize_rows(part, scale)
+        return rows
+
+    def write(self, slot: int, rows: Floats) -> None:
+        """Overwrite the first rows of a slot with what `read` returned.
+
+        Raises:
+            BackendError: a value for INT8 is not finite; nothing is written then.
+        """
+        stored = [
+            quantize_rows(values, self._scales[number]) if number in self._scales else values
+            for number, values in enumerate(rows)
+        ]
+        for array, values in zip(self.arrays, stored, strict=True):
+            array[slot, :, : values.shape[1]] = values
+        self.wrote(slot, rows.shape[2])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first rows of one slot to another."""
+        for part in self._parts:
+            part.copy(source, target, length)
+
+    def close(self) -> None:
+        """Let go of the memory, which lives on while anyone else holds a tensor."""
+        self.arrays = []
+        for part in self._parts:
+            part.close()
+
+    def wrote(self, slot: int, num_rows: int) -> None:
+        """Note that the first ``num_rows`` rows of a slot may have been written."""
+        for part in self._parts:
+            part.wrote(slot, num_rows)
+
+    def settle(self, num_tokens: int) -> None:
+        """Make some of the pages huge that have become half full, behind a step of that size."""
+        for part in self._parts:
+            part.settle(num_tokens)
+
+
 class HostCache:
-    """Zeroed tensors ``[slots, kv_heads, capacity, head_dim]`` in memory of their own.
+    """Zeroed tensors  ``[slots, kv_heads, capacity, head_dim]`` in memory of their own.
 
     Args:
         num_tensors: keys and values of all layers.
@@ -58,16 +134,6 @@ class HostCache:
             self._blocks.append((block, start))
             tensor = np.frombuffer(block, dtype, int(np.prod(shape)), start).reshape(shape)
             self.arrays.append(tensor)
-
-    def read(self, slot: int, length: int) -> Floats:
-        """Copy the first rows of a slot: ``[num_tensors, kv_heads, length, head_dim]``."""
-        return np.stack([array[slot, :, :length] for array in self.arrays])
-
-    def write(self, slot: int, rows: Floats) -> None:
-        """Overwrite the first rows of a slot with what `read` returned."""
-        for array, values in zip(self.arrays, rows, strict=True):
-            array[slot, :, : values.shape[1]] = values
-        self.wrote(slot, rows.shape[2])
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first rows of one slot to another."""

@@ -132,21 +132,21 @@ def fill_inputs(inputs: dict[str, NDArray[Any]], step: Step, embeds: NDArray[Any
 
 
 def cache_tensors(
-    dialect: io_spec.DialectSpec, caches: Sequence[T], make_rows: Callable[[], T]
+    dialect: io_spec.DialectSpec, caches: Sequence[T], make_rows: Callable[[T], T]
 ) -> tuple[dict[str, T], dict[str, T], list[T]]:
     """Name what the graph's cache inputs and outputs are bound to.
 
     Args:
         dialect: of the graph.
         caches: the bound slots' part of each cache tensor: keys and values of layer after layer.
-        make_rows: makes memory for the rows that a step returns for one of them.
+        make_rows: makes memory for the rows that a step returns for one of them, in its type.
 
     Returns:
         Inputs and outputs by name, and the memory of the rows that the runtime must append to
         ``caches``, in their order; empty where the graph writes in place.
     """
     layers = range(len(caches) // 2)
-    new = [] if dialect.in_place else [make_rows() for _ in caches]
+    new = [] if dialect.in_place else [make_rows(cache) for cache in caches]
     inputs = [name for layer in layers for name in io_spec.cache_inputs(layer)]
     outputs = [name for layer in layers for name in dialect.cache_outputs(layer)]
     return (

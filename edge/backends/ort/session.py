@@ -76,7 +76,7 @@ def load_graph(path: Path, manifest: Manifest, float_type: FloatType, capacity: 
         if value.name.startswith(("past_key_values.", "present."))
     ]
     graph.set_dimension(cache, 2, capacity)
-    spec = (manifest.model, manifest.dialect, float_type, capacity)
+    spec = (manifest.model, manifest.dialect, float_type, capacity, manifest.int8_layers)
     for found, expected in (
         (graph.inputs, io_spec.decoder_inputs(*spec)),
         (graph.outputs, io_spec.decoder_outputs(*spec)),
@@ -187,10 +187,12 @@ def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
         import onnxruntime as ort
     except ImportError as error:
         raise DependencyError(f"{need}; install it with: {install_command(extra)}") from error
-    needed = io_spec.DIALECTS[manifest.dialect].min_onnxruntime
+    int8_cache = manifest.kv_cache is not None
+    needed = io_spec.needed_onnxruntime(manifest.dialect, int8_cache=int8_cache)
     if onnxruntime_version(ort) < needed:
+        cache = " with an 8-bit KV cache" if int8_cache else ""
         raise DependencyError(
-            f"this bundle (dialect {manifest.dialect}) needs onnxruntime >= "
+            f"this bundle (dialect {manifest.dialect}{cache}) needs onnxruntime >= "
             f"{needed[0]}.{needed[1]}, found {ort.__version__}; upgrade it, or export with "
             "--dialect portable"
         )

@@ -1,25 +1,27 @@
-"""The KV cache in device memory: one block, so that one strided copy moves a slot of all layers.
+"""The KV cache in device memory: a block for each size of element.
 
-Layout ``[2 * layers, slots, kv_heads, rows, head_dim]``: entry ``2 * i`` holds the keys of layer
-``i``, entry ``2 * i + 1`` its values. A slot of an entry is what an engine with that batch binds.
+So one strided copy moves a slot of all layers of a block. Its layout: ``[tensors, slots, kv_heads,
+rows, head_dim]``. Tensor ``2 * i`` of the cache holds the keys of layer ``i``, tensor ``2 * i + 1``
+its values; in an 8-bit cache they are INT8 but for the layers that stay in float. A slot of a
+tensor is what an engine with that batch binds.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import cuda
 from edge.backends.step import Floats
-from edge.bundle.manifest import FloatType, ModelSpec
-from edge.bundle.sizes import check_slots
+from edge.bundle.kv_scales import Scales, dequantize_rows, quantize_rows
+from edge.bundle.manifest import FloatType, Manifest, ModelSpec
+from edge.bundle.sizes import cache_element_bytes, check_slots
 
-from .device_memory import StepSizes, new_rows_bytes, new_rows_stride
+from .device_memory import CachePlanes, StepSizes, cache_planes, new_rows_bytes, new_rows_stride
 from .step_buffers import round_to_bf16
-
-_ELEMENT_BYTES = 2
 
 
 class DeviceCache:
@@ -28,8 +30,8 @@ class DeviceCache:
     Args:
         device, stream: where, and on what its copies run.
         resources: what is allocated is pushed here.
-        model: the decoder's numbers.
-        dtype: of the rows.
+        manifest: of the bundle.
+        scales: of the tensors in INT8, by number.
         num_slots: sequences.
         rows: per slot.
 
@@ -43,59 +45,75 @@ class DeviceCache:
         device: cuda.Device,
         stream: cuda.Stream,
         resources: ExitStack,
-        model: ModelSpec,
-        dtype: FloatType,
+        manifest: Manifest,
+        scales: Scales,
         num_slots: int,
         rows: int,
     ) -> None:
-        self._stream, self._dtype = stream, dtype
-        self._layers, self._heads, self._dim = (
-            2 * model.num_layers,
-            model.num_kv_heads,
-            model.head_dim,
-        )
-        self._slots, self._rows = num_slots, rows
-        self._row_bytes = self._dim * _ELEMENT_BYTES
-        self.slot_bytes = self._heads * rows * self._row_bytes
-        check_slots(model, rows)
-        num_bytes = self._layers * num_slots * self.slot_bytes
-        block = cuda.DeviceMemory(device, num_bytes, f"the KV cache of {num_slots} x {rows} tokens")
-        resources.callback(block.close)
-        self._address, self.num_bytes = block.address, num_bytes
-        self._copy = cuda.BoxCopy(device)
-        # Rows that were never written are masked, but 0 times NaN would still be NaN.
-        stream.clear(block.address, num_bytes)
+        self._stream, self._scales = stream, scales
+        self._dtype: FloatType = manifest.dtype
+        model = manifest.model
+        self._shape = (2 * model.num_layers, model.num_kv_heads, model.head_dim)
+        check_slots(model, rows, cache_element_bytes(manifest))
+        self._blocks = [
+            _Block(device, stream, resources, planes, model, num_slots, rows)
+            for planes in cache_planes(manifest)
+        ]
+        self._of_tensor = {
+            number: (block, index)
+            for block in self._blocks
+            for index, number in enumerate(block.planes.numbers)
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all blocks."""
+        return sum(block.num_bytes for block in self._blocks)
 
     def address(self, entry: int, slot: int) -> int:
-        """Where a slot of an entry starts."""
-        return self._address + (entry * self._slots + slot) * self.slot_bytes
+        """Where a slot of a tensor starts."""
+        block, index = self._of_tensor[entry]
+        return block.address(index, slot)
 
     def read(self, slot: int, length: int) -> Floats:
         """The first rows of a slot: ``[2 * layers, kv_heads, length, head_dim]``, fp16 or fp32."""
-        found = np.empty((self._layers, self._heads, length, self._dim), np.uint16)
-        if found.size:
-            self._run(self._host_box(found), self._box(slot), length)
-            self._stream.synchronize()
-        if self._dtype == "bf16":
-            widened: Floats = (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
-            return widened
-        return found.view(np.float16)
+        entries, heads, dim = self._shape
+        plain = self._dtype == "fp16" and not self._scales
+        rows: Floats = np.empty((entries, heads, length, dim), np.float16 if plain else np.float32)
+        for block in self._blocks:
+            bits = block.read(slot, length)
+            for number, found in zip(block.planes.numbers, bits, strict=True):
+                if block.planes.is_int8:
+                    rows[number] = dequantize_rows(found, self._scales[number])
+                elif self._dtype == "bf16":
+                    rows[number] = (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
+                else:
+                    rows[number] = found.view(np.float16)
+        return rows
 
     def write(self, slot: int, rows: Floats) -> None:
-        """Overwrite the first rows of a slot; waits, since ``rows`` belongs to the caller."""
-        bits: NDArray[np.uint16]
+        """Overwrite the first rows of a slot; waits, since ``rows`` belongs to the caller.
+
+        Raises:
+            BackendError: a value for INT8 is not finite; nothing is written then.
+        """
+        stored = [self._stored(block, rows) for block in self._blocks]
+        for block, bits in zip(self._blocks, stored, strict=True):
+            block.write(slot, bits)
+
+    def _stored(self, block: _Block, rows: Floats) -> NDArray[Any]:
+        numbers = block.planes.numbers
+        if block.planes.is_int8:
+            return np.stack([quantize_rows(rows[each], self._scales[each]) for each in numbers])
+        chosen = rows if len(numbers) == len(rows) else rows[list(numbers)]
         if self._dtype == "bf16":
-            bits = round_to_bf16(rows)
-        else:
-            bits = np.ascontiguousarray(rows, dtype=np.float16).view(np.uint16)
-        if bits.size:
-            self._run(self._box(slot), self._host_box(bits), rows.shape[2])
-            self._stream.synchronize()
+            return round_to_bf16(chosen)
+        return np.ascontiguousarray(chosen, dtype=np.float16).view(np.uint16)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first rows of one slot to another."""
-        if length:
-            self._run(self._box(target), self._box(source), length)
+        for block in self._blocks:
+            block.copy(source, target, length)
 
     def append(self, new: NewRows, place: int, batch: int, seq: int, slot: int, start: int) -> None:
         """Copy a step's new rows of one sequence into its slot, all layers at once.
@@ -108,7 +126,59 @@ class DeviceCache:
             slot: of the sequence.
             start: the first row that is written.
         """
-        self._run(self._box(slot, start), new.box(place, batch, seq), seq)
+        for block, source in zip(self._blocks, new.boxes(place, batch, seq), strict=True):
+            block.append(source, seq, slot, start)
+
+
+class _Block:
+    """Tensors with elements of one size; see `DeviceCache`."""
+
+    def __init__(
+        self,
+        device: cuda.Device,
+        stream: cuda.Stream,
+        resources: ExitStack,
+        planes: CachePlanes,
+        model: ModelSpec,
+        num_slots: int,
+        rows: int,
+    ) -> None:
+        self.planes, self._stream = planes, stream
+        self._heads, self._dim = model.num_kv_heads, model.head_dim
+        self._slots, self._rows = num_slots, rows
+        self._row_bytes = model.head_dim * planes.element_bytes
+        self._slot_bytes = model.num_kv_heads * rows * self._row_bytes
+        self.num_bytes = planes.how_many * num_slots * self._slot_bytes
+        name = f"the KV cache of {num_slots} x {rows} tokens"
+        memory = cuda.DeviceMemory(device, self.num_bytes, name)
+        resources.callback(memory.close)
+        self._address = memory.address
+        self._copy = cuda.BoxCopy(device)
+        # Rows that were never written are masked, but 0 times NaN would still be NaN.
+        stream.clear(memory.address, self.num_bytes)
+
+    def address(self, index: int, slot: int) -> int:
+        return self._address + (index * self._slots + slot) * self._slot_bytes
+
+    def read(self, slot: int, length: int) -> NDArray[Any]:
+        kind = np.int8 if self.planes.is_int8 else np.uint16
+        found = np.empty((self.planes.how_many, self._heads, length, self._dim), kind)
+        if found.size:
+            self._run(self._host_box(found), self._box(slot), length)
+            self._stream.synchronize()
+        return found
+
+    def write(self, slot: int, bits: NDArray[Any]) -> None:
+        if bits.size:
+            self._run(self._box(slot), self._host_box(bits), bits.shape[2])
+            self._stream.synchronize()
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        if length:
+            self._run(self._box(target), self._box(source), length)
+
+    def append(self, source: cuda.Box, seq: int, slot: int, start: int) -> None:
+        self._run(self._box(slot, start), source, seq)
 
     def _run(self, target: cuda.Box, source: cuda.Box, rows: int) -> None:
         self._copy.run(
@@ -116,15 +186,15 @@ class DeviceCache:
             source,
             width=rows * self._row_bytes,
             height=self._heads,
-            depth=self._layers,
+            depth=self.planes.how_many,
             stream=self._stream,
         )
 
     def _box(self, slot: int, start: int = 0) -> cuda.Box:
-        address = self._address + slot * self.slot_bytes + start * self._row_bytes
+        address = self._address + slot * self._slot_bytes + start * self._row_bytes
         return cuda.Box(address, self._rows * self._row_bytes, self._slots * self._heads)
 
-    def _host_box(self, array: NDArray[np.uint16]) -> cuda.Box:
+    def _host_box(self, array: NDArray[Any]) -> cuda.Box:
         return cuda.Box(array, array.shape[2] * self._row_bytes, self._heads)
 
 
@@ -132,20 +202,29 @@ class NewRows:
     """Where an engine of dialect ``portable`` leaves the step's keys and values."""
 
     def __init__(
-        self, device: cuda.Device, resources: ExitStack, model: ModelSpec, sizes: StepSizes
+        self, device: cuda.Device, resources: ExitStack, manifest: Manifest, sizes: StepSizes
     ) -> None:
-        self._model = model
-        num_bytes = new_rows_bytes(sizes, model)
-        block = cuda.DeviceMemory(device, num_bytes, "the step's keys and values")
-        resources.callback(block.close)
-        self._address = block.address
+        self._model = model = manifest.model
+        self._parts: list[tuple[CachePlanes, int]] = []
+        self._of_tensor: dict[int, tuple[int, int, int]] = {}
+        for planes in cache_planes(manifest):
+            num_bytes = new_rows_bytes(sizes, model, planes.how_many, planes.element_bytes)
+            block = cuda.DeviceMemory(device, num_bytes, "the step's keys and values")
+            resources.callback(block.close)
+            self._parts.append((planes, block.address))
+            for index, number in enumerate(planes.numbers):
+                self._of_tensor[number] = block.address, index, planes.element_bytes
 
     def address(self, entry: int, batch: int, seq: int) -> int:
-        """Where the rows ``[batch, kv_heads, seq, head_dim]`` of an entry go."""
-        return self._address + entry * new_rows_stride(batch, seq, self._model)
+        """Where the rows ``[batch, kv_heads, seq, head_dim]`` of a tensor go."""
+        base, index, element_bytes = self._of_tensor[entry]
+        return base + index * new_rows_stride(batch, seq, self._model, element_bytes)
 
-    def box(self, place: int, batch: int, seq: int) -> cuda.Box:
-        """The rows of one sequence, of all entries."""
-        pitch = seq * self._model.head_dim * _ELEMENT_BYTES
-        rows = new_rows_stride(batch, seq, self._model) // pitch
-        return cuda.Box(self._address + place * self._model.num_kv_heads * pitch, pitch, rows)
+    def boxes(self, place: int, batch: int, seq: int) -> list[cuda.Box]:
+        """The rows of one sequence, of all tensors, by the size of their elements."""
+        boxes = []
+        for planes, base in self._parts:
+            pitch = seq * self._model.head_dim * planes.element_bytes
+            rows = new_rows_stride(batch, seq, self._model, planes.element_bytes) // pitch
+            boxes.append(cuda.Box(base + place * self._model.num_kv_heads * pitch, pitch, rows))
+        return boxes

@@ -102,11 +102,16 @@ def plan_engine_memory(
     io = 0 if integrated else pinned
     io += _align(info.kv_capacity * INDEX_BYTES)
     if not io_spec.DIALECTS[manifest.dialect].in_place:
-        io += new_rows_bytes(sizes[0], model)
+        io += sum(
+            new_rows_bytes(sizes[0], model, planes.how_many, planes.element_bytes)
+            for planes in cache_planes(manifest)
+        )
     estimated = activations_bytes is None
     return EngineMemory(
         weights_bytes=info.plan_bytes,
-        cache_bytes=slots * info.kv_capacity * io_spec.kv_bytes_per_token(model, manifest.dtype),
+        cache_bytes=slots
+        * info.kv_capacity
+        * io_spec.kv_bytes_per_token(model, manifest.dtype, manifest.int8_layers),
         activations_bytes=(
             activation_bytes(
                 model,
@@ -152,12 +157,43 @@ def logits_bytes(sizes: StepSizes, vocab_size: int) -> int:
     return _align(sizes.logits * vocab_size * ENGINE_FLOAT_BYTES)
 
 
-def new_rows_stride(batch: int, seq: int, model: ModelSpec) -> int:
+class CachePlanes(NamedTuple):
+    """Cache tensors with elements of one size.
+
+    Attributes:
+        numbers: which, ascending: twice the layer, and one more for values.
+        element_bytes: of an element.
+        is_int8: whether they hold integers, else floats of the engine's type.
+    """
+
+    numbers: tuple[int, ...]
+    element_bytes: int
+    is_int8: bool
+
+    @property
+    def how_many(self) -> int:
+        """How many there are."""
+        return len(self.numbers)
+
+
+def cache_planes(manifest: Manifest) -> list[CachePlanes]:
+    """The cache tensors of an engine by the size of their elements."""
+    types = io_spec.cache_types(manifest.model, manifest.dtype, manifest.int8_layers)
+    found = []
+    for kind in sorted(set(types)):
+        numbers = tuple(number for number, each in enumerate(types) if each == kind)
+        found.append(CachePlanes(numbers, io_spec.ELEMENT_BYTES[kind], kind == "int8"))
+    return found
+
+
+def new_rows_stride(
+    batch: int, seq: int, model: ModelSpec, element_bytes: int = ENGINE_FLOAT_BYTES
+) -> int:
     """Bytes from one layer's new keys to its new values (dialect ``portable``).
 
     A whole number of rows, so that one strided copy takes all layers, and aligned.
     """
-    pitch = seq * model.head_dim * ENGINE_FLOAT_BYTES
+    pitch = seq * model.head_dim * element_bytes
     used = batch * model.num_kv_heads * pitch
     stride = -(-used // pitch) * pitch
     while stride % ALIGNMENT:
@@ -165,16 +201,21 @@ def new_rows_stride(batch: int, seq: int, model: ModelSpec) -> int:
     return stride
 
 
-def new_rows_bytes(sizes: StepSizes, model: ModelSpec) -> int:
-    """Bytes that hold the new rows of any step within ``sizes``."""
-    row = model.head_dim * ENGINE_FLOAT_BYTES
+def new_rows_bytes(
+    sizes: StepSizes,
+    model: ModelSpec,
+    num_planes: int,
+    element_bytes: int = ENGINE_FLOAT_BYTES,
+) -> int:
+    """Bytes that hold the new rows of any step within ``sizes``, for so many cache tensors."""
+    row = model.head_dim * element_bytes
     # At most ALIGNMENT / gcd - 1 further pitches align a stride, and one is enough for rows that
     # are a multiple of it.
     extra = 1
     while row * extra % ALIGNMENT:
         extra += 1
     stride = sizes.tokens * row * (model.num_kv_heads + extra)
-    return 2 * model.num_layers * _align(stride)
+    return num_planes * _align(stride)
 
 
 def _align(num_bytes: int) -> int:

@@ -39,7 +39,7 @@ from .layer_times import LayerTimes, make_profiler
 _logger = logging.getLogger(__name__)
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT", "int64": "INT64"}
+_DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT", "int64": "INT64", "int8": "INT8"}
 
 
 class ChosenEngine(NamedTuple):
@@ -163,7 +163,8 @@ class Engine:
     def _check(self, chosen: ChosenEngine, manifest: Manifest) -> None:
         """Hold names, types and profiles against the contract: a wrong one is a wrong address."""
         engine, trt = self._engine, self._module
-        spec = (manifest.model, manifest.dialect, manifest.dtype, chosen.info.kv_capacity)
+        capacity = chosen.info.kv_capacity
+        spec = (manifest.model, manifest.dialect, manifest.dtype, capacity, manifest.int8_layers)
         inputs = io_spec.decoder_inputs(*spec)
         outputs = io_spec.decoder_outputs(*spec)
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}

@@ -27,7 +27,9 @@ from edge.backends import cuda
 from edge.backends.step import Floats, Step, step_after
 from edge.backends.windows import UNBOUNDED, Batching, Window
 from edge.bundle import io_spec
-from edge.bundle.manifest import Manifest
+from edge.bundle.kv_scales import Scales, read_scales
+from edge.bundle.manifest import Manifest, verify_files
+from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.sizes import ALIGNMENT, DEFAULT_MAX_LOGITS, ProfileName
 from edge.errors import BackendError, ConfigError, DeviceError, DeviceMemoryError
 
@@ -110,6 +112,7 @@ class TensorRTBackend:
             kv_capacity=kv_capacity,
         )
         self.engine_dir = chosen.directory
+        self.kv_scales = _read_scales(bundle, manifest)
         try:
             with self._device.active():
                 self._load(chosen, num_slots, max_logits)
@@ -182,7 +185,13 @@ class TensorRTBackend:
         self._stream = cuda.Stream(device)
         resources.callback(self._stream.close)
         self._cache = DeviceCache(
-            device, self._stream, resources, model, dtype, self.num_slots, info.kv_capacity
+            device,
+            self._stream,
+            resources,
+            self._manifest,
+            self.kv_scales,
+            self.num_slots,
+            info.kv_capacity,
         )
         # TensorRT wants an address even for an engine without scratch memory.
         activations_bytes = max(self._engine.activations_bytes, ALIGNMENT)
@@ -190,7 +199,7 @@ class TensorRTBackend:
         resources.callback(self._activations.close)
         self._new_rows = None
         if not self._dialect.in_place:
-            self._new_rows = NewRows(device, resources, model, sizes[0])
+            self._new_rows = NewRows(device, resources, self._manifest, sizes[0])
         cursor = self._dialect.cursor
         buffers = [StepBuffers(device, resources, size, model, dtype, cursor) for size in sizes]
         for buffer in buffers:
@@ -438,3 +447,12 @@ class TensorRTBackend:
                 f"the GPU is lost since an earlier step ({self._lost}); restart the process",
                 fatal=True,
             )
+
+
+def _read_scales(bundle: Path, manifest: Manifest) -> Scales:
+    """The scales of the graph that the engine was built from, which must still be in the bundle."""
+    if manifest.kv_cache is None:
+        return {}
+    verify_files(bundle, manifest, [manifest.graphs.decoder])
+    path = bundle / manifest.graphs.decoder
+    return read_scales(OnnxFile(path.read_bytes()), manifest, path)

@@ -143,7 +143,8 @@ def check_memory(facts: Facts, manifest: Manifest | None) -> Check:
     # The weights once, one slot of the cache, and what the libraries take.
     file = manifest.files.get(f"{manifest.graphs.decoder}.data")
     weights = file.num_bytes if file else 0
-    cache = io_spec.kv_bytes_per_token(manifest.model, manifest.dtype) * manifest.kv_capacity
+    cache = io_spec.kv_bytes_per_token(manifest.model, manifest.dtype, manifest.int8_layers)
+    cache *= manifest.kv_capacity
     needed = weights + cache + _OVERHEAD_BYTES
     detail += f", the bundle needs about {needed / 1e9:.1f} GB"
     if free >= needed:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from edge.bundle.manifest import describe_kv_cache
 from edge.errors import ResourceError
 from edge.runtime.scheduler.request import SchedulerStats
 from edge.server.http.errors import APIError, draining, invalid, stalled
@@ -83,6 +84,8 @@ class ServedModel:
             "quantization": manifest.quantization.name,
             "dtype": manifest.dtype,
             "kv_capacity": str(backend.capacity),
+            "kv_cache": describe_kv_cache(manifest),
+            "kv_cache_bytes": str(backend.cache_bytes),
             "slots": str(backend.num_slots),
             "fingerprint": self.fingerprint,
         }

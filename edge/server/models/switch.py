@@ -53,7 +53,11 @@ def need_bytes(
     capacity = kv_capacity or manifest.kv_capacity
     prompts = int8_bytes(manifest) if prefill == "int8" else 0
     files = sum(file.num_bytes for file in manifest.files.values())
-    cache = num_slots * capacity * kv_bytes_per_token(manifest.model, manifest.dtype)
+    cache = (
+        num_slots
+        * capacity
+        * kv_bytes_per_token(manifest.model, manifest.dtype, manifest.int8_layers)
+    )
     own = prompts + files + cache
     return own if draft is None else own + need_bytes(draft, num_slots, capacity)
 

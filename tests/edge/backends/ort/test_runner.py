@@ -92,10 +92,10 @@ def test_fused_attention_takes_chunks_after_a_past_one_by_one(fused: bool) -> No
 def test_cache_outputs_are_the_cache_or_rows_to_append() -> None:
     caches = ["k0", "v0", "k1", "v1"]
     made = iter("abcd")
-    inputs, outputs, new = cache_tensors(DIALECTS["native"], caches, lambda: next(made))
+    inputs, outputs, new = cache_tensors(DIALECTS["native"], caches, lambda _: next(made))
     assert list(inputs.values()) == list(outputs.values()) == caches
     assert not new
-    inputs, outputs, new = cache_tensors(DIALECTS["portable"], caches, lambda: next(made))
+    inputs, outputs, new = cache_tensors(DIALECTS["portable"], caches, lambda _: next(made))
     assert inputs["past_key_values.1.key"] == "k1"
     assert outputs["new.0.value"] == "b"
     assert new == list("abcd")

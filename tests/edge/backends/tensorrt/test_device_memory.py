@@ -31,7 +31,7 @@ def test_the_new_rows_of_any_step_fit_and_are_aligned(batch: int, heads: int, se
     assert stride >= batch * heads * pitch
     # The block of the largest step holds every smaller one.
     sizes = StepSizes(8, batch * seq, 1)
-    assert 2 * model.num_layers * stride <= new_rows_bytes(sizes, model)
+    assert 2 * model.num_layers * stride <= new_rows_bytes(sizes, model, 2 * model.num_layers)
 
 
 @given(st.integers(1, 64), st.integers(1, 2000), st.integers(1, 500), st.integers(1, 5000))

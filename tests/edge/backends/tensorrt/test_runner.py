@@ -109,18 +109,20 @@ def engine_bundles(
     root = tmp_path_factory.mktemp("engines")
 
     @functools.cache
-    def make(kind: str, dialect: str, options: tuple[tuple[str, Any], ...]) -> Path:
-        bundle = root / f"{kind}-{dialect}-{abs(hash(options))}"
-        shutil.copytree(tiny_bundles(kind, dialect), bundle)  # type: ignore[arg-type]
+    def make(kind: str, dialect: str, kv_cache: str, options: tuple[tuple[str, Any], ...]) -> Path:
+        bundle = root / f"{kind}-{dialect}-{kv_cache}-{abs(hash(options))}"
+        shutil.copytree(tiny_bundles(kind, dialect, kv_cache=kv_cache), bundle)  # type: ignore[arg-type]
         write_engine(bundle, **dict(options))
         return bundle
 
-    def bundle(kind: str = "qwen2", dialect: str = "native", **options: Any) -> Path:
+    def bundle(
+        kind: str = "qwen2", dialect: str = "native", kv_cache: str = "float", **options: Any
+    ) -> Path:
         require_kernels(dialect)
         merged = {**ENGINE, **options}
         if merged.get("kv_read", "slice") != "slice":
             merged.pop("kv_buckets")
-        return make(kind, dialect, tuple(sorted(merged.items())))
+        return make(kind, dialect, kv_cache, tuple(sorted(merged.items())))
 
     return bundle
 

@@ -1,0 +1,159 @@
+"""Finds the scales of an 8-bit KV cache, and the layers whose keys are better left in float.
+
+Keys are rounded after RoPE, which turns pairs of channels. A pair's length is the same wherever its
+token stands, so it gets one scale, from the longest pair of the calibration text: no position and
+no slide of the cache brings a key out of range that was not so before. Values have one scale per
+channel, from the largest magnitude.
+
+Rounding to multiples of ``s`` errs by ``s^2 / 12`` in the mean square (Widrow & Kollar,
+Quantization Noise, 2008), independently per channel. An attention score is ``q . k / sqrt(d)``, so
+its expected error is ``sum(q^2 s^2) / 12 d``: what `score_errors` gives, with the mean square of
+the queries of the same text. It is in nats, as softmax takes it: 0.1 changes a weight of attention
+by a tenth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import Calibration, KvCache, ModelSpec
+from edge.progress import Progress
+from export.graph.kv_quantization import KvScales
+from export.sources.checkpoint import Checkpoint
+
+from .calibration import LayerRunner
+
+Array = NDArray[np.float32]
+
+SCORE_LIMIT = 0.25
+"""The largest error of a layer's scores in 8 bits; docs/quantization.md says why."""
+_LEAST = 2.0**-14
+_LARGEST = 127
+_VALUE = {"qkv.out": "qkv"}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one layer made of the calibration text.
+
+    Attributes:
+        key_length: longest pair of each KV head, ``[kv_heads, head_dim / 2]``.
+        value_size: largest magnitude of each channel, ``[kv_heads, head_dim]``.
+        query_square: mean square length of each pair, ``[heads, head_dim / 2]``.
+    """
+
+    key_length: Array
+    value_size: Array
+    query_square: Array
+
+
+def observe(model: ModelSpec, checkpoint: Checkpoint, layer: int, qkv: Array) -> Observed:
+    """Reduce the outputs of a layer's projection.
+
+    Args:
+        model: dimensions.
+        checkpoint: has the weights of the norms of queries and keys, where there are such.
+        layer: its number.
+        qkv: float32 ``[tokens, (heads + 2 * kv_heads) * head_dim]``.
+    """
+    heads, kv_heads, dim = model.num_heads, model.num_kv_heads, model.head_dim
+    q, k, v = np.split(qkv, [heads * dim, (heads + kv_heads) * dim], axis=1)
+    queries, keys = q.reshape(-1, heads, dim), k.reshape(-1, kv_heads, dim)
+    if model.qk_norm:
+        queries = _normed(queries, checkpoint, f"model.layers.{layer}.self_attn.q_norm", model)
+        keys = _normed(keys, checkpoint, f"model.layers.{layer}.self_attn.k_norm", model)
+    stretch = np.float32(model.rope.attention_factor)
+    return Observed(
+        key_length=np.sqrt(_pair_squares(keys).max(axis=0)) * stretch,
+        value_size=np.abs(v.reshape(-1, kv_heads, dim)).max(axis=0),
+        query_square=_pair_squares(queries).mean(axis=0, dtype=np.float64).astype(np.float32)
+        * stretch**2,
+    )
+
+
+def _normed(x: Array, checkpoint: Checkpoint, name: str, model: ModelSpec) -> Array:
+    weight = checkpoint.tensor(f"{name}.weight").astype(np.float32)
+    size = np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(model.rms_norm_eps))
+    result: Array = x / size * weight
+    return result
+
+
+def _pair_squares(x: Array) -> Array:
+    half = x.shape[-1] // 2
+    result: Array = np.square(x[..., :half]) + np.square(x[..., half:])
+    return result
+
+
+def find_scales(observed: Observed, float_type: np.dtype[np.generic], *, wide: bool) -> KvScales:
+    """The scales of a layer, rounded up to what the graph's float type can say.
+
+    Args:
+        observed: of the layer.
+        float_type: fp16 or bf16.
+        wide: see `KvScales`.
+    """
+    lengths = np.concatenate([observed.key_length] * 2, axis=-1)
+    keys, values = (
+        _stored(np.maximum(sizes / _LARGEST, _LEAST), float_type)
+        for sizes in (lengths, observed.value_size)
+    )
+    return KvScales(keys, values, wide)
+
+
+def _stored(scales: Array, float_type: np.dtype[np.generic]) -> Array:
+    stored: Array = scales.astype(float_type).astype(np.float32)
+    short = stored < scales
+    # One unit in the last place more: 2^-10 of FP16's mantissa, 2^-7 of BF16's.
+    step = np.float32(2.0**-10 if float_type == np.float16 else 2.0**-7)
+    above: Array = (scales * (1 + step)).astype(float_type).astype(np.float32)
+    return np.where(short, above, stored)
+
+
+def score_error(observed: Observed, scales: KvScales) -> float:
+    """The expected error of a layer's attention scores, for its worst head, in nats."""
+    heads, half = observed.query_square.shape
+    steps = np.square(scales.keys[:, :half].astype(np.float64))
+    shared = heads // len(steps)
+    noise = (observed.query_square * np.repeat(steps, shared, axis=0)).sum(axis=1)
+    return float(np.sqrt(noise.max() / (12 * 2 * half)))
+
+
+def calibrate_kv_cache(
+    checkpoint: Checkpoint,
+    ids: NDArray[np.int64],
+    calibration: Calibration,
+    float_type: np.dtype[np.generic],
+    *,
+    wide: bool,
+    progress: Progress,
+) -> tuple[dict[int, KvScales], KvCache]:
+    """Run a text through the float model, and find every layer's scales.
+
+    Args:
+        checkpoint: the model, with all that the exporter folds into its weights.
+        ids: token ids int64 ``[sequences, seq_len]``.
+        calibration: describes them.
+        float_type: of the graph.
+        wide: see `KvScales`.
+        progress: see `LayerRunner`.
+
+    Returns:
+        The scales of the layers that are in 8 bits, and what the manifest says.
+    """
+    model = checkpoint.spec
+    runner = LayerRunner(checkpoint, ids, progress, _VALUE)
+    hidden: Array | None = None
+    scales: dict[int, KvScales] = {}
+    errors: list[float] = []
+    for layer in range(model.num_layers):
+        seen = runner.run(layer, hidden)
+        hidden = seen.hidden
+        observed = observe(model, checkpoint, layer, seen.inputs["qkv"])
+        scales[layer] = find_scales(observed, float_type, wide=wide)
+        errors.append(score_error(observed, scales[layer]))
+    kept = tuple(layer for layer, error in enumerate(errors) if not error <= SCORE_LIMIT)
+    described = KvCache("int8", tuple(errors), SCORE_LIMIT, kept, calibration)
+    return {layer: found for layer, found in scales.items() if layer not in kept}, described

@@ -1,0 +1,101 @@
+"""The arithmetic of an 8-bit cache: rounding, packing, and scales that a graph lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from edge.bundle import io_spec
+from edge.bundle.kv_scales import (
+    dequantize_rows,
+    pack_rows,
+    packed_bytes,
+    quantize_rows,
+    read_scales,
+    scales_sha256,
+    unpack_rows,
+)
+from edge.bundle.manifest import read_manifest
+from edge.bundle.onnx_file import OnnxFile
+from edge.errors import BackendError, BundleError
+from tests.conftest import Bundles
+
+SHAPE = (2, 3, 4)
+SCALES = st.floats(2.0**-14, 8.0, width=32)
+
+
+@given(
+    codes=arrays.arrays(np.int8, SHAPE),
+    scale=arrays.arrays(np.float32, (2, 1, 4), elements=SCALES),
+)
+def test_rows_read_as_floats_are_written_back_as_they_were(codes: Any, scale: Any) -> None:
+    floats = dequantize_rows(codes, scale)
+    assert floats.dtype == np.float32
+    np.testing.assert_array_equal(quantize_rows(floats, scale), codes)
+
+
+@given(
+    rows=arrays.arrays(np.float32, SHAPE, elements=st.floats(-900, 900, width=32)),
+    scale=arrays.arrays(np.float32, (2, 1, 4), elements=SCALES),
+)
+def test_rounding_errs_by_half_a_step_and_saturates(rows: Any, scale: Any) -> None:
+    found = dequantize_rows(quantize_rows(rows, scale), scale)
+    inside = np.clip(rows, -128 * scale, 127 * scale)
+    assert (np.abs(found - inside) <= scale * np.float32(0.5001)).all()
+
+
+@given(
+    data=st.data(),
+    planes=st.integers(1, 4),
+    length=st.integers(0, 3),
+    dtype=st.sampled_from([np.float32, np.float16]),
+)
+def test_packed_rows_come_back(data: Any, planes: int, length: int, dtype: Any) -> None:
+    shape = (planes, 2, length, 4)
+    in_int8 = data.draw(st.sets(st.integers(0, planes - 1)))
+    scale = np.full((2, 1, 4), 0.25, np.float32)
+    scales = dict.fromkeys(in_int8, scale)
+    rows = data.draw(arrays.arrays(np.int8, shape)).astype(dtype) / dtype(4)  # multiples of 0.25
+    packed = pack_rows(rows, scales)
+    assert packed.nbytes == packed_bytes(shape, np.dtype(dtype), len(in_int8))
+    found = unpack_rows(packed, shape, np.dtype(dtype), scales)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, rows)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    rows = np.zeros(SHAPE, np.float32)
+    rows[1, 2, 3] = value
+    with pytest.raises(BackendError, match="not finite"):
+        quantize_rows(rows, np.ones((2, 1, 4), np.float32))
+
+
+def test_the_hash_knows_values_and_places() -> None:
+    one, two = np.full((2, 1, 4), 0.5, np.float32), np.full((2, 1, 4), 0.25, np.float32)
+    assert scales_sha256({}) == ""
+    found = {scales_sha256(each) for each in ({0: one}, {1: one}, {0: two}, {0: one, 1: two})}
+    assert len(found) == 4
+
+
+def test_a_graph_without_a_scale_is_refused(tiny_bundles: Bundles) -> None:
+    bundle = tiny_bundles("qwen2", "portable", kv_cache="int8")
+    manifest = read_manifest(bundle)
+    path = bundle / manifest.graphs.cpu
+    data = path.read_bytes()
+    scales = read_scales(OnnxFile(data), manifest, path)
+    assert sorted(scales) == list(range(2 * manifest.model.num_layers))
+    name = io_spec.value_scale(1).encode()
+    renamed = OnnxFile(data.replace(name, name[:-1] + b"x"))
+    with pytest.raises(BundleError, match=r"layers\.1\.v\.cache_scale are missing.*--kv-cache"):
+        read_scales(renamed, manifest, path)
+    raw = scales[3].astype("<f4").tobytes()
+    for wrong in (0.0, -1.0, np.nan, np.inf):
+        bad = np.float32(wrong).tobytes() + raw[4:]
+        with pytest.raises(BundleError, match="not above zero"):
+            read_scales(OnnxFile(data.replace(raw, bad)), manifest, path)
