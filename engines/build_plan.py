@@ -46,6 +46,8 @@ class BuildPlan:
     def changes_graph(self) -> bool:
         """Whether the engine's graph is another one than the bundle's (`graph.prepare_graph`)."""
         capacity = self.manifest.kv_capacity
+        if self.manifest.head is not None:
+            return True  # it has an output more
         return (self.shapes.capacity, self.kv_read, self.scales) != (capacity, "slice", "stored")
 
     def rebuild_options(self) -> dict[str, Any]:

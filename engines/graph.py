@@ -46,6 +46,7 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
         BundleError: the graph has no slices of the cache to remove.
     """
     graph = OnnxFile(data)
+    graph.remove_values([io_spec.HIDDEN_STATES])  # no runner of engines binds it
     names = [value.name for value in [*graph.inputs, *graph.outputs]]
     caches = [name for name in names if name.startswith(("past_key_values.", "present."))]
     graph.set_dimension(caches, 2, shapes.capacity)

@@ -141,6 +141,13 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     help="Merge this LoRA adapter (peft's layout, safetensors) into the weights first.",
 )
 @click.option(
+    "--eagle3",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Put this EAGLE-3 head (config.json and model.safetensors as published) into the bundle; "
+    "run and serve draft with it by --draft eagle3.",
+)
+@click.option(
     "--vocab-keep",
     type=click.Path(path_type=Path),
     metavar="FILE",

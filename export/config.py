@@ -45,6 +45,7 @@ class ExportConfig:
         kv_cache: how the rows of the KV cache are stored: in the graph's float type, or in INT8
             with calibrated scales, see `quantize.kv_scales`.
         lora: directory of an adapter in peft's layout to merge into the weights first.
+        eagle3: directory of a published EAGLE-3 head of this model, which drafts for it.
         vocab_keep: file that says which tokens to keep, see `vocabulary.read_keep_list`; None
             keeps all.
         vocab_size: how many tokens to keep, with a text in ``vocab_keep``.
@@ -84,6 +85,7 @@ class ExportConfig:
     embeddings: EmbeddingType = "fp16"
     kv_cache: KvCacheType = "float"
     lora: Path | None = None
+    eagle3: Path | None = None
     vocab_keep: Path | None = None
     vocab_size: int | None = None
     target: str | None = None
@@ -157,6 +159,8 @@ class ExportConfig:
         object.__setattr__(self, "float_type", self.dtype or implied)
         recipe = Recipe(quant, self.group_size, self.keep, self.clip)
         object.__setattr__(self, "recipe", recipe)
+        if self.eagle3 is not None:
+            self._check_head()
         if self.rotate is None:
             object.__setattr__(self, "rotate", self.quant == "int8-w8a8")
 
@@ -202,6 +206,19 @@ class ExportConfig:
                     f"{option} has no effect on {self.source}, which is quantized already and "
                     "keeps its integers (--quant source); leave it out, or quantize it anew with "
                     "another --quant, e.g. int4"
+                )
+
+    def _check_head(self) -> None:
+        """Refuse what changes the hidden states or tokens that the head was trained with."""
+        rotates = self.rotate or (self.rotate is None and self.quant == "int8-w8a8")
+        for option, given in (
+            ("--rotate, which --quant int8-w8a8 implies; add --no-rotate", rotates),
+            ("--vocab-keep; leave one of the two out", self.vocab_keep is not None),
+        ):
+            if given:
+                raise ConfigError(
+                    f"--eagle3 {self.eagle3} reads the model's own hidden states and tokens, so it "
+                    f"does not go with {option}"
                 )
 
     def _find_device(self) -> Target:

@@ -22,6 +22,7 @@ from edge.bundle.manifest import (
     Graphs,
     KvCache,
     LinearInfo,
+    ModelSpec,
     TensorScheme,
 )
 from edge.bundle.schemes import HIGH_PLANE
@@ -33,7 +34,7 @@ from edge.text.tokenizer import Tokenizer
 from .bundle import BundleWriter
 from .config import ExportConfig
 from .graph.data_file import DataFile, StoredTensor
-from .graph.decoder import DecoderTensors, StoredLinear, build_decoder
+from .graph.decoder import DecoderTensors, HiddenTap, StoredLinear, build_decoder
 from .graph.graph_builder import NUMPY_TYPE, ONNX_TYPE
 from .graph.kv_quantization import KvScales
 from .graph.rope import rope_tables
@@ -47,6 +48,7 @@ from .quantize.scaled_checkpoint import ScaledCheckpoint
 from .resume import Finished, Work, calibration_key, fresh_work, resumable_work
 from .sources.checkpoint import Checkpoint
 from .sources.documents import DEFAULT_TOKENS, SEQ_LEN, calibration_batches, read_calibration_text
+from .sources.eagle3 import Eagle3Head
 
 _INT_TYPE = {
     "int8": onnx.TensorProto.INT8,
@@ -85,6 +87,7 @@ class DecoderFiles:
         positions: rows of the RoPE tables.
         progress: called with the weights done (step ``quantize``) and, in a calibrated export, the
             sequences that passed a layer (step ``calibrate``).
+        head: reads hidden states that the graph then puts out; None without one.
     """
 
     config: ExportConfig
@@ -92,6 +95,7 @@ class DecoderFiles:
     schemes: Mapping[str, TensorScheme]
     positions: int
     progress: Progress
+    head: Eagle3Head | None = None
 
     @property
     def is_calibrated(self) -> bool:
@@ -206,18 +210,23 @@ class DecoderFiles:
         self, calibrator: Calibrator, work: Work
     ) -> tuple[Finished, list[DecoderTensors]]:
         """Write both data files; returns the finished linears, and each graph's tensors."""
-        outputs = [_Output(*pair) for pair in zip(work.files, self._float_types, strict=True)]
+        outputs = [Output(*pair) for pair in zip(work.files, self._float_types, strict=True)]
         finished = self._write_linears(calibrator, work, outputs)
         folded = ScaledCheckpoint(self.checkpoint, finished.factors)
         tensors = []
         for i, output in enumerate(outputs):
             linears = {name: stored[i] for name, stored in finished.linears.items()}
             norms = _store_norms(folded, output)
-            tensors.append(DecoderTensors(linears, norms, *self._store_rope(output)))
-        return finished, tensors
+            rope = store_rope(self.checkpoint.spec, self.positions, output)
+            tensors.append(DecoderTensors(linears, norms, *rope))
+        if self.head is None:
+            return finished, tensors
+        fc = outputs[0].add("eagle3.fc.weight", self.head.tensor("fc.weight").T)
+        tap = HiddenTap(self.head.layers, fc)
+        return finished, [replace(each, tap=tap) for each in tensors]
 
     def _write_linears(
-        self, calibrator: Calibrator, work: Work, outputs: Sequence[_Output]
+        self, calibrator: Calibrator, work: Work, outputs: Sequence[Output]
     ) -> Finished:
         """Plan, convert and store every block that is not finished yet."""
         finished = work.finished
@@ -242,28 +251,23 @@ class DecoderFiles:
         block: Block,
         calibrator: Calibrator,
         finished: Finished,
-        outputs: Sequence[_Output],
+        outputs: Sequence[Output],
         count: Callable[[int], None],
     ) -> Finished:
         plan = calibrator.plan(block, finished.hidden)
         linears, infos = {}, {}
         for linear in plan.linears:
             tensors = convert(linear, NUMPY_TYPE[self.config.float_type], count)
-            stored = _store_linear(
+            stored = store_linear(
                 linear, tensors, outputs, wide_input_scales=self.config.device.wide_input_scales
             )
             linears[linear.layer.name] = stored
-            infos[linear.layer.name] = _linear_info(linear, stored[0], tensors)
+            infos[linear.layer.name] = linear_info(linear, stored[0], tensors)
         return finished.after(plan, linears, infos)
-
-    def _store_rope(self, output: _Output) -> tuple[StoredTensor, StoredTensor]:
-        model = self.checkpoint.spec
-        cos, sin = rope_tables(model.rope, model.head_dim, self.positions)
-        return output.add("rope.cos_table", cos), output.add("rope.sin_table", sin)
 
 
 @dataclass(frozen=True)
-class _Output:
+class Output:
     """The data file of one graph and the type of its floats."""
 
     file: DataFile
@@ -283,10 +287,18 @@ class _Output:
         return None if values is None else self.add(name, values)
 
 
-def _store_linear(
+def store_rope(
+    model: ModelSpec, positions: int, output: Output
+) -> tuple[StoredTensor, StoredTensor]:
+    """Store the tables of cosines and sines."""
+    cos, sin = rope_tables(model.rope, model.head_dim, positions)
+    return output.add("rope.cos_table", cos), output.add("rope.sin_table", sin)
+
+
+def store_linear(
     plan: LinearPlan,
     tensors: LinearTensors,
-    outputs: Sequence[_Output],
+    outputs: Sequence[Output],
     *,
     wide_input_scales: bool,
 ) -> list[StoredLinear]:
@@ -313,8 +325,8 @@ def _store_linear(
     # Both operands of a product in INT8 have scales of one type (rule operand-scales).
     wide = wide_input_scales and grid is not None
 
-    def store(output: _Output) -> StoredLinear:
-        scales = _Output(output.file, "fp32") if wide else output
+    def store(output: Output) -> StoredLinear:
+        scales = Output(output.file, "fp32") if wide else output
         return StoredLinear(
             plan.scheme,
             weight,
@@ -332,7 +344,7 @@ def _store_linear(
     return [store(output) for output in outputs]
 
 
-def _linear_info(plan: LinearPlan, stored: StoredLinear, tensors: LinearTensors) -> LinearInfo:
+def linear_info(plan: LinearPlan, stored: StoredLinear, tensors: LinearTensors) -> LinearInfo:
     """Describe a linear for the manifest; its bytes are those of the engine's graph."""
     parts = (
         stored.weight,
@@ -363,7 +375,7 @@ def _linear_info(plan: LinearPlan, stored: StoredLinear, tensors: LinearTensors)
     )
 
 
-def _store_norms(folded: Checkpoint, output: _Output) -> dict[str, StoredTensor]:
+def _store_norms(folded: Checkpoint, output: Output) -> dict[str, StoredTensor]:
     """Store the RMSNorm weights, factors of the linears after them folded in."""
     return {
         name: output.add(f"{name}.weight", folded.tensor(source).astype(np.float32))

@@ -19,6 +19,7 @@ from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import (
     SCHEMA_VERSION,
     Dialect,
+    DraftHead,
     Manifest,
     ModelSpec,
     Quantization,
@@ -43,6 +44,7 @@ from .decoder_files import DecoderFiles, WrittenDecoder
 from .estimate import describe_s, export_s
 from .graph.embedding_table import EmbeddingType, embedding_tensors
 from .graph.safetensors_writer import write_safetensors
+from .head_files import write_head
 from .quantize.calibrated import Method
 from .quantize.float_channels import NUM_CHANNELS
 from .quantize.from_source import is_quantized, source_schemes
@@ -50,6 +52,7 @@ from .quantize.rotation import RotatedCheckpoint
 from .sources.checkpoint import Checkpoint
 from .sources.checkpoint_text import CheckpointText
 from .sources.documents import DEFAULT_TOKENS
+from .sources.eagle3 import Eagle3Head
 from .sources.lora import LoraCheckpoint
 from .sources.opening import open_checkpoint
 from .sources.vocabulary import VOCABULARY_NAME, ReducedCheckpoint, encode_kept
@@ -164,6 +167,7 @@ class _Export:
                 "the reference; leave it out"
             )
         self.positions = io_spec.rope_positions(self.model)
+        self.head = None if config.eagle3 is None else Eagle3Head(checkpoint, config.eagle3)
         template = checkpoint.text.chat_template
         _try_text(checkpoint.text)
         self.kv_capacity = (
@@ -176,7 +180,9 @@ class _Export:
         )
         io_spec.check_capacity(self.kv_capacity, self.positions)
         self.progress = progress
-        self.decoder = DecoderFiles(config, checkpoint, self.schemes, self.positions, progress)
+        self.decoder = DecoderFiles(
+            config, checkpoint, self.schemes, self.positions, progress, self.head
+        )
 
     def run(self) -> Manifest:
         required = estimated_bytes(self.model, self.schemes, self.positions, self.config.embeddings)
@@ -188,10 +194,14 @@ class _Export:
         ) as writer:
             self.announce(self._expectation())
             decoder = self.decoder.write(writer, self.kv_capacity)
+            head = None
+            if self.head is not None:
+                sizes = (self.positions, self.kv_capacity)
+                head = write_head(writer, self.config, self.head, *sizes)
             self.write_embeddings(writer.path(io_spec.EMBEDDINGS_NAME))
             self.write_text(writer)
             legal = self.check_rules(writer.path(decoder.graphs.decoder))
-            manifest = self.manifest(decoder, legal)
+            manifest = self.manifest(decoder, legal, head)
             if self.config.verify:
                 manifest = self.verify(writer, manifest)
             elif self.config.report and self.quantized:
@@ -297,7 +307,9 @@ class _Export:
                 )
         return tuple(verdict.version.name for verdict in verdicts if verdict.legal)
 
-    def manifest(self, decoder: WrittenDecoder, legal: tuple[str, ...]) -> Manifest:
+    def manifest(
+        self, decoder: WrittenDecoder, legal: tuple[str, ...], head: DraftHead | None
+    ) -> Manifest:
         linears = dict(decoder.linears)
         peaks = dict(decoder.peaks)
         int4 = any(scheme.kind == "int4" for scheme in self.schemes.values())
@@ -344,6 +356,7 @@ class _Export:
             vocabulary=None if self.reduced is None else self.reduced.vocabulary,
             tensorrt=legal,
             kv_cache=decoder.kv_cache,
+            head=head,
         )
         return _printable(manifest)
 

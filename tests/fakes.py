@@ -35,6 +35,7 @@ class ScriptedBackend:
     name = "scripted"
     rounds_activations = False
     kv_scales: Scales = {}  # noqa: RUF012
+    hidden_states: NDArray[np.float32] | None = None
 
     def __init__(
         self,

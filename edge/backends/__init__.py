@@ -29,6 +29,8 @@ class Backend(Protocol):
             of an engine that computes in float.
         kv_scales: of the cache tensors in 8 bits (`edge.bundle.kv_scales`); empty where rows are
             floats. Such rows come and go as float32, and lose nothing on the way.
+        hidden_states: float32 ``[B, S, width]`` of the newest step's tokens, valid until the next
+            step; None where the graph has no such output or nobody asked for it.
     """
 
     name: str
@@ -37,6 +39,11 @@ class Backend(Protocol):
     max_step_tokens: int
     rounds_activations: bool
     kv_scales: Scales
+
+    @property
+    def hidden_states(self) -> NDArray[np.float32] | None:
+        """See the class."""
+        ...
 
     @property
     def failed(self) -> str | None:

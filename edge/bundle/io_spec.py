@@ -17,6 +17,7 @@ in    logits_indices            [B, N]             int64  which positions of S g
 in    past_key_values.i.key     [B, kv, C, dim]    T      the cache; same for .value
 out   present.i.key             [B, kv, C, dim]    T      the same memory, updated in place
 out   logits                    [B, N, vocab]      T      scores
+out   hidden_states             [B, S, hidden]     T      only of a bundle with a head
 ====  ========================  =================  =====  =========================================
 
 Dialect ``portable`` (opset 21, TensorRT >= 10.3, ONNX Runtime 1.23): the cache is an input only
@@ -25,6 +26,12 @@ and the runtime appends the step's rows itself. ``write_indices`` is replaced by
 
 In a bundle with an 8-bit cache (`Manifest.kv_cache`) the cache tensors of most layers are int8:
 multiples of the scales in `kv_scales`.
+
+``hidden_states`` is what a head that drafts tokens reads (`manifest.DraftHead`): the inputs of
+three layers, joined by the head's ``fc``. A head is a decoder in the same contract. Its
+``inputs_embeds`` are ``[embedding | hidden state]``, twice as wide, and its ``hidden_states`` are
+its residual stream. They come for every token of a step and not for the ``logits_indices``: a head
+reads all of a prompt, of which nobody wants all logits.
 
 A cache row's index is the position of its token. A token attends to the cache rows whose position
 is not greater than its own, so rows of padding after a sequence are never read.
@@ -47,6 +54,7 @@ PAST_LENGTHS = "past_lengths"
 KV_POSITIONS = "kv_positions"
 LOGITS_INDICES = "logits_indices"
 LOGITS = "logits"
+HIDDEN_STATES = "hidden_states"
 # The token embedding table is beside the graph: its file, and the tensors in it. Rows are fp16,
 # or INT8 with one fp32 scale each.
 EMBEDDINGS_NAME = "embeddings.safetensors"
@@ -231,11 +239,12 @@ def decoder_inputs(
     dtype: FloatType,
     capacity: int,
     int8_layers: Collection[int] = (),
+    embeds_width: int | None = None,
 ) -> list[TensorSpec]:
-    """Inputs of the decoder in graph order."""
+    """Inputs of the decoder in graph order; ``embeds_width`` is another than the hidden size."""
     cache = (BATCH, model.num_kv_heads, capacity, model.head_dim)
     specs = [
-        TensorSpec(INPUTS_EMBEDS, (BATCH, SEQ, model.hidden_size), dtype),
+        TensorSpec(INPUTS_EMBEDS, (BATCH, SEQ, embeds_width or model.hidden_size), dtype),
         TensorSpec(POSITION_IDS, (BATCH, SEQ), "int64"),
         TensorSpec(DIALECTS[dialect].cursor, (BATCH,), "int64"),
         TensorSpec(KV_POSITIONS, (KV,), "int64"),
@@ -253,8 +262,9 @@ def decoder_outputs(
     dtype: FloatType,
     capacity: int,
     int8_layers: Collection[int] = (),
+    hidden_width: int = 0,
 ) -> list[TensorSpec]:
-    """Outputs of the decoder in graph order."""
+    """Outputs of the decoder in graph order; hidden states, if any, are the last."""
     spec = DIALECTS[dialect]
     rows = capacity if spec.in_place else SEQ
     shape = (BATCH, model.num_kv_heads, rows, model.head_dim)
@@ -262,6 +272,8 @@ def decoder_outputs(
     types = cache_types(model, dtype, int8_layers)
     for layer in range(model.num_layers):
         specs += [TensorSpec(name, shape, types[2 * layer]) for name in spec.cache_outputs(layer)]
+    if hidden_width:
+        specs.append(TensorSpec(HIDDEN_STATES, (BATCH, SEQ, hidden_width), dtype))
     return specs
 
 

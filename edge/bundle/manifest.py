@@ -23,7 +23,7 @@ from edge.files import read_file
 SCHEMA_VERSION = 5
 """2 added `SamplingDefaults.assumed`, 3 `Manifest.tensorrt` and `TensorScheme.planes`, 4
 `Source.quantization` and, of `LinearInfo`, ``from_source``, ``offsets`` and ``reordered``, 5
-`Manifest.kv_cache`."""
+`Manifest.kv_cache` and `Manifest.head`."""
 _READABLE_VERSIONS = (1, 2, 3, 4, 5)
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
@@ -46,6 +46,7 @@ Treatment = Literal["kept", "requantized", "dequantized"]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 _Heads = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 _Layers = Annotated[int, msgspec.Meta(ge=1, le=1000)]
+_LayerInput = Annotated[int, msgspec.Meta(ge=0, le=1000)]
 Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]  # of a token table; ids are below
 _Positions = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 22)]
@@ -367,12 +368,42 @@ class Graphs(_Struct, frozen=True):
     cpu: str = "decoder.cpu.onnx"
 
 
+class DraftHead(_Struct, frozen=True):
+    """An EAGLE-3 head (arXiv 2503.01840): one decoder layer that guesses the model's next tokens.
+
+    It reads the token table of the model, and hidden states that the model's graph puts out: the
+    inputs of three of its layers, joined by the head's ``fc``.
+
+    Attributes:
+        name: of the directory that it was read from (never a path).
+        sha256: SHA-256 of its file of weights.
+        model: the head's own decoder, of one layer. Its vocabulary is what it can guess.
+        layers: the layers of the model whose inputs are joined; the number of layers stands for
+            the last one's output, before the final norm.
+        norm_before_residual: whether the residual stream begins with the normalised hidden states.
+        linears: its linear layers, as `Quantization.linears`.
+        vocabulary: the file that lists the model's id of each of its tokens; None if it guesses
+            all of them.
+        graphs: its files.
+    """
+
+    name: Line
+    sha256: Sha256
+    model: ModelSpec
+    layers: tuple[_LayerInput, _LayerInput, _LayerInput]
+    norm_before_residual: bool
+    linears: Annotated[dict[str, LinearInfo], msgspec.Meta(max_length=16)]
+    vocabulary: str | None
+    graphs: Graphs
+
+
 class Manifest(_Struct, frozen=True):
     """The content of ``manifest.json``.
 
     ``self_sha256`` stays the last field: `decode_manifest` looks for it at the end of the file.
 
     Attributes:
+        head: what drafts tokens from the model's hidden states.
         tensorrt: versions of TensorRT whose rules the graph keeps, by name, as the exporter knew
             them; None if nobody checked.
         kv_cache: how the cache is stored; None is in the graph's float type.
@@ -397,6 +428,7 @@ class Manifest(_Struct, frozen=True):
     vocabulary: ReducedVocabulary | None = None
     tensorrt: Annotated[tuple[Line, ...], msgspec.Meta(max_length=100)] | None = None
     kv_cache: KvCache | None = None
+    head: DraftHead | None = None
     self_sha256: str = _NO_HASH
 
     @property
@@ -406,6 +438,48 @@ class Manifest(_Struct, frozen=True):
             return ()
         kept = self.kv_cache.float_layers
         return tuple(layer for layer in range(self.model.num_layers) if layer not in kept)
+
+    @property
+    def embeds_width(self) -> int:
+        """Numbers per token that the graph takes as ``inputs_embeds``."""
+        return self.model.hidden_size
+
+    @property
+    def hidden_width(self) -> int:
+        """Numbers per token that the graph puts out as ``hidden_states``; 0 if it does not."""
+        return 0 if self.head is None else self.head.model.hidden_size
+
+
+class HeadManifest(Manifest, frozen=True):
+    """A manifest of a bundle's head alone, as whoever runs a decoder wants it; never written."""
+
+    @property
+    def embeds_width(self) -> int:
+        """A token's embedding, and the hidden state of the token before it."""
+        return 2 * self.model.hidden_size
+
+    @property
+    def hidden_width(self) -> int:
+        """The residual stream after the layer: the hidden state from which it goes on."""
+        return self.model.hidden_size
+
+
+def head_manifest(manifest: Manifest) -> HeadManifest | None:
+    """Describe a bundle's head as a decoder of its own; None if the bundle has none."""
+    head = manifest.head
+    if head is None:
+        return None
+    fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    own = {
+        "name": f"{manifest.name}: head {head.name}",
+        "model": head.model,
+        "graphs": head.graphs,
+        "quantization": msgspec.structs.replace(manifest.quantization, linears=head.linears),
+        "vocabulary": None,
+        "kv_cache": None,
+        "head": None,
+    }
+    return HeadManifest(**{**fields, **own})
 
 
 def describe_sampling(sampling: SamplingDefaults) -> str:
@@ -481,8 +555,8 @@ def sha256_file(path: Path) -> FileInfo:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Serialize with the self-hash filled in; the inverse of `decode_manifest`."""
-    blank = msgspec.structs.replace(manifest, self_sha256=_NO_HASH)
-    data = msgspec.json.format(msgspec.json.encode(blank), indent=2) + b"\n"
+    content = msgspec.to_builtins(msgspec.structs.replace(manifest, self_sha256=_NO_HASH))
+    data = msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
     match = _SELF_HASH.search(data)
     assert match is not None
     digest = hashlib.sha256(data).hexdigest()
@@ -529,7 +603,8 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
             f"{where} does not fit schema {version}: {error}; export the bundle again"
         ) from error
     _check_fit(manifest, where)
-    for name in manifest.files:
+    named = [] if manifest.head is None else _head_files(manifest.head)
+    for name in [*manifest.files, *named]:
         if not is_file_name(name):
             raise BundleError(
                 f"{where} lists {name!r}, which is no name for a file of a bundle; "
@@ -554,7 +629,8 @@ def _check_fit(manifest: Manifest, where: str) -> None:
     """Refuse numbers that are in range and contradict each other."""
     model, rope = manifest.model, manifest.model.rope
     ids = [*manifest.tokens.eos, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
-    wrong = [
+    wrong = [] if manifest.head is None else _head_faults(manifest.head, model)
+    wrong += [
         text
         for is_wrong, text in (
             (model.num_heads % model.num_kv_heads, "num_heads is no multiple of num_kv_heads"),
@@ -586,6 +662,31 @@ def _check_fit(manifest: Manifest, where: str) -> None:
         raise BundleError(
             f"{where} contradicts itself: {'; '.join(wrong)}; export the bundle again"
         )
+
+
+def _head_faults(head: DraftHead, model: ModelSpec) -> list[str]:
+    """What of a head contradicts itself or its model."""
+    own = head.model
+    return [
+        f"the head {text}"
+        for is_wrong, text in (
+            (own.num_layers != 1, f"has {own.num_layers} layers"),
+            (own.hidden_size != model.hidden_size, "has another hidden_size than the model"),
+            (own.num_heads % own.num_kv_heads or own.head_dim % 2, "has heads that do not fit"),
+            (own.vocab_size > model.vocab_size, "has more tokens than the model"),
+            (
+                head.vocabulary is None and own.vocab_size != model.vocab_size,
+                "guesses some tokens and does not say which",
+            ),
+            (max(head.layers) > model.num_layers, "reads a layer that the model does not have"),
+        )
+        if is_wrong
+    ]
+
+
+def _head_files(head: DraftHead) -> list[str]:
+    named = [] if head.vocabulary is None else [head.vocabulary]
+    return [head.graphs.decoder, head.graphs.cpu, *named]
 
 
 def printable(text: str) -> str:

@@ -62,6 +62,19 @@ class StoredLinear:
 
 
 @dataclass(frozen=True)
+class HiddenTap:
+    """What the graph puts out as ``hidden_states`` for a head.
+
+    Attributes:
+        layers: three layers, the inputs of which are joined.
+        fc: what joins them, ``[3 * hidden, width]``.
+    """
+
+    layers: tuple[int, int, int]
+    fc: StoredTensor
+
+
+@dataclass(frozen=True)
 class DecoderTensors:
     """Everything stored outside the graph.
 
@@ -71,6 +84,7 @@ class DecoderTensors:
             ``layers.0.q_norm``, ``layers.0.k_norm``, ``final_norm``.
         rope_cos, rope_sin: ``[positions, head_dim / 2]``.
         kv_scales: of the layers whose cache is in 8 bits, by number.
+        tap: hidden states that a head reads; None for a bundle without one.
     """
 
     linears: Mapping[str, StoredLinear]
@@ -78,6 +92,7 @@ class DecoderTensors:
     rope_cos: StoredTensor
     rope_sin: StoredTensor
     kv_scales: Mapping[int, KvScales] = field(default_factory=dict)
+    tap: HiddenTap | None = None
 
 
 def build_decoder(
@@ -96,12 +111,15 @@ def build_decoder(
         tensors: where the weights are.
         kv_capacity: rows of the cache; a number in the graph's inputs and outputs only.
     """
-    writer = _Native if dialect == "native" else PortableDecoder
+    writer = NativeDecoder if dialect == "native" else PortableDecoder
     return writer(model, float_type, tensors).build(dialect, kv_capacity)
 
 
-class _Decoder:
+class Decoder:
     """The part of the decoder that both dialects share."""
+
+    embeds_width: int | None = None
+    """Of ``inputs_embeds``, where it is not the hidden size."""
 
     def __init__(self, model: ModelSpec, float_type: FloatType, tensors: DecoderTensors) -> None:
         self.model = model
@@ -109,10 +127,23 @@ class _Decoder:
         self.g = GraphBuilder(float_type)
 
     def build(self, dialect: Dialect, kv_capacity: int) -> onnx.ModelProto:
+        """Write all nodes; see `build_decoder`."""
         self.prologue()
-        x = io_spec.INPUTS_EMBEDS
+        stream = [io_spec.INPUTS_EMBEDS]  # the input of each layer, and the last one's output
         for i in range(self.model.num_layers):
-            x = self.layer(i, x)
+            stream.append(self.layer(i, stream[-1]))
+        tap, hidden_width = self.tensors.tap, 0
+        if tap is not None:
+            hidden_width = tap.fc.dims[1]
+            parts = [stream[i] for i in tap.layers]
+            joined = self.g.node("Concat", parts, "eagle3.streams", axis=-1)
+            self.g.node("MatMul", [joined, self.g.floats(tap.fc)], io_spec.HIDDEN_STATES)
+        return self.finish(stream[-1], dialect, kv_capacity, hidden_width)
+
+    def finish(
+        self, x: str, dialect: Dialect, kv_capacity: int, hidden_width: int
+    ) -> onnx.ModelProto:
+        """Add what follows the last layer, and make the model."""
         # Only the wanted positions go through the final norm and the lm_head.
         axes = self.g.constant("axes.last", [-1])
         indices = self.g.node(
@@ -125,16 +156,21 @@ class _Decoder:
         return self.g.model(
             "decoder",
             io_spec.DIALECTS[dialect].opset,
-            io_spec.decoder_inputs(*spec),
-            io_spec.decoder_outputs(*spec),
+            io_spec.decoder_inputs(*spec, self.embeds_width),
+            io_spec.decoder_outputs(*spec, hidden_width),
             __version__,
         )
 
+    def attention_input(self, i: int, x: str) -> tuple[str, str]:
+        """Return what q, k and v of a layer are computed from, and its residual stream."""
+        return self.norm(x, f"layers.{i}.input_norm"), x
+
     def layer(self, i: int, x: str) -> str:
+        """Add a layer to the residual stream ``x`` ``[B, S, hidden]``."""
         g, m = self.g, self.model
         name = f"layers.{i}"
         q_width, kv_width = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-        h = self.norm(x, f"{name}.input_norm")
+        h, x = self.attention_input(i, x)
         qkv = self.linear(h, f"{name}.qkv")
         g.node(
             "Split",
@@ -178,9 +214,11 @@ class _Decoder:
         return self.g.node("Transpose", [x], self.heads_name(x), perm=[0, 2, 1, 3])
 
     def heads_name(self, x: str) -> str:
+        """Return the name of a projection's heads."""
         return f"{x}.t"
 
     def linear(self, x: str, name: str, output: str | None = None) -> str:
+        """Add a linear layer as it is stored."""
         g, stored = self.g, self.tensors.linears[name]
         addends = []
         if stored.input_order:
@@ -275,10 +313,11 @@ class _Decoder:
         raise NotImplementedError
 
 
-class _Native(_Decoder):
+class NativeDecoder(Decoder):
     """The dialect of opset 24: RMSNormalization, RotaryEmbedding, TensorScatter, Attention."""
 
     def prologue(self) -> None:
+        """Add the mask."""
         g = self.g
         # An explicit mask: TensorRT imports `is_causal` as upper-left, which is wrong in decode.
         positions = g.node(
@@ -290,6 +329,7 @@ class _Native(_Decoder):
         g.node("Shape", [io_spec.KV_POSITIONS], "kv_len")
 
     def norm(self, x: str, name: str) -> str:
+        """See the base class."""
         weight = self.g.floats(self.tensors.norms[name])
         return self.g.node(
             "RMSNormalization",
@@ -301,13 +341,16 @@ class _Native(_Decoder):
         )
 
     def rope(self, x: str, output: str) -> str:
+        """See the base class."""
         cos, sin = self.g.floats(self.tensors.rope_cos), self.g.floats(self.tensors.rope_sin)
         return self.g.node("RotaryEmbedding", [x, cos, sin, io_spec.POSITION_IDS], output)
 
     def key_name(self, i: int) -> str:
+        """See the base class."""
         return f"layers.{i}.k.rope"
 
     def attention(self, i: int, q: str, k: str, v: str) -> str:
+        """Write the cache, then attend to its rows."""
         g = self.g
         read = [
             self._cached(i, k, io_spec.past_key(i), io_spec.present_key(i), key_factor),
@@ -344,7 +387,7 @@ class _Native(_Decoder):
         return g.node("Mul", [rows, make_factor(g, i, scales)], f"{present}.floats")
 
 
-class PortableDecoder(_Decoder):
+class PortableDecoder(Decoder):
     """The dialect of opset 21: primitive operators only; the runtime appends to the cache."""
 
     def prologue(self) -> None:

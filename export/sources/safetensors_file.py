@@ -26,8 +26,20 @@ _MAX_HEADER_BYTES = 16_000_000
 _MAX_DIMS = 8
 _MAX_SIZE = 1 << 48
 _LENGTH_BYTES = 8
-_NUMPY_TYPE = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
+_NUMPY_TYPE = {
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "u1",  # a byte other than 0 and 1 is no bool of NumPy
+}
+_ITEM_BYTES = {
+    **{name: np.dtype(dtype).itemsize for name, dtype in _NUMPY_TYPE.items()},
+    "BF16": 2,
+    "F8_E4M3": 1,
+}
 FLOATS = ("F32", "F16", "BF16")
 """The types of float weights."""
 

@@ -63,6 +63,7 @@ class OrtBackend:
             (`int8_prompts`).
         deterministic: compute a token alike whatever runs beside it (`even_rows`), but for steps of
             one token and of several, which differ.
+        hidden_states: put out what a head reads, where the manifest has one.
 
     Raises:
         BackendError: ONNX Runtime has no such kernels here for ``deterministic``.
@@ -89,6 +90,7 @@ class OrtBackend:
         int8_activations: bool | None = None,
         int8_prompts: bool = False,
         deterministic: bool = False,
+        hidden_states: bool = False,
     ) -> None:
         self.capacity = check_sizes(manifest, num_slots, kv_capacity, max_step_tokens)
         self.num_slots, self.max_step_tokens = num_slots, max_step_tokens
@@ -120,6 +122,7 @@ class OrtBackend:
                 int8_activations=rounds,
                 int8_prompts=prompts,
                 deterministic=deterministic,
+                hidden_states=hidden_states,
             )
             self.kv_scales = read_scales(graph, manifest, bundle / manifest.graphs.cpu)
             session = open_session(graph, bundle, manifest, num_threads, int8_activations=rounds)
@@ -148,6 +151,8 @@ class OrtBackend:
                 self._cache,
                 self._kv_positions,
                 shape,
+                embeds_width=manifest.embeds_width,
+                hidden_width=manifest.hidden_width if hidden_states else 0,
             ),
             read_slot=self.read_slot,
             put_back=self.write_slot,
@@ -156,6 +161,11 @@ class OrtBackend:
         )
         if deterministic:
             self._make_even()
+
+    @property
+    def hidden_states(self) -> NDArray[np.float32] | None:
+        """See `edge.backends.Backend.hidden_states`."""
+        return self._runner.hidden
 
     @property
     def failed(self) -> str | None:
@@ -218,6 +228,7 @@ def load_cpu_graph(
     int8_activations: bool,
     int8_prompts: bool = False,
     deterministic: bool = False,
+    hidden_states: bool = False,
 ) -> OnnxFile:
     """Read the decoder as `OrtBackend` runs it.
 
@@ -229,12 +240,14 @@ def load_cpu_graph(
         int8_activations: as `open_session` will be told.
         int8_prompts: the form for steps of many tokens.
         deterministic: the form whose products treat all rows alike.
+        hidden_states: see `load_graph`.
 
     Raises:
         DependencyError: see `import_onnxruntime`.
         BundleError: the graph is not one that edge-llm's exporter wrote.
     """
-    graph = load_graph(bundle / manifest.graphs.cpu, manifest, "fp32", capacity)
+    path = bundle / manifest.graphs.cpu
+    graph = load_graph(path, manifest, "fp32", capacity, hidden_states=hidden_states)
     if fuse_attention and io_spec.DIALECTS[manifest.dialect].one_attention_operator:
         fuse_cache_attention(graph, manifest.model)
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
@@ -266,6 +279,8 @@ class _HostStep:
         cache: of all slots.
         kv_positions: 0, 1, 2, ... up to the capacity.
         shape: of the steps.
+        embeds_width: see `manifest.Manifest`.
+        hidden_width: see there; 0 for a graph without that output.
     """
 
     def __init__(
@@ -276,12 +291,16 @@ class _HostStep:
         cache: HostCaches,
         kv_positions: NDArray[np.int64],
         shape: RunShape,
+        *,
+        embeds_width: int,
+        hidden_width: int,
     ) -> None:
         first, batch, seq, num_logits = shape
         self._session, self._dialect, self._first = session, dialect, first
         self._cache, self._kv_positions = cache, kv_positions
-        self._inputs = make_inputs(dialect, model.hidden_size, np.float32, shape)
+        self._inputs = make_inputs(dialect, embeds_width, np.float32, shape)
         self._logits = np.empty((batch, num_logits, model.vocab_size), dtype=np.float32)
+        self.hidden: NDArray[np.float32] | None = None
         rows = (batch, model.num_kv_heads, seq, model.head_dim)
         # ONNX Runtime is given bare addresses; what they point at must outlive a `close`.
         self._caches = [array[first : first + batch] for array in cache.arrays]
@@ -291,7 +310,11 @@ class _HostStep:
         self._binding = session.io_binding()
         for name, array in {**self._inputs, **inputs}.items():
             _bind(self._binding.bind_input, name, array)
-        for name, array in {io_spec.LOGITS: self._logits, **outputs}.items():
+        outputs[io_spec.LOGITS] = self._logits
+        if hidden_width:
+            self.hidden = np.empty((batch, seq, hidden_width), dtype=np.float32)
+            outputs[io_spec.HIDDEN_STATES] = self.hidden
+        for name, array in outputs.items():
             _bind(self._binding.bind_output, name, array)
 
     def run(self, step: Step) -> NDArray[np.float32]:

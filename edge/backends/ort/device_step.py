@@ -32,6 +32,8 @@ class DeviceStep:
         shape: of the steps.
         kv_len_of_batch: give the graph the length of the longest sequence of this very batch,
             which `GroupQueryAttention` wants.
+        embeds_width: see `manifest.Manifest`.
+        hidden_width: see there; 0 for a graph without that output.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class DeviceStep:
         shape: RunShape,
         *,
         kv_len_of_batch: bool,
+        embeds_width: int,
+        hidden_width: int,
     ) -> None:
         first, batch, seq, num_logits = shape
         self._session, self._dialect, self._faults = session, dialect, faults
@@ -53,7 +57,7 @@ class DeviceStep:
         self._element = _BF16 if float_type == "bf16" else cache.dtype.type
         # Bound anew in every step: a binding copies host memory to where the graph wants it, and
         # ONNX Runtime wants some of the indices on the host and some on the device.
-        self._inputs = make_inputs(dialect, model.hidden_size, cache.dtype, shape)
+        self._inputs = make_inputs(dialect, embeds_width, cache.dtype, shape)
         # Logits are what leaves the device: ONNX Runtime copies them here.
         self._logits = np.empty((batch, num_logits, model.vocab_size), dtype=cache.dtype)
         rows = (batch, model.num_kv_heads, seq, model.head_dim)
@@ -68,8 +72,14 @@ class DeviceStep:
             self._bind(self._binding.bind_input, name, block, self._element)
         for name, block in outputs.items():
             self._bind(self._binding.bind_output, name, block, self._element)
-        where = (self._logits.shape, self._logits.ctypes.data)
-        self._binding.bind_output(io_spec.LOGITS, "cpu", 0, self._element, *where)
+        leaving = {io_spec.LOGITS: self._logits}
+        self._hidden: NDArray[Any] | None = None
+        if hidden_width:
+            self._hidden = np.empty((batch, seq, hidden_width), dtype=cache.dtype)
+            leaving[io_spec.HIDDEN_STATES] = self._hidden
+        for name, array in leaving.items():
+            where = (array.shape, array.ctypes.data)
+            self._binding.bind_output(name, "cpu", 0, self._element, *where)
 
     def _bind(self, bind: Any, name: str, block: Block, element: Any) -> None:
         bind(name, self._device.name, self._device.index, element, block.shape, block.address)
@@ -88,4 +98,12 @@ class DeviceStep:
             self._session.run_with_iobinding(self._binding)
             if self._append is not None:
                 self._append.write(step.starts)
-        return from_storage(self._logits, self._float_type).astype(np.float32, copy=False)
+        return self._as_floats(self._logits)
+
+    @property
+    def hidden(self) -> NDArray[np.float32] | None:
+        """See `edge.backends.ort.runner.BoundStep`."""
+        return None if self._hidden is None else self._as_floats(self._hidden)
+
+    def _as_floats(self, bits: NDArray[Any]) -> NDArray[np.float32]:
+        return from_storage(bits, self._float_type).astype(np.float32, copy=False)

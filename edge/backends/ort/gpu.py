@@ -53,6 +53,7 @@ class OrtCudaBackend:
         fuse_attention: rewrite attention to `GroupQueryAttention` (dialect ``native``); off runs
             the graph as it is, which copies the cache's valid rows in every step.
         device: another one than the first GPU; tests put the CPU here.
+        hidden_states: put out what a head reads, where the manifest has one.
 
     Attributes:
         nodes_elsewhere: operators that work on tensors but run outside the device, with their
@@ -78,6 +79,7 @@ class OrtCudaBackend:
         max_step_tokens: int = 512,
         fuse_attention: bool = True,
         device: OrtDevice | None = None,
+        hidden_states: bool = False,
     ) -> None:
         self.capacity = check_sizes(manifest, num_slots, kv_capacity, max_step_tokens)
         self.num_slots, self.max_step_tokens = num_slots, max_step_tokens
@@ -94,7 +96,11 @@ class OrtCudaBackend:
         self.kv_scales: Scales = {}
         self._ort = import_for_device(manifest, self.device)
         path = bundle / manifest.graphs.decoder
-        graph = load_graph(path, manifest, self._float_type, self.capacity)
+        graph = load_graph(
+            path, manifest, self._float_type, self.capacity, hidden_states=hidden_states
+        )
+        self._embeds_width = manifest.embeds_width
+        self._hidden_width = manifest.hidden_width if hidden_states else 0
         self._fused = fuse_attention and self._dialect.one_attention_operator
         if self._fused:
             fuse_cache_attention(graph, self._model)
@@ -148,6 +154,11 @@ class OrtCudaBackend:
                 Path(self._session.end_profiling()).read_text("utf-8")
             )
         return events
+
+    @property
+    def hidden_states(self) -> NDArray[np.float32] | None:
+        """See `edge.backends.Backend.hidden_states`."""
+        return self._runner.hidden
 
     @property
     def failed(self) -> str | None:
@@ -206,7 +217,7 @@ class OrtCudaBackend:
 
     def _warm_up(self, position: int) -> None:
         """Run a decode step, so that the device loads its kernels."""
-        embeds = np.ones((1, 1, self._model.hidden_size), dtype=np.float16)
+        embeds = np.ones((1, 1, self._embeds_width), dtype=np.float16)
         self.forward(step_after([0], [position], embeds, last_token(1)[None]))
 
     def _check_in_place(self) -> None:
@@ -228,6 +239,8 @@ class OrtCudaBackend:
                 self._float_type,
                 shape,
                 kv_len_of_batch=self._fused,
+                embeds_width=self._embeds_width,
+                hidden_width=self._hidden_width,
             )
 
 

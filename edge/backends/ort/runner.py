@@ -30,7 +30,16 @@ class RunShape(NamedTuple):
 
 
 class BoundStep(Protocol):
-    """A step of one shape, prepared once and run many times."""
+    """A step of one shape, prepared once and run many times.
+
+    Attributes:
+        hidden: float32 ``[B, S, width]`` of the newest run; None without such an output.
+    """
+
+    @property
+    def hidden(self) -> NDArray[np.float32] | None:
+        """See the class."""
+        ...
 
     def run(self, step: Step) -> NDArray[np.float32]:
         """Logits ``[B, N, vocab]``; the step's slots are those that are bound."""
@@ -50,6 +59,9 @@ class StepRunner:
         vocab_size: length of a row of logits.
         fused: the graph has `GroupQueryAttention`, which takes several tokens after a past for one
             sequence at a time.
+
+    Attributes:
+        hidden: see `edge.backends.Backend.hidden_states`.
     """
 
     def __init__(
@@ -65,6 +77,7 @@ class StepRunner:
         self._vocab_size = vocab_size
         self._batching = Batching(decode_gap=1, chunk_gap=0, alone_after_past=fused)
         self._decode_steps: dict[RunShape, BoundStep] = {}
+        self.hidden: NDArray[np.float32] | None = None
 
     def run(self, step: Step) -> NDArray[np.float32]:
         """Run a checked step; see `edge.backends.Backend.forward`."""
@@ -73,8 +86,16 @@ class StepRunner:
             return self._run(step)
         shape = (step.batch, step.num_logits, self._vocab_size)
         logits = np.empty(shape, dtype=np.float32)
+        hidden: NDArray[np.float32] | None = None
         for window in windows:
-            logits[list(window.rows)] = self._run_window(window, step)[list(window.places)]
+            rows, places = list(window.rows), list(window.places)
+            logits[rows] = self._run_window(window, step)[places]
+            if self.hidden is not None:
+                if hidden is None:
+                    shape = (step.batch, step.seq, self.hidden.shape[2])
+                    hidden = np.empty(shape, dtype=np.float32)
+                hidden[rows] = self.hidden[places]
+        self.hidden = hidden
         return logits
 
     def pair_lone_tokens(self, num_slots: int) -> None:
@@ -84,6 +105,7 @@ class StepRunner:
     def forget(self) -> None:
         """Drop all bindings, and with them the session."""
         self._decode_steps.clear()
+        self.hidden = None
 
     def _run_window(self, window: Window, step: Step) -> NDArray[np.float32]:
         idle = [window.first + place for place in window.idle]
@@ -96,22 +118,25 @@ class StepRunner:
 
     def _run(self, step: Step) -> NDArray[np.float32]:
         shape = RunShape(step.slots[0], step.batch, step.seq, step.num_logits)
-        if not shape.seq == shape.num_logits == 1:
-            return self._bind(shape).run(step)
-        # Decode repeats the same shapes for ever.
-        bound = self._decode_steps.get(shape)
-        if bound is None:
-            bound = self._decode_steps[shape] = self._bind(shape)
-        return bound.run(step)
+        if shape.seq == shape.num_logits == 1:
+            # Decode repeats the same shapes for ever.
+            bound = self._decode_steps.get(shape)
+            if bound is None:
+                bound = self._decode_steps[shape] = self._bind(shape)
+        else:
+            bound = self._bind(shape)
+        logits = bound.run(step)
+        self.hidden = bound.hidden
+        return logits
 
 
 def make_inputs(
-    dialect: io_spec.DialectSpec, hidden_size: int, dtype: Any, shape: RunShape
+    dialect: io_spec.DialectSpec, embeds_width: int, dtype: Any, shape: RunShape
 ) -> dict[str, NDArray[Any]]:
     """Make arrays for what changes with each step, by the name of the input; see `fill_inputs`."""
     _, batch, seq, num_logits = shape
     return {
-        io_spec.INPUTS_EMBEDS: np.empty((batch, seq, hidden_size), dtype),
+        io_spec.INPUTS_EMBEDS: np.empty((batch, seq, embeds_width), dtype),
         io_spec.POSITION_IDS: np.empty((batch, seq), np.int64),
         dialect.cursor: np.empty(batch, np.int64),
         io_spec.LOGITS_INDICES: np.empty((batch, num_logits), np.int64),

@@ -63,8 +63,22 @@ def check_threads(num_threads: int | None) -> None:
         )
 
 
-def load_graph(path: Path, manifest: Manifest, float_type: FloatType, capacity: int) -> OnnxFile:
+def load_graph(
+    path: Path,
+    manifest: Manifest,
+    float_type: FloatType,
+    capacity: int,
+    *,
+    hidden_states: bool = False,
+) -> OnnxFile:
     """Read a decoder, give its cache ``capacity`` rows and hold it against `io_spec`.
+
+    Args:
+        path: the graph.
+        manifest: of the decoder.
+        float_type: of the graph.
+        capacity: rows of the cache.
+        hidden_states: keep the output for a head; without it nothing of that is computed.
 
     Raises:
         BundleError: its inputs and outputs are not those of `io_spec`.
@@ -78,8 +92,8 @@ def load_graph(path: Path, manifest: Manifest, float_type: FloatType, capacity: 
     graph.set_dimension(cache, 2, capacity)
     spec = (manifest.model, manifest.dialect, float_type, capacity, manifest.int8_layers)
     for found, expected in (
-        (graph.inputs, io_spec.decoder_inputs(*spec)),
-        (graph.outputs, io_spec.decoder_outputs(*spec)),
+        (graph.inputs, io_spec.decoder_inputs(*spec, manifest.embeds_width)),
+        (graph.outputs, io_spec.decoder_outputs(*spec, manifest.hidden_width)),
     ):
         ours = [(value.name, value.dtype, value.shape) for value in found]
         theirs = [(value.name, value.dtype, value.shape) for value in expected]
@@ -92,6 +106,9 @@ def load_graph(path: Path, manifest: Manifest, float_type: FloatType, capacity: 
                 f"{path} does not fit the decoder's contract: found {wrong[0]}, expected "
                 f"{wrong[1]}; export the bundle again with this edge-llm"
             )
+    if not hidden_states:
+        graph.remove_values([io_spec.HIDDEN_STATES])
+        graph.prune()
     return graph
 
 

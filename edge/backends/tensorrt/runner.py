@@ -270,6 +270,11 @@ class TensorRTBackend:
                 context.time_layers(times[profile])
         return times
 
+    @property
+    def hidden_states(self) -> NDArray[np.float32] | None:
+        """None: engines are built without the output for a head (`engines.graph`)."""
+        return None
+
     def forward(self, step: Step) -> NDArray[np.float32]:
         """See `edge.backends.Backend.forward`.
 

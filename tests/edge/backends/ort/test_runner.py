@@ -40,6 +40,8 @@ class Engine:
     def put_back(self, slot: int, rows: NDArray[Any]) -> None:
         self.rows[slot] = rows
 
+    hidden = None
+
     def run(self, step: Step) -> NDArray[np.float32]:
         self.ran.append((step.slots[0], step.batch))
         self.rows[list(step.slots), 0] = step.starts

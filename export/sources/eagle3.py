@@ -1,0 +1,273 @@
+"""An EAGLE-3 head as it is published: ``config.json`` and one file of safetensors.
+
+The layout is that of SafeAILab/EAGLE and SpecForge: ``fc``, one decoder layer ``midlayer``,
+``norm``, ``lm_head`` and, where the head guesses some tokens only, ``d2t``, what is added to a
+token of the head for the model's id, and ``t2d``, which of the model's tokens those are. vLLM's
+names are understood, too: ``layers.0`` for ``midlayer``, a prefix ``model.``, and
+``transformer_layer_config`` around the layer's numbers. The token table is the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.linears import head_linears, head_norms
+from edge.bundle.manifest import ModelSpec, sha256_file
+from edge.bundle.model_config import parse_config
+from edge.errors import CheckpointError
+
+from .checkpoint import Checkpoint, Transformed
+from .checkpoint_text import read_json
+from .safetensors_file import FLOATS, SafetensorsFile
+
+WEIGHTS_NAME = "model.safetensors"
+ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+_FC, _D2T, _T2D, _TABLE = "fc.weight", "d2t", "t2d", "embed_tokens.weight"
+_COMPARED_ROWS = 64
+_SAME = 0.05  # of a row's norm: tables are published in fp16, bf16 or dequantized
+
+
+class Eagle3Head(Transformed):
+    """A head that was read and fits a model; `tensor` gives its weights by their published names.
+
+    Args:
+        model: the model that it shall draft for; it is not closed with the head.
+        directory: of the head.
+
+    Attributes:
+        spec: the head's own decoder, of one layer, with the tokens that it guesses.
+        layers: the layers of the model whose inputs it reads, see `manifest.DraftHead`.
+        norm_before_residual: see there.
+        vocabulary: the model's id of each of its tokens, int64 ``[draft vocab]``; None if it
+            guesses all of them, in the model's order.
+        sha256: SHA-256 of its weights' file.
+
+    Raises:
+        CheckpointError: it is no such head, incomplete, or for another model; what fits is named.
+    """
+
+    def __init__(self, model: Checkpoint, directory: Path) -> None:
+        super().__init__(model)
+        self._directory = directory
+        config = _Config.read(directory, model.spec)
+        self.name = directory.resolve().name
+        self.spec, self.layers = config.spec, config.layers
+        self.norm_before_residual = config.norm_before_residual
+        self._file = _open_weights(directory)
+        self._names = {_plain(name): name for name in self._file.entries}
+        self._check_tensors()
+        self.vocabulary = self._read_vocabulary()
+        self._check_table()
+        self.sha256 = sha256_file(self._file.path).sha256
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """Read one of its tensors; see `Checkpoint.tensor`."""
+        return self._file.tensor(self._names[name])
+
+    def close(self) -> None:
+        """Do nothing: the model is whoever opened it's to close."""
+
+    def _check_tensors(self) -> None:
+        model, hidden = self.original.spec, self.spec.hidden_size
+        expected: dict[str, tuple[int, ...]] = {_FC: (hidden, 3 * model.hidden_size)}
+        for layer in head_linears(self.spec):
+            for name, rows in zip(layer.weights, layer.rows, strict=True):
+                expected[name] = (rows, layer.shape[0])
+        expected |= {norm.source: (norm.size,) for norm in head_norms(self.spec)}
+        for name, shape in expected.items():
+            if name not in self._names:
+                raise CheckpointError(
+                    f"{self._file.path} has no tensor {name}, expected {list(shape)}; the head is "
+                    "incomplete, or not one of EAGLE-3"
+                )
+            entry = self._file.entries[self._names[name]]
+            if entry.shape != shape:
+                raise CheckpointError(
+                    f"{self._file.path}: tensor {name} has shape {list(entry.shape)}, its "
+                    f"config.json and {self.original.name} ask for {list(shape)}; the head is for "
+                    "another model"
+                )
+            if entry.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{self._file.path}: tensor {name} has type {entry.dtype}, expected one of "
+                    f"{', '.join(FLOATS)}"
+                )
+        strays = sorted(self._names.keys() - expected.keys() - {_D2T, _T2D, _TABLE})
+        if strays:
+            raise CheckpointError(
+                f"{self._file.path}: tensor {strays[0]} is no part of an EAGLE-3 head of one layer "
+                "without biases; only such heads are supported"
+            )
+
+    def _read_vocabulary(self) -> NDArray[np.int64] | None:
+        size, total = self.spec.vocab_size, self.original.spec.vocab_size
+        if _D2T not in self._names:
+            if size != total:
+                raise CheckpointError(
+                    f"{self._file.path} has no tensor d2t, but the head guesses {size} tokens of "
+                    f"{total}: which ones is not known; copy the whole head"
+                )
+            return None
+        offsets = self._integers(_D2T, size)
+        ids: NDArray[np.int64] = np.arange(size) + offsets.astype(np.int64)
+        if ids.min() < 0 or ids.max() >= total:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise CheckpointError(
+                f"{self._file.path}: d2t leads to token {wrong}, {self.original.name} has 0 to "
+                f"{total - 1}; the head is for another model"
+            )
+        if len(np.unique(ids)) != size:
+            raise CheckpointError(
+                f"{self._file.path}: d2t leads to the same token twice; download the head again"
+            )
+        if _T2D in self._names:
+            known = self._integers(_T2D, None) != 0
+            # Tables are padded differently by different tools; the tokens are what counts.
+            if set(np.flatnonzero(known).tolist()) != set(ids.tolist()):
+                raise CheckpointError(
+                    f"{self._file.path}: t2d names other tokens than d2t; download the head again"
+                )
+        return None if size == total and (offsets == 0).all() else ids
+
+    def _integers(self, name: str, size: int | None) -> NDArray[Any]:
+        entry = self._file.entries[self._names[name]]
+        if entry.dtype in FLOATS or len(entry.shape) != 1 or size not in (None, entry.shape[0]):
+            raise CheckpointError(
+                f"{self._file.path}: {name} is {entry.dtype} {list(entry.shape)}, expected "
+                f"integers [{size or 'vocabulary'}]; download the head again"
+            )
+        return self._file.tensor(self._names[name])
+
+    def _check_table(self) -> None:
+        """A head that brings the token table was trained with it: it must be the model's."""
+        if _TABLE not in self._names:
+            return
+        mine = self._file.tensor(self._names[_TABLE])
+        model = self.original.tensor("model.embed_tokens.weight")
+        if mine.shape[1:] != model.shape[1:]:
+            raise CheckpointError(
+                f"{self._file.path}: {_TABLE} has shape {list(mine.shape)}, {self.original.name} "
+                f"has {list(model.shape)}; the head is for another model"
+            )
+        rows = np.linspace(0, min(len(mine), len(model)) - 1, _COMPARED_ROWS).astype(np.int64)
+        ours, theirs = (np.asarray(table[rows], np.float32) for table in (model, mine))
+        apart = np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(ours)), 1e-12)
+        if not apart <= _SAME:
+            raise CheckpointError(
+                f"{self._file.path}: {_TABLE} differs from the token table of "
+                f"{self.original.name} by {apart:.0%}; the head is for another model"
+            )
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What ``config.json`` of a head says."""
+
+    spec: ModelSpec
+    layers: tuple[int, int, int]
+    norm_before_residual: bool
+
+    @staticmethod
+    def read(directory: Path, model: ModelSpec) -> _Config:
+        path = directory / "config.json"
+        config = read_json(path)
+        names = config.get("architectures")
+        if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+            raise CheckpointError(
+                f"{path}: architectures is {names!r}, an EAGLE-3 head has one of "
+                f"{', '.join(ARCHITECTURES)}"
+            )
+        inner = config.get("transformer_layer_config", config)
+        if not isinstance(inner, dict):
+            raise CheckpointError(f"{path}: transformer_layer_config must be an object")
+        values = {**inner, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+        spec = parse_config(values, str(path))
+        if spec.num_layers != 1:
+            raise CheckpointError(
+                f"{path}: num_hidden_layers is {spec.num_layers}; heads of one layer are supported"
+            )
+        for key, found in (
+            ("hidden_size", spec.hidden_size),
+            ("target_hidden_size", config.get("target_hidden_size") or model.hidden_size),
+        ):
+            if found != model.hidden_size:
+                raise CheckpointError(
+                    f"{path}: {key} is {found}, the model's is {model.hidden_size}; the head is "
+                    "for another model"
+                )
+        size = config.get("draft_vocab_size") or model.vocab_size
+        if type(size) is not int or not 1 <= size <= model.vocab_size:
+            raise CheckpointError(
+                f"{path}: draft_vocab_size is {size!r}, the model has {model.vocab_size} tokens; "
+                "the head is for another model"
+            )
+        before = config.get("norm_before_residual", False)
+        if type(before) is not bool:
+            raise CheckpointError(f"{path}: norm_before_residual must be true or false")
+        return _Config(
+            msgspec.structs.replace(spec, vocab_size=size),
+            _layers(config, model.num_layers, path),
+            before,
+        )
+
+
+def _layers(config: Mapping[str, Any], count: int, path: Path) -> tuple[int, int, int]:
+    """The layers whose inputs are read: by default those of SafeAILab/EAGLE, vLLM and SGLang.
+
+    Where the config names some, two conventions are in use: the layer whose input is meant, or the
+    one whose output. The first of the second kind is 1, as nobody reads the embeddings (SGLang
+    tells them apart the same way).
+    """
+    section = config.get("eagle_config")
+    inner = section if isinstance(section, dict) else {}
+    found = config.get(_LAYER_IDS) or inner.get(_LAYER_IDS)
+    if found is None:
+        if count < 6:
+            raise CheckpointError(
+                f"{path} does not say which layers the head reads ({_LAYER_IDS}), and a model of "
+                f"{count} layers has no usual ones"
+            )
+        return 2, count // 2, count - 3
+    if (
+        not isinstance(found, list)
+        or len(found) != 3
+        or any(type(each) is not int or each < 0 for each in found)
+    ):
+        raise CheckpointError(f"{path}: {_LAYER_IDS} is {found!r}, expected three layers")
+    low, middle, high = (each + 1 if found[0] == 1 else each for each in found)
+    if max(low, middle, high) > count:
+        raise CheckpointError(
+            f"{path}: {_LAYER_IDS} is {found}, the model has {count} layers; the head is for "
+            "another model"
+        )
+    return low, middle, high
+
+
+def _plain(name: str) -> str:
+    """A tensor's name as SafeAILab/EAGLE has it."""
+    name = name.removeprefix("model.")
+    return name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name
+
+
+def _open_weights(directory: Path) -> SafetensorsFile:
+    path = directory / WEIGHTS_NAME
+    if path.is_file():
+        return SafetensorsFile(path, quantized=True)
+    problem = f"--eagle3 {directory} has no {WEIGHTS_NAME}"
+    pickled = sorted(found.name for pattern in _PICKLED for found in directory.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{problem}, only {pickled[0]}: pickled weights can run code and are never opened; "
+            "convert it where you trust it: safetensors.torch.save_file(torch.load("
+            f"{pickled[0]!r}, weights_only=True), {WEIGHTS_NAME!r})"
+        )
+    raise CheckpointError(f"{problem}; give the directory of a published EAGLE-3 head")
