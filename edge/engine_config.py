@@ -25,6 +25,8 @@ Prefill = Literal["plain", "int8"]
 GPU_BACKENDS = ("tensorrt", "ort-cuda")
 _LEAST_CHUNK = 3  # an odd number of tokens is made of twos and one three
 _DRAFT_TOKENS = 5
+EAGLE3 = Path("eagle3")
+"""The `EngineConfig.draft` that means the bundle's own head."""
 _Positive = Annotated[int, Meta(ge=1)]
 _Count = Annotated[int, Meta(ge=0)]
 
@@ -81,8 +83,9 @@ class EngineConfig:
         reuse_prefix: keep the cache rows of ended sequences for later prompts that begin alike.
         overflow: when a slot of the cache is full, stop ends the answer; slide drops old tokens,
             except the first ones, and goes on.
-        draft: a smaller bundle with the same tokenizer that drafts tokens, where that is measured
-            to pay; answers stay what they are. It takes memory of its own, with as many slots.
+        draft: a smaller bundle with the same tokenizer that drafts tokens, or eagle3 for the
+            bundle's own head, where that is measured to pay; answers stay what they are. It takes
+            memory of its own, with as many slots.
         speculative: drafted tokens per step at most, where that is measured to pay; guessed by
             draft, or without one from what the text repeats. 0 drafts none; by default 0, or 5
             with draft.
@@ -155,6 +158,11 @@ class EngineConfig:
         if self.deterministic:
             return "deterministic"
         return "int8_activations" if self.int8_activations else None
+
+    @property
+    def drafts_with_head(self) -> bool:
+        """Whether the bundle's own head drafts."""
+        return self.draft == EAGLE3
 
     @property
     def max_draft_tokens(self) -> int:

@@ -12,10 +12,10 @@ import logging
 from pathlib import Path
 
 from edge.bundle.engine_file import find_engines
-from edge.bundle.manifest import Manifest
+from edge.bundle.manifest import HeadManifest, Manifest
 from edge.device.nodes import find_gpu_node
 from edge.engine_config import EngineConfig
-from edge.errors import BundleError, DependencyError, IntegrityError
+from edge.errors import BundleError, ConfigError, DependencyError, IntegrityError
 
 from . import Backend
 from .default_capacity import device_backend, host_capacity
@@ -109,6 +109,11 @@ def _refusal(error: BundleError | DependencyError, node: str) -> BundleError | D
 
 
 def _open_tensorrt(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
+    if _wants_hidden_states(manifest, config):
+        raise ConfigError(
+            "--draft eagle3 reads the model's hidden states, which TensorRT engines do not put "
+            "out; take --backend ort-cuda or ort-cpu, or a smaller model as --draft BUNDLE"
+        )
     from .tensorrt.runner import TensorRTBackend
 
     return TensorRTBackend(
@@ -126,6 +131,7 @@ def _open_ort_cuda(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
             num_slots=config.num_slots,
             kv_capacity=capacity,
             max_step_tokens=config.prefill_chunk,
+            hidden_states=_wants_hidden_states(manifest, config),
         )
 
     if config.kv_capacity is None:
@@ -153,7 +159,13 @@ def _open_ort_cpu(
         int8_activations=config.int8_activations,
         int8_prompts=config.prefill == "int8",
         deterministic=config.deterministic,
+        hidden_states=_wants_hidden_states(manifest, config),
     )
+
+
+def _wants_hidden_states(manifest: Manifest, config: EngineConfig) -> bool:
+    """Whether someone reads them: a head those of its model, and its own when it guesses on."""
+    return config.drafts_with_head or isinstance(manifest, HeadManifest)
 
 
 def _has_cuda_provider() -> bool:

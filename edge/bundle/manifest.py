@@ -470,11 +470,18 @@ def head_manifest(manifest: Manifest) -> HeadManifest | None:
     if head is None:
         return None
     fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    is_float = all(linear.scheme.kind == "float" for linear in head.linears.values())
+    quantization = msgspec.structs.replace(
+        manifest.quantization,
+        name=manifest.dtype if is_float else "int8",
+        method="none" if is_float else "rtn",
+        linears=head.linears,
+    )
     own = {
         "name": f"{manifest.name}: head {head.name}",
         "model": head.model,
         "graphs": head.graphs,
-        "quantization": msgspec.structs.replace(manifest.quantization, linears=head.linears),
+        "quantization": quantization,
         "vocabulary": None,
         "kv_cache": None,
         "head": None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from edge.bundle.io_spec import default_kv_capacity
+from edge.engine_config import EAGLE3
 from edge.errors import ConfigError
 
 from . import echo_json
@@ -57,7 +58,7 @@ calibrate_option = click.option(
 @click.option(
     "--draft",
     help="Model that drafts, with the same tokenizer: what MODEL may be. Planned in int4 unless "
-    "it is a bundle.",
+    "it is a bundle. eagle3 is the head of MODEL's own bundle, on a CPU.",
 )
 @click.option(
     "--kv-cache",
@@ -99,7 +100,7 @@ def plan(
     r1-qwen-7b, r1-llama-8b and r1-qwen3-8b, also under the names that pull knows.
     """
     from edge.planner.memory import Deployment
-    from edge.planner.models import BUILT_IN, check_tokenizers, find_model
+    from edge.planner.models import BUILT_IN, check_tokenizers, find_head, find_model
     from edge.planner.picture import draw_plan
     from edge.planner.plan import CPU, make_plan
 
@@ -130,7 +131,14 @@ def plan(
         backend, batch, kv_capacity, min(max_prefill, kv_capacity), dialect, int8_layers
     )
     drafting = None
-    if draft is not None:
+    if draft == str(EAGLE3):
+        if backend != "ort-cpu":
+            raise ConfigError(
+                "--draft eagle3 is for ONNX Runtime: TensorRT engines put out no hidden states; "
+                "plan it with --device cpu, or a draft model"
+            )
+        drafting = find_head(planned)
+    elif draft is not None:
         drafting = find_model(draft)
         check_tokenizers(planned, drafting)
     result = make_plan(

@@ -15,6 +15,7 @@ from edge.bundle.manifest import (
     Manifest,
     ModelSpec,
     RopeSpec,
+    head_manifest,
     read_manifest,
 )
 from edge.bundle.model_config import parse_config
@@ -136,6 +137,21 @@ def find_model(name: str) -> PlannedModel:
         f"{name} is no bundle, no directory with a config.json, no config.json and none of "
         f"{', '.join(BUILT_IN)}"
     )
+
+
+def find_head(target: PlannedModel) -> PlannedModel:
+    """The EAGLE-3 head of a bundle, as a model that drafts for it.
+
+    Raises:
+        ConfigError: the model is no bundle, or has no head.
+    """
+    manifest = None if target.manifest is None else head_manifest(target.manifest)
+    if manifest is None:
+        raise ConfigError(
+            f"--draft eagle3 is planned for a bundle with a head, and {target.name} is none: "
+            "export one with --eagle3 DIR"
+        )
+    return PlannedModel(manifest.name, manifest.model, target.source, manifest, target.bundle)
 
 
 def check_tokenizers(target: PlannedModel, draft: PlannedModel) -> None:

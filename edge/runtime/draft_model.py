@@ -27,6 +27,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.text.tokenizer_difference import tokenizer_difference
 
+from .guesses import Guesses
 from .kv_cache import common_prefix
 from .overflow import SlidingWindow
 from .scheduler import DraftContext, DraftWorth
@@ -105,6 +106,11 @@ class ModelDrafter:
         self.backend.write_slot(slot, self._cut_rows(rows, start, dropped))
         self._ids[slot] = [*ids[:start], *ids[end:shared]]
 
+    def saw(
+        self, slot: int, before: list[int], tokens: Sequence[int], hidden: NDArray[np.float32]
+    ) -> None:
+        """Ignore it: another model has no use for the target's hidden states."""
+
     def behind(self, context: DraftContext) -> int:
         """Tokens to read first, after rows that another slot has were copied; 0 if few are lacking.
 
@@ -145,29 +151,17 @@ class ModelDrafter:
         Raises:
             EdgeError: the engine failed.
         """
-        drafts: list[list[int]] = [[] for _ in contexts]
-        chances = [1.0] * len(contexts)
         limits = [min(count, self.offer(context)) for context in contexts]
         going = [i for i, limit in enumerate(limits) if limit > 0]
-        try:
+        with Guesses(contexts, limits, worth) as guesses:
             tokens, past = self._first_step(contexts, going)
             while going:
                 logits = self._forward([contexts[i].slot for i in going], past, tokens)
-                going_on = []
-                for i, row in zip(going, logits, strict=True):
-                    guess, chance = contexts[i].sampler.guess(self._fit(row))
-                    chances[i] *= chance
-                    if chances[i] >= worth.run:
-                        drafts[i].append(guess)
-                        if chances[i] >= worth.go_on and len(drafts[i]) < limits[i]:
-                            going_on.append(i)
-                going = going_on
-                tokens = [drafts[i][-1:] for i in going]
+                rows = zip(going, logits, strict=True)
+                going = [i for i, row in rows if guesses.add(i, self._fit(row))]
+                tokens = [guesses.drafts[i][-1:] for i in going]
                 past = [len(self._ids[contexts[i].slot]) for i in going]
-        finally:
-            for context in contexts:
-                context.sampler.forget_guesses()
-        return drafts
+        return guesses.drafts
 
     def observe(self, slot: int, proposed: int, accepted: int) -> None:
         """Do nothing: it goes on after the tokens that are there, whoever drew them."""

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge.errors import ConfigError
 
 from .scheduler import DraftContext, DraftWorth
@@ -40,6 +43,11 @@ class NgramDrafter:
 
     def slide(self, slot: int, before: list[int], after: list[int]) -> None:
         """Ignore it: the text is what it was, though the target sees less of it."""
+
+    def saw(
+        self, slot: int, before: list[int], tokens: Sequence[int], hidden: NDArray[np.float32]
+    ) -> None:
+        """Ignore it: tokens are all that is looked up."""
 
     def behind(self, context: DraftContext) -> int:
         """Return 0: a token is entered when it comes."""

@@ -31,6 +31,7 @@ from edge.text.tokenizer import Detokenizer, Tokenizer
 
 from .draft_model import ModelDrafter, open_drafter, read_draft
 from .drafts import NgramDrafter
+from .eagle3 import Eagle3Drafter, Head, open_head, read_head
 from .generation import score
 from .sampling import SamplingParams
 from .scheduler import Constraint, Drafter, Overflow, PrefixSource, Request, Scheduler
@@ -77,7 +78,7 @@ class LLM:
         tokenizer: the model's tokenizer.
         template: the model's chat template; None where it has none.
         backend: the engine; only `call` may use it.
-        draft_manifest: description of the bundle that drafts; None without one.
+        draft_manifest: description of the bundle, or of the head, that drafts; None without one.
         warning: why the CPU computes on a machine with a GPU, where nobody named it as backend;
             else None.
         embeddings: the token table.
@@ -123,9 +124,8 @@ class LLM:
         self._reasons = self.template is not None and template_reasons(
             self.template.source, self.tokenizer.control_tokens
         )
-        self.draft_manifest = (
-            None if config.draft is None else read_draft(config.draft, self.bundle)
-        )
+        self._head: Head | None = None
+        self.draft_manifest = self._read_draft(files)
         self.backend: Backend = open_backend(
             self.bundle, self.manifest, config, self.draft_manifest
         )
@@ -139,7 +139,7 @@ class LLM:
             self.backend.close()
             raise
         self.warning = unused_gpu(self.backend.name, config)
-        self._draft_model: ModelDrafter | None = None
+        self._draft_model: ModelDrafter | Eagle3Drafter | None = None
         try:
             self.scheduler = Scheduler(
                 self.backend,
@@ -483,8 +483,22 @@ class LLM:
             self.tokenizer, vocab_size, opened=opened, budget=budget, answer=answer
         )
 
+    def _read_draft(self, files: manifests.VerifiedFiles) -> manifests.Manifest | None:
+        draft = self.config.draft
+        if draft is None:
+            return None
+        if not self.config.drafts_with_head:
+            return read_draft(draft, self.bundle)
+        self._head = read_head(self.bundle, self.manifest, files)
+        return self._head.manifest
+
     def _drafter(self) -> Drafter | None:
         config = self.config
+        if self._head is not None:
+            self._draft_model = open_head(
+                self.bundle, self._head, self.embeddings, target=self.backend, config=config
+            )
+            return self._draft_model
         if config.draft is not None and self.draft_manifest is not None:
             self._draft_model = open_drafter(
                 config.draft,

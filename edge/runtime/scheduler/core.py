@@ -17,6 +17,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -418,6 +419,7 @@ class EngineCore:
                 self._fail(sequence, error)
             return None
         seconds = self._forward_s = self.now() - started
+        self._show_hidden(slots, tokens)
         self._count_step(len(sequences) * seq, seconds)
         self.model_s += seconds
         costs = self.policy.costs
@@ -428,6 +430,18 @@ class EngineCore:
         if len(sequences) == 1 and len(wanted[0]) == 1:
             costs.prefill.observe(seq, seconds)
         return logits
+
+    def _show_hidden(self, slots: list[Slot], tokens: list[list[int]]) -> None:
+        """Let a drafter see the hidden states of the step that has just run, if there are any."""
+        hidden = self.backend.hidden_states
+        if hidden is None:
+            return
+        for slot, row, states in zip(slots, tokens, hidden, strict=True):
+            if self.drafter is not None:
+                took_s = self._let_draft(
+                    lambda drafter, *seen: drafter.saw(*seen), slot.index, slot.ids, row, states
+                )
+                self.draft_saved_s -= took_s or 0.0
 
     def _count_step(self, tokens: int, seconds: float) -> None:
         self.last_step_s = self.now()
@@ -701,7 +715,7 @@ class EngineCore:
             self.model_s += took_s
         return took_s
 
-    def _let_draft(self, work: Callable[[Drafter], None]) -> float | None:
+    def _let_draft(self, work: Callable[..., None], *arguments: Any) -> float | None:
         """Let the drafter do something; returns its seconds, or None if it failed.
 
         Answers do not need it, so they go on without drafts, and the log and the stats say so.
@@ -709,7 +723,7 @@ class EngineCore:
         assert self.drafter is not None
         started = self.now()
         try:
-            work(self.drafter)
+            work(self.drafter, *arguments)
         except EdgeError as error:
             _log.error("no more drafts, answers go on without: %s", error)
             self.drafts_failed = str(error)

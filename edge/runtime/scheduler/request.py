@@ -106,9 +106,8 @@ class Drafter(Protocol):
     """Guesses the next tokens of running sequences; the target then verifies them in one step.
 
     One drafter serves all slots of an engine, in the engine's thread. What it guesses changes no
-    answer, so it may be wrong in every way; it costs time. A drafter that needs more of the target
-    than tokens, such as a head that reads hidden states, gets it as one more field of
-    `DraftContext`.
+    answer, so it may be wrong in every way; it costs time. A head that reads the target's hidden
+    states gets those of every step (`saw`), where the target's engine puts them out.
 
     Attributes:
         is_free: proposals take no time that counts, so they are also made where none is run, to
@@ -144,6 +143,22 @@ class Drafter(Protocol):
             slot: which one.
             before: the tokens of its rows until now.
             after: those that are left: the first ones, and the newest.
+        """
+        ...
+
+    def saw(
+        self, slot: int, before: list[int], tokens: Sequence[int], hidden: NDArray[np.float32]
+    ) -> None:
+        """Take note of the hidden states of a step that the target has just run.
+
+        Args:
+            slot: whose rows it wrote.
+            before: the tokens of the slot's rows before the step.
+            tokens: those of the rows that it wrote, perhaps with drafts and padding at the end.
+            hidden: ``[len(tokens), width]``, valid during the call.
+
+        Raises:
+            EdgeError: it can guess no more.
         """
         ...
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from edge.backends.ort.int8_prompts import int8_bytes
 from edge.bundle.io_spec import kv_bytes_per_token
-from edge.bundle.manifest import Manifest, read_manifest
-from edge.engine_config import Prefill
+from edge.bundle.manifest import HeadManifest, Manifest, head_manifest, read_manifest
+from edge.engine_config import EAGLE3, Prefill
 from edge.errors import BackendError, EdgeError
 from edge.runtime.sampling import SamplingParams
 from edge.server.http.threads import in_thread
@@ -45,7 +45,7 @@ def need_bytes(
         num_slots: slots of its cache.
         kv_capacity: tokens of a slot; None is the bundle's own.
         prefill: how prompts are multiplied.
-        draft: of the bundle that drafts for it, whose cache is as long.
+        draft: of the bundle or head that drafts for it, whose cache is as long.
 
     Raises:
         ConfigError: the bundle has no weights for such a ``prefill``.
@@ -59,6 +59,8 @@ def need_bytes(
         * kv_bytes_per_token(manifest.model, manifest.dtype, manifest.int8_layers)
     )
     own = prompts + files + cache
+    if isinstance(draft, HeadManifest):  # its files are among the bundle's
+        return own + num_slots * capacity * kv_bytes_per_token(draft.model, draft.dtype)
     return own if draft is None else own + need_bytes(draft, num_slots, capacity)
 
 
@@ -71,7 +73,7 @@ class Switcher:
         num_slots: slots of each cache.
         kv_capacity: tokens of a slot; None is each bundle's own.
         prefill: how prompts are multiplied.
-        draft: bundle that drafts for each of them, if any.
+        draft: bundle that drafts for each of them, or `EAGLE3` for their own heads, if any.
         drain_timeout_s: how long requests may run on a model that must be closed first.
     """
 
@@ -127,7 +129,11 @@ class Switcher:
             )
 
     def _need_bytes(self, manifest: Manifest) -> int:
-        draft = None if self._draft is None else read_manifest(self._draft)
+        draft: Manifest | None = None
+        if self._draft == EAGLE3:
+            draft = head_manifest(manifest)
+        elif self._draft is not None:
+            draft = read_manifest(self._draft)
         return need_bytes(manifest, self._num_slots, self._kv_capacity, self._prefill, draft)
 
     async def _replace(self, old: ServedModel, bundle: Path) -> None:

@@ -65,6 +65,9 @@ class Guesser:
     def slide(self, slot: int, before: list[int], after: list[int]) -> None:
         pass
 
+    def saw(self, slot: int, before: list[int], tokens: Sequence[int], hidden: Any) -> None:
+        raise AssertionError("the scripted target puts out no hidden states")
+
     def behind(self, context: DraftContext) -> int:
         return 0
 

@@ -1,0 +1,378 @@
+"""Drafts from an EAGLE-3 head: a decoder layer that goes on from the target's hidden states.
+
+Row ``j`` of the head's cache belongs to a row ``r = start + j`` of the target. It is made of the
+target's hidden state of row ``r`` and the token of row ``r + 1``, and its logits guess the token of
+row ``r + 2``. Behind the newest hidden state the head goes on from its own, as it was trained to;
+those rows are made anew once the target has run there.
+
+`Eagle3Drafter.saw` gets the hidden states of every step of the target, with the tokens of its
+rows. They wait until the head reads them: at a draft, or in the meantime where many have gathered.
+Rows count by their tokens, so a rejected draft, a cancelled sequence and a failed step need nothing
+of their own. Where the target has rows of which nobody saw hidden states (a prefix from a file, a
+slide), the head begins anew behind them, with an empty past: its positions are relative to
+``start``, which is all that RoPE depends on. What it guesses changes no answer, whatever it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend
+from edge.backends.choose import open_backend
+from edge.backends.step import TokenTable, step_after
+from edge.bundle.manifest import HeadManifest, Manifest, VerifiedFiles, head_manifest
+from edge.engine_config import EngineConfig
+from edge.errors import BundleError, ConfigError
+
+from .guesses import Guesses
+from .kv_cache import common_prefix
+from .scheduler import DraftContext, DraftWorth
+
+CLOSE = 8
+"""Rows that a draft's first step takes in by itself; what is further behind is read before."""
+MOST_WAITING = 1024
+"""Hidden states that wait for the head in each slot at most: 6 MB at the 1.5B."""
+_FIRST_GUESS = 0.7  # of a head that has proposed nothing yet: high, so that it is tried
+_NEWEST = 0.05
+
+Array = NDArray[np.float32]
+
+
+@dataclass(eq=False)
+class _Text:
+    """What the head knows of a slot.
+
+    Attributes:
+        salt: texts share rows only with those of the same.
+        ids: tokens of the target's rows up to the newest whose hidden state was seen.
+        start: the target's row to which the head's first row belongs.
+        read: rows of the head.
+        waiting: hidden states of the rows after those, ``[n, hidden]`` each, up to the end of
+            ``ids``.
+    """
+
+    salt: str = ""
+    ids: list[int] = field(default_factory=list)
+    start: int = 0
+    read: int = 0
+    waiting: list[Array] = field(default_factory=list)
+
+    def begin_after(self, ids: list[int]) -> None:
+        """Know nothing of the target's rows so far."""
+        self.ids, self.start, self.read, self.waiting = list(ids), len(ids), 0, []
+
+    def cut(self, length: int) -> None:
+        """Forget the target's rows from ``length`` on."""
+        excess = len(self.ids) - max(length, self.start + self.read)
+        while excess > 0 and self.waiting:
+            last = self.waiting.pop()
+            if len(last) > excess:
+                self.waiting.append(last[: len(last) - excess])
+            excess -= len(last)
+        del self.ids[length:]
+        self.read = max(min(self.read, length - self.start), 0)
+        self.start = min(self.start, length)
+
+    def take(self, count: int) -> Array:
+        """Take the first waiting hidden states, which the head reads now."""
+        states = np.concatenate(self.waiting)
+        self.waiting = [states[count:]] if len(states) > count else []
+        self.read += count
+        return states[:count]
+
+
+class Eagle3Drafter:
+    """A head that guesses for its model; an `edge.runtime.scheduler.Drafter`.
+
+    Args:
+        backend: engine of the head, with the target's slots; it is closed with the drafter, and
+            nobody else uses it.
+        embeddings: the target's token table.
+        target_vocab: length of the target's rows of logits.
+        vocabulary: the target's id of each of the head's tokens, int64 ``[draft vocab]``; None if
+            they are the same.
+
+    Attributes:
+        backend: see above.
+    """
+
+    is_free = False
+    first_guess = _FIRST_GUESS
+    newest = _NEWEST
+
+    def __init__(
+        self,
+        backend: Backend,
+        embeddings: TokenTable,
+        *,
+        target_vocab: int,
+        vocabulary: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.backend = backend
+        self._embeddings = embeddings
+        self._vocabulary = vocabulary
+        self._row = np.full(target_vocab, -np.inf, np.float32)
+        self._texts = [_Text() for _ in range(backend.num_slots)]
+
+    def begin(self, slot: int, salt: str) -> None:
+        """Keep the rows of the sequence before, if this one may share them."""
+        if self._texts[slot].salt != salt:
+            self._texts[slot] = _Text(salt)
+
+    def slide(self, slot: int, before: list[int], after: list[int]) -> None:
+        """Begin anew: other rows stand where these stood."""
+        self._texts[slot].begin_after(after)
+
+    def saw(self, slot: int, before: list[int], tokens: Sequence[int], hidden: Array) -> None:
+        """Keep the hidden states of a step of the target.
+
+        Raises:
+            EdgeError: the engine failed.
+        """
+        text = self._texts[slot]
+        if common_prefix(text.ids, before) < len(before):
+            self._take_over(slot, before)
+        text.cut(len(before))
+        if not np.isfinite(hidden).all():  # the head's rows would hold them for whoever comes next
+            text.begin_after([*before, *tokens])
+            return
+        text.ids += tokens
+        text.waiting.append(hidden.copy())
+        # Of the step's own tokens all but the first may be drafts, and wrong.
+        count = len(before) - text.start - text.read
+        if count >= MOST_WAITING:
+            self._read(slot, text.ids, min(count, self.backend.capacity - text.read))
+
+    def behind(self, context: DraftContext) -> int:
+        """Rows to read first; 0 if they are few."""
+        lacks = self._lacks(context)
+        return lacks - 1 if lacks > CLOSE and self._room(context) > 0 else 0
+
+    def read(self, context: DraftContext, most: int) -> None:
+        """Read the first rows that it lacks, without the last one.
+
+        Raises:
+            EdgeError: the engine failed.
+        """
+        self._texts[context.slot].cut(len(context.rows) - 1)
+        self._read(context.slot, context.rows, min(most, self._lacks(context) - 1))
+
+    def offer(self, context: DraftContext) -> int:
+        """Return the limit, as far as there is room; 0 without the newest hidden state."""
+        if not self._lacks(context):
+            return 0
+        return max(min(context.limit, self._room(context)), 0)
+
+    def propose(
+        self, contexts: Sequence[DraftContext], count: int, worth: DraftWorth
+    ) -> list[list[int]]:
+        """Guess token after token for all sequences together; each stops where it is unsure.
+
+        Raises:
+            EdgeError: the engine failed.
+        """
+        limits = [min(count, self.offer(context)) for context in contexts]
+        going = [i for i, limit in enumerate(limits) if limit > 0]
+        states: dict[int, Array] = {}
+        with Guesses(contexts, limits, worth) as guesses:
+            for i, logits, state in self._first_steps(contexts, going):
+                states[i] = state
+                if not guesses.add(i, self._fit(logits)):
+                    del states[i]
+            while states:
+                going = list(states)
+                slots = [contexts[i].slot for i in going]
+                tokens = [guesses.drafts[i][-1:] for i in going]
+                past = [
+                    self._texts[contexts[i].slot].read + len(guesses.drafts[i]) - 1 for i in going
+                ]
+                hidden = np.stack([states[i] for i in going])[:, None]
+                logits, found = self._forward(slots, past, tokens, hidden)
+                # `add` runs no step, so the rows stay valid.
+                states = {
+                    i: found[row].copy()
+                    for row, i in enumerate(going)
+                    if guesses.add(i, self._fit(logits[row]))
+                }
+        return guesses.drafts
+
+    def observe(self, slot: int, proposed: int, accepted: int) -> None:
+        """Do nothing: it goes on after the tokens that are there, whoever drew them."""
+
+    def close(self) -> None:
+        """Free the engine; calling it twice is harmless."""
+        self.backend.close()
+
+    def _first_steps(
+        self, contexts: Sequence[DraftContext], going: list[int]
+    ) -> list[tuple[int, Array, Array]]:
+        """Read the rows that each lacks, those of equal number together; gives what comes of them.
+
+        Returns:
+            Index, logits and hidden state after the newest row of each.
+        """
+        by_size: dict[int, list[int]] = {}
+        for i in going:
+            context = contexts[i]
+            self._texts[context.slot].cut(len(context.rows) - 1)
+            excess = self._lacks(context) - self.backend.max_step_tokens
+            if excess > 0:
+                self._read(context.slot, context.rows, excess)
+            by_size.setdefault(self._lacks(context), []).append(i)
+        results = []
+        for size, members in by_size.items():
+            slots = [contexts[i].slot for i in members]
+            past = [self._texts[slot].read for slot in slots]
+            hidden = np.stack([self._texts[slot].take(size) for slot in slots])
+            tokens = [contexts[i].rows[-size:] for i in members]
+            logits, found = self._forward(slots, past, tokens, hidden)
+            results += [(i, logits[row].copy(), found[row].copy()) for row, i in enumerate(members)]
+        return results
+
+    def _read(self, slot: int, ids: Sequence[int], count: int) -> None:
+        """Run the first ``count`` waiting rows; ``ids`` are the tokens of the target's rows."""
+        text, most = self._texts[slot], self.backend.max_step_tokens
+        while count > 0:
+            size = min(count, most)
+            past, first = text.read, text.start + text.read + 1
+            self._forward([slot], [past], [ids[first : first + size]], text.take(size)[None])
+            count -= size
+
+    def _forward(
+        self, slots: list[int], past: list[int], tokens: Sequence[Sequence[int]], hidden: Array
+    ) -> tuple[Array, Array]:
+        """Run a step; returns logits and hidden states of each sequence's last row."""
+        embeds = self._embeddings[np.array(tokens, dtype=np.int64)]
+        inputs = np.concatenate([embeds.astype(np.float32), hidden], axis=-1)
+        last = np.full((len(slots), 1), inputs.shape[1] - 1)
+        logits = self.backend.forward(step_after(slots, past, inputs, last))
+        found = self.backend.hidden_states
+        assert found is not None, "a head's engine puts out hidden states"
+        return logits[:, 0], found[:, -1]
+
+    def _fit(self, logits: Array) -> Array:
+        """A row of its logits as one of the target; what it does not know cannot be guessed."""
+        if self._vocabulary is None:
+            return logits
+        self._row[self._vocabulary] = logits
+        return self._row
+
+    def _lacks(self, context: DraftContext) -> int:
+        """Rows to run for the next guess; 0 where the newest hidden state is not there."""
+        text, length = self._texts[context.slot], len(context.rows) - 1
+        if common_prefix(text.ids, context.rows) < length:
+            return 0
+        return max(length - text.start - text.read, 0)
+
+    def _room(self, context: DraftContext) -> int:
+        """Guesses for which there are rows: the last guess needs none."""
+        rows = len(context.rows) - 1 - self._texts[context.slot].start
+        return self.backend.capacity - rows + 1
+
+    def _take_over(self, slot: int, before: list[int]) -> None:
+        """Know the target's rows ``before`` from a slot of the same salt, or begin behind them."""
+        text = self._texts[slot]
+        for index, other in enumerate(self._texts):
+            if index == slot or other.salt != text.salt:
+                continue
+            if common_prefix(other.ids, before) < len(before) or other.start >= len(before):
+                continue
+            taken = _Text(text.salt, list(other.ids), other.start, other.read, list(other.waiting))
+            taken.cut(len(before))
+            self._texts[slot].begin_after(before)  # until the rows are there
+            if taken.read:
+                self.backend.copy_slot(index, slot, taken.read)
+            text.ids, text.start, text.read = taken.ids, taken.start, taken.read
+            text.waiting = taken.waiting
+            return
+        text.begin_after(before)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A bundle's head, read and checked.
+
+    Attributes:
+        manifest: of the head, see `manifest.head_manifest`.
+        target_vocab: length of the target's rows of logits.
+        vocabulary: see `Eagle3Drafter`.
+    """
+
+    manifest: HeadManifest
+    target_vocab: int
+    vocabulary: NDArray[np.int64] | None
+
+
+def read_head(bundle: Path, manifest: Manifest, files: VerifiedFiles) -> Head:
+    """Read what is to be known of a bundle's head.
+
+    Args:
+        bundle: directory of the bundle, for messages.
+        manifest: of the bundle.
+        files: its files, the head's among them.
+
+    Raises:
+        ConfigError: the bundle has no head.
+        BundleError: the list of the head's tokens is none.
+    """
+    head, own = manifest.head, head_manifest(manifest)
+    if head is None or own is None:
+        raise ConfigError(
+            f"--draft eagle3 needs a bundle with a head, and {bundle} has none: export it with "
+            "--eagle3 DIR, or give a smaller bundle as draft"
+        )
+    total, vocabulary = manifest.model.vocab_size, None
+    if head.vocabulary is not None:
+        where = str(bundle / head.vocabulary)
+        vocabulary = _read_ids(files.read(head.vocabulary), head.model.vocab_size, total, where)
+    return Head(own, total, vocabulary)
+
+
+def _read_ids(data: bytes, count: int, total: int, where: str) -> NDArray[np.int64]:
+    """Parse a list of ``count`` different ids below ``total``."""
+    try:
+        ids = np.array(msgspec.json.decode(data, type=list[int]), dtype=np.int64)
+    except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError) as error:
+        raise BundleError(
+            f"{where} is no list of token ids ({error}); export the bundle again"
+        ) from error
+    if len(np.unique(ids)) != count or len(ids) != count or ids.min() < 0 or ids.max() >= total:
+        raise BundleError(
+            f"{where} has {len(ids)} ids, expected {count} different ones below {total}; export "
+            "the bundle again"
+        )
+    return ids
+
+
+def open_head(
+    bundle: Path, head: Head, embeddings: TokenTable, *, target: Backend, config: EngineConfig
+) -> Eagle3Drafter:
+    """Open the head of a bundle on the same kind of engine as the target, with the same slots.
+
+    Args:
+        bundle: directory of the bundle.
+        head: what `read_head` returned.
+        embeddings: the target's token table.
+        target: the engine that answers, opened with hidden states.
+        config: options with which the target was opened.
+
+    Raises:
+        ConfigError, BundleError, DependencyError, BackendError: see `open_backend`.
+    """
+    options = EngineConfig(
+        backend="ort-cuda" if target.name == "ort-cuda" else "ort-cpu",
+        kv_capacity=target.capacity,
+        num_threads=config.num_threads,
+        prefill_chunk=config.prefill_chunk,
+        num_slots=target.num_slots,
+    )
+    backend = open_backend(bundle, head.manifest, options)
+    return Eagle3Drafter(
+        backend, embeddings, target_vocab=head.target_vocab, vocabulary=head.vocabulary
+    )

@@ -1,0 +1,55 @@
+"""What a drafter that guesses token by token has guessed in one step, and where it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .scheduler import DraftContext, DraftWorth
+
+
+class Guesses:
+    """The guesses for some sequences; use it as a context manager, which lets samplers forget them.
+
+    Args:
+        contexts: the sequences.
+        limits: guesses of each at most.
+        worth: where to stop.
+
+    Attributes:
+        drafts: the guesses of each.
+    """
+
+    def __init__(
+        self, contexts: Sequence[DraftContext], limits: Sequence[int], worth: DraftWorth
+    ) -> None:
+        self._contexts, self._limits, self._worth = contexts, limits, worth
+        self._chances = [1.0] * len(contexts)  # that all of a draft is right
+        self.drafts: list[list[int]] = [[] for _ in contexts]
+
+    def add(self, index: int, logits: NDArray[np.float32]) -> bool:
+        """Guess a sequence's next token; returns whether one more after it is worth its time.
+
+        Args:
+            index: of the sequence.
+            logits: a row of the target's length, -inf for tokens that cannot be guessed.
+
+        Raises:
+            BackendError: see `Sampler.guess`.
+        """
+        guess, chance = self._contexts[index].sampler.guess(logits)
+        self._chances[index] *= chance
+        if self._chances[index] < self._worth.run:
+            return False
+        draft = self.drafts[index]
+        draft.append(guess)
+        return self._chances[index] >= self._worth.go_on and len(draft) < self._limits[index]
+
+    def __enter__(self) -> Guesses:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for context in self._contexts:
+            context.sampler.forget_guesses()
