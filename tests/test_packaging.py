@@ -49,6 +49,13 @@ def test_the_wheel_holds_three_packages_and_what_tutorials_import(tmp_path: Path
     assert {name for name in names if name.endswith(".py")} == (
         sources - SHIM.keys() | set(SHIM.values())
     )
+    page = {  # of the server, whose files are no Python
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "edge/server/http/page").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert page <= set(names)
+    assert {Path(name).suffix for name in page} >= {".html", ".css", ".js"}
     assert "edge/py.typed" in names  # the classifier says so
     assert f"{info}/licenses/LICENSE" in names
 

@@ -22,7 +22,7 @@ from .http.access import APIKeys
 from .http.errors import APIError
 from .http.guard import App, Guard, Receive, Scope, Send, read_body
 from .http.memory import Trimmer
-from .http.page import load_page, page_headers
+from .http.page import page_files
 from .http.threads import LARGE_BYTES, Lane, Lanes, in_thread
 from .models.registry import Choice, ModelRegistry, ServedModel
 from .settings import ServerSettings
@@ -30,7 +30,6 @@ from .settings import ServerSettings
 if TYPE_CHECKING:
     from .observe.metrics import Metrics
 
-PAGE = "/"
 _Body = TypeVar("_Body")
 _TextBody = TypeVar("_TextBody", ChatRequest, CompletionRequest)
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -59,7 +58,7 @@ def create_app(
         routed,
         settings,
         keys,
-        public=frozenset({PAGE}),
+        public=frozenset(page_files()),
         is_draining=lambda: models.is_draining,
         on_rejection=metrics.observe_rejection,
         on_large=trimmer.soon,
@@ -82,7 +81,7 @@ class _Endpoints:
     def routes(self) -> list[BaseRoute]:
         """List every path; those of the API with and without ``/v1``."""
         get: dict[str, Endpoint] = {
-            PAGE: self._page,
+            **dict.fromkeys(page_files(), self._page),
             "/health": self._health,
             "/ready": self._ready,
             "/metrics": self._metrics_text,
@@ -212,7 +211,10 @@ class _Endpoints:
         return json_response(openapi())
 
     async def _page(self, request: Request) -> Response:
-        return Response(load_page(), headers=page_headers())
+        file = page_files()[request.scope["path"]]
+        if file.is_known(request.headers.get("if-none-match")):
+            return Response(status_code=304, headers=file.headers)
+        return Response(file.body, headers=file.headers)
 
 
 def _card(model: ServedModel) -> ModelCard:

@@ -1,52 +1,94 @@
-"""The web page at ``/``: one file that needs no build and asks no other machine for anything."""
+"""The web page at ``/``: files that need no build and ask no other machine for anything."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-CONTENT_TYPE = "text/html; charset=utf-8"
+PAGE = "/"
 
-_INLINE = {
-    "script": re.compile(rb"<script>(.*?)</script>", re.DOTALL),
-    "style": re.compile(rb"<style>(.*?)</style>", re.DOTALL),
+TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".txt": "text/plain; charset=utf-8",
 }
+"""The type that a file is sent with, by its suffix; files of other suffixes are not sent."""
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+"""Scripts and styles are files of this package; what a model writes can be neither, since every
+other answer of the server has another type and ``nosniff``. No text becomes HTML by ``innerHTML``
+and the like (trusted types), and nothing is loaded from or sent to another machine."""
+
+_ROOT = Path(__file__).parent
+_MARK = "{files}"  # in index.html: where the other files are
+
+
+@dataclass(frozen=True)
+class PageFile:
+    """A file as it is sent.
+
+    Attributes:
+        body: its content, text in UTF-8.
+        headers: headers of the answer, in lower case.
+    """
+
+    body: bytes
+    headers: Mapping[str, str]
+
+    def is_known(self, if_none_match: str | None) -> bool:
+        """Whether the client has this very content, by its header ``If-None-Match``."""
+        if if_none_match is None:
+            return False
+        tags = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
+        return self.headers["etag"] in tags or "*" in tags
 
 
 @cache
-def load_page() -> bytes:
-    """Read the page, UTF-8."""
-    return (Path(__file__).parent / "index.html").read_bytes()
+def page_files() -> dict[str, PageFile]:
+    """Read all files of the page; returns them by path of the URL.
 
-
-@cache
-def page_headers() -> dict[str, str]:
-    """Return the headers that the page is sent with, in lower case.
-
-    The policy names the page's own script and style by their hashes, so nothing that a model or a
-    client writes can run, and nothing is loaded from or sent to another machine.
+    Only ``/`` is asked for again each time. The others lie under a path that names their content,
+    so clients keep them for ever, and a page of one version never runs scripts of another.
     """
     sources = {
-        kind: " ".join(f"'sha256-{_sha256(part)}'" for part in pattern.findall(load_page()))
-        for kind, pattern in _INLINE.items()
+        path.relative_to(_ROOT).as_posix(): path.read_bytes()
+        for path in sorted(_ROOT.rglob("*"))
+        if path.suffix in TYPES
     }
-    policy = (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
-    return {
-        "content-type": CONTENT_TYPE,
-        "content-security-policy": policy,
+    digest = hashlib.sha256()
+    for name, body in sources.items():
+        digest.update(f"{name} {len(body)} ".encode() + body)
+    folder = f"page/{digest.hexdigest()[:16]}"
+    index = sources.pop("index.html").replace(_MARK.encode(), folder.encode())
+    files = {PAGE: _page_file(index, ".html", "no-cache")}
+    for name, body in sources.items():
+        suffix = Path(name).suffix
+        files[f"/{folder}/{name}"] = _page_file(body, suffix, "public, max-age=31536000, immutable")
+    return files
+
+
+def _page_file(body: bytes, suffix: str, caching: str) -> PageFile:
+    headers = {
+        "content-type": TYPES[suffix],
+        "cache-control": caching,
+        "etag": f'"{hashlib.sha256(body).hexdigest()[:32]}"',
         "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cross-origin-opener-policy": "same-origin",
-        "cache-control": "no-cache",
+        "cross-origin-resource-policy": "same-origin",
     }
-
-
-def _sha256(data: bytes) -> str:
-    return base64.b64encode(hashlib.sha256(data).digest()).decode()
+    if suffix == ".html":
+        headers |= {
+            "content-security-policy": POLICY,
+            "referrer-policy": "no-referrer",
+            "cross-origin-opener-policy": "same-origin",
+        }
+    return PageFile(body, headers)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from edge.server.http.page import load_page, page_headers
+from edge.server.http.page import page_files
 
 ATTACK = (
     "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -75,8 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.paths.append(self.path)
-        if self.path == "/":
-            self._answer(200, load_page(), page_headers())
+        if file := page_files().get(self.path):
+            self._answer(200, file.body, file.headers)
         elif not self._admitted():
             self._error(401, "wrong key")
         elif self.path == "/v1/models":
@@ -179,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.dumps({"error": {"message": message}}).encode()
         self._answer(status, body, {"content-type": "application/json", **(headers or {})})
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def _answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

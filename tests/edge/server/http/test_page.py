@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
-from edge.server.http.page import load_page, page_headers
+from edge.server.http.page import PAGE, page_files
 from tests.conftest import Bundles, write_secret
 from tests.edge.server.http.page_stub import ATTACK, HOT_CELSIUS, StubServer, page_stub
 from tests.edge.server.scripted import Live, running
@@ -37,24 +37,64 @@ FLAGS = (
 # --------------------------------------------------------------------------- without a browser
 
 
+OWN = {path: file.body.decode() for path, file in page_files().items() if "/vendor/" not in path}
+
+
 def test_the_page_asks_nobody_else():
-    page = load_page().decode()
-    links = re.findall(r"""(?:https?:)?//[^\s"'<>]+""", page)
-    assert {link for link in links if "w3.org" not in link} <= {
-        link for link in links if link.startswith("// ")
-    }
-    assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=(?!\"data:)", page)
-    assert "innerHTML" not in page
-    assert not re.search(r"\bon[a-z]+=\"", page)  # the policy would refuse such handlers
+    for path, text in OWN.items():
+        links = re.findall(r"""(?:https?:)?//[^\s"'<>]+""", text)
+        assert {link for link in links if "w3.org" not in link} <= {
+            link for link in links if link.startswith("// ")
+        }, path
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write", text), path
+    page = OWN[PAGE]
+    assert not re.search(r"<script[^>]*>[^<]", page)  # the policy would refuse it, and these
+    assert not re.search(r"\bon[a-z]+=\"", page)
     assert not re.search(r"\bstyle=\"", page)
 
 
-def test_the_policy_allows_the_pages_own_script_only():
-    policy = page_headers()["content-security-policy"]
+def test_the_policy_allows_the_pages_own_files_only():
+    policy = page_files()[PAGE].headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    assert len(re.findall(r"script-src 'sha256-[\w+/]{43}=';", policy)) == 1
-    assert len(re.findall(r"style-src 'sha256-[\w+/]{43}=';", policy)) == 1
+    assert "script-src 'self';" in policy
+    assert "require-trusted-types-for 'script'; trusted-types 'none'" in policy
+
+
+def test_every_file_that_a_file_names_is_there():
+    names = {path.split("/", 3)[-1] for path in page_files()}
+    for path, text in OWN.items():
+        folder = PurePosixPath(path.split("/", 3)[-1]).parent
+        named = re.findall(r'(?:from|import) "(\.[^"]+)"', text)
+        for name in named:
+            assert os.path.normpath(folder / name) in names, f"{path} imports {name}"
+    page = OWN[PAGE]
+    linked = re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page)
+    assert len(linked) > 5
+    assert {f"/{link}" for link in linked} <= page_files().keys()
+
+
+def test_files_are_kept_for_ever_and_the_page_is_asked_for_again(live: Live):
+    page = live.ask("/")
+    assert page.headers["cache-control"] == "no-cache"
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    for path, kind in ((PAGE, "text/html"), (_path_of("app.js"), "text/javascript")):
+        first = live.ask(path)
+        assert first.status == 200
+        assert first.headers["content-type"].startswith(kind)
+        assert first.headers["x-content-type-options"] == "nosniff"
+        tag = first.headers["etag"]
+        again = live.ask(path, headers={"if-none-match": f'W/"other", {tag}'})
+        assert (again.status, again.body) == (304, b"")
+        assert live.ask(path, headers={"if-none-match": '"other"'}).body == first.body
+    assert "immutable" in live.ask(_path_of("theme.css")).headers["cache-control"]
+    assert live.ask(_path_of("app.js").replace("app.js", "no.js")).status == 404
+    assert live.ask("/page/../__init__.py").status == 404
+
+
+def _path_of(name: str) -> str:
+    (path,) = (path for path in page_files() if path.endswith(f"/{name}"))
+    return path
 
 
 # --------------------------------------------------------------------------- with one
@@ -392,7 +432,8 @@ def test_nothing_but_its_own_server_is_asked(browser: Browser, server: StubServe
     asked = browser.driver.execute_script(script)
     assert asked
     assert [url for url in asked if not url.startswith((server.url, "data:"))] == []
-    assert set(server.paths) == {"/", "/v1/models", "/v1/chat/completions", "/stats"}
+    asked_for = set(server.paths) - page_files().keys()
+    assert asked_for == {"/v1/models", "/v1/chat/completions", "/stats"}
 
 
 # --------------------------------------------------------------------------- the real service
