@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import (
-    SCHEMA_VERSION,
     MANIFEST_NAME,
+    SCHEMA_VERSION,
     FileInfo,
     Graphs,
     LinearInfo,

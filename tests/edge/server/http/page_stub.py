@@ -30,6 +30,7 @@ class StubServer(ThreadingHTTPServer):
         api_key: wanted if set.
         models: that are served.
         warning: of the engine.
+        answers: text by prompt, sent in small pieces.
         refusals: how many chats are yet to be refused with 429.
     """
 
@@ -45,6 +46,7 @@ class StubServer(ThreadingHTTPServer):
         self.refusals = 0
         self.warning: str | None = None
         self.tokens = 0
+        self.answers: dict[str, str] = {}
 
     @property
     def url(self) -> str:
@@ -106,7 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stream(self, prompt: str) -> None:
         self._data({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-        if prompt == "attack":
+        if text := self.server.answers.get(prompt):
+            for at in range(0, len(text), 7):
+                self._delta(content=text[at : at + 7])
+        elif prompt == "attack":
             self._delta(reasoning_content=ATTACK, reasoning=ATTACK)
             self._delta(content=ATTACK)
         elif prompt == "endless":

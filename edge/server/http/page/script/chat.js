@@ -7,6 +7,8 @@ import { state } from "./state.js";
 import { save } from "./tab.js";
 import { bottom, draw, redraw, update } from "./turns.js";
 
+const REST_SHARE = 3, MAX_REST_MS = 1000;
+
 export function fail(text, retryAfter) {
   const box = node("div", "turn error", text);
   box.setAttribute("role", "alert");
@@ -83,10 +85,13 @@ async function answer() {
 }
 
 async function read(response, turn, view, clock) {
-  let reason = null, usage = null, complete = false, drawing = false;
+  let reason = null, usage = null, complete = false, drawing = false, rest = 0;
   const paint = () => {
     drawing = false;
+    if (turn.facts) return;
+    const began = performance.now();
     update(view, turn);
+    rest = Math.min(MAX_REST_MS, REST_SHARE * (performance.now() - began));
     // Open while it reasons, folded once it answers; in between the reader may do as they like.
     const phase = turn.content ? "answer" : turn.reasoning ? "reasoning" : "";
     if (phase !== view.phase) view.details.open = phase === "reasoning";
@@ -109,7 +114,11 @@ async function read(response, turn, view, clock) {
     if (text) clock.answer ||= now;
     turn.reasoning += reasoning;
     turn.content += text;
-    if (!drawing) { drawing = true; requestAnimationFrame(paint); }
+    if (!drawing) {
+      drawing = true;
+      // However long an answer gets, most of the time is left for the reader.
+      setTimeout(() => requestAnimationFrame(paint), rest);
+    }
   }
   if (!complete) throw new Refusal("The connection ended before the answer did.", 0, 0);
   turn.facts = facts(clock, usage, reason);

@@ -1,22 +1,10 @@
 // Draws the turns of the conversation.
 
+import { MarkdownView } from "./answer/markdown_view.js";
+import { copyFrom } from "./copy.js";
 import { $, node } from "./dom.js";
 import { state } from "./state.js";
 import { save } from "./tab.js";
-
-function fill(target, text) {
-  // Fenced code keeps its shape, code within a line its type; all else is plain text.
-  const parts = text.split(/^```[^\n]*\n?/m);
-  target.replaceChildren(...parts.map((part, at) => {
-    if (at % 2) return node("pre", "", part.replace(/\n$/, ""));
-    const block = node("div");
-    if (at) part = part.replace(/^\n+/, "");  // the code's own margins are enough
-    if (at + 1 < parts.length) part = part.replace(/\n+$/, "");
-    const pieces = part.split(/`([^`\n]+)`/);
-    block.append(...pieces.map((piece, index) => index % 2 ? node("code", "", piece) : piece));
-    return block;
-  }));
-}
 
 export function draw(turn) {
   const root = node("div", `turn ${turn.role}`);
@@ -30,6 +18,8 @@ export function draw(turn) {
     view.details.append(view.summary, view.reasoning);
     view.details.hidden = true;
     root.append(view.details);
+    view.answer = new MarkdownView(view.body);
+    view.thought = new MarkdownView(view.reasoning);
   }
   root.append(view.body, view.facts);
   $("empty").hidden = true;
@@ -39,26 +29,19 @@ export function draw(turn) {
 }
 
 export function update(view, turn) {
-  fill(view.body, turn.content);
-  if (view.details && turn.reasoning) {
+  const final = turn.facts !== null;
+  if (!view.answer) view.body.textContent = turn.content;
+  else if (turn.content || !turn.reasoning || final) view.answer.update(turn.content, final);
+  if (view.thought && turn.reasoning) {
     view.details.hidden = false;
-    view.reasoning.textContent = turn.reasoning;
+    view.thought.update(turn.reasoning, final || turn.content !== "");
   }
   if (turn.facts) view.facts.replaceChildren(...turn.facts.map((fact) => node("span", "", fact)));
   if (turn.role === "assistant" && turn.content && turn.facts) {
     const copy = node("button", "quiet", "Copy");
     copy.type = "button";
-    copy.addEventListener("click", () => copyText(copy, turn.content));
+    copy.addEventListener("click", () => copyFrom(copy, () => turn.content));
     view.facts.append(copy);
-  }
-}
-
-async function copyText(button, text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    button.textContent = "Copied";
-  } catch {
-    button.textContent = "Copying is not allowed here";  // no clipboard without HTTPS
   }
 }
 
