@@ -12,9 +12,10 @@ from edge.bundle.schemes import Recipe
 
 from .bundle import BundleWriter
 from .config import ExportConfig
-from .decoder_files import NUMPY_TYPE, Output, linear_info, store_linear, store_rope
+from .decoder_files import Output, linear_info, store_linear, store_rope
 from .graph.data_file import open_data_file
 from .graph.decoder import DecoderTensors, StoredLinear
+from .graph.graph_builder import NUMPY_TYPE
 from .graph.head import build_head
 from .quantize.linear import convert
 from .quantize.plan import LinearPlan, nearest_rows

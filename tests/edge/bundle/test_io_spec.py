@@ -50,7 +50,9 @@ def test_the_docstrings_table_is_the_native_dialect() -> None:
     assert len(rows) == 9
     sides = {
         "in": by_name(decoder_inputs(MODEL, "native", "bf16", CAPACITY)),
-        "out": by_name(decoder_outputs(MODEL, "native", "bf16", CAPACITY, MODEL.hidden_size)),
+        "out": by_name(
+            decoder_outputs(MODEL, "native", "bf16", CAPACITY, hidden_width=MODEL.hidden_size)
+        ),
     }
     for side, name, shape, dtype in rows:
         for i in range(MODEL.num_layers) if ".i." in name else [0]:
