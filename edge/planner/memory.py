@@ -12,6 +12,7 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect, FloatType, ModelSpec
 from edge.bundle.schemes import stored_bytes
 from edge.bundle.sizes import (
+    ALIGNMENT,
     DEFAULT_MAX_LOGITS,
     ENGINE_FLOAT_BYTES,
     INDEX_BYTES,
@@ -63,10 +64,15 @@ class Deployment:
     dialect: Dialect = "native"
     int8_layers: tuple[int, ...] | Literal["all"] = ()
 
+    def cache_row_bytes(self, model: ModelSpec) -> list[int]:
+        """Bytes of a head's row in each cache tensor."""
+        layers = range(model.num_layers) if self.int8_layers == "all" else self.int8_layers
+        types = io_spec.cache_types(model, self.float_type, layers)
+        return [model.head_dim * io_spec.ELEMENT_BYTES[each] for each in types]
+
     def cache_token_bytes(self, model: ModelSpec) -> int:
         """Bytes of cache that a token takes over all layers."""
-        layers = range(model.num_layers) if self.int8_layers == "all" else self.int8_layers
-        return io_spec.kv_bytes_per_token(model, self.float_type, layers)
+        return model.num_kv_heads * sum(self.cache_row_bytes(model))
 
     @property
     def float_type(self) -> FloatType:
@@ -234,7 +240,7 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
 
     On Orin the GPU reads and writes pinned host memory in place. Its own are the numbers of the
     cache's rows and, in dialect ``portable``, the step's keys and values, at strides that take a
-    row more per layer.
+    head more per layer, or several of small ones.
     """
     tokens = max(min(deployment.max_prefill, deployment.kv_capacity), deployment.batch)
     positions = INDEX_BYTES * deployment.kv_capacity
@@ -250,9 +256,16 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
     values = inputs * model.hidden_size + logits * model.vocab_size
     io = positions
     if not io_spec.DIALECTS[deployment.dialect].in_place:
-        rows = tokens * deployment.cache_token_bytes(model)
-        io += rows + rows // model.num_kv_heads
+        io += sum(
+            tokens * (model.num_kv_heads + _padding_heads(row)) * row
+            for row in deployment.cache_row_bytes(model)
+        )
     return io, ENGINE_FLOAT_BYTES * values + INDEX_BYTES * (inputs + logits)
+
+
+def _padding_heads(row_bytes: int) -> int:
+    """Heads by which a stride grows until it is aligned."""
+    return ALIGNMENT // math.gcd(ALIGNMENT, row_bytes)
 
 
 def cpu_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part, int]:

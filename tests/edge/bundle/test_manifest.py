@@ -18,8 +18,10 @@ from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
+    Calibration,
     FileInfo,
     Graphs,
+    KvCache,
     LinearInfo,
     Manifest,
     Quantization,
@@ -30,6 +32,7 @@ from edge.bundle.manifest import (
     Tokens,
     VerifiedFiles,
     decode_manifest,
+    describe_kv_cache,
     describe_sampling,
     encode_manifest,
     is_file_name,
@@ -219,14 +222,16 @@ _BEFORE_4 = [
     b',\n    "quantization": null',
     b',\n        "offsets": false,\n        "reordered": false,\n        "from_source": null',
 ]
+_BEFORE_5 = b',\n  "kv_cache": null'
 
 
 @pytest.mark.parametrize(
     ("version", "lacks"),
     [
-        (1, [b',\n    "assumed": null', b',\n  "tensorrt": null', *_BEFORE_4]),
-        (2, [b',\n  "tensorrt": null', *_BEFORE_4]),
-        (3, _BEFORE_4),
+        (1, [b',\n    "assumed": null', b',\n  "tensorrt": null', *_BEFORE_4, _BEFORE_5]),
+        (2, [b',\n  "tensorrt": null', *_BEFORE_4, _BEFORE_5]),
+        (3, [*_BEFORE_4, _BEFORE_5]),
+        (4, [_BEFORE_5]),
     ],
 )
 def test_a_bundle_of_an_older_schema_still_opens(version: int, lacks: list[bytes]) -> None:
@@ -501,3 +506,32 @@ def test_any_signed_manifest_is_one_or_an_error(place: list[int], value: Any) ->
     assert np.isfinite(inverse_frequencies(manifest.model.rope, manifest.model.head_dim)).all()
     assert describe_sampling(manifest.sampling).isprintable()
     assert time.process_time() - before_s < 2
+
+
+def _kv_cache(**changes: Any) -> KvCache:
+    calibration = Calibration("built-in", "0" * 64, 512, 512, 0)
+    return msgspec.structs.replace(KvCache("int8", (0.1, 0.4), 0.25, (1,), calibration), **changes)
+
+
+def test_the_layers_of_an_8_bit_cache_are_listed() -> None:
+    manifest = make_manifest(kv_cache=_kv_cache())
+    assert decode_manifest(encode_manifest(manifest)).int8_layers == (0,)
+    assert describe_kv_cache(manifest) == "int8, layers 1 in fp16"
+    assert describe_kv_cache(make_manifest()) == "fp16"
+    assert make_manifest().int8_layers == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score_errors": (0.1,)}, "not one of score_errors for each layer"),
+        ({"float_layers": (0, 1)}, "leaves no layer in 8 bits"),
+        ({"float_layers": (2,)}, "or names one that is not there"),
+    ],
+)
+def test_an_8_bit_cache_that_contradicts_the_model_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    data = encode_manifest(make_manifest(kv_cache=_kv_cache(**changes)))
+    with pytest.raises(BundleError, match=message):
+        decode_manifest(data)

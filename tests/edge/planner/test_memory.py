@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from edge.planner.memory import (
     Deployment,
     ProcessMemory,
     cache_bytes,
+    io_bytes,
     plan_process_memory,
 )
 from edge.planner.models import BUILT_IN
@@ -132,3 +134,50 @@ def test_a_process_takes_what_was_planned(smollm2_bundle: Path):
     # The benchmark has no tokenizer.
     assert plan.process_bytes - plan.tokenizer == pytest.approx(measured["run_peak_bytes"], rel=0.1)
     assert plan.load_peak - plan.tokenizer == pytest.approx(measured["load_peak_bytes"], rel=0.15)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "ort-cpu"])
+def test_an_8_bit_cache_is_a_half_or_a_quarter(backend: BackendKind):
+    model = BUILT_IN["r1-qwen-1.5b"].spec
+    plain = Deployment(backend, 2, 256, 32, "portable")
+    whole = replace(plain, int8_layers="all")
+    share = 2 if backend == "tensorrt" else 4
+    assert cache_bytes(model, plain) == share * cache_bytes(model, whole)
+    assert sum(io_bytes(model, plain)) > sum(io_bytes(model, whole))
+    # A layer that stays in float takes what it took.
+    mixed = replace(plain, int8_layers=tuple(range(1, model.num_layers)))
+    layer = cache_bytes(model, plain) // model.num_layers
+    assert cache_bytes(model, mixed) == layer + (model.num_layers - 1) * layer // share
+
+
+def test_the_8_bit_cache_is_what_the_backend_allocates(tiny_bundles: Bundles):
+    bundle = tiny_bundles("qwen3", "portable", kv_cache="int8")
+    manifest = read_manifest(bundle)
+    backend = OrtBackend(bundle, manifest, num_slots=3, kv_capacity=96)
+    try:
+        layers = manifest.int8_layers
+        deployment = Deployment("ort-cpu", 3, 96, dialect="portable", int8_layers=layers)
+        assert plan_of(manifest, deployment).cache == backend.cache_bytes
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_engines_parts_with_an_8_bit_cache(batch: int, tiny_bundles: Bundles, tmp_path: Path):
+    plain = tiny_bundles("qwen2", "portable", kv_cache="int8")
+    bundle = shutil.copytree(plain, tmp_path / "bundle")
+    engine = write_engine(bundle, max_batch=batch, max_prefill=64)
+    info = msgspec.structs.replace(read_engine_info(engine), kv_capacity=4096)
+    model, found = BUILT_IN["r1-qwen-1.5b"].spec, read_manifest(bundle)
+    assert found.kv_cache is not None
+    errors = (0.1,) * model.num_layers
+    kv_cache = msgspec.structs.replace(found.kv_cache, score_errors=errors, float_layers=(0, 27))
+    manifest = msgspec.structs.replace(found, model=model, kv_cache=kv_cache)
+    theirs = device_memory.plan_engine_memory(info, manifest)
+    layers = manifest.int8_layers
+    assert len(layers) == 26
+    linears = recipe_linears(model, find_variant("int4"))
+    deployment = Deployment("tensorrt", batch, 4096, 64, "portable", layers)
+    ours = plan_process_memory(model, linears, 4096, deployment)
+    assert ours.cache == theirs.cache_bytes
+    assert ours.io == pytest.approx(theirs.io_bytes, rel=0.001)
