@@ -41,7 +41,7 @@ from .graph.rope import rope_tables
 from .quantize.calibrated import Calibrated
 from .quantize.calibration import LayerRunner
 from .quantize.from_source import AsInSource
-from .quantize.kv_scales import calibrate_kv_cache
+from .quantize.kv_scales import CACHE_TOKENS, calibrate_kv_cache
 from .quantize.linear import LinearTensors, convert
 from .quantize.plan import Block, Calibrator, LinearPlan, ToNearest, linear_blocks
 from .quantize.scaled_checkpoint import ScaledCheckpoint
@@ -113,6 +113,13 @@ class DecoderFiles:
             )
         return (self.config.rounding != "rtn" and "int4" in kinds) or "w8a8" in kinds
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens with which the KV cache is calibrated, at most; 0 if it stays in float."""
+        if self.config.kv_cache == "float":
+            return 0
+        return self.config.calibration_tokens or CACHE_TOKENS
+
     def write(self, writer: BundleWriter, kv_capacity: int) -> WrittenDecoder:
         """Write all four files; a calibrated export continues where the last was interrupted.
 
@@ -125,7 +132,7 @@ class DecoderFiles:
         targets = [writer.path(f"{name}.data") for name in names]
         calibration = None
         if self.is_calibrated:
-            ids, calibration = self._calibration_text()
+            ids, calibration = self._calibration_text(DEFAULT_TOKENS)
             key = calibration_key(self.config, self.checkpoint, ids)
             with resumable_work(writer.calibration_directory, key, targets) as work:
                 runner = LayerRunner(self.checkpoint, ids, self.progress)
@@ -156,7 +163,7 @@ class DecoderFiles:
         Raises:
             ConfigError: the text cannot be used, or no layer may be in 8 bits.
         """
-        ids, calibration = self._calibration_text()
+        ids, calibration = self._calibration_text(CACHE_TOKENS)
         scales, kv_cache = calibrate_kv_cache(
             ScaledCheckpoint(self.checkpoint, finished.factors),
             ids,
@@ -173,8 +180,11 @@ class DecoderFiles:
             )
         return scales, kv_cache
 
-    def _calibration_text(self) -> tuple[NDArray[np.int64], Calibration]:
-        """Read the tokens to calibrate with, and describe them for the manifest."""
+    def _calibration_text(self, tokens: int) -> tuple[NDArray[np.int64], Calibration]:
+        """Read the tokens to calibrate with, and describe them for the manifest.
+
+        ``tokens`` are the most where the config names none.
+        """
         content = self.checkpoint.text
         text = read_calibration_text(self.config.calibration)
         seq_len = min(SEQ_LEN, self.positions)
@@ -184,7 +194,7 @@ class DecoderFiles:
             Tokenizer.from_bytes(content.tokenizer_json, content.tokens),
             None if template is None else ChatTemplate(template, content.tokens),
             text,
-            self.config.calibration_tokens or DEFAULT_TOKENS,
+            self.config.calibration_tokens or tokens,
             seq_len,
             seed,
         )

@@ -262,7 +262,13 @@ class _Export:
         tokens = VERIFY_TOKENS if self.config.verify else REPORT_TOKENS
         measured = self.quantized and (self.config.verify or self.config.report)
         rounding = self.config.rounding
-        seconds = export_s(self.model, self.schemes, rounding, tokens if measured else 0)
+        seconds = export_s(
+            self.model,
+            self.schemes,
+            rounding,
+            tokens if measured else 0,
+            self.decoder.cache_tokens,
+        )
         recipe: list[str] = [self._quant]
         if self.config.quant != AS_IN_SOURCE and any(
             scheme.kind == "int4" for scheme in self.schemes.values()

@@ -207,9 +207,9 @@ def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
     int8_cache = manifest.kv_cache is not None
     needed = io_spec.needed_onnxruntime(manifest.dialect, int8_cache=int8_cache)
     if onnxruntime_version(ort) < needed:
-        cache = " with an 8-bit KV cache" if int8_cache else ""
+        what = f"dialect {manifest.dialect}{' with an 8-bit KV cache' if int8_cache else ''}"
         raise DependencyError(
-            f"this bundle (dialect {manifest.dialect}{cache}) needs onnxruntime >= "
+            f"this bundle ({what}) needs onnxruntime >= "
             f"{needed[0]}.{needed[1]}, found {ort.__version__}; upgrade it, or export with "
             "--dialect portable"
         )
