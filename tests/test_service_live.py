@@ -43,8 +43,8 @@ def booted(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture
 def machine(booted: Machine) -> Machine:
     """The machine with the service up, whatever the test before has done to it."""
+    booted.call("systemctl", "reset-failed", UNIT)  # the tests start it more often than it allows
     if booted.show(UNIT, "ActiveState")["ActiveState"] != "active":
-        booted.call("systemctl", "reset-failed", UNIT)
         started = booted.call("systemctl", "start", UNIT)
         assert started.returncode == 0, started.stderr + booted.log(UNIT)
     return booted
@@ -186,6 +186,38 @@ def test_a_reload_reads_the_keys_again(machine: Machine):
     assert machine.call("systemctl", "reload", UNIT).returncode == 0
     until(lambda: machine.request("/v1/models", key=old)[0] == 200, BACK_S)
     assert main_pid(machine) == pid  # nothing was restarted
+
+
+def test_a_new_bundle_is_taken_at_a_reload_if_it_is_good(machine: Machine):
+    """The way of unattended updates: a link that is moved. Also with `kill -9` in between."""
+
+    def move_link(target: str) -> None:
+        assert machine.call("ln", "-sfn", target, f"{BUNDLE}.next").returncode == 0
+        assert machine.call("mv", "-fT", f"{BUNDLE}.next", BUNDLE).returncode == 0
+        assert machine.call("systemctl", "reload", UNIT).returncode == 0
+
+    def answers(pattern: str) -> bool:
+        return re.search(pattern, machine.log(UNIT)[said:]) is not None and is_ready(machine)
+
+    bundles, pid = machine.path(BUNDLE).parent, main_pid(machine)
+    machine.path(BUNDLE).rename(bundles / "tiny-1")
+    for name in ("tiny-2", "tiny-bad"):
+        assert machine.call("cp", "-r", f"{BUNDLE}-1", f"{BUNDLE[:-4]}{name}").returncode == 0
+    (bundles / "tiny-bad" / "embeddings.safetensors").write_bytes(b"damaged")
+    for target, pattern in (
+        ("tiny-1", "model tiny is another bundle"),
+        ("tiny-2", "model tiny is another bundle"),
+        ("tiny-bad", "model tiny stays as it is"),
+    ):
+        said = len(machine.log(UNIT))
+        move_link(target)
+        until(lambda: answers(pattern), BACK_S)  # noqa: B023
+        assert complete(machine)["usage"]["completion_tokens"] >= 1
+    assert main_pid(machine) == pid
+    move_link("tiny-1")
+    machine.call("systemctl", "kill", "--kill-whom=main", "--signal=KILL", UNIT)
+    until(lambda: main_pid(machine) not in (0, pid) and is_ready(machine), BACK_S)
+    assert complete(machine)["usage"]["completion_tokens"] >= 1
 
 
 def test_the_watch_records_and_compares(machine: Machine):
