@@ -26,6 +26,9 @@ UNITS = ROOT / "scripts" / "systemd"
 INSTALLER = ROOT / "scripts" / "install-service"
 COMMAND = "/opt/edge-llm/bin/edge-llm"
 MAX_EXPOSURE = 1.5
+OLDEST = 247
+# What `edge-llm config unit` prints.
+_LIMITS = "\nMemoryHigh=1\nMemoryMax=1\nTasksMax=1\n"
 DROP_INS = ("relaxed", "cpu", "lan")
 
 needs_systemd = pytest.mark.skipif(
@@ -97,6 +100,15 @@ def test_systemd_would_object_to_a_wrong_line(units: Path):
 @pytest.mark.parametrize("unit", ["edge-llm@.service", "edge-llm-watch@.service"])
 def test_the_sandbox_is_tight(unit: str):
     assert exposure(UNITS / unit) <= MAX_EXPOSURE
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in UNITS.iterdir()))
+def test_the_oldest_systemd_knows_every_directive(file: str):
+    """JetPack 6 has 249. A directive that the table lacks has to be looked up first."""
+    since = json.loads((ROOT / "tests/data/systemd-directives.json").read_text())
+    text = (UNITS / file).read_text() + _LIMITS
+    used = set(re.findall(r"^([A-Z]\w+)=", text, re.MULTILINE))
+    assert {name: since.get(name) for name in used if since.get(name, 999) > OLDEST} == {}
 
 
 # --------------------------------------------------------------------------- what they run
