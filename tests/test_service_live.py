@@ -300,3 +300,16 @@ def test_a_damaged_bundle_is_said_once(machine: Machine):
         weights.write_bytes(whole)
     assert machine.call("systemctl", "start", UNIT).returncode == 0
     assert is_ready(machine)
+
+
+def test_uninstall_takes_all_but_configuration_and_bundles(machine: Machine):
+    done = machine.call("bash", "/opt/checkout/scripts/install-service", "--uninstall")
+    assert done.returncode == 0, done.stderr
+    assert not is_ready(machine)
+    assert machine.show(UNIT, "LoadState")["LoadState"] == "not-found"
+    found = machine.ask("find", "/etc/systemd/system", "-path", "*edge-llm*", "-not", "-type", "d")
+    left = [path for path in found.splitlines() if "test" not in path]
+    assert left == []
+    assert machine.path(KEYS).exists()
+    assert machine.path("/etc/edge-llm/tiny.toml").exists()
+    assert machine.path(f"{BUNDLE}/manifest.json").exists()
