@@ -32,6 +32,7 @@ from edge.bundle.onnx_file import Message, OnnxFile, tensor_info
 from edge.bundle.rope import inverse_frequencies
 from edge.config_file import load_settings
 from edge.errors import EdgeError
+from edge.key_file import read_key_file
 from edge.measure.drift import read_counts
 from edge.measure.evaluate import load_gate
 from edge.measure.tasks import read_task
@@ -328,6 +329,12 @@ _CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
 _FLOATS = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 _ROWS = {"token_embeddings": {"dtype": "F16", "shape": [2, 4], "data_offsets": [0, 16]}}
 
+
+def _keys(path: Path) -> None:
+    path.chmod(0o600)  # or it is refused for that
+    read_key_file(path)
+
+
 READERS = {
     "manifest": Reader(MANIFEST_NAME, encode_manifest(_MANIFEST), _manifest, resign),
     "onnx": Reader("decoder.onnx", _onnx_seed(), _onnx),
@@ -381,6 +388,7 @@ READERS = {
         b'port = 8000\nhost = "127.0.0.1"\nkv_capacity = 64\n',
         lambda path: load_settings(ServerSettings, file=path),
     ),
+    "keys": Reader("api-keys", f"a:sk-12345678\nb:sha256:{'0' * 64}\n".encode(), _keys),
     "baseline": Reader(
         "baseline.json",
         b'{"bundle": "a", "golden_sha256": "b", "max_tokens": 1, "items": []}',
