@@ -12,6 +12,7 @@ import pytest
 
 from edge.measure.evaluate import EVAL_TEXT
 from edge.measure.tasks import ChoiceItem, NumberItem, read_task
+from export.sources.documents import read_calibration_text
 from scripts.make_tasks import make_problems
 
 TASKS = EVAL_TEXT.parent / "tasks"
@@ -73,6 +74,7 @@ def lines_of(path: Path) -> Iterator[str]:
 
 
 HELD_OUT = sorted(EVAL_TEXT.parent.rglob("*.*"))
+CALIBRATION = Path("export/sources/calibration_text")
 
 
 def test_the_held_out_files_are_all_there():
@@ -84,8 +86,22 @@ def test_the_held_out_files_are_all_there():
 
 @pytest.mark.parametrize("path", HELD_OUT, ids=lambda path: path.stem)
 def test_calibration_has_seen_nothing_of_what_is_held_out(path: Path):
-    calibration = runs(lines_of(Path("export/sources/calibration_text/problems.jsonl")))
+    texts = sorted(CALIBRATION.glob("*.jsonl"))
+    assert [text.name for text in texts] == ["mixed.jsonl", "problems.jsonl"]
+    calibration = runs(line for text in texts for line in lines_of(text))
     assert len(calibration) > 5000
     held_out = runs(lines_of(path) if path.suffix == ".jsonl" else [path.read_text("utf-8")])
     assert held_out
     assert calibration.isdisjoint(held_out)
+
+
+def test_the_mixed_text_is_the_built_in_one_with_chinese_and_code():
+    built_in = (CALIBRATION / "problems.jsonl").read_text("utf-8")
+    mixed = (CALIBRATION / "mixed.jsonl").read_text("utf-8")
+    assert mixed.startswith(built_in)
+    added = mixed[len(built_in) :].splitlines()
+    chinese = [line for line in added if len(re.findall(r"[\u3400-\u9fff]", line)) > 50]
+    assert (len(chinese), len(added)) == (14, 22)
+    for mark in ("def ", "#include", "package ", "export async function", "#!/bin/sh", "fn "):
+        assert any(mark in line for line in added)
+    assert len(read_calibration_text(CALIBRATION / "mixed.jsonl").documents) == 78
