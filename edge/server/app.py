@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
@@ -218,4 +219,6 @@ class _Endpoints:
 
 
 def _card(model: ServedModel) -> ModelCard:
-    return ModelCard(model.name, model.created, model.llm.kv_capacity)
+    own = msgspec.to_builtins(model.llm.manifest.sampling)
+    del own["assumed"]
+    return ModelCard(model.name, model.created, model.llm.kv_capacity, own)

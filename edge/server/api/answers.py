@@ -161,11 +161,12 @@ class TextCompletion(Struct):
 
 
 class ModelCard(Struct):
-    """A model that is served."""
+    """A model that is served; ``sampling`` has what a request takes that leaves a field open."""
 
     id: str
     created: int
     max_model_len: int
+    sampling: dict[str, float] | UnsetType = UNSET
     object: Literal["model"] = "model"
     owned_by: str = "edge-llm"
 

@@ -371,3 +371,16 @@ def test_what_cannot_fit_is_refused_before_it_is_encoded(
         error = answer.json["error"]
         assert (answer.status, error["code"]) == (400, "context_length_exceeded")
         assert error["n_prompt_tokens"] >= error["n_ctx"] == llm.kv_capacity
+
+
+def test_a_model_says_what_it_takes_by_itself(live: Live):
+    (card,) = live.ask("/v1/models").json["data"]
+    own = live.engine.llm.manifest.sampling
+    assert card["sampling"] == {
+        "temperature": own.temperature,
+        "top_k": own.top_k,
+        "top_p": own.top_p,
+        "min_p": own.min_p,
+        "repetition_penalty": own.repetition_penalty,
+    }
+    assert live.ask("/v1/models/tiny").json == card

@@ -9,6 +9,7 @@ from typing import Any
 SCREENSHOTS = os.environ.get("EDGE_LLM_SCREENSHOTS")
 """A directory to leave pictures of the page in, for people to look at."""
 WAIT_S = 15
+REAL_KEY = "a-key-of-the-real-service"
 
 FLAGS = (
     "--headless=new",
@@ -50,9 +51,29 @@ class Browser:
         )
         return wait.until(lambda _: condition())
 
+    def started(self) -> None:
+        """Wait until the page shows what it has."""
+        self.until(lambda: self.all("body.started"))
+
+    def reload(self) -> None:
+        """Load the page again."""
+        self.driver.refresh()
+        self.started()
+
     def ask(self, text: str) -> None:
         self.until(lambda: self.one("#state").get_attribute("class") == "up")
         self.one("#prompt").send_keys(text, self.keys.ENTER)
+
+    def open_panel(self) -> None:
+        """Show settings and status."""
+        self.until(lambda: self.one("#panel-toggle").is_displayed())
+        if not self.one("#panel").is_displayed():
+            self.one("#panel-toggle").click()
+
+    def open_list(self) -> None:
+        """Show the conversations."""
+        if not self.one("#list").is_displayed():
+            self.one("#list-toggle").click()
 
     def answered(self) -> Any:
         """The last answer, once it is whole."""

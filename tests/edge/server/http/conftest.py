@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.edge.server.http.browser import FLAGS, Browser
+from tests.conftest import Bundles, write_secret
+from tests.edge.server.http.browser import FLAGS, REAL_KEY, Browser
 from tests.edge.server.http.page_stub import StubServer, page_stub
+from tests.edge.server.scripted import Live, running
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,24 @@ def browser(driver: Any, server: StubServer) -> Iterator[Browser]:
     driver.set_window_size(1280, 800)
     driver.get(server.url)
     page = Browser(driver)
+    page.started()
     page.complaints()
     yield page
     driver.get("about:blank")
+
+
+@pytest.fixture
+def real(driver: Any, tiny_bundles: Bundles, tmp_path: Path) -> Iterator[tuple[Browser, Live]]:
+    """The page as the service serves it, on an engine that says what it is told to."""
+    keys = tmp_path / "keys"
+    write_secret(keys, f"me:{REAL_KEY}\n")
+    with running(tiny_bundles("qwen2"), api_key_file=keys) as live:
+        driver.set_window_size(1280, 800)
+        driver.get(live.url)
+        page = Browser(driver)
+        page.until(lambda: "API key" in page.one("#state").text)
+        page.one("#key").send_keys(REAL_KEY, page.keys.TAB)
+        page.until(lambda: page.one("#state").get_attribute("class") == "up")
+        page.complaints()
+        yield page, live
+        driver.get("about:blank")

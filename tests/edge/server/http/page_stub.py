@@ -18,6 +18,7 @@ ATTACK = (
     '```html\n</pre><script>document.title="owned"</script>\n```\nend'
 )
 HOT_CELSIUS = 61.5
+THINK, THINK_END = 100_001, 100_002
 
 
 class StubServer(ThreadingHTTPServer):
@@ -31,6 +32,10 @@ class StubServer(ThreadingHTTPServer):
         models: that are served.
         warning: of the engine.
         answers: text by prompt, sent in small pieces.
+        context: tokens of the models' context.
+        waiting: requests in the queue, as it says.
+        usage: tokens of each answer, as it says.
+        holds: cleared, answers do not begin.
         refusals: how many chats are yet to be refused with 429.
     """
 
@@ -46,6 +51,11 @@ class StubServer(ThreadingHTTPServer):
         self.refusals = 0
         self.warning: str | None = None
         self.tokens = 0
+        self.context = 4096
+        self.waiting = 2
+        self.usage: dict[str, Any] = {"completion_tokens": 7, "prompt_tokens": 3}
+        self.holds = threading.Event()
+        self.holds.set()
         self.answers: dict[str, str] = {}
 
     @property
@@ -82,7 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif not self._admitted():
             self._error(401, "wrong key")
         elif self.path == "/v1/models":
-            self._json(200, {"data": [{"id": name} for name in self.server.models]})
+            self._json(200, {"data": [self._card(name) for name in self.server.models]})
+        elif self.path.startswith("/tokenizer_info"):
+            self._json(200, {"control_tokens": {"<think>": THINK, "</think>": THINK_END}})
         elif self.path == "/stats":
             self._json(200, self._stats())
         else:
@@ -94,17 +106,33 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(body)
         if not self._admitted():
             self._error(401, "wrong key")
+        elif self.path == "/tokenize":
+            self._json(200, {"tokens": self._tokens(body)})
         elif self.server.refusals > 0:
             self.server.refusals -= 1
             self._error(429, "the queue is full", {"retry-after": "1"})
         else:
+            self.server.holds.wait(15)
             self.send_response(200)
             self.send_header("content-type", "text/event-stream")
             self.end_headers()
             try:
-                self._stream(body["messages"][-1]["content"])
+                if self.path == "/v1/completions":
+                    self._complete()
+                else:
+                    self._stream(body["messages"][-1]["content"])
             except OSError:
                 self.server.hangups.set()
+
+    def _tokens(self, body: dict[str, Any]) -> list[int]:
+        if "messages" in body:  # a template that begins the reasoning
+            return [1, *map(ord, body["messages"][-1]["content"]), THINK, ord("\n")]
+        return list(map(ord, body["prompt"]))
+
+    def _complete(self) -> None:
+        for piece in ("whole ", "answer", "."):
+            self._data({"choices": [{"text": piece}]})
+        self._end()
 
     def _stream(self, prompt: str) -> None:
         self._data({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
@@ -131,8 +159,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._delta(reasoning_content="I think.", reasoning="I think.")
             for piece in ("Grüße, ", "Welt 🌍.\n", "```py\nprint('<b>')\n```\n", "`Done`."):
                 self._delta(content=piece)
+        self._end()
+
+    def _end(self) -> None:
         self._data({"choices": [{"delta": {}, "finish_reason": "stop"}]})
-        self._data({"choices": [], "usage": {"completion_tokens": 7, "prompt_tokens": 3}})
+        self._data({"choices": [], "usage": self.server.usage})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _delta(self, **delta: str) -> None:
@@ -151,6 +182,10 @@ class _Handler(BaseHTTPRequestHandler):
         key = self.server.api_key
         return key is None or self.headers["authorization"] == f"Bearer {key}"
 
+    def _card(self, name: str) -> dict[str, Any]:
+        own = {"temperature": 0.6, "top_p": 0.95, "top_k": 0, "min_p": 0.0}
+        return {"id": name, "max_model_len": self.server.context, "sampling": own}
+
     def _stats(self) -> dict[str, Any]:
         times = {"count": 3, "p50": 0.125, "p95": 1.25, "p99": 2.5}
         return {
@@ -161,10 +196,11 @@ class _Handler(BaseHTTPRequestHandler):
                     "backend": "ort-cpu",
                     "warning": self.server.warning,
                     "running": 1,
-                    "waiting": 2,
+                    "waiting": self.server.waiting,
                     "queue_capacity": 64,
                     "kv_used_tokens": 25,
                     "kv_capacity_tokens": 100,
+                    "num_slots": 4,
                     "completion_tokens": self.server.tokens,
                     "latency": {"ttft_s": times, "itl_s": times, "total_s": times},
                 }

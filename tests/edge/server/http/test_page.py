@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
 
 import pytest
 
 from edge.server.http.page import PAGE, page_files
-from tests.conftest import Bundles, write_secret
-from tests.edge.server.http.browser import WAIT_S, Browser
+from tests.edge.server.http.browser import REAL_KEY, WAIT_S, Browser
 from tests.edge.server.http.page_stub import ATTACK, HOT_CELSIUS, StubServer
-from tests.edge.server.scripted import Live, running
+from tests.edge.server.scripted import Live
 
 # --------------------------------------------------------------------------- without a browser
 
@@ -51,7 +48,7 @@ def test_every_file_that_a_file_names_is_there():
         for name in named:
             assert os.path.normpath(folder / name) in names, f"{path} imports {name}"
     page = OWN[PAGE]
-    linked = re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page)
+    linked = re.findall(r'(?:src|href)="(?!data:|#)([^"]+)"', page)
     assert len(linked) > 5
     assert {f"/{link}" for link in linked} <= page_files().keys()
 
@@ -106,7 +103,7 @@ def test_ask_and_stream(browser: Browser, server: StubServer):
 def test_the_whole_conversation_is_sent_and_survives_a_reload(browser: Browser, server: StubServer):
     browser.ask("hello")
     browser.answered()
-    browser.driver.refresh()
+    browser.reload()
     assert "Done." in browser.one(".turn.assistant .body").text
     browser.ask("and more")
     browser.until(lambda: len(browser.all(".turn.assistant")) == 2)
@@ -117,7 +114,7 @@ def test_the_whole_conversation_is_sent_and_survives_a_reload(browser: Browser, 
     assert "I think" not in str(server.requests[-1])
     browser.one("#new").click()
     assert browser.all(".turn") == []
-    browser.driver.refresh()
+    browser.reload()
     assert browser.all(".turn") == []
 
 
@@ -131,7 +128,7 @@ def test_stop(how: str, browser: Browser, server: StubServer):
     else:
         browser.one("#prompt").send_keys(browser.keys.ESCAPE)
     turn = browser.answered()
-    assert "stopped" in turn.text
+    assert "Stopped" in turn.text
     assert server.hangups.wait(WAIT_S), "the server goes on generating"
     browser.ask("hello")
     browser.until(lambda: "Done." in browser.one("#log").text)
@@ -143,7 +140,7 @@ def test_a_new_chat_leaves_the_running_answer(browser: Browser, server: StubServ
     browser.one("#new").click()
     assert server.hangups.wait(WAIT_S)
     browser.until(lambda: browser.one("#send").is_displayed())
-    browser.driver.refresh()
+    browser.reload()
     assert browser.all(".turn") == []  # what was cut off did not come back
     browser.ask("hello")
     browser.answered()
@@ -175,6 +172,7 @@ def test_a_model_is_chosen_by_name(browser: Browser, server: StubServer):
 
 
 def test_sampling_controls(browser: Browser, server: StubServer):
+    browser.open_panel()
     for name, value in {"temperature": "0.25", "top_k": "7", "seed": "42"}.items():
         browser.one(f"[name={name}]").send_keys(value)
     browser.one("[name=system]").send_keys("Be brief.")
@@ -186,11 +184,12 @@ def test_sampling_controls(browser: Browser, server: StubServer):
     assert request["enable_thinking"] is False
     assert request["messages"][0] == {"role": "system", "content": "Be brief."}
     assert "top_p" not in request
-    browser.driver.refresh()
+    browser.reload()
     assert browser.one("[name=temperature]").get_attribute("value") == "0.25"
 
 
 def test_a_wrong_number_is_named_and_nothing_sent(browser: Browser, server: StubServer):
+    browser.open_panel()
     browser.one("[name=top_p]").send_keys("7")
     browser.ask("hello")
     browser.until(lambda: browser.all(".turn.error"))
@@ -229,24 +228,25 @@ def test_a_full_queue_says_when_to_try_again(browser: Browser, server: StubServe
 
 def test_a_key_is_asked_for_and_kept_in_this_tab(browser: Browser, server: StubServer):
     server.api_key = "s3cret"
-    browser.driver.refresh()
+    browser.reload()
     browser.until(lambda: "API key" in browser.one("#state").text)
     assert browser.driver.switch_to.active_element.get_attribute("id") == "key"
     browser.picture("key")
     browser.one("#key").send_keys("s3cret", browser.keys.TAB)
     browser.ask("hello")
     assert "Done." in browser.answered().text
-    browser.driver.refresh()
+    browser.reload()
     browser.until(lambda: browser.one("#state").get_attribute("class") == "up")
     stored = browser.driver.execute_script("return [localStorage.length, document.cookie]")
     assert stored == [0, ""]
 
 
 def test_the_dashboard_shows_what_the_server_says(browser: Browser):
+    browser.open_panel()
     browser.until(lambda: "GiB" in browser.one("#gauges").text)
     text = browser.one("#gauges").text
     assert "2 of 64, 1 running" in text
-    assert "25 % of 100 tokens" in text
+    assert "25 % of 100 tokens in 4 slots" in text
     assert "2.0 GiB of 8.0 GiB" in text
     assert f"{HOT_CELSIUS:.0f} °C" in text
     assert "125 ms, P99 2.5 s" in text
@@ -261,6 +261,7 @@ def test_the_dashboard_shows_what_the_server_says(browser: Browser):
 
 
 def test_the_dashboard_names_the_engine_and_a_gpu_that_idles(browser: Browser, server: StubServer):
+    browser.open_panel()
     browser.until(lambda: browser.one("#engine").text == "tiny: ort-cpu")
     assert browser.one("#dash-note").text == ""
     server.warning = "the CPU computes, though this machine has a GPU"
@@ -268,6 +269,7 @@ def test_the_dashboard_names_the_engine_and_a_gpu_that_idles(browser: Browser, s
 
 
 def test_a_server_that_went_away_is_said_so(browser: Browser, server: StubServer):
+    browser.open_panel()
     browser.until(lambda: "GiB" in browser.one("#gauges").text)
     server.shutdown()
     server.server_close()
@@ -303,6 +305,7 @@ def test_a_narrow_screen(browser: Browser):
 
 
 def test_the_keyboard_reaches_everything(browser: Browser):
+    browser.open_panel()
     browser.until(lambda: browser.one("#model").is_enabled())
     browser.one("#prompt").click()
     seen = set()
@@ -343,26 +346,6 @@ def test_nothing_but_its_own_server_is_asked(browser: Browser, server: StubServe
 # --------------------------------------------------------------------------- the real service
 
 
-REAL_KEY = "a-key-of-the-real-service"
-
-
-@pytest.fixture
-def real(driver: Any, tiny_bundles: Bundles, tmp_path: Path) -> Iterator[tuple[Browser, Live]]:
-    """The page as the service serves it, on an engine that says what it is told to."""
-    keys = tmp_path / "keys"
-    write_secret(keys, f"me:{REAL_KEY}\n")
-    with running(tiny_bundles("qwen2"), api_key_file=keys) as live:
-        driver.set_window_size(1280, 800)
-        driver.get(live.url)
-        page = Browser(driver)
-        page.until(lambda: "API key" in page.one("#state").text)
-        page.one("#key").send_keys(REAL_KEY, page.keys.TAB)
-        page.until(lambda: page.one("#state").get_attribute("class") == "up")
-        page.complaints()
-        yield page, live
-        driver.get("about:blank")
-
-
 def test_ask_the_real_service(real: tuple[Browser, Live]):
     browser, live = real
     messages = [{"role": "user", "content": "hello"}]
@@ -388,7 +371,7 @@ def test_stop_the_real_service(real: tuple[Browser, Live]):
     browser.until(lambda: "word word" in browser.one(".turn.assistant").text)
     assert not live.idle(0)
     browser.one("#stop").click()
-    assert "stopped" in browser.answered().text
+    assert "Stopped" in browser.answered().text
     assert live.idle(), "the engine goes on"
     outcomes = live.ask("/stats", headers={"authorization": f"Bearer {REAL_KEY}"}).json["requests"]
     assert outcomes == {"abort": 1}

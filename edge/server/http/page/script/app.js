@@ -1,43 +1,57 @@
 // Starts the page.
 
-import { $ } from "./dom.js";
-import { ask, fail, grow } from "./chat.js";
+import { ask, grow, openChat } from "./chat.js";
+import { newConversation } from "./conversation.js";
+import { showList, startList } from "./conversations.js";
 import { poll } from "./dashboard.js";
-import { loadModels } from "./models.js";
-import { openPanel, restoreSampling, saveSampling } from "./panel.js";
+import { $ } from "./dom.js";
+import { loadModels, modelChanged } from "./models.js";
+import { startSampling } from "./sampling.js";
+import { isNarrow, openList, openPanel, startSides } from "./sides.js";
 import { state } from "./state.js";
 import { load, save } from "./tab.js";
-import { bottom, redraw } from "./turns.js";
+import { translate } from "./words.js";
 
-$("ask").addEventListener("submit", ask);
-$("stop").addEventListener("click", () => state.request?.abort());
-$("prompt").addEventListener("input", grow);
-$("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
-});
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") state.request?.abort();
-});
-$("new").addEventListener("click", () => {
-  state.request?.abort();
-  state.turns = [];
-  redraw();
-  openPanel(false);
+function show(conversation) {
+  openChat(conversation ?? newConversation());
+  save("current", conversation?.id ?? null);
+  showList();
+  if (isNarrow()) { openList(false); openPanel(false); }
   $("prompt").focus();
-});
-$("panel-toggle").addEventListener("click", () => openPanel(!document.body.classList.contains("panel")));
-$("model").addEventListener("change", () => save("model", $("model").value));
-$("key").addEventListener("change", () => {
-  save("key", $("key").value.trim());
-  loadModels();
-});
-$("sampling").addEventListener("change", saveSampling);
-document.addEventListener("visibilitychange", poll);
+}
 
-$("key").value = load("key", "");
-restoreSampling();
-state.turns = load("turns", []);
-redraw();
-if (state.turns.at(-1)?.role === "user") fail("This message was not answered.", 0);
-bottom(true);
-loadModels().then(poll);
+function listen() {
+  $("ask").addEventListener("submit", ask);
+  $("stop").addEventListener("click", () => { state.request?.abort(); $("prompt").focus(); });
+  $("prompt").addEventListener("input", grow);
+  $("prompt").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") state.request?.abort();
+  });
+  $("new").addEventListener("click", () => show(null));
+  for (const [id, part, open] of [["list-toggle", "list", openList], ["panel-toggle", "panel", openPanel]]) {
+    $(id).addEventListener("click", () => open(!document.body.classList.contains(part)));
+  }
+  $("model").addEventListener("change", () => { save("model", $("model").value); modelChanged(); });
+  $("access").addEventListener("submit", (event) => event.preventDefault());
+  $("key").addEventListener("change", () => { save("key", $("key").value.trim()); loadModels(); });
+  document.addEventListener("visibilitychange", poll);
+}
+
+async function start() {
+  translate(document);
+  $("key").value = load("key", "");
+  listen();
+  startSides();
+  await startSampling();
+  const last = await startList(show, load("current", null));
+  if (last) openChat(last);
+  else openChat(state.conversation);
+  document.body.classList.add("started");
+  await loadModels();
+  poll();
+}
+
+start();

@@ -1,178 +1,176 @@
-// Sends what was written and reads the answer.
+// What can be done in a conversation: ask, answer again, edit, go on, stop.
 
-import { $, node, seconds } from "./dom.js";
-import { openPanel, parameters, systemMessage } from "./panel.js";
-import { Refusal, events, headers, refusal, unreachable } from "./server.js";
+import { addTurn, messagesOf, pathOf, removeLeaf } from "./conversation.js";
+import { continuationOf } from "./continuation.js";
+import { keep } from "./conversations.js";
+import { $ } from "./dom.js";
+import { clearErrors, drawLog, showError, toEnd } from "./log.js";
+import { showMeter } from "./meter.js";
+import { completionParameters, parameters, systemMessage } from "./sampling.js";
+import { post, reasonOf } from "./server.js";
 import { state } from "./state.js";
-import { save } from "./tab.js";
-import { bottom, draw, redraw, update } from "./turns.js";
+import { readInto } from "./stream.js";
+import { TurnView } from "./turn_view.js";
+import { watchQueue } from "./waiting.js";
+import { t } from "./words.js";
 
+// However long an answer gets, most of the time is left for the reader.
 const REST_SHARE = 3, MAX_REST_MS = 1000;
+const KEEP_MS = 3000;
 
-export function fail(text, retryAfter) {
-  const box = node("div", "turn error", text);
-  box.setAttribute("role", "alert");
-  const again = node("button", "", "Try again");
-  again.type = "button";
-  again.addEventListener("click", () => { box.remove(); answer(); });
-  if (retryAfter > 0) {
-    again.disabled = true;
-    let left = Math.min(retryAfter, 120);
-    const tick = () => {
-      again.textContent = left > 0 ? `Try again in ${left} s` : "Try again";
-      again.disabled = left > 0;
-      if (left-- > 0) setTimeout(tick, 1000);
-    };
-    tick();
-  }
-  box.append(again);
-  $("log").append(box);
-  bottom(true);
+const actions = {
+  regenerate: (turn) => answer(turn.parent),
+  go_on: (turn) => answer(turn.parent, turn),
+  edit: (turn, text) => {
+    if (state.request) return;
+    answer(addTurn(state.conversation, turn.parent, "user", text).id);
+  },
+  show: (leaf) => {
+    if (state.request) return;
+    state.conversation.leaf = leaf;
+    keep(state.conversation);
+    redraw();
+  },
+};
+
+/** Shows the conversation that is open; returns the view of its last turn. */
+export function redraw() {
+  const view = drawLog((turn) => new TurnView(state.conversation, turn, actions));
+  showMeter();
+  return view;
 }
 
-function messages() {
-  const system = systemMessage();
-  const past = state.turns.map(({ role, content }) => ({ role, content }));
-  return system ? [{ role: "system", content: system }, ...past] : past;
+/** Shows a conversation from its end, and what it waits for. */
+export function openChat(conversation) {
+  state.request?.abort();
+  state.conversation = conversation;
+  redraw();
+  const last = pathOf(conversation).at(-1);
+  if (last?.role === "user") showError(t("unanswered"), 0, () => answer(last.id));
+  toEnd(true);
 }
 
-export async function ask(event) {
+export function ask(event) {
   event.preventDefault();
   const text = $("prompt").value.trim();
   if (!text || state.request) return;
-  for (const old of document.querySelectorAll(".error.turn")) old.remove();
-  const last = state.turns.at(-1);
-  if (last && last.role === "user") last.content += `\n\n${text}`;  // it was never answered
-  else state.turns.push({ role: "user", content: text });
+  const { conversation } = state;
+  const last = pathOf(conversation).at(-1);
+  if (last?.role === "user") last.content += `\n\n${text}`;  // it was never answered
+  else addTurn(conversation, last?.id ?? null, "user", text);
   $("prompt").value = "";
   grow();
-  redraw();
-  bottom(true);
-  await answer();
+  answer(conversation.leaf);
 }
 
-async function answer() {
-  if (state.request || state.turns.at(-1)?.role !== "user") return;
-  let body;
+/** Fits the field to its text. */
+export function grow() {
+  const box = $("prompt");
+  box.style.height = "auto";
+  box.style.height = `${Math.min(box.scrollHeight + 2, innerHeight * 0.4)}px`;
+  showMeter();
+}
+
+/** Answers the turn `parent`, in a turn of its own or by going on with `broken`. */
+async function answer(parent, broken = null) {
+  if (state.request) return;
+  clearErrors();
+  const { conversation } = state;
+  const model = $("model").value;
+  conversation.leaf = broken?.id ?? parent;
+  redraw();
+  toEnd(true);
+  keep(conversation);
+  let sampling;
   try {
-    body = {
-      model: $("model").value, messages: messages(), stream: true,
-      stream_options: { include_usage: true }, ...parameters(),
-    };
+    sampling = broken ? completionParameters() : parameters();
   } catch (error) {
-    fail(error.message, 0);
+    showError(error.message, 0, () => answer(parent, broken));
     return;
   }
-  const request = new AbortController(), turns = state.turns;
-  state.request = request;
-  busy(true);
-  const turn = { role: "assistant", content: "", reasoning: "", facts: null };
-  const view = draw(turn);
-  const clock = { start: performance.now(), first: 0, answer: 0 };
+  const turn = broken ?? addTurn(conversation, parent, "assistant", "");
+  turn.model = model;
+  delete turn.ended;
+  const run = new Run(conversation, turn);
   try {
-    const response = await fetch("/v1/chat/completions", {
-      method: "POST", headers: headers({ "Content-Type": "application/json" }),
-      body: JSON.stringify(body), signal: request.signal,
-    });
-    if (!response.ok) throw await refusal(response);
-    await read(response, turn, view, clock);
+    const options = { stream: true, stream_options: { include_usage: true }, ...sampling };
+    const [path, body] = broken
+      ? ["/v1/completions", await continuationOf(conversation, turn, model, systemMessage())]
+      : ["/v1/chat/completions", { model, messages: messagesOf(conversation, parent, systemMessage()) }];
+    await run.read(await post(path, { ...body, ...options }, run.request.signal));
+    run.finish(null);
   } catch (error) {
-    if (error.name === "AbortError") turn.facts = ["stopped"];
-    else ended(view, turn, error);
-  } finally {
-    finish(view, turn, turns);
+    run.finish(error);
   }
 }
 
-async function read(response, turn, view, clock) {
-  let reason = null, usage = null, complete = false, drawing = false, rest = 0;
-  const paint = () => {
-    drawing = false;
-    if (turn.facts) return;
+/** One answer that is under way. */
+class Run {
+  constructor(conversation, turn) {
+    this.conversation = conversation;
+    this.turn = turn;
+    this.request = state.request = new AbortController();
+    this.startedAt = performance.now();
+    this.keptAt = this.startedAt;
+    this.isDrawing = false;
+    this.restMs = 0;
+    this.view = redraw();
+    this.view.facts.replaceChildren();
+    busy(true);
+    toEnd(true);
+    this.queue = watchQueue(turn.model, (text) => this.view.wait(text));
+    this.view.update(false);
+  }
+
+  async read(response) {
+    await readInto(response, this.turn, this.startedAt, () => {
+      this.queue.stop();
+      if (!this.isDrawing) {
+        this.isDrawing = true;
+        setTimeout(() => requestAnimationFrame(() => this.#draw()), this.restMs);
+      }
+    });
+  }
+
+  #draw() {
+    this.isDrawing = false;
+    if (this.isOver) return;
     const began = performance.now();
-    update(view, turn);
-    rest = Math.min(MAX_REST_MS, REST_SHARE * (performance.now() - began));
-    // Open while it reasons, folded once it answers; in between the reader may do as they like.
-    const phase = turn.content ? "answer" : turn.reasoning ? "reasoning" : "";
-    if (phase !== view.phase) view.details.open = phase === "reasoning";
-    view.phase = phase;
-    bottom(false);
-  };
-  for await (const data of events(response.body)) {
-    if (data === "[DONE]") { complete = true; break; }
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw new Refusal(String(chunk.error.message), 0, 0);
-    usage = chunk.usage ?? usage;
-    const choice = chunk.choices?.[0];
-    if (!choice) continue;
-    reason = choice.finish_reason ?? reason;
-    const reasoning = choice.delta?.reasoning_content ?? choice.delta?.reasoning ?? "";
-    const text = choice.delta?.content ?? "";
-    if (!reasoning && !text) continue;
-    const now = performance.now();
-    clock.first ||= now;
-    if (text) clock.answer ||= now;
-    turn.reasoning += reasoning;
-    turn.content += text;
-    if (!drawing) {
-      drawing = true;
-      // However long an answer gets, most of the time is left for the reader.
-      setTimeout(() => requestAnimationFrame(paint), rest);
+    this.view.update(false);
+    if (state.conversation === this.conversation) toEnd(false);
+    this.restMs = Math.min(MAX_REST_MS, REST_SHARE * (performance.now() - began));
+    if (began - this.keptAt > KEEP_MS) {
+      this.keptAt = began;
+      keep(this.conversation);
     }
   }
-  if (!complete) throw new Refusal("The connection ended before the answer did.", 0, 0);
-  turn.facts = facts(clock, usage, reason);
-  if (turn.reasoning) view.summary.textContent = `Reasoning, ${seconds((clock.answer || performance.now()) - clock.first)}`;
-}
 
-function facts(clock, usage, reason) {
-  const list = [];
-  const took = performance.now() - clock.first;
-  if (usage) {
-    list.push(`${usage.completion_tokens} tokens`);
-    if (clock.first && took > 0 && usage.completion_tokens > 1) {
-      list.push(`${((usage.completion_tokens - 1) / took * 1000).toFixed(1)} tokens/s`);
-    }
+  finish(error) {
+    const { conversation, turn } = this;
+    const wasStopped = error?.name === "AbortError";
+    this.isOver = true;
+    this.queue.stop();
+    if (state.request === this.request) state.request = null;
+    busy(state.request !== null);
+    if (error) turn.ended = wasStopped ? "stopped" : "failed";
+    const isEmpty = !turn.content && !turn.reasoning;
+    if (isEmpty) removeLeaf(conversation, turn);
+    if (Object.keys(conversation.turns).length) keep(conversation);
+    if (state.conversation !== conversation) return;  // another one is shown by now
+    const place = $("log").scrollTop;
+    redraw();
+    $("log").scrollTop = place;
+    toEnd(false);
+    const again = () => answer(turn.parent);
+    if (error && !wasStopped) showError(reasonOf(error), error.retryAfterS ?? 0, again);
+    else if (isEmpty) showError(t(wasStopped ? "stopped" : "no_answer"), 0, again);
   }
-  if (clock.first) list.push(`first after ${seconds(clock.first - clock.start)}`);
-  if (reason === "length") list.push("cut at the token limit");
-  return list;
-}
-
-function ended(view, turn, error) {
-  if (!turn.content && !turn.reasoning) view.root.remove();
-  else turn.facts = ["incomplete"];
-  fail(unreachable(error), error.retryAfter ?? 0);
-}
-
-function finish(view, turn, turns) {
-  state.request = null;
-  busy(false);
-  if (state.turns !== turns) return;  // a new chat has begun meanwhile
-  if (turn.content || turn.reasoning) {
-    turns.push(turn);
-    update(view, turn);
-    if (view.phase !== "answer") view.details.open = !turn.content;
-  } else if (view.root.isConnected) {
-    view.root.remove();
-    fail(turn.facts?.includes("stopped") ? "Stopped." : "The model gave no answer.", 0);
-  }
-  save("turns", turns);
-  bottom(false);
 }
 
 function busy(on) {
   $("send").hidden = on;
   $("stop").hidden = !on;
   $("log").setAttribute("aria-busy", String(on));
-  for (const old of document.querySelectorAll(".busy")) old.classList.remove("busy");
-  if (on) requestAnimationFrame(() => {
-    if (state.request) document.querySelector(".turn.assistant:last-child .body")?.classList.add("busy");
-  });
+  document.body.classList.toggle("answering", on);
 }
 
-export function grow() {
-  const box = $("prompt");
-  box.style.height = "auto";
-  box.style.height = `${Math.min(box.scrollHeight + 2, innerHeight * 0.4)}px`;
-}

@@ -1,5 +1,7 @@
 // Copies text, also where the page came over plain http and browsers keep their clipboard from it.
 
+import { t } from "./words.js";
+
 const SHOWN_MS = 2000;
 
 async function copy(text) {
@@ -27,6 +29,6 @@ async function copy(text) {
 /** Copies what `text` returns; the button says for a moment whether that worked. */
 export async function copyFrom(button, text) {
   const name = button.dataset.name ??= button.textContent;
-  button.textContent = await copy(text()) ? "Copied" : "Not copied";
+  button.textContent = t(await copy(text()) ? "copied" : "not_copied");
   setTimeout(() => { button.textContent = name; }, SHOWN_MS);
 }

@@ -1,77 +1,84 @@
 // Shows what the server says about itself.
 
-import { $, node, seconds } from "./dom.js";
-import { loadModels, show } from "./models.js";
-import { getJSON, unreachable } from "./server.js";
+import { $, node } from "./dom.js";
+import { gib, seconds } from "./figures.js";
+import { loadModels, showState } from "./models.js";
+import { getJSON, reasonOf } from "./server.js";
+import { Sparkline } from "./sparkline.js";
 import { state } from "./state.js";
+import { count, t } from "./words.js";
 
-const POLL_MS = 2000, HISTORY = 60;
+const POLL_S = 2, HISTORY = 60;
 
 const spell = (s) => s === null ? "–" : seconds(s * 1000);
-
-const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
-
 const sum = (rows, name) => rows.reduce((total, row) => total + (row[name] ?? 0), 0);
-
 const most = (values) => values.length ? Math.max(...values) : null;
+const total = (counts) => Object.values(counts ?? {}).reduce((all, one) => all + one, 0);
 
-// Each gauge: a name, and what it makes of an answer of /stats: [number for the curve, text]; true
-// where not every device has it, so that it shows only after a first reading.
+// Each gauge: its name, and what it makes of a reading: [number for the curve, text], or null. Those
+// that are optional show only after a first reading, since not every device has them.
 const GAUGES = [
-  ["Tokens per second", (now) => now.rate === null ? null : [now.rate, now.rate.toFixed(1)]],
-  ["Time to first token", (now) => latency(now, "ttft_s")],
-  ["Time between tokens", (now) => latency(now, "itl_s")],
-  ["Whole request", (now) => latency(now, "total_s")],
-  ["Queue", ({ rows }) => [sum(rows, "waiting"),
-    `${sum(rows, "waiting")} of ${sum(rows, "queue_capacity")}, ${sum(rows, "running")} running`]],
-  ["KV cache", ({ rows }) => {
+  ["gauge_rate", (now) => now.rate === null ? null : [now.rate, now.rate.toFixed(1)]],
+  ["gauge_ttft", (now) => latency(now, "ttft_s")],
+  ["gauge_itl", (now) => latency(now, "itl_s")],
+  ["gauge_total", (now) => latency(now, "total_s")],
+  ["gauge_queue", ({ rows }) => [sum(rows, "waiting"), t("queue_text", {
+    waiting: sum(rows, "waiting"), all: sum(rows, "queue_capacity"), running: sum(rows, "running") })]],
+  ["gauge_kv", ({ rows }) => {
     const used = sum(rows, "kv_used_tokens"), all = sum(rows, "kv_capacity_tokens");
-    return all ? [used / all, `${Math.round(100 * used / all)} % of ${all} tokens`] : null;
+    const percent = Math.round(100 * used / all);
+    return all ? [used / all, t("kv_text", { percent, all: count(all), slots: sum(rows, "num_slots") })] : null;
   }],
-  ["Memory", ({ device }) => {
+  ["gauge_process", ({ device }) => device.process_rss_bytes == null ? null
+    : [device.process_rss_bytes, gib(device.process_rss_bytes)], "optional"],
+  ["gauge_memory", ({ device }) => {
     const all = device.memory_total_bytes, left = device.memory_available_bytes;
-    return all && left != null ? [all - left, `${gib(all - left)} of ${gib(all)}`] : null;
+    return all && left != null ? [all - left, t("memory_text", { used: gib(all - left), all: gib(all) })] : null;
   }],
-  ["GPU load", ({ device }) => device.gpu_load_ratio == null ? null
-    : [device.gpu_load_ratio, `${Math.round(100 * device.gpu_load_ratio)} %`], true],
-  ["Temperature", ({ device }) => {
+  ["gauge_gpu", ({ device }) => device.gpu_load_ratio == null ? null
+    : [device.gpu_load_ratio, `${Math.round(100 * device.gpu_load_ratio)} %`], "optional"],
+  ["gauge_temperature", ({ device }) => {
     const hot = most(Object.values(device.temperatures_celsius ?? {}));
-    return hot === null ? null : [hot, `${hot.toFixed(0)} °C${device.throttled ? ", throttled" : ""}`];
-  }, true],
-  ["Power", ({ device }) => device.module_power_watts == null ? null
-    : [device.module_power_watts, `${device.module_power_watts.toFixed(1)} W`], true],
+    if (hot === null) return null;
+    const value = `${hot.toFixed(0)} °C`;
+    return [hot, device.throttled ? t("throttled", { value }) : value];
+  }, "optional"],
+  ["gauge_power", ({ device }) => device.module_power_watts == null ? null
+    : [device.module_power_watts, `${device.module_power_watts.toFixed(1)} W`], "optional"],
+  ["gauge_rejections", ({ stats }) => {
+    const reasons = Object.entries(stats.rejections ?? {}).filter(([, n]) => n);
+    return reasons.length ? [total(stats.rejections), reasons.map(([why, n]) => `${why} ${n}`).join(", ")] : null;
+  }, "optional"],
+  ["gauge_drift", ({ stats }) => {
+    const found = Object.entries(stats.drift?.params ?? {}).filter(([, one]) => Number.isFinite(one.psi));
+    const [name, worst] = found.sort(([, a], [, b]) => b.psi - a.psi)[0] ?? [];
+    return worst ? [worst.psi, `${worst.psi.toFixed(2)} ${name}${worst.alarm ? " ⚠" : ""}`] : null;
+  }, "optional"],
 ];
 
 function latency({ rows }, name) {
   const found = rows.map((row) => row.latency?.[name]).filter((one) => one && one.count);
   if (!found.length) return null;
   const p50 = most(found.map((one) => one.p50)), p99 = most(found.map((one) => one.p99));
-  return [p50, `${spell(p50)}, P99 ${spell(p99)}`];
+  return [p50, t("p99_text", { p50: spell(p50), p99: spell(p99) })];
 }
 
 const gauges = GAUGES.map(([name, value, optional]) => {
-  const root = node("div", "gauge");
-  root.hidden = Boolean(optional);
-  const text = node("dd", "", "–");
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "0 0 100 30");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("aria-hidden", "true");
-  const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
-  svg.append(line);
-  root.append(node("dt", "", name), text, svg);
+  const root = node("div", "gauge"), text = node("dd", "", "–");
+  root.hidden = optional !== undefined;
+  const curve = new Sparkline(HISTORY, POLL_S);
+  const gauge = { value, root, curve, last: "–", pointed: null };
+  gauge.show = () => {
+    text.textContent = gauge.pointed ?? gauge.last;
+    root.classList.toggle("pointed", gauge.pointed !== null);
+  };
+  curve.onpoint = (pointed) => { gauge.pointed = pointed; gauge.show(); };
+  const figure = node("dd", "figure");
+  figure.append(curve.root);
+  root.append(node("dt", "", t(name)), text, figure);
   $("gauges").append(root);
-  return { value, text, line, root, points: [] };
+  return gauge;
 });
-
-function curve(points) {
-  const top = Math.max(...points), low = Math.min(0, ...points);
-  return points.map((value, at) => {
-    const x = 100 * (HISTORY - points.length + at) / (HISTORY - 1);
-    const y = 28 - 26 * (top > low ? (value - low) / (top - low) : 0);
-    return `${x.toFixed(1)},${y.toFixed(1)}`;
-  }).join(" ");
-}
 
 let before = null;
 
@@ -80,27 +87,26 @@ function showStats(stats) {
   const tokens = sum(rows, "completion_tokens");
   const rate = before && tokens >= before.tokens ? (tokens - before.tokens) / (at - before.at) * 1000 : null;
   before = { tokens, at };
-  const now = { rows, rate, device: stats.device ?? {} };
+  const now = { stats, rows, rate, device: stats.device ?? {} };
   for (const gauge of gauges) {
     const found = gauge.value(now);
-    gauge.text.textContent = found ? found[1] : "–";
+    gauge.last = found ? found[1] : "–";
+    gauge.show();
     if (!found) continue;
     gauge.root.hidden = false;
-    gauge.points.push(found[0]);
-    if (gauge.points.length > HISTORY) gauge.points.shift();
-    gauge.line.setAttribute("points", curve(gauge.points));
+    gauge.curve.push(...found);
   }
   const models = Object.entries(stats.models ?? {});
   const failed = models.filter(([, row]) => row.failed).map(([name]) => name);
   const warnings = [...new Set(rows.map((row) => row.warning).filter(Boolean))];
   const backends = models.filter(([, row]) => row.backend).map(([name, row]) => `${name}: ${row.backend}`);
   $("engine").textContent = backends.join(", ");
-  note(failed.length ? `The engine of ${failed.join(", ")} has failed.` : warnings.join(" "),
+  note(failed.length ? t("engine_failed", { names: failed.join(", ") }) : warnings.join(" "),
     failed.length > 0 || warnings.length > 0);
 }
 
 function note(text, bad) {
-  $("dash-note").textContent = text;
+  if ($("dash-note").textContent !== text) $("dash-note").textContent = text;
   $("dash-note").className = bad ? "error" : "";
 }
 
@@ -110,12 +116,12 @@ export async function poll() {
     try {
       showStats(await getJSON("/stats"));
       if (!state.models.length) await loadModels();
-      else show("ready", "up");
+      else showState(t("ready"), "up");
     } catch (error) {
       before = null;
-      note(unreachable(error), true);
-      show(unreachable(error), "down");
+      note(reasonOf(error), true);
+      showState(reasonOf(error), "down");
     }
   }
-  state.timer = setTimeout(poll, POLL_MS);
+  state.timer = setTimeout(poll, POLL_S * 1000);
 }

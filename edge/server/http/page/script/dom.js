@@ -1,6 +1,5 @@
 // Makes and finds elements. Text of the model, of the server and of the user only ever becomes a text node.
 
-// Text of the model, of the server and of the user only ever becomes a text node.
 export const $ = (id) => document.getElementById(id);
 
 export function node(tag, className, text) {
@@ -9,5 +8,3 @@ export function node(tag, className, text) {
   if (text !== undefined) made.textContent = text;
   return made;
 }
-
-export const seconds = (ms) => ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;

@@ -1,28 +1,36 @@
 // The list of models, and the line that says how the server is.
 
 import { $ } from "./dom.js";
-import { openPanel } from "./panel.js";
-import { getJSON, unreachable } from "./server.js";
+import { showMeter } from "./meter.js";
+import { showOwnValues } from "./sampling.js";
+import { getJSON, reasonOf } from "./server.js";
+import { openPanel } from "./sides.js";
 import { state } from "./state.js";
 import { load } from "./tab.js";
+import { t } from "./words.js";
 
 export async function loadModels() {
   const select = $("model");
   try {
-    const list = (await getJSON("/v1/models")).data.map((model) => String(model.id));
+    state.models = (await getJSON("/v1/models")).data.map((model) => ({ ...model, id: String(model.id) }));
     const wanted = load("model", select.value);
-    select.replaceChildren(...list.map((id) => new Option(id, id, false, id === wanted)));
-    select.disabled = list.length === 0;
-    state.models = list;
-    show(list.length ? "ready" : "no model is served", list.length ? "up" : "down");
+    select.replaceChildren(...state.models.map(({ id }) => new Option(id, id, false, id === wanted)));
+    select.disabled = state.models.length === 0;
+    showState(state.models.length ? t("ready") : t("no_model"), state.models.length ? "up" : "down");
+    modelChanged();
   } catch (error) {
     select.disabled = true;
-    show(unreachable(error), "down");
+    showState(reasonOf(error), "down");
     if (error.status === 401) { openPanel(true); $("key").focus(); }
   }
 }
 
-export function show(text, kind) {
+export function modelChanged() {
+  showOwnValues();
+  showMeter();
+}
+
+export function showState(text, kind) {
   $("state").textContent = text;
   $("state").title = text;
   $("state").className = kind;

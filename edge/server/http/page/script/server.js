@@ -1,6 +1,7 @@
 // Asks the server, and reads its errors and its streams.
 
 import { $ } from "./dom.js";
+import { t } from "./words.js";
 
 export function headers(extra) {
   const key = $("key").value.trim();
@@ -8,21 +9,21 @@ export function headers(extra) {
 }
 
 export class Refusal extends Error {
-  constructor(message, status, retryAfter) {
+  constructor(message, status, retryAfterS) {
     super(message);
     this.status = status;
-    this.retryAfter = retryAfter;
+    this.retryAfterS = retryAfterS;
   }
 }
 
-export async function refusal(response) {
+async function refusal(response) {
   let message = "";
   try {
     message = (await response.json()).error.message;
   } catch {
-    message = "the server gave no reason";
+    message = t("no_reason");
   }
-  if (response.status === 401) message = "The server wants an API key. Enter it under Access.";
+  if (response.status === 401) message = t("key_wanted");
   const after = Number(response.headers.get("retry-after")) || 0;
   return new Refusal(`${message} (${response.status})`, response.status, after);
 }
@@ -33,12 +34,23 @@ export async function getJSON(path) {
   return response.json();
 }
 
-export function unreachable(error) {
-  return error instanceof TypeError ? "The server cannot be reached." : error.message;
+/** Sends JSON; returns the response, whose body is yet to be read. */
+export async function post(path, body, signal) {
+  const response = await fetch(path, {
+    method: "POST", headers: headers({ "Content-Type": "application/json" }), body: JSON.stringify(body), signal,
+  });
+  if (!response.ok) throw await refusal(response);
+  return response;
 }
 
+export const postJSON = async (path, body) => (await post(path, body)).json();
+
+export function reasonOf(error) {
+  return error instanceof TypeError ? t("unreachable") : error.message;
+}
+
+/** Server-sent events: lines "data: ..."; comments keep the line open. */
 export async function* events(body) {
-  // Server-sent events: lines "data: ..."; comments keep the line open.
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {

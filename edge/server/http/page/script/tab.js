@@ -1,7 +1,6 @@
 // Keeps values for as long as the tab lives.
 
 const STORE = "edge-llm";
-const MAX_STORED = 400000;  // characters of a conversation that survive a reload
 
 export function load(key, fallback) {
   try {
@@ -15,9 +14,7 @@ export function load(key, fallback) {
 
 export function save(key, value) {
   try {
-    const text = JSON.stringify(value);
-    if (text.length <= MAX_STORED) sessionStorage.setItem(`${STORE}-${key}`, text);
-    else sessionStorage.removeItem(`${STORE}-${key}`);
+    sessionStorage.setItem(`${STORE}-${key}`, JSON.stringify(value));
   } catch (error) {
     console.warn("not stored:", error.message);
   }

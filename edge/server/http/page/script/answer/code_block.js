@@ -2,6 +2,7 @@
 
 import { copyFrom } from "../copy.js";
 import { node } from "../dom.js";
+import { t } from "../words.js";
 import { colour } from "./highlight.js";
 import { patch } from "./patch.js";
 
@@ -17,7 +18,7 @@ export function codeBlock(text, language) {
   const block = node("figure", "code");
   block.dataset.language = language;
   const caption = node("figcaption");
-  const copy = node("button", "quiet", "Copy");
+  const copy = node("button", "quiet", t("copy"));
   copy.type = "button";
   caption.append(node("span", "", language || "text"), copy);
   const pre = node("pre"), code = node("code");

@@ -1,0 +1,104 @@
+// A conversation: a tree of turns, of which the way to one leaf is shown. No element is made here.
+//
+// Turns are never changed into others: who edits or regenerates gets a sibling, and both stay.
+
+export const SCHEMA = 2;
+const MAX_TITLE_CHARS = 60;
+
+export function newConversation() {
+  const now = Date.now();
+  return { schema: SCHEMA, id: crypto.getRandomValues(new Uint32Array(3)).join("-"), title: "", created: now,
+    updated: now, leaf: null, turns: {} };
+}
+
+/** Adds a turn below `parent` (null: at the beginning) and makes it the leaf; returns it. */
+export function addTurn(conversation, parent, role, content) {
+  const numbers = Object.keys(conversation.turns).map(Number);
+  const id = String(1 + Math.max(0, ...numbers));
+  const turn = { id, parent, role, content, at: Date.now() };
+  conversation.turns[id] = turn;
+  conversation.leaf = id;
+  conversation.updated = turn.at;
+  if (role === "user" && !conversation.title) conversation.title = titleOf(content);
+  return turn;
+}
+
+export function titleOf(text) {
+  const line = text.trim().split("\n")[0].trim();
+  return line.length > MAX_TITLE_CHARS ? `${line.slice(0, MAX_TITLE_CHARS - 1)}…` : line;
+}
+
+/** Removes a turn that nothing follows; its parent becomes the leaf. */
+export function removeLeaf(conversation, turn) {
+  delete conversation.turns[turn.id];
+  conversation.leaf = turn.parent;
+}
+
+/** Returns the turns from the beginning to `leaf`. */
+export function pathOf(conversation, leaf = conversation.leaf) {
+  const path = [];
+  for (let turn = conversation.turns[leaf]; turn; turn = conversation.turns[turn.parent]) path.unshift(turn);
+  return path;
+}
+
+/** Returns the turns that stand in the place of this one, itself among them, oldest first. */
+export function siblingsOf(conversation, turn) {
+  return Object.values(conversation.turns).filter((one) => one.parent === turn.parent && one.role === turn.role);
+}
+
+/** Returns the newest leaf below a turn. */
+export function leafBelow(conversation, turn) {
+  for (;;) {
+    const next = Object.values(conversation.turns).filter((one) => one.parent === turn.id).at(-1);
+    if (!next) return turn.id;
+    turn = next;
+  }
+}
+
+/** Returns the messages to send for an answer to `leaf`; reasoning stays here, templates strip it anyway. */
+export function messagesOf(conversation, leaf, system) {
+  const past = pathOf(conversation, leaf).map(({ role, content }) => ({ role, content }));
+  return system ? [{ role: "system", content: system }, ...past] : past;
+}
+
+/**
+ * Checks a stored or imported value; returns a conversation of the present schema.
+ *
+ * Schema 1 was a list of turns in a row. Throws an Error that says what is wrong.
+ */
+export function checked(value) {
+  if (typeof value !== "object" || value === null) throw new Error("not an object");
+  if (value.schema === undefined && Array.isArray(value.turns)) return fromList(value);
+  if (value.schema !== SCHEMA) throw new Error(`schema ${String(value.schema).slice(0, 20)}`);
+  const { turns } = value;
+  if (typeof value.id !== "string" || typeof value.title !== "string") throw new Error("id or title");
+  if (typeof turns !== "object" || turns === null) throw new Error("turns");
+  for (const [id, turn] of Object.entries(turns)) {
+    if (!/^\d{1,9}$/.test(id) || turn?.id !== id || !isTurn(turn)) throw new Error(`turn ${id.slice(0, 20)}`);
+    // A parent is older than its child, so there is no circle.
+    if (turn.parent !== null && !(turn.parent in turns && Number(turn.parent) < Number(id))) {
+      throw new Error(`parent of turn ${id}`);
+    }
+  }
+  const leaf = value.leaf in turns ? value.leaf : Object.keys(turns).at(-1) ?? null;
+  const time = (found) => Number.isFinite(found) ? found : Date.now();
+  return { schema: SCHEMA, id: value.id, title: value.title, created: time(value.created),
+    updated: time(value.updated), leaf, turns };
+}
+
+function isTurn(turn) {
+  return ["user", "assistant"].includes(turn.role) && typeof turn.content === "string"
+    && (turn.parent === null || typeof turn.parent === "string")
+    && ["undefined", "string"].includes(typeof turn.reasoning);
+}
+
+function fromList(value) {
+  const made = newConversation();
+  for (const turn of value.turns) {
+    if (!isTurn({ ...turn, parent: null })) throw new Error("a turn");
+    const added = addTurn(made, made.leaf, turn.role, turn.content);
+    if (turn.reasoning) added.reasoning = turn.reasoning;
+  }
+  if (typeof value.title === "string" && value.title) made.title = value.title;
+  return made;
+}

@@ -1,0 +1,167 @@
+// The list of conversations.
+
+import { pathOf } from "./conversation.js";
+import { $, node } from "./dom.js";
+import { state } from "./state.js";
+import { dropConversation, isKept, keepConversation, loadConversations } from "./store.js";
+import { save } from "./tab.js";
+import { fromJSON, saveFile, toJSON, toMarkdown } from "./transfer.js";
+import { language, t } from "./words.js";
+
+const days = new Intl.DateTimeFormat(language, { month: "short", day: "numeric" });
+const times = new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit" });
+
+let conversations = [];
+let unfolded = null;  // the id of the one whose actions are shown
+let open = () => {};
+
+/** Stores a conversation as it is now. */
+export async function keep(conversation) {
+  if (!conversations.includes(conversation)) conversations.unshift(conversation);
+  if (conversation === state.conversation) save("current", conversation.id);
+  showList();
+  try {
+    await keepConversation(conversation);
+  } catch (error) {
+    toast(t("not_kept", { why: error.message }));
+  }
+}
+
+/** Starts the list; `show(conversation)` opens one. Returns the conversation with this id, if it is there. */
+export async function startList(show, id) {
+  open = show;
+  $("search").addEventListener("input", showList);
+  $("export-all").addEventListener("click", () => saveFile("edge-llm", "json", toJSON(conversations)));
+  $("import").addEventListener("click", () => $("import-file").click());
+  $("import-file").addEventListener("change", importFiles);
+  const found = await loadConversations();
+  conversations = found.conversations;
+  if (found.broken) toast(t("broken", { n: found.broken }));
+  else if (!await isKept()) toast(t("not_stored"));
+  showList();
+  return conversations.find((one) => one.id === id) ?? null;
+}
+
+function matches(conversation, words) {
+  const text = [conversation.title, ...Object.values(conversation.turns).map((turn) => turn.content)].join("\n");
+  return words.every((word) => text.toLowerCase().includes(word));
+}
+
+export function showList() {
+  const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const found = conversations.filter((one) => matches(one, words)).sort((a, b) => b.updated - a.updated);
+  const focused = document.activeElement?.dataset?.focus;
+  $("conversations").replaceChildren(...found.map(item));
+  $("none").hidden = found.length > 0;
+  $("none").textContent = t(words.length ? "none_found" : "none_yet");
+  $("export-all").disabled = conversations.length === 0;
+  if (focused) $("conversations").querySelector(`[data-focus="${CSS.escape(focused)}"]`)?.focus();
+}
+
+function when(time) {
+  const date = new Date(time);
+  return (date.toDateString() === new Date().toDateString() ? times : days).format(date);
+}
+
+function button(className, text, focus, act) {
+  const made = node("button", className, text);
+  made.type = "button";
+  made.dataset.focus = focus;
+  made.addEventListener("click", act);
+  return made;
+}
+
+function item(conversation) {
+  const { id } = conversation;
+  const title = conversation.title || t("untitled");
+  const made = node("li");
+  const row = node("div", "row");
+  const main = button("open", "", `open ${id}`, () => { open(conversation); showList(); });
+  main.append(node("span", "title", title), node("small", "", when(conversation.updated)));
+  if (conversation === state.conversation) main.setAttribute("aria-current", "true");
+  const more = button("quiet more", "⋯", `more ${id}`, () => { unfolded = unfolded === id ? null : id; showList(); });
+  more.setAttribute("aria-label", t("actions_for", { title }));
+  more.setAttribute("aria-expanded", String(unfolded === id));
+  row.append(main, more);
+  made.append(row);
+  if (unfolded === id) made.append(actionsOf(conversation, made));
+  return made;
+}
+
+function actionsOf(conversation, place) {
+  const { id } = conversation;
+  const row = node("div", "actions");
+  row.append(
+    button("quiet rename", t("rename"), `rename ${id}`, () => rename(conversation, place)),
+    button("quiet markdown", "Markdown", `markdown ${id}`,
+      () => saveFile(conversation.title, "md", toMarkdown(conversation))),
+    button("quiet json", "JSON", `json ${id}`, () => saveFile(conversation.title, "json", toJSON([conversation]))),
+    button("quiet delete", t("delete"), `delete ${id}`, () => remove(conversation)),
+  );
+  return row;
+}
+
+function rename(conversation, place) {
+  const field = node("input");
+  field.value = conversation.title;
+  field.setAttribute("aria-label", t("new_name"));
+  let isOver = false;
+  const end = (isTaken) => {
+    if (isOver) return;
+    isOver = true;
+    unfolded = null;
+    if (isTaken && field.value.trim()) {
+      conversation.title = field.value.trim();
+      keep(conversation);
+    } else showList();
+    $("conversations").querySelector(`[data-focus="more ${CSS.escape(conversation.id)}"]`)?.focus();
+  };
+  field.addEventListener("keydown", (event) => {
+    if (event.isComposing) return;
+    if (event.key !== "Enter" && event.key !== "Escape") return;
+    event.preventDefault();  // the button that gets the focus next is not meant
+    event.stopPropagation();
+    end(event.key === "Enter");
+  });
+  field.addEventListener("blur", () => end(true));
+  place.replaceChildren(field);
+  field.focus();
+  field.select();
+}
+
+async function remove(conversation) {
+  conversations = conversations.filter((one) => one !== conversation);
+  unfolded = null;
+  const wasOpen = conversation === state.conversation;
+  if (wasOpen) open(null);
+  showList();
+  await dropConversation(conversation.id);
+  toast(t("deleted", { title: conversation.title || t("untitled") }), t("undo"), () => {
+    keep(conversation);
+    if (wasOpen && !pathOf(state.conversation).length) open(conversation);
+    showList();
+  });
+}
+
+async function importFiles() {
+  for (const file of $("import-file").files) {
+    try {
+      const found = fromJSON(await file.text());
+      for (const one of found) await keep(one);
+      toast(t("imported", { n: found.length }));
+    } catch (error) {
+      toast(`${file.name}: ${error.message}`);
+    }
+  }
+  $("import-file").value = "";
+}
+
+/** Says something at the edge of the window until it is closed or something else is said. */
+export function toast(text, action, act) {
+  const box = $("toast");
+  const close = button("quiet close", t("close"), "close", () => { box.hidden = true; $("prompt").focus(); });
+  box.replaceChildren(node("span", "", text));
+  if (action) box.append(button("undo", action, "undo", () => { box.hidden = true; act(); $("prompt").focus(); }));
+  box.append(close);
+  box.hidden = false;
+}

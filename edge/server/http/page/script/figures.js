@@ -1,0 +1,27 @@
+// Writes figures for people.
+
+import { count, t } from "./words.js";
+
+export const seconds = (ms) => ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
+export const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+
+/** Returns what stands under an answer. */
+export function factsOf(turn) {
+  const { figures = {}, ended } = turn;
+  const list = [];
+  if (figures.completion_tokens) list.push(t("n_tokens", { n: count(figures.completion_tokens) }));
+  if (figures.completion_tokens > 1 && figures.decode_ms > 0) {
+    const rate = (figures.completion_tokens - 1) / figures.decode_ms * 1000;
+    list.push(t("n_per_second", { n: rate < 100 ? rate.toFixed(1) : count(Math.round(rate)) }));
+  }
+  if (figures.ttft_ms) list.push(t("first_after", { time: seconds(figures.ttft_ms) }));
+  if (figures.prompt_tokens) {
+    list.push(t(figures.cached_tokens ? "prompt_cached" : "prompt_tokens",
+      { n: count(figures.prompt_tokens), cached: count(figures.cached_tokens ?? 0) }));
+  }
+  if (turn.model) list.push(turn.model);
+  if (ended === "length") list.push(t("cut"));
+  if (ended === "stopped") list.push(t("stopped"));
+  if (ended === "failed" || !ended) list.push(t("incomplete"));
+  return list;
+}

@@ -1,0 +1,111 @@
+// The panel: sampling fields and the system message, and presets of them.
+
+import { $ } from "./dom.js";
+import { chosenModel } from "./state.js";
+import { dropPreset, keepPreset, loadPresets } from "./store.js";
+import { openPanel } from "./sides.js";
+import { load, save } from "./tab.js";
+import { t } from "./words.js";
+
+const CHAT_ONLY = ["thinking_token_budget", "enable_thinking"];
+const BUILT_IN = {
+  own: {}, greedy: { temperature: "0" }, precise: { temperature: "0.2", top_p: "0.9" },
+  lively: { temperature: "1", min_p: "0.05" },
+};
+
+let presets = [];
+
+const fields = () => [...$("sampling").querySelectorAll("[name]")];
+
+/** Returns the fields that are filled in, as a request has them. Throws an Error at a wrong number. */
+export function parameters() {
+  const result = {};
+  for (const field of fields()) {
+    if (field.type !== "number") continue;
+    if (!field.checkValidity()) {
+      openPanel(true);
+      field.reportValidity();
+      throw new Error(`${field.parentElement.firstElementChild.textContent}: ${field.validationMessage}`);
+    }
+    if (field.value !== "") result[field.name] = Number(field.value);
+  }
+  const stops = $("sampling").querySelector("[name=stop]").value.split("\n").filter(Boolean);
+  if (stops.length) result.stop = stops;
+  if ($("sampling").querySelector("[name=no_thinking]").checked) result.enable_thinking = false;
+  return result;
+}
+
+/** Returns those of them that a completion takes. */
+export function completionParameters() {
+  return Object.fromEntries(Object.entries(parameters()).filter(([name]) => !CHAT_ONLY.includes(name)));
+}
+
+export function systemMessage() {
+  return $("sampling").querySelector("[name=system]").value.trim();
+}
+
+/** Shows in every field what the model itself would take. */
+export function showOwnValues() {
+  const own = chosenModel()?.sampling ?? {};
+  for (const field of fields()) {
+    if (field.name in own) field.placeholder = String(own[field.name]);
+    else if (field.dataset.own) field.placeholder = t(field.dataset.own);
+  }
+}
+
+function values() {
+  return Object.fromEntries(fields().map((one) => [one.name, one.type === "checkbox" ? one.checked : one.value]));
+}
+
+function write(given) {
+  for (const field of fields()) {
+    const value = given[field.name];
+    if (field.type === "checkbox") field.checked = value === true;
+    else field.value = typeof value === "string" ? value : "";
+  }
+  save("sampling", values());
+}
+
+// ------------------------------------------------------------------ presets
+
+function showPresets(selected) {
+  const built = Object.keys(BUILT_IN).map((key) => new Option(t(`preset_${key}`), `built:${key}`));
+  const own = presets.map(({ name }) => new Option(name, `own:${name}`));
+  $("preset").replaceChildren(new Option(t("preset_choose"), ""), ...built, ...own);
+  $("preset").value = selected;
+  $("preset-delete").disabled = !selected.startsWith("own:");
+}
+
+async function savePreset() {
+  const name = $("preset-name").value.trim();
+  if (!name) { $("preset-name").focus(); return; }
+  await keepPreset({ name, values: values() });
+  presets = await loadPresets();
+  $("preset-name").value = "";
+  showPresets(`own:${name}`);
+}
+
+async function deletePreset() {
+  await dropPreset($("preset").value.slice("own:".length));
+  presets = await loadPresets();
+  showPresets("");
+}
+
+function choosePreset() {
+  const [kind, ...rest] = $("preset").value.split(":");
+  const name = rest.join(":");
+  $("preset-delete").disabled = kind !== "own";
+  if (kind === "built") write({ ...BUILT_IN[name], system: systemMessage() });
+  if (kind === "own") write(presets.find((one) => one.name === name)?.values ?? {});
+}
+
+export async function startSampling() {
+  const stored = load("sampling", {});
+  write(typeof stored === "object" && stored ? stored : {});
+  $("sampling").addEventListener("change", () => save("sampling", values()));
+  $("preset").addEventListener("change", choosePreset);
+  $("preset-save").addEventListener("submit", (event) => { event.preventDefault(); savePreset(); });
+  $("preset-delete").addEventListener("click", deletePreset);
+  presets = await loadPresets();
+  showPresets("");
+}

@@ -1,0 +1,61 @@
+// A curve of the last readings, with its scale, and what it was where the pointer is.
+
+import { node } from "./dom.js";
+import { t } from "./words.js";
+
+const WIDTH = 100, HEIGHT = 30;
+const SVG = "http://www.w3.org/2000/svg";
+
+export class Sparkline {
+  /** Args: how many readings are kept, and how many seconds lie between them. */
+  constructor(size, everyS) {
+    this.size = size;
+    this.everyS = everyS;
+    this.points = [];  // [number, text]
+    this.root = node("div", "spark");
+    this.svg = document.createElementNS(SVG, "svg");
+    this.svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+    this.svg.setAttribute("preserveAspectRatio", "none");
+    this.svg.setAttribute("aria-hidden", "true");
+    this.line = this.#add("polyline");
+    this.cursor = this.#add("line");
+    this.cursor.setAttribute("y2", String(HEIGHT));
+    this.scale = node("span", "scale");
+    this.scale.setAttribute("aria-hidden", "true");
+    this.root.append(this.svg, this.scale);
+    this.root.addEventListener("pointermove", (event) => this.#point(event));
+    this.root.addEventListener("pointerleave", () => this.onpoint?.(null));
+  }
+
+  #add(name) {
+    const made = document.createElementNS(SVG, name);
+    this.svg.append(made);
+    return made;
+  }
+
+  push(value, text) {
+    this.points.push([value, text]);
+    if (this.points.length > this.size) this.points.shift();
+    const values = this.points.map(([one]) => one);
+    const top = Math.max(...values), low = Math.min(0, ...values);
+    this.line.setAttribute("points", values.map((one, at) => {
+      const y = HEIGHT - 2 - (HEIGHT - 4) * (top > low ? (one - low) / (top - low) : 0);
+      return `${this.#x(at).toFixed(1)},${y.toFixed(1)}`;
+    }).join(" "));
+    this.scale.textContent = this.points[values.indexOf(top)][1].split(/[,，]/)[0];
+  }
+
+  #x(at) {
+    return WIDTH * (this.size - this.points.length + at) / (this.size - 1);
+  }
+
+  #point(event) {
+    const box = this.svg.getBoundingClientRect();
+    const share = (event.clientX - box.left) / box.width;
+    const at = Math.round(share * (this.size - 1)) - (this.size - this.points.length);
+    if (!this.points[at]) { this.onpoint?.(null); return; }
+    for (const name of ["x1", "x2"]) this.cursor.setAttribute(name, String(this.#x(at)));
+    const ago = (this.points.length - 1 - at) * this.everyS;
+    this.onpoint?.(t("at_time", { value: this.points[at][1], n: ago }));
+  }
+}

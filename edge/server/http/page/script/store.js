@@ -1,0 +1,84 @@
+// Keeps conversations and presets in this browser (IndexedDB); in memory where it lets nothing be kept.
+
+import { checked } from "./conversation.js";
+
+const NAME = "edge-llm", VERSION = 1;
+const memory = { conversations: new Map(), presets: new Map() };
+let opened = null;
+
+function open() {
+  opened ??= new Promise((resolve) => {
+    let request;
+    try {
+      request = indexedDB.open(NAME, VERSION);
+    } catch (error) {
+      console.warn("nothing is kept:", error.message);
+      resolve(null);
+      return;
+    }
+    request.onupgradeneeded = () => {
+      request.result.createObjectStore("conversations", { keyPath: "id" });
+      request.result.createObjectStore("presets", { keyPath: "name" });
+    };
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => {
+      console.warn("nothing is kept:", request.error?.message);
+      resolve(null);
+    };
+  });
+  return opened;
+}
+
+/** Whether what is written outlives this page. */
+export async function isKept() {
+  return await open() !== null;
+}
+
+async function work(store, mode, act) {
+  const base = await open();
+  return new Promise((resolve, reject) => {
+    const transaction = base.transaction(store, mode);
+    const request = act(transaction.objectStore(store));
+    transaction.oncomplete = () => resolve(request.result);
+    transaction.onabort = transaction.onerror = () => reject(transaction.error ?? request.error);
+  });
+}
+
+async function all(store) {
+  if (!await isKept()) return [...memory[store].values()];
+  return work(store, "readonly", (there) => there.getAll());
+}
+
+async function put(store, key, value) {
+  if (!await isKept()) memory[store].set(key, structuredClone(value));
+  else await work(store, "readwrite", (there) => there.put(value));
+}
+
+async function remove(store, key) {
+  memory[store].delete(key);
+  if (await isKept()) await work(store, "readwrite", (there) => there.delete(key));
+}
+
+/** Returns the conversations, newest first, and how many stored values are none (they stay as they are). */
+export async function loadConversations() {
+  const good = [];
+  let broken = 0;
+  for (const value of await all("conversations")) {
+    try {
+      const conversation = checked(value);
+      conversation.id = value.id;
+      good.push(conversation);
+    } catch (error) {
+      broken += 1;
+      console.warn("a stored conversation cannot be read:", error.message);
+    }
+  }
+  good.sort((a, b) => b.updated - a.updated);
+  return { conversations: good, broken };
+}
+
+export const keepConversation = (conversation) => put("conversations", conversation.id, conversation);
+export const dropConversation = (id) => remove("conversations", id);
+export const loadPresets = () => all("presets");
+export const keepPreset = (preset) => put("presets", preset.name, preset);
+export const dropPreset = (name) => remove("presets", name);

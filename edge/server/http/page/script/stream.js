@@ -1,0 +1,66 @@
+// Reads a streamed answer into a turn.
+
+import { Refusal, events } from "./server.js";
+import { t } from "./words.js";
+
+const THINK_END = "</think>";
+
+/**
+ * Reads to the end. A chat's pieces say what is reasoning; a completion's text, with which an answer
+ * goes on, is split here at the end of the reasoning.
+ *
+ * Args: the response; the turn that grows; `onPiece`, called after each piece.
+ */
+export async function readInto(response, turn, startedAt, onPiece) {
+  let usage = null, reason = null, complete = false, firstAt = 0, answerAt = 0, raw = "";
+  const before = { ...turn.figures };
+  const wasThinking = Boolean(turn.reasoning) && !turn.content;
+  for await (const data of events(response.body)) {
+    if (data === "[DONE]") { complete = true; break; }
+    const chunk = JSON.parse(data);
+    if (chunk.error) throw new Refusal(String(chunk.error.message), 0, 0);
+    usage = chunk.usage ?? usage;
+    const choice = chunk.choices?.[0];
+    if (!choice) continue;
+    reason = choice.finish_reason ?? reason;
+    let reasoning = choice.delta?.reasoning_content ?? choice.delta?.reasoning ?? "";
+    let text = choice.delta?.content ?? "";
+    if (choice.text) {
+      raw += choice.text;
+      [reasoning, text] = wasThinking ? divided(raw, choice.text) : ["", choice.text];
+    }
+    if (!reasoning && !text) continue;
+    const now = performance.now();
+    firstAt ||= now;
+    if (text) answerAt ||= now;
+    if (reasoning) turn.reasoning = (turn.reasoning ?? "") + reasoning;
+    turn.content += turn.content ? text : text.trimStart();
+    onPiece();
+  }
+  if (!complete) throw new Refusal(t("ended_early"), 0, 0);
+  const now = performance.now();
+  turn.ended = reason === "length" ? "length" : "stop";
+  if (turn.reasoning) turn.thought_ms = (turn.thought_ms ?? 0) + ((answerAt || now) - (firstAt || now));
+  turn.figures = {
+    ttft_ms: before.ttft_ms ?? (firstAt ? firstAt - startedAt : 0),
+    decode_ms: (before.decode_ms ?? 0) + (firstAt ? now - firstAt : 0),
+    prompt_tokens: before.prompt_tokens ?? usage?.prompt_tokens ?? 0,
+    cached_tokens: before.cached_tokens ?? usage?.prompt_tokens_details?.cached_tokens ?? 0,
+    completion_tokens: (before.completion_tokens ?? 0) + (usage?.completion_tokens ?? 0),
+    reasoning_tokens: before.reasoning_tokens ?? usage?.completion_tokens_details?.reasoning_tokens ?? 0,
+  };
+}
+
+// What the last piece adds to the reasoning and to the answer; a mark that is begun waits for its end.
+function divided(raw, piece) {
+  const cut = (text) => {
+    const at = text.indexOf(THINK_END);
+    if (at >= 0) return [text.slice(0, at), text.slice(at + THINK_END.length)];
+    for (let length = THINK_END.length - 1; length > 0; length -= 1) {
+      if (text.endsWith(THINK_END.slice(0, length))) return [text.slice(0, -length), ""];
+    }
+    return [text, ""];
+  };
+  const [was, now] = [cut(raw.slice(0, raw.length - piece.length)), cut(raw)];
+  return [now[0].slice(was[0].length), now[1].slice(was[1].length)];
+}

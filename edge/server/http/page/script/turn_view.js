@@ -1,0 +1,145 @@
+// Shows one turn, with what can be done with it.
+
+import { MarkdownView } from "./answer/markdown_view.js";
+import { leafBelow, siblingsOf } from "./conversation.js";
+import { copyFrom } from "./copy.js";
+import { node } from "./dom.js";
+import { factsOf, seconds } from "./figures.js";
+import { count, t } from "./words.js";
+
+export class TurnView {
+  /**
+   * Args: the conversation, the turn, and what to do: `regenerate(turn)`, `go_on(turn)`,
+   * `edit(turn, text)`, `show(leaf)`.
+   */
+  constructor(conversation, turn, actions) {
+    this.conversation = conversation;
+    this.turn = turn;
+    this.actions = actions;
+    this.root = node("div", `turn ${turn.role}`);
+    this.root.setAttribute("role", "group");
+    this.root.setAttribute("aria-label", t(turn.role === "user" ? "you" : "model"));
+    this.body = node("div", "body");
+    this.facts = node("div", "facts");
+    if (turn.role === "assistant") this.#makeReasoning();
+    this.root.append(this.body, this.facts);
+    if (this.details) this.answer = new MarkdownView(this.body);
+    this.update(true);
+  }
+
+  #makeReasoning() {
+    this.details = node("details");
+    this.summary = node("summary");
+    const reasoning = node("div", "reasoning");
+    reasoning.tabIndex = 0;
+    this.details.append(this.summary, reasoning);
+    this.details.hidden = true;
+    this.thought = new MarkdownView(reasoning);
+    this.details.addEventListener("toggle", () => this.#showReasoning(this.isFinal));
+    this.root.append(this.details);
+  }
+
+  /** Shows the turn as it is now; `final` once nothing more is added to it. */
+  update(final) {
+    this.isFinal = final;
+    const { turn } = this;
+    if (!this.answer) this.body.textContent = turn.content;
+    else {
+      if (turn.content || final) this.answer.update(turn.content, final);
+      this.#showReasoning(final);
+      this.#followPhase(final);
+    }
+    if (final) this.#showFacts();
+  }
+
+  /** Says why there is nothing yet. */
+  wait(text) {
+    this.waiting ??= node("p", "waiting");
+    this.waiting.textContent = text;
+    if (!this.waiting.isConnected) this.root.insertBefore(this.waiting, this.facts);
+  }
+
+  #showReasoning(final) {
+    const { turn } = this;
+    if (!turn.reasoning) return;
+    this.details.hidden = false;
+    this.summary.textContent = this.#summary(final);
+    if (this.details.open) this.thought.update(turn.reasoning, final || turn.content !== "");
+  }
+
+  #summary(final) {
+    const { figures = {}, thought_ms: took, content } = this.turn;
+    if (!final && !content) return t("thinking");
+    const time = took ? seconds(took) : "";
+    const tokens = figures.reasoning_tokens;
+    if (time && tokens) return t("thought_long", { time, n: count(tokens) });
+    return time ? t("thought", { time }) : t("reasoning");
+  }
+
+  // Open while it reasons, folded once it answers; in between the reader may do as they like.
+  #followPhase(final) {
+    const { turn } = this;
+    const phase = turn.content ? "answer" : turn.reasoning ? "reasoning" : "";
+    if (phase && this.waiting) this.waiting.remove();
+    if (phase !== this.phase) this.details.open = phase === "reasoning" && (!final || !turn.content);
+    this.phase = phase;
+  }
+
+  #showFacts() {
+    const { turn } = this;
+    const facts = turn.role === "assistant" ? factsOf(turn) : [];
+    this.facts.replaceChildren(...facts.map((fact) => node("span", "", fact)));
+    const tools = node("div", "tools");
+    tools.append(...this.#branches());
+    if (turn.content) tools.append(this.#button("copy", (button) => copyFrom(button, () => turn.content)));
+    if (turn.role === "user") tools.append(this.#button("edit", () => this.#edit()));
+    else {
+      tools.append(this.#button("regenerate", () => this.actions.regenerate(turn)));
+      if (turn.ended !== "stop") tools.append(this.#button("continue", () => this.actions.go_on(turn)));
+    }
+    this.facts.append(tools);
+  }
+
+  #button(name, act) {
+    const button = node("button", `quiet ${name}`, t(name));
+    button.type = "button";
+    button.addEventListener("click", () => act(button));
+    return button;
+  }
+
+  #branches() {
+    const siblings = siblingsOf(this.conversation, this.turn);
+    if (siblings.length < 2) return [];
+    const at = siblings.indexOf(this.turn);
+    const step = (name, sign, to) => {
+      const button = this.#button(name, () => this.actions.show(leafBelow(this.conversation, siblings[to])));
+      button.textContent = sign;
+      button.setAttribute("aria-label", t(name));
+      button.disabled = !siblings[to];
+      return button;
+    };
+    const place = node("span", "place", `${at + 1}/${siblings.length}`);
+    return [step("previous", "‹", at - 1), place, step("next", "›", at + 1)];
+  }
+
+  #edit() {
+    const area = node("textarea");
+    area.value = this.turn.content;
+    area.setAttribute("aria-label", t("edit_message"));
+    area.rows = Math.min(12, area.value.split("\n").length + 1);
+    const stop = () => { this.body.replaceChildren(); this.root.classList.remove("editing"); this.update(true); };
+    const send = () => area.value.trim() && this.actions.edit(this.turn, area.value.trim());
+    const buttons = node("div", "tools");
+    const main = this.#button("send", send);
+    main.className = "main";
+    buttons.append(main, this.#button("cancel", stop));
+    area.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") { event.stopPropagation(); stop(); }
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
+    });
+    this.root.classList.add("editing");
+    this.body.replaceChildren(area);
+    this.facts.replaceChildren(buttons);
+    area.focus();
+  }
+}

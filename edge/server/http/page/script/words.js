@@ -1,0 +1,32 @@
+// The page's words, in the first language of the browser that there is a catalogue for.
+
+import en from "../lang/en.js";
+import zh from "../lang/zh.js";
+
+const CATALOGUES = { en, zh };
+const found = navigator.languages.map((tag) => tag.slice(0, 2).toLowerCase()).find((tag) => tag in CATALOGUES) ?? "en";
+
+export const language = found === "zh" ? "zh-Hans" : "en";
+
+/** Returns the text of a key, with `{name}` replaced by the value of that name. */
+export function t(key, values = {}) {
+  const text = CATALOGUES[found][key];
+  if (text === undefined) throw new Error(`no text for ${key}`);
+  return text.replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
+}
+
+const numbers = new Intl.NumberFormat(language);
+export const count = (value) => numbers.format(value);
+
+/** Writes the words into the elements that name them. */
+export function translate(root) {
+  document.documentElement.lang = language;
+  for (const [data, write] of [
+    ["t", (one, text) => { one.textContent = text; }],
+    ["tLabel", (one, text) => one.setAttribute("aria-label", text)],
+    ["tPlaceholder", (one, text) => one.setAttribute("placeholder", text)],
+  ]) {
+    const name = `data-${data.replace(/[A-Z]/, (letter) => `-${letter.toLowerCase()}`)}`;
+    for (const one of root.querySelectorAll(`[${name}]`)) write(one, t(one.dataset[data]));
+  }
+}

@@ -1,0 +1,431 @@
+"""What can be done with conversations on the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.edge.server.http.browser import WAIT_S, Browser
+from tests.edge.server.http.page_stub import THINK, THINK_END, StubServer
+
+FORMAT = "edge-llm conversations"
+CIRCLE = {
+    "schema": 2,
+    "id": "x",
+    "title": "t",
+    "turns": {"1": {"id": "1", "parent": "1", "role": "user", "content": ""}},
+}
+
+
+def contents(server: StubServer) -> list[str]:
+    """The texts of the last chat that the server got."""
+    return [message["content"] for message in server.requests[-1]["messages"]]
+
+
+def titles(browser: Browser) -> list[str]:
+    browser.open_list()
+    return [one.text for one in browser.all("#conversations .title")]
+
+
+def tool(browser: Browser, name: str, turn: str = ".turn.assistant:last-of-type") -> Any:
+    """The last button of this name in the conversation."""
+    return browser.all(f"#log .turn button.{name}")[-1]
+
+
+def act(browser: Browser, action: str, at: int = 0) -> None:
+    """Do something from the menu of a conversation in the list."""
+    browser.open_list()
+    browser.all("#conversations .more")[at].click()
+    browser.one(f"#conversations .{action}").click()
+
+
+def stored(browser: Browser, script: str, given: Any = None) -> Any:
+    """Run a script with ``store``, the object store of conversations, and ``finish``."""
+    whole = """
+    const [given, done] = arguments;
+    const opening = indexedDB.open("edge-llm", 1);
+    opening.onsuccess = () => {
+      const transaction = opening.result.transaction("conversations", "readwrite");
+      const store = transaction.objectStore("conversations");
+      let result = null;
+      const finish = (value) => { result = value; };
+      transaction.oncomplete = () => { opening.result.close(); done(result); };
+      %s
+    };"""
+    return browser.driver.execute_async_script(whole % script, given)
+
+
+def stored_values(browser: Browser) -> list[dict[str, Any]]:
+    script = "const all = store.getAll(); all.onsuccess = () => finish(all.result);"
+    found: list[dict[str, Any]] = stored(browser, script)
+    return found
+
+
+def bring(browser: Browser, tmp_path: Path, text: str) -> str:
+    """Import a file; returns what the page says to it."""
+    tmp_path.mkdir(exist_ok=True)
+    file = tmp_path / "chats.json"
+    file.write_text(text)
+    script = "document.getElementById('import-file').hidden = false"
+    browser.driver.execute_script(script)
+    browser.one("#import-file").send_keys(str(file))
+    browser.until(lambda: browser.one("#toast").is_displayed())
+    return str(browser.one("#toast span").text)
+
+
+# --------------------------------------------------------------------------- the list
+
+
+def test_conversations_are_listed_and_survive_the_tab(browser: Browser, server: StubServer):
+    browser.ask("hello")
+    browser.answered()
+    browser.one("#new").click()
+    assert browser.all(".turn") == []
+    browser.ask("another thing")
+    browser.answered()
+    assert titles(browser) == ["another thing", "hello"]
+    browser.driver.execute_script("sessionStorage.clear()")  # as a new tab
+    browser.reload()
+    assert browser.all(".turn") == []
+    browser.all("#conversations .open")[1].click()
+    assert browser.one(".turn.user .body").text == "hello"
+    assert "Done." in browser.one(".turn.assistant .body").text
+    assert browser.one("#conversations [aria-current]").text.startswith("hello")
+
+
+def test_rename(browser: Browser):
+    browser.ask("hello")
+    browser.answered()
+    act(browser, "rename")
+    field = browser.driver.switch_to.active_element
+    field.send_keys(browser.keys.CONTROL, "a")
+    field.send_keys("Greeting", browser.keys.ENTER)
+    assert titles(browser) == ["Greeting"]
+    act(browser, "rename")
+    browser.driver.switch_to.active_element.send_keys("nothing", browser.keys.ESCAPE)
+    assert titles(browser) == ["Greeting"]
+    browser.reload()
+    assert titles(browser) == ["Greeting"]
+
+
+def test_delete_and_undo(browser: Browser):
+    browser.ask("hello")
+    browser.answered()
+    act(browser, "delete")
+    assert titles(browser) == []
+    assert browser.all(".turn") == []
+    browser.until(lambda: stored_values(browser) == [])
+    browser.one("#toast .undo").click()
+    assert titles(browser) == ["hello"]
+    assert browser.one(".turn.user .body").text == "hello"
+    browser.until(lambda: len(stored_values(browser)) == 1)
+    act(browser, "delete")
+    browser.reload()
+    assert titles(browser) == []
+
+
+def test_search_looks_into_titles_and_texts(browser: Browser, server: StubServer):
+    server.answers["one"] = "About apples."
+    server.answers["two"] = "About pears."
+    for text in ("one", "two"):
+        browser.one("#new").click()
+        browser.ask(text)
+        browser.answered()
+    browser.open_list()
+    browser.one("#search").send_keys("about PEARS")
+    assert titles(browser) == ["two"]
+    browser.one("#search").send_keys("x")
+    assert titles(browser) == []
+    assert browser.one("#none").text == "Nothing found."
+
+
+# --------------------------------------------------------------------------- branches
+
+
+@pytest.mark.parametrize("prompt", ["broken", "cut"])
+def test_try_again_after_an_answer_that_broke_off(
+    prompt: str, browser: Browser, server: StubServer
+):
+    browser.ask(prompt)
+    browser.until(lambda: browser.all(".turn.error"))
+    server.answers[prompt] = "The whole answer."
+    browser.one(".turn.error button").click()
+    browser.until(lambda: "The whole answer." in browser.one("#log").text)
+    browser.answered()
+    assert contents(server) == [prompt]
+    assert browser.one(".turn.assistant .place").text == "2/2"
+
+
+def test_regenerate_keeps_both_answers(browser: Browser, server: StubServer):
+    server.answers["q"] = "First answer."
+    browser.ask("q")
+    browser.answered()
+    server.answers["q"] = "Second answer."
+    tool(browser, "regenerate").click()
+    browser.until(lambda: "Second answer." in browser.one("#log").text)
+    browser.answered()
+    assert contents(server) == ["q"]
+    tool(browser, "previous").click()
+    assert "First answer." in browser.one(".turn.assistant .body").text
+    browser.ask("more")
+    browser.answered()
+    assert contents(server) == ["q", "First answer.", "more"]
+    browser.reload()
+    browser.all(".turn.assistant .next")[0].click()
+    assert "Second answer." in browser.one(".turn.assistant .body").text
+    assert len(browser.all(".turn")) == 2  # what followed the first answer is not below this one
+
+
+def test_edit_makes_a_branch(browser: Browser, server: StubServer):
+    browser.ask("hello")
+    browser.answered()
+    browser.ask("second")
+    browser.answered()
+    browser.all(".turn.user .edit")[0].click()
+    area = browser.driver.switch_to.active_element
+    assert area.get_attribute("value") == "hello"
+    area.send_keys(" again", browser.keys.ENTER)
+    browser.until(lambda: len(browser.all(".turn")) == 2)
+    browser.answered()
+    assert contents(server) == ["hello again"]
+    assert browser.one(".turn.user .place").text == "2/2"
+    browser.one(".turn.user .previous").click()
+    assert [one.text for one in browser.all(".turn.user .body")] == ["hello", "second"]
+
+
+def test_an_edit_can_be_left(browser: Browser, server: StubServer):
+    browser.ask("hello")
+    browser.answered()
+    browser.one(".turn.user .edit").click()
+    browser.driver.switch_to.active_element.send_keys("x", browser.keys.ESCAPE)
+    assert browser.one(".turn.user .body").text == "hello"
+    assert len(server.requests) == 1
+
+
+# --------------------------------------------------------------------------- going on
+
+
+def test_go_on_with_a_stopped_answer(browser: Browser, server: StubServer):
+    browser.ask("endless")
+    browser.until(lambda: "5 6" in browser.one(".turn.assistant .body").text)
+    browser.one("#stop").click()
+    shown = browser.answered().find_element(browser.by.CSS_SELECTOR, ".body").text
+    tool(browser, "continue").click()
+    browser.until(lambda: "whole answer." in browser.one(".turn.assistant .body").text)
+    browser.answered()
+    request = server.requests[-1]
+    (prompt,) = request["prompt"]
+    head = [1, *map(ord, "endless"), THINK, ord("\n")]
+    assert prompt[: len(head)] == head
+    # The template began the reasoning, and the answer had none.
+    text = "".join(map(chr, prompt[len(head) + 1 :]))
+    assert prompt[len(head)] == THINK_END
+    assert text.strip() == shown
+    assert browser.one(".turn.assistant .body").text == f"{shown} whole answer."
+    assert browser.all("#log .continue") == []
+
+
+def test_stopped_before_the_first_word(browser: Browser, server: StubServer):
+    server.holds.clear()
+    browser.ask("hello")
+    browser.until(lambda: browser.one("#stop").is_displayed())
+    browser.one("#stop").click()
+    browser.until(lambda: browser.all(".turn.error"))
+    assert "Stopped" in browser.one(".turn.error").text
+    server.holds.set()
+    browser.one(".turn.error button").click()
+    assert "Done." in browser.answered().text
+
+
+# --------------------------------------------------------------------------- figures
+
+
+def test_figures_stand_under_the_answer(browser: Browser, server: StubServer):
+    server.usage = {
+        "completion_tokens": 1412,
+        "prompt_tokens": 1203,
+        "prompt_tokens_details": {"cached_tokens": 1100},
+        "completion_tokens_details": {"reasoning_tokens": 345},
+    }
+    browser.ask("hello")
+    turn = browser.answered()
+    facts = turn.find_element(browser.by.CSS_SELECTOR, ".facts").text
+    for fact in ("1,412 tokens", "tokens/s", "first after", "prompt 1,203, 1,100 cached", "tiny"):
+        assert fact in facts
+    summary = turn.find_element(browser.by.CSS_SELECTOR, "summary").text
+    assert summary.startswith("Thought for")
+    assert summary.endswith("345 tokens")
+
+
+def test_the_meter_warns_before_the_context_is_full(browser: Browser, server: StubServer):
+    assert not browser.one("#meter").is_displayed()
+    server.usage = {"completion_tokens": 100, "prompt_tokens": 900}
+    browser.ask("hello")
+    browser.answered()
+    text = browser.one("#meter-text")
+    assert text.text == "about 1,000 of 4,096 tokens of context"
+    browser.one("#prompt").send_keys("word" * 100)
+    assert text.text == "about 1,100 of 4,096 tokens of context"
+    browser.one("#prompt").clear()
+    server.usage = {"completion_tokens": 500, "prompt_tokens": 3000}
+    browser.ask("hello")
+    browser.until(
+        lambda: text.text == "about 596 of 4,096 tokens of context are left".replace("596", "596")
+    )
+    assert browser.all("#meter.near")
+    server.usage = {"completion_tokens": 500, "prompt_tokens": 3596}
+    browser.ask("hello")
+    browser.until(lambda: text.text.startswith("This chat is full"))
+
+
+def test_who_waits_is_told_for_what(browser: Browser, server: StubServer):
+    server.holds.clear()
+    server.waiting = 5
+    browser.ask("hello")
+    waiting = browser.until(lambda: browser.all(".turn .waiting"))[0]
+    assert waiting.text == "Waiting, at most 4 ahead"
+    server.waiting = 2
+    browser.until(lambda: waiting.text == "Waiting, at most 1 ahead")
+    server.waiting = 9  # they came later
+    server.paths.clear()
+    browser.until(lambda: server.paths.count("/stats") > 2)
+    assert waiting.text == "Waiting, at most 1 ahead"
+    server.waiting = 0
+    browser.until(lambda: waiting.text == "Reading the prompt")
+    server.holds.set()
+    browser.answered()
+    assert browser.all(".turn .waiting") == []
+
+
+# --------------------------------------------------------------------------- carried away
+
+
+def exported(browser: Browser, folder: Path, suffix: str) -> str:
+    browser.until(lambda: [one for one in folder.glob(f"*.{suffix}") if one.stat().st_size])
+    (file,) = folder.glob(f"*.{suffix}")
+    return file.read_text()
+
+
+def test_export_and_import(browser: Browser, server: StubServer, tmp_path: Path):
+    browser.driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    browser.ask("hello")
+    browser.answered()
+    act(browser, "markdown")
+    text = exported(browser, tmp_path, "md")
+    assert text.startswith("# hello\n\n## You\n\nhello\n\n## Model\n\n<details>")
+    assert "```py\nprint('<b>')\n```" in text
+    browser.one("#conversations .json").click()
+    whole = exported(browser, tmp_path, "json")
+    assert json.loads(whole)["format"] == FORMAT
+    assert bring(browser, tmp_path / "brought", whole) == "1 conversations imported."
+    assert titles(browser) == ["hello", "hello"]
+    first, second = stored_values(browser)
+    assert first["id"] != second["id"]
+    assert json.dumps(first["turns"]) == json.dumps(second["turns"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no json", "This is not JSON."),
+        ('{"a": 1}', "holds no conversations"),
+        (json.dumps({"format": FORMAT, "conversations": [{"schema": 9}]}), "(schema 9)"),
+        (json.dumps({"format": FORMAT, "conversations": [CIRCLE]}), "(parent of turn 1)"),
+    ],
+    ids=["no JSON", "other JSON", "newer schema", "circle"],
+)
+def test_an_import_that_is_none(text: str, said: str, browser: Browser, tmp_path: Path):
+    assert said in bring(browser, tmp_path, text)
+    assert titles(browser) == []
+
+
+def test_broken_and_old_stored_conversations(browser: Browser, server: StubServer):
+    broken = {"id": "bad", "schema": 2, "title": "x", "turns": {"1": {"id": "1", "role": "robot"}}}
+    old = {
+        "id": "old",
+        "title": "From before",
+        "turns": [
+            {"role": "user", "content": "old question"},
+            {"role": "assistant", "content": "old answer", "reasoning": "so"},
+        ],
+    }
+    stored(browser, "for (const one of given) store.put(one);", [broken, {"id": "worse"}, old])
+    browser.reload()
+    assert "2 stored conversations cannot be read" in browser.one("#toast").text
+    assert titles(browser) == ["From before"]
+    browser.one("#conversations .open").click()
+    browser.ask("hello")
+    browser.until(lambda: len(browser.all(".turn")) == 4)
+    browser.answered()
+    assert contents(server) == ["old question", "old answer", "hello"]
+    assert broken in stored_values(browser)  # nothing is thrown away
+
+
+def test_without_a_store_the_page_goes_on(browser: Browser, server: StubServer):
+    script = "delete window.indexedDB; Object.defineProperty(window, 'indexedDB', {value: null})"
+    added = browser.driver.execute_cdp_cmd(
+        "Page.addScriptToEvaluateOnNewDocument", {"source": script}
+    )
+    try:
+        browser.reload()
+        assert "stores nothing" in browser.one("#toast").text
+        browser.ask("hello")
+        browser.answered()
+        assert titles(browser) == ["hello"]
+    finally:
+        browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+# --------------------------------------------------------------------------- settings
+
+
+def test_fields_show_the_models_own_values(browser: Browser):
+    browser.open_panel()
+    browser.until(lambda: browser.one("[name=temperature]").get_attribute("placeholder") == "0.6")
+    assert browser.one("[name=top_p]").get_attribute("placeholder") == "0.95"
+    assert browser.one("[name=max_tokens]").get_attribute("placeholder") == "no limit"
+
+
+def test_presets(browser: Browser, server: StubServer):
+    browser.open_panel()
+    browser.one("#preset option[value='built:greedy']").click()
+    assert browser.one("[name=temperature]").get_attribute("value") == "0"
+    browser.one("[name=system]").send_keys("Be a pirate.")
+    browser.one("[name=stop]").send_keys("END")
+    browser.one("#preset-name").send_keys("Pirate", browser.keys.ENTER)
+    browser.until(lambda: browser.one("#preset").get_attribute("value") == "own:Pirate")
+    browser.one("#preset option[value='built:own']").click()
+    assert browser.one("[name=temperature]").get_attribute("value") == ""
+    browser.driver.execute_script("sessionStorage.clear()")
+    browser.reload()
+    browser.open_panel()
+    browser.until(lambda: browser.all("#preset option[value='own:Pirate']"))[0].click()
+    browser.ask("hello")
+    browser.answered()
+    request = server.requests[-1]
+    assert request["messages"][0] == {"role": "system", "content": "Be a pirate."}
+    assert (request["temperature"], request["stop"]) == (0, ["END"])
+    browser.one("#preset-delete").click()
+    browser.until(lambda: not browser.all("#preset option[value='own:Pirate']"))
+
+
+def test_the_real_service_takes_what_goes_on(real: tuple[Browser, Any]):
+    browser, live = real
+    messages = [{"role": "user", "content": "hello"}]
+    live.engine.say(messages, "So.</think>One two", ends=False)
+    live.engine.delay_s = 0.02
+    browser.ask("hello")
+    browser.until(lambda: "One two" in browser.one(".turn.assistant .body").text)
+    browser.one("#stop").click()
+    browser.answered()
+    before = browser.one(".turn.assistant .body").text
+    tool(browser, "continue").click()
+    browser.until(lambda: live.idle(WAIT_S))
+    browser.answered()
+    assert browser.all(".turn.error") == []
+    assert browser.one(".turn.assistant .body").text.startswith(before[: len("One two")])
