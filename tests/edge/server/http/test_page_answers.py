@@ -298,6 +298,16 @@ def test_marks_that_are_still_open_are_not_shown(browser: Browser):
     assert "`" not in seen[3]
 
 
+def test_what_is_shown_stays_while_the_next_answer_comes(shown: Browser):
+    """Folds, selections and scrolled code are those of elements, which must not be made anew."""
+    shown.driver.execute_script("document.querySelector('figure.code').mark = 'same'")
+    shown.ask("hello")
+    shown.until(lambda: len(shown.all(".turn.assistant")) == 2)
+    shown.answered()
+    script = "return document.querySelector('figure.code').mark"
+    assert shown.driver.execute_script(script) == "same"
+
+
 @pytest.mark.parametrize("way", ["at once", "in pieces"])
 def test_a_million_lines_of_code(way: str, browser: Browser, server: StubServer):
     script = """

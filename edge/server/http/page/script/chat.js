@@ -78,13 +78,12 @@ async function answer(parent, broken = null) {
   const { conversation } = state;
   const model = $("model").value;
   conversation.leaf = broken?.id ?? parent;
-  redraw();
-  toEnd(true);
   keep(conversation);
   let sampling;
   try {
     sampling = broken ? completionParameters() : parameters();
   } catch (error) {
+    redraw();
     showError(error.message, 0, () => answer(parent, broken));
     return;
   }
@@ -115,7 +114,7 @@ class Run {
     this.isDrawing = false;
     this.restMs = 0;
     this.view = redraw();
-    this.view.facts.replaceChildren();
+    this.view.begin();
     busy(true);
     toEnd(true);
     this.queue = watchQueue(turn.model, (text) => this.view.wait(text));
@@ -141,7 +140,7 @@ class Run {
     this.restMs = Math.min(MAX_REST_MS, REST_SHARE * (performance.now() - began));
     if (began - this.keptAt > KEEP_MS) {
       this.keptAt = began;
-      keep(this.conversation);
+      keep(this.conversation, false);
     }
   }
 
@@ -157,9 +156,7 @@ class Run {
     if (isEmpty) removeLeaf(conversation, turn);
     if (Object.keys(conversation.turns).length) keep(conversation);
     if (state.conversation !== conversation) return;  // another one is shown by now
-    const place = $("log").scrollTop;
     redraw();
-    $("log").scrollTop = place;
     toEnd(false);
     const again = () => answer(turn.parent);
     if (error && !wasStopped) showError(reasonOf(error), error.retryAfterS ?? 0, again);

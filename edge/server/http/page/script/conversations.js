@@ -15,11 +15,11 @@ let conversations = [];
 let unfolded = null;  // the id of the one whose actions are shown
 let open = () => {};
 
-/** Stores a conversation as it is now. */
-export async function keep(conversation) {
+/** Stores a conversation as it is now; the list is drawn anew unless only the text has grown. */
+export async function keep(conversation, isListed = true) {
   if (!conversations.includes(conversation)) conversations.unshift(conversation);
   if (conversation === state.conversation) save("current", conversation.id);
-  showList();
+  if (isListed) showList();
   try {
     await keepConversation(conversation);
   } catch (error) {
@@ -48,6 +48,9 @@ function matches(conversation, words) {
 }
 
 export function showList() {
+  if ($("conversations").contains(document.activeElement) && document.activeElement.tagName === "INPUT") {
+    return;  // somebody types a new name; the list is drawn when they are done
+  }
   const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const found = conversations.filter((one) => matches(one, words)).sort((a, b) => b.updated - a.updated);
   const focused = document.activeElement?.dataset?.focus;
@@ -109,6 +112,7 @@ function rename(conversation, place) {
   const end = (isTaken) => {
     if (isOver) return;
     isOver = true;
+    field.remove();
     unfolded = null;
     if (isTaken && field.value.trim()) {
       conversation.title = field.value.trim();

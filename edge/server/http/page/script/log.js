@@ -8,13 +8,22 @@ import { t } from "./words.js";
 const NEAR_PX = 120;  // who is closer to the end follows what comes
 const MAX_WAIT_S = 120;
 
+// Views by turn: what is shown already stays as it is, with its folds, its selection and its place.
+const views = new WeakMap();
+
 /** Shows the way to the leaf with `makeView(turn)`; returns the view of the last turn. */
 export function drawLog(makeView) {
-  for (const old of $("log").querySelectorAll(".turn")) old.remove();
-  const views = pathOf(state.conversation).map(makeView);
-  $("empty").hidden = views.length > 0;
-  $("log").append(...views.map((view) => view.root));
-  return views.at(-1) ?? null;
+  const path = pathOf(state.conversation).map((turn) => {
+    const known = views.get(turn);
+    if (known) known.update(true);
+    else views.set(turn, makeView(turn));
+    return views.get(turn);
+  });
+  const wanted = new Set(path.map((view) => view.root));
+  for (const old of $("log").querySelectorAll(".turn")) if (!wanted.has(old)) old.remove();
+  $("empty").hidden = path.length > 0;
+  $("log").append(...path.map((view) => view.root).filter((root) => !root.isConnected));
+  return path.at(-1) ?? null;
 }
 
 /** Shows an error below the last turn, with a button that tries again. */

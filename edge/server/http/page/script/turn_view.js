@@ -43,8 +43,10 @@ export class TurnView {
   update(final) {
     this.isFinal = final;
     const { turn } = this;
-    if (!this.answer) this.body.textContent = turn.content;
-    else {
+    if (!this.answer) {
+      this.root.classList.remove("editing");
+      if (this.body.textContent !== turn.content || this.body.firstElementChild) this.body.textContent = turn.content;
+    } else {
       if (turn.content || final) this.answer.update(turn.content, final);
       this.#showReasoning(final);
       this.#followPhase(final);
@@ -52,11 +54,17 @@ export class TurnView {
     if (final) this.#showFacts();
   }
 
+  /** Makes ready for an answer that comes, or goes on. */
+  begin() {
+    this.facts.replaceChildren();
+    this.update(false);
+  }
+
   /** Says why there is nothing yet. */
   wait(text) {
     this.waiting ??= node("p", "waiting");
     this.waiting.textContent = text;
-    if (!this.waiting.isConnected) this.root.insertBefore(this.waiting, this.facts);
+    if (this.waiting.parentNode !== this.root) this.root.insertBefore(this.waiting, this.facts);
   }
 
   #showReasoning(final) {
@@ -80,7 +88,7 @@ export class TurnView {
   #followPhase(final) {
     const { turn } = this;
     const phase = turn.content ? "answer" : turn.reasoning ? "reasoning" : "";
-    if (phase && this.waiting) this.waiting.remove();
+    if (final || phase) this.waiting?.remove();
     if (phase !== this.phase) this.details.open = phase === "reasoning" && (!final || !turn.content);
     this.phase = phase;
   }
@@ -127,7 +135,7 @@ export class TurnView {
     area.value = this.turn.content;
     area.setAttribute("aria-label", t("edit_message"));
     area.rows = Math.min(12, area.value.split("\n").length + 1);
-    const stop = () => { this.body.replaceChildren(); this.root.classList.remove("editing"); this.update(true); };
+    const stop = () => this.update(true);
     const send = () => area.value.trim() && this.actions.edit(this.turn, area.value.trim());
     const buttons = node("div", "tools");
     const main = this.#button("send", send);

@@ -13,6 +13,7 @@ export function watchQueue(model, say) {
     try {
       const row = (await getJSON("/stats")).models?.[model];
       if (timer === null) return;
+      if (!row) return;  // a name that stands for several models
       // Whoever came later waits behind us, so the least number seen is the best bound.
       ahead = Math.min(ahead, Math.max(0, (row?.waiting ?? 0) - 1));
       say(row?.waiting ? t(ahead ? "waiting" : "waiting_next", { n: ahead }) : t("reading"));
