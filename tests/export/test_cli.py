@@ -181,6 +181,7 @@ def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
         "sampling_assumed": None,
         "dialect": RUNNABLE,
         "tensorrt": list(manifest.tensorrt or ()),
+        "kv_cache": "fp16",
         "quality": {name: text[name] for name in _FIGURES},
         "missed": [],
     }
@@ -250,7 +251,7 @@ def test_a_missing_extra_is_named(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ):
     monkeypatch.setitem(sys.modules, package, None)  # import finds nothing
-    for module in ("export.pipeline", "export.decoder_files"):
+    for module in ("export.pipeline", "export.decoder_files", "export.graph.graph_builder"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     result = invoke(checkpoint, "-o", tmp_path / "bundle")
     assert isinstance(result.exception, DependencyError)
