@@ -108,7 +108,7 @@ def require_int8_cache(dialect: str) -> None:
     """Skip where ONNX Runtime cannot run a dialect with an 8-bit cache."""
     require_kernels(dialect)
     if dialect == "native" and not _runs("native", int8_cache=True):
-        pytest.skip("needs ONNX Runtime >= 1.27 for an 8-bit cache in dialect native")
+        pytest.skip("needs ONNX Runtime >= 1.28 for an 8-bit cache in dialect native")
 
 
 def require_huge_pages() -> None:

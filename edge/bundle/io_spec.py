@@ -169,7 +169,9 @@ DIALECTS: dict[Dialect, DialectSpec] = {
     "native": DialectSpec(
         opset=24,
         min_onnxruntime=(1, 26),
-        min_onnxruntime_int8=(1, 27),  # GroupQueryAttention with an INT8 cache; tried
+        # 1.27 has GroupQueryAttention with an INT8 cache, and where it splits queries, keys and
+        # values itself, it is wrong from the second sequence of a batch on.
+        min_onnxruntime_int8=(1, 28),
         cursor=WRITE_INDICES,
         cache_outputs=lambda layer: (present_key(layer), present_value(layer)),
         in_place=True,

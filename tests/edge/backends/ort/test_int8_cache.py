@@ -203,7 +203,8 @@ def test_one_operator_per_layer_with_its_scales(tiny_bundles: Bundles) -> None:
     ("dialect", "version", "fits"),
     [
         ("native", "1.26.0", False),
-        ("native", "1.27.0", True),
+        ("native", "1.27.0", False),
+        ("native", "1.28.0", True),
         ("portable", "1.23.2", True),
         ("portable", "1.22.0", False),
     ],
@@ -218,7 +219,7 @@ def test_an_older_onnx_runtime_is_refused(
     if fits:
         session.import_onnxruntime(manifest, "a test needs it", "cpu")
         return
-    needed = r"1\.27" if dialect == "native" else r"1\.23"
+    needed = r"1\.28" if dialect == "native" else r"1\.23"
     with pytest.raises(DependencyError, match=rf"8-bit KV cache\) needs onnxruntime >= {needed}"):
         session.import_onnxruntime(manifest, "a test needs it", "cpu")
 
