@@ -205,7 +205,10 @@ class _Handler(BaseHTTPRequestHandler):
                     "latency": {"ttft_s": times, "itl_s": times, "total_s": times},
                 }
             },
+            "rejections": {"queue_full": 3, "bodies_full": 0},
+            "drift": {"params": {"temperature": {"psi": 0.31, "alarm": True}}},
             "device": {
+                "process_rss_bytes": 3 * 2**29,
                 "memory_total_bytes": 8 * 2**30,
                 "memory_available_bytes": 6 * 2**30,
                 "temperatures_celsius": {"cpu": 50.0, "gpu": HOT_CELSIUS},

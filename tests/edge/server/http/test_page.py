@@ -250,6 +250,10 @@ def test_the_dashboard_shows_what_the_server_says(browser: Browser):
     assert "2.0 GiB of 8.0 GiB" in text
     assert f"{HOT_CELSIUS:.0f} °C" in text
     assert "125 ms, P99 2.5 s" in text
+    assert "Memory of the server\n1.5 GiB" in text
+    assert "queue_full 3" in text
+    assert "bodies_full" not in text
+    assert "0.31 temperature ⚠" in text
     assert "Power" not in text  # this device tells nothing of it
     browser.ask("endless")
     first = browser.all("#gauges dd")[0]
@@ -258,6 +262,24 @@ def test_the_dashboard_shows_what_the_server_says(browser: Browser):
     browser.until(lambda: len(browser.one("#gauges polyline").get_attribute("points").split()) > 1)
     browser.picture("dashboard")
     browser.one("#stop").click()
+
+
+def test_a_curve_has_a_scale_and_tells_what_was(browser: Browser, server: StubServer):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    browser.open_panel()
+    queue = browser.all(".gauge")[4]
+    browser.until(lambda: queue.find_element(browser.by.CSS_SELECTOR, ".scale").text == "2")
+    server.waiting = 7
+    browser.until(lambda: queue.find_element(browser.by.CSS_SELECTOR, ".scale").text == "7")
+    curve = queue.find_element(browser.by.CSS_SELECTOR, ".spark")
+    text = queue.find_element(browser.by.CSS_SELECTOR, "dd")
+    browser.driver.execute_script("arguments[0].scrollIntoView()", curve)
+    end = curve.size["width"] // 2 - 1
+    ActionChains(browser.driver).move_to_element_with_offset(curve, end, 0).perform()
+    browser.until(lambda: text.text.endswith("0 s ago"))
+    ActionChains(browser.driver).move_to_element(browser.one("#prompt")).perform()
+    browser.until(lambda: "ago" not in text.text)
 
 
 def test_the_dashboard_names_the_engine_and_a_gpu_that_idles(browser: Browser, server: StubServer):

@@ -15,7 +15,8 @@ const sum = (rows, name) => rows.reduce((total, row) => total + (row[name] ?? 0)
 const most = (values) => values.length ? Math.max(...values) : null;
 const total = (counts) => Object.values(counts ?? {}).reduce((all, one) => all + one, 0);
 
-// Each gauge: its name, and what it makes of a reading: [number for the curve, text], or null. Those
+// Each gauge: its name, and what it makes of a reading: [number for the curve, text, and a
+// short one for the scale where it differs], or null. Those
 // that are optional show only after a first reading, since not every device has them.
 const GAUGES = [
   ["gauge_rate", (now) => now.rate === null ? null : [now.rate, now.rate.toFixed(1)]],
@@ -23,17 +24,19 @@ const GAUGES = [
   ["gauge_itl", (now) => latency(now, "itl_s")],
   ["gauge_total", (now) => latency(now, "total_s")],
   ["gauge_queue", ({ rows }) => [sum(rows, "waiting"), t("queue_text", {
-    waiting: sum(rows, "waiting"), all: sum(rows, "queue_capacity"), running: sum(rows, "running") })]],
+    waiting: sum(rows, "waiting"), all: sum(rows, "queue_capacity"), running: sum(rows, "running") }),
+    String(sum(rows, "waiting"))]],
   ["gauge_kv", ({ rows }) => {
     const used = sum(rows, "kv_used_tokens"), all = sum(rows, "kv_capacity_tokens");
     const percent = Math.round(100 * used / all);
-    return all ? [used / all, t("kv_text", { percent, all: count(all), slots: sum(rows, "num_slots") })] : null;
+    return all ? [used / all, t("kv_text", { percent, all: count(all), slots: sum(rows, "num_slots") }), `${percent} %`] : null;
   }],
   ["gauge_process", ({ device }) => device.process_rss_bytes == null ? null
     : [device.process_rss_bytes, gib(device.process_rss_bytes)], "optional"],
   ["gauge_memory", ({ device }) => {
     const all = device.memory_total_bytes, left = device.memory_available_bytes;
-    return all && left != null ? [all - left, t("memory_text", { used: gib(all - left), all: gib(all) })] : null;
+    return all && left != null ? [all - left, t("memory_text", { used: gib(all - left), all: gib(all) }), gib(all - left)]
+      : null;
   }],
   ["gauge_gpu", ({ device }) => device.gpu_load_ratio == null ? null
     : [device.gpu_load_ratio, `${Math.round(100 * device.gpu_load_ratio)} %`], "optional"],
@@ -47,12 +50,13 @@ const GAUGES = [
     : [device.module_power_watts, `${device.module_power_watts.toFixed(1)} W`], "optional"],
   ["gauge_rejections", ({ stats }) => {
     const reasons = Object.entries(stats.rejections ?? {}).filter(([, n]) => n);
-    return reasons.length ? [total(stats.rejections), reasons.map(([why, n]) => `${why} ${n}`).join(", ")] : null;
+    return reasons.length ? [total(stats.rejections), reasons.map(([why, n]) => `${why} ${n}`).join(", "),
+      String(total(stats.rejections))] : null;
   }, "optional"],
   ["gauge_drift", ({ stats }) => {
     const found = Object.entries(stats.drift?.params ?? {}).filter(([, one]) => Number.isFinite(one.psi));
     const [name, worst] = found.sort(([, a], [, b]) => b.psi - a.psi)[0] ?? [];
-    return worst ? [worst.psi, `${worst.psi.toFixed(2)} ${name}${worst.alarm ? " ⚠" : ""}`] : null;
+    return worst ? [worst.psi, `${worst.psi.toFixed(2)} ${name}${worst.alarm ? " ⚠" : ""}`, worst.psi.toFixed(2)] : null;
   }, "optional"],
 ];
 
@@ -60,7 +64,7 @@ function latency({ rows }, name) {
   const found = rows.map((row) => row.latency?.[name]).filter((one) => one && one.count);
   if (!found.length) return null;
   const p50 = most(found.map((one) => one.p50)), p99 = most(found.map((one) => one.p99));
-  return [p50, t("p99_text", { p50: spell(p50), p99: spell(p99) })];
+  return [p50, t("p99_text", { p50: spell(p50), p99: spell(p99) }), spell(p50)];
 }
 
 const gauges = GAUGES.map(([name, value, optional]) => {

@@ -11,7 +11,7 @@ export class Sparkline {
   constructor(size, everyS) {
     this.size = size;
     this.everyS = everyS;
-    this.points = [];  // [number, text]
+    this.points = [];  // [number, text, short text]
     this.root = node("div", "spark");
     this.svg = document.createElementNS(SVG, "svg");
     this.svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
@@ -33,8 +33,9 @@ export class Sparkline {
     return made;
   }
 
-  push(value, text) {
-    this.points.push([value, text]);
+  /** Adds a reading; the scale shows the short text of the highest one. */
+  push(value, text, short = text) {
+    this.points.push([value, text, short]);
     if (this.points.length > this.size) this.points.shift();
     const values = this.points.map(([one]) => one);
     const top = Math.max(...values), low = Math.min(0, ...values);
@@ -42,7 +43,7 @@ export class Sparkline {
       const y = HEIGHT - 2 - (HEIGHT - 4) * (top > low ? (one - low) / (top - low) : 0);
       return `${this.#x(at).toFixed(1)},${y.toFixed(1)}`;
     }).join(" "));
-    this.scale.textContent = this.points[values.indexOf(top)][1].split(/[,，]/)[0];
+    this.scale.textContent = this.points[values.indexOf(top)][2];
   }
 
   #x(at) {
