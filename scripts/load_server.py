@@ -120,7 +120,7 @@ class Load:
                 self.wrong.append(f"{kind}: {error!r}")
                 status = -1
             self.answers[f"{kind} {status}"] += 1
-            if status >= 500 or (kind in GOOD and status not in (200, 429)):
+            if status >= 500 or (kind in GOOD and status not in (-1, 200, 429)):
                 self.wrong.append(f"{kind}: {status}")
             if status == 429:
                 await asyncio.sleep(0.5)

@@ -260,7 +260,11 @@ def report(result: dict[str, Any], options: argparse.Namespace) -> str:
         " ".join(f"{mib:7.1f}" for mib in by_minute[at : at + 10])
         for at in range(0, len(by_minute), 10)
     ]
-    lines += ["```", "", "Answers by kind of request and status (0: the client left):", ""]
+    lines += ["```", ""]
+    if result["wrong"]:
+        lines += ["The first requests that went wrong:", ""]
+        lines += [f"- `{what}`" for what in result["wrong"]] + [""]
+    lines += ["Answers by kind of request and status (0: the client left, -1: no answer):", ""]
     lines += ["| Request | Status: number |", "|---|---|"]
     kinds: dict[str, list[str]] = {}
     for name, count in result["answers"].items():
