@@ -189,6 +189,8 @@ class _Export:
         if self.decoder.is_calibrated:
             tokens = self.config.calibration_tokens or DEFAULT_TOKENS
             required += 2 * 4 * tokens * self.model.hidden_size  # hidden states, old and new
+        if self.head is not None:
+            required += 2 * self.head.num_bytes  # integers and their scales twice, or floats
         with BundleWriter(
             self.config.output, required_bytes=required, overwrite=self.config.overwrite
         ) as writer:

@@ -11,6 +11,7 @@ import msgspec
 from edge.bundle import io_spec
 from edge.bundle.engine_file import ENGINE_JSON
 from edge.bundle.manifest import (
+    DraftHead,
     Manifest,
     describe_from_source,
     describe_kv_cache,
@@ -99,6 +100,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
         ),
         *((("of the source", from_source),) if from_source is not None else ()),
         ("sampling", describe_sampling(manifest.sampling)),
+        *((("EAGLE-3 head", _head(manifest.head)),) if manifest.head is not None else ()),
         ("files", "all hashes match" if verified else "not verified"),
     ):
         facts.add_row(name, value)
@@ -123,6 +125,15 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
     for name, info in manifest.files.items():
         files.add_row(name, f"{info.num_bytes:,}", info.sha256[:16])
     console.print(files)
+
+
+def _head(head: DraftHead) -> str:
+    size = sum(linear.num_bytes for linear in head.linears.values())
+    layers = ", ".join(map(str, head.layers))
+    return (
+        f"{head.name}: guesses {head.model.vocab_size:,} tokens, reads the inputs of layers "
+        f"{layers}, {size:,} bytes"
+    )
 
 
 def _folded(manifest: Manifest) -> str:

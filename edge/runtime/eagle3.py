@@ -330,12 +330,16 @@ def read_head(bundle: Path, manifest: Manifest, files: VerifiedFiles) -> Head:
     total, vocabulary = manifest.model.vocab_size, None
     if head.vocabulary is not None:
         where = str(bundle / head.vocabulary)
-        vocabulary = _read_ids(files.read(head.vocabulary), head.model.vocab_size, total, where)
+        vocabulary = read_ids(files.read(head.vocabulary), head.model.vocab_size, total, where)
     return Head(own, total, vocabulary)
 
 
-def _read_ids(data: bytes, count: int, total: int, where: str) -> NDArray[np.int64]:
-    """Parse a list of ``count`` different ids below ``total``."""
+def read_ids(data: bytes, count: int, total: int, where: str) -> NDArray[np.int64]:
+    """Parse a list of ``count`` different ids below ``total``.
+
+    Raises:
+        BundleError: it is none.
+    """
     try:
         ids = np.array(msgspec.json.decode(data, type=list[int]), dtype=np.int64)
     except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError) as error:

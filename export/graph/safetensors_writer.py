@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1}
+_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I64": 8, "BOOL": 1}
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Eagle3Head(Transformed):
         vocabulary: the model's id of each of its tokens, int64 ``[draft vocab]``; None if it
             guesses all of them, in the model's order.
         sha256: SHA-256 of its weights' file.
+        num_bytes: size of that file.
 
     Raises:
         CheckpointError: it is no such head, incomplete, or for another model; what fits is named.
@@ -67,7 +68,8 @@ class Eagle3Head(Transformed):
         self._check_tensors()
         self.vocabulary = self._read_vocabulary()
         self._check_table()
-        self.sha256 = sha256_file(self._file.path).sha256
+        weights = sha256_file(self._file.path)
+        self.sha256, self.num_bytes = weights.sha256, weights.num_bytes
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Read one of its tensors; see `Checkpoint.tensor`."""

@@ -23,6 +23,7 @@ from edge.backends.ort.gpu import OrtCudaBackend
 from edge.backends.step import step_after
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import SamplingDefaults, head_manifest, read_manifest
+from edge.cli.inspect import inspect
 from edge.cli.plan import plan
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, BundleError, ConfigError
@@ -509,6 +510,9 @@ def test_plan_and_service_count_the_head(bundle: Path):
     assert own is not None
     more = need_bytes(manifest, 4, 100, "plain", own) - need_bytes(manifest, 4, 100)
     assert more == 4 * 100 * 2 * 2 * 16 * 2  # keys and values of two heads of 16, in two bytes
+
+    shown = CliRunner().invoke(inspect, [str(bundle)], env={"COLUMNS": "200"}).stdout
+    assert "head: guesses 96 tokens, reads the inputs of layers 0, 1, 2" in shown
 
     def planned(*options: str) -> Any:
         arguments = [str(bundle), "--json", *options]

@@ -1,0 +1,149 @@
+"""`scripts/train-eagle3`: what a head learns from, its unrolled form, and what it is good for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge import LLM, EdgeError, SamplingParams
+from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+from edge.bundle.manifest import read_manifest
+from edge.errors import ConfigError
+from export.pipeline import ExportConfig, export_checkpoint
+from scripts.train_eagle3 import (
+    BEST,
+    choose_tokens,
+    head_spec,
+    layers_of,
+    make_lessons,
+    train,
+)
+from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints
+from tests.manifests import make_model
+from tests.tiny_heads import EPS, HIDDEN, THETA, VOCAB, make_head
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    lines = [{"text": f"hello world what is the {word}"} for word in ("end", "of", "it") * 7]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_lesson_is_what_the_model_computes(tiny_bundles: Bundles, texts: Path):
+    bundle = tiny_bundles("qwen2")
+    manifest = read_manifest(bundle)
+    lessons = list(make_lessons(bundle, manifest, texts, 64))
+    assert len(lessons) == 21
+    first = lessons[0]
+    count = len(first.ids)
+    assert first.states.shape == (count, 3 * HIDDEN)
+    table = EmbeddingTable(bundle / EMBEDDINGS_NAME)
+    np.testing.assert_array_equal(first.states[:, :HIDDEN], table[first.ids])  # layer 0's input
+    table.close()
+    assert first.best.shape == first.probabilities.shape == (count, BEST)
+    np.testing.assert_allclose(first.probabilities.sum(-1), 1, rtol=1e-5)
+    with LLM(bundle, num_threads=1) as llm:
+        tokens = llm.generate_ids(first.ids.tolist(), SamplingParams(temperature=0, max_tokens=1))
+        assert list(tokens) == [first.best[-1, 0]]
+
+
+def test_the_most_frequent_tokens_are_chosen(tiny_bundles: Bundles, texts: Path):
+    bundle = tiny_bundles("qwen2")
+    lessons = list(make_lessons(bundle, read_manifest(bundle), texts, 64))
+    chosen = choose_tokens(lessons, 40, VOCAB)
+    assert len(chosen) == 40
+    assert (np.diff(chosen) > 0).all()
+    assert np.isin(lessons[0].ids, chosen).mean() > 0.9
+    assert len(choose_tokens(lessons, VOCAB, VOCAB)) == VOCAB
+
+
+def test_the_layers_are_those_that_others_read():
+    assert layers_of(make_model(num_layers=28)) == (2, 14, 25)
+    assert layers_of(make_model(num_layers=2)) == (0, 1, 2)
+    assert head_spec(make_model(), 99, 7).intermediate_size == 7
+
+
+def test_what_cannot_be_trained_is_refused(
+    tiny_bundles: Bundles, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bundle, output = tiny_bundles("qwen2"), tmp_path / "head"
+    with pytest.raises(ConfigError, match="exists; name a new directory"):
+        train(bundle, texts, tmp_path)
+    for wrong in ({"draft_vocab": 999}, {"ahead": 0}, {"minutes": 0.0}):
+        with pytest.raises(ConfigError, match="must be positive, the first at most 320"):
+            train(bundle, texts, output, **{"draft_vocab": 64, **wrong})  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(EdgeError, match="torch is missing; run scripts/train-eagle3"):
+        train(bundle, texts, output, draft_vocab=64)
+    assert not output.exists()
+
+
+def test_the_unrolled_head_is_the_one_that_drafts():
+    """Against plain NumPy, which goes on from its own states one guess after the other."""
+    pytest.importorskip("torch", reason="live parity needs torch")
+    import torch
+
+    from scripts.eagle3_module import HeadModule
+
+    head = make_head(draft_vocab=VOCAB)
+    spec = head_spec(make_model(), VOCAB, 96)
+    rope = msgspec.structs.replace(spec.rope, theta=THETA)
+    spec = msgspec.structs.replace(spec, rope=rope, rms_norm_eps=EPS)
+    rng = np.random.RandomState(0)
+    table = rng.standard_normal((VOCAB, HIDDEN)).astype(np.float16)
+    module = HeadModule(spec, table, np.arange(VOCAB), np.ones(HIDDEN, np.float32), False)
+    assert set(module.names) == set(head.tensors)
+    with torch.no_grad():
+        for name, attribute in module.names.items():
+            getattr(module, attribute).copy_(torch.from_numpy(head.weight(name)))
+        ids, count, ahead = rng.randint(0, VOCAB, 9), 9, 3
+        states = rng.standard_normal((count, 3 * HIDDEN)).astype(np.float32)
+        embeds = torch.from_numpy(table[ids].astype(np.float32))[None]
+        logits = [each[0].numpy() for each in module._unroll(embeds, torch.tensor(states)[None], 3)]
+    joined = states @ head.weight("fc.weight").T
+    rows = table[ids].astype(np.float32)
+    for at in range(count - ahead):  # the guesses behind token `at`, and the true tokens beside
+        hidden = joined[: at + 1]
+        for k in range(ahead):
+            found, after = head.run(rows[1 : at + 2 + k], hidden)
+            np.testing.assert_allclose(logits[k][at], found[-1], rtol=2e-3, atol=2e-3)
+            hidden = np.concatenate([hidden, after[-1:]])
+
+
+@pytest.mark.slow
+def test_a_trained_head_is_right_where_it_was_trained(
+    tiny_bundles: Bundles, tiny_checkpoints: Checkpoints, texts: Path, tmp_path: Path
+):
+    """From texts to a bundle that drafts."""
+    pytest.importorskip("torch", reason="live parity needs torch")
+    head = tmp_path / "head"
+    # In a process of its own: torch brings threads, and warnings that are errors here.
+    done = subprocess.run(
+        [sys.executable, "scripts/train_eagle3.py", tiny_bundles("qwen2"), texts, "-o", head,
+         "--minutes", "0.1", "--draft-vocab", "300", "--ahead", "2", "--learning-rate", "0.01"],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert report["texts_held_out"] == 2
+    assert report["right"][0] > 0.6
+    export_checkpoint(
+        ExportConfig(
+            source=str(tiny_checkpoints("qwen2")), output=tmp_path / "bundle", quant="fp16",
+            eagle3=head, kv_capacity=TINY_KV_CAPACITY, dialect=RUNNABLE,
+        )
+    )  # fmt: skip
+    with LLM(tmp_path / "bundle", num_threads=1, draft="eagle3") as llm:
+        assert llm.generate("hello world what is", SamplingParams(max_tokens=4)).tokens
