@@ -378,8 +378,8 @@ def test_the_page_reads_what_stats_has():
     """Every key that the page takes from ``/stats`` is one that is there."""
     import re
 
-    page = Path(__file__).parents[4] / "edge" / "server" / "http" / "page" / "index.html"
-    text = page.read_text("utf-8")
+    page = Path(__file__).parents[4] / "edge" / "server" / "http" / "page"
+    text = (page / "script" / "dashboard.js").read_text("utf-8")
     metrics = Metrics(idle, telemetry=Snapshot)
     metrics.observe_finish("r1", STATS, "stop", PARAMS)
     stats = metrics.stats_json()
