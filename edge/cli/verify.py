@@ -61,7 +61,9 @@ _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
     "--max-kl", type=Finite(0), help="Largest mean divergence, nats per token; 0.01 or 0.02."
 )
 @click.option(
-    "--min-cache-cosine", type=Finite(-1, 1), help="Least cosine of a cached row; 0.999 or 0.95."
+    "--min-cache-cosine",
+    type=Finite(-1, 1),
+    help="Least cosine of a cached row; 0.999 or 0.95, and 0.98 or 0.85 of an 8-bit cache.",
 )
 @click.option(
     "--layers",
@@ -126,7 +128,7 @@ def _compare(
 ) -> tuple[str, VerifyReport]:
     """Compare the engine that runs the bundle here, and return its name and the report."""
     from edge.backends.choose import open_backend
-    from edge.measure.verify import ROUNDED_ACTIVATIONS, Thresholds, compare_backends
+    from edge.measure.verify import compare_backends, default_thresholds
     from edge.progress import uncounted
 
     with _open(bundle) as opened:
@@ -136,7 +138,10 @@ def _compare(
             candidate = open_backend(bundle, manifest, config)
             opened.stack.enter_context(closing(candidate))
         quantized = manifest.quantization.method != "none"
-        rounds = candidate.name == "ort-cpu" and quantized
+        usual = default_thresholds(
+            rounds=candidate.name == "ort-cpu" and quantized,
+            int8_cache=bool(manifest.int8_layers),
+        )
         # An engine may have been built for fewer rows than the bundle names.
         capacity = min(reference.capacity, candidate.capacity)
         report = compare_backends(
@@ -145,7 +150,7 @@ def _compare(
             read_prompts(prompts_file, opened.tokenizer, capacity - decode_steps),
             opened.table,
             decode_steps=decode_steps,
-            thresholds=replace(ROUNDED_ACTIVATIONS if rounds else Thresholds(), **wanted),
+            thresholds=replace(usual, **wanted),
             progress=opened.progress,
         )
         return candidate.name, report

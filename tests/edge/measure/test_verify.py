@@ -20,8 +20,15 @@ from edge.bundle.manifest import Manifest, read_manifest
 from edge.cli.verify import verify
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
-from edge.measure.verify import Agreement, Thresholds, _misses, compare_backends
-from tests.conftest import Bundles
+from edge.measure.verify import (
+    ROUNDED_ACTIVATIONS,
+    Agreement,
+    Thresholds,
+    _misses,
+    compare_backends,
+    default_thresholds,
+)
+from tests.conftest import RUNNABLE, Bundles, require_int8_cache
 
 PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
 
@@ -165,6 +172,15 @@ def test_the_verb_prints_lines_without_a_terminal(bundle: Path) -> None:
     for step in ("hash", "open", "compare"):
         assert any(line.startswith(f"{step}: 100 %") for line in lines), lines
     assert any(" so far, about " in line for line in lines)
+
+
+@pytest.mark.parametrize("quant", ["fp16", "int4"])
+def test_a_bundle_with_an_8_bit_cache_passes_as_it_is(quant: str, tiny_bundles: Bundles) -> None:
+    require_int8_cache(RUNNABLE)
+    bundle = tiny_bundles("qwen2", RUNNABLE, quant, "int8")
+    result = run(bundle, "--decode-steps", 6)
+    assert result.exit_code == 0, result.output
+    assert default_thresholds(rounds=True, int8_cache=True).cosine == ROUNDED_ACTIVATIONS.cosine
 
 
 def test_a_missed_threshold_is_printed_and_is_an_exit_code(tiny_bundles: Bundles) -> None:
