@@ -127,6 +127,11 @@ def pull(
         raise ConfigError(
             f"{model!r} is neither a hub id (owner/name) nor one of {', '.join(CATALOGUE)}"
         )
+    if any(option.startswith(("-o", "--output")) for option in export_options):
+        raise ConfigError(
+            "pull names the bundle itself, so that every verb finds it; give --output to edge-llm "
+            "export, or another directory of bundles in EDGE_LLM_BUNDLES"
+        )
     bundle = roots()[0] / bundle_name(source, quant)
     if (bundle / MANIFEST_NAME).is_file() and not force:
         click.echo(f"{bundle} is there already; --force makes it anew", err=True)

@@ -107,6 +107,13 @@ def test_pull_exports_under_a_name_and_once(
     assert (bundle / "manifest.json").stat().st_mtime_ns != before
 
 
+@pytest.mark.parametrize("option", [("-o", "x"), ("-ox",), ("--output", "x"), ("--output=x",)])
+def test_pull_names_the_bundle_itself(edge_llm: EdgeLlm, root: Path, option: tuple[str, ...]):
+    """Or what is built and tried afterwards would be another one."""
+    refused = error_line(edge_llm("pull", "deepseek-r1:1.5b", *option), 64)
+    assert "pull names the bundle itself" in refused
+
+
 def test_pull_knows_the_catalogue(edge_llm: EdgeLlm, root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
