@@ -12,6 +12,9 @@ llama.cpp requantizes it to Q4_0, OpenVINO GenAI reads that. Only figures of one
   are medians over rounds, ratios medians of the rounds' ratios.
 - serving: `edge-llm serve` and `llama-server` at once, asked in turns by 1 to 16 clients, which
   stream greedy answers of a fixed length: prompts of 60 tokens, then of 16 to 2,000.
+- drafts, only on request: both servers with and without a smaller model that drafts, quantized as
+  the larger one is, each with its own defaults, asked in turns for greedy answers to one question
+  each for code, chat and prose.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -42,11 +45,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from edge import __version__
+from edge.measure.draft_bench import TEXTS
 from scripts.real_models import MODELS, fetch
 from scripts.smollm2 import smollm2_gguf
 
 LLAMA_CPP_PYTHON = "0.3.36"
 OPENVINO_GENAI = "2026.4.1.0"
+ORT_GENAI = ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "transformers==5.24.0")
+PEERS = ("llama.cpp", "openvino", "genai")
 PREFILL, CONTEXT, NEW_TOKENS = 512, 128, 128
 CAPACITY = 2304  # rows per slot on both sides: the longest prompt and its answer
 PROSE = (
@@ -63,6 +69,8 @@ class Answer(NamedTuple):
     itl_s: list[float]
     tokens: int
     prompt_tokens: int
+    drafted: int  # as llama-server says; edge-llm counts in its metrics
+    right: int
 
 
 def main() -> None:
@@ -71,10 +79,10 @@ def main() -> None:
     gguf = model_file(options)
     given = [each.split("=", 1) for each in options.bundle]
     bundles = {label: shlex.split(words) for label, words in given} or {
-        "edge-llm": [str(default_bundle(options, gguf))]
+        "edge-llm": [str(default_bundle(options, options.model, gguf))]
     }
     llama = build_llama_cpp(options.work) if "llama.cpp" in options.peers else None
-    q4_0 = quantize(options, gguf, build_llama_cpp(options.work))
+    q4_0 = quantize(options, options.model, gguf, build_llama_cpp(options.work))
     result: dict[str, Any] = {"machine": machine(options.peers), "model": options.model}
     if "generate" in options.parts:
         engines = {label: edge_bench(words, options.threads) for label, words in bundles.items()}
@@ -83,12 +91,18 @@ def main() -> None:
         if "openvino" in options.peers:
             python = openvino(options.work)
             engines["OpenVINO GenAI Q4_0"] = openvino_bench(python, q4_0, options.threads)
+        if "genai" in options.peers:
+            python = genai_python(options.work)
+            built = genai_model(options, python, gguf)
+            engines["onnxruntime-genai int4"] = genai_bench(python, built, options.threads)
         result["generate"] = generate(engines, options.rounds)
     if "serving" in options.parts:
         tokenizer = Tokenizer.from_file(
             str(Path(next(iter(bundles.values()))[0]) / "tokenizer.json")
         )
         result["serving"] = serving(options, bundles, llama, q4_0, tokenizer)
+    if "drafts" in options.parts:
+        result["drafts"] = drafts(options, next(iter(bundles.values())), llama, q4_0)
     print(json.dumps(result), file=sys.stderr)
     print(tables(result))
 
@@ -102,8 +116,10 @@ def parse() -> argparse.Namespace:
         "--models", type=Path, default=Path(".models"), help="of scripts/real-models"
     )
     parser.add_argument("--bundle", action="append", default=[], metavar="'LABEL=BUNDLE OPTIONS'")
-    parser.add_argument("--peers", default="llama.cpp", help="of llama.cpp,openvino")
+    parser.add_argument("--peers", default="llama.cpp", help=f"of {','.join(PEERS)}")
     parser.add_argument("--parts", default="generate,serving")
+    parser.add_argument("--draft-model", default="qwen2.5-coder-0.5b", choices=[*MODELS])
+    parser.add_argument("--draft-bundle", type=Path, help="default: made as --bundle's")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", default="1,2,4,8,16")
     parser.add_argument("--prompt-tokens", default="60,16-2000", help="a length, or LOW-HIGH")
@@ -114,8 +130,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.peers, options.parts = options.peers.split(","), options.parts.split(",")
     for given, known in (
-        (options.peers, ("llama.cpp", "openvino")),
-        (options.parts, ("generate", "serving")),
+        (options.peers, PEERS),
+        (options.parts, ("generate", "serving", "drafts")),
     ):
         if unknown := set(given) - set(known):
             parser.error(f"{', '.join(sorted(unknown))} is none of {', '.join(known)}")
@@ -127,7 +143,8 @@ def parse() -> argparse.Namespace:
 
 def machine(peers: Sequence[str]) -> dict[str, Any]:
     """What a reader needs to place the figures."""
-    versions = {"llama.cpp": LLAMA_CPP_PYTHON, "openvino": OPENVINO_GENAI}
+    genai = ORT_GENAI[0].partition("==")[2]
+    versions = {"llama.cpp": LLAMA_CPP_PYTHON, "openvino": OPENVINO_GENAI, "genai": genai}
     info = Path("/proc/cpuinfo").read_text()
     fields = {
         key.strip(): value.strip()
@@ -170,9 +187,9 @@ def model_file(options: argparse.Namespace) -> Path:
     return smollm2_gguf() if options.model == "smollm2" else fetch(options.model, options.models)
 
 
-def default_bundle(options: argparse.Namespace, gguf: Path) -> Path:
+def default_bundle(options: argparse.Namespace, model: str, gguf: Path) -> Path:
     """The bundle that a user gets who says nothing but INT4."""
-    bundle = Path(options.work) / f"{options.model}-int4"
+    bundle = Path(options.work) / f"{model}-int4"
     if not bundle.exists():
         run(edge_llm("export", gguf, "-o", bundle, "--quant", "int4"))
     return bundle
@@ -204,8 +221,8 @@ def build_llama_cpp(work: Path) -> Path:
     return build / "bin"
 
 
-def quantize(options: argparse.Namespace, gguf: Path, llama: Path) -> Path:
-    output = Path(options.work) / f"{options.model}-q4_0.gguf"
+def quantize(options: argparse.Namespace, model: str, gguf: Path, llama: Path) -> Path:
+    output = Path(options.work) / f"{model}-q4_0.gguf"
     if not output.exists():
         run([llama / "llama-quantize", "--allow-requantize", gguf, output, "Q4_0"])
     return output
@@ -218,6 +235,44 @@ def openvino(work: Path) -> Path:
         run([sys.executable, "-m", "venv", python.parents[1]])
         run([python, "-m", "pip", "install", "-q", f"openvino-genai=={OPENVINO_GENAI}", "numpy"])
     return python
+
+
+def genai_python(work: Path) -> Path:
+    """The Python of onnxruntime-genai's own environment, with what its model builder needs."""
+    python = work / "venv-genai" / "bin" / "python"
+    if not python.exists():
+        run([sys.executable, "-m", "venv", python.parents[1]])
+        packages = [*ORT_GENAI, "onnx", "onnx_ir", "torch", "gguf", "numpy"]
+        run([python, "-m", "pip", "install", "-q", *packages])
+    return python
+
+
+_FROM_GGUF = """
+import sys, pathlib, torch, transformers
+gguf, output = map(pathlib.Path, sys.argv[1:])
+for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+    options = {"dtype": torch.float16} if kind is transformers.AutoModelForCausalLM else {}
+    loaded = kind.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **options)
+    if hasattr(loaded, "dequantize"):
+        loaded.config.quantization_config = None
+    loaded.save_pretrained(str(output))
+config = output / "config.json"
+fields = __import__("json").loads(config.read_text())
+fields.pop("quantization_config", None)
+config.write_text(__import__("json").dumps(fields))
+"""
+
+
+def genai_model(options: argparse.Namespace, python: Path, gguf: Path) -> Path:
+    """The model by onnxruntime-genai's own builder, INT4 with its own defaults."""
+    output = Path(options.work) / f"{options.model}-genai-int4"
+    if not (output / "genai_config.json").exists():
+        floats = Path(options.work) / f"{options.model}-hf"
+        if not (floats / "config.json").exists():
+            run([python, "-c", _FROM_GGUF, gguf, floats])
+        builder = [python, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+        run([*builder, "-m", floats, "-o", output, "-c", Path(options.work) / "genai-cache"])
+    return output
 
 
 # One stream.
@@ -279,6 +334,44 @@ def openvino_bench(python: Path, model: Path, threads: int) -> Any:
     return once
 
 
+_GENAI = """
+import json, sys, time, numpy as np, onnxruntime_genai as og
+from statistics import median
+path, threads, prefill, context, new = sys.argv[1], *map(int, sys.argv[2:])
+config = og.Config(path)
+session = {"session_options": {"intra_op_num_threads": threads}}
+config.overlay(json.dumps({"model": {"decoder": session}}))
+model = og.Model(config)
+def times(prompt, tokens):
+    params = og.GeneratorParams(model)
+    length = prompt + tokens
+    params.set_search_options(max_length=length, min_length=length, do_sample=False)
+    generator = og.Generator(model, params)
+    ids = np.random.default_rng(prompt).integers(300, 40000, prompt).astype(np.int32)
+    seen = [time.perf_counter()]
+    generator.append_tokens(ids)
+    for _ in range(tokens):
+        generator.generate_next_token()
+        generator.get_next_tokens()
+        seen.append(time.perf_counter())
+    return seen
+times(context, 4)
+found = [times(prefill, 1) for _ in range(3)]
+prefills = [prefill / (seen[1] - seen[0]) for seen in found]
+found = [times(context, new) for _ in range(3)]
+decodes = [(new - 1) / (seen[-1] - seen[1]) for seen in found]
+print(json.dumps([median(prefills), median(decodes)]))
+"""
+
+
+def genai_bench(python: Path, model: Path, threads: int) -> Any:
+    def once() -> Speed:
+        command = [python, "-c", _GENAI, model, threads, PREFILL, CONTEXT, NEW_TOKENS]
+        return Speed(*json.loads(run(command).splitlines()[-1]))
+
+    return once
+
+
 def generate(engines: dict[str, Any], rounds: int) -> dict[str, list[Speed]]:
     """Each engine in turn, as often as there are rounds; every other round begins at the end."""
     found: dict[str, list[Speed]] = {name: [] for name in engines}
@@ -332,9 +425,11 @@ def serving(
     """A row for each kind of prompt, number of clients and server."""
     counts = [int(count) for count in options.clients.split(",")]
     slots = min(8, max(counts))
-    ports = itertools.count(18400)
     rows: list[dict[str, Any]] = []
-    with _servers(options, bundles, llama, model, slots, ports) as servers:
+    commands = [(label, serve(options, bundle, slots)) for label, bundle in bundles.items()]
+    if llama is not None:
+        commands.append(("llama-server Q4_0", llama_serve(options, llama, model, slots)))
+    with _servers(options, commands) as servers:
         for name, port in servers.items():
             ask(port, tokenizer.encode("warm up " + PROSE).ids[:32], 8, name)
         for prompts, count in itertools.product(options.prompt_tokens.split(","), counts):
@@ -348,32 +443,29 @@ def serving(
     return rows
 
 
+def serve(options: argparse.Namespace, bundle: list[str], slots: int) -> list[object]:
+    command = edge_llm("serve", *bundle, "--backend", "ort-cpu", "--num-slots", slots)
+    command += ["--kv-capacity", CAPACITY, "--num-threads", options.threads]
+    return [*command, *options.serve_option]
+
+
+def llama_serve(options: argparse.Namespace, llama: Path, model: Path, slots: int) -> list[object]:
+    command = [llama / "llama-server", "-m", model, "-np", slots, "-c", slots * CAPACITY]
+    return [*command, "-t", options.threads, "-tb", options.threads]
+
+
 @contextmanager
 def _servers(
-    options: argparse.Namespace,
-    bundles: dict[str, list[str]],
-    llama: Path | None,
-    model: Path,
-    slots: int,
-    ports: Iterator[int],
+    options: argparse.Namespace, commands: Sequence[tuple[str, list[object]]]
 ) -> Iterator[dict[str, int]]:
-    from contextlib import ExitStack
-
+    """All these servers at once; gives the port of each."""
     with ExitStack() as stack:
         found: dict[str, int] = {}
-        for label, bundle in bundles.items():
-            port = next(ports)
-            command = edge_llm("serve", *bundle, "--backend", "ort-cpu", "--port", port)
-            command += ["--num-slots", slots, "--kv-capacity", CAPACITY]
-            command += ["--num-threads", options.threads, *options.serve_option]
-            log = options.work / f"serve-{len(found)}.log"
-            found[label] = stack.enter_context(server(command, port, "/ready", log))
-        if llama is not None:
-            port = next(ports)
-            command = [llama / "llama-server", "-m", model, "--port", port, "-np", slots]
-            command += ["-c", slots * CAPACITY, "-t", options.threads, "-tb", options.threads]
-            log = options.work / "llama-server.log"
-            found["llama-server Q4_0"] = stack.enter_context(server(command, port, "/health", log))
+        for port, (name, command) in enumerate(commands, 18400):
+            ready = "/health" if name.startswith("llama-server") else "/ready"
+            log = options.work / f"server-{len(found)}.log"
+            running = server([*command, "--port", port], port, ready, log)
+            found[name] = stack.enter_context(running)
         yield found
 
 
@@ -440,6 +532,7 @@ def ask(port: int, ids: list[int], tokens: int, name: str) -> Answer:
         raise ValueError(f"{response.status}: {response.read()[:500]!r}")
     times: list[float] = []
     usage: dict[str, int] = {}
+    timings: dict[str, int] = {}
     for line in response:
         if not line.startswith(b"data: {"):
             continue
@@ -449,9 +542,75 @@ def ask(port: int, ids: list[int], tokens: int, name: str) -> Answer:
         if event.get("choices") and event["choices"][0].get("text"):
             times.append(time.perf_counter() - started)
         usage = event.get("usage") or usage
+        timings = event.get("timings") or timings
     connection.close()
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return Answer(times[0], gaps, usage["completion_tokens"], usage["prompt_tokens"])
+    return Answer(
+        times[0],
+        gaps,
+        usage["completion_tokens"],
+        usage["prompt_tokens"],
+        timings.get("draft_n", 0),
+        timings.get("draft_n_accepted", 0),
+    )
+
+
+# Drafts.
+
+
+def drafts(
+    options: argparse.Namespace, bundle: list[str], llama: Path | None, model: Path
+) -> list[dict[str, Any]]:
+    """A row for each text and server: decode speed of every round, guesses run and right."""
+    if llama is None:
+        sys.exit("error: the part drafts compares with llama.cpp; leave it in --peers")
+    gguf = fetch(options.draft_model, options.models)
+    smaller = options.draft_bundle or default_bundle(options, options.draft_model, gguf)
+    smaller_q4_0 = quantize(options, options.draft_model, gguf, llama)
+    plain = llama_serve(options, llama, model, 1)
+    commands = [
+        ("edge-llm", serve(options, bundle, 1)),
+        ("edge-llm, drafts", serve(options, [*bundle, "--draft", str(smaller)], 1)),
+        ("llama-server Q4_0", plain),
+        ("llama-server Q4_0, drafts", [*plain, "--model-draft", smaller_q4_0]),
+    ]
+    tokenizer = Tokenizer.from_file(str(Path(bundle[0]) / "tokenizer.json"))
+    rows: dict[tuple[str, str], dict[str, Any]] = {
+        (text, name): {"text": text, "server": name, "tokens_per_s": [], "drafted": 0, "right": 0}
+        for text, (name, _) in itertools.product(TEXTS, commands)
+    }
+    with _servers(options, commands) as servers:
+        for turn in range(options.rounds + 1):  # the first one warms up
+            order = list(servers.items())[:: 1 if turn % 2 == 0 else -1]
+            for (text, question), (name, port) in itertools.product(TEXTS.items(), order):
+                prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+                before = _drafted(port, name)
+                answer = ask(port, tokenizer.encode(prompt).ids, options.answer_tokens, name)
+                after = _drafted(port, name)
+                if turn == 0:
+                    continue
+                row = rows[text, name]
+                row["tokens_per_s"].append((answer.tokens - 1) / sum(answer.itl_s))
+                row["drafted"] += answer.drafted + after[0] - before[0]
+                row["right"] += answer.right + after[1] - before[1]
+                say(json.dumps(row))
+    return list(rows.values())
+
+
+def _drafted(port: int, name: str) -> tuple[int, int]:
+    """Tokens that an edge-llm server has guessed since its start, and those that were right."""
+    if name.startswith("llama-server"):
+        return 0, 0
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    drafted, right = (
+        next((float(v) for key, v in values.items() if key.startswith(f"edgellm_{which}_tokens")))
+        for which in ("drafted", "accepted")
+    )
+    return int(drafted), int(right)
 
 
 # What is shown.
@@ -493,7 +652,29 @@ def tables(result: dict[str, Any]) -> str:
             f"| {row['itl_p50_ms']:.0f} / {row['itl_p99_ms']:.0f} |"
             for row in rows
         ]
+        lines.append("")
+    if rows := result.get("drafts"):
+        speeds = {(row["text"], row["server"]): row["tokens_per_s"] for row in rows}
+        lines += ["| text | server | decode, tok/s | over its own plain | over llama-server alike "]
+        lines[-1] += "| right, of guesses run |"
+        lines += ["|---|---|---|---|---|---|"]
+        for row in rows:
+            text, name, drafted = row["text"], row["server"], row["server"].endswith(", drafts")
+            plain = speeds[text, name.removesuffix(", drafts")]
+            peer = speeds[text, "llama-server Q4_0" + (", drafts" if drafted else "")]
+            guesses = f"{row['right']} of {row['drafted']}" if drafted else ""
+            lines.append(
+                f"| {text} | {name} | {median(row['tokens_per_s']):.1f} "
+                f"| {_ratio(row['tokens_per_s'], plain) if drafted else ''} "
+                f"| {_ratio(row['tokens_per_s'], peer) if name.startswith('edge') else ''} "
+                f"| {guesses} |"
+            )
     return "\n".join(lines)
+
+
+def _ratio(mine: Sequence[float], peer: Sequence[float]) -> str:
+    """The median of the rounds' ratios."""
+    return f"{median(a / b for a, b in zip(mine, peer, strict=True)):.2f}"
 
 
 def say(text: str) -> None:
