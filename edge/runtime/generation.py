@@ -91,6 +91,25 @@ class GenerationStats:
         }
 
 
+@dataclass(frozen=True)
+class PromptProgress:
+    """How far the prompt of one sequence has been read.
+
+    Attributes:
+        total: tokens of the prompt.
+        cached: of these, tokens whose cache rows were there already; 0 while the sequence waits.
+        processed: tokens whose rows are there by now, cached ones included.
+        prefill_s: seconds since the prefill began; 0 while the sequence waits.
+        ahead: sequences in the queue that start before it; None once it has started.
+    """
+
+    total: int
+    cached: int = 0
+    processed: int = 0
+    prefill_s: float = 0.0
+    ahead: int | None = None
+
+
 def score(
     backend: Backend,
     embeddings: EmbeddingTable,

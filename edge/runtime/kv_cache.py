@@ -25,6 +25,7 @@ class Slot:
         salt: sequences of another salt never see these rows.
         in_use: whether a running sequence owns the slot.
         prefilled: leading rows that steps of several tokens computed.
+        shared: leading rows that were there when the sequence started.
         shareable: whether row 0 still holds the sequence's first token; false after a slide.
         used_at: when a sequence gave it back, on the pool's own clock.
     """
@@ -35,6 +36,7 @@ class Slot:
     salt: str = ""
     in_use: bool = False
     prefilled: int = 0
+    shared: int = 0
     shareable: bool = True
     used_at: int = 0
 
@@ -48,6 +50,11 @@ class Slot:
         """Number of free rows."""
         return self.capacity - len(self.ids)
 
+    @property
+    def cached_rows(self) -> int:
+        """Rows that the sequence did not compute; of a free slot all, since the next may not."""
+        return min(self.shared, self.length) if self.in_use else self.length
+
     def extend(self, ids: Sequence[int]) -> None:
         """Count rows that were just written.
 
@@ -60,7 +67,7 @@ class Slot:
 
     def reset(self) -> None:
         """Forget all rows; after a failed step they cannot be trusted."""
-        self.ids, self.prefilled = [], 0
+        self.ids, self.prefilled, self.shared = [], 0, 0
         self.shareable = True
 
     def shared_with(self, ids: list[int], salt: str) -> int:
@@ -161,6 +168,7 @@ class SlotPool:
     def take(self, slot: Slot, ids: list[int], salt: str) -> None:
         """Give a slot to a sequence; ``ids`` are the tokens of the rows that it starts with."""
         slot.ids, slot.salt, slot.prefilled = list(ids), salt, len(ids)
+        slot.shared = len(ids)
         slot.in_use = slot.shareable = True
 
     def give_back(self, slot: Slot, *, keep: bool) -> None:

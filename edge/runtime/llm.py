@@ -256,6 +256,7 @@ class LLM:
         thinking: bool = True,
         thinking_budget: int | None = None,
         ids: Sequence[int] | None = None,
+        progress: bool = False,
     ) -> list[Generation]:
         """Queue ``n`` answers to a prompt, which share its rows of the cache; returns at once.
 
@@ -276,6 +277,8 @@ class LLM:
                 reason.
             ids: what `encode` made of the prompt with this ``suffix``, these ``tools`` and
                 ``thinking``, where the caller has it.
+            progress: whether pieces with `GenerationChunk.progress` come before the answer: one
+                for each place in the queue, and for each percent of the prompt that is read.
 
         Raises:
             RequestError: a wrong prompt, parameter, output format or budget.
@@ -310,6 +313,7 @@ class LLM:
             priority=priority,
             deadline_s=deadline_s,
             salt=salt,
+            wants_progress=progress,
         )
         requests = [
             replace(

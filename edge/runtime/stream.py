@@ -12,7 +12,7 @@ from edge.errors import EdgeError, RequestError
 from edge.text.chat_template import ReasoningSplitter
 from edge.text.tokenizer import Detokenizer, StopMatcher
 
-from .generation import FinishReason, GenerationStats
+from .generation import FinishReason, GenerationStats, PromptProgress
 from .sampling import SampledToken
 from .scheduler import Request, Scheduler, SequenceState
 
@@ -30,6 +30,7 @@ class GenerationChunk:
         finish_reason: on the last piece: ``stop`` (end token or stop string), ``length``
             (``max_tokens`` or the cache is full) or ``cancelled``.
         stats: on the last piece.
+        progress: of the prompt, where `LLM.submit` was asked for it; such a piece has nothing else.
     """
 
     text: str = ""
@@ -37,6 +38,7 @@ class GenerationChunk:
     tokens: tuple[SampledToken, ...] = ()
     finish_reason: FinishReason | None = None
     stats: GenerationStats | None = None
+    progress: PromptProgress | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class OutputStream:
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
     # ------------------------------------------------------------------ in the engine's thread
+
+    def progress(self, progress: PromptProgress) -> None:
+        """Queue how far the prompt has been read."""
+        self._put(GenerationChunk(progress=progress))
 
     def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
         """Queue the chunk of a token; one that ends the answer waits for `finish`.

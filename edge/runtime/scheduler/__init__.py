@@ -14,6 +14,7 @@ from .request import (
     Request,
     SchedulerStats,
     Sink,
+    SlotState,
     StoredPrefix,
 )
 from .scheduler import Scheduler
@@ -31,5 +32,6 @@ __all__ = [
     "SchedulerStats",
     "SequenceState",
     "Sink",
+    "SlotState",
     "StoredPrefix",
 ]

@@ -27,7 +27,7 @@ from edge.backends.step import step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, DeadlineError, EdgeError, ResourceError
-from edge.runtime.generation import GenerationStats
+from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.kv_cache import Slot, SlotPool
 from edge.runtime.sampling import SampledToken, Sampler
 
@@ -79,6 +79,7 @@ class SequenceState:
         self.offered = 0  # tokens that could be drafted for this step
         self.acceptance = 0.0
         self.verdicts = 0  # on its drafts
+        self.told: tuple[int | None, int] | None = None  # what its sink knows of its progress
 
     @property
     def tokens_left(self) -> int | None:
@@ -172,6 +173,7 @@ class EngineCore:
         """Run one round: end cancelled and late sequences, start waiting ones, decode, prefill."""
         self._sweep()
         self._start_waiting()
+        self._tell_waiting()
         decoding = [s for s in self.running if len(s.pending) == 1]
         prefilling = min(
             (s for s in self.running if len(s.pending) > 1),
@@ -275,6 +277,33 @@ class EngineCore:
                 sequence.acceptance = min(self.acceptance + self.spread, _MOST_HOPE)
         self.counts["prompt"] += len(sequence.ids)
         self.counts["cached"] += cached
+        self._tell_read(sequence)
+
+    def _tell_waiting(self) -> None:
+        """Tell those who want to know how many start before them."""
+        for ahead, sequence in enumerate(list(self.waiting)):
+            if sequence.request.wants_progress:
+                self._tell(sequence, PromptProgress(len(sequence.request.ids), ahead=ahead))
+
+    def _tell_read(self, sequence: SequenceState) -> None:
+        """Tell a sequence that runs how much of its prompt has been read, if it wants to know."""
+        if not sequence.request.wants_progress:
+            return
+        stats, total = sequence.stats, len(sequence.request.ids)
+        read_s = self.now() - sequence.submitted_s - stats.queue_s
+        done = total - len(sequence.pending)
+        self._tell(sequence, PromptProgress(total, stats.cached_tokens, done, read_s))
+
+    def _tell(self, sequence: SequenceState, progress: PromptProgress) -> None:
+        """Tell the sink what is new to it: a place in the queue, or a percent of the prompt."""
+        told = progress.ahead, 100 * progress.processed // progress.total
+        if told == sequence.told:
+            return
+        sequence.told = told
+        try:
+            sequence.sink.progress(progress)
+        except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
+            self._fail(sequence, _caused(f"the output of a request failed: {error!r}", error))
 
     def _place(self, sequence: SequenceState) -> int:
         """Give the sequence a slot and the cached rows of its prompt; returns their number."""
@@ -318,7 +347,8 @@ class EngineCore:
         slot.extend(part)
         slot.prefilled = slot.length
         sequence.pending = sequence.pending[limit:]
-        if not sequence.pending and not sequence.cancelled:
+        self._tell_read(sequence)
+        if not (sequence.pending or sequence.cancelled or sequence.ended):
             self._sample(sequence, logits[0])
 
     def _decode(self, decoding: list[SequenceState], rider: SequenceState | None) -> bool:
@@ -388,9 +418,11 @@ class EngineCore:
             if sequence.cancelled:
                 continue
             _slot_of(sequence).extend(sequence.pending[:1])
-            if len(sequence.pending) > 1:  # a prompt that rides
+            rides = len(sequence.pending) > 1
+            if not sequence.stats.completion_tokens:  # a prompt's token
                 sequence.pending = sequence.pending[1:]
-            else:
+                self._tell_read(sequence)
+            if not (rides or sequence.ended):
                 self._sample(sequence, row, run.drafted)
         if run.drafted and not self.drafter_is_free:
             took_s = guessing_s + self._forward_s

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edge.backends import Floats
 from edge.errors import EdgeError
 from edge.runtime.generation import FinishReason as FinishReason
-from edge.runtime.generation import GenerationStats
+from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
 
 _SEEDS = 1 << 64
@@ -40,8 +40,13 @@ class Constraint(Protocol):
 class Sink(Protocol):
     """Takes what one sequence produces, in the engine's thread; never waits for a reader.
 
-    The engine calls `push` any number of times, then `finish` or `fail` once.
+    The engine calls `progress` any number of times if `Request.wants_progress`, `push` any number
+    of times, then `finish` or `fail` once.
     """
+
+    def progress(self, progress: PromptProgress) -> None:
+        """Take how far the prompt has been read, or a new place in the queue."""
+        ...
 
     def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
         """Take one token.
@@ -263,6 +268,8 @@ class Request:
         salt: sequences share cached prefixes only with those of the same salt, so that timing
             tells one tenant nothing about another's prompts.
         constraint: decides which tokens may come next. It has state, so it serves one sequence.
+        wants_progress: whether the sink is told of each change of the place in the queue, and of
+            each percent of the prompt that has been read.
     """
 
     ids: tuple[int, ...]
@@ -272,6 +279,7 @@ class Request:
     deadline_s: float | None = None
     salt: str = ""
     constraint: Constraint | None = None
+    wants_progress: bool = False
 
     def sample(self, index: int) -> Request:
         """Return the request for sample ``index`` of several; the index is added to the seed."""
@@ -279,6 +287,21 @@ class Request:
         if not index or seed is None:
             return self
         return replace(self, params=replace(self.params, seed=(seed + index) % _SEEDS))
+
+
+class SlotState(NamedTuple):
+    """What one slot of the cache holds.
+
+    Attributes:
+        in_use: whether a sequence runs in it.
+        rows: rows that hold tokens: of that sequence, or kept for reuse.
+        cached_rows: of these, rows that nobody had to compute for that sequence, or would have to
+            for the next one that begins with the same tokens.
+    """
+
+    in_use: bool
+    rows: int
+    cached_rows: int
 
 
 @dataclass(frozen=True)
@@ -294,6 +317,7 @@ class SchedulerStats:
         kv_used_tokens: cache rows that running sequences use.
         kv_cached_tokens: rows kept of finished sequences, for reuse.
         kv_capacity_tokens: rows of all slots.
+        slots: what each slot holds, by its number.
         prompt_tokens: prompt tokens of all requests that ran.
         cached_tokens: prompt tokens that were in the cache already.
         completion_tokens: tokens that were sampled.
@@ -318,6 +342,7 @@ class SchedulerStats:
     kv_used_tokens: int = 0
     kv_cached_tokens: int = 0
     kv_capacity_tokens: int = 0
+    slots: tuple[SlotState, ...] = ()
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0

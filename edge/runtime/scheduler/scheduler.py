@@ -30,7 +30,7 @@ from edge.errors import (
 from edge.runtime.sampling import Sampler
 
 from .core import EngineCore, SequenceState
-from .request import Drafter, Overflow, PrefixSource, Request, SchedulerStats, Sink
+from .request import Drafter, Overflow, PrefixSource, Request, SchedulerStats, Sink, SlotState
 
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
@@ -165,6 +165,9 @@ class Scheduler:
             kv_used_tokens=pool.used_tokens,
             kv_cached_tokens=pool.cached_tokens,
             kv_capacity_tokens=backend.num_slots * backend.capacity,
+            slots=tuple(
+                SlotState(slot.in_use, slot.length, slot.cached_rows) for slot in pool.slots
+            ),
             prompt_tokens=counts["prompt"],
             cached_tokens=counts["cached"],
             completion_tokens=counts["completion"],

@@ -99,6 +99,16 @@ class ChatCompletion(Struct):
     object: Literal["chat.completion"] = "chat.completion"
 
 
+class PromptProgress(Struct):
+    """How far a prompt has been read; ``ahead`` only while it waits in the queue."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
+    ahead: int | UnsetType = UNSET
+
+
 class Delta(Struct, omit_defaults=True):
     """What a chunk adds to an answer."""
 
@@ -128,6 +138,7 @@ class ChatChunk(Struct):
     system_fingerprint: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
+    prompt_progress: PromptProgress | UnsetType = UNSET
 
 
 class TextLogprobs(Struct):
@@ -158,6 +169,7 @@ class TextCompletion(Struct):
     system_fingerprint: str
     object: Literal["text_completion"] = "text_completion"
     usage: Usage | UnsetType | None = UNSET
+    prompt_progress: PromptProgress | UnsetType = UNSET
 
 
 class ModelCard(Struct):

@@ -31,8 +31,10 @@ from .generate import (
     check_choices,
     check_length,
     check_messages,
+    check_stream,
     check_texts,
     sampling_params,
+    shown_progress,
 )
 from .pieces import MakeParser, Piece
 from .protocol import ChatRequest
@@ -97,6 +99,7 @@ def plan_chat(turn: Turn, body: ChatRequest) -> Plan:
         thinking_budget=budget,
         make_parser=_parser_of(syntax, forced is not None) if tools else None,
         one_call=forced is not None or body.parallel_tool_calls is False,
+        progress=bool(body.return_progress),
     )
 
 
@@ -107,8 +110,7 @@ def _check_fields(body: ChatRequest, settings: ServerSettings) -> None:
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs: needs logprobs to be true", "top_logprobs")
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options: needs stream to be true", "stream_options")
+    check_stream(body)
     check_messages(len(body.messages), settings)
     check_choices(body.n or 1, 1, settings.max_choices)
 
@@ -163,6 +165,10 @@ class ChatRender:
         if index not in self._greeted:
             self._greeted.add(index)
             choices.append(ChunkChoice(index, Delta(role="assistant", content="")))
+        if piece.progress is not None:
+            chunk = self._chunk(choices or [ChunkChoice(index, Delta())])
+            chunk.prompt_progress = shown_progress(piece.progress)
+            return event(chunk)
         reasoning, logprobs = self._shown(piece)
         if piece.text or reasoning or piece.calls or logprobs:
             delta = _delta(piece, reasoning)
@@ -184,8 +190,11 @@ class ChatRender:
         )
 
     def _event(self, choices: list[ChunkChoice], usage: Usage | None) -> bytes:
+        return event(self._chunk(choices, usage))
+
+    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         shown = usage if self._usage else UNSET
-        return event(ChatChunk(**self._head, choices=choices, usage=shown))
+        return ChatChunk(**self._head, choices=choices, usage=shown)
 
     def _choice(self, index: int, piece: Piece) -> Choice:
         reasoning, logprobs = self._shown(piece)

@@ -16,7 +16,15 @@ from edge.server.http.errors import invalid
 from edge.text.fill_in_middle import fill_in_middle
 
 from .answers import TextChoice, TextCompletion, TextLogprobs, Usage
-from .generate import answer_head, check_choices, check_length, check_texts, sampling_params
+from .generate import (
+    answer_head,
+    check_choices,
+    check_length,
+    check_stream,
+    check_texts,
+    sampling_params,
+    shown_progress,
+)
 from .pieces import Piece
 from .protocol import CompletionRequest
 from .respond import Plan, Turn
@@ -32,8 +40,7 @@ def plan_completion(turn: Turn, body: CompletionRequest) -> Plan:
     Raises:
         APIError, RequestError: the fields contradict each other or do not fit the model.
     """
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options: needs stream to be true", "stream_options")
+    check_stream(body)
     llm, n = turn.model.llm, body.n or 1
     prompts = _split_prompts(body.prompt, may_be_empty=body.suffix is not None)
     if body.suffix is not None:
@@ -58,6 +65,7 @@ def plan_completion(turn: Turn, body: CompletionRequest) -> Plan:
         suffix=body.suffix,
         user=body.user,
         cache_salt=body.cache_salt,
+        progress=bool(body.return_progress),
     )
 
 
@@ -110,6 +118,10 @@ class CompletionRender:
     def events(self, index: int, piece: Piece) -> bytes:
         """See `Render.events`."""
         choice = self._choice(index, piece)
+        if piece.progress is not None:
+            chunk = self._chunk([choice])
+            chunk.prompt_progress = shown_progress(piece.progress)
+            return event(chunk)
         if not choice.text and choice.logprobs is None and choice.finish_reason is None:
             return b""
         return self._event([choice], None)
@@ -124,8 +136,11 @@ class CompletionRender:
         return TextCompletion(**self._head, choices=shown, usage=usage)
 
     def _event(self, choices: list[TextChoice], usage: Usage | None) -> bytes:
+        return event(self._chunk(choices, usage))
+
+    def _chunk(self, choices: list[TextChoice], usage: Usage | None = None) -> TextCompletion:
         shown = usage if self._usage else UNSET
-        return event(TextCompletion(**self._head, choices=choices, usage=shown))
+        return TextCompletion(**self._head, choices=choices, usage=shown)
 
     def _choice(self, index: int, piece: Piece) -> TextChoice:
         logprobs = None

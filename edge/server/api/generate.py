@@ -14,9 +14,11 @@ from edge.server.http.errors import APIError, invalid
 from edge.server.models.registry import ServedModel
 from edge.server.settings import ServerSettings
 
+from .answers import PromptProgress
 from .protocol import Sampling
 
 if TYPE_CHECKING:
+    from edge.runtime import generation
     from edge.runtime.llm import LLM
 
 _KNOBS = KNOBS.keys() - {"max_tokens"}  # chats have two names for it
@@ -62,6 +64,20 @@ def check_choices(n: int, prompts: int, limit: int) -> None:
     """
     if n * prompts > limit:
         raise invalid(f"n: {n} times {prompts} prompts exceeds {limit} answers per request", "n")
+
+
+def check_stream(request: Sampling) -> None:
+    """Refuse what only a stream can give where the answer comes as a whole.
+
+    Raises:
+        APIError: 400.
+    """
+    for name, wanted in (
+        ("stream_options", request.stream_options is not None),
+        ("return_progress", bool(request.return_progress)),
+    ):
+        if wanted and not request.stream:
+            raise invalid(f"{name}: needs stream to be true", name)
 
 
 def check_messages(num: int, settings: ServerSettings) -> None:
@@ -143,6 +159,16 @@ def count_chars(value: Any) -> int:
     if isinstance(value, msgspec.Struct):
         return sum(count_chars(getattr(value, name)) for name in value.__struct_fields__)
     return 0
+
+
+def shown_progress(progress: generation.PromptProgress) -> PromptProgress:
+    """Return the progress of a prompt as llama-server writes it, and the place in the queue."""
+    shown = PromptProgress(
+        progress.total, progress.cached, progress.processed, round(1000 * progress.prefill_s)
+    )
+    if progress.ahead is not None:
+        shown.ahead = progress.ahead
+    return shown
 
 
 def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from .answers import ToolCall
 from .tools import ToolParser, WholeCall
 
 if TYPE_CHECKING:
+    from edge.runtime.generation import PromptProgress
     from edge.runtime.stream import GenerationChunk
 
 MakeParser = Callable[[], ToolParser | WholeCall]
@@ -27,6 +28,7 @@ class Piece:
         calls: tool calls that became complete.
         tokens: the tokens sampled for it.
         finish_reason: on the last piece: ``stop``, ``length``, ``cancelled`` or ``tool_calls``.
+        progress: of the prompt, if the request wants it.
     """
 
     text: str = ""
@@ -34,6 +36,7 @@ class Piece:
     calls: Sequence[ToolCall] = ()
     tokens: Sequence[SampledToken] = ()
     finish_reason: str | None = None
+    progress: PromptProgress | None = None
 
 
 def join_pieces(pieces: Sequence[Piece]) -> Piece:
@@ -76,6 +79,7 @@ class ChoiceReader:
             calls,
             (*echo.tokens, *chunk.tokens),
             self._finish_reason(chunk),
+            chunk.progress,
         )
 
     def _find_calls(self, chunk: GenerationChunk) -> tuple[str, list[ToolCall]]:

@@ -138,6 +138,7 @@ class Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
     metadata: Any = None

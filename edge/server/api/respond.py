@@ -82,6 +82,7 @@ class Plan:
         thinking_budget: tokens after which the reasoning is ended.
         make_parser: makes the parser that finds tool calls in one answer; None looks for none.
         one_call: whether an answer ends with its first tool call.
+        progress: whether the stream says how far the prompt has been read.
     """
 
     prompts: Sequence[Prompt]
@@ -98,6 +99,7 @@ class Plan:
     thinking_budget: int | None = None
     make_parser: MakeParser | None = None
     one_call: bool = False
+    progress: bool = False
 
 
 class Render(Protocol):
@@ -262,6 +264,7 @@ def _submit(turn: Turn, plan: Plan, encoded: Sequence[list[int]]) -> list[Genera
                 thinking=plan.thinking,
                 thinking_budget=plan.thinking_budget,
                 ids=ids,
+                progress=plan.progress,
             )
     except EdgeError:
         for generation in generations:

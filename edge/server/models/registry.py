@@ -76,8 +76,10 @@ class ServedModel:
     def engine_info(self) -> EngineInfo:
         """Return what runs the model."""
         manifest, backend = self.llm.manifest, self.llm.backend
+        engine_dir: Path | None = getattr(backend, "engine_dir", None)  # TensorRT's
         labels = {
             "backend": backend.name,
+            "engine": "" if engine_dir is None else engine_dir.name,
             "gpu_unused": "false" if self.llm.warning is None else "true",
             "bundle": manifest.name,
             "architecture": manifest.model.architecture,

@@ -220,7 +220,9 @@ def engine_state(engine: EngineInfo | None) -> dict[str, Any]:
     """Write what serves a model for JSON; nothing is known of one that is not loaded."""
     if engine is None:
         return {}
-    return {"backend": engine.labels["backend"], "warning": engine.warning}
+    shown = ("backend", "engine", "bundle", "quantization", "kv_cache")
+    labels = {name: engine.labels[name] for name in shown if name in engine.labels}
+    return {**labels, "warning": engine.warning}
 
 
 def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:
@@ -237,6 +239,7 @@ def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:
         "failed": stats.failed is not None,
         "drafts_failed": stats.drafts_failed is not None,
         "kv_cache_usage_ratio": round(_usage(stats), 6),
+        "slots": [slot._asdict() for slot in stats.slots],
         **{name: getattr(stats, name) for name in names},
     }
 

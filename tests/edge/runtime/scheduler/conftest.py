@@ -13,7 +13,7 @@ from edge.backends import Floats
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, EdgeError
-from edge.runtime.generation import GenerationStats
+from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
 from edge.runtime.scheduler import FinishReason, Request
 from edge.runtime.scheduler.core import EngineCore, SequenceState
@@ -41,6 +41,12 @@ class Collected:
         self.ids: list[int] = []
         self.last: FinishReason | EdgeError | None = None
         self.announced: FinishReason | None = None
+        self.told: list[PromptProgress] = []
+
+    def progress(self, progress: PromptProgress) -> None:
+        assert not self.ids
+        assert self.last is None
+        self.told.append(progress)
 
     def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
         assert self.last is self.announced is None, f"{token} came after the end"

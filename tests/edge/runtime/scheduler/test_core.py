@@ -25,7 +25,7 @@ from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, DeviceMemoryError
 from edge.runtime.draft_model import ModelDrafter
-from edge.runtime.generation import GenerationStats
+from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken
 from edge.runtime.scheduler import DraftContext, Drafter, DraftWorth, FinishReason
 from edge.runtime.scheduler.core import SequenceState
@@ -324,6 +324,46 @@ def test_a_prompt_of_higher_priority_does_not_wait_for_a_long_one(table: Embeddi
     assert order == ["urgent", "long", "same"]
 
 
+def test_a_sequence_is_told_of_its_place_and_of_what_is_read(table: EmbeddingTable):
+    clock = iter(range(10_000))
+    engine = Engine(table, num_slots=1, max_step_tokens=4, clock=lambda: float(next(clock)))
+    prompt, wants = list(range(1, 11)), {"wants_progress": True}
+    _, first = engine.submit(make_request([30, 31], replace(GREEDY, max_tokens=2)))
+    _, second = engine.submit(make_request(prompt, replace(GREEDY, max_tokens=2), **wants))
+    _, third = engine.submit(make_request([*prompt[:8], 40], **wants, priority=1))
+    engine.core.step()
+    assert [one.told[-1].ahead for one in (second, third)] == [0, 1]
+    _, urgent = engine.submit(make_request([20], replace(GREEDY, max_tokens=1), priority=-1))
+    engine.run()
+    assert first.told == urgent.told == []  # they did not ask
+    assert [one.ahead for one in second.told] == [0, 1, 0, None, None, None, None]
+    assert [one.ahead for one in third.told] == [1, 2, 1, 0, None, None]
+    assert {(one.cached, one.processed, one.prefill_s) for one in second.told[:3]} == {(0, 0, 0)}
+    assert [(one.total, one.processed) for one in second.told[3:]] == [
+        *((10, 0), (10, 4), (10, 8), (10, 10))
+    ]
+    times = [one.prefill_s for one in second.told[3:]]
+    assert times == sorted(times)
+    assert 0 < times[0] < times[-1]
+    # The beginning was in the cache already, and counts as read.
+    assert [(one.cached, one.processed) for one in third.told[-2:]] == [(8, 8), (8, 9)]
+
+
+def test_a_prompt_that_rides_is_told_of_percents_and_no_more(table: EmbeddingTable):
+    engine = Engine(table, capacity=400, target_itl_ms=1e-6)
+    engine.submit(make_request([5], replace(GREEDY, max_tokens=399)))
+    engine.core.step()
+    _, sink = engine.submit(
+        make_request([7] * 300, replace(GREEDY, max_tokens=1), wants_progress=True)
+    )
+    engine.run()
+    read = [one.processed for one in sink.told if one.ahead is None]
+    assert read[0] == 0
+    assert read[-1] == 300
+    assert len(read) <= 101
+    assert len({100 * processed // 300 for processed in read}) == len(read) > 20
+
+
 def test_a_sequence_is_counted_at_any_moment(table: EmbeddingTable):
     """Another thread may count between any two lines; whoever drains must not miss one."""
     seen: list[int] = []
@@ -363,11 +403,15 @@ class FaultySink(Collected):
             raise self.fault
         return super().push(token, reason)
 
+    def progress(self, progress: PromptProgress) -> None:
+        if self.where == "progress":
+            raise self.fault
+
     def finish(self, reason: FinishReason, stats: GenerationStats) -> None:
         raise self.fault
 
 
-@pytest.mark.parametrize("role", ["constraint", "push", "finish"])
+@pytest.mark.parametrize("role", ["constraint", "progress", "push", "finish"])
 def test_a_panic_is_its_own_sequences_fault(table: EmbeddingTable, role: str):
     engine = Engine(table)
     params = replace(GREEDY, max_tokens=3)
@@ -376,7 +420,8 @@ def test_a_panic_is_its_own_sequences_fault(table: EmbeddingTable, role: str):
         _, bad = engine.submit(make_request([5], params, constraint=Panics()))
     else:
         fault = Panic("index out of bounds")
-        _, bad = engine.submit(make_request([5], params), FaultySink(fault, role))
+        request = make_request([5], params, wants_progress=True)
+        _, bad = engine.submit(request, FaultySink(fault, role))
     engine.run()
     assert good.ids == [2, 3, 4]
     assert isinstance(bad.last, BackendError)

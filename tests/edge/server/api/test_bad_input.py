@@ -84,6 +84,7 @@ def test_no_field_of_a_completion_breaks_the_server(live: Live, field: str):
                         json.dumps({str(i): 1 for i in range(1025)})]),
         ("top_logprobs", ["21", "-1", "true"]),
         ("stream_options", ["{}", '{"x": 1}', "true"]),
+        ("return_progress", ["true", "1", '"yes"']),
         ("messages", ["[]", "null", '"x"', "[{}]", '[{"role": "owner", "content": "x"}]',
                       '[{"role": "user"}]', '[{"role": "user", "content": 5}]',
                       '[{"role": "user", "content": [{"type": "image_url"}]}]',

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from tests.edge.server.scripted import Live
+from tests.conftest import Bundles
+from tests.edge.server.scripted import Live, running
 
 QUESTION = [{"role": "user", "content": "what"}]
 ANSWER = "Let me see.\n</think>\n\nHéllo 🙂"
@@ -371,6 +374,61 @@ def test_what_cannot_fit_is_refused_before_it_is_encoded(
         error = answer.json["error"]
         assert (answer.status, error["code"]) == (400, "context_length_exceeded")
         assert error["n_prompt_tokens"] >= error["n_ctx"] == llm.kv_capacity
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_stream_tells_how_far_the_prompt_has_been_read(live: Live, path: str):
+    text = " ".join(f"{path} {number}" for number in range(12))
+    asked = (
+        {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
+    )
+    body = {"model": "tiny", **asked, "max_tokens": 2, "stream": True}
+    *plain, done = live.ask(path, body).events
+    assert done == "[DONE]"
+    assert not any("prompt_progress" in event for event in plain)
+    usage = {"stream_options": {"include_usage": True}}
+    body |= {"cache_salt": path, "n": 2, "return_progress": True, **usage}
+    *events, last, done = live.ask(path, body).events
+    assert done == "[DONE]"
+    told = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+    total = last["usage"]["prompt_tokens"]
+    assert {one["total"] for one in told} == {total}
+    for index in range(2):
+        own = [event for event in events if event["choices"][0]["index"] == index]
+        read = [e["prompt_progress"] for e in own if "prompt_progress" in e]
+        running = [one for one in read if "ahead" not in one]
+        assert own[: len(read)] == [e for e in own if "prompt_progress" in e]  # before the answer
+        counts = [one["processed"] for one in running]
+        assert counts == sorted(counts)
+        assert counts[0] == running[0]["cache"]
+        assert counts[-1] == total
+        assert all(one["time_ms"] >= 0 for one in running)
+        assert all(one["processed"] == one["time_ms"] == 0 for one in read if "ahead" in one)
+    assert (
+        max(one["cache"] for one in told) == total - 1
+    )  # the second sample found the first's rows
+
+
+def test_who_waits_is_told_how_many_are_ahead(tiny_bundles: Bundles):
+    one = running(tiny_bundles("qwen2"), llm={"num_slots": 1})
+    with one as live, ThreadPoolExecutor(4) as threads:
+        live.engine.default = "yes"
+        live.engine.running.clear()
+        asked = []
+        for number in range(4):
+            options = {"stream": True, "return_progress": True, "max_tokens": 3}
+            asked.append(threads.submit(live.chat, f"question {number}", **options))
+            # The engine's thread is in the first one's step, so the others wait to be taken in.
+            deadline = time.monotonic() + 10
+            while live.engine.llm.scheduler.stats().waiting < number:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+        live.engine.running.set()
+        found = []
+        for future in asked:
+            told = [event.get("prompt_progress") for event in future.result().events[:-1]]
+            found.append([one["ahead"] for one in told if one and "ahead" in one])
+    assert found == [[], [0], [1, 0], [2, 1, 0]]
 
 
 def test_a_model_says_what_it_takes_by_itself(live: Live):

@@ -103,6 +103,7 @@ SAMPLING: dict[str, Pair] = {
 }
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 SAMPLING["stream_options"] = (USAGE, {"stream": True})
+SAMPLING["return_progress"] = ({"stream": True, "return_progress": True}, {"stream": True})
 PAIRS: dict[str, dict[str, Pair]] = {
     CHAT: {
         **SAMPLING,
@@ -274,7 +275,7 @@ def observe(
         patch.setattr(LLM, "submit", spy)
         answer = live.ask(path, body)
     assert live.idle()
-    text = re.sub(rb'"(id|created)":("[^"]*"|[0-9]+)', b"", answer.body)
+    text = re.sub(rb'"(id|created|time_ms)":("[^"]*"|[0-9]+)', b"", answer.body)
     facts = None
     if answer.status == 200 and path in (CHAT, TEXT):
         request: Any = decode(json.dumps(body).encode(), KINDS[path], 64)

@@ -23,7 +23,7 @@ from edge.device.telemetry import Snapshot
 from edge.measure.drift import Counts, DriftMonitor
 from edge.runtime.generation import GenerationStats
 from edge.runtime.sampling import KNOBS, SamplingParams
-from edge.runtime.scheduler.request import SchedulerStats
+from edge.runtime.scheduler.request import SchedulerStats, SlotState
 from edge.server.observe.metric_families import BulkHistogram, EngineInfo
 from edge.server.observe.metrics import (
     ITL_BUCKETS_S,
@@ -133,6 +133,11 @@ def test_state_is_read_when_somebody_looks():
     assert value(metrics, "queue_capacity", model="r1") == 64
     assert value(metrics, "kv_cache_usage_ratio", model="r1") == 0.25
     assert value(metrics, "engine_steps_total", model="r1") == 7
+    state["r1"] = replace(state["r1"], slots=(SlotState(True, 20, 5), SlotState(False, 7, 7)))
+    assert metrics.stats_json()["models"]["r1"]["slots"] == [
+        {"in_use": True, "rows": 20, "cached_rows": 5},
+        {"in_use": False, "rows": 7, "cached_rows": 7},
+    ]
     state["r1"] = SchedulerStats(failed="/secret/path broke")
     assert value(metrics, "requests_waiting", model="r1") == 0
     assert value(metrics, "engine_failed", model="r1") == 1
@@ -244,7 +249,11 @@ def test_arms_and_routes_and_info():
     labels = {"quantization": "int4", "backend": "ort-cpu", "model": "r1"}
     assert value(metrics, "engine_info", **labels) == 1
     row = metrics.stats_json()["models"]["r1"]
-    assert (row["backend"], row["warning"]) == ("ort-cpu", "a GPU idles")
+    assert (row["backend"], row["quantization"], row["warning"]) == (
+        "ort-cpu",
+        "int4",
+        "a GPU idles",
+    )
     assert any(
         name == "edgellm_build_info" and ("version", __version__) in keys
         for name, keys in samples(metrics)
