@@ -35,7 +35,9 @@ class StubServer(ThreadingHTTPServer):
         context: tokens of the models' context.
         waiting: requests in the queue, as it says.
         usage: tokens of each answer, as it says.
-        holds: cleared, answers do not begin.
+        holds: cleared, answers do not begin; `progress` is told meanwhile.
+        progress: of the prompt, as it is told; None tells nothing.
+        failing: model whose answers break off.
         refusals: how many chats are yet to be refused with 429.
     """
 
@@ -54,6 +56,8 @@ class StubServer(ThreadingHTTPServer):
         self.context = 4096
         self.waiting = 2
         self.usage: dict[str, Any] = {"completion_tokens": 7, "prompt_tokens": 3}
+        self.progress: dict[str, int] | None = None
+        self.failing: str | None = None
         self.holds = threading.Event()
         self.holds.set()
         self.answers: dict[str, str] = {}
@@ -112,17 +116,26 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.refusals -= 1
             self._error(429, "the queue is full", {"retry-after": "1"})
         else:
-            self.server.holds.wait(15)
             self.send_response(200)
             self.send_header("content-type", "text/event-stream")
             self.end_headers()
             try:
-                if self.path == "/v1/completions":
+                self._hold()
+                if self.server.failing == body["model"]:
+                    self._data({"error": {"message": "the engine failed at this request"}})
+                elif self.path == "/v1/completions":
                     self._complete()
                 else:
                     self._stream(body["messages"][-1]["content"])
             except OSError:
                 self.server.hangups.set()
+
+    def _hold(self) -> None:
+        told = None
+        while not self.server.holds.wait(0.02):
+            if self.server.progress != told:
+                told = self.server.progress
+                self._data({"choices": [{"delta": {}}], "prompt_progress": told})
 
     def _tokens(self, body: dict[str, Any]) -> list[int]:
         if "messages" in body:  # a template that begins the reasoning
@@ -194,6 +207,10 @@ class _Handler(BaseHTTPRequestHandler):
                     "loaded": True,
                     "failed": False,
                     "backend": "ort-cpu",
+                    "engine": "",
+                    "bundle": "tiny-int4",
+                    "quantization": "int4",
+                    "kv_cache": "fp32",
                     "warning": self.server.warning,
                     "running": 1,
                     "waiting": self.server.waiting,
@@ -201,6 +218,12 @@ class _Handler(BaseHTTPRequestHandler):
                     "kv_used_tokens": 25,
                     "kv_capacity_tokens": 100,
                     "num_slots": 4,
+                    "slots": [
+                        {"in_use": True, "rows": 20, "cached_rows": 5},
+                        {"in_use": True, "rows": 5, "cached_rows": 0},
+                        {"in_use": False, "rows": 9, "cached_rows": 9},
+                        {"in_use": False, "rows": 0, "cached_rows": 0},
+                    ],
                     "completion_tokens": self.server.tokens,
                     "latency": {"ttft_s": times, "itl_s": times, "total_s": times},
                 }

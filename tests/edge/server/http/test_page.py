@@ -96,7 +96,8 @@ def test_ask_and_stream(browser: Browser, server: StubServer):
     assert request["messages"] == [{"role": "user", "content": "hello"}]
     assert request["model"] == "tiny"
     assert request["stream"] is True
-    assert set(request) == {"model", "messages", "stream", "stream_options"}  # model's own knobs
+    asked = {"model", "messages", "stream", "stream_options", "return_progress"}
+    assert set(request) == asked  # the model's own knobs
     assert browser.complaints() == []
 
 
@@ -284,10 +285,30 @@ def test_a_curve_has_a_scale_and_tells_what_was(browser: Browser, server: StubSe
 
 def test_the_dashboard_names_the_engine_and_a_gpu_that_idles(browser: Browser, server: StubServer):
     browser.open_panel()
-    browser.until(lambda: browser.one("#engine").text == "tiny: ort-cpu")
+    engines = browser.one("#engines")
+    browser.until(lambda: engines.text.startswith("tiny\nort-cpu · int4 · KV cache fp32\n"))
     assert browser.one("#dash-note").text == ""
     server.warning = "the CPU computes, though this machine has a GPU"
     browser.until(lambda: browser.one("#dash-note").text == server.warning)
+
+
+def test_the_dashboard_shows_the_cache_by_slot(browser: Browser):
+    browser.open_panel()
+    browser.until(lambda: browser.all("#engines .slots li"))
+    script = """return [...document.querySelectorAll("#engines .slots li")].map((slot) => [slot.textContent,
+      [...slot.querySelectorAll("rect")].map((one) => one.width.baseVal.value)])"""
+    found = browser.driver.execute_script(script)  # at once: it is drawn anew when it changes
+    assert [text for text, _ in found] == [
+        "20 rows, 5 from the cache",
+        "5 rows",
+        "9 kept for reuse",
+        "free",
+        "KV cache by slot, 25 rows each",
+    ]
+    browser.driver.execute_script("document.getElementById('engines').scrollIntoView()")
+    browser.picture("slots")
+    # Percent of the slot: cached, computed.
+    assert [widths for _, widths in found] == [[20, 60], [0, 20], [36, 0], [0, 0], []]
 
 
 def test_a_server_that_went_away_is_said_so(browser: Browser, server: StubServer):

@@ -125,6 +125,13 @@ def test_wcag_22_aa(
         browser.one("#conversations .delete").click()
         browser.until(lambda: browser.one("#toast").is_displayed())
         assert violations(browser) == []
+        browser.one("#toast .close").click()
+        browser.one("#new").click()
+        browser.one("#compare").click()
+        browser.ask("text")
+        browser.until(lambda: len(browser.all(".pair .keep:enabled")) == 2)
+        browser.picture(f"{name}-compare")
+        assert violations(browser) == []
         width = browser.driver.execute_script("return document.documentElement.scrollWidth")
         assert width <= (390 if size else 1280)
 

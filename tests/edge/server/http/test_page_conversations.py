@@ -283,18 +283,19 @@ def test_the_meter_warns_before_the_context_is_full(browser: Browser, server: St
 
 def test_who_waits_is_told_for_what(browser: Browser, server: StubServer):
     server.holds.clear()
-    server.waiting = 5
+    server.progress = {"total": 3000, "cache": 0, "processed": 0, "time_ms": 0, "ahead": 4}
     browser.ask("hello")
     waiting = browser.until(lambda: browser.all(".turn .waiting"))[0]
-    assert waiting.text == "Waiting, at most 4 ahead"
-    server.waiting = 2
-    browser.until(lambda: waiting.text == "Waiting, at most 1 ahead")
-    server.waiting = 9  # they came later
-    server.paths.clear()
-    browser.until(lambda: server.paths.count("/stats") > 2)
-    assert waiting.text == "Waiting, at most 1 ahead"
-    server.waiting = 0
-    browser.until(lambda: waiting.text == "Reading the prompt")
+    bar = waiting.find_element(browser.by.CSS_SELECTOR, "progress")
+    assert waiting.text == "Waiting, 4 ahead"
+    assert not bar.is_displayed()
+    server.progress = {**server.progress, "ahead": 0}
+    browser.until(lambda: waiting.text == "Waiting, next in line")
+    server.progress = {"total": 3000, "cache": 512, "processed": 1536, "time_ms": 900}
+    browser.until(lambda: waiting.text == "Reading the prompt: 1,536 of 3,000 tokens")
+    assert bar.is_displayed()
+    assert float(bar.get_attribute("value")) == pytest.approx(1536 / 3000)
+    browser.picture("reading")
     server.holds.set()
     browser.answered()
     assert browser.all(".turn .waiting") == []

@@ -1,6 +1,7 @@
 // Starts the page.
 
 import { ask, grow, openChat } from "./chat.js";
+import { startCompare } from "./compare.js";
 import { newConversation } from "./conversation.js";
 import { showList, startList } from "./conversations.js";
 import { poll } from "./dashboard.js";
@@ -45,6 +46,7 @@ async function start() {
   $("key").value = load("key", "");
   listen();
   startSides();
+  startCompare();
   await startSampling();
   const last = await startList(show, load("current", null));
   if (last) openChat(last);

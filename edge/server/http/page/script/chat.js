@@ -1,43 +1,43 @@
 // What can be done in a conversation: ask, answer again, edit, go on, stop.
 
-import { addTurn, messagesOf, pathOf, removeLeaf } from "./conversation.js";
+import { askedModels } from "./compare.js";
+import { addPair, addTurn, goTo, messagesOf, pathOf, removeLeaf } from "./conversation.js";
 import { continuationOf } from "./continuation.js";
-import { keep } from "./conversations.js";
+import { keep, toast } from "./conversations.js";
 import { $ } from "./dom.js";
-import { clearErrors, drawLog, showError, toEnd } from "./log.js";
+import { clearErrors, drawLog, showError, toEnd, viewOf } from "./log.js";
 import { showMeter } from "./meter.js";
 import { completionParameters, parameters, systemMessage } from "./sampling.js";
 import { post, reasonOf } from "./server.js";
 import { state } from "./state.js";
 import { readInto } from "./stream.js";
 import { TurnView } from "./turn_view.js";
-import { watchQueue } from "./waiting.js";
-import { t } from "./words.js";
+import { count, t } from "./words.js";
 
 // However long an answer gets, most of the time is left for the reader.
 const REST_SHARE = 3, MAX_REST_MS = 1000;
 const KEEP_MS = 3000;
+const PATIENT_MS = 400;  // what is over sooner is not worth a word
 
 const actions = {
   regenerate: (turn) => answer(turn.parent),
-  go_on: (turn) => answer(turn.parent, turn),
+  go_on: (turn) => answer(turn.parent, { broken: turn }),
   edit: (turn, text) => {
     if (state.request) return;
-    answer(addTurn(state.conversation, turn.parent, "user", text).id);
+    answer(addTurn(state.conversation, turn.parent, "user", text).id, { models: askedModels() });
   },
   show: (leaf) => {
     if (state.request) return;
-    state.conversation.leaf = leaf;
+    goTo(state.conversation, leaf);
     keep(state.conversation);
     redraw();
   },
 };
 
-/** Shows the conversation that is open; returns the view of its last turn. */
+/** Shows the conversation that is open. */
 export function redraw() {
-  const view = drawLog((turn) => new TurnView(state.conversation, turn, actions));
+  drawLog((turn) => new TurnView(state.conversation, turn, actions));
   showMeter();
-  return view;
 }
 
 /** Shows a conversation from its end, and what it waits for. */
@@ -55,12 +55,13 @@ export function ask(event) {
   const text = $("prompt").value.trim();
   if (!text || state.request) return;
   const { conversation } = state;
+  if (conversation.pair) { toast(t("keep_first")); return; }
   const last = pathOf(conversation).at(-1);
   if (last?.role === "user") last.content += `\n\n${text}`;  // it was never answered
   else addTurn(conversation, last?.id ?? null, "user", text);
   $("prompt").value = "";
   grow();
-  answer(conversation.leaf);
+  answer(conversation.leaf, { models: askedModels() });
 }
 
 /** Fits the field to its text. */
@@ -71,64 +72,115 @@ export function grow() {
   showMeter();
 }
 
-/** Answers the turn `parent`, in a turn of its own or by going on with `broken`. */
-async function answer(parent, broken = null) {
+/**
+ * Answers the turn `parent`: in a turn of its own, in two side by side where there are two models, or by
+ * going on with `broken`.
+ */
+async function answer(parent, { broken = null, models = [$("model").value] } = {}) {
   if (state.request) return;
   clearErrors();
   const { conversation } = state;
-  const model = $("model").value;
-  conversation.leaf = broken?.id ?? parent;
+  const again = () => answer(parent, { broken, models });
+  goTo(conversation, broken?.id ?? parent);
   keep(conversation);
   let sampling;
   try {
     sampling = broken ? completionParameters() : parameters();
   } catch (error) {
     redraw();
-    showError(error.message, 0, () => answer(parent, broken));
+    showError(error.message, 0, again);
     return;
   }
-  const turn = broken ?? addTurn(conversation, parent, "assistant", "");
-  turn.model = model;
-  delete turn.ended;
-  const run = new Run(conversation, turn);
-  try {
-    const options = { stream: true, stream_options: { include_usage: true }, ...sampling };
-    const [path, body] = broken
-      ? ["/v1/completions", await continuationOf(conversation, turn, model, systemMessage())]
-      : ["/v1/chat/completions", { model, messages: messagesOf(conversation, parent, systemMessage()) }];
-    await run.read(await post(path, { ...body, ...options }, run.request.signal));
-    run.finish(null);
-  } catch (error) {
-    run.finish(error);
+  const turns = broken ? [broken]
+    : models.length > 1 ? addPair(conversation, parent) : [addTurn(conversation, parent, "assistant", "")];
+  for (const [at, turn] of turns.entries()) {
+    turn.model = models[at];
+    delete turn.ended;
   }
+  const request = state.request = new AbortController();
+  redraw();
+  busy(true);
+  const runs = turns.map((turn) => new Run(conversation, turn, request.signal));
+  toEnd(true);
+  const options = { stream: true, stream_options: { include_usage: true }, return_progress: true, ...sampling };
+  await Promise.all(runs.map((run) => run.read(async () => {
+    const { turn } = run;
+    const [path, body] = broken
+      ? ["/v1/completions", await continuationOf(conversation, turn, turn.model, systemMessage())]
+      : ["/v1/chat/completions", { model: turn.model, messages: messagesOf(conversation, parent, systemMessage()) }];
+    return post(path, { ...body, ...options }, request.signal);
+  })));
+  if (state.request === request) state.request = null;
+  busy(state.request !== null);
+  finish(conversation, runs, broken ? () => answer(parent, { models }) : again);
 }
+
+// Tidies up after answers that have ended, and says what went wrong.
+function finish(conversation, runs, again) {
+  const isPair = runs.length > 1;
+  for (const { turn } of runs) if (isEmpty(turn)) removeLeaf(conversation, turn);
+  if (Object.keys(conversation.turns).length) keep(conversation);
+  if (state.conversation !== conversation) return;  // another one is shown by now
+  redraw();
+  toEnd(false);
+  const said = [];
+  for (const { turn, error, wasStopped } of runs) {
+    const what = error && !wasStopped ? reasonOf(error)
+      : isEmpty(turn) ? t(wasStopped ? "stopped" : "no_answer") : null;
+    if (what !== null) said.push(isPair ? `${turn.model}: ${what}` : what);
+  }
+  const after = Math.max(0, ...runs.map(({ error }) => error?.retryAfterS ?? 0));
+  if (said.length) showError([...new Set(said)].join("\n"), after, again);
+}
+
+const isEmpty = (turn) => !turn.content && !turn.reasoning;
 
 /** One answer that is under way. */
 class Run {
-  constructor(conversation, turn) {
+  constructor(conversation, turn, signal) {
     this.conversation = conversation;
     this.turn = turn;
-    this.request = state.request = new AbortController();
+    this.signal = signal;
+    this.error = null;
     this.startedAt = performance.now();
     this.keptAt = this.startedAt;
     this.isDrawing = false;
     this.restMs = 0;
-    this.view = redraw();
+    this.progress = null;
+    this.view = viewOf(turn);
     this.view.begin();
-    busy(true);
-    toEnd(true);
-    this.queue = watchQueue(turn.model, (text) => this.view.wait(text));
-    this.view.update(false);
   }
 
-  async read(response) {
-    await readInto(response, this.turn, this.startedAt, () => {
-      this.queue.stop();
-      if (!this.isDrawing) {
-        this.isDrawing = true;
-        setTimeout(() => requestAnimationFrame(() => this.#draw()), this.restMs);
-      }
-    });
+  get wasStopped() { return this.error?.name === "AbortError"; }
+
+  /** Reads what `send` returns the response of; an error is kept, not thrown. */
+  async read(send) {
+    const patience = setTimeout(() => this.#wait(), PATIENT_MS);
+    try {
+      await readInto(await send(), this.turn, this.startedAt, {
+        onPiece: () => {
+          if (this.isDrawing) return;
+          this.isDrawing = true;
+          setTimeout(() => requestAnimationFrame(() => this.#draw()), this.restMs);
+        },
+        onProgress: (progress) => { this.progress = progress; this.#wait(); },
+      });
+    } catch (error) {
+      this.error = error;
+      this.turn.ended = this.wasStopped ? "stopped" : "failed";
+    }
+    clearTimeout(patience);
+    this.isOver = true;
+    if (!isEmpty(this.turn)) this.view.update(true);
+  }
+
+  // Says what the answer waits for: others in the queue, or its prompt.
+  #wait() {
+    const { progress } = this;
+    if (!isEmpty(this.turn) || !progress || performance.now() - this.startedAt < PATIENT_MS) return;
+    const { ahead, processed, total } = progress;
+    if (ahead !== undefined) this.view.wait(t(ahead ? "waiting" : "waiting_next", { n: count(ahead) }));
+    else this.view.wait(t("reading", { n: count(processed), all: count(total) }), processed / total);
   }
 
   #draw() {
@@ -143,25 +195,6 @@ class Run {
       keep(this.conversation, false);
     }
   }
-
-  finish(error) {
-    const { conversation, turn } = this;
-    const wasStopped = error?.name === "AbortError";
-    this.isOver = true;
-    this.queue.stop();
-    if (state.request === this.request) state.request = null;
-    busy(state.request !== null);
-    if (error) turn.ended = wasStopped ? "stopped" : "failed";
-    const isEmpty = !turn.content && !turn.reasoning;
-    if (isEmpty) removeLeaf(conversation, turn);
-    if (Object.keys(conversation.turns).length) keep(conversation);
-    if (state.conversation !== conversation) return;  // another one is shown by now
-    redraw();
-    toEnd(false);
-    const again = () => answer(turn.parent);
-    if (error && !wasStopped) showError(reasonOf(error), error.retryAfterS ?? 0, again);
-    else if (isEmpty) showError(t(wasStopped ? "stopped" : "no_answer"), 0, again);
-  }
 }
 
 function busy(on) {
@@ -170,4 +203,3 @@ function busy(on) {
   $("log").setAttribute("aria-busy", String(on));
   document.body.classList.toggle("answering", on);
 }
-

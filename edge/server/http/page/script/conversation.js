@@ -1,6 +1,7 @@
 // A conversation: a tree of turns, of which the way to one leaf is shown. No element is made here.
 //
-// Turns are never changed into others: who edits or regenerates gets a sibling, and both stay.
+// Turns are never changed into others: who edits or regenerates gets a sibling, and both stay. `pair` names
+// two siblings that are shown side by side until one of them is kept; the leaf is the first.
 
 export const SCHEMA = 2;
 const MAX_TITLE_CHARS = 60;
@@ -8,7 +9,7 @@ const MAX_TITLE_CHARS = 60;
 export function newConversation() {
   const now = Date.now();
   return { schema: SCHEMA, id: crypto.getRandomValues(new Uint32Array(3)).join("-"), title: "", created: now,
-    updated: now, leaf: null, turns: {} };
+    updated: now, leaf: null, pair: null, turns: {} };
 }
 
 /** Adds a turn below `parent` (null: at the beginning) and makes it the leaf; returns it. */
@@ -28,10 +29,25 @@ export function titleOf(text) {
   return line.length > MAX_TITLE_CHARS ? `${line.slice(0, MAX_TITLE_CHARS - 1)}…` : line;
 }
 
-/** Removes a turn that nothing follows; its parent becomes the leaf. */
+/** Adds two answers to `parent` that are shown side by side; returns them. */
+export function addPair(conversation, parent) {
+  const turns = [0, 1].map(() => addTurn(conversation, parent, "assistant", ""));
+  conversation.pair = turns.map(({ id }) => id);
+  conversation.leaf = turns[0].id;
+  return turns;
+}
+
+/** Goes on with `leaf`, and shows no pair any more. */
+export function goTo(conversation, leaf) {
+  conversation.leaf = leaf;
+  conversation.pair = null;
+}
+
+/** Removes a turn that nothing follows; what stood beside it, or its parent, becomes the leaf. */
 export function removeLeaf(conversation, turn) {
+  const beside = (conversation.pair ?? []).find((id) => id !== turn.id && id in conversation.turns);
   delete conversation.turns[turn.id];
-  conversation.leaf = turn.parent;
+  goTo(conversation, beside ?? turn.parent);
 }
 
 /** Returns the turns from the beginning to `leaf`. */
@@ -81,9 +97,16 @@ export function checked(value) {
     }
   }
   const leaf = value.leaf in turns ? value.leaf : Object.keys(turns).at(-1) ?? null;
+  const pair = isPair(value.pair, turns) && value.pair[0] === leaf ? value.pair : null;
   const time = (found) => Number.isFinite(found) ? found : Date.now();
   return { schema: SCHEMA, id: value.id, title: value.title, created: time(value.created),
-    updated: time(value.updated), leaf, turns };
+    updated: time(value.updated), leaf, pair, turns };
+}
+
+function isPair(pair, turns) {
+  if (!Array.isArray(pair) || pair.length !== 2 || pair[0] === pair[1]) return false;
+  const [one, other] = pair.map((id) => typeof id === "string" ? turns[id] : undefined);
+  return one?.role === "assistant" && other?.role === "assistant" && one.parent === other.parent;
 }
 
 function isTurn(turn) {

@@ -1,6 +1,7 @@
 // Shows what the server says about itself.
 
 import { $, node } from "./dom.js";
+import { showEngines } from "./engines.js";
 import { gib, seconds } from "./figures.js";
 import { loadModels, showState } from "./models.js";
 import { getJSON, reasonOf } from "./server.js";
@@ -103,8 +104,7 @@ function showStats(stats) {
   const models = Object.entries(stats.models ?? {});
   const failed = models.filter(([, row]) => row.failed).map(([name]) => name);
   const warnings = [...new Set(rows.map((row) => row.warning).filter(Boolean))];
-  const backends = models.filter(([, row]) => row.backend).map(([name, row]) => `${name}: ${row.backend}`);
-  $("engine").textContent = backends.join(", ");
+  showEngines(stats.models ?? {});
   note(failed.length ? t("engine_failed", { names: failed.join(", ") }) : warnings.join(" "),
     failed.length > 0 || warnings.length > 0);
 }

@@ -5,8 +5,8 @@ import { count, t } from "./words.js";
 export const seconds = (ms) => ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
 export const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 
-/** Returns what stands under an answer. */
-export function factsOf(turn) {
+/** Returns what stands under an answer; `isNamed` where the model's name stands above it. */
+export function factsOf(turn, isNamed) {
   const { figures = {}, ended } = turn;
   const list = [];
   if (figures.completion_tokens) list.push(t("n_tokens", { n: count(figures.completion_tokens) }));
@@ -19,7 +19,7 @@ export function factsOf(turn) {
     list.push(t(figures.cached_tokens ? "prompt_cached" : "prompt_tokens",
       { n: count(figures.prompt_tokens), cached: count(figures.cached_tokens ?? 0) }));
   }
-  if (turn.model) list.push(turn.model);
+  if (turn.model && !isNamed) list.push(turn.model);
   if (ended === "length") list.push(t("cut"));
   if (ended === "stopped") list.push(t("stopped"));
   if (ended === "failed" || !ended) list.push(t("incomplete"));

@@ -11,19 +11,38 @@ const MAX_WAIT_S = 120;
 // Views by turn: what is shown already stays as it is, with its folds, its selection and its place.
 const views = new WeakMap();
 
-/** Shows the way to the leaf with `makeView(turn)`; returns the view of the last turn. */
+/** Returns the view of a turn that is shown. */
+export const viewOf = (turn) => views.get(turn);
+
+/** Shows the way to the leaf with `makeView(turn)`, and two answers side by side at its end. */
 export function drawLog(makeView) {
-  const path = pathOf(state.conversation).map((turn) => {
-    const known = views.get(turn);
-    if (known) known.update(true);
+  const { conversation } = state;
+  const turns = pathOf(conversation), pair = conversation.pair?.map((id) => conversation.turns[id]) ?? [];
+  if (pair.length) turns.pop();
+  for (const turn of [...turns, ...pair]) {
+    if (views.has(turn)) views.get(turn).update(true);
     else views.set(turn, makeView(turn));
-    return views.get(turn);
-  });
-  const wanted = new Set(path.map((view) => view.root));
+  }
+  const roots = [...turns, ...pair].map((turn) => views.get(turn).root);
+  const wanted = new Set(roots);
   for (const old of $("log").querySelectorAll(".turn")) if (!wanted.has(old)) old.remove();
-  $("empty").hidden = path.length > 0;
-  $("log").append(...path.map((view) => view.root).filter((root) => !root.isConnected));
-  return path.at(-1) ?? null;
+  $("empty").hidden = roots.length > 0;
+  const own = roots.slice(0, turns.length);
+  $("log").append(...own.filter((root) => root.parentNode !== $("log")));
+  showPair(roots.slice(turns.length));
+}
+
+function showPair(roots) {
+  let box = $("log").querySelector(".pair");
+  if (!roots.length) { box?.remove(); return; }
+  if (!box) {
+    box = node("div", "pair");
+    box.setAttribute("role", "group");
+    box.setAttribute("aria-label", t("compare"));
+    box.append(node("p", "hint", t("compare_note")));
+  }
+  if (box.parentNode !== $("log") || box.nextSibling) $("log").append(box);
+  for (const root of roots) if (root.parentNode !== box) box.insertBefore(root, box.lastChild);
 }
 
 /** Shows an error below the last turn, with a button that tries again. */

@@ -1,5 +1,6 @@
 // The list of models, and the line that says how the server is.
 
+import { offerSecond } from "./compare.js";
 import { $ } from "./dom.js";
 import { showMeter } from "./meter.js";
 import { showOwnValues } from "./sampling.js";
@@ -16,6 +17,7 @@ export async function loadModels() {
     const wanted = load("model", select.value);
     select.replaceChildren(...state.models.map(({ id }) => new Option(id, id, false, id === wanted)));
     select.disabled = state.models.length === 0;
+    offerSecond();
     showState(state.models.length ? t("ready") : t("no_model"), state.models.length ? "up" : "down");
     modelChanged();
   } catch (error) {

@@ -9,9 +9,10 @@ const THINK_END = "</think>";
  * Reads to the end. A chat's pieces say what is reasoning; a completion's text, with which an answer
  * goes on, is split here at the end of the reasoning.
  *
- * Args: the response; the turn that grows; `onPiece`, called after each piece.
+ * Args: the response; the turn that grows; `onPiece`, called after each piece; `onProgress`, called
+ * with what the server says of the prompt before the first one.
  */
-export async function readInto(response, turn, startedAt, onPiece) {
+export async function readInto(response, turn, startedAt, { onPiece, onProgress }) {
   let usage = null, reason = null, complete = false, firstAt = 0, answerAt = 0, raw = "";
   const before = { ...turn.figures };
   const wasThinking = Boolean(turn.reasoning) && !turn.content;
@@ -19,6 +20,7 @@ export async function readInto(response, turn, startedAt, onPiece) {
     if (data === "[DONE]") { complete = true; break; }
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Refusal(String(chunk.error.message), 0, 0);
+    if (chunk.prompt_progress) onProgress(chunk.prompt_progress);
     usage = chunk.usage ?? usage;
     const choice = chunk.choices?.[0];
     if (!choice) continue;

@@ -8,8 +8,10 @@ const FORMAT = "edge-llm conversations";
 /** Writes what is shown of a conversation as Markdown. */
 export function toMarkdown(conversation) {
   const parts = [`# ${conversation.title}`];
-  for (const turn of pathOf(conversation)) {
-    parts.push(`## ${t(turn.role === "user" ? "you" : "model")}`);
+  const beside = (conversation.pair ?? []).slice(1).map((id) => conversation.turns[id]);
+  for (const turn of [...pathOf(conversation), ...beside]) {
+    const model = conversation.pair?.includes(turn.id) ? ` (${turn.model})` : "";
+    parts.push(`## ${t(turn.role === "user" ? "you" : "model")}${model}`);
     if (turn.reasoning) parts.push(`<details><summary>${t("reasoning")}</summary>\n\n${turn.reasoning.trim()}\n\n</details>`);
     parts.push(turn.content.trim());
   }

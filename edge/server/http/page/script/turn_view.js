@@ -43,6 +43,7 @@ export class TurnView {
   update(final) {
     this.isFinal = final;
     const { turn } = this;
+    if (turn.role === "assistant") this.#showName();
     if (!this.answer) {
       this.root.classList.remove("editing");
       if (this.body.textContent !== turn.content || this.body.firstElementChild) this.body.textContent = turn.content;
@@ -54,16 +55,31 @@ export class TurnView {
     if (final) this.#showFacts();
   }
 
+  // Of two side by side, each says whose it is.
+  #showName() {
+    if (!this.#isInPair) { this.name?.remove(); return; }
+    this.name ??= node("h2");
+    this.name.textContent = this.turn.model;
+    if (this.name.parentNode !== this.root) this.root.prepend(this.name);
+  }
+
   /** Makes ready for an answer that comes, or goes on. */
   begin() {
     this.facts.replaceChildren();
     this.update(false);
   }
 
-  /** Says why there is nothing yet. */
-  wait(text) {
-    this.waiting ??= node("p", "waiting");
-    this.waiting.textContent = text;
+  /** Says why there is nothing yet; `share` of what it waits for is done. */
+  wait(text, share) {
+    if (!this.waiting) {
+      this.waiting = node("div", "waiting");
+      this.waiting.append(node("span"), node("progress"));
+      this.waiting.lastChild.max = 1;
+      this.waiting.lastChild.setAttribute("aria-hidden", "true");  // the text says it
+    }
+    this.waiting.firstChild.textContent = text;
+    this.waiting.lastChild.hidden = share === undefined;
+    if (share !== undefined) this.waiting.lastChild.value = share;
     if (this.waiting.parentNode !== this.root) this.root.insertBefore(this.waiting, this.facts);
   }
 
@@ -93,15 +109,22 @@ export class TurnView {
     this.phase = phase;
   }
 
+  get #isInPair() { return this.conversation.pair?.includes(this.turn.id) ?? false; }
+
   #showFacts() {
     const { turn } = this;
-    const facts = turn.role === "assistant" ? factsOf(turn) : [];
+    const facts = turn.role === "assistant" ? factsOf(turn, this.#isInPair) : [];
     this.facts.replaceChildren(...facts.map((fact) => node("span", "", fact)));
     const tools = node("div", "tools");
-    tools.append(...this.#branches());
+    if (this.#isInPair) {
+      const keep = this.#button("keep", () => this.actions.show(turn.id));
+      keep.className = "keep";
+      keep.disabled = document.body.classList.contains("answering");
+      tools.append(keep);
+    } else tools.append(...this.#branches());
     if (turn.content) tools.append(this.#button("copy", (button) => copyFrom(button, () => turn.content)));
     if (turn.role === "user") tools.append(this.#button("edit", () => this.#edit()));
-    else {
+    else if (!this.#isInPair) {
       tools.append(this.#button("regenerate", () => this.actions.regenerate(turn)));
       if (turn.ended !== "stop") tools.append(this.#button("continue", () => this.actions.go_on(turn)));
     }

@@ -23,7 +23,7 @@ export function translate(root) {
   document.documentElement.lang = language;
   for (const [data, write] of [
     ["t", (one, text) => { one.textContent = text; }],
-    ["tLabel", (one, text) => one.setAttribute("aria-label", text)],
+    ["tLabel", (one, text) => { one.setAttribute("aria-label", text); if (one.tagName === "BUTTON") one.title = text; }],
     ["tPlaceholder", (one, text) => one.setAttribute("placeholder", text)],
   ]) {
     const name = `data-${data.replace(/[A-Z]/, (letter) => `-${letter.toLowerCase()}`)}`;
