@@ -7,7 +7,9 @@ origin of each value is kept, for ``edge-llm config show --origin``.
 
 A table (``model``) is replaced as a whole by a stronger layer. In a variable it is written
 ``name=value,name=value``. A relative path in the file is relative to the file, elsewhere to the
-working directory. An empty variable counts as not set, since systemd units write it that way.
+working directory; a field whose metadata has a `Finder` takes names beside paths, and in a table of
+them a value alone has the name of the directory that was found. An empty variable counts as not
+set, since systemd units write it that way.
 """
 
 from __future__ import annotations
@@ -17,19 +19,23 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from .errors import ConfigError, DependencyError, install_command
+from .errors import ConfigError, DependencyError, EdgeError, install_command
 from .files import MALFORMED
 
 ENV_PREFIX = "EDGE_LLM_SERVE_"
 DEFAULT_FILE = Path("/etc/edge-llm/config.toml")
 MAX_FILE_BYTES = 1 << 20
+FINDER = "finder"
+"""Key of a `Finder` in a field's metadata."""
+Finder = Callable[[str, Path], Path]
+"""Finds what a text names; the second argument is what a relative path is relative to."""
 
 Settings = TypeVar("Settings")
 
@@ -84,7 +90,10 @@ def load_settings(
         values |= _from_file(file, fields)
     values |= _from_environment(environ or {}, fields)
     values |= _from_flags(flags or {}, fields)
-    converted = {name: _convert(name, fields[name], value) for name, value in values.items()}
+    finders = {field.name: field.metadata.get(FINDER) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    converted = {
+        name: _convert(name, fields[name], value, finders[name]) for name, value in values.items()
+    }
     return Resolved(
         cls(**converted),
         {name: values[name].origin if name in values else "default" for name in fields},
@@ -194,13 +203,22 @@ def _from_flags(flags: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str
     return found
 
 
-def _convert(name: str, hint: Any, value: _Value) -> Any:
+def _convert(name: str, hint: Any, value: _Value, finder: Finder | None) -> Any:
     raw, (kind, _) = value.raw, field_kind(hint)
-    if value.is_text and typing.get_origin(kind) is dict:
-        raw = _pairs(name, raw, value.origin)
 
+    def find(given: str) -> Path:
+        base = value.base or Path()
+        if finder is None:
+            return base / Path(given).expanduser()
+        try:
+            return finder(given, base)
+        except EdgeError as error:
+            raise type(error)(f"{value.origin}: {name} is {given!r}: {error}") from error
+
+    if value.is_text and typing.get_origin(kind) is dict:
+        raw = _pairs(name, raw, value.origin, None if finder is None else find)
     return _checked(
-        name, raw, hint, origin=f"{value.origin}: ", strict=not value.is_text, base=value.base
+        name, raw, hint, origin=f"{value.origin}: ", strict=not value.is_text, find=find
     )
 
 
@@ -211,7 +229,7 @@ def _checked(
     *,
     origin: str = "",
     strict: bool = True,
-    base: Path | None = None,
+    find: Callable[[str], Path] = lambda text: Path(text).expanduser(),
 ) -> Any:
     """Convert the value of a field to its type.
 
@@ -221,7 +239,7 @@ def _checked(
         hint: the field's type.
         origin: where the value came from, as an error's message begins.
         strict: false reads numbers from text.
-        base: what a relative path is relative to.
+        find: makes a path of a text.
 
     Raises:
         ConfigError: the value has another type or is out of its range.
@@ -234,7 +252,7 @@ def _checked(
             return given
         if not isinstance(given, str) or not given or "\0" in given:
             raise ValueError(f"a path is needed, got {given!r}")
-        return (base or Path()) / Path(given).expanduser()
+        return find(given)
 
     try:
         return msgspec.convert(raw, type=hint, strict=strict, dec_hook=to_path)
@@ -246,16 +264,23 @@ def _checked(
         raise ConfigError(f"{origin}{name} is {raw!r}: {message}") from error
 
 
-def _pairs(name: str, raw: Any, origin: str) -> Any:
-    """Read ``a=b,c=d``, or ``("a=b", "c=d")`` of a repeated flag, as a mapping."""
+def _pairs(name: str, raw: Any, origin: str, find: Callable[[str], Path] | None) -> Any:
+    """Read ``a=b,c=d``, or ``("a=b", "c=d")`` of a repeated flag, as a mapping.
+
+    With ``find`` a part without ``=`` is found, and has the name of its directory.
+    """
     if isinstance(raw, Mapping):
         return raw
-    result: dict[str, str] = {}
+    result: dict[str, str | Path] = {}
     for part in raw.split(",") if isinstance(raw, str) else raw:
         key, equals, text = (piece.strip() for piece in part.partition("="))
-        if not key or not equals or not text:
+        value: str | Path = text
+        if find is not None and key and not equals:
+            value = find(key)
+            key = value.resolve().name
+        elif not key or not equals or not text:
             raise ConfigError(f"{origin}: {name} needs NAME=VALUE, found {part!r}")
         if key in result:
             raise ConfigError(f"{origin}: {name} names {key!r} twice")
-        result[key] = text
+        result[key] = value
     return result

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 from msgspec import Meta
 
-from .config_file import check_fields, unknown_name
+from .bundle.library import find_setting
+from .config_file import FINDER, check_fields, unknown_name
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ EAGLE3 = Path("eagle3")
 """The `EngineConfig.draft` that means the bundle's own head."""
 _Positive = Annotated[int, Meta(ge=1)]
 _Count = Annotated[int, Meta(ge=0)]
+
+
+def _find_draft(text: str, base: Path) -> Path:
+    return EAGLE3 if text == str(EAGLE3) else find_setting(text, base)
 
 
 class EngineOptions(TypedDict, total=False):
@@ -83,9 +88,10 @@ class EngineConfig:
         reuse_prefix: keep the cache rows of ended sequences for later prompts that begin alike.
         overflow: when a slot of the cache is full, stop ends the answer; slide drops old tokens,
             except the first ones, and goes on.
-        draft: a smaller bundle with the same tokenizer that drafts tokens, or eagle3 for the
-            bundle's own head, where that is measured to pay; answers stay what they are. It takes
-            memory of its own, with as many slots.
+        draft: a smaller bundle with the same tokenizer that drafts tokens (on the command line and
+            in settings also by its name), or eagle3 for the bundle's own head, where that is
+            measured to pay; answers stay what they are. It takes memory of its own, with as many
+            slots.
         speculative: drafted tokens per step at most, where that is measured to pay; guessed by
             draft, or without one from what the text repeats. 0 drafts none; by default 0, or 5
             with draft.
@@ -109,7 +115,7 @@ class EngineConfig:
     target_itl_ms: Annotated[float, Meta(gt=0)] | None = None
     reuse_prefix: bool = True
     overflow: Literal["stop", "slide"] = "stop"
-    draft: Path | None = None
+    draft: Path | None = dataclasses.field(default=None, metadata={FINDER: _find_draft})
     speculative: _Count | None = None
     prefix_dir: Path | None = None
 

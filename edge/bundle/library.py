@@ -81,6 +81,27 @@ def find_bundle(name: str) -> Path:
     raise BundleError(f"{_absence(name, known)}; {_remedy(name)}")
 
 
+def find_setting(text: str, base: Path) -> Path:
+    """Find the bundle that a setting names, as `find_bundle` does.
+
+    A text with a ``/`` is a path, whether or not there is anything yet: who opens it will say.
+
+    Args:
+        text: as it was written.
+        base: what a relative path is relative to.
+
+    Returns:
+        The directory, absolute where it was found by its name.
+
+    Raises:
+        BundleError: no bundle, or more than one, has that name.
+    """
+    path = base / Path(text).expanduser()
+    if "/" in text or path.is_dir():
+        return path
+    return find_bundle(text).absolute()
+
+
 def hub_id(name: str) -> str | None:
     """Return the hub id of a name of the `CATALOGUE`, whatever its case; None of any other."""
     return CATALOGUE.get(name.lower())

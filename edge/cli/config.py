@@ -60,7 +60,7 @@ def unit(config_file: Path | None, **flags: Any) -> None:
         ServerSettings, file=config_file or default_config(), environ=os.environ, flags=flags
     ).settings
     if not settings.model:
-        raise ConfigError("there is no bundle to plan for; name one with --model NAME=BUNDLE")
+        raise ConfigError("there is no bundle to plan for; name one with --model BUNDLE")
     limits = unit_limits(settings)
     click.echo("# Made by edge-llm config unit, from the settings and the bundles that they name.")
     click.echo("[Service]")

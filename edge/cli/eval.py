@@ -16,6 +16,7 @@ import click
 import msgspec
 
 from edge.backends.ort.session import check_int8_activations
+from edge.bundle.library import find_bundle
 from edge.bundle.manifest import MANIFEST_NAME, Dialect, ModelSpec, read_manifest
 from edge.bundle.update import update_manifest
 from edge.engine_config import EngineConfig
@@ -34,8 +35,9 @@ from edge.runtime.llm import LLM
 from edge.runtime.sampling import SamplingParams
 
 from . import COMMAND_GROUP, echo_json
-from .options import engine_options, take_engine
+from .options import BundlePath, engine_options, take_engine
 from .progress import show_progress
+from .settings_options import complete_bundle
 
 _CURVES = ("kl_by_position", "layers")  # too long for a manifest
 
@@ -46,13 +48,14 @@ _CURVES = ("kl_by_position", "layers")  # too long for a manifest
     metavar="BUNDLE...",
     nargs=-1,
     required=True,
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=BundlePath(),
 )
 @click.option(
     "--against",
     metavar="BUNDLE|CHECKPOINT",
-    help="Reference. A directory, GGUF file or hub id that is no bundle is exported to fp16 "
-    "first, into a temporary directory under $TMPDIR.",
+    help="Reference: a bundle by directory or name; or a checkpoint (a directory, GGUF file or hub "
+    "id), which is exported to fp16 first, into a temporary directory under $TMPDIR.",
+    shell_complete=complete_bundle,
 )
 @click.option(
     "--text",
@@ -210,6 +213,8 @@ def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
     """Find the reference's bundle; the verb ``export`` exports a checkpoint to fp16."""
     if (Path(against) / MANIFEST_NAME).is_file():
         return Path(against)
+    if "/" not in against and not Path(against).exists():
+        return find_bundle(against)
     if not entry_points(group=COMMAND_GROUP, name="export"):
         raise DependencyError(
             f"{against} is no bundle, and exporting it needs the verb export; install it with: "

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from edge.bundle.library import bundle_directories, find_bundle
+from edge.bundle.library import find_bundle
 from edge.config_file import load_settings
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.runtime.sampling import KNOBS, SamplingParams
 
-from .settings_options import option_texts, settings_options
+from .settings_options import complete_bundle, option_texts, settings_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,10 +51,8 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Offer the bundles that have names, and directories."""
-        names = [directory.name for directory in bundle_directories()]
-        items = [CompletionItem(name) for name in names if name.startswith(incomplete)]
-        return items or [CompletionItem(incomplete, type="dir")]
+        """See `complete_bundle`."""
+        return complete_bundle(ctx, param, incomplete)
 
 
 bundle_argument = click.argument("bundle", type=BundlePath())

@@ -96,8 +96,8 @@ def plan(
 ) -> None:
     """Predict memory and speed of MODEL for every quantization.
 
-    MODEL is a bundle, a directory with a config.json, a config.json, or one of r1-qwen-1.5b,
-    r1-qwen-7b, r1-llama-8b and r1-qwen3-8b, also under the names that pull knows.
+    MODEL is a bundle by directory or name, a directory with a config.json, a config.json, or one
+    of r1-qwen-1.5b, r1-qwen-7b, r1-llama-8b and r1-qwen3-8b, also under the names that pull knows.
     """
     from edge.planner.memory import Deployment
     from edge.planner.models import BUILT_IN, check_tokenizers, find_head, find_model

@@ -21,9 +21,10 @@ from .settings_options import config_option, default_config, settings_options
 @config_option
 @settings_options(ServerSettings)
 def serve(bundle: Path | None, config_file: Path | None, **flags: Any) -> int:
-    """Serve BUNDLE, or each --model NAME=BUNDLE, to OpenAI's clients until SIGTERM.
+    """Serve BUNDLE, or each --model [NAME=]BUNDLE, to OpenAI's clients until SIGTERM.
 
-    BUNDLE is served under its directory's name, and to requests that name no model.
+    BUNDLE is a directory or one of the names of edge-llm list. It is served under its directory's
+    name, and to requests that name no model.
     """
     if bundle is not None:
         if flags["model"]:

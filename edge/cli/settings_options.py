@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
-from edge.config_file import DEFAULT_FILE, ENV_PREFIX, field_kind
+from edge.bundle.library import bundle_directories
+from edge.config_file import DEFAULT_FILE, ENV_PREFIX, FINDER, field_kind
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -25,6 +27,15 @@ config_option = click.option(
     help=f"TOML file of settings; flags and {ENV_PREFIX}* override it. "
     f"Default: {DEFAULT_FILE} where it exists.",
 )
+
+
+def complete_bundle(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer the bundles that have names, and directories."""
+    names = [directory.name for directory in bundle_directories()]
+    items = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return items or [CompletionItem(incomplete, type="dir")]
 
 
 def default_config() -> Path | None:
@@ -80,13 +91,22 @@ def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> Callable[[Co
         text += f"  [default: {'on' if field.default is True else field.default}]"
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
+    complete = complete_bundle if FINDER in field.metadata else None
     if typing.get_origin(kind) is dict:
+        metavar = "NAME=VALUE" if complete is None else "[NAME=]BUNDLE"
         return click.option(
-            flag, field.name, multiple=True, metavar="NAME=VALUE", help=f"{text} Repeatable."
+            flag,
+            field.name,
+            multiple=True,
+            metavar=metavar,
+            help=f"{text} Repeatable.",
+            shell_complete=complete,
         )
     if typing.get_origin(kind) is typing.Literal:
         choice = click.Choice(list(typing.get_args(kind)))
         return click.option(flag, field.name, type=choice, help=text)
     # Kept as text: the settings read a flag exactly as they read an environment variable.
     metavar = {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
-    return click.option(flag, field.name, metavar=metavar, help=text)
+    if complete is not None:
+        metavar = "BUNDLE"
+    return click.option(flag, field.name, metavar=metavar, help=text, shell_complete=complete)

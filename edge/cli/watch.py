@@ -80,7 +80,7 @@ class _Outcome:
 @click.option(
     "--against",
     metavar="BUNDLE",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=BundlePath(),
     help="A/B: compare with another bundle instead, item by item.",
 )
 @click.option("--record", is_flag=True, help="Write --baseline and --traffic instead of comparing.")

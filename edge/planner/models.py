@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from edge.bundle.library import CATALOGUE, hub_id
+from edge.bundle.library import CATALOGUE, find_bundle, hub_id
 from edge.bundle.manifest import (
     MANIFEST_NAME,
     Architecture,
@@ -19,7 +19,7 @@ from edge.bundle.manifest import (
     read_manifest,
 )
 from edge.bundle.model_config import parse_config
-from edge.errors import CheckpointError, ConfigError
+from edge.errors import BundleError, CheckpointError, ConfigError
 from edge.files import read_file
 from edge.text.tokenizer_difference import tokenizer_difference
 
@@ -114,6 +114,8 @@ BUILT_IN: dict[str, PlannedModel] = {
 def find_model(name: str) -> PlannedModel:
     """Find a built-in model, a bundle, a directory with a ``config.json``, or that file itself.
 
+    Bundles have the names of `find_bundle`, too.
+
     Raises:
         ConfigError: it is none of these.
         CheckpointError: the ``config.json`` is no config of a supported decoder.
@@ -123,7 +125,16 @@ def find_model(name: str) -> PlannedModel:
         return BUILT_IN[name.lower()]
     if (known := hub_id(name)) is not None:
         return next(model for model in BUILT_IN.values() if model.source == known)
+    problem = (
+        f"{name} is no bundle, no directory with a config.json, no config.json and none of "
+        f"{', '.join(BUILT_IN)}"
+    )
     path = Path(name)
+    if not path.exists():
+        try:
+            path = find_bundle(name)
+        except BundleError as error:
+            raise ConfigError(f"{problem}: {error}") from error
     if (path / MANIFEST_NAME).is_file():
         manifest = read_manifest(path)
         return PlannedModel(
@@ -133,10 +144,7 @@ def find_model(name: str) -> PlannedModel:
     if config.is_file():
         directory = config.resolve().parent
         return PlannedModel(directory.name, read_config(config), source=str(config.parent))
-    raise ConfigError(
-        f"{name} is no bundle, no directory with a config.json, no config.json and none of "
-        f"{', '.join(BUILT_IN)}"
-    )
+    raise ConfigError(problem)
 
 
 def find_head(target: PlannedModel) -> PlannedModel:

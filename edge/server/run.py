@@ -92,7 +92,7 @@ class Service:
     ) -> None:
         check_decoding()
         if not settings.model:
-            raise ConfigError("no model to serve; give a bundle, or --model NAME=BUNDLE")
+            raise ConfigError("no model to serve; give a bundle, or --model BUNDLE for each one")
         default = settings.default_model
         if default is not None and default not in {AUTO, *settings.model, *settings.split}:
             raise ConfigError(f"the default model {default!r} is not one of those to serve")

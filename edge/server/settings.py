@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from edge.bundle.library import find_setting
+from edge.config_file import FINDER
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.measure.drift import DEFAULT_WINDOW
@@ -28,7 +30,8 @@ class ServerSettings(EngineConfig):
     """Settings of the HTTP service, the engine's included; each is a flag of ``edge-llm serve``.
 
     Attributes:
-        model: bundles to serve, by name.
+        model: bundles to serve, by the names that requests use. A bundle is a directory or one of
+            the names of edge-llm list; a BUNDLE alone is served under its directory's name.
         log_format: format of the log: plain for people, json for machines; auto is plain.
         log_level: least severity that is logged.
         host: address to listen on.
@@ -74,7 +77,7 @@ class ServerSettings(EngineConfig):
             default ten times what a full step takes at the pace of its slowest so far, 5 to 120 s.
     """
 
-    model: dict[str, Path] = field(default_factory=dict)
+    model: dict[str, Path] = field(default_factory=dict, metadata={FINDER: find_setting})
     log_format: LogFormat = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     host: str = "127.0.0.1"

@@ -12,6 +12,7 @@ from edge.bundle.library import (
     bundle_directories,
     bundle_name,
     find_bundle,
+    find_setting,
     hub_id,
     roots,
 )
@@ -124,3 +125,24 @@ def test_every_name_of_the_catalogue_finds_what_pull_writes(root: Path):
     for name, source in CATALOGUE.items():
         assert find_bundle(name) == root / bundle_name(source, "int4")
     assert hub_id("mine") is None
+
+
+def test_a_setting_names_a_bundle_or_a_path(root: Path, tmp_path: Path):
+    make(root, f"{QWEN}-int4", "here")
+    make(tmp_path / "etc", "here")
+    base = tmp_path / "etc"
+    assert find_setting("1.5b", base) == root / f"{QWEN}-int4"
+    assert find_setting("here", base) == base / "here"  # a directory beside the file wins
+    assert find_setting("here", tmp_path) == root / "here"
+    assert find_setting("not/yet", base) == base / "not/yet"
+    assert find_setting("~/not-yet", base) == Path("~/not-yet").expanduser()
+    with pytest.raises(BundleError, match=r"has .*edge-llm export makes one"):
+        find_setting("gemma", base)
+
+
+def test_a_name_is_absolute_in_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Or the configuration that is printed would mean something else in another directory."""
+    monkeypatch.delenv("EDGE_LLM_BUNDLES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    make(Path("bundles"), "mine")
+    assert find_setting("mine", Path("/etc/edge-llm")) == tmp_path / "bundles" / "mine"

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from edge.cli.config import config
 from edge.config_file import load_settings
-from edge.errors import ConfigError
+from edge.errors import ConfigError, EdgeError
 from edge.server.settings import ServerSettings
 
 
@@ -112,3 +112,63 @@ def test_no_secret_is_printed(tmp_path: Path):
     keys = tmp_path / "keys"
     keys.write_text("me:very-secret-key-of-mine\n")
     assert "very-secret" not in show("--api-key-file", str(keys), "--origin").stdout
+
+
+# --------------------------------------------------------------------------- bundles by name
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two bundles that have names."""
+    root = tmp_path / "kept"
+    for name in ("big-7b-int4", "small-1.5b-int4"):
+        (root / name).mkdir(parents=True)
+        (root / name / "manifest.json").touch()
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(root))
+    return root
+
+
+def test_a_file_of_settings_names_bundles(kept: Path, tmp_path: Path):
+    if sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    path = tmp_path / "edge.toml"
+    path.write_text('draft = "1.5b"\n[model]\nr1 = "7b"\nother = "kept/small-1.5b-int4"\n')
+    settings = json.loads(show("--config", str(path), "--json").stdout)
+    assert settings["draft"] == str(kept / "small-1.5b-int4")
+    assert settings["model"] == {
+        "r1": str(kept / "big-7b-int4"),
+        "other": str(kept / "small-1.5b-int4"),
+    }
+    path.write_text('draft = "eagle3"\n')
+    found = load_settings(ServerSettings, file=path).settings
+    assert found.drafts_with_head
+
+
+@pytest.mark.parametrize("given", ["flags", "environment"])
+def test_a_bundle_alone_is_served_under_its_name(kept: Path, given: str):
+    environ = {"EDGE_LLM_SERVE_MODEL": "7b, fast=1.5b", "EDGE_LLM_SERVE_DRAFT": "small"}
+    flags = ("--model", "7b", "--model", "fast=1.5b", "--draft", "small")
+    result = show("--json", *flags) if given == "flags" else show("--json", **environ)
+    settings = json.loads(result.stdout)
+    small = str(kept / "small-1.5b-int4")
+    assert settings["model"] == {"big-7b-int4": str(kept / "big-7b-int4"), "fast": small}
+    assert settings["draft"] == small
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--model", "a=int4"), ["flag --model", "'int4' fits 2 bundles", "big-7b", "small-1.5b"]),
+        (
+            ("--draft", "gemma"),
+            ["flag --draft", "draft is 'gemma'", "which has big-7b-int4, small"],
+        ),
+        (("--model", "8b"), ["model is '8b'", "edge-llm pull deepseek-r1:8b"]),
+        (("--model", "7b", "--model", "big"), ["names 'big-7b-int4' twice"]),
+    ],
+)
+def test_a_name_that_finds_no_bundle_is_refused(kept: Path, flags: tuple[str, ...], words: Any):
+    with pytest.raises(EdgeError) as caught:
+        show(*flags)
+    for word in words:
+        assert word in str(caught.value)

@@ -131,3 +131,27 @@ def test_pull_on_a_jetson_exports_for_its_jetpack(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert f"--quant int4 --target {target}" in edge_llm("pull", "deepseek-r1:7b").err
+
+
+def test_options_take_names(edge_llm: EdgeLlm, root: Path, tmp_path: Path):
+    for arguments in (
+        ("run", "1.5b", "hello", "--draft", "gemma"),
+        ("serve", "--model", "a=gemma"),
+        ("watch", "1.5b", "--against", "gemma"),
+        ("eval", "gemma"),
+        ("eval", "1.5b", "--against", "gemma"),
+    ):
+        assert "which has broken, tiny-1.5b-fp16" in error_line(edge_llm(*arguments), 65)
+    assert "which has broken, tiny-1.5b-fp16" in error_line(edge_llm("plan", "gemma"), 64)
+    named = edge_llm("plan", "tiny", "--json")
+    assert named.out == edge_llm("plan", root / "tiny-1.5b-fp16", "--json").out
+
+
+def test_options_complete_names(root: Path):
+    import edge.cli.run
+    import edge.cli.serve
+
+    for command, name in ((edge.cli.serve.serve, "model"), (edge.cli.run.run, "draft")):
+        (option,) = [option for option in command.params if option.name == name]
+        found = option.shell_complete(None, "ti")  # type: ignore[arg-type]
+        assert [item.value for item in found] == ["tiny-1.5b-fp16"]
