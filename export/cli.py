@@ -188,6 +188,12 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 )
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Download cache for a hub id.")
+@click.option(
+    "--hub",
+    type=click.Choice(["huggingface", "modelscope"]),
+    help="Where a hub id is downloaded from. Default: EDGE_LLM_HUB, else the Hugging Face hub, of "
+    "which HF_ENDPOINT sets a mirror.",
+)
 @click.option("--force", "overwrite", is_flag=True, help="Replace an existing bundle.")
 @click.option(
     "--verify/--no-verify",

@@ -12,6 +12,7 @@ from edge.errors import ConfigError
 
 from .graph.embedding_table import EmbeddingType
 from .quantize.calibrated import Method
+from .sources.opening import Hub
 from .targets import ANY, TARGETS, Target
 
 GraphType = Literal["fp16", "bf16"]
@@ -57,6 +58,7 @@ class ExportConfig:
         kv_capacity: cache rows per sequence; None is `edge.bundle.io_spec.default_kv_capacity`.
         revision: branch, tag or commit of a hub id; None is its default branch.
         cache_dir: where a hub id is downloaded to; None is the hub's own cache.
+        hub: where a hub id is looked up, see `open_checkpoint`.
         overwrite: replace an existing bundle.
         verify: measure the finished bundle against the float model before it is put in place, and
             refuse it if it misses ``gate``.
@@ -94,6 +96,7 @@ class ExportConfig:
     kv_capacity: int | None = None
     revision: str | None = None
     cache_dir: Path | None = None
+    hub: Hub | None = None
     overwrite: bool = False
     verify: bool = False
     gate: str | None = None
@@ -253,4 +256,5 @@ class ExportConfig:
             kv_capacity=self.kv_capacity,
             revision=self.revision,
             cache_dir=self.cache_dir,
+            hub=self.hub,
         )

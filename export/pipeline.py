@@ -98,7 +98,11 @@ def export_checkpoint(
             raise DependencyError(f"--verify runs the bundle, but {problem}")
         _log.warning("%s", problem)
     with open_checkpoint(
-        config.source, revision=config.revision, cache_dir=config.cache_dir
+        config.source,
+        revision=config.revision,
+        cache_dir=config.cache_dir,
+        hub=config.hub,
+        progress=progress or silent,
     ) as checkpoint:
         config = config.resolved(is_quantized=is_quantized(checkpoint))
         return _Export(config, checkpoint, progress or silent, announce or _mute).run()

@@ -19,6 +19,17 @@ CATALOGUE = {
     "deepseek-r1:8b-0528": "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
 }
 """Hub ids of the models that this project is for, by a name that is quicker to type."""
+REVISIONS = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "ad9f0ae0864d7fbcd1cd905e3c6c5b069cc8b562",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "916b56a44061fd5cd7d6a8fb632557ed4f724f60",
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "6a6f4aa4197940add57724a7707d069478df56b1",
+    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": "6e8885a6ff5c1dc5201574c8fd700323f23c25fa",
+}
+"""Commit of the Hugging Face hub that a name of the `CATALOGUE` means.
+
+Each is the one that public projects which pin these models name, independently of each other
+(searched in November 2026); the hub was not asked. A hub that does not have it refuses it.
+"""
 _SEPARATORS = re.compile(r"[-_:/ ]+")
 
 

@@ -308,7 +308,8 @@ class Source(_Struct, frozen=True):
 
     Attributes:
         kind: an HF directory, a hub id or a GGUF file.
-        location: the directory's or file's name, or the hub id (never an absolute path).
+        location: the directory's or file's name, or the hub id (never an absolute path), which
+            ``modelscope:`` precedes where it is of that hub.
         revision: commit of the hub repository, else None.
         sha256: SHA-256 of the GGUF file, or of the safetensors files' hashes in name order.
         licence: the licence that the source states.

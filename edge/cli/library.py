@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -13,6 +14,7 @@ import click
 from edge.bundle.engine_file import find_engines
 from edge.bundle.library import (
     CATALOGUE,
+    REVISIONS,
     bundle_directories,
     bundle_name,
     hub_id,
@@ -106,6 +108,16 @@ def remove(bundle: Path, yes: bool) -> None:
     "--build/--no-build", default=None, help="Build the engine. Default: where TensorRT runs."
 )
 @click.option("--force", is_flag=True, help="Make it anew if it is there.")
+@click.option(
+    "--revision",
+    help="Branch, tag or commit. Default: of a short name on the Hugging Face hub the commit that "
+    "comes with edge-llm, else the newest of the default branch.",
+)
+@click.option(
+    "--hub",
+    type=click.Choice(["huggingface", "modelscope"]),
+    help="Where to download from. Default: EDGE_LLM_HUB, else the Hugging Face hub.",
+)
 @click.argument("export_options", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def pull(
@@ -114,13 +126,15 @@ def pull(
     quant: str,
     build: bool | None,
     force: bool,
+    revision: str | None,
+    hub: str | None,
     export_options: tuple[str, ...],
 ) -> None:
     """Get MODEL: download it, export it, and build its engine where TensorRT runs.
 
     MODEL is deepseek-r1:1.5b, :7b, :8b (the Llama distill) or :8b-0528 (the Qwen3 distill), or a
     hub id. What follows is for edge-llm export, for example --method rtn or --kv-capacity 8192.
-    HF_ENDPOINT sets a mirror of the hub.
+    HF_ENDPOINT sets a mirror of the Hugging Face hub.
     """
     source = hub_id(model) or model
     if "/" not in source:
@@ -138,7 +152,11 @@ def pull(
     else:
         bundle.parent.mkdir(parents=True, exist_ok=True)
         target = () if "--target" in export_options else _target()
-        options = (*target, *export_options, *(["--force"] if force else []))
+        is_pinned = hub_id(model) is not None and revision is None
+        if is_pinned and (hub or os.environ.get("EDGE_LLM_HUB") or "huggingface") == "huggingface":
+            revision = REVISIONS[source]
+        options = (*target, *_where(revision, hub), *export_options)
+        options = (*options, *(["--force"] if force else []))
         _run(ctx, "export", source, "-o", str(bundle), "--quant", quant, *options)
     if build is None:
         from edge.device.machine import Machine
@@ -147,6 +165,12 @@ def pull(
     if build:
         _run(ctx, "build", str(bundle))
     click.echo(f"Try it: edge-llm run {bundle.name} 'Why is the sky blue?'")
+
+
+def _where(revision: str | None, hub: str | None) -> list[str]:
+    """Options of the export that say what is downloaded, and from where."""
+    given = {"--revision": revision, "--hub": hub}
+    return [text for name, value in given.items() if value for text in (name, value)]
 
 
 def _target() -> tuple[str, ...]:

@@ -43,6 +43,7 @@ class HfDirectory(Checkpoint):
         *,
         hub_id: str | None = None,
         revision: str | None = None,
+        hub: str | None = None,
     ) -> None:
         """Open a directory and check that exactly the model's tensors are there.
 
@@ -50,6 +51,7 @@ class HfDirectory(Checkpoint):
             directory: holds ``config.json``, ``tokenizer.json`` and safetensors.
             hub_id: where the directory was downloaded from, or None.
             revision: commit of the hub repository.
+            hub: name of the hub if it is not the Hugging Face hub.
 
         Raises:
             CheckpointError: something is missing, damaged or not supported.
@@ -57,6 +59,7 @@ class HfDirectory(Checkpoint):
         self._directory = directory
         self._hub_id = hub_id
         self._revision = revision
+        self._hub = hub
         config_path = directory / "config.json"
         config = read_json(config_path)
         self.spec = parse_config(config, str(config_path))
@@ -80,12 +83,17 @@ class HfDirectory(Checkpoint):
         )
         return Source(
             kind="hub" if self._hub_id else "directory",
-            location=self._hub_id or self._directory.resolve().name,
+            location=self._location(),
             revision=self._revision,
             sha256=hashlib.sha256(lines.encode()).hexdigest(),
             licence=read_licence(self._directory),
             quantization=None if self._quantization is None else self._quantization.describe(),
         )
+
+    def _location(self) -> str:
+        if self._hub_id is None:
+            return self._directory.resolve().name
+        return self._hub_id if self._hub is None else f"{self._hub}:{self._hub_id}"
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Return the tensor's view, fp32, fp16 or bfloat16; see `Checkpoint.tensor`."""

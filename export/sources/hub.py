@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edge.errors import CheckpointError, DependencyError, install_command
 
-_TEXT_FILES = [
+TEXT_FILES = [
     "config.json",
     "hf_quant_config.json",  # of ModelOpt
     "generation_config.json",
@@ -41,12 +41,12 @@ def download(
         CheckpointError: not found, no access, no network, or no such revision.
         DependencyError: huggingface-hub is not installed.
     """
-    directory = _snapshot(repo_id, revision, cache_dir, _TEXT_FILES)
+    directory = _snapshot(repo_id, revision, cache_dir, TEXT_FILES)
     check(directory)
     # The cache names each snapshot after its commit (huggingface_hub, "Understand caching"), so
     # both steps and the manifest speak of the same one, even if the branch moves in between.
     commit = directory.name
-    return _snapshot(repo_id, commit, cache_dir, _TEXT_FILES + _WEIGHT_FILES), commit
+    return _snapshot(repo_id, commit, cache_dir, TEXT_FILES + _WEIGHT_FILES), commit
 
 
 def _snapshot(
@@ -81,7 +81,7 @@ def _snapshot(
     except RepositoryNotFoundError as error:
         problem = (
             "was not found on the hub; check the spelling, or set HF_TOKEN if it is private "
-            "(for a mirror set HF_ENDPOINT)"
+            "(for a mirror set HF_ENDPOINT, for ModelScope --hub modelscope)"
         )
         cause = error
     except RevisionNotFoundError as error:
@@ -90,7 +90,8 @@ def _snapshot(
     except LocalEntryNotFoundError as error:
         problem = (
             "is not whole in the local cache and the hub cannot be reached; check the network, "
-            "HF_ENDPOINT and HF_HUB_OFFLINE, or give a directory that was downloaded elsewhere"
+            "HF_ENDPOINT and HF_HUB_OFFLINE, try --hub modelscope, or give a directory that was "
+            "downloaded elsewhere"
         )
         cause = error
     except HFValidationError as error:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import Literal, get_args
 
 from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError, ConfigError
+from edge.progress import Progress, silent
 
+from . import modelscope
 from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_text
 from .gguf_source import GgufCheckpoint
 from .hf_directory import HfDirectory
-from .hub import download
+from .hub import TEXT_FILES, download
 from .quantization_config import read_quantization
 
+Hub = Literal["huggingface", "modelscope"]
+HUB_VARIABLE = "EDGE_LLM_HUB"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def open_checkpoint(
-    source: str, *, revision: str | None = None, cache_dir: Path | None = None
+    source: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    hub: Hub | None = None,
+    progress: Progress = silent,
 ) -> Checkpoint:
     """Open a model by whatever names it.
 
@@ -28,18 +39,24 @@ def open_checkpoint(
             hub id ``owner/name``, in this order.
         revision: branch, tag or commit of a hub id; None is its default branch.
         cache_dir: where a hub id is downloaded to; None is the hub's own cache.
+        hub: where a hub id is looked up; None is ``EDGE_LLM_HUB``, else the Hugging Face hub.
+        progress: told of a download from ModelScope; huggingface-hub shows its own.
 
     Raises:
         CheckpointError: no such source, or one that cannot be exported.
-        ConfigError: ``revision`` or ``cache_dir`` with a local source.
+        ConfigError: ``revision``, ``cache_dir`` or ``hub`` with a local source, or no such hub.
         DependencyError: a library of the extra ``export`` is missing.
     """
     path = Path(source)
     is_gguf = path.suffix.lower() == ".gguf" and path.is_file()
     if is_gguf or path.is_dir():
-        if revision is not None or cache_dir is not None:
-            option = "--revision" if revision is not None else "--cache-dir"
-            raise ConfigError(f"{option} is for hub ids, but {source} is local; leave it out")
+        for option, value in (
+            ("--revision", revision),
+            ("--cache-dir", cache_dir),
+            ("--hub", hub),
+        ):
+            if value is not None:
+                raise ConfigError(f"{option} is for hub ids, but {source} is local; leave it out")
         return GgufCheckpoint(path) if is_gguf else HfDirectory(path)
     if path.is_file():
         raise CheckpointError(
@@ -50,8 +67,26 @@ def open_checkpoint(
             f"nothing to export at {source!r}: it is no directory, no .gguf file and no hub id "
             "(owner/name)"
         )
+    if chosen_hub(hub) == "modelscope":
+        directory, commit = modelscope.download(
+            source, revision, cache_dir, _check_text, TEXT_FILES, progress
+        )
+        return HfDirectory(directory, hub_id=source, revision=commit, hub="modelscope")
     directory, commit = download(source, revision, cache_dir, _check_text)
     return HfDirectory(directory, hub_id=source, revision=commit)
+
+
+def chosen_hub(hub: str | None) -> str:
+    """Return the hub of an option, else that of ``EDGE_LLM_HUB``, else ``huggingface``.
+
+    Raises:
+        ConfigError: there is no such hub.
+    """
+    chosen = hub or os.environ.get(HUB_VARIABLE) or "huggingface"
+    if chosen not in get_args(Hub):
+        where = HUB_VARIABLE if hub is None else "hub"
+        raise ConfigError(f"{where} is {chosen!r}; use {', '.join(get_args(Hub))}")
+    return chosen
 
 
 def _check_text(directory: Path) -> None:

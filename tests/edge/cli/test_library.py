@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from edge.bundle.library import CATALOGUE, REVISIONS
 from edge.bundle.manifest import read_manifest
 from edge.cli.options import BundlePath
 from tests.conftest import Bundles
@@ -155,3 +156,32 @@ def test_options_complete_names(root: Path):
         (option,) = [option for option in command.params if option.name == name]
         found = option.shell_complete(None, "ti")  # type: ignore[arg-type]
         assert [item.value for item in found] == ["tiny-1.5b-fp16"]
+
+
+@pytest.mark.parametrize(
+    ("options", "variable", "words"),
+    [
+        ((), "", f"--revision {REVISIONS[CATALOGUE['deepseek-r1:7b']]}"),
+        (("--revision", "main"), "", "--revision main\n"),
+        (("--hub", "modelscope"), "", "--quant int4 --hub modelscope\n"),
+        (("--hub", "modelscope", "--revision", "v1"), "", "--revision v1 --hub modelscope\n"),
+        ((), "modelscope", "--quant int4\n"),
+        (("--hub", "huggingface"), "modelscope", "--revision 916b56a44061"),
+    ],
+)
+def test_pull_takes_the_commit_that_is_known(
+    edge_llm: EdgeLlm,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    variable: str,
+    words: str,
+):
+    """On the Hugging Face hub, since other hubs have commits of their own."""
+    monkeypatch.setattr("edge.device.telemetry.read_l4t", lambda: None)
+    monkeypatch.setenv("EDGE_LLM_HUB", variable)
+    monkeypatch.setenv("MODELSCOPE_DOMAIN", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = edge_llm("pull", "deepseek-r1:7b", *options).err.splitlines()[0] + "\n"
+    assert words in line
+    assert ("--revision" in words) == ("--revision" in line)
