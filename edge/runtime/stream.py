@@ -31,6 +31,7 @@ class GenerationChunk:
             (``max_tokens`` or the cache is full) or ``cancelled``.
         stats: on the last piece.
         progress: of the prompt, where `LLM.submit` was asked for it; such a piece has nothing else.
+        stop: on the last piece, the stop string that ended the answer, if one did.
     """
 
     text: str = ""
@@ -38,6 +39,7 @@ class GenerationChunk:
     tokens: tuple[SampledToken, ...] = ()
     finish_reason: FinishReason | None = None
     stats: GenerationStats | None = None
+    stop: str | None = None
     progress: PromptProgress | None = None
 
 
@@ -125,7 +127,12 @@ class OutputStream:
         last = self._last
         self._put(
             GenerationChunk(
-                last.text + answer, last.reasoning + reasoning, last.tokens, reason, stats
+                last.text + answer,
+                last.reasoning + reasoning,
+                last.tokens,
+                reason,
+                stats,
+                self._stops.matched if reason == "stop" else None,
             )
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -12,15 +13,19 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
 
 from .api.answers import ModelCard, ModelList
+from .api.anthropic.errors import NAMES as MESSAGES_NAMES
+from .api.anthropic.messages import MessagesRender, check_version, count_tokens, plan_messages
+from .api.anthropic.protocol import CountTokensRequest, MessagesRequest
 from .api.chat import ChatRender, plan_chat
 from .api.completions import CompletionRender, plan_completion
-from .api.facts import facts_of
+from .api.error_forms import error_body
+from .api.facts import TextRequest, facts_of
 from .api.openapi import openapi
 from .api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
 from .api.respond import Plan, Render, Turn, json_response, respond
 from .api.text import detokenize, tokenize, tokenizer_info
 from .http.access import APIKeys
-from .http.errors import APIError
+from .http.errors import APIError, renamed
 from .http.guard import App, Guard, Receive, Scope, Send, read_body
 from .http.memory import Trimmer
 from .http.page import page_files
@@ -32,8 +37,9 @@ if TYPE_CHECKING:
     from .observe.metrics import Metrics
 
 _Body = TypeVar("_Body")
-_TextBody = TypeVar("_TextBody", ChatRequest, CompletionRequest)
+_TextBody = TypeVar("_TextBody", bound=TextRequest)
 Endpoint = Callable[[Request], Awaitable[Response]]
+_AS_IN_CHATS: Mapping[str, str] = MappingProxyType({})
 
 
 def create_app(
@@ -63,6 +69,7 @@ def create_app(
         is_draining=lambda: models.is_draining,
         on_rejection=metrics.observe_rejection,
         on_large=trimmer.soon,
+        error_body=error_body,
     )
 
 
@@ -95,6 +102,8 @@ class _Endpoints:
             "/models/{id:path}": ("GET", self._show_model),
             "/chat/completions": ("POST", self._chat),
             "/completions": ("POST", self._completions),
+            "/messages": ("POST", self._messages),
+            "/messages/count_tokens": ("POST", self._count_tokens),
         }
         post = {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
         return [
@@ -123,16 +132,37 @@ class _Endpoints:
     async def _completions(self, request: Request) -> Response:
         return await self._generate(request, CompletionRequest, plan_completion, CompletionRender)
 
+    async def _messages(self, request: Request) -> Response:
+        check_version(request.headers.get("anthropic-version"))
+        return await self._generate(
+            request, MessagesRequest, plan_messages, MessagesRender, MESSAGES_NAMES
+        )
+
+    async def _count_tokens(self, request: Request) -> Response:
+        check_version(request.headers.get("anthropic-version"))
+        body, lane = await self._read(request, CountTokensRequest)
+        choice = await self._models.choose(body.model, facts_of(body, request.scope["request_id"]))
+        turn = self._turn(request, choice, lane)
+        with choice.model.lease():
+            counted = await lane.run(partial(count_tokens, turn, body), request.receive)
+        return json_response(counted, turn.headers)
+
     async def _generate(
         self,
         request: Request,
         kind: type[_TextBody],
         plan: Callable[[Turn, _TextBody], Plan],
         render: Callable[[Turn, _TextBody], Render],
+        names: Mapping[str, str] = _AS_IN_CHATS,
     ) -> Response:
+        """Answer a request for text; ``names`` are for its errors, see `renamed`."""
         body, lane = await self._read(request, kind)
-        choice = await self._choose(body, request)
-        turn = Turn(
+        turn = self._turn(request, await self._choose(body, request), lane)
+        with renamed(names):
+            return await respond(turn, partial(plan, turn, body), render(turn, body))
+
+    def _turn(self, request: Request, choice: Choice, lane: Lane) -> Turn:
+        return Turn(
             model=choice.model,
             client=request.scope["client_identity"],
             settings=self._settings,
@@ -142,9 +172,8 @@ class _Endpoints:
             headers=choice.headers(),
             arm=choice.arm,
         )
-        return await respond(turn, partial(plan, turn, body), render(turn, body))
 
-    async def _choose(self, body: ChatRequest | CompletionRequest, request: Request) -> Choice:
+    async def _choose(self, body: TextRequest, request: Request) -> Choice:
         choice = await self._models.choose(body.model, facts_of(body, request.scope["request_id"]))
         if choice.rule is not None:
             self._metrics.observe_route(choice.rule, choice.model.name)

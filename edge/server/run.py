@@ -22,7 +22,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, EdgeError
 from edge.measure.drift import DriftMonitor, read_counts
 
-from .api.protocol import check_decoding
+from .api.samples import check_decoding
 from .app import create_app
 from .http.access import APIKeys
 from .http.connections import Connections, Listener, possible_connections, raise_file_limit

@@ -346,6 +346,9 @@ class StopMatcher:
     for all of them (Aho and Corasick, 1975, doi:10.1145/360825.360855) reads each character once.
     Its depth is the length of the longest suffix that could still become a stop, which is just
     what has to be held back.
+
+    Attributes:
+        matched: the stop that was hit; None before.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -375,7 +378,7 @@ class StopMatcher:
         self._fallback = self._link()
         self._node = 0
         self._held = ""
-        self._hit = False
+        self.matched: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text.
@@ -384,7 +387,7 @@ class StopMatcher:
             The text that is safe to emit, and whether a stop was hit. The stop itself and all
             after it is dropped; later calls return ``("", True)``.
         """
-        if self._hit:
+        if self.matched is not None:
             return "", True
         node = self._node
         start = len(self._held)
@@ -394,9 +397,9 @@ class StopMatcher:
                 node = self._fallback[node]
             node = self._children[node].get(char, 0)
             if self._match_length[node]:
-                self._hit = True
-                self._held = ""
-                return buffer[: end - self._match_length[node]], True
+                begin = end - self._match_length[node]
+                self._held, self.matched = "", buffer[begin:end]
+                return buffer[:begin], True
         self._node = node
         safe = len(buffer) - self._depth[node]
         self._held = buffer[safe:]

@@ -38,7 +38,7 @@ from .generate import (
 )
 from .pieces import MakeParser, Piece
 from .protocol import ChatRequest
-from .respond import Plan, Turn
+from .respond import Plan, Render, Turn
 from .sse import DONE, event
 from .structure import output_format
 from .tools import (
@@ -51,21 +51,35 @@ from .tools import (
     syntax_of,
     template_tools,
     user_texts,
+    with_object_arguments,
 )
 
 # Tokens of reasoning for OpenAI's efforts; R1 and Qwen3 know none, so they are budgets here.
 _EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096, "high": None}
 
 
-def plan_chat(turn: Turn, body: ChatRequest) -> Plan:
+def plan_chat(
+    turn: Turn,
+    body: ChatRequest,
+    *,
+    object_arguments: bool = False,
+    capacity: int | None = None,
+) -> Plan:
     """Turn the body of a chat request into a plan.
+
+    Args:
+        turn: the request's context.
+        body: the request; other protocols make one of theirs.
+        object_arguments: whether the protocol has place for arguments of a call that are an object
+            and for no others, so that any other call stays text.
+        capacity: tokens that fit; None is the context.
 
     Raises:
         APIError, RequestError: the fields contradict each other or do not fit the model.
     """
     _check_fields(body, turn.settings)
     llm = turn.model.llm
-    check_texts(llm, [body.messages, body.tools], "messages")
+    check_texts(llm, [body.messages, body.tools], "messages", capacity=capacity)
     template = llm.template.source if llm.template is not None else ""
     syntax = syntax_of(template)
     forced = forced_schema(body)
@@ -85,7 +99,7 @@ def plan_chat(turn: Turn, body: ChatRequest) -> Plan:
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
     messages = prepare_messages(body.messages, template)
     # What users write is part of every prompt; templates may drop other messages.
-    check_length(llm, user_texts(messages), "messages")
+    check_length(llm, user_texts(messages), "messages", capacity=capacity)
     return Plan(
         prompts=[messages],
         params=params,
@@ -97,7 +111,7 @@ def plan_chat(turn: Turn, body: ChatRequest) -> Plan:
         output=output,
         thinking=thinking,
         thinking_budget=budget,
-        make_parser=_parser_of(syntax, forced is not None) if tools else None,
+        make_parser=_parser_of(syntax, forced is not None, object_arguments) if tools else None,
         one_call=forced is not None or body.parallel_tool_calls is False,
         progress=bool(body.return_progress),
     )
@@ -115,9 +129,13 @@ def _check_fields(body: ChatRequest, settings: ServerSettings) -> None:
     check_choices(body.n or 1, 1, settings.max_choices)
 
 
-def _parser_of(syntax: ToolSyntax | None, forced: bool) -> MakeParser | None:
+def _parser_of(
+    syntax: ToolSyntax | None, forced: bool, object_arguments: bool
+) -> MakeParser | None:
     if forced:
         return WholeCall
+    if syntax is not None and object_arguments:
+        syntax = with_object_arguments(syntax)
     return None if syntax is None else partial(ToolParser, syntax)
 
 
@@ -148,7 +166,7 @@ def _thinking(body: ChatRequest) -> tuple[bool, int | None]:
     return thinking, budget
 
 
-class ChatRender:
+class ChatRender(Render):
     """Writes the answer to a chat in OpenAI's form; a `Render`."""
 
     def __init__(self, turn: Turn, body: ChatRequest) -> None:

@@ -27,7 +27,7 @@ from .generate import (
 )
 from .pieces import Piece
 from .protocol import CompletionRequest
-from .respond import Plan, Turn
+from .respond import Plan, Render, Turn
 from .sse import DONE, event
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _split_prompts(prompt: str | list[Any], *, may_be_empty: bool = False) -> li
     return prompts
 
 
-class CompletionRender:
+class CompletionRender(Render):
     """Writes the answer to a completion in OpenAI's form; see `Render`."""
 
     def __init__(self, turn: Turn, body: CompletionRequest) -> None:

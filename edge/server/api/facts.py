@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from edge.server.models.route import Facts
 
+from .anthropic.protocol import CountTokensRequest, MessagesRequest, ToolChoiceNone
 from .protocol import ChatRequest, CompletionRequest
 
 _CHARS_PER_TOKEN = 4
+TextRequest = ChatRequest | CompletionRequest | MessagesRequest | CountTokensRequest
 
 
-def facts_of(request: ChatRequest | CompletionRequest, request_id: str) -> Facts:
+def facts_of(request: TextRequest, request_id: str) -> Facts:
     """Return what rules and splits may know about a request."""
-    key = request.user or request_id
     if isinstance(request, CompletionRequest):
         chars = _num_chars(request.prompt) + _num_chars(request.suffix)
-        return Facts(chars, "completion", key)
-    kind = "chat"
-    if request.tools and request.tool_choice != "none":
-        kind = "tools"
-    elif request.response_format is not None and request.response_format.type != "text":
-        kind = "json"
-    return Facts(sum(_num_chars(m.get("content")) for m in request.messages), kind, key)
+        return Facts(chars, "completion", request.user or request_id)
+    if isinstance(request, CountTokensRequest):
+        metadata = request.metadata if isinstance(request, MessagesRequest) else None
+        user = metadata.user_id if metadata is not None else None
+        chars = _num_chars(request.system) + sum(_num_chars(m.content) for m in request.messages)
+        calls = bool(request.tools) and not isinstance(request.tool_choice, ToolChoiceNone)
+        has_form = request.output_config is not None and request.output_config.format is not None
+        return Facts(chars, _kind(calls, has_form), user or request_id)
+    chars = sum(_num_chars(m.get("content")) for m in request.messages)
+    calls = bool(request.tools) and request.tool_choice != "none"
+    has_form = request.response_format is not None and request.response_format.type != "text"
+    return Facts(chars, _kind(calls, has_form), request.user or request_id)
+
+
+def _kind(calls: bool, has_form: bool) -> str:
+    return "tools" if calls else "json" if has_form else "chat"
 
 
 def _num_chars(value: Any) -> int:
@@ -34,4 +46,6 @@ def _num_chars(value: Any) -> int:
         return sum(_num_chars(item) for item in value)
     if isinstance(value, dict):
         return _num_chars(value.get("text"))
+    if isinstance(value, msgspec.Struct):
+        return sum(_num_chars(getattr(value, key, None)) for key in ("text", "content"))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,9 @@ from .answers import (
     TextCompletion,
     TokenizeResponse,
 )
+from .anthropic.answers import AnswerMessage, CountTokensResponse, MessagesErrorResponse
+from .anthropic.protocol import IGNORED as MESSAGES_IGNORED
+from .anthropic.protocol import CountTokensRequest, MessagesRequest
 from .protocol import (
     IGNORED,
     ChatRequest,
@@ -45,6 +49,12 @@ _STATUSES = {
 _POSTS: dict[str, tuple[str, type, type]] = {
     "/v1/chat/completions": ("Answer a chat", ChatRequest, ChatCompletion),
     "/v1/completions": ("Continue a text", CompletionRequest, TextCompletion),
+    "/v1/messages": ("Answer a chat of Anthropic's form", MessagesRequest, AnswerMessage),
+    "/v1/messages/count_tokens": (
+        "Count the tokens of such a chat",
+        CountTokensRequest,
+        CountTokensResponse,
+    ),
     "/tokenize": ("Text to token ids", TokenizeRequest, TokenizeResponse),
     "/detokenize": ("Token ids to text", DetokenizeRequest, DetokenizeResponse),
 }
@@ -59,8 +69,32 @@ _GETS: dict[str, tuple[str, type | str]] = {
     "/openapi.json": ("This document", dict),
     "/": ("The page", "text/html"),
 }
-_REQUESTS = ("ChatRequest", "CompletionRequest")
-_STREAMING = ("/v1/chat/completions", "/v1/completions")
+# Where a field without effect is, by the part of its path that is above it.
+_HOLDERS: dict[str, tuple[str, ...]] = {
+    "": ("ChatRequest", "CompletionRequest"),
+    "response_format.json_schema": ("JSONSchema",),
+}
+_MESSAGES_HOLDERS: dict[str, tuple[str, ...]] = {
+    "": ("MessagesRequest", "CountTokensRequest"),
+    "system[]": ("TextBlock",),
+    "messages[].content[]": (
+        "TextBlock",
+        "ToolUseBlock",
+        "ToolResultBlock",
+        "ThinkingBlock",
+        "RedactedThinkingBlock",
+    ),
+    "tools[]": ("MessagesTool",),
+}
+_STREAMS = {
+    "/v1/chat/completions": "text/event-stream",
+    "/v1/completions": "text/event-stream",
+    "/v1/messages": "text/event-stream",
+}
+_ERRORS: dict[str, type] = {
+    "/v1/messages": MessagesErrorResponse,
+    "/v1/messages/count_tokens": MessagesErrorResponse,
+}
 
 
 @cache
@@ -68,23 +102,18 @@ def openapi() -> dict[str, Any]:
     """Return the document, OpenAPI 3.1."""
     types = [kind for _, *kinds in _POSTS.values() for kind in kinds]
     types += [kind for _, kind in _GETS.values() if isinstance(kind, type) and kind is not dict]
-    types.append(ErrorResponse)
+    types += [ErrorResponse, *_ERRORS.values()]
     _, components = msgspec.json.schema_components(
         types, ref_template="#/components/schemas/{name}"
     )
-    for path, why in IGNORED.items():
-        *above, name = path.split(".")
-        holders = ("JSONSchema",) if above[-1:] == ["json_schema"] else _REQUESTS
-        for holder in holders:
-            field = components[holder]["properties"].get(name)
-            if field is not None:  # messages are free-form objects here
-                field["description"] = f"No effect: {why}."
+    _describe(components, IGNORED, _HOLDERS)
+    _describe(components, MESSAGES_IGNORED, _MESSAGES_HOLDERS)
     paths: dict[str, Any] = {}
     content: dict[str, Any]
     for path, (summary, request, response) in _POSTS.items():
         content = {"application/json": _content(response)}
-        if path in _STREAMING:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+        if path in _STREAMS:
+            content[_STREAMS[path]] = {"schema": {"type": "string"}}
         paths[path] = {
             "post": {
                 "summary": summary,
@@ -93,7 +122,7 @@ def openapi() -> dict[str, Any]:
                     "required": True,
                     "content": {"application/json": _content(request)},
                 },
-                "responses": _responses(content),
+                "responses": _responses(content, _ERRORS.get(path, ErrorResponse)),
             }
         }
     for path, (summary, kind) in _GETS.items():
@@ -113,10 +142,25 @@ def openapi() -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": components,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
-        "security": [{}, {"key": []}],
+        "security": [{}, {"key": []}, {"x_api_key": []}],
     }
+
+
+def _describe(
+    components: dict[str, Any], ignored: Mapping[str, str], holders: Mapping[str, Sequence[str]]
+) -> None:
+    """Say of each field without effect that it has none, and why."""
+    for path, why in ignored.items():
+        above, _, name = path.rpartition(".")
+        for holder in holders.get(above, ()):  # messages of a chat are free-form objects
+            field = components[holder]["properties"].get(name)
+            if field is not None:
+                field["description"] = f"No effect: {why}."
 
 
 def _content(kind: type) -> dict[str, Any]:
@@ -125,11 +169,11 @@ def _content(kind: type) -> dict[str, Any]:
     return {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
 
 
-def _responses(content: dict[str, Any]) -> dict[str, Any]:
+def _responses(content: dict[str, Any], error: type = ErrorResponse) -> dict[str, Any]:
     errors = {
         status: {
             "description": text,
-            "content": {"application/json": _content(ErrorResponse)},
+            "content": {"application/json": _content(error)},
         }
         for status, text in _STATUSES.items()
     }

@@ -12,7 +12,7 @@ from .answers import ToolCall
 from .tools import ToolParser, WholeCall
 
 if TYPE_CHECKING:
-    from edge.runtime.generation import PromptProgress
+    from edge.runtime.generation import GenerationStats, PromptProgress
     from edge.runtime.stream import GenerationChunk
 
 MakeParser = Callable[[], ToolParser | WholeCall]
@@ -29,6 +29,8 @@ class Piece:
         tokens: the tokens sampled for it.
         finish_reason: on the last piece: ``stop``, ``length``, ``cancelled`` or ``tool_calls``.
         progress: of the prompt, if the request wants it.
+        stop: on the last piece, the stop string that ended the answer, if one did.
+        stats: on the last piece, what the answer took.
     """
 
     text: str = ""
@@ -36,6 +38,8 @@ class Piece:
     calls: Sequence[ToolCall] = ()
     tokens: Sequence[SampledToken] = ()
     finish_reason: str | None = None
+    stop: str | None = None
+    stats: GenerationStats | None = None
     progress: PromptProgress | None = None
 
 
@@ -47,6 +51,8 @@ def join_pieces(pieces: Sequence[Piece]) -> Piece:
         [call for piece in pieces for call in piece.calls],
         [token for piece in pieces for token in piece.tokens],
         pieces[-1].finish_reason,
+        pieces[-1].stop,
+        pieces[-1].stats,
     )
 
 
@@ -79,6 +85,8 @@ class ChoiceReader:
             calls,
             (*echo.tokens, *chunk.tokens),
             self._finish_reason(chunk),
+            chunk.stop,
+            chunk.stats,
             chunk.progress,
         )
 

@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from edge.errors import DependencyError
 from edge.runtime.sampling import KNOBS
 from edge.server.http.errors import APIError, invalid
 
@@ -36,17 +35,17 @@ IGNORED = {
 Request = TypeVar("Request")
 
 
-def _range(name: str) -> Meta:
+def range_of(name: str) -> Meta:
     """Return the range of a sampling knob."""
     knob = KNOBS[name]
     return Meta(ge=knob.low, le=knob.high)
 
 
-_MaxTokens = Annotated[int, _range("max_tokens")]
-_TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-_Name = Annotated[str, Meta(min_length=1, max_length=256)]
-_Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
-_Stops = _Stop | Annotated[list[_Stop], Meta(max_length=16)]
+MaxTokens = Annotated[int, range_of("max_tokens")]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+_Stops = StopString | Annotated[list[StopString], Meta(max_length=16)]
 _TokenKey = Annotated[str, Meta(pattern=r"^[0-9]{1,10}$")]
 _Bias = Annotated[float, Meta(ge=-100, le=100)]
 
@@ -119,22 +118,22 @@ class TemplateOptions(Struct, forbid_unknown_fields=True):
 class Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields that chats and completions share; absent ones are the model's own defaults."""
 
-    model: _Name | None = None
-    temperature: Annotated[float, _range("temperature")] | None = None
-    top_p: Annotated[float, _range("top_p")] | None = None
+    model: ModelName | None = None
+    temperature: Annotated[float, range_of("temperature")] | None = None
+    top_p: Annotated[float, range_of("top_p")] | None = None
     # -1 is other servers' word for "off".
     top_k: Annotated[int, Meta(ge=-1, le=KNOBS["top_k"].high)] | None = None
-    min_p: Annotated[float, _range("min_p")] | None = None
-    repetition_penalty: Annotated[float, _range("repetition_penalty")] | None = None
-    presence_penalty: Annotated[float, _range("presence_penalty")] | None = None
-    frequency_penalty: Annotated[float, _range("frequency_penalty")] | None = None
+    min_p: Annotated[float, range_of("min_p")] | None = None
+    repetition_penalty: Annotated[float, range_of("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, range_of("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, range_of("frequency_penalty")] | None = None
     logit_bias: Annotated[dict[_TokenKey, _Bias], Meta(max_length=1024)] | None = None
     # Not the whole range of the knob: an int64 is what JSON readers have.
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    max_tokens: _MaxTokens | None = None
+    max_tokens: MaxTokens | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stop: _Stops | None = None
-    stop_token_ids: Annotated[list[_TokenId], Meta(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -153,7 +152,7 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
-    max_completion_tokens: _MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -171,7 +170,7 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
 class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /v1/completions``."""
 
-    prompt: str | Annotated[list[str | _TokenId | list[_TokenId]], Meta(min_length=1)]
+    prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -180,7 +179,7 @@ class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
 class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /tokenize``: a text, or the messages of a chat."""
 
-    model: _Name | None = None
+    model: ModelName | None = None
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
@@ -192,8 +191,8 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 class DetokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /detokenize``."""
 
-    model: _Name | None = None
-    tokens: list[_TokenId]
+    model: ModelName | None = None
+    tokens: list[TokenId]
 
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
@@ -250,39 +249,26 @@ def decode(body: bytes, kind: type[Request], max_nesting: int) -> Request:
         ) from None
 
 
-_SAMPLES: dict[type[Struct], bytes] = {
-    ChatRequest: (
-        b'{"messages": [{"role": "user", "content": "hello"}], "stop": ["."], "seed": 1, '
-        b'"stream_options": {"include_usage": true, "include_obfuscation": false}, '
-        b'"logit_bias": {"1": 0.5}, "response_format": {"type": "json_schema", "json_schema": '
-        b'{"name": "a", "schema": {}}}, "tools": [{"type": "function", "function": {"name": "a"}}],'
-        b' "tool_choice": "auto", "chat_template_kwargs": {"enable_thinking": true}}'
-    ),
-    CompletionRequest: b'{"prompt": ["hello", [1, 2]], "max_tokens": 1, "temperature": 0}',
-    TokenizeRequest: b'{"prompt": "hello", "add_special_tokens": true}',
-    DetokenizeRequest: b'{"tokens": [1, 2]}',
-}
+def convert(value: Any, kind: type[Request], where: str) -> Request:
+    """Turn plain JSON data of a request into a type.
 
-
-def check_decoding() -> None:
-    """Decode a sample of each request, since msgspec resolves a type when it first meets it.
+    Args:
+        value: the data.
+        kind: the type.
+        where: the path of the data in the request.
 
     Raises:
-        DependencyError: the installed msgspec cannot; every request would be an error 500.
+        APIError: 400; it names the field at fault.
     """
-    for kind, body in _SAMPLES.items():
-        try:
-            decode(body, kind, max_nesting=8)
-        except Exception as error:
-            raise DependencyError(
-                f"msgspec {msgspec.__version__} cannot read a {kind.__name__} ({error}); run: "
-                "pip install --upgrade msgspec"
-            ) from error
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _wrong_field(str(error), where) from None
 
 
-def _wrong_field(message: str) -> APIError:
+def _wrong_field(message: str, above: str = "") -> APIError:
     place = _PLACE.search(message)
-    where = place[1].lstrip(".") if place else ""
+    where = (above + (place[1] if place else "")).lstrip(".")
     what = message[: place.start()] if place else message
     for pattern, code, text in (
         (_UNKNOWN, "unknown_field", "unknown field; remove it, or see the list of fields"),

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from edge.errors import EdgeError
 from edge.runtime.sampling import SamplingParams
 from edge.server.http.access import Client
+from edge.server.http.errors import APIError
 from edge.server.http.guard import Receive
 from edge.server.http.threads import ClientGoneError, Lane, OnPiece, in_thread, until_gone
 from edge.server.models.flight import Flight
@@ -27,7 +28,7 @@ from edge.server.settings import ServerSettings
 from .answers import CompletionDetails, PromptDetails, Usage
 from .pieces import ChoiceReader, MakeParser, Piece, join_pieces
 from .prompt_logprobs import score_prompt
-from .sse import Buffer, EventStream
+from .sse import PING, Buffer, EventStream, StreamForm, event
 
 if TYPE_CHECKING:
     from edge.runtime.generation import GenerationStats
@@ -102,11 +103,27 @@ class Plan:
     progress: bool = False
 
 
-class Render(Protocol):
-    """Writes one answer in the form of its endpoint.
+class Render(StreamForm, Protocol):
+    """Writes one answer in the form of its endpoint; what is not overridden is OpenAI's form.
 
     A choice is one answer to one prompt; choices are numbered prompt by prompt.
+
+    Attributes:
+        media_type: of a stream.
     """
+
+    media_type: str = "text/event-stream"
+
+    def begin(self, plan: Plan, prompt_tokens: int) -> None:
+        """Take the plan, and the tokens of all prompts, before the first piece."""
+
+    def ping(self) -> bytes:
+        """Return what fills a silence in a stream; empty if nothing may."""
+        return PING
+
+    def failed(self, error: APIError) -> bytes:
+        """Return the last bytes of a stream that fails after its first."""
+        return event(error.envelope())
 
     def events(self, index: int, piece: Piece) -> bytes:
         """Return the events of a piece of choice ``index``; empty if the piece shows nothing."""
@@ -147,11 +164,12 @@ async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> 
             lambda: _submit(turn, plan, ids), slow=plan.output is not None
         )
         flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
+    render.begin(plan, sum(map(len, ids)))
     answer = _Answer(plan, echoes, flight, render)
     if plan.stream:
         buffer = Buffer(settings.stream_buffer_bytes)
         flight.start(partial(answer.stream, buffer.put))
-        return EventStream(flight, buffer, settings.ping_s, turn.headers)
+        return EventStream(flight, buffer, render, settings.ping_s, turn.headers)
     flight.start(answer.collect)
     await _wait_for(flight, turn.receive)
     headers = {**turn.headers, "server-timing": _server_timing(flight.stats)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.responses import Response
@@ -22,6 +22,21 @@ _encode = msgspec.json.Encoder().encode
 def event(value: Any) -> bytes:
     """Encode one event; JSON has no line breaks, so one line is enough."""
     return b"data: " + _encode(value) + b"\n\n"
+
+
+def named_event(name: str, value: Any) -> bytes:
+    """Encode one event with a name."""
+    return b"event: " + name.encode() + b"\n" + event(value)
+
+
+class StreamForm(Protocol):
+    """What an `EventStream` asks of a render; see `edge.server.api.respond.Render`."""
+
+    media_type: str
+
+    def ping(self) -> bytes: ...  # noqa: D102
+
+    def failed(self, error: APIError) -> bytes: ...  # noqa: D102
 
 
 class Buffer:
@@ -83,21 +98,27 @@ class EventStream(Response):  # type: ignore[misc]
     """Streams what a flight's choices put into the buffer.
 
     The status is sent with the first bytes, so that a request that fails before them is answered
-    with a proper status. Later errors become an event ``data: {"error": ...}`` and the end, without
-    ``[DONE]``: a clean end would look like a whole answer to OpenAI's clients.
+    with a proper status. Later errors become an event in the protocol's form and the end; with
+    OpenAI's chats ``data: {"error": ...}`` without ``[DONE]``: a clean end would look like a whole
+    answer to its clients.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
-        self, flight: Flight, buffer: Buffer, ping_s: float, headers: Mapping[str, str]
+        self,
+        flight: Flight,
+        buffer: Buffer,
+        form: StreamForm,
+        ping_s: float,
+        headers: Mapping[str, str],
     ) -> None:
         super().__init__(
-            headers={"cache-control": "no-store", "x-accel-buffering": "no", **headers}
+            headers={"cache-control": "no-store", "x-accel-buffering": "no", **headers},
+            media_type=form.media_type,
         )
         del self.headers["content-length"]
         self._flight = flight
         self._buffer = buffer
+        self._form = form
         self._ping_s = ping_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,13 +148,13 @@ class EventStream(Response):  # type: ignore[misc]
             return
         if error is not None and not started:
             raise error
-        tail = b"" if error is None else event(as_api_error(error).envelope())
+        tail = b"" if error is None else self._form.failed(as_api_error(error))
         await send({"type": "http.response.body", "body": tail, "more_body": False})
 
     async def _ping(self) -> None:
-        """Send a comment after each silence, so that no proxy takes the stream for dead."""
+        """Fill each silence, so that no proxy takes the stream for dead."""
         while True:
             before = self._buffer.total
             await asyncio.sleep(self._ping_s)
-            if self._buffer.total == before:
-                self._buffer.put(PING)
+            if self._buffer.total == before and (filling := self._form.ping()):
+                self._buffer.put(filling)

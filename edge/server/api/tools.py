@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -83,6 +83,20 @@ def syntax_of(template: str) -> ToolSyntax | None:
         if syntax.start in template:
             return syntax
     return None
+
+
+def with_object_arguments(syntax: ToolSyntax) -> ToolSyntax:
+    """Return a syntax to which a call is one only if its arguments are a JSON object."""
+
+    def read(text: str) -> tuple[str, str] | None:
+        call = syntax.read(text)
+        try:
+            found = None if call is None else msgspec.json.decode(call[1].encode())
+        except (msgspec.DecodeError, RecursionError):
+            return None
+        return call if isinstance(found, dict) else None
+
+    return replace(syntax, read=read)
 
 
 class ToolParser:

@@ -47,11 +47,14 @@ class APIKeys:
         """
         self._clients = _read(self._path)
 
-    def find(self, authorization: bytes | None) -> Client | None:
-        """Return the client of an ``Authorization: Bearer`` header, or None.
+    def find(self, authorization: bytes | None, x_api_key: bytes | None = None) -> Client | None:
+        """Return the client of an ``Authorization: Bearer`` or ``X-API-Key`` header, or None.
 
-        Every key is compared, so that the time tells nothing about any of them.
+        The second counts only where the first is absent. Every key is compared, so that the time
+        tells nothing about any of them.
         """
+        if authorization is None and x_api_key is not None:
+            authorization = b"Bearer " + x_api_key
         scheme, _, given = (authorization or b"").partition(b" ")
         digest = key_digest(given.strip())
         found = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -41,7 +43,9 @@ _TYPES = {
 # except those of this API.
 _SECRETS = re.compile(
     r"\b0x[0-9a-fA-F]{6,}"
-    r"|(?<![\w:/.<])(?!/v1/(?:models|(?:chat/)?completions)(?![\w/.+-]))/(?:[\w.+-]+/)+[\w.+-]*"
+    r"|(?<![\w:/.<])"
+    r"(?!/v1/(?:models|(?:chat/)?completions|messages|responses)(?![\w/.+-])|/api/[a-z]+(?![\w/.+-]))"
+    r"/(?:[\w.+-]+/)+[\w.+-]*"
 )
 _FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
 
@@ -95,14 +99,19 @@ class APIError(Exception):
 
     def envelope(self) -> dict[str, Any]:
         """Return the body as plain data."""
-        parts = self.message.split(self.quoted) if self.quoted else [self.message]
         error = {
-            "message": (self.quoted or "").join(_SECRETS.sub("…", part) for part in parts),
+            "message": self.shown,
             "type": self.type,
             "param": self.param,
             "code": self.code,
         }
         return {"error": error | self.extra}
+
+    @property
+    def shown(self) -> str:
+        """The message as clients may see it."""
+        parts = self.message.split(self.quoted) if self.quoted else [self.message]
+        return (self.quoted or "").join(_SECRETS.sub("…", part) for part in parts)
 
     def body(self) -> bytes:
         """Return the body as JSON."""
@@ -202,3 +211,35 @@ def as_api_error(error: BaseException) -> APIError:
         "the server failed at this request; its log has the cause",
         should_retry=False,
     )
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Raise errors of the block with a field's name in another protocol than OpenAI's chats.
+
+    Args:
+        names: patterns of fields of a chat, as the message may begin with them, and what the
+            protocol calls them; the first that matches counts.
+
+    Raises:
+        APIError: instead of any `EdgeError`, too.
+    """
+    try:
+        yield
+    except (APIError, EdgeError) as error:
+        answer = as_api_error(error)
+        _rename(answer, names)
+        if answer is error:
+            raise
+        raise answer from error
+
+
+def _rename(error: APIError, names: Mapping[str, str]) -> None:
+    old = error.param
+    for pattern, name in names.items():
+        if old is not None and re.match(rf"{pattern}(?!\w)", old):
+            error.param = re.sub(pattern, name, old, count=1)
+            if error.message.startswith(old):
+                error.message = error.param + error.message[len(old) :]
+                error.args = (error.message,)
+            return

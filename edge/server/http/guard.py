@@ -30,6 +30,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+ErrorBody = Callable[[APIError, Scope], bytes]
 
 PUBLIC = frozenset({"/health", "/ready"})
 """Paths that need no key; the application adds the page."""
@@ -56,6 +57,7 @@ class Guard:
         is_draining: tells whether the server is about to stop.
         on_rejection: called with the code of every error that is answered here.
         on_large: called when a request with a large body has ended.
+        error_body: writes an error in the form of the path's protocol.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Guard:
         is_draining: Callable[[], bool] = lambda: False,
         on_rejection: Callable[[str], None] = lambda code: None,
         on_large: Callable[[], None] = lambda: None,
+        error_body: ErrorBody = lambda error, scope: error.body(),
     ) -> None:
         self._app = app
+        self._error_body = error_body
         self._settings = settings
         self._keys = keys
         self._public = PUBLIC | public
@@ -126,7 +130,7 @@ class Guard:
                 return  # too late for another status; the server cuts the connection
             if not (body.is_complete or answer.status == 408 or headers.has(b"expect")):
                 await body.discard(_DISCARD_FACTOR * self._settings.max_body_bytes)
-            await send_error(send_with_id, answer)
+            await send_error(send_with_id, answer, self._error_body(answer, scope))
         finally:
             if key is not None:
                 self._leave(key)
@@ -210,12 +214,12 @@ class Guard:
     def _authenticate(self, scope: Scope, headers: _Headers) -> None:
         client: Client | None = Client()
         if self._keys is not None:
-            client = self._keys.find(headers.get(b"authorization"))
+            client = self._keys.find(headers.get(b"authorization"), headers.get(b"x-api-key"))
             if client is None and scope["path"] not in self._public:
                 raise APIError(
                     401,
                     "invalid_api_key",
-                    "no valid API key; send the header Authorization: Bearer KEY",
+                    "no valid API key; send it as Authorization: Bearer KEY or as x-api-key: KEY",
                 )
         client = client or Client()
         scope["client_identity"] = client
@@ -372,9 +376,8 @@ def _as_answer(error: BaseException) -> APIError:
     return as_api_error(error)
 
 
-async def send_error(send: Send, error: APIError) -> None:
-    """Answer with an error."""
-    body = error.body()
+async def send_error(send: Send, error: APIError, body: bytes) -> None:
+    """Answer with an error, whose JSON is ``body``."""
     headers = error.headers() | {"content-length": str(len(body))}
     await send(
         {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +11,7 @@ import msgspec
 import pytest
 
 from edge.bundle.manifest import Tokens
-from edge.runtime.llm import LLM
 from edge.runtime.sampling import KNOBS
-from edge.server.api.facts import facts_of
 from edge.server.api.protocol import (
     IGNORED,
     ChatRequest,
@@ -23,9 +19,9 @@ from edge.server.api.protocol import (
     DetokenizeRequest,
     Sampling,
     TokenizeRequest,
-    decode,
 )
 from edge.text.chat_template import ChatTemplate
+from tests.edge.server.api.fields import check_field, fields_of
 from tests.edge.server.scripted import Live, running
 
 pytest.importorskip("llguidance")
@@ -205,27 +201,6 @@ PAIRS: dict[str, dict[str, Pair]] = {
 }
 
 
-def fields_of(kind: type[msgspec.Struct], seen: set[type]) -> Iterator[str]:
-    """Paths of all fields; those of a struct that was seen before are left out."""
-
-    def walk(info: Any, path: str) -> Iterator[str]:
-        if isinstance(info, msgspec.inspect.UnionType):
-            for part in info.types:
-                yield from walk(part, path)
-        elif isinstance(info, msgspec.inspect.ListType):
-            yield from walk(info.item_type, f"{path}[]")
-        elif isinstance(info, msgspec.inspect.Metadata):
-            yield from walk(info.type, path)
-        elif isinstance(info, msgspec.inspect.StructType) and info.cls not in seen:
-            seen.add(info.cls)
-            for field in info.fields:
-                name = f"{path}.{field.encode_name}".lstrip(".")
-                yield name
-                yield from walk(field.type, name)
-
-    yield from walk(msgspec.inspect.type_info(kind), "")
-
-
 def test_every_field_of_every_struct_is_tried_below():
     seen: set[type] = set()
     for path, kind in KINDS.items():
@@ -257,50 +232,16 @@ def service(tool_bundle: Path) -> Iterator[Live]:
         yield live
 
 
-def observe(
-    live: Live, path: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, Any]:
-    """The status, and all that a request came to: for the engine, the route and the client."""
-    body = {**BASES[path], **changes}
-    submitted: list[Any] = []
-    submit = LLM.submit
-
-    def spy(self: LLM, prompt: Any, params: Any = None, **options: Any) -> Any:
-        tools = options.get("tools")
-        ids = self.encode(prompt, tools=tools, thinking=options.get("thinking", True))
-        submitted.append((ids, params, {k: v for k, v in options.items() if k != "tools"}))
-        return submit(self, prompt, params, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LLM, "submit", spy)
-        answer = live.ask(path, body)
-    assert live.idle()
-    text = re.sub(rb'"(id|created|time_ms)":("[^"]*"|[0-9]+)', b"", answer.body)
-    facts = None
-    if answer.status == 200 and path in (CHAT, TEXT):
-        request: Any = decode(json.dumps(body).encode(), KINDS[path], 64)
-        facts = facts_of(request, "id")
-    return answer.status, (submitted, facts, text)
-
-
 @pytest.mark.parametrize(
     ("path", "field"), [(path, field) for path, pairs in PAIRS.items() for field in pairs]
 )
 def test_a_field_makes_a_difference_or_the_list_says_why_not(
     service: Live, path: str, field: str, monkeypatch: pytest.MonkeyPatch
 ):
-    first, second = PAIRS[path][field]
-    (one, seen), (other, also), again = (
-        observe(service, path, changes, monkeypatch) for changes in (first, second, first)
+    first, second = ({**BASES[path], **changes} for changes in PAIRS[path][field])
+    check_field(
+        service, path, KINDS[path], (first, second), monkeypatch, is_ignored=field in IGNORED
     )
-    assert one == 200, seen
-    assert again == (one, seen), "what it comes to is chance, so nothing can be told from it"
-    if field in IGNORED:
-        assert other == 200, also
-        assert seen == also, "it has an effect, so it must leave the list"
-    else:
-        assert other in (200, 400, 404)
-        assert (one, seen) != (other, also), "it has no effect: honour it, refuse it, or list it"
 
 
 def test_a_template_that_reads_names_gets_them():

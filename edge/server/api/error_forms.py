@@ -1,0 +1,25 @@
+"""Decides by the path in whose form an error is written: OpenAI's, unless it is another's path."""
+
+from __future__ import annotations
+
+import msgspec
+
+from edge.server.http.errors import APIError
+from edge.server.http.guard import Scope
+
+from .anthropic.errors import error_envelope
+
+_MESSAGES = ("/v1/messages", "/messages")
+
+
+def error_body(error: APIError, scope: Scope) -> bytes:
+    """Return the JSON of an error that answers a request.
+
+    Args:
+        error: the error.
+        scope: ASGI's scope, with the id of the request.
+    """
+    path: str = scope["path"]
+    if path.startswith(_MESSAGES):
+        return msgspec.json.encode(error_envelope(error, scope["request_id"]))
+    return error.body()

@@ -1,0 +1,48 @@
+"""Decodes a sample of each request before the start."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from edge.errors import DependencyError
+
+from .anthropic.protocol import CountTokensRequest, MessagesRequest
+from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+
+SAMPLES: dict[type[Struct], bytes] = {
+    ChatRequest: (
+        b'{"messages": [{"role": "user", "content": "hello"}], "stop": ["."], "seed": 1, '
+        b'"stream_options": {"include_usage": true, "include_obfuscation": false}, '
+        b'"logit_bias": {"1": 0.5}, "response_format": {"type": "json_schema", "json_schema": '
+        b'{"name": "a", "schema": {}}}, "tools": [{"type": "function", "function": {"name": "a"}}],'
+        b' "tool_choice": "auto", "chat_template_kwargs": {"enable_thinking": true}}'
+    ),
+    CompletionRequest: b'{"prompt": ["hello", [1, 2]], "max_tokens": 1, "temperature": 0}',
+    TokenizeRequest: b'{"prompt": "hello", "add_special_tokens": true}',
+    DetokenizeRequest: b'{"tokens": [1, 2]}',
+    MessagesRequest: (
+        b'{"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}'
+        b']}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}, {"type": '
+        b'"tool_use", "id": "1", "name": "f", "input": {}}]}, {"role": "user", "content": '
+        b'[{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "b"}]}]'
+        b'}], "thinking": {"type": "enabled", "budget_tokens": 1}, "tool_choice": {"type": "auto"}}'
+    ),
+    CountTokensRequest: b'{"messages": [{"role": "user", "content": "a"}], "system": "b"}',
+}
+
+
+def check_decoding() -> None:
+    """Decode a sample of each request, since msgspec resolves a type when it first meets it.
+
+    Raises:
+        DependencyError: the installed msgspec cannot; every request would be an error 500.
+    """
+    for kind, body in SAMPLES.items():
+        try:
+            decode(body, kind, max_nesting=16)
+        except Exception as error:
+            raise DependencyError(
+                f"msgspec {msgspec.__version__} cannot read a {kind.__name__} ({error}); run: "
+                "pip install --upgrade msgspec"
+            ) from error
