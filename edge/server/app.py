@@ -23,6 +23,10 @@ from .api.facts import TextRequest, facts_of
 from .api.openapi import openapi
 from .api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
 from .api.respond import Plan, Render, Turn, json_response, respond
+from .api.responses.plan import NAMES as RESPONSES_NAMES
+from .api.responses.plan import plan_response
+from .api.responses.protocol import ResponsesRequest
+from .api.responses.render import ResponseRender
 from .api.text import detokenize, tokenize, tokenizer_info
 from .http.access import APIKeys
 from .http.errors import APIError, renamed
@@ -102,6 +106,7 @@ class _Endpoints:
             "/models/{id:path}": ("GET", self._show_model),
             "/chat/completions": ("POST", self._chat),
             "/completions": ("POST", self._completions),
+            "/responses": ("POST", self._responses),
             "/messages": ("POST", self._messages),
             "/messages/count_tokens": ("POST", self._count_tokens),
         }
@@ -131,6 +136,11 @@ class _Endpoints:
 
     async def _completions(self, request: Request) -> Response:
         return await self._generate(request, CompletionRequest, plan_completion, CompletionRender)
+
+    async def _responses(self, request: Request) -> Response:
+        return await self._generate(
+            request, ResponsesRequest, plan_response, ResponseRender, RESPONSES_NAMES
+        )
 
     async def _messages(self, request: Request) -> Response:
         check_version(request.headers.get("anthropic-version"))

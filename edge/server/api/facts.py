@@ -10,9 +10,12 @@ from edge.server.models.route import Facts
 
 from .anthropic.protocol import CountTokensRequest, MessagesRequest, ToolChoiceNone
 from .protocol import ChatRequest, CompletionRequest
+from .responses.protocol import ResponsesRequest
 
 _CHARS_PER_TOKEN = 4
-TextRequest = ChatRequest | CompletionRequest | MessagesRequest | CountTokensRequest
+TextRequest = (
+    ChatRequest | CompletionRequest | MessagesRequest | CountTokensRequest | ResponsesRequest
+)
 
 
 def facts_of(request: TextRequest, request_id: str) -> Facts:
@@ -27,6 +30,12 @@ def facts_of(request: TextRequest, request_id: str) -> Facts:
         calls = bool(request.tools) and not isinstance(request.tool_choice, ToolChoiceNone)
         has_form = request.output_config is not None and request.output_config.format is not None
         return Facts(chars, _kind(calls, has_form), user or request_id)
+    if isinstance(request, ResponsesRequest):
+        chars = _num_chars(request.instructions) + _num_chars(request.input)
+        calls = bool(request.tools) and request.tool_choice != "none"
+        form = request.text.format if request.text is not None else None
+        has_form = form is not None and form.type != "text"
+        return Facts(chars, _kind(calls, has_form), request.user or request_id)
     chars = sum(_num_chars(m.get("content")) for m in request.messages)
     calls = bool(request.tools) and request.tool_choice != "none"
     has_form = request.response_format is not None and request.response_format.type != "text"
@@ -45,7 +54,7 @@ def _num_chars(value: Any) -> int:
     if isinstance(value, list):
         return sum(_num_chars(item) for item in value)
     if isinstance(value, dict):
-        return _num_chars(value.get("text"))
+        return sum(_num_chars(value.get(key)) for key in ("text", "content", "output"))
     if isinstance(value, msgspec.Struct):
         return sum(_num_chars(getattr(value, key, None)) for key in ("text", "content"))
     return 0

@@ -29,6 +29,10 @@ from .protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from .responses.answers import ResponseObject
+from .responses.protocol import IGNORED as RESPONSES_IGNORED
+from .responses.protocol import REFUSED as RESPONSES_REFUSED
+from .responses.protocol import Item, ResponsesRequest
 
 _STATUSES = {
     "400": "a wrong request",
@@ -49,6 +53,7 @@ _STATUSES = {
 _POSTS: dict[str, tuple[str, type, type]] = {
     "/v1/chat/completions": ("Answer a chat", ChatRequest, ChatCompletion),
     "/v1/completions": ("Continue a text", CompletionRequest, TextCompletion),
+    "/v1/responses": ("Answer items of OpenAI's Responses", ResponsesRequest, ResponseObject),
     "/v1/messages": ("Answer a chat of Anthropic's form", MessagesRequest, AnswerMessage),
     "/v1/messages/count_tokens": (
         "Count the tokens of such a chat",
@@ -86,9 +91,16 @@ _MESSAGES_HOLDERS: dict[str, tuple[str, ...]] = {
     ),
     "tools[]": ("MessagesTool",),
 }
+_RESPONSES_HOLDERS: dict[str, tuple[str, ...]] = {
+    "": ("ResponsesRequest",),
+    "text.format": ("TextFormat",),
+    "input[]": ("MessageItem", "FunctionCallItem", "FunctionCallOutputItem", "ReasoningItem"),
+    "input[].content[]": ("PastText",),
+}
 _STREAMS = {
     "/v1/chat/completions": "text/event-stream",
     "/v1/completions": "text/event-stream",
+    "/v1/responses": "text/event-stream",
     "/v1/messages": "text/event-stream",
 }
 _ERRORS: dict[str, type] = {
@@ -102,12 +114,22 @@ def openapi() -> dict[str, Any]:
     """Return the document, OpenAPI 3.1."""
     types = [kind for _, *kinds in _POSTS.values() for kind in kinds]
     types += [kind for _, kind in _GETS.values() if isinstance(kind, type) and kind is not dict]
-    types += [ErrorResponse, *_ERRORS.values()]
+    types += [ErrorResponse, *_ERRORS.values(), *Item.__args__]
     _, components = msgspec.json.schema_components(
         types, ref_template="#/components/schemas/{name}"
     )
     _describe(components, IGNORED, _HOLDERS)
     _describe(components, MESSAGES_IGNORED, _MESSAGES_HOLDERS)
+    _describe(components, RESPONSES_IGNORED, _RESPONSES_HOLDERS)
+    for name, why in RESPONSES_REFUSED.items():
+        components["ResponsesRequest"]["properties"][name] = {
+            "type": "null",
+            "description": f"Refused: {why}.",
+        }
+    # Items are read one by one, since the type of a message may be left out.
+    components["ResponsesRequest"]["properties"]["input"]["description"] = (
+        "A text, or items: " + ", ".join(kind.__name__ for kind in Item.__args__) + "."
+    )
     paths: dict[str, Any] = {}
     content: dict[str, Any]
     for path, (summary, request, response) in _POSTS.items():

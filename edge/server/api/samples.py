@@ -9,6 +9,7 @@ from edge.errors import DependencyError
 
 from .anthropic.protocol import CountTokensRequest, MessagesRequest
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from .responses.protocol import ResponsesRequest
 
 SAMPLES: dict[type[Struct], bytes] = {
     ChatRequest: (
@@ -27,6 +28,10 @@ SAMPLES: dict[type[Struct], bytes] = {
         b'"tool_use", "id": "1", "name": "f", "input": {}}]}, {"role": "user", "content": '
         b'[{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "b"}]}]'
         b'}], "thinking": {"type": "enabled", "budget_tokens": 1}, "tool_choice": {"type": "auto"}}'
+    ),
+    ResponsesRequest: (
+        b'{"input": [{"role": "user", "content": "hello"}], "text": {"format": {"type": "text"}}, '
+        b'"background": false, "tool_choice": "auto", "reasoning": {"effort": "low"}}'
     ),
     CountTokensRequest: b'{"messages": [{"role": "user", "content": "a"}], "system": "b"}',
 }

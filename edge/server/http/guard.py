@@ -101,6 +101,7 @@ class Guard:
                 status = message["status"]
                 extra = [
                     (b"x-request-id", request_id.encode()),
+                    (b"request-id", request_id.encode()),  # where Anthropic's clients look
                     (b"x-content-type-options", b"nosniff"),
                 ]
                 if not body.is_complete:

@@ -91,3 +91,14 @@ def scripted_child(
         if wait:
             opened.wait_for("ready: tiny")
         yield opened
+
+
+def comply(form: str, url: str, key: str, cases: str) -> Any:
+    """What llm-comply says of a server, in these cases of a protocol."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "llm_comply.cli", "run", "--format", form, "-u", url,
+         "-k", key, "-m", "tiny", "--json", "-f", cases],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ran.stdout, ran.stderr
+    return json.loads(ran.stdout)

@@ -88,7 +88,8 @@ def check_version(version: str | None) -> None:
     """
     if version is not None and version not in VERSIONS:
         raise invalid(
-            f"anthropic-version: {version[:40]!r} is not spoken here; send {VERSIONS[-1]}",
+            f"anthropic-version: {version[:40]!r} is not spoken here; send "
+            + " or ".join(VERSIONS),
             "anthropic-version",
         )
 

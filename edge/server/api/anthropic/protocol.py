@@ -9,8 +9,8 @@ from msgspec import Meta, Struct
 from edge.runtime.sampling import KNOBS
 from edge.server.api.protocol import MaxTokens, ModelName, StopString, range_of
 
-VERSIONS = ("2023-06-01",)
-"""What the header ``anthropic-version`` may say; absent is the last."""
+VERSIONS = ("2026-10-21", "2023-06-01")
+"""What the header ``anthropic-version`` may say, if it is there; both are answered alike."""
 
 IGNORED = {
     "cache_control": "prefixes are cached without it",

@@ -349,7 +349,12 @@ def test_what_is_refused_is_named(live: Live, said: str):
 
 def test_the_version_of_the_api(live: Live):
     body = {"model": "tiny", "max_tokens": 2, "messages": QUESTION}
-    for version, status in (("2023-06-01", 200), ("2023-01-01", 400), ("", 400)):
+    for version, status in (
+        ("2026-10-21", 200),
+        ("2023-06-01", 200),
+        ("2023-01-01", 400),
+        ("", 400),
+    ):
         answer = live.ask("/v1/messages", body, headers={"anthropic-version": version})
         assert answer.status == status
 

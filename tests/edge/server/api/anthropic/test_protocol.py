@@ -76,7 +76,7 @@ PAIRS: dict[str, Pair] = {
     "messages[].content[].text": blocks("text", "text", "a", "b"),
     "messages[].content[].citations": blocks("text", "citations", None, [], text="a"),
     "messages[].content[].cache_control": blocks("text", "cache_control", *CACHED, text="a"),
-    "messages[].content[].thinking": blocks("thinking", "thinking", "a", "x" * 20_000),
+    "messages[].content[].thinking": blocks("thinking", "thinking", "a", "x" * 200_000),
     "messages[].content[].signature": blocks("thinking", "signature", "a", "b", thinking="c"),
     "messages[].content[].data": blocks("redacted_thinking", "data", "a", "b"),
     "messages[].content[].id": blocks("tool_use", "id", "a", 1, **USE),
@@ -195,7 +195,11 @@ def test_a_field_makes_a_difference_or_the_list_says_why_not(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("field", sorted({*fields_of(CountTokensRequest, set())}))
+# A reasoning that no context holds is refused, but not counted by this template, which drops it.
+@pytest.mark.parametrize(
+    "field",
+    sorted({*fields_of(CountTokensRequest, set())} - {"messages[].content[].thinking"}),
+)
 def test_a_count_takes_the_fields_of_a_message(service: Live, field: str):
     for changes in PAIRS[field]:
         body = {**BASE, **changes}

@@ -1,0 +1,1 @@
+"""OpenAI's Responses API on the server's one way to answer."""
