@@ -186,6 +186,12 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     help="Tokens of prompt and answer; default 4096, or 8192 for a model that reasons (its chat "
     "template knows </think>).",
 )
+@click.option(
+    "--task",
+    type=click.Choice(["generate", "embed", "rerank"]),
+    help="What the bundle is for. rerank judges documents as Qwen3-Reranker does. Default: embed "
+    "for a directory of sentence-transformers (modules.json), else generate.",
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Download cache for a hub id.")
 @click.option(
@@ -289,7 +295,9 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
     resolved = config.resolved(is_quantized=manifest.source.quantization is not None)
     if (better := better_recipe(resolved, schemes, missed=bool(missed))) is not None:
         click.echo(f"{better} would lose less; docs/quantization.md has the figures")
-    click.echo(f"Try it: edge-llm run {config.output} 'Why is the sky blue?'")
+    verb = {"embed": "embed", "rerank": "serve"}.get(manifest.model.task, "run")
+    words = "" if verb == "serve" else " 'Why is the sky blue?'"
+    click.echo(f"Try it: edge-llm {verb} {config.output}{words}")
 
 
 def _gate(config: ExportConfig, manifest: Manifest) -> tuple[str, str]:

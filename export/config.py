@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from edge.bundle.manifest import Dialect
+from edge.bundle.manifest import Dialect, Task
 from edge.bundle.schemes import Clip, Quant, Recipe
 from edge.errors import ConfigError
 
@@ -56,6 +56,8 @@ class ExportConfig:
             takes an INT8 cache in ``portable`` only, so a target with TensorRT gets that then.
         dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
         kv_capacity: cache rows per sequence; None is `edge.bundle.io_spec.default_kv_capacity`.
+        task: what the bundle is for; None is ``embed`` for a directory of sentence-transformers,
+            and ``generate`` for all others.
         revision: branch, tag or commit of a hub id; None is its default branch.
         cache_dir: where a hub id is downloaded to; None is the hub's own cache.
         hub: where a hub id is looked up, see `open_checkpoint`.
@@ -94,6 +96,7 @@ class ExportConfig:
     dialect: Dialect | None = None
     dtype: GraphType | None = None
     kv_capacity: int | None = None
+    task: Task | None = None
     revision: str | None = None
     cache_dir: Path | None = None
     hub: Hub | None = None
@@ -122,6 +125,7 @@ class ExportConfig:
             ("--kv-cache", self.kv_cache, KvCacheType),
             ("--dialect", self.dialect or "native", Dialect),
             ("--dtype", self.dtype or implied, GraphType),
+            ("--task", self.task or "generate", Task),
         ):
             if value not in get_args(choices):
                 raise ConfigError(
@@ -184,6 +188,34 @@ class ExportConfig:
         if self.quant is not None:
             return self
         return replace(self, quant=AS_IN_SOURCE if is_quantized else "int4")
+
+    def check_task(self, task: Task) -> None:
+        """Refuse what a model of this task cannot have.
+
+        Args:
+            task: of the checkpoint, where ``task`` is None.
+
+        Raises:
+            ConfigError: an option that is for models that generate; it is named.
+        """
+        if task == "generate":
+            return
+        rotates = bool(self.rotate) and task == "embed"
+        for option, given, why in (
+            (f"--eagle3 {self.eagle3}", self.eagle3 is not None, "it drafts tokens"),
+            (f"--vocab-keep {self.vocab_keep}", self.vocab_keep is not None, "it is not tried"),
+            ("--verify", self.verify, "it measures the next token"),
+            (
+                "--rotate, which --quant int8-w8a8 implies (add --no-rotate),",
+                rotates,
+                "embeddings would be rotated, too",
+            ),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{option} is for models that generate, and {self.source} is to {task}: {why}; "
+                    "leave it out"
+                )
 
     def _implied_dialect(self) -> Dialect:
         needs_portable = self.kv_cache == "int8" and self.device.versions
@@ -254,6 +286,7 @@ class ExportConfig:
             vocab_size=self.vocab_size,
             dialect=self.graph_dialect,
             kv_capacity=self.kv_capacity,
+            task=self.task,
             revision=self.revision,
             cache_dir=self.cache_dir,
             hub=self.hub,

@@ -23,6 +23,7 @@ from edge.bundle.manifest import (
     Manifest,
     ModelSpec,
     Quantization,
+    Reranking,
     TensorScheme,
     Tokens,
     printable,
@@ -103,6 +104,7 @@ def export_checkpoint(
         cache_dir=config.cache_dir,
         hub=config.hub,
         progress=progress or silent,
+        task=config.task,
     ) as checkpoint:
         config = config.resolved(is_quantized=is_quantized(checkpoint))
         return _Export(config, checkpoint, progress or silent, announce or _mute).run()
@@ -146,6 +148,7 @@ class _Export:
         progress: Progress,
         announce: Callable[[str], None],
     ) -> None:
+        config.check_task(checkpoint.spec.task)
         self.config = config
         self.announce = announce
         # What is quantized: the source with everything done to it that is exact in float.
@@ -210,7 +213,7 @@ class _Export:
             manifest = self.manifest(decoder, legal, head)
             if self.config.verify:
                 manifest = self.verify(writer, manifest)
-            elif self.config.report and self.quantized:
+            elif self._reports:
                 manifest = self.report(writer, manifest)
             self.progress(_LAST_STEP, 0, 1)
             manifest = writer.commit(manifest)
@@ -248,6 +251,11 @@ class _Export:
         return read_manifest(staged)
 
     @property
+    def _reports(self) -> bool:
+        """Whether what the quantization cost is measured; that compares next tokens."""
+        return self.config.report and self.quantized and self.model.task == "generate"
+
+    @property
     def _quant(self) -> str:
         """The name of the recipe."""
         return self.config.quant or self.config.recipe.quant
@@ -266,7 +274,7 @@ class _Export:
 
     def _expectation(self) -> str:
         tokens = VERIFY_TOKENS if self.config.verify else REPORT_TOKENS
-        measured = self.quantized and (self.config.verify or self.config.report)
+        measured = self.config.verify or self._reports
         rounding = self.config.rounding
         seconds = export_s(
             self.model,
@@ -369,6 +377,8 @@ class _Export:
             tensorrt=legal,
             kv_cache=decoder.kv_cache,
             head=head,
+            embedding=self.checkpoint.embedding,
+            reranking=self.checkpoint.reranking,
         )
         return _printable(manifest)
 
@@ -377,13 +387,13 @@ _Part = TypeVar("_Part", bound=msgspec.Struct)
 
 
 def _printable(part: _Part) -> _Part:
-    """Replace in every text of a struct what a manifest may not have; tokens' texts stay."""
+    """Replace in every text of a struct what a manifest may not have; what a model reads stays."""
     changes: dict[str, Any] = {}
     for name in part.__struct_fields__:
         value = getattr(part, name)
         if isinstance(value, str):
             changes[name] = printable(value)
-        elif isinstance(value, msgspec.Struct) and not isinstance(value, Tokens):
+        elif isinstance(value, msgspec.Struct) and not isinstance(value, Tokens | Reranking):
             changes[name] = _printable(value)
     return msgspec.structs.replace(part, **changes)
 

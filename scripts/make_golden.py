@@ -3,7 +3,7 @@
 Run from the repository's root where torch and transformers are installed (dependency group
 ``parity``)::
 
-    python -m scripts.make_golden [qwen2] [llama] [qwen3] [smollm2]
+    python -m scripts.make_golden [qwen2] [llama] [qwen3] [smollm2] [pooling]
 
 The tests read the files through `tests.parity`, which says what is in them, and recompute them
 wherever torch is installed, so a stale file does not go unnoticed.
@@ -22,8 +22,9 @@ import transformers
 from numpy.typing import NDArray
 
 from scripts.smollm2 import smollm2_gguf
-from tests.parity import GOLDEN_DIR, Golden, SmolGolden
+from tests.parity import GOLDEN_DIR, Golden, PoolingGolden, SmolGolden
 from tests.tiny_models import BOS_ID, FIRST_CONTROL_ID, KINDS, write_checkpoint
+from tests.tiny_pooling import PAIRS, TEXTS, write_embedder, write_judge
 
 PROMPT_TOKENS = 40
 NEW_TOKENS = 64
@@ -126,9 +127,46 @@ def make_smollm2() -> list[SmolGolden]:
     return goldens
 
 
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def make_pooling(embedder: Path, judge: Path) -> PoolingGolden:
+    """Vectors and scores by the code of the model cards of Qwen3-Embedding and Qwen3-Reranker."""
+    from tokenizers import Tokenizer
+
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = transformers.AutoModel.from_pretrained(embedder, **options).eval()
+    tokenizer = Tokenizer.from_file(str(embedder / "tokenizer.json"))
+    vectors = []
+    for text in TEXTS:
+        ids = torch.tensor([tokenizer.encode(text).ids])  # its post-processor appends the end
+        last = model(ids).last_hidden_state[0, -1]
+        vectors.append(torch.nn.functional.normalize(last, dim=0).numpy())
+
+    model = load_model(judge)
+    tokenizer = Tokenizer.from_file(str(judge / "tokenizer.json"))
+
+    prefix = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query "
+        'and the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+        "<|im_start|>user\n"
+    )
+    suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    published = "Given a web search query, retrieve relevant passages that answer the query"
+    answers = [tokenizer.token_to_id(answer) for answer in ("no", "yes")]
+    scores = []
+    for query, document, instruction in PAIRS:
+        pair = f"<Instruct>: {instruction or published}\n<Query>: {query}\n<Document>: {document}"
+        parts = [
+            tokenizer.encode(each, add_special_tokens=False).ids for each in (prefix, pair, suffix)
+        ]
+        ids = torch.tensor([[token for part in parts for token in part]])
+        logits = model(ids).logits[0, -1, answers]
+        scores.append(float(torch.nn.functional.log_softmax(logits, dim=0)[1].exp()))
+    return PoolingGolden(np.stack(vectors), np.array(scores, np.float32), VERSIONS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*KINDS, "smollm2"]
+    names = [*KINDS, "smollm2", "pooling"]
     parser.add_argument("names", nargs="*", default=names, metavar="NAME")
     chosen = parser.parse_args().names
     transformers.utils.logging.set_verbosity_error()
@@ -140,6 +178,12 @@ def main() -> None:
                 golden = make_tiny(kind, write_checkpoint(Path(folder), kind))
             golden.save(kind)
             print(f"{kind}: narrowest margin {golden.margins.min():.4f}")
+    if "pooling" in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            written = write_embedder(Path(folder, "embed")), write_judge(Path(folder, "judge"))
+            pooling = make_pooling(*written)
+        pooling.save()
+        print(f"pooling: scores {pooling.scores.round(3).tolist()}")
     if "smollm2" in chosen:
         goldens = make_smollm2()
         SmolGolden.save_all(goldens)

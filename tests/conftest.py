@@ -21,13 +21,14 @@ from hypothesis import HealthCheck, settings
 
 from edge.backends.ort.session import onnxruntime_version
 from edge.bundle.io_spec import needed_onnxruntime
-from edge.bundle.manifest import Dialect
+from edge.bundle.manifest import Dialect, Task
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 from edge.device.nodes import GPU_NODES, find_gpu_node
 from scripts.smollm2 import smollm2_gguf
 from tests import skips
 from tests.manifests import replace_file
 from tests.tiny_models import Kind, write_checkpoint
+from tests.tiny_pooling import write_embedder, write_judge
 
 
 class FirstTest:
@@ -176,6 +177,42 @@ def tiny_bundles(
         kind: Kind, dialect: str = RUNNABLE, quant: str = "fp16", kv_cache: str = "float"
     ) -> Path:
         return export(kind, dialect, quant, kv_cache)
+
+    return bundle
+
+
+class PoolingBundles(Protocol):
+    def __call__(self, task: Task, dialect: str = RUNNABLE, quant: str = "fp16") -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def pooling_bundles(tmp_path_factory: pytest.TempPathFactory) -> PoolingBundles:
+    """Exports a tiny bundle that embeds or judges, once per kind; treat it as read-only."""
+    from export.pipeline import ExportConfig, export_checkpoint
+
+    root = tmp_path_factory.mktemp("pooling")
+
+    @functools.cache
+    def export(task: Any, dialect: Any, quant: Any) -> Path:
+        source = root / task
+        if not source.exists():
+            (write_embedder if task == "embed" else write_judge)(source)
+        output = root / f"{task}-{dialect}-{quant}"
+        export_checkpoint(
+            ExportConfig(
+                source=str(source),
+                output=output,
+                quant=quant,
+                method="rtn" if quant == "int4" else None,
+                dialect=dialect,
+                kv_capacity=250,  # a judge's prompt has 200 bytes of its own
+                task=None if task == "embed" else task,  # one is recognised
+            )
+        )
+        return output
+
+    def bundle(task: Task, dialect: str = RUNNABLE, quant: str = "fp16") -> Path:
+        return export(task, dialect, quant)
 
     return bundle
 

@@ -61,6 +61,28 @@ class Golden:
 
 
 @dataclass(frozen=True)
+class PoolingGolden:
+    """The tiny models that embed and that judge, on the texts of `tests.tiny_pooling`.
+
+    Attributes:
+        vectors: of ``TEXTS``, of length 1, ``[n, hidden]`` float32.
+        scores: of ``PAIRS``, ``[m]`` float32.
+        versions: of the libraries that computed it.
+    """
+
+    vectors: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    versions: str
+
+    def save(self) -> None:
+        _save("pooling", _as_dict(self))
+
+    @classmethod
+    def load(cls) -> PoolingGolden:
+        return cls(**_load("pooling"))
+
+
+@dataclass(frozen=True)
 class SmolGolden:
     """SmolLM2-135M on one chat prompt; what is too big to commit is sampled.
 
@@ -221,7 +243,7 @@ def assert_same_ids(
     )
 
 
-def _as_dict(golden: Golden | SmolGolden) -> dict[str, Any]:
+def _as_dict(golden: Golden | SmolGolden | PoolingGolden) -> dict[str, Any]:
     return {field.name: getattr(golden, field.name) for field in fields(golden)}
 
 

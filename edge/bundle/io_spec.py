@@ -17,6 +17,7 @@ in    logits_indices            [B, N]             int64  which positions of S g
 in    past_key_values.i.key     [B, kv, C, dim]    T      the cache; same for .value
 out   present.i.key             [B, kv, C, dim]    T      the same memory, updated in place
 out   logits                    [B, N, vocab]      T      scores
+out   embeddings                [B, N, hidden]     T      instead of logits, of what embeds
 out   hidden_states             [B, S, hidden]     T      only of a bundle with a head
 ====  ========================  =================  =====  =========================================
 
@@ -26,6 +27,10 @@ and the runtime appends the step's rows itself. ``write_indices`` is replaced by
 
 In a bundle with an 8-bit cache (`Manifest.kv_cache`) the cache tensors of most layers are int8:
 multiples of the scales in `kv_scales`.
+
+What a model puts out first depends on its task (`ModelSpec.task`, `output_name`,
+`output_width`): logits of the vocabulary, of the two tokens ``no`` and ``yes`` alone (``rerank``),
+or, without an lm_head, the hidden state after the final norm (``embed``).
 
 ``hidden_states`` is what a head that drafts tokens reads (`manifest.DraftHead`): the inputs of
 three layers, joined by the head's ``fc``. A head is a decoder in the same contract. Its
@@ -54,6 +59,7 @@ PAST_LENGTHS = "past_lengths"
 KV_POSITIONS = "kv_positions"
 LOGITS_INDICES = "logits_indices"
 LOGITS = "logits"
+EMBEDDINGS = "embeddings"
 HIDDEN_STATES = "hidden_states"
 # The token embedding table is beside the graph: its file, and the tensors in it. Rows are fp16,
 # or INT8 with one fp32 scale each.
@@ -76,6 +82,18 @@ class TensorSpec:
     name: str
     shape: tuple[int | str, ...]
     dtype: ElementType
+
+
+def output_name(model: ModelSpec) -> str:
+    """Name of the output ``[B, N, width]`` with what a step is run for."""
+    return EMBEDDINGS if model.task == "embed" else LOGITS
+
+
+def output_width(model: ModelSpec) -> int:
+    """Numbers per position of that output: a row of logits, or a hidden state."""
+    if model.task == "rerank":
+        return 2
+    return model.hidden_size if model.task == "embed" else model.vocab_size
 
 
 def past_key(layer: int) -> str:
@@ -270,7 +288,7 @@ def decoder_outputs(
     spec = DIALECTS[dialect]
     rows = capacity if spec.in_place else SEQ
     shape = (BATCH, model.num_kv_heads, rows, model.head_dim)
-    specs = [TensorSpec(LOGITS, (BATCH, NUM_LOGITS, model.vocab_size), dtype)]
+    specs = [TensorSpec(output_name(model), (BATCH, NUM_LOGITS, output_width(model)), dtype)]
     types = cache_types(model, dtype, int8_layers)
     for layer in range(model.num_layers):
         specs += [TensorSpec(name, shape, types[2 * layer]) for name in spec.cache_outputs(layer)]

@@ -37,7 +37,10 @@ class NormSpec:
 
 
 def linear_layers(model: ModelSpec) -> list[LinearSpec]:
-    """List every linear layer in the order in which the graph runs them, the lm_head last."""
+    """List every linear layer in the order in which the graph runs them.
+
+    The lm_head is the last: of two rows where the model judges documents, and none where it embeds.
+    """
     return [part for part in _parts(model) if isinstance(part, LinearSpec)]
 
 
@@ -88,6 +91,11 @@ def _parts(model: ModelSpec) -> Iterator[LinearSpec | NormSpec]:
         yield _fuse(f"{name}.gate_up", hidden, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide})
         yield _fuse(f"{name}.down", wide, {f"{mlp}.down_proj": hidden})
     yield NormSpec("final_norm", "model.norm.weight", hidden)
+    if model.task == "embed":
+        return
+    if model.task == "rerank":
+        yield _fuse("lm_head", hidden, {"lm_head": 2})
+        return
     head = "model.embed_tokens" if model.tied_embeddings else "lm_head"
     yield _fuse("lm_head", hidden, {head: model.vocab_size})
 

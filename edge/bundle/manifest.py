@@ -20,11 +20,12 @@ import msgspec
 from edge.errors import BundleError, IntegrityError
 from edge.files import read_file
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """2 added `SamplingDefaults.assumed`, 3 `Manifest.tensorrt` and `TensorScheme.planes`, 4
 `Source.quantization` and, of `LinearInfo`, ``from_source``, ``offsets`` and ``reordered``, 5
-`Manifest.kv_cache` and `Manifest.head`."""
-_READABLE_VERSIONS = (1, 2, 3, 4, 5)
+`Manifest.kv_cache` and `Manifest.head`, 6 `ModelSpec.task`, `Manifest.embedding` and
+`Manifest.reranking`."""
+_READABLE_VERSIONS = (1, 2, 3, 4, 5, 6)
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
@@ -39,6 +40,7 @@ Dialect = Literal["native", "portable"]
 FloatType = Literal["fp16", "bf16", "fp32"]
 SchemeKind = Literal["float", "int8", "int4", "w8a8"]
 Treatment = Literal["kept", "requantized", "dequantized"]
+Task = Literal["generate", "embed", "rerank"]
 
 
 # Ranges: far beyond what exists, and small enough that nothing made of them is large. They are
@@ -89,7 +91,12 @@ class RopeSpec(_Struct, frozen=True):
 
 
 class ModelSpec(_Struct, frozen=True):
-    """Every number of the decoder that the graph and the runtime need."""
+    """Every number of the decoder that the graph and the runtime need.
+
+    Attributes:
+        task: what the graph puts out: logits of the whole vocabulary, the normed hidden state
+            (``embed``), or the logits of the two tokens that judge a document (``rerank``).
+    """
 
     architecture: Architecture
     hidden_size: _Size
@@ -105,6 +112,7 @@ class ModelSpec(_Struct, frozen=True):
     qkv_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = False
+    task: Task = "generate"
 
 
 class TensorScheme(_Struct, frozen=True):
@@ -398,6 +406,43 @@ class DraftHead(_Struct, frozen=True):
     graphs: Graphs
 
 
+class Embedding(_Struct, frozen=True):
+    """How texts become vectors: from the hidden state of their last token, after the final norm.
+
+    Attributes:
+        append: ids that follow each text; the last one's hidden state is the text's vector.
+        normalize: whether vectors have length 1.
+        prompts: what is put before a text, by the name that a caller gives, e.g. ``query``.
+        default_prompt: name of the prompt of a text for which none is named; None is none.
+        least_dimensions: the fewest leading dimensions that may stand for all (Matryoshka); None
+            where the model was not trained for it.
+    """
+
+    append: Annotated[tuple[_Id, ...], msgspec.Meta(max_length=16)] = ()
+    normalize: bool = True
+    prompts: Annotated[
+        dict[Line, Annotated[str, msgspec.Meta(max_length=10_000)]], msgspec.Meta(max_length=256)
+    ] = {}
+    default_prompt: Line | None = None
+    least_dimensions: _Size | None = None
+
+
+class Reranking(_Struct, frozen=True):
+    """How a query and a document become a prompt, which the model answers with yes or no.
+
+    Attributes:
+        yes, no: the ids of both answers; the graph has their logits, ``no`` first.
+        prefix, suffix: what stands before and after the pair; the only control tokens of a prompt.
+        instruction: what to judge by, where a caller says nothing else.
+    """
+
+    yes: _Id
+    no: _Id
+    prefix: Annotated[str, msgspec.Meta(max_length=10_000)]
+    suffix: Annotated[str, msgspec.Meta(max_length=10_000)]
+    instruction: Annotated[str, msgspec.Meta(max_length=10_000)]
+
+
 class Manifest(_Struct, frozen=True):
     """The content of ``manifest.json``.
 
@@ -408,6 +453,8 @@ class Manifest(_Struct, frozen=True):
         tensorrt: versions of TensorRT whose rules the graph keeps, by name, as the exporter knew
             them; None if nobody checked.
         kv_cache: how the cache is stored; None is in the graph's float type.
+        embedding: for a model that embeds, else None.
+        reranking: for a model that judges documents, else None.
     """
 
     schema_version: int
@@ -430,6 +477,8 @@ class Manifest(_Struct, frozen=True):
     tensorrt: Annotated[tuple[Line, ...], msgspec.Meta(max_length=100)] | None = None
     kv_cache: KvCache | None = None
     head: DraftHead | None = None
+    embedding: Embedding | None = None
+    reranking: Reranking | None = None
     self_sha256: str = _NO_HASH
 
     @property
@@ -653,6 +702,7 @@ def _check_fit(manifest: Manifest, where: str) -> None:
                 rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor,
                 "rope's low_freq_factor is not below its high_freq_factor",
             ),
+            *_task_faults(manifest),
             (
                 manifest.kv_cache is not None
                 and len(manifest.kv_cache.score_errors) != model.num_layers,
@@ -670,6 +720,27 @@ def _check_fit(manifest: Manifest, where: str) -> None:
         raise BundleError(
             f"{where} contradicts itself: {'; '.join(wrong)}; export the bundle again"
         )
+
+
+def _task_faults(manifest: Manifest) -> list[tuple[bool, str]]:
+    """What of a model's task contradicts the rest, and whether it does."""
+    task, embedding, reranking = manifest.model.task, manifest.embedding, manifest.reranking
+    ids = () if embedding is None else embedding.append
+    if reranking is not None:
+        ids = (reranking.yes, reranking.no)
+    least = 1 if embedding is None else embedding.least_dimensions or 1
+    default = None if embedding is None else embedding.default_prompt
+    return [
+        ((embedding is not None) != (task == "embed"), "embedding does not fit the task"),
+        ((reranking is not None) != (task == "rerank"), "reranking does not fit the task"),
+        (task != "generate" and manifest.head is not None, "only what generates has a head"),
+        (any(id_ >= manifest.model.vocab_size for id_ in ids), "an id of its task is no token"),
+        (least > manifest.model.hidden_size, "least_dimensions exceeds hidden_size"),
+        (
+            default is not None and embedding is not None and default not in embedding.prompts,
+            "default_prompt is none of the prompts",
+        ),
+    ]
 
 
 def _head_faults(head: DraftHead, model: ModelSpec) -> list[str]:

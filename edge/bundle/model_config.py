@@ -13,13 +13,19 @@ from typing import Any
 
 from edge.errors import BundleError, CheckpointError
 
-from .manifest import Architecture, ModelSpec, RopeSpec, check_ranges
+from .manifest import Architecture, ModelSpec, RopeSpec, Task, check_ranges
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
     "Qwen3ForCausalLM": "qwen3",
 }
+_WITHOUT_HEAD: dict[str, Architecture] = {
+    "Qwen2Model": "qwen2",
+    "LlamaModel": "llama",
+    "Qwen3Model": "qwen3",
+}
+"""The same without an lm_head, which is enough for a model that embeds."""
 # ``rope_theta`` may be absent from the oldest Llama configs; all three classes default to this.
 _DEFAULT_ROPE_THETA = 10_000.0
 _KEYS = {
@@ -85,7 +91,9 @@ class _Config:
         return value
 
 
-def parse_config(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
+def parse_config(
+    config: Mapping[str, Any], where: str = "config.json", task: Task = "generate"
+) -> ModelSpec:
     """Read every number of the decoder from a ``config.json``.
 
     Both styles of RoPE keys are understood: ``rope_theta`` with ``rope_scaling`` (transformers 4)
@@ -94,13 +102,14 @@ def parse_config(config: Mapping[str, Any], where: str = "config.json") -> Model
     Args:
         config: the parsed JSON object.
         where: path for error messages.
+        task: what the model is to be used for; one that embeds needs no lm_head.
 
     Raises:
         CheckpointError: an unsupported architecture or feature, a missing key, a wrong type or a
             value that makes no sense; the key is named.
     """
     reader = _Config(config, where)
-    architecture = _architecture(reader)
+    architecture = _architecture(reader, task)
     _refuse_unsupported(reader)
 
     num_heads = reader.integer("num_attention_heads")
@@ -121,6 +130,7 @@ def parse_config(config: Mapping[str, Any], where: str = "config.json") -> Model
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         tied_embeddings=reader.boolean("tie_word_embeddings"),
+        task=task,
     )
     check_spec(spec, where)
     return spec
@@ -165,16 +175,20 @@ def yarn_attention_factor(
     return scale(1.0)
 
 
-def _architecture(config: _Config) -> Architecture:
+def _architecture(config: _Config, task: Task) -> Architecture:
     names = config.get("architectures")
-    supported = ", ".join(_ARCHITECTURES)
+    known = {**_ARCHITECTURES, **_WITHOUT_HEAD} if task == "embed" else _ARCHITECTURES
+    supported = ", ".join(known)
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise config.error(
             "architectures", f"must name one model class, found {names!r}; supported: {supported}"
         )
-    if names[0] not in _ARCHITECTURES:
-        raise config.error("architectures", f"{names[0]} is not supported; supported: {supported}")
-    return _ARCHITECTURES[names[0]]
+    if names[0] not in known:
+        advice = "; a model that embeds: --task embed" if names[0] in _WITHOUT_HEAD else ""
+        raise config.error(
+            "architectures", f"{names[0]} is not supported; supported: {supported}{advice}"
+        )
+    return known[names[0]]
 
 
 def _refuse_unsupported(config: _Config) -> None:

@@ -113,6 +113,10 @@ class Recipe:
         rules = RULES.get(self.quant)
         if rules is None:
             raise ConfigError(f"--quant {self.quant} is unknown; use {' or '.join(RULES)}")
+        if model.task == "embed":
+            rules = tuple(rule for rule in rules if rule[0] != "lm_head")
+        elif model.task == "rerank":
+            rules = (*rules, ("lm_head", "float"))  # two rows: nothing to gain
         result = self._matching(model, (*rules, *self.keep))
         if all(scheme.kind == "float" for scheme in result.values()):
             self._refuse_idle_options()
@@ -134,7 +138,7 @@ class Recipe:
             if not matching:
                 raise ConfigError(
                     f"--keep {pattern}={kind} matches no linear layer; layers are named like "
-                    f"{names[0]}, {names[3]} and lm_head"
+                    f"{names[0]}, {names[3]} and {names[-1]}"
                 )
             result.update(dict.fromkeys(matching, self._scheme(kind, widths)))
         return result

@@ -123,6 +123,7 @@ def _measure(
     from edge.backends.choose import open_backend
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
     from edge.bundle.manifest import read_manifest, verify_files
+    from edge.bundle.tasks import check_task
     from edge.device.process import read_rss_bytes, read_rss_peak_bytes, reset_rss_peak
     from edge.device.telemetry import read_snapshot
     from edge.measure import bench_report
@@ -130,6 +131,7 @@ def _measure(
     from edge.measure.layer_bench import require_layer_times, time_layers
 
     manifest = read_manifest(bundle)
+    check_task(manifest, "generate")
     verify_files(bundle, manifest)
     started = time.perf_counter()
     engine = open_backend(bundle, manifest, engine_config)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.bundle.manifest import read_manifest
+from edge.bundle.tasks import check_task
 from edge.errors import ConfigError, RequestError
 from edge.files import read_text_file
 
@@ -67,6 +68,7 @@ def build(
 
     if (system is None) == (text is None):
         raise ConfigError("give one of --system FILE and --text FILE")
+    check_task(read_manifest(bundle), "generate")
     with LLM(bundle, take_engine(options, num_slots=1)) as llm:
         if system is not None:
             # Editors end a file with a line end that nobody sends: $(cat FILE) has none either.

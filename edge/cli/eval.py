@@ -18,6 +18,7 @@ import msgspec
 from edge.backends.ort.session import check_int8_activations
 from edge.bundle.library import find_bundle
 from edge.bundle.manifest import MANIFEST_NAME, Dialect, ModelSpec, read_manifest
+from edge.bundle.tasks import check_task
 from edge.bundle.update import update_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import (
@@ -131,6 +132,8 @@ def evaluate(
     Text: perplexity, KL divergence, top-1 agreement and cosine of the logits, error by layer.
     """
     _refuse_idle_options(task_file, options)
+    for path in bundles:
+        check_task(read_manifest(path), "generate")
     gates = [
         None if gate is None else evaluation.load_gate(gate, read_manifest(path).quantization.name)
         for path in bundles

@@ -142,6 +142,10 @@ def _compare(
             rounds=candidate.name == "ort-cpu" and quantized,
             int8_cache=bool(manifest.int8_layers),
         )
+        if manifest.model.task == "embed":  # a vector has no likeliest token
+            usual = replace(usual, top1=0.0, kl=float("inf"))
+        elif manifest.model.task == "rerank":  # of two logits only the difference matters
+            usual = replace(usual, cosine=-1.0)
         # An engine may have been built for fewer rows than the bundle names.
         capacity = min(reference.capacity, candidate.capacity)
         report = compare_backends(

@@ -178,7 +178,9 @@ class CpuLayers:
         rows_read = self._dialect.rows_read(step.starts, step.kv_len)
         feeds = {**inputs, **caches, io_spec.KV_POSITIONS: np.arange(rows_read, dtype=np.int64)}
         try:
-            logits, *found = self._session.run([io_spec.LOGITS, *outputs, *self._layers], feeds)
+            logits, *found = self._session.run(
+                [io_spec.output_name(self._model), *outputs, *self._layers], feeds
+            )
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime failed on a step of {step.seq} tokens: {error}"

@@ -245,7 +245,7 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
     tokens = max(min(deployment.max_prefill, deployment.kv_capacity), deployment.batch)
     positions = INDEX_BYTES * deployment.kv_capacity
     if deployment.backend == "ort-cpu":
-        values = tokens * model.hidden_size + deployment.batch * model.vocab_size
+        values = tokens * model.hidden_size + deployment.batch * io_spec.output_width(model)
         io = _FP32_BYTES * values + INDEX_BYTES * tokens + positions
         if not io_spec.DIALECTS[deployment.dialect].in_place:
             io += tokens * deployment.cache_token_bytes(model)
@@ -253,7 +253,7 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
     # Of prefill and of decode.
     logits = max(DEFAULT_MAX_LOGITS, deployment.batch) + deployment.batch
     inputs = tokens + deployment.batch
-    values = inputs * model.hidden_size + logits * model.vocab_size
+    values = inputs * model.hidden_size + logits * io_spec.output_width(model)
     io = positions
     if not io_spec.DIALECTS[deployment.dialect].in_place:
         io += sum(

@@ -252,6 +252,11 @@ def read_draft(bundle: Path, target: Path) -> Manifest:
         BundleError, IntegrityError: the bundle is missing, damaged or incomplete.
     """
     manifest = read_manifest(bundle)
+    if manifest.model.task != "generate":
+        raise ConfigError(
+            f"the draft {bundle} is a bundle to {manifest.model.task} and guesses no tokens; take "
+            "a smaller model of the same family"
+        )
     names = dict.fromkeys([*manifest.files, "tokenizer.json", EMBEDDINGS_NAME, manifest.graphs.cpu])
     verify_files(bundle, manifest, names)
     difference = tokenizer_difference(target / "tokenizer.json", bundle / "tokenizer.json")

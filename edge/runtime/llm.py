@@ -16,6 +16,7 @@ from edge.backends import Backend
 from edge.backends.choose import open_backend, unused_gpu
 from edge.bundle import manifest as manifests
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+from edge.bundle.tasks import check_task
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
 from edge.files import decode_text
@@ -32,6 +33,7 @@ from edge.text.tokenizer import Detokenizer, Tokenizer
 from .draft_model import ModelDrafter, open_drafter, read_draft
 from .drafts import NgramDrafter
 from .eagle3 import Eagle3Drafter, Head, open_head, read_head
+from .embedding import EmbeddingReader, Judge, run
 from .generation import score
 from .sampling import SamplingParams
 from .scheduler import Constraint, Drafter, Overflow, PrefixSource, Request, Scheduler
@@ -83,6 +85,7 @@ class LLM:
             else None.
         embeddings: the token table.
         scheduler: the queue of requests and the thread that runs them.
+        pools: whether the bundle embeds or judges documents, and generates nothing.
 
     Raises:
         IntegrityError: a file of the bundle is damaged; nothing of it was parsed.
@@ -105,6 +108,9 @@ class LLM:
                 f"prefix_dir {config.prefix_dir} is no directory; edge-llm cache build makes it"
             )
         self.manifest = manifests.read_manifest(self.bundle)
+        self.pools = self.manifest.model.task != "generate"
+        if self.pools:
+            _check_pooling(config, self.manifest)
         # Every file that is listed, and every file that is read: an unlisted one is refused.
         graphs = self.manifest.graphs
         read = ["tokenizer.json", EMBEDDINGS_NAME, graphs.cpu]
@@ -149,6 +155,7 @@ class LLM:
                 overflow=self._sliding_window() if config.overflow == "slide" else None,
                 drafter=self._drafter(),
                 prefix_store=self._stored_prefixes(config.prefix_dir),
+                pools=self.pools,
             )
         except BaseException:
             self._close_engines()
@@ -287,6 +294,7 @@ class LLM:
             OverloadError: the queue is full.
             BackendError: the engine can serve no more, or the LLM is closed.
         """
+        check_task(self.manifest, "generate")
         self.scheduler.check_count(n)
         if ids is None:
             ids = self.encode(
@@ -392,6 +400,7 @@ class LLM:
         Raises:
             RequestError: see `submit`; also if ``params`` has stop strings, which need text.
         """
+        check_task(self.manifest, "generate")
         resolved = self._resolve(params)
         if resolved.stop:
             raise RequestError("generate_ids works without text; use stop_token_ids, not stop")
@@ -412,9 +421,74 @@ class LLM:
             ContextLengthError: more tokens than the cache holds.
             BackendError: the engine failed, or its logits are not finite.
         """
+        check_task(self.manifest, "generate")
         return self.call(
             lambda: score(self.backend, self.embeddings, list(ids), self.scheduler.report_step)
         )
+
+    def embed(
+        self,
+        texts: str | Sequence[str | Sequence[int]],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+    ) -> NDArray[np.float32]:
+        """Turn texts into vectors, of a bundle that embeds; see docs/embeddings.md.
+
+        Args:
+            texts: texts, or lists of token ids; one text is a list of one.
+            prompt_name: which of the model's prompts to put before each text, e.g. ``query``; None
+                is its default one, mostly none.
+            prompt: a prompt of your own instead.
+            dimensions: how many leading dimensions to keep, where the model allows it.
+
+        Returns:
+            One vector per text, in order, float32 ``[n, dimensions]``; of length 1 where the model
+            says so.
+
+        Raises:
+            RequestError: the bundle does not embed, no or an empty text, an unknown prompt, or
+                dimensions that the model does not allow.
+            ContextLengthError: a text does not fit into the cache; none has run.
+            BackendError: the engine failed, or its output is not finite.
+        """
+        reader = EmbeddingReader(self.manifest, self.tokenizer)
+        reader.check_dimensions(dimensions)
+        if prompt is not None and prompt_name is not None:
+            raise RequestError("give prompt or prompt_name, not both")
+        before = reader.prompt(prompt_name) if prompt is None else prompt
+        given = [texts] if isinstance(texts, str) else texts
+        if len(given) == 0:
+            raise RequestError("there is no text; give at least one")
+        most = self.kv_capacity
+        ids = [reader.encode(each, before, max_tokens=most) for each in given]
+        return reader.finish(run(self.scheduler, ids, most), dimensions)
+
+    def rerank(
+        self, query: str, documents: Sequence[str], *, instruction: str | None = None
+    ) -> NDArray[np.float32]:
+        """Judge how well documents answer a query, of a bundle that does so.
+
+        Args:
+            query: what is asked.
+            documents: the texts to judge.
+            instruction: what to judge by; None is the model's own.
+
+        Returns:
+            The probability of yes against no for each document, in order, float32 ``[n]``.
+
+        Raises:
+            RequestError: the bundle does not judge documents, or a text is missing or empty.
+            ContextLengthError: query and document do not fit into the cache; none has run.
+            BackendError: the engine failed, or its output is not finite.
+        """
+        judge = Judge(self.manifest, self.tokenizer)
+        if isinstance(documents, str) or len(documents) == 0:
+            raise RequestError("documents: give a list of at least one text")
+        most = self.kv_capacity
+        ids = [judge.encode(query, each, instruction, max_tokens=most) for each in documents]
+        return judge.scores(run(self.scheduler, ids, most))
 
     def call(self, work: Callable[[], _Result]) -> _Result:
         """Run ``work`` while no answer is being computed, and return what it returns.
@@ -549,6 +623,21 @@ class LLM:
         except UnicodeDecodeError as error:
             raise BundleError(f"{self.bundle / name} is not UTF-8; export again") from error
         return ChatTemplate(source, self.manifest.tokens)
+
+
+def _check_pooling(config: EngineConfig, manifest: manifests.Manifest) -> None:
+    """Refuse options that need an answer to be generated."""
+    for option, given in (
+        ("draft", config.draft is not None),
+        ("speculative", bool(config.speculative)),
+        ("overflow slide", config.overflow == "slide"),
+        ("prefix_dir", config.prefix_dir is not None),
+    ):
+        if given:
+            raise ConfigError(
+                f"{option} is for models that generate, and {manifest.name} is to "
+                f"{manifest.model.task}; leave it out"
+            )
 
 
 def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:

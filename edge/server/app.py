@@ -21,7 +21,16 @@ from .api.completions import CompletionRender, plan_completion
 from .api.error_forms import error_body
 from .api.facts import TextRequest, facts_of
 from .api.openapi import openapi
-from .api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from .api.pooling import embed, rerank
+from .api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    TokenizeRequest,
+    decode,
+)
 from .api.respond import Plan, Render, Turn, json_response, respond
 from .api.responses.plan import NAMES as RESPONSES_NAMES
 from .api.responses.plan import plan_response
@@ -109,6 +118,8 @@ class _Endpoints:
             "/responses": ("POST", self._responses),
             "/messages": ("POST", self._messages),
             "/messages/count_tokens": ("POST", self._count_tokens),
+            "/embeddings": ("POST", self._embeddings),
+            "/rerank": ("POST", self._rerank),
         }
         post = {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
         return [
@@ -182,6 +193,16 @@ class _Endpoints:
             headers=choice.headers(),
             arm=choice.arm,
         )
+
+    async def _embeddings(self, request: Request) -> Response:
+        body, lane = await self._read(request, EmbeddingRequest)
+        choice = await self._models.choose(body.model)
+        return await embed(self._turn(request, choice, lane), body)
+
+    async def _rerank(self, request: Request) -> Response:
+        body, lane = await self._read(request, RerankRequest)
+        choice = await self._models.choose(body.model)
+        return await rerank(self._turn(request, choice, lane), body)
 
     async def _choose(self, body: TextRequest, request: Request) -> Choice:
         choice = await self._models.choose(body.model, facts_of(body, request.scope["request_id"]))
@@ -258,6 +279,10 @@ class _Endpoints:
 
 
 def _card(model: ServedModel) -> ModelCard:
-    own = msgspec.to_builtins(model.llm.manifest.sampling)
+    manifest = model.llm.manifest
+    task = manifest.model.task
+    if task != "generate":
+        return ModelCard(model.name, model.created, model.llm.kv_capacity, task=task)
+    own = msgspec.to_builtins(manifest.sampling)
     del own["assumed"]
-    return ModelCard(model.name, model.created, model.llm.kv_capacity, own)
+    return ModelCard(model.name, model.created, model.llm.kv_capacity, own, task)

@@ -144,14 +144,18 @@ class Decoder:
         self, x: str, dialect: Dialect, kv_capacity: int, hidden_width: int
     ) -> onnx.ModelProto:
         """Add what follows the last layer, and make the model."""
-        # Only the wanted positions go through the final norm and the lm_head.
+        # Only the wanted positions go through the final norm and the lm_head, if there is one.
         axes = self.g.constant("axes.last", [-1])
         indices = self.g.node(
             "Unsqueeze", [io_spec.LOGITS_INDICES, axes], "logits_indices.unsqueezed"
         )
         x = self.g.node("GatherND", [x, indices], "last_hidden", batch_dims=1)
-        x = self.norm(x, "final_norm")
-        self.linear(x, "lm_head", output=io_spec.LOGITS)
+        output = io_spec.output_name(self.model)
+        if self.model.task == "embed":
+            normed = self.norm(x, "final_norm")
+            self.g.node("Identity", [normed], output)
+        else:
+            self.linear(self.norm(x, "final_norm"), "lm_head", output=output)
         spec = (self.model, dialect, self.g.float_type, kv_capacity, self.tensors.kv_scales)
         return self.g.model(
             "decoder",

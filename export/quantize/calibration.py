@@ -205,7 +205,7 @@ class _LayerGraph(PortableDecoder):
         self._taps = taps
         one = msgspec.structs.replace(model, num_layers=1)
         self.linear_specs = {layer.name: layer for layer in linear_layers(one)}
-        del self.linear_specs["lm_head"]
+        self.linear_specs.pop("lm_head", None)  # a model that embeds has none
         self.norm_sources = norm_sources(one)
         del self.norm_sources["final_norm"]
         linears = {

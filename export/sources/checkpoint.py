@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import ModelSpec, Source
+from edge.bundle.manifest import Embedding, ModelSpec, Reranking, Source
 
 from .checkpoint_text import CheckpointText
 from .quantization_config import WeightFormat
@@ -23,11 +23,15 @@ class Checkpoint(ABC):
         name: the model's short name, e.g. ``DeepSeek-R1-Distill-Qwen-1.5B``.
         spec: the decoder's numbers.
         text: tokenizer, chat template and generation defaults.
+        embedding: how the model embeds; None if that is not its task.
+        reranking: how it judges documents; None if that is not its task.
     """
 
     name: str
     spec: ModelSpec
     text: CheckpointText
+    embedding: Embedding | None = None
+    reranking: Reranking | None = None
 
     @property
     @abstractmethod
@@ -93,6 +97,8 @@ class Transformed(Checkpoint):
         self.name = checkpoint.name
         self.spec = checkpoint.spec
         self.text = checkpoint.text
+        self.embedding = checkpoint.embedding
+        self.reranking = checkpoint.reranking
 
     @property
     def source(self) -> Source:

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors, linear_layers
-from edge.bundle.manifest import Source, sha256_file
+from edge.bundle.manifest import Source, Task, sha256_file
 from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError
 
 from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_licence, read_text
+from .pooling import read_embedding
 from .quantization_config import WeightFormat, read_quantization
 from .quantized_module import QuantizedModule
 from .quantized_weight import QuantizedWeight
@@ -28,6 +29,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMPARE_BYTES = 1 << 24
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 _EMBEDDINGS = "model.embed_tokens.weight"
+_PREFIX = "model."
 
 
 class HfDirectory(Checkpoint):
@@ -44,6 +46,7 @@ class HfDirectory(Checkpoint):
         hub_id: str | None = None,
         revision: str | None = None,
         hub: str | None = None,
+        task: Task = "generate",
     ) -> None:
         """Open a directory and check that exactly the model's tensors are there.
 
@@ -52,6 +55,7 @@ class HfDirectory(Checkpoint):
             hub_id: where the directory was downloaded from, or None.
             revision: commit of the hub repository.
             hub: name of the hub if it is not the Hugging Face hub.
+            task: ``generate``, or ``embed`` for a model that needs no lm_head.
 
         Raises:
             CheckpointError: something is missing, damaged or not supported.
@@ -62,12 +66,19 @@ class HfDirectory(Checkpoint):
         self._hub = hub
         config_path = directory / "config.json"
         config = read_json(config_path)
-        self.spec = parse_config(config, str(config_path))
+        self.spec = parse_config(config, str(config_path), task)
         self.text = read_text(directory, config, self.spec.vocab_size, hub_id)
         self.name = (hub_id or directory.resolve().name).rpartition("/")[2]
+        if task == "embed":
+            names = [self.name, str(config.get("_name_or_path") or "")]
+            self.embedding = read_embedding(directory, config, self.text, names)
         self._quantization = read_quantization(config, directory)
         is_quantized = self._quantization is not None
         self._files, self._owner = _open_weights(directory, quantized=is_quantized)
+        self._prefix = ""
+        if task == "embed" and _EMBEDDINGS not in self._owner:
+            self._prefix = _PREFIX  # saved without the class that has a head
+            self._owner = {f"{_PREFIX}{name}": file for name, file in self._owner.items()}
         self._modules = self._quantized_modules()
         self._check_tensors()
         for module in self._modules.values():
@@ -118,7 +129,7 @@ class HfDirectory(Checkpoint):
     def _read(self, name: str) -> NDArray[Any]:
         if name not in self._owner:
             raise CheckpointError(f"{self._directory} has no tensor {name}, or it was closed")
-        return self._owner[name].tensor(name)
+        return self._owner[name].tensor(name.removeprefix(self._prefix))
 
     def _quantized_modules(self) -> dict[str, QuantizedModule]:
         """The linear modules that config.json says are quantized, by the name of their weight."""
@@ -142,7 +153,10 @@ class HfDirectory(Checkpoint):
         return modules
 
     def _check_tensors(self) -> None:
-        entries = {name: file.entries[name] for name, file in self._owner.items()}
+        entries = {
+            name: file.entries[name.removeprefix(self._prefix)]
+            for name, file in self._owner.items()
+        }
         expected = expected_tensors(self.spec)
         known: set[str] = set()
         for module in self._modules.values():
@@ -175,6 +189,8 @@ class HfDirectory(Checkpoint):
         """Whether a tensor that is no part of the model changes nothing."""
         if name.endswith(".self_attn.rotary_emb.inv_freq"):
             return True  # written by old transformers; the frequencies follow from config.json
+        if name == "lm_head.weight" and self.spec.task == "embed":
+            return True
         if name == "lm_head.weight" and self.spec.tied_embeddings:
             self._check_tied_head()
             return True

@@ -17,6 +17,10 @@ TEXT_FILES = [
     "chat_template.json",
     "model.safetensors.index.json",
     "README.md",
+    # Of sentence-transformers.
+    "modules.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
 ]
 # Without a directory part: original/consolidated.*.safetensors would be the same weights twice.
 _WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
+from edge.bundle.manifest import Task
 from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError, ConfigError
 from edge.progress import Progress, silent
@@ -17,6 +19,7 @@ from .checkpoint_text import read_json, read_text
 from .gguf_source import GgufCheckpoint
 from .hf_directory import HfDirectory
 from .hub import TEXT_FILES, download
+from .pooling import Judge, find_task
 from .quantization_config import read_quantization
 
 Hub = Literal["huggingface", "modelscope"]
@@ -31,6 +34,7 @@ def open_checkpoint(
     cache_dir: Path | None = None,
     hub: Hub | None = None,
     progress: Progress = silent,
+    task: Task | None = None,
 ) -> Checkpoint:
     """Open a model by whatever names it.
 
@@ -41,6 +45,8 @@ def open_checkpoint(
         cache_dir: where a hub id is downloaded to; None is the hub's own cache.
         hub: where a hub id is looked up; None is ``EDGE_LLM_HUB``, else the Hugging Face hub.
         progress: told of a download from ModelScope; huggingface-hub shows its own.
+        task: what the model is for; None embeds with a directory of sentence-transformers, and
+            generates with all others.
 
     Raises:
         CheckpointError: no such source, or one that cannot be exported.
@@ -57,7 +63,15 @@ def open_checkpoint(
         ):
             if value is not None:
                 raise ConfigError(f"{option} is for hub ids, but {source} is local; leave it out")
-        return GgufCheckpoint(path) if is_gguf else HfDirectory(path)
+        if not is_gguf:
+            return _open_directory(path, task)
+        if task == "embed":
+            raise CheckpointError(
+                f"{source} is a GGUF file, which does not say how its model embeds; export the "
+                "directory that it was made of (config.json, modules.json, safetensors)"
+            )
+        gguf = GgufCheckpoint(path)
+        return Judge(gguf) if task == "rerank" else gguf
     if path.is_file():
         raise CheckpointError(
             f"{source} is a file but no .gguf; give the checkpoint's directory instead"
@@ -67,13 +81,14 @@ def open_checkpoint(
             f"nothing to export at {source!r}: it is no directory, no .gguf file and no hub id "
             "(owner/name)"
         )
+    check = partial(_check_text, task=task)
     if chosen_hub(hub) == "modelscope":
         directory, commit = modelscope.download(
-            source, revision, cache_dir, _check_text, TEXT_FILES, progress
+            source, revision, cache_dir, check, TEXT_FILES, progress
         )
-        return HfDirectory(directory, hub_id=source, revision=commit, hub="modelscope")
-    directory, commit = download(source, revision, cache_dir, _check_text)
-    return HfDirectory(directory, hub_id=source, revision=commit)
+        return _open_directory(directory, task, source, commit, hub="modelscope")
+    directory, commit = download(source, revision, cache_dir, check)
+    return _open_directory(directory, task, source, commit)
 
 
 def chosen_hub(hub: str | None) -> str:
@@ -89,9 +104,23 @@ def chosen_hub(hub: str | None) -> str:
     return chosen
 
 
-def _check_text(directory: Path) -> None:
+def _open_directory(
+    directory: Path,
+    task: Task | None,
+    hub_id: str | None = None,
+    revision: str | None = None,
+    hub: str | None = None,
+) -> Checkpoint:
+    task = task or find_task(directory)
+    own: Task = "generate" if task == "rerank" else task
+    opened = HfDirectory(directory, hub_id=hub_id, revision=revision, hub=hub, task=own)
+    return Judge(opened) if task == "rerank" else opened
+
+
+def _check_text(directory: Path, task: Task | None) -> None:
     """Refuse what cannot be exported before gigabytes of it are downloaded."""
     config = read_json(directory / "config.json")
-    spec = parse_config(config, str(directory / "config.json"))
+    task = task or find_task(directory)
+    spec = parse_config(config, str(directory / "config.json"), task)
     read_quantization(config, directory)
     read_text(directory, config, spec.vocab_size)

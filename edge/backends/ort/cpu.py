@@ -156,7 +156,7 @@ class OrtBackend:
             ),
             read_slot=self.read_slot,
             put_back=self.write_slot,
-            vocab_size=model.vocab_size,
+            out_width=io_spec.output_width(model),
             fused=fuse_attention and self._dialect.one_attention_operator,
         )
         if deterministic:
@@ -299,7 +299,8 @@ class _HostStep:
         self._session, self._dialect, self._first = session, dialect, first
         self._cache, self._kv_positions = cache, kv_positions
         self._inputs = make_inputs(dialect, embeds_width, np.float32, shape)
-        self._logits = np.empty((batch, num_logits, model.vocab_size), dtype=np.float32)
+        width = io_spec.output_width(model)
+        self._logits = np.empty((batch, num_logits, width), dtype=np.float32)
         self.hidden: NDArray[np.float32] | None = None
         rows = (batch, model.num_kv_heads, seq, model.head_dim)
         # ONNX Runtime is given bare addresses; what they point at must outlive a `close`.
@@ -310,7 +311,7 @@ class _HostStep:
         self._binding = session.io_binding()
         for name, array in {**self._inputs, **inputs}.items():
             _bind(self._binding.bind_input, name, array)
-        outputs[io_spec.LOGITS] = self._logits
+        outputs[io_spec.output_name(model)] = self._logits
         if hidden_width:
             self.hidden = np.empty((batch, seq, hidden_width), dtype=np.float32)
             outputs[io_spec.HIDDEN_STATES] = self.hidden

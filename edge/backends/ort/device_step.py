@@ -59,7 +59,7 @@ class DeviceStep:
         # ONNX Runtime wants some of the indices on the host and some on the device.
         self._inputs = make_inputs(dialect, embeds_width, cache.dtype, shape)
         # Logits are what leaves the device: ONNX Runtime copies them here.
-        self._logits = np.empty((batch, num_logits, model.vocab_size), dtype=cache.dtype)
+        self._logits = np.empty((batch, num_logits, io_spec.output_width(model)), dtype=cache.dtype)
         rows = (batch, model.num_kv_heads, seq, model.head_dim)
         self._caches = cache.blocks(first, batch)
         inputs, outputs, self._new = cache_tensors(
@@ -72,7 +72,7 @@ class DeviceStep:
             self._bind(self._binding.bind_input, name, block, self._element)
         for name, block in outputs.items():
             self._bind(self._binding.bind_output, name, block, self._element)
-        leaving = {io_spec.LOGITS: self._logits}
+        leaving = {io_spec.output_name(model): self._logits}
         self._hidden: NDArray[Any] | None = None
         if hidden_width:
             self._hidden = np.empty((batch, seq, hidden_width), dtype=cache.dtype)

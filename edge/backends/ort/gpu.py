@@ -110,7 +110,7 @@ class OrtCudaBackend:
             self._bind,
             read_slot=self.read_slot,
             put_back=self._put_back,
-            vocab_size=self._model.vocab_size,
+            out_width=io_spec.output_width(self._model),
             fused=self._fused,
         )
         events = self._load(graph, bundle, manifest)

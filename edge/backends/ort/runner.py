@@ -56,7 +56,7 @@ class StepRunner:
         bind: prepares a step of a shape.
         read_slot: see `edge.backends.Backend.read_slot`.
         put_back: overwrites the first rows of a slot with what ``read_slot`` returned.
-        vocab_size: length of a row of logits.
+        out_width: length of a row of logits, see `io_spec.output_width`.
         fused: the graph has `GroupQueryAttention`, which takes several tokens after a past for one
             sequence at a time.
 
@@ -70,11 +70,11 @@ class StepRunner:
         *,
         read_slot: Callable[[int, int], Floats],
         put_back: Callable[[int, Floats], None],
-        vocab_size: int,
+        out_width: int,
         fused: bool,
     ) -> None:
         self._bind, self._read_slot, self._put_back = bind, read_slot, put_back
-        self._vocab_size = vocab_size
+        self._out_width = out_width
         self._batching = Batching(decode_gap=1, chunk_gap=0, alone_after_past=fused)
         self._decode_steps: dict[RunShape, BoundStep] = {}
         self.hidden: NDArray[np.float32] | None = None
@@ -84,7 +84,7 @@ class StepRunner:
         windows = self._batching.plan(step)
         if len(windows) == 1 and windows[0].whole:
             return self._run(step)
-        shape = (step.batch, step.num_logits, self._vocab_size)
+        shape = (step.batch, step.num_logits, self._out_width)
         logits = np.empty(shape, dtype=np.float32)
         hidden: NDArray[np.float32] | None = None
         for window in windows:

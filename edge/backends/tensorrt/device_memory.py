@@ -96,7 +96,8 @@ def plan_engine_memory(
     slots = info.max_batch if num_slots is None else num_slots
     sizes = step_sizes(info, max_logits)
     pinned = sum(
-        input_layout(size, model.hidden_size).num_bytes + logits_bytes(size, model.vocab_size)
+        input_layout(size, model.hidden_size).num_bytes
+        + logits_bytes(size, io_spec.output_width(model))
         for size in sizes
     )
     io = 0 if integrated else pinned
@@ -152,9 +153,9 @@ def input_layout(sizes: StepSizes, hidden_size: int) -> InputLayout:
     return InputLayout(cursor, indices, positions, embeds, end)
 
 
-def logits_bytes(sizes: StepSizes, vocab_size: int) -> int:
-    """Bytes of the block of logits."""
-    return _align(sizes.logits * vocab_size * ENGINE_FLOAT_BYTES)
+def logits_bytes(sizes: StepSizes, width: int) -> int:
+    """Bytes of the block of logits, ``width`` numbers each."""
+    return _align(sizes.logits * width * ENGINE_FLOAT_BYTES)
 
 
 class CachePlanes(NamedTuple):

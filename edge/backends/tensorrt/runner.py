@@ -206,7 +206,8 @@ class TensorRTBackend:
             resources.callback(buffer.close)
         self._prefill_buffers, self._decode_buffers = buffers
         self._kv_positions = self._upload_positions()
-        self._decode_logits = np.empty((info.max_batch, 1, model.vocab_size), dtype=np.float32)
+        self._out_width = io_spec.output_width(model)
+        self._decode_logits = np.empty((info.max_batch, 1, self._out_width), dtype=np.float32)
 
     def _check_free(self, what: str, needed: int) -> None:
         """Refuse early: on a Jetson the kernel would kill the process instead."""
@@ -293,11 +294,11 @@ class TensorRTBackend:
             self._leave()
 
     def _forward(self, step: Step) -> NDArray[np.float32]:
-        batch, num, vocab = step.batch, step.num_logits, self._manifest.model.vocab_size
+        batch, num, width = step.batch, step.num_logits, self._out_width
         if step.seq == num == 1 and batch <= len(self._decode_logits):
             logits = self._decode_logits[:batch]
         else:
-            logits = np.empty((batch, num, vocab), dtype=np.float32)
+            logits = np.empty((batch, num, width), dtype=np.float32)
         if num > self._max_num_logits:
             for row in range(batch):
                 logits[row] = self._run_in_pieces(step, row)
@@ -313,7 +314,7 @@ class TensorRTBackend:
         """
         slot, past, embeds = step.slots[row], step.starts[row], step.embeds[row : row + 1]
         places, inverse = np.unique(step.logits_indices[row], return_inverse=True)
-        found = np.empty((len(places), self._manifest.model.vocab_size), dtype=np.float32)
+        found = np.empty((len(places), self._out_width), dtype=np.float32)
         window, start = Window(slot, 1, (0,), (0,)), 0
         for group in range(0, len(places), self._max_num_logits):
             some = places[group : group + self._max_num_logits]

@@ -48,10 +48,11 @@ class StepBuffers:
         dtype: FloatType,
         cursor_name: str,
     ) -> None:
-        self._hidden_size, self._vocab_size = model.hidden_size, model.vocab_size
+        self._hidden_size = model.hidden_size
+        self._out_width = io_spec.output_width(model)
         self._bf16 = dtype == "bf16"
         layout = input_layout(sizes, model.hidden_size)
-        out_bytes = logits_bytes(sizes, model.vocab_size)
+        out_bytes = logits_bytes(sizes, self._out_width)
         self._mapped = device.integrated
         blocks = []
         for num_bytes, purpose in ((layout.num_bytes, "step inputs"), (out_bytes, "logits")):
@@ -69,7 +70,7 @@ class StepBuffers:
             io_spec.POSITION_IDS: self._input_address + layout.positions,
             cursor_name: self._input_address + layout.cursor,
             io_spec.LOGITS_INDICES: self._input_address + layout.indices,
-            io_spec.LOGITS: output_address,
+            io_spec.output_name(model): output_address,
         }
         self._layout = layout
         self._compact = sizes.tokens == sizes.batch
@@ -79,7 +80,7 @@ class StepBuffers:
         self._indices = self._region(layout.indices, sizes.logits, np.int64)
         self._positions = self._region(layout.positions, sizes.tokens, np.int64)
         self._embeds = self._region(layout.embeds, sizes.tokens * model.hidden_size, floats)
-        self._logits = output[: 2 * sizes.logits * model.vocab_size].view(floats)
+        self._logits = output[: 2 * sizes.logits * self._out_width].view(floats)
         self._output_address = output_address
 
     def _region(self, offset: int, count: int, dtype: Any) -> NDArray[Any]:
@@ -136,16 +137,16 @@ class StepBuffers:
     def download(self, stream: cuda.Stream, num_rows: int) -> None:
         """Put the copy of the first rows of logits on a stream; none where memory is shared."""
         if not self._mapped:
-            stream.download(self._logits[: num_rows * self._vocab_size], self._output_address)
+            stream.download(self._logits[: num_rows * self._out_width], self._output_address)
 
     def read_logits(self, first: int, target: NDArray[np.float32]) -> None:
         """Convert rows of logits to float32; the stream must have been waited for.
 
         Args:
             first: the first row.
-            target: ``[rows, vocab]``, contiguous.
+            target: ``[rows, width]``, contiguous.
         """
-        start = first * self._vocab_size
+        start = first * self._out_width
         bits = self._logits[start : start + target.size].view(np.uint16)
         flat = target.reshape(-1)
         if self._bf16:

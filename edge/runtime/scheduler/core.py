@@ -162,6 +162,15 @@ class EngineCore:
         """Seconds on the core's clock."""
         return self._clock()
 
+    def sequence(self, request: Request, sink: Sink, salt: str, now_s: float) -> SequenceState:
+        """Make a sequence that is not queued yet.
+
+        Raises:
+            RequestError: an id outside the vocabulary.
+        """
+        sampler = Sampler(request.params, self.vocab_size, request.ids)
+        return SequenceState(request, sampler, sink, salt, now_s)
+
     def add(self, sequence: SequenceState) -> None:
         """Put a sequence into the queue: by priority, then in order of arrival."""
         at = len(self.waiting)
@@ -337,7 +346,7 @@ class EngineCore:
 
     def _prefill(self, sequence: SequenceState, limit: int) -> None:
         if self.deterministic:
-            limit = _even_chunk(len(sequence.pending), limit)
+            limit = even_chunk(len(sequence.pending), limit)
         part = sequence.pending[:limit]
         last = len(part) - 1
         logits = self._forward([sequence], [part], [[last]])
@@ -770,7 +779,7 @@ def _slot_of(sequence: SequenceState) -> Slot:
     return sequence.slot
 
 
-def _even_chunk(pending: int, limit: int) -> int:
+def even_chunk(pending: int, limit: int) -> int:
     """A chunk of about ``limit`` tokens, of two or more ``pending``, that leaves none alone.
 
     An engine may compute a lone token in other bits than one of several, also the odd one that its

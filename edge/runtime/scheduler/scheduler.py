@@ -27,9 +27,9 @@ from edge.errors import (
     RequestError,
     ResourceError,
 )
-from edge.runtime.sampling import Sampler
 
 from .core import EngineCore, SequenceState
+from .pooling import PoolingCore
 from .request import Drafter, Overflow, PrefixSource, Request, SchedulerStats, Sink, SlotState
 
 _Result = TypeVar("_Result")
@@ -54,6 +54,7 @@ class Scheduler:
         overflow: what to do when a slot is full; None ends the sequence with ``length``.
         drafter: guesses tokens of all sequences; None runs without speculation.
         prefix_store: prefixes that are kept outside the cache.
+        pools: whether sequences end with their prompt, and sinks are `RowSink`.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Scheduler:
         overflow: Overflow | None = None,
         drafter: Drafter | None = None,
         prefix_store: PrefixSource | None = None,
+        pools: bool = False,
     ) -> None:
-        self._core = EngineCore(
+        core = PoolingCore if pools else EngineCore
+        self._core = core(
             backend,
             embeddings,
             vocab_size,
@@ -125,8 +128,7 @@ class Scheduler:
         now = self._core.now()
         sequences = []
         for request, sink in zip(requests, sinks, strict=True):
-            sampler = Sampler(request.params, self._core.vocab_size, request.ids)
-            sequences.append(SequenceState(request, sampler, sink, request.salt + group, now))
+            sequences.append(self._core.sequence(request, sink, request.salt + group, now))
         self._thread.take_in(sequences, self.max_batch + self.queue_capacity)
         return sequences
 

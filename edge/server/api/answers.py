@@ -172,6 +172,54 @@ class TextCompletion(Struct):
     prompt_progress: PromptProgress | UnsetType = UNSET
 
 
+class InputUsage(Struct):
+    """Tokens of texts for which nothing is generated."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingItem(Struct):
+    """The vector of one text: numbers, or float32 in little-endian order as base64."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingList(Struct):
+    """The answer to ``POST /v1/embeddings``."""
+
+    data: list[EmbeddingItem]
+    model: str
+    usage: InputUsage
+    object: Literal["list"] = "list"
+
+
+class RankedDocument(Struct):
+    """A document that was judged."""
+
+    text: str
+
+
+class RankedResult(Struct):
+    """The probability that a document is what the query asks for, by its place in the request."""
+
+    index: int
+    relevance_score: float
+    document: RankedDocument | UnsetType = UNSET
+
+
+class RerankResponse(Struct):
+    """The answer to ``POST /v1/rerank``, the best document first."""
+
+    id: str
+    model: str
+    results: list[RankedResult]
+    usage: InputUsage
+    object: Literal["list"] = "list"
+
+
 class ModelCard(Struct):
     """A model that is served; ``sampling`` has what a request takes that leaves a field open."""
 
@@ -179,6 +227,7 @@ class ModelCard(Struct):
     created: int
     max_model_len: int
     sampling: dict[str, float] | UnsetType = UNSET
+    task: Literal["generate", "embed", "rerank"] | UnsetType = UNSET
     object: Literal["model"] = "model"
     owned_by: str = "edge-llm"
 

@@ -13,9 +13,11 @@ from edge import __version__
 from .answers import (
     ChatCompletion,
     DetokenizeResponse,
+    EmbeddingList,
     ErrorResponse,
     ModelCard,
     ModelList,
+    RerankResponse,
     TextCompletion,
     TokenizeResponse,
 )
@@ -27,6 +29,8 @@ from .protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
+    RerankRequest,
     TokenizeRequest,
 )
 from .responses.answers import ResponseObject
@@ -60,6 +64,8 @@ _POSTS: dict[str, tuple[str, type, type]] = {
         CountTokensRequest,
         CountTokensResponse,
     ),
+    "/v1/embeddings": ("Texts to vectors", EmbeddingRequest, EmbeddingList),
+    "/v1/rerank": ("Judge documents by a query", RerankRequest, RerankResponse),
     "/tokenize": ("Text to token ids", TokenizeRequest, TokenizeResponse),
     "/detokenize": ("Token ids to text", DetokenizeRequest, DetokenizeResponse),
 }

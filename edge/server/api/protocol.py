@@ -32,6 +32,9 @@ IGNORED = {
 }
 """Fields that are accepted without effect, by path, and why."""
 
+MAX_TEXTS = 2048
+"""Texts of one request that embeds or reranks; OpenAI's limit."""
+
 Request = TypeVar("Request")
 
 
@@ -193,6 +196,35 @@ class DetokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: ModelName | None = None
     tokens: list[TokenId]
+
+
+class EmbeddingRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/embeddings``; ``prompt_name`` is an extension."""
+
+    model: ModelName | None = None
+    input: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    prompt_name: ModelName | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
+
+
+class TextDocument(Struct, forbid_unknown_fields=True):
+    """A document of a rerank request, as an object."""
+
+    text: str
+
+
+class RerankRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/rerank``; ``instruction`` is an extension."""
+
+    model: ModelName | None = None
+    query: str
+    documents: Annotated[list[str | TextDocument], Meta(min_length=1, max_length=MAX_TEXTS)]
+    top_n: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    return_documents: bool | None = None
+    instruction: str | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
 
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)

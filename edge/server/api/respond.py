@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 from starlette.responses import Response
 
+from edge.bundle.tasks import check_task
 from edge.errors import EdgeError
 from edge.runtime.sampling import SamplingParams
 from edge.server.http.access import Client
@@ -154,6 +155,7 @@ async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> 
     with model.lease():
 
         def prepare(on_piece: OnPiece) -> tuple[Plan, list[list[int]]]:
+            check_task(model.llm.manifest, "generate")
             plan = make_plan()
             return plan, [_encode(model, plan, prompt, on_piece) for prompt in plan.prompts]
 

@@ -8,7 +8,15 @@ from msgspec import Struct
 from edge.errors import DependencyError
 
 from .anthropic.protocol import CountTokensRequest, MessagesRequest
-from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from .protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    TokenizeRequest,
+    decode,
+)
 from .responses.protocol import ResponsesRequest
 
 SAMPLES: dict[type[Struct], bytes] = {
@@ -22,6 +30,8 @@ SAMPLES: dict[type[Struct], bytes] = {
     CompletionRequest: b'{"prompt": ["hello", [1, 2]], "max_tokens": 1, "temperature": 0}',
     TokenizeRequest: b'{"prompt": "hello", "add_special_tokens": true}',
     DetokenizeRequest: b'{"tokens": [1, 2]}',
+    EmbeddingRequest: b'{"input": ["hello", [1, 2]], "encoding_format": "base64", "dimensions": 2}',
+    RerankRequest: b'{"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}',
     MessagesRequest: (
         b'{"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}'
         b']}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}, {"type": '

@@ -44,7 +44,7 @@ _TYPES = {
 _SECRETS = re.compile(
     r"\b0x[0-9a-fA-F]{6,}"
     r"|(?<![\w:/.<])"
-    r"(?!/v1/(?:models|(?:chat/)?completions|messages|responses)(?![\w/.+-])|/api/[a-z]+(?![\w/.+-]))"
+    r"(?!/v1/(?:models|embeddings|rerank|(?:chat/)?completions|messages|responses)(?![\w/.+-])|/api/[a-z]+(?![\w/.+-]))"
     r"/(?:[\w.+-]+/)+[\w.+-]*"
 )
 _FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")

@@ -224,6 +224,25 @@ class Metrics:
         with self._lock:
             return self._drift.add(asked)
 
+    def observe_pooled(self, model: str, stats: GenerationStats) -> None:
+        """Count a text that was embedded, or a document that was judged.
+
+        Nothing was sampled, so it counts in none of the families about sampling and its times, and
+        not for drift.
+
+        Args:
+            model: name under which the model is served.
+            stats: figures of the text.
+        """
+        model = self._label("model", model)
+        self._requests.labels(model, "stop").inc()
+        self._prompt.labels(model, "true").inc(stats.cached_tokens)
+        self._prompt.labels(model, "false").inc(stats.prompt_tokens - stats.cached_tokens)
+        self._asked.labels(model).inc(stats.prompt_tokens)
+        self._hit.labels(model).inc(stats.cached_tokens)
+        self._queue.labels(model).observe(stats.queue_s)
+        self._total.labels(model).observe(stats.total_s)
+
     def _observe_times(self, model: str, stats: GenerationStats) -> None:
         self._ttft.labels(model).observe(stats.ttft_s)
         self._queue.labels(model).observe(stats.queue_s)

@@ -29,7 +29,7 @@ class Engine:
             self.bind,
             read_slot=lambda slot, length: self.rows[slot, :length].copy(),
             put_back=self.put_back,
-            vocab_size=VOCAB,
+            out_width=VOCAB,
             fused=fused,
         )
 

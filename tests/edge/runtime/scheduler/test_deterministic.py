@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
-from edge.runtime.scheduler.core import _even_chunk
+from edge.runtime.scheduler.core import even_chunk
 from tests.edge.runtime.scheduler.conftest import GREEDY, VOCAB, Collected, Engine, make_request
 from tests.fakes import ScriptedBackend, random_logits
 
@@ -100,7 +100,7 @@ def test_without_it_they_do(table: EmbeddingTable):
 def test_chunks_leave_no_token_alone(pending: int, wish: int, most: int):
     sizes = []
     while pending:
-        size = _even_chunk(pending, min(wish, most))
+        size = even_chunk(pending, min(wish, most))
         assert size <= max(most, 3)
         sizes.append(size)
         pending -= size

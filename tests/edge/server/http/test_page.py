@@ -295,7 +295,8 @@ def test_the_dashboard_names_the_engine_and_a_gpu_that_idles(browser: Browser, s
 def test_the_dashboard_shows_the_cache_by_slot(browser: Browser):
     browser.open_panel()
     browser.until(lambda: browser.all("#engines .slots li"))
-    script = """return [...document.querySelectorAll("#engines .slots li")].map((slot) => [slot.textContent,
+    script = """return [...document.querySelectorAll("#engines .slots li")].map((slot) => [
+      slot.textContent,
       [...slot.querySelectorAll("rect")].map((one) => one.width.baseVal.value)])"""
     found = browser.driver.execute_script(script)  # at once: it is drawn anew when it changes
     assert [text for text, _ in found] == [

@@ -1,0 +1,27 @@
+"""What a bundle's graph can be used for."""
+
+from __future__ import annotations
+
+from edge.errors import RequestError
+
+from .manifest import Manifest, Task
+
+_DOES: dict[Task, str] = {
+    "generate": "generates text",
+    "embed": "embeds texts (LLM.embed, /v1/embeddings)",
+    "rerank": "judges documents (LLM.rerank, /v1/rerank)",
+}
+
+
+def check_task(manifest: Manifest, task: Task) -> None:
+    """Refuse to use a bundle for another task than its own.
+
+    Raises:
+        RequestError: its graph does not put out what the task needs.
+    """
+    own = manifest.model.task
+    if own != task:
+        raise RequestError(
+            f"the model {manifest.name} {_DOES[own]} and cannot {task}; use a bundle that was "
+            f"exported with --task {task}"
+        )

@@ -1,0 +1,54 @@
+"""``edge-llm embed``: texts to vectors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge.errors import RequestError
+
+from . import echo_json
+from .options import bundle_argument, engine_options, take_engine
+
+_OPTIONS = (
+    "backend", "kv_capacity", "num_threads", "prefill", "prefill_chunk", "int8_activations",
+    "deterministic", "num_slots", "max_batch",
+)  # fmt: skip
+
+
+@click.command()
+@bundle_argument
+@click.argument("texts", nargs=-1)
+@click.option(
+    "--prompt-name",
+    metavar="NAME",
+    help="Which of the model's prompts to put before each text, e.g. query for a question.",
+)
+@click.option(
+    "--dimensions",
+    type=click.IntRange(min=1),
+    help="Leading dimensions to keep, where the model allows it; default: all.",
+)
+@engine_options(*_OPTIONS)
+def embed(
+    bundle: Path,
+    texts: tuple[str, ...],
+    prompt_name: str | None,
+    dimensions: int | None,
+    **options: Any,
+) -> None:
+    """Print a vector of BUNDLE for each of TEXTS, or for each line of standard input, as JSON."""
+    config = take_engine(options)
+    if not texts:
+        if sys.stdin.isatty():
+            raise RequestError("no text; give one as an argument, or one a line by a pipe")
+        texts = tuple(line for line in sys.stdin.read().splitlines() if line)
+    from edge.runtime.llm import LLM
+
+    with LLM(bundle, config) as llm:
+        vectors = llm.embed(texts, prompt_name=prompt_name, dimensions=dimensions)
+    for text, vector in zip(texts, vectors.tolist(), strict=True):
+        echo_json({"text": text, "embedding": vector})

@@ -1,0 +1,173 @@
+"""Runs texts of which only the last token's output is wanted: embeddings, and judged documents.
+
+Nothing is decoded, so a round is one prefill step. Texts of a like length run in it together, since
+a step reads all weights however few its tokens are: shorter ones are padded to the longest, and
+what padding writes is not counted and never read.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import SamplingDefaults
+from edge.errors import BackendError, EdgeError, RequestError
+from edge.runtime.generation import FinishReason, GenerationStats
+from edge.runtime.kv_cache import Slot
+from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
+
+from .core import EngineCore, SequenceState, even_chunk
+from .request import Request, Sink
+
+NEUTRAL = SamplingParams().resolve(SamplingDefaults())
+"""What a request has as ``params`` where nothing is sampled."""
+
+
+class Pooled(NamedTuple):
+    """The output of a text's last token, float32 ``[width]``, and what it took."""
+
+    row: NDArray[np.float32]
+    stats: GenerationStats
+
+
+class RowSink:
+    """Takes the output of one text; a `Sink` that is never given a token.
+
+    Attributes:
+        future: completes with the output, or fails with the error that ends the text.
+    """
+
+    def __init__(self) -> None:
+        self.future: Future[Pooled] = Future()
+        self.future.set_running_or_notify_cancel()  # a reader that gives up does not cancel it
+        self._row: NDArray[np.float32] | None = None
+
+    def take(self, row: NDArray[np.float32]) -> None:
+        """Take the output; `finish` comes next."""
+        self._row = row
+
+    def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
+        """Refuse a token: there is none to come.
+
+        Raises:
+            BackendError: always.
+        """
+        raise BackendError(f"token {token.id} was sampled where nothing is; this is a bug")
+
+    def finish(self, reason: FinishReason, stats: GenerationStats) -> None:
+        """Complete the future; without an output the text was cancelled."""
+        if self._row is None:
+            self.fail(RequestError("the text was cancelled before it was computed"))
+        else:
+            self.future.set_result(Pooled(self._row, stats))
+
+    def fail(self, error: EdgeError) -> None:
+        """Fail the future."""
+        self.future.set_exception(error)
+
+
+class PoolingCore(EngineCore):
+    """An `EngineCore` whose sequences end with their prompt; their sinks are `RowSink`."""
+
+    _sampler = Sampler(NEUTRAL, 1)  # of all sequences: nobody asks it
+
+    def sequence(self, request: Request, sink: Sink, salt: str, now_s: float) -> SequenceState:
+        """Make a sequence; see `EngineCore.sequence`."""
+        return SequenceState(request, self._sampler, sink, salt, now_s)
+
+    def step(self) -> None:
+        """Run one round: end cancelled and late texts, start waiting ones, run one step."""
+        self._sweep()
+        while (
+            self.waiting
+            and not self.hold
+            and self.pool.num_free
+            and len(self.running) < self.policy.max_batch
+        ):
+            sequence = self.waiting[0]
+            self.running.append(sequence)
+            del self.waiting[0]
+            self._start(sequence)
+        if self.running:
+            self._run(min(self.running, key=lambda sequence: sequence.request.priority))
+
+    def _place(self, sequence: SequenceState) -> int:
+        """Give the sequence a slot, and cached rows if they are most of it.
+
+        A text that continues rows runs alone in most engines, so it is not worth a first word that
+        it shares with another.
+        """
+        placement = self.pool.place(sequence.ids, sequence.salt)
+        assert placement is not None
+        if 2 * placement.cached >= len(sequence.ids):
+            return super()._place(sequence)
+        placement.slot.reset()
+        self.pool.take(placement.slot, [], sequence.salt)
+        sequence.slot = placement.slot
+        return 0
+
+    def _run(self, first: SequenceState) -> None:
+        """Run a step of a text, and of those of its length that fit beside it."""
+        batch = self._companions(first)
+        limit = self.policy.step_tokens
+        if self.deterministic:
+            limit = even_chunk(len(first.pending), limit)
+        seq = min(max(len(sequence.pending) for sequence in batch), limit)
+        parts = [sequence.pending[:seq] for sequence in batch]
+        tokens = [[*part, *part[-1:] * (seq - len(part))] for part in parts]
+        outputs = self._forward(batch, tokens, [[len(part) - 1] for part in parts])
+        if outputs is None:
+            return
+        for sequence, part, output in zip(batch, parts, outputs, strict=True):
+            slot = sequence.slot
+            assert slot is not None, "a sequence that runs has a slot"
+            slot.extend(part)
+            slot.prefilled = slot.length
+            sequence.pending = sequence.pending[seq:]
+            if not sequence.pending and not sequence.cancelled:
+                self._pool(sequence, output[0])
+
+    def _companions(self, first: SequenceState) -> list[SequenceState]:
+        """The texts that run in a step with ``first``, which is one of them.
+
+        Those that have begun already run alone: where attention is one operator, the engine takes
+        several tokens after others for one sequence at a time.
+        """
+        chosen, longest = [first], len(first.pending)
+        if self.deterministic or first.slot is None or first.slot.length:
+            return chosen
+        others = [
+            sequence
+            for sequence in self.running
+            if sequence is not first and sequence.slot is not None and not sequence.slot.length
+        ]
+        for sequence in sorted(others, key=lambda each: abs(len(each.pending) - longest)):
+            widest = max(longest, len(sequence.pending))
+            if widest * (len(chosen) + 1) > self.policy.step_tokens:
+                break
+            chosen.append(sequence)
+            longest = widest
+        return chosen
+
+    def _pool(self, sequence: SequenceState, output: NDArray[np.float32]) -> None:
+        if not np.isfinite(output).all():
+            self._fail(
+                sequence,
+                BackendError(
+                    "the engine computed values that are not finite; if the model overflows FP16, "
+                    "export it with --dtype bf16"
+                ),
+            )
+            return
+        sink = sequence.sink
+        assert isinstance(sink, RowSink), "a text that is pooled has a RowSink"
+        sink.take(output.copy())  # the engine's next step overwrites it
+        sequence.stats.ttft_s = sequence.stats.total_s = self.now() - sequence.submitted_s
+        self._finish(sequence, "stop")
+
+    def _scrub(self, slot: Slot, last_step: int) -> None:
+        """Zero what the last step may have written, padding included; see `EngineCore`."""
+        super()._scrub(slot, max(last_step, self.policy.step_tokens))

@@ -1,0 +1,53 @@
+"""``edge-llm embed``, and what other verbs do with a bundle that embeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from edge.errors import RequestError
+from tests.conftest import PoolingBundles
+from tests.edge.cli.conftest import Result, error_line
+from tests.parity import PoolingGolden, assert_close
+from tests.tiny_pooling import TEXTS
+
+
+def test_embed_prints_a_vector_of_each_text(
+    edge_llm: Callable[..., Result], pooling_bundles: PoolingBundles
+):
+    bundle = pooling_bundles("embed")
+    result = edge_llm("embed", bundle, *TEXTS[:2], "--dimensions", 16, "--num-threads", 1)
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    assert [line["text"] for line in lines] == list(TEXTS[:2])
+    cut = PoolingGolden.load().vectors[:2, :16]
+    cut = cut / np.linalg.norm(cut, axis=1, keepdims=True)
+    found = np.array([line["embedding"] for line in lines], np.float32)
+    assert_close(found, cut, atol=1e-5, what="vectors")
+    lines = "\n".join(TEXTS[:2]) + "\n\n"
+    piped = edge_llm("embed", bundle, "--prompt-name", "query", "--num-threads", 1, stdin=lines)
+    assert [json.loads(line)["text"] for line in piped.out.splitlines()] == list(TEXTS[:2])
+
+
+@pytest.mark.parametrize("verb", ["run", "bench", "eval", "cache"])
+def test_verbs_that_generate_refuse_an_embedder(
+    verb: str, edge_llm: Callable[..., Result], pooling_bundles: PoolingBundles
+):
+    bundle = pooling_bundles("embed")
+    words = {
+        "run": ["run", bundle, "hello"],
+        "cache": ["cache", "build", bundle, "x", "--text", __file__],
+    }.get(verb, [verb, bundle])
+    result = edge_llm(*words)
+    assert "cannot generate; use a bundle" in error_line(result, RequestError.exit_code)
+
+
+@pytest.mark.parametrize("task", ["embed", "rerank"])
+def test_verify_compares_vectors(
+    task: str, edge_llm: Callable[..., Result], pooling_bundles: PoolingBundles
+):
+    bundle = pooling_bundles(task, quant="int8")  # type: ignore[arg-type]
+    result = edge_llm("verify", bundle, "--decode-steps", 2, "--num-threads", 1, "--json")
+    assert json.loads(result.out)["passed"], result.out
