@@ -572,7 +572,10 @@ def drafts(
         ("edge-llm", serve(options, bundle, 1)),
         ("edge-llm, drafts", serve(options, [*bundle, "--draft", str(smaller)], 1)),
         ("llama-server Q4_0", plain),
-        ("llama-server Q4_0, drafts", [*plain, "--model-draft", smaller_q4_0]),
+        (
+            "llama-server Q4_0, drafts",
+            [*plain, "--model-draft", smaller_q4_0, "--spec-type", "draft-simple"],
+        ),
     ]
     tokenizer = Tokenizer.from_file(str(Path(bundle[0]) / "tokenizer.json"))
     rows: dict[tuple[str, str], dict[str, Any]] = {

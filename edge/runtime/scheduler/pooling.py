@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import BackendError, EdgeError, RequestError
-from edge.runtime.generation import FinishReason, GenerationStats
+from edge.runtime.generation import FinishReason, GenerationStats, PromptProgress
 from edge.runtime.kv_cache import Slot
 from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
 
@@ -48,6 +48,14 @@ class RowSink:
     def take(self, row: NDArray[np.float32]) -> None:
         """Take the output; `finish` comes next."""
         self._row = row
+
+    def progress(self, progress: PromptProgress) -> None:
+        """Refuse what no text asks for.
+
+        Raises:
+            BackendError: always.
+        """
+        raise BackendError(f"{progress} was told where nobody asked; this is a bug")
 
     def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
         """Refuse a token: there is none to come.

@@ -327,10 +327,12 @@ def test_a_prompt_of_higher_priority_does_not_wait_for_a_long_one(table: Embeddi
 def test_a_sequence_is_told_of_its_place_and_of_what_is_read(table: EmbeddingTable):
     clock = iter(range(10_000))
     engine = Engine(table, num_slots=1, max_step_tokens=4, clock=lambda: float(next(clock)))
-    prompt, wants = list(range(1, 11)), {"wants_progress": True}
+    prompt = list(range(1, 11))
     _, first = engine.submit(make_request([30, 31], replace(GREEDY, max_tokens=2)))
-    _, second = engine.submit(make_request(prompt, replace(GREEDY, max_tokens=2), **wants))
-    _, third = engine.submit(make_request([*prompt[:8], 40], **wants, priority=1))
+    _, second = engine.submit(
+        make_request(prompt, replace(GREEDY, max_tokens=2), wants_progress=True)
+    )
+    _, third = engine.submit(make_request([*prompt[:8], 40], wants_progress=True, priority=1))
     engine.core.step()
     assert [one.told[-1].ahead for one in (second, third)] == [0, 1]
     _, urgent = engine.submit(make_request([20], replace(GREEDY, max_tokens=1), priority=-1))
