@@ -2,8 +2,8 @@
 
 Every figure says who published it. ``fitted`` ones come from TensorRT engines on the AGX Orin
 64 GB; all others are held out: they are predicted with the same factors, and the error is reported
-whatever it is (``docs/planner.md``). Where the publisher names no context, 256 tokens are assumed;
-where none names a power mode, the fastest.
+whatever it is (``docs/planner-published.md``). Where the publisher names no context, 256 tokens are
+assumed; where none names a power mode, the fastest.
 """
 
 from __future__ import annotations
