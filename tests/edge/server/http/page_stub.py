@@ -210,7 +210,6 @@ class _Handler(BaseHTTPRequestHandler):
                     "engine": "",
                     "bundle": "tiny-int4",
                     "quantization": "int4",
-                    "kv_cache": "fp32",
                     "warning": self.server.warning,
                     "running": 1,
                     "waiting": self.server.waiting,

@@ -286,7 +286,7 @@ def test_a_curve_has_a_scale_and_tells_what_was(browser: Browser, server: StubSe
 def test_the_dashboard_names_the_engine_and_a_gpu_that_idles(browser: Browser, server: StubServer):
     browser.open_panel()
     engines = browser.one("#engines")
-    browser.until(lambda: engines.text.startswith("tiny\nort-cpu · int4 · KV cache fp32\n"))
+    browser.until(lambda: engines.text.startswith("tiny\nort-cpu · int4\n"))
     assert browser.one("#dash-note").text == ""
     server.warning = "the CPU computes, though this machine has a GPU"
     browser.until(lambda: browser.one("#dash-note").text == server.warning)
@@ -295,9 +295,10 @@ def test_the_dashboard_names_the_engine_and_a_gpu_that_idles(browser: Browser, s
 def test_the_dashboard_shows_the_cache_by_slot(browser: Browser):
     browser.open_panel()
     browser.until(lambda: browser.all("#engines .slots li"))
-    script = """return [...document.querySelectorAll("#engines .slots li")].map((slot) => [
-      slot.textContent,
-      [...slot.querySelectorAll("rect")].map((one) => one.width.baseVal.value)])"""
+    script = """
+    return [...document.querySelectorAll("#engines .slots li")].map((slot) => [
+      slot.textContent, [...slot.querySelectorAll("rect")].map((one) => one.width.baseVal.value)])
+    """
     found = browser.driver.execute_script(script)  # at once: it is drawn anew when it changes
     assert [text for text, _ in found] == [
         "20 rows, 5 from the cache",

@@ -56,7 +56,6 @@ export default {
   "keep_first": "Keep one of the two answers first; the chat goes on from it.",
   "key_label": "API key (kept until this tab closes)",
   "key_wanted": "The server wants an API key. Enter it under Access.",
-  "kv_as": "KV cache {name}",
   "kv_text": "{percent} % of {all} tokens in {slots} slots",
   "max_tokens": "Max tokens",
   "memory_text": "{used} of {all}",

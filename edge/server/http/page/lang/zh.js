@@ -56,7 +56,6 @@ export default {
   "keep_first": "请先保留两个回答中的一个，对话将从它继续。",
   "key_label": "API 密钥（保留到此标签页关闭）",
   "key_wanted": "服务器需要 API 密钥。请在“访问”中输入。",
-  "kv_as": "KV 缓存 {name}",
   "kv_text": "{slots} 个槽位，{all} 个 token 的 {percent} %",
   "max_tokens": "最多 token 数",
   "memory_text": "{used} / {all}",

@@ -5,7 +5,7 @@ import { count, t } from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
-const SHOWN = ["backend", "engine", "quantization", "kv_cache", "kv_capacity_tokens", "slots"];
+const SHOWN = ["backend", "engine", "quantization", "kv_capacity_tokens", "slots"];
 
 let shown = "";
 
@@ -17,8 +17,8 @@ export function showEngines(models) {
   $("engines").replaceChildren(...Object.entries(models).map(([name, row]) => {
     const item = node("li"), slots = row.slots ?? [];
     item.append(node("h3", "", name));
-    const facts = [row.backend, row.engine, row.quantization, row.kv_cache && t("kv_as", { name: row.kv_cache })];
-    item.append(node("p", "", facts.filter(Boolean).join(" · ") || t("not_loaded")));
+    const facts = [row.backend, row.engine, row.quantization].filter(Boolean);
+    item.append(node("p", "", facts.join(" · ") || t("not_loaded")));
     if (slots.length) item.append(slotList(slots, row.kv_capacity_tokens / slots.length));
     return item;
   }));
