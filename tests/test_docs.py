@@ -6,6 +6,7 @@ import ast
 import functools
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +25,13 @@ from tests.manifests import make_model
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+CHINESE = ROOT / "README.zh-CN.md"
+INDEX = ROOT / "docs" / "README.md"
 DESIGN = ROOT / "docs" / "design.md"
 CLAIMS = ROOT / "docs" / "claims.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
-DOCS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCS = [README, CHINESE, *OTHERS]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -155,6 +159,45 @@ def test_every_relative_link_resolves(path: Path):
         file = path.parent / name if name else path
         assert file.exists(), f"{path.name} links to {target}"
         assert not anchor or anchor in _anchors(file), f"{path.name} links to {target}"
+
+
+def test_the_index_leads_to_every_page():
+    led_to = {target.partition("#")[0] for target in _LINK.findall(INDEX.read_text("utf-8"))}
+    assert {path.name for path in ROOT.glob("docs/*.md")} - led_to == {INDEX.name}
+    assert "docs/README.md" in _LINK.findall(README.read_text("utf-8"))
+    sections = INDEX.read_text("utf-8").split("\n## ")[1:]
+    assert len(sections) == 5
+    for section in sections:
+        _, *steps = section.strip().splitlines()
+        assert [step[:3] for step in steps if step] == [f"{n}. " for n in range(1, len(steps))]
+
+
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+def test_the_readme_says_the_same_in_chinese():
+    """The same sections, commands, figures, code and links; the words are the translator's."""
+    texts = [path.read_text("utf-8") for path in (README, CHINESE)]
+    bare = [_FENCE.sub("", text) for text in texts]
+    for found in (
+        [_FENCE.findall(text) for text in texts],
+        [re.findall(r"^#+", text, re.MULTILINE) for text in bare],
+        [[line.count("|") for line in text.splitlines() if line[:1] == "|"] for text in bare],
+        [Counter(_SPAN.findall(text)) for text in bare],
+        [Counter(_NUMBER.findall(text)) for text in bare],
+        [
+            Counter(set(re.findall(r'(?:\]\(|src(?:set)?=")([^)"\s]+)', text)) - {path.name})
+            for text, path in zip(bare, (CHINESE, README), strict=True)
+        ],
+    ):
+        assert found[0] == found[1]
+    assert all(
+        f"]({path.name})" in text for text, path in zip(bare, (CHINESE, README), strict=True)
+    )
+    sentences = [
+        line for line in bare[1].splitlines() if len(line) > 60 and line.lstrip()[:1] not in "<|"
+    ]
+    assert [line for line in sentences if not re.search("[\u4e00-\u9fff]", line)] == []
 
 
 _PATH = re.compile(r"(?:edge|export|tests|scripts|docs|\.ci)/[\w./-]*")
