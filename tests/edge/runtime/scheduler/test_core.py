@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -327,12 +328,10 @@ def test_a_prompt_of_higher_priority_does_not_wait_for_a_long_one(table: Embeddi
 def test_a_sequence_is_told_of_its_place_and_of_what_is_read(table: EmbeddingTable):
     clock = iter(range(10_000))
     engine = Engine(table, num_slots=1, max_step_tokens=4, clock=lambda: float(next(clock)))
-    prompt = list(range(1, 11))
+    prompt, wants = list(range(1, 11)), partial(make_request, wants_progress=True)
     _, first = engine.submit(make_request([30, 31], replace(GREEDY, max_tokens=2)))
-    _, second = engine.submit(
-        make_request(prompt, replace(GREEDY, max_tokens=2), wants_progress=True)
-    )
-    _, third = engine.submit(make_request([*prompt[:8], 40], wants_progress=True, priority=1))
+    _, second = engine.submit(wants(prompt, replace(GREEDY, max_tokens=2)))
+    _, third = engine.submit(wants([*prompt[:8], 40], priority=1))
     engine.core.step()
     assert [one.told[-1].ahead for one in (second, third)] == [0, 1]
     _, urgent = engine.submit(make_request([20], replace(GREEDY, max_tokens=1), priority=-1))
