@@ -152,11 +152,13 @@ def record(command: list[str]) -> list[Moment]:
     Raises:
         EdgeError: it failed.
     """
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ.update(TERM="xterm-256color", COLUMNS=str(COLUMNS), LINES=str(LINES))
-        os.execvp(command[0], command)
-    ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+    terminal, side = pty.openpty()
+    ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+    env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(LINES)}
+    child = subprocess.Popen(
+        command, stdin=side, stdout=side, stderr=side, env=env, start_new_session=True
+    )
+    os.close(side)
     moments, began = [], time.monotonic()
     while True:
         select.select([terminal], [], [])
@@ -168,7 +170,7 @@ def record(command: list[str]) -> list[Moment]:
             break
         moments.append(Moment(time.monotonic() - began, data))
     os.close(terminal)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = child.wait()
     if status:
         text = b"".join(moment.data for moment in moments).decode("utf-8", "replace")
         raise EdgeError(f"{' '.join(command)} ended with {status}: {text[-500:]}")
