@@ -30,6 +30,7 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.onnx_file import Message, OnnxFile, tensor_info
 from edge.bundle.rope import inverse_frequencies
+from edge.cli.conversation import read_conversation
 from edge.config_file import load_settings
 from edge.errors import EdgeError
 from edge.key_file import read_key_file
@@ -400,6 +401,11 @@ READERS = {
         "decoder.onnx",
         _onnx_seed(),
         lambda path: check_graph(path.read_bytes(), path.parent, VERSIONS),
+    ),
+    "conversation": Reader(
+        "talk.json",
+        json.dumps([{"role": role, "content": "a"} for role in ("user", "assistant")]).encode(),
+        read_conversation,
     ),
     "counts": Reader("counts.json", b"{}", read_counts),
     "bench": Reader("bench.json", json.dumps(_BENCH).encode(), read_bench),

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,8 +16,10 @@ import click
 
 from edge.errors import EdgeError, RequestError
 from edge.runtime.llm import LLM
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling import KNOBS, SamplingParams
 
+from .conversation import read_conversation, write_conversation
+from .markdown import answer_printer
 from .options import (
     ONE_ANSWER,
     bundle_argument,
@@ -29,8 +32,14 @@ from .screen import StreamPrinter, format_stats
 
 _HELP = """\
   /reset         forget the conversation
-  /stats         figures of the last answer and of the KV cache
+  /regen         answer the last message again
+  /edit [TEXT]   replace the last message, without TEXT in an editor, and answer it
+  /save FILE     write the conversation as JSON
+  /load FILE     go on with a conversation that was saved
+  /set [NAME [VALUE]]
+                 show how tokens are chosen, or change it; the value default undoes that
   /system TEXT   set the system message and forget the conversation
+  /stats         figures of the last answer and of the KV cache
   /help          this text
   /exit          leave (so does Ctrl-D)
 Three double quotes begin a message of several lines, three more end it.
@@ -90,26 +99,43 @@ class Conversation:
                 continue
             if not text.strip():
                 continue
-            if text.startswith("/") and "\n" not in text:
-                if not self.command(text):
-                    return
-                continue
             try:
-                self.answer(text)
+                if text.startswith("/") and "\n" not in text:
+                    if not self.command(text):
+                        return
+                else:
+                    self.answer(text)
             except EdgeError as error:
                 # A message too long, say: the conversation before it is still good.
                 click.echo(f"error: {error}", err=True)
 
     def command(self, text: str) -> bool:
-        """Run a slash command; False leaves the chat."""
-        name, _, rest = text.partition(" ")
+        """Run a slash command; False leaves the chat.
+
+        Raises:
+            EdgeError: it cannot be done; the conversation is what it was.
+        """
+        name, _, rest = text.strip().partition(" ")
+        rest = rest.strip()
         if name == "/exit":
             return False
         if name == "/reset":
             self.messages.clear()
             click.echo("Conversation forgotten.")
-        elif name == "/system" and rest.strip():
-            self.system = rest.strip()
+        elif name == "/regen" and not rest:
+            self._answer_instead(self._last_question())
+        elif name == "/edit":
+            self._edit(rest)
+        elif name == "/save" and rest:
+            path = Path(rest).expanduser()
+            write_conversation(path, [*self._head(), *self.messages])
+            click.echo(f"Saved {len(self.messages)} messages in {path}.")
+        elif name == "/load" and rest:
+            self._load(Path(rest).expanduser())
+        elif name == "/set":
+            self._set(*rest.split(maxsplit=1))
+        elif name == "/system" and rest:
+            self.system = rest
             self.messages.clear()
             click.echo("System message set, conversation forgotten.")
         elif name == "/stats":
@@ -122,30 +148,113 @@ class Conversation:
 
     def answer(self, text: str) -> None:
         """Stream an answer; what was said so far counts as said, also when it is stopped."""
-        head = [{"role": "system", "content": self.system}] if self.system else []
         question = {"role": "user", "content": text}
-        printer = StreamPrinter()
+        printer = answer_printer()
+        is_stopped = False
         with _stop_on_interrupt() as stopped:
-            stream = self.llm.stream([*head, *self.messages, question], self.params)
-            for chunk in stream:
-                printer.show(chunk)
-                if stopped():
-                    stream.close()
-                    click.echo(" [stopped]", nl=False)
-                    break
-        printer.end()
+            stream = self.llm.stream([*self._head(), *self.messages, question], self.params)
+            try:
+                for chunk in stream:
+                    printer.show(chunk)
+                    if stopped():
+                        stream.close()
+                        is_stopped = True
+                        break
+            finally:
+                printer.end("[stopped]" if is_stopped else "")
         printer.warn_if_cut_off(self.llm)
         self.messages += [question, {"role": "assistant", "content": printer.text}]
         self.last = printer
-        self._warn_if_nearly_full()
+        self._tell_room()
 
-    def _warn_if_nearly_full(self) -> None:
-        """Say on stderr that the next answers may find no room; reasoning is not repeated."""
+    def _head(self) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+    def _last_question(self) -> str:
+        if not self.messages:
+            raise RequestError("there is no message to answer again; write one")
+        question: str = self.messages[-2]["content"]
+        return question
+
+    def _answer_instead(self, text: str) -> None:
+        """Answer ``text`` in the place of the last message; if that fails, all stays as it was."""
+        before = self.messages
+        self.messages = before[:-2]
+        try:
+            self.answer(text)
+        except EdgeError:
+            self.messages = before
+            raise
+
+    def _edit(self, text: str) -> None:
+        question = self._last_question()
+        if not text:
+            if not sys.stdin.isatty():
+                raise RequestError("an editor needs a terminal; give the text: /edit TEXT")
+            try:
+                edited = click.edit(question, extension=".md")
+            except click.ClickException as error:
+                raise RequestError(
+                    f"the editor failed ({error.format_message()}); set EDITOR, or give the text: "
+                    "/edit TEXT"
+                ) from error
+            text = (edited or "").strip("\n")
+            if not text.strip():  # not saved, or everything deleted
+                click.echo("Not edited.")
+                return
+            click.echo(f">>> {text}")
+        self._answer_instead(text)
+
+    def _load(self, path: Path) -> None:
+        messages = read_conversation(path)
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        self.system = messages[0]["content"] if has_system else None
+        self.messages = messages[has_system:]
+        self.last = StreamPrinter()
+        click.echo(f"Loaded {len(self.messages)} messages of {path}.")
+
+    def _set(self, name: str = "", value: str = "") -> None:
+        """Show the sampling parameters, or change one.
+
+        Raises:
+            RequestError: no such parameter, or a value that it does not take.
+        """
+        if name and name not in KNOBS:
+            raise RequestError(f"there is no parameter {name!r}; there are {', '.join(KNOBS)}")
+        if value:
+            given: float | None = getattr(SamplingParams, name)
+            if value != "default":
+                kind = KNOBS[name].kind
+                try:
+                    given = kind(value)
+                except ValueError as error:
+                    number = "a whole number" if kind is int else "a number"
+                    raise RequestError(f"{name} is {number} or default, not {value!r}") from error
+            changed: dict[str, Any] = {name: given}
+            self.params = replace(self.params, **changed)
+        effective = self.params.resolve(self.llm.manifest.sampling)
+        for knob in [name] if name else KNOBS:
+            own = getattr(self.params, knob) == getattr(SamplingParams, knob)
+            found = getattr(effective, knob)
+            shown = {"seed": "fresh", "max_tokens": "what the KV cache holds"}.get(knob, "none")
+            click.echo(f"  {knob:18} {shown if found is None else found}{'' if own else '  (set)'}")
+
+    def _tokens_left(self) -> int:
+        """Room for what follows, in tokens; reasoning is not repeated."""
+        if self.last.stats is None:
+            return self.llm.kv_capacity
+        said = self.last.stats.prompt_tokens + len(self.llm.tokenizer.encode(self.last.text))
+        return max(self.llm.kv_capacity - said, 0)
+
+    def _tell_room(self) -> None:
+        """Say on stderr how much room is left: always in a terminal, elsewhere if it is little."""
         if self.last.stats is None:
             return
-        said = self.last.stats.prompt_tokens + len(self.llm.tokenizer.encode(self.last.text))
-        left, capacity = max(self.llm.kv_capacity - said, 0), self.llm.kv_capacity
-        if left < _NEARLY_FULL * capacity:
+        left, capacity = self._tokens_left(), self.llm.kv_capacity
+        if left >= _NEARLY_FULL * capacity:
+            if sys.stdout.isatty():
+                click.secho(f"[{left:,} of {capacity:,} tokens left]", err=True, dim=True)
+        else:
             click.echo(
                 f"edge-llm: the conversation leaves {left} of {capacity} tokens for what follows; "
                 "/reset forgets it, --kv-capacity makes more room",

@@ -36,14 +36,17 @@ class StreamPrinter:
             if self._reasoning:
                 self._reasoning = False
                 click.echo("\n")
-            click.echo(chunk.text, nl=False)
+            self._write(chunk.text)
             self.text += chunk.text
         if chunk.stats is not None:
             self.stats, self.finish_reason = chunk.stats, chunk.finish_reason
 
-    def end(self) -> None:
-        """End the line."""
-        click.echo()
+    def _write(self, text: str) -> None:
+        click.echo(text, nl=False)
+
+    def end(self, note: str = "") -> None:
+        """End the line, after a note about how the answer ended."""
+        click.echo(note and f" {note}")
 
     def warn_if_cut_off(self, llm: LLM) -> None:
         """Say on stderr what ended an answer before the model did."""
