@@ -13,10 +13,9 @@ from edge.engine_config import EAGLE3
 from edge.errors import ConfigError
 
 from . import echo_json
+from .tables import FigureTable, make_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from edge.bundle.manifest import Dialect
     from edge.planner.plan import Device, Plan
     from edge.planner.speed import Efficiency
@@ -190,16 +189,6 @@ def int8_dialect(backend: str, kv_cache: str | None) -> Dialect:
     return "portable" if backend == "tensorrt" and kv_cache == "int8" else "native"
 
 
-def make_table(title: str, *columns: str) -> Table:
-    """Make a plain table; all columns but the first are figures."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table
-
-
 def _print(result: Plan) -> None:
     from rich.console import Console
 
@@ -240,6 +229,7 @@ def _print(result: Plan) -> None:
         f"Speed on {place}, {device.mode.bytes_per_s / 1e9:.1f} GB/s: tokens per second",
         *("quantization", "context", "decode max", "decode", "TPOT ms"),
         *("prefill max", "prefill", "TTFT ms"),
+        keys=2,
     )
     marks = {"fitted": "", "measured": "", "carried over": "*"}
     for option in result.options:
@@ -281,7 +271,7 @@ def _print(result: Plan) -> None:
     )
 
 
-def _draft_table(result: Plan) -> Table:
+def _draft_table(result: Plan) -> FigureTable:
     """Speed with the draft model, by quantization and context."""
     assert result.draft is not None
     acceptances = sorted({speed.acceptance for speed in result.options[0].drafts})
@@ -291,6 +281,7 @@ def _draft_table(result: Plan) -> Table:
         *("quantization", "context", "decode"),
         *(f"{acceptance:.0%}" for acceptance in acceptances),
         "pays from",
+        keys=2,
     )
     for option in result.options:
         least = option.least_acceptance

@@ -17,10 +17,10 @@ from .plan import (
     calibrate_option,
     device_option,
     int8_dialect,
-    make_table,
     power_mode_option,
     take_device,
 )
+from .tables import make_table
 
 if TYPE_CHECKING:
     from edge.planner.recommend import Candidate, Recommendation
@@ -105,6 +105,7 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     help="Rows of the KV cache.",
 )
 @calibrate_option
+@click.option("-v", "--verbose", is_flag=True, help="Say of each candidate why it was dropped.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 @click.pass_context
 def recommend(
@@ -119,6 +120,7 @@ def recommend(
     kv_capacity: int,
     kv_cache: str,
     calibrate: Path | None,
+    verbose: bool,
     as_json: bool,
     **wishes: Any,
 ) -> None:
@@ -151,7 +153,7 @@ def recommend(
     if as_json:
         echo_json(_as_dict(found))
     else:
-        _print(found, target.name, wish.benchmark, efficiency.source)
+        _print(found, target.name, wish.benchmark, efficiency.source, verbose=verbose)
     if found.taken is None:
         ctx.exit(EXIT_GATE_MISSED)
 
@@ -177,15 +179,26 @@ def _as_dict(found: Recommendation) -> dict[str, Any]:
     }
 
 
-def _print(found: Recommendation, device: str, benchmark: str, source: str) -> None:
+def _print(
+    found: Recommendation, device: str, benchmark: str, source: str, *, verbose: bool
+) -> None:
     from rich.console import Console
 
     console = Console(markup=False, highlight=False)
+    if found.taken is None:
+        console.print(f"Nothing meets every wish on {device}; the candidates below come closest.")
+    else:
+        console.print(f"Taken: {found.taken.name}. Make it with:")
+        for command in found.commands:
+            click.echo(f"  {command}")
+        if found.remark is not None:
+            console.print(f"Mind: {found.remark}.")
+    console.print()
     table = make_table(
         f"Candidates on {device}",
         *("candidate", "memory GB", "TPOT ms", "TTFT ms", benchmark, "verdict"),
+        left=["verdict"],
     )
-    table.columns[-1].justify = "left"
     for candidate in found.candidates:
         table.add_row(
             candidate.name,
@@ -197,22 +210,24 @@ def _print(found: Recommendation, device: str, benchmark: str, source: str) -> N
         )
     console.print(table)
     console.print()
+    if verbose:
+        for candidate in found.candidates:
+            if candidate is not found.taken:
+                console.print(f"{candidate.name}: {_reason(candidate, found.taken)}.")
+        console.print()
+    elif len(found.candidates) > 1:
+        console.print("Why the others were not taken: -v.")
     console.print(f"Tutorials' tree: {found.leaf}. It {found.verdict}.")
-    console.print()
-    if found.taken is None:
-        console.print("Nothing meets every wish; the reasons above say which limit to move.")
-    else:
-        console.print(f"Taken: {found.taken.name}. Make it with:")
-        for command in found.commands:
-            click.echo(f"  {command}")
-        if found.remark is not None:
-            console.print(f"Mind: {found.remark}.")
     console.print(f"Speed is predicted: {source}.")
 
 
 def _verdict(candidate: Candidate, taken: Candidate | None) -> str:
     if candidate is taken:
         return "taken"
+    return "dropped" if candidate.reasons else "fits"
+
+
+def _reason(candidate: Candidate, taken: Candidate | None) -> str:
     if candidate.reasons or taken is None:
         return "dropped: " + "; ".join(candidate.reasons)
     if candidate.score == taken.score:

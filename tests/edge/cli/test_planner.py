@@ -17,8 +17,9 @@ from scripts.random_checkpoint import CONFIG
 from tests.conftest import Bundles
 
 
-def run_verb(verb: Any, *arguments: str) -> Any:
-    return CliRunner().invoke(verb, list(arguments), catch_exceptions=False, env={"COLUMNS": "200"})
+def run_verb(verb: Any, *arguments: str, columns: int = 200) -> Any:
+    environ = {"COLUMNS": str(columns)}
+    return CliRunner().invoke(verb, list(arguments), catch_exceptions=False, env=environ)
 
 
 def test_a_config_is_enough(tmp_path: Path):
