@@ -35,7 +35,25 @@ if TYPE_CHECKING:
 
     from .step_bytes import StepCost
 
+_ORIN = "87"
 _SIZE = re.compile(r"(\d+) *([kmg])?(i?b)?\Z", re.IGNORECASE)
+
+
+class _Sm(click.Choice[str]):
+    """A GPU that TensorRT for RTX compiles for; of the Orin's it says what to do instead."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Take the choice, or end with an error."""
+        if value == _ORIN:
+            raise ConfigError(
+                f"--sm {value} is the Orin's, and TensorRT for RTX, which compiles without "
+                f"a GPU, has no such target: it has {', '.join(self.choices)}. --sm 86 is closest: "
+                "that it compiles tells that the graph parses, is fused and audited as meant on "
+                "an Ampere GPU; kernels, speed and memory are others. Whether the Orin's own "
+                "TensorRT takes the graph, --trt 10.3 (JetPack 6) or --trt 10.16 (JetPack 7) "
+                "tells; the engine itself is built there, with edge-llm build"
+            )
+        return super().convert(value, param, ctx)
 
 
 def _size(_ctx: click.Context, _param: click.Parameter, value: str) -> int:
@@ -228,7 +246,7 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
 )
 @click.option(
     "--sm",
-    type=click.Choice(["80", "86", "89", "120"]),
+    type=_Sm(["80", "86", "89", "120"]),
     default="86",
     show_default=True,
     help="GPU to compile for, which need not be here. TensorRT for RTX cannot compile for the "
@@ -340,7 +358,7 @@ def _print_verdict(verdict: Verdict) -> None:
 
 
 def _print_steps(console: Console, steps: Sequence[StepCost]) -> None:
-    from edge.cli.plan import make_table
+    from edge.cli.tables import make_table
 
     costs = make_table(
         "Bytes of a step, MB: from the fewest cache rows to a full cache",

@@ -142,11 +142,11 @@ def explain(line: str, version: TrtVersion) -> Explanation:
     try:
         words = shlex.split(line)
     except ValueError as error:
-        raise ConfigError(f"cannot read the line ({error}); quote it as one argument") from error
+        raise ConfigError(f"cannot read the line ({error}); close its quotes") from error
     if not words or Path(words[0]).name != "trtexec":
         raise ConfigError(
-            "the line does not start with trtexec; give it as one argument, "
-            "e.g. edge-llm trtexec-explain 'trtexec --onnx=model.onnx --fp16'"
+            "the line does not start with trtexec; give it as it is, "
+            "e.g. edge-llm trtexec-explain trtexec --onnx=model.onnx --fp16"
         )
     explained = tuple(_explain_option(word, version) for word in words[1:])
     stopping = [option.text for option in explained if option.state in _STOPPING]
@@ -239,8 +239,8 @@ def _steps(words: list[str], version: TrtVersion) -> tuple[str, ...]:
     )
 
 
-@click.command("trtexec-explain")
-@click.argument("line")
+@click.command("trtexec-explain", context_settings={"ignore_unknown_options": True})
+@click.argument("line", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option(
     "--trt",
     type=click.Choice(list(TRT_VERSIONS)),
@@ -249,11 +249,18 @@ def _steps(words: list[str], version: TrtVersion) -> tuple[str, ...]:
     help="TensorRT to explain it for: 10.3 (JetPack 6), 10.16 (JetPack 7.2), 11.4 (7.2.2).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-def trtexec_explain(line: str, trt: str, as_json: bool) -> None:
-    """Explain an old trtexec LINE (quoted, as one argument), and print the one to use."""
+def trtexec_explain(line: tuple[str, ...], trt: str, as_json: bool) -> None:
+    """Explain an old trtexec LINE, and print the one to use.
+
+    LINE begins with trtexec and may be quoted, as one argument, or not.
+    """
     from edge.cli import echo_json
 
-    explanation = explain(line, parse_version(trt))
+    first, *rest = line
+    if rest and len(first.split()) > 1:
+        raise ConfigError(f"{rest[0]!r} follows the quoted line; put it into the quotes")
+    # As it is where it was quoted; otherwise the shell has taken the quotes within it.
+    explanation = explain(shlex.join(line) if rest else first, parse_version(trt))
     if as_json:
         echo_json(asdict(explanation))
         return

@@ -21,6 +21,7 @@ from edge.cli import COMMAND_GROUP
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"edge", "engines", "export"}
 SHIM = {"edge/deepseek_r1.py": "deepseek_r1.py"}  # what tutorials import
+MAN = {"man/edge-llm.1": "share/man/man1/edge-llm.1"}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,11 @@ def test_the_wheel_holds_three_packages_and_what_tutorials_import(tmp_path: Path
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     (info,) = (top for top in tops if top.endswith(".dist-info"))
-    assert tops == {*PACKAGES, *SHIM.values(), info}
+    (data,) = (top for top in tops if top.endswith(".data"))
+    assert tops == {*PACKAGES, *SHIM.values(), info, data}
+    assert {name for name in names if name.startswith(data)} == {
+        f"{data}/data/{place}" for place in MAN.values()
+    }
     sources = {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
@@ -62,7 +67,7 @@ def test_the_wheel_holds_three_packages_and_what_tutorials_import(tmp_path: Path
 
 def test_the_wheel_is_told_its_packages(project: dict[str, Any]):
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel == {"packages": sorted(PACKAGES), "force-include": SHIM}
+    assert wheel == {"packages": sorted(PACKAGES), "force-include": SHIM, "shared-data": MAN}
     assert all((ROOT / package / "__init__.py").is_file() for package in PACKAGES)
 
 

@@ -16,8 +16,8 @@ from edge.files import read_file
 
 from . import echo_json
 from .options import Finite, bundle_argument, engine_options, take_engine
-from .plan import make_table
 from .progress import show_progress
+from .tables import make_table
 
 if TYPE_CHECKING:
     from edge.engine_config import EngineConfig
@@ -81,6 +81,7 @@ def bench(
     engine = take_engine(options)
     config = BenchConfig(**options)
     before = None if against is None else _read_result(against)
+    _check_before_loading(bundle, config, engine, before, layers=layers)
     result = _measure(bundle, config, engine.with_options(num_slots=config.batch), layers)
     changes = [] if before is None else compare(before, result)
     result["against"] = [
@@ -111,6 +112,35 @@ def bench(
         )
     if missed:
         ctx.exit(EXIT_GATE_MISSED)
+
+
+def _check_before_loading(
+    bundle: Path,
+    config: BenchConfig,
+    engine: EngineConfig,
+    before: dict[str, Any] | None,
+    *,
+    layers: bool,
+) -> None:
+    """Refuse what would be refused, or fail, after the minutes that a model takes to load."""
+    from edge.bundle.engine_file import find_engines
+    from edge.bundle.manifest import read_manifest
+    from edge.measure.bench import check_room
+    from edge.measure.bench_report import check_alike
+    from edge.measure.layer_bench import no_layer_times
+
+    manifest = read_manifest(bundle)
+    check_room(config, engine.kv_capacity or manifest.kv_capacity)
+    if layers:
+        if engine.backend not in ("auto", "tensorrt"):
+            raise no_layer_times(engine.backend)
+        if not find_engines(bundle):
+            raise no_layer_times("another backend")
+    if before is not None:
+        known = {
+            name: getattr(config, name) for name in ("batch", "prompt_tokens", "output_tokens")
+        }
+        check_alike(before, {**known, "prefill": engine.prefill})
 
 
 def _measure(
@@ -272,6 +302,7 @@ def _print_drafts(drafts: dict[str, Any]) -> None:
         "tokens a step",
         *("text", "temperature", "plain, tok/s", "drafts, tok/s", "gain", "proposed", "accepted"),
         *("steps", "saved, s", "same answers"),
+        keys=2,
     )
     for row in drafts["texts"]:
         share = "" if row["acceptance"] is None else f" ({row['acceptance']:.0%})"

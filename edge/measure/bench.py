@@ -61,6 +61,19 @@ class BenchConfig:
                 raise ConfigError(f"{option} {value} is out of range: {least} or more")
 
 
+def check_room(config: BenchConfig, capacity: int) -> None:
+    """Refuse prompts and answers that a KV cache of ``capacity`` tokens has no room for.
+
+    Raises:
+        ConfigError: they are longer.
+    """
+    if config.prompt_tokens + config.output_tokens > capacity:
+        raise ConfigError(
+            f"--prompt-tokens {config.prompt_tokens} and --output-tokens {config.output_tokens} "
+            f"exceed the KV capacity of {capacity} tokens; give less, or a larger --kv-capacity"
+        )
+
+
 @dataclass
 class Samples:
     """Raw times and energies.
@@ -99,13 +112,7 @@ def run_bench(
         ConfigError: the backend has too few slots or too small a cache.
         BackendError: the engine failed.
     """
-    tokens = config.prompt_tokens + config.output_tokens
-    if tokens > backend.capacity:
-        raise ConfigError(
-            f"--prompt-tokens {config.prompt_tokens} and --output-tokens {config.output_tokens} "
-            f"exceed the KV capacity of {backend.capacity} tokens; give less, or a larger "
-            "--kv-capacity"
-        )
+    check_room(config, backend.capacity)
     if config.batch > backend.num_slots:
         raise ConfigError(
             f"--batch {config.batch} exceeds the {backend.num_slots} slots of backend "

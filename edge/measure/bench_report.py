@@ -93,6 +93,26 @@ class Change:
         return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
 
 
+def check_alike(old: dict[str, Any], known: dict[str, Any]) -> None:
+    """Refuse an earlier run that differs in what is known before this one is made.
+
+    Args:
+        old: result of `report`.
+        known: values that the new result will have, by their key.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    _refuse([key for key, value in known.items() if key in old and old[key] != value])
+
+
+def _refuse(differing: list[str]) -> None:
+    if differing:
+        raise ConfigError(
+            f"--against: that run differs in {', '.join(differing)}; only like runs compare"
+        )
+
+
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """Compare prefill, TTFT and TPOT of two results of `report`.
 
@@ -115,10 +135,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
             f"--against: that is not what edge-llm bench --json prints ({error!r} is missing or "
             "wrong); run it again"
         ) from error
-    if differing:
-        raise ConfigError(
-            f"--against: that run differs in {', '.join(differing)}; only like runs compare"
-        )
+    _refuse(differing)
     return [_change(name, before, now) for name, before, now in pairs]
 
 

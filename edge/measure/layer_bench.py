@@ -60,11 +60,16 @@ def require_layer_times(backend: Backend) -> TensorRTBackend:
         ConfigError: it is not TensorRT.
     """
     if not isinstance(backend, TensorRTBackend):
-        raise ConfigError(
-            f"--layers times the layers of a TensorRT engine, but {backend.name} runs the bundle "
-            "here; build an engine with: edge-llm build BUNDLE, or leave --layers out"
-        )
+        raise no_layer_times(backend.name)
     return backend
+
+
+def no_layer_times(backend: str) -> ConfigError:
+    """Make the error for a backend that has no times of layers."""
+    return ConfigError(
+        f"--layers times the layers of a TensorRT engine, but {backend} runs the bundle here; "
+        "build an engine with: edge-llm build BUNDLE, or leave --layers out"
+    )
 
 
 def time_layers(

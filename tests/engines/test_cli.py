@@ -175,3 +175,11 @@ def test_inspect_says_when_int4_is_not_int4(bundle: Path, tmp_path: Path) -> Non
 def test_check_needs_no_write_access(bundle: Path) -> None:
     check.check_bundle(BuildConfig(bundle, max_prefill=32))
     assert not (bundle / "engines").exists()
+
+
+def test_the_orin_cannot_be_compiled_for_here_and_the_refusal_says_what_can():
+    with pytest.raises(ConfigError) as caught:
+        run(check_verb, ".", "--sm", "87")
+    for word in ("the Orin's", "has 80, 86, 89, 120", "--sm 86 is closest", "--trt 10.3"):
+        assert word in str(caught.value)
+    assert "'88' is not one of '80', '86'" in run(check_verb, ".", "--sm", "88").output

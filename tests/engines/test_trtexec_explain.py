@@ -56,3 +56,20 @@ def test_command():
     assert "edge-llm build" in text
     answer = CliRunner().invoke(trtexec_explain, [OLD, "--json"], catch_exceptions=False).output
     assert json.loads(answer)["version"] == "10.16"
+
+
+def test_a_line_without_quotes_is_the_same():
+    """The shell has cut it, and options of this verb may stand before or after it."""
+    words = shlex.split(OLD)
+    quoted = CliRunner().invoke(trtexec_explain, [OLD, "--trt", "10.3"]).output
+    assert "--batch=1" in quoted
+    for arguments in ([*words, "--trt", "10.3"], ["--trt", "10.3", *words]):
+        done = CliRunner().invoke(trtexec_explain, arguments, catch_exceptions=False)
+        assert (done.exit_code, done.output) == (0, quoted)
+    spaced = CliRunner().invoke(trtexec_explain, ["trtexec", "--onnx=my model.onnx", "--json"])
+    assert json.loads(spaced.output)["options"][0]["text"] == "--onnx=my model.onnx"
+
+
+def test_what_follows_a_quoted_line_is_not_dropped():
+    with pytest.raises(ConfigError, match=r"'--fp8' follows the quoted line"):
+        CliRunner().invoke(trtexec_explain, [OLD, "--fp8"], catch_exceptions=False)

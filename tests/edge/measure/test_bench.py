@@ -408,3 +408,28 @@ def test_a_draft_that_fails_leaves_nothing_to_compare(
     run = CliRunner().invoke(bench, [bundle, *small, "--num-threads", "1", "--draft", bundle])
     assert isinstance(run.exception, BackendError)
     assert "nothing to compare: the draft is out of order" in str(run.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prompt-tokens", "5000"), "exceed the KV capacity of 128 tokens"),
+        (("--kv-capacity", "24", "--prompt-tokens", "20", "--output-tokens", "5"), "of 24 tokens"),
+        ((*SMALL, "--layers", "--backend", "ort-cpu"), "but ort-cpu runs the bundle"),
+        ((*SMALL, "--layers"), "build an engine with: edge-llm build"),
+        ((*SMALL, "--batch", "3"), "that run differs in batch"),
+        ((*SMALL, "--prefill", "int8"), "that run differs in prefill"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_is_loaded(
+    tiny_bundles: Bundles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    words: str,
+):
+    monkeypatch.setattr("edge.backends.choose.open_backend", None)  # calling it fails otherwise
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text('{"batch": 1, "prefill": "plain"}')
+    with pytest.raises(ConfigError, match=words):
+        run_verb(str(tiny_bundles("qwen2", quant="int4")), *options, "--against", str(earlier))
