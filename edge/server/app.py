@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -20,6 +20,17 @@ from .api.chat import ChatRender, plan_chat
 from .api.completions import CompletionRender, plan_completion
 from .api.error_forms import error_body
 from .api.facts import TextRequest, facts_of
+from .api.ollama.answers import VersionAnswer
+from .api.ollama.models import (
+    API_VERSION,
+    NOT_SERVED_PATHS,
+    list_models,
+    not_served,
+    show_model,
+)
+from .api.ollama.protocol import GenerateRequest, OllamaChatRequest, ShowRequest
+from .api.ollama.text import NAMES as OLLAMA_NAMES
+from .api.ollama.text import OllamaRender, is_load, loaded, plan_generate, plan_ollama_chat
 from .api.openapi import openapi
 from .api.pooling import embed, rerank
 from .api.protocol import (
@@ -121,10 +132,22 @@ class _Endpoints:
             "/embeddings": ("POST", self._embeddings),
             "/rerank": ("POST", self._rerank),
         }
-        post = {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
+        get |= {
+            "/api/tags": self._ollama_models,
+            "/api/ps": self._ollama_models,
+            "/api/version": self._ollama_version,
+        }
+        post = {
+            "/tokenize": self._tokenize,
+            "/detokenize": self._detokenize,
+            "/api/chat": self._ollama_chat,
+            "/api/generate": self._ollama_generate,
+            "/api/show": self._ollama_show,
+        }
         return [
             *(Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()),
+            *(Route(path, self._not_served, methods=[method]) for path, method in NOT_SERVED_PATHS),
             *(
                 Route(prefix + path, endpoint, methods=[method])
                 for path, (method, endpoint) in both.items()
@@ -178,6 +201,17 @@ class _Endpoints:
     ) -> Response:
         """Answer a request for text; ``names`` are for its errors, see `renamed`."""
         body, lane = await self._read(request, kind)
+        return await self._answer(request, body, lane, plan, render, names)
+
+    async def _answer(
+        self,
+        request: Request,
+        body: _TextBody,
+        lane: Lane,
+        plan: Callable[[Turn, _TextBody], Plan],
+        render: Callable[[Turn, _TextBody], Render],
+        names: Mapping[str, str],
+    ) -> Response:
         turn = self._turn(request, await self._choose(body, request), lane)
         with renamed(names):
             return await respond(turn, partial(plan, turn, body), render(turn, body))
@@ -211,6 +245,52 @@ class _Endpoints:
         if choice.arm is not None:
             self._metrics.observe_arm(choice.arm, choice.model.name)
         return choice
+
+    # ------------------------------------------------------------------------------- Ollama
+
+    async def _ollama_chat(self, request: Request) -> Response:
+        body, lane = await self._read(request, OllamaChatRequest)
+        return await self._ollama(request, body, lane, plan_ollama_chat)
+
+    async def _ollama_generate(self, request: Request) -> Response:
+        body, lane = await self._read(request, GenerateRequest)
+        return await self._ollama(request, body, lane, plan_generate)
+
+    async def _ollama(
+        self, request: Request, body: Any, lane: Lane, plan: Callable[[Turn, Any], Plan]
+    ) -> Response:
+        given, body.model = body.model, self._without_tag(body.model)
+        if is_load(body):
+            choice = await self._choose(body, request)  # a name that is not served is refused
+            return json_response(loaded(given or choice.model.name, body))
+
+        def render(turn: Turn, body: Any) -> Render:
+            return OllamaRender(turn, body, given)
+
+        return await self._answer(request, body, lane, plan, render, OLLAMA_NAMES)
+
+    async def _ollama_show(self, request: Request) -> Response:
+        body, _ = await self._read(request, ShowRequest)
+        choice = await self._models.choose(self._without_tag(body.model or body.name))
+        return json_response(show_model(choice.model))
+
+    async def _ollama_models(self, request: Request) -> Response:
+        running = request.scope["path"] == "/api/ps"
+        return json_response(list_models(self._models.models(), running=running))
+
+    async def _ollama_version(self, request: Request) -> Response:
+        return json_response(VersionAnswer(API_VERSION))
+
+    async def _not_served(self, request: Request) -> Response:
+        raise not_served(request.scope["path"])
+
+    def _without_tag(self, name: str | None) -> str | None:
+        """Return a model's name without the tag that Ollama's clients add."""
+        if name is None or any(model.name == name for model in self._models.models()):
+            return name
+        return name.removesuffix(":latest")
+
+    # ------------------------------------------------------------------------------- tokens
 
     async def _tokenize(self, request: Request) -> Response:
         body, lane = await self._read(request, TokenizeRequest)

@@ -8,8 +8,10 @@ from edge.server.http.errors import APIError
 from edge.server.http.guard import Scope
 
 from .anthropic.errors import error_envelope
+from .ollama.answers import OllamaErrorResponse
 
 _MESSAGES = ("/v1/messages", "/messages")
+_OLLAMA = "/api/"
 
 
 def error_body(error: APIError, scope: Scope) -> bytes:
@@ -22,4 +24,6 @@ def error_body(error: APIError, scope: Scope) -> bytes:
     path: str = scope["path"]
     if path.startswith(_MESSAGES):
         return msgspec.json.encode(error_envelope(error, scope["request_id"]))
+    if path.startswith(_OLLAMA):
+        return msgspec.json.encode(OllamaErrorResponse(error.shown))
     return error.body()

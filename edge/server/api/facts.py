@@ -9,12 +9,18 @@ import msgspec
 from edge.server.models.route import Facts
 
 from .anthropic.protocol import CountTokensRequest, MessagesRequest, ToolChoiceNone
+from .ollama.protocol import GenerateRequest, OllamaChatRequest, OllamaRequest
 from .protocol import ChatRequest, CompletionRequest
 from .responses.protocol import ResponsesRequest
 
 _CHARS_PER_TOKEN = 4
 TextRequest = (
-    ChatRequest | CompletionRequest | MessagesRequest | CountTokensRequest | ResponsesRequest
+    ChatRequest
+    | CompletionRequest
+    | MessagesRequest
+    | CountTokensRequest
+    | ResponsesRequest
+    | OllamaRequest
 )
 
 
@@ -30,6 +36,8 @@ def facts_of(request: TextRequest, request_id: str) -> Facts:
         calls = bool(request.tools) and not isinstance(request.tool_choice, ToolChoiceNone)
         has_form = request.output_config is not None and request.output_config.format is not None
         return Facts(chars, _kind(calls, has_form), user or request_id)
+    if isinstance(request, OllamaRequest):
+        return _facts_of_ollama(request, request_id)
     if isinstance(request, ResponsesRequest):
         chars = _num_chars(request.instructions) + _num_chars(request.input)
         calls = bool(request.tools) and request.tool_choice != "none"
@@ -40,6 +48,19 @@ def facts_of(request: TextRequest, request_id: str) -> Facts:
     calls = bool(request.tools) and request.tool_choice != "none"
     has_form = request.response_format is not None and request.response_format.type != "text"
     return Facts(chars, _kind(calls, has_form), request.user or request_id)
+
+
+def _facts_of_ollama(request: OllamaRequest, request_id: str) -> Facts:
+    kind = _kind(calls=False, has_form=bool(request.format))
+    chars = 0
+    if isinstance(request, OllamaChatRequest):
+        chars = sum(_num_chars(message.content) for message in request.messages or ())
+        kind = _kind(bool(request.tools), bool(request.format))
+    elif isinstance(request, GenerateRequest):
+        chars = sum(map(_num_chars, (request.prompt, request.system, request.suffix)))
+        if request.raw or request.suffix is not None:
+            kind = "completion"
+    return Facts(chars, kind, request_id)
 
 
 def _kind(calls: bool, has_form: bool) -> str:

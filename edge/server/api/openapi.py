@@ -24,6 +24,16 @@ from .answers import (
 from .anthropic.answers import AnswerMessage, CountTokensResponse, MessagesErrorResponse
 from .anthropic.protocol import IGNORED as MESSAGES_IGNORED
 from .anthropic.protocol import CountTokensRequest, MessagesRequest
+from .ollama.answers import (
+    GenerateAnswer,
+    OllamaChatAnswer,
+    OllamaErrorResponse,
+    OllamaModels,
+    ShowAnswer,
+    VersionAnswer,
+)
+from .ollama.protocol import IGNORED as OLLAMA_IGNORED
+from .ollama.protocol import GenerateRequest, OllamaChatRequest, ShowRequest
 from .protocol import (
     IGNORED,
     ChatRequest,
@@ -66,12 +76,18 @@ _POSTS: dict[str, tuple[str, type, type]] = {
     ),
     "/v1/embeddings": ("Texts to vectors", EmbeddingRequest, EmbeddingList),
     "/v1/rerank": ("Judge documents by a query", RerankRequest, RerankResponse),
+    "/api/chat": ("Answer a chat of Ollama's form", OllamaChatRequest, OllamaChatAnswer),
+    "/api/generate": ("Answer a prompt of Ollama's form", GenerateRequest, GenerateAnswer),
+    "/api/show": ("One model, in Ollama's form", ShowRequest, ShowAnswer),
     "/tokenize": ("Text to token ids", TokenizeRequest, TokenizeResponse),
     "/detokenize": ("Token ids to text", DetokenizeRequest, DetokenizeResponse),
 }
 _GETS: dict[str, tuple[str, type | str]] = {
     "/v1/models": ("The models that are served", ModelList),
     "/v1/models/{id}": ("One model", ModelCard),
+    "/api/tags": ("The models that are served, in Ollama's form", OllamaModels),
+    "/api/ps": ("The same, as models that run", OllamaModels),
+    "/api/version": ("The version of Ollama's API", VersionAnswer),
     "/tokenizer_info": ("What a client needs to know about the tokenizer", dict),
     "/health": ("Whether the process lives", dict),
     "/ready": ("Whether to send requests", dict),
@@ -108,10 +124,22 @@ _STREAMS = {
     "/v1/completions": "text/event-stream",
     "/v1/responses": "text/event-stream",
     "/v1/messages": "text/event-stream",
+    "/api/chat": "application/x-ndjson",
+    "/api/generate": "application/x-ndjson",
+}
+_OLLAMA_HOLDERS: dict[str, tuple[str, ...]] = {
+    "": ("OllamaChatRequest", "GenerateRequest", "ShowRequest"),
+    "options": ("OllamaOptions",),
+    "messages[].tool_calls[]": ("OllamaCall",),
+    "messages[].tool_calls[].function": ("OllamaCalledFunction",),
 }
 _ERRORS: dict[str, type] = {
     "/v1/messages": MessagesErrorResponse,
     "/v1/messages/count_tokens": MessagesErrorResponse,
+    **dict.fromkeys(
+        ("/api/chat", "/api/generate", "/api/show", "/api/tags", "/api/ps", "/api/version"),
+        OllamaErrorResponse,
+    ),
 }
 
 
@@ -127,6 +155,7 @@ def openapi() -> dict[str, Any]:
     _describe(components, IGNORED, _HOLDERS)
     _describe(components, MESSAGES_IGNORED, _MESSAGES_HOLDERS)
     _describe(components, RESPONSES_IGNORED, _RESPONSES_HOLDERS)
+    _describe(components, OLLAMA_IGNORED, _OLLAMA_HOLDERS)
     for name, why in RESPONSES_REFUSED.items():
         components["ResponsesRequest"]["properties"][name] = {
             "type": "null",
@@ -158,7 +187,8 @@ def openapi() -> dict[str, Any]:
             content = {kind: {"schema": {"type": "string"}}}
         else:
             content = {"application/json": _content(kind)}
-        operation: dict[str, Any] = {"summary": summary, "responses": _responses(content)}
+        responses = _responses(content, _ERRORS.get(path, ErrorResponse))
+        operation: dict[str, Any] = {"summary": summary, "responses": responses}
         if "{id}" in path:
             operation["parameters"] = [
                 {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}

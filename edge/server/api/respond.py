@@ -117,6 +117,7 @@ class Render(StreamForm, Protocol):
 
     def begin(self, plan: Plan, prompt_tokens: int) -> None:
         """Take the plan, and the tokens of all prompts, before the first piece."""
+        return
 
     def ping(self) -> bytes:
         """Return what fills a silence in a stream; empty if nothing may."""

@@ -8,6 +8,7 @@ from msgspec import Struct
 from edge.errors import DependencyError
 
 from .anthropic.protocol import CountTokensRequest, MessagesRequest
+from .ollama.protocol import GenerateRequest, OllamaChatRequest, ShowRequest
 from .protocol import (
     ChatRequest,
     CompletionRequest,
@@ -43,6 +44,12 @@ SAMPLES: dict[type[Struct], bytes] = {
         b'{"input": [{"role": "user", "content": "hello"}], "text": {"format": {"type": "text"}}, '
         b'"background": false, "tool_choice": "auto", "reasoning": {"effort": "low"}}'
     ),
+    OllamaChatRequest: (
+        b'{"messages": [{"role": "user", "content": "hello"}], "think": "low", "format": "json", '
+        b'"options": {"stop": ["a"], "tfs_z": 1, "repeat_last_n": -1, "penalize_newline": true}}'
+    ),
+    GenerateRequest: b'{"prompt": "hello", "format": {"type": "object"}, "think": true}',
+    ShowRequest: b'{"model": "a"}',
     CountTokensRequest: b'{"messages": [{"role": "user", "content": "a"}], "system": "b"}',
 }
 

@@ -407,6 +407,12 @@ def test_encoding_has_an_end(gated: tuple[Live, Gate]):
             "/v1/chat/completions",
             {"model": "tiny", "messages": [{"role": "user", "content": LONG["prompt"]}]},
         ),
+        (
+            "/v1/messages/count_tokens",
+            {"model": "tiny", "messages": [{"role": "user", "content": LONG["prompt"]}]},
+        ),
+        ("/v1/responses", {"model": "tiny", "input": LONG["prompt"]}),
+        ("/api/generate", LONG),
     ],
 )
 def test_nothing_is_encoded_for_clients_that_left(

@@ -1,0 +1,1 @@
+"""Ollama's API on the server's one way to answer."""

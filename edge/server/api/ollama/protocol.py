@@ -1,0 +1,123 @@
+"""Requests of Ollama's API, as types: a field that is not here is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from edge.runtime.sampling import KNOBS
+from edge.server.api.protocol import ModelName, StopString, Tool, range_of
+
+_HARDWARE = "how the engine runs is the server's choice"
+IGNORED = {
+    "keep_alive": "models stay as long as the server runs",
+    "messages[].tool_calls[].type": "every call is of a function",
+    "messages[].tool_calls[].function.index": "calls are in their order",
+    "options.num_keep": "no prompt is cut",
+    "options.num_batch": _HARDWARE,
+    "options.num_gpu": _HARDWARE,
+    "options.main_gpu": _HARDWARE,
+    "options.num_thread": _HARDWARE,
+    "options.numa": _HARDWARE,
+    "options.low_vram": _HARDWARE,
+    "options.use_mmap": _HARDWARE,
+    "options.use_mlock": _HARDWARE,
+    "verbose": "the answer is short",
+}
+"""Fields that are accepted without effect, by path, and why."""
+
+
+class OllamaOptions(Struct, forbid_unknown_fields=True):
+    """The field ``options``; of what is not computed here, only the value that turns it off."""
+
+    num_predict: Annotated[int, Meta(ge=-2, le=KNOBS["max_tokens"].high)] | None = None
+    temperature: Annotated[float, range_of("temperature")] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=KNOBS["top_k"].high)] | None = None
+    top_p: Annotated[float, range_of("top_p")] | None = None
+    min_p: Annotated[float, range_of("min_p")] | None = None
+    seed: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
+    repeat_penalty: Annotated[float, range_of("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, range_of("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, range_of("frequency_penalty")] | None = None
+    num_ctx: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    # The repetition penalty looks at the whole prompt and answer.
+    repeat_last_n: Literal[-1] | None = None
+    mirostat: Literal[0] | None = None
+    typical_p: Annotated[float, Meta(ge=1, le=1)] | None = None
+    tfs_z: Annotated[float, Meta(ge=1, le=1)] | None = None
+    penalize_newline: Literal[True] | None = None
+    num_keep: Any = None
+    num_batch: Any = None
+    num_gpu: Any = None
+    main_gpu: Any = None
+    num_thread: Any = None
+    numa: Any = None
+    low_vram: Any = None
+    use_mmap: Any = None
+    use_mlock: Any = None
+
+
+class OllamaCalledFunction(Struct, forbid_unknown_fields=True):
+    """Name and arguments of a call."""
+
+    name: str
+    arguments: dict[str, Any]
+    index: Any = None
+
+
+class OllamaCall(Struct, forbid_unknown_fields=True):
+    """A call of a past answer."""
+
+    function: OllamaCalledFunction
+    id: str | None = None
+    type: Any = None
+
+
+class OllamaMessage(Struct, forbid_unknown_fields=True):
+    """A message; ``images`` must be empty."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    thinking: str | None = None
+    images: list[Any] | None = None
+    tool_calls: list[OllamaCall] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+class OllamaRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that chats and generations share."""
+
+    model: ModelName | None = None
+    stream: bool | None = None
+    format: Literal["", "json"] | dict[str, Any] | None = None
+    options: OllamaOptions | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None
+    keep_alive: Any = None
+
+
+class OllamaChatRequest(OllamaRequest, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /api/chat``; without messages it only asks for the model."""
+
+    messages: list[OllamaMessage] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+
+
+class GenerateRequest(OllamaRequest, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /api/generate``; without a prompt it only asks for the model."""
+
+    prompt: str | None = None
+    suffix: str | None = None
+    system: str | None = None
+    raw: bool | None = None
+    images: list[Any] | None = None
+
+
+class ShowRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /api/show``; ``name`` is the older word for ``model``."""
+
+    model: ModelName | None = None
+    name: ModelName | None = None
+    verbose: Any = None

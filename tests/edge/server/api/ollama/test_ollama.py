@@ -1,0 +1,360 @@
+"""Ollama's API over HTTP, and with its own client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge.server.api.ollama.models import NOT_SERVED_PATHS
+from tests.conftest import write_secret
+from tests.edge.server.scripted import Answer, Live, running
+
+QUESTION = [{"role": "user", "content": "what"}]
+ANSWER = "Let me see.\n</think>\n\nHéllo 🙂"
+FUNCTION = {
+    "name": "weather",
+    "description": "of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 8}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+WEATHER = {"type": "function", "function": FUNCTION}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture(autouse=True)
+def _say(request: pytest.FixtureRequest) -> None:
+    if "live" in request.fixturenames:
+        request.getfixturevalue("live").engine.say(QUESTION, ANSWER)
+
+
+@pytest.fixture(scope="module")
+def tools(tool_bundle: Path) -> Iterator[Live]:
+    with running(tool_bundle) as service:
+        yield service
+
+
+def chat(live: Live, messages: Any = QUESTION, /, **fields: Any) -> Answer:
+    body = {"model": "tiny", "messages": messages, "stream": False, "options": GREEDY}
+    return live.ask("/api/chat", {**body, **fields})
+
+
+def generate(live: Live, prompt: Any = "what", /, **fields: Any) -> Answer:
+    body = {"model": "tiny", "prompt": prompt, "stream": False, "options": GREEDY}
+    return live.ask("/api/generate", {**body, **fields})
+
+
+def lines(answer: Answer) -> list[Any]:
+    assert answer.headers["content-type"].startswith("application/x-ndjson")
+    return [json.loads(line) for line in answer.body.decode().splitlines()]
+
+
+def rebuilt(answer: Answer) -> Any:
+    """The whole answer that a stream comes to."""
+    *parts, last = lines(answer)
+    assert not any(part["done"] for part in parts)
+    assert last["done"]
+    if "response" in last:
+        for key in ("response", "thinking"):
+            last[key] = "".join(part.get(key, "") for part in parts)
+        return last
+    messages = [part["message"] for part in parts]
+    for key in ("content", "thinking"):
+        last["message"][key] = "".join(message.get(key, "") for message in messages)
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    if calls:
+        last["message"]["tool_calls"] = calls
+    return last
+
+
+def known(answer: Any) -> Any:
+    """An answer without its times and ids, and without texts that are empty."""
+    result = {k: v for k, v in answer.items() if not k.endswith(("_at", "_duration")) and v != ""}
+    message = dict(result.pop("message", {}))
+    calls = [call["function"] for call in message.pop("tool_calls", ())]
+    return result, {k: v for k, v in message.items() if v != ""}, calls
+
+
+def test_a_whole_answer(live: Live):
+    answer = chat(live)
+    assert answer.status == 200, answer.body
+    body = answer.json
+    message = {"role": "assistant", "content": "Héllo 🙂", "thinking": "Let me see."}
+    assert body["message"] == message
+    assert (body["model"], body["done"], body["done_reason"]) == ("tiny", True, "stop")
+    assert body["prompt_eval_count"] == len(live.engine.llm.encode(QUESTION))
+    tokens = live.engine.llm.tokenizer.encode(ANSWER, control=True)
+    assert body["eval_count"] == len(tokens) + 1
+    parts = body["prompt_eval_duration"] + body["eval_duration"]
+    assert 0 < parts <= body["total_duration"] + 1
+    assert body["load_duration"] == 0
+    assert chat(live, options={**GREEDY, "num_predict": 2}).json["done_reason"] == "length"
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ["llo"]}, {"num_predict": 14}])
+def test_a_stream_is_the_same_answer_and_the_default(live: Live, options: dict[str, Any]):
+    for ask in (chat, generate):
+        fields: dict[str, Any] = {"options": {**GREEDY, **options}}
+        streamed = rebuilt(ask(live, stream=None, **fields))
+        assert known(streamed) == known(ask(live, **fields).json)
+
+
+def test_a_prompt_is_a_chat_of_one_message(live: Live):
+    body = generate(live).json
+    assert (body["response"], body["thinking"]) == ("Héllo 🙂", "Let me see.")
+    live.engine.say([{"role": "system", "content": "x"}, *QUESTION], "so</think>yes")
+    assert generate(live, system="x").json["response"] == "yes"
+    live.engine.say("once", " upon a time")
+    body = generate(live, "once", raw=True).json
+    assert body["response"] == " upon a time"
+    assert "thinking" not in body
+    for name, value in (("system", "x"), ("think", True), ("format", "json")):
+        error = generate(live, "once", raw=True, **{name: value})
+        assert error.status == 400
+        assert error.json["error"].startswith(f"{name}: needs the chat template")
+    error = generate(live, "once", suffix="x")
+    assert error.status == 400
+    assert error.json["error"].startswith("suffix: this model has no tokens")
+
+
+def test_thinking(live: Live):
+    live.engine.say(QUESTION, "At once.", thinking=False)
+    message = chat(live, think=False).json["message"]
+    assert message == {"role": "assistant", "content": "At once."}
+    assert chat(live, think=True).json["message"]["thinking"] == "Let me see."
+    assert chat(live, think="low").json["message"]["thinking"] == "Let me see."
+
+
+def test_calls(tools: Live):
+    tools.engine.say(QUESTION, f"I look.\n{CALL}\n{CALL}", tools=[WEATHER])
+    body = chat(tools, tools=[WEATHER]).json
+    assert body["message"]["content"] == "I look."
+    found = [call["function"] for call in body["message"]["tool_calls"]]
+    assert found == [
+        {"name": "weather", "arguments": {"city": "Bern"}, "index": index} for index in (0, 1)
+    ]
+    assert body["done_reason"] == "stop"
+    assert known(rebuilt(chat(tools, tools=[WEATHER], stream=True))) == known(body)
+    history = [
+        *QUESTION,
+        body["message"],
+        {"role": "tool", "tool_name": "weather", "content": "sun"},
+    ]
+    tools.engine.default = "Sunny."
+    try:
+        again = chat(tools, history, tools=[WEATHER]).json
+    finally:
+        tools.engine.default = None
+    assert again["message"]["content"] == "Sunny."
+
+
+@pytest.mark.parametrize("form", ["json", FUNCTION["parameters"]])
+def test_an_answer_of_a_form(tools: Live, form: Any):
+    pytest.importorskip("llguidance")
+    options = {**GREEDY, "num_predict": 60}
+    for ask in (chat, generate):
+        body = ask(tools, format=form, options=options).json
+        text = body["message"]["content"] if "message" in body else body["response"]
+        if body["done_reason"] == "stop":
+            assert isinstance(json.loads(text), dict)
+        assert text.lstrip().startswith("{")
+
+
+def refusals() -> dict[str, tuple[Any, dict[str, Any]]]:
+    def options(**fields: Any) -> tuple[Any, dict[str, Any]]:
+        return chat, {"options": fields}
+
+    def message(role: str = "user", **fields: Any) -> tuple[Any, dict[str, Any]]:
+        return chat, {"messages": [{"role": role, "content": "a", **fields}]}
+
+    return {
+        "messages[0].images: images are not read": message(images=["AAAA"]),
+        "messages[0].thinking: a message of role user": message(thinking="a"),
+        "messages[0].tool_name: a message of role assistant": message("assistant", tool_name="a"),
+        "images: images are not read": (generate, {"images": ["AAAA"]}),
+        "options.num_ctx: 100000 is more": options(num_ctx=100_000),
+        "options.num_predict: 0 asks": options(num_predict=0),
+        "options.repeat_last_n: ": options(repeat_last_n=64),
+        "options.mirostat: ": options(mirostat=1),
+        "options.tfs_z: ": options(tfs_z=0.5),
+        "options.typical_p: ": options(typical_p=0.5),
+        "options.temperature: ": options(temperature=-1),
+        "options.f16_kv: unknown field": options(f16_kv=True),
+        "options.stop[0]: ": options(stop=[""]),
+        "tools: this model's chat template": (chat, {"tools": [WEATHER]}),
+        "template: unknown field": (generate, {"template": "x"}),
+        "context: unknown field": (generate, {"context": [1]}),
+        "format: ": (chat, {"format": {"$ref": "x"}}),
+        "think: ": (chat, {"think": "much"}),
+    }
+
+
+@pytest.mark.parametrize("said", refusals())
+def test_what_is_refused_is_named(live: Live, said: str):
+    ask, fields = refusals()[said]
+    given = [fields.pop("messages")] if "messages" in fields else []
+    answer = ask(live, *given, **fields)
+    assert answer.status == 400
+    assert answer.json.keys() == {"error"}
+    if said != "format: ":  # what a library says of the schema
+        assert answer.json["error"].startswith(said), answer.json
+
+
+def test_a_request_without_anything_asks_for_the_model(live: Live):
+    for path in ("/api/chat", "/api/generate"):
+        body = live.ask(path, {"model": "tiny:latest", "keep_alive": -1}).json
+        assert (body["model"], body["done"], body["done_reason"]) == ("tiny:latest", True, "load")
+        assert live.ask(path, {"model": "nobody"}).status == 404
+    assert chat(live, model="tiny:latest").json["message"]["content"] == "Héllo 🙂"
+    assert chat(live, model="tiny:7b").status == 404
+
+
+def test_what_changes_the_models_is_not_served(live: Live):
+    for path, method in NOT_SERVED_PATHS:
+        if method == "POST":
+            answer = live.ask(path.replace("{digest}", "sha256:00"), {"model": "tiny"})
+            assert answer.status == 404
+            assert "not served" in answer.json["error"]
+    assert "edge-llm pull" in live.ask("/api/pull", {"model": "tiny"}).json["error"]
+    assert live.ask("/api/none").json["error"].startswith("there is no such path")
+
+
+def test_a_failure_in_a_stream_is_its_last_line(live: Live):
+    live.engine.fails_at = live.engine.llm.tokenizer.encode("H")[0]
+    try:
+        answer = chat(live, stream=True)
+    finally:
+        live.engine.fails_at = None
+    *_, last = lines(answer)
+    assert last.keys() == {"error"}
+    assert b"secret" not in answer.body
+
+
+def test_a_silence_stays_one(tool_bundle: Path):
+    """A line that is no JSON would break its clients."""
+    with running(tool_bundle, ping_s=0.02) as live:
+        live.engine.say(QUESTION, "ab")
+        live.engine.delay_s = 0.1
+        assert rebuilt(chat(live, stream=True))["message"]["content"] == "ab"
+
+
+# Its own client
+
+ollama = pytest.importorskip("ollama")
+KEY = "sk-of-the-client"
+AUTH = {"Authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def served(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    write_secret(keys, f"client:{KEY}\n")
+    with running(tool_bundle, api_key_file=keys) as live:
+        live.engine.say(QUESTION, "<think>hm</think>Hello there.")
+        yield live
+
+
+@pytest.fixture
+def client(served: Live) -> Iterator[Any]:
+    with ollama.Client(served.url, headers=AUTH) as opened:
+        yield opened
+
+
+def test_the_client_chats(client: Any):
+    answer = client.chat("tiny", QUESTION, options=GREEDY)
+    assert (answer.message.content, answer.message.thinking) == ("Hello there.", "hm")
+    parts = list(client.chat("tiny", QUESTION, options=GREEDY, stream=True))
+    assert "".join(part.message.content for part in parts) == "Hello there."
+    assert parts[-1].done
+    assert parts[-1].eval_count == answer.eval_count
+    told = client.generate("tiny", "what", options=GREEDY, keep_alive="5m")
+    assert (told.response, told.thinking) == ("Hello there.", "hm")
+
+
+def test_the_async_client_runs_many_at_once(served: Live):
+    async def ask_all() -> list[str]:
+        async with ollama.AsyncClient(served.url, headers=AUTH) as opened:
+            answers = await asyncio.gather(
+                *(opened.chat("tiny", QUESTION, options=GREEDY) for _ in range(8))
+            )
+        return [answer.message.content for answer in answers]
+
+    assert asyncio.run(ask_all()) == ["Hello there."] * 8
+
+
+def test_a_function_of_the_client(client: Any, served: Live):
+    def weather(city: str) -> str:
+        """Of a city."""
+        return f"sun in {city}"
+
+    sent = json.loads(ollama._utils.convert_function_to_tool(weather).model_dump_json(
+        exclude_none=True
+    ))  # fmt: skip
+    served.engine.say(QUESTION, CALL, tools=[sent])
+    answer = client.chat("tiny", QUESTION, tools=[weather], options=GREEDY)
+    (call,) = answer.message.tool_calls
+    assert weather(**call.function.arguments) == "sun in Bern"
+    result = {"role": "tool", "content": "sun in Bern", "tool_name": call.function.name}
+    served.engine.default = "Sunny."
+    try:
+        history = [*QUESTION, answer.message, result]
+        again = client.chat("tiny", history, tools=[weather], options=GREEDY)
+    finally:
+        served.engine.default = None
+    assert again.message.content == "Sunny."
+
+
+def test_the_client_asks_about_models(client: Any, served: Live):
+    (model,) = client.list().models
+    assert model.model == "tiny"
+    bundle = served.service.models.get("tiny").bundle
+    listed = json.loads((bundle / "manifest.json").read_bytes())["files"]
+    assert model.size == sum((bundle / name).stat().st_size for name in listed)
+    assert model.details.family == "qwen2"
+    shown = client.show("tiny:latest")
+    assert set(shown.capabilities) == {"completion", "tools", "thinking"}
+    assert shown.modelinfo["qwen2.context_length"] == served.engine.llm.kv_capacity
+    assert shown.template == served.engine.llm.template.source  # type: ignore[union-attr]
+    (running_now,) = client.ps().models
+    assert running_now.expires_at.year == 9999
+
+
+def test_errors_are_the_clients_own(client: Any, served: Live):
+    with pytest.raises(ollama.ResponseError, match=r"options\.temperature") as caught:
+        client.chat("tiny", QUESTION, options={"temperature": -1})
+    assert caught.value.status_code == 400
+    with pytest.raises(ollama.ResponseError, match="nobody"):
+        client.chat("nobody", QUESTION)
+    with (
+        ollama.Client(served.url) as stranger,
+        pytest.raises(ollama.ResponseError, match="no valid API key"),
+    ):
+        stranger.list()
+    served.engine.fails_at = served.engine.llm.tokenizer.encode("H")[0]
+    try:
+        with pytest.raises(ollama.ResponseError):
+            list(client.chat("tiny", QUESTION, options=GREEDY, stream=True))
+    finally:
+        served.engine.fails_at = None
+
+
+def test_a_client_that_closes_its_stream_frees_the_engine(client: Any, served: Live):
+    long = [{"role": "user", "content": "long"}]
+    served.engine.say(long, "x" * 300)
+    served.engine.delay_s = 0.01
+    try:
+        stream = client.chat("tiny", long, options=GREEDY, stream=True)
+        next(stream)
+        stream.close()
+        assert served.idle(1.0)
+    finally:
+        served.engine.delay_s = 0
