@@ -253,7 +253,7 @@ def test_each_request_counts_for_its_key_and_in_the_metrics(strict: Live, path: 
         return sum(float(n) for n in re.findall(rf"^{name}\{{.*\}} (\S+)$", text, re.MULTILINE))
 
     before = counted("edgellm_requests_total")
-    refused = counted("edgellm_http_rejections_total")
+    refused = counted("edgellm_rejections_total")
     strict.engine.running.clear()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(strict.ask, path, body(path, "a", num=2), headers=ALICE)
@@ -265,7 +265,7 @@ def test_each_request_counts_for_its_key_and_in_the_metrics(strict: Live, path: 
     assert second.status == 429
     assert second.headers["retry-after"] == "1"
     assert counted("edgellm_requests_total") == before + 1
-    assert counted("edgellm_http_rejections_total") == refused + 1
+    assert counted("edgellm_rejections_total") == refused + 1
 
 
 @pytest.mark.parametrize("path", [path for path in TEXTS if path != COUNT])

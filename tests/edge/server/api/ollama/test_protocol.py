@@ -95,7 +95,7 @@ PAIRS: dict[str, dict[str, Pair]] = {
     CHAT: {
         **SAMPLING,
         "messages": ({}, {"messages": THINKING}),
-        "messages[].role": said("role", "user", "system"),
+        "messages[].role": said("role", "user", "assistant"),
         "messages[].content": said("content", "a", "b"),
         "messages[].thinking": said("thinking", "a", "x" * 200_000),
         "messages[].images": said("images", [], ["AAAA"], "user"),
