@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -36,6 +37,7 @@ from .generate import (
     sampling_params,
     shown_progress,
 )
+from .generic_tools import call_syntax, place_tools
 from .pieces import MakeParser, Piece
 from .protocol import ChatRequest
 from .respond import Plan, Render, Turn
@@ -48,7 +50,6 @@ from .tools import (
     forced_schema,
     prepare_messages,
     strict_calls,
-    syntax_of,
     template_tools,
     user_texts,
     with_object_arguments,
@@ -80,8 +81,7 @@ def plan_chat(
     _check_fields(body, turn.settings)
     llm = turn.model.llm
     check_texts(llm, [body.messages, body.tools], "messages", capacity=capacity)
-    template = llm.template.source if llm.template is not None else ""
-    syntax = syntax_of(template)
+    syntax = call_syntax(llm.template, body.tools)
     forced = forced_schema(body)
     tools = None
     if body.tools and body.tool_choice != "none":
@@ -97,7 +97,10 @@ def plan_chat(
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
-    messages = prepare_messages(body.messages, template)
+    messages: list[dict[str, Any]] = prepare_messages(body.messages, "")
+    make_parser = _parser_of(syntax, forced is not None, object_arguments) if tools else None
+    if llm.template is not None:
+        messages, tools = place_tools(body.messages, tools, llm.template)
     # What users write is part of every prompt; templates may drop other messages.
     check_length(llm, user_texts(messages), "messages", capacity=capacity)
     return Plan(
@@ -111,7 +114,7 @@ def plan_chat(
         output=output,
         thinking=thinking,
         thinking_budget=budget,
-        make_parser=_parser_of(syntax, forced is not None, object_arguments) if tools else None,
+        make_parser=make_parser,
         one_call=forced is not None or body.parallel_tool_calls is False,
         progress=bool(body.return_progress),
     )

@@ -13,8 +13,9 @@ from edge.text.chat_template import encode_chat
 
 from .answers import DetokenizeResponse, TokenizeResponse
 from .generate import check_length, check_messages, check_texts
+from .generic_tools import place_tools
 from .protocol import DetokenizeRequest, TokenizeRequest
-from .tools import prepare_messages, template_tools
+from .tools import template_tools
 
 # Who measures a perplexity has a document encoded and cuts it afterwards.
 _LEAST_ROOM_TOKENS = 32_768
@@ -39,12 +40,14 @@ def tokenize(
         check_messages(len(body.messages), settings)
         if llm.template is None:
             raise RequestError("messages: this model has no chat template; send prompt")
+        tools = template_tools(body.tools) if body.tools else None
+        messages, tools = place_tools(body.messages, tools, llm.template)
         ids = encode_chat(
             llm.tokenizer,
             llm.template,
-            prepare_messages(body.messages, llm.template.source),
+            messages,
             add_generation_prompt=body.add_generation_prompt,
-            tools=template_tools(body.tools) if body.tools else None,
+            tools=tools,
             max_tokens=capacity,
             on_piece=on_piece,
         )

@@ -26,8 +26,8 @@ def test_embed_prints_a_vector_of_each_text(
     cut = cut / np.linalg.norm(cut, axis=1, keepdims=True)
     found = np.array([line["embedding"] for line in lines], np.float32)
     assert_close(found, cut, atol=1e-5, what="vectors")
-    stdin = "\n".join(TEXTS[:2]) + "\n\n"
-    piped = edge_llm("embed", bundle, "--prompt-name", "query", "--num-threads", 1, stdin=stdin)
+    given = "\n".join(TEXTS[:2]) + "\n\n"
+    piped = edge_llm("embed", bundle, "--prompt-name", "query", "--num-threads", 1, stdin=given)
     assert [json.loads(line)["text"] for line in piped.out.splitlines()] == list(TEXTS[:2])
 
 
