@@ -17,7 +17,6 @@ in    logits_indices            [B, N]             int64  which positions of S g
 in    past_key_values.i.key     [B, kv, C, dim]    T      the cache; same for .value
 out   present.i.key             [B, kv, C, dim]    T      the same memory, updated in place
 out   logits                    [B, N, vocab]      T      scores
-out   embeddings                [B, N, hidden]     T      instead of logits, of what embeds
 out   hidden_states             [B, S, hidden]     T      only of a bundle with a head
 ====  ========================  =================  =====  =========================================
 
@@ -28,9 +27,9 @@ and the runtime appends the step's rows itself. ``write_indices`` is replaced by
 In a bundle with an 8-bit cache (`Manifest.kv_cache`) the cache tensors of most layers are int8:
 multiples of the scales in `kv_scales`.
 
-What a model puts out first depends on its task (`ModelSpec.task`, `output_name`,
-`output_width`): logits of the vocabulary, of the two tokens ``no`` and ``yes`` alone (``rerank``),
-or, without an lm_head, the hidden state after the final norm (``embed``).
+What comes out first depends on the model's task (`ModelSpec.task`): logits of the vocabulary, of
+the two tokens ``no`` and ``yes`` alone (``rerank``), or, without an lm_head, ``embeddings``
+``[B, N, hidden]``, the hidden state after the final norm (``embed``).
 
 ``hidden_states`` is what a head that drafts tokens reads (`manifest.DraftHead`): the inputs of
 three layers, joined by the head's ``fc``. A head is a decoder in the same contract. Its

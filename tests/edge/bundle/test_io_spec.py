@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
+import msgspec
 import pytest
 
 from edge.bundle import io_spec
@@ -151,3 +153,16 @@ def test_rows_that_a_step_reads() -> None:
     assert native.rows_read([3, 9], 12) == 12  # its own rows are written first
     assert portable.rows_read([3, 9], 12) == 9
     assert portable.rows_read([0], 5) == 1  # never none
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "width"),
+    [("generate", "logits", MODEL.vocab_size), ("rerank", "logits", 2),
+     ("embed", "embeddings", MODEL.hidden_size)],
+)  # fmt: skip
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+def test_what_comes_out_first_is_the_tasks(task: Any, name: str, width: int, dialect: Any) -> None:
+    model = msgspec.structs.replace(MODEL, task=task)
+    first, *rest = decoder_outputs(model, dialect, "fp16", CAPACITY)
+    assert (first.name, first.shape) == (name, (io_spec.BATCH, io_spec.NUM_LOGITS, width))
+    assert rest == decoder_outputs(MODEL, dialect, "fp16", CAPACITY)[1:]
