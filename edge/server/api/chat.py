@@ -27,6 +27,7 @@ from .answers import (
     TopLogprob,
     Usage,
 )
+from .bare_calls import BareCallParser
 from .generate import (
     answer_head,
     check_choices,
@@ -98,7 +99,7 @@ def plan_chat(
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
     messages: list[dict[str, Any]] = prepare_messages(body.messages, "")
-    make_parser = _parser_of(syntax, forced is not None, object_arguments) if tools else None
+    make_parser = _parser_of(syntax, body, forced is not None, object_arguments) if tools else None
     if llm.template is not None:
         messages, tools = place_tools(body.messages, tools, llm.template)
     # What users write is part of every prompt; templates may drop other messages.
@@ -133,13 +134,18 @@ def _check_fields(body: ChatRequest, settings: ServerSettings) -> None:
 
 
 def _parser_of(
-    syntax: ToolSyntax | None, forced: bool, object_arguments: bool
+    syntax: ToolSyntax | None, body: ChatRequest, forced: bool, object_arguments: bool
 ) -> MakeParser | None:
     if forced:
         return WholeCall
-    if syntax is not None and object_arguments:
+    if syntax is None:
+        return None
+    if object_arguments:
         syntax = with_object_arguments(syntax)
-    return None if syntax is None else partial(ToolParser, syntax)
+    functions = [tool.function for tool in body.tools or []]
+    if any(function.strict for function in functions):
+        return partial(ToolParser, syntax)  # a bare call would be bound to no schema
+    return partial(BareCallParser, syntax, {function.name for function in functions})
 
 
 def _thinking(body: ChatRequest) -> tuple[bool, int | None]:

@@ -10,7 +10,7 @@ import msgspec
 
 from edge.bundle.linears import expected_tensors
 from edge.errors import RequestError
-from edge.server.api.tools import syntax_of
+from edge.server.api.generic_tools import call_syntax
 from edge.server.http.errors import APIError
 from edge.server.models.registry import ServedModel
 from edge.text.chat_template import template_reasons
@@ -65,7 +65,7 @@ def show_model(model: ServedModel) -> ShowAnswer:
     del sampling["assumed"]
     capabilities = ["completion"]
     template = llm.template.source if llm.template is not None else ""
-    if syntax_of(template) is not None:
+    if call_syntax(llm.template, tools=True) is not None:
         capabilities.append("tools")
     if template_reasons(template, llm.tokenizer.control_tokens):
         capabilities.append("thinking")

@@ -1,0 +1,99 @@
+"""Finds a call that a model writes without the marks that its template teaches.
+
+Qwen2.5-Coder answers with tools by the JSON object of a call alone, mostly in a fence. An answer
+that begins with such an object, of the name of an offered tool, is a call; anything else is text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+
+import msgspec
+
+from .answers import ToolCall
+from .tools import ToolParser, ToolSyntax, make_call
+
+_FENCES = ("```json", "```", "")
+_HEAD = '{"name":"'
+_SPACE = re.compile(r"\s+")
+_DECODER = json.JSONDecoder()
+
+
+class BareCallParser(ToolParser):
+    """A `ToolParser` that takes a bare object at the beginning of an answer for a call, too.
+
+    Args:
+        syntax: the model's family.
+        names: names of the tools that are offered.
+    """
+
+    def __init__(self, syntax: ToolSyntax, names: Collection[str]) -> None:
+        super().__init__(syntax)
+        self._names = names
+        self._start: str | None = ""  # what may still become a bare call
+
+    def push(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Add text; see `ToolParser.push`."""
+        if self._start is None:
+            return super().push(text)
+        self._start += text
+        found = _read(self._start, self._names) if "}" in self._start else None
+        if found is None and _may_become(self._start, self._names):
+            return "", []
+        start, self._start = self._start, None
+        if found is None:
+            return super().push(start)
+        name, arguments, rest = found
+        call = make_call(name, arguments, index=self.found)
+        self.found += 1
+        plain, calls = super().push(rest)
+        return plain, [call, *calls]
+
+    def flush(self) -> str:
+        """End the text; see `ToolParser.flush`."""
+        start, self._start = self._start or "", None
+        plain, _ = super().push(start)  # it begins with an object, so no mark is complete in it
+        return plain + super().flush()
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The fence that a text begins with, if any, and what follows it."""
+    text = text.lstrip()
+    fence = next(fence for fence in _FENCES if text.startswith(fence))
+    return fence, text[len(fence) :].lstrip()
+
+
+def _may_become(text: str, names: Collection[str]) -> bool:
+    """Whether more text can make a bare call of this one."""
+    fence, body = _split(text)
+    if not body or (fence == "```" and "json".startswith(body)) or "```json".startswith(body):
+        return True
+    head = _SPACE.sub("", body)
+    if len(head) <= len(_HEAD):
+        return _HEAD.startswith(head)
+    name = head[len(_HEAD) :]
+    return head.startswith(_HEAD) and any(
+        f'{each}"'.startswith(name) or name.startswith(f'{each}"') for each in names
+    )
+
+
+def _read(text: str, names: Collection[str]) -> tuple[str, str, str] | None:
+    """Name, arguments and the rest of a text that begins with a whole bare call."""
+    fence, body = _split(text)
+    try:
+        call, end = _DECODER.raw_decode(body)
+    except (ValueError, RecursionError):
+        return None
+    rest = body[end:]
+    if fence:
+        if not rest.lstrip().startswith("```"):
+            return None
+        rest = rest.lstrip()[3:]
+    if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
+        return None
+    name, arguments = call["name"], call["arguments"]
+    if name not in names or not isinstance(arguments, dict):
+        return None
+    return name, msgspec.json.encode(arguments).decode(), rest
