@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,12 +15,13 @@ from starlette.routing import BaseRoute, Route, Router
 
 from .api.answers import ModelCard, ModelList
 from .api.anthropic.errors import NAMES as MESSAGES_NAMES
-from .api.anthropic.messages import MessagesRender, check_version, count_tokens, plan_messages
+from .api.anthropic.messages import MessagesRender, check_version, plan_messages
+from .api.anthropic.messages import count_tokens as count_message_tokens
 from .api.anthropic.protocol import CountTokensRequest, MessagesRequest
 from .api.chat import ChatRender, plan_chat
 from .api.completions import CompletionRender, plan_completion
 from .api.error_forms import error_body
-from .api.facts import TextRequest, facts_of
+from .api.facts import TextRequest, count_tokens, facts_of
 from .api.ollama.answers import VersionAnswer
 from .api.ollama.models import (
     API_VERSION,
@@ -185,10 +187,10 @@ class _Endpoints:
     async def _count_tokens(self, request: Request) -> Response:
         check_version(request.headers.get("anthropic-version"))
         body, lane = await self._read(request, CountTokensRequest)
-        choice = await self._models.choose(body.model, facts_of(body, request.scope["request_id"]))
+        choice = await self._choose(body, lane, request)
         turn = self._turn(request, choice, lane)
         with choice.model.lease():
-            counted = await lane.run(partial(count_tokens, turn, body), request.receive)
+            counted = await lane.run(partial(count_message_tokens, turn, body), request.receive)
         return json_response(counted, turn.headers)
 
     async def _generate(
@@ -212,7 +214,7 @@ class _Endpoints:
         render: Callable[[Turn, _TextBody], Render],
         names: Mapping[str, str],
     ) -> Response:
-        turn = self._turn(request, await self._choose(body, request), lane)
+        turn = self._turn(request, await self._choose(body, lane, request), lane)
         with renamed(names):
             return await respond(turn, partial(plan, turn, body), render(turn, body))
 
@@ -238,8 +240,15 @@ class _Endpoints:
         choice = await self._models.choose(body.model)
         return await rerank(self._turn(request, choice, lane), body)
 
-    async def _choose(self, body: TextRequest, request: Request) -> Choice:
-        choice = await self._models.choose(body.model, facts_of(body, request.scope["request_id"]))
+    async def _choose(self, body: TextRequest, lane: Lane, request: Request) -> Choice:
+        counts = None
+        if limits := self._models.token_limits(body.model):
+            with ExitStack() as leases:
+                for model in limits:
+                    leases.enter_context(model.lease())
+                counts = await lane.run(partial(count_tokens, body, limits), request.receive)
+        facts = facts_of(body, request.scope["request_id"], counts)
+        choice = await self._models.choose(body.model, facts)
         if choice.rule is not None:
             self._metrics.observe_route(choice.rule, choice.model.name)
         if choice.arm is not None:
@@ -261,7 +270,7 @@ class _Endpoints:
     ) -> Response:
         given, body.model = body.model, self._without_tag(body.model)
         if is_load(body):
-            choice = await self._choose(body, request)  # a name that is not served is refused
+            choice = await self._choose(body, lane, request)  # a name that is not served is refused
             return json_response(loaded(given or choice.model.name, body))
 
         def render(turn: Turn, body: Any) -> Render:

@@ -300,7 +300,7 @@ class ModelRegistry:
             if self._default is None:
                 raise invalid("model: this field is required", "model", "missing_field")
             name = self._default
-        choice = self._pick(name, facts or Facts(0, "chat", ""))
+        choice = self._pick(name, facts or Facts({}, "chat", ""))
         event = self._held.get(choice.model.name)
         if event is not None:
             try:
@@ -315,6 +315,24 @@ class ModelRegistry:
         if reason:
             raise _unavailable(reason, "the engine can serve no more; the log has the cause")
         return choice
+
+    def token_limits(self, name: str | None) -> dict[ServedModel, int]:
+        """Return the models whose rules look at a request's tokens, and up to which number.
+
+        Args:
+            name: the name in the request, if any.
+
+        Raises:
+            APIError: 404, or 503 while nothing can be served.
+        """
+        self._check_open()
+        limits: dict[ServedModel, int] = {}
+        if (self._default if name is None else name) == AUTO:
+            for rule in self._rules:
+                if rule.most_tokens is not None:
+                    model = self.get(rule.model)
+                    limits[model] = max(rule.most_tokens, limits.get(model, 0))
+        return limits
 
     def _check_open(self) -> None:
         if self.is_draining:

@@ -1,11 +1,12 @@
 """Decides which model answers: rules for the model ``auto``, and shares of an A/B split. Pure.
 
-A rule is a condition of one or more comparisons, ``prompt_chars<=2000&kind=chat&waiting<4``;
+A rule is a condition of one or more comparisons, ``prompt_tokens<=500&kind=chat&waiting<4``;
 ``|`` separates alternatives; ``always`` holds always. Rules are tried in order, and the first that
 holds gives its model. Comparisons are about
 
 =================  ================================================================================
-``prompt_chars``   length of all texts of the request, in characters; four per token id
+``prompt_tokens``  tokens of all texts of the request as the rule's model counts them, without its
+                   chat template
 ``kind``           ``tools``, ``json`` (any response format but text), ``chat`` or ``completion``
 ``running``        requests that the rule's model computes now
 ``waiting``        requests that wait for that model
@@ -26,7 +27,7 @@ from edge.runtime.scheduler.request import SchedulerStats
 
 AUTO = "auto"
 KINDS = ("tools", "json", "chat", "completion")
-_NUMBERS = ("prompt_chars", "running", "waiting")
+_NUMBERS = ("prompt_tokens", "running", "waiting")
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -42,12 +43,13 @@ class Facts:
     """What rules and splits may know about a request.
 
     Attributes:
-        prompt_chars: length of the request's texts, in characters.
+        prompt_tokens: tokens of the request's texts, by the model that counts them; needed for the
+            models whose rules have a `Rule.most_tokens`.
         kind: one of `KINDS`.
         key: who asks, for an A/B split: the request's ``user``, else its id.
     """
 
-    prompt_chars: int
+    prompt_tokens: Mapping[str, int]
     kind: str
     key: str
 
@@ -67,7 +69,17 @@ class Rule:
     def __post_init__(self) -> None:
         for option in self.text.split("|"):  # every part is read once
             for part in option.split("&"):
-                self._compare(part, Facts(0, "chat", ""), SchedulerStats())
+                self._compare(part, Facts({}, "chat", ""), SchedulerStats())
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The largest number that ``prompt_tokens`` is compared with; None if it is with none."""
+        found = [
+            int(match[3])
+            for match in map(_COMPARISON.fullmatch, re.split(r"[&|]", self.text))
+            if match is not None and match[1] == "prompt_tokens"
+        ]
+        return max(found, default=None)
 
     def holds(self, facts: Facts, stats: SchedulerStats) -> bool:
         """Return whether the rule chooses its model, whose state is ``stats``.
@@ -90,8 +102,17 @@ class Rule:
             if name == "kind" and sign == "=" and wanted in KINDS:
                 return facts.kind == wanted
             if name in _NUMBERS and wanted.isdecimal():
-                value = facts.prompt_chars if name == "prompt_chars" else getattr(stats, name)
+                if name == "prompt_tokens":
+                    value = facts.prompt_tokens.get(self.model, 0)
+                else:
+                    value = getattr(stats, name)
                 return _OPERATORS[sign](value, int(wanted))
+            if name == "prompt_chars":
+                raise ConfigError(
+                    f"auto: {part.strip()!r} of the rule for {self.model!r} counts characters, of "
+                    "which a token has four in English and one or two in Chinese; write "
+                    "prompt_tokens, which the model's own tokenizer counts"
+                )
         raise ConfigError(
             f"auto: cannot read {part.strip()!r} of the rule for {self.model!r}; write "
             f"comparisons of {', '.join(_NUMBERS)} or kind={'/'.join(KINDS)}, joined by &; "

@@ -289,7 +289,7 @@ def test_a_client_that_leaves_frees_the_engine(live: Live, path: str, stream: bo
 
 
 def test_rules_know_the_requests_of_every_protocol(live: Live):
-    from edge.server.api.facts import facts_of
+    from edge.server.api.facts import facts_of, prompt_pieces
     from edge.server.api.protocol import decode
     from edge.server.api.samples import SAMPLES
     from edge.server.models.route import KINDS
@@ -315,6 +315,8 @@ def test_rules_know_the_requests_of_every_protocol(live: Live):
     }  # fmt: skip
     kinds = {kind.__name__: kind for kind in SAMPLES}
     for (name, kind), given in wanted.items():
-        facts = facts_of(decode(json.dumps(given).encode(), kinds[name], 64), "id")  # type: ignore[arg-type]
-        assert (facts.prompt_chars, facts.kind, facts.key) == (3, kind, "id"), name
+        request: Any = decode(json.dumps(given).encode(), kinds[name], 64)
+        assert list(prompt_pieces(request)) == ["abc"], name
+        facts = facts_of(request, "id")
+        assert (facts.kind, facts.key) == (kind, "id"), name
         assert facts.kind in KINDS

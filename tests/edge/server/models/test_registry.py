@@ -25,7 +25,7 @@ from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.device.telemetry import Snapshot
 from edge.errors import ConfigError
 from edge.runtime.scheduler.request import SchedulerStats
-from edge.server.api.facts import facts_of
+from edge.server.api.facts import count_tokens, facts_of
 from edge.server.api.protocol import ChatRequest, CompletionRequest
 from edge.server.models.registry import LEAST_STALL_S, MOST_STALL_S, Heartbeat
 from edge.server.models.route import Facts, Rule, Split, read_routes
@@ -39,22 +39,24 @@ from tests.edge.server.scripted import Answer, Live, ScriptedEngine, running
 
 
 def test_rules_say_what_they_are_written_as():
-    facts, idle = Facts(500, "chat", ""), SchedulerStats()
+    facts, idle = Facts({"m": 500, "n": 9}, "chat", ""), SchedulerStats()
     busy = SchedulerStats(running=4, waiting=9)
     for text, in_idle, in_busy in (
         ("always", True, True),
-        ("prompt_chars<=500", True, True),
-        ("prompt_chars<500", False, False),
+        ("prompt_tokens<=500", True, True),
+        ("prompt_tokens<500", False, False),
         ("kind=chat", True, True),
         ("kind=tools", False, False),
         ("waiting<4", True, False),
-        ("prompt_chars >= 100 & waiting = 0", True, False),
+        ("prompt_tokens >= 100 & waiting = 0", True, False),
         ("kind=tools | running > 3", False, True),
         ("kind=tools&always|kind=chat&running<9", True, True),
     ):
         rule = Rule("m", text)
         assert rule.holds(facts, idle) is in_idle, text
         assert rule.holds(facts, busy) is in_busy, text
+    with pytest.raises(ConfigError, match=r"counts characters, .* write prompt_tokens"):
+        Rule("m", "kind=chat&prompt_chars<=500")
     for text in ("", "never", "always|x", "kind=tools&x", "waiting<4\r\nX-Evil: 1", "waiting<٣",
                  "waiting<", "waiting<x", "size<5", "kind=poem", "kind<chat", "&",
                  "waiting<-1", "__class__=1", "waiting<4 and always"):  # fmt: skip
@@ -67,18 +69,24 @@ def test_the_facts_of_requests():
         body = {"messages": [{"role": "user", "content": "abcd"}], **fields}
         return facts_of(msgspec.convert(body, ChatRequest), "id-1")
 
-    assert chat() == Facts(4, "chat", "id-1")
+    assert chat() == Facts({}, "chat", "id-1")
     assert chat(user="u").key == "u"
-    parts = [{"type": "text", "text": "ab"}, {"type": "text", "text": "c"}]
-    assert chat(messages=[{"role": "user", "content": parts}]).prompt_chars == 3
     tool = {"type": "function", "function": {"name": "f"}}
     assert chat(tools=[tool]).kind == "tools"
     assert chat(tools=[tool], tool_choice="none").kind == "chat"
     assert chat(response_format={"type": "json_object"}).kind == "json"
     completion = msgspec.convert({"prompt": [[1, 2], [3]]}, CompletionRequest)
-    assert facts_of(completion, "x") == Facts(12, "completion", "x")
-    gap = msgspec.convert({"prompt": "ab", "suffix": "cde"}, CompletionRequest)
-    assert facts_of(gap, "x").prompt_chars == 5
+    assert facts_of(completion, "x", {"m": 3}) == Facts({"m": 3}, "completion", "x")
+
+
+def test_the_largest_number_that_a_rule_compares_tokens_with():
+    for text, most in (
+        ("always", None),
+        ("waiting<9|kind=chat", None),
+        ("prompt_tokens<=500", 500),
+        ("kind=chat & prompt_tokens < 7 | prompt_tokens>=20&waiting<99", 20),
+    ):
+        assert Rule("m", text).most_tokens == most
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=5), st.integers(0, 2**32))
@@ -168,7 +176,7 @@ class Pair:
 def pair(tiny_bundles: Bundles) -> Iterator[Pair]:
     pair = Pair(
         tiny_bundles("qwen2"),
-        auto={"small": "prompt_chars<=20&kind=chat&waiting<1", "big": "always"},
+        auto={"small": "prompt_tokens<=20&kind=chat&waiting<1", "big": "always"},
         split={"prod": "small:1/big:1"},
         default_model="auto",
         stall_s=0.5,
@@ -204,8 +212,11 @@ def test_auto_decides_by_the_request_and_the_load(pair: Pair):
     live = pair.live
     short = live.chat("short", model="auto", temperature=0)
     assert who(short) == "small"
-    assert short.headers["x-edge-route"] == "prompt_chars<=20&kind=chat&waiting<1"
-    assert who(live.chat("x" * 21, model="auto", temperature=0)) == "big"
+    assert short.headers["x-edge-route"] == "prompt_tokens<=20&kind=chat&waiting<1"
+    tokenizer = pair.engines["small"].llm.tokenizer
+    for text in ("x1" * 40, "\N{CJK UNIFIED IDEOGRAPH-91CF}" * 7, "ab " * 5):
+        expected = "small" if len(tokenizer.encode(text)) <= 20 else "big"
+        assert who(live.chat(text, model="auto", temperature=0)) == expected
     body = {"messages": [{"role": "user", "content": "default"}], "temperature": 0}
     assert who(live.ask("/v1/chat/completions", body)) == "small"
     small = pair.engines["small"]
@@ -220,6 +231,40 @@ def test_auto_decides_by_the_request_and_the_load(pair: Pair):
         assert [who(item.result()) for item in busy] == ["small"] * 3
     routes = live.ask("/stats").json["routes"]
     assert routes["always"] >= 2
+
+
+def test_tokens_are_counted_as_far_as_the_rules_look(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    small, big = (pair.service.models.get(name) for name in ("small", "big"))
+    tokenizer = small.llm.tokenizer
+    words, quanta = "some words", "\N{CJK UNIFIED IDEOGRAPH-91CF}" * 4
+    expected = len(tokenizer.encode(words)) + len(tokenizer.encode(quanta))
+    encoded: list[str] = []
+    encode = type(tokenizer).encode
+
+    def counted(self: Any, text: str, **options: Any) -> list[int]:
+        encoded.append(text)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "encode", counted)
+
+    def count(body: dict[str, Any], kind: Any, limit: int) -> dict[str, int]:
+        encoded.clear()
+        request = msgspec.convert(body, kind)
+        return count_tokens(request, {small: limit, big: 3}, lambda: None)
+
+    parts = [{"type": "text", "text": words}, {"type": "text", "text": quanta}]
+    chat = {"messages": [{"role": "user", "content": parts}]}
+    assert count(chat, ChatRequest, 100) == {"small": expected, "big": expected}
+    assert encoded == [words, quanta]  # both models have the same tokenizer
+    long = {"messages": [{"role": "user", "content": "x" * 1_000_000}]}
+    assert count(long, ChatRequest, 100)["small"] > 100
+    assert encoded == []
+    assert count({"prompt": [[1, 2], [3]]}, CompletionRequest, 9)["small"] == 3
+    gap = {"prompt": words, "suffix": quanta}
+    assert count(gap, CompletionRequest, 100)["small"] == expected
+    assert pair.service.models.token_limits("auto") == {small: 20}
+    assert pair.service.models.token_limits(None) == {small: 20}  # auto is the default
+    assert pair.service.models.token_limits("big") == {}
 
 
 def test_auto_passes_over_a_model_that_hangs(pair: Pair):
