@@ -101,4 +101,7 @@ def comply(form: str, url: str, key: str, cases: str) -> Any:
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert ran.stdout, ran.stderr
-    return json.loads(ran.stdout)
+    report = json.loads(ran.stdout)
+    failed = [result for result in report["results"] if result["status"] == "failed"]
+    assert not failed, failed
+    return report
