@@ -30,8 +30,12 @@ DRIVERS = ("pycuda", "cuda-bindings")
 POISON = 0xFF  # a NaN in fp16, bf16 and fp32; -1 in integers
 OUT_OF_MEMORY, ILLEGAL_ADDRESS, UNKNOWN = 2, 700, 999
 TEXTS = {
+    1: "invalid argument",
     2: "out of memory",
+    200: "device kernel image is invalid",
     201: "invalid device context",
+    209: "no kernel image is available for execution on the device",
+    500: "named symbol not found",
     700: "an illegal memory access was encountered",
     101: "invalid device ordinal",
     803: "system has unsupported display driver / cuda driver combination",
@@ -135,6 +139,8 @@ class FakeGpu:
         reserved_bytes: of device memory that no call has shown: weights, execution contexts.
         spent_s: seconds that calls would have taken, by name; nothing waits for them.
         lost: the error that every call returns from now on.
+        kernels: what a kernel computes, by its entry point: given this device, the grid and its
+            parameters' values.
         missing: functions of cuda-bindings that the driver's library does not have; ``libcuda`` is
             the whole library.
     """
@@ -160,6 +166,7 @@ class FakeGpu:
         self.fail_code = OUT_OF_MEMORY
         self.lost: int | None = None
         self.missing: set[str] = set()
+        self.kernels: dict[str, Callable[[FakeGpu, tuple[int, ...], tuple[int, ...]], None]] = {}
         self.broken: list[str] = []  # rules, where an exception would not be seen
         self.eager = False
         self._next = 0x7F00_0000_0000

@@ -34,10 +34,14 @@ from .fake_cuda import (
 
 class Result(enum.IntEnum):
     CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_INVALID_DEVICE = 101
+    CUDA_ERROR_INVALID_IMAGE = 200
     CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+    CUDA_ERROR_NOT_FOUND = 500
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_LAUNCH_FAILED = 719
     CUDA_ERROR_SYSTEM_DRIVER_MISMATCH = 803
@@ -50,6 +54,10 @@ class DeviceAttribute(enum.IntEnum):
     CU_DEVICE_ATTRIBUTE_INTEGRATED = 18
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
+
+
+class FunctionAttribute(enum.IntEnum):
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
 
 class MemoryType(enum.IntEnum):
@@ -107,8 +115,10 @@ def make_bindings(gpu: FakeGpu) -> Any:
     module: Any = types.ModuleType("cuda.bindings.driver")
     module.CUresult, module.CUstreamCaptureMode = Result, CaptureMode
     module.CUdevice_attribute, module.CUmemorytype = DeviceAttribute, MemoryType
+    module.CUfunction_attribute = FunctionAttribute
     module.CUDA_MEMCPY3D, module.CU_MEMHOSTALLOC_DEVICEMAP = Memcpy3DParameters, 2
-    functions = [*_devices(gpu), *_memory(gpu), *_streams(gpu), *_graphs(gpu)]
+    functions = [*_devices(gpu), *_memory(gpu), *_streams(gpu), *_graphs(gpu),
+                 *_kernels(gpu), *_events(gpu)]  # fmt: skip
     for function in functions:
         setattr(module, function.__name__, _returns_its_error(gpu, function))
     return module
@@ -208,6 +218,15 @@ def _memory(gpu: FakeGpu) -> list[Callable[..., Any]]:
     def cuMemsetD8Async(dstDevice: int, uc: int, N: int, hStream: int) -> None:
         gpu.fill(dstDevice, uc, N, hStream)
 
+    def cuMemcpyDtoDAsync(dstDevice: int, srcDevice: int, ByteCount: int, hStream: int) -> None:
+        gpu.call("cuMemcpyDtoDAsync")
+        target, source = gpu.memory(dstDevice, ByteCount), gpu.memory(srcDevice, ByteCount)
+
+        def run() -> None:
+            target[...] = source
+
+        gpu.put(hStream, Work(run, valid=lambda: gpu.still(dstDevice, target)))
+
     def cuMemcpy3DAsync(pCopy: Memcpy3DParameters, hStream: int) -> None:
         copy: Any = pCopy
 
@@ -224,7 +243,8 @@ def _memory(gpu: FakeGpu) -> list[Callable[..., Any]]:
 
     return [
         cuMemAlloc, cuMemFree, cuMemGetInfo, cuMemHostAlloc, cuMemHostGetDevicePointer,
-        cuMemFreeHost, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemsetD8Async, cuMemcpy3DAsync,
+        cuMemFreeHost, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemsetD8Async, cuMemcpyDtoDAsync,
+        cuMemcpy3DAsync,
     ]  # fmt: skip
 
 
@@ -288,3 +308,113 @@ def _graphs(gpu: FakeGpu) -> list[Callable[..., Any]]:
         cuStreamBeginCapture, cuStreamEndCapture, cuGraphInstantiate, cuGraphDestroy,
         cuGraphExecDestroy, cuGraphLaunch,
     ]  # fmt: skip
+
+
+_ELF_OF_CUDA = 190  # e_machine
+_PARAMETER_BYTES = b"\x03\x19"  # EIATTR_CBANK_PARAM_SIZE in .nv.info
+
+
+class _Function:
+    """A kernel in a module that is loaded."""
+
+    def __init__(self, image: bytes, entry: str) -> None:
+        self.image, self.entry, self.shared_bytes = image, entry, 48 * 1024
+
+
+def _kernels(gpu: FakeGpu) -> list[Callable[..., Any]]:
+    modules: dict[int, bytes] = {}
+
+    def cuModuleLoadData(image: bytes) -> int:
+        gpu.call("cuModuleLoadData")
+        machine = int.from_bytes(image[18:20], "little")
+        valid = image[:4] == b"\x7fELF" and machine == _ELF_OF_CUDA
+        gpu.fail("cuModuleLoadData", 0 if valid else 200)
+        major, minor = gpu.compute_capability
+        built_for = divmod(image[48], 10)  # the lowest byte of e_flags, as of cubins for 8.7
+        runs = major == built_for[0] and minor >= built_for[1]
+        gpu.fail("cuModuleLoadData", 0 if runs else 209)
+        gpu.born("module")
+        handle = 0x2000 + len(gpu.calls)
+        modules[handle] = bytes(image)
+        return handle
+
+    def cuModuleGetFunction(hmod: int, name: bytes) -> _Function:
+        gpu.call("cuModuleGetFunction")
+        image = modules[hmod]
+        gpu.fail("cuModuleGetFunction", 0 if b".text." + name + b"\0" in image else 500)
+        return _Function(image, name.decode())
+
+    def cuFuncSetAttribute(hfunc: _Function, attrib: FunctionAttribute, value: int) -> None:
+        gpu.call("cuFuncSetAttribute")
+        assert attrib is FunctionAttribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        hfunc.shared_bytes = value
+
+    def cuLaunchKernel(
+        f: _Function,
+        gridDimX: int,
+        gridDimY: int,
+        gridDimZ: int,
+        blockDimX: int,
+        blockDimY: int,
+        blockDimZ: int,
+        sharedMemBytes: int,
+        hStream: int,
+        kernelParams: tuple[tuple[int, ...], tuple[type[Any], ...]],
+        extra: int,
+    ) -> None:
+        gpu.call("cuLaunchKernel")
+        threads = blockDimX * blockDimY * blockDimZ
+        fits = sharedMemBytes <= f.shared_bytes and 0 < threads <= 1024
+        fits &= 0 < gridDimX < 1 << 31 and 0 < gridDimY < 1 << 16 and 0 < gridDimZ < 1 << 16
+        gpu.fail("cuLaunchKernel", 0 if fits else 1)
+        values, types = kernelParams
+        end = 0
+        for each in types:  # as a C compiler lays them out
+            size = ctypes.sizeof(each)
+            end = -(-end // size) * size + size
+        if _PARAMETER_BYTES + end.to_bytes(2, "little") not in f.image:
+            raise RuleError(
+                f"{f.entry} does not take {end} bytes of parameters: the driver reads on"
+            )
+        assert extra == 0
+        assert len(values) == len(types)
+        grid = (gridDimX, gridDimY, gridDimZ)
+        gpu.put(hStream, Work(lambda: gpu.kernels[f.entry](gpu, grid, values)))
+
+    def cuModuleUnload(hmod: int) -> None:
+        code = gpu.code("cuModuleUnload")
+        del modules[hmod]
+        gpu.dead("module")
+        gpu.fail("cuModuleUnload", code)
+
+    return [
+        cuModuleLoadData, cuModuleGetFunction, cuFuncSetAttribute, cuLaunchKernel, cuModuleUnload,
+    ]  # fmt: skip
+
+
+def _events(gpu: FakeGpu) -> list[Callable[..., Any]]:
+    streams: dict[int, int] = {}
+
+    def cuEventCreate(Flags: int) -> int:
+        gpu.call("cuEventCreate")
+        gpu.born("event")
+        return 0x3000 + len(gpu.calls)
+
+    def cuEventRecord(hEvent: int, hStream: int) -> None:
+        gpu.call("cuEventRecord")
+        streams[hEvent] = hStream
+
+    def cuEventSynchronize(hEvent: int) -> None:
+        gpu.call("cuEventSynchronize")
+        gpu.streams[streams[hEvent]].synchronize()
+
+    def cuEventElapsedTime(hStart: int, hEnd: int) -> float:
+        gpu.call("cuEventElapsedTime")
+        assert streams[hStart] == streams[hEnd]
+        return 0.5
+
+    def cuEventDestroy(hEvent: int) -> None:
+        gpu.dead("event")
+        gpu.call("cuEventDestroy")
+
+    return [cuEventCreate, cuEventRecord, cuEventSynchronize, cuEventElapsedTime, cuEventDestroy]

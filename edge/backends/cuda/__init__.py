@@ -261,6 +261,11 @@ class Device:
         except graphs.Error as error:
             raise self.error(doing, error) from error
 
+    @property
+    def function_attribute(self) -> Any:
+        """``CUfunction_attribute`` of cuda-bindings."""
+        return self._graphs.module.CUfunction_attribute
+
     def memory_info(self) -> tuple[int, int]:
         """Free and all bytes of device memory.
 

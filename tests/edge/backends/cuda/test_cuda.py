@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import re
@@ -224,6 +225,7 @@ def test_the_stand_in_has_the_calls_of_cuda_bindings(real_bindings: Any):
         "CUstreamCaptureMode": CaptureMode,
         "CUdevice_attribute": fake_bindings.DeviceAttribute,
         "CUmemorytype": fake_bindings.MemoryType,
+        "CUfunction_attribute": fake_bindings.FunctionAttribute,
     }
     for name, ours in enums.items():
         for member in ours:
@@ -278,6 +280,25 @@ def test_cuda_bindings_take_every_argument_of_ours(real_bindings: Any):
                 "cuGraphDestroy": (real_bindings.CUgraph(0x10),),
                 "cuGraphLaunch": (real_bindings.CUgraphExec(0x10), 0x10),
                 "cuGraphExecDestroy": (real_bindings.CUgraphExec(0x10),),
+                "cuModuleLoadData": (b"\x7fELF",),
+                "cuModuleGetFunction": (real_bindings.CUmodule(0x10), b"name"),
+                "cuFuncSetAttribute": (
+                    real_bindings.CUfunction(0x10),
+                    real_bindings.CUfunction_attribute(8),
+                    65536,
+                ),
+                "cuLaunchKernel": (
+                    *(real_bindings.CUfunction(0x10), 4, 2, 1, 128, 1, 1, 1024, 0x10),
+                    ((0x1000, -3, 0), (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)),
+                    0,
+                ),
+                "cuModuleUnload": (real_bindings.CUmodule(0x10),),
+                "cuEventCreate": (0,),
+                "cuEventRecord": (real_bindings.CUevent(0x10), 0x10),
+                "cuEventSynchronize": (real_bindings.CUevent(0x10),),
+                "cuEventElapsedTime": (real_bindings.CUevent(0x10), real_bindings.CUevent(0x20)),
+                "cuEventDestroy": (real_bindings.CUevent(0x10),),
+                "cuMemcpyDtoDAsync": (0x1000, 0x2000, 16, 0x10),
             }.items()
         ),
     ]

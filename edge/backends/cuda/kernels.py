@@ -1,0 +1,132 @@
+"""Compiled kernels: loaded and launched by the driver alone, through cuda-bindings."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import Device, Stream
+
+_FREE_SHARED_BYTES = 48 * 1024  # of a program; more must be asked for (CUDA programming guide)
+
+
+class Kernel:
+    """A kernel out of a cubin.
+
+    Args:
+        device: whose context is current.
+        image: the cubin.
+        entry: name of the function.
+        threads: of a program.
+        shared_bytes: dynamic shared memory of a program.
+
+    Raises:
+        DependencyError: cuda-bindings is missing.
+        DeviceError: the cubin is of another GPU, or the driver fails.
+    """
+
+    def __init__(
+        self, device: Device, image: bytes, entry: str, *, threads: int, shared_bytes: int
+    ) -> None:
+        self._device, self._threads, self._shared_bytes = device, threads, shared_bytes
+        self._module: Any = device.graph_call("load a kernel", "cuModuleLoadData", image)
+        try:
+            self._function = device.graph_call(
+                "find a kernel", "cuModuleGetFunction", self._module, entry.encode()
+            )
+            if shared_bytes > _FREE_SHARED_BYTES:
+                device.graph_call(
+                    "give a kernel its shared memory",
+                    "cuFuncSetAttribute",
+                    self._function,
+                    device.function_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    shared_bytes,
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def launch(
+        self,
+        stream: Stream,
+        grid: tuple[int, int, int],
+        pointers_and_numbers: tuple[tuple[int, bool], ...],
+    ) -> None:
+        """Put one run of it on a stream.
+
+        Args:
+            stream: where it runs.
+            grid: programs along x, y and z.
+            pointers_and_numbers: a value per parameter, and whether it is a device address; other
+                numbers are INT32.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        values = tuple(value for value, _ in pointers_and_numbers)
+        types = tuple(
+            ctypes.c_void_p if is_address else ctypes.c_int
+            for _, is_address in pointers_and_numbers
+        )
+        # The driver copies the values before it returns (cuda.h, cuLaunchKernel).
+        self._device.graph_call(
+            "launch a kernel", "cuLaunchKernel", self._function, *grid, self._threads, 1, 1,
+            self._shared_bytes, stream.handle, (values, types), 0,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Unload it; twice is harmless."""
+        module, self._module = self._module, None
+        if module is not None:
+            self._device.graph_call("unload a kernel", "cuModuleUnload", module)
+
+
+class Timer:
+    """Time on the device between two places of a stream.
+
+    Raises:
+        DependencyError: cuda-bindings is missing.
+        DeviceError: the driver fails.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._events: list[Any] = []
+        self._owned = ExitStack()  # which frees the second, too, where freeing the first fails
+        try:
+            for _ in ("start", "end"):
+                event = device.graph_call("make an event", "cuEventCreate", 0)
+                self._owned.callback(device.graph_call, "destroy an event", "cuEventDestroy", event)
+                self._events.append(event)
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, stream: Stream) -> None:
+        """Begin behind what is on the stream."""
+        self._record(0, stream)
+
+    def end(self, stream: Stream) -> None:
+        """End behind what is on the stream."""
+        self._record(1, stream)
+
+    def _record(self, which: int, stream: Stream) -> None:
+        self._device.graph_call("note a time", "cuEventRecord", self._events[which], stream.handle)
+
+    def read_s(self) -> float:
+        """Seconds between both, once they have passed.
+
+        Raises:
+            DeviceError: what was timed failed.
+        """
+        self._device.graph_call("wait for an event", "cuEventSynchronize", self._events[1])
+        milliseconds: float = self._device.graph_call(
+            "read a time", "cuEventElapsedTime", *self._events
+        )
+        return milliseconds / 1e3
+
+    def close(self) -> None:
+        """Destroy both; twice is harmless."""
+        self._owned.close()
