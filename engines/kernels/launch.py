@@ -1,0 +1,201 @@
+"""From the shapes of an operation to the kernels that are launched for it, and their buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edge.errors import ConfigError
+
+from .variants import (
+    BLOCK,
+    BY_NAME,
+    HEAD_WIDTHS,
+    KEEP,
+    MAX_ROWS,
+    MOST_PARTS,
+    PART,
+    Variant,
+    attend_name,
+    gemv_name,
+)
+
+GROUPS = (32, 64, 128)
+_COLUMNS = 64  # of a program of w4_gemv: 32 lanes, two each
+_LEAST_SPLIT, _MOST_SPLITS = 128, 64
+_MOST_ATTEND_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel on the grid.
+
+    Attributes:
+        variant: what is launched.
+        grid: programs along x, y and z.
+        arguments: by position: the name of a buffer of the `Job`, or a number.
+    """
+
+    variant: Variant
+    grid: tuple[int, int, int]
+    arguments: tuple[str | int, ...]
+
+
+Buffers = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """An operation: kernels in order, on one stream, and the device memory that they take.
+
+    Attributes:
+        launches: in order.
+        buffers: shape and type by name; inputs, scratch and outputs, each 16 bytes aligned.
+        outputs: which of them are.
+    """
+
+    launches: tuple[Launch, ...]
+    buffers: Buffers
+    outputs: tuple[str, ...]
+
+
+def w4_gemv(
+    rows: int, columns: int, depth: int, *, group: int, planes: int = 1, bias: bool = False
+) -> Job:
+    """``y[rows, columns] = x[rows, depth] @ weights + bias``, weights from `layout.pack_weights`.
+
+    Args:
+        rows: 1 to 8.
+        columns: of the weights.
+        depth: a multiple of the group.
+        group: weights that share a scale: 32, 64 or 128.
+        planes: 1 for INT4, 2 for INT8 in two planes, whose high scale is 16 times the low one.
+        bias: whether one is added; without, buffer ``bias`` is one element that nobody reads.
+
+    Raises:
+        ConfigError: the kernel does not serve this.
+    """
+    if not 1 <= rows <= MAX_ROWS:
+        raise ConfigError(f"w4_gemv takes 1 to {MAX_ROWS} rows, not {rows}")
+    if group not in GROUPS:
+        raise ConfigError(f"w4_gemv takes groups of {GROUPS}, not {group}")
+    if planes not in (1, 2):
+        raise ConfigError(f"w4_gemv takes one or two planes of weights, not {planes}")
+    if columns < 1 or depth < 1 or depth % group:
+        raise ConfigError(
+            f"w4_gemv takes a depth that is a multiple of the group {group}, not {depth}, "
+            f"and at least one column, not {columns}"
+        )
+    variant = BY_NAME[gemv_name(rows, planes)]
+    half, word = np.dtype(np.float16), np.dtype(np.int32)
+    numbers = (rows, columns, depth, (group // BLOCK).bit_length() - 1, int(bias))
+    launch = Launch(
+        variant,
+        (-(-columns // _COLUMNS), 1, 1),
+        ("x", "weights", "scales", "bias", *numbers, "y"),
+    )
+    buffers: Buffers = {
+        "x": ((rows, depth), half),
+        "weights": ((depth // BLOCK, planes, columns, 4), word),
+        "scales": ((depth // group, columns), half),
+        "bias": ((columns if bias else 1,), half),
+        "y": ((rows, columns), half),
+    }
+    return Job((launch,), buffers, ("y",))
+
+
+def decode_attention(
+    batch: int, groups: int, heads: int, tokens: int, width: int, capacity: int
+) -> Job:
+    """Attention of a step's tokens over the cache, in which their own rows are already.
+
+    Args:
+        batch: sequences.
+        groups: key and value heads.
+        heads: query heads of each; ``heads * tokens`` is at most 64.
+        tokens: per sequence, 1 to 8.
+        width: of a head, 64 or 128.
+        capacity: rows of the cache.
+
+    Raises:
+        ConfigError: the kernels do not serve this.
+    """
+    rows = heads * tokens
+    if not 1 <= tokens <= MAX_ROWS:
+        raise ConfigError(f"decode_attention takes 1 to {MAX_ROWS} tokens, not {tokens}")
+    if not 1 <= rows <= _MOST_ATTEND_ROWS:
+        raise ConfigError(
+            f"decode_attention takes up to {_MOST_ATTEND_ROWS} rows per group of heads, not "
+            f"{heads} heads of {tokens} tokens; give fewer tokens at once"
+        )
+    if width not in HEAD_WIDTHS:
+        raise ConfigError(f"decode_attention takes heads of {HEAD_WIDTHS} values, not {width}")
+    if batch < 1 or groups < 1 or capacity < 1:
+        raise ConfigError(
+            "decode_attention takes at least one sequence, group and cache row, not "
+            f"{batch}, {groups} and {capacity}"
+        )
+    # Parts of 128 rows keep an Orin's 16 multiprocessors busy from 1,024 rows of two groups on;
+    # more than 64 parts would make the partial sums a share of the traffic that counts.
+    split = max(_LEAST_SPLIT, -(-capacity // (_MOST_SPLITS * 64)) * 64)
+    splits, pairs = -(-capacity // split), batch * groups
+    half, wide, whole = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.int32)
+    attend = Launch(
+        BY_NAME[attend_name(rows, width)],
+        (splits, pairs, 1),
+        (
+            *("query", "keys", "values", "lengths", groups, rows, tokens, capacity, split),
+            *("partial", "stats"),
+        ),
+    )
+    combine = Launch(
+        BY_NAME[f"attend_combine_width{width}"],
+        (rows, pairs, 1),
+        ("partial", "stats", "lengths", groups, rows, capacity, split, splits, "output"),
+    )
+    buffers: Buffers = {
+        "query": ((batch, groups, heads, tokens, width), half),
+        "keys": ((batch, groups, capacity, width), half),
+        "values": ((batch, groups, capacity, width), half),
+        "lengths": ((batch,), whole),
+        "partial": ((batch, groups, splits, rows, width), wide),
+        "stats": ((batch, groups, splits, rows, 2), wide),
+        "output": ((batch, groups, heads, tokens, width), half),
+    }
+    return Job((attend, combine), buffers, ("output",))
+
+
+def top_k_logsumexp(rows: int, columns: int) -> Job:
+    """The largest 64 logits of each row, their places, and the logarithm of the sum of all.
+
+    Args:
+        rows: of logits.
+        columns: of the vocabulary, up to 262,144.
+
+    Raises:
+        ConfigError: the kernels do not serve this.
+    """
+    parts = -(-columns // PART)
+    if rows < 1 or not 1 <= parts <= MOST_PARTS:
+        raise ConfigError(
+            f"top_k_logsumexp takes at least one row of up to {PART * MOST_PARTS} logits, "
+            f"not {rows} of {columns}"
+        )
+    half, wide, whole = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.int32)
+    first = Launch(BY_NAME["top_k_parts"], (parts, rows, 1), ("logits", columns, "keys", "stats"))
+    merge = Launch(
+        BY_NAME["top_k_merge"],
+        (rows, 1, 1),
+        ("keys", "stats", parts, "values", "places", "logsumexp"),
+    )
+    buffers: Buffers = {
+        "logits": ((rows, columns), half),
+        "keys": ((rows, parts, KEEP), whole),
+        "stats": ((rows, parts, 2), wide),
+        "values": ((rows, KEEP), wide),
+        "places": ((rows, KEEP), whole),
+        "logsumexp": ((rows,), wide),
+    }
+    return Job((first, merge), buffers, ("values", "places", "logsumexp"))

@@ -1,0 +1,98 @@
+"""What the kernels are to compute, in NumPy and FP64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+def w4_gemv(
+    x: NDArray[np.float16],
+    planes: Sequence[NDArray[np.int8]],
+    scales: NDArray[np.float16],
+    bias: NDArray[np.float16] | None,
+) -> tuple[Floats, Floats]:
+    """``x @ (planes * scales) + bias``.
+
+    Args:
+        x: [rows, depth].
+        planes: as for `layout.pack_weights`.
+        scales: [groups, columns]; of the low plane if there are two.
+        bias: [columns], or None.
+
+    Returns:
+        The product [rows, columns], and a bound of its error by rounding sums to FP32 and the
+        result to FP16.
+    """
+    depth = x.shape[1]
+    weights = sum(plane.astype(np.float64) * 16**n for n, plane in enumerate(planes))
+    wide = np.repeat(scales.astype(np.float64), depth // len(scales), axis=0)
+    exact = x.astype(np.float64) @ (weights * wide)
+    # Each nibble is summed 24 too large, and that is taken off: the bound is of what is added.
+    top = 24.0 * sum(16**n for n in range(len(planes)))
+    size = np.abs(x.astype(np.float64)) @ ((np.abs(weights) + top) * np.abs(wide))
+    if bias is not None:
+        exact = exact + bias.astype(np.float64)
+        size = size + np.abs(bias.astype(np.float64))
+    # A thread adds at most 8 products per block, then blocks, warps and planes: 64 roundings and
+    # one per 8 blocks is more than all of them.
+    return exact, size * 2.0**-24 * (64 + depth / 256) + np.abs(exact) * 2.0**-11 + 2.0**-24
+
+
+def attend(
+    query: NDArray[np.float16],
+    keys: NDArray[np.float16],
+    values: NDArray[np.float16],
+    lengths: NDArray[np.int32],
+) -> Floats:
+    """Attention of the last tokens of each sequence over its cache.
+
+    Args:
+        query: [batch, groups, heads of a group, tokens, width].
+        keys: [batch, groups, capacity, width].
+        values: the same.
+        lengths: [batch] rows of each sequence, the tokens themselves included.
+
+    Returns:
+        As `query`; zeros where a token sees nothing.
+    """
+    tokens, width = query.shape[3:]
+    found = np.zeros(query.shape)
+    for at in np.ndindex(query.shape[:4]):
+        sequence, group, _, token = at
+        seen = min(max(int(lengths[sequence]) - tokens + 1 + token, 0), keys.shape[2])
+        if seen:
+            scores = keys[sequence, group, :seen].astype(np.float64) @ query[at].astype(np.float64)
+            scores /= np.sqrt(width)
+            weights = np.exp(scores - scores.max())
+            found[at] = weights @ values[sequence, group, :seen].astype(np.float64) / weights.sum()
+    return found
+
+
+def top_k(logits: NDArray[np.float16], keep: int) -> tuple[Floats, NDArray[np.int64], Floats]:
+    """The largest logits of each row, falling, the first place first among equals.
+
+    Args:
+        logits: [rows, columns]; -inf is allowed, NaN is not.
+        keep: how many; a row with fewer is filled with -inf at place -1.
+
+    Returns:
+        Values [rows, keep], places [rows, keep], and the logarithm of the sum of exponentials
+        [rows].
+    """
+    rows, columns = logits.shape
+    wide = logits.astype(np.float64)
+    order = np.argsort(-wide, axis=1, kind="stable")[:, :keep]
+    values = np.full((rows, keep), -np.inf)
+    places = np.full((rows, keep), -1, np.int64)
+    values[:, : min(keep, columns)] = np.take_along_axis(wide, order, 1)
+    places[:, : min(keep, columns)] = order
+    largest = wide.max(axis=1)
+    base = np.where(np.isneginf(largest), 0.0, largest)
+    with np.errstate(divide="ignore"):
+        sums = np.log(np.exp(wide - base[:, None]).sum(axis=1))
+    return values, places, base + sums

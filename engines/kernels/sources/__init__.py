@@ -1,0 +1,1 @@
+"""The kernels' Triton sources; only `scripts/kernels` and the interpreter's tests import them."""

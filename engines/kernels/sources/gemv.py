@@ -1,0 +1,112 @@
+"""``w4_gemv``: up to eight rows of FP16 times weights of 4 bits, or of 8 bits as two planes of 4.
+
+Triton: imported where kernels are compiled or interpreted, never where they run.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def w4_gemv(
+    x_ptr,
+    weights_ptr,
+    scales_ptr,
+    bias_ptr,
+    rows,
+    columns,
+    depth,
+    group_shift,
+    has_bias,
+    y_ptr,
+    ROWS: tl.constexpr,
+    PLANES: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """``y = x @ dequantized + bias``, sums in FP32, rounded once.
+
+    A program owns ``32 * PARTS`` columns. Its warps share the depth among them: warp ``i`` takes
+    the blocks of 32 weights ``i``, ``i + SLICES``, ...; the sums of the warps are added at the end,
+    in a fixed order. A thread reads the 32 weights of one column and block as 16 bytes.
+
+    Args:
+        x_ptr: [rows, depth] FP16.
+        weights_ptr: [depth / 32, PLANES, columns, 4] 32-bit words of `layout.pack_weights`.
+        scales_ptr: [depth / (32 << group_shift), columns] FP16; of the low plane if there are two.
+        bias_ptr: [columns] FP16, read if `has_bias`.
+        rows: 1 to `ROWS`.
+        columns: any number.
+        depth: a multiple of the group.
+        group_shift: 0, 1, 2 for groups of 32, 64, 128.
+        has_bias: 0 or 1.
+        y_ptr: [rows, columns] FP16.
+        ROWS: a power of two.
+        PLANES: 1 or 2.
+        PARTS: columns of a thread.
+        SLICES: number of warps.
+        UNROLL: nibbles of a word whose inputs are loaded ahead: what registers allow.
+    """
+    # The order of the axes is that in which Triton hands out lanes, warps, and at last registers.
+    part = tl.arange(0, PARTS)[:, None, None]
+    warp = tl.arange(0, SLICES)[None, :, None]
+    lane = tl.arange(0, 32)[None, None, :]
+    word = tl.arange(0, 4)[None, None, None, :]
+    column = tl.program_id(0) * (PARTS * 32) + part * 32 + lane
+    inside = column < columns
+    blocks = depth // 32
+    # Zero from a value that the compiler does not know keeps the exponent in a register: with two
+    # constants, "and" and "or" would be two instructions.
+    exponent = 0x41800000 + (rows >> 31)
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums += (tl.zeros((PARTS, SLICES, 32), tl.float32),)
+    for first in range(0, blocks, SLICES):
+        block = first + warp
+        valid = (block < blocks) & inside
+        scale = tl.load(
+            scales_ptr + (block >> group_shift) * columns + column, mask=valid, other=0.0
+        ).to(tl.float32)
+        totals = ()
+        for row in tl.static_range(ROWS):
+            # A row that is not there has no blocks.
+            here = block < tl.where(row < rows, blocks, 0)
+            inputs = tl.load(x_ptr + row * depth + block * 32 + lane, mask=here, other=0.0)
+            # Every nibble will be 24 too large.
+            excess = 24.0 * (17 if PLANES == 2 else 1) * tl.sum(inputs.to(tl.float32), 2)
+            totals += (tl.zeros((PARTS, SLICES, 32), tl.float32) - excess[:, :, None],)
+        for plane in tl.static_range(PLANES):
+            # In 64 bits: an lm_head of 8 bits passes 2 GiB of addresses sooner than it seems.
+            line = (block * PLANES + plane).to(tl.int64) * columns + column
+            words = tl.load(
+                weights_ptr + line[:, :, :, None] * 4 + word, mask=valid[:, :, :, None], other=0
+            )
+            dots = ()
+            for _ in tl.static_range(ROWS):
+                dots += (tl.zeros((PARTS, SLICES, 32, 4), tl.float32),)
+            for place in tl.range(0, 8, loop_unroll_factor=UNROLL):
+                # A nibble v + 8 as the upper bits of the mantissa of 16.0 is the float 24 + v.
+                value = (((words << 19) & 0x780000) | exponent).to(tl.float32, bitcast=True)
+                words = words >> 4
+                k = block[:, :, :, None] * 32 + place * 4 + word
+                new_dots = ()
+                for row in tl.static_range(ROWS):
+                    wanted = block < tl.where(row < rows, blocks, 0)
+                    x = tl.load(x_ptr + row * depth + k, mask=wanted[:, :, :, None], other=0.0)
+                    new_dots += (dots[row] + value * x.to(tl.float32),)
+                dots = new_dots
+            new_totals = ()
+            for row in tl.static_range(ROWS):
+                new_totals += (totals[row] + tl.sum(dots[row], 3) * (16.0 if plane else 1.0),)
+            totals = new_totals
+        new_sums = ()
+        for row in tl.static_range(ROWS):
+            new_sums += (sums[row] + totals[row] * scale,)
+        sums = new_sums
+    biased = tl.where(has_bias != 0, columns, 0)
+    bias = tl.load(bias_ptr + column, mask=column < biased, other=0.0).to(tl.float32)
+    for row in tl.static_range(ROWS):
+        y = tl.sum(sums[row], 1)[:, None, :] + bias
+        at = y_ptr + row * columns + column
+        tl.store(at, y.to(tl.float16), mask=column < tl.where(row < rows, columns, 0))

@@ -1,0 +1,173 @@
+"""Which kernels are compiled, and with what: data, without Triton.
+
+A variant is one Triton function with its compile-time constants. Its name is that of its cubin and
+of its record in the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+ARCHITECTURES = (80, 87, 90)
+"""Compute capabilities, times ten. 80 is Ampere, and runs on other desktop GPUs of 8.x, Ada too; 87
+is the Orin; 90 is Hopper."""
+MAX_ROWS = 8
+"""Of a product, or tokens per sequence: beyond that tensor cores win, and TensorRT has those."""
+BLOCK = 32
+"""Weights of a column that lie together, in 16 bytes; a group is a multiple of it."""
+HEAD_WIDTHS = (64, 128)
+KEEP = 64
+"""Logits that are kept of a row."""
+PART = 4096
+"""Logits that one program looks at."""
+MOST_PARTS = 64
+"""Of a row, so its length is at most 262,144."""
+
+Type = Literal["*fp16", "*fp32", "*i32", "i32"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel to compile.
+
+    Attributes:
+        name: of the variant.
+        source: module under `sources`.
+        function: in it, and the cubin's entry point.
+        parameters: names and types in order: inputs, numbers, outputs.
+        constants: compile-time constants.
+        warps: threads of a program, by 32.
+        stages: how deep loads of a loop are put ahead through shared memory; 1 is not at all.
+        aligned: numbers that are multiples of 16, which wide loads need. Pointers always are.
+    """
+
+    name: str
+    source: str
+    function: str
+    parameters: dict[str, Type]
+    constants: dict[str, int | float]
+    warps: int
+    stages: int = 1
+    aligned: frozenset[str] = field(default_factory=frozenset)
+
+
+def gemv_name(rows: int, planes: int) -> str:
+    """Variant for this many rows (up to 8) and planes of weights (1 or 2)."""
+    return f"w4_gemv_rows{_power(rows, 1)}_planes{planes}"
+
+
+def attend_name(rows: int, width: int) -> str:
+    """Variant for ``heads of a group * tokens`` rows (up to 64)."""
+    return f"attend_split_rows{16 if rows <= 16 else 64}_width{width}"
+
+
+def _power(number: int, least: int) -> int:
+    return max(1 << (number - 1).bit_length(), least)
+
+
+def _gemv(rows: int, planes: int) -> Variant:
+    # Eight rows in one loop of all eight nibbles would spill: inputs are loaded too far ahead.
+    warps, unroll = {1: (8, 8), 2: (8, 8), 4: (4, 2), 8: (4, 2 if planes == 1 else 1)}[rows]
+    return Variant(
+        gemv_name(rows, planes),
+        "gemv",
+        "w4_gemv",
+        {
+            "x_ptr": "*fp16",
+            "weights_ptr": "*i32",
+            "scales_ptr": "*fp16",
+            "bias_ptr": "*fp16",
+            "rows": "i32",
+            "columns": "i32",
+            "depth": "i32",
+            "group_shift": "i32",
+            "has_bias": "i32",
+            "y_ptr": "*fp16",
+        },
+        {"ROWS": rows, "PLANES": planes, "PARTS": 2, "SLICES": warps, "UNROLL": unroll},
+        warps,
+        aligned=frozenset({"depth"}),
+    )
+
+
+def _attend(rows: int, width: int) -> Variant:
+    return Variant(
+        attend_name(rows, width),
+        "attention",
+        "attend_split",
+        {
+            "query_ptr": "*fp16",
+            "keys_ptr": "*fp16",
+            "values_ptr": "*fp16",
+            "lengths_ptr": "*i32",
+            "groups": "i32",
+            "rows": "i32",
+            "tokens": "i32",
+            "capacity": "i32",
+            "split_rows": "i32",
+            "partial_ptr": "*fp32",
+            "stats_ptr": "*fp32",
+        },
+        {
+            "ROWS": rows,
+            "WIDTH": width,
+            "BLOCK": 64,
+            "SCALE": math.log2(math.e) / math.sqrt(width),
+        },
+        4,
+        stages=2,
+    )
+
+
+def _combine(width: int) -> Variant:
+    return Variant(
+        f"attend_combine_width{width}",
+        "attention",
+        "attend_combine",
+        {
+            "partial_ptr": "*fp32",
+            "stats_ptr": "*fp32",
+            "lengths_ptr": "*i32",
+            "groups": "i32",
+            "rows": "i32",
+            "capacity": "i32",
+            "split_rows": "i32",
+            "splits": "i32",
+            "output_ptr": "*fp16",
+        },
+        {"WIDTH": width},
+        1,
+    )
+
+
+VARIANTS: tuple[Variant, ...] = (
+    *(_gemv(rows, planes) for rows in (1, 2, 4, 8) for planes in (1, 2)),
+    *(_attend(rows, width) for rows in (16, 64) for width in HEAD_WIDTHS),
+    *(_combine(width) for width in HEAD_WIDTHS),
+    Variant(
+        "top_k_parts",
+        "top_k",
+        "top_k_parts",
+        {"logits_ptr": "*fp16", "columns": "i32", "keys_ptr": "*i32", "stats_ptr": "*fp32"},
+        {"PART": PART, "KEEP": KEEP},
+        8,
+    ),
+    Variant(
+        "top_k_merge",
+        "top_k",
+        "top_k_merge",
+        {
+            "keys_ptr": "*i32",
+            "stats_ptr": "*fp32",
+            "parts": "i32",
+            "values_ptr": "*fp32",
+            "places_ptr": "*i32",
+            "logsumexp_ptr": "*fp32",
+        },
+        {"PART": PART, "KEEP": KEEP, "PARTS": MOST_PARTS, "BLOCK": 512},
+        4,
+    ),
+)
+BY_NAME = {variant.name: variant for variant in VARIANTS}

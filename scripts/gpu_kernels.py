@@ -1,0 +1,337 @@
+"""``scripts/gpu-check kernels``: edge-llm's own kernels on the GPU that is here, without TensorRT.
+
+Each is loaded by the CUDA driver, held against NumPy at the shapes of R1-Distill-Qwen-1.5B, and
+timed. Beside its bytes per second stands what the card reaches when it copies. Inputs are so many
+that no cache holds them from one run to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends.cuda import Device, DeviceMemory, PinnedMemory, Stream
+from edge.backends.cuda.kernels import Kernel, Timer
+from edge.errors import EdgeError
+from engines.kernels import launch, reference
+from engines.kernels.layout import pack_weights
+from engines.kernels.package import Cubin, load_cubins
+from engines.kernels.variants import KEEP
+
+Arrays = dict[str, NDArray[Any]]
+_COPY_BYTES = 256 << 20
+_MOST_COPIES = 32
+_RUNS = 20
+_COLUMNS = 4096  # of a reference product at once: it is in FP64
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation at one shape.
+
+    Attributes:
+        name: what it is in the model.
+        job: the kernels.
+        make_inputs: of the job; large, so only one case's are there at a time.
+        num_bytes: that must be read and written at least.
+    """
+
+    name: str
+    job: launch.Job
+    make_inputs: Callable[[], Arrays]
+    num_bytes: int
+
+    def find_fault(self, inputs: Arrays, outputs: Arrays) -> str | None:
+        """What is wrong with the outputs, or None."""
+        if "y" in outputs:
+            return _product_fault(inputs, outputs["y"])
+        if "output" in outputs:
+            found = reference.attend(
+                *(inputs[name] for name in ("query", "keys", "values", "lengths"))
+            )
+            # Weights are FP16 in the second product.
+            bound = 2.5e-3 * float(np.abs(inputs["values"]).max()) + 1e-6
+            return _fault(np.abs(outputs["output"] - found), np.full(found.shape, bound))
+        best, places, total = reference.top_k(inputs["logits"], KEEP)
+        if not (outputs["places"] == places).all() or not (outputs["values"] == best).all():
+            return "other logits are the largest"
+        return _fault(np.abs(outputs["logsumexp"] - total), 3e-6 * np.abs(total) + 3e-6)
+
+
+def _fault(error: NDArray[Any], bound: NDArray[Any]) -> str | None:
+    wrong = ~(error <= bound)  # NaN is wrong
+    if not wrong.any():
+        return None
+    return f"{int(wrong.sum())} of {wrong.size} values are off by up to {np.max(error):.3g}"
+
+
+def _product_fault(inputs: Arrays, y: NDArray[Any]) -> str | None:
+    errors, bounds = [], []
+    for first in range(0, y.shape[1], _COLUMNS):
+        part = slice(first, first + _COLUMNS)
+        exact, bound = reference.w4_gemv(
+            inputs["x"],
+            [inputs[name][:, part] for name in ("low", "high") if name in inputs],
+            inputs["scales"][:, part],
+            inputs["bias"][part] if "bias" in inputs else None,
+        )
+        errors.append(np.abs(y[:, part] - exact))
+        bounds.append(bound)
+    return _fault(np.concatenate(errors, 1), np.concatenate(bounds, 1))
+
+
+def product(
+    name: str, rows: int, columns: int, depth: int, group: int, planes: int, *, bias: bool = False
+) -> Case:
+    """A product with random weights."""
+    job = launch.w4_gemv(rows, columns, depth, group=group, planes=planes, bias=bias)
+    return Case(
+        name,
+        job,
+        lambda: _product_inputs(rows, columns, depth, group, planes, bias),
+        _bytes_of(job, ("x", "weights", "scales", "y")),
+    )
+
+
+def _product_inputs(
+    rows: int, columns: int, depth: int, group: int, planes: int, bias: bool
+) -> Arrays:
+    random = np.random.default_rng(0)
+    weights = [random.integers(-8, 8, (depth, columns), np.int8) for _ in range(planes)]
+    inputs: Arrays = {
+        "x": random.standard_normal((rows, depth)).astype(np.float16),
+        "weights": pack_weights(weights),
+        "scales": (random.uniform(0.5, 2, (depth // group, columns)) * 0.01).astype(np.float16),
+        **dict(zip(("low", "high"), weights, strict=False)),
+    }
+    if bias:
+        inputs["bias"] = random.standard_normal(columns).astype(np.float16)
+    return inputs
+
+
+def attention(
+    name: str, lengths: list[int], groups: int, heads: int, tokens: int, width: int, capacity: int
+) -> Case:
+    """Attention over a cache of random rows."""
+    job = launch.decode_attention(len(lengths), groups, heads, tokens, width, capacity)
+
+    def make_inputs() -> Arrays:
+        random = np.random.default_rng(0)
+        inputs: Arrays = {
+            each: random.standard_normal(job.buffers[each][0]).astype(np.float16)
+            for each in ("query", "keys", "values")
+        }
+        inputs["lengths"] = np.array(lengths, np.int32)
+        return inputs
+
+    return Case(name, job, make_inputs, 4 * sum(lengths) * groups * width)
+
+
+def logits(name: str, rows: int, columns: int) -> Case:
+    """The largest of random logits."""
+
+    def make_inputs() -> Arrays:
+        random = np.random.default_rng(0)
+        return {"logits": (random.standard_normal((rows, columns)) * 5).astype(np.float16)}
+
+    return Case(name, launch.top_k_logsumexp(rows, columns), make_inputs, 2 * rows * columns)
+
+
+def _bytes_of(job: launch.Job, names: Sequence[str]) -> int:
+    found = (job.buffers[name] for name in names)
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in found)
+
+
+def make_cases() -> list[Case]:
+    """The shapes of R1-Distill-Qwen-1.5B: every kernel that is compiled runs."""
+    return [
+        product("q, INT4 g32, bias", 1, 1536, 1536, 32, 1, bias=True),
+        *(product(f"gate and up, INT4 g32, {n} rows", n, 17920, 1536, 32, 1) for n in (1, 2, 4, 8)),
+        product("down, INT4 g128", 1, 1536, 8960, 128, 1),
+        *(product(f"lm_head, INT8 g64, {n} rows", n, 37984, 1536, 64, 2) for n in (1, 2, 4, 8)),
+        attention("attention, 1 x 4096 of 8192", [4096], 2, 6, 1, 128, 8192),
+        attention("attention, 8 tokens, 4 x 700", [700] * 4, 2, 6, 8, 128, 1024),
+        attention("attention, width 64, 2 x 1000", [1000, 999], 3, 3, 1, 64, 1024),
+        attention("attention, width 64, 8 tokens", [1000, 8], 3, 3, 8, 64, 1024),
+        logits("top 64 of 151,936", 1, 151_936),
+    ]
+
+
+class Bench:
+    """Runs cases on a GPU.
+
+    Args:
+        device: whose context is current.
+        cubins: of all kernels.
+    """
+
+    def __init__(self, device: Device, cubins: dict[str, Cubin]) -> None:
+        self._device, self._cubins = device, cubins
+        self._stack = ExitStack()
+        self._stream = self._own(Stream(device))
+        self._timer = self._own(Timer(device))
+        self._kernels: dict[str, Kernel] = {}
+
+    def _own(self, thing: Any) -> Any:
+        return self._stack.enter_context(closing(thing))
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._stack.close()
+
+    def copy_bandwidth(self, num_bytes: int = _COPY_BYTES) -> float:
+        """Bytes per second, read and written, of a copy on the device."""
+        with ExitStack() as stack:
+            source, target = (
+                stack.enter_context(closing(DeviceMemory(self._device, num_bytes, "a copy")))
+                for _ in range(2)
+            )
+            self._stream.clear(source.address, num_bytes)
+
+            def copy() -> None:
+                self._device.graph_call(
+                    "copy on the GPU",
+                    "cuMemcpyDtoDAsync",
+                    target.address,
+                    source.address,
+                    num_bytes,
+                    self._stream.handle,
+                )
+
+            copy()
+            return 2 * num_bytes / self._time([copy])
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """Check and time one case."""
+        inputs = case.make_inputs()
+        copies = max(1, min(_MOST_COPIES, _COPY_BYTES // case.num_bytes))
+        with ExitStack() as stack:
+            places = [self._allocate(stack, case, inputs) for _ in range(copies)]
+            self._launch(case, places[0])
+            fault = case.find_fault(inputs, self._read(stack, case, places[0]))
+            seconds = self._time([lambda at=at: self._launch(case, at) for at in places])
+        return {
+            "case": case.name,
+            "fault": fault,
+            "us": seconds * 1e6,
+            "gb_s": case.num_bytes / seconds / 1e9,
+        }
+
+    def _time(self, runs: list[Any]) -> float:
+        """Median seconds of one, over rounds of all."""
+        found = []
+        for _ in range(_RUNS):
+            self._timer.start(self._stream)
+            for run in runs:
+                run()
+            self._timer.end(self._stream)
+            found.append(self._timer.read_s() / len(runs))
+        return float(np.median(found))
+
+    def _allocate(self, stack: ExitStack, case: Case, inputs: Arrays) -> dict[str, int]:
+        places = {}
+        for name, (shape, dtype) in case.job.buffers.items():
+            num_bytes = int(np.prod(shape)) * dtype.itemsize
+            memory = stack.enter_context(closing(DeviceMemory(self._device, num_bytes, name)))
+            places[name] = memory.address
+            if name in inputs:
+                with closing(PinnedMemory(self._device, num_bytes, name, mapped=False)) as pinned:
+                    pinned.array[...] = inputs[name].reshape(-1).view(np.uint8)
+                    self._stream.upload(memory.address, pinned.array)
+                    self._stream.synchronize()
+            else:
+                self._stream.clear(memory.address, num_bytes)
+        return places
+
+    def _launch(self, case: Case, places: dict[str, int]) -> None:
+        for each in case.job.launches:
+            name = each.variant.name
+            cubin = self._cubins[name]
+            if name not in self._kernels:
+                self._kernels[name] = self._own(
+                    Kernel(
+                        self._device,
+                        cubin.image,
+                        cubin.entry,
+                        threads=cubin.threads,
+                        shared_bytes=cubin.shared_bytes,
+                    )
+                )
+            values = tuple(
+                (places[value], True) if isinstance(value, str) else (value, False)
+                for value in each.arguments
+            )
+            unused = ((0, True),) * cubin.unused_parameters
+            self._kernels[name].launch(self._stream, each.grid, values + unused)
+
+    def _read(self, stack: ExitStack, case: Case, places: dict[str, int]) -> Arrays:
+        found = {}
+        for name in case.job.outputs:
+            shape, dtype = case.job.buffers[name]
+            num_bytes = int(np.prod(shape)) * dtype.itemsize
+            pinned = stack.enter_context(
+                closing(PinnedMemory(self._device, num_bytes, name, mapped=False))
+            )
+            self._stream.download(pinned.array, places[name])
+            self._stream.synchronize()
+            found[name] = pinned.array.view(dtype).reshape(shape).copy()
+        return found
+
+
+def check(cases: Sequence[Case], copy_bytes: int = _COPY_BYTES) -> dict[str, Any]:
+    """Run cases on the GPU that is here.
+
+    Raises:
+        DependencyError: no GPU, no cuda-bindings, or no kernels for this GPU.
+        DeviceError: a kernel failed.
+    """
+    device = Device()
+    cubins = load_cubins(device.compute_capability)
+    with device.active(), closing(Bench(device, cubins)) as bench:
+        copied = bench.copy_bandwidth(copy_bytes)
+        return {
+            "device": device.name,
+            "compute_capability": device.compute_capability,
+            "copy_gb_s": copied / 1e9,
+            "cases": [bench.run(case) for case in cases],
+        }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [
+        f"{report['device']}, compute capability {report['compute_capability']}: a copy on the "
+        f"device moves {report['copy_gb_s']:.1f} GB/s"
+    ]
+    lines += [
+        f"  {case['case']:<32}{case['us']:>10.1f} us {case['gb_s']:>8.1f} GB/s  "
+        f"{case['gb_s'] / report['copy_gb_s']:>4.0%} of a copy  {case['fault'] or 'right'}"
+        for case in report["cases"]
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = None) -> int:
+    """Print the report; 1 if a kernel computes something else than NumPy or fails."""
+    parser = argparse.ArgumentParser(prog="gpu-check kernels", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        report = check(make_cases() if cases is None else cases)
+    except EdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report) if options.json else render(report))
+    return int(any(case["fault"] for case in report["cases"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""The kernels, run by Triton's interpreter, compute what NumPy does, and touch nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from engines.kernels import launch, reference
+from engines.kernels.layout import pack_weights
+from engines.kernels.variants import BY_NAME, KEEP, PART, VARIANTS
+
+from .interpreted import Buffer, Trace, run
+
+settings.register_profile("load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("load")
+EXAMPLES = 12
+
+
+def execute(
+    job: launch.Job, own_sort: bool = True, **inputs: NDArray[Any]
+) -> tuple[dict[str, Buffer], Trace]:
+    """Run a job; what no input fills holds NaN, or -1."""
+    buffers = {}
+    for name, (shape, dtype) in job.buffers.items():
+        filler = np.nan if dtype.kind == "f" else -1
+        array = inputs.pop(name, np.full(shape, filler, dtype))
+        assert (array.shape, array.dtype) == (shape, dtype), name
+        buffers[name] = Buffer(array)
+    assert not inputs
+    return buffers, run(list(job.launches), buffers, own_sort=own_sort)
+
+
+@st.composite
+def halves(draw: st.DrawFn, shape: tuple[int, ...], largest: float = 100.0) -> Any:
+    """Values of very different sizes, of one sign, all equal, or zero."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(["normal", "wide", "positive", "equal", "outlier", "zero"]))
+    values = random.standard_normal(shape)
+    if kind == "wide":
+        values *= 10.0 ** random.uniform(-6, 1, shape)
+    elif kind == "positive":
+        values = np.abs(values)
+    elif kind == "equal":
+        values = np.full(shape, random.standard_normal())
+    elif kind == "outlier":
+        values[..., random.integers(shape[-1])] = largest
+    elif kind == "zero":
+        values = np.zeros(shape)
+    return values.clip(-largest, largest).astype(np.float16)
+
+
+@st.composite
+def products(draw: st.DrawFn) -> tuple[Any, ...]:
+    group = draw(st.sampled_from(launch.GROUPS))
+    depth = group * draw(st.integers(1, 640 // group))
+    columns = draw(st.sampled_from([1, 2, 31, 32, 63, 64, 65, 96, 130]))
+    rows = draw(st.integers(1, 8))
+    planes = draw(st.integers(1, 2))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    weights = [random.integers(-8, 8, (depth, columns)).astype(np.int8) for _ in range(planes)]
+    extreme = draw(st.sampled_from([None, -8, 7, 0]))
+    if extreme is not None:
+        weights = [np.full_like(plane, extreme) for plane in weights]
+    scales = (random.uniform(0.2, 2.0, (depth // group, columns)) * 0.01).astype(np.float16)
+    scales[0, 0] = np.float16(6e-8)  # the smallest that is not zero
+    bias = draw(st.none() | halves((columns,)))
+    return draw(halves((rows, depth))), weights, scales, bias, group
+
+
+@settings(max_examples=EXAMPLES)
+@given(products())
+def test_a_product_is_that_of_numpy(case: tuple[Any, ...]):
+    x, planes, scales, bias, group = case
+    (rows, depth), columns = x.shape, planes[0].shape[1]
+    job = launch.w4_gemv(
+        rows, columns, depth, group=group, planes=len(planes), bias=bias is not None
+    )
+    inputs = {"x": x, "weights": pack_weights(planes), "scales": scales}
+    if bias is not None:
+        inputs["bias"] = bias
+    buffers, trace = execute(job, **inputs)
+    exact, bound = reference.w4_gemv(x, planes, scales, bias)
+    assert (np.abs(buffers["y"].array - exact) <= bound).all()
+    assert (trace.reads(buffers["weights"]) == 1).all()
+    assert (trace.writes(buffers["y"]) == 1).all()
+    if bias is None:
+        assert (trace.reads(buffers["bias"]) == 0).all()
+
+
+def test_one_weight_is_seen_by_one_output():
+    """Every place of the layout, on its own: a wrong place cannot hide in a sum."""
+    depth, columns = 64, 33
+    plane = (np.arange(depth * columns).reshape(depth, columns) * 7 % 16 - 8).astype(np.int8)
+    scales = np.ones((2, columns), np.float16)
+    for k in range(0, depth, 8):
+        x = np.eye(depth, dtype=np.float16)[k : k + 8]
+        job = launch.w4_gemv(8, columns, depth, group=32)
+        buffers, _ = execute(job, x=x, weights=pack_weights([plane]), scales=scales)
+        assert (buffers["y"].array == plane[k : k + 8]).all()
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> tuple[Any, ...]:
+    batch, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    tokens = draw(st.integers(1, 8))
+    heads = draw(st.integers(1, 64 // tokens if tokens > 1 else 12).filter(lambda n: n <= 12))
+    width = draw(st.sampled_from([64, 128]))
+    capacity = draw(st.sampled_from([1, 63, 64, 65, 128, 200, 300]))
+    lengths = draw(st.lists(st.integers(0, capacity), min_size=batch, max_size=batch))
+    query = draw(halves((batch, groups, heads, tokens, width), 8.0))
+    keys = draw(halves((batch, groups, capacity, width), 8.0))
+    values = draw(halves((batch, groups, capacity, width)))
+    return query, keys, values, np.array(lengths, np.int32)
+
+
+@settings(max_examples=EXAMPLES)
+@given(attentions())
+def test_attention_is_that_of_numpy_and_reads_no_row_that_does_not_count(case: tuple[Any, ...]):
+    query, keys, values, lengths = case
+    batch, groups, heads, tokens, width = query.shape
+    capacity = keys.shape[2]
+    for sequence, length in enumerate(lengths):  # a read of these would be seen in the sums
+        keys[sequence, :, length:] = np.nan
+        values[sequence, :, length:] = np.nan
+    job = launch.decode_attention(batch, groups, heads, tokens, width, capacity)
+    buffers, trace = execute(job, query=query, keys=keys, values=values, lengths=lengths)
+    exact = reference.attend(query, keys, values, lengths)
+    # Weights are FP16 in the second product: half a unit of each, of values up to the largest.
+    size = max((np.abs(values[i, :, :n]).max() for i, n in enumerate(lengths) if n), default=0.0)
+    assert (np.abs(buffers["output"].array - exact) <= 2.5e-3 * float(size) + 1e-6).all()
+    counts = np.arange(capacity) < lengths[:, None]
+    for name in ("keys", "values"):
+        reads = trace.reads(buffers[name])
+        assert (reads == counts[:, None, :, None]).all(), f"{name}: not each row once"
+    assert (trace.writes(buffers["output"]) == 1).all()
+
+
+@st.composite
+def logits(draw: st.DrawFn) -> Any:
+    rows = draw(st.integers(1, 2))
+    columns = draw(st.sampled_from([1, 63, 64, 65, PART - 1, PART, PART + 1, 3 * PART + 17]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(["normal", "few values", "equal", "zeros", "falling", "masked"]))
+    values = (random.standard_normal((rows, columns)) * 5).astype(np.float16)
+    if kind == "few values":
+        values = random.integers(-2, 3, values.shape).astype(np.float16)
+    elif kind == "equal":
+        values[...] = values[0, 0]
+    elif kind == "zeros":
+        values = np.copysign(np.zeros_like(values), values)
+    elif kind == "falling":
+        values = np.linspace(6e4, -6e4, columns).astype(np.float16)[None].repeat(rows, 0)
+    elif kind == "masked":
+        values[random.random(values.shape) < 0.9] = -np.inf
+    return values
+
+
+@settings(max_examples=EXAMPLES)
+@given(logits())
+@example(np.full((1, 70), -np.inf, np.float16))
+@example((np.arange(151_936) * 7 % 1009).reshape(1, -1).astype(np.float16))
+def test_the_largest_logits_and_the_sum_are_those_of_numpy(values: NDArray[np.float16]):
+    buffers, trace = execute(launch.top_k_logsumexp(*values.shape), logits=values)
+    best, places, total = reference.top_k(values, KEEP)
+    assert (buffers["values"].array == best).all()
+    assert (buffers["places"].array == places).all()
+    finite = np.isfinite(total)
+    assert (buffers["logsumexp"].array[~finite] == total[~finite]).all()
+    np.testing.assert_allclose(buffers["logsumexp"].array[finite], total[finite], 3e-6, 3e-6)
+    assert (trace.reads(buffers["logits"]) == 1).all()
+
+
+def test_tritons_sort_gives_the_same():
+    values = (np.arange(70)[None] * 29 % 41).astype(np.float16)
+    found = [
+        execute(launch.top_k_logsumexp(1, 70), own_sort=own, logits=values)[0]
+        for own in (True, False)
+    ]
+    for name in ("keys", "values", "places"):
+        assert (found[0][name].array == found[1][name].array).all()
+
+
+def test_every_variant_was_run():
+    """Shapes that the tests above draw lead to each kernel that is compiled."""
+    jobs = [
+        *(launch.w4_gemv(r, 1, 32, group=32, planes=p) for r in range(1, 9) for p in (1, 2)),
+        *(launch.decode_attention(1, 1, h, 1, w, 64) for h in (1, 17) for w in (64, 128)),
+        launch.top_k_logsumexp(1, 1),
+    ]
+    used = {each.variant.name for job in jobs for each in job.launches}
+    assert used == set(BY_NAME) == {variant.name for variant in VARIANTS}

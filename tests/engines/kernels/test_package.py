@@ -1,0 +1,144 @@
+"""The compiled kernels in the package, their manifest, and which of them a GPU gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge.bundle.schemes import HIGH_PLANE
+from edge.errors import ConfigError, DependencyError, IntegrityError
+from engines.kernels import launch
+from engines.kernels.layout import pack_weights, unpack_weights
+from engines.kernels.package import DATA, choose_architecture, load_cubins
+from engines.kernels.variants import ARCHITECTURES, BY_NAME, VARIANTS
+from export.quantize.packing import split_planes, unpack_int4
+from scripts.kernel_sass import budget, read_sass, resident_warps
+
+MANIFEST = json.loads((DATA / "manifest.json").read_text("utf-8"))
+
+
+def test_the_package_has_every_kernel_for_every_architecture():
+    assert {int(name) for name in MANIFEST["architectures"]} == set(ARCHITECTURES)
+    for architecture in ARCHITECTURES:
+        cubins = load_cubins(f"{architecture // 10}.{architecture % 10}")
+        assert set(cubins) == set(BY_NAME)
+        for variant in VARIANTS:
+            assert cubins[variant.name].threads == 32 * variant.warps
+            assert b".text." + variant.function.encode() + b"\0" in cubins[variant.name].image
+
+
+def test_nothing_is_spilled_on_an_orin_and_the_package_stays_small():
+    records = MANIFEST["architectures"]["87"].values()
+    assert all(record["spilled_bytes"] == 0 for record in records)
+    assert sum(path.stat().st_size for path in DATA.iterdir()) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("capability", "taken"),
+    [("8.7", 87), ("8.6", 86), ("8.8", 86), ("8.9", 89), ("9.0", 90), ("10.3", 100), ("11.0", 110)],
+)
+def test_a_gpu_gets_its_own_code_or_that_of_an_older_one_of_its_generation(
+    capability: str, taken: int
+):
+    assert choose_architecture(capability, [80, 86, 87, 89, 90, 100, 110]) == taken
+
+
+@pytest.mark.parametrize("capability", ["7.5", "12.0"])
+def test_a_gpu_of_another_generation_gets_none(capability: str):
+    with pytest.raises(DependencyError, match=f"this GPU has {capability}"):
+        load_cubins(capability)
+
+
+def test_an_orin_runs_no_code_of_other_gpus():
+    with pytest.raises(DependencyError, match=r"this GPU has 8\.7"):
+        choose_architecture("8.7", [80, 86])
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path):
+    data = tmp_path / "data"
+    shutil.copytree(DATA, data)
+    manifest: dict[str, Any] = json.loads(json.dumps(MANIFEST))
+    manifest["architectures"]["87"]["top_k_parts"]["offset"] += 1
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match=r"top_k_parts .* damaged.*install"):
+        load_cubins("8.7", data)
+    (data / "manifest.json").write_text(json.dumps(MANIFEST))
+    (data / "sm87.xz").write_bytes((DATA / "sm87.xz").read_bytes()[:-20])
+    with pytest.raises(IntegrityError, match="do not read"):
+        load_cubins("8.7", data)
+
+
+def test_the_kernels_order_holds_the_exporters_integers():
+    """An INT8 weight goes through the exporter's two planes of ONNX INT4, and comes back."""
+    random = np.random.default_rng(0)
+    weights = random.integers(-128, 120, (96, 5)).astype(np.int8)
+    planes = [unpack_int4(packed, weights.shape) for packed in split_planes(weights)]
+    packed = pack_weights(planes)
+    assert packed.nbytes == weights.nbytes
+    low, high = unpack_weights(packed)
+    assert (low.astype(int) + HIGH_PLANE * high.astype(int) == weights).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: launch.w4_gemv(9, 64, 64, group=32), "1 to 8 rows, not 9"),
+        (lambda: launch.w4_gemv(1, 64, 64, group=16), "not 16"),
+        (lambda: launch.w4_gemv(1, 64, 96, group=64), "multiple of the group 64, not 96"),
+        (lambda: launch.w4_gemv(1, 64, 64, group=32, planes=3), "not 3"),
+        (lambda: launch.decode_attention(1, 1, 9, 8, 128, 64), "9 heads of 8 tokens"),
+        (lambda: launch.decode_attention(1, 1, 1, 9, 128, 64), "1 to 8 tokens, not 9"),
+        (lambda: launch.decode_attention(1, 1, 1, 1, 96, 64), "not 96"),
+        (lambda: launch.decode_attention(0, 1, 1, 1, 64, 64), "at least one sequence"),
+        (lambda: launch.top_k_logsumexp(1, 1 << 19), "up to 262144"),
+        (lambda: pack_weights([np.zeros((33, 2), np.int8)]), "multiple of 32, not 33"),
+        (lambda: pack_weights([np.zeros((32, n), np.int8) for n in (1, 2)]), "same shape"),
+    ],
+)
+def test_what_the_kernels_do_not_serve_is_refused(make: Any, said: str):
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+@pytest.mark.parametrize("capacity", [1, 127, 128, 4096, 8192, 8193, 131_072])
+def test_parts_of_the_cache_cover_it_and_are_few(capacity: int):
+    split, combine = launch.decode_attention(1, 2, 6, 1, 128, capacity).launches
+    rows = split.arguments[8]
+    assert isinstance(rows, int)
+    assert rows % 64 == 0
+    assert (split.grid[0] - 1) * rows < capacity <= split.grid[0] * rows
+    assert split.grid[0] <= 64
+    assert combine.arguments[7] == split.grid[0]
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              @P0  LDG.E.128 R4, [R2.64] ;
+.L_x_2:
+        /*0020*/                   FFMA R4, R4, R5, R6 ;
+        /*0030*/              @P1  BRA `(.L_x_2) ;
+        /*0040*/             @!UP0 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+.L_x_3:
+        /*0060*/                   BRA `(.L_x_3);
+"""
+
+
+def test_loops_and_loads_are_read_from_machine_code():
+    sass = read_sass(SASS)
+    assert sass.loops == ((2, 3), (1, 4))
+    assert sass.count("LDG.E.128", *sass.loops[1]) == 1
+    assert sass.count("LDG.E.128", *sass.loops[0]) == 0
+
+
+def test_the_orins_limits():
+    assert budget(1) == pytest.approx(7.3, abs=0.05)
+    assert resident_warps({"threads": 256, "registers": 64, "shared_bytes": 0}) == 32
+    assert resident_warps({"threads": 256, "registers": 32, "shared_bytes": 0}) == 48
+    assert resident_warps({"threads": 128, "registers": 32, "shared_bytes": 80 * 1024}) == 8
