@@ -96,7 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif not self._admitted():
             self._error(401, "wrong key")
         elif self.path == "/v1/models":
-            self._json(200, {"data": [self._card(name) for name in self.server.models]})
+            cards = [self._card(name) for name in self.server.models]
+            self._json(200, {"data": [*cards, {**self._card("vectors"), "task": "embed"}]})
         elif self.path.startswith("/tokenizer_info"):
             self._json(200, {"control_tokens": {"<think>": THINK, "</think>": THINK_END}})
         elif self.path == "/stats":

@@ -71,7 +71,7 @@ export default {
   "next": "Next version",
   "no_answer": "The model gave no answer.",
   "no_limit": "no limit",
-  "no_model": "no model is served",
+  "no_model": "no model that writes is served",
   "no_reason": "the server gave no reason",
   "no_thinking": "Skip reasoning",
   "none": "0",

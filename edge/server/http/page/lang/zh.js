@@ -71,7 +71,7 @@ export default {
   "next": "下一个版本",
   "no_answer": "模型没有给出回答。",
   "no_limit": "不限",
-  "no_model": "没有可用的模型",
+  "no_model": "没有可对话的模型",
   "no_reason": "服务器没有说明原因",
   "no_thinking": "跳过推理",
   "none": "0",

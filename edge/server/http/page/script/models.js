@@ -13,7 +13,8 @@ import { t } from "./words.js";
 export async function loadModels() {
   const select = $("model");
   try {
-    state.models = (await getJSON("/v1/models")).data.map((model) => ({ ...model, id: String(model.id) }));
+    const served = (await getJSON("/v1/models")).data.filter(({ task }) => (task ?? "generate") === "generate");
+    state.models = served.map((model) => ({ ...model, id: String(model.id) }));
     const wanted = load("model", select.value);
     select.replaceChildren(...state.models.map(({ id }) => new Option(id, id, false, id === wanted)));
     select.disabled = state.models.length === 0;
