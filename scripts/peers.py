@@ -242,24 +242,28 @@ def genai_python(work: Path) -> Path:
     python = work / "venv-genai" / "bin" / "python"
     if not python.exists():
         run([sys.executable, "-m", "venv", python.parents[1]])
-        packages = [*ORT_GENAI, "onnx", "onnx_ir", "torch", "gguf", "numpy"]
+        packages = [*ORT_GENAI, "onnx", "onnx_ir", "torch", "accelerate", "gguf", "numpy"]
         run([python, "-m", "pip", "install", "-q", *packages])
     return python
 
 
+# By hand: transformers does not save what it has read from a GGUF file.
 _FROM_GGUF = """
-import sys, pathlib, torch, transformers
+import json, sys, pathlib, torch, transformers
+from safetensors.torch import save_file
 gguf, output = map(pathlib.Path, sys.argv[1:])
-for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
-    options = {"dtype": torch.float16} if kind is transformers.AutoModelForCausalLM else {}
-    loaded = kind.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **options)
-    if hasattr(loaded, "dequantize"):
-        loaded.config.quantization_config = None
-    loaded.save_pretrained(str(output))
-config = output / "config.json"
-fields = __import__("json").loads(config.read_text())
-fields.pop("quantization_config", None)
-config.write_text(__import__("json").dumps(fields))
+read = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+model = transformers.AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float16)
+tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+if model.config.tie_word_embeddings:
+    del tensors["lm_head.weight"]
+output.mkdir(exist_ok=True)
+save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+model.generation_config.save_pretrained(output)
+transformers.AutoTokenizer.from_pretrained(**read).save_pretrained(output)
+config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+del config["quantization_config"]
+(output / "config.json").write_text(json.dumps(config))
 """
 
 

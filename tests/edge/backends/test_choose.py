@@ -153,7 +153,13 @@ def test_the_node_that_decides(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "verb",
-    [["run", "hello"], ["chat"], ["bench"], ["verify"], ["serve", "--port", "0"]],
+    [
+        ["run", "hello"],
+        ["chat"],
+        ["bench", "--prompt-tokens", "8", "--output-tokens", "8"],
+        ["verify"],
+        ["serve", "--port", "0"],
+    ],
     ids=lambda verb: str(verb[0]),
 )
 def test_every_verb_ends_with_the_reason_and_the_cure(

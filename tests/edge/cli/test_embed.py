@@ -38,6 +38,7 @@ def test_verbs_that_generate_refuse_an_embedder(
     bundle = pooling_bundles("embed")
     words = {
         "run": ["run", bundle, "hello"],
+        "bench": ["bench", bundle, "--prompt-tokens", 8, "--output-tokens", 8],
         "cache": ["cache", "build", bundle, "x", "--text", __file__],
     }.get(verb, [verb, bundle])
     result = edge_llm(*words)

@@ -122,6 +122,7 @@ class ScriptedEngine:
         """Ends the answer; where a grammar does not let it, closes what is open."""
         logits = np.zeros(self.llm.manifest.model.vocab_size, np.float32)
         logits[[self.llm.tokenizer.encode(char)[0] for char in '"}]']] = 50
+        logits[CONTROL_IDS["</think>"]] = 60
         logits[EOS_ID] = 100
         return logits
 

@@ -18,7 +18,12 @@ from tests.edge.server.scripted import running
 DAY_S = 86_400.0
 AUTH = {"Authorization": "Bearer sk-of-the-clock"}
 # What is shown as a time of day, and no more.
-SHOWN = {"server/api/generate.py", "server/models/registry.py", "cli/watch.py"}
+SHOWN = {
+    "server/api/generate.py",
+    "server/api/responses/render.py",
+    "server/models/registry.py",
+    "cli/watch.py",
+}
 
 
 class WallClock:

@@ -76,6 +76,6 @@ def test_the_verb_prints_a_drop_in(bundle: Path):
 def test_without_a_bundle_there_is_nothing_to_plan(tmp_path: Path):
     done = CliRunner().invoke(config, ["unit"])
     assert isinstance(done.exception, ConfigError)
-    assert "--model NAME=BUNDLE" in str(done.exception)
+    assert "--model BUNDLE" in str(done.exception)
     with pytest.raises(BundleError):
         unit_limits(ServerSettings(model={"a": tmp_path / "none"}))

@@ -324,7 +324,6 @@ def bodies() -> dict[str, dict[str, Any]]:
         "temperature: ": {"temperature": -1},
         "mcp_servers: unknown field": {"mcp_servers": []},
         "tools[0].input_schema: ": {"tools": [{"name": "f", "input_schema": {"type": "array"}}]},
-        "tools: this model's chat template": {"tools": [WEATHER]},
         "tool_choice: there are no tools": {"tool_choice": {"type": "any"}},
         "context_management.edits[0].type: ": {
             "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}

@@ -190,7 +190,6 @@ def refusals() -> dict[str, tuple[Any, dict[str, Any]]]:
         "options.temperature: ": options(temperature=-1),
         "options.f16_kv: unknown field": options(f16_kv=True),
         "options.stop[0]: ": options(stop=[""]),
-        "tools: this model's chat template": (chat, {"tools": [WEATHER]}),
         "template: unknown field": (generate, {"template": "x"}),
         "context: unknown field": (generate, {"context": [1]}),
         "think: ": (chat, {"think": "much"}),

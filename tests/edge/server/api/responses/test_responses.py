@@ -276,7 +276,6 @@ def refusals() -> dict[str, dict[str, Any]]:
         "text.format.schema": {"text": {"format": FORM}},
         "text.format.name": {"text": {"format": {"type": "json_object", "name": "a"}}},
         "text.verbosity": {"text": {"verbosity": "low"}},
-        "tools": {"tools": [WEATHER]},
         "tools[0].type": {"tools": [{"type": "web_search"}]},
         "tool_choice": {"tool_choice": "required"},
         "truncation": {"truncation": "auto"},
