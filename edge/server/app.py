@@ -268,7 +268,7 @@ class _Endpoints:
     async def _ollama(
         self, request: Request, body: Any, lane: Lane, plan: Callable[[Turn, Any], Plan]
     ) -> Response:
-        given, body.model = body.model, self._without_tag(body.model)
+        given = body.model
         if is_load(body):
             choice = await self._choose(body, lane, request)  # a name that is not served is refused
             return json_response(loaded(given or choice.model.name, body))
@@ -280,7 +280,7 @@ class _Endpoints:
 
     async def _ollama_show(self, request: Request) -> Response:
         body, _ = await self._read(request, ShowRequest)
-        choice = await self._models.choose(self._without_tag(body.model or body.name))
+        choice = await self._models.choose(body.model or body.name)
         return json_response(show_model(choice.model))
 
     async def _ollama_models(self, request: Request) -> Response:
@@ -292,12 +292,6 @@ class _Endpoints:
 
     async def _not_served(self, request: Request) -> Response:
         raise not_served(request.scope["path"])
-
-    def _without_tag(self, name: str | None) -> str | None:
-        """Return a model's name without the tag that Ollama's clients add."""
-        if name is None or any(model.name == name for model in self._models.models()):
-            return name
-        return name.removesuffix(":latest")
 
     # ------------------------------------------------------------------------------- tokens
 

@@ -32,6 +32,8 @@ _SWITCH_WAIT_S = 60.0
 LEAST_STALL_S, MOST_STALL_S = 5.0, 120.0
 """Bounds of the time after which a silent engine counts as hung, where none is set."""
 _STALL_STEPS = 10
+TAG = ":latest"
+"""What Ollama's clients expect at the end of a name without a colon, and may add to one."""
 OpenLLM = Callable[[Path], "LLM"]
 
 
@@ -300,6 +302,7 @@ class ModelRegistry:
             if self._default is None:
                 raise invalid("model: this field is required", "model", "missing_field")
             name = self._default
+        name = self._without_tag(name)
         choice = self._pick(name, facts or Facts({}, "chat", ""))
         event = self._held.get(choice.model.name)
         if event is not None:
@@ -327,7 +330,7 @@ class ModelRegistry:
         """
         self._check_open()
         limits: dict[ServedModel, int] = {}
-        if (self._default if name is None else name) == AUTO:
+        if (self._default if name is None else self._without_tag(name)) == AUTO:
             for rule in self._rules:
                 if rule.most_tokens is not None:
                     model = self.get(rule.model)
@@ -339,6 +342,10 @@ class ModelRegistry:
             raise draining()
         if self.is_loading:
             raise _unavailable("loading", "the model is loading")
+
+    def _without_tag(self, name: str) -> str:
+        """Return a name without the tag that `/api/tags` gives it, unless it is served with one."""
+        return name if name in self._models else name.removesuffix(TAG)
 
     def _pick(self, name: str, facts: Facts) -> Choice:
         if name in self._splits:

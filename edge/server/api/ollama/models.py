@@ -12,7 +12,7 @@ from edge.bundle.linears import expected_tensors
 from edge.errors import RequestError
 from edge.server.api.generic_tools import call_syntax
 from edge.server.http.errors import APIError
-from edge.server.models.registry import ServedModel
+from edge.server.models.registry import TAG, ServedModel
 from edge.text.chat_template import template_reasons
 from edge.text.fill_in_middle import fill_in_middle
 from edge.text.tokenizer import Tokenizer
@@ -100,9 +100,11 @@ def _fills_gaps(tokenizer: Tokenizer) -> bool:
 def _entry(model: ServedModel, *, running: bool) -> OllamaModel:
     manifest = model.llm.manifest
     size = sum(file.num_bytes for file in manifest.files.values())
+    # Older versions of Open WebUI look here for the name with a tag, whatever they were given.
+    name = model.name if ":" in model.name else model.name + TAG
     entry = OllamaModel(
-        name=model.name,
-        model=model.name,
+        name=name,
+        model=name,
         modified_at=_modified_at(model),
         size=size,
         digest=manifest.self_sha256,

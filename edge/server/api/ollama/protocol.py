@@ -13,6 +13,7 @@ _HARDWARE = "how the engine runs is the server's choice"
 IGNORED = {
     "keep_alive": "models stay as long as the server runs",
     "messages[].tool_calls[].type": "every call is of a function",
+    "messages[].tool_calls[].index": "calls are in their order",
     "messages[].tool_calls[].function.index": "calls are in their order",
     "options.num_keep": "no prompt is cut",
     "options.num_batch": _HARDWARE,
@@ -68,10 +69,11 @@ class OllamaCalledFunction(Struct, forbid_unknown_fields=True):
 
 
 class OllamaCall(Struct, forbid_unknown_fields=True):
-    """A call of a past answer."""
+    """A call of a past answer; Ollama puts ``index`` in the function, Open WebUI beside it."""
 
     function: OllamaCalledFunction
     id: str | None = None
+    index: Any = None
     type: Any = None
 
 

@@ -312,7 +312,7 @@ def test_a_function_of_the_client(client: Any, served: Live):
 
 def test_the_client_asks_about_models(client: Any, served: Live):
     (model,) = client.list().models
-    assert model.model == "tiny"
+    assert model.model == "tiny:latest"
     bundle = served.service.models.get("tiny").bundle
     listed = json.loads((bundle / "manifest.json").read_bytes())["files"]
     assert model.size == sum((bundle / name).stat().st_size for name in listed)

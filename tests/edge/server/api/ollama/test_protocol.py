@@ -112,6 +112,7 @@ PAIRS: dict[str, dict[str, Pair]] = {
         "messages[].tool_calls[].function.index": said(
             "tool_calls", called(function={"index": 0}), called(function={"index": 1})
         ),
+        "messages[].tool_calls[].index": said("tool_calls", called(index=0), called(index=1)),
         "messages[].tool_calls[].id": said("tool_calls", called(id="1"), called(id=1)),
         "messages[].tool_calls[].type": said(
             "tool_calls", called(type="function"), called(type=None)
