@@ -46,7 +46,7 @@ def test_the_sync_client(client: Any):
     answer = client.responses.create(**ASKED)
     assert answer.output_text == "Hello there."
     assert [item.type for item in answer.output] == ["reasoning", "message"]
-    assert answer.output[0].content[0].text == "hm"
+    assert answer.output[0].to_dict()["content"][0]["text"] == "hm"
     assert answer.status == "completed"
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
 
