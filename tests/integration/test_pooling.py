@@ -73,6 +73,7 @@ def test_a_text_has_one_vector_in_any_company(
 
 
 def test_deterministic_is_bit_for_bit(pooling_bundles: PoolingBundles):
+    require_kernels("native")
     with LLM(pooling_bundles("embed"), deterministic=True, num_threads=1) as llm:
         alone = np.concatenate([llm.embed(text) for text in TEXTS])
         assert np.array_equal(llm.embed([*TEXTS, *TEXTS])[len(TEXTS) :], alone)

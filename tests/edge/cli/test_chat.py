@@ -318,6 +318,7 @@ def test_a_chat_in_a_terminal(terminal: Terminal, tmp_path: Path):
     assert partial.startswith("piece0 piece1")
     terminal.send('"""one\rtwo"""\r')
     terminal.until("tokens left]")
+    terminal.until(">>> ")  # an end that comes before anyone reads is lost
     terminal.send("\x04")
     assert terminal.process.wait(30) == 0
     asked = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]

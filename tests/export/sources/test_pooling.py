@@ -14,7 +14,7 @@ from edge.bundle.manifest import decode_manifest, encode_manifest, read_manifest
 from edge.errors import BundleError, CheckpointError, ConfigError
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.opening import open_checkpoint
-from tests.conftest import PoolingBundles
+from tests.conftest import RUNNABLE, PoolingBundles
 from tests.tiny_models import EOS_ID, write_checkpoint
 from tests.tiny_pooling import PROMPTS, write_embedder, write_judge, write_pooling
 
@@ -121,10 +121,10 @@ def test_a_model_without_head_is_told_how_to_be_exported(tmp_path: Path):
 def test_options_for_generating_are_refused(
     options: dict[str, object], reason: str, tmp_path: Path
 ):
-    source = write_embedder(tmp_path / "source")
+    source, output = write_embedder(tmp_path / "source"), tmp_path / "out"
     with pytest.raises(ConfigError, match=reason):
         export_checkpoint(
-            ExportConfig(source=str(source), output=tmp_path / "out", **options)  # type: ignore[arg-type]
+            ExportConfig(source=str(source), output=output, dialect=RUNNABLE, **options)  # type: ignore[arg-type]
         )
     assert not (tmp_path / "out").exists()
 

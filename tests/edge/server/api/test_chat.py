@@ -417,7 +417,7 @@ def test_who_waits_is_told_how_many_are_ahead(tiny_bundles: Bundles):
             asked.append(threads.submit(live.chat, f"question {number}", **options))
             # The engine's thread is in the first one's step, so the others wait to be taken in.
             deadline = time.monotonic() + 10
-            while live.engine.llm.scheduler.stats().waiting < number:
+            while (now := live.engine.llm.scheduler.stats()).waiting < number or not now.running:
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
         live.engine.running.set()
