@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -98,9 +97,10 @@ def plan_chat(
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
-    messages: list[dict[str, Any]] = prepare_messages(body.messages, "")
     make_parser = _parser_of(syntax, body, forced is not None, object_arguments) if tools else None
-    if llm.template is not None:
+    if llm.template is None:
+        messages = prepare_messages(body.messages, "")
+    else:
         messages, tools = place_tools(body.messages, tools, llm.template)
     # What users write is part of every prompt; templates may drop other messages.
     check_length(llm, user_texts(messages), "messages", capacity=capacity)
