@@ -260,6 +260,13 @@ def test_figures_stand_under_the_answer(browser: Browser, server: StubServer):
     assert summary.endswith("345 tokens")
 
 
+def test_a_thought_of_no_time_is_a_thought(browser: Browser, server: StubServer):
+    # Reasoning and answer may come in one read: the clock does not move between them.
+    browser.driver.execute_script("performance.now = () => 1")
+    browser.ask("hello")
+    assert browser.answered().find_element(browser.by.CSS_SELECTOR, "summary").text.startswith("Thought for 0 ms")
+
+
 def test_the_meter_warns_before_the_context_is_full(browser: Browser, server: StubServer):
     assert not browser.one("#meter").is_displayed()
     server.usage = {"completion_tokens": 100, "prompt_tokens": 900}

@@ -94,7 +94,7 @@ export class TurnView {
   #summary(final) {
     const { figures = {}, thought_ms: took, content } = this.turn;
     if (!final && !content) return t("thinking");
-    const time = took ? seconds(took) : "";
+    const time = took === undefined ? "" : seconds(took);  // 0 ms is a time too
     const tokens = figures.reasoning_tokens;
     if (time && tokens) return t("thought_long", { time, n: count(tokens) });
     return time ? t("thought", { time }) : t("reasoning");
