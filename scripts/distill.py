@@ -141,7 +141,7 @@ def distill(
         for index, chat in questions:
             (generation,) = llm.submit(chat, replace(params, seed=seed + index))
             running.append((chat, generation))
-            if len(running) == num_slots:
+            if len(running) == 4 * num_slots:  # more than run, so that a long answer idles no slot
                 take()
         while running:
             take()
