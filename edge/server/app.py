@@ -55,6 +55,7 @@ from .http.errors import APIError, renamed
 from .http.guard import App, Guard, Receive, Scope, Send, read_body
 from .http.memory import Trimmer
 from .http.page import page_files
+from .http.priority import priority_of
 from .http.threads import LARGE_BYTES, Lane, Lanes, in_thread
 from .models.registry import Choice, ModelRegistry, ServedModel
 from .settings import ServerSettings
@@ -228,6 +229,7 @@ class _Endpoints:
             lane=lane,
             headers=choice.headers(),
             arm=choice.arm,
+            priority=priority_of(request.headers.getlist("priority")),
         )
 
     async def _embeddings(self, request: Request) -> Response:

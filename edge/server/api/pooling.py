@@ -202,7 +202,13 @@ async def _submit(
         if left_s is not None and left_s <= 0:
             raise DeadlineError("the texts were not run in the time that is allowed")
         try:
-            return submit(turn.model.llm.scheduler, ids, deadline_s=left_s, salt=turn.client.salt)
+            return submit(
+                turn.model.llm.scheduler,
+                ids,
+                priority=turn.priority,
+                deadline_s=left_s,
+                salt=turn.client.salt,
+            )
         except OverloadError:
             if not may_wait:
                 raise

@@ -52,6 +52,7 @@ class Turn:
         lane: where its texts are encoded.
         headers: headers of the response.
         arm: the arm of the A/B split that chose the model, if any.
+        priority: lower runs first.
     """
 
     model: ServedModel
@@ -62,6 +63,7 @@ class Turn:
     lane: Lane
     headers: Mapping[str, str]
     arm: str | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +279,7 @@ def _submit(turn: Turn, plan: Plan, encoded: Sequence[list[int]]) -> list[Genera
                 prompt,
                 plan.params,
                 n=plan.n,
+                priority=turn.priority,
                 deadline_s=turn.settings.request_timeout_s,
                 salt=salt,
                 suffix=plan.suffix,
