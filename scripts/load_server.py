@@ -24,12 +24,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MAX_GROWTH_MIB = 16.0
 WARM_UP_SHARE = 0.15
-_ANSWER_S = 60.0
+ANSWER_S = 60.0
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 GOOD = frozenset({"chat", "chat_n", "chat_stream", "text", "text_stream", "scored", "look"})
@@ -92,19 +93,45 @@ def bad(rng: random.Random) -> bytes:
     )
 
 
+@dataclass
+class Asked:
+    """One request, as its client saw it; times are monotonic.
+
+    Attributes:
+        status: of the answer; 0 is a client that left, -1 no answer.
+        first_s: when the first event of a stream came; None for other answers.
+        timing: the answer's ``Server-Timing``.
+    """
+
+    kind: str
+    began_s: float
+    status: int = -1
+    first_s: float | None = None
+    ended_s: float = 0.0
+    timing: str = ""
+
+
 class Load:
     """Clients of one server, and what came of their requests.
 
+    Args:
+        port: of the server, on loopback.
+        seed: decides what is asked.
+        patience_s: seconds after which a client gives up.
+
     Attributes:
         answers: counts by kind and status; 0 is a client that left.
-        wrong: requests that were answered as they must not be, the first few.
+        wrong: requests that were answered as they must not be.
+        asked: every request that has ended.
     """
 
-    def __init__(self, port: int, seed: int) -> None:
+    def __init__(self, port: int, seed: int, patience_s: float = ANSWER_S) -> None:
         self._port = port
         self._rng = random.Random(seed)
+        self._patience_s = patience_s
         self.answers: Counter[str] = Counter()
         self.wrong: list[str] = []
+        self.asked: list[Asked] = []
 
     async def run(self, seconds: float, clients: int) -> None:
         until = time.monotonic() + seconds
@@ -113,12 +140,16 @@ class Load:
     async def _client(self, until: float) -> None:
         kinds = (*sorted(GOOD), "bad", "bad", "leaves", "leaves")
         while time.monotonic() < until:
-            kind = self._rng.choice(kinds)
+            asked = Asked(self._rng.choice(kinds), time.monotonic())
+            kind = asked.kind
             try:
-                status = await asyncio.wait_for(self._ask(kind), _ANSWER_S)
+                await asyncio.wait_for(self._ask(asked), self._patience_s)
             except (asyncio.TimeoutError, OSError, ValueError) as error:
                 self.wrong.append(f"{kind}: {error!r}")
-                status = -1
+                asked.status = -1
+            asked.ended_s = time.monotonic()
+            self.asked.append(asked)
+            status = asked.status
             self.answers[f"{kind} {status}"] += 1
             if status >= 500 or (kind in GOOD and status not in (-1, 200, 429)):
                 self.wrong.append(f"{kind}: {status}")
@@ -132,22 +163,30 @@ class Load:
             kind = self._rng.choice(("chat_stream", "chat", "text"))
         return good(kind, self._rng)
 
-    async def _ask(self, kind: str) -> int:
+    async def _ask(self, asked: Asked) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         try:
-            writer.write(self._request(kind))
-            if kind == "leaves":
+            writer.write(self._request(asked.kind))
+            if asked.kind == "leaves":
                 await writer.drain()
                 await asyncio.sleep(self._rng.random() * 0.3)
-                return 0
-            answer = await reader.read()
-            while piece := await reader.read():
+                asked.status = 0
+                return
+            answer = b""
+            while piece := await reader.read(1 << 20):
                 answer += piece
+                if asked.first_s is None and b"\r\ndata: " in answer:
+                    asked.first_s = time.monotonic()
         finally:
             writer.close()
         if b'data: {"error"' in answer:
             raise ValueError(f"an error within a stream: {answer[-200:]!r}")
-        return int(answer.split(b" ", 2)[1])
+        if timing := re.search(rb"(?i)\r\nserver-timing: ([^\r]*)", answer[:4096]):
+            asked.timing = timing[1].decode()
+        try:
+            asked.status = int(answer.split(b" ", 2)[1])
+        except IndexError:
+            raise ConnectionError("the connection was closed without an answer") from None
 
 
 def rss_mib(pid: int) -> float:
