@@ -28,9 +28,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.best import BestLogits
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import BackendError, RequestError
 from edge.figures import geometric_edges, linear_edges
+
+from . import best_draw
 
 Logits = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -434,6 +437,11 @@ class Sampler:
         self._adjusts = bool(
             self._knobs.repetition_penalty != 1 or self._penalizes or params.logit_bias
         )
+        self._lowers_only = (
+            self._knobs.repetition_penalty >= 1
+            and params.presence_penalty >= 0
+            and params.frequency_penalty >= 0
+        )
         # Fresh temporaries of this size would cost more in page faults than the arithmetic.
         self._adjusted = np.empty(vocab_size, np.float32)
         self._x = np.empty(vocab_size, np.float32)
@@ -489,19 +497,29 @@ class Sampler:
             if counted.is_unseen:
                 self._seen.drop_last()
 
-    def sample(self, logits: Logits, mask: Logits | None = None) -> SampledToken:
+    def sample(self, logits: Logits | BestLogits, mask: Logits | None = None) -> SampledToken:
         """Draw the next token of the answer; the penalties of later ones count it.
 
         Args:
-            logits: float32 ``[vocab]``, left as they are.
+            logits: float32 ``[vocab]``, left as they are; or the best of such a row, which is
+                fetched where they do not decide. The token is the same.
             mask: float32 ``[vocab]``, added to the logits: 0, or -inf to forbid a token.
 
         Raises:
             BackendError: the row has another shape or type, a logit is NaN or +inf, or all are
                 -inf.
         """
-        self._check_row(logits)
         assert not self._guessed, "guesses must be forgotten before a token is sampled"
+        if isinstance(logits, BestLogits):
+            with np.errstate(over="ignore", invalid="ignore"):
+                token = self._from_best(logits, mask)
+            if token is not None:
+                if not self._greedy:
+                    self._ahead.popleft()
+                self._count(token)
+                return SampledToken(token)
+            logits = logits.row()
+        self._check_row(logits)
         with np.errstate(over="ignore", invalid="ignore"):
             adjusted = self._adjust(logits, mask)
             if self._greedy:
@@ -514,6 +532,44 @@ class Sampler:
             if self.params.logprobs is None:
                 return SampledToken(token_id)
             return self._with_logprobs(token_id, logits, self.params.logprobs)
+
+    def _from_best(self, best: BestLogits, mask: Logits | None) -> int | None:
+        """Draw from the best of a row; None where only the whole row can tell.
+
+        Served is what only lowers logits, since the bounds on those that are not among the best
+        stay true: see `edge.runtime.best_draw`. Log-probabilities need the sum in the roundings
+        of the host.
+        """
+        params, knobs = self.params, self._knobs
+        if params.logprobs is not None or not self._lowers_only:
+            return None
+        order = np.argsort(best.ids)
+        ids, values = best.ids[order].astype(np.int64, copy=False), best.values[order]
+        raised = [token_id for token_id, value in params.logit_bias.items() if value > 0]
+        if raised and not np.isin(raised, ids).all():
+            return None
+        if self._adjusts or mask is not None:
+            self._adjust_some(values, ids, mask)
+        top, bound = values.max(), best.values[-1]
+        if ids.size == best.vocab_size:
+            bound = _DROPPED  # there are no others
+        # One of the others may be as good, with a lower id. And what is wrong, the row says.
+        if not (math.isfinite(best.logsumexp) and bound < top < math.inf):
+            return None
+        if self._greedy:
+            return int(ids[values.argmax()])
+        uniforms, inverse = self._uniforms(0), np.float32(1.0 / knobs.temperature)
+        x = (values - top) * inverse
+        bound = (bound - top) * inverse
+        if 0 < knobs.top_k < best.vocab_size:
+            if knobs.top_k > np.count_nonzero(x > bound):
+                return None
+            places = _top_ids(x, knobs.top_k)
+            return int(ids[places[self._draw_place(x[places], knobs, uniforms)]])
+        rest = best_draw.rest_mass(best, float(top), knobs.temperature)
+        floor = _log(knobs.min_p)
+        place = best_draw.draw(x, bound, rest, knobs.top_p, floor, uniforms[:-1])
+        return None if place is None else int(ids[place])
 
     def _check_row(self, logits: Logits) -> None:
         if logits.shape != self._x.shape or logits.dtype != np.float32:
@@ -539,18 +595,50 @@ class Sampler:
             return logits
         adjusted = self._adjusted
         np.copyto(adjusted, logits)
-        params = self.params
-        if self._knobs.repetition_penalty != 1:
-            apply_repetition_penalty(adjusted, self._seen.ids, self._knobs.repetition_penalty)
-        if self._penalizes:
-            ids = self._generated.ids
-            apply_presence_frequency(
-                adjusted, ids, self._counts[ids], params.presence_penalty, params.frequency_penalty
-            )
-        apply_logit_bias(adjusted, params.logit_bias)
+        generated = self._generated.ids
+        self._change(adjusted, self._seen.ids, generated, generated, self.params.logit_bias)
         if mask is not None:
             adjusted += mask
         return adjusted
+
+    def _adjust_some(self, values: Logits, ids: Ids, mask: Logits | None) -> None:
+        """Do what `_adjust` does to the logits of some tokens, ascending, in place."""
+        if self._adjusts:
+            seen, generated = (
+                np.flatnonzero(self._seen.holds(ids)),
+                np.flatnonzero(self._counts[ids]),
+            )
+            places = {int(token_id): place for place, token_id in enumerate(ids)}
+            bias = self.params.logit_bias.items()
+            known = {places[token_id]: value for token_id, value in bias if token_id in places}
+            self._change(values, seen, generated, ids[generated], known)
+        if mask is not None:
+            values += mask[ids]
+
+    def _change(
+        self, logits: Logits, seen: Ids, generated: Ids, ids: Ids, bias: Mapping[int, float]
+    ) -> None:
+        """Apply penalties and bias in place.
+
+        Args:
+            logits: of a row, or of some of its tokens.
+            seen: indices into ``logits`` of the tokens of prompt and answer.
+            generated: those of the tokens of the answer.
+            ids: the tokens at ``generated``.
+            bias: by index into ``logits``.
+        """
+        params, repetition = self.params, self._knobs.repetition_penalty
+        if repetition != 1:
+            apply_repetition_penalty(logits, seen, repetition)
+        if self._penalizes:
+            apply_presence_frequency(
+                logits,
+                generated,
+                self._counts[ids],
+                params.presence_penalty,
+                params.frequency_penalty,
+            )
+        apply_logit_bias(logits, bias)
 
     def _draw(self, logits: Logits, uniforms: list[float]) -> int:
         knobs = self._knobs
@@ -635,6 +723,11 @@ class _DistinctIds:
         self._ids[self._size] = token_id
         self._size += 1
         return True
+
+    def holds(self, ids: Ids) -> Mask:
+        """Which of some ids are in."""
+        found: Mask = self._is_in[ids]
+        return found
 
     def drop_last(self) -> None:
         self._size -= 1
