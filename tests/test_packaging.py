@@ -19,7 +19,7 @@ from packaging.version import Version
 from edge.cli import COMMAND_GROUP
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"edge", "engines", "export"}
+PACKAGES = {"edge", "engines", "export", "fleet"}
 SHIM = {"edge/deepseek_r1.py": "deepseek_r1.py"}  # what tutorials import
 MAN = {"man/edge-llm.1": "share/man/man1/edge-llm.1"}
 

@@ -1,0 +1,187 @@
+"""``edge-llm fleet``: many devices behind one endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge.cli import echo_json
+from edge.device.telemetry import read_available_memory_bytes
+from edge.errors import ConfigError, DeadlineError, DependencyError, ResourceError, install_command
+
+from . import cluster
+from .client import Fleet
+from .config import FleetConfig, read_config
+
+_MIN_MEMORY_BYTES = 2**30
+_file = click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+_wait = click.option(
+    "--wait-s",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for devices.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of a table.")
+
+
+@click.group()
+def fleet() -> None:
+    """Serve many devices behind one endpoint; FILE is the fleet's TOML file."""
+
+
+@fleet.command()
+@_file
+@_wait
+@_json
+def up(file: Path, wait_s: float, as_json: bool) -> None:
+    """Start the head on this machine, or renew it after a change of FILE."""
+    config = read_config(file)
+    cluster.start_head(config)
+    with Fleet(config) as opened:
+        opened.deploy()
+        status = opened.wait(wait_s)
+    _show(status, as_json)
+    _judge(status, wait_s)
+
+
+@fleet.command()
+@_file
+@click.argument("name")
+@_wait
+def join(file: Path, name: str, wait_s: float) -> None:
+    """Join this machine to the fleet as the device NAME, until SIGTERM.
+
+    The device's own edge-llm serve must run.
+    """
+    config = read_config(file)
+    if name not in config.devices:
+        raise ConfigError(f"{file} has no device {name!r}; it has {', '.join(config.devices)}")
+    free = read_available_memory_bytes()
+    if free is not None and free < _MIN_MEMORY_BYTES:
+        raise ResourceError(
+            f"Ray takes about 400 MB of a device, and of its memory {free >> 20} MiB are free; "
+            "this device is too small for it: free 1 GiB, or put a proxy before the devices"
+        )
+    environ = cluster.device_environ(config)
+    command = cluster.device_command(config, name, _labels(config, name, wait_s))
+    os.execve(command[0], command, environ)
+
+
+@fleet.command()
+@_file
+@_json
+def status(file: Path, as_json: bool) -> None:
+    """Show every device: its state and why, its models, what runs there."""
+    with Fleet.connect(file) as opened:
+        _show(opened.status(), as_json)
+
+
+@fleet.command()
+@_file
+@click.argument("name")
+@click.option("--off", is_flag=True, help="Send requests there again.")
+@click.option(
+    "--timeout-s",
+    type=click.FloatRange(0),
+    default=600.0,
+    show_default=True,
+    help="Seconds that running requests may take.",
+)
+def drain(file: Path, name: str, off: bool, timeout_s: float) -> None:
+    """Send no more requests to the device NAME and wait for those that run there."""
+    with Fleet.connect(file) as opened:
+        if off:
+            opened.resume(name)
+        else:
+            opened.drain(name, timeout_s)
+
+
+@fleet.command()
+@_file
+def down(file: Path) -> None:
+    """Drain the head and end it; the devices go on serving by themselves."""
+    config = read_config(file)
+    if cluster.find_head(config) is None:
+        raise ConfigError(f"no head of this fleet runs here ({config.address})")
+    try:
+        with Fleet(config) as opened:
+            left = opened.stop()
+    finally:
+        cluster.stop_head(config)
+    if left:
+        raise DeadlineError(f"{left} requests were cut short after {config.drain_timeout_s:g} s")
+
+
+def _labels(config: FleetConfig, name: str, wait_s: float) -> dict[str, str]:
+    """Ask the device's own service what it is; Ray shows these labels of a node."""
+    try:
+        from .device import DeviceAgent
+    except ImportError as error:
+        raise DependencyError(f"a fleet needs Ray; run: {install_command('fleet')}") from error
+
+    async def look() -> dict[str, Any]:
+        device = config.devices[name]
+        agent = DeviceAgent(device.url, device.key_file)
+        deadline = time.monotonic() + wait_s
+        try:
+            while (seen := await agent.look())["trouble"] is not None:
+                if time.monotonic() > deadline:
+                    raise DeadlineError(
+                        f"the service at {device.url} is not ready after {wait_s:g} s: "
+                        f"{seen['trouble']}; start it first: edge-llm serve"
+                    )
+                await asyncio.sleep(0.5)
+        finally:
+            await agent.close()
+        return seen
+
+    seen = asyncio.run(look())
+    models = seen["models"].values()
+    labels = {
+        "edge-llm-kind": seen["kind"],
+        "edge-llm-engine": "_".join(sorted({model["backend"] for model in models})),
+        "edge-llm-slots": str(sum(model["slots"] for model in models)),
+        "edge-llm-machine": platform.machine(),
+    }
+    return {key: re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:63] for key, text in labels.items()}
+
+
+def _judge(status: dict[str, Any], wait_s: float) -> None:
+    devices = status["devices"]
+    refused = [
+        f"{name}: {device['reason']}"
+        for name, device in devices.items()
+        if device["state"] == "refused"
+    ]
+    if refused:
+        raise ConfigError(f"refused, the others serve: {'; '.join(refused)}")
+    if not any(device["state"] == "ready" for device in devices.values()):
+        raise DeadlineError(
+            f"no device is ready after {wait_s:g} s; on each one run: edge-llm fleet join FILE NAME"
+        )
+
+
+def _show(status: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        echo_json(status)
+        return
+    for name, device in status["devices"].items():
+        models = ", ".join(
+            f"{model}@{facts['sha256'][:12]}" for model, facts in device["models"].items()
+        )
+        parts = [f"{name}: {device['state']}"]
+        parts += [device["reason"]] if device["reason"] else []
+        parts += [f"differs: {device['differs']}"] if device["differs"] else []
+        if device["kind"]:
+            running = f"{device['in_flight']} requests on {device['slots']} slots"
+            parts += [device["kind"], f"edge-llm {device['version']}", models or "no models"]
+            parts += [running]
+        click.echo("; ".join(parts))

@@ -1,0 +1,222 @@
+"""Starts, finds and ends the processes of Ray on this machine: the head's, or a device's."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from edge.errors import BackendError, ConfigError, DeadlineError, DependencyError, install_command
+
+from .config import FleetConfig, check_token
+from .names import HEAD_RESOURCE, device_resource
+
+STORE_BYTES = 100_000_000
+"""Shared memory of Ray's object store; by default it would take 30 % of a device's memory."""
+_START_S = 120.0
+_STOP_S = 20.0
+_STARTED = "Ray runtime started"
+
+
+def environment(config: FleetConfig) -> dict[str, str]:
+    """Return the variables with which every process of Ray is started here.
+
+    Raises:
+        ConfigError: the token cannot be used.
+    """
+    check_token(config)
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": config.token_file,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray compares the patch level, too, which each JetPack and Debian has its own of.
+        "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
+        "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
+    }
+
+
+def start_head(config: FleetConfig) -> None:
+    """Start Ray's head in the background, unless it runs.
+
+    Raises:
+        BackendError: Ray did not start; the message names its log.
+    """
+    if find_head(config) is not None:
+        return
+    place = _directory(config, "head")
+    command = [
+        *_ray_start(place),
+        "--head",
+        f"--port={config.ray_port}",
+        f"--node-ip-address={config.ray_host}",
+        f"--ray-client-server-port={config.ray_port + 1}",
+        "--include-dashboard=false",
+        "--no-monitor",
+        "--disable-usage-stats",
+        f"--resources={json.dumps({HEAD_RESOURCE: 1})}",
+    ]
+    log = place / "start.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=_environ(config),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    (place / "head.pid").write_text(f"{process.pid} {_started(process.pid)}")
+    deadline = time.monotonic() + _START_S
+    while _STARTED not in log.read_text("utf-8", "replace"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.terminate()
+            raise BackendError(
+                f"Ray did not start at {config.address}: {_last_line(log)}; see {log}"
+            )
+        time.sleep(0.1)
+
+
+def find_head(config: FleetConfig) -> int | None:
+    """Return the process that holds Ray's head here; None where none runs."""
+    try:
+        pid, started = (_directory(config, "head") / "head.pid").read_text().split()
+    except (FileNotFoundError, ValueError):
+        return None
+    return int(pid) if _started(int(pid)) == started else None
+
+
+def stop_head(config: FleetConfig) -> bool:
+    """End Ray's head and what it started; returns whether it ran."""
+    pid = find_head(config)
+    if pid is None:
+        return False
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_S
+    while find_head(config) is not None:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)  # where `up` was called in this process
+        if time.monotonic() > deadline:
+            raise DeadlineError(f"Ray's head, process {pid}, did not end within {_STOP_S:g} s")
+        time.sleep(0.05)
+    return True
+
+
+def device_command(config: FleetConfig, name: str, labels: Mapping[str, str]) -> list[str]:
+    """Return the command that joins this machine to the fleet as a device, until it is ended."""
+    return [
+        *_ray_start(_directory(config, name)),
+        f"--address={config.address}",
+        f"--resources={json.dumps({device_resource(name): 1})}",
+        "--labels=" + ",".join(f"{key}={value}" for key, value in labels.items()),
+    ]
+
+
+def device_environ(config: FleetConfig) -> dict[str, str]:
+    """Return the whole environment of `device_command`."""
+    return _environ(config)
+
+
+@contextlib.contextmanager
+def connected(config: FleetConfig) -> Iterator[None]:
+    """Connect this process to Ray for a while; only on a machine that belongs to the fleet.
+
+    Raises:
+        BackendError: there is no Ray at the fleet's address, or it has another token.
+        DependencyError: Ray is not installed.
+    """
+    connect(config)
+    import ray
+
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def connect(config: FleetConfig) -> None:
+    """Connect this process to Ray, see `connected`."""
+    os.environ.update(environment(config))
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # it would count before the file
+    try:
+        import ray
+    except ImportError as error:
+        raise _not_installed() from error
+    try:
+        ray.init(
+            address=config.address,
+            namespace="edge-llm-fleet",
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise BackendError(
+            f"cannot connect to Ray at {config.address} from this machine: {error}; is the fleet "
+            "up, and is this its head or one of its devices?"
+        ) from error
+
+
+def _ray_start(place: Path) -> list[str]:
+    ray = Path(sys.executable).with_name("ray")
+    if not ray.exists():
+        raise _not_installed()
+    return [
+        sys.executable,
+        str(ray),
+        "start",
+        "--block",
+        "--num-cpus=0",
+        f"--object-store-memory={STORE_BYTES}",
+        f"--temp-dir={place}",
+        "--include-log-monitor=false",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        "--dashboard-agent-listen-port=0",
+    ]
+
+
+def _not_installed() -> DependencyError:
+    return DependencyError(f"a fleet needs Ray; run: {install_command('fleet')}")
+
+
+def _environ(config: FleetConfig) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | environment(config)
+
+
+def _directory(config: FleetConfig, name: str) -> Path:
+    """Make the directory of Ray's sockets and logs, closed to others; sockets need a short path.
+
+    Raises:
+        ConfigError: somebody else has a directory of that name.
+    """
+    base = Path("/tmp") / f"edge-llm-fleet-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    found = base.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(f"{base} is not this user's own closed directory; remove it")
+    place = base / hashlib.sha256(f"{config.address} {name}".encode()).hexdigest()[:8]
+    place.mkdir(mode=0o700, exist_ok=True)
+    return place
+
+
+def _started(pid: int) -> str:
+    """Return when a process started, in ticks since boot; empty if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    fields = text.rpartition(")")[2].split()
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
