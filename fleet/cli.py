@@ -113,7 +113,7 @@ def down(file: Path) -> None:
         raise ConfigError(f"no head of this fleet runs here ({config.address})")
     try:
         with Fleet(config) as opened:
-            left = opened.stop()
+            left = opened.close_head()
     finally:
         cluster.stop_head(config)
     if left:

@@ -49,7 +49,11 @@ class Fleet:
         ray.shutdown()
 
     def deploy(self) -> None:
-        """Start or renew the endpoint and a replica for each device of the file."""
+        """Start the endpoint, or renew what the file has changed; on the head's machine only.
+
+        Raises:
+            ConfigError: the head cannot use its keys, or not have its address.
+        """
         from . import serving
 
         serving.deploy(self.config)
@@ -111,12 +115,9 @@ class Fleet:
         """
         self._set_draining(name, False)
 
-    def stop(self) -> int:
-        """Drain the head and end Ray Serve; returns how many requests were cut short."""
-        from . import serving
-
+    def close_head(self) -> int:
+        """Let the head refuse new requests and drain; returns how many are left."""
         left: int = self._call("close", timeout_s=self.config.drain_timeout_s + 10)
-        serving.stop()
         return left
 
     def _set_draining(self, name: str, draining: bool) -> int:
@@ -129,14 +130,12 @@ class Fleet:
 
     def _call(self, method: str, *arguments: Any, timeout_s: float = 10) -> Any:
         from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
 
         from . import serving
 
         try:
-            return serving.call_head(method, *arguments, timeout_s=timeout_s)
-        except (RayError, RayServeException, TimeoutError) as error:
+            return serving.call_head(self.config, method, *arguments, timeout_s=timeout_s)
+        except (RayError, ValueError) as error:
             raise BackendError(
-                f"the head of the fleet does not answer ({type(error).__name__}: {error}); see: "
-                "edge-llm fleet up"
+                f"no head with this file answers ({type(error).__name__}); run: edge-llm fleet up"
             ) from error

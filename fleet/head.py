@@ -75,8 +75,10 @@ class FleetHead:
     Args:
         config: the fleet's file.
         links: the way to each device of the file.
+        max_connections: connections to clients that may be open at once.
 
     Attributes:
+        settings: limits of the HTTP server.
         app: the ASGI application.
         is_draining: set, POST is refused.
 
@@ -84,25 +86,29 @@ class FleetHead:
         ConfigError: the file of API keys cannot be used.
     """
 
-    def __init__(self, config: FleetConfig, links: Mapping[str, Link]) -> None:
+    def __init__(
+        self, config: FleetConfig, links: Mapping[str, Link], max_connections: int = 1024
+    ) -> None:
         self._config = config
         self.members = {name: Member(name, links[name]) for name in config.devices}
         self._ring = Ring(self.members)
         self._turn = itertools.count()
         self._sessions: OrderedDict[str, str] = OrderedDict()
-        self._settings = ServerSettings(
+        self.settings = ServerSettings(
             host=config.host,
             port=config.port,
             allow_open=config.allow_open,
             api_key_file=None if config.api_key_file is None else Path(config.api_key_file),
             max_body_bytes=config.max_body_bytes,
+            max_connections=max_connections,
             max_inflight_body_bytes=max(64 * 2**20, config.max_body_bytes),
         )
-        keys = None if config.api_key_file is None else APIKeys(Path(config.api_key_file))
+        path = self.settings.api_key_file
+        keys = None if path is None else APIKeys(path)
         self.is_draining = False
         self.app: App = Guard(
             self._route,
-            self._settings,
+            self.settings,
             keys,
             is_draining=lambda: self.is_draining,
             error_body=error_body,
@@ -137,12 +143,17 @@ class FleetHead:
         if member.trouble != before:
             _log.warning("device %s: %s", member.name, member.trouble or "ready")
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that run or wait at the devices."""
+        return sum(member.in_flight for member in self.members.values())
+
     def status(self) -> dict[str, Any]:
         """Return the state of the fleet as plain data."""
         return {
             "version": edge.__version__,
             "draining": self.is_draining,
-            "in_flight": sum(member.in_flight for member in self.members.values()),
+            "in_flight": self.in_flight,
             "devices": {name: member.status() for name, member in self.members.items()},
         }
 
@@ -170,7 +181,7 @@ class FleetHead:
         headers = dict(reversed(scope["headers"]))  # the first of each name counts
         body, place = b"", Affinity(None, None)
         if scope["method"] == "POST":
-            body = await read_body(scope, receive, self._settings)
+            body = await read_body(scope, receive, self.settings)
             place = affinity(scope["path"], headers, body, scope["client_name"])
         target = scope["path"].encode() if not scope["raw_path"] else scope["raw_path"]
         if scope["query_string"]:

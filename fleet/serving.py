@@ -1,4 +1,8 @@
-"""Puts the head and the devices on Ray Serve: one replica per device, held there by a resource."""
+"""Puts the head and the devices into Ray: one actor for each device, held there by a resource.
+
+Plain actors, not Ray Serve: the head holds the ring itself and has the server's own HTTP in front,
+so that Serve's proxy, controller and routers would be three more processes and one more hop.
+"""
 
 from __future__ import annotations
 
@@ -9,77 +13,100 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from ray import serve
+import ray
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 
 import edge
-from edge.server.http.guard import App
+from edge.errors import EdgeError
+from edge.server.http.connections import (
+    Connections,
+    listen,
+    possible_connections,
+    raise_file_limit,
+)
+from edge.server.http.messages import make_server
+from edge.server.settings import ServerSettings
 
-from .config import FleetConfig
+from .config import Device, FleetConfig
 from .device import DeviceAgent
 from .head import FleetHead
 from .members import Asked, Item, LostError
-from .names import HEAD_APP, HEAD_RESOURCE, device_app, device_resource
+from .names import HEAD_RESOURCE, device_resource
 
-_SHARE = 0.001  # of a resource, so that a replica's successor fits beside it
-_MANY = 100_000  # requests at once: the head and the devices' own queues bound them
-_BROKEN = (RayError, RayServeException)
+NAMESPACE = "edge-llm-fleet"
+_SHARE = 0.001  # of a resource, so that an actor's successor fits beside it
+_MANY = 10_000  # calls at once: the head and the devices' own queues bound them
 
 
 class RayLink:
     """The way to one device through Ray.
 
     Args:
-        handle: of the device's application.
+        agent: handle of the device's `DeviceAgent`.
     """
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._look = handle.options(method_name="look")
-        self._ask = handle.options(method_name="ask", stream=True)
+    def __init__(self, agent: Any) -> None:
+        self._agent = agent
 
     async def look(self) -> Mapping[str, Any]:
         """See `fleet.members.Link`."""
-        answer = self._look.remote()
+        answer = self._agent.look.remote()
         try:
             seen: Mapping[str, Any] = await answer
-        except _BROKEN as error:
+        except RayError as error:
             raise LostError(_reason(error)) from error
         except asyncio.CancelledError:
-            answer.cancel()
+            ray.cancel(answer)  # else it waits for an absent device for ever
             raise
         return seen
 
     async def ask(self, asked: Asked) -> AsyncGenerator[Item, None]:
         """See `fleet.members.Link`."""
-        answer = self._ask.remote(tuple(asked))
+        answer = self._agent.ask.options(num_returns="streaming").remote(tuple(asked))
+        ended = False
         try:
             async for item in answer:
-                yield item
-        except _BROKEN as error:
+                yield await item
+            ended = True
+        except RayError as error:
+            ended = True
             raise LostError(_reason(error)) from error
         finally:
-            answer.cancel()  # of one that has ended, nothing
+            if not ended:
+                ray.cancel(answer)
 
 
-class HeadReplica:
-    """The head as Ray Serve runs it.
+class HeadActor:
+    """The head as an actor; it serves from the moment that Ray has made it, or made it again.
 
     Args:
         config: `FleetConfig` as plain data.
+
+    Raises:
+        ConfigError: the file of API keys cannot be used, or the address not be had.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        read = msgspec.convert(config, FleetConfig)
-        links = {name: RayLink(serve.get_app_handle(device_app(name))) for name in read.devices}
-        self._config = read
-        self._head = FleetHead(read, links)
-        self._watching = asyncio.get_running_loop().create_task(self._head.watch())
-
-    def __serve_build_asgi_app__(self) -> App:
-        """Return the application; Serve calls this."""
-        return self._head.app
+        raise_file_limit()
+        self._config = msgspec.convert(config, FleetConfig)
+        agents = {
+            name: ray.get_actor(_agent_name(name, device), NAMESPACE)
+            for name, device in self._config.devices.items()
+        }
+        limit = possible_connections(ServerSettings().max_connections, 0)
+        self._head = FleetHead(
+            self._config, {name: RayLink(agent) for name, agent in agents.items()}, limit
+        )
+        settings = self._head.settings
+        connections = Connections(settings.max_connections, settings.max_connections_per_address)
+        socket = listen(settings.host, settings.port)
+        socket.on_lack = connections.close_idlest
+        server = make_server(self._head.app, settings, connections)
+        loop = asyncio.get_running_loop()  # Ray makes an actor with coroutines in its loop
+        self._tasks = [
+            loop.create_task(self._head.watch()),
+            loop.create_task(server.serve(sockets=[socket])),
+        ]
 
     async def status(self) -> dict[str, Any]:
         """Return the state of the fleet."""
@@ -94,67 +121,90 @@ class HeadReplica:
     async def close(self) -> int:
         """Refuse new requests and wait for those that run; returns how many are left."""
         self._head.is_draining = True
-        deadline = asyncio.get_running_loop().time() + self._config.drain_timeout_s
-        while (left := self._head.status()["in_flight"]) and (
-            asyncio.get_running_loop().time() < deadline
-        ):
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._config.drain_timeout_s
+        while (left := self._head.in_flight) and loop.time() < deadline:
             await asyncio.sleep(0.05)
-        return int(left)
+        return left
 
 
 def deploy(config: FleetConfig) -> None:
-    """Start or renew the head and a replica for each device; those of absent devices wait.
+    """Start the head and an actor for each device, or renew those whose settings have changed.
 
-    Ray must be connected, from the head's machine.
-    """
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": config.host, "port": config.port, "keep_alive_timeout_s": 15},
-    )
-    targets = []
-    for name, device in config.devices.items():
-        agent = serve.deployment(DeviceAgent).options(
-            name="device",
-            version=_version(msgspec.json.encode(device)),
-            num_replicas=1,
-            max_ongoing_requests=_MANY,
-            ray_actor_options={"num_cpus": 0, "resources": {device_resource(name): _SHARE}},
-        )
-        bound = agent.bind(device.url, device.key_file)
-        targets.append(serve.RunTarget(bound, device_app(name), None))
-    keys = b"" if config.api_key_file is None else Path(config.api_key_file).read_bytes()
-    head = serve.deployment(serve.ingress()(HeadReplica)).options(
-        name="head",
-        version=_version(msgspec.json.encode(config) + keys),
-        num_replicas=1,
-        max_ongoing_requests=_MANY,
-        graceful_shutdown_timeout_s=config.drain_timeout_s,
-        ray_actor_options={"num_cpus": 0, "resources": {HEAD_RESOURCE: _SHARE}},
-    )
-    targets.append(serve.RunTarget(head.bind(msgspec.to_builtins(config)), HEAD_APP, "/"))
-    serve.run_many(targets, wait_for_applications_running=False)
-    gone = set(serve.status().applications) - {target.name for target in targets}
-    for name in gone:
-        serve.delete(name)
-
-
-def call_head(method: str, *arguments: Any, timeout_s: float = 10) -> Any:
-    """Call a method of `HeadReplica` from the head's machine.
+    Actors of absent devices wait for them. Ray must be connected, from the head's machine.
 
     Raises:
-        RayServeException, RayError, TimeoutError: it does not run, or does not answer in time.
+        ConfigError: the head cannot use its keys, or not have its address.
+        RayError: an actor could not be made.
     """
-    handle = serve.get_app_handle(HEAD_APP).options(method_name=method)
-    return handle.remote(*arguments).result(timeout_s=timeout_s)
+    agents = {_agent_name(name, device): name for name, device in config.devices.items()}
+    head_name = _head_name(config)
+    old = {each["name"] for each in ray.util.list_named_actors(all_namespaces=True)
+           if each["namespace"] == NAMESPACE}  # fmt: skip
+    for name in sorted(old - {*agents, head_name}, reverse=True):  # the head first
+        actor = ray.get_actor(name, NAMESPACE)
+        if name.startswith(_HEAD):
+            ray.get(actor.close.remote())
+        ray.kill(actor)
+    for name, device_name in agents.items():
+        device = config.devices[device_name]
+        ray.remote(DeviceAgent).options(
+            **_lasting(name), resources={device_resource(device_name): _SHARE}
+        ).remote(device.url, device.key_file)
+    if head_name in old:
+        return
+    head = (
+        ray.remote(HeadActor)
+        .options(**_lasting(head_name), resources={HEAD_RESOURCE: _SHARE})
+        .remote(msgspec.to_builtins(config))
+    )
+    try:
+        ray.get(head.status.remote())
+    except RayError as error:
+        ray.kill(head)
+        if isinstance(cause := getattr(error, "cause", None), EdgeError):
+            raise cause from error
+        raise
 
 
-def stop() -> None:
-    """End every application and Ray Serve itself."""
-    serve.shutdown()
+def call_head(config: FleetConfig, method: str, *arguments: Any, timeout_s: float = 10) -> Any:
+    """Call a method of `HeadActor`.
+
+    Raises:
+        ValueError: it does not run, or with another file.
+        RayError: it does not answer in time, or died.
+    """
+    head = ray.get_actor(_head_name(config), NAMESPACE)
+    return ray.get(getattr(head, method).remote(*arguments), timeout=timeout_s)
 
 
-def _version(what: bytes) -> str:
-    return hashlib.sha256(edge.__version__.encode() + what).hexdigest()[:16]
+_HEAD = "head-"
+
+
+def _lasting(name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_concurrency": _MANY,
+        "num_cpus": 0,
+    }
+
+
+def _agent_name(name: str, device: Device) -> str:
+    return f"device-{name}-{_digest(msgspec.json.encode(device))}"
+
+
+def _head_name(config: FleetConfig) -> str:
+    """Name the head after all that it is made of, so that a change makes another one."""
+    keys = b"" if config.api_key_file is None else Path(config.api_key_file).read_bytes()
+    return _HEAD + _digest(edge.__version__.encode() + msgspec.json.encode(config) + keys)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def _reason(error: Exception) -> str:

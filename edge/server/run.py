@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from edge.measure.drift import DriftMonitor, read_counts
 from .api.samples import check_decoding
 from .app import create_app
 from .http.access import APIKeys
-from .http.connections import Connections, Listener, possible_connections, raise_file_limit
+from .http.connections import Connections, listen, possible_connections, raise_file_limit
 from .http.errors import APIError
 from .http.memory import limit_arenas
 from .http.messages import make_server
@@ -128,7 +127,7 @@ class Service:
         self._keys = None if path is None else APIKeys(path)
         app = create_app(self.models, limits, self.metrics, self._keys)
         self._server = make_server(app, limits, connections)
-        self._socket = _listen(settings.host, settings.port)
+        self._socket = listen(settings.host, settings.port)
         self._socket.on_lack = connections.close_idlest
         self.port: int = self._socket.getsockname()[1]
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -355,28 +354,6 @@ def _drift_monitor(settings: ServerSettings) -> DriftMonitor:
     path = settings.drift_baseline
     baseline = None if path is None else read_counts(path)
     return DriftMonitor(baseline, settings.drift_window)
-
-
-def _listen(host: str, port: int) -> Listener:
-    """Open a listening socket.
-
-    Raises:
-        ConfigError: the address cannot be bound.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns off Nagle only where the protocol is named; else answers wait 40 ms for an ACK.
-    sock = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host.strip("[]"), port))
-        sock.listen()  # a small model is ready, and systemd knows it, before uvicorn gets to it
-        sock.set_inheritable(False)
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
-        ) from error
-    return sock
 
 
 def serve(

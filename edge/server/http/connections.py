@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from edge.errors import ConfigError
+
 _log = logging.getLogger("edge.server")
 SURPLUS = 32
 """Connections beyond the limits that are accepted to answer health probes."""
@@ -200,6 +202,28 @@ class Listener(socket.socket):
         if spare is not None:
             os.close(spare)
         return spare is not None
+
+
+def listen(host: str, port: int) -> Listener:
+    """Open a listening socket.
+
+    Raises:
+        ConfigError: the address cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns off Nagle only where the protocol is named; else answers wait 40 ms for an ACK.
+    sock = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host.strip("[]"), port))
+        sock.listen()  # a small model is ready, and systemd knows it, before uvicorn gets to it
+        sock.set_inheritable(False)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
+        ) from error
+    return sock
 
 
 def _open_spare() -> int | None:
