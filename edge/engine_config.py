@@ -55,6 +55,7 @@ class EngineOptions(TypedDict, total=False):
     draft: str | Path | None
     speculative: int | None
     prefix_dir: str | Path | None
+    trusted_keys: str | Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,9 @@ class EngineConfig:
             with draft.
         prefix_dir: directory of prefixes that edge-llm cache build stored; prompts that begin with
             one of them load its rows.
+        trusted_keys: file of minisign public keys; a bundle that none of them has signed is not
+            opened. By default what EDGE_LLM_TRUSTED_KEYS names, or /etc/edge-llm/trusted-keys where
+            it exists; without any, every bundle is opened.
 
     Raises:
         ConfigError: a value of the wrong type or out of its range, or two that exclude each other.
@@ -118,6 +122,7 @@ class EngineConfig:
     draft: Path | None = dataclasses.field(default=None, metadata={FINDER: _find_draft})
     speculative: _Count | None = None
     prefix_dir: Path | None = None
+    trusted_keys: Path | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -192,5 +197,5 @@ class EngineConfig:
         for name in options:
             if name not in known:
                 raise unknown_name(f"the engine has no option {name!r}", name, known)
-        # A text as draft or prefix_dir becomes a path when it is checked.
+        # A text as draft, prefix_dir or trusted_keys becomes a path when it is checked.
         return dataclasses.replace(self, **options)  # type: ignore[arg-type]

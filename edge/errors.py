@@ -14,6 +14,7 @@
         DeviceMemoryError         not enough memory of the GPU
       OverloadError               the queue is full; try again later                          75
       DeadlineError               a request did not finish in the time that it was given      75
+      RegistryError               a registry cannot be reached or fails; try again later      75
       BackendError                the inference engine failed                                 70
         DeviceError               the GPU or its driver failed
       BuildError                  TensorRT refused a graph or failed to build it              70
@@ -129,6 +130,12 @@ class OverloadError(EdgeError):
 
 class DeadlineError(EdgeError):
     """A request did not finish in the time that it was given."""
+
+    exit_code = 75
+
+
+class RegistryError(EdgeError):
+    """A registry cannot be reached or fails; what has arrived is kept."""
 
     exit_code = 75
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from edge._version import __version__
 from edge.bundle.engine_file import ENGINE_SCHEMA_VERSION, EngineInfo, ProfileInfo, ShapeInfo
 from edge.bundle.engine_layers import LayerTable, parse_inspector
-from edge.bundle.manifest import read_manifest, verify_files
+from edge.bundle.manifest import verify_files
+from edge.bundle.trust import open_manifest
 from edge.device import telemetry
 from edge.device.gpu import Gpu, find_gpu
 from edge.device.process import read_rss_peak_bytes, reset_rss_peak
@@ -130,7 +131,7 @@ def build_engine(
                 "a build with tune needs compile_variant=engines.tune.compile_fastest"
             )
         compile_variant = compile_ladder
-    build = plan_build(config, read_manifest(config.bundle))
+    build = plan_build(config, open_manifest(config.bundle))
     target = target or find_target(rt=_trtexec_target() if via == "trtexec" else None)
     compat.check_support(
         target.rt.flavour, target.rt.version, build.manifest.dialect, build.kv_read

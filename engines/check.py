@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge.bundle.engine_file import Attention, KvRead, LayerCount, RefusedRung, WeightBytes
-from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
+from edge.bundle.trust import open_manifest
 from edge.device.telemetry import read_available_memory_bytes
 from edge.progress import Progress, silent, uncounted
 
@@ -80,7 +80,7 @@ def check_bundle(
         ResourceError: too little memory.
         BuildError: TensorRT refused the graph or failed to compile it.
     """
-    build = plan_build(config, read_manifest(config.bundle))
+    build = plan_build(config, open_manifest(config.bundle))
     target = find_target(COMPUTE_CAPABILITIES[sm])
     compat.check_support(
         target.rt.flavour, target.rt.version, build.manifest.dialect, build.kv_read

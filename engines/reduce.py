@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edge.bundle.manifest import FloatType, read_manifest, verify_files
+from edge.bundle.manifest import FloatType, verify_files
+from edge.bundle.trust import open_manifest
 from edge.errors import BuildError, ConfigError, DependencyError, install_command
 from edge.progress import Progress, silent, uncounted
 
@@ -93,7 +94,7 @@ def reduce_bundle(
             "--reduce with --kv-read lengths: lengths are no part of the ONNX graph, so a file "
             "cannot show their refusal; leave --kv-read out"
         )
-    build = plan_build(config, read_manifest(config.bundle))
+    build = plan_build(config, open_manifest(config.bundle))
     target = find_target(None if sm is None else COMPUTE_CAPABILITIES[sm])
     with uncounted(progress, "hash"):
         verify_files(config.bundle, build.manifest, graph_files(build.manifest))

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge.bundle.manifest import ENGINES_DIR, Manifest, read_manifest, verify_files
+from edge.bundle.manifest import ENGINES_DIR, Manifest, verify_files
+from edge.bundle.trust import open_manifest
 from edge.errors import BackendError, ConfigError, DependencyError, EdgeError, ResourceError
 
 from .build_plan import BuildPlan, plan_build
@@ -429,7 +430,7 @@ def command_for_bundle(config: BuildConfig, version: TrtVersion) -> list[str]:
         BundleError: there is no bundle, or its graph is damaged.
         ConfigError: see `trtexec_command` and `plan_build`.
     """
-    manifest = read_manifest(config.bundle)
+    manifest = open_manifest(config.bundle)
     _check_version(config, manifest, version)
     build = plan_build(config, manifest)
     if not build.changes_graph:

@@ -8,11 +8,8 @@ there when it takes the lock was left by a killed export, and is removed. Only
 ``.r1.edge-llm-calibration`` outlives an export that failed: the next export continues there, and
 putting a bundle in place removes it.
 
-On Linux the finished staging directory and the old bundle trade places in one step
-(``renameat2(2)`` with ``RENAME_EXCHANGE``): whenever the process is killed, the target is the whole
-old bundle or the whole new one. Where the file system refuses that (some network and FUSE mounts)
-the old bundle is renamed aside first; a kill between these two renames leaves no target until the
-next export to it puts the old bundle back.
+The finished staging directory and the old bundle trade places (`edge.bundle.place`): whenever the
+process is killed, the target is the whole old bundle or the whole new one.
 
 A process that has the old bundle's files open or mapped keeps them. A process that is just opening
 the bundle by name may get an old manifest and a new file: the hashes reveal that, and opening it
@@ -22,20 +19,14 @@ again works.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import logging
-import os
-import shutil
 import stat
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import msgspec
 
 from edge.bundle.manifest import (
-    ENGINES_DIR,
     MANIFEST_NAME,
     FileInfo,
     Manifest,
@@ -44,16 +35,16 @@ from edge.bundle.manifest import (
     is_file_name,
     sha256_file,
 )
-from edge.bundle.update import MANIFEST_TEMP, beside, fsync, locked, resolve_target, write_durably
+from edge.bundle.place import (
+    check_free_space,
+    check_replaceable,
+    put_in_place,
+    recover,
+    remove,
+    sweep,
+)
+from edge.bundle.update import beside, fsync, locked, resolve_target, write_durably
 from edge.errors import BundleError, ConfigError, ResourceError
-from edge.files import read_file
-
-_logger = logging.getLogger(__name__)
-
-_MARGIN_BYTES = 64 << 20  # what a caller's estimate leaves out: block sizes, directories, manifest
-_AT_FDCWD = -100  # linux/fcntl.h
-_RENAME_EXCHANGE = 2  # linux/fs.h
-_NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class BundleWriter:
@@ -80,7 +71,6 @@ class BundleWriter:
         self._required_bytes = required_bytes
         self._overwrite = overwrite
         self._staging = beside(self.target, "staging")
-        self._aside = beside(self.target, "old")
         self.calibration_directory = beside(self.target, "calibration")
         self._scratch = beside(self.target, "scratch")
         self._staged: Manifest | None = None
@@ -98,12 +88,12 @@ class BundleWriter:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(locked(self.target))
-                self._recover()
-                _check_replaceable(self.target, self._overwrite)
+                recover(self.target)
+                check_replaceable(self.target, self._overwrite)
                 self._sweep()
-                _check_free_space(self.target.parent, self._required_bytes)
+                check_free_space(self.target.parent, self._required_bytes)
                 stack.callback(self._sweep)
-                stack.callback(self._recover)
+                stack.callback(recover, self.target)
                 self._staging.mkdir()
                 self._cleanup = stack.pop_all()
         except OSError as error:
@@ -175,11 +165,11 @@ class BundleWriter:
         if self._committed:
             raise RuntimeError("the bundle is already in place")
         written = self._write_manifest(manifest)
-        _check_replaceable(self.target, self._overwrite)
-        self._swap()
+        check_replaceable(self.target, self._overwrite)
+        put_in_place(self._staging, self.target)
         self._committed = True
         fsync(self.target.parent)
-        _remove(self.calibration_directory)
+        remove(self.calibration_directory)
         return written
 
     def __exit__(
@@ -209,114 +199,9 @@ class BundleWriter:
         fsync(self._staging)
         return written
 
-    def _swap(self) -> None:
-        try:
-            self._staging.rename(self.target)  # works if nothing or an empty directory is there
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        try:
-            _exchange(self._staging, self.target)
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-            _logger.info("%s cannot exchange directories: renaming twice", self.target.parent)
-            self.target.rename(self._aside)
-            self._staging.rename(self.target)  # if this fails, leaving the block recovers
-
-    def _recover(self) -> None:
-        """Put the old bundle back if a swap by two renames was cut off between them."""
-        try:
-            self._aside.rename(self.target)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                return  # the target is taken: the swap was finished
-            raise
-        fsync(self.target.parent)
-        _logger.warning("put back %s, which an interrupted export had moved aside", self.target)
-
     def _sweep(self) -> None:
-        _remove(self._scratch)
-        _remove(self._staging)
-        if self._aside.exists():
-            # Never delete in place what `_recover` takes for a whole bundle.
-            self._aside.rename(self._staging)
-            _remove(self._staging)
-
-
-def _remove(directory: Path) -> None:
-    try:
-        shutil.rmtree(directory)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        _logger.warning("cannot remove %s: %s", directory, error)
-
-
-def _check_replaceable(target: Path, overwrite: bool) -> None:
-    """Refuse everything except a missing or empty directory and, with ``overwrite``, a bundle."""
-    try:
-        mode = target.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISDIR(mode):
-        raise ConfigError(f"{target} exists and is not a directory; choose another path")
-    if target.is_mount():
-        raise ConfigError(
-            f"{target} is a mount point and cannot be replaced; name a directory inside it, "
-            f"e.g. {target / 'bundle'}"
-        )
-    entries = {path.name for path in target.iterdir()}
-    if not entries:
-        return
-    strangers = sorted(entries - _own_entries(target))
-    if strangers:
-        shown = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")
-        raise ConfigError(
-            f"{target} holds files that are not part of a bundle ({shown}) and would be lost; "
-            "move them away or choose another directory"
-        )
-    if not overwrite:
-        raise ConfigError(
-            f"{target} already holds a bundle; replace it with --force or choose another directory"
-        )
-
-
-class _AnyManifest(msgspec.Struct):
-    """The keys that make a directory a bundle of any schema version, damaged or not."""
-
-    schema_version: int
-    producer: str
-    files: dict[str, Any]
-
-
-def _own_entries(bundle: Path) -> set[str]:
-    """Names of the entries that an export or a build wrote; empty if this is not a bundle."""
-    try:
-        manifest = msgspec.json.decode(
-            read_file(bundle / MANIFEST_NAME, 1 << 24), type=_AnyManifest
-        )
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return set()
-    return {*manifest.files, MANIFEST_NAME, MANIFEST_TEMP, ENGINES_DIR}
-
-
-def _check_free_space(directory: Path, required_bytes: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < required_bytes + _MARGIN_BYTES:
-        raise ResourceError(
-            f"{directory} has {_human(free)} free, but the bundle takes {_human(required_bytes)} "
-            f"and {_human(_MARGIN_BYTES)} must be spare; free some space or choose another disk"
-        )
-
-
-def _human(num_bytes: int) -> str:
-    if num_bytes >= 1e9:
-        return f"{num_bytes / 1e9:.2f} GB"
-    return f"{num_bytes / 1e6:.1f} MB"
+        remove(self._scratch)
+        sweep(self.target, self._staging)
 
 
 def _seal(path: Path) -> FileInfo:
@@ -325,18 +210,3 @@ def _seal(path: Path) -> FileInfo:
     info = sha256_file(path)
     fsync(path)
     return info
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Let two paths trade places atomically.
-
-    Raises:
-        OSError: `_NOT_SUPPORTED` where the system or the file system cannot do it.
-    """
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc >= 2.28
-    if renameat2 is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    paths = os.fsencode(one), os.fsencode(other)
-    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(one), None, str(other))

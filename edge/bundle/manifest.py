@@ -30,7 +30,7 @@ MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
 _HASH_CHUNK_BYTES = 1 << 22
-_MAX_BYTES = 1 << 24  # a layer takes about 1 KB
+MAX_MANIFEST_BYTES = 1 << 24  # a layer takes about 1 KB
 _MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _SELF_HASH = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n\}\n\Z')
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
@@ -780,18 +780,27 @@ class _Version(msgspec.Struct):
 def read_manifest(bundle: Path) -> Manifest:
     """Read ``manifest.json`` of a bundle directory; files are not hashed (see `verify_files`).
 
+    Who signed it is not asked: what opens a bundle calls `edge.bundle.trust.open_manifest`.
+
     Raises:
         BundleError: the directory or the manifest is missing or invalid.
     """
-    path = bundle / MANIFEST_NAME
+    return decode_manifest(read_manifest_bytes(bundle), str(bundle / MANIFEST_NAME))
+
+
+def read_manifest_bytes(bundle: Path) -> bytes:
+    """Read the bytes of ``manifest.json``, which nobody has looked at yet.
+
+    Raises:
+        BundleError: the directory or the file is missing or cannot be read.
+    """
     try:
-        data = read_file(path, _MAX_BYTES)
+        return read_file(bundle / MANIFEST_NAME, MAX_MANIFEST_BYTES)
     except OSError as error:
         raise BundleError(
             f"no bundle at {bundle}: cannot read {MANIFEST_NAME} ({error.strerror}); "
             "make one with: edge-llm export SOURCE -o BUNDLE"
         ) from error
-    return decode_manifest(data, str(path))
 
 
 class VerifiedFiles:

@@ -152,15 +152,16 @@ def _measure(
 
     from edge.backends.choose import open_backend
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-    from edge.bundle.manifest import read_manifest, verify_files
+    from edge.bundle.manifest import verify_files
     from edge.bundle.tasks import check_task
+    from edge.bundle.trust import open_manifest
     from edge.device.process import read_rss_bytes, read_rss_peak_bytes, reset_rss_peak
     from edge.device.telemetry import read_snapshot
     from edge.measure import bench_report
     from edge.measure.bench import run_bench
     from edge.measure.layer_bench import require_layer_times, time_layers
 
-    manifest = read_manifest(bundle)
+    manifest = open_manifest(bundle)
     check_task(manifest, "generate")
     verify_files(bundle, manifest)
     started = time.perf_counter()

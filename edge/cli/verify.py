@@ -173,11 +173,12 @@ class _Opened(NamedTuple):
 @contextmanager
 def _open(bundle: Path) -> Iterator[_Opened]:
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-    from edge.bundle.manifest import read_manifest, verify_files
+    from edge.bundle.manifest import verify_files
+    from edge.bundle.trust import open_manifest
     from edge.progress import uncounted
     from edge.text.tokenizer import Tokenizer
 
-    manifest = read_manifest(bundle)
+    manifest = open_manifest(bundle)
     with ExitStack() as stack:
         progress = stack.enter_context(show_progress())
         with uncounted(progress, "hash"):

@@ -22,7 +22,8 @@ from edge.backends import Backend, Floats
 from edge.backends.choose import open_backend
 from edge.backends.step import prefill, step_after
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import Manifest, read_manifest, verify_files
+from edge.bundle.manifest import Manifest, verify_files
+from edge.bundle.trust import open_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.text.tokenizer_difference import tokenizer_difference
@@ -240,18 +241,19 @@ class ModelDrafter:
         self._ids[own] = self._ids[best][: shared[best]]
 
 
-def read_draft(bundle: Path, target: Path) -> Manifest:
+def read_draft(bundle: Path, target: Path, trusted_keys: Path | None) -> Manifest:
     """Read the manifest of a bundle that is to draft, and check its files and tokenizer.
 
     Args:
         bundle: the bundle that drafts.
         target: the bundle that answers, whose files have been checked.
+        trusted_keys: see `EngineConfig`.
 
     Raises:
         ConfigError: the tokenizers differ.
         BundleError, IntegrityError: the bundle is missing, damaged or incomplete.
     """
-    manifest = read_manifest(bundle)
+    manifest = open_manifest(bundle, trusted_keys)
     if manifest.model.task != "generate":
         raise ConfigError(
             f"the draft {bundle} is a bundle to {manifest.model.task} and guesses no tokens; take "

@@ -17,6 +17,7 @@ from edge.backends.choose import open_backend, unused_gpu
 from edge.bundle import manifest as manifests
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.tasks import check_task
+from edge.bundle.trust import open_manifest
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
 from edge.files import decode_text
@@ -88,9 +89,11 @@ class LLM:
         pools: whether the bundle embeds or judges documents, and generates nothing.
 
     Raises:
-        IntegrityError: a file of the bundle is damaged; nothing of it was parsed.
+        IntegrityError: a file of the bundle is damaged, or the bundle is signed with a key that is
+            not trusted; nothing of it was parsed.
         ConfigError: an unknown option, or a value that `EngineConfig` or the engine refuses.
-        BundleError: the bundle is missing, incomplete, or has no engine that runs here.
+        BundleError: the bundle is missing, incomplete, not signed where it must be, or has no
+            engine that runs here.
         DependencyError: a library that the backend needs is missing or too old.
         BackendError: the engine cannot be opened.
     """
@@ -107,7 +110,7 @@ class LLM:
             raise ConfigError(
                 f"prefix_dir {config.prefix_dir} is no directory; edge-llm cache build makes it"
             )
-        self.manifest = manifests.read_manifest(self.bundle)
+        self.manifest = open_manifest(self.bundle, config.trusted_keys)
         self.pools = self.manifest.model.task != "generate"
         if self.pools:
             _check_pooling(config, self.manifest)
@@ -566,7 +569,7 @@ class LLM:
         if draft is None:
             return None
         if not self.config.drafts_with_head:
-            return read_draft(draft, self.bundle)
+            return read_draft(draft, self.bundle, self.config.trusted_keys)
         self._head = read_head(self.bundle, self.manifest, files)
         return self._head.manifest
 

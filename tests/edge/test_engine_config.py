@@ -32,6 +32,7 @@ OTHER_VALUES: dict[str, Any] = {
     "draft": Path(),
     "speculative": 4,
     "prefix_dir": Path(),
+    "trusted_keys": Path(),
 }
 """A value that is not its default, of every option but those of `EXCLUDING`."""
 EXCLUDING: dict[str, Any] = {"deterministic": True}  # what others of them would contradict

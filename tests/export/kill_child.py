@@ -15,6 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
+from edge.bundle import place as bundle_place
 from edge.bundle import update as bundle_update
 from edge.bundle.manifest import read_manifest
 from edge.bundle.update import update_manifest
@@ -73,7 +74,7 @@ def export_new(target: Path) -> None:
 
 def main(root: Path, scenario: str) -> None:
     if scenario == "fallback":
-        bundle._exchange = refuse
+        bundle_place.exchange = refuse
     for last in range(1, 1000):
         place = root / str(last)
         shutil.copytree(root / "start", place)

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edge.bundle import place as bundle_place
 from edge.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -28,7 +29,6 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.update import update_manifest
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
-from export import bundle as bundle_module
 from export.bundle import BundleWriter
 from tests.export.kill_child import NEW_FILES, refuse
 from tests.manifests import make_manifest
@@ -93,7 +93,7 @@ def old(target: Path) -> Path:
 def swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to replace a directory."""
     if request.param == "two renames":
-        monkeypatch.setattr(bundle_module, "_exchange", refuse)
+        monkeypatch.setattr(bundle_place, "exchange", refuse)
     return str(request.param)
 
 
@@ -102,7 +102,7 @@ def can_exchange(directory: Path) -> bool:
     one.mkdir()
     other.mkdir()
     try:
-        bundle_module._exchange(one, other)
+        bundle_place.exchange(one, other)
     except OSError:
         return False
     finally:
@@ -169,19 +169,19 @@ def test_what_reaches_the_disk_before_the_swap(old: Path, monkeypatch: pytest.Mo
     # A power cut loses what was not fsynced: every file and the directory, before the swap.
     synced: set[int] = set()
     at_swap: set[int] = set()
-    fsync, swap = os.fsync, BundleWriter._swap
+    fsync, swap = os.fsync, bundle_place.put_in_place
 
     def record(descriptor: int) -> None:
         fsync(descriptor)
         synced.add(os.fstat(descriptor).st_ino)
 
-    def record_swap(writer: BundleWriter) -> None:
+    def record_swap(staging: Path, target: Path) -> None:
         at_swap.update(synced)
         synced.clear()
-        swap(writer)
+        swap(staging, target)
 
     monkeypatch.setattr(os, "fsync", record)
-    monkeypatch.setattr(BundleWriter, "_swap", record_swap)
+    monkeypatch.setattr("export.bundle.put_in_place", record_swap)
     export(old, NEW_FILES, "new", overwrite=True)
     assert at_swap == {path.stat().st_ino for path in [old, *old.iterdir()]}
     assert synced == {old.parent.stat().st_ino}
@@ -392,7 +392,7 @@ def test_an_error_in_the_middle_of_the_swap_restores_the_old_bundle(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tree(old.parent)
-    monkeypatch.setattr(bundle_module, "_exchange", refuse)
+    monkeypatch.setattr(bundle_place, "exchange", refuse)
     rename = Path.rename
 
     def fail_once_aside(source: Path, destination: Path) -> Path:
@@ -413,7 +413,7 @@ def test_an_exchange_that_fails_for_real_is_not_papered_over(
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
     before = tree(old.parent)
-    monkeypatch.setattr(bundle_module, "_exchange", busy)
+    monkeypatch.setattr(bundle_place, "exchange", busy)
     with pytest.raises(OSError, match="busy"):
         export(old, NEW_FILES, "new", overwrite=True)
     assert tree(old.parent) == before

@@ -1,0 +1,187 @@
+"""Putting a finished directory where a bundle is: whole, old or new, whenever a process is killed.
+
+On Linux two directories trade places in one step (``renameat2(2)`` with ``RENAME_EXCHANGE``). Where
+the file system refuses that (some network and FUSE mounts) the old bundle is renamed aside first; a
+kill between these two renames leaves no target until `recover` puts the old bundle back, which
+whoever holds the target's lock calls first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge.errors import ConfigError, ResourceError
+from edge.files import read_file
+
+from .manifest import ENGINES_DIR, MANIFEST_NAME
+from .trust import SIGNATURE_NAME
+from .update import MANIFEST_TEMP, beside, fsync, temp_path
+
+_logger = logging.getLogger(__name__)
+
+ORIGIN_NAME = ".origin.json"
+"""In a bundle that came from a registry: the registry's own manifest, which lists its pieces."""
+_MARGIN_BYTES = 64 << 20  # what a caller's estimate leaves out: block sizes, directories, manifest
+_AT_FDCWD = -100  # linux/fcntl.h
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Swap: afterwards ``target`` is what ``staging`` was, and the old bundle, if any, is aside.
+
+    It is then at ``staging``, or at `aside` where the file system exchanges no directories.
+
+    Raises:
+        OSError: it cannot be done; `recover` undoes what was.
+    """
+    try:
+        staging.rename(target)  # works if nothing or an empty directory is there
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    try:
+        exchange(staging, target)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        _logger.info("%s cannot exchange directories: renaming twice", target.parent)
+        target.rename(aside(target))
+        staging.rename(target)  # if this fails, `recover` puts the old one back
+
+
+def aside(target: Path) -> Path:
+    """The hidden path beside ``target`` that holds the old bundle between two renames."""
+    return beside(target, "old")
+
+
+def recover(target: Path) -> None:
+    """Put the old bundle back if a swap by two renames was cut off between them."""
+    try:
+        aside(target).rename(target)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return  # the target is taken: the swap was finished
+        raise
+    fsync(target.parent)
+    _logger.warning("put back %s, which an interrupted export had moved aside", target)
+
+
+def sweep(target: Path, staging: Path) -> None:
+    """Remove a staging directory, and what a swap left aside."""
+    remove(staging)
+    if aside(target).exists():
+        # Never delete in place what `recover` takes for a whole bundle.
+        aside(target).rename(staging)
+        remove(staging)
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory, if it is there; what cannot be removed is logged."""
+    try:
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _logger.warning("cannot remove %s: %s", directory, error)
+
+
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Refuse everything except a missing or empty directory and, with ``overwrite``, a bundle.
+
+    Raises:
+        ConfigError: the target is not ours to replace.
+    """
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        raise ConfigError(f"{target} exists and is not a directory; choose another path")
+    if target.is_mount():
+        raise ConfigError(
+            f"{target} is a mount point and cannot be replaced; name a directory inside it, "
+            f"e.g. {target / 'bundle'}"
+        )
+    entries = {path.name for path in target.iterdir()}
+    if not entries:
+        return
+    strangers = sorted(entries - _own_entries(target))
+    if strangers:
+        shown = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")
+        raise ConfigError(
+            f"{target} holds files that are not part of a bundle ({shown}) and would be lost; "
+            "move them away or choose another directory"
+        )
+    if not overwrite:
+        raise ConfigError(
+            f"{target} already holds a bundle; replace it with --force or choose another directory"
+        )
+
+
+class _AnyManifest(msgspec.Struct):
+    """The keys that make a directory a bundle of any schema version, damaged or not."""
+
+    schema_version: int
+    producer: str
+    files: dict[str, Any]
+
+
+def _own_entries(bundle: Path) -> set[str]:
+    """Names of the entries that an export or a build wrote; empty if this is not a bundle."""
+    try:
+        manifest = msgspec.json.decode(
+            read_file(bundle / MANIFEST_NAME, 1 << 24), type=_AnyManifest
+        )
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return set()
+    added = (SIGNATURE_NAME, temp_path(Path(SIGNATURE_NAME)).name, ORIGIN_NAME)
+    return {*manifest.files, MANIFEST_NAME, MANIFEST_TEMP, ENGINES_DIR, *added}
+
+
+def check_free_space(directory: Path, required_bytes: int) -> None:
+    """Refuse a disk that is too full for a bundle.
+
+    Raises:
+        ResourceError: it is.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < required_bytes + _MARGIN_BYTES:
+        raise ResourceError(
+            f"{directory} has {human(free)} free, but the bundle takes {human(required_bytes)} "
+            f"and {human(_MARGIN_BYTES)} must be spare; free some space or choose another disk"
+        )
+
+
+def human(num_bytes: int) -> str:
+    """Write a size for a person."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two paths trade places atomically.
+
+    Raises:
+        OSError: `_NOT_SUPPORTED` where the system or the file system cannot do it.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc >= 2.28
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    paths = os.fsencode(one), os.fsencode(other)
+    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(one), None, str(other))

@@ -1,0 +1,149 @@
+"""Which bundles a machine opens: those that one of its trusted keys has signed, if it names any.
+
+A bundle's signature is ``manifest.json.minisig``, of the bytes of ``manifest.json``, which has the
+hash of every other file. So one signature vouches for all of them, whoever carried them here.
+
+The policy is a file of public keys: the option ``trusted_keys``, else what
+``EDGE_LLM_TRUSTED_KEYS`` names, else ``/etc/edge-llm/trusted-keys`` where it exists. It is read
+whenever a bundle is opened, so a key that is taken out vouches for nothing from then on.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from edge.errors import BundleError, ConfigError, IntegrityError
+from edge.files import read_file
+
+from .manifest import MANIFEST_NAME, Manifest, decode_manifest, read_manifest_bytes
+from .minisign import (
+    MAX_BYTES,
+    PublicKey,
+    SecretKey,
+    Signature,
+    check_signature,
+    parse_signature,
+    read_public_keys,
+)
+from .update import locked, replace_durably, resolve_target
+
+SIGNATURE_NAME = f"{MANIFEST_NAME}.minisig"
+KEYS_VARIABLE = "EDGE_LLM_TRUSTED_KEYS"
+DEFAULT_KEYS = Path("/etc/edge-llm/trusted-keys")
+
+
+def trusted_keys_file(given: Path | None = None) -> Path | None:
+    """Find the file of trusted keys; None where this machine opens whatever it is given.
+
+    Args:
+        given: the option; it comes before what the machine has.
+    """
+    if given is not None:
+        return given
+    if named := os.environ.get(KEYS_VARIABLE):
+        return Path(named)
+    # What is there and cannot be read is an error where it is read, and no open door.
+    return DEFAULT_KEYS if os.path.lexists(DEFAULT_KEYS) else None
+
+
+def open_manifest(bundle: Path, trusted_keys: Path | None = None) -> Manifest:
+    """Read the manifest of a bundle that is to be opened, and hold it to the machine's policy.
+
+    The bytes whose signature is checked are those that are parsed. Files are not hashed yet.
+
+    Args:
+        bundle: directory of the bundle.
+        trusted_keys: see `trusted_keys_file`.
+
+    Raises:
+        BundleError: see `edge.bundle.manifest.read_manifest`; or it is not signed.
+        IntegrityError: see there; or the signature is none, is of other bytes or of a foreign key.
+        ConfigError: the file of trusted keys cannot be used.
+        DependencyError: there is a policy, and cryptography is not installed.
+    """
+    data = read_manifest_bytes(bundle)
+    file = trusted_keys_file(trusted_keys)
+    if file is not None:
+        check_manifest(data, read_signature_bytes(bundle), file, str(bundle))
+    return decode_manifest(data, str(bundle / MANIFEST_NAME))
+
+
+def check_manifest(
+    data: bytes, signature: bytes | None, trusted_keys: Path, where: str
+) -> tuple[PublicKey, Signature]:
+    """Hold a manifest and its signature to a file of trusted keys.
+
+    Args:
+        data: bytes of ``manifest.json``.
+        signature: bytes of its signature; None if it has none.
+        trusted_keys: file of public keys.
+        where: names the bundle.
+
+    Returns:
+        The key that signed, and the signature.
+
+    Raises:
+        BundleError, IntegrityError, ConfigError, DependencyError: see `open_manifest`.
+    """
+    keys = read_public_keys(trusted_keys)
+    if signature is None:
+        raise BundleError(
+            f"{where} is not signed, and {trusted_keys} demands it; sign it with: edge-llm bundle "
+            "sign BUNDLE --key FILE"
+        )
+    found = parse_signature(signature, f"{where}: {SIGNATURE_NAME}")
+    try:
+        return check_signature(data, found, keys), found
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"{where} is refused: {MANIFEST_NAME} is {error} ({trusted_keys}); get the bundle from "
+            "who holds a trusted key, or add the key's public half there"
+        ) from error
+
+
+def read_signature_bytes(bundle: Path) -> bytes | None:
+    """Read the signature of a bundle; None if it is not signed.
+
+    Raises:
+        BundleError: it is there and cannot be read.
+    """
+    path = bundle / SIGNATURE_NAME
+    try:
+        return read_file(path, MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BundleError(
+            f"{path} cannot be read ({error.strerror}); copy or sign the bundle again"
+        ) from error
+
+
+def sign_bundle(bundle: Path, key: SecretKey, comment: str) -> Signature:
+    """Sign a bundle's manifest; a signature that was there is replaced.
+
+    Args:
+        bundle: directory of the bundle.
+        key: who signs.
+        comment: one line that is signed too.
+
+    Raises:
+        BundleError, IntegrityError: the manifest is missing, damaged or of another version.
+        ConfigError: an export is writing the bundle, the comment is no line, or the signature
+            cannot be written.
+        DependencyError: cryptography is not installed.
+    """
+    target = resolve_target(bundle)
+    with locked(target):
+        data = read_manifest_bytes(target)
+        decode_manifest(data, str(target / MANIFEST_NAME))
+        signature = key.sign(data, comment)
+        try:
+            replace_durably(
+                target / SIGNATURE_NAME, lambda file: file.write(signature.encode()), mode=0o644
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {target / SIGNATURE_NAME}: {error.strerror}"
+            ) from error
+    return signature

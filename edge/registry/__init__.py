@@ -1,0 +1,1 @@
+"""Bundles in OCI registries: references, credentials, the wire, push and pull."""

@@ -1,0 +1,397 @@
+"""Speaks to a registry: the OCI distribution API 1.1 over urllib3.
+
+Blobs are small (`edge.registry.artifact.MAX_CHUNK_BYTES`), so a broken transfer costs one of them;
+what a registry sends is held to size and digest while it comes. The `oras` package was looked at
+(0.2.43): it reads a blob whole to upload it, does not check the digest of one that it downloads,
+and sends its token again wherever a redirect leads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlencode, urljoin, urlsplit
+
+from edge._version import __version__
+from edge.errors import (
+    ConfigError,
+    DependencyError,
+    IntegrityError,
+    RegistryError,
+    install_command,
+)
+
+from .credentials import Credentials, find_credentials
+from .reference import Reference, is_digest
+
+if TYPE_CHECKING:
+    import urllib3
+
+MAX_MANIFEST_BYTES = 4 << 20
+"""What registries take at most (OCI distribution specification, "Pushing Manifests")."""
+MANIFEST_TYPE: Literal["application/vnd.oci.image.manifest.v1+json"] = (
+    "application/vnd.oci.image.manifest.v1+json"
+)
+NUM_CONNECTIONS = 4
+_CONNECT_S, _READ_S = 10.0, 60.0
+_TRIES = 4
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_MAX_REDIRECTS = 4
+_MAX_ERROR_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 20
+_RETRIED = (408, 429, 500, 502, 503, 504)
+_PARAMETER = re.compile(r'([A-Za-z_]+)="((?:[^"\\]|\\.)*)"')
+
+
+class Registry:
+    """One repository of a registry. Any thread may call it.
+
+    Args:
+        reference: names registry and repository.
+        plain_http: speak HTTP without TLS; None does so with this very machine only.
+        credentials: user and password; None looks for them (`find_credentials`).
+
+    Raises:
+        DependencyError: urllib3 is not installed.
+        ConfigError: see `find_credentials`.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        plain_http: bool | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
+        self._http = _import_urllib3()
+        plain = reference.is_loopback if plain_http is None else plain_http
+        self._root = f"{'http' if plain else 'https'}://{reference.registry}"
+        self._repository = reference.repository
+        self._name = f"{reference.registry}/{reference.repository}"
+        self._credentials = credentials or find_credentials(reference.registry)
+        self._authorization: str | None = None
+        self._lock = threading.Lock()
+        self._pool = self._make_pool(reference.registry)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.clear()
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def manifest(self, wanted: str) -> tuple[bytes, str]:
+        """Get a manifest, and the digest of its bytes.
+
+        Args:
+            wanted: a tag, or the digest that it must have.
+
+        Raises:
+            ConfigError: it is not there, or the registry refuses the credentials.
+            IntegrityError: it is another than the digest says, or too large.
+            RegistryError: the registry cannot be reached or fails.
+        """
+        response = self._request(
+            "GET", f"/v2/{self._repository}/manifests/{wanted}", headers={"Accept": MANIFEST_TYPE}
+        )
+        data = b"".join(_read(response, MAX_MANIFEST_BYTES, f"{self._name}: manifest {wanted}"))
+        digest = digest_of(data)
+        if is_digest(wanted) and digest != wanted:
+            raise IntegrityError(
+                f"{self._name} answers {digest} where {wanted} was asked for; the registry is "
+                "broken, or somebody changes what it sends"
+            )
+        return data, digest
+
+    def put_manifest(self, data: bytes, wanted: str) -> None:
+        """Store a manifest under a tag or its digest.
+
+        Raises:
+            ConfigError: the registry refuses it or the credentials.
+            RegistryError: the registry cannot be reached or fails.
+        """
+        self._finish(
+            self._request(
+                "PUT",
+                f"/v2/{self._repository}/manifests/{wanted}",
+                headers={"Content-Type": MANIFEST_TYPE},
+                body=data,
+                push=True,
+            )
+        )
+
+    def has_blob(self, digest: str) -> bool:
+        """Whether the repository has a blob.
+
+        Raises:
+            ConfigError, RegistryError: see `put_manifest`.
+        """
+        response = self._request(
+            "HEAD", f"/v2/{self._repository}/blobs/{digest}", push=True, also=(404,)
+        )
+        self._finish(response)
+        return bool(response.status == 200)
+
+    def put_blob(self, data: bytes, digest: str) -> None:
+        """Store a blob.
+
+        Raises:
+            ConfigError, RegistryError: see `put_manifest`.
+        """
+        start = self._request("POST", f"/v2/{self._repository}/blobs/uploads/", push=True)
+        place = start.headers.get("Location", "")
+        self._finish(start)
+        if not place:
+            raise RegistryError(f"{self._name} does not say where a blob is to go")
+        url = urljoin(self._root, place)
+        url += ("&" if urlsplit(url).query else "?") + urlencode({"digest": digest})
+        headers = {"Content-Type": "application/octet-stream"}
+        self._finish(self._request("PUT", url, headers=headers, body=data, push=True))
+
+    def blob(self, digest: str, num_bytes: int) -> bytes:
+        """Get a blob, held to its size and digest; a broken transfer is tried again.
+
+        Raises:
+            IntegrityError: the registry has something else.
+            ConfigError: it is not there, or the registry refuses the credentials.
+            RegistryError: the registry cannot be reached or fails.
+        """
+        what = f"{self._name}: blob {digest}"
+        for left in range(_TRIES - 1, -1, -1):
+            response = self._request("GET", f"/v2/{self._repository}/blobs/{digest}")
+            try:
+                data = b"".join(_read(response, num_bytes, what))
+            except (self._http.exceptions.HTTPError, OSError) as error:
+                if not left:
+                    raise self._unreachable(error) from error
+                time.sleep(_FIRST_PAUSE_S)
+                continue
+            if len(data) == num_bytes and digest_of(data) == digest:
+                return data
+            raise IntegrityError(
+                f"{what} came as {len(data)} bytes with {digest_of(data)}, and {num_bytes} bytes "
+                "were announced; the registry is damaged, or somebody changes what it sends"
+            )
+        raise AssertionError("the last try returns or raises")
+
+    # ------------------------------------------------------------------------------- wire
+
+    def _make_pool(self, registry: str) -> urllib3.PoolManager:
+        host = urlsplit(self._root).hostname or registry
+        timeout = self._http.Timeout(connect=_CONNECT_S, read=_READ_S)
+        options: dict[str, Any] = {
+            "maxsize": NUM_CONNECTIONS,
+            "timeout": timeout,
+            "retries": False,
+            "headers": {"User-Agent": f"edge-llm/{__version__}"},
+        }
+        proxy = urllib.request.getproxies().get(urlsplit(self._root).scheme)
+        if proxy and not urllib.request.proxy_bypass(host):
+            return self._http.ProxyManager(proxy, **options)
+        return self._http.PoolManager(**options)
+
+    def _request(
+        self,
+        method: str,
+        place: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        push: bool = False,
+        also: tuple[int, ...] = (),
+    ) -> Any:
+        """Send a request: again where that may help, elsewhere where a redirect leads.
+
+        Returns:
+            The response, of a good status or one of ``also``; its body is not read yet.
+        """
+        url = urljoin(self._root, place)
+        pause_s = _FIRST_PAUSE_S
+        asked_again = False
+        tries = redirects = 0
+        while True:
+            sent = dict(headers or {})
+            is_own = _origin(url) == _origin(self._root)
+            if is_own and self._authorization is not None:
+                sent["Authorization"] = self._authorization
+            try:
+                response = self._pool.request(
+                    method, url, body=body, headers=sent, preload_content=False, redirect=False
+                )
+            except self._http.exceptions.HTTPError as error:
+                tries += 1
+                if tries >= _TRIES:
+                    raise self._unreachable(error) from error
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                continue
+            status = response.status
+            if 200 <= status < 300 or status in also:
+                return response
+            if status in (301, 302, 303, 307, 308) and method in ("GET", "HEAD"):
+                url = self._follow(url, response, redirects)
+                redirects += 1
+                continue
+            if status == 401 and is_own and not asked_again:
+                challenge = response.headers.get("WWW-Authenticate", "")
+                self._finish(response)
+                asked_again = True
+                self._authenticate(challenge, push)
+                continue
+            if status in _RETRIED and tries + 1 < _TRIES:
+                tries += 1
+                wait_s = _retry_after(response.headers.get("Retry-After"), pause_s)
+                self._finish(response)
+                time.sleep(wait_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                continue
+            raise self._refusal(method, url, response)
+
+    def _follow(self, url: str, response: Any, redirects: int) -> str:
+        target: str = urljoin(url, response.headers.get("Location", ""))
+        self._finish(response)
+        schemes = ("https",) if urlsplit(url).scheme == "https" else ("http", "https")
+        if redirects >= _MAX_REDIRECTS or urlsplit(target).scheme not in schemes:
+            raise RegistryError(f"{self._name} sends on to {target[:200]!r}, which is not followed")
+        return target
+
+    def _authenticate(self, challenge: str, push: bool) -> None:
+        """Take what the registry wants to see from now on.
+
+        Raises:
+            ConfigError: it wants credentials, and there are none, or it refuses them.
+            RegistryError: it wants something unknown.
+        """
+        scheme, _, rest = challenge.partition(" ")
+        if scheme.lower() == "basic":
+            if self._credentials is None:
+                raise self._denied("wants a user and a password, and there are none")
+            self._authorization = self._basic()
+            return
+        parameters = {key.lower(): value for key, value in _PARAMETER.findall(rest)}
+        realm = parameters.get("realm", "")
+        safe = urlsplit(realm).scheme == "https" or _origin(realm) == _origin(self._root)
+        if not safe and urlsplit(self._root).scheme == "http":
+            safe = urlsplit(realm).scheme == "http"
+        if scheme.lower() != "bearer" or not safe:
+            raise RegistryError(
+                f"{self._name} asks for credentials in a way that is not known or not safe: "
+                f"{challenge[:200]!r}"
+            )
+        actions = "pull,push" if push else "pull"
+        query = {"scope": f"repository:{self._repository}:{actions}"}
+        if "service" in parameters:
+            query["service"] = parameters["service"]
+        headers = {} if self._credentials is None else {"Authorization": self._basic()}
+        url = realm + ("&" if urlsplit(realm).query else "?") + urlencode(query)
+        try:
+            response = self._pool.request(
+                "GET", url, headers=headers, preload_content=False, redirect=False
+            )
+            body = response.read(_MAX_ERROR_BYTES)
+        except self._http.exceptions.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.status in (401, 403):
+            raise self._denied(f"refuses the credentials ({urlsplit(realm).hostname})")
+        try:
+            found = json.loads(body) if response.status == 200 else {}
+            token = found.get("token") or found.get("access_token")
+        except (ValueError, AttributeError):
+            token = None
+        if not isinstance(token, str) or not token.isprintable() or not token:
+            raise RegistryError(f"{realm} gave no token for {self._name} ({response.status})")
+        with self._lock:
+            self._authorization = f"Bearer {token}"
+
+    def _basic(self) -> str:
+        assert self._credentials is not None
+        found = self._credentials
+        made: dict[str, str] = self._http.util.make_headers(
+            basic_auth=f"{found.user}:{found.password}"
+        )
+        return made["authorization"]
+
+    def _denied(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"{self._name} {what}; log in with docker login or podman login, or set "
+            "DOCKER_AUTH_CONFIG"
+        )
+
+    def _refusal(self, method: str, url: str, response: Any) -> Exception:
+        status = response.status
+        try:
+            said = response.read(_MAX_ERROR_BYTES).decode("utf-8", "replace")
+        except (self._http.exceptions.HTTPError, OSError):
+            said = ""
+        response.release_conn()
+        path = urlsplit(url).path
+        said = "".join(char if char.isprintable() else " " for char in said)[:200].strip()
+        if status in (401, 403):
+            return self._denied(f"refuses the credentials for {path} ({status})")
+        if status == 404:
+            return ConfigError(f"{self._name} has no {path.rpartition('/')[2]} ({status} {said})")
+        if status in _RETRIED:
+            return RegistryError(f"{self._name} fails: {method} {path} gives {status} {said}")
+        return ConfigError(f"{self._name} refuses {method} {path}: {status} {said}")
+
+    def _unreachable(self, error: Exception) -> RegistryError:
+        return RegistryError(
+            f"{self._root} gives no answer ({error}); is the address right, and the network up? "
+            "What has arrived is kept: run the same again"
+        )
+
+    @staticmethod
+    def _finish(response: Any) -> None:
+        """Read a short body to its end, so that the connection serves the next request."""
+        response.drain_conn()
+        response.release_conn()
+
+
+def digest_of(data: bytes) -> str:
+    """Compute a digest as registries write it."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _read(response: Any, max_bytes: int, what: str) -> Iterator[bytes]:
+    """Read a body, no more of it than was announced."""
+    total = 0
+    try:
+        for piece in response.stream(_PIECE_BYTES, decode_content=False):
+            total += len(piece)
+            if total > max_bytes:
+                raise IntegrityError(f"{what} is longer than the {max_bytes} bytes it may have")
+            yield piece
+    except BaseException:
+        response.close()
+        raise
+    response.release_conn()
+
+
+def _retry_after(given: str | None, default_s: float) -> float:
+    """Seconds to wait; a date, which a clock that is wrong would misread, counts for nothing."""
+    is_number = given is not None and given.isascii() and given.isdigit()
+    return min(float(given or 0) if is_number else default_s, _LONGEST_PAUSE_S)
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
+
+
+def _import_urllib3() -> Any:
+    try:
+        import urllib3
+    except ImportError as error:
+        raise DependencyError(
+            f"registries need urllib3; run: {install_command('registry')}"
+        ) from error
+    return urllib3

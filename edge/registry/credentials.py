@@ -1,0 +1,155 @@
+"""Finds user and password for a registry, where Docker and Podman keep them.
+
+In this order: the JSON in ``DOCKER_AUTH_CONFIG``, the file ``REGISTRY_AUTH_FILE``, and
+``config.json`` in ``DOCKER_CONFIG`` or ``~/.docker``. So ``docker login`` and ``podman login`` make
+them, and nothing secret is on a command line. Helpers (``credHelpers``, ``credsStore``) are run as
+Docker runs them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from edge.errors import ConfigError
+from edge.files import MALFORMED, read_file
+
+_MAX_BYTES = 1 << 20
+_HELPER_TIMEOUT_S = 30.0
+_HELPER_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+_NO_CREDENTIALS = "credentials not found"  # the start of what a helper prints then
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """User and password; the password does not show where this is printed."""
+
+    user: str
+    password: str = field(repr=False)
+
+
+class _Entry(msgspec.Struct):
+    auth: str = ""
+    username: str = ""
+    password: str = ""
+    identitytoken: str = ""
+
+
+class _Config(msgspec.Struct, rename="camel"):
+    auths: dict[str, _Entry] = {}
+    cred_helpers: dict[str, str] = {}
+    creds_store: str = ""
+
+
+class _Answer(msgspec.Struct):
+    Username: str
+    Secret: str
+
+
+def find_credentials(registry: str, environ: Mapping[str, str] | None = None) -> Credentials | None:
+    """Find the credentials of a registry; None where there are none.
+
+    Args:
+        registry: host, with its port if it has one.
+        environ: instead of ``os.environ``.
+
+    Raises:
+        ConfigError: a file or an entry cannot be used, or a helper fails.
+    """
+    for config, where in _configs(os.environ if environ is None else environ):
+        helper = config.cred_helpers.get(registry) or config.creds_store
+        if helper:
+            found = _ask_helper(helper, registry, where)
+            if found is not None:
+                return found
+        for key in (registry, f"https://{registry}", f"https://{registry}/v2/"):
+            if key in config.auths:
+                found = _read_entry(config.auths[key], registry, where)
+                if found is not None:
+                    return found
+    return None
+
+
+def _configs(environ: Mapping[str, str]) -> Iterator[tuple[_Config, str]]:
+    if text := environ.get("DOCKER_AUTH_CONFIG"):
+        yield _decode(text.encode(), "DOCKER_AUTH_CONFIG"), "DOCKER_AUTH_CONFIG"
+    home = environ.get("DOCKER_CONFIG") or Path(environ.get("HOME") or Path.home()) / ".docker"
+    for path in (environ.get("REGISTRY_AUTH_FILE"), Path(home) / "config.json"):
+        if not path:
+            continue
+        try:
+            data = read_file(Path(path), _MAX_BYTES)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"cannot read the credentials of {path}: {error.strerror}") from error
+        yield _decode(data, str(path)), str(path)
+
+
+def _decode(data: bytes, where: str) -> _Config:
+    try:
+        return msgspec.json.decode(data, type=_Config)
+    except MALFORMED as error:
+        # The text of the error may quote a value.
+        raise ConfigError(
+            f"{where} is no configuration of Docker ({type(error).__name__}); docker login or "
+            "podman login writes one"
+        ) from None
+
+
+def _read_entry(entry: _Entry, registry: str, where: str) -> Credentials | None:
+    if entry.auth:
+        try:
+            text = base64.b64decode(entry.auth, validate=True).decode("utf-8").rstrip("\0")
+        except (binascii.Error, UnicodeError):
+            text = ""
+        user, colon, password = text.partition(":")
+        if not colon or not user:
+            raise ConfigError(
+                f"the entry of {registry} in {where} is not the base64 of USER:PASSWORD; log in "
+                "again"
+            )
+        return Credentials(user, password)
+    if entry.username:
+        return Credentials(entry.username, entry.password)
+    if entry.identitytoken:
+        raise ConfigError(
+            f"{where} has only an identity token for {registry}, which this client cannot use; "
+            "log in with a user and a password or access token"
+        )
+    return None
+
+
+def _ask_helper(helper: str, registry: str, where: str) -> Credentials | None:
+    if not set(helper) <= _HELPER_NAME:
+        raise ConfigError(f"{where} names the helper {helper!r}, which is no name of a program")
+    program = f"docker-credential-{helper}"
+    try:
+        done = subprocess.run(
+            [program, "get"],
+            input=registry.encode(),
+            capture_output=True,
+            check=False,
+            timeout=_HELPER_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(
+            f"{program}, which {where} names, cannot be asked for {registry}: {error}"
+        ) from error
+    if done.returncode:
+        said = (done.stdout or done.stderr).decode("utf-8", "replace").strip()
+        if said.startswith(_NO_CREDENTIALS):
+            return None
+        raise ConfigError(f"{program} fails for {registry}: {said[:200]}")
+    try:
+        answer = msgspec.json.decode(done.stdout, type=_Answer)
+    except MALFORMED:
+        raise ConfigError(f"{program} gives no user and secret for {registry}") from None
+    return Credentials(answer.Username, answer.Secret)

@@ -1,0 +1,155 @@
+"""The policy: which bundles are opened where trusted keys are named."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edge
+from edge.bundle import trust
+from edge.bundle.manifest import read_manifest
+from edge.bundle.minisign import SecretKey, make_key
+from edge.bundle.trust import KEYS_VARIABLE, open_manifest, sign_bundle
+from edge.bundle.update import update_manifest
+from edge.engine_config import EngineConfig
+from edge.errors import BundleError, ConfigError, IntegrityError
+from edge.runtime.draft_model import read_draft
+
+
+@pytest.fixture(autouse=True)
+def no_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    monkeypatch.setattr(trust, "DEFAULT_KEYS", tmp_path / "etc-keys")
+
+
+@pytest.fixture
+def key() -> SecretKey:
+    return make_key()
+
+
+@pytest.fixture
+def keys(tmp_path: Path, key: SecretKey) -> Path:
+    path = tmp_path / "trusted-keys"
+    path.write_text(key.public_key.encode())
+    return path
+
+
+@pytest.fixture
+def bundle(tiny_bundles: Any, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_bundles("qwen2"), tmp_path / "tiny")
+
+
+def test_unsigned_and_foreign_are_refused_and_signed_is_opened(
+    bundle: Path, keys: Path, key: SecretKey
+):
+    with pytest.raises(BundleError, match=r"is not signed, and .* demands it"):
+        edge.LLM(bundle, trusted_keys=keys)
+    sign_bundle(bundle, make_key(), "foreign")
+    with pytest.raises(IntegrityError, match="none of the trusted ones"):
+        edge.LLM(bundle, trusted_keys=keys)
+    sign_bundle(bundle, key, "ours")
+    with edge.LLM(bundle, trusted_keys=keys, backend="ort-cpu") as llm:
+        assert llm.manifest == read_manifest(bundle)
+    keys.write_text(make_key().public_key.encode())  # the key is taken out
+    with pytest.raises(IntegrityError, match="none of the trusted ones"):
+        edge.LLM(bundle, trusted_keys=keys)
+
+
+def test_the_machines_policy_holds_without_an_option(
+    bundle: Path, keys: Path, key: SecretKey, monkeypatch: pytest.MonkeyPatch
+):
+    open_manifest(bundle)  # none is set
+    monkeypatch.setattr(trust, "DEFAULT_KEYS", keys)
+    with pytest.raises(BundleError, match="is not signed"):
+        open_manifest(bundle)
+    foreign = keys.with_name("other")
+    foreign.write_text(make_key().public_key.encode())
+    sign_bundle(bundle, key, "ours")
+    open_manifest(bundle)
+    monkeypatch.setenv(KEYS_VARIABLE, str(foreign))
+    with pytest.raises(IntegrityError, match="none of the trusted ones"):
+        open_manifest(bundle)
+    open_manifest(bundle, keys)
+
+
+def test_a_policy_that_cannot_be_read_opens_nothing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(ConfigError, match="cannot read public keys"):
+        open_manifest(bundle, tmp_path / "missing")
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "missing")
+    monkeypatch.setattr(trust, "DEFAULT_KEYS", dangling)
+    with pytest.raises(ConfigError, match="cannot read public keys"):
+        open_manifest(bundle)
+
+
+def test_a_manifest_that_changes_after_it_was_signed_is_refused(
+    bundle: Path, keys: Path, key: SecretKey
+):
+    sign_bundle(bundle, key, "ours")
+    open_manifest(bundle, keys)
+    changed = read_manifest(bundle)
+    update_manifest(bundle, type(changed)(**{**vars_of(changed), "name": "renamed"}))
+    with pytest.raises(IntegrityError, match="is not of these bytes"):
+        open_manifest(bundle, keys)
+
+
+def vars_of(manifest: Any) -> dict[str, Any]:
+    return {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+
+
+def test_a_bundle_that_drafts_is_held_to_the_policy_too(bundle: Path, keys: Path, key: SecretKey):
+    target = shutil.copytree(bundle, bundle.with_name("target"))
+    sign_bundle(target, key, "ours")
+    config = EngineConfig(draft=bundle, trusted_keys=keys, backend="ort-cpu")
+    with pytest.raises(BundleError, match="is not signed"):
+        edge.LLM(target, config)
+    sign_bundle(bundle, key, "ours")
+    assert read_draft(bundle, target, keys) == read_manifest(bundle)
+
+
+def test_a_signature_that_is_no_signature_is_refused(bundle: Path, keys: Path):
+    (bundle / trust.SIGNATURE_NAME).write_text("looks good to me\n")
+    with pytest.raises(IntegrityError, match="is no signature of minisign"):
+        open_manifest(bundle, keys)
+    (bundle / trust.SIGNATURE_NAME).unlink()
+    (bundle / trust.SIGNATURE_NAME).mkdir()
+    with pytest.raises(BundleError, match="cannot be read"):
+        open_manifest(bundle, keys)
+
+
+def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
+    """`read_manifest` asks nobody who signed; these modules look at bundles and open none."""
+    root = Path(edge.__file__).parent.parent
+    looks = {
+        "edge/bundle/trust.py",
+        "edge/bundle/manifest.py",
+        "edge/bundle/update.py",
+        "edge/cli/bench.py",
+        "edge/cli/bundle.py",
+        "edge/cli/cache.py",
+        "edge/cli/eval.py",
+        "edge/cli/inspect.py",
+        "edge/cli/inspect_engine.py",
+        "edge/cli/library.py",
+        "edge/device/doctor/software.py",
+        "edge/planner/models.py",
+        "edge/registry/pull.py",
+        "edge/server/models/limits.py",
+        "edge/server/models/switch.py",
+        "edge/server/run.py",
+        "engines/rules/bundle.py",
+        "engines/trtexec_explain.py",
+        "export/pipeline.py",
+    }
+    found = {
+        str(path.relative_to(root))
+        for package in ("edge", "engines", "export")
+        for path in (root / package).rglob("*.py")
+        if "read_manifest(" in path.read_text("utf-8").replace("def read_manifest(", "")
+    }
+    assert found <= looks

@@ -1,0 +1,266 @@
+"""What a registry may do, and where credentials go: servers of our own stand in for bad ones."""
+
+from __future__ import annotations
+
+import base64
+import json
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.errors import ConfigError, EdgeError, IntegrityError, RegistryError
+from edge.registry import artifact as artifacts
+from edge.registry.client import Registry, digest_of
+from edge.registry.credentials import Credentials, find_credentials
+from edge.registry.reference import parse_reference
+
+Answer = tuple[int, dict[str, str], bytes]
+USER = Credentials("alice", "wonderland")
+BASIC = "Basic " + base64.b64encode(b"alice:wonderland").decode()
+
+
+class Server:
+    """A server that answers by a function; it remembers who asked what with which key."""
+
+    def __init__(self, answer: Callable[[str, dict[str, str]], Answer]) -> None:
+        self.asked: list[tuple[str, str | None]] = []
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                owner.asked.append((self.path, self.headers["Authorization"]))
+                status, headers, body = answer(self.path, dict(self.headers))
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[str, dict[str, str]], Answer]], Server]]:
+    servers: list[Server] = []
+
+    def start(answer: Callable[[str, dict[str, str]], Answer]) -> Server:
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def client(server: Server, credentials: Credentials | None = USER) -> Registry:
+    return Registry(parse_reference(f"{server.address}/r1"), credentials=credentials)
+
+
+def test_a_password_is_sent_when_it_is_asked_for(serve: Callable[..., Server]):
+    def answer(_: str, headers: dict[str, str]) -> Answer:
+        if headers.get("Authorization") != BASIC:
+            return 401, {"WWW-Authenticate": 'Basic realm="r"'}, b""
+        return 200, {}, b"{}"
+
+    server = serve(answer)
+    with client(server) as registry:
+        assert registry.manifest("v1")[0] == b"{}"
+        registry.manifest("v1")
+    assert [key for _, key in server.asked] == [None, BASIC, BASIC]
+    with client(server, Credentials("alice", "wrong")) as registry:
+        with pytest.raises(ConfigError, match="refuses the credentials") as caught:
+            registry.manifest("v1")
+        assert "wrong" not in str(caught.value)
+    with client(server, None) as registry, pytest.raises(ConfigError, match="there are none"):
+        registry.manifest("v1")
+
+
+def test_a_token_is_fetched_where_the_registry_says(serve: Callable[..., Server]):
+    def tokens(path: str, headers: dict[str, str]) -> Answer:
+        assert "scope=repository%3Ar1%3Apull" in path
+        assert "service=it" in path
+        right = headers.get("Authorization") == BASIC
+        return (200, {}, b'{"token": "t0"}') if right else (401, {}, b"")
+
+    token_server = serve(tokens)
+    challenge = f'Bearer realm="http://{token_server.address}/token",service="it"'
+
+    def answer(_: str, headers: dict[str, str]) -> Answer:
+        if headers.get("Authorization") != "Bearer t0":
+            return 401, {"WWW-Authenticate": challenge}, b""
+        return 200, {}, b"{}"
+
+    server = serve(answer)
+    with client(server) as registry:
+        registry.manifest("v1")
+    assert [key for _, key in server.asked] == [None, "Bearer t0"]
+    with client(server, Credentials("a", "b")) as registry:
+        with pytest.raises(ConfigError, match="refuses the credentials"):
+            registry.manifest("v1")
+
+
+def test_a_redirect_gets_the_blob_and_no_credentials(serve: Callable[..., Server]):
+    blob = b"weights"
+    store = serve(lambda *_: (200, {}, blob))
+
+    def answer(path: str, headers: dict[str, str]) -> Answer:
+        if headers.get("Authorization") != BASIC:
+            return 401, {"WWW-Authenticate": "Basic"}, b""
+        return 307, {"Location": f"http://{store.address}/elsewhere"}, b""
+
+    with client(serve(answer)) as registry:
+        assert registry.blob(digest_of(blob), len(blob)) == blob
+    assert store.asked == [("/elsewhere", None)]
+
+
+def test_redirects_end(serve: Callable[..., Server]):
+    server = serve(lambda *_: (302, {"Location": "/again"}, b""))
+    with client(server) as registry, pytest.raises(RegistryError, match="is not followed"):
+        registry.blob(digest_of(b""), 0)
+    assert len(server.asked) < 10
+    outside = serve(lambda *_: (302, {"Location": "file:///etc/passwd"}, b""))
+    with client(outside) as registry, pytest.raises(RegistryError, match="is not followed"):
+        registry.blob(digest_of(b""), 0)
+
+
+@pytest.mark.parametrize(
+    "challenge",
+    ["", "Negotiate", "Bearer", 'Bearer realm="file:///etc/passwd"', 'Bearer realm=""'],
+)
+def test_an_unknown_challenge_is_refused(serve: Callable[..., Server], challenge: str):
+    server = serve(lambda *_: (401, {"WWW-Authenticate": challenge}, b""))
+    with client(server) as registry, pytest.raises(RegistryError, match="not known or not safe"):
+        registry.manifest("v1")
+
+
+def test_a_registry_that_is_busy_is_asked_again(
+    serve: Callable[..., Server], quick: Callable[[], list[float]]
+):
+    statuses = [503, 429, 200]
+    server = serve(lambda *_: (statuses.pop(0), {"Retry-After": "3"}, b"{}"))
+    with client(server) as registry:
+        assert registry.manifest("v1")[0] == b"{}"
+    assert quick() == [3.0, 3.0]
+    broken = serve(lambda *_: (500, {}, b"out of \x1b[31mdisk"))
+    with client(broken) as registry, pytest.raises(RegistryError, match="gives 500") as caught:
+        registry.manifest("v1")
+    assert caught.value.exit_code == 75
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_manifest_without_end_is_refused(serve: Callable[..., Server]):
+    server = serve(lambda *_: (200, {}, bytes(5 << 20)))
+    with client(server) as registry, pytest.raises(IntegrityError, match="is longer than"):
+        registry.manifest("v1")
+
+
+# ------------------------------------------------------------------------------- credentials
+
+
+def entry(user: str, password: str) -> dict[str, str]:
+    return {"auth": base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+def test_credentials_are_those_of_docker_and_podman(tmp_path: Path):
+    docker, podman = tmp_path / "config.json", tmp_path / "auth.json"
+    docker.write_text(json.dumps({"auths": {"a.b": entry("d", "1:2"), "c.d:5000": {}}}))
+    podman.write_text(json.dumps({"auths": {"a.b": entry("p", "x")}}))
+    environ = {"DOCKER_CONFIG": str(tmp_path)}
+    assert find_credentials("a.b", environ) == Credentials("d", "1:2")
+    assert find_credentials("c.d:5000", environ) is None
+    assert find_credentials("a.b:443", environ) is None
+    environ["REGISTRY_AUTH_FILE"] = str(podman)
+    assert find_credentials("a.b", environ) == Credentials("p", "x")
+    environ["DOCKER_AUTH_CONFIG"] = json.dumps({"auths": {"https://a.b": entry("g", "y")}})
+    found = find_credentials("a.b", environ)
+    assert found == Credentials("g", "y")
+    assert "y" not in repr(found).replace("Credentials", "")
+
+
+def test_helpers_are_asked_as_docker_asks_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program = tmp_path / "docker-credential-here"
+    program.write_text(
+        '#!/bin/sh\nread host\n[ "$host" = a.b ] || { echo "credentials not found in it"; exit 1; }\n'
+        'echo \'{"Username": "h", "Secret": "s"}\'\n'
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "config.json").write_text('{"credsStore": "here"}')
+    environ = {"DOCKER_CONFIG": str(tmp_path)}
+    assert find_credentials("a.b", environ) == Credentials("h", "s")
+    assert find_credentials("other", environ) is None
+    for config, message in (
+        ({"credsStore": "../../bin/sh"}, "no name of a program"),
+        ({"credHelpers": {"a.b": "missing"}}, "cannot be asked"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=message):
+            find_credentials("a.b", environ)
+
+
+@given(
+    st.binary(max_size=100)
+    | st.text(max_size=60).map(lambda auth: json.dumps({"auths": {"a.b": {"auth": auth}}}).encode())
+)
+def test_whatever_is_there_is_credentials_or_an_error(data: bytes):
+    text = data.decode("utf-8", "replace").replace("\0", "")
+    try:
+        found = find_credentials("a.b", {"DOCKER_AUTH_CONFIG": text, "DOCKER_CONFIG": "/none"})
+    except ConfigError as error:
+        assert not text or text not in str(error) or len(text) < 4
+        return
+    assert found is None or found.user
+
+
+_LAYER = st.fixed_dictionaries(
+    {
+        "mediaType": st.sampled_from(
+            [artifacts.MANIFEST_LAYER, artifacts.FILE_LAYER, artifacts.CHUNK_LAYER, "x"]
+        ),
+        "digest": st.sampled_from([digest_of(b""), "sha256:0", "md5:0"]),
+        "size": st.integers(-1, 1 << 40),
+        "annotations": st.dictionaries(
+            st.sampled_from([artifacts.TITLE, artifacts.FILE, artifacts.OFFSET]),
+            st.sampled_from(["manifest.json", "a.onnx", "../a", "0", "5", "-1", "٣", ""]),
+        ),
+    }
+)
+
+
+@given(st.lists(_LAYER, max_size=4))
+def test_whatever_a_registry_lists_is_whole_files_or_an_error(layers: list[dict[str, object]]):
+    image = {
+        "schemaVersion": 2,
+        "mediaType": artifacts.MANIFEST_TYPE,
+        "artifactType": artifacts.ARTIFACT_TYPE,
+        "config": {"mediaType": artifacts.EMPTY_TYPE, "digest": digest_of(b"{}"), "size": 2},
+        "layers": layers,
+    }
+    try:
+        _, contents = artifacts.decode(json.dumps(image).encode(), "it")
+    except EdgeError:
+        return
+    for name, pieces in contents.pieces.items():
+        assert "/" not in name
+        end = 0
+        for piece in pieces:
+            assert piece.offset == end
+            end += piece.num_bytes
