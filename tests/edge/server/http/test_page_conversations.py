@@ -264,7 +264,8 @@ def test_a_thought_of_no_time_is_a_thought(browser: Browser, server: StubServer)
     # Reasoning and answer may come in one read: the clock does not move between them.
     browser.driver.execute_script("performance.now = () => 1")
     browser.ask("hello")
-    assert browser.answered().find_element(browser.by.CSS_SELECTOR, "summary").text.startswith("Thought for 0 ms")
+    summary = browser.answered().find_element(browser.by.CSS_SELECTOR, "summary")
+    assert summary.text.startswith("Thought for 0 ms")
 
 
 def test_the_meter_warns_before_the_context_is_full(browser: Browser, server: StubServer):
