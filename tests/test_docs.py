@@ -81,11 +81,15 @@ def verbs() -> dict[str, click.Command]:
 
 @functools.cache
 def all_flags() -> frozenset[str]:
-    """Every long option of the command and its verbs."""
+    """Every long option of the command, its verbs, and those of a verb that has some."""
     flags = {"--help"}
-    for command in [cli.cli, *verbs().values()]:
+    waiting: list[click.Command] = [cli.cli, *verbs().values()]
+    while waiting:
+        command = waiting.pop()
         for parameter in command.params:
             flags.update(parameter.opts, parameter.secondary_opts)
+        if isinstance(command, click.Group):
+            waiting.extend(command.commands.values())
     return frozenset(flags)
 
 

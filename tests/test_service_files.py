@@ -6,6 +6,7 @@ import configparser
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -74,7 +75,14 @@ def units(tmp_path: Path) -> Path:
 
 @needs_systemd
 @pytest.mark.parametrize(
-    "unit", ["edge-llm@r1.service", "edge-llm-watch@r1.service", "edge-llm-watch@r1.timer"]
+    "unit",
+    [
+        "edge-llm@r1.service",
+        "edge-llm-watch@r1.service",
+        "edge-llm-watch@r1.timer",
+        "edge-llm-rollout@r1.service",
+        "edge-llm-rollout@r1.timer",
+    ],
 )
 def test_systemd_has_nothing_to_say_against_a_unit(unit: str, units: Path):
     assert complaints(units, unit) == []
@@ -102,6 +110,12 @@ def test_the_sandbox_is_tight(unit: str):
     assert exposure(UNITS / unit) <= MAX_EXPOSURE
 
 
+@needs_systemd
+def test_what_rolls_out_is_root_with_a_network_and_little_else():
+    """It writes what belongs to root, builds on the GPU, and asks a registry."""
+    assert exposure(UNITS / "edge-llm-rollout@.service") <= 2.6
+
+
 @pytest.mark.parametrize("file", sorted(path.name for path in UNITS.iterdir()))
 def test_the_oldest_systemd_knows_every_directive(file: str):
     """JetPack 6 has 249. A directive that the table lacks has to be looked up first."""
@@ -121,21 +135,28 @@ def directives(unit: Path) -> configparser.SectionProxy:
     return parser["Service"]
 
 
-@pytest.mark.parametrize("unit", ["edge-llm@.service", "edge-llm-watch@.service"])
+@pytest.mark.parametrize(
+    "unit", ["edge-llm@.service", "edge-llm-watch@.service", "edge-llm-rollout@.service"]
+)
 def test_the_commands_parse(unit: str, tmp_path: Path):
     """With the real parsers: a flag that a verb does not have would fail at boot only."""
     service = directives(UNITS / unit)
     config = tmp_path / "r1.toml"
     config.write_text("")
-    for key in ("ExecStartPre", "ExecStart"):
+    for key in ("ExecStartPre", "ExecStart", "ExecStopPost"):
         if key not in service:
             continue
         line = service[key].replace("/etc/edge-llm/%i.toml", str(config))
         line = re.sub(r"\$\{\w+\}", str(tmp_path), line)
-        line = line.replace("$EDGE_LLM_WATCH_ARGS", "--server http://127.0.0.1:8000")
-        program, verb, *arguments = line.split()
+        for variable in ("$EDGE_LLM_WATCH_ARGS", "$EDGE_LLM_ROLLOUT_ARGS"):
+            line = line.replace(variable, "--server http://127.0.0.1:8000")
+        line = line.replace("$EDGE_LLM_ROLLOUT", "registry.example.com/r1:v1")
+        program, verb, *arguments = shlex.split(line)
         assert program == COMMAND
         command = cli.cli.get_command(click.Context(cli.cli), verb)
+        if isinstance(command, click.Group):
+            verb, *arguments = arguments
+            command = command.commands[verb]
         assert command is not None
         command.make_context(verb, arguments)
 
@@ -220,6 +241,8 @@ def test_install_twice_and_uninstall(tmp_path: Path):
         f"{system}/edge-llm@.service.d/50-cpu.conf",
         f"{system}/edge-llm-watch@.service",
         f"{system}/edge-llm-watch@.timer",
+        f"{system}/edge-llm-rollout@.service",
+        f"{system}/edge-llm-rollout@.timer",
         "etc/sysusers.d/edge-llm.conf",
         "etc/tmpfiles.d/edge-llm.conf",
         "etc/edge-llm/r1.toml",

@@ -599,6 +599,11 @@ def describe_tensorrt(manifest: Manifest) -> str:
     return f"legal for {versions} (edge-llm check BUNDLE --trt all says why)"
 
 
+def fingerprint(manifest: Manifest) -> str:
+    """Name a manifest, and so a bundle, in a few characters, e.g. ``fp_0123456789ab``."""
+    return f"fp_{hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()[:12]}"
+
+
 def is_file_name(name: str) -> bool:
     """Check that a file of a bundle may have this name: plain ASCII, no directory, not hidden."""
     return _FILE_NAME.match(name) is not None and name not in (MANIFEST_NAME, ENGINES_DIR)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -35,40 +35,18 @@ from edge.registry.reference import Reference, parse_reference
 from . import echo_json
 from .options import bundle_argument
 from .progress import show_progress
+from .registry_options import (
+    FILE,
+    json_option,
+    plain_http_option,
+    reference_argument,
+    trusted_keys_option,
+)
+from .rollout import recover, rollout
 
 if TYPE_CHECKING:
     from edge.registry.artifact import Contents
     from edge.registry.client import Registry
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-_FILE = click.Path(path_type=Path, dir_okay=False)
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-_plain_http = click.option(
-    "--plain-http/--tls",
-    default=None,
-    help="Speak HTTP without TLS. Default: with a registry on this very machine only.",
-)
-_trusted_keys = click.option(
-    "--trusted-keys",
-    type=_FILE,
-    help="File of minisign public keys. Default: what EDGE_LLM_TRUSTED_KEYS names, or "
-    "/etc/edge-llm/trusted-keys where it exists; without any, signatures are not asked for.",
-)
-
-
-class _ReferenceType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
-    """A reference to a registry."""
-
-    name = "reference"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Reference:
-        """Read the reference, or end with the error that says how one is written."""
-        return value if isinstance(value, Reference) else parse_reference(str(value))
-
-
-reference_argument = click.argument("reference", type=_ReferenceType())
 
 
 @click.group()
@@ -80,11 +58,15 @@ def bundle() -> None:
     """
 
 
+bundle.add_command(rollout)
+bundle.add_command(recover)
+
+
 @bundle.command()
 @bundle_argument
 @reference_argument
-@_plain_http
-@_as_json
+@plain_http_option
+@json_option
 def push(bundle: Path, reference: Reference, plain_http: bool | None, as_json: bool) -> None:
     """Send BUNDLE to a registry as REFERENCE; only what is not there yet is sent.
 
@@ -113,9 +95,9 @@ def push(bundle: Path, reference: Reference, plain_http: bool | None, as_json: b
     help="Directory of the bundle. Default: the reference's name, among this machine's bundles.",
 )
 @click.option("--force", is_flag=True, help="Replace another bundle that is there.")
-@_trusted_keys
-@_plain_http
-@_as_json
+@trusted_keys_option
+@plain_http_option
+@json_option
 def pull(
     reference: Reference,
     output: Path | None,
@@ -151,12 +133,12 @@ def pull(
 
 @bundle.command()
 @bundle_argument
-@click.option("--key", "key_file", type=_FILE, required=True, help="Secret key (minisign's too).")
+@click.option("--key", "key_file", type=FILE, required=True, help="Secret key (minisign's too).")
 @click.option("--comment", help="One line that is signed too. Default: time and name.")
 @click.option(
-    "--password-file", type=_FILE, help="File of the key's password. Default: it is asked for."
+    "--password-file", type=FILE, help="File of the key's password. Default: it is asked for."
 )
-@_as_json
+@json_option
 def sign(
     bundle: Path,
     key_file: Path,
@@ -185,7 +167,7 @@ def sign(
 @bundle.command()
 @click.argument("name", type=click.Path(path_type=Path))
 @click.option("--no-password", is_flag=True, help="Do not encrypt the secret key.")
-@click.option("--password-file", type=_FILE, help="File of the password. Default: it is asked for.")
+@click.option("--password-file", type=FILE, help="File of the password. Default: it is asked for.")
 def keygen(name: Path, no_password: bool, password_file: Path | None) -> None:
     """Make a pair of keys, NAME.key and NAME.pub, in minisign's format.
 
@@ -205,8 +187,8 @@ def keygen(name: Path, no_password: bool, password_file: Path | None) -> None:
 
 @bundle.command()
 @bundle_argument
-@_trusted_keys
-@_as_json
+@trusted_keys_option
+@json_option
 def verify(bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
     """Check every file of BUNDLE against its manifest, and the manifest's signature.
 
@@ -241,8 +223,8 @@ def verify(bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
 @bundle.command()
 @click.argument("old", metavar="OLD")
 @click.argument("new", metavar="NEW")
-@_plain_http
-@_as_json
+@plain_http_option
+@json_option
 def diff(old: str, new: str, plain_http: bool | None, as_json: bool) -> None:
     """Say what differs between two bundles, and what a device with OLD fetches for NEW.
 

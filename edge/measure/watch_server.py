@@ -56,6 +56,9 @@ class ServerAnswerer:
         thinking: let it reason before it answers.
         timeout_s: how long one answer may take.
 
+    Attributes:
+        model: see above; it may be set later.
+
     Raises:
         ConfigError: the URL is not that of a server.
     """
@@ -76,7 +79,7 @@ class ServerAnswerer:
         self._headers = {"content-type": "application/json"}
         if api_key is not None:
             self._headers["authorization"] = f"Bearer {api_key}"
-        self._model = model
+        self.model = model
         self._thinking = thinking
         self._timeout_s = timeout_s
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
@@ -170,10 +173,19 @@ class ServerAnswerer:
             ConfigError: the server refuses the key, or counts on another grid.
             BackendError: it cannot be reached.
         """
-        return counts_of_stats(self._ask("/stats"), f"{self._url}/stats")
+        return counts_of_stats(self.stats(), f"{self._url}/stats")
+
+    def stats(self) -> Any:
+        """Return the answer of ``/stats``.
+
+        Raises:
+            ConfigError: the server refuses the key.
+            BackendError: it cannot be reached.
+        """
+        return self._ask("/stats")
 
     def _with_model(self, body: dict[str, Any]) -> dict[str, Any]:
-        return body if self._model is None else body | {"model": self._model}
+        return body if self.model is None else body | {"model": self.model}
 
     def _other_form(self, error: Exception) -> BackendError:
         return BackendError(f"{self._url} sent an answer of another form: {error!r}")

@@ -9,7 +9,6 @@ Docker runs them.
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -108,7 +107,7 @@ def _read_entry(entry: _Entry, registry: str, where: str) -> Credentials | None:
     if entry.auth:
         try:
             text = base64.b64decode(entry.auth, validate=True).decode("utf-8").rstrip("\0")
-        except (binascii.Error, UnicodeError):
+        except ValueError:  # no ASCII, no base64, no UTF-8
             text = ""
         user, colon, password = text.partition(":")
         if not colon or not user:

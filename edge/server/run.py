@@ -99,6 +99,7 @@ class Service:
         self._notifier = notifier or Notifier({})
         self._reread = reread
         self._reloading: asyncio.Task[None] | None = None
+        self._reload_again = False
         self._telemetry = telemetry
         rules, splits = read_routes(settings.auto, settings.split, settings.model)
         self.models = ModelRegistry(
@@ -308,9 +309,17 @@ class Service:
 
     def _on_reload(self) -> None:
         if self._reloading is None or self._reloading.done():
-            self._reloading = asyncio.create_task(self.reload())
+            self._reloading = asyncio.create_task(self._reload_till_done())
         else:
-            _log.warning("a reload is under way; this one is ignored")
+            # What it was sent for may have changed after the other one had looked.
+            self._reload_again = True
+            _log.info("a reload is under way; another one follows it")
+
+    async def _reload_till_done(self) -> None:
+        self._reload_again = True
+        while self._reload_again:
+            self._reload_again = False
+            await self.reload()
 
     def _on_stop(self) -> None:
         self._stops += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
-from edge.bundle.manifest import describe_kv_cache
+from edge.bundle.manifest import describe_kv_cache, fingerprint
 from edge.errors import ResourceError
 from edge.runtime.scheduler.request import SchedulerStats
 from edge.server.http.errors import APIError, draining, invalid, stalled
@@ -63,8 +60,7 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         self.heartbeat = Heartbeat(self.llm.scheduler.stats)
-        digest = hashlib.sha256(msgspec.json.encode(self.llm.manifest)).hexdigest()
-        self.fingerprint = f"fp_{digest[:12]}"
+        self.fingerprint = fingerprint(self.llm.manifest)
 
     @contextmanager
     def lease(self) -> Iterator[None]:

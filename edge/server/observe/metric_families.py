@@ -220,7 +220,7 @@ def engine_state(engine: EngineInfo | None) -> dict[str, Any]:
     """Write what serves a model for JSON; nothing is known of one that is not loaded."""
     if engine is None:
         return {}
-    shown = ("backend", "engine", "bundle", "quantization")
+    shown = ("backend", "engine", "bundle", "quantization", "fingerprint")
     labels = {name: engine.labels[name] for name in shown if name in engine.labels}
     return {**labels, "warning": engine.warning}
 

@@ -1,0 +1,1 @@
+"""A device's own roll-out of a bundle: fetched, judged, switched to, watched, or taken back."""

@@ -1,0 +1,187 @@
+"""Looks at a running service during a trial: which bundle it serves, how fast, with what errors."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edge.errors import BackendError, ConfigError
+from edge.measure.watch import Answerer, GoldenItem
+from edge.measure.watch_server import ServerAnswerer
+
+POLL_S = 5.0
+MAX_SLOWDOWN = 1.5
+"""Seconds per token of the same prompts, to those of the old bundle, from which on it is late."""
+_PROBES = 4
+_PROBE_TOKENS = 32
+_LEAST_PROBES = 8
+_SILENCE_S = 30.0
+_LEAST_ERRORS = 3
+_MORE_ERRORS = 0.02
+_ERRORS = ("error", "deadline")
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The service at a moment.
+
+    Attributes:
+        fingerprint: of the bundle that it serves under the name; None while it serves none.
+        failed: whether its engine has failed.
+        ended: sequences that have ended since it started, of all models.
+        errors: how many of them with an error.
+        drifting: parameters of requests whose drift is an alarm.
+    """
+
+    fingerprint: str | None
+    failed: bool
+    ended: int
+    errors: int
+    drifting: frozenset[str]
+
+
+class Service:
+    """A running ``edge-llm serve``.
+
+    Args:
+        server: how to ask it.
+        model: name under which it serves the bundle; None where it serves only one.
+    """
+
+    def __init__(self, server: ServerAnswerer, model: str | None) -> None:
+        self.answerer: Answerer = server
+        self._server = server
+        self._model = model
+
+    def look(self) -> Sight:
+        """Ask for its state.
+
+        Raises:
+            ConfigError: it refuses the key, does not serve the model, or is an older edge-llm.
+            BackendError: it does not answer.
+        """
+        stats = self._server.stats()
+        try:
+            models: dict[str, Any] = stats["models"]
+            if not models:
+                raise BackendError("the service has opened no bundle yet; try again later")
+            name = self._model
+            if name is None:
+                if len(models) != 1:
+                    raise ConfigError(
+                        f"the service has {len(models)} models ({', '.join(models)}); say with "
+                        "--model which one is rolled out"
+                    )
+                (name,) = models
+                self._model = self._server.model = name
+            model = models.get(name)
+            if model is None:
+                raise ConfigError(f"the service has no model {name!r}, only {', '.join(models)}")
+            requests: dict[str, int] = stats["requests"]
+            drift: dict[str, Any] = stats["drift"]["params"]
+            return Sight(
+                model.get("fingerprint"),
+                bool(model.get("failed")),
+                sum(requests.values()),
+                sum(requests.get(outcome, 0) for outcome in _ERRORS),
+                frozenset(key for key, value in drift.items() if value["alarm"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"/stats of the service has another form ({error!r}); is it this edge-llm?"
+            ) from error
+
+    def wait_for(self, fingerprint: str, timeout_s: float) -> bool:
+        """Wait until it serves a bundle; whether it does in time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                if self.look().fingerprint == fingerprint:
+                    return True
+            except BackendError:
+                pass  # it may be restarting; the deadline counts
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+
+    def pace(self, items: Sequence[GoldenItem]) -> list[float]:
+        """Ask a few prompts; seconds per token of each answer, in their order.
+
+        Raises:
+            ConfigError, BackendError: see `ServerAnswerer.answer`.
+        """
+        paces = []
+        for item in items[:_PROBES]:
+            began = time.monotonic()
+            answer = self.answerer.answer(item.prompt, _PROBE_TOKENS)
+            paces.append((time.monotonic() - began) / max(answer.tokens, 1))
+        return paces
+
+    def watch(
+        self,
+        fingerprint: str,
+        before: Sight,
+        paces: list[float],
+        items: Sequence[GoldenItem],
+        watch_s: float,
+        progress: Callable[[float], None],
+    ) -> str | None:
+        """Watch a new bundle for a while; returns what is wrong with it, None if nothing is.
+
+        Args:
+            fingerprint: of the new bundle.
+            before: the service with the old one.
+            paces: of the old one, by `pace`, twice or more; empty leaves speed out.
+            items: what to ask.
+            watch_s: seconds.
+            progress: is called with the seconds that have passed.
+        """
+        began = seen = time.monotonic()
+        first: Sight | None = None
+        found: list[float] = []
+        while True:
+            try:
+                sight = self.look()
+                if paces:
+                    found += self.pace(items)
+                seen = time.monotonic()
+            except BackendError as error:
+                if time.monotonic() - seen > min(_SILENCE_S, watch_s):
+                    return f"the service does not answer: {error}"
+                time.sleep(min(POLL_S, watch_s / 10))
+                continue
+            first = sight if first is None or sight.ended < first.ended else first
+            fault = _fault(sight, first, before, fingerprint) or _late(found, paces)
+            if fault is not None:
+                return fault
+            passed = time.monotonic() - began
+            progress(min(passed, watch_s))
+            if passed >= watch_s:
+                return None
+            time.sleep(min(POLL_S, watch_s / 10))
+
+
+def _fault(sight: Sight, first: Sight, before: Sight, fingerprint: str) -> str | None:
+    if sight.failed:
+        return "the engine has failed"
+    if sight.fingerprint != fingerprint:
+        return f"the service serves {sight.fingerprint}, not the new bundle"
+    errors, ended = sight.errors - first.errors, sight.ended - first.ended
+    usual = before.errors / before.ended if before.ended else 0.0
+    if errors >= _LEAST_ERRORS and errors / max(ended, 1) > usual + _MORE_ERRORS:
+        return f"{errors} of {ended} requests ended with an error, before {usual:.1%}"
+    if new := sight.drifting - before.drifting:
+        return f"what clients ask for drifts: {', '.join(sorted(new))}"
+    return None
+
+
+def _late(found: list[float], paces: list[float]) -> str | None:
+    if len(found) < _LEAST_PROBES or not paces:
+        return None
+    now, then = statistics.median(found), statistics.median(paces)
+    if now <= MAX_SLOWDOWN * then:
+        return None
+    return f"a token takes {now * 1e3:.1f} ms, with the old bundle {then * 1e3:.1f} ms"

@@ -1,0 +1,391 @@
+"""A device's roll-out, with a real registry and a real service on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from edge.bundle import trust
+from edge.bundle.manifest import encode_manifest, fingerprint, read_manifest
+from edge.bundle.minisign import make_key
+from edge.bundle.trust import sign_bundle
+from edge.engine_config import EngineConfig
+from edge.errors import BackendError, BundleError, ConfigError, GateError, RegistryError
+from edge.measure.watch_server import ServerAnswerer
+from edge.registry.client import Registry
+from edge.registry.push import push
+from edge.registry.reference import parse_reference
+from edge.rollout import journal as journals
+from edge.rollout import service as services
+from edge.rollout import steps
+from edge.rollout.journal import MAX_TRIALS, Place
+from edge.rollout.service import Sight, _fault, _late
+from edge.rollout.steps import Outcome, recover, roll_out
+from tests.conftest import Bundles
+from tests.edge.registry.live import LiveRegistry
+from tests.manifests import replace_file
+
+from .killed import make_plan
+
+pytestmark = pytest.mark.xdist_group("rollout")
+
+
+class Device:
+    """A service on a link to a bundle, and a registry with newer ones."""
+
+    def __init__(self, folder: Path, bundle: Path) -> None:
+        self.registry = LiveRegistry(folder)
+        self.root = folder / "bundles"
+        self.root.mkdir()
+        self.bundle = bundle
+        self.link = self.root / "r1"
+        shutil.copytree(bundle, self.root / "r1-first")
+        self.link.symlink_to("r1-first")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        config = folder / "r1.toml"
+        config.write_text(
+            f'port = {self.port}\nbackend = "ort-cpu"\nkv_capacity = 128\nnum_slots = 2\n'
+            f'[model]\nr1 = "{self.link}"\n'
+        )
+        self.log = (folder / "serve.log").open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "edge.cli", "serve", "--config", config],
+            stdout=self.log,
+            stderr=self.log,
+        )
+        self.golden = folder / "golden.jsonl"
+        rows = [{"id": str(n), "prompt": f"question {n}", "answer": None} for n in range(6)]
+        self.golden.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.answerer = ServerAnswerer(f"http://127.0.0.1:{self.port}")
+        self.service = services.Service(self.answerer, None)
+        self.folder = folder
+        self._versions = 0
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+        self.registry.kill()
+
+    @property
+    def reload(self) -> str:
+        return f"kill -HUP {self.process.pid}"
+
+    def arguments(self, reference: str) -> list[str]:
+        url = f"http://127.0.0.1:{self.port}"
+        return [reference, str(self.link), url, self.reload, str(self.golden)]
+
+    def plan(self, reference: str, **changes: Any) -> steps.Plan:
+        return make_plan(self.arguments(reference), **changes)
+
+    def offer(self, *, bad: bool = False, key: Any = None) -> str:
+        """Push a bundle that is new and answers as before, or a bad one that ends at once."""
+        self._versions += 1
+        new = self.folder / f"v{self._versions}"
+        shutil.copytree(self.bundle, new)
+        replace_file(new, "generation_config.json", b'{"version": %d}' % self._versions)
+        if bad:
+            manifest = read_manifest(new)
+            tokens = msgspec.structs.replace(manifest.tokens, eos=tuple(range(256)))
+            changed = msgspec.structs.replace(manifest, tokens=tokens)
+            (new / "manifest.json").write_bytes(encode_manifest(changed))
+        if key is not None:
+            sign_bundle(new, key, "ours")
+        reference = parse_reference(f"{self.registry.address}/models/r1:{new.name}")
+        with Registry(reference) as registry:
+            push(new, reference, registry)
+        return str(reference)
+
+    def serves(self, name: str) -> bool:
+        """Whether link and service are at a bundle, and the service answers."""
+        wanted = fingerprint(read_manifest(self.root / name))
+        found = self.service.wait_for(wanted, 30)
+        return found and self.link.readlink() == Path(name) and bool(self.answerer.answer("a", 2))
+
+    @property
+    def current(self) -> str:
+        return self.link.readlink().name
+
+    @property
+    def journal(self) -> journals.Journal:
+        return Place(self.link).read()
+
+    def bundles(self) -> set[str]:
+        return {path.name for path in self.root.iterdir() if path.name[0] != "."} - {"r1"}
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory, tiny_bundles: Bundles) -> Iterator[Device]:
+    found = Device(tmp_path_factory.mktemp("device"), tiny_bundles("qwen2"))
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if found.service.look().fingerprint is not None:
+                    break
+            except BackendError:
+                assert found.process.poll() is None, (found.folder / "serve.log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(trust.KEYS_VARIABLE, raising=False)
+    monkeypatch.setattr(trust, "DEFAULT_KEYS", tmp_path / "no-keys")
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    # A tiny model on a machine that does something else has no pace to speak of.
+    monkeypatch.setattr(services, "MAX_SLOWDOWN", 1000.0)
+
+
+def test_a_new_bundle_is_judged_switched_to_and_kept(device: Device):
+    before = device.current
+    done = roll_out(device.plan(device.offer()))
+    assert done.changed
+    assert done.bundle.name == device.current != before
+    assert device.serves(done.bundle.name)
+    assert device.journal.step == "done"
+    assert device.bundles() == {"r1-first", before, device.current}
+    # What was asked is kept as the measure of the next one, and nothing is done twice.
+    assert device.journal.judged is not None
+    assert device.journal.judged["bundle"] == device.current
+
+
+def test_nothing_is_done_where_nothing_is_new_and_a_late_device_catches_up(device: Device):
+    missed, newest = device.offer(), device.offer()
+    assert missed != newest
+    first = roll_out(device.plan(newest))
+    again = roll_out(device.plan(newest))
+    assert again == Outcome(first.digest, first.bundle, False)
+    # Of the earlier ones of its own, the one before stays, to go back to.
+    mine = {name for name in device.bundles() if name != "r1-first"}
+    assert len(mine) <= 2
+    assert device.current in mine
+
+
+def test_a_bad_bundle_is_stopped_by_the_golden_set_before_anybody_sees_it(device: Device):
+    before = device.current
+    bad = device.offer(bad=True)
+    hups = (device.folder / "serve.log").read_text().count("reloaded")
+    with pytest.raises(GateError, match=r"golden set: answer_tokens") as caught:
+        roll_out(device.plan(bad))
+    assert caught.value.exit_code == 3
+    assert device.serves(before)
+    assert (device.folder / "serve.log").read_text().count("reloaded") == hups
+    assert device.journal.new not in device.bundles()
+    with pytest.raises(GateError, match="was rejected before"):
+        roll_out(device.plan(bad))
+    with pytest.raises(GateError, match="is rejected, and the old bundle serves"):
+        roll_out(device.plan(bad, retry=True))
+
+
+def test_where_memory_holds_one_bundle_the_trial_asks_and_goes_back(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+):
+    before = device.current
+    monkeypatch.setattr(steps._Run, "_fits", lambda *_: False)
+    with pytest.raises(GateError, match="golden set: answer_tokens"):
+        roll_out(device.plan(device.offer(bad=True)))
+    assert device.serves(before)
+    done = roll_out(device.plan(device.offer()))
+    assert any("asked on trial" in note for note in done.notes)
+    assert device.serves(done.bundle.name)
+
+
+def test_an_alarm_of_the_watch_takes_the_bundle_back(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+):
+    before = device.current
+    reference = device.offer()
+    monkeypatch.setattr(services, "_fault", lambda *_: "9 of 10 requests ended with an error")
+    with pytest.raises(GateError, match="9 of 10 requests"):
+        roll_out(device.plan(reference))
+    assert device.serves(before)
+    assert not device.journal.on_trial
+    monkeypatch.undo()
+    monkeypatch.setattr(services, "MAX_SLOWDOWN", 1000.0)
+    assert roll_out(device.plan(reference, retry=True)).changed
+
+
+def test_steps_that_fail_leave_the_old_bundle_and_reject_nothing(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+):
+    before = device.current
+    reference = device.offer()
+    for _ in range(MAX_TRIALS + 1):
+        with pytest.raises(BackendError, match="fails with 1"):
+            roll_out(device.plan(reference, reload="false"))
+    assert device.serves(before)
+    assert device.journal.rejected.keys().isdisjoint({device.journal.digest})
+    plan = device.plan(reference, service=services.Service(device.answerer, "other"))
+    with pytest.raises(ConfigError, match="has no model 'other'"):
+        roll_out(plan)
+    monkeypatch.setattr("edge.registry.client.time.sleep", lambda _: None)
+    nowhere = replace(plan, reference=parse_reference("127.0.0.1:9/models/r1:v1"))
+    with pytest.raises(RegistryError):
+        roll_out(nowhere)
+    assert device.serves(before)
+
+
+def test_an_unsigned_bundle_is_not_even_fetched(device: Device, tmp_path: Path):
+    before, key = device.current, make_key()
+    keys = tmp_path / "trusted"
+    keys.write_text(key.public_key.encode())
+    engine = EngineConfig(backend="ort-cpu", num_slots=1, kv_capacity=128, trusted_keys=keys)
+    have = device.bundles()
+    with pytest.raises(BundleError, match="is not signed"):
+        roll_out(device.plan(device.offer(), engine=engine))
+    assert device.bundles() == have
+    assert device.serves(before)
+    # The old one is not signed either, so only the service may be asked what it answers.
+    assert roll_out(device.plan(device.offer(key=key), engine=engine)).changed
+
+
+POINTS = (
+    "after steps.look",
+    "after steps.pull",
+    "after steps._Run._note=pulled",
+    "before steps._Run._judge_before",
+    "after steps._Run._note=judged",
+    "before steps._Run._try",
+    "after steps._Run._note=trial",
+    "after journal.Place.point",
+    "after steps.reload_service",
+    "before service.Service.watch",
+    "after service.Service.watch",
+    "before steps._Run._keep",
+)
+
+
+def test_kill_9_at_every_step_leaves_the_old_bundle_serving(device: Device):
+    before = device.current
+    reference = device.offer()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.edge.rollout.killed", *device.arguments(reference)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        for point in POINTS:
+            process.stdin.write(point + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "-9\n", point
+            deadline = time.monotonic() + 60  # the guard may just be starting
+            while device.journal.on_trial and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert device.serves(before), point
+            with Place(device.link).locked():
+                journal = device.journal
+                journal.trials = 0
+                Place(device.link).write(journal)
+        process.stdin.write("after steps._Run._keep\n")  # it has been accepted by then
+        process.stdin.flush()
+        assert process.stdout.readline() == "-9\n"
+    finally:
+        process.communicate()
+    assert device.journal.step == "done"
+    assert device.serves(device.journal.new)
+    assert not roll_out(device.plan(reference)).changed
+
+
+def test_a_trial_that_is_cut_off_again_and_again_is_not_tried_for_ever(device: Device):
+    before = device.current
+    reference = device.offer()
+    plan = device.plan(reference)
+    place = Place(device.link)
+    for trial in range(1, MAX_TRIALS + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(steps, "guarded", lambda *_: _Nothing())
+            patch.setattr(steps, "take_back", lambda *_, **__: False)
+            patch.setattr(steps._Run, "_watch", _die)
+            with pytest.raises(KeyboardInterrupt):
+                roll_out(plan)
+        assert device.journal.on_trial  # as a power cut would leave it
+        assert device.current != before
+        assert recover(device.link, device.reload)
+        assert device.serves(before)
+        assert device.journal.trials == trial or device.journal.rejected
+        assert not recover(device.link, device.reload)
+    with pytest.raises(GateError, match="trials were cut off before their end"):
+        roll_out(plan)
+    assert device.serves(before)
+    with place.locked(), pytest.raises(ConfigError, match="another"):
+        roll_out(plan)
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _die(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_first_bundle_of_a_device_needs_no_service(device: Device, tmp_path: Path):
+    done = roll_out(device.plan(device.offer(), link=tmp_path / "r1"))
+    assert (tmp_path / "r1").resolve() == done.bundle
+    (tmp_path / "own").mkdir()
+    with pytest.raises(ConfigError, match="is no link"):
+        roll_out(device.plan(device.offer(), link=tmp_path / "own"))
+
+
+# ------------------------------------------------------------------------------- the watch
+
+OLD = Sight("fp_old", False, 1000, 10, frozenset({"seed"}))
+FIRST = Sight("fp_new", False, 1000, 10, frozenset({"seed"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"ended": 1100, "errors": 11}, None),
+        ({"ended": 1100, "errors": 12}, None),  # two of a hundred may be chance
+        ({"ended": 1100, "errors": 14}, "4 of 100 requests"),
+        ({"ended": 1003, "errors": 13}, "3 of 3 requests"),
+        ({"failed": True}, "the engine has failed"),
+        ({"fingerprint": "fp_old"}, "serves fp_old"),
+        ({"fingerprint": None}, "serves None"),
+        ({"drifting": frozenset({"seed", "temperature"})}, "drifts: temperature"),
+    ],
+)
+def test_what_the_watch_finds_wrong(changes: dict[str, Any], message: str | None):
+    found = _fault(replace(FIRST, **changes), FIRST, OLD, "fp_new")
+    assert (found is None) if message is None else (message in str(found))
+
+
+def test_a_slow_bundle_is_late_and_a_hiccup_is_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(services, "MAX_SLOWDOWN", 1.5)
+    assert _late([0.2] * 7, [0.1] * 8) is None  # too few to say
+    assert "a token takes 200.0 ms, with the old bundle 100.0 ms" in str(_late([0.2] * 8, [0.1]))
+    assert _late([0.1] * 5 + [9.0] * 3, [0.1] * 8) is None
+    assert _late([0.149] * 8, [0.1] * 8) is None
+
+
+def test_a_service_that_falls_silent_is_a_fault(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(services, "POLL_S", 0.01)
+    silent = services.Service(ServerAnswerer("http://127.0.0.1:9"), None)
+    found = silent.watch("fp_new", OLD, [], [], 0.1, lambda _: None)
+    assert found is not None
+    assert "does not answer" in found
