@@ -168,6 +168,15 @@ def _share(step: _Step) -> str:
     return f"{percent} ({'; '.join(inside)})" if inside else percent
 
 
+def _rate(speed: float, unit: str) -> str:
+    """Write what is done in a second; where that is less than one, what a minute does."""
+    if speed >= 1e6:
+        return f"{speed / 1e6:.0f} M {unit}/s"
+    if speed >= 1:
+        return f"{speed:,.1f} {unit}/s" if speed < 100 else f"{speed:,.0f} {unit}/s"
+    return f"{60 * speed:.1f} {unit}/min"
+
+
 def _duration(seconds: float) -> str:
     """Write seconds as ``0:12``, ``41:07`` or ``2:05:00``."""
     minutes, rest = divmod(round(seconds), 60)
@@ -217,7 +226,7 @@ class _Bars:
             self._tasks[step] = self._rich.add_task(step, total=total, rate="", detail="")
         task = self._rich.tasks[self._rich.task_ids.index(self._tasks[step])]
         speed = task.speed or 0
-        rate = f"{speed / 1e6:.0f} M {unit}/s" if unit and speed >= 1e6 else ""
+        rate = _rate(speed, unit) if unit and speed else ""
         self._rich.update(task.id, completed=done, total=total, rate=rate, detail=detail)
 
     def __enter__(self) -> _Bars:
