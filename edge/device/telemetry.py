@@ -145,6 +145,11 @@ def read_available_memory_bytes(root: Path = Path("/")) -> int | None:
     return min((size for size in (system, group) if size is not None), default=None)
 
 
+def read_swap_bytes(root: Path = Path("/")) -> int:
+    """Swap that is free; what a control group may use of it is not read."""
+    return read_kib(root / "proc/meminfo", "SwapFree") or 0
+
+
 def _available_bytes(root: Path) -> int | None:
     return read_kib(root / "proc/meminfo", "MemAvailable")
 

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge.bundle.manifest import read_manifest
-from edge.device.telemetry import Snapshot, read_snapshot
+from edge.device.cgroup import read_room_bytes
+from edge.device.process import read_rss_bytes
+from edge.device.telemetry import Snapshot, read_snapshot, read_swap_bytes
 from edge.engine_config import EngineConfig
-from edge.errors import ConfigError, EdgeError
+from edge.errors import BundleError, ConfigError, EdgeError
 from edge.measure.drift import DriftMonitor, read_counts
 
 from .api.samples import check_decoding
@@ -29,6 +31,7 @@ from .http.errors import APIError
 from .http.memory import limit_arenas
 from .http.messages import make_server
 from .http.threads import in_thread
+from .models.limits import check_room
 from .models.registry import ModelRegistry
 from .models.route import AUTO, read_routes
 from .models.switch import Switcher, need_bytes
@@ -177,6 +180,7 @@ class Service:
         """
         _log.info("listening on %s port %d", self._settings.host, self.port)
         self._notifier.send(status="loading")
+        await in_thread(self._check_room)
         loading = _in_daemon(lambda: self.models.load(self._settings.model))
         stopped = asyncio.ensure_future(self._stopped.wait())
         waiting: set[asyncio.Future[Any]] = {loading, stopped}
@@ -191,6 +195,17 @@ class Service:
         _log.info("ready: %s", ", ".join(self._settings.model))
         self._notifier.send(ready=1, status="serving")
         return True
+
+    def _check_room(self) -> None:
+        """Compare what the control groups leave with what the bundles take.
+
+        Raises:
+            ResourceError: not even the weights fit.
+        """
+        room, swap = read_room_bytes(), read_swap_bytes()
+        if room is not None:
+            with contextlib.suppress(BundleError):  # opening it says so
+                check_room(self._settings, room + swap, read_rss_bytes() or 0)
 
     async def _drain(self) -> None:
         self.models.is_draining = True

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from edge.backends.default_capacity import LEAST_CAPACITY
 from edge.backends.ort.int8_prompts import int8_bytes
 from edge.bundle.engine_file import find_engines
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.device.nodes import find_gpu_node
+from edge.errors import ResourceError
 from edge.planner.memory import (
     BackendKind,
     Deployment,
@@ -22,6 +25,7 @@ from edge.runtime.structured_output import CHECK_MEMORY_BYTES
 from edge.server.settings import ServerSettings
 from edge.text.chat_template import TEMPLATE_LIMITS
 
+_log = logging.getLogger("edge.server")
 # The plan is of the engine at its peak. A prompt's text, logits of scores and what malloc keeps of
 # them are not in it, nor is what the plan is wrong by (docs/planner.md).
 _PLAN_MARGIN = 1.25
@@ -57,12 +61,7 @@ def unit_limits(settings: ServerSettings, num_cores: int | None = None) -> UnitL
         BundleError: the manifest of a bundle cannot be read.
         ConfigError: a bundle has no weights for ``prefill``.
     """
-    draft = None if settings.draft is None else read_manifest(settings.draft)
-    plans = []
-    for bundle in settings.model.values():
-        manifest = read_manifest(bundle)
-        on_cpu = _computes_on_cpu(settings, has_engine=bool(find_engines(bundle)))
-        plans.append(_plan(settings, manifest, draft, on_cpu=on_cpu))
+    plans = [plan for plan, _ in _plans(settings)]
     children = TEMPLATE_LIMITS.memory_bytes + CHECK_MEMORY_BYTES
     bodies = _BODY_FACTOR * settings.max_inflight_body_bytes
     high = int(_PLAN_MARGIN * _together(plans)) + children + bodies
@@ -74,6 +73,69 @@ def unit_limits(settings: ServerSettings, num_cores: int | None = None) -> UnitL
     )
 
 
+def check_room(settings: ServerSettings, room_bytes: int, taken_bytes: int) -> None:
+    """Say in the log, before the bundles are opened, that a limit of memory is too small for them.
+
+    The kernel ends a process that meets the limit of its control group without a word. What is
+    compared is the least that a service on a CPU takes, with caches of `LEAST_CAPACITY` tokens
+    unless the settings say more; what GPUs allocate is not in the group.
+
+    Args:
+        settings: of the service.
+        room_bytes: what the groups leave this process, swap included.
+        taken_bytes: what it has by now.
+
+    Raises:
+        BundleError, ConfigError: see `unit_limits`.
+        ResourceError: not even the weights fit.
+    """
+    plans = [plan for plan, on_cpu in _plans(settings, LEAST_CAPACITY) if on_cpu]
+    if not plans:
+        return
+    weights = sum(plan.weights_bytes for plan in plans)
+    raise_it = (
+        "raise it (MemoryHigh= and MemoryMax= of a unit, --memory of a container; edge-llm config "
+        "unit plans them), or serve a smaller bundle"
+    )
+    if weights > room_bytes:
+        raise ResourceError(
+            f"the weights take {weights / 1e6:.0f} MB, and the memory limit of this process's "
+            f"control group leaves {room_bytes / 1e6:.0f} MB; {raise_it}"
+        )
+    least = max(_together(plans) - taken_bytes, weights)
+    bodies = _BODY_FACTOR * settings.max_inflight_body_bytes
+    if least + bodies > room_bytes:
+        _log.warning(
+            "the memory limit of this process's control group leaves %.0f MB; the bundles take "
+            "%.0f MB at least, and bodies of requests up to %.0f MB more; the kernel may end this "
+            "process, and nothing can be logged then; %s",
+            room_bytes / 1e6,
+            least / 1e6,
+            bodies / 1e6,
+            raise_it,
+        )
+
+
+def _plans(
+    settings: ServerSettings, most_tokens: int | None = None
+) -> list[tuple[ProcessMemory, bool]]:
+    """Plan each bundle, and tell whether it is computed on the CPU.
+
+    Args:
+        settings: of the service.
+        most_tokens: of a slot, where the settings do not say.
+    """
+    draft = None if settings.draft is None else read_manifest(settings.draft)
+    plans = []
+    for bundle in settings.model.values():
+        manifest = read_manifest(bundle)
+        on_cpu = _computes_on_cpu(settings, has_engine=bool(find_engines(bundle)))
+        own = min(manifest.kv_capacity, most_tokens or manifest.kv_capacity)
+        capacity = settings.kv_capacity or own
+        plans.append((_plan(settings, manifest, draft, capacity, on_cpu=on_cpu), on_cpu))
+    return plans
+
+
 def _computes_on_cpu(settings: ServerSettings, *, has_engine: bool) -> bool:
     if settings.backend != "auto":
         return settings.backend == "ort-cpu"
@@ -83,7 +145,12 @@ def _computes_on_cpu(settings: ServerSettings, *, has_engine: bool) -> bool:
 
 
 def _plan(
-    settings: ServerSettings, manifest: Manifest, draft: Manifest | None, *, on_cpu: bool
+    settings: ServerSettings,
+    manifest: Manifest,
+    draft: Manifest | None,
+    capacity: int,
+    *,
+    on_cpu: bool,
 ) -> ProcessMemory:
     backend: BackendKind = "ort-cpu" if on_cpu else "tensorrt"
 
@@ -93,7 +160,6 @@ def _plan(
         linears = manifest_linears(each)
         return plan_process_memory(each.model, linears, each.rope_positions, deployment)
 
-    capacity = settings.kv_capacity or manifest.kv_capacity
     beside = None if draft is None else plan(draft, min(capacity, draft.rope_positions))
     planned = plan_process_pair(plan(manifest, capacity), beside)
     # While the session packs them, they are there twice.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edge.device.cgroup import read_room_bytes
 from edge.device.telemetry import read_available_memory_bytes, read_snapshot
+from tests.control_groups import limited_group
 
 MIB = 1 << 20
 V1_NONE = 9223372036854771712
@@ -144,35 +142,9 @@ def test_what_is_no_number_limits_nothing(tree: Tree, text: str):
     assert read_room_bytes(tree.root) == 200
 
 
-@contextlib.contextmanager
-def limited_group(limit: int) -> Iterator[Path]:
-    """A real control group with a limit, in whichever version has memory here."""
-    name = f"edge-llm-test-{os.getpid()}"
-    for parent, file in (
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-        (Path("/sys/fs/cgroup"), "memory.max"),
-    ):
-        group = parent / name
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            if not (group / file).exists():
-                continue
-            (group / file).write_text(str(limit))
-            yield group
-            return
-        finally:
-            group.rmdir()
-    pytest.skip("no memory control group can be made here")
-
-
 def test_a_real_group():
     code = "from edge.device.telemetry import read_available_memory_bytes as read; print(read())"
-    # The shell moves itself, so that its child is never outside.
-    script = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
     with limited_group(300 * MIB) as group:
-        command = ["sh", "-c", script, str(group), sys.executable, "-c", code]
+        command = group.command(sys.executable, "-c", code)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 150 * MIB < int(done.stdout) < 300 * MIB

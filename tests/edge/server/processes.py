@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.control_groups import Group
+
 
 class Child:
     """A server process; its log is read as it comes."""
@@ -65,9 +67,10 @@ class Child:
 
 
 @contextmanager
-def child(*arguments: str, **environment: str) -> Iterator[Child]:
+def child(*arguments: str, group: Group | None = None, **environment: str) -> Iterator[Child]:
+    command = [sys.executable, *arguments]
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        command if group is None else group.command(*command),
         env={**os.environ, **environment},
         stderr=subprocess.PIPE,
         text=True,
