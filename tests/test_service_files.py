@@ -27,9 +27,12 @@ UNITS = ROOT / "scripts" / "systemd"
 INSTALLER = ROOT / "scripts" / "install-service"
 COMMAND = "/opt/edge-llm/bin/edge-llm"
 MAX_EXPOSURE = 1.5
-OLDEST = 247
-# What `edge-llm config unit` prints.
-_LIMITS = "\nMemoryHigh=1\nMemoryMax=1\nTasksMax=1\n"
+OLDEST = 247  # that edge-llm@.service says it needs
+_LIMITS = ("MemoryHigh", "MemoryMax", "TasksMax")  # what `edge-llm config unit` prints
+DIRECTIVES = ROOT / "tests/data/systemd-directives.json"
+SYSTEMD_FILES = sorted(
+    path for path in UNITS.iterdir() if path.name not in ("sysusers.conf", "tmpfiles.conf")
+)
 DROP_INS = ("relaxed", "cpu", "lan")
 
 needs_systemd = pytest.mark.skipif(
@@ -116,13 +119,29 @@ def test_what_rolls_out_is_root_with_a_network_and_little_else():
     assert exposure(UNITS / "edge-llm-rollout@.service") <= 2.6
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in UNITS.iterdir()))
-def test_the_oldest_systemd_knows_every_directive(file: str):
-    """JetPack 6 has 249. A directive that the table lacks has to be looked up first."""
-    since = json.loads((ROOT / "tests/data/systemd-directives.json").read_text())
-    text = (UNITS / file).read_text() + _LIMITS
-    used = set(re.findall(r"^([A-Z]\w+)=", text, re.MULTILINE))
-    assert {name: since.get(name) for name in used if since.get(name, 999) > OLDEST} == {}
+def used_directives(file: Path) -> set[tuple[str, str]]:
+    """Sections and names of what a unit or drop-in says."""
+    section, found = "", set()
+    for line in file.read_text().splitlines():
+        if match := re.fullmatch(r"\[(\w+)\]", line):
+            section = match[1]
+        elif match := re.match(r"([A-Z]\w+)=", line):
+            found.add((section, match[1]))
+    return found
+
+
+@pytest.mark.parametrize("file", [path.name for path in SYSTEMD_FILES])
+def test_the_systemd_of_every_jetpack_knows_every_directive(file: str):
+    """JetPack 6 has 249, JetPack 7 255: both parse each, by their own tables.
+
+    A directive that our table lacks has to be looked up first.
+    """
+    since = json.loads(DIRECTIVES.read_text())["since"]
+    used = used_directives(UNITS / file)
+    assert used
+    used |= {("Service", name) for name in _LIMITS}
+    found = {(section, name): since[section].get(name, 999) for section, name in used}
+    assert {key: version for key, version in found.items() if version > OLDEST} == {}
 
 
 # --------------------------------------------------------------------------- what they run
