@@ -23,7 +23,9 @@ from edge.key_file import read_key_file
 
 from .members import Asked, Item
 
-_LOOK_S = 1.0
+_POLL_S = 0.25
+_LOOK_S = 5.0
+"""A service that takes longer is not ready: its engine may leave it little of the CPU."""
 _FACTS_S = 2.0
 """How old facts may be; a roll-out changes them."""
 _IDLE_S = 5.0  # the service closes idle connections after 15, and a request must not meet that
@@ -88,11 +90,27 @@ class DeviceAgent:
             "service": "",
             "kind": read_module() or platform.machine(),
             "models": {},
+            "trouble": "loading",
         }
+        self._polling: asyncio.Future[None] | None = None
         self._read_at = -float("inf")
 
     async def look(self) -> dict[str, Any]:
-        """Return what `fleet.members.Facts` holds."""
+        """Return what `fleet.members.Facts` holds, as it was a moment ago.
+
+        The service is looked at in the background, so that a slow one does not make the device
+        look silent.
+        """
+        if self._polling is None:
+            self._polling = asyncio.ensure_future(self._poll())
+        return self._facts
+
+    async def _poll(self) -> None:
+        while True:
+            await self._look()
+            await asyncio.sleep(_POLL_S)
+
+    async def _look(self) -> None:
         try:
             trouble = await self._trouble()
             now = time.monotonic()
@@ -105,7 +123,7 @@ class DeviceAgent:
             trouble = f"its service does not answer: {error}"
         except (msgspec.MsgspecError, BackendError) as error:
             trouble = f"its service is none of edge-llm serve, or wants a key: {error}"
-        return self._facts | {"trouble": trouble}
+        self._facts = self._facts | {"trouble": trouble}
 
     async def ask(self, asked: Asked) -> AsyncGenerator[Item, None]:
         """Yield status and headers, then the body as it comes; None where the service broke off."""
@@ -130,7 +148,9 @@ class DeviceAgent:
             yield None
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Look no more, and close the connections."""
+        if self._polling is not None:
+            self._polling.cancel()
         if self._session is not None:
             await self._session.close()
 

@@ -46,6 +46,11 @@ ALLOWED: dict[str, tuple[str, bool]] = {
         "it is in an environment of its own; scripts/kernels --check has it",
         True,
     ),
+    r"a live fleet needs Ray; .*": (
+        "Ray is large; EDGE_LLM_FLEET=1 installs it",
+        os.environ.get("EDGE_LLM_FLEET", "0") != "1",
+    ),
+    r"no network namespace can be made here: .*": ("a container without rights gives none", True),
     r"live parity needs .*": (
         "the group parity is large; EDGE_LLM_PARITY=1 installs it",
         os.environ.get("EDGE_LLM_PARITY", "0") != "1",
