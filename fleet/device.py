@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import msgspec
@@ -21,7 +21,8 @@ from edge.device.telemetry import read_module
 from edge.errors import BackendError, ConfigError
 from edge.key_file import read_key_file
 
-from .members import Asked, Item
+if TYPE_CHECKING:
+    from .members import Asked, Item
 
 _POLL_S = 0.25
 _LOOK_S = 5.0

@@ -115,12 +115,21 @@ def test_every_command_parses(
     for argument in arguments:
         if argument in ("BUNDLE", "ENGINE") or argument.startswith("bundles/"):
             (tmp_path / argument).mkdir(parents=True, exist_ok=True)
+        elif argument.endswith("fleet.toml"):
+            (tmp_path / argument).touch()
         elif argument == "1.5b":
             bundle = tmp_path / "bundles" / "deepseek-r1-distill-qwen-1.5b-int4"
             bundle.mkdir(parents=True, exist_ok=True)
             (bundle / "manifest.json").touch()
+    command = verbs()[verb]
+    while isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
+        _, found, arguments = command.resolve_command(click.Context(command), arguments)
+        assert found is not None, f"{document}: {line}"
+        command = found
+        if not arguments:
+            return
     try:
-        context = verbs()[verb].make_context(verb, list(arguments))
+        context = command.make_context(verb, list(arguments))
     except (click.UsageError, EdgeError) as error:
         pytest.fail(f"{document}: {line}: {error}")
     with context:

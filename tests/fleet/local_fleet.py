@@ -48,7 +48,7 @@ def own_network() -> Iterator[None]:
         os.close(before)
 
 
-def run(*arguments: str, home: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, home: Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     """Run ``edge-llm`` and return how it ended."""
     return subprocess.run(
         [EDGE_LLM, *arguments],
@@ -134,7 +134,8 @@ class LocalFleet:
         log = self.directory / f"serve-{name}.log"
         log.unlink(missing_ok=True)
         options = (f"--num-slots={SLOTS}", f"--queue-capacity={QUEUE}", *options)
-        arguments = ("serve", str(bundle), "--port", str(self.port(name)), *options)
+        model = ("--model", f"tiny={bundle}", "--default-model", "tiny")
+        arguments = ("serve", *model, "--port", str(self.port(name)), *options)
         self.services[name] = Process(log, *arguments, home=self.directory)
         self.services[name].wait_for("ready: ")
 
