@@ -28,11 +28,21 @@ from edge.bundle.manifest import (
     encode_manifest,
     read_manifest,
 )
+from edge.bundle.minisign import (
+    PublicKey,
+    SecretKey,
+    Signature,
+    parse_signature,
+    read_public_keys,
+    read_secret_key,
+)
 from edge.bundle.onnx_file import Message, OnnxFile, tensor_info
 from edge.bundle.rope import inverse_frequencies
+from edge.bundle.trust import read_signature_bytes
 from edge.cli.conversation import read_conversation
 from edge.config_file import load_settings
-from edge.errors import EdgeError
+from edge.errors import ConfigError, EdgeError
+from edge.files import read_file
 from edge.key_file import read_key_file
 from edge.measure.drift import read_counts
 from edge.measure.evaluate import load_gate
@@ -41,6 +51,13 @@ from edge.measure.watch import read_baseline, read_golden
 from edge.measure.watch_server import read_state, read_stats_file
 from edge.planner.calibration import BENCH_SCHEMA, read_bench
 from edge.planner.models import read_config
+from edge.registry import artifact as artifacts
+from edge.registry.artifact import decode as decode_artifact
+from edge.registry.artifact import encode as encode_artifact
+from edge.registry.client import MANIFEST_TYPE
+from edge.registry.client import MAX_MANIFEST_BYTES as MAX_ARTIFACT_BYTES
+from edge.registry.credentials import find_credentials
+from edge.rollout.journal import Place
 from edge.runtime.prefix_store import Layout, PrefixStore, bundle_key
 from edge.server.settings import ServerSettings
 from edge.text.chat_template import ChatTemplate
@@ -336,6 +353,50 @@ def _keys(path: Path) -> None:
     read_key_file(path)
 
 
+_PUBLIC_KEY = PublicKey(b"12345678", bytes(32), "a").encode().encode()
+_SIGNATURE = Signature(b"12345678", True, bytes(64), "a", bytes(64)).encode()
+_ZERO_SEED = bytes.fromhex("3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29")
+_SECRET_KEY = SecretKey(b"12345678", bytes(32), _ZERO_SEED).encode().encode()
+_LAYER = artifacts.Layer(
+    artifacts.MANIFEST_LAYER, f"sha256:{'0' * 64}", 2, {artifacts.TITLE: MANIFEST_NAME}
+)
+_ARTIFACT = artifacts.Artifact(
+    2,
+    MANIFEST_TYPE,
+    artifacts.ARTIFACT_TYPE,
+    artifacts.Layer(artifacts.EMPTY_TYPE, f"sha256:{'0' * 64}", 2),
+    (
+        _LAYER,
+        msgspec.structs.replace(
+            _LAYER, media_type=artifacts.FILE_LAYER, annotations={artifacts.TITLE: "a.onnx"}
+        ),
+    ),
+)
+
+
+def _signature(path: Path) -> Signature:
+    data = read_signature_bytes(path.parent)
+    assert data is not None
+    return parse_signature(data, str(path))
+
+
+def _artifact(path: Path) -> object:
+    try:
+        data = read_file(path, MAX_ARTIFACT_BYTES)
+    except OSError as error:
+        raise ConfigError(str(error)) from error
+    return decode_artifact(data, str(path))
+
+
+def _journal(path: Path) -> object:
+    place = Place(path.with_name("r1"))
+    place.folder.mkdir(exist_ok=True)
+    link = place.folder / path.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(path)
+    return place.read()
+
+
 READERS = {
     "manifest": Reader(MANIFEST_NAME, encode_manifest(_MANIFEST), _manifest, resign),
     "onnx": Reader("decoder.onnx", _onnx_seed(), _onnx),
@@ -409,6 +470,20 @@ READERS = {
     ),
     "counts": Reader("counts.json", b"{}", read_counts),
     "bench": Reader("bench.json", json.dumps(_BENCH).encode(), read_bench),
+    "trusted_keys": Reader("trusted-keys", _PUBLIC_KEY, read_public_keys),
+    "signature": Reader("manifest.json.minisig", _SIGNATURE, _signature),
+    "secret_key": Reader("a.key", _SECRET_KEY, lambda path: read_secret_key(path, lambda: "")),
+    "artifact": Reader(
+        "origin.json",
+        encode_artifact(_ARTIFACT),
+        _artifact,
+    ),
+    "credentials": Reader(
+        "config.json",
+        b'{"auths": {"a.b": {"auth": "YTpi"}}}',
+        lambda path: find_credentials("a.b", {"REGISTRY_AUTH_FILE": str(path), "HOME": "/none"}),
+    ),
+    "journal": Reader("journal.json", b'{"step": "trial", "new": "r1-a"}', _journal),
 }
 
 

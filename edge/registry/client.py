@@ -152,10 +152,24 @@ class Registry:
         self._finish(start)
         if not place:
             raise RegistryError(f"{self._name} does not say where a blob is to go")
-        url = urljoin(self._root, place)
+        url = self._upload_place(place)
         url += ("&" if urlsplit(url).query else "?") + urlencode({"digest": digest})
         headers = {"Content-Type": "application/octet-stream"}
         self._finish(self._request("PUT", url, headers=headers, body=data, push=True))
+
+    def _upload_place(self, place: str) -> str:
+        """Where a registry wants a blob; one behind a proxy with TLS often says ``http``.
+
+        Raises:
+            RegistryError: it would go over the network in the clear.
+        """
+        url = urlsplit(urljoin(self._root, place))
+        own = urlsplit(self._root)
+        if own.scheme == "https" and url.scheme == "http" and url.hostname == own.hostname:
+            url = url._replace(scheme="https", netloc=own.netloc)
+        if url.scheme not in ("https", own.scheme):
+            raise RegistryError(f"{self._name} wants a blob at {place[:200]!r}, without TLS")
+        return url.geturl()
 
     def blob(self, digest: str, num_bytes: int) -> bytes:
         """Get a blob, held to its size and digest; a broken transfer is tried again.
@@ -279,9 +293,10 @@ class Registry:
             return
         parameters = {key.lower(): value for key, value in _PARAMETER.findall(rest)}
         realm = parameters.get("realm", "")
-        safe = urlsplit(realm).scheme == "https" or _origin(realm) == _origin(self._root)
-        if not safe and urlsplit(self._root).scheme == "http":
-            safe = urlsplit(realm).scheme == "http"
+        own, other = urlsplit(self._root), urlsplit(realm)
+        # Without TLS only to the machine that is asked without TLS already.
+        safe = other.scheme == "https" or (other.scheme, other.hostname) == ("http", own.hostname)
+        safe = safe and own.scheme in ("http", other.scheme)
         if scheme.lower() != "bearer" or not safe:
             raise RegistryError(
                 f"{self._name} asks for credentials in a way that is not known or not safe: "

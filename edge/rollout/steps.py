@@ -147,6 +147,7 @@ class _Run:
             if offer.digest in journal.rejected and not plan.retry:
                 reason = f"{journal.rejected[offer.digest]}; --retry tries it again"
                 raise self._gate_error(offer.digest, reason, "was rejected before")
+            self._check_size(offer.manifest)
             if journal.digest != offer.digest or journal.step == "done":
                 journal.digest, journal.trials = offer.digest, 0
                 journal.new = f"{self.place.link.name}-{offer.digest[7:19]}"
@@ -169,6 +170,27 @@ class _Run:
         return Outcome(journal.digest, bundle, True, tuple(self.notes))
 
     # ------------------------------------------------------------------------------- before
+
+    def _check_size(self, manifest: Manifest) -> None:
+        """Refuse what this machine could not hold if nothing else ran on it.
+
+        Raises:
+            ResourceError: it could not.
+        """
+        from edge.device.telemetry import read_snapshot
+
+        total = read_snapshot().memory_total_bytes
+        need = self._need_bytes(manifest)
+        if total is not None and need > total:
+            raise ResourceError(
+                f"{self.plan.reference} takes {need / 1e9:.1f} GB, and this device has "
+                f"{total / 1e9:.1f} GB; the old bundle serves"
+            )
+
+    def _need_bytes(self, manifest: Manifest) -> int:
+        from edge.server.models.switch import need_bytes
+
+        return need_bytes(manifest, self.plan.engine.num_slots, self.plan.engine.kv_capacity)
 
     def _pull(self, offer: Offer, registry: Registry) -> None:
         target = self.place.path(self.journal.new)
@@ -251,12 +273,9 @@ class _Run:
         if self.plan.service is None:
             return True
         from edge.device.telemetry import read_snapshot
-        from edge.server.models.switch import need_bytes
 
         room = read_snapshot().memory_room_bytes
-        engine = self.plan.engine
-        need = need_bytes(read_manifest(bundle), engine.num_slots, engine.kv_capacity)
-        return room is None or need + _WORKING_BYTES <= room
+        return room is None or self._need_bytes(read_manifest(bundle)) + _WORKING_BYTES <= room
 
     def _compare(self, run: Baseline) -> None:
         """Hold the new bundle's answers to the old one's.

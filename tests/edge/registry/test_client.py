@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from edge.errors import ConfigError, EdgeError, IntegrityError, RegistryError
 from edge.registry import artifact as artifacts
-from edge.registry.client import Registry, digest_of
+from edge.registry.client import MANIFEST_TYPE, Registry, digest_of
 from edge.registry.credentials import Credentials, find_credentials
 from edge.registry.reference import parse_reference
 
@@ -249,7 +249,7 @@ _LAYER = st.fixed_dictionaries(
 def test_whatever_a_registry_lists_is_whole_files_or_an_error(layers: list[dict[str, object]]):
     image = {
         "schemaVersion": 2,
-        "mediaType": artifacts.MANIFEST_TYPE,
+        "mediaType": MANIFEST_TYPE,
         "artifactType": artifacts.ARTIFACT_TYPE,
         "config": {"mediaType": artifacts.EMPTY_TYPE, "digest": digest_of(b"{}"), "size": 2},
         "layers": layers,
@@ -264,3 +264,35 @@ def test_whatever_a_registry_lists_is_whole_files_or_an_error(layers: list[dict[
         for piece in pieces:
             assert piece.offset == end
             end += piece.num_bytes
+
+
+@pytest.mark.parametrize(
+    ("root", "place", "found"),
+    [
+        ("a.b/r1", "/v2/r1/u/1?x=y", "https://a.b/v2/r1/u/1?x=y"),
+        ("a.b:5000/r1", "http://a.b/v2/u", "https://a.b:5000/v2/u"),  # a proxy ends TLS
+        ("a.b/r1", "https://store.c/u", "https://store.c/u"),
+        ("a.b/r1", "http://store.c/u", None),
+        ("a.b/r1", "ftp://a.b/u", None),
+        ("localhost:5000/r1", "http://localhost:5000/u", "http://localhost:5000/u"),
+    ],
+)
+def test_a_blob_goes_nowhere_without_tls_unless_the_registry_has_none(
+    root: str, place: str, found: str | None
+):
+    with Registry(parse_reference(root), credentials=USER) as registry:
+        if found is None:
+            with pytest.raises(RegistryError, match="without TLS"):
+                registry._upload_place(place)
+        else:
+            assert registry._upload_place(place) == found
+
+
+@pytest.mark.parametrize(
+    ("root", "realm"),
+    [("a.b/r1", "http://a.b/token"), ("localhost:5000/r1", "http://elsewhere.c/token")],
+)
+def test_a_password_goes_nowhere_without_tls(root: str, realm: str):
+    registry = Registry(parse_reference(root), credentials=USER)
+    with registry, pytest.raises(RegistryError, match="not safe"):
+        registry._authenticate(f'Bearer realm="{realm}"', push=False)

@@ -25,7 +25,7 @@ from edge.errors import (
     ResourceError,
 )
 from edge.registry import artifact as artifacts
-from edge.registry.client import Registry, digest_of
+from edge.registry.client import MANIFEST_TYPE, Registry, digest_of
 from edge.registry.pull import Pulled, look, origin_digest, pull
 from edge.registry.push import push
 from edge.registry.reference import Reference, parse_reference
@@ -251,7 +251,7 @@ def test_what_is_not_there_is_named(reference: Reference, registry: Registry, tm
         get(reference, tmp_path / "tiny")
     registry.put_blob(artifacts.EMPTY, digest_of(artifacts.EMPTY))
     config = artifacts.Layer(artifacts.EMPTY_TYPE, digest_of(artifacts.EMPTY), 2)
-    image = artifacts.Artifact(2, artifacts.MANIFEST_TYPE, artifacts.ARTIFACT_TYPE, config, ())
+    image = artifacts.Artifact(2, MANIFEST_TYPE, artifacts.ARTIFACT_TYPE, config, ())
     data = artifacts.encode(image).replace(b"vnd.edge-llm.bundle.v1", b"vnd.somebody.else.v1")
     registry.put_manifest(data, "v1")
     with pytest.raises(BundleError, match="is no bundle that edge-llm bundle push has sent"):
@@ -272,7 +272,8 @@ def test_a_registry_that_dies_in_the_middle_costs_only_what_had_not_come(
 ):
     push(source, reference, registry)
     offer = look(reference, registry)
-    real, seen = Registry.blob, []
+    real = Registry.blob
+    seen: list[int] = []
 
     def die_after_two(self: Registry, digest: str, num_bytes: int) -> bytes:
         if len(seen) == 2:
@@ -351,7 +352,8 @@ def test_a_full_disk_leaves_the_old_bundle_and_the_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ):
     push(source, reference, registry)
-    real, written = os.pwrite, []
+    real = os.pwrite
+    written: list[int] = []
 
     def full(descriptor: int, data: object, offset: int) -> int:
         if sum(written) > 4 << 20:

@@ -20,8 +20,16 @@ from edge.bundle import trust
 from edge.bundle.manifest import encode_manifest, fingerprint, read_manifest
 from edge.bundle.minisign import make_key
 from edge.bundle.trust import sign_bundle
+from edge.device.telemetry import Snapshot
 from edge.engine_config import EngineConfig
-from edge.errors import BackendError, BundleError, ConfigError, GateError, RegistryError
+from edge.errors import (
+    BackendError,
+    BundleError,
+    ConfigError,
+    GateError,
+    RegistryError,
+    ResourceError,
+)
 from edge.measure.watch_server import ServerAnswerer
 from edge.registry.client import Registry
 from edge.registry.push import push
@@ -255,6 +263,20 @@ def test_an_unsigned_bundle_is_not_even_fetched(device: Device, tmp_path: Path):
     assert device.serves(before)
     # The old one is not signed either, so only the service may be asked what it answers.
     assert roll_out(device.plan(device.offer(key=key), engine=engine)).changed
+
+
+def test_a_device_that_is_too_small_fetches_nothing(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+):
+    before, have = device.current, device.bundles()
+    reference = device.offer()
+    with monkeypatch.context() as patch:
+        small = Snapshot(memory_total_bytes=100_000)
+        patch.setattr("edge.device.telemetry.read_snapshot", lambda: small)
+        with pytest.raises(ResourceError, match=r"takes 0\.0 GB, and this device has"):
+            roll_out(device.plan(reference))
+    assert device.bundles() == have
+    assert device.serves(before)
 
 
 POINTS = (
