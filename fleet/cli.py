@@ -19,6 +19,7 @@ from edge.errors import ConfigError, DeadlineError, DependencyError, ResourceErr
 from . import cluster
 from .client import Fleet
 from .config import FleetConfig, read_config
+from .haproxy import haproxy
 
 _MIN_MEMORY_BYTES = 2**30
 _file = click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
@@ -35,6 +36,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="One line of JSON i
 @click.group()
 def fleet() -> None:
     """Serve many devices behind one endpoint; FILE is the fleet's TOML file."""
+
+
+fleet.add_command(haproxy)
 
 
 @fleet.command()

@@ -29,6 +29,7 @@ class Stub(ThreadingHTTPServer):
         headers: of the newest request.
         most: requests at once, so far.
         key: that it wants, if any.
+        first: statuses of a body that has no ``first`` of its own.
     """
 
     daemon_threads = True
@@ -41,6 +42,8 @@ class Stub(ThreadingHTTPServer):
         self.now = self.most = 0
         self.key: str | None = None
         self.models_status = 200
+        self.ready_status = 404
+        self.first: list[int] = []
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)
 
@@ -60,8 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def do_GET(self) -> None:
-        known = self.path == "/v1/models"
-        self._send(self.server.models_status if known else 404, b'{"data": []}', {})
+        status = {"/v1/models": self.server.models_status, "/ready": self.server.ready_status}
+        self._send(status.get(self.path, 404), b'{"data": []}', {})
 
     def do_POST(self) -> None:
         server = self.server
@@ -76,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(server.delay_s + asked.get("wait_s", 0))
         with server.lock:
             server.now -= 1
-        first = asked.get("first", [])
+        first = asked.get("first", server.first)
         status = first[times] if times < len(first) else asked.get("then", 200)
         headers = {}
         if times < len(first) and "retry_after" in asked:
