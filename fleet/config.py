@@ -73,8 +73,8 @@ class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     min_slots: Annotated[int, Meta(ge=1)] = 1
     min_context: Annotated[int, Meta(ge=1)] = 1
     beat_s: _Seconds = 0.5
-    silent_s: _Seconds = 1.5
-    dead_s: _Seconds = 10.0
+    silent_s: _Seconds = 3.0
+    dead_s: _Seconds = 15.0
     drain_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 30.0
 
     @property

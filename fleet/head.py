@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ _KEPT_BACK = frozenset(
 )
 _STREAMS = (b"text/event-stream", b"application/x-ndjson")
 _SESSIONS = 65_536
+_LOOKS = 4  # at one device at once
 
 
 class _Done(NamedTuple):
@@ -121,25 +122,45 @@ class FleetHead:
         await asyncio.gather(*(self._watch(member) for member in self.members.values()))
 
     async def _watch(self, member: Member) -> None:
+        """Look at every beat, whether or not the last look has an answer.
+
+        A look on its way when a device dies waits in vain, and the next one is told at once that
+        there is nobody; one that is late for want of processor time still is a sign of life.
+        """
+        looks: set[asyncio.Task[None]] = set()
         while True:
-            await self.look(member)
+            if len(looks) < _LOOKS:
+                look = asyncio.create_task(self.look(member))
+                looks.add(look)
+                look.add_done_callback(looks.discard)
+                look.add_done_callback(_taken)
             await asyncio.sleep(self._config.beat_s)
+            with self._told(member):
+                member.judge_silence(self._config)
 
     async def look(self, member: Member) -> None:
         """Look at a device once."""
-        before = member.trouble
         try:
-            seen = await asyncio.wait_for(member.link.look(), self._config.silent_s)
-            member.saw(msgspec.convert(seen, Facts))
-            judge(self.members.values(), self._config)
-        except msgspec.ValidationError as error:
-            member.lose(f"it speaks another version of the fleet's protocol: {error}")
+            seen = await asyncio.wait_for(member.link.look(), self._config.dead_s)
         except asyncio.TimeoutError:
-            member.missed(self._config)
+            return
         except LostError as error:
-            member.missed(self._config)
-            if member.facts is not None:
-                member.lose(str(error))
+            with self._told(member):
+                if member.facts is not None:
+                    member.lose(str(error))
+            return
+        with self._told(member):
+            try:
+                member.saw(msgspec.convert(seen, Facts))
+            except msgspec.ValidationError as error:
+                member.lose(f"it speaks another version of the fleet's protocol: {error}")
+            judge(self.members.values(), self._config)
+
+    @contextlib.contextmanager
+    def _told(self, member: Member) -> Iterator[None]:
+        """Log a change of a device's state."""
+        before = member.trouble
+        yield
         if member.trouble != before:
             _log.warning("device %s: %s", member.name, member.trouble or "ready")
 

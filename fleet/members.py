@@ -188,8 +188,8 @@ class Member:
         self.facts = facts if facts.models or self.facts is None else _later(self.facts, facts)
         self.trouble = facts.trouble
 
-    def missed(self, config: FleetConfig) -> None:
-        """Judge the silence after a look that had no answer."""
+    def judge_silence(self, config: FleetConfig) -> None:
+        """Lose a device that has been silent for too long."""
         silent_s = self._clock() - self._sign
         if self.trouble is None and silent_s >= config.silent_s:
             self.lose(f"silent for {silent_s:.1f} s")

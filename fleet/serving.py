@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 import edge
-from edge.errors import EdgeError
+from edge.errors import ConfigError, EdgeError
 from edge.server.http.connections import (
     Connections,
     listen,
@@ -35,6 +36,7 @@ from .names import HEAD_RESOURCE, device_resource
 
 NAMESPACE = "edge-llm-fleet"
 _SHARE = 0.001  # of a resource, so that an actor's successor fits beside it
+_END_S = 10.0
 _MANY = 10_000  # calls at once: the head and the devices' own queues bound them
 
 
@@ -146,6 +148,8 @@ def deploy(config: FleetConfig) -> None:
         if name.startswith(_HEAD):
             ray.get(actor.close.remote())
         ray.kill(actor)
+        if name.startswith(_HEAD):
+            _wait_free(config)
     for name, device_name in agents.items():
         device = config.devices[device_name]
         ray.remote(DeviceAgent).options(
@@ -165,6 +169,18 @@ def deploy(config: FleetConfig) -> None:
         if isinstance(cause := getattr(error, "cause", None), EdgeError):
             raise cause from error
         raise
+
+
+def _wait_free(config: FleetConfig) -> None:
+    """Wait until the head that was ended has given up its port, or for as long as is sensible."""
+    deadline = time.monotonic() + _END_S
+    while time.monotonic() < deadline:
+        try:
+            listen(config.host, config.port).close()
+        except ConfigError:
+            time.sleep(0.1)
+        else:
+            return
 
 
 def call_head(config: FleetConfig, method: str, *arguments: Any, timeout_s: float = 10) -> Any:

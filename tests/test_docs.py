@@ -115,7 +115,7 @@ def test_every_command_parses(
     for argument in arguments:
         if argument in ("BUNDLE", "ENGINE") or argument.startswith("bundles/"):
             (tmp_path / argument).mkdir(parents=True, exist_ok=True)
-        elif argument.endswith("fleet.toml"):
+        elif argument.endswith(("fleet.toml", ".txt")):
             (tmp_path / argument).touch()
         elif argument == "1.5b":
             bundle = tmp_path / "bundles" / "deepseek-r1-distill-qwen-1.5b-int4"

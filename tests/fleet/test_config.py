@@ -62,7 +62,7 @@ def test_every_key_is_read(tmp_path: Path):
         ("10.0.0.1:7000", "head:70000", "line 1: address is 'head:70000': use HOST:PORT"),
         ('"version"', '"colour"', r"line 6: allow is \['colour'\]: Invalid enum value 'colour'"),
         ('api_key_file = "keys"\n', "", "line 3: host 0.0.0.0 can be reached from other machines"),
-        ("beat_s = 0.25", "beat_s = 2.5", "beat_s 2.5, silent_s 1.5 and dead_s 10 must grow"),
+        ("beat_s = 0.25", "beat_s = 3.5", "beat_s 3.5, silent_s 3 and dead_s 15 must grow"),
         ("devices.orin-1", "devices.Orin_1", "line 10: the device name 'Orin_1' is not 1 to 63"),
         ("127.0.0.1:8001", "10.0.0.9:8001", "line 11: devices.orin-1.url is 'http://10.0.0.9:8001'"),
         ("http://127", "https://127", "line 11: devices.orin-1.url is 'https://127"),

@@ -117,23 +117,24 @@ def test_sessions_keep_their_cached_tokens_on_two_devices(fleet: LocalFleet):
 
 
 def test_all_full_is_429_and_nothing_is_lost(fleet: LocalFleet):
-    room = 3 * (SLOTS + QUEUE)
-    barrier = threading.Barrier(2 * room)
+    barrier = threading.Barrier(24)
 
     def one(i: int) -> tuple[int, Any]:
+        """Ask for as many answers as a device has room for."""
+        body = chat(f"{i}", max_tokens=100, ignore_eos=True, n=SLOTS + QUEUE, temperature=1)
         barrier.wait()
-        status, headers, _ = ask(
-            body=chat(f"{i}", max_tokens=90, ignore_eos=True), x_session_id=str(i)
-        )
+        status, headers, _ = ask(body=body, x_session_id=str(i))
         return status, headers["retry-after"]
 
-    with ThreadPoolExecutor(2 * room) as pool:
-        answers = list(pool.map(one, range(2 * room)))
+    with ThreadPoolExecutor(barrier.parties) as pool:
+        answers = list(pool.map(one, range(barrier.parties)))
     counts = Counter(status for status, _ in answers)
     assert set(counts) == {200, 429}
-    assert counts[200] >= room
-    assert {after for status, after in answers if status == 429} == {"1"}
+    assert counts[200] >= 3
+    assert min(int(after) for status, after in answers if status == 429) >= 1
     assert all(device["in_flight"] == 0 for device in fleet.devices().values())
+    refused = {name: device["requests"].get("busy", 0) for name, device in fleet.devices().items()}
+    assert min(refused.values()) > 0  # each device kept its own bound
 
 
 def test_a_node_that_dies_under_load_loses_no_answer(fleet: LocalFleet):
@@ -161,8 +162,8 @@ def test_a_node_that_dies_under_load_loses_no_answer(fleet: LocalFleet):
     for thread in threads:
         thread.join(30)
         assert not thread.is_alive(), "a request hangs"
-    whole = Counter(status for _, kind, status, _ in ended if kind == "whole")
-    assert set(whole) == {200}, whole
+    whole = [(status, answer) for _, kind, status, answer in ended if kind == "whole"]
+    assert [each for each in whole if each[0] != 200] == []
     streams = [(status, answer) for _, kind, status, answer in ended if kind == "stream"]
     assert {status for status, _ in streams} == {200}
     broken = [answer for _, answer in streams if not answer.endswith(b"data: [DONE]\n\n")]
