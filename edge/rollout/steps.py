@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from edge.bundle.engine_file import find_engines
-from edge.bundle.manifest import Manifest, fingerprint, read_manifest
+from edge.bundle.manifest import Manifest, fingerprint
 from edge.bundle.update import fsync
 from edge.engine_config import EngineConfig
 from edge.errors import (
@@ -161,7 +161,7 @@ class _Run:
             self._pull(offer, registry)
         manifest = offer.manifest
         self._build()
-        self._judge_before()
+        self._judge_before(manifest)
         sight = self._try(manifest)
         self._sweep()
         bundle = self.place.path(journal.new)
@@ -216,7 +216,7 @@ class _Run:
         self.progress("build", 1, 1)
         self._note("built")
 
-    def _judge_before(self) -> None:
+    def _judge_before(self, manifest: Manifest) -> None:
         """Ask the golden set, where memory holds a second bundle; else the trial does."""
         journal, plan = self.journal, self.plan
         if plan.golden is None:
@@ -230,7 +230,7 @@ class _Run:
         if self._asked(journal.judged_new, journal.new, sha256):
             return
         bundle = self.place.path(journal.new)
-        if not self._fits(bundle):
+        if not self._fits(manifest):
             self.notes.append("memory holds one bundle only: the golden set was asked on trial")
             return
         run = self._ask_bundle(bundle, items, sha256)
@@ -269,13 +269,13 @@ class _Run:
             )
         return Baseline(bundle.name, sha256, self.plan.max_tokens, answers)
 
-    def _fits(self, bundle: Path) -> bool:
+    def _fits(self, manifest: Manifest) -> bool:
         if self.plan.service is None:
             return True
         from edge.device.telemetry import read_snapshot
 
         room = read_snapshot().memory_room_bytes
-        return room is None or self._need_bytes(read_manifest(bundle)) + _WORKING_BYTES <= room
+        return room is None or self._need_bytes(manifest) + _WORKING_BYTES <= room
 
     def _compare(self, run: Baseline) -> None:
         """Hold the new bundle's answers to the old one's.

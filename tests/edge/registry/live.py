@@ -24,6 +24,10 @@ FILES = {
 }
 
 
+SMALL = {name: data for name, data in FILES.items() if len(data) < 1000}
+"""Where it does not matter that a file is large."""
+
+
 class LiveRegistry:
     """A registry whose process can be ended and started again; its content stays."""
 

@@ -30,7 +30,7 @@ from edge.registry.pull import Pulled, look, origin_digest, pull
 from edge.registry.push import push
 from edge.registry.reference import Reference, parse_reference
 
-from .live import FILES, LiveRegistry, write_bundle
+from .live import FILES, SMALL, LiveRegistry, write_bundle
 
 
 @pytest.fixture
@@ -132,10 +132,10 @@ def test_any_other_client_gets_files_and_parts_that_join(
 
 
 def test_a_tampered_layer_is_refused_and_the_old_bundle_stays(
-    live: LiveRegistry, source: Path, reference: Reference, registry: Registry, tmp_path: Path
+    live: LiveRegistry, reference: Reference, registry: Registry, tmp_path: Path
 ):
-    changed = write_bundle(tmp_path / "new" / "tiny", FILES | {"decoder.onnx": b"other graph"})
-    push(source, reference, registry)
+    changed = write_bundle(tmp_path / "new" / "tiny", SMALL | {"decoder.onnx": b"other graph"})
+    push(write_bundle(tmp_path / "old" / "tiny", SMALL), reference, registry)
     target = get(reference, tmp_path / "tiny").bundle
     before = content(target)
     push(changed, reference, registry)
@@ -151,7 +151,7 @@ def test_a_tampered_layer_is_refused_and_the_old_bundle_stays(
 def test_a_layer_that_is_cut_or_endless_is_refused(
     live: LiveRegistry, reference: Reference, registry: Registry, tmp_path: Path
 ):
-    files = FILES | {"decoder.onnx": b"graph of this test"}
+    files = SMALL | {"decoder.onnx": b"graph of this test"}
     push(write_bundle(tmp_path / "b" / "tiny", files), reference, registry)
     blob = live.blob(digest_of(b"graph of this test"))
     for content_, message in ((b"graph", "5 bytes"), (b"graph" * 99, "longer than the 18 bytes")):
@@ -162,9 +162,9 @@ def test_a_layer_that_is_cut_or_endless_is_refused(
 
 
 def test_another_manifest_than_the_digest_says_is_refused(
-    live: LiveRegistry, source: Path, reference: Reference, registry: Registry, tmp_path: Path
+    live: LiveRegistry, reference: Reference, registry: Registry, tmp_path: Path
 ):
-    mine = write_bundle(tmp_path / "b" / "tiny", name="of-this-test")
+    mine = write_bundle(tmp_path / "b" / "tiny", SMALL, name="of-this-test")
     digest = push(mine, reference, registry).digest
     exact = Reference(reference.registry, reference.repository, None, digest)
     blob = live.blob(digest)
@@ -196,7 +196,7 @@ def test_contents_that_are_not_those_of_the_bundle_are_refused(
 def test_unsigned_foreign_and_revoked_are_refused_before_anything_is_fetched(
     reference: Reference, registry: Registry, tmp_path: Path, key: SecretKey
 ):
-    mine = write_bundle(tmp_path / "b" / "tiny")
+    mine = write_bundle(tmp_path / "b" / "tiny", SMALL)
     ours = keys_file(tmp_path, key)
     push(mine, reference, registry)
     with pytest.raises(BundleError, match="is not signed, and"):
@@ -220,7 +220,7 @@ def test_unsigned_foreign_and_revoked_are_refused_before_anything_is_fetched(
 def test_a_bundle_that_was_signed_again_is_fetched_as_its_signature(
     reference: Reference, registry: Registry, tmp_path: Path, key: SecretKey
 ):
-    mine = write_bundle(tmp_path / "b" / "tiny")
+    mine = write_bundle(tmp_path / "b" / "tiny", SMALL)
     push(mine, reference, registry)
     got = get(reference, tmp_path / "tiny").bundle
     (got / "engines").mkdir()
@@ -234,10 +234,10 @@ def test_a_bundle_that_was_signed_again_is_fetched_as_its_signature(
 
 
 def test_another_bundle_is_replaced_only_if_asked(
-    source: Path, reference: Reference, registry: Registry, tmp_path: Path
+    reference: Reference, registry: Registry, tmp_path: Path
 ):
-    push(source, reference, registry)
-    other = write_bundle(tmp_path / "tiny", FILES | {"decoder.onnx": b"x"})
+    push(write_bundle(tmp_path / "b" / "tiny", SMALL), reference, registry)
+    other = write_bundle(tmp_path / "tiny", SMALL | {"decoder.onnx": b"x"})
     with pytest.raises(ConfigError, match="already holds a bundle"):
         get(reference, other)
     (tmp_path / "home").mkdir()
@@ -374,13 +374,12 @@ def test_a_full_disk_leaves_the_old_bundle_and_the_pieces(
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(
-    source: Path,
     reference: Reference,
     registry: Registry,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    push(source, reference, registry)
+    push(write_bundle(tmp_path / "b" / "tiny", SMALL), reference, registry)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50 << 20))
     with pytest.raises(ResourceError, match="must be spare"):
@@ -431,7 +430,7 @@ def test_the_wall_clock_decides_nothing(
     key: SecretKey,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    mine = write_bundle(tmp_path / "b" / "tiny")
+    mine = write_bundle(tmp_path / "b" / "tiny", SMALL)
     sign_bundle(mine, key, f"timestamp:{int(time.time()) + 86_400}")
     push(mine, reference, registry)
     keys = keys_file(tmp_path, key)

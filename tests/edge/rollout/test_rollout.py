@@ -75,7 +75,7 @@ class Device:
             stderr=self.log,
         )
         self.golden = folder / "golden.jsonl"
-        rows = [{"id": str(n), "prompt": f"question {n}", "answer": None} for n in range(6)]
+        rows = [{"id": str(n), "prompt": f"question {n}", "answer": None} for n in range(4)]
         self.golden.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.answerer = ServerAnswerer(f"http://127.0.0.1:{self.port}")
         self.service = services.Service(self.answerer, None)
