@@ -17,7 +17,9 @@ from edge.bundle.manifest import Manifest, fingerprint
 from edge.bundle.update import fsync
 from edge.engine_config import EngineConfig
 from edge.errors import (
+    BackendError,
     BuildError,
+    ConfigError,
     GateError,
     ResourceError,
 )
@@ -37,7 +39,7 @@ from edge.registry.pull import Offer, look, origin_digest, pull
 from edge.registry.reference import Reference
 
 from .guard import guarded
-from .journal import Journal, Place, reload_service, take_back
+from .journal import Journal, Place, Step, reload_service, take_back
 from .service import Service, Sight
 
 SWITCH_TIMEOUT_S = 900.0
@@ -311,14 +313,19 @@ class _Run:
             paces = service.pace(items) + service.pace(items)
         with guarded(place, plan.reload):
             self._note("trial")
+            reloaded = False
             try:
                 place.point(journal.new)
                 reload_service(plan.reload)
+                reloaded = True
                 fault = self._watch(fingerprint(manifest), before, paces, items)
                 if fault is None:
                     self._keep()
-            except BaseException:
-                take_back(place, journal, plan.reload, cut_off=False)
+            except BaseException as error:
+                # A service that broke off may do so each time; a command or a person is no fault
+                # of the bundle.
+                broke = reloaded and isinstance(error, BackendError)
+                take_back(place, journal, plan.reload, cut_off=broke)
                 raise
             if fault is not None:
                 take_back(place, journal, plan.reload, cut_off=False)
@@ -384,9 +391,13 @@ class _Run:
                 shutil.rmtree(path, ignore_errors=True)
         fsync(self.place.link.parent)
 
-    def _note(self, step: str) -> None:
-        self.journal.step = step  # type: ignore[assignment]
-        self.place.write(self.journal)
+    def _note(self, step: Step) -> None:
+        before, self.journal.step = self.journal.step, step
+        try:
+            self.place.write(self.journal)
+        except ConfigError:
+            self.journal.step = before  # as it is on disk, so that a trial is still one
+            raise
 
     def _reject(self, reason: str) -> GateError:
         bundle = self.place.path(self.journal.new)

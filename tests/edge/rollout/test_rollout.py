@@ -251,6 +251,41 @@ def test_steps_that_fail_leave_the_old_bundle_and_reject_nothing(
     assert device.serves(before)
 
 
+def test_a_disk_that_fills_up_at_the_end_of_a_trial_takes_it_back(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+):
+    before, reference = device.current, device.offer()
+    real = Place.write
+
+    def full(place: Place, journal: journals.Journal) -> None:
+        if journal.step == "done":
+            raise ConfigError("cannot write the journal: No space left on device")
+        real(place, journal)
+
+    monkeypatch.setattr(Place, "write", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        roll_out(device.plan(reference))
+    assert not device.journal.on_trial
+    assert device.serves(before)
+
+
+def test_a_service_that_breaks_off_three_times_has_the_bundle_rejected(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+):
+    before, reference = device.current, device.offer()
+
+    def broken(*_: object) -> None:
+        raise BackendError("the service gave no answer")
+
+    monkeypatch.setattr(steps._Run, "_watch", broken)
+    for _ in range(MAX_TRIALS):
+        with pytest.raises(BackendError, match="gave no answer"):
+            roll_out(device.plan(reference))
+    with pytest.raises(GateError, match="trials were cut off"):
+        roll_out(device.plan(reference))
+    assert device.serves(before)
+
+
 def test_an_unsigned_bundle_is_not_even_fetched(device: Device, tmp_path: Path):
     before, key = device.current, make_key()
     keys = tmp_path / "trusted"
