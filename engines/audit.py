@@ -111,7 +111,7 @@ def _check_interface(
     problems = []
     for kind, found, expected in (
         ("input", network.inputs, io_spec.decoder_inputs(*spec)),
-        ("output", network.outputs, io_spec.decoder_outputs(*spec)),
+        ("output", network.outputs, io_spec.decoder_outputs(*spec, best_logits=shapes.best_logits)),
     ):
         by_name = {tensor.name: tensor for tensor in found}
         for want in expected:

@@ -48,7 +48,8 @@ class BuildPlan:
         capacity = self.manifest.kv_capacity
         if self.manifest.head is not None:
             return True  # it has an output more
-        return (self.shapes.capacity, self.kv_read, self.scales) != (capacity, "slice", "stored")
+        found = (self.shapes.capacity, self.kv_read, self.scales, self.shapes.best_logits)
+        return found != (capacity, "slice", "stored", 0)
 
     def rebuild_options(self) -> dict[str, Any]:
         """Options of ``edge-llm build`` that give this engine again."""
@@ -63,6 +64,7 @@ class BuildPlan:
             "tune": config.tune,
             "workspace": config.workspace_bytes,
             "opt_level": config.opt_level,
+            **({"best_logits": shapes.best_logits} if shapes.best_logits else {}),
         }
 
 

@@ -259,6 +259,7 @@ def make_recorder(
             refused=climbed.refused,
             tuned=climbed.tuned,
             scales=build.scales,
+            best_logits=shapes.best_logits,
             compiled_unknown="the build was ended before it read them",
         )
 
@@ -476,6 +477,8 @@ def engine_name(build: BuildPlan, target: Target) -> str:
         parts.append(build.config.kv_read)
     if build.config.attention != "auto":
         parts.append(build.config.attention)
+    if build.shapes.best_logits:
+        parts.append(f"best{build.shapes.best_logits}")
     return "-".join(parts)
 
 

@@ -124,6 +124,15 @@ _SHAPES = (
         show_default=True,
         help="0 builds fast, 5 searches longest for fast kernels.",
     ),
+    click.option(
+        "--best-logits",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Put out the N best logits of each row by themselves, so that most tokens are drawn "
+        "from them and the others stay on the GPU: 256 is enough; 0 puts out rows only.",
+    ),
     click.option("--force", is_flag=True, help="Go on although memory seems too small."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON line at the end."),
 )

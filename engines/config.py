@@ -45,6 +45,8 @@ class BuildConfig:
         workspace_bytes: scratch memory that a kernel may ask for.
         opt_level: 0 (fast build) to 5 (slow build, perhaps a faster engine).
         timing_cache: file with the timings of earlier builds; None is the one beside the engine.
+        best_logits: put out this many of the best logits of each row by themselves, so that the
+            others stay on the device until someone asks; 0 for none.
         force: build although the memory plan says that it will not fit.
     """
 
@@ -59,6 +61,7 @@ class BuildConfig:
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     opt_level: int = 3
     timing_cache: Path | None = None
+    best_logits: int = 0
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +79,11 @@ class BuildConfig:
             raise ConfigError(f"--kv-read {self.kv_read} is none of auto, {', '.join(KV_READS)}")
         if self.attention not in ATTENTIONS:
             raise ConfigError(f"--attention {self.attention} is none of {', '.join(ATTENTIONS)}")
+        if not 0 <= self.best_logits <= io_spec.MOST_BEST_LOGITS:
+            raise ConfigError(
+                f"--best-logits {self.best_logits} is out of range: 0 to "
+                f"{io_spec.MOST_BEST_LOGITS}; 256 decide nearly every token"
+            )
         if self.kv_buckets and self.kv_read != "slice":
             raise ConfigError(
                 f"--kv-buckets says how many rows the slice of the cache has, but --kv-read "
@@ -95,12 +103,14 @@ class BuildShapes:
     Attributes:
         capacity: rows of the cache.
         kv_buckets: see `BuildConfig`; never empty, the last one is ``capacity``.
+        best_logits: of each row, no more than it has; 0 for none.
     """
 
     max_batch: int
     max_prefill: int
     capacity: int
     kv_buckets: tuple[int, ...]
+    best_logits: int = 0
 
 
 def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
@@ -139,7 +149,13 @@ def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
             )
     else:
         buckets = default_kv_buckets(capacity)
-    return BuildShapes(config.max_batch, config.max_prefill, capacity, buckets)
+    if config.best_logits and manifest.model.task != "generate":
+        raise ConfigError(
+            f"--best-logits {config.best_logits} is for drawing tokens, and this bundle's task is"
+            f" to {manifest.model.task}; leave the option out"
+        )
+    best = min(config.best_logits, manifest.model.vocab_size)
+    return BuildShapes(config.max_batch, config.max_prefill, capacity, buckets, best)
 
 
 def default_kv_buckets(capacity: int) -> tuple[int, ...]:

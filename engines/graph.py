@@ -10,8 +10,8 @@ from pathlib import Path
 
 from edge.bundle import io_spec
 from edge.bundle.engine_file import KvRead
-from edge.bundle.manifest import Manifest
-from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, OnnxFile, attribute
+from edge.bundle.manifest import FloatType, Manifest
+from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, OnnxFile, attribute, tensor_info
 from edge.bundle.onnx_values import Constants
 from edge.errors import BundleError
 
@@ -38,7 +38,7 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
 
     Args:
         data: bytes of ``decoder.onnx``.
-        shapes: the capacity wanted.
+        shapes: the capacity wanted, and how many of the best logits are put out by themselves.
         kv_read: ``slice`` keeps the graph; ``full`` and ``lengths`` let attention read the cache
             itself instead of a slice of it.
 
@@ -53,6 +53,8 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
     if kv_read != "slice":
         _remove_slices(graph, set(caches))
         graph.set_dimension([io_spec.KV_POSITIONS], 0, shapes.capacity)
+    if shapes.best_logits:
+        _add_best_logits(graph, shapes.best_logits)
     return graph.serialize()
 
 
@@ -151,6 +153,46 @@ def _is_half(constants: Constants, scale: str) -> bool:
 def _cast(source: str, output: str, dtype: str) -> Node:
     to = attribute("to", ELEMENT_NUMBERS[dtype])
     return Node("Cast", [source], [output], f"{output}/Cast", attributes=[to])
+
+
+def _add_best_logits(graph: OnnxFile, keep: int) -> None:
+    """Add the outputs of `io_spec.best_outputs`, in FP32 and standard operators.
+
+    The greatest logit is the first of the best, so the row is read once for ``TopK`` and once for
+    the sum, which is made in two levels, see `io_spec.sum_parts`. The sum of the best is taken from
+    it here and not by the host, since both may be sums of logits that are not rounded to the type
+    of the row yet (`edge.backends.best.BestLogits.rest_bound`).
+    """
+    logits = next(info for info in graph.outputs if info.name == io_spec.LOGITS)
+    vocab_size = logits.shape[2]
+    dtype: FloatType = "bf16" if logits.dtype == "bf16" else "fp16"
+    assert isinstance(vocab_size, int)
+    one = graph.add_int64("best.one", [1])
+    last = graph.add_int64("best.last", [-1])
+    shape = graph.add_int64("best.parts", [0, 0, io_spec.sum_parts(vocab_size), -1])
+
+    def add(op: str, inputs: list[str], *outputs: str, **attributes: int) -> str:
+        encoded = [attribute(name, value) for name, value in attributes.items()]
+        node = Node(op, inputs, list(outputs), f"{outputs[0]}/{op}", attributes=encoded)
+        graph.nodes.append(node)
+        return outputs[0]
+
+    row = add("Cast", [io_spec.LOGITS], "best.row", to=ELEMENT_NUMBERS["fp32"])
+    how_many = graph.add_int64("best.k", [keep])
+    best = add("TopK", [row, how_many], "best.fp32", "best.places", axis=-1, largest=1, sorted=1)
+    add("Cast", [best], io_spec.BEST_VALUES, to=ELEMENT_NUMBERS[dtype])
+    add("Cast", ["best.places"], io_spec.BEST_IDS, to=ELEMENT_NUMBERS["int32"])
+    zero = graph.add_int64("best.zero", [0])
+    greatest = add("Slice", [best, zero, one, last], "best.greatest")
+    shifted = add("Sub", [row, greatest], "best.row_shifted")
+    parts = add("Reshape", [add("Exp", [shifted], "best.row_exp"), shape], "best.row_parts")
+    sums = add("ReduceSum", [parts, last], "best.row_sums", keepdims=0)
+    total = add("ReduceSum", [sums, last], "best.row_sum", keepdims=1)
+    shifted = add("Sub", [best, greatest], "best.shifted")
+    known = add("ReduceSum", [add("Exp", [shifted], "best.exp"), last], "best.sum", keepdims=1)
+    add("Sub", [total, known], io_spec.BEST_REST)
+    for spec in io_spec.best_outputs(vocab_size, keep, dtype):
+        graph.add_output(tensor_info(spec.name, ELEMENT_NUMBERS[spec.dtype], spec.shape))
 
 
 def _remove_slices(graph: OnnxFile, caches: set[str]) -> None:

@@ -437,5 +437,7 @@ def command_for_bundle(config: BuildConfig, version: TrtVersion) -> list[str]:
         return trtexec_command(build, version)
     verify_files(config.bundle, manifest, [manifest.graphs.decoder])
     name = f"trtexec-kv{build.shapes.capacity}-{config.kv_read}"
+    if build.shapes.best_logits:
+        name += f"-best{build.shapes.best_logits}"
     onnx = write_graph(build, config.bundle / ENGINES_DIR / name)
     return trtexec_command(build, version, onnx=onnx)

@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from edge.backends.best import BestLogits  # noqa: E402
+from edge.bundle.io_spec import sum_error  # noqa: E402
 from edge.bundle.manifest import SamplingDefaults, read_manifest  # noqa: E402
 from edge.runtime.sampling import Logits, Sampler, SamplingParams  # noqa: E402
 
-ERROR = 1e-4
 PLACES = 4  # rows per answer
 
 
@@ -47,25 +47,29 @@ class Case(NamedTuple):
 def best_of(
     row: Logits, keep: int, fetch: Callable[[], Logits], rng: np.random.Generator | None = None
 ) -> BestLogits:
-    """What an engine says of a row.
+    """What an engine says of a row of fp16 logits.
 
     Args:
         row: float32 ``[vocab]``.
         keep: logits to hand out at most.
         fetch: how the row is fetched.
-        rng: shuffles which of equal logits are kept, and in which order, and spoils the sum within
-            its bound; None does as the ONNX specification says.
+        rng: shuffles which of equal logits are kept, and in which order, and spoils the masses as
+            an engine may: by logits that are not rounded to fp16 yet, and by the rounding of its
+            sums; None does as the ONNX specification says.
     """
     keep = min(keep, row.size)
     first = np.arange(row.size) if rng is None else rng.permutation(row.size)
     order = first[np.argsort(-row[first], kind="stable")[:keep]]
-    greatest = row[order[0]]
-    with np.errstate(invalid="ignore"):
-        total = float(np.exp((row - greatest).astype(np.float64)).sum())
+    exact = row.astype(np.float64)
+    off = 0.0
     if rng is not None:
-        total *= 1 + rng.uniform(-ERROR, ERROR)
-    logsumexp = float(np.float32(greatest + np.float32(np.log(total))))
-    return BestLogits(row[order], order.astype(np.int32), logsumexp, ERROR, row.size, fetch)
+        with np.errstate(invalid="ignore"):
+            exact *= 1 + rng.uniform(-(2.0**-11), 2.0**-11, row.size)
+        off = rng.uniform(-1, 1) * sum_error(row.size)
+    with np.errstate(invalid="ignore", over="ignore"):
+        masses = np.exp(exact - exact[order[0]])
+        rest = float(masses.sum() - masses[order].sum() + off * masses.sum())
+    return BestLogits(row[order], order.astype(np.int32), rest, row.size, "fp16", fetch)
 
 
 def _row(kind: str, size: int, rng: np.random.Generator) -> Logits:

@@ -63,7 +63,14 @@ ALIGNMENT = 256
 CONTEXT_BYTES = 64 << 10
 CONTEXT_S = 0.05
 GOOD = Planted()
-_NUMPY = {"fp16": np.float16, "bf16": np.uint16, "int64": np.int64, "int8": np.int8}
+_NUMPY = {
+    "fp32": np.float32,
+    "fp16": np.float16,
+    "bf16": np.uint16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int8": np.int8,
+}
 
 
 class TensorLocation(enum.Enum):
@@ -193,6 +200,7 @@ def write_engine(
             peak_memory_bytes=None,
             weights=(),
             layers=(),
+            best_logits=shapes.best_logits,
         )
 
     names = [profile.name for profile in profiles]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Floats, Step
+from edge.backends import Floats, Rows, Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.kv_scales import Scales
 from edge.errors import BackendError
@@ -34,6 +34,7 @@ class ScriptedBackend:
 
     name = "scripted"
     rounds_activations = False
+    forward_best: Callable[[Step], Rows] | None = None
     kv_scales: Scales = {}  # noqa: RUF012
     hidden_states: NDArray[np.float32] | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -9,9 +10,13 @@ from numpy.typing import NDArray
 
 from edge.bundle.kv_scales import Scales
 
+from .best import BestLogits
 from .step import Floats, Ints, Step
 
-__all__ = ["Backend", "Floats", "Ints", "Step"]
+__all__ = ["Backend", "BestLogits", "Floats", "Ints", "Rows", "Step"]
+
+Rows = NDArray[np.float32] | list[list[BestLogits]]
+"""What a step gives: of ``B`` sequences ``N`` rows of logits each, or the best of each row."""
 
 
 class Backend(Protocol):
@@ -63,6 +68,15 @@ class Backend(Protocol):
 
         Raises:
             BackendError: the engine failed, or `Step.check` refuses the step.
+        """
+        ...
+
+    @property
+    def forward_best(self) -> Callable[[Step], Rows] | None:
+        """As `forward`, with the rows left where they were computed; None if they are here anyway.
+
+        Rows come whole where one run does not hold them all. The best of a row, and what it
+        fetches, are valid until the next call of `forward` or `forward_best`.
         """
         ...
 

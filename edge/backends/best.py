@@ -1,18 +1,26 @@
 """What an engine says of a row of logits that stays where it was computed.
 
-A token of an answer needs few of a row's numbers. An engine whose graph has the outputs for it
-(`edge.bundle.io_spec.BEST_VALUES`) hands out the best logits of a row, their ids, and how much
-there is in all. From these `edge.runtime.best_draw` draws the token that the whole row would give;
+A token of an answer needs few of a row's numbers. An engine that was built with the outputs for it
+(`edge.bundle.io_spec.best_outputs`) hands out the best logits of a row, their ids, and what mass
+all others have. From these `edge.runtime.best_draw` draws the token that the whole row would give;
 where they do not suffice, the row is fetched.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edge.bundle.io_spec import sum_error
+from edge.bundle.manifest import FloatType
+
+_UNITS: dict[FloatType, float] = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 2.0**-24}
+_FAR = 12.0
+_MOST = 8e4  # times a unit: its exponential twice is still a number
 
 
 class BestLogits(NamedTuple):
@@ -21,15 +29,32 @@ class BestLogits(NamedTuple):
     Attributes:
         values: float32 ``[k]``, falling, exactly those of the row.
         ids: integers ``[k]``: their tokens; of equal values in any order.
-        logsumexp: logarithm of the sum of ``exp`` over the whole row, float32 on the engine.
-        error: bound on the error of that sum, relative to it, before its logarithm was rounded.
+        rest: the mass of all other tokens, where that of the best one is 1, as the engine computed
+            it; NaN if there is no such number.
         vocab_size: length of the row.
-        row: fetches the row, float32 ``[vocab]``; like the row, valid until the engine's next step.
+        dtype: its float type.
+        row: fetches it, float32 ``[vocab]``; like the row, valid until the engine's next step.
     """
 
     values: NDArray[np.float32]
     ids: NDArray[np.integer]
-    logsumexp: float
-    error: float
+    rest: float
     vocab_size: int
+    dtype: FloatType
     row: Callable[[], NDArray[np.float32]]
+
+    def rest_bound(self) -> float:
+        """Bound the true mass of all other tokens.
+
+        The engine rounds twice. Its sums do (`sum_error`). And a compiler may sum logits that it
+        has not yet rounded to the graph's type, as ONNX Runtime does: each is then off by half a
+        unit in the last place, also the best one, which moves a mass by a factor. Tokens too far
+        below the best for that factor have less than ``exp(-_FAR)`` in all.
+        """
+        greatest, far = float(self.values[0]), math.log(self.vocab_size) + _FAR
+        best = float(np.exp(self.values - self.values[0]).sum())
+        moved = math.exp(_UNITS[self.dtype] * min(2 * abs(greatest) + far, _MOST))
+        rest = max(self.rest, 0.0)
+        # Both sums are of logits as the compiler has them, and the difference keeps their errors.
+        rest += 2.2 * sum_error(self.vocab_size) * (best * moved + rest)
+        return rest * moved + math.exp(-_FAR)

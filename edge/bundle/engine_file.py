@@ -174,6 +174,8 @@ class EngineInfo(_Struct, frozen=True):
         compiled_unknown: why ``compiled`` is empty; None if it is not.
         scales: ``fp32`` if the scales of INT8 inputs were widened for this TensorRT, else
             ``stored``.
+        best_logits: logits of each row that are put out by themselves (`io_spec.best_outputs`); 0
+            for none.
     """
 
     schema_version: int
@@ -208,6 +210,7 @@ class EngineInfo(_Struct, frozen=True):
     compiled: tuple[ProfileLayers, ...] = ()
     compiled_unknown: str | None = None
     scales: Scales = "stored"
+    best_logits: Annotated[int, msgspec.Meta(ge=0, le=io_spec.MOST_BEST_LOGITS)] = 0
 
 
 def read_engine_info(directory: Path) -> EngineInfo:

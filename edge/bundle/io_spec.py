@@ -31,6 +31,12 @@ What comes out first depends on the model's task (`ModelSpec.task`): logits of t
 the two tokens ``no`` and ``yes`` alone (``rerank``), or, without an lm_head, ``embeddings``
 ``[B, N, hidden]``, the hidden state after the final norm (``embed``).
 
+An engine can be built with three more outputs, which say of each row of logits what most draws
+need, so that the row itself stays on the device: ``best_values`` ``[B, N, k]`` (T, falling) and
+``best_ids`` ``[B, N, k]`` (int32), the k best logits and their tokens, and ``best_rest``
+``[B, N, 1]`` (fp32), the mass of all others, where that of the best is 1. They are no part of a
+bundle: `engines.graph` adds them, and they come last.
+
 ``hidden_states`` is what a head that drafts tokens reads (`manifest.DraftHead`): the inputs of
 three layers, joined by the head's ``fc``. A head is a decoder in the same contract. Its
 ``inputs_embeds`` are ``[embedding | hidden state]``, twice as wide, and its ``hidden_states`` are
@@ -43,6 +49,7 @@ is not greater than its own, so rows of padding after a sequence are never read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -60,6 +67,10 @@ LOGITS_INDICES = "logits_indices"
 LOGITS = "logits"
 EMBEDDINGS = "embeddings"
 HIDDEN_STATES = "hidden_states"
+BEST_VALUES = "best_values"
+BEST_IDS = "best_ids"
+BEST_REST = "best_rest"
+MOST_BEST_LOGITS = 1024
 # The token embedding table is beside the graph: its file, and the tensors in it. Rows are fp16,
 # or INT8 with one fp32 scale each.
 EMBEDDINGS_NAME = "embeddings.safetensors"
@@ -71,7 +82,7 @@ BATCH, SEQ, NUM_LOGITS, KV = "batch", "seq", "num_logits", "kv"
 # An RoPE table longer than this costs more memory than anyone's context needs on an edge device.
 MAX_ROPE_POSITIONS = 32768
 
-ElementType = Literal["fp16", "bf16", "fp32", "int64", "int8"]
+ElementType = Literal["fp16", "bf16", "fp32", "int64", "int32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,38 @@ def output_width(model: ModelSpec) -> int:
     if model.task == "rerank":
         return 2
     return model.hidden_size if model.task == "embed" else model.vocab_size
+
+
+def best_outputs(vocab_size: int, best_logits: int, dtype: FloatType) -> list[TensorSpec]:
+    """Outputs with the best logits of each row, in graph order; none where that many are none."""
+    if not best_logits:
+        return []
+    shape = (BATCH, NUM_LOGITS, min(best_logits, vocab_size))
+    return [
+        TensorSpec(BEST_VALUES, shape, dtype),
+        TensorSpec(BEST_IDS, shape, "int32"),
+        TensorSpec(BEST_REST, (BATCH, NUM_LOGITS, 1), "fp32"),
+    ]
+
+
+def sum_parts(vocab_size: int) -> int:
+    """Parts into which a row is cut to be summed: the greatest divisor up to the square root.
+
+    Sums of the parts, then the sum of these: however an engine adds, no number passes through more
+    than ``parts + vocab_size / parts`` additions, which bounds the rounding (`sum_error`).
+    """
+    return next(n for n in range(math.isqrt(vocab_size), 0, -1) if vocab_size % n == 0)
+
+
+def sum_error(vocab_size: int) -> float:
+    """Bound on the error of the sums from which ``best_rest`` comes, relative to that of the row.
+
+    That of float32 additions, and of an exponential: CUDA's quick one is wrong by less than 2e-5
+    where it is above 1e-38 (CUDA C++ Programming Guide, "Intrinsic Functions": 2 units in the last
+    place, and one for each 0.85 of the argument).
+    """
+    parts = sum_parts(vocab_size)
+    return 1.1 * (parts + vocab_size // parts) * 2.0**-24 + 2e-5
 
 
 def past_key(layer: int) -> str:
@@ -282,8 +325,13 @@ def decoder_outputs(
     capacity: int,
     int8_layers: Collection[int] = (),
     hidden_width: int = 0,
+    best_logits: int = 0,
 ) -> list[TensorSpec]:
-    """Outputs of the decoder in graph order; hidden states, if any, are the last."""
+    """Outputs of the decoder in graph order.
+
+    Hidden states, if any, are the last of a bundle's graph; the ``best_logits`` best logits of each
+    row, if any, those of an engine's.
+    """
     spec = DIALECTS[dialect]
     rows = capacity if spec.in_place else SEQ
     shape = (BATCH, model.num_kv_heads, rows, model.head_dim)
@@ -293,10 +341,18 @@ def decoder_outputs(
         specs += [TensorSpec(name, shape, types[2 * layer]) for name in spec.cache_outputs(layer)]
     if hidden_width:
         specs.append(TensorSpec(HIDDEN_STATES, (BATCH, SEQ, hidden_width), dtype))
+    specs += best_outputs(model.vocab_size, best_logits, dtype)
     return specs
 
 
-ELEMENT_BYTES: dict[ElementType, int] = {"fp16": 2, "bf16": 2, "fp32": 4, "int64": 8, "int8": 1}
+ELEMENT_BYTES: dict[ElementType, int] = {
+    "fp16": 2,
+    "bf16": 2,
+    "fp32": 4,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+}
 
 
 def kv_bytes_per_token(

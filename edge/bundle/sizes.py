@@ -96,9 +96,16 @@ def check_slots(model: ModelSpec, capacity: int, element_bytes: int = ENGINE_FLO
 
 
 def activation_bytes(
-    model: ModelSpec, dialect: Dialect, limits: Iterable[StepLimits], kv_capacity: int
+    model: ModelSpec,
+    dialect: Dialect,
+    limits: Iterable[StepLimits],
+    kv_capacity: int,
+    *,
+    rows_in_fp32: bool = False,
 ) -> int:
     """Estimate an engine's scratch memory: two copies of the tensors of its widest layer.
+
+    With ``rows_in_fp32`` its last layer makes FP32 rows of the logits, for the best of them.
 
     TensorRT sizes it for the largest run of any profile. Where attention is made of single
     operators (dialect ``portable``), the scores count too.
@@ -109,7 +116,8 @@ def activation_bytes(
 
     def values(step: StepLimits) -> int:
         scores = model.num_heads * (kv_capacity + step.seq) if separate else 0
-        return step.batch * step.seq * (widest + scores)
+        logits = step.num_logits * model.vocab_size * 2 if rows_in_fp32 else 0
+        return step.batch * max(step.seq * (widest + scores), logits)
 
     return 2 * ENGINE_FLOAT_BYTES * max(map(values, limits))
 

@@ -12,8 +12,8 @@ draws with the same random numbers.
 That holds after changes that lower logits, since the bounds stay true: penalties that discourage,
 negative biases, masks of a grammar. `Sampler` has the rule.
 
-The engine gives the sum over the row at temperature 1. Let ``r`` be the rest's part of it, ``n``
-its number of tokens and ``b`` the bound on its logits. At a temperature T <= 1 its mass is at most
+The engine gives the rest's mass at temperature 1. Let that be ``r``, ``n`` its number of tokens and
+``b`` the bound on its logits. At a temperature T <= 1 its mass is at most
 ``r * exp(b * (1 / T - 1))``, since ``exp(l / T) = exp(l) * exp(l * (1 / T - 1))`` and ``l <= b``.
 At T > 1 it is at most ``n ** (1 - 1 / T) * r ** (1 / T)`` by Jensen's inequality, and at any T at
 most ``n * exp(b / T)``. A graph with an input for the temperature would know it better, at the
@@ -40,7 +40,6 @@ _EXACT = 1e-6
 _SCALED = 1e-4
 _SMALL = math.log(1e-5)  # of a mass beside the 1 of the best token: less than `_EDGE`
 _MOST = 700.0  # what `exp` takes
-_LOGARITHM = 2.0**-22  # of a logarithm that was rounded to float32, twice
 
 
 def rest_mass(best: BestLogits, top: float, temperature: float) -> float:
@@ -58,11 +57,7 @@ def rest_mass(best: BestLogits, top: float, temperature: float) -> float:
     by_number = math.log(others) + (bound - top) * slope
     if by_number < _SMALL:
         return math.exp(by_number) * (1 + _SCALED)
-    known = float(np.exp(best.values.astype(np.float64) - greatest).sum()) * (1 - _EXACT)
-    error = best.error + abs(best.logsumexp) * _LOGARITHM
-    rest = math.exp(min(best.logsumexp - greatest, _MOST)) * (1 + error) - known
-    if rest <= 0:
-        return 0.0
+    rest = best.rest_bound()
     raised = math.log(rest) + greatest - top
     if temperature <= 1:
         by_mass = raised + (bound - top) * (slope - 1)

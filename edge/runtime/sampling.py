@@ -554,7 +554,7 @@ class Sampler:
         if ids.size == best.vocab_size:
             bound = _DROPPED  # there are no others
         # One of the others may be as good, with a lower id. And what is wrong, the row says.
-        if not (math.isfinite(best.logsumexp) and bound < top < math.inf):
+        if not (math.isfinite(best.rest) and bound < top < math.inf):
             return None
         if self._greedy:
             return int(ids[values.argmax()])

@@ -20,7 +20,7 @@ _ELEMENTWISE = (*_COMPARISONS, "Add", "Sub", "Mul", "Div", "Where", "Max", "Min"
 _SAME_RANK = (
     *("Cast", "QuantizeLinear", "DequantizeLinear", "Softmax", "Sigmoid", "Sqrt", "Slice", "Split"),
     *("Concat", "Transpose", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "Attention"),
-    *("Identity", "Neg", "Reciprocal", "Swish", "Tanh", "Exp", "Erf", "TopK"),
+    *("Identity", "Neg", "Reciprocal", "Swish", "Tanh", "Exp", "Log", "Erf", "TopK"),
 )
 # Their output has the type of their first input.
 _FIRST_INPUTS_TYPE = (

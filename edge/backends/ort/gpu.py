@@ -67,6 +67,7 @@ class OrtCudaBackend:
     """
 
     name = "ort-cuda"
+    forward_best = None  # bundles have no outputs for it, only engines
     rounds_activations = False
 
     def __init__(

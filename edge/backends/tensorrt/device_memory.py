@@ -98,6 +98,7 @@ def plan_engine_memory(
     pinned = sum(
         input_layout(size, model.hidden_size).num_bytes
         + logits_bytes(size, io_spec.output_width(model))
+        + best_layout(size, info.best_logits).num_bytes
         for size in sizes
     )
     io = 0 if integrated else pinned
@@ -119,6 +120,7 @@ def plan_engine_memory(
                 manifest.dialect,
                 [profile.limits for profile in info.profiles],
                 info.kv_capacity,
+                rows_in_fp32=bool(info.best_logits),
             )
             if activations_bytes is None
             else activations_bytes
@@ -156,6 +158,24 @@ def input_layout(sizes: StepSizes, hidden_size: int) -> InputLayout:
 def logits_bytes(sizes: StepSizes, width: int) -> int:
     """Bytes of the block of logits, ``width`` numbers each."""
     return _align(sizes.logits * width * ENGINE_FLOAT_BYTES)
+
+
+class BestLayout(NamedTuple):
+    """Where the best logits of a run's rows are in their block, in bytes."""
+
+    values: int
+    ids: int
+    rest: int
+    num_bytes: int
+
+
+def best_layout(sizes: StepSizes, best_logits: int) -> BestLayout:
+    """Place the outputs of `io_spec.best_outputs` in one block, each aligned; empty without."""
+    if not best_logits:
+        return BestLayout(0, 0, 0, 0)
+    values = _align(sizes.logits * best_logits * ENGINE_FLOAT_BYTES)
+    rest = values + _align(sizes.logits * best_logits * 4)
+    return BestLayout(0, values, rest, rest + _align(sizes.logits * 4))
 
 
 class CachePlanes(NamedTuple):

@@ -39,7 +39,8 @@ from .layer_times import LayerTimes, make_profiler
 _logger = logging.getLogger(__name__)
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT", "int64": "INT64", "int8": "INT8"}
+_DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}
+_DTYPES |= {name: name.upper() for name in ("int64", "int32", "int8")}
 
 
 class ChosenEngine(NamedTuple):
@@ -166,7 +167,7 @@ class Engine:
         capacity = chosen.info.kv_capacity
         spec = (manifest.model, manifest.dialect, manifest.dtype, capacity, manifest.int8_layers)
         inputs = io_spec.decoder_inputs(*spec)
-        outputs = io_spec.decoder_outputs(*spec)
+        outputs = io_spec.decoder_outputs(*spec, best_logits=chosen.info.best_logits)
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         wanted = {tensor.name for tensor in [*inputs, *outputs]}
         # With lengths instead of a mask nothing reads the positions of the cache.

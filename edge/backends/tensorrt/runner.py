@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import cuda
+from edge.backends import BestLogits, Rows, cuda
 from edge.backends.step import Floats, Step, step_after
 from edge.backends.windows import UNBOUNDED, Batching, Window
 from edge.bundle import io_spec
@@ -201,12 +202,16 @@ class TensorRTBackend:
         if not self._dialect.in_place:
             self._new_rows = NewRows(device, resources, self._manifest, sizes[0])
         cursor = self._dialect.cursor
-        buffers = [StepBuffers(device, resources, size, model, dtype, cursor) for size in sizes]
+        buffers = [
+            StepBuffers(device, resources, size, model, dtype, cursor, info.best_logits)
+            for size in sizes
+        ]
         for buffer in buffers:
             resources.callback(buffer.close)
         self._prefill_buffers, self._decode_buffers = buffers
         self._kv_positions = self._upload_positions()
         self._out_width = io_spec.output_width(model)
+        self._runs = 0
         self._decode_logits = np.empty((info.max_batch, 1, self._out_width), dtype=np.float32)
 
     def _check_free(self, what: str, needed: int) -> None:
@@ -284,14 +289,43 @@ class TensorRTBackend:
         """
         self._check_usable()
         step.check(self)
-        self._enter()
-        try:
+        with self._working():
             return self._forward(step)
-        except BaseException as error:  # an interrupt leaves work on the stream, too
-            self._recover(error)
-            raise
-        finally:
-            self._leave()
+
+    @property
+    def forward_best(self) -> Callable[[Step], Rows] | None:
+        """See `edge.backends.Backend.forward_best`."""
+        return self._forward_best if self.info.best_logits else None
+
+    def _forward_best(self, step: Step) -> Rows:
+        windows = self._batching.plan(step)
+        if len(windows) > 1 or step.num_logits > self._max_num_logits:
+            return self.forward(step)  # a further run would overwrite the rows of the first
+        self._check_usable()
+        step.check(self)
+        with self._working():
+            buffers = self._run(windows[0], step)
+        num, number = step.num_logits, self._runs
+        found: list[list[BestLogits]] = [[] for _ in range(step.batch)]
+        for row, place in zip(windows[0].rows, windows[0].places, strict=True):
+            for at in range(place * num, (place + 1) * num):
+                fetch = partial(self._fetch, buffers, at, number)
+                found[row].append(
+                    BestLogits(*buffers.best(at), self._out_width, self._manifest.dtype, fetch)
+                )
+        return found
+
+    def _fetch(self, buffers: StepBuffers, at: int, number: int) -> NDArray[np.float32]:
+        """Fetch a row of logits of the newest run."""
+        if number != self._runs:
+            raise BackendError("a row of logits is asked for after the engine's next step")
+        self._check_usable()
+        row = np.empty(self._out_width, dtype=np.float32)
+        with self._working():
+            buffers.fetch(self._stream, at, 1)
+            self._stream.synchronize()
+        buffers.read_logits(at, row)
+        return row
 
     def _forward(self, step: Step) -> NDArray[np.float32]:
         batch, num, width = step.batch, step.num_logits, self._out_width
@@ -304,7 +338,7 @@ class TensorRTBackend:
                 logits[row] = self._run_in_pieces(step, row)
             return logits
         for window in self._batching.plan(step):
-            self._run(window, step, logits)
+            self._run_whole(window, step, logits)
         return logits
 
     def _run_in_pieces(self, step: Step, row: int) -> NDArray[np.float32]:
@@ -321,13 +355,25 @@ class TensorRTBackend:
             last = group + len(some) == len(places)
             end = step.seq if last else int(some[-1]) + 1
             piece = step_after([slot], [past + start], embeds[:, start:end], some[None] - start)
-            self._run(window, piece, found[None, group : group + len(some)])
+            self._run_whole(window, piece, found[None, group : group + len(some)])
             start = end
         result: NDArray[np.float32] = found[inverse]
         return result
 
-    def _run(self, window: Window, step: Step, logits: NDArray[np.float32]) -> None:
+    def _run_whole(self, window: Window, step: Step, logits: NDArray[np.float32]) -> None:
         """Run one window and put its logits into the caller's rows."""
+        buffers, num = self._run(window, step), step.num_logits
+        if self.info.best_logits:
+            buffers.fetch(self._stream, 0, window.batch * num)
+            self._stream.synchronize()
+        if window.whole and window.batch == len(logits):
+            buffers.read_logits(0, logits.reshape(-1, logits.shape[-1]))
+            return
+        for row, place in zip(window.rows, window.places, strict=True):
+            buffers.read_logits(place * num, logits[row])
+
+    def _run(self, window: Window, step: Step) -> StepBuffers:
+        """Run one window; what it puts out is in the buffers that are returned."""
         seq, num = step.seq, step.num_logits
         decode = seq == num == 1
         buffers = self._decode_buffers if decode else self._prefill_buffers
@@ -347,11 +393,8 @@ class TensorRTBackend:
                 slot, start = window.first + place, step.starts[row]
                 self._cache.append(self._new_rows, place, window.batch, seq, slot, start)
         self._stream.synchronize()
-        if window.whole and window.batch == len(logits):
-            buffers.read_logits(0, logits.reshape(-1, logits.shape[-1]))
-            return
-        for row, place in zip(window.rows, window.places, strict=True):
-            buffers.read_logits(place * num, logits[row])
+        self._runs += 1
+        return buffers
 
     def _put_decode(self, context: BoundContext, shape: StepShape) -> None:
         self._put(context, shape, self._decode_buffers)
@@ -404,9 +447,15 @@ class TensorRTBackend:
             raise BackendError(f"slots {list(slots)} are not slots of {self.num_slots}")
         if not 0 <= length <= self.capacity:
             raise BackendError(f"{length} rows do not fit a cache of {self.capacity}")
+        with self._working():
+            return work()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """The device's context is current; after a failure nothing is left on the stream."""
         self._enter()
         try:
-            return work()
+            yield
         except BaseException as error:  # an interrupt leaves work on the stream, too
             self._recover(error)
             raise

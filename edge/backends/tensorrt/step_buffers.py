@@ -18,9 +18,10 @@ from edge.backends.windows import Window
 from edge.bundle import io_spec
 from edge.bundle.manifest import FloatType, ModelSpec
 
-from .device_memory import StepSizes, input_layout, logits_bytes
+from .device_memory import BestLayout, StepSizes, best_layout, input_layout, logits_bytes
 
 _SIGN_AND_MAGNITUDE = np.int32(0x8FFFE000 - (1 << 32))
+_ONE_COPY_BYTES = 1 << 14
 _EXPONENT_SHIFT = np.float32(2.0 ** (127 - 15))
 
 
@@ -34,9 +35,10 @@ class StepBuffers:
         model: the decoder's numbers.
         dtype: of the engine's floats.
         cursor_name: ``write_indices`` or ``past_lengths``.
+        best_logits: of each row, that the engine puts out by themselves; 0 for none.
 
     Attributes:
-        addresses: where the engine finds each input and ``logits``.
+        addresses: where the engine finds each input and output.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class StepBuffers:
         model: ModelSpec,
         dtype: FloatType,
         cursor_name: str,
+        best_logits: int = 0,
     ) -> None:
         self._hidden_size = model.hidden_size
         self._out_width = io_spec.output_width(model)
@@ -54,8 +57,12 @@ class StepBuffers:
         layout = input_layout(sizes, model.hidden_size)
         out_bytes = logits_bytes(sizes, self._out_width)
         self._mapped = device.integrated
+        best = best_layout(sizes, best_logits)
         blocks = []
-        for num_bytes, purpose in ((layout.num_bytes, "step inputs"), (out_bytes, "logits")):
+        wanted = [(layout.num_bytes, "step inputs"), (out_bytes, "logits")]
+        if best_logits:
+            wanted.append((best.num_bytes, "best logits"))
+        for num_bytes, purpose in wanted:
             pinned = cuda.PinnedMemory(device, num_bytes, purpose, mapped=self._mapped)
             resources.callback(pinned.close)
             address = pinned.address
@@ -64,7 +71,7 @@ class StepBuffers:
                 resources.callback(memory.close)
                 address = memory.address
             blocks.append((pinned.array, address))
-        (self._inputs, self._input_address), (output, output_address) = blocks
+        (self._inputs, self._input_address), (output, output_address), *more = blocks
         self.addresses = {
             io_spec.INPUTS_EMBEDS: self._input_address + layout.embeds,
             io_spec.POSITION_IDS: self._input_address + layout.positions,
@@ -72,6 +79,15 @@ class StepBuffers:
             io_spec.LOGITS_INDICES: self._input_address + layout.indices,
             io_spec.output_name(model): output_address,
         }
+        self._best: _Best | None = None
+        if best_logits:
+            ((block, address),) = more
+            self._best = _Best(block, address, best, sizes.logits, best_logits, dtype)
+            self.addresses |= {
+                io_spec.BEST_VALUES: address + best.values,
+                io_spec.BEST_IDS: address + best.ids,
+                io_spec.BEST_REST: address + best.rest,
+            }
         self._layout = layout
         self._compact = sizes.tokens == sizes.batch
         # bf16 is unknown to numpy: its bits are handled as uint16.
@@ -135,9 +151,30 @@ class StepBuffers:
             stream.upload(self._input_address + offset, self._inputs[offset : offset + num_bytes])
 
     def download(self, stream: cuda.Stream, num_rows: int) -> None:
-        """Put the copy of the first rows of logits on a stream; none where memory is shared."""
+        """Put the copy of a run's first rows of logits on a stream; none where memory is shared.
+
+        Where the engine puts out the best of each row, only these are copied; see `fetch`.
+        """
+        if self._mapped:
+            return
+        if self._best is None:
+            self.fetch(stream, 0, num_rows)
+        else:
+            self._best.download(stream, num_rows)
+
+    def fetch(self, stream: cuda.Stream, first: int, num_rows: int) -> None:
+        """Put the copy of whole rows of logits on a stream; none where memory is shared."""
         if not self._mapped:
-            stream.download(self._logits[: num_rows * self._out_width], self._output_address)
+            start, end = (row * self._out_width for row in (first, first + num_rows))
+            stream.download(self._logits[start:end], self._output_address + 2 * start)
+
+    def best(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.int32], float]:
+        """Best logits of a row, their tokens, and the mass of all others.
+
+        What it returns may be the staging memory itself: valid until the next run.
+        """
+        assert self._best is not None, "the engine has no such outputs"
+        return self._best.row(row)
 
     def read_logits(self, first: int, target: NDArray[np.float32]) -> None:
         """Convert rows of logits to float32; the stream must have been waited for.
@@ -159,6 +196,55 @@ class StepBuffers:
         empty = np.empty(0, np.uint8)
         self._inputs = self._cursor = self._indices = self._positions = empty
         self._embeds = self._logits = empty
+        self._best = None
+
+
+class _Best:
+    """The outputs of `io_spec.best_outputs` of one run: the host's views, and how they get there.
+
+    Args:
+        block: pinned memory.
+        address: of the engine's.
+        layout: of both.
+        num_rows: of logits, at most.
+        keep: logits of each.
+        dtype: of the logits.
+    """
+
+    def __init__(
+        self,
+        block: NDArray[np.uint8],
+        address: int,
+        layout: BestLayout,
+        num_rows: int,
+        keep: int,
+        dtype: FloatType,
+    ) -> None:
+        count = num_rows * keep
+        kind: Any = np.uint16 if dtype == "bf16" else np.float16
+        self._values = block[layout.values :][: 2 * count].view(kind).reshape(-1, keep)
+        self._ids = block[layout.ids :][: 4 * count].view(np.int32).reshape(-1, keep)
+        self._rest = block[layout.rest :][: 4 * num_rows].view(np.float32)
+        # Of a decode step in one copy: the gaps between its regions are small.
+        self._whole = block if layout.num_bytes <= _ONE_COPY_BYTES else None
+        self._places = address, layout
+
+    def download(self, stream: cuda.Stream, num_rows: int) -> None:
+        address, layout = self._places
+        if self._whole is not None:
+            stream.download(self._whole[: layout.num_bytes], address)
+            return
+        stream.download(self._values[:num_rows], address + layout.values)
+        stream.download(self._ids[:num_rows], address + layout.ids)
+        stream.download(self._rest[:num_rows], address + layout.rest)
+
+    def row(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.int32], float]:
+        values = self._values[row]
+        if values.dtype == np.float16:
+            wide = values.astype(np.float32)
+        else:
+            wide = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return wide, self._ids[row], float(self._rest[row])
 
 
 def widen_fp16(bits: NDArray[np.uint16], target: NDArray[np.float32]) -> None:

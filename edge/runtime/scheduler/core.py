@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend
+from edge.backends import Backend, BestLogits, Rows
 from edge.backends.step import step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
@@ -442,7 +442,7 @@ class EngineCore:
         sequences: list[SequenceState],
         tokens: list[list[int]],
         wanted: list[list[int]],
-    ) -> NDArray[np.float32] | None:
+    ) -> Rows | None:
         """Run a step; if it fails, its sequences end with the error and None is returned."""
         slots = [_slot_of(sequence) for sequence in sequences]
         seq = len(tokens[0])
@@ -454,7 +454,7 @@ class EngineCore:
                 np.array(wanted, dtype=np.int64),
             )
             started = self.now()
-            logits = self.backend.forward(step)
+            logits = (self.backend.forward_best or self.backend.forward)(step)
         except EdgeError as error:
             for sequence in sequences:
                 self._fail(sequence, error)
@@ -493,7 +493,10 @@ class EngineCore:
     # ------------------------------------------------------------------ tokens
 
     def _sample(
-        self, sequence: SequenceState, logits: NDArray[np.float32], planned: int = 0
+        self,
+        sequence: SequenceState,
+        logits: NDArray[np.float32] | list[BestLogits],
+        planned: int = 0,
     ) -> None:
         """Draw a token at each place, as long as the draft was what was drawn."""
         draft, drafted = sequence.draft, len(logits) - 1
@@ -534,7 +537,9 @@ class EngineCore:
             self.acceptance += of_all * (right - self.acceptance)
         sequence.acceptance += newest * (right - sequence.acceptance)
 
-    def _draw(self, sequence: SequenceState, logits: NDArray[np.float32]) -> SampledToken | None:
+    def _draw(
+        self, sequence: SequenceState, logits: NDArray[np.float32] | BestLogits
+    ) -> SampledToken | None:
         constraint = sequence.request.constraint
         try:
             mask = constraint.mask() if constraint is not None else None

@@ -21,8 +21,9 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from numpy.typing import NDArray
 
-from edge.backends import Step
+from edge.backends import Rows, Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, DeviceMemoryError
 from edge.runtime.draft_model import ModelDrafter
@@ -30,6 +31,7 @@ from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken
 from edge.runtime.scheduler import DraftContext, Drafter, DraftWorth, FinishReason
 from edge.runtime.scheduler.core import SequenceState
+from scripts.best_logits import best_of
 from tests.edge.runtime.scheduler.conftest import (
     COUNT_UP,
     END,
@@ -687,3 +689,34 @@ def test_an_overflow_policy_that_frees_nothing_ends_its_sequence(table: Embeddin
 
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_the_best_logits_give_the_answers_of_whole_rows(table: EmbeddingTable, drafts: bool):
+    """Over slots, chunks and drafts; a row is fetched while it is of the newest step."""
+    drafter = Guesser(SCRIPT, 3) if drafts else None
+    engine = Engine(table, SCRIPT, num_slots=2, drafter=drafter)
+    backend, served = engine.backend, [0]
+    fetched: list[int] = []
+
+    def fetch(row: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+        assert step == len(backend.steps)
+        fetched.append(step)
+        return row
+
+    def forward_best(step: Step) -> Rows:
+        rows = backend.forward(step)
+        served[0] += rows.shape[0] * rows.shape[1]
+        number = len(backend.steps)
+        return [[best_of(row, 12, partial(fetch, row, number)) for row in each] for each in rows]
+
+    backend.forward_best = forward_best
+    requests = [
+        make_request(range(1, 12 + i), replace(SAMPLED, temperature=t, max_tokens=20, seed=i))
+        for i, t in enumerate([0.0, 0.3, 1.0])
+    ]
+    sinks = [engine.submit(request)[1] for request in requests]
+    engine.run()
+    for request, sink in zip(requests, sinks, strict=True):
+        assert (sink.ids, sink.reason) == answer_alone(SCRIPT, request, backend.capacity)
+    assert 0 < len(fetched) < served[0] / 2
