@@ -134,8 +134,8 @@ class Fleet:
         from . import serving
 
         try:
-            return serving.call_head(self.config, method, *arguments, timeout_s=timeout_s)
+            return serving.call_head(method, *arguments, timeout_s=timeout_s)
         except (RayError, ValueError) as error:
             raise BackendError(
-                f"no head with this file answers ({type(error).__name__}); run: edge-llm fleet up"
+                f"the head does not answer ({type(error).__name__}); run: edge-llm fleet up"
             ) from error

@@ -23,6 +23,7 @@ STORE_BYTES = 100_000_000
 """Shared memory of Ray's object store; by default it would take 30 % of a device's memory."""
 _START_S = 120.0
 _STOP_S = 30.0
+_TLS = ("RAY_USE_TLS", "RAY_TLS_")
 _STARTED = "Ray runtime started"
 
 
@@ -188,7 +189,11 @@ def _not_installed() -> DependencyError:
 
 
 def _environ(config: FleetConfig) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("RAY_") or name.startswith(_TLS)
+    }
     return kept | environment(config)
 
 

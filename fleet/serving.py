@@ -18,7 +18,8 @@ import ray
 from ray.exceptions import RayError
 
 import edge
-from edge.errors import ConfigError, EdgeError
+from edge.errors import BackendError, ConfigError
+from edge.key_file import read_key_file
 from edge.server.http.connections import (
     Connections,
     listen,
@@ -137,12 +138,13 @@ def deploy(config: FleetConfig) -> None:
 
     Raises:
         ConfigError: the head cannot use its keys, or not have its address.
-        RayError: an actor could not be made.
+        BackendError: the head did not start.
     """
+    if config.api_key_file is not None:
+        read_key_file(Path(config.api_key_file))  # here its error is one line
     agents = {_agent_name(name, device): name for name, device in config.devices.items()}
     head_name = _head_name(config)
-    old = {each["name"] for each in ray.util.list_named_actors(all_namespaces=True)
-           if each["namespace"] == NAMESPACE}  # fmt: skip
+    old = _names()
     for name in sorted(old - {*agents, head_name}, reverse=True):  # the head first
         actor = ray.get_actor(name, NAMESPACE)
         if name.startswith(_HEAD):
@@ -157,6 +159,7 @@ def deploy(config: FleetConfig) -> None:
         ).remote(device.url, device.key_file)
     if head_name in old:
         return
+    listen(config.host, config.port).close()
     head = (
         ray.remote(HeadActor)
         .options(**_lasting(head_name), resources={HEAD_RESOURCE: _SHARE})
@@ -166,9 +169,7 @@ def deploy(config: FleetConfig) -> None:
         ray.get(head.status.remote())
     except RayError as error:
         ray.kill(head)
-        if isinstance(cause := getattr(error, "cause", None), EdgeError):
-            raise cause from error
-        raise
+        raise BackendError(f"the head did not start: {error}") from error
 
 
 def _wait_free(config: FleetConfig) -> None:
@@ -183,15 +184,22 @@ def _wait_free(config: FleetConfig) -> None:
             return
 
 
-def call_head(config: FleetConfig, method: str, *arguments: Any, timeout_s: float = 10) -> Any:
+def call_head(method: str, *arguments: Any, timeout_s: float = 10) -> Any:
     """Call a method of `HeadActor`.
 
     Raises:
-        ValueError: it does not run, or with another file.
+        ValueError: none runs.
         RayError: it does not answer in time, or died.
     """
-    head = ray.get_actor(_head_name(config), NAMESPACE)
+    name = next((name for name in _names() if name.startswith(_HEAD)), _HEAD)
+    head = ray.get_actor(name, NAMESPACE)
     return ray.get(getattr(head, method).remote(*arguments), timeout=timeout_s)
+
+
+def _names() -> set[str]:
+    """Return the names of the fleet's actors."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return {each["name"] for each in named if each["namespace"] == NAMESPACE}
 
 
 _HEAD = "head-"

@@ -70,8 +70,13 @@ def test_a_device_too_small_is_refused_until_it_is_not(fleet: LocalFleet, tiny_b
     device = fleet.wait(c="refused")["c"]
     assert "holds 64 tokens, min_context is 128" in device["reason"]
     assert "min_context" in fleet.run("status").stdout
+    fleet.write('allow = ["size"]')
+    allowed = fleet.run("up")
+    assert allowed.returncode == 0, allowed.stderr
+    assert "c: ready; differs: its tiny holds 64 tokens" in allowed.stdout
     fleet.serve("c", tiny_bundles("qwen2"))
-    fleet.wait(a="ready", b="ready", c="ready")
+    time.sleep(3)
+    assert fleet.wait(a="ready", b="ready", c="ready")["c"]["differs"] is None
 
 
 def test_an_answer_through_the_head_is_the_devices_own(fleet: LocalFleet):
