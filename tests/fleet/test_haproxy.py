@@ -66,6 +66,11 @@ def _free_port() -> int:
         return port
 
 
+def _listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
 def proxy(tmp_path: Path, devices: Sequence[tuple[str, int]], **options: Any) -> Iterator[Proxy]:
     assert HAPROXY is not None
@@ -78,7 +83,7 @@ def proxy(tmp_path: Path, devices: Sequence[tuple[str, int]], **options: Any) ->
     process = subprocess.Popen([HAPROXY, "-db", "-f", file], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 10
-        while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
+        while not _listens(port) and time.monotonic() < deadline:
             time.sleep(0.02)
         yield Proxy(port)
     finally:
