@@ -8,6 +8,7 @@ there carry 11 bits, and its tolerance says what that costs after two layers.
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,15 @@ from tests.tiny_models import KINDS, Kind
 FP32_ATOL = 1e-4
 # Logits reach 12 and pass some twenty roundings to 11 bits; measured 0.05, mean 0.004. The cache
 # reaches 5.5; measured 0.014. Cosine measured 0.99998.
-FP16_LOGITS_ATOL = 0.1
-FP16_CACHE_ATOL = 0.03
+# That is on x86, where ONNX Runtime computes them in FP32 and leaves out roundings between one and
+# the next. On Arm it has kernels in FP16 and rounds after each operator, as the graph says (each
+# operator alone gives the same bits on both machines): measured 0.096 and 0.037.
+_ROUNDS_ALL = platform.machine() == "aarch64"
+FP16_LOGITS_ATOL = 0.15 if _ROUNDS_ALL else 0.1
+FP16_CACHE_ATOL = 0.06 if _ROUNDS_ALL else 0.03
 FP16_MIN_COSINE = 0.9999
 # No near tie may decide a greedy answer: fp16 moves the best two logits of the golden answers
-# against each other by 0.03 at most.
+# against each other by 0.03 at most, on Arm by 0.058.
 MIN_MARGIN = 0.06
 
 DIALECTS = ("native", "portable")
