@@ -582,7 +582,7 @@ def test_kill_with_nothing_there_before(tmp_path: Path) -> None:
         export(target, NEW_FILES, "new", overwrite=True)
         assert whole(target) == "new"
         assert names(place) == ["bundle"]
-    assert len(found) > 15
+    assert len(found) >= 25
     assert found == sorted(found, key=lambda name: name is not None)  # first nothing, then the new
     assert {None, "new"} == set(found)
 
@@ -605,7 +605,7 @@ def test_kill_while_replacing(tmp_path: Path, scenario: str) -> None:
         with BundleWriter(target, required_bytes=0, overwrite=True):
             assert whole(target) == ("old" if found[-1] == "missing" else found[-1])
         assert names(place) == ["bundle"]
-    assert len(found) > 20
+    assert len(found) >= 25
     order = ["old", "missing", "new"]
     assert found == sorted(found, key=order.index)
     assert found.count("missing") == (1 if scenario == "fallback" else 0)
