@@ -74,9 +74,9 @@ frontend api
 
 backend devices
     balance hash var(txn.affinity)
+    # No hash-balance-factor: with few requests at once it keeps one that was refused from the only
+    # device that is left.
     hash-type consistent sdbm avalanche
-    # A device with {spill} % of the mean load gets no more: its requests go to the next one.
-    hash-balance-factor {spill}
     option httpchk
     http-check send meth GET uri /ready ver HTTP/1.1 hdr Host localhost
     http-check expect status 200
@@ -150,7 +150,6 @@ def configuration(
     max_queue: int = 64,
     queue_s: int = 30,
     answer_s: int = 660,
-    spill: int = 150,
     retries: int = 2,
 ) -> str:
     """Write the configuration; `check` asks HAProxy what it thinks of it.
@@ -165,7 +164,6 @@ def configuration(
         queue_s: seconds that one may wait before 503.
         answer_s: seconds that an answer, or a silence in a stream, may last; longer than the
             devices' own ``request_timeout_s``.
-        spill: percent of the mean load above which a device's requests go to the next one.
         retries: how often a request is tried again before its first byte.
 
     Raises:
@@ -199,7 +197,6 @@ def configuration(
         no_device=_envelope(503, "no_device", "no device is ready; try again"),
         full=_envelope(429, "queue_full", "all devices are busy; try again"),
         max_queue=max_queue,
-        spill=spill,
         retries=retries,
         per_device=slots,
         servers="\n".join(f"    server {device.name} {device.address}" for device in devices),
@@ -299,13 +296,6 @@ def check(text: str) -> None:
     help="Seconds that an answer may take; longer than the devices' --request-timeout-s.",
 )
 @click.option(
-    "--spill",
-    type=click.IntRange(101, 1000),
-    default=150,
-    show_default=True,
-    help="Percent of the mean load above which a device's sessions go to the next one.",
-)
-@click.option(
     "--retries",
     type=click.IntRange(0, 10),
     default=2,
@@ -325,7 +315,6 @@ def haproxy(
     max_queue: int,
     queue_s: int,
     answer_s: int,
-    spill: int,
     retries: int,
     checks: bool,
 ) -> None:
@@ -342,7 +331,6 @@ def haproxy(
         max_queue=max_queue,
         queue_s=queue_s,
         answer_s=answer_s,
-        spill=spill,
         retries=retries,
     )
     if checks:

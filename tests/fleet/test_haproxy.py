@@ -242,7 +242,6 @@ def test_haproxy_reads_every_option(tmp_path: Path):
             max_queue=1,
             queue_s=1,
             answer_s=1,
-            spill=1000,
             retries=0,
         )
     )
