@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .client import Fleet
     from .config import FleetConfig
+    from .rollout import FleetRollout
 
-_HOMES = {"Fleet": ".client", "FleetConfig": ".config"}
+_HOMES = {"Fleet": ".client", "FleetConfig": ".config", "FleetRollout": ".rollout"}
 
-__all__ = ["Fleet", "FleetConfig"]
+__all__ = ["Fleet", "FleetConfig", "FleetRollout"]
 
 
 def __getattr__(name: str) -> object:

@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from edge.cli import echo_json
+from edge.cli.registry_options import json_option, plain_http_option, reference_argument
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import ConfigError, DeadlineError, DependencyError, ResourceError, install_command
+from edge.registry.reference import Reference
 
 from . import cluster
 from .client import Fleet
 from .config import FleetConfig, read_config
+from .errand import Gate
 from .haproxy import haproxy
+from .rollout import FleetRollout
 
 _MIN_MEMORY_BYTES = 2**30
 _file = click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
@@ -106,6 +111,101 @@ def drain(file: Path, name: str, off: bool, timeout_s: float) -> None:
             opened.resume(name)
         else:
             opened.drain(name, timeout_s)
+
+
+@fleet.command()
+@_file
+@reference_argument
+@click.option(
+    "--canary",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Devices that must end well before any other is touched: the first of FILE.",
+)
+@click.option(
+    "--at-once",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Devices that roll out at the same time; another ready one is always left.",
+)
+@click.option(
+    "--gate",
+    type=click.Choice(["golden", "none"]),
+    default="golden",
+    show_default=True,
+    help="As for edge-llm bundle rollout.",
+)
+@click.option(
+    "--watch-s",
+    type=click.FloatRange(0, 86_400),
+    default=600,
+    show_default=True,
+    help="Seconds for which each device watches the new bundle.",
+)
+@click.option("--retry", is_flag=True, help="Also try a bundle that was rejected before.")
+@plain_http_option
+@json_option
+def rollout(
+    file: Path,
+    reference: Reference,
+    canary: int,
+    at_once: int,
+    gate: Gate,
+    watch_s: float,
+    retry: bool,
+    plain_http: bool | None,
+    as_json: bool,
+) -> None:
+    """Bring every device to the bundle that REFERENCE means now, a few at a time.
+
+    Each device rolls it out by itself: judges, watches, and goes back if it is worse. At the first
+    one that does not keep it nothing more is begun. Run it again as often as you like: it goes on
+    where it was ended, and devices that have the bundle are done at once.
+
+    Exit code 0: every device has the bundle. 3: a device rejected it and serves its old one. 75:
+    devices were off, one was lost, or the registry does not answer; call again. Any other: a device
+    or the head failed.
+    """
+    shown: dict[str, tuple[str, str]] = {}
+    last: FleetRollout | None = None
+
+    def told(state: FleetRollout) -> None:
+        nonlocal last
+        if last is None:
+            click.echo(f"{state.reference}: begun", err=True)
+        last = state
+        for name, device in state.devices.items():
+            now = (device.state, "" if device.state == "running" else device.said)
+            if shown.get(name, ("waiting", "")) != now:
+                shown[name] = now
+                role = " (canary)" if device.canary else ""
+                words = f"; {now[1]}" if now[1] else ""
+                click.echo(f"{name}{role}: {device.state}{words}", err=True)
+
+    with Fleet.connect(file) as opened:
+        try:
+            done = opened.rollout(
+                reference,
+                canary=canary,
+                at_once=at_once,
+                gate=gate,
+                watch_s=watch_s,
+                retry=retry,
+                plain_http=plain_http,
+                told=told,
+            )
+        finally:
+            if as_json and last is not None:
+                echo_json(msgspec.to_builtins(last))
+    if off := done.where("off"):
+        raise DeadlineError(
+            f"{', '.join(off)} were off and have to catch up: call again once they are on; all "
+            "others have the bundle"
+        )
+    if not as_json:
+        click.echo(f"{done.reference}: on all {len(done.devices)} devices")
 
 
 @fleet.command()

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from edge.errors import BackendError, ConfigError, DeadlineError
 
 from . import cluster
 from .config import FleetConfig, read_config
+from .errand import Gate, Order
+from .rollout import Driver, FleetRollout
+
+if TYPE_CHECKING:
+    from edge.registry.reference import Reference
 
 _POLL_S = 0.3
+_MAX_WATCH_S = 86_400
 
 
 class Fleet:
@@ -128,14 +135,81 @@ class Fleet:
         left: int = self._call("set_draining", name, draining)
         return left
 
-    def _call(self, method: str, *arguments: Any, timeout_s: float = 10) -> Any:
-        from ray.exceptions import RayError
+    def rollout(
+        self,
+        reference: str | Reference,
+        *,
+        canary: int = 1,
+        at_once: int = 1,
+        gate: Gate = "golden",
+        watch_s: float = 600,
+        retry: bool = False,
+        plain_http: bool | None = None,
+        told: Callable[[FleetRollout], None] = lambda _: None,
+    ) -> FleetRollout:
+        """Bring every device that is on to one bundle, each by its own roll-out.
 
+        What a reference means is asked once. Call it again as often as you like: devices that have
+        the bundle are done at once, and what a driver that was killed has left is gone on with.
+
+        Args:
+            reference: HOST[:PORT]/NAME:TAG, or by digest.
+            canary: devices that must end well before others are touched, in the file's order.
+            at_once: devices that roll out at the same time; another ready one is always left.
+            gate: ``golden``, or ``none``; as for ``edge-llm bundle rollout``.
+            watch_s: seconds for which each device watches the new bundle, 0 to 86,400.
+            retry: also try a bundle that devices have rejected before.
+            plain_http: speak HTTP without TLS; None only to a registry on the same machine.
+            told: is called with the state of all devices at each change.
+
+        Returns:
+            Every device; those in the state ``off`` have to be brought there by another call.
+
+        Raises:
+            GateError: a device rejected the bundle; no further one was asked.
+            ConfigError: a value is wrong, a device has no ``rollout`` in the fleet's file, or
+                another roll-out is at work.
+            BundleError: it is no bundle, or not signed as this machine or a device wants.
+            RegistryError: the registry does not answer.
+            DeadlineError: no device is on, one was lost, or none is left to answer meanwhile.
+            BackendError: a device failed, or the head does not answer.
+        """
+        from edge.registry.client import Registry
+        from edge.registry.pull import look
+        from edge.registry.reference import Reference, parse_reference
+
+        for name, value in (("canary", canary), ("at_once", at_once)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; use 1 or more")
+        if gate not in get_args(Gate):
+            raise ConfigError(f"gate is {gate!r}; use one of {', '.join(get_args(Gate))}")
+        if not 0 <= watch_s <= _MAX_WATCH_S:
+            raise ConfigError(f"watch_s is {watch_s:g}; use 0 to {_MAX_WATCH_S:,}")
+        if without := [name for name, each in self.config.devices.items() if not each.rollout]:
+            raise ConfigError(
+                f"fleet.toml names no rollout for {', '.join(without)}; write one for all, e.g. "
+                'rollout = ["edge-llm", "bundle", "rollout", "--link", ...], and run '
+                "edge-llm fleet up"
+            )
+        if not isinstance(reference, Reference):
+            reference = parse_reference(reference)
+        with Registry(reference, plain_http=plain_http) as registry:
+            offer = look(reference, registry)
+        place = f"{reference.registry}/{reference.repository}@{offer.digest}"
+
+        from .serving import RayCrew
+
+        return Driver(
+            RayCrew(self.config),
+            self.config.devices,
+            Order(place, gate, watch_s, retry, plain_http),
+            offer.manifest.self_sha256,
+            canary=canary,
+            at_once=at_once,
+            told=told,
+        ).run()
+
+    def _call(self, method: str, *arguments: Any, timeout_s: float = 10) -> Any:
         from . import serving
 
-        try:
-            return serving.call_head(method, *arguments, timeout_s=timeout_s)
-        except (RayError, ValueError) as error:
-            raise BackendError(
-                f"the head does not answer ({type(error).__name__}); run: edge-llm fleet up"
-            ) from error
+        return serving.call_head(method, *arguments, timeout_s=timeout_s)

@@ -30,10 +30,13 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         url: its own ``edge-llm serve``, as the device itself reaches it: on loopback.
         key_file: file on the device with one API key of that service, where it wants keys; the
             fleet's own looks at the device use it.
+        rollout: command on the device, word by word, to which ``edge-llm fleet rollout`` appends
+            what to roll out; None after `read_config` where no command is named.
     """
 
     url: str = "http://127.0.0.1:8000"
     key_file: str | None = None
+    rollout: tuple[str, ...] | None = None
 
 
 class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,6 +62,7 @@ class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             those whose answer has not begun go to another one.
         dead_s: seconds without a sign of life after which begun streams end with an error.
         drain_timeout_s: seconds that running requests may go on after `edge-llm fleet down`.
+        rollout: that of devices which name none of their own.
     """
 
     address: str = f"127.0.0.1:{DEFAULT_RAY_PORT}"
@@ -76,6 +80,7 @@ class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     silent_s: _Seconds = 3.0
     dead_s: _Seconds = 15.0
     drain_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 30.0
+    rollout: tuple[str, ...] | None = None
 
     @property
     def ray_host(self) -> str:
@@ -151,6 +156,10 @@ def read_config(path: Path) -> FleetConfig:
     base = path.parent
     return msgspec.structs.replace(
         config,
+        devices={
+            name: msgspec.structs.replace(device, rollout=device.rollout or config.rollout)
+            for name, device in config.devices.items()
+        },
         token_file=_under(base, config.token_file),
         api_key_file=config.api_key_file and _under(base, config.api_key_file),
     )
@@ -194,7 +203,20 @@ def _device(name: str, table: Any, place: _Place) -> Device:
             f"{where}key_file is {device.key_file!r}: use an absolute path on the device",
             name,
         )
+    _check_command(device.rollout, place, name)
     return msgspec.structs.replace(device, url=device.url.rstrip("/"))
+
+
+def _check_command(
+    command: tuple[str, ...] | None, place: _Place, table: str | None = None
+) -> None:
+    if command is not None and not (command and command[0]):
+        raise place.error(
+            "rollout",
+            "rollout names no command; write its words, "
+            '["edge-llm", "bundle", "rollout", "--link", ...]',
+            table,
+        )
 
 
 def _check_keys(raw: Mapping[str, Any], kind: Any, place: _Place, table: str | None = None) -> None:
@@ -227,6 +249,7 @@ def _check(config: FleetConfig, place: _Place) -> None:
             f"host {config.host} can be reached from other machines, and no API key is set; give "
             "api_key_file, listen on 127.0.0.1, or say allow_open = true",
         )
+    _check_command(config.rollout, place)
     if not config.beat_s < config.silent_s <= config.dead_s:
         raise place.error(
             "silent_s",

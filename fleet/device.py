@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ import edge
 from edge.device.telemetry import read_module
 from edge.errors import BackendError, ConfigError
 from edge.key_file import read_key_file
+
+from .errand import Errand, Order, plain
 
 if TYPE_CHECKING:
     from .members import Asked, Item
@@ -77,13 +79,17 @@ class DeviceAgent:
     Args:
         url: of the device's service, on loopback.
         key_file: file with a key for it, where it wants one.
+        rollout: see `fleet.config.Device`.
 
     Raises:
         ConfigError: the file of the key cannot be used.
     """
 
-    def __init__(self, url: str, key_file: str | None = None) -> None:
+    def __init__(
+        self, url: str, key_file: str | None = None, rollout: Sequence[str] | None = None
+    ) -> None:
         self._url = url
+        self._errand = Errand(rollout)
         self._key = None if key_file is None else _read_key(Path(key_file))
         self._session: aiohttp.ClientSession | None = None
         self._facts: dict[str, Any] = {
@@ -147,6 +153,17 @@ class DeviceAgent:
                     yield data
         except (aiohttp.ClientError, OSError):
             yield None
+
+    async def roll_out(self, driver: str, order: dict[str, Any]) -> dict[str, Any]:
+        """Call `Errand.ask`; returns ``report``, or why it was ``refused``, as plain data."""
+        try:
+            return {"report": plain(self._errand.ask(driver, msgspec.convert(order, Order)))}
+        except (ConfigError, msgspec.ValidationError) as error:
+            return {"refused": str(error)}
+
+    async def look_at_rollout(self) -> dict[str, Any] | None:
+        """Call `Errand.look`; returns plain data."""
+        return plain(self._errand.look())
 
     async def close(self) -> None:
         """Look no more, and close the connections."""

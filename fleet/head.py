@@ -82,6 +82,8 @@ class FleetHead:
         settings: limits of the HTTP server.
         app: the ASGI application.
         is_draining: set, POST is refused.
+        accepted: hashes of bundles that a roll-out brings or replaces, and that devices may have
+            beside the one that most have.
 
     Raises:
         ConfigError: the file of API keys cannot be used.
@@ -107,6 +109,7 @@ class FleetHead:
         path = self.settings.api_key_file
         keys = None if path is None else APIKeys(path)
         self.is_draining = False
+        self.accepted: frozenset[str] = frozenset()
         self.app: App = Guard(
             self._route,
             self.settings,
@@ -154,7 +157,7 @@ class FleetHead:
                 member.saw(msgspec.convert(seen, Facts))
             except msgspec.ValidationError as error:
                 member.lose(f"it speaks another version of the fleet's protocol: {error}")
-            judge(self.members.values(), self._config)
+            judge(self.members.values(), self._config, self.accepted)
 
     @contextlib.contextmanager
     def _told(self, member: Member) -> Iterator[None]:
@@ -175,6 +178,7 @@ class FleetHead:
             "version": edge.__version__,
             "draining": self.is_draining,
             "in_flight": self.in_flight,
+            "accepted": sorted(self.accepted),
             "devices": {name: member.status() for name, member in self.members.items()},
         }
 

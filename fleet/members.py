@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -235,11 +235,12 @@ def _later(old: Facts, new: Facts) -> Facts:
     return msgspec.structs.replace(old, trouble=new.trouble)
 
 
-def judge(members: Iterable[Member], config: FleetConfig) -> None:
+def judge(members: Iterable[Member], config: FleetConfig, accepted: Collection[str] = ()) -> None:
     """Let in the devices that fit, and say of all others how they differ.
 
     Bundles must be those that most devices have; among equally many those of the device that comes
     first in the file. Nothing is remembered, so the answer does not depend on who came first.
+    During a roll-out a bundle may also be one of those that are accepted.
     """
     seen = [(m, m.facts) for m in members if m.facts is not None and m.facts.models]
     votes: dict[str, Counter[str]] = {}
@@ -249,14 +250,18 @@ def judge(members: Iterable[Member], config: FleetConfig) -> None:
     usual = {name: counter.most_common(1)[0][0] for name, counter in votes.items()}
     names = Counter(frozenset(facts.models) for _, facts in seen)
     for member, facts in seen:
-        differences = _differences(facts, config, usual, names.most_common(1)[0][0])
+        differences = _differences(facts, config, usual, names.most_common(1)[0][0], accepted)
         refused = {kind: text for kind, text in differences.items() if kind not in config.allow}
         member.admitted = not refused
         member.difference = next(iter((refused or differences).values()), None)
 
 
 def _differences(
-    facts: Facts, config: FleetConfig, usual: Mapping[str, str], names: frozenset[str]
+    facts: Facts,
+    config: FleetConfig,
+    usual: Mapping[str, str],
+    names: frozenset[str],
+    accepted: Collection[str],
 ) -> dict[Difference, str]:
     found: dict[Difference, str] = {}
     for what, version in (("fleet part", facts.version), ("service", facts.service)):
@@ -266,7 +271,7 @@ def _differences(
                 'same, or say allow = ["version"]'
             )
     for name, model in facts.models.items():
-        if model.sha256 != usual[name]:
+        if model.sha256 not in (usual[name], *accepted):
             found["bundle"] = (
                 f"its {name} has the hash {model.sha256[:12]}, that of most devices is "
                 f'{usual[name][:12]}; copy that bundle, or say allow = ["bundle"]'

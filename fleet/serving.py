@@ -7,9 +7,10 @@ so that Serve's proxy, controller and routers would be three more processes and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ from edge.server.settings import ServerSettings
 
 from .config import Device, FleetConfig
 from .device import DeviceAgent
+from .errand import Order, Report
 from .head import FleetHead
 from .members import Asked, Item, LostError
 from .names import HEAD_RESOURCE, device_resource
+from .rollout import LEASE_S
 
 NAMESPACE = "edge-llm-fleet"
 _SHARE = 0.001  # of a resource, so that an actor's successor fits beside it
 _END_S = 10.0
+_ASK_S = 10.0
 _MANY = 10_000  # calls at once: the head and the devices' own queues bound them
 
 
@@ -105,6 +109,7 @@ class HeadActor:
         socket = listen(settings.host, settings.port)
         socket.on_lack = connections.close_idlest
         server = make_server(self._head.app, settings, connections)
+        self._driver, self._held_until = "", 0.0
         loop = asyncio.get_running_loop()  # Ray makes an actor with coroutines in its loop
         self._tasks = [
             loop.create_task(self._head.watch()),
@@ -121,6 +126,25 @@ class HeadActor:
         member.draining = draining
         return member.in_flight
 
+    async def hold(self, driver: str, hashes: Sequence[str]) -> bool:
+        """Accept these bundles beside those that most devices have, for one roll-out at a time.
+
+        Returns:
+            Whether this driver may go on: none other has said anything for `LEASE_S`.
+        """
+        now = asyncio.get_running_loop().time()
+        if driver != self._driver and now < self._held_until:
+            return False
+        self._driver, self._held_until = driver, now + LEASE_S
+        self._head.accepted = frozenset(hashes)
+        return True
+
+    async def release(self, driver: str, hashes: Sequence[str]) -> None:
+        """End the roll-out of this driver; these bundles are accepted from now on."""
+        if driver == self._driver:
+            self._held_until = 0.0
+            self._head.accepted = frozenset(hashes)
+
     async def close(self) -> int:
         """Refuse new requests and wait for those that run; returns how many are left."""
         self._head.is_draining = True
@@ -129,6 +153,62 @@ class HeadActor:
         while (left := self._head.in_flight) and loop.time() < deadline:
             await asyncio.sleep(0.05)
         return left
+
+
+class RayCrew:
+    """Head and devices for `fleet.rollout.Driver`; Ray must be connected.
+
+    Args:
+        config: the fleet's file, the same with which it was brought up.
+    """
+
+    def __init__(self, config: FleetConfig) -> None:
+        self._devices = config.devices
+
+    def status(self) -> Mapping[str, Any]:
+        """See `fleet.rollout.Crew`."""
+        found: Mapping[str, Any] = call_head("status")
+        return found
+
+    def hold(self, driver: str, hashes: Sequence[str]) -> bool:
+        """See `fleet.rollout.Crew`."""
+        return bool(call_head("hold", driver, list(hashes)))
+
+    def release(self, driver: str, hashes: Sequence[str]) -> None:
+        """See `fleet.rollout.Crew`."""
+        call_head("release", driver, list(hashes))
+
+    def roll_out(self, name: str, driver: str, order: Order) -> Report:
+        """See `fleet.rollout.Crew`.
+
+        Raises:
+            ConfigError: the device refuses.
+            LostError: it does not answer.
+        """
+        said = self._ask(name, "roll_out", driver, msgspec.to_builtins(order))
+        if "refused" in said:
+            raise ConfigError(said["refused"])
+        return msgspec.convert(said["report"], Report)
+
+    def look(self, name: str) -> Report | None:
+        """See `fleet.rollout.Crew`."""
+        return msgspec.convert(self._ask(name, "look_at_rollout"), Report | None)
+
+    def _ask(self, name: str, method: str, *arguments: Any) -> Any:
+        try:
+            agent = ray.get_actor(_agent_name(name, self._devices[name]), NAMESPACE)
+        except ValueError as error:
+            raise ConfigError(
+                f"the fleet was brought up with another fleet.toml, which has not this {name}; run "
+                "edge-llm fleet up"
+            ) from error
+        answer = getattr(agent, method).remote(*arguments)
+        try:
+            return ray.get(answer, timeout=_ASK_S)
+        except RayError as error:
+            with contextlib.suppress(RayError):
+                ray.cancel(answer)  # or an absent device would begin when it is back
+            raise LostError(_reason(error)) from error
 
 
 def deploy(config: FleetConfig) -> None:
@@ -156,7 +236,7 @@ def deploy(config: FleetConfig) -> None:
         device = config.devices[device_name]
         ray.remote(DeviceAgent).options(
             **_lasting(name), resources={device_resource(device_name): _SHARE}
-        ).remote(device.url, device.key_file)
+        ).remote(device.url, device.key_file, device.rollout)
     if head_name in old:
         return
     listen(config.host, config.port).close()
@@ -188,12 +268,16 @@ def call_head(method: str, *arguments: Any, timeout_s: float = 10) -> Any:
     """Call a method of `HeadActor`.
 
     Raises:
-        ValueError: none runs.
-        RayError: it does not answer in time, or died.
+        BackendError: none runs, or it does not answer in time.
     """
-    name = next((name for name in _names() if name.startswith(_HEAD)), _HEAD)
-    head = ray.get_actor(name, NAMESPACE)
-    return ray.get(getattr(head, method).remote(*arguments), timeout=timeout_s)
+    try:
+        name = next((name for name in _names() if name.startswith(_HEAD)), _HEAD)
+        head = ray.get_actor(name, NAMESPACE)
+        return ray.get(getattr(head, method).remote(*arguments), timeout=timeout_s)
+    except (RayError, ValueError) as error:
+        raise BackendError(
+            f"the head does not answer ({type(error).__name__}); run: edge-llm fleet up"
+        ) from error
 
 
 def _names() -> set[str]:
