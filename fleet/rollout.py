@@ -135,6 +135,7 @@ class Driver:
         self._name = uuid.uuid4().hex
         self._hashes: list[str] = [sha256]
         self._accepted: Sequence[str] = ()
+        self._served: set[str] = set()
         self.state = FleetRollout(order.reference, {name: DeviceRollout() for name in names})
 
     def run(self) -> FleetRollout:
@@ -288,6 +289,7 @@ class Driver:
         status = self._patient(self._crew.status)
         self._accepted = status["accepted"]
         devices: Mapping[str, Any] = status["devices"]
+        self._served = set[str]().union(*(_hashes(device) for device in devices.values()))
         return devices
 
     def _hold(self) -> bool | None:
@@ -309,13 +311,16 @@ class Driver:
                 self._sleep(POLL_S)
 
     def _release(self) -> None:
-        devices = self.state.devices
-        have = self.state.where(*_HAVE)
-        # Where some have it and some do not, both go on serving until the next call.
-        mixed = bool(have) and len(have) < len(devices)
-        unsure = self.state.where("running", "lost", "failed")
+        """Let both bundles serve on until a call has brought every device to one."""
+        keep: Sequence[str] = self._hashes
+        if len(self.state.where(*_HAVE)) == len(self.state.devices):
+            keep = ()
+        elif self._sha256 not in self._served and not self.state.where(
+            *_HAVE, "running", "lost", "failed"
+        ):
+            keep = [hash_ for hash_ in keep if hash_ != self._sha256]
         try:
-            self._crew.release(self._name, self._hashes if mixed or unsure else ())
+            self._crew.release(self._name, keep)
         except BackendError:
             return  # the lease ends by itself, and the head goes on accepting both
 

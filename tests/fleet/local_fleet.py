@@ -75,6 +75,11 @@ class Process:
                 start_new_session=True,
             )
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
     def kill(self) -> None:
         """Kill it and everything that it has started, at once, as a power cut would."""
         for pid in session(self._process.pid):
@@ -116,9 +121,12 @@ class LocalFleet:
         self.services: dict[str, Process] = {}
         self.nodes: dict[str, Process] = {}
 
-    def write(self, *lines: str) -> None:
-        """Write the fleet's file, with further lines."""
-        tables = [f'[devices.{name}]\nurl = "http://127.0.0.1:{self.port(name)}"' for name in "abc"]
+    def write(self, *lines: str, **more: str) -> None:
+        """Write the fleet's file, with further lines, and more of them for a device."""
+        tables = [
+            f'[devices.{name}]\nurl = "http://127.0.0.1:{self.port(name)}"\n{more.get(name, "")}'
+            for name in "abc"
+        ]
         head = [f"port = {HEAD_PORT}", 'token_file = "fleet.token"', "min_context = 128"]
         self.file.write_text("\n".join([*head, *lines, *tables]) + "\n")
 
