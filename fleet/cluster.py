@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from edge.errors import BackendError, ConfigError, DeadlineError, DependencyError, install_command
@@ -59,12 +60,13 @@ def start_head(config: FleetConfig) -> None:
         "--head",
         f"--port={config.ray_port}",
         f"--node-ip-address={config.ray_host}",
-        f"--ray-client-server-port={config.ray_port + 1}",
         "--include-dashboard=false",
         "--no-monitor",
         "--disable-usage-stats",
         f"--resources={json.dumps({HEAD_RESOURCE: 1})}",
     ]
+    if find_spec("grpc") is not None:  # only then Ray opens that port, and else it refuses one
+        command.append(f"--ray-client-server-port={config.ray_port + 1}")
     log = place / "start.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
