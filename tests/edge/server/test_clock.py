@@ -23,6 +23,8 @@ SHOWN = {
     "server/api/responses/render.py",
     "server/models/registry.py",
     "cli/watch.py",
+    "cli/bundle.py",
+    "batch/askers.py",  # or compared with a time of day that a server has said
 }
 
 

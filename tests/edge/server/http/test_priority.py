@@ -49,6 +49,7 @@ CALLS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("path", CALLS)
 def test_who_has_time_starts_after_those_who_came_later(tiny_bundles: Bundles, path: str):
     engine = ScriptedEngine()
+    engine.delay_s = 0.1  # clients tell in which order they got their answers
     length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
     body = {"model": "tiny", "temperature": 0, length: 2, **CALLS[path]}
     with running(tiny_bundles("qwen2"), engine, llm={"num_slots": 1}) as live:
