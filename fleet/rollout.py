@@ -28,7 +28,7 @@ from .errand import Order, Report
 from .members import LostError
 
 POLL_S = 1.0
-LEASE_S = 30.0
+LEASE_S = 15.0
 """How long the head waits for a driver that says nothing before another one may go on."""
 PATIENCE_S = 60.0
 """For a device that does not answer, or is not served yet, and for the head."""
@@ -184,6 +184,7 @@ class Driver:
         for name in self.state.devices:
             if status[name]["state"] == "absent":
                 continue
+            self._beat()
             try:
                 report = self._crew.look(name)
             except LostError:
@@ -201,6 +202,7 @@ class Driver:
 
     def _next(self) -> tuple[list[str], Mapping[str, Any]] | None:
         """Choose the next wave; none is left, or None while it must wait for a ready device."""
+        self._beat()
         status = self._status()
         missing = self._canary - len(self.state.where(*_HAVE))
         most = min(self._at_once, missing) if missing > 0 else self._at_once
@@ -265,6 +267,7 @@ class Driver:
         seen: dict[str, Any] = {}
 
         def served() -> bool | None:
+            self._beat()
             seen.update(self._status()[name])
             fits = seen["state"] == "ready" or not was_ready
             return True if fits and self._sha256 in _hashes(seen) else None

@@ -19,10 +19,12 @@ api_key_file = "keys"
 allow = ["version"]
 min_slots = 2
 beat_s = 0.25
+rollout = ["edge-llm", "bundle", "rollout", "--link", "/r1"]
 
 [devices.orin-1]
 url = "http://127.0.0.1:8001"
 key_file = "/etc/edge-llm/fleet.key"
+rollout = ["sudo", "-n", "/usr/local/sbin/roll-out"]
 
 [devices.orin-2]
 """
@@ -35,6 +37,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_every_key_is_read(tmp_path: Path):
+    command = ("edge-llm", "bundle", "rollout", "--link", "/r1")
     assert read_config(written(tmp_path, GOOD)) == FleetConfig(
         address="10.0.0.1:7000",
         token_file=str(tmp_path / "fleet.token"),
@@ -44,9 +47,14 @@ def test_every_key_is_read(tmp_path: Path):
         allow=["version"],
         min_slots=2,
         beat_s=0.25,
+        rollout=command,
         devices={
-            "orin-1": Device("http://127.0.0.1:8001", "/etc/edge-llm/fleet.key"),
-            "orin-2": Device(),
+            "orin-1": Device(
+                "http://127.0.0.1:8001",
+                "/etc/edge-llm/fleet.key",
+                ("sudo", "-n", "/usr/local/sbin/roll-out"),
+            ),
+            "orin-2": Device(rollout=command),
         },
     )
 
@@ -63,11 +71,14 @@ def test_every_key_is_read(tmp_path: Path):
         ('"version"', '"colour"', r"line 6: allow is \['colour'\]: Invalid enum value 'colour'"),
         ('api_key_file = "keys"\n', "", "line 3: host 0.0.0.0 can be reached from other machines"),
         ("beat_s = 0.25", "beat_s = 3.5", "beat_s 3.5, silent_s 3 and dead_s 15 must grow"),
-        ("devices.orin-1", "devices.Orin_1", "line 10: the device name 'Orin_1' is not 1 to 63"),
-        ("127.0.0.1:8001", "10.0.0.9:8001", "line 11: devices.orin-1.url is 'http://10.0.0.9:8001'"),
-        ("http://127", "https://127", "line 11: devices.orin-1.url is 'https://127"),
-        ("/etc/edge-llm/fleet.key", "key", "line 12: devices.orin-1.key_file is 'key': use an abs"),
-        ("key_file =", "keyfile =", "line 12: unknown key 'keyfile'; the nearest known one is"),
+        ("devices.orin-1", "devices.Orin_1", "line 11: the device name 'Orin_1' is not 1 to 63"),
+        ("127.0.0.1:8001", "10.0.0.9:8001", "line 12: devices.orin-1.url is 'http://10.0.0.9:8001'"),
+        ("http://127", "https://127", "line 12: devices.orin-1.url is 'https://127"),
+        ("/etc/edge-llm/fleet.key", "key", "line 13: devices.orin-1.key_file is 'key': use an abs"),
+        ('["sudo", "-n", "/usr/local/sbin/roll-out"]', "[]", "line 14: rollout names no command"),
+        ('"edge-llm", "bundle"', '"", "bundle"', "line 9: rollout names no command"),
+        ('["sudo", "-n", "/usr/local/sbin/roll-out"]', '"sh -c x"', "line 14: devices.orin-1.rollout"),
+        ("key_file =", "keyfile =", "line 13: unknown key 'keyfile'; the nearest known one is"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_is_named_with_its_line(tmp_path: Path, old: str, new: str, message: str):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,13 +141,15 @@ def test_a_bad_bundle_is_taken_back_by_the_canary_and_nobody_else_sees_it(
 ):
     before = fleet.leads()
     # The golden set sees that one is worse before the switch; the other fails on trial.
-    files = {"decoder_onnx": b"no graph"} if version == "broken" else {}
+    files = (
+        {"decoder_onnx": b"no graph", "decoder_cpu_onnx": b"no graph"}
+        if version == "broken"
+        else {}
+    )
     reference = fleet.offer(version, **files)
-    began = time.monotonic()
     options = ("--gate=none",) if version == "broken" else ()
     code, devices, said = fleet.rollout(reference, *options)
     assert code == 3, said
-    assert time.monotonic() - began < 60
     assert {name: device["state"] for name, device in devices.items()} == {
         "a": "rejected",
         "b": "waiting",

@@ -180,6 +180,18 @@ def driver(world: World, order: Order = ORDER, **options: Any) -> Driver:
     )
 
 
+def kill_while_running(world: World) -> None:
+    """Start a driver, and kill it once a device rolls out."""
+
+    def told(state: FleetRollout) -> None:
+        if world.running() or state.where("running"):
+            world.dies_at = world.calls + 4
+
+    with pytest.raises(KilledError):
+        driver(world, told=told).run()
+    world.dies_at = None
+
+
 def test_one_by_one_and_all_have_it():
     world = World(dict.fromkeys("abc", "good"))
     seen: list[list[str]] = []
@@ -253,10 +265,7 @@ def test_nobody_is_on_or_nobody_would_be_left():
 
 def test_a_killed_driver_holds_the_fleet_for_a_lease_and_a_live_one_for_ever():
     world = World(dict.fromkeys("abc", "good"))
-    world.dies_at = 9
-    with pytest.raises(KilledError):
-        driver(world).run()
-    world.dies_at = None
+    kill_while_running(world)
     assert world.running() == {"a"}
     began = world.now
     done = driver(world).run()  # it joins what runs
@@ -270,10 +279,7 @@ def test_a_killed_driver_holds_the_fleet_for_a_lease_and_a_live_one_for_ever():
 
 def test_another_content_waits_until_devices_are_done():
     world = World(dict.fromkeys("abc", "good"))
-    world.dies_at = 9
-    with pytest.raises(KilledError):
-        driver(world).run()
-    world.dies_at = None
+    kill_while_running(world)
     world.runs["a"] = (*world.runs["a"][:2], 1e9)
     other = Order(f"registry.example.com/r1@sha256:{'2' * 64}")
     with pytest.raises(ConfigError, match=f"a is being brought to {ORDER.reference}"):
@@ -289,6 +295,7 @@ def test_a_device_that_ends_well_and_serves_the_old_bundle_is_told_apart(
 
     def status() -> Mapping[str, Any]:
         world.serves["a"] = OLD  # no --reload in its command
+        assert not world.started or world.held_until > world.now
         return real()
 
     monkeypatch.setattr(world, "status", status)
