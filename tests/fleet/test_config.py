@@ -77,7 +77,7 @@ def test_every_key_is_read(tmp_path: Path):
         ("/etc/edge-llm/fleet.key", "key", "line 13: devices.orin-1.key_file is 'key': use an abs"),
         ('["sudo", "-n", "/usr/local/sbin/roll-out"]', "[]", "line 14: rollout names no command"),
         ('"edge-llm", "bundle"', '"", "bundle"', "line 9: rollout names no command"),
-        ('["sudo", "-n", "/usr/local/sbin/roll-out"]', '"sh -c x"', "line 14: devices.orin-1.rollout"),
+        ('["sudo", "-n", "/usr/local/sbin/roll-out"]', '"sh -c x"', "line 14: devices.orin-1.ro"),
         ("key_file =", "keyfile =", "line 13: unknown key 'keyfile'; the nearest known one is"),
     ],
 )  # fmt: skip
