@@ -64,6 +64,7 @@ class _Clocked:
     """A backend that moves a clock and answers token 1."""
 
     name = "simulated"
+    forward_best = None
     rounds_activations = False
     kv_scales: dict[str, Any] = {}  # noqa: RUF012 - never changed
     hidden_states = None
