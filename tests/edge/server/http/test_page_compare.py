@@ -25,6 +25,7 @@ def both(browser: Browser) -> list[Any]:
 def test_two_models_answer_one_question_and_one_is_kept(browser: Browser, server: StubServer):
     compare(browser)
     assert browser.one("#model-b").get_attribute("value") == OTHER
+    browser.let_time_pass()
     browser.ask("hello")
     first, second = both(browser)
     browser.picture("compare")

@@ -250,6 +250,7 @@ def test_figures_stand_under_the_answer(browser: Browser, server: StubServer):
         "prompt_tokens_details": {"cached_tokens": 1100},
         "completion_tokens_details": {"reasoning_tokens": 345},
     }
+    browser.let_time_pass()
     browser.ask("hello")
     turn = browser.answered()
     facts = turn.find_element(browser.by.CSS_SELECTOR, ".facts").text
