@@ -8,7 +8,8 @@ different tokenizers, as Llama-8B and Qwen-7B do, and the reasoning is learned w
 
 QUESTIONS is a text with one question per line, or JSONL of ``{"messages": [...]}`` that end with
 the user's turn. ANSWERS.jsonl gets each chat with the teacher's turn. Answers that did not end by
-themselves are left out, and counted. A run that was interrupted goes on after the last answer.
+themselves are left out, and counted; ``--keep-cut`` keeps them, for scripts/train-eagle3, whose
+head learns each token by itself. A run that was interrupted goes on after the last answer.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, help="default: the model's own")
     parser.add_argument("--num-slots", type=int, default=4, help="answers at once (default 4)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-cut", action="store_true", help="also what --max-tokens cut")
     options = parser.parse_args()
     try:
         distill(
@@ -47,6 +49,7 @@ def main() -> None:
             SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens),
             num_slots=options.num_slots,
             seed=options.seed,
+            keep_cut=options.keep_cut,
         )
     except EdgeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -97,6 +100,7 @@ def distill(
     *,
     num_slots: int = 4,
     seed: int = 0,
+    keep_cut: bool = False,
 ) -> tuple[int, int]:
     """Write the teacher's answers to ``output``, in the order of the questions.
 
@@ -109,6 +113,7 @@ def distill(
         params: sampling; question ``i`` has the seed plus i.
         num_slots: answers that are computed at once.
         seed: see ``params``.
+        keep_cut: whether answers are kept that ``max_tokens`` cut.
 
     Returns:
         How many answers this run wrote, and how many it left out as they did not end.
@@ -126,12 +131,14 @@ def distill(
             )
         questions.pop(at)
     counts = {"written": 0, "left out": 0}
+    reasons = ("stop", "length") if keep_cut else ("stop",)
     running: deque[tuple[Messages, Generation]] = deque()
     with LLM(teacher, num_slots=num_slots) as llm, output.open("a", encoding="utf-8") as file:
 
         def take() -> None:
             chat, generation = running.popleft()
-            line = _answer(chat, generation.result())
+            result = generation.result()
+            line = _line(chat, result) if result.finish_reason in reasons else None
             counts["written" if line else "left out"] += 1
             if line:
                 file.write(line + "\n")
@@ -148,10 +155,8 @@ def distill(
     return counts["written"], counts["left out"]
 
 
-def _answer(chat: Messages, result: GenerationResult) -> str | None:
-    """A line of the output; None where the answer did not end by itself."""
-    if result.finish_reason != "stop":
-        return None
+def _line(chat: Messages, result: GenerationResult) -> str:
+    """Of the output."""
     turn = {"role": "assistant", "content": result.text}
     if result.reasoning:
         turn["reasoning"] = result.reasoning

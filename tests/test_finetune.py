@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def test_the_answers_are_the_teachers_and_have_ended(tiny_bundles: Bundles, answ
             assert expected.finish_reason == "stop"
             assert answer["content"] == expected.text
             assert answer.get("reasoning", "") == expected.reasoning
+
+
+def test_a_draft_head_learns_from_cut_answers_too(tiny_bundles: Bundles, tmp_path: Path):
+    output = tmp_path / "cut.jsonl"
+    bundle, params = tiny_bundles("qwen2"), SamplingParams(temperature=1.0, max_tokens=5)
+    assert distill(bundle, QUESTIONS, output, params, keep_cut=True) == (len(QUESTIONS), 0)
+    with LLM(bundle, num_threads=1) as llm:
+        results = [llm.generate(q, replace(params, seed=i)) for i, q in enumerate(QUESTIONS)]
+    assert "length" in [result.finish_reason for result in results]
+    assert [line["messages"][-1]["content"] for line in lines(output)] == [
+        result.text for result in results
+    ]
 
 
 def test_an_interrupted_run_goes_on(tiny_bundles: Bundles, answers: Path):
