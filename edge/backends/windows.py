@@ -89,9 +89,33 @@ class Batching:
     def _widened(self, window: Window) -> Window:
         """The window with idle slots behind it, or at the end of the cache before it."""
         batch = max(window.batch, min(self.min_decode, self.num_slots))
-        first = min(window.first, self.num_slots - batch)
-        shift = window.first - first
-        return Window(first, batch, window.rows, tuple(place + shift for place in window.places))
+        return placed_in(window, min(window.first, self.num_slots - batch), batch)
+
+
+def canonical_windows(num_slots: int, max_batch: int) -> list[tuple[int, int]]:
+    """Few windows that together cover any other one: their CUDA graphs can all be there at load.
+
+    Widths are powers of two and ``max_batch``. A window may begin at every half of its width, the
+    widest anywhere, so that a window of ``n`` slots lies in one of less than ``4 * n``, and two
+    neighbours run alone.
+
+    Returns:
+        First slot and batch of each: lone slots, then the widest windows down to pairs.
+    """
+    widest = min(max_batch, num_slots)
+    widths = {widest, *(1 << power for power in range(widest.bit_length()))}
+    windows = []
+    for width in sorted(widths, key=lambda width: (width > 1, -width)):
+        step = 1 if width == widest else max(width // 2, 1)
+        last = num_slots - width
+        windows += [(first, width) for first in sorted({*range(0, last + 1, step), last})]
+    return windows
+
+
+def placed_in(window: Window, first: int, batch: int) -> Window:
+    """The same sequences in a wider window, which begins at ``first``."""
+    shift = window.first - first
+    return Window(first, batch, window.rows, tuple(place + shift for place in window.places))
 
 
 def plan_windows(slots: Sequence[int], max_width: int, max_gap: int) -> list[Window]:

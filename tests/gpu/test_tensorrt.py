@@ -115,7 +115,7 @@ def test_the_gpu_agrees_with_the_cpu(
         assert not ours.backend.read_slot(1, ours.backend.capacity).any()
         if graphs:
             assert ours.engine.graphs_disabled is None
-            assert ours.engine._graphs.captured >= 1
+            assert len(ours.engine._graphs) >= 1
 
 
 @pytest.mark.usefixtures("driver")

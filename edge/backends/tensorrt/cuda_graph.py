@@ -3,9 +3,11 @@
 TensorRT's rules (developer guide, "CUDA Graphs"): after a change of shapes, one ordinary run comes
 before the capture; and a graph is valid only while the context that it was captured from stays as
 it was. So every graph has an execution context of its own, bound once; activations are shared,
-which makes a context cheap. A shape gets one when it comes for the second time, runs once on it,
-and is captured the third time. That several contexts share a profile is allowed since TensorRT 10.0
+which makes a context cheap. That several contexts share a profile is allowed since TensorRT 10.0
 (PreviewFeature.PROFILE_SHARING_0806 is always on).
+
+All graphs are captured at load, within bounds on time and memory: between two tokens no context is
+built. So there are graphs of a few windows only, and steps run in the narrowest that has room.
 
 Whether there can be graphs is tried once, at load: cuda-bindings may be missing, or the driver's
 library may lack one of its calls. Without graphs decode goes on, one launch after the other.
@@ -15,38 +17,40 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import OrderedDict
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from edge.backends import cuda
+from edge.backends.windows import Window, placed_in
 from edge.errors import BackendError, DependencyError, DeviceError, DeviceMemoryError
 
 from .bound_context import BoundContext, StepShape
 
 _logger = logging.getLogger(__name__)
 
-_MAX_SEEN = 1024
+CAPTURE_S = 10.0
+CAPTURE_BYTES = 256 * 10**6
+"""What capturing may take of a load's time and of the GPU's memory before it stops."""
 _PROBE_BYTES = 256
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Entry:
     context: BoundContext
-    graph: cuda.GraphExec | None = None
+    graph: cuda.GraphExec
 
 
 class DecodeGraphs:
-    """Graphs by `StepShape`, the least recently used one dropped when there are too many.
+    """Graphs by `StepShape`.
 
     Args:
         device, stream: where; the device's context is current.
         make_context: a fresh context of the decode profile.
-        max_graphs: graphs that are kept; 0 turns them off.
+        max_graphs: graphs that are captured at most; 0 turns them off.
 
     Attributes:
-        captured: captures so far.
-        disabled: why there are no graphs any more, or None.
+        disabled: why there are no graphs, or None.
 
     Raises:
         DeviceError, DeviceMemoryError: the GPU failed while graphs were tried.
@@ -61,9 +65,7 @@ class DecodeGraphs:
     ) -> None:
         self._device, self._stream = device, stream
         self._make_context, self._max_graphs = make_context, max_graphs
-        self._entries: OrderedDict[StepShape, _Entry] = OrderedDict()
-        self._seen: set[StepShape] = set()
-        self.captured = 0
+        self._entries: dict[StepShape, _Entry] = {}
         self.disabled: str | None = None if max_graphs else "switched off"
         if max_graphs:
             self._probe()
@@ -95,75 +97,102 @@ class DecodeGraphs:
         return self._device.end_capture(self._stream)
 
     def __len__(self) -> int:
-        return sum(entry.graph is not None for entry in self._entries.values())
+        return len(self._entries)
 
-    def run(self, shape: StepShape, put: Callable[[BoundContext, StepShape], None]) -> bool:
-        """Put a step on the stream, as a graph if there is one.
+    def capture(
+        self, shapes: Iterable[StepShape], put: Callable[[BoundContext, StepShape], None]
+    ) -> None:
+        """Capture steps, the most useful first, until a bound is reached.
 
         Args:
-            shape: of the step.
-            put: puts the step's copies and its run on the stream; what it reads later must lie in
-                fixed buffers.
+            shapes: of decode steps.
+            put: puts a step's copies and its run on the stream; what it reads later must lie in
+                fixed buffers, and what it writes now is lost.
+
+        Raises:
+            DeviceError: the GPU is lost.
+        """
+        started, free = time.perf_counter(), self._device.memory_info()[0]
+        bound = ""
+        for shape in shapes if self.disabled is None else ():
+            if len(self) >= self._max_graphs:
+                bound = f"max_graphs is {self._max_graphs}"
+            elif time.perf_counter() - started > CAPTURE_S:
+                bound = f"{CAPTURE_S:g} s are over"
+            elif free - self._device.memory_info()[0] > CAPTURE_BYTES:
+                bound = f"they take {CAPTURE_BYTES / 1e6:,.0f} MB"
+            if bound or not self._capture(shape, put):
+                break
+        _logger.info(
+            "%d CUDA graphs of decode steps in %.1f s%s",
+            len(self),
+            time.perf_counter() - started,
+            bound and f", and no more: {bound}",
+        )
+
+    def _capture(self, shape: StepShape, put: Callable[[BoundContext, StepShape], None]) -> bool:
+        """Capture one; returns whether to go on."""
+        context: BoundContext | None = None
+        try:
+            context = self._make_context()
+            context.bind(shape)
+            put(context, shape)
+            self._stream.synchronize()
+            graph = self._record(lambda: put(context, shape))
+        except BaseException as error:  # an interrupt, too, must leave nothing behind
+            with contextlib.suppress(DeviceError):  # the first error is the one to tell
+                self._stream.synchronize()
+            if context is not None:
+                context.close()
+            harmless = (BackendError, DependencyError, DeviceMemoryError)
+            if not isinstance(error, harmless) or (isinstance(error, DeviceError) and error.fatal):
+                raise
+            self._stop(str(error))
+            return False
+        self._entries[shape] = _Entry(context, graph)
+        return True
+
+    def _stop(self, reason: str) -> None:
+        """Capture no more, and keep what is there."""
+        if not self._entries:
+            self._disable(reason)
+        else:
+            _logger.warning("%d CUDA graphs were captured, then: %s", len(self), reason)
+
+    def cover(self, window: Window, kv: int) -> Window:
+        """The narrowest window with a graph that has room for this one; itself where none has.
+
+        Args:
+            window: of a decode step.
+            kv: rows of the cache that attention reads.
+        """
+        end = window.first + window.batch
+        wider = [
+            (shape.batch, shape.first)
+            for shape in self._entries
+            if shape.kv == kv and shape.first <= window.first and shape.first + shape.batch >= end
+        ]
+        if not wider:
+            return window
+        batch, first = min(wider)
+        return window if batch == window.batch else placed_in(window, first, batch)
+
+    def launch(self, shape: StepShape) -> bool:
+        """Put a step on the stream as a graph.
 
         Returns:
-            False if nothing was put on the stream: run the step in the ordinary way.
+            False if there is none: run the step in the ordinary way.
 
         Raises:
             BackendError: the step failed.
         """
         entry = self._entries.get(shape)
-        if entry is None:
-            return self._warm_up(shape, put)
-        self._entries.move_to_end(shape)
-        if entry.graph is None:
-            self._capture(entry, shape, put)
-            if entry.graph is None:
-                return False
-        entry.graph.launch(self._stream)
-        return True
-
-    def _warm_up(self, shape: StepShape, put: Callable[[BoundContext, StepShape], None]) -> bool:
-        if self.disabled is not None:
-            return False
-        if shape not in self._seen:
-            if len(self._seen) >= _MAX_SEEN:
-                self._seen.clear()
-            self._seen.add(shape)
-            return False
-        while len(self._entries) >= self._max_graphs:
-            self._close_entry(*self._entries.popitem(last=False))
-        try:
-            context = self._make_context()
-        except (BackendError, DeviceMemoryError) as error:
-            if isinstance(error, DeviceError) and error.fatal:
-                raise
-            self._disable(f"no execution context for a graph: {error}")
-            return False
-        try:
-            context.bind(shape)
-            put(context, shape)
-        except BackendError:
-            # Its run may be on the stream, with the copy behind it refused.
-            with contextlib.suppress(DeviceError):  # the first error is the one to tell
-                self._stream.synchronize()
-            context.close()
-            raise
-        self._entries[shape] = _Entry(context)
-        return True
-
-    def _capture(
-        self, entry: _Entry, shape: StepShape, put: Callable[[BoundContext, StepShape], None]
-    ) -> None:
-        try:
-            entry.graph = self._record(lambda: put(entry.context, shape))
-            self.captured += 1
-        except (BackendError, DependencyError) as error:
-            if isinstance(error, DeviceError) and error.fatal:
-                raise
-            self._disable(str(error))
+        if entry is not None:
+            entry.graph.launch(self._stream)
+        return entry is not None
 
     def switch_off(self, reason: str) -> None:
-        """Destroy all graphs and make no more; the stream must be idle."""
+        """Destroy all graphs; the stream must be idle."""
         self.close()
         self.disabled = reason
 
@@ -172,17 +201,15 @@ class DecodeGraphs:
         self.switch_off(reason)
         _logger.warning("decode goes on without CUDA graphs: %s", reason)
 
-    def _close_entry(self, shape: StepShape, entry: _Entry) -> None:
-        self._seen.discard(shape)
-        graph, entry.graph = entry.graph, None
+    def _close_entry(self, entry: _Entry) -> None:
         entry.context.close()
         try:
-            if graph is not None:
-                graph.close()
+            entry.graph.close()
         except DeviceError as error:  # on a lost device nothing can be destroyed
-            _logger.warning("a CUDA graph could not be freed: %s", error)
+            # As text: who keeps the record must not keep the engine by the error's traceback.
+            _logger.warning("a CUDA graph could not be freed: %s", str(error))
 
     def close(self) -> None:
         """Destroy all graphs and their contexts; the stream must be idle."""
         while self._entries:
-            self._close_entry(*self._entries.popitem())
+            self._close_entry(self._entries.popitem()[1])

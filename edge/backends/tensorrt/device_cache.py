@@ -110,6 +110,11 @@ class DeviceCache:
             return round_to_bf16(chosen)
         return np.ascontiguousarray(chosen, dtype=np.float16).view(np.uint16)
 
+    def clear(self) -> None:
+        """Put zeros into every row of every slot."""
+        for block in self._blocks:
+            block.clear()
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first rows of one slot to another."""
         for block in self._blocks:
@@ -154,8 +159,11 @@ class _Block:
         resources.callback(memory.close)
         self._address = memory.address
         self._copy = cuda.BoxCopy(device)
+        self.clear()
+
+    def clear(self) -> None:
         # Rows that were never written are masked, but 0 times NaN would still be NaN.
-        stream.clear(memory.address, self.num_bytes)
+        self._stream.clear(self._address, self.num_bytes)
 
     def address(self, index: int, slot: int) -> int:
         return self._address + (index * self._slots + slot) * self._slot_bytes

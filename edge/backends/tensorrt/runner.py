@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from edge.backends import BestLogits, Rows, cuda
 from edge.backends.step import Floats, Step, step_after
-from edge.backends.windows import UNBOUNDED, Batching, Window
+from edge.backends.windows import UNBOUNDED, Batching, Window, canonical_windows
 from edge.bundle import io_spec
 from edge.bundle.kv_scales import Scales, read_scales
 from edge.bundle.manifest import Manifest, verify_files
@@ -62,7 +62,7 @@ class TensorRTBackend:
             are run in several batches.
         kv_capacity: refuse engines of another KV capacity; None takes any.
         use_cuda_graphs: replay decode steps as CUDA graphs.
-        max_graphs: graphs that are kept, one per first slot, batch and bucket of the cache.
+        max_graphs: graphs that are captured at load, one per window and bucket of the cache.
         max_logits: rows of logits that one run returns at most; more are fetched in several runs.
         device: number of the GPU.
 
@@ -90,7 +90,7 @@ class TensorRTBackend:
         num_slots: int | None = None,
         kv_capacity: int | None = None,
         use_cuda_graphs: bool = True,
-        max_graphs: int = 16,
+        max_graphs: int = 128,
         max_logits: int = DEFAULT_MAX_LOGITS,
         device: int = 0,
     ) -> None:
@@ -124,6 +124,7 @@ class TensorRTBackend:
                     max_graphs if use_cuda_graphs else 0,
                 )
                 self._resources.callback(self._graphs.close)
+                self._capture_decode()
         except BaseException:
             self.close()
             raise
@@ -214,6 +215,20 @@ class TensorRTBackend:
         self._runs = 0
         self._decode_logits = np.empty((info.max_batch, 1, self._out_width), dtype=np.float32)
 
+    def _capture_decode(self) -> None:
+        """Capture the decode steps of all windows that steps are rounded up to."""
+        self._decode_buffers.clear(idle_cursor=self._idle_cursor)
+        self._graphs.capture(
+            (
+                StepShape(first, batch, 1, 1, kv)
+                for first, batch in canonical_windows(self.num_slots, self.info.max_batch)
+                for kv in self.info.kv_buckets
+            ),
+            self._put_decode,
+        )
+        self._cache.clear()
+        self._stream.synchronize()
+
     def _check_free(self, what: str, needed: int) -> None:
         """Refuse early: on a Jetson the kernel would kill the process instead."""
         free, total = self._device.memory_info()
@@ -298,7 +313,7 @@ class TensorRTBackend:
         return self._forward_best if self.info.best_logits else None
 
     def _forward_best(self, step: Step) -> Rows:
-        windows = self._batching.plan(step)
+        windows = self._plan(step)
         if len(windows) > 1 or step.num_logits > self._max_num_logits:
             return self.forward(step)  # a further run would overwrite the rows of the first
         self._check_usable()
@@ -337,9 +352,20 @@ class TensorRTBackend:
             for row in range(batch):
                 logits[row] = self._run_in_pieces(step, row)
             return logits
-        for window in self._batching.plan(step):
+        for window in self._plan(step):
             self._run_whole(window, step, logits)
         return logits
+
+    def _plan(self, step: Step) -> list[Window]:
+        """The windows of a step; those of decode where they have a graph."""
+        windows = self._batching.plan(step)
+        if not step.seq == step.num_logits == 1:
+            return windows
+        return [self._graphs.cover(window, self._rows_read(window, step)) for window in windows]
+
+    def _rows_read(self, window: Window, step: Step) -> int:
+        starts = [step.starts[row] for row in window.rows]
+        return self._bucket(self._dialect.rows_read(starts, step.kv_len))
 
     def _run_in_pieces(self, step: Step, row: int) -> NDArray[np.float32]:
         """Fetch more logits of one sequence than fit: cut its tokens after the last that do.
@@ -377,11 +403,10 @@ class TensorRTBackend:
         seq, num = step.seq, step.num_logits
         decode = seq == num == 1
         buffers = self._decode_buffers if decode else self._prefill_buffers
-        idle = self.info.kv_capacity - 1 if self._dialect.in_place else 0
-        buffers.fill(window, step, idle_cursor=idle)
-        kv_len = self._dialect.rows_read([step.starts[row] for row in window.rows], step.kv_len)
-        shape = StepShape(window.first, window.batch, seq, num, self._bucket(kv_len))
-        if not (decode and self._graphs.run(shape, self._put_decode)):
+        buffers.fill(window, step, idle_cursor=self._idle_cursor)
+        kv = self._rows_read(window, step)
+        shape = StepShape(window.first, window.batch, seq, num, kv)
+        if not (decode and self._graphs.launch(shape)):
             profile = next(
                 limits.profile for limits in self._limits if limits.covers(window.batch, seq, num)
             )
@@ -395,6 +420,11 @@ class TensorRTBackend:
         self._stream.synchronize()
         self._runs += 1
         return buffers
+
+    @property
+    def _idle_cursor(self) -> int:
+        """The row that an idle slot writes: its last, which is no answer's where slots can idle."""
+        return self.info.kv_capacity - 1 if self._dialect.in_place else 0
 
     def _put_decode(self, context: BoundContext, shape: StepShape) -> None:
         self._put(context, shape, self._decode_buffers)

@@ -102,6 +102,11 @@ class StepBuffers:
     def _region(self, offset: int, count: int, dtype: Any) -> NDArray[Any]:
         return self._inputs[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
 
+    def clear(self, *, idle_cursor: int) -> None:
+        """Write inputs at which every slot idles (`fill`)."""
+        self._inputs[:] = 0
+        self._cursor[...] = idle_cursor
+
     def fill(self, window: Window, step: Step, *, idle_cursor: int) -> None:
         """Write a window's inputs into the staging memory.
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from edge.backends.step import Step, step_after
-from edge.backends.windows import UNBOUNDED, Batching, Window, plan_windows, window_step
+from edge.backends.windows import (
+    UNBOUNDED,
+    Batching,
+    Window,
+    canonical_windows,
+    placed_in,
+    plan_windows,
+    window_step,
+)
 
 SLOTS = st.lists(st.integers(0, 20), unique=True, min_size=1).flatmap(st.permutations)
 
@@ -99,3 +107,21 @@ def test_a_lone_token_runs_beside_an_idle_slot(slots: list[int], spare: int):
         assert [slots[row] - window.first for row in window.rows] == list(window.places)
     chunk = make_step(slots, [0] * len(slots), 3)
     assert batching.plan(chunk) == Batching(decode_gap=1, chunk_gap=0).plan(chunk)
+
+
+@given(num_slots=st.integers(1, 20), max_batch=st.integers(1, 9), data=st.data())
+def test_few_windows_cover_any_other(num_slots: int, max_batch: int, data: st.DataObject):
+    windows = canonical_windows(num_slots, max_batch)
+    assert len(windows) == len(set(windows)) <= 4 * num_slots
+    assert all(0 <= first <= num_slots - batch and batch >= 1 for first, batch in windows)
+    assert windows[:num_slots] == [(slot, 1) for slot in range(num_slots)]
+    batch = data.draw(st.integers(1, min(max_batch, num_slots)))
+    first = data.draw(st.integers(0, num_slots - batch))
+    room = [w for a, w in windows if a <= first and a + w >= first + batch]
+    assert min(room) < 4 * batch
+    if batch <= 2:
+        assert min(room) == batch
+    window = Window(first, batch, (1, 0), (0, batch - 1))
+    wider = placed_in(window, 0, num_slots)
+    assert (wider.first, wider.batch, wider.rows) == (0, num_slots, (1, 0))
+    assert [wider.first + place for place in wider.places] == [first, first + batch - 1]

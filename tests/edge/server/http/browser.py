@@ -61,7 +61,7 @@ class Browser:
         self.started()
 
     def let_time_pass(self) -> None:
-        """Move the page's clock at every reading: a whole answer may come in one read, in no time."""
+        """Move the page's clock at every reading: a whole answer may come in one read."""
         self.driver.execute_script("let now = 0; performance.now = () => (now += 5);")
 
     def ask(self, text: str) -> None:
