@@ -281,6 +281,19 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse a pytest whose ids hide groups from pytest-xdist: their tests would be scattered."""
+    if not getattr(config.option, "loadgroup", False):
+        return
+    for item in items:
+        if item.get_closest_marker("xdist_group") and "@" not in item.nodeid.rpartition("]")[2]:
+            raise pytest.UsageError(
+                f"pytest {pytest.__version__} and this pytest-xdist do not keep the group of "
+                f"{item.nodeid} together; install the versions of requirements/dev.txt"
+            )
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a device that is not here."""
     if item.get_closest_marker("jetson") and not _device_model().startswith("NVIDIA Jetson"):
