@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +29,7 @@ from edge.server.settings import ServerSettings
 from .affinity import Affinity, affinity
 from .config import FleetConfig
 from .members import Asked, Attempt, Facts, Link, LostError, Member, judge
-from .ring import Ring
+from .routing import Router
 
 _log = logging.getLogger("edge.fleet")
 _TEXT = ("/chat/completions", "/completions", "/responses", "/messages", "/messages/count_tokens")
@@ -48,7 +46,6 @@ _KEPT_BACK = frozenset(
     b"x-content-type-options".split()
 )
 _STREAMS = (b"text/event-stream", b"application/x-ndjson")
-_SESSIONS = 65_536
 _LOOKS = 4  # at one device at once
 
 
@@ -94,9 +91,7 @@ class FleetHead:
     ) -> None:
         self._config = config
         self.members = {name: Member(name, links[name]) for name in config.devices}
-        self._ring = Ring(self.members)
-        self._turn = itertools.count()
-        self._sessions: OrderedDict[str, str] = OrderedDict()
+        self._router = Router(self.members)
         self.settings = ServerSettings(
             host=config.host,
             port=config.port,
@@ -109,7 +104,7 @@ class FleetHead:
         path = self.settings.api_key_file
         keys = None if path is None else APIKeys(path)
         self.is_draining = False
-        self.accepted: frozenset[str] = frozenset()
+        self.accepted = self._judged_with = frozenset[str]()
         self.app: App = Guard(
             self._route,
             self.settings,
@@ -152,12 +147,16 @@ class FleetHead:
                 if member.facts is not None:
                     member.lose(str(error))
             return
+        before = member.facts
         with self._told(member):
             try:
                 member.saw(msgspec.convert(seen, Facts))
             except msgspec.ValidationError as error:
                 member.lose(f"it speaks another version of the fleet's protocol: {error}")
-            judge(self.members.values(), self._config, self.accepted)
+            # At every look it would take a head of 1,000 devices more time than there is.
+            if member.facts != before or self._judged_with != self.accepted:
+                self._judged_with = self.accepted
+                judge(self.members.values(), self._config, self.accepted)
 
     @contextlib.contextmanager
     def _told(self, member: Member) -> Iterator[None]:
@@ -239,7 +238,7 @@ class FleetHead:
             tried.add(member.name)
             outcome = await self._try(member, asked, send)
             if isinstance(outcome, _Done):
-                self._remember(place, member)
+                self._router.remember(place.key, member.name)
                 return
             if isinstance(outcome, _Busy):
                 busy.append(outcome)
@@ -267,38 +266,25 @@ class FleetHead:
 
     def _choose(self, place: Affinity, tried: set[str]) -> Member | None:
         """Choose a device that has room: the key's own one, unless others have a free slot."""
-        able = [member for member in self._able(place.model) if member.name not in tried]
-        room = {member.name: member for member in able if member.has_room}
-        if not room:
-            return None
-        if place.key is None:
-            # Equal loads take turns.
-            members = list(room.values())
-            first = next(self._turn) % len(members)
-            return min(members[first:] + members[:first], key=lambda member: member.load)
-        order = [room[name] for name in self._ring.order(place.key) if name in room]
-        last = room.get(self._sessions.get(place.key, ""))
-        if last is not None:
-            order.remove(last)
-            order.insert(0, last)
-        free = next((member for member in order if member.in_flight < member.slots), None)
-        return free or min(order, key=lambda member: member.load)
-
-    def _able(self, model: str | None) -> list[Member]:
-        takes = [member for member in self.members.values() if member.takes]
+        model = place.model
         # A name that no device has is the devices' to refuse, or to find among their splits.
-        return [m for m in takes if model is not None and m.serves(model)] or takes
+        named = model is not None and any(self._able(model))
 
-    def _remember(self, place: Affinity, member: Member) -> None:
-        """Keep where a key's prefix is now, which after a spill or a loss is not its home."""
-        if place.key is not None:
-            self._sessions[place.key] = member.name
-            self._sessions.move_to_end(place.key)
-            if len(self._sessions) > _SESSIONS:
-                self._sessions.popitem(last=False)
+        def may(member: Member) -> bool:
+            if not member.takes or not member.has_room or member.name in tried:
+                return False
+            return not named or model is None or member.serves(model)
+
+        return self._router.choose(place.key, self.members, may)
+
+    def _able(self, model: str | None) -> Iterator[Member]:
+        """Go through those that take requests, for this model if one is named."""
+        for member in self.members.values():
+            if member.takes and (model is None or member.serves(model)):
+                yield member
 
     def _nobody(self, place: Affinity, busy: list[_Busy] | None = None) -> APIError:
-        able = self._able(place.model)
+        able = [*self._able(place.model)] or [*self._able(None)]
         waits = [one.retry_after_s for one in busy or () if one.status == 429]
         if waits or any(not member.has_room for member in able):
             return APIError(

@@ -124,6 +124,7 @@ class Member:
         admitted: whether it is let in: it fits, or its difference is allowed.
         draining: whether an operator took it out.
         counts: requests by outcome: answered, streamed, busy, lost.
+        slots: requests that it computes at once.
     """
 
     def __init__(self, name: str, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
@@ -135,6 +136,7 @@ class Member:
         self.admitted = False
         self.draining = False
         self.counts: Counter[str] = Counter()
+        self.slots = self._room = 0
         self._clock = clock
         self._sign = clock()
         self._attempts: set[Attempt] = set()
@@ -145,11 +147,6 @@ class Member:
         return len(self._attempts)
 
     @property
-    def slots(self) -> int:
-        """Requests that it computes at once."""
-        return self.facts.slots if self.facts is not None else 0
-
-    @property
     def takes(self) -> bool:
         """Whether it may get a request at all."""
         return self.trouble is None and self.admitted and not self.draining
@@ -157,7 +154,7 @@ class Member:
     @property
     def has_room(self) -> bool:
         """Whether its queue would take one more, as far as the head knows."""
-        return self.facts is not None and self.in_flight < self.facts.room
+        return self.in_flight < self._room
 
     @property
     def load(self) -> float:
@@ -186,6 +183,7 @@ class Member:
         """Take what it says of itself; a service that is gone answers nothing any more."""
         self.alive()
         self.facts = facts if facts.models or self.facts is None else _later(self.facts, facts)
+        self.slots, self._room = self.facts.slots, self.facts.room
         self.trouble = facts.trouble
 
     def judge_silence(self, config: FleetConfig) -> None:

@@ -15,7 +15,7 @@ import pytest
 import edge
 from fleet.config import Device, FleetConfig
 from fleet.head import FleetHead
-from fleet.members import Asked, Item, LostError
+from fleet.members import Asked, Item, LostError, judge
 from tests.conftest import write_secret
 
 JSON = (200, [(b"content-type", b"application/json")])
@@ -463,5 +463,34 @@ def test_keys_are_checked_at_the_head_and_keep_conversations_apart(tmp_path: Pat
         assert (await caller.ask("/ready", None)).status == 200
         served = {(await caller.ask(authorization=f"Bearer secret-{n}")).device for n in names}
         assert served == {"a", "b", "c"}
+
+    run(test)
+
+
+def test_devices_are_judged_when_something_has_changed(monkeypatch: pytest.MonkeyPatch):
+    """A head of 1,000 devices looks 2,000 times a second, and to judge is to go through all."""
+
+    async def test() -> None:
+        devices = {"c": Scripted(facts={"sha256": "bb"})}
+        caller = await seen(CONFIG, **devices)
+        head = caller.head
+        judged: list[Any] = []
+
+        def count(*given: Any) -> None:
+            judged.append(given)
+            judge(*given)
+
+        monkeypatch.setattr("fleet.head.judge", count)
+        await caller.see()
+        assert not judged
+        assert head.status()["devices"]["c"]["state"] == "refused"
+        head.accepted = frozenset(["bb"])
+        await caller.see()
+        assert len(judged) == 1
+        assert head.status()["devices"]["c"]["state"] == "ready"
+        caller.devices["c"].facts = {"sha256": "cc"}
+        await caller.see()
+        assert len(judged) == 2
+        assert head.status()["devices"]["c"]["state"] == "refused"
 
     run(test)
