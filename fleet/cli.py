@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import platform
 import re
 import time
@@ -68,7 +67,8 @@ def up(file: Path, wait_s: float, as_json: bool) -> None:
 def join(file: Path, name: str, wait_s: float) -> None:
     """Join this machine to the fleet as the device NAME, until SIGTERM.
 
-    The device's own edge-llm serve must run.
+    The device's own edge-llm serve must run. Where the head is gone, or was started anew, it joins
+    again as soon as there is one.
     """
     config = read_config(file)
     if name not in config.devices:
@@ -79,9 +79,8 @@ def join(file: Path, name: str, wait_s: float) -> None:
             f"Ray takes about 400 MB of a device, and of its memory {free >> 20} MiB are free; "
             "this device is too small for it: free 1 GiB, or put a proxy before the devices"
         )
-    environ = cluster.device_environ(config)
-    command = cluster.device_command(config, name, _labels(config, name, wait_s))
-    os.execve(command[0], command, environ)
+    labels = _labels(config, name, wait_s)
+    cluster.stay_joined(config, name, labels, lambda line: click.echo(line, err=True))
 
 
 @fleet.command()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +25,11 @@ from .names import HEAD_RESOURCE, device_resource
 STORE_BYTES = 100_000_000
 """Shared memory of Ray's object store; by default it would take 30 % of a device's memory."""
 _START_S = 120.0
+_REJOIN_S = (1.0, 30.0)
+_CONNECT_S = 5.0
 _STOP_S = 30.0
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 _TLS = ("RAY_USE_TLS", "RAY_TLS_")
 _STARTED = "Ray runtime started"
 
@@ -68,24 +74,27 @@ def start_head(config: FleetConfig) -> None:
     if find_spec("grpc") is not None:  # only then Ray opens that port, and else it refuses one
         command.append(f"--ray-client-server-port={config.ray_port + 1}")
     log = place / "start.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env=_environ(config),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    (place / "head.pid").write_text(f"{process.pid} {_started(process.pid)}")
-    deadline = time.monotonic() + _START_S
-    while _STARTED not in log.read_text("utf-8", "replace"):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.terminate()
-            raise BackendError(
-                f"Ray did not start at {config.address}: {_last_line(log)}; see {log}"
+    # Ray gives itself up where it has not started within 30 s, as on a machine with other work. The
+    # second time it finds its files in memory.
+    for _ in range(2):
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                env=_environ(config),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-        time.sleep(0.1)
+        (place / "head.pid").write_text(f"{process.pid} {_started(process.pid)}")
+        deadline = time.monotonic() + _START_S
+        while process.poll() is None and time.monotonic() < deadline:
+            if _STARTED in log.read_text("utf-8", "replace"):
+                return
+            time.sleep(0.1)
+        process.terminate()
+        process.wait()
+    raise BackendError(f"Ray did not start at {config.address}: {_last_line(log)}; see {log}")
 
 
 def find_head(config: FleetConfig) -> int | None:
@@ -113,19 +122,55 @@ def stop_head(config: FleetConfig) -> bool:
     return True
 
 
-def device_command(config: FleetConfig, name: str, labels: Mapping[str, str]) -> list[str]:
-    """Return the command that joins this machine to the fleet as a device, until it is ended."""
-    return [
+def stay_joined(
+    config: FleetConfig, name: str, labels: Mapping[str, str], told: Callable[[str], None]
+) -> None:
+    """Join this machine as a device until SIGTERM or SIGINT, again whenever Ray ends.
+
+    Ray ends on a device when its head is gone or was made anew, and where it did not start within
+    the 30 s that it allows itself.
+
+    Args:
+        config: the fleet's file.
+        name: of the device.
+        labels: that Ray shows of it.
+        told: is called with a line when Ray has ended.
+    """
+    command = [
         *_ray_start(_directory(config, name)),
         f"--address={config.address}",
         f"--resources={json.dumps({device_resource(name): 1})}",
         "--labels=" + ",".join(f"{key}={value}" for key, value in labels.items()),
     ]
+    signals: list[int] = []  # no lock: the handler runs between any two steps of this same thread
+    process: subprocess.Popen[bytes] | None = None
 
+    def end(number: int, _: object) -> None:
+        signals.append(number)
+        if process is not None:
+            process.terminate()
 
-def device_environ(config: FleetConfig) -> dict[str, str]:
-    """Return the whole environment of `device_command`."""
-    return _environ(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    wait_s = _REJOIN_S[0]
+    while not signals:
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command, env=_environ(config), stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        )
+        if signals:  # the signal came while it was started
+            process.terminate()
+        code = process.wait()
+        if signals:
+            return
+        lived_s = time.monotonic() - began
+        wait_s = _REJOIN_S[0] if lived_s > _REJOIN_S[1] else min(2 * wait_s, _REJOIN_S[1])
+        told(
+            f"Ray ended with code {code} after {lived_s:.0f} s; {name} joins again in {wait_s:g} s"
+        )
+        again = time.monotonic() + wait_s
+        while not signals and time.monotonic() < again:
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -150,6 +195,15 @@ def connect(config: FleetConfig) -> None:
     os.environ.update(environment(config))
     os.environ.pop("RAY_AUTH_TOKEN", None)  # it would count before the file
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+    # By default Ray tries for a quarter of an hour, 20 times 46 s.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
+    try:
+        socket.create_connection((config.ray_host, config.ray_port), _CONNECT_S).close()
+    except OSError as error:
+        raise BackendError(
+            f"no head of the fleet answers at {config.address}: {error.strerror or error}; on the "
+            "head run: edge-llm fleet up"
+        ) from error
     try:
         import ray
     except ImportError as error:
@@ -186,6 +240,11 @@ def _ray_start(place: Path) -> list[str]:
     ]
 
 
+def _end_with_parent() -> None:
+    """Let the process that is being started get SIGTERM when this one is killed."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _not_installed() -> DependencyError:
     return DependencyError(f"a fleet needs Ray; run: {install_command('fleet')}")
 
@@ -210,7 +269,10 @@ def _directory(config: FleetConfig, name: str) -> Path:
     found = base.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(f"{base} is not this user's own closed directory; remove it")
-    place = base / hashlib.sha256(f"{config.address} {name}".encode()).hexdigest()[:8]
+    # An address is another machine's in another network namespace, which may share /tmp.
+    network = Path("/proc/thread-self/ns/net").stat().st_ino
+    key = f"{config.address} {name} {network}"
+    place = base / hashlib.sha256(key.encode()).hexdigest()[:8]
     place.mkdir(mode=0o700, exist_ok=True)
     return place
 

@@ -352,7 +352,7 @@ def test_the_command_leaves_with_these_codes(
 def _message_texts() -> str:
     """All string literals of the packages, values in f-strings as an ellipsis."""
     texts = []
-    for package in ("edge", "engines", "export"):
+    for package in ("edge", "engines", "export", "fleet"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.JoinedStr):

@@ -97,11 +97,12 @@ class Process:
 
 
 def session(leader: int) -> list[int]:
-    """List the processes of a session."""
+    """List the processes of a session that have not ended."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[3]) == leader:
+            state, *_, number = path.read_text().rpartition(")")[2].split()[:4]
+            if int(number) == leader and state != "Z":
                 found.append(int(path.parent.name))
     return found
 
@@ -147,11 +148,18 @@ class LocalFleet:
         self.services[name] = Process(log, *arguments, home=self.directory)
         self.services[name].wait_for("ready: ")
 
-    def join(self, name: str) -> None:
-        """Let a device join."""
+    def join(self, name: str, timeout_s: float = 300) -> None:
+        """Let a device join the head that is up, and wait for it unless ``timeout_s`` is 0.
+
+        One after the other: a node of Ray gives itself up where it has not started within 30 s,
+        which three at once on two busy cores do not.
+        """
         log = self.directory / f"join-{name}.log"
+        log.unlink(missing_ok=True)
         arguments = ("fleet", "join", str(self.file), name)
         self.nodes[name] = Process(log, *arguments, home=self.directory)
+        if timeout_s:
+            self.nodes[name].wait_for("Ray runtime started", timeout_s)
 
     def run(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a verb of ``edge-llm fleet``."""
