@@ -26,7 +26,7 @@ from edge.errors import (
     GateError,
     ResourceError,
 )
-from edge.measure.evaluate import CHUNK_TOKENS
+from edge.measure.compare import CHUNK_TOKENS
 from edge.planner.memory import Deployment, plan_process_memory
 from edge.planner.weights import manifest_linears, recipe_linears
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ import msgspec
 
 from edge.backends.ort.session import check_int8_activations
 from edge.bundle.library import find_bundle
-from edge.bundle.manifest import MANIFEST_NAME, Dialect, ModelSpec, read_manifest
+from edge.bundle.manifest import MANIFEST_NAME, Dialect, read_manifest
 from edge.bundle.tasks import check_task
 from edge.bundle.update import update_manifest
-from edge.engine_config import EngineConfig
 from edge.errors import (
     EXIT_GATE_MISSED,
     CheckpointError,
@@ -29,95 +26,121 @@ from edge.errors import (
     install_command,
 )
 from edge.measure import evaluate as evaluation
+from edge.measure.evaluator import WINDOW, Computer, ThisMachine, evaluate_task, evaluate_text
 from edge.measure.report import FIGURES, format_figure, html_report, html_task_report
 from edge.plot import load_renderer
-from edge.progress import Progress, prefixed, uncounted
-from edge.runtime.llm import LLM
-from edge.runtime.sampling import SamplingParams
 
 from . import COMMAND_GROUP, echo_json
-from .options import BundlePath, engine_options, take_engine
+from .options import BundlePath, Command, engine_options, take_engine
 from .progress import show_progress
 from .settings_options import complete_bundle
 
 _CURVES = ("kl_by_position", "layers")  # too long for a manifest
+_OF_TEXT = {"text_file": "--text", "tokens": "--tokens", "window": "--window"}
+_OF_TASK = {
+    "limit": "--limit",
+    "scoring": "--choices",
+    "max_tokens": "--max-tokens",
+    "temperature": "--temperature",
+}
+
+
+_OPTIONS = (
+    click.argument(
+        "bundles",
+        metavar="BUNDLE...",
+        nargs=-1,
+        required=True,
+        type=BundlePath(),
+    ),
+    click.option(
+        "--against",
+        metavar="BUNDLE|CHECKPOINT",
+        help="Reference: a bundle by directory or name; or a checkpoint (a directory, GGUF file or "
+        "hub id), which is exported to fp16 first, into a temporary directory under $TMPDIR.",
+        shell_complete=complete_bundle,
+    ),
+    click.option(
+        "--text",
+        "text_file",
+        type=click.Path(path_type=Path),
+        help="UTF-8 text to read; default: the one that comes with edge-llm.",
+    ),
+    click.option("--tokens", type=click.IntRange(2), help="Tokens of the text; default: all."),
+    click.option("--window", type=click.IntRange(2), help=f"Tokens per window; default {WINDOW}."),
+    click.option(
+        "--gate",
+        metavar="NAME|FILE",
+        help="Exit with code 3 if a threshold is missed: fp16, int8, int4, recipe (the one that "
+        "fits the bundle), or a TOML or JSON file with kl_mean, kl_p99, perplexity_ratio, "
+        "top1_agreement, cosine_mean; for a task a file with accuracy_loss.",
+    ),
+    click.option(
+        "--task",
+        "task_file",
+        type=click.Path(path_type=Path),
+        help="Answer the questions of this JSONL file instead (MMLU, GSM8K or HumanEval layout).",
+    ),
+    click.option("--limit", type=click.IntRange(1), help="Questions of the task; default: all."),
+    click.option(
+        "--choices",
+        "scoring",
+        type=click.Choice(["letter", "text"]),
+        help="How a task's choices compete: by letter (default), or by text per byte.",
+    ),
+    click.option("--max-tokens", type=click.IntRange(1), help="Tokens per answer; default 1024."),
+    click.option(
+        "--temperature",
+        type=float,
+        help="Temperature of generated answers; default 0. R1 was published at 0.6.",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Seed of the confidence intervals' bootstrap and of sampled answers.",
+    ),
+    click.option("--save", is_flag=True, help="Store the result in the bundle's manifest."),
+    click.option(
+        "--html",
+        "html_file",
+        type=click.Path(path_type=Path),
+        help="Write a report here; its charts need the extra report.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON line per bundle."),
+    click.option(
+        "--int8-activations",
+        is_flag=True,
+        help="Compute on the CPU with activations rounded to int8, as it does when it serves; "
+        "default: float, which measures the bundle alone.",
+    ),
+    engine_options("num_threads"),
+)
+
+
+def evaluation_options(command: Command) -> Command:
+    """Add the argument and the options of `evaluate`; `run_evaluation` takes them."""
+    for add in reversed(_OPTIONS):
+        command = add(command)
+    return command
 
 
 @click.command("eval")
-@click.argument(
-    "bundles",
-    metavar="BUNDLE...",
-    nargs=-1,
-    required=True,
-    type=BundlePath(),
-)
-@click.option(
-    "--against",
-    metavar="BUNDLE|CHECKPOINT",
-    help="Reference: a bundle by directory or name; or a checkpoint (a directory, GGUF file or hub "
-    "id), which is exported to fp16 first, into a temporary directory under $TMPDIR.",
-    shell_complete=complete_bundle,
-)
-@click.option(
-    "--text",
-    "text_file",
-    type=click.Path(path_type=Path),
-    help="UTF-8 text to read; default: the one that comes with edge-llm.",
-)
-@click.option("--tokens", type=click.IntRange(2), help="Tokens of the text; default: all.")
-@click.option("--window", type=click.IntRange(2), help="Tokens per window; default 512.")
-@click.option(
-    "--gate",
-    metavar="NAME|FILE",
-    help="Exit with code 3 if a threshold is missed: fp16, int8, int4, recipe (the one that fits "
-    "the bundle), or a TOML or JSON file with kl_mean, kl_p99, perplexity_ratio, "
-    "top1_agreement, cosine_mean; for a task a file with accuracy_loss.",
-)
-@click.option(
-    "--task",
-    "task_file",
-    type=click.Path(path_type=Path),
-    help="Answer the questions of this JSONL file instead (MMLU, GSM8K or HumanEval layout).",
-)
-@click.option("--limit", type=click.IntRange(1), help="Questions of the task; default: all.")
-@click.option(
-    "--choices",
-    "scoring",
-    type=click.Choice(["letter", "text"]),
-    help="How a task's choices compete: by letter (default), or by text per byte.",
-)
-@click.option("--max-tokens", type=click.IntRange(1), help="Tokens per answer; default 1024.")
-@click.option(
-    "--temperature",
-    type=float,
-    help="Temperature of generated answers; default 0. R1 was published at 0.6.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Seed of the confidence intervals' bootstrap and of sampled answers.",
-)
-@click.option("--save", is_flag=True, help="Store the result in the bundle's manifest.")
-@click.option(
-    "--html",
-    "html_file",
-    type=click.Path(path_type=Path),
-    help="Write a report here; its charts need the extra report.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per bundle.")
-@click.option(
-    "--int8-activations",
-    is_flag=True,
-    help="Compute on the CPU with activations rounded to int8, as it does when it serves; default: "
-    "float, which measures the bundle alone.",
-)
-@engine_options("num_threads")
+@evaluation_options
 @click.pass_context
-def evaluate(
+def evaluate(ctx: click.Context, /, **options: Any) -> None:
+    """Measure BUNDLEs on held-out text, or on a task, with --against also what they lost.
+
+    Text: perplexity, KL divergence, top-1 agreement and cosine of the logits, error by layer.
+    """
+    run_evaluation(ctx, ThisMachine(), **options)
+
+
+def run_evaluation(
     ctx: click.Context,
-    /,
+    computer: AbstractContextManager[Computer],
+    *,
     bundles: tuple[Path, ...],
     against: str | None,
     gate: str | None,
@@ -127,9 +150,10 @@ def evaluate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure BUNDLEs on held-out text, or on a task, with --against also what they lost.
+    """Evaluate as `evaluation_options` say, and print, save and judge what was found.
 
-    Text: perplexity, KL divergence, top-1 agreement and cosine of the logits, error by layer.
+    The context ends with `EXIT_GATE_MISSED` where a threshold was missed, and the computer is
+    entered once the options are found sound.
     """
     _refuse_idle_options(task_file, options)
     for path in bundles:
@@ -150,10 +174,13 @@ def evaluate(
     with ExitStack() as stack:
         dialect = read_manifest(bundles[0]).dialect  # one that runs where the bundle does
         reference = None if against is None else _reference(against, dialect, stack)
+        opened = stack.enter_context(computer)
+        given = {name: options[name] for name in (_OF_TEXT if task_file is None else _OF_TASK)}
+        given |= {"seed": options["seed"], "progress": stack.enter_context(show_progress())}
         if task_file is None:
-            results = _run_text(bundles, reference, engine, **_text_options(options))
+            results = evaluate_text(opened, bundles, reference, engine, **given)
         else:
-            results = _run_task(bundles, reference, engine, task_file, **options)
+            results = evaluate_task(opened, bundles, reference, engine, task_file, **given)
     for result, limits in zip(results, gates, strict=True):
         if limits is not None:
             measured = result if task_file is None else result["against"]
@@ -186,30 +213,11 @@ def evaluate(
 
 def _refuse_idle_options(task_file: Path | None, options: dict[str, Any]) -> None:
     """Refuse an option that the chosen kind of run would ignore."""
-    only = {
-        "text_file": ("--text", False),
-        "tokens": ("--tokens", False),
-        "window": ("--window", False),
-        "limit": ("--limit", True),
-        "scoring": ("--choices", True),
-        "max_tokens": ("--max-tokens", True),
-        "temperature": ("--temperature", True),
-    }
-    for name, (flag, for_task) in only.items():
+    for name, flag in (_OF_TEXT | _OF_TASK).items():
+        for_task = name in _OF_TASK
         if options[name] is not None and for_task != (task_file is not None):
             other = "needs --task" if for_task else "does not go with --task"
             raise ConfigError(f"{flag} {other}; leave one of them out")
-
-
-def _text_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("text_file", "tokens", "window", "seed")}
-
-
-def _of_reference(engine: EngineConfig) -> EngineConfig:
-    """Fit the engine to a reference that may be float, where no activation is ever rounded."""
-    if engine.int8_activations:
-        return replace(engine, backend="ort-cpu", int8_activations=None)
-    return engine
 
 
 def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
@@ -238,83 +246,7 @@ def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
     return bundle
 
 
-# ------------------------------------------------------------------------------- text
-
-
-def _run_text(
-    bundles: tuple[Path, ...],
-    reference: Path | None,
-    engine: EngineConfig,
-    *,
-    text_file: Path | None,
-    tokens: int | None,
-    window: int | None,
-    seed: int,
-) -> list[dict[str, Any]]:
-    path = text_file or evaluation.EVAL_TEXT
-    text = evaluation.read_text(path)
-    size = window or 512
-    results = []
-    with ExitStack() as stack:
-        progress = stack.enter_context(show_progress())
-        base = None
-        if reference is not None:
-            base = _open(reference, size, _of_reference(engine), stack, progress)
-        for bundle in bundles:
-            # One bundle at a time beside the reference: memory does not grow with their number.
-            with ExitStack() as inner:
-                model = _open(bundle, size, engine, inner, progress)
-                windows = _windows(model, text, size, tokens)
-                if base is not None and _windows(base, text, size, tokens) != windows:
-                    raise ConfigError(
-                        f"{bundle} and {reference} read the text as other tokens, so they cannot "
-                        "be compared; give the same model's bundle to --against"
-                    )
-                if base is not None and _shape(base) != _shape(model):
-                    raise ConfigError(
-                        f"{bundle} and {reference} are bundles of models with other dimensions; "
-                        "give the same model's bundle to --against"
-                    )
-                digest = hashlib.sha256(text.encode()).hexdigest()
-                result = evaluation.measure(
-                    model,
-                    base,
-                    evaluation.EvalText(windows, path.name, digest),
-                    window=size,
-                    seed=seed,
-                    progress=prefixed(progress, f"{bundle.name}: "),
-                )
-                results.append(
-                    {
-                        "bundle": str(bundle),
-                        **result,
-                        "int8_activations": engine.int8_activations,
-                    }
-                )
-    return results
-
-
-def _shape(llm: LLM) -> ModelSpec:
-    """Describe the model without what a recipe may change: a rotation unties the lm_head."""
-    return msgspec.structs.replace(llm.manifest.model, tied_embeddings=False)
-
-
-def _open(
-    bundle: Path, window: int, engine: EngineConfig, stack: ExitStack, progress: Progress
-) -> LLM:
-    positions = read_manifest(bundle).rope_positions
-    if window > positions:
-        raise ConfigError(f"--window {window} is longer than the {positions} positions of {bundle}")
-    with uncounted(progress, f"{bundle.name}: open"):
-        return stack.enter_context(
-            LLM(bundle, engine, kv_capacity=window, prefill_chunk=evaluation.CHUNK_TOKENS)
-        )
-
-
-def _windows(llm: LLM, text: str, window: int, tokens: int | None) -> list[list[int]]:
-    known = llm.manifest.tokens
-    prefix = [known.bos] if known.add_bos and known.bos is not None else []
-    return evaluation.cut_windows(llm.tokenizer.encode(text), window, prefix, tokens)
+# ------------------------------------------------------------------------------- what is printed
 
 
 def _print_text(results: list[dict[str, Any]]) -> None:
@@ -344,73 +276,6 @@ def _print_text(results: list[dict[str, Any]]) -> None:
         if worst:
             listed = ", ".join(f"{row['layer']} ({row['key_error']:.3g})" for row in worst)
             console.print(f"{result['bundle']}: worst layers by key error: {listed}")
-
-
-# ------------------------------------------------------------------------------- tasks
-
-
-def _run_task(
-    bundles: tuple[Path, ...],
-    reference: Path | None,
-    engine: EngineConfig,
-    task_file: Path,
-    *,
-    limit: int | None,
-    scoring: Any,
-    max_tokens: int | None,
-    temperature: float | None,
-    seed: int,
-    **_unset: None,
-) -> list[dict[str, Any]]:
-    from edge.measure import tasks
-
-    items = tasks.read_task(task_file, limit)
-    is_choice = isinstance(items[0][1], tasks.ChoiceItem)
-    idle = [
-        flag
-        for flag, value, fits in (
-            ("--choices", scoring, is_choice),
-            ("--max-tokens", max_tokens, not is_choice),
-            ("--temperature", temperature, not is_choice),
-        )
-        if value is not None and not fits
-    ]
-    if idle:
-        kind = "choices" if is_choice else "generated"
-        raise ConfigError(f"{idle[0]} has no effect: the answers in {task_file} are {kind}")
-    params = SamplingParams(
-        temperature=temperature or 0.0, seed=seed, max_tokens=max_tokens or 1024
-    )
-
-    def answers(bundle: Path, engine: EngineConfig) -> list[tasks.ItemResult]:
-        # One bundle at a time: the second needs no memory while the first runs.
-        with show_progress() as shown, ExitStack() as stack:
-            progress = prefixed(shown, f"{bundle.name}: ")
-            with uncounted(progress, "open"):
-                llm = stack.enter_context(LLM(bundle, engine))
-            return tasks.run_task(
-                llm, items, scoring=scoring or "letter", params=params, progress=progress
-            )
-
-    theirs = None if reference is None else answers(reference, _of_reference(engine))
-    digest = hashlib.sha256(evaluation.read_text(task_file).encode()).hexdigest()
-    results = []
-    for bundle in bundles:
-        ours = answers(bundle, engine)
-        result = {
-            "bundle": str(bundle),
-            **tasks.summarize_task(ours),
-            "task": {"name": task_file.name, "sha256": digest},
-            "int8_activations": engine.int8_activations,
-        }
-        if theirs is not None and reference is not None:
-            result["against"] = {
-                "reference": evaluation.describe(read_manifest(reference)),
-                **tasks.summarize_task(theirs),
-                **tasks.compare_task(ours, theirs),
-            }
-        results.append(result)
-    return results
 
 
 def _print_task(results: list[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, install_command
 from edge.measure import evaluate
+from edge.measure.compare import CHUNK_TOKENS, compare
 from edge.measure.drift import (
     ALPHA,
     MIN_PSI,
@@ -172,7 +173,7 @@ def watch(
         return record or (record_missing and not path.exists())
 
     thresholds = Thresholds(alpha, min_psi)
-    options["engine"] = take_engine(options, prefill_chunk=evaluate.CHUNK_TOKENS)
+    options["engine"] = take_engine(options, prefill_chunk=CHUNK_TOKENS)
     outcome = _Outcome([], {}, [])
     counters = None if traffic is None else _counters(options)
     if against is not None:
@@ -287,7 +288,7 @@ def _compare_bundles(
             return checks, "other vocabularies: perplexities cannot be compared"
         text = eval_text(ours, options["text_file"], options["text_tokens"])
         result = ours.call(
-            lambda: theirs.call(lambda: evaluate.compare(ours, theirs, text, progress))
+            lambda: theirs.call(lambda: compare(ours, theirs, text.windows, progress))
         )
     figures = evaluate.summarize(result.positions)
     low, high = evaluate.confidence_intervals(result.positions)["perplexity_ratio"]

@@ -1,12 +1,8 @@
-"""Measures how far a bundle is from its reference, teacher-forced on a text that neither has seen.
+"""Figures of how far a bundle is from its reference, teacher-forced on a text neither has seen.
 
-The text is cut into windows that stand alone. Both models read the same tokens, a chunk of 64 at a
-time, side by side: their logits are compared in float64 while they are there, and only a few
-numbers per position are kept. So the figures are exact over the whole vocabulary and memory is
-bounded: two chunks of logits (78 MB at a vocabulary of 151,936), whatever the text's length.
-
-Confidence intervals are bootstrap percentiles over blocks of up to 64 consecutive positions, since
-the errors of neighbours depend on each other (Künsch, 1989, without overlap).
+The text is cut into windows that stand alone; `edge.measure.compare` runs them. Confidence
+intervals are bootstrap percentiles over blocks of up to 64 consecutive positions, since the errors
+of neighbours depend on each other (Künsch, 1989, without overlap).
 """
 
 from __future__ import annotations
@@ -14,101 +10,26 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from edge.backends import Backend, Floats
-from edge.backends.step import all_tokens, prefill
-from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError, DependencyError
-from edge.figures import cosine_similarity, kl_divergence, log_softmax
 from edge.files import MALFORMED, read_text_file
-from edge.progress import Progress, silent
 
-CHUNK_TOKENS = 64
-"""Positions whose logits are in memory at once, and the length of a bootstrap block."""
+from .compare import Comparison, Positions, num_scored
+
 EVAL_TEXT = Path(__file__).parent / "data" / "eval_text.txt"
 """Held-out text written for this project; calibration never reads it."""
 
-_ROWS = 4  # rows compared at a time in float64: 5 MB each at a vocabulary of 151,936
 _RESAMPLES = 1000
 _CONFIDENCE = 0.95
 _CURVE_POINTS = 32
-
-Vector = NDArray[np.float64]
 _MAX_TEXT_BYTES = 1 << 28
-
-
-class Model(Protocol):
-    """What evaluation needs of an `edge.runtime.llm.LLM`."""
-
-    backend: Backend
-    embeddings: EmbeddingTable
-    manifest: Manifest
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Numbers for each scored position, float64 ``[n]`` unless stated otherwise.
-
-    Attributes:
-        block: bootstrap block that the position belongs to, int64.
-        offset: place in its window, int64.
-        nll: negative log-probability of the token that follows, in nats.
-        reference_nll: the same for the reference; NaN without one, like everything below.
-        kl: KL(reference || bundle) of the distributions of the next token, in nats.
-        agrees: 1 where both find the same token most probable.
-        cosine: cosine of both rows of logits.
-    """
-
-    block: NDArray[np.int64]
-    offset: NDArray[np.int64]
-    nll: Vector
-    reference_nll: Vector
-    kl: Vector
-    agrees: Vector
-    cosine: Vector
-
-    def __len__(self) -> int:
-        return len(self.nll)
-
-    def take(self, rows: NDArray[np.int64]) -> Positions:
-        """Select rows of every array."""
-        return Positions(*(getattr(self, item.name)[rows] for item in fields(self)))
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """Relative error of what a layer has written into the KV cache, over the whole text.
-
-    Keys and values are linear in the layer's input, so this is the error of everything before the
-    layer and of its own projections, on any backend.
-
-    Attributes:
-        layer: from 0.
-        key_error: ``|K - K_ref| / |K_ref|`` (Frobenius norms).
-        value_error: the same for values, after the linear map per head that fits best: a recipe
-            may scale or rotate a head's values and undo it in the next matrix. None where the
-            text has too few tokens to tell such a map from the error.
-    """
-
-    layer: int
-    key_error: float
-    value_error: float | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Everything that was measured of one bundle."""
-
-    positions: Positions
-    layers: list[LayerError]
 
 
 # ------------------------------------------------------------------------------- pure figures
@@ -171,7 +92,7 @@ def kl_by_position(positions: Positions, num_points: int = _CURVE_POINTS) -> lis
     ]
 
 
-# ------------------------------------------------------------------------------- the loop
+# ------------------------------------------------------------------------------- the text
 
 
 @dataclass(frozen=True)
@@ -191,7 +112,7 @@ class EvalText:
     @property
     def num_scored(self) -> int:
         """Number of positions that get figures."""
-        return sum(len(window) - 1 for window in self.windows)
+        return num_scored(self.windows)
 
 
 def read_text(path: Path) -> str:
@@ -231,135 +152,29 @@ def cut_windows(
     return windows
 
 
-def compare(
-    bundle: Model, reference: Model | None, text: EvalText, progress: Progress = silent
-) -> Comparison:
-    """Run a bundle, and a reference beside it, over a text.
-
-    Args:
-        bundle: a bundle with room for a window. Where its steps, or those of the reference, take
-            fewer than `CHUNK_TOKENS` tokens, the blocks of the bootstrap are as short.
-        reference: a model with the same vocabulary; None measures the perplexity alone.
-        text: windows of tokens of both.
-        progress: called with the tokens scored (step ``score``).
-
-    Raises:
-        RequestError: a token is outside the table.
-        BackendError: an engine failed, or its logits are not finite.
-    """
-    parts: list[Positions] = []
-    cache_errors = _CacheErrors(bundle.manifest.model.num_layers)
-    num_blocks = done = 0
-    progress("score", 0, text.num_scored, "tokens")
-    for window in text.windows:
-        ids = np.asarray(window, dtype=np.int64)
-        for part, ours, theirs in _run_window(bundle, reference, ids):
-            columns = _compare_chunk(ours, theirs, ids[1:][part])
-            places = np.arange(part.start, part.stop)
-            parts.append(Positions(np.full(len(places), num_blocks), places, *columns))
-            num_blocks += 1
-            done += len(places)
-            progress("score", done, text.num_scored, "tokens")
-        if reference is not None:
-            cache_errors.add(
-                reference.backend.read_slot(0, len(ids) - 1),
-                bundle.backend.read_slot(0, len(ids) - 1),
-            )
-    joined = [[getattr(block, item.name) for block in parts] for item in fields(Positions)]
-    positions = Positions(*(np.concatenate(column) for column in joined))
-    return Comparison(positions, [] if reference is None else cache_errors.result())
-
-
-def _run_window(
-    bundle: Model, reference: Model | None, ids: NDArray[np.int64]
-) -> Iterator[tuple[slice, NDArray[np.float32], NDArray[np.float32] | None]]:
-    """Run both models side by side; yields parts of ``ids[:-1]`` and logits ``[n, vocab]`` of each.
-
-    The last token of a window has no successor to score.
-    """
-    models = [bundle] if reference is None else [bundle, reference]
-    chunk = min(CHUNK_TOKENS, *(model.backend.max_step_tokens for model in models))
-    runs = [
-        prefill(model.backend, model.embeddings, ids[:-1], max_tokens=chunk, wanted=all_tokens)
-        for model in models
-    ]
-    for (part, ours), *others in zip(*runs, strict=True):
-        yield part, ours, others[0][1] if others else None
-
-
-def _compare_chunk(
-    logits: NDArray[np.float32],
-    reference: NDArray[np.float32] | None,
-    targets: NDArray[np.int64],
-) -> list[Vector]:
-    """Compute the last five arrays of `Positions` for a chunk."""
-    result = np.full((5, len(targets)), np.nan)
-    for at in range(0, len(targets), _ROWS):
-        rows = slice(at, at + _ROWS)
-        chosen = targets[rows, None]
-        log_q = log_softmax(logits[rows])
-        result[0, rows] = -np.take_along_axis(log_q, chosen, axis=1)[:, 0]
-        if reference is None:
-            continue
-        log_p = log_softmax(reference[rows])
-        result[1, rows] = -np.take_along_axis(log_p, chosen, axis=1)[:, 0]
-        result[2, rows] = kl_divergence(log_p, log_q)
-        result[3, rows] = log_p.argmax(axis=1) == log_q.argmax(axis=1)
-        result[4, rows] = cosine_similarity(reference[rows], logits[rows])
-    return list(result)
-
-
-class _CacheErrors:
-    """Sums over windows, from which the errors of keys and values are computed."""
-
-    def __init__(self, num_layers: int) -> None:
-        self._keys = np.zeros((num_layers, 2))
-        self._values: list[list[Vector]] = [[] for _ in range(num_layers)]
-        self._num_tokens = 0
-
-    def add(self, reference: Floats, bundle: Floats) -> None:
-        """Count one window's caches, ``[2 * layers, kv_heads, tokens, head_dim]``."""
-        self._num_tokens += reference.shape[2]
-        for layer, sums in enumerate(self._values):
-            keys, found = (c[2 * layer].astype(np.float64) for c in (reference, bundle))
-            self._keys[layer] += ((found - keys) ** 2).sum(), (keys**2).sum()
-            values, found = (c[2 * layer + 1].astype(np.float64) for c in (reference, bundle))
-            turned = found.transpose(0, 2, 1)
-            grams = [values.transpose(0, 2, 1) @ values, turned @ found, turned @ values]
-            sums[:] = [a + b for a, b in zip(sums, grams, strict=True)] if sums else grams
-
-    def result(self) -> list[LayerError]:
-        return [
-            LayerError(layer, math.sqrt(difference / norm), self._value_error(layer))
-            for layer, (difference, norm) in enumerate(self._keys.tolist())
-        ]
-
-    def _value_error(self, layer: int) -> float | None:
-        """Least squares per head from sums: |R - B M|² = tr(R'R) - tr((B'R)' (B'B)^-1 (B'R))."""
-        own, bundle, cross = self._values[layer]
-        spare = self._num_tokens - own.shape[-1]
-        if spare < own.shape[-1]:
-            return None
-        total = float(np.trace(own, axis1=1, axis2=2).sum())
-        fitted = np.linalg.pinv(bundle, rcond=1e-12, hermitian=True) @ cross
-        explained = float((cross * fitted).sum())
-        # A fit with head_dim parameters per column hides that share of the error.
-        return math.sqrt(max(total - explained, 0.0) / total * self._num_tokens / spare)
-
-
 # ------------------------------------------------------------------------------- report
 
 
 def measure(
-    bundle: Model,
-    reference: Model | None,
+    result: Comparison,
+    manifest: Manifest,
+    reference: Manifest | None,
     text: EvalText,
     *,
     window: int,
+    engine: str,
     seed: int = 0,
-    progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Compare, and sum up in plain values, as ``edge-llm eval`` prints and a manifest stores them.
+    """Sum up in plain values, as ``edge-llm eval`` prints and a manifest stores them.
+
+    Args:
+        result: what was compared.
+        manifest: of the bundle.
+        reference: of the reference, if there was one.
+        text: that was read.
+        window: tokens per window, at most.
+        engine: that computed.
+        seed: of the bootstrap.
 
     Returns:
         The figures of `summarize`, ``tokens``, ``bits_per_weight`` (linear layers without the
@@ -367,13 +182,11 @@ def measure(
         ``confidence`` (95 % intervals), ``layers``, ``kl_by_position``, and which text, window,
         seed and engine they were measured with.
     """
-    result = compare(bundle, reference, text, progress)
-    manifest = bundle.manifest
     linears = manifest.quantization.linears.values()
     return {
         "name": manifest.name,
         "quantization": manifest.quantization.name,
-        "reference": None if reference is None else describe(reference.manifest),
+        "reference": None if reference is None else describe(reference),
         **summarize(result.positions),
         "tokens": len(result.positions),
         "bits_per_weight": bits_per_weight(manifest, lm_head=False),
@@ -392,7 +205,7 @@ def measure(
         "text": {"name": text.name, "sha256": text.sha256},
         "window": window,
         "seed": seed,
-        "engine": bundle.backend.name,
+        "engine": engine,
     }
 
 

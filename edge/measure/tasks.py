@@ -32,11 +32,11 @@ from edge.backends.step import all_tokens, prefill
 from edge.errors import ConfigError, ContextLengthError
 from edge.figures import token_logprobs
 from edge.files import MALFORMED
-from edge.progress import Progress, silent
 from edge.runtime.llm import LLM
 from edge.runtime.sampling import SamplingParams
 
-from .evaluate import CHUNK_TOKENS, read_text
+from .compare import CHUNK_TOKENS
+from .evaluate import read_text
 from .programs import (
     ProgramItem,
     chat_request,
@@ -211,45 +211,40 @@ def _braced(text: str) -> str:
 # ------------------------------------------------------------------------------- running
 
 
-def run_task(
+def answer_item(
     llm: LLM,
-    items: Sequence[tuple[int, Item]],
+    line: int,
+    item: Item,
     *,
     scoring: Scoring = "letter",
     params: SamplingParams | None = None,
-    progress: Progress = silent,
-) -> list[ItemResult]:
-    """Let a bundle answer every item.
+) -> ItemResult:
+    """Let a bundle answer an item.
 
     Args:
         llm: the bundle.
-        items: what `read_task` returned.
+        line: the item's, as `read_task` returned it.
+        item: the question.
         scoring: how choices are compared: their letters, or their texts by log-probability per
             byte.
         params: how answers are generated.
-        progress: called with the questions answered (step ``answer``).
 
     Raises:
-        ContextLengthError: a question does not fit into the KV cache.
+        ContextLengthError: the question does not fit into the KV cache.
         BackendError: the engine failed.
         ResourceError: this machine cannot keep a program from files and network.
     """
-    results = []
-    progress("answer", 0, len(items), "questions")
-    for done, (line, item) in enumerate(items, start=1):
-        if isinstance(item, ChoiceItem):
-            scores = choice_scores(llm, item, scoring)
-            answer: str | None = string.ascii_uppercase[int(np.argmax(scores))]
-            correct = answer == item.expected
-        elif isinstance(item, ProgramItem):
-            answer = _run_program(llm, item, params)
-            correct = answer == item.expected
-        else:
-            answer = find_number(_generate(llm, item, params))
-            correct = answer is not None and parse_number(answer) == parse_number(item.expected)
-        results.append(ItemResult(line, item.expected, answer, correct))
-        progress("answer", done, len(items), "questions")
-    return results
+    if isinstance(item, ChoiceItem):
+        scores = choice_scores(llm, item, scoring)
+        answer: str | None = string.ascii_uppercase[int(np.argmax(scores))]
+        correct = answer == item.expected
+    elif isinstance(item, ProgramItem):
+        answer = _run_program(llm, item, params)
+        correct = answer == item.expected
+    else:
+        answer = find_number(_generate(llm, item, params))
+        correct = answer is not None and parse_number(answer) == parse_number(item.expected)
+    return ItemResult(line, item.expected, answer, correct)
 
 
 def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:

@@ -26,7 +26,7 @@ from edge.progress import Progress, silent
 from edge.runtime.llm import LLM
 from edge.runtime.sampling import SamplingParams
 
-from . import evaluate
+from . import compare, evaluate
 from .drift import write_atomic
 from .tasks import find_number, mcnemar_exact, parse_number
 
@@ -309,12 +309,12 @@ def cut_text(
 
 
 def perplexity(llm: LLM, text: evaluate.EvalText, progress: Progress = silent) -> float:
-    """Compute a bundle's perplexity, teacher-forced; ``progress`` is that of `evaluate.compare`.
+    """Compute a bundle's perplexity, teacher-forced; ``progress`` is that of `compare.compare`.
 
     Raises:
         BackendError: the engine failed, or its logits are not finite.
     """
-    result = llm.call(lambda: evaluate.compare(llm, None, text, progress))
+    result = llm.call(lambda: compare.compare(llm, None, text.windows, progress))
     return math.exp(float(result.positions.nll.mean()))
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from edge import LLM
-from edge.measure.evaluate import CHUNK_TOKENS, EVAL_TEXT, EvalText, cut_windows, measure, read_text
+from edge.measure.compare import CHUNK_TOKENS, compare
+from edge.measure.evaluate import EVAL_TEXT, EvalText, cut_windows, measure, read_text
 from export.pipeline import ExportConfig, export_checkpoint
 from scripts.smollm2 import smollm2_gguf
 from tests.conftest import RUNNABLE
@@ -70,5 +71,12 @@ def test_a_recipe_loses_what_the_table_says(name: str, reference: LLM, tmp_path:
     with LLM(output, **options()) as bundle:
         windows = cut_windows(bundle.tokenizer.encode(text), WINDOW, (), TOKENS)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        found = measure(bundle, reference, EvalText(windows, EVAL_TEXT.name, digest), window=WINDOW)
+        found = measure(
+            compare(bundle, reference, windows),
+            bundle.manifest,
+            reference.manifest,
+            EvalText(windows, EVAL_TEXT.name, digest),
+            window=WINDOW,
+            engine=bundle.backend.name,
+        )
     assert found["kl_mean"] == pytest.approx(documented[name], rel=TOLERANCE)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,18 +13,21 @@ from hypothesis import strategies as st
 
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ConfigError
-from edge.measure.evaluate import (
+from edge.measure.compare import (
     CHUNK_TOKENS,
+    Positions,
+    _run_both,
+    cache_sums,
+    compare,
+    merge,
+    run_window,
+)
+from edge.measure.evaluate import (
     EVAL_TEXT,
     GATES,
-    EvalText,
     Gate,
-    Positions,
-    _CacheErrors,
-    _run_window,
     bits_per_weight,
     check_gate,
-    compare,
     confidence_intervals,
     cut_windows,
     kl_by_position,
@@ -32,6 +36,7 @@ from edge.measure.evaluate import (
     read_text,
     summarize,
 )
+from edge.runtime.llm import LLM
 from tests.fakes import ScriptedBackend, random_logits, write_table
 from tests.manifests import make_manifest
 
@@ -123,7 +128,7 @@ def test_each_token_is_scored_as_the_successor_of_the_one_before(tmp_path: Path,
         ids[at:] = [(each + 1) % 9 for each in ids[at:]]
     wanted = np.full(size - 1, math.log(2))
     wanted[[at - 1 for at in unexpected]] = math.log(16)
-    found = compare(model, None, EvalText([ids], "counting", "")).positions
+    found = compare(model, None, [ids]).positions
     np.testing.assert_allclose(found.nll, wanted, rtol=1e-6)
     perplexity = summarize(found)["perplexity"]
     assert perplexity == pytest.approx(2 * 8 ** (3 / (size - 1)))
@@ -142,7 +147,7 @@ def test_both_models_run_the_same_blocks(tmp_path: Path):
         for steps in (7, 5)
     ]
     for bundle, reference in (models, models[::-1]):
-        ran = list(_run_window(bundle, reference, np.arange(9).repeat(2)))
+        ran = list(_run_both(bundle, reference, np.arange(9).repeat(2)))
         assert [(part.start, part.stop) for part, _, _ in ran] == [
             (0, 5),
             (5, 10),
@@ -156,12 +161,13 @@ def test_both_models_run_the_same_blocks(tmp_path: Path):
 def test_layer_errors_by_hand():
     random = np.random.RandomState(0)
     reference = random.standard_normal((2, 1, 400, 4))
-    errors = _CacheErrors(1)
     # Keys 10 % too large; values turned by an invertible map, which the output matrix may undo.
     turned = np.stack([reference[0] * 1.1, reference[1] @ random.standard_normal((4, 4))])
-    for half in (slice(0, 150), slice(150, 400)):
-        errors.add(reference[:, :, half], turned[:, :, half])
-    (error,) = errors.result()
+    first, second = (
+        cache_sums(reference[:, :, half], turned[:, :, half])
+        for half in (slice(0, 150), slice(150, 400))
+    )
+    (error,) = (first + second).errors()
     assert error.key_error == pytest.approx(0.1)
     assert error.value_error == pytest.approx(0, abs=1e-5)
 
@@ -169,19 +175,16 @@ def test_layer_errors_by_hand():
 def test_value_error_measures_noise():
     random = np.random.RandomState(1)
     reference = random.standard_normal((2, 2, 2000, 8))
-    errors = _CacheErrors(1)
-    errors.add(reference + 0.1 * random.standard_normal(reference.shape), reference)
-    (error,) = errors.result()
+    noisy = reference + 0.1 * random.standard_normal(reference.shape)
+    (error,) = cache_sums(noisy, reference).errors()
     assert error.value_error == pytest.approx(0.1, rel=0.05)
     # With 3 tokens per dimension a third of the noise is fitted away; the error must not shrink.
-    short = _CacheErrors(40)
     reference = random.standard_normal((80, 4, 24, 8))
-    short.add(reference + 0.1 * random.standard_normal(reference.shape), reference)
-    found = [layer.value_error or 0.0 for layer in short.result()]
+    noisy = reference + 0.1 * random.standard_normal(reference.shape)
+    found = [layer.value_error or 0.0 for layer in cache_sums(noisy, reference).errors()]
     assert np.mean(found) == pytest.approx(0.1, rel=0.05)
-    few = _CacheErrors(1)
-    few.add(reference[:, :, :12], reference[:, :, :12])
-    assert few.result()[0].value_error is None
+    few = reference[:, :, :12]
+    assert cache_sums(few, few).errors()[0].value_error is None
 
 
 def test_bits_per_weight():
@@ -249,3 +252,31 @@ def test_text_files(tmp_path: Path):
     with pytest.raises(ConfigError, match="byte 1"):
         read_text(file)
     assert json.dumps(read_text(EVAL_TEXT))
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "twice over two machines"])
+def test_windows_merge_to_the_bit_wherever_they_ran(tiny_bundles, order: str):
+    ids = np.random.RandomState(3).randint(3, 290, 200).tolist()
+    windows = cut_windows(ids, 48)
+
+    def opened(quant: str) -> LLM:
+        return LLM(tiny_bundles("qwen2", "portable", quant), kv_capacity=48, num_threads=1)
+
+    with opened("int4") as bundle, opened("fp16") as reference:
+        whole = compare(bundle, reference, windows)
+        if order == "twice over two machines":
+            with opened("int4") as other, opened("fp16") as other_reference:
+                pairs = [(bundle, reference), (other, other_reference)]
+                parts = [run_window(*pairs[i % 2], each) for i, each in enumerate(windows)]
+        else:
+            places = range(len(windows))[:: 1 if order == "forwards" else -1]
+            found = {i: run_window(bundle, reference, windows[i]) for i in places}
+            parts = [found[i] for i in range(len(windows))]
+    merged = merge(parts)
+    for item in fields(Positions):
+        np.testing.assert_array_equal(
+            getattr(whole.positions, item.name), getattr(merged.positions, item.name)
+        )
+    assert whole.layers == merged.layers
+    assert whole.positions.block.max() == len(windows) - 1  # a window of 47 is one block
+    assert whole.positions.kl.max() > 0

@@ -14,6 +14,7 @@ from edge.measure.programs import ProgramItem
 from edge.measure.tasks import (
     ChoiceItem,
     ItemResult,
+    answer_item,
     choice_scores,
     compare_task,
     find_number,
@@ -21,7 +22,6 @@ from edge.measure.tasks import (
     mcnemar_exact,
     parse_number,
     read_task,
-    run_task,
     summarize_task,
     wilson_interval,
 )
@@ -178,7 +178,7 @@ def test_generation_ends_and_counts(tiny_bundles, tmp_path: Path):
     items = read_task(write(tmp_path / "t", NUMBER, NUMBER))
     with LLM(tiny_bundles("qwen2", "portable")) as llm:
         params = SamplingParams(temperature=0, max_tokens=3)
-        results = run_task(llm, items, params=params)
+        results = [answer_item(llm, *item, params=params) for item in items]
     assert [result.line for result in results] == [1, 2]
     assert results[0].answer == results[1].answer
 
@@ -188,7 +188,7 @@ def test_programs_are_written_run_and_judged(tiny_bundles, monkeypatch, kind):
     """A tiny model writes no Python, so what it writes is replaced; all else is as it is."""
     item = ProgramItem(PROGRAM["question"], PROGRAM["tests"])
     with LLM(tiny_bundles(kind, "portable")) as llm:
-        (plain,) = run_task(llm, [(1, item)], params=SamplingParams(temperature=0, max_tokens=8))
+        plain = answer_item(llm, 1, item, params=SamplingParams(temperature=0, max_tokens=8))
         assert not plain.correct
         asked: list[Any] = []
         result = plain
@@ -200,7 +200,7 @@ def test_programs_are_written_run_and_judged(tiny_bundles, monkeypatch, kind):
                 return SimpleNamespace(text=text if isinstance(prompt, str) else fenced)
 
             monkeypatch.setattr(llm, "generate", generate)
-            (result,) = run_task(llm, [(1, item)])
+            result = answer_item(llm, 1, item)
             assert result.correct == (text == "    return 4")
         assert result.answer is not None
         assert "AssertionError" in result.answer
