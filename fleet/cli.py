@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import os
 import platform
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
+from edge.bundle.library import find_bundle
+from edge.bundle.manifest import MANIFEST_NAME
 from edge.cli import echo_json
+from edge.cli.eval import evaluation_options, run_evaluation
 from edge.cli.registry_options import json_option, plain_http_option, reference_argument
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import ConfigError, DeadlineError, DependencyError, ResourceError, install_command
@@ -24,6 +31,9 @@ from .config import FleetConfig, read_config
 from .errand import Gate
 from .haproxy import haproxy
 from .rollout import FleetRollout
+
+if TYPE_CHECKING:
+    from .evaluation import FleetComputer
 
 _MIN_MEMORY_BYTES = 2**30
 _file = click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
@@ -205,6 +215,49 @@ def rollout(
         )
     if not as_json:
         click.echo(f"{done.reference}: on all {len(done.devices)} devices")
+
+
+@fleet.command("eval")
+@_file
+@evaluation_options
+@click.option(
+    "--device",
+    "devices",
+    metavar="NAME",
+    multiple=True,
+    help="A device that computes. Repeatable; default: all that have joined.",
+)
+@click.option(
+    "--mix",
+    is_flag=True,
+    help="Let devices compute together whose CPU or libraries differ; figures may then differ from "
+    "one machine's in the last digits.",
+)
+@click.pass_context
+def evaluate(
+    ctx: click.Context, /, file: Path, devices: tuple[str, ...], mix: bool, **options: Any
+) -> None:
+    """Measure BUNDLEs as edge-llm eval does, side by side on the devices of FILE.
+
+    Each window of the text, or question of the task, is computed by one device, on its CPU, while
+    its service goes on. Every device needs the bundles, found by their content; this machine, too.
+    """
+    if (against := options["against"]) is not None:
+        options["against"] = str(find_bundle(against))
+        if not (Path(options["against"]) / MANIFEST_NAME).is_file():
+            raise ConfigError(
+                f"--against {against} is no bundle, and the devices have to open it; export it "
+                f"(edge-llm export {against} -o BUNDLE --quant fp16) and bring it to each of them"
+            )
+    run_evaluation(ctx, _computer(file, devices, mix), **options)
+
+
+@contextlib.contextmanager
+def _computer(file: Path, devices: tuple[str, ...], mix: bool) -> Iterator[FleetComputer]:
+    with Fleet.connect(file) as opened:
+        told = functools.partial(click.echo, err=True)
+        with opened.computer(devices, mix=mix, told=told) as computer:
+            yield computer
 
 
 @fleet.command()

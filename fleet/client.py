@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,6 +16,8 @@ from .rollout import Driver, FleetRollout
 
 if TYPE_CHECKING:
     from edge.registry.reference import Reference
+
+    from .evaluation import FleetComputer, Seat
 
 _POLL_S = 0.3
 _MAX_WATCH_S = 86_400
@@ -208,6 +210,38 @@ class Fleet:
             at_once=at_once,
             told=told,
         ).run()
+
+    def computer(
+        self,
+        devices: Sequence[str] = (),
+        *,
+        mix: bool = False,
+        told: Callable[[str], None] = lambda _: None,
+    ) -> FleetComputer:
+        """Return what `edge.measure.evaluator` evaluates with: the devices, side by side.
+
+        Args:
+            devices: that compute; none is all that have joined.
+            mix: let devices of different kinds compute together.
+            told: is told in a line which devices compute, and which are not there or are lost.
+
+        Raises:
+            ConfigError: there is no such device, or they are of different kinds or versions.
+            DeadlineError: none is there.
+        """
+        from .evaluation import FleetComputer
+        from .seats import RaySeat, present
+
+        if unknown := [name for name in devices if name not in self.config.devices]:
+            raise ConfigError(
+                f"the fleet has no device {unknown[0]!r}; it has {', '.join(self.config.devices)}"
+            )
+        wanted = dict.fromkeys(devices or self.config.devices)
+        joined = present(self.config)
+        if absent := [name for name in wanted if name not in joined]:
+            told(f"{', '.join(absent)} left out: not there")
+        seats: dict[str, Seat] = {name: RaySeat(name) for name in wanted if name in joined}
+        return FleetComputer(seats, mix=mix, told=told)
 
     def _call(self, method: str, *arguments: Any, timeout_s: float = 10) -> Any:
         from . import serving

@@ -148,16 +148,16 @@ class LocalFleet:
         self.services[name] = Process(log, *arguments, home=self.directory)
         self.services[name].wait_for("ready: ")
 
-    def join(self, name: str, timeout_s: float = 300) -> None:
+    def join(self, name: str, timeout_s: float = 300, home: Path | None = None) -> None:
         """Let a device join the head that is up, and wait for it unless ``timeout_s`` is 0.
 
         One after the other: a node of Ray gives itself up where it has not started within 30 s,
-        which three at once on two busy cores do not.
+        which three at once on two busy cores do not. Its user has the home directory ``home``.
         """
         log = self.directory / f"join-{name}.log"
         log.unlink(missing_ok=True)
         arguments = ("fleet", "join", str(self.file), name)
-        self.nodes[name] = Process(log, *arguments, home=self.directory)
+        self.nodes[name] = Process(log, *arguments, home=home or self.directory)
         if timeout_s:
             self.nodes[name].wait_for("Ray runtime started", timeout_s)
 
