@@ -107,6 +107,14 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 )
 @click.option("--seed", type=int, help="Seed of the calibration documents' order; default 0.")
 @click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Layers to round side by side, to the same bytes: faster with many cores; each one more "
+    "takes memory.",
+)
+@click.option(
     "--rotate/--no-rotate",
     default=None,
     help="Spread outliers by rotating the hidden states, exact in float; unties a tied lm_head. "

@@ -40,6 +40,8 @@ class ExportConfig:
         calibration: text or JSONL to calibrate with; None is the built-in text.
         calibration_tokens: most tokens to calibrate with; None is `documents.DEFAULT_TOKENS`.
         seed: decides the order of the calibration documents; None is 0.
+        workers: layers that are rounded side by side, to the same bytes; each further one takes
+            what calibration has seen of a layer in memory.
         rotate: rotate the residual stream and the heads' values (`quantize.rotation`); None does
             so for ``int8-w8a8`` only.
         embeddings: how the rows of the token table are stored.
@@ -85,6 +87,7 @@ class ExportConfig:
     calibration: Path | None = None
     calibration_tokens: int | None = None
     seed: int | None = None
+    workers: int = 1
     rotate: bool | None = None
     embeddings: EmbeddingType = "fp16"
     kv_cache: KvCacheType = "float"
@@ -152,6 +155,8 @@ class ExportConfig:
                     f"{option} has no effect with --method rtn; use --method awq+gptq or leave "
                     "it out"
                 )
+        if self.workers < 1:
+            raise ConfigError(f"--workers is {self.workers}; use 1 or more")
         if self.gate is not None and not self.verify:
             raise ConfigError(f"--gate {self.gate} has no effect without --verify; add it")
         if self.vocab_size is not None and self.vocab_keep is None:

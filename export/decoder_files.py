@@ -7,8 +7,12 @@ Peak memory is the largest packed layer plus tiles; a calibrated export adds wha
 from __future__ import annotations
 
 import math
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,17 +43,18 @@ from .graph.graph_builder import NUMPY_TYPE, ONNX_TYPE
 from .graph.kv_quantization import KvScales
 from .graph.rope import rope_tables
 from .quantize.calibrated import Calibrated
-from .quantize.calibration import LayerRunner
+from .quantize.calibration import LayerActivations, LayerRunner
 from .quantize.from_source import AsInSource
 from .quantize.kv_scales import CACHE_TOKENS, calibrate_kv_cache
 from .quantize.linear import LinearTensors, convert
-from .quantize.plan import Block, Calibrator, LinearPlan, ToNearest, linear_blocks
+from .quantize.plan import Block, BlockPlan, Calibrator, LinearPlan, ToNearest, linear_blocks
 from .quantize.scaled_checkpoint import ScaledCheckpoint
 from .resume import Finished, Work, calibration_key, fresh_work, resumable_work
 from .sources.checkpoint import Checkpoint
 from .sources.documents import DEFAULT_TOKENS, SEQ_LEN, calibration_batches, read_calibration_text
 from .sources.eagle3 import Eagle3Head
 
+_Converted = tuple[BlockPlan, list[LinearTensors]]
 _INT_TYPE = {
     "int8": onnx.TensorProto.INT8,
     "w8a8": onnx.TensorProto.INT8,
@@ -238,42 +243,80 @@ class DecoderFiles:
     def _write_linears(
         self, calibrator: Calibrator, work: Work, outputs: Sequence[Output]
     ) -> Finished:
-        """Plan, convert and store every block that is not finished yet."""
+        """Plan, convert and store every block that is not finished yet.
+
+        The text goes through one layer after the other, since each reads what the one before it
+        wrote. What it shows of a layer is all that the layer's rounding depends on, so layers are
+        planned and converted side by side, and stored in their order.
+        """
         finished = work.finished
         every = linear_blocks(self.checkpoint.spec)
         total = sum(math.prod(layer.shape) for block in every for layer in block.linears)
         done = sum(math.prod(info.shape) for info in finished.infos.values())
+        lock, ended = threading.Lock(), threading.Event()
 
         def count(weights: int) -> None:
             nonlocal done
-            done += weights
-            self.progress("quantize", done, total, "weights")
+            with lock:
+                if ended.is_set():
+                    raise _EndedError
+                done += weights
+                self.progress("quantize", done, total, "weights")
 
         count(0)
-        for block in every[finished.blocks :]:
-            finished = self._write_block(block, calibrator, finished, outputs, count)
-            if block is not every[-1]:
-                work.save(finished)
+        hidden, waiting = finished.hidden, deque[Future[_Converted]]()
+        with ThreadPoolExecutor(self.config.workers) as pool:
+            # One worker is this thread, which a signal can interrupt anywhere.
+            submit = pool.submit if self.config.workers > 1 else _done
+            try:
+                for block in every[finished.blocks :]:
+                    seen = calibrator.look(block, hidden)
+                    hidden = None if seen is None else seen.hidden
+                    waiting.append(submit(self._convert_block, calibrator, block, seen, count))
+                    del seen  # its inputs are the worker's to give up
+                    while len(waiting) == self.config.workers or (waiting and block is every[-1]):
+                        finished = self._store_block(waiting.popleft().result(), finished, outputs)
+                        if finished.blocks < len(every):
+                            work.save(finished)
+            except BaseException:
+                ended.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
         return finished
 
-    def _write_block(
+    def _convert_block(
         self,
-        block: Block,
         calibrator: Calibrator,
-        finished: Finished,
-        outputs: Sequence[Output],
+        block: Block,
+        seen: LayerActivations | None,
         count: Callable[[int], None],
+    ) -> _Converted:
+        plan = calibrator.plan(block, seen)
+        float_type = NUMPY_TYPE[self.config.float_type]
+        return plan, [convert(linear, float_type, count) for linear in plan.linears]
+
+    def _store_block(
+        self, converted: _Converted, finished: Finished, outputs: Sequence[Output]
     ) -> Finished:
-        plan = calibrator.plan(block, finished.hidden)
+        plan, converted_linears = converted
         linears, infos = {}, {}
-        for linear in plan.linears:
-            tensors = convert(linear, NUMPY_TYPE[self.config.float_type], count)
+        for linear, tensors in zip(plan.linears, converted_linears, strict=True):
             stored = store_linear(
                 linear, tensors, outputs, wide_input_scales=self.config.device.wide_input_scales
             )
             linears[linear.layer.name] = stored
             infos[linear.layer.name] = linear_info(linear, stored[0], tensors)
         return finished.after(plan, linears, infos)
+
+
+class _EndedError(Exception):
+    """Ends a worker whose result nobody waits for any more."""
+
+
+def _done(work: Callable[..., _Converted], *arguments: Any) -> Future[_Converted]:
+    future: Future[_Converted] = Future()
+    future.set_result(work(*arguments))
+    return future
 
 
 @dataclass(frozen=True)

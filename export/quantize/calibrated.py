@@ -14,7 +14,7 @@ from edge.bundle.manifest import ModelSpec, TensorScheme
 from edge.bundle.schemes import Clip
 
 from .awq import awq_factors
-from .calibration import LayerRunner
+from .calibration import LayerActivations, LayerRunner
 from .float_channels import loud_channels
 from .gptq import GptqRows, gptq_factor
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
@@ -64,20 +64,24 @@ class Calibrated:
     clip: Clip
     scale_type: np.dtype[np.generic]
 
-    def plan(self, block: Block, hidden: Array | None) -> BlockPlan:
+    def look(self, block: Block, hidden: Array | None) -> LayerActivations:
+        """Run the text through a block; see `plan.Calibrator.look`."""
+        return self.runner.run(block.index, hidden)
+
+    def plan(self, block: Block, seen: LayerActivations | None) -> BlockPlan:
         """Plan a block; see `plan.Calibrator.plan`."""
-        layer = self.runner.run(block.index, hidden)
+        assert seen is not None
         # Popped here and below, since a wide linear's inputs take a good part of the memory.
-        seen = [
-            self._look(linear, layer.inputs.pop(linear.name.rpartition(".")[2]))
+        linears = [
+            self._look(linear, seen.inputs.pop(linear.name.rpartition(".")[2]))
             for linear in block.linears
         ]
-        factors = {each.layer.name: each.factors for each in seen if each.factors is not None}
+        factors = {each.layer.name: each.factors for each in linears if each.factors is not None}
         folded = ScaledCheckpoint(self.runner.checkpoint, factors)
         plans = []
-        while seen:
-            plans.append(self._plan(seen.pop(0), folded))
-        return BlockPlan(tuple(plans), factors, layer.peaks, layer.hidden)
+        while linears:
+            plans.append(self._plan(linears.pop(0), folded))
+        return BlockPlan(tuple(plans), factors, seen.peaks, seen.hidden)
 
     def _look(self, layer: LinearSpec, x: Array) -> _SeenLinear:
         scheme = self.schemes[layer.name]

@@ -80,8 +80,11 @@ class AsInSource:
     clip: Clip
     scale_type: np.dtype[np.generic]
 
-    def plan(self, block: Block, hidden: Array | None) -> BlockPlan:
-        """Plan a block; see `plan.Calibrator`."""
+    def look(self, block: Block, hidden: Array | None) -> None:
+        """See `plan.Calibrator.look`."""
+
+    def plan(self, block: Block, seen: object) -> BlockPlan:
+        """Plan a block; see `plan.Calibrator.plan`."""
         return BlockPlan(tuple(self._linear(layer) for layer in block.linears))
 
     def _linear(self, layer: LinearSpec) -> LinearPlan:

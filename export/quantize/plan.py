@@ -20,6 +20,7 @@ from edge.bundle.schemes import Clip
 from export.sources.checkpoint import Checkpoint
 from export.sources.quantized_weight import QuantizedWeight
 
+from .calibration import LayerActivations
 from .rtn import NearestRows, RowQuantizer
 
 Array = NDArray[np.float32]
@@ -97,12 +98,21 @@ class BlockPlan:
 class Calibrator(Protocol):
     """Decides how linears are converted, block by block."""
 
-    def plan(self, block: Block, hidden: Array | None) -> BlockPlan:
-        """Plan a block.
+    def look(self, block: Block, hidden: Array | None) -> LayerActivations | None:
+        """Run the text through a block; None without calibration.
 
         Args:
             block: the next block.
-            hidden: `BlockPlan.hidden` of the block before; None for the first.
+            hidden: `LayerActivations.hidden` of the block before; None for the first.
+        """
+        ...
+
+    def plan(self, block: Block, seen: LayerActivations | None) -> BlockPlan:
+        """Plan a block; several threads may plan one block each.
+
+        Args:
+            block: any block.
+            seen: what `look` saw of it; its inputs are used up.
         """
         ...
 
@@ -123,7 +133,10 @@ class ToNearest:
     clip: Clip
     scale_type: np.dtype[np.generic]
 
-    def plan(self, block: Block, hidden: Array | None) -> BlockPlan:
+    def look(self, block: Block, hidden: Array | None) -> None:
+        """See `Calibrator.look`."""
+
+    def plan(self, block: Block, seen: object) -> BlockPlan:
         """Plan a block; see `Calibrator.plan`."""
         return BlockPlan(tuple(self._linear(layer) for layer in block.linears))
 

@@ -165,7 +165,21 @@ def test_whatever_decides_a_byte_is_in_the_key(source: Path, tmp_path: Path):
     ]
     assert len({key(), *others}) == 1 + len(others)
     # What only the graph, the token table or the check is made with does not matter.
-    assert key() == key(dialect="portable", embeddings="int8", verify=True, kv_capacity=32)
+    assert key() == key(
+        dialect="portable", embeddings="int8", verify=True, kv_capacity=32, workers=3
+    )
+
+
+def test_layers_side_by_side_give_the_same_bytes(
+    source: Path, recipe: dict[str, Any], whole: Manifest, tmp_path: Path
+):
+    assert same_bundle(export(source, tmp_path / "bundle", {**recipe, "workers": 2}), whole)
+    # More workers than layers, begun by one, interrupted in the last layer and gone on with.
+    output = tmp_path / "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, {**recipe, "workers": 2}, interrupt_after(2 * (LAYERS - 1)))
+    assert 0 < finished(output) < LAYERS  # those that were rounded, in the order of the model
+    assert same_bundle(export(source, output, {**recipe, "workers": 9}), whole)
 
 
 def test_another_export_begins_anew(source: Path, tmp_path: Path):

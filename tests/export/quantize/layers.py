@@ -26,7 +26,8 @@ def plan_blocks(calibrated: Calibrated) -> list[BlockPlan]:
     """Every block's plan."""
     plans: list[BlockPlan] = []
     for block in linear_blocks(calibrated.runner.checkpoint.spec):
-        plans.append(calibrated.plan(block, plans[-1].hidden if plans else None))
+        seen = calibrated.look(block, plans[-1].hidden if plans else None)
+        plans.append(calibrated.plan(block, seen))
     return plans
 
 
