@@ -8,6 +8,7 @@ import functools
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -254,7 +255,8 @@ def evaluate(
 
 @contextlib.contextmanager
 def _computer(file: Path, devices: tuple[str, ...], mix: bool) -> Iterator[FleetComputer]:
-    with Fleet.connect(file) as opened:
+    # Ray prints what becomes of nodes on stdout, where the report alone belongs.
+    with contextlib.redirect_stdout(sys.stderr), Fleet.connect(file) as opened:
         told = functools.partial(click.echo, err=True)
         with opened.computer(devices, mix=mix, told=told) as computer:
             yield computer

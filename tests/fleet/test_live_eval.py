@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,14 @@ def test_a_device_that_dies_changes_no_figure(fleet: LocalFleet, tmp_path: Path)
     arguments = ("fp16", "--task", str(task), "--max-tokens", "60", "--num-threads=1")
     wanted = alone(fleet, *arguments)
     assert wanted[0]["items"] == len(rows)
-    log = tmp_path / "eval.log"
-    process = Process(
-        log, "fleet", "eval", str(fleet.file), *arguments, "--json", home=fleet.directory
-    )
-    process.wait_for("on a, b, c: ")
-    time.sleep(2)
-    fleet.nodes["b"].kill()
-    process.wait_for('"bundle"', 120)
-    process.kill()
-    said = log.read_text().splitlines()
-    assert any(line.startswith("b is lost, the others go on") for line in said), said
-    assert [json.loads(line) for line in said if line.startswith("{")] == wanted
+    with ThreadPoolExecutor(1) as pool:
+        evaluation = pool.submit(fleet.run, "eval", *arguments, "--json")
+        wait_until(lambda: len(evaluations()) == 3)
+        time.sleep(2)
+        fleet.nodes["b"].kill()
+        done = evaluation.result()
+    assert "b is lost, the others go on" in done.stderr
+    assert lines(done) == wanted
 
 
 def test_a_driver_that_is_killed_leaves_no_evaluation(fleet: LocalFleet, tmp_path: Path):
@@ -105,8 +102,12 @@ def test_a_driver_that_is_killed_leaves_no_evaluation(fleet: LocalFleet, tmp_pat
     process.wait_for("on a, c: ")
     assert evaluations()
     process.kill()
+    wait_until(lambda: not evaluations())
+
+
+def wait_until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while evaluations():
+    while not true():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
