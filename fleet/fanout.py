@@ -106,7 +106,7 @@ class _Work(Generic[_Part, _Result]):
         """Do parts until none is left, or the worker is lost."""
         while (index := self._begin()) is not None:
             try:
-                result = self._workers[name](self._parts[index])
+                self._keep(index, self._workers[name](self._parts[index]))
             except LostError as error:
                 self._give_up(name, index, error)
                 return
@@ -115,11 +115,13 @@ class _Work(Generic[_Part, _Result]):
                     self._error = self._error or renamed(error, f"{name}: {error}")
                     self._changed.notify_all()
                 return
-            with self._changed:
-                self._results[index] = result
-                if not self._stopped:
-                    self._done(self._parts[index])
-                self._changed.notify_all()
+
+    def _keep(self, index: int, result: _Result) -> None:
+        with self._changed:
+            if not self._stopped:
+                self._done(self._parts[index])
+            self._results[index] = result
+            self._changed.notify_all()
 
     def _begin(self) -> int | None:
         with self._changed:
@@ -135,7 +137,6 @@ class _Work(Generic[_Part, _Result]):
             self._alive.discard(name)
             if self._stopped:
                 return
-            self._lost(name, error)
             losers = self._losers.setdefault(index, [])
             losers.append(name)
             if len(losers) < _TRIES:
@@ -147,6 +148,7 @@ class _Work(Generic[_Part, _Result]):
                     "memory too small?"
                 )
             self._changed.notify_all()
+            self._lost(name, error)
 
 
 def renamed(error: Exception, message: str) -> Exception:

@@ -154,6 +154,14 @@ def test_without_workers_the_rest_is_counted():
         run([1, 2], {"a": Dying(1)})
 
 
+def test_a_progress_that_fails_ends_all():
+    def done(part: int) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        list(fan_out([1], {"a": Dying(None)}, ahead=1, lost=_never, done=done))
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [(BackendError("not finite"), "a: not finite"), (ContextLengthError(9, 8), "the prompt has 9")],
