@@ -39,7 +39,7 @@ def fleet(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> It
             opened.run("up", "--wait-s", "0")  # devices that join before there is a head wait long
             for name in "abc":
                 opened.serve(name, tiny_bundles("qwen2"))
-                opened.join(name, opened.directory / ("c" if name == "c" else ""))
+                opened.join(name, home=opened.directory / ("c" if name == "c" else ""))
             up = opened.run("up", "--wait-s", "150")
             assert up.returncode == 0, up.stdout + up.stderr
             yield opened
