@@ -205,6 +205,14 @@ def test_kernels_that_cannot_be_evened_are_refused(
         Runner(tiny_bundles("qwen2", "native", quant="int4"), deterministic=True)
 
 
+def test_where_it_did_not_hold_it_is_refused(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(BackendError, match="x86-64 only, and this is aarch64"):
+        Runner(tiny_bundles("qwen2", "native", quant="int4"), deterministic=True)
+
+
 def test_a_request_answers_alike_alone_and_in_a_crowd(tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2", "native", quant="int4")
     prompts = [random_ids(5 + 7 * i, seed=i).tolist() for i in range(6)]
