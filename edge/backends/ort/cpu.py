@@ -112,6 +112,12 @@ class OrtBackend:
                 f"deterministic needs a bundle of dialect native, whose attention is one operator; "
                 f"this one is {manifest.dialect}: export it again, or leave the option out"
             )
+        if deterministic and platform.machine() not in ("x86_64", "AMD64"):
+            raise BackendError(
+                f"deterministic answers hold on x86-64 only, and this is {platform.machine()}, "
+                "where rows differed in their last bits though a short trial found none; leave "
+                "deterministic out"
+            )
 
         self.kv_scales: Scales = {}
 
@@ -203,13 +209,6 @@ class OrtBackend:
         self._session = self._prompt_session = None
 
     def _make_even(self) -> None:
-        if platform.machine() not in ("x86_64", "AMD64"):
-            self.close()
-            raise BackendError(
-                f"deterministic answers hold on x86-64 only, and this is {platform.machine()}, "
-                "where rows differed in their last bits though a short trial found none; leave "
-                "deterministic out"
-            )
         found = find_unevenness(self, self._model.hidden_size)
         if found is not None and self.num_slots > 1:
             self._runner.pair_lone_tokens(self.num_slots)

@@ -66,6 +66,7 @@ class DecodeGraphs:
         self._device, self._stream = device, stream
         self._make_context, self._max_graphs = make_context, max_graphs
         self._entries: dict[StepShape, _Entry] = {}
+        self._covers: dict[tuple[int, int, int], tuple[int, int]] = {}  # found once, not per token
         self.disabled: str | None = None if max_graphs else "switched off"
         if max_graphs:
             self._probe()
@@ -166,15 +167,18 @@ class DecodeGraphs:
             window: of a decode step.
             kv: rows of the cache that attention reads.
         """
-        end = window.first + window.batch
-        wider = [
-            (shape.batch, shape.first)
-            for shape in self._entries
-            if shape.kv == kv and shape.first <= window.first and shape.first + shape.batch >= end
-        ]
-        if not wider:
-            return window
-        batch, first = min(wider)
+        asked = (window.first, window.batch, kv)
+        if asked not in self._covers:
+            end = window.first + window.batch
+            wider = [
+                (shape.batch, shape.first)
+                for shape in self._entries
+                if shape.kv == kv
+                and shape.first <= window.first
+                and shape.first + shape.batch >= end
+            ]
+            self._covers[asked] = min(wider, default=(window.batch, window.first))
+        batch, first = self._covers[asked]
         return window if batch == window.batch else placed_in(window, first, batch)
 
     def launch(self, shape: StepShape) -> bool:
@@ -211,5 +215,6 @@ class DecodeGraphs:
 
     def close(self) -> None:
         """Destroy all graphs and their contexts; the stream must be idle."""
+        self._covers.clear()
         while self._entries:
             self._close_entry(self._entries.popitem()[1])
