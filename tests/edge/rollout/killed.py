@@ -57,6 +57,8 @@ def arm(point: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    # A tiny model on a machine that does something else has no pace to speak of.
+    service.MAX_SLOWDOWN = 1000.0
     plan = make_plan(arguments)
     for line in sys.stdin:
         pid = os.fork()
