@@ -32,7 +32,8 @@ power_mode_option = click.option(
 calibrate_option = click.option(
     "--calibrate",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Take the efficiency from this JSON of edge-llm bench instead of published figures.",
+    help="Take the efficiency from this JSON of edge-llm bench, or from the report.json of "
+    "scripts/gpu-check, instead of published figures.",
 )
 
 

@@ -1,4 +1,4 @@
-"""The JSON of ``edge-llm bench`` as a measurement of a device."""
+"""A device as measured: the JSON of ``edge-llm bench``, or a report of ``scripts/gpu-check``."""
 
 from __future__ import annotations
 
@@ -45,71 +45,122 @@ class BenchFile(msgspec.Struct, frozen=True):
     prefill_s: Center
 
 
+class Cell(msgspec.Struct, frozen=True):
+    """A cell of the report's matrix; the JSON that its command printed."""
+
+    verdict: str
+    result: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class GpuReport(msgspec.Struct, frozen=True):
+    """The part of ``scripts/gpu-check``'s ``report.json`` that calibration reads: rows of cells."""
+
+    matrix: dict[str, dict[str, Cell]]
+
+
 def read_bench(path: Path) -> BenchFile:
     """Read what ``edge-llm bench --json`` printed.
 
     Raises:
         ConfigError: it cannot be read, or is no such file.
     """
+    return _bench(_read(path), f"{path}")
+
+
+def read_runs(path: Path) -> dict[str, BenchFile]:
+    """Read a benchmark, or those that passed in a report of ``scripts/gpu-check``, by their names.
+
+    Raises:
+        ConfigError: it cannot be read, is no such file, or no benchmark in it has passed.
+    """
+    data = _read(path)
     try:
-        found = msgspec.json.decode(read_file(path, _MAX_BYTES), type=BenchFile)
+        report = msgspec.json.decode(data, type=GpuReport)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return {path.name: _bench(data, f"{path}")}
+    found = {
+        f"{path.name} ({name})": _bench(cells["bench"].result, f"{path}, bench of {name},")
+        for name, cells in report.matrix.items()
+        if "bench" in cells and cells["bench"].verdict == "passed"
+    }
+    if not found:
+        raise ConfigError(f"{path}: no benchmark in this report has passed; see its report.txt")
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_file(path, _MAX_BYTES)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _bench(data: bytes | msgspec.Raw, where: str) -> BenchFile:
+    try:
+        found = msgspec.json.decode(data, type=BenchFile)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is not what edge-llm bench --json prints ({error}); run it again"
+            f"{where} is not what edge-llm bench --json prints ({error}); run it again"
         ) from error
     if found.schema != BENCH_SCHEMA:
         raise ConfigError(
-            f"{path} has schema {found.schema}, this edge-llm reads {BENCH_SCHEMA}; run "
+            f"{where} has schema {found.schema}, this edge-llm reads {BENCH_SCHEMA}; run "
             "edge-llm bench --json again"
         )
     return found
 
 
 def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[Device, Efficiency]:
-    """Read a device, and the share of its figures that a benchmark reached there.
+    """Read a device, and the share of its figures that benchmarks reached there.
 
     Args:
-        path: JSON of ``edge-llm bench``.
+        path: JSON of ``edge-llm bench``, or ``report.json`` of ``scripts/gpu-check``.
         device: what the user asked for; None is the benchmark's.
         power_mode: what the user asked for; None is the benchmark's.
 
     Raises:
         ConfigError: no such file, or it was measured on another device or in another mode.
     """
-    bench = read_bench(path)
-    name = bench.device.name
+    benches = read_runs(path)
+    place = next(iter(benches.values())).device
+    if len({(bench.device.name, bench.device.power_mode) for bench in benches.values()}) > 1:
+        raise ConfigError(f"--calibrate {path}: its benchmarks are of several devices or modes")
+    name = place.name
     if name is None:
         raise ConfigError(
             f"--calibrate {path}: it was measured on a device that no table describes"
         )
     for option, asked, found in (
         ("--device", device, name),
-        ("--power-mode", power_mode, bench.device.power_mode),
+        ("--power-mode", power_mode, place.power_mode),
     ):
         if asked is not None and found is not None and asked.lower() != found.lower():
             raise ConfigError(
                 f"--calibrate {path}: it was measured with {option} {found}, not {asked}"
             )
     target = (
-        find_device(CPU, cpu_bytes_per_s=bench.device.bytes_per_s)
+        find_device(CPU, cpu_bytes_per_s=place.bytes_per_s)
         if name == CPU
-        else find_device(name, power_mode or bench.device.power_mode)
+        else find_device(name, power_mode or place.power_mode)
     )
     if target.mode is None:
         raise ConfigError(f"--calibrate {path}: it has no bandwidth; run edge-llm bench again")
+    runs = [_measured(where, bench) for where, bench in benches.items()]
+    return target, calibrate(target.mode, FITTED, runs, f"measured: {path.name}")
+
+
+def _measured(where: str, bench: BenchFile) -> Measured:
     try:
         work = msgspec.convert(bench.work, Work)
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"--calibrate {path}: its work does not fit: {error}") from error
-    measured = Measured(
+        raise ConfigError(f"--calibrate {where}: its work does not fit: {error}") from error
+    return Measured(
+        work=work,
         batch=bench.batch,
         context=bench.context,
         tpot_s=bench.tpot_s.median,
         prompt_tokens=bench.prompt_tokens,
         max_prefill=bench.max_prefill,
         prefill_s=bench.prefill_s.median,
-        where=path.name,
+        where=where,
     )
-    return target, calibrate(work, target.mode, FITTED, measured)

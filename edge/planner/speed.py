@@ -12,7 +12,7 @@ A prediction takes shares of these figures that engines were seen to reach::
               + operations / (peak * COMPUTE)
 
 The five words in capital letters are `Efficiency`. The defaults are fitted to published figures of
-Orin (`edge.planner.fit`); ``--calibrate`` measures two of them.
+Orin (`edge.planner.fit`); ``--calibrate`` measures two or three of them.
 """
 
 from __future__ import annotations
@@ -298,15 +298,17 @@ class Measured:
     """What a benchmark says, for `calibrate`.
 
     Attributes:
+        work: what its model costs.
         batch: sequences per decode step.
         context: mean tokens in the cache of a sequence while it decoded.
         tpot_s: median decode step.
         prompt_tokens: tokens of a prompt.
         max_prefill: tokens per prefill step.
         prefill_s: median time of its prefill.
-        where: the file, for error messages and ``source``.
+        where: the file, and what of it, for error messages.
     """
 
+    work: Work
     batch: int
     context: float
     tpot_s: float
@@ -316,36 +318,67 @@ class Measured:
     where: str
 
 
-def calibrate(work: Work, mode: PowerMode, base: Efficiency, measured: Measured) -> Efficiency:
-    """Replace ``weights`` and ``compute`` so that the prediction meets the measurement.
+def calibrate(
+    mode: PowerMode, base: Efficiency, runs: Sequence[Measured], source: str
+) -> Efficiency:
+    """Replace ``weights`` and ``compute`` so that the predictions meet the measurements.
 
-    The other factors stay. If what they alone predict is longer than the measurement already, the
-    time per layer is dropped first.
+    One benchmark cannot tell reading from launching, so the time per layer stays, or is dropped
+    where it alone predicts more than was measured. Several models or precisions can, and give that
+    time, too: least squares of relative errors, as in `edge.planner.fit`.
+
+    Args:
+        mode: the module's figures.
+        base: the factors that are not measured.
+        runs: one benchmark or more, all of this module in this mode.
+        source: what the result says of itself.
 
     Raises:
-        ConfigError: the measurement is faster than the memory can be, or the prefill is faster than
-            its weights can be read: another model, another device or another batch.
+        ConfigError: a measurement is faster than the memory can be: another model, another device
+            or another batch.
     """
-    cache = _cache_s(work, mode, base, measured.batch, measured.context)
-    step = (measured.tpot_s - cache) / (1 + base.batch * (measured.batch - 1))
-    for layer_s in (base.layer_s, 0.0):
-        left = step - work.num_layers * layer_s
-        weights = work.weights_bytes / (mode.bytes_per_s * left) if left > 0 else 2.0
-        if weights <= 1 + 1e-9:  # all of the bandwidth, but for rounding
-            break
-    else:
-        raise ConfigError(
-            f"--calibrate {measured.where}: {measured.tpot_s * 1e3:.2f} ms per step is less than "
-            f"{work.weights_bytes / 1e6:,.0f} MB take at {mode.bytes_per_s / 1e9:.1f} GB/s; the "
-            "file is of another model, quantization or device"
-        )
-    found = dataclasses.replace(
-        base, weights=weights, layer_s=layer_s, source=f"measured: {measured.where}"
-    )
-    chunks = _chunks(measured.prompt_tokens, measured.max_prefill)
-    rest = measured.prefill_s - chunks * _weights_s(work, mode, found)
-    peak = _at_peak_s(work, mode, measured.prompt_tokens, measured.prompt_tokens)
-    # A prompt this short says nothing of the arithmetic: its prefill is all reading.
-    if rest <= peak:
-        return found
-    return dataclasses.replace(found, compute=peak / rest)
+    weights, layer_s = _fit_reading(mode, base, runs)
+    found = dataclasses.replace(base, weights=weights, layer_s=layer_s, source=source)
+    squares = products = 0.0
+    for run in runs:
+        chunks = _chunks(run.prompt_tokens, run.max_prefill)
+        rest = run.prefill_s - chunks * _weights_s(run.work, mode, found)
+        peak = _at_peak_s(run.work, mode, run.prompt_tokens, run.prompt_tokens)
+        # A prompt so short says nothing of the arithmetic: its prefill is all reading.
+        if rest > peak:
+            squares += (peak / run.prefill_s) ** 2
+            products += peak * rest / run.prefill_s**2
+    return dataclasses.replace(found, compute=squares / products) if products else found
+
+
+def _fit_reading(
+    mode: PowerMode, base: Efficiency, runs: Sequence[Measured]
+) -> tuple[float, float]:
+    """Fit the share of the bandwidth, at most 1, and the time per layer, at least 0."""
+    reads, layers, wanted = [], [], []  # each as a share of the measured step
+    for run in runs:
+        share = (1 + base.batch * (run.batch - 1)) / run.tpot_s
+        reads.append(run.work.weights_bytes / mode.bytes_per_s * share)
+        layers.append(run.work.num_layers * share)
+        wanted.append(1 - _cache_s(run.work, mode, base, run.batch, run.context) / run.tpot_s)
+        if reads[-1] > wanted[-1] * (1 + 1e-9):  # all of the bandwidth, but for rounding
+            raise ConfigError(
+                f"--calibrate {run.where}: {run.tpot_s * 1e3:.2f} ms per step is less than "
+                f"{run.work.weights_bytes / 1e6:,.0f} MB take at {mode.bytes_per_s / 1e9:.1f} "
+                "GB/s; the file is of another model, quantization or device"
+            )
+    rr, rl, ll = _dot(reads, reads), _dot(reads, layers), _dot(layers, layers)
+    rw, lw = _dot(reads, wanted), _dot(layers, wanted)
+    apart = rr * ll - rl * rl
+    layer_s = base.layer_s
+    if apart > 1e-3 * rr * ll:  # they differ in bytes per layer by more than noise
+        layer_s = max((rr * lw - rl * rw) / apart, 0.0)
+    inverse = (rw - rl * layer_s) / rr
+    if inverse < 1.0:  # reading cannot take less: one benchmark leaves the layers nothing
+        layer_s = max((lw - rl) / ll, 0.0) if len(runs) > 1 else 0.0
+        inverse = max((rw - rl * layer_s) / rr, 1.0)
+    return min(1 / inverse, 1.0), layer_s
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))

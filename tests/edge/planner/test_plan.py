@@ -183,6 +183,42 @@ def test_a_benchmark_calibrates(tmp_path: Path):
     assert set(found.options[0].basis.values()) == {"measured"}
 
 
+def report(path: Path, **rows: dict[str, Any]) -> Path:
+    """What ``scripts/gpu-check`` writes, as far as it counts here."""
+    matrix = {name: {"build": {"verdict": "passed"}, "bench": cell} for name, cell in rows.items()}
+    path.write_text(json.dumps({"started": "2026-01-01T00:00:00Z", "matrix": matrix}))
+    return path
+
+
+def test_a_report_of_gpu_check_calibrates_by_all_that_passed(tmp_path: Path):
+    failed = {"verdict": "failed", "reason": "the build failed"}
+    int4 = {"verdict": "passed", "result": BENCH}
+    slow = {**BENCH, "tpot_s": {"median": 2 * BENCH["tpot_s"]["median"]}}
+    one = calibrated(report(tmp_path / "r.json", int4=int4, fp16=failed), None, None)
+    assert one == calibrated(write(tmp_path / "r.json"), None, None)
+    both = report(tmp_path / "r.json", int4=int4, other={"verdict": "passed", "result": slow})
+    assert calibrated(both, None, None)[1].weights < one[1].weights
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ({"verdict": "failed", "reason": "no GPU"}, "no benchmark in this report has passed"),
+        ({"verdict": "passed", "result": {**BENCH, "schema": 9}}, "bench of int8, has schema 9"),
+        (
+            {"verdict": "passed", "result": {**BENCH, "device": {**BENCH["device"], "name": "x"}}},
+            "of several devices",
+        ),
+    ],
+)
+def test_a_wrong_report_is_refused(cell: dict[str, Any], message: str, tmp_path: Path):
+    rows = {"int8": cell}
+    if "several" in message:
+        rows["int4"] = {"verdict": "passed", "result": BENCH}
+    with pytest.raises(ConfigError, match=message):
+        calibrated(report(tmp_path / "r.json", **rows), None, None)
+
+
 def test_a_cpus_benchmark_brings_its_bandwidth(tmp_path: Path):
     path = write(
         tmp_path / "b.json",

@@ -102,18 +102,9 @@ def test_calibration_meets_the_measurement(
     weights: float, compute: float, batch: int, context: int, prompt: int
 ):
     """Whatever the truth is: predicted again with what was found, the measurement comes out."""
-    work = work_for("r1-qwen-1.5b", "int4")
     truth = dataclasses.replace(FITTED, weights=weights, compute=compute)
-    measured = Measured(
-        batch=batch,
-        context=context,
-        tpot_s=decode_s(work, AGX, truth, batch, context),
-        prompt_tokens=prompt,
-        max_prefill=512,
-        prefill_s=prefill_s(work, AGX, truth, prompt, 512),
-        where="bench.json",
-    )
-    found = calibrate(work, AGX, FITTED, measured)
+    measured = measure("int4", truth, batch, context, prompt)
+    found = calibrate(AGX, FITTED, [measured], "measured: bench.json")
     assert found.weights == pytest.approx(weights)
     assert found.compute == pytest.approx(compute)
     assert found.source == "measured: bench.json"
@@ -122,8 +113,8 @@ def test_calibration_meets_the_measurement(
 def test_faster_than_the_time_per_layer_drops_it():
     work = work_for("r1-qwen-1.5b", "int4")
     truth = dataclasses.replace(FITTED, layer_s=0.0, weights=0.95)
-    measured = Measured(1, 256, decode_s(work, AGX, truth, 1, 256), 8, None, 1.0, "fast.json")
-    found = calibrate(work, AGX, FITTED, measured)
+    measured = Measured(work, 1, 256, decode_s(work, AGX, truth, 1, 256), 8, None, 1.0, "fast.json")
+    found = calibrate(AGX, FITTED, [measured], "measured")
     assert found.layer_s == 0.0
     assert decode_s(work, AGX, found, 1, 256) == pytest.approx(measured.tpot_s)
 
@@ -131,7 +122,59 @@ def test_faster_than_the_time_per_layer_drops_it():
 def test_faster_than_memory_is_refused():
     work = work_for("r1-qwen-1.5b", "int4")
     with pytest.raises(ConfigError, match=r"wrong\.json: 1\.00 ms per step is less than"):
-        calibrate(work, AGX, FITTED, Measured(1, 256, 0.001, 512, 512, 0.1, "wrong.json"))
+        calibrate(
+            AGX, FITTED, [Measured(work, 1, 256, 0.001, 512, 512, 0.1, "wrong.json")], "measured"
+        )
+
+
+@given(
+    weights=st.floats(0.05, 1.0),
+    layer_s=st.floats(0.0, 2e-4),
+    compute=st.floats(0.05, 0.95),
+    batch=st.integers(1, 8),
+)
+def test_several_precisions_also_give_the_time_per_layer(
+    weights: float, layer_s: float, compute: float, batch: int
+):
+    """What one benchmark cannot tell apart: reading grows with the bits, launching does not."""
+    truth = dataclasses.replace(FITTED, weights=weights, layer_s=layer_s, compute=compute)
+    runs = [measure(quant, truth, batch, 256, 512) for quant in ("fp16", "int4", "int8")]
+    found = calibrate(AGX, FITTED, runs, "measured: report.json")
+    assert found.weights == pytest.approx(weights)
+    assert found.layer_s == pytest.approx(layer_s, abs=1e-9)
+    assert found.compute == pytest.approx(compute)
+
+
+@given(st.lists(st.floats(0.8, 1.25), min_size=3, max_size=3), st.floats(0.4, 0.8))
+def test_measurements_that_disagree_are_met_in_the_middle(noise: list[float], weights: float):
+    """Within what a device can do: no layer in less than no time, no more than all bandwidth."""
+    truth = dataclasses.replace(FITTED, weights=weights)
+    runs = [
+        dataclasses.replace(run, tpot_s=run.tpot_s * factor)
+        for factor, quant in zip(noise, ("fp16", "int4", "int8"), strict=True)
+        for run in [measure(quant, truth, 1, 256, 512)]
+    ]
+    found = calibrate(AGX, FITTED, runs, "measured")
+    assert found.layer_s >= 0.0
+    assert 0.0 < found.weights <= 1.0
+    ratios = [decode_s(run.work, AGX, found, 1, 256) / run.tpot_s for run in runs]
+    assert min(ratios) <= 1.0 + 1e-9 or found.weights == 1.0
+    assert max(ratios) >= 1.0 - 1e-9
+
+
+def measure(quant: str, truth: Efficiency, batch: int, context: int, prompt: int) -> Measured:
+    """What a benchmark says of a device that is as ``truth``."""
+    work = work_for("r1-qwen-1.5b", quant)
+    return Measured(
+        work=work,
+        batch=batch,
+        context=context,
+        tpot_s=decode_s(work, AGX, truth, batch, context),
+        prompt_tokens=prompt,
+        max_prefill=512,
+        prefill_s=prefill_s(work, AGX, truth, prompt, 512),
+        where=quant,
+    )
 
 
 def test_the_ceilings_of_the_document_are_those_of_the_planner():
