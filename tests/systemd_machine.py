@@ -157,7 +157,8 @@ class Machine:
         # What JetPack 6's systemd 249 does not know yet, so does not let through either.
         calls = json.loads(_DIRECTIVES.read_text())["calls_after_249"]
         library += f"SystemCallFilter=~{' '.join(calls)}\n"
-        for unit, lines in {"edge-llm": "WatchdogSec=6\n", "edge-llm-watch": ""}.items():
+        added = {"edge-llm": "WatchdogSec=6\n", "edge-llm-watch": "", "edge-llm-rollout": ""}
+        for unit, lines in added.items():
             drop_in = etc / f"systemd/system/{unit}@.service.d/99-test.conf"
             drop_in.parent.mkdir(exist_ok=True)
             drop_in.write_text(f"[Service]\n{library}{lines}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,11 +19,17 @@ import pytest
 
 from edge.key_file import hashed_line
 from tests.conftest import Bundles
+from tests.manifests import replace_file
 from tests.systemd_machine import Machine, until, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("systemd")]
 
 UNIT, WATCH = "edge-llm@tiny.service", "edge-llm-watch@tiny.service"
+ROLLOUT, TIMER = "edge-llm-rollout@tiny.service", "edge-llm-rollout@tiny.timer"
+REGISTRY = """version: 0.1
+storage: {filesystem: {rootdirectory: /var/lib/registry}}
+http: {addr: '127.0.0.1:5000'}
+"""
 BUNDLE, KEYS = "/var/lib/edge-llm/bundles/tiny", "/etc/edge-llm/api-keys"
 MAX_EXPOSURE = 1.5
 BACK_S = 60.0  # a machine with other work takes a while to load Python and a model
@@ -236,6 +243,57 @@ def test_the_watch_records_and_compares(machine: Machine):
     timer = machine.show("edge-llm-watch@tiny.timer", "ActiveState", "NextElapseUSecRealtime")
     assert timer["ActiveState"] == "active"
     assert " 03:" in timer["NextElapseUSecRealtime"]  # of the night, and up to half an hour later
+
+
+def test_the_timer_rolls_out_what_the_registry_has_and_a_kill_leaves_the_old(machine: Machine):
+    """A real registry in the machine; the timer differs in its times, the watch is cut short."""
+    if shutil.which("docker-registry") is None:
+        pytest.skip("needs Debian's package docker-registry")
+    bundles = machine.path(BUNDLE).parent
+    if not machine.path(BUNDLE).is_symlink():
+        machine.path(BUNDLE).rename(bundles / "tiny-1")
+        machine.path(BUNDLE).symlink_to("tiny-1")
+    machine.path("/etc/registry.yml").write_text(REGISTRY)
+    serving = ("--unit=registry", "docker-registry", "serve", "/etc/registry.yml")
+    assert machine.call("systemd-run", *serving).returncode == 0
+    until(lambda: "200" in machine.ask("curl", "-sI", "http://127.0.0.1:5000/v2/"), BACK_S)
+    settings = machine.path("/etc/edge-llm/tiny.rollout")
+    timer_drop_in = machine.path(f"/etc/systemd/system/{TIMER.replace('tiny', '')}.d/99-test.conf")
+    timer_drop_in.parent.mkdir(exist_ok=True)
+    timer_drop_in.write_text("[Timer]\nOnActiveSec=1s\nRandomizedDelaySec=0\n")
+    assert machine.call("systemctl", "daemon-reload").returncode == 0
+
+    def roll_out(version: str, watch_s: int) -> None:
+        """Push a bundle that differs, and let the timer find it."""
+        new = bundles / f"made-{version}"
+        shutil.copytree(bundles / "tiny-1", new)
+        config = json.dumps({"version": version}).encode()
+        replace_file(new, "generation_config.json", config)
+        reference = "127.0.0.1:5000/models/tiny:stable"
+        push = ("/opt/edge-llm/bin/edge-llm", "bundle", "push", f"{BUNDLE[:-4]}{new.name}")
+        pushed = machine.call(*push, reference)
+        assert pushed.returncode == 0, pushed.stderr
+        settings.write_text(
+            f"EDGE_LLM_ROLLOUT={reference}\n"
+            "EDGE_LLM_ROLLOUT_ARGS=--server http://127.0.0.1:8000 --no-build --gate none "
+            f"--watch-s {watch_s} --switch-timeout-s 30\n"
+        )
+        assert machine.call("systemctl", "restart", TIMER).returncode == 0
+
+    first = machine.path(BUNDLE).readlink()
+    roll_out("good", watch_s=0)
+    until(lambda: machine.path(BUNDLE).readlink() != first, 2 * BACK_S)
+    until(lambda: machine.show(ROLLOUT, "ActiveState")["ActiveState"] == "inactive", BACK_S)
+    assert machine.show(ROLLOUT, "Result")["Result"] == "success", machine.log(ROLLOUT)
+    good = machine.path(BUNDLE).readlink()
+    assert complete(machine)["usage"]["completion_tokens"] >= 1
+    roll_out("cut", watch_s=600)
+    until(lambda: machine.path(BUNDLE).readlink() != good, 2 * BACK_S)
+    machine.call("systemctl", "stop", TIMER)
+    machine.call("systemctl", "kill", "--kill-whom=main", "--signal=KILL", ROLLOUT)
+    until(lambda: machine.show(ROLLOUT, "ActiveState")["ActiveState"] == "failed", BACK_S)
+    assert machine.path(BUNDLE).readlink() == good, machine.log(ROLLOUT)
+    assert complete(machine)["usage"]["completion_tokens"] >= 1
 
 
 def test_a_killed_service_comes_back(machine: Machine):

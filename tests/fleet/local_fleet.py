@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from fleet.cluster import find_head
+from fleet.config import read_config
 from tests.conftest import write_secret
 
 _CLONE_NEWNET = 0x40000000
@@ -82,9 +84,7 @@ class Process:
 
     def kill(self) -> None:
         """Kill it and everything that it has started, at once, as a power cut would."""
-        for pid in session(self._process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill_session(self._process.pid)
         self._process.wait()
 
     def wait_for(self, text: str, timeout_s: float = 60) -> None:
@@ -105,6 +105,12 @@ def session(leader: int) -> list[int]:
             if int(number) == leader and state != "Z":
                 found.append(int(path.parent.name))
     return found
+
+
+def _kill_session(leader: int) -> None:
+    for pid in session(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class LocalFleet:
@@ -180,6 +186,16 @@ class LocalFleet:
                 return devices
             assert time.monotonic() < deadline, devices
             time.sleep(0.1)
+
+    def kill_head(self) -> None:
+        """Kill the head and all that Ray has started for it, at once."""
+        pid = find_head(read_config(self.file))
+        assert pid is not None, "no head runs"
+        _kill_session(pid)
+        deadline = time.monotonic() + 20
+        while session(pid):
+            assert time.monotonic() < deadline, session(pid)
+            time.sleep(0.05)
 
     def close(self) -> None:
         """End everything."""

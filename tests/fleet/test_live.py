@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -142,7 +142,9 @@ def test_all_full_is_429_and_nothing_is_lost(fleet: LocalFleet):
     assert min(refused.values()) > 0  # each device kept its own bound
 
 
-def test_a_node_that_dies_under_load_loses_no_answer(fleet: LocalFleet):
+def test_a_node_that_dies_under_load_loses_no_answer(
+    fleet: LocalFleet, record_property: Callable[[str, object], None]
+):
     stop, lock = threading.Event(), threading.Lock()
     ended: list[tuple[float, str, int, bytes]] = []
 
@@ -177,8 +179,12 @@ def test_a_node_that_dies_under_load_loses_no_answer(fleet: LocalFleet):
         error = json.loads(answer.split(b"\n\n")[-2].removeprefix(b"data: "))["error"]
         assert error["code"] == "device_lost"
     good = [at for at, _, _, answer in ended if at > killed and b"device_lost" not in answer]
-    assert min(good) - killed <= 2
-    assert max(b - a for a, b in itertools.pairwise(sorted(good))) <= 2.5
+    first_s = min(good) - killed
+    gap_s = max(b - a for a, b in itertools.pairwise(sorted(good)))
+    figures = {"first_s": first_s, "gap_s": gap_s, "broken": len(broken), "good": len(good)}
+    record_property("after the kill", figures)  # docs/fleet.md has them: pytest --junitxml
+    assert first_s <= 2
+    assert gap_s <= 2.5
     assert fleet.devices()["b"]["state"] == "not ready"
 
 
