@@ -61,8 +61,8 @@ def start_head(config: FleetConfig) -> None:
     place = _directory(config, "head")
     if find_head(config) is not None:
         return
-    # A head that was killed leaves its address there. Ray takes it for one that runs if a process of
-    # this machine names the same address, and that of a device beside the head does.
+    # A head that was killed leaves its address there, and Ray takes it for one that runs if any
+    # process of this machine names the same address: so does the node of a device beside it.
     (place / "ray_current_cluster").unlink(missing_ok=True)
     command = [
         *_ray_start(place),
