@@ -27,7 +27,7 @@ from fleet.ring import Ring
 from fleet.routing import Router
 from scripts.simulated_devices import Device, Head, HeadCost, Sink, Turn, sessions
 
-MEASURED = HeadCost(0.0023, 0.00067, 0.0015)
+MEASURED = HeadCost(0.0026, 0.00056, 0.0010)
 _BEAT_S, _SILENT_BEATS = 0.5, 6  # fleet.toml's beat_s and silent_s; who is lost has no power
 _BOUND = 1.5  # times the mean load: HAProxy's hash-balance-factor
 _KNEE_S = 2.0  # within which the median first answer comes, below the knee

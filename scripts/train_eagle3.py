@@ -82,6 +82,11 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=8, help="texts at once (default 8)")
     parser.add_argument("--max-tokens", type=int, default=256, help="a longer text is cut")
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="multiply in bfloat16: 1.5 times as fast where a CPU has AVX512-BF16, slower elsewhere",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
@@ -96,6 +101,7 @@ def main() -> None:
             learning_rate=options.learning_rate,
             batch_size=options.batch_size,
             max_tokens=options.max_tokens,
+            bfloat16=options.bfloat16,
             seed=options.seed,
         )
     except EdgeError as error:
@@ -117,6 +123,7 @@ def train(
     learning_rate: float = 1e-3,
     batch_size: int = 8,
     max_tokens: int = 256,
+    bfloat16: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train a head and write it as it is published.
@@ -132,6 +139,7 @@ def train(
         learning_rate: at its highest.
         batch_size: texts at once.
         max_tokens: of a text.
+        bfloat16: multiply in it; weights and sums stay float32.
         seed: of weights and order.
 
     Returns:
@@ -173,7 +181,7 @@ def train(
     table, weights = read_weights(bundle, manifest)
     head = HeadModule(spec, table, vocabulary, *weights)
     say(f"{len(learned)} texts, {sum(len(each.ids) for each in learned):,} tokens to learn from")
-    steps = learn(head, learned, minutes, ahead, learning_rate, batch_size, seed)
+    steps = learn(head, learned, minutes, ahead, learning_rate, batch_size, bfloat16, seed)
     right, chains = measure(head, held_out, ahead, batch_size)
     write_head(output, head, vocabulary, manifest, layers_of(manifest.model))
     report = {
@@ -323,22 +331,22 @@ def learn(
     ahead: int,
     learning_rate: float,
     batch_size: int,
+    bfloat16: bool,
     seed: int,
 ) -> int:
     """Train until the time is over; returns the steps of the optimizer."""
     import torch
 
-    rng = np.random.RandomState(seed)
+    batches = make_batches([len(lesson.ids) for lesson in lessons], batch_size, seed)
     optimizer = torch.optim.AdamW(head.trained(), lr=learning_rate, betas=(0.9, 0.95))
-    began, steps, order = time.process_time(), 0, np.array([], np.int64)
+    began, steps = time.process_time(), 0
     share, running = 0.0, 0.0
     while share < 1.0:
-        if len(order) < batch_size:
-            order = np.concatenate([order, rng.permutation(len(lessons))])
-        chosen, order = order[:batch_size], order[batch_size:]
+        chosen = [lessons[i] for i in next(batches)]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(share / 0.03, 1.0, 1e-2 + math.cos(share * 1.5708))
-        losses, _, _ = head.losses([lessons[i] for i in chosen], ahead)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            losses, _, _ = head.losses(chosen, ahead)
         loss = sum(each * _DECAY**k for k, each in enumerate(losses))
         assert isinstance(loss, torch.Tensor)
         optimizer.zero_grad()
@@ -352,6 +360,20 @@ def learn(
         if steps % 20 == 0:
             say(f"{steps} steps, {share:.0%} of the time, loss of the first guess {running:.3f}")
     return steps
+
+
+def make_batches(lengths: Sequence[int], size: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Batches of texts for ever, each text once a round, of similar lengths since they are padded.
+
+    Among neighbours in length it is chance, anew in each round, who shares a batch and when.
+    """
+    rng = np.random.RandomState(seed)
+    while True:
+        nearly = np.array(lengths) * rng.uniform(0.9, 1.1, len(lengths))
+        order = np.argsort(nearly, kind="stable")
+        starts = np.arange(0, len(order), size)
+        for start in rng.permutation(starts):
+            yield order[start : start + size]
 
 
 def measure(

@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge import LLM, EdgeError, SamplingParams
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
@@ -23,6 +25,7 @@ from scripts.train_eagle3 import (
     choose_tokens,
     head_spec,
     layers_of,
+    make_batches,
     make_lessons,
     train,
 )
@@ -120,9 +123,27 @@ def test_the_unrolled_head_is_the_one_that_drafts():
             hidden = np.concatenate([hidden, after[-1:]])
 
 
+@given(st.lists(st.integers(1, 256), min_size=1, max_size=60), st.integers(1, 9))
+def test_each_text_is_learned_once_a_round_beside_others_of_its_length(
+    lengths: list[int], size: int
+):
+    batches = make_batches(lengths, size, seed=0)
+    rounds = [[next(batches) for _ in range(-(-len(lengths) // size))] for _ in range(2)]
+    for batches_of_round in rounds:
+        assert sorted(np.concatenate(batches_of_round)) == list(range(len(lengths)))
+        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches_of_round)
+        # A batch is as long as its longest text, which by a factor is below all of the next batch's.
+        assert padded <= sum(lengths) * 1.1 / 0.9 + 2 * size * max(lengths)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--bfloat16",)])
 def test_a_trained_head_is_right_where_it_was_trained(
-    tiny_bundles: Bundles, tiny_checkpoints: Checkpoints, texts: Path, tmp_path: Path
+    more: tuple[str, ...],
+    tiny_bundles: Bundles,
+    tiny_checkpoints: Checkpoints,
+    texts: Path,
+    tmp_path: Path,
 ):
     """From texts to a bundle that drafts."""
     pytest.importorskip("torch", reason="live parity needs torch")
@@ -130,7 +151,7 @@ def test_a_trained_head_is_right_where_it_was_trained(
     # In a process of its own: torch brings threads, and warnings that are errors here.
     done = subprocess.run(
         [sys.executable, "scripts/train_eagle3.py", tiny_bundles("qwen2"), texts, "-o", head,
-         "--minutes", "0.1", "--draft-vocab", "300", "--ahead", "2", "--learning-rate", "0.01"],
+         "--minutes", "0.1", "--draft-vocab", "300", "--ahead", "2", "--learning-rate", "0.01", *more],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])},
         capture_output=True, text=True, check=False,
