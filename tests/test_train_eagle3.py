@@ -132,7 +132,7 @@ def test_each_text_is_learned_once_a_round_beside_others_of_its_length(
     for batches_of_round in rounds:
         assert sorted(np.concatenate(batches_of_round)) == list(range(len(lengths)))
         padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches_of_round)
-        # A batch is as long as its longest text, which by a factor is below all of the next batch's.
+        # A batch's longest text is but for a factor below all of the next batch.
         assert padded <= sum(lengths) * 1.1 / 0.9 + 2 * size * max(lengths)
 
 
@@ -151,7 +151,8 @@ def test_a_trained_head_is_right_where_it_was_trained(
     # In a process of its own: torch brings threads, and warnings that are errors here.
     done = subprocess.run(
         [sys.executable, "scripts/train_eagle3.py", tiny_bundles("qwen2"), texts, "-o", head,
-         "--minutes", "0.1", "--draft-vocab", "300", "--ahead", "2", "--learning-rate", "0.01", *more],
+         "--minutes", "0.1", "--draft-vocab", "300", "--ahead", "2", "--learning-rate", "0.01",
+         *more],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])},
         capture_output=True, text=True, check=False,

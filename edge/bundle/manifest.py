@@ -583,12 +583,15 @@ def describe_from_source(manifest: Manifest) -> str | None:
 
 
 def describe_kv_cache(manifest: Manifest) -> str:
-    """One phrase for a person, e.g. ``int8, layers 0 and 27 in fp16``."""
+    """One phrase for a person, e.g. ``int8, layers 0, 27 in float``.
+
+    Which float is the backend's choice: FP16 on a GPU, FP32 on the CPU.
+    """
     found = manifest.kv_cache
     if found is None:
-        return manifest.dtype
+        return "float"
     kept = ", ".join(map(str, found.float_layers))
-    return f"{found.kind}, layers {kept} in {manifest.dtype}" if kept else found.kind
+    return f"{found.kind}, layers {kept} in float" if kept else found.kind
 
 
 def describe_tensorrt(manifest: Manifest) -> str:

@@ -16,6 +16,7 @@ from edge.backends import Backend
 from edge.backends.choose import open_backend, unused_gpu
 from edge.bundle import manifest as manifests
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+from edge.bundle.library import find_setting
 from edge.bundle.tasks import check_task
 from edge.bundle.trust import open_manifest
 from edge.engine_config import EngineConfig, EngineOptions
@@ -70,7 +71,8 @@ class LLM:
     the CPU compute it alike.
 
     Args:
-        bundle: directory that ``edge-llm export`` wrote.
+        bundle: directory that ``edge-llm export`` wrote; or its name, or some words of it, as
+            `edge.bundle.library.find_bundle` finds bundles for the command line. So for ``draft``.
         config: options of the engine; None is `EngineConfig` with its defaults.
         **options: fields of `EngineConfig` that differ from ``config``, e.g. ``kv_capacity=4096``.
 
@@ -104,8 +106,11 @@ class LLM:
         config: EngineConfig | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        self.bundle = Path(bundle)
-        self.config = config = (config or EngineConfig()).with_options(**options)
+        self.bundle = find_setting(str(bundle), Path())
+        config = (config or EngineConfig()).with_options(**options)
+        if config.draft is not None and not config.drafts_with_head:
+            config = config.with_options(draft=find_setting(str(config.draft), Path()))
+        self.config = config
         if config.prefix_dir is not None and not config.prefix_dir.is_dir():
             raise ConfigError(
                 f"prefix_dir {config.prefix_dir} is no directory; edge-llm cache build makes it"

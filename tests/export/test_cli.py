@@ -181,7 +181,7 @@ def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
         "sampling_assumed": None,
         "dialect": RUNNABLE,
         "tensorrt": list(manifest.tensorrt or ()),
-        "kv_cache": "fp16",
+        "kv_cache": "float",
         "quality": {name: text[name] for name in _FIGURES},
         "missed": [],
     }

@@ -516,8 +516,8 @@ def _kv_cache(**changes: Any) -> KvCache:
 def test_the_layers_of_an_8_bit_cache_are_listed() -> None:
     manifest = make_manifest(kv_cache=_kv_cache())
     assert decode_manifest(encode_manifest(manifest)).int8_layers == (0,)
-    assert describe_kv_cache(manifest) == "int8, layers 1 in fp16"
-    assert describe_kv_cache(make_manifest()) == "fp16"
+    assert describe_kv_cache(manifest) == "int8, layers 1 in float"
+    assert describe_kv_cache(make_manifest()) == "float"
     assert make_manifest().int8_layers == ()
 
 

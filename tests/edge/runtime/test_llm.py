@@ -727,3 +727,17 @@ def test_options_are_those_of_the_configuration_and_stronger(tiny_bundles: Bundl
 def test_no_bundle(tmp_path: Path):
     with pytest.raises(BundleError, match="make one with: edge-llm export"):
         LLM(tmp_path / "absent")
+
+
+def test_bundles_are_found_by_name_as_on_the_command_line(
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("alpha-1.5b", "beta-0.5b"):
+        (tmp_path / name).symlink_to(tiny_bundles("qwen2"))
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path))
+    with LLM("alpha", draft="0.5b", backend="ort-cpu", kv_capacity=64) as llm:
+        assert llm.bundle.samefile(tmp_path / "alpha-1.5b")
+        assert llm.config.draft is not None
+        assert llm.config.draft.samefile(tmp_path / "beta-0.5b")
+    with pytest.raises(BundleError, match="gamma"):
+        LLM("alpha", draft="gamma")
