@@ -63,7 +63,7 @@ def up(file: Path, wait_s: float, as_json: bool) -> None:
     """Start the head on this machine, or renew it after a change of FILE."""
     config = read_config(file)
     cluster.start_head(config)
-    with Fleet(config) as opened:
+    with contextlib.redirect_stdout(sys.stderr), Fleet(config) as opened:
         opened.deploy()
         status = opened.wait(wait_s)
     _show(status, as_json)
@@ -98,8 +98,9 @@ def join(file: Path, name: str, wait_s: float) -> None:
 @_json
 def status(file: Path, as_json: bool) -> None:
     """Show every device: its state and why, its models, what runs there."""
-    with Fleet.connect(file) as opened:
-        _show(opened.status(), as_json)
+    with _connected(file) as opened:
+        found = opened.status()
+    _show(found, as_json)
 
 
 @fleet.command()
@@ -115,7 +116,7 @@ def status(file: Path, as_json: bool) -> None:
 )
 def drain(file: Path, name: str, off: bool, timeout_s: float) -> None:
     """Send no more requests to the device NAME and wait for those that run there."""
-    with Fleet.connect(file) as opened:
+    with _connected(file) as opened:
         if off:
             opened.resume(name)
         else:
@@ -193,8 +194,8 @@ def rollout(
                 words = f"; {now[1]}" if now[1] else ""
                 click.echo(f"{name}{role}: {device.state}{words}", err=True)
 
-    with Fleet.connect(file) as opened:
-        try:
+    try:
+        with _connected(file) as opened:
             done = opened.rollout(
                 reference,
                 canary=canary,
@@ -205,9 +206,9 @@ def rollout(
                 plain_http=plain_http,
                 told=told,
             )
-        finally:
-            if as_json and last is not None:
-                echo_json(msgspec.to_builtins(last))
+    finally:
+        if as_json and last is not None:
+            echo_json(msgspec.to_builtins(last))
     if off := done.where("off"):
         raise DeadlineError(
             f"{', '.join(off)} were off and have to catch up: call again once they are on; all "
@@ -253,9 +254,15 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _computer(file: Path, devices: tuple[str, ...], mix: bool) -> Iterator[FleetComputer]:
-    # Ray prints what becomes of nodes on stdout, where the report alone belongs.
+def _connected(file: Path) -> Iterator[Fleet]:
+    # Ray prints what becomes of nodes on stdout, where the answer alone belongs: say it afterwards.
     with contextlib.redirect_stdout(sys.stderr), Fleet.connect(file) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def _computer(file: Path, devices: tuple[str, ...], mix: bool) -> Iterator[FleetComputer]:
+    with _connected(file) as opened:
         told = functools.partial(click.echo, err=True)
         with opened.computer(devices, mix=mix, told=told) as computer:
             yield computer

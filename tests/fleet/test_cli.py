@@ -1,0 +1,39 @@
+"""The verbs of a fleet, with what Ray does beside them in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fleet import cli
+
+STATUS: dict[str, Any] = {"devices": {}}
+
+
+class Talkative:
+    """A connected fleet whose Ray says on standard output what becomes of nodes."""
+
+    def status(self) -> dict[str, Any]:
+        print("(raylet) A node died")  # noqa: T201
+        return STATUS
+
+
+def test_what_ray_prints_stays_out_of_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    @contextlib.contextmanager
+    def connect(file: Path) -> Iterator[Talkative]:
+        print("connected")  # noqa: T201
+        yield Talkative()
+
+    monkeypatch.setattr(cli.Fleet, "connect", connect)
+    file = tmp_path / "fleet.toml"
+    file.touch()
+    done = CliRunner().invoke(cli.fleet, ["status", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == STATUS
+    assert done.stderr == "connected\n(raylet) A node died\n"
