@@ -146,9 +146,11 @@ def _open_ort_cpu(
     from .ort.int8_prompts import int8_bytes
 
     capacity = config.kv_capacity
-    if capacity is None:
+    if capacity is None or capacity <= manifest.rope_positions:  # else the backend refuses it
         extra = int8_bytes(manifest) if config.prefill == "int8" else 0
-        capacity = host_capacity(manifest, config.num_slots, config.prefill_chunk, extra, beside)
+        capacity = host_capacity(
+            manifest, config.num_slots, config.prefill_chunk, extra, beside, capacity
+        )
     return ort.OrtBackend(
         bundle,
         manifest,

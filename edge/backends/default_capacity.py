@@ -1,4 +1,4 @@
-"""The KV cache's default capacity: the bundle's own, or as much of it as memory holds."""
+"""The KV cache's capacity: the bundle's own or what memory holds of it; or as asked, if it fits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from edge.bundle.manifest import Manifest
 from edge.device.telemetry import read_available_memory_bytes
-from edge.errors import DeviceMemoryError
+from edge.errors import DeviceMemoryError, ResourceError
 from edge.planner.memory import (
     Deployment,
     ProcessMemory,
@@ -30,6 +30,7 @@ def host_capacity(
     max_step_tokens: int,
     extra_bytes: int = 0,
     beside: Manifest | None = None,
+    asked: int | None = None,
 ) -> int:
     """Cache rows per slot on the CPU, such that a full cache still fits the memory that is free.
 
@@ -42,8 +43,12 @@ def host_capacity(
         max_step_tokens: the most tokens per sequence and step.
         extra_bytes: of weights in another form besides the bundle's.
         beside: manifest of a bundle that will be opened beside this one, with the same slots.
+        asked: rows that somebody asked for; they are given, or refused.
+
+    Raises:
+        ResourceError: the cache that was asked for is larger than all memory that is free.
     """
-    wanted, free = manifest.kv_capacity, read_available_memory_bytes()
+    wanted, free = asked or manifest.kv_capacity, read_available_memory_bytes()
 
     def plan(each: Manifest, capacity: int) -> ProcessMemory:
         deployment = Deployment(
@@ -64,6 +69,9 @@ def host_capacity(
 
     if free is None or need(wanted) <= free:  # None: the system does not tell
         return wanted
+    if asked is not None:
+        _judge_asked(asked, num_slots, plan(manifest, asked).cache, need(asked), free)
+        return asked
     least = min(LEAST_CAPACITY, wanted)
     fitting = (c for c in range(wanted - 1, least, -1) if c % _STEP == 0 and need(c) <= free)
     capacity = next(fitting, least)
@@ -75,6 +83,24 @@ def host_capacity(
             f"that needs {need(wanted) / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free",
         )
     return capacity
+
+
+def _judge_asked(asked: int, num_slots: int, cache: int, whole: int, free: int) -> None:
+    """Refuse a capacity that cannot be, and warn of one that the plan finds too large."""
+    if cache > free:
+        raise ResourceError(
+            f"--kv-capacity {asked}: a full KV cache of {num_slots} slots takes {cache / 1e9:.1f} "
+            f"GB of memory, and {free / 1e9:.1f} GB are free; a smaller one, or fewer slots"
+        )
+    _log.warning(
+        "with a full KV cache of %d slots of %d tokens about %.1f GB of memory will be taken, and "
+        "%.1f GB are free: the system may then kill this process; a smaller --kv-capacity, or "
+        "fewer slots, is safe",
+        num_slots,
+        asked,
+        whole / 1e9,
+        free / 1e9,
+    )
 
 
 def device_backend(

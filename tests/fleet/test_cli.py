@@ -30,7 +30,7 @@ def test_what_ray_prints_stays_out_of_the_answer(tmp_path: Path, monkeypatch: py
         print("connected")  # noqa: T201
         yield Talkative()
 
-    monkeypatch.setattr(cli.Fleet, "connect", connect)
+    monkeypatch.setattr("fleet.client.Fleet.connect", connect)
     file = tmp_path / "fleet.toml"
     file.touch()
     done = CliRunner().invoke(cli.fleet, ["status", str(file), "--json"])

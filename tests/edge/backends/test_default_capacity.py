@@ -13,7 +13,7 @@ from edge.backends import choose, default_capacity
 from edge.backends.default_capacity import LEAST_CAPACITY, device_backend, host_capacity
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.engine_config import EngineConfig
-from edge.errors import DeviceMemoryError
+from edge.errors import DeviceMemoryError, ResourceError
 from edge.planner.memory import Deployment, plan_process_memory
 from edge.planner.weights import manifest_linears
 from tests.conftest import Bundles, require_kernels
@@ -81,6 +81,24 @@ def test_there_is_a_least_and_it_is_said(
     assert host_capacity(make_manifest(kv_capacity=300), SLOTS, STEP) == 300
 
 
+def test_a_capacity_that_was_asked_for_is_given_or_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    cache = Deployment("ort-cpu", SLOTS).cache_token_bytes(MANIFEST.model) * SLOTS * 5000
+    for room in (None, peak(MANIFEST, 5000)):
+        free(monkeypatch, room)
+        assert host_capacity(MANIFEST, SLOTS, STEP, asked=5000) == 5000
+    assert not caplog.records
+    free(monkeypatch, cache)  # and no byte for the weights
+    assert host_capacity(MANIFEST, SLOTS, STEP, asked=5000) == 5000
+    (record,) = caplog.records
+    assert "4 slots of 5000 tokens" in record.getMessage()
+    assert "may then kill this process" in record.getMessage()
+    free(monkeypatch, cache - 1)
+    with pytest.raises(ResourceError, match=r"--kv-capacity 5000: .* 4 slots takes .* fewer slots"):
+        host_capacity(MANIFEST, SLOTS, STEP, asked=5000)
+
+
 def test_a_system_that_does_not_tell_gets_the_bundles_own(monkeypatch: pytest.MonkeyPatch):
     free(monkeypatch, None)
     assert host_capacity(MANIFEST, SLOTS, STEP) == 8192
@@ -114,7 +132,7 @@ def test_only_the_default_shrinks(tiny_bundles: Bundles, monkeypatch: pytest.Mon
     require_kernels("native")
     bundle: Path = tiny_bundles("qwen2")
     manifest = read_manifest(bundle)
-    free(monkeypatch, 1)
+    free(monkeypatch, 50 * Deployment("ort-cpu").cache_token_bytes(manifest.model))
     monkeypatch.setattr(default_capacity, "LEAST_CAPACITY", 20)
     monkeypatch.setattr(choose, "_has_cuda_provider", lambda: False)
     for asked, found in ((None, 20), (50, 50)):
