@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,13 @@ from edge.server.http.access import APIKeys
 from edge.server.http.errors import APIError
 from edge.server.http.guard import App, Guard, Receive, Scope, Send, read_body
 from edge.server.http.threads import until_gone
+from edge.server.observe.metric_families import CONTENT_TYPE
 from edge.server.settings import ServerSettings
 
 from .affinity import Affinity, affinity
 from .config import FleetConfig
 from .members import Asked, Attempt, Facts, Link, LostError, Member, judge
+from .metrics import OUTCOMES, render
 from .routing import Router
 
 _log = logging.getLogger("edge.fleet")
@@ -104,12 +107,14 @@ class FleetHead:
         path = self.settings.api_key_file
         keys = None if path is None else APIKeys(path)
         self.is_draining = False
+        self._rejections: Counter[str] = Counter()
         self.accepted = self._judged_with = frozenset[str]()
         self.app: App = Guard(
             self._route,
             self.settings,
             keys,
             is_draining=lambda: self.is_draining,
+            on_rejection=self._count_rejection,
             error_body=error_body,
         )
 
@@ -196,10 +201,15 @@ class FleetHead:
             await _send_json(send, {"status": "ready", "devices": ready})
         elif path == "/stats":
             await _send_json(send, self.status())
+        elif path == "/metrics":
+            await _send(send, render(self.members.values(), self._rejections), CONTENT_TYPE)
         elif path in PASSED_ON or path.startswith(("/v1/models/", "/models/")):
             await self._pass_on(scope, receive, send)
         else:
             raise HTTPException(404)
+
+    def _count_rejection(self, reason: str) -> None:
+        self._rejections[reason] += 1
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(reversed(scope["headers"]))  # the first of each name counts
@@ -316,7 +326,7 @@ class FleetHead:
         return outcome
 
 
-_COUNTED = {_Done: "answered", _Busy: "busy", _Lost: "lost"}
+_COUNTED = dict(zip((_Done, _Busy, _Lost), OUTCOMES, strict=True))
 
 
 async def _pump(
@@ -394,9 +404,12 @@ def _taken(task: asyncio.Future[Any]) -> None:
 
 
 async def _send_json(send: Send, value: Any) -> None:
-    body = msgspec.json.encode(value)
+    await _send(send, msgspec.json.encode(value), "application/json")
+
+
+async def _send(send: Send, body: bytes, content_type: str) -> None:
     headers = [
-        (b"content-type", b"application/json"),
+        (b"content-type", content_type.encode()),
         (b"cache-control", b"no-store"),
         (b"content-length", str(len(body)).encode()),
     ]

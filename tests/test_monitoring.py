@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from edge.device.telemetry import Snapshot
+from fleet.members import Member
+from fleet.metrics import render
 from tests.conftest import Bundles
 from tests.edge.server.scripted import Live, running
 
@@ -58,6 +60,8 @@ def server(tiny_bundles: Bundles) -> Iterator[Live]:
 def test_every_metric_that_is_named_is_exposed(server: Live):
     assert server.chat(max_tokens=4).status == 200
     text = server.ask("/metrics").body.decode()
+    link: Any = None
+    text += render([Member("orin-1", link)], {}).decode()  # what the head of a fleet exposes
     exposed = names(text)
     exposed |= {f"{name}_total" for name in re.findall(r"# TYPE (\w+) counter", text)}
     named = names(ALERTS.read_text()) | names("\n".join(queries()))

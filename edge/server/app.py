@@ -345,7 +345,7 @@ class _Endpoints:
         )
 
     async def _metrics_text(self, request: Request) -> Response:
-        from .observe.metrics import CONTENT_TYPE
+        from .observe.metric_families import CONTENT_TYPE
 
         text = await in_thread(self._metrics.render)
         return Response(text, headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})

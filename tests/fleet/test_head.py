@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 import edge
+from edge.server.observe.metric_families import CONTENT_TYPE
 from fleet.config import Device, FleetConfig
 from fleet.head import FleetHead
 from fleet.members import Asked, Item, LostError, judge
@@ -177,6 +178,35 @@ def test_a_conversation_stays_and_another_device_serves_its_share():
         for i, device in sessions.items():
             body = {"messages": [{"role": "user", "content": f"turn {i}"}]}
             assert (await caller.ask(body=body, x_session_id=f"s{i}")).device == device
+
+    run(test)
+
+
+def test_prometheus_reads_what_the_head_knows():
+    """Judged by prometheus-client's own parser."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    async def test() -> None:
+        caller = await seen(b=Scripted([(429, [(b"retry-after", b"1")])]), c=Scripted(silent=True))
+        caller.head.members["c"].lose("the plug was pulled")
+        for i in range(20):
+            assert (await caller.ask(x_session_id=f"s{i}")).status == 200
+        assert (await caller.ask("/v1/unknown")).status == 404
+        answer = await caller.ask("/metrics", None)
+        assert answer.headers["content-type"] == CONTENT_TYPE
+        found = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(answer.body.decode())
+            for sample in family.samples
+        }
+        ready = {name: found["edgellm_fleet_device_ready", name] for name in "abc"}
+        assert ready == {"a": 1, "b": 1, "c": 0}
+        assert found["edgellm_fleet_device_slots", "a"] == 2
+        assert found["edgellm_fleet_device_requests", "a"] == 0
+        assert found["edgellm_fleet_requests_total", "a", "answered"] == 20
+        assert found["edgellm_fleet_requests_total", "b", "busy"] >= 1
+        assert found["edgellm_fleet_requests_total", "c", "lost"] == 0
+        assert found["edgellm_rejections_total", "not_found"] == 1
 
     run(test)
 
@@ -446,7 +476,7 @@ def test_the_heads_own_paths():
         assert json.loads((await caller.ask("/stats", None)).body) == caller.head.status()
         assert (await caller.ask("/v1/models", None)).headers["x-edge-device"] in "abc"
         assert (await caller.ask("/v1/models/tiny", None)).status == 200
-        assert (await caller.ask("/metrics", None)).status == 404
+        assert (await caller.ask("/page", None)).status == 404
         assert not any(device.asked[2:] for device in caller.devices.values())
 
     run(test)

@@ -14,6 +14,8 @@ from edge.runtime.scheduler.request import SchedulerStats
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Of Prometheus' text format."""
 # vLLM's names (its page "Production Metrics") for those of ours that mean the same.
 VLLM_NAMES = {
     "edgellm_requests_running": "vllm:num_requests_running",

@@ -46,7 +46,6 @@ from .metric_families import (
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WINDOW_VALUES = 4096
 """Values kept per model and kind for the percentiles: 32 kB each."""
 MAX_LABELS = 32
@@ -302,7 +301,7 @@ class Metrics:
     # --------------------------------------------------------------------------- reading
 
     def render(self) -> bytes:
-        """Write all metrics in Prometheus' text format, see `CONTENT_TYPE`."""
+        """Write all metrics in Prometheus' text format, see `metric_families.CONTENT_TYPE`."""
         from prometheus_client import generate_latest
 
         text: bytes = generate_latest(View(self.registry))
