@@ -20,14 +20,14 @@ class Talkative:
     """A connected fleet whose Ray says on standard output what becomes of nodes."""
 
     def status(self) -> dict[str, Any]:
-        print("(raylet) A node died")  # noqa: T201
+        print("(raylet) A node died", flush=True)  # noqa: T201
         return STATUS
 
 
 def test_what_ray_prints_stays_out_of_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     @contextlib.contextmanager
     def connect(file: Path) -> Iterator[Talkative]:
-        print("connected")  # noqa: T201
+        print("connected", flush=True)  # noqa: T201
         yield Talkative()
 
     monkeypatch.setattr("fleet.client.Fleet.connect", connect)
