@@ -74,7 +74,7 @@ def beside(target: Path, role: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(target: Path) -> Iterator[None]:
+def locked(target: Path, what: str = "export") -> Iterator[None]:
     """Hold the target's lock; the kernel lets go of it however the process ends.
 
     Raises:
@@ -82,7 +82,7 @@ def locked(target: Path) -> Iterator[None]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = beside(target, "lock")
-    descriptor = _acquire(path, target)
+    descriptor = _acquire(path, target, what)
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
@@ -92,7 +92,7 @@ def locked(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(path: Path, target: Path) -> int:
+def _acquire(path: Path, target: Path, what: str) -> int:
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -111,7 +111,7 @@ def _acquire(path: Path, target: Path) -> int:
             writer = os.read(descriptor, 20).decode("ascii", "replace") or "unknown"
             os.close(descriptor)
             raise ConfigError(
-                f"another export (process {writer}) is writing {target}; wait until it ends or "
+                f"another {what} (process {writer}) is writing {target}; wait until it ends or "
                 "choose another directory"
             ) from error
         except OSError as error:

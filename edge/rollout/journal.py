@@ -99,7 +99,7 @@ class Place:
             raise ConfigError(
                 f"cannot keep a journal at {self.folder}: {error.strerror}"
             ) from error
-        with locked(self.folder / "roll-out"):
+        with locked(self.folder / "roll-out", "roll-out"):
             yield
 
     @property
