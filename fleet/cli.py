@@ -276,7 +276,7 @@ def down(file: Path) -> None:
     if cluster.find_head(config) is None:
         raise ConfigError(f"no head of this fleet runs here ({config.address})")
     try:
-        with Fleet(config) as opened:
+        with contextlib.redirect_stdout(sys.stderr), Fleet(config) as opened:
             left = opened.close_head()
     finally:
         cluster.stop_head(config)

@@ -123,7 +123,7 @@ class Member:
         difference: how it differs from the fleet; None where it fits or has not been seen.
         admitted: whether it is let in: it fits, or its difference is allowed.
         draining: whether an operator took it out.
-        counts: requests by outcome: answered, streamed, busy, lost.
+        counts: requests by outcome: answered, busy, lost.
         slots: requests that it computes at once.
     """
 

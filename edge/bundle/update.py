@@ -77,6 +77,10 @@ def beside(target: Path, role: str) -> Path:
 def locked(target: Path, what: str = "export") -> Iterator[None]:
     """Hold the target's lock; the kernel lets go of it however the process ends.
 
+    Args:
+        target: what is held.
+        what: work of this kind holds it, as another one is told.
+
     Raises:
         ConfigError: another process holds it, or it cannot be made.
     """
@@ -111,8 +115,7 @@ def _acquire(path: Path, target: Path, what: str) -> int:
             writer = os.read(descriptor, 20).decode("ascii", "replace") or "unknown"
             os.close(descriptor)
             raise ConfigError(
-                f"another {what} (process {writer}) is writing {target}; wait until it ends or "
-                "choose another directory"
+                f"another {what} (process {writer}) is writing {target}; wait until it ends"
             ) from error
         except OSError as error:
             os.close(descriptor)

@@ -124,7 +124,10 @@ def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[
     benches = read_runs(path)
     place = next(iter(benches.values())).device
     if len({(bench.device.name, bench.device.power_mode) for bench in benches.values()}) > 1:
-        raise ConfigError(f"--calibrate {path}: its benchmarks are of several devices or modes")
+        raise ConfigError(
+            f"--calibrate {path}: its benchmarks are of several devices or modes; give a report "
+            "of one"
+        )
     name = place.name
     if name is None:
         raise ConfigError(
