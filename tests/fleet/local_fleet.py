@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,8 +103,11 @@ def session(leader: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, *_, number = path.read_text().rpartition(")")[2].split()[:4]
-            if int(number) == leader and state != "Z":
+            fields = path.read_text().rpartition(")")[2].split()
+            state, number, threads = fields[0], int(fields[3]), int(fields[17])
+            # A process whose first thread has ended is shown as a zombie, but the others
+            # keep its sockets open (proc(5)).
+            if number == leader and (state != "Z" or threads > 1):
                 found.append(int(path.parent.name))
     return found
 
@@ -188,12 +193,12 @@ class LocalFleet:
             time.sleep(0.1)
 
     def kill_head(self) -> None:
-        """Kill the head and all that Ray has started for it, at once."""
+        """Kill the head and all that Ray has started for it, until its port refuses."""
         pid = find_head(read_config(self.file))
         assert pid is not None, "no head runs"
         _kill_session(pid)
         deadline = time.monotonic() + 20
-        while session(pid):
+        while session(pid) or listens(HEAD_PORT):
             assert time.monotonic() < deadline, session(pid)
             time.sleep(0.05)
 
@@ -202,6 +207,12 @@ class LocalFleet:
         self.run("down")
         for process in (*self.nodes.values(), *self.services.values()):
             process.kill()
+
+
+def listens(port: int) -> bool:
+    """Whether a connection to a local port is taken; one that is reset was."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) != errno.ECONNREFUSED
 
 
 def ask(

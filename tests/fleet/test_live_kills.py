@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import urllib.error
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,8 +78,6 @@ def test_the_head_is_killed_and_the_devices_answer_until_it_is_back(
     fleet.join("b")
     fleet.wait(a="ready", b="ready", c="ready", timeout_s=120)
     fleet.kill_head()
-    with pytest.raises(urllib.error.URLError, match="refused"):
-        ask("/health")
     for name in "abc":
         assert ask(body=CHAT, port=fleet.port(name))[0] == 200
     up = fleet.run("up", "--wait-s", "200")
