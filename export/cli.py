@@ -91,14 +91,15 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 @click.option(
     "--method",
     type=click.Choice(["rtn", "awq", "gptq", "awq+gptq"]),
-    help="How INT4 layers are rounded; default awq, which calibrates. rtn is fast and needs no "
-    "calibration, but loses more.",
+    help="How INT4 layers are rounded; default awq, which calibrates. awq+gptq loses least and takes "
+    "several times as long; rtn is fast and needs no calibration, but loses most.",
 )
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help='Text, or JSONL of {"text": ...} or {"messages": [...]}; default: a built-in text.',
+    help='Text, or JSONL of {"text": ...} or {"messages": [...]}; default: a built-in text, for GPTQ '
+    "one with Chinese and more code.",
 )
 @click.option(
     "--calibration-tokens",
@@ -112,7 +113,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     default=1,
     show_default=True,
     help="Layers to round side by side, to the same bytes: faster with many cores; each one more "
-    "takes memory.",
+    "takes memory. Not with GPTQ, which rounds a layer for what the ones before it lost.",
 )
 @click.option(
     "--rotate/--no-rotate",

@@ -37,7 +37,8 @@ class ExportConfig:
         clip: see `Recipe`.
         method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated; None is
             `DEFAULT_METHOD`.
-        calibration: text or JSONL to calibrate with; None is the built-in text.
+        calibration: text or JSONL to calibrate with; None is the built-in text, for GPTQ the mixed
+            one.
         calibration_tokens: most tokens to calibrate with; None is `documents.DEFAULT_TOKENS`.
         seed: decides the order of the calibration documents; None is 0.
         workers: layers that are rounded side by side, to the same bytes; each further one takes
@@ -157,6 +158,11 @@ class ExportConfig:
                 )
         if self.workers < 1:
             raise ConfigError(f"--workers is {self.workers}; use 1 or more")
+        if self.workers > 1 and "gptq" in self.rounding:
+            raise ConfigError(
+                f"--workers {self.workers} does not go with --method {self.rounding}, which rounds "
+                "a layer for what the layers before it lost; leave it out"
+            )
         if self.gate is not None and not self.verify:
             raise ConfigError(f"--gate {self.gate} has no effect without --verify; add it")
         if self.vocab_size is not None and self.vocab_keep is None:

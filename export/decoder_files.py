@@ -48,6 +48,7 @@ from .quantize.from_source import AsInSource
 from .quantize.kv_scales import CACHE_TOKENS, calibrate_kv_cache
 from .quantize.linear import LinearTensors, convert
 from .quantize.plan import Block, BlockPlan, Calibrator, LinearPlan, ToNearest, linear_blocks
+from .quantize.rounded_twin import TAPS_OF_BOTH, RoundedTwin
 from .quantize.scaled_checkpoint import ScaledCheckpoint
 from .resume import Finished, Work, calibration_key, fresh_work, resumable_work
 from .sources.checkpoint import Checkpoint
@@ -140,9 +141,9 @@ class DecoderFiles:
             ids, calibration = self._calibration_text(DEFAULT_TOKENS)
             key = calibration_key(self.config, self.checkpoint, ids)
             with resumable_work(writer.calibration_directory, key, targets) as work:
-                runner = LayerRunner(self.checkpoint, ids, self.progress)
-                runner.report(work.finished.blocks * len(ids))
-                finished, tensors = self._write_data(self._calibrated(runner), work)
+                calibrator = self._calibrated(ids)
+                calibrator.runner.report(work.finished.blocks * len(ids))
+                finished, tensors = self._write_data(calibrator, work)
         else:
             with fresh_work(targets) as work:
                 finished, tensors = self._write_data(self._to_nearest(), work)
@@ -191,7 +192,9 @@ class DecoderFiles:
         ``tokens`` are the most where the config names none.
         """
         content = self.checkpoint.text
-        text = read_calibration_text(self.config.calibration)
+        # AWQ fits next to nothing to its text, GPTQ does (docs/quantization-measured.md).
+        mixed = "gptq" in self.config.rounding
+        text = read_calibration_text(self.config.calibration, mixed=mixed)
         seq_len = min(SEQ_LEN, self.positions)
         template = content.chat_template
         seed = self.config.seed or 0
@@ -207,9 +210,15 @@ class DecoderFiles:
             text=text.name, sha256=text.sha256, num_tokens=ids.size, seq_len=seq_len, seed=seed
         )
 
-    def _calibrated(self, runner: LayerRunner) -> Calibrator:
+    def _calibrated(self, ids: NDArray[np.int64]) -> Calibrated:
         scale_type = NUMPY_TYPE[self.config.float_type]
-        return Calibrated(runner, self.schemes, self.config.rounding, self.config.clip, scale_type)
+        method, clip = self.config.rounding, self.config.clip
+        if "gptq" not in method:
+            runner = LayerRunner(self.checkpoint, ids, self.progress)
+            return Calibrated(runner, self.schemes, method, clip, scale_type)
+        runner = LayerRunner(self.checkpoint, ids, self.progress, TAPS_OF_BOTH)
+        twin = RoundedTwin(self.checkpoint, ids.shape[1])
+        return Calibrated(runner, self.schemes, method, clip, scale_type, twin)
 
     def _to_nearest(self) -> Calibrator:
         scale_type = NUMPY_TYPE[self.config.float_type]
@@ -246,8 +255,8 @@ class DecoderFiles:
         """Plan, convert and store every block that is not finished yet.
 
         The text goes through one layer after the other, since each reads what the one before it
-        wrote. What it shows of a layer is all that the layer's rounding depends on, so layers are
-        planned and converted side by side, and stored in their order.
+        wrote. What it shows of a layer is all that the layer's rounding depends on, but for GPTQ,
+        so layers are planned and converted side by side, and stored in their order.
         """
         finished = work.finished
         every = linear_blocks(self.checkpoint.spec)
@@ -278,6 +287,8 @@ class DecoderFiles:
                         finished = self._store_block(waiting.popleft().result(), finished, outputs)
                         if finished.blocks < len(every):
                             work.save(finished)
+                    if self.config.workers == 1:
+                        hidden = finished.hidden  # of the rounded layers too
             except BaseException:
                 ended.set()
                 pool.shutdown(wait=True, cancel_futures=True)

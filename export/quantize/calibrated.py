@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -12,13 +13,16 @@ from numpy.typing import NDArray
 from edge.bundle.linears import LinearSpec
 from edge.bundle.manifest import ModelSpec, TensorScheme
 from edge.bundle.schemes import Clip
+from export.sources.quantized_weight import QuantizedWeight
 
 from .awq import awq_factors
 from .calibration import LayerActivations, LayerRunner
+from .error_feedback import feedback
 from .float_channels import loud_channels
 from .gptq import GptqRows, gptq_factor
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
-from .rtn import NearestRows, RowQuantizer
+from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin
+from .rtn import THREADS, NearestRows, QuantizedRows, RowQuantizer, dequantize_rows
 from .scaled_checkpoint import ScaledCheckpoint
 from .smoothquant import activation_scale, smoothing_factors
 from .statistics import mean_square, second_moment
@@ -56,6 +60,8 @@ class Calibrated:
         method: how INT4 linears are rounded.
         clip: how the others are rounded, see `rtn.quantize_rows`.
         scale_type: type in which scales will be stored, float16 or bfloat16.
+        twin: runs the model as it is rounded so far, for GPTQ; the runner has `TAPS_OF_BOTH` then,
+            layers are planned in their order, and ``hidden`` has both models' states, stacked.
     """
 
     runner: LayerRunner
@@ -63,10 +69,15 @@ class Calibrated:
     method: Method
     clip: Clip
     scale_type: np.dtype[np.generic]
+    twin: RoundedTwin | None = None
 
     def look(self, block: Block, hidden: Array | None) -> LayerActivations:
         """Run the text through a block; see `plan.Calibrator.look`."""
-        return self.runner.run(block.index, hidden)
+        if self.twin is None:
+            return self.runner.run(block.index, hidden)
+        seen = self.runner.run(block.index, None if hidden is None else hidden[0])
+        before = np.stack([self.runner.embed()] * 2) if hidden is None else hidden
+        return replace(seen, before=before)
 
     def plan(self, block: Block, seen: LayerActivations | None) -> BlockPlan:
         """Plan a block; see `plan.Calibrator.plan`."""
@@ -78,6 +89,15 @@ class Calibrated:
         ]
         factors = {each.layer.name: each.factors for each in linears if each.factors is not None}
         folded = ScaledCheckpoint(self.runner.checkpoint, factors)
+        if self.twin is not None and block.index < self.runner.checkpoint.spec.num_layers:
+            assert seen.before is not None
+            rounded = self.twin.layer(folded, block.index, seen.before[1])
+            streams = {"o": _flat(seen.before[0]), "down": seen.inputs.pop(RESIDUAL)}
+            plans = []
+            while linears:
+                plans.append(self._plan_rounded(linears.pop(0), folded, rounded, streams))
+            hidden = np.stack([seen.hidden, rounded.after()])
+            return BlockPlan(tuple(plans), factors, seen.peaks, hidden)
         plans = []
         while linears:
             plans.append(self._plan(linears.pop(0), folded))
@@ -121,6 +141,42 @@ class Calibrated:
             seen.layer, seen.scheme, folded, self._quantizer(seen), input_scale, seen.float_channels
         )
 
+    def _plan_rounded(
+        self,
+        seen: _SeenLinear,
+        folded: ScaledCheckpoint,
+        rounded: RoundedLayer,
+        streams: Mapping[str, Array],
+    ) -> LinearPlan:
+        """Round a linear for the inputs that the rounded model has; see `error_feedback`.
+
+        Args:
+            seen: the linear.
+            folded: the model with the factors of the whole layer.
+            rounded: the layer, up to this linear.
+            streams: what the results of ``o`` and ``down`` are added to in the float model.
+        """
+        if seen.scheme.kind != "int4":
+            return self._plan(seen, folded)
+        name = seen.layer.name.rpartition(".")[2]
+        factors = np.ones_like(seen.x[0]) if seen.factors is None else seen.factors
+        parts = [folded.tensor(part).astype(np.float32) for part in seen.layer.weights]
+        # The change is found in the float model's own channels, without AWQ's factors.
+        weights = np.concatenate(parts) / factors
+        inputs = rounded.inputs(name) * factors
+        lost = np.subtract(seen.x, inputs, out=seen.x)
+        missing = streams[name] - rounded.residual(name) if name in streams else None
+        moments = second_moment(inputs)
+        weights += feedback(weights, lost, inputs, moments.copy(), missing)
+        weights *= factors
+        moments /= factors
+        moments /= factors[:, None]
+        rows = _round(weights, GptqRows(seen.scheme, gptq_factor(moments), self.scale_type))
+        rounded.round(name, dequantize_rows(rows))
+        return LinearPlan(
+            seen.layer, seen.scheme, folded, None, kept=_split(rows, [len(p) for p in parts])
+        )
+
     def _quantizer(self, seen: _SeenLinear) -> RowQuantizer | None:
         scheme, factors = seen.scheme, seen.factors
         if scheme.kind != "int4" or self.method == "rtn":
@@ -135,6 +191,32 @@ class Calibrated:
         if factors is not None:
             importance /= np.square(factors)
         return NearestRows(scheme, "mse", self.scale_type, importance)
+
+
+def _round(weights: Array, quantize: RowQuantizer) -> QuantizedRows:
+    """Round the rows of a whole matrix, tile by tile."""
+    step = max(1, quantize.tile_elements // weights.shape[1])
+    tiles = [weights[start : start + step] for start in range(0, len(weights), step)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = list(pool.map(quantize, tiles))
+    values, scales = ([getattr(rows, name) for rows in done] for name in ("values", "scales"))
+    return QuantizedRows(np.concatenate(values), np.concatenate(scales))
+
+
+def _split(rows: QuantizedRows, lengths: Sequence[int]) -> tuple[QuantizedWeight, ...]:
+    """The rows of each of a linear's weights."""
+    parts, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        scales = rows.scales[part]
+        zeros = np.zeros(scales.shape, dtype=np.int16)
+        parts.append(QuantizedWeight(4, rows.values[part], zeros, scales))
+        start += length
+    return tuple(parts)
+
+
+def _flat(values: Array) -> Array:
+    return values.reshape(-1, values.shape[-1])
 
 
 def shared_channels(model: ModelSpec) -> NDArray[np.int64]:

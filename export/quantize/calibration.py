@@ -36,8 +36,9 @@ Array = NDArray[np.float32]
 FP16_MAX = 65504.0
 _FP16_NEAR = FP16_MAX / 2  # calibration sees few tokens, so less than a factor of two is too near
 _ROPE = ("cos", "sin")
-# Values of the graph that feed a linear, and those whose range matters to an fp16 graph.
-_TAPS = {"input_norm.out": "qkv", "merged": "o", "post_norm.out": "gate_up", "gated": "down"}
+TAPS = {"input_norm.out": "qkv", "merged": "o", "post_norm.out": "gate_up", "gated": "down"}
+"""Values of a layer's graph that feed its linears."""
+# Those whose range matters to an fp16 graph.
 _PEAKS = (
     "qkv.out",
     "o.out",
@@ -61,18 +62,20 @@ class LayerActivations:
             e.g. ``layers.3.gated``.
         hidden: hidden states after the layer, before any final norm, float32 ``[sequences, seq_len,
             hidden]``.
+        before: hidden states before the layer, float32 ``[2, sequences, seq_len, hidden]``: the
+            float model's and the rounded one's; None where the latter does not count.
     """
 
     inputs: dict[str, Array]
     peaks: dict[str, float]
     hidden: Array
+    before: Array | None = None
 
 
 class LayerRunner:
     """Runs the float model over a text, one decoder layer per call.
 
-    The activations are those of the float model: feeding each layer the outputs of the quantized
-    layers before it was tried and gained nothing.
+    The activations are those of the float model; `rounded_twin` has those of the rounded one.
 
     Args:
         checkpoint: the model; its weights are used as fp32.
@@ -88,19 +91,15 @@ class LayerRunner:
         checkpoint: Checkpoint,
         ids: NDArray[np.int64],
         progress: Progress = silent,
-        taps: Mapping[str, str] = _TAPS,
+        taps: Mapping[str, str] = TAPS,
     ) -> None:
         self.checkpoint = checkpoint
         self._ids = ids
         self._progress = progress
         model = checkpoint.spec
-        self._graph = _LayerGraph(model, taps)
-        self._session = _layer_session(self._graph)
-        tables = rope_tables(model.rope, model.head_dim, ids.shape[1])
-        self._rope = {
-            f"rope.{part}_table": table.astype(np.float32)
-            for part, table in zip(_ROPE, tables, strict=True)
-        }
+        self._graph = LayerGraph(model, taps)
+        self._session = run_session(self._graph.build_layer())
+        self._rope = rope_feed(model, ids.shape[1])
 
     def run(self, index: int, hidden: Array | None) -> LayerActivations:
         """Run all sequences through a decoder layer, or through the norm before the lm_head.
@@ -112,7 +111,7 @@ class LayerRunner:
         """
         embedded: dict[str, float] = {}
         if hidden is None:
-            hidden = self._embed()
+            hidden = self.embed()
             embedded = {"embeddings": float(np.abs(hidden).max())}
         last = index == self.checkpoint.spec.num_layers
         seen = self._final_norm(hidden) if last else self._layer(index, hidden)
@@ -126,7 +125,8 @@ class LayerRunner:
         total = self.checkpoint.spec.num_layers * len(self._ids)
         self._progress("calibrate", done, total, "sequences through a layer")
 
-    def _embed(self) -> Array:
+    def embed(self) -> Array:
+        """The hidden states before the first layer, see `LayerActivations.hidden`."""
         table = self.checkpoint.tensor("model.embed_tokens.weight")
         return np.stack([table[row].astype(np.float32) for row in self._ids])
 
@@ -193,7 +193,7 @@ class _FedGraph(GraphBuilder):
         return tensor.name
 
 
-class _LayerGraph(PortableDecoder):
+class LayerGraph(PortableDecoder):
     """One decoder layer in fp32 from hidden states to hidden states: no cache, extra outputs.
 
     Attributes:
@@ -201,7 +201,7 @@ class _LayerGraph(PortableDecoder):
             ``peak <name>``.
     """
 
-    def __init__(self, model: ModelSpec, taps: Mapping[str, str] = _TAPS) -> None:
+    def __init__(self, model: ModelSpec, taps: Mapping[str, str] = TAPS) -> None:
         self._taps = taps
         one = msgspec.structs.replace(model, num_layers=1)
         self.linear_specs = {layer.name: layer for layer in linear_layers(one)}
@@ -227,6 +227,11 @@ class _LayerGraph(PortableDecoder):
         super().__init__(one, "fp32", DecoderTensors(linears, norms, rope[0], rope[1]))
         self.g: _FedGraph = _FedGraph()
         self.outputs: dict[str, str] = {}
+
+    @property
+    def fed(self) -> list[str]:
+        """Names of the inputs that take weights; those of a layer that was built."""
+        return list(self.g.fed)
 
     def build_layer(self) -> onnx.ModelProto:
         """Build the model; its inputs are the hidden states, the positions and every weight."""
@@ -276,6 +281,7 @@ class _LayerGraph(PortableDecoder):
         return result
 
     def prologue(self) -> None:
+        """Add the rows of RoPE and the causal mask."""
         g = self.g
         self.rope_rows()
         columns = g.node("Unsqueeze", [io_spec.POSITION_IDS, g.constant("axes.1", [1])], "row")
@@ -286,6 +292,7 @@ class _LayerGraph(PortableDecoder):
         g.node("Unsqueeze", [causal, g.constant("axes.1_2", [1, 2])], "mask")
 
     def attention(self, i: int, q: str, k: str, v: str) -> str:
+        """Attend without a cache; returns ``[B, H, S, D]``."""
         g, m, name = self.g, self.model, f"layers.{i}"
         shared = m.num_heads // m.num_kv_heads
         shape = g.constant("shape.grouped", [0, m.num_kv_heads, shared, -1, m.head_dim])
@@ -302,6 +309,15 @@ class _LayerGraph(PortableDecoder):
         mixed = g.node("MatMul", [weights, values], f"{name}.mixed")
         shape = g.constant("shape.ungrouped", [0, m.num_heads, -1, m.head_dim])
         return g.node("Reshape", [mixed, shape], f"{name}.attended")
+
+
+def rope_feed(model: ModelSpec, seq_len: int) -> dict[str, Array]:
+    """The tables of RoPE, by the inputs of a layer's graph that take them."""
+    tables = rope_tables(model.rope, model.head_dim, seq_len)
+    return {
+        f"rope.{part}_table": table.astype(np.float32)
+        for part, table in zip(_ROPE, tables, strict=True)
+    }
 
 
 def _placeholder(name: str, *dims: int) -> StoredTensor:
@@ -328,10 +344,11 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _layer_session(graph: _LayerGraph) -> Any:
+def run_session(model: onnx.ModelProto) -> Any:
+    """Open a model without initial weights on the CPU."""
     onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(
-        graph.build_layer().SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -22,9 +22,7 @@ from export.sources.quantized_weight import QuantizedWeight
 from .kept import carry_rows
 from .packing import pack_int4, split_planes
 from .plan import LinearPlan
-from .rtn import TILE_ELEMENTS, RowQuantizer, dequantize_rows
-
-_THREADS = 2
+from .rtn import THREADS, TILE_ELEMENTS, RowQuantizer, dequantize_rows
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ def _convert(
         return replace(rows, values=rows.values[:, :0].copy(), scales=None, offsets=None)
 
     done, lengths = [], [shape[0] for shape in shapes]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for rows in pool.map(convert_tile, _tiles(lengths, width, elements)):
             done.append(rows)
             progress(len(rows.values) * width)

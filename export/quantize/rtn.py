@@ -24,6 +24,8 @@ _PLANES_FRACTIONS = tuple(1.0 + 0.004 * step for step in range(11))
 
 LEAST_SCALE = np.float32(2.0**-14)
 """float16's smallest normal number; TensorRT takes no smaller scale."""
+THREADS = 2
+"""Threads that round tiles of rows; numpy releases the GIL."""
 TILE_ELEMENTS = 1 << 18
 """Weights of a tile: 1 MiB of float32, so that it and its temporaries stay near the L2 cache."""
 

@@ -20,7 +20,7 @@ from edge.text.tokenizer import Tokenizer
 
 SEQ_LEN = 512
 DEFAULT_TOKENS = 16384
-_BUILT_IN = "built-in"
+_BUILT_IN = {False: ("built-in", "problems.jsonl"), True: ("built-in, mixed", "mixed.jsonl")}
 MAX_TEXT_BYTES = 1 << 28
 
 
@@ -29,7 +29,7 @@ class CalibrationText:
     """Documents to calibrate with.
 
     Attributes:
-        name: ``built-in``, or the file's name.
+        name: ``built-in``, ``built-in, mixed`` or the file's name.
         sha256: SHA-256 of the file, in hex.
         documents: each ``{"text": ...}`` or ``{"messages": [...]}``; an assistant's message may
             have a ``reasoning`` beside its ``content``.
@@ -40,20 +40,23 @@ class CalibrationText:
     documents: tuple[Mapping[str, Any], ...]
 
 
-def read_calibration_text(path: Path | None, option: str = "--calibration") -> CalibrationText:
+def read_calibration_text(
+    path: Path | None, option: str = "--calibration", *, mixed: bool = False
+) -> CalibrationText:
     """Read the built-in text, or a file: plain text, or JSONL if its name ends so.
 
     Args:
         path: the file; None is the built-in text.
         option: names the file in messages.
+        mixed: whether the built-in text has Chinese and more code, too.
 
     Raises:
         ConfigError: the file cannot be read, is empty, or has a line that is not a document.
     """
     if path is None:
-        packaged = resources.files(__package__) / "calibration_text" / "problems.jsonl"
-        data = packaged.read_bytes()
-        name, is_jsonl = _BUILT_IN, True
+        name, file = _BUILT_IN[mixed]
+        data = (resources.files(__package__) / "calibration_text" / file).read_bytes()
+        is_jsonl = True
     else:
         try:
             data = read_file(path, MAX_TEXT_BYTES)

@@ -34,6 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # One of the finished layers has float channels, see `source`.
     "int8-w8a8": {"quant": "int8-w8a8", "rotate": False, "keep": (("*.down", "w8a8"),)},
     "int4": {"quant": "int4", "group_size": 64, "method": "awq"},
+    "int4-gptq": {"quant": "int4", "group_size": 32, "method": "awq+gptq"},
 }
 CALIBRATION: dict[str, Any] = {"calibration_tokens": 512, "kv_capacity": 64}
 FAST = {**CALIBRATION, **RECIPES["int8-w8a8"]}
@@ -170,6 +171,7 @@ def test_whatever_decides_a_byte_is_in_the_key(source: Path, tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("recipe", ["int8-w8a8", "int4"], indirect=True)
 def test_layers_side_by_side_give_the_same_bytes(
     source: Path, recipe: dict[str, Any], whole: Manifest, tmp_path: Path
 ):

@@ -205,12 +205,13 @@ def test_the_manifest_says_how_it_was_calibrated(tmp_path: Path, tiny_checkpoint
     record = manifest.quantization.calibration
     assert record is not None
     assert (record.text, record.num_tokens, record.seq_len, record.seed) == (
-        "built-in",
+        "built-in, mixed",
         2048,
         256,
         3,
     )
-    assert record.sha256 == read_calibration_text(None).sha256
+    mixed = Path("export/sources/calibration_text/mixed.jsonl")
+    assert record.sha256 == read_calibration_text(mixed).sha256
     assert manifest.quality is not None
     assert len(manifest.quality["activation_peaks"]) == 2 * 7 + 2
 

@@ -1,0 +1,166 @@
+"""GPTQ's layers are rounded for what reaches them in the bundle, and make up for what was lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import TensorScheme
+from edge.bundle.schemes import Recipe
+from edge.errors import ConfigError
+from export.pipeline import ExportConfig
+from export.quantize.calibrated import Calibrated, Method
+from export.quantize.calibration import TAPS, LayerRunner
+from export.quantize.error_feedback import feedback
+from export.quantize.plan import BlockPlan, linear_blocks
+from export.quantize.rounded_twin import RESIDUAL, TAPS_OF_BOTH, RoundedTwin
+from export.quantize.rtn import integer_range
+from export.quantize.scaled_checkpoint import ScaledCheckpoint
+from export.quantize.statistics import second_moment
+from export.sources.checkpoint import Checkpoint as OpenCheckpoint
+from export.sources.checkpoint import Transformed
+from export.sources.opening import open_checkpoint
+from tests.conftest import Checkpoints
+from tests.export.quantize.layers import plan_blocks, run_layers
+from tests.parity import Golden
+from tests.tiny_models import KINDS, Kind
+
+FP16 = np.dtype(np.float16)
+Array = NDArray[np.float32]
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (40, 24)])
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_change_solves_the_damped_least_squares(shape: tuple[int, int], adds: bool):
+    random = np.random.RandomState(0)
+    rows, width = shape
+    weights = random.normal(size=shape).astype(np.float32)
+    exact = random.normal(size=(300, width)).astype(np.float32) * np.linspace(0.2, 3, width)
+    rounded = (exact + 0.1 * random.normal(size=exact.shape)).astype(np.float32)
+    missing = random.normal(size=(300, rows)).astype(np.float32) if adds else None
+    lost = (exact - rounded).astype(np.float32)
+    found = feedback(weights, lost.copy(), rounded, second_moment(rounded), missing)
+
+    moments = second_moment(rounded).astype(np.float64)
+    damped = moments + np.diagonal(moments).mean() * np.eye(width)
+    wanted = lost.astype(np.float64) @ weights.T + (0 if missing is None else missing)
+    expected = np.linalg.solve(damped, rounded.T.astype(np.float64) @ wanted / 300).T
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_rounding_both_models_see_the_same(kind: Kind, tiny_checkpoints: Checkpoints):
+    ids = Golden.load(kind).ids[None, :64]
+    with open_checkpoint(str(tiny_checkpoints(kind))) as checkpoint:
+        runner = LayerRunner(checkpoint, ids, taps=TAPS_OF_BOTH)
+        twin = RoundedTwin(checkpoint, 64)
+        hidden = runner.embed()
+        seen = runner.run(0, None)
+        for index in range(checkpoint.spec.num_layers):
+            layer = twin.layer(checkpoint, index, hidden)
+            np.testing.assert_array_equal(layer.residual("o"), hidden.reshape(64, -1))
+            for linear in TAPS.values():
+                close(layer.inputs(linear), seen.inputs[linear])
+            close(layer.residual("down"), seen.inputs[RESIDUAL])
+            close(layer.after(), seen.hidden)
+            hidden = seen.hidden
+            seen = runner.run(index + 1, hidden)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_the_twin_is_the_model_of_the_planned_integers(
+    kind: Kind, method: Method, tiny_checkpoints: Checkpoints
+):
+    """Its hidden states are those of a float model with the bundle's weights, layer by layer."""
+    ids = Golden.load(kind).ids[None, :64]
+    with open_checkpoint(str(tiny_checkpoints(kind))) as checkpoint:
+        plans = plan_blocks(gptq(checkpoint, ids, method))[:-1]
+        bundle = run_layers(Dequantized(checkpoint, plans), ids)
+        exact = run_layers(checkpoint, ids)
+        nearest = run_layers(Dequantized(checkpoint, plans_alone(checkpoint, ids, method)), ids)
+    for plan, rounded, seen in zip(plans, bundle, exact, strict=False):
+        assert plan.hidden is not None
+        close(plan.hidden[0], seen.hidden)
+        close(plan.hidden[1], rounded.hidden)
+        for linear in plan.linears:
+            assert linear.kept is not None
+            least, most = integer_range(linear.scheme)
+            assert all(
+                least <= part.codes.min() <= part.codes.max() <= most for part in linear.kept
+            )
+    # What it is for: less is lost in the end than where each layer is rounded for itself.
+    assert error(bundle[-1].hidden, exact[-1].hidden) < error(nearest[-1].hidden, exact[-1].hidden)
+
+
+def test_a_linear_that_is_not_int4_is_taken_as_exact(tiny_checkpoints: Checkpoints):
+    ids = Golden.load("qwen2").ids[None, :64]
+    with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
+        keep = (("*.qkv", "int8"), ("*.o", "float"), ("*.gate_up", "int8"), ("*.down", "float"))
+        schemes = Recipe("int4", group_size=32, keep=keep).schemes(checkpoint.spec)
+        plans = plan_blocks(gptq(checkpoint, ids, "gptq", schemes))[:-1]
+    for plan in plans:
+        assert plan.hidden is not None
+        close(plan.hidden[1], plan.hidden[0])
+        assert all(linear.kept is None for linear in plan.linears)
+
+
+def test_layers_that_depend_on_each_other_cannot_be_rounded_side_by_side(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"--workers 2 does not go with --method awq\+gptq"):
+        ExportConfig("x", tmp_path, quant="int4", method="awq+gptq", workers=2)
+
+
+class Dequantized(Transformed):
+    """A model in float with the weights that were planned."""
+
+    def __init__(self, checkpoint: OpenCheckpoint, plans: list[BlockPlan]) -> None:
+        factors = {name: each for plan in plans for name, each in plan.factors.items()}
+        super().__init__(ScaledCheckpoint(checkpoint, factors))
+        self._weights = {
+            name: part.dequantize()
+            for plan in plans
+            for linear in plan.linears
+            for name, part in zip(linear.layer.weights, linear.kept or (), strict=True)
+        }
+
+    def tensor(self, name: str) -> NDArray[np.generic]:
+        return self._weights[name] if name in self._weights else super().tensor(name)
+
+
+def gptq(
+    checkpoint: OpenCheckpoint,
+    ids: NDArray[np.int64],
+    method: Method,
+    schemes: dict[str, TensorScheme] | None = None,
+) -> Calibrated:
+    schemes = schemes or Recipe("int4", group_size=32).schemes(checkpoint.spec)
+    runner = LayerRunner(checkpoint, ids, taps=TAPS_OF_BOTH)
+    twin = RoundedTwin(checkpoint, ids.shape[1])
+    return Calibrated(runner, schemes, method, "mse", FP16, twin)
+
+
+def plans_alone(
+    checkpoint: OpenCheckpoint, ids: NDArray[np.int64], method: Method
+) -> list[BlockPlan]:
+    """Plans of layers that all begin with the float model's hidden states."""
+    calibrated = gptq(checkpoint, ids, method)
+    plans: list[BlockPlan] = []
+    for block in linear_blocks(checkpoint.spec)[:-1]:
+        hidden = None
+        if plans:
+            before = plans[-1].hidden
+            assert before is not None
+            hidden = np.stack([before[0]] * 2)
+        plans.append(calibrated.plan(block, calibrated.look(block, hidden)))
+    return plans
+
+
+def close(found: Array, expected: Array) -> None:
+    np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def error(found: Array, expected: Array) -> float:
+    return float(np.square(found.astype(np.float64) - expected).sum())
