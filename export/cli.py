@@ -91,15 +91,15 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 @click.option(
     "--method",
     type=click.Choice(["rtn", "awq", "gptq", "awq+gptq"]),
-    help="How INT4 layers are rounded; default awq, which calibrates. awq+gptq loses least and takes "
-    "several times as long; rtn is fast and needs no calibration, but loses most.",
+    help="How INT4 layers are rounded; default awq, which calibrates. awq+gptq loses least and "
+    "takes several times as long; rtn is fast and needs no calibration, but loses most.",
 )
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help='Text, or JSONL of {"text": ...} or {"messages": [...]}; default: a built-in text, for GPTQ '
-    "one with Chinese and more code.",
+    help='Text, or JSONL of {"text": ...} or {"messages": [...]}; default: a built-in text, for '
+    "GPTQ one with Chinese and more code.",
 )
 @click.option(
     "--calibration-tokens",

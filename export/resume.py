@@ -53,6 +53,8 @@ def calibration_key(config: ExportConfig, checkpoint: Checkpoint, ids: NDArray[n
         "tokens": hashlib.sha256(ids.tobytes()).hexdigest(),
         "shape": ids.shape,
         "recipe": [config.quant, config.group_size, config.keep, config.clip, config.rounding],
+        # An older edge-llm of the same version carried one model's state from layer to layer.
+        "carries_rounded": "gptq" in config.rounding,
         "rotate": config.rotate,
         "dtype": config.float_type,
         "wide_input_scales": config.device.wide_input_scales,
