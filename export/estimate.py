@@ -15,8 +15,8 @@ from .quantize.calibrated import Method
 # its share of a layer's time there.
 _CALIBRATED_PER_S: dict[Method, float] = {
     "awq": 2.5e6,
-    "gptq": 1.8e6,
-    "awq+gptq": 1.1e6,
+    "gptq": 0.7e6,
+    "awq+gptq": 0.6e6,
 }
 _W8A8_PER_S = 4.4e6
 # Weights per second: rounding to nearest, and writing the float model that is the reference.

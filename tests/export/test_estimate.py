@@ -27,7 +27,7 @@ def expected_s(quant: Quant, rounding: Method = "awq", measured_tokens: int = 0)
         ("int8", "rtn", 36),
         ("int4", "rtn", 28),
         ("int4", "awq", 8.8 * 60),
-        ("int4", "awq+gptq", 19.9 * 60),
+        ("int4", "awq+gptq", 38.4 * 60),
         ("int8-w8a8", "rtn", 5 * 60),
     ],
 )
