@@ -20,6 +20,7 @@ from .calibration import LayerActivations, LayerRunner
 from .error_feedback import feedback
 from .float_channels import loud_channels
 from .gptq import GptqRows, gptq_factor
+from .linear import check_range
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
 from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin
 from .rtn import THREADS, NearestRows, QuantizedRows, RowQuantizer, dequantize_rows
@@ -155,12 +156,17 @@ class Calibrated:
             folded: the model with the factors of the whole layer.
             rounded: the layer, up to this linear.
             streams: what the results of ``o`` and ``down`` are added to in the float model.
+
+        Raises:
+            CheckpointError: a weight is not finite, or too large for the graph's float type.
         """
         if seen.scheme.kind != "int4":
             return self._plan(seen, folded)
         name = seen.layer.name.rpartition(".")[2]
         factors = np.ones_like(seen.x[0]) if seen.factors is None else seen.factors
         parts = [folded.tensor(part).astype(np.float32) for part in seen.layer.weights]
+        for values, part in zip(parts, seen.layer.weights, strict=True):
+            check_range(values, part, self.scale_type)
         # The change is found in the float model's own channels, without AWQ's factors.
         weights = np.concatenate(parts) / factors
         inputs = rounded.inputs(name) * factors

@@ -123,7 +123,7 @@ def convert_linear(
 
     def convert_rows(part: int, rows: slice) -> _Rows:
         floats = parts[part][rows].astype(np.float32)
-        _check_range(floats, names[part], float_type)
+        check_range(floats, names[part], float_type)
         floats[:, list(zeroed)] = 0
         if quantize is None:
             return _Rows(floats.astype(float_type))
@@ -285,7 +285,12 @@ def _tiles(lengths: Sequence[int], width: int, elements: int) -> Iterator[_Tile]
         column += length
 
 
-def _check_range(rows: NDArray[np.float32], name: str, float_type: np.dtype[np.generic]) -> None:
+def check_range(rows: NDArray[np.float32], name: str, float_type: np.dtype[np.generic]) -> None:
+    """Refuse weights that are no numbers, or too large for the graph's float type.
+
+    Raises:
+        CheckpointError: they are.
+    """
     largest = float(np.abs(rows).max(initial=0.0))
     if not np.isfinite(largest):
         raise CheckpointError(

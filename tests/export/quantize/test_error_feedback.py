@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
 from edge.bundle.schemes import Recipe
-from edge.errors import ConfigError
+from edge.errors import CheckpointError, ConfigError
 from export.pipeline import ExportConfig
 from export.quantize.calibrated import Calibrated, Method
 from export.quantize.calibration import TAPS, LayerRunner
@@ -79,9 +80,9 @@ def test_the_twin_is_the_model_of_the_planned_integers(
     ids = Golden.load(kind).ids[None, :64]
     with open_checkpoint(str(tiny_checkpoints(kind))) as checkpoint:
         plans = plan_blocks(gptq(checkpoint, ids, method))[:-1]
-        bundle = run_layers(Dequantized(checkpoint, plans), ids)
+        bundle = run_layers(dequantized(checkpoint, plans), ids)
         exact = run_layers(checkpoint, ids)
-        nearest = run_layers(Dequantized(checkpoint, plans_alone(checkpoint, ids, method)), ids)
+        nearest = run_layers(dequantized(checkpoint, plans_alone(checkpoint, ids, method)), ids)
     for plan, rounded, seen in zip(plans, bundle, exact, strict=False):
         assert plan.hidden is not None
         close(plan.hidden[0], seen.hidden)
@@ -108,26 +109,58 @@ def test_a_linear_that_is_not_int4_is_taken_as_exact(tiny_checkpoints: Checkpoin
         assert all(linear.kept is None for linear in plan.linears)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize(
+    "part",
+    ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+)
+@pytest.mark.parametrize(
+    ("method", "value", "message"),
+    [
+        ("gptq", np.nan, "NaN or infinite"),
+        ("awq+gptq", np.inf, "NaN or infinite"),
+        ("gptq", 7e4, "FP16 ends"),  # a factor of AWQ may make it fit
+    ],
+)
+def test_a_damaged_weight_is_named(
+    method: Method, part: str, value: float, message: str, tiny_checkpoints: Checkpoints
+):
+    ids = Golden.load("qwen2").ids[None, :64]
+    name = f"model.layers.1.{part}.weight"
+    with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
+        weights = checkpoint.tensor(name).astype(np.float32)
+        weights[3, 5] = value
+        spoiled = Replaced(checkpoint, {name: weights})
+        with pytest.raises(CheckpointError, match=f"{re.escape(name)} holds .*{message}"):
+            plan_blocks(gptq(spoiled, ids, method))
+
+
 def test_layers_that_depend_on_each_other_cannot_be_rounded_side_by_side(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"--workers 2 does not go with --method awq\+gptq"):
         ExportConfig("x", tmp_path, quant="int4", method="awq+gptq", workers=2)
 
 
-class Dequantized(Transformed):
-    """A model in float with the weights that were planned."""
+class Replaced(Transformed):
+    """A model some of whose weights are others."""
 
-    def __init__(self, checkpoint: OpenCheckpoint, plans: list[BlockPlan]) -> None:
-        factors = {name: each for plan in plans for name, each in plan.factors.items()}
-        super().__init__(ScaledCheckpoint(checkpoint, factors))
-        self._weights = {
-            name: part.dequantize()
-            for plan in plans
-            for linear in plan.linears
-            for name, part in zip(linear.layer.weights, linear.kept or (), strict=True)
-        }
+    def __init__(self, checkpoint: OpenCheckpoint, weights: dict[str, Array]) -> None:
+        super().__init__(checkpoint)
+        self._weights = weights
 
     def tensor(self, name: str) -> NDArray[np.generic]:
         return self._weights[name] if name in self._weights else super().tensor(name)
+
+
+def dequantized(checkpoint: OpenCheckpoint, plans: list[BlockPlan]) -> Replaced:
+    """A model in float with the weights that were planned."""
+    factors = {name: each for plan in plans for name, each in plan.factors.items()}
+    weights = {
+        name: part.dequantize()
+        for plan in plans
+        for linear in plan.linears
+        for name, part in zip(linear.layer.weights, linear.kept or (), strict=True)
+    }
+    return Replaced(ScaledCheckpoint(checkpoint, factors), weights)
 
 
 def gptq(
