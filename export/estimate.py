@@ -11,8 +11,8 @@ from edge.bundle.manifest import ModelSpec, TensorScheme
 from .quantize.calibrated import Method
 
 # Weights of the decoder layers per second on two x86-64 cores, with the default calibration text:
-# whole exports of the 1.5B of docs/quantization.md (1.31 G weights in the layers), GPTQ alone from
-# its share of a layer's time there.
+# whole exports of the 1.5B of docs/quantization.md (1.31 G weights in the layers). GPTQ alone was
+# not run since it makes up for earlier layers: its time before, and what awq+gptq grew by.
 _CALIBRATED_PER_S: dict[Method, float] = {
     "awq": 2.5e6,
     "gptq": 0.7e6,

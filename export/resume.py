@@ -83,7 +83,7 @@ class Finished:
         infos: what the manifest says about them, by name.
         factors: factors of all plans, by linear.
         peaks: peaks of all plans, by value.
-        hidden: hidden states after the last of these blocks; None before the first and without
+        hidden: `BlockPlan.hidden` of the last of these blocks; None before the first and without
             calibration.
     """
 

@@ -45,7 +45,6 @@ TASKS = {
     name: _DATA / "tasks" / f"{name}.jsonl"
     for name in ("choices", "chinese", "arithmetic", "programs")
 }
-_ENGLISH = Path("export/sources/calibration_text/problems.jsonl")
 _CHOICES = ("choices", "chinese")  # nothing is generated
 _INT4 = ("--quant", "int4")
 RECIPES: dict[str, tuple[str, ...]] = {
@@ -58,7 +57,6 @@ RECIPES: dict[str, tuple[str, ...]] = {
         for method in ("rtn", "awq", "gptq", "awq+gptq")
         for size in (32, 64, 128)
     },
-    "int4-awq+gptq-g32-english": (*_INT4, "--method", "awq+gptq", "--calibration", str(_ENGLISH)),
     "int4-head-int4": (*_INT4, "--keep", "lm_head=int4"),
     "int4-head-fp16": (*_INT4, "--keep", "lm_head=float"),
 }

@@ -22,7 +22,7 @@ from .float_channels import loud_channels
 from .gptq import GptqRows, gptq_factor
 from .linear import check_range
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
-from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin
+from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin, flat
 from .rtn import THREADS, NearestRows, QuantizedRows, RowQuantizer, dequantize_rows
 from .scaled_checkpoint import ScaledCheckpoint
 from .smoothquant import activation_scale, smoothing_factors
@@ -93,7 +93,7 @@ class Calibrated:
         if self.twin is not None and block.index < self.runner.checkpoint.spec.num_layers:
             assert seen.before is not None
             rounded = self.twin.layer(folded, block.index, seen.before[1])
-            streams = {"o": _flat(seen.before[0]), "down": seen.inputs.pop(RESIDUAL)}
+            streams = {"o": flat(seen.before[0]), "down": seen.inputs.pop(RESIDUAL)}
             plans = []
             while linears:
                 plans.append(self._plan_rounded(linears.pop(0), folded, rounded, streams))
@@ -219,10 +219,6 @@ def _split(rows: QuantizedRows, lengths: Sequence[int]) -> tuple[QuantizedWeight
         parts.append(QuantizedWeight(4, rows.values[part], zeros, scales))
         start += length
     return tuple(parts)
-
-
-def _flat(values: Array) -> Array:
-    return values.reshape(-1, values.shape[-1])
 
 
 def shared_channels(model: ModelSpec) -> NDArray[np.int64]:

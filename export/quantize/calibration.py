@@ -57,7 +57,8 @@ class LayerActivations:
 
     Attributes:
         inputs: float32 ``[tokens, width]`` by the linear's last name: ``qkv``, ``o``, ``gate_up``
-            and ``down``, or ``lm_head``. Tokens are in the order of the batches, row by row.
+            and ``down``, or ``lm_head``, and by the names of other taps. Tokens are in the order of
+            the batches, row by row.
         peaks: largest magnitude of each value that an fp16 graph would hold, by its full name,
             e.g. ``layers.3.gated``.
         hidden: hidden states after the layer, before any final norm, float32 ``[sequences, seq_len,

@@ -4,7 +4,7 @@ With the float model's inputs X, the inputs Y that carry the earlier errors, and
 residual stream has lost where the linear's result is added to it, ``W + C`` is to give from Y what
 the float model has there:
 
-    minimise  |X W + R - Y (W + C)|^2 + damping * |C|^2
+    minimise  |X W^T + R - Y (W + C)^T|^2 / tokens + damping * |C|^2
 
 The part with X is that of GPTAQ (Li et al., arXiv 2504.02692); R is added here. The damping is
 large, so that only what many tokens share is made up for: a few thousand tokens say little about
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .gptq import gptq_factor
 
 Array = NDArray[np.float32]
+# Of the mean second moment of the inputs; docs/quantization-measured.md has others.
 _DAMPING = 1.0
 
 

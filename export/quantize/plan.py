@@ -56,8 +56,9 @@ class LinearPlan:
         quantize: how its rows are rounded; None for float weights.
         input_scale: scale of the static INT8 range of its inputs; None where inputs stay float.
         float_channels: input channels that are computed in float beside the integers, ascending.
-        kept: integers of a quantized checkpoint, one for each weight of the layer, which are not
-            rounded; None where the floats of ``checkpoint`` are converted.
+        kept: integers that are stored as they are, one for each weight of the layer: those of a
+            quantized checkpoint, or rounded by the calibrator; None where the floats of
+            ``checkpoint`` are converted.
         input_order: the order in which the graph takes the input channels; empty as they are.
         treatment: what becomes of a quantized checkpoint's weight, see `manifest.FromSource`; None
             where the weight is float, or where the whole model is quantized anew.
@@ -85,8 +86,8 @@ class BlockPlan:
         factors: factors on the input channels of linears, float32 ``[in]`` by linear; they are
             folded into the plans' checkpoint, and norms must be read with them too.
         peaks: largest magnitudes that calibration met, by value.
-        hidden: hidden states after the block, float32 ``[sequences, seq_len, hidden]``; None
-            without calibration.
+        hidden: hidden states after the block, float32 ``[sequences, seq_len, hidden]``, with GPTQ
+            ``[2, ...]``: the float model's and the rounded one's; None without calibration.
     """
 
     linears: tuple[LinearPlan, ...]
@@ -103,12 +104,13 @@ class Calibrator(Protocol):
 
         Args:
             block: the next block.
-            hidden: `LayerActivations.hidden` of the block before; None for the first.
+            hidden: `LayerActivations.hidden` of the block before, with GPTQ `BlockPlan.hidden`;
+                None for the first.
         """
         ...
 
     def plan(self, block: Block, seen: LayerActivations | None) -> BlockPlan:
-        """Plan a block; several threads may plan one block each.
+        """Plan a block; several threads may plan one block each, but with GPTQ.
 
         Args:
             block: any block.

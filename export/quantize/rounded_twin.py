@@ -86,11 +86,11 @@ class RoundedLayer:
 
     def inputs(self, linear: str) -> Array:
         """Compute what ``qkv``, ``o``, ``gate_up`` or ``down`` sees, ``[tokens, in]``."""
-        return _flat(self._value(_SEEN[linear]))
+        return flat(self._value(_SEEN[linear]))
 
     def residual(self, linear: str) -> Array:
         """Compute what the result of ``o`` or ``down`` is added to, ``[tokens, hidden]``."""
-        return _flat(self._value(_BEFORE if linear == "o" else _BETWEEN))
+        return flat(self._value(_BEFORE if linear == "o" else _BETWEEN))
 
     def round(self, linear: str, weights: Array) -> None:
         """Take ``[out, in]`` as the weights of a linear; those of the checkpoint are exact."""
@@ -131,5 +131,6 @@ class _Stage:
         return np.concatenate(rows)
 
 
-def _flat(values: Array) -> Array:
+def flat(values: Array) -> Array:
+    """Put the tokens of all sequences behind each other, ``[tokens, width]``."""
     return values.reshape(-1, values.shape[-1])
