@@ -17,7 +17,7 @@ from export.sources.quantized_weight import QuantizedWeight
 
 from .awq import awq_factors
 from .calibration import LayerActivations, LayerRunner
-from .error_feedback import feedback
+from .error_feedback import feedback, to_make_up
 from .float_channels import loud_channels
 from .gptq import GptqRows, gptq_factor
 from .linear import check_range
@@ -39,14 +39,12 @@ class _SeenLinear:
     Attributes:
         layer: the linear.
         scheme: how its weight is stored.
-        x: its inputs, float32 ``[tokens, in]``; zero in the float channels.
         float_channels: input channels that stay float, ascending.
         factors: factors on its input channels, float32 ``[in]``, or None.
     """
 
     layer: LinearSpec
     scheme: TensorScheme
-    x: Array
     float_channels: tuple[int, ...]
     factors: Array | None
 
@@ -83,25 +81,18 @@ class Calibrated:
     def plan(self, block: Block, seen: LayerActivations | None) -> BlockPlan:
         """Plan a block; see `plan.Calibrator.plan`."""
         assert seen is not None
-        # Popped here and below, since a wide linear's inputs take a good part of the memory.
-        linears = [
-            self._look(linear, seen.inputs.pop(linear.name.rpartition(".")[2]))
-            for linear in block.linears
-        ]
+        inputs = seen.inputs
+        linears = [self._look(linear, inputs[_short(linear)]) for linear in block.linears]
         factors = {each.layer.name: each.factors for each in linears if each.factors is not None}
         folded = ScaledCheckpoint(self.runner.checkpoint, factors)
         if self.twin is not None and block.index < self.runner.checkpoint.spec.num_layers:
             assert seen.before is not None
             rounded = self.twin.layer(folded, block.index, seen.before[1])
-            streams = {"o": flat(seen.before[0]), "down": seen.inputs.pop(RESIDUAL)}
-            plans = []
-            while linears:
-                plans.append(self._plan_rounded(linears.pop(0), folded, rounded, streams))
+            streams = {"o": flat(seen.before[0]), "down": inputs.pop(RESIDUAL)}
+            plans = [self._plan_rounded(each, folded, inputs, rounded, streams) for each in linears]
             hidden = np.stack([seen.hidden, rounded.after()])
             return BlockPlan(tuple(plans), factors, seen.peaks, hidden)
-        plans = []
-        while linears:
-            plans.append(self._plan(linears.pop(0), folded))
+        plans = [self._plan(each, folded, inputs.pop(_short(each.layer))) for each in linears]
         return BlockPlan(tuple(plans), factors, seen.peaks, seen.hidden)
 
     def _look(self, layer: LinearSpec, x: Array) -> _SeenLinear:
@@ -110,7 +101,7 @@ class Calibrated:
         if scheme.kind == "w8a8":
             channels = tuple(loud_channels(x).tolist())
             x[:, list(channels)] = 0  # they count in no range and no factor
-        return _SeenLinear(layer, scheme, x, channels, self._factors(layer, scheme, x, channels))
+        return _SeenLinear(layer, scheme, channels, self._factors(layer, scheme, x, channels))
 
     def _factors(
         self, layer: LinearSpec, scheme: TensorScheme, x: Array, channels: tuple[int, ...]
@@ -132,20 +123,23 @@ class Calibrated:
             factors[alone if shared is None else np.isin(shared, shared[alone])] = 1
         return factors
 
-    def _plan(self, seen: _SeenLinear, folded: ScaledCheckpoint) -> LinearPlan:
+    def _plan(self, seen: _SeenLinear, folded: ScaledCheckpoint, x: Array) -> LinearPlan:
+        """Plan a linear for its inputs in the float model, ``[tokens, in]``, overwritten."""
         input_scale = None
         if seen.scheme.kind == "w8a8":
             if seen.factors is not None:
-                np.divide(seen.x, seen.factors, out=seen.x)
-            input_scale = activation_scale(seen.x, self.scale_type)
+                np.divide(x, seen.factors, out=x)
+            input_scale = activation_scale(x, self.scale_type)
+        quantize = self._quantizer(seen, x)
         return LinearPlan(
-            seen.layer, seen.scheme, folded, self._quantizer(seen), input_scale, seen.float_channels
+            seen.layer, seen.scheme, folded, quantize, input_scale, seen.float_channels
         )
 
     def _plan_rounded(
         self,
         seen: _SeenLinear,
         folded: ScaledCheckpoint,
+        exact: dict[str, Array],
         rounded: RoundedLayer,
         streams: Mapping[str, Array],
     ) -> LinearPlan:
@@ -154,49 +148,56 @@ class Calibrated:
         Args:
             seen: the linear.
             folded: the model with the factors of the whole layer.
+            exact: inputs of linears in the float model, ``[tokens, in]``; this one's are taken out.
             rounded: the layer, up to this linear.
             streams: what the results of ``o`` and ``down`` are added to in the float model.
 
         Raises:
             CheckpointError: a weight is not finite, or too large for the graph's float type.
         """
+        name = _short(seen.layer)
+        # Held by this name alone, so that a wide linear's inputs are gone before it is rounded.
+        lost = exact.pop(name)
         if seen.scheme.kind != "int4":
-            return self._plan(seen, folded)
-        name = seen.layer.name.rpartition(".")[2]
-        factors = np.ones_like(seen.x[0]) if seen.factors is None else seen.factors
+            return self._plan(seen, folded, lost)
+        factors = np.ones_like(lost[0]) if seen.factors is None else seen.factors
         parts = [folded.tensor(part).astype(np.float32) for part in seen.layer.weights]
         for values, part in zip(parts, seen.layer.weights, strict=True):
             check_range(values, part, self.scale_type)
-        # The change is found in the float model's own channels, without AWQ's factors.
-        weights = np.concatenate(parts) / factors
-        inputs = rounded.inputs(name) * factors
-        lost = np.subtract(seen.x, inputs, out=seen.x)
+        weights = np.concatenate(parts)
+        inputs = rounded.inputs(name)
+        lost /= factors
+        lost -= inputs
         missing = streams[name] - rounded.residual(name) if name in streams else None
+        wanted = to_make_up(weights, lost, inputs, missing)
+        del lost
         moments = second_moment(inputs)
-        weights += feedback(weights, lost, inputs, moments.copy(), missing)
-        weights *= factors
-        moments /= factors
-        moments /= factors[:, None]
+        weights += feedback(wanted, moments, factors)
         rows = _round(weights, GptqRows(seen.scheme, gptq_factor(moments), self.scale_type))
         rounded.round(name, dequantize_rows(rows))
         return LinearPlan(
             seen.layer, seen.scheme, folded, None, kept=_split(rows, [len(p) for p in parts])
         )
 
-    def _quantizer(self, seen: _SeenLinear) -> RowQuantizer | None:
+    def _quantizer(self, seen: _SeenLinear, x: Array) -> RowQuantizer | None:
         scheme, factors = seen.scheme, seen.factors
         if scheme.kind != "int4" or self.method == "rtn":
             return nearest_rows(scheme, self.clip, self.scale_type)
         if "gptq" in self.method:
-            moments = second_moment(seen.x)
+            moments = second_moment(x)
             if factors is not None:
                 moments /= factors
                 moments /= factors[:, None]
             return GptqRows(scheme, gptq_factor(moments), self.scale_type)
-        importance = mean_square(seen.x)
+        importance = mean_square(x)
         if factors is not None:
             importance /= np.square(factors)
         return NearestRows(scheme, "mse", self.scale_type, importance)
+
+
+def _short(layer: LinearSpec) -> str:
+    """A linear's name within its layer."""
+    return layer.name.rpartition(".")[2]
 
 
 def _round(weights: Array, quantize: RowQuantizer) -> QuantizedRows:

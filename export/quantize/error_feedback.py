@@ -16,37 +16,49 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .gptq import gptq_factor
+from .triangular import damp, factor_upper, solve_factored
 
 Array = NDArray[np.float32]
 # Of the mean second moment of the inputs; docs/quantization-measured.md has others.
 _DAMPING = 1.0
 
 
-def feedback(
-    weights: Array, lost: Array, rounded: Array, moments: Array, missing: Array | None
-) -> Array:
-    """Compute C, float32 ``[out, in]``.
+def to_make_up(weights: Array, lost: Array, rounded: Array, missing: Array | None) -> Array:
+    """Compute ``Y^T ((X - Y) W^T + R) / tokens``, float32 ``[in, out]``.
 
     Args:
         weights: W, float32 ``[out, in]``.
         lost: X - Y, float32 ``[tokens, in]``.
         rounded: Y, float32 ``[tokens, in]``.
-        moments: `statistics.second_moment` of Y; overwritten.
         missing: R, float32 ``[tokens, out]``, or None.
     """
-    tokens = np.float32(len(rounded))
     if len(weights) < weights.shape[1]:  # whichever is the smaller product
         change = lost @ weights.T
         if missing is not None:
             change += missing
-        wanted = rounded.T @ change
+        result: Array = rounded.T @ change
     else:
-        wanted = (rounded.T @ lost) @ weights.T
+        result = (rounded.T @ lost) @ weights.T
         if missing is not None:
-            wanted += rounded.T @ missing
-    wanted /= tokens
-    factor = gptq_factor(moments, _DAMPING)
-    change = np.empty_like(wanted)
-    change[factor.order] = factor.upper.T @ (factor.upper @ wanted[factor.order])
-    return np.ascontiguousarray(change.T)
+            result += rounded.T @ missing
+    result /= np.float32(len(rounded))
+    return result
+
+
+def feedback(wanted: Array, moments: Array, factors: Array) -> Array:
+    """Compute C, float32 ``[out, in]``, in the channels of ``wanted``.
+
+    Args:
+        wanted: what `to_make_up` says; overwritten.
+        moments: `statistics.second_moment` of Y, float32 ``[in, in]``.
+        factors: AWQ's factors, by which Y and W are scaled here, float32 ``[in]``. The damping is
+            of the model's own channels, without them.
+    """
+    damped = moments * factors
+    damped *= factors[:, None]
+    damp(damped, _DAMPING)
+    factor_upper(damped)
+    wanted *= factors[:, None]
+    solve_factored(damped, wanted)
+    wanted *= factors[:, None]
+    return np.ascontiguousarray(wanted.T)

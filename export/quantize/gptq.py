@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import TensorScheme
 
 from .rtn import QuantizedRows, integer_range, quantize_rows
+from .triangular import damp, factor_upper, invert_upper
 
 Array = NDArray[np.float32]
 _TILE_ELEMENTS = 1 << 22  # each tile takes all columns: more rows, better matrix products
 _BLOCK = 64
 _ROWS = 1024  # a block of columns of this many rows stays in the CPU's cache
-_TRIANGLE = 128
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,17 @@ def gptq_factor(moments: Array, damping: float = 0.05) -> GptqFactor:
     """Factor the second moments of a layer's inputs.
 
     Args:
-        moments: float32 ``[width, width]``; overwritten.
+        moments: float32 ``[width, width]``.
         damping: added to the diagonal, as a fraction of its mean.
     """
     importance = np.diagonal(moments).copy()
-    mean = float(importance.mean(dtype=np.float64)) or 1.0
     order = np.argsort(-importance, kind="stable")
-    # H = R R^T with R upper triangular is the Cholesky factor of the reversed matrix; then the
-    # inverse of H is U^T U with U = R^-1, and no full inverse is ever formed.
-    backwards = order[::-1]
-    reordered = moments[np.ix_(backwards, backwards)]
-    reordered[np.diag_indices_from(reordered)] += np.float32(damping * mean)
-    _cholesky(reordered)
-    upper = np.ascontiguousarray(reordered[::-1, ::-1])
-    del reordered
-    _invert_upper(upper)
+    upper = moments[np.ix_(order, order)]
+    damp(upper, damping)
+    # With H = R R^T, R upper triangular, the inverse of H is U^T U with U = R^-1, so no full
+    # inverse is ever formed.
+    factor_upper(upper)
+    invert_upper(upper)
     return GptqFactor(order, upper, importance)
 
 
@@ -119,26 +115,3 @@ def _round_rows(
             left[j + 1 : stop] -= np.outer(factor.upper[j, j + 1 : stop], error)
         left[stop:] -= factor.upper[start:stop, stop:].T @ errors[: stop - start]
     return np.ascontiguousarray(values.T)
-
-
-def _cholesky(matrix: Array) -> None:
-    """Factor by Cholesky in place (lower), by blocks; numpy's own takes several times as long."""
-    for start in range(0, len(matrix), _TRIANGLE):
-        stop = min(start + _TRIANGLE, len(matrix))
-        matrix[start:, start:stop] -= matrix[start:, :start] @ matrix[start:stop, :start].T
-        corner = np.linalg.cholesky(matrix[start:stop, start:stop])
-        matrix[start:stop, start:stop] = corner
-        matrix[stop:, start:stop] = matrix[stop:, start:stop] @ np.linalg.inv(corner).T
-        matrix[start:stop, stop:] = 0
-
-
-def _invert_upper(matrix: Array) -> None:
-    """Invert an upper triangular matrix in place, by halves."""
-    size = len(matrix)
-    if size <= _TRIANGLE:
-        matrix[:] = np.triu(np.linalg.inv(matrix))
-        return
-    half = size // 2
-    _invert_upper(matrix[:half, :half])
-    _invert_upper(matrix[half:, half:])
-    matrix[:half, half:] = -(matrix[:half, :half] @ (matrix[:half, half:] @ matrix[half:, half:]))

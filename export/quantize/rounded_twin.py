@@ -124,11 +124,15 @@ class _Stage:
     def run(self, feed: dict[str, NDArray[Any]], values: dict[str, Array]) -> Array:
         """Run all sequences, one after the other."""
         fixed = {name: feed[name] for name in self._inputs if name in feed}
-        rows = []
-        for at in range(len(next(iter(values.values())))):
+        count = len(next(iter(values.values())))
+        result = np.empty((0,), dtype=np.float32)
+        for at in range(count):
             each = {name: value[at : at + 1] for name, value in values.items()}
-            rows.append(self._session.run(None, fixed | each)[0])
-        return np.concatenate(rows)
+            [row] = self._session.run(None, fixed | each)
+            if not at:
+                result = np.empty((count, *row.shape[1:]), dtype=np.float32)
+            result[at] = row[0]
+        return result
 
 
 def flat(values: Array) -> Array:

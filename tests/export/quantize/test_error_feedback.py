@@ -15,7 +15,7 @@ from edge.errors import CheckpointError, ConfigError
 from export.pipeline import ExportConfig
 from export.quantize.calibrated import Calibrated, Method
 from export.quantize.calibration import TAPS, LayerRunner
-from export.quantize.error_feedback import feedback
+from export.quantize.error_feedback import feedback, to_make_up
 from export.quantize.plan import BlockPlan, linear_blocks
 from export.quantize.rounded_twin import RESIDUAL, TAPS_OF_BOTH, RoundedTwin
 from export.quantize.rtn import integer_range
@@ -43,7 +43,9 @@ def test_the_change_solves_the_damped_least_squares(shape: tuple[int, int], adds
     rounded = (exact + 0.1 * random.normal(size=exact.shape)).astype(np.float32)
     missing = random.normal(size=(300, rows)).astype(np.float32) if adds else None
     lost = (exact - rounded).astype(np.float32)
-    found = feedback(weights, lost.copy(), rounded, second_moment(rounded), missing)
+    factors = np.linspace(0.5, 2, width).astype(np.float32)
+    wanted = to_make_up(weights * factors, lost / factors, rounded / factors, missing)
+    found = feedback(wanted, second_moment(rounded / factors), factors) / factors
 
     moments = second_moment(rounded).astype(np.float64)
     damped = moments + np.diagonal(moments).mean() * np.eye(width)

@@ -1,0 +1,55 @@
+"""Factors, inverts and solves symmetric matrices in place, by blocks.
+
+Most of the work is matrix products, which NumPy leaves to BLAS; its own ``linalg`` takes several
+times as long for a linear's thousands of channels, and copies of the matrix.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+_BLOCK = 128
+
+
+def damp(matrix: Array, damping: float) -> None:
+    """Add a fraction of the diagonal's mean to the diagonal, in place."""
+    diagonal = np.diagonal(matrix)
+    mean = float(diagonal.mean(dtype=np.float64)) or 1.0
+    matrix[np.diag_indices_from(matrix)] += np.float32(damping * mean)
+
+
+def factor_upper(matrix: Array) -> None:
+    """Factor a symmetric positive definite matrix into ``R R^T``, R upper triangular, in place."""
+    for start in reversed(range(0, len(matrix), _BLOCK)):
+        stop = min(start + _BLOCK, len(matrix))
+        matrix[:stop, start:stop] -= matrix[:stop, stop:] @ matrix[start:stop, stop:].T
+        # NumPy's factor is lower triangular; that of the reversed block is ours, reversed.
+        corner = np.linalg.cholesky(matrix[start:stop, start:stop][::-1, ::-1])[::-1, ::-1]
+        matrix[start:stop, start:stop] = corner
+        matrix[:start, start:stop] = matrix[:start, start:stop] @ np.linalg.inv(corner).T
+        matrix[stop:, start:stop] = 0
+
+
+def solve_factored(upper: Array, values: Array) -> None:
+    """Solve ``R R^T x = values`` for ``[width, columns]``, in place; see `factor_upper`."""
+    blocks = [slice(at, min(at + _BLOCK, len(upper))) for at in range(0, len(upper), _BLOCK)]
+    for block in reversed(blocks):
+        values[block] -= upper[block, block.stop :] @ values[block.stop :]
+        values[block] = np.linalg.solve(upper[block, block], values[block])
+    for block in blocks:
+        values[block] -= upper[: block.start, block].T @ values[: block.start]
+        values[block] = np.linalg.solve(upper[block, block].T, values[block])
+
+
+def invert_upper(matrix: Array) -> None:
+    """Invert an upper triangular matrix in place, by halves."""
+    size = len(matrix)
+    if size <= _BLOCK:
+        matrix[:] = np.triu(np.linalg.inv(matrix))
+        return
+    half = size // 2
+    invert_upper(matrix[:half, :half])
+    invert_upper(matrix[half:, half:])
+    matrix[:half, half:] = -(matrix[:half, :half] @ (matrix[:half, half:] @ matrix[half:, half:]))
