@@ -19,7 +19,7 @@ GraphType = Literal["fp16", "bf16"]
 KvCacheType = Literal["float", "int8"]
 AS_IN_SOURCE: Literal["source"] = "source"
 """The ``--quant`` that keeps the integers of a checkpoint that is quantized already."""
-DEFAULT_METHOD: Method = "awq"
+DEFAULT_METHOD: Method = "awq+gptq"
 """How INT4 layers are rounded; docs/quantization.md has what each method costs and loses."""
 
 
@@ -161,7 +161,7 @@ class ExportConfig:
         if self.workers > 1 and "gptq" in self.rounding:
             raise ConfigError(
                 f"--workers {self.workers} does not go with --method {self.rounding}, which rounds "
-                "a layer for what the layers before it lost; leave it out"
+                "a layer for what the layers before it lost; leave it out, or add --method awq"
             )
         if self.gate is not None and not self.verify:
             raise ConfigError(f"--gate {self.gate} has no effect without --verify; add it")

@@ -42,7 +42,7 @@ from .bundle import BundleWriter
 from .config import AS_IN_SOURCE, KvCacheType
 from .config import ExportConfig as ExportConfig
 from .decoder_files import DecoderFiles, WrittenDecoder
-from .estimate import describe_s, export_s
+from .estimate import LONG_S, describe_s, export_s
 from .graph.embedding_table import EmbeddingType, embedding_tensors
 from .graph.safetensors_writer import write_safetensors
 from .head_files import write_head
@@ -195,7 +195,8 @@ class _Export:
         required = estimated_bytes(self.model, self.schemes, self.positions, self.config.embeddings)
         if self.decoder.is_calibrated:
             tokens = self.config.calibration_tokens or DEFAULT_TOKENS
-            required += 2 * 4 * tokens * self.model.hidden_size  # hidden states, old and new
+            models = 2 if "gptq" in self.config.rounding else 1  # the float and the rounded one
+            required += 2 * 4 * models * tokens * self.model.hidden_size  # states, old and new
         if self.head is not None:
             required += 2 * self.head.num_bytes  # integers and their scales twice, or floats
         with BundleWriter(
@@ -273,24 +274,27 @@ class _Export:
         return config.output
 
     def _expectation(self) -> str:
-        tokens = VERIFY_TOKENS if self.config.verify else REPORT_TOKENS
         measured = self.config.verify or self._reports
+        tokens = VERIFY_TOKENS if self.config.verify else REPORT_TOKENS
+
+        def expected_s(rounding: Method) -> float:
+            cache_tokens = self.decoder.cache_tokens
+            return export_s(
+                self.model, self.schemes, rounding, tokens if measured else 0, cache_tokens
+            )
+
         rounding = self.config.rounding
-        seconds = export_s(
-            self.model,
-            self.schemes,
-            rounding,
-            tokens if measured else 0,
-            self.decoder.cache_tokens,
-        )
-        recipe: list[str] = [self._quant]
-        if self.config.quant != AS_IN_SOURCE and any(
+        rounds_int4 = self.config.quant != AS_IN_SOURCE and any(
             scheme.kind == "int4" for scheme in self.schemes.values()
-        ):
-            recipe.append(rounding)
-        return f"{', '.join(recipe)}: expect {describe_s(seconds)} on two cores" + (
-            ", measuring included" if measured else ""
         )
+        recipe = f"{self._quant}, {rounding}" if rounds_int4 else self._quant
+        seconds = expected_s(rounding)
+        text = f"{recipe}: expect {describe_s(seconds)} on two cores"
+        if measured:
+            text += ", measuring included"
+        if rounds_int4 and self.config.method is None and seconds > LONG_S:
+            text += f"; --method awq: {describe_s(expected_s('awq'))}, and loses more"
+        return text
 
     def write_embeddings(self, path: Path) -> None:
         table = self.checkpoint.tensor("model.embed_tokens.weight")

@@ -153,10 +153,8 @@ def better_recipe(
         return "--keep lm_head=int8"
     if any(scheme.group_size > INT4_GROUP_SIZE for scheme in int4.values()):
         return f"--group-size {INT4_GROUP_SIZE}"
-    if int4 and config.rounding == "rtn":
+    if int4 and config.rounding != DEFAULT_METHOD:
         return f"--method {DEFAULT_METHOD}"
     if not missed:
         return None
-    if int4:
-        return "--method awq+gptq" if config.rounding == "awq" else "--quant int8"
-    return "--quant int8" if config.quant == "int8-w8a8" else "--quant fp16"
+    return "--quant int8" if int4 or config.quant == "int8-w8a8" else "--quant fp16"

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 import edge.cli
 from edge.bundle.manifest import read_manifest, verify_files
 from edge.errors import ConfigError, DependencyError, install_command
-from export import verify
+from export import pipeline, verify
 from export.cli import _FIGURES, export
 from export.config import ExportConfig
 from tests.conftest import RUNNABLE
@@ -60,7 +60,7 @@ def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     result = invoke(checkpoint, "-o", tmp_path / "bundle", "--dialect", RUNNABLE)
     assert result.exit_code == 0, result.output
     manifest = read_manifest(tmp_path / "bundle")
-    assert (manifest.quantization.name, manifest.quantization.method) == ("int4", "awq")
+    assert (manifest.quantization.name, manifest.quantization.method) == ("int4", "awq+gptq")
     assert str(manifest.quantization.linears["layers.0.qkv"].scheme) == "int4-g32"
     assert str(manifest.quantization.linears["lm_head"].scheme) == "int8-g64-planes"
     assert manifest.dtype == "fp16"
@@ -73,11 +73,11 @@ def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     assert lines[1].startswith("TensorRT: legal for ")
     assert lines[2].startswith(f"measured: KL {text['kl_mean']:.4f}, top-1 ")
     assert lines[2].endswith(f"in float, x{text['perplexity_ratio']:.3f})")
-    assert lines[3].startswith("--method awq+gptq would lose less")
+    assert lines[3].startswith("--quant int8 would lose less")
     assert lines[4] == f"Try it: edge-llm run {tmp_path / 'bundle'} 'Why is the sky blue?'"
     # No terminal, no progress bar. A tiny random model loses more than the gate allows.
     expected, warning = result.stderr.splitlines()
-    assert expected == "int4, awq: expect about 5 s on two cores, measuring included"
+    assert expected == "int4, awq+gptq: expect about 5 s on two cores, measuring included"
     assert warning.startswith("warning: it misses the gate int4, which is meant for models of 1.5B")
     assert "top1_agreement 0." in warning
 
@@ -96,7 +96,8 @@ def test_nothing_is_measured_where_nobody_wants_it(checkpoint: Path, tmp_path: P
 def test_a_faster_recipe_names_the_better_one(checkpoint: Path, tmp_path: Path):
     base = ("-o", tmp_path / "bundle", "--no-verify", "--force")
     for options, better in (
-        (("--method", "rtn"), "--method awq would lose less"),
+        (("--method", "rtn"), "--method awq+gptq would lose less"),
+        (("--method", "awq"), "--method awq+gptq would lose less"),
         (("--method", "rtn", "--group-size", 64), "--group-size 32 would lose less"),
         (("--method", "rtn", "--keep", "lm_head=int4"), "--keep lm_head=int8 would lose less"),
         (("--quant", "int8"), None),  # nothing was measured, so nothing was missed
@@ -104,6 +105,17 @@ def test_a_faster_recipe_names_the_better_one(checkpoint: Path, tmp_path: Path):
         result = invoke(checkpoint, *base, *options)
         assert (better or "would lose less") in result.stdout or better is None, result.output
         assert ("would lose less" in result.stdout) == (better is not None)
+
+
+def test_a_long_default_names_the_faster_method(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "LONG_S", 0.1)
+    for options, named in (((), True), (("--method", "gptq"), False), (("--quant", "int8"), False)):
+        result = invoke(checkpoint, "-o", tmp_path / "bundle", "--no-verify", "--force", *options)
+        assert result.exit_code == 0, result.output
+        hint = "on two cores; --method awq: about 5 s, and loses more"
+        assert (hint in result.stderr) == named, result.stderr
 
 
 def test_a_bundle_that_cannot_be_measured_is_written_and_said(

@@ -8,6 +8,7 @@ import pytest
 
 from edge.bundle.schemes import Quant, Recipe
 from edge.planner.models import BUILT_IN
+from export.config import DEFAULT_METHOD
 from export.estimate import describe_s, export_s
 from export.quantize.calibrated import Method
 from export.verify import REPORT_TOKENS
@@ -16,7 +17,7 @@ MODEL = BUILT_IN["r1-qwen-1.5b"].spec
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
 
-def expected_s(quant: Quant, rounding: Method = "awq", measured_tokens: int = 0) -> float:
+def expected_s(quant: Quant, rounding: Method = DEFAULT_METHOD, measured_tokens: int = 0) -> float:
     return export_s(MODEL, Recipe(quant).schemes(MODEL), rounding, measured_tokens)
 
 
@@ -37,16 +38,19 @@ def test_what_was_measured_is_expected(quant: Quant, rounding: Method, measured_
 
 
 def test_the_readme_says_what_the_export_says():
-    whole = describe_s(expected_s("int4", measured_tokens=REPORT_TOKENS))
-    alone = describe_s(expected_s("int4"))
-    assert (whole, alone) == ("about 10 min", "about 9 min")
-    assert "calibrates (AWQ in groups of 32) for about 9 minutes on two cores" in README
+    minutes = describe_s(expected_s("int4")).removesuffix("min") + "minutes"
+    assert f"calibrates (AWQ, then GPTQ, in groups of 32) for {minutes} on two cores" in README
+    measuring_s = expected_s("int4", measured_tokens=REPORT_TOKENS) - expected_s("int4")
+    assert 30 < measuring_s < 90
+    assert "then measures for a minute" in README
+    faster = describe_s(expected_s("int4", "awq")).removesuffix("min") + "minutes"
+    assert f"`--method awq` takes {faster} and" in README
 
 
 def test_a_calibrated_layer_costs_more_than_its_neighbours():
     """Per layer, not per model: what --keep leaves to INT8 is rounded."""
     kept = Recipe("int4", keep=(("layers.*", "int8"),)).schemes(MODEL)
-    assert export_s(MODEL, kept, "awq", 0) < expected_s("int4") / 5
+    assert export_s(MODEL, kept, DEFAULT_METHOD, 0) < expected_s("int4") / 5
 
 
 @pytest.mark.parametrize(
