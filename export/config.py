@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from edge.bundle.manifest import Dialect, Task
-from edge.bundle.schemes import Clip, Quant, Recipe
+from edge.bundle.schemes import Clip, Quant, Recipe, kind_of
 from edge.errors import ConfigError
 
 from .graph.embedding_table import EmbeddingType
@@ -141,7 +141,7 @@ class ExportConfig:
             raise ConfigError(
                 f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"
             )
-        has_int4 = quant == "int4" or any(kind == "int4" for _, kind in self.keep)
+        has_int4 = quant == "int4" or any(kind_of(scheme) == "int4" for _, scheme in self.keep)
         default: Method = DEFAULT_METHOD if has_int4 and self.quant != AS_IN_SOURCE else "rtn"
         object.__setattr__(self, "rounding", self.method or default)
         rounds_inputs = self.quant == "int8-w8a8" or any(kind == "w8a8" for _, kind in self.keep)

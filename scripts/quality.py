@@ -57,6 +57,11 @@ RECIPES: dict[str, tuple[str, ...]] = {
         for method in ("rtn", "awq", "gptq", "awq+gptq")
         for size in (32, 64, 128)
     },
+    # As many bits as groups of 32, but where they count most.
+    "int4-qkv-int8": (
+        *(*_INT4, "--keep", "*.qkv=int8-g64"),
+        *("--keep", "*.gate_up=int4-g64", "--keep", "*.down=int4-g128"),
+    ),
     "int4-head-int4": (*_INT4, "--keep", "lm_head=int4"),
     "int4-head-fp16": (*_INT4, "--keep", "lm_head=float"),
 }

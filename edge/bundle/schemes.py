@@ -12,6 +12,7 @@ INT8 is stored as two INT4 planes, ``w = 16 * high + low``, each of which stays 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -93,7 +94,8 @@ class Recipe:
         group_size: weights that share a scale; None is 32 for INT4 layers, and for INT8 the largest
             of 128, 64, 32 that divides every layer's input width.
         keep: ``(pattern, scheme)`` overrides in the order given, the last match wins. The
-            pattern is a shell wildcard on layer names, the scheme a key of `SCHEMES`.
+            pattern is a shell wildcard on layer names, the scheme a key of `SCHEMES`, with a group
+            size of its own as in ``int4-g64`` if ``group_size`` is not to decide.
         clip: how a group's scale is chosen.
     """
 
@@ -131,7 +133,7 @@ class Recipe:
     ) -> dict[str, TensorScheme]:
         layers = linear_layers(model)
         names = [layer.name for layer in layers]
-        widths = sorted({layer.shape[0] for layer in layers})
+        widths = {layer.name: layer.shape[0] for layer in layers}
         result: dict[str, TensorScheme] = {}
         for pattern, kind in rules:
             matching = fnmatch.filter(names, pattern)
@@ -140,7 +142,9 @@ class Recipe:
                     f"--keep {pattern}={kind} matches no linear layer; layers are named like "
                     f"{names[0]}, {names[3]} and {names[-1]}"
                 )
-            result.update(dict.fromkeys(matching, self._scheme(kind, widths)))
+            own = sorted({widths[name] for name in matching})
+            scheme = self._scheme(kind, sorted(set(widths.values())), own)
+            result.update(dict.fromkeys(matching, scheme))
         return result
 
     def _refuse_idle_options(self) -> None:
@@ -151,36 +155,25 @@ class Recipe:
             if given:
                 raise ConfigError(f"{option} has no effect: every layer stays float; leave it out")
 
-    def _scheme(self, kind: str, widths: Sequence[int]) -> TensorScheme:
-        if kind not in SCHEMES:
+    def _scheme(self, kind: str, widths: Sequence[int], own: Sequence[int]) -> TensorScheme:
+        """A scheme as ``keep`` says it; an own group size must fit the ``own`` widths only."""
+        name, grouped, size = kind.partition("-g")
+        if name not in SCHEMES or (grouped and not re.fullmatch("[0-9]+", size)):
             *most, last = SCHEMES
-            raise ConfigError(f"unknown scheme {kind!r}; use {', '.join(most)} or {last}")
-        facts = SCHEMES[kind]
+            raise ConfigError(
+                f"unknown scheme {kind!r}; use {', '.join(most)} or {last}, INT8 and INT4 also "
+                "with a group size, as in int4-g64"
+            )
+        facts = SCHEMES[name]
         if not any(facts.group_sizes):  # no groups to choose
+            if grouped:
+                raise ConfigError(f"{kind}: {name} has no groups; say {name}")
             return TensorScheme(kind=facts.kind)
-        size = self._group_size(facts, widths)
-        return TensorScheme(kind=facts.kind, group_size=size, planes=facts.planes)
-
-    def _group_size(self, facts: SchemeFacts, widths: Sequence[int]) -> int:
-        size = self.group_size
-        fitting = [g for g in facts.group_sizes if g and all(width % g == 0 for width in widths)]
-        if size is None:
-            if not fitting:
-                raise ConfigError(
-                    f"no group size of {GROUP_SIZES} divides the input widths {widths} of this "
-                    "model; use --quant fp16"
-                )
-            return facts.default_group_size or fitting[0]
-        if size == 0:
-            raise ConfigError(
-                f"{facts.kind.upper()} needs groups: leave --group-size out, or use 128, 64 or 32"
-            )
-        if size not in fitting:
-            raise ConfigError(
-                f"--group-size {size} does not fit: the input widths are {widths}, "
-                f"group sizes that fit are {fitting}"
-            )
-        return size
+        if grouped:
+            group = _group_size(facts, own, int(size), f"the group size of {kind}")
+        else:
+            group = _group_size(facts, widths, self.group_size, f"--group-size {self.group_size}")
+        return TensorScheme(kind=facts.kind, group_size=group, planes=facts.planes)
 
     def export_options(self) -> list[str]:
         """The options of ``edge-llm export`` that ask for this recipe."""
@@ -190,6 +183,33 @@ class Recipe:
         for pattern, kind in self.keep:
             options += ["--keep", f"{pattern}={kind}"]
         return options if self.clip == "mse" else [*options, "--clip", self.clip]
+
+
+def kind_of(scheme: str) -> str:
+    """The kind of a scheme as ``keep`` says it, without a group size."""
+    return scheme.partition("-g")[0]
+
+
+def _group_size(facts: SchemeFacts, widths: Sequence[int], size: int | None, asked: str) -> int:
+    """The group size that was asked for, or the default; it must divide all input widths."""
+    fitting = [g for g in facts.group_sizes if g and all(width % g == 0 for width in widths)]
+    if size is None:
+        if not fitting:
+            raise ConfigError(
+                f"no group size of {GROUP_SIZES} divides the input widths {widths} of this model; "
+                "use --quant fp16"
+            )
+        return facts.default_group_size or fitting[0]
+    if size == 0:
+        raise ConfigError(
+            f"{facts.kind.upper()} needs groups: leave {asked} out, or use 128, 64 or 32"
+        )
+    if size not in fitting:
+        raise ConfigError(
+            f"{asked} does not fit: the input widths are {widths}, group sizes that fit are "
+            f"{fitting}"
+        )
+    return size
 
 
 def engine_dtype(scheme: TensorScheme, float_type: FloatType) -> str:

@@ -131,6 +131,15 @@ def test_keep_by_name_and_the_last_match_wins():
     }
 
 
+def test_layers_may_have_a_group_size_of_their_own():
+    keep = (("*.down", "int4-g128"), ("*.qkv", "int8-g64"), ("lm_head", "int8"))
+    schemes = Recipe("int4", keep=keep).schemes(SMOLLM2)  # 576 wide but for down's inputs
+    assert schemes["layers.0.down"] == int4(128)
+    assert schemes["layers.0.qkv"] == int8(64)
+    assert schemes["layers.0.o"] == int4(32)
+    assert schemes["lm_head"] == int8(64)
+
+
 def test_keep_quantizes_single_layers_of_a_float_recipe():
     schemes = Recipe("fp16", 32, (("lm_head", "int8"),)).schemes(QWEN)
     assert schemes == {**dict.fromkeys(LAYERS, FLOAT), "lm_head": int8(32)}
@@ -144,12 +153,18 @@ def test_keep_quantizes_single_layers_of_a_float_recipe():
         (QWEN, Recipe("int8", -128), "--group-size -128 does not fit"),
         (QWEN, Recipe("int8", 1), "--group-size 1 does not fit"),
         (QWEN, Recipe("int4", 0), "INT4 needs groups"),
-        (QWEN, Recipe("int8", 0), "INT8 needs groups: leave --group-size out"),
+        (QWEN, Recipe("int8", 0), "INT8 needs groups: leave --group-size 0 out"),
         (ODD, Recipe("int4"), r"no group size .*\[1536, 8968\].*--quant fp16"),
         (QWEN, Recipe("int4", None, (("lm-head", "int8"),)), "lm-head=int8 matches no .* lm_head"),
         (QWEN, Recipe("int4", None, (("layers.2.*", "int8"),)), r"layers\.2\.\*=int8 matches no"),
         (QWEN, Recipe("int4", None, (("lm_head", "fp8"),)), "unknown scheme 'fp8'"),
         (QWEN, Recipe("int4", None, (("lm_head", ""),)), "unknown scheme ''"),
+        (QWEN, Recipe("int4", None, (("*.o", "int4-g48"),)), r"of int4-g48 does .*\[128, 64, 32\]"),
+        (SMOLLM2, Recipe("int4", None, (("*", "int4-g128"),)), r"int4-g128 .*\[576, 1536\]"),
+        (QWEN, Recipe("int4", None, (("*.o", "int8-g0"),)), "leave the group size of int8-g0 out"),
+        (QWEN, Recipe("int4", None, (("*.o", "int4-g"),)), "unknown scheme 'int4-g'"),
+        (QWEN, Recipe("int4", None, (("*.o", "int4-g\u0663"),)), "unknown scheme"),
+        (QWEN, Recipe("int4", None, (("*.o", "w8a8-g64"),)), "w8a8 has no groups; say w8a8"),
         (QWEN, Recipe("fp16", 64), "--group-size 64 has no effect"),
         (QWEN, Recipe("int4", 64, (("*", "float"),)), "--group-size 64 has no effect"),
         (QWEN, Recipe("bf16", clip="absmax"), "--clip absmax has no effect"),
