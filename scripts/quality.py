@@ -6,10 +6,12 @@ usage: scripts/quality [--model smollm2] [--recipe NAME ...] [--text NAME ...] [
 Each recipe has a directory below ``--work``, with the commit, the seconds and the peak of resident
 memory of its export, and the result of ``edge-llm eval`` for each text and task. What is there is
 not done again, unless its options were others; delete a recipe's directory to measure it anew.
-The bundle is deleted once all is measured (``--keep-bundles`` keeps it). ``--gguf LABEL=FILE``
-adds a rival's file of the same model, e.g. a Q4_0 of llama-quantize: its weights are dequantized
-into a float bundle, so only the loss of its weights counts, as with all other rows. ``--rival
-Q4_0`` makes such a file of the model's linear layers (scripts/gguf_rivals.py).
+The bundle is deleted once all is measured (``--keep-bundles`` keeps it).
+
+``--checkpoint LABEL=PATH`` adds a rival's weights of the same model, e.g. a Q4_0 of llama-quantize
+or what scripts/genai_weights.py writes: dequantized into a float bundle, so only the loss of the
+weights counts, as with all other rows. ``--rival Q4_0`` makes such a file of the model's linear
+layers (scripts/gguf_rivals.py).
 
 ``--task`` also asks questions with right answers, of the float bundle too, so each recipe's answers
 are paired with the float model's; without names it asks all tasks, which takes hours per recipe.
@@ -77,7 +79,7 @@ def main() -> None:
     if not reference.is_dir():
         export(str(source), _FLOAT, work / _REFERENCE)
     ask(work / _REFERENCE, reference, options)
-    rivals = dict(each.split("=", 1) for each in options.gguf)
+    rivals = dict(each.split("=", 1) for each in options.checkpoint)
     jobs = [(name, str(source), RECIPES[name]) for name in options.recipe]
     jobs += [(label, file, _FLOAT) for label, file in rivals.items()]
     for name in options.rival:
@@ -105,17 +107,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", nargs="*", default=[], choices=list(TASKS))
     parser.add_argument("--limit", type=int, help="questions of each task; by default all")
     parser.add_argument("--max-tokens", type=int, help="of a generated answer, as of edge-llm eval")
-    parser.add_argument("--gguf", action="append", default=[], metavar="LABEL=FILE")
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="LABEL=PATH")
     parser.add_argument("--rival", nargs="*", default=[], choices=list(RIVALS))
     parser.add_argument("--keep-bundles", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(".quality"))
     options = parser.parse_args()
     if "--task" in sys.argv and not options.task:
         options.task = list(TASKS)
-    for each in options.gguf:
-        label, _, file = each.partition("=")
-        if not (label and Path(file).is_file()) or label in (*RECIPES, *RIVALS, _REFERENCE):
-            parser.error(f"--gguf {each}: give a new name and a file, LABEL=FILE")
+    for each in options.checkpoint:
+        label, _, path = each.partition("=")
+        if not (label and Path(path).exists()) or label in (*RECIPES, *RIVALS, _REFERENCE):
+            parser.error(f"--checkpoint {each}: give a new name and what is there, LABEL=PATH")
     return options
 
 

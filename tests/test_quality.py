@@ -117,4 +117,4 @@ def test_the_loss_is_counted_over_all_tasks(tmp_path: Path):
 def test_a_rival_needs_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for given in ("q4_0", "q4_0=missing.gguf", "int8=" + __file__):
         with pytest.raises(SystemExit):
-            call(monkeypatch, tmp_path, "--gguf", given)
+            call(monkeypatch, tmp_path, "--checkpoint", given)
