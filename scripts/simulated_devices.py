@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -87,6 +87,7 @@ class _Clocked:
 
     name = "simulated"
     forward_best = None
+    meanwhile: Callable[[], None] | None = None
     rounds_activations = False
     kv_scales: dict[str, Any] = {}  # noqa: RUF012 - never changed
     hidden_states = None

@@ -30,6 +30,8 @@ class ScriptedBackend:
         batches: the slots of every step so far.
         fails: makes the next step fail after it has spoilt its rows.
         failed: why nothing works any more, if a test says so.
+        meanwhile: see `edge.backends.Backend`; with ``overlaps`` it is called in each step, and the
+            backend refuses to be used until the step is over.
     """
 
     name = "scripted"
@@ -46,8 +48,11 @@ class ScriptedBackend:
         num_slots: int = 1,
         capacity: int = 64,
         max_step_tokens: int = 8,
+        overlaps: bool = False,
     ) -> None:
         self.script = script
+        self.meanwhile: Callable[[], None] | None = (lambda: None) if overlaps else None
+        self._computes = False
         self.num_slots = num_slots
         self.capacity = capacity
         self.max_step_tokens = max_step_tokens
@@ -68,6 +73,11 @@ class ScriptedBackend:
 
     def forward(self, step: Step) -> NDArray[np.float32]:
         step.check(self)
+        self._be_free()
+        if self.meanwhile is not None:
+            self._computes = True
+            self.meanwhile()
+            self._computes = False
         self.steps.append((step.starts[0], step.seq))
         self.batches.append(list(step.slots))
         if self.fails:
@@ -85,17 +95,23 @@ class ScriptedBackend:
         )
 
     def read_slot(self, slot: int, length: int) -> Floats:
+        self._be_free()
         return self._cache[None, None, slot, :length, None].astype(np.float32)
 
     def write_slot(self, slot: int, rows: Floats) -> None:
+        self._be_free()
         assert rows.shape[:2] == (1, 1)
         assert rows.shape[3] == 1
         assert rows.shape[2] <= self.capacity
         self._cache[slot, : rows.shape[2]] = rows[0, 0, :, 0]
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
+        self._be_free()
         assert source != target
         self._cache[target, :length] = self._cache[source, :length]
+
+    def _be_free(self) -> None:
+        assert not self._computes, "the backend is used while it computes a step"
 
     def rows_of(self, slot: int, length: int) -> list[int]:
         """The token in each of the first rows of a slot; -1 where none was written."""

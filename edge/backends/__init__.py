@@ -36,6 +36,9 @@ class Backend(Protocol):
             floats. Such rows come and go as float32, and lose nothing on the way.
         hidden_states: float32 ``[B, S, width]`` of the newest step's tokens, valid until the next
             step; None where the graph has no such output or nobody asked for it.
+        meanwhile: called in every step, in its thread, once a device has been given all of it, so
+            that the CPU does something instead of waiting; it must not raise, nor use the backend.
+            None where steps keep the CPU itself busy.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Backend(Protocol):
     max_step_tokens: int
     rounds_activations: bool
     kv_scales: Scales
+    meanwhile: Callable[[], None] | None
 
     @property
     def hidden_states(self) -> NDArray[np.float32] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class OrtBackend:
     """
 
     name = "ort-cpu"
+    meanwhile: Callable[[], None] | None = None
     forward_best = None  # rows are here: to find their best would cost more than drawing from them
 
     def __init__(

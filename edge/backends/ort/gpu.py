@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class OrtCudaBackend:
     """
 
     name = "ort-cuda"
+    meanwhile: Callable[[], None] | None = None  # ONNX Runtime returns when the device is done
     forward_best = None  # bundles have no outputs for it, only engines
     rounds_activations = False
 

@@ -100,6 +100,7 @@ class TensorRTBackend:
             if value is not None and value < 1:
                 raise ConfigError(f"{option} {value} must be positive")
         self._manifest = manifest
+        self.meanwhile: Callable[[], None] | None = lambda: None
         self._lost: str | None = None
         self._closed = False
         self._device = cuda.Device(device)
@@ -417,6 +418,8 @@ class TensorRTBackend:
             for row, place in zip(window.rows, window.places, strict=True):
                 slot, start = window.first + place, step.starts[row]
                 self._cache.append(self._new_rows, place, window.batch, seq, slot, start)
+        if self.meanwhile is not None:
+            self.meanwhile()
         self._stream.synchronize()
         self._runs += 1
         return buffers

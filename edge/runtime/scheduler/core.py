@@ -140,6 +140,10 @@ class EngineCore:
         self._clock = clock or (lambda: time.perf_counter())
         self.waiting: list[SequenceState] = []
         self.running: list[SequenceState] = []
+        self._drawn: list[tuple[SequenceState, SampledToken]] = []  # and not pushed yet
+        self._overlaps = backend.meanwhile is not None
+        if self._overlaps:
+            backend.meanwhile = self._push_drawn
         self.hold = False  # no sequence is started while set
         self.steps = 0
         self.model_s = 0.0
@@ -180,6 +184,7 @@ class EngineCore:
 
     def step(self) -> None:
         """Run one round: end cancelled and late sequences, start waiting ones, decode, prefill."""
+        steps = self.steps
         self._sweep()
         self._start_waiting()
         self._tell_waiting()
@@ -195,6 +200,8 @@ class EngineCore:
             rides = self._decode(decoding, prefilling if rides else None)
         if prefilling is not None and not (rides or prefilling.ended):
             self._prefill(prefilling, max(chunk, 1))
+        if self.steps == steps:
+            self._push_drawn()  # no step was there to do it
 
     def call(self, work: Callable[[], None]) -> None:
         """Let ``work`` use the backend as it likes, while no sequence runs."""
@@ -221,20 +228,30 @@ class EngineCore:
 
     def end_all(self, error: EdgeError | None) -> None:
         """End every sequence with an error, or as cancelled; the backend is not touched."""
+        self._push_drawn()
         for sequence in [*self.running, *self.waiting]:
             if error is None:
                 self._finish(sequence, "cancelled")
             else:
                 self._fail(sequence, error, scrub=False)
 
+    def abandon_all(self) -> None:
+        """Forget every sequence without a word to anyone; for a child process."""
+        self.running, self.waiting, self._drawn = [], [], []
+
     # ------------------------------------------------------------------ who runs
 
     def _sweep(self) -> None:
         now = self.now()
         for sequence in [*self.running, *self.waiting]:
+            late = sequence.deadline_s is not None and now >= sequence.deadline_s
+            if late or sequence.cancelled:
+                self._push_drawn()
+            if sequence.ended:
+                continue
             if sequence.cancelled:
                 self._finish(sequence, "cancelled")
-            elif sequence.deadline_s is not None and now >= sequence.deadline_s:
+            elif late:
                 tokens = sequence.stats.completion_tokens
                 what = f"sampled {tokens} tokens" if sequence.slot else "was still waiting"
                 self._fail(
@@ -424,7 +441,7 @@ class EngineCore:
         if logits is None:
             return
         for sequence, row in zip(sequences, logits, strict=True):
-            if sequence.cancelled:
+            if sequence.cancelled or sequence.ended:  # by a stop string that was found meanwhile
                 continue
             _slot_of(sequence).extend(sequence.pending[:1])
             rides = len(sequence.pending) > 1
@@ -445,19 +462,25 @@ class EngineCore:
     ) -> Rows | None:
         """Run a step; if it fails, its sequences end with the error and None is returned."""
         slots = [_slot_of(sequence) for sequence in sequences]
+        lengths = [slot.length for slot in slots]
         seq = len(tokens[0])
         try:
             step = step_after(
                 [slot.index for slot in slots],
-                [slot.length for slot in slots],
+                lengths,
                 self.embeddings[np.array(tokens, dtype=np.int64)],
                 np.array(wanted, dtype=np.int64),
             )
             started = self.now()
             logits = (self.backend.forward_best or self.backend.forward)(step)
         except EdgeError as error:
-            for sequence in sequences:
-                self._fail(sequence, error)
+            self._push_drawn()
+            for sequence, slot, length in zip(sequences, slots, lengths, strict=True):
+                if sequence.ended:  # meanwhile; what it left behind is spoilt
+                    self._scrub(slot, length + seq)
+                    self.pool.forget()
+                else:
+                    self._fail(sequence, error)
             return None
         seconds = self._forward_s = self.now() - started
         self._show_hidden(slots, tokens)
@@ -556,7 +579,12 @@ class EngineCore:
         return None
 
     def _deliver(self, sequence: SequenceState, token: SampledToken) -> bool:
-        """Deliver a token to the sink; returns false if it was the last."""
+        """Count a token and hand it on; returns false if it is known to be the last.
+
+        Where the CPU waits for a device, that is done during the next step: text, stop strings and
+        readers then cost no time between steps. A stop string ends its sequence a step late, whose
+        token is dropped.
+        """
         now = self.now()
         stats = sequence.stats
         stats.completion_tokens += 1
@@ -573,12 +601,30 @@ class EngineCore:
             reason = "stop"
         elif sequence.tokens_left == 0 or full:
             reason = "length"
+        if reason is None and self._overlaps and (self.drafter is None or not self.drafting):
+            self._drawn.append((sequence, token))
+            return True
+        return self._push(sequence, token, reason)
+
+    def _push_drawn(self) -> None:
+        """Push the tokens of the last step to their sinks."""
+        drawn, self._drawn = self._drawn, []
+        for sequence, token in drawn:
+            if not sequence.ended:
+                self._push(sequence, token, None)
+
+    def _push(
+        self, sequence: SequenceState, token: SampledToken, reason: FinishReason | None
+    ) -> bool:
+        """Push a token to its sink; returns false if it was the last."""
+        # What goes wrong there spoils no row, and the backend may be computing.
         try:
             reason = sequence.sink.push(token, reason)
         except EdgeError as error:
-            self._fail(sequence, error)
+            self._fail(sequence, error, scrub=False)
         except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
-            self._fail(sequence, _caused(f"the output of a request failed: {error!r}", error))
+            caused = _caused(f"the output of a request failed: {error!r}", error)
+            self._fail(sequence, caused, scrub=False)
         else:
             if reason is not None:
                 self._finish(sequence, reason)
@@ -604,22 +650,23 @@ class EngineCore:
         # Memory may run out in the middle of a step, too.
         spoilt = isinstance(error, (BackendError, ResourceError))
         if scrub and spoilt and sequence.slot is not None:
-            self._scrub(sequence.slot, max(len(sequence.pending), 1 + self.max_draft_tokens))
+            # No more than that: on the CPU a row that nobody has touched takes no memory.
+            newest = max(len(sequence.pending), 1 + self.max_draft_tokens)
+            newest = min(newest, self.backend.max_step_tokens)
+            self._scrub(sequence.slot, sequence.slot.length + newest)
         self._leave(sequence, keep=False)
         self.outcomes["deadline" if isinstance(error, DeadlineError) else "error"] += 1
         sequence.sink.fail(error)
 
-    def _scrub(self, slot: Slot, last_step: int) -> None:
-        """Zero the rows of a failed sequence, including those that its last step may have written.
+    def _scrub(self, slot: Slot, written: int) -> None:
+        """Zero the rows of a failed sequence, those that its last step may have written included.
 
         A masked row still counts where attention multiplies its weight of 0 by what the row holds:
         a NaN left there would reach whoever gets the slot next.
         """
         if self.backend.failed is not None:
             return
-        # No more than that: on the CPU a row that nobody has touched takes no memory.
-        last_step = min(last_step, self.backend.max_step_tokens)
-        written = min(slot.length + last_step, slot.capacity)
+        written = min(written, slot.capacity)
         # A backend that cannot even write will say so in its next step.
         with contextlib.suppress(EdgeError):
             row = self.backend.read_slot(slot.index, 1)

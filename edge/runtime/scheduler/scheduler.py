@@ -350,7 +350,7 @@ class _EngineThread:
         self._thread = None
         self._inbox.clear()
         self._calls.clear()
-        self._core.running, self._core.waiting = [], []
+        self._core.abandon_all()
         self.failed = _FORKED
 
     # ------------------------------------------------------------------ in the engine's thread

@@ -84,10 +84,10 @@ def test_a_decode_step_has_logits_of_its_one_token_only() -> None:
     ],
 )
 def test_what_a_backend_cannot_run(
-    limits: dict[str, int], message: str, table: EmbeddingTable
+    limits: dict[str, Any], message: str, table: EmbeddingTable
 ) -> None:
     step = make_step(kv_len=8)
-    fits = {"num_slots": 4, "capacity": 8, "max_step_tokens": 3}
+    fits: dict[str, Any] = {"num_slots": 4, "capacity": 8, "max_step_tokens": 3}
     backend = ScriptedBackend(table, random_logits(VOCAB), **fits)
     step.check(backend)
     with pytest.raises(BackendError, match=message):

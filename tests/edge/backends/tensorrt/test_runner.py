@@ -439,6 +439,23 @@ def test_a_decode_step_is_a_graph_and_reads_the_buffers(
         assert_array_equal(graphs.cache(1), plain.cache(1))
 
 
+@pytest.mark.parametrize("seq", [1, 5])
+def test_the_cpu_is_free_while_a_step_is_computed(
+    dialect: str, seq: int, gpu: FakeGpu, engine_bundles: EngineBundles
+):
+    """By then the device has been given all of the step, and nothing of it is awaited yet."""
+    with GpuRunner(engine_bundles("qwen2", dialect), gpu) as runner:
+        runner.step(random_ids(2, 3, seed=0), [1, 2])
+        before = len(gpu.calls)
+        at: list[int] = []
+        runner.engine.meanwhile = lambda: at.append(len(gpu.calls))
+        runner.step(random_ids(2, seq, seed=1), [1, 2])
+        [now] = at
+        waits = ["cuStreamSynchronize", "cuCtxPopCurrent"]
+        assert gpu.calls[now:] == waits
+        assert "cuStreamSynchronize" not in gpu.calls[before:now]
+
+
 def test_no_context_is_built_between_two_tokens(gpu: FakeGpu, engine_bundles: EngineBundles):
     """Whatever slots decode: all that a step needs is there once the engine is loaded."""
     random = np.random.default_rng(0)

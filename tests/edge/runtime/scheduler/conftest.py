@@ -131,6 +131,7 @@ class Engine:
         num_slots: int = 4,
         capacity: int = 64,
         max_step_tokens: int = 8,
+        overlaps: bool = False,
         **options: Any,
     ) -> None:
         self.backend = ScriptedBackend(
@@ -139,6 +140,7 @@ class Engine:
             num_slots=num_slots,
             capacity=capacity,
             max_step_tokens=max_step_tokens,
+            overlaps=overlaps,
         )
         # A real clock would let the machine's load decide what runs in which round.
         options.setdefault("clock", lambda: 0.0)

@@ -98,6 +98,22 @@ class Guesser:
         self.verdicts.append((proposed, accepted))
 
 
+class Stopping(Collected):
+    """A reader that finds a stop string in some token."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        super().__init__()
+        self.stop_after = stop_after
+        self.stopped = False
+
+    def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
+        reason = super().push(token, reason)
+        self.stopped = reason is None and len(self.ids) == self.stop_after
+        if self.stopped:
+            self.announced = "stop"
+        return self.announced
+
+
 class Life(RuleBasedStateMachine):
     """Any interleaving of submissions, cancels, deadlines, faults and steps."""
 
@@ -110,6 +126,7 @@ class Life(RuleBasedStateMachine):
         slides=st.booleans(),
         drafts=st.sampled_from([None, "guesser", "same model", "other model"]),
         reuse=st.booleans(),
+        overlaps=st.booleans(),
         target_itl_ms=st.sampled_from([None, 20.0]),
         per_sequence_s=st.sampled_from([0.0, 0.001, 0.05]),
         per_token_s=st.sampled_from([0.0, 0.001, 0.05]),
@@ -122,6 +139,7 @@ class Life(RuleBasedStateMachine):
         slides: bool,
         drafts: str | None,
         reuse: bool,
+        overlaps: bool,
         target_itl_ms: float | None,
         per_sequence_s: float,
         per_token_s: float,
@@ -155,6 +173,7 @@ class Life(RuleBasedStateMachine):
             num_slots=num_slots,
             capacity=capacity,
             max_step_tokens=chunk,
+            overlaps=overlaps,
             reuse_prefix=reuse,
             overflow=DropMiddle() if slides else None,
             drafter=drafter,
@@ -183,6 +202,7 @@ class Life(RuleBasedStateMachine):
         salt=st.sampled_from(["", "other"]),
         deadline_s=st.none() | st.sampled_from([0.05, 5.0]),
         num=st.integers(1, 3),
+        stop_after=st.none() | st.integers(1, 6),
     )
     def submit(
         self,
@@ -194,6 +214,7 @@ class Life(RuleBasedStateMachine):
         salt: str,
         deadline_s: float | None,
         num: int,
+        stop_after: int | None,
     ) -> Any:
         # A prompt may continue an earlier answer, as in a chat.
         before = next(reversed(self.known), None) if follows else None
@@ -208,7 +229,7 @@ class Life(RuleBasedStateMachine):
         )
         new = []
         for i in range(num):
-            sequence, sink = self.engine.submit(request.sample(i))
+            sequence, sink = self.engine.submit(request.sample(i), Stopping(stop_after))
             self.known[sequence] = sink
             new.append(sequence)
         return multiple(*new)
@@ -264,6 +285,8 @@ class Life(RuleBasedStateMachine):
         for sequence, sink in self.known.items():
             expected = answer_alone(SCRIPT, sequence.request, capacity, self.slides)
             if sink.reason in ("stop", "length"):
+                if isinstance(sink, Stopping) and sink.stopped:
+                    expected = expected[0][: sink.stop_after], "stop"
                 assert (sink.ids, sink.reason) == expected
                 continue
             assert sink.ids == expected[0][: len(sink.ids)]

@@ -1,0 +1,135 @@
+"""Readers are served while the device computes the next step; no answer shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from edge.backends import Step
+from edge.bundle.embeddings import EmbeddingTable
+from edge.errors import BackendError
+from edge.runtime.sampling import SampledToken, Sampler
+from edge.runtime.scheduler import FinishReason
+
+from .conftest import GREEDY, Collected, Engine, make_request
+
+# Milliseconds: of a step on the device, and on the CPU of drawing a token and of serving its
+# reader. Together with a batch of 8 the CPU's work is shorter than a step.
+STEP, DRAW, SERVE = 6.0, 0.1, 0.5
+
+
+@dataclass
+class Device:
+    """Scripted time: what it computes ends on its own, whatever the CPU does meanwhile."""
+
+    now: float = 0.0
+    ended: float | None = None
+    idle: list[float] = field(default_factory=list)
+
+    def attach(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        forward, sample = engine.backend.forward, Sampler.sample
+
+        def timed(step: Step) -> Any:
+            if self.ended is not None:
+                self.idle.append(self.now - self.ended)
+            self.ended = self.now + STEP
+            logits = forward(step)  # serves readers, if anyone does
+            self.now = max(self.now, self.ended)
+            return logits
+
+        def drawn(sampler: Sampler, *arguments: Any) -> SampledToken:
+            self.now += DRAW
+            return sample(sampler, *arguments)
+
+        monkeypatch.setattr(engine.backend, "forward", timed)
+        monkeypatch.setattr(Sampler, "sample", drawn)
+
+
+class Slow(Collected):
+    """A reader whose text, stop strings and stream take time."""
+
+    def __init__(self, device: Device, stop_after: int = 0) -> None:
+        super().__init__()
+        self.device, self.stop_after = device, stop_after
+
+    def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
+        self.device.now += SERVE
+        reason = super().push(token, reason)
+        if len(self.ids) == self.stop_after:
+            self.announced = reason = "stop"
+        return reason
+
+
+def run(
+    table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch, batch: int, *, overlaps: bool
+) -> tuple[list[float], list[list[int]]]:
+    """The device's idle times between steps of a full batch, and the answers."""
+    device = Device()
+    engine = Engine(table, num_slots=batch, overlaps=overlaps, clock=lambda: device.now)
+    with monkeypatch.context() as patch:
+        device.attach(engine, patch)
+        request = make_request([1], replace(GREEDY, max_tokens=40))
+        sinks = [engine.submit(request, Slow(device))[1] for _ in range(batch)]
+        engine.run()
+    full = [len(slots) == batch for slots in engine.backend.batches]
+    between = [
+        gap for gap, now, before in zip(device.idle, full[1:], full, strict=False) if now and before
+    ]
+    assert len(between) > 30
+    return between, [sink.ids for sink in sinks]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_device_waits_for_nothing_but_the_draw(
+    batch: int, table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch
+):
+    idle, answers = run(table, monkeypatch, batch, overlaps=True)
+    assert max(idle) == pytest.approx(batch * DRAW)
+    waits, same = run(table, monkeypatch, batch, overlaps=False)
+    assert min(waits) == pytest.approx(batch * (DRAW + SERVE))
+    assert answers == same
+
+
+def test_a_stop_found_late_drops_what_was_computed_meanwhile(table: EmbeddingTable):
+    engine = Engine(table, overlaps=True)
+    _, stopped = engine.submit(make_request([1]), Slow(Device(), stop_after=3))
+    _, other = engine.submit(make_request([11], replace(GREEDY, max_tokens=9)))
+    engine.run()
+    assert (stopped.ids, stopped.reason) == ([2, 3, 4], "stop")
+    assert other.ids == list(range(12, 21))
+    assert engine.core.counts["completion"] == 3 + 9
+    engine.check_books()
+    # Its rows are a prefix for the next turn: the prompt and the tokens before the last.
+    engine.answer(make_request([1, 2, 3, 4, 5], replace(GREEDY, max_tokens=1)))
+    assert engine.core.counts["cached"] == 3
+
+
+def test_what_is_drawn_is_not_lost_when_the_next_step_fails(table: EmbeddingTable):
+    engine = Engine(table, overlaps=True)
+    _, sink = engine.submit(make_request([1]))
+    _, stops = engine.submit(make_request([11]), Slow(Device(), stop_after=3))
+    for _ in range(3):
+        engine.core.step()
+    seen = len(sink.ids)
+    engine.backend.fails = True
+    engine.core.step()
+    assert isinstance(sink.last, BackendError)
+    assert len(sink.ids) == seen + 1
+    assert (stops.ids, stops.reason) == ([12, 13, 14], "stop")
+    engine.check_books()  # no row of the failed step is kept
+    assert not any(slot.length for slot in engine.core.pool.slots)
+
+
+def test_readers_are_served_even_if_no_step_follows(table: EmbeddingTable):
+    engine = Engine(table, overlaps=True)
+    sequence, sink = engine.submit(make_request([1]))
+    for _ in range(3):
+        engine.core.step()
+    assert len(sink.ids) < len(sequence.ids) - 1
+    sequence.cancelled = True
+    engine.core.step()
+    assert sink.ids == sequence.ids[1:]
+    assert sink.reason == "cancelled"
+    engine.core.end_all(None)
