@@ -271,7 +271,7 @@ def table(work: Path, model: str) -> str:
             )
             figures.append(" / ".join(values))
         bits = f"{one['bits_per_weight']:.2f} ({one['bits_per_weight_with_lm_head']:.2f})"
-        took = f"{cost['seconds'] / 60:.1f} min, {cost['peak_bytes'] / 1e9:.1f} GB"
+        took = f"{cost['cpu_s']:.0f} CPU s, {cost['peak_bytes'] / 1e9:.1f} GB"
         if cost["recipe"] == " ".join(_FLOAT):
             # A rival's weights, which are floats here.
             took = ""
