@@ -80,6 +80,20 @@ class SequenceState:
         self.acceptance = 0.0
         self.verdicts = 0  # on its drafts
         self.told: tuple[int | None, int] | None = None  # what its sink knows of its progress
+        self._mask: NDArray[np.float32] | None = None
+        self._masked = False  # whether that is the next token's
+
+    def mask(self) -> NDArray[np.float32] | None:
+        """The mask of the next token, which its constraint computes once."""
+        if not self._masked and self.request.constraint is not None:
+            self._mask, self._masked = self.request.constraint.mask(), True
+        return self._mask
+
+    def accept(self, token_id: int) -> None:
+        """Let its constraint see what was drawn."""
+        if self.request.constraint is not None:
+            self._masked = False
+            self.request.constraint.accept(token_id)
 
     @property
     def tokens_left(self) -> int | None:
@@ -329,7 +343,7 @@ class EngineCore:
         try:
             sequence.sink.progress(progress)
         except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
-            self._fail(sequence, _caused(f"the output of a request failed: {error!r}", error))
+            self._fail(sequence, _caused("the output of a request failed", error))
 
     def _place(self, sequence: SequenceState) -> int:
         """Give the sequence a slot and the cached rows of its prompt; returns their number."""
@@ -563,17 +577,11 @@ class EngineCore:
     def _draw(
         self, sequence: SequenceState, logits: NDArray[np.float32] | BestLogits
     ) -> SampledToken | None:
-        constraint = sequence.request.constraint
         try:
-            mask = constraint.mask() if constraint is not None else None
-            token = sequence.sampler.sample(logits, mask)
-            if constraint is not None:
-                constraint.accept(token.id)
-        except EdgeError as error:
-            self._fail(sequence, error)
+            token = sequence.sampler.sample(logits, sequence.mask())
+            sequence.accept(token.id)
         except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
-            # A panic in a library of Rust is no Exception.
-            self._fail(sequence, _caused(f"the constraint of a request failed: {error!r}", error))
+            self._fail(sequence, _caused("the constraint of a request failed", error))
         else:
             return token
         return None
@@ -607,11 +615,16 @@ class EngineCore:
         return self._push(sequence, token, reason)
 
     def _push_drawn(self) -> None:
-        """Push the tokens of the last step to their sinks."""
+        """Push the tokens of the last step to their sinks, and let constraints look ahead."""
         drawn, self._drawn = self._drawn, []
         for sequence, token in drawn:
-            if not sequence.ended:
-                self._push(sequence, token, None)
+            if sequence.ended or not self._push(sequence, token, None):
+                continue
+            try:
+                sequence.mask()
+            except BaseException as error:  # noqa: BLE001 - as above
+                caused = _caused("the constraint of a request failed", error)
+                self._fail(sequence, caused, scrub=False)
 
     def _push(
         self, sequence: SequenceState, token: SampledToken, reason: FinishReason | None
@@ -620,10 +633,8 @@ class EngineCore:
         # What goes wrong there spoils no row, and the backend may be computing.
         try:
             reason = sequence.sink.push(token, reason)
-        except EdgeError as error:
-            self._fail(sequence, error, scrub=False)
         except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
-            caused = _caused(f"the output of a request failed: {error!r}", error)
+            caused = _caused("the output of a request failed", error)
             self._fail(sequence, caused, scrub=False)
         else:
             if reason is not None:
@@ -643,7 +654,7 @@ class EngineCore:
         try:
             sequence.sink.finish(reason, sequence.stats)
         except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
-            sequence.sink.fail(_caused(f"the output of a request failed: {error!r}", error))
+            sequence.sink.fail(_caused("the output of a request failed", error))
 
     def _fail(self, sequence: SequenceState, error: EdgeError, *, scrub: bool = True) -> None:
         """End a sequence with an error; its rows cannot be trusted."""
@@ -845,7 +856,10 @@ def even_chunk(pending: int, limit: int) -> int:
     return min(pending, max(limit, 2)) // 2 * 2
 
 
-def _caused(message: str, cause: BaseException) -> BackendError:
-    error = BackendError(message)
+def _caused(what: str, cause: BaseException) -> EdgeError:
+    """An error for the caller; a panic in a library of Rust is no Exception."""
+    if isinstance(cause, EdgeError):
+        return cause
+    error = BackendError(f"{what}: {cause!r}")
     error.__cause__ = cause
     return error

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
@@ -13,11 +15,11 @@ from edge.errors import BackendError
 from edge.runtime.sampling import SampledToken, Sampler
 from edge.runtime.scheduler import FinishReason
 
-from .conftest import GREEDY, Collected, Engine, make_request
+from .conftest import GREEDY, VOCAB, Collected, Engine, make_request
 
-# Milliseconds: of a step on the device, and on the CPU of drawing a token and of serving its
-# reader. Together with a batch of 8 the CPU's work is shorter than a step.
-STEP, DRAW, SERVE = 6.0, 0.1, 0.5
+# Milliseconds: of a step on the device, and on the CPU of drawing a token, of serving its reader
+# and of finding what a grammar allows next. With a batch of 8 all of that is shorter than a step.
+STEP, DRAW, SERVE, MASK = 6.0, 0.1, 0.4, 0.1
 
 
 @dataclass
@@ -62,23 +64,49 @@ class Slow(Collected):
         return reason
 
 
+class Grammar:
+    """A constraint that takes time to say what it allows, which is everything but ``forbidden``."""
+
+    def __init__(self, device: Device, forbidden: int) -> None:
+        self.device, self.forbidden, self.asked = device, forbidden, 0
+
+    def mask(self) -> NDArray[np.float32]:
+        self.device.now += MASK
+        self.asked += 1
+        allowed = np.zeros(VOCAB, np.float32)
+        allowed[self.forbidden] = -np.inf
+        return allowed
+
+    def accept(self, token_id: int) -> None:
+        assert token_id != self.forbidden
+        self.forbidden = token_id + 1  # what the script says next, so the answer counts by twos
+
+
 def run(
     table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch, batch: int, *, overlaps: bool
 ) -> tuple[list[float], list[list[int]]]:
-    """The device's idle times between steps of a full batch, and the answers."""
+    """The device's idle times between steps of a full batch, and the answers.
+
+    Without that after the first step, before which no grammar is asked.
+    """
     device = Device()
     engine = Engine(table, num_slots=batch, overlaps=overlaps, clock=lambda: device.now)
     with monkeypatch.context() as patch:
         device.attach(engine, patch)
-        request = make_request([1], replace(GREEDY, max_tokens=40))
-        sinks = [engine.submit(request, Slow(device))[1] for _ in range(batch)]
+        grammars = [Grammar(device, 2) for _ in range(batch)]
+        requests = [
+            make_request([1], replace(GREEDY, max_tokens=40), constraint=grammar)
+            for grammar in grammars
+        ]
+        sinks = [engine.submit(request, Slow(device))[1] for request in requests]
         engine.run()
+        assert all(grammar.asked == 40 for grammar in grammars)
     full = [len(slots) == batch for slots in engine.backend.batches]
     between = [
         gap for gap, now, before in zip(device.idle, full[1:], full, strict=False) if now and before
     ]
     assert len(between) > 30
-    return between, [sink.ids for sink in sinks]
+    return between[1:], [sink.ids for sink in sinks]
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -88,8 +116,8 @@ def test_the_device_waits_for_nothing_but_the_draw(
     idle, answers = run(table, monkeypatch, batch, overlaps=True)
     assert max(idle) == pytest.approx(batch * DRAW)
     waits, same = run(table, monkeypatch, batch, overlaps=False)
-    assert min(waits) == pytest.approx(batch * (DRAW + SERVE))
-    assert answers == same
+    assert min(waits) == pytest.approx(batch * (DRAW + SERVE + MASK))
+    assert answers == same == [same[0]] * batch
 
 
 def test_a_stop_found_late_drops_what_was_computed_meanwhile(table: EmbeddingTable):
@@ -120,6 +148,24 @@ def test_what_is_drawn_is_not_lost_when_the_next_step_fails(table: EmbeddingTabl
     assert (stops.ids, stops.reason) == ([12, 13, 14], "stop")
     engine.check_books()  # no row of the failed step is kept
     assert not any(slot.length for slot in engine.core.pool.slots)
+
+
+def test_a_grammar_that_fails_meanwhile_ends_its_own_sequence(table: EmbeddingTable):
+    class Fails(Grammar):
+        def mask(self) -> NDArray[np.float32]:
+            if self.asked == 3:
+                raise ZeroDivisionError
+            return super().mask()
+
+    engine = Engine(table, overlaps=True)
+    grammar = Fails(Device(), 2)
+    _, sink = engine.submit(make_request([1], constraint=grammar))
+    _, other = engine.submit(make_request([11], replace(GREEDY, max_tokens=9)))
+    engine.run()
+    assert len(sink.ids) == 3
+    assert "constraint of a request failed: ZeroDivisionError" in str(sink.last)
+    assert other.ids == list(range(12, 21))
+    engine.check_books()
 
 
 def test_readers_are_served_even_if_no_step_follows(table: EmbeddingTable):
