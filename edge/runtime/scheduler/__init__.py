@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .core import SequenceState
 from .request import (
     Constraint,
     DraftContext,
@@ -18,6 +17,7 @@ from .request import (
     StoredPrefix,
 )
 from .scheduler import Scheduler
+from .sequence import SequenceState
 
 __all__ = [
     "Constraint",

@@ -19,8 +19,9 @@ from edge.runtime.generation import FinishReason, GenerationStats, PromptProgres
 from edge.runtime.kv_cache import Slot
 from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
 
-from .core import EngineCore, SequenceState, even_chunk
+from .core import EngineCore, even_chunk
 from .request import Request, Sink
+from .sequence import SequenceState
 
 NEUTRAL = SamplingParams().resolve(SamplingDefaults())
 """What a request has as ``params`` where nothing is sampled."""

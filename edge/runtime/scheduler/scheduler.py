@@ -28,9 +28,10 @@ from edge.errors import (
     ResourceError,
 )
 
-from .core import EngineCore, SequenceState
+from .core import EngineCore
 from .pooling import PoolingCore
 from .request import Drafter, Overflow, PrefixSource, Request, SchedulerStats, Sink, SlotState
+from .sequence import SequenceState
 
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from edge.errors import BackendError, ConfigError, IntegrityError
 from edge.runtime.draft_model import CLOSE, ModelDrafter
 from edge.runtime.sampling import Sampler
 from edge.runtime.scheduler import Constraint, DraftContext, DraftWorth, Request
-from edge.runtime.scheduler.core import EngineCore, SequenceState
+from edge.runtime.scheduler.core import EngineCore
+from edge.runtime.scheduler.sequence import SequenceState
 from edge.runtime.structured_output import OutputFormat
 from tests.conftest import Bundles
 from tests.edge.runtime.scheduler.conftest import VOCAB, Collected, DropMiddle, Engine, drop_middle

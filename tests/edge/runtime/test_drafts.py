@@ -20,8 +20,9 @@ from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.runtime.drafts import NgramDrafter, NgramIndex
 from edge.runtime.sampling import Sampler, SamplingParams, final_probabilities
-from edge.runtime.scheduler.core import EngineCore, SequenceState
+from edge.runtime.scheduler.core import EngineCore
 from edge.runtime.scheduler.request import Constraint, DraftContext, Drafter, Request
+from edge.runtime.scheduler.sequence import SequenceState
 from tests.edge.runtime.scheduler.conftest import Collected
 from tests.fakes import Script, ScriptedBackend, random_logits
 

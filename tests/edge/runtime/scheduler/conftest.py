@@ -16,7 +16,8 @@ from edge.errors import BackendError, EdgeError
 from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
 from edge.runtime.scheduler import FinishReason, Request
-from edge.runtime.scheduler.core import EngineCore, SequenceState
+from edge.runtime.scheduler.core import EngineCore
+from edge.runtime.scheduler.sequence import SequenceState
 from tests.fakes import Script, ScriptedBackend, write_table
 
 VOCAB = 50

@@ -9,8 +9,8 @@ from typing import Any
 
 from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
-from edge.runtime.scheduler.core import SequenceState
 from edge.runtime.scheduler.policy import Policy
+from edge.runtime.scheduler.sequence import SequenceState
 from tests.edge.runtime.scheduler.conftest import GREEDY, Engine, make_request
 
 Cost = Callable[[int], float]

@@ -30,7 +30,7 @@ from edge.runtime.draft_model import ModelDrafter
 from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken
 from edge.runtime.scheduler import DraftContext, Drafter, DraftWorth, FinishReason
-from edge.runtime.scheduler.core import SequenceState
+from edge.runtime.scheduler.sequence import SequenceState
 from scripts.best_logits import best_of
 from tests.edge.runtime.scheduler.conftest import (
     COUNT_UP,

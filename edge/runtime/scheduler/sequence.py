@@ -1,0 +1,68 @@
+"""What the core knows of one sequence while it waits and runs."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.runtime.generation import GenerationStats
+from edge.runtime.kv_cache import Slot
+from edge.runtime.sampling import Sampler
+
+from .request import Request, Sink
+
+
+class SequenceState:
+    """The state of one sequence between submission and end.
+
+    Attributes:
+        request: what was asked for.
+        sink: where its tokens go.
+        ids: prompt and answer so far.
+        pending: tokens that must run before the next can be sampled.
+        slot: the sequence's slot while it runs, else None.
+        cancelled: anyone may set it at any time.
+        deadline_s: time on the core's clock; None without a deadline.
+    """
+
+    def __init__(
+        self, request: Request, sampler: Sampler, sink: Sink, salt: str, now_s: float
+    ) -> None:
+        self.request = request
+        self.sampler = sampler
+        self.sink = sink
+        self.salt = salt
+        self.ids = list(request.ids)
+        self.pending: list[int] = self.ids[:]
+        self.slot: Slot | None = None
+        self.cancelled = False
+        self.ended = False
+        self.submitted_s = self.last_s = now_s
+        self.deadline_s = None if request.deadline_s is None else now_s + request.deadline_s
+        self.stats = GenerationStats(prompt_tokens=len(request.ids))
+        self.model_s_before = 0.0
+        self.draft: list[int] = []
+        self.offered = 0  # tokens that could be drafted for this step
+        self.acceptance = 0.0
+        self.verdicts = 0  # on its drafts
+        self.told: tuple[int | None, int] | None = None  # what its sink knows of its progress
+        self._mask: NDArray[np.float32] | None = None
+        self._masked = False  # whether that is the next token's
+
+    def mask(self) -> NDArray[np.float32] | None:
+        """The mask of the next token, which its constraint computes once."""
+        if not self._masked and self.request.constraint is not None:
+            self._mask, self._masked = self.request.constraint.mask(), True
+        return self._mask
+
+    def accept(self, token_id: int) -> None:
+        """Let its constraint see what was drawn."""
+        if self.request.constraint is not None:
+            self._masked = False
+            self.request.constraint.accept(token_id)
+
+    @property
+    def tokens_left(self) -> int | None:
+        """Number of tokens that it may still sample; None without a limit."""
+        limit = self.request.params.max_tokens
+        return None if limit is None else limit - self.stats.completion_tokens
