@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 
 from edge.bundle.manifest import Manifest, ModelSpec, VerifiedFiles
 from edge.bundle.trust import open_manifest
@@ -283,8 +284,13 @@ def _windows(
 
 
 def _shape(manifest: Manifest) -> ModelSpec:
-    """Describe the model without what a recipe may change: a rotation unties the lm_head."""
-    return msgspec.structs.replace(manifest.model, tied_embeddings=False)
+    """Describe the model without what a recipe or a source's format may change.
+
+    A rotation unties the lm_head, and GGUF stores epsilon in float32, as some write it on.
+    """
+    model = manifest.model
+    epsilon = float(np.float32(model.rms_norm_eps))
+    return msgspec.structs.replace(model, tied_embeddings=False, rms_norm_eps=epsilon)
 
 
 # ------------------------------------------------------------------------------- tasks

@@ -8,6 +8,8 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -16,6 +18,7 @@ from edge.cli import COMMAND_GROUP
 from edge.cli import eval as verb
 from edge.cli.eval import evaluate
 from edge.errors import EXIT_GATE_MISSED, CheckpointError, ConfigError, DependencyError
+from edge.measure.evaluator import _shape
 from tests.edge.measure.test_report import check_html
 
 ROOT = Path(__file__).parents[3]
@@ -174,6 +177,17 @@ def test_other_models_are_not_compared(tiny_bundles):
     )
     assert isinstance(result.exception, ConfigError)
     assert "cannot be compared" in str(result.exception) or "dimensions" in str(result.exception)
+
+
+def test_an_epsilon_in_float32_is_the_same_model(tiny_bundles):
+    """GGUF stores it so, and what converts such a file may write 9.999999974752427e-07."""
+    manifest = read_manifest(tiny_bundles("qwen2", "portable"))
+    rounded = float(np.float32(manifest.model.rms_norm_eps))
+    assert rounded != manifest.model.rms_norm_eps
+    for epsilon, same in ((rounded, True), (1.01 * rounded, False)):
+        model = msgspec.structs.replace(manifest.model, rms_norm_eps=epsilon)
+        other = msgspec.structs.replace(manifest, model=model)
+        assert (_shape(manifest) == _shape(other)) == same
 
 
 def test_a_checkpoint_is_exported_first(
