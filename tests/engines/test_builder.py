@@ -121,6 +121,7 @@ def test_a_real_model_stays_packed(tmp_path: Path, dialect: Any, quant: Any) -> 
             dialect=dialect,
             quant=quant,
             kv_capacity=512,
+            method="rtn" if quant == "int4" else None,  # for time; any integers pack alike
             calibration_tokens=512 if quant == "int8-w8a8" else None,
         )
     )
