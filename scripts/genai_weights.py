@@ -14,7 +14,6 @@ import argparse
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +22,7 @@ from onnx import numpy_helper
 
 from edge.bundle.linears import expected_tensors, linear_layers
 from export.graph.safetensors_writer import TensorSource, write_safetensors
+from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
 
 _ZERO = 8  # of MatMulNBits where the node has no zero points
@@ -43,8 +43,10 @@ def write(genai: Path, floats: Path, output: Path) -> None:
     """Write ``output``; see above.
 
     Raises:
-        SystemExit: a layer is not what the builder writes for symmetric INT4.
+        SystemExit: a layer is not what the builder writes for symmetric INT4, or ``output`` exists.
     """
+    if output.exists():
+        raise SystemExit(f"error: {output} exists; remove it, or name another directory")
     output.mkdir(parents=True)
     for file in floats.iterdir():
         if file.suffix in (".json", ".jinja") and "index" not in file.name:
@@ -80,7 +82,7 @@ def write(genai: Path, floats: Path, output: Path) -> None:
 
 
 def _parts(
-    weights: tuple[str, ...], rows: Callable[[str], NDArray[np.float32]], checkpoint: Any
+    weights: tuple[str, ...], rows: Callable[[str], NDArray[np.float32]], checkpoint: Checkpoint
 ) -> dict[str, _Read]:
     """How to read each weight of a linear: q, k and v are one matrix there, gate and up are two."""
     names = [weight.removesuffix(".weight").replace(".self_attn.", ".attn.") for weight in weights]

@@ -59,7 +59,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
         for method in ("rtn", "awq", "gptq", "awq+gptq")
         for size in (32, 64, 128)
     },
-    # As many bits as groups of 32, but where they count most.
+    # Bits where they count most for rounding to nearest; about as many as in groups of 32 at 1.5B.
     "int4-qkv-int8": (
         *(*_INT4, "--keep", "*.qkv=int8-g64"),
         *("--keep", "*.gate_up=int4-g64", "--keep", "*.down=int4-g128"),

@@ -116,6 +116,8 @@ def test_what_the_builder_does_not_write_is_refused(tiny_checkpoints: Checkpoint
     onnx.save(quantized(products, zero_points=True), tmp_path / "genai" / "model.onnx")
     with pytest.raises(SystemExit, match="has zero points"):
         write(tmp_path / "genai", source, tmp_path / "asymmetric")
+    with pytest.raises(SystemExit, match="exists; remove it"):
+        write(tmp_path / "genai", source, tmp_path / "asymmetric")
     del products["model.layers.1.mlp.up_proj"]
     onnx.save(quantized(products), tmp_path / "genai" / "model.onnx")
     with pytest.raises(SystemExit, match=r"no INT4 layer model\.layers\.1\.mlp\.up_proj"):
