@@ -14,6 +14,9 @@ DATA = Path(__file__).parent / "data"
 _TEGRA = (87, 110)
 """Of Jetsons, whose machine code runs there only (CUDA C++ Programming Guide, binary
 compatibility: not between desktop and Tegra)."""
+_EXACT = 90
+"""From here on Triton compiles for one compute capability alone, ``sm_90a`` and so on, which no
+other GPU runs (CUDA C++ Programming Guide, architecture-specific features)."""
 _CURE = "install edge-llm again; in a checkout, scripts/kernels makes them"
 
 
@@ -50,7 +53,7 @@ def choose_architecture(compute_capability: str, there: list[int]) -> int:
     wanted = major * 10 + minor
     if wanted in there:
         return wanted
-    fitting = [each for each in there if each // 10 == major and each <= wanted]
+    fitting = [each for each in there if each // 10 == major and each <= wanted < _EXACT]
     fitting = [each for each in fitting if each not in _TEGRA]
     if not fitting or wanted in _TEGRA:
         names = ", ".join(f"{each // 10}.{each % 10}" for each in there)

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-ARCHITECTURES = (80, 87, 90)
+ARCHITECTURES = (80, 87, 90, 100, 110, 120)
 """Compute capabilities, times ten. 80 is Ampere, and runs on other desktop GPUs of 8.x, Ada too; 87
-is the Orin; 90 is Hopper."""
+is the Orin; 90 is Hopper; 100 and 120 are Blackwell, for data centres and desktops; 110 is Thor."""
 MAX_ROWS = 8
 """Of a product, or tokens per sequence: beyond that tensor cores win, and TensorRT has those."""
 BLOCK = 32
