@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BackendName = Literal["auto", "tensorrt", "ort-cuda", "ort-cpu"]
 Prefill = Literal["plain", "int8"]
+GpuWait = Literal["auto", "spin", "yield", "block"]
 GPU_BACKENDS = ("tensorrt", "ort-cuda")
 _LEAST_CHUNK = 3  # an odd number of tokens is made of twos and one three
 _DRAFT_TOKENS = 5
@@ -42,6 +43,7 @@ class EngineOptions(TypedDict, total=False):
     backend: BackendName
     kv_capacity: int | None
     num_threads: int | None
+    gpu_wait: GpuWait
     prefill: Prefill
     prefill_chunk: int
     int8_activations: bool | None
@@ -68,6 +70,11 @@ class EngineConfig:
         kv_capacity: tokens that prompt and answer may take together; by default the bundle's own,
             or what memory holds of it.
         num_threads: CPU threads, with which auto takes the CPU; by default one per physical core.
+        gpu_wait: how the thread that runs a TensorRT engine waits for the end of a step: spin asks
+            again and again, yield lets other threads run in between, block sleeps until the GPU's
+            interrupt, the latest to wake up and the only one that leaves its CPU free. auto is what
+            this process has chosen already, else spin where it may run on four CPUs or more, else
+            yield. Any other value makes the backend auto take TensorRT, and is refused without it.
         prefill: int8 makes the CPU read prompts two to three times as fast, with activations
             rounded to int8 and weights of a byte each, which are held besides the bundle's own and
             refused where memory does not hold them; plain multiplies as in decode.
@@ -109,6 +116,7 @@ class EngineConfig:
     backend: BackendName = "auto"
     kv_capacity: _Positive | None = None
     num_threads: _Positive | None = None
+    gpu_wait: GpuWait = "auto"
     prefill: Prefill = "plain"
     prefill_chunk: _Positive = 512
     int8_activations: bool | None = None
@@ -142,6 +150,11 @@ class EngineConfig:
             raise ConfigError(
                 f"{wish} is for ort-cpu, and {self.backend} computes on the GPU: leave one out"
             )
+        if self.gpu_option is not None and (wish is not None or self.backend.startswith("ort-")):
+            raise ConfigError(
+                f"{self.gpu_option} is for tensorrt, and {wish or self.backend} is not: leave one "
+                "out"
+            )
 
     def _check_deterministic(self) -> None:
         for given, option, why in (
@@ -169,6 +182,11 @@ class EngineConfig:
         if self.deterministic:
             return "deterministic"
         return "int8_activations" if self.int8_activations else None
+
+    @property
+    def gpu_option(self) -> str | None:
+        """Name of an option that is set and that only TensorRT can honour; None without one."""
+        return None if self.gpu_wait == "auto" else "gpu_wait"
 
     @property
     def drafts_with_head(self) -> bool:

@@ -170,6 +170,8 @@ def idle_modules() -> dict[str, Any]:
     graphs.CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     for name in ("cuStreamBeginCapture", "cuGraphDestroy", "cuGraphExecDestroy", "cuGraphLaunch"):
         setattr(graphs, name, lambda *_args: (0,))
+    graphs.cuDeviceGet = graphs.cuDevicePrimaryCtxSetFlags = lambda *_args: (0, 0)
+    graphs.cuDevicePrimaryCtxGetState = lambda *_args: (0, 1, 1)
     graphs.cuStreamEndCapture = graphs.cuGraphInstantiate = lambda *_args: (0, 1)
     return {"pycuda.driver": driver, "cuda.bindings.driver": graphs}
 

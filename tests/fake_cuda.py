@@ -36,6 +36,7 @@ TEXTS = {
     201: "invalid device context",
     209: "no kernel image is available for execution on the device",
     500: "named symbol not found",
+    708: "cannot set while device is active in this process",
     700: "an illegal memory access was encountered",
     101: "invalid device ordinal",
     803: "system has unsupported display driver / cuda driver combination",
@@ -141,6 +142,9 @@ class FakeGpu:
         lost: the error that every call returns from now on.
         kernels: what a kernel computes, by its entry point: given this device, the grid and its
             parameters' values.
+        context_flags: of the primary context.
+        context_active: whether somebody has retained it.
+        flags_stay: the driver refuses other flags for a context that is active, as before CUDA 11.
         missing: functions of cuda-bindings that the driver's library does not have; ``libcuda`` is
             the whole library.
     """
@@ -165,6 +169,8 @@ class FakeGpu:
         self.fail_at: int | None = None
         self.fail_code = OUT_OF_MEMORY
         self.lost: int | None = None
+        self.context_flags = 0
+        self.context_active = self.flags_stay = False
         self.missing: set[str] = set()
         self.kernels: dict[str, Callable[[FakeGpu, tuple[int, ...], tuple[int, ...]], None]] = {}
         self.broken: list[str] = []  # rules, where an exception would not be seen
@@ -234,6 +240,10 @@ class FakeGpu:
     def pop(self) -> None:
         self._current.depth = self.depth - 1
         self.call("cuCtxPopCurrent", context=False)
+
+    def retain(self) -> None:
+        self.call("cuDevicePrimaryCtxRetain", context=False)
+        self.context_active = True
 
     # Memory
 
@@ -528,7 +538,7 @@ def _make_driver(gpu: FakeGpu) -> Any:
             return int(getattr(gpu, attribute))
 
         def retain_primary_context(self) -> Context:
-            gpu.call("cuDevicePrimaryCtxRetain", context=False)
+            gpu.retain()
             return context
 
     driver.Device, driver.Context = Device, Context

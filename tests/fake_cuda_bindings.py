@@ -43,6 +43,7 @@ class Result(enum.IntEnum):
     CUDA_ERROR_NO_BINARY_FOR_GPU = 209
     CUDA_ERROR_NOT_FOUND = 500
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_PRIMARY_CONTEXT_ACTIVE = 708
     CUDA_ERROR_LAUNCH_FAILED = 719
     CUDA_ERROR_SYSTEM_DRIVER_MISMATCH = 803
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
@@ -162,8 +163,19 @@ def _devices(gpu: FakeGpu) -> list[Callable[..., Any]]:
         return dict(zip(DeviceAttribute, numbers, strict=True))[attrib]
 
     def cuDevicePrimaryCtxRetain(dev: int) -> str:
-        gpu.call("cuDevicePrimaryCtxRetain", context=False)
+        gpu.retain()
         return "context"
+
+    def cuDevicePrimaryCtxGetState(dev: int) -> tuple[int, int]:
+        gpu.call("cuDevicePrimaryCtxGetState", context=False)
+        return gpu.context_flags, int(gpu.context_active)
+
+    def cuDevicePrimaryCtxSetFlags(dev: int, flags: int) -> None:
+        gpu.call("cuDevicePrimaryCtxSetFlags", context=False)
+        gpu.fail("cuDevicePrimaryCtxSetFlags", 0 if flags & 7 in (0, 1, 2, 4) else 1)
+        if gpu.context_active and gpu.flags_stay:
+            gpu.fail("cuDevicePrimaryCtxSetFlags", 708)
+        gpu.context_flags = flags
 
     def cuCtxPushCurrent(ctx: str) -> None:
         gpu.push()
@@ -174,7 +186,8 @@ def _devices(gpu: FakeGpu) -> list[Callable[..., Any]]:
 
     return [
         cuInit, cuGetErrorString, cuDeviceGet, cuDeviceGetName, cuDeviceGetAttribute,
-        cuDevicePrimaryCtxRetain, cuCtxPushCurrent, cuCtxPopCurrent,
+        cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxGetState, cuDevicePrimaryCtxSetFlags,
+        cuCtxPushCurrent, cuCtxPopCurrent,
     ]  # fmt: skip
 
 

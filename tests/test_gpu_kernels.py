@@ -160,7 +160,9 @@ def test_whatever_call_fails_nothing_stays_behind(gpu: FakeGpu, capsys: pytest.C
         gpu.fail_at = None
         name = gpu.calls[at] if at < len(gpu.calls) else ""
         # What cuda-bindings' objects free on their own is logged, and is no error.
-        assert code == 1 or name in ("", "cuStreamDestroy", "cuMemFree", "cuMemFreeHost"), name
+        # How threads wait is no reason not to run.
+        harmless = ("cuStreamDestroy", "cuMemFree", "cuMemFreeHost", "cuDevicePrimaryCtxGetState")
+        assert code == 1 or name in ("", *harmless), name
         assert not gpu.alive, name
         capsys.readouterr()
 

@@ -80,6 +80,13 @@ def _open(
     if name == "auto" and config.cpu_option is not None:
         # An engine that has no use for the option would ignore the caller's wish.
         name = "ort-cpu"
+    if name == "auto" and config.gpu_option is not None:
+        if not find_engines(bundle):
+            raise ConfigError(
+                f"{config.gpu_option} is for TensorRT, and the bundle has no engine: edge-llm "
+                f"build {bundle} makes one; or leave the option out"
+            )
+        name = "tensorrt"
     if name == "tensorrt" or (name == "auto" and find_engines(bundle)):
         try:
             return _open_tensorrt(bundle, manifest, config)
@@ -117,7 +124,11 @@ def _open_tensorrt(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
     from .tensorrt.runner import TensorRTBackend
 
     return TensorRTBackend(
-        bundle, manifest, num_slots=config.num_slots, kv_capacity=config.kv_capacity
+        bundle,
+        manifest,
+        num_slots=config.num_slots,
+        kv_capacity=config.kv_capacity,
+        gpu_wait=config.gpu_wait,
     )
 
 

@@ -1,7 +1,8 @@
-"""Resident memory of this process and features of its CPU, from ``/proc``."""
+"""Resident memory of this process, and the CPUs that it has: from ``/proc`` and the kernel."""
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def read_cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
             return value
     parts = sorted({f"{key} {value}" for key, value in fields if key in _ARM_CORE})
     return ", ".join(parts) or "unknown CPU"
+
+
+def count_usable_cpus() -> int:
+    """Count the logical CPUs that this process may run on; a quota of time is not regarded."""
+    return len(os.sched_getaffinity(0))
 
 
 def read_rss_bytes() -> int | None:

@@ -35,7 +35,8 @@ OTHER_VALUES: dict[str, Any] = {
     "trusted_keys": Path(),
 }
 """A value that is not its default, of every option but those of `EXCLUDING`."""
-EXCLUDING: dict[str, Any] = {"deterministic": True}  # what others of them would contradict
+EXCLUDING: dict[str, Any] = {"deterministic": True, "gpu_wait": "spin"}
+"""Options that others would contradict, and each other."""
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,10 @@ EXCLUDING: dict[str, Any] = {"deterministic": True}  # what others of them would
         ({"backend": "tensorrt", "num_threads": 2}, "num_threads is for ort-cpu, and tensorrt"),
         ({"backend": "ort-cuda", "int8_activations": True}, "int8_activations is for ort-cpu"),
         ({"backend": "tensorrt", "int8_activations": True}, "leave one out"),
+        ({"gpu_wait": "poll"}, "gpu_wait is 'poll': use auto, spin, yield, block"),
+        ({"backend": "ort-cpu", "gpu_wait": "spin"}, "gpu_wait is for tensorrt, and ort-cpu is"),
+        ({"backend": "ort-cuda", "gpu_wait": "block"}, "and ort-cuda is not: leave one out"),
+        ({"num_threads": 2, "gpu_wait": "yield"}, "gpu_wait is for tensorrt, and num_threads is"),
         ({"backend": "tensorrt", "prefill": "int8"}, "prefill is for ort-cpu, and tensorrt"),
     ],
 )
@@ -87,7 +92,8 @@ def test_every_option_has_another_value_to_be_tried():
     }
     assert changed == OTHER_VALUES.keys()
     assert changed | EXCLUDING.keys() == {field.name for field in fields(EngineConfig)}
-    assert EngineConfig(**EXCLUDING) != EngineConfig()
+    for name, value in EXCLUDING.items():
+        assert getattr(EngineConfig(**{name: value}), name) != getattr(EngineConfig(), name)
 
 
 def test_no_option_is_accepted_and_never_read():
@@ -105,6 +111,11 @@ def test_no_option_is_accepted_and_never_read():
 
 def test_what_gpu_engines_do_anyway_is_no_wish():
     assert EngineConfig(backend="tensorrt", int8_activations=False).cpu_option is None
+
+
+@pytest.mark.parametrize("backend", ["auto", "tensorrt", "ort-cuda", "ort-cpu"])
+def test_a_wait_that_nobody_named_is_taken_everywhere(backend: Any):
+    assert EngineConfig(backend=backend, gpu_wait="auto").gpu_option is None
 
 
 def test_an_unknown_option_is_named_with_the_nearest():

@@ -23,6 +23,7 @@ from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import read_manifest
+from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceMemoryError
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
@@ -143,6 +144,20 @@ def test_loading_again_and_again_leaks_nothing(built: Callable[[str, str], Path]
         with device.active():
             free.append(device.memory_info()[0])
     assert min(free[2:]) > free[1] - (8 << 20), free
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize("wish", ["block", "yield", "spin"])
+def test_the_way_to_wait_changes_though_the_context_is_there(
+    wish: GpuWait, built: Callable[[str, str], Path]
+):
+    """By what the driver says afterwards; tests before this one made the context."""
+    bundle = built("qwen2", "portable")
+    with GpuRunner(bundle, gpu_wait=wish) as runner:
+        assert runner.engine.gpu_wait == wish
+        assert np.isfinite(runner.step(random_ids(1, 3), [0])).all()
+    with GpuRunner(bundle) as runner:
+        assert runner.engine.gpu_wait == wish
 
 
 @pytest.mark.usefixtures("driver")

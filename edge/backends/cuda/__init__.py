@@ -1,8 +1,8 @@
 """The only door to CUDA: through PyCUDA, or else through cuda-bindings (`driver`).
 
-Graphs always go through cuda-bindings, since PyCUDA has none. Nothing here computes or knows a
-model. Addresses are plain integers, all copies are asynchronous on one `Stream`, and every call
-that fails raises one clear `EdgeError`.
+Graphs and the flags of the primary context always go through cuda-bindings, since PyCUDA has
+neither. Nothing here computes or knows a model. Addresses are plain integers, all copies are
+asynchronous on one `Stream`, and every call that fails raises one clear `EdgeError`.
 
 Memory and streams belong to a context, and are freed only in a thread where that context is
 current: whoever calls here stands inside ``with device.active()``.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,11 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.device.telemetry import read_available_memory_bytes
+from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError, EdgeError
 
 from .bindings import Calls
 from .driver import load_bindings, load_driver
 from .errors import explain_init_failure, is_fatal, reason_of
+from .waiting import set_wait
+
+_logger = logging.getLogger(__name__)
 
 
 class Stream:
@@ -203,19 +208,23 @@ class Device:
 
     Args:
         ordinal: number of the GPU.
+        wait: how threads wait for it, see `EngineConfig.gpu_wait`.
 
     Attributes:
         driver: PyCUDA, or what stands in for it.
         name: of the GPU.
         compute_capability: e.g. ``8.7``.
         integrated: whether it shares the host's memory, as on a Jetson.
+        wait: how threads wait for it now: ``spin``, ``yield``, ``block``, or ``driver`` where the
+            driver chooses; None where nobody can say.
 
     Raises:
-        DependencyError: PyCUDA and cuda-bindings are missing, or the driver does not start; the
-            message has the cure.
+        DependencyError: PyCUDA and cuda-bindings are missing, cuda-bindings for a ``wait`` by name,
+            or the driver does not start; the message has the cure.
+        DeviceError: a ``wait`` by name cannot be had, or the GPU is lost.
     """
 
-    def __init__(self, ordinal: int = 0) -> None:
+    def __init__(self, ordinal: int = 0, wait: GpuWait = "auto") -> None:
         self.driver = driver = load_driver()
         try:
             driver.init()
@@ -223,9 +232,36 @@ class Device:
             self.name = str(gpu.name())
             self.compute_capability = "{}.{}".format(*gpu.compute_capability())
             self.integrated = bool(gpu.get_attribute(driver.device_attribute.INTEGRATED))
+            self.wait = self._set_wait(ordinal, wait)
             self._context = _primary_context(driver, ordinal)  # type: ignore[arg-type]
         except driver.Error as error:
             raise DependencyError(explain_init_failure(reason_of(error))) from error
+
+    def _set_wait(self, ordinal: int, wish: GpuWait) -> str | None:
+        """See `set_wait`; without a wish by name no failure keeps the GPU from being used."""
+        found: str | None = None
+        try:
+            found = set_wait(self._graphs, ordinal, wish)
+            problem = f"it stays at {found}"
+        except DependencyError as error:
+            if wish != "auto":
+                raise
+            problem = str(error)
+        except Calls.Error as error:
+            problem = reason_of(error)
+            if is_fatal(problem):
+                raise self.error("change how threads wait for it", error) from error
+        if wish not in ("auto", found):
+            raise DeviceError(
+                f"gpu_wait is {wish}, but how threads wait for the GPU cannot be changed: "
+                f"{problem}; leave gpu_wait out, or open the GPU before the other libraries of "
+                "this process do"
+            )
+        if found is None:
+            _logger.info("the driver chooses how threads wait for the GPU: %s", problem)
+        else:
+            _logger.info("how threads wait for the GPU: %s", found)
+        return found
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

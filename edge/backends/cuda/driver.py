@@ -95,7 +95,7 @@ def load_driver() -> Driver:
 
 
 def load_bindings() -> Calls:
-    """Import the calls of cuda-bindings, for CUDA graphs.
+    """Import the calls of cuda-bindings, for what PyCUDA does not have.
 
     Raises:
         DependencyError: it cannot be imported.
@@ -103,9 +103,10 @@ def load_bindings() -> Calls:
     try:
         return Calls(importlib.import_module("cuda.bindings.driver"))
     except ImportError as error:
+        problem = _problem("cuda-bindings", "cuda", error)
         raise DependencyError(
-            f"CUDA graphs need cuda-bindings: {_problem('cuda-bindings', 'cuda', error)}; install "
-            "it: pip install cuda-bindings ('cuda-bindings>=12.9.1,<13' on JetPack 6)"
+            f"CUDA graphs and gpu_wait need cuda-bindings: {problem}; install it: pip "
+            "install cuda-bindings ('cuda-bindings>=12.9.1,<13' on JetPack 6)"
         ) from error
 
 

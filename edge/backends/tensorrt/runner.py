@@ -32,6 +32,7 @@ from edge.bundle.kv_scales import Scales, read_scales
 from edge.bundle.manifest import Manifest, verify_files
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.sizes import ALIGNMENT, DEFAULT_MAX_LOGITS, ProfileName
+from edge.engine_config import GpuWait
 from edge.errors import BackendError, ConfigError, DeviceError, DeviceMemoryError
 
 from .bound_context import BoundContext, StepShape
@@ -65,17 +66,19 @@ class TensorRTBackend:
         max_graphs: graphs that are captured at load, one per window and bucket of the cache.
         max_logits: rows of logits that one run returns at most; more are fetched in several runs.
         device: number of the GPU.
+        gpu_wait: see `edge.engine_config.EngineConfig`.
 
     Attributes:
         memory: what was allocated.
         engine_dir: of the engine that runs.
+        gpu_wait: how threads wait for the GPU now, see `cuda.Device`.
 
     Raises:
         DependencyError: TensorRT, a working driver, or both PyCUDA and cuda-bindings are missing.
         BundleError, IntegrityError: no engine for this GPU and TensorRT, or a damaged one.
         ConfigError: a number out of range.
         DeviceMemoryError: it does not fit into the GPU's memory.
-        BackendError: TensorRT or the GPU failed.
+        BackendError: TensorRT or the GPU failed, or ``gpu_wait`` cannot be had.
     """
 
     name = "tensorrt"
@@ -93,6 +96,7 @@ class TensorRTBackend:
         max_graphs: int = 128,
         max_logits: int = DEFAULT_MAX_LOGITS,
         device: int = 0,
+        gpu_wait: GpuWait = "auto",
     ) -> None:
         for option, value in (
             ("num_slots", num_slots), ("max_graphs", max_graphs), ("max_logits", max_logits)
@@ -103,7 +107,8 @@ class TensorRTBackend:
         self.meanwhile: Callable[[], None] | None = lambda: None
         self._lost: str | None = None
         self._closed = False
-        self._device = cuda.Device(device)
+        self._device = cuda.Device(device, gpu_wait)
+        self.gpu_wait = self._device.wait
         self._resources = ExitStack()
         chosen = choose_engine(
             bundle,

@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from edge.backends import choose
 from edge.bundle.manifest import read_manifest
 from edge.device.nodes import find_gpu_node
 from edge.engine_config import EngineConfig
-from edge.errors import BundleError, DependencyError, EdgeError
+from edge.errors import BundleError, ConfigError, DependencyError, EdgeError
 from tests.conftest import Bundles, require_kernels
 from tests.fake_tensorrt import write_engine
 
@@ -138,6 +139,29 @@ def test_an_option_of_the_cpu_asks_for_it_even_where_an_engine_is(
         assert backend.name == "ort-cpu"
     assert (f"{option} asks for it" in caplog.text) == (node is not None)
     assert choose.unused_gpu("ort-cuda", config) is None
+
+
+def test_a_wait_for_the_gpu_asks_for_tensorrt(
+    bundle: Path,
+    engine_bundle: Path,
+    node: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A machine without CUDA, or a bundle without an engine, is an error and no silence."""
+    config = EngineConfig(gpu_wait="block")
+    with pytest.raises(ConfigError, match=r"gpu_wait is for TensorRT.*no engine: edge-llm build"):
+        choose.open_backend(bundle, read_manifest(bundle), config)
+    for name in ("pycuda", "pycuda.driver", "cuda.bindings.driver"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DependencyError, match="PyCUDA or cuda-bindings"):
+        choose.open_backend(engine_bundle, read_manifest(engine_bundle), config)
+
+    def opened(*_: object, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(name="tensorrt", options=options)
+
+    monkeypatch.setattr("edge.backends.tensorrt.runner.TensorRTBackend", opened)
+    backend: Any = choose.open_backend(engine_bundle, read_manifest(engine_bundle), config)
+    assert backend.options["gpu_wait"] == "block"
 
 
 def test_the_node_that_decides(tmp_path: Path):

@@ -10,15 +10,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge.backends import cuda
 from edge.backends.cuda import bindings as cuda_bindings
+from edge.backends.cuda import waiting
 from edge.backends.cuda.bindings import BindingsDriver, Calls
 from edge.backends.cuda.errors import explain_init_failure
 from edge.device.nodes import find_gpu_node
+from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError
 from tests import fake_builder, fake_tensorrt
 from tests import fake_cuda_bindings as fake_bindings
@@ -128,6 +133,105 @@ def test_free_memory_of_a_jetson_counts_what_the_kernel_gives_up(
         assert cuda.Device().memory_info()[0] == gpu.total_bytes
 
 
+# How threads wait
+
+
+WAITS = {"spin": 1, "yield": 2, "block": 4}  # CU_CTX_SCHED_*
+
+
+@given(
+    others=st.integers(0, 31).map(lambda bits: bits << 3),
+    chosen=st.sampled_from([0, *WAITS.values()]),
+    active=st.booleans(),
+    wish=st.sampled_from(["auto", *WAITS]),
+    cpus=st.integers(1, 16),
+)
+def test_a_wish_by_name_holds_and_auto_keeps_what_was_chosen(
+    others: int, chosen: int, active: bool, wish: GpuWait, cpus: int
+):
+    """Whoever opened the context before, and with flags that say nothing of waiting kept."""
+    gpu = FakeGpu()
+    gpu.context_flags, gpu.context_active = others | chosen, active
+    with mock.patch.object(waiting, "count_usable_cpus", return_value=cpus):
+        found = waiting.set_wait(Calls(fake_bindings.make_bindings(gpu)), 0, wish)
+    expected = {flag: name for name, flag in WAITS.items()}.get(chosen)
+    if wish != "auto":
+        expected = wish
+    elif expected is None:
+        expected = "spin" if cpus >= 4 else "yield"
+    assert found == expected
+    assert gpu.context_flags == others | WAITS[found]
+    assert ("cuDevicePrimaryCtxSetFlags" in gpu.calls) == (chosen != WAITS[found])
+
+
+def test_the_wait_is_chosen_before_the_context_is_made(gpu: FakeGpu):
+    """Then any driver takes it."""
+    gpu.flags_stay = True
+    assert cuda.Device(wait="block").wait == "block"
+    assert (gpu.context_flags, gpu.context_active) == (4, True)
+    assert cuda.Device().wait == cuda.Device(wait="block").wait == "block"
+    message = r"gpu_wait is spin, but .*cannot set while device is active.*leave gpu_wait out"
+    with pytest.raises(DeviceError, match=message) as caught:
+        cuda.Device(wait="spin")
+    assert not caught.value.fatal
+    assert gpu.context_flags == 4
+
+
+def test_a_context_of_somebody_else_is_changed_where_cuda_allows_it(
+    gpu: FakeGpu, caplog: pytest.LogCaptureFixture
+):
+    gpu.context_active = True
+    caplog.set_level(logging.INFO)
+    for wish in ("spin", "block", "yield"):
+        assert cuda.Device(wait=wish).wait == wish
+        assert f"how threads wait for the GPU: {wish}" in caplog.text
+    gpu.context_flags, gpu.flags_stay = 0, True
+    assert cuda.Device().wait is None  # no reason not to run
+    assert "the driver chooses how threads wait for the GPU: cuDevicePrimary" in caplog.text
+
+
+def test_a_driver_that_keeps_its_own_way_is_seen(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    def ignore(dev: int, flags: int) -> tuple[fake_bindings.Result]:
+        return (fake_bindings.Result(0),)
+
+    bindings: Any = sys.modules["cuda.bindings.driver"]
+    monkeypatch.setattr(bindings, "cuDevicePrimaryCtxSetFlags", ignore)
+    assert cuda.Device().wait == "driver"
+    with pytest.raises(DeviceError, match=r"gpu_wait is block, but .* it stays at driver; leave"):
+        cuda.Device(wait="block")
+
+
+@pytest.mark.parametrize("name", ["cuDevicePrimaryCtxGetState", "cuDevicePrimaryCtxSetFlags"])
+def test_a_driver_without_the_call_matters_only_to_who_asks(name: str, gpu: FakeGpu):
+    gpu.missing.add(name)
+    assert cuda.Device().wait is None
+    with pytest.raises(DeviceError, match=f"gpu_wait is spin, but .*{name}.*not found"):
+        cuda.Device(wait="spin")
+
+
+def test_without_cuda_bindings_the_driver_chooses(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    gpu = FakeGpu()
+    for name, module in gpu.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    caplog.set_level(logging.INFO)
+    assert cuda.Device().wait is None
+    assert "the driver chooses how threads wait for the GPU: " in caplog.text
+    with pytest.raises(DependencyError, match=r"gpu_wait need cuda-b.*pip install cuda-bindings"):
+        cuda.Device(wait="block")
+
+
+def test_a_gpu_that_is_lost_is_not_taken_for_an_old_driver(gpu: FakeGpu):
+    cuda.Device()
+    gpu.fail_at = len(gpu.calls) + gpu.calls.index("cuDevicePrimaryCtxGetState")
+    gpu.fail_code = 719
+    with pytest.raises(DeviceError, match="start the process anew") as caught:
+        cuda.Device()
+    assert caught.value.fatal
+
+
 # The stand-ins against the real bindings
 
 
@@ -231,6 +335,8 @@ def test_the_stand_in_has_the_calls_of_cuda_bindings(real_bindings: Any):
         for member in ours:
             assert getattr(real_bindings, name).__members__[member.name] == member.value
     assert set(fake.CUDA_MEMCPY3D.__slots__) <= set(dir(real_bindings.CUDA_MEMCPY3D()))
+    for flag, name in {0: "AUTO", 1: "SPIN", 2: "YIELD", 4: "BLOCKING_SYNC", 7: "MASK"}.items():
+        assert real_bindings.CUctx_flags.__members__[f"CU_CTX_SCHED_{name}"] == flag
     assert real_bindings.CU_MEMHOSTALLOC_DEVICEMAP == fake.CU_MEMHOSTALLOC_DEVICEMAP
 
 
@@ -299,6 +405,8 @@ def test_cuda_bindings_take_every_argument_of_ours(real_bindings: Any):
                 "cuEventElapsedTime": (real_bindings.CUevent(0x10), real_bindings.CUevent(0x20)),
                 "cuEventDestroy": (real_bindings.CUevent(0x10),),
                 "cuMemcpyDtoDAsync": (0x1000, 0x2000, 16, 0x10),
+                "cuDevicePrimaryCtxGetState": (0,),
+                "cuDevicePrimaryCtxSetFlags": (0, 4),
             }.items()
         ),
     ]
