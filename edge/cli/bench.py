@@ -57,7 +57,9 @@ _SLOWEST = 15
     "--layers", is_flag=True, help="Then time every layer of the TensorRT engine, by its profiler."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
-@engine_options("backend", "kv_capacity", "num_threads", "prefill", "draft", "speculative")
+@engine_options(
+    "backend", "kv_capacity", "num_threads", "gpu_wait", "prefill", "draft", "speculative"
+)
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -264,6 +266,11 @@ def _print(result: dict[str, Any], changes: list[Change]) -> None:
         f"ITL ms: p50 {steps['p50'] * 1e3:.2f}, p90 {steps['p90'] * 1e3:.2f}, "
         f"p95 {steps['p95'] * 1e3:.2f}, p99 {steps['p99'] * 1e3:.2f}; of a step "
         f"{result['own_s_per_step'] * 1e3:.2f} ms outside the engine"
+    )
+    wait = "" if result["gpu_wait"] is None else f", waiting for the GPU by {result['gpu_wait']}"
+    busy = result["cpu_s_per_step"] / result["tpot_s"]["median"]
+    console.print(
+        f"CPU time of a step: {result['cpu_s_per_step'] * 1e3:.2f} ms, {busy:.2f} CPUs busy{wait}"
     )
     console.print(
         f"prefill {result['prefill_tps']:,.1f} tok/s, decode {result['decode_tps']:,.1f} tok/s"

@@ -83,6 +83,7 @@ class Samples:
         ttft_s: seconds of each prompt, up to its first token.
         itl_s: seconds of each decode step, by repeat.
         decode_model_s: seconds of the decode steps inside the backend, by repeat.
+        decode_cpu_s: CPU seconds of all threads of the process in the decode steps, by repeat.
         decode_joules, decode_watts: energy and power of each repeat's decode, where the module has
             power rails.
         prefill_joules: energy of each repeat's prefills.
@@ -92,6 +93,7 @@ class Samples:
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[list[float]] = field(default_factory=list)
     decode_model_s: list[float] = field(default_factory=list)
+    decode_cpu_s: list[float] = field(default_factory=list)
     decode_joules: list[float] = field(default_factory=list)
     decode_watts: list[float] = field(default_factory=list)
     prefill_joules: list[float] = field(default_factory=list)
@@ -164,7 +166,7 @@ class _Repeat:
         self.prefill_s: list[float] = []
         self.ttft_s: list[float] = []
         self.itl_s: list[float] = []
-        self.model_s = 0.0
+        self.model_s = self.cpu_s = 0.0
 
     def prefill(self) -> None:
         for slot, prompt in enumerate(self.prompts):
@@ -178,6 +180,7 @@ class _Repeat:
     def decode(self) -> None:
         batch, length = self.prompts.shape
         slots, first = list(range(batch)), np.zeros((batch, 1), dtype=np.int64)
+        cpu_started = time.process_time()
         last = time.perf_counter()
         for index in range(self.steps):
             embeds = self.embeddings[self.tokens[:, None]]
@@ -190,12 +193,14 @@ class _Repeat:
             now = time.perf_counter()
             self.itl_s.append(now - last)
             last = now
+        self.cpu_s = time.process_time() - cpu_started
 
     def record(self, samples: Samples, prefill: EnergyMeter, decode: EnergyMeter) -> None:
         samples.prefill_s += self.prefill_s
         samples.ttft_s += self.ttft_s
         samples.itl_s.append(self.itl_s)
         samples.decode_model_s.append(self.model_s)
+        samples.decode_cpu_s.append(self.cpu_s)
         if prefill.joules is not None:
             samples.prefill_joules.append(prefill.joules)
         if decode.joules is not None and decode.mean_watts is not None:

@@ -54,6 +54,9 @@ def summarize(samples: Samples, config: BenchConfig) -> dict[str, Any]:
         (sum(steps) - model) / len(steps)
         for steps, model in zip(samples.itl_s, samples.decode_model_s, strict=True)
     ]
+    cpu = [
+        cpu_s / len(steps) for steps, cpu_s in zip(samples.itl_s, samples.decode_cpu_s, strict=True)
+    ]
 
     def energy(joules: Sequence[float], tokens: int) -> float | None:
         return float(np.median(joules)) / tokens if joules else None
@@ -64,6 +67,7 @@ def summarize(samples: Samples, config: BenchConfig) -> dict[str, Any]:
         "tpot_s": spread(tpot),
         "itl_s": {f"p{q}": float(np.percentile(every_step, q)) for q in (50, 90, 95, 99)},
         "own_s_per_step": float(np.median(own)),
+        "cpu_s_per_step": float(np.median(cpu)),
         "prefill_tps": config.prompt_tokens / float(np.median(samples.prefill_s)),
         "decode_tps": config.batch / float(np.median(tpot)),
         "decode_watts": float(np.median(samples.decode_watts)) if samples.decode_watts else None,
@@ -256,6 +260,7 @@ def report(
         "model": manifest.name,
         "quantization": manifest.quantization.name,
         "backend": backend.name,
+        "gpu_wait": getattr(backend, "gpu_wait", None),
         "device": {
             "name": None if device is None else device.name,
             "power_mode": None if mode is None or mode.name == CPU else mode.name,

@@ -78,6 +78,7 @@ class ServedModel:
         labels = {
             "backend": backend.name,
             "engine": "" if engine_dir is None else engine_dir.name,
+            "gpu_wait": getattr(backend, "gpu_wait", None) or "",  # TensorRT's, too
             "gpu_unused": "false" if self.llm.warning is None else "true",
             "bundle": manifest.name,
             "architecture": manifest.model.architecture,

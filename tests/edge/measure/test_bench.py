@@ -167,6 +167,7 @@ def test_figures_of_known_samples():
         ttft_s=[0.11, 0.21, 0.21, 0.31],
         itl_s=[[0.01, 0.02, 0.03], [0.02, 0.02, 0.08]],
         decode_model_s=[0.03, 0.06],
+        decode_cpu_s=[0.06, 0.12],
     )
     figures = summarize(samples, config)
     assert figures["prefill_s"]["median"] == pytest.approx(0.2)
@@ -177,6 +178,32 @@ def test_figures_of_known_samples():
     assert figures["prefill_tps"] == pytest.approx(500)
     assert figures["decode_tps"] == pytest.approx(2 / 0.03)
     assert figures["own_s_per_step"] == pytest.approx((0.03 / 3 + 0.06 / 3) / 2)
+    assert figures["cpu_s_per_step"] == pytest.approx((0.06 / 3 + 0.12 / 3) / 2)
+
+
+def test_a_wait_that_spins_shows_as_cpu_time_and_one_that_sleeps_does_not(tiny: Any):
+    table, manifest = tiny
+    wait_s, config = 0.02, BenchConfig(prompt_tokens=4, output_tokens=6, repeats=1, warmup=0)
+
+    def spin() -> None:
+        until = time.process_time() + wait_s
+        while time.process_time() < until:
+            pass
+
+    def measure(wait: Callable[[], None]) -> float:
+        script = random_logits(table.vocab_size)
+
+        def step(so_far: tuple[int, ...]) -> Any:
+            wait()
+            return script(so_far)
+
+        samples = run_bench(ScriptedBackend(table, step), table, manifest, config)
+        found: float = summarize(samples, config)["cpu_s_per_step"]
+        return found
+
+    spun, slept = measure(spin), measure(lambda: time.sleep(wait_s))
+    assert spun >= wait_s
+    assert slept < spun / 2
 
 
 # ----------------------------------------------------------------------------- comparison

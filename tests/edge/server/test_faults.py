@@ -290,6 +290,7 @@ def test_a_gpu_that_idles_is_said_wherever_one_looks(
 ):
     monkeypatch.setattr(choose, "find_gpu_node", lambda: node)
     monkeypatch.setattr(ScriptedBackend, "name", "ort-cpu")
+    monkeypatch.setattr(ScriptedBackend, "gpu_wait", "spin", raising=False)
     with running(tiny_bundles("qwen2")) as live:
         ready = live.ask("/ready").json
         row = live.ask("/stats").json["models"]["tiny"]
@@ -297,6 +298,7 @@ def test_a_gpu_that_idles_is_said_wherever_one_looks(
     [info] = [line for line in metrics.splitlines() if line.startswith("edgellm_engine_info{")]
     assert (ready["status"], ready["backends"], row["backend"]) == ("ready", ["ort-cpu"], "ort-cpu")
     assert 'backend="ort-cpu"' in info
+    assert 'gpu_wait="spin"' in info
     if node is None:
         assert (ready["warnings"], row["warning"]) == ([], None)
         assert 'gpu_unused="false"' in info
