@@ -37,6 +37,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
 }
 CELLS = ("export", "build", "verify", "bench", "layers")
 OTHER_BACKENDS = ("ort-cuda", "ort-cpu")
+GPU_WAITS = ("spin", "yield", "block")
 _NATIVE_SINCE = (10, 15)  # TensorRT with the operators of dialect native
 _ERROR_LINES = 30
 _NOT_OF_THIS_DIALECT = "dialect native"  # in the reason of a skipped test
@@ -83,6 +84,7 @@ def make_report(output: Path, bundle: Path | None, run: Run) -> dict[str, Any]:
         "doctor": last_json(doctor.output),
         "matrix": matrix,
         "tune": tune(measured, matrix, run),
+        "gpu_wait": compare_waits(measured, matrix, run),
         "tests": run_tests(output, run),
         "bench": {name: bench(name, measured, run) for name in OTHER_BACKENDS},
     }
@@ -151,11 +153,29 @@ def check_row(
 
 def tune(bundle: Path, matrix: dict[str, dict[str, dict[str, Any]]], run: Run) -> dict[str, Any]:
     """Which way of attention and of reading the cache is fastest here, each timed and compared."""
-    row = matrix.get("int4") or next(iter(matrix.values()))
-    if row["build"]["verdict"] != "passed":
+    if not has_engine(matrix):
         return {"verdict": "skipped", "reason": "the build failed"}
     command = ["edge-llm", "build", str(bundle), "--kv-read", "auto", "--tune", "--json"]
     return cell(run("tune", command), json_needed=True)
+
+
+def compare_waits(
+    bundle: Path, matrix: dict[str, dict[str, dict[str, Any]]], run: Run
+) -> dict[str, dict[str, Any]]:
+    """The benchmark with each way to wait for the GPU: a step's time, and the CPU time in it."""
+    if not has_engine(matrix):
+        return {wait: {"verdict": "skipped", "reason": "the build failed"} for wait in GPU_WAITS}
+    command = ["edge-llm", "bench", str(bundle), "--backend", "tensorrt", "--json", "--gpu-wait"]
+    return {
+        wait: cell(run(f"gpu-wait-{wait}-bench", [*command, wait]), json_needed=True)
+        for wait in GPU_WAITS
+    }
+
+
+def has_engine(matrix: dict[str, dict[str, dict[str, Any]]]) -> bool:
+    """Whether the bundle that is measured beyond the matrix was built."""
+    row = matrix.get("int4") or next(iter(matrix.values()))
+    return bool(row["build"]["verdict"] == "passed")
 
 
 def skip_rest(
@@ -258,6 +278,9 @@ def find_problems(report: dict[str, Any]) -> list[str]:
                 problems.append(f"{name} {part} was skipped: {found['reason']}")
     if report["tune"]["verdict"] != "passed":
         problems.append(f"tune {report['tune']['verdict']}: {report['tune']['reason']}")
+    for wait, found in report["gpu_wait"].items():
+        if found["verdict"] != "passed":
+            problems.append(f"gpu_wait {wait} {found['verdict']}: {found['reason']}")
     tests = report["tests"]
     if tests["code"] != 0 or not tests["passed"]:
         problems.append(f"tests: {tests['passed']} passed, {tests['failed']} failed")
@@ -315,6 +338,7 @@ def render(report: dict[str, Any]) -> str:
     lines.append(f"doctor: {doctor['summary']}")
     lines += [f"  {c['status']:<5}{c['name']}: {c['detail']}" for c in doctor["checks"]]
     lines += ["", *render_matrix(report["matrix"]), "", *render_tune(report["tune"]), ""]
+    lines += ["waiting for the GPU:", *render_waits(report["gpu_wait"]), ""]
     tests = report["tests"]
     lines += [
         f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped",
@@ -361,6 +385,20 @@ def render_tune(found: dict[str, Any]) -> list[str]:
         f"tune: {found['verdict']}",
         *(f"  {each['kv_read']}, attention {each['attention']}: {what}" for each, what in tried),
     ]
+
+
+def render_waits(found: dict[str, dict[str, Any]]) -> list[str]:
+    """A line per way to wait."""
+    lines = []
+    for wait, each in found.items():
+        what = each["verdict"]
+        if what == "passed":
+            result = each["result"]
+            step_s, cpu_s = result["tpot_s"]["median"], result["cpu_s_per_step"]
+            what = f"{step_s * 1e3:.2f} ms per step, {cpu_s * 1e3:.2f} ms of CPU time in it, "
+            what += figures(result)
+        lines.append(f"  {wait}: {what}")
+    return lines
 
 
 def figures(result: dict[str, Any]) -> str:

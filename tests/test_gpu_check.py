@@ -41,7 +41,14 @@ NO_GPU = {
     "summary": "no NVIDIA GPU here; the CPU backend works and nothing is wrong",
     "checks": [{"name": "GPU", "status": "skip", "detail": "no driver that works"}],
 }
-BENCH = {"decode_tps": 61.512, "prefill_tps": 5083.0, "decode_watts": None, "backend": "tensorrt"}
+BENCH = {
+    "decode_tps": 61.512,
+    "prefill_tps": 5083.0,
+    "decode_watts": None,
+    "backend": "tensorrt",
+    "tpot_s": {"median": 0.01626},
+    "cpu_s_per_step": 0.0161,
+}
 DECODE = {
     "profile": "decode",
     "layers": 40,
@@ -127,10 +134,12 @@ def verdicts(report: Any) -> dict[str, str]:
 
 
 def test_a_good_run(tmp_path: Path):
-    steps = Steps()
+    blocks = (0, json.dumps({**BENCH, "cpu_s_per_step": 0.0004}))
+    steps = Steps(gpu_wait_block_bench=blocks)
     code, report = check(tmp_path, steps)
     assert code == 0
     assert report["passed"]
+    assert steps.commands["gpu-wait-block-bench"][-2:] == ["--gpu-wait", "block"]
     assert report["problems"] == []
     assert (report["commit"], report["tensorrt"]) == ("abc123", "10.16.2.10")
     assert report["doctor"] == DOCTOR
@@ -154,6 +163,9 @@ def test_a_good_run(tmp_path: Path):
         "slice, attention fused: 4.10 ms per step",
         "slice, attention decomposed: cosine",
         "1 passed, 0 failed",
+        "spin: 16.26 ms per step, 16.10 ms of CPU time in it, 61.51 tokens/s",
+        "yield: 16.26 ms per step, ",
+        "block: 16.26 ms per step, 0.40 ms of CPU time in it",
         "exit code 69",
         "\npassed\n",
     ):
@@ -248,6 +260,10 @@ OUTCOMES: dict[str, tuple[Steps, str]] = {
         Steps(tune=failing("no variant was built and answered right")),
         "tune failed: edge-llm: error: no variant",
     ),
+    "a wait that cannot be had": (
+        Steps(gpu_wait_block_bench=failing("gpu_wait is block, but how threads wait")),
+        "gpu_wait block failed: edge-llm: error: gpu_wait is block",
+    ),
     "tests fail": (Steps(tests=(1, "")), "tests: 1 passed, 0 failed"),
     "no tests": (Steps(junit=""), "tests: 0 passed"),
     "a test is skipped": (
@@ -280,6 +296,7 @@ def test_what_comes_after_a_failed_build_is_skipped_and_other_rows_go_on(tmp_pat
     build = report["matrix"]["int4"]["build"]
     assert build["stderr"] == ["a line of the log", "edge-llm: error: no kernel"]
     assert "int4 verify was skipped: the build failed" in report["problems"]
+    assert "gpu_wait spin skipped: the build failed" in report["problems"]
 
 
 def test_a_miss_of_verify_leaves_speed_and_layers(tmp_path: Path):
