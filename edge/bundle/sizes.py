@@ -23,6 +23,8 @@ ALIGNMENT = 256
 DEFAULT_MAX_LOGITS = 64
 """Rows of logits that one run of an engine returns at most; scoring a prompt asks for many, and
 gets them from several runs. 512 rows of the 1.5B's vocabulary are 156 MB, several times over."""
+CAPTURE_BYTES = 256 * 10**6
+"""What an engine's CUDA graphs may take of the GPU's memory before no more are captured."""
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 """Scratch memory of a kernel. TensorRT's own default is all of the device's memory, which on a
 Jetson is also the host's."""

@@ -202,8 +202,8 @@ def _print(result: Plan) -> None:
     memory = make_table(
         f"Memory, MB: batch {deployment.batch}, KV capacity {deployment.kv_capacity}, "
         f"{deployment.backend}",
-        *("quantization", "weights", "cache", "activations", "I/O", "runtime", "process"),
-        *("load peak", "build peak", "fits"),
+        *("quantization", "weights", "cache", "activations", "I/O", "graphs max", "runtime"),
+        *("process", "load peak", "build peak", "fits"),
     )
     for option in result.options:
         plan = option.memory
@@ -211,7 +211,8 @@ def _print(result: Plan) -> None:
             option.name, *(_mb(plan.weights[part]) for part in PARTS), _mb(plan.weights_bytes)
         )
         around = plan.embeddings + plan.runtime + plan.python + plan.tokenizer
-        figures = (plan.weights_bytes, plan.cache, plan.activations, plan.io + plan.pinned, around)
+        steps = (plan.activations, plan.io + plan.pinned, plan.graphs)
+        figures = (plan.weights_bytes, plan.cache, *steps, around)
         fits = "?" if option.fits is None else "yes" if option.fits else "NO"
         peaks = (plan.load_peak, plan.build_peak)
         memory.add_row(option.name, *map(_mb, (*figures, plan.process_bytes, *peaks)), fits)

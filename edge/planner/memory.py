@@ -13,6 +13,7 @@ from edge.bundle.manifest import Dialect, FloatType, ModelSpec
 from edge.bundle.schemes import stored_bytes
 from edge.bundle.sizes import (
     ALIGNMENT,
+    CAPTURE_BYTES,
     DEFAULT_MAX_LOGITS,
     ENGINE_FLOAT_BYTES,
     INDEX_BYTES,
@@ -82,7 +83,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """Bytes by part. The first five are the engine's, the others those of the process around it.
+    """Bytes by part. The first six are the engine's, the others those of the process around it.
 
     Attributes:
         weights: bytes of the weights by part (`weights.PARTS`).
@@ -90,6 +91,7 @@ class ProcessMemory:
         activations: scratch of the largest step.
         io: the engine's inputs and outputs besides the cache that the host does not see.
         pinned: bytes in host memory that the GPU reads and writes in place.
+        graphs: the most that captured CUDA graphs take; how much they do take is not predicted.
         embeddings: rows of the token table held in memory; the table itself stays in its file.
         runtime: CUDA and TensorRT, or ONNX Runtime's session.
         python: the interpreter and its libraries.
@@ -103,6 +105,7 @@ class ProcessMemory:
     activations: int
     io: int
     pinned: int
+    graphs: int
     embeddings: int
     runtime: int
     python: int
@@ -117,8 +120,9 @@ class ProcessMemory:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the engine allocates."""
-        return self.weights_bytes + self.cache + self.activations + self.io + self.pinned
+        """Bytes that the engine allocates, at most."""
+        steps = self.activations + self.io + self.pinned + self.graphs
+        return self.weights_bytes + self.cache + steps
 
     @property
     def process_bytes(self) -> int:
@@ -135,6 +139,7 @@ class ProcessMemory:
             "activations_bytes": self.activations,
             "io_bytes": self.io,
             "pinned_bytes": self.pinned,
+            "graphs_max_bytes": self.graphs,
             "embeddings_bytes": self.embeddings,
             "runtime_bytes": self.runtime,
             "python_bytes": self.python,
@@ -169,6 +174,7 @@ def plan_process_memory(
         activations=activations,
         io=io,
         pinned=pinned,
+        graphs=0 if on_cpu else CAPTURE_BYTES,
         embeddings=2 * deployment.max_prefill * model.hidden_size,
         runtime=_ORT_SESSION_BYTES if on_cpu else _CUDA_BYTES,
         python=_PYTHON_BYTES,
@@ -206,6 +212,7 @@ def plan_process_pair(target: ProcessMemory, draft: ProcessMemory | None) -> Pro
         activations=target.activations + draft.activations,
         io=target.io + draft.io,
         pinned=target.pinned + draft.pinned,
+        graphs=target.graphs + draft.graphs,
         embeddings=target.embeddings + draft.embeddings,
         build_peak=max(target.build_peak, draft.build_peak),
     )

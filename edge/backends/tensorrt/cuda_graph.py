@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from edge.backends import cuda
 from edge.backends.windows import Window, placed_in
+from edge.bundle.sizes import CAPTURE_BYTES
 from edge.errors import BackendError, DependencyError, DeviceError, DeviceMemoryError
 
 from .bound_context import BoundContext, StepShape
@@ -30,8 +31,7 @@ from .bound_context import BoundContext, StepShape
 _logger = logging.getLogger(__name__)
 
 CAPTURE_S = 10.0
-CAPTURE_BYTES = 256 * 10**6
-"""What capturing may take of a load's time and of the GPU's memory before it stops."""
+"""What capturing may take of a load's time before it stops."""
 _PROBE_BYTES = 256
 
 

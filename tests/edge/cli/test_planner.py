@@ -137,7 +137,7 @@ def test_what_is_no_size_is_refused(text: str):
 
 
 def test_the_recommendation_is_printed_with_its_commands():
-    done = run_verb(recommend, "--memory", "2.2GB", "--latency-ms", "100")
+    done = run_verb(recommend, "--memory", "2.4GB", "--latency-ms", "100")
     assert done.exit_code == 0
     assert "Taken: r1-qwen-1.5b int4. Make it with:" in done.stdout
     assert "edge-llm export deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B" in done.stdout

@@ -17,6 +17,7 @@ from edge.backends.tensorrt import device_memory
 from edge.bundle import io_spec
 from edge.bundle.engine_file import read_engine_info
 from edge.bundle.manifest import Dialect, Manifest, read_manifest
+from edge.bundle.sizes import CAPTURE_BYTES
 from edge.planner.memory import (
     BackendKind,
     Deployment,
@@ -24,6 +25,7 @@ from edge.planner.memory import (
     cache_bytes,
     io_bytes,
     plan_process_memory,
+    plan_process_pair,
 )
 from edge.planner.models import BUILT_IN
 from edge.planner.weights import find_variant, manifest_linears, recipe_linears
@@ -94,11 +96,27 @@ def test_parts_add_up():
     linears = recipe_linears(model, find_variant("int4"))
     plan = plan_process_memory(model, linears, io_spec.rope_positions(model), Deployment(batch=4))
     values = plan.as_dict()
-    parts = ("weights_bytes", "cache_bytes", "activations_bytes", "io_bytes", "pinned_bytes")
+    parts = (
+        *("weights_bytes", "cache_bytes", "activations_bytes", "io_bytes", "pinned_bytes"),
+        "graphs_max_bytes",
+    )
     around = ("embeddings_bytes", "runtime_bytes", "python_bytes", "tokenizer_bytes")
     assert plan.device_bytes == sum(values[name] for name in parts)  # type: ignore[misc]
     assert plan.process_bytes == plan.device_bytes + sum(values[name] for name in around)  # type: ignore[misc]
     assert plan.load_peak >= plan.process_bytes
+
+
+def test_captured_graphs_count_at_their_bound_on_a_gpu_alone():
+    model = BUILT_IN["r1-qwen-1.5b"].spec
+    linears = recipe_linears(model, find_variant("int4"))
+    on_gpu, on_cpu = (
+        plan_process_memory(model, linears, 4096, Deployment(backend))
+        for backend in ("tensorrt", "ort-cpu")
+    )
+    assert (on_gpu.graphs, on_cpu.graphs) == (CAPTURE_BYTES, 0)
+    without = replace(on_gpu, graphs=0)
+    assert on_gpu.process_bytes - without.process_bytes == CAPTURE_BYTES
+    assert plan_process_pair(on_gpu, on_gpu).graphs == 2 * CAPTURE_BYTES
 
 
 def test_portable_attention_needs_its_scores():
