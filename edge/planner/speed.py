@@ -374,7 +374,8 @@ def _fit_reading(
     if apart > 1e-3 * rr * ll:  # they differ in bytes per layer by more than noise
         layer_s = max((rr * lw - rl * rw) / apart, 0.0)
     inverse = (rw - rl * layer_s) / rr
-    if inverse < 1.0:  # reading cannot take less: one benchmark leaves the layers nothing
+    # Reading cannot take less, but for rounding: one benchmark leaves the layers nothing.
+    if inverse < 1.0 - 1e-9:
         layer_s = max((lw - rl) / ll, 0.0) if len(runs) > 1 else 0.0
         inverse = max((rw - rl * layer_s) / rr, 1.0)
     return min(1 / inverse, 1.0), layer_s
