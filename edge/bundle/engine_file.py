@@ -322,6 +322,19 @@ def check_engine(
         )
 
 
+def engine_rank(info: EngineInfo, num_slots: int) -> tuple[bool, int, int, str]:
+    """Order engines that fit a machine; the greatest is the one that runs.
+
+    Args:
+        info: its ``engine.json``.
+        num_slots: sequences that will run at once.
+    """
+    enough = info.max_batch >= num_slots
+    # The smallest batch that is enough, else the largest; then the longest cache.
+    batch = -info.max_batch if enough else info.max_batch
+    return enough, batch, info.kv_capacity, info.created
+
+
 def rebuild_command(directory: Path, info: EngineInfo) -> str:
     """The command line that builds this engine again, on the machine where it is typed."""
     parts = ["edge-llm", "build", str(directory.parent.parent)]

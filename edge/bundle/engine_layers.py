@@ -46,6 +46,8 @@ _NARROWEST_FIRST = ("int4", "fp4", "int8", "fp8", "fp16", "bf16", "fp32")
 _PACKED = ("int4", "fp4", "int8", "fp8")
 _PRODUCT = re.compile(r"gemm|gemv|matrixmultiply|\bfc\b", re.IGNORECASE)
 _FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)  # _gemm_mha_v2, _gemv_mha_v1, fmha_...
+# As `export.graph.decoder` names them: not what inputs or rows of the cache are dequantized by.
+_WEIGHT_NODE = re.compile(r"(?P<linear>.+)\.(?:high_)?dequantized/DequantizeLinear")
 _ATTENTION_NODE = re.compile(r"\.attended/Attention\Z|/Softmax\Z")
 
 
@@ -103,9 +105,7 @@ class CompiledLayer(_Struct, frozen=True):
     @property
     def unpacks(self) -> bool:
         """Whether it writes packed weights as floats, which the product then reads again."""
-        weights = any(
-            node.endswith("/DequantizeLinear") and ".input." not in node for node in self.nodes
-        )
+        weights = any(_linear_of(node) is not None for node in self.nodes)
         packed = any(dtype in _PACKED for dtype in self.reads)
         return weights and packed and not self.multiplies
 
@@ -148,6 +148,13 @@ class LayerTable(_Struct, frozen=True):
         """Layers of one profile."""
         index = self.profiles.index(profile)
         return [layer for layer in self.layers if layer.profile == index]
+
+    def unpacked(self, profile: str) -> list[str]:
+        """Linear layers whose weights a profile unpacks; one of two planes is there for each."""
+        nodes = dict.fromkeys(
+            node for layer in self.of(profile) if layer.unpacks for node in layer.nodes
+        )
+        return [linear for node in nodes if (linear := _linear_of(node)) is not None]
 
     def summary(self) -> tuple[ProfileLayers, ...]:
         """A summary per profile that has layers."""
@@ -236,6 +243,12 @@ def read_layers(plan: Path) -> LayerTable | None:
 def plain_name(name: str) -> str:
     """A layer's name without the mark of its profile."""
     return _PROFILE.sub("", name)
+
+
+def _linear_of(node: str) -> str | None:
+    """The linear layer whose weight a node dequantizes; None where it does something else."""
+    match = _WEIGHT_NODE.fullmatch(node)
+    return None if match is None or match["linear"].endswith(".input") else match["linear"]
 
 
 def _parse_layer(layer: dict[str, Any]) -> CompiledLayer:

@@ -18,7 +18,9 @@ from .tables import FigureTable, make_table
 if TYPE_CHECKING:
     from edge.bundle.manifest import Dialect
     from edge.planner.plan import Device, Plan
-    from edge.planner.speed import Efficiency
+    from edge.planner.speed import Efficiency, StepKind
+
+DEFAULT_MAX_PREFILL = 512
 
 device_option = click.option(
     "--device",
@@ -45,14 +47,13 @@ calibrate_option = click.option(
 @click.option(
     "--kv-capacity",
     type=int,
-    help="Tokens per slot; default: the bundle's own, 8192 for the named models, else 4096.",
+    help="Tokens per slot; default: the engine's or the bundle's own, 8192 for the named models, "
+    "else 4096.",
 )
 @click.option(
     "--max-prefill",
     type=click.IntRange(1),
-    default=512,
-    show_default=True,
-    help="Tokens per prefill step.",
+    help="Tokens per prefill step; default: 512, or what the engine takes if that is less.",
 )
 @click.option("--quant", "quants", multiple=True, help="Only this quantization; may be repeated.")
 @click.option(
@@ -74,6 +75,11 @@ calibrate_option = click.option(
 )
 @calibrate_option
 @click.option(
+    "--no-engine",
+    is_flag=True,
+    help="Predict by rule alone, as if the bundle's engine were not built.",
+)
+@click.option(
     "--svg",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Draw speed and memory into this file; needs the extra report.",
@@ -85,12 +91,13 @@ def plan(
     power_mode: str | None,
     batch: int,
     kv_capacity: int | None,
-    max_prefill: int,
+    max_prefill: int | None,
     kv_cache: str | None,
     quants: tuple[str, ...],
     draft: str | None,
     contexts: tuple[int, ...],
     calibrate: Path | None,
+    no_engine: bool,
     svg: Path | None,
     as_json: bool,
 ) -> None:
@@ -98,7 +105,9 @@ def plan(
 
     MODEL is a bundle by directory or name, a directory with a config.json, a config.json, or one
     of r1-qwen-1.5b, r1-qwen-7b, r1-llama-8b and r1-qwen3-8b, also under the names that pull knows.
+    Of a bundle with an engine for an Orin the speed is that of this engine's layers.
     """
+    from edge.planner.engine import Asked, PlannedEngine, find_engine
     from edge.planner.memory import Deployment
     from edge.planner.models import BUILT_IN, check_tokenizers, find_head, find_model
     from edge.planner.picture import draw_plan
@@ -106,6 +115,17 @@ def plan(
 
     planned = find_model(model)
     target, efficiency = take_device(device, power_mode, calibrate)
+    engine: PlannedEngine | str | None = None
+    if no_engine and (planned.bundle is None or target.name == CPU):
+        raise ConfigError("--no-engine is for a bundle on an Orin; leave it out")
+    if no_engine:
+        engine = "--no-engine was given"
+    elif planned.bundle is not None and planned.manifest is not None and target.name != CPU:
+        asked = Asked(batch, kv_capacity, max_prefill)
+        engine = find_engine(planned.bundle, planned.manifest, asked)
+    if isinstance(engine, PlannedEngine):
+        kv_capacity = engine.kv_capacity
+        max_prefill = max_prefill or min(DEFAULT_MAX_PREFILL, engine.max_prefill)
     if kv_capacity is None:
         # What the export would take; of a config.json nobody knows whether the model reasons.
         kv_capacity = (
@@ -127,9 +147,8 @@ def plan(
                 f"--kv-cache {kv_cache} is not what {model} has ({found}); leave it out, or give "
                 "the model's config.json"
             )
-    deployment = Deployment(
-        backend, batch, kv_capacity, min(max_prefill, kv_capacity), dialect, int8_layers
-    )
+    chunk = min(max_prefill or DEFAULT_MAX_PREFILL, kv_capacity)
+    deployment = Deployment(backend, batch, kv_capacity, chunk, dialect, int8_layers)
     drafting = None
     if draft == str(EAGLE3):
         if backend != "ort-cpu":
@@ -149,6 +168,7 @@ def plan(
         quants=quants,
         contexts=sorted(set(contexts)),
         draft=drafting,
+        engine=engine,
     )
     if svg is not None:
         try:
@@ -258,6 +278,8 @@ def _print(result: Plan) -> None:
             "* nobody published this case (module, power mode, precision, batch): the factors were "
             "fitted to others."
         )
+    if (basis := _engine_basis(result)) is not None:
+        console.print(basis)
     if result.draft is not None:
         console.print("", _draft_table(result))
         console.print(
@@ -267,10 +289,42 @@ def _print(result: Plan) -> None:
     factors = result.efficiency
     # A CPU's arithmetic is in no table, so a share of it would say nothing.
     arithmetic = "" if device.name == "cpu" else f", arithmetic at {factors.compute:.0%}"
+    per_launch = "" if result.engine is None else f" ({factors.launch_s * 1e6:.1f} us per launch)"
     console.print(
         f"Efficiency: weights at {factors.weights:.0%} and cache at {factors.cache:.0%} of the "
-        f"bandwidth, {factors.layer_s * 1e6:.0f} us per layer{arithmetic}; {factors.source}."
+        f"bandwidth, {factors.layer_s * 1e6:.0f} us per layer{per_launch}{arithmetic}; "
+        f"{factors.source}."
     )
+
+
+def _engine_basis(result: Plan) -> str | None:
+    """What is known of the bundle's engine, or why nothing is; None where there is no bundle."""
+    engine = result.engine
+    if engine is None:
+        unknown = result.engine_unknown
+        return unknown and f"Launches and unpacked weights are predicted by rule ({unknown})."
+    work = result.options[0].work
+    kinds: tuple[StepKind, ...] = ("decode", "prefill")
+    parts = []
+    for kind in kinds:
+        step = work.engine_step(kind)
+        if step is None:
+            parts.append(f"{kind} by rule, since its table has no layers of that profile")
+            continue
+        text = (
+            f"{step.launches} launches in a {kind} step, {step.unpacked_weights} weights unpacked"
+        )
+        if step.unpacked_weights:
+            text += f" (+{_mb(step.unpacked_bytes)} MB per step)"
+        if step.reformats:
+            text += f", {step.reformats} of the launches reformats"
+        if step.attention in ("decomposed", "mixed"):
+            text += f", attention {step.attention}"
+        parts.append(text)
+    if engine.work.kv_buckets:
+        rows = ", ".join(map(str, engine.work.kv_buckets))
+        parts.append(f"a decode step reads one of {rows} rows of the cache")
+    return f"From the engine {engine.name} ({engine.plan}): {'; '.join(parts)}."
 
 
 def _draft_table(result: Plan) -> FigureTable:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,22 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend
 from edge.backends.tensorrt.device_memory import EngineMemory
+from edge.bundle.engine_file import EngineInfo
+from edge.bundle.engine_layers import read_layers
 from edge.bundle.manifest import Manifest, describe_kv_cache
 from edge.device.telemetry import Snapshot
-from edge.errors import ConfigError
+from edge.errors import BundleError, ConfigError
 from edge.planner.calibration import BENCH_SCHEMA
 from edge.planner.devices import identify
+from edge.planner.engine import engine_work
 from edge.planner.memory import BackendKind, Deployment, plan_process_memory
 from edge.planner.plan import CPU, Device, find_device
-from edge.planner.speed import FITTED, Work, ceiling, decode_s, work_of
+from edge.planner.speed import FITTED, EngineWork, Work, ceiling, decode_s, work_of
 from edge.planner.weights import manifest_linears
 
 from .bench import BenchConfig, Samples
+
+_log = logging.getLogger(__name__)
 
 _RESAMPLES = 2000
 _BANDWIDTH_BYTES = 256 << 20
@@ -210,7 +217,21 @@ def work_of_bundle(manifest: Manifest, backend: Backend, config: BenchConfig) ->
     )
     linears = manifest_linears(manifest)
     memory = plan_process_memory(manifest.model, linears, manifest.rope_positions, deployment)
-    return work_of(manifest.model, linears, memory.weights, deployment)
+    work = work_of(manifest.model, linears, memory.weights, deployment)
+    return dataclasses.replace(work, engine=_engine_work(manifest, backend))
+
+
+def _engine_work(manifest: Manifest, backend: Backend) -> EngineWork | None:
+    """What the backend's engine says of its steps; None from others, or if it has no table."""
+    info, directory = getattr(backend, "info", None), getattr(backend, "engine_dir", None)
+    if not isinstance(info, EngineInfo) or not isinstance(directory, Path):
+        return None
+    try:
+        table = read_layers(directory / info.plan)
+        return None if table is None else engine_work(info, table, manifest)
+    except BundleError as error:  # the measurement is worth more than what it is compared with
+        _log.warning("launches are counted by rule: %s", error)
+        return None
 
 
 def roofline(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from edge.errors import ConfigError
 
+ORIN_COMPUTE_CAPABILITY = "8.7"
 _INT8_OPS_PER_SM_CLOCK = 4096
 
 

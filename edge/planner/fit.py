@@ -72,7 +72,8 @@ def fit() -> Efficiency:
     for figure in (f for f in fitted if f.kind == "decode" and f.batch == 1):
         work, mode = _work(figure), _mode(figure)
         seconds = 1 / figure.value
-        rows.append((work.weights_bytes / mode.bytes_per_s / seconds, work.num_layers / seconds))
+        read_s = work.weights_bytes("decode") / mode.bytes_per_s
+        rows.append((read_s / seconds, work.num_layers / seconds))
         targets.append(1 - _cache_share(figure, work, base))
     solution = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
     base = dataclasses.replace(base, weights=float(1 / solution[0]), layer_s=float(solution[1]))

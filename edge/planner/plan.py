@@ -19,6 +19,7 @@ from .drafting import (
     least_acceptance,
     plan_draft,
 )
+from .engine import PlannedEngine
 from .memory import (
     Deployment,
     ProcessMemory,
@@ -87,7 +88,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model on a device; `options` are the quantizations, `draft` is a model beside each."""
+    """A model on a device.
+
+    Attributes:
+        options: the quantizations.
+        draft: a model beside each of them.
+        engine: the bundle's own, whose steps are predicted.
+        engine_unknown: why a bundle is planned without one, by rule; None of what is no bundle.
+    """
 
     model: PlannedModel
     device: Device
@@ -95,6 +103,8 @@ class Plan:
     efficiency: Efficiency
     options: tuple[Option, ...]
     draft: DraftPlan | None = None
+    engine: PlannedEngine | None = None
+    engine_unknown: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -111,6 +121,8 @@ class Plan:
             "kv_cache": "int8" if self.deployment.int8_layers else "float",
             "max_prefill": self.deployment.max_prefill,
             "efficiency": asdict(self.efficiency),
+            "engine": None if self.engine is None else self.engine.as_dict(),
+            "engine_unknown": self.engine_unknown,
             "draft": None
             if self.draft is None
             else {
@@ -186,6 +198,7 @@ def make_plan(
     quants: Sequence[str] = (),
     contexts: Sequence[int] = (),
     draft: PlannedModel | None = None,
+    engine: PlannedEngine | str | None = None,
 ) -> Plan:
     """Compute memory and speed of a model.
 
@@ -197,6 +210,7 @@ def make_plan(
         quants: names of variants; empty is all, or the bundle's own.
         contexts: tokens to predict speed at; empty is 512 and the capacity.
         draft: a model that drafts: a bundle, or a model in `DRAFT_QUANT`.
+        engine: the bundle's own (`edge.planner.engine.find_engine`), or why there is none.
 
     Raises:
         ConfigError: a capacity or context out of range, an unknown quantization, or one that is not
@@ -222,6 +236,8 @@ def make_plan(
     for name, recipe, linears in _linears(model, quants):
         memory = plan_process_memory(model.spec, linears, positions, deployment)
         work = work_of(model.spec, linears, memory.weights, deployment)
+        if isinstance(engine, PlannedEngine):
+            work = replace(work, engine=engine.work)
         speeds = (
             tuple(
                 predict(work, device.mode, efficiency, deployment.batch, c, deployment.max_prefill)
@@ -238,7 +254,8 @@ def make_plan(
         if drafter is not None and device.mode is not None:
             option = _with_drafts(option, drafter.work, device.mode, efficiency, deployment.batch)
         options.append(option)
-    return Plan(model, device, deployment, efficiency, tuple(options), drafter)
+    built, unknown = (None, engine) if isinstance(engine, str) else (engine, None)
+    return Plan(model, device, deployment, efficiency, tuple(options), drafter, built, unknown)
 
 
 def _with_drafts(

@@ -13,6 +13,9 @@ A prediction takes shares of these figures that engines were seen to reach::
 
 The five words in capital letters are `Efficiency`. The defaults are fitted to published figures of
 Orin (`edge.planner.fit`); ``--calibrate`` measures two or three of them.
+
+Of a built engine (`EngineWork`) the unpacked weights, the rows of the cache that a step reads and
+the launches are known; ``layers`` are then its launches over `LAUNCHES_PER_LAYER`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from edge.bundle.engine_layers import AttentionKind
 from edge.bundle.manifest import ModelSpec
 from edge.bundle.schemes import SCHEMES
 from edge.errors import ConfigError
@@ -30,6 +34,16 @@ from .devices import PowerMode
 from .memory import ORT_SCALE_COPIES, Deployment
 from .weights import Linear, Part
 
+StepKind = Literal["decode", "prefill"]
+
+# Assumed, since nobody published how many layers the fitted engines have. In NVIDIA's Edge-LLM (its
+# plugins guide) attention, with RoPE and the cache's update, is a plugin, and so is a product with
+# INT4 weights; seven are taken: q, k, v, o, gate, up, down. TensorRT merges no plugins, but makes
+# one kernel of what is between two: the norm; q, k and v joined; the sum and the norm; SiLU and its
+# product.
+LAUNCHES_PER_LAYER = 12
+"""Kernels of a decoder layer in the engines that `FITTED` is from, so what a launch takes."""
+
 
 @dataclass(frozen=True)
 class Efficiency:
@@ -37,7 +51,8 @@ class Efficiency:
 
     Attributes:
         weights: share of the bandwidth while weights are read.
-        layer_s: time of a layer that is neither reading nor multiplying (launches, norms, RoPE).
+        layer_s: time of a decoder layer of `LAUNCHES_PER_LAYER` launches that is neither reading
+            nor multiplying (launches, norms, RoPE).
         cache: share of the bandwidth while the cache is read.
         compute: share of the tensor cores' dense operations in prefill.
         batch: what each further sequence of a decode step adds, as a share of the first.
@@ -50,6 +65,11 @@ class Efficiency:
     compute: float
     batch: float
     source: str
+
+    @property
+    def launch_s(self) -> float:
+        """The share of ``layer_s`` of one launch."""
+        return self.layer_s / LAUNCHES_PER_LAYER
 
 
 # `fit.fit` computes weights, layer_s, compute and batch; a test holds them together. The
@@ -65,6 +85,40 @@ FITTED = Efficiency(
 
 
 @dataclass(frozen=True)
+class EngineStep:
+    """A step of an engine's profile, by the table of its layers.
+
+    Attributes:
+        launches: layers that the GPU runs.
+        unpacked_weights: stored weights that are written as floats; two planes are two.
+        unpacked_bytes: what is written and read for them on top of the packed weights.
+        reformats: launches that only change a layout or a type.
+        attention: as `edge.bundle.engine_layers.ProfileLayers` has it.
+    """
+
+    launches: int
+    unpacked_weights: int
+    unpacked_bytes: int
+    reformats: int
+    attention: AttentionKind
+
+
+@dataclass(frozen=True)
+class EngineWork:
+    """What a built engine says of its steps.
+
+    Attributes:
+        decode, prefill: None if its table has no layers of the profile.
+        kv_buckets: numbers of cache rows that a decode step reads, ascending; empty if it reads
+            what there is.
+    """
+
+    decode: EngineStep | None
+    prefill: EngineStep | None
+    kv_buckets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Work:
     """What one model in one quantization costs.
 
@@ -77,7 +131,8 @@ class Work:
         head_ops: operations of the lm_head per token that gets logits.
         attention_ops: operations of attention per pair of tokens.
         int8_share: share of ``linear_ops`` that runs in INT8.
-        unpacked_bytes: what a step writes and reads on top because weights are unpacked.
+        unpacked_bytes: what a step writes and reads on top because weights are unpacked, by rule.
+        engine: what the built engine says in place of rules; None without one.
     """
 
     step_bytes: int
@@ -88,15 +143,39 @@ class Work:
     attention_ops: int
     int8_share: float
     unpacked_bytes: int = 0
+    engine: EngineWork | None = None
 
-    @property
-    def weights_bytes(self) -> int:
+    def engine_step(self, kind: StepKind) -> EngineStep | None:
+        """What the engine's table says of such a step; None if there is none."""
+        if self.engine is None:
+            return None
+        return self.engine.decode if kind == "decode" else self.engine.prefill
+
+    def weights_bytes(self, kind: StepKind) -> int:
         """Bytes that a step moves for the weights, unpacked copies among them."""
-        return self.step_bytes + self.unpacked_bytes
+        step = self.engine_step(kind)
+        return self.step_bytes + (self.unpacked_bytes if step is None else step.unpacked_bytes)
 
-    def read_bytes(self, batch: int, rows: float) -> float:
-        """Bytes that a step moves: the weights once, and this many cache rows per sequence."""
-        return self.weights_bytes + batch * rows * self.kv_bytes_per_token
+    def launched_layers(self, kind: StepKind) -> float:
+        """Decoder layers of `LAUNCHES_PER_LAYER` that make the step's launches."""
+        step = self.engine_step(kind)
+        return self.num_layers if step is None else step.launches / LAUNCHES_PER_LAYER
+
+    def rows_read(self, rows: float) -> float:
+        """Rows of the cache that a decode step reads of a sequence that has this many."""
+        buckets = () if self.engine is None else self.engine.kv_buckets
+        return next((bucket for bucket in buckets if bucket >= rows), rows)
+
+    def read_bytes(self, batch: int, rows: float, kind: StepKind = "decode") -> float:
+        """Bytes that a step moves: the weights once, and what it reads of the cache.
+
+        Args:
+            batch: sequences.
+            rows: of the cache, that each of them has.
+            kind: of the step.
+        """
+        rows = self.rows_read(rows) if kind == "decode" else rows
+        return self.weights_bytes(kind) + batch * rows * self.kv_bytes_per_token
 
 
 def work_of(
@@ -149,7 +228,14 @@ class Ceiling:
     bound: Literal["bandwidth", "arithmetic"]
 
 
-def ceiling(work: Work, mode: PowerMode, batch: int, tokens: int, rows: float) -> Ceiling:
+def ceiling(
+    work: Work,
+    mode: PowerMode,
+    batch: int,
+    tokens: int,
+    rows: float,
+    kind: StepKind = "decode",
+) -> Ceiling:
     """Compute what no engine exceeds: activations, launches and the cache's writing cost nothing.
 
     Args:
@@ -158,8 +244,9 @@ def ceiling(work: Work, mode: PowerMode, batch: int, tokens: int, rows: float) -
         batch: sequences of the step.
         tokens: of each sequence; each gets logits for one.
         rows: of the cache that each sequence reads, its own tokens among them.
+        kind: of the step, where an engine tells them apart.
     """
-    read = work.read_bytes(batch, rows)
+    read = work.read_bytes(batch, rows, kind)
     reading_s, multiplying_s = read / mode.bytes_per_s, 0.0
     if mode.knows_arithmetic:
         multiplying_s = batch * _at_peak_s(work, mode, tokens, rows)
@@ -178,7 +265,7 @@ def prefill_ceiling_s(
     ends = [*range(size, tokens, size), tokens]
     starts = [0, *ends[:-1]]
     chunks = zip(starts, ends, strict=True)
-    return sum(ceiling(work, mode, 1, end - start, end).step_s for start, end in chunks)
+    return sum(ceiling(work, mode, 1, end - start, end, "prefill").step_s for start, end in chunks)
 
 
 @dataclass(frozen=True)
@@ -234,7 +321,8 @@ def decode_s(
     work: Work, mode: PowerMode, efficiency: Efficiency, batch: int, context: float
 ) -> float:
     """Predict the seconds of one decode step."""
-    return _weights_s(work, mode, efficiency) * (1 + efficiency.batch * (batch - 1)) + _cache_s(
+    weights_s = _weights_s(work, mode, efficiency, "decode")
+    return weights_s * (1 + efficiency.batch * (batch - 1)) + _cache_s(
         work, mode, efficiency, batch, context
     )
 
@@ -244,10 +332,12 @@ def verify_s(
 ) -> float:
     """Predict the seconds of a decode step that verifies so many guesses of each sequence.
 
-    The cache is read once per sequence, and each token costs what a further sequence does.
+    The cache is read once per sequence, and each token costs what a further sequence does. An
+    engine's decode profile takes one token of a sequence, so with guesses it is a step of prefill.
     """
     rows = batch * (1 + guesses)
-    return _weights_s(work, mode, efficiency) * (1 + efficiency.batch * (rows - 1)) + _cache_s(
+    weights_s = _weights_s(work, mode, efficiency, "prefill" if guesses else "decode")
+    return weights_s * (1 + efficiency.batch * (rows - 1)) + _cache_s(
         work, mode, efficiency, batch, context
     )
 
@@ -265,22 +355,23 @@ def prefill_s(
     one chunk.
     """
     arithmetic = _at_peak_s(work, mode, tokens, tokens) / efficiency.compute
-    return _chunks(tokens, max_prefill) * _weights_s(work, mode, efficiency) + arithmetic
+    weights_s = _weights_s(work, mode, efficiency, "prefill")
+    return _chunks(tokens, max_prefill) * weights_s + arithmetic
 
 
 def _chunks(tokens: int, max_prefill: int | None) -> int:
     return 1 if max_prefill is None else -(-tokens // max_prefill)
 
 
-def _weights_s(work: Work, mode: PowerMode, efficiency: Efficiency) -> float:
-    read = work.weights_bytes / (mode.bytes_per_s * efficiency.weights)
-    return read + work.num_layers * efficiency.layer_s
+def _weights_s(work: Work, mode: PowerMode, efficiency: Efficiency, kind: StepKind) -> float:
+    read = work.weights_bytes(kind) / (mode.bytes_per_s * efficiency.weights)
+    return read + work.launched_layers(kind) * efficiency.layer_s
 
 
 def _cache_s(
     work: Work, mode: PowerMode, efficiency: Efficiency, batch: int, context: float
 ) -> float:
-    read = batch * context * work.kv_bytes_per_token
+    read = batch * work.rows_read(context) * work.kv_bytes_per_token
     return read / (mode.bytes_per_s * efficiency.cache)
 
 
@@ -342,7 +433,7 @@ def calibrate(
     squares = products = 0.0
     for run in runs:
         chunks = _chunks(run.prompt_tokens, run.max_prefill)
-        rest = run.prefill_s - chunks * _weights_s(run.work, mode, found)
+        rest = run.prefill_s - chunks * _weights_s(run.work, mode, found, "prefill")
         peak = _at_peak_s(run.work, mode, run.prompt_tokens, run.prompt_tokens)
         # A prompt so short says nothing of the arithmetic: its prefill is all reading.
         if rest > peak:
@@ -358,13 +449,14 @@ def _fit_reading(
     reads, layers, wanted = [], [], []  # each as a share of the measured step
     for run in runs:
         share = (1 + base.batch * (run.batch - 1)) / run.tpot_s
-        reads.append(run.work.weights_bytes / mode.bytes_per_s * share)
-        layers.append(run.work.num_layers * share)
+        moved = run.work.weights_bytes("decode")
+        reads.append(moved / mode.bytes_per_s * share)
+        layers.append(run.work.launched_layers("decode") * share)
         wanted.append(1 - _cache_s(run.work, mode, base, run.batch, run.context) / run.tpot_s)
         if reads[-1] > wanted[-1] * (1 + 1e-9):  # all of the bandwidth, but for rounding
             raise ConfigError(
                 f"--calibrate {run.where}: {run.tpot_s * 1e3:.2f} ms per step is less than "
-                f"{run.work.weights_bytes / 1e6:,.0f} MB take at {mode.bytes_per_s / 1e9:.1f} "
+                f"{moved / 1e6:,.0f} MB take at {mode.bytes_per_s / 1e9:.1f} "
                 "GB/s; the file is of another model, quantization or device"
             )
     rr, rl, ll = _dot(reads, reads), _dot(reads, layers), _dot(layers, layers)

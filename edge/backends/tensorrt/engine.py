@@ -19,6 +19,7 @@ from edge.bundle.engine_file import (
     EngineInfo,
     Flavour,
     check_engine,
+    engine_rank,
     find_engines,
     open_plan,
     read_engine_info,
@@ -113,15 +114,7 @@ def choose_engine(
     if not fitting:
         more = f" ({len(problems) - 1} more engines do not fit either)" if problems[1:] else ""
         raise type(problems[0])(f"{problems[0]}{more}") from problems[0]
-
-    def rank(engine: ChosenEngine) -> tuple[bool, int, int, str]:
-        wanted = num_slots or 1
-        enough = engine.info.max_batch >= wanted
-        # The smallest batch that is enough, else the largest; then the longest cache.
-        batch = -engine.info.max_batch if enough else engine.info.max_batch
-        return enough, batch, engine.info.kv_capacity, engine.info.created
-
-    return max(fitting, key=rank)
+    return max(fitting, key=lambda engine: engine_rank(engine.info, num_slots or 1))
 
 
 class Engine:

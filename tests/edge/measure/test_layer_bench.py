@@ -48,10 +48,14 @@ def run(bundle: Path, *arguments: str) -> Any:
 
 
 def test_every_layer_has_a_time_and_what_it_is(bundle: Path, gpu: FakeGpu) -> None:
-    found = json.loads(run(bundle, "--layers", "--json").stdout)["layers"]
+    printed = json.loads(run(bundle, "--layers", "--json").stdout)
+    found, engine = printed["layers"], printed["work"]["engine"]
     (directory,) = find_engines(bundle)
     table = read_layers(directory / read_engine_info(directory).plan)
     assert table is not None
+    assert {kind: engine[kind]["launches"] for kind in ("prefill", "decode")} == {
+        kind: len(table.of(kind)) for kind in ("prefill", "decode")
+    }
     for profile, runs in (("prefill", 3 * 2), ("decode", 3 * 5)):
         times = found[profile]
         assert times["runs"] == runs
