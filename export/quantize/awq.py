@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
 
-from .rtn import dequantize_rows, quantize_rows
+from .rtn import NearestRows, dequantize_rows, round_tiles
 from .statistics import mean_magnitude, mean_square
 
 Array = NDArray[np.float32]
@@ -52,10 +52,10 @@ def awq_factors(
     for alpha in ALPHAS:
         factors = magnitude ** np.float32(alpha)
         factors /= np.sqrt(factors.max() * factors.min())
-        quantized = quantize_rows(
-            rows * factors, scheme, "mse", scale_type, importance / np.square(factors)
-        )
-        change = dequantize_rows(quantized) / factors - rows
+        nearest = NearestRows(scheme, "mse", scale_type, importance / np.square(factors))
+        change = dequantize_rows(round_tiles(rows * factors, nearest))
+        change /= factors
+        change -= rows
         error = float(np.square(change @ sample).sum(dtype=np.float64))
         if error < least:
             best, least = factors, error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,7 +22,7 @@ from .gptq import GptqRows, gptq_factor
 from .linear import check_range
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
 from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin, flat
-from .rtn import THREADS, NearestRows, QuantizedRows, RowQuantizer, dequantize_rows
+from .rtn import NearestRows, QuantizedRows, RowQuantizer, dequantize_rows, round_tiles
 from .scaled_checkpoint import ScaledCheckpoint
 from .smoothquant import activation_scale, smoothing_factors
 from .statistics import mean_square, second_moment
@@ -173,7 +172,7 @@ class Calibrated:
         del lost
         moments = second_moment(inputs)
         weights += feedback(wanted, moments, factors)
-        rows = _round(weights, GptqRows(seen.scheme, gptq_factor(moments), self.scale_type))
+        rows = round_tiles(weights, GptqRows(seen.scheme, gptq_factor(moments), self.scale_type))
         rounded.round(name, dequantize_rows(rows))
         return LinearPlan(
             seen.layer, seen.scheme, folded, None, kept=_split(rows, [len(p) for p in parts])
@@ -198,16 +197,6 @@ class Calibrated:
 def _short(layer: LinearSpec) -> str:
     """A linear's name within its layer."""
     return layer.name.rpartition(".")[2]
-
-
-def _round(weights: Array, quantize: RowQuantizer) -> QuantizedRows:
-    """Round the rows of a whole matrix, tile by tile."""
-    step = max(1, quantize.tile_elements // weights.shape[1])
-    tiles = [weights[start : start + step] for start in range(0, len(weights), step)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        done = list(pool.map(quantize, tiles))
-    values, scales = ([getattr(rows, name) for rows in done] for name in ("values", "scales"))
-    return QuantizedRows(np.concatenate(values), np.concatenate(scales))
 
 
 def _split(rows: QuantizedRows, lengths: Sequence[int]) -> tuple[QuantizedWeight, ...]:

@@ -35,12 +35,13 @@ def factor_upper(matrix: Array) -> None:
 def solve_factored(upper: Array, values: Array) -> None:
     """Solve ``R R^T x = values`` for ``[width, columns]``, in place; see `factor_upper`."""
     blocks = [slice(at, min(at + _BLOCK, len(upper))) for at in range(0, len(upper), _BLOCK)]
-    for block in reversed(blocks):
+    corners = [np.linalg.inv(upper[block, block]) for block in blocks]
+    for block, corner in zip(reversed(blocks), reversed(corners), strict=True):
         values[block] -= upper[block, block.stop :] @ values[block.stop :]
-        values[block] = np.linalg.solve(upper[block, block], values[block])
-    for block in blocks:
+        values[block] = corner @ values[block]
+    for block, corner in zip(blocks, corners, strict=True):
         values[block] -= upper[: block.start, block].T @ values[: block.start]
-        values[block] = np.linalg.solve(upper[block, block].T, values[block])
+        values[block] = corner.T @ values[block]
 
 
 def invert_upper(matrix: Array) -> None:
