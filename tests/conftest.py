@@ -8,6 +8,7 @@ import itertools
 import logging
 import mmap
 import os
+import platform
 import shutil
 import socket
 import time
@@ -103,6 +104,13 @@ def require_kernels(dialect: str) -> None:
     """Skip where ONNX Runtime cannot run a dialect: the newest one for Python 3.10 is 1.23."""
     if dialect == "native" and RUNNABLE != "native":
         pytest.skip("needs ONNX Runtime >= 1.26 for dialect native")
+
+
+def require_even_rows() -> None:
+    """Skip where deterministic answers cannot be had; a test holds that they are refused there."""
+    require_kernels("native")
+    if platform.machine() != "x86_64":
+        pytest.skip("deterministic answers hold on x86-64 only")
 
 
 def require_int8_cache(dialect: str) -> None:

@@ -18,7 +18,7 @@ from edge.bundle.manifest import read_manifest
 from edge.device.nodes import find_gpu_node
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, DependencyError, EdgeError
-from tests.conftest import Bundles, require_kernels
+from tests.conftest import Bundles, require_even_rows
 from tests.fake_tensorrt import write_engine
 
 NODE = "/dev/nvmap"
@@ -127,7 +127,7 @@ def test_an_option_of_the_cpu_asks_for_it_even_where_an_engine_is(
     caplog: pytest.LogCaptureFixture,
 ):
     if option == "deterministic":
-        require_kernels("native")
+        require_even_rows()
     bundle = tiny_bundles("qwen2", quant="int4")
     monkeypatch.setattr(choose, "find_engines", lambda path: [path / "engines" / "sm87"])
     monkeypatch.setattr(choose, "_has_cuda_provider", lambda: True)

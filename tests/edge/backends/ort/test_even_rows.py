@@ -22,7 +22,7 @@ from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_values import node_attributes
 from edge.errors import BackendError, ConfigError
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.conftest import Bundles, Checkpoints, require_kernels
+from tests.conftest import Bundles, Checkpoints, require_even_rows, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 
 QUANTS = ("fp16", "int4", "int8", "int8-w8a8")
@@ -32,6 +32,11 @@ QUANTS = ("fp16", "int4", "int8", "int8-w8a8")
 def native() -> None:
     """Attention in one operator is what makes it possible."""
     require_kernels("native")
+
+
+@pytest.fixture
+def even() -> None:
+    require_even_rows()
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,7 @@ def grouped(tiny_checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFact
     return bundle
 
 
+@pytest.mark.usefixtures("even")
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_token_is_computed_alike_in_any_company(quant: str, tiny_bundles: Bundles):
     ids = random_ids(1, 72)
@@ -103,6 +109,7 @@ def last_logits(runner: Runner, ids: NDArray[np.int64], slot: int) -> NDArray[np
     return np.array(logits[0, 0])
 
 
+@pytest.mark.usefixtures("even")
 @pytest.mark.parametrize("quant", ["int4", "int8"])
 def test_smaller_groups_are_the_same_weights(quant: str, grouped: Any):
     bundle = grouped(quant)
@@ -142,6 +149,7 @@ class Company:
         return self.backend.read_slot(slot, length)
 
 
+@pytest.mark.usefixtures("even")
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
@@ -159,6 +167,7 @@ def test_a_last_bit_is_noticed(changes: Any, found: str | None, tiny_bundles: Bu
     assert found is None or (told is not None and found in told)
 
 
+@pytest.mark.usefixtures("even")
 def test_a_lone_token_gets_company_where_it_needs_some(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
@@ -191,12 +200,14 @@ def test_a_lone_token_gets_company_where_it_needs_some(
         assert batches == [1]
 
 
+@pytest.mark.usefixtures("even")
 @pytest.mark.parametrize("sizes", [{"max_step_tokens": 3}, {"kv_capacity": 4}])
 def test_the_trial_fits_short_steps_and_small_slots(sizes: dict[str, int], tiny_bundles: Bundles):
     with Runner(tiny_bundles("qwen2", "native", quant="int4"), deterministic=True, **sizes) as ours:
         assert ours.step(random_ids(1, 3)).shape[1] == 3
 
 
+@pytest.mark.usefixtures("even")
 def test_kernels_that_cannot_be_evened_are_refused(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
@@ -213,6 +224,7 @@ def test_where_it_did_not_hold_it_is_refused(
         Runner(tiny_bundles("qwen2", "native", quant="int4"), deterministic=True)
 
 
+@pytest.mark.usefixtures("even")
 def test_a_request_answers_alike_alone_and_in_a_crowd(tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2", "native", quant="int4")
     prompts = [random_ids(5 + 7 * i, seed=i).tolist() for i in range(6)]

@@ -34,12 +34,13 @@ from edge.errors import (
 )
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
+from tests.parity import FP16_KERNELS
 from tests.tiny_models import KINDS, Kind
 
 HOST = OrtDevice("cpu", 0, "CPUExecutionProvider", {})
 VARIANTS = ("native fused", "native as exported", "portable")
-# Activations in fp16 against fp32, logits of size 1 to 5; measured 0.033.
-ATOL_FP16 = 0.04
+# Activations in fp16 against fp32, logits of size 1 to 5; measured 0.033, on Arm 0.11.
+ATOL_FP16 = 0.15 if FP16_KERNELS else 0.04
 
 
 class CudaRunner(Runner):

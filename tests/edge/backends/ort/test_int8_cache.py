@@ -19,7 +19,7 @@ from edge.bundle.kv_scales import dequantize_rows, quantize_rows
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, DependencyError
 from edge.figures import kl_divergence, log_softmax
-from tests.conftest import Bundles, require_int8_cache
+from tests.conftest import Bundles, require_even_rows, require_int8_cache
 from tests.edge.backends.ort.test_cpu_attention import ATOL, history
 from tests.edge.backends.runner import Runner, random_ids
 from tests.tiny_models import KINDS, Kind
@@ -267,6 +267,7 @@ def test_a_saturated_row_is_finite(tiny_bundles: Bundles) -> None:
 
 def test_it_can_be_deterministic(tiny_bundles: Bundles) -> None:
     require_int8_cache("native")
+    require_even_rows()
     bundle = tiny_bundles("qwen2", "native", "int4", "int8")
     ids = random_ids(2, 12)
     with Runner(bundle, deterministic=True) as runner:
