@@ -37,6 +37,7 @@ from tests.edge.backends.tensorrt.test_runner import (
 )
 from tests.fake_cuda import FakeGpu
 from tests.manifests import make_manifest, make_model
+from tests.parity import FP16_KERNELS
 from tests.tiny_models import KINDS
 
 __all__ = ["engine_bundles", "gpu"]  # fixtures
@@ -44,7 +45,7 @@ __all__ = ["engine_bundles", "gpu"]  # fixtures
 
 # The engine rounds to 8 bits what is fp16, the reference what is fp32: a value between two integers
 # may go either way, and then a row differs by a whole step.
-LARGEST, MEAN = 0.6, 0.05
+LARGEST, MEAN = (0.6, 0.05) if not FP16_KERNELS else (0.8, 0.07)
 
 
 def check(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
@@ -78,7 +79,7 @@ def test_it_computes_what_the_cpu_computes(
                 )
                 steps = np.abs(one.astype(int) - other)
                 assert steps.max() <= (1 if plane < 2 else 3)
-                assert steps.mean() < 0.2
+                assert steps.mean() < (0.3 if FP16_KERNELS else 0.2)
         assert not ours.backend.read_slot(1, ours.backend.capacity).any()
         expected = io_spec.kv_bytes_per_token(
             ours.manifest.model, "fp16", ours.manifest.int8_layers

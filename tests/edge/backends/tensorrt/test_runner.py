@@ -24,6 +24,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
 
 from edge import LLM, SamplingParams
 from edge.backends import cuda
@@ -76,10 +77,13 @@ from tests.fake_tensorrt import (
     install,
     write_engine,
 )
+from tests.parity import FP16_KERNELS
 from tests.tiny_models import KINDS
 
 # The engine's graph is typed fp16, the reference fp32: logits of size 10 differ in the third digit.
-ATOL = 0.15
+ATOL = 0.3 if FP16_KERNELS else 0.15
+CACHE_ATOL = 0.12 if FP16_KERNELS else 0.06
+SHAPES_ATOL = 0.05 if FP16_KERNELS else 0.02  # the same engine, in steps of other shapes
 DIALECTS = ("native", "portable")
 CAPACITY = 128
 BUCKETS = (16, 64, CAPACITY)
@@ -167,26 +171,28 @@ def test_it_generates_what_the_cpu_generates(
     prompts = [random_ids(1, n, seed=n) for n in (40, 7, 25)]
     slots = [2, 0, 3]
     steps = 30
-    found: list[list[list[int]]] = []
     with GpuRunner(bundle, gpu) as ours, Runner(bundle) as theirs:
-        for runner in (ours, theirs):
-            tokens: list[list[int]] = [[] for _ in slots]
-            for slot, prompt, out in zip(slots, prompts, tokens, strict=True):
-                chunks = range(0, prompt.shape[1], 24)
-                logits = [runner.step(prompt[:, i : i + 24], [slot]) for i in chunks][-1]
-                out.append(int(logits[0, -1].argmax()))
-            for _ in range(steps):
-                logits = runner.step([[out[-1]] for out in tokens], slots)
-                for row, out in enumerate(tokens):
-                    out.append(int(logits[row, -1].argmax()))
-            found.append(tokens)
+
+        def step(ids: Any, where: list[int]) -> NDArray[np.float32]:
+            """Both take the engine's tokens: rounding alone may decide between two."""
+            logits = ours.step(ids, where)
+            assert_allclose(logits, theirs.step(ids, where), atol=ATOL, rtol=0)
+            return logits
+
+        tokens = []
+        for slot, prompt in zip(slots, prompts, strict=True):
+            chunks = range(0, prompt.shape[1], 24)
+            logits = [step(prompt[:, i : i + 24], [slot]) for i in chunks][-1]
+            tokens.append([int(logits[0, -1].argmax())])
+        for _ in range(steps):
+            logits = step(tokens, slots)
+            tokens = [[int(row[-1].argmax())] for row in logits]
         for slot in slots:
-            assert_allclose(ours.cache(slot), theirs.cache(slot), atol=0.06, rtol=0)
+            assert_allclose(ours.cache(slot), theirs.cache(slot), atol=CACHE_ATOL, rtol=0)
         # A trial, a chunk of one token, and all decode steps.
         assert gpu.calls.count("cuGraphLaunch") == 1 + 1 + steps
         # Slot 1 was inside every decode step and holds nothing.
         assert not ours.backend.read_slot(1, ours.backend.capacity).any()
-    assert found[0] == found[1]
 
 
 @settings(
@@ -213,7 +219,7 @@ def test_any_slots_in_any_order_with_any_tokens(
             ids = random_ids(len(slots), seq, seed=step)
             assert_allclose(ours.step(ids, slots), theirs.step(ids, slots), atol=ATOL, rtol=0)
         for slot in range(num_slots):
-            assert_allclose(ours.cache(slot), theirs.cache(slot), atol=0.06, rtol=0)
+            assert_allclose(ours.cache(slot), theirs.cache(slot), atol=CACHE_ATOL, rtol=0)
         gpu.eager = False
 
 
@@ -300,12 +306,12 @@ def test_more_logits_than_fit_are_fetched_in_pieces(
     bundle = engine_bundles("qwen2", dialect)
     ids = random_ids(2, 24)
     with GpuRunner(bundle, gpu, max_logits=5) as few, GpuRunner(bundle, gpu) as many:
-        assert_allclose(few.step(ids, [3, 1]), many.step(ids, [3, 1]), atol=0.02, rtol=0)
+        assert_allclose(few.step(ids, [3, 1]), many.step(ids, [3, 1]), atol=SHAPES_ATOL, rtol=0)
         table = few.table[ids[:1]]
         wanted = np.array([[20, 3, 3, 0, 23, 20, 7, 8, 9]])  # in any order, and twice
         ours = few.backend.forward(step_after([0], [0], table, wanted))
         whole = many.backend.forward(step_after([0], [0], table, np.arange(24)[None]))
-        assert_allclose(ours[0], whole[0][wanted[0]], atol=0.02, rtol=0)
+        assert_allclose(ours[0], whole[0][wanted[0]], atol=SHAPES_ATOL, rtol=0)
         assert_allclose(few.backend.read_slot(0, 24), many.backend.read_slot(0, 24), atol=0.01)
 
 
