@@ -34,7 +34,8 @@ def test_bf16_is_the_nearest_one(values: list[float]):
 
 def test_every_fp16_number_is_widened_exactly():
     bits = np.arange(1 << 16, dtype=np.uint16)
-    expected = bits.view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # which Arm says of a signalling NaN
+        expected = bits.view(np.float16).astype(np.float32)
     finite = np.isfinite(expected)
     found = np.empty(int(finite.sum()), np.float32)
     widen_fp16(bits[finite], found)
@@ -42,8 +43,9 @@ def test_every_fp16_number_is_widened_exactly():
     for special in bits[~finite]:
         some = np.array([1, special, 2], np.uint16)
         found = np.empty(3, np.float32)
-        widen_fp16(some, found)
-        assert_array_equal(found, some.view(np.float16).astype(np.float32))
+        with np.errstate(invalid="ignore"):
+            widen_fp16(some, found)
+        assert_array_equal(found, expected[some])
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
