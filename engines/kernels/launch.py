@@ -61,6 +61,44 @@ class Job:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Tactic:
+    """One way to compute a product of any number of rows and columns.
+
+    Its parameters are those of `w4_gemv`; the grid is ``ceil(all columns / columns)``,
+    ``ceil(all rows / rows)``, 1.
+
+    Attributes:
+        variant: what is launched.
+        rows: of a program.
+        columns: of a program.
+    """
+
+    variant: Variant
+    rows: int
+    columns: int
+
+
+def w4_tactics(planes: int) -> tuple[Tactic, ...]:
+    """The ways to compute `w4_gemv`, each right for any number of rows.
+
+    TensorRT's number of a tactic is its place here plus one, and engines keep it: the order stays.
+
+    Args:
+        planes: 1 or 2.
+
+    Raises:
+        ConfigError: another number of planes.
+    """
+    _check_planes(planes)
+    return tuple(Tactic(BY_NAME[gemv_name(rows, planes)], rows, _COLUMNS) for rows in (1, 2, 4, 8))
+
+
+def _check_planes(planes: int) -> None:
+    if planes not in (1, 2):
+        raise ConfigError(f"w4_gemv takes one or two planes of weights, not {planes}")
+
+
 def w4_gemv(
     rows: int, columns: int, depth: int, *, group: int, planes: int = 1, bias: bool = False
 ) -> Job:
@@ -81,8 +119,7 @@ def w4_gemv(
         raise ConfigError(f"w4_gemv takes 1 to {MAX_ROWS} rows, not {rows}")
     if group not in GROUPS:
         raise ConfigError(f"w4_gemv takes groups of {GROUPS}, not {group}")
-    if planes not in (1, 2):
-        raise ConfigError(f"w4_gemv takes one or two planes of weights, not {planes}")
+    _check_planes(planes)
     if columns < 1 or depth < 1 or depth % group:
         raise ConfigError(
             f"w4_gemv takes a depth that is a multiple of the group {group}, not {depth}, "

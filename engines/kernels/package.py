@@ -7,6 +7,7 @@ import json
 import lzma
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edge.errors import DependencyError, IntegrityError
 
@@ -37,6 +38,26 @@ class Cubin:
     threads: int
     shared_bytes: int
     unused_parameters: int
+
+
+@dataclass(frozen=True)
+class Ptx:
+    """A kernel as PTX for compute capability 8.0, which every later GPU compiles for itself.
+
+    Its parameters are those of its variant and no more, as an ahead-of-time plugin of TensorRT
+    passes them.
+
+    Attributes:
+        text: the module.
+        entry: name of the function in it, no other's.
+        threads: of a program.
+        shared_bytes: dynamic shared memory of a program.
+    """
+
+    text: str
+    entry: str
+    threads: int
+    shared_bytes: int
 
 
 def choose_architecture(compute_capability: str, there: list[int]) -> int:
@@ -71,27 +92,63 @@ def load_cubins(compute_capability: str, data: Path = DATA) -> dict[str, Cubin]:
         DependencyError: there are none for this GPU.
         IntegrityError: the package's files are missing or damaged.
     """
+    everything = _read_manifest(data)["architectures"]
+    architecture = choose_architecture(compute_capability, sorted(map(int, everything)))
+    records = everything[str(architecture)]
+    return {
+        name: Cubin(
+            image,
+            records[name]["entry"],
+            records[name]["threads"],
+            records[name]["shared_bytes"],
+            records[name]["unused_parameters"],
+        )
+        for name, image in _read_images(data / f"sm{architecture}.xz", records).items()
+    }
+
+
+def load_ptx(data: Path = DATA) -> dict[str, Ptx]:
+    """The kernels that TensorRT takes into an engine, by the names of their variants.
+
+    Raises:
+        IntegrityError: the package's files are missing or damaged.
+    """
+    records = _read_manifest(data)["ptx"]
+    return {
+        name: Ptx(
+            image.decode("ascii"),
+            records[name]["entry"],
+            records[name]["threads"],
+            records[name]["shared_bytes"],
+        )
+        for name, image in _read_images(data / "ptx.xz", records).items()
+    }
+
+
+def _read_manifest(data: Path) -> dict[str, Any]:
     try:
-        records = json.loads((data / "manifest.json").read_text("utf-8"))["architectures"]
-        architecture = choose_architecture(compute_capability, sorted(map(int, records)))
-        images = lzma.decompress((data / f"sm{architecture}.xz").read_bytes())
-    except (OSError, ValueError, KeyError, lzma.LZMAError) as error:
-        raise IntegrityError(
-            f"the compiled kernels in {data} do not read: {error}; {_CURE}"
-        ) from error
-    found = {}
-    for name, record in records[str(architecture)].items():
-        image = images[record["offset"] : record["offset"] + record["bytes"]]
+        manifest = json.loads((data / "manifest.json").read_text("utf-8"))
+        return {part: manifest[part] for part in ("architectures", "ptx")}
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(data, error) from error
+
+
+def _read_images(path: Path, records: dict[str, Any]) -> dict[str, bytes]:
+    try:
+        everything = lzma.decompress(path.read_bytes())
+    except (OSError, lzma.LZMAError) as error:
+        raise _unreadable(path.parent, error) from error
+    images = {}
+    for name, record in records.items():
+        image = everything[record["offset"] : record["offset"] + record["bytes"]]
         if hashlib.sha256(image).hexdigest() != record["sha256"]:
             raise IntegrityError(
-                f"the kernel {name} in {data / f'sm{architecture}.xz'} is damaged: its hash is not "
-                f"that of the manifest; {_CURE}"
+                f"the kernel {name} in {path} is damaged: its hash is not that of the manifest; "
+                f"{_CURE}"
             )
-        found[name] = Cubin(
-            image,
-            record["entry"],
-            record["threads"],
-            record["shared_bytes"],
-            record["unused_parameters"],
-        )
-    return found
+        images[name] = image
+    return images
+
+
+def _unreadable(data: Path, error: Exception) -> IntegrityError:
+    return IntegrityError(f"the compiled kernels in {data} do not read: {error}; {_CURE}")
