@@ -1,8 +1,9 @@
 """``scripts/gpu-check kernels``: edge-llm's own kernels on the GPU that is here, without TensorRT.
 
 Each is loaded by the CUDA driver, held against NumPy at the shapes of R1-Distill-Qwen-1.5B, and
-timed. Beside its bytes per second stands what the card reaches when it copies. Inputs are so many
-that no cache holds them from one run to the next.
+timed. Beside its bytes per second stands what the card reaches when it copies; a product of many
+rows has its operations per second instead. Inputs are so many that no cache holds them from one run
+to the next.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from edge.errors import EdgeError
 from engines.kernels import launch, reference
 from engines.kernels.layout import pack_weights
 from engines.kernels.package import Cubin, load_cubins
-from engines.kernels.variants import KEEP
+from engines.kernels.variants import KEEP, MAX_ROWS
 
 Arrays = dict[str, NDArray[Any]]
 _COPY_BYTES = 256 << 20
@@ -42,17 +43,20 @@ class Case:
         job: the kernels.
         make_inputs: of the job; large, so only one case's are there at a time.
         num_bytes: that must be read and written at least.
+        operations: multiplications and additions, where these are what counts.
     """
 
     name: str
     job: launch.Job
     make_inputs: Callable[[], Arrays]
     num_bytes: int
+    operations: int = 0
 
     def find_fault(self, inputs: Arrays, outputs: Arrays) -> str | None:
         """What is wrong with the outputs, or None."""
         if "y" in outputs:
-            return _product_fault(inputs, outputs["y"])
+            (only,) = self.job.launches
+            return _product_fault(getattr(reference, only.variant.function), inputs, outputs["y"])
         if "output" in outputs:
             found = reference.attend(
                 *(inputs[name] for name in ("query", "keys", "values", "lengths"))
@@ -73,11 +77,13 @@ def _fault(error: NDArray[Any], bound: NDArray[Any]) -> str | None:
     return f"{int(wrong.sum())} of {wrong.size} values are off by up to {np.max(error):.3g}"
 
 
-def _product_fault(inputs: Arrays, y: NDArray[Any]) -> str | None:
+def _product_fault(
+    compute: Callable[..., tuple[NDArray[Any], NDArray[Any]]], inputs: Arrays, y: NDArray[Any]
+) -> str | None:
     errors, bounds = [], []
     for first in range(0, y.shape[1], _COLUMNS):
         part = slice(first, first + _COLUMNS)
-        exact, bound = reference.w4_gemv(
+        exact, bound = compute(
             inputs["x"],
             [inputs[name][:, part] for name in ("low", "high") if name in inputs],
             inputs["scales"][:, part],
@@ -91,13 +97,16 @@ def _product_fault(inputs: Arrays, y: NDArray[Any]) -> str | None:
 def product(
     name: str, rows: int, columns: int, depth: int, group: int, planes: int, *, bias: bool = False
 ) -> Case:
-    """A product with random weights."""
-    job = launch.w4_gemv(rows, columns, depth, group=group, planes=planes, bias=bias)
+    """A product with random weights, on tensor cores where there are many rows."""
+    many = rows > MAX_ROWS
+    make = launch.w4_gemm if many else launch.w4_gemv
+    job = make(rows, columns, depth, group=group, planes=planes, bias=bias)
     return Case(
         name,
         job,
         lambda: _product_inputs(rows, columns, depth, group, planes, bias),
         _bytes_of(job, ("x", "weights", "scales", "y")),
+        2 * rows * columns * depth if many else 0,
     )
 
 
@@ -157,6 +166,9 @@ def make_cases() -> list[Case]:
         *(product(f"gate and up, INT4 g32, {n} rows", n, 17920, 1536, 32, 1) for n in (1, 2, 4, 8)),
         product("down, INT4 g128", 1, 1536, 8960, 128, 1),
         *(product(f"lm_head, INT8 g64, {n} rows", n, 37984, 1536, 64, 2) for n in (1, 2, 4, 8)),
+        product("gate and up, INT4 g32, 512 rows", 512, 17920, 1536, 32, 1),
+        product("down, INT4 g128, 512 rows", 512, 1536, 8960, 128, 1),
+        product("q, INT8 g64, bias, 500 rows", 500, 1536, 1536, 64, 2, bias=True),
         attention("attention, 1 x 4096 of 8192", [4096], 2, 6, 1, 128, 8192),
         attention("attention, 8 tokens, 4 x 700", [700] * 4, 2, 6, 8, 128, 1024),
         attention("attention, width 64, 2 x 1000", [1000, 999], 3, 3, 1, 64, 1024),
@@ -223,6 +235,7 @@ class Bench:
             "fault": fault,
             "us": seconds * 1e6,
             "gb_s": case.num_bytes / seconds / 1e9,
+            "tflop_s": case.operations / seconds / 1e12,
         }
 
     def _time(self, runs: list[Any]) -> float:
@@ -312,11 +325,17 @@ def render(report: dict[str, Any]) -> str:
         f"device moves {report['copy_gb_s']:.1f} GB/s"
     ]
     lines += [
-        f"  {case['case']:<32}{case['us']:>10.1f} us {case['gb_s']:>8.1f} GB/s  "
-        f"{case['gb_s'] / report['copy_gb_s']:>4.0%} of a copy  {case['fault'] or 'right'}"
+        f"  {case['case']:<32}{case['us']:>10.1f} us {_render_rate(case, report['copy_gb_s']):<28}"
+        f"{case['fault'] or 'right'}"
         for case in report["cases"]
     ]
     return "\n".join(lines)
+
+
+def _render_rate(case: dict[str, Any], copy_gb_s: float) -> str:
+    if case["tflop_s"]:
+        return f"{case['tflop_s']:>8.2f} TFLOP/s"
+    return f"{case['gb_s']:>8.1f} GB/s  {case['gb_s'] / copy_gb_s:>4.0%} of a copy"
 
 
 def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = None) -> int:

@@ -106,7 +106,7 @@ def find_problems(manifest: Mapping[str, Any], found: Mapping[str, Sass]) -> Ite
             yield f"sm_87 {name}: {record['spilled_bytes']} bytes are spilled"
         if name.startswith("w4_gemv"):
             yield from _gemv_problems(name, sass)
-        if name.startswith("attend_split") and not sass.count("HMMA"):
+        if name.startswith(("attend_split", "w4_gemm")) and not sass.count("HMMA"):
             yield f"sm_87 {name}: no tensor core is used"
         if name.startswith("attend_split") and not _wide_copies(sass):
             yield f"sm_87 {name}: the cache is not read by 128 bits"

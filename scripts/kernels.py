@@ -1,15 +1,18 @@
 """Compiles the kernels of `engines.kernels` with Triton, and holds what came out to its gates.
 
-``engines/kernels/data`` gets a compressed archive of cubins per architecture and
-``manifest.json``. Same sources, same Triton, same bytes: paths and line numbers are left out.
+``engines/kernels/data`` gets a compressed archive of cubins per architecture, one of the PTX that
+TensorRT takes, and ``manifest.json``. Same sources, same Triton, same bytes: paths and line numbers
+are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import importlib
+import itertools
 import json
 import lzma
 import os
@@ -17,27 +20,141 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engines.kernels.variants import ARCHITECTURES, VARIANTS, Variant
+from engines.kernels.variants import ARCHITECTURES, BY_NAME, VARIANTS, Variant
 from scripts.kernel_sass import find_problems, read_sass, render
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "engines/kernels/data"
 MANIFEST = "manifest.json"
 GATED = 87
+PTX_TARGET, PTX_VERSION = 80, 80
+"""Of what TensorRT takes: every GPU from 8.0 on, and every CUDA from 12.0 on."""
+_UNUSED = 2
+PortablePtx = tuple[str, int]
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
-def compile_variant(variant: Variant, architecture: int) -> tuple[bytes, dict[str, Any], str]:
+def compile_variant(
+    variant: Variant, architecture: int, portable: Mapping[str, PortablePtx]
+) -> tuple[bytes, dict[str, Any], str]:
     """Compile one kernel.
+
+    Args:
+        variant: which.
+        architecture: for which GPU.
+        portable: what `compile_portable` made, by name.
 
     Returns:
         Its cubin, what the manifest says of it, and its machine code as text.
     """
+    if variant.portable:
+        ptx, shared_bytes = portable[variant.name]
+        target, cubin = f"sm_{architecture}", None
+    else:
+        compiled = _compile(variant, architecture)
+        ptx, shared_bytes, cubin = (
+            compiled.asm["ptx"],
+            compiled.metadata.shared,
+            compiled.asm["cubin"],
+        )
+        found = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+        assert found is not None
+        target = found[1]
+    # The assembler that Triton itself takes: the older does not know the PTX of newer GPUs.
+    assembled, said = assemble(ptx, target, newer=architecture >= 90)
+    if cubin is None:
+        cubin = assembled
+    sass = _disassemble(cubin) if architecture == GATED else ""
+    spills, registers = _SPILLS.search(said), _REGISTERS.search(said)
+    assert spills is not None
+    assert registers is not None
+    record = {
+        "sha256": hashlib.sha256(cubin).hexdigest(),
+        "bytes": len(cubin),
+        "entry": variant.name if variant.portable else variant.function,
+        "threads": variant.warps * 32,
+        "shared_bytes": shared_bytes,
+        "registers": int(registers[1]),
+        "spilled_bytes": int(spills[1]) + int(spills[2]),
+        # Triton adds pointers for scratch memory, which these kernels do not use.
+        "unused_parameters": len(_parameters(ptx)) - len(variant.parameters),
+    }
+    return cubin, record, sass
+
+
+def compile_portable(variant: Variant) -> PortablePtx:
+    """The PTX of a portable kernel, and its shared memory in bytes."""
+    compiled = _compile(variant, PTX_TARGET, ptx_version=PTX_VERSION)
+    return make_portable(compiled.asm["ptx"], variant), compiled.metadata.shared
+
+
+def make_portable(ptx: str, variant: Variant) -> str:
+    """Leave the parameters of the variant, and name the entry after it.
+
+    Args:
+        ptx: of Triton, which adds two pointers for scratch memory.
+        variant: what was compiled.
+
+    Raises:
+        RuntimeError: the kernel uses the pointers, or the PTX is of another version or target.
+    """
+    names = _parameters(ptx)
+    unused = names[len(variant.parameters) :]
+    head = (
+        f".version {PTX_VERSION // 10}.{PTX_VERSION % 10}\n"
+        f".target sm_{PTX_TARGET}\n.address_size 64\n"
+    )
+    if len(unused) != _UNUSED or head not in ptx:
+        raise RuntimeError(f"{variant.name}: other PTX than expected: {ptx[:2000]}")
+    for name in unused:
+        ptx, dropped = re.subn(rf",\s*\.param [^,()]*\b{name}\b", "", ptx)
+        if dropped != 1 or re.search(rf"\b{name}\b", ptx):
+            raise RuntimeError(f"{variant.name}: the kernel uses scratch memory, {name}")
+    # Comments are of no use, and name the function again.
+    ptx = re.sub(r"[ \t]*//.*", "", ptx)
+    ptx = re.sub(rf"\b{variant.function}(?=\b|_param_)", variant.name, ptx)
+    return re.sub(r"\n{2,}", "\n", ptx).strip() + "\n"
+
+
+def _parameters(ptx: str) -> list[str]:
+    """Names of the entry's parameters, in order."""
+    (head,) = re.findall(r"\.entry \w+\(([^)]*)\)", ptx)
+    return re.findall(r"\.param [^,]*?(\w+)\s*(?:,|$)", head)
+
+
+def assemble(ptx: str, target: str, *, newer: bool) -> tuple[bytes, str]:
+    """Machine code of PTX, by the older or the newer of the two assemblers that Triton has.
+
+    Returns:
+        The cubin, and what the assembler says of registers and spills.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "kernel.ptx")
+        path.write_text(ptx)
+        tool = _tools() / ("ptxas-blackwell" if newer else "ptxas")
+        said = _output(tool, "-v", f"-arch={target}", path, "-o", path.with_suffix(".cubin"))
+        return path.with_suffix(".cubin").read_bytes(), said
+
+
+def _disassemble(cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "kernel.cubin")
+        path.write_bytes(cubin)
+        return _output(_tools() / "nvdisasm", "-c", path)
+
+
+def _tools() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def _compile(variant: Variant, architecture: int, **options: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -50,7 +167,7 @@ def compile_variant(variant: Variant, architecture: int) -> tuple[bytes, dict[st
         for at, name in enumerate(names)
         if kinds[name].startswith("*") or name in variant.aligned
     ]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(
             getattr(source, variant.function),
             kinds,
@@ -58,37 +175,8 @@ def compile_variant(variant: Variant, architecture: int) -> tuple[bytes, dict[st
             attrs={(at,): [["tt.divisibility", 16]] for at in aligned},
         ),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": variant.warps, "num_stages": variant.stages},
+        options={"num_warps": variant.warps, "num_stages": variant.stages, **options},
     )
-    cubin: bytes = compiled.asm["cubin"]
-    ptx: str = compiled.asm["ptx"]
-    parameters = len(re.findall(r"^\s*\.param ", ptx.split(")", 1)[0], re.MULTILINE))
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "kernel")
-        path.with_suffix(".ptx").write_text(ptx)
-        path.with_suffix(".cubin").write_bytes(cubin)
-        # The one that Triton itself takes: the older does not know the PTX of newer GPUs.
-        assembler = tools / ("ptxas-blackwell" if architecture >= 90 else "ptxas")
-        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-        assert target is not None
-        said = _output(assembler, "-v", f"-arch={target[1]}", f"{path}.ptx", "-o", f"{path}.again")
-        sass = _output(tools / "nvdisasm", "-c", f"{path}.cubin") if architecture == GATED else ""
-    spills, registers = _SPILLS.search(said), _REGISTERS.search(said)
-    assert spills is not None
-    assert registers is not None
-    record = {
-        "sha256": hashlib.sha256(cubin).hexdigest(),
-        "bytes": len(cubin),
-        "entry": variant.function,
-        "threads": variant.warps * 32,
-        "shared_bytes": compiled.metadata.shared,
-        "registers": int(registers[1]),
-        "spilled_bytes": int(spills[1]) + int(spills[2]),
-        # Triton adds pointers for scratch memory, which these kernels do not use.
-        "unused_parameters": parameters - len(variant.parameters),
-    }
-    return cubin, record, sass
 
 
 def _output(*command: Any) -> str:
@@ -104,13 +192,15 @@ def _output(*command: Any) -> str:
     return done.stdout
 
 
-def compile_architecture(architecture: int) -> tuple[int, dict[str, Any], bytes, dict[str, str]]:
+def compile_architecture(
+    architecture: int, portable: Mapping[str, PortablePtx]
+) -> tuple[int, dict[str, Any], bytes, dict[str, str]]:
     """Compile all kernels: their records, their cubins one behind the other, the machine code."""
     records: dict[str, Any] = {}
     images: list[bytes] = []
     sasses: dict[str, str] = {}
     for variant in VARIANTS:
-        cubin, record, sass = compile_variant(variant, architecture)
+        cubin, record, sass = compile_variant(variant, architecture, portable)
         record["offset"] = sum(len(image) for image in images)
         images.append(cubin)
         records[variant.name] = record
@@ -119,26 +209,65 @@ def compile_architecture(architecture: int) -> tuple[int, dict[str, Any], bytes,
     return architecture, records, b"".join(images), sasses
 
 
+def record_ptx(portable: Mapping[str, PortablePtx]) -> tuple[dict[str, Any], bytes]:
+    """What the manifest says of the PTX, and all of it, one behind the other."""
+    records: dict[str, Any] = {}
+    everything = b""
+    for name, (ptx, shared_bytes) in portable.items():
+        text = ptx.encode("ascii")
+        records[name] = {
+            "sha256": hashlib.sha256(text).hexdigest(),
+            "bytes": len(text),
+            "offset": len(everything),
+            "entry": name,
+            "threads": BY_NAME[name].warps * 32,
+            "shared_bytes": shared_bytes,
+        }
+        everything += text
+    return records, everything
+
+
+def find_ptx_problems(name: str, ptx: str) -> list[str]:
+    """What an assembler says against a portable kernel that made none of the package's cubins.
+
+    A driver has its own assembler, older or newer: CUDA 12 on JetPack 6, CUDA 13 on JetPack 7.
+    """
+    problems = []
+    for architecture, newer in ((87, True), (90, False)):
+        _, said = assemble(ptx, f"sm_{architecture}", newer=newer)
+        spills = _SPILLS.search(said)
+        assert spills is not None
+        if architecture == GATED and spills.groups() != ("0", "0"):
+            problems.append(f"sm_{architecture} {name}: the newer assembler spills, {spills[0]}")
+    return problems
+
+
 def compile_all(
     architectures: Iterable[int], processes: int
-) -> tuple[dict[str, Any], dict[int, bytes], dict[str, str]]:
-    """The manifest, all cubins of each architecture, and the machine code of the gated one."""
+) -> tuple[dict[str, Any], dict[str, bytes], dict[str, str], list[str]]:
+    """The manifest, what is to be in each archive, the gated machine code, and problems."""
     import triton
 
     manifest: dict[str, Any] = {"triton": triton.__version__, "architectures": {}}
-    images: dict[int, bytes] = {}
+    images: dict[str, bytes] = {}
     sasses: dict[str, str] = {}
+    names = [variant.name for variant in VARIANTS if variant.portable]
     # The compiler lives in the process, so threads would wait for one another.
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
-        for architecture, records, image, sass in pool.map(compile_architecture, architectures):
+        made = pool.map(compile_portable, (BY_NAME[name] for name in names))
+        portable = dict(zip(names, made, strict=True))
+        manifest["ptx"], images["ptx"] = record_ptx(portable)
+        compile_one = functools.partial(compile_architecture, portable=portable)
+        for architecture, records, image, sass in pool.map(compile_one, architectures):
             manifest["architectures"][str(architecture)] = records
-            images[architecture] = image
+            images[f"sm{architecture}"] = image
             sasses.update(sass)
             print(f"sm_{architecture}: {len(records)} kernels, {len(image)} bytes", file=sys.stderr)
-    return manifest, images, sasses
+        problems = pool.map(find_ptx_problems, names, (portable[name][0] for name in names))
+        return manifest, images, sasses, list(itertools.chain(*problems))
 
 
-def compare(manifest: dict[str, Any], images: dict[int, bytes], data: Path) -> list[str]:
+def compare(manifest: dict[str, Any], images: dict[str, bytes], data: Path) -> list[str]:
     """How what was compiled differs from the package data, a sentence each."""
     try:
         kept = json.loads((data / MANIFEST).read_text("utf-8"))
@@ -147,17 +276,28 @@ def compare(manifest: dict[str, Any], images: dict[int, bytes], data: Path) -> l
     problems = []
     if kept["triton"] != manifest["triton"]:
         problems.append(f"made by Triton {kept['triton']}, and this is {manifest['triton']}")
-    if set(kept["architectures"]) != set(manifest["architectures"]):
-        problems.append("other architectures")
+    before, now = _records(kept), _records(manifest)
+    problems += [
+        f"{' '.join(place)}: the manifest says {before.get(place)}, this is {now.get(place)}"
+        for place in sorted(before.keys() | now.keys())
+        if before.get(place) != now.get(place)
+    ]
     for name, image in images.items():
-        for kernel, record in manifest["architectures"][str(name)].items():
-            before = kept["architectures"].get(str(name), {}).get(kernel)
-            if before != record:
-                problems.append(f"sm_{name} {kernel}: the manifest says {before}, this is {record}")
-        path = data / f"sm{name}.xz"
+        path = data / f"{name}.xz"
         if not path.is_file() or lzma.decompress(path.read_bytes()) != image:
             problems.append(f"{path.name}: other bytes")
     return problems
+
+
+def _records(manifest: dict[str, Any]) -> dict[tuple[str, str], Any]:
+    """By archive and kernel."""
+    archives = {f"sm{name}": records for name, records in manifest["architectures"].items()}
+    archives["ptx"] = manifest.get("ptx", {})
+    return {
+        (archive, kernel): record
+        for archive, records in archives.items()
+        for kernel, record in records.items()
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -167,19 +307,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.check:
         os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # and take nothing from the cache
-    manifest, images, sasses = compile_all(ARCHITECTURES, os.cpu_count() or 1)
+    manifest, images, sasses, problems = compile_all(ARCHITECTURES, os.cpu_count() or 1)
     gated = manifest["architectures"][str(GATED)]
     found = {name: read_sass(sass) for name, sass in sasses.items()}
     print(render(gated, found))
-    problems = list(find_problems(manifest, found))
+    problems += find_problems(manifest, found)
     if options.check:
         problems += compare(manifest, images, DATA)
     elif not problems:
         DATA.mkdir(exist_ok=True)
         for old in DATA.glob("*.xz"):
             old.unlink()
-        for architecture, image in images.items():
-            (DATA / f"sm{architecture}.xz").write_bytes(lzma.compress(image, preset=9))
+        for name, image in images.items():
+            (DATA / f"{name}.xz").write_bytes(lzma.compress(image, preset=9))
         (DATA / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

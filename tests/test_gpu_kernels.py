@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ from edge.backends.cuda import Device
 from edge.backends.cuda.kernels import Kernel
 from edge.errors import DeviceError
 from engines.kernels import reference
+from engines.kernels.launch import Tactic, w4_tactics
 from engines.kernels.layout import unpack_weights
 from engines.kernels.package import load_cubins
 from engines.kernels.variants import KEEP
@@ -21,6 +23,7 @@ from scripts import gpu_kernels
 from tests.fake_cuda import DRIVERS, FakeGpu
 
 COPY = 1 << 12
+PRODUCTS = ("w4_gemv_rows2_planes2", "w4_gemm_planes2")
 
 
 def view(gpu: FakeGpu, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
@@ -29,10 +32,11 @@ def view(gpu: FakeGpu, address: int, shape: tuple[int, ...], dtype: Any) -> NDAr
     return found
 
 
-def run_gemv(gpu: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> None:
-    x, weights, scales, bias, rows, columns, depth, shift, has_bias, y, *unused = values
-    assert not any(unused)
-    assert grid == (-(-columns // 64), 1, 1)
+def run_product(
+    tactic: Tactic, gpu: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]
+) -> None:
+    x, weights, scales, bias, rows, columns, depth, shift, has_bias, y = values
+    assert grid == (-(-columns // tactic.columns), -(-rows // tactic.rows), 1)
     planes = unpack_weights(view(gpu, weights, (depth // 32, 2, columns, 4), np.int32))
     exact, _ = reference.w4_gemv(
         view(gpu, x, (rows, depth), np.float16),
@@ -87,7 +91,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fake
     for name, module in fake.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     fake.kernels = {
-        "w4_gemv": run_gemv,
+        **{tactic.variant.name: functools.partial(run_product, tactic) for tactic in w4_tactics(2)},
         "attend_split": run_split,
         "attend_combine": run_combine,
         "top_k_parts": run_parts,
@@ -102,6 +106,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fake
 def small_cases() -> list[gpu_kernels.Case]:
     return [
         gpu_kernels.product("product", 2, 70, 64, 32, 2, bias=True),
+        gpu_kernels.product("many rows", 130, 70, 64, 32, 2),
         gpu_kernels.attention("attention", [20, 3], 1, 2, 3, 64, 130),
         gpu_kernels.logits("logits", 1, 5000),
     ]
@@ -111,20 +116,21 @@ def test_each_kernel_is_compared_and_timed(gpu: FakeGpu, capsys: pytest.CaptureF
     assert gpu_kernels.main(["--json"], small_cases()) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["compute_capability"] == "8.7"
-    assert [case["fault"] for case in report["cases"]] == [None] * 3
+    assert [case["fault"] for case in report["cases"]] == [None] * 4
     # The stand-in's clock: half a millisecond for a round of all copies.
     assert report["cases"][0]["us"] == pytest.approx(500 / min(2, max(1, COPY // 4880)))
+    assert [case["tflop_s"] > 0 for case in report["cases"]] == [False, True, False, False]
     assert report["copy_gb_s"] > 0
     assert not gpu.alive
 
 
-@pytest.mark.parametrize("name", ["w4_gemv", "attend_combine", "top_k_merge"])
+@pytest.mark.parametrize("name", [*PRODUCTS, "attend_combine", "top_k_merge"])
 @pytest.mark.parametrize("wrong", [np.float16(np.nan), np.float16(0.5)])
 def test_a_kernel_that_computes_something_else_fails(
     gpu: FakeGpu, capsys: pytest.CaptureFixture[str], name: str, wrong: np.float16
 ):
     right = gpu.kernels[name]
-    output = {"w4_gemv": 9, "attend_combine": 8, "top_k_merge": 3}[name]
+    output = {**dict.fromkeys(PRODUCTS, 9), "attend_combine": 8, "top_k_merge": 3}[name]
 
     def run(fake: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> None:
         right(fake, grid, values)
@@ -134,7 +140,7 @@ def test_a_kernel_that_computes_something_else_fails(
     gpu.kernels[name] = run
     assert gpu_kernels.main([], small_cases()) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.endswith("right") for line in lines) == 2
+    assert sum(line.endswith("right") for line in lines) == 3
     assert not gpu.alive
 
 

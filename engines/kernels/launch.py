@@ -19,6 +19,7 @@ from .variants import (
     PART,
     Variant,
     attend_name,
+    gemm_name,
     gemv_name,
 )
 
@@ -65,7 +66,7 @@ class Job:
 class Tactic:
     """One way to compute a product of any number of rows and columns.
 
-    Its parameters are those of `w4_gemv`; the grid is ``ceil(all columns / columns)``,
+    The parameters are those of the kernel `w4_gemv`; the grid is ``ceil(all columns / columns)``,
     ``ceil(all rows / rows)``, 1.
 
     Attributes:
@@ -80,7 +81,7 @@ class Tactic:
 
 
 def w4_tactics(planes: int) -> tuple[Tactic, ...]:
-    """The ways to compute `w4_gemv`, each right for any number of rows.
+    """The ways to compute a product, each right for any number of rows: few first, then many.
 
     TensorRT's number of a tactic is its place here plus one, and engines keep it: the order stays.
 
@@ -90,13 +91,13 @@ def w4_tactics(planes: int) -> tuple[Tactic, ...]:
     Raises:
         ConfigError: another number of planes.
     """
-    _check_planes(planes)
-    return tuple(Tactic(BY_NAME[gemv_name(rows, planes)], rows, _COLUMNS) for rows in (1, 2, 4, 8))
-
-
-def _check_planes(planes: int) -> None:
     if planes not in (1, 2):
         raise ConfigError(f"w4_gemv takes one or two planes of weights, not {planes}")
+    gemm = BY_NAME[gemm_name(planes)]
+    return (
+        *(Tactic(BY_NAME[gemv_name(rows, planes)], rows, _COLUMNS) for rows in (1, 2, 4, 8)),
+        Tactic(gemm, int(gemm.constants["ROWS"]), int(gemm.constants["COLUMNS"])),
+    )
 
 
 def w4_gemv(
@@ -117,20 +118,59 @@ def w4_gemv(
     """
     if not 1 <= rows <= MAX_ROWS:
         raise ConfigError(f"w4_gemv takes 1 to {MAX_ROWS} rows, not {rows}")
+    tactics = w4_tactics(planes)
+    fitting = next(tactic for tactic in tactics if tactic.rows >= rows)
+    return product(fitting, rows, columns, depth, group=group, bias=bias)
+
+
+def w4_gemm(
+    rows: int, columns: int, depth: int, *, group: int, planes: int = 1, bias: bool = False
+) -> Job:
+    """`w4_gemv` for many rows, on tensor cores.
+
+    Args:
+        rows: any number.
+        columns: see `w4_gemv`.
+        depth: see `w4_gemv`.
+        group: see `w4_gemv`.
+        planes: see `w4_gemv`.
+        bias: see `w4_gemv`.
+
+    Raises:
+        ConfigError: the kernel does not serve this.
+    """
+    return product(w4_tactics(planes)[-1], rows, columns, depth, group=group, bias=bias)
+
+
+def product(
+    tactic: Tactic, rows: int, columns: int, depth: int, *, group: int, bias: bool = False
+) -> Job:
+    """A product by one of `w4_tactics`.
+
+    Args:
+        tactic: which also says how many planes the weights have.
+        rows: any number.
+        columns: see `w4_gemv`.
+        depth: see `w4_gemv`.
+        group: see `w4_gemv`.
+        bias: see `w4_gemv`.
+
+    Raises:
+        ConfigError: the kernel does not serve this.
+    """
+    name, planes = tactic.variant.function, int(tactic.variant.constants["PLANES"])
     if group not in GROUPS:
-        raise ConfigError(f"w4_gemv takes groups of {GROUPS}, not {group}")
-    _check_planes(planes)
-    if columns < 1 or depth < 1 or depth % group:
+        raise ConfigError(f"{name} takes groups of {GROUPS}, not {group}")
+    if rows < 1 or columns < 1 or depth < 1 or depth % group:
         raise ConfigError(
-            f"w4_gemv takes a depth that is a multiple of the group {group}, not {depth}, "
-            f"and at least one column, not {columns}"
+            f"{name} takes a depth that is a multiple of the group {group}, not {depth}, "
+            f"and at least one row and column, not {rows} and {columns}"
         )
-    variant = BY_NAME[gemv_name(rows, planes)]
     half, word = np.dtype(np.float16), np.dtype(np.int32)
     numbers = (rows, columns, depth, (group // BLOCK).bit_length() - 1, int(bias))
     launch = Launch(
-        variant,
-        (-(-columns // _COLUMNS), 1, 1),
+        tactic.variant,
+        (-(-columns // tactic.columns), -(-rows // tactic.rows), 1),
         ("x", "weights", "scales", "bias", *numbers, "y"),
     )
     buffers: Buffers = {

@@ -28,19 +28,54 @@ def w4_gemv(
         The product [rows, columns], and a bound of its error by rounding sums to FP32 and the
         result to FP16.
     """
-    depth = x.shape[1]
-    weights = sum(plane.astype(np.float64) * 16**n for n, plane in enumerate(planes))
-    wide = np.repeat(scales.astype(np.float64), depth // len(scales), axis=0)
-    exact = x.astype(np.float64) @ (weights * wide)
     # Each nibble is summed 24 too large, and that is taken off: the bound is of what is added.
-    top = 24.0 * sum(16**n for n in range(len(planes)))
-    size = np.abs(x.astype(np.float64)) @ ((np.abs(weights) + top) * np.abs(wide))
+    exact, size = _product(x, planes, scales, bias, 24.0 * sum(16**n for n in range(len(planes))))
+    # A thread adds at most 8 products per block, then blocks, warps and planes: 64 roundings and
+    # one per 8 blocks is more than all of them.
+    return exact, _bound(exact, size, 64 + x.shape[1] / 256)
+
+
+def w4_gemm(
+    x: NDArray[np.float16],
+    planes: Sequence[NDArray[np.int8]],
+    scales: NDArray[np.float16],
+    bias: NDArray[np.float16] | None,
+) -> tuple[Floats, Floats]:
+    """As `w4_gemv`, with the bound of the tensor cores.
+
+    Args:
+        x: see `w4_gemv`, as all others.
+        planes: see there.
+        scales: see there.
+        bias: see there.
+    """
+    exact, size = _product(x, planes, scales, bias, 0.0)
+    # FP16 times an integer of 8 bits is exact in FP32. A block of 32 is two tensor operations, each
+    # of which adds 16 products to its sum: 34 additions, which may cut bits off instead of rounding
+    # them, 2 ** -23 each. Then the scale, the running sum of all blocks, and the bias.
+    return exact, _bound(exact, size, 2 * 34 + 2 + x.shape[1] / 32)
+
+
+def _product(
+    x: NDArray[np.float16],
+    planes: Sequence[NDArray[np.int8]],
+    scales: NDArray[np.float16],
+    bias: NDArray[np.float16] | None,
+    excess: float,
+) -> tuple[Floats, Floats]:
+    """The product, and the sum of the sizes of all that is added, each weight `excess` larger."""
+    weights = sum(plane.astype(np.float64) * 16**n for n, plane in enumerate(planes))
+    wide = np.repeat(scales.astype(np.float64), x.shape[1] // len(scales), axis=0)
+    exact = x.astype(np.float64) @ (weights * wide)
+    size = np.abs(x.astype(np.float64)) @ ((np.abs(weights) + excess) * np.abs(wide))
     if bias is not None:
         exact = exact + bias.astype(np.float64)
         size = size + np.abs(bias.astype(np.float64))
-    # A thread adds at most 8 products per block, then blocks, warps and planes: 64 roundings and
-    # one per 8 blocks is more than all of them.
-    return exact, size * 2.0**-24 * (64 + depth / 256) + np.abs(exact) * 2.0**-11 + 2.0**-24
+    return exact, size
+
+
+def _bound(exact: Floats, size: Floats, roundings: float) -> Floats:
+    return size * 2.0**-24 * roundings + np.abs(exact) * 2.0**-11 + 2.0**-24
 
 
 def attend(

@@ -35,12 +35,14 @@ class Variant:
     Attributes:
         name: of the variant.
         source: module under `sources`.
-        function: in it, and the cubin's entry point.
+        function: in it, and the cubin's entry point; of a portable kernel that is the name.
         parameters: names and types in order: inputs, numbers, outputs.
         constants: compile-time constants.
         warps: threads of a program, by 32.
         stages: how deep loads of a loop are put ahead through shared memory; 1 is not at all.
         aligned: numbers that are multiples of 16, which wide loads need. Pointers always are.
+        portable: whether TensorRT takes the kernel into engines, as PTX. The PTX is then for 8.0,
+            and the cubins are assembled from it: what is proven of them is what an engine runs.
     """
 
     name: str
@@ -51,11 +53,17 @@ class Variant:
     warps: int
     stages: int = 1
     aligned: frozenset[str] = field(default_factory=frozenset)
+    portable: bool = False
 
 
 def gemv_name(rows: int, planes: int) -> str:
     """Variant for this many rows (up to 8) and planes of weights (1 or 2)."""
     return f"w4_gemv_rows{_power(rows, 1)}_planes{planes}"
+
+
+def gemm_name(planes: int) -> str:
+    """Variant for many rows and planes of weights (1 or 2)."""
+    return f"w4_gemm_planes{planes}"
 
 
 def attend_name(rows: int, width: int) -> str:
@@ -67,6 +75,20 @@ def _power(number: int, least: int) -> int:
     return max(1 << (number - 1).bit_length(), least)
 
 
+_PRODUCT: dict[str, Type] = {
+    "x_ptr": "*fp16",
+    "weights_ptr": "*i32",
+    "scales_ptr": "*fp16",
+    "bias_ptr": "*fp16",
+    "rows": "i32",
+    "columns": "i32",
+    "depth": "i32",
+    "group_shift": "i32",
+    "has_bias": "i32",
+    "y_ptr": "*fp16",
+}
+
+
 def _gemv(rows: int, planes: int) -> Variant:
     # Eight rows in one loop of all eight nibbles would spill: inputs are loaded too far ahead.
     warps, unroll = {1: (8, 8), 2: (8, 8), 4: (4, 2), 8: (4, 2 if planes == 1 else 1)}[rows]
@@ -74,21 +96,25 @@ def _gemv(rows: int, planes: int) -> Variant:
         gemv_name(rows, planes),
         "gemv",
         "w4_gemv",
-        {
-            "x_ptr": "*fp16",
-            "weights_ptr": "*i32",
-            "scales_ptr": "*fp16",
-            "bias_ptr": "*fp16",
-            "rows": "i32",
-            "columns": "i32",
-            "depth": "i32",
-            "group_shift": "i32",
-            "has_bias": "i32",
-            "y_ptr": "*fp16",
-        },
+        _PRODUCT,
         {"ROWS": rows, "PLANES": planes, "PARTS": 2, "SLICES": warps, "UNROLL": unroll},
         warps,
         aligned=frozenset({"depth"}),
+        portable=True,
+    )
+
+
+def _gemm(planes: int) -> Variant:
+    return Variant(
+        gemm_name(planes),
+        "gemm",
+        "w4_gemm",
+        _PRODUCT,
+        {"ROWS": 128, "COLUMNS": 64, "PLANES": planes},
+        4,
+        stages=4,
+        aligned=frozenset({"depth"}),
+        portable=True,
     )
 
 
@@ -144,6 +170,7 @@ def _combine(width: int) -> Variant:
 
 VARIANTS: tuple[Variant, ...] = (
     *(_gemv(rows, planes) for rows in (1, 2, 4, 8) for planes in (1, 2)),
+    *(_gemm(planes) for planes in (1, 2)),
     *(_attend(rows, width) for rows in (16, 64) for width in HEAD_WIDTHS),
     *(_combine(width) for width in HEAD_WIDTHS),
     Variant(

@@ -1,4 +1,4 @@
-"""``w4_gemv``: up to eight rows of FP16 times weights of 4 bits, or of 8 bits as two planes of 4.
+"""``w4_gemv``: few rows of FP16 times weights of 4 bits, or of 8 bits as two planes of 4.
 
 Triton: imported where kernels are compiled or interpreted, never where they run.
 """
@@ -27,16 +27,16 @@ def w4_gemv(
 ):
     """``y = x @ dequantized + bias``, sums in FP32, rounded once.
 
-    A program owns ``32 * PARTS`` columns. Its warps share the depth among them: warp ``i`` takes
-    the blocks of 32 weights ``i``, ``i + SLICES``, ...; the sums of the warps are added at the end,
-    in a fixed order. A thread reads the 32 weights of one column and block as 16 bytes.
+    A program owns ``32 * PARTS`` columns of `ROWS` rows. Its warps share the depth among them: warp
+    ``i`` takes the blocks of 32 weights ``i``, ``i + SLICES``, ...; the sums of the warps are added
+    at the end, in a fixed order. A thread reads the 32 weights of one column and block as 16 bytes.
 
     Args:
         x_ptr: [rows, depth] FP16.
         weights_ptr: [depth / 32, PLANES, columns, 4] 32-bit words of `layout.pack_weights`.
         scales_ptr: [depth / (32 << group_shift), columns] FP16; of the low plane if there are two.
         bias_ptr: [columns] FP16, read if `has_bias`.
-        rows: 1 to `ROWS`.
+        rows: any number.
         columns: any number.
         depth: a multiple of the group.
         group_shift: 0, 1, 2 for groups of 32, 64, 128.
@@ -56,6 +56,8 @@ def w4_gemv(
     column = tl.program_id(0) * (PARTS * 32) + part * 32 + lane
     inside = column < columns
     blocks = depth // 32
+    first_row = tl.program_id(1) * ROWS
+    x_at = x_ptr + first_row.to(tl.int64) * depth
     # Zero from a value that the compiler does not know keeps the exponent in a register: with two
     # constants, "and" and "or" would be two instructions.
     exponent = 0x41800000 + (rows >> 31)
@@ -71,8 +73,8 @@ def w4_gemv(
         totals = ()
         for row in tl.static_range(ROWS):
             # A row that is not there has no blocks.
-            here = block < tl.where(row < rows, blocks, 0)
-            inputs = tl.load(x_ptr + row * depth + block * 32 + lane, mask=here, other=0.0)
+            here = block < tl.where(first_row + row < rows, blocks, 0)
+            inputs = tl.load(x_at + row * depth + block * 32 + lane, mask=here, other=0.0)
             # Every nibble will be 24 too large.
             excess = 24.0 * (17 if PLANES == 2 else 1) * tl.sum(inputs.to(tl.float32), 2)
             totals += (tl.zeros((PARTS, SLICES, 32), tl.float32) - excess[:, :, None],)
@@ -92,8 +94,8 @@ def w4_gemv(
                 k = block[:, :, :, None] * 32 + place * 4 + word
                 new_dots = ()
                 for row in tl.static_range(ROWS):
-                    wanted = block < tl.where(row < rows, blocks, 0)
-                    x = tl.load(x_ptr + row * depth + k, mask=wanted[:, :, :, None], other=0.0)
+                    wanted = block < tl.where(first_row + row < rows, blocks, 0)
+                    x = tl.load(x_at + row * depth + k, mask=wanted[:, :, :, None], other=0.0)
                     new_dots += (dots[row] + value * x.to(tl.float32),)
                 dots = new_dots
             new_totals = ()
@@ -108,5 +110,5 @@ def w4_gemv(
     bias = tl.load(bias_ptr + column, mask=column < biased, other=0.0).to(tl.float32)
     for row in tl.static_range(ROWS):
         y = tl.sum(sums[row], 1)[:, None, :] + bias
-        at = y_ptr + row * columns + column
-        tl.store(at, y.to(tl.float16), mask=column < tl.where(row < rows, columns, 0))
+        at = y_ptr + (first_row + row).to(tl.int64) * columns + column
+        tl.store(at, y.to(tl.float16), mask=column < tl.where(first_row + row < rows, columns, 0))

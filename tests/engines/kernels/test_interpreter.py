@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -53,13 +54,14 @@ def halves(draw: st.DrawFn, shape: tuple[int, ...], largest: float = 100.0) -> A
     return values.clip(-largest, largest).astype(np.float16)
 
 
+TACTICS = [tactic for planes in (1, 2) for tactic in launch.w4_tactics(planes)]
+
+
 @st.composite
-def products(draw: st.DrawFn) -> tuple[Any, ...]:
+def products(draw: st.DrawFn, planes: int, rows: st.SearchStrategy[int]) -> tuple[Any, ...]:
     group = draw(st.sampled_from(launch.GROUPS))
     depth = group * draw(st.integers(1, 640 // group))
     columns = draw(st.sampled_from([1, 2, 31, 32, 63, 64, 65, 96, 130]))
-    rows = draw(st.integers(1, 8))
-    planes = draw(st.integers(1, 2))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     weights = [random.integers(-8, 8, (depth, columns)).astype(np.int8) for _ in range(planes)]
     extreme = draw(st.sampled_from([None, -8, 7, 0]))
@@ -68,39 +70,68 @@ def products(draw: st.DrawFn) -> tuple[Any, ...]:
     scales = (random.uniform(0.2, 2.0, (depth // group, columns)) * 0.01).astype(np.float16)
     scales[0, 0] = np.float16(6e-8)  # the smallest that is not zero
     bias = draw(st.none() | halves((columns,)))
-    return draw(halves((rows, depth))), weights, scales, bias, group
+    return draw(halves((draw(rows), depth))), weights, scales, bias, group
 
 
-@settings(max_examples=EXAMPLES)
-@given(products())
-def test_a_product_is_that_of_numpy(case: tuple[Any, ...]):
-    x, planes, scales, bias, group = case
-    (rows, depth), columns = x.shape, planes[0].shape[1]
-    job = launch.w4_gemv(
-        rows, columns, depth, group=group, planes=len(planes), bias=bias is not None
-    )
+def check_product(job: launch.Job, case: tuple[Any, ...]) -> None:
+    """Run it: the numbers, and what it reads and writes."""
+    x, planes, scales, bias, _ = case
     inputs = {"x": x, "weights": pack_weights(planes), "scales": scales}
     if bias is not None:
         inputs["bias"] = bias
     buffers, trace = execute(job, **inputs)
-    exact, bound = reference.w4_gemv(x, planes, scales, bias)
+    (only,) = job.launches
+    exact, bound = getattr(reference, only.variant.function)(x, planes, scales, bias)
     assert (np.abs(buffers["y"].array - exact) <= bound).all()
-    assert (trace.reads(buffers["weights"]) == 1).all()
+    # Each weight once for the rows of a program.
+    assert (trace.reads(buffers["weights"]) == only.grid[1]).all()
     assert (trace.writes(buffers["y"]) == 1).all()
     if bias is None:
         assert (trace.reads(buffers["bias"]) == 0).all()
 
 
-def test_one_weight_is_seen_by_one_output():
+def sizes(case: tuple[Any, ...]) -> dict[str, Any]:
+    x, planes, _, bias, group = case
+    names = ("rows", "depth", "columns", "group", "bias")
+    values = (*x.shape, planes[0].shape[1], group, bias is not None)
+    return dict(zip(names, values, strict=True))
+
+
+@settings(max_examples=EXAMPLES)
+@given(st.data(), st.integers(1, 2))
+def test_a_product_is_that_of_numpy(data: st.DataObject, planes: int):
+    case = data.draw(products(planes, st.integers(1, 8)))
+    check_product(launch.w4_gemv(planes=planes, **sizes(case)), case)
+
+
+@pytest.mark.parametrize("tactic", TACTICS, ids=lambda tactic: tactic.variant.name)
+@settings(max_examples=3)
+@given(st.data())
+def test_each_of_tensorrts_tactics_takes_any_number_of_rows(
+    tactic: launch.Tactic, data: st.DataObject
+):
+    tiles, rest = data.draw(st.integers(0, 3)), data.draw(st.integers(1, tactic.rows))
+    planes = int(tactic.variant.constants["PLANES"])
+    case = data.draw(products(planes, st.just(tiles * tactic.rows + rest)))
+    job = launch.product(tactic, **sizes(case))
+    assert job.launches[0].grid[1] == tiles + 1
+    check_product(job, case)
+
+
+@pytest.mark.parametrize("tactic", TACTICS, ids=lambda tactic: tactic.variant.name)
+def test_one_weight_is_seen_by_one_output(tactic: launch.Tactic):
     """Every place of the layout, on its own: a wrong place cannot hide in a sum."""
     depth, columns = 64, 33
-    plane = (np.arange(depth * columns).reshape(depth, columns) * 7 % 16 - 8).astype(np.int8)
+    planes = [
+        (np.arange(depth * columns).reshape(depth, columns) * step % 16 - 8).astype(np.int8)
+        for step in (7, 5)[: int(tactic.variant.constants["PLANES"])]
+    ]
     scales = np.ones((2, columns), np.float16)
-    for k in range(0, depth, 8):
-        x = np.eye(depth, dtype=np.float16)[k : k + 8]
-        job = launch.w4_gemv(8, columns, depth, group=32)
-        buffers, _ = execute(job, x=x, weights=pack_weights([plane]), scales=scales)
-        assert (buffers["y"].array == plane[k : k + 8]).all()
+    x = np.eye(depth, dtype=np.float16)
+    job = launch.product(tactic, depth, columns, depth, group=32)
+    buffers, _ = execute(job, x=x, weights=pack_weights(planes), scales=scales)
+    weights = sum(plane.astype(int) * 16**n for n, plane in enumerate(planes))
+    assert (buffers["y"].array == weights).all()
 
 
 @st.composite
@@ -188,6 +219,7 @@ def test_every_variant_was_run():
     """Shapes that the tests above draw lead to each kernel that is compiled."""
     jobs = [
         *(launch.w4_gemv(r, 1, 32, group=32, planes=p) for r in range(1, 9) for p in (1, 2)),
+        *(launch.w4_gemm(9, 1, 32, group=32, planes=p) for p in (1, 2)),
         *(launch.decode_attention(1, 1, h, 1, w, 64) for h in (1, 17) for w in (64, 128)),
         launch.top_k_logsumexp(1, 1),
     ]
