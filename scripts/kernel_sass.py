@@ -18,6 +18,9 @@ from engines.kernels.variants import BY_NAME
 # multiprocessors of 4 x 32 lanes at 1.3 GHz; LPDDR5 of 204.8 GB/s.
 LANES_PER_S = 16 * 128 * 1.3e9
 BYTES_PER_S = 204.8e9
+# And 42.5e12 dense FP16 operations by 64 tensor cores: 512 per cycle of each. The instruction
+# HMMA.16816 is 2 * 16 * 8 * 16 of them, and its scheduler issues one instruction per cycle.
+HMMA_CYCLES = 8
 # CUDA C++ Programming Guide, technical specifications per compute capability, 8.7.
 _REGISTERS, _WARPS, _PROGRAMS, _SHARED = 65_536, 48, 16, 164 * 1024
 _REGISTER_UNIT = 256  # registers are given to a warp in units of this many
@@ -85,6 +88,15 @@ def budget(planes: int, group: int = 32) -> float:
     return LANES_PER_S / (BYTES_PER_S / bytes_per_weight)
 
 
+def issues_per_hmma(sass: Sass) -> float:
+    """Instructions of the loop of `w4_gemm` for one of the tensor cores, itself included.
+
+    More than `HMMA_CYCLES`, and the tensor cores wait.
+    """
+    first, last = sass.loops[-1]
+    return (last - first + 1) / sass.count("HMMA.16816", first, last)
+
+
 def resident_warps(record: Mapping[str, Any]) -> int:
     """Warps of a kernel that one multiprocessor of the Orin holds at once, of 48."""
     warps = record["threads"] // 32
@@ -106,8 +118,10 @@ def find_problems(manifest: Mapping[str, Any], found: Mapping[str, Sass]) -> Ite
             yield f"sm_87 {name}: {record['spilled_bytes']} bytes are spilled"
         if name.startswith("w4_gemv"):
             yield from _gemv_problems(name, sass)
-        if name.startswith(("attend_split", "w4_gemm")) and not sass.count("HMMA"):
+        if name.startswith("attend_split") and not sass.count("HMMA"):
             yield f"sm_87 {name}: no tensor core is used"
+        if name.startswith("w4_gemm"):
+            yield from _gemm_problems(name, sass)
         if name.startswith("attend_split") and not _wide_copies(sass):
             yield f"sm_87 {name}: the cache is not read by 128 bits"
         if resident_warps(record) < LEAST_WARPS and record["threads"] >= 128:
@@ -135,6 +149,18 @@ def _gemv_problems(name: str, sass: Sass) -> Iterator[str]:
         )
 
 
+def _gemm_problems(name: str, sass: Sass) -> Iterator[str]:
+    # Each HMMA is 16 x 8 outputs of 16 weights: so many for a block of 32.
+    constants, (first, last) = BY_NAME[name].constants, sass.loops[-1]
+    tile = int(constants["ROWS"]) * int(constants["COLUMNS"]) * 32 // (16 * 8 * 16)
+    wanted = tile // BY_NAME[name].warps
+    found = sass.count("HMMA.16816", first, last)
+    if found != wanted or found != sass.count("HMMA"):
+        yield f"sm_87 {name}: {found} tensor instructions in the loop and not {wanted}, all of them"
+    if not any(each.startswith("LDGSTS") and ".128" in each for each, _ in sass.instructions):
+        yield f"sm_87 {name}: the inputs are not copied by 128 bits"
+
+
 def _wide_copies(sass: Sass) -> bool:
     copies = Counter(name for name, _ in sass.instructions if name.startswith("LDGSTS"))
     return bool(copies) and all(".128" in name for name in copies)
@@ -142,7 +168,7 @@ def _wide_copies(sass: Sass) -> bool:
 
 def render(records: Mapping[str, Any], found: Mapping[str, Sass]) -> str:
     """A table for people: what the Orin's machine code is like."""
-    lines = [f"{'sm_87':<29}registers  spilled  shared  warps/48  code  per weight  budget"]
+    lines = [f"{'sm_87':<29}registers  spilled  shared  warps/48  code  per weight or HMMA  budget"]
     for name, record in records.items():
         line = (
             f"{name:<30}{record['registers']:>8}{record['spilled_bytes']:>9}"
@@ -151,6 +177,8 @@ def render(records: Mapping[str, Any], found: Mapping[str, Sass]) -> str:
         )
         if name.startswith("w4_gemv"):
             planes = int(BY_NAME[name].constants["PLANES"])
-            line += f"{lanes_per_weight(name, found[name]):>12.1f}{budget(planes):>8.1f}"
+            line += f"{lanes_per_weight(name, found[name]):>20.1f}{budget(planes):>8.1f}"
+        if name.startswith("w4_gemm"):
+            line += f"{issues_per_hmma(found[name]):>20.1f}{HMMA_CYCLES:>8.1f}"
         lines.append(line)
     return "\n".join(lines)
