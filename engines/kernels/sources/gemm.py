@@ -52,36 +52,49 @@ def w4_gemm(
     column = (program // tl.num_programs(1)) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, 32)
     word = tl.arange(0, 4)
-    shift = tl.arange(0, 8) * 4
+    half = (tl.arange(0, 2) * 4)[None, :, None]
+    byte = (tl.arange(0, 4) * 8)[None, :, None, None]
     there = row < rows
     inside = column < columns
     wide_row = row.to(tl.int64)
     x_at = x_ptr + wide_row[:, None] * depth + k[None, :]
+    # As the lower bits of the mantissa of 1024.0 an integer is FP16 without a conversion. Zero from
+    # a value that the compiler does not know keeps "and" and "or" one instruction, as in `gemv`.
+    zero = rows >> 31
+    mask = (15 if PLANES == 1 else 255) + zero
+    exponent = 0x6400 + zero
+    excess: tl.constexpr = 1032.0 if PLANES == 1 else 1160.0
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     blocks = depth // 32
-    next_scale = tl.load(scales_ptr + column, mask=inside, other=0.0)
+    # Triton puts the loads of x and weights ahead, and not those of scales. A column that is not
+    # there reads the last one's; the last block reads its own twice.
+    scale_at = scales_ptr + tl.minimum(column, columns - 1)
+    next_scale = tl.load(scale_at)
     for block in range(blocks):
         x = tl.load(x_at + block * 32, mask=there[:, None], other=0.0)
-        # Triton puts the loads of x and weights ahead, and not these. The last is one too many.
         scale = next_scale
         group = tl.minimum(block + 1, blocks - 1) >> group_shift
-        next_scale = tl.load(scales_ptr + group * columns + column, mask=inside, other=0.0)
-        line = block * PLANES * columns.to(tl.int64) + column  # may pass 2 GiB of addresses
+        next_scale = tl.load(scale_at + group * columns)
+        # In 64 bits: an lm_head of 8 bits passes 2 GiB of addresses sooner than it seems.
+        line = block * PLANES * columns.to(tl.int64) + column
         words = tl.load(
             weights_ptr + line[:, None] * 4 + word[None, :], mask=inside[:, None], other=0
         )
-        nibbles = (words[:, None, :] >> shift[None, :, None]) & 15
+        # The lower halves of bytes, [COLUMNS, half, word]; of two planes, whole bytes.
+        packed = words[:, None, :] >> half
         if PLANES == 2:
-            words = tl.load(
+            upper = tl.load(
                 weights_ptr + (line + columns)[:, None] * 4 + word[None, :],
                 mask=inside[:, None],
                 other=0,
             )
-            nibbles |= ((words[:, None, :] >> shift[None, :, None]) & 15) << 4
-        # As the lower bits of the mantissa of 1024.0 they are FP16 without a conversion.
-        excess: tl.constexpr = 1032.0 if PLANES == 1 else 1160.0
-        values = (nibbles | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - excess
-        # Place ``j`` of word ``q`` is weight ``4 * j + q``.
+            packed = (packed & 0x0F0F0F0F) | ((upper[:, None, :] << (4 - half)) & -0x0F0F0F10)
+        # Weight ``8 * byte + 4 * half + word``: the words apart, so that two neighbours come to lie
+        # in one register. So they are unpacked where they are multiplied, and not staged.
+        even, odd = tl.split(tl.reshape(packed, (COLUMNS, 2, 2, 2)))
+        even = ((even[:, None, :, :] >> byte) & mask) | exponent
+        odd = ((odd[:, None, :, :] >> byte) & mask) | exponent
+        values = tl.join(even, odd).to(tl.int16).to(tl.float16, bitcast=True) - excess
         values = tl.trans(tl.reshape(values, (COLUMNS, 32)))
         sums += tl.dot(x, values) * scale.to(tl.float32)[None, :]
     biased = tl.where(has_bias != 0, columns, 0)
