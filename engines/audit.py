@@ -8,6 +8,7 @@ place, weights that were unpacked.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge.bundle import io_spec
@@ -16,13 +17,14 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.schemes import engine_dtype
 
 from .config import BuildShapes
+from .kernels.variants import BLOCK
 from .network import AttentionView, NetworkView, TensorView
 
 # What a plan holds beside the weights for each profile (kernels and code), measured with TensorRT
 # for RTX 1.7: 3 MB for 2 layers, 18 MB for 28 and 30; with three profiles 31 MB for 30.
 _PLAN_FIXED_BYTES = 8 << 20
 _PLAN_LAYER_BYTES = 1 << 20
-_BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32}
+_BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32, "int32": 32}
 _FLOAT_PRODUCT, _HIGH_PRODUCT = ".float_product", ".high_product"
 _OFFSET_PRODUCT = ".offset_product"
 _PASSED_THROUGH = ("shuffle", "cast", "identity")
@@ -46,21 +48,38 @@ class Audit:
 
 
 def audit_network(
-    network: NetworkView, manifest: Manifest, shapes: BuildShapes, kv_read: KvRead = "slice"
+    network: NetworkView,
+    manifest: Manifest,
+    shapes: BuildShapes,
+    kv_read: KvRead = "slice",
+    own_linears: Sequence[str] = (),
 ) -> Audit:
-    """Compare a network with the manifest and the contract of `edge.bundle.io_spec`."""
+    """Compare a network with the manifest and the contract of `edge.bundle.io_spec`.
+
+    Args:
+        network: as parsed.
+        manifest: the bundle's.
+        shapes: what was asked for.
+        kv_read: how attention reads the cache.
+        own_linears: linear layers that are to be plugins (`engines.own_kernels`).
+    """
     stored = _stored_weights(network)
+    own = _plugin_weights(network)
     problems = [
         *_check_interface(network, manifest, shapes, kv_read),
         *_check_attentions(network, manifest, kv_read),
         *_check_cache(network, manifest),
-        *_check_weights(stored, manifest),
+        *_check_weights(stored, manifest, own_linears),
+        *_check_own(own, manifest, own_linears),
     ]
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for tensor in stored.values():
         counts[tensor.dtype] += 1
         sizes[tensor.dtype] += tensor.volume * _BITS.get(tensor.dtype, 8) // 8
+    for tensor in own.values():  # words of INT4 weights [blocks, planes, columns, 4]
+        counts["int4"] += tensor.shape[1]
+        sizes["int4"] += tensor.volume * _BITS["int32"] // 8
     layers = Counter(
         (layer.kind, layer.outputs[0].dtype) for layer in network.layers if layer.outputs
     )
@@ -72,12 +91,20 @@ def audit_network(
     )
 
 
-def check_plan_bytes(plan_bytes: int, manifest: Manifest, num_profiles: int) -> list[str]:
+def check_plan_bytes(
+    plan_bytes: int, manifest: Manifest, num_profiles: int, kernels_bytes: int = 0
+) -> list[str]:
     """Check that a plan has about the bytes of its packed weights; unpacked they take 2 to 4 times.
 
     A plan may hold float and W8A8 weights once per profile, in other layouts, and all weights once
     more for a third profile; that is no unpacking (measured with TensorRT for RTX 1.7: W8A8 once
     with one profile, twice with two; INT8 in planes 188 MB with two, 351 MB with three).
+
+    Args:
+        plan_bytes: of the plan.
+        manifest: the bundle's.
+        num_profiles: optimization profiles of the engine.
+        kernels_bytes: that own kernels may add for each profile.
 
     Returns:
         The problems, one sentence each.
@@ -86,7 +113,7 @@ def check_plan_bytes(plan_bytes: int, manifest: Manifest, num_profiles: int) -> 
     linears = manifest.quantization.linears.values()
     again = sum(each.num_bytes for each in linears if each.scheme.kind in ("float", "w8a8"))
     again += (num_profiles - 2) * sum(each.num_bytes for each in linears)
-    kernels = _PLAN_FIXED_BYTES + _PLAN_LAYER_BYTES * manifest.model.num_layers
+    kernels = _PLAN_FIXED_BYTES + _PLAN_LAYER_BYTES * manifest.model.num_layers + kernels_bytes
     allowed = expected + again + num_profiles * kernels
     if plan_bytes > allowed:
         return [
@@ -209,8 +236,28 @@ def _stored_weights(network: NetworkView) -> dict[str, TensorView]:
         weight = _constant_behind(network, layer.inputs[1])
         if weight is not None:
             # Products of float channels and of high planes keep their suffixes.
-            name = layer.outputs[0].name.removesuffix(".product").removesuffix(".out")
-            found["lm_head" if name == io_spec.LOGITS else name] = weight
+            found[_linear_of(layer.outputs[0].name)] = weight
+    return found
+
+
+def _linear_of(output: str) -> str:
+    name = output.removesuffix(".product").removesuffix(".out")
+    return "lm_head" if name == io_spec.LOGITS else name
+
+
+def _plugin_weights(network: NetworkView) -> dict[str, TensorView]:
+    """The packed constants of the plugins that reach an output, by their linear layer's name."""
+    found = {}
+    for layer in network.layers:
+        if layer.kind != "plugin_v3" or not layer.outputs:
+            continue
+        if layer.outputs[0].name not in network.live:
+            continue
+        weight = _constant_behind(network, layer.inputs[1])
+        if weight is not None:
+            # Its output is that of the last node that it replaced: a product or a sum.
+            name = layer.outputs[0].name.removesuffix(f"{_HIGH_PRODUCT}.added")
+            found[_linear_of(name)] = weight
     return found
 
 
@@ -227,9 +274,39 @@ def _constant_behind(network: NetworkView, tensor: TensorView | None) -> TensorV
     return None
 
 
-def _check_weights(stored: dict[str, TensorView], manifest: Manifest) -> list[str]:
+def _check_own(
+    found: dict[str, TensorView], manifest: Manifest, own_linears: Sequence[str]
+) -> list[str]:
+    problems = [f"{name}: a plugin that nobody asked for" for name in found.keys() - own_linears]
+    for name in own_linears:
+        linear = manifest.quantization.linears[name]
+        planes = 2 if linear.scheme.planes else 1
+        wanted = (linear.shape[0] // BLOCK, planes, linear.shape[1], BLOCK * 4 // 32)
+        weight = found.get(name)
+        if weight is None:
+            problems.append(f"{name}: no plugin with stored weights")
+        elif (weight.dtype, weight.shape) != ("int32", wanted):
+            problems.append(
+                f"{name}: the plugin's weights are {weight.dtype} {list(weight.shape)}, not int32 "
+                f"{list(wanted)}"
+            )
+    return problems
+
+
+def _check_weights(
+    stored: dict[str, TensorView], manifest: Manifest, own_linears: Sequence[str]
+) -> list[str]:
     problems = []
     for name, linear in manifest.quantization.linears.items():
+        problems += _check_offsets(stored.get(f"{name}{_OFFSET_PRODUCT}"), name, manifest)
+        problems += _check_float_channels(stored.get(f"{name}{_FLOAT_PRODUCT}"), name, manifest)
+        if name in own_linears:
+            problems += [
+                f"{product}: a matrix product of what a plugin computes"
+                for product in (name, f"{name}{_HIGH_PRODUCT}")
+                if product in stored
+            ]
+            continue
         dtype = engine_dtype(linear.scheme, manifest.dtype)
         for product in (name, f"{name}{_HIGH_PRODUCT}") if linear.scheme.planes else (name,):
             found = stored.get(product)
@@ -246,8 +323,6 @@ def _check_weights(stored: dict[str, TensorView], manifest: Manifest) -> list[st
                 )
         if not linear.scheme.planes and f"{name}{_HIGH_PRODUCT}" in stored:
             problems.append(f"{name}: its weights are in two planes, the bundle says {dtype}")
-        problems += _check_offsets(stored.get(f"{name}{_OFFSET_PRODUCT}"), name, manifest)
-        problems += _check_float_channels(stored.get(f"{name}{_FLOAT_PRODUCT}"), name, manifest)
     return problems
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from edge.bundle.engine_file import Attention, KvRead, Scales
+from edge.bundle.engine_file import Attention, Kernels, KvRead, Scales
 from edge.bundle.manifest import Manifest
 
 from .config import KV_READS, BuildConfig, BuildShapes, resolve
@@ -34,6 +34,11 @@ class BuildPlan:
     def kv_read(self) -> KvRead:
         """How attention reads the cache; of ``auto`` the first that is tried."""
         return KV_READS[0] if self.config.kv_read == "auto" else self.config.kv_read
+
+    @property
+    def kernels(self) -> Kernels:
+        """Whose kernels compute products of few bits; of ``auto`` the first that is tried."""
+        return "own" if self.config.kernels == "own" else "tensorrt"
 
     @property
     def attention(self) -> Attention | None:
@@ -65,6 +70,7 @@ class BuildPlan:
             "workspace": config.workspace_bytes,
             "opt_level": config.opt_level,
             **({"best_logits": shapes.best_logits} if shapes.best_logits else {}),
+            **({"kernels": config.kernels} if config.kernels != "tensorrt" else {}),
         }
 
 

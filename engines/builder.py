@@ -7,7 +7,8 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from edge._version import __version__
 from edge.bundle.engine_file import ENGINE_SCHEMA_VERSION, EngineInfo, ProfileInfo, ShapeInfo
 from edge.bundle.engine_layers import LayerTable, parse_inspector
-from edge.bundle.manifest import verify_files
+from edge.bundle.manifest import ENGINES_DIR, verify_files
 from edge.bundle.trust import open_manifest
 from edge.device import telemetry
 from edge.device.gpu import Gpu, find_gpu
@@ -31,6 +32,7 @@ from .config import BuildConfig
 from .graph import graph_files, graph_of, write_graph
 from .ladder import Climbed, climb, describe, make_rungs, scales_to_try
 from .memory import check_memory
+from .own_kernels import OwnGraph, use_own_kernels
 from .profiles import Profile
 from .progress import STEP
 from .rules.bundle import refuse_illegal
@@ -43,7 +45,7 @@ _logger = logging.getLogger(__name__)
 
 Via = Literal["api", "trtexec"]
 CompileVariant = Callable[..., "tuple[Compiled, Climbed]"]
-_SCRATCH = ".trtexec-"
+_SCRATCH, _OWN_SCRATCH = ".trtexec-", ".kernels-"
 _LAYERS = "layers.json"
 
 
@@ -136,6 +138,13 @@ def build_engine(
     compat.check_support(
         target.rt.flavour, target.rt.version, build.manifest.dialect, build.kv_read
     )
+    if build.kernels == "own":
+        if via == "trtexec":
+            raise ConfigError(
+                "--kernels own needs the Python API, which trtexec does not go through; build with "
+                "it, or leave the option out"
+            )
+        compat.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
     key = engine_key({**_key_parts(build, target), "via": via})
     store = EngineStore(config.bundle, engine_name(build, target))
     with store.locked(waiting):
@@ -260,6 +269,9 @@ def make_recorder(
             tuned=climbed.tuned,
             scales=build.scales,
             best_logits=shapes.best_logits,
+            kernels=build.kernels,
+            own_linears=compiled.own_linears,
+            left_linears=compiled.left_linears,
             compiled_unknown="the build was ended before it read them",
         )
 
@@ -277,6 +289,8 @@ class Compiled:
         scratch_bytes: scratch memory of each profile by name; empty if TensorRT did not say.
         build_s: seconds of parsing and compiling.
         peak_memory_bytes: the most resident memory; None if it was not measured.
+        own_linears: linear layers that own kernels compute.
+        left_linears: with own kernels, the others, and why.
     """
 
     plan: Any
@@ -288,6 +302,8 @@ class Compiled:
     peak_memory_bytes: int | None
     scratch_bytes: dict[str, int] = field(default_factory=dict)
     exported_layers: str | None = None
+    own_linears: tuple[str, ...] = ()
+    left_linears: dict[str, str] = field(default_factory=dict)
 
 
 def compile_ladder(
@@ -339,14 +355,19 @@ def compile_bundle(
 
     Raises:
         IntegrityError: a file of the bundle is damaged.
-        BuildError: this TensorRT does not take the graph (`rules`), refused it, or failed.
+        DependencyError: own kernels are asked for, which this TensorRT does not take.
+        BuildError: this TensorRT does not take the graph (`rules`), refused it, or failed; or own
+            kernels compute nothing in it.
     """
     config, manifest = build.config, build.manifest
     with uncounted(progress, "hash"):
         verify_files(config.bundle, manifest, graph_files(manifest))
-    path = config.bundle.resolve() / manifest.graphs.decoder
     graph = graph_of(build)
     lines = _refuse_illegal(build, target, graph)
+    kernels_bytes = 0
+    if build.kernels == "own":
+        compat.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
+        kernels_bytes = compat.register_own_kernels(target.rt)
 
     def log(severity: str, message: str) -> None:
         lines.append(f"{severity}: {message}")
@@ -355,22 +376,28 @@ def compile_bundle(
     reset_rss_peak()
     started = time.perf_counter()
     try:
-        compiler = Compiler(target.rt, log)
-        with uncounted(progress, "parse"):
-            network = compiler.parse(graph, path, build.kv_read, build.attention)
-        audit = audit_network(network, manifest, build.shapes, build.kv_read)
-        progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
-        plan, written = compiler.build(
-            build.profiles,
-            workspace_bytes=config.workspace_bytes,
-            opt_level=config.opt_level,
-            timings=timings,
-            compute_capability=target.compute_capability,
-            progress=progress,
-        )
+        with _parsed_graph(build, graph) as found:
+            for name, reason in found.left.items():
+                log("info", f"own kernels leave {name} to TensorRT: {reason}")
+            compiler = Compiler(target.rt, log)
+            with uncounted(progress, "parse"):
+                network = compiler.parse(found.data, found.path, build.kv_read, build.attention)
+            audit = audit_network(network, manifest, build.shapes, build.kv_read, found.linears)
+            progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
+            plan, written = compiler.build(
+                build.profiles,
+                workspace_bytes=config.workspace_bytes,
+                opt_level=config.opt_level,
+                timings=timings,
+                compute_capability=target.compute_capability,
+                progress=progress,
+            )
     finally:
         keep_log("\n".join(lines) + "\n")
-    size_problems = tuple(check_plan_bytes(plan.nbytes, manifest, len(build.profiles)))
+    kernels_bytes *= len(found.linears)
+    size_problems = tuple(
+        check_plan_bytes(plan.nbytes, manifest, len(build.profiles), kernels_bytes)
+    )
     return Compiled(
         plan,
         plan.nbytes,
@@ -380,7 +407,24 @@ def compile_bundle(
         time.perf_counter() - started,
         read_rss_peak_bytes(),
         scratch_by_profile(lines, build.profiles),
+        own_linears=found.linears,
+        left_linears=found.left,
     )
+
+
+@contextmanager
+def _parsed_graph(build: BuildPlan, graph: bytes) -> Iterator[OwnGraph]:
+    """What is parsed, with the own kernels that were asked for; their weights are there then."""
+    bundle, manifest = build.config.bundle.resolve(), build.manifest
+    if build.kernels == "tensorrt":
+        yield OwnGraph(graph, bundle / manifest.graphs.decoder, (), {})
+        return
+    engines = bundle / ENGINES_DIR
+    engines.mkdir(exist_ok=True)
+    for leftover in engines.glob(f"{_OWN_SCRATCH}*"):
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=_OWN_SCRATCH, dir=engines) as scratch:
+        yield use_own_kernels(graph, manifest, bundle, Path(scratch))
 
 
 def _refuse_illegal(build: BuildPlan, target: Target, graph: bytes) -> list[str]:
@@ -477,6 +521,8 @@ def engine_name(build: BuildPlan, target: Target) -> str:
         parts.append(build.config.kv_read)
     if build.config.attention != "auto":
         parts.append(build.config.attention)
+    if build.config.kernels != "tensorrt":
+        parts.append(f"{build.config.kernels}-kernels")
     if build.shapes.best_logits:
         parts.append(f"best{build.shapes.best_logits}")
     return "-".join(parts)

@@ -160,10 +160,18 @@ def _shape_options(command: Any) -> Any:
     help="TensorRT's Python API, which also audits the network, or NVIDIA's trtexec.",
 )
 @click.option(
+    "--kernels",
+    type=click.Choice(["auto", "own", "tensorrt"]),
+    default="tensorrt",
+    show_default=True,
+    help="Whose kernels compute products with weights of few bits: edge-llm's own, as plugins in "
+    "the engine (from TensorRT 10.13 on), or TensorRT's; auto, with --tune, is the faster of both.",
+)
+@click.option(
     "--tune",
     is_flag=True,
-    help="Build every variant that --kv-read auto and --attention auto leave open, time each on "
-    "this GPU, and keep the fastest that answers as the CPU does.",
+    help="Build every variant that --kv-read auto, --attention auto and --kernels auto leave open, "
+    "time each on this GPU, and keep the fastest that answers as the CPU does.",
 )
 @click.option("--print-trtexec", is_flag=True, help="Only print the trtexec line for this engine.")
 @click.option(
@@ -214,6 +222,9 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
                 "kv_read": info.kv_read,
                 "attention": info.attention,
                 "scales": info.scales,
+                "kernels": info.kernels,
+                "own_linears": list(info.own_linears),
+                "left_linears": dict(info.left_linears),
                 "refused": msgspec.to_builtins(info.refused),
                 "tuned": msgspec.to_builtins(info.tuned),
             }
@@ -224,6 +235,10 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
         return
     peak = f", peak memory {info.peak_memory_bytes / 1e9:.1f} GB" if info.peak_memory_bytes else ""
     click.echo(f"{result.directory}: {info.plan_bytes / 1e6:,.0f} MB in {info.build_s:.0f} s{peak}")
+    if info.kernels == "own":
+        click.echo(f"own kernels: {len(info.own_linears)} layers")
+        for name, reason in info.left_linears.items():
+            click.echo(f"left to TensorRT: {name}: {reason}")
     for refused in info.refused:
         click.echo(f"refused: {describe(refused)}: {refused.reason}")
     for tried in info.tuned:

@@ -4,10 +4,11 @@
 since                    what
 =======================  ============================================================
 10.0                     strongly typed networks, INT4 weights, progress monitor
+10.13                    plugins in Python that are compiled ahead of time: own kernels
 10.14                    attention, and its ``decomposable`` mark
 10.15                    rotary embedding, KV-cache update: dialect ``native``
 11.0                     always strongly typed; attention v2 with lengths per sequence
-TensorRT for RTX         compiles on a CPU for named GPUs; keeps no timing cache
+TensorRT for RTX         compiles on a CPU for named GPUs; keeps no timing cache; no plugins
 =======================  ============================================================
 """
 
@@ -32,6 +33,8 @@ from edge.bundle.manifest import Dialect
 from edge.errors import BuildError, ConfigError, DependencyError
 from edge.progress import Progress
 
+from .kernels import plugin
+from .kernels.package import load_ptx
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .profiles import Profile
 from .progress import PhaseTree
@@ -40,6 +43,8 @@ _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorr
 _MINIMUM: dict[Dialect, tuple[int, int]] = {"native": (10, 15), "portable": (10, 3)}
 _RTX_MINIMUM = (1, 3)
 _LENGTHS_SINCE = (11, 0)
+_PLUGINS_SINCE = (10, 13)
+_OWN_KERNELS_SINCE = (8, 0)  # compute capability: that of the PTX
 _DTYPES = {
     "FLOAT": "fp32",
     "HALF": "fp16",
@@ -162,6 +167,59 @@ def check_support(
         raise DependencyError(
             f"--kv-read lengths needs TensorRT >= 11.0, found {version}; leave it out"
         )
+
+
+def check_own_kernels(flavour: Flavour, version: str, compute_capability: str) -> None:
+    """Check that a TensorRT takes own kernels, and that a GPU runs them.
+
+    10.13 is the oldest TensorRT that our plugin is checked against (`scripts/trt-bindings`).
+
+    Raises:
+        DependencyError: it does not.
+    """
+    instead = "build with --kernels tensorrt"
+    if flavour == "tensorrt-rtx":
+        raise DependencyError(
+            f"own kernels are plugins, and TensorRT for RTX {version} has none; {instead}, or with "
+            f"TensorRT: {where_tensorrt_is_from('tensorrt')}"
+        )
+    if parse_release(version) < _PLUGINS_SINCE:
+        raise DependencyError(
+            f"own kernels need TensorRT >= {_PLUGINS_SINCE[0]}.{_PLUGINS_SINCE[1]}, whose plugins "
+            f"are compiled into the engine, found {version}; {instead}, or upgrade to JetPack 7.2"
+        )
+    major, minor = map(int, compute_capability.split("."))
+    if (major, minor) < _OWN_KERNELS_SINCE:
+        raise DependencyError(
+            f"own kernels need a GPU of compute capability 8.0 or newer, this one has "
+            f"{compute_capability}; {instead}"
+        )
+
+
+def register_own_kernels(rt: TensorRT) -> int:
+    """Make own kernels known to TensorRT as a plugin.
+
+    Args:
+        rt: that `check_own_kernels` takes.
+
+    Returns:
+        The bytes of the largest kernel's PTX, which each use of it may add to a plan.
+
+    Raises:
+        DependencyError: this TensorRT's Python package lacks its plugins.
+        IntegrityError: the kernels' files are missing or damaged.
+    """
+    kernels = load_ptx()
+    name = f"{_MODULES[rt.flavour]}.plugin"
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise DependencyError(
+            f"own kernels need {name}, which does not import here ({error}); build with "
+            "--kernels tensorrt"
+        ) from error
+    plugin.register(module, kernels)
+    return max(len(kernel.text) for kernel in kernels.values())
 
 
 def has_lengths(rt: TensorRT) -> bool:

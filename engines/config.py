@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge.bundle import io_spec
-from edge.bundle.engine_file import KvRead
+from edge.bundle.engine_file import Kernels, KvRead
 from edge.bundle.manifest import Manifest
 from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES, cache_element_bytes, check_slots
 from edge.errors import ConfigError
@@ -16,6 +16,8 @@ KV_READS: tuple[KvRead, ...] = ("slice", "full", "lengths")
 KvReadChoice = Literal["auto", "slice", "full", "lengths"]
 AttentionChoice = Literal["auto", "fused", "decomposed"]
 ATTENTIONS: tuple[AttentionChoice, ...] = ("auto", "fused", "decomposed")
+KernelChoice = Literal["auto", "own", "tensorrt"]
+KERNELS: tuple[Kernels, ...] = ("tensorrt", "own")
 
 _MIN_WORKSPACE_BYTES = 1 << 20
 _MAX_BATCH = 64
@@ -40,8 +42,11 @@ class BuildConfig:
             TensorRT builds.
         attention: ``fused``, one kernel or no engine; ``decomposed``, several kernels where
             TensorRT has no such kernel; ``auto``, the first of the two that TensorRT builds.
-        tune: build every variant that ``kv_read`` and ``attention`` leave open, and keep the
-            fastest on the GPU that is here.
+        kernels: ``own`` has the products of few bits computed by edge-llm's own kernels
+            (docs/kernels.md), ``tensorrt`` by TensorRT's; ``auto`` builds both and keeps the
+            faster one, which only ``tune`` can tell.
+        tune: build every variant that ``kv_read``, ``attention`` and ``kernels`` leave open, and
+            keep the fastest on the GPU that is here.
         workspace_bytes: scratch memory that a kernel may ask for.
         opt_level: 0 (fast build) to 5 (slow build, perhaps a faster engine).
         timing_cache: file with the timings of earlier builds; None is the one beside the engine.
@@ -57,6 +62,7 @@ class BuildConfig:
     kv_buckets: tuple[int, ...] = ()
     kv_read: KvReadChoice = "slice"
     attention: AttentionChoice = "auto"
+    kernels: KernelChoice = "tensorrt"
     tune: bool = False
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     opt_level: int = 3
@@ -79,6 +85,13 @@ class BuildConfig:
             raise ConfigError(f"--kv-read {self.kv_read} is none of auto, {', '.join(KV_READS)}")
         if self.attention not in ATTENTIONS:
             raise ConfigError(f"--attention {self.attention} is none of {', '.join(ATTENTIONS)}")
+        if self.kernels not in ("auto", *KERNELS):
+            raise ConfigError(f"--kernels {self.kernels} is none of auto, own, tensorrt")
+        if self.kernels == "auto" and not self.tune:
+            raise ConfigError(
+                "--kernels auto keeps the faster kernels, which only a build with --tune measures; "
+                "add --tune, or choose own or tensorrt"
+            )
         if not 0 <= self.best_logits <= io_spec.MOST_BEST_LOGITS:
             raise ConfigError(
                 f"--best-logits {self.best_logits} is out of range: 0 to "

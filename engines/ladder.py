@@ -4,8 +4,9 @@ Attention in one kernel is tried first, since in decode it is the faster one whe
 a kernel; where it has none the builder fails, and attention is left to be decomposed. With
 ``--kv-read auto`` each way to read the cache is tried before attention is decomposed. Where inputs
 are rounded to INT8 with scales of 16 bits, all of this is tried again with these scales in FP32,
-since some TensorRT may take no others (NVIDIA/TensorRT#4832). What the user names is not varied: it
-is built, or it fails with TensorRT's reason.
+since some TensorRT may take no others (NVIDIA/TensorRT#4832). With ``--kernels auto``, which goes
+with ``--tune`` alone, all of this is built with TensorRT's kernels and with our own. What the user
+names is not varied: it is built, or it fails with TensorRT's reason.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from edge.bundle.engine_file import EngineInfo, KvRead, RefusedRung, Scales, TunedRung
+from edge.bundle.engine_file import EngineInfo, Kernels, KvRead, RefusedRung, Scales, TunedRung
 from edge.bundle.schemes import SCHEMES
 from edge.errors import BuildError
 
 from . import compat
 from .build_plan import BuildPlan, plan_build
 from .compat import TensorRT
-from .config import KV_READS, AttentionChoice
+from .config import KERNELS, KV_READS, AttentionChoice
 from .graph import has_half_scales
 
 T = TypeVar("T")
@@ -57,10 +58,15 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
     # Dialect portable has no attention layer that could be decomposed.
     fixed = config.attention != "auto" or manifest.dialect != "native"
     attentions: list[AttentionChoice] = [config.attention] if fixed else ["fused", "decomposed"]
+    kernels: tuple[Kernels, ...] = KERNELS if config.kernels == "auto" else (asked.kernels,)
     rungs = [
         replace(
-            plan_build(replace(config, kv_read=read, attention=attention), manifest), scales=scales
+            plan_build(
+                replace(config, kv_read=read, attention=attention, kernels=kernel), manifest
+            ),
+            scales=scales,
         )
+        for kernel in kernels
         for scales in scales_to_try(asked)
         for attention in attentions
         for read in reads
@@ -106,7 +112,7 @@ def climb(
         except BuildError as error:
             if len(rungs) == 1:
                 raise
-            refused.append(RefusedRung(rung.kv_read, rung.attention, str(error), rung.scales))
+            refused.append(refused_rung(rung, error))
             last = error
     if len({rung.reason for rung in refused}) == 1:
         raise last  # it is not about what was varied
@@ -114,8 +120,14 @@ def climb(
     raise BuildError(f"TensorRT built none of {len(refused)} variants. {reasons}")
 
 
+def refused_rung(rung: BuildPlan, reason: Exception) -> RefusedRung:
+    """The record of a rung that was not built."""
+    return RefusedRung(rung.kv_read, rung.attention, str(reason), rung.scales, rung.kernels)
+
+
 def describe(rung: RefusedRung | TunedRung | BuildPlan | EngineInfo) -> str:
     """A rung in words."""
     wide = ", scales in FP32" if rung.scales == "fp32" else ""
+    own = ", own kernels" if rung.kernels == "own" else ""
     attention = rung.attention or "of primitive operators"
-    return f"attention {attention}, cache read as {rung.kv_read}{wide}"
+    return f"attention {attention}, cache read as {rung.kv_read}{wide}{own}"

@@ -259,6 +259,7 @@ def _check_version(config: BuildConfig, manifest: Manifest, version: TrtVersion)
             "export again with --dialect portable"
         )
     for option, given in (
+        (f"--kernels {config.kernels}", config.kernels != "tensorrt"),
         ("--tune", config.tune),
         ("--kv-read auto", config.kv_read == "auto"),
         (f"--attention {config.attention}", config.attention != "auto"),

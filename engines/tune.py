@@ -23,14 +23,14 @@ from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.engine_file import RefusedRung, TunedRung
 from edge.bundle.manifest import ENGINES_DIR, verify_files
-from edge.errors import BackendError, BuildError, DeviceMemoryError
+from edge.errors import BackendError, BuildError, DependencyError, DeviceMemoryError
 from edge.measure.bench import BenchConfig, run_bench
 from edge.measure.verify import compare_backends
 from edge.progress import Progress, silent
 
 from .build_plan import BuildPlan
 from .builder import Compiled, Target, compile_bundle, make_recorder
-from .ladder import Climbed, describe, make_rungs
+from .ladder import Climbed, describe, make_rungs, refused_rung
 from .store import EngineStore
 
 _logger = logging.getLogger(__name__)
@@ -89,7 +89,12 @@ def compile_fastest(
                     rung, target, timings=timings, progress=progress, keep_log=keep
                 )
             except BuildError as error:
-                refused.append(RefusedRung(rung.kv_read, rung.attention, str(error), rung.scales))
+                refused.append(refused_rung(rung, error))
+                continue
+            except DependencyError as error:
+                if asked.kernels == rung.kernels:
+                    raise
+                refused.append(refused_rung(rung, error))  # this TensorRT takes no own kernels
                 continue
             timings = compiled.timings or timings
             candidates.append(_try(number, rung, compiled, target, progress))
@@ -112,7 +117,7 @@ def _try(
             decode_s, problem = measure(rung, store.directory, progress)
         except (BackendError, DeviceMemoryError) as error:
             problem = str(error)
-    found = TunedRung(rung.kv_read, rung.attention, decode_s, problem, rung.scales)
+    found = TunedRung(rung.kv_read, rung.attention, decode_s, problem, rung.scales, rung.kernels)
     _logger.info("%s: %s", describe(found), problem or f"{decode_s} s")
     # Its plan is in the file: several would not fit into a Jetson's memory.
     return _Candidate(rung, replace(compiled, plan=b""), store.directory / info.plan, found)

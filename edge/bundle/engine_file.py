@@ -33,6 +33,7 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 KvRead = Literal["slice", "full", "lengths"]
 Attention = Literal["fused", "decomposed"]
 Scales = Literal["stored", "fp32"]
+Kernels = Literal["tensorrt", "own"]
 
 
 def where_tensorrt_is_from(flavour: Flavour) -> str:
@@ -107,12 +108,14 @@ class RefusedRung(_Struct, frozen=True):
         attention: what was asked of TensorRT's attention; None in dialect ``portable``.
         reason: TensorRT's.
         scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
+        kernels: ``own`` if edge-llm's own were to compute the products of few bits.
     """
 
     kv_read: KvRead
     attention: Attention | None
     reason: str
     scales: Scales = "stored"
+    kernels: Kernels = "tensorrt"
 
     @property
     def label(self) -> str:
@@ -129,6 +132,7 @@ class TunedRung(_Struct, frozen=True):
         decode_s: seconds of a decode step, the median; None if it was not timed.
         problem: why it is of no use; None if it answers right.
         scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
+        kernels: ``own`` if edge-llm's own compute the products of few bits.
     """
 
     kv_read: KvRead
@@ -136,6 +140,7 @@ class TunedRung(_Struct, frozen=True):
     decode_s: float | None
     problem: str | None
     scales: Scales = "stored"
+    kernels: Kernels = "tensorrt"
 
     @property
     def label(self) -> str:
@@ -145,7 +150,8 @@ class TunedRung(_Struct, frozen=True):
 
 def _label(rung: RefusedRung | TunedRung) -> str:
     wide = ", FP32 scales" if rung.scales == "fp32" else ""
-    return f"{rung.kv_read}, {rung.attention}{wide}"
+    own = ", own kernels" if rung.kernels == "own" else ""
+    return f"{rung.kv_read}, {rung.attention}{wide}{own}"
 
 
 class EngineInfo(_Struct, frozen=True):
@@ -176,6 +182,10 @@ class EngineInfo(_Struct, frozen=True):
             ``stored``.
         best_logits: logits of each row that are put out by themselves (`io_spec.best_outputs`); 0
             for none.
+        kernels: ``own`` if edge-llm's own kernels compute the layers of ``own_linears``, else
+            ``tensorrt``.
+        own_linears: linear layers that own kernels compute.
+        left_linears: with own kernels, those that TensorRT computes all the same, and why.
     """
 
     schema_version: int
@@ -211,6 +221,9 @@ class EngineInfo(_Struct, frozen=True):
     compiled_unknown: str | None = None
     scales: Scales = "stored"
     best_logits: Annotated[int, msgspec.Meta(ge=0, le=io_spec.MOST_BEST_LOGITS)] = 0
+    kernels: Kernels = "tensorrt"
+    own_linears: tuple[Line, ...] = ()
+    left_linears: dict[Line, Line] = {}
 
 
 def read_engine_info(directory: Path) -> EngineInfo:

@@ -100,6 +100,13 @@ def _tried(tried: TunedRung) -> str:
     return f"{tried.decode_s * 1e3:.2f} ms per decode step"
 
 
+def _own_kernels(info: EngineInfo) -> list[tuple[str, str]]:
+    if info.kernels != "own":
+        return []
+    left = [(f"left to TensorRT {name}", reason) for name, reason in info.left_linears.items()]
+    return [("own kernels", f"{len(info.own_linears)} linear layers"), *left]
+
+
 def _compiled_facts(directory: Path, info: EngineInfo) -> list[tuple[str, str]]:
     if not info.compiled:
         return [("compiled layers", why_unknown(directory, info))]
@@ -148,6 +155,7 @@ def _print(
         ("KV cache", f"{info.kv_capacity} rows, read as {info.kv_read}"),
         ("attention", info.attention or "not TensorRT's own, or not recorded"),
         *([("scales of INT8 inputs", "widened to FP32")] if info.scales == "fp32" else []),
+        *_own_kernels(info),
         *((f"refused {each.label}", each.reason) for each in info.refused),
         *((f"tried {each.label}", _tried(each)) for each in info.tuned),
         ("KV buckets", ", ".join(map(str, info.kv_buckets))),

@@ -20,6 +20,7 @@ _ELEMENTWISE = (*_COMPARISONS, "Add", "Sub", "Mul", "Div", "Where", "Max", "Min"
 _SAME_RANK = (
     *("Cast", "QuantizeLinear", "DequantizeLinear", "Softmax", "Sigmoid", "Sqrt", "Slice", "Split"),
     *("Concat", "Transpose", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "Attention"),
+    "w4_linear",  # our plugin (engines.kernels.plugin)
     *("Identity", "Neg", "Reciprocal", "Swish", "Tanh", "Exp", "Log", "Erf", "TopK"),
 )
 # Their output has the type of their first input.

@@ -1,0 +1,92 @@
+"""`w4_gemv` as a plugin of TensorRT: what its builder asks about a product, answered.
+
+The plugin is compiled ahead of time: TensorRT puts the PTX and the launch rule into the engine,
+which then needs neither Python nor a plugin library (NVIDIA's Python API, ``tensorrt.plugin`` and
+its ``aot_impl``). It has no attributes: all numbers follow from shapes, so none has to survive a
+way through ONNX, the parser and NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import GenericAlias
+from typing import Any
+
+from .launch import w4_tactics
+from .package import Ptx
+from .variants import BLOCK
+
+NAMESPACE, NAME, VERSION = "edge_llm", "w4_linear", "1"
+PLUGIN_ID = f"{NAMESPACE}::{NAME}"
+INPUTS = ("x", "weights", "scales", "bias")
+"""FP16 ``[.., depth]``, INT32 of `layout.pack_weights`, FP16 ``[groups, columns]``, and FP16
+``[columns]``, or ``[1]`` where none is added. The output is FP16 ``[.., columns]``."""
+
+
+def register(trtp: Any, ptx: Mapping[str, Ptx]) -> None:
+    """Make the plugin known to TensorRT, once per process.
+
+    Args:
+        trtp: the module ``tensorrt.plugin``.
+        ptx: kernels by variant, from `package.load_ptx`.
+    """
+    if hasattr(trtp.op, NAMESPACE) and hasattr(getattr(trtp.op, NAMESPACE), NAME):
+        return
+
+    def describe(x: Any, weights: Any, scales: Any, bias: Any) -> Any:
+        leading = (x.shape_expr[axis] for axis in range(x.ndim - 1))
+        return trtp.from_shape_expr((*leading, weights.shape_expr[2]), dtype=x.dtype)
+
+    def tune(x: Any, weights: Any, scales: Any, bias: Any, outputs: Any) -> Any:
+        numbers = [place + 1 for place, _ in enumerate(w4_tactics(_planes(weights)))]
+        return [trtp.AutoTuneCombination("FP16, INT32, FP16, FP16, FP16", "LINEAR", numbers)]
+
+    def implement(
+        x: Any,
+        weights: Any,
+        scales: Any,
+        bias: Any,
+        outputs: Any,
+        tactic: int,
+    ) -> Any:
+        chosen = w4_tactics(_planes(weights))[tactic - 1]
+        kernel = ptx[chosen.variant.name]
+        rows = x.shape_expr[0]
+        for axis in range(1, x.ndim - 1):
+            rows = rows * x.shape_expr[axis]
+        blocks, columns = weights.shape_expr[0], weights.shape_expr[2]
+        # A group is one, two or four blocks. A layer of one column without a bias has a zero.
+        shift = blocks // scales.shape_expr[0] // 2
+        has_bias = bias.shape_expr[0] == columns
+        launch = trtp.KernelLaunchParams(
+            grid_x=trtp.cdiv(columns, chosen.columns),
+            grid_y=trtp.cdiv(rows, chosen.rows),
+            block_x=kernel.threads,
+            shared_mem=kernel.shared_bytes,
+        )
+        numbers = trtp.SymIntExprs.from_tuple((rows, columns, blocks * BLOCK, shift, has_bias))
+        return kernel.entry, kernel.text, launch, numbers
+
+    # TensorRT reads the annotations as objects; its module is known here only.
+    desc = trtp.TensorDesc
+    inputs = dict.fromkeys(INPUTS, desc)
+    outputs, text = GenericAlias(tuple, (desc,)), str | bytes
+    describe.__annotations__ = {**inputs, "return": desc}
+    tune.__annotations__ = {
+        **inputs,
+        "outputs": outputs,
+        "return": GenericAlias(list, (trtp.AutoTuneCombination,)),
+    }
+    implement.__annotations__ = {
+        **inputs,
+        "outputs": outputs,
+        "tactic": int,
+        "return": GenericAlias(tuple, (text, text, trtp.KernelLaunchParams, trtp.SymExprs)),
+    }
+    trtp.register(PLUGIN_ID)(describe)
+    trtp.autotune(PLUGIN_ID)(tune)
+    trtp.aot_impl(PLUGIN_ID)(implement)
+
+
+def _planes(weights: Any) -> int:
+    return int(weights.shape[1])

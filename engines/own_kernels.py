@@ -1,0 +1,311 @@
+"""Puts edge-llm's own kernels into a graph: a product of few bits becomes one node of a plugin.
+
+What `engines.kernels.plugin` computes is a product with INT4 weights, or INT8 in two planes, and
+the bias behind it. In the graph that is up to seven nodes (`export.graph.decoder`); they and the
+weights as ONNX has them leave it. The weights in the kernels' order, as many bytes, go into a file
+beside it, some rows at a time: they are in memory neither twice nor as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import LinearInfo, Manifest
+from edge.bundle.onnx_file import Node, OnnxFile, attribute
+from edge.bundle.onnx_values import Constant, Constants, node_attributes
+from edge.bundle.schemes import HIGH_PLANE
+from edge.errors import BuildError, BundleError, ResourceError
+
+from .kernels.launch import GROUPS
+from .kernels.layout import pack_weights
+from .kernels.plugin import NAME, NAMESPACE, VERSION
+from .kernels.variants import BLOCK
+
+_NO_BIAS = "own_kernels.no_bias"
+_ALIGNMENT = 4096
+_CHUNK = 1 << 22  # weights that are re-ordered at once; each takes some ten bytes meanwhile
+
+
+@dataclass(frozen=True)
+class OwnGraph:
+    """A graph with own kernels, and where it is.
+
+    Attributes:
+        data: the ONNX file.
+        path: where a parser is to think it is: its weights are beside that.
+        linears: linear layers that own kernels compute, in the graph's order.
+        left: the others, which TensorRT computes, each with the reason.
+    """
+
+    data: bytes
+    path: Path
+    linears: tuple[str, ...]
+    left: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Nodes that one plugin replaces.
+
+    Attributes:
+        name: of the linear layer.
+        nodes: all of them; the last one makes the output.
+        x: the input.
+        planes: constants of the weights ``[depth, columns]``, the low one first.
+        scales: name of the low plane's scales.
+        bias: name of the bias; None without one.
+    """
+
+    name: str
+    nodes: tuple[Node, ...]
+    x: str
+    planes: tuple[Constant, ...]
+    scales: str
+    bias: str | None
+
+
+class _MisfitError(Exception):
+    """Why a linear layer is left to TensorRT."""
+
+
+def use_own_kernels(graph: bytes, manifest: Manifest, bundle: Path, directory: Path) -> OwnGraph:
+    """Replace what the kernels compute, and write the weights in their order.
+
+    Args:
+        graph: of `engines.graph.graph_of`.
+        manifest: the bundle's.
+        bundle: where the graph's weights are; the caller has hashed them.
+        directory: an empty one, for the weights in the kernels' order and a link to the others.
+
+    Raises:
+        BuildError: the kernels compute nothing in this graph.
+        ResourceError: the disk is full.
+        BundleError: not a valid graph, or its weights cannot be read.
+    """
+    onnx = OnnxFile(graph)
+    finder = _Finder(onnx, manifest, bundle)
+    products, left = [], {}
+    for name, linear in manifest.quantization.linears.items():
+        try:
+            products.append(finder.find(name, linear))
+        except _MisfitError as reason:
+            left[name] = str(reason)
+    if not products:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+        raise BuildError(
+            f"own kernels compute no layer of {bundle} ({reasons}); build without --kernels own, "
+            "or export with --quant int4 or int8 and floats of 16 bits that are not bf16"
+        )
+    weights = f"{manifest.graphs.decoder}.data"
+    packed = f"{manifest.graphs.decoder}.own"
+    size = sum(plane.num_bytes + _ALIGNMENT for product in products for plane in product.planes)
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise ResourceError(
+            f"the weights in the order of own kernels need {size:,} bytes in {directory} while the "
+            f"engine is built, {free:,} are free"
+        )
+    replaced = {}
+    with (bundle / weights).open("rb") as source, (directory / packed).open("wb") as target:
+        onnx.put_in_file(_NO_BIAS, "fp16", [1], (packed, 0, target.write(bytes(2))))
+        for product in products:
+            name = f"{product.name}.own_weights"
+            shape, place = _write_packed(product.planes, source, target)
+            onnx.put_in_file(name, "int32", shape, (packed, *place))
+            replaced[id(product.nodes[-1])] = _plugin_node(product, name)
+    gone = {id(node) for product in products for node in product.nodes}
+    onnx.nodes = [
+        replaced.get(id(node), node)
+        for node in onnx.nodes
+        if id(node) not in gone or id(node) in replaced
+    ]
+    onnx.use_domain(NAMESPACE, int(VERSION))
+    (directory / weights).symlink_to(os.path.relpath((bundle / weights).resolve(), directory))
+    path = directory.resolve() / manifest.graphs.decoder
+    return OwnGraph(onnx.serialize(), path, tuple(each.name for each in products), left)
+
+
+def _plugin_node(product: _Product, weights: str) -> Node:
+    return Node(
+        NAME,
+        [product.x, weights, product.scales, product.bias or _NO_BIAS],
+        list(product.nodes[-1].outputs),
+        f"{product.name}/{NAME}",
+        NAMESPACE,
+        # What the parser's import of plugins reads; `aot` asks for the compiled kind and no other
+        # (createPlugin and FallbackPluginImporter in onnx-tensorrt).
+        [
+            attribute("plugin_namespace", NAMESPACE),
+            attribute("plugin_version", VERSION),
+            attribute("aot", 1),
+        ],
+    )
+
+
+class _Finder:
+    """Finds the nodes of linear layers in a decoder."""
+
+    def __init__(self, graph: OnnxFile, manifest: Manifest, bundle: Path) -> None:
+        self._constants = Constants(graph, bundle)
+        self._dtype = manifest.dtype
+        self._data = f"{manifest.graphs.decoder}.data"
+        self._makers = {name: node for node in graph.nodes for name in node.outputs}
+        self._readers: dict[str, list[Node]] = {}
+        for node in graph.nodes:
+            for name in node.inputs:
+                self._readers.setdefault(name, []).append(node)
+        self._outputs = {info.name for info in graph.outputs}
+
+    def find(self, name: str, linear: LinearInfo) -> _Product:
+        """The nodes of a linear layer.
+
+        Raises:
+            _MisfitError: the kernels do not compute it.
+        """
+        scheme = linear.scheme
+        if scheme.kind == "float":
+            raise _MisfitError("its weights are floats")
+        if scheme.kind == "w8a8":
+            raise _MisfitError("its inputs are rounded to INT8, and the kernels take FP16")
+        if self._dtype != "fp16":
+            raise _MisfitError(f"its floats are {self._dtype}, and the kernels take FP16")
+        if scheme.group_size not in GROUPS:
+            found = f"groups of {scheme.group_size}" if scheme.group_size else "a scale per channel"
+            raise _MisfitError(f"it has {found}, and the kernels take {_listed(GROUPS)}")
+        low, plane, scales = self._product(f"{name}.dequantized", scheme.group_size)
+        nodes, planes = [low], [plane]
+        if f"{name}.high_dequantized" in self._makers:
+            high, plane, high_scales = self._product(f"{name}.high_dequantized", scheme.group_size)
+            if high.inputs[0] != low.inputs[0] or plane.shape != planes[0].shape:
+                raise self._strange(name)
+            if not self._is_multiple(high_scales, scales):
+                raise _MisfitError("its high plane's scales are not 16 times the low one's")
+            total = self._only_reader(low.outputs[0])
+            if (
+                total is None
+                or total.op_type != "Add"
+                or total is not self._only_reader(high.outputs[0])
+            ):
+                raise self._strange(name)
+            nodes += [high, total]
+            planes.append(plane)
+        elif scheme.planes:
+            raise self._strange(name)
+        bias = self._bias(nodes[-1].outputs[0], planes[0].shape[1])
+        if bias is not None:
+            nodes.append(bias[0])
+        return _Product(
+            name,
+            tuple(nodes),
+            low.inputs[0],
+            tuple(planes),
+            scales,
+            None if bias is None else bias[1],
+        )
+
+    def _product(self, weight: str, group: int) -> tuple[Node, Constant, str]:
+        """The product with a dequantized weight, the weight and its scales' name."""
+        maker, product = self._makers.get(weight), self._only_reader(weight)
+        if maker is None or maker.op_type != "DequantizeLinear" or product is None:
+            raise self._strange(weight)
+        stored, scale = map(self._constants.get, maker.inputs[:2])
+        if stored is None or scale is None or stored.location != self._data:
+            raise self._strange(weight)
+        if stored.dtype != "int4":
+            raise _MisfitError(f"its weights are {stored.dtype}, not INT4 or two planes of it")
+        attributes = node_attributes(maker)
+        blocked = (attributes.get("axis"), attributes.get("block_size")) == (0, group)
+        if len(stored.shape) != 2 or not blocked:
+            raise self._strange(weight)
+        depth, columns = stored.shape
+        if depth % BLOCK or depth % group:
+            raise _MisfitError(f"its depth {depth} is no multiple of {max(BLOCK, group)}")
+        if scale.dtype != "fp16" or scale.shape != (depth // group, columns):
+            raise self._strange(weight)
+        if product.op_type != "MatMul" or product.inputs[1] != weight:
+            raise self._strange(weight)
+        return product, stored, scale.name
+
+    def _strange(self, name: str) -> _MisfitError:
+        return _MisfitError(f"the nodes around {name} are not those of this edge-llm's export")
+
+    def _only_reader(self, name: str) -> Node | None:
+        readers = self._readers.get(name, [])
+        return readers[0] if len(readers) == 1 and name not in self._outputs else None
+
+    def _bias(self, output: str, columns: int) -> tuple[Node, str] | None:
+        """The sum of a product and a bias, and the bias's name."""
+        node = self._only_reader(output)
+        if node is None or node.op_type != "Add":
+            return None
+        other = node.inputs[1] if node.inputs[0] == output else node.inputs[0]
+        constant = self._constants.get(other)
+        if constant is None or (constant.dtype, constant.shape) != ("fp16", (columns,)):
+            return None
+        return node, other
+
+    def _is_multiple(self, high: str, low: str) -> bool:
+        values = [self._constants.values(name) for name in (high, low)]
+        if values[0] is None or values[1] is None:
+            return False
+        return np.array_equal(values[0], values[1].astype(np.float32) * HIGH_PLANE)
+
+
+def _listed(groups: tuple[int, ...]) -> str:
+    return "groups of " + ", ".join(map(str, groups))
+
+
+def _write_packed(
+    planes: tuple[Constant, ...], source: BinaryIO, target: BinaryIO
+) -> tuple[list[int], tuple[int, int]]:
+    """Append weights; returns the shape, and where they are: first byte and number of bytes.
+
+    Raises:
+        BundleError: the source is too short.
+        ResourceError: the disk is full.
+    """
+    depth, columns = planes[0].shape
+    try:
+        target.write(bytes(-target.tell() % _ALIGNMENT))
+        start = target.tell()
+        for begin, end in _row_ranges(depth, columns):
+            rows = [_read_rows(plane, source, begin, end) for plane in planes]
+            target.write(pack_weights(rows).data)
+        end_of_all = target.tell()
+    except OSError as error:
+        raise ResourceError(
+            f"the weights in the order of own kernels cannot be written ({error.strerror}); make "
+            "room on the disk"
+        ) from error
+    return [depth // BLOCK, len(planes), columns, 4], (start, end_of_all - start)
+
+
+def _row_ranges(depth: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, each a multiple of a block."""
+    step = max(_CHUNK // columns // BLOCK, 1) * BLOCK
+    for begin in range(0, depth, step):
+        yield begin, min(begin + step, depth)
+
+
+def _read_rows(plane: Constant, source: BinaryIO, begin: int, end: int) -> NDArray[np.int8]:
+    """Rows of INT4 as ONNX packs them: row by row, the first of two elements in the low nibble."""
+    columns = plane.shape[1]
+    num_bytes = (end - begin) * columns // 2  # rows come in blocks, so no byte is of two of them
+    source.seek(plane.offset + begin * columns // 2)
+    data = source.read(num_bytes)
+    if len(data) != num_bytes:
+        raise BundleError(
+            f"the weights of {plane.name} end too early; copy or export the bundle again"
+        )
+    pairs = np.frombuffer(data, np.uint8)
+    nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(end - begin, columns)
+    rows: NDArray[np.int8] = (nibbles.astype(np.int8) ^ np.int8(8)) - np.int8(8)
+    return rows
