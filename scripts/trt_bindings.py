@@ -72,6 +72,9 @@ WHEELS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 
+PLUGINS_SINCE: Release = (10, 13)
+"""The first release that is to take our plugin; see `engines.compat.check_own_kernels`."""
+
 SOURCES = ("edge/backends/tensorrt/bound_context.py",)
 """Files that use TensorRT's objects without its module; all others are found."""
 
@@ -369,6 +372,14 @@ def read_surface(wheel: Path, stubs: Path) -> Surface:
     return surface
 
 
+def check_plugin(wheel: Path, stubs: Path) -> bool:
+    """Let the bindings of an unpacked wheel ask our plugin (`scripts/trt_plugin.py`)."""
+    paths = os.pathsep.join(map(str, (wheel, ROOT)))
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "scripts.trt_plugin"]
+    return subprocess.run(command, env=environment, check=False).returncode == 0
+
+
 def find_strangers(uses: Uses, universe: Iterable[str], own: Iterable[str]) -> Iterator[str]:
     """Members that are no name of any version, of this code or of Python: misspelt, perhaps.
 
@@ -577,8 +588,11 @@ def main() -> int:
         print(
             f"TensorRT {surface['version']}: {len(uses.chains)} names of the module, "
             f"{len(members)} members, {calls} calls: "
-            f"{f'{len(problems)} problems' if problems else 'all there'}"
+            f"{f'{len(problems)} problems' if problems else 'all there'}",
+            flush=True,
         )
+        if (major, minor) >= PLUGINS_SINCE:
+            failed |= not check_plugin(fetch_wheel(version), stubs)
     return int(failed)
 
 
