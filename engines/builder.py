@@ -360,14 +360,14 @@ def compile_bundle(
             kernels compute nothing in it.
     """
     config, manifest = build.config, build.manifest
-    with uncounted(progress, "hash"):
-        verify_files(config.bundle, manifest, graph_files(manifest))
-    graph = graph_of(build)
-    lines = _refuse_illegal(build, target, graph)
     kernels_bytes = 0
     if build.kernels == "own":
         compat.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
         kernels_bytes = compat.register_own_kernels(target.rt)
+    with uncounted(progress, "hash"):
+        verify_files(config.bundle, manifest, graph_files(manifest))
+    graph = graph_of(build)
+    lines = _refuse_illegal(build, target, graph)
 
     def log(severity: str, message: str) -> None:
         lines.append(f"{severity}: {message}")
@@ -376,7 +376,7 @@ def compile_bundle(
     reset_rss_peak()
     started = time.perf_counter()
     try:
-        with _parsed_graph(build, graph) as found:
+        with parsed_graph(build, graph) as found:
             for name, reason in found.left.items():
                 log("info", f"own kernels leave {name} to TensorRT: {reason}")
             compiler = Compiler(target.rt, log)
@@ -413,7 +413,7 @@ def compile_bundle(
 
 
 @contextmanager
-def _parsed_graph(build: BuildPlan, graph: bytes) -> Iterator[OwnGraph]:
+def parsed_graph(build: BuildPlan, graph: bytes) -> Iterator[OwnGraph]:
     """What is parsed, with the own kernels that were asked for; their weights are there then."""
     bundle, manifest = build.config.bundle.resolve(), build.manifest
     if build.kernels == "tensorrt":

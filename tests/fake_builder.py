@@ -24,13 +24,15 @@ import numpy as np
 from edge.bundle.engine_file import Flavour
 from edge.bundle.manifest import MANIFEST_NAME
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attribute
-from edge.bundle.onnx_values import Constant, read_constant
+from edge.bundle.onnx_values import Constant, Constants, node_attributes, read_constant
 from edge.errors import BundleError
 from engines.compat import parse_release
+from engines.kernels.layout import unpack_weights
 from engines.rules.check import Finding, check_facts
 from engines.rules.facts import GraphFacts
 from engines.rules.table import RULES, Version, version_of
 from tests.fake_cuda import RuleError
+from tests.fake_plugin import PLUGINS, TensorDesc
 
 Release = tuple[int, int]
 Shape = tuple[int, ...]
@@ -116,7 +118,7 @@ _OPERATORS = {
     "KV_CACHE_UPDATE": "TensorScatter",
 }
 LayerType = enum.Enum(  # type: ignore[misc]
-    "LayerType", ["CONSTANT", "ATTENTION_INPUT", "ATTENTION_OUTPUT", *_OPERATORS]
+    "LayerType", ["CONSTANT", "ATTENTION_INPUT", "ATTENTION_OUTPUT", "PLUGIN_V3", *_OPERATORS]
 )
 _KINDS = {op: LayerType[kind] for kind, ops in _OPERATORS.items() for op in ops.split()}
 DTYPES = {
@@ -306,7 +308,7 @@ class Network:
                 self._take_attention(node)
             else:
                 graph.nodes.append(node)
-                kind = _KINDS.get(node.op_type)
+                kind = LayerType["PLUGIN_V3"] if node.domain else _KINDS.get(node.op_type)
                 if kind is None:
                     raise RuleError(f"the stand-in has no layer for {node.op_type}")
                 self._add(kind, node.name or node.outputs[0], node.inputs, node.outputs)
@@ -494,9 +496,14 @@ class OnnxParser:
         except BundleError as error:
             code = ErrorCode.MODEL_DESERIALIZE_FAILED
             return self._refuse(ParserError("", "", str(error), code, 0))
+        if not self._find_plugins(graph):
+            return False
+        plugins = {node.name for node in graph.nodes if node.domain}
         operators = {node.name: node.op_type for node in facts.nodes}
         lines = {rule.name: line for line, rule in enumerate(RULES, 1)}
         for finding in verdict.refusals:
+            if finding.rule == "domain" and plugins.issuperset(finding.nodes):
+                continue
             lost = "nonpad_kv_seqlen" in finding.found and "past" not in finding.found
             if finding.rule in SILENT_RULES or lost:
                 raise RuleError(f"TensorRT would take this and answer wrong: {finding}")
@@ -512,6 +519,19 @@ class OnnxParser:
         if self._errors:
             return False
         self._network._take(graph, facts, directory)
+        return True
+
+    def _find_plugins(self, graph: OnnxFile) -> bool:
+        """As FallbackPluginImporter in onnx-tensorrt."""
+        for node in graph.nodes:
+            if not node.domain:
+                continue
+            attributes = node_attributes(node)
+            plugin_id = f"{attributes['plugin_namespace']}::{node.op_type}"
+            if plugin_id not in PLUGINS.known or attributes["plugin_version"] != "1":
+                text = "Plugin not found, are the plugin name, version, and namespace correct?"
+                code = ErrorCode.INVALID_NODE
+                return self._refuse(ParserError(node.name, node.op_type, text, code, 1))
         return True
 
     def _refuse(self, error: ParserError) -> bool:
@@ -649,6 +669,7 @@ class Builder:
         for attention in network.attentions:
             if no_fused is not None and not attention.decomposable:
                 raise _RefusedError(f"Error Code 10: Internal Error ({attention.name}: {no_fused})")
+        own = _ask_plugins(network, config.profiles)
         model = _make_model(network)
         hosts = shape_inputs(OnnxFile(model))
         ranges = [_check_profile(OnnxFile(model), profile, hosts) for profile in config.profiles]
@@ -673,6 +694,8 @@ class Builder:
             text = f"Max Scratch Memory: {scratch[-1]} bytes"
             self._logger.log(Severity.INFO, text)
         directory = network.directory
+        if directory is not None and own:  # the weights are a link into the bundle
+            directory = (directory / "decoder.onnx.data").resolve().parent
         has_bundle = directory is not None and (directory / MANIFEST_NAME).is_file()
         head = {
             "version": pretended.version,
@@ -683,8 +706,30 @@ class Builder:
             "fused": planted.no_fused is None,
             "unpacks": planted.unpacks,
             "bundle": str(directory) if has_bundle else None,
+            "own": own,
         }
         return PLAN_MAGIC + json.dumps(head).encode() + b"\n" + model
+
+
+def _ask_plugins(network: Network, profiles: list[OptimizationProfile]) -> list[str]:
+    """Every plugin, as the builder asks it for each profile; their linear layers."""
+    assert network.graph is not None
+    names = {"fp16": "FP16", "int32": "INT32"}
+    own = []
+    for node in network.graph.nodes:
+        if not node.domain:
+            continue
+        weights = network.shapes[node.inputs[1]]
+        types = [names[network.types[name]] for name in node.inputs]
+        shapes = [weights, *(network.shapes[name] for name in node.inputs[2:])]
+        for profile in profiles:
+            for batch, seq in profile.shapes["position_ids"]:
+                first = TensorDesc((batch, seq, weights[0] * 32), types[0])
+                others = [TensorDesc(*each) for each in zip(shapes, types[1:], strict=True)]
+                launches = PLUGINS.ask(f"{node.domain}::{node.op_type}", [first, *others])
+                assert launches
+        own.append(node.name.removesuffix(f"/{node.op_type}"))
+    return own
 
 
 class _RefusedError(Exception):
@@ -764,6 +809,7 @@ def _make_model(network: Network) -> bytes:
     for attention in network.attentions:
         if isinstance(attention, Attention11):
             _mask_by_lengths(network, attention)
+    graph.nodes = [part for node in graph.nodes for part in _without_plugin(network, node)]
     graph.nodes = list(_in_order(graph))
     model = Message.parse(graph.serialize())
     content = model.child(7)
@@ -773,6 +819,34 @@ def _make_model(network: Network) -> bytes:
     content.replace(5, [_embed(data, network.directory) for data in content.all_bytes(5)])
     model.replace(7, [content.serialize()])
     return model.serialize()
+
+
+def _without_plugin(network: Network, node: Node) -> list[Node]:
+    """What a plugin computes, in operators: one product in FP32."""
+    if not node.domain:
+        return [node]
+    assert network.graph is not None
+    constants = Constants(network.graph, network.directory)
+    (x, packed, scale_name, bias_name), name = node.inputs, node.name
+    words = constants.values(packed)
+    scales, bias = constants.values(scale_name), constants.values(bias_name)
+    assert words is not None
+    assert scales is not None
+    assert bias is not None
+    planes = unpack_weights(words.reshape(network.shapes[packed]).astype(np.int32))
+    depth, columns = planes[0].shape
+    groups = network.shapes[scale_name][0]
+    wide = np.repeat(scales.reshape(groups, columns).astype(np.float32), depth // groups, axis=0)
+    whole = sum(plane.astype(np.float32) * 16**place for place, plane in enumerate(planes)) * wide
+    for part, values in (("weights", whole), ("bias", bias.astype(np.float32))):
+        network.graph.add_floats(f"{name}.{part}", values.shape, values)
+    steps: tuple[tuple[str, list[str], str, list[bytes]], ...] = (
+        ("Cast", [x], f"{name}.x", [attribute("to", ELEMENT_NUMBERS["fp32"])]),
+        ("MatMul", [f"{name}.x", f"{name}.weights"], f"{name}.product", []),
+        ("Add", [f"{name}.product", f"{name}.bias"], f"{name}.sum", []),
+        ("Cast", [f"{name}.sum"], node.outputs[0], [attribute("to", ELEMENT_NUMBERS["fp16"])]),
+    )
+    return [Node(op, inputs, [out], out, attributes=more) for op, inputs, out, more in steps]
 
 
 def _in_order(graph: OnnxFile) -> Iterator[Node]:

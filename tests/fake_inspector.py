@@ -24,6 +24,7 @@ def inspector_json(
     detailed: bool = True,
     fused: bool = True,
     unpacked: tuple[str, ...] = (),
+    own: tuple[str, ...] = (),
     profiles: Sequence[int] = (0, 1),
 ) -> str:
     """JSON of an engine with the profiles prefill, decode and perhaps others.
@@ -34,12 +35,13 @@ def inspector_json(
         detailed: False is an engine whose layers have names only.
         fused: attention in one kernel.
         unpacked: linear layers whose weights a kernel of its own writes as floats.
+        own: linear layers that a plugin computes.
         profiles: those that are told of.
     """
     layers = [
         _finish(layer, profile, release)
         for profile in profiles
-        for layer in _layers(manifest, profile, fused, unpacked)
+        for layer in _layers(manifest, profile, fused, unpacked, own)
     ]
     names = ["inputs_embeds", "logits"]
     found: dict[str, Any] = {"Layers": layers if detailed else [each["Name"] for each in layers]}
@@ -51,15 +53,14 @@ def inspector_json(
     return json.dumps(found)
 
 
-def layer_names(manifest: Manifest, profile: int) -> list[str]:
+def layer_names(manifest: Manifest, profile: int, own: tuple[str, ...] = ()) -> list[str]:
     """Names that a profiler reports for the layers of a profile, as the inspector has them."""
-    return [
-        each["Name"] for each in json.loads(inspector_json(manifest, profiles=[profile]))["Layers"]
-    ]
+    text = inspector_json(manifest, own=own, profiles=[profile])
+    return [each["Name"] for each in json.loads(text)["Layers"]]
 
 
 def _layers(
-    manifest: Manifest, profile: int, fused: bool, unpacked: tuple[str, ...]
+    manifest: Manifest, profile: int, fused: bool, unpacked: tuple[str, ...], own: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
     floats = _TYPES[manifest.dtype]
     yield _layer("Reformatting CopyNode for Input Tensor 0 to {ForeignNode[mask]}", "Reformat", [
@@ -75,7 +76,7 @@ def _layers(
             "__myl_MulMeaAddSqrDivMul_0x4c6f",
             [f"{name}.input_norm.out/RMSNormalization", f"{name}.attention_residual/Add"],
         )
-        yield from _linear(manifest, f"{name}.qkv", floats, unpacked)
+        yield from _linear(manifest, f"{name}.qkv", floats, unpacked, own)
         attention = f"{name}.attended/Attention"
         if fused:
             kernel = "_gemv_mha_v1" if profile == 1 else "_gemm_mha_v2"
@@ -88,13 +89,18 @@ def _layers(
                     f"attend_{part}_myl0_{i}", part, [floats], [floats], tactic, [attention]
                 )
         for linear in ("o", "gate_up", "down"):
-            yield from _linear(manifest, f"{name}.{linear}", floats, unpacked)
-    yield from _linear(manifest, "lm_head", floats, unpacked)
+            yield from _linear(manifest, f"{name}.{linear}", floats, unpacked, own)
+    yield from _linear(manifest, "lm_head", floats, unpacked, own)
 
 
 def _linear(
-    manifest: Manifest, name: str, floats: str, unpacked: tuple[str, ...]
+    manifest: Manifest, name: str, floats: str, unpacked: tuple[str, ...], own: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
+    if name in own:
+        inputs = [floats, "Int32", floats, floats]
+        node = f"{name}/w4_linear"
+        yield _layer(node, "PluginV3", inputs, [floats], "0x0000000000000001", [node])
+        return
     scheme = manifest.quantization.linears[name].scheme.kind
     nodes = ["logits/MatMul" if name == "lm_head" else f"{name}.out/MatMul"]
     if scheme == "float":

@@ -38,6 +38,7 @@ from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.progress import silent
 from engines.build_plan import BuildPlan, plan_build
+from engines.builder import parsed_graph
 from engines.compat import Compiler, TensorRT
 from engines.config import BuildConfig
 from engines.graph import graph_files, graph_of
@@ -115,17 +116,16 @@ def fake_plan(
         planted=planted,
     )
     compiler = Compiler(TensorRT(module, flavour, version), lambda _severity, _text: None)
-    path = build.config.bundle.resolve() / build.manifest.graphs.decoder
-    graph = change(graph_of(build))
-    compiler.parse(graph, path, build.kv_read)
-    plan, _ = compiler.build(
-        build.profiles,
-        workspace_bytes=build.config.workspace_bytes,
-        opt_level=0,
-        timings=None,
-        compute_capability=None,
-        progress=silent,
-    )
+    with parsed_graph(build, change(graph_of(build))) as found:
+        compiler.parse(found.data, found.path, build.kv_read)
+        plan, _ = compiler.build(
+            build.profiles,
+            workspace_bytes=build.config.workspace_bytes,
+            opt_level=0,
+            timings=None,
+            compute_capability=None,
+            progress=silent,
+        )
     return bytes(memoryview(plan))
 
 
@@ -321,6 +321,7 @@ class FakeInspector:
             detailed=self._engine._detailed,
             fused=head["fused"],
             unpacked=tuple(head["unpacks"]),
+            own=tuple(head["own"]),
             profiles=profiles,
         )
 
@@ -431,7 +432,9 @@ class FakeContext:
             if capturing:
                 raise RuleError("a profiler waits for the run, which a capture cannot")
             gpu.streams[stream_handle].synchronize()
-            for place, name in enumerate(layer_names(engine._manifest, self._profile or 0)):
+            own = tuple(engine._head["own"])
+            names = layer_names(engine._manifest, self._profile or 0, own)
+            for place, name in enumerate(names):
                 self.profiler.report_layer_time(name, 0.001 * (place + 1))
         return True
 

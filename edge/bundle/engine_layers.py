@@ -48,6 +48,7 @@ _PRODUCT = re.compile(r"gemm|gemv|matrixmultiply|\bfc\b", re.IGNORECASE)
 _FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)  # _gemm_mha_v2, _gemv_mha_v1, fmha_...
 # As `export.graph.decoder` names them: not what inputs or rows of the cache are dequantized by.
 _WEIGHT_NODE = re.compile(r"(?P<linear>.+)\.(?:high_)?dequantized/DequantizeLinear")
+_OWN_PRODUCT = "/w4_linear"  # of engines.own_kernels: a plugin, whose INT4 weights are words
 _ATTENTION_NODE = re.compile(r"\.attended/Attention\Z|/Softmax\Z")
 
 
@@ -78,6 +79,8 @@ class CompiledLayer(_Struct, frozen=True):
     @property
     def dtype(self) -> str:
         """The narrowest number type that it reads, else writes; ``-`` if it has no numbers."""
+        if self._is_own:
+            return "int4"
         for found in (self.reads, self.writes):
             for dtype in _NARROWEST_FIRST:
                 if dtype in found:
@@ -100,7 +103,12 @@ class CompiledLayer(_Struct, frozen=True):
         return (
             _PRODUCT.search(f"{self.kind} {self.tactic}") is not None
             or any(node.endswith("/MatMul") for node in self.nodes)
+            or self._is_own
         )  # fmt: skip
+
+    @property
+    def _is_own(self) -> bool:
+        return any(node.endswith(_OWN_PRODUCT) for node in self.nodes)
 
     @property
     def unpacks(self) -> bool:
