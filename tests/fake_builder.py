@@ -496,9 +496,9 @@ class OnnxParser:
         except BundleError as error:
             code = ErrorCode.MODEL_DESERIALIZE_FAILED
             return self._refuse(ParserError("", "", str(error), code, 0))
-        if not self._find_plugins(graph):
+        plugins = set(self._find_plugins(graph))
+        if self._errors:
             return False
-        plugins = {node.name for node in graph.nodes if node.domain}
         operators = {node.name: node.op_type for node in facts.nodes}
         lines = {rule.name: line for line, rule in enumerate(RULES, 1)}
         for finding in verdict.refusals:
@@ -521,18 +521,18 @@ class OnnxParser:
         self._network._take(graph, facts, directory)
         return True
 
-    def _find_plugins(self, graph: OnnxFile) -> bool:
-        """As FallbackPluginImporter in onnx-tensorrt."""
+    def _find_plugins(self, graph: OnnxFile) -> Iterator[str]:
+        """Names of nodes that are plugins, as FallbackPluginImporter in onnx-tensorrt has it."""
         for node in graph.nodes:
-            if not node.domain:
-                continue
             attributes = node_attributes(node)
+            if not node.domain or "plugin_namespace" not in attributes:
+                continue  # the table refuses it
+            yield node.name
             plugin_id = f"{attributes['plugin_namespace']}::{node.op_type}"
             if plugin_id not in PLUGINS.known or attributes["plugin_version"] != "1":
                 text = "Plugin not found, are the plugin name, version, and namespace correct?"
                 code = ErrorCode.INVALID_NODE
-                return self._refuse(ParserError(node.name, node.op_type, text, code, 1))
-        return True
+                self._refuse(ParserError(node.name, node.op_type, text, code, 1))
 
     def _refuse(self, error: ParserError) -> bool:
         self._errors.append(error)

@@ -89,6 +89,7 @@ def test_every_option_counts_but_for_where_and_how_it_is_built() -> None:
         "workspace_bytes": 1 << 29,
         "opt_level": 5,
         "best_logits": 64,
+        "kernels": "own",
     }
     assert {field.name for field in dataclasses.fields(BuildConfig)} == {*apart, *counting}
     for name, value in apart.items():

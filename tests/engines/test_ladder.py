@@ -138,6 +138,7 @@ def test_the_record_says_what_was_refused_and_what_was_taken(
         "attention": "fused",
         "reason": REASON,
         "scales": "stored",
+        "kernels": "tensorrt",
     }
     directory = Path(result["engine"])
     info = read_engine_info(directory)

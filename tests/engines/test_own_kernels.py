@@ -80,7 +80,7 @@ def check_graph(bundle: Path, own: OwnGraph) -> None:
     assert constants.initializers <= read
     old = Constants(before, bundle)
     packed = own.path.parent / "decoder.onnx.own"
-    used = 0
+    used = stored_bytes = 0
     for node in plugins:
         weights = constants.get(node.inputs[1])
         assert weights is not None
@@ -93,8 +93,9 @@ def check_graph(bundle: Path, own: OwnGraph) -> None:
             part = "high_" if place else ""
             stored = _stored(before, old, f"{name}.{part}dequantized", bundle)
             assert_array_equal(plane, stored)
-            used += stored.size // 2
-        assert weights.num_bytes == weights.shape[1] * stored.size // 2
+            stored_bytes = stored.size // 2
+            used += stored_bytes
+        assert weights.num_bytes == weights.shape[1] * stored_bytes
     assert used <= packed.stat().st_size <= used + (len(plugins) + 1) * 4096
     assert (own.path.parent / "decoder.onnx.data").resolve() == bundle / "decoder.onnx.data"
     assert after.opsets["edge_llm"] == 1
@@ -514,17 +515,18 @@ def test_the_audit_holds_for_plugins(
     monkeypatch.setattr(builder, "ENGINES_DIR", "../own-engines")  # the bundle is shared
     compiled = compile_bundle(build, target)
     assert compiled.audit.problems == ()
-    ((network, *others, own),) = seen
+    ((network, _, shapes, kv_read, own),) = seen
     assert own == tuple(manifest.quantization.linears)
-    problems = audit_network(network, *others, ()).problems
+    problems = audit_network(network, manifest, shapes, kv_read, ()).problems
     assert f"{own[0]}: a plugin that nobody asked for" in problems
     assert f"{own[0]}: no matrix product with stored weights" in problems
-    first, *rest = (layer for layer in network.layers if layer.kind == "plugin_v3")
+    first, *more = (layer for layer in network.layers if layer.kind == "plugin_v3")
     without = dataclasses.replace(
         network, layers=tuple(each for each in network.layers if each is not first)
     )
     assert (
-        f"{own[0]}: no plugin with stored weights" in audit_network(without, *others, own).problems
+        f"{own[0]}: no plugin with stored weights"
+        in audit_network(without, manifest, shapes, kv_read, own).problems
     )
     weights = first.inputs[1]
     assert weights is not None
@@ -540,10 +542,10 @@ def test_the_audit_holds_for_plugins(
         for each in spoiled
     ]
     (problem,) = audit_network(
-        dataclasses.replace(network, layers=tuple(spoiled)), *others, own
+        dataclasses.replace(network, layers=tuple(spoiled)), manifest, shapes, kv_read, own
     ).problems
     assert problem.startswith(f"{own[0]}: the plugin's weights are int32 [1, ")
-    assert len(rest) == len(own) - 1
+    assert len(more) == len(own) - 1
 
 
 # Options and refusals
@@ -558,11 +560,11 @@ def test_auto_goes_with_tune_alone(bundle: Path) -> None:
 
 
 def test_trtexec_loads_no_plugin_of_python(bundle: Path, target: Target) -> None:
+    config = BuildConfig(bundle, max_prefill=32, kernels="own")
     with pytest.raises(ConfigError, match="--kernels own needs the Python API"):
-        config = BuildConfig(bundle, max_prefill=32, kernels="own")
         build_engine(config, via="trtexec", target=target)
     for kernels in (("own",), ("auto", "--tune")):
-        with pytest.raises(ConfigError, match=f"--kernels {kernels[0]} needs the Python API"):
+        with pytest.raises(ConfigError, match=rf"--kernels {kernels[0]} needs the Python API"):
             run(bundle, "--print-trtexec", "--trt", "10.16", "--kernels", *kernels)
 
 
