@@ -32,7 +32,6 @@ from engines.builder import Target, build_engine, compile_bundle
 from engines.cli import build
 from engines.compat import TensorRT
 from engines.config import BuildConfig
-from engines.kernels.launch import w4_tactics
 from engines.kernels.layout import unpack_weights
 from engines.kernels.package import Ptx
 from engines.ladder import describe, make_rungs
@@ -307,18 +306,12 @@ def test_a_full_disk_is_told_before_anything_is_written(
 # A build on the stand-ins
 
 
-def fake_ptx() -> dict[str, Ptx]:
-    names = [tactic.variant.name for planes in (1, 2) for tactic in w4_tactics(planes)]
-    return {name: Ptx(f".entry {name}", name, 128, 1024) for name in names}
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     device = FakeGpu()
     install(monkeypatch, device)
     monkeypatch.setattr(PLUGINS, "known", {})
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", PLUGINS.module())
-    monkeypatch.setattr(compat, "load_ptx", fake_ptx)
     device.push()  # the build reads the layers, for which TensorRT takes the primary context
     with emptied(device):
         yield device
