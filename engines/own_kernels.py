@@ -184,7 +184,7 @@ class _Finder:
         nodes, planes = [low], [plane]
         if f"{name}.high_dequantized" in self._makers:
             high, plane, high_scales = self._product(f"{name}.high_dequantized", scheme.group_size)
-            if high.inputs[0] != low.inputs[0] or plane.shape != planes[0].shape:
+            if _input(high, 0) != _input(low, 0) or plane.shape != planes[0].shape:
                 raise self._strange(name)
             if not self._is_multiple(high_scales, scales):
                 raise _MisfitError("its high plane's scales are not 16 times the low one's")
@@ -205,7 +205,7 @@ class _Finder:
         return _Product(
             name,
             tuple(nodes),
-            low.inputs[0],
+            _input(low, 0),
             tuple(planes),
             scales,
             None if bias is None else bias[1],
@@ -216,7 +216,7 @@ class _Finder:
         maker, product = self._makers.get(weight), self._only_reader(weight)
         if maker is None or maker.op_type != "DequantizeLinear" or product is None:
             raise self._strange(weight)
-        stored, scale = map(self._constants.get, maker.inputs[:2])
+        stored, scale = (self._constants.get(_input(maker, place)) for place in (0, 1))
         if stored is None or scale is None or stored.location != self._data:
             raise self._strange(weight)
         if stored.dtype != "int4":
@@ -230,7 +230,7 @@ class _Finder:
             raise _MisfitError(f"its depth {depth} is no multiple of {max(BLOCK, group)}")
         if scale.dtype != "fp16" or scale.shape != (depth // group, columns):
             raise self._strange(weight)
-        if product.op_type != "MatMul" or product.inputs[1] != weight:
+        if product.op_type != "MatMul" or _input(product, 1) != weight:
             raise self._strange(weight)
         return product, stored, scale.name
 
@@ -246,7 +246,7 @@ class _Finder:
         node = self._only_reader(output)
         if node is None or node.op_type != "Add":
             return None
-        other = node.inputs[1] if node.inputs[0] == output else node.inputs[0]
+        other = _input(node, 1 if _input(node, 0) == output else 0)
         constant = self._constants.get(other)
         if constant is None or (constant.dtype, constant.shape) != ("fp16", (columns,)):
             return None
@@ -257,6 +257,11 @@ class _Finder:
         if values[0] is None or values[1] is None:
             return False
         return np.array_equal(values[0], values[1].astype(np.float32) * HIGH_PLANE)
+
+
+def _input(node: Node, place: int) -> str:
+    """Name of an input; empty if the node has none there."""
+    return node.inputs[place] if place < len(node.inputs) else ""
 
 
 def _listed(groups: tuple[int, ...]) -> str:

@@ -92,7 +92,7 @@ def load_cubins(compute_capability: str, data: Path = DATA) -> dict[str, Cubin]:
         DependencyError: there are none for this GPU.
         IntegrityError: the package's files are missing or damaged.
     """
-    everything = _read_manifest(data)["architectures"]
+    everything = _read_records(data)["architectures"]
     architecture = choose_architecture(compute_capability, sorted(map(int, everything)))
     records = everything[str(architecture)]
     return {
@@ -113,7 +113,7 @@ def load_ptx(data: Path = DATA) -> dict[str, Ptx]:
     Raises:
         IntegrityError: the package's files are missing or damaged.
     """
-    records = _read_manifest(data)["ptx"]
+    records = _read_records(data)["ptx"]
     return {
         name: Ptx(
             image.decode("ascii"),
@@ -125,7 +125,7 @@ def load_ptx(data: Path = DATA) -> dict[str, Ptx]:
     }
 
 
-def _read_manifest(data: Path) -> dict[str, Any]:
+def _read_records(data: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((data / "manifest.json").read_text("utf-8"))
         return {part: manifest[part] for part in ("architectures", "ptx")}

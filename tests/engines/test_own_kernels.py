@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import sys
@@ -14,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, strategies
 from numpy.testing import assert_array_equal
 
 from edge.backends.tensorrt.runner import TensorRTBackend
@@ -21,10 +23,17 @@ from edge.bundle import io_spec
 from edge.bundle.engine_file import EngineInfo, find_engines, read_engine_info, rebuild_command
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
-from edge.bundle.onnx_values import Constants
+from edge.bundle.onnx_values import Constant, Constants
 from edge.cli.inspect import inspect
 from edge.device.gpu import Gpu
-from edge.errors import BuildError, ConfigError, DependencyError, IntegrityError, ResourceError
+from edge.errors import (
+    BuildError,
+    BundleError,
+    ConfigError,
+    DependencyError,
+    IntegrityError,
+    ResourceError,
+)
 from engines import builder, compat, own_kernels, tune
 from engines.audit import audit_network
 from engines.build_plan import BuildPlan, plan_build
@@ -37,7 +46,7 @@ from engines.kernels.package import Ptx
 from engines.ladder import describe, make_rungs
 from engines.own_kernels import OwnGraph, use_own_kernels
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.conftest import RUNNABLE, Bundles, Checkpoints
+from tests.conftest import RUNNABLE, Bundles, Checkpoints, PoolingBundles
 from tests.fake_cuda import FakeGpu
 from tests.fake_plugin import PLUGINS
 from tests.fake_tensorrt import emptied, install, make_module
@@ -290,6 +299,60 @@ def test_weights_are_packed_some_rows_at_a_time(
     packed = [each.path.with_name("decoder.onnx.own").read_bytes() for each in (whole, parts)]
     assert packed[0] == packed[1]
     assert [*own_kernels._row_ranges(96, 3)] == [(0, 32), (32, 64), (64, 96)]
+
+
+@given(
+    blocks=strategies.integers(1, 6),
+    columns=strategies.integers(1, 33),
+    planes=strategies.integers(1, 2),
+    chunk=strategies.integers(1, 4000),
+    before=strategies.integers(0, 9000),
+    seed=strategies.integers(0, 1 << 16),
+)
+def test_any_weights_come_through_the_file(
+    blocks: int, columns: int, planes: int, chunk: int, before: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    whole = random.integers(-8, 8, (planes, blocks * 32, columns), np.int8)
+    flat = whole.astype(np.uint8) & 15
+    pairs = flat.reshape(planes, -1, 2)
+    raw = (pairs[..., 0] | pairs[..., 1] << 4).tobytes()
+    size = len(raw) // planes
+    constants = tuple(
+        Constant("w", "int4", whole.shape[1:], None, "f", before + place * size)
+        for place in range(planes)
+    )
+    source, target = io.BytesIO(bytes(before) + raw), io.BytesIO()
+    target.write(bytes(before))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_kernels, "_CHUNK", chunk)
+        shape, (start, num_bytes) = own_kernels._write_packed(constants, source, target)
+    assert start % 4096 == 0
+    assert num_bytes == len(raw)
+    words = np.frombuffer(target.getvalue(), np.int32, offset=start).reshape(shape)
+    assert_array_equal(unpack_weights(words), whole)
+
+
+def test_weights_that_end_too_early_are_told() -> None:
+    constant = Constant("w", "int4", (64, 3), None, "f", 0)
+    with pytest.raises(BundleError, match="the weights of w end too early"):
+        own_kernels._write_packed((constant,), io.BytesIO(bytes(95)), io.BytesIO())
+
+
+@pytest.mark.parametrize("task", ["embed", "rerank"])
+def test_models_that_embed_or_judge(
+    pooling_bundles: PoolingBundles, tmp_path: Path, task: Any
+) -> None:
+    bundle = pooling_bundles(task, "portable", "int4")
+    manifest = read_manifest(bundle)
+    own = rewrite(bundle, tmp_path / "own")
+    assert own.left == ({} if task == "embed" else {"lm_head": "its weights are floats"})
+    check_graph(bundle, own)
+    feed = inputs_of(manifest, tokens=5, rows=16)
+    output = io_spec.output_name(manifest.model)
+    before = compute((bundle / "decoder.onnx").read_bytes(), bundle, feed, output)
+    after = compute(own.data, own.path.parent, feed, output)
+    assert np.abs(after.astype(np.float64) - before).max() < LOGITS_TOLERANCE
 
 
 def test_a_full_disk_is_told_before_anything_is_written(
