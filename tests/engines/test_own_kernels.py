@@ -39,7 +39,7 @@ from engines.audit import audit_network
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder import Target, build_engine, compile_bundle
 from engines.cli import build
-from engines.compat import TensorRT
+from engines.compat import Compiler, TensorRT
 from engines.config import BuildConfig
 from engines.kernels.layout import unpack_weights
 from engines.kernels.package import Ptx
@@ -364,6 +364,21 @@ def test_a_full_disk_is_told_before_anything_is_written(
     with pytest.raises(ResourceError, match="1,000 are free"):
         rewrite(bundle, tmp_path / "own")
     assert not list((tmp_path / "own").iterdir())
+
+
+@pytest.mark.parametrize("dialect", ["portable", "native"])
+def test_nvidias_own_parser_wants_the_plugin_and_nothing_else(
+    tiny_bundles: Bundles, tmp_path: Path, dialect: str
+) -> None:
+    """TensorRT for RTX has no plugins, but the parser of all: it reads the rest of the graph."""
+    pytest.importorskip("tensorrt_rtx")
+    own = rewrite(tiny_bundles("qwen2", dialect, "int8"), tmp_path / "own")
+    lines: list[str] = []
+    compiler = Compiler(compat.load("tensorrt-rtx"), lambda _level, text: lines.append(text))
+    with pytest.raises(BuildError, match=r"w4_linear: .*Plugin not found.*\(8 more such errors\)"):
+        compiler.parse(own.data, own.path, "slice")
+    wanted = "pluginName: w4_linear, pluginVersion: 1, pluginNamespace: edge_llm"
+    assert sum(line.startswith("Plugin not found") and wanted in line for line in lines) == 9
 
 
 # A build on the stand-ins
