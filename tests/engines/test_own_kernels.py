@@ -41,6 +41,7 @@ from engines.builder import Target, build_engine, compile_bundle
 from engines.cli import build
 from engines.compat import Compiler, TensorRT
 from engines.config import BuildConfig
+from engines.graph import graph_of
 from engines.kernels.layout import unpack_weights
 from engines.kernels.package import Ptx
 from engines.ladder import describe, make_rungs
@@ -166,6 +167,22 @@ def test_recipes_of_other_groups_and_heads(
     feed = inputs_of(read_manifest(bundle), tokens=3, rows=8)
     before = compute((bundle / "decoder.onnx").read_bytes(), bundle, feed, io_spec.LOGITS)
     after = compute(own.data, own.path.parent, feed, io_spec.LOGITS)
+    assert np.abs(after.astype(np.float64) - before).max() < LOGITS_TOLERANCE
+
+
+def test_the_graph_of_an_engine_with_other_options(tiny_bundles: Bundles, tmp_path: Path) -> None:
+    bundle = tiny_bundles("qwen2", "portable", "int4")
+    config = BuildConfig(
+        bundle, max_prefill=16, kv_capacity=64, kv_read="full", best_logits=8, kernels="own"
+    )
+    manifest = read_manifest(bundle)
+    data = graph_of(plan_build(config, manifest))
+    own = rewrite(bundle, tmp_path / "own", data)
+    assert own.left == {}
+    feed = inputs_of(manifest, tokens=3, rows=64)
+    before = compute(data, bundle, feed, io_spec.BEST_VALUES)
+    after = compute(own.data, own.path.parent, feed, io_spec.BEST_VALUES)
+    assert after.shape == (1, 3, 8)
     assert np.abs(after.astype(np.float64) - before).max() < LOGITS_TOLERANCE
 
 
