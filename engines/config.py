@@ -18,6 +18,7 @@ AttentionChoice = Literal["auto", "fused", "decomposed"]
 ATTENTIONS: tuple[AttentionChoice, ...] = ("auto", "fused", "decomposed")
 KernelChoice = Literal["auto", "own", "tensorrt"]
 KERNELS: tuple[Kernels, ...] = ("tensorrt", "own")
+"""In the order in which they are tried: a fault of ours on the GPU spoils no earlier engine."""
 
 _MIN_WORKSPACE_BYTES = 1 << 20
 _MAX_BATCH = 64

@@ -1,7 +1,7 @@
 """Puts edge-llm's own kernels into a graph: a product of few bits becomes one node of a plugin.
 
 What `engines.kernels.plugin` computes is a product with INT4 weights, or INT8 in two planes, and
-the bias behind it. In the graph that is up to seven nodes (`export.graph.decoder`); they and the
+the bias behind it. In the graph that is up to six nodes (`export.graph.decoder`); they and the
 weights as ONNX has them leave it. The weights in the kernels' order, as many bytes, go into a file
 beside it, some rows at a time: they are in memory neither twice nor as a whole.
 """
