@@ -443,6 +443,7 @@ def only_engine(bundle: Path) -> tuple[Path, EngineInfo]:
 @needs_a_runner
 def test_an_engine_with_own_kernels_stands_beside_the_other(bundle: Path, target: Target) -> None:
     assert "own kernels" not in run(bundle).stdout
+    (bundle / "engines" / ".kernels-of-a-killed-build").mkdir()
     text = run(bundle, "--kernels", "own").stdout
     assert "own kernels: 9 layers\n" in text
     assert "left to TensorRT" not in text
