@@ -152,10 +152,11 @@ def check_row(
 
 
 def tune(bundle: Path, matrix: dict[str, dict[str, dict[str, Any]]], run: Run) -> dict[str, Any]:
-    """Which way of attention and of reading the cache is fastest here, each timed and compared."""
+    """Whose kernels and which ways are fastest here, each engine timed and compared."""
     if not has_engine(matrix):
         return {"verdict": "skipped", "reason": "the build failed"}
-    command = ["edge-llm", "build", str(bundle), "--kv-read", "auto", "--tune", "--json"]
+    command = ["edge-llm", "build", str(bundle), "--kv-read", "auto", "--kernels", "auto"]
+    command += ["--tune", "--json"]
     return cell(run("tune", command), json_needed=True)
 
 

@@ -79,7 +79,7 @@ def test_it_computes_what_the_cpu_computes(
                 )
                 steps = np.abs(one.astype(int) - other)
                 assert steps.max() <= (1 if plane < 2 else 6 if FP16_KERNELS else 3)
-                assert steps.mean() < (0.3 if FP16_KERNELS else 0.2)
+                assert steps.mean() < (0.4 if FP16_KERNELS else 0.2)
         assert not ours.backend.read_slot(1, ours.backend.capacity).any()
         expected = io_spec.kv_bytes_per_token(
             ours.manifest.model, "fp16", ours.manifest.int8_layers
