@@ -100,8 +100,7 @@ def main() -> None:
             raise
         # What a verb writes into files has errors of its own; this is standard output.
         click.echo("edge-llm: error: the output cannot be written: the disk is full", err=True)
-        # What is left in the buffer would fail again at the end, and Python 3.13.5 and newer would
-        # then exit with 120.
+        # What is left in the buffer would fail again at the end, and Python would exit with 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ResourceError.exit_code)
     except (KeyboardInterrupt, click.Abort):

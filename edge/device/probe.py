@@ -152,13 +152,16 @@ def main(arguments: list[str]) -> None:
     # Libraries print to standard output; only the last line is ours.
     output = os.dup(1)
     os.dup2(2, 1)
-    if arguments[0] == "schemes":
-        # Line by line: a crash then tells which scheme it was.
-        for verdict in probe_schemes(*arguments[1:]):
-            os.write(output, msgspec.json.encode(verdict) + b"\n")
-        return
-    line = json.dumps(probes[arguments[0]](*arguments[1:]))  # type: ignore[operator]
-    os.write(output, f"{line}\n".encode())
+    try:
+        if arguments[0] == "schemes":
+            # Line by line: a crash then tells which scheme it was.
+            for verdict in probe_schemes(*arguments[1:]):
+                os.write(output, msgspec.json.encode(verdict) + b"\n")
+            return
+        line = json.dumps(probes[arguments[0]](*arguments[1:]))  # type: ignore[operator]
+        os.write(output, f"{line}\n".encode())
+    finally:
+        sys.stdout.flush()  # before the traceback, whose last line is the reason
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tests.fake_builder import Planted
 from tests.fake_cuda import FakeGpu
 from tests.fake_inspector import inspector_json
 from tests.fake_tensorrt import emptied, install
+from tests.parity import FP16_KERNELS
 
 
 def test_tensorrt_for_rtx_builds_every_scheme() -> None:
@@ -124,7 +125,9 @@ def test_the_graphs_mean_what_they_say(name: str) -> None:
         if name.startswith("w8a8"):
             inputs = np.clip(np.round(inputs * 128), -128, 127) / 128
         wanted = np.broadcast_to(inputs.sum(-1, keepdims=True) * planes / 128, found.shape)
-        np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-2)
+        # Two planes are two sums of FP16, which Arm rounds before it adds them.
+        atol = 2e-2 if FP16_KERNELS else 1e-2
+        np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=atol)
 
 
 def test_attention_in_several_kernels_only_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
