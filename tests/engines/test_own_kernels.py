@@ -573,6 +573,7 @@ def test_a_tensorrt_without_its_module_of_plugins(
         build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)
 
 
+@needs_a_runner
 def test_damaged_kernels_are_no_reason_to_go_on(
     bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
