@@ -58,7 +58,8 @@ def counted(values: NDArray[np.uint8], name: str) -> int:
             inside = start <= int(match[1], 16) and int(match[2], 16) <= end
         elif inside and line.startswith(f"{name}:"):
             found.append(int(line.split()[1]) << 10)
-    assert found
+    if not found:
+        pytest.skip("this kernel gives no huge pages")  # qemu tells no counts of its memory
     return sum(found)
 
 
