@@ -63,7 +63,8 @@ class ServerSettings(EngineConfig):
         body_timeout_s: seconds from the head to the end of the body.
         write_timeout_s: seconds after which a client that takes nothing of what it was sent is cut.
         keep_alive_s: seconds after which an idle connection is closed.
-        stream_buffer_bytes: bytes that wait for one slow reader; with more the stream is cancelled.
+        stream_buffer_bytes: bytes that wait for one slow reader, beside 256 KiB in the kernel; with
+            more the stream is cancelled.
         ping_s: seconds of silence on a stream after which a comment is sent.
         request_timeout_s: seconds that a generation may take, its wait included, before it ends
             with an error.

@@ -25,6 +25,9 @@ _FILES_PER_MODEL = 32  # files and maps of a bundle, and its engine's
 _LEAST_CONNECTIONS = 8
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LOG_EVERY_S = 10.0
+# Linux keeps up to twice this for one client. By itself it would keep 4 MB (tcp_wmem), beside which
+# `stream_buffer_bytes` bounds nothing.
+_SEND_BUFFER_BYTES = 128 * 2**10
 
 
 class Connection(Protocol):
@@ -215,6 +218,8 @@ def listen(host: str, port: int) -> Listener:
     sock = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # What is accepted inherits it.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         sock.bind((host.strip("[]"), port))
         sock.listen()  # a small model is ready, and systemd knows it, before uvicorn gets to it
         sock.set_inheritable(False)

@@ -137,6 +137,7 @@ def test_a_client_that_leaves_the_queue_gives_its_place_back(shaky: Live):
 def test_a_slow_reader_is_cut_and_holds_up_nobody(shaky: Live):
     messages = [{"role": "user", "content": "fast"}]
     shaky.engine.say(messages, "</think>" + "🙂" * 100)
+    cancelled = shaky.engine.llm.scheduler.stats().outcomes.get("cancelled", 0)
     with closing(socket.socket()) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.connect(("127.0.0.1", shaky.port))
@@ -156,9 +157,8 @@ def test_a_slow_reader_is_cut_and_holds_up_nobody(shaky: Live):
                 taken += len(data)
         except ConnectionError:
             pass
-        assert taken < 4_000_000
-    outcomes = shaky.engine.llm.scheduler.stats().outcomes
-    assert outcomes["cancelled"] >= 1
+        assert taken < 1_000_000
+    assert shaky.engine.llm.scheduler.stats().outcomes["cancelled"] == cancelled + 4
 
 
 def test_overload_is_told_and_nobody_is_cut(shaky: Live):
