@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,23 @@ def requantize(source: Path, output: Path, name: str) -> None:
         gguf.quants.quantize(np.zeros((1, 256), np.float32), kind)
     except (KeyError, NotImplementedError):
         raise SystemExit(f"error: gguf has no quantizer for {name}; Q4_0 and Q8_0 do") from None
+    rewrite(source, output, lambda tensor: _converted(tensor, kind))
+
+
+def rewrite(
+    source: Path,
+    output: Path,
+    convert: Callable[[Any], tuple[Any, Any] | None],
+    values: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``output``, a copy of ``source`` with other tensors.
+
+    Args:
+        source: a GGUF file.
+        output: where the copy goes.
+        convert: gives a tensor's stored rows and their type; None leaves it out.
+        values: metadata with another value than in the source, by key.
+    """
     reader = gguf.GGUFReader(source)
     part = output.with_name(f"{output.name}.part")
     writer = gguf.GGUFWriter(part, reader.fields[_ARCHITECTURE].contents())
@@ -51,10 +69,12 @@ def requantize(source: Path, output: Path, name: str) -> None:
         if field.name == _ARCHITECTURE or field.name.startswith(_OF_THE_FILE):
             continue
         inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+        value = (values or {}).get(field.name, field.contents())
+        writer.add_key_value(field.name, value, field.types[0], inner)
     for tensor in reader.tensors:
-        data, stored = _converted(tensor, kind)
-        writer.add_tensor(tensor.name, data, raw_dtype=stored)
+        if (converted := convert(tensor)) is not None:
+            data, stored = converted
+            writer.add_tensor(tensor.name, data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
