@@ -37,6 +37,7 @@ from tests.edge.backends.ort.test_gpu import HOST
 from tests.edge.runtime.scheduler.conftest import VOCAB, Collected, DropMiddle, Engine
 from tests.fakes import Script, ScriptedBackend, random_logits, write_table
 from tests.manifests import replace_file
+from tests.parity import FP16_KERNELS
 from tests.tiny_heads import make_head
 
 TARGET = random_logits(VOCAB)
@@ -500,7 +501,8 @@ def test_the_cuda_backend_puts_out_the_same_hidden_states(bundle: Path):
         found[name] = states
     table.close()
     for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.05)
+        atol = 0.15 if FP16_KERNELS else 0.05
+        np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=atol)
 
 
 def test_plan_and_service_count_the_head(bundle: Path):
