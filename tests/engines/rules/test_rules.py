@@ -570,5 +570,7 @@ def test_every_single_byte_of_a_graph_may_be_wrong() -> None:
 def test_fp16_scales_are_judged_by_their_bits_as_by_their_values(bits: int) -> None:
     value = np.array([bits], np.uint16).view(np.float16)
     usable = bool(np.isfinite(value[0]) and value[0] > 0)
+    with np.errstate(invalid="ignore"):  # Arm says that the cast quiets a signalling NaN
+        wide = value.astype(np.float32)
     assert facts_module._all_usable(value) is usable
-    assert facts_module._all_usable(value.astype(np.float32)) is usable
+    assert facts_module._all_usable(wide) is usable
