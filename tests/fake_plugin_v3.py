@@ -185,7 +185,8 @@ def ask(plugin: Any, shapes: Sequence[Shape], types: Sequence[Any]) -> None:
         port.desc.format = TensorFormat.HWC
         assert not made.supports_format_combination(place, ports, len(types))
         port.desc.format = TensorFormat.LINEAR
-    made.configure_plugin(ports[:-1], ports[-1:])
+    with printed("configure_plugin"):
+        made.configure_plugin(ports[:-1], ports[-1:])
     tactics = made.get_valid_tactics()
     assert len(set(tactics)) == len(tactics) > 1
     assert min(tactics) > 0
@@ -194,6 +195,14 @@ def ask(plugin: Any, shapes: Sequence[Shape], types: Sequence[Any]) -> None:
     descs = [port.desc for port in ports]
     try:
         for tactic in tactics:
+            mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+            driver.cuStreamBeginCapture(stream, mode)
+            captured = made.clone()
+            captured.set_tactic(tactic)
+            run(captured, descs[:-1], descs[-1:], stream, changed=True)
+            code, graph = driver.cuStreamEndCapture(stream)
+            assert code == 0, "a plugin cannot be timed in a CUDA graph"
+            driver.cuGraphDestroy(graph)
             timed = made.clone()
             timed.set_tactic(tactic)
             run(timed, descs[:-1], descs[-1:], stream, changed=True)

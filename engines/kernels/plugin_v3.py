@@ -94,7 +94,10 @@ def _build_class(trt: Any) -> Any:
 
         @told
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
-            """Nothing: all follows from the shapes of a launch."""
+            # What follows may be captured: TensorRT 10.10 was seen to time plugins in a CUDA graph
+            # (autowarefoundation/autoware_universe#13158), where the driver loads nothing.
+            if self.own_kernels.in_context:
+                self.load()
 
         @told
         def get_valid_tactics(self) -> list[int]:

@@ -185,6 +185,11 @@ class OwnKernels:
             )
         return self._known[number]
 
+    @property
+    def in_context(self) -> bool:
+        """Whether a CUDA context is current."""
+        return self._context.handle != 0
+
     def load(self, packed: bytes) -> tuple[Kernel, ...]:
         """Kernels of `pack` in the current context, where each stays until the process ends.
 
@@ -284,7 +289,7 @@ def product_class(trt: Any) -> Any:
         def get_capability_interface(self, type: Any) -> Any:
             return self
 
-        def _load(self) -> None:
+        def load(self) -> None:
             if not self.loaded:
                 self.loaded = self.own_kernels.load(self.packed)
 
@@ -297,7 +302,7 @@ def product_class(trt: Any) -> Any:
 
         @told
         def attach_to_context(self, resource_context: Any) -> Any:
-            self._load()  # the driver loads nothing while a CUDA graph is captured
+            self.load()  # the driver loads nothing while a CUDA graph is captured
             return self.clone()
 
         @told
@@ -306,7 +311,7 @@ def product_class(trt: Any) -> Any:
 
         @told
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
-            self._load()  # the builder attaches nothing
+            self.load()  # a builder attaches nothing
             shapes = [tuple(each.dims) for each in inputs]
             self.launches = []
             for each in unpack(self.packed):
