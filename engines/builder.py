@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge._version import __version__
-from edge.bundle.engine_file import ENGINE_SCHEMA_VERSION, EngineInfo, ProfileInfo, ShapeInfo
+from edge.bundle.engine_file import (
+    ENGINE_SCHEMA_VERSION,
+    EngineInfo,
+    Plugins,
+    ProfileInfo,
+    ShapeInfo,
+)
 from edge.bundle.engine_layers import LayerTable, parse_inspector
 from edge.bundle.manifest import ENGINES_DIR, verify_files
 from edge.bundle.trust import open_manifest
@@ -272,6 +278,8 @@ def make_recorder(
             kernels=build.kernels,
             own_linears=compiled.own_linears,
             left_linears=compiled.left_linears,
+            plugins=compiled.plugins,
+            python_kernels=compiled.python_kernels,
             compiled_unknown="the build was ended before it read them",
         )
 
@@ -291,6 +299,8 @@ class Compiled:
         peak_memory_bytes: the most resident memory; None if it was not measured.
         own_linears: linear layers that own kernels compute.
         left_linears: with own kernels, the others, and why.
+        plugins: with own kernels, which kind of plugin they are.
+        python_kernels: the kernels, where that is not compiled into the plan.
     """
 
     plan: Any
@@ -304,6 +314,8 @@ class Compiled:
     exported_layers: str | None = None
     own_linears: tuple[str, ...] = ()
     left_linears: dict[str, str] = field(default_factory=dict)
+    plugins: Plugins | None = None
+    python_kernels: tuple[bytes, ...] = ()
 
 
 def compile_ladder(
@@ -360,10 +372,11 @@ def compile_bundle(
             kernels compute nothing in it.
     """
     config, manifest = build.config, build.manifest
-    kernels_bytes = 0
+    kernels_bytes, plugins = 0, None
     if build.kernels == "own":
         compat.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
         kernels_bytes = compat.register_own_kernels(target.rt)
+        plugins = compat.plugins_of(target.rt)
     with uncounted(progress, "hash"):
         verify_files(config.bundle, manifest, graph_files(manifest))
     graph = graph_of(build)
@@ -376,7 +389,7 @@ def compile_bundle(
     reset_rss_peak()
     started = time.perf_counter()
     try:
-        with parsed_graph(build, graph) as found:
+        with parsed_graph(build, graph, plugins) as found:
             for name, reason in found.left.items():
                 log("info", f"own kernels leave {name} to TensorRT: {reason}")
             compiler = Compiler(target.rt, log)
@@ -409,11 +422,15 @@ def compile_bundle(
         scratch_by_profile(lines, build.profiles),
         own_linears=found.linears,
         left_linears=found.left,
+        plugins=plugins,
+        python_kernels=compat.pack_own_kernels(found.planes) if plugins == "python" else (),
     )
 
 
 @contextmanager
-def parsed_graph(build: BuildPlan, graph: bytes) -> Iterator[OwnGraph]:
+def parsed_graph(
+    build: BuildPlan, graph: bytes, plugins: Plugins | None = None
+) -> Iterator[OwnGraph]:
     """What is parsed, with the own kernels that were asked for; their weights are there then."""
     bundle, manifest = build.config.bundle.resolve(), build.manifest
     if build.kernels == "tensorrt":
@@ -424,7 +441,7 @@ def parsed_graph(build: BuildPlan, graph: bytes) -> Iterator[OwnGraph]:
     for leftover in engines.glob(f"{_OWN_SCRATCH}*"):
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=_OWN_SCRATCH, dir=engines) as scratch:
-        yield use_own_kernels(graph, manifest, bundle, Path(scratch))
+        yield use_own_kernels(graph, manifest, bundle, Path(scratch), plugins or "compiled")
 
 
 def _refuse_illegal(build: BuildPlan, target: Target, graph: bytes) -> list[str]:

@@ -165,7 +165,7 @@ def _shape_options(command: Any) -> Any:
     default="tensorrt",
     show_default=True,
     help="Whose kernels compute products with weights of few bits: edge-llm's own, as plugins in "
-    "the engine (from TensorRT 10.13 on), or TensorRT's; auto, with --tune, is the faster of both.",
+    "the engine, or TensorRT's; auto, with --tune, is the faster of both.",
 )
 @click.option(
     "--tune",

@@ -3,8 +3,8 @@
 =======================  ============================================================
 since                    what
 =======================  ============================================================
-10.0                     strongly typed networks, INT4 weights, progress monitor
-10.13                    plugins in Python that are compiled ahead of time: own kernels
+10.0                     strongly typed networks, INT4 weights, progress monitor, ``IPluginV3``
+10.13                    plugins in Python that are compiled into the engine: own kernels
 10.14                    attention, and its ``decomposable`` mark
 10.15                    rotary embedding, KV-cache update: dialect ``native``
 11.0                     always strongly typed; attention v2 with lengths per sequence
@@ -26,14 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge.backends.tensorrt import plugins
 from edge.bundle import io_spec
-from edge.bundle.engine_file import Attention, Flavour, KvRead, where_tensorrt_is_from
+from edge.bundle.engine_file import Attention, Flavour, KvRead, Plugins, where_tensorrt_is_from
 from edge.bundle.engine_layers import told_profiles
 from edge.bundle.manifest import Dialect
-from edge.errors import BuildError, ConfigError, DependencyError
+from edge.errors import BuildError, ConfigError, DependencyError, EdgeError
 from edge.progress import Progress
 
-from .kernels import plugin
+from .kernels import plugin, plugin_v3
 from .kernels.package import load_ptx
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .profiles import Profile
@@ -43,7 +44,7 @@ _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorr
 _MINIMUM: dict[Dialect, tuple[int, int]] = {"native": (10, 15), "portable": (10, 3)}
 _RTX_MINIMUM = (1, 3)
 _LENGTHS_SINCE = (11, 0)
-_PLUGINS_SINCE = (10, 13)
+_COMPILED_PLUGINS_SINCE = (10, 13)
 _OWN_KERNELS_SINCE = (8, 0)  # compute capability: that of the PTX
 _DTYPES = {
     "FLOAT": "fp32",
@@ -172,7 +173,8 @@ def check_support(
 def check_own_kernels(flavour: Flavour, version: str, compute_capability: str) -> None:
     """Check that a TensorRT takes own kernels, and that a GPU runs them.
 
-    10.13 is the oldest TensorRT that our plugin is checked against (`scripts/trt-bindings`).
+    The oldest TensorRT is the oldest whose bindings our plugin is held against
+    (`scripts/trt-bindings`).
 
     Raises:
         DependencyError: it does not.
@@ -183,10 +185,11 @@ def check_own_kernels(flavour: Flavour, version: str, compute_capability: str) -
             f"own kernels are plugins, and TensorRT for RTX {version} has none; {instead}, or with "
             f"TensorRT: {where_tensorrt_is_from('tensorrt')}"
         )
-    if parse_release(version) < _PLUGINS_SINCE:
+    needed = _MINIMUM["portable"]
+    if parse_release(version) < needed:
         raise DependencyError(
-            f"own kernels need TensorRT >= {_PLUGINS_SINCE[0]}.{_PLUGINS_SINCE[1]}, whose plugins "
-            f"are compiled into the engine, found {version}; {instead}, or upgrade to JetPack 7.2"
+            f"own kernels need TensorRT >= {needed[0]}.{needed[1]}, found {version}; {instead}, or "
+            "upgrade to JetPack 6.1 or newer"
         )
     major, minor = map(int, compute_capability.split("."))
     if (major, minor) < _OWN_KERNELS_SINCE:
@@ -196,6 +199,21 @@ def check_own_kernels(flavour: Flavour, version: str, compute_capability: str) -
         )
 
 
+def plugins_of(rt: TensorRT) -> Plugins:
+    """Which kind of plugin own kernels are."""
+    return "compiled" if rt.release >= _COMPILED_PLUGINS_SINCE else "python"
+
+
+def pack_own_kernels(planes: Iterable[int]) -> tuple[bytes, ...]:
+    """Own kernels as ``engine.json`` has them, for weights in these numbers of planes.
+
+    Raises:
+        IntegrityError: the kernels' files are missing or damaged.
+    """
+    kernels = load_ptx()
+    return tuple(plugin_v3.pack_kernels(number, kernels) for number in sorted(planes))
+
+
 def register_own_kernels(rt: TensorRT) -> int:
     """Make own kernels known to TensorRT as a plugin.
 
@@ -203,13 +221,16 @@ def register_own_kernels(rt: TensorRT) -> int:
         rt: that `check_own_kernels` takes.
 
     Returns:
-        The bytes of the largest kernel's PTX, which each use of it may add to a plan.
+        The most bytes that each use of a kernel may add to a plan.
 
     Raises:
         DependencyError: this TensorRT's Python package lacks its plugins.
         IntegrityError: the kernels' files are missing or damaged.
     """
     kernels = load_ptx()
+    if plugins_of(rt) == "python":
+        plugin_v3.register(rt.module, kernels)
+        return 0  # a number
     name = f"{_MODULES[rt.flavour]}.plugin"
     try:
         module = importlib.import_module(name)
@@ -267,6 +288,7 @@ class Compiler:
         trt = self.rt.module
         parser = trt.OnnxParser(self._network, self._logger)
         if not parser.parse(graph, str(path)):
+            self._raise_own_failure()
             problems = [parser.get_error(i) for i in range(parser.num_errors)]
             raise BuildError(self._explain(problems, path), _parser_cause(problems))
         if kv_read == "lengths":
@@ -331,6 +353,7 @@ class Compiler:
         if stopped.is_set():
             raise KeyboardInterrupt
         if plan is None:
+            self._raise_own_failure()
             raise BuildError(
                 f"TensorRT {self.rt.version} failed to build the engine: {self._last_error()}; "
                 f"{_build_advice(self._last_error(), workspace_bytes)}",
@@ -457,6 +480,22 @@ class Compiler:
                 f"it knows {choices}"
             )
         return known[name]
+
+    def _raise_own_failure(self) -> None:
+        """Raise what one of our plugins raised.
+
+        Raises:
+            DependencyError: cuda-bindings is missing.
+            BuildError: anything else.
+        """
+        try:
+            plugins.raise_failure(self.rt.module)
+        except DependencyError:
+            raise
+        except EdgeError as error:
+            raise BuildError(
+                f"own kernels do not run while TensorRT {self.rt.version} builds: {error}"
+            ) from error
 
     def _last_error(self) -> str:
         return self._errors[-1] if self._errors else "it gave no reason"

@@ -18,6 +18,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.tensorrt.plugins import NAME, NAMESPACE, PLANES_FIELD
+from edge.backends.tensorrt.plugins import VERSION as PYTHON_VERSION
+from edge.bundle.engine_file import Plugins
 from edge.bundle.manifest import LinearInfo, Manifest
 from edge.bundle.onnx_file import Node, OnnxFile, attribute
 from edge.bundle.onnx_values import Constant, Constants, node_attributes
@@ -26,7 +29,7 @@ from edge.errors import BuildError, BundleError, ResourceError
 
 from .kernels.launch import GROUPS
 from .kernels.layout import pack_weights
-from .kernels.plugin import NAME, NAMESPACE, VERSION
+from .kernels.plugin import VERSION
 from .kernels.variants import BLOCK
 
 _NO_BIAS = "own_kernels.no_bias"
@@ -43,12 +46,14 @@ class OwnGraph:
         path: where a parser is to think it is: its weights are beside that.
         linears: linear layers that own kernels compute, in the graph's order.
         left: the others, which TensorRT computes, each with the reason.
+        planes: numbers of planes that the weights of ``linears`` have.
     """
 
     data: bytes
     path: Path
     linears: tuple[str, ...]
     left: dict[str, str]
+    planes: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,13 @@ class _MisfitError(Exception):
     """Why a linear layer is left to TensorRT."""
 
 
-def use_own_kernels(graph: bytes, manifest: Manifest, bundle: Path, directory: Path) -> OwnGraph:
+def use_own_kernels(
+    graph: bytes,
+    manifest: Manifest,
+    bundle: Path,
+    directory: Path,
+    plugins: Plugins = "compiled",
+) -> OwnGraph:
     """Replace what the kernels compute, and write the weights in their order.
 
     Args:
@@ -84,6 +95,7 @@ def use_own_kernels(graph: bytes, manifest: Manifest, bundle: Path, directory: P
         manifest: the bundle's.
         bundle: where the graph's weights are; the caller has hashed them.
         directory: an empty one, for the weights in the kernels' order and a link to the others.
+        plugins: which kind the engine has, see `edge.bundle.engine_file.EngineInfo`.
 
     Raises:
         BuildError: the kernels compute nothing in this graph.
@@ -120,33 +132,42 @@ def use_own_kernels(graph: bytes, manifest: Manifest, bundle: Path, directory: P
             name = f"{product.name}.own_weights"
             shape, place = _write_packed(product.planes, source, target)
             onnx.put_in_file(name, "int32", shape, (packed, *place))
-            replaced[id(product.nodes[-1])] = _plugin_node(product, name)
+            replaced[id(product.nodes[-1])] = _plugin_node(product, name, plugins)
     gone = {id(node) for product in products for node in product.nodes}
     onnx.nodes = [
         replaced.get(id(node), node)
         for node in onnx.nodes
         if id(node) not in gone or id(node) in replaced
     ]
-    onnx.use_domain(NAMESPACE, int(VERSION))
+    onnx.use_domain(NAMESPACE, 1)
     (directory / weights).symlink_to(os.path.relpath((bundle / weights).resolve(), directory))
     path = directory.resolve() / manifest.graphs.decoder
-    return OwnGraph(onnx.serialize(), path, tuple(each.name for each in products), left)
+    return OwnGraph(
+        onnx.serialize(),
+        path,
+        tuple(each.name for each in products),
+        left,
+        frozenset(len(each.planes) for each in products),
+    )
 
 
-def _plugin_node(product: _Product, weights: str) -> Node:
+def _plugin_node(product: _Product, weights: str, plugins: Plugins) -> Node:
+    # What the parser's import of plugins reads (FallbackPluginImporter in onnx-tensorrt).
+    if plugins == "compiled":
+        # `aot` asks for the compiled kind and no other (createPlugin, from 10.13 on).
+        attributes = [attribute("plugin_version", VERSION), attribute("aot", 1)]
+    else:
+        attributes = [
+            attribute("plugin_version", PYTHON_VERSION),
+            attribute(PLANES_FIELD, len(product.planes)),
+        ]
     return Node(
         NAME,
         [product.x, weights, product.scales, product.bias or _NO_BIAS],
         list(product.nodes[-1].outputs),
         f"{product.name}/{NAME}",
         NAMESPACE,
-        # What the parser's import of plugins reads; `aot` asks for the compiled kind and no other
-        # (createPlugin and FallbackPluginImporter in onnx-tensorrt).
-        [
-            attribute("plugin_namespace", NAMESPACE),
-            attribute("plugin_version", VERSION),
-            attribute("aot", 1),
-        ],
+        [attribute("plugin_namespace", NAMESPACE), *attributes],
     )
 
 

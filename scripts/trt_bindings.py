@@ -73,7 +73,7 @@ WHEELS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 PLUGINS_SINCE: Release = (10, 13)
-"""The first release that is to take our plugin; see `engines.compat.check_own_kernels`."""
+"""The first release that is to compile our plugin; see `engines.compat.plugins_of`."""
 
 SOURCES = ("edge/backends/tensorrt/bound_context.py",)
 """Files that use TensorRT's objects without its module; all others are found."""
@@ -110,10 +110,10 @@ _USES_TENSORRT = re.compile(r"\btrt\.[A-Z]|\b_?module\.[A-Z]")
 _CUDA = ROOT / "edge" / "backends" / "cuda"  # its modules are those of CUDA
 _ELSEWHERE = {
     *("get_available_providers", "get_providers", "preload_dlls", "InferenceSession"),
-    *("reshape", "tobytes", "nbytes"),
+    *("reshape", "tobytes", "nbytes", "decompress", "hexdigest"),
     *("VERSION_TEXT", "CUresult", "CUDA_SUCCESS"),
 }
-"""Of ONNX Runtime, NumPy, PyCUDA and cuda-bindings, in the files that use TensorRT too."""
+"""Of other libraries and of Python, in the files that use TensorRT too."""
 
 
 # The stub libraries.
@@ -372,11 +372,17 @@ def read_surface(wheel: Path, stubs: Path) -> Surface:
     return surface
 
 
-def check_plugin(wheel: Path, stubs: Path) -> bool:
-    """Let the bindings of an unpacked wheel ask our plugin (`scripts/trt_plugin.py`)."""
+def check_plugin(wheel: Path, stubs: Path, script: str) -> bool:
+    """Let the bindings of an unpacked wheel ask our plugin.
+
+    Args:
+        wheel: the unpacked one.
+        stubs: where the stub libraries are.
+        script: ``trt_plugin``, or ``trt_plugin_v3`` for the one whose kernels Python launches.
+    """
     paths = os.pathsep.join(map(str, (wheel, ROOT)))
     environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "scripts.trt_plugin"]
+    command = [sys.executable, "-m", f"scripts.{script}"]
     return subprocess.run(command, env=environment, check=False).returncode == 0
 
 
@@ -591,8 +597,9 @@ def main() -> int:
             f"{f'{len(problems)} problems' if problems else 'all there'}",
             flush=True,
         )
+        failed |= not check_plugin(fetch_wheel(version), stubs, "trt_plugin_v3")
         if (major, minor) >= PLUGINS_SINCE:
-            failed |= not check_plugin(fetch_wheel(version), stubs)
+            failed |= not check_plugin(fetch_wheel(version), stubs, "trt_plugin")
     return int(failed)
 
 

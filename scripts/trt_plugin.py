@@ -16,6 +16,7 @@ from typing import Any
 
 import tensorrt_bindings as trt
 
+from edge.backends.tensorrt import plugins
 from engines.kernels import plugin
 from engines.kernels.launch import Tactic, w4_gemv, w4_tactics
 from engines.kernels.package import Ptx
@@ -43,6 +44,11 @@ class Registry:
         assert key not in self._creators, "registered twice"
         self._creators[key] = creator
         return True
+
+    @property
+    def creators(self) -> list[Any]:
+        """All of them."""
+        return list(self._creators.values())
 
     def get_creator(self, name: str, version: str, namespace: str) -> Any:
         """Find a creator."""
@@ -124,10 +130,10 @@ def describe(shape: tuple[int, ...], dtype: Any, *, dynamic: int = 0) -> Any:
 def problems_of(case: tuple[int, int, int, int, int, int, bool], ptx: dict[str, Ptx]) -> list[str]:
     """Ask a new plugin about one product; what is wrong with its answers."""
     batch, seq, depth, columns, group, planes, bias = case
-    creator = trt.get_plugin_registry().get_creator(plugin.NAME, "1", plugin.NAMESPACE)
+    creator = trt.get_plugin_registry().get_creator(plugins.NAME, "1", plugins.NAMESPACE)
     made = creator.create_plugin(
-        plugin.NAME,
-        plugin.NAMESPACE,
+        plugins.NAME,
+        plugins.NAMESPACE,
         trt.PluginFieldCollection([]),
         trt.TensorRTPhase.BUILD,
         trt.QuickPluginCreationRequest.STRICT_AOT,

@@ -31,6 +31,7 @@ from engines.kernels.layout import unpack_weights
 from engines.rules.check import Finding, check_facts
 from engines.rules.facts import GraphFacts
 from engines.rules.table import RULES, Version, version_of
+from tests import fake_plugin_v3
 from tests.fake_cuda import RuleError
 from tests.fake_plugin import PLUGINS, TensorDesc
 
@@ -283,6 +284,7 @@ class Network:
         self.types: dict[str, str] = {}
         self.shapes: dict[str, Shape] = {}
         self.attentions: list[Attention] = []
+        self.plugins: dict[str, Any] = {}  # of Python, by their nodes
         self._layers: list[Layer] = []
 
     def _take(self, graph: OnnxFile, facts: GraphFacts, directory: Path | None) -> None:
@@ -528,8 +530,16 @@ class OnnxParser:
             if not node.domain or "plugin_namespace" not in attributes:
                 continue  # the table refuses it
             yield node.name
-            plugin_id = f"{attributes['plugin_namespace']}::{node.op_type}"
-            if plugin_id not in PLUGINS.known or attributes["plugin_version"] != "1":
+            key = node.op_type, attributes["plugin_version"], attributes["plugin_namespace"]
+            if "aot" in attributes:
+                found: Any = f"{key[2]}::{key[0]}" in PLUGINS.known and key[1] == "1"
+            else:
+                try:
+                    found = fake_plugin_v3.create(*key, attributes)
+                except fake_plugin_v3.FailedError:
+                    found = None
+                self._network.plugins[node.name] = found
+            if not found:
                 text = "Plugin not found, are the plugin name, version, and namespace correct?"
                 code = ErrorCode.INVALID_NODE
                 self._refuse(ParserError(node.name, node.op_type, text, code, 1))
@@ -669,7 +679,10 @@ class Builder:
         for attention in network.attentions:
             if no_fused is not None and not attention.decomposable:
                 raise _RefusedError(f"Error Code 10: Internal Error ({attention.name}: {no_fused})")
-        own = _ask_plugins(network, config.profiles)
+        try:
+            own, plugins = _ask_plugins(network, config.profiles)
+        except fake_plugin_v3.FailedError as error:
+            raise _RefusedError(f"Error Code 2: Internal Error ({error})") from None
         model = _make_model(network)
         hosts = shape_inputs(OnnxFile(model))
         ranges = [_check_profile(OnnxFile(model), profile, hosts) for profile in config.profiles]
@@ -707,29 +720,44 @@ class Builder:
             "unpacks": planted.unpacks,
             "bundle": str(directory) if has_bundle else None,
             "own": own,
+            "plugins": plugins,
         }
         return PLAN_MAGIC + json.dumps(head).encode() + b"\n" + model
 
 
-def _ask_plugins(network: Network, profiles: list[OptimizationProfile]) -> list[str]:
-    """Every plugin, as the builder asks it for each profile; their linear layers."""
+def _ask_plugins(
+    network: Network, profiles: list[OptimizationProfile]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Every plugin, as the builder asks it for each profile.
+
+    Returns:
+        Their linear layers, and what a plan has of those of Python.
+    """
     assert network.graph is not None
     names = {"fp16": "FP16", "int32": "INT32"}
-    own = []
+    own, serialized = [], []
     for node in network.graph.nodes:
         if not node.domain:
             continue
         weights = network.shapes[node.inputs[1]]
         types = [names[network.types[name]] for name in node.inputs]
         shapes = [weights, *(network.shapes[name] for name in node.inputs[2:])]
+        python = network.plugins.get(node.name)
+        if python is not None:
+            serialized.append(fake_plugin_v3.serialize(python, shapes))
         for profile in profiles:
             for batch, seq in profile.shapes["position_ids"]:
+                if python is not None:
+                    sizes = [(batch, seq, weights[0] * 32), *shapes]
+                    kinds = [DTYPES[network.types[name]] for name in node.inputs]
+                    fake_plugin_v3.ask(python, sizes, kinds)
+                    continue
                 first = TensorDesc((batch, seq, weights[0] * 32), types[0])
                 others = [TensorDesc(*each) for each in zip(shapes, types[1:], strict=True)]
                 launches = PLUGINS.ask(f"{node.domain}::{node.op_type}", [first, *others])
                 assert launches
         own.append(node.name.removesuffix(f"/{node.op_type}"))
-    return own
+    return own, serialized
 
 
 class _RefusedError(Exception):

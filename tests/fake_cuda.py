@@ -48,7 +48,7 @@ TEXTS = {
 }
 _STICKY = {700, 719, 999}
 # Calls that may wait for the device, which no graph can hold.
-_UNSAFE = {"cuMemAlloc", "cuMemHostAlloc", "cuStreamSynchronize"}
+_UNSAFE = {"cuMemAlloc", "cuMemHostAlloc", "cuStreamSynchronize", "cuModuleLoadData"}
 
 
 class RuleError(AssertionError):

@@ -44,7 +44,7 @@ from engines.config import BuildConfig
 from engines.graph import graph_files, graph_of
 from engines.ladder import scales_to_try
 from engines.store import EngineStore
-from tests import fake_builder
+from tests import fake_builder, fake_plugin_v3
 from tests.fake_builder import (
     DTYPES,
     PLAN_MAGIC,
@@ -246,6 +246,7 @@ class FakeEngine:
         self._profiles: list[dict[str, Any]] = head["profiles"]
         self.device_memory_size_v2 = max(head["scratch"])
         self.num_optimization_profiles = len(self._profiles)
+        self.plugins: list[tuple[Any, dict[str, Any]]] = []  # of Python
         self._weights_bytes = len(model)  # which the runtime has reserved
         gpu.born("engine")
 
@@ -296,7 +297,14 @@ class FakeEngine:
             self._logger.log(Severity.ERROR, "createExecutionContext: out of memory")
             return None
         self._gpu.spend("create_execution_context", CONTEXT_S)
-        return FakeContext(self._gpu, self, self._logger)
+        context = FakeContext(self._gpu, self, self._logger)
+        try:
+            context.attached = fake_plugin_v3.Attached(self.plugins)
+        except fake_plugin_v3.FailedError as error:
+            text = f"createExecutionContext: {error}"
+            self._logger.log(Severity.ERROR, text)
+            return None
+        return context
 
 
 class FakeInspector:
@@ -330,6 +338,7 @@ class FakeContext:
     """``IExecutionContext``."""
 
     profiler: IProfiler | None = None
+    attached: fake_plugin_v3.Attached
 
     def __init__(self, gpu: FakeGpu, engine: FakeEngine, logger: ILogger) -> None:
         self._gpu, self._engine, self._logger = gpu, engine, logger
@@ -423,6 +432,11 @@ class FakeContext:
         capturing = gpu.streams[stream_handle].capturing is not None
         if capturing and self._flushed != self.version:
             raise RuleError("captured without a run in advance after a change of shapes")
+        batch, seq = self._shapes[io_spec.POSITION_IDS]
+        try:
+            self.attached.run(batch, seq, stream_handle, self.version)
+        except fake_plugin_v3.FailedError as error:
+            return self._refuse(f"enqueueV3: {error}")
         work = self._make_work()
         gpu.put(stream_handle, work)
         self._last_work = work
@@ -546,6 +560,8 @@ def make_module(
     module.ICudaEngine, module.IExecutionContext = FakeEngine, FakeContext
     for each in fake_builder.NAMES:
         setattr(module, each, getattr(fake_builder, each))
+    for plugin_name, thing in fake_plugin_v3.NAMES.items() if flavour == "tensorrt" else ():
+        setattr(module, plugin_name, thing)
     if pretended.release >= (10, 14):
         module.IAttention = fake_builder.Attention
         module.IAttentionOutputLayer = fake_builder.AttentionOutputLayer
@@ -584,7 +600,16 @@ def make_module(
             if not gpu.reserve(len(model)):
                 return refuse("out of memory")
             kind = OldEngine if pretended.release < (10, 15) else FakeEngine
-            return kind(gpu, self._logger, head, model)
+            engine = kind(gpu, self._logger, head, model)
+            for record in head["plugins"]:
+                try:
+                    plugin = fake_plugin_v3.deserialize(record)
+                except fake_plugin_v3.FailedError as error:
+                    return refuse(str(error))
+                if plugin is None:
+                    return refuse(f"IPluginRegistry::getCreator: Cannot find {record['key']}")
+                engine.plugins.append((plugin, record))
+            return engine
 
     module.Runtime = Runtime
     return module

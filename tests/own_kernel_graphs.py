@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from edge.backends.tensorrt.plugins import NAME, NAMESPACE
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
 from engines.kernels.layout import unpack_weights
-from engines.kernels.plugin import NAME, NAMESPACE
 from engines.kernels.reference import w4_gemv
 
 

@@ -34,6 +34,8 @@ KvRead = Literal["slice", "full", "lengths"]
 Attention = Literal["fused", "decomposed"]
 Scales = Literal["stored", "fp32"]
 Kernels = Literal["tensorrt", "own"]
+Plugins = Literal["compiled", "python"]
+PackedKernels = Annotated[bytes, msgspec.Meta(max_length=1 << 20)]  # base64 in JSON
 
 
 def where_tensorrt_is_from(flavour: Flavour) -> str:
@@ -186,6 +188,10 @@ class EngineInfo(_Struct, frozen=True):
             ``tensorrt``.
         own_linears: linear layers that own kernels compute.
         left_linears: with own kernels, those that TensorRT computes all the same, and why.
+        plugins: how own kernels are in the engine: ``compiled`` into the plan, or ``python``, whose
+            launches `edge.backends.tensorrt.plugins` makes; None without own kernels, and of
+            engines from before there were both, which have the first kind.
+        python_kernels: with ``python``, the kernels (`edge.backends.tensorrt.plugins.pack`).
     """
 
     schema_version: int
@@ -224,6 +230,8 @@ class EngineInfo(_Struct, frozen=True):
     kernels: Kernels = "tensorrt"
     own_linears: tuple[Line, ...] = ()
     left_linears: dict[Line, Line] = {}
+    plugins: Plugins | None = None
+    python_kernels: tuple[PackedKernels, ...] = ()
 
 
 def read_engine_info(directory: Path) -> EngineInfo:

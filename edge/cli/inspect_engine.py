@@ -49,6 +49,7 @@ def inspect_engine(directory: Path, as_json: bool, layers: bool, verify: bool) -
             "weights_as_exported": as_exported,
             "verified": verify,
         }
+        del summary["python_kernels"]  # code
         if layers:
             summary["layer_table"] = msgspec.to_builtins(table)
         echo_json(summary)
@@ -104,7 +105,8 @@ def _own_kernels(info: EngineInfo) -> list[tuple[str, str]]:
     if info.kernels != "own":
         return []
     left = [(f"left to TensorRT {name}", reason) for name, reason in info.left_linears.items()]
-    return [("own kernels", f"{len(info.own_linears)} linear layers"), *left]
+    how = ", launched by Python" if info.plugins == "python" else ""
+    return [("own kernels", f"{len(info.own_linears)} linear layers{how}"), *left]
 
 
 def _compiled_facts(directory: Path, info: EngineInfo) -> list[tuple[str, str]]:

@@ -12,15 +12,14 @@ from collections.abc import Mapping
 from types import GenericAlias
 from typing import Any
 
+from edge.backends.tensorrt.plugins import INPUTS, NAME, NAMESPACE, product_launch
+
 from .launch import w4_tactics
 from .package import Ptx
 from .variants import BLOCK
 
-NAMESPACE, NAME, VERSION = "edge_llm", "w4_linear", "1"
+VERSION = "1"
 PLUGIN_ID = f"{NAMESPACE}::{NAME}"
-INPUTS = ("x", "weights", "scales", "bias")
-"""FP16 ``[.., depth]``, INT32 of `layout.pack_weights`, FP16 ``[groups, columns]``, and FP16
-``[columns]``, or ``[1]`` where none is added. The output is FP16 ``[.., columns]``."""
 
 
 def register(trtp: Any, ptx: Mapping[str, Ptx]) -> None:
@@ -51,21 +50,17 @@ def register(trtp: Any, ptx: Mapping[str, Ptx]) -> None:
     ) -> Any:
         chosen = w4_tactics(_planes(weights))[tactic - 1]
         kernel = ptx[chosen.variant.name]
-        rows = x.shape_expr[0]
-        for axis in range(1, x.ndim - 1):
-            rows = rows * x.shape_expr[axis]
-        blocks, columns = weights.shape_expr[0], weights.shape_expr[2]
-        # A group is one, two or four blocks. A layer of one column without a bias has a zero.
-        shift = blocks // scales.shape_expr[0] // 2
-        has_bias = bias.shape_expr[0] == columns
+        leading = (x.shape_expr[axis] for axis in range(x.ndim - 1))
+        constants = [each.shape_expr for each in (weights, scales, bias)]
+        shapes = [(*leading, constants[0][0] * BLOCK), *constants]
+        grid, numbers = product_launch(shapes, chosen.rows, chosen.columns, trtp.cdiv)
         launch = trtp.KernelLaunchParams(
-            grid_x=trtp.cdiv(columns, chosen.columns),
-            grid_y=trtp.cdiv(rows, chosen.rows),
+            grid_x=grid[0],
+            grid_y=grid[1],
             block_x=kernel.threads,
             shared_mem=kernel.shared_bytes,
         )
-        numbers = trtp.SymIntExprs.from_tuple((rows, columns, blocks * BLOCK, shift, has_bias))
-        return kernel.entry, kernel.text, launch, numbers
+        return kernel.entry, kernel.text, launch, trtp.SymIntExprs.from_tuple(numbers)
 
     # TensorRT reads the annotations as objects; its module is known here only.
     desc = trtp.TensorDesc

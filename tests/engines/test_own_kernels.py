@@ -453,6 +453,8 @@ def test_an_engine_with_own_kernels_stands_beside_the_other(bundle: Path, target
     assert own.name == f"{plain.name}-own-kernels"
     infos = read_engine_info(plain), read_engine_info(own)
     assert [info.kernels for info in infos] == ["tensorrt", "own"]
+    assert [info.plugins for info in infos] == [None, "compiled"]
+    assert infos[1].python_kernels == ()
     assert infos[0].key != infos[1].key
     assert infos[1].own_linears == tuple(read_manifest(bundle).quantization.linears)
     assert infos[1].weights == infos[0].weights
@@ -532,9 +534,10 @@ def test_tuning_goes_on_where_own_kernels_cannot_be_built(
 ) -> None:
     monkeypatch.setattr(tune, "measure", lambda *_: (0.001, None))
     bundle = Path(shutil.copytree(tiny_bundles("qwen2", "portable", "int4"), tmp_path / "a"))
-    monkeypatch.setattr(builder, "find_target", lambda **_: target_of(gpu, "10.3.0.30"))
+    old = dataclasses.replace(target_of(gpu), compute_capability="7.5")
+    monkeypatch.setattr(builder, "find_target", lambda **_: old)
     text = run(bundle, "--kernels", "auto", "--tune").stdout
-    assert "own kernels: own kernels need TensorRT >= 10.13" in text
+    assert "own kernels: own kernels need a GPU of compute capability 8.0" in text
     info = only_engine(bundle)[1]
     assert (info.kernels, [each.kernels for each in info.refused]) == ("tensorrt", ["own"])
     floats = Path(shutil.copytree(tiny_bundles("qwen2", "portable"), tmp_path / "b"))
@@ -548,11 +551,11 @@ def test_asked_for_by_name_they_are_not_left_out(
 ) -> None:
     config = BuildConfig(bundle, max_prefill=32, kernels="own", tune=True)
     rung = plan_build(config, read_manifest(bundle))
-    old = target_of(gpu, "10.12.0.36")
+    old = target_of(gpu, "10.2.0.19")
     monkeypatch.setattr(compat, "check_support", lambda *_: None)
-    with pytest.raises(DependencyError, match=r"TensorRT >= 10\.13"):
+    with pytest.raises(DependencyError, match=r"TensorRT >= 10\.3"):
         tune.compile_fastest(rung, old)
-    with pytest.raises(DependencyError, match=r"TensorRT >= 10\.13"):
+    with pytest.raises(DependencyError, match=r"TensorRT >= 10\.3"):
         build_engine(dataclasses.replace(config, tune=False), target=old)
 
 
@@ -662,8 +665,7 @@ def test_trtexec_loads_no_plugin_of_python(bundle: Path, target: Target) -> None
     ("flavour", "version", "compute_capability", "reason"),
     [
         ("tensorrt-rtx", "1.7.0", "8.6", "TensorRT for RTX 1.7.0 has none; build with --kernels"),
-        ("tensorrt", "10.3.0.30", "8.7", r"TensorRT >= 10\.13.*found 10.3.0.30"),
-        ("tensorrt", "10.12.0", "8.7", r"TensorRT >= 10\.13"),
+        ("tensorrt", "10.2.0.19", "8.7", r"TensorRT >= 10\.3.*found 10.2.0.19.*JetPack 6.1"),
         ("tensorrt", "10.16.2", "7.5", "compute capability 8.0 or newer, this one has 7.5"),
     ],
 )
@@ -676,6 +678,7 @@ def test_a_machine_without_own_kernels(
 
 def test_a_machine_with_own_kernels() -> None:
     for compute_capability in ("8.0", "8.7", "11.0", "12.1"):
+        compat.check_own_kernels("tensorrt", "10.3.0", compute_capability)
         compat.check_own_kernels("tensorrt", "10.13.3", compute_capability)
         compat.check_own_kernels("tensorrt", "11.4.0", compute_capability)
 

@@ -25,7 +25,7 @@ from edge.errors import DependencyError, DeviceError, DeviceMemoryError, EdgeErr
 
 from .bindings import Calls
 from .driver import load_bindings, load_driver
-from .errors import explain_init_failure, is_fatal, reason_of
+from .errors import device_error, explain_init_failure, is_fatal, reason_of
 from .waiting import set_wait
 
 _logger = logging.getLogger(__name__)
@@ -346,10 +346,7 @@ class Device:
 
     def error(self, doing: str, error: BaseException) -> DeviceError:
         """Make the driver's exception one of ours."""
-        reason = reason_of(error)
-        fatal = is_fatal(reason)
-        cure = "start the process anew" if fatal else "try again"
-        return DeviceError(f"the GPU could not {doing}: {reason}; {cure}", fatal)
+        return device_error(doing, error)
 
     def begin_capture(self, stream: Stream) -> None:
         """Record what is put on the stream from now on instead of running it.

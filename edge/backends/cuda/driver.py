@@ -94,8 +94,11 @@ def load_driver() -> Driver:
     return _driver_of(module)
 
 
-def load_bindings() -> Calls:
+def load_bindings(needed: str = "CUDA graphs and gpu_wait need cuda-bindings") -> Calls:
     """Import the calls of cuda-bindings, for what PyCUDA does not have.
+
+    Args:
+        needed: how the message begins: who needs it.
 
     Raises:
         DependencyError: it cannot be imported.
@@ -105,8 +108,8 @@ def load_bindings() -> Calls:
     except ImportError as error:
         problem = _problem("cuda-bindings", "cuda", error)
         raise DependencyError(
-            f"CUDA graphs and gpu_wait need cuda-bindings: {problem}; install it: pip "
-            "install cuda-bindings ('cuda-bindings>=12.9.1,<13' on JetPack 6)"
+            f"{needed}: {problem}; install it: pip install cuda-bindings "
+            "('cuda-bindings>=12.9.1,<13' on JetPack 6)"
         ) from error
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from edge.device.nodes import GPU_NODES
+from edge.errors import DeviceError
 
 # PyCUDA's exceptions carry no number, only the driver's sentence for it (cuGetErrorString).
 # After these the context is lost: every later call fails in the same way (cuda.h, CUresult).
@@ -93,6 +94,14 @@ def explain_init_failure(text: str, root: Path = Path("/")) -> str:
         if sign in text:
             return f"{cure} (CUDA said: {text})"
     return f"CUDA does not start: {text}; edge-llm doctor looks for the cause"
+
+
+def device_error(doing: str, error: BaseException) -> DeviceError:
+    """Make the driver's exception one of ours; ``doing`` ends the words "the GPU could not"."""
+    reason = reason_of(error)
+    fatal = is_fatal(reason)
+    cure = "start the process anew" if fatal else "try again"
+    return DeviceError(f"the GPU could not {doing}: {reason}; {cure}", fatal)
 
 
 def is_fatal(reason: str) -> bool:

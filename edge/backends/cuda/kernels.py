@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from .bindings import Calls
+from .driver import load_bindings
+from .errors import device_error
 
 if TYPE_CHECKING:
     from . import Device, Stream
@@ -12,23 +17,86 @@ if TYPE_CHECKING:
 _FREE_SHARED_BYTES = 48 * 1024  # of a program; more must be asked for (CUDA programming guide)
 
 
+class ForeignStream(NamedTuple):
+    """A stream that somebody else made, by its address."""
+
+    handle: int
+
+
+class Caller(Protocol):
+    """Calls the driver in the context that is current: a `Device`, or a `CurrentContext`."""
+
+    @property
+    def function_attribute(self) -> Any:
+        """See `Device.function_attribute`."""
+
+    def graph_call(self, doing: str, name: str, *args: Any) -> Any:
+        """See `Device.graph_call`."""
+
+
+class CurrentContext:
+    """The driver in whatever context is current, as in a function that TensorRT calls.
+
+    Args:
+        needed: how the message begins where cuda-bindings is missing: who needs it.
+    """
+
+    def __init__(self, needed: str) -> None:
+        self._needed = needed
+
+    @functools.cached_property
+    def _calls(self) -> Calls:
+        return load_bindings(self._needed)
+
+    def check(self) -> None:
+        """Raise now what the first call would.
+
+        Raises:
+            DependencyError: cuda-bindings is missing.
+        """
+        _ = self._calls
+
+    @property
+    def function_attribute(self) -> Any:
+        """See `Device.function_attribute`."""
+        return self._calls.module.CUfunction_attribute
+
+    def graph_call(self, doing: str, name: str, *args: Any) -> Any:
+        """See `Device.graph_call`."""
+        calls = self._calls
+        try:
+            return calls(name, *args)
+        except calls.Error as error:
+            raise device_error(doing, error) from error
+
+    @property
+    def handle(self) -> int:
+        """Address of the context.
+
+        Raises:
+            DependencyError: cuda-bindings is missing.
+            DeviceError: the driver fails.
+        """
+        return int(self.graph_call("name its context", "cuCtxGetCurrent"))
+
+
 class Kernel:
-    """A kernel out of a cubin.
+    """A kernel out of a cubin, or out of PTX that the driver compiles.
 
     Args:
         device: whose context is current.
-        image: the cubin.
+        image: the cubin, or PTX with a zero byte at its end.
         entry: name of the function.
         threads: of a program.
         shared_bytes: dynamic shared memory of a program.
 
     Raises:
         DependencyError: cuda-bindings is missing.
-        DeviceError: the cubin is of another GPU, or the driver fails.
+        DeviceError: the cubin is of another GPU, PTX does not compile, or the driver fails.
     """
 
     def __init__(
-        self, device: Device, image: bytes, entry: str, *, threads: int, shared_bytes: int
+        self, device: Caller, image: bytes, entry: str, *, threads: int, shared_bytes: int
     ) -> None:
         self._device, self._threads, self._shared_bytes = device, threads, shared_bytes
         self._module: Any = device.graph_call("load a kernel", "cuModuleLoadData", image)
@@ -50,7 +118,7 @@ class Kernel:
 
     def launch(
         self,
-        stream: Stream,
+        stream: Stream | ForeignStream,
         grid: tuple[int, int, int],
         pointers_and_numbers: tuple[tuple[int, bool], ...],
     ) -> None:

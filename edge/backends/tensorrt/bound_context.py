@@ -131,9 +131,10 @@ class BoundContext:
         """Put the step on the stream.
 
         Raises:
-            BackendError: TensorRT refuses it.
+            EdgeError: TensorRT refuses it, or a plugin with own kernels fails.
         """
         if not self._context.execute_async_v3(self._stream.handle):
+            self._engine.raise_failure()
             reason = self._engine.last_error()
             raise BackendError(f"TensorRT refused a step {tuple(self._bound or ())}: {reason}")
         if self._times is not None:
@@ -150,4 +151,5 @@ class BoundContext:
         except RuntimeError as error:  # set_optimization_profile_async of some versions
             raise BackendError(f"TensorRT refused {method}{args}: {error}") from error
         if not done:
+            self._engine.raise_failure()
             raise BackendError(f"TensorRT refused {method}{args}: {self._engine.last_error()}")

@@ -35,6 +35,7 @@ from edge.errors import (
     EdgeError,
 )
 
+from . import plugins
 from .layer_times import LayerTimes, make_profiler
 
 _logger = logging.getLogger(__name__)
@@ -130,10 +131,16 @@ class Engine:
     Raises:
         IntegrityError: the plan is damaged; TensorRT has not seen it.
         BackendError: TensorRT refuses it, or it is not what ``engine.json`` says.
+        BundleError: its own kernels are damaged, or not all in ``engine.json``.
+        DependencyError: it has own kernels, and TensorRT or cuda-bindings do not run them.
     """
 
     def __init__(self, chosen: ChosenEngine, manifest: Manifest) -> None:
         self.info, self._module = chosen.info, chosen.module
+        if chosen.info.plugins == "python":
+            own_kernels = plugins.register(self._module)
+            for packed in chosen.info.python_kernels:
+                own_kernels.add(packed)
         self._errors: deque[str] = deque(maxlen=4)
         self._logger = _make_logger(self._module, self._errors)
         self._runtime = self._module.Runtime(self._logger)
@@ -141,6 +148,7 @@ class Engine:
         with open_plan(chosen.directory, chosen.info) as plan:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
+            self.raise_failure()
             command = rebuild_command(chosen.directory, chosen.info)
             reason = self.last_error()
             if "memory" in reason.lower():
@@ -212,6 +220,10 @@ class Engine:
         self._errors.clear()
         return text
 
+    def raise_failure(self) -> None:
+        """See `plugins.raise_failure`."""
+        plugins.raise_failure(self._module)
+
     def create_context(self) -> Any:
         """An execution context without device memory of its own.
 
@@ -221,6 +233,7 @@ class Engine:
         strategy = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(strategy)
         if context is None:
+            self.raise_failure()
             raise DeviceMemoryError(
                 f"TensorRT cannot make an execution context: {self.last_error()}; free memory of "
                 "the GPU, or build the engine with a smaller --max-batch or --max-prefill"

@@ -187,6 +187,13 @@ def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
                     tensorrt_version=facts.tensorrt.version or "",
                     compute_capability=facts.cuda.compute_capability or "",
                 )
+                bindings = facts.machine.cuda_bindings() if info.plugins == "python" else None
+                if bindings is not None and bindings.error is not None:
+                    raise BundleError(
+                        f"{directory.name} has own kernels, which cuda-bindings launch for "
+                        f"TensorRT < 10.13, and they do not work here: {bindings.error}; see "
+                        "CUDA in Python"
+                    )
         except IntegrityError as error:
             return Check(name, "fail", directory.name, str(error), "build it again", DAMAGED)
         except BundleError as error:

@@ -741,6 +741,15 @@ def test_engines_against_this_machine(orin: FakeMachine, laptop: FakeMachine, bu
     assert (found.status, found.exit_code) == ("skip", 0)
 
 
+def test_own_kernels_that_python_launches_need_cuda_bindings(orin: FakeMachine, bundle: Path):
+    add_engine(bundle, "own", plugins="python")
+    assert find(run_checks(orin, bundle), "engines").status == "ok"
+    orin.cuda_bindings_answer = MISSING
+    found = find(run_checks(orin, bundle), "engines")
+    assert found.status == "fail"
+    assert "own has own kernels, which cuda-bindings launch for TensorRT < 10.13" in found.cause
+
+
 def test_a_damaged_plan(orin: FakeMachine, laptop: FakeMachine, bundle: Path):
     (add_engine(bundle, "right") / "engine.plan").write_bytes(b"tampered")
     for machine in (orin, laptop):

@@ -386,6 +386,7 @@ def test_cuda_bindings_take_every_argument_of_ours(real_bindings: Any):
                 "cuGraphDestroy": (real_bindings.CUgraph(0x10),),
                 "cuGraphLaunch": (real_bindings.CUgraphExec(0x10), 0x10),
                 "cuGraphExecDestroy": (real_bindings.CUgraphExec(0x10),),
+                "cuCtxGetCurrent": (),
                 "cuModuleLoadData": (b"\x7fELF",),
                 "cuModuleGetFunction": (real_bindings.CUmodule(0x10), b"name"),
                 "cuFuncSetAttribute": (

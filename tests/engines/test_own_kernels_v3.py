@@ -1,0 +1,518 @@
+"""``build --kernels own`` for TensorRT before 10.13: plugins whose kernels Python launches."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import gc
+import json
+import shutil
+import sys
+import types
+import weakref
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, strategies
+
+from edge.backends.step import step_after
+from edge.backends.tensorrt import plugins
+from edge.backends.tensorrt.runner import TensorRTBackend
+from edge.bundle.engine_file import EngineInfo, read_engine_info, rebuild_command
+from edge.bundle.manifest import read_manifest
+from edge.bundle.onnx_file import OnnxFile
+from edge.bundle.onnx_values import Constants, node_attributes
+from edge.cli.inspect import inspect
+from edge.errors import BackendError, BuildError, BundleError, DependencyError, DeviceError
+from engines import builder, tune
+from engines.build_plan import plan_build
+from engines.builder import Target, build_engine
+from engines.config import BuildConfig
+from engines.kernels import launch, plugin, plugin_v3, reference
+from engines.kernels.layout import pack_weights
+from engines.kernels.package import load_ptx
+from engines.own_kernels import use_own_kernels
+from tests.conftest import Bundles
+from tests.fake_cuda import FakeGpu
+from tests.fake_plugin import Plugins, TensorDesc
+from tests.fake_plugin_v3 import REGISTRY, Desc
+from tests.fake_tensorrt import emptied, install, make_module
+
+from .kernels.ptx import run as run_ptx
+from .test_own_kernels import check_graph, only_engine, rewrite, run, target_of
+
+JETPACK6 = "10.3.0.30"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    device = FakeGpu()
+    install(monkeypatch, device, version=JETPACK6)
+    monkeypatch.setattr(REGISTRY, "creators", {})
+    monkeypatch.setattr(plugins, "_registered", {})
+    device.push()  # TensorRT takes the primary context
+    with emptied(device):
+        yield device
+        device.pop()
+
+
+@pytest.fixture
+def target(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Target:
+    module = sys.modules["tensorrt"]
+    found = target_of(gpu, JETPACK6)
+    found = dataclasses.replace(found, rt=dataclasses.replace(found.rt, module=module))
+    monkeypatch.setattr(builder, "find_target", lambda **_options: found)
+    return found
+
+
+@pytest.fixture
+def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundles("qwen2", "portable", "int4"), tmp_path / "bundle"))
+
+
+@pytest.fixture
+def built(bundle: Path, target: Target) -> Path:
+    """A bundle with an engine, whose plugin this process has forgotten again."""
+    build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)
+    plugins._registered.clear()
+    REGISTRY.creators.clear()
+    return bundle
+
+
+def open_engine(bundle: Path, **options: Any) -> TensorRTBackend:
+    return TensorRTBackend(bundle, read_manifest(bundle), **options)
+
+
+def decode(engine: TensorRTBackend, past: int) -> Any:
+    embeds = np.zeros((1, 1, engine._manifest.model.hidden_size), np.float16)
+    return engine.forward(step_after([0], [past], embeds, np.zeros((1, 1), np.int64)))
+
+
+# The graph
+
+
+@pytest.mark.parametrize(("quant", "planes"), [("int4", {1, 2}), ("int8", {2})])
+def test_the_graph_names_the_plugin_of_python(
+    tiny_bundles: Bundles, tmp_path: Path, quant: str, planes: set[int]
+) -> None:
+    bundle = tiny_bundles("qwen2", "portable", quant)
+    compiled = rewrite(bundle, tmp_path / "compiled")
+    (tmp_path / "own").mkdir()
+    graph = (bundle / "decoder.onnx").read_bytes()
+    own = use_own_kernels(graph, read_manifest(bundle), bundle, tmp_path / "own", "python")
+    check_graph(bundle, own)
+    assert own.linears == compiled.linears
+    assert own.planes == compiled.planes == planes  # the head of int4 is INT8
+    nodes = [
+        [node for node in OnnxFile(each.data).nodes if node.domain] for each in (own, compiled)
+    ]
+    constants = Constants(OnnxFile(own.data), own.path.parent)
+    for python, other in zip(*nodes, strict=True):
+        weights = constants.get(python.inputs[1])
+        assert weights is not None
+        assert (python.inputs, python.outputs, python.name) == (
+            *(other.inputs, other.outputs, other.name),
+        )
+        assert node_attributes(python) == {
+            "plugin_namespace": "edge_llm",
+            "plugin_version": "v3",
+            "planes": weights.shape[1],
+        }
+
+
+# Builds and runs
+
+
+def test_an_engine_of_jetpack_6_runs_with_own_kernels(bundle: Path, target: Target) -> None:
+    text = run(bundle, "--kernels", "own").stdout
+    assert "own kernels: 9 layers\n" in text
+    directory, info = only_engine(bundle)
+    assert (info.kernels, info.plugins, len(info.own_linears)) == ("own", "python", 9)
+    assert info.python_kernels == tuple(
+        plugin_v3.pack_kernels(planes, load_ptx()) for planes in (1, 2)
+    )
+    assert rebuild_command(directory, info).endswith("--kernels own")
+    shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
+    assert "9 linear layers, launched by Python" in shown
+    shown = CliRunner().invoke(inspect, [str(directory), "--json"], catch_exceptions=False).stdout
+    assert (json.loads(shown)["plugins"], "python_kernels" in shown) == ("python", False)
+    rung = plan_build(BuildConfig(bundle, max_prefill=32, kernels="own"), read_manifest(bundle))
+    seconds, problem = tune.measure(rung, directory)
+    assert problem is None
+    assert (seconds or 0) > 0
+    again = json.loads(run(bundle, "--kernels", "own", "--json").stdout)
+    assert (again["built"], again["kernels"]) == (False, "own")
+
+
+def test_python_launches_a_decode_step_when_it_is_captured_only(built: Path, gpu: FakeGpu) -> None:
+    gpu.calls.clear()
+    engine = open_engine(built)
+    assert engine.graphs_disabled is None
+    first = gpu.calls.index("cuStreamBeginCapture")
+    loads = [place for place, name in enumerate(gpu.calls) if name == "cuModuleLoadData"]
+    assert len(loads) == 10
+    assert max(loads) < first
+    gpu.calls.clear()
+    for past in range(4):
+        decode(engine, past)
+    assert "cuGraphLaunch" in gpu.calls
+    assert "cuLaunchKernel" not in gpu.calls
+    engine.close()
+    gpu.calls.clear()
+    engine = open_engine(built, use_cuda_graphs=False)
+    assert "cuModuleLoadData" not in gpu.calls  # each is loaded once per process
+    gpu.calls.clear()
+    decode(engine, 0)
+    assert gpu.calls.count("cuLaunchKernel") == 9
+    engine.close()
+
+
+def test_int8_in_two_planes(tiny_bundles: Bundles, tmp_path: Path, target: Target) -> None:
+    bundle = Path(shutil.copytree(tiny_bundles("llama", "portable", "int8"), tmp_path / "bundle"))
+    result = build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)
+    assert result.info.python_kernels == (plugin_v3.pack_kernels(2, load_ptx()),)
+    engine = open_engine(bundle)
+    decode(engine, 0)
+    engine.close()
+
+
+def test_tuning_takes_own_kernels_too(
+    bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"own": 0.002, "tensorrt": 0.003}
+    measure = tune.measure
+
+    def planted(rung: Any, directory: Path, progress: Any) -> Any:
+        _, problem = measure(rung, directory, progress)
+        assert problem is None
+        return seconds[rung.kernels], None
+
+    monkeypatch.setattr(tune, "measure", planted)
+    result = json.loads(run(bundle, "--kernels", "auto", "--tune", "--json").stdout)
+    assert result["kernels"] == "own"
+    info = only_engine(bundle)[1]
+    assert [each.kernels for each in info.tuned] == ["tensorrt", "own"]
+    assert info.plugins == "python"
+    open_engine(bundle).close()
+
+
+def test_without_own_kernels_nothing_is_registered(
+    bundle: Path, target: Target, gpu: FakeGpu
+) -> None:
+    run(bundle)
+    assert only_engine(bundle)[1].plugins is None
+    open_engine(bundle).close()
+    assert REGISTRY.creators == {}
+    assert plugins._registered == {}
+
+
+# What goes wrong
+
+
+def change_info(bundle: Path, **fields: Any) -> EngineInfo:
+    directory, info = only_engine(bundle)
+    record = json.loads((directory / "engine.json").read_text())
+    record.update(fields)
+    (directory / "engine.json").write_text(json.dumps(record))
+    return info
+
+
+def test_a_tensorrt_without_such_plugins(
+    built: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(REGISTRY, "refuses", True)
+    with pytest.raises(DependencyError, match=r"10\.3\.0\.30 did not register .*JetPack 6"):
+        open_engine(built)
+    monkeypatch.delattr(sys.modules["tensorrt"], "IPluginV3")
+    with pytest.raises(DependencyError, match=r"plugins in Python, which TensorRT 10\.3.*does not"):
+        open_engine(built)
+    assert plugins._registered == {}
+
+
+def test_cuda_bindings_are_missing(
+    built: Path, bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(DependencyError, match=r"own kernels for TensorRT < 10.13 needs cuda-bind"):
+        open_engine(built)
+    config = BuildConfig(bundle, max_prefill=32, kernels="own", best_logits=8)
+    with pytest.raises(DependencyError, match=r"install cuda-bindings"):
+        build_engine(config, target=target)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        ([], r"own kernels of number -?\d+, which engine.json does not have"),
+        ([base64.b64encode(b"nothing").decode()], r"own kernels in engine.json are damaged"),
+        ([base64.b64encode(zlib.compress(b"[{}]")).decode()], "are damaged"),
+        (["?"], "engine.json is damaged"),
+    ],
+)
+def test_an_engine_json_without_the_kernels(built: Path, kernels: list[str], message: str) -> None:
+    change_info(built, python_kernels=kernels)
+    with pytest.raises(BundleError, match=message):
+        open_engine(built)
+
+
+def test_a_plan_of_python_plugins_that_engine_json_does_not_know(built: Path) -> None:
+    change_info(built, plugins=None)
+    with pytest.raises(BackendError, match=r"getCreator: Cannot find.*w4_linear"):
+        open_engine(built)
+
+
+def test_a_launch_that_fails_is_told(
+    built: Path, gpu: FakeGpu, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = open_engine(built, use_cuda_graphs=False)
+    decode(engine, 0)
+    place = len(gpu.calls)
+    decode(engine, 1)
+    before = gpu.calls[place:].index("cuLaunchKernel")
+    gpu.fail_at, gpu.fail_code = len(gpu.calls) + before, 1
+    with pytest.raises(DeviceError, match=r"could not launch a kernel: cuLaunchKernel failed"):
+        decode(engine, 2)
+    assert "Exception thrown from enqueue()" in capsys.readouterr().err
+    decode(engine, 2)
+    gpu.fail_at, gpu.fail_code = len(gpu.calls) + before, 700
+    with pytest.raises(DeviceError, match=r"illegal memory access.*start the process anew"):
+        decode(engine, 3)
+    assert engine.failed
+    gpu.lost = gpu.fail_at = None
+    engine.close()
+
+
+def test_a_launch_that_fails_while_it_is_captured_leaves_a_way(built: Path, gpu: FakeGpu) -> None:
+    open_engine(built).close()
+    gpu.calls.clear()
+    open_engine(built).close()
+    captured = len(gpu.calls) - gpu.calls[::-1].index("cuStreamBeginCapture")
+    gpu.fail_at, gpu.fail_code = gpu.calls.index("cuLaunchKernel", captured), 1
+    gpu.calls.clear()
+    engine = open_engine(built)
+    assert "could not launch a kernel" in (engine.graphs_disabled or "")
+    decode(engine, 0)
+    engine.close()
+
+
+def test_kernels_that_do_not_load_are_told(
+    built: Path, target: Target, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = sys.modules["cuda.bindings.driver"]
+    monkeypatch.setattr(driver, "cuModuleLoadData", lambda _image: (200, None))
+    monkeypatch.setattr(driver, "cuGetErrorString", lambda _code: (0, b"invalid image"))
+    with pytest.raises(DeviceError, match=r"could not load a kernel: .*invalid image"):
+        open_engine(built)
+    config = BuildConfig(built, max_prefill=32, kernels="own", best_logits=8)
+    plugins._registered.clear()
+    REGISTRY.creators.clear()
+    with pytest.raises(BuildError, match=r"own kernels do not run while TensorRT 10\.3.*invalid"):
+        build_engine(config, target=target)
+
+
+def test_a_graph_whose_plugin_cannot_be_made(
+    bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("in the plugin")
+
+    monkeypatch.setattr(plugin_v3, "_build_class", fail)
+    with pytest.raises(BuildError, match="a plugin with own kernels failed: ZeroDivisionError"):
+        build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)
+
+
+def test_what_a_plugin_raised_does_not_hold_it() -> None:
+    made, recorder = make_plugin(1)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    recorder.ran = fail
+    attached = made.attach_to_context(None)
+    gone = weakref.ref(attached)
+    with pytest.raises(plugins.KeptError):
+        enqueue_on(attached, [(1, 32), (1, 1, 1, 4), (1, 1), (1,)], 1, [16, 32, 48, 64, 80])
+    del attached
+    with pytest.raises(BackendError, match="ZeroDivisionError") as raised:
+        made.own_kernels.raise_failure()
+    gc.collect()
+    assert gone() is None
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_the_first_failure_is_kept_once(gpu: FakeGpu) -> None:
+    module = sys.modules["tensorrt"]
+    plugins.raise_failure(module)
+    own_kernels = plugins.register(module)
+    with pytest.raises(BackendError, match="built by edge-llm build only"):
+        own_kernels.for_build(1)
+    own_kernels.keep(KeyboardInterrupt())
+    own_kernels.keep(ValueError("a consequence"))
+    with pytest.raises(KeyboardInterrupt):
+        plugins.raise_failure(module)
+    plugins.raise_failure(module)
+    own_kernels.keep(ValueError("alone"))
+    with pytest.raises(BackendError, match=r"ValueError: alone.*--kernels tensorrt"):
+        plugins.raise_failure(module)
+
+
+# The launches
+
+
+@functools.cache
+def known_ptx() -> Any:
+    return load_ptx()
+
+
+class Recorder:
+    """A driver that hands each launch to a function.
+
+    Attributes:
+        ran: given the module's PTX, the entry, the grid, threads, shared bytes and values.
+    """
+
+    ran: Callable[..., None]
+
+    def module(self) -> Any:
+        module: Any = types.ModuleType("cuda.bindings.driver")
+        module.CUresult = types.SimpleNamespace(CUDA_SUCCESS=0)
+        modes = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+        module.CUstreamCaptureMode = modes
+        module.cuCtxGetCurrent = lambda: (0, 1)
+        module.cuModuleLoadData = lambda image: (0, image)
+        module.cuModuleGetFunction = lambda image, name: (0, (image, name))
+        module.cuLaunchKernel = self._launch
+        return module
+
+    def _launch(self, function: Any, *arguments: Any) -> tuple[int]:
+        x, y, z, threads, height, depth, shared, stream, (values, _), extra = arguments
+        assert (height, depth, stream, extra) == (1, 1, 0x9, 0)
+        image, name = function
+        text = image.decode().removesuffix("\0")
+        self.ran(text, name.decode(), (x, y, z), threads, shared, values)
+        return (0,)
+
+
+@functools.cache
+def make_plugin(planes: int) -> tuple[Any, Recorder]:
+    """A plugin of the runtime, by way of its fields, and the driver that it launches through."""
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cuda.bindings.driver", recorder.module())
+        patch.setattr(REGISTRY, "creators", {})
+        patch.setattr(plugins, "_registered", {})
+        module = make_module(FakeGpu(), JETPACK6)
+        plugin_v3.register(module, load_ptx())
+        own_kernels = plugins.register(module)
+    fields = own_kernels.for_build(planes).get_fields_to_serialize()
+    return own_kernels.creator.create_plugin("", fields, module.TensorRTPhase.RUNTIME), recorder
+
+
+def enqueue(made: Any, shapes: list[tuple[int, ...]], tactic: int, addresses: list[int]) -> None:
+    enqueue_on(made.attach_to_context(None), shapes, tactic, addresses)
+
+
+def enqueue_on(
+    attached: Any, shapes: list[tuple[int, ...]], tactic: int, addresses: list[int]
+) -> None:
+    attached.set_tactic(tactic)
+    inputs = [Desc(shape, None) for shape in shapes]
+    output = [Desc((*shapes[0][:-1], shapes[1][2]), None)]
+    attached.on_shape_change(inputs, output)
+    attached.enqueue(inputs, output, addresses[:4], addresses[4:], 0, 0x9)
+
+
+@given(
+    leading=strategies.lists(strategies.integers(1, 600), min_size=1, max_size=3),
+    columns=strategies.integers(1, 152_000),
+    groups=strategies.integers(1, 300),
+    group=strategies.sampled_from(launch.GROUPS),
+    planes=strategies.integers(1, 2),
+    tactic=strategies.integers(1, 5),
+    bias=strategies.booleans(),
+)
+def test_launches_are_those_of_the_compiled_plugin(
+    leading: list[int],
+    columns: int,
+    groups: int,
+    group: int,
+    planes: int,
+    tactic: int,
+    bias: bool,
+) -> None:
+    depth = groups * group
+    shapes: list[tuple[int, ...]] = [
+        *((*leading, depth), (depth // 32, planes, columns, 4), (groups, columns)),
+        (columns if bias else 1,),
+    ]
+    seen: list[Any] = []
+    made, recorder = make_plugin(planes)
+    recorder.ran = lambda *launched: seen.append(launched)
+    enqueue(made, shapes, tactic, [16, 32, 48, 64, 80])
+    ((text, entry, grid, threads, shared, values),) = seen
+    known = Plugins()
+    plugin.register(known.module(), known_ptx())
+    implement = known.known["edge_llm::w4_linear"].implement
+    assert implement is not None
+    descs = [TensorDesc(shape, "FP16") for shape in shapes]
+    other_entry, other_text, other, numbers = implement(*descs, None, tactic)
+    assert (entry, text) == (other_entry, other_text)
+    assert (*grid, threads, shared) == (
+        *(other.grid_x, other.grid_y, other.grid_z, other.block_x, other.shared_mem),
+    )
+    assert values == (16, 32, 48, 64, *numbers, 80)
+
+
+@pytest.mark.parametrize(
+    ("planes", "tactic", "leading", "bias"), [(1, 1, (2, 3), True), (2, 5, (1, 2), False)]
+)
+def test_what_is_launched_computes_the_product(
+    planes: int, tactic: int, leading: tuple[int, int], bias: bool
+) -> None:
+    """The very PTX that the driver is given, by the instruction."""
+    rows, columns, depth, group = int(np.prod(leading)), 70, 192, 64
+    random = np.random.default_rng(planes)
+    weights = [random.integers(-8, 8, (depth, columns), np.int8) for _ in range(planes)]
+    arrays: dict[str, Any] = {
+        "x": random.standard_normal((rows, depth)).astype(np.float16),
+        "weights": pack_weights(weights),
+        "scales": (random.uniform(0.2, 2, (depth // group, columns)) * 0.01).astype(np.float16),
+        "bias": random.standard_normal(columns if bias else 1).astype(np.float16),
+        "y": np.full((rows, columns), np.nan, np.float16),
+    }
+    names = {16 * (place + 1): name for place, name in enumerate(arrays)}
+    chosen = launch.w4_tactics(planes)[tactic - 1]
+    kernel = known_ptx()[chosen.variant.name]
+
+    def ran(text: str, entry: str, grid: Any, threads: int, shared: int, values: Any) -> None:
+        given = dataclasses.replace(
+            kernel, text=text, entry=entry, threads=threads, shared_bytes=shared
+        )
+        arguments = (*map(names.get, values[:4]), *values[4:9], names[values[9]])
+        run_ptx(given, launch.Launch(chosen.variant, grid, arguments), arrays)
+
+    made, recorder = make_plugin(planes)
+    recorder.ran = ran
+    shapes = [
+        *((*leading, depth), arrays["weights"].shape, arrays["scales"].shape),
+        arrays["bias"].shape,
+    ]
+    enqueue(made, shapes, tactic, list(names))
+    compute = getattr(reference, chosen.variant.function)
+    exact, bound = compute(arrays["x"], weights, arrays["scales"], arrays["bias"] if bias else None)
+    assert (np.abs(arrays["y"] - exact) <= bound).all()
+
+
+def test_an_engine_json_keeps_the_kernels(built: Path) -> None:
+    directory, info = only_engine(built)
+    assert read_engine_info(directory) == info
+    again = msgspec.json.decode(msgspec.json.encode(info), type=EngineInfo)
+    assert again.python_kernels == info.python_kernels
+    assert (directory / "engine.json").stat().st_size < 200_000
