@@ -272,6 +272,7 @@ def make_recorder(
             kernels=build.kernels,
             own_linears=compiled.own_linears,
             left_linears=compiled.left_linears,
+            own_attentions=compiled.own_attentions,
             compiled_unknown="the build was ended before it read them",
         )
 
@@ -290,7 +291,8 @@ class Compiled:
         build_s: seconds of parsing and compiling.
         peak_memory_bytes: the most resident memory; None if it was not measured.
         own_linears: linear layers that own kernels compute.
-        left_linears: with own kernels, the others, and why.
+        left_linears: with own kernels, the others, and why; attentions too.
+        own_attentions: attentions that own kernels compute.
     """
 
     plan: Any
@@ -304,6 +306,7 @@ class Compiled:
     exported_layers: str | None = None
     own_linears: tuple[str, ...] = ()
     left_linears: dict[str, str] = field(default_factory=dict)
+    own_attentions: tuple[str, ...] = ()
 
 
 def compile_ladder(
@@ -382,7 +385,9 @@ def compile_bundle(
             compiler = Compiler(target.rt, log)
             with uncounted(progress, "parse"):
                 network = compiler.parse(found.data, found.path, build.kv_read, build.attention)
-            audit = audit_network(network, manifest, build.shapes, build.kv_read, found.linears)
+            audit = audit_network(
+                network, manifest, build.shapes, build.kv_read, found.linears, found.attentions
+            )
             progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
             plan, written = compiler.build(
                 build.profiles,
@@ -394,7 +399,7 @@ def compile_bundle(
             )
     finally:
         keep_log("\n".join(lines) + "\n")
-    kernels_bytes *= len(found.linears)
+    kernels_bytes *= len(found.linears) + 2 * len(found.attentions)
     size_problems = tuple(
         check_plan_bytes(plan.nbytes, manifest, len(build.profiles), kernels_bytes)
     )
@@ -409,6 +414,7 @@ def compile_bundle(
         scratch_by_profile(lines, build.profiles),
         own_linears=found.linears,
         left_linears=found.left,
+        own_attentions=found.attentions,
     )
 
 
@@ -424,7 +430,8 @@ def parsed_graph(build: BuildPlan, graph: bytes) -> Iterator[OwnGraph]:
     for leftover in engines.glob(f"{_OWN_SCRATCH}*"):
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=_OWN_SCRATCH, dir=engines) as scratch:
-        yield use_own_kernels(graph, manifest, bundle, Path(scratch))
+        attention = build.attention == "own"
+        yield use_own_kernels(graph, manifest, bundle, Path(scratch), attention=attention)
 
 
 def _refuse_illegal(build: BuildPlan, target: Target, graph: bytes) -> list[str]:

@@ -33,7 +33,7 @@ from edge.bundle.manifest import Dialect
 from edge.errors import BuildError, ConfigError, DependencyError
 from edge.progress import Progress
 
-from .kernels import plugin
+from .kernels import attention_plugins, plugin
 from .kernels.package import load_ptx
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .profiles import Profile
@@ -197,7 +197,7 @@ def check_own_kernels(flavour: Flavour, version: str, compute_capability: str) -
 
 
 def register_own_kernels(rt: TensorRT) -> int:
-    """Make own kernels known to TensorRT as a plugin.
+    """Make own kernels known to TensorRT as plugins.
 
     Args:
         rt: that `check_own_kernels` takes.
@@ -219,6 +219,7 @@ def register_own_kernels(rt: TensorRT) -> int:
             "--kernels tensorrt"
         ) from error
     plugin.register(module, kernels)
+    attention_plugins.register(module, kernels, rt.module.DataType.FLOAT)
     return max(len(kernel.text) for kernel in kernels.values())
 
 

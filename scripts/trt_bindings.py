@@ -373,11 +373,14 @@ def read_surface(wheel: Path, stubs: Path) -> Surface:
 
 
 def check_plugin(wheel: Path, stubs: Path) -> bool:
-    """Let the bindings of an unpacked wheel ask our plugin (`scripts/trt_plugin.py`)."""
+    """Let the bindings of an unpacked wheel ask our plugins (`trt_plugin`, `trt_attention`)."""
     paths = os.pathsep.join(map(str, (wheel, ROOT)))
     environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "scripts.trt_plugin"]
-    return subprocess.run(command, env=environment, check=False).returncode == 0
+    codes = [
+        subprocess.run([sys.executable, "-m", module], env=environment, check=False).returncode
+        for module in ("scripts.trt_plugin", "scripts.trt_attention")
+    ]
+    return not any(codes)
 
 
 def find_strangers(uses: Uses, universe: Iterable[str], own: Iterable[str]) -> Iterator[str]:

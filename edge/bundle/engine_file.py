@@ -31,7 +31,7 @@ _MAX_BYTES = 1 << 24
 ENGINE_SCHEMA_VERSION = 1
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 KvRead = Literal["slice", "full", "lengths"]
-Attention = Literal["fused", "decomposed"]
+Attention = Literal["fused", "decomposed", "own"]
 Scales = Literal["stored", "fp32"]
 Kernels = Literal["tensorrt", "own"]
 
@@ -105,7 +105,7 @@ class RefusedRung(_Struct, frozen=True):
 
     Attributes:
         kv_read: how attention was to read the cache.
-        attention: what was asked of TensorRT's attention; None in dialect ``portable``.
+        attention: what was asked of attention (see `EngineInfo`); None where nothing can be.
         reason: TensorRT's.
         scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
         kernels: ``own`` if edge-llm's own were to compute the products of few bits.
@@ -128,7 +128,7 @@ class TunedRung(_Struct, frozen=True):
 
     Attributes:
         kv_read: how attention reads the cache.
-        attention: what was asked of TensorRT's attention; None in dialect ``portable``.
+        attention: what was asked of attention (see `EngineInfo`); None where nothing can be.
         decode_s: seconds of a decode step, the median; None if it was not timed.
         problem: why it is of no use; None if it answers right.
         scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
@@ -171,8 +171,9 @@ class EngineInfo(_Struct, frozen=True):
         builder: ``api`` or ``trtexec``.
         peak_memory_bytes: resident memory of the build, at most; None if it was not measured.
         weights, layers: summary of the parsed network.
-        attention: ``fused`` if TensorRT had to make one kernel of each attention, ``decomposed`` if
-            it was free to; None in dialect ``portable``, and not known of older engines.
+        attention: ``own`` if edge-llm's own kernels compute the attentions of ``own_attentions``;
+            else ``fused`` if TensorRT had to make one kernel of each, ``decomposed`` if it was free
+            to; None in dialect ``portable``, and not known of older engines.
         refused: variants that TensorRT refused before this one.
         tuned: variants that ``--tune`` built and tried; this engine is the fastest that is right.
         compiled: summary of what TensorRT made of it, per profile; all layers are in the file
@@ -185,7 +186,9 @@ class EngineInfo(_Struct, frozen=True):
         kernels: ``own`` if edge-llm's own kernels compute the layers of ``own_linears``, else
             ``tensorrt``.
         own_linears: linear layers that own kernels compute.
-        left_linears: with own kernels, those that TensorRT computes all the same, and why.
+        left_linears: with own kernels, those that TensorRT computes all the same, and why;
+            attentions too.
+        own_attentions: attentions that own kernels compute, by layer.
     """
 
     schema_version: int
@@ -224,6 +227,7 @@ class EngineInfo(_Struct, frozen=True):
     kernels: Kernels = "tensorrt"
     own_linears: tuple[Line, ...] = ()
     left_linears: dict[Line, Line] = {}
+    own_attentions: tuple[Line, ...] = ()
 
 
 def read_engine_info(directory: Path) -> EngineInfo:

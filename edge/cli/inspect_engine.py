@@ -104,7 +104,8 @@ def _own_kernels(info: EngineInfo) -> list[tuple[str, str]]:
     if info.kernels != "own":
         return []
     left = [(f"left to TensorRT {name}", reason) for name, reason in info.left_linears.items()]
-    return [("own kernels", f"{len(info.own_linears)} linear layers"), *left]
+    attentions = f", {len(info.own_attentions)} attentions" if info.own_attentions else ""
+    return [("own kernels", f"{len(info.own_linears)} linear layers{attentions}"), *left]
 
 
 def _compiled_facts(directory: Path, info: EngineInfo) -> list[tuple[str, str]]:
