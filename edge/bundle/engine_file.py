@@ -188,7 +188,7 @@ class EngineInfo(_Struct, frozen=True):
         own_linears: linear layers that own kernels compute.
         left_linears: with own kernels, those that TensorRT computes all the same, and why;
             attentions too.
-        own_attentions: attentions that own kernels compute, by layer.
+        own_attentions: attentions that own kernels compute, such as ``layers.0.attention``.
     """
 
     schema_version: int
@@ -228,6 +228,14 @@ class EngineInfo(_Struct, frozen=True):
     own_linears: tuple[Line, ...] = ()
     left_linears: dict[Line, Line] = {}
     own_attentions: tuple[Line, ...] = ()
+
+    @property
+    def buckets_read(self) -> tuple[int, ...]:
+        """Those of ``kv_buckets``; empty where every attention reads just what a sequence has."""
+        left = any(name.endswith(".attention") for name in self.left_linears)
+        if self.kv_read == "lengths" or (self.own_attentions and not left):
+            return ()
+        return self.kv_buckets
 
 
 def read_engine_info(directory: Path) -> EngineInfo:

@@ -613,6 +613,9 @@ def test_an_engine_with_own_attention(
     assert "softmax" not in kinds
     assert "attention_output" not in kinds
     assert {each.attention for each in info.compiled} == {"own"}
+    assert info.buckets_read == ()
+    partly = msgspec.structs.replace(info, left_linears={"layers.1.attention": "its cache is INT8"})
+    assert partly.buckets_read == info.kv_buckets
     shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
     assert "9 linear layers, 2 attentions" in shown
     rung = plan_build(
