@@ -18,7 +18,8 @@ from edge.bundle.schemes import engine_dtype
 
 from .config import BuildShapes
 from .kernels.variants import BLOCK
-from .network import AttentionView, NetworkView, TensorView
+from .network import AttentionView, LayerView, NetworkView, TensorView
+from .own_attention import attention_name
 
 # What a plan holds beside the weights for each profile (kernels and code), measured with TensorRT
 # for RTX 1.7: 3 MB for 2 layers, 18 MB for 28 and 30; with three profiles 31 MB for 30.
@@ -27,6 +28,7 @@ _PLAN_LAYER_BYTES = 1 << 20
 _BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32, "int32": 32}
 _FLOAT_PRODUCT, _HIGH_PRODUCT = ".float_product", ".high_product"
 _OFFSET_PRODUCT = ".offset_product"
+_PARTIAL = ".partial"  # of `engines.own_attention`
 _PASSED_THROUGH = ("shuffle", "cast", "identity")
 
 
@@ -53,6 +55,7 @@ def audit_network(
     shapes: BuildShapes,
     kv_read: KvRead = "slice",
     own_linears: Sequence[str] = (),
+    own_attentions: Sequence[str] = (),
 ) -> Audit:
     """Compare a network with the manifest and the contract of `edge.bundle.io_spec`.
 
@@ -62,12 +65,14 @@ def audit_network(
         shapes: what was asked for.
         kv_read: how attention reads the cache.
         own_linears: linear layers that are to be plugins (`engines.own_kernels`).
+        own_attentions: attentions that are to be (`engines.own_attention`).
     """
     stored = _stored_weights(network)
     own = _plugin_weights(network)
     problems = [
         *_check_interface(network, manifest, shapes, kv_read),
-        *_check_attentions(network, manifest, kv_read),
+        *_check_attentions(network, manifest, kv_read, len(own_attentions)),
+        *_check_own_attentions(network, manifest, own_attentions),
         *_check_cache(network, manifest),
         *_check_weights(stored, manifest, own_linears),
         *_check_own(own, manifest, own_linears),
@@ -164,9 +169,11 @@ def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     )
 
 
-def _check_attentions(network: NetworkView, manifest: Manifest, kv_read: KvRead) -> list[str]:
+def _check_attentions(
+    network: NetworkView, manifest: Manifest, kv_read: KvRead, num_own: int
+) -> list[str]:
     live = _live_attentions(network)
-    expected = manifest.model.num_layers if manifest.dialect == "native" else 0
+    expected = manifest.model.num_layers - num_own if manifest.dialect == "native" else 0
     problems = []
     if len(live) != expected:
         problems.append(f"there are {len(live)} attentions, not {expected}")
@@ -195,6 +202,53 @@ def _check_attentions(network: NetworkView, manifest: Manifest, kv_read: KvRead)
             if name not in origins
         ]
     return problems
+
+
+def _check_own_attentions(
+    network: NetworkView, manifest: Manifest, own_attentions: Sequence[str]
+) -> list[str]:
+    """Whether each plugin reads the rows of its own layer, and knows the positions."""
+    plugins = [each for each in network.layers if each.kind == "plugin_v3" and each.outputs]
+    parts = {
+        each.outputs[0].name.removesuffix(_PARTIAL): each
+        for each in plugins
+        if each.outputs[0].name.endswith(_PARTIAL)
+    }
+    joined = {
+        each.inputs[0].name.removesuffix(_PARTIAL)
+        for each in plugins
+        if each.inputs[0] is not None and each.outputs[0].name in network.live
+    }
+    problems = [f"{name}: a plugin that nobody asked for" for name in parts.keys() - own_attentions]
+    for i in range(manifest.model.num_layers):
+        name = attention_name(i)
+        if name not in own_attentions:
+            continue
+        if name not in parts or name not in joined:
+            problems.append(f"{name}: no two plugins")
+            continue
+        reads = [each.name if each is not None else "" for each in parts[name].inputs]
+        rows = _rows_of(network, manifest, i)
+        if tuple(reads[1:5]) != rows:
+            problems.append(f"{name}: the plugin reads {reads[1:5]}, not {list(rows)}")
+        if io_spec.POSITION_IDS not in network.ancestors(*reads[5:6]):
+            problems.append(f"{name}: the plugin does not know {io_spec.POSITION_IDS}")
+    return problems
+
+
+def _rows_of(network: NetworkView, manifest: Manifest, layer: int) -> tuple[str, ...]:
+    """Keys and values of a layer's cache, and those of the step."""
+    if manifest.dialect != "native":
+        new = io_spec.DIALECTS[manifest.dialect].cache_outputs(layer)
+        return (*io_spec.cache_inputs(layer), *new)
+    cache = io_spec.present_key(layer), io_spec.present_value(layer)
+    return (*cache, *(_updating(network.producers.get(name)) for name in cache))
+
+
+def _updating(layer: LayerView | None) -> str:
+    """What a layer writes into a cache."""
+    rows = None if layer is None or len(layer.inputs) < 2 else layer.inputs[1]
+    return "" if rows is None else rows.name
 
 
 def _live_attentions(network: NetworkView) -> list[AttentionView]:

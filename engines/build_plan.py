@@ -37,12 +37,14 @@ class BuildPlan:
 
     @property
     def kernels(self) -> Kernels:
-        """Whose kernels compute products of few bits; of ``auto`` the first that is tried."""
+        """Whose kernels compute products and attention; of ``auto`` the first that is tried."""
         return "own" if self.config.kernels == "own" else "tensorrt"
 
     @property
     def attention(self) -> Attention | None:
-        """What is asked of TensorRT's attention; None if the dialect has none."""
+        """What is asked of attention; None if the dialect has none of TensorRT's, nor own."""
+        if self.config.attention == "own":
+            return "own"
         if self.manifest.dialect != "native":
             return None
         return "fused" if self.config.attention == "fused" else "decomposed"

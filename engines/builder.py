@@ -280,6 +280,7 @@ def make_recorder(
             left_linears=compiled.left_linears,
             plugins=compiled.plugins,
             python_kernels=compiled.python_kernels,
+            own_attentions=compiled.own_attentions,
             compiled_unknown="the build was ended before it read them",
         )
 
@@ -298,7 +299,8 @@ class Compiled:
         build_s: seconds of parsing and compiling.
         peak_memory_bytes: the most resident memory; None if it was not measured.
         own_linears: linear layers that own kernels compute.
-        left_linears: with own kernels, the others, and why.
+        left_linears: with own kernels, the others, and why; attentions too.
+        own_attentions: attentions that own kernels compute.
         plugins: with own kernels, which kind of plugin they are.
         python_kernels: the kernels, where that is not compiled into the plan.
     """
@@ -314,6 +316,7 @@ class Compiled:
     exported_layers: str | None = None
     own_linears: tuple[str, ...] = ()
     left_linears: dict[str, str] = field(default_factory=dict)
+    own_attentions: tuple[str, ...] = ()
     plugins: Plugins | None = None
     python_kernels: tuple[bytes, ...] = ()
 
@@ -395,7 +398,9 @@ def compile_bundle(
             compiler = Compiler(target.rt, log)
             with uncounted(progress, "parse"):
                 network = compiler.parse(found.data, found.path, build.kv_read, build.attention)
-            audit = audit_network(network, manifest, build.shapes, build.kv_read, found.linears)
+            audit = audit_network(
+                network, manifest, build.shapes, build.kv_read, found.linears, found.attentions
+            )
             progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
             plan, written = compiler.build(
                 build.profiles,
@@ -407,7 +412,7 @@ def compile_bundle(
             )
     finally:
         keep_log("\n".join(lines) + "\n")
-    kernels_bytes *= len(found.linears)
+    kernels_bytes *= len(found.linears) + 2 * len(found.attentions)
     size_problems = tuple(
         check_plan_bytes(plan.nbytes, manifest, len(build.profiles), kernels_bytes)
     )
@@ -424,6 +429,7 @@ def compile_bundle(
         left_linears=found.left,
         plugins=plugins,
         python_kernels=compat.pack_own_kernels(found.planes) if plugins == "python" else (),
+        own_attentions=found.attentions,
     )
 
 
@@ -441,7 +447,10 @@ def parsed_graph(
     for leftover in engines.glob(f"{_OWN_SCRATCH}*"):
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=_OWN_SCRATCH, dir=engines) as scratch:
-        yield use_own_kernels(graph, manifest, bundle, Path(scratch), plugins or "compiled")
+        attention = build.attention == "own"
+        yield use_own_kernels(
+            graph, manifest, bundle, Path(scratch), plugins or "compiled", attention=attention
+        )
 
 
 def _refuse_illegal(build: BuildPlan, target: Target, graph: bytes) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from edge.cli.options import bundle_argument
 from edge.cli.progress import show_progress
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
-from .config import ATTENTIONS, KV_READS, BuildConfig
+from .config import ATTENTIONS, KV_READS, TENSORRT_ATTENTIONS, AttentionChoice, BuildConfig
 from .rules.bundle import check_bundle_rules, parse_versions, verdict_as_dict
 from .rules.check import Verdict
 from .rules.table import version_of
@@ -102,14 +102,6 @@ _SHAPES = (
         "own length (TensorRT 11); auto is the first of them that builds.",
     ),
     click.option(
-        "--attention",
-        type=click.Choice(ATTENTIONS),
-        default="auto",
-        show_default=True,
-        help="TensorRT's attention as one kernel or not at all, in several kernels where it has no "
-        "such one, or the first of the two that builds.",
-    ),
-    click.option(
         "--workspace",
         "workspace_bytes",
         default=str(DEFAULT_WORKSPACE_BYTES),
@@ -144,8 +136,22 @@ def _shape_options(command: Any) -> Any:
     return command
 
 
+def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--attention",
+        type=click.Choice(choices),
+        default="auto",
+        show_default=True,
+        help="TensorRT's attention as one kernel or not at all, in several kernels where it has no "
+        f"such one, {last}",
+    )
+
+
 @click.command()
 @_shape_options
+@_attention_option(
+    ATTENTIONS, "edge-llm's own (with --kernels own), or the first that builds, own ones first."
+)
 @click.option(
     "--timing-cache",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -164,8 +170,9 @@ def _shape_options(command: Any) -> Any:
     type=click.Choice(["auto", "own", "tensorrt"]),
     default="tensorrt",
     show_default=True,
-    help="Whose kernels compute products with weights of few bits: edge-llm's own, as plugins in "
-    "the engine, or TensorRT's; auto, with --tune, is the faster of both.",
+    help="Whose kernels compute products with weights of few bits, and from TensorRT 10.13 on "
+    "attention: edge-llm's own, as plugins in the engine, or TensorRT's; auto, with --tune, is the "
+    "faster of both.",
 )
 @click.option(
     "--tune",
@@ -225,6 +232,7 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
                 "kernels": info.kernels,
                 "own_linears": list(info.own_linears),
                 "left_linears": dict(info.left_linears),
+                "own_attentions": list(info.own_attentions),
                 "refused": msgspec.to_builtins(info.refused),
                 "tuned": msgspec.to_builtins(info.tuned),
             }
@@ -236,7 +244,8 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
     peak = f", peak memory {info.peak_memory_bytes / 1e9:.1f} GB" if info.peak_memory_bytes else ""
     click.echo(f"{result.directory}: {info.plan_bytes / 1e6:,.0f} MB in {info.build_s:.0f} s{peak}")
     if info.kernels == "own":
-        click.echo(f"own kernels: {len(info.own_linears)} layers")
+        attentions = f", {len(info.own_attentions)} attentions" if info.own_attentions else ""
+        click.echo(f"own kernels: {len(info.own_linears)} layers{attentions}")
         for name, reason in info.left_linears.items():
             click.echo(f"left to TensorRT: {name}: {reason}")
     for refused in info.refused:
@@ -262,6 +271,7 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
 
 @click.command()
 @_shape_options
+@_attention_option(TENSORRT_ATTENTIONS, "or the first of the two that builds.")
 @click.option(
     "--trt",
     metavar="VERSION,...",

@@ -34,7 +34,7 @@ from edge.bundle.manifest import Dialect
 from edge.errors import BuildError, ConfigError, DependencyError, EdgeError
 from edge.progress import Progress
 
-from .kernels import plugin, plugin_v3
+from .kernels import attention_plugins, plugin, plugin_v3
 from .kernels.package import load_ptx
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .profiles import Profile
@@ -204,6 +204,11 @@ def plugins_of(rt: TensorRT) -> Plugins:
     return "compiled" if rt.release >= _COMPILED_PLUGINS_SINCE else "python"
 
 
+def has_own_attention(rt: TensorRT) -> bool:
+    """Whether own kernels can be its attention, which only plugins of the compiled kind are."""
+    return plugins_of(rt) == "compiled"
+
+
 def pack_own_kernels(planes: Iterable[int]) -> tuple[bytes, ...]:
     """Own kernels as ``engine.json`` has them, for weights in these numbers of planes.
 
@@ -215,7 +220,7 @@ def pack_own_kernels(planes: Iterable[int]) -> tuple[bytes, ...]:
 
 
 def register_own_kernels(rt: TensorRT) -> int:
-    """Make own kernels known to TensorRT as a plugin.
+    """Make own kernels known to TensorRT as plugins.
 
     Args:
         rt: that `check_own_kernels` takes.
@@ -240,6 +245,7 @@ def register_own_kernels(rt: TensorRT) -> int:
             "--kernels tensorrt"
         ) from error
     plugin.register(module, kernels)
+    attention_plugins.register(module, kernels, rt.module.DataType.FLOAT)
     return max(len(kernel.text) for kernel in kernels.values())
 
 

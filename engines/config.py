@@ -14,8 +14,9 @@ from edge.errors import ConfigError
 
 KV_READS: tuple[KvRead, ...] = ("slice", "full", "lengths")
 KvReadChoice = Literal["auto", "slice", "full", "lengths"]
-AttentionChoice = Literal["auto", "fused", "decomposed"]
-ATTENTIONS: tuple[AttentionChoice, ...] = ("auto", "fused", "decomposed")
+AttentionChoice = Literal["auto", "fused", "decomposed", "own"]
+TENSORRT_ATTENTIONS: tuple[AttentionChoice, ...] = ("auto", "fused", "decomposed")
+ATTENTIONS: tuple[AttentionChoice, ...] = (*TENSORRT_ATTENTIONS, "own")
 KernelChoice = Literal["auto", "own", "tensorrt"]
 KERNELS: tuple[Kernels, ...] = ("tensorrt", "own")
 """In the order in which they are tried: a fault of ours on the GPU spoils no earlier engine."""
@@ -42,10 +43,11 @@ class BuildConfig:
             inside TensorRT's attention; from TensorRT 11 on), or ``auto``, the first of these that
             TensorRT builds.
         attention: ``fused``, one kernel or no engine; ``decomposed``, several kernels where
-            TensorRT has no such kernel; ``auto``, the first of the two that TensorRT builds.
-        kernels: ``own`` has the products of few bits computed by edge-llm's own kernels
-            (docs/kernels.md), ``tensorrt`` by TensorRT's; ``auto`` builds both and keeps the
-            faster one, which only ``tune`` can tell.
+            TensorRT has no such kernel; ``own``, with own kernels, edge-llm's (docs/kernels.md);
+            ``auto``, the first that builds, own ones before TensorRT's.
+        kernels: ``own`` has the products of few bits, and what ``attention`` says, computed by
+            edge-llm's own kernels (docs/kernels.md), ``tensorrt`` by TensorRT's; ``auto`` builds
+            both and keeps the faster one, which only ``tune`` can tell.
         tune: build every variant that ``kv_read``, ``attention`` and ``kernels`` leave open, and
             keep the fastest on the GPU that is here.
         workspace_bytes: scratch memory that a kernel may ask for.
@@ -86,6 +88,8 @@ class BuildConfig:
             raise ConfigError(f"--kv-read {self.kv_read} is none of auto, {', '.join(KV_READS)}")
         if self.attention not in ATTENTIONS:
             raise ConfigError(f"--attention {self.attention} is none of {', '.join(ATTENTIONS)}")
+        if self.attention == "own" and self.kernels != "own":
+            raise ConfigError("--attention own is for engines with own kernels; add --kernels own")
         if self.kernels not in ("auto", *KERNELS):
             raise ConfigError(f"--kernels {self.kernels} is none of auto, own, tensorrt")
         if self.kernels == "auto" and not self.tune:
@@ -148,7 +152,7 @@ def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
             "--kv-read lengths needs TensorRT's own attention, which dialect "
             f"{manifest.dialect} does not use; export with --dialect native"
         )
-    if config.attention != "auto" and manifest.dialect != "native":
+    if config.attention not in ("auto", "own") and manifest.dialect != "native":
         raise ConfigError(
             f"--attention {config.attention} is about TensorRT's own attention, which dialect "
             f"{manifest.dialect} does not use; leave it out, or export with --dialect native"

@@ -5,8 +5,9 @@ a kernel; where it has none the builder fails, and attention is left to be decom
 ``--kv-read auto`` each way to read the cache is tried before attention is decomposed. Where inputs
 are rounded to INT8 with scales of 16 bits, all of this is tried again with these scales in FP32,
 since some TensorRT may take no others (NVIDIA/TensorRT#4832). With ``--kernels auto``, which goes
-with ``--tune`` alone, all of this is built with TensorRT's kernels and with our own. What the user
-names is not varied: it is built, or it fails with TensorRT's reason.
+with ``--tune`` alone, all of this is built with TensorRT's kernels and with our own; with own ones,
+attention in them is tried before TensorRT's. What the user names is not varied: it is built, or it
+fails with TensorRT's reason.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 from edge.bundle.engine_file import EngineInfo, Kernels, KvRead, RefusedRung, Scales, TunedRung
 from edge.bundle.schemes import SCHEMES
-from edge.errors import BuildError
+from edge.errors import BuildError, DependencyError
 
 from . import compat
 from .build_plan import BuildPlan, plan_build
@@ -58,6 +59,13 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
     # Dialect portable has no attention layer that could be decomposed.
     fixed = config.attention != "auto" or manifest.dialect != "native"
     attentions: list[AttentionChoice] = [config.attention] if fixed else ["fused", "decomposed"]
+    takes_own = compat.has_own_attention(rt)
+    if config.attention == "own" and not takes_own:
+        raise DependencyError(
+            "own attention needs TensorRT >= 10.13, which compiles plugins into its engines, "
+            f"found {rt.version}; leave --attention own out, or upgrade to JetPack 7.2"
+        )
+    own_too: list[AttentionChoice] = ["own"] if config.attention == "auto" and takes_own else []
     kernels: tuple[Kernels, ...] = KERNELS if config.kernels == "auto" else (asked.kernels,)
     rungs = [
         replace(
@@ -68,7 +76,7 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
         )
         for kernel in kernels
         for scales in scales_to_try(asked)
-        for attention in attentions
+        for attention in (*(own_too if kernel == "own" else ()), *attentions)
         for read in reads
     ]
     for rung in rungs:

@@ -4,6 +4,8 @@ What `engines.kernels.plugin` computes is a product with INT4 weights, or INT8 i
 the bias behind it. In the graph that is up to six nodes (`export.graph.decoder`); they and the
 weights as ONNX has them leave it. The weights in the kernels' order, as many bytes, go into a file
 beside it, some rows at a time: they are in memory neither twice nor as a whole.
+
+Attention is replaced by `own_attention`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from .kernels.launch import GROUPS
 from .kernels.layout import pack_weights
 from .kernels.plugin import VERSION
 from .kernels.variants import BLOCK
+from .own_attention import use_own_attention
 
 _NO_BIAS = "own_kernels.no_bias"
 _ALIGNMENT = 4096
@@ -45,7 +48,9 @@ class OwnGraph:
         data: the ONNX file.
         path: where a parser is to think it is: its weights are beside that.
         linears: linear layers that own kernels compute, in the graph's order.
-        left: the others, which TensorRT computes, each with the reason.
+        left: the others, which TensorRT computes, each with the reason; attentions too, where own
+            ones were asked for.
+        attentions: those that own kernels compute (`own_attention.attention_name`).
         planes: numbers of planes that the weights of ``linears`` have.
     """
 
@@ -53,6 +58,7 @@ class OwnGraph:
     path: Path
     linears: tuple[str, ...]
     left: dict[str, str]
+    attentions: tuple[str, ...] = ()
     planes: frozenset[int] = frozenset()
 
 
@@ -87,6 +93,8 @@ def use_own_kernels(
     bundle: Path,
     directory: Path,
     plugins: Plugins = "compiled",
+    *,
+    attention: bool = False,
 ) -> OwnGraph:
     """Replace what the kernels compute, and write the weights in their order.
 
@@ -96,9 +104,10 @@ def use_own_kernels(
         bundle: where the graph's weights are; the caller has hashed them.
         directory: an empty one, for the weights in the kernels' order and a link to the others.
         plugins: which kind the engine has, see `edge.bundle.engine_file.EngineInfo`.
+        attention: whether attentions are replaced too.
 
     Raises:
-        BuildError: the kernels compute nothing in this graph.
+        BuildError: the kernels compute nothing in this graph, or no attention that they should.
         ResourceError: the disk is full.
         BundleError: not a valid graph, or its weights cannot be read.
     """
@@ -110,7 +119,16 @@ def use_own_kernels(
             products.append(finder.find(name, linear))
         except _MisfitError as reason:
             left[name] = str(reason)
-    if not products:
+    attentions: tuple[str, ...] = ()
+    if attention:
+        attentions, others = use_own_attention(onnx, manifest)
+        if not attentions:
+            raise BuildError(
+                f"own kernels compute no attention of {bundle} ({next(iter(others.values()))}); "
+                "leave --attention own out"
+            )
+        left |= others
+    if not products and not attentions:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         raise BuildError(
             f"own kernels compute no layer of {bundle} ({reasons}); build without --kernels own, "
@@ -142,13 +160,9 @@ def use_own_kernels(
     onnx.use_domain(NAMESPACE, 1)
     (directory / weights).symlink_to(os.path.relpath((bundle / weights).resolve(), directory))
     path = directory.resolve() / manifest.graphs.decoder
-    return OwnGraph(
-        onnx.serialize(),
-        path,
-        tuple(each.name for each in products),
-        left,
-        frozenset(len(each.planes) for each in products),
-    )
+    linears = tuple(each.name for each in products)
+    planes = frozenset(len(each.planes) for each in products)
+    return OwnGraph(onnx.serialize(), path, linears, left, attentions, planes)
 
 
 def _plugin_node(product: _Product, weights: str, plugins: Plugins) -> Node:

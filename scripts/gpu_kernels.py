@@ -2,8 +2,8 @@
 
 Each is loaded by the CUDA driver, held against NumPy at the shapes of R1-Distill-Qwen-1.5B, and
 timed. Beside its bytes per second stands what the card reaches when it copies; a product of many
-rows has its operations per second instead. Inputs are so many that no cache holds them from one run
-to the next.
+rows, and an attention of many tokens, has its operations per second instead. Inputs are so many
+that no cache holds them from one run to the next.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from edge.backends.cuda import Device, DeviceMemory, PinnedMemory, Stream
 from edge.backends.cuda.kernels import Kernel, Timer
 from edge.errors import EdgeError
 from engines.kernels import launch, reference
+from engines.kernels.attention import attention as attention_job
 from engines.kernels.layout import pack_weights
 from engines.kernels.package import Cubin, load_cubins
 from engines.kernels.variants import KEEP, MAX_ROWS
@@ -31,6 +32,7 @@ Arrays = dict[str, NDArray[Any]]
 _COPY_BYTES = 256 << 20
 _MOST_COPIES = 32
 _RUNS = 20
+_ATTENDED = ("query", "keys", "values", "new_keys", "new_values", "positions")
 _COLUMNS = 4096  # of a reference product at once: it is in FP64
 
 
@@ -58,11 +60,10 @@ class Case:
             (only,) = self.job.launches
             return _product_fault(getattr(reference, only.variant.function), inputs, outputs["y"])
         if "output" in outputs:
-            found = reference.attend(
-                *(inputs[name] for name in ("query", "keys", "values", "lengths"))
-            )
+            found = reference.attention(**{name: inputs[name] for name in _ATTENDED})
             # Weights are FP16 in the second product.
-            bound = 2.5e-3 * float(np.abs(inputs["values"]).max()) + 1e-6
+            largest = max(np.abs(inputs[name]).max() for name in ("values", "new_values"))
+            bound = 2.5e-3 * float(largest) + 1e-6
             return _fault(np.abs(outputs["output"] - found), np.full(found.shape, bound))
         best, places, total = reference.top_k(inputs["logits"], KEEP)
         if not (outputs["places"] == places).all() or not (outputs["values"] == best).all():
@@ -127,21 +128,30 @@ def _product_inputs(
 
 
 def attention(
-    name: str, lengths: list[int], groups: int, heads: int, tokens: int, width: int, capacity: int
+    name: str, starts: list[int], groups: int, heads: int, tokens: int, width: int, capacity: int
 ) -> Case:
-    """Attention over a cache of random rows."""
-    job = launch.decode_attention(len(lengths), groups, heads, tokens, width, capacity)
+    """Attention over a cache of random rows, so many of each sequence, and the step's own."""
+    job = attention_job(len(starts), groups, heads, tokens, width, capacity)
 
     def make_inputs() -> Arrays:
         random = np.random.default_rng(0)
         inputs: Arrays = {
             each: random.standard_normal(job.buffers[each][0]).astype(np.float16)
-            for each in ("query", "keys", "values")
+            for each in _ATTENDED
+            if each != "positions"
         }
-        inputs["lengths"] = np.array(lengths, np.int32)
+        inputs["positions"] = (np.array(starts)[:, None] + np.arange(tokens)).astype(np.int32)
         return inputs
 
-    return Case(name, job, make_inputs, 4 * sum(lengths) * groups * width)
+    seen = sum(start * tokens + tokens * (tokens + 1) // 2 for start in starts)
+    rows = sum(starts) + len(starts) * tokens
+    return Case(
+        name,
+        job,
+        make_inputs,
+        4 * rows * groups * width,
+        4 * seen * groups * heads * width if tokens > MAX_ROWS else 0,
+    )
 
 
 def logits(name: str, rows: int, columns: int) -> Case:
@@ -169,10 +179,12 @@ def make_cases() -> list[Case]:
         product("gate and up, INT4 g32, 512 rows", 512, 17920, 1536, 32, 1),
         product("down, INT4 g128, 512 rows", 512, 1536, 8960, 128, 1),
         product("q, INT8 g64, bias, 500 rows", 500, 1536, 1536, 64, 2, bias=True),
-        attention("attention, 1 x 4096 of 8192", [4096], 2, 6, 1, 128, 8192),
+        attention("attention, 1 x 4095 of 8192", [4095], 2, 6, 1, 128, 8192),
         attention("attention, 8 tokens, 4 x 700", [700] * 4, 2, 6, 8, 128, 1024),
+        attention("attention, 700 tokens after 800", [800], 2, 6, 700, 128, 4096),
         attention("attention, width 64, 2 x 1000", [1000, 999], 3, 3, 1, 64, 1024),
         attention("attention, width 64, 8 tokens", [1000, 8], 3, 3, 8, 64, 1024),
+        attention("attention, width 64, 1024 tokens", [0], 3, 3, 1024, 64, 1024),
         logits("top 64 of 151,936", 1, 151_936),
     ]
 

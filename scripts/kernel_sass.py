@@ -89,7 +89,7 @@ def budget(planes: int, group: int = 32) -> float:
 
 
 def issues_per_hmma(sass: Sass) -> float:
-    """Instructions of the loop of `w4_gemm` for one of the tensor cores, itself included.
+    """Instructions of the last loop for one of the tensor cores, itself included.
 
     More than `HMMA_CYCLES`, and the tensor cores wait.
     """
@@ -118,12 +118,10 @@ def find_problems(manifest: Mapping[str, Any], found: Mapping[str, Sass]) -> Ite
             yield f"sm_87 {name}: {record['spilled_bytes']} bytes are spilled"
         if name.startswith("w4_gemv"):
             yield from _gemv_problems(name, sass)
-        if name.startswith("attend_split") and not sass.count("HMMA"):
-            yield f"sm_87 {name}: no tensor core is used"
         if name.startswith("w4_gemm"):
             yield from _gemm_problems(name, sass)
-        if name.startswith("attend_split") and not _wide_copies(sass):
-            yield f"sm_87 {name}: the cache is not read by 128 bits"
+        if name.startswith("attention_parts"):
+            yield from _attention_problems(name, sass)
         if resident_warps(record) < LEAST_WARPS and record["threads"] >= 128:
             yield f"sm_87 {name}: {resident_warps(record)} warps per multiprocessor"
 
@@ -161,6 +159,18 @@ def _gemm_problems(name: str, sass: Sass) -> Iterator[str]:
         yield f"sm_87 {name}: the inputs are not copied by 128 bits"
 
 
+def _attention_problems(name: str, sass: Sass) -> Iterator[str]:
+    # Scores and mix of a block are as many products, each of 16 x 8 outputs and 16 inputs.
+    constants, (first, last) = BY_NAME[name].constants, sass.loops[-1]
+    block = int(constants["ROWS"]) * int(constants["BLOCK"]) * int(constants["WIDTH"])
+    wanted = 2 * block // (16 * 8 * 16) // BY_NAME[name].warps
+    found = sass.count("HMMA.16816", first, last)
+    if found != wanted or found != sass.count("HMMA"):
+        yield f"sm_87 {name}: {found} tensor instructions in the loop and not {wanted}, all of them"
+    if not _wide_copies(sass) or sass.count("LDG.", first, last):
+        yield f"sm_87 {name}: rows are read otherwise than by copies of 128 bits"
+
+
 def _wide_copies(sass: Sass) -> bool:
     copies = Counter(name for name, _ in sass.instructions if name.startswith("LDGSTS"))
     return bool(copies) and all(".128" in name for name in copies)
@@ -178,7 +188,7 @@ def render(records: Mapping[str, Any], found: Mapping[str, Sass]) -> str:
         if name.startswith("w4_gemv"):
             planes = int(BY_NAME[name].constants["PLANES"])
             line += f"{lanes_per_weight(name, found[name]):>20.1f}{budget(planes):>8.1f}"
-        if name.startswith("w4_gemm"):
+        if name.startswith(("w4_gemm", "attention_parts")):
             line += f"{issues_per_hmma(found[name]):>20.1f}{HMMA_CYCLES:>8.1f}"
         lines.append(line)
     return "\n".join(lines)

@@ -378,7 +378,8 @@ def check_plugin(wheel: Path, stubs: Path, script: str) -> bool:
     Args:
         wheel: the unpacked one.
         stubs: where the stub libraries are.
-        script: ``trt_plugin``, or ``trt_plugin_v3`` for the one whose kernels Python launches.
+        script: ``trt_plugin``, ``trt_attention``, or ``trt_plugin_v3`` for the one whose kernels
+            Python launches.
     """
     paths = os.pathsep.join(map(str, (wheel, ROOT)))
     environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": paths}
@@ -600,6 +601,7 @@ def main() -> int:
         failed |= not check_plugin(fetch_wheel(version), stubs, "trt_plugin_v3")
         if (major, minor) >= PLUGINS_SINCE:
             failed |= not check_plugin(fetch_wheel(version), stubs, "trt_plugin")
+            failed |= not check_plugin(fetch_wheel(version), stubs, "trt_attention")
     return int(failed)
 
 

@@ -731,33 +731,58 @@ def _ask_plugins(
     """Every plugin, as the builder asks it for each profile.
 
     Returns:
-        Their linear layers, and what a plan has of those of Python.
+        Their layers, and what a plan has of those of Python.
     """
     assert network.graph is not None
-    names = {"fp16": "FP16", "int32": "INT32"}
-    own, serialized = [], []
-    for node in network.graph.nodes:
-        if not node.domain:
-            continue
-        weights = network.shapes[node.inputs[1]]
-        types = [names[network.types[name]] for name in node.inputs]
-        shapes = [weights, *(network.shapes[name] for name in node.inputs[2:])]
-        python = network.plugins.get(node.name)
-        if python is not None:
-            serialized.append(fake_plugin_v3.serialize(python, shapes))
-        for profile in profiles:
-            for batch, seq in profile.shapes["position_ids"]:
+    own: dict[str, None] = {}
+    serialized: dict[str, dict[str, Any]] = {}
+    for profile in profiles:
+        for batch, seq in profile.shapes["position_ids"]:
+            made: dict[str, TensorDesc] = {}
+            for node in network.graph.nodes:
+                if not node.domain:
+                    continue
+                own[node.name.removesuffix(f"/{node.op_type}")] = None
+                python = network.plugins.get(node.name)
                 if python is not None:
-                    sizes = [(batch, seq, weights[0] * 32), *shapes]
+                    shapes = [network.shapes[name] for name in node.inputs[1:]]
+                    sizes = [(batch, seq, shapes[0][0] * 32), *shapes]
                     kinds = [DTYPES[network.types[name]] for name in node.inputs]
+                    if node.name not in serialized:
+                        serialized[node.name] = fake_plugin_v3.serialize(python, shapes)
                     fake_plugin_v3.ask(python, sizes, kinds)
                     continue
-                first = TensorDesc((batch, seq, weights[0] * 32), types[0])
-                others = [TensorDesc(*each) for each in zip(shapes, types[1:], strict=True)]
-                launches = PLUGINS.ask(f"{node.domain}::{node.op_type}", [first, *others])
-                assert launches
-        own.append(node.name.removesuffix(f"/{node.op_type}"))
-    return own, serialized
+                inputs = [
+                    made.get(name) or _described(network, node, name, batch, seq)
+                    for name in node.inputs
+                ]
+                outputs = PLUGINS.ask(f"{node.domain}::{node.op_type}", inputs)
+                made.update(zip(node.outputs, outputs, strict=True))
+    return list(own), list(serialized.values())
+
+
+def _described(network: Network, node: Node, name: str, batch: int, seq: int) -> TensorDesc:
+    """A plugin's input that no plugin makes, in a step of so many sequences and tokens."""
+    dtype = DTYPES[network.types[name]]
+    shape = network.shapes.get(name, ())
+    if node.op_type == "w4_linear":
+        depth = network.shapes[node.inputs[1]][0] * 32
+        return TensorDesc((batch, seq, depth) if name == node.inputs[0] else shape, dtype)
+    if name == node.inputs[-1] and node.op_type == "attention_parts":
+        return TensorDesc((batch, seq), dtype)
+    if name == node.inputs[2] and node.op_type == "attention_join":
+        return TensorDesc((batch, seq), dtype)
+    cache = network.shapes["past_key_values.0.key"]
+    rows = (batch, cache[1], seq, cache[3])
+    if node.op_type == "attention_parts" and name in node.inputs[1:5]:
+        return TensorDesc((batch, *cache[1:]) if name in node.inputs[1:3] else rows, dtype)
+    return TensorDesc((batch, _heads(network), seq, cache[3]), dtype)
+
+
+def _heads(network: Network) -> int:
+    """Query heads, by the exporter's constants."""
+    prefix = "shape.heads."
+    return max(int(name.removeprefix(prefix)) for name in network.shapes if name.startswith(prefix))
 
 
 class _RefusedError(Exception):
@@ -853,6 +878,10 @@ def _without_plugin(network: Network, node: Node) -> list[Node]:
     """What a plugin computes, in operators: one product in FP32."""
     if not node.domain:
         return [node]
+    if node.op_type == "attention_parts":
+        return []
+    if node.op_type == "attention_join":
+        return _attended(network, node)
     assert network.graph is not None
     constants = Constants(network.graph, network.directory)
     (x, packed, scale_name, bias_name), name = node.inputs, node.name
@@ -875,6 +904,72 @@ def _without_plugin(network: Network, node: Node) -> list[Node]:
         ("Cast", [f"{name}.sum"], node.outputs[0], [attribute("to", ELEMENT_NUMBERS["fp16"])]),
     )
     return [Node(op, inputs, [out], out, attributes=more) for op, inputs, out, more in steps]
+
+
+def _attended(network: Network, join: Node) -> list[Node]:
+    """The attention of two plugins in operators: all rows in FP32, under a mask of positions."""
+    graph = network.graph
+    assert graph is not None
+    (parts,) = (node for node in graph.nodes if node.outputs[:1] == join.inputs[:1])
+    _, groups, capacity, width = network.shapes["past_key_values.0.key"]
+    query, keys, values, new_keys, new_values, positions = parts.inputs
+    heads, made = _heads(network), join.name
+    for name, numbers in (
+        ("rows", range(capacity)),
+        ("never", [1 << 30]),
+        ("zero", [0]),
+        ("one", [1]),
+        ("two", [2]),
+        ("row_axes", [1, 2, 3]),
+        ("token_axes", [1, 2, 4]),
+        ("grouped", [0, groups, heads // groups, -1, width]),
+        ("ungrouped", [0, heads, -1, width]),
+        ("merged", [0, 0, heads * width]),
+    ):
+        graph.add_int64(f"{made}.{name}", list(numbers))
+    graph.add_floats(f"{made}.scale", [], np.array(1 / math.sqrt(width), np.float32))
+    graph.add_floats(f"{made}.keep", [], np.array(0, np.float32))
+    graph.add_floats(f"{made}.drop", [], np.array(-1e30, np.float32))
+    wide, whole, half = (
+        attribute("to", ELEMENT_NUMBERS[dtype]) for dtype in ("fp32", "int64", "fp16")
+    )
+    steps: list[tuple[str, list[str], str, list[bytes]]] = [
+        ("Cast", [positions], ".positions", [whole]),
+        ("Slice", [".positions", ".zero", ".one", ".one"], ".past", []),
+        ("Less", [".rows", ".past"], ".valid", []),
+        ("Where", [".valid", ".rows", ".never"], ".old", []),
+        ("Concat", [".old", ".positions"], ".all", [attribute("axis", 1)]),
+        ("Unsqueeze", [".all", ".row_axes"], ".all_rows", []),
+        ("Unsqueeze", [".positions", ".token_axes"], ".tokens", []),
+        ("LessOrEqual", [".all_rows", ".tokens"], ".seen", []),
+        ("Where", [".seen", ".keep", ".drop"], ".mask", []),
+        ("Concat", [keys, new_keys], ".keys.half", [attribute("axis", 2)]),
+        ("Concat", [values, new_values], ".values.half", [attribute("axis", 2)]),
+        ("Cast", [".keys.half"], ".keys.wide", [wide]),
+        ("Cast", [".values.half"], ".values.wide", [wide]),
+        ("Unsqueeze", [".keys.wide", ".two"], ".keys", []),
+        ("Unsqueeze", [".values.wide", ".two"], ".values", []),
+        ("Transpose", [".keys"], ".keys.t", [attribute("perm", [0, 1, 2, 4, 3])]),
+        ("Cast", [query], ".query.wide", [wide]),
+        ("Reshape", [".query.wide", ".grouped"], ".query", []),
+        ("MatMul", [".query", ".keys.t"], ".products", []),
+        ("Mul", [".products", ".scale"], ".scores", []),
+        ("Add", [".scores", ".mask"], ".masked", []),
+        ("Softmax", [".masked"], ".weights", [attribute("axis", -1)]),
+        ("MatMul", [".weights", ".values"], ".mixed", []),
+        ("Reshape", [".mixed", ".ungrouped"], ".heads", []),
+        ("Transpose", [".heads"], ".turned", [attribute("perm", [0, 2, 1, 3])]),
+        ("Reshape", [".turned", ".merged"], ".wide", []),
+        ("Cast", [".wide"], join.outputs[0], [half]),
+    ]
+
+    def full(name: str) -> str:
+        return f"{made}{name}" if name.startswith(".") else name
+
+    return [
+        Node(op, [full(each) for each in inputs], [full(out)], full(out), attributes=more)
+        for op, inputs, out, more in steps
+    ]
 
 
 def _in_order(graph: OnnxFile) -> Iterator[Node]:

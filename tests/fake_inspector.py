@@ -35,7 +35,7 @@ def inspector_json(
         detailed: False is an engine whose layers have names only.
         fused: attention in one kernel.
         unpacked: linear layers whose weights a kernel of its own writes as floats.
-        own: linear layers that a plugin computes.
+        own: linear layers and attentions that plugins compute.
         profiles: those that are told of.
     """
     layers = [
@@ -78,7 +78,11 @@ def _layers(
         )
         yield from _linear(manifest, f"{name}.qkv", floats, unpacked, own)
         attention = f"{name}.attended/Attention"
-        if fused:
+        if f"{name}.attention" in own:
+            for part, reads, writes in (("parts", floats, "Float"), ("join", "Float", floats)):
+                node = f"{name}.attention/attention_{part}"
+                yield _layer(node, "PluginV3", [reads, "Int32"], [writes], "0x1", [node])
+        elif fused:
             kernel = "_gemv_mha_v1" if profile == 1 else "_gemm_mha_v2"
             nodes = [f"present.{i}.key.read/Slice", attention]
             yield _layer(f"{kernel}_myl0_{i}", "kgen", [floats, "Bool"], [floats], kernel, nodes)

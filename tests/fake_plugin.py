@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+_NAMES = {"HALF": "FP16", "FLOAT": "FP32", "INT32": "INT32"}
+
 
 class TensorDesc:
-    """A tensor; its sizes are known."""
+    """A tensor; its sizes are known. Its type is a ``DataType``."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         self.shape_expr = self.shape = shape
         self.dtype = dtype
 
@@ -52,7 +54,7 @@ class SymExprs(tuple[int, ...]):
 class Registered:
     """The functions of a plugin."""
 
-    describe: Callable[..., TensorDesc] | None = None
+    describe: Callable[..., Any] | None = None
     tune: Callable[..., list[AutoTuneCombination]] | None = None
     implement: Callable[..., Any] | None = None
 
@@ -70,6 +72,7 @@ class Plugins:
             setattr(module, each.__name__, each)
         module.SymIntExprs = SymExprs
         module.cdiv = lambda first, second: -(-first // second)
+        module.min, module.max = min, max
         module.from_shape_expr = lambda shape, dtype: TensorDesc(tuple(shape), dtype)
         module.op = types.SimpleNamespace()
         module.register = self._decorator("describe", module.op)
@@ -84,7 +87,9 @@ class Plugins:
                 if part == "describe":
                     assert plugin_id not in self.known, "registered twice"
                     self.known[plugin_id] = Registered()
-                    setattr(op, namespace, types.SimpleNamespace(**{name: True}))
+                    if not hasattr(op, namespace):
+                        setattr(op, namespace, types.SimpleNamespace())
+                    setattr(getattr(op, namespace), name, True)
                 setattr(self.known[plugin_id], part, function)
                 return function
 
@@ -92,21 +97,22 @@ class Plugins:
 
         return decorator
 
-    def ask(self, plugin_id: str, inputs: list[TensorDesc]) -> list[KernelLaunchParams]:
-        """The launches of all tactics for tensors of these shapes."""
+    def ask(self, plugin_id: str, inputs: list[TensorDesc]) -> tuple[TensorDesc, ...]:
+        """Ask for the launches of all tactics for tensors of these shapes; returns the outputs."""
         found = self.known[plugin_id]
         assert found.describe is not None
         assert found.tune is not None
         assert found.implement is not None
-        output = found.describe(*inputs)
-        (combination,) = found.tune(*inputs, (output,))
-        assert combination.io_types == ", ".join(each.dtype for each in (*inputs, output))
-        launches = []
+        described = found.describe(*inputs)
+        outputs = described if isinstance(described, tuple) else (described,)
+        (combination,) = found.tune(*inputs, outputs)
+        types = ", ".join(_NAMES[each.dtype.name] for each in (*inputs, *outputs))
+        assert combination.io_types == types
         for tactic in combination.tactics:
-            entry, text, launch, _ = found.implement(*inputs, (output,), tactic)
+            entry, text, launch, _ = found.implement(*inputs, outputs, tactic)
             assert f".entry {entry}" in text, "the PTX has no such function"
-            launches.append(launch)
-        return launches
+            assert min(launch.grid_x, launch.grid_y, launch.grid_z, launch.block_x) >= 1
+        return outputs
 
 
 PLUGINS = Plugins()

@@ -508,6 +508,10 @@ def _compute(engine: FakeEngine, views: dict[str, NDArray[Any]], sizes: dict[str
         last = inputs[io_spec.WRITE_INDICES] + sizes[io_spec.SEQ]
         if inputs[io_spec.WRITE_INDICES].min() < 0 or last.max() > engine._capacity:
             raise RuleError(f"rows up to {last.max()} of {engine._capacity} are written")
+    elif io_spec.PAST_LENGTHS not in inputs:
+        # Own attention, to which a sequence's first position is what it has in the cache.
+        if inputs[io_spec.POSITION_IDS].max() >= engine._capacity:
+            raise RuleError("rows that no cache has are read")
     elif inputs[io_spec.PAST_LENGTHS].max() > len(inputs[io_spec.KV_POSITIONS]):
         raise RuleError("more rows are valid than are read")
     rows = inputs.get(io_spec.KV_POSITIONS)

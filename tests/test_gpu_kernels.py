@@ -23,6 +23,7 @@ from scripts import gpu_kernels
 from tests.fake_cuda import DRIVERS, FakeGpu
 
 COPY = 1 << 12
+JOIN = "attention_join_rows1_width64"
 PRODUCTS = ("w4_gemv_rows2_planes2", "w4_gemm_planes2")
 
 
@@ -47,24 +48,28 @@ def run_product(
     view(gpu, y, (rows, columns), np.float16)[...] = exact
 
 
-def run_split(gpu: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> None:
+def run_attention(gpu: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> None:
     """Leaves the whole result where the partial sums would be."""
-    query, keys, cached, lengths, groups, rows, tokens, capacity, split, partial, _, *_ = values
+    query, keys, cached, new_keys, new_cached, positions, *numbers, partial, _ = values
+    groups, heads, tokens, capacity = numbers
     batch = grid[1] // groups
-    assert (grid[0] - 1) * split < capacity <= grid[0] * split
-    shape = (batch, groups, rows // tokens, tokens, 64)
-    cache = (batch, groups, capacity, 64)
-    view(gpu, partial, shape, np.float32)[...] = reference.attend(
-        view(gpu, query, shape, np.float16),
+    assert grid[0] == -(-heads * tokens // 16)
+    cache, new = (batch, groups, capacity, 64), (batch, groups, tokens, 64)
+    whole = reference.attention(
+        view(gpu, query, (batch, groups * heads, tokens, 64), np.float16),
         view(gpu, keys, cache, np.float16),
         view(gpu, cached, cache, np.float16),
-        view(gpu, lengths, (batch,), np.int32),
+        view(gpu, new_keys, new, np.float16),
+        view(gpu, new_cached, new, np.float16),
+        view(gpu, positions, (batch, tokens), np.int32),
     )
+    view(gpu, partial, whole.shape, np.float32)[...] = whole
 
 
-def run_combine(gpu: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> None:
-    partial, output = values[0], values[8]
-    shape = (grid[0] * grid[1], 64)
+def run_join(gpu: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> None:
+    partial, _, _, _, rows, _, _, parts, output = values
+    assert (grid[0], parts) == (rows, 64)
+    shape = (rows, 64)
     view(gpu, output, shape, np.float16)[...] = view(gpu, partial, shape, np.float32)
 
 
@@ -92,8 +97,8 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fake
         monkeypatch.setitem(sys.modules, name, module)
     fake.kernels = {
         **{tactic.variant.name: functools.partial(run_product, tactic) for tactic in w4_tactics(2)},
-        "attend_split": run_split,
-        "attend_combine": run_combine,
+        "attention_parts_rows16_width64": run_attention,
+        "attention_join_rows1_width64": run_join,
         "top_k_parts": run_parts,
         "top_k_merge": run_merge,
     }
@@ -124,13 +129,13 @@ def test_each_kernel_is_compared_and_timed(gpu: FakeGpu, capsys: pytest.CaptureF
     assert not gpu.alive
 
 
-@pytest.mark.parametrize("name", [*PRODUCTS, "attend_combine", "top_k_merge"])
+@pytest.mark.parametrize("name", [*PRODUCTS, JOIN, "top_k_merge"])
 @pytest.mark.parametrize("wrong", [np.float16(np.nan), np.float16(0.5)])
 def test_a_kernel_that_computes_something_else_fails(
     gpu: FakeGpu, capsys: pytest.CaptureFixture[str], name: str, wrong: np.float16
 ):
     right = gpu.kernels[name]
-    output = {**dict.fromkeys(PRODUCTS, 9), "attend_combine": 8, "top_k_merge": 3}[name]
+    output = {**dict.fromkeys(PRODUCTS, 9), JOIN: 8, "top_k_merge": 3}[name]
 
     def run(fake: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> None:
         right(fake, grid, values)

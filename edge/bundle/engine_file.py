@@ -31,7 +31,7 @@ _MAX_BYTES = 1 << 24
 ENGINE_SCHEMA_VERSION = 1
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 KvRead = Literal["slice", "full", "lengths"]
-Attention = Literal["fused", "decomposed"]
+Attention = Literal["fused", "decomposed", "own"]
 Scales = Literal["stored", "fp32"]
 Kernels = Literal["tensorrt", "own"]
 Plugins = Literal["compiled", "python"]
@@ -107,7 +107,7 @@ class RefusedRung(_Struct, frozen=True):
 
     Attributes:
         kv_read: how attention was to read the cache.
-        attention: what was asked of TensorRT's attention; None in dialect ``portable``.
+        attention: what was asked of attention (see `EngineInfo`); None where nothing can be.
         reason: TensorRT's.
         scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
         kernels: ``own`` if edge-llm's own were to compute the products of few bits.
@@ -130,7 +130,7 @@ class TunedRung(_Struct, frozen=True):
 
     Attributes:
         kv_read: how attention reads the cache.
-        attention: what was asked of TensorRT's attention; None in dialect ``portable``.
+        attention: what was asked of attention (see `EngineInfo`); None where nothing can be.
         decode_s: seconds of a decode step, the median; None if it was not timed.
         problem: why it is of no use; None if it answers right.
         scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
@@ -173,8 +173,9 @@ class EngineInfo(_Struct, frozen=True):
         builder: ``api`` or ``trtexec``.
         peak_memory_bytes: resident memory of the build, at most; None if it was not measured.
         weights, layers: summary of the parsed network.
-        attention: ``fused`` if TensorRT had to make one kernel of each attention, ``decomposed`` if
-            it was free to; None in dialect ``portable``, and not known of older engines.
+        attention: ``own`` if edge-llm's own kernels compute the attentions of ``own_attentions``;
+            else ``fused`` if TensorRT had to make one kernel of each, ``decomposed`` if it was free
+            to; None in dialect ``portable``, and not known of older engines.
         refused: variants that TensorRT refused before this one.
         tuned: variants that ``--tune`` built and tried; this engine is the fastest that is right.
         compiled: summary of what TensorRT made of it, per profile; all layers are in the file
@@ -187,7 +188,9 @@ class EngineInfo(_Struct, frozen=True):
         kernels: ``own`` if edge-llm's own kernels compute the layers of ``own_linears``, else
             ``tensorrt``.
         own_linears: linear layers that own kernels compute.
-        left_linears: with own kernels, those that TensorRT computes all the same, and why.
+        left_linears: with own kernels, those that TensorRT computes all the same, and why;
+            attentions too.
+        own_attentions: attentions that own kernels compute, such as ``layers.0.attention``.
         plugins: how own kernels are in the engine: ``compiled`` into the plan, or ``python``, whose
             launches `edge.backends.tensorrt.plugins` makes; None without own kernels, and of
             engines from before there were both, which have the first kind.
@@ -232,6 +235,15 @@ class EngineInfo(_Struct, frozen=True):
     left_linears: dict[Line, Line] = {}
     plugins: Plugins | None = None
     python_kernels: tuple[PackedKernels, ...] = ()
+    own_attentions: tuple[Line, ...] = ()
+
+    @property
+    def buckets_read(self) -> tuple[int, ...]:
+        """Those of ``kv_buckets``; empty where every attention reads just what a sequence has."""
+        left = any(name.endswith(".attention") for name in self.left_linears)
+        if self.kv_read == "lengths" or (self.own_attentions and not left):
+            return ()
+        return self.kv_buckets
 
 
 def read_engine_info(directory: Path) -> EngineInfo:

@@ -30,7 +30,7 @@ import msgspec
 from edge.errors import BundleError
 from edge.files import read_file
 
-AttentionKind = Literal["fused", "decomposed", "mixed", "unknown"]
+AttentionKind = Literal["fused", "decomposed", "mixed", "own", "unknown"]
 
 _SUFFIX = ".layers.json"
 _MAX_BYTES = 1 << 26
@@ -49,6 +49,7 @@ _FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)  # _gemm_mha_v2, _gemv_mha_
 # As `export.graph.decoder` names them: not what inputs or rows of the cache are dequantized by.
 _WEIGHT_NODE = re.compile(r"(?P<linear>.+)\.(?:high_)?dequantized/DequantizeLinear")
 _OWN_PRODUCT = "/w4_linear"  # of engines.own_kernels: a plugin, whose INT4 weights are words
+_OWN_ATTENTION = re.compile(r"\.attention/attention_(?:parts|join)\Z")  # of engines.own_attention
 _ATTENTION_NODE = re.compile(r"\.attended/Attention\Z|/Softmax\Z")
 
 
@@ -128,8 +129,8 @@ class ProfileLayers(_Struct, frozen=True):
         reformats: layers that only change a layout or a type.
         unpacking: layers that write packed weights as floats, every time that they run.
         products: matrix products by the type that they read.
-        attention: ``fused`` (in one kernel), ``decomposed``, ``mixed``, or ``unknown`` if no layer
-            names attention's nodes.
+        attention: ``fused`` (in one kernel), ``decomposed``, ``own`` (in plugins), ``mixed``, or
+            ``unknown`` if no layer names attention's nodes.
     """
 
     profile: str
@@ -309,6 +310,9 @@ def _is_fused(layer: CompiledLayer) -> bool:
 
 def _attention(layers: list[CompiledLayer]) -> AttentionKind:
     """Whether attention runs in kernels of its own: those have ``mha`` in their names."""
+    own = any(_OWN_ATTENTION.search(node) for layer in layers for node in layer.nodes)
+    if own:
+        return "mixed" if any(map(_attends, layers)) else "own"
     fused = [_is_fused(layer) for layer in layers if _attends(layer)]
     if not fused:
         return "unknown"

@@ -37,6 +37,9 @@ need, so that the row itself stays on the device: ``best_values`` ``[B, N, k]`` 
 ``[B, N, 1]`` (fp32), the mass of all others, where that of the best is 1. They are no part of a
 bundle: `engines.graph` adds them, and they come last.
 
+An engine whose attention is our own (docs/kernels.md) goes by the positions of tokens. TensorRT
+then drops what only a mask reads: ``kv_positions`` and, in ``portable``, ``past_lengths``.
+
 ``hidden_states`` is what a head that drafts tokens reads (`manifest.DraftHead`): the inputs of
 three layers, joined by the head's ``fc``. A head is a decoder in the same contract. Its
 ``inputs_embeds`` are ``[embedding | hidden state]``, twice as wide, and its ``hidden_states`` are

@@ -105,8 +105,9 @@ def _own_kernels(info: EngineInfo) -> list[tuple[str, str]]:
     if info.kernels != "own":
         return []
     left = [(f"left to TensorRT {name}", reason) for name, reason in info.left_linears.items()]
+    attentions = f", {len(info.own_attentions)} attentions" if info.own_attentions else ""
     how = ", launched by Python" if info.plugins == "python" else ""
-    return [("own kernels", f"{len(info.own_linears)} linear layers{how}"), *left]
+    return [("own kernels", f"{len(info.own_linears)} linear layers{attentions}{how}"), *left]
 
 
 def _compiled_facts(directory: Path, info: EngineInfo) -> list[tuple[str, str]]:

@@ -133,8 +133,7 @@ def engine_work(info: EngineInfo, table: LayerTable, manifest: Manifest) -> Engi
     decode, prefill = (_step(table, kind, sizes) for kind in _KINDS)
     if decode is None and prefill is None:
         return None
-    # With `lengths` attention reads the rows that there are.
-    return EngineWork(decode, prefill, () if info.kv_read == "lengths" else info.kv_buckets)
+    return EngineWork(decode, prefill, info.buckets_read)
 
 
 def _step(table: LayerTable, kind: StepKind, sizes: Mapping[str, int]) -> EngineStep | None:

@@ -12,21 +12,17 @@ from edge.errors import ConfigError
 from .variants import (
     BLOCK,
     BY_NAME,
-    HEAD_WIDTHS,
     KEEP,
     MAX_ROWS,
     MOST_PARTS,
     PART,
     Variant,
-    attend_name,
     gemm_name,
     gemv_name,
 )
 
 GROUPS = (32, 64, 128)
 _COLUMNS = 64  # of a program of w4_gemv: 32 lanes, two each
-_LEAST_SPLIT, _MOST_SPLITS = 128, 64
-_MOST_ATTEND_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -181,67 +177,6 @@ def product(
         "y": ((rows, columns), half),
     }
     return Job((launch,), buffers, ("y",))
-
-
-def decode_attention(
-    batch: int, groups: int, heads: int, tokens: int, width: int, capacity: int
-) -> Job:
-    """Attention of a step's tokens over the cache, in which their own rows are already.
-
-    Args:
-        batch: sequences.
-        groups: key and value heads.
-        heads: query heads of each; ``heads * tokens`` is at most 64.
-        tokens: per sequence, 1 to 8.
-        width: of a head, 64 or 128.
-        capacity: rows of the cache.
-
-    Raises:
-        ConfigError: the kernels do not serve this.
-    """
-    rows = heads * tokens
-    if not 1 <= tokens <= MAX_ROWS:
-        raise ConfigError(f"decode_attention takes 1 to {MAX_ROWS} tokens, not {tokens}")
-    if not 1 <= rows <= _MOST_ATTEND_ROWS:
-        raise ConfigError(
-            f"decode_attention takes up to {_MOST_ATTEND_ROWS} rows per group of heads, not "
-            f"{heads} heads of {tokens} tokens; give fewer tokens at once"
-        )
-    if width not in HEAD_WIDTHS:
-        raise ConfigError(f"decode_attention takes heads of {HEAD_WIDTHS} values, not {width}")
-    if batch < 1 or groups < 1 or capacity < 1:
-        raise ConfigError(
-            "decode_attention takes at least one sequence, group and cache row, not "
-            f"{batch}, {groups} and {capacity}"
-        )
-    # Parts of 128 rows keep an Orin's 16 multiprocessors busy from 1,024 rows of two groups on;
-    # more than 64 parts would make the partial sums a share of the traffic that counts.
-    split = max(_LEAST_SPLIT, -(-capacity // (_MOST_SPLITS * 64)) * 64)
-    splits, pairs = -(-capacity // split), batch * groups
-    half, wide, whole = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.int32)
-    attend = Launch(
-        BY_NAME[attend_name(rows, width)],
-        (splits, pairs, 1),
-        (
-            *("query", "keys", "values", "lengths", groups, rows, tokens, capacity, split),
-            *("partial", "stats"),
-        ),
-    )
-    combine = Launch(
-        BY_NAME[f"attend_combine_width{width}"],
-        (rows, pairs, 1),
-        ("partial", "stats", "lengths", groups, rows, capacity, split, splits, "output"),
-    )
-    buffers: Buffers = {
-        "query": ((batch, groups, heads, tokens, width), half),
-        "keys": ((batch, groups, capacity, width), half),
-        "values": ((batch, groups, capacity, width), half),
-        "lengths": ((batch,), whole),
-        "partial": ((batch, groups, splits, rows, width), wide),
-        "stats": ((batch, groups, splits, rows, 2), wide),
-        "output": ((batch, groups, heads, tokens, width), half),
-    }
-    return Job((attend, combine), buffers, ("output",))
 
 
 def top_k_logsumexp(rows: int, columns: int) -> Job:

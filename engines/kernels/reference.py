@@ -78,34 +78,44 @@ def _bound(exact: Floats, size: Floats, roundings: float) -> Floats:
     return size * 2.0**-24 * roundings + np.abs(exact) * 2.0**-11 + 2.0**-24
 
 
-def attend(
+def attention(
     query: NDArray[np.float16],
     keys: NDArray[np.float16],
     values: NDArray[np.float16],
-    lengths: NDArray[np.int32],
+    new_keys: NDArray[np.float16],
+    new_values: NDArray[np.float16],
+    positions: NDArray[np.int32],
 ) -> Floats:
-    """Attention of the last tokens of each sequence over its cache.
+    """Attention of a step's tokens over the cache before them and over one another.
 
     Args:
-        query: [batch, groups, heads of a group, tokens, width].
-        keys: [batch, groups, capacity, width].
+        query: [batch, groups * heads of a group, tokens, width].
+        keys: [batch, groups, capacity, width]; the rows before a sequence's first position count.
         values: the same.
-        lengths: [batch] rows of each sequence, the tokens themselves included.
+        new_keys: [batch, groups, tokens, width].
+        new_values: the same.
+        positions: [batch, tokens], rising by one.
 
     Returns:
-        As `query`; zeros where a token sees nothing.
+        [batch, tokens, groups * heads of a group * width].
     """
-    tokens, width = query.shape[3:]
-    found = np.zeros(query.shape)
-    for at in np.ndindex(query.shape[:4]):
-        sequence, group, _, token = at
-        seen = min(max(int(lengths[sequence]) - tokens + 1 + token, 0), keys.shape[2])
-        if seen:
-            scores = keys[sequence, group, :seen].astype(np.float64) @ query[at].astype(np.float64)
-            scores /= np.sqrt(width)
-            weights = np.exp(scores - scores.max())
-            found[at] = weights @ values[sequence, group, :seen].astype(np.float64) / weights.sum()
-    return found
+    batch, all_heads, tokens, width = query.shape
+    groups = keys.shape[1]
+    found = np.zeros((batch, tokens, all_heads, width))
+    for sequence, group in np.ndindex(batch, groups):
+        past = min(max(int(positions[sequence, 0]), 0), keys.shape[2])
+        rows = [
+            np.concatenate((old[sequence, group, :past], new[sequence, group])).astype(np.float64)
+            for old, new in ((keys, new_keys), (values, new_values))
+        ]
+        heads = slice(group * all_heads // groups, (group + 1) * all_heads // groups)
+        scores = query[sequence, heads].astype(np.float64) @ rows[0].T / np.sqrt(width)
+        seen = np.arange(past + tokens) <= past + np.arange(tokens)[:, None]
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = weights @ rows[1] / weights.sum(-1, keepdims=True)
+        found[sequence, :, heads] = mixed.transpose(1, 0, 2)
+    return found.reshape(batch, tokens, all_heads * width)
 
 
 def top_k(logits: NDArray[np.float16], keep: int) -> tuple[Floats, NDArray[np.int64], Floats]:

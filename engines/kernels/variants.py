@@ -14,10 +14,14 @@ ARCHITECTURES = (80, 87, 90, 100, 110, 120)
 """Compute capabilities, times ten. 80 is Ampere, and runs on other desktop GPUs of 8.x, Ada too; 87
 is the Orin; 90 is Hopper; 100 and 120 are Blackwell, for data centres and desktops; 110 is Thor."""
 MAX_ROWS = 8
-"""Of a product, or tokens per sequence: beyond that tensor cores win, and TensorRT has those."""
+"""Of a product by `w4_gemv`: beyond that tensor cores win."""
 BLOCK = 32
 """Weights of a column that lie together, in 16 bytes; a group is a multiple of it."""
 HEAD_WIDTHS = (64, 128)
+ATTENTION_ROWS, JOIN_ROWS = (16, 64), (1, 8)
+"""Heads of tokens that a program of attention does, and one that joins parts."""
+LEAST_PART, MOST_CACHE_PARTS = 128, 64
+"""Rows of a sequence that are worth a program, and programs that share its rows at most."""
 KEEP = 64
 """Logits that are kept of a row."""
 PART = 4096
@@ -66,9 +70,14 @@ def gemm_name(planes: int) -> str:
     return f"w4_gemm_planes{planes}"
 
 
-def attend_name(rows: int, width: int) -> str:
-    """Variant for ``heads of a group * tokens`` rows (up to 64)."""
-    return f"attend_split_rows{16 if rows <= 16 else 64}_width{width}"
+def attention_name(rows: int, width: int) -> str:
+    """Variant with this many heads of tokens (16 or 64) of this width in a program."""
+    return f"attention_parts_rows{rows}_width{width}"
+
+
+def join_name(rows: int, width: int) -> str:
+    """Variant that joins the parts of this many heads of tokens (1 or 8) in a program."""
+    return f"attention_join_rows{rows}_width{width}"
 
 
 def _power(number: int, least: int) -> int:
@@ -118,61 +127,72 @@ def _gemm(planes: int) -> Variant:
     )
 
 
-def _attend(rows: int, width: int) -> Variant:
+def _attention(rows: int, width: int) -> Variant:
     return Variant(
-        attend_name(rows, width),
+        attention_name(rows, width),
         "attention",
-        "attend_split",
+        "attention_parts",
         {
             "query_ptr": "*fp16",
             "keys_ptr": "*fp16",
             "values_ptr": "*fp16",
-            "lengths_ptr": "*i32",
+            "new_keys_ptr": "*fp16",
+            "new_values_ptr": "*fp16",
+            "positions_ptr": "*i32",
             "groups": "i32",
-            "rows": "i32",
+            "heads": "i32",
             "tokens": "i32",
             "capacity": "i32",
-            "split_rows": "i32",
             "partial_ptr": "*fp32",
             "stats_ptr": "*fp32",
         },
         {
             "ROWS": rows,
             "WIDTH": width,
-            "BLOCK": 64,
+            # Of 64 rows of 128 values, two stages are more than the 48 KiB that a launch may have.
+            "BLOCK": 64 if rows == 16 or width == 64 else 32,
+            "LEAST": LEAST_PART,
             "SCALE": math.log2(math.e) / math.sqrt(width),
         },
         4,
         stages=2,
+        portable=True,
     )
 
 
-def _combine(width: int) -> Variant:
+def _join(rows: int, width: int) -> Variant:
     return Variant(
-        f"attend_combine_width{width}",
+        join_name(rows, width),
         "attention",
-        "attend_combine",
+        "attention_join",
         {
             "partial_ptr": "*fp32",
             "stats_ptr": "*fp32",
-            "lengths_ptr": "*i32",
-            "groups": "i32",
+            "positions_ptr": "*i32",
+            "query_ptr": "*fp16",
             "rows": "i32",
-            "capacity": "i32",
-            "split_rows": "i32",
-            "splits": "i32",
+            "tokens": "i32",
+            "heads": "i32",
+            "parts": "i32",
             "output_ptr": "*fp16",
         },
-        {"WIDTH": width},
-        1,
+        {
+            "ROWS": rows,
+            "WIDTH": width,
+            "STEP": 8 // rows,
+            "PARTS": MOST_CACHE_PARTS,
+            "LEAST": LEAST_PART,
+        },
+        4,
+        portable=True,
     )
 
 
 VARIANTS: tuple[Variant, ...] = (
     *(_gemv(rows, planes) for rows in (1, 2, 4, 8) for planes in (1, 2)),
     *(_gemm(planes) for planes in (1, 2)),
-    *(_attend(rows, width) for rows in (16, 64) for width in HEAD_WIDTHS),
-    *(_combine(width) for width in HEAD_WIDTHS),
+    *(_attention(rows, width) for rows in ATTENTION_ROWS for width in HEAD_WIDTHS),
+    *(_join(rows, width) for rows in JOIN_ROWS for width in HEAD_WIDTHS),
     Variant(
         "top_k_parts",
         "top_k",

@@ -29,6 +29,8 @@ _FIRST_INPUTS_TYPE = (
     *("MatMul", "Gemm", "Reshape", "Unsqueeze", "Squeeze", "Gather", "GatherND", "ReduceMean"),
     *("ReduceSum", "ReduceMax", "Expand", "Tile", "Pad", "ScatterND"),
 )
+# Our plugins of attention (engines.kernels.attention_plugins): type and rank of what they put out.
+_OWN_ATTENTION = {"attention_parts": ("fp32", 2), "attention_join": ("fp16", 3)}
 _COUNTS = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
 
 
@@ -272,6 +274,8 @@ class GraphFacts:
             return ELEMENT_TYPES.get(stated) if stated else self.dtype(node.input(1))
         if kind == "Where":
             return self.dtype(node.input(1))
+        if kind in _OWN_ATTENTION:
+            return _OWN_ATTENTION[kind][0]
         return self.dtype(node.input(0)) if kind in _FIRST_INPUTS_TYPE else None
 
     def _rank_of(self, node: FactNode) -> int | None:
@@ -285,6 +289,8 @@ class GraphFacts:
         if kind == "MatMul":
             left, right = self.rank(node.input(0)), self.rank(node.input(1))
             return max(left, right) if left and right and min(left, right) > 1 else None
+        if kind in _OWN_ATTENTION:
+            return _OWN_ATTENTION[kind][1]
         if kind == "Shape":
             return 1
         if kind == "Reshape":

@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ from tests.fake_cuda import FakeGpu
 from tests.fake_plugin import PLUGINS
 from tests.fake_tensorrt import emptied, install, make_module
 from tests.own_kernel_graphs import compute, inputs_of
-from tests.tiny_models import Kind
+from tests.tiny_models import Kind, write_checkpoint
 
 # Of a logit: each layer's product is rounded to FP16 once instead of up to four times.
 LOGITS_TOLERANCE = 0.06
@@ -467,7 +467,7 @@ def test_an_engine_with_own_kernels_stands_beside_the_other(bundle: Path, target
     shown = CliRunner().invoke(inspect, [str(own)], catch_exceptions=False).stdout
     assert "own kernels" in shown
     assert "9 linear layers" in shown
-    assert "weights as exported  yes" in " ".join(shown.split("\n")).replace("   ", "  ")
+    assert "weights as exported yes" in " ".join(shown.split())
     assert "own kernels" not in CliRunner().invoke(inspect, [str(plain)]).stdout
     compiled = {each.profile: each.products for each in infos[1].compiled}
     assert compiled["decode"]["int4"] == 9
@@ -539,7 +539,7 @@ def test_tuning_goes_on_where_own_kernels_cannot_be_built(
     text = run(bundle, "--kernels", "auto", "--tune").stdout
     assert "own kernels: own kernels need a GPU of compute capability 8.0" in text
     info = only_engine(bundle)[1]
-    assert (info.kernels, [each.kernels for each in info.refused]) == ("tensorrt", ["own"])
+    assert (info.kernels, {each.kernels for each in info.refused}) == ("tensorrt", {"own"})
     floats = Path(shutil.copytree(tiny_bundles("qwen2", "portable"), tmp_path / "b"))
     monkeypatch.setattr(builder, "find_target", lambda **_: target)
     text = run(floats, "--kernels", "auto", "--tune").stdout
@@ -588,7 +588,120 @@ def test_damaged_kernels_are_no_reason_to_go_on(
         run(bundle, "--kernels", "auto", "--tune")
 
 
+@pytest.fixture
+def wide(tmp_path: Path) -> Callable[[str], Path]:
+    """Exports a bundle whose heads have 64 values, which own attention takes."""
+
+    def make(dialect: str) -> Path:
+        source = write_checkpoint(tmp_path / "wide-source", "qwen3", head_dim=64)
+        return export(source, tmp_path / "wide", dialect=dialect, kv_capacity=128)
+
+    return make
+
+
+@needs_a_runner
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+def test_an_engine_with_own_attention(
+    wide: Callable[[str], Path], target: Target, dialect: str
+) -> None:
+    bundle = wide(dialect)
+    text = run(bundle, "--kernels", "own").stdout
+    assert "own kernels: 9 layers, 2 attentions\n" in text
+    assert "refused" not in text
+    directory, info = only_engine(bundle)
+    assert info.attention == "own"
+    assert info.own_attentions == ("layers.0.attention", "layers.1.attention")
+    kinds = [each.kind for each in info.layers for _ in range(each.count)]
+    assert kinds.count("plugin_v3") == 9 + 2 + 2
+    assert "softmax" not in kinds
+    assert "attention_output" not in kinds
+    assert {each.attention for each in info.compiled} == {"own"}
+    assert info.buckets_read == ()
+    partly = msgspec.structs.replace(info, left_linears={"layers.1.attention": "its cache is INT8"})
+    assert partly.buckets_read == info.kv_buckets
+    shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
+    assert "9 linear layers, 2 attentions" in shown
+    rung = plan_build(
+        BuildConfig(bundle, max_prefill=32, kernels="own", attention="own"), read_manifest(bundle)
+    )
+    seconds, problem = tune.measure(rung, directory)
+    assert problem is None
+    assert (seconds or 0) > 0
+
+
+@needs_a_runner
+def test_tuning_measures_own_kernels_with_and_without_attention(
+    wide: Callable[[str], Path], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"own": 0.002, "fused": 0.003, "decomposed": 0.004}
+    monkeypatch.setattr(tune, "measure", lambda rung, *_: (seconds[rung.attention], None))
+    bundle = wide("native")
+    run(bundle, "--kernels", "auto", "--tune")
+    info = only_engine(bundle)[1]
+    assert [(each.kernels, each.attention) for each in info.tuned] == [
+        *(("tensorrt", each) for each in ("fused", "decomposed")),
+        *(("own", each) for each in ("own", "fused", "decomposed")),
+    ]
+    assert (info.kernels, info.attention) == ("own", "own")
+
+
+@needs_a_runner
+def test_attention_that_tensorrt_keeps(wide: Callable[[str], Path], target: Target) -> None:
+    bundle = wide("native")
+    run(bundle, "--kernels", "own", "--attention", "fused")
+    info = only_engine(bundle)[1]
+    assert (info.kernels, info.attention, info.own_attentions) == ("own", "fused", ())
+
+
+def test_own_attention_goes_with_own_kernels(bundle: Path) -> None:
+    choices: tuple[Any, ...] = ("tensorrt", "auto")
+    for kernels in choices:
+        with pytest.raises(ConfigError, match="add --kernels own"):
+            BuildConfig(bundle, attention="own", kernels=kernels, tune=True)
+
+
 # The audit
+
+
+def test_the_audit_holds_for_attention_in_plugins(
+    wide: Callable[[str], Path], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = wide("native")
+    manifest = read_manifest(bundle)
+    config = BuildConfig(bundle, max_prefill=32, kernels="own", attention="own")
+    seen: list[Any] = []
+
+    def spy(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return audit_network(*arguments)
+
+    monkeypatch.setattr(builder, "audit_network", spy)
+    assert compile_bundle(plan_build(config, manifest), target).audit.problems == ()
+    ((network, _, shapes, kv_read, linears, attentions),) = seen
+
+    def problems(changed: dict[str, Any], names: tuple[str, ...] = attentions) -> list[str]:
+        layers = tuple(changed.get(each.name, each) for each in network.layers)
+        kept = dataclasses.replace(network, layers=tuple(each for each in layers if each))
+        return list(audit_network(kept, manifest, shapes, kv_read, linears, names).problems)
+
+    found = problems({}, attentions[:1])
+    assert "layers.1.attention: a plugin that nobody asked for" in found
+    assert "there are 0 attentions, not 1" in found
+    assert "layers.0.attention: no two plugins" in problems(
+        {"layers.0.attention/attention_parts": None}
+    )
+    layers = {each.name: each for each in network.layers}
+    first, second = (layers[f"layers.{i}.attention/attention_parts"] for i in range(2))
+    swapped = dataclasses.replace(
+        first, inputs=(first.inputs[0], *second.inputs[1:3], *first.inputs[3:])
+    )
+    (problem,) = problems({first.name: swapped})
+    assert problem.startswith("layers.0.attention: the plugin reads ['present.1.key', 'present.1.v")
+    cast = layers["own_attention.positions/Cast"]
+    nothing = dataclasses.replace(cast, inputs=())
+    assert problems({cast.name: nothing}) == [
+        f"layers.{i}.attention: the plugin does not know position_ids" for i in range(2)
+    ]
 
 
 @pytest.mark.parametrize("quant", ["int4", "int8"])
@@ -608,7 +721,8 @@ def test_the_audit_holds_for_plugins(
     monkeypatch.setattr(builder, "ENGINES_DIR", "../own-engines")  # the bundle is shared
     compiled = compile_bundle(build, target)
     assert compiled.audit.problems == ()
-    ((network, _, shapes, kv_read, own),) = seen
+    ((network, _, shapes, kv_read, own, attentions),) = seen
+    assert attentions == ()
     assert own == tuple(manifest.quantization.linears)
     problems = audit_network(network, manifest, shapes, kv_read, ()).problems
     assert f"{own[0]}: a plugin that nobody asked for" in problems

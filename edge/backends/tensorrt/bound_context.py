@@ -103,7 +103,8 @@ class BoundContext:
         if (old is None or old.kv != kv) and io_spec.KV_POSITIONS in self._engine.tensors:
             self._call("set_input_shape", io_spec.KV_POSITIONS, (kv,))
         if not same_batch:
-            self._call("set_input_shape", self._cursor, (batch,))
+            if self._cursor in self._engine.tensors:
+                self._call("set_input_shape", self._cursor, (batch,))
             model = self._manifest.model
             rows = (batch, model.num_kv_heads, self._engine.info.kv_capacity, model.head_dim)
             for name in self._pasts:

@@ -171,8 +171,11 @@ class Engine:
         outputs = io_spec.decoder_outputs(*spec, best_logits=chosen.info.best_logits)
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         wanted = {tensor.name for tensor in [*inputs, *outputs]}
-        # With lengths instead of a mask nothing reads the positions of the cache.
+        # With lengths instead of a mask nothing reads the positions of the cache, and own attention
+        # goes by those of the tokens.
         optional = {io_spec.KV_POSITIONS} if chosen.info.kv_read == "lengths" else set()
+        if chosen.info.own_attentions:
+            optional |= {io_spec.KV_POSITIONS, io_spec.PAST_LENGTHS}
         problems = [f"no tensor {name}" for name in sorted(wanted - names - optional)]
         problems += [f"an unknown tensor {name}" for name in sorted(names - wanted)]
         for tensor in [*inputs, *outputs]:

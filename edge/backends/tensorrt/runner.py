@@ -228,7 +228,7 @@ class TensorRTBackend:
             (
                 StepShape(first, batch, 1, 1, kv)
                 for first, batch in canonical_windows(self.num_slots, self.info.max_batch)
-                for kv in self.info.kv_buckets
+                for kv in self._buckets
             ),
             self._put_decode,
         )
@@ -443,10 +443,14 @@ class TensorRTBackend:
         context.enqueue()
         buffers.download(self._stream, shape.batch * shape.num_logits)
 
+    @property
+    def _buckets(self) -> tuple[int, ...]:
+        """Numbers of cache rows that steps are rounded up to; one where that changes nothing."""
+        return self.info.buckets_read or self.info.kv_buckets[-1:]
+
     def _bucket(self, kv_len: int) -> int:
         """The least number of cache rows that the engine may read and that is enough."""
-        buckets = self.info.kv_buckets
-        return buckets[bisect_left(buckets, kv_len)]
+        return self._buckets[bisect_left(self._buckets, kv_len)]
 
     def read_slot(self, slot: int, length: int) -> Floats:
         """See `edge.backends.Backend.read_slot`."""

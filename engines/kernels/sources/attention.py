@@ -1,7 +1,7 @@
-"""Attention of a decode step over a cache of fixed size, in two kernels (flash decoding).
+"""Attention over a cache of fixed size and a step's own rows, in two kernels (flash attention).
 
-``attend_split`` takes a part of a sequence's rows per program, so that one sequence with one group
-of heads still keeps all of a GPU busy; ``attend_combine`` joins the parts.
+``attention_parts`` takes some rows of the cache per program, so that one sequence with few groups
+of heads still keeps all of a GPU busy; ``attention_join`` adds up what they found.
 
 Triton: imported where kernels are compiled or interpreted, never where they run.
 """
@@ -11,74 +11,102 @@ import triton.language as tl
 
 
 @triton.jit
-def attend_split(
+def rows_of_part(past, tokens, parts, LEAST: tl.constexpr):
+    """Rows that a part of a sequence has: as many as all others, and a multiple of `LEAST`."""
+    each = tl.cdiv(past + tokens, parts)
+    return tl.maximum(tl.cdiv(each, LEAST) * LEAST, LEAST)
+
+
+@triton.jit
+def attention_parts(
     query_ptr,
     keys_ptr,
     values_ptr,
-    lengths_ptr,
+    new_keys_ptr,
+    new_values_ptr,
+    positions_ptr,
     groups,
-    rows,
+    heads,
     tokens,
     capacity,
-    split_rows,
     partial_ptr,
     stats_ptr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    LEAST: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """The rows ``split_rows * i`` and following of one sequence and group of heads.
+    """One part of a sequence's rows, for some tokens and all heads of one group.
 
-    The heads of a group and the tokens of a step are rows of one matrix product, so each key and
-    each value is read once for all of them. Blocks past a sequence's length are not read; a
+    Heads of a group and tokens are rows of one matrix product, the heads of a token one behind the
+    other, so each key and each value is read once for all of them. A sequence's rows are those of
+    the cache before its first token, and then the step's own; token ``t`` sees as many as its
+    position says, itself included. Blocks that none of a program's tokens sees are not read; a
     program with none but such returns at once and writes nothing.
 
     Args:
-        query_ptr: [batch, groups, heads of a group, tokens, WIDTH] FP16.
+        query_ptr: [batch, groups * heads, tokens, WIDTH] FP16.
         keys_ptr: [batch, groups, capacity, WIDTH] FP16, as the cache lies in memory.
         values_ptr: the same.
-        lengths_ptr: [batch] INT32: rows of each sequence, those of this step included.
+        new_keys_ptr: [batch, groups, tokens, WIDTH] FP16, the step's own.
+        new_values_ptr: the same.
+        positions_ptr: [batch, tokens] INT32, rising by one; only the first of a sequence is read.
         groups: key and value heads.
-        rows: heads of a group times tokens, at most `ROWS`.
-        tokens: of a step and sequence; token ``t`` sees ``length - tokens + 1 + t`` rows.
+        heads: query heads of each.
+        tokens: of a step and sequence.
         capacity: rows that the cache has.
-        split_rows: of a program; a multiple of `BLOCK`.
-        partial_ptr: [batch, groups, splits, rows, WIDTH] FP32: sums of weighted values.
-        stats_ptr: [batch, groups, splits, rows, 2] FP32: greatest score times log2(e), and the
-            sum of weights.
+        partial_ptr: [parts, batch, tokens, groups * heads, WIDTH] FP32: sums of weighted values.
+        stats_ptr: [parts, batch, tokens, groups * heads, 2] FP32: greatest score times log2(e), and
+            the sum of weights.
         ROWS: a power of two of at least 16.
         WIDTH: of a head, 64 or 128.
-        BLOCK: rows of the cache that are read at once.
+        BLOCK: rows of a sequence that are read at once.
+        LEAST: see `rows_of_part`; a multiple of `BLOCK`.
         SCALE: of scores, times log2(e).
     """
-    split = tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
-    length = tl.minimum(tl.load(lengths_ptr + pair // groups), capacity)
-    start = split * split_rows
-    if start >= length:
+    # The last tokens see the most rows: they begin first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    pair = tl.program_id(1)
+    part, parts = tl.program_id(2), tl.num_programs(2)
+    # While TensorRT tunes, positions may be any numbers.
+    past = tl.load(positions_ptr + (pair // groups).to(tl.int64) * tokens)
+    past = tl.minimum(tl.maximum(past, 0), capacity)
+    rows = heads * tokens
+    last = tl.minimum(tile * ROWS + ROWS, rows) - 1
+    start = part * rows_of_part(past, tokens, parts, LEAST)
+    end = tl.minimum(start + rows_of_part(past, tokens, parts, LEAST), past + last // heads + 1)
+    if start >= end:
         return
-    end = tl.minimum(start + split_rows, length)
-    row = tl.arange(0, ROWS)
+    row = tile * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, WIDTH)
     at = tl.arange(0, BLOCK)
     mine = row < rows
+    token = row // heads
+    query_line = (pair.to(tl.int64) * heads + row % heads) * tokens + token
     query = tl.load(
-        query_ptr + (pair * rows + row[:, None]) * WIDTH + lane[None, :],
-        mask=mine[:, None],
-        other=0.0,
+        query_ptr + query_line[:, None] * WIDTH + lane[None, :], mask=mine[:, None], other=0.0
     )
-    seen = length - tokens + 1 + row % tokens
-    base = pair * capacity * WIDTH
+    seen = past + 1 + token
+    in_cache = pair.to(tl.int64) * capacity
+    in_step = pair.to(tl.int64) * tokens - past
     greatest = tl.full((ROWS,), float("-inf"), tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     summed = tl.zeros((ROWS, WIDTH), tl.float32)
     for first in range(start, end, BLOCK):
         position = first + at
         there = position < end
-        place = base + position[:, None] * WIDTH + lane[None, :]
-        keys = tl.load(keys_ptr + place, mask=there[:, None], other=0.0)
-        values = tl.load(values_ptr + place, mask=there[:, None], other=0.0)
+        old = position < past
+        line = (tl.where(old, in_cache, in_step) + position) * WIDTH
+        # Of a choice of two pointers the compiler does not see that rows lie in one piece.
+        keys_at = tl.where(old, keys_ptr, new_keys_ptr) + line
+        keys_at = tl.multiple_of(keys_at[:, None] + lane[None, :], (1, 16))
+        keys_at = tl.max_contiguous(keys_at, (1, WIDTH))
+        values_at = tl.where(old, values_ptr, new_values_ptr) + line
+        values_at = tl.multiple_of(values_at[:, None] + lane[None, :], (1, 16))
+        values_at = tl.max_contiguous(values_at, (1, WIDTH))
+        keys = tl.load(keys_at, mask=there[:, None], other=0.0)
+        values = tl.load(values_at, mask=there[:, None], other=0.0)
         scores = tl.dot(query, tl.trans(keys)) * SCALE
         visible = there[None, :] & (position[None, :] < seen[:, None])
         scores = tl.where(visible, scores, float("-inf"))
@@ -90,56 +118,76 @@ def attend_split(
         weight = weight * fade + tl.sum(weights, 1)
         summed = tl.dot(weights.to(tl.float16), values, summed * fade[:, None])
         greatest = new
-    line = (pair * tl.num_programs(0) + split) * rows + row
-    tl.store(partial_ptr + line[:, None] * WIDTH + lane[None, :], summed, mask=mine[:, None])
-    tl.store(stats_ptr + line * 2, greatest, mask=mine)
-    tl.store(stats_ptr + line * 2 + 1, weight, mask=mine)
+    batch = tl.num_programs(1) // groups
+    out = (part * batch + pair // groups).to(tl.int64) * tokens + token
+    out = (out * groups + pair % groups) * heads + row % heads
+    tl.store(partial_ptr + out[:, None] * WIDTH + lane[None, :], summed, mask=mine[:, None])
+    tl.store(stats_ptr + out * 2, greatest, mask=mine)
+    tl.store(stats_ptr + out * 2 + 1, weight, mask=mine)
 
 
 @triton.jit
-def attend_combine(
+def attention_join(
     partial_ptr,
     stats_ptr,
-    lengths_ptr,
-    groups,
+    positions_ptr,
+    query_ptr,
     rows,
-    capacity,
-    split_rows,
-    splits,
+    tokens,
+    heads,
+    parts,
     output_ptr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEAST: tl.constexpr,
 ):
-    """Join what the programs of `attend_split` found for one row, in the order of the cache.
+    """Join what the programs of `attention_parts` found, of all parts that a token sees.
 
     Args:
-        partial_ptr: see `attend_split`.
-        stats_ptr: see `attend_split`.
-        lengths_ptr: see `attend_split`.
-        groups: see `attend_split`.
-        rows: see `attend_split`.
-        capacity: see `attend_split`.
-        split_rows: see `attend_split`.
-        splits: programs of `attend_split` per sequence and group.
-        output_ptr: [batch, groups, heads of a group, tokens, WIDTH] FP16. A row that sees nothing
-            is zero.
+        partial_ptr: [parts, rows, WIDTH] FP32, see `attention_parts`.
+        stats_ptr: [parts, rows, 2] FP32, see there.
+        positions_ptr: see there.
+        query_ptr: not read; a plugin knows the number of heads by its shape.
+        rows: heads of tokens of all sequences.
+        tokens: of a step and sequence.
+        heads: query heads, of all groups.
+        parts: of a sequence, at most `PARTS`.
+        output_ptr: [batch, tokens, heads, WIDTH] FP16.
+        ROWS: that a program does.
         WIDTH: of a head.
+        STEP: parts that are read at once.
+        PARTS: a power of two.
+        LEAST: see `rows_of_part`.
     """
-    row = tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
-    length = tl.minimum(tl.load(lengths_ptr + pair // groups), capacity)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mine = row < rows
+    token = row // heads
+    first_token = token // tokens * tokens
+    past = tl.load(positions_ptr + first_token, mask=mine, other=0)
+    past = tl.minimum(tl.maximum(past, 0), 1 << 30)
+    seen = past + 1 + token - first_token
+    used = tl.minimum(tl.cdiv(seen, rows_of_part(past, tokens, parts, LEAST)), parts)
+    used = tl.where(mine, used, 0)
+    part = tl.arange(0, PARTS)[:, None]
+    line = part.to(tl.int64) * rows + row[None, :]
+    found = tl.load(stats_ptr + line * 2, mask=part < used[None, :], other=float("-inf"))
+    weight = tl.load(stats_ptr + line * 2 + 1, mask=part < used[None, :], other=0.0)
+    # Everyone sees the first part, so only rows that are not there have no greatest score.
+    greatest = tl.where(mine, tl.max(found, 0), 0.0)
+    total = tl.sum(weight * tl.exp2(found - greatest[None, :]), 0)
     lane = tl.arange(0, WIDTH)
-    greatest = float("-inf")
-    weight = 0.0
-    summed = tl.zeros((WIDTH,), tl.float32)
-    for split in range(tl.minimum(tl.cdiv(length, split_rows), splits)):
-        line = (pair * splits + split) * rows + row
-        found = tl.load(stats_ptr + line * 2)
-        new = tl.maximum(greatest, found)
-        base_score = tl.where(new == float("-inf"), 0.0, new)
-        fade = tl.exp2(greatest - base_score)
-        share = tl.exp2(found - base_score)
-        weight = weight * fade + tl.load(stats_ptr + line * 2 + 1) * share
-        summed = summed * fade + tl.load(partial_ptr + line * WIDTH + lane) * share
-        greatest = new
-    output = tl.where(weight > 0.0, summed / tl.where(weight > 0.0, weight, 1.0), 0.0)
-    tl.store(output_ptr + (pair * rows + row) * WIDTH + lane, output.to(tl.float16))
+    summed = tl.zeros((STEP, ROWS, WIDTH), tl.float32)
+    for first in range(0, tl.max(used, 0), STEP):
+        some = first + tl.arange(0, STEP)[:, None]
+        there = some < used[None, :]
+        at = some.to(tl.int64) * rows + row[None, :]
+        score = tl.load(stats_ptr + at * 2, mask=there, other=float("-inf"))
+        share = tl.exp2(score - greatest[None, :])
+        values_at = partial_ptr + at[:, :, None] * WIDTH + lane[None, None, :]
+        values = tl.load(values_at, mask=there[:, :, None], other=0.0)
+        summed += values * share[:, :, None]
+    output = tl.sum(summed, 0) / tl.where(mine, total, 1.0)[:, None]
+    output_at = output_ptr + row.to(tl.int64)[:, None] * WIDTH + lane[None, :]
+    tl.store(output_at, output.to(tl.float16), mask=mine[:, None])

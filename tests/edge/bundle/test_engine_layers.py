@@ -70,6 +70,16 @@ def test_weights_that_are_unpacked_at_run_time_are_counted(tiny_bundles: Bundles
     assert after.products["int4"] == before.products["int4"] - 2
 
 
+def test_attention_in_own_kernels_or_in_some(tiny_bundles: Bundles) -> None:
+    manifest = read_manifest(tiny_bundles("qwen2"))
+    for own, expected in (((0, 1), "own"), ((1,), "mixed")):
+        names = tuple(f"layers.{layer}.attention" for layer in own)
+        text = inspector_json(manifest, own=names)
+        assert {each.attention for each in parse_inspector([text], PROFILES).summary()} == {
+            expected
+        }
+
+
 def test_attention_in_one_kernel_or_in_several(tiny_bundles: Bundles) -> None:
     bundle = tiny_bundles("qwen2", quant="int4")
     fused, apart = table(bundle).summary()[1], table(bundle, fused=False).summary()[1]

@@ -62,7 +62,9 @@ def _fused(a: Word, b: Word, c: Word) -> Word:
 # Results are cut to the width of the register that they go to.
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("add.s32", "add.s64"), lambda a, b: a + b),
-    "sub.s32": lambda a, b: a - b,
+    **dict.fromkeys(("sub.s32", "sub.s64"), lambda a, b: a - b),
+    "neg.s32": lambda a: -_s(a),
+    "not.b32": lambda a: ~a,
     **dict.fromkeys(("or.b32", "or.b64"), lambda a, b: a | b),
     **dict.fromkeys(("and.b32", "and.pred"), lambda a, b: a & b),
     "xor.b32": lambda a, b: a ^ b,
@@ -76,10 +78,15 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "mad.wide.s32": lambda a, b, c: (_s(a) * _s(b)).view(np.uint64) + c,
     "mad.wide.u32": lambda a, b, c: _u(a) * _u(b) + c,
     "min.s32": lambda a, b: np.minimum(_s(a), _s(b)),
-    "div.s32": lambda a, b: _s(a) // _s(b),  # of numbers that are not negative
+    "max.s32": lambda a, b: np.maximum(_s(a), _s(b)),
+    # Of numbers that are not negative.
+    "div.s32": lambda a, b: _s(a) // _s(b),
+    "rem.s32": lambda a, b: _s(a) % _s(b),
     "bfe.u32": lambda a, b, c: _field(a, b, c, signed=False),
     "bfe.s32": lambda a, b, c: _field(a, b, c, signed=True),
-    "selp.b32": lambda a, b, c: np.where(c.astype(bool), a, b),
+    **dict.fromkeys(
+        ("selp.b32", "selp.b64", "selp.f32"), lambda a, b, c: np.where(c.astype(bool), a, b)
+    ),
     **dict.fromkeys(("cvt.u16.u32", "cvt.u64.u32", "cvt.u32.u64"), lambda a: a),
     "cvt.s64.s32": _s,
     "cvt.f32.f16": lambda a: _bits(_halves(a).astype(np.float32)),
@@ -91,12 +98,17 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add.f32": lambda a, b: _bits(_floats(a) + _floats(b)),
     "sub.f32": lambda a, b: _bits(_floats(a) - _floats(b)),
     "mul.f32": lambda a, b: _bits(_floats(a) * _floats(b)),
+    "max.f32": lambda a, b: _bits(np.fmax(_floats(a), _floats(b))),
+    "div.full.f32": lambda a, b: _bits(_floats(a) / _floats(b)),
+    "ex2.approx.ftz.f32": lambda a: _bits(np.exp2(_floats(a))),
     "fma.rn.f32": _fused,
     "setp.lt.s32": lambda a, b: _s(a) < _s(b),
     "setp.gt.s32": lambda a, b: _s(a) > _s(b),
     "setp.lt.s64": lambda a, b: a.view(np.int64) < b.view(np.int64),
     "setp.lt.u64": lambda a, b: a < b,
-    "setp.eq.b32": lambda a, b: a == b,
+    "setp.eq.f32": lambda a, b: _floats(a) == _floats(b),
+    "setp.eq.b32": lambda a, b: _u(a) == _u(b),
+    "setp.ne.b32": lambda a, b: _u(a) != _u(b),
     "setp.ne.b64": lambda a, b: a != b,
 }
 
@@ -143,7 +155,7 @@ class Machine:
             if name == "ret":
                 assert taken.all()
                 return
-            if name == "bra":
+            if name in ("bra", "bra.uni"):
                 assert taken.all() or not taken.any(), "threads part ways"
                 at = self._labels[operands[0]] if taken.any() else at
                 continue
@@ -198,13 +210,19 @@ class Machine:
             while len(self._copies) - 1 > int(first, 0):
                 for places, values in self._copies.pop(0):
                     self._shared[places] = values
-        elif name.startswith("ldmatrix.sync.aligned.m8n8.x4.shared"):
-            self._load_matrices(_list(first), rest[0])
+        elif name.startswith("ldmatrix.sync.aligned.m8n8.x4."):
+            self._load_matrices(_list(first), rest[0], turned=".trans." in name)
         elif name == "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32":
             self._multiply(*map(_list, operands))
         elif name == "shfl.sync.bfly.b32":
             value, distance = self._get(rest[0]), int(rest[1], 0)
             self._put(first, value[np.arange(self._threads) ^ distance], taken)
+        elif name == "shfl.sync.idx.b32":
+            value, lane = self._get(rest[0]), self._get(rest[1]).astype(np.int64) % 32
+            self._put(first, value[np.arange(self._threads) // 32 * 32 + lane], taken)
+        elif name == "redux.sync.max.s32":
+            most = _s(self._get(rest[0])).reshape(-1, 32).max(1)
+            self._put(first, np.repeat(most, 32), taken)
         else:
             assert name == "bar.sync", f"{name} is not known"
 
@@ -258,11 +276,14 @@ class Machine:
         self._shared[places] = _NOT_THERE
         self._copies[-1].append((places, values))
 
-    def _load_matrices(self, registers: list[str], place: str) -> None:
+    def _load_matrices(self, registers: list[str], place: str, *, turned: bool) -> None:
         everyone = np.ones(self._threads, bool)
         rows = self._places(place, 16, everyone, "shared").reshape(-1, 4, 8, 16)
         for at, register in enumerate(registers):
-            self._put(register, self._shared[rows[:, at]].view(np.uint32).reshape(-1), everyone)
+            halves = self._shared[rows[:, at]].view(np.uint16)  # [warps, 8, 8]
+            if turned:
+                halves = np.ascontiguousarray(halves.transpose(0, 2, 1))
+            self._put(register, halves.view(np.uint32).reshape(-1), everyone)
 
     def _multiply(self, d: list[str], a: list[str], b: list[str], c: list[str]) -> None:
         """As "Matrix fragments for mma.m16n8k16" of the PTX manual has it, in a sum of FP64."""
@@ -291,13 +312,19 @@ def _list(operand: str) -> list[str]:
     return [each.strip() for each in operand.strip("{} ").split(",")]
 
 
-def run(ptx: Ptx, launch: Launch, arrays: dict[str, NDArray[Any]]) -> None:
+def run(
+    ptx: Ptx,
+    launch: Launch,
+    arrays: dict[str, NDArray[Any]],
+    outputs: tuple[str, ...] = ("y",),
+) -> None:
     """Run all programs of a launch; arrays are changed where they lie.
 
     Args:
         ptx: the kernel.
         launch: its grid and arguments.
         arrays: by the names in the arguments.
+        outputs: those that may be written.
     """
     addresses, end = {}, _PAGE
     for name, array in arrays.items():
@@ -313,12 +340,11 @@ def run(ptx: Ptx, launch: Launch, arrays: dict[str, NDArray[Any]]) -> None:
         BASE + addresses[value] if isinstance(value, str) else value for value in launch.arguments
     ]
     machine = Machine(ptx, memory, parameters)
-    for y in range(launch.grid[1]):
-        for x in range(launch.grid[0]):
-            machine.run((x, y, 0), launch.grid)
+    for z, y, x in np.ndindex(launch.grid[::-1]):
+        machine.run((x, y, z), launch.grid)
     for name, array in arrays.items():
         place = slice(addresses[name], addresses[name] + array.nbytes)
         array[...] = memory[place].view(array.dtype).reshape(array.shape)
-        if name == "y":
+        if name in outputs:
             memory[place] = before[place]
-    assert (memory == before).all(), "something else than the output was written"
+    assert (memory == before).all(), "something else than an output was written"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engines.kernels import launch, reference
+from engines.kernels.attention import attention, part_tiles
 from engines.kernels.layout import pack_weights
 from engines.kernels.variants import BY_NAME, KEEP, PART, VARIANTS
 
@@ -135,39 +136,88 @@ def test_one_weight_is_seen_by_one_output(tactic: launch.Tactic):
 
 
 @st.composite
-def attentions(draw: st.DrawFn) -> tuple[Any, ...]:
+def attentions(draw: st.DrawFn) -> dict[str, Any]:
     batch, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    tokens = draw(st.integers(1, 8))
-    heads = draw(st.integers(1, 64 // tokens if tokens > 1 else 12).filter(lambda n: n <= 12))
+    tokens = draw(st.integers(1, 8) | st.sampled_from([15, 16, 17, 33]))
+    heads = draw(st.integers(1, 12 if tokens <= 8 else 3))
     width = draw(st.sampled_from([64, 128]))
     capacity = draw(st.sampled_from([1, 63, 64, 65, 128, 200, 300]))
-    lengths = draw(st.lists(st.integers(0, capacity), min_size=batch, max_size=batch))
-    query = draw(halves((batch, groups, heads, tokens, width), 8.0))
-    keys = draw(halves((batch, groups, capacity, width), 8.0))
-    values = draw(halves((batch, groups, capacity, width)))
-    return query, keys, values, np.array(lengths, np.int32)
+    starts = draw(st.lists(st.integers(0, capacity), min_size=batch, max_size=batch))
+    rows, new = (batch, groups, capacity, width), (batch, groups, tokens, width)
+    return {
+        "query": draw(halves((batch, groups * heads, tokens, width), 8.0)),
+        "keys": draw(halves(rows, 8.0)),
+        "values": draw(halves(rows)),
+        "new_keys": draw(halves(new, 8.0)),
+        "new_values": draw(halves(new)),
+        "positions": (np.array(starts)[:, None] + np.arange(tokens)).astype(np.int32),
+    }
 
 
-@settings(max_examples=EXAMPLES)
-@given(attentions())
-def test_attention_is_that_of_numpy_and_reads_no_row_that_does_not_count(case: tuple[Any, ...]):
-    query, keys, values, lengths = case
-    batch, groups, heads, tokens, width = query.shape
-    capacity = keys.shape[2]
-    for sequence, length in enumerate(lengths):  # a read of these would be seen in the sums
-        keys[sequence, :, length:] = np.nan
-        values[sequence, :, length:] = np.nan
-    job = launch.decode_attention(batch, groups, heads, tokens, width, capacity)
-    buffers, trace = execute(job, query=query, keys=keys, values=values, lengths=lengths)
-    exact = reference.attend(query, keys, values, lengths)
+def check_attention(case: dict[str, Any], tile: int | None, join: int | None) -> None:
+    """Run it: the numbers, and that each row that counts is read once per tile, and no other."""
+    batch, all_heads, tokens, width = case["query"].shape
+    _, groups, capacity, _ = case["keys"].shape
+    starts = case["positions"][:, 0]
+    for sequence, start in enumerate(starts):  # a read of these would be seen in the sums
+        case["keys"][sequence, :, start:] = np.nan
+        case["values"][sequence, :, start:] = np.nan
+    heads = all_heads // groups
+    job = attention(batch, groups, heads, tokens, width, capacity, tile=tile, join=join)
+    buffers, trace = execute(job, **case)
+    exact = reference.attention(**case)
     # Weights are FP16 in the second product: half a unit of each, of values up to the largest.
-    size = max((np.abs(values[i, :, :n]).max() for i, n in enumerate(lengths) if n), default=0.0)
+    size = max(np.nanmax(np.abs(case[name]), initial=0) for name in ("values", "new_values"))
     assert (np.abs(buffers["output"].array - exact) <= 2.5e-3 * float(size) + 1e-6).all()
-    counts = np.arange(capacity) < lengths[:, None]
+    tiles = job.launches[0].grid[0]
+    rows = part_tiles(width)[0 if "rows16" in job.launches[0].variant.name else 1].rows
+    last = (np.minimum((np.arange(tiles) + 1) * rows, heads * tokens) - 1) // heads
+    old = np.where(np.arange(capacity) < starts[:, None], tiles, 0)
+    new = (last[:, None] >= np.arange(tokens)).sum(0)
     for name in ("keys", "values"):
-        reads = trace.reads(buffers[name])
-        assert (reads == counts[:, None, :, None]).all(), f"{name}: not each row once"
+        assert (trace.reads(buffers[name]) == old[:, None, :, None]).all(), name
+        assert (trace.reads(buffers[f"new_{name}"]) == new[:, None]).all(), f"new {name}"
     assert (trace.writes(buffers["output"]) == 1).all()
+    assert (trace.reads(buffers["query"]) >= 1).all()
+
+
+@settings(max_examples=3 * EXAMPLES)
+@given(attentions(), st.sampled_from([0, 1]), st.sampled_from([0, 1]))
+def test_attention_is_that_of_numpy_and_reads_no_row_that_does_not_count(
+    case: dict[str, Any], tile: int, join: int
+):
+    check_attention(case, tile, join)
+
+
+@pytest.mark.parametrize(("tile", "join"), [(0, 0), (1, 1)])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_attention_over_many_parts(tile: int, join: int, tokens: int):
+    """More parts than are joined at once, and rows that do not divide evenly among them."""
+    random = np.random.default_rng(0)
+    capacity, width = 1500, 64
+    shapes = {
+        "query": (2, 2, tokens, width),
+        **dict.fromkeys(("keys", "values"), (2, 1, capacity, width)),
+        **dict.fromkeys(("new_keys", "new_values"), (2, 1, tokens, width)),
+    }
+    case = {
+        name: random.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()
+    }
+    starts = np.array([[1497], [130]])
+    case["positions"] = (starts + np.arange(tokens)).astype(np.int32)
+    check_attention(case, tile, join)
+
+
+@pytest.mark.parametrize("position", [-(2**31), -1, 2**31 - 1])
+def test_positions_that_cannot_be_touch_no_memory_that_is_not_there(position: int):
+    """TensorRT times kernels on inputs that it makes up."""
+    job = attention(2, 1, 2, 3, 64, 200)
+    inputs: dict[str, Any] = {
+        name: np.zeros(*job.buffers[name])
+        for name in ("query", "keys", "values", "new_keys", "new_values")
+    }
+    buffers, _ = execute(job, positions=np.full((2, 3), position, np.int32), **inputs)
+    assert (buffers["output"].array == 0).all()
 
 
 @st.composite
@@ -220,7 +270,8 @@ def test_every_variant_was_run():
     jobs = [
         *(launch.w4_gemv(r, 1, 32, group=32, planes=p) for r in range(1, 9) for p in (1, 2)),
         *(launch.w4_gemm(9, 1, 32, group=32, planes=p) for p in (1, 2)),
-        *(launch.decode_attention(1, 1, h, 1, w, 64) for h in (1, 17) for w in (64, 128)),
+        *(attention(1, 1, 17, n, w, 64) for n in (1, 300) for w in (64, 128)),
+        *(attention(1, 1, 1, 1, w, 64, join=n) for n in (0, 1) for w in (64, 128)),
         launch.top_k_logsumexp(1, 1),
     ]
     used = {each.variant.name for job in jobs for each in job.launches}

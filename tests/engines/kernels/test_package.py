@@ -14,6 +14,7 @@ import pytest
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import ConfigError, DependencyError, IntegrityError
 from engines.kernels import launch
+from engines.kernels.attention import attention, join_tiles, number_of_parts, part_tiles, room
 from engines.kernels.layout import pack_weights, unpack_weights
 from engines.kernels.package import DATA, choose_architecture, load_cubins, load_ptx
 from engines.kernels.variants import ARCHITECTURES, BY_NAME, VARIANTS
@@ -39,16 +40,18 @@ def test_the_package_has_every_kernel_for_every_architecture():
 
 def test_tensorrts_tactics_are_in_the_package_as_ptx():
     found = load_ptx()
-    tactics = [tactic for planes in (1, 2) for tactic in launch.w4_tactics(planes)]
-    assert {tactic.variant.name for tactic in tactics} == set(found)
-    for tactic in tactics:
-        variant, ptx = tactic.variant, found[tactic.variant.name]
+    variants = [tactic.variant for planes in (1, 2) for tactic in launch.w4_tactics(planes)]
+    for width in (64, 128):
+        variants += [tile.variant for tile in (*part_tiles(width), *join_tiles(width))]
+    assert {variant.name for variant in variants} == set(found)
+    for variant in variants:
+        ptx = found[variant.name]
         assert ptx.text.startswith(".version 8.0\n.target sm_80\n")
         assert re.findall(r"\.entry (\w+)", ptx.text) == [ptx.entry] == [variant.name]
         assert f".reqntid {ptx.threads}\n" in ptx.text
         assert ptx.threads == 32 * variant.warps
         # TensorRT passes these, in this order, and nothing behind them.
-        sizes = {"*fp16": "u64", "*i32": "u64", "i32": "u32"}
+        sizes = {"*fp16": "u64", "*fp32": "u64", "*i32": "u64", "i32": "u32"}
         expected = [sizes[kind] for kind in variant.parameters.values()]
         assert re.findall(r"^\s*\.param \.(u\d+)", ptx.text, re.MULTILINE) == expected
         # What a launch may have without being asked for.
@@ -62,6 +65,14 @@ def test_the_order_of_tactics_stays(planes: int):
         *((f"w4_gemv_rows{rows}_planes{planes}", rows, 64) for rows in (1, 2, 4, 8)),
         (f"w4_gemm_planes{planes}", 128, 64),
     ]
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_order_of_attentions_tactics_stays(width: int):
+    parts = [(each.variant.name, each.rows) for each in part_tiles(width)]
+    assert parts == [(f"attention_parts_rows{n}_width{width}", n) for n in (16, 64)]
+    joins = [(each.variant.name, each.rows) for each in join_tiles(width)]
+    assert joins == [(f"attention_join_rows{n}_width{width}", n) for n in (1, 8)]
 
 
 @pytest.mark.parametrize("jetson", ["87", "110"])
@@ -134,10 +145,9 @@ def test_the_kernels_order_holds_the_exporters_integers():
         (lambda: launch.w4_gemm(9, 64, 96, group=64), "w4_gemm .* group 64, not 96"),
         (lambda: launch.w4_gemm(0, 64, 64, group=64), "at least one row"),
         (lambda: launch.w4_tactics(3), "not 3"),
-        (lambda: launch.decode_attention(1, 1, 9, 8, 128, 64), "9 heads of 8 tokens"),
-        (lambda: launch.decode_attention(1, 1, 1, 9, 128, 64), "1 to 8 tokens, not 9"),
-        (lambda: launch.decode_attention(1, 1, 1, 1, 96, 64), "not 96"),
-        (lambda: launch.decode_attention(0, 1, 1, 1, 64, 64), "at least one sequence"),
+        (lambda: attention(1, 1, 1, 1, 96, 64), "not 96"),
+        (lambda: attention(0, 1, 1, 1, 64, 64), "at least one sequence"),
+        (lambda: attention(1, 1, 1, 0, 64, 64), "token and cache row, not 1, 1, 1, 0"),
         (lambda: launch.top_k_logsumexp(1, 1 << 19), "up to 262144"),
         (lambda: pack_weights([np.zeros((33, 2), np.int8)]), "multiple of 32, not 33"),
         (lambda: pack_weights([np.zeros((32, n), np.int8) for n in (1, 2)]), "same shape"),
@@ -148,15 +158,24 @@ def test_what_the_kernels_do_not_serve_is_refused(make: Any, said: str):
         make()
 
 
-@pytest.mark.parametrize("capacity", [1, 127, 128, 4096, 8192, 8193, 131_072])
-def test_parts_of_the_cache_cover_it_and_are_few(capacity: int):
-    split, combine = launch.decode_attention(1, 2, 6, 1, 128, capacity).launches
-    rows = split.arguments[8]
-    assert isinstance(rows, int)
-    assert rows % 64 == 0
-    assert (split.grid[0] - 1) * rows < capacity <= split.grid[0] * rows
-    assert split.grid[0] <= 64
-    assert combine.arguments[7] == split.grid[0]
+@pytest.mark.parametrize("rows", [1, 12, 96, 128, 129, 4096, 4097, 8192, 8193, 200_000])
+def test_parts_of_an_attention_fill_a_gpu_and_their_sums_have_room(rows: int):
+    parts = number_of_parts(rows)
+    assert 1 <= parts <= 64
+    assert parts * rows <= room(rows) == max(8192, rows)
+    assert parts == 64 or (parts + 1) * rows > 8192
+
+
+def test_what_attention_launches_follows_from_shapes():
+    few, many = attention(2, 3, 4, 2, 64, 500), attention(2, 3, 4, 400, 64, 500)
+    assert few.launches[0].variant.name == "attention_parts_rows16_width64"
+    assert few.launches[0].grid == (1, 6, 64)
+    assert few.launches[1].variant.name == "attention_join_rows1_width64"
+    assert few.launches[1].grid == (48, 1, 1)
+    assert many.launches[0].variant.name == "attention_parts_rows64_width64"
+    assert many.launches[0].grid == (25, 6, 1)
+    assert many.launches[1].variant.name == "attention_join_rows8_width64"
+    assert many.launches[1].grid == (1200, 1, 1)
 
 
 PTX = """//

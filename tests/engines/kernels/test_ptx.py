@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engines.kernels import launch, reference
+from engines.kernels.attention import attention
 from engines.kernels.layout import pack_weights
 from engines.kernels.package import load_ptx
 
@@ -43,3 +44,40 @@ def test_the_ptx_computes_what_numpy_does(
     compute = getattr(reference, tactic.variant.function)
     exact, bound = compute(arrays["x"], weights, arrays["scales"], arrays["bias"] if bias else None)
     assert (np.abs(arrays["y"] - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("join", [0, 1])
+@pytest.mark.parametrize(
+    ("starts", "heads", "tokens"),
+    [
+        ((0,), 3, 1),
+        ((300, 5), 2, 3),
+        ((9,), 2, 35),
+    ],
+)
+def test_the_ptx_of_attention_does_too(
+    starts: tuple[int, ...], heads: int, tokens: int, width: int, tile: int, join: int
+):
+    batch, groups, capacity = len(starts), 2, 310
+    job = attention(batch, groups, heads, tokens, width, capacity, tile=tile, join=join)
+    random = np.random.default_rng(tokens)
+    arrays: dict[str, Any] = {
+        name: random.standard_normal(shape).astype(dtype)
+        for name, (shape, dtype) in job.buffers.items()
+    }
+    arrays["positions"] = (np.array(starts)[:, None] + np.arange(tokens)).astype(np.int32)
+    for name in ("partial", "stats", "output"):
+        arrays[name][...] = np.nan
+    # What no program may read; an infinity would not stay unseen.
+    for sequence, start in enumerate(starts):
+        arrays["keys"][sequence, :, start:] = np.nan
+        arrays["values"][sequence, :, start:] = np.nan
+    for each, outputs in zip(job.launches, (("partial", "stats"), ("output",)), strict=True):
+        used = {name: arrays[name] for name in each.arguments if isinstance(name, str)}
+        run(load_ptx()[each.variant.name], each, used, outputs)
+    inputs = ("query", "keys", "values", "new_keys", "new_values", "positions")
+    exact = reference.attention(**{name: arrays[name] for name in inputs})
+    # Weights are FP16 in the second product.
+    assert np.abs(arrays["output"] - exact).max() <= 2.5e-3 * 4
