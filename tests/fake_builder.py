@@ -736,6 +736,8 @@ def _ask_plugins(
     assert network.graph is not None
     own: dict[str, None] = {}
     serialized: dict[str, dict[str, Any]] = {}
+    if not any(node.domain for node in network.graph.nodes):
+        return [], []
     for profile in profiles:
         for batch, seq in profile.shapes["position_ids"]:
             made: dict[str, TensorDesc] = {}
