@@ -38,7 +38,7 @@ need, so that the row itself stays on the device: ``best_values`` ``[B, N, k]`` 
 bundle: `engines.graph` adds them, and they come last.
 
 An engine whose attention is our own (docs/kernels.md) goes by the positions of tokens. TensorRT
-then drops what only a mask reads: ``kv_positions`` and, in ``portable``, ``past_lengths``.
+may then drop what only a mask reads: ``kv_positions`` and, in ``portable``, ``past_lengths``.
 
 ``hidden_states`` is what a head that drafts tokens reads (`manifest.DraftHead`): the inputs of
 three layers, joined by the head's ``fc``. A head is a decoder in the same contract. Its

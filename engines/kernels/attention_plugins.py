@@ -8,13 +8,13 @@ part, and a step of few tokens as many as keep the GPU busy.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import GenericAlias
 from typing import Any
 
 from edge.backends.tensorrt.plugins import NAMESPACE
 
 from .attention import BUSY_ROWS, join_tiles, part_tiles
 from .package import Ptx
+from .plugin import register_compiled
 from .variants import MOST_CACHE_PARTS
 
 PARTS, JOIN = "attention_parts", "attention_join"
@@ -88,7 +88,7 @@ def _register_parts(trtp: Any, ptx: Mapping[str, Ptx], float32: Any) -> None:
         numbers = (groups, all_heads // groups, tokens, keys.shape_expr[2])
         return kernel.entry, kernel.text, launch, trtp.SymIntExprs.from_tuple(numbers)
 
-    _register(trtp, PARTS, 2, describe, tune, implement)
+    register_compiled(trtp, PARTS, INPUTS[PARTS], 2, describe, tune, implement)
 
 
 def _register_join(trtp: Any, ptx: Mapping[str, Ptx]) -> None:
@@ -115,34 +115,9 @@ def _register_join(trtp: Any, ptx: Mapping[str, Ptx]) -> None:
         numbers = (rows, query.shape_expr[2], query.shape_expr[1], parts)
         return kernel.entry, kernel.text, launch, trtp.SymIntExprs.from_tuple(numbers)
 
-    _register(trtp, JOIN, 1, describe, tune, implement)
+    register_compiled(trtp, JOIN, INPUTS[JOIN], 1, describe, tune, implement)
 
 
 def _rows(query: Any) -> Any:
     """Heads of tokens of all sequences."""
     return query.shape_expr[0] * query.shape_expr[1] * query.shape_expr[2]
-
-
-def _register(
-    trtp: Any, name: str, num_outputs: int, describe: Any, tune: Any, implement: Any
-) -> None:
-    # TensorRT reads the annotations as objects; its module is known here only.
-    desc, text = trtp.TensorDesc, str | bytes
-    inputs = dict.fromkeys(INPUTS[name], desc)
-    outputs = GenericAlias(tuple, (desc,) * num_outputs)
-    describe.__annotations__ = {**inputs, "return": outputs if num_outputs > 1 else desc}
-    tune.__annotations__ = {
-        **inputs,
-        "outputs": outputs,
-        "return": GenericAlias(list, (trtp.AutoTuneCombination,)),
-    }
-    implement.__annotations__ = {
-        **inputs,
-        "outputs": outputs,
-        "tactic": int,
-        "return": GenericAlias(tuple, (text, text, trtp.KernelLaunchParams, trtp.SymExprs)),
-    }
-    plugin_id = f"{NAMESPACE}::{name}"
-    trtp.register(plugin_id)(describe)
-    trtp.autotune(plugin_id)(tune)
-    trtp.aot_impl(plugin_id)(implement)

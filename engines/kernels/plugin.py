@@ -8,7 +8,7 @@ way through ONNX, the parser and NumPy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import GenericAlias
 from typing import Any
 
@@ -19,7 +19,6 @@ from .package import Ptx
 from .variants import BLOCK
 
 VERSION = "1"
-PLUGIN_ID = f"{NAMESPACE}::{NAME}"
 
 
 def register(trtp: Any, ptx: Mapping[str, Ptx]) -> None:
@@ -62,11 +61,34 @@ def register(trtp: Any, ptx: Mapping[str, Ptx]) -> None:
         )
         return kernel.entry, kernel.text, launch, trtp.SymIntExprs.from_tuple(numbers)
 
+    register_compiled(trtp, NAME, INPUTS, 1, describe, tune, implement)
+
+
+def register_compiled(
+    trtp: Any,
+    name: str,
+    input_names: Sequence[str],
+    num_outputs: int,
+    describe: Any,
+    tune: Any,
+    implement: Any,
+) -> None:
+    """Give TensorRT the three functions of a plugin that is compiled ahead of time.
+
+    Args:
+        trtp: the module ``tensorrt.plugin``.
+        name: of the plugin, in our namespace.
+        input_names: as the functions name them.
+        num_outputs: of the plugin.
+        describe: shapes and types of the outputs, for ``register``.
+        tune: the tactics, for ``autotune``.
+        implement: the kernel and its launch, for ``aot_impl``.
+    """
     # TensorRT reads the annotations as objects; its module is known here only.
-    desc = trtp.TensorDesc
-    inputs = dict.fromkeys(INPUTS, desc)
-    outputs, text = GenericAlias(tuple, (desc,)), str | bytes
-    describe.__annotations__ = {**inputs, "return": desc}
+    desc, text = trtp.TensorDesc, str | bytes
+    inputs = dict.fromkeys(input_names, desc)
+    outputs = GenericAlias(tuple, (desc,) * num_outputs)
+    describe.__annotations__ = {**inputs, "return": outputs if num_outputs > 1 else desc}
     tune.__annotations__ = {
         **inputs,
         "outputs": outputs,
@@ -78,9 +100,10 @@ def register(trtp: Any, ptx: Mapping[str, Ptx]) -> None:
         "tactic": int,
         "return": GenericAlias(tuple, (text, text, trtp.KernelLaunchParams, trtp.SymExprs)),
     }
-    trtp.register(PLUGIN_ID)(describe)
-    trtp.autotune(PLUGIN_ID)(tune)
-    trtp.aot_impl(PLUGIN_ID)(implement)
+    plugin_id = f"{NAMESPACE}::{name}"
+    trtp.register(plugin_id)(describe)
+    trtp.autotune(plugin_id)(tune)
+    trtp.aot_impl(plugin_id)(implement)
 
 
 def _planes(weights: Any) -> int:

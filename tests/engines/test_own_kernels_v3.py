@@ -253,6 +253,7 @@ def test_cuda_bindings_are_missing(
         ([], r"own kernels of number -?\d+, which engine.json does not have"),
         ([base64.b64encode(b"nothing").decode()], r"own kernels in engine.json are damaged"),
         ([base64.b64encode(zlib.compress(b"[{}]")).decode()], "are damaged"),
+        ([base64.b64encode(zlib.compress(b"[" * 100_000)).decode()], "are damaged"),
         (["?"], "engine.json is damaged"),
     ],
 )

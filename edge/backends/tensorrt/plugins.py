@@ -27,15 +27,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import threading
 import traceback
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 
 from edge.backends.cuda.kernels import CurrentContext, ForeignStream, Kernel
@@ -82,7 +82,7 @@ class ProductKernel:
 
 def pack(kernels: Sequence[ProductKernel]) -> bytes:
     """The kernels of a plugin, in the order of their tactics, as ``engine.json`` has them."""
-    return zlib.compress(json.dumps([asdict(kernel) for kernel in kernels]).encode("ascii"), 9)
+    return zlib.compress(msgspec.json.encode(kernels), 9)
 
 
 @functools.lru_cache(maxsize=16)
@@ -94,8 +94,8 @@ def unpack(packed: bytes) -> tuple[ProductKernel, ...]:
     """
     try:
         text = zlib.decompressobj().decompress(packed, _MOST_BYTES)
-        return tuple(ProductKernel(**record) for record in json.loads(text))
-    except (zlib.error, ValueError, TypeError) as error:
+        return msgspec.json.decode(text, type=tuple[ProductKernel, ...])
+    except (zlib.error, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise BundleError(
             f"the own kernels in engine.json are damaged ({error}); build the engine again"
         ) from error

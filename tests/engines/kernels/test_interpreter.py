@@ -216,7 +216,9 @@ def test_positions_that_cannot_be_touch_no_memory_that_is_not_there(position: in
         name: np.zeros(*job.buffers[name])
         for name in ("query", "keys", "values", "new_keys", "new_values")
     }
-    buffers, _ = execute(job, positions=np.full((2, 3), position, np.int32), **inputs)
+    buffers, trace = execute(job, positions=np.full((2, 3), position, np.int32), **inputs)
+    for addresses in (*trace.loads, *trace.stores):
+        assert np.any([each.holds(addresses) for each in buffers.values()], axis=0).all()
     # The join does not know the capacity: beyond it, it adds up parts that nobody wrote.
     assert position > 200 or (buffers["output"].array == 0).all()
 
