@@ -107,6 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", nargs="*", default=[], choices=list(TASKS))
     parser.add_argument("--limit", type=int, help="questions of each task; by default all")
     parser.add_argument("--max-tokens", type=int, help="of a generated answer, as of edge-llm eval")
+    parser.add_argument("--batch", type=int, help="answers written together, as of edge-llm eval")
     parser.add_argument("--checkpoint", action="append", default=[], metavar="LABEL=PATH")
     parser.add_argument("--rival", nargs="*", default=[], choices=list(RIVALS))
     parser.add_argument("--keep-bundles", action="store_true")
@@ -116,7 +117,7 @@ def parse() -> argparse.Namespace:
         options.task = list(TASKS)
     for each in options.checkpoint:
         label, _, path = each.partition("=")
-        if not (label and Path(path).exists()) or label in (*RECIPES, *RIVALS, _REFERENCE):
+        if not (label and path and Path(path).exists()) or label in (*RECIPES, *RIVALS, _REFERENCE):
             parser.error(f"--checkpoint {each}: give a new name and what is there, LABEL=PATH")
     return options
 
@@ -158,7 +159,7 @@ def unanswered(place: Path, options: argparse.Namespace) -> dict[str, dict[str, 
     for name in options.task:
         asked = {"limit": options.limit}
         if name not in _CHOICES:
-            asked["max_tokens"] = options.max_tokens
+            asked |= {"max_tokens": options.max_tokens, "batch": options.batch}
         if read_result(place, f"task-{name}").get("asked") != asked:
             wanted[name] = asked
     return wanted

@@ -128,13 +128,21 @@ def evaluation_options(command: Command) -> Command:
 
 @click.command("eval")
 @evaluation_options
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    help="Generated answers of a task that are written together; default 1. More are faster, and "
+    "where two tokens are nearly as likely an answer may be another one than by itself.",
+)
 @click.pass_context
-def evaluate(ctx: click.Context, /, **options: Any) -> None:
+def evaluate(ctx: click.Context, /, batch: int | None, **options: Any) -> None:
     """Measure BUNDLEs on held-out text, or on a task, with --against also what they lost.
 
     Text: perplexity, KL divergence, top-1 agreement and cosine of the logits, error by layer.
     """
-    run_evaluation(ctx, ThisMachine(), **options)
+    if batch is not None and options["task_file"] is None:
+        raise ConfigError("--batch needs --task; leave one of them out")
+    run_evaluation(ctx, ThisMachine(batch or 1), **options)
 
 
 def run_evaluation(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,9 +140,11 @@ class OpenModels:
 
 
 class ThisMachine:
-    """A `Computer` that runs one part after the other in this process; close it at the end."""
+    """A `Computer` that runs in this process, windows one after the other; close it at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int = 1) -> None:
+        """Take the number of questions that are answered together, where answers are generated."""
+        self._batch = batch
         self._models = OpenModels()
 
     def __enter__(self) -> ThisMachine:
@@ -176,15 +179,36 @@ class ThisMachine:
     def answer(
         self, job: TaskJob, items: Sequence[tuple[int, Item]], progress: Progress
     ) -> list[ItemResult]:
-        """See `Computer.answer`."""
+        """See `Computer.answer`.
+
+        Raises:
+            ConfigError: choices are asked for together, which are compared one by one.
+        """
+        if self._batch > 1 and isinstance(items[0][1], ChoiceItem):
+            raise ConfigError("--batch has no effect: choices are compared one after the other")
+        engine = job.engine.with_options(num_slots=self._batch)
         with uncounted(progress, "open"):
-            llm = self._models.single(job)
-        results = []
+            llm = self._models.single(replace(job, engine=engine))
+        results: dict[int, ItemResult] = {}
         progress("answer", 0, len(items), "questions")
-        for line, item in items:
-            results.append(answer_item(llm, line, item, scoring=job.scoring, params=job.params))
-            progress("answer", len(results), len(items), "questions")
-        return results
+        pool = ThreadPoolExecutor(self._batch, thread_name_prefix="edge-llm-answer")
+        try:
+            answers = {
+                pool.submit(
+                    answer_item, llm, line, item, scoring=job.scoring, params=job.params
+                ): line
+                for line, item in items
+            }
+            for answer in as_completed(answers):
+                results[answers[answer]] = answer.result()
+                progress("answer", len(results), len(items), "questions")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._models.close()  # which ends the answers that are being written
+            raise
+        finally:
+            pool.shutdown()
+        return [results[line] for line, _ in items]
 
 
 def engine_of_reference(engine: EngineConfig) -> EngineConfig:

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sys
+import threading
+import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,16 @@ from edge.bundle.manifest import read_manifest, verify_files
 from edge.cli import COMMAND_GROUP
 from edge.cli import eval as verb
 from edge.cli.eval import evaluate
-from edge.errors import EXIT_GATE_MISSED, CheckpointError, ConfigError, DependencyError
+from edge.errors import (
+    EXIT_GATE_MISSED,
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DependencyError,
+)
+from edge.measure import evaluator, tasks
 from edge.measure.evaluator import _shape
+from edge.runtime.llm import LLM
 from tests.edge.measure.test_report import check_html
 
 ROOT = Path(__file__).parents[3]
@@ -154,11 +164,80 @@ def test_a_task_and_its_flips(tiny_bundles, tmp_path: Path):
         assert result.exit_code == code
 
 
+def test_answers_written_together_are_those_written_alone(
+    tiny_bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    answers: list[dict[str, list[int]]] = []
+    running, most = 0, 0
+    lock = threading.Lock()
+    plain = LLM.generate
+
+    def generate(llm, prompt, params):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        result = plain(llm, prompt, params)
+        answers[-1][prompt[0]["content"]] = [token.id for token in result.tokens]
+        with lock:
+            running -= 1
+        return result
+
+    monkeypatch.setattr(LLM, "generate", generate)
+    task = tmp_path / "task.jsonl"
+    words = ("hello", "the world", "the sea and the", "world", "and")
+    task.write_text("\n".join(json.dumps({"question": word, "answer": "#### 1"}) for word in words))
+    bundle = tiny_bundles("qwen2", "portable")
+    for batch in (None, 1, 3, 9):
+        answers.append({})
+        most = 0
+        given = () if batch is None else ("--batch", batch)
+        (found,) = figures(bundle, "--task", task, "--max-tokens", 12, *given)
+        assert most <= (batch or 1)
+        assert (most > 1) == ((batch or 1) > 1)
+        assert found["wrong"] == [1, 2, 3, 4, 5]  # in the order of the file
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+    assert len(set(map(tuple, answers[0].values()))) == len(words)
+
+
+def test_a_question_that_fails_ends_the_others(
+    tiny_bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[int] = []
+    plain = tasks.answer_item
+
+    def answer(llm, line, item, **options):
+        seen.append(line)
+        if line == 2:
+            raise BackendError("the engine failed")
+        return plain(llm, line, item, **options)
+
+    monkeypatch.setattr(evaluator, "answer_item", answer)
+    task = tmp_path / "task.jsonl"
+    task.write_text("\n".join([json.dumps({"question": "the sea", "answer": "#### 1"})] * 30))
+    started = time.monotonic()
+    long = ("--task", task, "--max-tokens", 1500, "--batch", 2)
+    result = invoke(tiny_bundles("qwen2", "portable"), *long)
+    assert isinstance(result.exception, BackendError)
+    assert str(result.exception) == "the engine failed"
+    assert len(seen) <= 4
+    assert time.monotonic() - started < 30
+
+
+def test_choices_are_not_compared_together(tiny_bundles, tmp_path: Path):
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps({"question": "the sea", "choices": ["a", "b"], "answer": 1}))
+    result = invoke(tiny_bundles("qwen2", "portable"), "--task", task, "--batch", 2)
+    assert isinstance(result.exception, ConfigError)
+    assert "--batch has no effect: choices" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--task", "t", "--window", 9], "--window does not go with --task"),
         (["--limit", 3], "--limit needs --task"),
+        (["--batch", 2], "--batch needs --task"),
         (["--window", 100_000], "is longer than"),
         (["--gate", "int5"], "unknown gate"),
         (["--gate", "int4"], "add --against"),
