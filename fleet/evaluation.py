@@ -119,6 +119,7 @@ class FleetComputer:
             ahead=_AHEAD * len(self._seats),
             lost=self._lose,
             done=count,
+            late=self._say_late,
         )
 
     def answer(
@@ -140,7 +141,16 @@ class FleetComputer:
 
         progress("answer", 0, len(items), "questions")
         workers = {name: worker(seat) for name, seat in self._seats.items()}
-        return list(fan_out(items, workers, ahead=len(items), lost=self._lose, done=count))
+        return list(
+            fan_out(
+                items,
+                workers,
+                ahead=len(items),
+                lost=self._lose,
+                done=count,
+                late=self._say_late,
+            )
+        )
 
     def _open(self, job: RemoteText | RemoteTask, progress: Progress) -> str:
         with uncounted(progress, "open"):
@@ -171,6 +181,9 @@ class FleetComputer:
                 "run edge-llm fleet join on the devices"
             )
         return answers
+
+    def _say_late(self, name: str, other: str) -> None:
+        self._told(f"{name} is late with its part; {other} computes it, too")
 
     def _lose(self, name: str, error: LostError) -> None:
         self._told(f"{name} is lost, the others go on: {error}")

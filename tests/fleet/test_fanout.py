@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -130,6 +131,90 @@ def test_results_do_not_pile_up_behind_a_slow_part():
 
 def _never(name: str, error: LostError) -> None:
     raise AssertionError((name, error))
+
+
+@pytest.mark.parametrize(("hangs_at", "ahead"), [(1, 3), (9, 99)])
+def test_a_worker_that_hangs_holds_nobody_up(hangs_at: int, ahead: int):
+    """Neither with its first part, behind which nothing may pile up, nor with the last one."""
+    hung, released = threading.Event(), threading.Event()
+    calls = [0]
+    done: list[int] = []
+    late: list[tuple[str, str]] = []
+
+    def quick(part: int) -> int:
+        hung.wait()
+        return part**2
+
+    def hangs(part: int) -> int:
+        calls[0] += 1
+        if calls[0] == hangs_at:
+            hung.set()
+            released.wait()
+        return part**2
+
+    results = fan_out(
+        range(10),
+        {"hangs": hangs, "quick": quick},
+        ahead=ahead,
+        lost=_never,
+        done=done.append,
+        late=lambda name, other: late.append((name, other)),
+        patience_s=0.05,
+    )
+    assert list(results) == [part**2 for part in range(10)]
+    assert sorted(done) == list(range(10))
+    assert late == [("hangs", "quick")]
+    released.set()
+
+
+def test_a_part_that_takes_a_little_longer_is_left_to_its_worker():
+    late: list[str] = []
+
+    def slow(part: int) -> int:
+        time.sleep(0.1)
+        return part
+
+    parts = fan_out(
+        range(5),
+        {"a": slow, "b": slow},
+        ahead=9,
+        lost=_never,
+        late=lambda name, other: late.append(name),
+        patience_s=30,
+    )
+    assert list(parts) == list(range(5))
+    assert not late
+
+
+def test_two_that_are_lost_with_a_late_part_are_enough():
+    hung, released = threading.Event(), threading.Event()
+
+    def hangs(part: int) -> int:
+        hung.set()
+        released.wait()
+        return part
+
+    def dies_with_the_late_one(part: int) -> int:
+        hung.wait()
+        if part == 0:
+            raise LostError("its power is gone")
+        return part
+
+    lost: list[str] = []
+    workers: dict[str, Worker] = {"hangs": hangs}
+    workers |= {"a": dies_with_the_late_one, "b": dies_with_the_late_one}
+    with pytest.raises(DeadlineError, match=r"(a and then b|b and then a) were lost with the same"):
+        list(
+            fan_out(
+                range(6),
+                workers,
+                ahead=9,
+                lost=lambda name, error: lost.append(name),
+                patience_s=0.05,
+            )
+        )
+    assert sorted(lost) == ["a", "b"]
+    released.set()
 
 
 def test_a_part_that_takes_two_workers_down_is_tried_on_no_third():
