@@ -105,7 +105,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 @click.option(
     "--calibration-tokens",
     type=int,
-    help="Most tokens to calibrate with; default 16384, for the KV cache 4096.",
+    help="Most tokens to calibrate with; default 20480, for the KV cache 4096.",
 )
 @click.option("--seed", type=int, help="Seed of the calibration documents' order; default 0.")
 @click.option(

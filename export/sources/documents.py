@@ -19,7 +19,7 @@ from edge.text.chat_template import THINK_END, THINK_START, ChatTemplate, encode
 from edge.text.tokenizer import Tokenizer
 
 SEQ_LEN = 512
-DEFAULT_TOKENS = 16384
+DEFAULT_TOKENS = 20480
 _BUILT_IN = {False: ("built-in", "problems.jsonl"), True: ("built-in, mixed", "mixed.jsonl")}
 MAX_TEXT_BYTES = 1 << 28
 
