@@ -56,6 +56,9 @@ class Affinity(NamedTuple):
     model: str | None
 
 
+_NO_PROMPT = ("/embeddings", "/embed", "/rerank", "/tokenize", "/detokenize", "/count_tokens")
+
+
 def affinity(path: str, headers: Mapping[bytes, bytes], body: bytes, client: str) -> Affinity:
     """Find where a request belongs; a body that is no request belongs nowhere.
 
@@ -70,7 +73,7 @@ def affinity(path: str, headers: Mapping[bytes, bytes], body: bytes, client: str
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Affinity(None, None)  # the device says what is wrong with it
     model = _text(read.model)
-    if path.endswith(("/embeddings", "/rerank", "/tokenize", "/detokenize", "/count_tokens")):
+    if path.endswith(_NO_PROMPT):
         return Affinity(None, model)
     session = headers.get(SESSION_HEADER, b"").decode("latin-1")
     named = session or _text(read.prompt_cache_key) or _text(read.user) or _user_id(read.metadata)

@@ -41,6 +41,7 @@ PASSED_ON = frozenset(
     [prefix + path for path in (*_TEXT, *_OTHER) for prefix in ("/v1", "")]
     + ["/tokenize", "/detokenize", "/tokenizer_info", "/openapi.json"]
     + [f"/api/{name}" for name in ("chat", "generate", "show", "tags", "ps", "version")]
+    + ["/api/embed", "/api/embeddings"]
 )
 """Paths of a device's service that the head has, too; below ``/v1/models/`` all of them."""
 _SHOWN = ("content-type", "authorization", "x-api-key", "anthropic-version", "accept")

@@ -77,12 +77,14 @@ class EmbeddingReader:
         prompt: str,
         *,
         max_tokens: int,
+        truncate: bool = False,
         on_piece: Callable[[], None] | None = None,
     ) -> list[int]:
         """Encode a text, or complete the ids of one: the prompt first, the end token last.
 
         Plain text never becomes a control token. Ids get no prompt, and an end only where they lack
-        it. What surely has more than ``max_tokens`` is refused before it is encoded.
+        it. What surely has more than ``max_tokens`` is refused before it is encoded, unless it is
+        to be cut: ``truncate`` keeps the first ``max_tokens`` of a text, its end token included.
 
         Raises:
             ContextLengthError: the text surely has more tokens.
@@ -93,9 +95,10 @@ class EmbeddingReader:
             if not text:
                 raise RequestError("the text is empty; give at least one character")
             text = prompt + text
-            _check_least(self._tokenizer, text, max_tokens)
+            if not truncate:
+                _check_least(self._tokenizer, text, max_tokens)
             ids = self._tokenizer.encode(text, add_bos=self._add_bos, on_piece=on_piece)
-            return ids + end
+            return (ids[: max(max_tokens - len(end), 0)] if truncate else ids) + end
         ids = [int(id_) for id_ in text]
         if not ids:
             raise RequestError("the text is empty; give at least one token")

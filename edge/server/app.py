@@ -23,6 +23,8 @@ from .api.completions import CompletionRender, plan_completion
 from .api.error_forms import error_body
 from .api.facts import TextRequest, count_tokens, facts_of
 from .api.ollama.answers import VersionAnswer
+from .api.ollama.embed import embed as ollama_embed
+from .api.ollama.embed import embed_prompt
 from .api.ollama.models import (
     API_VERSION,
     NOT_SERVED_PATHS,
@@ -30,7 +32,13 @@ from .api.ollama.models import (
     not_served,
     show_model,
 )
-from .api.ollama.protocol import GenerateRequest, OllamaChatRequest, ShowRequest
+from .api.ollama.protocol import (
+    EmbeddingsRequest,
+    EmbedRequest,
+    GenerateRequest,
+    OllamaChatRequest,
+    ShowRequest,
+)
 from .api.ollama.text import NAMES as OLLAMA_NAMES
 from .api.ollama.text import OllamaRender, is_load, loaded, plan_generate, plan_ollama_chat
 from .api.openapi import openapi
@@ -146,6 +154,8 @@ class _Endpoints:
             "/api/chat": self._ollama_chat,
             "/api/generate": self._ollama_generate,
             "/api/show": self._ollama_show,
+            "/api/embed": self._ollama_embed,
+            "/api/embeddings": self._ollama_embeddings,
         }
         return [
             *(Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()),
@@ -284,6 +294,17 @@ class _Endpoints:
         body, _ = await self._read(request, ShowRequest)
         choice = await self._models.choose(body.model or body.name)
         return json_response(show_model(choice.model))
+
+    async def _ollama_embed(self, request: Request) -> Response:
+        body, lane = await self._read(request, EmbedRequest)
+        choice = await self._models.choose(body.model)
+        return await ollama_embed(self._turn(request, choice, lane), body)
+
+    async def _ollama_embeddings(self, request: Request) -> Response:
+        body, lane = await self._read(request, EmbeddingsRequest)
+        choice = await self._models.choose(body.model)
+        with renamed({"input": "prompt"}):
+            return await embed_prompt(self._turn(request, choice, lane), body)
 
     async def _ollama_models(self, request: Request) -> Response:
         running = request.scope["path"] == "/api/ps"

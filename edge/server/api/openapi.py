@@ -25,6 +25,8 @@ from .anthropic.answers import AnswerMessage, CountTokensResponse, MessagesError
 from .anthropic.protocol import IGNORED as MESSAGES_IGNORED
 from .anthropic.protocol import CountTokensRequest, MessagesRequest
 from .ollama.answers import (
+    EmbedAnswer,
+    EmbeddingsAnswer,
     GenerateAnswer,
     OllamaChatAnswer,
     OllamaErrorResponse,
@@ -33,7 +35,13 @@ from .ollama.answers import (
     VersionAnswer,
 )
 from .ollama.protocol import IGNORED as OLLAMA_IGNORED
-from .ollama.protocol import GenerateRequest, OllamaChatRequest, ShowRequest
+from .ollama.protocol import (
+    EmbeddingsRequest,
+    EmbedRequest,
+    GenerateRequest,
+    OllamaChatRequest,
+    ShowRequest,
+)
 from .protocol import (
     IGNORED,
     ChatRequest,
@@ -79,6 +87,12 @@ _POSTS: dict[str, tuple[str, type, type]] = {
     "/api/chat": ("Answer a chat of Ollama's form", OllamaChatRequest, OllamaChatAnswer),
     "/api/generate": ("Answer a prompt of Ollama's form", GenerateRequest, GenerateAnswer),
     "/api/show": ("One model, in Ollama's form", ShowRequest, ShowAnswer),
+    "/api/embed": ("Texts to vectors, in Ollama's form", EmbedRequest, EmbedAnswer),
+    "/api/embeddings": (
+        "A text to a vector, in its older form",
+        EmbeddingsRequest,
+        EmbeddingsAnswer,
+    ),
     "/tokenize": ("Text to token ids", TokenizeRequest, TokenizeResponse),
     "/detokenize": ("Token ids to text", DetokenizeRequest, DetokenizeResponse),
 }
@@ -128,19 +142,24 @@ _STREAMS = {
     "/api/generate": "application/x-ndjson",
 }
 _OLLAMA_HOLDERS: dict[str, tuple[str, ...]] = {
-    "": ("OllamaChatRequest", "GenerateRequest", "ShowRequest"),
-    "options": ("OllamaOptions",),
+    "": (
+        "OllamaChatRequest",
+        "GenerateRequest",
+        "ShowRequest",
+        "EmbedRequest",
+        "EmbeddingsRequest",
+    ),
+    "options": ("OllamaOptions", "EmbedOptions"),
     "messages[].tool_calls[]": ("OllamaCall",),
     "messages[].tool_calls[].function": ("OllamaCalledFunction",),
 }
 _ERRORS: dict[str, type] = {
     "/v1/messages": MessagesErrorResponse,
     "/v1/messages/count_tokens": MessagesErrorResponse,
-    **dict.fromkeys(
-        ("/api/chat", "/api/generate", "/api/show", "/api/tags", "/api/ps", "/api/version"),
-        OllamaErrorResponse,
-    ),
 }
+_ERRORS |= dict.fromkeys(
+    (path for path in (*_POSTS, *_GETS) if path.startswith("/api/")), OllamaErrorResponse
+)
 
 
 @cache

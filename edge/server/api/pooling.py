@@ -42,24 +42,12 @@ async def embed(turn: Turn, body: EmbeddingRequest) -> Response:
         EdgeError, APIError: the request is wrong, cannot be served now, or failed.
         ClientGoneError: the client left before it had the answer.
     """
-    llm = turn.model.llm
     texts = _split_input(body.input)
-
-    def prepare(on_piece: OnPiece) -> tuple[EmbeddingReader, list[list[int]]]:
-        reader = EmbeddingReader(llm.manifest, llm.tokenizer)
-        reader.check_dimensions(body.dimensions)
-        prompt = reader.prompt(body.prompt_name)
-        return reader, [
-            reader.encode(text, prompt, max_tokens=llm.kv_capacity, on_piece=on_piece)
-            for text in texts
-        ]
-
-    with turn.model.lease():
-        reader, ids = await _prepare(turn, prepare, "input")
-        found = await _run(turn, ids)
+    vectors, found = await read_vectors(
+        turn, texts, dimensions=body.dimensions, prompt_name=body.prompt_name
+    )
 
     def write() -> Response:
-        vectors = reader.finish(np.stack([each.row for each in found]), body.dimensions)
         items = [
             EmbeddingItem(i, encoded(vector, body.encoding_format))
             for i, vector in enumerate(vectors)
@@ -67,6 +55,46 @@ async def embed(turn: Turn, body: EmbeddingRequest) -> Response:
         return json_response(EmbeddingList(items, turn.model.name, _usage(found)), turn.headers)
 
     return await in_thread(write)
+
+
+async def read_vectors(
+    turn: Turn,
+    texts: Sequence[str | list[int]],
+    *,
+    dimensions: int | None,
+    prompt_name: str | None = None,
+    truncate: bool = False,
+) -> tuple[NDArray[np.float32], list[Pooled]]:
+    """Turn texts into vectors ``[n, dimensions]``; also returns what each took.
+
+    Args:
+        turn: the request's.
+        texts: each a text or its ids, none empty.
+        dimensions: of a vector; None is all.
+        prompt_name: of the prompt before each text; None is the model's default.
+        truncate: cut texts that do not fit instead of refusing them.
+
+    Raises:
+        EdgeError, APIError: the request is wrong, cannot be served now, or failed.
+        ClientGoneError: the client left before it had the answer.
+    """
+    llm = turn.model.llm
+    most = llm.kv_capacity - 1 if truncate else llm.kv_capacity
+
+    def prepare(on_piece: OnPiece) -> tuple[EmbeddingReader, list[list[int]]]:
+        reader = EmbeddingReader(llm.manifest, llm.tokenizer)
+        reader.check_dimensions(dimensions)
+        prompt = reader.prompt(prompt_name)
+        return reader, [
+            reader.encode(text, prompt, max_tokens=most, truncate=truncate, on_piece=on_piece)
+            for text in texts
+        ]
+
+    with turn.model.lease():
+        reader, ids = await _prepare(turn, prepare, "input")
+        found = await _run(turn, ids)
+    rows = np.stack([each.row for each in found])
+    return await in_thread(lambda: reader.finish(rows, dimensions)), found
 
 
 async def rerank(turn: Turn, body: RerankRequest) -> Response:
@@ -235,9 +263,18 @@ def _split_input(given: str | list[Any]) -> list[str | list[int]]:
         texts = given
     if not all(texts):
         raise invalid("input: a text is empty; give at least one token", "input")
+    check_number(texts)
+    return texts
+
+
+def check_number(texts: Sequence[Any]) -> None:
+    """Refuse more texts than a request may have.
+
+    Raises:
+        APIError: 400 for more.
+    """
     if len(texts) > MAX_TEXTS:
         raise invalid(f"input: has {len(texts)} texts; at most {MAX_TEXTS} are taken", "input")
-    return texts
 
 
 def encoded(vector: NDArray[np.float32], form: str | None) -> list[float] | str:

@@ -59,6 +59,22 @@ class GenerateAnswer(OllamaCounts, kw_only=True):
     thinking: str | UnsetType = UNSET
 
 
+class EmbedAnswer(Struct):
+    """The answer to ``POST /api/embed``."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class EmbeddingsAnswer(Struct):
+    """The answer to ``POST /api/embeddings``."""
+
+    embedding: list[float]
+
+
 class ModelDetails(Struct):
     """What a model is."""
 

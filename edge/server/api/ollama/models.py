@@ -63,14 +63,7 @@ def show_model(model: ServedModel) -> ShowAnswer:
     family = spec.architecture
     sampling = msgspec.to_builtins(llm.manifest.sampling)
     del sampling["assumed"]
-    capabilities = ["completion"]
     template = llm.template.source if llm.template is not None else ""
-    if call_syntax(llm.template, tools=True) is not None:
-        capabilities.append("tools")
-    if template_reasons(template, llm.tokenizer.control_tokens):
-        capabilities.append("thinking")
-    if _fills_gaps(llm.tokenizer):
-        capabilities.append("insert")
     return ShowAnswer(
         parameters="\n".join(f"{name} {value}" for name, value in sampling.items()),
         template=template,
@@ -84,9 +77,24 @@ def show_model(model: ServedModel) -> ShowAnswer:
             f"{family}.attention.head_count": spec.num_heads,
             f"{family}.attention.head_count_kv": spec.num_kv_heads,
         },
-        capabilities=capabilities,
+        capabilities=_capabilities(model),
         modified_at=_modified_at(model),
     )
+
+
+def _capabilities(model: ServedModel) -> list[str]:
+    llm = model.llm
+    if llm.manifest.model.task != "generate":
+        return ["embedding"] if llm.manifest.model.task == "embed" else []
+    found = ["completion"]
+    template = llm.template.source if llm.template is not None else ""
+    if call_syntax(llm.template, tools=True) is not None:
+        found.append("tools")
+    if template_reasons(template, llm.tokenizer.control_tokens):
+        found.append("thinking")
+    if _fills_gaps(llm.tokenizer):
+        found.append("insert")
+    return found
 
 
 def _fills_gaps(tokenizer: Tokenizer) -> bool:

@@ -123,3 +123,37 @@ class ShowRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     model: ModelName | None = None
     name: ModelName | None = None
     verbose: Any = None
+
+
+class EmbedOptions(Struct, forbid_unknown_fields=True):
+    """The field ``options`` of texts that become vectors: nothing is drawn there."""
+
+    num_ctx: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    num_batch: Any = None
+    num_gpu: Any = None
+    main_gpu: Any = None
+    num_thread: Any = None
+    numa: Any = None
+    low_vram: Any = None
+    use_mmap: Any = None
+    use_mlock: Any = None
+
+
+class EmbedRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /api/embed``; without a text it only asks for the model."""
+
+    model: ModelName | None = None
+    input: str | list[str] | None = None
+    truncate: bool | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    options: EmbedOptions | None = None
+    keep_alive: Any = None
+
+
+class EmbeddingsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /api/embeddings``, the older form: one text, which is not cut."""
+
+    model: ModelName | None = None
+    prompt: str | None = None
+    options: EmbedOptions | None = None
+    keep_alive: Any = None

@@ -103,13 +103,7 @@ def _plan_messages(
 def _set_options(
     turn: Turn, request: ChatRequest | CompletionRequest, options: OllamaOptions
 ) -> None:
-    capacity = turn.model.llm.kv_capacity
-    if options.num_ctx is not None and options.num_ctx > capacity:
-        raise invalid(
-            f"options.num_ctx: {options.num_ctx} is more than the context of {capacity} tokens "
-            "that this server has; ask for less, or start it with a larger --kv-capacity",
-            "options.num_ctx",
-        )
+    check_context(turn, options.num_ctx)
     if options.num_predict == 0:
         raise invalid(
             "options.num_predict: 0 asks for no answer; give -1 (no limit) or at least 1",
@@ -230,6 +224,21 @@ class OllamaRender(Render):
             answer.prompt_eval_duration = int((stats.ttft_s - stats.queue_s) * 1e9)
             answer.eval_duration = int((stats.total_s - stats.ttft_s) * 1e9)
         return answer
+
+
+def check_context(turn: Turn, num_ctx: int | None) -> None:
+    """Refuse a longer context than there is.
+
+    Raises:
+        APIError: 400 for a longer one.
+    """
+    capacity = turn.model.llm.kv_capacity
+    if num_ctx is not None and num_ctx > capacity:
+        raise invalid(
+            f"options.num_ctx: {num_ctx} is more than the context of {capacity} tokens "
+            "that this server has; ask for less, or start it with a larger --kv-capacity",
+            "options.num_ctx",
+        )
 
 
 def is_load(body: OllamaChatRequest | GenerateRequest) -> bool:

@@ -201,7 +201,8 @@ def paths_of_the_app(live: Live) -> set[str]:
 
 def test_every_new_path_needs_a_key_and_is_documented(strict: Live):
     new = {path for path in paths_of_the_app(strict) if path.startswith("/api/")} | set(TEXTS)
-    assert {*TEXTS, "/api/tags", "/api/ps", "/api/version", "/api/show"} == new
+    others = ("tags", "ps", "version", "show", "embed", "embeddings")
+    assert {*TEXTS, *(f"/api/{name}" for name in others)} == new
     source = Path(app.__file__).read_text("utf-8")
     assert set(re.findall(r'"(/api/[a-z]+)"', source)) <= new
     for path in new:
