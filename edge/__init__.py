@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .runtime.deepseek import DeepSeekModel
     from .runtime.generation import GenerationStats
     from .runtime.llm import LLM
-    from .runtime.sampling import SamplingParams
+    from .runtime.sampling_params import SamplingParams
     from .runtime.stream import Generation, GenerationChunk, GenerationResult
     from .runtime.structured_output import OutputFormat
 
@@ -34,7 +34,7 @@ _HOMES = {
     "GenerationStats": ".runtime.generation",
     "Manifest": ".bundle.manifest",
     "OutputFormat": ".runtime.structured_output",
-    "SamplingParams": ".runtime.sampling",
+    "SamplingParams": ".runtime.sampling_params",
 }
 
 __all__ = [

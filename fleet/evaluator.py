@@ -27,7 +27,7 @@ from edge.measure.compare import CacheSums, WindowResult, run_window
 from edge.measure.evaluator import OpenModels, TaskJob, TextJob
 from edge.measure.tasks import Item, ItemResult, Scoring, answer_item
 from edge.runtime.llm import LLM
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 
 
 class Kind(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.runtime.llm import LLM
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from tests.edge.server.scripted import ScriptedEngine, running
 from tests.tiny_models import write_checkpoint
 

@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 from edge.backends.best import BestLogits  # noqa: E402
 from edge.bundle.io_spec import sum_error  # noqa: E402
 from edge.bundle.manifest import SamplingDefaults, read_manifest  # noqa: E402
-from edge.runtime.sampling import Logits, Sampler, SamplingParams  # noqa: E402
+from edge.runtime.sampling import Logits, Sampler  # noqa: E402
+from edge.runtime.sampling_params import SamplingParams  # noqa: E402
 
 PLACES = 4  # rows per answer
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edge.backends.step import Step
 from edge.engine_config import EngineConfig
 from edge.errors import EdgeError
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler.core import EngineCore
 from edge.runtime.scheduler.request import Request
 

@@ -16,7 +16,7 @@ import click
 
 from edge.errors import EdgeError, RequestError
 from edge.runtime.llm import LLM
-from edge.runtime.sampling import KNOBS, SamplingParams
+from edge.runtime.sampling_params import KNOBS, SamplingParams
 
 from .conversation import read_conversation, write_conversation
 from .markdown import answer_printer

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 from edge.bundle.library import find_bundle
 from edge.config_file import load_settings
 from edge.engine_config import EngineConfig, EngineOptions
-from edge.runtime.sampling import KNOBS, SamplingParams
+from edge.runtime.sampling_params import KNOBS, SamplingParams
 
 from .settings_options import complete_bundle, option_texts, settings_options
 

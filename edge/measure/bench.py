@@ -24,7 +24,8 @@ from edge.bundle.manifest import Manifest
 from edge.device.telemetry import EnergyMeter
 from edge.errors import ConfigError
 from edge.progress import Progress, silent
-from edge.runtime.sampling import Sampler, SamplingParams
+from edge.runtime.sampling import Sampler
+from edge.runtime.sampling_params import SamplingParams
 
 _METER_INTERVAL_S = 0.05
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from edge.progress import Progress, silent
 from edge.runtime.llm import LLM, Prompt
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 
 from .bench import BenchConfig
 

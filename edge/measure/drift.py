@@ -36,7 +36,7 @@ from edge.bundle.update import replace_durably
 from edge.errors import ConfigError
 from edge.figures import geometric_edges
 from edge.files import MALFORMED, read_file
-from edge.runtime.sampling import KNOBS
+from edge.runtime.sampling_params import KNOBS
 
 ALPHA = 0.001
 """Probability of a false alarm per window, over all parameters."""

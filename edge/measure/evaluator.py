@@ -23,7 +23,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.progress import Progress, prefixed, silent, uncounted
 from edge.runtime.llm import LLM
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from edge.text.tokenizer import Tokenizer
 
 from .compare import CHUNK_TOKENS, WindowResult, merge, num_scored, run_window

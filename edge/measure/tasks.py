@@ -33,7 +33,7 @@ from edge.errors import ConfigError, ContextLengthError
 from edge.figures import token_logprobs
 from edge.files import MALFORMED
 from edge.runtime.llm import LLM
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 
 from .compare import CHUNK_TOKENS
 from .evaluate import read_text

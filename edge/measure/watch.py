@@ -24,7 +24,7 @@ from edge.errors import ConfigError
 from edge.files import MALFORMED, read_file
 from edge.progress import Progress, silent
 from edge.runtime.llm import LLM
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 
 from . import compare, evaluate
 from .drift import write_atomic

@@ -13,7 +13,7 @@ from edge.engine_config import BackendName
 from edge.errors import BundleError, ConfigError, RequestError
 
 from .llm import LLM, Prompt
-from .sampling import SamplingParams
+from .sampling_params import SamplingParams
 
 _VERSIONS = ("1.5B", "7B", "8B")
 _DEFAULT_LENGTH = 200

@@ -37,7 +37,7 @@ from .drafts import NgramDrafter
 from .eagle3 import Eagle3Drafter, Head, open_head, read_head
 from .embedding import EmbeddingReader, Judge, run
 from .generation import score
-from .sampling import SamplingParams
+from .sampling_params import SamplingParams
 from .scheduler import Constraint, Drafter, Overflow, PrefixSource, Request, Scheduler
 from .stream import (
     Generation,

@@ -17,7 +17,8 @@ from edge.bundle.manifest import SamplingDefaults
 from edge.errors import BackendError, EdgeError, RequestError
 from edge.runtime.generation import FinishReason, GenerationStats, PromptProgress
 from edge.runtime.kv_cache import Slot
-from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
+from edge.runtime.sampling import SampledToken, Sampler
+from edge.runtime.sampling_params import SamplingParams
 
 from .core import EngineCore, even_chunk
 from .request import Request, Sink

@@ -13,7 +13,8 @@ from edge.backends import Floats
 from edge.errors import EdgeError
 from edge.runtime.generation import FinishReason as FinishReason
 from edge.runtime.generation import GenerationStats, PromptProgress
-from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
+from edge.runtime.sampling import SampledToken, Sampler
+from edge.runtime.sampling_params import SamplingParams
 
 _SEEDS = 1 << 64
 

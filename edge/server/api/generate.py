@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edge.runtime.sampling import KNOBS, SamplingParams
+from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge.server.http.errors import APIError, invalid
 from edge.server.models.registry import ServedModel
 from edge.server.settings import ServerSettings

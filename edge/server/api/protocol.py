@@ -2,7 +2,7 @@
 
 Unknown fields, wrong types and values out of range are errors that name the field. ``IGNORED`` has
 the few fields that are accepted without effect, since they ask for nothing that a device could do
-differently. Ranges of sampling parameters come from `edge.runtime.sampling.KNOBS`.
+differently. Ranges of sampling parameters come from `edge.runtime.sampling_params.KNOBS`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from edge.runtime.sampling import KNOBS
+from edge.runtime.sampling_params import KNOBS
 from edge.server.http.errors import APIError, invalid
 
 IGNORED = {

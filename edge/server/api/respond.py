@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from edge.bundle.tasks import check_task
 from edge.errors import EdgeError
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from edge.server.http.access import Client
 from edge.server.http.errors import APIError
 from edge.server.http.guard import Receive

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from edge.errors import DeadlineError, EdgeError
 from edge.measure.drift import WATCH_USER
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from edge.server.http.errors import APIError
 
 if TYPE_CHECKING:

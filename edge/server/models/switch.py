@@ -19,7 +19,7 @@ from edge.bundle.io_spec import kv_bytes_per_token
 from edge.bundle.manifest import HeadManifest, Manifest, head_manifest, read_manifest
 from edge.engine_config import EAGLE3, Prefill
 from edge.errors import BackendError, EdgeError
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from edge.server.http.threads import in_thread
 
 from .registry import ModelRegistry, ServedModel

@@ -26,7 +26,7 @@ from edge.device.telemetry import Snapshot
 from edge.errors import DependencyError, install_command
 from edge.measure.drift import DriftMonitor
 from edge.runtime.generation import FinishReason, GenerationStats
-from edge.runtime.sampling import KNOBS, SamplingParams
+from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge.runtime.scheduler.request import SchedulerStats
 
 from .metric_families import (

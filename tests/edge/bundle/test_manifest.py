@@ -42,7 +42,7 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.rope import inverse_frequencies
 from edge.errors import BundleError, IntegrityError
-from edge.runtime.sampling import KNOBS
+from edge.runtime.sampling_params import KNOBS
 from tests.manifests import make_manifest, make_model
 
 counts = st.integers(0, 2**50)

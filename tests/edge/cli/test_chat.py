@@ -24,7 +24,7 @@ from edge.cli.conversation import read_conversation, write_conversation
 from edge.errors import RequestError
 from edge.runtime.generation import GenerationStats
 from edge.runtime.llm import LLM
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.stream import GenerationChunk
 from tests.conftest import Bundles
 from tests.edge.cli.conftest import Result

@@ -24,7 +24,7 @@ from edge import LLM, SamplingParams
 from edge.cli import main
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
-from edge.runtime.sampling import KNOBS
+from edge.runtime.sampling_params import KNOBS
 from tests.conftest import TINY_KV_CAPACITY, Bundles
 from tests.edge.cli.conftest import Result, error_line
 from tests.edge.test_engine_config import OTHER_VALUES

@@ -26,7 +26,7 @@ from edge.measure.tasks import (
     wilson_interval,
 )
 from edge.runtime.llm import LLM
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 
 CHOICE = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1, "subject": "sums"}
 NUMBER = {"question": "2 + 2?", "answer": "It is 2 + 2 = 4.\n#### 4"}

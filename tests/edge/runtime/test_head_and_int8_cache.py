@@ -8,7 +8,7 @@ import pytest
 
 from edge.bundle.manifest import head_manifest, read_manifest
 from edge.runtime.llm import LLM
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from tests.conftest import TINY_KV_CAPACITY, Checkpoints, require_int8_cache

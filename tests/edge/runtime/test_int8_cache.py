@@ -16,7 +16,7 @@ from edge.bundle.manifest import read_manifest
 from edge.runtime.llm import LLM
 from edge.runtime.overflow import SlidingWindow
 from edge.runtime.prefix_store import Layout, PrefixStore
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from tests.conftest import RUNNABLE, Bundles, require_int8_cache
 from tests.edge.backends.runner import Runner, random_ids
 

@@ -35,7 +35,7 @@ from edge.runtime.prefix_store import (
     default_directory,
     stable_prefix,
 )
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import Request, Scheduler
 from edge.runtime.stream import OutputStream, submit
 from tests.conftest import Bundles

@@ -13,10 +13,8 @@ from edge.bundle.manifest import SamplingDefaults
 from edge.cli.settings_options import attribute_texts
 from edge.errors import BackendError, RequestError
 from edge.runtime.sampling import (
-    KNOBS,
     SampledToken,
     Sampler,
-    SamplingParams,
     _mark_before,
     _running_sums,
     _top_ids,
@@ -29,6 +27,7 @@ from edge.runtime.sampling import (
     keep_top_p,
     scale,
 )
+from edge.runtime.sampling_params import KNOBS, SamplingParams
 
 DEFAULTS = SamplingDefaults()
 INF = math.inf

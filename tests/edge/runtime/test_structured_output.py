@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import DependencyError, RequestError, ResourceError
-from edge.runtime.sampling import Sampler, SamplingParams
+from edge.runtime.sampling import Sampler
+from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import Constraint
 from edge.runtime.structured_output import GrammarCompiler, GrammarLimits, OutputFormat, OutputKind
 from edge.text.tokenizer import Tokenizer

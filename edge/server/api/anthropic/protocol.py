@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from edge.runtime.sampling import KNOBS
+from edge.runtime.sampling_params import KNOBS
 from edge.server.api.protocol import MaxTokens, ModelName, StopString, range_of
 
 VERSIONS = ("2026-10-21", "2023-06-01")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from edge.runtime.sampling import KNOBS
+from edge.runtime.sampling_params import KNOBS
 from edge.server.api.protocol import ModelName, StopString, Tool, range_of
 
 _HARDWARE = "how the engine runs is the server's choice"

@@ -18,7 +18,8 @@ from edge.bundle import io_spec
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.manifest import SamplingDefaults, read_manifest
 from edge.errors import BackendError, ConfigError
-from edge.runtime.sampling import Sampler, SamplingParams
+from edge.runtime.sampling import Sampler
+from edge.runtime.sampling_params import SamplingParams
 from engines.build_plan import plan_build
 from engines.config import BuildConfig
 from engines.graph import graph_of

@@ -14,7 +14,8 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, EdgeError
 from edge.runtime.generation import GenerationStats, PromptProgress
-from edge.runtime.sampling import SampledToken, Sampler, SamplingParams
+from edge.runtime.sampling import SampledToken, Sampler
+from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import FinishReason, Request
 from edge.runtime.scheduler.core import EngineCore
 from edge.runtime.scheduler.sequence import SequenceState

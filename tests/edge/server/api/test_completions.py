@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge.runtime.sampling import SamplingParams
+from edge.runtime.sampling_params import SamplingParams
 from tests.edge.server.scripted import Live, running
 
 

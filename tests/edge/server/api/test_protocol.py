@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from edge.bundle.manifest import Tokens
-from edge.runtime.sampling import KNOBS
+from edge.runtime.sampling_params import KNOBS
 from edge.server.api.protocol import (
     IGNORED,
     ChatRequest,

@@ -22,7 +22,7 @@ from edge.bundle.manifest import SamplingDefaults
 from edge.device.telemetry import Snapshot
 from edge.measure.drift import Counts, DriftMonitor
 from edge.runtime.generation import GenerationStats
-from edge.runtime.sampling import KNOBS, SamplingParams
+from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge.runtime.scheduler.request import SchedulerStats, SlotState
 from edge.server.observe.metric_families import BulkHistogram, EngineInfo
 from edge.server.observe.metrics import (

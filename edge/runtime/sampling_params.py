@@ -1,0 +1,211 @@
+"""How to choose tokens: the sampling parameters, their ranges and what else is said of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from edge.bundle.manifest import SamplingDefaults
+from edge.errors import RequestError
+from edge.figures import geometric_edges, linear_edges
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Knob:
+    """Type, range and counting of one number among the sampling parameters.
+
+    Attributes:
+        kind: type of the value, int or float.
+        low, high: least and greatest value.
+        buckets: upper edges of its histogram in the server's metrics; empty for none.
+        grid: upper edges of the bins in which `edge.measure.drift` counts it; empty for none.
+    """
+
+    kind: type[int] | type[float]
+    low: float
+    high: float
+    buckets: tuple[float, ...] = ()
+    grid: tuple[float, ...] = ()
+
+    def check(self, name: str, value: object) -> float:
+        """Check a value and return it, as a float where the knob is one.
+
+        Raises:
+            RequestError: it has another type or is out of the range.
+        """
+        if self.kind is int:
+            return _integer(name, value, int(self.low), int(self.high))
+        return _number(name, value, self.low, self.high)
+
+
+_MOST = 2**31 - 1
+KNOBS = {
+    "temperature": Knob(
+        kind=float,
+        low=0.0,
+        high=10.0,
+        buckets=(0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0),
+        grid=linear_edges(0.05, 40),
+    ),
+    "top_k": Knob(
+        kind=int,
+        low=0,
+        high=_MOST,
+        buckets=(0.0, 1.0, 10.0, 20.0, 40.0, 50.0, 100.0, 1000.0),
+        grid=geometric_edges(1024),
+    ),
+    "top_p": Knob(
+        kind=float,
+        low=0.0,
+        high=1.0,
+        buckets=(0.0, 0.1, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0),
+        grid=linear_edges(0.01, 100),
+    ),
+    "min_p": Knob(
+        kind=float,
+        low=0.0,
+        high=1.0,
+        buckets=(0.0, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
+        grid=linear_edges(0.01, 100),
+    ),
+    "repetition_penalty": Knob(
+        kind=float,
+        low=0.1,
+        high=10.0,
+        buckets=(0.9, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0),
+        grid=linear_edges(0.05, 40),
+    ),
+    "presence_penalty": Knob(float, -2.0, 2.0),
+    "frequency_penalty": Knob(float, -2.0, 2.0),
+    "seed": Knob(int, 0, 2**64 - 1),
+    "max_tokens": Knob(
+        kind=int,
+        low=1,
+        high=_MOST,
+        buckets=tuple(float(f * 10**e) for e in range(5) for f in (1, 2, 5)),
+        grid=geometric_edges(131072),
+    ),
+}
+"""The sampling knobs, by name.
+
+The checks of `SamplingParams`, the options of the verbs, the ranges of the HTTP API, the histograms
+of the metrics and the bins in which drift is measured are made from this table.
+"""
+
+DEFAULTED = tuple(name for name in KNOBS if name in SamplingDefaults.__struct_fields__)
+"""Knobs of which a model has a default of its own."""
+_BIAS_RANGE = (-100.0, 100.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    A knob that is None takes the model's own default, see `resolve`.
+
+    Attributes:
+        temperature: divides the logits, 0..10; 0 (or less than 1e-5) takes the most probable token,
+            and of equal ones the one with the lowest id.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the most probable tokens that together hold this share of the mass, 0..1.
+        min_p: keep tokens at least this probable relative to the best one, 0..1.
+        repetition_penalty: divides or multiplies the logits of tokens in the prompt or the answer,
+            0.1..10; 1 is off, more discourages them.
+        presence_penalty: subtracted from the logits of tokens in the answer, once, -2..2.
+        frequency_penalty: subtracted from the logits of tokens in the answer, per occurrence,
+            -2..2.
+        logit_bias: added to the logits of these token ids, -100..100.
+        seed: where the random numbers start, 0..2**64 - 1: the same seed gives the same answer; by
+            default a fresh one.
+        max_tokens: tokens of the answer at most; by default it ends when the KV cache is full.
+        stop: texts that end the answer.
+        stop_token_ids: tokens that end the answer, besides the model's own.
+        logprobs: report the log-probability of each token and of this many of the most probable
+            ones, 0..20; None is off.
+        ignore_eos: go on after the model's own end token.
+
+    Raises:
+        RequestError: a value of the wrong type or out of its range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, knob in KNOBS.items():
+            value = getattr(self, name)
+            if value is not None or getattr(SamplingParams, name) is not None:
+                # Stored as it was checked, so that temperature=1 and temperature=1.0 are equal.
+                object.__setattr__(self, name, knob.check(name, value))
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.logit_bias, Mapping):
+            raise _refusal("logit_bias", self.logit_bias, "a mapping from token id to bias")
+        bias = {}
+        for token_id, value in self.logit_bias.items():
+            _integer("a token id of logit_bias", token_id, 0, 2**31 - 1)
+            bias[token_id] = _number(f"logit_bias[{token_id}]", value, *_BIAS_RANGE)
+        object.__setattr__(self, "logit_bias", bias)
+        object.__setattr__(self, "stop", _tuple("stop", self.stop, "texts"))
+        for text in self.stop:
+            _text("an entry of stop", text)
+        ids = _tuple("stop_token_ids", self.stop_token_ids, "token ids")
+        object.__setattr__(self, "stop_token_ids", ids)
+        for token_id in self.stop_token_ids:
+            _integer("an entry of stop_token_ids", token_id, 0, 2**31 - 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise _refusal("ignore_eos", self.ignore_eos, "true or false")
+
+    def resolve(self, defaults: SamplingDefaults) -> SamplingParams:
+        """Fill the knobs that are None from the model's generation config.
+
+        Raises:
+            RequestError: a default is out of range.
+        """
+        return replace(
+            self,
+            **{name: getattr(defaults, name) for name in DEFAULTED if getattr(self, name) is None},
+        )
+
+
+def _number(name: str, value: object, low: float, high: float) -> float:
+    # NaN fails the comparison; a bool is an int in Python, but True is no temperature.
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high:
+        return float(value)
+    raise _refusal(name, value, f"a number from {low:g} to {high:g}")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        return value
+    raise _refusal(name, value, f"an integer from {low} to {high}")
+
+
+def _tuple(name: str, value: object, what: str) -> tuple[object, ...]:
+    # A text is a sequence too, and would stop the answer at each of its letters.
+    if not isinstance(value, (tuple, list)):
+        raise _refusal(name, value, f"a tuple of {what}")
+    return tuple(value)
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise _refusal(name, value, "a text that is not empty")
+
+
+def _refusal(name: str, value: object, allowed: str) -> RequestError:
+    return RequestError(f"{name} must be {allowed}, not {value!r}")
