@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edge.backends.tensorrt.launch_rules import BLOCK
 from edge.bundle import io_spec
 from edge.bundle.engine_file import KvRead, LayerCount, WeightBytes
 from edge.bundle.manifest import Manifest
 from edge.bundle.schemes import engine_dtype
 
 from .config import BuildShapes
-from .kernels.variants import BLOCK
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .own_attention import attention_name
 

@@ -428,7 +428,7 @@ def compile_bundle(
         own_linears=found.linears,
         left_linears=found.left,
         plugins=plugins,
-        python_kernels=compat.pack_own_kernels(found.planes) if plugins == "python" else (),
+        python_kernels=compat.pack_own_kernels(found.plugins) if plugins == "python" else (),
         own_attentions=found.attentions,
     )
 

@@ -34,7 +34,8 @@ from edge.bundle.manifest import Dialect
 from edge.errors import BuildError, ConfigError, DependencyError, EdgeError
 from edge.progress import Progress
 
-from .kernels import attention_plugins, plugin, plugin_v3
+from .kernels import plugin, plugin_v3
+from .kernels.own_plugins import element_types
 from .kernels.package import load_ptx
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .profiles import Profile
@@ -204,19 +205,16 @@ def plugins_of(rt: TensorRT) -> Plugins:
     return "compiled" if rt.release >= _COMPILED_PLUGINS_SINCE else "python"
 
 
-def has_own_attention(rt: TensorRT) -> bool:
-    """Whether own kernels can be its attention, which only plugins of the compiled kind are."""
-    return plugins_of(rt) == "compiled"
+def pack_own_kernels(used: Iterable[tuple[str, int]]) -> tuple[bytes, ...]:
+    """Own kernels as ``engine.json`` has them.
 
-
-def pack_own_kernels(planes: Iterable[int]) -> tuple[bytes, ...]:
-    """Own kernels as ``engine.json`` has them, for weights in these numbers of planes.
+    Args:
+        used: plugins, see `own_kernels.OwnGraph`.
 
     Raises:
         IntegrityError: the kernels' files are missing or damaged.
     """
-    kernels = load_ptx()
-    return tuple(plugin_v3.pack_kernels(number, kernels) for number in sorted(planes))
+    return plugin_v3.pack_kernels(used, load_ptx())
 
 
 def register_own_kernels(rt: TensorRT) -> int:
@@ -244,8 +242,7 @@ def register_own_kernels(rt: TensorRT) -> int:
             f"own kernels need {name}, which does not import here ({error}); build with "
             "--kernels tensorrt"
         ) from error
-    plugin.register(module, kernels)
-    attention_plugins.register(module, kernels, rt.module.DataType.FLOAT)
+    plugin.register(module, kernels, element_types(rt.module))
     return max(len(kernel.text) for kernel in kernels.values())
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from edge.bundle.engine_file import EngineInfo, Kernels, KvRead, RefusedRung, Scales, TunedRung
 from edge.bundle.schemes import SCHEMES
-from edge.errors import BuildError, DependencyError
+from edge.errors import BuildError
 
 from . import compat
 from .build_plan import BuildPlan, plan_build
@@ -59,13 +59,7 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
     # Dialect portable has no attention layer that could be decomposed.
     fixed = config.attention != "auto" or manifest.dialect != "native"
     attentions: list[AttentionChoice] = [config.attention] if fixed else ["fused", "decomposed"]
-    takes_own = compat.has_own_attention(rt)
-    if config.attention == "own" and not takes_own:
-        raise DependencyError(
-            "own attention needs TensorRT >= 10.13, which compiles plugins into its engines, "
-            f"found {rt.version}; leave --attention own out, or upgrade to JetPack 7.2"
-        )
-    own_too: list[AttentionChoice] = ["own"] if config.attention == "auto" and takes_own else []
+    own_too: list[AttentionChoice] = ["own"] if config.attention == "auto" else []
     kernels: tuple[Kernels, ...] = KERNELS if config.kernels == "auto" else (asked.kernels,)
     rungs = [
         replace(

@@ -1,6 +1,6 @@
 """Puts edge-llm's own attention into a graph: two nodes of plugins for the attention of a layer.
 
-What `engines.kernels.attention_plugins` computes is in the graph one operator, or some twenty, with
+What the plugins compute is in the graph one operator, or some twenty, with
 a mask (`export.graph.decoder`). The plugins take queries, keys and values as they are there, the
 whole cache, and the positions instead of the mask. In dialect ``native`` the step's rows are in the
 cache already, and are read beside it all the same: so both dialects have one kernel.
@@ -12,15 +12,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from edge.backends.tensorrt.plugins import NAMESPACE
+from edge.backends.tensorrt.launch_rules import JOIN, PARTS
 from edge.bundle import io_spec
+from edge.bundle.engine_file import Plugins
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, OnnxFile, attribute
 from edge.bundle.onnx_values import Constants, node_attributes
 
-from .kernels.attention_plugins import JOIN, PARTS
-from .kernels.plugin import VERSION
 from .kernels.variants import HEAD_WIDTHS
+from .plugin_nodes import plugin_node
 
 _POSITIONS = "own_attention.positions"
 
@@ -50,13 +50,14 @@ def attention_name(layer: int) -> str:
 
 
 def use_own_attention(
-    graph: OnnxFile, manifest: Manifest
+    graph: OnnxFile, manifest: Manifest, plugins: Plugins = "compiled"
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Replace what the kernels compute; nodes that nothing needs any more go when it is serialized.
 
     Args:
         graph: of `engines.graph.graph_of`, is changed.
         manifest: the bundle's.
+        plugins: which kind the engine has, see `edge.bundle.engine_file.EngineInfo`.
 
     Returns:
         Names of the attentions that own kernels compute, and of the others, each with the reason.
@@ -76,7 +77,10 @@ def use_own_attention(
         return (), left
     to = [attribute("to", ELEMENT_NUMBERS["int32"])]
     cast = Node("Cast", [io_spec.POSITION_IDS], [_POSITIONS], f"{_POSITIONS}/Cast", attributes=to)
-    replaced = {each.output: _plugin_nodes(name, each) for name, each in found.items()}
+    width = manifest.model.head_dim
+    replaced = {
+        each.output: _plugin_nodes(name, each, plugins, width) for name, each in found.items()
+    }
     nodes = [cast]
     for node in graph.nodes:
         nodes += replaced.get(node.outputs[0], [node])
@@ -84,19 +88,13 @@ def use_own_attention(
     return tuple(found), left
 
 
-def _plugin_nodes(name: str, found: _Attention) -> list[Node]:
+def _plugin_nodes(name: str, found: _Attention, plugins: Plugins, width: int) -> list[Node]:
     sums = [f"{name}.partial", f"{name}.stats"]
-    # As in `own_kernels`.
-    attributes = [
-        attribute("plugin_namespace", NAMESPACE),
-        attribute("plugin_version", VERSION),
-        attribute("aot", 1),
-    ]
     inputs = [found.query, *found.rows, _POSITIONS]
     joined = [*sums, _POSITIONS, found.query]
     return [
-        Node(PARTS, inputs, sums, f"{name}/{PARTS}", NAMESPACE, attributes),
-        Node(JOIN, joined, [found.output], f"{name}/{JOIN}", NAMESPACE, attributes),
+        plugin_node(PARTS, inputs, sums, name, plugins, width),
+        plugin_node(JOIN, joined, [found.output], name, plugins, width),
     ]
 
 

@@ -1,6 +1,6 @@
 """Puts edge-llm's own kernels into a graph: a product of few bits becomes one node of a plugin.
 
-What `engines.kernels.plugin` computes is a product with INT4 weights, or INT8 in two planes, and
+What the plugin `w4_linear` computes is a product with INT4 weights, or INT8 in two planes, and
 the bias behind it. In the graph that is up to six nodes (`export.graph.decoder`); they and the
 weights as ONNX has them leave it. The weights in the kernels' order, as many bytes, go into a file
 beside it, some rows at a time: they are in memory neither twice nor as a whole.
@@ -20,20 +20,18 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.tensorrt.plugins import NAME, NAMESPACE, PLANES_FIELD
-from edge.backends.tensorrt.plugins import VERSION as PYTHON_VERSION
+from edge.backends.tensorrt.launch_rules import BLOCK, JOIN, NAMESPACE, PARTS, PRODUCT
 from edge.bundle.engine_file import Plugins
 from edge.bundle.manifest import LinearInfo, Manifest
-from edge.bundle.onnx_file import Node, OnnxFile, attribute
+from edge.bundle.onnx_file import Node, OnnxFile
 from edge.bundle.onnx_values import Constant, Constants, node_attributes
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import BuildError, BundleError, ResourceError
 
 from .kernels.launch import GROUPS
 from .kernels.layout import pack_weights
-from .kernels.plugin import VERSION
-from .kernels.variants import BLOCK
 from .own_attention import use_own_attention
+from .plugin_nodes import plugin_node
 
 _NO_BIAS = "own_kernels.no_bias"
 _ALIGNMENT = 4096
@@ -51,7 +49,7 @@ class OwnGraph:
         left: the others, which TensorRT computes, each with the reason; attentions too, where own
             ones were asked for.
         attentions: those that own kernels compute (`own_attention.attention_name`).
-        planes: numbers of planes that the weights of ``linears`` have.
+        plugins: those of the nodes, each by its name and the value of its rule's attribute.
     """
 
     data: bytes
@@ -59,7 +57,7 @@ class OwnGraph:
     linears: tuple[str, ...]
     left: dict[str, str]
     attentions: tuple[str, ...] = ()
-    planes: frozenset[int] = frozenset()
+    plugins: frozenset[tuple[str, int]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def use_own_kernels(
             left[name] = str(reason)
     attentions: tuple[str, ...] = ()
     if attention:
-        attentions, others = use_own_attention(onnx, manifest)
+        attentions, others = use_own_attention(onnx, manifest, plugins)
         if not attentions:
             raise BuildError(
                 f"own kernels compute no attention of {bundle} ({next(iter(others.values()))}); "
@@ -143,14 +141,21 @@ def use_own_kernels(
             f"the weights in the order of own kernels need {size:,} bytes in {directory} while the "
             f"engine is built, {free:,} are free"
         )
-    replaced = {}
+    replaced: dict[int, Node] = {}
     with (bundle / weights).open("rb") as source, (directory / packed).open("wb") as target:
         onnx.put_in_file(_NO_BIAS, "fp16", [1], (packed, 0, target.write(bytes(2))))
         for product in products:
             name = f"{product.name}.own_weights"
             shape, place = _write_packed(product.planes, source, target)
             onnx.put_in_file(name, "int32", shape, (packed, *place))
-            replaced[id(product.nodes[-1])] = _plugin_node(product, name, plugins)
+            replaced[id(product.nodes[-1])] = plugin_node(
+                PRODUCT,
+                [product.x, name, product.scales, product.bias or _NO_BIAS],
+                product.nodes[-1].outputs,
+                product.name,
+                plugins,
+                len(product.planes),
+            )
     gone = {id(node) for product in products for node in product.nodes}
     onnx.nodes = [
         replaced.get(id(node), node)
@@ -161,28 +166,10 @@ def use_own_kernels(
     (directory / weights).symlink_to(os.path.relpath((bundle / weights).resolve(), directory))
     path = directory.resolve() / manifest.graphs.decoder
     linears = tuple(each.name for each in products)
-    planes = frozenset(len(each.planes) for each in products)
-    return OwnGraph(onnx.serialize(), path, linears, left, attentions, planes)
-
-
-def _plugin_node(product: _Product, weights: str, plugins: Plugins) -> Node:
-    # What the parser's import of plugins reads (FallbackPluginImporter in onnx-tensorrt).
-    if plugins == "compiled":
-        # `aot` asks for the compiled kind and no other (createPlugin, from 10.13 on).
-        attributes = [attribute("plugin_version", VERSION), attribute("aot", 1)]
-    else:
-        attributes = [
-            attribute("plugin_version", PYTHON_VERSION),
-            attribute(PLANES_FIELD, len(product.planes)),
-        ]
-    return Node(
-        NAME,
-        [product.x, weights, product.scales, product.bias or _NO_BIAS],
-        list(product.nodes[-1].outputs),
-        f"{product.name}/{NAME}",
-        NAMESPACE,
-        [attribute("plugin_namespace", NAMESPACE), *attributes],
-    )
+    used = {(PRODUCT.name, len(each.planes)) for each in products}
+    if attentions:
+        used |= {(rule.name, manifest.model.head_dim) for rule in (PARTS, JOIN)}
+    return OwnGraph(onnx.serialize(), path, linears, left, attentions, frozenset(used))
 
 
 class _Finder:

@@ -11,13 +11,13 @@ from typing import Any
 
 import tensorrt_bindings as trt
 
-from edge.backends.tensorrt.plugins import NAMESPACE
-from engines.kernels import attention_plugins
-from engines.kernels.attention import attention, join_tiles, part_tiles
-from engines.kernels.attention_plugins import JOIN, PARTS
+from edge.backends.tensorrt.launch_rules import JOIN, NAMESPACE, PARTS, PluginRule
+from engines.kernels import plugin
+from engines.kernels.attention import attention, join_tactics, part_tactics
 from engines.kernels.launch import Job
+from engines.kernels.own_plugins import element_types
 from engines.kernels.package import Ptx
-from scripts.trt_plugin import Launch, Numbers, Size, Sizes, describe, load_module
+from scripts.trt_plugin import MOVING, Launch, Numbers, Size, Sizes, describe, load_module
 
 # Sequences, groups, heads of each, tokens, width, rows of the cache.
 CASES = (
@@ -28,19 +28,6 @@ CASES = (
     (8, 8, 4, 1, 64, 131_072),
     (2, 3, 3, 2048, 64, 8192),
 )
-_FIRST_NUMBER = {PARTS: 6, JOIN: 4}  # of the arguments, behind the inputs
-_OUTPUTS = {PARTS: ("partial", "stats"), JOIN: ("output",)}
-
-
-class _Sizes(Sizes):
-    """With the operations that products do without."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._operations |= {
-            trt.DimensionOperation.MAX: max,
-            trt.DimensionOperation.MIN: min,
-        }
 
 
 def _type(dtype: Any) -> Any:
@@ -49,32 +36,27 @@ def _type(dtype: Any) -> Any:
 
 
 def problems_of(
-    name: str, case: tuple[int, int, int, int, int, int], ptx: dict[str, Ptx]
+    rule: PluginRule, case: tuple[int, int, int, int, int, int], ptx: dict[str, Ptx]
 ) -> list[str]:
     """Ask a new plugin about one attention; what is wrong with its answers."""
     job = attention(*case)
-    creator = trt.get_plugin_registry().get_creator(name, "1", NAMESPACE)
+    creator = trt.get_plugin_registry().get_creator(rule.name, "1", NAMESPACE)
     made = creator.create_plugin(
-        name,
+        rule.name,
         NAMESPACE,
         trt.PluginFieldCollection([]),
         trt.TensorRTPhase.BUILD,
         trt.QuickPluginCreationRequest.STRICT_AOT,
     )
-    reads, writes = attention_plugins.INPUTS[name], _OUTPUTS[name]
+    reads, writes = tuple(rule.inputs), tuple(rule.outputs)
     shapes = [job.buffers[each][0] for each in reads]
     types = [_type(job.buffers[each][1]) for each in (*reads, *writes)]
-    sizes = _Sizes()
+    sizes = Sizes()
     found = list(made.get_output_data_types(types[: len(reads)], [len(each) for each in shapes]))
     if found != types[len(reads) :]:
         return [f"the outputs are {found}"]
-    # Sequences, tokens and what follows from them are not known when the engine is built.
-    moving = {"partial": (0,), "stats": (0,), "positions": (0, 1), "keys": (0,), "values": (0,)}
     inputs = [
-        [
-            Size(size, constant=axis not in moving.get(each, (0, 2)))
-            for axis, size in enumerate(shape)
-        ]
+        [Size(size, constant=axis not in MOVING.get(each, ())) for axis, size in enumerate(shape)]
         for each, shape in zip(reads, shapes, strict=True)
     ]
     outputs = made.get_output_shapes(inputs, [], sizes)
@@ -92,7 +74,7 @@ def problems_of(
     if taken != [(each, trt.TensorFormat.LINEAR) for each in types]:
         return [f"the formats are {taken}"]
     made.configure_plugin(ports[: len(reads)], ports[len(reads) :])
-    tiles = (part_tiles if name == PARTS else join_tiles)(case[4])
+    tiles = (part_tactics if rule is PARTS else join_tactics)(case[4])
     if sorted(made.get_valid_tactics()) != list(range(1, len(tiles) + 1)):
         return [f"the tactics are {made.get_valid_tactics()}"]
     problems: list[str] = []
@@ -102,20 +84,20 @@ def problems_of(
         made.get_launch_params(inputs, ports, len(reads), launch, numbers, sizes)
         descriptions = [port.desc for port in ports]
         kernel = made.get_kernel(descriptions[: len(reads)], descriptions[len(reads) :])
-        wanted = attention(*case, **{"tile" if name == PARTS else "join": place})
-        problems += _compare(name, wanted, ptx, launch, numbers, kernel)
+        wanted = attention(*case, **{"tile" if rule is PARTS else "join": place})
+        problems += _compare(rule, wanted, ptx, launch, numbers, kernel)
     return problems
 
 
 def _compare(
-    name: str,
+    rule: PluginRule,
     job: Job,
     ptx: dict[str, Ptx],
     launch: Any,
     numbers: Numbers,
     kernel: tuple[str, bytes],
 ) -> Iterator[str]:
-    wanted = job.launches[0 if name == PARTS else 1]
+    wanted = job.launches[0 if rule is PARTS else 1]
     code = ptx[wanted.variant.name]
     expected = {
         **dict(zip(("grid_x", "grid_y", "grid_z"), wanted.grid, strict=True)),
@@ -126,7 +108,7 @@ def _compare(
     found = {key: each.expr.value for key, each in vars(launch).items()}
     if found != expected:
         yield f"the launch is {found}, not {expected}"
-    first = _FIRST_NUMBER[name]
+    first = len(rule.inputs)
     given = [numbers[place].expr.value for place in range(numbers.nbSymExprs)]
     if given != list(wanted.arguments[first : first + 4]):
         yield f"the numbers are {given}, not {wanted.arguments[first : first + 4]}"
@@ -142,20 +124,20 @@ def main() -> int:
     names = [
         tile.variant.name
         for width in (64, 128)
-        for tile in (*part_tiles(width), *join_tiles(width))
+        for tile in (*part_tactics(width), *join_tactics(width))
     ]
     ptx = {
         name: Ptx(f"PTX of {name}", f"entry{place}", 128, 512 * place)
         for place, name in enumerate(names)
     }
     for _ in range(2):
-        attention_plugins.register(module, ptx, trt.DataType.FLOAT)
+        plugin.register(module, ptx, element_types(trt))
     failed = False
     for case in CASES:
-        for name in (PARTS, JOIN):
-            for problem in problems_of(name, case, ptx):
+        for rule in (PARTS, JOIN):
+            for problem in problems_of(rule, case, ptx):
                 failed = True
-                print(f"{name}, {case}: {problem}", file=sys.stderr)
+                print(f"{rule.name}, {case}: {problem}", file=sys.stderr)
     print(f"TensorRT {trt.__version__}: the plugins of attention are taken")
     return int(failed)
 

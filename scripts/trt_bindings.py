@@ -378,7 +378,7 @@ def check_plugin(wheel: Path, stubs: Path, script: str) -> bool:
     Args:
         wheel: the unpacked one.
         stubs: where the stub libraries are.
-        script: ``trt_plugin``, ``trt_attention``, or ``trt_plugin_v3`` for the one whose kernels
+        script: ``trt_plugin``, ``trt_attention``, or ``trt_plugin_v3`` for those whose kernels
             Python launches.
     """
     paths = os.pathsep.join(map(str, (wheel, ROOT)))

@@ -1,4 +1,4 @@
-"""Do NVIDIA's bindings take the plugin whose kernels Python launches, and what does it launch?
+"""Do NVIDIA's bindings take the plugins whose kernels Python launches, and what do these launch?
 
 The classes and fields are NVIDIA's, and what passes through them is read back in C++. What asks a
 plugin is in TensorRT's library, which is not here: this asks in its place, and a driver that keeps
@@ -9,24 +9,32 @@ wheel and stub libraries.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorrt_bindings as trt
 
 from edge.backends.tensorrt import plugins
+from edge.backends.tensorrt.launch_rules import JOIN, NAMESPACE, PARTS, PRODUCT
 from edge.errors import DeviceError
 from engines.kernels import plugin_v3
-from engines.kernels.launch import product, w4_tactics
+from engines.kernels.attention import attention
+from engines.kernels.launch import Launch, product, w4_tactics
+from engines.kernels.own_plugins import OWN_PLUGINS, OwnPlugin, element_types
 from engines.kernels.package import Ptx, load_ptx
 
-from .trt_plugin import CASES, Registry, Size, Sizes, describe
+from . import trt_attention, trt_plugin
+from .trt_plugin import MOVING, Registry, Size, Sizes, describe
 
-_STREAM, _ADDRESSES, _OUTPUT = 0x5000, [0x1000, 0x2000, 0x3000, 0x4000], 0x6000
+_STREAM, _READ, _WRITTEN = 0x5000, range(0x1000, 0x5000, 0x800), range(0x6000, 0x8000, 0x800)
+_OWN = {own.rule: own for own in OWN_PLUGINS}
+Shapes = list[tuple[int, ...]]
 
 
 class Driver:
@@ -64,11 +72,65 @@ class Driver:
         return (self.result,)
 
 
-def create(fields: Any, phase: Any) -> Any:
+@dataclass(frozen=True)
+class Case:
+    """A plugin for tensors of some shapes.
+
+    Attributes:
+        own: the plugin.
+        value: of its attribute.
+        reads, writes: shapes of its inputs and outputs.
+        launch: what is to be launched, by the place of a tactic.
+    """
+
+    own: OwnPlugin
+    value: int
+    reads: Shapes
+    writes: Shapes
+    launch: Callable[[int], Launch]
+
+    def __str__(self) -> str:
+        return f"{self.own.rule.name} of {self.reads}"
+
+
+def make_cases() -> Iterator[Case]:
+    """Those of `trt_plugin` and `trt_attention`."""
+    for case in trt_plugin.CASES:
+        batch, seq, depth, columns, group, planes, bias = case
+        reads: Shapes = [
+            *((batch, seq, depth), (depth // 32, planes, columns, 4), (depth // group, columns)),
+            (columns if bias else 1,),
+        ]
+        launch = functools.partial(_product, case)
+        yield Case(_OWN[PRODUCT], planes, reads, [(batch, seq, columns)], launch)
+    for sizes in trt_attention.CASES:
+        buffers = attention(*sizes).buffers
+        for place, rule in enumerate((PARTS, JOIN)):
+            yield Case(
+                *(_OWN[rule], sizes[4]),
+                [buffers[name][0] for name in rule.inputs],
+                [buffers[name][0] for name in rule.outputs],
+                functools.partial(_attention, sizes, place),
+            )
+
+
+def _product(case: tuple[int, int, int, int, int, int, bool], place: int) -> Launch:
+    batch, seq, depth, columns, group, planes, bias = case
+    # Of one column without a bias the plugin adds a zero.
+    added = bias or columns == 1
+    tactic = w4_tactics(planes)[place]
+    job = product(tactic, batch * seq, columns, depth, group=group, bias=added)
+    return job.launches[0]
+
+
+def _attention(sizes: tuple[int, int, int, int, int, int], half: int, place: int) -> Launch:
+    return attention(*sizes, tile=place, join=place).launches[half]
+
+
+def create(own: OwnPlugin, fields: Any, phase: Any) -> Any:
     """A plugin by NVIDIA's code, which hands our creator the fields as TensorRT has them."""
-    creator = trt.get_plugin_registry().get_creator(
-        plugins.NAME, plugins.VERSION, plugins.NAMESPACE
-    )
+    registry = trt.get_plugin_registry()
+    creator = registry.get_creator(own.rule.name, plugins.VERSION, NAMESPACE)
     made = trt.IPluginCreatorV3One.create_plugin(creator, "layers.0.qkv", fields, phase)
     return owned(made)
 
@@ -79,88 +141,83 @@ def owned(made: Any) -> Any:
     return made
 
 
-def problems_of_build(case: tuple[int, int, int, int, int, int, bool], made: Any) -> Iterator[str]:
+def problems_of_build(case: Case, made: Any) -> Iterator[str]:
     """Ask a plugin what a builder asks; yields what is wrong."""
-    batch, seq, _, columns, _, planes, _ = case
-    half, word = trt.DataType.HALF, trt.DataType.INT32
-    shapes = _shapes(case)
-    types_ = [half, word, half, half]
+    rule, types_ = case.own.rule, element_types(trt)
+    reads = [types_[kind] for kind in rule.inputs.values()]
+    writes = [types_[kind] for kind in rule.outputs.values()]
     core = made.plugin_name, made.plugin_version, made.plugin_namespace, made.num_outputs
-    if core != (plugins.NAME, plugins.VERSION, plugins.NAMESPACE, 1):
+    if core != (rule.name, plugins.VERSION, NAMESPACE, len(writes)):
         yield f"the core is {core}"
     for part in (trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
         if not isinstance(made.get_capability_interface(trt.PluginCapabilityType.CORE), part):
             yield f"it is no {part}"
     if len(made.timing_cache_id) != 64:
         yield f"the timing cache's ID is {made.timing_cache_id}"
-    if made.get_output_data_types(types_) != [half]:
-        yield "the output's type is another one"
+    if made.get_output_data_types(reads) != writes:
+        yield "the outputs' types are other ones"
     sizes = [
-        [Size(size, constant=place > 0 or axis > 1) for axis, size in enumerate(shape)]
-        for place, shape in enumerate(shapes)
+        [Size(size, constant=axis not in MOVING.get(name, ())) for axis, size in enumerate(shape)]
+        for name, shape in zip(rule.inputs, case.reads, strict=True)
     ]
-    (output,) = made.get_output_shapes(sizes, [], Sizes())
-    if [size.value for size in output] != [batch, seq, columns]:
-        yield f"the output's shape is {[size.value for size in output]}"
-    kinds = [*types_, half]
-    for place in range(5):
-        for dtype in (half, word, trt.DataType.FLOAT):
+    outputs = made.get_output_shapes(sizes, [], Sizes())
+    if [tuple(size.value for size in output) for output in outputs] != case.writes:
+        yield f"the outputs' shapes are {[[size.value for size in each] for each in outputs]}"
+    if not all(output[-1].is_constant() for output in outputs):
+        yield "the width of an output is not known when the engine is built"
+    kinds = [*reads, *writes]
+    for place in range(len(kinds)):
+        for dtype in types_.values():
             for form in (trt.TensorFormat.LINEAR, trt.TensorFormat.HWC):
-                ports = _ports(case, kinds)
+                ports = _dynamic_ports(case, kinds)
                 ports[place].desc.type, ports[place].desc.format = dtype, form
                 wanted = (dtype, form) == (kinds[place], trt.TensorFormat.LINEAR)
-                if made.supports_format_combination(place, ports, 4) != wanted:
+                if made.supports_format_combination(place, ports, len(reads)) != wanted:
                     yield f"port {place} of {dtype} and {form} is not judged right"
-    ports = _ports(case, kinds)
-    made.configure_plugin(ports[:4], ports[4:])
-    if made.get_valid_tactics() != list(range(1, len(w4_tactics(planes)) + 1)):
+    ports = _dynamic_ports(case, kinds)
+    made.configure_plugin(ports[: len(reads)], ports[len(reads) :])
+    if made.get_valid_tactics() != list(range(1, len(case.own.tactics(case.value)) + 1)):
         yield f"the tactics are {made.get_valid_tactics()}"
 
 
-def problems_of_run(
-    case: tuple[int, int, int, int, int, int, bool], fields: Any, ptx: dict[str, Ptx], cuda: Driver
-) -> Iterator[str]:
+def problems_of_run(case: Case, fields: Any, ptx: dict[str, Ptx], cuda: Driver) -> Iterator[str]:
     """Make a plugin of what a plan has, and run it by each tactic; yields what is wrong."""
-    batch, seq, depth, columns, group, planes, bias = case
-    made = create(fields, trt.TensorRTPhase.RUNTIME)
+    made = create(case.own, fields, trt.TensorRTPhase.RUNTIME)
     if isinstance(made, trt.IPluginV3OneBuild):
         yield "a plugin of a plan can build"
-    ports = [_port(shape) for shape in _shapes(case)]
-    output = [_port((batch, seq, columns))]
-    for number, tactic in enumerate(w4_tactics(planes), 1):
+    reads, writes = list(map(_port, case.reads)), list(map(_port, case.writes))
+    given, taken = list(_READ[: len(reads)]), list(_WRITTEN[: len(writes)])
+    for place, tactic in enumerate(case.own.tactics(case.value)):
         attached = owned(made.attach_to_context(None))
-        attached.set_tactic(number)
-        attached.on_shape_change(ports, output)
+        attached.set_tactic(place + 1)
+        attached.on_shape_change(reads, writes)
         loaded = len(cuda.modules)
-        attached.enqueue(ports, output, _ADDRESSES, [_OUTPUT], 0, _STREAM)
+        attached.enqueue(reads, writes, given, taken, 0, _STREAM)
         if len(cuda.modules) != loaded:
             yield "a kernel is loaded where a CUDA graph may be captured"
-        # Of one column without a bias the plugin adds a zero.
-        job = product(
-            tactic, batch * seq, columns, depth, group=group, bias=bias or columns == 1
-        ).launches[0]
-        kernel = ptx[tactic.variant.name]
-        values = (*_ADDRESSES, *job.arguments[4:9], _OUTPUT)
+        launch, kernel = case.launch(place), ptx[tactic.variant.name]
+        numbers = launch.arguments[len(reads) : -len(writes)]
+        values = (*given, *numbers, *taken)
         function, *found = cuda.launches.pop()
-        wanted = [*job.grid, kernel.threads, 1, 1, kernel.shared_bytes, _STREAM]
+        wanted = [*launch.grid, kernel.threads, 1, 1, kernel.shared_bytes, _STREAM]
         if found[:8] != wanted or found[8][0] != values or found[9] != 0:
             yield f"the launch is {found}, not {wanted} with {values}"
-        if [each.__name__ for each in found[8][1]] != [
-            *["c_void_p"] * 4, *["c_int"] * 5, "c_void_p",
-        ]:  # fmt: skip
+        kinds = [("c_void_p", given), ("c_int", numbers), ("c_void_p", taken)]
+        passed = [kind for kind, some in kinds for _ in some]
+        if [each.__name__ for each in found[8][1]] != passed:
             yield f"the parameters are {found[8][1]}"
         if function != (kernel.text.encode() + b"\0", kernel.entry.encode()):
             yield f"the kernel is {function[1]} of {len(function[0])} bytes"
 
 
-def problems_of_errors(cuda: Driver) -> Iterator[str]:
+def problems_of_errors(case: Case, cuda: Driver) -> Iterator[str]:
     """What a function raises, which TensorRT prints at most, comes back."""
-    made = owned(plugins.register(trt).for_build(1))
-    ports = [_port(shape) for shape in _shapes(CASES[0])]
+    made = owned(plugins.register(trt).for_build(case.own.rule, case.value))
+    ports = list(map(_port, case.reads))
     cuda.result = 1
     try:
         made.on_shape_change(ports, [])
-        made.enqueue(ports, [], _ADDRESSES, [_OUTPUT], 0, _STREAM)
+        made.enqueue(ports, [], list(_READ[: len(ports)]), [_WRITTEN[0]], 0, _STREAM)
         yield "a launch that fails is no error"
     except plugins.KeptError:
         cuda.result = 0
@@ -171,23 +228,10 @@ def problems_of_errors(cuda: Driver) -> Iterator[str]:
         plugins.raise_failure(trt)
 
 
-def _shapes(case: tuple[int, int, int, int, int, int, bool]) -> tuple[tuple[int, ...], ...]:
-    batch, seq, depth, columns, group, planes, bias = case
-    return (
-        (batch, seq, depth),
-        (depth // 32, planes, columns, 4),
-        (depth // group, columns),
-        (columns if bias else 1,),
-    )
-
-
-def _ports(case: tuple[int, int, int, int, int, int, bool], kinds: list[Any]) -> list[Any]:
-    """``DynamicPluginTensorDesc`` of the inputs and the output, where batch and tokens vary."""
-    shapes = [*_shapes(case), (case[0], case[1], case[3])]
-    return [
-        describe(shape, kind, dynamic=2 if len(shape) == 3 else 0)
-        for shape, kind in zip(shapes, kinds, strict=True)
-    ]
+def _dynamic_ports(case: Case, kinds: list[Any]) -> list[Any]:
+    """``DynamicPluginTensorDesc`` of inputs and outputs, where the first size varies."""
+    shapes = [*case.reads, *case.writes]
+    return [describe(shape, kind, dynamic=1) for shape, kind in zip(shapes, kinds, strict=True)]
 
 
 def _port(shape: tuple[int, ...]) -> Any:
@@ -198,7 +242,7 @@ def _port(shape: tuple[int, ...]) -> Any:
 
 
 def main() -> int:
-    """Register the plugin twice and ask it about every case; 1 if an answer is wrong."""
+    """Register the plugins twice and ask them about every case; 1 if an answer is wrong."""
     registry, cuda = Registry(), Driver()
     trt.get_plugin_registry = lambda: registry
     sys.modules["cuda.bindings.driver"] = cuda.module()
@@ -206,28 +250,29 @@ def main() -> int:
     ptx = load_ptx()
     for _ in range(2):
         plugin_v3.register(trt, ptx)
-    (creator,) = registry.creators
     problems: list[str] = []
-    if [field.name for field in creator.field_names] != [plugins.PLANES_FIELD]:
-        problems.append("the parser looks for other attributes")
-    asked = 0
-    for case in CASES:
-        planes = np.array([case[5]], np.int32)
-        field = trt.PluginField(plugins.PLANES_FIELD, planes, trt.PluginFieldType.INT32)
-        made = create(trt.PluginFieldCollection([field]), trt.TensorRTPhase.BUILD)
+    for creator, own in zip(registry.creators, OWN_PLUGINS, strict=True):
+        if [field.name for field in creator.field_names] != [own.rule.attribute]:
+            problems.append(f"of {own.rule.name} the parser looks for other attributes")
+    asked, cases = 0, list(make_cases())
+    for case in cases:
+        value = np.array([case.value], np.int32)
+        field = trt.PluginField(case.own.rule.attribute, value, trt.PluginFieldType.INT32)
+        fields = trt.PluginFieldCollection([field])
+        made = create(case.own, fields, trt.TensorRTPhase.BUILD)
         problems += [f"{case}: {each}" for each in problems_of_build(case, made)]
         fields = owned(made.clone()).get_fields_to_serialize()
         gc.collect()
         _churn = [np.zeros(1, np.int32) for _ in range(4096)]  # over what nothing keeps alive
         problems += [f"{case}: {each}" for each in problems_of_run(case, fields, ptx, cuda)]
-        asked += len(w4_tactics(case[5]))
-    problems += problems_of_errors(cuda)
+        asked += len(case.own.tactics(case.value))
+    problems += problems_of_errors(cases[0], cuda)
     if len(cuda.modules) != len(set(cuda.modules)):
         problems.append("a kernel is loaded twice")
     trt.DimsExprs = dims_exprs
     for problem in problems:
         print(problem, file=sys.stderr)
-    print(f"TensorRT {trt.__version__}: the plugin of Python is taken, {asked} launches")
+    print(f"TensorRT {trt.__version__}: the plugins of Python are taken, {asked} launches")
     return int(bool(problems))
 
 

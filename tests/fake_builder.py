@@ -745,22 +745,33 @@ def _ask_plugins(
                 if not node.domain:
                     continue
                 own[node.name.removesuffix(f"/{node.op_type}")] = None
-                python = network.plugins.get(node.name)
-                if python is not None:
-                    shapes = [network.shapes[name] for name in node.inputs[1:]]
-                    sizes = [(batch, seq, shapes[0][0] * 32), *shapes]
-                    kinds = [DTYPES[network.types[name]] for name in node.inputs]
-                    if node.name not in serialized:
-                        serialized[node.name] = fake_plugin_v3.serialize(python, shapes)
-                    fake_plugin_v3.ask(python, sizes, kinds)
-                    continue
                 inputs = [
                     made.get(name) or _described(network, node, name, batch, seq)
                     for name in node.inputs
                 ]
-                outputs = PLUGINS.ask(f"{node.domain}::{node.op_type}", inputs)
+                python = network.plugins.get(node.name)
+                if python is None:
+                    outputs = PLUGINS.ask(f"{node.domain}::{node.op_type}", inputs)
+                else:
+                    if node.name not in serialized:
+                        shapes = [_symbols(network, node, name, made) for name in node.inputs]
+                        serialized[node.name] = fake_plugin_v3.serialize(python, shapes)
+                    sizes, kinds = zip(*((each.shape, each.dtype) for each in inputs), strict=True)
+                    asked = fake_plugin_v3.ask(python, sizes, kinds)
+                    outputs = tuple(TensorDesc(each.dims, each.type) for each in asked)
                 made.update(zip(node.outputs, outputs, strict=True))
     return list(own), list(serialized.values())
+
+
+def _symbols(
+    network: Network, node: Node, name: str, made: dict[str, TensorDesc]
+) -> tuple[int | str, ...]:
+    """The shape of a plugin's input in steps of any size, see `fake_plugin_v3.serialize`."""
+    if name.endswith((".partial", ".stats")):
+        return ("room", *made[name].shape[1:])
+    symbols: Any = _described(network, node, name, *("batch", "seq"))  # type: ignore[arg-type]
+    shape: tuple[int | str, ...] = symbols.shape
+    return shape
 
 
 def _described(network: Network, node: Node, name: str, batch: int, seq: int) -> TensorDesc:

@@ -8,19 +8,23 @@ printed, and becomes a failure without a reason, as NVIDIA's bindings have it (p
 from __future__ import annotations
 
 import enum
+import math
+import operator
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.tensorrt.launch_rules import room
+
 Shape = tuple[int, ...]
-INPUTS, OUTPUT = (0x1000, 0x2000, 0x3000, 0x4000), 0x5000
-"""Addresses that plugins get: the products themselves are computed elsewhere."""
+INPUTS, OUTPUTS = range(0x1000, 0x9000, 0x1000), range(0x9000, 0xF000, 0x1000)
+"""Addresses that plugins get: what they compute is computed elsewhere."""
 
 
 class IPluginV3:
@@ -62,6 +66,34 @@ class TensorRTPhase(enum.Enum):
 
 class TensorFormat(enum.Enum):
     LINEAR, HWC = range(2)
+
+
+class DimensionOperation(enum.Enum):
+    SUM, PROD, MAX, MIN, SUB, EQUAL, LESS, FLOOR_DIV, CEIL_DIV = range(9)
+
+
+@dataclass(frozen=True)
+class Size:
+    """``IDimensionExpr``, which has no operators."""
+
+    value: int
+
+
+class Sizes:
+    """``IExprBuilder``."""
+
+    _operations: ClassVar[dict[DimensionOperation, Callable[[int, int], int]]] = {
+        DimensionOperation.PROD: operator.mul,
+        DimensionOperation.MAX: max,
+        DimensionOperation.MIN: min,
+        DimensionOperation.CEIL_DIV: lambda first, second: -(-first // second),
+    }
+
+    def constant(self, value: int) -> Size:
+        return Size(value)
+
+    def operation(self, kind: DimensionOperation, first: Size, second: Size) -> Size:
+        return Size(self._operations[kind](first.value, second.value))
 
 
 class PluginField:
@@ -123,7 +155,7 @@ NAMES: dict[str, Any] = {
     for each in (
         *(IPluginV3, IPluginV3OneCore, IPluginV3OneBuild, IPluginV3OneRuntime),
         *(IPluginCreatorV3One, PluginField, PluginFieldCollection, PluginFieldType),
-        *(TensorRTPhase, TensorFormat),
+        *(TensorRTPhase, TensorFormat, DimensionOperation),
     )
 }
 """What a module of every version has."""
@@ -160,8 +192,8 @@ def create(node_type: str, version: str, namespace: str, attributes: dict[str, A
         return creator.create_plugin("node", PluginFieldCollection(fields), TensorRTPhase.BUILD)
 
 
-def ask(plugin: Any, shapes: Sequence[Shape], types: Sequence[Any]) -> None:
-    """Ask and time a plugin, as a builder does for one profile.
+def ask(plugin: Any, shapes: Sequence[Shape], types: Sequence[Any]) -> list[Desc]:
+    """Ask and time a plugin, as a builder does for one profile; returns the outputs.
 
     Args:
         plugin: of the network.
@@ -174,41 +206,46 @@ def ask(plugin: Any, shapes: Sequence[Shape], types: Sequence[Any]) -> None:
     assert made._build
     assert made._runtime
     assert made.timing_cache_id
-    assert made.num_outputs == 1
     with printed("get_output_data_types"):
-        (output_type,) = made.get_output_data_types(list(types))
-        (output,) = made.get_output_shapes([list(shape) for shape in shapes], [], object())
+        output_types = made.get_output_data_types(list(types))
+        sizes = [[Size(size) for size in shape] for shape in shapes]
+        outputs = made.get_output_shapes(sizes, [], Sizes())
+    assert len(outputs) == len(output_types) == made.num_outputs
     ports = [DynamicDesc(Desc(*each)) for each in zip(shapes, types, strict=True)]
-    ports.append(DynamicDesc(Desc(tuple(output), output_type)))
+    num_inputs = len(ports)
+    for sizes, kind in zip(outputs, output_types, strict=True):
+        ports.append(DynamicDesc(Desc(tuple(size.value for size in sizes), kind)))
     for place, port in enumerate(ports):
-        assert made.supports_format_combination(place, ports, len(types))
+        assert made.supports_format_combination(place, ports, num_inputs)
         port.desc.format = TensorFormat.HWC
-        assert not made.supports_format_combination(place, ports, len(types))
+        assert not made.supports_format_combination(place, ports, num_inputs)
         port.desc.format = TensorFormat.LINEAR
     with printed("configure_plugin"):
-        made.configure_plugin(ports[:-1], ports[-1:])
+        made.configure_plugin(ports[:num_inputs], ports[num_inputs:])
     tactics = made.get_valid_tactics()
     assert len(set(tactics)) == len(tactics) > 1
     assert min(tactics) > 0
     driver = sys.modules["cuda.bindings.driver"]
     _, stream = driver.cuStreamCreate(0)
     descs = [port.desc for port in ports]
+    reads, writes = descs[:num_inputs], descs[num_inputs:]
     try:
         for tactic in tactics:
             mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
             driver.cuStreamBeginCapture(stream, mode)
             captured = made.clone()
             captured.set_tactic(tactic)
-            run(captured, descs[:-1], descs[-1:], stream, changed=True)
+            run(captured, reads, writes, stream, changed=True)
             code, graph = driver.cuStreamEndCapture(stream)
             assert code == 0, "a plugin cannot be timed in a CUDA graph"
             driver.cuGraphDestroy(graph)
             timed = made.clone()
             timed.set_tactic(tactic)
-            run(timed, descs[:-1], descs[-1:], stream, changed=True)
+            run(timed, reads, writes, stream, changed=True)
     finally:
         driver.cuStreamSynchronize(stream)
         driver.cuStreamDestroy(stream)
+    return writes
 
 
 def run(
@@ -219,17 +256,26 @@ def run(
         with printed("on_shape_change"):
             plugin.on_shape_change(list(inputs), list(outputs))
     with printed("enqueue"):
-        plugin.enqueue(list(inputs), list(outputs), list(INPUTS), [OUTPUT], 0, stream)
+        plugin.enqueue(
+            *(list(inputs), list(outputs)),
+            *(list(INPUTS[: len(inputs)]), list(OUTPUTS[: len(outputs)])),
+            *(0, stream),
+        )
 
 
-def serialize(plugin: Any, shapes: Sequence[Shape]) -> dict[str, Any]:
-    """What a plan has of a plugin: its fields, and the shapes of its weights."""
+def serialize(plugin: Any, shapes: Sequence[Sequence[int | str]]) -> dict[str, Any]:
+    """What a plan has of a plugin: its fields, and the shapes of its inputs.
+
+    A size is a number, ``batch`` or ``seq``, or ``room``: that of an attention's partial sums.
+    """
     fields = plugin.clone().get_fields_to_serialize()
     assert isinstance(fields, PluginFieldCollection)
     return {
         "key": [plugin.plugin_name, plugin.plugin_version, plugin.plugin_namespace],
         "fields": [[each.name, each.type.name, each.raw.tolist()] for each in fields],
         "shapes": [list(shape) for shape in shapes],
+        "outputs": plugin.num_outputs,
+        "tactics": len(plugin.clone().get_valid_tactics()),
     }
 
 
@@ -262,16 +308,18 @@ class Attached:
                 (each.attach_to_context(types.SimpleNamespace()), record)
                 for each, record in plugins
             ]
-        for place, (each, _) in enumerate(self._plugins):
-            each.set_tactic(place % 5 + 1)
+        for place, (each, record) in enumerate(self._plugins):
+            each.set_tactic(place % record["tactics"] + 1)
         self._version = -1
 
     def run(self, batch: int, seq: int, stream: int, version: int) -> None:
         """Put all of them on a stream; ``version`` is of the context's shapes and addresses."""
         changed, self._version = self._version != version, version
         for each, record in self._plugins:
-            weights, *others = map(tuple, record["shapes"])
-            shapes = [(batch, seq, weights[0] * 32), weights, *others]
-            descs = [Desc(shape, None) for shape in shapes]
-            output = Desc((batch, seq, weights[2]), None)
-            run(each, descs, [output], stream, changed=changed)
+            sizes: dict[Any, int] = {"batch": batch, "seq": seq}
+            shapes = [tuple(sizes.get(size, size) for size in shape) for shape in record["shapes"]]
+            if "room" in shapes[0]:
+                sizes["room"] = room(math.prod(shapes[-1][:3]))  # of the query
+                shapes = [tuple(sizes.get(size, size) for size in shape) for shape in shapes]
+            outputs = [Desc((), None)] * record["outputs"]  # nothing depends on their shapes
+            run(each, [Desc(shape, None) for shape in shapes], outputs, stream, changed=changed)

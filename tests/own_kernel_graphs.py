@@ -11,11 +11,16 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from edge.backends.tensorrt.plugins import NAME, NAMESPACE
+from edge.backends.tensorrt.launch_rules import (
+    JOIN,
+    NAMESPACE,
+    PARTS,
+    PRODUCT,
+    number_of_parts,
+    room,
+)
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
-from engines.kernels.attention import number_of_parts, room
-from engines.kernels.attention_plugins import JOIN, PARTS
 from engines.kernels.layout import unpack_weights
 from engines.kernels.reference import w4_gemv
 from engines.kernels.variants import LEAST_PART
@@ -37,7 +42,7 @@ class W4Linear(OpRun):  # type: ignore[misc]
         return (exact.astype(np.float16).reshape(*x.shape[:-1], columns),)
 
 
-W4Linear.__name__ = NAME
+W4Linear.__name__ = PRODUCT.name
 
 
 class AttentionParts(OpRun):  # type: ignore[misc]
@@ -112,7 +117,7 @@ def _range_of(part: int, parts: int, past: int, tokens: int, token: int) -> tupl
     return part * each, min((part + 1) * each, past + token + 1)
 
 
-AttentionParts.__name__, AttentionJoin.__name__ = PARTS, JOIN
+AttentionParts.__name__, AttentionJoin.__name__ = PARTS.name, JOIN.name
 
 
 def load(data: bytes, directory: Path) -> onnx.ModelProto:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.kv_scales import Scales
-
 from .best import BestLogits
 from .step import Floats, Ints, Step
+
+if TYPE_CHECKING:
+    from edge.bundle.kv_scales import Scales
 
 __all__ = ["Backend", "BestLogits", "Floats", "Ints", "Rows", "Step"]
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.io_spec import sum_error
-from edge.bundle.manifest import FloatType
+
+if TYPE_CHECKING:
+    from edge.bundle.manifest import FloatType
 
 _UNITS: dict[FloatType, float] = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 2.0**-24}
 _FAR = 12.0

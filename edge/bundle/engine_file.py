@@ -194,7 +194,7 @@ class EngineInfo(_Struct, frozen=True):
         plugins: how own kernels are in the engine: ``compiled`` into the plan, or ``python``, whose
             launches `edge.backends.tensorrt.plugins` makes; None without own kernels, and of
             engines from before there were both, which have the first kind.
-        python_kernels: with ``python``, the kernels (`edge.backends.tensorrt.plugins.pack`).
+        python_kernels: with ``python``, the kernels (`edge.backends.tensorrt.plugin_kernels.pack`).
     """
 
     schema_version: int

@@ -55,11 +55,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edge.errors import ConfigError
 
-from .manifest import Dialect, FloatType, ModelSpec
+if TYPE_CHECKING:
+    from .manifest import Dialect, FloatType, ModelSpec
 
 INPUTS_EMBEDS = "inputs_embeds"
 POSITION_IDS = "position_ids"

@@ -2,91 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from edge.backends.tensorrt.launch_rules import JOIN, PARTS, number_of_parts, room
 from edge.errors import ConfigError
 
-from .launch import Buffers, Job, Launch
+from .launch import Buffers, Job, Tactic, launch_of
 from .variants import (
     ATTENTION_ROWS,
     BY_NAME,
     HEAD_WIDTHS,
     JOIN_ROWS,
-    MOST_CACHE_PARTS,
-    Variant,
     attention_name,
     join_name,
 )
 
-BUSY_ROWS = 8192
-"""Heads of tokens, those of each part counted, that keep a GPU busy: 128 programs of 64, eight for
-each of an Orin's multiprocessors. Where a step has as many there is one part. It is also the least
-room for partial sums: so the room never shrinks where a step grows, and TensorRT, which knows the
-largest step, sets aside enough for all."""
 
-
-@dataclass(frozen=True)
-class Tile:
-    """One way to compute either half of an attention, for any number of tokens.
-
-    Attributes:
-        variant: what is launched.
-        rows: heads of tokens that a program does.
-    """
-
-    variant: Variant
-    rows: int
-
-
-def part_tiles(width: int) -> tuple[Tile, ...]:
+def part_tactics(width: int) -> tuple[Tactic, ...]:
     """The ways to compute the parts: few tokens first, then many.
 
-    The grid is ``ceil(heads of a group * tokens / rows)``, sequences times groups, parts.
     TensorRT's number of a tactic is its place here plus one, and engines keep it: the order stays.
 
     Raises:
         ConfigError: a width of heads that no kernel is for.
     """
     _check_width(width)
-    return tuple(Tile(BY_NAME[attention_name(rows, width)], rows) for rows in ATTENTION_ROWS)
+    return tuple(
+        Tactic(BY_NAME[attention_name(rows, width)], rows, width) for rows in ATTENTION_ROWS
+    )
 
 
-def join_tiles(width: int) -> tuple[Tile, ...]:
+def join_tactics(width: int) -> tuple[Tactic, ...]:
     """The ways to join parts: of few tokens with many parts first, then of many.
 
-    The grid is ``ceil(heads * tokens of all sequences / rows)``, 1, 1; for the order see
-    `part_tiles`.
+    For the order see `part_tactics`.
 
     Raises:
         ConfigError: a width of heads that no kernel is for.
     """
     _check_width(width)
-    return tuple(Tile(BY_NAME[join_name(rows, width)], rows) for rows in JOIN_ROWS)
+    return tuple(Tactic(BY_NAME[join_name(rows, width)], rows, width) for rows in JOIN_ROWS)
 
 
 def _check_width(width: int) -> None:
     if width not in HEAD_WIDTHS:
         raise ConfigError(f"attention takes heads of {HEAD_WIDTHS} values, not {width}")
-
-
-def room(rows: int) -> int:
-    """Heads of tokens for whose partial sums there is room.
-
-    Args:
-        rows: heads of tokens of all sequences.
-    """
-    return max(BUSY_ROWS, rows)
-
-
-def number_of_parts(rows: int) -> int:
-    """Programs that share a sequence's rows.
-
-    Args:
-        rows: heads of tokens of all sequences.
-    """
-    return min(MOST_CACHE_PARTS, room(rows) // rows)
 
 
 def attention(
@@ -109,14 +69,14 @@ def attention(
         tokens: per sequence.
         width: of a head, 64 or 128.
         capacity: rows of the cache.
-        tile: place in `part_tiles`; None is the first that has a token's heads of all tokens, or
+        tile: place in `part_tactics`; None is the first that has a token's heads of all tokens, or
             the last.
-        join: place in `join_tiles`; None is the first where parts are several, else the last.
+        join: place in `join_tactics`; None is the first where parts are several, else the last.
 
     Raises:
         ConfigError: the kernels do not serve this.
     """
-    tiles, joins = part_tiles(width), join_tiles(width)
+    tiles, joins = part_tactics(width), join_tactics(width)
     if min(batch, groups, heads, tokens, capacity) < 1:
         raise ConfigError(
             "attention takes at least one sequence, group, head, token and cache row, not "
@@ -128,24 +88,6 @@ def attention(
         tile = 0 if rows <= tiles[0].rows else 1
     if join is None:
         join = 0 if parts > 1 else 1
-    attend = Launch(
-        tiles[tile].variant,
-        (-(-rows // tiles[tile].rows), pairs, parts),
-        (
-            *("query", "keys", "values", "new_keys", "new_values", "positions"),
-            *(groups, heads, tokens, capacity),
-            *("partial", "stats"),
-        ),
-    )
-    combine = Launch(
-        joins[join].variant,
-        (-(-rows * pairs // joins[join].rows), 1, 1),
-        (
-            *("partial", "stats", "positions", "query"),
-            *(rows * pairs, tokens, groups * heads, parts),
-            "output",
-        ),
-    )
     half, wide, whole = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.int32)
     buffers: Buffers = {
         "query": ((batch, groups * heads, tokens, width), half),
@@ -158,4 +100,8 @@ def attention(
         "stats": ((room(rows * pairs), 2), wide),
         "output": ((batch, tokens, groups * heads * width), half),
     }
-    return Job((attend, combine), buffers, ("output",))
+    launches = tuple(
+        launch_of(rule, tactic, [buffers[name][0] for name in rule.inputs])
+        for rule, tactic in ((PARTS, tiles[tile]), (JOIN, joins[join]))
+    )
+    return Job(launches, buffers, ("output",))

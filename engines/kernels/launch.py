@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from edge.backends.tensorrt.launch_rules import BLOCK, NUMBERS, PRODUCT, PluginRule, Shape
 from edge.errors import ConfigError
 
 from .variants import (
-    BLOCK,
     BY_NAME,
     KEEP,
     MAX_ROWS,
@@ -60,15 +61,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Tactic:
-    """One way to compute a product of any number of rows and columns.
-
-    The parameters are those of the kernel `w4_gemv`; the grid is ``ceil(all columns / columns)``,
-    ``ceil(all rows / rows)``, 1.
+    """One way to compute what a plugin does, right for any size.
 
     Attributes:
         variant: what is launched.
-        rows: of a program.
-        columns: of a program.
+        rows: of the output, that a program computes; of an attention, heads of tokens.
+        columns: of the output, that a program computes.
     """
 
     variant: Variant
@@ -163,12 +161,6 @@ def product(
             f"and at least one row and column, not {rows} and {columns}"
         )
     half, word = np.dtype(np.float16), np.dtype(np.int32)
-    numbers = (rows, columns, depth, (group // BLOCK).bit_length() - 1, int(bias))
-    launch = Launch(
-        tactic.variant,
-        (-(-columns // tactic.columns), -(-rows // tactic.rows), 1),
-        ("x", "weights", "scales", "bias", *numbers, "y"),
-    )
     buffers: Buffers = {
         "x": ((rows, depth), half),
         "weights": ((depth // BLOCK, planes, columns, 4), word),
@@ -176,7 +168,22 @@ def product(
         "bias": ((columns if bias else 1,), half),
         "y": ((rows, columns), half),
     }
-    return Job((launch,), buffers, ("y",))
+    # A plugin of one column reads its bias in any case; here nobody does where there is none.
+    shapes = [buffers[name][0] if name != "bias" or bias else (0,) for name in PRODUCT.inputs]
+    return Job((launch_of(PRODUCT, tactic, shapes),), buffers, ("y",))
+
+
+def launch_of(rule: PluginRule, tactic: Tactic, shapes: Sequence[Shape]) -> Launch:
+    """The launch of a plugin's kernel.
+
+    Args:
+        rule: of the plugin.
+        tactic: one of its kernels.
+        shapes: of its inputs.
+    """
+    grid, numbers = rule.launch(shapes, tactic, NUMBERS)
+    counts: list[str | int] = [int(number) for number in numbers]
+    return Launch(tactic.variant, grid, (*rule.inputs, *counts, *rule.outputs))
 
 
 def top_k_logsumexp(rows: int, columns: int) -> Job:

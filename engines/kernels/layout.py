@@ -15,9 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.tensorrt.launch_rules import BLOCK
 from edge.errors import ConfigError
-
-from .variants import BLOCK
 
 
 def pack_weights(planes: Sequence[NDArray[np.int8]]) -> NDArray[np.int32]:

@@ -1,110 +1,98 @@
-"""`w4_gemv` as a plugin of TensorRT: what its builder asks about a product, answered.
+"""Own kernels as plugins of TensorRT from 10.13 on: what its builder asks about them, answered.
 
-The plugin is compiled ahead of time: TensorRT puts the PTX and the launch rule into the engine,
+The plugins are compiled ahead of time: TensorRT puts the PTX and the launch rule into the engine,
 which then needs neither Python nor a plugin library (NVIDIA's Python API, ``tensorrt.plugin`` and
-its ``aot_impl``). It has no attributes: all numbers follow from shapes, so none has to survive a
+its ``aot_impl``). They have no attributes: all numbers follow from shapes, so none has to survive a
 way through ONNX, the parser and NumPy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import Parameter, Signature
 from types import GenericAlias
 from typing import Any
 
-from edge.backends.tensorrt.plugins import INPUTS, NAME, NAMESPACE, product_launch
+from edge.backends.tensorrt.launch_rules import NAMESPACE, Arithmetic
+from edge.bundle.io_spec import ElementType
 
-from .launch import w4_tactics
+from .launch import Tactic
+from .own_plugins import OWN_PLUGINS, OwnPlugin
 from .package import Ptx
-from .variants import BLOCK
 
 VERSION = "1"
 
 
-def register(trtp: Any, ptx: Mapping[str, Ptx]) -> None:
-    """Make the plugin known to TensorRT, once per process.
+def register(trtp: Any, ptx: Mapping[str, Ptx], types: Mapping[ElementType, Any]) -> None:
+    """Make the plugins known to TensorRT, once per process.
 
     Args:
         trtp: the module ``tensorrt.plugin``.
         ptx: kernels by variant, from `package.load_ptx`.
+        types: from `own_plugins.element_types`.
     """
-    if hasattr(trtp.op, NAMESPACE) and hasattr(getattr(trtp.op, NAMESPACE), NAME):
-        return
+    for own in OWN_PLUGINS:
+        if not hasattr(getattr(trtp.op, NAMESPACE, None), own.rule.name):
+            _register(trtp, own, ptx, types)
 
-    def describe(x: Any, weights: Any, scales: Any, bias: Any) -> Any:
-        leading = (x.shape_expr[axis] for axis in range(x.ndim - 1))
-        return trtp.from_shape_expr((*leading, weights.shape_expr[2]), dtype=x.dtype)
 
-    def tune(x: Any, weights: Any, scales: Any, bias: Any, outputs: Any) -> Any:
-        numbers = [place + 1 for place, _ in enumerate(w4_tactics(_planes(weights)))]
-        return [trtp.AutoTuneCombination("FP16, INT32, FP16, FP16, FP16", "LINEAR", numbers)]
+def _register(
+    trtp: Any, own: OwnPlugin, ptx: Mapping[str, Ptx], types: Mapping[ElementType, Any]
+) -> None:
+    rule = own.rule
+    symbols = Arithmetic(trtp.cdiv, trtp.max, trtp.min)
 
-    def implement(
-        x: Any,
-        weights: Any,
-        scales: Any,
-        bias: Any,
-        outputs: Any,
-        tactic: int,
-    ) -> Any:
-        chosen = w4_tactics(_planes(weights))[tactic - 1]
+    def tactics_of(inputs: Sequence[Any]) -> tuple[Tactic, ...]:
+        return own.tactics(int(rule.value_of([each.shape for each in inputs])))
+
+    def describe(*inputs: Any) -> Any:
+        shapes = rule.output_shapes([_shape(each) for each in inputs], symbols)
+        kinds = rule.outputs.values()
+        found = tuple(
+            trtp.from_shape_expr(tuple(shape), dtype=types[kind])
+            for shape, kind in zip(shapes, kinds, strict=True)
+        )
+        return found if len(found) > 1 else found[0]
+
+    def tune(*arguments: Any) -> Any:
+        *inputs, _ = arguments
+        kinds = ", ".join((*rule.inputs.values(), *rule.outputs.values())).upper()
+        numbers = [place + 1 for place, _ in enumerate(tactics_of(inputs))]
+        return [trtp.AutoTuneCombination(kinds, "LINEAR", numbers)]
+
+    def implement(*arguments: Any) -> Any:
+        *inputs, _, tactic = arguments
+        chosen = tactics_of(inputs)[tactic - 1]
         kernel = ptx[chosen.variant.name]
-        leading = (x.shape_expr[axis] for axis in range(x.ndim - 1))
-        constants = [each.shape_expr for each in (weights, scales, bias)]
-        shapes = [(*leading, constants[0][0] * BLOCK), *constants]
-        grid, numbers = product_launch(shapes, chosen.rows, chosen.columns, trtp.cdiv)
+        (x, y, z), numbers = rule.launch([_shape(each) for each in inputs], chosen, symbols)
         launch = trtp.KernelLaunchParams(
-            grid_x=grid[0],
-            grid_y=grid[1],
-            block_x=kernel.threads,
-            shared_mem=kernel.shared_bytes,
+            grid_x=x, grid_y=y, grid_z=z, block_x=kernel.threads, shared_mem=kernel.shared_bytes
         )
         return kernel.entry, kernel.text, launch, trtp.SymIntExprs.from_tuple(numbers)
 
-    register_compiled(trtp, NAME, INPUTS, 1, describe, tune, implement)
-
-
-def register_compiled(
-    trtp: Any,
-    name: str,
-    input_names: Sequence[str],
-    num_outputs: int,
-    describe: Any,
-    tune: Any,
-    implement: Any,
-) -> None:
-    """Give TensorRT the three functions of a plugin that is compiled ahead of time.
-
-    Args:
-        trtp: the module ``tensorrt.plugin``.
-        name: of the plugin, in our namespace.
-        input_names: as the functions name them.
-        num_outputs: of the plugin.
-        describe: shapes and types of the outputs, for ``register``.
-        tune: the tactics, for ``autotune``.
-        implement: the kernel and its launch, for ``aot_impl``.
-    """
-    # TensorRT reads the annotations as objects; its module is known here only.
-    desc, text = trtp.TensorDesc, str | bytes
-    inputs = dict.fromkeys(input_names, desc)
-    outputs = GenericAlias(tuple, (desc,) * num_outputs)
-    describe.__annotations__ = {**inputs, "return": outputs if num_outputs > 1 else desc}
-    tune.__annotations__ = {
-        **inputs,
-        "outputs": outputs,
-        "return": GenericAlias(list, (trtp.AutoTuneCombination,)),
-    }
-    implement.__annotations__ = {
-        **inputs,
-        "outputs": outputs,
-        "tactic": int,
-        "return": GenericAlias(tuple, (text, text, trtp.KernelLaunchParams, trtp.SymExprs)),
-    }
-    plugin_id = f"{NAMESPACE}::{name}"
+    # TensorRT reads these signatures; the types in them are its own.
+    inputs = dict.fromkeys(rule.inputs, trtp.TensorDesc)
+    outputs = GenericAlias(tuple, (trtp.TensorDesc,) * len(rule.outputs))
+    text = str | bytes
+    combinations = GenericAlias(list, (trtp.AutoTuneCombination,))
+    launches = GenericAlias(tuple, (text, text, trtp.KernelLaunchParams, trtp.SymExprs))
+    described = outputs if len(rule.outputs) > 1 else trtp.TensorDesc
+    _sign(describe, inputs, described)
+    _sign(tune, {**inputs, "outputs": outputs}, combinations)
+    _sign(implement, {**inputs, "outputs": outputs, "tactic": int}, launches)
+    plugin_id = f"{NAMESPACE}::{rule.name}"
     trtp.register(plugin_id)(describe)
     trtp.autotune(plugin_id)(tune)
     trtp.aot_impl(plugin_id)(implement)
 
 
-def _planes(weights: Any) -> int:
-    return int(weights.shape[1])
+def _shape(tensor: Any) -> tuple[Any, ...]:
+    return tuple(tensor.shape_expr[axis] for axis in range(tensor.ndim))
+
+
+def _sign(function: Any, arguments: Mapping[str, Any], result: Any) -> None:
+    parameters = [
+        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+        for name, kind in arguments.items()
+    ]
+    function.__signature__ = Signature(parameters, return_annotation=result)

@@ -1,35 +1,31 @@
-"""The plugin of `edge.backends.tensorrt.plugins` as TensorRT builds with it, before 10.13.
+"""The plugins of `edge.backends.tensorrt.plugins` as TensorRT builds with them, before 10.13.
 
-Its tactics are those of the plugin that is compiled into engines (`plugin`), in the same order.
-The number of planes is an attribute in the graph, since all that a plugin is made of must be known
-when it is made: what it serializes, and by what TensorRT finds its timings again
-(NvInferRuntime.h of 10.3, ``getTimingCacheID``).
+Their tactics are those of the plugins that are compiled into engines (`plugin`), in the same order.
+Which variants of a kernel a plugin has is an attribute in the graph, since all that a plugin is
+made of must be known when it is made: what it serializes, and by what TensorRT finds its timings
+again (NvInferRuntime.h of 10.3, ``getTimingCacheID``).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edge.backends.tensorrt import plugins
-from edge.backends.tensorrt.plugins import (
-    INPUTS,
-    OwnKernels,
-    ProductKernel,
-    pack,
-    product_class,
-    told,
-    unpack,
-)
+from edge.backends.tensorrt.launch_rules import Arithmetic, PluginRule
+from edge.backends.tensorrt.plugin_kernels import OwnKernels, PluginKernel, pack, unpack
+from edge.backends.tensorrt.plugins import plugin_class, told
 
-from .launch import w4_tactics
+from .own_plugins import OWN_PLUGINS, OwnPlugin, element_types
 from .package import Ptx
+
+_EACH = tuple((own, value) for own in OWN_PLUGINS for value in own.values)
 
 
 def register(trt: Any, ptx: Mapping[str, Ptx]) -> None:
-    """Make the plugin known to TensorRT, for builds too.
+    """Make the plugins known to TensorRT, for builds too.
 
     Args:
         trt: the module ``tensorrt``.
@@ -39,19 +35,33 @@ def register(trt: Any, ptx: Mapping[str, Ptx]) -> None:
         DependencyError: this TensorRT takes no such plugin, or cuda-bindings is missing.
     """
     own_kernels = plugins.register(trt)
-    packed = {planes: pack_kernels(planes, ptx) for planes in (1, 2)}
+    packed = {(own.rule.name, value): _pack(own, value, ptx) for own, value in _EACH}
     for each in packed.values():
         own_kernels.add(each)
-    own_kernels.for_build = lambda planes: _build_class(trt)(packed[planes], own_kernels)
+
+    def make(rule: PluginRule, value: int) -> Any:
+        return _build_class(trt, rule)(packed[rule.name, value], own_kernels)
+
+    own_kernels.for_build = make
 
 
-def pack_kernels(planes: int, ptx: Mapping[str, Ptx]) -> bytes:
-    """The kernels of weights in one or two planes; a tactic's number is the place plus one."""
+def pack_kernels(used: Iterable[tuple[str, int]], ptx: Mapping[str, Ptx]) -> tuple[bytes, ...]:
+    """The kernels of plugins; a tactic's number is the place plus one.
+
+    Args:
+        used: plugins, each by its name and the value of its attribute.
+        ptx: kernels by variant, from `package.load_ptx`.
+    """
+    wanted = frozenset(used)
+    return tuple(_pack(own, value, ptx) for own, value in _EACH if (own.rule.name, value) in wanted)
+
+
+def _pack(own: OwnPlugin, value: int, ptx: Mapping[str, Ptx]) -> bytes:
     found = []
-    for tactic in w4_tactics(planes):
+    for tactic in own.tactics(value):
         kernel = ptx[tactic.variant.name]
         found.append(
-            ProductKernel(
+            PluginKernel(
                 kernel.text,
                 kernel.entry,
                 kernel.threads,
@@ -63,34 +73,69 @@ def pack_kernels(planes: int, ptx: Mapping[str, Ptx]) -> bytes:
     return pack(found)
 
 
+class _Size:
+    """A size of which TensorRT makes expressions: its own has no operators before 10.13."""
+
+    def __init__(self, trt: Any, builder: Any, expression: Any) -> None:
+        self._trt, self._builder, self.expression = trt, builder, expression
+
+    def with_(self, kind: str, other: _Size | int) -> _Size:
+        """An operation on it and another size."""
+        second = other.expression if isinstance(other, _Size) else self._builder.constant(other)
+        operation = getattr(self._trt.DimensionOperation, kind)
+        made = self._builder.operation(operation, self.expression, second)
+        return _Size(self._trt, self._builder, made)
+
+    def __mul__(self, other: _Size | int) -> _Size:
+        return self.with_("PROD", other)
+
+
+_SYMBOLS = Arithmetic(
+    lambda first, second: first.with_("CEIL_DIV", second),
+    lambda first, second: first.with_("MAX", second),
+    lambda first, second: first.with_("MIN", second),
+)
+
+
 @functools.cache
-def _build_class(trt: Any) -> Any:
-    class BuildProduct(product_class(trt), trt.IPluginV3OneBuild):  # type: ignore[misc]
+def _build_class(trt: Any, rule: PluginRule) -> Any:
+    types = element_types(trt)
+    kinds = [types[kind] for kind in (*rule.inputs.values(), *rule.outputs.values())]
+
+    class BuildPlugin(plugin_class(trt, rule), trt.IPluginV3OneBuild):  # type: ignore[misc]
         def __init__(self, packed: bytes, own_kernels: OwnKernels) -> None:
             super().__init__(packed, own_kernels)
             trt.IPluginV3OneBuild.__init__(self)
-            self.num_outputs = 1
+            self.num_outputs = len(rule.outputs)
             # Without it TensorRT would time each layer anew, those of the same shapes too.
             self.timing_cache_id = hashlib.sha256(packed).hexdigest()
 
         @told
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
-            return [input_types[0]]
+            return kinds[len(rule.inputs) :]
 
         @told
-        def get_output_shapes(self, inputs: Any, shape_inputs: Any, sizes: Any) -> list[Any]:
-            x, weights = inputs[0], inputs[1]
-            leading = [x[axis] for axis in range(len(x) - 1)]
-            return [trt.DimsExprs([*leading, weights[2]])]
+        def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> list[Any]:
+            shapes = [
+                tuple(_Size(trt, builder, each[axis]) for axis in range(len(each)))
+                for each in inputs
+            ]
+            return [
+                trt.DimsExprs(
+                    [
+                        size.expression if isinstance(size, _Size) else builder.constant(size)
+                        for size in shape
+                    ]
+                )
+                for shape in rule.output_shapes(shapes, _SYMBOLS)
+            ]
 
         @told
         def supports_format_combination(
             self, pos: int, in_out: Sequence[Any], num_inputs: int
         ) -> bool:
-            words = INPUTS.index("weights")
-            wanted = trt.DataType.INT32 if pos == words else trt.DataType.HALF
             found = in_out[pos].desc
-            return bool(found.type == wanted and found.format == trt.TensorFormat.LINEAR)
+            return bool(found.type == kinds[pos] and found.format == trt.TensorFormat.LINEAR)
 
         @told
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
@@ -103,4 +148,4 @@ def _build_class(trt: Any) -> Any:
         def get_valid_tactics(self) -> list[int]:
             return [place + 1 for place, _ in enumerate(unpack(self.packed))]
 
-    return BuildProduct
+    return BuildPlugin

@@ -10,18 +10,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from edge.backends.tensorrt.launch_rules import MOST_CACHE_PARTS
+
 ARCHITECTURES = (80, 87, 90, 100, 110, 120)
 """Compute capabilities, times ten. 80 is Ampere, and runs on other desktop GPUs of 8.x, Ada too; 87
 is the Orin; 90 is Hopper; 100 and 120 are Blackwell, for data centres and desktops; 110 is Thor."""
 MAX_ROWS = 8
 """Of a product by `w4_gemv`: beyond that tensor cores win."""
-BLOCK = 32
-"""Weights of a column that lie together, in 16 bytes; a group is a multiple of it."""
 HEAD_WIDTHS = (64, 128)
 ATTENTION_ROWS, JOIN_ROWS = (16, 64), (1, 8)
 """Heads of tokens that a program of attention does, and one that joins parts."""
-LEAST_PART, MOST_CACHE_PARTS = 128, 64
-"""Rows of a sequence that are worth a program, and programs that share its rows at most."""
+LEAST_PART = 128
+"""Rows of a sequence that are worth a program."""
 KEEP = 64
 """Logits that are kept of a row."""
 PART = 4096

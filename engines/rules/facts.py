@@ -20,7 +20,7 @@ _ELEMENTWISE = (*_COMPARISONS, "Add", "Sub", "Mul", "Div", "Where", "Max", "Min"
 _SAME_RANK = (
     *("Cast", "QuantizeLinear", "DequantizeLinear", "Softmax", "Sigmoid", "Sqrt", "Slice", "Split"),
     *("Concat", "Transpose", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "Attention"),
-    "w4_linear",  # our plugin (engines.kernels.plugin)
+    "w4_linear",  # our plugin (edge.backends.tensorrt.launch_rules)
     *("Identity", "Neg", "Reciprocal", "Swish", "Tanh", "Exp", "Log", "Erf", "TopK"),
 )
 # Their output has the type of their first input.
@@ -29,7 +29,7 @@ _FIRST_INPUTS_TYPE = (
     *("MatMul", "Gemm", "Reshape", "Unsqueeze", "Squeeze", "Gather", "GatherND", "ReduceMean"),
     *("ReduceSum", "ReduceMax", "Expand", "Tile", "Pad", "ScatterND"),
 )
-# Our plugins of attention (engines.kernels.attention_plugins): type and rank of what they put out.
+# Our plugins of attention: type and rank of what they put out.
 _OWN_ATTENTION = {"attention_parts": ("fp32", 2), "attention_join": ("fp16", 3)}
 _COUNTS = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
 

@@ -12,7 +12,7 @@ import sys
 import types
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from click.testing import CliRunner
 from hypothesis import given, strategies
 
 from edge.backends.step import step_after
-from edge.backends.tensorrt import plugins
+from edge.backends.tensorrt import launch_rules, plugins
+from edge.backends.tensorrt.launch_rules import JOIN, PARTS, PRODUCT, PluginRule
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.engine_file import EngineInfo, read_engine_info, rebuild_command
 from edge.bundle.manifest import read_manifest
@@ -36,7 +37,9 @@ from engines.build_plan import plan_build
 from engines.builder import Target, build_engine
 from engines.config import BuildConfig
 from engines.kernels import launch, plugin, plugin_v3, reference
+from engines.kernels.attention import attention, join_tactics, part_tactics
 from engines.kernels.layout import pack_weights
+from engines.kernels.own_plugins import element_types
 from engines.kernels.package import load_ptx
 from engines.own_kernels import use_own_kernels
 from tests.conftest import Bundles
@@ -49,6 +52,7 @@ from .kernels.ptx import run as run_ptx
 from .test_own_kernels import check_graph, only_engine, rewrite, run, target_of
 
 JETPACK6 = "10.3.0.30"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture
@@ -109,7 +113,8 @@ def test_the_graph_names_the_plugin_of_python(
     own = use_own_kernels(graph, read_manifest(bundle), bundle, tmp_path / "own", "python")
     check_graph(bundle, own)
     assert own.linears == compiled.linears
-    assert own.planes == compiled.planes == planes  # the head of int4 is INT8
+    used = {(PRODUCT.name, number) for number in planes}  # the head of int4 is INT8
+    assert own.plugins == compiled.plugins == used
     nodes = [
         [node for node in OnnxFile(each.data).nodes if node.domain] for each in (own, compiled)
     ]
@@ -135,9 +140,8 @@ def test_an_engine_of_jetpack_6_runs_with_own_kernels(bundle: Path, target: Targ
     assert "own kernels: 9 layers\n" in text
     directory, info = only_engine(bundle)
     assert (info.kernels, info.plugins, len(info.own_linears)) == ("own", "python", 9)
-    assert info.python_kernels == tuple(
-        plugin_v3.pack_kernels(planes, load_ptx()) for planes in (1, 2)
-    )
+    used = [(PRODUCT.name, 1), (PRODUCT.name, 2)]
+    assert info.python_kernels == plugin_v3.pack_kernels(used, load_ptx())
     assert rebuild_command(directory, info).endswith("--kernels own")
     shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
     assert "9 linear layers, launched by Python" in shown
@@ -177,7 +181,8 @@ def test_python_launches_a_decode_step_when_it_is_captured_only(built: Path, gpu
 def test_int8_in_two_planes(tiny_bundles: Bundles, tmp_path: Path, target: Target) -> None:
     bundle = Path(shutil.copytree(tiny_bundles("llama", "portable", "int8"), tmp_path / "bundle"))
     result = build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)
-    assert result.info.python_kernels == (plugin_v3.pack_kernels(2, load_ptx()),)
+    used = [(PRODUCT.name, 2)]
+    assert result.info.python_kernels == plugin_v3.pack_kernels(used, load_ptx())
     engine = open_engine(bundle)
     decode(engine, 0)
     engine.close()
@@ -330,7 +335,7 @@ def test_a_graph_whose_plugin_cannot_be_made(
 
 
 def test_what_a_plugin_raised_does_not_hold_it() -> None:
-    made, recorder = make_plugin(1)
+    made, recorder = make_plugin(PRODUCT, 1)
 
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
@@ -339,7 +344,7 @@ def test_what_a_plugin_raised_does_not_hold_it() -> None:
     attached = made.attach_to_context(None)
     gone = weakref.ref(attached)
     with pytest.raises(plugins.KeptError):
-        enqueue_on(attached, [(1, 32), (1, 1, 1, 4), (1, 1), (1,)], 1, [16, 32, 48, 64, 80])
+        enqueue_on(attached, [(1, 32), (1, 1, 1, 4), (1, 1), (1,)], 1)
     del attached
     with pytest.raises(BackendError, match="ZeroDivisionError") as raised:
         made.own_kernels.raise_failure()
@@ -353,7 +358,7 @@ def test_the_first_failure_is_kept_once(gpu: FakeGpu) -> None:
     plugins.raise_failure(module)
     own_kernels = plugins.register(module)
     with pytest.raises(BackendError, match="built by edge-llm build only"):
-        own_kernels.for_build(1)
+        own_kernels.for_build(PRODUCT, 1)
     own_kernels.keep(KeyboardInterrupt())
     own_kernels.keep(ValueError("a consequence"))
     with pytest.raises(KeyboardInterrupt):
@@ -402,7 +407,7 @@ class Recorder:
 
 
 @functools.cache
-def make_plugin(planes: int) -> tuple[Any, Recorder]:
+def make_plugin(rule: PluginRule, value: int) -> tuple[Any, Recorder]:
     """A plugin of the runtime, by way of its fields, and the driver that it launches through."""
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
@@ -412,26 +417,61 @@ def make_plugin(planes: int) -> tuple[Any, Recorder]:
         module = make_module(FakeGpu(), JETPACK6)
         plugin_v3.register(module, load_ptx())
         own_kernels = plugins.register(module)
-    fields = own_kernels.for_build(planes).get_fields_to_serialize()
-    return own_kernels.creator.create_plugin("", fields, module.TensorRTPhase.RUNTIME), recorder
+        creator = REGISTRY.creators[rule.name, "v3", "edge_llm"]
+    fields = own_kernels.for_build(rule, value).get_fields_to_serialize()
+    return creator.create_plugin("", fields, module.TensorRTPhase.RUNTIME), recorder
 
 
-def enqueue(made: Any, shapes: list[tuple[int, ...]], tactic: int, addresses: list[int]) -> None:
-    enqueue_on(made.attach_to_context(None), shapes, tactic, addresses)
-
-
-def enqueue_on(
-    attached: Any, shapes: list[tuple[int, ...]], tactic: int, addresses: list[int]
-) -> None:
+def enqueue_on(attached: Any, shapes: Sequence[tuple[int, ...]], tactic: int) -> list[int]:
+    """Launch for inputs of some shapes; returns all addresses, those of two outputs last."""
     attached.set_tactic(tactic)
-    inputs = [Desc(shape, None) for shape in shapes]
-    output = [Desc((*shapes[0][:-1], shapes[1][2]), None)]
-    attached.on_shape_change(inputs, output)
-    attached.enqueue(inputs, output, addresses[:4], addresses[4:], 0, 0x9)
+    inputs, addresses = [Desc(shape, None) for shape in shapes], list(range(16, 160, 16))
+    outputs = [Desc((), None)] * len(RULES[attached.plugin_name].outputs)
+    attached.on_shape_change(inputs, outputs)
+    given, taken = addresses[: len(inputs)], addresses[7 : 7 + len(outputs)]
+    attached.enqueue(inputs, outputs, given, taken, 0, 0x9)
+    return given + taken
+
+
+RULES = {rule.name: rule for rule in launch_rules.PLUGINS}
+TYPES = {"fp16": "HALF", "fp32": "FLOAT", "int32": "INT32"}
+SIZES = strategies.integers(1, 600)
+
+
+@functools.cache
+def compiled_plugins() -> Plugins:
+    known = Plugins()
+    types_of = element_types(make_module(FakeGpu(), "10.13.3"))
+    plugin.register(known.module(), known_ptx(), types_of)
+    return known
+
+
+def check_launch(
+    rule: PluginRule, value: int, shapes: Sequence[tuple[int, ...]], tactic: int
+) -> None:
+    """A launch is that of the plugin that TensorRT compiles into engines."""
+    seen: list[Any] = []
+    made, recorder = make_plugin(rule, value)
+    recorder.ran = lambda *launched: seen.append(launched)
+    addresses = enqueue_on(made.attach_to_context(None), shapes, tactic)
+    ((text, entry, grid, threads, shared, values),) = seen
+    implement = compiled_plugins().known[f"edge_llm::{rule.name}"].implement
+    assert implement is not None
+    descs = [
+        TensorDesc(shape, TYPES[kind])
+        for shape, kind in zip(shapes, rule.inputs.values(), strict=True)
+    ]
+    other_entry, other_text, other, numbers = implement(*descs, None, tactic)
+    assert (entry, text) == (other_entry, other_text)
+    assert (*grid, threads, shared) == (
+        *(other.grid_x, other.grid_y, other.grid_z, other.block_x, other.shared_mem),
+    )
+    read = len(shapes)
+    assert values == (*addresses[:read], *numbers, *addresses[read:])
 
 
 @given(
-    leading=strategies.lists(strategies.integers(1, 600), min_size=1, max_size=3),
+    leading=strategies.lists(SIZES, min_size=1, max_size=3),
     columns=strategies.integers(1, 152_000),
     groups=strategies.integers(1, 300),
     group=strategies.sampled_from(launch.GROUPS),
@@ -453,22 +493,81 @@ def test_launches_are_those_of_the_compiled_plugin(
         *((*leading, depth), (depth // 32, planes, columns, 4), (groups, columns)),
         (columns if bias else 1,),
     ]
-    seen: list[Any] = []
-    made, recorder = make_plugin(planes)
-    recorder.ran = lambda *launched: seen.append(launched)
-    enqueue(made, shapes, tactic, [16, 32, 48, 64, 80])
-    ((text, entry, grid, threads, shared, values),) = seen
-    known = Plugins()
-    plugin.register(known.module(), known_ptx())
-    implement = known.known["edge_llm::w4_linear"].implement
-    assert implement is not None
-    descs = [TensorDesc(shape, "FP16") for shape in shapes]
-    other_entry, other_text, other, numbers = implement(*descs, None, tactic)
-    assert (entry, text) == (other_entry, other_text)
-    assert (*grid, threads, shared) == (
-        *(other.grid_x, other.grid_y, other.grid_z, other.block_x, other.shared_mem),
+    check_launch(PRODUCT, planes, shapes, tactic)
+    (output,) = PRODUCT.output_shapes(shapes, launch_rules.NUMBERS)
+    assert output == (*leading, columns)
+
+
+@given(
+    batch=strategies.integers(1, 16),
+    groups=strategies.integers(1, 16),
+    heads=strategies.integers(1, 8),
+    tokens=strategies.integers(1, 4096),
+    capacity=strategies.integers(1, 131_072),
+    width=strategies.sampled_from((64, 128)),
+    tactic=strategies.integers(1, 2),
+)
+def test_launches_of_attention_are_those_of_the_compiled_plugins(
+    batch: int, groups: int, heads: int, tokens: int, capacity: int, width: int, tactic: int
+) -> None:
+    job = attention(
+        *(batch, groups, heads, tokens, width, capacity), tile=tactic - 1, join=tactic - 1
     )
-    assert values == (16, 32, 48, 64, *numbers, 80)
+    for rule, launched in zip((PARTS, JOIN), job.launches, strict=True):
+        shapes = [job.buffers[name][0] for name in rule.inputs]
+        check_launch(rule, width, shapes, tactic)
+        found = rule.output_shapes(shapes, launch_rules.NUMBERS)
+        assert found == tuple(job.buffers[name][0] for name in rule.outputs)
+        # Every head of a token has a program, and the partial sums of every part have room.
+        (x, y, z), rows = launched.grid, batch * groups * heads * tokens
+        size = launched.variant.constants["ROWS"]
+        if rule is PARTS:
+            assert (x - 1) * size < heads * tokens <= x * size
+            assert (y, z * rows <= found[0][0]) == (batch * groups, True)
+        else:
+            assert (x - 1) * size < rows <= x * size
+            assert launched.arguments[7] == job.launches[0].grid[2]
+
+
+class Interpreted:
+    """A driver that runs the very PTX that it is given, by the instruction.
+
+    Attributes:
+        arrays: by name; their addresses are those that `enqueue_on` hands over.
+    """
+
+    def __init__(self, rule: PluginRule, arrays: dict[str, Any]) -> None:
+        self._rule, self.arrays = rule, arrays
+
+    def run(self, value: int, tactic: launch.Tactic, place: int) -> None:
+        made, recorder = make_plugin(self._rule, value)
+        recorder.ran = functools.partial(self._run, tactic)
+        shapes = [self.arrays[name].shape for name in self._rule.inputs]
+        self._leading = len(shapes)
+        enqueue_on(made.attach_to_context(None), shapes, place)
+
+    def _run(
+        self,
+        tactic: launch.Tactic,
+        text: str,
+        entry: str,
+        grid: Any,
+        threads: int,
+        shared: int,
+        values: tuple[int, ...],
+    ) -> None:
+        kernel = dataclasses.replace(
+            known_ptx()[tactic.variant.name],
+            text=text,
+            entry=entry,
+            threads=threads,
+            shared_bytes=shared,
+        )
+        reads, writes = tuple(self._rule.inputs), tuple(self._rule.outputs)
+        numbers = values[len(reads) : -len(writes)]
+        used = {name: self.arrays[name] for name in (*reads, *writes)}
+        launched = launch.Launch(tactic.variant, grid, (*reads, *numbers, *writes))
+        run_ptx(kernel, launched, used, writes)
 
 
 @pytest.mark.parametrize(
@@ -477,38 +576,47 @@ def test_launches_are_those_of_the_compiled_plugin(
 def test_what_is_launched_computes_the_product(
     planes: int, tactic: int, leading: tuple[int, int], bias: bool
 ) -> None:
-    """The very PTX that the driver is given, by the instruction."""
     rows, columns, depth, group = int(np.prod(leading)), 70, 192, 64
     random = np.random.default_rng(planes)
     weights = [random.integers(-8, 8, (depth, columns), np.int8) for _ in range(planes)]
     arrays: dict[str, Any] = {
-        "x": random.standard_normal((rows, depth)).astype(np.float16),
+        "x": random.standard_normal((*leading, depth)).astype(np.float16),
         "weights": pack_weights(weights),
         "scales": (random.uniform(0.2, 2, (depth // group, columns)) * 0.01).astype(np.float16),
         "bias": random.standard_normal(columns if bias else 1).astype(np.float16),
         "y": np.full((rows, columns), np.nan, np.float16),
     }
-    names = {16 * (place + 1): name for place, name in enumerate(arrays)}
     chosen = launch.w4_tactics(planes)[tactic - 1]
-    kernel = known_ptx()[chosen.variant.name]
-
-    def ran(text: str, entry: str, grid: Any, threads: int, shared: int, values: Any) -> None:
-        given = dataclasses.replace(
-            kernel, text=text, entry=entry, threads=threads, shared_bytes=shared
-        )
-        arguments = (*map(names.get, values[:4]), *values[4:9], names[values[9]])
-        run_ptx(given, launch.Launch(chosen.variant, grid, arguments), arrays)
-
-    made, recorder = make_plugin(planes)
-    recorder.ran = ran
-    shapes = [
-        *((*leading, depth), arrays["weights"].shape, arrays["scales"].shape),
-        arrays["bias"].shape,
-    ]
-    enqueue(made, shapes, tactic, list(names))
+    Interpreted(PRODUCT, arrays).run(planes, chosen, tactic)
     compute = getattr(reference, chosen.variant.function)
-    exact, bound = compute(arrays["x"], weights, arrays["scales"], arrays["bias"] if bias else None)
+    x, scales = arrays["x"].reshape(rows, depth), arrays["scales"]
+    exact, bound = compute(x, weights, scales, arrays["bias"] if bias else None)
     assert (np.abs(arrays["y"] - exact) <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("width", "tactic", "starts", "tokens"), [(64, 1, (300, 5), 2), (128, 2, (9,), 20)]
+)
+def test_what_is_launched_computes_attention(
+    width: int, tactic: int, starts: tuple[int, ...], tokens: int
+) -> None:
+    job = attention(len(starts), 2, 3, tokens, width, 310)
+    random = np.random.default_rng(tokens)
+    arrays: dict[str, Any] = {
+        name: random.standard_normal(shape).astype(dtype)
+        for name, (shape, dtype) in job.buffers.items()
+    }
+    arrays["positions"] = (np.array(starts)[:, None] + np.arange(tokens)).astype(np.int32)
+    for name in ("partial", "stats", "output"):
+        arrays[name][...] = np.nan
+    for rule, tactics in ((PARTS, part_tactics(width)), (JOIN, join_tactics(width))):
+        Interpreted(rule, arrays).run(width, tactics[tactic - 1], tactic)
+    exact = reference.attention(**{name: arrays[name] for name in PARTS.inputs})
+    # As in `tests.engines.kernels.test_ptx`.
+    assert np.abs(arrays["output"] - exact).max() <= 2.5e-3 * 4
+
+
+# What engine.json has
 
 
 def test_an_engine_json_keeps_the_kernels(built: Path) -> None:
@@ -517,3 +625,31 @@ def test_an_engine_json_keeps_the_kernels(built: Path) -> None:
     again = msgspec.json.decode(msgspec.json.encode(info), type=EngineInfo)
     assert again.python_kernels == info.python_kernels
     assert (directory / "engine.json").stat().st_size < 200_000
+
+
+def test_an_engine_json_of_products_alone_still_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written by edge-llm at 21bd782, before attention was a plugin of this kind; PTX was cut."""
+    shutil.copy(DATA / "engine-python-products.json", tmp_path / "engine.json")
+    info, seen, recorder = read_engine_info(tmp_path), [], Recorder()
+    recorder.ran = lambda *launched: seen.append(launched)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", recorder.module())
+    monkeypatch.setattr(REGISTRY, "creators", {})
+    monkeypatch.setattr(plugins, "_registered", {})
+    module = make_module(FakeGpu(), JETPACK6)
+    own_kernels = plugins.register(module)
+    for packed in info.python_kernels:
+        own_kernels.add(packed)
+    number = np.array([-1623882644], np.int32)  # what the plan has
+    field = module.PluginField("kernels", number, module.PluginFieldType.INT32)
+    fields = module.PluginFieldCollection([field])
+    creator = REGISTRY.creators["w4_linear", "v3", "edge_llm"]
+    made = creator.create_plugin("", fields, module.TensorRTPhase.RUNTIME)
+    shapes = [(2, 3, 64), (2, 2, 200, 4), (2, 200), (1,)]
+    addresses = enqueue_on(made.attach_to_context(None), shapes, 3)
+    ((text, entry, grid, threads, shared, values),) = seen
+    assert f".entry {entry}(" in text
+    assert (entry, grid, threads) == ("w4_gemv_rows4_planes2", (4, 2, 1), 128)
+    assert shared == known_ptx()[entry].shared_bytes
+    assert values == (*addresses[:4], 6, 200, 64, 0, 0, addresses[4])

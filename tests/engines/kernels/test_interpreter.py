@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engines.kernels import launch, reference
-from engines.kernels.attention import attention, part_tiles
+from engines.kernels.attention import attention, part_tactics
 from engines.kernels.layout import pack_weights
 from engines.kernels.variants import BY_NAME, KEEP, PART, VARIANTS
 
@@ -170,7 +170,7 @@ def check_attention(case: dict[str, Any], tile: int | None, join: int | None) ->
     size = max(np.nanmax(np.abs(case[name]), initial=0) for name in ("values", "new_values"))
     assert (np.abs(buffers["output"].array - exact) <= 2.5e-3 * float(size) + 1e-6).all()
     tiles = job.launches[0].grid[0]
-    rows = part_tiles(width)[0 if "rows16" in job.launches[0].variant.name else 1].rows
+    rows = part_tactics(width)[0 if "rows16" in job.launches[0].variant.name else 1].rows
     last = (np.minimum((np.arange(tiles) + 1) * rows, heads * tokens) - 1) // heads
     old = np.where(np.arange(capacity) < starts[:, None], tiles, 0)
     new = (last[:, None] >= np.arange(tokens)).sum(0)

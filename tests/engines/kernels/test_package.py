@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge.backends.tensorrt.launch_rules import number_of_parts, room
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import ConfigError, DependencyError, IntegrityError
 from engines.kernels import launch
-from engines.kernels.attention import attention, join_tiles, number_of_parts, part_tiles, room
+from engines.kernels.attention import attention, join_tactics, part_tactics
 from engines.kernels.layout import pack_weights, unpack_weights
 from engines.kernels.package import DATA, choose_architecture, load_cubins, load_ptx
 from engines.kernels.variants import ARCHITECTURES, BY_NAME, VARIANTS
@@ -42,7 +43,7 @@ def test_tensorrts_tactics_are_in_the_package_as_ptx():
     found = load_ptx()
     variants = [tactic.variant for planes in (1, 2) for tactic in launch.w4_tactics(planes)]
     for width in (64, 128):
-        variants += [tile.variant for tile in (*part_tiles(width), *join_tiles(width))]
+        variants += [tile.variant for tile in (*part_tactics(width), *join_tactics(width))]
     assert {variant.name for variant in variants} == set(found)
     for variant in variants:
         ptx = found[variant.name]
@@ -69,9 +70,9 @@ def test_the_order_of_tactics_stays(planes: int):
 
 @pytest.mark.parametrize("width", [64, 128])
 def test_the_order_of_attentions_tactics_stays(width: int):
-    parts = [(each.variant.name, each.rows) for each in part_tiles(width)]
+    parts = [(each.variant.name, each.rows) for each in part_tactics(width)]
     assert parts == [(f"attention_parts_rows{n}_width{width}", n) for n in (16, 64)]
-    joins = [(each.variant.name, each.rows) for each in join_tiles(width)]
+    joins = [(each.variant.name, each.rows) for each in join_tactics(width)]
     assert joins == [(f"attention_join_rows{n}_width{width}", n) for n in (1, 8)]
 
 

@@ -1,0 +1,222 @@
+"""How own kernels are launched: one rule per plugin, of sizes that are numbers or symbols.
+
+TensorRT before 10.13 launches through `plugins`, with numbers. From 10.13 on the engine has the
+rule itself, made of TensorRT's symbols (`engines.kernels.plugin`); shapes of outputs are symbols in
+both. So a rule uses nothing but ``+``, ``*``, ``//`` and ``==``, which both have, and `Arithmetic`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from edge.bundle.io_spec import ElementType
+
+NAMESPACE = "edge_llm"
+BLOCK = 32
+"""Weights of a column that lie together, in 16 bytes; a group is a multiple of it."""
+BUSY_ROWS = 8192
+"""Heads of tokens, those of each part counted, that keep a GPU busy: 128 programs of 64, eight for
+each of an Orin's multiprocessors. Where a step has as many there is one part. It is also the least
+room for partial sums: so the room never shrinks where a step grows, and TensorRT, which knows the
+largest step, sets aside enough for all."""
+MOST_CACHE_PARTS = 64
+"""Programs that share a sequence's rows at most."""
+
+Shape = Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a rule needs besides operators.
+
+    Attributes:
+        divide_up: a quotient, rounded up.
+        maximum: of two.
+        minimum: of two.
+    """
+
+    divide_up: Callable[[Any, Any], Any]
+    maximum: Callable[[Any, Any], Any]
+    minimum: Callable[[Any, Any], Any]
+
+
+NUMBERS = Arithmetic(lambda first, second: -(-first // second), max, min)
+
+
+class Tile(Protocol):
+    """What one program of a kernel computes: rows and columns of the output."""
+
+    @property
+    def rows(self) -> int: ...  # noqa: D102
+    @property
+    def columns(self) -> int: ...  # noqa: D102
+
+
+class Launch(NamedTuple):
+    """Programs along x, y and z, and the INT32 between the addresses of inputs and outputs."""
+
+    grid: tuple[Any, Any, Any]
+    numbers: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PluginRule:
+    """All that TensorRT asks about a plugin of one kernel, which has several variants.
+
+    The kernel's parameters are the addresses of the inputs, INT32 and the addresses of the outputs.
+
+    Attributes:
+        name: of the plugin.
+        inputs: names and types, in order.
+        outputs: names and types, in order.
+        attribute: that says which variants there are; an INT32.
+        value_of: the attribute, which the shapes of the inputs have as a constant.
+        output_shapes: from the shapes of the inputs.
+        launch: from the shapes of the inputs, for any variant.
+    """
+
+    name: str
+    inputs: Mapping[str, ElementType]
+    outputs: Mapping[str, ElementType]
+    attribute: str
+    value_of: Callable[[Sequence[Shape]], Any]
+    output_shapes: Callable[[Sequence[Shape], Arithmetic], tuple[Shape, ...]]
+    launch: Callable[[Sequence[Shape], Tile, Arithmetic], Launch]
+
+
+def product_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) -> Launch:
+    """Launch a product.
+
+    The numbers are all rows and columns, the depth, the binary logarithm of the blocks of 32
+    weights in a group, and whether there is a bias.
+
+    Args:
+        shapes: of the inputs of `PRODUCT`.
+        tile: see `Tile`.
+        arithmetic: of these sizes.
+    """
+    x, weights, scales, bias = shapes
+    all_rows = x[0]
+    for size in x[1:-1]:
+        all_rows = all_rows * size
+    blocks, all_columns = weights[0], weights[2]
+    # A group is one, two or four blocks. A layer of one column without a bias has a zero.
+    shift = blocks // scales[0] // 2
+    programs = arithmetic.divide_up
+    grid = programs(all_columns, tile.columns), programs(all_rows, tile.rows), 1
+    return Launch(grid, (all_rows, all_columns, blocks * BLOCK, shift, bias[0] == all_columns))
+
+
+def _product_outputs(shapes: Sequence[Shape], arithmetic: Arithmetic) -> tuple[Shape, ...]:
+    x, weights, *_ = shapes
+    return ((*x[:-1], weights[2]),)
+
+
+def room(rows: Any, arithmetic: Arithmetic = NUMBERS) -> Any:
+    """Heads of tokens for whose partial sums there is room.
+
+    Args:
+        rows: heads of tokens of all sequences.
+        arithmetic: of such a size.
+    """
+    return arithmetic.maximum(rows, BUSY_ROWS)
+
+
+def number_of_parts(rows: Any, arithmetic: Arithmetic = NUMBERS) -> Any:
+    """Programs that share a sequence's rows.
+
+    Args:
+        rows: heads of tokens of all sequences.
+        arithmetic: of such a size.
+    """
+    return arithmetic.minimum(room(rows, arithmetic) // rows, MOST_CACHE_PARTS)
+
+
+def parts_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) -> Launch:
+    """Launch the first half of an attention.
+
+    The numbers are groups, heads of a group, tokens, and rows of the cache.
+
+    Args:
+        shapes: of the inputs of `PARTS`.
+        tile: see `Tile`.
+        arithmetic: of these sizes.
+    """
+    (batch, all_heads, tokens, _), keys, *_ = shapes
+    groups = keys[1]
+    heads = all_heads // groups
+    grid = (
+        arithmetic.divide_up(heads * tokens, tile.rows),
+        batch * groups,
+        number_of_parts(batch * all_heads * tokens, arithmetic),
+    )
+    return Launch(grid, (groups, heads, tokens, keys[2]))
+
+
+def _parts_outputs(shapes: Sequence[Shape], arithmetic: Arithmetic) -> tuple[Shape, ...]:
+    batch, all_heads, tokens, width = shapes[0]
+    lines = room(batch * all_heads * tokens, arithmetic)
+    return (lines, width), (lines, 2)
+
+
+def join_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) -> Launch:
+    """Launch the second half of an attention.
+
+    The numbers are heads of tokens of all sequences, tokens, heads, and parts.
+
+    Args:
+        shapes: of the inputs of `JOIN`.
+        tile: see `Tile`.
+        arithmetic: of these sizes.
+    """
+    batch, all_heads, tokens, _ = shapes[3]
+    rows = batch * all_heads * tokens
+    parts = number_of_parts(rows, arithmetic)
+    grid = arithmetic.divide_up(rows, tile.rows), 1, 1
+    return Launch(grid, (rows, tokens, all_heads, parts))
+
+
+def _join_outputs(shapes: Sequence[Shape], arithmetic: Arithmetic) -> tuple[Shape, ...]:
+    batch, all_heads, tokens, width = shapes[3]
+    return ((batch, tokens, all_heads * width),)
+
+
+PRODUCT = PluginRule(
+    "w4_linear",
+    {"x": "fp16", "weights": "int32", "scales": "fp16", "bias": "fp16"},
+    {"y": "fp16"},
+    "planes",
+    lambda shapes: shapes[1][1],
+    _product_outputs,
+    product_launch,
+)
+"""``[.., depth]``, those of `engines.kernels.layout.pack_weights`, ``[groups, columns]``, and
+``[columns]``, or ``[1]`` where none is added; ``[.., columns]``."""
+PARTS = PluginRule(
+    "attention_parts",
+    {
+        **dict.fromkeys(("query", "keys", "values", "new_keys", "new_values"), "fp16"),
+        "positions": "int32",
+    },
+    {"partial": "fp32", "stats": "fp32"},
+    "width",
+    lambda shapes: shapes[0][3],
+    _parts_outputs,
+    parts_launch,
+)
+"""``[batch, heads, tokens, width]``, ``[batch, groups, capacity, width]`` twice, ``[batch, groups,
+tokens, width]`` twice and ``[batch, tokens]``; ``[room, width]`` and ``[room, 2]``."""
+JOIN = PluginRule(
+    "attention_join",
+    {"partial": "fp32", "stats": "fp32", "positions": "int32", "query": "fp16"},
+    {"output": "fp16"},
+    "width",
+    lambda shapes: shapes[3][3],
+    _join_outputs,
+    join_launch,
+)
+"""What `PARTS` puts out, and two of its inputs; ``[batch, tokens, heads * width]``. It takes the
+query for its shape: the number of heads would not be known else when the engine is built."""
+PLUGINS = (PRODUCT, PARTS, JOIN)
