@@ -170,9 +170,8 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     type=click.Choice(["auto", "own", "tensorrt"]),
     default="tensorrt",
     show_default=True,
-    help="Whose kernels compute products with weights of few bits, and from TensorRT 10.13 on "
-    "attention: edge-llm's own, as plugins in the engine, or TensorRT's; auto, with --tune, is the "
-    "faster of both.",
+    help="Whose kernels compute products with weights of few bits, and attention: edge-llm's own, "
+    "as plugins in the engine, or TensorRT's; auto, with --tune, is the faster of both.",
 )
 @click.option(
     "--tune",

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from edge.bundle.engine_file import read_engine_info, rebuild_command
 from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
-from edge.errors import BuildError, ConfigError, DependencyError
+from edge.errors import BuildError, ConfigError
 from engines import builder, compat
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder import Target, build_engine
@@ -69,19 +69,13 @@ def test_the_rungs_and_their_order(
         assert rung.config.max_prefill == 32
 
 
-@pytest.mark.parametrize(("version", "expected"), [("10.3", [None]), ("10.13", ["own", None])])
-def test_own_attention_is_tried_where_plugins_are_compiled(
-    tiny_bundles: Bundles, version: str, expected: list[str | None]
-) -> None:
+@pytest.mark.parametrize("version", ["10.3", "10.13"])
+def test_own_attention_is_tried_before_tensorrts(tiny_bundles: Bundles, version: str) -> None:
     rt = TensorRT(None, "tensorrt", version)
     plan = asked(tiny_bundles("qwen2", "portable"), kernels="own")
-    assert [rung.attention for rung in make_rungs(plan, rt)] == expected
+    assert [rung.attention for rung in make_rungs(plan, rt)] == ["own", None]
     named = asked(tiny_bundles("qwen2", "portable"), kernels="own", attention="own")
-    if "own" in expected:
-        assert [rung.attention for rung in make_rungs(named, rt)] == ["own"]
-    else:
-        with pytest.raises(DependencyError, match=r"TensorRT >= 10\.13.*found 10\.3; leave"):
-            make_rungs(named, rt)
+    assert [rung.attention for rung in make_rungs(named, rt)] == ["own"]
 
 
 def test_the_first_that_is_built_is_taken(tiny_bundles: Bundles) -> None:

@@ -60,10 +60,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make
 
 
-def rewrite(bundle: Path, directory: Path, data: bytes | None = None) -> OwnGraph:
+def rewrite(
+    bundle: Path, directory: Path, data: bytes | None = None, plugins: Any = "compiled"
+) -> OwnGraph:
     directory.mkdir()
     graph = data or (bundle / "decoder.onnx").read_bytes()
-    return use_own_kernels(graph, read_manifest(bundle), bundle, directory, attention=True)
+    return use_own_kernels(graph, read_manifest(bundle), bundle, directory, plugins, attention=True)
 
 
 def feed_of(bundle: Path, starts: list[int], tokens: int, rows: int = CAPACITY) -> dict[str, Any]:
@@ -207,19 +209,43 @@ def test_the_graph_of_an_engine_with_other_options(
     check_same(bundle, own, feed_of(bundle, [6, 0], 2), data)
 
 
-@pytest.mark.parametrize("dialect", ["native", "portable"])
+def test_the_nodes_of_the_kind_that_python_launches_say_how_wide_heads_are(
+    wide: Bundle, tmp_path: Path
+) -> None:
+    bundle = wide("portable")
+    kinds: tuple[Any, ...] = ("compiled", "python")
+    owns = [rewrite(bundle, tmp_path / kind, plugins=kind) for kind in kinds]
+    assert owns[0].plugins == owns[1].plugins == {("attention_parts", 64), ("attention_join", 64)}
+    nodes = [[node for node in OnnxFile(own.data).nodes if node.domain] for own in owns]
+    assert len(nodes[0]) == 4
+    for compiled, python in zip(*nodes, strict=True):
+        assert (python.op_type, python.inputs, python.outputs, python.name) == (
+            *(compiled.op_type, compiled.inputs, compiled.outputs, compiled.name),
+        )
+        assert node_attributes(python) == {
+            "plugin_namespace": "edge_llm",
+            "plugin_version": "v3",
+            "width": 64,
+        }
+    check_same(bundle, owns[1], feed_of(bundle, [5, 40], 2))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "plugins", "version"),
+    [("native", "compiled", "1"), ("portable", "compiled", "1"), ("portable", "python", "v3")],
+)
 def test_nvidias_own_parser_wants_the_plugins_and_nothing_else(
-    wide: Bundle, tmp_path: Path, dialect: str
+    wide: Bundle, tmp_path: Path, dialect: str, plugins: str, version: str
 ) -> None:
     """TensorRT for RTX has no plugins, but the parser of all: it reads the rest of the graph."""
     pytest.importorskip("tensorrt_rtx")
-    own = rewrite(wide(dialect), tmp_path / "own")
+    own = rewrite(wide(dialect), tmp_path / "own", plugins=plugins)
     lines: list[str] = []
     compiler = Compiler(compat.load("tensorrt-rtx"), lambda _level, text: lines.append(text))
     with pytest.raises(BuildError, match=r"attention_parts: .*Plugin not found.*\(3 more such"):
         compiler.parse(own.data, own.path, "slice")
     for name in ("attention_parts", "attention_join"):
-        wanted = f"pluginName: {name}, pluginVersion: 1, pluginNamespace: edge_llm"
+        wanted = f"pluginName: {name}, pluginVersion: {version}, pluginNamespace: edge_llm"
         assert sum(line.startswith("Plugin not found") and wanted in line for line in lines) == 2
 
 

@@ -47,9 +47,10 @@ from tests.fake_cuda import FakeGpu
 from tests.fake_plugin import Plugins, TensorDesc
 from tests.fake_plugin_v3 import REGISTRY, Desc
 from tests.fake_tensorrt import emptied, install, make_module
+from tests.tiny_models import write_checkpoint
 
 from .kernels.ptx import run as run_ptx
-from .test_own_kernels import check_graph, only_engine, rewrite, run, target_of
+from .test_own_kernels import check_graph, export, only_engine, rewrite, run, target_of
 
 JETPACK6 = "10.3.0.30"
 DATA = Path(__file__).parents[1] / "data"
@@ -216,6 +217,80 @@ def test_without_own_kernels_nothing_is_registered(
     open_engine(bundle).close()
     assert REGISTRY.creators == {}
     assert plugins._registered == {}
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A bundle whose heads have 64 values, which own attention takes."""
+    source = write_checkpoint(tmp_path / "wide-source", "qwen3", head_dim=64)
+    return export(source, tmp_path / "wide", kv_capacity=128)
+
+
+def test_an_engine_of_jetpack_6_runs_with_own_attention(wide: Path, target: Target) -> None:
+    text = run(wide, "--kernels", "own").stdout
+    assert "own kernels: 9 layers, 2 attentions\n" in text
+    assert "refused" not in text
+    directory, info = only_engine(wide)
+    assert (info.kernels, info.plugins, info.attention) == ("own", "python", "own")
+    assert info.own_attentions == ("layers.0.attention", "layers.1.attention")
+    kinds = [each.kind for each in info.layers for _ in range(each.count)]
+    assert kinds.count("plugin_v3") == 9 + 2 + 2
+    assert "softmax" not in kinds
+    used = [(PRODUCT.name, 1), (PRODUCT.name, 2), (PARTS.name, 64), (JOIN.name, 64)]
+    assert info.python_kernels == plugin_v3.pack_kernels(used, load_ptx())
+    assert len(info.python_kernels) == 4
+    assert (directory / "engine.json").stat().st_size < 300_000
+    shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
+    assert "9 linear layers, 2 attentions, launched by Python" in shown
+    # Any order of tactics, prompts, drafts and decode: the same as the graph on the CPU.
+    config = BuildConfig(wide, max_prefill=32, kernels="own", attention="own")
+    seconds, problem = tune.measure(plan_build(config, read_manifest(wide)), directory)
+    assert problem is None
+    assert (seconds or 0) > 0
+
+
+def test_python_launches_attention_when_a_step_is_captured_only(
+    wide: Path, target: Target, gpu: FakeGpu
+) -> None:
+    config = BuildConfig(wide, max_prefill=32, kernels="own", attention="own")
+    assert build_engine(config, target=target).info.own_attentions
+    plugins._registered.clear()
+    REGISTRY.creators.clear()
+    gpu.calls.clear()
+    engine = open_engine(wide)
+    assert engine.graphs_disabled is None
+    first = gpu.calls.index("cuStreamBeginCapture")
+    loads = [place for place, name in enumerate(gpu.calls) if name == "cuModuleLoadData"]
+    assert len(loads) == 2 * 5 + 2 * 2
+    assert max(loads) < first
+    gpu.calls.clear()
+    for past in range(4):
+        decode(engine, past)
+    assert "cuGraphLaunch" in gpu.calls
+    assert "cuLaunchKernel" not in gpu.calls
+    engine.close()
+    engine = open_engine(wide, use_cuda_graphs=False)
+    gpu.calls.clear()
+    decode(engine, 0)
+    assert gpu.calls.count("cuLaunchKernel") == 9 + 2 + 2
+    assert not [name for name in gpu.calls if "Alloc" in name]
+    engine.close()
+
+
+def test_tuning_takes_own_attention_too(
+    wide: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {("tensorrt", None): 0.004, ("own", "own"): 0.002, ("own", None): 0.003}
+
+    def planted(rung: Any, *_: Any) -> Any:
+        return seconds[rung.kernels, rung.attention], None
+
+    monkeypatch.setattr(tune, "measure", planted)
+    run(wide, "--kernels", "auto", "--tune")
+    info = only_engine(wide)[1]
+    assert [(each.kernels, each.attention) for each in info.tuned] == list(seconds)
+    assert (info.kernels, info.attention, info.plugins) == ("own", "own", "python")
+    open_engine(wide).close()
 
 
 # What goes wrong
