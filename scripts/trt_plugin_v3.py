@@ -21,19 +21,18 @@ import numpy as np
 import tensorrt_bindings as trt
 
 from edge.backends.tensorrt import plugins
-from edge.backends.tensorrt.launch_rules import JOIN, NAMESPACE, PARTS, PRODUCT
+from edge.backends.tensorrt.launch_rules import JOIN, NAMESPACE, PARTS, PRODUCT, PluginRule
 from edge.errors import DeviceError
 from engines.kernels import plugin_v3
 from engines.kernels.attention import attention
 from engines.kernels.launch import Launch, product, w4_tactics
-from engines.kernels.own_plugins import OWN_PLUGINS, OwnPlugin, element_types
+from engines.kernels.own_plugins import TACTICS, element_types
 from engines.kernels.package import Ptx, load_ptx
 
 from . import trt_attention, trt_plugin
 from .trt_plugin import MOVING, Registry, Size, Sizes, describe
 
 _STREAM, _READ, _WRITTEN = 0x5000, range(0x1000, 0x5000, 0x800), range(0x6000, 0x8000, 0x800)
-_OWN = {own.rule: own for own in OWN_PLUGINS}
 Shapes = list[tuple[int, ...]]
 
 
@@ -77,20 +76,20 @@ class Case:
     """A plugin for tensors of some shapes.
 
     Attributes:
-        own: the plugin.
+        rule: of the plugin.
         value: of its attribute.
         reads, writes: shapes of its inputs and outputs.
         launch: what is to be launched, by the place of a tactic.
     """
 
-    own: OwnPlugin
+    rule: PluginRule
     value: int
     reads: Shapes
     writes: Shapes
     launch: Callable[[int], Launch]
 
     def __str__(self) -> str:
-        return f"{self.own.rule.name} of {self.reads}"
+        return f"{self.rule.name} of {self.reads}"
 
 
 def make_cases() -> Iterator[Case]:
@@ -102,12 +101,12 @@ def make_cases() -> Iterator[Case]:
             (columns if bias else 1,),
         ]
         launch = functools.partial(_product, case)
-        yield Case(_OWN[PRODUCT], planes, reads, [(batch, seq, columns)], launch)
+        yield Case(PRODUCT, planes, reads, [(batch, seq, columns)], launch)
     for sizes in trt_attention.CASES:
         buffers = attention(*sizes).buffers
         for place, rule in enumerate((PARTS, JOIN)):
             yield Case(
-                *(_OWN[rule], sizes[4]),
+                *(rule, sizes[4]),
                 [buffers[name][0] for name in rule.inputs],
                 [buffers[name][0] for name in rule.outputs],
                 functools.partial(_attention, sizes, place),
@@ -127,10 +126,10 @@ def _attention(sizes: tuple[int, int, int, int, int, int], half: int, place: int
     return attention(*sizes, tile=place, join=place).launches[half]
 
 
-def create(own: OwnPlugin, fields: Any, phase: Any) -> Any:
+def create(rule: PluginRule, fields: Any, phase: Any) -> Any:
     """A plugin by NVIDIA's code, which hands our creator the fields as TensorRT has them."""
     registry = trt.get_plugin_registry()
-    creator = registry.get_creator(own.rule.name, plugins.VERSION, NAMESPACE)
+    creator = registry.get_creator(rule.name, plugins.VERSION, NAMESPACE)
     made = trt.IPluginCreatorV3One.create_plugin(creator, "layers.0.qkv", fields, phase)
     return owned(made)
 
@@ -143,7 +142,7 @@ def owned(made: Any) -> Any:
 
 def problems_of_build(case: Case, made: Any) -> Iterator[str]:
     """Ask a plugin what a builder asks; yields what is wrong."""
-    rule, types_ = case.own.rule, element_types(trt)
+    rule, types_ = case.rule, element_types(trt)
     reads = [types_[kind] for kind in rule.inputs.values()]
     writes = [types_[kind] for kind in rule.outputs.values()]
     core = made.plugin_name, made.plugin_version, made.plugin_namespace, made.num_outputs
@@ -176,18 +175,18 @@ def problems_of_build(case: Case, made: Any) -> Iterator[str]:
                     yield f"port {place} of {dtype} and {form} is not judged right"
     ports = _dynamic_ports(case, kinds)
     made.configure_plugin(ports[: len(reads)], ports[len(reads) :])
-    if made.get_valid_tactics() != list(range(1, len(case.own.tactics(case.value)) + 1)):
+    if made.get_valid_tactics() != list(range(1, len(TACTICS[case.rule](case.value)) + 1)):
         yield f"the tactics are {made.get_valid_tactics()}"
 
 
 def problems_of_run(case: Case, fields: Any, ptx: dict[str, Ptx], cuda: Driver) -> Iterator[str]:
     """Make a plugin of what a plan has, and run it by each tactic; yields what is wrong."""
-    made = create(case.own, fields, trt.TensorRTPhase.RUNTIME)
+    made = create(case.rule, fields, trt.TensorRTPhase.RUNTIME)
     if isinstance(made, trt.IPluginV3OneBuild):
         yield "a plugin of a plan can build"
     reads, writes = list(map(_port, case.reads)), list(map(_port, case.writes))
     given, taken = list(_READ[: len(reads)]), list(_WRITTEN[: len(writes)])
-    for place, tactic in enumerate(case.own.tactics(case.value)):
+    for place, tactic in enumerate(TACTICS[case.rule](case.value)):
         attached = owned(made.attach_to_context(None))
         attached.set_tactic(place + 1)
         attached.on_shape_change(reads, writes)
@@ -212,7 +211,7 @@ def problems_of_run(case: Case, fields: Any, ptx: dict[str, Ptx], cuda: Driver) 
 
 def problems_of_errors(case: Case, cuda: Driver) -> Iterator[str]:
     """What a function raises, which TensorRT prints at most, comes back."""
-    made = owned(plugins.register(trt).for_build(case.own.rule, case.value))
+    made = owned(plugins.register(trt).for_build(case.rule, case.value))
     ports = list(map(_port, case.reads))
     cuda.result = 1
     try:
@@ -251,21 +250,21 @@ def main() -> int:
     for _ in range(2):
         plugin_v3.register(trt, ptx)
     problems: list[str] = []
-    for creator, own in zip(registry.creators, OWN_PLUGINS, strict=True):
-        if [field.name for field in creator.field_names] != [own.rule.attribute]:
-            problems.append(f"of {own.rule.name} the parser looks for other attributes")
+    for creator, rule in zip(registry.creators, TACTICS, strict=True):
+        if [field.name for field in creator.field_names] != [rule.attribute]:
+            problems.append(f"of {rule.name} the parser looks for other attributes")
     asked, cases = 0, list(make_cases())
     for case in cases:
         value = np.array([case.value], np.int32)
-        field = trt.PluginField(case.own.rule.attribute, value, trt.PluginFieldType.INT32)
+        field = trt.PluginField(case.rule.attribute, value, trt.PluginFieldType.INT32)
         fields = trt.PluginFieldCollection([field])
-        made = create(case.own, fields, trt.TensorRTPhase.BUILD)
+        made = create(case.rule, fields, trt.TensorRTPhase.BUILD)
         problems += [f"{case}: {each}" for each in problems_of_build(case, made)]
         fields = owned(made.clone()).get_fields_to_serialize()
         gc.collect()
         _churn = [np.zeros(1, np.int32) for _ in range(4096)]  # over what nothing keeps alive
         problems += [f"{case}: {each}" for each in problems_of_run(case, fields, ptx, cuda)]
-        asked += len(case.own.tactics(case.value))
+        asked += len(TACTICS[case.rule](case.value))
     problems += problems_of_errors(cases[0], cuda)
     if len(cuda.modules) != len(set(cuda.modules)):
         problems.append("a kernel is loaded twice")

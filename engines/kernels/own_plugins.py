@@ -6,7 +6,6 @@ Another one is a rule in `edge.backends.tensorrt.launch_rules` and a line here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from edge.backends.tensorrt.launch_rules import JOIN, PARTS, PRODUCT, PluginRule
@@ -14,30 +13,14 @@ from edge.bundle.io_spec import ElementType
 
 from .attention import join_tactics, part_tactics
 from .launch import Tactic, w4_tactics
-from .variants import HEAD_WIDTHS
 
-
-@dataclass(frozen=True)
-class OwnPlugin:
-    """A plugin.
-
-    Attributes:
-        rule: what it takes and gives, and how it is launched.
-        values: that its attribute may have.
-        tactics: its kernels by the value of its attribute. TensorRT's number of one is its place
-            plus one.
-    """
-
-    rule: PluginRule
-    values: tuple[int, ...]
-    tactics: Callable[[int], tuple[Tactic, ...]]
-
-
-OWN_PLUGINS = (
-    OwnPlugin(PRODUCT, (1, 2), w4_tactics),
-    OwnPlugin(PARTS, HEAD_WIDTHS, part_tactics),
-    OwnPlugin(JOIN, HEAD_WIDTHS, join_tactics),
-)
+TACTICS: dict[PluginRule, Callable[[int], tuple[Tactic, ...]]] = {
+    PRODUCT: w4_tactics,
+    PARTS: part_tactics,
+    JOIN: join_tactics,
+}
+"""The kernels of each plugin by the value of its attribute, which raise ConfigError if there are
+none for that. TensorRT's number of a tactic is its place plus one."""
 
 
 def element_types(trt: Any) -> dict[ElementType, Any]:

@@ -13,11 +13,11 @@ from inspect import Parameter, Signature
 from types import GenericAlias
 from typing import Any
 
-from edge.backends.tensorrt.launch_rules import NAMESPACE, Arithmetic
+from edge.backends.tensorrt.launch_rules import NAMESPACE, Arithmetic, PluginRule
 from edge.bundle.io_spec import ElementType
 
 from .launch import Tactic
-from .own_plugins import OWN_PLUGINS, OwnPlugin
+from .own_plugins import TACTICS
 from .package import Ptx
 
 VERSION = "1"
@@ -31,19 +31,18 @@ def register(trtp: Any, ptx: Mapping[str, Ptx], types: Mapping[ElementType, Any]
         ptx: kernels by variant, from `package.load_ptx`.
         types: from `own_plugins.element_types`.
     """
-    for own in OWN_PLUGINS:
-        if not hasattr(getattr(trtp.op, NAMESPACE, None), own.rule.name):
-            _register(trtp, own, ptx, types)
+    for rule in TACTICS:
+        if not hasattr(getattr(trtp.op, NAMESPACE, None), rule.name):
+            _register(trtp, rule, ptx, types)
 
 
 def _register(
-    trtp: Any, own: OwnPlugin, ptx: Mapping[str, Ptx], types: Mapping[ElementType, Any]
+    trtp: Any, rule: PluginRule, ptx: Mapping[str, Ptx], types: Mapping[ElementType, Any]
 ) -> None:
-    rule = own.rule
     symbols = Arithmetic(trtp.cdiv, trtp.max, trtp.min)
 
     def tactics_of(inputs: Sequence[Any]) -> tuple[Tactic, ...]:
-        return own.tactics(int(rule.value_of([each.shape for each in inputs])))
+        return TACTICS[rule](int(rule.value_of([each.shape for each in inputs])))
 
     def describe(*inputs: Any) -> Any:
         shapes = rule.output_shapes([_shape(each) for each in inputs], symbols)

@@ -18,10 +18,10 @@ from edge.backends.tensorrt.launch_rules import Arithmetic, PluginRule
 from edge.backends.tensorrt.plugin_kernels import OwnKernels, PluginKernel, pack, unpack
 from edge.backends.tensorrt.plugins import plugin_class, told
 
-from .own_plugins import OWN_PLUGINS, OwnPlugin, element_types
+from .own_plugins import TACTICS, element_types
 from .package import Ptx
 
-_EACH = tuple((own, value) for own in OWN_PLUGINS for value in own.values)
+_TACTICS = {rule.name: tactics for rule, tactics in TACTICS.items()}
 
 
 def register(trt: Any, ptx: Mapping[str, Ptx]) -> None:
@@ -35,12 +35,15 @@ def register(trt: Any, ptx: Mapping[str, Ptx]) -> None:
         DependencyError: this TensorRT takes no such plugin, or cuda-bindings is missing.
     """
     own_kernels = plugins.register(trt)
-    packed = {(own.rule.name, value): _pack(own, value, ptx) for own, value in _EACH}
-    for each in packed.values():
-        own_kernels.add(each)
+
+    @functools.cache
+    def pack_of(name: str, value: int) -> bytes:
+        packed = _pack(name, value, ptx)
+        own_kernels.add(packed)
+        return packed
 
     def make(rule: PluginRule, value: int) -> Any:
-        return _build_class(trt, rule)(packed[rule.name, value], own_kernels)
+        return _build_class(trt, rule)(pack_of(rule.name, value), own_kernels)
 
     own_kernels.for_build = make
 
@@ -52,13 +55,12 @@ def pack_kernels(used: Iterable[tuple[str, int]], ptx: Mapping[str, Ptx]) -> tup
         used: plugins, each by its name and the value of its attribute.
         ptx: kernels by variant, from `package.load_ptx`.
     """
-    wanted = frozenset(used)
-    return tuple(_pack(own, value, ptx) for own, value in _EACH if (own.rule.name, value) in wanted)
+    return tuple(_pack(name, value, ptx) for name, value in sorted(used))
 
 
-def _pack(own: OwnPlugin, value: int, ptx: Mapping[str, Ptx]) -> bytes:
+def _pack(name: str, value: int, ptx: Mapping[str, Ptx]) -> bytes:
     found = []
-    for tactic in own.tactics(value):
+    for tactic in _TACTICS[name](value):
         kernel = ptx[tactic.variant.name]
         found.append(
             PluginKernel(

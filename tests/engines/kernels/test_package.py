@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge.backends.tensorrt.launch_rules import number_of_parts, room
+from edge.backends.tensorrt.launch_rules import PLUGINS, number_of_parts, room
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import ConfigError, DependencyError, IntegrityError
 from engines.kernels import launch
 from engines.kernels.attention import attention, join_tactics, part_tactics
 from engines.kernels.layout import pack_weights, unpack_weights
+from engines.kernels.own_plugins import TACTICS
 from engines.kernels.package import DATA, choose_architecture, load_cubins, load_ptx
 from engines.kernels.variants import ARCHITECTURES, BY_NAME, VARIANTS
 from export.quantize.packing import split_planes, unpack_int4
@@ -41,6 +42,7 @@ def test_the_package_has_every_kernel_for_every_architecture():
 
 def test_tensorrts_tactics_are_in_the_package_as_ptx():
     found = load_ptx()
+    assert tuple(TACTICS) == PLUGINS
     variants = [tactic.variant for planes in (1, 2) for tactic in launch.w4_tactics(planes)]
     for width in (64, 128):
         variants += [tile.variant for tile in (*part_tactics(width), *join_tactics(width))]
