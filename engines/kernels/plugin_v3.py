@@ -76,32 +76,33 @@ def _pack(name: str, value: int, ptx: Mapping[str, Ptx]) -> bytes:
 
 
 class _Size:
-    """A size of which TensorRT makes expressions: its own has no operators before 10.13."""
+    """``IDimensionExpr`` with an operator, where TensorRT has ``IExprBuilder`` for them."""
 
     def __init__(self, trt: Any, builder: Any, expression: Any) -> None:
         self._trt, self._builder, self.expression = trt, builder, expression
 
-    def with_(self, kind: str, other: _Size | int) -> _Size:
-        """An operation on it and another size."""
+    def with_(self, operation: Any, other: _Size | int) -> _Size:
+        """A ``DimensionOperation`` on it and another size."""
         second = other.expression if isinstance(other, _Size) else self._builder.constant(other)
-        operation = getattr(self._trt.DimensionOperation, kind)
         made = self._builder.operation(operation, self.expression, second)
         return _Size(self._trt, self._builder, made)
 
     def __mul__(self, other: _Size | int) -> _Size:
-        return self.with_("PROD", other)
+        return self.with_(self._trt.DimensionOperation.PROD, other)
 
 
-_SYMBOLS = Arithmetic(
-    lambda first, second: first.with_("CEIL_DIV", second),
-    lambda first, second: first.with_("MAX", second),
-    lambda first, second: first.with_("MIN", second),
-)
+def _symbols(trt: Any) -> Arithmetic:
+    kinds = trt.DimensionOperation
+    return Arithmetic(
+        lambda first, second: first.with_(kinds.CEIL_DIV, second),
+        lambda first, second: first.with_(kinds.MAX, second),
+        lambda first, second: first.with_(kinds.MIN, second),
+    )
 
 
 @functools.cache
 def _build_class(trt: Any, rule: PluginRule) -> Any:
-    types = element_types(trt)
+    types, symbols = element_types(trt), _symbols(trt)
     kinds = [types[kind] for kind in (*rule.inputs.values(), *rule.outputs.values())]
 
     class BuildPlugin(plugin_class(trt, rule), trt.IPluginV3OneBuild):  # type: ignore[misc]
@@ -129,7 +130,7 @@ def _build_class(trt: Any, rule: PluginRule) -> Any:
                         for size in shape
                     ]
                 )
-                for shape in rule.output_shapes(shapes, _SYMBOLS)
+                for shape in rule.output_shapes(shapes, symbols)
             ]
 
         @told
