@@ -2,7 +2,8 @@
 
 TensorRT before 10.13 launches through `plugins`, with numbers. From 10.13 on the engine has the
 rule itself, made of TensorRT's symbols (`engines.kernels.plugin`); shapes of outputs are symbols in
-both. So a rule uses nothing but ``+``, ``*``, ``//`` and ``==``, which both have, and `Arithmetic`.
+both. So a launch uses nothing but ``*``, ``//``, ``==`` and `Arithmetic`, and outputs nothing but
+``*`` and `Arithmetic`, which is what `engines.kernels.plugin_v3` has for them.
 """
 
 from __future__ import annotations
