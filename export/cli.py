@@ -105,7 +105,8 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 @click.option(
     "--calibration-tokens",
     type=int,
-    help="Most tokens to calibrate with; default 20480, for the KV cache 4096.",
+    help="Most tokens to calibrate with; default all of the built-in text, 20480 of another, and "
+    "4096 for the KV cache.",
 )
 @click.option("--seed", type=int, help="Seed of the calibration documents' order; default 0.")
 @click.option(

@@ -12,6 +12,7 @@ from edge.errors import ConfigError
 
 from .graph.embedding_table import EmbeddingType
 from .quantize.calibrated import Method
+from .sources.documents import BUILT_IN_TOKENS, DEFAULT_TOKENS
 from .sources.opening import Hub
 from .targets import ANY, TARGETS, Target
 
@@ -39,7 +40,7 @@ class ExportConfig:
             `DEFAULT_METHOD`.
         calibration: text or JSONL to calibrate with; None is the built-in text, for GPTQ the mixed
             one.
-        calibration_tokens: most tokens to calibrate with; None is `documents.DEFAULT_TOKENS`.
+        calibration_tokens: most tokens to calibrate with; None is as in `most_calibration_tokens`.
         seed: decides the order of the calibration documents; None is 0.
         workers: layers that are rounded side by side, to the same bytes; each further one takes
             what calibration has seen of a layer in memory.
@@ -199,6 +200,13 @@ class ExportConfig:
         if self.quant is not None:
             return self
         return replace(self, quant=AS_IN_SOURCE if is_quantized else "int4")
+
+    @property
+    def most_calibration_tokens(self) -> int:
+        """Tokens to calibrate with at most; a KV cache alone takes fewer where nobody says."""
+        if self.calibration_tokens is not None:
+            return self.calibration_tokens
+        return BUILT_IN_TOKENS if self.calibration is None else DEFAULT_TOKENS
 
     def check_task(self, task: Task) -> None:
         """Refuse what a model of this task cannot have.

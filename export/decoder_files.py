@@ -52,7 +52,7 @@ from .quantize.rounded_twin import TAPS_OF_BOTH, RoundedTwin
 from .quantize.scaled_checkpoint import ScaledCheckpoint
 from .resume import Finished, Work, calibration_key, fresh_work, resumable_work
 from .sources.checkpoint import Checkpoint
-from .sources.documents import DEFAULT_TOKENS, SEQ_LEN, calibration_batches, read_calibration_text
+from .sources.documents import SEQ_LEN, calibration_batches, read_calibration_text
 from .sources.eagle3 import Eagle3Head
 
 _Converted = tuple[BlockPlan, list[LinearTensors]]
@@ -138,7 +138,7 @@ class DecoderFiles:
         targets = [writer.path(f"{name}.data") for name in names]
         calibration = None
         if self.is_calibrated:
-            ids, calibration = self._calibration_text(DEFAULT_TOKENS)
+            ids, calibration = self._calibration_text(self.config.most_calibration_tokens)
             key = calibration_key(self.config, self.checkpoint, ids)
             with resumable_work(writer.calibration_directory, key, targets) as work:
                 calibrator = self._calibrated(ids)
@@ -169,7 +169,7 @@ class DecoderFiles:
         Raises:
             ConfigError: the text cannot be used, or no layer may be in 8 bits.
         """
-        ids, calibration = self._calibration_text(CACHE_TOKENS)
+        ids, calibration = self._calibration_text(self.cache_tokens)
         scales, kv_cache = calibrate_kv_cache(
             ScaledCheckpoint(self.checkpoint, finished.factors),
             ids,
@@ -187,10 +187,7 @@ class DecoderFiles:
         return scales, kv_cache
 
     def _calibration_text(self, tokens: int) -> tuple[NDArray[np.int64], Calibration]:
-        """Read the tokens to calibrate with, and describe them for the manifest.
-
-        ``tokens`` are the most where the config names none.
-        """
+        """Read so many tokens at most to calibrate with, and describe them for the manifest."""
         content = self.checkpoint.text
         # AWQ fits next to nothing to its text, GPTQ does (docs/quantization-measured.md).
         mixed = "gptq" in self.config.rounding
@@ -202,7 +199,7 @@ class DecoderFiles:
             Tokenizer.from_bytes(content.tokenizer_json, content.tokens),
             None if template is None else ChatTemplate(template, content.tokens),
             text,
-            self.config.calibration_tokens or tokens,
+            tokens,
             seq_len,
             seed,
         )

@@ -52,7 +52,6 @@ from .quantize.from_source import is_quantized, source_schemes
 from .quantize.rotation import RotatedCheckpoint
 from .sources.checkpoint import Checkpoint
 from .sources.checkpoint_text import CheckpointText
-from .sources.documents import DEFAULT_TOKENS
 from .sources.eagle3 import Eagle3Head
 from .sources.lora import LoraCheckpoint
 from .sources.opening import open_checkpoint
@@ -194,7 +193,7 @@ class _Export:
     def run(self) -> Manifest:
         required = estimated_bytes(self.model, self.schemes, self.positions, self.config.embeddings)
         if self.decoder.is_calibrated:
-            tokens = self.config.calibration_tokens or DEFAULT_TOKENS
+            tokens = self.config.most_calibration_tokens
             models = 2 if "gptq" in self.config.rounding else 1  # the float and the rounded one
             required += 2 * 4 * models * tokens * self.model.hidden_size  # states, old and new
         if self.head is not None:
