@@ -20,6 +20,7 @@ from edge.bundle.schemes import engine_dtype
 from .config import BuildShapes
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .own_attention import attention_name
+from .own_top_k import KEYS, STATS, TOP_K
 
 # What a plan holds beside the weights for each profile (kernels and code), measured with TensorRT
 # for RTX 1.7: 3 MB for 2 layers, 18 MB for 28 and 30; with three profiles 31 MB for 30.
@@ -56,6 +57,7 @@ def audit_network(
     kv_read: KvRead = "slice",
     own_linears: Sequence[str] = (),
     own_attentions: Sequence[str] = (),
+    own_top_k: bool = False,
 ) -> Audit:
     """Compare a network with the manifest and the contract of `edge.bundle.io_spec`.
 
@@ -66,6 +68,7 @@ def audit_network(
         kv_read: how attention reads the cache.
         own_linears: linear layers that are to be plugins (`engines.own_kernels`).
         own_attentions: attentions that are to be (`engines.own_attention`).
+        own_top_k: whether the search for the best logits is to be (`engines.own_top_k`).
     """
     stored = _stored_weights(network)
     own = _plugin_weights(network)
@@ -73,6 +76,7 @@ def audit_network(
         *_check_interface(network, manifest, shapes, kv_read),
         *_check_attentions(network, manifest, kv_read, len(own_attentions)),
         *_check_own_attentions(network, manifest, own_attentions),
+        *_check_own_top_k(network, own_top_k),
         *_check_cache(network, manifest),
         *_check_weights(stored, manifest, own_linears),
         *_check_own(own, manifest, own_linears),
@@ -236,6 +240,30 @@ def _check_own_attentions(
     return problems
 
 
+def _check_own_top_k(network: NetworkView, own_top_k: bool) -> list[str]:
+    """Whether two plugins find the best of the logits that are put out, and nothing else does."""
+    best = (io_spec.BEST_VALUES, io_spec.BEST_IDS, io_spec.BEST_REST)
+    problems = []
+    for reads, writes in (((io_spec.LOGITS,), (KEYS, STATS)), ((KEYS, STATS), best)):
+        layers = [network.producers.get(name) for name in writes]
+        layer, *others = (
+            None if each is None or each.kind != "plugin_v3" else each for each in layers
+        )
+        if not own_top_k:
+            if layer is not None:
+                problems.append(f"{TOP_K}: a plugin that nobody asked for")
+        elif layer is None or any(other is not layer for other in others):
+            problems.append(f"{TOP_K}: no plugin makes {', '.join(writes)}")
+        elif tuple(each.name for each in layer.inputs[: len(reads)] if each) != reads:
+            problems.append(f"{TOP_K}: the plugin that makes {writes[0]} does not read {reads[0]}")
+    live = {
+        layer.kind for layer in network.layers if {o.name for o in layer.outputs} & network.live
+    }
+    if own_top_k and "topk" in live:
+        problems.append(f"{TOP_K}: a search beside that of the plugins")
+    return problems
+
+
 def _rows_of(network: NetworkView, manifest: Manifest, layer: int) -> tuple[str, ...]:
     """Keys and values of a layer's cache, and those of the step."""
     if manifest.dialect != "native":
@@ -305,7 +333,7 @@ def _plugin_weights(network: NetworkView) -> dict[str, TensorView]:
     for layer in network.layers:
         if layer.kind != "plugin_v3" or not layer.outputs:
             continue
-        if layer.outputs[0].name not in network.live:
+        if layer.outputs[0].name not in network.live or layer.outputs[0].name == KEYS:
             continue
         weight = _constant_behind(network, layer.inputs[1])
         if weight is not None:

@@ -281,6 +281,7 @@ def make_recorder(
             plugins=compiled.plugins,
             python_kernels=compiled.python_kernels,
             own_attentions=compiled.own_attentions,
+            own_top_k=compiled.own_top_k,
             compiled_unknown="the build was ended before it read them",
         )
 
@@ -299,8 +300,9 @@ class Compiled:
         build_s: seconds of parsing and compiling.
         peak_memory_bytes: the most resident memory; None if it was not measured.
         own_linears: linear layers that own kernels compute.
-        left_linears: with own kernels, the others, and why; attentions too.
+        left_linears: with own kernels, the others, and why; attentions and `own_top_k.TOP_K` too.
         own_attentions: attentions that own kernels compute.
+        own_top_k: whether own kernels find the best logits.
         plugins: with own kernels, which kind of plugin they are.
         python_kernels: the kernels, where that is not compiled into the plan.
     """
@@ -317,6 +319,7 @@ class Compiled:
     own_linears: tuple[str, ...] = ()
     left_linears: dict[str, str] = field(default_factory=dict)
     own_attentions: tuple[str, ...] = ()
+    own_top_k: bool = False
     plugins: Plugins | None = None
     python_kernels: tuple[bytes, ...] = ()
 
@@ -399,7 +402,13 @@ def compile_bundle(
             with uncounted(progress, "parse"):
                 network = compiler.parse(found.data, found.path, build.kv_read, build.attention)
             audit = audit_network(
-                network, manifest, build.shapes, build.kv_read, found.linears, found.attentions
+                network,
+                manifest,
+                build.shapes,
+                build.kv_read,
+                found.linears,
+                found.attentions,
+                found.top_k,
             )
             progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
             plan, written = compiler.build(
@@ -412,7 +421,7 @@ def compile_bundle(
             )
     finally:
         keep_log("\n".join(lines) + "\n")
-    kernels_bytes *= len(found.linears) + 2 * len(found.attentions)
+    kernels_bytes *= len(found.linears) + 2 * (len(found.attentions) + found.top_k)
     size_problems = tuple(
         check_plan_bytes(plan.nbytes, manifest, len(build.profiles), kernels_bytes)
     )
@@ -430,6 +439,7 @@ def compile_bundle(
         plugins=plugins,
         python_kernels=compat.pack_own_kernels(found.plugins) if plugins == "python" else (),
         own_attentions=found.attentions,
+        own_top_k=found.top_k,
     )
 
 

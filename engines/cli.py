@@ -232,6 +232,7 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
                 "own_linears": list(info.own_linears),
                 "left_linears": dict(info.left_linears),
                 "own_attentions": list(info.own_attentions),
+                "own_top_k": info.own_top_k,
                 "refused": msgspec.to_builtins(info.refused),
                 "tuned": msgspec.to_builtins(info.tuned),
             }
@@ -244,7 +245,8 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
     click.echo(f"{result.directory}: {info.plan_bytes / 1e6:,.0f} MB in {info.build_s:.0f} s{peak}")
     if info.kernels == "own":
         attentions = f", {len(info.own_attentions)} attentions" if info.own_attentions else ""
-        click.echo(f"own kernels: {len(info.own_linears)} layers{attentions}")
+        top_k = ", best logits" if info.own_top_k else ""
+        click.echo(f"own kernels: {len(info.own_linears)} layers{attentions}{top_k}")
         for name, reason in info.left_linears.items():
             click.echo(f"left to TensorRT: {name}: {reason}")
     for refused in info.refused:

@@ -5,7 +5,7 @@ the bias behind it. In the graph that is up to six nodes (`export.graph.decoder`
 weights as ONNX has them leave it. The weights in the kernels' order, as many bytes, go into a file
 beside it, some rows at a time: they are in memory neither twice nor as a whole.
 
-Attention is replaced by `own_attention`.
+Attention is replaced by `own_attention`, the search for the best logits by `own_top_k`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.tensorrt.launch_rules import BLOCK, JOIN, NAMESPACE, PARTS, PRODUCT
+from edge.backends.tensorrt.launch_rules import (
+    BLOCK,
+    JOIN,
+    NAMESPACE,
+    PARTS,
+    PRODUCT,
+    TOP_K_MERGE,
+    TOP_K_PARTS,
+)
+from edge.bundle import io_spec
 from edge.bundle.engine_file import Plugins
 from edge.bundle.manifest import LinearInfo, Manifest
 from edge.bundle.onnx_file import Node, OnnxFile
@@ -31,6 +40,7 @@ from edge.errors import BuildError, BundleError, ResourceError
 from .kernels.launch import GROUPS
 from .kernels.layout import pack_weights
 from .own_attention import use_own_attention
+from .own_top_k import TOP_K, use_own_top_k
 from .plugin_nodes import plugin_node
 
 _NO_BIAS = "own_kernels.no_bias"
@@ -47,9 +57,10 @@ class OwnGraph:
         path: where a parser is to think it is: its weights are beside that.
         linears: linear layers that own kernels compute, in the graph's order.
         left: the others, which TensorRT computes, each with the reason; attentions too, where own
-            ones were asked for.
+            ones were asked for, and `own_top_k.TOP_K`, where there are best logits.
         attentions: those that own kernels compute (`own_attention.attention_name`).
         plugins: those of the nodes, each by its name and the value of its rule's attribute.
+        top_k: whether own kernels find the best logits.
     """
 
     data: bytes
@@ -58,6 +69,7 @@ class OwnGraph:
     left: dict[str, str]
     attentions: tuple[str, ...] = ()
     plugins: frozenset[tuple[str, int]] = frozenset()
+    top_k: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,10 @@ def use_own_kernels(
             f"own kernels compute no layer of {bundle} ({reasons}); build without --kernels own, "
             "or export with --quant int4 or int8 and floats of 16 bits that are not bf16"
         )
+    has_best = any(each.name == io_spec.BEST_VALUES for each in onnx.outputs)
+    keep, why_not = use_own_top_k(onnx, manifest, plugins) if has_best else (0, "")
+    if why_not:
+        left[TOP_K] = why_not
     weights = f"{manifest.graphs.decoder}.data"
     packed = f"{manifest.graphs.decoder}.own"
     size = sum(plane.num_bytes + _ALIGNMENT for product in products for plane in product.planes)
@@ -169,7 +185,11 @@ def use_own_kernels(
     used = {(PRODUCT.name, len(each.planes)) for each in products}
     if attentions:
         used |= {(rule.name, manifest.model.head_dim) for rule in (PARTS, JOIN)}
-    return OwnGraph(onnx.serialize(), path, linears, left, attentions, frozenset(used))
+    if keep:
+        used |= {(rule.name, keep) for rule in (TOP_K_PARTS, TOP_K_MERGE)}
+    return OwnGraph(
+        onnx.serialize(), path, linears, left, attentions, frozenset(used), top_k=keep > 0
+    )
 
 
 class _Finder:

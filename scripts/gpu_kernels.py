@@ -26,7 +26,8 @@ from engines.kernels import launch, reference
 from engines.kernels.attention import attention as attention_job
 from engines.kernels.layout import pack_weights
 from engines.kernels.package import Cubin, load_cubins
-from engines.kernels.variants import KEEP, MAX_ROWS
+from engines.kernels.top_k import top_k
+from engines.kernels.variants import MAX_ROWS
 
 Arrays = dict[str, NDArray[Any]]
 _COPY_BYTES = 256 << 20
@@ -65,10 +66,10 @@ class Case:
             largest = max(np.abs(inputs[name]).max() for name in ("values", "new_values"))
             bound = 2.5e-3 * float(largest) + 1e-6
             return _fault(np.abs(outputs["output"] - found), np.full(found.shape, bound))
-        best, places, total = reference.top_k(inputs["logits"], KEEP)
+        best, places, rest = reference.top_k(inputs["logits"], len(inputs["keep"]))
         if not (outputs["places"] == places).all() or not (outputs["values"] == best).all():
             return "other logits are the largest"
-        return _fault(np.abs(outputs["logsumexp"] - total), 3e-6 * np.abs(total) + 3e-6)
+        return _fault(np.abs(outputs["rest"][:, 0] - rest), reference.top_k_error() * rest)
 
 
 def _fault(error: NDArray[Any], bound: NDArray[Any]) -> str | None:
@@ -154,14 +155,15 @@ def attention(
     )
 
 
-def logits(name: str, rows: int, columns: int) -> Case:
+def logits(name: str, rows: int, columns: int, keep: int) -> Case:
     """The largest of random logits."""
 
     def make_inputs() -> Arrays:
         random = np.random.default_rng(0)
-        return {"logits": (random.standard_normal((rows, columns)) * 5).astype(np.float16)}
+        values = (random.standard_normal((rows, columns)) * 5).astype(np.float16)
+        return {"logits": values, "keep": np.zeros(keep, np.float32)}
 
-    return Case(name, launch.top_k_logsumexp(rows, columns), make_inputs, 2 * rows * columns)
+    return Case(name, top_k(rows, columns, keep), make_inputs, 2 * rows * columns)
 
 
 def _bytes_of(job: launch.Job, names: Sequence[str]) -> int:
@@ -185,7 +187,8 @@ def make_cases() -> list[Case]:
         attention("attention, width 64, 2 x 1000", [1000, 999], 3, 3, 1, 64, 1024),
         attention("attention, width 64, 8 tokens", [1000, 8], 3, 3, 8, 64, 1024),
         attention("attention, width 64, 1024 tokens", [0], 3, 3, 1024, 64, 1024),
-        logits("top 64 of 151,936", 1, 151_936),
+        logits("best 256 of 151,936", 1, 151_936, 256),
+        logits("best 1024 of 8 x 151,936", 8, 151_936, 1024),
     ]
 
 

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edge.backends.tensorrt.launch_rules import PART_LOGITS
 from engines.kernels.variants import BY_NAME
 
 # Jetson AGX Orin 64 GB at MAXN (NVIDIA, Jetson AGX Orin series, technical brief): 16
 # multiprocessors of 4 x 32 lanes at 1.3 GHz; LPDDR5 of 204.8 GB/s.
-LANES_PER_S = 16 * 128 * 1.3e9
+_MULTIPROCESSORS = 16
+LANES_PER_S = _MULTIPROCESSORS * 128 * 1.3e9
 BYTES_PER_S = 204.8e9
 # And 42.5e12 dense FP16 operations by 64 tensor cores: 512 per cycle of each. The instruction
 # HMMA.16816 is 2 * 16 * 8 * 16 of them, and its scheduler issues one instruction per cycle.
@@ -122,6 +124,8 @@ def find_problems(manifest: Mapping[str, Any], found: Mapping[str, Sass]) -> Ite
             yield from _gemm_problems(name, sass)
         if name.startswith("attention_parts"):
             yield from _attention_problems(name, sass)
+        if name == "top_k_parts":
+            yield from _top_k_problems(name, sass, record)
         if resident_warps(record) < LEAST_WARPS and record["threads"] >= 128:
             yield f"sm_87 {name}: {resident_warps(record)} warps per multiprocessor"
 
@@ -171,14 +175,33 @@ def _attention_problems(name: str, sass: Sass) -> Iterator[str]:
         yield f"sm_87 {name}: rows are read otherwise than by copies of 128 bits"
 
 
+def _top_k_problems(name: str, sass: Sass, record: Mapping[str, Any]) -> Iterator[str]:
+    if any(sass.count("LD", *loop) > sass.count("LDS", *loop) for loop in sass.loops):
+        yield f"sm_87 {name}: the search reads memory"
+    # All parts of 151,936 logits at once, so that none waits for another.
+    parts, programs = -(-151_936 // PART_LOGITS), resident_warps(record) * 32 // record["threads"]
+    if programs * _MULTIPROCESSORS < parts:
+        yield f"sm_87 {name}: {programs} programs per multiprocessor, not all of {parts} at once"
+
+
+def lanes_per_logit(sass: Sass) -> float:
+    """Instructions of a lane for one logit of `top_k_parts`, all 16 turns of its search counted."""
+    ((first, last),) = sass.loops
+    each = PART_LOGITS // (BY_NAME["top_k_parts"].warps * 32)
+    return (len(sass.instructions) + 15 * (last - first + 1)) / each
+
+
 def _wide_copies(sass: Sass) -> bool:
     copies = Counter(name for name, _ in sass.instructions if name.startswith("LDGSTS"))
     return bool(copies) and all(".128" in name for name in copies)
 
 
 def render(records: Mapping[str, Any], found: Mapping[str, Sass]) -> str:
-    """A table for people: what the Orin's machine code is like."""
-    lines = [f"{'sm_87':<29}registers  spilled  shared  warps/48  code  per weight or HMMA  budget"]
+    """A table for people: what the Orin's machine code is like.
+
+    A unit of work is a weight, an instruction of the tensor cores or a logit.
+    """
+    lines = [f"{'sm_87':<29}registers  spilled  shared  warps/48  code  per unit of work  budget"]
     for name, record in records.items():
         line = (
             f"{name:<30}{record['registers']:>8}{record['spilled_bytes']:>9}"
@@ -190,5 +213,7 @@ def render(records: Mapping[str, Any], found: Mapping[str, Sass]) -> str:
             line += f"{lanes_per_weight(name, found[name]):>20.1f}{budget(planes):>8.1f}"
         if name.startswith(("w4_gemm", "attention_parts")):
             line += f"{issues_per_hmma(found[name]):>20.1f}{HMMA_CYCLES:>8.1f}"
+        if name == "top_k_parts":
+            line += f"{lanes_per_logit(found[name]):>20.1f}"
         lines.append(line)
     return "\n".join(lines)

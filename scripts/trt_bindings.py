@@ -378,8 +378,8 @@ def check_plugin(wheel: Path, stubs: Path, script: str) -> bool:
     Args:
         wheel: the unpacked one.
         stubs: where the stub libraries are.
-        script: ``trt_plugin``, ``trt_attention``, or ``trt_plugin_v3`` for those whose kernels
-            Python launches.
+        script: ``trt_plugin``, ``trt_attention``, ``trt_top_k``, or ``trt_plugin_v3`` for those
+            whose kernels Python launches.
     """
     paths = os.pathsep.join(map(str, (wheel, ROOT)))
     environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": paths}
@@ -602,6 +602,7 @@ def main() -> int:
         if (major, minor) >= PLUGINS_SINCE:
             failed |= not check_plugin(fetch_wheel(version), stubs, "trt_plugin")
             failed |= not check_plugin(fetch_wheel(version), stubs, "trt_attention")
+            failed |= not check_plugin(fetch_wheel(version), stubs, "trt_top_k")
     return int(failed)
 
 

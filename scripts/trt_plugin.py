@@ -37,6 +37,7 @@ MOVING = {
     **dict.fromkeys(("keys", "values", "partial", "stats"), (0,)),
     **dict.fromkeys(("query", "new_keys", "new_values"), (0, 2)),
     "positions": (0, 1),
+    "logits": (0, 1),
 }
 
 

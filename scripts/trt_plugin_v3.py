@@ -21,15 +21,24 @@ import numpy as np
 import tensorrt_bindings as trt
 
 from edge.backends.tensorrt import plugins
-from edge.backends.tensorrt.launch_rules import JOIN, NAMESPACE, PARTS, PRODUCT, PluginRule
+from edge.backends.tensorrt.launch_rules import (
+    JOIN,
+    NAMESPACE,
+    PARTS,
+    PRODUCT,
+    TOP_K_MERGE,
+    TOP_K_PARTS,
+    PluginRule,
+)
 from edge.errors import DeviceError
 from engines.kernels import plugin_v3
 from engines.kernels.attention import attention
-from engines.kernels.launch import Launch, product, w4_tactics
+from engines.kernels.launch import Job, Launch, product, w4_tactics
 from engines.kernels.own_plugins import TACTICS, element_types
 from engines.kernels.package import Ptx, load_ptx
+from engines.kernels.top_k import top_k
 
-from . import trt_attention, trt_plugin
+from . import trt_attention, trt_plugin, trt_top_k
 from .trt_plugin import MOVING, Registry, Size, Sizes, describe
 
 _STREAM, _READ, _WRITTEN = 0x5000, range(0x1000, 0x5000, 0x800), range(0x6000, 0x8000, 0x800)
@@ -93,7 +102,7 @@ class Case:
 
 
 def make_cases() -> Iterator[Case]:
-    """Those of `trt_plugin` and `trt_attention`."""
+    """Those of `trt_plugin`, `trt_attention` and `trt_top_k`."""
     for case in trt_plugin.CASES:
         batch, seq, depth, columns, group, planes, bias = case
         reads: Shapes = [
@@ -111,6 +120,19 @@ def make_cases() -> Iterator[Case]:
                 [buffers[name][0] for name in rule.outputs],
                 functools.partial(_attention, sizes, place),
             )
+    for batch, num_logits, columns, keep in trt_top_k.CASES:
+        job = top_k(batch * num_logits, columns, keep)
+        for place, rule in enumerate((TOP_K_PARTS, TOP_K_MERGE)):
+            yield Case(
+                *(rule, keep),
+                [trt_top_k.shape_of(job, name, batch, num_logits) for name in rule.inputs],
+                [trt_top_k.shape_of(job, name, batch, num_logits) for name in rule.outputs],
+                functools.partial(_search, job, place),
+            )
+
+
+def _search(job: Job, half: int, place: int) -> Launch:
+    return job.launches[half]
 
 
 def _product(case: tuple[int, int, int, int, int, int, bool], place: int) -> Launch:

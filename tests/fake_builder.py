@@ -767,8 +767,9 @@ def _symbols(
     network: Network, node: Node, name: str, made: dict[str, TensorDesc]
 ) -> tuple[int | str, ...]:
     """The shape of a plugin's input in steps of any size, see `fake_plugin_v3.serialize`."""
-    if name.endswith((".partial", ".stats")):
-        return ("room", *made[name].shape[1:])
+    if name in made:
+        moving = ("room",) if node.op_type == "attention_join" else ("batch", "seq")
+        return (*moving, *made[name].shape[len(moving) :])
     symbols: Any = _described(network, node, name, *("batch", "seq"))  # type: ignore[arg-type]
     shape: tuple[int | str, ...] = symbols.shape
     return shape
@@ -781,6 +782,8 @@ def _described(network: Network, node: Node, name: str, batch: int, seq: int) ->
     if node.op_type == "w4_linear":
         depth = network.shapes[node.inputs[1]][0] * 32
         return TensorDesc((batch, seq, depth) if name == node.inputs[0] else shape, dtype)
+    if node.op_type == "top_k_parts":
+        return TensorDesc((batch, seq, shape[-1]) if name == node.inputs[0] else shape, dtype)
     if name == node.inputs[-1] and node.op_type == "attention_parts":
         return TensorDesc((batch, seq), dtype)
     if name == node.inputs[2] and node.op_type == "attention_join":
@@ -891,10 +894,12 @@ def _without_plugin(network: Network, node: Node) -> list[Node]:
     """What a plugin computes, in operators: one product in FP32."""
     if not node.domain:
         return [node]
-    if node.op_type == "attention_parts":
+    if node.op_type in ("attention_parts", "top_k_parts"):
         return []
     if node.op_type == "attention_join":
         return _attended(network, node)
+    if node.op_type == "top_k_merge":
+        return _best(network, node)
     assert network.graph is not None
     constants = Constants(network.graph, network.directory)
     (x, packed, scale_name, bias_name), name = node.inputs, node.name
@@ -982,6 +987,42 @@ def _attended(network: Network, join: Node) -> list[Node]:
     return [
         Node(op, [full(each) for each in inputs], [full(out)], full(out), attributes=more)
         for op, inputs, out, more in steps
+    ]
+
+
+def _best(network: Network, merge: Node) -> list[Node]:
+    """The search of two plugins in operators."""
+    graph, made = network.graph, merge.name
+    assert graph is not None
+    (parts,) = (node for node in graph.nodes if node.outputs[:1] == merge.inputs[:1])
+    logits, keep = parts.inputs
+    values, places, rest = merge.outputs
+    for name, number in (("zero", 0), ("one", 1), ("last", -1), ("k", network.shapes[keep][0])):
+        graph.add_int64(f"{made}.{name}", [number])
+    wide, whole, half = (
+        [attribute("to", ELEMENT_NUMBERS[dtype])] for dtype in ("fp32", "int32", "fp16")
+    )
+    steps: list[tuple[str, list[str], list[str], list[bytes]]] = [
+        ("Cast", [logits], [".row"], wide),
+        ("TopK", [".row", ".k"], [".best", ".places"], []),
+        ("Cast", [".best"], [values], half),
+        ("Cast", [".places"], [places], whole),
+        ("Slice", [".best", ".zero", ".one", ".last"], [".greatest"], []),
+    ]
+    for name in (".row", ".best"):
+        steps += [
+            ("Sub", [name, ".greatest"], [f"{name}.shifted"], []),
+            ("Exp", [f"{name}.shifted"], [f"{name}.exp"], []),
+            ("ReduceSum", [f"{name}.exp", ".last"], [f"{name}.sum"], []),
+        ]
+    steps.append(("Sub", [".row.sum", ".best.sum"], [rest], []))
+
+    def full(names: list[str]) -> list[str]:
+        return [f"{made}{name}" if name.startswith(".") else name for name in names]
+
+    return [
+        Node(op, full(inputs), full(outs), full(outs)[0], attributes=more)
+        for op, inputs, outs, more in steps
     ]
 
 

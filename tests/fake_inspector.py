@@ -35,7 +35,7 @@ def inspector_json(
         detailed: False is an engine whose layers have names only.
         fused: attention in one kernel.
         unpacked: linear layers whose weights a kernel of its own writes as floats.
-        own: linear layers and attentions that plugins compute.
+        own: linear layers and attentions that plugins compute, and the search for best logits.
         profiles: those that are told of.
     """
     layers = [
@@ -95,6 +95,11 @@ def _layers(
         for linear in ("o", "gate_up", "down"):
             yield from _linear(manifest, f"{name}.{linear}", floats, unpacked, own)
     yield from _linear(manifest, "lm_head", floats, unpacked, own)
+    if "top_k" in own:
+        kept = ["Int32", "Float"]
+        for part, read, wrote in (("parts", [floats, "Float"], kept), ("merge", kept, [floats])):
+            node = f"top_k/top_k_{part}"
+            yield _layer(node, "PluginV3", read, wrote, "0x1", [node])
 
 
 def _linear(

@@ -14,15 +14,19 @@ from onnx.reference.op_run import OpRun
 from edge.backends.tensorrt.launch_rules import (
     JOIN,
     NAMESPACE,
+    NUMBERS,
+    PART_LOGITS,
     PARTS,
     PRODUCT,
+    TOP_K_MERGE,
+    TOP_K_PARTS,
     number_of_parts,
     room,
 )
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
 from engines.kernels.layout import unpack_weights
-from engines.kernels.reference import w4_gemv
+from engines.kernels.reference import top_k, w4_gemv
 from engines.kernels.variants import LEAST_PART
 
 
@@ -117,7 +121,55 @@ def _range_of(part: int, parts: int, past: int, tokens: int, token: int) -> tupl
     return part * each, min((part + 1) * each, past + token + 1)
 
 
+class TopKParts(OpRun):  # type: ignore[misc]
+    """The plugin: of each part its best, in order of place."""
+
+    op_domain = NAMESPACE
+
+    def _run(self, logits: Any, keep: Any, **_attributes: Any) -> Any:
+        assert (logits.dtype, keep.dtype) == (np.float16, np.float32)
+        shape = TOP_K_PARTS.output_shapes([logits.shape, keep.shape], NUMBERS)
+        keys = np.full(shape[0], NO_KEY, np.int32)
+        stats = np.empty(shape[1], np.float32)
+        for at in np.ndindex(*shape[0][:-1]):
+            row, part = at[:-1], at[-1]
+            found = logits[row][part * PART_LOGITS : (part + 1) * PART_LOGITS]
+            count = min(len(keep), len(found))
+            best, places, rest = top_k(found[None], count)
+            order = np.argsort(places[0])
+            bits = best[0, order].view(np.int16).astype(np.int32)
+            ordered = np.where(bits < 0, bits ^ 0x7FFF, bits)
+            keys[at][:count] = ordered << 16 | places[0, order]
+            stats[at] = best[0, 0], rest[0]
+        return keys, stats
+
+
+class TopKMerge(OpRun):  # type: ignore[misc]
+    """The plugin."""
+
+    op_domain = NAMESPACE
+
+    def _run(self, keys: Any, stats: Any, **_attributes: Any) -> Any:
+        assert (keys.dtype, stats.dtype) == (np.int32, np.float32)
+        shapes = TOP_K_MERGE.output_shapes([keys.shape, stats.shape], NUMBERS)
+        values = np.empty(shapes[0], np.float16)
+        ids, rest = np.empty(shapes[1], np.int32), np.empty(shapes[2], np.float32)
+        for row in np.ndindex(keys.shape[:-2]):
+            ordered = keys[row] >> 16
+            bits = np.where(ordered < 0, ordered ^ 0x7FFF, ordered).astype(np.int16)
+            there = keys[row] != NO_KEY
+            kept = bits.view(np.float16)[there]
+            places = (keys[row] & 0xFFFF) + np.arange(len(keys[row]))[:, None] * PART_LOGITS
+            best, order, others = top_k(kept[None], keys.shape[-1])
+            values[row], ids[row] = best[0], places[there][order[0]]
+            far = np.exp(stats[row][:, 0] - best[0, 0].astype(np.float32)) @ stats[row][:, 1]
+            rest[row] = others + far
+        return values, ids, rest
+
+
 AttentionParts.__name__, AttentionJoin.__name__ = PARTS.name, JOIN.name
+TopKParts.__name__, TopKMerge.__name__ = TOP_K_PARTS.name, TOP_K_MERGE.name
+NO_KEY = -0x80000000
 
 
 def load(data: bytes, directory: Path) -> onnx.ModelProto:
@@ -164,7 +216,7 @@ def compute(data: bytes, directory: Path, feed: dict[str, Any], output: str) -> 
 
 def compute_all(data: bytes, directory: Path, feed: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """All outputs of a graph by name."""
-    operators = [W4Linear, AttentionParts, AttentionJoin]
+    operators = [W4Linear, AttentionParts, AttentionJoin, TopKParts, TopKMerge]
     session = ReferenceEvaluator(load(data, directory), new_ops=operators)
     known = {name: value for name, value in feed.items() if name in session.input_names}
     return dict(zip(session.output_names, session.run(None, known), strict=True))

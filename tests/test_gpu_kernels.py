@@ -18,12 +18,11 @@ from engines.kernels import reference
 from engines.kernels.launch import Tactic, w4_tactics
 from engines.kernels.layout import unpack_weights
 from engines.kernels.package import load_cubins
-from engines.kernels.variants import KEEP
 from scripts import gpu_kernels
 from tests.fake_cuda import DRIVERS, FakeGpu
 
 COPY = 1 << 12
-JOIN = "attention_join_rows1_width64"
+JOIN, MERGE = "attention_join_rows1_width64", "top_k_merge_most256"
 PRODUCTS = ("w4_gemv_rows2_planes2", "w4_gemm_planes2")
 
 
@@ -74,20 +73,22 @@ def run_join(gpu: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> No
 
 
 def run_parts(gpu: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> None:
-    logits, columns, keys, stats, *_ = values
-    best, places, total = reference.top_k(view(gpu, logits, (1, columns), np.float16), KEEP)
-    kept = view(gpu, keys, (2, KEEP), np.int32)
-    kept[0], kept[1] = places[0], best[0].astype(np.float32).view(np.int32)
-    view(gpu, stats, (1,), np.float32)[...] = total
+    """Leaves the whole result where that of the parts would be."""
+    logits, _, columns, keep, keys, stats = values
+    assert grid == (2, 1, 1)
+    best, places, rest = reference.top_k(view(gpu, logits, (1, columns), np.float16), keep)
+    kept = view(gpu, keys, (2, keep), np.int32)
+    kept[0], kept[1] = places[0], best[0].view(np.int16)
+    view(gpu, stats, (1,), np.float32)[...] = rest
 
 
 def run_merge(gpu: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> None:
-    keys, stats, parts, best, places, total, *_ = values
-    assert parts == 2
-    kept = view(gpu, keys, (2, KEEP), np.int32)
-    view(gpu, places, (KEEP,), np.int32)[...] = kept[0]
-    view(gpu, best, (KEEP,), np.float32)[...] = kept[1].view(np.float32)
-    view(gpu, total, (1,), np.float32)[...] = view(gpu, stats, (1,), np.float32)
+    keys, stats, parts, keep, best, places, rest = values
+    assert (grid, parts) == ((1, 1, 1), 2)
+    kept = view(gpu, keys, (2, keep), np.int32)
+    view(gpu, places, (keep,), np.int32)[...] = kept[0]
+    view(gpu, best, (keep,), np.int16)[...] = kept[1]
+    view(gpu, rest, (1,), np.float32)[...] = view(gpu, stats, (1,), np.float32)
 
 
 @pytest.fixture(params=DRIVERS)
@@ -100,7 +101,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fake
         "attention_parts_rows16_width64": run_attention,
         "attention_join_rows1_width64": run_join,
         "top_k_parts": run_parts,
-        "top_k_merge": run_merge,
+        MERGE: run_merge,
     }
     monkeypatch.setattr(gpu_kernels, "_MOST_COPIES", 2)
     monkeypatch.setattr(gpu_kernels, "_RUNS", 2)
@@ -113,7 +114,7 @@ def small_cases() -> list[gpu_kernels.Case]:
         gpu_kernels.product("product", 2, 70, 64, 32, 2, bias=True),
         gpu_kernels.product("many rows", 130, 70, 64, 32, 2),
         gpu_kernels.attention("attention", [20, 3], 1, 2, 3, 64, 130),
-        gpu_kernels.logits("logits", 1, 5000),
+        gpu_kernels.logits("logits", 1, 5000, 200),
     ]
 
 
@@ -129,13 +130,13 @@ def test_each_kernel_is_compared_and_timed(gpu: FakeGpu, capsys: pytest.CaptureF
     assert not gpu.alive
 
 
-@pytest.mark.parametrize("name", [*PRODUCTS, JOIN, "top_k_merge"])
+@pytest.mark.parametrize("name", [*PRODUCTS, JOIN, MERGE])
 @pytest.mark.parametrize("wrong", [np.float16(np.nan), np.float16(0.5)])
 def test_a_kernel_that_computes_something_else_fails(
     gpu: FakeGpu, capsys: pytest.CaptureFixture[str], name: str, wrong: np.float16
 ):
     right = gpu.kernels[name]
-    output = {**dict.fromkeys(PRODUCTS, 9), JOIN: 8, "top_k_merge": 3}[name]
+    output = {**dict.fromkeys(PRODUCTS, 9), JOIN: 8, MERGE: 4}[name]
 
     def run(fake: FakeGpu, grid: tuple[int, ...], values: tuple[int, ...]) -> None:
         right(fake, grid, values)

@@ -189,8 +189,9 @@ class EngineInfo(_Struct, frozen=True):
             ``tensorrt``.
         own_linears: linear layers that own kernels compute.
         left_linears: with own kernels, those that TensorRT computes all the same, and why;
-            attentions too.
+            attentions too, and the search for the best logits as ``top_k``.
         own_attentions: attentions that own kernels compute, such as ``layers.0.attention``.
+        own_top_k: whether own kernels find the best logits; they do not in older engines.
         plugins: how own kernels are in the engine: ``compiled`` into the plan, or ``python``, whose
             launches `edge.backends.tensorrt.plugins` makes; None without own kernels, and of
             engines from before there were both, which have the first kind.
@@ -236,6 +237,7 @@ class EngineInfo(_Struct, frozen=True):
     plugins: Plugins | None = None
     python_kernels: tuple[PackedKernels, ...] = ()
     own_attentions: tuple[Line, ...] = ()
+    own_top_k: bool = False
 
     @property
     def buckets_read(self) -> tuple[int, ...]:

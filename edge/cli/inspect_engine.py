@@ -106,8 +106,12 @@ def _own_kernels(info: EngineInfo) -> list[tuple[str, str]]:
         return []
     left = [(f"left to TensorRT {name}", reason) for name, reason in info.left_linears.items()]
     attentions = f", {len(info.own_attentions)} attentions" if info.own_attentions else ""
+    top_k = ", best logits" if info.own_top_k else ""
     how = ", launched by Python" if info.plugins == "python" else ""
-    return [("own kernels", f"{len(info.own_linears)} linear layers{attentions}{how}"), *left]
+    return [
+        ("own kernels", f"{len(info.own_linears)} linear layers{attentions}{top_k}{how}"),
+        *left,
+    ]
 
 
 def _compiled_facts(directory: Path, info: EngineInfo) -> list[tuple[str, str]]:

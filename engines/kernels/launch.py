@@ -13,10 +13,7 @@ from edge.errors import ConfigError
 
 from .variants import (
     BY_NAME,
-    KEEP,
     MAX_ROWS,
-    MOST_PARTS,
-    PART,
     Variant,
     gemm_name,
     gemv_name,
@@ -184,37 +181,3 @@ def launch_of(rule: PluginRule, tactic: Tactic, shapes: Sequence[Shape]) -> Laun
     grid, numbers = rule.launch(shapes, tactic, NUMBERS)
     counts: list[str | int] = [int(number) for number in numbers]
     return Launch(tactic.variant, grid, (*rule.inputs, *counts, *rule.outputs))
-
-
-def top_k_logsumexp(rows: int, columns: int) -> Job:
-    """The largest 64 logits of each row, their places, and the logarithm of the sum of all.
-
-    Args:
-        rows: of logits.
-        columns: of the vocabulary, up to 262,144.
-
-    Raises:
-        ConfigError: the kernels do not serve this.
-    """
-    parts = -(-columns // PART)
-    if rows < 1 or not 1 <= parts <= MOST_PARTS:
-        raise ConfigError(
-            f"top_k_logsumexp takes at least one row of up to {PART * MOST_PARTS} logits, "
-            f"not {rows} of {columns}"
-        )
-    half, wide, whole = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.int32)
-    first = Launch(BY_NAME["top_k_parts"], (parts, rows, 1), ("logits", columns, "keys", "stats"))
-    merge = Launch(
-        BY_NAME["top_k_merge"],
-        (rows, 1, 1),
-        ("keys", "stats", parts, "values", "places", "logsumexp"),
-    )
-    buffers: Buffers = {
-        "logits": ((rows, columns), half),
-        "keys": ((rows, parts, KEEP), whole),
-        "stats": ((rows, parts, 2), wide),
-        "values": ((rows, KEEP), wide),
-        "places": ((rows, KEEP), whole),
-        "logsumexp": ((rows,), wide),
-    }
-    return Job((first, merge), buffers, ("values", "places", "logsumexp"))

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from edge.backends.tensorrt.launch_rules import MOST_CACHE_PARTS
+from edge.backends.tensorrt.launch_rules import MOST_CACHE_PARTS, PART_LOGITS
 
 ARCHITECTURES = (80, 87, 90, 100, 110, 120)
 """Compute capabilities, times ten. 80 is Ampere, and runs on other desktop GPUs of 8.x, Ada too; 87
@@ -22,12 +22,10 @@ ATTENTION_ROWS, JOIN_ROWS = (16, 64), (1, 8)
 """Heads of tokens that a program of attention does, and one that joins parts."""
 LEAST_PART = 128
 """Rows of a sequence that are worth a program."""
-KEEP = 64
-"""Logits that are kept of a row."""
-PART = 4096
-"""Logits that one program looks at."""
+KEPT = (256, 1024)
+"""Logits of a row that are kept at most, by the kernel that sorts them."""
 MOST_PARTS = 64
-"""Of a row, so its length is at most 262,144."""
+"""Of `PART_LOGITS` logits of a row, so its length is at most 262,144."""
 
 Type = Literal["*fp16", "*fp32", "*i32", "i32"]
 
@@ -78,6 +76,11 @@ def attention_name(rows: int, width: int) -> str:
 def join_name(rows: int, width: int) -> str:
     """Variant that joins the parts of this many heads of tokens (1 or 8) in a program."""
     return f"attention_join_rows{rows}_width{width}"
+
+
+def merge_name(keep: int) -> str:
+    """Variant that sorts this many of the largest logits (up to 1024)."""
+    return f"top_k_merge_most{next(most for most in KEPT if most >= keep)}"
 
 
 def _power(number: int, least: int) -> int:
@@ -188,6 +191,26 @@ def _join(rows: int, width: int) -> Variant:
     )
 
 
+def _merge(most: int) -> Variant:
+    return Variant(
+        merge_name(most),
+        "top_k",
+        "top_k_merge",
+        {
+            "keys_ptr": "*i32",
+            "stats_ptr": "*fp32",
+            "parts": "i32",
+            "keep": "i32",
+            "values_ptr": "*fp16",
+            "places_ptr": "*i32",
+            "rest_ptr": "*fp32",
+        },
+        {"PART": PART_LOGITS, "MOST": most, "PARTS": MOST_PARTS, "BLOCK": 2048},
+        8,
+        portable=True,
+    )
+
+
 VARIANTS: tuple[Variant, ...] = (
     *(_gemv(rows, planes) for rows in (1, 2, 4, 8) for planes in (1, 2)),
     *(_gemm(planes) for planes in (1, 2)),
@@ -197,24 +220,18 @@ VARIANTS: tuple[Variant, ...] = (
         "top_k_parts",
         "top_k",
         "top_k_parts",
-        {"logits_ptr": "*fp16", "columns": "i32", "keys_ptr": "*i32", "stats_ptr": "*fp32"},
-        {"PART": PART, "KEEP": KEEP},
-        8,
-    ),
-    Variant(
-        "top_k_merge",
-        "top_k",
-        "top_k_merge",
         {
+            "logits_ptr": "*fp16",
+            "keep_ptr": "*fp32",
+            "columns": "i32",
+            "keep": "i32",
             "keys_ptr": "*i32",
             "stats_ptr": "*fp32",
-            "parts": "i32",
-            "values_ptr": "*fp32",
-            "places_ptr": "*i32",
-            "logsumexp_ptr": "*fp32",
         },
-        {"PART": PART, "KEEP": KEEP, "PARTS": MOST_PARTS, "BLOCK": 512},
-        4,
+        {"PART": PART_LOGITS, "MOST": KEPT[-1]},
+        8,
+        portable=True,
     ),
+    *(_merge(most) for most in KEPT),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}

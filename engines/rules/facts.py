@@ -31,6 +31,12 @@ _FIRST_INPUTS_TYPE = (
 )
 # Our plugins of attention: type and rank of what they put out.
 _OWN_ATTENTION = {"attention_parts": ("fp32", 2), "attention_join": ("fp16", 3)}
+# Our plugins of the best logits: types of what they put out, and by how much its rank is above that
+# of their first input.
+_OWN_TOP_K = {
+    "top_k_parts": (("int32", "fp32"), 1),
+    "top_k_merge": (("fp16", "int32", "fp32"), -1),
+}
 _COUNTS = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
 
 
@@ -143,8 +149,9 @@ class GraphFacts:
                 raise BundleError(f"not a valid graph: {name!r} is made twice, by {node.name} too")
             known.add(name)
         dtype, rank = self._type_of(node), self._rank_of(node)
-        for name in node.node.outputs:
-            self._types[name], self._ranks[name] = dtype, rank
+        types, _ = _OWN_TOP_K.get(node.op_type, ((dtype,) * len(node.node.outputs), 0))
+        for name, kind in zip(node.node.outputs, types, strict=True):
+            self._types[name], self._ranks[name] = kind, rank
 
     def dtype(self, name: str) -> str | None:
         """Element type of a tensor; None if unknown."""
@@ -291,6 +298,9 @@ class GraphFacts:
             return max(left, right) if left and right and min(left, right) > 1 else None
         if kind in _OWN_ATTENTION:
             return _OWN_ATTENTION[kind][1]
+        if kind in _OWN_TOP_K:
+            rank = self.rank(node.input(0))
+            return None if rank is None else rank + _OWN_TOP_K[kind][1]
         if kind == "Shape":
             return 1
         if kind == "Reshape":

@@ -677,7 +677,7 @@ def test_the_audit_holds_for_attention_in_plugins(
 
     monkeypatch.setattr(builder, "audit_network", spy)
     assert compile_bundle(plan_build(config, manifest), target).audit.problems == ()
-    ((network, _, shapes, kv_read, linears, attentions),) = seen
+    ((network, _, shapes, kv_read, linears, attentions, _),) = seen
 
     def problems(changed: dict[str, Any], names: tuple[str, ...] = attentions) -> list[str]:
         layers = tuple(changed.get(each.name, each) for each in network.layers)
@@ -721,7 +721,7 @@ def test_the_audit_holds_for_plugins(
     monkeypatch.setattr(builder, "ENGINES_DIR", "../own-engines")  # the bundle is shared
     compiled = compile_bundle(build, target)
     assert compiled.audit.problems == ()
-    ((network, _, shapes, kv_read, own, attentions),) = seen
+    ((network, _, shapes, kv_read, own, attentions, _),) = seen
     assert attentions == ()
     assert own == tuple(manifest.quantization.linears)
     problems = audit_network(network, manifest, shapes, kv_read, ()).problems

@@ -21,10 +21,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, strategies
+from numpy.testing import assert_allclose, assert_array_equal
 
 from edge.backends.step import step_after
 from edge.backends.tensorrt import launch_rules, plugins
-from edge.backends.tensorrt.launch_rules import JOIN, PARTS, PRODUCT, PluginRule
+from edge.backends.tensorrt.launch_rules import (
+    JOIN,
+    NUMBERS,
+    PARTS,
+    PRODUCT,
+    TOP_K_MERGE,
+    TOP_K_PARTS,
+    PluginRule,
+)
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.engine_file import EngineInfo, read_engine_info, rebuild_command
 from edge.bundle.manifest import read_manifest
@@ -41,6 +50,7 @@ from engines.kernels.attention import attention, join_tactics, part_tactics
 from engines.kernels.layout import pack_weights
 from engines.kernels.own_plugins import element_types
 from engines.kernels.package import load_ptx
+from engines.kernels.top_k import top_k, top_k_merge_tactics, top_k_parts_tactics
 from engines.own_kernels import use_own_kernels
 from tests.conftest import Bundles
 from tests.fake_cuda import FakeGpu
@@ -293,6 +303,30 @@ def test_tuning_takes_own_attention_too(
     open_engine(wide).close()
 
 
+def test_an_engine_of_jetpack_6_finds_the_best_logits(
+    bundle: Path, target: Target, gpu: FakeGpu
+) -> None:
+    text = run(bundle, "--kernels", "own", "--best-logits", "16").stdout
+    assert "own kernels: 9 layers, best logits\n" in text
+    directory, info = only_engine(bundle)
+    assert (info.own_top_k, info.plugins, info.left_linears) == (True, "python", {})
+    used = [(PRODUCT.name, 1), (PRODUCT.name, 2), (TOP_K_PARTS.name, 16), (TOP_K_MERGE.name, 16)]
+    assert info.python_kernels == plugin_v3.pack_kernels(used, load_ptx())
+    shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
+    assert "9 linear layers, best logits, launched by Python" in " ".join(shown.split())
+    engine = open_engine(bundle, use_cuda_graphs=False)
+    embeds = np.zeros((1, 1, engine._manifest.model.hidden_size), np.float16)
+    step = step_after([0], [0], embeds, np.zeros((1, 1), np.int64))
+    gpu.calls.clear()
+    assert engine.forward_best is not None
+    ((best,),) = engine.forward_best(step)
+    assert gpu.calls.count("cuLaunchKernel") == 9 + 2
+    row = engine.forward(step)[0]
+    order = np.argsort(-np.asarray(row, np.float64).ravel(), kind="stable")[:16]
+    assert_array_equal(best.ids, order)
+    engine.close()
+
+
 # What goes wrong
 
 
@@ -501,9 +535,9 @@ def make_plugin(rule: PluginRule, value: int) -> tuple[Any, Recorder]:
 
 
 def enqueue_on(attached: Any, shapes: Sequence[tuple[int, ...]], tactic: int) -> list[int]:
-    """Launch for inputs of some shapes; returns all addresses, those of two outputs last."""
+    """Launch for inputs of some shapes; returns all addresses, those of outputs last."""
     attached.set_tactic(tactic)
-    inputs, addresses = [Desc(shape, None) for shape in shapes], list(range(16, 160, 16))
+    inputs, addresses = [Desc(shape, None) for shape in shapes], list(range(16, 176, 16))
     outputs = [Desc((), None)] * len(RULES[attached.plugin_name].outputs)
     attached.on_shape_change(inputs, outputs)
     given, taken = addresses[: len(inputs)], addresses[7 : 7 + len(outputs)]
@@ -572,7 +606,7 @@ def test_launches_are_those_of_the_compiled_plugin(
         (columns if bias else 1,),
     ]
     check_launch(PRODUCT, planes, shapes, tactic)
-    (output,) = PRODUCT.output_shapes(shapes, launch_rules.NUMBERS)
+    (output,) = PRODUCT.output_shapes(shapes, NUMBERS)
     assert output == (*leading, columns)
 
 
@@ -594,7 +628,7 @@ def test_launches_of_attention_are_those_of_the_compiled_plugins(
     for rule, launched in zip((PARTS, JOIN), job.launches, strict=True):
         shapes = [job.buffers[name][0] for name in rule.inputs]
         check_launch(rule, width, shapes, tactic)
-        found = rule.output_shapes(shapes, launch_rules.NUMBERS)
+        found = rule.output_shapes(shapes, NUMBERS)
         assert found == tuple(job.buffers[name][0] for name in rule.outputs)
         # Every head of a token has a program, and the partial sums of every part have room.
         (x, y, z), rows = launched.grid, batch * groups * heads * tokens
@@ -605,6 +639,30 @@ def test_launches_of_attention_are_those_of_the_compiled_plugins(
         else:
             assert (x - 1) * size < rows <= x * size
             assert launched.arguments[7] == job.launches[0].grid[2]
+
+
+@given(
+    leading=strategies.lists(strategies.integers(1, 64), min_size=1, max_size=2),
+    columns=strategies.integers(1, 262_144),
+    keep=strategies.integers(1, 1024),
+)
+def test_launches_of_the_search_are_those_of_the_compiled_plugins(
+    leading: list[int], columns: int, keep: int
+) -> None:
+    keep = min(keep, columns)
+    job = top_k(int(np.prod(leading)), columns, keep)
+    for rule, launched in zip((TOP_K_PARTS, TOP_K_MERGE), job.launches, strict=True):
+        flat = [job.buffers[name][0] for name in rule.inputs]
+        shapes = [(*leading, *each[1:]) if len(each) > 1 else each for each in flat]
+        check_launch(rule, keep, shapes, 1)
+        tactic = launch.Tactic(launched.variant, 1, launch_rules.PART_LOGITS)
+        assert rule.launch(shapes, tactic, NUMBERS) == rule.launch(flat, tactic, NUMBERS)
+        for found, wanted in zip(
+            rule.output_shapes(shapes, NUMBERS),
+            (job.buffers[name][0] for name in rule.outputs),
+            strict=True,
+        ):
+            assert tuple(found) == (*leading, *wanted[1:])
 
 
 class Interpreted:
@@ -692,6 +750,25 @@ def test_what_is_launched_computes_attention(
     exact = reference.attention(**{name: arrays[name] for name in PARTS.inputs})
     # As in `tests.engines.kernels.test_ptx`.
     assert np.abs(arrays["output"] - exact).max() <= 2.5e-3 * 4
+
+
+def test_what_is_launched_finds_the_best_logits() -> None:
+    rows, columns, keep = 1, 9000, 7
+    job = top_k(rows, columns, keep)
+    random = np.random.default_rng(7)
+    arrays: dict[str, Any] = {
+        name: np.zeros(shape, dtype) for name, (shape, dtype) in job.buffers.items()
+    }
+    arrays["logits"][...] = random.standard_normal((rows, columns)) * 4
+    for rule, tactics in (
+        (TOP_K_PARTS, top_k_parts_tactics(keep)),
+        (TOP_K_MERGE, top_k_merge_tactics(keep)),
+    ):
+        Interpreted(rule, arrays).run(keep, tactics[0], 1)
+    values, places, rest = reference.top_k(arrays["logits"], keep)
+    assert_array_equal(arrays["values"], values)
+    assert_array_equal(arrays["places"], places)
+    assert_allclose(arrays["rest"].ravel(), rest.ravel(), rtol=1e-4)
 
 
 # What engine.json has

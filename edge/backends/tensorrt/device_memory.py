@@ -120,7 +120,7 @@ def plan_engine_memory(
                 manifest.dialect,
                 [profile.limits for profile in info.profiles],
                 info.kv_capacity,
-                rows_in_fp32=bool(info.best_logits),
+                rows_in_fp32=bool(info.best_logits) and not info.own_top_k,
             )
             if activations_bytes is None
             else activations_bytes

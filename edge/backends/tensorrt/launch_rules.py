@@ -24,6 +24,8 @@ room for partial sums: so the room never shrinks where a step grows, and TensorR
 largest step, sets aside enough for all."""
 MOST_CACHE_PARTS = 64
 """Programs that share a sequence's rows at most."""
+PART_LOGITS = 4096
+"""Logits of a row that one program looks at."""
 
 Shape = Sequence[Any]
 
@@ -99,9 +101,7 @@ def product_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) 
         arithmetic: of these sizes.
     """
     x, weights, scales, bias = shapes
-    all_rows = x[0]
-    for size in x[1:-1]:
-        all_rows = all_rows * size
+    all_rows = _product(x[:-1])
     blocks, all_columns = weights[0], weights[2]
     # A group is one, two or four blocks. A layer of one column without a bias has a zero.
     shift = blocks // scales[0] // 2
@@ -184,6 +184,53 @@ def _join_outputs(shapes: Sequence[Shape], arithmetic: Arithmetic) -> tuple[Shap
     return ((batch, tokens, all_heads * width),)
 
 
+def top_k_parts_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) -> Launch:
+    """Launch the first half of the search for the best logits.
+
+    The numbers are columns, and how many are kept.
+
+    Args:
+        shapes: of the inputs of `TOP_K_PARTS`.
+        tile: see `Tile`.
+        arithmetic: of these sizes.
+    """
+    (*leading, columns), (keep,) = shapes
+    grid = arithmetic.divide_up(columns, tile.columns), _product(leading), 1
+    return Launch(grid, (columns, keep))
+
+
+def _top_k_parts_outputs(shapes: Sequence[Shape], arithmetic: Arithmetic) -> tuple[Shape, ...]:
+    (*leading, columns), (keep,) = shapes
+    parts = arithmetic.divide_up(columns, PART_LOGITS)
+    return (*leading, parts, keep), (*leading, parts, 2)
+
+
+def top_k_merge_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) -> Launch:
+    """Launch the second half of the search, a program for each row.
+
+    The numbers are parts, and how many are kept.
+
+    Args:
+        shapes: of the inputs of `TOP_K_MERGE`.
+        tile: see `Tile`.
+        arithmetic: of these sizes.
+    """
+    (*leading, parts, keep), _ = shapes
+    return Launch((_product(leading), 1, 1), (parts, keep))
+
+
+def _top_k_merge_outputs(shapes: Sequence[Shape], arithmetic: Arithmetic) -> tuple[Shape, ...]:
+    (*leading, _, keep), _ = shapes
+    return (*leading, keep), (*leading, keep), (*leading, 1)
+
+
+def _product(sizes: Shape) -> Any:
+    first, *others = sizes
+    for size in others:
+        first = first * size
+    return first
+
+
 PRODUCT = PluginRule(
     "w4_linear",
     {"x": "fp16", "weights": "int32", "scales": "fp16", "bias": "fp16"},
@@ -220,4 +267,25 @@ JOIN = PluginRule(
 )
 """What `PARTS` puts out, and two of its inputs; ``[batch, tokens, heads * width]``. It takes the
 query for its shape: the number of heads would not be known else when the engine is built."""
-PLUGINS = (PRODUCT, PARTS, JOIN)
+TOP_K_PARTS = PluginRule(
+    "top_k_parts",
+    {"logits": "fp16", "keep": "fp32"},
+    {"keys": "int32", "stats": "fp32"},
+    "keep",
+    lambda shapes: shapes[1][0],
+    _top_k_parts_outputs,
+    top_k_parts_launch,
+)
+"""``[.., columns]``, and any values, as many as logits are to be kept: so a shape says how many;
+``[.., parts, keep]`` and ``[.., parts, 2]``, which `engines.kernels.sources.top_k` explains."""
+TOP_K_MERGE = PluginRule(
+    "top_k_merge",
+    {"keys": "int32", "stats": "fp32"},
+    {"values": "fp16", "places": "int32", "rest": "fp32"},
+    "keep",
+    lambda shapes: shapes[0][-1],
+    _top_k_merge_outputs,
+    top_k_merge_launch,
+)
+"""What `TOP_K_PARTS` puts out; ``[.., keep]`` twice and ``[.., 1]``."""
+PLUGINS = (PRODUCT, PARTS, JOIN, TOP_K_PARTS, TOP_K_MERGE)

@@ -1,7 +1,11 @@
-"""The largest logits of a row, their places, and the logarithm of the sum of all exponentials.
+"""The largest logits of a row, their places, and the mass of all others.
 
-What a sampler needs of 151,936 logits, so that 64 pairs and one number leave the GPU. Two kernels:
-``top_k_parts`` looks at a part of a row per program, ``top_k_merge`` at what they found.
+What a sampler needs of 151,936 logits. Two kernels: ``top_k_parts`` keeps the largest of a part of
+a row, ``top_k_merge`` the largest of what all parts kept.
+
+Both select, and only what is kept in the end is sorted. An FP16 is a 16-bit integer of the same
+order, so 16 steps of a binary search find the least one that is kept, by counting those that are no
+smaller. What is kept is stored in order of place, by which equals are told apart.
 
 Triton: imported where kernels are compiled or interpreted, never where they run.
 """
@@ -9,28 +13,69 @@ Triton: imported where kernels are compiled or interpreted, never where they run
 import triton
 import triton.language as tl
 
+NOTHING = tl.constexpr(-0x8000)
+"""Stands for a logit that is not there; the integers of those that are, are greater."""
+GREATER = tl.constexpr(11)
+"""Bits for how many logits are greater than another; 20 are left for those that are equal."""
+
+
+@triton.jit
+def as_half(ordered):
+    """The FP16 of an integer of the same order. Negative floats fall where their integers rise."""
+    bits = tl.where(ordered < 0, ordered ^ 0x7FFF, ordered).to(tl.int16)
+    return bits.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def slots(ordered, least, above, keep, before):
+    """Where each of the largest is stored, in order of place, and -1 for all others.
+
+    Args:
+        ordered: INT32, in order of place.
+        least: the least of the largest; of its equals, the first ones are among them.
+        above: how many are greater, fewer than `keep`.
+        keep: how many are the largest.
+        before: how many in front of these are greater, in the lowest `GREATER` bits, and above
+            them how many are equal.
+
+    Returns:
+        The slots, and `before` for what comes next.
+    """
+    equal = (ordered == least) & (ordered > NOTHING)
+    ones = tl.where(ordered > least, 1, equal.to(tl.int32) << GREATER)
+    until = before + tl.cumsum(ones, 0)
+    equals = until >> GREATER
+    taken = (ordered > least) | (equal & (equals <= keep - above))
+    slot = until - (equals << GREATER) + tl.minimum(equals, keep - above) - 1
+    return tl.where(taken, slot, -1), before + tl.sum(ones, 0)
+
 
 @triton.jit
 def top_k_parts(
     logits_ptr,
+    keep_ptr,
     columns,
+    keep,
     keys_ptr,
     stats_ptr,
     PART: tl.constexpr,
-    KEEP: tl.constexpr,
+    MOST: tl.constexpr,
 ):
-    """The largest `KEEP` of `PART` logits as keys, in falling order.
+    """The largest logits of `PART`, in order of place.
 
-    A key sorts by value and then by place, the lower first: the upper half is the FP16 as an
-    integer of the same order, the lower half counts places backwards.
+    A key has the FP16 as an integer of the same order in the upper half, and the place in the part
+    in the lower one. The two zeros are equal, and a NaN of either sign is greater than infinity.
 
     Args:
         logits_ptr: [rows, columns] FP16.
+        keep_ptr: not read; TensorRT knows `keep` by its shape.
         columns: of a row.
-        keys_ptr: [rows, parts, KEEP] INT32.
-        stats_ptr: [rows, parts, 2] FP32: the largest logit, and the sum of ``exp(x - largest)``.
-        PART: a power of two, at most 65,536.
-        KEEP: a power of two.
+        keep: how many are kept, at most `MOST`.
+        keys_ptr: [rows, parts, keep] INT32; `NOTHING` in the upper half where a part has fewer.
+        stats_ptr: [rows, parts, 2] FP32: the greatest logit, and the sum of ``exp(x - greatest)``
+            over those that are not kept.
+        PART: a power of two, at most 32,768.
+        MOST: a power of two.
     """
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -39,19 +84,31 @@ def top_k_parts(
     logits = tl.load(
         logits_ptr + row * columns + part * PART + place, mask=there, other=float("-inf")
     )
-    logits = tl.where(logits == 0.0, 0.0, logits)  # the two zeros are equal
     bits = logits.to(tl.int16, bitcast=True).to(tl.int32)
-    # Two's complement: negative floats fall where their integers rise.
     ordered = tl.where(bits < 0, bits ^ 0x7FFF, bits)
-    # What is not there sorts after everything that is: no FP16 is ordered as low as this.
-    keys = tl.where(there, (ordered << 16) | (0xFFFF - place), -0x80000000)
+    ordered = tl.where(ordered == -1, 0, ordered)  # the negative zero
+    ordered = tl.where((bits & 0x7FFF) > 0x7C00, 0x7FFF, ordered)  # NaN
+    ordered = tl.where(there, ordered, NOTHING)
+    least, step = NOTHING, 0x8000
+    while step > 0:
+        enough = tl.sum((ordered >= least + step).to(tl.int32), 0) >= keep
+        least = tl.where(enough, least + step, least)
+        step = step // 2
+    above = tl.sum((ordered > least).to(tl.int32), 0)
+    slot, _ = slots(ordered, least, above, keep, 0)
     line = row * tl.num_programs(0) + part
-    wide = logits.to(tl.float32)
-    largest = tl.max(wide, 0)  # before the sort, which needs the registers
-    base = tl.where(largest == float("-inf"), 0.0, largest)  # all -inf: the sum is 0, not NaN
-    tl.store(stats_ptr + line * 2, largest)
-    tl.store(stats_ptr + line * 2 + 1, tl.sum(tl.exp(wide - base), 0))
-    tl.store(keys_ptr + line * KEEP + tl.arange(0, KEEP), tl.topk(keys, KEEP))
+    tl.store(keys_ptr + line * keep + slot, (ordered << 16) | place, mask=slot >= 0)
+    empty = tl.arange(0, MOST)
+    tl.store(
+        keys_ptr + line * keep + empty,
+        tl.full((MOST,), NOTHING << 16, tl.int32),
+        mask=(empty >= columns - part * PART) & (empty < keep),
+    )
+    greatest = as_half(tl.max(ordered, 0)).to(tl.float32)
+    base = tl.where(greatest == float("-inf"), 0.0, greatest)  # all -inf: the sum is 0, not NaN
+    others = tl.where(slot < 0, tl.exp(logits.to(tl.float32) - base), 0.0)
+    tl.store(stats_ptr + line * 2, greatest)
+    tl.store(stats_ptr + line * 2 + 1, tl.sum(others, 0))
 
 
 @triton.jit
@@ -59,52 +116,78 @@ def top_k_merge(
     keys_ptr,
     stats_ptr,
     parts,
+    keep,
     values_ptr,
     places_ptr,
-    logsumexp_ptr,
+    rest_ptr,
     PART: tl.constexpr,
-    KEEP: tl.constexpr,
+    MOST: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The largest of what all parts of a row kept.
+    """The largest of what all parts of a row kept, falling; places rise among equals.
 
     Args:
         keys_ptr: see `top_k_parts`.
         stats_ptr: see `top_k_parts`.
         parts: of a row, at most `PARTS`.
-        values_ptr: [rows, KEEP] FP32, falling; places rise among equals.
-        places_ptr: [rows, KEEP] INT32; -1 where a row has fewer logits.
-        logsumexp_ptr: [rows] FP32.
+        keep: how many, at most `MOST` and as many as a row has logits.
+        values_ptr: [rows, keep] FP16.
+        places_ptr: [rows, keep] INT32.
+        rest_ptr: [rows] FP32: the sum of ``exp(x - greatest)`` of all others; NaN where the
+            greatest is no number.
         PART: see `top_k_parts`.
-        KEEP: see `top_k_parts`.
+        MOST: a power of two.
         PARTS: a power of two.
-        BLOCK: keys that are sorted at once; sorting all would be 100 KB of code.
+        BLOCK: keys that are looked at together.
     """
     row = tl.program_id(0).to(tl.int64)
-    total_keys = parts * KEEP
-    best = tl.full((KEEP,), -0x8000000000000000, tl.int64)
-    for first in range(0, total_keys, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        keys = tl.load(keys_ptr + row * total_keys + at, mask=at < total_keys, other=-0x80000000)
-        place = (at // KEEP) * PART + (0xFFFF - (keys & 0xFFFF))
-        wide = ((keys >> 16).to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
-        wide = tl.where(keys == -0x80000000, -0x8000000000000000, wide)
-        both = tl.join(best, tl.topk(wide, KEEP))
-        best = tl.topk(tl.reshape(both, (2 * KEEP,)), KEEP)
-    none = best == -0x8000000000000000
-    ordered = (best >> 32).to(tl.int32)
-    bits = tl.where(ordered < 0, ordered ^ 0x7FFF, ordered).to(tl.int16)
-    value = bits.to(tl.float16, bitcast=True).to(tl.float32)
-    keep = tl.arange(0, KEEP)
-    tl.store(values_ptr + row * KEEP + keep, tl.where(none, float("-inf"), value))
-    found = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
-    tl.store(places_ptr + row * KEEP + keep, tl.where(none, -1, found))
     each = tl.arange(0, PARTS)
-    line = (row * parts + each) * 2
-    largest = tl.load(stats_ptr + line, mask=each < parts, other=float("-inf"))
-    total = tl.load(stats_ptr + line + 1, mask=each < parts, other=0.0)
-    overall = tl.max(largest, 0)
-    base = tl.where(overall == float("-inf"), 0.0, overall)
-    summed = tl.sum(total * tl.exp(tl.where(total > 0.0, largest, float("-inf")) - base), 0)
-    tl.store(logsumexp_ptr + row, base + tl.log(summed))
+    stat = (row * parts + each) * 2
+    largest = tl.load(stats_ptr + stat, mask=each < parts, other=float("-inf"))
+    rest = tl.load(stats_ptr + stat + 1, mask=each < parts, other=0.0)
+    total_keys = parts * keep
+    keys_ptr += row * total_keys
+    at = tl.arange(0, BLOCK)
+    least, step = NOTHING, 0x8000
+    above = 0
+    while step > 0:
+        count = tl.zeros((BLOCK,), tl.int32)
+        for first in range(0, total_keys, BLOCK):
+            there = first + at < total_keys
+            keys = tl.load(keys_ptr + first + at, mask=there, other=NOTHING << 16)
+            count += (keys >= (least + step) << 16).to(tl.int32)
+        total = tl.sum(count, 0)
+        above = tl.where(total >= keep, above, total)
+        least = tl.where(total >= keep, least + step, least)
+        step = step // 2
+    greatest = tl.max(tl.where(largest != largest, float("inf"), largest), 0)
+    total = tl.sum(rest * tl.exp(largest - greatest), 0)
+    before = 0
+    others = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, total_keys, BLOCK):
+        there = first + at < total_keys
+        keys = tl.load(keys_ptr + first + at, mask=there, other=NOTHING << 16)
+        ordered = keys >> 16
+        slot, before = slots(ordered, least, above, keep, before)
+        value = as_half(ordered)
+        tl.store(values_ptr + row * keep + slot, value, mask=slot >= 0)
+        place = (first + at) // keep * PART + (keys & 0xFFFF)
+        tl.store(places_ptr + row * keep + slot, place, mask=slot >= 0)
+        mass = tl.exp(value.to(tl.float32) - greatest)
+        others += tl.where((slot < 0) & (ordered > NOTHING), mass, 0.0)
+    tl.store(rest_ptr + row, total + tl.sum(others, 0))
+    tl.debug_barrier()  # other threads stored what is sorted here
+    mine = tl.arange(0, MOST)
+    there = mine < keep
+    bits = tl.load(values_ptr + row * keep + mine, mask=there, other=0.0)
+    bits = bits.to(tl.int16, bitcast=True).to(tl.int32)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFF, bits)
+    # Their order is that of their places.
+    keys = tl.where(there, (ordered << 16) | (0xFFFF - mine), NOTHING << 16)
+    keys = tl.sort(keys, descending=True)
+    slot = 0xFFFF - (keys & 0xFFFF)
+    place = tl.load(places_ptr + row * keep + slot, mask=there)
+    tl.debug_barrier()  # all have read before anyone writes
+    tl.store(values_ptr + row * keep + mine, as_half(keys >> 16), mask=there)
+    tl.store(places_ptr + row * keep + mine, place, mask=there)

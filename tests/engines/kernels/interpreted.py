@@ -124,16 +124,14 @@ def traced() -> Iterator[Trace]:
         module.load, module.store = load, store
 
 
-TRITONS_OWN_SORT = tl.topk
+TRITONS_OWN_SORT = tl.sort
 
 
-def _sort(keys: Any, count: Any) -> Any:
-    """As ``tl.topk``, whose network of comparisons takes the interpreter half a minute a call."""
-    best = np.sort(keys.handle.data)[::-1][: int(getattr(count, "value", count))].copy()
-    return tl.tensor(
-        interpreter.TensorHandle(best, keys.handle.dtype),
-        tl.block_type(keys.dtype, list(best.shape)),
-    )
+def _sort(keys: Any, descending: Any = False) -> Any:
+    """As ``tl.sort``, whose network of comparisons takes the interpreter half a minute a call."""
+    assert descending
+    falling = np.sort(keys.handle.data)[::-1].copy()
+    return tl.tensor(interpreter.TensorHandle(falling, keys.handle.dtype), keys.type)
 
 
 def run(launches: list[Launch], buffers: dict[str, Buffer], *, own_sort: bool = False) -> Trace:
@@ -142,9 +140,9 @@ def run(launches: list[Launch], buffers: dict[str, Buffer], *, own_sort: bool = 
     Args:
         launches: what to run.
         buffers: by name.
-        own_sort: whether NumPy sorts, and not Triton's own ``tl.topk``.
+        own_sort: whether NumPy sorts, and not Triton's own ``tl.sort``.
     """
-    tl.topk = _sort if own_sort else TRITONS_OWN_SORT
+    tl.sort = _sort if own_sort else TRITONS_OWN_SORT
     with traced() as trace, np.errstate(all="ignore"):  # infinities are none of NumPy's concern
         for launch in launches:
             source = importlib.import_module(f"engines.kernels.sources.{launch.variant.source}")

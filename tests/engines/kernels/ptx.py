@@ -49,6 +49,20 @@ def _s(value: Word) -> NDArray[np.int64]:
     return value.astype(np.uint32).view(np.int32).astype(np.int64)
 
 
+def _s16(value: Word) -> NDArray[np.int64]:
+    return value.astype(np.uint16).view(np.int16).astype(np.int64)
+
+
+def _permute(first: Word, second: Word, selector: Word) -> Word:
+    """``prmt`` in its default mode: four of eight bytes."""
+    both, found = _u(first) | _u(second) << np.uint64(32), np.zeros_like(first)
+    for byte in range(4):
+        chosen = selector >> np.uint64(4 * byte) & np.uint64(15)
+        assert (chosen < 8).all(), "a sign is wanted"
+        found |= (both >> chosen * np.uint64(8) & np.uint64(0xFF)) << np.uint64(8 * byte)
+    return found
+
+
 def _u(value: Word) -> Word:
     low: Word = value & np.uint64(0xFFFFFFFF)
     return low
@@ -65,10 +79,12 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("sub.s32", "sub.s64"), lambda a, b: a - b),
     "neg.s32": lambda a: -_s(a),
     "not.b32": lambda a: ~a,
-    **dict.fromkeys(("or.b32", "or.b64"), lambda a, b: a | b),
-    **dict.fromkeys(("and.b32", "and.pred"), lambda a, b: a & b),
-    "xor.b32": lambda a, b: a ^ b,
-    **dict.fromkeys(("shl.b32", "shl.b64"), lambda a, b: a << b),
+    **dict.fromkeys(("or.b16", "or.b32", "or.b64"), lambda a, b: a | b),
+    **dict.fromkeys(("and.b16", "and.b32", "and.pred"), lambda a, b: a & b),
+    **dict.fromkeys(("xor.b32", "xor.pred"), lambda a, b: a ^ b),
+    **dict.fromkeys(("shl.b16", "shl.b32", "shl.b64"), lambda a, b: a << b),
+    "shr.u16": lambda a, b: (a & np.uint64(0xFFFF)) >> b,
+    "prmt.b32": _permute,
     "shr.s32": lambda a, b: _s(a) >> np.minimum(b, np.uint64(31)).astype(np.int64),
     "shr.u32": lambda a, b: _u(a) >> b,
     **dict.fromkeys(("mul.lo.s32", "mul.lo.s64"), lambda a, b: a * b),
@@ -87,7 +103,8 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(
         ("selp.b32", "selp.b64", "selp.f32"), lambda a, b, c: np.where(c.astype(bool), a, b)
     ),
-    **dict.fromkeys(("cvt.u16.u32", "cvt.u64.u32", "cvt.u32.u64"), lambda a: a),
+    **dict.fromkeys(("cvt.u16.u32", "cvt.u32.u16", "cvt.u64.u32", "cvt.u32.u64"), lambda a: a),
+    "cvt.s32.s16": _s16,
     "cvt.s64.s32": _s,
     "cvt.f32.f16": lambda a: _bits(_halves(a).astype(np.float32)),
     "cvt.rn.f16.f32": lambda a: _bits(_floats(a).astype(np.float16)),
@@ -100,10 +117,16 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "mul.f32": lambda a, b: _bits(_floats(a) * _floats(b)),
     "max.f32": lambda a, b: _bits(np.fmax(_floats(a), _floats(b))),
     "div.full.f32": lambda a, b: _bits(_floats(a) / _floats(b)),
-    "ex2.approx.ftz.f32": lambda a: _bits(np.exp2(_floats(a))),
+    **dict.fromkeys(("ex2.approx.f32", "ex2.approx.ftz.f32"), lambda a: _bits(np.exp2(_floats(a)))),
     "fma.rn.f32": _fused,
+    "setp.lt.s16": lambda a, b: _s16(a) < _s16(b),
     "setp.lt.s32": lambda a, b: _s(a) < _s(b),
+    "setp.le.s32": lambda a, b: _s(a) <= _s(b),
     "setp.gt.s32": lambda a, b: _s(a) > _s(b),
+    "setp.ge.s32": lambda a, b: _s(a) >= _s(b),
+    "setp.gt.u32": lambda a, b: _u(a) > _u(b),
+    "setp.eq.f16": lambda a, b: _halves(a) == _halves(b),
+    "setp.nan.f32": lambda a, b: np.isnan(_floats(a)) | np.isnan(_floats(b)),
     "setp.lt.s64": lambda a, b: a.view(np.int64) < b.view(np.int64),
     "setp.lt.u64": lambda a, b: a < b,
     "setp.eq.f32": lambda a, b: _floats(a) == _floats(b),
@@ -175,7 +198,8 @@ class Machine:
             return self._special[operand]
         if operand.startswith("%"):
             return self._registers[operand]
-        return self._same(int(re.sub("^0f", "0x", operand), 0))  # 0f: the bits of a float
+        # 0f: the bits of a float.
+        return self._same(int(re.sub("^0f", "0x", operand).rstrip("U"), 0))
 
     def _put(self, register: str, value: Any, taken: NDArray[np.bool_]) -> None:
         value = np.asarray(value)
@@ -200,8 +224,8 @@ class Machine:
             self._put(first, self._same(self._parameters[int(number[1])]), taken)
         elif name.startswith(("ld.global.", "ld.shared.")):
             self._load(name, _list(first), rest[0], taken)
-        elif name.startswith(("st.global.", "st.shared.")):
-            self._store(name, first, _list(rest[0]), taken)
+        elif name.startswith(("st.global.", "st.shared.", "st.shared::cta.")):
+            self._store(name.replace("::cta", ""), first, _list(rest[0]), taken)
         elif name.startswith("cp.async.c") and "global" in name:
             self._copy(first, rest, taken)
         elif name == "cp.async.commit_group":
@@ -220,9 +244,15 @@ class Machine:
         elif name == "shfl.sync.idx.b32":
             value, lane = self._get(rest[0]), self._get(rest[1]).astype(np.int64) % 32
             self._put(first, value[np.arange(self._threads) // 32 * 32 + lane], taken)
-        elif name == "redux.sync.max.s32":
-            most = _s(self._get(rest[0])).reshape(-1, 32).max(1)
-            self._put(first, np.repeat(most, 32), taken)
+        elif name == "shfl.sync.up.b32":
+            value, thread = self._get(rest[0]), np.arange(self._threads)
+            assert int(rest[2], 0) == 0  # no lane of the warp is too low
+            below = thread - self._get(rest[1]).astype(np.int64)
+            self._put(first, value[np.where(below // 32 == thread // 32, below, thread)], taken)
+        elif name in ("redux.sync.max.s32", "redux.sync.add.s32"):
+            lanes = _s(self._get(rest[0])).reshape(-1, 32)
+            found = lanes.max(1) if "max" in name else lanes.sum(1)
+            self._put(first, np.repeat(found, 32), taken)
         else:
             assert name == "bar.sync", f"{name} is not known"
 

@@ -10,10 +10,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edge.backends.tensorrt.launch_rules import PART_LOGITS
 from engines.kernels import launch, reference
 from engines.kernels.attention import attention, part_tactics
 from engines.kernels.layout import pack_weights
-from engines.kernels.variants import BY_NAME, KEEP, PART, VARIANTS
+from engines.kernels.top_k import top_k
+from engines.kernels.variants import BY_NAME, VARIANTS
 
 from .interpreted import Buffer, Trace, run
 
@@ -224,11 +226,18 @@ def test_positions_that_cannot_be_touch_no_memory_that_is_not_there(position: in
 
 
 @st.composite
-def logits(draw: st.DrawFn) -> Any:
+def logits(draw: st.DrawFn) -> tuple[NDArray[np.float16], int]:
+    """Rows, and how many of each are to be kept."""
     rows = draw(st.integers(1, 2))
-    columns = draw(st.sampled_from([1, 63, 64, 65, PART - 1, PART, PART + 1, 3 * PART + 17]))
+    columns = draw(
+        st.sampled_from(
+            [1, 63, 300, PART_LOGITS - 1, PART_LOGITS, PART_LOGITS + 1, 3 * PART_LOGITS + 17]
+        )
+    )
+    keep = draw(st.sampled_from([1, 2, 64, 255, 256, 257, 1000, 1024]).filter(columns.__ge__))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    kind = draw(st.sampled_from(["normal", "few values", "equal", "zeros", "falling", "masked"]))
+    kinds = ["normal", "few values", "equal", "zeros", "falling", "masked", "wide", "strange"]
+    kind = draw(st.sampled_from(kinds))
     values = (random.standard_normal((rows, columns)) * 5).astype(np.float16)
     if kind == "few values":
         values = random.integers(-2, 3, values.shape).astype(np.float16)
@@ -240,31 +249,51 @@ def logits(draw: st.DrawFn) -> Any:
         values = np.linspace(6e4, -6e4, columns).astype(np.float16)[None].repeat(rows, 0)
     elif kind == "masked":
         values[random.random(values.shape) < 0.9] = -np.inf
-    return values
+    elif kind == "wide":
+        values = random.integers(0, 1 << 16, values.shape).astype(np.uint16).view(np.float16)
+        values[~np.isfinite(values)] = -np.inf
+    elif kind == "strange":
+        few = [np.inf, -np.inf, np.nan, -np.nan, 1]
+        values = random.choice(few, values.shape).astype(np.float16)
+    return values, keep
+
+
+BIG = (np.arange(151_936) * 7 % 1009).reshape(1, -1).astype(np.float16)
 
 
 @settings(max_examples=EXAMPLES)
 @given(logits())
-@example(np.full((1, 70), -np.inf, np.float16))
-@example((np.arange(151_936) * 7 % 1009).reshape(1, -1).astype(np.float16))
-def test_the_largest_logits_and_the_sum_are_those_of_numpy(values: NDArray[np.float16]):
-    buffers, trace = execute(launch.top_k_logsumexp(*values.shape), logits=values)
-    best, places, total = reference.top_k(values, KEEP)
-    assert (buffers["values"].array == best).all()
-    assert (buffers["places"].array == places).all()
-    finite = np.isfinite(total)
-    assert (buffers["logsumexp"].array[~finite] == total[~finite]).all()
-    np.testing.assert_allclose(buffers["logsumexp"].array[finite], total[finite], 3e-6, 3e-6)
+@example((np.full((1, 1025), -np.inf, np.float16), 70))
+@example((BIG, 256))
+@example((np.full((1, 64 * PART_LOGITS), 3, np.float16), 1024))
+def test_the_largest_logits_and_the_mass_of_the_others_are_those_of_numpy(
+    given: tuple[NDArray[np.float16], int],
+):
+    values, keep = given
+    (rows, columns), unread = values.shape, np.full(keep, np.nan, np.float32)
+    buffers, trace = execute(top_k(rows, columns, keep), logits=values, keep=unread)
+    best, places, rest = reference.top_k(values, keep)
+    np.testing.assert_array_equal(buffers["values"].array, best)
+    assert not np.signbit(buffers["values"].array[best == 0]).any()
+    np.testing.assert_array_equal(buffers["places"].array, places)
+    found = buffers["rest"].array[:, 0].astype(np.float64)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(rest))
+    known = ~np.isnan(rest)
+    bound = reference.top_k_error() * rest + 2 * columns * 2.0**-126
+    assert (np.abs(found - rest)[known] <= bound[known]).all()
     assert (trace.reads(buffers["logits"]) == 1).all()
+    assert (trace.writes(buffers["keys"]) == 1).all()
+    assert (trace.writes(buffers["places"]) == 2).all()  # in order of place, and sorted
+    assert (trace.reads(buffers["keep"]) == 0).all()
 
 
 def test_tritons_sort_gives_the_same():
     values = (np.arange(70)[None] * 29 % 41).astype(np.float16)
     found = [
-        execute(launch.top_k_logsumexp(1, 70), own_sort=own, logits=values)[0]
+        execute(top_k(1, 70, 9), own_sort=own, logits=values, keep=np.zeros(9, np.float32))[0]
         for own in (True, False)
     ]
-    for name in ("keys", "values", "places"):
+    for name in ("keys", "values", "places", "rest"):
         assert (found[0][name].array == found[1][name].array).all()
 
 
@@ -275,7 +304,7 @@ def test_every_variant_was_run():
         *(launch.w4_gemm(9, 1, 32, group=32, planes=p) for p in (1, 2)),
         *(attention(1, 1, 17, n, w, 64) for n in (1, 300) for w in (64, 128)),
         *(attention(1, 1, 1, 1, w, 64, join=n) for n in (0, 1) for w in (64, 128)),
-        launch.top_k_logsumexp(1, 1),
+        *(top_k(1, 300, keep) for keep in (256, 257)),
     ]
     used = {each.variant.name for job in jobs for each in job.launches}
     assert used == set(BY_NAME) == {variant.name for variant in VARIANTS}

@@ -19,6 +19,7 @@ from engines.kernels.attention import attention, join_tactics, part_tactics
 from engines.kernels.layout import pack_weights, unpack_weights
 from engines.kernels.own_plugins import TACTICS
 from engines.kernels.package import DATA, choose_architecture, load_cubins, load_ptx
+from engines.kernels.top_k import top_k
 from engines.kernels.variants import ARCHITECTURES, BY_NAME, VARIANTS
 from export.quantize.packing import split_planes, unpack_int4
 from scripts.kernel_sass import budget, read_sass, resident_warps
@@ -46,7 +47,8 @@ def test_tensorrts_tactics_are_in_the_package_as_ptx():
     variants = [tactic.variant for planes in (1, 2) for tactic in launch.w4_tactics(planes)]
     for width in (64, 128):
         variants += [tile.variant for tile in (*part_tactics(width), *join_tactics(width))]
-    assert {variant.name for variant in variants} == set(found)
+    variants += [each.variant for keep in (256, 257) for each in top_k(1, 300, keep).launches]
+    assert {variant.name for variant in variants} == set(found) == set(BY_NAME)
     for variant in variants:
         ptx = found[variant.name]
         assert ptx.text.startswith(".version 8.0\n.target sm_80\n")
@@ -151,7 +153,10 @@ def test_the_kernels_order_holds_the_exporters_integers():
         (lambda: attention(1, 1, 1, 1, 96, 64), "not 96"),
         (lambda: attention(0, 1, 1, 1, 64, 64), "at least one sequence"),
         (lambda: attention(1, 1, 1, 0, 64, 64), "token and cache row, not 1, 1, 1, 0"),
-        (lambda: launch.top_k_logsumexp(1, 1 << 19), "up to 262144"),
+        (lambda: top_k(1, 1 << 19, 256), "up to 262144"),
+        (lambda: top_k(0, 300, 256), "at least one row"),
+        (lambda: top_k(1, 300, 301), "not 1 of 300 and 301"),
+        (lambda: top_k(1, 3000, 1025), "top_k keeps 1 to 1024 logits, not 1025"),
         (lambda: pack_weights([np.zeros((33, 2), np.int8)]), "multiple of 32, not 33"),
         (lambda: pack_weights([np.zeros((32, n), np.int8) for n in (1, 2)]), "same shape"),
     ],
@@ -179,6 +184,27 @@ def test_what_attention_launches_follows_from_shapes():
     assert many.launches[0].grid == (25, 6, 1)
     assert many.launches[1].variant.name == "attention_join_rows8_width64"
     assert many.launches[1].grid == (1200, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "keep", "grids", "last"),
+    [
+        (1, 151_936, 256, [(38, 1, 1), (1, 1, 1)], "top_k_merge_most256"),
+        (8, 32_000, 257, [(8, 8, 1), (8, 1, 1)], "top_k_merge_most1024"),
+        (3, 1, 1, [(1, 3, 1), (3, 1, 1)], "top_k_merge_most256"),
+    ],
+)
+def test_what_the_best_logits_launch_follows_from_shapes(
+    rows: int, columns: int, keep: int, grids: Any, last: str
+):
+    job = top_k(rows, columns, keep)
+    assert [each.grid for each in job.launches] == grids
+    assert [each.variant.name for each in job.launches] == ["top_k_parts", last]
+    assert job.buffers["keys"][0] == (rows, grids[0][0], keep)
+    # As `edge.bundle.io_spec.best_outputs` has them.
+    found = [job.buffers[name] for name in job.outputs]
+    kinds = [np.float16, np.int32, np.float32]
+    assert found == [((rows, n), np.dtype(k)) for n, k in zip((keep, keep, 1), kinds, strict=True)]
 
 
 PTX = """//

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from engines.kernels import launch, reference
 from engines.kernels.attention import attention
 from engines.kernels.layout import pack_weights
 from engines.kernels.package import load_ptx
+from engines.kernels.top_k import top_k
 
 from .ptx import run
 
@@ -81,3 +83,40 @@ def test_the_ptx_of_attention_does_too(
     exact = reference.attention(**{name: arrays[name] for name in inputs})
     # Weights are FP16 in the second product.
     assert np.abs(arrays["output"] - exact).max() <= 2.5e-3 * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns", "keep"),
+    [
+        ("normal", 2, 4500, 256),
+        ("few values", 1, 8200, 300),
+        ("equal", 1, 4200, 200),
+        ("strange", 1, 4500, 300),
+        ("normal", 1, 9, 9),
+    ],
+)
+def test_the_ptx_of_the_best_logits_does_too(kind: str, rows: int, columns: int, keep: int):
+    random = np.random.default_rng(columns)
+    logits = (random.standard_normal((rows, columns)) * 5).astype(np.float16)
+    if kind == "few values":
+        logits = random.integers(-2, 3, logits.shape).astype(np.float16)
+    elif kind == "equal":
+        logits[...] = -np.inf
+    elif kind == "strange":
+        few = [np.nan, -np.nan, -np.inf, 0.0, -0.0]
+        logits = random.choice(few, logits.shape).astype(np.float16)
+    job = top_k(rows, columns, keep)
+    arrays: dict[str, Any] = {
+        name: np.full(shape, -1, dtype) for name, (shape, dtype) in job.buffers.items()
+    }
+    arrays["logits"] = logits
+    for each in job.launches:
+        used = {name: arrays[name] for name in each.arguments if isinstance(name, str)}
+        outputs = tuple(name for name in each.arguments[-3:] if isinstance(name, str))
+        run(load_ptx()[each.variant.name], each, used, outputs)
+    best, places, rest = reference.top_k(logits, keep)
+    assert_array_equal(arrays["values"], best)
+    assert_array_equal(arrays["places"], places)
+    found = arrays["rest"][:, 0].astype(np.float64)
+    bound = reference.top_k_error() * rest + 2 * columns * 2.0**-126
+    assert ((np.abs(found - rest) <= bound) | (np.isnan(found) & np.isnan(rest))).all()

@@ -1,0 +1,75 @@
+"""From the shape of logits to the two kernels that find the largest of each row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edge.backends.tensorrt.launch_rules import NUMBERS, PART_LOGITS, TOP_K_MERGE, TOP_K_PARTS
+from edge.errors import ConfigError
+
+from .launch import Buffers, Job, Tactic, launch_of
+from .variants import BY_NAME, KEPT, MOST_PARTS, merge_name
+
+MOST_COLUMNS = PART_LOGITS * MOST_PARTS
+_DTYPES: dict[str, type[Any]] = {"fp16": np.float16, "fp32": np.float32, "int32": np.int32}
+
+
+def top_k_parts_tactics(keep: int) -> tuple[Tactic, ...]:
+    """The one way to find the largest of each part.
+
+    Raises:
+        ConfigError: more are kept than a kernel can.
+    """
+    _check_keep(keep)
+    return (Tactic(BY_NAME[TOP_K_PARTS.name], 1, PART_LOGITS),)
+
+
+def top_k_merge_tactics(keep: int) -> tuple[Tactic, ...]:
+    """The one way to find the largest of what all parts kept.
+
+    Raises:
+        ConfigError: more are kept than a kernel can.
+    """
+    _check_keep(keep)
+    return (Tactic(BY_NAME[merge_name(keep)], 1, keep),)
+
+
+def _check_keep(keep: int) -> None:
+    if not 1 <= keep <= KEPT[-1]:
+        raise ConfigError(f"top_k keeps 1 to {KEPT[-1]} logits, not {keep}")
+
+
+def top_k(rows: int, columns: int, keep: int) -> Job:
+    """The largest logits of each row, their places, and the mass of all others.
+
+    Args:
+        rows: of logits.
+        columns: of the vocabulary, up to 262,144.
+        keep: how many, up to 1,024 and no more than there are.
+
+    Raises:
+        ConfigError: the kernels do not serve this.
+    """
+    if rows < 1 or not keep <= columns <= MOST_COLUMNS:
+        raise ConfigError(
+            f"top_k takes at least one row of up to {MOST_COLUMNS} logits, and keeps no more than "
+            f"a row has, not {rows} of {columns} and {keep}"
+        )
+    buffers: Buffers = {
+        "logits": ((rows, columns), np.dtype(np.float16)),
+        "keep": ((keep,), np.dtype(np.float32)),
+    }
+    launches = []
+    for rule, tactics in (
+        (TOP_K_PARTS, top_k_parts_tactics(keep)),
+        (TOP_K_MERGE, top_k_merge_tactics(keep)),
+    ):
+        shapes = [buffers[name][0] for name in rule.inputs]
+        for (name, kind), shape in zip(
+            rule.outputs.items(), rule.output_shapes(shapes, NUMBERS), strict=True
+        ):
+            buffers[name] = tuple(shape), np.dtype(_DTYPES[kind])
+        launches.append(launch_of(rule, tactics[0], shapes))
+    return Job(tuple(launches), buffers, tuple(TOP_K_MERGE.outputs))
