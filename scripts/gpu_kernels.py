@@ -297,8 +297,7 @@ class Bench:
                 (places[value], True) if isinstance(value, str) else (value, False)
                 for value in each.arguments
             )
-            unused = ((0, True),) * cubin.unused_parameters
-            self._kernels[name].launch(self._stream, each.grid, values + unused)
+            self._kernels[name].launch(self._stream, each.grid, values)
 
     def _read(self, stack: ExitStack, case: Case, places: dict[str, int]) -> Arrays:
         found = {}

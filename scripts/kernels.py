@@ -52,23 +52,9 @@ def compile_variant(
     Returns:
         Its cubin, what the manifest says of it, and its machine code as text.
     """
-    if variant.portable:
-        ptx, shared_bytes = portable[variant.name]
-        target, cubin = f"sm_{architecture}", None
-    else:
-        compiled = _compile(variant, architecture)
-        ptx, shared_bytes, cubin = (
-            compiled.asm["ptx"],
-            compiled.metadata.shared,
-            compiled.asm["cubin"],
-        )
-        found = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-        assert found is not None
-        target = found[1]
+    ptx, shared_bytes = portable[variant.name]
     # The assembler that Triton itself takes: the older does not know the PTX of newer GPUs.
-    assembled, said = assemble(ptx, target, newer=architecture >= 90)
-    if cubin is None:
-        cubin = assembled
+    cubin, said = assemble(ptx, f"sm_{architecture}", newer=architecture >= 90)
     sass = _disassemble(cubin) if architecture == GATED else ""
     spills, registers = _SPILLS.search(said), _REGISTERS.search(said)
     assert spills is not None
@@ -76,20 +62,18 @@ def compile_variant(
     record = {
         "sha256": hashlib.sha256(cubin).hexdigest(),
         "bytes": len(cubin),
-        "entry": variant.name if variant.portable else variant.function,
+        "entry": variant.name,
         "threads": variant.warps * 32,
         "shared_bytes": shared_bytes,
         "registers": int(registers[1]),
         "spilled_bytes": int(spills[1]) + int(spills[2]),
-        # Triton adds pointers for scratch memory, which these kernels do not use.
-        "unused_parameters": len(_parameters(ptx)) - len(variant.parameters),
     }
     return cubin, record, sass
 
 
 def compile_portable(variant: Variant) -> PortablePtx:
-    """The PTX of a portable kernel, and its shared memory in bytes."""
-    compiled = _compile(variant, PTX_TARGET, ptx_version=PTX_VERSION)
+    """The PTX of a kernel, and its shared memory in bytes."""
+    compiled = _compile(variant)
     return make_portable(compiled.asm["ptx"], variant), compiled.metadata.shared
 
 
@@ -154,7 +138,7 @@ def _tools() -> Path:
     return Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def _compile(variant: Variant, architecture: int, **options: int) -> Any:
+def _compile(variant: Variant) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -174,8 +158,12 @@ def _compile(variant: Variant, architecture: int, **options: int) -> Any:
             constexprs={(names.index(name),): value for name, value in variant.constants.items()},
             attrs={(at,): [["tt.divisibility", 16]] for at in aligned},
         ),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": variant.warps, "num_stages": variant.stages, **options},
+        target=GPUTarget("cuda", PTX_TARGET, 32),
+        options={
+            "num_warps": variant.warps,
+            "num_stages": variant.stages,
+            "ptx_version": PTX_VERSION,
+        },
     )
 
 
@@ -228,7 +216,7 @@ def record_ptx(portable: Mapping[str, PortablePtx]) -> tuple[dict[str, Any], byt
 
 
 def find_ptx_problems(name: str, ptx: str) -> list[str]:
-    """What an assembler says against a portable kernel that made none of the package's cubins.
+    """What an assembler says against a kernel that made none of the package's cubins.
 
     A driver has its own assembler, older or newer: CUDA 12 on JetPack 6, CUDA 13 on JetPack 7.
     """
@@ -251,7 +239,7 @@ def compile_all(
     manifest: dict[str, Any] = {"triton": triton.__version__, "architectures": {}}
     images: dict[str, bytes] = {}
     sasses: dict[str, str] = {}
-    names = [variant.name for variant in VARIANTS if variant.portable]
+    names = [variant.name for variant in VARIANTS]
     # The compiler lives in the process, so threads would wait for one another.
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
         made = pool.map(compile_portable, (BY_NAME[name] for name in names))

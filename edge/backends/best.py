@@ -51,7 +51,8 @@ class BestLogits(NamedTuple):
         The engine rounds twice. Its sums do (`sum_error`). And a compiler may sum logits that it
         has not yet rounded to the graph's type, as ONNX Runtime does: each is then off by half a
         unit in the last place, also the best one, which moves a mass by a factor. Tokens too far
-        below the best for that factor have less than ``exp(-_FAR)`` in all.
+        below the best for that factor have less than ``exp(-_FAR)`` in all. Own kernels sum up the
+        others alone, of logits as they are, and err less (`engines.own_top_k`).
         """
         greatest, far = float(self.values[0]), math.log(self.vocab_size) + _FAR
         best = float(np.exp(self.values - self.values[0]).sum())

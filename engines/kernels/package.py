@@ -15,9 +15,6 @@ DATA = Path(__file__).parent / "data"
 _TEGRA = (87, 110)
 """Of Jetsons, whose machine code runs there only (CUDA C++ Programming Guide, binary
 compatibility: not between desktop and Tegra)."""
-_EXACT = 90
-"""From here on Triton compiles for one compute capability alone, ``sm_90a`` and so on, which no
-other GPU runs (CUDA C++ Programming Guide, architecture-specific features)."""
 _CURE = "install edge-llm again; in a checkout, scripts/kernels makes them"
 
 
@@ -30,14 +27,12 @@ class Cubin:
         entry: name of the function in it.
         threads: of a program.
         shared_bytes: dynamic shared memory of a program.
-        unused_parameters: pointers behind the kernel's own that must be passed, null.
     """
 
     image: bytes
     entry: str
     threads: int
     shared_bytes: int
-    unused_parameters: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ def choose_architecture(compute_capability: str, there: list[int]) -> int:
     wanted = major * 10 + minor
     if wanted in there:
         return wanted
-    fitting = [each for each in there if each // 10 == major and each <= wanted < _EXACT]
+    fitting = [each for each in there if each // 10 == major and each <= wanted]
     fitting = [each for each in fitting if each not in _TEGRA]
     if not fitting or wanted in _TEGRA:
         names = ", ".join(f"{each // 10}.{each % 10}" for each in there)
@@ -101,7 +96,6 @@ def load_cubins(compute_capability: str, data: Path = DATA) -> dict[str, Cubin]:
             records[name]["entry"],
             records[name]["threads"],
             records[name]["shared_bytes"],
-            records[name]["unused_parameters"],
         )
         for name, image in _read_images(data / f"sm{architecture}.xz", records).items()
     }

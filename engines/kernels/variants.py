@@ -37,14 +37,12 @@ class Variant:
     Attributes:
         name: of the variant.
         source: module under `sources`.
-        function: in it, and the cubin's entry point; of a portable kernel that is the name.
+        function: in it; the entry point has the variant's name.
         parameters: names and types in order: inputs, numbers, outputs.
         constants: compile-time constants.
         warps: threads of a program, by 32.
         stages: how deep loads of a loop are put ahead through shared memory; 1 is not at all.
         aligned: numbers that are multiples of 16, which wide loads need. Pointers always are.
-        portable: whether TensorRT takes the kernel into engines, as PTX. The PTX is then for 8.0,
-            and the cubins are assembled from it: what is proven of them is what an engine runs.
     """
 
     name: str
@@ -55,7 +53,6 @@ class Variant:
     warps: int
     stages: int = 1
     aligned: frozenset[str] = field(default_factory=frozenset)
-    portable: bool = False
 
 
 def gemv_name(rows: int, planes: int) -> str:
@@ -112,7 +109,6 @@ def _gemv(rows: int, planes: int) -> Variant:
         {"ROWS": rows, "PLANES": planes, "PARTS": 2, "SLICES": warps, "UNROLL": unroll},
         warps,
         aligned=frozenset({"depth"}),
-        portable=True,
     )
 
 
@@ -126,7 +122,6 @@ def _gemm(planes: int) -> Variant:
         4,
         stages=4,
         aligned=frozenset({"depth"}),
-        portable=True,
     )
 
 
@@ -159,7 +154,6 @@ def _attention(rows: int, width: int) -> Variant:
         },
         4,
         stages=2,
-        portable=True,
     )
 
 
@@ -187,7 +181,6 @@ def _join(rows: int, width: int) -> Variant:
             "LEAST": LEAST_PART,
         },
         4,
-        portable=True,
     )
 
 
@@ -207,7 +200,6 @@ def _merge(most: int) -> Variant:
         },
         {"PART": PART_LOGITS, "MOST": most, "PARTS": MOST_PARTS, "BLOCK": 2048},
         8,
-        portable=True,
     )
 
 
@@ -230,7 +222,6 @@ VARIANTS: tuple[Variant, ...] = (
         },
         {"PART": PART_LOGITS, "MOST": KEPT[-1]},
         8,
-        portable=True,
     ),
     *(_merge(most) for most in KEPT),
 )

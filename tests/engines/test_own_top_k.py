@@ -33,6 +33,8 @@ from engines.builder import Target, build_engine, compile_bundle
 from engines.compat import Compiler
 from engines.config import BuildConfig
 from engines.graph import graph_of
+from engines.kernels.reference import top_k_error
+from engines.kernels.top_k import MOST_COLUMNS
 from engines.own_kernels import use_own_kernels
 from engines.own_top_k import KEYS, use_own_top_k
 from tests.conftest import Bundles
@@ -106,6 +108,12 @@ def test_the_best_logits_are_those_of_the_graph_as_exported(
     )
     others = np.delete(logits[0, 0], ids[0, 0]).astype(np.float64)
     assert np.exp(others - float(logits[0, 0].max())).sum() <= best.rest_bound()
+
+
+@pytest.mark.parametrize("vocab_size", [2, 320, 7919, 151_936, MOST_COLUMNS])
+def test_the_runtime_allows_for_more_than_the_kernels_err(vocab_size: int) -> None:
+    """See `BestLogits.rest_bound`."""
+    assert top_k_error() < 2.2 * io_spec.sum_error(vocab_size)
 
 
 @pytest.mark.parametrize(

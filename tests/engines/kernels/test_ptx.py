@@ -113,7 +113,8 @@ def test_the_ptx_of_the_best_logits_does_too(kind: str, rows: int, columns: int,
     for each in job.launches:
         used = {name: arrays[name] for name in each.arguments if isinstance(name, str)}
         outputs = tuple(name for name in each.arguments[-3:] if isinstance(name, str))
-        run(load_ptx()[each.variant.name], each, used, outputs)
+        with np.errstate(invalid="ignore"):  # of infinities
+            run(load_ptx()[each.variant.name], each, used, outputs)
     best, places, rest = reference.top_k(logits, keep)
     assert_array_equal(arrays["values"], best)
     assert_array_equal(arrays["places"], places)
