@@ -287,6 +287,21 @@ def test_the_largest_logits_and_the_mass_of_the_others_are_those_of_numpy(
     assert (trace.reads(buffers["keep"]) == 0).all()
 
 
+@settings(max_examples=EXAMPLES)
+@given(st.integers(0, 2**32), st.sampled_from([-0x80000000, 0x7FFF0000]), st.floats(0, 1))
+def test_keys_that_cannot_be_lead_nowhere_else(seed: int, key: int, share: float):
+    """TensorRT times the second kernel on whatever is in memory; `run` looks at each address."""
+    job, random = top_k(1, 9000, 70), np.random.default_rng(seed)
+    buffers = {
+        name: Buffer(
+            random.integers(0, 256, (*shape, dtype.itemsize), np.uint8).view(dtype)[..., 0]
+        )
+        for name, (shape, dtype) in job.buffers.items()
+    }
+    buffers["keys"].array[random.random(buffers["keys"].array.shape) < share] = key
+    run([job.launches[1]], buffers, own_sort=True)
+
+
 def test_tritons_sort_gives_the_same():
     values = (np.arange(70)[None] * 29 % 41).astype(np.float16)
     found = [
