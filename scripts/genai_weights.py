@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,12 +46,7 @@ def write(genai: Path, floats: Path, output: Path) -> None:
     Raises:
         SystemExit: a layer is not what the builder writes for symmetric INT4, or ``output`` exists.
     """
-    if output.exists():
-        raise SystemExit(f"error: {output} exists; remove it, or name another directory")
-    output.mkdir(parents=True)
-    for file in floats.iterdir():
-        if file.suffix in (".json", ".jinja") and "index" not in file.name:
-            shutil.copy(file, output)
+    start_directory(floats, output)
     graph = onnx.load(genai / "model.onnx", load_external_data=False).graph
     products = {
         node.input[1].rpartition(".MatMul")[0]: node for node in graph.node if _is_int4(node)
@@ -69,16 +65,43 @@ def write(genai: Path, floats: Path, output: Path) -> None:
         for layer in linear_layers(checkpoint.spec):
             if layer.name != "lm_head":
                 replaced |= _parts(layer.weights, rows, checkpoint)
+        write_floats(checkpoint, output, replaced)
 
-        def read(name: str) -> Iterator[NDArray[np.generic]]:
-            values = replaced[name]() if name in replaced else checkpoint.tensor(name)
-            yield values.astype(np.float16).reshape(-1)
 
-        tensors = {
-            name: TensorSource("F16", shape, read(name))
-            for name, shape in expected_tensors(checkpoint.spec).items()
-        }
-        write_safetensors(output / "model.safetensors", tensors)
+def start_directory(floats: Path, output: Path) -> None:
+    """Make ``output`` with all that ``floats``, a Hugging Face directory, has but its weights.
+
+    Raises:
+        SystemExit: ``output`` exists.
+    """
+    if output.exists():
+        raise SystemExit(f"error: {output} exists; remove it, or name another directory")
+    output.mkdir(parents=True)
+    for file in floats.iterdir():
+        if file.suffix in (".json", ".jinja") and "index" not in file.name:
+            shutil.copy(file, output)
+
+
+def write_floats(
+    checkpoint: Checkpoint, output: Path, replaced: Mapping[str, Callable[[], NDArray[Any]]]
+) -> None:
+    """Write a checkpoint's tensors as fp16, one by one.
+
+    Args:
+        checkpoint: the model.
+        output: a directory that is there.
+        replaced: by HF name, how to read the tensors that are not the checkpoint's own.
+    """
+
+    def read(name: str) -> Iterator[NDArray[np.generic]]:
+        values = replaced[name]() if name in replaced else checkpoint.tensor(name)
+        yield values.astype(np.float16).reshape(-1)
+
+    tensors = {
+        name: TensorSource("F16", shape, read(name))
+        for name, shape in expected_tensors(checkpoint.spec).items()
+    }
+    write_safetensors(output / "model.safetensors", tensors)
 
 
 def _parts(

@@ -64,7 +64,9 @@ def rewrite(
     """
     reader = gguf.GGUFReader(source)
     part = output.with_name(f"{output.name}.part")
-    writer = gguf.GGUFWriter(part, reader.fields[_ARCHITECTURE].contents())
+    architecture = reader.fields[_ARCHITECTURE].contents()
+    # What is converted waits in a file: as floats it may not fit in memory.
+    writer = gguf.GGUFWriter(part, architecture, use_temp_file=True)
     for field in reader.fields.values():
         if field.name == _ARCHITECTURE or field.name.startswith(_OF_THE_FILE):
             continue
@@ -88,9 +90,14 @@ def bits_per_weight(name: str) -> float:
     return float(8 * size_bytes / weights)
 
 
+def is_linear(tensor: Any) -> bool:
+    """Whether a tensor of a file is the weight of a linear layer of the decoder's layers."""
+    return len(tensor.shape) == 2 and bool(_LINEAR.fullmatch(tensor.name))
+
+
 def _converted(tensor: Any, kind: gguf.GGMLQuantizationType) -> tuple[Any, Any]:
     """A tensor's stored rows and their type."""
-    if len(tensor.shape) != 2 or not _LINEAR.fullmatch(tensor.name):
+    if not is_linear(tensor):
         return tensor.data, tensor.tensor_type
     rows = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     return gguf.quants.quantize(rows, kind), kind

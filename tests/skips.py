@@ -59,6 +59,10 @@ ALLOWED: dict[str, tuple[str, bool]] = {
         "it is in an environment of its own; scripts/kernels --check has it",
         True,
     ),
+    r"needs NNCF: .*": (
+        "it is in an environment of its own; scripts/openvino_weights --check has it",
+        True,
+    ),
     r"a live fleet needs Ray; .*": (
         "Ray is large; EDGE_LLM_FLEET=1 installs it",
         os.environ.get("EDGE_LLM_FLEET", "0") != "1",
