@@ -8,7 +8,13 @@ from msgspec import Struct
 from edge.errors import DependencyError
 
 from .anthropic.protocol import CountTokensRequest, MessagesRequest
-from .ollama.protocol import GenerateRequest, OllamaChatRequest, ShowRequest
+from .ollama.protocol import (
+    EmbeddingsRequest,
+    EmbedRequest,
+    GenerateRequest,
+    OllamaChatRequest,
+    ShowRequest,
+)
 from .protocol import (
     ChatRequest,
     CompletionRequest,
@@ -50,6 +56,8 @@ SAMPLES: dict[type[Struct], bytes] = {
     ),
     GenerateRequest: b'{"prompt": "hello", "format": {"type": "object"}, "think": true}',
     ShowRequest: b'{"model": "a"}',
+    EmbedRequest: b'{"input": ["a"], "truncate": true, "dimensions": 2, "options": {"num_ctx": 8}}',
+    EmbeddingsRequest: b'{"prompt": "a"}',
     CountTokensRequest: b'{"messages": [{"role": "user", "content": "a"}], "system": "b"}',
 }
 
