@@ -33,7 +33,8 @@ def top_k_merge_tactics(keep: int) -> tuple[Tactic, ...]:
         ConfigError: more are kept than a kernel can.
     """
     _check_keep(keep)
-    return (Tactic(BY_NAME[merge_name(keep)], 1, keep),)
+    variant = BY_NAME[merge_name(keep)]
+    return (Tactic(variant, 1, int(variant.constants["MOST"])),)
 
 
 def _check_keep(keep: int) -> None:
