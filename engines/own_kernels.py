@@ -149,21 +149,40 @@ def use_own_kernels(
     if why_not:
         left[TOP_K] = why_not
     weights = f"{manifest.graphs.decoder}.data"
-    packed = f"{manifest.graphs.decoder}.own"
+    packed = directory / f"{manifest.graphs.decoder}.own"
+    _replace_products(onnx, products, bundle / weights, packed, plugins)
+    onnx.use_domain(NAMESPACE, 1)
+    (directory / weights).symlink_to(os.path.relpath((bundle / weights).resolve(), directory))
+    path = directory.resolve() / manifest.graphs.decoder
+    linears = tuple(each.name for each in products)
+    used = {(PRODUCT.name, len(each.planes)) for each in products}
+    if attentions:
+        used |= {(rule.name, manifest.model.head_dim) for rule in (PARTS, JOIN)}
+    if keep:
+        used |= {(rule.name, keep) for rule in (TOP_K_PARTS, TOP_K_MERGE)}
+    return OwnGraph(
+        onnx.serialize(), path, linears, left, attentions, frozenset(used), top_k=keep > 0
+    )
+
+
+def _replace_products(
+    onnx: OnnxFile, products: list[_Product], weights: Path, packed: Path, plugins: Plugins
+) -> None:
+    """Put plugins where products are, and their weights, in the kernels' order, into a file."""
     size = sum(plane.num_bytes + _ALIGNMENT for product in products for plane in product.planes)
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(packed.parent).free
     if free < size:
         raise ResourceError(
-            f"the weights in the order of own kernels need {size:,} bytes in {directory} while the "
-            f"engine is built, {free:,} are free"
+            f"the weights in the order of own kernels need {size:,} bytes in {packed.parent} while "
+            f"the engine is built, {free:,} are free"
         )
     replaced: dict[int, Node] = {}
-    with (bundle / weights).open("rb") as source, (directory / packed).open("wb") as target:
-        onnx.put_in_file(_NO_BIAS, "fp16", [1], (packed, 0, target.write(bytes(2))))
+    with weights.open("rb") as source, packed.open("wb") as target:
+        onnx.put_in_file(_NO_BIAS, "fp16", [1], (packed.name, 0, target.write(bytes(2))))
         for product in products:
             name = f"{product.name}.own_weights"
             shape, place = _write_packed(product.planes, source, target)
-            onnx.put_in_file(name, "int32", shape, (packed, *place))
+            onnx.put_in_file(name, "int32", shape, (packed.name, *place))
             replaced[id(product.nodes[-1])] = plugin_node(
                 PRODUCT,
                 [product.x, name, product.scales, product.bias or _NO_BIAS],
@@ -178,18 +197,6 @@ def use_own_kernels(
         for node in onnx.nodes
         if id(node) not in gone or id(node) in replaced
     ]
-    onnx.use_domain(NAMESPACE, 1)
-    (directory / weights).symlink_to(os.path.relpath((bundle / weights).resolve(), directory))
-    path = directory.resolve() / manifest.graphs.decoder
-    linears = tuple(each.name for each in products)
-    used = {(PRODUCT.name, len(each.planes)) for each in products}
-    if attentions:
-        used |= {(rule.name, manifest.model.head_dim) for rule in (PARTS, JOIN)}
-    if keep:
-        used |= {(rule.name, keep) for rule in (TOP_K_PARTS, TOP_K_MERGE)}
-    return OwnGraph(
-        onnx.serialize(), path, linears, left, attentions, frozenset(used), top_k=keep > 0
-    )
 
 
 class _Finder:

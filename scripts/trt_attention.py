@@ -6,7 +6,6 @@ As `trt_plugin`, with its stand-ins; `trt_bindings.py` runs both.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import tensorrt_bindings as trt
@@ -14,10 +13,18 @@ import tensorrt_bindings as trt
 from edge.backends.tensorrt.launch_rules import JOIN, NAMESPACE, PARTS, PluginRule
 from engines.kernels import plugin
 from engines.kernels.attention import attention, join_tactics, part_tactics
-from engines.kernels.launch import Job
 from engines.kernels.own_plugins import element_types
 from engines.kernels.package import Ptx
-from scripts.trt_plugin import MOVING, Launch, Numbers, Size, Sizes, describe, load_module
+from scripts.trt_plugin import (
+    MOVING,
+    Launch,
+    Numbers,
+    Size,
+    Sizes,
+    compare_launch,
+    describe,
+    load_module,
+)
 
 # Sequences, groups, heads of each, tokens, width, rows of the cache.
 CASES = (
@@ -85,37 +92,9 @@ def problems_of(
         descriptions = [port.desc for port in ports]
         kernel = made.get_kernel(descriptions[: len(reads)], descriptions[len(reads) :])
         wanted = attention(*case, **{"tile" if rule is PARTS else "join": place})
-        problems += _compare(rule, wanted, ptx, launch, numbers, kernel)
+        half = wanted.launches[0 if rule is PARTS else 1]
+        problems += compare_launch(half, ptx[half.variant.name], launch, numbers, kernel)
     return problems
-
-
-def _compare(
-    rule: PluginRule,
-    job: Job,
-    ptx: dict[str, Ptx],
-    launch: Any,
-    numbers: Numbers,
-    kernel: tuple[str, bytes],
-) -> Iterator[str]:
-    wanted = job.launches[0 if rule is PARTS else 1]
-    code = ptx[wanted.variant.name]
-    expected = {
-        **dict(zip(("grid_x", "grid_y", "grid_z"), wanted.grid, strict=True)),
-        "block_x": code.threads,
-        "shared_mem": code.shared_bytes,
-        **dict.fromkeys(("block_y", "block_z"), 1),
-    }
-    found = {key: each.expr.value for key, each in vars(launch).items()}
-    if found != expected:
-        yield f"the launch is {found}, not {expected}"
-    first = len(rule.inputs)
-    given = [numbers[place].expr.value for place in range(numbers.nbSymExprs)]
-    if given != list(wanted.arguments[first : first + 4]):
-        yield f"the numbers are {given}, not {wanted.arguments[first : first + 4]}"
-    if any(numbers[place].dtype != trt.PluginArgDataType.INT32 for place in numbers):
-        yield "not all numbers are INT32"
-    if kernel != (code.entry, code.text.encode()):
-        yield f"the kernel is {kernel}"
 
 
 def main() -> int:

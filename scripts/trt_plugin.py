@@ -18,7 +18,8 @@ import tensorrt_bindings as trt
 
 from edge.backends.tensorrt.launch_rules import NAMESPACE, PRODUCT
 from engines.kernels import plugin
-from engines.kernels.launch import Tactic, w4_gemv, w4_tactics
+from engines.kernels.launch import Launch as WantedLaunch
+from engines.kernels.launch import product, w4_tactics
 from engines.kernels.own_plugins import element_types
 from engines.kernels.package import Ptx
 
@@ -138,6 +139,29 @@ def describe(shape: tuple[int, ...], dtype: Any, *, dynamic: int = 0) -> Any:
     return found
 
 
+def compare_launch(
+    wanted: WantedLaunch, code: Ptx, launch: Any, numbers: Numbers, kernel: tuple[str, bytes]
+) -> Iterator[str]:
+    """What is wrong with the launch that a plugin gave TensorRT."""
+    expected = {
+        **dict(zip(("grid_x", "grid_y", "grid_z"), wanted.grid, strict=True)),
+        "block_x": code.threads,
+        "shared_mem": code.shared_bytes,
+        **dict.fromkeys(("block_y", "block_z"), 1),
+    }
+    found = {key: each.expr.value for key, each in vars(launch).items()}
+    if found != expected:
+        yield f"the launch is {found}, not {expected}"
+    given = [numbers[place].expr.value for place in range(numbers.nbSymExprs)]
+    counts = [each for each in wanted.arguments if isinstance(each, int)]
+    if given != counts:
+        yield f"the numbers are {given}, not {counts}"
+    if any(numbers[place].dtype != trt.PluginArgDataType.INT32 for place in numbers):
+        yield "not all numbers are INT32"
+    if kernel != (code.entry, code.text.encode()):
+        yield f"the kernel is {kernel}"
+
+
 def problems_of(case: tuple[int, int, int, int, int, int, bool], ptx: dict[str, Ptx]) -> list[str]:
     """Ask a new plugin about one product; what is wrong with its answers."""
     batch, seq, depth, columns, group, planes, bias = case
@@ -188,40 +212,11 @@ def problems_of(case: tuple[int, int, int, int, int, int, bool], ptx: dict[str, 
         launch, numbers = Launch(), Numbers()
         made.get_launch_params(inputs, ports, 4, launch, numbers, sizes)
         kernel = made.get_kernel([port.desc for port in ports[:4]], [ports[4].desc])
-        problems += _compare(case, tactic, ptx[tactic.variant.name], launch, numbers, kernel)
+        # Of one column without a bias the plugin adds a zero.
+        job = product(tactic, batch * seq, columns, depth, group=group, bias=bias or columns == 1)
+        code = ptx[tactic.variant.name]
+        problems += compare_launch(job.launches[0], code, launch, numbers, kernel)
     return problems
-
-
-def _compare(
-    case: tuple[int, int, int, int, int, int, bool],
-    tactic: Tactic,
-    ptx: Ptx,
-    launch: Any,
-    numbers: Numbers,
-    kernel: tuple[str, bytes],
-) -> Iterator[str]:
-    batch, seq, depth, columns, group, planes, bias = case
-    rows = batch * seq
-    wanted = {
-        "grid_x": -(-columns // tactic.columns),
-        "grid_y": -(-rows // tactic.rows),
-        "block_x": ptx.threads,
-        "shared_mem": ptx.shared_bytes,
-        **dict.fromkeys(("grid_z", "block_y", "block_z"), 1),
-    }
-    found = {name: each.expr.value for name, each in vars(launch).items()}
-    if found != wanted:
-        yield f"the launch is {found}, not {wanted}"
-    # Of one column without a bias the plugin adds a zero.
-    job = w4_gemv(1, columns, depth, group=group, planes=planes, bias=bias or columns == 1)
-    expected = [rows, *job.launches[0].arguments[5:9]]
-    given = [numbers[place].expr.value for place in range(numbers.nbSymExprs)]
-    if given != expected:
-        yield f"the numbers are {given}, not {expected}"
-    if any(numbers[place].dtype != trt.PluginArgDataType.INT32 for place in numbers):
-        yield "not all numbers are INT32"
-    if kernel != (ptx.entry, ptx.text.encode()):
-        yield f"the kernel is {kernel}"
 
 
 def main() -> int:

@@ -14,12 +14,19 @@ import tensorrt_bindings as trt
 from edge.backends.tensorrt.launch_rules import NAMESPACE, TOP_K_MERGE, TOP_K_PARTS, PluginRule
 from engines.kernels import plugin
 from engines.kernels.launch import Job
-from engines.kernels.launch import Launch as Wanted
 from engines.kernels.own_plugins import element_types
 from engines.kernels.package import Ptx
 from engines.kernels.top_k import top_k
 from engines.kernels.variants import BY_NAME
-from scripts.trt_plugin import Launch, Numbers, Size, Sizes, describe, load_module
+from scripts.trt_plugin import (
+    Launch,
+    Numbers,
+    Size,
+    Sizes,
+    compare_launch,
+    describe,
+    load_module,
+)
 
 # Sequences, rows of logits of each, logits, and how many are kept.
 CASES = ((1, 1, 151_936, 256), (8, 1, 32_000, 257), (2, 3, 320, 8), (1, 16, 262_144, 1024))
@@ -76,7 +83,7 @@ def problems_of(
     descriptions = [port.desc for port in ports]
     kernel = made.get_kernel(descriptions[: len(reads)], descriptions[len(reads) :])
     wanted = job.launches[0 if rule is TOP_K_PARTS else 1]
-    yield from _compare(wanted, ptx[wanted.variant.name], launch, numbers, kernel)
+    yield from compare_launch(wanted, ptx[wanted.variant.name], launch, numbers, kernel)
 
 
 def _type(job: Job, name: str) -> Any:
@@ -87,28 +94,6 @@ def shape_of(job: Job, name: str, batch: int, num_logits: int) -> tuple[int, ...
     """The shape of a tensor, of sequences and rows of each."""
     rows, *rest = job.buffers[name][0]
     return (batch, num_logits, *rest) if rest else (rows,)
-
-
-def _compare(
-    wanted: Wanted, code: Ptx, launch: Any, numbers: Numbers, kernel: tuple[str, bytes]
-) -> Iterator[str]:
-    expected = {
-        **dict(zip(("grid_x", "grid_y", "grid_z"), wanted.grid, strict=True)),
-        "block_x": code.threads,
-        "shared_mem": code.shared_bytes,
-        **dict.fromkeys(("block_y", "block_z"), 1),
-    }
-    found = {key: each.expr.value for key, each in vars(launch).items()}
-    if found != expected:
-        yield f"the launch is {found}, not {expected}"
-    given = [numbers[place].expr.value for place in range(numbers.nbSymExprs)]
-    counts = [each for each in wanted.arguments if isinstance(each, int)]
-    if given != counts:
-        yield f"the numbers are {given}, not {counts}"
-    if any(numbers[place].dtype != trt.PluginArgDataType.INT32 for place in numbers):
-        yield "not all numbers are INT32"
-    if kernel != (code.entry, code.text.encode()):
-        yield f"the kernel is {kernel}"
 
 
 def main() -> int:

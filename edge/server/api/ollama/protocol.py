@@ -29,7 +29,21 @@ IGNORED = {
 """Fields that are accepted without effect, by path, and why."""
 
 
-class OllamaOptions(Struct, forbid_unknown_fields=True):
+class EngineOptions(Struct, forbid_unknown_fields=True):
+    """What ``options`` say of the engine, and all that texts have that become vectors."""
+
+    num_ctx: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    num_batch: Any = None
+    num_gpu: Any = None
+    main_gpu: Any = None
+    num_thread: Any = None
+    numa: Any = None
+    low_vram: Any = None
+    use_mmap: Any = None
+    use_mlock: Any = None
+
+
+class OllamaOptions(EngineOptions, forbid_unknown_fields=True):
     """The field ``options``; of what is not computed here, only the value that turns it off."""
 
     num_predict: Annotated[int, Meta(ge=-2, le=KNOBS["max_tokens"].high)] | None = None
@@ -42,7 +56,6 @@ class OllamaOptions(Struct, forbid_unknown_fields=True):
     repeat_penalty: Annotated[float, range_of("repetition_penalty")] | None = None
     presence_penalty: Annotated[float, range_of("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, range_of("frequency_penalty")] | None = None
-    num_ctx: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     # The repetition penalty looks at the whole prompt and answer.
     repeat_last_n: Literal[-1] | None = None
     mirostat: Literal[0] | None = None
@@ -50,14 +63,6 @@ class OllamaOptions(Struct, forbid_unknown_fields=True):
     tfs_z: Annotated[float, Meta(ge=1, le=1)] | None = None
     penalize_newline: Literal[True] | None = None
     num_keep: Any = None
-    num_batch: Any = None
-    num_gpu: Any = None
-    main_gpu: Any = None
-    num_thread: Any = None
-    numa: Any = None
-    low_vram: Any = None
-    use_mmap: Any = None
-    use_mlock: Any = None
 
 
 class OllamaCalledFunction(Struct, forbid_unknown_fields=True):
@@ -125,20 +130,6 @@ class ShowRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     verbose: Any = None
 
 
-class EmbedOptions(Struct, forbid_unknown_fields=True):
-    """The field ``options`` of texts that become vectors: nothing is drawn there."""
-
-    num_ctx: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
-    num_batch: Any = None
-    num_gpu: Any = None
-    main_gpu: Any = None
-    num_thread: Any = None
-    numa: Any = None
-    low_vram: Any = None
-    use_mmap: Any = None
-    use_mlock: Any = None
-
-
 class EmbedRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /api/embed``; without a text it only asks for the model."""
 
@@ -146,7 +137,7 @@ class EmbedRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     input: str | list[str] | None = None
     truncate: bool | None = None
     dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
-    options: EmbedOptions | None = None
+    options: EngineOptions | None = None
     keep_alive: Any = None
 
 
@@ -155,5 +146,5 @@ class EmbeddingsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: ModelName | None = None
     prompt: str | None = None
-    options: EmbedOptions | None = None
+    options: EngineOptions | None = None
     keep_alive: Any = None
