@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from click.testing import CliRunner
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
-from edge.backends.ort.session import multiplies_8_bits
 from edge.backends.step import step_after
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import Dialect, Manifest, describe_from_source, read_manifest
@@ -142,9 +140,7 @@ def test_every_way_to_run_it_on_a_cpu_answers_alike(name: str, tmp_path: Path) -
     golden = QuantizedGolden.load(name)
     export(golden.write(tmp_path / name), tmp_path / "bundle")
     expected = golden.logits / np.linalg.norm(golden.logits)
-    ways: list[dict[str, Any]] = [{}, {"int8_prompts": True}]
-    if name != "ct-w8a16" or multiplies_8_bits(onnxruntime):
-        ways.append({"int8_activations": True})
+    ways: list[dict[str, Any]] = [{}, {"int8_prompts": True}, {"int8_activations": True}]
     for options in ways:
         with Runner(tmp_path / "bundle", **options) as runner:
             step = step_after([0], [0], runner.table[IDS[None]], np.array([[len(IDS) - 1]]))

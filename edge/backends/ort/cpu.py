@@ -261,9 +261,10 @@ def load_cpu_graph(
     if fuse_attention and io_spec.DIALECTS[manifest.dialect].one_attention_operator:
         fuse_cache_attention(graph, manifest.model)
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
-    level = accuracy_level(int8_activations) if multiplies_8_bits(ort) else None
     widened = widen_products(graph, bundle, manifest) if int8_prompts else []
-    join_planes(graph, bundle, manifest, accuracy_level=level, without=widened)
+    if int8_activations and multiplies_8_bits(ort):
+        level = accuracy_level(int8_activations)
+        join_planes(graph, bundle, manifest, accuracy_level=level, without=widened)
     if deterministic:
         cut_groups(graph, bundle)
     return graph

@@ -160,10 +160,10 @@ def check_int8_activations(manifest: Manifest) -> None:
         ConfigError: no linear layer of the bundle has integer weights and float inputs.
         DependencyError: this ONNX Runtime multiplies them in float, whatever it is asked for.
     """
-    kinds = {linear.scheme.kind for linear in manifest.quantization.linears.values()}
-    if "int4" in kinds:
+    schemes = [linear.scheme for linear in manifest.quantization.linears.values()]
+    if any(scheme.kind == "int4" or scheme.planes for scheme in schemes):
         return
-    if "int8" not in kinds:
+    if all(scheme.kind != "int8" for scheme in schemes):
         raise ConfigError(
             f"int8 activations have no effect on {manifest.name} ({manifest.quantization.name}): "
             "only inputs of INT8 or INT4 weights are rounded; leave the option out"
@@ -172,9 +172,9 @@ def check_int8_activations(manifest: Manifest) -> None:
     if not multiplies_8_bits(ort):
         needed = _ROUNDS_INT8_WEIGHTS_SINCE
         raise DependencyError(
-            f"int8 activations with INT8 weights need onnxruntime >= {needed[0]}.{needed[1]}; "
-            f"found {ort.__version__}, which multiplies them in float; upgrade it, or leave the "
-            "option out"
+            f"int8 activations with INT8 weights in one piece, as older bundles have them, need "
+            f"onnxruntime >= {needed[0]}.{needed[1]}; found {ort.__version__}, which multiplies "
+            "them in float; upgrade it, export the model again, or leave the option out"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 
 from edge.backends.ort import cpu as ort
 from edge.backends.ort import join_planes as module
+from edge.backends.ort import session
 from edge.backends.ort.join_planes import join, join_planes
-from edge.bundle.manifest import read_manifest
+from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.schemes import HIGH_PLANE, PLANES_RANGE, SCHEMES
-from edge.errors import BundleError
+from edge.errors import BundleError, DependencyError
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.packing import split_planes
 from tests.conftest import Bundles, Checkpoints, require_kernels
@@ -118,16 +120,22 @@ def test_joined_weights_are_what_the_file_adds_up_to(
         assert_array_equal(joined, sum(parts))
 
 
+@pytest.mark.parametrize("level", [None, 1], ids=["DequantizeLinear", "MatMulNBits"])
 @pytest.mark.parametrize("dialect", ["native", "portable"])
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_the_joined_graph_computes_the_same(
-    dialect: Any, quant: str, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+    dialect: Any,
+    quant: str,
+    level: int | None,
+    tiny_bundles: Bundles,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """As one that runs every plane for itself, for a prompt, a chunk and a token."""
     require_kernels(dialect)
     bundle = tiny_bundles("qwen2", dialect, quant)
 
     def run() -> list[NDArray[Any]]:
+        # Float activations, which a last bit rounds no other way; planes stay as they are.
         with Runner(bundle, fuse_attention=False, int8_activations=False) as runner:
             return [
                 runner.step(random_ids(2, 17), [0, 1]),
@@ -136,24 +144,48 @@ def test_the_joined_graph_computes_the_same(
                 runner.cache(0),
             ]
 
-    joined = run()
-    monkeypatch.setattr(ort, "join_planes", lambda *_, **__: None)
-    for ours, theirs in zip(joined, run(), strict=True):
+    apart, load = run(), ort.load_graph
+
+    def load_joined(path: Path, manifest: Manifest, *args: Any, **options: Any) -> OnnxFile:
+        graph = load(path, manifest, *args, **options)
+        join_planes(graph, bundle, manifest, accuracy_level=level)
+        assert graph.in_memory
+        return graph
+
+    monkeypatch.setattr(ort, "load_graph", load_joined)
+    for ours, theirs in zip(run(), apart, strict=True):
         assert_allclose(ours, theirs, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("int8_activations", [False, True])
+@pytest.mark.parametrize("joined", [True, False])
+def test_planes_are_joined_where_one_kernel_takes_them(
+    joined: bool, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    """Else ONNX Runtime would unpack the joined weights to float in every step."""
+    bundle = tiny_bundles("llama", "native", "int8")
+    for kernel, rounds in ((joined, True), (True, joined)):
+        monkeypatch.setattr(ort, "multiplies_8_bits", lambda _, kernel=kernel: kernel)
+        graph = ort.load_cpu_graph(
+            bundle, read_manifest(bundle), 64, fuse_attention=False, int8_activations=rounds
+        )
+        assert bool(graph.in_memory) == joined
+
+
 def test_products_that_we_write_are_those_that_onnxruntime_makes(
-    int8_activations: bool, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     require_kernels("native")
+    if not ort.multiplies_8_bits(onnxruntime):
+        pytest.skip("this ONNX Runtime has no product of INT8 weights")
+
+    def write(*args: Any, **_: Any) -> None:
+        join_planes(*args)
+
     logits = []
-    for ours in (True, False):
-        monkeypatch.setattr(ort, "multiplies_8_bits", lambda _, ours=ours: ours)
-        with Runner(
-            tiny_bundles("llama", "native", "int8"), int8_activations=int8_activations
-        ) as runner:
+    for _ in range(2):
+        with Runner(tiny_bundles("llama", "native", "int8"), int8_activations=True) as runner:
             logits.append(np.concatenate([runner.step(random_ids(1, n)) for n in (17, 1)], axis=1))
+        monkeypatch.setattr(ort, "join_planes", write)
     assert_allclose(logits[0], logits[1], atol=ATOL, rtol=0)
 
 
@@ -198,6 +230,9 @@ def test_a_bundle_of_blocked_int8_still_runs(
             logits.append(runner.step(random_ids(1, 17)).ravel())
     cosine = np.dot(*logits) / np.prod([np.linalg.norm(each) for each in logits])
     assert 0.999 < cosine < 1.0
+    monkeypatch.setattr(session, "multiplies_8_bits", lambda _: False)
+    with pytest.raises(DependencyError, match=r"in one piece.*found .*export the model again"):
+        Runner(old, int8_activations=True)
 
 
 @FORMS
