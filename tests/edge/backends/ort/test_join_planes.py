@@ -162,7 +162,7 @@ def test_planes_are_joined_where_one_kernel_takes_them(
     joined: bool, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     """Else ONNX Runtime would unpack the joined weights to float in every step."""
-    bundle = tiny_bundles("llama", "native", "int8")
+    bundle = tiny_bundles("llama", "portable", "int8")
     for kernel, rounds in ((joined, True), (True, joined)):
         monkeypatch.setattr(ort, "multiplies_8_bits", lambda _, kernel=kernel: kernel)
         graph = ort.load_cpu_graph(
