@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from typing import NoReturn
 
 import msgspec
 
@@ -18,7 +19,13 @@ from .tools import ToolParser, ToolSyntax, make_call
 _FENCES = ("```json", "```", "")
 _HEAD = '{"name":"'
 _SPACE = re.compile(r"\s+")
-_DECODER = json.JSONDecoder()
+
+
+def _no_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_json)
 
 
 class BareCallParser(ToolParser):
@@ -96,4 +103,7 @@ def _read(text: str, names: Collection[str]) -> tuple[str, str, str] | None:
     name, arguments = call["name"], call["arguments"]
     if name not in names or not isinstance(arguments, dict):
         return None
-    return name, msgspec.json.encode(arguments).decode(), rest
+    try:
+        return name, msgspec.json.encode(arguments).decode(), rest
+    except UnicodeEncodeError:  # an escape of half a character
+        return None

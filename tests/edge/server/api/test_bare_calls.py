@@ -57,6 +57,8 @@ def test_the_recorded_answer():
             '{"name": "population", "arguments": {}, "id": 1}', '```json\n{"name": "population", '
             '"arguments": {}}', '```json\n[1]\n```', '```python\nprint(1)\n```', '{"a": 1}',
             'See: {"name": "population", "arguments": {}}', "{}", '{"name": "populations"}',
+            '{"name": "population", "arguments": {"city": "\\ud800"}}',
+            '{"name": "population", "arguments": {"of": NaN}}',
         ]
     ),
     places=st.lists(st.integers(0, 80)),
