@@ -21,6 +21,7 @@ from .answers import CalledFunction, ToolCall
 from .protocol import ChatRequest, NamedTool, Tool
 
 _FENCED = re.compile(r"\s*(.*?)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _OBJECT_ARGUMENTS = re.compile(r"arguments(?:['\"]\])?\s*\|\s*tojson")
 
 
@@ -241,18 +242,21 @@ def strict_calls(request: ChatRequest, syntax: ToolSyntax | None) -> dict[str, A
 
 
 def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[str, Any]:
-    """The schema of one call: a tool's name, and arguments by its schema; None allows any."""
+    """The schema of one call: a tool's name, and arguments by its schema; None allows any.
+
+    An ``$id`` makes each of these schemas the root that its own references begin at.
+    """
     options = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "arguments": parameters or {"type": "object"},
+                "arguments": {"$id": f"urn:edge-llm:tool:{index}", **(parameters or _ANY_OBJECT)},
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool, parameters in shapes
+        for index, (tool, parameters) in enumerate(shapes)
     ]
     return options[0] if len(options) == 1 else {"anyOf": options}
 

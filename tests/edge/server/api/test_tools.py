@@ -19,6 +19,7 @@ from edge.server.api.tools import (
     ToolParser,
     ToolSyntax,
     WholeCall,
+    forced_schema,
     prepare_messages,
     strict_calls,
     syntax_of,
@@ -267,6 +268,42 @@ def test_arguments_of_a_strict_tool_keep_to_its_schema_where_a_call_need_not_com
     assert json.loads(free["message"]["tool_calls"][0]["function"]["arguments"]) == {"a": "b"}
     with_form = tools.chat(tools=[strict(CLOCK)], response_format={"type": "json_object"})
     assert (with_form.status, with_form.json["error"]["param"]) == (400, "response_format")
+
+
+def booking(name: str, city: dict[str, Any]) -> dict[str, Any]:
+    """A tool with a model in its model, as `openai.pydantic_function_tool` writes it."""
+    parameters = {
+        "$defs": {"City": city},
+        "type": "object",
+        "properties": {
+            "city": {"$ref": "#/$defs/City"},
+            "then": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+        },
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def test_references_of_a_tool_lead_into_its_own_schema():
+    llguidance = pytest.importorskip("llguidance")
+    both = [booking("book", {"type": "string"}), booking("number", {"type": "integer"})]
+    asked = {"messages": QUESTION, "tools": both, "tool_choice": "required"}
+    free = {"messages": QUESTION, "tools": [strict(tool) for tool in both]}
+    calls = strict_calls(msgspec.convert(free, ChatRequest), HERMES)
+    assert calls is not None
+    for schema in (forced_schema(msgspec.convert(asked, ChatRequest)), calls["schema"]):
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        for name, city, then, keeps in (
+            ("book", "Bern", None, True), ("book", 5, None, False),
+            ("number", 5, None, True), ("number", "Bern", None, False),
+            ("book", "Bern", {"city": "Rom"}, True), ("book", "Bern", {"city": 5}, False),
+        ):  # fmt: skip
+            call = {"name": name, "arguments": {"city": city, "then": then}}
+            matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar)
+            text = json.dumps(call).encode()
+            taken = matcher.try_consume_tokens(list(text)) == len(text)
+            assert (taken and matcher.is_accepting()) == keeps, call
 
 
 def test_what_cannot_be_bound_is_refused_by_name():
