@@ -292,7 +292,7 @@ class _Endpoints:
 
     async def _ollama_show(self, request: Request) -> Response:
         body, _ = await self._read(request, ShowRequest)
-        choice = await self._models.choose(body.model or body.name)
+        choice = await self._models.choose(body.model or body.name or None)
         return json_response(show_model(choice.model))
 
     async def _ollama_embed(self, request: Request) -> Response:

@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 from edge.runtime.sampling_params import KNOBS
 from edge.server.api.protocol import ModelName, StopString, Tool, range_of
 
+_MaybeName = Annotated[str, Meta(max_length=256)]
 _HARDWARE = "how the engine runs is the server's choice"
 IGNORED = {
     "keep_alive": "models stay as long as the server runs",
@@ -113,20 +114,33 @@ class OllamaChatRequest(OllamaRequest, forbid_unknown_fields=True, kw_only=True)
 
 
 class GenerateRequest(OllamaRequest, forbid_unknown_fields=True, kw_only=True):
-    """The body of ``POST /api/generate``; without a prompt it only asks for the model."""
+    """The body of ``POST /api/generate``; without a prompt it only asks for the model.
+
+    Ollama's own client, in Go, sends every text that it was not given as an empty one.
+    """
 
     prompt: str | None = None
     suffix: str | None = None
     system: str | None = None
+    template: Literal[""] | None = None
     raw: bool | None = None
     images: list[Any] | None = None
 
+    def __post_init__(self) -> None:
+        self.suffix, self.system = self.suffix or None, self.system or None
+
 
 class ShowRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of ``POST /api/show``; ``name`` is the older word for ``model``."""
+    """The body of ``POST /api/show``; ``name`` is the older word for ``model``.
 
-    model: ModelName | None = None
-    name: ModelName | None = None
+    Of ``model`` and ``name`` the Go client sends one, and the other empty.
+    """
+
+    model: _MaybeName | None = None
+    name: _MaybeName | None = None
+    system: Literal[""] | None = None
+    template: Literal[""] | None = None
+    options: None = None
     verbose: Any = None
 
 

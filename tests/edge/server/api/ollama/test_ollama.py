@@ -126,6 +126,23 @@ def test_a_prompt_is_a_chat_of_one_message(live: Live):
     assert error.json["error"].startswith("suffix: this model has no tokens")
 
 
+def test_ollamas_own_client_sends_every_text_empty_that_it_was_not_given(live: Live):
+    """`api.Client` in Go, and with it `ollama run` and `ollama show`: api/types.go there."""
+    for model, name in (("tiny", ""), ("", "tiny")):
+        show = {"model": model, "name": name, "system": "", "template": "", "verbose": False,
+                "options": None}  # fmt: skip
+        answer = live.ask("/api/show", show)
+        assert answer.status == 200, answer.body
+    empty: dict[str, Any] = {"suffix": "", "system": "", "template": ""}
+    assert generate(live, "", **empty, options=None).json["done_reason"] == "load"
+    assert known(generate(live, **empty).json) == known(generate(live).json)
+    live.engine.say("once", " upon a time")
+    assert generate(live, "once", **empty, raw=True).json["response"] == " upon a time"
+    error = generate(live, template="{{ .Prompt }}")
+    assert error.status == 400
+    assert error.json["error"].startswith("template: ")
+
+
 def test_thinking(live: Live):
     live.engine.say(QUESTION, "At once.", thinking=False)
     message = chat(live, think=False).json["message"]

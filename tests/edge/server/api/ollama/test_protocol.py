@@ -132,12 +132,16 @@ PAIRS: dict[str, dict[str, Pair]] = {
         "prompt": ({"prompt": "a"}, {"prompt": "b"}),
         "suffix": ({}, {"suffix": "a"}),
         "system": ({"system": "a"}, {"system": "b"}),
+        "template": ({"template": ""}, {"template": "a"}),
         "raw": ({"raw": True}, {"raw": False}),
         "images": ({"images": []}, {"images": ["AAAA"]}),
     },
     "/api/show": {
         "model": ({}, {"model": "other"}),
         "name": ({"model": None, "name": "tiny"}, {"model": None, "name": "other"}),
+        "system": ({"system": ""}, {"system": "a"}),
+        "template": ({"template": ""}, {"template": "a"}),
+        "options": ({"options": None}, {"options": {}}),
         "verbose": ({"verbose": True}, {"verbose": False}),
     },
 }
