@@ -339,13 +339,22 @@ class _Endpoints:
     # ------------------------------------------------------------------------------- models
 
     async def _list_models(self, request: Request) -> Response:
-        cards = [_card(model) for model in self._models.models()]
-        for name in self._models.aliases():
-            cards.append(ModelCard(name, cards[0].created, min(c.max_model_len for c in cards)))
-        return json_response(ModelList(cards))
+        return json_response(ModelList(self._cards()))
 
     async def _show_model(self, request: Request) -> Response:
-        return json_response(_card(self._models.get(request.path_params["id"])))
+        name = self._models.without_tag(request.path_params["id"])
+        for card in self._cards():
+            if card.id == name:
+                return json_response(card)
+        return json_response(_card(self._models.get(request.path_params["id"])))  # there is none
+
+    def _cards(self) -> list[ModelCard]:
+        """Describe the models, and the names that stand for one of several once they are open."""
+        cards = [_card(model) for model in self._models.models()]
+        if not self._models.is_loading:
+            first, least = cards[0].created, min(card.max_model_len for card in cards)
+            cards += [ModelCard(name, first, least) for name in self._models.aliases()]
+        return cards
 
     # ------------------------------------------------------------------------------- state
 

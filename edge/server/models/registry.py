@@ -299,7 +299,7 @@ class ModelRegistry:
             if self._default is None:
                 raise invalid("model: this field is required", "model", "missing_field")
             name = self._default
-        name = self._without_tag(name)
+        name = self.without_tag(name)
         choice = self._pick(name, facts or Facts({}, "chat", ""))
         event = self._held.get(choice.model.name)
         if event is not None:
@@ -327,7 +327,7 @@ class ModelRegistry:
         """
         self._check_open()
         limits: dict[ServedModel, int] = {}
-        if (self._default if name is None else self._without_tag(name)) == AUTO:
+        if (self._default if name is None else self.without_tag(name)) == AUTO:
             for rule in self._rules:
                 if rule.most_tokens is not None:
                     model = self.get(rule.model)
@@ -340,7 +340,7 @@ class ModelRegistry:
         if self.is_loading:
             raise _unavailable("loading", "the model is loading")
 
-    def _without_tag(self, name: str) -> str:
+    def without_tag(self, name: str) -> str:
         """Return a name without the tag that `/api/tags` gives it, unless it is served with one."""
         return name if name in self._models else name.removesuffix(TAG)
 

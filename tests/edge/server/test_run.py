@@ -97,7 +97,8 @@ def test_sigterm_does_not_wait_for_a_bundle_that_is_being_opened(tiny_bundles: B
         let_go.wait(20)
         raise ConfigError("too late")
 
-    service = Service(tiny(tiny_bundles("qwen2")), open_slowly, telemetry=Snapshot)
+    settings = tiny(tiny_bundles("qwen2"), auto={"tiny": "always"})
+    service = Service(settings, open_slowly, telemetry=Snapshot)
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(asyncio.run(service.run())))
     thread.start()
@@ -105,6 +106,8 @@ def test_sigterm_does_not_wait_for_a_bundle_that_is_being_opened(tiny_bundles: B
         time.sleep(0.2)
         with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/health") as answer:
             assert answer.status == 200
+        with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/v1/models") as answer:
+            assert json.load(answer)["data"] == []  # nothing can be asked yet, nor ``auto``
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(f"http://127.0.0.1:{service.port}/ready")
         with caught.value as error:

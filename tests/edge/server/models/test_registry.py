@@ -205,6 +205,10 @@ def test_a_request_names_its_model(pair: Pair):
         assert who(pair.live.chat(model=name, temperature=0)) == name
     listed = [model["id"] for model in pair.live.ask("/v1/models").json["data"]]
     assert listed == ["small", "big", "auto", "prod"]
+    for name in (*listed, "small:latest"):  # each name that is listed, there or by Ollama's API
+        shown = pair.live.ask(f"/v1/models/{name}")
+        assert (shown.status, shown.json["id"]) == (200, name.removesuffix(":latest"))
+    assert pair.live.ask("/v1/models/other").status == 404
     assert pair.live.chat(model="other").status == 404
 
 
