@@ -320,6 +320,9 @@ class LLM:
             raise RequestError(
                 "a thinking budget needs a chat of a model that reasons, with thinking left on"
             )
+        if is_chat and self._reasons and not thinking and output is None:
+            # The model may open a reasoning that its template does not; a form has no place for it.
+            reasons, thinking_budget = True, 0
         if output is not None and resolved.ignore_eos:
             raise RequestError("an output format ends with an end token; do not set ignore_eos")
         request = Request(

@@ -41,7 +41,8 @@ from edge.runtime.llm import Prompt
 from edge.runtime.scheduler import DraftContext
 from tests.conftest import TINY_KV_CAPACITY, Bundles
 from tests.fakes import ScriptedBackend, num_open_files, random_logits
-from tests.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID
+from tests.manifests import replace_file
+from tests.tiny_models import BOS_ID, CHAT_TEMPLATE, CONTROL_IDS, EOS_ID
 
 QUESTION = [{"role": "user", "content": "what"}]
 GREEDY = SamplingParams(temperature=0)
@@ -426,6 +427,32 @@ def test_output_keeps_its_form_and_reasoning_its_budget(scripted: Scripted):
         llm.generate("what", replace(params, ignore_eos=True), output=digits)
     with pytest.raises(RequestError, match="plain text or ids"):
         llm.generate("what", params, thinking=False)
+
+
+def test_a_reasoning_that_only_the_model_opens_is_turned_off_too(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first templates of the R1 distills end with the assistant's mark."""
+    replace_file(copy, "chat_template.jinja", CHAT_TEMPLATE.replace("<think>\\n", "").encode())
+    scripted = Scripted(copy, monkeypatch)
+    with scripted.llm as llm:
+        encode, start = llm.tokenizer.encode, len(llm.encode(QUESTION))
+        (opening,), (thought, *_) = encode("<think>", control=True), encode("hm")
+        closing = [*encode("</think>", control=True), *encode("\n\n")]
+        answer = [*encode("yes"), EOS_ID]
+
+        def script(seen: tuple[int, ...]) -> int:
+            said = list(seen[start:])
+            if said[1 : 1 + len(closing)] == closing:
+                return answer[len(said) - 1 - len(closing)]
+            return thought if said else opening
+
+        scripted.backend.script = script
+        on = llm.generate(QUESTION, replace(GREEDY, max_tokens=9))
+        assert on.reasoning
+        assert not on.text
+        off = llm.generate(QUESTION, GREEDY, thinking=False)
+        assert (off.reasoning, off.text, off.finish_reason) == ("", "yes", "stop")
 
 
 def test_speculation_leaves_the_answer_as_it_is(
