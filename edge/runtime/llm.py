@@ -313,8 +313,7 @@ class LLM:
         end_ids = self._end_ids(resolved)
         if suffix is not None and not resolved.ignore_eos:
             end_ids |= fill_in_middle(self.tokenizer).ends
-        fills = suffix is not None
-        streams = [self._output_stream(ids, resolved, is_chat, fills) for _ in range(n)]
+        streams = [self._output_stream(ids, resolved, is_chat) for _ in range(n)]
         reasons = is_chat and self._reasons and thinking
         if thinking_budget is not None and not reasons:
             raise RequestError(
@@ -540,12 +539,12 @@ class LLM:
             generation.cancel()  # nothing to do after the last piece
 
     def _output_stream(
-        self, ids: Sequence[int], params: SamplingParams, is_chat: bool, fills: bool
+        self, ids: Sequence[int], params: SamplingParams, is_chat: bool
     ) -> OutputStream:
         splitter = None
         if is_chat and self._reasons:
             splitter = ReasoningSplitter(self._opens_reasoning(ids))
-        detokenizer = Detokenizer(self.tokenizer, goes_on=fills)
+        detokenizer = Detokenizer(self.tokenizer, goes_on=not is_chat)
         return OutputStream(detokenizer, params.stop, splitter)
 
     def _constrain(

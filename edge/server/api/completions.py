@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +14,7 @@ from msgspec import UNSET
 from edge.runtime.sampling import SampledToken
 from edge.server.http.errors import invalid
 from edge.text.fill_in_middle import fill_in_middle
+from edge.text.tokenizer import Detokenizer
 
 from .answers import TextChoice, TextCompletion, TextLogprobs, Usage
 from .generate import (
@@ -113,7 +114,11 @@ class CompletionRender(Render):
         self._tokenizer = turn.model.llm.tokenizer
         self._logprobs = body.logprobs
         self._usage = body.stream_options is not None and body.stream_options.include_usage
-        self._offsets: Counter[int] = Counter()  # by choice, where its next token begins
+        # By choice: its text up to the next token, in whole characters, as the answer has them.
+        self._texts: defaultdict[int, Detokenizer] = defaultdict(
+            lambda: Detokenizer(self._tokenizer, goes_on=not body.echo)
+        )
+        self._offsets: Counter[int] = Counter()  # and its length
 
     def events(self, index: int, piece: Piece) -> bytes:
         """See `Render.events`."""
@@ -156,8 +161,7 @@ class CompletionRender(Render):
             result.text_offset.append(self._offsets[index])
             if result.top_logprobs is not None:
                 result.top_logprobs.append(self._top(token))
-            text = self._tokenizer.token_bytes(token.id).decode("utf-8", "ignore")
-            self._offsets[index] += len(text)
+            self._offsets[index] += len(self._texts[index].push(token.id))
         return result
 
     def _top(self, token: SampledToken) -> dict[str, float] | None:

@@ -168,6 +168,17 @@ def test_plain_text_comes_back_as_the_model_wrote_it(scripted: Scripted):
         assert (result.text, result.reasoning) == (answer, "")
 
 
+def test_an_answer_that_continues_a_text_keeps_its_first_space(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+):
+    """A sentencepiece vocabulary drops it where a text begins, as in a chat."""
+    monkeypatch.setattr(scripted.llm.tokenizer, "_strips_space", True)
+    scripted.say("hello", " the world")
+    assert scripted.llm.generate("hello", GREEDY).text == " the world"
+    scripted.say(QUESTION, " the world</think>yes")
+    assert scripted.llm.generate(QUESTION, GREEDY).reasoning == "the world"
+
+
 def test_what_a_prompt_becomes(scripted: Scripted):
     llm = scripted.llm
     plain = llm.tokenizer.encode("hi<think>")

@@ -92,6 +92,28 @@ def test_logprobs_and_their_places(live: Live):
     assert len(none["token_logprobs"]) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_token_is_where_its_offset_says(live: Live, stream: bool):
+    """Also after characters of several tokens, whose offsets are where the character begins."""
+    live.engine.say("héllo 🙂", "é 🙂你 the end")
+    answer = complete(live, "héllo 🙂", echo=True, logprobs=0, stream=stream, max_tokens=60)
+    if stream:
+        parts = [event["choices"][0] for event in answer.events[:-1]]
+    else:
+        parts = answer.json["choices"]
+    text = "".join(part["text"] for part in parts)
+    assert text.endswith("héllo 🙂é 🙂你 the end")
+    logprobs = [part["logprobs"] for part in parts if part["logprobs"]]
+    tokens = [token for each in logprobs for token in each["tokens"]]
+    offsets = [offset for each in logprobs for offset in each["text_offset"]]
+    assert sum(token.startswith("bytes:") for token in tokens) >= 4
+    for token, offset in zip(tokens, offsets, strict=True):
+        if token.startswith("bytes:"):
+            assert text[offset] in "é🙂你"
+        else:
+            assert text[offset:].startswith(token)
+
+
 def test_an_echoed_prompt_is_scored_as_the_core_scores_it(live: Live):
     llm = live.engine.llm
     ids = llm.encode("hello the world")
