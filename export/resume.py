@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge._version import __version__
+from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import LinearInfo
 from edge.bundle.update import fsync, write_durably
 
@@ -47,6 +48,12 @@ def calibration_key(config: ExportConfig, checkpoint: Checkpoint, ids: NDArray[n
         "numpy": np.__version__,
         "onnxruntime": runtime_version(),
         "source": source.sha256,
+        # The same bytes of a quantized checkpoint are other weights by another config.json.
+        "formats": [
+            repr(checkpoint.weight_format(name))
+            for layer in linear_layers(checkpoint.spec)
+            for name in layer.weights
+        ],
         "adapter": source.adapter.sha256 if source.adapter else None,
         "model": msgspec.to_builtins(checkpoint.spec),
         "tokenizer": hashlib.sha256(checkpoint.text.tokenizer_json).hexdigest(),

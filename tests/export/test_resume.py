@@ -25,6 +25,7 @@ from export.resume import STATE_NAME, Finished, Work, calibration_key, resumable
 from export.sources.lora import LoraCheckpoint
 from export.sources.opening import open_checkpoint
 from tests.export.quantize.loud_checkpoint import write_loud_checkpoint
+from tests.quantized_golden import QuantizedGolden, change_config
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint
 
@@ -169,6 +170,24 @@ def test_whatever_decides_a_byte_is_in_the_key(source: Path, tmp_path: Path):
     assert key() == key(
         dialect="portable", embeddings="int8", verify=True, kv_capacity=32, workers=3
     )
+
+
+def test_another_reading_of_the_same_integers_begins_anew(tmp_path: Path):
+    """GPTQ's two formats differ in config.json alone, which says what a zero point is."""
+    golden = QuantizedGolden.load("gptq-asym-act-order")
+    source, output = golden.write(tmp_path / "source"), tmp_path / "bundle"
+    recipe = {**CALIBRATION, "quant": "int4", "method": "awq"}
+    change_config(source, quantization_config={**golden.config, "checkpoint_format": "gptq_v2"})
+
+    def in_the_head(phase: str, done: int, total: int, *_: object) -> None:
+        if phase == "quantize" and done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, recipe, in_the_head)
+    assert finished(output) == 1
+    change_config(source, quantization_config=golden.config)
+    assert export(source, output, recipe).files == export(source, tmp_path / "new", recipe).files
 
 
 @pytest.mark.parametrize("recipe", ["int8-w8a8", "int4"], indirect=True)
