@@ -184,7 +184,8 @@ class _Hub:
         path = directory / file.path
         if path.is_file() and _is_right(path, file):
             return
-        part = directory / f".{file.path}.part"
+        path.parent.mkdir(exist_ok=True)  # 1_Pooling, of sentence-transformers
+        part = path.with_name(f".{path.name}.part")
         self._transfer(file, part)
         if not _is_right(part, file):
             part.unlink()

@@ -19,6 +19,7 @@ from export.sources import modelscope
 from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
 from tests import tiny_models as tiny
+from tests.tiny_pooling import PROMPTS, write_embedder
 
 COMMIT, OLD = "c" * 40, "d" * 40
 WEIGHTS = "model.safetensors"
@@ -75,10 +76,10 @@ class Server:
 
     def listing(self, folder: Path) -> dict[str, Any]:
         files = [{"Path": "original", "Type": "tree", "Size": 0}]
-        for path in sorted(folder.iterdir()):
-            data = path.read_bytes()
+        for path in sorted(filter(Path.is_file, folder.rglob("*"))):
+            name, data = path.relative_to(folder).as_posix(), path.read_bytes()
             digest = "" if self.hides_hashes else hashlib.sha256(data).hexdigest()
-            files.append({"Path": path.name, "Type": "blob", "Size": len(data), "Sha256": digest})
+            files.append({"Path": name, "Type": "blob", "Size": len(data), "Sha256": digest})
         found = {"Files": files, "IsVisual": 0, "LatestCommitter": {"Id": self.commit}}
         return {"Code": 200, "Success": True, "Message": "success", "Data": found}
 
@@ -148,6 +149,16 @@ def test_what_is_downloaded_is_the_checkpoint(server: Server, tmp_path: Path):
     size = (tmp_path / "main" / WEIGHTS).stat().st_size
     assert (f"download {WEIGHTS}", size, size) in steps
     assert {revision for revision, _, _ in server.asked} == {COMMIT}
+
+
+def test_a_model_that_embeds_has_a_file_in_a_folder(server: Server, tmp_path: Path):
+    write_embedder(tmp_path / "main")
+    for _ in range(2):
+        with open_tiny() as found:
+            assert found.spec.task == "embed"
+            assert found.embedding is not None
+            assert found.embedding.prompts == PROMPTS
+    assert [name for _, name, _ in server.asked].count("1_Pooling/config.json") == 1
 
 
 def test_the_variable_chooses_the_hub(server: Server, monkeypatch: pytest.MonkeyPatch):
