@@ -22,6 +22,7 @@ from edge.bundle.manifest import SourceQuantization
 from edge.errors import CheckpointError
 
 from .checkpoint_text import read_json
+from .untrusted_pattern import match
 
 KEYS = ("quantization_config", "compression_config")
 MODELOPT_NAME = "hf_quant_config.json"
@@ -165,6 +166,9 @@ def read_quantization(config: Mapping[str, Any], directory: Path) -> Quantizatio
 
 
 _Resolve = Callable[[str], "WeightFormat | None"]
+_Test = Callable[[str], bool]
+# A pattern of characters only, of which nothing is tried twice.
+_PLAIN = re.compile(r"(?:[\w.-]|\\[.-])*(?:\\Z)?")
 _Found = tuple[WeightFormat, _Resolve, bool]
 _T = TypeVar("_T")
 
@@ -183,7 +187,7 @@ class _Reader:
         """Check the types of the keys that a struct has; tools add others."""
         try:
             return msgspec.convert(dict(self.values), kind)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise CheckpointError(f"{self.where}: {error}") from error
 
     def group_size(self, size: int | None, key: str = "group_size") -> int:
@@ -199,11 +203,29 @@ class _Reader:
             choices = ", ".join(map(str, known))
             raise self.error(key, f"is {value!r:.80}; what is read: {choices}. Else {_INSTEAD}")
 
-    def patterns(self, key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
-        try:
-            return [re.compile(pattern) for pattern in patterns]
-        except re.error as error:
-            raise self.error(key, f"holds a pattern that is not valid: {error}") from error
+    def patterns(self, key: str, patterns: Sequence[str]) -> list[_Test]:
+        """Tests of whether each pattern matches the beginning of a module's name."""
+        return [self._pattern(key, pattern) for pattern in patterns]
+
+    def _pattern(self, key: str, pattern: str) -> _Test:
+        def test(module: str) -> bool:
+            try:
+                return match(pattern, module) is not None
+            except CheckpointError as error:
+                raise self.error(key, f"holds a pattern that is not valid: {error}") from error
+
+        if _PLAIN.fullmatch(pattern):  # AutoRound names each module, and the child takes 0.1 ms
+            return lambda module: re.match(pattern, module) is not None
+        test("")
+        return test
+
+    def names(self, key: str, targets: Sequence[str]) -> _Test:
+        """Whether compressed-tensors' targets, e.g. ``re:.*q_proj``, have a linear module."""
+        tests = self.patterns(key, [name[3:] for name in targets if name.startswith("re:")])
+        known = set(targets)
+        return lambda module: (
+            not known.isdisjoint((module, "Linear")) or any(test(module) for test in tests)
+        )
 
 
 # ------------------------------------------------------------------------------------- AWQ
@@ -286,7 +308,7 @@ def _gptq(reader: _Reader) -> _Found:
         if chosen and module != "lm_head" and not module.endswith(tuple(chosen)):
             return None
         for rule, (name, changes) in zip(rules, dynamic.items(), strict=True):
-            if rule.match(module) is not None:
+            if rule(module):
                 return None if name.startswith("-:") else _changed(reader, main, changes, "dynamic")
         return main
 
@@ -356,14 +378,15 @@ def _auto_round(reader: _Reader) -> _Found:
     size = reader.group_size(values.group_size)
     main = WeightFormat(layout, values.bits, size, symmetric=values.sym, zero_offset=offset)
     extra = values.extra_config or {}
-    rules = reader.patterns("extra_config", list(extra))
+    rules = reader.patterns(
+        "extra_config",
+        [rf"{name}\Z" if _PLAIN.fullmatch(name) else rf"(?:{name})\Z" for name in extra],
+    )
 
     def resolve(module: str) -> WeightFormat | None:
         changes = extra.get(module)
         if changes is None:
-            found = (
-                c for rule, c in zip(rules, extra.values(), strict=True) if rule.fullmatch(module)
-            )
+            found = (c for rule, c in zip(rules, extra.values(), strict=True) if rule(module))
             changes = next(found, None)
         if changes is None:
             return None if module == "lm_head" else main
@@ -434,28 +457,18 @@ def _compressed_tensors(reader: _Reader) -> _Found:
     ]
     if not groups:
         raise reader.error("config_groups", "has no group")
-    ignored = values.ignore or []
-    reader.patterns("ignore", [name[3:] for name in ignored if name.startswith("re:")])
-    for targets, _ in groups:
-        reader.patterns("targets", [name[3:] for name in targets if name.startswith("re:")])
+    main = groups[0][1]
+    ignored = reader.names("ignore", values.ignore or [])
+    # A name or pattern is more particular than the class of all linears.
+    groups.sort(key=lambda group: group[0] == ["Linear"])
+    named = [(reader.names("targets", targets), form) for targets, form in groups]
 
     def resolve(module: str) -> WeightFormat | None:
-        if _ct_names(ignored, module):
+        if ignored(module):
             return None
-        # A name or pattern is more particular than the class of all linears.
-        matching = [(targets, form) for targets, form in groups if _ct_names(targets, module)]
-        matching.sort(key=lambda group: group[0] == ["Linear"])
-        return matching[0][1] if matching else None
+        return next((form for names, form in named if names(module)), None)
 
-    return groups[0][1], resolve, values.kv_cache_scheme is not None
-
-
-def _ct_names(targets: Sequence[str], module: str) -> bool:
-    return any(
-        target in (module, "Linear")
-        or (target.startswith("re:") and re.match(target[3:], module) is not None)
-        for target in targets
-    )
+    return main, resolve, values.kv_cache_scheme is not None
 
 
 def _ct_format(reader: _Reader, name: str, group: _CtGroup, default: str | None) -> WeightFormat:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from edge.bundle.linears import linear_layers
 from edge.errors import CheckpointError
+from edge.limited_child import Limits
+from export.sources import untrusted_pattern
 from export.sources.hf_directory import HfDirectory
 from export.sources.opening import open_checkpoint
 from export.sources.quantization_config import WeightFormat, read_quantization
@@ -210,6 +212,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 128}
 ARGS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 GROUP = {"targets": ["Linear"], "weights": ARGS, "format": "pack-quantized"}
+EVIL = r"(?:(?:\w+)+\.?)+!"
 TENSORS = {"quant_method": "compressed-tensors", "config_groups": {"g": GROUP}}
 
 
@@ -311,6 +314,10 @@ def test_what_a_config_says_of_a_module(
         ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         ({**GPTQ, "pack_dtype": "int16"}, "pack_dtype is 'int16'"),
         ({**GPTQ, "dynamic": {"+:(": {"bits": 8}}}, "dynamic holds a pattern that is not valid"),
+        ({**GPTQ, "dynamic": {"a{99999999999}": {}}}, "dynamic holds a pattern .* is too large"),
+        ({**ROUND, "extra_config": {"(" * 5000 + ")" * 5000: {}}}, "extra_config holds a pattern"),
+        ({**TENSORS, "ignore": ["re:\ud800"]}, "ignore holds a pattern .* no Unicode"),
+        ({**GPTQ, "\ud800": 1}, "surrogates"),
         ({**ROUND, "packing_format": "auto_round:mlx"}, "packing_format is 'auto_round:mlx'"),
         ({**ROUND, "data_type": "mx_fp"}, "data_type is 'mx_fp'"),
         ({**ROUND, "act_bits": 8}, "act_bits is 8"),
@@ -345,6 +352,25 @@ def test_a_config_that_cannot_be_followed_is_refused(section: dict[str, Any], wo
         read_quantization({"quantization_config": "awq"}, Path("dir"))
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {**GPTQ, "dynamic": {EVIL: {"bits": 8}}},
+        {**ROUND, "extra_config": {EVIL: {"bits": 8}}},
+        {**TENSORS, "ignore": [f"re:{EVIL}"]},
+        {**TENSORS, "config_groups": {"g": {**GROUP, "targets": [f"re:{EVIL}"]}}},
+    ],
+)
+def test_patterns_that_never_end_are_refused(
+    section: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(untrusted_pattern._child, "_limits", Limits(0.3, 1 << 28))
+    untrusted_pattern._child.close()
+    with pytest.raises(CheckpointError, match=r"^dir/config\.json: .* takes more than"):
+        of(section, f"{UP}.{'a' * 40}")
+    untrusted_pattern._child.close()
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=4),
     lambda inner: (
@@ -354,6 +380,7 @@ _JSON = st.recursive(
 )
 
 
+@settings(deadline=None)  # a pattern is tried in another process
 @given(
     section=st.sampled_from([AWQ, GPTQ, ROUND, TENSORS, {"quant_method": "fp8"}]),
     key=st.sampled_from(
