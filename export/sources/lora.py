@@ -82,8 +82,12 @@ class LoraCheckpoint(Transformed):
         module, _, kind = name.rpartition(".")
         if kind != "weight":
             return super().tensor(name)
+        rows: Any = slice(None)
+        if module == _HEAD and self.reranking is not None:  # which has two rows of it left
+            rows = [self.reranking.no, self.reranking.yes]
+        base: NDArray[Any]
         if module in self._whole:
-            base = self._file.tensor(self._whole[module])
+            base = self._file.tensor(self._whole[module])[rows]
         elif module == _HEAD and self._untied:
             base = super().tensor(f"{_EMBEDDINGS}.weight")
         else:
@@ -93,7 +97,7 @@ class LoraCheckpoint(Transformed):
         a, b = (self._file.tensor(part).astype(np.float32) for part in self._low_rank[module])
         if module == _EMBEDDINGS:
             a, b = b.T, a.T  # the table is [vocab, hidden], the product [hidden, vocab]
-        return _add(base, a, b, np.float32(self._scaling[module]))
+        return _add(base, a, b[rows], np.float32(self._scaling[module]))
 
     def weight_format(self, name: str) -> WeightFormat | None:
         """How the base stores a weight; where the adapter changes it, its inputs stay float."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 from edge.bundle.manifest import decode_manifest, encode_manifest, read_manifest
 from edge.errors import BundleError, CheckpointError, ConfigError
 from export.pipeline import ExportConfig, export_checkpoint
+from export.sources.lora import LoraCheckpoint
 from export.sources.opening import open_checkpoint
 from tests.conftest import RUNNABLE, PoolingBundles
+from tests.tiny_adapters import write_adapter
 from tests.tiny_models import EOS_ID, write_checkpoint
 from tests.tiny_pooling import PROMPTS, write_embedder, write_judge, write_pooling
 
@@ -57,6 +60,22 @@ def test_a_judge_keeps_two_rows_of_its_head(tmp_path: Path):
         facts = judge.reranking
         assert facts is not None
         rows = whole.tensor("model.embed_tokens.weight")[[facts.no, facts.yes]]
+        assert np.array_equal(judge.tensor("lm_head.weight"), rows)
+
+
+@pytest.mark.parametrize(
+    "config", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}]
+)
+def test_a_judge_takes_two_rows_of_an_adapters_head(config: dict[str, Any], tmp_path: Path):
+    source = write_judge(tmp_path / "judge", tie_word_embeddings=False)
+    adapter = write_adapter(tmp_path / "tuned", source, {"target_modules": ["q_proj"], **config})
+    with (
+        LoraCheckpoint(open_checkpoint(str(source), task="rerank"), adapter) as judge,
+        LoraCheckpoint(open_checkpoint(str(source)), adapter) as whole,
+    ):
+        facts = judge.reranking
+        assert facts is not None
+        rows = whole.tensor("lm_head.weight")[[facts.no, facts.yes]]
         assert np.array_equal(judge.tensor("lm_head.weight"), rows)
 
 
