@@ -311,7 +311,8 @@ class _Export:
             writer.write_bytes("chat_template.jinja", text.chat_template.encode())
         if self.reduced is not None:
             writer.write_bytes(VOCABULARY_NAME, encode_kept(self.reduced.kept))
-        generation = json.dumps(text.generation_config, indent=2, ensure_ascii=False)
+        # In ASCII, since its texts may be half a character, which UTF-8 cannot hold.
+        generation = json.dumps(text.generation_config, indent=2)
         writer.write_bytes("generation_config.json", generation.encode())
 
     def check_rules(self, graph: Path) -> tuple[str, ...]:

@@ -777,8 +777,11 @@ def _head_files(head: DraftHead) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Replace what a manifest may not have in a name: characters that a terminal obeys."""
-    return re.sub(f"[{_UNPRINTABLE}]", "\N{REPLACEMENT CHARACTER}", text)[:1000]
+    """Replace what a manifest may not have in a name: what a terminal obeys, or UTF-8 cannot say.
+
+    Python reads bytes of a file's name that are no UTF-8 as lone surrogates.
+    """
+    return re.sub(rf"[{_UNPRINTABLE}\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)[:1000]
 
 
 class _Version(msgspec.Struct):

@@ -175,11 +175,11 @@ def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str 
         where = directory / "chat_template.json"
         template = _read_optional(where).get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        named = {str(entry.get("name")): entry.get("template") for entry in template}
         if "default" not in named:
             raise CheckpointError(
                 f"{where}: none of the chat templates is named 'default', found "
-                f"{sorted(map(str, named))}; put the one you want into chat_template.jinja"
+                f"{sorted(named)}; put the one you want into chat_template.jinja"
             )
         template = named["default"]
     if template is not None and not isinstance(template, str):
@@ -252,18 +252,18 @@ def _token_ids(tokenizer: Mapping[str, Any], path: Path) -> dict[str, int]:
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict):
-        ids = dict(vocab)
+        ids = list(vocab.items())
     elif isinstance(vocab, list) and all(isinstance(entry, list) and entry for entry in vocab):
-        ids = {entry[0]: index for index, entry in enumerate(vocab)}  # Unigram: [text, score]
+        ids = [(entry[0], index) for index, entry in enumerate(vocab)]  # Unigram: [text, score]
     else:
         raise CheckpointError(f"{path} has no model.vocab; save it with the tokenizers library")
     added = tokenizer.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         raise CheckpointError(f"{path}: added_tokens must be a list of objects")
-    ids.update((token.get("content"), token.get("id")) for token in added)
-    if not all(isinstance(text, str) and type(number) is int for text, number in ids.items()):
+    ids += [(token.get("content"), token.get("id")) for token in added]
+    if not all(isinstance(text, str) and type(number) is int for text, number in ids):
         raise CheckpointError(f"{path}: a token has no text or no integer id")
-    return ids
+    return dict(ids)
 
 
 def _template_prefix(post_processor: Any) -> Iterator[str]:

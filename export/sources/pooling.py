@@ -77,7 +77,7 @@ def read_embedding(
     where = directory / _PROMPTS_NAME
     if not isinstance(named, dict) or not all(isinstance(each, str) for each in named.values()):
         raise CheckpointError(f"{where}: prompts must be texts by name, found {named!r:.80}")
-    if default is not None and default not in named:
+    if default is not None and not (isinstance(default, str) and default in named):
         raise CheckpointError(f"{where}: default_prompt_name {default!r} is none of the prompts")
     found = Embedding(
         append=_appended(text, directory),
@@ -88,7 +88,7 @@ def read_embedding(
     )
     try:
         msgspec.json.decode(msgspec.json.encode(found), type=Embedding)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise CheckpointError(f"{where}: {error}") from error
     return found
 

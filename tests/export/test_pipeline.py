@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from itertools import groupby
 from pathlib import Path
@@ -48,6 +49,19 @@ def export(source: Path, output: Path, **options: Any) -> Manifest:
 
 
 # -------------------------------------------------------------------------------- the manifest
+
+
+def test_names_and_texts_that_utf8_cannot_hold(tmp_path: Path):
+    """Names are for people; what a generation config says stays."""
+    source = write_checkpoint(tmp_path / os.fsdecode(b"mod\xe8le"), "qwen2")
+    path = source / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "note": "\ud800 é"}))
+    config = ExportConfig(source=str(source), output=tmp_path / "bundle", quant="fp16")
+    manifest = export_checkpoint(config)
+    assert manifest.name == manifest.source.location == "mod\N{REPLACEMENT CHARACTER}le"
+    assert read_manifest(tmp_path / "bundle") == manifest
+    kept = json.loads((tmp_path / "bundle" / "generation_config.json").read_bytes())
+    assert kept["note"] == "\ud800 é"
 
 
 @pytest.mark.parametrize("quant", ["fp16", "bf16", "int8", "int4"])

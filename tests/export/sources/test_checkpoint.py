@@ -224,6 +224,13 @@ def test_sampling_takes_what_is_stated_only() -> None:
         ("generation_config.json", {"eos_token_id": [999]}, "eos_token_id must be"),
         ("tokenizer.json", {"model": ...}, r"no model\.vocab"),
         ("tokenizer.json", {"added_tokens": [{"content": "x"}]}, "no text or no integer id"),
+        ("tokenizer.json", {"added_tokens": [{"id": 1, "content": []}]}, "no text or no integer"),
+        ("tokenizer.json", {"model": {"vocab": [[[], 0]]}}, "no text or no integer id"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": [], "template": "x"}]},
+            r"named 'default', found \['\[\]'\]",
+        ),
         # Shapes and names against config.json.
         (
             "config.json",

@@ -102,7 +102,9 @@ def _prompts(value: object) -> Callable[[Path], object]:
         (lambda directory: (directory / "modules.json").write_text("{}"), "no list of modules"),
         (_prompts({"prompts": {"query": 1}}), "must be texts"),
         (_prompts({"prompts": {}, "default_prompt_name": "query"}), "none of the prompts"),
+        (_prompts({"prompts": {}, "default_prompt_name": []}), "none of the prompts"),
         (_prompts({"prompts": {"a\nb": "x"}}), "prompts"),
+        (_prompts({"prompts": {"a": "\ud800"}}), "surrogates"),
         (_prompts([]), "JSON object"),
     ],
 )
