@@ -244,7 +244,7 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
         ) from error
     from edge.cli import echo_json
     from edge.cli.progress import show_progress
-    from edge.measure.evaluate import load_gate, missed_thresholds
+    from edge.measure.evaluate import gate_of_recipe, load_gate, missed_thresholds
 
     config = ExportConfig(**options, verify=bool(verify), report=verify is None)
     try:
@@ -296,7 +296,7 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
             f"({text['perplexity_reference']:.2f} in float, x{text['perplexity_ratio']:.3f})"
         )
         if missed:
-            kind = manifest.quantization.name.split("-")[0]
+            kind = gate_of_recipe(manifest.quantization.name)
             click.echo(
                 f"warning: it misses the gate {kind}, which is meant for "
                 f"models of 1.5B and more: {'; '.join(missed)}",

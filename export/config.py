@@ -157,6 +157,8 @@ class ExportConfig:
                     f"{option} has no effect with --method rtn; use --method awq+gptq or leave "
                     "it out"
                 )
+        if self.seed is not None and not 0 <= self.seed < 1 << 32:
+            raise ConfigError(f"--seed is {self.seed}; use 0 to {(1 << 32) - 1}")
         if self.workers < 1:
             raise ConfigError(f"--workers is {self.workers}; use 1 or more")
         if self.workers > 1 and "gptq" in self.rounding:

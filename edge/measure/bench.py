@@ -57,6 +57,7 @@ class BenchConfig:
             ("--repeats", self.repeats, 1),
             ("--warmup", self.warmup, 0),
             ("--batch", self.batch, 1),
+            ("--seed", self.seed, 0),
         ):
             if value < least:
                 raise ConfigError(f"{option} {value} is out of range: {least} or more")

@@ -250,6 +250,12 @@ _AT_LEAST = ("top1_agreement", "cosine_mean")
 _OF_TASKS = ("accuracy_loss",)
 
 
+def gate_of_recipe(recipe: str) -> str:
+    """Name the built-in gate for a recipe, if there is one."""
+    # Kept integers lose nothing, but INT8 inputs may be among them.
+    return {"source": "int8", "bf16": "fp16"}.get(recipe, recipe.split("-")[0])
+
+
 def load_gate(name: str, recipe: str) -> Gate:
     """Find a gate.
 
@@ -265,8 +271,7 @@ def load_gate(name: str, recipe: str) -> Gate:
     if name in GATES:
         return GATES[name]
     if name == "recipe":
-        # Kept integers lose nothing, but INT8 inputs may be among them.
-        kind = "int8" if recipe == "source" else recipe.split("-")[0]
+        kind = gate_of_recipe(recipe)
         if kind not in GATES:
             raise ConfigError(
                 f"no built-in gate fits the recipe {recipe!r}; use --gate with one of "

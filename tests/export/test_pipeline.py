@@ -64,6 +64,12 @@ def test_names_and_texts_that_utf8_cannot_hold(tmp_path: Path):
     assert kept["note"] == "\ud800 é"
 
 
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_seeds_that_numpy_refuses(seed: int, tmp_path: Path):
+    with pytest.raises(ConfigError, match=f"--seed is {seed}; use 0 to 4294967295"):
+        ExportConfig(source="x", output=tmp_path, quant="int4", seed=seed)
+
+
 @pytest.mark.parametrize("quant", ["fp16", "bf16", "int8", "int4"])
 def test_the_manifest_tells_the_truth(checkpoint: Path, tmp_path: Path, quant: Any):
     bundle = tmp_path / "bundle"

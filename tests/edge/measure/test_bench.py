@@ -144,7 +144,14 @@ def test_what_does_not_fit_is_refused(options: dict[str, int], message: str, tin
 
 @pytest.mark.parametrize(
     "options",
-    [{"prompt_tokens": 0}, {"output_tokens": 1}, {"repeats": 0}, {"warmup": -1}, {"batch": 0}],
+    [
+        {"prompt_tokens": 0},
+        {"output_tokens": 1},
+        {"repeats": 0},
+        {"warmup": -1},
+        {"batch": 0},
+        {"seed": -1},
+    ],
     ids=str,
 )
 def test_senseless_numbers_are_refused(options: dict[str, int]):

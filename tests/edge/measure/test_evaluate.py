@@ -197,6 +197,7 @@ def test_bits_per_weight():
 def test_gates(tmp_path: Path):
     assert load_gate("int4", "int8") is GATES["int4"]
     assert load_gate("recipe", "int8-w8a8") is GATES["int8"]
+    assert load_gate("recipe", "bf16") is GATES["fp16"]
     file = tmp_path / "gate.json"
     file.write_text('{"kl_mean": 0.5}')
     assert load_gate(str(file), "fp16") == Gate(kl_mean=0.5)
