@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -325,6 +326,31 @@ def test_the_builders_scratch_memory_is_reported(tmp_path: Path):
     steps = Steps(build=(0, json.dumps({"engine": str(engine)})))
     _, report = check(tmp_path / "report", steps)
     assert report["matrix"]["fp16"]["build"]["scratch_bytes"] == [8259584, 1536]
+
+
+def test_the_tests_are_collected_with_what_the_script_installs(tmp_path: Path):
+    """Beside a test of the server pytest would stop before the first test on a GPU."""
+    steps = Steps()
+    check(tmp_path, steps)
+    absent = ("starlette", "prometheus_client", "llguidance", "cryptography", "tensorrt_rtx")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n"
+    )
+    done = subprocess.run(
+        [*steps.commands["tests"], "--collect-only", "-q"],
+        cwd=ROOT,
+        # Without plugins that it does not install either, such as pytest-xdist.
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    marked = "mark" + ".gpu"
+    files = [path for path in ROOT.glob("tests/**/test_*.py") if marked in path.read_text()]
+    assert found == {path.relative_to(ROOT).as_posix() for path in files}
 
 
 def test_failures_are_named(tmp_path: Path):
