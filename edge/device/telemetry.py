@@ -10,7 +10,9 @@ GPU                   ``/sys/class/devfreq/17000000.gpu`` on Orin (``.ga10b`` on
 power                 hwmon ``ina3221``: ``in<i>_label``, ``in<i>_input`` (mV), ``curr<i>_input``
                       (mA); Thor has ``ina238`` beside it, with ``power1_input`` (uW)
 throttling            hwmon ``soctherm_oc`` counts over-current events since boot; the thermal
-                      cooling devices ``*-alert`` are in a state above 0 while a limit is exceeded
+                      cooling devices ``*-throttle-alert`` are in a state above 0 while heat holds
+                      clocks down. ``hot-surface-alert`` warns of a hot case, from 70 degrees on,
+                      and holds nothing down (NVIDIA's nvpmodel_indicator tells the two apart)
 power mode            ``/var/lib/nvpmodel/status`` (``pmode:0002``), names in ``/etc/nvpmodel.conf``
 Jetson Linux          ``/etc/nv_tegra_release``, else the version of the package nvidia-l4t-core
 ====================  ==============================================================================
@@ -355,11 +357,11 @@ def _read_temperatures(root: Path) -> dict[str, float]:
 
 
 def _read_alerts(root: Path) -> tuple[str, ...] | None:
-    """Active ``*-alert`` cooling devices; None where the kernel has none of them."""
+    """Active ``*-throttle-alert`` cooling devices; None where the kernel has none of them."""
     known, active = False, []
     for path in _directories(root / "sys/class/thermal", "cooling_device"):
         name, state = _text(path / "type"), _number(path / "cur_state")
-        if name and name.endswith("-alert") and state is not None:
+        if name and name.endswith("-throttle-alert") and state is not None:
             known = True
             if state > 0:
                 active.append(name)

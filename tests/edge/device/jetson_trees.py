@@ -123,7 +123,8 @@ def agx_orin_jetpack6(root: Path) -> Path:
                     "tj-thermal": 52000,
                 }
             ),
-            **cooling({"pwm-fan": 3, "cpu-throttle-alert": 0, "gpu-throttle-alert": 0}),
+            # The case is hot from 70 degrees on, which holds no clocks down.
+            **cooling({"pwm-fan": 3, "cpu-throttle-alert": 0, "hot-surface-alert": 1}),
         },
     )
     vic = "sys/devices/platform/15340000.vic"
@@ -159,7 +160,7 @@ def agx_orin_jetpack7(root: Path) -> Path:
                 },
             ),
             **zones({"gpu-thermal": 99500, "tj-thermal": 100250}),
-            **cooling({"gpu-throttle-alert": 1, "hot-surface-alert": 0, "devfreq-17000000.gpu": 4}),
+            **cooling({"gpu-throttle-alert": 1, "hot-surface-alert": 1, "devfreq-17000000.gpu": 4}),
         },
     )
 
