@@ -71,11 +71,14 @@ class Module:
     def mode(self, name: str | None) -> PowerMode:
         """Return a power mode by name; None is the fastest.
 
+        AGX Orin's ``nvpmodel.conf`` of JetPack 6 calls ``30W`` ``MODE_30W``.
+
         Raises:
             ConfigError: the module has no such mode, or the table does not.
         """
+        wanted = None if name is None else name.lower().removeprefix("mode_")
         for mode in self.modes:
-            if name is None or mode.name.lower() == name.lower():
+            if wanted in (None, mode.name.lower()):
                 return mode
         known = ", ".join(mode.name for mode in self.modes)
         raise ConfigError(f"--power-mode {name} is not known for {self.name}; known: {known}")

@@ -280,10 +280,11 @@ def test_the_bandwidth_is_plausible():
     assert 5e8 < measure_bandwidth(repeats=1) < 2e12
 
 
-def test_an_orin_is_found_by_its_snapshot(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["30W", "MODE_30W"])  # of JetPack 7 and 6
+def test_an_orin_is_found_by_its_snapshot(name: str, monkeypatch: pytest.MonkeyPatch):
     snapshot = Snapshot(
         module="NVIDIA Jetson AGX Orin Developer Kit",
-        power_mode="30W",
+        power_mode=name,
         memory_total_bytes=61 << 30,
     )
     device, remark = find_bench_device("tensorrt", snapshot, None)
