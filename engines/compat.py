@@ -258,6 +258,9 @@ class Compiler:
         rt: from `load`.
         log: receives every message of TensorRT: severity (``error``, ``warning``, ``info``) and
             text.
+
+    Raises:
+        BuildError: TensorRT does not start.
     """
 
     def __init__(self, rt: TensorRT, log: Callable[[str, str], None]) -> None:
@@ -265,7 +268,7 @@ class Compiler:
         trt = rt.module
         self._errors: list[str] = []
         self._logger = _make_logger(trt, log, self._errors)
-        self._builder = trt.Builder(self._logger)
+        self._builder = _start(trt.Builder, self._logger, rt.version)
         flags = 0
         if rt.flavour == "tensorrt-rtx" or rt.release < (11, 0):
             flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -528,13 +531,13 @@ def inspect_plan(rt: TensorRT, plan: Path, num_profiles: int) -> list[str]:
         One text that has the layers of all profiles, or one text per profile.
 
     Raises:
-        BuildError: this TensorRT cannot load the plan here, with its reason.
+        BuildError: this TensorRT does not start, or cannot load the plan here, with its reason.
         BundleError: the inspector lists no layers, or without details.
     """
     trt = rt.module
     errors: list[str] = []
     logger = _make_logger(trt, lambda _severity, _message: None, errors)
-    runtime = trt.Runtime(logger)
+    runtime = _start(trt.Runtime, logger, rt.version)
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
@@ -602,6 +605,21 @@ def _known(tensor: Any) -> TensorView:
     return TensorView(tensor.name, _DTYPES.get(name, name.lower()), shape)
 
 
+def _start(kind: Any, logger: Any, version: str) -> Any:
+    """Make a builder or a runtime, with which TensorRT starts CUDA.
+
+    Raises:
+        BuildError: it makes none.
+    """
+    try:
+        return kind(logger)
+    except TypeError as error:  # pybind11's, where TensorRT makes none; the reason is logged
+        raise BuildError(
+            f"TensorRT {version} does not start: {logger.said or error}; edge-llm doctor looks for "
+            "the cause"
+        ) from error
+
+
 def _make_logger(trt: Any, log: Callable[[str, str], None], errors: list[str]) -> Any:
     severity = trt.ILogger.Severity
     names = {
@@ -614,11 +632,14 @@ def _make_logger(trt: Any, log: Callable[[str, str], None], errors: list[str]) -
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.said = ""
 
         def log(self, level: Any, message: str) -> None:
             name = names.get(level)
             if name is None:
                 return
+            if name != "info":  # that CUDA does not start is a warning
+                self.said = message
             if name == "error":
                 errors.append(message)
             log(name, message)

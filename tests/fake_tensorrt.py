@@ -619,6 +619,15 @@ def make_module(
     return module
 
 
+NO_CUDA = "CUDA initialization failure with error: 35"
+
+
+def start_nothing(logger: ILogger) -> None:
+    """Stand in for ``Builder`` or ``Runtime`` where CUDA does not start (NVIDIA/TensorRT#2913)."""
+    logger.log(Severity.WARNING, NO_CUDA)
+    raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
 def install(patch: pytest.MonkeyPatch, gpu: FakeGpu, **module: Any) -> None:
     """Make the stand-ins what the product imports; ``module`` is for `make_module`."""
     for name, fake in gpu.modules().items():

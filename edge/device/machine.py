@@ -27,6 +27,7 @@ from .telemetry import Snapshot, read_power_modes, read_snapshot
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours
 # Packages of PyPI and of NVIDIA's index for Jetson that all are ``onnxruntime`` when imported.
 _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+_NOT_LOADED = re.compile(r"Failed to load library \S+ with error: ")  # of ONNX Runtime
 _TIMEOUT_S = 120.0  # the first use of CUDA on a Jetson may take half a minute
 
 
@@ -184,8 +185,8 @@ def _run_probe(*arguments: str) -> tuple[dict[str, Any], str | None]:
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     if "error" in found:
         # What the library printed says more than we know: the library that it could not load.
-        causes = [line.split("with error: ")[1] for line in lines if "with error: " in line]
-        found["error"] += "".join(f"; {line}" for line in causes[-1:] or lines[-1:])
+        missing = [_NOT_LOADED.split(line)[1] for line in lines if _NOT_LOADED.search(line)]
+        found["error"] += "".join(f"; {line}" for line in missing[-1:] or lines[-1:])
     return found, None
 
 

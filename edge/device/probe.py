@@ -63,12 +63,15 @@ def probe_tensorrt() -> dict[str, Any]:
     """Import TensorRT and build a one-layer engine, which initializes it on the GPU.
 
     Returns:
-        ``version``, and ``error`` if the engine could not be built.
+        ``version``, and ``error`` if the engine could not be built; TensorRT prints the reason.
     """
     trt = importlib.import_module("tensorrt")
     found: dict[str, Any] = {"version": trt.__version__}
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
+    logger = trt.Logger(trt.Logger.WARNING)  # that CUDA does not start is one
+    try:
+        builder = trt.Builder(logger)
+    except TypeError:  # pybind11's, where TensorRT makes none
+        return {**found, "error": "TensorRT does not start"}
     network = builder.create_network(0)
     values = network.add_input("values", trt.float32, (8,))
     twice = network.add_elementwise(values, values, trt.ElementWiseOperation.SUM)

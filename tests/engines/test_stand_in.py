@@ -37,7 +37,15 @@ from tests.engines.rules.test_bundle import plant
 from tests.engines.rules.test_rules import PLANTED
 from tests.fake_builder import Planted, TimingCache
 from tests.fake_cuda import FakeGpu, RuleError
-from tests.fake_tensorrt import FakeEngine, emptied, fake_plan, install, make_module
+from tests.fake_tensorrt import (
+    NO_CUDA,
+    FakeEngine,
+    emptied,
+    fake_plan,
+    install,
+    make_module,
+    start_nothing,
+)
 
 COLUMNS = [version.name for version in VERSIONS if version.flavour == "tensorrt"]
 
@@ -339,6 +347,24 @@ def test_timings_that_are_damaged_or_of_another_tensorrt_are_left_aside(
     assert build(2).entries == 2  # it is read
     other = build(3, "10.15.1.2")
     assert (other.entries, other.owner) == (1, "10.15.1.2 8.7")
+
+
+@pytest.mark.parametrize("kind", ["Builder", "Runtime"])
+def test_a_tensorrt_that_does_not_start_says_why(
+    kind: str, gpu: FakeGpu, tiny_bundles: Bundles, tmp_path: Path
+) -> None:
+    """As where its CUDA is newer than the driver (NVIDIA/TensorRT#2913)."""
+    here = target(gpu)
+    setattr(here.rt.module, kind, start_nothing)
+    plan = tmp_path / "plan"
+    plan.write_bytes(b"of any engine")
+    build = plan_of(tiny_bundles("qwen2", "portable", "fp16"))
+    work: dict[str, Callable[[], Any]] = {
+        "Builder": lambda: compile_bundle(build, here),
+        "Runtime": lambda: compat.inspect_plan(here.rt, plan, 2),
+    }
+    with pytest.raises(BuildError, match=rf"10\.16\.2\.10 does not start: {NO_CUDA}; edge-llm doc"):
+        work[kind]()
 
 
 # Scratch memory

@@ -132,7 +132,8 @@ class Engine:
         IntegrityError: the plan is damaged; TensorRT has not seen it.
         BackendError: TensorRT refuses it, or it is not what ``engine.json`` says.
         BundleError: its own kernels are damaged, or not all in ``engine.json``.
-        DependencyError: it has own kernels, and TensorRT or cuda-bindings do not run them.
+        DependencyError: TensorRT does not start, or the engine has own kernels, and TensorRT or
+            cuda-bindings do not run them.
     """
 
     def __init__(self, chosen: ChosenEngine, manifest: Manifest) -> None:
@@ -143,7 +144,7 @@ class Engine:
                 own_kernels.add(packed)
         self._errors: deque[str] = deque(maxlen=4)
         self._logger = _make_logger(self._module, self._errors)
-        self._runtime = self._module.Runtime(self._logger)
+        self._runtime = self._start()
         path = chosen.directory / chosen.info.plan
         with open_plan(chosen.directory, chosen.info) as plan:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -161,6 +162,16 @@ class Engine:
             )
         self._check(chosen, manifest)
         self.activations_bytes = int(self._engine.device_memory_size_v2)
+
+    def _start(self) -> Any:
+        """A runtime, with which TensorRT starts CUDA."""
+        try:
+            return self._module.Runtime(self._logger)
+        except TypeError as error:  # pybind11's, where TensorRT makes none; the reason is logged
+            raise DependencyError(
+                f"TensorRT {self._module.__version__} does not start: "
+                f"{self._logger.said or error}; edge-llm doctor looks for the cause"
+            ) from error
 
     def _check(self, chosen: ChosenEngine, manifest: Manifest) -> None:
         """Hold names, types and profiles against the contract: a wrong one is a wrong address."""
@@ -276,11 +287,14 @@ def _make_logger(trt: Any, errors: deque[str]) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.said = ""
 
         def log(self, level: Any, message: str) -> None:
             known = levels.get(level)
             if known is None:
                 return
+            if known != logging.DEBUG:  # that CUDA does not start is a warning
+                self.said = message.strip()
             if known == logging.ERROR:
                 errors.append(message.strip())
                 known = logging.DEBUG  # it comes back as an exception

@@ -874,6 +874,26 @@ def test_a_library_that_prints_and_fails(tmp_path: Path, monkeypatch: pytest.Mon
     assert Machine().onnxruntime(CPU).error == "it crashed with SIGSEGV"
 
 
+def test_a_tensorrt_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its reason is a warning, and the error is pybind11's (NVIDIA/TensorRT#2913)."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    reason = "[TRT] [W] CUDA initialization failure with error: 35. Please check your CUDA"
+    lines = [
+        "import sys",
+        "__version__ = '10.3.0'",
+        "class Logger:",
+        "    WARNING, ERROR = 2, 1",
+        "    def __init__(self, most): self.most = most",
+        "def Builder(logger):",
+        f"    if logger.most >= Logger.WARNING: sys.stderr.write('{reason}\\n')",
+        "    raise TypeError('pybind11::init(): factory function returned nullptr')",
+    ]
+    trees.write_tree(tmp_path, {"tensorrt.py": "\n".join(lines)})
+    found = Machine().tensorrt()
+    assert (found.version, found.missing) == ("10.3.0", False)
+    assert found.error == f"TensorRT does not start; {reason}"
+
+
 def test_what_a_library_prints_is_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As onnxruntime-gpu 1.31 prints it, in colours, before it goes on with the CPU."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -71,10 +71,12 @@ from tests.fake_cuda import (
 )
 from tests.fake_tensorrt import (
     CONTEXT_BYTES,
+    NO_CUDA,
     FakeContext,
     emptied,
     fake_plan,
     install,
+    start_nothing,
     write_engine,
 )
 from tests.parity import FP16_KERNELS
@@ -914,6 +916,15 @@ def test_a_missing_library_is_named_with_its_remedy(
     if package == "pycuda.driver":
         monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     with pytest.raises(DependencyError, match=message):
+        TensorRTBackend(bundle, read_manifest(bundle))
+
+
+def test_a_tensorrt_that_does_not_start_says_why(
+    gpu: FakeGpu, engine_bundles: EngineBundles, monkeypatch: pytest.MonkeyPatch
+):
+    bundle = engine_bundles("qwen2", "portable")
+    monkeypatch.setattr(sys.modules["tensorrt"], "Runtime", start_nothing)
+    with pytest.raises(DependencyError, match=f"does not start: {NO_CUDA}; edge-llm doctor"):
         TensorRTBackend(bundle, read_manifest(bundle))
 
 
