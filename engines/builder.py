@@ -45,7 +45,7 @@ from .rules.bundle import refuse_illegal
 from .rules.table import version_of
 from .scratch import scratch_by_profile
 from .store import TIMING_CACHE, EngineStore, engine_key
-from .trtexec import find_trtexec, run_trtexec, trtexec_command, trtexec_version
+from .trtexec import find_trtexec, full_version, run_trtexec, trtexec_command
 
 _logger = logging.getLogger(__name__)
 
@@ -472,8 +472,7 @@ def _refuse_illegal(build: BuildPlan, target: Target, graph: bytes) -> list[str]
 
 def _trtexec_target() -> TensorRT:
     """The TensorRT of ``trtexec``; nothing is imported."""
-    major, minor = trtexec_version(find_trtexec())
-    return TensorRT(None, "tensorrt", f"{major}.{minor}")
+    return TensorRT(None, "tensorrt", full_version(find_trtexec()))
 
 
 def _climb_with_trtexec(

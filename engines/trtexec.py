@@ -171,7 +171,13 @@ def find_trtexec(places: Sequence[str] = _PLACES) -> Path:
 
 
 def trtexec_version(binary: Path) -> TrtVersion:
-    """Ask a ``trtexec`` for its version; needs no GPU.
+    """Ask a ``trtexec`` for its release, see `full_version`."""
+    major, minor = full_version(binary).split(".")[:2]
+    return int(major), int(minor)
+
+
+def full_version(binary: Path) -> str:
+    """Ask a ``trtexec`` for its version, e.g. ``10.16.1``; needs no GPU.
 
     Raises:
         BackendError: it does not run, or does not say.
@@ -198,8 +204,7 @@ def trtexec_version(binary: Path) -> TrtVersion:
             f"{binary} does not name its TensorRT version; it said: {first}; "
             "give the version with --trt"
         )
-    major, minor = log.version.split(".")[:2]
-    return int(major), int(minor)
+    return log.version
 
 
 def run_trtexec(argv: Sequence[str], on_line: Callable[[str], None]) -> TrtexecResult:

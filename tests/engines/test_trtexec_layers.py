@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from edge.bundle.engine_layers import parse_inspector, read_layers
 from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
+from edge.device.gpu import Gpu
+from engines import builder
 from engines.builder import BuildResult, Target, build_engine
 from engines.compat import TensorRT
 from engines.config import BuildConfig
@@ -144,6 +146,18 @@ def test_the_table_is_that_of_the_inspector(bundle: Path, monkeypatch: pytest.Mo
     )
     assert "gemv_w4a16_sm80" in shown.stdout
     assert "UNPACK" in shown.stdout
+
+
+def test_a_patch_of_tensorrt_builds_anew(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine runs on the very version that built it (`check_engine`)."""
+    build(bundle, monkeypatch, TEXT)
+    monkeypatch.setattr(builder, "find_gpu", lambda: Gpu("Orin", "8.7"))
+    config = BuildConfig(bundle, max_prefill=32)
+    assert build_engine(config, via="trtexec").info.tensorrt_version == "10.16.1"
+    assert not build_engine(config, via="trtexec").built
+    binary = bundle.parent / "bin/trtexec"
+    binary.write_text(binary.read_text().replace("v101601", "v101602"))
+    assert build_engine(config, via="trtexec").info.tensorrt_version == "10.16.2"
 
 
 def test_the_layout_of_the_file_is_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
