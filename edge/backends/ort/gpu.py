@@ -15,6 +15,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,15 @@ class OrtCudaBackend:
             out_width=io_spec.output_width(self._model),
             fused=self._fused,
         )
-        events = self._load(graph, bundle, manifest)
-        self._warm_up(1)
-        self._check_in_place()
+        self._session: Any = None
+        self._resources = ExitStack()
+        try:
+            events = self._load(graph, bundle, manifest)
+            self._warm_up(1)
+            self._check_in_place()
+        except BaseException:
+            self.close()  # references go in a circle, and less is tried at once (`device_backend`)
+            raise
         self.nodes_elsewhere = tensor_nodes_elsewhere(events, self.device.provider)
         if self.nodes_elsewhere:
             _LOG.warning(
@@ -142,9 +149,7 @@ class OrtCudaBackend:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "step")
             with self._faults.explain("while loading"):
-                self._session: Any = open_on_device(
-                    self._ort, self.device, graph.serialize(), options
-                )
+                self._session = open_on_device(self._ort, self.device, graph.serialize(), options)
                 self._cache = OrtDeviceCache(
                     self._ort,
                     self.device,
@@ -152,6 +157,7 @@ class OrtCudaBackend:
                     shape,
                     storage_dtype(self._float_type),
                 )
+                self._resources.callback(self._cache.close)
             self._warm_up(0)
             events: list[dict[str, Any]] = json.loads(
                 Path(self._session.end_profiling()).read_text("utf-8")
@@ -202,7 +208,7 @@ class OrtCudaBackend:
     def close(self) -> None:
         """Free the session and the cache."""
         self._runner.forget()
-        self._cache.close()
+        self._resources.close()
         self._session = None
 
     def _check_usable(self) -> None:

@@ -5,7 +5,10 @@ What only a GPU can show is in `tests/gpu/test_ort_cuda.py`.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from edge.errors import (
     BundleError,
     ConfigError,
     DependencyError,
+    DeviceMemoryError,
     EdgeError,
     ResourceError,
 )
@@ -311,6 +315,27 @@ LOST = (
 def fail_next(runner: CudaRunner, text: str) -> None:
     runner.backend._session = Failing(runner.backend._session, text)
     runner.backend._runner.forget()
+
+
+def test_a_backend_that_does_not_fit_leaves_nothing(
+    variant: str, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    """Less is tried at once (`device_backend`), before the garbage collector comes."""
+    seen: list[weakref.ref[Any]] = []
+
+    def fail(backend: OrtCudaBackend, _position: int) -> None:
+        seen.extend(map(weakref.ref, (backend._session, *backend._cache._tensors)))
+        raise DeviceMemoryError("full")
+
+    monkeypatch.setattr(OrtCudaBackend, "_warm_up", fail)
+    gc.disable()
+    try:
+        with contextlib.suppress(DeviceMemoryError):
+            open_runner(tiny_bundles, "qwen2", variant)
+        assert seen
+        assert not [each for each in seen if each() is not None]
+    finally:
+        gc.enable()
 
 
 def test_out_of_memory_names_the_knobs_and_the_next_step_works(runner: CudaRunner):
