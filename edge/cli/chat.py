@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from edge.bundle.tasks import check_task
 from edge.errors import EdgeError, RequestError
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import KNOBS, SamplingParams
@@ -65,6 +66,7 @@ def chat(
         LLM(bundle, config) as llm,
         _line_history(),
     ):
+        check_task(llm.manifest, "generate")
         if llm.template is None:
             raise RequestError(f"{bundle} has no chat template; use: edge-llm run --raw")
         click.echo(f"{llm.manifest.name}, {llm.kv_capacity} tokens. /help lists the commands.")

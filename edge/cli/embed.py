@@ -11,7 +11,7 @@ import click
 from edge.errors import RequestError
 
 from . import echo_json
-from .options import bundle_argument, engine_options, take_engine
+from .options import bundle_argument, check_utf8, engine_options, take_engine
 
 _OPTIONS = (
     "backend", "kv_capacity", "num_threads", "prefill", "prefill_chunk", "int8_activations",
@@ -46,6 +46,8 @@ def embed(
         if sys.stdin.isatty():
             raise RequestError("no text; give one as an argument, or one a line by a pipe")
         texts = tuple(line for line in sys.stdin.read().splitlines() if line)
+    for text in texts:
+        check_utf8(text, "text")
     from edge.runtime.llm import LLM
 
     with LLM(bundle, config) as llm:

@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 from edge.bundle.library import find_bundle
 from edge.config_file import load_settings
 from edge.engine_config import EngineConfig, EngineOptions
+from edge.errors import RequestError
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 
 from .settings_options import complete_bundle, option_texts, settings_options
@@ -103,3 +104,19 @@ def take_sampling(options: dict[str, Any]) -> SamplingParams:
     """
     given = {name: options.pop(name) for name in (*KNOBS, "stop")}
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def check_utf8(text: str, what: str) -> None:
+    """Refuse bytes of an argument or of standard input that were no UTF-8.
+
+    Raises:
+        RequestError: there is one; it names ``what`` the text is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF  # surrogateescape keeps it in the low bits
+        raise RequestError(
+            f"the {what} is not UTF-8: byte 0x{byte:02x} at character {error.start}; convert it, "
+            "e.g. with iconv"
+        ) from error

@@ -14,6 +14,7 @@ from . import echo_json
 from .options import (
     ONE_ANSWER,
     bundle_argument,
+    check_utf8,
     engine_options,
     sampling_options,
     take_engine,
@@ -89,11 +90,4 @@ def _check_prompt(prompt: str, raw: bool) -> None:
     """Refuse what is no question: a template would make one of nothing, too."""
     if not raw and not prompt.strip():
         raise RequestError("the prompt is empty; give one as an argument or pipe it in")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        byte = ord(prompt[error.start]) & 0xFF  # surrogateescape keeps it in the low bits
-        raise RequestError(
-            f"the prompt is not UTF-8: byte 0x{byte:02x} at character {error.start}; convert it, "
-            "e.g. with iconv"
-        ) from error
+    check_utf8(prompt, "prompt")

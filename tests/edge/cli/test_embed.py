@@ -31,7 +31,14 @@ def test_embed_prints_a_vector_of_each_text(
     assert [json.loads(line)["text"] for line in piped.out.splitlines()] == list(TEXTS[:2])
 
 
-@pytest.mark.parametrize("verb", ["run", "bench", "eval", "cache"])
+def test_a_text_that_is_no_utf8_is_named_so(
+    edge_llm: Callable[..., Result], pooling_bundles: PoolingBundles
+):
+    result = edge_llm("embed", pooling_bundles("embed"), "caf\udce9")
+    assert "the text is not UTF-8: byte 0xe9" in error_line(result, RequestError.exit_code)
+
+
+@pytest.mark.parametrize("verb", ["run", "chat", "bench", "eval", "cache"])
 def test_verbs_that_generate_refuse_an_embedder(
     verb: str, edge_llm: Callable[..., Result], pooling_bundles: PoolingBundles
 ):
