@@ -63,6 +63,7 @@ def show_model(model: ServedModel) -> ShowAnswer:
     family = spec.architecture
     sampling = msgspec.to_builtins(llm.manifest.sampling)
     del sampling["assumed"]
+    sampling["repeat_penalty"] = sampling.pop("repetition_penalty")  # as a request's option
     template = llm.template.source if llm.template is not None else ""
     return ShowAnswer(
         parameters="\n".join(f"{name} {value}" for name, value in sampling.items()),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edge.server.api.ollama.models import NOT_SERVED_PATHS
+from edge.server.api.ollama.protocol import OllamaOptions
 from tests.conftest import write_secret
 from tests.edge.server.scripted import Answer, Live, running
 
@@ -338,6 +339,8 @@ def test_the_client_asks_about_models(client: Any, served: Live):
     assert set(shown.capabilities) == {"completion", "tools", "thinking"}
     assert shown.modelinfo["qwen2.context_length"] == served.engine.llm.kv_capacity
     assert shown.template == served.engine.llm.template.source  # type: ignore[union-attr]
+    named = dict(line.split() for line in shown.parameters.splitlines())
+    assert set(named) <= set(OllamaOptions.__struct_fields__)
     (running_now,) = client.ps().models
     assert running_now.expires_at.year == 9999
 
