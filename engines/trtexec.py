@@ -165,7 +165,7 @@ def find_trtexec(places: Sequence[str] = _PLACES) -> Path:
         raise DependencyError(
             f"trtexec is neither on the PATH nor in {', '.join(places)}; on a Jetson install it "
             "with: sudo apt install tensorrt (JetPack 6: libnvinfer-bin), or build with the Python "
-            "API: edge-llm build without --with trtexec"
+            "API: edge-llm build without --with trtexec; --print-trtexec --trt VERSION needs none"
         )
     return Path(found)
 

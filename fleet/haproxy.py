@@ -27,7 +27,7 @@ _FILE = re.compile(r"[A-Za-z0-9/._+-]{1,200}")
 _CHECK_S = 20.0
 
 _TEMPLATE = """\
-# Written by edge-llm fleet haproxy; checked with haproxy -c. Devices:
+# Written by edge-llm fleet haproxy. Devices:
 {listed}
 global
     log stderr format raw local0 notice

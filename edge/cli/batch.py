@@ -78,6 +78,11 @@ def batch(
     Answers are appended as they come. The same command goes on after any end. Exit code 3: rows
     failed.
     """
+    if bool(models) == (url is not None):
+        raise ConfigError(
+            "a batch asks either the bundle of --model or the server of --url; "
+            + ("leave one of them out" if models else "give one of them")
+        )
     given = sorted(name for name, value in options.items() if value is not None)
     if url is not None and given:
         flag = given[0].replace("_", "-")

@@ -145,7 +145,7 @@ class Conversation:
         elif name == "/help":
             click.echo(_HELP)
         else:
-            click.echo(f"Unknown command {text!r}.\n{_HELP}")
+            click.echo(f"{text!r} is none of these:\n{_HELP}")
         return True
 
     def answer(self, text: str) -> None:

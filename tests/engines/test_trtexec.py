@@ -234,5 +234,5 @@ def test_an_interrupt_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_missing_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DependencyError, match="apt install"):
+    with pytest.raises(DependencyError, match=r"apt install.*--print-trtexec --trt"):
         find_trtexec([str(tmp_path)])

@@ -294,6 +294,7 @@ def test_the_verb_writes_what_was_checked(
     text = output.read_text()
     assert edge_llm(*args, "--no-check").out == text
     assert "server nano-1 192.168.1.21:8000\n" in text
+    assert "haproxy -c" not in text  # nothing checked it
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     assert "apt-get install haproxy" in error_line(edge_llm(*args), 69)
     with pytest.raises(DependencyError):

@@ -414,7 +414,9 @@ def test_the_verb_reports_bad_lines_and_ends_with_three(
         assert failed["error"]["line"] == 3
         assert Counter(server.seen.values()) == {1: 2}
     wrong = edge_llm("batch", source, "-o", output)
-    assert "either models or url" in error_line(wrong, 64)
+    assert "give one of them" in error_line(wrong, 64)
+    wrong = edge_llm("batch", source, "-o", output, "--url", "http://x", "--model", tmp_path)
+    assert "leave one of them out" in error_line(wrong, 64)
     wrong = edge_llm("batch", source, "-o", output, "--url", "http://x", "--num-slots", "2")
     assert "--num-slots belongs to --model" in error_line(wrong, 64)
     wrong = edge_llm("batch", tmp_path / "none", "-o", output, "--url", "http://127.0.0.1:1")

@@ -161,7 +161,7 @@ def test_files_that_cannot_be(chat: Callable[..., Result], tmp_path: Path):
     result = chat(f"/load {tmp_path / 'none.json'}", f"/save {tmp_path / 'no' / 'x'}", "/save")
     assert "none.json cannot be read: No such file or directory" in result.err
     assert "x cannot be written: No such file or directory" in result.err
-    assert "Unknown command '/save'" in result.out
+    assert "'/save' is none of these:" in result.out
     with pytest.raises(RequestError, match="cannot be read: Is a directory"):
         read_conversation(tmp_path)
     write_conversation(tmp_path / "ok", [])
