@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,9 @@ def build(
             ids = _system_ids(llm, _read(system).removesuffix("\n"))
         else:
             ids = _text_ids(llm, _read(text))
+        directory = prefix_dir or default_directory()
         store = PrefixStore(
-            prefix_dir or default_directory(),
+            directory,
             llm.manifest,
             Layout.of(llm.backend),
             scales=llm.backend.kv_scales,
@@ -87,6 +89,8 @@ def build(
         echo_json({"name": name, "num_tokens": len(ids), "num_bytes": size, "path": str(path)})
     else:
         click.echo(f"{name}: {len(ids)} tokens, {size:,} bytes in {path}")
+        used = shlex.quote(str(directory))
+        click.echo(f"run, chat and serve use it with --prefix-dir {used}", err=True)
 
 
 @cache.command("list")
@@ -121,7 +125,7 @@ def drop(bundle: Path, name: str, prefix_dir: Path | None, as_json: bool) -> Non
     if not store.drop(name):
         raise RequestError(
             f"nothing is stored as {name!r} in {store.directory}; "
-            "list what is with: edge-llm cache list"
+            "list what is with: edge-llm cache list BUNDLE"
         )
     if as_json:
         echo_json({"dropped": name})

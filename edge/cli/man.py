@@ -12,6 +12,7 @@ import click
 
 import edge
 from edge.bundle.library import BUNDLES_VARIABLE
+from edge.bundle.trust import KEYS_VARIABLE
 from edge.config_file import DEFAULT_FILE, ENV_PREFIX
 from edge.errors import EXIT_GATE_MISSED, EdgeError
 
@@ -20,6 +21,7 @@ from . import COMMAND_GROUP, cli
 _ENVIRONMENT = {
     BUNDLES_VARIABLE: "Directories of bundles, separated as in PATH.",
     f"{ENV_PREFIX}*": "Settings of the service, by the names of its options.",
+    KEYS_VARIABLE: "File of public keys; a bundle that none of them has signed is not opened.",
     "EDGE_LLM_HUB": "huggingface or modelscope: where pull and export download from.",
     "HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE": "As for the Hugging Face hub's own client.",
     "MODELSCOPE_DOMAIN": "Another host of ModelScope.",

@@ -449,6 +449,9 @@ def test_the_command_builds_lists_and_drops(tmp_path: Path, bundle: Path) -> Non
     assert found is not None
     assert found.length == built["num_tokens"]
     assert found.length > len(ids) / 2
+    again = ["build", bundle, "chat", "--system", system, *store[:2]]
+    told = CliRunner().invoke(cache, [*map(str, again)], catch_exceptions=False).output
+    assert told.endswith(f"use it with --prefix-dir {tmp_path / 'store'}\n")
     text = run("build", bundle, "text", "--text", system)
     listed = run("list", bundle)["prefixes"]
     assert isinstance(listed, list)
