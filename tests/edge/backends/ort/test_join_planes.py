@@ -144,7 +144,7 @@ def test_the_joined_graph_computes_the_same(
                 runner.cache(0),
             ]
 
-    apart, load = run(), ort.load_graph
+    apart, load = run(), session.load_graph
 
     def load_joined(path: Path, manifest: Manifest, *args: Any, **options: Any) -> OnnxFile:
         graph = load(path, manifest, *args, **options)
@@ -175,7 +175,7 @@ def test_products_that_we_write_are_those_that_onnxruntime_makes(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     require_kernels("native")
-    if not ort.multiplies_8_bits(onnxruntime):
+    if not session.multiplies_8_bits(onnxruntime):
         pytest.skip("this ONNX Runtime has no product of INT8 weights")
 
     def write(*args: Any, **_: Any) -> None:
