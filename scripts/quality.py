@@ -318,7 +318,8 @@ def task_table(work: Path, model: str) -> str:
 
 def _share(result: dict[str, Any]) -> str:
     low, high = wilson_interval(result["correct"], result["items"])
-    return f"{100 * result['accuracy']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+    share = f"{100 * result['accuracy']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+    return share + (f", {result['cut']} cut" if result.get("cut") else "")
 
 
 def _flips(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from engines.rules.table import VERSIONS
 from scripts import support_matrix
 
 pytest.importorskip("onnx", reason="the exporter needs it")
+pytestmark = pytest.mark.xdist_group("support-matrix")  # the table is made once
 
 
 @pytest.fixture(scope="module")

@@ -286,6 +286,10 @@ def _print_text(results: list[dict[str, Any]]) -> None:
             console.print(f"{result['bundle']}: worst layers by key error: {listed}")
 
 
+def _cut(result: dict[str, Any]) -> str:
+    return f", {result['cut']} cut by --max-tokens" if result["cut"] else ""
+
+
 def _print_task(results: list[dict[str, Any]]) -> None:
     for result in results:
         low, high = result["accuracy_interval"]
@@ -293,14 +297,16 @@ def _print_task(results: list[dict[str, Any]]) -> None:
             f"{result['bundle']}: {result['correct']} of {result['items']} right, "
             f"{result['accuracy']:.1%} (95 %: {low:.1%} to {high:.1%})"
             + (f", {result['unanswered']} without an answer" if result["unanswered"] else "")
+            + _cut(result)
         )
         paired = result.get("against")
         if paired is None:
             continue
         low, high = paired["accuracy_loss_interval"]
         click.echo(
-            f"  reference {paired['accuracy']:.1%}; loss {paired['accuracy_loss']:+.1%} "
-            f"(95 %: {low:+.1%} to {high:+.1%}; {paired['lost']} lost, {paired['won']} won, "
+            f"  reference {paired['accuracy']:.1%}{_cut(paired)}; "
+            f"loss {paired['accuracy_loss']:+.1%} (95 %: {low:+.1%} to {high:+.1%}; "
+            f"{paired['lost']} lost, {paired['won']} won, "
             f"McNemar p = {paired['mcnemar_p']:.3g})"
         )
         for flip in paired["flips"]:

@@ -34,6 +34,7 @@ from edge.figures import token_logprobs
 from edge.files import MALFORMED
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
+from edge.runtime.stream import GenerationResult
 
 from .compare import CHUNK_TOKENS
 from .evaluate import read_text
@@ -94,12 +95,14 @@ class ItemResult:
         answer: the letter or number that was found, ``passes``, or what is wrong with a program;
             None if the text holds no number or no program.
         correct: whether it is right.
+        cut: whether the text ended at its limit of tokens, and not by itself.
     """
 
     line: int
     expected: str
     answer: str | None
     correct: bool
+    cut: bool = False
 
 
 # ------------------------------------------------------------------------------- the file
@@ -236,15 +239,18 @@ def answer_item(
     """
     if isinstance(item, ChoiceItem):
         scores = choice_scores(llm, item, scoring)
-        answer: str | None = string.ascii_uppercase[int(np.argmax(scores))]
-        correct = answer == item.expected
-    elif isinstance(item, ProgramItem):
-        answer = _run_program(llm, item, params)
+        choice = string.ascii_uppercase[int(np.argmax(scores))]
+        return ItemResult(line, item.expected, choice, choice == item.expected)
+    if isinstance(item, ProgramItem):
+        written = _ask(llm, item.question.rstrip() + "\n", chat_request(item), params)
+        answer = _check_program(item, written.text, is_chat=llm.template is not None)
         correct = answer == item.expected
     else:
-        answer = find_number(_generate(llm, item, params))
+        question = item.question.strip() + _INSTRUCTION
+        written = _ask(llm, f"Question: {question}\nAnswer:", question, params)
+        answer = find_number(written.text)
         correct = answer is not None and parse_number(answer) == parse_number(item.expected)
-    return ItemResult(line, item.expected, answer, correct)
+    return ItemResult(line, item.expected, answer, correct, written.finish_reason == "length")
 
 
 def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:
@@ -293,21 +299,16 @@ def _continuation(llm: LLM, ids: NDArray[np.int64], shared: int) -> float:
     return score
 
 
-def _generate(llm: LLM, item: NumberItem, params: SamplingParams | None) -> str:
-    question = item.question.strip() + _INSTRUCTION
+def _ask(llm: LLM, text: str, message: str, params: SamplingParams | None) -> GenerationResult:
+    """Let a bundle answer a message, or go on with a text where it has no chat template."""
     if llm.template is None:
-        return llm.generate(f"Question: {question}\nAnswer:", params).text
-    return llm.generate([{"role": "user", "content": question}], params).text
+        return llm.generate(text, params)
+    return llm.generate([{"role": "user", "content": message}], params)
 
 
-def _run_program(llm: LLM, item: ProgramItem, params: SamplingParams | None) -> str | None:
-    """What is wrong with the program that a bundle writes, or ``item.expected``."""
-    if llm.template is None:
-        text = llm.generate(item.question.rstrip() + "\n", params).text
-        program: str | None = program_of_continuation(item, text)
-    else:
-        text = llm.generate([{"role": "user", "content": chat_request(item)}], params).text
-        program = program_of_answer(item, text)
+def _check_program(item: ProgramItem, text: str, *, is_chat: bool) -> str | None:
+    """What is wrong with the program in an answer, or ``item.expected``; None if there is none."""
+    program = program_of_answer(item, text) if is_chat else program_of_continuation(item, text)
     if program is None:
         return None
     return check_program(item, program) or item.expected
@@ -366,8 +367,9 @@ def loss_interval(lost: int, won: int, pairs: int) -> tuple[float, float]:
 def summarize_task(results: Sequence[ItemResult]) -> dict[str, object]:
     """Compute accuracy with its interval.
 
-    ``unanswered`` counts answers without a number or a program, ``wrong`` lists the lines of the
-    items that were not right, so that results of separate runs can be paired.
+    ``unanswered`` counts answers without a number or a program, ``cut`` those that ended at their
+    limit of tokens; ``wrong`` lists the lines of the items that were not right, so that results of
+    separate runs can be paired.
     """
     correct = sum(result.correct for result in results)
     return {
@@ -376,6 +378,7 @@ def summarize_task(results: Sequence[ItemResult]) -> dict[str, object]:
         "accuracy": correct / len(results),
         "accuracy_interval": wilson_interval(correct, len(results)),
         "unanswered": sum(result.answer is None for result in results),
+        "cut": sum(result.cut for result in results),
         "wrong": [result.line for result in results if not result.correct],
     }
 

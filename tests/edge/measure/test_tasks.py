@@ -181,6 +181,7 @@ def test_generation_ends_and_counts(tiny_bundles, tmp_path: Path):
         results = [answer_item(llm, *item, params=params) for item in items]
     assert [result.line for result in results] == [1, 2]
     assert results[0].answer == results[1].answer
+    assert summarize_task(results)["cut"] == 2
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
@@ -189,7 +190,7 @@ def test_programs_are_written_run_and_judged(tiny_bundles, monkeypatch, kind):
     item = ProgramItem(PROGRAM["question"], PROGRAM["tests"])
     with LLM(tiny_bundles(kind, "portable")) as llm:
         plain = answer_item(llm, 1, item, params=SamplingParams(temperature=0, max_tokens=8))
-        assert not plain.correct
+        assert (plain.correct, plain.cut) == (False, True)
         asked: list[Any] = []
         result = plain
         for text in ("    return 4", "    return 5"):
@@ -197,11 +198,12 @@ def test_programs_are_written_run_and_judged(tiny_bundles, monkeypatch, kind):
             def generate(prompt, params, text=text):
                 asked.append(prompt)
                 fenced = f"```python\n{text}\n```"
-                return SimpleNamespace(text=text if isinstance(prompt, str) else fenced)
+                answer = text if isinstance(prompt, str) else fenced
+                return SimpleNamespace(text=answer, finish_reason="stop")
 
             monkeypatch.setattr(llm, "generate", generate)
             result = answer_item(llm, 1, item)
-            assert result.correct == (text == "    return 4")
+            assert (result.correct, result.cut) == (text == "    return 4", False)
         assert result.answer is not None
         assert "AssertionError" in result.answer
         shown = asked[0] if isinstance(asked[0], str) else asked[0][0]["content"]

@@ -122,7 +122,7 @@ class GenerateRequest(OllamaRequest, forbid_unknown_fields=True, kw_only=True):
     prompt: str | None = None
     suffix: str | None = None
     system: str | None = None
-    template: Literal[""] | None = None
+    template: str | None = None
     raw: bool | None = None
     images: list[Any] | None = None
 

@@ -66,6 +66,12 @@ def plan_generate(turn: Turn, body: GenerateRequest) -> Plan:
     """
     if body.images:
         raise _no_images("images")
+    if body.template:
+        raise invalid(
+            "template: a model answers by its own chat template; leave it out, or write the whole "
+            "prompt and set raw",
+            "template",
+        )
     if not (body.raw or body.suffix is not None or turn.model.llm.template is None):
         messages = [{"role": "user", "content": body.prompt or ""}]
         if body.system is not None:

@@ -208,7 +208,7 @@ def refusals() -> dict[str, tuple[Any, dict[str, Any]]]:
         "options.temperature: ": options(temperature=-1),
         "options.f16_kv: unknown field": options(f16_kv=True),
         "options.stop[0]: ": options(stop=[""]),
-        "template: unknown field": (generate, {"template": "x"}),
+        "template: a model answers by its own": (generate, {"template": "x"}),
         "context: unknown field": (generate, {"context": [1]}),
         "think: ": (chat, {"think": "much"}),
     }
