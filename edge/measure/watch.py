@@ -194,7 +194,8 @@ def read_golden(path: Path) -> tuple[list[GoldenItem], str]:
     """
     text = evaluate.read_text(path)
     items: dict[str, GoldenItem] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: JSON strings may hold U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -195,6 +195,15 @@ def test_runs_that_asked_something_else_are_refused(change: dict[str, Any], mess
 # --------------------------------------------------------------------------- files
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_where_json_lines_do(end: str, tmp_path: Path):
+    path = tmp_path / "golden.jsonl"
+    rows = [{"id": name, "prompt": "a\u2028b\x85c", "answer": "1"} for name in ("one", "two")]
+    path.write_text(end.join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    items, _ = read_golden(path)
+    assert [(item.id, item.prompt) for item in items] == [(r["id"], r["prompt"]) for r in rows]
+
+
 def test_the_golden_set_that_comes_along():
     items, _ = read_golden(GOLDEN_SET)
     assert len(items) == 62
