@@ -6,11 +6,10 @@ As `trt_plugin`, with its stand-ins; `trt_bindings.py` runs both.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import tensorrt_bindings as trt
 
-from edge.backends.tensorrt.launch_rules import JOIN, NAMESPACE, PARTS, PluginRule
+from edge.backends.tensorrt.launch_rules import JOIN, PARTS, PluginRule
 from engines.kernels import plugin
 from engines.kernels.attention import attention, join_tactics, part_tactics
 from engines.kernels.own_plugins import element_types
@@ -24,6 +23,8 @@ from scripts.trt_plugin import (
     compare_launch,
     describe,
     load_module,
+    make,
+    type_of,
 )
 
 # Sequences, groups, heads of each, tokens, width, rows of the cache.
@@ -37,27 +38,15 @@ CASES = (
 )
 
 
-def _type(dtype: Any) -> Any:
-    kinds = {"float16": "HALF", "float32": "FLOAT", "int32": "INT32"}
-    return getattr(trt.DataType, kinds[dtype.name])
-
-
 def problems_of(
     rule: PluginRule, case: tuple[int, int, int, int, int, int], ptx: dict[str, Ptx]
 ) -> list[str]:
     """Ask a new plugin about one attention; what is wrong with its answers."""
     job = attention(*case)
-    creator = trt.get_plugin_registry().get_creator(rule.name, "1", NAMESPACE)
-    made = creator.create_plugin(
-        rule.name,
-        NAMESPACE,
-        trt.PluginFieldCollection([]),
-        trt.TensorRTPhase.BUILD,
-        trt.QuickPluginCreationRequest.STRICT_AOT,
-    )
+    made = make(rule)
     reads, writes = tuple(rule.inputs), tuple(rule.outputs)
     shapes = [job.buffers[each][0] for each in reads]
-    types = [_type(job.buffers[each][1]) for each in (*reads, *writes)]
+    types = [type_of(job.buffers[each][1]) for each in (*reads, *writes)]
     sizes = Sizes()
     found = list(made.get_output_data_types(types[: len(reads)], [len(each) for each in shapes]))
     if found != types[len(reads) :]:

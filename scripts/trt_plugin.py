@@ -14,9 +14,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import tensorrt_bindings as trt
 
-from edge.backends.tensorrt.launch_rules import NAMESPACE, PRODUCT
+from edge.backends.tensorrt.launch_rules import NAMESPACE, PRODUCT, PluginRule
 from engines.kernels import plugin
 from engines.kernels.launch import Launch as WantedLaunch
 from engines.kernels.launch import product, w4_tactics
@@ -130,6 +131,24 @@ def load_module() -> Any:
     return module
 
 
+def make(rule: PluginRule) -> Any:
+    """A new plugin of a rule, by the creator that is registered."""
+    creator = trt.get_plugin_registry().get_creator(rule.name, "1", NAMESPACE)
+    return creator.create_plugin(
+        rule.name,
+        NAMESPACE,
+        trt.PluginFieldCollection([]),
+        trt.TensorRTPhase.BUILD,
+        trt.QuickPluginCreationRequest.STRICT_AOT,
+    )
+
+
+def type_of(dtype: np.dtype[Any]) -> Any:
+    """TensorRT's name for the type of a buffer."""
+    kinds = {"float16": "HALF", "float32": "FLOAT", "int32": "INT32"}
+    return getattr(trt.DataType, kinds[dtype.name])
+
+
 def describe(shape: tuple[int, ...], dtype: Any, *, dynamic: int = 0) -> Any:
     """``DynamicPluginTensorDesc`` whose first sizes are not known at build."""
     found = trt.DynamicPluginTensorDesc()
@@ -165,14 +184,7 @@ def compare_launch(
 def problems_of(case: tuple[int, int, int, int, int, int, bool], ptx: dict[str, Ptx]) -> list[str]:
     """Ask a new plugin about one product; what is wrong with its answers."""
     batch, seq, depth, columns, group, planes, bias = case
-    creator = trt.get_plugin_registry().get_creator(PRODUCT.name, "1", NAMESPACE)
-    made = creator.create_plugin(
-        PRODUCT.name,
-        NAMESPACE,
-        trt.PluginFieldCollection([]),
-        trt.TensorRTPhase.BUILD,
-        trt.QuickPluginCreationRequest.STRICT_AOT,
-    )
+    made = make(PRODUCT)
     half, word = trt.DataType.HALF, trt.DataType.INT32
     shapes = (
         (batch, seq, depth),

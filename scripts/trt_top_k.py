@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import tensorrt_bindings as trt
 
-from edge.backends.tensorrt.launch_rules import NAMESPACE, TOP_K_MERGE, TOP_K_PARTS, PluginRule
+from edge.backends.tensorrt.launch_rules import TOP_K_MERGE, TOP_K_PARTS, PluginRule
 from engines.kernels import plugin
 from engines.kernels.launch import Job
 from engines.kernels.own_plugins import element_types
@@ -26,11 +25,12 @@ from scripts.trt_plugin import (
     compare_launch,
     describe,
     load_module,
+    make,
+    type_of,
 )
 
 # Sequences, rows of logits of each, logits, and how many are kept.
 CASES = ((1, 1, 151_936, 256), (8, 1, 32_000, 257), (2, 3, 320, 8), (1, 16, 262_144, 1024))
-_TYPES = {"float16": "HALF", "float32": "FLOAT", "int32": "INT32"}
 
 
 def problems_of(
@@ -39,16 +39,9 @@ def problems_of(
     """Ask a new plugin about rows of logits; what is wrong with its answers."""
     batch, num_logits, columns, keep = case
     job = top_k(batch * num_logits, columns, keep)
-    creator = trt.get_plugin_registry().get_creator(rule.name, "1", NAMESPACE)
-    made = creator.create_plugin(
-        rule.name,
-        NAMESPACE,
-        trt.PluginFieldCollection([]),
-        trt.TensorRTPhase.BUILD,
-        trt.QuickPluginCreationRequest.STRICT_AOT,
-    )
+    made = make(rule)
     reads, writes = tuple(rule.inputs), tuple(rule.outputs)
-    types = [_type(job, each) for each in (*reads, *writes)]
+    types = [type_of(job.buffers[each][1]) for each in (*reads, *writes)]
     shapes = [shape_of(job, each, batch, num_logits) for each in (*reads, *writes)]
     ranks = [len(shape) for shape in shapes]
     found = list(made.get_output_data_types(types[: len(reads)], ranks[: len(reads)]))
@@ -84,10 +77,6 @@ def problems_of(
     kernel = made.get_kernel(descriptions[: len(reads)], descriptions[len(reads) :])
     wanted = job.launches[0 if rule is TOP_K_PARTS else 1]
     yield from compare_launch(wanted, ptx[wanted.variant.name], launch, numbers, kernel)
-
-
-def _type(job: Job, name: str) -> Any:
-    return getattr(trt.DataType, _TYPES[job.buffers[name][1].name])
 
 
 def shape_of(job: Job, name: str, batch: int, num_logits: int) -> tuple[int, ...]:

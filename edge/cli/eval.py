@@ -287,7 +287,7 @@ def _print_text(results: list[dict[str, Any]]) -> None:
 
 
 def _cut(result: dict[str, Any]) -> str:
-    return f", {result['cut']} cut by --max-tokens" if result["cut"] else ""
+    return f", {result['cut']} cut short" if result["cut"] else ""
 
 
 def _print_task(results: list[dict[str, Any]]) -> None:

@@ -95,7 +95,7 @@ class ItemResult:
         answer: the letter or number that was found, ``passes``, or what is wrong with a program;
             None if the text holds no number or no program.
         correct: whether it is right.
-        cut: whether the text ended at its limit of tokens, and not by itself.
+        cut: whether the text ended at its limit of tokens or a full KV cache, and not by itself.
     """
 
     line: int
@@ -367,8 +367,8 @@ def loss_interval(lost: int, won: int, pairs: int) -> tuple[float, float]:
 def summarize_task(results: Sequence[ItemResult]) -> dict[str, object]:
     """Compute accuracy with its interval.
 
-    ``unanswered`` counts answers without a number or a program, ``cut`` those that ended at their
-    limit of tokens; ``wrong`` lists the lines of the items that were not right, so that results of
+    ``unanswered`` counts answers without a number or a program, ``cut`` those that did not end
+    by themselves; ``wrong`` lists the lines of the items that were not right, so that results of
     separate runs can be paired.
     """
     correct = sum(result.correct for result in results)

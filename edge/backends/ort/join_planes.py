@@ -1,10 +1,10 @@
 """The load-time join of INT8 weights that are stored as two INT4 planes, for ONNX Runtime.
 
 In the file such a weight is ``16 * high + low``: two matrix products and their sum, which is what
-TensorRT keeps packed. ONNX Runtime has one kernel for 8-bit weights (MatMulNBits) and takes two
-passes over the activations for two planes. So each pair becomes one 8-bit weight of the low plane's
-scales, held in memory; only the session's copy of the graph is rewritten, and a parity test holds
-both against each other.
+TensorRT keeps packed. Where activations are rounded to int8, ONNX Runtime has one kernel for 8-bit
+weights (MatMulNBits) and takes two passes over the activations for two planes. So each pair becomes
+one 8-bit weight of the low plane's scales, held in memory; only the session's copy of the graph is
+rewritten, and a parity test holds both against each other.
 
 Integers of others' checkpoints reach down to -136 (`PLANES_LEAST`), in layers with offsets. Those
 are joined around 136; where the kernel takes 128 for granted, the layer's offsets make up for it.

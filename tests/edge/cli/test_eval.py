@@ -195,7 +195,7 @@ def test_answers_written_together_are_those_written_alone(
     assert len(set(map(tuple, answers[0].values()))) == len(words)
     assert found["cut"] == sum(len(ids) == 12 for ids in answers[0].values()) > 0
     printed = invoke(bundle, "--against", bundle, "--task", task, "--max-tokens", 12).stdout
-    assert printed.count(f", {found['cut']} cut by --max-tokens") == 2
+    assert printed.count(f", {found['cut']} cut short") == 2
 
 
 def test_a_question_that_fails_ends_the_others(
