@@ -1,10 +1,11 @@
-"""Reads whole files whose origin nobody vouches for: plain files of a limited size only."""
+"""Reads files whose origin nobody vouches for: plain files of a limited size, or in chunks."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +14,7 @@ import msgspec
 MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
 """What parsers of JSON and TOML raise: also for text that is no UTF-8, numbers of 5,000 digits and
 brackets 100,000 deep."""
+_CHUNK_BYTES = 1 << 22
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -46,6 +48,14 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {_size(max_bytes)}", str(path))
     return data
+
+
+def read_chunks(descriptor: int) -> Iterator[bytes]:
+    """Read an open file from its start to its end, wherever its position is."""
+    at = 0
+    while chunk := os.pread(descriptor, _CHUNK_BYTES, at):
+        yield chunk
+        at += len(chunk)
 
 
 def read_text_file(path: Path, max_bytes: int) -> str:

@@ -22,8 +22,9 @@ from edge.bundle.engine_file import (
     ShapeInfo,
 )
 from edge.bundle.engine_layers import LayerTable, parse_inspector
-from edge.bundle.manifest import ENGINES_DIR, verify_files
+from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.trust import open_manifest
+from edge.bundle.verified_files import verify_files
 from edge.device import telemetry
 from edge.device.gpu import Gpu, find_gpu
 from edge.device.process import read_rss_peak_bytes, reset_rss_peak

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edge.bundle.manifest import FloatType, verify_files
+from edge.bundle.manifest import FloatType
 from edge.bundle.trust import open_manifest
+from edge.bundle.verified_files import verify_files
 from edge.errors import BuildError, ConfigError, DependencyError, install_command
 from edge.progress import Progress, silent, uncounted
 

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge.bundle.manifest import ENGINES_DIR, Manifest, verify_files
+from edge.bundle.manifest import ENGINES_DIR, Manifest
 from edge.bundle.trust import open_manifest
+from edge.bundle.verified_files import verify_files
 from edge.errors import BackendError, ConfigError, DependencyError, EdgeError, ResourceError
 
 from .build_plan import BuildPlan, plan_build

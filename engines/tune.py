@@ -22,7 +22,8 @@ from edge.backends.ort.cpu import OrtBackend
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.engine_file import RefusedRung, TunedRung
-from edge.bundle.manifest import ENGINES_DIR, verify_files
+from edge.bundle.manifest import ENGINES_DIR
+from edge.bundle.verified_files import verify_files
 from edge.errors import BackendError, BuildError, DependencyError, DeviceMemoryError
 from edge.measure.bench import BenchConfig, run_bench
 from edge.measure.verify import compare_backends

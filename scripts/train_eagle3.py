@@ -32,8 +32,9 @@ from edge.backends.ort.session import open_session
 from edge.backends.step import all_tokens
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import Manifest, ModelSpec, read_manifest, verify_files
+from edge.bundle.manifest import Manifest, ModelSpec, read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, OnnxFile, tensor_info
+from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, DependencyError
 from edge.files import decode_text
 from edge.text.chat_template import ChatTemplate, encode_chat

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 def open_backend(
     bundle: Path, manifest: Manifest, config: EngineConfig, beside: Manifest | None = None
 ) -> Backend:
-    """Load a bundle, whose files are trusted (`manifest.verify_files` comes first).
+    """Load a bundle, whose files are trusted (`verify_files` comes first).
 
     What ``auto`` passes over, and why, is logged. On a machine with a GPU it passes over no engine
     of the bundle.

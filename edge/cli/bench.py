@@ -154,9 +154,9 @@ def _measure(
 
     from edge.backends.choose import open_backend
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-    from edge.bundle.manifest import verify_files
     from edge.bundle.tasks import check_task
     from edge.bundle.trust import open_manifest
+    from edge.bundle.verified_files import verify_files
     from edge.device.process import read_rss_bytes, read_rss_peak_bytes, reset_rss_peak
     from edge.device.telemetry import read_snapshot
     from edge.measure import bench_report

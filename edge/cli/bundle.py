@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.bundle.library import find_bundle, roots
-from edge.bundle.manifest import MANIFEST_NAME, read_manifest, read_manifest_bytes, verify_files
+from edge.bundle.manifest import MANIFEST_NAME, read_manifest, read_manifest_bytes
 from edge.bundle.minisign import (
     MAX_BYTES,
     key_name,
@@ -27,6 +27,7 @@ from edge.bundle.trust import (
     sign_bundle,
     trusted_keys_file,
 )
+from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError
 from edge.files import read_text_file
 from edge.progress import Progress, uncounted

@@ -18,8 +18,8 @@ from edge.bundle.manifest import (
     describe_sampling,
     describe_tensorrt,
     read_manifest,
-    verify_files,
 )
+from edge.bundle.verified_files import verify_files
 
 from . import echo_json
 from .inspect_engine import inspect_engine

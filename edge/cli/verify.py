@@ -173,8 +173,8 @@ class _Opened(NamedTuple):
 @contextmanager
 def _open(bundle: Path) -> Iterator[_Opened]:
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-    from edge.bundle.manifest import verify_files
     from edge.bundle.trust import open_manifest
+    from edge.bundle.verified_files import verify_files
     from edge.progress import uncounted
     from edge.text.tokenizer import Tokenizer
 

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from edge.bundle.manifest import Manifest, ModelSpec, VerifiedFiles
+from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.trust import open_manifest
+from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.progress import Progress, prefixed, silent, uncounted

@@ -122,7 +122,7 @@ class CpuLayers:
     """A `LayerSource` on ONNX Runtime's CPU provider.
 
     Args:
-        bundle: the bundle's directory; its files are trusted (`manifest.verify_files` comes first).
+        bundle: the bundle's directory; its files are trusted (`verify_files` comes first).
         manifest: its manifest.
         capacity: rows of the cache.
         num_threads: None is one per physical core.

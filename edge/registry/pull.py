@@ -21,7 +21,6 @@ from edge.bundle.manifest import (
     decode_manifest,
     read_manifest,
     read_manifest_bytes,
-    verify_files,
 )
 from edge.bundle.place import (
     ORIGIN_NAME,
@@ -39,6 +38,7 @@ from edge.bundle.trust import (
     trusted_keys_file,
 )
 from edge.bundle.update import beside, fsync, locked, resolve_target, write_durably
+from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, EdgeError, ResourceError
 from edge.files import read_file
 from edge.progress import Progress, silent

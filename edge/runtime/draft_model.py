@@ -22,8 +22,9 @@ from edge.backends import Backend, Floats
 from edge.backends.choose import open_backend
 from edge.backends.step import prefill, step_after
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import Manifest, verify_files
+from edge.bundle.manifest import Manifest
 from edge.bundle.trust import open_manifest
+from edge.bundle.verified_files import verify_files
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.text.tokenizer_difference import tokenizer_difference

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from edge.backends import Backend
 from edge.backends.choose import open_backend
 from edge.backends.step import TokenTable, step_after
-from edge.bundle.manifest import HeadManifest, Manifest, VerifiedFiles, head_manifest
+from edge.bundle.manifest import HeadManifest, Manifest, head_manifest
+from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError
 

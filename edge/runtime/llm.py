@@ -19,6 +19,7 @@ from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.library import find_setting
 from edge.bundle.tasks import check_task
 from edge.bundle.trust import open_manifest
+from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
 from edge.files import decode_text
@@ -125,10 +126,10 @@ class LLM:
         if config.backend != "ort-cpu":
             read.append(graphs.decoder)
         names = dict.fromkeys([*self.manifest.files, *read])
-        with manifests.VerifiedFiles(self.bundle, self.manifest, names) as files:
+        with VerifiedFiles(self.bundle, self.manifest, names) as files:
             self._open(files, config)
 
-    def _open(self, files: manifests.VerifiedFiles, config: EngineConfig) -> None:
+    def _open(self, files: VerifiedFiles, config: EngineConfig) -> None:
         self.tokenizer = Tokenizer(
             files.read("tokenizer.json"),
             self.manifest.tokens,
@@ -571,7 +572,7 @@ class LLM:
             self.tokenizer, vocab_size, opened=opened, budget=budget, answer=answer
         )
 
-    def _read_draft(self, files: manifests.VerifiedFiles) -> manifests.Manifest | None:
+    def _read_draft(self, files: VerifiedFiles) -> manifests.Manifest | None:
         draft = self.config.draft
         if draft is None:
             return None
@@ -624,7 +625,7 @@ class LLM:
         eos = () if params.ignore_eos else self.manifest.tokens.eos
         return frozenset((*params.stop_token_ids, *eos))
 
-    def _read_template(self, files: manifests.VerifiedFiles) -> ChatTemplate | None:
+    def _read_template(self, files: VerifiedFiles) -> ChatTemplate | None:
         name = "chat_template.jinja"
         if name not in self.manifest.files:
             return None

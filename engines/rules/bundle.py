@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from edge.bundle.manifest import Manifest, read_manifest, verify_files
+from edge.bundle.manifest import Manifest, read_manifest
+from edge.bundle.verified_files import verify_files
 from edge.errors import BuildError, ConfigError
 
 from .check import Verdict, check_graph

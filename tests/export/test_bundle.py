@@ -25,9 +25,9 @@ from edge.bundle.manifest import (
     encode_manifest,
     read_manifest,
     sha256_file,
-    verify_files,
 )
 from edge.bundle.update import update_manifest
+from edge.bundle.verified_files import verify_files
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from export.bundle import BundleWriter
 from tests.export.kill_child import NEW_FILES, refuse

@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import edge.cli
-from edge.bundle.manifest import read_manifest, verify_files
+from edge.bundle.manifest import read_manifest
+from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, DependencyError, install_command
 from export import pipeline, verify
 from export.cli import _FIGURES, export

@@ -25,8 +25,8 @@ from edge.bundle.manifest import (
     encode_manifest,
     head_manifest,
     read_manifest,
-    verify_files,
 )
+from edge.bundle.verified_files import verify_files
 from edge.errors import BundleError, CheckpointError, ConfigError
 from engines.config import BuildShapes
 from engines.graph import prepare_graph

@@ -20,7 +20,8 @@ from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import Manifest, TensorScheme, read_manifest, verify_files
+from edge.bundle.manifest import Manifest, TensorScheme, read_manifest
+from edge.bundle.verified_files import verify_files
 from edge.errors import CheckpointError, ConfigError
 from export.graph import embedding_table
 from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from edge.bundle.manifest import read_manifest, verify_files
+from edge.bundle.manifest import read_manifest
 from edge.bundle.update import beside
+from edge.bundle.verified_files import verify_files
 from edge.errors import (
     BackendError,
     BundleError,

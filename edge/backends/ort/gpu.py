@@ -47,7 +47,7 @@ class OrtCudaBackend:
     """A `Backend` on ONNX Runtime's CUDA provider.
 
     Args:
-        bundle: the bundle's directory; its files are trusted (`manifest.verify_files` comes first).
+        bundle: the bundle's directory; its files are trusted (`verify_files` comes first).
         manifest: its manifest.
         num_slots: sequences that the cache holds.
         kv_capacity: rows per slot; None is the bundle's own.

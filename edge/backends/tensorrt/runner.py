@@ -29,9 +29,10 @@ from edge.backends.step import Floats, Step, step_after
 from edge.backends.windows import UNBOUNDED, Batching, Window, canonical_windows
 from edge.bundle import io_spec
 from edge.bundle.kv_scales import Scales, read_scales
-from edge.bundle.manifest import Manifest, verify_files
+from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.sizes import ALIGNMENT, DEFAULT_MAX_LOGITS, ProfileName
+from edge.bundle.verified_files import verify_files
 from edge.engine_config import GpuWait
 from edge.errors import BackendError, ConfigError, DeviceError, DeviceMemoryError
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from edge.bundle import io_spec
 from edge.bundle.engine_file import check_engine, find_engines, read_engine_info, verify_plan
-from edge.bundle.manifest import Manifest, read_manifest, verify_files
+from edge.bundle.manifest import Manifest, read_manifest
+from edge.bundle.verified_files import verify_files
 from edge.errors import BundleError, EdgeError, IntegrityError, install_command
 
 from .check import (

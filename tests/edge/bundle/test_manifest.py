@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -30,7 +29,6 @@ from edge.bundle.manifest import (
     Source,
     TensorScheme,
     Tokens,
-    VerifiedFiles,
     decode_manifest,
     describe_kv_cache,
     describe_sampling,
@@ -38,7 +36,6 @@ from edge.bundle.manifest import (
     is_file_name,
     read_manifest,
     sha256_file,
-    verify_files,
 )
 from edge.bundle.rope import inverse_frequencies
 from edge.errors import BundleError, IntegrityError
@@ -283,118 +280,14 @@ def test_names_of_a_bundle_are_accepted(name: str) -> None:
     assert not is_file_name(MANIFEST_NAME)
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    contents = {"decoder.onnx": b"graph", "tokenizer.json": b"{}", "empty": b""}
-    for name, data in contents.items():
-        (tmp_path / name).write_bytes(data)
-    files = {name: sha256_file(tmp_path / name) for name in contents}
-    (tmp_path / MANIFEST_NAME).write_bytes(encode_manifest(make_manifest(files=files)))
-    return tmp_path
-
-
-def test_a_whole_bundle_verifies(bundle: Path) -> None:
-    verify_files(bundle, read_manifest(bundle))
-
-
-@pytest.mark.parametrize("data", [b"grapH", b"grap", b"graphs", b""])
-def test_the_damaged_file_is_named(bundle: Path, data: bytes) -> None:
-    (bundle / "decoder.onnx").write_bytes(data)
-    with pytest.raises(IntegrityError, match=r"decoder\.onnx"):
-        verify_files(bundle, read_manifest(bundle))
-    verify_files(bundle, read_manifest(bundle), ["tokenizer.json", "empty"])
-
-
-def test_a_missing_file_is_named(bundle: Path) -> None:
-    (bundle / "tokenizer.json").unlink()
-    with pytest.raises(IntegrityError, match=r"tokenizer\.json cannot be read \(No such file"):
-        verify_files(bundle, read_manifest(bundle))
-
-
-def test_a_directory_in_a_files_place_is_named(bundle: Path) -> None:
-    (bundle / "empty").unlink()
-    (bundle / "empty").mkdir()
-    with pytest.raises(IntegrityError, match="empty"):
-        verify_files(bundle, read_manifest(bundle))
-
-
-def test_a_file_that_the_manifest_does_not_list_is_refused(bundle: Path) -> None:
-    (bundle / "decoder.cpu.onnx").write_bytes(b"unknown")
-    with pytest.raises(IntegrityError, match=r"decoder\.cpu\.onnx is not listed"):
-        verify_files(bundle, read_manifest(bundle), ["decoder.cpu.onnx"])
-
-
 def test_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="edge-llm export") as caught:
         read_manifest(tmp_path / "nowhere")
     assert "nowhere" in str(caught.value)
 
 
-def test_a_pipe_in_a_files_place_is_not_waited_for(bundle: Path) -> None:
-    (bundle / "empty").unlink()
-    os.mkfifo(bundle / "empty")
-    with pytest.raises(IntegrityError, match="empty is no plain file"):
-        verify_files(bundle, read_manifest(bundle))
-    (bundle / MANIFEST_NAME).unlink()
-    os.mkfifo(bundle / MANIFEST_NAME)
-    with pytest.raises(BundleError, match="it is no plain file"):
-        read_manifest(bundle)
-
-
-def test_what_was_hashed_is_what_is_read(bundle: Path) -> None:
-    path = bundle / "decoder.onnx"
-    with VerifiedFiles(bundle, read_manifest(bundle)) as files:
-        path.rename(bundle / "aside")
-        path.write_bytes(b"evil!")
-        assert files.read("decoder.onnx") == b"graph"
-        assert os.pread(files.descriptor("decoder.onnx"), 10, 0) == b"graph"
-        (bundle / "aside").write_bytes(b"evil!")  # the same file, not another at its path
-        with pytest.raises(IntegrityError, match=r"decoder\.onnx is damaged"):
-            files.read("decoder.onnx")
-
-
-def swapped(path: Path) -> None:
-    path.rename(path.with_name("aside"))
-    path.write_bytes(b"evil!")
-
-
-def swapped_and_put_back(path: Path) -> None:
-    swapped(path)
-    path.with_name("aside").rename(path)
-
-
-def written_to_with_its_time_put_back(path: Path) -> None:
-    before = path.stat()
-    path.write_bytes(b"evil!")
-    path.write_bytes(b"graph")
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-@pytest.mark.parametrize(
-    "meddle", [swapped, swapped_and_put_back, written_to_with_its_time_put_back, Path.unlink]
-)
-def test_who_opens_by_path_learns_of_a_change(bundle: Path, meddle: Any) -> None:
-    with VerifiedFiles(bundle, read_manifest(bundle)) as files:
-        files.check_unchanged()
-        time.sleep(0.02)  # the kernel's clock for files ticks every 4 ms
-        meddle(bundle / "decoder.onnx")
-        with pytest.raises(IntegrityError, match=r"decoder\.onnx"):
-            files.check_unchanged()
-
-
-def test_no_descriptor_is_left_open(bundle: Path) -> None:
-    manifest = read_manifest(bundle)
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    with VerifiedFiles(bundle, manifest):
-        assert len(list(Path("/proc/self/fd").iterdir())) == before + 3
-    (bundle / "tokenizer.json").write_bytes(b"[]")
-    with pytest.raises(IntegrityError):
-        VerifiedFiles(bundle, manifest)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
 def test_sha256_over_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge.bundle.manifest._HASH_CHUNK_BYTES", 7)
+    monkeypatch.setattr("edge.files._CHUNK_BYTES", 7)
     data = bytes(range(100))
     (tmp_path / "file").write_bytes(data)
     expected = FileInfo(num_bytes=100, sha256=hashlib.sha256(data).hexdigest())

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from edge.bundle.manifest import read_manifest, verify_files
+from edge.bundle.manifest import read_manifest
+from edge.bundle.verified_files import verify_files
 from edge.cli import COMMAND_GROUP
 from edge.cli import eval as verb
 from edge.cli.eval import evaluate

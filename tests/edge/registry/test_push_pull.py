@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from edge.bundle.manifest import read_manifest, verify_files
+from edge.bundle.manifest import read_manifest
 from edge.bundle.minisign import SecretKey, make_key
 from edge.bundle.trust import sign_bundle
+from edge.bundle.verified_files import verify_files
 from edge.errors import (
     BundleError,
     ConfigError,

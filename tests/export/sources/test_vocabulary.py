@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from edge import LLM
 from edge.backends.step import all_tokens, prefill
-from edge.bundle.manifest import Manifest, Tokens, read_manifest, verify_files
+from edge.bundle.manifest import Manifest, Tokens, read_manifest
+from edge.bundle.verified_files import verify_files
 from edge.errors import CheckpointError, ConfigError
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer

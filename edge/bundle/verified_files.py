@@ -1,0 +1,140 @@
+"""Files of a bundle, held against the hashes of its manifest before any parser sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from edge.errors import IntegrityError
+from edge.files import read_chunks
+
+from .manifest import MANIFEST_NAME, FileInfo, Manifest, sha256_descriptor
+
+
+class VerifiedFiles:
+    """Files of a bundle, opened once, hashed, and read by the same descriptors.
+
+    What `read` returns, and what is read by a `descriptor`, is of the file that was hashed,
+    whatever is put at its path meanwhile. After a library that opens files by their paths comes
+    `check_unchanged`. Use it as a context manager.
+    """
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, names: Iterable[str] | None = None
+    ) -> None:
+        """Open and hash; see `verify_files`."""
+        self._bundle = bundle
+        self._manifest = manifest
+        self._files: dict[str, tuple[int, os.stat_result]] = {}
+        try:
+            for name in manifest.files if names is None else names:
+                self._open(name)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str) -> bytes:
+        """Read a whole file that was hashed.
+
+        Raises:
+            IntegrityError: it was changed since.
+        """
+        data = b"".join(read_chunks(self._files[name][0]))
+        self._check_hash(name, FileInfo(len(data), hashlib.sha256(data).hexdigest()))
+        return data
+
+    def descriptor(self, name: str) -> int:
+        """A descriptor of a file that was hashed; it ends with this object."""
+        return self._files[name][0]
+
+    def check_unchanged(self) -> None:
+        """Check that the paths still lead to the files that were hashed, and nobody wrote to them.
+
+        A file that was swapped and put back has another time of change (ctime), too.
+
+        Raises:
+            IntegrityError: one is another, or was changed; it is named.
+        """
+        for name, (_, before) in self._files.items():
+            path = self._bundle / name
+            try:
+                now = path.stat()
+            except OSError as error:
+                raise self._cannot_read(path, error) from error
+            if _identity(now) != _identity(before):
+                raise IntegrityError(
+                    f"{path} was changed while the bundle was opened; open it again when nobody "
+                    "writes to it"
+                )
+
+    def close(self) -> None:
+        """Close the files; calling it twice is harmless."""
+        while self._files:
+            os.close(self._files.popitem()[1][0])
+
+    def __enter__(self) -> VerifiedFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _open(self, name: str) -> None:
+        path = self._bundle / name
+        expected = self._manifest.files.get(name)
+        if expected is None:
+            raise IntegrityError(
+                f"{path} is not listed in {MANIFEST_NAME}, so nothing vouches for it; "
+                "export the bundle again"
+            )
+        try:
+            # A pipe would be waited for.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            found = os.fstat(descriptor)
+            self._files[name] = descriptor, found
+            if not stat.S_ISREG(found.st_mode):
+                raise IntegrityError(f"{path} is no plain file; copy or export the bundle again")
+            # The size first: it is free, and a cut-off copy is the most common fault.
+            if found.st_size != expected.num_bytes:
+                raise IntegrityError(
+                    f"{path} has {found.st_size} bytes, the manifest says {expected.num_bytes}; "
+                    "copy or export the bundle again"
+                )
+            self._check_hash(name, sha256_descriptor(descriptor))
+        except OSError as error:
+            raise self._cannot_read(path, error) from error
+
+    def _check_hash(self, name: str, found: FileInfo) -> None:
+        expected = self._manifest.files[name]
+        if found != expected:
+            raise IntegrityError(
+                f"{self._bundle / name} is damaged: its SHA-256 is {found.sha256[:16]}…, the "
+                f"manifest says {expected.sha256[:16]}…; copy or export the bundle again"
+            )
+
+    @staticmethod
+    def _cannot_read(path: Path, error: OSError) -> IntegrityError:
+        return IntegrityError(
+            f"{path} cannot be read ({error.strerror}); copy or export the bundle again"
+        )
+
+
+def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Hash files of a bundle against its manifest, before any parser sees them.
+
+    Args:
+        bundle: the bundle's directory.
+        manifest: its manifest.
+        names: files to check; all by default.
+
+    Raises:
+        IntegrityError: a file is missing, no plain file, has another size or another hash, or the
+            manifest does not list it; the file is named.
+    """
+    VerifiedFiles(bundle, manifest, names).close()
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
