@@ -13,11 +13,9 @@ the first prompt in line. Alternatively that prompt's next token runs in the dec
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,19 +29,12 @@ from edge.runtime.generation import PromptProgress
 from edge.runtime.kv_cache import Slot, SlotPool
 from edge.runtime.sampling import SampledToken, Sampler
 
-from .policy import DecodeRun, Draft, Policy
-from .request import DraftContext, Drafter, FinishReason, Overflow, PrefixSource, Request, Sink
-from .sequence import SequenceState
+from .drafting import Drafting
+from .policy import DecodeRun, Policy
+from .request import Drafter, FinishReason, Overflow, PrefixSource, Request, Sink
+from .sequence import SequenceState, slot_of
 
-_log = logging.getLogger(__name__)
 _NEWEST = 0.15  # weight of the newest time in a running mean
-_NEWEST_VERDICT = 0.01  # weight of the newest verdict on a draft for what new sequences start with
-_FIRST_VERDICTS = 4  # that many verdicts weigh as much as what was believed before any
-_FIRST_SPREAD = 0.2  # of acceptance between sequences, before any is known
-_NEWEST_SPREAD = 0.1
-_MOST_HOPE = 0.95  # acceptance that a sequence starts with at most
-_TRIALS = 0.03  # of the time of plain steps may be lost to learn whether drafts pay by now
-_SAVED_STEPS = 40  # what is saved up for trials, in plain steps
 _SHORT = 31  # tokens that no engine's attention cuts into blocks
 
 
@@ -79,14 +70,6 @@ class EngineCore:
         self.vocab_size = vocab_size
         self.reuse_prefix = config.reuse_prefix
         self.overflow = overflow
-        self.drafter = drafter
-        self.drafting = True
-        self.acceptance = 0.0 if drafter is None else drafter.first_guess
-        self.spread = _FIRST_SPREAD  # of acceptance from sequence to sequence, running mean
-        self.trial_s = 0.0  # may be lost to drafts that do not seem to pay
-        self.drafts_failed: str | None = None
-        self.draft_saved_s = 0.0
-        self.max_draft_tokens = min(config.max_draft_tokens, backend.max_step_tokens - 1)
         self.prefix_store = prefix_store
         self.deterministic = config.deterministic
         self.pool = SlotPool(
@@ -106,7 +89,7 @@ class EngineCore:
         self.hold = False  # no sequence is started while set
         self.steps = 0
         self.model_s = 0.0
-        self.last_step_s = 0.0
+        self._last_step_s = 0.0
         self.longest_step_s = 0.0
         self.most_step_tokens = 0
         self._forward_s = 0.0  # of the newest step
@@ -115,11 +98,18 @@ class EngineCore:
         self.mean_tokens = 0.0  # of an answer, running mean
         self.counts: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
+        drafts = min(config.max_draft_tokens, backend.max_step_tokens - 1)
+        self.drafting = Drafting(drafter, drafts, self.policy, self.counts, self.now)
 
     @property
     def is_idle(self) -> bool:
         """Whether no sequence waits or runs."""
         return not (self.waiting or self.running)
+
+    @property
+    def last_step_s(self) -> float:
+        """When the backend or the drafter last ended a piece of work, on the core's clock."""
+        return max(self._last_step_s, self.drafting.last_s)
 
     def now(self) -> float:
         """Seconds on the core's clock."""
@@ -253,13 +243,7 @@ class EngineCore:
             return
         sequence.stats.cached_tokens = cached
         sequence.pending = sequence.ids[cached:]
-        if self.drafter is not None:
-            assert sequence.slot is not None
-            self.drafter.begin(sequence.slot.index, sequence.salt)
-            sequence.acceptance = self.acceptance
-            if not self.drafter.is_free:
-                # Texts differ: one is given up by its own guesses, not by those of others.
-                sequence.acceptance = min(self.acceptance + self.spread, _MOST_HOPE)
+        self.drafting.begin(sequence)
         self.counts["prompt"] += len(sequence.ids)
         self.counts["cached"] += cached
         self._tell_read(sequence)
@@ -328,7 +312,7 @@ class EngineCore:
         logits = self._forward([sequence], [part], [[last]])
         if logits is None:
             return
-        slot = _slot_of(sequence)
+        slot = slot_of(sequence)
         slot.extend(part)
         slot.prefilled = slot.length
         sequence.pending = sequence.pending[limit:]
@@ -341,43 +325,36 @@ class EngineCore:
         ready = [sequence for sequence in decoding if self._has_room(sequence)]
         if not ready:
             return False
-        if self.drafter is None or not self.drafting:
+        if not self.drafting.is_on:
             self._decode_run(ready if rider is None else [*ready, rider], DecodeRun((), 0))
             return rider is not None
         ridden = False
-        contexts = [self._draft_context(sequence) for sequence in ready]
-        drafts = self._offers(ready, contexts)
-        plan = self.policy.draft_plan(drafts)
-        trial = None
-        if not (self.drafter_is_free or any(run.drafted for run in plan)):
-            trial = self.policy.trial(drafts, self.trial_s)
+        contexts = [self.drafting.context(sequence) for sequence in ready]
+        drafts = self.drafting.offers(
+            ready, contexts, running=len(self.running), mean_tokens=self.mean_tokens
+        )
+        plan, is_trial = self.drafting.plan(drafts)
         before = self.counts["completion"]
         took_s = 0.0
-        for run in trial or plan:
+        for run in plan:
             rows = [ready[i] for i in run.rows]
             guessing_s = 0.0
-            if run.drafted or self.drafter_is_free:
-                guessing_s = self._propose(rows, [contexts[i] for i in run.rows], run.drafted)
+            if run.drafted or self.drafting.is_free:
+                asked = [contexts[i] for i in run.rows]
+                guessing_s = self.drafting.propose(rows, asked, run.drafted)
+                if not self.drafting.is_free:
+                    self.model_s += guessing_s
             if rider is not None and not run.drafted:
                 rows.append(rider)
                 rider, ridden = None, True
             self._decode_run(rows, run, guessing_s)
             took_s += guessing_s + self._forward_s
         tokens = self.counts["completion"] - before
-        if any(run.drafted for run in trial or plan):
-            self._count_drafts(tokens, took_s, len(ready), is_trial=trial is not None)
-        elif not self.drafter_is_free:
-            self.trial_s = min(self.trial_s + _TRIALS * took_s, _SAVED_STEPS * took_s)
+        if any(run.drafted for run in plan):
+            self.drafting.count_step(tokens, took_s, len(ready), is_trial=is_trial)
+        else:
+            self.drafting.count_plain(took_s)
         return ridden
-
-    def _count_drafts(self, tokens: int, took_s: float, batch: int, *, is_trial: bool) -> None:
-        """Compare what a decode step with drafts gave with plain steps of all its sequences."""
-        self.counts["draft_steps"] += 1
-        plain_s = self.policy.costs.mean_plain_s(batch) or took_s
-        saved_s = plain_s * tokens / batch - took_s
-        self.draft_saved_s += saved_s
-        if is_trial:
-            self.trial_s += min(saved_s, 0.0)
 
     def _decode_run(
         self, sequences: list[SequenceState], run: DecodeRun, guessing_s: float = 0.0
@@ -388,7 +365,7 @@ class EngineCore:
         """
         # A drafter may stop early, and padding must not pass the end of anyone's slot.
         longest = max(len(sequence.draft) for sequence in sequences)
-        rooms = (_slot_of(sequence).remaining - 1 for sequence in sequences)
+        rooms = (slot_of(sequence).remaining - 1 for sequence in sequences)
         drafted = min([run.drafted, longest, *rooms])
         rows = []
         for sequence in sequences:
@@ -402,14 +379,14 @@ class EngineCore:
         for sequence, row in zip(sequences, logits, strict=True):
             if sequence.cancelled or sequence.ended:  # by a stop string that was found meanwhile
                 continue
-            _slot_of(sequence).extend(sequence.pending[:1])
+            slot_of(sequence).extend(sequence.pending[:1])
             rides = len(sequence.pending) > 1
             if not sequence.stats.completion_tokens:  # a prompt's token
                 sequence.pending = sequence.pending[1:]
                 self._tell_read(sequence)
             if not (rides or sequence.ended):
                 self._sample(sequence, row, run.drafted)
-        if run.drafted and not self.drafter_is_free:
+        if run.drafted and not self.drafting.is_free:
             took_s = guessing_s + self._forward_s
             self.policy.costs.observe_drafted(batch, run.drafted, took_s)
 
@@ -420,7 +397,7 @@ class EngineCore:
         wanted: list[list[int]],
     ) -> Rows | None:
         """Run a step; if it fails, its sequences end with the error and None is returned."""
-        slots = [_slot_of(sequence) for sequence in sequences]
+        slots = [slot_of(sequence) for sequence in sequences]
         lengths = [slot.length for slot in slots]
         seq = len(tokens[0])
         try:
@@ -442,7 +419,9 @@ class EngineCore:
                     self._fail(sequence, error)
             return None
         seconds = self._forward_s = self.now() - started
-        self._show_hidden(slots, tokens)
+        hidden = self.backend.hidden_states
+        if hidden is not None:
+            self.drafting.show_hidden(slots, tokens, hidden)
         self._count_step(len(sequences) * seq, seconds)
         self.model_s += seconds
         costs = self.policy.costs
@@ -454,20 +433,8 @@ class EngineCore:
             costs.prefill.observe(seq, seconds)
         return logits
 
-    def _show_hidden(self, slots: list[Slot], tokens: list[list[int]]) -> None:
-        """Let a drafter see the hidden states of the step that has just run, if there are any."""
-        hidden = self.backend.hidden_states
-        if hidden is None:
-            return
-        for slot, row, states in zip(slots, tokens, hidden, strict=True):
-            if self.drafter is not None:
-                took_s = self._let_draft(
-                    lambda drafter, *seen: drafter.saw(*seen), slot.index, slot.ids, row, states
-                )
-                self.draft_saved_s -= took_s or 0.0
-
     def _count_step(self, tokens: int, seconds: float) -> None:
-        self.last_step_s = self.now()
+        self._last_step_s = self.now()
         self.steps += 1
         self.longest_step_s = max(self.longest_step_s, seconds)
         self.most_step_tokens = max(self.most_step_tokens, tokens)
@@ -484,7 +451,7 @@ class EngineCore:
         draft, drafted = sequence.draft, len(logits) - 1
         sequence.draft = []
         accepted = 0
-        slot = _slot_of(sequence).index
+        slot = slot_of(sequence).index
         for place, row in enumerate(logits):
             token = self._draw(sequence, row)
             if token is None or not self._deliver(sequence, token):
@@ -492,32 +459,17 @@ class EngineCore:
             right = place < len(draft) and token.id == draft[place]
             if place < len(draft):
                 # A drafted token that was not run is still a guess to learn from.
-                self._judge(sequence, right)
-            elif place < min(planned, sequence.offered) and not self.drafter_is_free:
-                self._judge(sequence, False)  # it dared no guess, which ends a draft just as well
+                self.drafting.judge(sequence, right)
+            elif place < min(planned, sequence.offered) and not self.drafting.is_free:
+                # It dared no guess, which ends a draft just as well.
+                self.drafting.judge(sequence, False)
             if not right or place == drafted:
                 sequence.pending = [token.id]
                 break
-            _slot_of(sequence).extend([token.id])
+            slot_of(sequence).extend([token.id])
             accepted += 1
-        if draft and self.drafter is not None:
-            proposed = min(len(draft), drafted)
-            self.counts["drafted"] += proposed
-            self.counts["accepted"] += accepted
-            self.drafter.observe(slot, proposed, accepted)
-
-    def _judge(self, sequence: SequenceState, right: bool) -> None:
-        """Count one drafted token as right or wrong."""
-        if self.drafter is None:
-            return
-        newest = self.drafter.newest
-        if not self.drafter.is_free:
-            sequence.verdicts += 1
-            newest = max(newest, 1 / (sequence.verdicts + _FIRST_VERDICTS))
-            self.counts["verdicts"] += 1
-            of_all = max(_NEWEST_VERDICT, 1 / (self.counts["verdicts"] + _FIRST_VERDICTS))
-            self.acceptance += of_all * (right - self.acceptance)
-        sequence.acceptance += newest * (right - sequence.acceptance)
+        if draft:
+            self.drafting.observe(slot, min(len(draft), drafted), accepted)
 
     def _draw(
         self, sequence: SequenceState, logits: NDArray[np.float32] | BestLogits
@@ -548,13 +500,13 @@ class EngineCore:
             stats.itl_s.append(now - sequence.last_s)
         stats.total_s, sequence.last_s = now - sequence.submitted_s, now
         sequence.ids.append(token.id)
-        full = self.overflow is None and _slot_of(sequence).remaining == 0
+        full = self.overflow is None and slot_of(sequence).remaining == 0
         reason: FinishReason | None = None
         if token.id in sequence.request.end_ids:
             reason = "stop"
         elif sequence.tokens_left == 0 or full:
             reason = "length"
-        if reason is None and self._overlaps and (self.drafter is None or not self.drafting):
+        if reason is None and self._overlaps and not self.drafting.is_on:
             self._drawn.append((sequence, token))
             return True
         return self._push(sequence, token, reason)
@@ -607,7 +559,7 @@ class EngineCore:
         spoilt = isinstance(error, (BackendError, ResourceError))
         if scrub and spoilt and sequence.slot is not None:
             # No more than that: on the CPU a row that nobody has touched takes no memory.
-            newest = max(len(sequence.pending), 1 + self.max_draft_tokens)
+            newest = max(len(sequence.pending), 1 + self.drafting.max_tokens)
             newest = min(newest, self.backend.max_step_tokens)
             self._scrub(sequence.slot, sequence.slot.length + newest)
         self._leave(sequence, keep=False)
@@ -631,19 +583,17 @@ class EngineCore:
 
     def _leave(self, sequence: SequenceState, *, keep: bool) -> None:
         sequence.ended = True
-        if sequence.verdicts:
-            spread = abs(sequence.acceptance - self.acceptance)
-            self.spread += _NEWEST_SPREAD * (spread - self.spread)
+        self.drafting.end(sequence)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         if sequence.slot is not None:
             self.pool.give_back(sequence.slot, keep=keep)
             sequence.slot = None
 
-    # ------------------------------------------------------------------ room and drafts
+    # ------------------------------------------------------------------ room
 
     def _has_room(self, sequence: SequenceState) -> bool:
         """Whether the next token has a row; makes one where the slot is full."""
-        slot = _slot_of(sequence)
+        slot = slot_of(sequence)
         if slot.remaining:
             return True
         assert self.overflow is not None, "a full slot ends its sequence"
@@ -661,130 +611,8 @@ class EngineCore:
             self._fail(sequence, error)
             return False
         before, slot.ids = slot.ids, ids
-        if self.drafter is not None:
-            self._let_draft(lambda drafter: drafter.slide(slot.index, before, ids))
+        self.drafting.slide(slot.index, before, ids)
         return True
-
-    @property
-    def drafter_is_free(self) -> bool:
-        """Whether guesses take no time that counts; true without a drafter."""
-        return self.drafter is None or self.drafter.is_free
-
-    def _draft_context(self, sequence: SequenceState) -> DraftContext:
-        slot = _slot_of(sequence)
-        limit = min(self.max_draft_tokens, slot.remaining - 1)
-        left = sequence.tokens_left
-        if left is not None:
-            # The token after the last right draft is sampled, too.
-            limit = min(limit, left - 1)
-        rows = sequence.ids if slot.shareable else [*slot.ids, *sequence.pending]
-        return DraftContext(slot.index, sequence.ids, rows, max(limit, 0), sequence.sampler)
-
-    def _offers(self, sequences: list[SequenceState], contexts: list[DraftContext]) -> list[Draft]:
-        """Ask how much could be drafted; one sequence is read first where that is worth it."""
-        found: list[Draft] = []
-        has_read = False
-        for sequence, context in zip(sequences, contexts, strict=True):
-            length = 0
-            if self.drafter is not None and context.limit:
-                behind = self._behind(context)
-                if (
-                    behind
-                    and not has_read
-                    and self._reads(sequence, context, behind, len(contexts))
-                ):
-                    has_read = True
-                    self._read(context, behind)
-                    behind = self._behind(context)
-                if not behind and self.drafter is not None:
-                    length = self.drafter.offer(context)
-            sequence.offered = length
-            found.append(Draft(length, sequence.acceptance))
-        return found
-
-    def _behind(self, context: DraftContext) -> int:
-        """Tokens that the drafter must read first; it may copy some that another slot has."""
-        found: list[int] = []
-        if self.drafter is not None:
-            self._let_draft(lambda drafter: found.append(drafter.behind(context)))
-        return found[0] if found else 0
-
-    def _reads(
-        self, sequence: SequenceState, context: DraftContext, behind: int, batch: int
-    ) -> bool:
-        """Whether the drafter should read on in a sequence, or may, to learn whether it pays."""
-        written, left = sequence.stats.completion_tokens, sequence.tokens_left
-        expected = self.mean_tokens - written
-        if left is not None:
-            written, expected = min(written, left), min(expected, left)
-        draft = Draft(context.limit, sequence.acceptance)
-        if self.policy.reads(behind, draft, batch, written=written, expected=expected):
-            return True
-        price_s = self.policy.costs.reading_s(behind)
-        if price_s > self.trial_s:
-            return False
-        self.trial_s -= price_s
-        return True
-
-    def _read(self, context: DraftContext, behind: int) -> None:
-        """Let the drafter read a chunk of what it lacks, as long as a stream may wait for it."""
-        costs, most = self.policy.costs, self.policy.step_tokens
-        if self.policy.target_itl_s is not None:
-            decode_s = costs.decode.estimate(len(self.running)) or 0.0
-            most = costs.reading.largest(self.policy.target_itl_s - decode_s, most)
-        took_s = self._let_draft(lambda drafter: drafter.read(context, most))
-        if took_s is not None:
-            costs.reading.observe(min(behind, most), took_s)
-            self.draft_saved_s -= took_s
-
-    def _propose(
-        self, sequences: list[SequenceState], contexts: list[DraftContext], count: int
-    ) -> float:
-        """Let the drafter guess for these sequences; returns the seconds that it took."""
-        if self.drafter is None:
-            return 0.0
-        able = [i for i, sequence in enumerate(sequences) if sequence.offered]
-        if not able:
-            return 0.0
-        if self.drafter.is_free:
-            count = self.max_draft_tokens  # what is not run is learnt from, too
-        worth = self.policy.draft_worth(len(sequences))
-        found: list[list[int]] = []
-        took_s = self._let_draft(
-            lambda drafter: found.extend(drafter.propose([contexts[i] for i in able], count, worth))
-        )
-        if took_s is None:
-            return 0.0
-        for i, draft in zip(able, found, strict=True):
-            sequences[i].draft = draft[: contexts[i].limit]
-        if not self.drafter_is_free:
-            # The guess at which it stopped took its time, too.
-            guesses = min(max(map(len, found)) + 1, count)
-            self.policy.costs.guess.observe(len(sequences), took_s / guesses)
-            self.model_s += took_s
-        return took_s
-
-    def _let_draft(self, work: Callable[..., None], *arguments: Any) -> float | None:
-        """Let the drafter do something; returns its seconds, or None if it failed.
-
-        Answers do not need it, so they go on without drafts, and the log and the stats say so.
-        """
-        assert self.drafter is not None
-        started = self.now()
-        try:
-            work(self.drafter, *arguments)
-        except EdgeError as error:
-            _log.error("no more drafts, answers go on without: %s", error)
-            self.drafts_failed = str(error)
-            self.drafter = None
-            return None
-        self.last_step_s = self.now()
-        return self.last_step_s - started
-
-
-def _slot_of(sequence: SequenceState) -> Slot:
-    assert sequence.slot is not None, "the sequence does not run"
-    return sequence.slot
 
 
 def even_chunk(pending: int, limit: int) -> int:

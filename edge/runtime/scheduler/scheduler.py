@@ -93,11 +93,11 @@ class Scheduler:
     @property
     def drafting(self) -> bool:
         """Whether the drafter is asked at all; may be set at any time, to compare."""
-        return self._core.drafting
+        return self._core.drafting.enabled
 
     @drafting.setter
     def drafting(self, value: bool) -> None:
-        self._core.drafting = value
+        self._core.drafting.enabled = value
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[SequenceState]:
         """Queue requests that belong together: all of them or none.
@@ -177,8 +177,8 @@ class Scheduler:
             drafted_tokens=counts["drafted"],
             accepted_tokens=counts["accepted"],
             draft_steps=counts["draft_steps"],
-            draft_saved_s=core.draft_saved_s,
-            drafts_failed=core.drafts_failed,
+            draft_saved_s=core.drafting.saved_s,
+            drafts_failed=core.drafting.failed,
             steps=core.steps,
             last_step_s=core.last_step_s,
             full_step_s=core.full_step_s,

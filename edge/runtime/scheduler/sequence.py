@@ -66,3 +66,9 @@ class SequenceState:
         """Number of tokens that it may still sample; None without a limit."""
         limit = self.request.params.max_tokens
         return None if limit is None else limit - self.stats.completion_tokens
+
+
+def slot_of(sequence: SequenceState) -> Slot:
+    """The slot of a sequence that runs."""
+    assert sequence.slot is not None, "the sequence does not run"
+    return sequence.slot

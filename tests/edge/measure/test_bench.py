@@ -405,8 +405,8 @@ def test_drafts_are_measured_beside_plain_answers(
 ):
     monkeypatch.setenv("COLUMNS", "200")
     # A tiny model drafts at a loss, which is what is tried here.
-    monkeypatch.setattr("edge.runtime.scheduler.core._SAVED_STEPS", 1e12)
-    monkeypatch.setattr("edge.runtime.scheduler.core._TRIALS", 1e9)
+    monkeypatch.setattr("edge.runtime.scheduler.drafting._SAVED_STEPS", 1e12)
+    monkeypatch.setattr("edge.runtime.scheduler.drafting._TRIALS", 1e9)
     draft = str(tiny_bundles("llama", quant="int4"))
     arguments = [
         *(str(tiny_bundles("qwen2")), "--prompt-tokens", "8", "--output-tokens", "10"),

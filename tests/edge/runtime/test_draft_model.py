@@ -248,7 +248,7 @@ def test_a_draft_model_changes_no_answer(
         **options,
     )
     assert pair.answers(prompts, params, **given_) == plain
-    assert pair.core.drafts_failed is None
+    assert pair.core.drafting.failed is None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -265,7 +265,7 @@ def test_the_same_model_is_always_right(
     assert counts["drafted"] == counts["accepted"] > 60
     # 4 x 40 tokens, and each step of up to 3 sequences gives each up to 5.
     assert pair.core.steps < 45
-    assert pair.core.draft_saved_s > 0
+    assert pair.core.drafting.saved_s > 0
 
 
 def test_sampled_drafts_are_right_about_as_often_as_the_distributions_overlap(
@@ -360,9 +360,9 @@ def test_a_draft_that_fails_leaves_the_answers_alone(
     pair.draft.fails = True
     with caplog.at_level(logging.ERROR):
         assert pair.answers(prompts, params) == expected
-    assert "the engine failed, as it was told to" in str(pair.core.drafts_failed)
+    assert "the engine failed, as it was told to" in str(pair.core.drafting.failed)
     assert "answers go on without" in caplog.text
-    assert pair.core.drafter is None
+    assert pair.core.drafting.drafter is None
 
 
 def test_an_unsure_draft_stops_early(tables: Callable[[int], EmbeddingTable]):
@@ -435,10 +435,10 @@ def test_drafts_cost_little_where_they_do_not_pay(
     plain, _ = _speed(tables, None, seconds, 0, batch)
     wrong, core = _speed(tables, unrelated, seconds, 0.25, batch)
     assert 0.9 < wrong / plain < 1.01
-    assert core.acceptance < 0.3
+    assert core.drafting.acceptance < 0.3
     dear, core = _speed(tables, TARGET, seconds, 0.95, batch)
     assert dear / plain > 0.9
-    assert core.trial_s >= -0.1  # no more was lost to trials than was saved for them
+    assert core.drafting.trial_s >= -0.1  # no more was lost to trials than was saved for them
 
 
 def test_drafts_pay_where_they_are_right_and_cheap(tables: Callable[[int], EmbeddingTable]):
@@ -447,7 +447,7 @@ def test_drafts_pay_where_they_are_right_and_cheap(tables: Callable[[int], Embed
     assert right / plain > 2
     # What the core says it saved is what it saved.
     tokens = core.counts["completion"]
-    assert core.draft_saved_s == pytest.approx(tokens / plain - tokens / right, rel=0.15)
+    assert core.drafting.saved_s == pytest.approx(tokens / plain - tokens / right, rel=0.15)
     often, _ = _speed(tables, similar(TARGET, 1), _on_gpu, 0.2, 1)
     assert often / plain > 1.15
 
@@ -511,11 +511,11 @@ def test_the_real_engines_give_the_answers_of_one(
     ]
 
     # A tiny model drafts at a loss, which is what is tried here.
-    monkeypatch.setattr("edge.runtime.scheduler.core._SAVED_STEPS", 1e12)
+    monkeypatch.setattr("edge.runtime.scheduler.drafting._SAVED_STEPS", 1e12)
 
     def answers(**options: Any) -> tuple[list[Any], Any]:
         with LLM(bundle, num_threads=1, num_slots=3, **options) as llm:
-            llm.scheduler._core.trial_s = 1e9
+            llm.scheduler._core.drafting.trial_s = 1e9
             queued = [g for p, params, more in jobs for g in llm.submit(p, params, **more)]
             results = [generation.result() for generation in queued]
             return [(r.tokens, r.text, r.finish_reason) for r in results], llm.scheduler.stats()

@@ -301,7 +301,7 @@ def test_a_head_changes_no_answer(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eagle3, "MOST_WAITING", most_waiting)
         assert pair.answers(prompts, params, **given_) == plain
-    assert pair.core.drafts_failed is None
+    assert pair.core.drafting.failed is None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -372,7 +372,7 @@ def test_hidden_states_that_are_no_numbers_reach_no_cache(table: EmbeddingTable)
     pair.target.spoils_at = 10
     found = pair.answers([prompt], params)
     assert found == Pair(table, None).answers([prompt], params)
-    assert pair.core.drafts_failed is None
+    assert pair.core.drafting.failed is None
     assert len(pair.head.rows[0][0]) > 10
     assert pair.core.counts["accepted"] > 10
 
@@ -398,8 +398,8 @@ def test_a_head_that_fails_leaves_the_answers_alone(table: EmbeddingTable):
     pair = Pair(table, TARGET)
     pair.head.fails = True
     assert pair.answers(prompts, params) == Pair(table, None).answers(prompts, params)
-    assert "the head failed, as it was told to" in str(pair.core.drafts_failed)
-    assert pair.core.drafter is None
+    assert "the head failed, as it was told to" in str(pair.core.drafting.failed)
+    assert pair.core.drafting.drafter is None
 
 
 # Real engines
@@ -444,11 +444,11 @@ def test_the_real_engines_give_the_answers_of_one(bundle: Path, monkeypatch: pyt
         ("to the end", SamplingParams(temperature=0.7, seed=1, ignore_eos=True), {}),
     ]
     # A random head drafts at a loss, which is what is tried here.
-    monkeypatch.setattr("edge.runtime.scheduler.core._SAVED_STEPS", 1e12)
+    monkeypatch.setattr("edge.runtime.scheduler.drafting._SAVED_STEPS", 1e12)
 
     def answers(**options: Any) -> tuple[list[Any], Any]:
         with LLM(bundle, num_threads=1, num_slots=3, **options) as llm:
-            llm.scheduler._core.trial_s = 1e9
+            llm.scheduler._core.drafting.trial_s = 1e9
             queued = [g for p, params, more in jobs for g in llm.submit(p, params, **more)]
             results = [generation.result() for generation in queued]
             return [(r.tokens, r.text, r.finish_reason) for r in results], llm.scheduler.stats()

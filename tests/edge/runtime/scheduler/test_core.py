@@ -270,7 +270,7 @@ class Life(RuleBasedStateMachine):
     def books_are_true(self) -> None:
         if hasattr(self, "engine"):
             self.engine.check_books()
-            drafter = self.engine.core.drafter
+            drafter = self.engine.core.drafting.drafter
             if self.draft is not None and isinstance(drafter, ModelDrafter):
                 for slot, ids in enumerate(drafter._ids):
                     assert self.draft.rows_of(slot, len(ids)) == ids
@@ -512,7 +512,7 @@ def test_scrubbing_touches_no_row_that_the_step_cannot_have_written(
     engine.backend.fails = True
     engine.submit(make_request([9] * prompt))
     engine.run()
-    drafts = engine.core.max_draft_tokens
+    drafts = engine.core.drafting.max_tokens
     zeroed = max(prompt, 1 + drafts)
     assert zeroed < engine.backend.max_step_tokens
     rows = engine.backend.rows_of(0, engine.backend.capacity)

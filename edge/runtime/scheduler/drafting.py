@@ -1,0 +1,281 @@
+"""Has the core's drafter read and guess, and keeps the account of whether drafts pay."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import EdgeError
+from edge.runtime.kv_cache import Slot
+
+from .policy import DecodeRun, Draft, Policy
+from .request import DraftContext, Drafter
+from .sequence import SequenceState, slot_of
+
+_log = logging.getLogger(__name__)
+_NEWEST_VERDICT = 0.01  # weight of the newest verdict on a draft for what new sequences start with
+_FIRST_VERDICTS = 4  # that many verdicts weigh as much as what was believed before any
+_FIRST_SPREAD = 0.2  # of acceptance between sequences, before any is known
+_NEWEST_SPREAD = 0.1
+_MOST_HOPE = 0.95  # acceptance that a sequence starts with at most
+_TRIALS = 0.03  # of the time of plain steps may be lost to learn whether drafts pay by now
+_SAVED_STEPS = 40  # what is saved up for trials, in plain steps
+
+
+class Drafting:
+    """The drafter of all sequences, and what is known of its guesses.
+
+    Args:
+        drafter: guesses tokens; None runs without speculation.
+        max_tokens: the most tokens of a draft.
+        policy: decides how far to draft.
+        counts: the core's; drafts and verdicts are counted there.
+        now: returns monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter | None,
+        max_tokens: int,
+        policy: Policy,
+        counts: Counter[str],
+        now: Callable[[], float],
+    ) -> None:
+        self.drafter = drafter
+        self.max_tokens = max_tokens
+        self._policy = policy
+        self._counts = counts
+        self._now = now
+        self.enabled = True
+        self.acceptance = 0.0 if drafter is None else drafter.first_guess
+        self.spread = _FIRST_SPREAD  # of acceptance from sequence to sequence, running mean
+        self.trial_s = 0.0  # may be lost to drafts that do not seem to pay
+        self.saved_s = 0.0
+        self.failed: str | None = None
+        self.last_s = 0.0  # when the drafter last ended something
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the drafter is asked."""
+        return self.drafter is not None and self.enabled
+
+    @property
+    def is_free(self) -> bool:
+        """Whether guesses take no time that counts; true without a drafter."""
+        return self.drafter is None or self.drafter.is_free
+
+    # ------------------------------------------------------------------ the life of a sequence
+
+    def begin(self, sequence: SequenceState) -> None:
+        """Start a sequence, which has its slot."""
+        if self.drafter is None:
+            return
+        self.drafter.begin(slot_of(sequence).index, sequence.salt)
+        sequence.acceptance = self.acceptance
+        if not self.drafter.is_free:
+            # Texts differ: one is given up by its own guesses, not by those of others.
+            sequence.acceptance = min(self.acceptance + self.spread, _MOST_HOPE)
+
+    def end(self, sequence: SequenceState) -> None:
+        """Learn from a sequence how far texts differ."""
+        if sequence.verdicts:
+            spread = abs(sequence.acceptance - self.acceptance)
+            self.spread += _NEWEST_SPREAD * (spread - self.spread)
+
+    def slide(self, slot: int, before: list[int], after: list[int]) -> None:
+        """Tell the drafter that a full slot has other tokens now."""
+        if self.drafter is not None:
+            self._let(lambda drafter: drafter.slide(slot, before, after))
+
+    def show_hidden(
+        self, slots: list[Slot], tokens: list[list[int]], hidden: NDArray[np.float32]
+    ) -> None:
+        """Let the drafter see the hidden states of the step that has just run."""
+        for slot, row, states in zip(slots, tokens, hidden, strict=True):
+            if self.drafter is not None:
+                took_s = self._let(
+                    lambda drafter, *seen: drafter.saw(*seen), slot.index, slot.ids, row, states
+                )
+                self.saved_s -= took_s or 0.0
+
+    # ------------------------------------------------------------------ one decode step
+
+    def context(self, sequence: SequenceState) -> DraftContext:
+        """What the drafter sees of a sequence."""
+        slot = slot_of(sequence)
+        limit = min(self.max_tokens, slot.remaining - 1)
+        left = sequence.tokens_left
+        if left is not None:
+            # The token after the last right draft is sampled, too.
+            limit = min(limit, left - 1)
+        rows = sequence.ids if slot.shareable else [*slot.ids, *sequence.pending]
+        return DraftContext(slot.index, sequence.ids, rows, max(limit, 0), sequence.sampler)
+
+    def offers(
+        self,
+        sequences: list[SequenceState],
+        contexts: list[DraftContext],
+        *,
+        running: int,
+        mean_tokens: float,
+    ) -> list[Draft]:
+        """Ask how much could be drafted; one sequence is read first where that is worth it.
+
+        Args:
+            sequences: those that decode.
+            contexts: of each.
+            running: how many sequences run, so wait while the drafter reads.
+            mean_tokens: of an answer.
+        """
+        found: list[Draft] = []
+        has_read = False
+        for sequence, context in zip(sequences, contexts, strict=True):
+            length = 0
+            if self.drafter is not None and context.limit:
+                behind = self._behind(context)
+                if (
+                    behind
+                    and not has_read
+                    and self._reads(sequence, context, behind, len(contexts), mean_tokens)
+                ):
+                    has_read = True
+                    self._read(context, behind, running)
+                    behind = self._behind(context)
+                if not behind and self.drafter is not None:
+                    length = self.drafter.offer(context)
+            sequence.offered = length
+            found.append(Draft(length, sequence.acceptance))
+        return found
+
+    def plan(self, drafts: list[Draft]) -> tuple[list[DecodeRun], bool]:
+        """The runs of a decode step, and whether they are a trial, which may be at a loss."""
+        plan = self._policy.draft_plan(drafts)
+        if not (self.is_free or any(run.drafted for run in plan)):
+            trial = self._policy.trial(drafts, self.trial_s)
+            if trial is not None:
+                return trial, True
+        return plan, False
+
+    def propose(
+        self, sequences: list[SequenceState], contexts: list[DraftContext], count: int
+    ) -> float:
+        """Let the drafter guess for these sequences; returns the seconds that it took."""
+        if self.drafter is None:
+            return 0.0
+        able = [i for i, sequence in enumerate(sequences) if sequence.offered]
+        if not able:
+            return 0.0
+        if self.drafter.is_free:
+            count = self.max_tokens  # what is not run is learnt from, too
+        worth = self._policy.draft_worth(len(sequences))
+        found: list[list[int]] = []
+        took_s = self._let(
+            lambda drafter: found.extend(drafter.propose([contexts[i] for i in able], count, worth))
+        )
+        if took_s is None:
+            return 0.0
+        for i, draft in zip(able, found, strict=True):
+            sequences[i].draft = draft[: contexts[i].limit]
+        if not self.is_free:
+            # The guess at which it stopped took its time, too.
+            guesses = min(max(map(len, found)) + 1, count)
+            self._policy.costs.guess.observe(len(sequences), took_s / guesses)
+        return took_s
+
+    def judge(self, sequence: SequenceState, right: bool) -> None:
+        """Count one drafted token as right or wrong."""
+        if self.drafter is None:
+            return
+        newest = self.drafter.newest
+        if not self.drafter.is_free:
+            sequence.verdicts += 1
+            newest = max(newest, 1 / (sequence.verdicts + _FIRST_VERDICTS))
+            self._counts["verdicts"] += 1
+            of_all = max(_NEWEST_VERDICT, 1 / (self._counts["verdicts"] + _FIRST_VERDICTS))
+            self.acceptance += of_all * (right - self.acceptance)
+        sequence.acceptance += newest * (right - sequence.acceptance)
+
+    def observe(self, slot: int, proposed: int, accepted: int) -> None:
+        """Count a draft that was run, and tell the drafter what became of it."""
+        if self.drafter is not None:
+            self._counts["drafted"] += proposed
+            self._counts["accepted"] += accepted
+            self.drafter.observe(slot, proposed, accepted)
+
+    def count_step(self, tokens: int, took_s: float, batch: int, *, is_trial: bool) -> None:
+        """Compare what a decode step with drafts gave with plain steps of all its sequences."""
+        self._counts["draft_steps"] += 1
+        plain_s = self._policy.costs.mean_plain_s(batch) or took_s
+        saved_s = plain_s * tokens / batch - took_s
+        self.saved_s += saved_s
+        if is_trial:
+            self.trial_s += min(saved_s, 0.0)
+
+    def count_plain(self, took_s: float) -> None:
+        """Save up a share of a decode step without drafts, for trials."""
+        if not self.is_free:
+            self.trial_s = min(self.trial_s + _TRIALS * took_s, _SAVED_STEPS * took_s)
+
+    # ------------------------------------------------------------------ the drafter's reading
+
+    def _behind(self, context: DraftContext) -> int:
+        """Tokens that the drafter must read first; it may copy some that another slot has."""
+        found: list[int] = []
+        if self.drafter is not None:
+            self._let(lambda drafter: found.append(drafter.behind(context)))
+        return found[0] if found else 0
+
+    def _reads(
+        self,
+        sequence: SequenceState,
+        context: DraftContext,
+        behind: int,
+        batch: int,
+        mean_tokens: float,
+    ) -> bool:
+        """Whether the drafter should read on in a sequence, or may, to learn whether it pays."""
+        written, left = sequence.stats.completion_tokens, sequence.tokens_left
+        expected = mean_tokens - written
+        if left is not None:
+            written, expected = min(written, left), min(expected, left)
+        draft = Draft(context.limit, sequence.acceptance)
+        if self._policy.reads(behind, draft, batch, written=written, expected=expected):
+            return True
+        price_s = self._policy.costs.reading_s(behind)
+        if price_s > self.trial_s:
+            return False
+        self.trial_s -= price_s
+        return True
+
+    def _read(self, context: DraftContext, behind: int, running: int) -> None:
+        """Let the drafter read a chunk of what it lacks, as long as a stream may wait for it."""
+        costs, most = self._policy.costs, self._policy.step_tokens
+        if self._policy.target_itl_s is not None:
+            decode_s = costs.decode.estimate(running) or 0.0
+            most = costs.reading.largest(self._policy.target_itl_s - decode_s, most)
+        took_s = self._let(lambda drafter: drafter.read(context, most))
+        if took_s is not None:
+            costs.reading.observe(min(behind, most), took_s)
+            self.saved_s -= took_s
+
+    def _let(self, work: Callable[..., None], *arguments: Any) -> float | None:
+        """Let the drafter do something; returns its seconds, or None if it failed.
+
+        Answers do not need it, so they go on without drafts, and the log and the stats say so.
+        """
+        assert self.drafter is not None
+        started = self._now()
+        try:
+            work(self.drafter, *arguments)
+        except EdgeError as error:
+            _log.error("no more drafts, answers go on without: %s", error)
+            self.failed = str(error)
+            self.drafter = None
+            return None
+        self.last_s = self._now()
+        return self.last_s - started
