@@ -44,20 +44,12 @@ from engines.config import BuildConfig
 from engines.graph import graph_files, graph_of
 from engines.ladder import scales_to_try
 from engines.store import EngineStore
-from tests import fake_builder, fake_plugin_v3
-from tests.fake_builder import (
-    DTYPES,
-    PLAN_MAGIC,
-    Builder,
-    DataType,
-    ILogger,
-    Planted,
-    Pretended,
-    Severity,
-    shape_inputs,
-)
+from tests import fake_network, fake_plugin_v3
+from tests.fake_builder import PLAN_MAGIC, Builder, shape_inputs
 from tests.fake_cuda import POISON, FakeGpu, RuleError, Work
 from tests.fake_inspector import inspector_json, layer_names
+from tests.fake_network import DTYPES, DataType, ILogger, Planted, Pretended, Severity
+from tests.fake_parser import OnnxParser
 
 ALIGNMENT = 256
 # Of device memory, that an execution context keeps. TensorRT for RTX 1.7.1 reports none at build.
@@ -562,16 +554,17 @@ def make_module(
     module.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     module.LayerInformationFormat, module.IProfiler = LayerInformationFormat, IProfiler
     module.ICudaEngine, module.IExecutionContext = FakeEngine, FakeContext
-    for each in fake_builder.NAMES:
-        setattr(module, each, getattr(fake_builder, each))
+    module.OnnxParser = OnnxParser
+    for each in fake_network.NAMES:
+        setattr(module, each, getattr(fake_network, each))
     for plugin_name, thing in fake_plugin_v3.NAMES.items() if flavour == "tensorrt" else ():
         setattr(module, plugin_name, thing)
     if pretended.release >= (10, 14):
-        module.IAttention = fake_builder.Attention
-        module.IAttentionOutputLayer = fake_builder.AttentionOutputLayer
-        module.AttentionNormalizationOp = fake_builder.AttentionNormalizationOp
+        module.IAttention = fake_network.Attention
+        module.IAttentionOutputLayer = fake_network.AttentionOutputLayer
+        module.AttentionNormalizationOp = fake_network.AttentionNormalizationOp
     if pretended.release >= (11, 0):
-        module.CausalMaskKind = fake_builder.CausalMaskKind
+        module.CausalMaskKind = fake_network.CausalMaskKind
     module.Builder = functools.partial(Builder, pretended)
 
     class Runtime:

@@ -29,14 +29,15 @@ from engines.compat import TensorRT
 from engines.config import BuildConfig
 from engines.rules.bundle import check_bundle_rules, parse_versions
 from engines.rules.table import RULES, VERSIONS
-from tests import fake_builder
+from tests import fake_builder, fake_network, fake_parser
 from tests.conftest import RUNNABLE, Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.edge.backends.tensorrt.test_runner import ATOL, GpuRunner
 from tests.engines.rules.test_bundle import plant
 from tests.engines.rules.test_rules import PLANTED
-from tests.fake_builder import Planted, TimingCache
+from tests.fake_builder import TimingCache
 from tests.fake_cuda import FakeGpu, RuleError
+from tests.fake_network import Planted
 from tests.fake_tensorrt import (
     NO_CUDA,
     FakeEngine,
@@ -213,7 +214,7 @@ def test_every_fault_that_the_table_knows_is_refused(
     module = make_module(gpu, "10.16.2.10" if rule == "int8-half-scale" else "11.1.0.9")
     said: list[str] = []
 
-    class Logger(fake_builder.ILogger):
+    class Logger(fake_network.ILogger):
         def log(self, severity: Any, msg: str) -> None:
             said.append(msg)
 
@@ -228,7 +229,7 @@ def test_every_fault_that_the_table_knows_is_refused(
 
 
 def test_the_rules_that_it_knows_by_name_are_in_the_table() -> None:
-    assert {rule.name for rule in RULES} >= fake_builder.SILENT_RULES
+    assert {rule.name for rule in RULES} >= fake_parser.SILENT_RULES
 
 
 def test_a_file_that_is_not_there_is_a_parsers_error(copied: Any) -> None:

@@ -14,9 +14,9 @@ from edge.device import machine, scheme_probe
 from edge.device.machine import Machine
 from edge.device.scheme_probe import SCHEMES, Verdict, probe_schemes
 from tests.conftest import require_kernels
-from tests.fake_builder import Planted
 from tests.fake_cuda import FakeGpu
 from tests.fake_inspector import inspector_json
+from tests.fake_network import Planted
 from tests.fake_tensorrt import emptied, install
 from tests.parity import FP16_KERNELS
 

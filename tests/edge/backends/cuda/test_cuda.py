@@ -25,7 +25,7 @@ from edge.backends.cuda.errors import explain_init_failure
 from edge.device.nodes import find_gpu_node
 from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError
-from tests import fake_builder, fake_tensorrt
+from tests import fake_builder, fake_network, fake_parser, fake_tensorrt
 from tests import fake_cuda_bindings as fake_bindings
 from tests.fake_cuda import DRIVERS, CaptureMode, FakeGpu
 
@@ -272,15 +272,15 @@ def bound_arguments(method: Any) -> list[str]:
         ),
         (fake_builder.OptimizationProfile, "IOptimizationProfile", "set_shape set_shape_input"),
         (
-            fake_builder.Network,
+            fake_network.Network,
             "INetworkDefinition",
             "get_layer get_input get_output add_shape add_slice add_elementwise add_cast "
             "add_attention_v2",
         ),
-        (fake_builder.Layer, "ILayer", "get_input get_output set_input"),
-        (fake_builder.Attention11, "IAttention", "get_input get_output"),
-        (fake_builder.OnnxParser, "OnnxParser", "parse get_error"),
-        (fake_builder.ParserError, "ParserError", "node_name node_operator desc code file line"),
+        (fake_network.Layer, "ILayer", "get_input get_output set_input"),
+        (fake_network.Attention11, "IAttention", "get_input get_output"),
+        (fake_parser.OnnxParser, "OnnxParser", "parse get_error"),
+        (fake_parser.ParserError, "ParserError", "node_name node_operator desc code file line"),
     ],
 )
 def test_the_stand_in_has_tensorrt_s_names_and_arguments(ours: Any, theirs: str, methods: str):
@@ -301,8 +301,8 @@ def test_the_stand_in_has_tensorrt_s_enums():
         trt.ExecutionContextAllocationStrategy.__members__
     )
     assert {m.name for m in fake_tensorrt.TensorLocation} == set(trt.TensorLocation.__members__)
-    assert {m.name for m in fake_builder.DataType} <= set(trt.DataType.__members__)
-    assert {m.name for m in fake_builder.Severity} == set(trt.ILogger.Severity.__members__)
+    assert {m.name for m in fake_network.DataType} <= set(trt.DataType.__members__)
+    assert {m.name for m in fake_network.Severity} == set(trt.ILogger.Severity.__members__)
     for name in ("device_memory_size_v2", "num_io_tensors", "num_optimization_profiles"):
         assert hasattr(trt.ICudaEngine, name)
 

@@ -59,7 +59,7 @@ from engines.build_plan import plan_build
 from engines.config import BuildConfig
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
-from tests.fake_builder import OptimizationProfile, Planted
+from tests.fake_builder import OptimizationProfile
 from tests.fake_cuda import (
     DRIVERS,
     ILLEGAL_ADDRESS,
@@ -69,6 +69,7 @@ from tests.fake_cuda import (
     FakeStream,
     RuleError,
 )
+from tests.fake_network import Planted
 from tests.fake_tensorrt import (
     CONTEXT_BYTES,
     NO_CUDA,
