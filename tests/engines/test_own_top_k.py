@@ -39,8 +39,8 @@ from engines.own_kernels import use_own_kernels
 from engines.own_top_k import KEYS, use_own_top_k
 from tests.conftest import Bundles
 from tests.edge.backends.runner import random_ids
+from tests.edge.backends.tensorrt.gpu_runner import GpuRunner
 from tests.edge.backends.tensorrt.test_best_logits import best_step
-from tests.edge.backends.tensorrt.test_runner import GpuRunner
 from tests.engines.test_own_kernels import (
     bundle,
     gpu,

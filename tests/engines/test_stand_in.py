@@ -32,7 +32,7 @@ from engines.rules.table import RULES, VERSIONS
 from tests import fake_builder, fake_network, fake_parser
 from tests.conftest import RUNNABLE, Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
-from tests.edge.backends.tensorrt.test_runner import ATOL, GpuRunner
+from tests.edge.backends.tensorrt.gpu_runner import ATOL, GpuRunner
 from tests.engines.rules.test_bundle import plant
 from tests.engines.rules.test_rules import PLANTED
 from tests.fake_builder import TimingCache

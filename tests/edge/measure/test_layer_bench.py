@@ -17,7 +17,7 @@ from edge.bundle.engine_layers import layers_path, read_layers
 from edge.cli.bench import bench
 from edge.errors import ConfigError
 from tests.conftest import Bundles, require_kernels
-from tests.edge.backends.tensorrt.test_runner import GpuRunner
+from tests.edge.backends.tensorrt.gpu_runner import GpuRunner
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import emptied, install, write_engine
 

@@ -26,18 +26,14 @@ from engines.graph import graph_of
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 from tests.edge.backends.runner import random_ids
-from tests.edge.backends.tensorrt.test_runner import (
+from tests.edge.backends.tensorrt.gpu_runner import (
     DIALECTS,
     ENGINE,
     EngineBundles,
     GpuRunner,
     both_drivers,
-    engine_bundles,
-    gpu,
 )
 from tests.fake_cuda import FakeGpu
-
-__all__ = ["engine_bundles", "gpu"]  # fixtures
 
 KEEP = 16
 

@@ -27,21 +27,11 @@ from engines.build_plan import plan_build
 from engines.config import BuildConfig
 from tests.conftest import Bundles
 from tests.edge.backends.runner import Runner, random_ids
-from tests.edge.backends.tensorrt.test_runner import (
-    CAPACITY,
-    EngineBundles,
-    GpuRunner,
-    both_drivers,
-    engine_bundles,
-    gpu,
-)
+from tests.edge.backends.tensorrt.gpu_runner import CAPACITY, EngineBundles, GpuRunner, both_drivers
 from tests.fake_cuda import FakeGpu
 from tests.manifests import make_manifest, make_model
 from tests.parity import FP16_KERNELS
 from tests.tiny_models import KINDS
-
-__all__ = ["engine_bundles", "gpu"]  # fixtures
-
 
 # The engine rounds to 8 bits what is fp16, the reference what is fp32: a value between two integers
 # may go either way, and then a row differs by a whole step.
