@@ -41,14 +41,7 @@ from tests.conftest import Bundles
 from tests.edge.backends.runner import random_ids
 from tests.edge.backends.tensorrt.gpu_runner import GpuRunner
 from tests.edge.backends.tensorrt.test_best_logits import best_step
-from tests.engines.test_own_kernels import (
-    bundle,
-    gpu,
-    needs_a_runner,
-    only_engine,
-    run,
-    target,
-)
+from tests.engines.own_builds import bundle, gpu, needs_a_runner, only_engine, run, target
 from tests.fake_cuda import FakeGpu
 from tests.own_kernel_graphs import compute_all, inputs_of
 

@@ -1,0 +1,137 @@
+"""Rewrites graphs and builds engines with own kernels, and holds them against the bundle."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from numpy.testing import assert_array_equal
+
+from edge.bundle.engine_file import EngineInfo, find_engines, read_engine_info
+from edge.bundle.manifest import read_manifest
+from edge.bundle.onnx_file import OnnxFile
+from edge.bundle.onnx_values import Constants
+from edge.device.gpu import Gpu
+from engines import builder
+from engines.builder import Target
+from engines.cli import build
+from engines.compat import TensorRT
+from engines.kernels.layout import unpack_weights
+from engines.own_kernels import OwnGraph, use_own_kernels
+from export.pipeline import ExportConfig, export_checkpoint
+from tests.conftest import RUNNABLE, Bundles
+from tests.fake_cuda import FakeGpu
+from tests.fake_plugin import PLUGINS
+from tests.fake_tensorrt import emptied, install, make_module
+
+JETPACK6 = "10.3.0.30"
+needs_a_runner = pytest.mark.skipif(
+    RUNNABLE != "native", reason="needs ONNX Runtime >= 1.26 for dialect native"
+)
+
+
+def rewrite(bundle: Path, directory: Path, data: bytes | None = None) -> OwnGraph:
+    directory.mkdir()
+    graph = data or (bundle / "decoder.onnx").read_bytes()
+    return use_own_kernels(graph, read_manifest(bundle), bundle, directory)
+
+
+def export(source: Path, output: Path, **options: Any) -> Path:
+    config = {"quant": "int4", "dialect": "portable", "kv_capacity": 64, **options}
+    if config["quant"] == "int4":
+        config.setdefault("method", "rtn")
+    export_checkpoint(ExportConfig(source=str(source), output=output, **config))
+    return output
+
+
+def check_graph(bundle: Path, own: OwnGraph) -> None:
+    """Nothing is left over of what was replaced, and the weights are as many bytes."""
+    before = OnnxFile((bundle / "decoder.onnx").read_bytes())
+    after = OnnxFile(own.data)
+    plugins = [node for node in after.nodes if node.domain == "edge_llm"]
+    assert [node.name for node in plugins] == [f"{name}/w4_linear" for name in own.linears]
+    made = {name for node in after.nodes for name in node.outputs}
+    read = {name for node in after.nodes for name in node.inputs}
+    for name in own.linears:
+        assert not {f"{name}.dequantized", f"{name}.high_dequantized"} & made
+    constants = Constants(after, own.path.parent)
+    assert constants.initializers <= read
+    old = Constants(before, bundle)
+    packed = own.path.parent / "decoder.onnx.own"
+    used = stored_bytes = 0
+    for node in plugins:
+        weights = constants.get(node.inputs[1])
+        assert weights is not None
+        assert weights.location == packed.name
+        assert weights.offset % 4096 == 0
+        words = constants.values(weights.name)
+        assert words is not None
+        name = node.name.removesuffix("/w4_linear")
+        for place, plane in enumerate(unpack_weights(words.reshape(weights.shape))):
+            part = "high_" if place else ""
+            stored = _stored(before, old, f"{name}.{part}dequantized", bundle)
+            assert_array_equal(plane, stored)
+            stored_bytes = stored.size // 2
+            used += stored_bytes
+        assert weights.num_bytes == weights.shape[1] * stored_bytes
+    assert used <= packed.stat().st_size <= used + (len(plugins) + 1) * 4096
+    assert (own.path.parent / "decoder.onnx.data").resolve() == bundle / "decoder.onnx.data"
+    assert after.opsets["edge_llm"] == 1
+
+
+def _stored(graph: OnnxFile, constants: Constants, weight: str, bundle: Path) -> Any:
+    """INT4 as numbers, read in the plainest way."""
+    (node,) = (each for each in graph.nodes if weight in each.outputs)
+    constant = constants.get(node.inputs[0])
+    assert constant is not None
+    with (bundle / "decoder.onnx.data").open("rb") as file:
+        file.seek(constant.offset)
+        raw = file.read(constant.num_bytes)
+    nibbles = [part for byte in raw for part in (byte & 15, byte >> 4)]
+    signed = [nibble - 16 if nibble > 7 else nibble for nibble in nibbles]
+    return np.array(signed[: constant.volume], np.int8).reshape(constant.shape)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    device = FakeGpu()
+    install(monkeypatch, device)
+    monkeypatch.setattr(PLUGINS, "known", {})
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", PLUGINS.module())
+    device.push()  # the build reads the layers, for which TensorRT takes the primary context
+    with emptied(device):
+        yield device
+        device.pop()
+
+
+@pytest.fixture
+def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundles("qwen2", "native", "int4"), tmp_path / "bundle"))
+
+
+@pytest.fixture
+def target(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Target:
+    found = target_of(gpu)
+    monkeypatch.setattr(builder, "find_target", lambda **_options: found)
+    return found
+
+
+def target_of(gpu: FakeGpu, version: str = "10.16.2.10") -> Target:
+    module = make_module(gpu, version)
+    return Target(TensorRT(module, "tensorrt", version), Gpu("Orin", "8.7"), "8.7")
+
+
+def run(bundle: Path, *arguments: str) -> Any:
+    line = [str(bundle), "--max-prefill", "32", *arguments]
+    return CliRunner().invoke(build, line, catch_exceptions=False)
+
+
+def only_engine(bundle: Path) -> tuple[Path, EngineInfo]:
+    (directory,) = find_engines(bundle)
+    return directory, read_engine_info(directory)
