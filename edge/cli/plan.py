@@ -17,6 +17,8 @@ from .tables import FigureTable, make_table
 
 if TYPE_CHECKING:
     from edge.bundle.manifest import Dialect
+    from edge.planner.engine import Asked, PlannedEngine
+    from edge.planner.models import PlannedModel
     from edge.planner.plan import Device, Plan
     from edge.planner.speed import Efficiency, StepKind
 
@@ -107,22 +109,15 @@ def plan(
     of r1-qwen-1.5b, r1-qwen-7b, r1-llama-8b and r1-qwen3-8b, also under the names that pull knows.
     Of a bundle with an engine for an Orin the speed is that of this engine's layers.
     """
-    from edge.planner.engine import Asked, PlannedEngine, find_engine
+    from edge.planner.engine import Asked, PlannedEngine
     from edge.planner.memory import Deployment
-    from edge.planner.models import BUILT_IN, check_tokenizers, find_head, find_model
+    from edge.planner.models import BUILT_IN, find_model
     from edge.planner.picture import draw_plan
     from edge.planner.plan import CPU, make_plan
 
     planned = find_model(model)
     target, efficiency = take_device(device, power_mode, calibrate)
-    engine: PlannedEngine | str | None = None
-    if no_engine and (planned.bundle is None or target.name == CPU):
-        raise ConfigError("--no-engine is for a bundle on an Orin; leave it out")
-    if no_engine:
-        engine = "--no-engine was given"
-    elif planned.bundle is not None and planned.manifest is not None and target.name != CPU:
-        asked = Asked(batch, kv_capacity, max_prefill)
-        engine = find_engine(planned.bundle, planned.manifest, asked)
+    engine = _find_engine(planned, target, Asked(batch, kv_capacity, max_prefill), no_engine)
     if isinstance(engine, PlannedEngine):
         kv_capacity = engine.kv_capacity
         max_prefill = max_prefill or min(DEFAULT_MAX_PREFILL, engine.max_prefill)
@@ -149,17 +144,6 @@ def plan(
             )
     chunk = min(max_prefill or DEFAULT_MAX_PREFILL, kv_capacity)
     deployment = Deployment(backend, batch, kv_capacity, chunk, dialect, int8_layers)
-    drafting = None
-    if draft == str(EAGLE3):
-        if backend != "ort-cpu":
-            raise ConfigError(
-                "--draft eagle3 is for ONNX Runtime: TensorRT engines put out no hidden states; "
-                "plan it with --device cpu, or a draft model"
-            )
-        drafting = find_head(planned)
-    elif draft is not None:
-        drafting = find_model(draft)
-        check_tokenizers(planned, drafting)
     result = make_plan(
         planned,
         target,
@@ -167,7 +151,7 @@ def plan(
         efficiency,
         quants=quants,
         contexts=sorted(set(contexts)),
-        draft=drafting,
+        draft=None if draft is None else _find_draft(draft, planned, backend),
         engine=engine,
     )
     if svg is not None:
@@ -203,6 +187,38 @@ def take_device(
     if target.name == CPU:
         target = dataclasses.replace(target, usable_bytes=read_available_memory_bytes())
     return target, efficiency
+
+
+def _find_engine(
+    planned: PlannedModel, target: Device, asked: Asked, no_engine: bool
+) -> PlannedEngine | str | None:
+    """The bundle's engine, or why there is none to go by; None where none could be."""
+    from edge.planner.engine import find_engine
+    from edge.planner.plan import CPU
+
+    if planned.bundle is None or planned.manifest is None or target.name == CPU:
+        if no_engine:
+            raise ConfigError("--no-engine is for a bundle on an Orin; leave it out")
+        return None
+    if no_engine:
+        return "--no-engine was given"
+    return find_engine(planned.bundle, planned.manifest, asked)
+
+
+def _find_draft(draft: str, planned: PlannedModel, backend: str) -> PlannedModel:
+    """The model or the head that ``--draft`` names."""
+    from edge.planner.models import check_tokenizers, find_head, find_model
+
+    if draft == str(EAGLE3):
+        if backend != "ort-cpu":
+            raise ConfigError(
+                "--draft eagle3 is for ONNX Runtime: TensorRT engines put out no hidden states; "
+                "plan it with --device cpu, or a draft model"
+            )
+        return find_head(planned)
+    drafting = find_model(draft)
+    check_tokenizers(planned, drafting)
+    return drafting
 
 
 def int8_dialect(backend: str, kv_cache: str | None) -> Dialect:
