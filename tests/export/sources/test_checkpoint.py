@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,21 @@ def test_source_is_what_sha256sum_says(tmp_path: Path) -> None:
 def test_licence_of_the_model_card(card: str, licence: str | None, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(card.encode())
     assert read_licence(tmp_path) == licence
+
+
+def test_a_model_card_is_not_read_whole(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_bytes(b"---\nlicense: mit\n---\n")
+    os.truncate(card, 1 << 25)  # sparse
+    tracemalloc.start()
+    try:
+        assert read_licence(tmp_path) == "mit"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    card.unlink()
+    os.mkfifo(card)  # nobody will ever write into it
+    assert read_licence(tmp_path) is None
 
 
 @pytest.mark.parametrize(
