@@ -336,6 +336,7 @@ def test_what_a_config_says_of_a_module(
     ("section", "words"),
     [
         ({}, "quant_method must name a method"),
+        ({"group_size": 64, "bits": 4}, "is missing, as MLX writes it: not read; export the orig"),
         ({"quant_method": "magic"}, "'magic' is not known; known: awq, gptq"),
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
