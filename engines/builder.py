@@ -355,7 +355,12 @@ def compile_ladder(
             logs.append(f"== {describe(rung)}\n{text}" if len(rungs) > 1 else text)
             keep_log("".join(logs))
 
-        return compile_bundle(rung, target, timings=timings, progress=progress, keep_log=keep)
+        try:
+            return compile_bundle(rung, target, timings=timings, progress=progress, keep_log=keep)
+        except BuildError as error:  # a plugin's failure is not in TensorRT's log
+            logs.append(f"refused: {error}\n")
+            keep_log("".join(logs))
+            raise
 
     return climb(asked, rungs, attempt)
 
@@ -423,9 +428,7 @@ def compile_bundle(
     finally:
         keep_log("\n".join(lines) + "\n")
     kernels_bytes *= len(found.linears) + 2 * (len(found.attentions) + found.top_k)
-    size_problems = tuple(
-        check_plan_bytes(plan.nbytes, manifest, len(build.profiles), kernels_bytes)
-    )
+    size_problems = _check_size(plan.nbytes, build, target, kernels_bytes)
     return Compiled(
         plan,
         plan.nbytes,
@@ -442,6 +445,24 @@ def compile_bundle(
         own_attentions=found.attentions,
         own_top_k=found.top_k,
     )
+
+
+def _check_size(
+    plan_bytes: int, build: BuildPlan, target: Target, kernels_bytes: int = 0
+) -> tuple[str, ...]:
+    """Faults of a plan's size. The bounds are TensorRT for RTX's; for another they are warnings."""
+    found = check_plan_bytes(plan_bytes, build.manifest, len(build.profiles), kernels_bytes)
+    if target.rt.flavour == "tensorrt-rtx":
+        return tuple(found)
+    for problem in found:
+        _logger.warning(
+            "%s. That is compared with what plans of TensorRT for RTX have, and this is TensorRT "
+            "%s, which may pack them otherwise: the engine is kept; edge-llm inspect shows its "
+            "layers, edge-llm bench its speed",
+            problem,
+            target.rt.version,
+        )
+    return ()
 
 
 @contextmanager
@@ -537,7 +558,7 @@ def _compile_with_trtexec(
         len(data),
         result.version or target.rt.version,
         None,
-        Audit(tuple(check_plan_bytes(len(data), build.manifest, len(build.profiles))), (), (), 0),
+        Audit(_check_size(len(data), build, target), (), (), 0),
         result.build_s if result.build_s is not None else result.seconds,
         result.peak_host_bytes,
         exported_layers=exported,

@@ -127,7 +127,9 @@ def parse_config(
         rms_norm_eps=reader.number("rms_norm_eps"),
         max_position_embeddings=reader.integer("max_position_embeddings"),
         rope=_rope(reader),
-        qkv_bias=architecture == "qwen2",
+        # Qwen2's class has them whatever the key says. Those that `attention_bias` gives o in the
+        # other two are looked for in the weights.
+        qkv_bias=reader.boolean("attention_bias") or architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         tied_embeddings=reader.boolean("tie_word_embeddings"),
         task=task,
@@ -202,7 +204,6 @@ def _refuse_unsupported(config: _Config) -> None:
     if activation not in (None, "silu"):  # silu is the default of all three classes
         raise config.error("hidden_act", f"must be silu, found {activation!r}")
     for key, advice in (
-        ("attention_bias", "biases of the attention are supported for Qwen2 only"),
         ("mlp_bias", "biases of the MLP are not supported"),
         ("use_sliding_window", "sliding-window attention is not supported"),
     ):

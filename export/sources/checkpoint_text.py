@@ -11,12 +11,13 @@ from typing import Any
 
 from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import CheckpointError
-from edge.files import read_file, read_text_file
+from edge.files import open_file, read_file, read_text_file
 
 from .assumed_sampling import assume_sampling
 
 _MAX_BYTES = 1 << 26
 _MAX_TEMPLATE_BYTES = 1 << 20
+_CARD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,9 @@ def sampling_defaults(generation: Mapping[str, Any], where: str) -> SamplingDefa
 def read_licence(directory: Path) -> str | None:
     """The licence that the front matter of ``README.md`` (the model card) states, or None."""
     try:
-        # The front matter is short; a card can be long.
-        head = (directory / "README.md").read_bytes()[:65536].decode("utf-8", errors="replace")
+        with open_file(directory / "README.md") as file:
+            # The front matter is short; a card can be long.
+            head = file.read(_CARD_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return None
     front = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", head, re.DOTALL)

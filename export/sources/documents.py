@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.errors import ConfigError
+from edge.errors import ConfigError, RequestError
 from edge.files import MALFORMED, read_file
 from edge.text.chat_template import THINK_END, THINK_START, ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
@@ -41,6 +41,17 @@ class CalibrationText:
     sha256: str
     documents: tuple[Mapping[str, Any], ...]
 
+    def encode(self, tokenizer: Tokenizer, template: ChatTemplate | None, index: int) -> list[int]:
+        """Encode a document; see `encode_document`.
+
+        Raises:
+            ConfigError: it cannot be encoded; the text and the document's number are named.
+        """
+        try:
+            return encode_document(tokenizer, template, self.documents[index])
+        except RequestError as error:
+            raise ConfigError(f"document {index + 1} of the text {self.name}: {error}") from error
+
 
 def read_calibration_text(
     path: Path | None, option: str = "--calibration", *, mixed: bool = False
@@ -66,7 +77,7 @@ def read_calibration_text(
             raise ConfigError(f"{option} {path} cannot be read: {error.strerror}") from error
         name, is_jsonl = path.name, path.suffix.lower() in (".jsonl", ".ndjson")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{option} {path} is not UTF-8 text: {error}") from error
     documents: list[Mapping[str, Any]] = []
@@ -126,8 +137,8 @@ def calibration_batches(
         seed: decides the order of the documents.
 
     Raises:
-        ConfigError: fewer tokens asked for, or in the text, than one sequence has.
-        RequestError: the chat template refuses a document's messages.
+        ConfigError: fewer tokens asked for, or in the text, than one sequence has; or a document
+            that cannot be encoded.
     """
     if num_tokens < seq_len:
         raise ConfigError(
@@ -138,7 +149,7 @@ def calibration_batches(
     wanted = num_tokens // seq_len * body
     ids: list[int] = []
     for index in np.random.RandomState(seed).permutation(len(text.documents)):
-        ids += encode_document(tokenizer, template, text.documents[index])
+        ids += text.encode(tokenizer, template, index)
         if len(ids) >= wanted:
             break
     rows = min(len(ids), wanted) // body
@@ -159,7 +170,7 @@ def encode_document(
     """Token ids of one document of a `CalibrationText`, as the model itself would read it.
 
     Raises:
-        RequestError: the chat template refuses the messages.
+        RequestError: the chat template refuses the messages, or a text is no Unicode.
     """
     if "text" in document:
         return tokenizer.encode(document["text"] + "\n\n")

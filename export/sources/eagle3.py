@@ -193,6 +193,8 @@ class _Config:
             raise CheckpointError(f"{path}: transformer_layer_config must be an object")
         values = {**inner, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
         spec = parse_config(values, str(path))
+        if spec.qkv_bias:
+            raise CheckpointError(f"{path}: attention_bias is true: a head has no biases")
         if spec.num_layers != 1:
             raise CheckpointError(
                 f"{path}: num_hidden_layers is {spec.num_layers}; heads of one layer are supported"

@@ -129,6 +129,11 @@ def read_gguf_spec(
         CheckpointError: an unsupported architecture or feature, a missing key, a wrong type or a
             value that makes no sense; the key is named.
     """
+    # First of all, since parts after the first have no other keys.
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise CheckpointError(
+            f"{path} is one part of a split model; join them first: llama-gguf-split --merge"
+        )
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise CheckpointError(
@@ -136,10 +141,6 @@ def read_gguf_spec(
             f"{', '.join(_ARCHITECTURES)}"
         )
     keys = _Keys(metadata, architecture, path)
-    if metadata.get("split.count", 0) not in (0, 1):
-        raise CheckpointError(
-            f"{path} is one part of a split model; join them first: llama-gguf-split --merge"
-        )
     for key in _UNSUPPORTED_KEYS:
         if keys.get(key) not in (None, 0, 1.0 if key.endswith("_scale") else 0):
             raise keys.error(key, f"is {keys.get(key)!r}: not supported")

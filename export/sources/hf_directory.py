@@ -166,8 +166,11 @@ class HfDirectory(Checkpoint):
                 continue
             known.add(name)
             if name not in entries:
+                says = ""
+                if name.endswith(".bias") and self.spec.architecture != "qwen2":
+                    says = " since attention_bias in config.json is true"
                 raise CheckpointError(
-                    f"{self._directory} has no tensor {name}, expected {list(shape)}; the "
+                    f"{self._directory} has no tensor {name}, expected {list(shape)}{says}; the "
                     "checkpoint is incomplete or config.json is of another model"
                 )
             found = entries[name]
@@ -197,10 +200,10 @@ class HfDirectory(Checkpoint):
         quantization = self._quantization
         if quantization is not None and quantization.cache_scales and name.endswith(_CACHE_SCALES):
             return True
-        module = self._modules.get(name.removesuffix("bias") + "weight")
-        if module is None or entry.shape != (module.shape[0],) or entry.dtype not in FLOATS:
+        shape = expected_tensors(self.spec).get(name.removesuffix("bias") + "weight")
+        if shape is None or entry.shape != shape[:1] or entry.dtype not in FLOATS:
             return False
-        # Old GPTQ tools give every module a bias.
+        # Old GPTQ tools give every module a bias, and Qwen2 saved as Llama has one of o.
         return not self._read(name).astype(np.float32).any()
 
     def _stray(self, name: str, entry: TensorEntry) -> CheckpointError:
@@ -209,9 +212,14 @@ class HfDirectory(Checkpoint):
             f"config.json describes it; found {entry.dtype} {list(entry.shape)}, expected no such "
             "tensor"
         )
+        module, _, part = name.rpartition(".")
+        if part == "bias":
+            problem += (
+                ": biases are read of q, k and v, of Llama and Qwen3 where attention_bias is true; "
+                "elsewhere they must be 0"
+            )
         if self._quantization is None:
             return CheckpointError(problem)
-        module = name.rpartition(".")[0]
         form = self._quantization.format_of(module)
         return CheckpointError(
             f"{problem}: {self._quantization.key} says of {module}: {form or 'not quantized'}"

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import Embedding, Reranking, Task
 from edge.errors import BundleError, CheckpointError
+from edge.files import read_file
 from edge.text.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint, Transformed
@@ -29,6 +30,7 @@ from .quantized_weight import QuantizedWeight
 MODULES_NAME = "modules.json"
 _POOLING_NAME = "1_Pooling/config.json"
 _PROMPTS_NAME = "config_sentence_transformers.json"
+_MAX_MODULES_BYTES = 1 << 20
 _MODULE_KINDS = ("Transformer", "Pooling", "Normalize")
 _POOLING_MODES = re.compile(r"pooling_mode_\w+")
 _LAST_TOKEN = "pooling_mode_lasttoken"
@@ -150,9 +152,12 @@ def _read_modules(directory: Path) -> bool:
     """Check the modules after the decoder; returns whether vectors are normalized."""
     path = directory / MODULES_NAME
     try:
-        modules = msgspec.json.decode(path.read_bytes(), type=list[dict[str, Any]])
+        data = read_file(path, _MAX_MODULES_BYTES)
+        modules = msgspec.json.decode(data, type=list[dict[str, Any]])
         kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    except (OSError, KeyError, msgspec.MsgspecError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (KeyError, UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as error:
         raise CheckpointError(f"{path} is no list of modules ({error!r})") from error
     if tuple(kinds) not in (_MODULE_KINDS, _MODULE_KINDS[:2]):
         raise CheckpointError(

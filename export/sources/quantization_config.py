@@ -152,6 +152,8 @@ def read_quantization(config: Mapping[str, Any], directory: Path) -> Quantizatio
     default = "compressed-tensors" if "config_groups" in section else None
     method = section.get("quant_method", default)
     reader = _Reader(section, f"{where}: {key}")
+    if method is None and {"bits", "group_size"} <= section.keys():
+        raise reader.error("quant_method", f"is missing, as MLX writes it: not read; {_INSTEAD}")
     if not isinstance(method, str):
         raise reader.error("quant_method", f"must name a method, found {method!r:.80}")
     name = method.lower().replace("_", "-").removeprefix("intel/")

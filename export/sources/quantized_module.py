@@ -1,7 +1,7 @@
 """Reads the tensors of one quantized linear module: header first, then scales, then weights.
 
 The layouts, for a weight ``[out, in]`` of ``b`` bits; words are INT32, elements in them lowest
-first unless said:
+first unless said, the last word of a row filled up:
 
 ====================  ==============================================================================
 ``gptq``              qweight [in*b/32, out] along in; qzeros [groups, out*b/32]; scales [groups,
@@ -83,9 +83,11 @@ class QuantizedModule:
         Raises:
             CheckpointError: one is missing or not what the config says; tensor and field are named.
         """
-        width, size = self.shape[1], self._group_size
+        (out, width), size = self.shape, self._group_size
         if width % size:
             raise self.error("", f"has {width} inputs, no multiple of its groups of {size}")
+        if self.form.layout == "awq" and out % 8:
+            raise self.error("qweight", f"is of {out} outputs, no multiple of the 8 of a word")
         found = set()
         for part, wanted in self._tensors().items():
             name = f"{self.name}.{part}"
@@ -269,7 +271,7 @@ class _Values:
             # The tools subtract from whole words, so a zero point of 0 borrows from the next.
             ones = _every_element(self.form.bits) * self.form.zero_offset & 0xFFFFFFFF
             words = self.get(part).view(np.uint32) + np.uint32(ones)
-            zeros = unpack(words, self.form.bits).T.astype(np.int16) - half
+            zeros = unpack(words, self.form.bits).T[: self.out].astype(np.int16) - half
         elif self.form.layout == "awq":
             zeros = _unpack_awq(self.get(part)).T.astype(np.int16) - half
         else:
@@ -362,7 +364,8 @@ def _signed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
 
 
 def _gptq_codes(values: _Values) -> NDArray[np.int8]:
-    return _signed(unpack(values.get("qweight").T, values.form.bits), values.form.bits)
+    codes = unpack(values.get("qweight").T, values.form.bits)[:, : values.width]
+    return _signed(codes, values.form.bits)
 
 
 def _awq_codes(values: _Values) -> NDArray[np.int8]:

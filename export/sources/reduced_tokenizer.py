@@ -146,12 +146,22 @@ def reduce_generation_config(
     }
 
 
-def ids_of_generation_config(config: Mapping[str, Any]) -> Collection[int]:
-    """Return every id under a ``*_token_id``."""
+def ids_of_generation_config(config: Mapping[str, Any], vocab_size: int) -> Collection[int]:
+    """Return every id under a ``*_token_id``.
+
+    Raises:
+        CheckpointError: a value that is no id below ``vocab_size``, e.g. -1 for "none".
+    """
     found: set[int] = set()
     for key, value in config.items():
         if key.endswith("_token_id") and value is not None:
-            found.update(value if isinstance(value, list) else [value])
+            for number in value if isinstance(value, list) else [value]:
+                if type(number) is not int or not 0 <= number < vocab_size:
+                    raise CheckpointError(
+                        f"--vocab-keep: generation_config.json: {key} is {value!r:.80}, no id of "
+                        f"the {vocab_size} tokens; correct or remove the key in a local copy"
+                    )
+                found.add(number)
     return found
 
 

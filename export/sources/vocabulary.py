@@ -26,7 +26,7 @@ from edge.text.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint, Transformed
 from .checkpoint_text import CheckpointText
-from .documents import MAX_TEXT_BYTES, CalibrationText, encode_document, read_calibration_text
+from .documents import MAX_TEXT_BYTES, CalibrationText, read_calibration_text
 from .quantized_weight import QuantizedWeight
 from .reduced_tokenizer import BpeTokenizer, ids_of_generation_config, reduce_generation_config
 
@@ -115,7 +115,7 @@ class ReducedCheckpoint(Transformed):
         bpe = BpeTokenizer(text.tokenizer_json)
         whole = Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
         documents = _encode_all(whole, text, keep)
-        required = _required(bpe, whole, text)
+        required = _required(bpe, whole, text, total)
         wanted = _wanted(keep, documents, bpe.texts.keys() | required, total)
         self.kept = np.array(choose(bpe, required, wanted, size), dtype=np.int64)
         new_ids = {int(old): new for new, old in enumerate(self.kept)}
@@ -203,7 +203,8 @@ def _encode_all(
     if keep.text is None:
         return None
     template = None if text.chat_template is None else ChatTemplate(text.chat_template, text.tokens)
-    return [encode_document(tokenizer, template, document) for document in keep.text.documents]
+    count = len(keep.text.documents)
+    return [keep.text.encode(tokenizer, template, index) for index in range(count)]
 
 
 def _wanted(
@@ -214,8 +215,8 @@ def _wanted(
     ids = keep.ids or frozenset()
     if wrong := sorted(number for number in ids if not 0 <= number < total):
         raise ConfigError(
-            f"--vocab-keep {keep.name} has the id {wrong[0]}, the model's end at {total - 1}; "
-            "the list is for another model"
+            f"--vocab-keep {keep.name} has the id {wrong[0]!s:.30}, the model's end at "
+            f"{total - 1}; the list is for another model"
         )
     # Rows of the table that no token leads to, e.g. padding.
     if strangers := sorted(ids.difference(known)):
@@ -226,10 +227,12 @@ def _wanted(
     return dict.fromkeys(ids, 1)
 
 
-def _required(bpe: BpeTokenizer, tokenizer: Tokenizer, text: CheckpointText) -> set[int]:
+def _required(
+    bpe: BpeTokenizer, tokenizer: Tokenizer, text: CheckpointText, total: int
+) -> set[int]:
     """Ids that stay in any case: bytes, control tokens, ends, and what the template writes."""
     required = bpe.indispensable | set(text.tokens.eos)
-    required.update(ids_of_generation_config(text.generation_config))
+    required.update(ids_of_generation_config(text.generation_config, total))
     if text.tokens.bos is not None:
         required.add(text.tokens.bos)
     if text.chat_template is not None:

@@ -426,6 +426,41 @@ def test_a_graph_whose_plugin_cannot_be_made(
         build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)
 
 
+@pytest.mark.parametrize("step", ["parse", "build"])
+def test_where_own_attention_fails_own_products_stay_and_the_record_says_why(
+    wide: Path, target: Target, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    build_class = plugin_v3._build_class
+
+    def failing(trt: Any, rule: PluginRule) -> Any:
+        made = build_class(trt, rule)
+        if rule is not PARTS:
+            return made
+        if step == "parse":
+            raise ZeroDivisionError("attention, planted")
+
+        class Failing(made):  # type: ignore[misc, valid-type]
+            @plugins.told
+            def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+                raise ZeroDivisionError("attention, planted")
+
+        return Failing
+
+    monkeypatch.setattr(plugin_v3, "_build_class", failing)
+    lines = run(wide, "--kernels", "own").stdout.splitlines()
+    assert "own kernels: 9 layers" in lines
+    (refused,) = (line for line in lines if line.startswith("refused: "))
+    assert refused.startswith("refused: attention own, cache read as slice, own kernels: ")
+    assert "a plugin with own kernels failed: ZeroDivisionError: attention, planted" in refused
+    assert lines[-1] == "taken: attention of primitive operators, cache read as slice, own kernels"
+    directory, info = only_engine(wide)
+    assert (info.kernels, info.attention, info.own_attentions) == ("own", None, ())
+    assert [(each.attention, each.kernels) for each in info.refused] == [("own", "own")]
+    assert "attention, planted" in (directory / "build.log").read_text()
+    assert "--kernels own" in rebuild_command(directory, info)
+    open_engine(wide).close()
+
+
 def test_the_first_failure_is_kept_once(gpu: FakeGpu) -> None:
     module = sys.modules["tensorrt"]
     plugins.raise_failure(module)

@@ -5,6 +5,7 @@ So a test that passes on it says that the graph is legal for the version that it
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -328,6 +329,28 @@ def test_attention_that_no_kernel_does_at_once_is_decomposed(gpu: FakeGpu, copie
     assert refused.attention == "fused"
     assert "no tactic for head_dim 16" in refused.reason
     assert {each.attention for each in info.compiled} == {"decomposed"}
+
+
+def test_a_plan_of_another_size_than_tensorrt_for_rtx_gives_is_kept_with_a_warning(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = plan_of(copied("portable", "int4"))
+    weights = build.manifest.files["decoder.onnx.data"].num_bytes
+    here = target(gpu, "10.3.0.30")
+    rtx = dataclasses.replace(here, rt=TensorRT(None, "tensorrt-rtx", "1.7.0.1"))
+    assert builder._check_size(weights, build, rtx) == builder._check_size(weights, build, here)
+    assert not caplog.records
+    for size, words in ((4 * weights + 100_000_000, "were unpacked"), (1000, "less than")):
+        (problem,) = builder._check_size(size, build, rtx)
+        assert words in problem
+        assert builder._check_size(size, build, here) == ()
+        (record,) = caplog.records
+        assert record.getMessage().startswith(f"{problem}. That is compared with")
+        assert "this is TensorRT 10.3.0.30" in record.getMessage()
+        caplog.clear()
+    monkeypatch.setattr(builder, "check_plan_bytes", lambda *_: ["the plan has 9 bytes"])
+    assert build_engine(build.config, target=here).built
+    assert "the plan has 9 bytes. That is compared" in caplog.text
 
 
 def test_timings_that_are_damaged_or_of_another_tensorrt_are_left_aside(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import CheckpointError, ConfigError
+from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.checkpoint import Checkpoint
 from export.sources.checkpoint_text import read_licence, sampling_defaults
 from export.sources.opening import open_checkpoint
@@ -130,6 +133,21 @@ def test_licence_of_the_model_card(card: str, licence: str | None, tmp_path: Pat
     assert read_licence(tmp_path) == licence
 
 
+def test_a_model_card_is_not_read_whole(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_bytes(b"---\nlicense: mit\n---\n")
+    os.truncate(card, 1 << 25)  # sparse
+    tracemalloc.start()
+    try:
+        assert read_licence(tmp_path) == "mit"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    card.unlink()
+    os.mkfifo(card)  # nobody will ever write into it
+    assert read_licence(tmp_path) is None
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "expected"),
     [
@@ -239,7 +257,11 @@ def test_sampling_takes_what_is_stated_only() -> None:
         ),
         ("config.json", {"num_hidden_layers": 3}, r"no tensor model\.layers\.2\.input_layernorm"),
         ("config.json", {"num_hidden_layers": 1}, r"tensor model\.layers\.1\..* is not part of"),
-        ("config.json", {"architectures": ["LlamaForCausalLM"]}, r"k_proj\.bias is not part of"),
+        (
+            "config.json",
+            {"architectures": ["LlamaForCausalLM"]},
+            r"k_proj\.bias is not part of llama .* where attention_bias is true; elsewhere",
+        ),
         ("config.json", {"tie_word_embeddings": True}, r"lm_head\.weight differs"),
     ],
 )
@@ -247,6 +269,39 @@ def test_what_is_refused_is_named(file, changes, words, directory: Path) -> None
     edit(directory / file, **changes)
     with pytest.raises(CheckpointError, match=words):
         open_checkpoint(str(directory))
+
+
+def test_qwen2_under_a_config_that_says_attention_bias(directory: Path) -> None:
+    edit(directory / "config.json", attention_bias=True)
+    with open_checkpoint(str(directory)) as checkpoint:
+        assert checkpoint.spec.qkv_bias
+    name = "model.layers.1.self_attn.o_proj.bias"
+    add_tensor(directory, name, "BF16", [64], b"\x80\x3f" * 64)
+    words = rf"tensor {name} is not part .* found BF16 \[64\].* biases are read of q, k and v"
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(str(directory))
+
+
+def test_qwen2_saved_as_llama_is_the_same_model(directory: Path, tmp_path: Path) -> None:
+    """Such files have a bias of o that is 0, as the class makes one."""
+    graphs = []
+    for name in ("qwen2", "llama"):
+        if name == "llama":
+            edit(directory / "config.json", architectures=["LlamaForCausalLM"], attention_bias=True)
+            for layer in range(2):
+                bias = f"model.layers.{layer}.self_attn.o_proj.bias"
+                add_tensor(directory, bias, "BF16", [64], bytes(128))
+        output = tmp_path / name
+        export_checkpoint(ExportConfig(source=str(directory), output=output, quant="fp16"))
+        graphs.append([(output / f"decoder.onnx{end}").read_bytes() for end in ("", ".data")])
+    assert graphs[0] == graphs[1]
+
+
+def test_a_llama_without_the_biases_that_its_config_names(tmp_path: Path) -> None:
+    tiny.write_checkpoint(tmp_path, "llama", attention_bias=True)
+    words = r"no tensor .*q_proj\.bias, expected \[64\] since attention_bias in config.json is true"
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(str(tmp_path))
 
 
 def test_missing_files(directory: Path) -> None:

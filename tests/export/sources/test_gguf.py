@@ -313,6 +313,7 @@ def test_factors_that_are_no_llama3(factors) -> None:
         ({"llama.rope.scaling.type": "yarn"}, "beside rope_freqs.weight"),
         ({"llama.rope.scaling.type": "longrope", "rope_freqs.weight": ...}, "'longrope' is not s"),
         ({"split.count": 2}, "llama-gguf-split --merge"),
+        ({"split.count": 2, "general.architecture": "none"}, "llama-gguf-split --merge"),
         ({"tokenizer.ggml.model": "llama"}, "only byte-level BPE"),
         ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'"),
         ({"tokenizer.ggml.pre": ...}, "tokenizer.ggml.pre is None"),

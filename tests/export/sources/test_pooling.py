@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,10 @@ def _prompts(value: object) -> Callable[[Path], object]:
         (_modules("Transformer", "Pooling", "Dense", "Normalize"), "Dense"),
         (_modules(), "none"),
         (lambda directory: (directory / "modules.json").write_text("{}"), "no list of modules"),
+        (
+            lambda directory: os.truncate(directory / "modules.json", (1 << 20) + 1),
+            r"cannot read .*modules\.json: it is larger than 1 MiB",
+        ),
         (_prompts({"prompts": {"query": 1}}), "must be texts"),
         (_prompts({"prompts": {}, "default_prompt_name": "query"}), "none of the prompts"),
         (_prompts({"prompts": {}, "default_prompt_name": []}), "none of the prompts"),

@@ -108,8 +108,10 @@ def test_unpacking_undoes_packing(data: st.DataObject, bits: int, rows: int, n: 
     assert_array_equal(unpack(pack(values, bits)[::-1], bits), values[::-1])  # not contiguous
 
 
-def read_module(form: WeightFormat, tensors: dict[str, NDArray[Any]]) -> QuantizedWeight:
-    module = QuantizedModule("m", form, (32, 64), "quantization_config", Path("model"))
+def read_module(
+    form: WeightFormat, tensors: dict[str, NDArray[Any]], shape: tuple[int, int] = (32, 64)
+) -> QuantizedWeight:
+    module = QuantizedModule("m", form, shape, "quantization_config", Path("model"))
     names = {f"m.{part}": values for part, values in tensors.items()}
     kinds = {"int32": "I32", "int64": "I64", "int8": "I8", "float16": "F16", "float32": "F32"}
     entries = {
@@ -189,6 +191,40 @@ def test_zero_points_that_borrowed_from_their_neighbours() -> None:
         },
     )
     assert_array_equal(weight.zeros, zeros.T - 8)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    bits=st.sampled_from([2, 4, 8]),
+    out=st.integers(1, 40),
+    width=st.integers(1, 40),
+    symmetric=st.booleans(),
+)
+def test_gptq_whose_last_words_are_not_full(
+    seed: int, bits: int, out: int, width: int, symmetric: bool
+) -> None:
+    rng = np.random.RandomState(seed)
+    q = rng.randint(0, 1 << bits, size=(out, width))
+    half = 1 << (bits - 1)
+    z = np.full((out, 1), half) if symmetric else rng.randint(0, 1 << bits, size=(out, 1))
+
+    def filled(values: NDArray[np.int64]) -> NDArray[np.int32]:
+        return pack(np.pad(values, ((0, 0), (0, -values.shape[1] % (32 // bits)))), bits)
+
+    tensors = {"qweight": filled(q).T, "qzeros": filled(z.T), "scales": np.ones((1, out), "f4")}
+    weight = read_module(WeightFormat("gptq", bits, 0, symmetric=symmetric), tensors, (out, width))
+    assert_array_equal(weight.dequantize(), q - z)
+
+
+def test_awq_whose_outputs_do_not_fill_words_is_refused() -> None:
+    tensors = {
+        "qweight": np.zeros((64, 4), np.int32),
+        "qzeros": np.zeros((2, 4), np.int32),
+        "scales": np.ones((2, 36), np.float16),
+    }
+    words = r"tensor m\.qweight is of 36 outputs, no multiple of the 8 of a word; .*damaged"
+    with pytest.raises(CheckpointError, match=words):
+        read_module(WeightFormat("awq", 4, 32, symmetric=False), tensors, (36, 64))
 
 
 @given(seed=st.integers(0, 2**32 - 1))
@@ -300,6 +336,7 @@ def test_what_a_config_says_of_a_module(
     ("section", "words"),
     [
         ({}, "quant_method must name a method"),
+        ({"group_size": 64, "bits": 4}, "is missing, as MLX writes it: not read; export the orig"),
         ({"quant_method": "magic"}, "'magic' is not known; known: awq, gptq"),
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},

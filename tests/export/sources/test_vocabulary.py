@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -421,10 +422,20 @@ def test_a_size_costs_tokens_and_the_manifest_says_how_many(
         ("ids.json", "[]", None, "is an empty list"),
         ("ids.json", "[320]", None, "has the id 320, the model's end at 319"),
         ("ids.json", "[-1]", None, "has the id -1"),
+        ("ids.json", "[" + 40 * "9" + "]", None, "has the id 9{30}, the model's end at 319"),
+        ("ids.json", "[true]", None, "is no JSON list of token ids"),
+        ("ids.json", "\ufeff[1]", None, "is no JSON list of token ids"),
         ("ids.json", "[315]", None, "has the id 315, which no token of the tokenizer has"),
         ("ids.json", "[1]", 268, "--vocab-size 268 has no effect with a list"),
         ("text.txt", "", None, "--vocab-keep .*text.txt is empty"),
         ("text.jsonl", "{}", None, "--vocab-keep .*line 1 must be"),
+        ("text.jsonl", r'{"text": "\ud800"}', None, "document 1 of the text text.jsonl: .* lone"),
+        (
+            "text.jsonl",
+            '{"text": "a"}\n{"messages": [{"content": "a"}]}',
+            None,
+            r"document 2 of the text text\.jsonl: messages\[0\]\.role: must be one of",
+        ),
         ("text.txt", "hello", 267, "must be a multiple of 4 and less than the 320"),
         ("text.txt", "hello", 320, "must be a multiple of 4 and less than the 320"),
         ("text.txt", "hello", 128, "is too small: .* alone take 263; give at least 264"),
@@ -438,6 +449,32 @@ def test_files_and_sizes_that_do_not_fit_are_refused(
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         reduce(source, path, size)
+
+
+def test_ids_that_occur_twice_count_once_and_a_byte_order_mark_is_no_text(
+    source: Path, tmp_path: Path
+):
+    kept = {}
+    for name, content in (("a.json", "[7, 9]"), ("b.json", "[9, 7, 9]")):
+        (tmp_path / name).write_text(content)
+        kept[name] = reduce(source, tmp_path / name).kept.tolist()
+    assert kept["a.json"] == kept["b.json"]
+    for name, mark in (("a.jsonl", ""), ("b.jsonl", "\ufeff")):
+        (tmp_path / name).write_text(mark + '{"text": "hello"}', encoding="utf-8")
+        kept[name] = reduce(source, tmp_path / name).kept.tolist()
+    assert kept["a.jsonl"] == kept["b.jsonl"]
+
+
+@pytest.mark.parametrize("value", [-1, 320, "x", True, 1.5, [1, [2]]], ids=str)
+def test_a_generation_config_that_names_no_token_is_refused(
+    value: Any, source: Path, text_file: Path, tmp_path: Path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": value}))
+    with pytest.raises(CheckpointError, match=r"pad_token_id is .*, no id of the 320 tokens"):
+        reduce(copy, text_file)
 
 
 def test_missing_files_and_a_size_alone_are_refused(source: Path, tmp_path: Path):
