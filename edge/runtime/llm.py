@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -168,7 +169,13 @@ class LLM:
         except BaseException:
             self._close_engines()
             raise
-        self._grammars: GrammarCompiler | None = None
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles the forms of answers, and keeps those that it has compiled."""
+        from .structured_output import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.manifest.model.vocab_size)
 
     @property
     def kv_capacity(self) -> int:
@@ -557,11 +564,7 @@ class LLM:
         vocab_size = self.manifest.model.vocab_size
         if output is not None:
             _check_is_format(output)
-            if self._grammars is None:
-                from .structured_output import GrammarCompiler
-
-                self._grammars = GrammarCompiler(self.tokenizer, vocab_size)
-            answer = self._grammars.compile(output)
+            answer = self.grammars.compile(output)
         if not reasons:
             return answer
         from .thinking import ThinkingBudget
