@@ -89,7 +89,7 @@ class EngineConfig:
             are kept.
         max_batch: sequences that are computed at once; by default one per slot.
         queue_capacity: sequences that may wait for a slot; one more is refused, by the service
-            with 429.
+            with 429, and so are more new forms of answers, or prompts to score, than this.
         target_itl_ms: milliseconds between two tokens of a stream that must be kept: fewer
             sequences are then computed at once, and prompts get what is left. By default all
             slots are used, and a prompt runs at nine tenths of the speed that it has alone.

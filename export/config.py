@@ -162,9 +162,11 @@ class ExportConfig:
         if self.workers < 1:
             raise ConfigError(f"--workers is {self.workers}; use 1 or more")
         if self.workers > 1 and "gptq" in self.rounding:
+            chosen = "the default " if self.method is None else ""
             raise ConfigError(
-                f"--workers {self.workers} does not go with --method {self.rounding}, which rounds "
-                "a layer for what the layers before it lost; leave it out, or add --method awq"
+                f"--workers {self.workers} does not go with {chosen}--method {self.rounding}, "
+                "which rounds a layer for what the layers before it lost; leave it out, or add "
+                "--method awq"
             )
         if self.gate is not None and not self.verify:
             raise ConfigError(f"--gate {self.gate} has no effect without --verify; add it")

@@ -16,7 +16,23 @@ from .options import BundlePath
 from .settings_options import config_option, default_config, settings_options
 
 
-@click.command()
+class _Serve(click.Command):
+    """Says what takes the place of a flag that other servers have."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name != "--workers":
+                raise
+            raise click.UsageError(
+                "there is no --workers: one process answers many requests at once with one copy "
+                "of the weights; --num-slots says how many",
+                ctx,
+            ) from None
+
+
+@click.command(cls=_Serve)
 @click.argument("bundle", required=False, type=BundlePath())
 @config_option
 @settings_options(ServerSettings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -83,6 +84,7 @@ class LLM:
         manifest: description of the bundle.
         tokenizer: the model's tokenizer.
         template: the model's chat template; None where it has none.
+        reasons: whether answers to chats may begin with reasoning, which is told from the rest.
         backend: the engine; only `call` may use it.
         draft_manifest: description of the bundle, or of the head, that drafts; None without one.
         warning: why the CPU computes on a machine with a GPU, where nobody named it as backend;
@@ -136,7 +138,7 @@ class LLM:
             str(self.bundle / "tokenizer.json"),
         )
         self.template = self._read_template(files)
-        self._reasons = self.template is not None and template_reasons(
+        self.reasons = self.template is not None and template_reasons(
             self.template.source, self.tokenizer.control_tokens
         )
         self._head: Head | None = None
@@ -169,7 +171,13 @@ class LLM:
         except BaseException:
             self._close_engines()
             raise
-        self._grammars: GrammarCompiler | None = None
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles the forms of answers, and keeps those that it has compiled."""
+        from .structured_output import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.manifest.model.vocab_size)
 
     @property
     def kv_capacity(self) -> int:
@@ -315,12 +323,12 @@ class LLM:
         if suffix is not None and not resolved.ignore_eos:
             end_ids |= fill_in_middle(self.tokenizer).ends
         streams = [self._output_stream(ids, resolved, is_chat) for _ in range(n)]
-        reasons = is_chat and self._reasons and thinking
+        reasons = is_chat and self.reasons and thinking
         if thinking_budget is not None and not reasons:
             raise RequestError(
                 "a thinking budget needs a chat of a model that reasons, with thinking left on"
             )
-        if is_chat and self._reasons and not thinking and output is None:
+        if is_chat and self.reasons and not thinking and output is None:
             # The model may open a reasoning that its template does not; a form has no place for it.
             reasons, thinking_budget = True, 0
         if output is not None and resolved.ignore_eos:
@@ -543,7 +551,7 @@ class LLM:
         self, ids: Sequence[int], params: SamplingParams, is_chat: bool
     ) -> OutputStream:
         splitter = None
-        if is_chat and self._reasons:
+        if is_chat and self.reasons:
             splitter = ReasoningSplitter(self._opens_reasoning(ids))
         detokenizer = Detokenizer(self.tokenizer, goes_on=not is_chat)
         return OutputStream(detokenizer, params.stop, splitter)
@@ -558,11 +566,7 @@ class LLM:
         vocab_size = self.manifest.model.vocab_size
         if output is not None:
             _check_is_format(output)
-            if self._grammars is None:
-                from .structured_output import GrammarCompiler
-
-                self._grammars = GrammarCompiler(self.tokenizer, vocab_size)
-            answer = self._grammars.compile(output)
+            answer = self.grammars.compile(output)
         if not reasons:
             return answer
         from .thinking import ThinkingBudget

@@ -132,10 +132,15 @@ class GrammarCompiler:
         self.vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._limits = limits or GrammarLimits()
-        self._lock = threading.Lock()
-        self._checking = threading.Lock()  # one process at a time, whatever clients send
+        self._lock = threading.Lock()  # of the matchers; held for a moment
+        self._compiling = threading.Lock()  # one process at a time, whatever clients send
         self._vocabulary: Any = None
         self._matchers: OrderedDict[OutputFormat, Any] = OrderedDict()
+
+    def __contains__(self, output: OutputFormat) -> bool:
+        """Whether a form is kept, so that `compile` takes microseconds."""
+        with self._lock:
+            return output in self._matchers
 
     def compile(self, output: OutputFormat) -> GrammarConstraint:
         """Make the constraint of one sequence.
@@ -165,7 +170,7 @@ class GrammarCompiler:
         grammar = _to_grammar(library, output, self._limits, self._tokenizer.control_tokens)
         if output.kind != "json_object":
             self._check(output.kind, grammar)
-        with self._lock:
+        with self._compiling:
             if self._vocabulary is None:
                 self._vocabulary = _build_vocabulary(library, self._tokenizer, self.vocab_size)
         limits = library.LLParserLimits(verbose_errors=False)
@@ -181,7 +186,7 @@ class GrammarCompiler:
         task = GrammarTask(grammar, list(self._tokenizer.control_tokens))
         try:
             # A child for each: what one grammar leaves in memory is not taken from the next.
-            with self._checking, LimitedChild(_CHECK, limits) as child:
+            with self._compiling, LimitedChild(_CHECK, limits) as child:
                 error = child.ask(msgspec.json.encode(task))
         except LimitError:
             _refuse_cost(kind, self._limits)

@@ -237,6 +237,7 @@ class _Endpoints:
             metrics=self._metrics,
             receive=request.receive,
             lane=lane,
+            form_lane=self._lanes.forms,
             headers=choice.headers(),
             arm=choice.arm,
             priority=priority_of(request.headers.getlist("priority")),

@@ -56,7 +56,7 @@ from .tools import (
 )
 
 # Tokens of reasoning for OpenAI's efforts; R1 and Qwen3 know none, so they are budgets here.
-_EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096, "high": None}
+_EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096}  # more has no limit
 
 
 def plan_chat(
@@ -93,7 +93,7 @@ def plan_chat(
         tools = template_tools(body.tools)
     calls = strict_calls(body, syntax) if forced is None else None
     output = output_format(body.response_format, forced, calls)
-    thinking, budget = _thinking(body)
+    thinking, budget = _thinking(body, reasons=llm.reasons)
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
@@ -148,7 +148,7 @@ def _parser_of(
     return partial(BareCallParser, syntax, {function.name for function in functions})
 
 
-def _thinking(body: ChatRequest) -> tuple[bool, int | None]:
+def _thinking(body: ChatRequest, *, reasons: bool) -> tuple[bool, int | None]:
     """Return whether to reason at all, and for how many tokens.
 
     Raises:
@@ -168,8 +168,9 @@ def _thinking(body: ChatRequest) -> tuple[bool, int | None]:
         raise invalid(f"{names}: one turns the reasoning on, the other off", next(iter(said)))
     thinking = next(iter(said.values()), True)
     budget = body.thinking_token_budget
-    if budget is None and body.reasoning_effort is not None and thinking:
-        budget = _EFFORT_TOKENS[body.reasoning_effort]
+    # A model that does not reason keeps to any effort.
+    if budget is None and body.reasoning_effort is not None and thinking and reasons:
+        budget = _EFFORT_TOKENS.get(body.reasoning_effort)
     if budget is not None and not thinking:
         raise invalid("thinking_token_budget: the reasoning is turned off", "thinking_token_budget")
     return thinking, budget

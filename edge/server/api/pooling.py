@@ -29,7 +29,7 @@ from .answers import (
     RerankResponse,
 )
 from .protocol import MAX_TEXTS, EmbeddingRequest, RerankRequest
-from .respond import Turn, json_response
+from .respond import Turn, json_response, left_s
 
 _Prepared = TypeVar("_Prepared")
 _FULL_S = 0.05  # between two looks at a full queue
@@ -226,15 +226,12 @@ async def _submit(
 ) -> tuple[list[SequenceState], list[RowSink]]:
     """Queue texts; while there is no room for them, wait or raise."""
     while True:
-        left_s = None if deadline_s is None else deadline_s - time.monotonic()
-        if left_s is not None and left_s <= 0:
-            raise DeadlineError("the texts were not run in the time that is allowed")
         try:
             return submit(
                 turn.model.llm.scheduler,
                 ids,
                 priority=turn.priority,
-                deadline_s=left_s,
+                deadline_s=left_s(deadline_s),
                 salt=turn.client.salt,
             )
         except OverloadError:

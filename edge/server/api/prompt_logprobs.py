@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +12,16 @@ from numpy.typing import NDArray
 from edge.backends import Backend
 from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
-from edge.errors import ContextLengthError, DeadlineError, OverloadError
+from edge.errors import ContextLengthError
 from edge.figures import log_softmax
 from edge.runtime.sampling import SampledToken
-from edge.server.http.threads import ClientGoneError, until_gone
 
 if TYPE_CHECKING:
     from edge.server.http.guard import Receive
+    from edge.server.http.threads import OnPiece
     from edge.server.models.registry import ServedModel
 
 _CHUNK = 64  # logits of 64 places are 39 MB at a vocabulary of 151,936
-# Scoring waits for an idle engine, so it has a thread of its own and holds up no other work.
-_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edge-score")
 
 
 async def score_prompt(
@@ -51,50 +47,31 @@ async def score_prompt(
     Raises:
         ContextLengthError: the prompt does not fit.
         OverloadError: too many prompts wait to be scored.
-        DeadlineError: ``timeout_s`` passed.
         BackendError: the engine failed, or its logits are not finite.
-        APIError: the engine hangs, or the server is shut down.
+        APIError: ``timeout_s`` passed, the engine hangs, or the server is shut down.
         ClientGoneError: the client left.
     """
     llm = model.llm
     if len(ids) > llm.kv_capacity:
         raise ContextLengthError(len(ids), llm.kv_capacity)
-    if len(model.scoring) >= llm.scheduler.queue_capacity:
-        raise OverloadError("too many prompts wait to be scored; try again later", 1.0)
-    left = threading.Event()
 
-    def on_step(tokens: int) -> None:
-        llm.scheduler.report_step(tokens)
-        if left.is_set():
-            raise ClientGoneError("nobody waits for this prompt any more")
+    def work(on_piece: OnPiece) -> list[SampledToken]:
+        def on_step(tokens: int) -> None:
+            llm.scheduler.report_step(tokens)
+            on_piece()
 
-    def work() -> list[SampledToken]:
-        if left.is_set():  # while it waited for this thread
-            return []
-        return llm.call(lambda: _score(llm.backend, llm.embeddings, ids, top, on_step))
+        def scored() -> list[SampledToken]:
+            on_piece()  # the engine may have been busy for long
+            return _score(llm.backend, llm.embeddings, ids, top, on_step)
 
-    loop = asyncio.get_running_loop()
-    scored = loop.run_in_executor(_executor, work)
-    scored.add_done_callback(lambda future: future.cancelled() or future.exception())
-    ended: asyncio.Future[None] = loop.create_future()
-    gone = asyncio.create_task(until_gone(receive))
+        return llm.call(scored)
+
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     model.scoring.add(ended)
     try:
-        waiting: set[asyncio.Future[Any]] = {scored, ended, gone}
-        done, _ = await asyncio.wait(
-            waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        return await model.score_lane.run(work, receive, timeout_s=timeout_s, ended=ended)
     finally:
-        left.set()
-        gone.cancel()
         model.scoring.discard(ended)
-    if ended in done:
-        ended.result()
-    if scored in done:
-        return scored.result()
-    if gone in done:
-        raise ClientGoneError("the client left")
-    raise DeadlineError(f"the prompt was not scored within {timeout_s:g} s")
 
 
 def _score(

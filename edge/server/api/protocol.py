@@ -48,6 +48,7 @@ MaxTokens = Annotated[int, range_of("max_tokens")]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _Stops = StopString | Annotated[list[StopString], Meta(max_length=16)]
 _TokenKey = Annotated[str, Meta(pattern=r"^[0-9]{1,10}$")]
 _Bias = Annotated[float, Meta(ge=-100, le=100)]
@@ -164,7 +165,7 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
     thinking_token_budget: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
     modalities: list[Literal["text"]] | None = None

@@ -10,13 +10,14 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import monotonic as clock
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from starlette.responses import Response
 
 from edge.bundle.tasks import check_task
-from edge.errors import EdgeError
+from edge.errors import DeadlineError, EdgeError
 from edge.runtime.sampling_params import SamplingParams
 from edge.server.http.access import Client
 from edge.server.http.errors import APIError
@@ -50,6 +51,7 @@ class Turn:
         metrics: counts every end.
         receive: reads from the client's connection.
         lane: where its texts are encoded.
+        form_lane: where the form of its answer is compiled.
         headers: headers of the response.
         arm: the arm of the A/B split that chose the model, if any.
         priority: lower runs first.
@@ -61,6 +63,7 @@ class Turn:
     metrics: Metrics
     receive: Receive
     lane: Lane
+    form_lane: Lane
     headers: Mapping[str, str]
     arm: str | None = None
     priority: int = 0
@@ -163,11 +166,10 @@ async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> 
             return plan, [_encode(model, plan, prompt, on_piece) for prompt in plan.prompts]
 
         plan, ids = await turn.lane.run(prepare, turn.receive)
-        echoes = await _echoes(turn, plan, ids)
-        # The output's form may have to be compiled first.
-        generations = await in_thread(
-            lambda: _submit(turn, plan, ids), slow=plan.output is not None
-        )
+        deadline_s = None if (most_s := settings.request_timeout_s) is None else clock() + most_s
+        echoes = await _echoes(turn, plan, ids, deadline_s)
+        await _compile(turn, plan.output, deadline_s)
+        generations = await in_thread(lambda: _submit(turn, plan, ids, deadline_s))
         flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
     render.begin(plan, sum(map(len, ids)))
     answer = _Answer(plan, echoes, flight, render)
@@ -227,7 +229,7 @@ class _Answer:
         reader = self._readers[index]
         piece = reader.read(chunk)
         if reader.is_cut:
-            self._flight.cancel(index)
+            self._flight.cut(index)
         return piece
 
     def _usage(self) -> Usage:
@@ -246,7 +248,22 @@ def _encode(model: ServedModel, plan: Plan, prompt: Prompt, on_piece: OnPiece | 
     )
 
 
-async def _echoes(turn: Turn, plan: Plan, encoded: Sequence[list[int]]) -> list[Piece]:
+def left_s(deadline_s: float | None) -> float | None:
+    """Return the seconds until a time of the monotonic clock; None is never.
+
+    Raises:
+        DeadlineError: it has come.
+    """
+    if deadline_s is None:
+        return None
+    if (left := deadline_s - clock()) <= 0:
+        raise DeadlineError("the request waited longer than it may take")
+    return left
+
+
+async def _echoes(
+    turn: Turn, plan: Plan, encoded: Sequence[list[int]], deadline_s: float | None
+) -> list[Piece]:
     """Return, for each prompt, what its answers begin with."""
     if not plan.echo:
         return [Piece() for _ in encoded]
@@ -256,17 +273,24 @@ async def _echoes(turn: Turn, plan: Plan, encoded: Sequence[list[int]]) -> list[
         echo = Piece(text=llm.tokenizer.decode(ids))
         if top is not None:
             echo.tokens = await score_prompt(
-                turn.model,
-                ids,
-                top,
-                receive=turn.receive,
-                timeout_s=turn.settings.request_timeout_s,
+                turn.model, ids, top, receive=turn.receive, timeout_s=left_s(deadline_s)
             )
         echoes.append(echo)
     return echoes
 
 
-def _submit(turn: Turn, plan: Plan, encoded: Sequence[list[int]]) -> list[Generation]:
+async def _compile(turn: Turn, form: OutputFormat | None, deadline_s: float | None) -> None:
+    """Compile the form of an answer, unless that was done before."""
+    if form is None or form in (grammars := turn.model.llm.grammars):
+        return
+    await turn.form_lane.run(
+        lambda _: grammars.compile(form), turn.receive, timeout_s=left_s(deadline_s)
+    )
+
+
+def _submit(
+    turn: Turn, plan: Plan, encoded: Sequence[list[int]], deadline_s: float | None
+) -> list[Generation]:
     """Queue every prompt, or none."""
     # Cached prefixes are shared within one key, and within one `cache_salt` of it.
     salt = turn.client.salt
@@ -280,7 +304,7 @@ def _submit(turn: Turn, plan: Plan, encoded: Sequence[list[int]]) -> list[Genera
                 plan.params,
                 n=plan.n,
                 priority=turn.priority,
-                deadline_s=turn.settings.request_timeout_s,
+                deadline_s=left_s(deadline_s),
                 salt=salt,
                 suffix=plan.suffix,
                 tools=plan.tools,

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from edge.server.settings import ServerSettings
 
 _Result = TypeVar("_Result")
-_slow_executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="edge-grammar")
 OnPiece = Callable[[], None]
 
 LARGE_BYTES = 32 * 2**10
@@ -40,25 +39,21 @@ async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
-async def in_thread(work: Callable[[], _Result], *, slow: bool = False) -> _Result:
-    """Run ``work`` in a thread and wait for its result.
-
-    Args:
-        work: what to run.
-        slow: whether it may take seconds (a grammar is compiled) and must not hold up other work.
-    """
-    executor = _slow_executor if slow else None
-    return await asyncio.get_running_loop().run_in_executor(executor, work)
+async def in_thread(work: Callable[[], _Result]) -> _Result:
+    """Run ``work`` in a thread and wait for its result."""
+    return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 class Lane:
-    """A few threads for what costs by the length of a request's texts, and a bounded queue.
+    """A few threads for what may take seconds, and a bounded queue.
 
     Args:
         name: begins the names of the threads.
+        noun: what a job is about, for messages.
+        done: what a job does to it.
         num_threads: how many jobs run at once.
         queue_capacity: jobs that wait at most.
-        timeout_s: seconds that a job may take, its wait included.
+        timeout_s: seconds that a job may take, its wait included; None sets no limit.
         on_idle: called in the event loop when the last job has ended.
     """
 
@@ -66,12 +61,16 @@ class Lane:
         self,
         name: str,
         *,
-        num_threads: int,
+        noun: str,
+        done: str,
+        num_threads: int = 1,
         queue_capacity: int,
-        timeout_s: float,
+        timeout_s: float | None = None,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._noun = noun
+        self._done = done
         self._capacity = num_threads + queue_capacity
         self._timeout_s = timeout_s
         self._on_idle = on_idle
@@ -81,30 +80,45 @@ class Lane:
         self,
         work: Callable[[OnPiece], _Result],
         receive: Callable[[], Awaitable[Any]],
+        *,
+        timeout_s: float | None = None,
+        ended: asyncio.Future[None] | None = None,
     ) -> _Result:
         """Run ``work`` and return its result; it ends early when the client leaves or time is up.
 
         Args:
             work: what to run; it calls its argument often, which raises to end it.
             receive: reads from the client's connection, whose body has been read.
+            timeout_s: seconds that this job may take; None is the lane's own limit.
+            ended: fails when there is nothing to wait for any more.
 
         Raises:
             OverloadError: too many wait.
             APIError: 503, it took too long.
             ClientGoneError: the client left.
+            Whatever ``ended`` fails with.
         """
         if self.num_jobs >= self._capacity:
-            raise OverloadError("too many texts wait to be encoded; try again later", 1.0)
+            raise OverloadError(
+                f"too many {self._noun}s wait to be {self._done}; try again later", 1.0
+            )
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
         left = threading.Event()
-        deadline = time.monotonic() + self._timeout_s
+        deadline = None if limit_s is None else time.monotonic() + limit_s
+        todo = [work]
+        del work
 
         def on_piece() -> None:
-            if left.is_set() or time.monotonic() > deadline:
+            if left.is_set() or (deadline is not None and time.monotonic() > deadline):
                 raise _GivenUpError
 
         def guarded() -> _Result:
             on_piece()  # it may have waited for this thread
-            return work(on_piece)
+            try:
+                taken = todo.pop()
+            except IndexError:  # given up just now
+                raise _GivenUpError from None
+            return taken(on_piece)
 
         self.num_jobs += 1
         loop = asyncio.get_running_loop()
@@ -113,32 +127,33 @@ class Lane:
         job = asyncio.wrap_future(submitted)
         job.add_done_callback(lambda job: job.cancelled() or job.exception())
         gone = asyncio.ensure_future(until_gone(receive))
-        waiting: set[asyncio.Future[Any]] = {job, gone}
+        waiting: set[asyncio.Future[Any]] = {job, gone} if ended is None else {job, gone, ended}
         try:
-            await asyncio.wait(
-                waiting, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait(waiting, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if ended is not None and ended.done():
+                ended.result()
             if job.done():
                 return job.result()
             if gone.done():
                 raise ClientGoneError("the client left")
-            raise self._too_late()
+            raise self._too_late(limit_s)
         except _GivenUpError:  # the thread saw before this loop that the time is up
-            raise self._too_late() from None
+            raise self._too_late(limit_s) from None
         finally:
             left.set()
+            todo.clear()  # a cancelled job stays in the executor's queue until its turn
             gone.cancel()
             job.cancel()  # a thread that has begun goes on to its next piece
             # An error's traceback leads to this frame: it would keep itself, and the request, until
             # a garbage collection.
             del submitted, job, waiting
 
-    def _too_late(self) -> APIError:
+    def _too_late(self, limit_s: float | None) -> APIError:
         return APIError(
             503,
             "deadline_exceeded",
-            f"the texts were not encoded within {self._timeout_s:g} s; send less, or try again "
-            "later",
+            f"the {self._noun} was not {self._done} within {limit_s:.3g} s; ask for less, or try "
+            "again later",
             retry_after_s=5,
             should_retry=False,
         )
@@ -155,11 +170,14 @@ class Lane:
 
 
 class Lanes:
-    """One lane for short requests and one for long ones, so that none waits for a longer kind.
+    """What costs by what clients send, each kind apart, so that none waits for a longer one.
 
     Args:
         settings: length of the queues, and time.
         on_large: called in the event loop when the last of some long requests has been encoded.
+
+    Attributes:
+        forms: compiles the forms of answers, one at a time, as each may take a process of its own.
     """
 
     def __init__(
@@ -167,6 +185,8 @@ class Lanes:
     ) -> None:
         self._short = Lane(
             "edge-text",
+            noun="text",
+            done="encoded",
             num_threads=_SHORT_THREADS,
             queue_capacity=settings.max_connections,  # each takes milliseconds
             timeout_s=settings.text_timeout_s,
@@ -174,10 +194,14 @@ class Lanes:
         # One at a time: a text takes up to 200 times its length in memory for a moment.
         self._long = Lane(
             "edge-long-text",
-            num_threads=1,
+            noun="text",
+            done="encoded",
             queue_capacity=settings.text_queue_capacity,
             timeout_s=settings.text_timeout_s,
             on_idle=on_large,
+        )
+        self.forms = Lane(
+            "edge-grammar", noun="form", done="compiled", queue_capacity=settings.queue_capacity
         )
 
     def lane(self, num_bytes: int) -> Lane:

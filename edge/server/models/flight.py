@@ -70,6 +70,7 @@ class Flight:
         self._params = params
         self._metrics = metrics
         self._left = len(generations)
+        self._cut: set[int] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.stats: list[GenerationStats | None] = [None] * len(generations)
@@ -90,8 +91,12 @@ class Flight:
         for generation in self._generations:
             generation.cancel()
 
-    def cancel(self, index: int) -> None:
-        """End one choice within one step; its last piece comes as usual."""
+    def cut(self, index: int) -> None:
+        """End one choice, which has all that was wanted, within one step; it counts as ``stop``.
+
+        Its last piece comes as usual.
+        """
+        self._cut.add(index)
         self._generations[index].cancel()
 
     async def _read(self, index: int, generation: Generation, on_chunk: OnChunk) -> None:
@@ -102,10 +107,13 @@ class Flight:
                 if chunk.stats is not None and chunk.finish_reason is not None:
                     self.stats[index] = chunk.stats
                     self.reasoning_tokens[index] = counter.tokens
+                    reason = chunk.finish_reason
+                    if reason == "cancelled" and index in self._cut:
+                        reason = "stop"
                     has_drifted = self._metrics.observe_finish(
                         self._model.name,
                         chunk.stats,
-                        chunk.finish_reason,
+                        reason,
                         self._params,
                         counter.tokens,
                         is_watch=self._is_watch,

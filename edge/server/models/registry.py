@@ -15,6 +15,7 @@ from edge.bundle.manifest import describe_kv_cache, fingerprint
 from edge.errors import ResourceError
 from edge.runtime.scheduler.request import SchedulerStats
 from edge.server.http.errors import APIError, draining, invalid, stalled
+from edge.server.http.threads import Lane
 from edge.server.observe.metric_families import EngineInfo
 
 from .route import AUTO, Facts, Rule, Split
@@ -46,6 +47,7 @@ class ServedModel:
         flights: requests that run on it now.
         leases: requests that hold it and do not run yet.
         scoring: prompts that are scored or wait for it; a failed future ends the wait for one.
+        score_lane: scores prompts; each waits for an idle engine, so models do not share a thread.
         heartbeat: watches the model's engine.
         fingerprint: names what answers, from the hash of the manifest.
     """
@@ -60,6 +62,12 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         self.heartbeat = Heartbeat(self.llm.scheduler.stats)
+        self.score_lane = Lane(
+            "edge-score",
+            noun="prompt",
+            done="scored",
+            queue_capacity=self.llm.scheduler.queue_capacity,
+        )
         self.fingerprint = fingerprint(self.llm.manifest)
 
     @contextmanager

@@ -256,6 +256,7 @@ def test_usage_errors(edge_llm: Callable[..., Result], bundle: Path, tmp_path: P
         (("run", bundle, "x", "--backend", "abacus"), "'auto', 'tensorrt', 'ort-cuda', 'ort-cpu'"),
         (("run", bundle, "x", "--num-threads", "0"), "--num-threads"),
         (("run", bundle, "x", "--top-x", "3"), "No such option"),
+        (("serve", bundle, "--workers", "2"), "--num-slots says how many"),
         (("frobnicate",), "No such command 'frobnicate'; see: edge-llm --help"),
         (("chta", bundle), "No such command 'chta'; did you mean chat?; see: edge-llm --help"),
         (("run",), "Missing argument 'BUNDLE'; see: edge-llm run --help"),

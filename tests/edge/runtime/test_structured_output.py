@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import DependencyError, RequestError, ResourceError
+from edge.runtime import structured_output
 from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import Constraint
@@ -395,3 +398,28 @@ def test_a_mark_that_is_spelled_out_opens_no_call(
 def test_forms_of_calls_that_cannot_be_read(compiler: GrammarCompiler, source: Any) -> None:
     with pytest.raises(RequestError, match=r"tool|JSON schema: x-guidance"):
         compiler.compile(OutputFormat("tool_calls", source))
+
+
+def test_whether_a_form_is_kept_is_known_while_the_vocabulary_is_built(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """The server's event loop asks."""
+    building, go_on = threading.Event(), threading.Event()
+    build = structured_output._build_vocabulary
+
+    def slow(*args: Any) -> Any:
+        building.set()
+        go_on.wait(20)
+        return build(*args)
+
+    monkeypatch.setattr(structured_output, "_build_vocabulary", slow)
+    compiler, form = GrammarCompiler(tokenizer, VOCAB), OutputFormat("json_object")
+    with ThreadPoolExecutor(2) as pool:
+        compiled = pool.submit(compiler.compile, form)
+        try:
+            assert building.wait(20)
+            assert pool.submit(compiler.__contains__, form).result(timeout=5) is False
+        finally:
+            go_on.set()
+        compiled.result()
+    assert form in compiler

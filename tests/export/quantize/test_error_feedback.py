@@ -140,6 +140,8 @@ def test_a_damaged_weight_is_named(
 def test_layers_that_depend_on_each_other_cannot_be_rounded_side_by_side(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"--workers 2 does not go with --method awq\+gptq"):
         ExportConfig("x", tmp_path, quant="int4", method="awq+gptq", workers=2)
+    with pytest.raises(ConfigError, match=r"the default --method awq\+gptq, .* --method awq$"):
+        ExportConfig("x", tmp_path, quant="int4", workers=2)
 
 
 class Replaced(Transformed):

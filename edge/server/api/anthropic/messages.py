@@ -63,13 +63,6 @@ from .protocol import (
 )
 
 _LEAST_ROOM_TOKENS = 32_768  # of a text that is counted, as for /tokenize
-_EFFORTS: dict[str, Literal["low", "medium", "high"]] = {
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "high",
-    "max": "high",
-}
 _IN_ROLE: dict[str, tuple[type, ...]] = {
     "user": (TextBlock, ToolResultBlock),
     "assistant": (TextBlock, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock),
@@ -160,7 +153,7 @@ def _chat_of(body: CountTokensRequest) -> ChatRequest:
         chat.thinking_token_budget = thinking.budget_tokens
     if config is not None:
         if config.effort is not None and chat.enable_thinking is not False:
-            chat.reasoning_effort = _EFFORTS[config.effort]
+            chat.reasoning_effort = config.effort
         if config.format is not None:
             schema = JSONSchema("answer", config.format.schema)
             chat.response_format = ResponseFormat("json_schema", schema)

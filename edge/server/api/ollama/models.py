@@ -13,7 +13,6 @@ from edge.errors import RequestError
 from edge.server.api.generic_tools import call_syntax
 from edge.server.http.errors import APIError
 from edge.server.models.registry import TAG, ServedModel
-from edge.text.chat_template import template_reasons
 from edge.text.fill_in_middle import fill_in_middle
 from edge.text.tokenizer import Tokenizer
 
@@ -88,10 +87,9 @@ def _capabilities(model: ServedModel) -> list[str]:
     if llm.manifest.model.task != "generate":
         return ["embedding"] if llm.manifest.model.task == "embed" else []
     found = ["completion"]
-    template = llm.template.source if llm.template is not None else ""
     if call_syntax(llm.template, tools=True) is not None:
         found.append("tools")
-    if template_reasons(template, llm.tokenizer.control_tokens):
+    if llm.reasons:
         found.append("thinking")
     if _fills_gaps(llm.tokenizer):
         found.append("insert")

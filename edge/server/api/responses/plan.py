@@ -81,8 +81,7 @@ def plan_response(turn: Turn, body: ResponsesRequest) -> Plan:
     else:
         chat.tool_choice = choice
     if body.reasoning is not None:
-        effort = body.reasoning.effort
-        chat.reasoning_effort = "high" if effort == "xhigh" else effort
+        chat.reasoning_effort = body.reasoning.effort
     return plan_chat(turn, chat)
 
 

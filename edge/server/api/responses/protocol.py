@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from edge.server.api.protocol import MaxTokens, ModelName, range_of
+from edge.server.api.protocol import Effort, MaxTokens, ModelName, range_of
 
 IGNORED = {
     "store": "nothing is stored here; answers say store: false",
@@ -155,7 +155,7 @@ class TextConfig(Struct, forbid_unknown_fields=True):
 class ReasoningConfig(Struct, forbid_unknown_fields=True):
     """The field ``reasoning``; with ``summary`` the reasoning comes whole in its place."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 

@@ -54,7 +54,9 @@ def observe(
         tools = options.get("tools")
         given = {key: options[key] for key in ("suffix",) if options.get(key) is not None}
         ids = self.encode(prompt, tools=tools, thinking=options.get("thinking", True), **given)
-        submitted.append((ids, params, {k: v for k, v in options.items() if k != "tools"}))
+        # Tools are in the ids, and the deadline is what the clock leaves.
+        given = {k: v for k, v in options.items() if k not in ("tools", "deadline_s")}
+        submitted.append((ids, params, given))
         return submit(self, prompt, params, **options)
 
     with monkeypatch.context() as patch:

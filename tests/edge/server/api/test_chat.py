@@ -214,6 +214,28 @@ def test_reasoning_can_be_turned_off_or_hidden(live: Live):
         assert live.chat(**fields).status == 400
 
 
+@pytest.mark.parametrize("effort", ["minimal", "low", "medium", "high", "xhigh", "max"])
+def test_every_effort_of_openais_client_is_taken(
+    live: Live, effort: str, monkeypatch: pytest.MonkeyPatch
+):
+    def statuses() -> list[int]:
+        message = {"role": "user", "content": "what"}
+        bodies: dict[str, dict[str, Any]] = {
+            "chat/completions": {"messages": [message], "reasoning_effort": effort},
+            "responses": {"input": "what", "reasoning": {"effort": effort}},
+        }
+        return [
+            live.ask(f"/v1/{path}", {"model": "tiny", "temperature": 0, **body}).status
+            for path, body in bodies.items()
+        ]
+
+    assert statuses() == [200, 200]
+    # A model that does not reason keeps to any effort, but not to a number of tokens.
+    monkeypatch.setattr(live.engine.llm, "reasons", False)
+    assert statuses() == [200, 200]
+    assert live.chat(thinking_token_budget=5).status == 400
+
+
 def test_a_history_with_reasoning_of_either_name(live: Live):
     history = [
         *QUESTION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,29 @@ def test_one_call_at_a_time(tools: Live):
     assert len(one["choices"][0]["message"]["tool_calls"]) == 1
     assert one["choices"][0]["finish_reason"] == "tool_calls"
     assert tools.idle()
+
+
+def test_an_answer_that_ends_with_its_call_is_none_that_was_given_up(tools: Live):
+    pytest.importorskip("llguidance")
+
+    def outcomes() -> dict[str, float]:
+        text = tools.ask("/metrics").body.decode()
+        found = re.findall(r'edgellm_requests_total\{.*outcome="(\w+)"\} (\S+)', text)
+        return {outcome: float(number) for outcome, number in found}
+
+    before = outcomes()
+    tools.engine.delay_s = 0.01  # the call is read while the engine goes on
+    try:
+        more = " and then more"
+        for _ in range(2):
+            ask(tools, CALL + more * 9, parallel_tool_calls=False)
+            forced = json.dumps({"name": "clock", "arguments": {}}) + "\n" * 9
+            answer = ask(tools, forced, tools=[CLOCK], tool_choice="required")
+            assert answer.json["choices"][0]["finish_reason"] == "tool_calls"
+    finally:
+        tools.engine.delay_s = 0
+    assert tools.idle()
+    assert outcomes() == {**before, "stop": before["stop"] + 4}
 
 
 def test_a_call_and_its_result_go_back_into_the_prompt(tools: Live):

@@ -237,6 +237,23 @@ def test_auto_decides_by_the_request_and_the_load(pair: Pair):
     assert routes["always"] >= 2
 
 
+def test_a_model_that_is_busy_holds_up_no_prompt_that_another_scores(pair: Pair):
+    body = {"prompt": "a", "echo": True, "logprobs": 0, "max_tokens": 1}
+    pair.engines["small"].running.clear()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            held = pool.submit(pair.live.ask, "/v1/completions", {"model": "small", **body})
+            time.sleep(0.2)
+            started = time.monotonic()
+            answer = pair.live.ask("/v1/completions", {"model": "big", **body}, timeout_s=10)
+            assert (answer.status, held.done()) == (200, False)
+            assert time.monotonic() - started < 1
+            pair.engines["small"].running.set()
+            assert held.result().status == 200
+    finally:
+        pair.engines["small"].running.set()
+
+
 def test_tokens_are_counted_as_far_as_the_rules_look(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     small, big = (pair.service.models.get(name) for name in ("small", "big"))
     tokenizer = small.llm.tokenizer
