@@ -59,6 +59,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 def test_who_cleans_tmp_of_what_is_old_leaves_a_head_alone(
     config: FleetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
