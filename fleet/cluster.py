@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -80,7 +81,7 @@ def start_head(config: FleetConfig) -> None:
     # Ray gives itself up where it has not started within 30 s, as on a machine with other work. The
     # second time it finds its files in memory.
     for _ in range(2):
-        with log.open("wb") as output:
+        with log.open("wb") as output, _kept(place) as lock:
             process = subprocess.Popen(
                 command,
                 env=_environ(config),
@@ -88,6 +89,7 @@ def start_head(config: FleetConfig) -> None:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=[lock],
             )
         (place / "head.pid").write_text(f"{process.pid} {_started(process.pid)}")
         deadline = time.monotonic() + _START_S
@@ -139,8 +141,9 @@ def stay_joined(
         labels: that Ray shows of it.
         told: is called with a line when Ray has ended.
     """
+    place = _directory(config, name)
     command = [
-        *_ray_start(_directory(config, name)),
+        *_ray_start(place),
         f"--address={config.address}",
         f"--resources={json.dumps({device_resource(name): 1})}",
         "--labels=" + ",".join(f"{key}={value}" for key, value in labels.items()),
@@ -156,24 +159,26 @@ def stay_joined(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     wait_s = _REJOIN_S[0]
-    while not signals:
-        began = time.monotonic()
-        process = subprocess.Popen(
-            command, env=_environ(config), stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
-        )
-        if signals:  # the signal came while it was started
-            process.terminate()
-        code = process.wait()
-        if signals:
-            return
-        lived_s = time.monotonic() - began
-        wait_s = _REJOIN_S[0] if lived_s > _REJOIN_S[1] else min(2 * wait_s, _REJOIN_S[1])
-        told(
-            f"Ray ended with code {code} after {lived_s:.0f} s; {name} joins again in {wait_s:g} s"
-        )
-        again = time.monotonic() + wait_s
-        while not signals and time.monotonic() < again:
-            time.sleep(0.1)
+    with _kept(place):
+        while not signals:
+            began = time.monotonic()
+            process = subprocess.Popen(
+                command, env=_environ(config), stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+            )
+            if signals:  # the signal came while it was started
+                process.terminate()
+            code = process.wait()
+            if signals:
+                return
+            lived_s = time.monotonic() - began
+            wait_s = _REJOIN_S[0] if lived_s > _REJOIN_S[1] else min(2 * wait_s, _REJOIN_S[1])
+            told(
+                f"Ray ended with code {code} after {lived_s:.0f} s; {name} joins again in "
+                f"{wait_s:g} s"
+            )
+            again = time.monotonic() + wait_s
+            while not signals and time.monotonic() < again:
+                time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -278,6 +283,21 @@ def _directory(config: FleetConfig, name: str) -> Path:
     place = base / hashlib.sha256(key.encode()).hexdigest()[:8]
     place.mkdir(mode=0o700, exist_ok=True)
     return place
+
+
+@contextlib.contextmanager
+def _kept(place: Path) -> Iterator[int]:
+    """Keep a directory under ``/tmp`` from those who clean that of what is old.
+
+    systemd-tmpfiles(8) does so after 10 days on Debian 13, and spares what is in a locked
+    directory. The lock lasts as long as this process, or one that is given the descriptor, has it.
+    """
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _started(pid: int) -> str:

@@ -146,9 +146,15 @@ class Driver:
             BundleError, RegistryError, BackendError: a device could not do it, with code 65, 75
                 or any other; no further one was asked.
             DeadlineError: a device was lost, or no other one is ready to answer meanwhile.
-            ConfigError: another roll-out is at work, or a device's command cannot be started.
+            ConfigError: another roll-out is at work, a device's command cannot be started, or the
+                head does not know a device.
         """
         status = self._status()
+        if strange := [name for name in self.state.devices if name not in status]:
+            raise ConfigError(
+                f"the fleet was brought up with another fleet.toml, which does not have "
+                f"{', '.join(strange)}; run edge-llm fleet up on the head"
+            )
         # What an earlier call has left on a device that is off now still counts when it is back.
         known = set(self._accepted)
         served = (

@@ -119,6 +119,15 @@ def test_what_rolls_out_is_root_with_a_network_and_little_else():
     assert exposure(UNITS / "edge-llm-rollout@.service") <= 2.6
 
 
+def test_where_memory_runs_out_a_roll_out_goes_before_the_service():
+    """It builds an engine beside the service, and the kernel ends who has the higher score."""
+    serving, rolling = (
+        int(directives(UNITS / unit)["OOMScoreAdjust"])
+        for unit in ("edge-llm@.service", "edge-llm-rollout@.service")
+    )
+    assert rolling > serving
+
+
 def used_directives(file: Path) -> set[tuple[str, str]]:
     """Sections and names of what a unit or drop-in says."""
     section, found = "", set()

@@ -203,28 +203,29 @@ class HttpAsker:
     def _exchange(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Answer:
         with self._lock:
             connection = self._idle.pop() if self._idle else None
-        if connection is not None:
-            with contextlib.suppress(ConnectionError):  # the server may have closed it since
-                return self._on(connection, method, path, body, timeout_s)
-        connection = self._new()
+        try:
+            if connection is not None:
+                with contextlib.suppress(ConnectionError):  # the server may have closed it since
+                    return self._on(connection, method, path, body, timeout_s)
+            return self._on(self._connect(), method, path, body, timeout_s)
+        except (OSError, http.client.HTTPException) as error:
+            what = f"the connection broke: {type(error).__name__} {error}"
+            raise NoAnswerError(what.rstrip(), was_sent=True) from error
+
+    def _connect(self) -> http.client.HTTPConnection:
+        place = self._host, self._port
+        connection: http.client.HTTPConnection
+        if self._tls is not None:
+            connection = http.client.HTTPSConnection(*place, timeout=CONNECT_S, context=self._tls)
+        else:
+            connection = http.client.HTTPConnection(*place, timeout=CONNECT_S)
         try:
             connection.connect()
         except OSError as error:
             connection.close()
             raise NoAnswerError(f"cannot connect: {error}", was_sent=False) from error
         _keep_alive(connection.sock)
-        try:
-            return self._on(connection, method, path, body, timeout_s)
-        except (OSError, http.client.HTTPException) as error:
-            what = f"the connection broke: {type(error).__name__} {error}"
-            raise NoAnswerError(what.rstrip(), was_sent=True) from error
-
-    def _new(self) -> http.client.HTTPConnection:
-        if self._tls is not None:
-            return http.client.HTTPSConnection(
-                self._host, self._port, timeout=CONNECT_S, context=self._tls
-            )
-        return http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
+        return connection
 
     def _on(
         self,

@@ -34,7 +34,8 @@ _reload = click.option(
     "--reload",
     "reload_command",
     metavar="COMMAND",
-    help="Makes the service look at the link, e.g. 'systemctl reload edge-llm@r1'.",
+    help="Makes the service look at the link, e.g. 'systemctl reload-or-restart edge-llm@r1', "
+    "which also starts one that a bad bundle has ended.",
 )
 
 

@@ -16,7 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import unquote, urlencode, urljoin, urlsplit
 
 from edge._version import __version__
 from edge.errors import (
@@ -90,7 +90,7 @@ class Registry:
         self.close()
 
     def manifest(self, wanted: str) -> tuple[bytes, str]:
-        """Get a manifest, and the digest of its bytes.
+        """Get a manifest, and the digest of its bytes; a broken transfer is tried again.
 
         Args:
             wanted: a tag, or the digest that it must have.
@@ -100,10 +100,7 @@ class Registry:
             IntegrityError: it is another than the digest says, or too large.
             RegistryError: the registry cannot be reached or fails.
         """
-        response = self._request(
-            "GET", f"/v2/{self._repository}/manifests/{wanted}", headers={"Accept": MANIFEST_TYPE}
-        )
-        data = b"".join(_read(response, MAX_MANIFEST_BYTES, f"{self._name}: manifest {wanted}"))
+        data = self._get(f"manifests/{wanted}", MAX_MANIFEST_BYTES, {"Accept": MANIFEST_TYPE})
         digest = digest_of(data)
         if is_digest(wanted) and digest != wanted:
             raise IntegrityError(
@@ -179,23 +176,14 @@ class Registry:
             ConfigError: it is not there, or the registry refuses the credentials.
             RegistryError: the registry cannot be reached or fails.
         """
-        what = f"{self._name}: blob {digest}"
-        for left in range(_TRIES - 1, -1, -1):
-            response = self._request("GET", f"/v2/{self._repository}/blobs/{digest}")
-            try:
-                data = b"".join(_read(response, num_bytes, what))
-            except (self._http.exceptions.HTTPError, OSError) as error:
-                if not left:
-                    raise self._unreachable(error) from error
-                time.sleep(_FIRST_PAUSE_S)
-                continue
-            if len(data) == num_bytes and digest_of(data) == digest:
-                return data
-            raise IntegrityError(
-                f"{what} came as {len(data)} bytes with {digest_of(data)}, and {num_bytes} bytes "
-                "were announced; the registry is damaged, or somebody changes what it sends"
-            )
-        raise AssertionError("the last try returns or raises")
+        data = self._get(f"blobs/{digest}", num_bytes)
+        if len(data) == num_bytes and digest_of(data) == digest:
+            return data
+        raise IntegrityError(
+            f"{self._name}: blobs/{digest} came as {len(data)} bytes with {digest_of(data)}, and "
+            f"{num_bytes} bytes were announced; the registry is damaged, or somebody changes what "
+            "it sends"
+        )
 
     # ------------------------------------------------------------------------------- wire
 
@@ -210,8 +198,23 @@ class Registry:
         }
         proxy = urllib.request.getproxies().get(urlsplit(self._root).scheme)
         if proxy and not urllib.request.proxy_bypass(host):
-            return self._http.ProxyManager(proxy, **options)
+            # urllib3 leaves out the user and password of the address.
+            user, at, _ = urlsplit(proxy).netloc.rpartition("@")
+            key = self._http.util.make_headers(proxy_basic_auth=unquote(user)) if at else None
+            return self._http.ProxyManager(proxy, proxy_headers=key, **options)
         return self._http.PoolManager(**options)
+
+    def _get(self, place: str, max_bytes: int, headers: Mapping[str, str] | None = None) -> bytes:
+        """Get a body of the repository; a transfer that breaks is begun again."""
+        for left in range(_TRIES - 1, -1, -1):
+            response = self._request("GET", f"/v2/{self._repository}/{place}", headers=headers)
+            try:
+                return b"".join(_read(response, max_bytes, f"{self._name}: {place}"))
+            except (self._http.exceptions.HTTPError, OSError) as error:
+                if not left:
+                    raise self._unreachable(error) from error
+                time.sleep(_FIRST_PAUSE_S)
+        raise AssertionError("the last try returns or raises")
 
     def _request(
         self,

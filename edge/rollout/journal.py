@@ -19,7 +19,7 @@ from typing import Any, Literal
 import msgspec
 
 from edge.bundle.update import beside, fsync, locked, replace_durably
-from edge.errors import BackendError, ConfigError
+from edge.errors import BackendError, ConfigError, EdgeError
 from edge.files import MALFORMED, read_file
 
 Step = Literal["idle", "pulled", "built", "judged", "trial", "done"]
@@ -64,7 +64,7 @@ class Journal(msgspec.Struct, forbid_unknown_fields=True):
         self.rejected.pop(self.digest, None)
         self.rejected[self.digest] = reason
         self.rejected = dict(list(self.rejected.items())[-_MAX_REJECTED:])
-        self.step, self.judged_new = "idle", None
+        self.step, self.judged_new, self.trials = "idle", None, 0
 
 
 class Place:
@@ -165,7 +165,14 @@ class Place:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
-def take_back(place: Place, journal: Journal, reload: str | None, *, cut_off: bool = True) -> bool:
+def take_back(
+    place: Place,
+    journal: Journal,
+    reload: str | None,
+    *,
+    cut_off: bool = True,
+    fault: str | None = None,
+) -> bool:
     """End a trial: the link leads to the old bundle again, and the service hears of it.
 
     Call it with the place locked. It does nothing where nothing is on trial.
@@ -175,23 +182,34 @@ def take_back(place: Place, journal: Journal, reload: str | None, *, cut_off: bo
         journal: as it is on disk; it is written again.
         reload: command that makes the service look at the link.
         cut_off: whether nobody is left who could say why; too many such trials reject a bundle.
+        fault: why the bundle is rejected; None if it may be tried again.
 
     Returns:
         Whether something was on trial.
 
     Raises:
-        ConfigError, BackendError: see `Place.write` and `reload_service`; the link is back.
+        ConfigError: see `Place.write`; the link is back.
+        BackendError: see `reload_service`; link and journal are as they should be.
     """
     if not journal.on_trial:
         return False
     place.point(journal.old)
+    failed: EdgeError | None = None
+    try:
+        # Before the journal says that the trial is over: whoever ends this, the next one does both.
+        if journal.old is not None:
+            reload_service(reload)
+    except EdgeError as error:
+        failed = error
     journal.trials += cut_off
     journal.step = "judged"
-    if journal.trials >= MAX_TRIALS:
-        journal.reject(f"{journal.trials} trials were cut off before their end")
+    if journal.trials >= MAX_TRIALS and fault is None:
+        fault = f"{journal.trials} trials were cut off before their end"
+    if fault is not None:
+        journal.reject(fault)
     place.write(journal)
-    if journal.old is not None:
-        reload_service(reload)
+    if failed is not None:
+        raise failed
     return True
 
 

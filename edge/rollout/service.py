@@ -34,6 +34,7 @@ class Sight:
         ended: sequences that have ended since it started, of all models.
         errors: how many of them with an error.
         drifting: parameters of requests whose drift is an alarm.
+        uptime_s: seconds since it started.
     """
 
     fingerprint: str | None
@@ -41,6 +42,7 @@ class Sight:
     ended: int
     errors: int
     drifting: frozenset[str]
+    uptime_s: float
 
 
 class Service:
@@ -88,6 +90,7 @@ class Service:
                 sum(requests.values()),
                 sum(requests.get(outcome, 0) for outcome in _ERRORS),
                 frozenset(key for key, value in drift.items() if value["alarm"]),
+                float(stats["uptime_s"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
@@ -138,9 +141,13 @@ class Service:
             items: what to ask.
             watch_s: seconds.
             progress: is called with the seconds that have passed.
+
+        Raises:
+            BackendError: it ended meanwhile and was started again, whoever did that.
         """
         began = seen = time.monotonic()
         first: Sight | None = None
+        uptime_s = 0.0
         found: list[float] = []
         while True:
             try:
@@ -153,7 +160,11 @@ class Service:
                     return f"the service does not answer: {error}"
                 time.sleep(min(POLL_S, watch_s / 10))
                 continue
-            first = sight if first is None or sight.ended < first.ended else first
+            if sight.uptime_s < uptime_s:
+                raise BackendError(
+                    "the service ended during the trial and was started again; look at its log"
+                )
+            uptime_s, first = sight.uptime_s, first or sight
             fault = _fault(sight, first, before, fingerprint) or _late(found, paces)
             if fault is not None:
                 return fault

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -151,9 +152,11 @@ class _Run:
                 raise self._gate_error(offer.digest, reason, "was rejected before")
             self._check_size(offer.manifest)
             if journal.digest != offer.digest or journal.step == "done":
+                unfinished = None if journal.step == "done" else journal.new
                 journal.digest, journal.trials = offer.digest, 0
                 journal.new = f"{self.place.link.name}-{offer.digest[7:19]}"
                 journal.step, journal.judged_new = "idle", None
+                self._drop_unfinished(unfinished, current)
             journal.old = current
             if current is None:
                 # Nothing serves yet, so there is nothing to compare with and nothing to watch.
@@ -193,6 +196,16 @@ class _Run:
         from edge.server.models.switch import need_bytes
 
         return need_bytes(manifest, self.plan.engine.num_slots, self.plan.engine.kv_capacity)
+
+    def _drop_unfinished(self, bundle: str | None, current: str | None) -> None:
+        """Remove what roll-outs of other bundles fetched and never ended: it may fill the disk."""
+        place, new = self.place, self.journal.new
+        staging = re.compile(rf"\.({re.escape(place.link.name)}-[0-9a-f]{{12}})\.edge-llm-pull")
+        for path in place.link.parent.iterdir():
+            half = staging.fullmatch(path.name)
+            whole = path.name == bundle and bundle not in (current, new)
+            if whole or (half is not None and half[1] != new):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _pull(self, offer: Offer, registry: Registry) -> None:
         target = self.place.path(self.journal.new)
@@ -328,9 +341,9 @@ class _Run:
                 take_back(place, journal, plan.reload, cut_off=broke)
                 raise
             if fault is not None:
-                take_back(place, journal, plan.reload, cut_off=False)
-                journal.reject(fault)
-                place.write(journal)
+                # A service that has ended cannot be reloaded; it opens the link when it starts.
+                with suppress(BackendError):
+                    take_back(place, journal, plan.reload, cut_off=False, fault=fault)
                 self._confirm_old(before)
                 raise self._reject(fault)
         return before

@@ -254,6 +254,14 @@ def test_a_device_that_the_head_refuses_for_its_old_bundle_is_brought_in():
     assert world.status()["devices"]["a"]["state"] == "ready"
 
 
+def test_a_device_that_the_head_does_not_know_is_said_before_anything_is_begun():
+    world = World({"one": "good", "two": "good"})
+    world.members.pop("two")
+    with pytest.raises(ConfigError, match="which does not have two; run edge-llm fleet up"):
+        driver(world).run()
+    assert not world.runs
+
+
 def test_nobody_is_on_or_nobody_would_be_left():
     with pytest.raises(DeadlineError, match="no device of the fleet is on"):
         driver(World(dict.fromkeys("ab", "off"))).run()

@@ -22,7 +22,7 @@ class Stub(ThreadingHTTPServer):
 
     A body may have ``first``, a list of statuses for the first times that it comes (0 cuts the
     connection), ``then``, a status for later, ``retry_after``, ``raw``, the bytes of the answer,
-    and ``wait_s``.
+    ``wait_s``, and ``waits_s``, a list of waits for the first times.
 
     Attributes:
         seen: how often each body came.
@@ -76,7 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
             server.seen[body.decode()] += 1
             server.now += 1
             server.most = max(server.most, server.now)
-        time.sleep(server.delay_s + asked.get("wait_s", 0))
+        waits = asked.get("waits_s", [])
+        wait_s = waits[times] if times < len(waits) else asked.get("wait_s", 0)
+        time.sleep(server.delay_s + wait_s)
         with server.lock:
             server.now -= 1
         first = asked.get("first", server.first)

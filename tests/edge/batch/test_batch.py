@@ -75,6 +75,15 @@ def test_every_row_is_asked_once_and_with_its_own_body(tmp_path: Path):
     assert not (tmp_path / "out.errors.jsonl").exists()
 
 
+def test_a_server_that_falls_silent_on_a_connection_it_has_used_is_asked_again(tmp_path: Path):
+    """As one that lost its power: most rows go over a connection that had an answer before."""
+    with stub() as server:
+        bodies = [{"n": 0}, {"n": 1, "waits_s": [2.0]}]
+        result = run(tmp_path, bodies, server, concurrency=1, timeout_s=1)
+        assert server.seen.total() == 3
+    assert result == BatchResult(2, 2, 0)
+
+
 def test_a_finished_batch_asks_nothing_and_failed_rows_come_again_without_their_file(
     tmp_path: Path,
 ):

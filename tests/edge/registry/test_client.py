@@ -26,7 +26,10 @@ BASIC = "Basic " + base64.b64encode(b"alice:wonderland").decode()
 
 
 class Server:
-    """A server that answers by a function; it remembers who asked what with which key."""
+    """A server that answers by a function; it remembers who asked what with which key.
+
+    The header ``Missing`` makes it announce that many bytes more than it sends.
+    """
 
     def __init__(self, answer: Callable[[str, dict[str, str]], Answer]) -> None:
         self.asked: list[tuple[str, str | None]] = []
@@ -41,9 +44,11 @@ class Server:
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
+                missing = int(headers.get("Missing", 0))
+                self.send_header("Content-Length", str(len(body) + missing))
                 self.end_headers()
                 self.wfile.write(body)
+                self.close_connection = self.close_connection or missing > 0
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -170,6 +175,42 @@ def test_a_manifest_without_end_is_refused(serve: Callable[..., Server]):
     server = serve(lambda *_: (200, {}, bytes(5 << 20)))
     with client(server) as registry, pytest.raises(IntegrityError, match="is longer than"):
         registry.manifest("v1")
+
+
+def test_a_manifest_that_breaks_off_is_asked_for_again(
+    serve: Callable[..., Server], quick: Callable[[], list[float]]
+):
+    missing = [5, 5, 0]
+
+    def answer(*_: object) -> Answer:
+        return 200, {"Missing": str(missing.pop(0) if missing else 5)}, b"{}"
+
+    server = serve(answer)
+    with client(server) as registry:
+        assert registry.manifest("v1")[0] == b"{}"
+        with pytest.raises(RegistryError, match="gives no answer") as caught:
+            registry.manifest("v1")
+    assert caught.value.exit_code == 75
+    assert len(server.asked) == 3 + len(quick()) - 1
+
+
+def test_a_proxy_gets_the_password_of_its_address(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+):
+    keys: list[str] = []
+
+    def answer(_: str, headers: dict[str, str]) -> Answer:
+        keys.extend(headers[name] for name in headers if name.lower() == "proxy-authorization")
+        return 200, {}, b"{}"
+
+    proxy = serve(answer)
+    monkeypatch.setenv("http_proxy", f"http://alice:wonder%6Cand@{proxy.address}")
+    monkeypatch.setenv("no_proxy", "")
+    reference = parse_reference("registry.example.com/r1")
+    with Registry(reference, plain_http=True) as registry:
+        assert registry.manifest("v1")[0] == b"{}"
+    assert keys == [BASIC]
+    assert proxy.asked[0][0].startswith("http://registry.example.com/v2/r1/manifests")
 
 
 # ------------------------------------------------------------------------------- credentials

@@ -25,6 +25,7 @@ from edge.device.telemetry import Snapshot
 from edge.engine_config import EngineConfig
 from edge.errors import (
     BackendError,
+    BuildError,
     BundleError,
     ConfigError,
     GateError,
@@ -33,6 +34,7 @@ from edge.errors import (
 )
 from edge.measure.watch_server import ServerAnswerer
 from edge.registry.client import Registry
+from edge.registry.pull import pull
 from edge.registry.push import push
 from edge.registry.reference import parse_reference
 from edge.rollout import journal as journals
@@ -232,6 +234,20 @@ def test_an_alarm_of_the_watch_takes_the_bundle_back(
     assert roll_out(device.plan(reference, retry=True)).changed
 
 
+def test_a_bundle_is_rejected_though_the_service_that_it_broke_cannot_be_reloaded(
+    device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """As systemctl refuses to reload a unit that has failed or waits to be started again."""
+    before, reference = device.current, device.offer()
+    monkeypatch.setattr(services, "_fault", lambda *_: "the service does not answer")
+    script = f"{device.reload}; mkdir {tmp_path}/told"
+    with pytest.raises(GateError, match="the service does not answer"):
+        roll_out(device.plan(reference, reload=f"sh -c '{script}'"))
+    assert device.serves(before)
+    with pytest.raises(GateError, match="was rejected before"):
+        roll_out(device.plan(reference))
+
+
 def test_steps_that_fail_leave_the_old_bundle_and_reject_nothing(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ):
@@ -285,6 +301,35 @@ def test_a_service_that_breaks_off_three_times_has_the_bundle_rejected(
     with pytest.raises(GateError, match="trials were cut off"):
         roll_out(device.plan(reference))
     assert device.serves(before)
+
+
+def test_what_a_roll_out_of_another_bundle_never_ended_makes_room(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+):
+    missed, newest = device.offer(), device.offer()
+
+    def fails(_: object) -> None:
+        raise BuildError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps._Run, "_build", fails)
+        with pytest.raises(BuildError):
+            roll_out(device.plan(missed))
+    whole, have = device.journal.new, device.bundles()
+    assert whole in have
+    half = device.root / ".r1-0123456789ab.edge-llm-pull"
+    half.mkdir()
+    (half / "decoder.onnx.data").write_bytes(b"1")
+    found: list[set[str]] = []
+
+    def pulling(*arguments: Any, **options: Any) -> Any:
+        found.append({path.name for path in device.root.iterdir()})
+        return pull(*arguments, **options)
+
+    monkeypatch.setattr(steps, "pull", pulling)
+    assert roll_out(device.plan(newest)).changed
+    assert found[0] & {whole, half.name} == set()
+    assert have - {whole} <= found[0]  # the one before the current, to go back to, too
 
 
 def test_an_unsigned_bundle_is_not_even_fetched(device: Device, tmp_path: Path):
@@ -382,6 +427,24 @@ def test_kill_9_at_every_step_leaves_the_old_bundle_serving(device: Device):
     assert not roll_out(device.plan(reference)).changed
 
 
+def test_who_is_ended_while_it_takes_a_trial_back_leaves_the_reload_to_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """systemd ends the guard of a roll-out that it has ended, wherever that is by then."""
+    place, told = Place(tmp_path / "r1"), tmp_path / "told"
+    place.link.symlink_to("r1-new")
+    with place.locked():
+        place.write(journals.Journal("sha256:1", "trial", "r1-new", "r1-old"))
+    with monkeypatch.context() as patch:
+        patch.setattr(journals, "reload_service", _die)
+        with pytest.raises(KeyboardInterrupt):
+            recover(place.link, "true")
+    assert recover(place.link, f"mkdir {told}")
+    assert told.exists()
+    assert place.current == "r1-old"
+    assert not recover(place.link, "false")
+
+
 def test_a_trial_that_is_cut_off_again_and_again_is_not_tried_for_ever(device: Device):
     before = device.current
     reference = device.offer()
@@ -427,8 +490,8 @@ def test_the_first_bundle_of_a_device_needs_no_service(device: Device, tmp_path:
 
 # ------------------------------------------------------------------------------- the watch
 
-OLD = Sight("fp_old", False, 1000, 10, frozenset({"seed"}))
-FIRST = Sight("fp_new", False, 1000, 10, frozenset({"seed"}))
+OLD = Sight("fp_old", False, 1000, 10, frozenset({"seed"}), 90.0)
+FIRST = Sight("fp_new", False, 1000, 10, frozenset({"seed"}), 100.0)
 
 
 @pytest.mark.parametrize(
@@ -456,6 +519,17 @@ def test_a_slow_bundle_is_late_and_a_hiccup_is_none(monkeypatch: pytest.MonkeyPa
     assert "a token takes 200.0 ms, with the old bundle 100.0 ms" in str(_late([0.2] * 8, [0.1]))
     assert _late([0.1] * 5 + [9.0] * 3, [0.1] * 8) is None
     assert _late([0.149] * 8, [0.1] * 8) is None
+
+
+def test_a_service_that_is_started_again_quickly_has_ended_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(services, "POLL_S", 0.01)
+    watched = services.Service(ServerAnswerer("http://127.0.0.1:9"), None)
+    sights = iter([FIRST, replace(FIRST, uptime_s=101.0), replace(FIRST, ended=0, uptime_s=2.0)])
+    monkeypatch.setattr(watched, "look", lambda: next(sights))
+    with pytest.raises(BackendError, match="was started again"):
+        watched.watch("fp_new", OLD, [], [], 60.0, lambda _: None)
 
 
 def test_a_service_that_falls_silent_is_a_fault(monkeypatch: pytest.MonkeyPatch):

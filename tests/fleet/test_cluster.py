@@ -1,0 +1,85 @@
+"""The processes of Ray, with another command in its place."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fleet import cluster
+from fleet.config import FleetConfig
+from tests.conftest import write_secret
+
+_HEAD = """import time
+print("Ray runtime started", flush=True)
+time.sleep(600)
+"""
+_DEVICE = """import fcntl, os, pathlib, signal, sys
+seen = "free"
+try:
+    fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    seen = "locked"
+pathlib.Path(sys.argv[1], "seen").write_text(seen)
+os.kill(os.getppid(), signal.SIGTERM)
+"""
+
+
+def is_locked(place: str | Path) -> bool:
+    """Whether systemd-tmpfiles would leave a directory alone: it tries to lock each one, too."""
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FleetConfig:
+    write_secret(tmp_path / "token", "0" * 64)
+    (tmp_path / "place").mkdir()
+    monkeypatch.setattr(cluster, "_directory", lambda *_: tmp_path / "place")
+    return FleetConfig(token_file=str(tmp_path / "token"), devices={})
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_who_cleans_tmp_of_what_is_old_leaves_a_head_alone(
+    config: FleetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cluster, "_ray_start", lambda _: [sys.executable, "-c", _HEAD])
+    cluster.start_head(config)
+    try:
+        assert is_locked(tmp_path / "place")
+        assert cluster.find_head(config) is not None
+    finally:
+        assert cluster.stop_head(config)
+    assert not is_locked(tmp_path / "place")
+
+
+@pytest.mark.usefixtures("handlers")
+def test_who_cleans_tmp_of_what_is_old_leaves_a_device_alone(
+    config: FleetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = tmp_path / "place"
+    command = [sys.executable, "-c", _DEVICE, str(place)]
+    monkeypatch.setattr(cluster, "_ray_start", lambda _: command)
+    cluster.stay_joined(config, "one", {}, lambda _: None)
+    assert (place / "seen").read_text() == "locked"
+    assert not is_locked(place)
