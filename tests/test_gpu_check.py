@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -88,6 +89,47 @@ def test_without_a_gpu_it_refuses_in_one_line(tmp_path: Path):
     assert line.startswith("gpu-check: no NVIDIA GPU here")
     assert sorted(ROOT.iterdir()) == before  # no environment was made
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("ort", ["", "mine.whl"])
+def test_without_onnxruntime_gpu_on_pypi_it_goes_on(tmp_path: Path, ort: str):
+    """As on JetPack 6: of onnxruntime-gpu PyPI has no wheel for Arm64 and Python 3.10."""
+    for name in ("scripts", "edge", "requirements"):
+        (tmp_path / name).mkdir()
+    for name in ("gpu-check", "_venv", "_jetpack"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    for name in ("pyproject.toml", "edge/_version.py"):
+        (tmp_path / name).touch()
+    for name in ("laptop", "pycuda"):
+        (tmp_path / f"requirements/{name}.txt").touch()
+    (tmp_path / "scripts/install-pycuda").write_text("#!/bin/sh\nexit 69\n")
+    (tmp_path / "scripts/install-pycuda").chmod(0o755)
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+echo "$*" >>{log}
+case "$*" in
+    -c*) echo /dev/nvmap ;;
+    "-m venv"*) mkdir -p .venv-gpu/bin; cp "$0" .venv-gpu/bin/python ;;
+    *onnxruntime-gpu*) exit 1 ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        [tmp_path / "scripts/gpu-check"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python), "ORT": ort},
+    )
+    assert done.returncode == 0, done.stderr
+    calls = log.read_text().splitlines()
+    assert calls[-1] == "scripts/gpu_check.py"
+    asked = [call.split()[-1] for call in calls if "onnxruntime" in call or "mine" in call]
+    assert asked == ([ort] if ort else ["onnxruntime-gpu", "onnxruntime"])
+    assert ("ORT=WHEEL" in done.stderr) == (not ort)
 
 
 class Steps:

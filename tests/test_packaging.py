@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -29,6 +30,35 @@ def project() -> dict[str, Any]:
     tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     parsed: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
     return parsed
+
+
+def test_an_environment_that_was_moved_is_made_anew(tmp_path: Path):
+    """Its scripts name the interpreter at the old place."""
+    old, new = tmp_path / "old", tmp_path / "new place"
+    (old / "scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/_venv", old / "scripts")
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in -c*) echo 3.11.2 /usr ;; *--clear*) mkdir -p .venv\nesac'
+    )
+    python.chmod(0o755)
+
+    def make(checkout: Path) -> bool:
+        done = subprocess.run(
+            ["bash", "-c", ". scripts/_venv; new_venv .venv"],
+            cwd=checkout,
+            env={**os.environ, "PYTHON": str(python)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return "making .venv" in done.stderr
+
+    assert make(old)
+    assert not make(old)
+    old.rename(new)
+    assert make(new)
+    assert not make(new)
 
 
 def test_the_wheel_holds_three_packages_and_what_tutorials_import(tmp_path: Path):

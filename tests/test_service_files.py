@@ -431,7 +431,7 @@ class Toolchain:
             directory.mkdir(parents=True)
         for header in (self.cuda / "include" / "cuda.h", self.headers / "Python.h"):
             header.touch()
-        for tool in ("bash", "cat", "dirname", "mktemp", "realpath", "rm", "sed"):
+        for tool in ("bash", "cat", "dirname", "ln", "mktemp", "realpath", "rm", "sed"):
             (self.bin / tool).symlink_to(shutil.which(tool) or "")
         self.script(self.cuda / "bin" / "nvcc", "")
         self.script(self.bin / "g++", "")
@@ -439,7 +439,8 @@ class Toolchain:
             self.python,
             f'if [ "$1" = -c ]; then echo {self.headers}; exit; fi\n'
             f'echo "CUDA_ROOT=$CUDA_ROOT PATH=$PATH $*" >> {self.log}\n'
-            f"cat $HOME/.aksetup-defaults.py > {root}/options\nexit $PIP_CODE\n",
+            f"cat $HOME/.aksetup-defaults.py > {root}/options\n"
+            f"cat $HOME/.pip/pip.conf $HOME/.config/pip/pip.conf > {root}/pip\nexit $PIP_CODE\n",
         )
 
     @staticmethod
@@ -472,6 +473,17 @@ def test_pycuda_is_compiled_by_hash_with_the_toolkit_on_the_path(tmp_path: Path,
     assert "--require-hashes --only-binary :all: --no-binary pycuda" in call
     assert call.endswith("requirements/pycuda.txt")
     assert (tmp_path / "options").read_text() == "CUDA_ENABLE_CURAND = False\n"
+
+
+def test_pycuda_comes_from_where_the_user_told_pip_to_look(tmp_path: Path):
+    tools, home = Toolchain(tmp_path), tmp_path / "home of mine"
+    for directory in (".pip", ".config/pip"):
+        (home / directory).mkdir(parents=True)
+        (home / directory / "pip.conf").write_text(f"# {directory}\n")
+    done = tools.run(CUDA_ROOT=str(tools.cuda), HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pip").read_text() == "# .pip\n# .config/pip\n"
+    assert (home / ".config/pip/pip.conf").exists()  # what was linked is not removed
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def _check_before_loading(
     from edge.bundle.engine_file import find_engines
     from edge.bundle.manifest import read_manifest
     from edge.measure.bench import check_room
-    from edge.measure.bench_report import check_alike
+    from edge.measure.bench_report import check_alike, refuse_single_runs
     from edge.measure.layer_bench import no_layer_times
 
     manifest = read_manifest(bundle)
@@ -139,6 +139,7 @@ def _check_before_loading(
         if not find_engines(bundle):
             raise no_layer_times("another backend")
     if before is not None:
+        refuse_single_runs(config.repeats)
         known = {
             name: getattr(config, name) for name in ("batch", "prompt_tokens", "output_tokens")
         }
@@ -249,7 +250,8 @@ def _print(result: dict[str, Any], changes: list[Change]) -> None:
     console = Console(markup=False, highlight=False)
     device = result["device"]
     place = device["module"] or device["name"] or "this machine"
-    mode = f", {device['power_mode']}" if device["power_mode"] else ""
+    # What it ran in, which the table of modes may not have.
+    mode = f", {device['nvpmodel']}" if device["nvpmodel"] else ""
     table = make_table(
         f"{result['bundle']} ({result['quantization']}) with {result['backend']} on {place}{mode}: "
         f"batch {result['batch']}, prompt {result['prompt_tokens']}, output "

@@ -31,7 +31,7 @@ from edge.measure.report import FIGURES, format_figure, html_report, html_task_r
 from edge.plot import load_renderer
 
 from . import COMMAND_GROUP, echo_json
-from .options import BundlePath, Command, engine_options, take_engine
+from .options import BundlePath, Command, check_writable, engine_options, take_engine
 from .progress import show_progress
 from .settings_options import complete_bundle
 
@@ -164,6 +164,7 @@ def run_evaluation(
     entered once the options are found sound.
     """
     _refuse_idle_options(task_file, options)
+    check_writable(html_file, "--html")
     for path in bundles:
         check_task(read_manifest(path), "generate")
     gates = [
@@ -194,6 +195,14 @@ def run_evaluation(
             measured = result if task_file is None else result["against"]
             missed = list(evaluation.missed_thresholds(limits, measured))
             result["gate"] = {"name": gate, "missed": missed}
+    # First of all: what cannot be saved is not lost.
+    if as_json:
+        for result in results:
+            echo_json(result)
+    elif task_file is None:
+        _print_text(results)
+    else:
+        _print_task(results)
     if save:
         for path, result in zip(bundles, results, strict=True):
             _save(path, "text" if task_file is None else task_file.name, result)
@@ -203,13 +212,6 @@ def run_evaluation(
             html_file.write_text(page, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {html_file}: {error.strerror}") from error
-    if as_json:
-        for result in results:
-            echo_json(result)
-    elif task_file is None:
-        _print_text(results)
-    else:
-        _print_task(results)
     failed = False
     for result in results:
         for sentence in result.get("gate", {}).get("missed", ()):

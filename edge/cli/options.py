@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from click.shell_completion import CompletionItem
 from edge.bundle.library import find_bundle
 from edge.config_file import load_settings
 from edge.engine_config import EngineConfig, EngineOptions
-from edge.errors import RequestError
+from edge.errors import ConfigError, RequestError
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 
 from .settings_options import complete_bundle, option_texts, settings_options
@@ -104,6 +105,22 @@ def take_sampling(options: dict[str, Any]) -> SamplingParams:
     """
     given = {name: options.pop(name) for name in (*KNOBS, "stop")}
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """Refuse a file that could not be written after the hours that its content takes.
+
+    Raises:
+        ConfigError: it is not there, and its directory is not either, or is not writable.
+    """
+    if path is None or os.access(path, os.W_OK):
+        return
+    directory = path.absolute().parent
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{option} {path} cannot be written: {directory} is no directory that this user may "
+            "write to; name another, or make it first"
+        )
 
 
 def check_utf8(text: str, what: str) -> None:

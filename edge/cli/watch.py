@@ -53,7 +53,7 @@ from edge.progress import Progress, prefixed, uncounted
 from edge.runtime.llm import LLM
 
 from . import echo_json
-from .options import BundlePath, engine_options, take_engine
+from .options import BundlePath, check_writable, engine_options, take_engine
 from .progress import show_progress
 
 _ENGINE = ("backend", "kv_capacity", "num_threads", "int8_activations")
@@ -173,6 +173,18 @@ def watch(
         return record or (record_missing and not path.exists())
 
     thresholds = Thresholds(alpha, min_psi)
+    # What is wrong with a file is said before hours of asking.
+    before = None if baseline is None or records(baseline) else read_baseline(baseline)
+    usual = None if traffic is None or records(traffic) else read_counts(traffic)
+    state_file: Path | None = options["state_file"]
+    state = TrafficState() if state_file is None else read_state(state_file)
+    for path, option in (
+        (baseline if before is None else None, "--baseline"),
+        (traffic if usual is None else None, "--traffic"),
+        (state_file, "--state"),
+        (textfile, "--textfile"),
+    ):
+        check_writable(path, option)
     options["engine"] = take_engine(options, prefill_chunk=CHUNK_TOKENS)
     outcome = _Outcome([], {}, [])
     counters = None if traffic is None else _counters(options)
@@ -184,13 +196,15 @@ def watch(
     elif baseline is not None:
         with show_progress() as progress:
             run = _run(bundle, options, progress)
-        if records(baseline):
+        if before is None:
             write_baseline(baseline, run)
             outcome.notes.append(f"recorded {len(run.items)} answers in {baseline}")
         else:
-            outcome.checks = compare_runs(run, read_baseline(baseline))
+            outcome.checks = compare_runs(run, before)
     if traffic is not None and counters is not None:
-        _watch_traffic(outcome, traffic, counters, records(traffic), thresholds, options)
+        _watch_traffic(outcome, traffic, counters, usual, thresholds, state)
+        if state_file is not None:
+            write_atomic(state_file, msgspec.json.encode(state))
     if textfile is not None:
         write_atomic(textfile, _prometheus(outcome))
     _report(outcome, as_json)
@@ -291,7 +305,10 @@ def _compare_bundles(
             lambda: theirs.call(lambda: compare(ours, theirs, text.windows, progress))
         )
     figures = evaluate.summarize(result.positions)
-    low, high = evaluate.confidence_intervals(result.positions)["perplexity_ratio"]
+    interval = evaluate.confidence_intervals(result.positions).get("perplexity_ratio")
+    if interval is None:
+        return checks, "too few --text-tokens: perplexities cannot be compared"
+    low, high = interval
     now, then = figures["perplexity"], figures["perplexity_reference"]
     assert now is not None
     assert then is not None
@@ -321,28 +338,24 @@ def _watch_traffic(
     outcome: _Outcome,
     traffic: Path,
     now: Counts,
-    record: bool,
+    usual: Counts | None,
     thresholds: Thresholds,
-    options: dict[str, Any],
+    state: TrafficState,
 ) -> None:
-    """Compare what came between two runs; ``now`` was read before this run asked anything."""
-    state_file = options["state_file"]
-    state = TrafficState() if state_file is None else read_state(state_file)
+    """Compare what came between two runs with what is usual, which None records."""
     window = now.since(state.seen).plus(state.pending)
     outcome.requests = window.requests
     state.pending = Counts()
     if window.requests < MIN_REQUESTS:
         outcome.notes.append(f"{window.requests} new requests; {MIN_REQUESTS} are needed")
         state.pending = window
-    elif record:
+    elif usual is None:
         write_atomic(traffic, msgspec.json.encode(window))
         outcome.notes.append(f"recorded {window.requests} requests in {traffic}")
     else:
-        outcome.drift = compare_traffic(read_counts(traffic), window, thresholds)
-    if state_file is not None:
-        # Read anew: what the watch itself has asked is nobody's traffic.
-        state.seen = _counters(options)
-        write_atomic(state_file, msgspec.json.encode(state))
+        outcome.drift = compare_traffic(usual, window, thresholds)
+    # As of the start: clients went on asking since, and the server does not count the watch.
+    state.seen = now
 
 
 # ------------------------------------------------------------------------------- output

@@ -18,6 +18,7 @@ JETSON_NODES = (
     "/dev/dri/renderD128",
 )
 SLOT_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm")
+_WSL_NODE = "/dev/dxg"
 # Others have these two, too: a virtual machine without a GPU, a board of another maker.
 _NOT_A_SIGN = ("/dev/host1x-fence", "/dev/dri/renderD128")
 GPU_NODES = tuple(name for name in (*JETSON_NODES, *SLOT_NODES) if name not in _NOT_A_SIGN)
@@ -29,6 +30,9 @@ def find_gpu_node(root: Path = Path("/")) -> str | None:
     The driver is not asked: whoever lacks a driver, a library or a right still has the GPU.
 
     Args:
-        root: where ``dev`` is.
+        root: where ``dev`` and ``usr`` are.
     """
+    # Every WSL has this node, but only with Windows' driver of NVIDIA this library.
+    if (root / _WSL_NODE[1:]).exists() and (root / "usr/lib/wsl/lib/libcuda.so.1").exists():
+        return _WSL_NODE
     return next((name for name in GPU_NODES if (root / name[1:]).exists()), None)

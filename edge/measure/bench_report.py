@@ -117,6 +117,19 @@ def check_alike(old: dict[str, Any], known: dict[str, Any]) -> None:
     _refuse([key for key, value in known.items() if key in old and old[key] != value])
 
 
+def refuse_single_runs(*repeats: int) -> None:
+    """Refuse to compare runs of which one was not repeated: it says nothing of its noise.
+
+    Raises:
+        ConfigError: one of them is a single run.
+    """
+    if min(repeats) < 2:
+        raise ConfigError(
+            "--against needs the noise of both runs, and one of them has a single repeat; give "
+            "both --repeats 5 or more"
+        )
+
+
 def _refuse(differing: list[str]) -> None:
     if differing:
         raise ConfigError(
@@ -147,6 +160,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
             "wrong); run it again"
         ) from error
     _refuse(differing)
+    refuse_single_runs(*(len(times) for _, *both in pairs for times in both))
     return [_change(name, before, now) for name, before, now in pairs]
 
 
@@ -197,6 +211,9 @@ def find_bench_device(
     module = identify(snapshot.module, snapshot.memory_total_bytes)
     if module is None:
         return None, "the roofline of this GPU is not known: it is not an Orin module"
+    if snapshot.power_mode is None:
+        remark = "the power mode is not known here: compared with the fastest"
+        return find_device(module.name), remark
     try:
         return find_device(module.name, snapshot.power_mode), None
     except ConfigError:

@@ -62,9 +62,14 @@ def summarize(positions: Positions) -> dict[str, float | None]:
 
 
 def confidence_intervals(positions: Positions, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Compute 95 % bootstrap intervals of the figures of `summarize`; a seed fixes them."""
+    """Compute 95 % bootstrap intervals of the figures of `summarize`; a seed fixes them.
+
+    A single block says nothing of its own spread: it has none.
+    """
     starts = np.flatnonzero(np.diff(positions.block, prepend=-1))
     members = np.split(np.arange(len(positions)), starts[1:])
+    if len(members) < 2:
+        return {}
     random = np.random.default_rng(seed)
     samples = [
         summarize(positions.take(np.concatenate([members[i] for i in chosen])))

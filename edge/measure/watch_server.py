@@ -33,7 +33,7 @@ class TrafficState(msgspec.Struct, forbid_unknown_fields=True):
     """What a watch remembers of a server's counters between two runs.
 
     Attributes:
-        seen: the counters when the last run ended, its own requests included.
+        seen: the counters when the last run started; it has no requests of its own in them.
         pending: requests of earlier windows that were too few to be compared.
     """
 

@@ -3,7 +3,8 @@
 Sources: memory, bandwidth, SMs, clocks and TOPS are those of NVIDIA's data sheets (Jetson AGX Orin
 DS-10662-001, Orin NX DS-10712-001, Orin Nano DS-11105-001) and of the "Super" modes of JetPack 6.2;
 the clocks of the lower modes are from the nvpmodel tables of the Jetson Linux Developer Guide,
-chapter "Platform Power and Performance".
+chapter "Platform Power and Performance"; those of Orin Nano's 25W, in which JetPack 6.2 boots,
+are what ``jetson_clocks --show`` prints there.
 
 The advertised TOPS count sparse INT8 and the DLAs. Neither serves a language model, so arithmetic
 is computed from the GPU alone: an Orin SM does 4,096 dense INT8 operations per clock, half as many
@@ -134,6 +135,7 @@ MODULES: dict[str, Module] = {
             8 * _GB,
             (
                 PowerMode("MAXN_SUPER", 8, 1020e6, _NX_GBPS),
+                PowerMode("25W", 8, 918e6, _NX_GBPS),
                 PowerMode("15W", 8, 625e6, _NANO_GBPS),
             ),
             tops=67,

@@ -47,8 +47,8 @@ class Facts:
 
     @property
     def jetson(self) -> bool:
-        """Whether the device tree names a Jetson."""
-        return (self.snapshot.module or "").startswith("NVIDIA Jetson")
+        """Whether this is a Jetson: makers of other boards name their device trees as they like."""
+        return self.snapshot.l4t is not None or "Jetson" in (self.snapshot.module or "")
 
     @property
     def gpu_expected(self) -> bool:

@@ -175,6 +175,16 @@ def test_the_node_that_decides(tmp_path: Path):
     assert find_gpu_node(tmp_path) == NODE
 
 
+def test_wsl_shows_a_gpu_by_the_library_of_windows(tmp_path: Path):
+    library = tmp_path / "usr/lib/wsl/lib/libcuda.so.1"
+    for path in (tmp_path / "dev/dxg", library.with_name("libdxcore.so")):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert find_gpu_node(tmp_path) is None
+    library.touch()
+    assert find_gpu_node(tmp_path) == "/dev/dxg"
+
+
 @pytest.mark.parametrize(
     "verb",
     [

@@ -131,6 +131,22 @@ def test_gate_and_its_exit_code(tiny_bundles, tmp_path: Path):
     assert invoke(int4, "--against", fp16, *SHORT, "--gate", gate).exit_code == 0
 
 
+def test_a_report_without_a_place_is_refused_before_anything_is_measured(
+    tiny_bundles, tmp_path: Path
+):
+    page = tmp_path / "missing" / "report.html"
+    result = invoke(tiny_bundles("qwen2", "portable"), *SHORT, "--html", page)
+    assert isinstance(result.exception, ConfigError)
+    assert f"{page} cannot be written: {page.parent} is no directory" in str(result.exception)
+    assert not result.output
+
+
+def test_what_cannot_be_saved_is_printed_all_the_same(tiny_bundles, tmp_path: Path):
+    result = invoke(tiny_bundles("qwen2", "portable"), *SHORT, "--json", "--html", tmp_path)
+    assert isinstance(result.exception, ConfigError)  # a directory
+    assert json.loads(result.stdout)["tokens"] == 300
+
+
 def test_save_keeps_the_bundle_sound(tiny_bundles, tmp_path: Path):
     bundle = shutil.copytree(tiny_bundles("qwen2", "portable"), tmp_path / "bundle")
     assert invoke(bundle, *SHORT, "--save").exit_code == 0

@@ -72,6 +72,14 @@ def test_a_healthy_orin(orin: FakeMachine):
     assert summary(checks) == "the GPU works"
 
 
+def test_a_jetson_on_another_makers_board(orin: FakeMachine):
+    board = "NVIDIA Orin Nano Developer Kit - DSBOARD-ORNXS"
+    (orin.root / "proc/device-tree/model").write_text(f"{board}\0")
+    checks = run_checks(orin)
+    assert find(checks, "system").detail.startswith(f"{board}, Jetson Linux 36.4.3")
+    assert find(checks, "power and clocks").status == "ok"
+
+
 def test_a_jetson_without_onnxruntime_runs_engines_only(orin: FakeMachine):
     orin.onnxruntime_answers = {CPU: Library(missing=True, error="ModuleNotFoundError")}
     checks = run_checks(orin)

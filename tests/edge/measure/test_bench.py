@@ -295,6 +295,11 @@ def test_an_orin_is_found_by_its_snapshot(name: str, monkeypatch: pytest.MonkeyP
     assert device == find_device("agx-orin-64")
     assert remark is not None
     assert "MINE" in remark
+    # As in a container.
+    unknown = Snapshot(module=snapshot.module, memory_total_bytes=snapshot.memory_total_bytes)
+    device, remark = find_bench_device("tensorrt", unknown, None)
+    assert device == find_device("agx-orin-64")
+    assert remark == "the power mode is not known here: compared with the fastest"
     assert find_bench_device("ort-cuda", Snapshot(), None)[0] is None
     # On a Jetson too, a CPU backend is held against the CPU.
     monkeypatch.setattr(bench_report, "measure_bandwidth", lambda threads: 1e10)
@@ -349,6 +354,19 @@ def test_the_verb_measures_compares_and_calibrates(tiny_bundles: Bundles, tmp_pa
     assert efficiency.weights < 1
 
 
+def test_the_table_names_the_mode_that_it_ran_in(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where the modes of the planner do not have it, and it is compared with the fastest."""
+    board = "NVIDIA Jetson AGX Orin Developer Kit"
+    snapshot = Snapshot(module=board, power_mode="MINE", memory_total_bytes=61 << 30)
+    monkeypatch.setattr("edge.device.telemetry.read_snapshot", lambda: snapshot)
+    orin = find_device("agx-orin-64")
+    monkeypatch.setattr(bench_report, "find_bench_device", lambda *_: (orin, None))
+    done = run_verb(str(tiny_bundles("qwen2")), *SMALL)
+    assert f"on {board}, MINE: batch 1" in " ".join(done.stdout.split())
+
+
 def test_a_slowdown_beyond_the_limit_fails(
     tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -393,6 +411,16 @@ def test_a_wrong_file_to_compare_with_is_refused(
     saved.write_text(content)
     with pytest.raises(ConfigError, match=message):
         run_verb(str(tiny_bundles("qwen2", quant="int4")), "--against", str(saved), *SMALL)
+
+
+def test_a_single_run_is_not_compared(tiny_bundles: Bundles, tmp_path: Path):
+    saved = tmp_path / "bench.json"
+    saved.write_text("{}")
+    once = (*SMALL, "--against", str(saved), "--repeats", "1")
+    with pytest.raises(ConfigError, match="a single repeat; give both --repeats 5"):
+        run_verb(str(tiny_bundles("qwen2")), *once)
+    with pytest.raises(ConfigError, match="a single repeat"):
+        compare(result_of([1.0]), result_of([1.0, 1.1]))
 
 
 def test_a_limit_needs_something_to_compare_with(tiny_bundles: Bundles):

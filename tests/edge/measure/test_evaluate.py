@@ -101,6 +101,10 @@ def test_blocks_are_resampled_whole():
     assert high - low < 0.2
 
 
+def test_one_block_says_nothing_of_its_spread():
+    assert confidence_intervals(make_positions(10)) == {}
+
+
 def test_windows():
     assert cut_windows([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4]]  # one token alone scores nothing
     assert cut_windows([1, 2, 3], 3, [9]) == [[9, 1, 2], [9, 3]]

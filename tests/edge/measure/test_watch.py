@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from edge.cli.watch import watch
 from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
 from edge.key_file import hashed_line
-from edge.measure.drift import GRIDS, Counts
+from edge.measure.drift import GRIDS, WATCH_USER, Counts
 from edge.measure.watch import (
     GOLDEN_SET,
     Answer,
@@ -260,6 +260,7 @@ class Stub(HTTPServer):
         }
         self.counts = Counts()
         self.bodies: list[dict[str, Any]] = []
+        self.while_asked: Callable[[], None] = lambda: None
         self.status = 200
 
     @property
@@ -279,8 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
         self.server.bodies.append(json.loads(body) | {"key": self.headers["authorization"]})
-        values: dict[str, float | None] = dict.fromkeys(GRIDS, 0.0)
-        self.server.counts.add(values)  # as a server does that cannot tell a watch from others
+        self.server.while_asked()
         self._send(self.server.reply)
 
     def _send(self, value: Any) -> None:
@@ -447,7 +447,7 @@ def test_the_verb_prints_lines_without_a_terminal(
 
 
 def test_two_bundles(tiny_bundles: Bundles, golden: Path):
-    common = ("--golden", golden, "--max-tokens", "4", "--text-tokens", "64")
+    common = ("--golden", golden, "--max-tokens", "4", "--text-tokens", "200")
     code, found = run(tiny_bundles("qwen2"), "--against", tiny_bundles("qwen2"), *common)
     assert code == 0
     figures = {check["name"]: check for check in found["checks"]}
@@ -489,9 +489,11 @@ def test_missing_baselines_are_recorded_once(stub: Stub, golden: Path, tmp_path:
     code, found = run(*arguments)
     assert (code, found["alarms"]) == (0, [])
     assert found["requests"] == 200  # new ones only
-    requests(30, 0.6)
+    stub.while_asked = lambda: requests(1, 0.6)
+    requests(22, 0.6)
     _, found = run(*arguments)
-    assert found["notes"] == ["30 new requests; 50 are needed"]
+    assert found["notes"] == ["22 new requests; 50 are needed"]
+    stub.while_asked = lambda: None
     requests(200, 1.3)
     code, found = run(*arguments)
     assert code == EXIT_GATE_MISSED
@@ -502,11 +504,27 @@ def test_missing_baselines_are_recorded_once(stub: Stub, golden: Path, tmp_path:
     code, found = run(*arguments)
     assert (code, found["requests"]) == (0, 100)
     assert stub.bodies[0]["key"] == f"Bearer {KEY}"
-    # Eight questions each time, and none of them was counted as a client's.
-    assert len(stub.bodies) == 8 * 6
+    # Eight questions each time, which a server does not count as a client's.
+    assert [body["user"] for body in stub.bodies] == [WATCH_USER] * 8 * 6
     state.write_text("{]")
     with pytest.raises(ConfigError, match="is no state of a watch"):
         run(*arguments)
+
+
+def test_files_are_looked_at_before_anything_is_asked(stub: Stub, golden: Path, tmp_path: Path):
+    baseline, missing = tmp_path / "b.json", tmp_path / "missing" / "file"
+    server = ("--server", stub.url, "--golden", golden, "--text-tokens", "0")
+    (tmp_path / "damaged").write_text("{]")
+    for arguments, message in (
+        (("--baseline", missing, "--record"), "--baseline .* cannot be written: .*missing is no"),
+        (("--baseline", baseline, "--record", "--textfile", missing), "--textfile .* cannot be"),
+        (("--baseline", baseline), "cannot read the baseline"),
+        (("--baseline", tmp_path / "damaged"), "is no baseline"),
+        (("--baseline", baseline, "--record-missing", "--traffic", tmp_path / "damaged"), "counts"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(*server, *arguments)
+    assert not stub.bodies
 
 
 def test_counters_from_a_file(tmp_path: Path):

@@ -40,6 +40,11 @@ def test_modes_are_ordered_and_found_by_name(module: Module):
         module.mode("99W")
 
 
+def test_the_mode_that_orin_nano_boots_in_is_known():
+    mode = MODULES["orin-nano-8"].mode("25W")
+    assert (mode.num_sms, mode.gpu_clock_hz, mode.bytes_per_s) == (8, 918e6, 102.4e9)
+
+
 @pytest.mark.parametrize(
     ("board", "total_gib", "name"),
     [
