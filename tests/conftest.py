@@ -172,14 +172,16 @@ def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 @pytest.fixture(scope="session")
 def tiny_bundles(
-    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints: Checkpoints
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoints: Checkpoints,
 ) -> Bundles:
     """Exports a tiny bundle, once per kind, dialect and scheme; treat it as read-only."""
     # Not at the top: the runtime's own tests run where the exporter is not installed.
     from export.pipeline import ExportConfig, export_checkpoint
 
     root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(request.config, "workerinput"):
         root = root.parent  # which all workers share
     root = root / "bundles"
     root.mkdir(exist_ok=True)
