@@ -1,4 +1,4 @@
-"""The index, its distribution, and what it catches; rates over 10,000 windows."""
+"""The index, its distribution, and what it catches; rates over 5,000 windows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from edge.measure.drift import (
     write_atomic,
 )
 
-WINDOWS = 10_000
+WINDOWS = 5_000
 Shares = dict[str, NDArray[np.float64]]
 rows = st.lists(st.integers(0, 500), min_size=2, max_size=40)
 
