@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import ipaddress
 import itertools
@@ -83,6 +84,8 @@ class Bundles(Protocol):
 
 
 TINY_KV_CAPACITY = 128
+FEW_TOKENS = 512
+"""To calibrate with, where what a test looks at does not depend on it: the default is 27,000."""
 FILL_MARKS = {
     "<think>": "<|fim_prefix|>",
     "</think>": "<|fim_suffix|>",
@@ -169,29 +172,38 @@ def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 @pytest.fixture(scope="session")
 def tiny_bundles(
-    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints: Checkpoints
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoints: Checkpoints,
 ) -> Bundles:
     """Exports a tiny bundle, once per kind, dialect and scheme; treat it as read-only."""
     # Not at the top: the runtime's own tests run where the exporter is not installed.
     from export.pipeline import ExportConfig, export_checkpoint
 
-    root = tmp_path_factory.mktemp("bundles")
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        root = root.parent  # which all workers share
+    root = root / "bundles"
+    root.mkdir(exist_ok=True)
 
     @functools.cache
     def export(kind: Kind, dialect: Any, quant: Any, kv_cache: Any) -> Path:
         output = root / f"{kind}-{dialect}-{quant}-{kv_cache}"
-        export_checkpoint(
-            ExportConfig(
-                source=str(tiny_checkpoints(kind)),
-                output=output,
-                quant=quant,
-                group_size=None if quant in ("fp16", "bf16") else 32,
-                method="rtn" if quant == "int4" else None,
-                dialect=dialect,
-                kv_cache=kv_cache,
-                kv_capacity=TINY_KV_CAPACITY,
-            )
+        config = ExportConfig(
+            source=str(tiny_checkpoints(kind)),
+            output=output,
+            quant=quant,
+            group_size=None if quant in ("fp16", "bf16") else 32,
+            method="rtn" if quant == "int4" else None,
+            calibration_tokens=FEW_TOKENS if quant == "int8-w8a8" else None,
+            dialect=dialect,
+            kv_cache=kv_cache,
+            kv_capacity=TINY_KV_CAPACITY,
         )
+        with output.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it
+            if not output.exists():
+                export_checkpoint(config)
         return output
 
     def bundle(
@@ -269,6 +281,30 @@ def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(output)  # 300 MB, and pytest keeps the folders of three runs
 
 
+SMOLLM2_LAYERS = 6
+"""Of SmolLM2's 30, whose shapes are the same."""
+
+
+@pytest.fixture(scope="session")
+def short_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A GGUF file of SmolLM2's first layers; skips where the package is missing."""
+    from scripts.gguf_rivals import rewrite
+
+    def of_first_layers(tensor: Any) -> tuple[Any, Any] | None:
+        layer = re.match(r"blk\.(\d+)\.", tensor.name)
+        kept = layer is None or int(layer[1]) < SMOLLM2_LAYERS
+        return (tensor.data, tensor.tensor_type) if kept else None
+
+    try:
+        source = smollm2_gguf()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    output = tmp_path_factory.mktemp("smollm2") / "short.gguf"
+    rewrite(source, output, of_first_layers, {"llama.block_count": SMOLLM2_LAYERS})
+    yield output
+    output.unlink()
+
+
 @pytest.fixture
 def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every step of a verb seem long: 11 seconds go by whenever its progress asks."""
@@ -300,6 +336,12 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep what needs SmolLM2 on one worker, which exports it once."""
+    if {"smollm2_bundle", "short_smollm2"} & set(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.xdist_group("smollm2"))
 
 
 @pytest.hookimpl(trylast=True)

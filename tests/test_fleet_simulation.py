@@ -7,6 +7,8 @@ import pytest
 from scripts.fleet_simulation import RULES, Case, Figures, Fleet, knee
 from scripts.simulated_devices import Head, HeadCost, sessions
 
+pytestmark = pytest.mark.once
+
 FREE = HeadCost(0.0, 0.0, 0.0)
 
 

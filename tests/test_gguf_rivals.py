@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from scripts.gguf_rivals import bits_per_weight, requantize
-from scripts.smollm2 import smollm2_gguf
+from tests.conftest import SMOLLM2_LAYERS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.once
 
 
-def test_linear_layers_are_requantized_and_all_else_is_copied(tmp_path: Path):
-    source, output = smollm2_gguf(), tmp_path / "q4_0.gguf"
+def test_linear_layers_are_requantized_and_all_else_is_copied(short_smollm2: Path, tmp_path: Path):
+    source, output = short_smollm2, tmp_path / "q4_0.gguf"
     requantize(source, output, "Q4_0")
     ours, theirs = gguf.GGUFReader(output), gguf.GGUFReader(source)
     counted = {"GGUF.kv_count", "GGUF.tensor_count", "GGUF.version"}
@@ -37,14 +37,14 @@ def test_linear_layers_are_requantized_and_all_else_is_copied(tmp_path: Path):
         else:
             assert mine.tensor_type == old.tensor_type
             np.testing.assert_array_equal(mine.data, old.data)
-    assert changed == 30 * 7  # q, k, v, o, gate, up and down of each layer
+    assert changed == 7 * SMOLLM2_LAYERS  # q, k, v, o, gate, up and down of each layer
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_types_without_a_quantizer_are_refused(tmp_path: Path):
     for name in ("Q4_K", "Q9_9"):
         with pytest.raises(SystemExit, match=f"no quantizer for {name}"):
-            requantize(smollm2_gguf(), tmp_path / "out.gguf", name)
+            requantize(tmp_path / "source.gguf", tmp_path / "out.gguf", name)
     assert not list(tmp_path.iterdir())
 
 

@@ -93,6 +93,7 @@ def test_answers_are_paired_with_those_of_the_float_model(
     assert ", p " in cells[3]
     # Another number of questions is another measurement, which no old answer is paired with.
     work[work.index("12")] = "5"
+    work.remove("choices")
     call(monkeypatch, tiny_checkpoints("qwen2"), *work, "--tokens", "40", "--window", "32")
     assert json.loads((place / ROWS[0] / "task-chinese.json").read_text())["items"] == 5
 

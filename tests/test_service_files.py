@@ -520,6 +520,7 @@ def test_help_needs_no_rights(tmp_path: Path):
     assert "set -euo" not in done.stdout
 
 
+@pytest.mark.once
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_shellcheck_has_nothing_to_say():
     scripts = [

@@ -11,7 +11,8 @@ from engines.rules.table import VERSIONS
 from scripts import support_matrix
 
 pytest.importorskip("onnx", reason="the exporter needs it")
-pytestmark = pytest.mark.xdist_group("support-matrix")  # the table is made once
+# The table is made once.
+pytestmark = [pytest.mark.xdist_group("support-matrix"), pytest.mark.once]
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +25,12 @@ def table(bundles: Path) -> str:
     return support_matrix.table(bundles)
 
 
-@pytest.mark.slow
 def test_the_page_has_the_table_of_this_code(table: str) -> None:
     page = support_matrix.PAGE.read_text("utf-8")
     wanted = support_matrix.with_table(page, table)
     assert page == wanted, "out of date: run python -m scripts.support_matrix"
 
 
-@pytest.mark.slow
 def test_every_recipe_is_checked_against_every_version(table: str, bundles: Path) -> None:
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert lines[0][2:] == [version.name for version in VERSIONS]
@@ -55,7 +54,6 @@ def test_every_recipe_is_checked_against_every_version(table: str, bundles: Path
         assert yes == list(legal)
 
 
-@pytest.mark.slow
 def test_a_float_model_has_a_graph_for_every_version(table: str) -> None:
     (row,) = [
         line for line in table.splitlines() if line.startswith("| `--quant fp16` | `--dialect p")

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import multiprocessing
-import re
 import shutil
 import signal
 import subprocess
@@ -43,14 +42,11 @@ from engines.config import BuildConfig
 from engines.store import EngineStore
 from engines.trtexec import TrtexecResult
 from export.pipeline import ExportConfig, export_checkpoint
-from scripts.gguf_rivals import rewrite
-from scripts.smollm2 import smollm2_gguf
-from tests.conftest import Bundles
+from tests.conftest import FEW_TOKENS, SMOLLM2_LAYERS, Bundles
 from tests.edge.device.jetson_trees import agx_orin_jetpack7
 from tests.tiny_models import Kind
 
 pytest.importorskip("tensorrt_rtx")
-_LAYERS = 6  # of SmolLM2's 30, whose shapes are the same
 
 
 @pytest.fixture
@@ -97,52 +93,50 @@ def test_every_variant_compiles_and_passes_the_audit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", [86, 120])
-def test_smollm2_compiles(smollm2_bundle: Path, sm: int) -> None:
-    report = check_bundle(BuildConfig(smollm2_bundle), sm)
+@pytest.mark.once
+def test_smollm2_compiles(smollm2_bundle: Path) -> None:
+    report = check_bundle(BuildConfig(smollm2_bundle), 86)
     assert report.problems == ()
     native = read_manifest(smollm2_bundle).dialect == "native"
     assert report.attentions == (30 if native else 0)
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize(
-    ("dialect", "quant"),
-    [("native", "int8"), ("native", "int4"), ("native", "int8-w8a8"), ("portable", "int4")],
+    ("dialect", "quant", "sm"),
+    [
+        ("native", "int8", 86),
+        ("native", "int4", 86),
+        ("native", "int8-w8a8", 86),
+        ("portable", "int4", 86),
+        ("native", "fp16", 120),
+    ],
 )
-def test_a_real_model_stays_packed(tmp_path: Path, dialect: Any, quant: Any) -> None:
+def test_a_real_model_stays_packed(
+    short_smollm2: Path, tmp_path: Path, dialect: Any, quant: Any, sm: int
+) -> None:
     """Real weights of real size: whether they stay packed shows in the plan's bytes only here."""
-    try:
-        source = smollm2_gguf()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    few = tmp_path / "few.gguf"
-    rewrite(source, few, _of_first_layers, {"llama.block_count": _LAYERS})
     bundle = tmp_path / "bundle"
     export_checkpoint(
         ExportConfig(
-            source=str(few),
+            source=str(short_smollm2),
             output=bundle,
             dialect=dialect,
             quant=quant,
             kv_capacity=512,
-            method="rtn" if quant == "int4" else None,  # for time; any integers pack alike
-            calibration_tokens=512 if quant == "int8-w8a8" else None,
+            # For time; any integers pack alike.
+            clip="mse" if quant == "fp16" else "absmax",
+            method="rtn" if quant == "int4" else None,
+            calibration_tokens=FEW_TOKENS if quant == "int8-w8a8" else None,
         )
     )
-    report = check_bundle(BuildConfig(bundle, max_batch=4), 86)
+    report = check_bundle(BuildConfig(bundle, max_batch=4), sm)
     shutil.rmtree(bundle)  # 100 MB, and pytest keeps the folders of three runs
-    few.unlink()
     assert report.problems == ()
-    assert report.attentions == (_LAYERS if dialect == "native" else 0)
-    assert {weight.dtype for weight in report.weights} == (
-        {"int4", "int8"} if quant == "int8-w8a8" else {"int4"}
-    )
-
-
-def _of_first_layers(tensor: Any) -> tuple[Any, Any] | None:
-    layer = re.match(r"blk\.(\d+)\.", tensor.name)
-    return (tensor.data, tensor.tensor_type) if layer is None or int(layer[1]) < _LAYERS else None
+    assert report.attentions == (SMOLLM2_LAYERS if dialect == "native" else 0)
+    wanted = {"fp16": {"fp16"}, "int8-w8a8": {"int4", "int8"}}.get(quant, {"int4"})
+    assert {weight.dtype for weight in report.weights} == wanted
 
 
 def test_the_record_tells_what_was_built(
@@ -278,10 +272,19 @@ def test_a_network_that_fails_the_audit_is_not_put_in_place(
     verify_plan(old.directory, old.info)
 
 
+@pytest.fixture(scope="module")
+def built(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with an engine; treat it as read-only."""
+    bundle = tmp_path_factory.mktemp("built") / "bundle"
+    shutil.copytree(tiny_bundles("qwen2", "native", "int4"), bundle)
+    build_engine(config(bundle), target=target())
+    return bundle
+
+
 @pytest.fixture
-def engine(bundle: Path) -> tuple[Path, EngineInfo]:
-    result = build_engine(config(bundle), target=target())
-    return result.directory, result.info
+def engine(built: Path, tmp_path: Path) -> tuple[Path, EngineInfo]:
+    (directory,) = find_engines(Path(shutil.copytree(built, tmp_path / "bundle")))
+    return directory, read_engine_info(directory)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from engines.scratch import (
     scratch_by_profile,
 )
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.conftest import Bundles
+from tests.conftest import FEW_TOKENS, Bundles
 from tests.engines.test_step_bytes import unpack_the_head
 from tests.manifests import make_manifest
 from tests.tiny_models import write_checkpoint
@@ -47,10 +47,13 @@ def export(source: Path, output: Path, quant: Any, **options: Any) -> Path:
     config = {"dialect": "native", "kv_capacity": 256, "clip": "absmax", **options}
     if quant == "int4":
         config["method"] = "rtn"
+    if quant == "int8-w8a8":
+        config["calibration_tokens"] = FEW_TOKENS
     export_checkpoint(ExportConfig(source=str(source), output=output, quant=quant, **config))
     return output
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dialect", ["native", "portable"])
 @pytest.mark.parametrize("quant", ["int4", "int8", "int8-w8a8"])
 def test_packed_weights_take_the_scratch_memory_of_floats(
@@ -65,6 +68,7 @@ def test_packed_weights_take_the_scratch_memory_of_floats(
     assert found.packed <= 1.05 * max(found.floats, 16 << 20)
 
 
+@pytest.mark.once
 def test_an_unpacked_head_is_refused(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     legal = export(source, tmp_path / "legal", "int8-w8a8", keep=(("*", "w8a8"),))
@@ -80,6 +84,7 @@ def test_an_unpacked_head_is_refused(source: Path, tmp_path: Path) -> None:
     assert decode.unpacked_bytes == 2 * 2 * WIDTH * VOCABULARY  # what it costs in bytes per token
 
 
+@pytest.mark.once
 def test_the_floats_are_those_of_a_float_bundle(source: Path, tmp_path: Path) -> None:
     """Zeros in place of weights, one layer of three, planes joined: the compiler takes the same."""
     pytest.importorskip("tensorrt_rtx")

@@ -23,17 +23,19 @@ from edge.planner.models import find_model
 from edge.planner.plan import find_device, make_plan
 from edge.planner.speed import FITTED, Work, ceiling, work_of
 from edge.planner.weights import manifest_linears, recipe_linears, weight_parts
+from engines.check import check_bundle
 from engines.cli import check
 from engines.config import BuildConfig, resolve
 from engines.rules.facts import GraphFacts
 from engines.step_bytes import read_graph_bytes, step_costs, work_of_graph
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.conftest import Bundles
+from tests.conftest import FEW_TOKENS, Bundles
 from tests.export.quantize.loud_checkpoint import write_loud_checkpoint
 from tests.tiny_models import write_checkpoint
 
 Export = Callable[..., Path]
 QUICK: dict[str, Any] = {"method": "rtn", "clip": "absmax"}
+CALIBRATED: dict[str, Any] = {"calibration_tokens": FEW_TOKENS}
 SCHEMES: tuple[tuple[Recipe, dict[str, Any]], ...] = (
     (Recipe("fp16"), {}),
     (Recipe("bf16"), {}),
@@ -42,9 +44,9 @@ SCHEMES: tuple[tuple[Recipe, dict[str, Any]], ...] = (
     *((Recipe("int4", size), QUICK) for size in (None, 32, 64, 128)),
     (Recipe("int4", keep=(("lm_head", "float"),)), QUICK),
     (Recipe("int4", keep=(("lm_head", "int4"),)), QUICK),
-    (Recipe("int8-w8a8"), {}),
-    (Recipe("int8-w8a8", keep=(("*", "w8a8"),)), {}),
-    (Recipe("int4", 64, (("*.down", "int8"), ("*.o", "float"), ("lm_head", "w8a8"))), {}),
+    (Recipe("int8-w8a8"), CALIBRATED),
+    (Recipe("int8-w8a8", keep=(("*", "w8a8"),)), CALIBRATED),
+    (Recipe("int4", 64, (("*.down", "int8"), ("*.o", "float"), ("lm_head", "w8a8"))), CALIBRATED),
 )
 
 
@@ -139,7 +141,7 @@ def test_an_unpacked_weight_is_written_and_read_again(
     blocked: bool, export: Export, tmp_path: Path
 ) -> None:
     recipe = Recipe("int8-w8a8", keep=(("*", "w8a8"),))
-    bundle = export(recipe)
+    bundle = export(recipe, **CALIBRATED)
     before = work_of_graph(*facts_of(bundle))
     after = work_of_graph(*facts_of(unpack_the_head(bundle, tmp_path / "b", blocked=blocked)))
     weights = 128 * 320
@@ -203,8 +205,17 @@ def test_steps_are_those_of_the_profiles(export: Export) -> None:
     assert [step.rows for step in lengths] == [(100, 256), (1, 256), (1, 256), (25, 256)]
 
 
-def test_check_prints_bytes_and_ceilings(tiny_bundles: Bundles) -> None:
+def test_check_prints_bytes_and_ceilings(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorrt_rtx")
+    reports = []
+
+    def check_once(*arguments: Any) -> Any:
+        reports[:] = reports or [check_bundle(*arguments)]
+        return reports[0]
+
+    monkeypatch.setattr("engines.check.check_bundle", check_once)
     arguments = [str(tiny_bundles("qwen2", "native", "int8")), "--max-batch", "2"]
     arguments += ["--max-prefill", "64"]
     shown = CliRunner().invoke(check, arguments, catch_exceptions=False, env={"COLUMNS": "160"})

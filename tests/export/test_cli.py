@@ -22,7 +22,7 @@ from edge.errors import ConfigError, DependencyError, install_command
 from export import pipeline, verify
 from export.cli import _FIGURES, export
 from export.config import ExportConfig
-from tests.conftest import RUNNABLE
+from tests.conftest import FEW_TOKENS, RUNNABLE
 from tests.tiny_models import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,10 @@ def test_a_faster_recipe_names_the_better_one(checkpoint: Path, tmp_path: Path):
     base = ("-o", tmp_path / "bundle", "--no-verify", "--force")
     for options, better in (
         (("--method", "rtn"), "--method awq+gptq would lose less"),
-        (("--method", "awq"), "--method awq+gptq would lose less"),
+        (
+            ("--method", "awq", "--calibration-tokens", FEW_TOKENS),
+            "--method awq+gptq would lose less",
+        ),
         (("--method", "rtn", "--group-size", 64), "--group-size 32 would lose less"),
         (("--method", "rtn", "--keep", "lm_head=int4"), "--keep lm_head=int8 would lose less"),
         (("--quant", "int8"), None),  # nothing was measured, so nothing was missed
@@ -112,8 +115,14 @@ def test_a_long_default_names_the_faster_method(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(pipeline, "LONG_S", 0.1)
-    for options, named in (((), True), (("--method", "gptq"), False), (("--quant", "int8"), False)):
-        result = invoke(checkpoint, "-o", tmp_path / "bundle", "--no-verify", "--force", *options)
+    base = (checkpoint, "-o", tmp_path / "bundle", "--no-verify", "--force")
+    few = ("--calibration-tokens", FEW_TOKENS)
+    for options, named in (
+        (few, True),
+        (("--method", "gptq", *few), False),
+        (("--quant", "int8"), False),
+    ):
+        result = invoke(*base, *options)
         assert result.exit_code == 0, result.output
         hint = "on two cores; --method awq: about 5 s, and loses more"
         assert (hint in result.stderr) == named, result.stderr
@@ -154,7 +163,8 @@ def test_every_option_arrives(checkpoint: Path, tmp_path: Path):
 
 @pytest.mark.usefixtures("slow_clock")
 def test_long_steps_print_lines_without_a_terminal(checkpoint: Path, tmp_path: Path):
-    result = invoke(checkpoint, "-o", tmp_path / "bundle", "--method", "gptq", "--json")
+    options = ("--method", "gptq", "--calibration-tokens", 2048)
+    result = invoke(checkpoint, "-o", tmp_path / "bundle", *options, "--json")
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()
     for step in ("quantize", "calibrate", "embeddings", "hash and move into place"):
@@ -167,7 +177,7 @@ def test_long_steps_print_lines_without_a_terminal(checkpoint: Path, tmp_path: P
 def test_verifying_leaves_its_lines_to_the_process_that_measures(checkpoint: Path, tmp_path: Path):
     gate = tmp_path / "gate.json"
     gate.write_text('{"kl_mean": 100.0}')
-    options = ("--verify", "--gate", gate, "--dialect", RUNNABLE)
+    options = ("--verify", "--gate", gate, "--dialect", RUNNABLE, "--method", "rtn")
     result = invoke(checkpoint, "-o", tmp_path / "bundle", *options)
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()

@@ -18,7 +18,7 @@ from export.pipeline import ExportConfig, export_checkpoint
 from scripts.smollm2 import smollm2_gguf
 from tests.conftest import RUNNABLE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 TABLE = Path(__file__).parents[2] / "docs" / "quantization-measured.md"
 HEADING = "## Measured: SmolLM2-135M"

@@ -29,6 +29,8 @@ from tests.quantized_golden import QuantizedGolden, change_config
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint
 
+pytestmark = pytest.mark.xdist_group("resume")  # the whole exports are made once
+
 ROOT = Path(__file__).parents[2]
 LAYERS = 3
 RECIPES: dict[str, dict[str, Any]] = {
@@ -102,7 +104,15 @@ def same_bundle(found: Manifest, expected: Manifest) -> bool:
     return msgspec.structs.replace(found, **fields) == msgspec.structs.replace(expected, **fields)
 
 
-@pytest.mark.parametrize("done", range(LAYERS))
+def test_before_the_first_layer_is_done_nothing_is_kept(
+    source: Path, recipe: dict[str, Any], tmp_path: Path
+):
+    with pytest.raises(KeyboardInterrupt):
+        export(source, tmp_path / "bundle", recipe, interrupt_after(0))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("done", range(1, LAYERS))
 def test_interrupted_in_any_layer_it_gives_the_same_bytes(
     source: Path, recipe: dict[str, Any], whole: Manifest, tmp_path: Path, done: int
 ):
@@ -110,10 +120,7 @@ def test_interrupted_in_any_layer_it_gives_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):  # in layer `done`, with 2 sequences a layer
         export(source, output, recipe, interrupt_after(2 * done))
     assert not output.exists()
-    if done == 0:
-        assert not list(tmp_path.iterdir())
-    else:
-        assert finished(output) == done
+    assert finished(output) == done
     passed: list[int] = []
 
     def record(phase: str, now: int, total: int, *_: str) -> None:

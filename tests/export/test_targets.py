@@ -20,10 +20,14 @@ from engines.rules.table import VERSIONS
 from export.cli import export
 from export.pipeline import ExportConfig, export_checkpoint
 from export.targets import TARGETS
-from tests.conftest import Checkpoints
+from tests.conftest import FEW_TOKENS, Checkpoints
 
 # Without any layer of INT8 blocks, whatever the recipe's own rule for these layers is.
-W8A8: dict[str, Any] = {"quant": "int8-w8a8", "keep": (("*.down", "float"), ("lm_head", "float"))}
+W8A8: dict[str, Any] = {
+    "quant": "int8-w8a8",
+    "keep": (("*.down", "float"), ("lm_head", "float")),
+    "calibration_tokens": FEW_TOKENS,
+}
 
 
 def write(checkpoints: Checkpoints, output: Path, **options: Any) -> Path:

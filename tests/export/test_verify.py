@@ -34,6 +34,7 @@ from tests.tiny_models import write_checkpoint
 
 # int4 of white noise is far from float, int8 is near: measured KL 0.4 and 0.004.
 LOOSE, STRICT = {"kl_mean": 1.5}, {"kl_mean": 0.05, "top1_agreement": 0.999}
+INT4 = ("--quant", "int4", "--method", "rtn")  # a calibration takes longer than all the rest
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ def test_a_bundle_that_passes_carries_its_figures(source: Path, place: Path, tmp
 
 def test_a_missed_gate_leaves_no_bundle_and_code_3(source: Path, place: Path, tmp_path: Path):
     gate = gate_file(tmp_path, STRICT)
-    result = invoke(source, place / "bundle", "--quant", "int4", "--gate", gate)
+    result = invoke(source, place / "bundle", *INT4, "--gate", gate)
     assert result.exit_code == 3
     assert not result.stdout
     assert f"gate {gate} missed (kl_mean 0." in result.stderr
@@ -95,7 +96,7 @@ def test_a_missed_gate_leaves_the_old_bundle(source: Path, place: Path, tmp_path
     output = place / "bundle"
     old = export_checkpoint(ExportConfig(source=str(source), output=output, quant="int8"))
     gate = gate_file(tmp_path, STRICT)
-    assert invoke(source, output, "--quant", "int4", "--gate", gate, "--force").exit_code == 3
+    assert invoke(source, output, *INT4, "--gate", gate, "--force").exit_code == 3
     assert read_manifest(output) == old
     verify_files(output, old)
     assert [path.name for path in place.iterdir()] == ["bundle"]
@@ -105,7 +106,7 @@ def test_the_figures_are_those_of_eval(source: Path, place: Path, tmp_path: Path
     from edge.cli.eval import evaluate
 
     gate = gate_file(tmp_path, LOOSE)
-    assert invoke(source, place / "bundle", "--quant", "int4", "--gate", gate).exit_code == 0
+    assert invoke(source, place / "bundle", *INT4, "--gate", gate).exit_code == 0
     options: dict[str, Any] = {"source": str(source), "kv_capacity": 64, "dialect": RUNNABLE}
     export_checkpoint(ExportConfig(output=place / "float", quant="fp16", **options))
     arguments = [str(place / "bundle"), "--against", str(place / "float"), "--json"]

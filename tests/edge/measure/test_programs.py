@@ -72,7 +72,7 @@ def test_a_program_computes_and_does_nothing_else(program: str, complaint: str |
 )
 def test_an_endless_program_is_ended(statement: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(programs, "_LIMITS", Limits(cpu_s=0.3, memory_bytes=512 << 20))
-    monkeypatch.setattr("edge.limited_child._MIN_WALL_S", 4.0)
+    monkeypatch.setattr("edge.limited_child._MIN_WALL_S", 2.0)
     found = check_program(ITEM, body(statement))
     assert found is not None
     assert "more than 0.3 s" in found

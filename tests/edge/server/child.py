@@ -1,7 +1,8 @@
 """A service with a scripted engine in a process of its own, for tests that send signals.
 
 ``python -m tests.edge.server.child BUNDLE DELAY_S SETTING=VALUE...``; ``open_delay_s=S`` says how
-long a model takes to open, ``max_files=N`` is the limit of open files.
+long a model takes to open, ``close_s=S`` how long the end waits for an engine, ``max_files=N`` is
+the limit of open files.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 from edge.config_file import load_settings
 from edge.errors import EdgeError
 from edge.runtime.llm import LLM
+from edge.server import run
 from edge.server.observe.logs import configure_logging
-from edge.server.run import serve
 from edge.server.settings import ServerSettings
 from tests.edge.server.scripted import CAPACITY, ScriptedEngine
 
@@ -27,6 +28,7 @@ def main(bundle: str, delay_s: str, *pairs: str) -> int:
     engine.delay_s = float(delay_s)
     flags: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs)
     open_delay_s = float(flags.pop("open_delay_s", 0))
+    run._CLOSE_S = float(flags.pop("close_s", run._CLOSE_S))
     if max_files := int(flags.pop("max_files", 0)):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
     flags |= {"model": {"tiny": bundle}, "port": "0"}
@@ -39,7 +41,7 @@ def main(bundle: str, delay_s: str, *pairs: str) -> int:
         return engine.open(path, num_slots=4, queue_capacity=64, kv_capacity=capacity)
 
     try:
-        return serve(settings, open_one)
+        return run.serve(settings, open_one)
     except EdgeError as error:
         sys.stderr.write(f"Error: {error}\n")
         return error.exit_code

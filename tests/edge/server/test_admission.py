@@ -78,8 +78,8 @@ def attacked(server: Child, kind: str, num: int, *addresses: str) -> Iterator[di
             answers.update(json.loads(out))
 
 
-def p99(server: Child, num: int = 100) -> float:
-    """The seconds that a good client's chats take at most, all but one in a hundred."""
+def slow_chat_s(server: Child, num: int = 40) -> float:
+    """The seconds that a good client's chats take at most, all but the slowest."""
 
     def chat(_: int) -> float:
         started = time.monotonic()
@@ -88,18 +88,18 @@ def p99(server: Child, num: int = 100) -> float:
         return time.monotonic() - started
 
     with ThreadPoolExecutor(4) as pool:  # the engine has four slots
-        return sorted(pool.map(chat, range(num)))[num * 99 // 100 - 1]
+        return sorted(pool.map(chat, range(num)))[-2]
 
 
 @contextmanager
 def compared(server: Child) -> Iterator[ExitStack]:
     """What enters the stack attacks the server: good clients feel little, and memory is bounded."""
-    p99(server, 12)  # the first requests make the process as large as it is
-    before = p99(server)
+    slow_chat_s(server, 12)  # the first requests make the process as large as it is
+    before = slow_chat_s(server)
     memory = Memory(server)
     with ExitStack() as attacks:
         yield attacks
-        under = p99(server)
+        under = slow_chat_s(server)
         assert server.ask("/health")[0] == server.ask("/ready")[0] == 200
         assert server.ask("/metrics")[0] == 200
     memory.check()
@@ -209,7 +209,7 @@ def test_a_lack_of_descriptors_is_survived(tiny_bundles: Bundles):
 
 def test_a_lack_of_descriptors_while_the_model_is_opened(tiny_bundles: Bundles):
     with scripted_child(
-        tiny_bundles("qwen2"), wait=False, open_delay_s=3.0, max_files=200
+        tiny_bundles("qwen2"), wait=False, open_delay_s=2.0, max_files=200
     ) as server, ExitStack() as stack:  # fmt: skip
         connect(server, 400, stack)
         assert server.ask("/health")[0] == 200
@@ -217,7 +217,7 @@ def test_a_lack_of_descriptors_while_the_model_is_opened(tiny_bundles: Bundles):
         server.wait_for("ready: tiny")
         assert server.ask(body=CHAT)[0] == 200
         few_lines(server, 20)
-    with scripted_child(tiny_bundles("qwen2"), wait=False, open_delay_s=2.0) as server:
+    with scripted_child(tiny_bundles("qwen2"), wait=False, open_delay_s=1.0) as server:
         assert server.ask("/health")[0] == 200
         limit_files(server, files(server) - 4)  # none is left to open the bundle
         assert server.process.wait(timeout=30) in (65, 71)

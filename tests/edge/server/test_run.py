@@ -126,7 +126,7 @@ def test_sigterm_does_not_wait_for_a_bundle_that_is_being_opened(tiny_bundles: B
 
 def test_a_hung_engine_does_not_keep_the_process(tiny_bundles: Bundles):
     with scripted_child(
-        tiny_bundles("qwen2"), 30.0, stall_s=0.5, drain_timeout_s=0.5
+        tiny_bundles("qwen2"), 30.0, stall_s=0.5, drain_timeout_s=0.5, close_s=1.0
     ) as server, ThreadPoolExecutor(1) as pool:  # fmt: skip
         asked = pool.submit(server.ask, body=CHAT)
         assert asked.result(timeout=10)[0] == 503

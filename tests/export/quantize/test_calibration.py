@@ -195,7 +195,7 @@ def test_the_manifest_says_how_it_was_calibrated(tmp_path: Path, tiny_checkpoint
                 output=bundle,
                 group_size=32,
                 method="awq+gptq",
-                calibration_tokens=2048,
+                calibration_tokens=512,
                 seed=3,
             )
         )
@@ -206,7 +206,7 @@ def test_the_manifest_says_how_it_was_calibrated(tmp_path: Path, tiny_checkpoint
     assert record is not None
     assert (record.text, record.num_tokens, record.seq_len, record.seed) == (
         "built-in, mixed",
-        2048,
+        512,
         256,
         3,
     )

@@ -139,6 +139,7 @@ def test_factors_that_are_folded_into_the_values_are_in_the_scales(
     method: Any, tiny_checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     options = {"quant": "int4", "method": method, "dialect": "portable"}
+    options["calibration_tokens"] = kv_scales.CACHE_TOKENS
     manifest = export(tiny_checkpoints("qwen2"), tmp_path / "b", **options)
     assert manifest.kv_cache is not None
     export(tiny_checkpoints("qwen2"), tmp_path / "f", kv_cache="float", **options)

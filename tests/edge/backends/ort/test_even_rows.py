@@ -22,7 +22,7 @@ from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_values import node_attributes
 from edge.errors import BackendError, ConfigError
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.conftest import Bundles, Checkpoints, require_even_rows, require_kernels
+from tests.conftest import FEW_TOKENS, Bundles, Checkpoints, require_even_rows, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 
 QUANTS = ("fp16", "int4", "int8", "int8-w8a8")
@@ -54,6 +54,7 @@ def grouped(tiny_checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFact
                     quant=quant,
                     group_size=64,
                     method="rtn" if quant == "int4" else None,
+                    calibration_tokens=FEW_TOKENS if quant == "int8-w8a8" else None,
                     dialect="native",
                     kv_capacity=128,
                 )

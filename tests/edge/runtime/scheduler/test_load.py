@@ -19,6 +19,8 @@ from tests.edge.runtime.scheduler.simulation import (
     Simulation,
 )
 
+pytestmark = pytest.mark.once
+
 Load = Callable[[Simulation], Outcome]
 SPEED = {"cpu": 1.0, "additive": 8.0, "roofline": 10.0}  # about, so that loads are as heavy
 

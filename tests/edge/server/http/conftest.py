@@ -15,7 +15,13 @@ from tests.edge.server.http.page_stub import StubServer, page_stub
 from tests.edge.server.scripted import Live, running
 
 
-@pytest.fixture(scope="module")
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what a browser shows of the stub: that is the page's own doing."""
+    if "browser" in getattr(item, "fixturenames", ()):
+        item.add_marker("once")
+
+
+@pytest.fixture(scope="package")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="drives the browser")
     browser, service = shutil.which("chromium"), shutil.which("chromedriver")
