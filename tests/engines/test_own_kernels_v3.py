@@ -22,7 +22,14 @@ from numpy.testing import assert_array_equal
 
 from edge.backends.step import step_after
 from edge.backends.tensorrt import plugins
-from edge.backends.tensorrt.launch_rules import JOIN, PARTS, PRODUCT, TOP_K_MERGE, TOP_K_PARTS
+from edge.backends.tensorrt.launch_rules import (
+    JOIN,
+    PARTS,
+    PRODUCT,
+    TOP_K_MERGE,
+    TOP_K_PARTS,
+    PluginRule,
+)
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.engine_file import EngineInfo, read_engine_info, rebuild_command
 from edge.bundle.manifest import read_manifest

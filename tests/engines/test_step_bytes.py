@@ -209,7 +209,7 @@ def test_check_prints_bytes_and_ceilings(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    reports = []
+    reports: list[Any] = []
 
     def check_once(*arguments: Any) -> Any:
         reports[:] = reports or [check_bundle(*arguments)]

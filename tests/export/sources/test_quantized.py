@@ -217,7 +217,7 @@ def test_gptq_whose_last_words_are_not_full(
 
 
 def test_awq_whose_outputs_do_not_fill_words_is_refused() -> None:
-    tensors = {
+    tensors: dict[str, np.ndarray[Any, Any]] = {
         "qweight": np.zeros((64, 4), np.int32),
         "qzeros": np.zeros((2, 4), np.int32),
         "scales": np.ones((2, 36), np.float16),
