@@ -38,8 +38,8 @@ class ExportConfig:
         clip: see `Recipe`.
         method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated; None is
             `DEFAULT_METHOD`.
-        calibration: text or JSONL to calibrate with; None is the built-in text, for GPTQ the mixed
-            one.
+        calibration: text or JSONL to calibrate with; None is the built-in text, for GPTQ and
+            W8A8 the mixed one.
         calibration_tokens: most tokens to calibrate with; None is as in `most_calibration_tokens`.
         seed: decides the order of the calibration documents; None is 0.
         workers: layers that are rounded side by side, to the same bytes; each further one takes

@@ -189,8 +189,10 @@ class DecoderFiles:
     def _calibration_text(self, tokens: int) -> tuple[NDArray[np.int64], Calibration]:
         """Read so many tokens at most to calibrate with, and describe them for the manifest."""
         content = self.checkpoint.text
-        # AWQ fits next to nothing to its text, GPTQ does (docs/quantization-measured.md).
-        mixed = "gptq" in self.config.rounding
+        # AWQ fits next to nothing to its text; GPTQ and the ranges of INT8 inputs do
+        # (docs/quantization-measured.md).
+        has_ranges = any(scheme.kind == "w8a8" for scheme in self.schemes.values())
+        mixed = "gptq" in self.config.rounding or has_ranges
         text = read_calibration_text(self.config.calibration, mixed=mixed)
         seq_len = min(SEQ_LEN, self.positions)
         template = content.chat_template

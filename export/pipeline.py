@@ -47,7 +47,7 @@ from .graph.embedding_table import EmbeddingType, embedding_tensors
 from .graph.safetensors_writer import write_safetensors
 from .head_files import write_head
 from .quantize.calibrated import Method
-from .quantize.float_channels import NUM_CHANNELS
+from .quantize.float_channels import MOST_CHANNELS
 from .quantize.from_source import is_quantized, source_schemes
 from .quantize.rotation import RotatedCheckpoint
 from .sources.checkpoint import Checkpoint
@@ -417,7 +417,7 @@ def estimated_bytes(
         weight, scales = stored_bytes(layer.shape, scheme)
         total += weight + 3 * scales  # in fp16 or bf16, and in fp32 for the CPU twin
         if SCHEMES[scheme.kind].int8_inputs:
-            total += NUM_CHANNELS * layer.shape[1] * 2
+            total += MOST_CHANNELS * layer.shape[1] * 2
     return total + (64 << 20)  # norms, biases, graphs, tokenizer, alignment
 
 

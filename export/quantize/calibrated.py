@@ -17,14 +17,13 @@ from export.sources.quantized_weight import QuantizedWeight
 from .awq import awq_factors
 from .calibration import LayerActivations, LayerRunner
 from .error_feedback import feedback, to_make_up
-from .float_channels import loud_channels
 from .gptq import GptqRows, gptq_factor
 from .linear import check_range
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
 from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin, flat
 from .rtn import NearestRows, QuantizedRows, RowQuantizer, dequantize_rows, round_tiles
 from .scaled_checkpoint import ScaledCheckpoint
-from .smoothquant import activation_scale, smoothing_factors
+from .smoothquant import activation_scale, smoothing
 from .statistics import mean_square, second_moment
 
 Array = NDArray[np.float32]
@@ -96,31 +95,28 @@ class Calibrated:
 
     def _look(self, layer: LinearSpec, x: Array) -> _SeenLinear:
         scheme = self.schemes[layer.name]
-        channels: tuple[int, ...] = ()
+        is_head = layer.name == "lm_head"
         if scheme.kind == "w8a8":
-            channels = tuple(loud_channels(x).tolist())
-            x[:, list(channels)] = 0  # they count in no range and no factor
-        return _SeenLinear(layer, scheme, channels, self._factors(layer, scheme, x, channels))
+            found = smoothing(
+                *(self._weights(layer), x, scheme, self.scale_type, self._shared(layer)),
+                foldable=not is_head,
+            )
+            x[:, list(found.float_channels)] = 0  # they count in no range
+            return _SeenLinear(layer, scheme, found.float_channels, found.factors)
+        factors = None
+        if scheme.kind == "int4" and "awq" in self.method and not is_head:
+            factors = awq_factors(
+                self._weights(layer), x, scheme, self.scale_type, self._shared(layer)
+            )
+        return _SeenLinear(layer, scheme, (), factors)
 
-    def _factors(
-        self, layer: LinearSpec, scheme: TensorScheme, x: Array, channels: tuple[int, ...]
-    ) -> Array | None:
-        smooth = scheme.kind == "w8a8"
-        wanted = smooth or (scheme.kind == "int4" and "awq" in self.method)
-        if not wanted or layer.name == "lm_head":
-            return None
-        checkpoint = self.runner.checkpoint
-        weights = np.concatenate(
-            [checkpoint.tensor(name).astype(np.float32) for name in layer.weights]
-        )
-        shared = shared_channels(checkpoint.spec) if layer.name.endswith(".o") else None
-        find = smoothing_factors if smooth else awq_factors
-        factors = find(weights, x, scheme, self.scale_type, shared)
-        if factors is not None:
-            # Zeros say nothing about a float channel's factor; in o it belongs to a KV channel.
-            alone = list(channels)
-            factors[alone if shared is None else np.isin(shared, shared[alone])] = 1
-        return factors
+    def _weights(self, layer: LinearSpec) -> Array:
+        tensor = self.runner.checkpoint.tensor
+        return np.concatenate([tensor(name).astype(np.float32) for name in layer.weights])
+
+    def _shared(self, layer: LinearSpec) -> NDArray[np.int64] | None:
+        is_o = layer.name.endswith(".o")
+        return shared_channels(self.runner.checkpoint.spec) if is_o else None
 
     def _plan(self, seen: _SeenLinear, folded: ScaledCheckpoint, x: Array) -> LinearPlan:
         """Plan a linear for its inputs in the float model, ``[tokens, in]``, overwritten."""

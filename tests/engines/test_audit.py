@@ -21,7 +21,7 @@ from engines.config import BuildConfig, resolve
 from engines.graph import prepare_graph
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Bundles
-from tests.export.quantize.loud_checkpoint import write_loud_checkpoint
+from tests.export.quantize.loud_checkpoint import loud_stay_float, write_loud_checkpoint
 from tests.quantized_golden import QuantizedGolden
 
 pytest.importorskip("tensorrt_rtx")
@@ -161,7 +161,8 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kv_capacity=64,
         calibration_tokens=256,
     )
-    export_checkpoint(config)
+    with loud_stay_float():
+        export_checkpoint(config)
     return root / "bundle"
 
 

@@ -30,7 +30,7 @@ from engines.rules.facts import GraphFacts
 from engines.step_bytes import read_graph_bytes, step_costs, work_of_graph
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import FEW_TOKENS, Bundles
-from tests.export.quantize.loud_checkpoint import write_loud_checkpoint
+from tests.export.quantize.loud_checkpoint import loud_stay_float, write_loud_checkpoint
 from tests.tiny_models import write_checkpoint
 
 Export = Callable[..., Path]
@@ -106,7 +106,8 @@ def test_a_bundle_is_planned_by_what_it_holds(tmp_path: Path) -> None:
         kv_capacity=64,
         calibration_tokens=256,
     )
-    export_checkpoint(config)
+    with loud_stay_float():
+        export_checkpoint(config)
     facts, manifest = facts_of(config.output)
     work = work_of_graph(facts, manifest)
     device, deployment = find_device("orin-nx-16"), Deployment(kv_capacity=64)

@@ -24,7 +24,7 @@ from export.pipeline import ExportConfig, export_checkpoint
 from export.resume import STATE_NAME, Finished, Work, calibration_key, resumable_work
 from export.sources.lora import LoraCheckpoint
 from export.sources.opening import open_checkpoint
-from tests.export.quantize.loud_checkpoint import write_loud_checkpoint
+from tests.export.quantize.loud_checkpoint import loud_stay_float, write_loud_checkpoint
 from tests.quantized_golden import QuantizedGolden, change_config
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint
@@ -76,7 +76,8 @@ def fast(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def export(source: Path, output: Path, options: dict[str, Any], progress: Any = None) -> Manifest:
     config = ExportConfig(source=str(source), output=output, **options)
-    return export_checkpoint(config, progress)
+    with loud_stay_float():
+        return export_checkpoint(config, progress)
 
 
 def interrupt_after(sequences: int) -> Any:

@@ -12,7 +12,7 @@ from edge.bundle.manifest import TensorScheme
 from export.quantize.calibrated import shared_channels
 from export.quantize.rtn import dequantize_rows, quantize_rows
 from export.quantize.scaled_checkpoint import ScaledCheckpoint
-from export.quantize.smoothquant import activation_scale, smoothing_factors
+from export.quantize.smoothquant import activation_scale, smoothing
 from export.sources.opening import open_checkpoint
 from tests.export.quantize.test_rotation import float_logits
 from tests.tiny_models import KINDS, Kind, write_checkpoint
@@ -54,7 +54,7 @@ def test_factors_tame_a_loud_channel():
     x = random.randn(256, 64).astype(np.float32)
     x[:, 5] *= 200
     weights = random.randn(96, 64).astype(np.float32)
-    factors = smoothing_factors(weights, x, W8A8, FP16)
+    factors = smoothing(weights, x, W8A8, FP16).factors
     assert factors is not None
     assert outputs_error(x, weights, factors) < 0.2 * outputs_error(x, weights, np.ones(64, "f"))
 
@@ -74,7 +74,7 @@ def test_factors_by_hand(alpha: float, loud: float, quiet: float, monkeypatch: p
     monkeypatch.setattr("export.quantize.smoothquant.ALPHAS", (alpha,))
     wanted = np.ones(32)
     wanted[3], wanted[7] = loud, quiet
-    factors = smoothing_factors(weights, x, W8A8, FP16)
+    factors = smoothing(weights, x, W8A8, FP16).factors
     assert factors is not None
     np.testing.assert_allclose(factors, wanted / (loud * quiet) ** (1 / 32), rtol=1e-5)
 
@@ -83,7 +83,8 @@ def test_channels_of_one_value_share_their_factor():
     random = np.random.RandomState(3)
     x = random.randn(128, 32).astype(np.float32) * np.exp(random.randn(32)).astype(np.float32) ** 2
     shared = np.tile(np.arange(8), 4)
-    factors = smoothing_factors(random.randn(48, 32).astype(np.float32), x, W8A8, FP16, shared)
+    weights = random.randn(48, 32).astype(np.float32)
+    factors = smoothing(weights, x, W8A8, FP16, shared).factors
     assert factors is not None
     assert np.array_equal(factors, factors[:8][shared])
 

@@ -21,7 +21,7 @@ from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
 from export.quantize.rotation import RotatedCheckpoint
 from export.sources.opening import open_checkpoint
 from tests.conftest import require_kernels
-from tests.export.quantize.loud_checkpoint import LOUD, write_loud_checkpoint
+from tests.export.quantize.loud_checkpoint import LOUD, loud_stay_float, write_loud_checkpoint
 from tests.tiny_models import write_checkpoint
 
 TEXT = "hello world, what is the thing on the mat and the cat in a hat? " * 100
@@ -31,19 +31,19 @@ TEXT = "hello world, what is the thing on the mat and the cat in a hat? " * 100
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("w8a8")
     (root / "text.txt").write_text(TEXT)
-    export_checkpoint(
-        ExportConfig(
-            source=str(write_loud_checkpoint(root / "model", "qwen2", layers=(0, 1))),
-            output=root / "bundle",
-            quant="int8-w8a8",
-            group_size=32,
-            keep=(("layers.1.down", "w8a8"),),
-            dialect=request.param,
-            kv_capacity=64,
-            calibration=root / "text.txt",
-            calibration_tokens=512,
-        )
+    config = ExportConfig(
+        source=str(write_loud_checkpoint(root / "model", "qwen2", layers=(0, 1))),
+        output=root / "bundle",
+        quant="int8-w8a8",
+        group_size=32,
+        keep=(("layers.1.down", "w8a8"),),
+        dialect=request.param,
+        kv_capacity=64,
+        calibration=root / "text.txt",
+        calibration_tokens=512,
     )
+    with loud_stay_float():
+        export_checkpoint(config)
     return root / "bundle"
 
 
@@ -234,7 +234,7 @@ def test_every_linear_may_have_float_channels(
     from engines.check import check_bundle
     from engines.config import BuildConfig
 
-    monkeypatch.setattr("export.quantize.calibrated.loud_channels", lambda _: np.arange(4))
+    monkeypatch.setattr("export.quantize.smoothquant.loud_channels", lambda _: [np.arange(4)])
     source = str(write_checkpoint(tmp_path / "model", "qwen2"))
     export_checkpoint(
         ExportConfig(
