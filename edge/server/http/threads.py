@@ -49,8 +49,8 @@ class Lane:
 
     Args:
         name: begins the names of the threads.
-        noun: what a job is about, for messages.
-        done: what a job does to it.
+        full: says that too many jobs wait.
+        late: says that a job did not end in time.
         num_threads: how many jobs run at once.
         queue_capacity: jobs that wait at most.
         timeout_s: seconds that a job may take, its wait included; None sets no limit.
@@ -61,16 +61,16 @@ class Lane:
         self,
         name: str,
         *,
-        noun: str,
-        done: str,
+        full: str,
+        late: str,
         num_threads: int = 1,
         queue_capacity: int,
         timeout_s: float | None = None,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
-        self._noun = noun
-        self._done = done
+        self._full = full
+        self._late = late
         self._capacity = num_threads + queue_capacity
         self._timeout_s = timeout_s
         self._on_idle = on_idle
@@ -99,9 +99,7 @@ class Lane:
             Whatever ``ended`` fails with.
         """
         if self.num_jobs >= self._capacity:
-            raise OverloadError(
-                f"too many {self._noun}s wait to be {self._done}; try again later", 1.0
-            )
+            raise OverloadError(f"{self._full}; try again later", 1.0)
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         left = threading.Event()
         deadline = None if limit_s is None else time.monotonic() + limit_s
@@ -152,8 +150,7 @@ class Lane:
         return APIError(
             503,
             "deadline_exceeded",
-            f"the {self._noun} was not {self._done} within {limit_s:.3g} s; ask for less, or try "
-            "again later",
+            f"{self._late} within {limit_s:.3g} s; ask for less, or try again later",
             retry_after_s=5,
             should_retry=False,
         )
@@ -185,8 +182,8 @@ class Lanes:
     ) -> None:
         self._short = Lane(
             "edge-text",
-            noun="text",
-            done="encoded",
+            full="too many texts wait to be encoded",
+            late="the text was not encoded",
             num_threads=_SHORT_THREADS,
             queue_capacity=settings.max_connections,  # each takes milliseconds
             timeout_s=settings.text_timeout_s,
@@ -194,14 +191,17 @@ class Lanes:
         # One at a time: a text takes up to 200 times its length in memory for a moment.
         self._long = Lane(
             "edge-long-text",
-            noun="text",
-            done="encoded",
+            full="too many texts wait to be encoded",
+            late="the text was not encoded",
             queue_capacity=settings.text_queue_capacity,
             timeout_s=settings.text_timeout_s,
             on_idle=on_large,
         )
         self.forms = Lane(
-            "edge-grammar", noun="form", done="compiled", queue_capacity=settings.queue_capacity
+            "edge-grammar",
+            full="too many forms wait to be compiled",
+            late="the form was not compiled",
+            queue_capacity=settings.queue_capacity,
         )
 
     def lane(self, num_bytes: int) -> Lane:

@@ -64,8 +64,8 @@ class ServedModel:
         self.heartbeat = Heartbeat(self.llm.scheduler.stats)
         self.score_lane = Lane(
             "edge-score",
-            noun="prompt",
-            done="scored",
+            full="too many prompts wait to be scored",
+            late="the prompt was not scored",
             queue_capacity=self.llm.scheduler.queue_capacity,
         )
         self.fingerprint = fingerprint(self.llm.manifest)
