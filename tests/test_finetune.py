@@ -144,6 +144,7 @@ def test_texts_that_teach_nothing(tiny_checkpoints: Checkpoints, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parity
 def test_a_trained_adapter_changes_the_bundle(tiny_checkpoints: Checkpoints, tmp_path: Path):
     """From texts to a bundle that answers with what they say."""
     for module in ("torch", "transformers", "peft"):

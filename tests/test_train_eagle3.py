@@ -91,6 +91,7 @@ def test_what_cannot_be_trained_is_refused(
     assert not output.exists()
 
 
+@pytest.mark.parity
 def test_the_unrolled_head_is_the_one_that_drafts():
     """Against plain NumPy, which goes on from its own states one guess after the other."""
     pytest.importorskip("torch", reason="live parity needs torch")
@@ -138,6 +139,7 @@ def test_each_text_is_learned_once_a_round_beside_others_of_its_length(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--bfloat16",)])
+@pytest.mark.parity
 def test_a_trained_head_is_right_where_it_was_trained(
     more: tuple[str, ...],
     tiny_bundles: Bundles,

@@ -219,6 +219,7 @@ def test_golden_answers_have_no_near_tie(kind: Kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parity
 def test_golden_is_what_transformers_computes(kind: Kind, tiny_checkpoints: Checkpoints):
     """Catches a golden file that is older than the models, and a `transformers` that changed."""
     pytest.importorskip("torch", reason="live parity needs torch and transformers")
@@ -267,6 +268,7 @@ def test_smollm2_equals_transformers(smollm2_bundle: Path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parity
 def test_smollm2_golden_is_what_transformers_computes():
     for module in ("torch", "transformers", "accelerate", "gguf"):
         pytest.importorskip(module, reason="live parity needs the dependency group parity")

@@ -173,6 +173,7 @@ def test_a_model_that_generates_does_not_embed(tiny_bundles: object):
             llm.rerank("a", ["b"])
 
 
+@pytest.mark.parity
 def test_golden_is_what_transformers_computes(tmp_path: Path, golden: PoolingGolden):
     pytest.importorskip("torch", reason="live parity needs torch and transformers")
     pytest.importorskip("transformers", reason="live parity needs torch and transformers")

@@ -169,6 +169,7 @@ def test_yarn_attention_factor(extra: dict[str, float], attention_factor: float)
         None,
     ],
 )
+@pytest.mark.parity
 def test_rope_as_transformers_reads_it(scaling: dict[str, Any] | None) -> None:
     transformers = pytest.importorskip("transformers", reason="live parity needs transformers")
     if scaling is not None:

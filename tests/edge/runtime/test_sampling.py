@@ -277,6 +277,7 @@ def test_a_mask_forbids_tokens_before_anything_is_ranked():
         assert {sampler.sample(logits, mask).id for _ in range(50)} == set(np.flatnonzero(found))
 
 
+@pytest.mark.parity
 def test_same_distribution_as_transformers():
     pytest.importorskip("torch", reason="live parity needs torch and transformers")
     hf = pytest.importorskip(

@@ -109,6 +109,7 @@ def test_frequencies_equal_transformers(name: str):
 
 @every_kind
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parity
 def test_frequencies_equal_transformers_live(name: str):
     pytest.importorskip("torch", reason="live parity needs torch and transformers")
     transformers = pytest.importorskip("transformers", reason="live parity needs transformers")

@@ -67,6 +67,7 @@ def test_logits_of_the_bundle_equal_pefts(name: str, tmp_path: Path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of peft, about tied tables
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parity
 def test_golden_is_what_peft_computes(name: str, tmp_path: Path):
     for module in ("torch", "transformers", "peft"):
         pytest.importorskip(module, reason="live parity needs torch, transformers and peft")
