@@ -216,6 +216,25 @@ def test_the_manifest_says_how_it_was_calibrated(tmp_path: Path, tiny_checkpoint
     assert len(manifest.quality["activation_peaks"]) == 2 * 7 + 2
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"quant": "int8-w8a8"}, "built-in, mixed"),
+        ({"method": "gptq", "group_size": 32}, "built-in, mixed"),
+        ({"method": "awq", "group_size": 32}, "built-in"),
+        ({"method": "awq", "group_size": 32, "keep": (("*.o", "w8a8"),)}, "built-in, mixed"),
+    ],
+)
+def test_what_fits_to_its_text_gets_chinese_and_code(
+    options: dict[str, Any], text: str, tmp_path: Path, tiny_checkpoints: Checkpoints
+):
+    source = str(tiny_checkpoints("qwen3"))
+    export_checkpoint(ExportConfig(source, tmp_path / "b", calibration_tokens=256, **options))
+    record = read_manifest(tmp_path / "b").quantization.calibration
+    assert record is not None
+    assert record.text == text
+
+
 def test_calibration_without_a_use_is_refused(tmp_path: Path, tiny_checkpoints: Checkpoints):
     source = str(tiny_checkpoints("qwen3"))
     for options in ({"calibration": Path("a")}, {"calibration_tokens": 5}, {"seed": 1}):
