@@ -137,10 +137,8 @@ def _search(
     floor = np.float32(1e-5)
     peak = np.maximum(peak, floor * peak.max(initial=1e-30))
     weight_peak = np.maximum(weight_peak, floor * weight_peak.max(initial=1e-30))
-    best, least = (
-        None,
-        sample.error(np.ones_like(peak), peaks.max(keepdims=True), scheme, scale_type),
-    )
+    best = None
+    least = sample.error(np.ones_like(peak), peaks.max(keepdims=True), scheme, scale_type)
     for alpha in ALPHAS if foldable else ():
         factors: Array = peak ** np.float32(alpha) / weight_peak ** np.float32(1 - alpha)
         factors /= np.exp(np.log(factors).mean())
