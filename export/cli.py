@@ -100,7 +100,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     type=click.Path(path_type=Path),
     metavar="FILE",
     help='Text, or JSONL of {"text": ...} or {"messages": [...]}; default: a built-in text, for '
-    "GPTQ one with Chinese and more code.",
+    "GPTQ and W8A8 one with Chinese and more code.",
 )
 @click.option(
     "--calibration-tokens",
