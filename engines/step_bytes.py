@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge.bundle.engine_file import KvRead
+from edge.bundle.linears import ROTATION
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_values import ELEMENT_BITS
 from edge.bundle.sizes import ProfileName, StepLimits, profile_limits
@@ -66,7 +67,7 @@ def read_graph_bytes(facts: GraphFacts) -> GraphBytes:
 
 
 def _role(node: FactNode, index: int, name: str, facts: GraphFacts) -> Part | None:
-    """Where a constant counts; None for what is no stored number: shapes, axes, zero points."""
+    """Where a constant counts; None for what is no weight: shapes, axes, zero points, rotations."""
     constant = facts.constant(name)
     if constant is None or (constant.location is None and len(constant.shape) == 0):
         return None
@@ -76,6 +77,8 @@ def _role(node: FactNode, index: int, name: str, facts: GraphFacts) -> Part | No
         return "rope"
     if node.op_type in _QUANTIZING:
         return _linear(name) if index == 0 else "scales" if index == 1 else None
+    if name.rpartition(".")[0] == ROTATION:
+        return None  # a few KB for all layers, which stay in the cache
     return _linear(name) if node.op_type in ("MatMul", "Gemm") else "norms"
 
 

@@ -79,8 +79,8 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     metavar="PATTERN=SCHEME",
     help="Another scheme (float, int8, int4, w8a8) for the layers that match, e.g. "
     "'lm_head=int4' or 'layers.0.*=int8'; 'int4-g64' is INT4 in groups of 64. By default "
-    "INT4 recipes store the lm_head in INT8, and int8-w8a8 stores it and the "
-    "down projections in INT8 with float inputs.",
+    "INT4 recipes store the lm_head in INT8, and int8-w8a8 stores it in INT8 with "
+    "float inputs.",
 )
 @click.option(
     "--clip",

@@ -383,7 +383,6 @@ def store_linear(
         )
         high_scale = tensors.scale * np.float32(HIGH_PLANE)  # exact: a power of two
     weight = main.file.add(f"{name}.weight", weight_type, plan.layer.shape, tensors.weight)
-    float_weight = main.add_any(f"{name}.float_weight", tensors.float_weight)
     grid = None if plan.input_scale is None else np.array(plan.input_scale, dtype=np.float32)
     # Both operands of a product in INT8 have scales of one type (rule operand-scales).
     wide = wide_input_scales and grid is not None
@@ -396,8 +395,8 @@ def store_linear(
             scales.add_any(f"{name}.scale", tensors.scale),
             output.add_any(f"{name}.bias", tensors.bias),
             scales.add_any(f"{name}.input_scale", grid),
-            plan.float_channels,
-            float_weight,
+            plan.per_token,
+            plan.rotation_block,
             high_weight,
             output.add_any(f"{name}.high_scale", high_scale),
             output.add_any(f"{name}.offset", tensors.offset),
@@ -412,7 +411,6 @@ def linear_info(plan: LinearPlan, stored: StoredLinear, tensors: LinearTensors) 
     parts = (
         stored.weight,
         stored.scale,
-        stored.float_weight,
         stored.high_weight,
         stored.high_scale,
         stored.offset,
@@ -431,7 +429,8 @@ def linear_info(plan: LinearPlan, stored: StoredLinear, tensors: LinearTensors) 
         shape=plan.layer.shape,
         num_bytes=sum(part.num_bytes for part in parts if part is not None),
         activation_scale=plan.input_scale,
-        float_channels=plan.float_channels,
+        per_token=plan.per_token,
+        rotation_block=plan.rotation_block,
         offsets=stored.offset is not None,
         reordered=bool(plan.input_order),
         from_source=from_source,

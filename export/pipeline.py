@@ -29,7 +29,7 @@ from edge.bundle.manifest import (
     printable,
     read_manifest,
 )
-from edge.bundle.schemes import SCHEMES, Clip, stored_bytes
+from edge.bundle.schemes import Clip, stored_bytes
 from edge.errors import BundleError, CheckpointError, ConfigError, DependencyError, EdgeError
 from edge.measure.evaluate import check_gate, load_gate
 from edge.progress import Progress, prefixed, silent, uncounted
@@ -47,7 +47,6 @@ from .graph.embedding_table import EmbeddingType, embedding_tensors
 from .graph.safetensors_writer import write_safetensors
 from .head_files import write_head
 from .quantize.calibrated import Method
-from .quantize.float_channels import MOST_CHANNELS
 from .quantize.from_source import is_quantized, source_schemes
 from .quantize.rotation import RotatedCheckpoint
 from .sources.checkpoint import Checkpoint
@@ -416,8 +415,6 @@ def estimated_bytes(
         scheme = schemes[layer.name]
         weight, scales = stored_bytes(layer.shape, scheme)
         total += weight + 3 * scales  # in fp16 or bf16, and in fp32 for the CPU twin
-        if SCHEMES[scheme.kind].int8_inputs:
-            total += MOST_CHANNELS * layer.shape[1] * 2
     return total + (64 << 20)  # norms, biases, graphs, tokenizer, alignment
 
 

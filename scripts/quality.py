@@ -52,7 +52,7 @@ _INT4 = ("--quant", "int4")
 RECIPES: dict[str, tuple[str, ...]] = {
     "int8": ("--quant", "int8"),
     "int8-w8a8": ("--quant", "int8-w8a8"),
-    "int8-w8a8-all": ("--quant", "int8-w8a8", "--keep", "*.down=w8a8", "--keep", "lm_head=w8a8"),
+    "int8-w8a8-all": ("--quant", "int8-w8a8", "--keep", "lm_head=w8a8"),
     "int4": _INT4,
     **{
         f"int4-{method}-g{size}": (*_INT4, "--method", method, "--group-size", str(size))

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from .manifest import ModelSpec
 
+ROTATION = "rotation"
+"""The constant that rotates ``n`` input channels of a linear layer in the graph is
+``rotation.n``."""
+
 
 @dataclass(frozen=True)
 class LinearSpec:

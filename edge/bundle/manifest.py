@@ -17,12 +17,12 @@ import msgspec
 from edge.errors import BundleError, IntegrityError
 from edge.files import read_chunks, read_file
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """2 added `SamplingDefaults.assumed`, 3 `Manifest.tensorrt` and `TensorScheme.planes`, 4
 `Source.quantization` and, of `LinearInfo`, ``from_source``, ``offsets`` and ``reordered``, 5
 `Manifest.kv_cache` and `Manifest.head`, 6 `ModelSpec.task`, `Manifest.embedding` and
-`Manifest.reranking`."""
-_READABLE_VERSIONS = (1, 2, 3, 4, 5, 6)
+`Manifest.reranking`, 7 of `LinearInfo` ``per_token`` and ``rotation_block``."""
+_READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
@@ -163,7 +163,11 @@ class LinearInfo(_Struct, frozen=True):
         num_bytes: bytes of the weight and its scales.
         activation_scale: scale of its input (``w8a8``), which is rounded to INT8 multiples of it.
         float_channels: input channels (``w8a8``) that are not rounded: their weights are stored
-            in the graph's float type besides, and are zero in the INT8 weight.
+            in the graph's float type besides, and are zero in the INT8 weight. Bundles from schema
+            version 7 on have none.
+        per_token: whether a token's input (``w8a8``) is divided by the largest magnitude in it
+            before it is rounded, so that each token has its own range.
+        rotation_block: input channels that a Hadamard matrix mixes first; 0 for none.
         offsets: whether the graph adds the sums of each group's inputs, times an offset per group
             and output: what zero points are without a zero point (`export.graph.decoder`).
         reordered: whether the graph takes the input channels in another order.
@@ -176,6 +180,8 @@ class LinearInfo(_Struct, frozen=True):
     num_bytes: Count
     activation_scale: _Positive | None = None
     float_channels: Annotated[tuple[Count, ...], msgspec.Meta(max_length=4096)] = ()
+    per_token: bool = False
+    rotation_block: Annotated[int, msgspec.Meta(ge=0, le=1 << 10)] = 0
     offsets: bool = False
     reordered: bool = False
     from_source: FromSource | None = None

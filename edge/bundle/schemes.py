@@ -72,13 +72,13 @@ SCHEMES: dict[str, SchemeFacts] = {
 }
 
 # INT4 in the lm_head, one matrix, adds up to two fifths to what all INT4 layers together lose
-# (docs/quantization-measured.md). INT8 inputs are no good for down, where the first token of a text
-# is far louder than the others, and of no use in the lm_head, which runs for one token of a prompt.
+# (docs/quantization-measured.md). INT8 inputs are of no use in the lm_head, which runs for one of a
+# prompt's tokens.
 RULES: dict[Quant, tuple[tuple[str, SchemeKind], ...]] = {
     "fp16": (("*", "float"),),
     "bf16": (("*", "float"),),
     "int8": (("*", "int8"),),
-    "int8-w8a8": (("*", "w8a8"), ("*.down", "int8"), ("lm_head", "int8")),
+    "int8-w8a8": (("*", "w8a8"), ("lm_head", "int8")),
     "int4": (("*", "int4"), ("lm_head", "int8")),
 }
 """The scheme of the layers whose names match a shell wildcard; the last match wins."""

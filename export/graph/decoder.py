@@ -17,8 +17,10 @@ import onnx
 
 from edge._version import __version__
 from edge.bundle import io_spec
+from edge.bundle.linears import ROTATION
 from edge.bundle.manifest import Dialect, FloatType, ModelSpec, TensorScheme
 
+from .block_rotation import hadamard
 from .data_file import StoredTensor
 from .graph_builder import ONNX_TYPE, GraphBuilder
 from .kv_quantization import KvScales, dequantized_rows, key_factor, rounded_rows, value_factor
@@ -38,8 +40,10 @@ class StoredLinear:
         bias: ``[out]`` or None.
         input_scale: scalar in the graph's float type or in FP32, for inputs rounded to INT8, or
             None. The input is cast to the type of its scale and back.
-        float_channels: input channels that are not rounded, or none.
-        float_weight: weights of these channels, ``[channels, out]``.
+        per_token: whether a token's inputs are divided by the largest magnitude among them before
+            they are rounded, and its products multiplied with it.
+        rotation_block: input channels that are rotated together before, see `block_rotation`;
+            0 for none.
         high_weight, high_scale: the high plane, like ``weight`` and ``scale``; None if there are no
             planes.
         offset: ``[groups, out]`` in the graph's float type: what the sum of a group's inputs is
@@ -53,8 +57,8 @@ class StoredLinear:
     scale: StoredTensor | None
     bias: StoredTensor | None
     input_scale: StoredTensor | None = None
-    float_channels: tuple[int, ...] = ()
-    float_weight: StoredTensor | None = None
+    per_token: bool = False
+    rotation_block: int = 0
     high_weight: StoredTensor | None = None
     high_scale: StoredTensor | None = None
     offset: StoredTensor | None = None
@@ -224,16 +228,10 @@ class Decoder:
     def linear(self, x: str, name: str, output: str | None = None) -> str:
         """Add a linear layer as it is stored."""
         g, stored = self.g, self.tensors.linears[name]
-        addends = []
+        addends, largest = [], None
         if stored.input_order:
             order = g.constant(f"{name}.input_order", stored.input_order)
             x = g.node("Gather", [x, order], f"{name}.input.ordered", axis=-1)
-        if stored.float_weight is not None:
-            channels = g.constant(f"{name}.float_indices", stored.float_channels)
-            picked = g.node("Gather", [x, channels], f"{name}.float_inputs", axis=-1)
-            addends.append(
-                g.node("MatMul", [picked, g.floats(stored.float_weight)], f"{name}.float_product")
-            )
         if stored.offset is not None:
             groups = stored.offset.dims[0]
             shape = g.constant(f"shape.groups.{groups}", [0, 0, groups, -1])
@@ -245,6 +243,10 @@ class Decoder:
             )
         if stored.bias is not None:
             addends.append(g.floats(stored.bias))
+        if stored.rotation_block:
+            x = self.rotated(x, stored.rotation_block, f"{name}.input")
+        if stored.per_token:
+            x, largest = self.per_token(x, f"{name}.input")
         if stored.input_scale is not None:
             # TensorRT's explicit quantization: symmetric, the zero point only states the type.
             grid = [g.external(stored.input_scale), g.int8_zero("zero_point")]
@@ -272,12 +274,37 @@ class Decoder:
             )
             addends.insert(0, g.node("MatMul", [x, high], f"{name}.high_product"))
         output = output or f"{name}.out"
-        if not addends:
+        if not addends and largest is None:
             return g.node("MatMul", [x, weight], output)
         total = g.node("MatMul", [x, weight], f"{name}.product")
+        if largest is not None:
+            scaled = f"{name}.product.scaled" if addends else output
+            total = g.node("Mul", [total, largest], scaled)
+            if not addends:
+                return total
         for addend in addends[:-1]:
             total = g.node("Add", [total, addend], f"{addend}.added")
         return g.node("Add", [total, addends[-1]], output)
+
+    def rotated(self, x: str, block: int, name: str) -> str:
+        """Rotate blocks of channels, see `block_rotation`."""
+        g = self.g
+        shape = g.constant(f"shape.blocks.{block}", [0, 0, -1, block])
+        x = g.node("Reshape", [x, shape], f"{name}.blocks")
+        matrix = g.small_floats(f"{ROTATION}.{block}", hadamard(block))
+        x = g.node("MatMul", [x, matrix], f"{name}.blocks.rotated")
+        return g.node("Reshape", [x, g.constant("shape.joined", [0, 0, -1])], f"{name}.rotated")
+
+    def per_token(self, x: str, name: str) -> tuple[str, str]:
+        """Divide each token's values by the largest magnitude among them, and return that, too."""
+        g = self.g
+        sizes = g.node("Abs", [x], f"{name}.sizes")
+        largest = g.node(
+            "ReduceMax", [sizes, g.constant("axes.last", [-1])], f"{name}.largest", keepdims=1
+        )
+        # FP16 divides by no less without a loss; what is smaller is next to nothing in any model.
+        largest = g.node("Max", [largest, g.scalar("least_token", 2.0**-14)], f"{name}.divisor")
+        return g.node("Div", [x, largest], f"{name}.shares"), largest
 
     def dequantized(
         self, weight: StoredTensor, scale: StoredTensor, group_size: int, output: str

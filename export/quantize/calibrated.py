@@ -20,10 +20,11 @@ from .error_feedback import feedback, to_make_up
 from .gptq import GptqRows, gptq_factor
 from .linear import check_range
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
+from .rotation import BlockRotatedCheckpoint
 from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin, flat
 from .rtn import NearestRows, QuantizedRows, RowQuantizer, dequantize_rows, round_tiles
 from .scaled_checkpoint import ScaledCheckpoint
-from .smoothquant import activation_scale, smoothing
+from .smoothquant import activation_scale, smoothing, token_scale
 from .statistics import mean_square, second_moment
 
 Array = NDArray[np.float32]
@@ -37,14 +38,16 @@ class _SeenLinear:
     Attributes:
         layer: the linear.
         scheme: how its weight is stored.
-        float_channels: input channels that stay float, ascending.
         factors: factors on its input channels, float32 ``[in]``, or None.
+        per_token: whether each token has its own INT8 range, see `smoothquant.Smoothing`.
+        rotation_block: see there.
     """
 
     layer: LinearSpec
     scheme: TensorScheme
-    float_channels: tuple[int, ...]
     factors: Array | None
+    per_token: bool = False
+    rotation_block: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,13 @@ class Calibrated:
                 *(self._weights(layer), x, scheme, self.scale_type, self._shared(layer)),
                 foldable=not is_head,
             )
-            x[:, list(found.float_channels)] = 0  # they count in no range
-            return _SeenLinear(layer, scheme, found.float_channels, found.factors)
+            return _SeenLinear(layer, scheme, found.factors, found.per_token, found.rotation_block)
         factors = None
         if scheme.kind == "int4" and "awq" in self.method and not is_head:
             factors = awq_factors(
                 self._weights(layer), x, scheme, self.scale_type, self._shared(layer)
             )
-        return _SeenLinear(layer, scheme, (), factors)
+        return _SeenLinear(layer, scheme, factors)
 
     def _weights(self, layer: LinearSpec) -> Array:
         tensor = self.runner.checkpoint.tensor
@@ -120,15 +122,21 @@ class Calibrated:
 
     def _plan(self, seen: _SeenLinear, folded: ScaledCheckpoint, x: Array) -> LinearPlan:
         """Plan a linear for its inputs in the float model, ``[tokens, in]``, overwritten."""
-        input_scale = None
+        quantize = self._quantizer(seen, x)
+        if seen.per_token:
+            block = seen.rotation_block
+            rotated = BlockRotatedCheckpoint(folded, seen.layer.weights, block) if block else folded
+            return LinearPlan(
+                *(seen.layer, seen.scheme, rotated, quantize, token_scale(self.scale_type)),
+                per_token=True,
+                rotation_block=block,
+            )
+        scale = None
         if seen.scheme.kind == "w8a8":
             if seen.factors is not None:
                 np.divide(x, seen.factors, out=x)
-            input_scale = activation_scale(x, self.scale_type)
-        quantize = self._quantizer(seen, x)
-        return LinearPlan(
-            seen.layer, seen.scheme, folded, quantize, input_scale, seen.float_channels
-        )
+            scale = activation_scale(x, self.scale_type)
+        return LinearPlan(seen.layer, seen.scheme, folded, quantize, scale)
 
     def _plan_rounded(
         self,

@@ -35,7 +35,6 @@ class LinearTensors:
         scale: float32 ``[groups, out]``, or ``[out]`` with one scale per channel; None for float.
         high_weight: packed int4 bytes of the high plane, or None if there are no planes.
         bias: float32 ``[out]``, or None.
-        float_weight: weights of the float channels, float32 ``[channels, out]``, or None.
         offset: what the sums of each group's inputs are multiplied with, float32 ``[groups, out]``,
             or None.
         num_groups: groups with a scale of their own; 0 for float.
@@ -47,7 +46,6 @@ class LinearTensors:
     scale: NDArray[np.float32] | None
     high_weight: NDArray[np.uint8] | None = None
     bias: NDArray[np.float32] | None = None
-    float_weight: NDArray[np.float32] | None = None
     offset: NDArray[np.float32] | None = None
     num_groups: int = 0
     changed_groups: int = 0
@@ -67,8 +65,7 @@ def convert(
     Raises:
         CheckpointError: a weight is not finite, or too large for the graph's float type.
     """
-    layer, channels = plan.layer, list(plan.float_channels)
-    bias = float_weight = None
+    layer, bias = plan.layer, None
     if layer.biases:
         bias = _stack([plan.checkpoint.tensor(name) for name in layer.biases])
     if plan.kept is not None:
@@ -83,12 +80,9 @@ def convert(
         plan.quantize,
         float_type,
         progress,
-        channels,
         measure=plan.treatment == "requantized",
     )
-    if channels:
-        float_weight = _stack([part[:, channels] for part in parts]).T
-    return replace(tensors, bias=bias, float_weight=float_weight)
+    return replace(tensors, bias=bias)
 
 
 def convert_linear(
@@ -98,7 +92,6 @@ def convert_linear(
     quantize: RowQuantizer | None,
     float_type: np.dtype[np.generic],
     progress: Callable[[int], None],
-    zeroed: Sequence[int] = (),
     *,
     measure: bool = False,
 ) -> LinearTensors:
@@ -111,7 +104,6 @@ def convert_linear(
         quantize: how to round a tile of rows; None for a scheme of float weights.
         float_type: the graph's float type.
         progress: called with the number of weights done.
-        zeroed: input channels whose weights are stored as zero.
         measure: whether to compute what rounding changed.
 
     Returns:
@@ -124,7 +116,6 @@ def convert_linear(
     def convert_rows(part: int, rows: slice) -> _Rows:
         floats = parts[part][rows].astype(np.float32)
         check_range(floats, names[part], float_type)
-        floats[:, list(zeroed)] = 0
         if quantize is None:
             return _Rows(floats.astype(float_type))
         result = quantize(floats)

@@ -54,8 +54,9 @@ class LinearPlan:
         scheme: how its weight is stored.
         checkpoint: the model that its weights and biases are read from, factors folded in.
         quantize: how its rows are rounded; None for float weights.
-        input_scale: scale of the static INT8 range of its inputs; None where inputs stay float.
-        float_channels: input channels that are computed in float beside the integers, ascending.
+        input_scale: scale of its inputs' INT8 range; None where inputs stay float.
+        per_token: whether a token's inputs are divided by the largest magnitude among them first.
+        rotation_block: input channels that are rotated together (`graph.block_rotation`), or 0.
         kept: integers that are stored as they are, one for each weight of the layer: those of a
             quantized checkpoint, or rounded by the calibrator; None where the floats of
             ``checkpoint`` are converted.
@@ -70,7 +71,8 @@ class LinearPlan:
     checkpoint: Checkpoint
     quantize: RowQuantizer | None
     input_scale: float | None = None
-    float_channels: tuple[int, ...] = ()
+    per_token: bool = False
+    rotation_block: int = 0
     kept: tuple[QuantizedWeight, ...] | None = None
     input_order: tuple[int, ...] = ()
     treatment: Treatment | None = None

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from export.graph.block_rotation import rotate_blocks
 from export.sources.checkpoint import Checkpoint, Transformed
 
 Array = NDArray[np.float32]
@@ -114,3 +116,23 @@ class RotatedCheckpoint(Transformed):
         """Rotate ``[n, heads * head_dim]`` head by head."""
         heads = values.reshape(len(values), -1, len(self._head))
         return np.ascontiguousarray(heads @ self._head).reshape(values.shape)
+
+
+class BlockRotatedCheckpoint(Transformed):
+    """A model some of whose weights take inputs that the graph rotates.
+
+    Args:
+        checkpoint: the float model; see `Transformed`.
+        names: the weights, ``[out, in]``.
+        size: see `rotate_blocks`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: Iterable[str], size: int) -> None:
+        super().__init__(checkpoint)
+        self._names = frozenset(names)
+        self._size = size
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """Read a tensor, as fp32 where it is rotated; see `Checkpoint.tensor`."""
+        tensor = super().tensor(name)
+        return rotate_blocks(tensor, self._size) if name in self._names else tensor

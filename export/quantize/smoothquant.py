@@ -1,8 +1,10 @@
-"""Prepares static INT8 activations: factors that move outliers into the weights, and the range.
+"""Prepares INT8 activations: factors that move outliers into the weights, and the range.
 
 SmoothQuant (arXiv 2211.10438): an input channel is divided by ``max|x|^alpha / max|w|^(1-alpha)``
 and its weights are multiplied by it (see `scaled_checkpoint`). Here alpha is searched for each
-linear on the error of its output with activations and weights both rounded to INT8.
+linear on the error of its output with activations and weights both rounded to INT8. Where one
+range for all tokens loses too much, each token gets its own; where that does, too, as in down, the
+graph rotates the inputs before.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
+from export.graph.block_rotation import block_size, rotate_blocks
 
-from .float_channels import TOLERATED, loud_channels
 from .rtn import dequantize_rows, quantize_rows, storable_scales
 
 Array = NDArray[np.float32]
+TOLERATED = 0.0005
+"""Of a linear's squared output, what rounding may take where something else would take less."""
 ALPHAS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 # Fractions of the largest |x| that the range of the activations may end at.
 _FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -31,15 +35,16 @@ class Smoothing:
     """How a W8A8 linear's inputs are prepared.
 
     Attributes:
-        float_channels: channels that are not rounded, ascending.
-        factors: to multiply the input channels with, float32 ``[in]``, 1 for float channels (and
-            all that share their number); None if all harm.
+        factors: to multiply the input channels with, float32 ``[in]``; None if all harm.
         error: mean over tokens of the share of the squared output that rounding takes.
+        per_token: whether each token has its own range.
+        rotation_block: see `graph.block_rotation.rotate_blocks`; 0 where nothing is rotated.
     """
 
-    float_channels: tuple[int, ...]
     factors: Array | None
     error: float
+    per_token: bool = False
+    rotation_block: int = 0
 
 
 def smoothing(
@@ -51,9 +56,9 @@ def smoothing(
     *,
     foldable: bool = True,
 ) -> Smoothing:
-    """Find what brings the error under `float_channels.TOLERATED` with the fewest float channels.
+    """Find what rounding takes little with: one range, one for each token, or rotated inputs, too.
 
-    If nothing does, it is what has the least error.
+    The first of them whose error is at most `TOLERATED` is taken, or the one of the least error.
 
     Args:
         weights: float32 ``[out, in]``.
@@ -63,22 +68,17 @@ def smoothing(
         shared: int64 ``[in]``; channels with the same number must have the same factor.
         foldable: whether something before the linear can take factors.
     """
-    peaks = np.abs(x).max(axis=0)
     sample = _Sample.of(weights, x)
-    best: Smoothing | None = None
-    for channels in loud_channels(peaks):
-        peaks[channels] = 0
-        sample.leave_out(channels)
-        factors, error = _search(sample, peaks, scheme, scale_type, shared, foldable)
-        if factors is not None:
-            # Zeros say nothing about a float channel's factor; in o it belongs to a KV channel.
-            factors[channels if shared is None else np.isin(shared, shared[channels])] = 1
-        if best is None or error < best.error:
-            best = Smoothing(tuple(channels.tolist()), factors, error)
-        if error <= TOLERATED:
-            break
-    assert best is not None
-    return best
+    one_range = Smoothing(
+        *_search(sample, np.abs(x).max(axis=0), scheme, scale_type, shared, foldable)
+    )
+    found = [one_range]
+    for block in (0, block_size(x.shape[1])):
+        if found[-1].error <= TOLERATED:
+            return found[-1]
+        error = sample.rotated(block).error(None, None, scheme, scale_type)
+        found.append(Smoothing(None, error, per_token=True, rotation_block=block))
+    return min(found, key=lambda each: each.error)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class _Sample:
         tokens: float32 ``[tokens, in]``.
         rows: float32 ``[rows, in]``.
         wanted: the products, float32 ``[tokens, rows]``.
-        size: of each token's products with all channels, squared, float32 ``[tokens]``.
+        size: of each token's products, squared, float32 ``[tokens]``.
     """
 
     tokens: Array
@@ -104,21 +104,37 @@ class _Sample:
         wanted = tokens @ rows.T
         return cls(tokens, rows, wanted, np.square(wanted).sum(axis=1) + np.float32(1e-30))
 
-    def leave_out(self, channels: NDArray[np.int64]) -> None:
-        self.wanted[:] -= self.tokens[:, channels] @ self.rows[:, channels].T
-        self.tokens[:, channels] = self.rows[:, channels] = 0
+    def rotated(self, block: int) -> _Sample:
+        tokens, rows = rotate_blocks(self.tokens, block), rotate_blocks(self.rows, block)
+        return _Sample(tokens, rows, self.wanted, self.size)
 
     def error(
-        self, factors: Array, range_: Array, scheme: TensorScheme, scale_type: np.dtype[np.generic]
+        self,
+        factors: Array | None,
+        range_: Array | None,
+        scheme: TensorScheme,
+        scale_type: np.dtype[np.generic],
     ) -> float:
         """What rounding takes of a token's output, as `Smoothing.error`.
 
         Every token counts alike: the first one of a text is far louder than the others and would
         decide alone.
+
+        Args:
+            factors: of the input channels, or None.
+            range_: of all tokens, float32 ``[1]``; None for one of each token's own.
+            scheme: ``w8a8``.
+            scale_type: type in which the scales will be stored.
         """
-        scale = storable_scales(range_ / _LEVELS, scale_type)
-        rows = dequantize_rows(quantize_rows(self.rows * factors, scheme, "absmax", scale_type))
-        lost = _round(self.tokens / factors, scale) @ rows.T - self.wanted
+        tokens, rows = self.tokens, self.rows
+        if factors is not None:
+            tokens, rows = tokens / factors, rows * factors
+        if range_ is None:
+            scale = np.maximum(np.abs(tokens).max(axis=1, keepdims=True), 1e-30) / _LEVELS
+        else:
+            scale = storable_scales(range_ / _LEVELS, scale_type)
+        rows = dequantize_rows(quantize_rows(rows, scheme, "absmax", scale_type))
+        lost = _round(tokens, scale) @ rows.T - self.wanted
         return float((np.square(lost).sum(axis=1) / self.size).mean())
 
 
@@ -138,7 +154,7 @@ def _search(
     peak = np.maximum(peak, floor * peak.max(initial=1e-30))
     weight_peak = np.maximum(weight_peak, floor * weight_peak.max(initial=1e-30))
     best = None
-    least = sample.error(np.ones_like(peak), peaks.max(keepdims=True), scheme, scale_type)
+    least = sample.error(None, peaks.max(keepdims=True), scheme, scale_type)
     for alpha in ALPHAS if foldable else ():
         factors: Array = peak ** np.float32(alpha) / weight_peak ** np.float32(1 - alpha)
         factors /= np.exp(np.log(factors).mean())
@@ -162,6 +178,11 @@ def activation_scale(x: Array, scale_type: np.dtype[np.generic]) -> float:
     scales = storable_scales(candidates, scale_type)
     errors = [float(np.square(_round(sample, scale) - sample).sum()) for scale in scales]
     return float(scales[int(np.argmin(errors))])
+
+
+def token_scale(scale_type: np.dtype[np.generic]) -> float:
+    """The scale of a token's inputs once they are divided by the largest magnitude among them."""
+    return float(storable_scales(1 / _LEVELS[None], scale_type)[0])
 
 
 def _round(x: Array, scale: np.float32 | Array) -> Array:

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from msgspec.structs import replace
 
@@ -21,7 +23,7 @@ from engines.config import BuildConfig, resolve
 from engines.graph import prepare_graph
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Bundles
-from tests.export.quantize.loud_checkpoint import loud_stay_float, write_loud_checkpoint
+from tests.export.quantize.loud_checkpoint import loud_by_token, write_loud_checkpoint
 from tests.quantized_golden import QuantizedGolden
 
 pytest.importorskip("tensorrt_rtx")
@@ -149,47 +151,83 @@ def test_a_plane_that_is_missing_is_found(tiny_bundles: Bundles) -> None:
 
 
 @pytest.fixture(scope="module")
-def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose layers.1.down has float channels."""
+def whole_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of INT8 inputs, whose layers.1.down has a range per token."""
     root = tmp_path_factory.mktemp("loud")
     source = write_loud_checkpoint(root / "model", "qwen2", layers=(1,))
     config = ExportConfig(
         source=str(source),
         output=root / "bundle",
         quant="int8-w8a8",
-        keep=(("layers.1.down", "w8a8"),),
+        keep=(("*", "w8a8"),),
         kv_capacity=64,
         calibration_tokens=256,
     )
-    with loud_stay_float():
+    with loud_by_token():
         export_checkpoint(config)
     return root / "bundle"
 
 
-def test_float_channels_are_accounted_for(loud: Path) -> None:
-    linears = read_manifest(loud).quantization.linears
-    (each,) = (linear for linear in linears.values() if linear.float_channels)
-    weights = {weight.dtype: weight for weight in damaged(loud, lambda _: None).weights}
-    assert weights["fp16"].num_bytes == 2 * len(each.float_channels) * each.shape[1]
-    assert damaged(loud, lambda _: None).problems == ()
+def test_ranges_per_token_pass(whole_int8: Path) -> None:
+    audit = damaged(whole_int8, lambda _: None)
+    assert audit.problems == ()
+    linears = read_manifest(whole_int8).quantization.linears
+    assert [name for name, each in linears.items() if each.per_token] == ["layers.1.down"]
+    assert {weight.dtype: weight.count for weight in audit.weights}["int8"] == len(linears)
 
 
-def test_lost_float_channels_are_found(loud: Path) -> None:
-    def change(graph: OnnxFile) -> None:
-        (node,) = (n for n in graph.nodes if "layers.1.down.float_product" in n.inputs)
-        node.op_type, node.inputs = "Identity", node.inputs[:1]
+def add_float_channels(data: bytes) -> bytes:
+    """Give layers.0.down four channels in float, as bundles of schema version 6 had them."""
+    model = onnx.load_from_string(data)
+    at, product = next(
+        (at, node)
+        for at, node in enumerate(model.graph.node)
+        if node.output[0] == "layers.0.down.out"
+    )
+    product.output[0] = "layers.0.down.product"
+    name = "layers.0.down.float"
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(values, f"{name}_{part}")
+        for part, values in (
+            ("indices", np.arange(4)),
+            ("weight", np.ones((4, 64), np.float16)),
+        )
+    )
+    make = onnx.helper.make_node
+    for node in (
+        make("Add", ["layers.0.down.product", f"{name}_product"], ["layers.0.down.out"]),
+        make("MatMul", [f"{name}_inputs", f"{name}_weight"], [f"{name}_product"]),
+        make("Gather", ["layers.0.gated", f"{name}_indices"], [f"{name}_inputs"], axis=-1),
+    ):
+        model.graph.node.insert(at + 1, node)
+    return bytes(model.SerializeToString())
 
-    (problem,) = damaged(loud, change).problems
-    assert problem == "layers.1.down: 0 weights of channels in float, the bundle says 4 x 64"
 
-
-def test_float_channels_that_the_manifest_does_not_know_are_found(loud: Path) -> None:
-    manifest = read_manifest(loud)
+def with_channels(manifest: Manifest, channels: tuple[int, ...]) -> Manifest:
     linears = dict(manifest.quantization.linears)
-    linears["layers.1.down"] = replace(linears["layers.1.down"], float_channels=(1, 2))
-    changed = replace(manifest, quantization=replace(manifest.quantization, linears=linears))
-    (problem,) = parse(loud, (loud / "decoder.onnx").read_bytes(), changed).problems
-    assert problem == "layers.1.down: 256 weights of channels in float, the bundle says 2 x 64"
+    linears["layers.0.down"] = replace(linears["layers.0.down"], float_channels=channels)
+    return replace(manifest, quantization=replace(manifest.quantization, linears=linears))
+
+
+@pytest.mark.parametrize(
+    ("stored", "promised", "problem"),
+    [
+        (True, 4, None),
+        (True, 2, "256 weights of channels in float, the bundle says 2 x 64"),
+        (False, 4, "0 weights of channels in float, the bundle says 4 x 64"),
+    ],
+)
+def test_float_channels_are_accounted_for(
+    whole_int8: Path, stored: bool, promised: int, problem: str | None
+) -> None:
+    graph = (whole_int8 / "decoder.onnx").read_bytes()
+    if stored:
+        graph = add_float_channels(graph)
+    manifest = with_channels(read_manifest(whole_int8), tuple(range(promised)))
+    audit = parse(whole_int8, graph, manifest)
+    assert audit.problems == (() if problem is None else (f"layers.0.down: {problem}",))
+    weights = {weight.dtype: weight.num_bytes for weight in audit.weights}
+    assert weights["fp16"] == 2 * (64 * 64 + 4 * 64 * stored)  # the rotation of layers.1.down
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from engines.rules.facts import GraphFacts
 from engines.step_bytes import read_graph_bytes, step_costs, work_of_graph
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import FEW_TOKENS, Bundles
-from tests.export.quantize.loud_checkpoint import loud_stay_float, write_loud_checkpoint
+from tests.export.quantize.loud_checkpoint import loud_by_token, write_loud_checkpoint
 from tests.tiny_models import write_checkpoint
 
 Export = Callable[..., Path]
@@ -95,8 +95,8 @@ def test_graph_manifest_and_dimensions_agree(
 
 
 def test_a_bundle_is_planned_by_what_it_holds(tmp_path: Path) -> None:
-    """Scales in FP32 and channels in float: its manifest knows of them, a recipe does not."""
-    recipe = Recipe("int8-w8a8", keep=(("layers.1.down", "w8a8"),))
+    """Scales in FP32: its manifest knows of them, a recipe does not."""
+    recipe = Recipe("int8-w8a8")
     config = ExportConfig(
         source=str(write_loud_checkpoint(tmp_path / "model", "qwen2", layers=(1,))),
         output=tmp_path / "bundle",
@@ -106,7 +106,7 @@ def test_a_bundle_is_planned_by_what_it_holds(tmp_path: Path) -> None:
         kv_capacity=64,
         calibration_tokens=256,
     )
-    with loud_stay_float():
+    with loud_by_token():
         export_checkpoint(config)
     facts, manifest = facts_of(config.output)
     work = work_of_graph(facts, manifest)
@@ -115,8 +115,8 @@ def test_a_bundle_is_planned_by_what_it_holds(tmp_path: Path) -> None:
     # A plan counts half of the one scale that the inputs of each layer have.
     w8a8 = [each for each in manifest_linears(manifest) if each.scheme.kind == "w8a8"]
     assert work.step_bytes - option.work.step_bytes == 2 * len(w8a8)
-    channels = manifest.quantization.linears["layers.1.down"].float_channels
-    beside = 2 * len(channels) * 64 + 2 * sum(each.shape[1] for each in w8a8)
+    assert manifest.quantization.linears["layers.1.down"].rotation_block
+    beside = 2 * sum(each.shape[1] for each in w8a8)
     assert option.work.step_bytes - computed(manifest, recipe).step_bytes == beside > 1000
 
 

@@ -24,7 +24,7 @@ from export.pipeline import ExportConfig, export_checkpoint
 from export.resume import STATE_NAME, Finished, Work, calibration_key, resumable_work
 from export.sources.lora import LoraCheckpoint
 from export.sources.opening import open_checkpoint
-from tests.export.quantize.loud_checkpoint import loud_stay_float, write_loud_checkpoint
+from tests.export.quantize.loud_checkpoint import loud_by_token, write_loud_checkpoint
 from tests.quantized_golden import QuantizedGolden, change_config
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.xdist_group("resume")  # the whole exports are made onc
 ROOT = Path(__file__).parents[2]
 LAYERS = 3
 RECIPES: dict[str, dict[str, Any]] = {
-    # One of the finished layers has float channels, see `source`.
+    # One of the finished layers has ranges per token, see `source`.
     "int8-w8a8": {"quant": "int8-w8a8", "rotate": False, "keep": (("*.down", "w8a8"),)},
     "int4": {"quant": "int4", "group_size": 64, "method": "awq"},
     "int4-gptq": {"quant": "int4", "group_size": 32, "method": "awq+gptq"},
@@ -43,7 +43,7 @@ CALIBRATION: dict[str, Any] = {"calibration_tokens": 512, "kv_capacity": 64}
 FAST = {**CALIBRATION, **RECIPES["int8-w8a8"]}
 W8A8 = TensorScheme(kind="w8a8")
 WEIGHT = StoredTensor("w", 3, (4, 4), "x.data", 0, 16)
-STORED = StoredLinear(W8A8, WEIGHT, WEIGHT, None, WEIGHT, (1, 3), WEIGHT)
+STORED = StoredLinear(W8A8, WEIGHT, WEIGHT, None, WEIGHT, True, 4)
 INFO = LinearInfo(scheme=W8A8, shape=(4, 4), num_bytes=16, activation_scale=1e-300)
 
 
@@ -65,7 +65,7 @@ def whole(
     """The export that nobody interrupted."""
     manifest = export(source, tmp_path_factory.mktemp("whole") / "bundle", recipe)
     down = manifest.quantization.linears["layers.1.down"]
-    assert bool(down.float_channels) == (down.scheme.kind == "w8a8")
+    assert down.per_token == (down.scheme.kind == "w8a8")
     return manifest
 
 
@@ -76,7 +76,7 @@ def fast(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def export(source: Path, output: Path, options: dict[str, Any], progress: Any = None) -> Manifest:
     config = ExportConfig(source=str(source), output=output, **options)
-    with loud_stay_float():
+    with loud_by_token():
         return export_checkpoint(config, progress)
 
 

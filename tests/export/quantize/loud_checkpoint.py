@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from export.quantize.smoothquant import Smoothing, smoothing
 from tests.tiny_models import Kind, write_checkpoint
 
 LOUD = (3, 17, 40)
@@ -46,14 +48,15 @@ def write_loud_checkpoint(
 
 
 @contextmanager
-def loud_stay_float() -> Iterator[None]:
-    """While it lasts, very loud channels stay float, though factors would tame so tiny a model."""
+def loud_by_token() -> Iterator[None]:
+    """While it lasts, very loud inputs are rotated and get ranges per token, like real ones."""
 
-    def choices(peaks: NDArray[np.float32]) -> list[NDArray[np.int64]]:
-        order = np.argsort(-peaks, kind="stable")
-        is_loud = peaks[order[0]] > 16 * peaks[order[4]]
-        return [np.sort(order[: 4 if is_loud else 0]).astype(np.int64)]
+    def decide(weights: Any, x: NDArray[np.float32], *rest: Any, **named: Any) -> Smoothing:
+        peaks = np.sort(np.abs(x).max(axis=0))[::-1]
+        if peaks[0] > 16 * peaks[4]:
+            return Smoothing(None, 0.0, per_token=True, rotation_block=64)
+        return replace(smoothing(weights, x, *rest, **named), per_token=False, rotation_block=0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.quantize.smoothquant.loud_channels", choices)
+        patch.setattr("export.quantize.calibrated.smoothing", decide)
         yield

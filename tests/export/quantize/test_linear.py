@@ -106,23 +106,6 @@ def test_streamed_equals_direct(
         assert streamed.high_weight.tobytes() == high.tobytes()
 
 
-def test_zeroed_channels_take_no_part_in_a_scale():
-    parts = make_parts([6, 4], 64, np.dtype(np.float32))
-    parts[0][2, 7] = parts[1][3, 50] = 100.0
-    scheme, names = TensorScheme(kind="w8a8"), ["a", "b"]
-    quantize = nearest_rows(scheme, "mse", FP16)
-    found = convert_linear(parts, names, scheme, quantize, FP16, lambda _: None, zeroed=(7, 50))
-    assert (parts[0][2, 7], parts[1][3, 50]) == (100.0, 100.0)
-    for part in parts:
-        part[:, [7, 50]] = 0
-    wanted = convert_linear(parts, names, scheme, quantize, FP16, lambda _: None)
-    np.testing.assert_array_equal(found.weight, wanted.weight)
-    assert found.scale is not None
-    assert wanted.scale is not None
-    np.testing.assert_array_equal(found.scale, wanted.scale)
-    assert found.scale.max() < 0.01
-
-
 @pytest.mark.parametrize("lengths", [[48], [5, 2, 4], [7, 8]], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES[1:], ids=str)
 def test_onnx_runtime_reads_the_weights_that_were_meant(scheme: TensorScheme, lengths: list[int]):

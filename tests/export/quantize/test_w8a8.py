@@ -6,22 +6,24 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 
 from edge.backends.ort.session import session_options
 from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
 from edge.errors import ConfigError
-from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
+from export.graph.block_rotation import block_size, rotate_blocks
+from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.rotation import RotatedCheckpoint
+from export.quantize.smoothquant import Smoothing
 from export.sources.opening import open_checkpoint
 from tests.conftest import require_kernels
-from tests.export.quantize.loud_checkpoint import LOUD, loud_stay_float, write_loud_checkpoint
+from tests.export.quantize.loud_checkpoint import loud_by_token, write_loud_checkpoint
 from tests.tiny_models import write_checkpoint
 
 TEXT = "hello world, what is the thing on the mat and the cat in a hat? " * 100
@@ -36,13 +38,13 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         output=root / "bundle",
         quant="int8-w8a8",
         group_size=32,
-        keep=(("layers.1.down", "w8a8"),),
+        keep=(("layers.0.down", "int8"),),
         dialect=request.param,
         kv_capacity=64,
         calibration=root / "text.txt",
         calibration_tokens=512,
     )
-    with loud_stay_float():
+    with loud_by_token():
         export_checkpoint(config)
     return root / "bundle"
 
@@ -62,53 +64,31 @@ def test_the_manifest_tells_what_was_done(bundle: Path):
         assert (linear.activation_scale is not None) == (linear.scheme.kind == "w8a8")
 
 
-def test_only_the_loud_linear_has_float_channels(bundle: Path):
+def test_only_the_loud_linear_has_ranges_per_token(bundle: Path):
     linears = read_manifest(bundle).quantization.linears
-    channels = {name: linear.float_channels for name, linear in linears.items()}
-    down = channels.pop("layers.1.down")
-    assert set(LOUD) < set(down)
-    assert (len(down), list(down)) == (4, sorted(down))
-    assert set(channels.values()) == {()}  # layers.0.down is as loud, but its inputs stay float
+    found = {name: (linear.per_token, linear.rotation_block) for name, linear in linears.items()}
+    assert found.pop("layers.1.down") == (True, 64)
+    assert set(found.values()) == {
+        (False, 0)
+    }  # layers.0.down is as loud, but its inputs stay float
     width, out = linears["layers.1.down"].shape
-    assert linears["layers.1.down"].num_bytes == width * out + 2 * out + 2 * 4 * out
+    assert linears["layers.1.down"].num_bytes == width * out + 2 * out
 
 
 def test_inspect_shows_them(bundle: Path):
     result = CliRunner().invoke(inspect, [str(bundle), "--layers"], catch_exceptions=False)
     lines = [" ".join(line.split()) for line in result.output.splitlines()]
-    assert [line for line in lines if "channels float" in line] == [
-        line for line in lines if line.startswith("layers.1.down w8a8, 4 channels float 1 ")
+    assert [line for line in lines if "per token" in line] == [
+        line
+        for line in lines
+        if line.startswith("layers.1.down w8a8, a range per token, rotated by 64 1 ")
     ]
-    assert "layers.1.down w8a8, 4 channels float" in " ".join(lines)
+    assert "a range per token" in result.output
 
 
-@pytest.mark.parametrize("file", ["decoder.onnx", "decoder.cpu.onnx"])
-def test_float_channels_are_stored_once(bundle: Path, file: str):
-    """Zero in the INT8 weight, as they were in the checkpoint beside it."""
-    model = load(bundle / file, data=True)
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    channels = list(read_manifest(bundle).quantization.linears["layers.1.down"].float_channels)
-    assert constants["layers.1.down.float_indices"].tolist() == channels
-    integers = constants["layers.1.down.weight"]
-    assert not integers[channels].any()
-    assert np.delete(integers, channels, axis=0).any(axis=1).all()
-    with open_checkpoint(str(bundle.parent / "model")) as checkpoint:
-        weight = RotatedCheckpoint(checkpoint).tensor("model.layers.1.mlp.down_proj.weight")
-    stored = constants["layers.1.down.float_weight"]
-    np.testing.assert_array_equal(stored, weight[:, channels].T.astype(np.float16))
-
-
-def test_the_graph_adds_the_float_channels(bundle: Path):
-    """``down`` alone, on an input whose loud channels are far beyond the INT8 range."""
-    require_kernels(read_manifest(bundle).dialect)
+def run_down(bundle: Path, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``layers.1.down`` alone."""
     model = load(bundle / "decoder.cpu.onnx", data=True)
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    info = read_manifest(bundle).quantization.linears["layers.1.down"]
-    assert info.activation_scale is not None
-    grid = np.float32(info.activation_scale)
-    channels = list(info.float_channels)
-    x = np.random.RandomState(0).uniform(-100, 100, (1, 5, info.shape[0])).astype(np.float32) * grid
-    x[..., channels] *= 1000
     for name in ("layers.1.gated", "layers.1.down.out"):
         model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, 1, [1, 5, None]))
     part = onnx.utils.Extractor(model).extract_model(["layers.1.gated"], ["layers.1.down.out"])
@@ -118,26 +98,31 @@ def test_the_graph_adds_the_float_channels(bundle: Path):
         providers=["CPUExecutionProvider"],
     )
     (found,) = session.run(None, {"layers.1.gated": x})
+    return np.asarray(found)
+
+
+def test_each_token_has_its_own_range(bundle: Path):
+    """Also beside a token a million times louder, one of zeros and one that is next to nothing."""
+    require_kernels(read_manifest(bundle).dialect)
+    model = load(bundle / "decoder.cpu.onnx", data=True)
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    info = read_manifest(bundle).quantization.linears["layers.1.down"]
+    sizes = np.array([1, 1e6, 0, 3e-5, 2e-3], np.float32)[:, None]
+    x = np.random.RandomState(0).randn(1, 5, info.shape[0]).astype(np.float32) * sizes
+    found = run_down(bundle, x)[0]
     weight = constants["layers.1.down.weight"] * constants["layers.1.down.scale"]
-    rounded = np.clip(np.rint(x / grid), -128, 127) * grid
-    wanted = rounded @ weight
-    wanted += x[..., channels] @ constants["layers.1.down.float_weight"].astype(np.float32)
-    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
-    assert np.abs(wanted - rounded @ weight).max() > 0.1 * np.abs(wanted).max()
-
-
-def test_the_estimate_covers_the_float_channels(bundle: Path):
-    manifest = read_manifest(bundle)
-    schemes = {name: info.scheme for name, info in manifest.quantization.linears.items()}
-    without = {
-        name: msgspec.structs.replace(scheme, kind="int8" if scheme.kind == "w8a8" else scheme.kind)
-        for name, scheme in schemes.items()
-    }
-    more = estimated_bytes(manifest.model, schemes, 64) - estimated_bytes(
-        manifest.model, without, 64
-    )
-    info = manifest.quantization.linears["layers.1.down"]
-    assert more >= 2 * len(info.float_channels) * info.shape[1]
+    rotated = rotate_blocks(x[0], info.rotation_block)
+    largest = np.maximum(np.abs(rotated).max(axis=1, keepdims=True), 2.0**-14)
+    assert info.activation_scale is not None
+    grid = np.float32(info.activation_scale)
+    wanted = np.clip(np.rint(rotated / largest / grid), -128, 127) * grid @ weight * largest
+    tolerance = 1e-4 * np.abs(wanted).max(axis=1)
+    assert (np.abs(found - wanted).max(axis=1) <= tolerance).all()
+    with open_checkpoint(str(bundle.parent / "model")) as checkpoint:
+        exact = RotatedCheckpoint(checkpoint).tensor("model.layers.1.mlp.down_proj.weight")
+    products = x[0] @ exact.T
+    norms = np.linalg.norm(products, axis=1)
+    assert (np.linalg.norm(found - products, axis=1)[[0, 1, 4]] < 0.02 * norms[[0, 1, 4]]).all()
 
 
 @pytest.mark.parametrize("file", ["decoder.onnx", "decoder.cpu.onnx"])
@@ -153,6 +138,7 @@ def test_inputs_are_rounded_before_each_product(bundle: Path, file: str):
         assert product.op_type == "MatMul"
         values = producers.get(product.input[0])
         assert values is not None
+        assert linear.per_token == (f"{name}.input.shares" in producers)
         if linear.scheme.kind == "int8":
             assert values.op_type != "DequantizeLinear"
             continue
@@ -226,7 +212,7 @@ def test_tensorrt_compiles_it(bundle: Path):
     assert not report.problems
 
 
-def test_every_linear_may_have_float_channels(
+def test_every_linear_may_have_ranges_per_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one with a bias (qkv) and the one whose output is the logits."""
@@ -234,7 +220,10 @@ def test_every_linear_may_have_float_channels(
     from engines.check import check_bundle
     from engines.config import BuildConfig
 
-    monkeypatch.setattr("export.quantize.smoothquant.loud_channels", lambda _: [np.arange(4)])
+    def rotated(_: Any, x: NDArray[np.float32], *rest: Any, **named: Any) -> Smoothing:
+        return Smoothing(None, 0.0, per_token=True, rotation_block=block_size(x.shape[1]))
+
+    monkeypatch.setattr("export.quantize.calibrated.smoothing", rotated)
     source = str(write_checkpoint(tmp_path / "model", "qwen2"))
     export_checkpoint(
         ExportConfig(
@@ -247,14 +236,16 @@ def test_every_linear_may_have_float_channels(
         )
     )
     linears = read_manifest(tmp_path / "bundle").quantization.linears
-    assert all(linear.float_channels == (0, 1, 2, 3) for linear in linears.values())
+    assert all(linear.per_token and linear.rotation_block == 64 for linear in linears.values())
     graph = load(tmp_path / "bundle" / "decoder.onnx").graph
     producers = {name: node for node in graph.node for name in node.output}
-    outputs = {name: "logits" if name == "lm_head" else f"{name}.out" for name in linears}
-    for name, output in outputs.items():
-        added = {name for node in graph.node if node.op_type == "Add" for name in node.input}
-        assert {f"{name}.product", f"{name}.float_product"} <= added
-        assert producers[output].op_type == "Add"
+    for name in linears:
+        output = "logits" if name == "lm_head" else f"{name}.out"
+        last = producers[output]
+        if last.op_type == "Add":  # a bias belongs to the model's own outputs
+            last = producers[last.input[0]]
+        assert last.op_type == "Mul"
+        assert list(last.input) == [f"{name}.product", f"{name}.input.divisor"]
     assert not check_bundle(BuildConfig(tmp_path / "bundle", max_batch=2, max_prefill=32)).problems
 
 
