@@ -211,6 +211,14 @@ VARIANTS: dict[str, Callable[[Path, Path], list[str]]] = {
             ignore=(r"re:.*down_proj$",),
         )
     ),
+    "ct-w8a8-dynamic": compress(
+        compressed(
+            {
+                "weights": weights(8, "channel"),
+                "input_activations": inputs(strategy="token", dynamic=True),
+            }
+        )
+    ),
     "ct-fp8": compress(fp8),
     "ct-nvfp4": compress(nvfp4),
     "auto-round-gptq": auto_round("auto_round:auto_gptq", sym=True),
@@ -281,6 +289,19 @@ def auto_round_awq_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
+def compressed_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Dequantize by compressed-tensors itself: transformers 5 rounds what it opens to bf16."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    stored, args = load_file(path), QuantizationArgs(**weights(8, "channel"))
+    return {
+        name: dequantize(stored[name], stored[f"{name}_scale"].to(torch.float32), args=args)
+        for name in stored
+        if f"{name}_scale" in stored
+    }
+
+
 def effective_weights(model: Any) -> dict[str, torch.Tensor]:
     """What each quantized module multiplies with, ``[out, in]``."""
     found = {}
@@ -299,7 +320,11 @@ def effective_weights(model: Any) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def reference_logits(
-    base: Path, stored: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+    base: Path,
+    stored: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
+    *,
+    dynamic: bool,
 ) -> NDArray[np.float32]:
     """Logits of the float model with the tool's weights, in fp32."""
     model = float_model(base, torch.float32)
@@ -309,7 +334,10 @@ def reference_logits(
         assert tensor is not None, name
         state[name] = tensor.to(torch.float32)
     model.load_state_dict(state)
+    per_token = rounded_per_token() if dynamic else None
     for name, module in model.named_modules():
+        if per_token is not None and f"{name}.weight" in weights:
+            module.register_forward_pre_hook(per_token)
         scale = stored.get(f"{name}.input_scale")
         # FP8's and FP4's static ranges are not followed: those weights are used with float inputs.
         if scale is not None and stored[f"{name}.weight"].dtype == torch.int8:
@@ -322,6 +350,22 @@ def reference_logits(
 
 def rounded_inputs(scale: torch.Tensor) -> Callable[[Any, Any], Any]:
     return lambda _, args: (torch.clamp(torch.round(args[0] / scale), -128, 127) * scale,)
+
+
+def rounded_per_token() -> Callable[[Any, Any], Any]:
+    """Round inputs as compressed-tensors does where their scales are dynamic."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    args = QuantizationArgs(**inputs(strategy="token", dynamic=True))
+
+    def hook(module: Any, values: Any) -> Any:
+        scale, zero = compute_dynamic_scales_and_zp(values[0], args, module)
+        # A token's largest input is 127.5 steps: -127 or -128 by how the division happens to round.
+        return (fake_quantize(values[0], scale * (1 - 2**-18), zero, args),)
+
+    return hook
 
 
 def weights_file(directory: Path) -> Path:
@@ -337,6 +381,8 @@ def make(name: str, directory: Path) -> QuantizedGolden:
     before, after = read_raw(base / "model.safetensors"), read_raw(path)
     if name.startswith("modelopt"):
         weights = modelopt_weights(path.parent)
+    elif name == "ct-w8a8-dynamic":
+        weights = compressed_weights(path)
     elif name == "auto-round-awq":
         weights = auto_round_awq_weights(path.parent)
     else:
@@ -353,7 +399,7 @@ def make(name: str, directory: Path) -> QuantizedGolden:
             key: hashlib.sha256((weight + 0).view(torch.uint8).numpy().tobytes()).hexdigest()
             for key, weight in weights.items()
         },
-        logits=reference_logits(base, load_file(path), weights),
+        logits=reference_logits(base, load_file(path), weights, dynamic="dynamic" in name),
     )
 
 

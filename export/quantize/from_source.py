@@ -18,8 +18,12 @@ from export.sources.quantized_weight import QuantizedWeight
 
 from .plan import Array, Block, BlockPlan, LinearPlan, nearest_rows
 from .rtn import storable_scales
+from .smoothquant import token_scale
 
 _FLOAT = TensorScheme("float")
+
+# Compressed-tensors divides a token's largest input by half of the 255 steps of INT8.
+_CT_LEVELS = 127.5
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
@@ -32,8 +36,9 @@ def source_schemes(checkpoint: Checkpoint) -> dict[str, TensorScheme]:
     """The scheme that holds each linear as the checkpoint has it, by name.
 
     INT4 in groups stays that, with a part's groups cut to those that the graph knows (32, 64, 128);
-    more bits become INT8 in planes; INT8 weights and inputs by stored scales become ``w8a8``. What
-    is no integer in the checkpoint is float, and so is a layer of which a part is float.
+    more bits become INT8 in planes; INT8 weights whose inputs have a stored scale, or one for each
+    token, become ``w8a8``. What is no integer in the checkpoint is float, and so is a layer of
+    which a part is float.
     """
     return {layer.name: _scheme(checkpoint, layer) for layer in linear_layers(checkpoint.spec)}
 
@@ -43,7 +48,7 @@ def _scheme(checkpoint: Checkpoint, layer: LinearSpec) -> TensorScheme:
     integers = [form for form in formats if form is not None and form.is_integer]
     if len(integers) < len(formats):
         return _FLOAT
-    if all(_is_w8a8(form) for form in integers):
+    if all(_is_w8a8(form) for form in integers) and len({form.inputs for form in integers}) == 1:
         return TensorScheme("w8a8")
     width = layer.shape[0]
     common = math.gcd(*(form.group_size or width for form in integers))
@@ -58,8 +63,8 @@ def _scheme(checkpoint: Checkpoint, layer: LinearSpec) -> TensorScheme:
 
 
 def _is_w8a8(form: WeightFormat) -> bool:
-    static = form.inputs == "static" and form.inputs_symmetric
-    return static and form.bits == 8 and form.symmetric and form.group_size == 0
+    rounds = form.inputs in ("static", "token") and form.inputs_symmetric
+    return rounds and form.bits == 8 and form.symmetric and form.group_size == 0
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,10 @@ class AsInSource:
             return self._anew(layer, f"no groups of {' or '.join(map(str, sizes))} in the graph")
         plain = np.array_equal(order, np.arange(width))
         input_scale, note = None, None
-        if scheme.kind == "w8a8":
+        per_token = scheme.kind == "w8a8" and given[0].inputs == "token"
+        if per_token:
+            input_scale = token_scale(self.scale_type, _CT_LEVELS)
+        elif scheme.kind == "w8a8":
             input_scale, note = _input_scale(weights, self.scale_type)
         elif any(form.inputs != "float" for form in given):
             note = f"inputs stay float, the source rounds them by {given[0].inputs} scales"
@@ -121,6 +129,7 @@ class AsInSource:
             self.checkpoint,
             None,
             input_scale,
+            per_token=per_token,
             kept=tuple(weights),
             input_order=() if plain else tuple(order.tolist()),
             treatment="kept",

@@ -180,9 +180,9 @@ def activation_scale(x: Array, scale_type: np.dtype[np.generic]) -> float:
     return float(scales[int(np.argmin(errors))])
 
 
-def token_scale(scale_type: np.dtype[np.generic]) -> float:
+def token_scale(scale_type: np.dtype[np.generic], levels: float = 127.0) -> float:
     """The scale of a token's inputs once they are divided by the largest magnitude among them."""
-    return float(storable_scales(1 / _LEVELS[None], scale_type)[0])
+    return float(storable_scales(np.array([1 / levels], dtype=np.float32), scale_type)[0])
 
 
 def _round(x: Array, scale: np.float32 | Array) -> Array:

@@ -28,6 +28,7 @@ KEYS = ("quantization_config", "compression_config")
 MODELOPT_NAME = "hf_quant_config.json"
 """Where ModelOpt says it; its newer versions copy it into config.json."""
 Layout = Literal["gptq", "awq", "packed", "int8", "fp8", "fp8-inv", "nvfp4", "modelopt-nvfp4"]
+Inputs = Literal["float", "static", "token", "dynamic"]
 
 _INSTEAD = "export the original model and choose a --quant"
 _NO_GRID = f"its weights are no multiples of a scale, so no integers can be kept; {_INSTEAD}"
@@ -62,8 +63,8 @@ class WeightFormat:
         zero_offset: what is added to a stored zero point; 1 for GPTQ's first format.
         act_order: whether the input channels are grouped by importance, not by position.
         block: ``[out, in]`` of a block that shares a scale (``fp8``), or None.
-        inputs: how the tool rounds the inputs of the module too: not at all, by a stored scale, or
-            by the inputs at hand.
+        inputs: how the tool rounds the inputs of the module too: not at all, by a stored scale, to
+            INT8 by the largest of each token's (``token``), or in another way by those at hand.
         inputs_symmetric: whether rounded inputs have no zero point.
     """
 
@@ -74,7 +75,7 @@ class WeightFormat:
     zero_offset: int = 0
     act_order: bool = False
     block: tuple[int, int] | None = None
-    inputs: Literal["float", "static", "dynamic"] = "float"
+    inputs: Inputs = "float"
     inputs_symmetric: bool = True
 
     @property
@@ -93,6 +94,8 @@ class WeightFormat:
 
     @property
     def _inputs(self) -> str:
+        if self.inputs == "token":
+            return ", a scale of inputs per token"
         return "" if self.inputs == "float" else f", {self.inputs} scales of inputs"
 
 
@@ -513,10 +516,13 @@ def _ct_format(reader: _Reader, name: str, group: _CtGroup, default: str | None)
     )
 
 
-def _ct_inputs(args: _CtArgs | None) -> tuple[Literal["float", "static", "dynamic"], bool]:
+def _ct_inputs(args: _CtArgs | None) -> tuple[Inputs, bool]:
     if args is None:
         return "float", True
-    return ("dynamic" if args.dynamic else "static"), args.symmetric
+    if not args.dynamic:
+        return "static", args.symmetric
+    per_token = (args.type, args.num_bits, args.strategy) == ("int", 8, "token")
+    return ("token" if per_token else "dynamic"), args.symmetric
 
 
 def _block(reader: _Reader, block: list[int] | None, key: str) -> tuple[int, int]:

@@ -190,7 +190,7 @@ def test_act_order_reorders_the_inputs_where_all_parts_agree(tmp_path: Path) -> 
     assert np.isclose(error / np.linalg.norm(exact), found.relative_error, rtol=0.01)
 
 
-def test_static_int8_inputs_keep_their_scale_and_others_stay_float(tmp_path: Path) -> None:
+def test_int8_inputs_are_rounded_as_in_the_source_or_stay_float(tmp_path: Path) -> None:
     golden = QuantizedGolden.load("ct-w8a8-static")
     source = golden.write(tmp_path / "source")
     quantization = export(source, tmp_path / "bundle").quantization
@@ -202,12 +202,17 @@ def test_static_int8_inputs_keep_their_scale_and_others_stay_float(tmp_path: Pat
     assert info.scheme.kind == "w8a8"
     assert info.activation_scale == weight.input_scale
 
+    golden = QuantizedGolden.load("ct-w8a8-dynamic")
+    source = golden.write(tmp_path / "per-token")
+    linears = dict(export(source, tmp_path / "per-token-bundle").quantization.linears)
+    assert linears.pop("lm_head").scheme.kind == "float"
+    assert {(each.scheme.kind, each.per_token) for each in linears.values()} == {("w8a8", True)}
+    assert {each.rotation_block for each in linears.values()} == {0}
+
     group = golden.config["config_groups"]["group_0"]
-    dynamic = {**group["input_activations"], "dynamic": True, "strategy": "token"}
-    groups = {"group_0": {**group, "input_activations": dynamic}}
+    changed = {**group["input_activations"], "strategy": "tensor"}
+    groups = {"group_0": {**group, "input_activations": changed}}
     change_config(source, quantization_config={**golden.config, "config_groups": groups})
-    path = source / "model.safetensors"
-    write_raw(path, {k: raw for k, raw in read_raw(path).items() if not k.endswith("input_scale")})
     info = export(source, tmp_path / "dynamic").quantization.linears["layers.0.qkv"]
     assert (info.scheme.kind, info.scheme.planes) == ("int8", True)
     assert info.from_source is not None
