@@ -130,9 +130,15 @@ def _int4_planes() -> bytes:
 
 
 def _w8a8(scales: Literal["fp16", "fp32"]) -> bytes:
+    return _matmul_model(*_int8_product("x", "y", scales))
+
+
+def _int8_product(
+    x: str, y: str, scales: Literal["fp16", "fp32"]
+) -> tuple[list[Node], list[Message]]:
     """Inputs and weights on INT8 grids, whose scales may be of another type than the graph."""
     wide, grid = scales == "fp32", ["x.scale", "zero"]
-    one, weight = ("x.wide", "w.narrow") if wide else ("x", "w.d")
+    one, weight = ("x.wide", "w.narrow") if wide else (x, "w.d")
     nodes = [
         Node("QuantizeLinear", [one, *grid], ["x.q"], "x.input.quantized/QuantizeLinear"),
         Node("DequantizeLinear", ["x.q", *grid], ["x.d"], "x.input.dequantized/DequantizeLinear"),
@@ -143,24 +149,56 @@ def _w8a8(scales: Literal["fp16", "fp32"]) -> bytes:
             "w.dequantized/DequantizeLinear",
             attributes=[attribute("axis", 1)],
         ),
-        Node("MatMul", ["x.narrow" if wide else "x.d", weight], ["y"], "y/MatMul"),
+        Node("MatMul", ["x.narrow" if wide else "x.d", weight], [y], f"{y}/MatMul"),
     ]
     if wide:
         nodes = [
-            _cast("x", "x.wide", "fp32"),
+            _cast(x, "x.wide", "fp32"),
             *nodes[:2],
             _cast("x.d", "x.narrow", "fp16"),
             nodes[2],
             _cast("w.d", "w.narrow", "fp16"),
             nodes[3],
         ]
+    return nodes, [
+        _scales("x.scale", scales, ()),
+        _weight("zero", "int8", (), b"\0"),
+        _weight("w", "int8", (_WIDTH, _OUT), b"\1" * (_WIDTH * _OUT)),
+        _scales("w.scale", scales, (_OUT,)),
+    ]
+
+
+def _per_token() -> bytes:
+    """The same with scales in FP32, of inputs that are rotated and have a range per token."""
+    # An entry of a Hadamard matrix is negative where its indices share an odd number of bits.
+    odd = ((row & column).bit_count() % 2 for row in range(64) for column in range(64))
+    eighths = (0x3000 | sign << 15 for sign in odd)
+    before = [
+        Node("Reshape", ["x", "blocks"], ["x.blocks"], "x.input.blocks/Reshape"),
+        Node("MatMul", ["x.blocks", "rotation"], ["x.turned"], "x.input.blocks.rotated/MatMul"),
+        Node("Reshape", ["x.turned", "joined"], ["x.rotated"], "x.input.rotated/Reshape"),
+        Node("Abs", ["x.rotated"], ["x.sizes"], "x.input.sizes/Abs"),
+        Node(
+            "ReduceMax",
+            ["x.sizes", "last"],
+            ["x.largest"],
+            "x.input.largest/ReduceMax",
+            attributes=[attribute("keepdims", 1)],
+        ),
+        Node("Max", ["x.largest", "least"], ["x.divisor"], "x.input.divisor/Max"),
+        Node("Div", ["x.rotated", "x.divisor"], ["x.shares"], "x.input.shares/Div"),
+    ]
+    nodes, weights = _int8_product("x.shares", "product", "fp32")
+    after = Node("Mul", ["product", "x.divisor"], ["y"], "y/Mul")
     return _matmul_model(
-        nodes,
+        [*before, *nodes, after],
         [
-            _scales("x.scale", scales, ()),
-            _weight("zero", "int8", (), b"\0"),
-            _weight("w", "int8", (_WIDTH, _OUT), b"\1" * (_WIDTH * _OUT)),
-            _scales("w.scale", scales, (_OUT,)),
+            *weights,
+            _weight("rotation", "fp16", (64, 64), struct.pack("<4096H", *eighths)),
+            _halves("least", 1, (), 0x0400),  # 2^-14
+            _weight("blocks", "int64", (4,), struct.pack("<4q", 0, 0, -1, 64)),
+            _weight("joined", "int64", (3,), struct.pack("<3q", 0, 0, -1)),
+            _weight("last", "int64", (1,), struct.pack("<q", -1)),
         ],
     )
 
@@ -247,6 +285,12 @@ SCHEMES: dict[str, Scheme] = {
         lambda: _w8a8("fp32"),
         "--quant int8-w8a8 --target jetpack7",
         "export with --quant int4",
+    ),
+    "w8a8-token": Scheme(
+        "the same, rotated and with a range per token",
+        _per_token,
+        "down of --quant int8-w8a8",
+        "export with --quant int8-w8a8 --keep '*.down=int8' --keep '*.o=int8'",
     ),
     "attention": Scheme("attention with a mask, decode", _attention, "--dialect native", _PORTABLE),
     "kv-update": Scheme("KV-cache update in place", _kv_update, "--dialect native", _PORTABLE),

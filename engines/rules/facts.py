@@ -21,7 +21,7 @@ _SAME_RANK = (
     *("Cast", "QuantizeLinear", "DequantizeLinear", "Softmax", "Sigmoid", "Sqrt", "Slice", "Split"),
     *("Concat", "Transpose", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "Attention"),
     "w4_linear",  # our plugin (edge.backends.tensorrt.launch_rules)
-    *("Identity", "Neg", "Reciprocal", "Swish", "Tanh", "Exp", "Log", "Erf", "TopK"),
+    *("Identity", "Abs", "Neg", "Reciprocal", "Swish", "Tanh", "Exp", "Log", "Erf", "TopK"),
 )
 # Their output has the type of their first input.
 _FIRST_INPUTS_TYPE = (

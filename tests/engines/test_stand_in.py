@@ -18,7 +18,7 @@ from numpy.testing import assert_allclose
 
 from edge.bundle import io_spec
 from edge.bundle.engine_file import find_engines, read_engine_info
-from edge.bundle.manifest import read_manifest
+from edge.bundle.manifest import Dialect, read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attribute
 from edge.bundle.sizes import activation_bytes, profile_limits
 from edge.device.gpu import Gpu
@@ -30,12 +30,14 @@ from engines.compat import TensorRT
 from engines.config import BuildConfig
 from engines.rules.bundle import check_bundle_rules, parse_versions
 from engines.rules.table import RULES, VERSIONS
+from export.pipeline import ExportConfig, export_checkpoint
 from tests import fake_builder, fake_network, fake_parser
-from tests.conftest import RUNNABLE, Bundles, require_kernels
+from tests.conftest import FEW_TOKENS, RUNNABLE, TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.edge.backends.tensorrt.gpu_runner import ATOL, GpuRunner
 from tests.engines.rules.test_bundle import plant
 from tests.engines.rules.test_rules import PLANTED
+from tests.export.quantize.loud_checkpoint import loud_by_token, write_loud_checkpoint
 from tests.fake_builder import TimingCache
 from tests.fake_cuda import FakeGpu, RuleError
 from tests.fake_network import Planted
@@ -62,8 +64,22 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 
 @pytest.fixture
-def copied(tiny_bundles: Bundles, tmp_path: Path) -> Callable[[str, str], Path]:
-    def copy(dialect: str, quant: str) -> Path:
+def copied(tiny_bundles: Bundles, tmp_path: Path) -> Callable[[Dialect, str], Path]:
+    def copy(dialect: Dialect, quant: str) -> Path:
+        if quant == "per-token":
+            config = ExportConfig(
+                str(write_loud_checkpoint(tmp_path / "model", "qwen2", layers=(0, 1))),
+                tmp_path / "bundle",
+                quant="int8-w8a8",
+                dialect=dialect,
+                group_size=32,
+                calibration_tokens=FEW_TOKENS,
+                kv_capacity=TINY_KV_CAPACITY,
+            )
+            with loud_by_token():
+                linears = export_checkpoint(config).quantization.linears
+            assert linears["layers.1.down"].rotation_block
+            return config.output
         return Path(shutil.copytree(tiny_bundles("qwen2", dialect, quant), tmp_path / "bundle"))
 
     return copy
@@ -249,6 +265,7 @@ def test_a_file_that_is_not_there_is_a_parsers_error(copied: Any) -> None:
     [
         ("portable", "int8", "10.3.0.30", {}),
         ("portable", "int8-w8a8", "10.7.0.23", {}),
+        ("portable", "per-token", "10.3.0.30", {}),
         ("native", "int4", "10.16.2.10", {}),
         ("native", "int4", "11.4.0.106", {"kv_read": "lengths"}),
     ],
@@ -275,7 +292,10 @@ def test_a_build_of_each_version_answers_as_the_cpu(
         for step, seq in enumerate((17, 3, 1, 1, 1, 1)):
             ids = random_ids(2, seq, seed=step)
             found, wanted = ours.step(ids, [0, 1]), theirs.step(ids, [0, 1])
-            if quant == "int8-w8a8":  # here and there a rounding to FP16 is a step of 1/127 more
+            if quant in (
+                "int8-w8a8",
+                "per-token",
+            ):  # here and there a rounding to FP16 is a step of 1/127 more
                 assert np.abs(found - wanted).mean() < ATOL
             else:
                 assert_allclose(found, wanted, atol=ATOL, rtol=0)

@@ -142,7 +142,7 @@ def test_a_scheme_that_crashes_the_builder_is_named(orin: FakeMachine):
     found = find(checks, "scheme int4-planes")
     assert found.status == "warn"
     assert "crashed with SIGSEGV" in found.cause
-    assert "nor were w8a8, w8a8-fp32, attention, kv-update" in found.detail
+    assert "nor were w8a8, w8a8-fp32, w8a8-token, attention, kv-update" in found.detail
     assert find(checks, "scheme int4").status == "ok"
 
 

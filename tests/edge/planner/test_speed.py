@@ -83,11 +83,11 @@ def test_every_chunk_of_a_prompt_reads_the_weights_again():
 
 def test_int8_activations_speed_up_prefill_alone():
     w8a8, int8 = (work_for("r1-qwen-7b", quant) for quant in ("int8-w8a8", "int8"))
-    assert 0.5 < w8a8.int8_share < 0.8  # down and the lm_head keep float inputs
+    assert w8a8.int8_share == 1  # of the layers; the lm_head keeps float inputs
     assert int8.int8_share == 0
-    assert prefill_s(w8a8, AGX, FITTED, 2048) < 0.8 * prefill_s(int8, AGX, FITTED, 2048)
+    assert prefill_s(w8a8, AGX, FITTED, 2048) < 0.6 * prefill_s(int8, AGX, FITTED, 2048)
     assert decode_s(w8a8, AGX, FITTED, 1, 512) == pytest.approx(
-        decode_s(int8, AGX, FITTED, 1, 512), rel=0.02
+        decode_s(int8, AGX, FITTED, 1, 512), rel=0.03
     )
 
 
