@@ -28,6 +28,7 @@ _PLAN_FIXED_BYTES = 8 << 20
 _PLAN_LAYER_BYTES = 1 << 20
 _BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32, "int32": 32}
 _FLOAT_PRODUCT, _HIGH_PRODUCT = ".float_product", ".high_product"
+_ROTATED, _DIVISOR = ".input.blocks.rotated", ".input.divisor"
 _OFFSET_PRODUCT = ".offset_product"
 _PARTIAL = ".partial"  # of `engines.own_attention`
 _PASSED_THROUGH = ("shuffle", "cast", "identity")
@@ -79,11 +80,14 @@ def audit_network(
         *_check_own_top_k(network, own_top_k),
         *_check_cache(network, manifest),
         *_check_weights(stored, manifest, own_linears),
+        *_check_inputs(network, stored, manifest),
         *_check_own(own, manifest, own_linears),
     ]
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for tensor in stored.values():
+    for name, tensor in stored.items():
+        if name.endswith(_ROTATED):
+            continue
         counts[tensor.dtype] += 1
         sizes[tensor.dtype] += tensor.volume * _BITS.get(tensor.dtype, 8) // 8
     for tensor in own.values():  # words of INT4 weights [blocks, planes, columns, 4]
@@ -317,7 +321,7 @@ def _stored_weights(network: NetworkView) -> dict[str, TensorView]:
             continue
         weight = _constant_behind(network, layer.inputs[1])
         if weight is not None:
-            # Products of float channels and of high planes keep their suffixes.
+            # Products of float channels, of high planes and of rotations keep their suffixes.
             found[_linear_of(layer.outputs[0].name)] = weight
     return found
 
@@ -405,6 +409,31 @@ def _check_weights(
                 )
         if not linear.scheme.planes and f"{name}{_HIGH_PRODUCT}" in stored:
             problems.append(f"{name}: its weights are in two planes, the bundle says {dtype}")
+    return problems
+
+
+def _check_inputs(
+    network: NetworkView, stored: dict[str, TensorView], manifest: Manifest
+) -> list[str]:
+    """Whether inputs are rotated, and divided and multiplied again, as their weights need it."""
+    uses: Counter[str] = Counter()
+    for layer in network.layers:
+        if layer.outputs and layer.outputs[0].name in network.live:
+            uses.update(each.name for each in layer.inputs if each is not None)
+    problems = []
+    for name, linear in manifest.quantization.linears.items():
+        matrix = stored.get(f"{name}{_ROTATED}")
+        volume = 0 if matrix is None else matrix.volume
+        if volume != linear.rotation_block**2:
+            problems.append(
+                f"{name}: its inputs are rotated by {volume} numbers, the bundle says "
+                f"{linear.rotation_block} x {linear.rotation_block}"
+            )
+        found, wanted = uses[f"{name}{_DIVISOR}"], 2 * linear.per_token
+        if found != wanted:
+            problems.append(
+                f"{name}: {found} layers use each token's range, the bundle says {wanted}"
+            )
     return problems
 
 

@@ -18,7 +18,7 @@ _CALIBRATED_PER_S: dict[Method, float] = {
     "gptq": 0.7e6,
     "awq+gptq": 0.6e6,
 }
-_W8A8_PER_S = 1.9e6  # 20,000 tokens: 1,362 CPU seconds
+_W8A8_PER_S = 1.9e6  # 20,000 tokens: 1,363 CPU seconds
 # Weights per second: rounding to nearest, and writing the float model that is the reference.
 _ROUNDED_PER_S, _WRITTEN_PER_S = 3e7, 7e7
 # Seconds to run both models over one token, per weight; and to start a process.

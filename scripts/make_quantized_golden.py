@@ -288,7 +288,6 @@ def auto_round_awq_weights(directory: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
 def compressed_weights(path: Path) -> dict[str, torch.Tensor]:
     """Dequantize by compressed-tensors itself: transformers 5 rounds what it opens to bf16."""
     from compressed_tensors.quantization import QuantizationArgs
@@ -302,6 +301,7 @@ def compressed_weights(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def effective_weights(model: Any) -> dict[str, torch.Tensor]:
     """What each quantized module multiplies with, ``[out, in]``."""
     found = {}

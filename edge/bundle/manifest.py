@@ -161,7 +161,8 @@ class LinearInfo(_Struct, frozen=True):
         scheme: how its weight is stored.
         shape: ``[in, out]``.
         num_bytes: bytes of the weight and its scales.
-        activation_scale: scale of its input (``w8a8``), which is rounded to INT8 multiples of it.
+        activation_scale: scale of its input (``w8a8``), which is rounded to INT8 multiples of it;
+            with ``per_token`` of the input divided by the largest magnitude.
         float_channels: input channels (``w8a8``) that are not rounded: their weights are stored
             in the graph's float type besides, and are zero in the INT8 weight. Bundles from schema
             version 7 on have none.

@@ -114,7 +114,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
         if linear.float_channels:
             scheme += f", {len(linear.float_channels)} channels float"
         scheme += ", a range per token" * linear.per_token
-        scheme += f", rotated by {linear.rotation_block}" if linear.rotation_block else ""
+        scheme += f", blocks of {linear.rotation_block} rotated" if linear.rotation_block else ""
         scheme += ", offsets" * linear.offsets + ", reordered" * linear.reordered
         key = (name if layers else name.rsplit(".", maxsplit=1)[-1], scheme)
         groups[key] += 1

@@ -289,8 +289,8 @@ SCHEMES: dict[str, Scheme] = {
     "w8a8-token": Scheme(
         "the same, rotated and with a range per token",
         _per_token,
-        "down of --quant int8-w8a8",
-        "export with --quant int8-w8a8 --keep '*.down=int8' --keep '*.o=int8'",
+        "--quant int8-w8a8, and checkpoints in W8A8 with a scale per token",
+        "export with --quant int8 or int4",
     ),
     "attention": Scheme("attention with a mask, decode", _attention, "--dialect native", _PORTABLE),
     "kv-update": Scheme("KV-cache update in place", _kv_update, "--dialect native", _PORTABLE),

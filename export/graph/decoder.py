@@ -228,7 +228,7 @@ class Decoder:
     def linear(self, x: str, name: str, output: str | None = None) -> str:
         """Add a linear layer as it is stored."""
         g, stored = self.g, self.tensors.linears[name]
-        addends, largest = [], None
+        addends, divisor = [], None
         if stored.input_order:
             order = g.constant(f"{name}.input_order", stored.input_order)
             x = g.node("Gather", [x, order], f"{name}.input.ordered", axis=-1)
@@ -246,7 +246,7 @@ class Decoder:
         if stored.rotation_block:
             x = self.rotated(x, stored.rotation_block, f"{name}.input")
         if stored.per_token:
-            x, largest = self.per_token(x, f"{name}.input")
+            x, divisor = self.shares(x, f"{name}.input")
         if stored.input_scale is not None:
             # TensorRT's explicit quantization: symmetric, the zero point only states the type.
             grid = [g.external(stored.input_scale), g.int8_zero("zero_point")]
@@ -274,12 +274,12 @@ class Decoder:
             )
             addends.insert(0, g.node("MatMul", [x, high], f"{name}.high_product"))
         output = output or f"{name}.out"
-        if not addends and largest is None:
+        if not addends and divisor is None:
             return g.node("MatMul", [x, weight], output)
         total = g.node("MatMul", [x, weight], f"{name}.product")
-        if largest is not None:
+        if divisor is not None:
             scaled = f"{name}.product.scaled" if addends else output
-            total = g.node("Mul", [total, largest], scaled)
+            total = g.node("Mul", [total, divisor], scaled)
             if not addends:
                 return total
         for addend in addends[:-1]:
@@ -295,16 +295,16 @@ class Decoder:
         x = g.node("MatMul", [x, matrix], f"{name}.blocks.rotated")
         return g.node("Reshape", [x, g.constant("shape.joined", [0, 0, -1])], f"{name}.rotated")
 
-    def per_token(self, x: str, name: str) -> tuple[str, str]:
-        """Divide each token's values by the largest magnitude among them, and return that, too."""
+    def shares(self, x: str, name: str) -> tuple[str, str]:
+        """Divide each token's values by the largest magnitude among them; return both."""
         g = self.g
         sizes = g.node("Abs", [x], f"{name}.sizes")
         largest = g.node(
             "ReduceMax", [sizes, g.constant("axes.last", [-1])], f"{name}.largest", keepdims=1
         )
         # FP16 divides by no less without a loss; what is smaller is next to nothing in any model.
-        largest = g.node("Max", [largest, g.scalar("least_token", 2.0**-14)], f"{name}.divisor")
-        return g.node("Div", [x, largest], f"{name}.shares"), largest
+        divisor = g.node("Max", [largest, g.scalar("least_token", 2.0**-14)], f"{name}.divisor")
+        return g.node("Div", [x, divisor], f"{name}.shares"), divisor
 
     def dequantized(
         self, weight: StoredTensor, scale: StoredTensor, group_size: int, output: str

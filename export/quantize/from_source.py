@@ -63,7 +63,7 @@ def _scheme(checkpoint: Checkpoint, layer: LinearSpec) -> TensorScheme:
 
 
 def _is_w8a8(form: WeightFormat) -> bool:
-    rounds = form.inputs in ("static", "token") and form.inputs_symmetric
+    rounds = form.inputs in ("static", "per-token") and form.inputs_symmetric
     return rounds and form.bits == 8 and form.symmetric and form.group_size == 0
 
 
@@ -116,7 +116,7 @@ class AsInSource:
             return self._anew(layer, f"no groups of {' or '.join(map(str, sizes))} in the graph")
         plain = np.array_equal(order, np.arange(width))
         input_scale, note = None, None
-        per_token = scheme.kind == "w8a8" and given[0].inputs == "token"
+        per_token = scheme.kind == "w8a8" and given[0].inputs == "per-token"
         if per_token:
             input_scale = token_scale(self.scale_type, _CT_LEVELS)
         elif scheme.kind == "w8a8":

@@ -28,7 +28,7 @@ KEYS = ("quantization_config", "compression_config")
 MODELOPT_NAME = "hf_quant_config.json"
 """Where ModelOpt says it; its newer versions copy it into config.json."""
 Layout = Literal["gptq", "awq", "packed", "int8", "fp8", "fp8-inv", "nvfp4", "modelopt-nvfp4"]
-Inputs = Literal["float", "static", "token", "dynamic"]
+Inputs = Literal["float", "static", "per-token", "dynamic"]
 
 _INSTEAD = "export the original model and choose a --quant"
 _NO_GRID = f"its weights are no multiples of a scale, so no integers can be kept; {_INSTEAD}"
@@ -64,7 +64,7 @@ class WeightFormat:
         act_order: whether the input channels are grouped by importance, not by position.
         block: ``[out, in]`` of a block that shares a scale (``fp8``), or None.
         inputs: how the tool rounds the inputs of the module too: not at all, by a stored scale, to
-            INT8 by the largest of each token's (``token``), or in another way by those at hand.
+            INT8 by the largest of each token's (``per-token``), or in another way by those at hand.
         inputs_symmetric: whether rounded inputs have no zero point.
     """
 
@@ -94,8 +94,6 @@ class WeightFormat:
 
     @property
     def _inputs(self) -> str:
-        if self.inputs == "token":
-            return ", a scale of inputs per token"
         return "" if self.inputs == "float" else f", {self.inputs} scales of inputs"
 
 
@@ -522,7 +520,7 @@ def _ct_inputs(args: _CtArgs | None) -> tuple[Inputs, bool]:
     if not args.dynamic:
         return "static", args.symmetric
     per_token = (args.type, args.num_bits, args.strategy) == ("int", 8, "token")
-    return ("token" if per_token else "dynamic"), args.symmetric
+    return ("per-token" if per_token else "dynamic"), args.symmetric
 
 
 def _block(reader: _Reader, block: list[int] | None, key: str) -> tuple[int, int]:

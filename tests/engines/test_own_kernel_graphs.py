@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_left_and_named(tiny_checkpoints: Checkpoints, tmp_
         tmp_path / "bundle",
         quant="int8-w8a8",
         calibration_tokens=256,
-        keep=(("layers.0.o", "float"), ("layers.1.*", "int4-g32")),
+        keep=(("layers.0.o", "float"), ("layers.0.down", "int8"), ("layers.1.*", "int4-g32")),
     )
     own = rewrite(bundle, tmp_path / "own")
     assert own.left["layers.0.o"] == "its weights are floats"

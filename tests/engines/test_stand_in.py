@@ -266,6 +266,7 @@ def test_a_file_that_is_not_there_is_a_parsers_error(copied: Any) -> None:
         ("portable", "int8", "10.3.0.30", {}),
         ("portable", "int8-w8a8", "10.7.0.23", {}),
         ("portable", "per-token", "10.3.0.30", {}),
+        ("native", "per-token", "11.4.0.106", {}),
         ("native", "int4", "10.16.2.10", {}),
         ("native", "int4", "11.4.0.106", {"kv_read": "lengths"}),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,16 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
 from edge.backends.step import step_after
-from edge.bundle.linears import linear_layers
+from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import Dialect, Manifest, describe_from_source, read_manifest
 from edge.bundle.schemes import HIGH_PLANE
 from edge.cli import cli
 from edge.errors import ConfigError
 from export.pipeline import ExportConfig, export_checkpoint
+from export.quantize import from_source
 from export.quantize.packing import unpack_int4
 from export.sources.opening import open_checkpoint
+from export.sources.quantization_config import Inputs, WeightFormat
 from tests.conftest import require_kernels
 from tests.edge.backends.runner import Runner
 from tests.quantized_golden import (
@@ -218,6 +221,28 @@ def test_int8_inputs_are_rounded_as_in_the_source_or_stay_float(tmp_path: Path) 
     assert info.from_source is not None
     assert info.from_source.note is not None
     assert "inputs stay float" in info.from_source.note
+
+
+@pytest.mark.parametrize(
+    ("inputs", "bits", "kind"),
+    [
+        (("per-token", "per-token"), 8, "w8a8"),
+        (("static", "static"), 8, "w8a8"),
+        (("static", "per-token"), 8, "int8"),  # the parts of a layer read the same inputs
+        (("dynamic", "dynamic"), 8, "int8"),
+        (("per-token", "per-token"), 4, "int4"),
+    ],
+)
+def test_a_layer_is_w8a8_only_if_its_parts_are_alike(
+    inputs: tuple[Inputs, Inputs], bits: int, kind: str
+) -> None:
+    formats = {
+        name: WeightFormat("int8" if bits == 8 else "packed", bits, inputs=each)
+        for name, each in zip("qk", inputs, strict=True)
+    }
+    checkpoint: Any = SimpleNamespace(weight_format=formats.get)
+    layer = LinearSpec("layers.0.qkv", ("q", "k"), (), (128, 128), (64, 64))
+    assert from_source._scheme(checkpoint, layer).kind == kind
 
 
 def test_fp8_and_nvfp4_become_fp16_and_that_is_said(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_inspect_shows_them(bundle: Path):
     assert [line for line in lines if "per token" in line] == [
         line
         for line in lines
-        if line.startswith("layers.1.down w8a8, a range per token, rotated by 64 1 ")
+        if line.startswith("layers.1.down w8a8, a range per token, blocks of 64 rotated 1 ")
     ]
     assert "a range per token" in result.output
 

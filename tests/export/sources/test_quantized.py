@@ -74,7 +74,7 @@ def test_weights_are_those_of_the_tool_bit_for_bit(name: str, tmp_path: Path) ->
         ("awq", "4 bits, groups of 32, asymmetric"),
         ("ct-w8a16", "8 bits, one scale per output, symmetric"),
         ("ct-w8a8-static", "8 bits, one scale per output, symmetric, static scales of inputs"),
-        ("ct-w8a8-dynamic", "8 bits, one scale per output, symmetric, a scale of inputs per token"),
+        ("ct-w8a8-dynamic", "8 bits, one scale per output, symmetric, per-token scales of inputs"),
         ("ct-fp8", "FP8 weights, dynamic scales of inputs"),
         ("ct-nvfp4", "NVFP4 weights"),
         ("modelopt-nvfp4", "NVFP4 weights, static scales of inputs"),
