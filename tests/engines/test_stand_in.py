@@ -293,11 +293,10 @@ def test_a_build_of_each_version_answers_as_the_cpu(
         for step, seq in enumerate((17, 3, 1, 1, 1, 1)):
             ids = random_ids(2, seq, seed=step)
             found, wanted = ours.step(ids, [0, 1]), theirs.step(ids, [0, 1])
-            if quant in (
-                "int8-w8a8",
-                "per-token",
-            ):  # here and there a rounding to FP16 is a step of 1/127 more
-                assert np.abs(found - wanted).mean() < ATOL
+            # Here and there a rounding to FP16 is a step of 1/127 more.
+            steps = {"int8-w8a8": 1, "per-token": 2}.get(quant)
+            if steps is not None:
+                assert np.abs(found - wanted).mean() < steps * ATOL
             else:
                 assert_allclose(found, wanted, atol=ATOL, rtol=0)
 
