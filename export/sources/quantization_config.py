@@ -3,7 +3,8 @@
 Every tool writes keys of its own. What they say is brought into one form, a `WeightFormat` for each
 module, and what cannot be followed exactly is refused by name. The layouts were read off the tools'
 own files (``scripts/make_quantized_golden.py``): those of GPTQ and AWQ as GPTQModel 7.6 and
-AutoRound 0.15 write them, compressed-tensors 0.19 and ModelOpt 0.47. ``fp8`` is described by
+AutoRound 0.15 write them, compressed-tensors 0.19 and ModelOpt 0.47. Names of older versions are
+from the source of AutoRound 0.3 to 0.6 and of compressed-tensors 0.5. ``fp8`` is described by
 transformers' ``FineGrainedFP8Config``.
 """
 
@@ -356,7 +357,8 @@ class _AutoRound(msgspec.Struct):
     group_size: int = 128
     sym: bool = True
     data_type: str = "int"
-    packing_format: str = "auto_round:auto_gptq"
+    packing_format: str | None = None
+    backend: str | None = None
     act_bits: int | None = None
     extra_config: dict[str, dict[str, Any]] | None = None
 
@@ -364,19 +366,27 @@ class _AutoRound(msgspec.Struct):
 # The zero points of its own packing and of GPTQModel's are stored as they are.
 _AUTO_ROUND: dict[str, tuple[Layout, int]] = {
     "auto_round:auto_gptq": ("gptq", 1),
+    "auto_round:gptq": ("gptq", 1),
     "auto_round:gptqmodel": ("gptq", 0),
-    "auto_round:exllamav2": ("gptq", 0),
     "auto_round": ("gptq", 0),
     "auto_round:auto_awq": ("awq", 0),
+    "auto_round:awq": ("awq", 0),
 }
+# AutoRound up to 0.6 names a kernel, too; what these run is packed alike.
+_KERNELS = re.compile(":(?:exllamav2|tritonv2|triton|cuda|gemm)$")
 
 
 def _auto_round(reader: _Reader) -> _Found:
     values = reader.convert(_AutoRound)
-    reader.only("packing_format", values.packing_format, tuple(_AUTO_ROUND))
+    # 0.3 to 0.4.7 wrote the packing as the backend, the first ones without the underscore.
+    key = "backend" if values.packing_format is None and values.backend else "packing_format"
+    packing = values.packing_format or values.backend or "auto_round:auto_gptq"
+    name = _KERNELS.sub("", packing.replace("autoround", "auto_round"))
+    if name not in _AUTO_ROUND:
+        reader.only(key, packing, tuple(_AUTO_ROUND))
     reader.only("data_type", values.data_type, ("int",))
     reader.only("act_bits", values.act_bits or 16, (16, 32))
-    layout, offset = _AUTO_ROUND[values.packing_format]
+    layout, offset = _AUTO_ROUND[name]
     reader.only("bits", values.bits, _GPTQ_BITS if layout == "gptq" else (4,))
     size = reader.group_size(values.group_size)
     main = WeightFormat(layout, values.bits, size, symmetric=values.sym, zero_offset=offset)
@@ -436,6 +446,7 @@ _CT_LAYOUTS: dict[str, Layout] = {
     "float-quantized": "fp8",
     "nvfp4-pack-quantized": "nvfp4",
 }
+_CT_NAIVE: dict[str, Layout] = {"int": "int8", "float": "fp8"}  # "naive-quantized", by type
 _CT_BITS = {"packed": (2, 4, 8), "int8": (8,), "fp8": (8,), "nvfp4": (4,)}
 _CT_STRATEGIES = {
     "packed": ("group", "channel", "tensor"),
@@ -447,7 +458,8 @@ _CT_STRATEGIES = {
 
 def _compressed_tensors(reader: _Reader) -> _Found:
     values = reader.convert(_CompressedTensors)
-    reader.only("quantization_status", values.quantization_status, ("compressed",))
+    # Up to 0.5 it said "frozen" of compressed weights, too; the types of the tensors tell.
+    reader.only("quantization_status", values.quantization_status, ("compressed", "frozen"))
     sparsity = (values.sparsity_config or {}).get("format", "dense")
     reader.only("sparsity_config: format", sparsity, ("dense",))
     if values.transform_config and values.transform_config.get("config_groups"):
@@ -476,11 +488,12 @@ def _compressed_tensors(reader: _Reader) -> _Found:
 
 def _ct_format(reader: _Reader, name: str, group: _CtGroup, default: str | None) -> WeightFormat:
     where = f"config_groups: {name}"
-    reader.only(f"{where}: format", group.format or default, tuple(_CT_LAYOUTS))
-    layout = _CT_LAYOUTS[str(group.format or default)]
-    args = group.weights
+    form, args = group.format or default, group.weights
+    reader.only(f"{where}: format", form, (*_CT_LAYOUTS, "naive-quantized"))
     if args is None:
         raise reader.error(f"{where}: weights", "is missing: nothing is said of the weights")
+    reader.only(f"{where}: weights: type", args.type, tuple(_CT_NAIVE))
+    layout = _CT_LAYOUTS.get(str(form)) or _CT_NAIVE[args.type]
     if group.output_activations is not None:
         raise reader.error(f"{where}: output_activations", f"are not read; {_INSTEAD}")
     kind = "int" if layout in ("packed", "int8") else "float"

@@ -89,6 +89,44 @@ def test_the_manifest_says_how_the_source_was_quantized(
     assert source.details == details
 
 
+OLDER = {
+    "auto-round-gptq": {"quant_method": "intel/auto-round", "backend": "auto_round:gptq:exllamav2"},
+    "auto-round-gptqmodel": {"quant_method": "intel/auto-round", "backend": "auto_round:exllamav2"},
+    "auto-round-awq": {"quant_method": "intel/auto-round", "backend": "auto_round:awq:gemm"},
+    "ct-w4a16": {"quantization_status": "frozen"},
+    "ct-w8a8-dynamic": {"quantization_status": "frozen", "format": "naive-quantized"},
+    "ct-fp8": {"quantization_status": "frozen", "format": "naive-quantized"},
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_what_older_versions_wrote_is_read_alike(name: str, tmp_path: Path) -> None:
+    golden = QuantizedGolden.load(name)
+    section = {key: value for key, value in golden.config.items() if key != "packing_format"}
+    section |= OLDER[name]
+    for group in section.get("config_groups", {}).values():
+        group.pop("format", None)  # older ones name it once
+    directory = golden.write(tmp_path / name)
+    change_config(directory, quantization_config=section)
+    kind = TYPES[golden.weights_type]
+    with open_checkpoint(str(directory)) as checkpoint:
+        for key, expected in golden.weights_sha256.items():
+            weight = checkpoint.tensor(key).astype(kind) + kind(0)
+            assert hashlib.sha256(weight.tobytes()).hexdigest() == expected
+
+
+def test_frozen_weights_that_are_floats_are_refused(tmp_path: Path) -> None:
+    golden = QuantizedGolden.load("ct-w8a8-dynamic")
+    directory = golden.write(tmp_path / "model")
+    change_config(directory, quantization_config={**golden.config, "quantization_status": "frozen"})
+    tensors = read_raw(directory / "model.safetensors")
+    name = f"{UP}.weight"
+    _, shape, raw = tensors[name]
+    write_raw(directory / "model.safetensors", {**tensors, name: ("F16", shape, raw * 2)})
+    with pytest.raises(CheckpointError, match=rf"{name} has type F16, expected I8"):
+        open_checkpoint(str(directory)).close()
+
+
 # --------------------------------------------------------------------------- packings
 
 
@@ -244,12 +282,15 @@ def test_fp8_in_blocks(seed: int) -> None:
 
 # ------------------------------------------------------------------------------ configs
 
+OLD_ROUND = {"quant_method": "intel/auto-round", "bits": 4, "group_size": 128}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "GEMM"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 128}
 ARGS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 GROUP = {"targets": ["Linear"], "weights": ARGS, "format": "pack-quantized"}
 EVIL = r"(?:(?:\w+)+\.?)+!"
+CHANNELS = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+FP8 = {"weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
 TENSORS = {"quant_method": "compressed-tensors", "config_groups": {"g": GROUP}}
 
 
@@ -289,6 +330,14 @@ def of(section: dict[str, Any], module: str = UP) -> WeightFormat | None:
         (ROUND, UP, WeightFormat("gptq", 4, 128, zero_offset=1)),
         ({**ROUND, "packing_format": "auto_round:gptqmodel"}, UP, WeightFormat("gptq", 4, 128)),
         ({**ROUND, "packing_format": "auto_round:auto_awq"}, UP, WeightFormat("awq", 4, 128)),
+        ({**OLD_ROUND, "backend": "auto_round:exllamav2"}, UP, WeightFormat("gptq", 4, 128)),
+        ({**OLD_ROUND, "backend": "autoround:exllamav2"}, UP, WeightFormat("gptq", 4, 128)),
+        (
+            {**OLD_ROUND, "backend": "auto_round:gptq:exllamav2"},
+            UP,
+            WeightFormat("gptq", 4, 128, zero_offset=1),
+        ),
+        ({**OLD_ROUND, "backend": "auto_round:awq:gemm"}, UP, WeightFormat("awq", 4, 128)),
         ({**ROUND, "extra_config": {UP: {"bits": 16, "data_type": "float"}}}, UP, None),
         (
             {**ROUND, "extra_config": {r".*mlp\.up_proj": {"bits": 8}}},
@@ -303,6 +352,17 @@ def of(section: dict[str, Any], module: str = UP) -> WeightFormat | None:
         ),
         (TENSORS, UP, WeightFormat("packed", 4, 128)),
         (TENSORS, "lm_head", WeightFormat("packed", 4, 128)),
+        ({**TENSORS, "quantization_status": "frozen"}, UP, WeightFormat("packed", 4, 128)),
+        (
+            {**TENSORS, "config_groups": {"g": {**GROUP, "format": "naive-quantized", **CHANNELS}}},
+            UP,
+            WeightFormat("int8", 8),
+        ),
+        (
+            {**TENSORS, "config_groups": {"g": {**GROUP, "format": "naive-quantized", **FP8}}},
+            UP,
+            WeightFormat("fp8", 8),
+        ),
         ({**TENSORS, "ignore": ["lm_head", r"re:.*mlp\..*"]}, UP, None),
         (
             {
@@ -357,9 +417,10 @@ def test_what_a_config_says_of_a_module(
         ({**TENSORS, "ignore": ["re:\ud800"]}, "ignore holds a pattern .* no Unicode"),
         ({**GPTQ, "\ud800": 1}, "surrogates"),
         ({**ROUND, "packing_format": "auto_round:mlx"}, "packing_format is 'auto_round:mlx'"),
+        ({**OLD_ROUND, "backend": "auto_round:hpu"}, "backend is 'auto_round:hpu'"),
         ({**ROUND, "data_type": "mx_fp"}, "data_type is 'mx_fp'"),
         ({**ROUND, "act_bits": 8}, "act_bits is 8"),
-        ({**TENSORS, "quantization_status": "frozen"}, "quantization_status is 'frozen'"),
+        ({**TENSORS, "quantization_status": "calibration"}, "quantization_status is 'calibration'"),
         ({**TENSORS, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         ({**TENSORS, "transform_config": {"config_groups": {"R1": {}}}}, "transform_config asks"),
         ({**TENSORS, "config_groups": {}}, "config_groups has no group"),
