@@ -198,10 +198,12 @@ def _tokens(
 ) -> Tokens:
     # bos comes from the tokenizer alone: R1-Distill-Qwen's config.json names its eos id as bos.
     ids = _token_ids(tokenizer, directory / "tokenizer.json")
-    if (largest := max(ids.values(), default=-1)) >= vocab_size:
+    text, largest = max(ids.items(), key=lambda item: item[1], default=("", -1))
+    if largest >= vocab_size:
         raise CheckpointError(
-            f"{directory / 'tokenizer.json'} has token id {largest}, but vocab_size in config.json "
-            f"is {vocab_size}; the tokenizer is of another model"
+            f"{directory / 'tokenizer.json'} has token id {largest} ({text!r}), but vocab_size in "
+            f"config.json is {vocab_size}: the tokenizer is of another model, or tokens were added "
+            "to it and no rows to the token table; then remove them from its added_tokens"
         )
 
     def special(key: str) -> tuple[int | None, str]:

@@ -36,6 +36,11 @@ _SCALARS = {
     _BOOL: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 _VIEWS = {"F32": "<f4", "F16": "<f2"}
+# Of ggml's enum ggml_type; the first two are of 2023, the others were rearranged at load instead.
+_REMOVED = {
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
+}  # fmt: skip
 # Dequantizing makes several temporaries of a chunk's size.
 _CHUNK_WEIGHTS = 1 << 22
 
@@ -217,6 +222,12 @@ class GgufFile:
         if 0 in dims:
             raise self._damaged(f"tensor {name} has shape {dims[::-1]}")
         ggml_type, offset = self._integer("<I"), self._integer("<Q")
+        if ggml_type in _REMOVED:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is of ggml type {ggml_type}, which llama.cpp has "
+                f"removed ({_REMOVED[ggml_type]}); use the Q4_0, Q8_0 or a K-quant file of the "
+                "same model"
+            )
         if ggml_type not in self._gguf.GGML_QUANT_SIZES:
             raise CheckpointError(
                 f"{self.path}: tensor {name} is of ggml type {ggml_type}, which the installed "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,6 +22,7 @@ from .gguf_file import GgufFile
 from .gguf_tokenizer import read_gguf_text
 
 _ARCHITECTURES: dict[str, Architecture] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_log = logging.getLogger(__name__)
 _ROPE_FACTORS = "rope_freqs.weight"
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 _GLOBAL_NAMES = {
@@ -182,13 +184,18 @@ class _Keys:
     def __init__(self, metadata: Mapping[str, Any], architecture: str, path: Path) -> None:
         self._metadata = metadata
         self._architecture = architecture
-        self._path = path
+        self.path = path
 
     def get(self, key: str) -> Any:
         return self._metadata.get(f"{self._architecture}.{key}")
 
     def error(self, key: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self._path}: {self._architecture}.{key} {problem}")
+        return CheckpointError(f"{self.path}: {self._architecture}.{key} {problem}")
+
+    def looks_like_llama31(self, theta: float) -> bool:
+        """Whether base and context are Llama 3.1's; Llama 3's context ends at 8,192."""
+        is_llama = self._architecture == "llama"
+        return is_llama and theta == 500_000.0 and self.integer("context_length") > 8192
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.number(key, default)
@@ -218,6 +225,13 @@ def _rope(keys: _Keys, factors: NDArray[Any] | None, head_dim: int) -> RopeSpec:
             )
         return derive_llama3(np.asarray(factors, np.float64), theta, head_dim)
     if kind in (None, "none"):
+        if keys.looks_like_llama31(theta):
+            _log.warning(
+                "%s has the context of Llama 3.1 without %s, in which GGUF keeps its RoPE scaling: "
+                "if the original's config.json says rope_type llama3, this file is of a converter "
+                "of July 2024 that left it out, and answers get worse; convert it again",
+                *(keys.path, _ROPE_FACTORS),
+            )
         return RopeSpec(theta=theta)
     if kind not in ("linear", "yarn"):
         raise keys.error(

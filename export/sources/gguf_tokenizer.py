@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,19 @@ _PRES = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    # Llama 3 again, by the hash of a tokenizer that put no BOS before the converter's test.
+    "smaug-bpe": replace(_LLAMA3, add_bos=False),
 }
+# What the originals' generation_config.json names besides eos; GGUF has keys for three at most, so
+# llama.cpp goes by the text, too.
+_ENDS = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",
+)
 
 
 def read_gguf_text(metadata: Mapping[str, Any], path: Path, vocab_size: int) -> CheckpointText:
@@ -113,7 +125,7 @@ def read_gguf_text(metadata: Mapping[str, Any], path: Path, vocab_size: int) -> 
             f"{path}: found {len(vocab)} tokens, {len(types)} token types and {vocab_size} rows of "
             "token_embd.weight; convert the model again"
         )
-    tokens = _tokens(metadata, path, vocab, pre)
+    tokens = _tokens(metadata, path, vocab, types, pre)
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{path}: tokenizer.chat_template must be text")
@@ -172,7 +184,9 @@ def _merges(metadata: Mapping[str, Any], path: Path) -> list[list[str]]:
     return merges
 
 
-def _tokens(metadata: Mapping[str, Any], path: Path, vocab: list[str], pre: _Pre) -> Tokens:
+def _tokens(
+    metadata: Mapping[str, Any], path: Path, vocab: list[str], types: list[int], pre: _Pre
+) -> Tokens:
     def token_id(name: str) -> int | None:
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if value is not None and not (type(value) is int and 0 <= value < len(vocab)):
@@ -182,13 +196,16 @@ def _tokens(metadata: Mapping[str, Any], path: Path, vocab: list[str], pre: _Pre
         return value
 
     bos = token_id("bos")
-    # eot ends a turn where that is another token than eos (Llama 3).
-    eos = [number for number in (token_id("eos"), token_id("eot")) if number is not None]
+    # eot ends a turn where that is another token than eos, eom a message to a tool (Llama 3).
+    named = [token_id(name) for name in ("eos", "eot", "eom")]
+    eos = [number for number in named if number is not None]
     if not eos:
         raise CheckpointError(
             f"{path} has no tokenizer.ggml.eos_token_id: no token ends an answer; convert the "
             "model again"
         )
+    controls = {text: number for number, text in enumerate(vocab) if types[number] == _CONTROL}
+    eos += [controls[text] for text in _ENDS if text in controls]
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos)
     return Tokens(
         bos=bos,

@@ -27,7 +27,11 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMPARE_BYTES = 1 << 24
-_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
+_CACHE_SCALES = (
+    *(".k_scale", ".v_scale", ".q_scale"),
+    # compressed-tensors up to 0.5, and AutoFP8.
+    *(".k_proj.output_scale", ".v_proj.output_scale", ".q_proj.output_scale"),
+)
 _EMBEDDINGS = "model.embed_tokens.weight"
 _PREFIX = "model."
 
@@ -143,12 +147,12 @@ class HfDirectory(Checkpoint):
                 if name != _EMBEDDINGS and form is not None:
                     shape = (rows, layer.shape[0])
                     modules[name] = QuantizedModule(
-                        module, form, shape, self._quantization.key, self._directory
+                        module, form, shape, self._quantization.place, self._directory
                     )
         if not modules:
             raise CheckpointError(
-                f"{self._quantization.where}: {self._quantization.key} leaves every linear layer "
-                "float; delete the key from a local copy"
+                f"{self._directory}: {self._quantization.place} leaves every linear layer float; "
+                "delete it from a local copy"
             )
         return modules
 
@@ -222,7 +226,7 @@ class HfDirectory(Checkpoint):
             return CheckpointError(problem)
         form = self._quantization.format_of(module)
         return CheckpointError(
-            f"{problem}: {self._quantization.key} says of {module}: {form or 'not quantized'}"
+            f"{problem}: {self._quantization.place} says of {module}: {form or 'not quantized'}"
         )
 
     def _check_tied_head(self) -> None:
@@ -250,13 +254,10 @@ def _open_weights(
     directory: Path, *, quantized: bool
 ) -> tuple[dict[str, SafetensorsFile], dict[str, SafetensorsFile]]:
     """Files by name, and the file that holds each tensor."""
-    # transformers' order: the single file wins over an index.
-    if (directory / WEIGHTS_NAME).exists():
-        file = SafetensorsFile(directory / WEIGHTS_NAME, quantized=quantized)
-        return {WEIGHTS_NAME: file}, dict.fromkeys(file.entries, file)
-    index_path = directory / INDEX_NAME
-    if not index_path.exists():
-        raise CheckpointError(_no_weights(directory))
+    index_path = _weights_or_index(directory)
+    if index_path.suffix == ".safetensors":
+        file = SafetensorsFile(index_path, quantized=quantized)
+        return {index_path.name: file}, dict.fromkeys(file.entries, file)
     shard_of = read_json(index_path).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise CheckpointError(f"{index_path} has no weight_map; download it again")
@@ -275,8 +276,8 @@ def _open_weights(
     for shard in sorted(set(shard_of.values())):
         if not (directory / shard).exists():
             raise CheckpointError(
-                f"{directory} has no {shard}, which {INDEX_NAME} names; download the checkpoint "
-                "again"
+                f"{directory} has no {shard}, which {index_path.name} names; download the "
+                "checkpoint again"
             )
         files[shard] = SafetensorsFile(directory / shard, quantized=quantized)
     for shard, file in files.items():
@@ -284,9 +285,29 @@ def _open_weights(
         if stray := sorted(listed ^ file.entries.keys()):
             where = "the index only" if stray[0] in listed else "the file only"
             raise CheckpointError(
-                f"{file.path}: {INDEX_NAME} and the file disagree: tensor {stray[0]} is in {where}"
+                f"{file.path}: {index_path.name} and the file disagree: tensor {stray[0]} is in "
+                f"{where}"
             )
     return files, {name: files[shard] for name, shard in shard_of.items()}
+
+
+def _weights_or_index(directory: Path) -> Path:
+    """The file that holds all weights, or names the files that do."""
+    # transformers' order: the single file wins over an index.
+    for name in (WEIGHTS_NAME, INDEX_NAME):
+        if (directory / name).exists():
+            return directory / name
+    # AutoGPTQ calls them after the recipe: gptq_model-4bit-128g.safetensors.
+    for ending in ("*.safetensors.index.json", "*.safetensors"):
+        found = sorted(directory.glob(ending))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CheckpointError(
+                f"{directory} has {len(found)} files {ending}, {found[0].name} first, and none is "
+                f"{WEIGHTS_NAME} or {INDEX_NAME}; give the one with the weights that name"
+            )
+    raise CheckpointError(_no_weights(directory))
 
 
 def _no_weights(directory: Path) -> str:

@@ -10,6 +10,7 @@ from edge.errors import CheckpointError, DependencyError, install_command
 TEXT_FILES = [
     "config.json",
     "hf_quant_config.json",  # of ModelOpt
+    "quantize_config.json",  # of AutoGPTQ
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -23,7 +24,7 @@ TEXT_FILES = [
     "1_Pooling/config.json",
 ]
 # Without a directory part: original/consolidated.*.safetensors would be the same weights twice.
-_WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors"]
+_WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "gptq_model-*.safetensors"]
 
 
 def download(

@@ -28,6 +28,8 @@ from .untrusted_pattern import match
 KEYS = ("quantization_config", "compression_config")
 MODELOPT_NAME = "hf_quant_config.json"
 """Where ModelOpt says it; its newer versions copy it into config.json."""
+AUTOGPTQ_NAME = "quantize_config.json"
+"""Where AutoGPTQ says it; up to 0.6 nowhere else."""
 Layout = Literal["gptq", "awq", "packed", "int8", "fp8", "fp8-inv", "nvfp4", "modelopt-nvfp4"]
 Inputs = Literal["float", "static", "per-token", "dynamic"]
 
@@ -103,7 +105,7 @@ class QuantizationConfig:
     """What a config.json says about the quantization of its weights.
 
     Attributes:
-        key: the key that says so.
+        key: the key that says so; empty for a file of its own.
         method: ``quant_method``.
         where: the file that says so.
         main: the format of most modules.
@@ -120,6 +122,11 @@ class QuantizationConfig:
     def format_of(self, module: str) -> WeightFormat | None:
         """The format of a linear module, e.g. ``lm_head``; None if the config leaves it float."""
         return self.resolve(module)
+
+    @property
+    def place(self) -> str:
+        """Key and file, for errors."""
+        return f"{self.key} in {self.where.name}" if self.key else self.where.name
 
     def describe(self) -> SourceQuantization:
         """Describe it for the manifest."""
@@ -138,22 +145,25 @@ def read_quantization(config: Mapping[str, Any], directory: Path) -> Quantizatio
         CheckpointError: an unknown method, or a value that cannot be followed; the key is named.
     """
     where = directory / "config.json"
-    modelopt = directory / MODELOPT_NAME
-    if all(config.get(key) is None for key in KEYS) and modelopt.is_file():
-        section = read_json(modelopt).get("quantization")
+    found = [key for key in KEYS if config.get(key) is not None]
+    key, section = KEYS[0], None
+    if found:
+        key, section = found[0], config[found[0]]
+    elif (directory / MODELOPT_NAME).is_file():
+        where, key = directory / MODELOPT_NAME, "quantization"
+        section = read_json(where).get(key)
         if isinstance(section, dict):
             section = {"quant_method": "modelopt", **section}
-        where, config = modelopt, {KEYS[0]: section}
-    found = [key for key in KEYS if config.get(key) is not None]
-    if not found:
+    elif (directory / AUTOGPTQ_NAME).is_file():
+        where, key = directory / AUTOGPTQ_NAME, ""  # the whole file
+        section = {"quant_method": "gptq", **read_json(where)}
+    if section is None:
         return None
-    key = found[0]
-    section = config[key]
     if not isinstance(section, dict):
         raise CheckpointError(f"{where}: {key} must be an object, found {section!r:.80}")
     default = "compressed-tensors" if "config_groups" in section else None
     method = section.get("quant_method", default)
-    reader = _Reader(section, f"{where}: {key}")
+    reader = _Reader(section, f"{where}: {key}" if key else str(where))
     if method is None and {"bits", "group_size"} <= section.keys():
         raise reader.error("quant_method", f"is missing, as MLX writes it: not read; {_INSTEAD}")
     if not isinstance(method, str):
@@ -548,13 +558,20 @@ def _block(reader: _Reader, block: list[int] | None, key: str) -> tuple[int, int
 class _Fp8(msgspec.Struct):
     fmt: str = "e4m3"
     weight_block_size: list[int] | None = None
-    activation_scheme: str = "dynamic"
+    activation_scheme: Literal["dynamic", "static"] = "dynamic"
     modules_to_not_convert: list[str] | None = None
+    ignored_layers: list[str] | None = None
+    kv_cache_scheme: Any = None
 
 
 def _fp8(reader: _Reader) -> _Found:
     values = reader.convert(_Fp8)
     reader.only("fmt", values.fmt, ("e4m3",))
+    if values.weight_block_size is None:  # AutoFP8: one scale for a weight
+        main = WeightFormat("fp8", 8, inputs=values.activation_scheme)
+        exact = {"lm_head", *(values.ignored_layers or ())}
+        has_cache = values.kv_cache_scheme is not None
+        return main, lambda module: None if module in exact else main, has_cache
     reader.only("activation_scheme", values.activation_scheme, ("dynamic",))
     block = _block(reader, values.weight_block_size, "weight_block_size")
     main = WeightFormat("fp8-inv", 8, block=block, inputs="dynamic")

@@ -9,7 +9,8 @@ first unless said, the last word of a row filled up:
 ``awq``               qweight [in, out/8] and qzeros [groups, out/8], columns 0 2 4 6 1 3 5 7 of
                       eight in a word; scales [groups, out]
 ``packed``            weight_packed [out, in*b/32]; weight_scale [out, groups]; weight_zero_point
-                      [out*b/32, groups] along out; weight_g_idx [in]; weight_shape
+                      [out*b/32, groups] along out, or (compressed-tensors up to 0.9.4) INT8 [out,
+                      groups]; weight_g_idx [in]; weight_shape
 ``int8``, ``fp8``     weight [out, in]; weight_scale [out, groups], [out, 1] or one;
                       weight_zero_point; input_scale. In blocks weight_scale or, of transformers,
                       (``fp8-inv``) weight_scale_inv [out/block, in/block]
@@ -49,11 +50,20 @@ Get = Callable[[str], NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What a tensor of a module must be: types, and the shapes of which it has one."""
+    """What a tensor of a module must be: types, and the shapes of which it has one.
+
+    Attributes:
+        other: the form that older versions of the tool wrote, told by its type.
+    """
 
     types: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     required: bool = True
+    other: _Tensor | None = None
+
+    def of_type(self, dtype: str) -> _Tensor:
+        """This form, or the other one if that has the type."""
+        return self.other if self.other is not None and dtype in self.other.types else self
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class QuantizedModule:
         name: e.g. ``model.layers.0.mlp.up_proj``.
         form: how its weight is stored.
         shape: ``(out, in)``.
-        field: key of config.json that says so, for errors.
+        field: key and file that say so, for errors.
         path: the checkpoint, for errors.
     """
 
@@ -97,6 +107,7 @@ class QuantizedModule:
                     raise self.error(part, f"is missing, expected {list(wanted.shapes[0])}")
                 continue
             found.add(name)
+            wanted = wanted.of_type(entry.dtype)
             if entry.dtype not in wanted.types:
                 raise self.error(
                     part, f"has type {entry.dtype}, expected {' or '.join(wanted.types)}"
@@ -155,7 +166,7 @@ class QuantizedModule:
         """An error that names a tensor of the module, or the module with an empty ``part``."""
         tensor = f"tensor {self.name}.{part}" if part else f"module {self.name}"
         return CheckpointError(
-            f"{self.path}: {tensor} {problem}; {self.field} in config.json says {self.form}. The "
+            f"{self.path}: {tensor} {problem}; {self.field} says {self.form}. The "
             "checkpoint is damaged, or its config is of another one"
         )
 
@@ -187,7 +198,10 @@ class QuantizedModule:
                 "weight_packed": _Tensor(integers, ((out, words),)),
                 "weight_scale": _Tensor(_FLOATS, per_row),
                 "weight_zero_point": _Tensor(
-                    integers, ((out_words, groups),), required=not form.symmetric
+                    integers,
+                    ((out_words, groups),),
+                    required=not form.symmetric,
+                    other=_Tensor(("I8",), per_row),
                 ),
                 "weight_g_idx": _Tensor(integers, ((width,),), required=form.act_order),
                 "weight_shape": _Tensor(("I64", "I32"), ((2,),), required=False),
@@ -280,7 +294,7 @@ class _Values:
             if not self.has(part):
                 return np.zeros(shape, dtype=np.int16)
             stored = self.get(part)
-            if self.form.layout == "packed":
+            if self.form.layout == "packed" and stored.dtype != np.int8:
                 rows = np.ascontiguousarray(stored.T)
                 zeros = unpack(rows, self.form.bits).T[: self.out].astype(np.int16) - half
             else:

@@ -238,7 +238,7 @@ def test_sampling_takes_what_is_stated_only() -> None:
         ("config.json", {"auto_map": {"AutoModel": "evil.py"}}, "config.json: auto_map"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "x"}}, "tokenizer_config.json: a"),
         ("tokenizer_config.json", {"bos_token": "<s>"}, "bos_token '<s>' is not in tokenizer.json"),
-        ("config.json", {"vocab_size": 300}, "token id 310, but vocab_size"),
+        ("config.json", {"vocab_size": 300}, "token id 310 .*, but vocab_size"),
         ("generation_config.json", {"eos_token_id": [999]}, "eos_token_id must be"),
         ("tokenizer.json", {"model": ...}, r"no model\.vocab"),
         ("tokenizer.json", {"added_tokens": [{"content": "x"}]}, "no text or no integer id"),

@@ -344,6 +344,16 @@ def test_surplus_and_unreadable_tensors(tmp_path: Path) -> None:
             checkpoint.tensor("lm_head.weight")
 
 
+def test_types_that_ggml_removed(tmp_path: Path) -> None:
+    content = bytearray(write_tiny(tmp_path, "llama").read_bytes())
+    name = b"output_norm.weight"
+    at = content.index(name) + len(name) + 4 + 8  # its number of dimensions, and the one
+    content[at : at + 4] = (31).to_bytes(4, "little")
+    (tmp_path / "arm.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"output_norm.* removed \(Q4_0_4_4\); use the Q4_0"):
+        open_checkpoint(str(tmp_path / "arm.gguf"))
+
+
 def test_tokens_and_sampling_of_the_metadata(tmp_path: Path) -> None:
     path = write_tiny(
         tmp_path,
@@ -366,6 +376,39 @@ def test_tokens_and_sampling_of_the_metadata(tmp_path: Path) -> None:
     assert text.sampling == SamplingDefaults(temperature=0.6, top_k=20, repetition_penalty=1.05)
 
 
+def test_ends_that_the_keys_do_not_name(tmp_path: Path) -> None:
+    write_tiny(tmp_path, "llama")
+    metadata = tokenizer_metadata(tmp_path / "hf")
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    free = [number for number, kind in enumerate(types) if kind == UNUSED][:3]
+    for number, text in zip(free, ("<|endoftext|>", "<|im_end|>", "<|eom_id|>"), strict=True):
+        tokens[number], types[number] = text, CONTROL
+    types[free[2]] = NORMAL  # text that looks like one
+    changes = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.eom_token_id": 308,
+    }
+    with open_checkpoint(str(write_tiny(tmp_path, "llama", changes))) as checkpoint:
+        found = checkpoint.text.tokens
+    assert found.eos == (tiny.EOS_ID, 308, free[1], free[0])
+    assert found.eos_text == tiny.EOS
+
+
+@pytest.mark.parametrize(("context", "warns"), [(131072, True), (8192, False)], ids=["3.1", "3"])
+def test_llama31_without_its_rope_factors_is_warned_of(
+    context: int, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: dict[str, Any] = {
+        "llama.rope.freq_base": 500_000.0,
+        "llama.context_length": context,
+        "rope_freqs.weight": ...,
+    }
+    with open_checkpoint(str(write_tiny(tmp_path, "llama", changes))) as checkpoint:
+        assert checkpoint.spec.rope.kind == "default"
+    assert ("converter of July 2024" in caplog.text) is warns
+
+
 # Written down from the regular expressions of the original tokenizers.
 SPLITS = {
     "gpt-2": "It 's Ġ12345 ! ĊĊĠ Ġx ĠDON ' T",
@@ -373,6 +416,7 @@ SPLITS = {
     "qwen2": "It 's Ġ 1 2 3 4 5 !ĊĊ Ġ Ġx ĠDON 'T",
     "deepseek-r1-qwen": "It 's Ġ 1 2 3 4 5 !ĊĊ Ġ Ġx ĠDON 'T",
     "llama-bpe": "It 's Ġ 123 45 !ĊĊ Ġ Ġx ĠDON 'T",
+    "smaug-bpe": "It 's Ġ 123 45 !ĊĊ Ġ Ġx ĠDON 'T",
 }
 
 
@@ -384,7 +428,7 @@ def test_pre_tokenizers(pre: str, tmp_path: Path) -> None:
         content = json.loads(checkpoint.text.tokenizer_json)
     words = tokenizer.pre_tokenizer.pre_tokenize_str("It's 12345!\n\n  x DON'T")
     assert [word for word, _ in words] == SPLITS[pre].split()
-    assert content["model"]["ignore_merges"] is (pre == "llama-bpe")
+    assert content["model"]["ignore_merges"] is (pre in ("llama-bpe", "smaug-bpe"))
     assert (content["normalizer"] is not None) is ("qwen" in pre)
 
 

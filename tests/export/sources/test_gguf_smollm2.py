@@ -52,7 +52,7 @@ def test_smollm2(smollm2) -> None:
         True,
     )
     assert smollm2.text.tokens == Tokens(
-        bos=1, bos_text="<|im_start|>", eos=(2,), eos_text="<|im_end|>", add_bos=False
+        bos=1, bos_text="<|im_start|>", eos=(2, 0), eos_text="<|im_end|>", add_bos=False
     )
     assert smollm2.text.sampling == SamplingDefaults(
         temperature=0.2, top_p=0.9, assumed="SmolLM2-Instruct"

@@ -53,13 +53,9 @@ def test_every_kind_of_checkpoint_has_a_golden_file() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_those_of_the_tool_bit_for_bit(name: str, tmp_path: Path) -> None:
     golden = QuantizedGolden.load(name)
-    kind = TYPES[golden.weights_type]
-    with open_checkpoint(str(golden.write(tmp_path / name))) as checkpoint:
-        found = {}
-        for key in golden.weights_sha256:
-            weight = checkpoint.tensor(key).astype(kind) + kind(0)
-            found[key] = hashlib.sha256(weight.tobytes()).hexdigest()
-        assert found == golden.weights_sha256
+    directory = golden.write(tmp_path / name)
+    assert weights_of(directory, golden) == golden.weights_sha256
+    with open_checkpoint(str(directory)) as checkpoint:
         source = checkpoint.source.quantization
     assert source is not None
     assert source.method == golden.config["quant_method"]
@@ -89,13 +85,14 @@ def test_the_manifest_says_how_the_source_was_quantized(
     assert source.details == details
 
 
-OLDER = {
+OLDER: dict[str, dict[str, Any]] = {
     "auto-round-gptq": {"quant_method": "intel/auto-round", "backend": "auto_round:gptq:exllamav2"},
     "auto-round-gptqmodel": {"quant_method": "intel/auto-round", "backend": "auto_round:exllamav2"},
     "auto-round-awq": {"quant_method": "intel/auto-round", "backend": "auto_round:awq:gemm"},
     "ct-w4a16": {"quantization_status": "frozen"},
     "ct-w8a8-dynamic": {"quantization_status": "frozen", "format": "naive-quantized"},
     "ct-fp8": {"quantization_status": "frozen", "format": "naive-quantized"},
+    "modelopt-fp8": {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": []},
 }
 
 
@@ -108,11 +105,81 @@ def test_what_older_versions_wrote_is_read_alike(name: str, tmp_path: Path) -> N
         group.pop("format", None)  # older ones name it once
     directory = golden.write(tmp_path / name)
     change_config(directory, quantization_config=section)
-    kind = TYPES[golden.weights_type]
+    assert weights_of(directory, golden) == golden.weights_sha256
+
+
+def weights_of(directory: Path, golden: QuantizedGolden) -> dict[str, str]:
+    kind, found = TYPES[golden.weights_type], {}
     with open_checkpoint(str(directory)) as checkpoint:
-        for key, expected in golden.weights_sha256.items():
+        for key in golden.weights_sha256:
             weight = checkpoint.tensor(key).astype(kind) + kind(0)
-            assert hashlib.sha256(weight.tobytes()).hexdigest() == expected
+            found[key] = hashlib.sha256(weight.tobytes()).hexdigest()
+    return found
+
+
+@pytest.mark.parametrize("says", ["config.json", "quantize_config.json"])
+def test_what_autogptq_calls_its_files(says: str, tmp_path: Path) -> None:
+    golden = QuantizedGolden.load("gptq")
+    directory = golden.write(tmp_path / "model")
+    (directory / "model.safetensors").rename(directory / "gptq_model-4bit-32g.safetensors")
+    if says != "config.json":
+        section = {key: value for key, value in golden.config.items() if key != "quant_method"}
+        change_config(directory, quantization_config=None)
+        (directory / says).write_text(json.dumps(section))
+    assert weights_of(directory, golden) == golden.weights_sha256
+    (directory / "other.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"has 2 files \*\.safetensors, gptq_model-4bit"):
+        open_checkpoint(str(directory)).close()
+
+
+def test_quantize_config_of_autogptq_is_named(tmp_path: Path) -> None:
+    directory = QuantizedGolden.load("gptq").write(tmp_path / "model")
+    change_config(directory, quantization_config=None)
+    path = directory / "quantize_config.json"
+    path.write_text('{"bits": 3, "group_size": 32}')
+    with pytest.raises(CheckpointError, match=r"model/quantize_config\.json: bits is 3"):
+        open_checkpoint(str(directory)).close()
+    path.write_text('{"bits": 8, "group_size": 32}')
+    words = r"qweight has shape .*; quantize_config\.json says 8 bits"
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(str(directory)).close()
+
+
+def test_zero_points_of_compressed_tensors_before_it_packed_them(tmp_path: Path) -> None:
+    golden = QuantizedGolden.load("ct-w4a16-asym")
+    directory = golden.write(tmp_path / "model")
+    tensors = read_raw(directory / "model.safetensors")
+    for name, (kind, shape, raw) in list(tensors.items()):
+        if name.endswith("weight_zero_point"):
+            assert kind == "I32"
+            words = np.frombuffer(raw, np.int32).reshape(shape)
+            out = tensors[name.replace("zero_point", "packed")][1][0]
+            zeros = (unpack(np.ascontiguousarray(words.T), 4).T[:out].astype(np.int16) - 8).astype(
+                np.int8
+            )
+            tensors[name] = ("I8", zeros.shape, zeros.tobytes())
+    write_raw(directory / "model.safetensors", tensors)
+    assert weights_of(directory, golden) == golden.weights_sha256
+
+
+@pytest.mark.parametrize("name", ["ct-fp8"])
+def test_scales_of_a_cache_are_passed_over_if_the_config_names_one(
+    name: str, tmp_path: Path
+) -> None:
+    golden = QuantizedGolden.load(name)
+    directory = golden.write(tmp_path / "model")
+    tensors = read_raw(directory / "model.safetensors")
+    scale = np.float32(0.5).tobytes()
+    extra = {
+        f"model.layers.0.self_attn.{part}_proj.output_scale": ("F32", (), scale) for part in "kv"
+    }
+    write_raw(directory / "model.safetensors", {**tensors, **extra})
+    with pytest.raises(CheckpointError, match=r"k_proj\.output_scale is not part"):
+        open_checkpoint(str(directory)).close()
+    change_config(
+        directory, quantization_config={**golden.config, "kv_cache_scheme": {"num_bits": 8}}
+    )
+    assert weights_of(directory, golden) == golden.weights_sha256
 
 
 def test_frozen_weights_that_are_floats_are_refused(tmp_path: Path) -> None:
@@ -288,6 +355,8 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 128}
 ARGS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 GROUP = {"targets": ["Linear"], "weights": ARGS, "format": "pack-quantized"}
+AUTO_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": ["lm_head"]}
+BLOCKLESS = {"quant_method": "fp8", "weight_block_size": []}
 EVIL = r"(?:(?:\w+)+\.?)+!"
 CHANNELS = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
 FP8 = {"weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
@@ -384,6 +453,10 @@ def of(section: dict[str, Any], module: str = UP) -> WeightFormat | None:
             UP,
             WeightFormat("fp8-inv", 8, block=(128, 128), inputs="dynamic"),
         ),
+        (AUTO_FP8, UP, WeightFormat("fp8", 8, inputs="dynamic")),
+        ({**AUTO_FP8, "activation_scheme": "static"}, UP, WeightFormat("fp8", 8, inputs="static")),
+        ({**AUTO_FP8, "ignored_layers": [UP, "lm_head"]}, UP, None),
+        (AUTO_FP8, "lm_head", None),
         ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*.mlp.*"]}, UP, None),
     ],
 )
@@ -440,7 +513,8 @@ def test_what_a_config_says_of_a_module(
             {**TENSORS, "config_groups": {"g": {**GROUP, "weights": {**ARGS, "num_bits": 3}}}},
             "num_bits is 3",
         ),
-        ({"quant_method": "fp8"}, "weight_block_size must be two positive sizes"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "must be two positive sizes"),
+        ({"quant_method": "fp8", "activation_scheme": "token"}, "Invalid enum value 'token'"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo is 'W4A8_AWQ'"),
     ],
 )
@@ -481,7 +555,7 @@ _JSON = st.recursive(
 
 @settings(deadline=None)  # a pattern is tried in another process
 @given(
-    section=st.sampled_from([AWQ, GPTQ, ROUND, TENSORS, {"quant_method": "fp8"}]),
+    section=st.sampled_from([AWQ, GPTQ, ROUND, TENSORS, BLOCKLESS]),
     key=st.sampled_from(
         [
             "bits",
@@ -502,7 +576,7 @@ def test_any_value_is_followed_or_refused(section: dict[str, Any], key: str, val
     except CheckpointError:
         pass
     else:
-        assert section["quant_method"] != "fp8"  # it lacks its blocks
+        assert section is not BLOCKLESS
 
 
 # ---------------------------------------------------------------- weights that do not fit
@@ -609,7 +683,8 @@ def words(*shape: int, value: int = 0) -> Raw:
             "gptq",
             {},
             change("lm_head", qweight=words(8, 320)),
-            r"lm_head\.qweight is not part .*: quantization_config says of lm_head: not quantized",
+            r"lm_head\.qweight is not part .*: quantization_config in config\.json says of "
+            "lm_head: not quantized",
         ),
         (
             "gptq",
