@@ -125,6 +125,9 @@ class Guard:
             answer = _as_answer(error)
             if answer.status in (500, 501):
                 _log.exception("request %s failed", request_id)
+            elif answer.code == "insufficient_memory":
+                cause = error.__cause__ if isinstance(error, APIError) else error
+                _log.error("request %s failed: %s", request_id, cause)
             if scope["path"] not in PROBES:
                 self._on_rejection(answer.code)
             if status:

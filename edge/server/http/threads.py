@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edge.errors import OverloadError
+from edge.errors import OverloadError, ResourceError
 
 from .errors import APIError
 
@@ -39,9 +39,35 @@ async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
+@contextlib.contextmanager
+def _submitting(todo: list[Any]) -> Iterator[None]:
+    """Empty ``todo`` if its job cannot be submitted: the executor has queued it all the same.
+
+    Raises:
+        ResourceError: no thread could be started for it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        todo.clear()
+        raise ResourceError(
+            f"a thread could not be started ({error}); free memory or raise the limit of "
+            "processes (ulimit -u)"
+        ) from error
+
+
 async def in_thread(work: Callable[[], _Result]) -> _Result:
-    """Run ``work`` in a thread and wait for its result."""
-    return await asyncio.get_running_loop().run_in_executor(None, work)
+    """Run ``work`` in a thread and wait for its result.
+
+    Raises:
+        ResourceError: no thread could be started.
+        Whatever ``work`` raises.
+    """
+    todo = [work]
+    del work
+    with _submitting(todo):
+        job = asyncio.get_running_loop().run_in_executor(None, lambda: todo.pop()())
+    return await job
 
 
 class Lane:
@@ -94,6 +120,7 @@ class Lane:
 
         Raises:
             OverloadError: too many wait.
+            ResourceError: no thread could be started.
             APIError: 503, it took too long.
             ClientGoneError: the client left.
             Whatever ``ended`` fails with.
@@ -118,9 +145,10 @@ class Lane:
                 raise _GivenUpError from None
             return taken(on_piece)
 
-        self.num_jobs += 1
         loop = asyncio.get_running_loop()
-        submitted = self._executor.submit(guarded)
+        with _submitting(todo):
+            submitted = self._executor.submit(guarded)
+        self.num_jobs += 1
         submitted.add_done_callback(lambda _: self._call_soon(loop, self._ended))
         job = asyncio.wrap_future(submitted)
         job.add_done_callback(lambda job: job.cancelled() or job.exception())
