@@ -140,6 +140,7 @@ class Service:
         self._forced = asyncio.Event()
         self.is_clean = True
         self._exit_code = 0
+        self._failed_looks: set[tuple[str, type[Exception]]] = set()
 
     def stop(self) -> None:
         """Drain, then exit; a second call exits at once. Any thread may call it."""
@@ -155,7 +156,9 @@ class Service:
         self._loop = asyncio.get_running_loop()
         with self._signals():
             serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-            watching = asyncio.create_task(self._watch())
+            watching = [asyncio.create_task(each) for each in (self._watch(), self._watch_heat())]
+            for task in watching:
+                task.add_done_callback(self._on_watch_end)
             try:
                 if await self._load():
                     await self._stopped.wait()
@@ -163,8 +166,9 @@ class Service:
                 else:
                     self.is_clean = False  # the bundle that is being opened
             finally:
-                watching.cancel()
                 self._server.should_exit = True
+                for task in watching:
+                    task.cancel()
                 self._server.force_exit = self._forced.is_set()
                 await serving
                 await self._close()
@@ -237,20 +241,42 @@ class Service:
     # ------------------------------------------------------------------------------- watching
 
     async def _watch(self) -> None:
-        """Watch the engines, feed systemd's watchdog and read temperatures, for ever."""
+        """Watch the engines and feed systemd's watchdog, for ever; waits for nothing else."""
         feed_s = None if self._notifier.watchdog_s is None else self._notifier.watchdog_s / 3
-        fed = hot = -float("inf")
+        fed = -float("inf")
         while True:
-            self.models.beat()
-            now = time.monotonic()
-            if feed_s is not None and now - fed >= feed_s and self.models.is_alive:
-                fed = now
-                self._notifier.send(watchdog=1)
-            if now - hot >= _THERMAL_S:
-                hot = now
-                loop = asyncio.get_running_loop()
-                self._judge_heat(await loop.run_in_executor(None, self._telemetry))
+            with self._survived("a look at the engines"):
+                self.models.beat()
+                now = time.monotonic()
+                if feed_s is not None and now - fed >= feed_s and self.models.is_alive:
+                    fed = now
+                    self._notifier.send(watchdog=1)
             await asyncio.sleep(_BEAT_S)
+
+    async def _watch_heat(self) -> None:
+        """Read temperatures, for ever, one look at a time; until one ends, the last one counts."""
+        while True:
+            with self._survived("a look at the temperatures"):
+                self._judge_heat(await in_thread(self._telemetry))
+            await asyncio.sleep(_THERMAL_S)
+
+    @contextlib.contextmanager
+    def _survived(self, what: str) -> Iterator[None]:
+        """Log each kind of error the first time: the loop around it must go on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - logged
+            if (what, type(error)) not in self._failed_looks:
+                self._failed_looks.add((what, type(error)))
+                _log.exception("%s failed; others follow, and log no such error again", what)
+
+    def _on_watch_end(self, task: asyncio.Task[None]) -> None:
+        if self._server.should_exit:
+            return
+        error = None if task.cancelled() else task.exception()
+        _log.critical("nobody watches the engines any more; stopping", exc_info=error)
+        self._exit_code = HUNG_EXIT
+        self._stopped.set()
 
     def _judge_heat(self, snapshot: Snapshot) -> None:
         limit = self._settings.hot_celsius

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -245,9 +245,10 @@ def running(
         yield live
     finally:
         engine.running.set()
-        service.stop()
-        time.sleep(0.01)
-        service.stop()
+        with suppress(RuntimeError):  # it has ended by itself
+            service.stop()
+            time.sleep(0.01)
+            service.stop()
         thread.join(15)
         assert not thread.is_alive(), "the service did not stop"
 
