@@ -27,6 +27,7 @@ from edge.bundle.io_spec import needed_onnxruntime
 from edge.bundle.manifest import Dialect, Task
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 from edge.device.nodes import GPU_NODES, find_gpu_node
+from edge.server.observe.logs import CONFIGURED
 from scripts.smollm2 import smollm2_gguf
 from tests import skips
 from tests.manifests import replace_file
@@ -149,13 +150,14 @@ def require_huge_pages() -> None:
 
 @pytest.fixture(autouse=True)
 def _restored_logger() -> Iterator[None]:
-    """A server configures the logger ``edge``, which would then hide records from later tests."""
-    logger = logging.getLogger("edge")
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    """A server configures these loggers, which would then hide records from later tests."""
+    loggers = [logging.getLogger(name) for name in CONFIGURED]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
-    logger.propagate = propagate
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture(scope="session")

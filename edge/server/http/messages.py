@@ -108,6 +108,9 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
             error = APIError(400, "invalid_http", "this is not valid HTTP/1.1")
         self._answer_and_close(error)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: the JDK's client offers h2c with each request and takes HTTP/1.1 as well."""
+
     def _late_head(self) -> None:
         self._head_timer = None
         if self.transport.is_closing():

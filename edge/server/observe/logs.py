@@ -21,6 +21,8 @@ LogFormat = Literal["auto", "plain", "json"]
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+CONFIGURED = ("edge", "asyncio", "uvicorn")
+"""The loggers that have our handler."""
 _MAX_CHARS = 8192  # of one message: a line of the journal holds 48 kB (LineMax=)
 
 
@@ -75,13 +77,14 @@ def configure_logging(
     stream: TextIO | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> None:
-    """Send every record of ``edge`` to one handler on standard error.
+    """Send every record of ``edge`` to one handler on standard error, and warnings of libraries.
 
     A full disk or a closed pipe loses lines, never a request.
 
     Args:
         log_format: ``auto`` is plain.
-        level: level of the logger ``edge``: debug, info, warning or error.
+        level: level of the logger ``edge``: debug, info, warning or error. Of
+            ``asyncio`` and ``uvicorn`` nothing below a warning is logged.
         stream: instead of standard error.
         environ: instead of ``os.environ``; ``JOURNAL_STREAM`` in it says that systemd listens.
     """
@@ -91,10 +94,13 @@ def configure_logging(
         handler.setFormatter(JSONFormatter())
     else:
         handler.setFormatter(PlainFormatter(journal="JOURNAL_STREAM" in variables))
-    logger = logging.getLogger("edge")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
+    for name in CONFIGURED:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level.upper())
+        if name != "edge":
+            logger.setLevel(max(logger.level, logging.WARNING))
+        logger.propagate = False
 
 
 if TYPE_CHECKING:

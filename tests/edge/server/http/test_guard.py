@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import time
@@ -290,6 +291,19 @@ def test_upgrades_and_odd_methods_get_nothing(strict: Live):
 
 
 # Slow clients
+
+
+def test_an_offer_of_http_2_is_answered_without_a_word_in_the_log(
+    strict: Live, caplog: pytest.LogCaptureFixture
+):
+    """The client of every JDK makes it with each request that is not encrypted."""
+    data = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings, close\r\n"
+        f"Content-Length: {len(BODY)}\r\nHost: localhost\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+        f"Upgrade: h2c\r\nContent-Type: application/json\r\nAuthorization: Bearer {KEY}\r\n\r\n"
+    ).encode() + BODY
+    assert status_of(talk(strict, data)) == 200
+    assert [r.getMessage() for r in caplog.records if r.levelno > logging.INFO] == []
 
 
 def test_slow_heads_are_cut(strict: Live):

@@ -62,6 +62,20 @@ def test_configuring_twice_does_not_double_lines():
     assert len(lines("json").splitlines()) == 1
 
 
+@pytest.mark.parametrize(("level", "least"), [("debug", "warning"), ("error", "error")])
+@pytest.mark.parametrize("name", ["asyncio", "uvicorn.error"])
+def test_libraries_write_warnings_in_the_same_form(name: str, level: str, least: str):
+    stream = io.StringIO()
+    configure_logging("json", level, stream=stream, environ={})
+    for write in (logging.getLogger(name).info, logging.getLogger(name).warning):
+        write("Unsupported\nupgrade")
+    logging.getLogger(name).error("failed")
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    wanted = [("warning", "Unsupported\nupgrade"), ("error", "failed")]
+    assert [(line["level"], line["message"]) for line in found] == wanted[least == "error" :]
+    assert {line["logger"] for line in found} == {name}
+
+
 texts = st.text(st.characters(exclude_categories=()), max_size=60)  # lone surrogates too
 
 
