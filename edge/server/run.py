@@ -314,6 +314,9 @@ class Service:
         except EdgeError as error:
             _log.error("nothing more was reloaded: %s", error)
             return
+        except Exception:  # noqa: BLE001 - logged; nobody awaits this task
+            _log.exception("nothing more was reloaded")
+            return
         same = replace(fresh, model=self._settings.model)
         if same != self._settings:
             _log.warning("settings other than the bundles have changed; they need a restart")

@@ -103,6 +103,7 @@ class Switcher:
 
         Raises:
             EdgeError: the bundle cannot be served; everything is as it was.
+            Whatever else the opening raises, e.g. MemoryError; likewise.
         """
         async with self._lock:
             old = self._models.get(name)
@@ -120,6 +121,9 @@ class Switcher:
                     await self._replace(old, bundle)
             except EdgeError as error:
                 _log.error("model %s stays as it is: %s", name, error)
+                raise
+            except Exception:
+                _log.exception("model %s stays as it is", name)
                 raise
             _log.info(
                 "model %s is another bundle after %.1f s, opened %s",
@@ -142,7 +146,7 @@ class Switcher:
             await in_thread(old.llm.close)
             try:
                 llm = await in_thread(lambda: self._open(bundle))
-            except EdgeError:
+            except Exception:
                 again = await in_thread(lambda: self._open(old.bundle))
                 self._put(ServedModel(old.name, old.bundle, again), old)
                 raise
@@ -160,7 +164,7 @@ class Switcher:
             prompt = [0 if first is None else first]
             if not list(llm.generate_ids(prompt, SamplingParams(max_tokens=2, ignore_eos=True))):
                 raise BackendError("the new model did not answer")
-        except EdgeError:
+        except BaseException:
             llm.close()
             raise
         return llm
@@ -169,9 +173,13 @@ class Switcher:
         async def close() -> None:
             while old.is_used:
                 await asyncio.sleep(_POLL_S)
-            await in_thread(old.llm.close)
+            try:
+                await in_thread(old.llm.close)
+            except Exception:  # noqa: BLE001 - logged; nobody awaits this task
+                _log.exception("the bundle that model %s had before was not closed", old.name)
+            else:
+                _log.info("the bundle that model %s had before is closed", old.name)
             self._models.forget(old)
-            _log.info("the bundle that model %s had before is closed", old.name)
 
         task = asyncio.create_task(close())
         self._retiring.add(task)  # the loop itself keeps only a weak reference

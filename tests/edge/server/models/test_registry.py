@@ -454,6 +454,63 @@ def test_a_model_that_says_nan_is_not_served(bundles: dict[str, Path], tmp_path:
         assert said(live.chat(temperature=0)) == "I am old"
 
 
+@pytest.mark.parametrize("budget_mb", [1000, 0])  # beside the old one; in its place
+@pytest.mark.parametrize("phase", ["open", "generate_ids"])
+def test_an_error_of_any_kind_changes_nothing(
+    bundles: dict[str, Path], phase: str, budget_mb: int, caplog: pytest.LogCaptureFixture
+):
+    context, engines = swap(bundles, memory_budget_mb=budget_mb)
+    original = ScriptedEngine.open
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room")
+
+    def open_new(self: ScriptedEngine, bundle: Path, **options: Any) -> Any:
+        if bundle.name == "new" and phase == "open":
+            fail()
+        llm = original(self, bundle, **options)
+        if bundle.name == "new":
+            llm.generate_ids = fail  # type: ignore[method-assign]
+        return llm
+
+    with context as live, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptedEngine, "open", open_new)
+        swapped = Swap(live, engines)
+        swapped.under_load(lambda: swapped.reload(bundles["new"]))
+        assert {said(answer) for answer in swapped.answers} == {"I am old"}
+        assert said(live.chat(temperature=0)) == "I am old"
+        assert live.ask("/ready").status == 200
+        assert phase == "open" or engines["new"].backend.closed
+        said_so = {r.getMessage(): r.exc_info for r in caplog.records if r.levelname == "ERROR"}
+        for line in ("model tiny stays as it is", "nothing more was reloaded"):
+            kind, error, traceback = said_so[line] or (None, None, None)
+            assert (kind, str(error)) == (MemoryError, "no room")
+            assert traceback is not None
+
+
+def test_an_old_bundle_that_cannot_be_closed_is_named(
+    bundles: dict[str, Path], caplog: pytest.LogCaptureFixture
+):
+    context, engines = swap(bundles, memory_budget_mb=1000)
+    with context as live:
+        llm = live.service.models.get("tiny").llm
+        close = llm.close
+
+        def fail() -> None:
+            close()
+            raise MemoryError("no room")
+
+        llm.close = fail
+        Swap(live, engines).reload(bundles["new"])
+        assert said(live.chat(temperature=0)) == "I am new"
+        deadline = time.monotonic() + 5
+        while "was not closed" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (record,) = [r for r in caplog.records if "was not closed" in r.getMessage()]
+        assert record.exc_info is not None
+        assert record.exc_info[0] is MemoryError
+
+
 def test_a_link_that_leads_to_a_bad_bundle_is_survived(bundles: dict[str, Path]):
     link = bundles["old"].parent / "current"
     link.symlink_to("old")
