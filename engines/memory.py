@@ -27,6 +27,6 @@ def check_memory(manifest: Manifest, workspace_bytes: int, available_bytes: int 
         f"building needs about {needed.peak_bytes / 1e9:.1f} GB of memory (weights "
         f"{needed.weights_bytes / 1e9:.1f}, builder {needed.builder_bytes / 1e9:.1f}, workspace "
         f"{needed.workspace_bytes / 1e9:.1f}), but {available_bytes / 1e9:.1f} GB are "
-        "available; stop other programs (a desktop takes 1 to 2 GB), add swap, give a smaller "
-        "--workspace, export with --quant int4, or try anyway with --force"
+        "available; stop other programs (a desktop takes 1 to 2 GB), give a smaller --workspace, "
+        "export with --quant int4, or try anyway with --force, which needs swap"
     )

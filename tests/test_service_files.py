@@ -20,6 +20,7 @@ import pytest
 
 from edge import cli
 from edge.config_file import load_settings
+from edge.device.nodes import JETSON_NODES, SLOT_NODES
 from tests.conftest import Bundles
 
 ROOT = Path(__file__).parent.parent
@@ -114,6 +115,12 @@ def test_the_sandbox_is_tight(unit: str):
 
 
 @needs_systemd
+def test_the_service_may_open_what_the_doctor_looks_for():
+    text = (UNITS / "edge-llm@.service").read_text()
+    for name in (*JETSON_NODES, *SLOT_NODES):
+        assert f"DeviceAllow={name} rw\n" in text
+
+
 def test_what_rolls_out_is_root_with_a_network_and_little_else():
     """It writes what belongs to root, builds on the GPU, and asks a registry."""
     assert exposure(UNITS / "edge-llm-rollout@.service") <= 2.6

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from .nodes import JETSON_NODES, SLOT_NODES
+from .nodes import JETSON_NODES, SLOT_NODES, may_open
 from .scheme_probe import Verdict
 from .telemetry import Snapshot, read_power_modes, read_snapshot
 
@@ -111,7 +111,7 @@ class Machine:
                 gid = path.stat().st_gid
             except OSError:
                 continue
-            found[name] = Node(os.access(path, os.R_OK | os.W_OK), _group_name(gid), gid)
+            found[name] = Node(may_open(path), _group_name(gid), gid)
         return found
 
     def user(self) -> str:

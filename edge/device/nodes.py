@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+RENDER_NODES = ("/dev/dri/renderD128", "/dev/dri/renderD129")
+"""An Orin has one or two, and without the right to open them CUDA answers 801."""
 # JetPack 6 opens nvmap and nvhost-*, JetPack 7 nvmap and nvgpu/igpu0/*; a GPU in a slot the others.
 JETSON_NODES = (
     "/dev/nvmap",
@@ -15,13 +18,18 @@ JETSON_NODES = (
     "/dev/nvgpu/igpu0/as",
     "/dev/nvgpu/igpu0/channel",
     "/dev/nvgpu/igpu0/tsg",
-    "/dev/dri/renderD128",
+    *RENDER_NODES,
 )
 SLOT_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm")
 _WSL_NODE = "/dev/dxg"
-# Others have these two, too: a virtual machine without a GPU, a board of another maker.
-_NOT_A_SIGN = ("/dev/host1x-fence", "/dev/dri/renderD128")
+# Others have these, too: a virtual machine without a GPU, a board of another maker.
+_NOT_A_SIGN = ("/dev/host1x-fence", *RENDER_NODES)
 GPU_NODES = tuple(name for name in (*JETSON_NODES, *SLOT_NODES) if name not in _NOT_A_SIGN)
+
+
+def may_open(node: Path) -> bool:
+    """Whether this process may open a node as the driver does: nvmap may be 0440, and is read."""
+    return os.access(node, os.R_OK if node.name == "nvmap" else os.R_OK | os.W_OK)
 
 
 def find_gpu_node(root: Path = Path("/")) -> str | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from edge.device.nodes import GPU_NODES
+from edge.device.nodes import GPU_NODES, RENDER_NODES, may_open
 from edge.errors import DeviceError
 
 # PyCUDA's exceptions carry no number, only the driver's sentence for it (cuGetErrorString).
@@ -66,8 +65,9 @@ _INIT_CURES = (
     ("not yet initialized", "the GPU is not ready yet (CUDA 802); wait and try again"),
     (
         "operation not supported",
-        "the driver does not take this GPU (CUDA 801); in a container "
-        "start it with --runtime nvidia, on a Jetson use libraries of its own JetPack",
+        "the driver does not take this GPU (CUDA 801); in a container start it with --runtime "
+        "nvidia and, on a Jetson, with the groups of /dev/nvmap and /dev/dri/renderD128; on a "
+        "Jetson use libraries of its own JetPack",
     ),
     ("unknown error", "the driver failed without a reason (CUDA 999); look at dmesg, then reboot"),
 )
@@ -80,11 +80,10 @@ def explain_init_failure(text: str, root: Path = Path("/")) -> str:
         text: what the driver said.
         root: where ``dev`` with the device nodes is.
     """
-    for (
-        name
-    ) in GPU_NODES:  # on a Jetson they belong to the group video, from JetPack 7 on to render
+    # On a Jetson they belong to the groups video and render; elsewhere CUDA opens no render node.
+    for name in (*GPU_NODES, *(RENDER_NODES if (root / "dev/nvmap").exists() else ())):
         node = root / name[1:]
-        if node.exists() and not os.access(node, os.R_OK | os.W_OK):
+        if node.exists() and not may_open(node):
             return (
                 f"this user may not open {node}; add the user to the groups video and render "
                 "(sudo usermod -aG video,render $USER), log in again, in a service set "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from edge.device.nodes import RENDER_NODES
 from edge.device.telemetry import Snapshot
 
 from .check import NO_MEMORY, NO_PERMISSION, UNAVAILABLE, Check, Facts, version_numbers
@@ -30,8 +31,8 @@ _INIT_CODES: dict[int, tuple[str, str]] = {
     ),
     801: (
         "the driver cannot work in this environment",
-        "in a container or service, do not hide /sys and /proc/device-tree; start a container "
-        "with --runtime nvidia",
+        "on a Jetson: the user must be in the groups video and render; in a container or service, "
+        "do not hide /sys and /proc/device-tree; start a container with --runtime nvidia",
     ),
     802: ("the driver is still starting", "wait; in a service use --wait-gpu 30"),
     803: (
@@ -113,8 +114,8 @@ def check_device_nodes(facts: Facts) -> Check:
         f"again; in a container: --group-add {first.gid}; in a service: SupplementaryGroups="
         f"{' '.join(groups)} and DeviceAllow for each node"
     )
-    if list(denied) == ["/dev/dri/renderD128"]:
-        return Check(name, "warn", "/dev/dri/renderD128 is closed", cause, cure)
+    if not facts.jetson and denied.keys() <= set(RENDER_NODES):
+        return Check(name, "warn", f"{', '.join(denied)} closed to this user", cause, cure)
     return Check(
         name, "fail", f"{', '.join(denied)} closed to this user", cause, cure, NO_PERMISSION
     )

@@ -40,12 +40,19 @@ def check_tensorrt(facts: Facts) -> Check:
             )
         return Check(name, "warn", "not installed", "engines cannot run", cure)
     if found.error is not None or found.version is None:
+        cure = "reinstall it for this driver's CUDA version (on a Jetson: that of JetPack)"
+        if "libnvdla_compiler" in (found.error or ""):
+            # JetPack 6's libnvinfer is linked with it, and many boards do not have it.
+            cure = (
+                "sudo apt install nvidia-l4t-dla-compiler=$(dpkg-query -W -f '${Version}' "
+                "nvidia-l4t-core) && sudo ldconfig; in a container, on the host"
+            )
         return Check(
             name,
             "fail",
             f"{found.version or 'installed'}, but it does not work",
             found.error or "it has no version",
-            "reinstall it for this driver's CUDA version (on a Jetson: that of JetPack)",
+            cure,
             UNAVAILABLE,
         )
     if version_numbers(found.version) < (10, 3):

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from edge.cli.doctor import doctor
 from edge.device.doctor import exit_code, run_checks, summary, wait_for_gpu
 from edge.device.machine import CudaProbe, Library
+from edge.device.nodes import SLOT_NODES
 from edge.device.scheme_probe import SCHEMES
 from edge.errors import install_command
 from tests.conftest import Bundles
@@ -295,11 +296,24 @@ def test_no_fault_is_blamed_on_something_healthy(orin: FakeMachine, tmp_path: Pa
             assert bool(check.cause) == (check.status in ("warn", "fail"))
 
 
-def test_a_closed_render_node_alone_is_a_warning(orin: FakeMachine):
+def test_a_closed_render_node_is_a_fault_on_a_jetson_only(orin: FakeMachine, laptop: FakeMachine):
+    """CUDA answers 801 there: whoever is in video alone has this one node closed."""
     closed("/dev/dri/renderD128")(orin)
-    found = find(run_checks(orin), "device nodes")
-    assert found.status == "warn"
+    checks = run_checks(orin)
+    assert exit_code(checks) == 77
+    found = find(checks, "device nodes")
+    assert found.status == "fail"
     assert "is not in render" in found.cause
+    laptop.node_answers = {name: node(name) for name in SLOT_NODES}
+    closed("/dev/dri/renderD128")(laptop)
+    assert find(run_checks(laptop), "device nodes").status == "warn"
+
+
+def test_a_tensorrt_that_lacks_the_dla_compiler_says_what_to_install(orin: FakeMachine):
+    orin.tensorrt_answer = Library(
+        error="ImportError: libnvdla_compiler.so: cannot open shared object file"
+    )
+    assert "nvidia-l4t-dla-compiler" in find(run_checks(orin), "TensorRT").cure
 
 
 def test_nodes_do_not_matter_when_cuda_works(orin: FakeMachine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -82,6 +83,25 @@ def test_a_device_node_that_may_not_be_opened_comes_first(
     message = explain_init_failure("cuInit failed: unknown error", tmp_path)
     assert f"may not open {tmp_path / 'dev' / 'nvmap'}" in message
     assert "usermod -aG video,render" in message
+
+
+def test_a_closed_render_node_explains_a_jetson_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "dev" / "dri").mkdir(parents=True)
+    (tmp_path / "dev" / "dri" / "renderD129").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "renderD129")
+    assert "may not open" not in explain_init_failure("operation not supported", tmp_path)
+    (tmp_path / "dev" / "nvmap").touch()
+    assert "may not open" in explain_init_failure("operation not supported", tmp_path)
+
+
+def test_nvmap_need_not_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Some releases make it 0440."""
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvmap").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    assert "may not open" not in explain_init_failure("unknown error", tmp_path)
 
 
 def test_opening_fails_with_the_cure_and_the_exit_code(gpu: FakeGpu):
