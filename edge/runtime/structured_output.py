@@ -33,7 +33,7 @@ _NOUNS = {
     "json_schema": "JSON schema",
     "regex": "regular expression",
     "grammar": "grammar",
-    "tool_calls": "JSON schema of the tools",
+    "tool_calls": "JSON schema of tools or answer",
 }
 _SCHEMA_HINT = (
     "leave that keyword out or write it with supported ones "
@@ -61,10 +61,11 @@ class OutputFormat:
         kind: ``json_object`` (any object), ``json_schema`` (draft 2020-12; properties come in the
             schema's order), ``regex`` (of the whole answer, in the syntax of Rust's regex crate),
             ``grammar`` (Lark, with llguidance's extensions) or ``tool_calls`` (any text, in which
-            what is between two marks keeps to a schema).
+            what is between two marks keeps to a schema; or either such calls or JSON).
         source: the schema (plain data or JSON text, kept as text), the expression or the grammar;
-            of ``tool_calls`` an object with ``start`` and ``end``, the marks, and ``schema``; None
-            for ``json_object``.
+            of ``tool_calls`` an object with ``start`` and ``end``, the marks, and ``schema``, and
+            with ``answer``, its schema, where an answer without calls is JSON; None for
+            ``json_object``.
 
     Raises:
         RequestError: an unknown kind, or a source of the wrong type for it.
@@ -317,8 +318,8 @@ def _to_grammar(
         grammar = library.LLMatcher.grammar_from_lark(text)
     elif output.kind == "tool_calls":
         calls = _read_calls(text)
-        schema = msgspec.json.encode(calls.schema).decode()
-        _check_schema(schema, limits)
+        for schema in (calls.schema, calls.answer or {}):
+            _check_schema(msgspec.json.encode(schema).decode(), limits)
         grammar = library.LLMatcher.grammar_from_lark(_calls_grammar(calls, control_tokens))
     else:
         _check_schema(text, limits)
@@ -332,6 +333,7 @@ class _Calls(msgspec.Struct, forbid_unknown_fields=True):
     start: Annotated[str, msgspec.Meta(pattern=r"^<[\w|-]+>$")]
     end: Annotated[str, msgspec.Meta(pattern=r"^</?[\w|-]+>$")]
     schema: dict[str, Any]
+    answer: dict[str, Any] | None = None
 
 
 def _read_calls(source: str) -> _Calls:
@@ -342,12 +344,17 @@ def _read_calls(source: str) -> _Calls:
 
 
 def _calls_grammar(calls: _Calls, control_tokens: Mapping[str, int]) -> str:
-    """Write the grammar of text with calls in it.
+    """Write the grammar of text with calls in it, or of calls alone or JSON.
 
     In Lark a control token has no quotes, and no text matches it.
     """
-    end = calls.end if calls.end in control_tokens else f'"{calls.end}"'
-    if calls.start in control_tokens:
+    start, end = (
+        mark if mark in control_tokens else f'"{mark}"' for mark in (calls.start, calls.end)
+    )
+    if calls.answer is not None:
+        answer = msgspec.json.encode({**calls.answer, "x-guidance": _SCHEMA_OPTIONS}).decode()
+        rules = f"start: call (NL? call)* | answer\nbegin: {start}\nanswer: %json {answer}\n"
+    elif calls.start in control_tokens:
         rules = f"start: text (call text)*\ntext: TEXT |\nbegin: {calls.start}\n"
     else:
         # Lazy: the mark ends the text as soon as it is there.

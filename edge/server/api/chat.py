@@ -44,12 +44,14 @@ from .respond import Plan, Render, Turn
 from .sse import DONE, event
 from .structure import output_format
 from .tools import (
+    CallsOrJSON,
     ToolParser,
     ToolSyntax,
     WholeCall,
+    bound_calls,
     forced_schema,
+    has_form,
     prepare_messages,
-    strict_calls,
     template_tools,
     user_texts,
     with_object_arguments,
@@ -91,7 +93,7 @@ def plan_chat(
                 "send tool_choice with a function's name, or no tools"
             )
         tools = template_tools(body.tools)
-    calls = strict_calls(body, syntax) if forced is None else None
+    calls = bound_calls(body, syntax) if forced is None else None
     output = output_format(body.response_format, forced, calls)
     thinking, budget = _thinking(body, reasons=llm.reasons)
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
@@ -142,6 +144,8 @@ def _parser_of(
         return None
     if object_arguments:
         syntax = with_object_arguments(syntax)
+    if has_form(body):
+        return partial(CallsOrJSON, syntax)
     functions = [tool.function for tool in body.tools or []]
     if any(function.strict for function in functions):
         return partial(ToolParser, syntax)  # a bare call would be bound to no schema

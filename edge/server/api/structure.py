@@ -22,7 +22,7 @@ def output_format(
     Args:
         wanted: the request's ``response_format``.
         forced: JSON schema of a tool call that must come.
-        calls: form of calls that may come, see `tools.strict_calls`.
+        calls: form of calls that may come, see `tools.bound_calls`.
 
     Raises:
         APIError: 400 for fields that contradict each other.
@@ -41,22 +41,19 @@ def output_format(
         raise invalid(
             "response_format: cannot hold while tool_choice forces a call", "response_format"
         )
-    if calls is not None and wanted.type != "text":
-        raise invalid(
-            "response_format: an answer of this form has no place for calls of strict tools; send "
-            "tool_choice none, or the type text",
-            "response_format",
-        )
     if forced is None and calls is None and wanted.type == "text":
         return None
     from edge.runtime.structured_output import OutputFormat
 
     if forced is not None:
         return OutputFormat("json_schema", forced)
+    schema = wanted.json_schema.schema if wanted.json_schema is not None else None
     if calls is not None:
+        if wanted.type != "text":
+            calls = {**calls, "answer": {"type": "object"} if schema is None else schema}
         return OutputFormat("tool_calls", calls)
-    if wanted.json_schema is not None:
-        return OutputFormat("json_schema", wanted.json_schema.schema)
+    if schema is not None:
+        return OutputFormat("json_schema", schema)
     if wanted.regex is not None:
         return OutputFormat("regex", wanted.regex)
     if wanted.grammar is not None:

@@ -163,6 +163,23 @@ class ToolParser:
         return True
 
 
+class CallsOrJSON(ToolParser):
+    """A `ToolParser` for an answer that a grammar binds to be calls alone, or JSON and no call.
+
+    JSON may have the marks in its texts.
+    """
+
+    def __init__(self, syntax: ToolSyntax) -> None:
+        super().__init__(syntax)
+        self._has_calls: bool | None = None  # not known before the first character
+
+    def push(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Add text; see `ToolParser.push`."""
+        if self._has_calls is None and text.strip():
+            self._has_calls = text.lstrip()[0] == self._syntax.start[0]
+        return super().push(text) if self._has_calls else (text, [])
+
+
 class WholeCall:
     """Reads an answer that a grammar has forced to be one call: JSON with name and arguments."""
 
@@ -213,24 +230,42 @@ def forced_schema(request: ChatRequest) -> dict[str, Any] | None:
     return _call_schema([(tool, tool.function.parameters) for tool in tools])
 
 
-def strict_calls(request: ChatRequest, syntax: ToolSyntax | None) -> dict[str, Any] | None:
-    """Return the source of the output form ``tool_calls``; None where no tool is strict.
+def has_form(request: ChatRequest) -> bool:
+    """Whether the answer must have a form."""
+    return request.response_format is not None and request.response_format.type != "text"
+
+
+def bound_calls(request: ChatRequest, syntax: ToolSyntax | None) -> dict[str, Any] | None:
+    """Return the source of the output form ``tool_calls``; None where nothing binds a call.
 
     A call may come or not; where one comes, it names a tool, and the arguments of a strict tool
-    keep to its schema.
+    keep to its schema. That binds where a tool is strict, or where the answer has a form, for
+    which a call comes instead.
 
     Args:
         request: a request whose ``tool_choice`` leaves the model free.
         syntax: the model's family.
 
     Raises:
-        APIError: 400 where the family's calls cannot be bound to a schema.
+        APIError: 400 where the family's calls cannot be bound to a schema, or the answer's form
+            has no place for them.
     """
     tools = request.tools or []
-    strict = [index for index, tool in enumerate(tools) if tool.function.strict]
-    if not strict or request.tool_choice == "none":
+    if not tools or request.tool_choice == "none":
         return None
-    if syntax is not HERMES:
+    strict = [index for index, tool in enumerate(tools) if tool.function.strict]
+    if has_form(request):
+        assert request.response_format is not None
+        kind = request.response_format.type
+        if syntax is not HERMES or kind not in ("json_object", "json_schema"):
+            raise invalid(
+                f"response_format: an answer of the form {kind!r} has no place for the calls that "
+                "this model writes; send no tools, tool_choice none, or no form",
+                "response_format",
+            )
+    elif not strict:
+        return None
+    elif syntax is not HERMES:
         where = f"tools[{strict[0]}].function.strict"
         raise invalid(
             f"{where}: this model's calls cannot be bound to a schema while it is free to call; "

@@ -336,11 +336,15 @@ def marks(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 
 def follow(
-    compiler: GrammarCompiler, tokenizer: Tokenizer, marks: tuple[str, str], text: str
+    compiler: GrammarCompiler,
+    tokenizer: Tokenizer,
+    marks: tuple[str, str],
+    text: str,
+    **more: Any,
 ) -> tuple[str, bool]:
     """How far a text is let through, and whether it might end there."""
     start, end = marks
-    source = {"start": start, "end": end, "schema": CALL_SCHEMA}
+    source = {"start": start, "end": end, "schema": CALL_SCHEMA, **more}
     constraint = compiler.compile(OutputFormat("tool_calls", source))
     ids = tokenizer.encode(text, control=True)
     for at, token_id in enumerate(ids):
@@ -385,6 +389,28 @@ def test_a_mark_that_is_spelled_out_opens_no_call(
     assert constraint.mask()[last] != 0
 
 
+def test_an_answer_is_calls_alone_or_keeps_to_its_schema(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, marks: tuple[str, str]
+) -> None:
+    """References of each schema lead into its own."""
+    start, end = marks
+    answer = {"$defs": {"N": {"type": "integer"}}, "type": "object",
+              "properties": {"n": {"$ref": "#/$defs/N"}}, "required": ["n"],
+              "additionalProperties": False}  # fmt: skip
+    call = f'{start}\n{{"name": "f", "arguments": {{"a": 22}}}}\n{end}'
+    for text in (call, f"{call}\n{call}", f"{call}{call}", '{"n": 5}'):
+        assert follow(compiler, tokenizer, marks, text, answer=answer) == (text, True)
+    for text, good in (
+        (f"so {call}", ""),
+        ('{"n": "5"}', '{"n": '),
+        (f"{call} and", call),
+        (f'{{"n": 5}}{call}', '{"n": 5}'),
+        (f'{start}{{"name": "g"', f'{start}{{"name": "'),
+    ):
+        found, may_end = follow(compiler, tokenizer, marks, text, answer=answer)
+        assert (found, may_end) == (good, good in (call, '{"n": 5}'))
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -393,6 +419,8 @@ def test_a_mark_that_is_spelled_out_opens_no_call(
         {"start": '<a>"', "end": "</a>", "schema": {}},
         {"start": "<a>", "end": "</a>", "schema": {"type": "poem"}},
         {"start": "<a>", "end": "</a>", "schema": {"x-guidance": {}}},
+        {"start": "<a>", "end": "</a>", "schema": {}, "answer": {"x-guidance": {}}},
+        {"start": "<a>", "end": "</a>", "schema": {}, "answer": {"type": "poem"}},
     ],
 )
 def test_forms_of_calls_that_cannot_be_read(compiler: GrammarCompiler, source: Any) -> None:

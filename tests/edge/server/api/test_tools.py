@@ -17,12 +17,13 @@ from edge.server.api.protocol import ChatRequest, Tool
 from edge.server.api.tools import (
     DEEPSEEK,
     HERMES,
+    CallsOrJSON,
     ToolParser,
     ToolSyntax,
     WholeCall,
+    bound_calls,
     forced_schema,
     prepare_messages,
-    strict_calls,
     syntax_of,
     template_tools,
 )
@@ -290,8 +291,60 @@ def test_arguments_of_a_strict_tool_keep_to_its_schema_where_a_call_need_not_com
     assert (plain["message"]["content"], plain["finish_reason"]) == ("It is sunny.", "stop")
     free = ask(tools, hermes("clock", {"a": "b"}), tools=both).json["choices"][0]
     assert json.loads(free["message"]["tool_calls"][0]["function"]["arguments"]) == {"a": "b"}
-    with_form = tools.chat(tools=[strict(CLOCK)], response_format={"type": "json_object"})
-    assert (with_form.status, with_form.json["error"]["param"]) == (400, "response_format")
+
+
+FORM = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
+        "additionalProperties": False}  # fmt: skip
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": FORM}}
+
+
+@pytest.mark.parametrize("offered", [[WEATHER, CLOCK], [strict(WEATHER), CLOCK]])
+@pytest.mark.parametrize("form", [SCHEMA, {"type": "json_object"}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_leaves_the_place_of_calls(tools: Live, offered: Any, form: Any, stream: bool):
+    """Where tools are offered, a call may come instead of the form, and nothing beside it."""
+    pytest.importorskip("llguidance")
+
+    def answered(text: str, **fields: Any) -> tuple[str, list[tuple[str, str]], str]:
+        given = {"tools": offered, "response_format": form, "stream": stream, **fields}
+        answer = ask(tools, text, **given)
+        assert answer.status == 200, answer.body
+        if stream:
+            parts = [event["choices"][0] for event in answer.events[:-1]]
+            deltas = [part["delta"] for part in parts]
+        else:
+            parts = answer.json["choices"]
+            deltas = [part["message"] for part in parts]
+        text = "".join(delta.get("content") or "" for delta in deltas)
+        calls = [call["function"] for delta in deltas for call in delta.get("tool_calls", ())]
+        found = [(call["name"], call["arguments"]) for call in calls]
+        return text, found, parts[-1]["finish_reason"]
+
+    weather = ("weather", '{"city":"Bern"}')
+    assert answered(CALL) == ("", [weather], "tool_calls")
+    both = f"{CALL}\n{hermes('clock', {})}"
+    assert answered(both) == ("", [weather, ("clock", "{}")], "tool_calls")
+    assert answered(both, parallel_tool_calls=False) == ("", [weather], "tool_calls")
+    # A text that keeps to the form is the answer, even one that looks like a call.
+    for city in ("Bern", f"Bern {hermes('clock', {})}"):
+        text = json.dumps({"city": city})
+        assert answered(text) == (text, [], "stop")
+    bare = json.dumps({"name": "clock", "arguments": {}})
+    if form is not SCHEMA:
+        assert answered(bare) == (bare, [], "stop")
+    # What is neither cannot come, and without tools nothing but the form can.
+    assert "I" not in answered("It is sunny.", max_tokens=1)[0]
+    text, calls, _ = answered(CALL, tool_choice="none", max_tokens=9, enable_thinking=False)
+    assert (text[:1], calls) == ("{", [])
+
+
+def test_the_way_an_answer_of_a_form_is_cut_makes_no_difference():
+    for text, found in ((CALL, 1), (json.dumps({"a": CALL}), 0)):
+        for size in (1, 3, 1000):
+            parser = CallsOrJSON(HERMES)
+            pieces = [text[at : at + size] for at in range(0, len(text), size)]
+            plain = "".join(parser.push(piece)[0] for piece in pieces) + parser.flush()
+            assert (plain, parser.found) == ("" if found else text, found)
 
 
 def booking(name: str, city: dict[str, Any]) -> dict[str, Any]:
@@ -314,7 +367,7 @@ def test_references_of_a_tool_lead_into_its_own_schema():
     both = [booking("book", {"type": "string"}), booking("number", {"type": "integer"})]
     asked = {"messages": QUESTION, "tools": both, "tool_choice": "required"}
     free = {"messages": QUESTION, "tools": [strict(tool) for tool in both]}
-    calls = strict_calls(msgspec.convert(free, ChatRequest), HERMES)
+    calls = bound_calls(msgspec.convert(free, ChatRequest), HERMES)
     assert calls is not None
     for schema in (forced_schema(msgspec.convert(asked, ChatRequest)), calls["schema"]):
         grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
@@ -330,15 +383,30 @@ def test_references_of_a_tool_lead_into_its_own_schema():
             assert (taken and matcher.is_accepting()) == keeps, call
 
 
+@pytest.mark.parametrize(
+    ("syntax", "form"),
+    [(DEEPSEEK, SCHEMA), (None, SCHEMA), (HERMES, {"type": "regex", "regex": "a"})],
+)
+def test_a_form_that_leaves_no_place_for_calls_is_refused(syntax: Any, form: Any):
+    for each in (CLOCK, strict(CLOCK)):
+        request = msgspec.convert(
+            {"messages": QUESTION, "tools": [each], "response_format": form}, ChatRequest
+        )
+        with pytest.raises(APIError, match="tool_choice none") as caught:
+            bound_calls(request, syntax)
+        assert caught.value.param == "response_format"
+        assert bound_calls(msgspec.structs.replace(request, tool_choice="none"), syntax) is None
+
+
 def test_what_cannot_be_bound_is_refused_by_name():
     request = msgspec.convert(
         {"messages": QUESTION, "tools": [CLOCK, strict(WEATHER)]}, ChatRequest
     )
     with pytest.raises(APIError, match="required or a function's name") as caught:
-        strict_calls(request, DEEPSEEK)
+        bound_calls(request, DEEPSEEK)
     assert caught.value.param == "tools[1].function.strict"
-    assert strict_calls(msgspec.structs.replace(request, tool_choice="none"), DEEPSEEK) is None
-    assert strict_calls(msgspec.structs.replace(request, tools=[]), DEEPSEEK) is None
+    assert bound_calls(msgspec.structs.replace(request, tool_choice="none"), DEEPSEEK) is None
+    assert bound_calls(msgspec.structs.replace(request, tools=[]), DEEPSEEK) is None
 
 
 def test_tokenize_and_chat_show_the_template_the_same_tools(tools: Live):
