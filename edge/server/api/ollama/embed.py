@@ -17,7 +17,7 @@ from edge.server.http.threads import in_thread
 
 from .answers import EmbedAnswer, EmbeddingsAnswer
 from .protocol import EmbeddingsRequest, EmbedRequest, EngineOptions
-from .text import check_context
+from .text import note_context
 
 
 async def embed(turn: Turn, body: EmbedRequest) -> Response:
@@ -67,7 +67,7 @@ async def _vectors(
     truncate: bool,
 ) -> tuple[NDArray[np.float32], list[Pooled]]:
     if options is not None:
-        check_context(turn, options.num_ctx)
+        note_context(turn, options.num_ctx)
     check_number(texts)
     if not texts:
         return np.zeros((0, 0), np.float32), []

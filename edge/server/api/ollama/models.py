@@ -63,9 +63,10 @@ def show_model(model: ServedModel) -> ShowAnswer:
     sampling = msgspec.to_builtins(llm.manifest.sampling)
     del sampling["assumed"]
     sampling["repeat_penalty"] = sampling.pop("repetition_penalty")  # as a request's option
+    parameters = {"num_ctx": llm.kv_capacity, **sampling}  # some clients then ask for no more
     template = llm.template.source if llm.template is not None else ""
     return ShowAnswer(
-        parameters="\n".join(f"{name} {value}" for name, value in sampling.items()),
+        parameters="\n".join(f"{name} {value}" for name, value in parameters.items()),
         template=template,
         details=_details(model),
         model_info={

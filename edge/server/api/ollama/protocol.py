@@ -16,6 +16,7 @@ IGNORED = {
     "messages[].tool_calls[].type": "every call is of a function",
     "messages[].tool_calls[].index": "calls are in their order",
     "messages[].tool_calls[].function.index": "calls are in their order",
+    "options.num_ctx": "the context is what --kv-capacity says; what does not fit is refused",
     "options.num_keep": "no prompt is cut",
     "options.num_batch": _HARDWARE,
     "options.num_gpu": _HARDWARE,

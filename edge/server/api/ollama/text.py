@@ -5,9 +5,11 @@ A request is turned into a chat or, with ``raw`` or ``suffix``, into a completio
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -45,6 +47,7 @@ NAMES = {
     "enable_thinking": "think",
 }
 """Fields of a chat, as patterns, and their names here; see `edge.server.http.errors.renamed`."""
+_log = logging.getLogger("edge.server")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -109,7 +112,7 @@ def _plan_messages(
 def _set_options(
     turn: Turn, request: ChatRequest | CompletionRequest, options: OllamaOptions
 ) -> None:
-    check_context(turn, options.num_ctx)
+    note_context(turn, options.num_ctx)
     if options.num_predict == 0:
         raise invalid(
             "options.num_predict: 0 asks for no answer; give -1 (no limit) or at least 1",
@@ -232,19 +235,25 @@ class OllamaRender(Render):
         return answer
 
 
-def check_context(turn: Turn, num_ctx: int | None) -> None:
-    """Refuse a longer context than there is.
+def note_context(turn: Turn, num_ctx: int | None) -> None:
+    """Log, once for each model, that a client asks for a longer context than there is.
 
-    Raises:
-        APIError: 400 for a longer one.
+    Many clients always ask for one. Nothing is lost in silence: a prompt that does not fit is
+    refused, and an answer that fills the context says so.
     """
     capacity = turn.model.llm.kv_capacity
     if num_ctx is not None and num_ctx > capacity:
-        raise invalid(
-            f"options.num_ctx: {num_ctx} is more than the context of {capacity} tokens "
-            "that this server has; ask for less, or start it with a larger --kv-capacity",
-            "options.num_ctx",
-        )
+        _note_once(turn.model.name, capacity)
+
+
+@cache
+def _note_once(name: str, capacity: int) -> None:
+    _log.warning(
+        "clients ask for a longer context (options.num_ctx) than the %d tokens of the model %s; "
+        "prompts that do not fit are refused; if they should, raise --kv-capacity",
+        capacity,
+        name,
+    )
 
 
 def is_load(body: OllamaChatRequest | GenerateRequest) -> bool:

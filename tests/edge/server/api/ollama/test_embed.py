@@ -93,7 +93,7 @@ def test_without_a_text_the_model_is_only_asked_for(live: Live):
         ({"input": "a", "dimensions": 5000}, "dimensions: "),
         ({"input": [[1, 2]]}, "input"),
         ({"input": "a", "options": {"temperature": 1}}, "temperature"),
-        ({"input": "a", "options": {"num_ctx": 1000}}, "options.num_ctx: 1000 is more"),
+        ({"input": "a", "options": {"num_ctx": 0}}, "options.num_ctx"),
     ],
 )
 def test_what_cannot_be_done_is_refused(live: Live, fields: dict[str, Any], said: str):
@@ -143,7 +143,7 @@ HARDWARE: dict[str, tuple[Any, Any]] = {
 }
 SHARED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "model": ({}, {"model": "other"}),
-    "options": ({}, {"options": {"num_ctx": 1000}}),
+    "options": ({}, {"options": {"temperature": 1}}),
     "options.num_ctx": ({"options": {"num_ctx": 8}}, {"options": {"num_ctx": 1000}}),
     "keep_alive": ({"keep_alive": "5m"}, {"keep_alive": -1}),
     **{

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edge.server.api.ollama import text as ollama_text
 from edge.server.api.ollama.models import NOT_SERVED_PATHS
 from edge.server.api.ollama.protocol import OllamaOptions
 from tests.conftest import write_secret
@@ -199,7 +200,6 @@ def refusals() -> dict[str, tuple[Any, dict[str, Any]]]:
         "messages[0].thinking: a message of role user": message(thinking="a"),
         "messages[0].tool_name: a message of role assistant": message("assistant", tool_name="a"),
         "images: images are not read": (generate, {"images": ["AAAA"]}),
-        "options.num_ctx: 100000 is more": options(num_ctx=100_000),
         "options.num_predict: 0 asks": options(num_predict=0),
         "options.repeat_last_n: ": options(repeat_last_n=64),
         "options.mirostat: ": options(mirostat=1),
@@ -222,6 +222,25 @@ def test_what_is_refused_is_named(live: Live, said: str):
     assert answer.status == 400
     assert answer.json.keys() == {"error"}
     assert answer.json["error"].startswith(said), answer.json
+
+
+def test_a_longer_context_than_there_is(live: Live, caplog: pytest.LogCaptureFixture):
+    """Cline, Continue and Home Assistant always ask for one."""
+    ollama_text._note_once.cache_clear()
+    for ask in (chat, generate, chat):
+        assert ask(live, options={**GREEDY, "num_ctx": 32_768}).status == 200
+    (record,) = [r for r in caplog.records if "num_ctx" in r.getMessage()]
+    assert "512 tokens of the model tiny" in record.getMessage()
+    long = chat(live, [{"role": "user", "content": "hello world " * 1000}],
+                options={"num_ctx": 32_768})  # fmt: skip
+    assert long.status == 400
+    assert "512" in long.json["error"]
+    live.engine.say([{"role": "user", "content": "fill"}], "x " * 2000, ends=False)
+    full = chat(live, [{"role": "user", "content": "fill"}],
+                options={**GREEDY, "num_ctx": 32_768})  # fmt: skip
+    assert full.json["done_reason"] == "length"
+    shown = live.ask("/api/show", {"model": "tiny"}).json["parameters"]
+    assert "num_ctx 512" in shown.splitlines()
 
 
 def test_a_request_without_anything_asks_for_the_model(live: Live):
