@@ -12,6 +12,7 @@ IGNORED = {
     "store": "nothing is stored here; answers say store: false",
     "service_tier": "there is one tier",
     "safety_identifier": "bookkeeping of the caller",
+    "client_metadata": "bookkeeping of the caller",
     "prompt_cache_key": "prefixes are found without it",
     "prompt_cache_retention": "the cache keeps what it can",
     "include": "reasoning comes in the clear",
@@ -199,6 +200,7 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
+    client_metadata: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     max_tool_calls: Any = None

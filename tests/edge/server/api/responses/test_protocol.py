@@ -116,6 +116,7 @@ PAIRS: dict[str, Pair] = {
     "store": ({"store": True}, {"store": False}),
     "service_tier": ({"service_tier": "auto"}, {"service_tier": "flex"}),
     "safety_identifier": ({"safety_identifier": "a"}, {"safety_identifier": "b"}),
+    "client_metadata": ({"client_metadata": {"a": "b"}}, {"client_metadata": {"a": "c"}}),
     "prompt_cache_key": ({"prompt_cache_key": "a"}, {"prompt_cache_key": "b"}),
     "prompt_cache_retention": ({"prompt_cache_retention": "24h"}, {"prompt_cache_retention": "a"}),
     "max_tool_calls": ({"max_tool_calls": 1}, {"max_tool_calls": 2}),
