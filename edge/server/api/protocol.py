@@ -75,10 +75,14 @@ class FunctionTool(Struct, forbid_unknown_fields=True):
     strict: bool | None = None
 
 
+NO_TOOLS = Meta(extra={"hints": ["this server has no tools of its own to run"]})
+"""Of the type of a tool; an error says so."""
+
+
 class Tool(Struct, forbid_unknown_fields=True):
     """An entry of ``tools``."""
 
-    type: Literal["function"]
+    type: Annotated[Literal["function"], NO_TOOLS]
     function: FunctionTool
 
 
@@ -234,6 +238,7 @@ _BACKSLASH = ord("\\")
 _SCAN_BYTES = 64 * 2**10
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _PLACE = re.compile(r" - at (?:`key` in )?`\$(.*)`$")
+_STEP = re.compile(r"\[[^]]*\]|[^.\[]+")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
@@ -275,7 +280,7 @@ def decode(body: bytes, kind: type[Request], max_nesting: int) -> Request:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _wrong_field(str(error)) from None
+        raise _wrong_field(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise invalid(
             "the body is not valid JSON in UTF-8; send one JSON object", code="invalid_json"
@@ -296,10 +301,10 @@ def convert(value: Any, kind: type[Request], where: str) -> Request:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _wrong_field(str(error), where) from None
+        raise _wrong_field(str(error), kind, where) from None
 
 
-def _wrong_field(message: str, above: str = "") -> APIError:
+def _wrong_field(message: str, kind: Any, above: str = "") -> APIError:
     place = _PLACE.search(message)
     where = (above + (place[1] if place else "")).lstrip(".")
     what = message[: place.start()] if place else message
@@ -312,4 +317,46 @@ def _wrong_field(message: str, above: str = "") -> APIError:
             name = f"{where}.{found[1]}" if where else found[1]
             return invalid(f"{name[:200]}: {text}", param=name[:200], code=code)
     what = what[:1].lower() + what[1:]
+    if what.startswith("invalid "):  # msgspec does not say what would be valid
+        steps = _STEP.findall(place[1]) if place else []
+        tags = what.startswith("invalid value ")
+        values, hints = _allowed(msgspec.inspect.type_info(kind), steps, tags=tags)
+        send = f"send {' or '.join(map(_quoted, values))}"
+        what = "; ".join([what[:200], *([send] if values else ()), *hints])
     return invalid(f"{where or 'body'}: {what}"[:500], param=where or None)
+
+
+def _allowed(info: Any, steps: list[str], *, tags: bool) -> tuple[list[Any], list[str]]:
+    """Find the values that a place of a request may have, and the hints of `NO_TOOLS` there.
+
+    Args:
+        info: the type of what the steps begin at.
+        steps: keys and indices, the latter in brackets.
+        tags: whether to find the values that choose a type, instead of others.
+    """
+    parts: list[tuple[Any, list[str]]] = []
+    values: list[Any] = []
+    hints: list[str] = []
+    if isinstance(info, msgspec.inspect.Metadata):
+        parts = [(info.type, steps)]
+        hints = (info.extra or {}).get("hints", []) if not steps else []
+    elif isinstance(info, msgspec.inspect.UnionType):
+        parts = [(each, steps) for each in info.types]
+    elif isinstance(info, msgspec.inspect.LiteralType) and not (steps or tags):
+        values = list(info.values)
+    elif isinstance(info, msgspec.inspect.ListType) and steps:
+        parts = [(info.item_type, steps[1:])]
+    elif isinstance(info, msgspec.inspect.StructType) and steps:
+        # The others only have an error of their own.
+        if tags and steps == [info.tag_field] and info.forbid_unknown_fields:
+            values = [info.tag]
+        parts = [(each.type, steps[1:]) for each in info.fields if each.encode_name == steps[0]]
+    for part, rest in parts:
+        more, also = _allowed(part, rest, tags=tags)
+        values = values + [each for each in more if each not in values]
+        hints = hints + [each for each in also if each not in hints]
+    return values, hints
+
+
+def _quoted(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else msgspec.json.encode(value).decode()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from edge.runtime.sampling_params import KNOBS
-from edge.server.api.protocol import MaxTokens, ModelName, StopString, range_of
+from edge.server.api.protocol import NO_TOOLS, MaxTokens, ModelName, StopString, range_of
 
 VERSIONS = ("2026-10-21", "2023-06-01")
 """What the header ``anthropic-version`` may say, if it is there; both are answered alike."""
@@ -152,7 +152,7 @@ class MessagesTool(Struct, forbid_unknown_fields=True):
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
     input_schema: dict[str, Any]
     description: str | None = None
-    type: Literal["custom"] | None = None
+    type: Annotated[Literal["custom"], NO_TOOLS] | None = None
     strict: bool | None = None
     eager_input_streaming: Any = None
     cache_control: Any = None

@@ -107,6 +107,14 @@ def _messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
     if isinstance(body.input, str):
         messages.add("user", body.input)
         return messages.all()
+    for index, item in enumerate(body.input):
+        if item.get("type") == "item_reference":
+            where = f"input[{index}].type"
+            raise invalid(
+                f"{where}: an item_reference has nothing to refer to, since nothing is stored "
+                "here; send the item itself, as clients do with store: false",
+                where,
+            )
     # The type of a message may be left out.
     items = convert([{"type": "message", **item} for item in body.input], list[Item], "input")
     for index, item in enumerate(items):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from edge.server.api.protocol import Effort, MaxTokens, ModelName, range_of
+from edge.server.api.protocol import NO_TOOLS, Effort, MaxTokens, ModelName, range_of
 
 IGNORED = {
     "store": "nothing is stored here; answers say store: false",
@@ -122,7 +122,7 @@ Item = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
 class ResponsesTool(Struct, forbid_unknown_fields=True):
     """A function that the model may call; tools that a server runs have other types."""
 
-    type: Literal["function"]
+    type: Annotated[Literal["function"], NO_TOOLS]
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None

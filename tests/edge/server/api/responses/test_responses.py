@@ -294,6 +294,33 @@ def test_what_is_refused_is_named(live: Live, param: str):
     assert error["message"].startswith(param)
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "nothing is stored here; send the"),
+        ({"input": [{"type": "web_search_call"}]}, "'message' or 'function_call' or"),
+        ({"tools": [{"type": "web_search"}]}, "'function'; this server has no tools of its own"),
+        ({"tools": [{"type": "custom", "name": "f"}]}, "'function'; this server has no tools"),
+        ({"truncation": "auto"}, "send 'disabled'"),
+        ({"text": {"verbosity": "low"}}, "send 'medium'"),
+        ({"text": {"format": {"type": "xml"}}}, "send 'json_object' or 'json_schema' or 'text'"),
+        ({"include": ["x"]}, "send 'reasoning.encrypted_content'"),
+        ({"tool_choice": {"type": "mcp"}}, "send 'function'"),
+        ({"tool_choice": "any"}, "send 'auto' or 'none' or 'required'"),
+        ({"background": True}, "send false"),
+        ({"top_logprobs": 2}, "send 0"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "x"}]}]},
+            "send 'input_text' or 'output_text' or 'refusal'",
+        ),
+    ],
+)
+def test_a_refusal_says_what_to_send(live: Live, fields: dict[str, Any], says: str):
+    answer = respond(live, **fields)
+    assert answer.status == 400
+    assert says in answer.json["error"]["message"]
+
+
 def test_a_prompt_that_is_too_long_is_the_inputs_fault(live: Live):
     error = respond(live, "hello world " * 1000).json["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
