@@ -131,7 +131,7 @@ _RESPONSES_HOLDERS: dict[str, tuple[str, ...]] = {
     "": ("ResponsesRequest",),
     "text.format": ("TextFormat",),
     "input[]": ("MessageItem", "FunctionCallItem", "FunctionCallOutputItem", "ReasoningItem"),
-    "input[].content[]": ("PastText",),
+    "input[].content[]": ("InputText", "PastText"),
 }
 _STREAMS = {
     "/v1/chat/completions": "text/event-stream",

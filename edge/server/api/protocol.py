@@ -24,6 +24,8 @@ IGNORED = {
     "safety_identifier": "bookkeeping of the caller",
     "prompt_cache_key": "prefixes are found without it",
     "prompt_cache_retention": "the cache keeps what it can",
+    "prompt_cache_options": "prefixes are found without it",
+    "messages[].content[].prompt_cache_breakpoint": "prefixes are found without it",
     "modalities": "text is the only one",
     "response_format.json_schema.name": "the schema binds the answer, whatever it is called",
     "response_format.json_schema.description": "the model reads the messages; say it there",
@@ -62,8 +64,8 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
         include_obfuscation: must be false, since nothing is padded here.
     """
 
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class FunctionTool(Struct, forbid_unknown_fields=True):
@@ -154,6 +156,7 @@ class Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
 
 
 class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
@@ -173,6 +176,8 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     include_reasoning: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
     modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None  # no model here has another than its own
+    moderation: None = None
 
 
 class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):

@@ -316,6 +316,7 @@ def prepare_messages(messages: Sequence[Mapping[str, Any]], template: str) -> li
 
     A client that appends the server's own answer also sends empty keys (``refusal``,
     ``annotations``), and the arguments of calls as JSON text; most templates want an object.
+    Texts may have hints for a cache.
     """
     as_object = _OBJECT_ARGUMENTS.search(template) and "arguments is string" not in template
     result = []
@@ -323,11 +324,19 @@ def prepare_messages(messages: Sequence[Mapping[str, Any]], template: str) -> li
         copy = {key: value for key, value in message.items() if value is not None}
         if copy.get("annotations") == []:
             del copy["annotations"]
+        if isinstance(copy.get("content"), list):
+            copy["content"] = [_without_hint(part) for part in copy["content"]]
         calls = copy.get("tool_calls")
         if as_object and isinstance(calls, list):
             copy["tool_calls"] = [_with_object(index, call) for call in calls]
         result.append(copy)
     return result
+
+
+def _without_hint(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    return {key: value for key, value in part.items() if key != "prompt_cache_breakpoint"}
 
 
 def user_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:

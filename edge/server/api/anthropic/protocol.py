@@ -63,6 +63,7 @@ class ToolUseBlock(Struct, forbid_unknown_fields=True, tag_field="type", tag="to
     name: str
     input: dict[str, Any]
     caller: DirectCaller | None = None
+    toolset_name: None = None
     cache_control: Any = None
 
 
@@ -87,6 +88,7 @@ class ToolResultBlock(Struct, forbid_unknown_fields=True, tag_field="type", tag=
     tool_use_id: str
     content: str | list[TextBlock | Media] | None = None
     is_error: bool | None = None
+    toolset_name: None = None
     cache_control: Any = None
 
 
@@ -210,3 +212,7 @@ class MessagesRequest(CountTokensRequest, forbid_unknown_fields=True, kw_only=Tr
     stream: bool | None = None
     metadata: Metadata | None = None
     service_tier: Any = None
+    container: None = None
+    diagnostics: None = None
+    inference_geo: None = None
+    speed: None = None

@@ -15,6 +15,7 @@ IGNORED = {
     "client_metadata": "bookkeeping of the caller",
     "prompt_cache_key": "prefixes are found without it",
     "prompt_cache_retention": "the cache keeps what it can",
+    "prompt_cache_options": "prefixes are found without it",
     "include": "reasoning comes in the clear",
     "max_tool_calls": "it bounds calls of tools that a server runs, and there are none",
     "text.format.name": "the schema binds the answer, whatever it is called",
@@ -24,6 +25,7 @@ IGNORED = {
     "input[].status": "an item is what it says, complete or not",
     "input[].phase": "templates have no place for it",
     "input[].encrypted_content": "only who encrypted a reasoning can read it",
+    "input[].content[].prompt_cache_breakpoint": "prefixes are found without it",
     "input[].content[].annotations": "models here cite nothing",
     "input[].content[].logprobs": "the model reads texts",
 }
@@ -41,6 +43,7 @@ class InputText(Struct, forbid_unknown_fields=True, tag_field="type", tag="input
     """A text."""
 
     text: str
+    prompt_cache_breakpoint: Any = None
 
 
 class PastText(Struct, forbid_unknown_fields=True, tag_field="type", tag="output_text"):
@@ -86,6 +89,8 @@ class FunctionCallItem(Struct, forbid_unknown_fields=True, tag_field="type", tag
     arguments: str
     id: Any = None
     status: Any = None
+    caller: None = None
+    namespace: None = None
 
 
 class FunctionCallOutputItem(
@@ -203,4 +208,6 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     client_metadata: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
     max_tool_calls: Any = None
+    moderation: None = None

@@ -75,6 +75,10 @@ def test_usage_comes_only_if_it_is_asked_for(live: Live):
     *events, done = live.chat(temperature=0, stream=True).events
     assert done == "[DONE]"
     assert not any("usage" in event for event in events)
+    *events, done = live.chat(
+        temperature=0, stream=True, stream_options={"include_usage": None}
+    ).events
+    assert (done, [event for event in events if "usage" in event]) == ("[DONE]", [])
     answer = live.chat(stream_options={"include_usage": True})
     assert (answer.status, answer.json["error"]["param"]) == (400, "stream_options")
 
@@ -281,7 +285,7 @@ def test_what_is_ignored_is_what_the_list_says(live: Live):
     for name in IGNORED:
         if "." not in name and name != "modalities":
             assert live.chat(temperature=0, **{name: "auto"}).status == 200
-    for name in ("best_of", "suffix", "audio", "prediction", "functions", "verbosity", "priority"):
+    for name in ("best_of", "suffix", "audio", "prediction", "functions", "priority"):
         answer = live.chat(**{name: 1})
         assert (answer.status, answer.json["error"]["param"]) == (400, name)
         assert answer.json["error"]["code"] == "unknown_field"

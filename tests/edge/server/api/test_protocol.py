@@ -41,6 +41,11 @@ def asks(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+def cached(hint: Any) -> list[dict[str, Any]]:
+    part = {"type": "text", "text": WHAT, "prompt_cache_breakpoint": hint}
+    return [{"role": "user", "content": [part]}]
+
+
 def tool(kind: str = "function", /, **function: Any) -> dict[str, Any]:
     return {"tools": [{"type": kind, "function": {"name": "f", **function}}]}
 
@@ -95,6 +100,7 @@ SAMPLING: dict[str, Pair] = {
         ("safety_identifier", "a", "b"),
         ("prompt_cache_key", "a", "b"),
         ("prompt_cache_retention", "24h", "in-memory"),
+        ("prompt_cache_options", {"mode": "implicit"}, {"mode": "explicit"}),
     )
 }
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
@@ -170,6 +176,12 @@ PAIRS: dict[str, dict[str, Pair]] = {
             {"chat_template_kwargs": {"enable_thinking": False}},
         ),
         "modalities": ({"modalities": ["text"]}, {"modalities": None}),
+        "verbosity": ({"verbosity": "medium"}, {"verbosity": "low"}),
+        "moderation": ({"moderation": None}, {"moderation": {"model": "a"}}),
+        "messages[].content[].prompt_cache_breakpoint": (
+            {"messages": cached({})},
+            {"messages": cached({"ttl": "30m"})},
+        ),
         "messages[].name": (
             {"messages": [{**asks(WHAT)[0], "name": "Ann"}]},
             {"messages": [{**asks(WHAT)[0], "name": "Bob"}]},
@@ -204,7 +216,8 @@ PAIRS: dict[str, dict[str, Pair]] = {
 def test_every_field_of_every_struct_is_tried_below():
     seen: set[type] = set()
     for path, kind in KINDS.items():
-        free = {"messages[].name"} if path == CHAT else set()  # messages are no struct
+        messages = {"messages[].name", "messages[].content[].prompt_cache_breakpoint"}
+        free = messages if path == CHAT else set()  # they are no structs
         assert set(fields_of(kind, seen)) == PAIRS[path].keys() - free
     assert set().union(*PAIRS.values()) >= IGNORED.keys()
     page = (Path(__file__).parents[4] / "docs" / "server.md").read_text("utf-8")

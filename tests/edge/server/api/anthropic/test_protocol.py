@@ -86,6 +86,7 @@ PAIRS: dict[str, Pair] = {
     "messages[].content[].caller.type": blocks(
         "tool_use", "caller", {"type": "direct"}, {"type": "other"}, **USE
     ),
+    "messages[].content[].toolset_name": blocks("tool_use", "toolset_name", None, "a", **USE),
     "messages[].content[].tool_use_id": blocks("tool_result", "tool_use_id", "1", 1, **RESULT),
     "messages[].content[].content": blocks("tool_result", "content", "a", "b", **RESULT),
     "messages[].content[].is_error": blocks("tool_result", "is_error", True, False, **RESULT),
@@ -144,6 +145,10 @@ PAIRS: dict[str, Pair] = {
     "metadata": ({"metadata": {"user_id": "a"}}, {"metadata": {"user_id": "b"}}),
     "metadata.user_id": ({"metadata": {"user_id": "a"}}, {"metadata": {"user_id": "b"}}),
     "service_tier": ({"service_tier": "auto"}, {"service_tier": "standard_only"}),
+    "container": ({"container": None}, {"container": "a"}),
+    "diagnostics": ({"diagnostics": None}, {"diagnostics": {}}),
+    "inference_geo": ({"inference_geo": None}, {"inference_geo": "us"}),
+    "speed": ({"speed": None}, {"speed": "fast"}),
 }
 # The others are of a type that is also elsewhere.
 SYSTEM: dict[str, Pair] = {
@@ -165,7 +170,7 @@ def test_every_field_is_tried_and_documented():
     counting = set(fields_of(CountTokensRequest, set()))
     assert PAIRS.keys() - counting == {
         "max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "stream", "metadata",
-        "metadata.user_id", "service_tier",
+        "metadata.user_id", "service_tier", "container", "diagnostics", "inference_geo", "speed",
     }  # fmt: skip
     assert PAIRS.keys() | SYSTEM.keys() >= IGNORED.keys()
     page = (Path(__file__).parents[5] / "docs" / "protocols.md").read_text("utf-8")

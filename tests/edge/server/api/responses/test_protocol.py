@@ -119,6 +119,11 @@ PAIRS: dict[str, Pair] = {
     "client_metadata": ({"client_metadata": {"a": "b"}}, {"client_metadata": {"a": "c"}}),
     "prompt_cache_key": ({"prompt_cache_key": "a"}, {"prompt_cache_key": "b"}),
     "prompt_cache_retention": ({"prompt_cache_retention": "24h"}, {"prompt_cache_retention": "a"}),
+    "prompt_cache_options": (
+        {"prompt_cache_options": {"mode": "implicit"}},
+        {"prompt_cache_options": {"mode": "explicit"}},
+    ),
+    "moderation": ({"moderation": None}, {"moderation": {"model": "a"}}),
     "max_tool_calls": ({"max_tool_calls": 1}, {"max_tool_calls": 2}),
 }
 # Fields of items, by the path that `fields_of` gives; those of the same name are of one kind.
@@ -129,12 +134,23 @@ ITEMS: dict[str, Pair] = {
     "input[].status": items("message", "status", "completed", "incomplete", **MESSAGE),
     "input[].phase": items("message", "phase", "commentary", "final_answer", **MESSAGE),
     "input[].content[].text": past("text", "a", "b"),
+    "input[].content[].prompt_cache_breakpoint": items(
+        "message",
+        "content",
+        *(
+            [{"type": "input_text", "text": "a", "prompt_cache_breakpoint": hint}]
+            for hint in ({}, {"ttl": "30m"})
+        ),
+        role="user",
+    ),
     "input[].content[].annotations": past("annotations", [], [{"type": "x"}], text="a"),
     "input[].content[].logprobs": past("logprobs", [], [1], text="a"),
     "input[].content[].refusal": past("refusal", "a", "b", "refusal"),
     "input[].call_id": items("function_call", "call_id", "1", 1, **USE),
     "input[].name": items("function_call", "name", "f", "g", **USE),
     "input[].arguments": items("function_call", "arguments", "{}", '{"a": 1}', **USE),
+    "input[].caller": items("function_call", "caller", None, {"type": "direct"}, **USE),
+    "input[].namespace": items("function_call", "namespace", None, "a", **USE),
     "input[].output": items("function_call_output", "output", "a", "b", **OUTPUT),
     "input[].summary": items("reasoning", "summary", [], [{"type": "summary_text", "text": LONG}]),
     "input[].summary[].type": thought("type", "reasoning_text", "other"),
