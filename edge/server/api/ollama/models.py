@@ -19,7 +19,7 @@ from edge.text.tokenizer import Tokenizer
 from .answers import ModelDetails, OllamaModel, OllamaModels, ShowAnswer
 from .text import timestamp
 
-API_VERSION = "0.12.0"
+API_VERSION = "0.13.4"
 """The version of Ollama whose API this is: some clients refuse servers of older ones."""
 
 _NEVER = "9999-12-31T23:59:59Z"

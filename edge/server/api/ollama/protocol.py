@@ -103,7 +103,12 @@ class OllamaRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: OllamaOptions | None = None
-    think: bool | Literal["low", "medium", "high"] | None = None
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
+    # No text is dropped to make place for another, and log-probabilities are OpenAI's chats' own.
+    truncate: Literal[False] | None = None
+    shift: Literal[False] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
     keep_alive: Any = None
 
 

@@ -107,8 +107,8 @@ def _messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
     if isinstance(body.input, str):
         messages.add("user", body.input)
         return messages.all()
-    for index, item in enumerate(body.input):
-        if item.get("type") == "item_reference":
+    for index, given in enumerate(body.input):
+        if given.get("type") == "item_reference":
             where = f"input[{index}].type"
             raise invalid(
                 f"{where}: an item_reference has nothing to refer to, since nothing is stored "

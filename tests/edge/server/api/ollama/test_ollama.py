@@ -150,7 +150,8 @@ def test_thinking(live: Live):
     message = chat(live, think=False).json["message"]
     assert message == {"role": "assistant", "content": "At once."}
     assert chat(live, think=True).json["message"]["thinking"] == "Let me see."
-    assert chat(live, think="low").json["message"]["thinking"] == "Let me see."
+    for effort in ("low", "high", "max"):
+        assert chat(live, think=effort).json["message"]["thinking"] == "Let me see."
 
 
 def test_calls(tools: Live):
@@ -222,6 +223,13 @@ def test_what_is_refused_is_named(live: Live, said: str):
     assert answer.status == 400
     assert answer.json.keys() == {"error"}
     assert answer.json["error"].startswith(said), answer.json
+
+
+def test_the_version_is_one_that_codex_takes(live: Live):
+    """`codex --oss` refuses an older one, since it asks by `/v1/responses`."""
+    version = live.ask("/api/version").json["version"]
+    assert tuple(map(int, version.split("."))) >= (0, 13, 4)
+    assert live.ask("/v1/responses", {"model": "tiny", "input": "what"}).status == 200
 
 
 def test_a_longer_context_than_there_is(live: Live, caplog: pytest.LogCaptureFixture):

@@ -59,6 +59,10 @@ SAMPLING: dict[str, Pair] = {
     "format": ({"format": ""}, {"format": "json"}),
     "options": option("num_predict", 2, 3),
     "think": ({"think": True}, {"think": False}),
+    "truncate": ({"truncate": False}, {"truncate": True}),
+    "shift": ({"shift": False}, {"shift": True}),
+    "logprobs": ({"logprobs": False}, {"logprobs": True}),
+    "top_logprobs": ({"top_logprobs": 0}, {"top_logprobs": 1}),
     "keep_alive": ({"keep_alive": "5m"}, {"keep_alive": -1}),
     **{
         f"options.{name}": option(name, one, other)
