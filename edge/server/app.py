@@ -343,6 +343,8 @@ class _Endpoints:
         return json_response(ModelList(self._cards()))
 
     async def _show_model(self, request: Request) -> Response:
+        if not request.path_params["id"]:
+            return await self._list_models(request)
         name = self._models.without_tag(request.path_params["id"])
         for card in self._cards():
             if card.id == name:

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.exceptions import HTTPException
 
@@ -41,6 +42,7 @@ PROBES = PUBLIC | {"/metrics", "/stats"}
 _log = logging.getLogger("edge.server")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _LENGTH = re.compile(rb"[0-9]{1,19}")
+_ABSOLUTE = re.compile(rb"https?://([^/@]+)(?=/|$)", re.IGNORECASE)
 # A refused body is read up to these bounds, so that its sender sees the answer and not a reset.
 _DISCARD_FACTOR = 4
 _DISCARD_S = 1.0
@@ -89,6 +91,7 @@ class Guard:
         if scope["type"] != "http":
             return  # no lifespan, no WebSockets
         headers = _Headers(scope["headers"])
+        _take_absolute(scope, headers)
         request_id = scope["request_id"] = _request_id(headers)
         body = _Body(receive, headers)
         key: str | None = None
@@ -254,6 +257,18 @@ class _Headers:
 
     def get(self, name: bytes) -> bytes | None:
         return self._first.get(name)
+
+    def put(self, name: bytes, value: bytes) -> None:
+        self._first[name] = value
+
+
+def _take_absolute(scope: Scope, headers: _Headers) -> None:
+    """Read a target in absolute form, whose host counts instead of the header (RFC 9112 3.2.2)."""
+    found = _ABSOLUTE.match(scope["raw_path"])
+    if found:
+        headers.put(b"host", found[1])
+        scope["raw_path"] = scope["raw_path"][found.end() :] or b"/"
+        scope["path"] = unquote(scope["raw_path"].decode("ascii"))
 
 
 def _address(scope: Scope) -> str:

@@ -302,6 +302,7 @@ def test_models(live: Live):
         listed = live.ask(f"{prefix}/models").json
         assert [model["id"] for model in listed["data"]] == ["tiny"]
         assert live.ask(f"{prefix}/models/tiny").json == listed["data"][0]
+        assert live.ask(f"{prefix}/models/").json == listed
     missing = live.ask("/v1/models/gpt-4")
     assert (missing.status, missing.json["error"]["code"]) == (404, "model_not_found")
     body = {"messages": QUESTION}

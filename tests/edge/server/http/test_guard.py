@@ -118,7 +118,30 @@ def test_the_host_header_opens_nothing(strict: Live, host: str):
     request = f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
     assert status_of(talk(strict, request)) in (400, 401)
     absolute = f"GET http://{host or 'h'}/stats HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
-    assert status_of(talk(strict, absolute.encode())) in (400, 401)
+    is_health = "health?" in host  # whose query is what follows
+    assert status_of(talk(strict, absolute.encode())) in ((200,) if is_health else (400, 401))
+
+
+def test_a_target_in_absolute_form(strict: Live, live: Live):
+    """A client sends one to what it takes for a proxy; its host counts, not the header."""
+
+    def ask(target: str, host: str = "localhost", on: Live = live) -> int:
+        lines = f"Host: {host}\r\nConnection: close\r\n"
+        return status_of(talk(on, f"GET {target} HTTP/1.1\r\n{lines}\r\n".encode()))
+
+    for target in ("http://localhost", "HTTP://LOCALHOST:8000", "https://[::1]:80"):
+        assert ask(f"{target}/v1/models") == ask(f"{target}/%761/models?a=b") == 200
+        assert ask(target) == 200  # the page
+        assert ask(f"{target}/v1/models", "evil.example") == 200
+        assert ask(f"{target}/nothing") == 404
+        assert (ask(f"{target}/stats", on=strict), ask(f"{target}/health", on=strict)) == (401, 200)
+    assert ask("http://evil.example/v1/models") == 403
+    assert ask("http://localhost@evil.example/v1/models") == 404
+    assert ask("http:///v1/models") == 404
+    length = f"Content-Length: {len(BODY)}\r\nContent-Type: application/json\r\n"
+    posted = f"POST http://localhost/v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{length}"
+    answer = talk(live, f"{posted}Connection: close\r\n\r\n".encode() + BODY)
+    assert status_of(answer) == 200
 
 
 def test_health_page_and_readiness_need_no_key(strict: Live):
