@@ -56,7 +56,8 @@ def place_tools(
     Raises:
         APIError: 400, a past call that is malformed.
     """
-    if "tools" in template.variables or not (tools or "tool_calls" not in template.source):
+    # One without a place may write past calls, but not all: R1's only those without a text.
+    if "tools" in template.variables:
         return prepare_messages(messages, template.source), tools
     written: list[dict[str, Any]] = []
     for index, message in enumerate(prepare_messages(messages, "")):

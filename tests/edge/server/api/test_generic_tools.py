@@ -38,6 +38,17 @@ PAST: list[dict[str, Any]] = [
     {"role": "tool", "tool_call_id": "call_0", "content": "12 degrees"},
     {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "30"}]},
 ]
+# As R1's: past calls only where there is no text beside them, and no turn after a result.
+R1_TEMPLATE = (
+    "{% set ns = namespace(is_tool=false) %}{{bos_token}}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{'<｜User｜>' + m['content']}}{% endif %}"
+    "{% if m['role'] == 'system' %}{{m['content']}}{% endif %}"
+    "{% if m['role'] == 'assistant' and m['content'] is none %}{% for call in m['tool_calls'] %}"
+    "{{'<｜tool▁call▁begin｜>' + call['function']['name'] + '<｜tool▁call▁end｜>'}}{% endfor %}"
+    "{% elif m['role'] == 'assistant' %}{{'<｜Assistant｜>' + m['content']}}{% endif %}"
+    "{% if m['role'] == 'tool' %}{% set ns.is_tool = true %}{{m['content']}}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt and not ns.is_tool %}{{'<｜Assistant｜>'}}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +112,26 @@ def test_past_calls_and_results_are_text(live: Live):
             "<｜User｜><tool_response>\n12 degrees\n</tool_response>\n"
             "<tool_response>\n30\n</tool_response>"
         ) in text
+
+
+@pytest.mark.parametrize("content", [None, "", "I look."])
+def test_past_calls_are_text_where_the_template_drops_some(content: str | None):
+    """Also in a request without tools, which `tool_choice` none is, too."""
+    r1 = ChatTemplate(R1_TEMPLATE, TOKENS)
+    history = [PAST[0], {**PAST[1], "content": content}, *PAST[2:]]
+    for tools in (None, TOOLS):
+        messages, placed = place_tools(history, tools, r1)
+        text = r1.render(messages, tools=placed)
+        assert placed is None
+        assert text.count(HERMES.start) == (2 if tools is None else 4)
+        assert '{"name":"weather","arguments":{"city":"Rome"}}' in text
+        assert (content or "") in text
+        assert text.endswith("30\n</tool_response><｜Assistant｜>")
+
+
+def test_a_history_without_calls_is_left_alone():
+    plain = [{"role": "system", "content": "Be brief."}, *QUESTION]
+    assert place_tools(plain, None, ChatTemplate(R1_TEMPLATE, TOKENS)) == (plain, None)
 
 
 def test_without_choice_nothing_is_offered(live: Live):
