@@ -58,11 +58,12 @@ class BareCallParser(ToolParser):
         plain, calls = super().push(rest)
         return plain, [call, *calls]
 
-    def flush(self) -> str:
+    def flush(self, *, is_cut: bool = False) -> tuple[str, list[ToolCall]]:
         """End the text; see `ToolParser.flush`."""
         start, self._start = self._start or "", None
         plain, _ = super().push(start)  # it begins with an object, so no mark is complete in it
-        return plain + super().flush()
+        rest, calls = super().flush(is_cut=is_cut)
+        return plain + rest, calls
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -101,7 +101,9 @@ class ChoiceReader:
             self.is_cut = True
             return text, calls[:1]
         if chunk.finish_reason is not None:
-            text += self._parser.flush()
+            rest, last_calls = self._parser.flush(is_cut=chunk.finish_reason != "stop")
+            self._called = self._called or bool(last_calls)
+            text, calls = text + rest, [*calls, *last_calls]
         return text, calls
 
     def _finish_reason(self, chunk: GenerationChunk) -> str | None:

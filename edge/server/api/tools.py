@@ -124,11 +124,20 @@ class ToolParser:
             pass
         return "".join(plain), calls
 
-    def flush(self) -> str:
-        """End the text; return what was held back and did not become a call."""
+    def flush(self, *, is_cut: bool = False) -> tuple[str, list[ToolCall]]:
+        """End the text; return what was held back, and the call in it that lacks its end mark.
+
+        Args:
+            is_cut: whether the model would have gone on, so that what it began stays text.
+        """
+        call = self._syntax.read(self._held) if self._inside and not is_cut else None
+        if call is not None:
+            self._held, self._inside = "", False
+            self.found += 1
+            return "", [make_call(*call, index=self.found - 1)]
         held = (self._space + self._syntax.start if self._inside else "") + self._held
         self._held, self._inside = "", False
-        return "" if self.found and not held.strip() else held
+        return "" if self.found and not held.strip() else held, []
 
     def _take_text(self, plain: list[str]) -> bool:
         places = [(self._held.find(mark), mark) for mark in self._marks]
@@ -199,10 +208,10 @@ class WholeCall:
         self.found = 1
         return "", [make_call(*call, index=0)]
 
-    def flush(self) -> str:
-        """Return the text that did not become a call, where the answer was cut short."""
+    def flush(self, *, is_cut: bool = False) -> tuple[str, list[ToolCall]]:
+        """Return the text that did not become a call; see `ToolParser.flush`."""
         held, self._text = self._text, ""
-        return held
+        return held, []
 
 
 def make_call(name: str, arguments: str, *, index: int) -> ToolCall:

@@ -22,11 +22,10 @@ RECORDED = '```json\n{\n  "name": "population",\n  "arguments": {\n    "city": "
 def parse(pieces: list[str], parser: ToolParser | None = None) -> tuple[str, list[Any]]:
     parser = parser or BareCallParser(HERMES, NAMES)
     text, calls = "", []
-    for piece in pieces:
-        plain, found = parser.push(piece)
+    for plain, found in (*map(parser.push, pieces), parser.flush()):
         text += plain
         calls += [(c.index, c.function.name, json.loads(c.function.arguments)) for c in found]
-    return text + parser.flush(), calls
+    return text, calls
 
 
 def cut(text: str, places: list[int]) -> list[str]:

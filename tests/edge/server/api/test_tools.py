@@ -64,11 +64,10 @@ def deepseek(name: str, arguments: Any) -> str:
 def parse(syntax: ToolSyntax, pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
     parser = ToolParser(syntax)
     text, calls = "", []
-    for piece in pieces:
-        plain, found = parser.push(piece)
+    for plain, found in (*map(parser.push, pieces), parser.flush()):
         text += plain
         calls += [(c.function.name, json.loads(c.function.arguments)) for c in found]
-    return text + parser.flush(), calls
+    return text, calls
 
 
 def test_calls_of_both_families():
@@ -106,6 +105,21 @@ def test_the_way_a_text_is_cut_makes_no_difference(parts: list[str], data: st.Da
     assert parse(HERMES, pieces) == parse(HERMES, [text])
 
 
+@pytest.mark.parametrize("end", ["", "\n", " \n"])
+def test_a_whole_call_without_its_end_mark_is_one(end: str):
+    one = ("weather", {"city": "Bern"})
+    for syntax, write in ((HERMES, hermes), (DEEPSEEK, deepseek)):
+        open_call = write(*one).removesuffix(syntax.end).rstrip() + end
+        assert parse(syntax, list(f"I look.\n{open_call}")) == ("I look.", [one])
+        both = f"{write('clock', {})}\n{open_call}"
+        assert parse(syntax, [both]) == ("", [("clock", {}), one])
+        for cut in (open_call.rstrip()[:-1], f"{open_call} and more"):
+            assert parse(syntax, [cut]) == (cut, [])
+        parser = ToolParser(syntax)
+        assert parser.push(open_call) == ("", [])
+        assert parser.flush(is_cut=True) == (open_call, [])
+
+
 ARGUMENTS = st.dictionaries(st.text(max_size=4), st.text(max_size=9), max_size=3)
 
 
@@ -124,10 +138,10 @@ def test_a_forced_call_is_the_whole_answer():
     assert [(c.function.name, json.loads(c.function.arguments)) for c in found] == [
         ("f", {"a": {"b": "}"}})
     ]
-    assert parser.flush() == ""
+    assert parser.flush() == ("", [])
     cut = WholeCall()
     cut.push(text[:20])
-    assert cut.flush() == text[:20]
+    assert cut.flush() == (text[:20], [])
 
 
 def test_families_are_read_from_templates():
@@ -173,6 +187,34 @@ def test_a_call_instead_of_an_answer(tools: Live):
     assert ask(tools, CALL).json["choices"][0]["message"]["content"] is None
     plain = ask(tools, "It is sunny.").json["choices"][0]
     assert (plain["message"]["content"], plain["finish_reason"]) == ("It is sunny.", "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_without_its_end_mark_ends_the_turn(tools: Live, stream: bool):
+    """The model ends before the mark, or the mark is a stop string."""
+    for answer, fields in (
+        (CALL.removesuffix("\n</tool_call>"), {}),
+        (CALL, {"stop": ["</tool_call>"]}),
+    ):
+        got = ask(tools, answer, stream=stream, **fields)
+        if stream:
+            deltas = [event["choices"][0] for event in got.events[:-1]]
+            (call,) = [call for d in deltas for call in d["delta"].get("tool_calls", ())]
+            assert deltas[-1]["finish_reason"] == "tool_calls"
+        else:
+            (choice,) = got.json["choices"]
+            assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+            (call,) = choice["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"city": "Bern"}
+
+
+def test_a_cut_answer_has_no_call_that_lacks_its_end_mark(tools: Live):
+    open_call = CALL.removesuffix("</tool_call>").rstrip()
+    tokens = len(tools.engine.llm.tokenizer.encode(open_call, add_bos=False))
+    (choice,) = ask(tools, CALL, max_tokens=tokens).json["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"].startswith(open_call)
+    assert choice["message"].get("tool_calls") is None
 
 
 def test_calls_in_a_stream(tools: Live):
