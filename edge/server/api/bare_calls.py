@@ -1,7 +1,8 @@
 """Finds a call that a model writes without the marks that its template teaches.
 
 Qwen2.5-Coder answers with tools by the JSON object of a call alone, mostly in a fence. An answer
-that begins with such an object, of the name of an offered tool, is a call; anything else is text.
+that begins with such an object, of the name of an offered tool, is a call, and so is each that
+follows directly; anything else is text.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class BareCallParser(ToolParser):
     def __init__(self, syntax: ToolSyntax, names: Collection[str]) -> None:
         super().__init__(syntax)
         self._names = names
+        self._gap = re.compile(rf"\A(?:\s|{re.escape(syntax.end)})+")
         self._start: str | None = ""  # what may still become a bare call
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
@@ -46,24 +48,29 @@ class BareCallParser(ToolParser):
         if self._start is None:
             return super().push(text)
         self._start += text
-        found = _read(self._start, self._names) if "}" in self._start else None
-        if found is None and _may_become(self._start, self._names):
-            return "", []
+        calls: list[ToolCall] = []
+        while True:
+            if self.found:
+                self._start = self._gap.sub("", self._start)
+            found = _read(self._start, self._names) if "}" in self._start else None
+            if found is None:
+                break
+            name, arguments, self._start = found
+            calls.append(make_call(name, arguments, index=self.found))
+            self.found += 1
+        may_end = self.found and self._syntax.end.startswith(self._start)
+        if may_end or _may_become(self._start, self._names):
+            return "", calls
         start, self._start = self._start, None
-        if found is None:
-            return super().push(start)
-        name, arguments, rest = found
-        call = make_call(name, arguments, index=self.found)
-        self.found += 1
-        plain, calls = super().push(rest)
-        return plain, [call, *calls]
+        plain, marked = super().push(start)
+        return plain, [*calls, *marked]
 
     def flush(self, *, is_cut: bool = False) -> tuple[str, list[ToolCall]]:
         """End the text; see `ToolParser.flush`."""
         start, self._start = self._start or "", None
-        plain, _ = super().push(start)  # it begins with an object, so no mark is complete in it
-        rest, calls = super().flush(is_cut=is_cut)
-        return plain + rest, calls
+        plain, calls = super().push(start)
+        rest, last_calls = super().flush(is_cut=is_cut)
+        return plain + rest, [*calls, *last_calls]
 
 
 def _split(text: str) -> tuple[str, str]:

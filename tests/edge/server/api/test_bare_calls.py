@@ -76,6 +76,45 @@ def test_marked_calls_are_found_as_before(places: list[int]):
     assert parse(cut(after, places)) == ("", [(0, *one), (1, *one)])
 
 
+OTHER = {"name": "popul", "arguments": {}}
+BOTH = [(0, CALL["name"], CALL["arguments"]), (1, "popul", {})]
+
+
+@given(
+    form=st.sampled_from(
+        [
+            "{}\n{}", "{}{}", "{}\n</tool_call>\n{}\n</tool_call>",
+            "{}</tool_call>{}</tool_call>\n",
+            "```json\n{}\n```\n```json\n{}\n```", "```\n{}\n```\n</tool_call>\n\n{}",
+            "{}\n</tool_call>\n<tool_call>\n{}\n</tool_call>",
+        ]
+    ),
+    places=st.lists(st.integers(0, 300)),
+)  # fmt: skip
+def test_each_bare_object_directly_after_one_is_a_call(form: str, places: list[int]):
+    first, between, last = form.split("{}")
+    text = f"{first}{json.dumps(CALL)}{between}{json.dumps(OTHER)}{last}"
+    assert parse(cut(text, places)) == ("", BOTH)
+
+
+@given(
+    rest=st.sampled_from(
+        [
+            "Done.",
+            '{"name": "other", "arguments": {}}',
+            "```python\nx\n```",
+            "</tool",
+            "<tool_",
+            "{",
+        ]
+    ),
+    gap=st.sampled_from(["", "\n", "\n</tool_call>\n\n"]),
+    places=st.lists(st.integers(0, 200)),
+)
+def test_other_text_after_a_bare_call_stays_text(rest: str, gap: str, places: list[int]):
+    assert parse(cut(f"{json.dumps(CALL)}{gap}{rest}", places)) == (rest, BOTH[:1])
+
+
 @pytest.mark.parametrize("text", ["Hello there.", "```python\nx = 1\n```", "{}"])
 def test_other_text_is_not_held_back(text: str):
     """What cannot become a call is streamed on as soon as that is clear."""
