@@ -11,6 +11,7 @@ from edge.bundle.engine_file import find_engines
 from edge.bundle.library import CATALOGUE, bundle_name, roots
 from edge.engine_config import BackendName
 from edge.errors import BundleError, ConfigError, RequestError
+from edge.text.chat_template import THINK_END, THINK_START
 
 from .llm import LLM, Prompt
 from .sampling_params import SamplingParams
@@ -88,7 +89,8 @@ class DeepSeekModel:
         """Generate the answer to a text or a list of messages.
 
         A text is one user message. The reasoning is part of the returned text, between
-        ``<think>`` and ``</think>``, as the model writes it.
+        ``<think>`` and ``</think>``, as the model writes it; an answer that ends inside the
+        reasoning has no ``</think>``.
 
         Args:
             context: a text, or chat messages.
@@ -130,7 +132,9 @@ class DeepSeekModel:
         )
         if not result.reasoning:
             return result.text
-        return f"<think>\n{result.reasoning}\n</think>\n\n{result.text}"
+        if THINK_END not in self.llm.tokenizer.decode(token.id for token in result.tokens):
+            return f"{THINK_START}\n{result.reasoning}"  # it ended inside the reasoning
+        return f"{THINK_START}\n{result.reasoning}\n{THINK_END}\n\n{result.text}"
 
     def _room(self, messages: Prompt, max_length: int) -> int:
         """Count the tokens that a prompt leaves of ``max_length``."""

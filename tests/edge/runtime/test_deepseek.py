@@ -14,6 +14,7 @@ import edge
 from edge import DeepSeekModel, SamplingParams
 from edge.errors import BundleError, ConfigError, RequestError
 from tests.conftest import Bundles
+from tests.edge.server.scripted import ScriptedEngine
 
 QUESTION = "what is the world"
 CHAT = [{"role": "user", "content": QUESTION}]
@@ -98,7 +99,8 @@ def test_max_length_counts_prompt_and_answer(model: DeepSeekModel):
 
 
 def as_written(text: str, reasoning: str) -> str:
-    return f"<think>\n{reasoning}\n</think>\n\n{text}" if reasoning else text
+    """The tiny model never closes its reasoning."""
+    return f"<think>\n{reasoning}" if reasoning else text
 
 
 def test_a_text_is_one_user_message(model: DeepSeekModel):
@@ -174,6 +176,30 @@ def test_tutorials_import_it_from_a_module_of_its_own():
 def test_reasoning_is_part_of_the_text(model: DeepSeekModel):
     with model:
         expected = model.llm.generate(CHAT, SamplingParams(temperature=0, max_tokens=4))
-        assert expected.reasoning  # the tiny model never closes it
+        assert expected.reasoning
         answer = model.generate(CHAT, len(model.llm.encode(CHAT)) + 4, temperature=0)
-        assert answer == f"<think>\n{expected.reasoning}\n</think>\n\n{expected.text}"
+        assert answer == as_written(expected.text, expected.reasoning)
+
+
+@pytest.mark.parametrize(
+    ("written", "ends", "stop", "answer"),
+    [
+        ("hm</think>\n\nyes", True, (), "<think>\nhm\n</think>\n\nyes"),
+        ("hm</think>", True, (), "<think>\nhm\n</think>\n\n"),
+        ("hm", False, (), "<think>\nhm"),
+        ("hm", True, (), "<think>\nhm"),
+        ("hm. So</think>\n\nyes", True, (".",), "<think>\nhm"),
+        ("</think>\n\nyes", True, (), "yes"),
+    ],
+)
+def test_the_reasoning_is_closed_where_the_model_closed_it(
+    model: DeepSeekModel, written: str, ends: bool, stop: tuple[str, ...], answer: str
+):
+    engine = ScriptedEngine()
+    model.llm.close()
+    model.llm = engine.open(model.bundle)
+    with model:
+        engine.say(CHAT, written, ends=ends)
+        number = len(model.llm.tokenizer.encode(written, control=True)) + ends
+        got = model.generate(QUESTION, max_new_tokens=number, temperature=0, stop=stop)
+        assert got == answer
