@@ -69,6 +69,7 @@ def _read_deepseek(text: str) -> tuple[str, str] | None:
 
 
 _DEEPSEEK_SEPARATOR = "<｜tool▁sep｜>"
+_XML_CALL = "<function="
 HERMES = ToolSyntax("<tool_call>", "</tool_call>", (), _read_hermes)
 DEEPSEEK = ToolSyntax(
     "<｜tool▁call▁begin｜>",
@@ -80,6 +81,8 @@ DEEPSEEK = ToolSyntax(
 
 def syntax_of(template: str) -> ToolSyntax | None:
     """Return the family that a chat template's source belongs to; None if it is not known."""
+    if _XML_CALL in template:  # Qwen3-Coder's, between Hermes' marks
+        return None
     for syntax in (DEEPSEEK, HERMES):
         if syntax.start in template:
             return syntax

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from edge.server.api.tools import (
 )
 from edge.server.http.errors import APIError
 from tests.edge.server.scripted import HERMES_TEMPLATE, Live, running
+from tests.manifests import replace_file
 from tests.tiny_models import CHAT_TEMPLATE
 
 WEATHER = {
@@ -48,6 +50,9 @@ CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type"
          "properties": {}, "additionalProperties": False}}}  # fmt: skip
 QUESTION = [{"role": "user", "content": "what"}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+
+# As Qwen3-Coder's: Hermes' marks around a call that is not JSON.
+XML_TEMPLATE = HERMES_TEMPLATE.replace("<tool_call>' + ", "<tool_call>\\n<function=' + ")
 
 
 def hermes(name: str, arguments: Any) -> str:
@@ -148,6 +153,18 @@ def test_families_are_read_from_templates():
     assert syntax_of(HERMES_TEMPLATE) is HERMES
     assert syntax_of("{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' }}") is DEEPSEEK
     assert syntax_of(CHAT_TEMPLATE) is None
+    assert syntax_of(XML_TEMPLATE) is None
+
+
+def test_tools_are_refused_where_calls_are_xml(tool_bundle: Path, tmp_path: Path):
+    bundle = tmp_path / "tiny"
+    shutil.copytree(tool_bundle, bundle)
+    replace_file(bundle, "chat_template.jinja", XML_TEMPLATE.encode())
+    with running(bundle) as live:
+        refused = live.chat(tools=[WEATHER])
+        assert refused.status == 400
+        assert "writes no tool calls in a form known here" in refused.json["error"]["message"]
+        assert live.chat(tools=[WEATHER], tool_choice="none", max_tokens=1).status == 200
 
 
 def test_arguments_in_a_history_become_what_the_template_wants():
