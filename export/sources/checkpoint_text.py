@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any
 from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import CheckpointError
 from edge.files import open_file, read_file, read_text_file
+from edge.text.known_templates import with_think
 
 from .assumed_sampling import assume_sampling
 
+_log = logging.getLogger(__name__)
 _MAX_BYTES = 1 << 26
 _MAX_TEMPLATE_BYTES = 1 << 20
 _CARD_BYTES = 1 << 16
@@ -159,6 +162,18 @@ def read_licence(directory: Path) -> str | None:
     return found.get("license_name", licence) if licence == "other" else licence
 
 
+def settle_template(template: str, where: str) -> str:
+    """Take a template as it is, but for one that skips the reasoning; see `with_think`."""
+    settled = with_think(template)
+    if settled != template:
+        _log.warning(
+            "%s: the chat template is DeepSeek's of January 2025, which leaves it to the model "
+            "whether to reason; the bundle gets the ending of February's, which opens <think>",
+            where,
+        )
+    return settled
+
+
 def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
@@ -168,7 +183,7 @@ def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str 
     jinja = directory / "chat_template.jinja"
     try:
         if jinja.exists():
-            return read_text_file(jinja, _MAX_TEMPLATE_BYTES)
+            return settle_template(read_text_file(jinja, _MAX_TEMPLATE_BYTES), str(jinja))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {jinja}: {error}") from error
     template = tokenizer_config.get("chat_template")
@@ -186,7 +201,7 @@ def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str 
         template = named["default"]
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{where}: chat_template must be a string, found {template!r:.80}")
-    return template
+    return None if template is None else settle_template(template, str(where))
 
 
 def _tokens(

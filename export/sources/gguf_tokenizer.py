@@ -18,7 +18,7 @@ from edge.bundle.manifest import Tokens
 from edge.errors import CheckpointError
 
 from .assumed_sampling import assume_sampling
-from .checkpoint_text import CheckpointText, sampling_defaults
+from .checkpoint_text import CheckpointText, sampling_defaults, settle_template
 
 # Values of tokenizer.ggml.token_type (llama.cpp: enum llama_token_type).
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
@@ -129,6 +129,8 @@ def read_gguf_text(metadata: Mapping[str, Any], path: Path, vocab_size: int) -> 
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{path}: tokenizer.chat_template must be text")
+    if template is not None:
+        template = settle_template(template, str(path))
     generation = {
         name: metadata[key] for name, key in _SAMPLING_KEYS.items() if key in metadata
     } | {"eos_token_id": list(tokens.eos)}

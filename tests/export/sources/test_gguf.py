@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import RopeSpec, SamplingDefaults, Tokens
 from edge.errors import CheckpointError
+from edge.text import known_templates
 from export.sources import gguf_file
 from export.sources.gguf_source import derive_llama3
 from export.sources.opening import open_checkpoint
@@ -393,6 +395,26 @@ def test_ends_that_the_keys_do_not_name(tmp_path: Path) -> None:
         found = checkpoint.text.tokens
     assert found.eos == (tiny.EOS_ID, 308, free[1], free[0])
     assert found.eos_text == tiny.EOS
+
+
+def test_r1s_first_template_opens_the_reasoning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = (
+        "{{'<｜Assistant｜>' + messages[0].content}}{% if add %}{{'<｜Assistant｜>'}}{% endif %}"
+    )
+    path = write_tiny(tmp_path, "llama", {"tokenizer.chat_template": first})
+    with open_checkpoint(str(path)) as checkpoint:
+        assert checkpoint.text.chat_template == first
+    digest = hashlib.sha256(first.encode()).hexdigest()
+    monkeypatch.setattr(known_templates, "R1_WITHOUT_THINK", digest)
+    expected = first.replace("<｜Assistant｜>'}}{%", r"<｜Assistant｜><think>\n'}}{%")
+    with open_checkpoint(str(path)) as checkpoint:
+        assert checkpoint.text.chat_template == expected
+    assert "opens <think>" in caplog.text
+    (tmp_path / "hf" / "chat_template.jinja").write_text(first + "\n")
+    with open_checkpoint(str(tmp_path / "hf")) as checkpoint:
+        assert checkpoint.text.chat_template == expected + "\n"
 
 
 @pytest.mark.parametrize(("context", "warns"), [(131072, True), (8192, False)], ids=["3.1", "3"])
