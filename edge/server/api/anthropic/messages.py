@@ -310,7 +310,7 @@ class MessagesRender(Render):
         """See `Render.last_events`."""
         delta = {
             "stop_reason": self._stop_reason(self._last, usage),
-            "stop_sequence": self._last.stop,
+            "stop_sequence": _stop_sequence(self._last),
             "stop_details": None,
             "container": None,
         }
@@ -332,7 +332,7 @@ class MessagesRender(Render):
         ]
         message = self._message(content, _usage_of(usage))
         message.stop_reason = self._stop_reason(piece, usage)
-        message.stop_sequence = piece.stop
+        message.stop_sequence = _stop_sequence(piece)
         return message
 
     def _message(self, content: list[AnswerBlock], usage: MessageUsage) -> AnswerMessage:
@@ -379,6 +379,11 @@ class MessagesRender(Render):
         if usage.completion_tokens < self._max_tokens:
             return "model_context_window_exceeded"
         return "max_tokens"
+
+
+def _stop_sequence(piece: Piece) -> str | None:
+    """The string that ended the turn; one that ended a call, whose use ends it, does not count."""
+    return None if piece.finish_reason == "tool_calls" else piece.stop
 
 
 def _event(name: str, **fields: Any) -> bytes:

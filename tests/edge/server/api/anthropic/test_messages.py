@@ -269,6 +269,17 @@ def test_calls(tools: Live):
     assert none.json["content"][0]["type"] == "text"
 
 
+def test_a_stop_sequence_that_ends_a_call_is_not_named(tools: Live):
+    tools.engine.say(QUESTION, CALL, tools=[CHAT_WEATHER])
+    fields: dict[str, Any] = {"tools": [WEATHER], "stop_sequences": ["</tool_call>"]}
+    for body in (
+        message(tools, **fields).json,
+        rebuilt(named(message(tools, **fields, stream=True))),
+    ):
+        assert [block["type"] for block in body["content"]] == ["tool_use"]
+        assert (body["stop_reason"], body["stop_sequence"]) == ("tool_use", None)
+
+
 def test_a_call_without_an_object_stays_text(tools: Live):
     wrong = '<tool_call>{"name": "weather", "arguments": "Bern"}</tool_call>'
     tools.engine.say(QUESTION, wrong, tools=[CHAT_WEATHER])
