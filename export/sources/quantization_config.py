@@ -369,6 +369,7 @@ class _AutoRound(msgspec.Struct):
     data_type: str = "int"
     packing_format: str | None = None
     backend: str | None = None
+    autoround_version: str = ""
     act_bits: int | None = None
     extra_config: dict[str, dict[str, Any]] | None = None
 
@@ -397,6 +398,8 @@ def _auto_round(reader: _Reader) -> _Found:
     reader.only("data_type", values.data_type, ("int",))
     reader.only("act_bits", values.act_bits or 16, (16, 32))
     layout, offset = _AUTO_ROUND[name]
+    if name == "auto_round:gptqmodel" and values.autoround_version.startswith("0.5."):
+        offset = 1  # that version packed it by mistake as auto_gptq
     reader.only("bits", values.bits, _GPTQ_BITS if layout == "gptq" else (4,))
     size = reader.group_size(values.group_size)
     main = WeightFormat(layout, values.bits, size, symmetric=values.sym, zero_offset=offset)

@@ -399,6 +399,11 @@ def of(section: dict[str, Any], module: str = UP) -> WeightFormat | None:
         (ROUND, UP, WeightFormat("gptq", 4, 128, zero_offset=1)),
         ({**ROUND, "packing_format": "auto_round:gptqmodel"}, UP, WeightFormat("gptq", 4, 128)),
         ({**ROUND, "packing_format": "auto_round:auto_awq"}, UP, WeightFormat("awq", 4, 128)),
+        (
+            {**ROUND, "packing_format": "auto_round:gptqmodel", "autoround_version": "0.5.1"},
+            UP,
+            WeightFormat("gptq", 4, 128, zero_offset=1),
+        ),
         ({**OLD_ROUND, "backend": "auto_round:exllamav2"}, UP, WeightFormat("gptq", 4, 128)),
         ({**OLD_ROUND, "backend": "autoround:exllamav2"}, UP, WeightFormat("gptq", 4, 128)),
         (
