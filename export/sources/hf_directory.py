@@ -305,7 +305,7 @@ def _weights_or_index(directory: Path) -> Path:
         if found:
             raise CheckpointError(
                 f"{directory} has {len(found)} files {ending}, {found[0].name} first, and none is "
-                f"{WEIGHTS_NAME} or {INDEX_NAME}; give the one with the weights that name"
+                f"{WEIGHTS_NAME} or {INDEX_NAME}; give the one that is the model's that name"
             )
     raise CheckpointError(_no_weights(directory))
 

@@ -572,14 +572,17 @@ def _fp8(reader: _Reader) -> _Found:
     reader.only("fmt", values.fmt, ("e4m3",))
     if values.weight_block_size is None:  # AutoFP8: one scale for a weight
         main = WeightFormat("fp8", 8, inputs=values.activation_scheme)
-        exact = {"lm_head", *(values.ignored_layers or ())}
-        has_cache = values.kv_cache_scheme is not None
-        return main, lambda module: None if module in exact else main, has_cache
-    reader.only("activation_scheme", values.activation_scheme, ("dynamic",))
-    block = _block(reader, values.weight_block_size, "weight_block_size")
-    main = WeightFormat("fp8-inv", 8, block=block, inputs="dynamic")
-    kept = ["lm_head", *(values.modules_to_not_convert or ())]
-    return main, lambda module: None if any(name in module for name in kept) else main, False
+    else:
+        reader.only("activation_scheme", values.activation_scheme, ("dynamic",))
+        block = _block(reader, values.weight_block_size, "weight_block_size")
+        main = WeightFormat("fp8-inv", 8, block=block, inputs="dynamic")
+    # transformers takes a part of a name, AutoFP8 writes whole ones.
+    kept, whole = ["lm_head", *(values.modules_to_not_convert or ())], values.ignored_layers or ()
+
+    def resolve(module: str) -> WeightFormat | None:
+        return None if module in whole or any(name in module for name in kept) else main
+
+    return main, resolve, values.kv_cache_scheme is not None
 
 
 class _ModelOpt(msgspec.Struct):

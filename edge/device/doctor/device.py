@@ -103,7 +103,8 @@ def check_device_nodes(facts: Facts) -> Check:
     denied = {path: node for path, node in nodes.items() if not node.usable}
     if not denied:
         return Check(name, "ok", f"{len(nodes)} of them, all open to this user")
-    first = next(iter(denied.values()))
+    gids = sorted({node.gid for node in denied.values()})
+    added = " ".join(f"--group-add {gid}" for gid in gids)
     groups = sorted({node.group for node in denied.values()})
     lacking = [group for group in groups if group not in facts.machine.groups()]
     cause = f"user {facts.machine.user()} may not read and write them"
@@ -111,8 +112,8 @@ def check_device_nodes(facts: Facts) -> Check:
         cause += f", and is not in {' and '.join(lacking)}"
     cure = (
         f"sudo usermod -aG {','.join(lacking or groups)} {facts.machine.user()}, then log in "
-        f"again; in a container: --group-add {first.gid}; in a service: SupplementaryGroups="
-        f"{' '.join(groups)} and DeviceAllow for each node"
+        f"again; in a container: {added}; in a service: SupplementaryGroups={' '.join(groups)} and "
+        "DeviceAllow for each node"
     )
     if not facts.jetson and denied.keys() <= set(RENDER_NODES):
         return Check(name, "warn", f"{', '.join(denied)} closed to this user", cause, cure)

@@ -127,7 +127,13 @@ def test_what_autogptq_calls_its_files(says: str, tmp_path: Path) -> None:
         change_config(directory, quantization_config=None)
         (directory / says).write_text(json.dumps(section))
     assert weights_of(directory, golden) == golden.weights_sha256
+    weights = directory / "gptq_model-4bit-32g.safetensors"
+    names = dict.fromkeys(read_raw(weights), weights.name)
+    index = directory / f"{weights.name}.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
     (directory / "other.safetensors").write_bytes(b"")
+    assert weights_of(directory, golden) == golden.weights_sha256
+    index.unlink()
     with pytest.raises(CheckpointError, match=r"has 2 files \*\.safetensors, gptq_model-4bit"):
         open_checkpoint(str(directory)).close()
 
@@ -162,11 +168,8 @@ def test_zero_points_of_compressed_tensors_before_it_packed_them(tmp_path: Path)
     assert weights_of(directory, golden) == golden.weights_sha256
 
 
-@pytest.mark.parametrize("name", ["ct-fp8"])
-def test_scales_of_a_cache_are_passed_over_if_the_config_names_one(
-    name: str, tmp_path: Path
-) -> None:
-    golden = QuantizedGolden.load(name)
+def test_scales_of_a_cache_are_passed_over_if_the_config_names_one(tmp_path: Path) -> None:
+    golden = QuantizedGolden.load("ct-fp8")
     directory = golden.write(tmp_path / "model")
     tensors = read_raw(directory / "model.safetensors")
     scale = np.float32(0.5).tobytes()
@@ -462,6 +465,8 @@ def of(section: dict[str, Any], module: str = UP) -> WeightFormat | None:
         ({**AUTO_FP8, "activation_scheme": "static"}, UP, WeightFormat("fp8", 8, inputs="static")),
         ({**AUTO_FP8, "ignored_layers": [UP, "lm_head"]}, UP, None),
         (AUTO_FP8, "lm_head", None),
+        ({**AUTO_FP8, "modules_to_not_convert": ["mlp"]}, UP, None),
+        ({**AUTO_FP8, "weight_block_size": [8, 8], "ignored_layers": [UP]}, UP, None),
         ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*.mlp.*"]}, UP, None),
     ],
 )
