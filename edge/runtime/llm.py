@@ -24,7 +24,9 @@ from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
 from edge.files import decode_text
+from edge.text.begun_answer import NO_REASONING, BegunAnswer, take_begun_answer
 from edge.text.chat_template import (
+    THINK_END,
     ChatTemplate,
     ReasoningSplitter,
     encode_chat,
@@ -58,7 +60,6 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Plain text, token ids, or chat messages ``{"role": ..., "content": ...}``."""
 _Result = TypeVar("_Result")
-_NO_THOUGHT = "\n</think>\n\n"  # ends a reasoning that the template has opened
 
 
 class LLM:
@@ -197,6 +198,7 @@ class LLM:
         suffix: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
+        continue_final_message: bool = False,
         max_tokens: int | None = None,
         on_piece: Callable[[], None] | None = None,
     ) -> list[int]:
@@ -211,21 +213,25 @@ class LLM:
                 ``prompt``, a plain text, and this one. Either may be empty.
             tools: JSON schemas of functions that the model may call; for messages only.
             thinking: false ends the reasoning before it begins; for messages only.
+            continue_final_message: the last message is the assistant's, and the answer goes on
+                where it ends, in its reasoning where it has nothing else; an answer whose text has
+                begun does not reason any more. For messages only.
             max_tokens: refuse, before it is encoded, what surely has more tokens.
             on_piece: see `Tokenizer.encode`.
 
         Raises:
             ContextLengthError: the prompt surely has more than ``max_tokens``.
             RequestError: a malformed message, messages for a bundle without a template, an
-                option that this prompt or template has no place for, or a suffix for a model that
-                has no tokens for it.
+                option that this prompt or template has no place for, a last message that cannot be
+                continued, or a suffix for a model that has no tokens for it.
         """
         if suffix is not None and not isinstance(prompt, str):
             raise RequestError("suffix: belongs to a plain text, not to chat messages or token ids")
         if isinstance(prompt, str) or _is_ids(prompt):
-            if tools or not thinking:
+            if tools or not thinking or continue_final_message:
                 raise RequestError(
-                    "tools and thinking belong to chat messages; this prompt is plain text or ids"
+                    "tools, thinking and continue_final_message belong to chat messages; this "
+                    "prompt is plain text or ids"
                 )
             if isinstance(prompt, str):
                 if max_tokens is not None:
@@ -249,6 +255,16 @@ class LLM:
                 "this bundle has no chat template, so it takes plain text only; pass a string"
             )
         messages = cast(Sequence[Mapping[str, Any]], prompt)
+        begun = None
+        if continue_final_message:
+            messages, begun = take_begun_answer(messages, reasons=self.reasons)
+            if begun.reasons and not thinking:
+                raise RequestError(
+                    "thinking: is off, and the answer to continue is in its reasoning; close that "
+                    f"with {THINK_END}, or leave thinking on"
+                )
+            if begun.content or begun.reasoning:
+                thinking = bool(begun.reasoning)
         options: dict[str, Any] = {}
         if not thinking and "enable_thinking" in self.template.variables:
             options["enable_thinking"] = False
@@ -257,12 +273,14 @@ class LLM:
             self.template,
             messages,
             tools=tools,
+            begun=begun,
             max_tokens=max_tokens,
             on_piece=on_piece,
             **options,
         )
-        if not thinking and not options and self._opens_reasoning(ids):
-            ids += self.tokenizer.encode(_NO_THOUGHT, control=True)
+        has_begun = begun is not None and bool(begun.content)
+        if not (thinking or options or has_begun) and self._opens_reasoning(ids):
+            ids += self.tokenizer.encode(NO_REASONING, control=True)
         return ids
 
     def submit(
@@ -279,6 +297,7 @@ class LLM:
         output: OutputFormat | None = None,
         thinking: bool = True,
         thinking_budget: int | None = None,
+        continue_final_message: bool = False,
         ids: Sequence[int] | None = None,
         progress: bool = False,
     ) -> list[Generation]:
@@ -295,17 +314,18 @@ class LLM:
             salt: prompts share cached prefixes only with those of the same salt.
             suffix: see `encode`; the answer ends at the tokens that end a middle, too.
             tools: see `encode`.
-            output: the form that the answer must have; reasoning is free.
+            output: the form that the answer must have, what was begun included; reasoning is free.
             thinking: see `encode`.
             thinking_budget: tokens after which the reasoning is ended; for chats of models that
                 reason.
-            ids: what `encode` made of the prompt with this ``suffix``, these ``tools`` and
-                ``thinking``, where the caller has it.
+            continue_final_message: see `encode`; what comes back is only what is new.
+            ids: what `encode` made of the prompt with the same arguments, where the caller has it.
             progress: whether pieces with `GenerationChunk.progress` come before the answer: one
                 for each place in the queue, and for each percent of the prompt that is read.
 
         Raises:
-            RequestError: a wrong prompt, parameter, output format or budget.
+            RequestError: a wrong prompt, parameter, output format or budget, or an answer to
+                continue that breaks the output format.
             DependencyError: an output format is given and llguidance is missing.
             ContextLengthError: the prompt does not fit into the cache.
             OverloadError: the queue is full.
@@ -315,20 +335,32 @@ class LLM:
         self.scheduler.check_count(n)
         if ids is None:
             ids = self.encode(
-                prompt, suffix=suffix, tools=tools, thinking=thinking, max_tokens=self.kv_capacity
+                prompt,
+                suffix=suffix,
+                tools=tools,
+                thinking=thinking,
+                continue_final_message=continue_final_message,
+                max_tokens=self.kv_capacity,
             )
         is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
+        begun = BegunAnswer("")
+        if continue_final_message:
+            chat = cast(Sequence[Mapping[str, Any]], prompt)
+            _, begun = take_begun_answer(chat, reasons=self.reasons)
         resolved = self._resolve(params)
         end_ids = self._end_ids(resolved)
         if suffix is not None and not resolved.ignore_eos:
             end_ids |= fill_in_middle(self.tokenizer).ends
-        streams = [self._output_stream(ids, resolved, is_chat) for _ in range(n)]
-        reasons = is_chat and self.reasons and thinking
+        may_reason = is_chat and self.reasons
+        reasons = may_reason and thinking
         if thinking_budget is not None and not reasons:
             raise RequestError(
                 "a thinking budget needs a chat of a model that reasons, with thinking left on"
             )
-        if is_chat and self.reasons and not thinking and output is None:
+        if begun.content:
+            may_reason, reasons, thinking_budget = False, False, None  # that is behind it
+        streams = [self._output_stream(ids, resolved, is_chat, begun) for _ in range(n)]
+        if may_reason and not thinking and output is None:
             # The model may open a reasoning that its template does not; a form has no place for it.
             reasons, thinking_budget = True, 0
         if output is not None and resolved.ignore_eos:
@@ -345,7 +377,7 @@ class LLM:
         requests = [
             replace(
                 request.sample(i),
-                constraint=self._constrain(ids, output, thinking_budget, reasons),
+                constraint=self._constrain(ids, output, thinking_budget, reasons, begun),
             )
             for i in range(n)
         ]
@@ -548,16 +580,23 @@ class LLM:
             generation.cancel()  # nothing to do after the last piece
 
     def _output_stream(
-        self, ids: Sequence[int], params: SamplingParams, is_chat: bool
+        self, ids: Sequence[int], params: SamplingParams, is_chat: bool, begun: BegunAnswer
     ) -> OutputStream:
         splitter = None
-        if is_chat and self.reasons:
-            splitter = ReasoningSplitter(self._opens_reasoning(ids))
-        detokenizer = Detokenizer(self.tokenizer, goes_on=not is_chat)
+        if is_chat and self.reasons and not begun.content:
+            opened = begun.reasons or self._opens_reasoning(ids)
+            splitter = ReasoningSplitter(opened, goes_on=begun.reasons)
+        goes_on = not is_chat or bool(begun.content) or begun.reasons
+        detokenizer = Detokenizer(self.tokenizer, goes_on=goes_on)
         return OutputStream(detokenizer, params.stop, splitter)
 
     def _constrain(
-        self, ids: Sequence[int], output: OutputFormat | None, budget: int | None, reasons: bool
+        self,
+        ids: Sequence[int],
+        output: OutputFormat | None,
+        budget: int | None,
+        reasons: bool,
+        begun: BegunAnswer,
     ) -> Constraint | None:
         """Make a constraint: reasoning first, within its budget, then the output format."""
         if output is None and budget is None:
@@ -567,11 +606,13 @@ class LLM:
         if output is not None:
             _check_is_format(output)
             answer = self.grammars.compile(output)
+            for token_id in self.tokenizer.encode(begun.content) if begun.content else ():
+                answer.accept(token_id)
         if not reasons:
             return answer
         from .thinking import ThinkingBudget
 
-        opened = self._opens_reasoning(ids)
+        opened = begun.reasons or self._opens_reasoning(ids)
         return ThinkingBudget(
             self.tokenizer, vocab_size, opened=opened, budget=budget, answer=answer
         )

@@ -23,6 +23,7 @@ from .template_engine import Answer, Task, TemplateEngine, TemplateFailure
 if TYPE_CHECKING:
     from edge.bundle.manifest import Tokens
 
+    from .begun_answer import BegunAnswer
     from .tokenizer import Tokenizer
 
 THINK_START = "<think>"
@@ -268,6 +269,7 @@ def encode_chat(
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    begun: BegunAnswer | None = None,
     max_tokens: int | None = None,
     on_piece: Callable[[], None] | None = None,
     **extra: Any,
@@ -288,6 +290,7 @@ def encode_chat(
         messages: see `normalize_messages`.
         add_generation_prompt: end with the opening of the assistant's answer.
         tools: JSON schemas of functions, in OpenAI's form.
+        begun: an answer to the messages that the model is to go on with.
         max_tokens: refuse, before it is encoded, what surely has more tokens.
         on_piece: see `Tokenizer.encode`.
         extra: further variables of the template.
@@ -303,12 +306,15 @@ def encode_chat(
         _cut_reasoning(message, template.source) for message in normalize_messages(messages)
     ]
     plain_rest = _plain([tools, extra], "tools and template options")
-    shield = _Shield(tokenizer, template, [plain_messages, plain_rest])
+    texts = [] if begun is None else [begun.reasoning, begun.content]
+    shield = _Shield(tokenizer, template, [plain_messages, plain_rest, texts])
     rendered = template._render(
         [{**shield.cover(message), "role": message["role"]} for message in plain_messages],
         add_generation_prompt,
         *shield.cover(plain_rest),
     )
+    if begun is not None:
+        rendered += begun.prompt(prompt_opens_reasoning(rendered), shield.cover)
     pieces = tokenizer.split_control(rendered)
     expected = [tokenizer.control_tokens[text] for text, is_control in pieces if is_control]
     if max_tokens is not None:
@@ -500,7 +506,14 @@ class ReasoningSplitter:
     pieces.
     """
 
-    def __init__(self, opened: bool, start: str = THINK_START, end: str = THINK_END) -> None:
+    def __init__(
+        self,
+        opened: bool,
+        start: str = THINK_START,
+        end: str = THINK_END,
+        *,
+        goes_on: bool = False,
+    ) -> None:
         """Start a stream.
 
         Args:
@@ -508,11 +521,12 @@ class ReasoningSplitter:
                 so that the text begins inside the reasoning; a second start tag is dropped then.
             start: opening tag.
             end: closing tag.
+            goes_on: whether the text goes on in a reasoning that has some text already.
         """
         self._opened = opened
         self._start = start
         self._end = end
-        self._phase = "start"
+        self._phase = "reasoning" if goes_on else "start"
         self._held = ""
         self._trims = False  # newlines that come next belong to a tag
 

@@ -27,6 +27,7 @@ from .answers import (
     Usage,
 )
 from .bare_calls import BareCallParser
+from .begun import parser_after, take_prefix
 from .generate import (
     answer_head,
     check_choices,
@@ -81,6 +82,7 @@ def plan_chat(
         APIError, RequestError: the fields contradict each other or do not fit the model.
     """
     _check_fields(body, turn.settings)
+    continues = take_prefix(body)
     llm = turn.model.llm
     check_texts(llm, [body.messages, body.tools], "messages", capacity=capacity)
     syntax = call_syntax(llm.template, body.tools)
@@ -104,6 +106,8 @@ def plan_chat(
         messages = prepare_messages(body.messages, "")
     else:
         messages, tools = place_tools(body.messages, tools, llm.template)
+    if continues and make_parser is not None:
+        make_parser = parser_after(make_parser, syntax, body, messages, llm)
     # What users write is part of every prompt; templates may drop other messages.
     check_length(llm, user_texts(messages), "messages", capacity=capacity)
     return Plan(
@@ -117,6 +121,7 @@ def plan_chat(
         output=output,
         thinking=thinking,
         thinking_budget=budget,
+        continues=continues,
         make_parser=make_parser,
         one_call=forced is not None or body.parallel_tool_calls is False,
         progress=bool(body.return_progress),

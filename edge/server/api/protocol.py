@@ -175,6 +175,8 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     modalities: list[Literal["text"]] | None = None
     verbosity: Literal["medium"] | None = None  # no model here has another than its own
     moderation: None = None
@@ -198,6 +200,7 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     return_token_strs: bool = False
 
 

@@ -87,6 +87,7 @@ class Plan:
         output: the form that the answer must have.
         thinking: false ends the reasoning before it begins.
         thinking_budget: tokens after which the reasoning is ended.
+        continues: whether the answer goes on with the last message.
         make_parser: makes the parser that finds tool calls in one answer; None looks for none.
         one_call: whether an answer ends with its first tool call.
         progress: whether the stream says how far the prompt has been read.
@@ -104,6 +105,7 @@ class Plan:
     output: OutputFormat | None = None
     thinking: bool = True
     thinking_budget: int | None = None
+    continues: bool = False
     make_parser: MakeParser | None = None
     one_call: bool = False
     progress: bool = False
@@ -243,6 +245,7 @@ def _encode(model: ServedModel, plan: Plan, prompt: Prompt, on_piece: OnPiece | 
         suffix=plan.suffix,
         tools=plan.tools,
         thinking=plan.thinking,
+        continue_final_message=plan.continues,
         max_tokens=llm.kv_capacity,
         on_piece=on_piece,
     )
@@ -311,6 +314,7 @@ def _submit(
                 output=plan.output,
                 thinking=plan.thinking,
                 thinking_budget=plan.thinking_budget,
+                continue_final_message=plan.continues,
                 ids=ids,
                 progress=plan.progress,
             )

@@ -12,6 +12,7 @@ from edge.server.settings import ServerSettings
 from edge.text.chat_template import encode_chat
 
 from .answers import DetokenizeResponse, TokenizeResponse
+from .begun import check_prompt_end
 from .generate import check_length, check_messages, check_texts
 from .generic_tools import place_tools
 from .protocol import DetokenizeRequest, TokenizeRequest
@@ -42,19 +43,31 @@ def tokenize(
             raise RequestError("messages: this model has no chat template; send prompt")
         tools = template_tools(body.tools) if body.tools else None
         messages, tools = place_tools(body.messages, tools, llm.template)
-        ids = encode_chat(
-            llm.tokenizer,
-            llm.template,
-            messages,
-            add_generation_prompt=body.add_generation_prompt,
-            tools=tools,
-            max_tokens=capacity,
-            on_piece=on_piece,
-        )
+        if body.continue_final_message:
+            check_prompt_end(True, body.add_generation_prompt)
+            ids = llm.encode(
+                messages,
+                tools=tools,
+                continue_final_message=True,
+                max_tokens=capacity,
+                on_piece=on_piece,
+            )
+        else:
+            ids = encode_chat(
+                llm.tokenizer,
+                llm.template,
+                messages,
+                add_generation_prompt=body.add_generation_prompt,
+                tools=tools,
+                max_tokens=capacity,
+                on_piece=on_piece,
+            )
     else:
         assert body.prompt is not None
         if body.tools is not None:
             raise invalid("tools: belong to messages", "tools")
+        if body.continue_final_message:
+            raise invalid("continue_final_message: belongs to messages", "continue_final_message")
         check_length(llm, [body.prompt], "prompt", capacity=capacity)
         add_bos = body.add_special_tokens and llm.manifest.tokens.add_bos
         ids = llm.tokenizer.encode(body.prompt, add_bos=add_bos, on_piece=on_piece)

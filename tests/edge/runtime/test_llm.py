@@ -93,6 +93,54 @@ def test_a_chat_answer_is_split_into_reasoning_and_answer(scripted: Scripted):
     assert result.stats.prompt_tokens == len(scripted.llm.encode(QUESTION))
 
 
+def test_an_answer_goes_on_where_it_broke_off(scripted: Scripted):
+    reasoning, text = "Let me see.\n\nYes.", " Héllo 🙂\n\nso"
+    for reasoned, said in [(4, 0), (12, 0), (len(reasoning), 0), (len(reasoning), 3), (0, 7)]:
+        begun = {"role": "assistant", "content": text[:said], "reasoning": reasoning[:reasoned]}
+        messages = [*QUESTION, begun]
+        rest = text[said:]
+        if not said:
+            rest = f"{reasoning[reasoned:]}\n</think>\n\n{text}"
+        scripted.say(messages, rest, continue_final_message=True)
+        prompt = scripted.llm.encode(messages, continue_final_message=True)
+        result = scripted.llm.generate(messages, GREEDY, continue_final_message=True)
+        assert result.text == text[said:]
+        assert result.reasoning == ("" if said else reasoning[reasoned:])
+        assert result.stats.prompt_tokens == len(prompt)
+        # A budget is for what is left of the reasoning.
+        params = replace(GREEDY, max_tokens=60)
+        again = scripted.llm.generate(
+            messages, params, continue_final_message=True, thinking_budget=100
+        )
+        assert (again.text, again.reasoning) == (result.text, result.reasoning)
+    messages = [*QUESTION, {"role": "assistant", "content": "<think>so"}]
+    with pytest.raises(RequestError, match="thinking: is off"):
+        scripted.llm.generate(messages, GREEDY, continue_final_message=True, thinking=False)
+    others: list[Any] = ["what", [1, 2]]
+    for other in others:
+        with pytest.raises(RequestError, match="continue_final_message belong to chat"):
+            scripted.llm.generate(other, GREEDY, continue_final_message=True)
+
+
+def test_what_was_begun_is_part_of_the_form(scripted: Scripted):
+    pytest.importorskip("llguidance")
+    from edge.runtime.structured_output import OutputFormat
+
+    params = SamplingParams(temperature=1.0, top_p=1.0, seed=3, max_tokens=100)
+    form = OutputFormat("regex", "ab[0-9]{3}x")
+    for begun in ("", "a", "ab", "ab12", "ab123x"):
+        messages = [*QUESTION, {"role": "assistant", "content": begun}]
+        result = scripted.llm.generate(
+            messages, params, output=form, continue_final_message=True, thinking_budget=3
+        )
+        assert re.fullmatch("ab[0-9]{3}x", begun + result.text)
+        assert result.finish_reason == "stop"
+        assert not (begun and result.reasoning)
+    messages = [*QUESTION, {"role": "assistant", "content": "abc"}]
+    with pytest.raises(RequestError, match="breaks the regular expression"):
+        scripted.llm.generate(messages, params, output=form, continue_final_message=True)
+
+
 def test_the_stream_is_the_answer_in_whole_characters(scripted: Scripted):
     scripted.say(QUESTION, "thinking…</think>\n\n🙂🙂 the end")
     chunks = list(scripted.llm.stream(QUESTION, GREEDY))

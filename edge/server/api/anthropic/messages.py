@@ -116,6 +116,7 @@ def count_tokens(turn: Turn, body: CountTokensRequest, on_piece: OnPiece) -> Cou
             plan.prompts[0],
             tools=plan.tools,
             thinking=plan.thinking,
+            continue_final_message=plan.continues,
             max_tokens=capacity,
             on_piece=on_piece,
         )
@@ -124,13 +125,8 @@ def count_tokens(turn: Turn, body: CountTokensRequest, on_piece: OnPiece) -> Cou
 
 def _chat_of(body: CountTokensRequest) -> ChatRequest:
     """Return the chat that a request comes to, without what only an answer needs."""
-    if body.messages[-1].role == "assistant":
-        raise invalid(
-            "messages: the last one is the assistant's, and answers are not continued here; end "
-            "with a message of the user",
-            "messages",
-        )
     chat = ChatRequest(model=body.model, messages=list(_messages_of(body)))
+    chat.continue_final_message = body.messages[-1].role == "assistant"
     if isinstance(body, MessagesRequest) and body.metadata is not None:
         chat.user = body.metadata.user_id
     if body.tools:

@@ -96,6 +96,9 @@ def _plan_messages(
     turn: Turn, body: OllamaRequest, messages: list[dict[str, Any]], tools: Any
 ) -> Plan:
     chat = ChatRequest(messages=messages, tools=tools)
+    *before, last = messages
+    if before and last["role"] == "assistant" and not last.get("tool_calls"):
+        chat.continue_final_message = True  # as Ollama does
     _set_options(turn, chat, body.options or OllamaOptions())
     if isinstance(body.think, bool):
         chat.enable_thinking = body.think

@@ -52,7 +52,8 @@ def observe(
 
     def spy(self: LLM, prompt: Any, params: Any = None, **options: Any) -> Any:
         tools = options.get("tools")
-        given = {key: options[key] for key in ("suffix",) if options.get(key) is not None}
+        names = ("suffix", "continue_final_message")
+        given = {key: options[key] for key in names if options.get(key) is not None}
         ids = self.encode(prompt, tools=tools, thinking=options.get("thinking", True), **given)
         # Tools are in the ids, and the deadline is what the clock leaves.
         given = {k: v for k, v in options.items() if k not in ("tools", "deadline_s")}

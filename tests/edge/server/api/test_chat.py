@@ -196,6 +196,50 @@ def test_logprobs(live: Live):
     assert (wrong.status, wrong.json["error"]["param"]) == (400, "top_logprobs")
 
 
+BEGUN = [*QUESTION, {"role": "assistant", "content": "One two"}]
+
+
+def test_an_answer_is_continued_in_every_way_of_asking(live: Live):
+    live.engine.say(BEGUN, " three.", continue_final_message=True)
+    for fields in (
+        {"messages": BEGUN, "continue_final_message": True},
+        {"messages": BEGUN, "continue_final_message": True, "add_generation_prompt": False},
+        {"messages": [*QUESTION, {**BEGUN[1], "prefix": True}]},
+        {"messages": [*QUESTION, {**BEGUN[1], "prefix": True}], "reasoning_effort": "low"},
+    ):
+        message = live.chat(temperature=0, **fields).json["choices"][0]["message"]
+        assert message["content"] == " three."
+        assert "reasoning" not in message
+        *events, _ = live.chat(temperature=0, stream=True, **fields).events
+        assert joined(events, "content") == " three."
+    body = {"model": "tiny", "messages": BEGUN, "add_generation_prompt": False}
+    ids = live.ask("/tokenize", {**body, "continue_final_message": True}).json["tokens"]
+    assert ids == live.engine.llm.encode(BEGUN, continue_final_message=True)
+    # A last answer alone is answered anew, as OpenAI does it.
+    live.engine.say(BEGUN, "So.</think>Four")
+    for more in ({}, {"continue_final_message": False}, {"add_generation_prompt": True}):
+        answer = live.chat(temperature=0, messages=BEGUN, **more)
+        assert answer.json["choices"][0]["message"]["content"] == "Four"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"messages": [{**QUESTION[0], "prefix": True}]}, "messages"),
+        ({"messages": [{**BEGUN[1], "prefix": True}, *QUESTION]}, "messages"),
+        ({"messages": [*QUESTION, {**BEGUN[1], "prefix": "a"}]}, "messages"),
+        ({"messages": [*QUESTION, {**BEGUN[1], "prefix": True, "tool_calls": [1]}]}, "messages"),
+        ({"messages": BEGUN[1:], "continue_final_message": True}, "messages"),
+        ({"messages": QUESTION, "continue_final_message": True}, "messages[0].role"),
+    ],
+)
+def test_what_cannot_be_continued_is_named(live: Live, fields: dict[str, Any], param: str):
+    answer = live.chat(**fields)
+    assert (answer.status, answer.json["error"]["param"]) == (400, param)
+
+
 def test_reasoning_can_be_turned_off_or_hidden(live: Live):
     live.engine.say(QUESTION, "Short.", thinking=False)
     for off in (

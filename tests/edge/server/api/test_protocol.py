@@ -41,6 +41,9 @@ def asks(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+BEGUN = [*asks(WHAT), {"role": "assistant", "content": "so"}]
+
+
 def cached(hint: Any) -> list[dict[str, Any]]:
     part = {"type": "text", "text": WHAT, "prompt_cache_breakpoint": hint}
     return [{"role": "user", "content": [part]}]
@@ -175,6 +178,14 @@ PAIRS: dict[str, dict[str, Pair]] = {
             {"chat_template_kwargs": {"enable_thinking": True}},
             {"chat_template_kwargs": {"enable_thinking": False}},
         ),
+        "continue_final_message": (
+            {"messages": BEGUN, "continue_final_message": True},
+            {"messages": BEGUN, "continue_final_message": False},
+        ),
+        "add_generation_prompt": (
+            {"messages": BEGUN, "continue_final_message": True},
+            {"messages": BEGUN, "continue_final_message": True, "add_generation_prompt": True},
+        ),
         "modalities": ({"modalities": ["text"]}, {"modalities": None}),
         "verbosity": ({"verbosity": "medium"}, {"verbosity": "low"}),
         "moderation": ({"moderation": None}, {"moderation": {"model": "a"}}),
@@ -203,6 +214,10 @@ PAIRS: dict[str, dict[str, Pair]] = {
         "add_generation_prompt": (
             {"messages": asks("a")},
             {"messages": asks("a"), "add_generation_prompt": False},
+        ),
+        "continue_final_message": (
+            {"messages": BEGUN},
+            {"messages": BEGUN, "continue_final_message": True},
         ),
         "return_token_strs": ({"prompt": "a"}, {"prompt": "a", "return_token_strs": True}),
     },

@@ -274,7 +274,7 @@ def test_an_answer_that_ends_with_its_call_is_none_that_was_given_up(tools: Live
     finally:
         tools.engine.delay_s = 0
     assert tools.idle()
-    assert outcomes() == {**before, "stop": before["stop"] + 4}
+    assert outcomes() == {**before, "stop": before.get("stop", 0) + 4}
 
 
 def test_a_call_and_its_result_go_back_into_the_prompt(tools: Live):
@@ -395,6 +395,30 @@ def test_a_form_leaves_the_place_of_calls(tools: Live, offered: Any, form: Any, 
     assert "I" not in answered("It is sunny.", max_tokens=1)[0]
     text, calls, _ = answered(CALL, tool_choice="none", max_tokens=9, enable_thinking=False)
     assert (text[:1], calls) == ("{", [])
+
+
+def test_an_answer_that_has_begun_may_still_call(tools: Live):
+    def begin(content: str, rest: str, **fields: Any) -> tuple[int, Any]:
+        messages = [*QUESTION, {"role": "assistant", "content": content}]
+        tools.engine.say(messages, rest, tools=[WEATHER], continue_final_message=True)
+        body = {"messages": messages, "tools": [WEATHER], "continue_final_message": True}
+        answer = tools.chat(**{"temperature": 0, "max_tokens": 400, **body, **fields})
+        if answer.status != 200:
+            return answer.status, answer.json["error"]["param"]
+        message = answer.json["choices"][0]["message"]
+        calls = [call["function"]["name"] for call in message.get("tool_calls") or ()]
+        return 200, (message["content"], calls)
+
+    assert begin("I look", f" it up.\n{CALL}") == (200, (" it up.", ["weather"]))
+    # The object of a call is one at the beginning of an answer, not within it.
+    bare = json.dumps({"name": "weather", "arguments": {"city": "Bern"}})
+    assert begin("", bare) == (200, (None, ["weather"]))
+    assert begin("So: ", bare) == (200, (bare, []))
+    assert begin("a", "b", tool_choice="required") == (400, "tool_choice")
+    assert begin(CALL[:20], CALL[20:]) == (400, "messages")
+    pytest.importorskip("llguidance")
+    text = json.dumps({"city": "Bern"})
+    assert begin(text[:4], text[4:], response_format=SCHEMA) == (200, (text[4:], []))
 
 
 def test_the_way_an_answer_of_a_form_is_cut_makes_no_difference():

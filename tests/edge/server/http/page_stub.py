@@ -18,7 +18,6 @@ ATTACK = (
     '```html\n</pre><script>document.title="owned"</script>\n```\nend'
 )
 HOT_CELSIUS = 61.5
-THINK, THINK_END = 100_001, 100_002
 
 
 class StubServer(ThreadingHTTPServer):
@@ -98,8 +97,6 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/models":
             cards = [self._card(name) for name in self.server.models]
             self._json(200, {"data": [*cards, {**self._card("vectors"), "task": "embed"}]})
-        elif self.path.startswith("/tokenizer_info"):
-            self._json(200, {"control_tokens": {"<think>": THINK, "</think>": THINK_END}})
         elif self.path == "/stats":
             self._json(200, self._stats())
         else:
@@ -111,8 +108,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(body)
         if not self._admitted():
             self._error(401, "wrong key")
-        elif self.path == "/tokenize":
-            self._json(200, {"tokens": self._tokens(body)})
         elif self.server.refusals > 0:
             self.server.refusals -= 1
             self._error(429, "the queue is full", {"retry-after": "1"})
@@ -124,8 +119,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._hold()
                 if self.server.failing == body["model"]:
                     self._data({"error": {"message": "the engine failed at this request"}})
-                elif self.path == "/v1/completions":
-                    self._complete()
+                elif body.get("continue_final_message"):
+                    for piece in ("whole ", "answer", "."):
+                        self._delta(content=piece)
+                    self._end()
                 else:
                     self._stream(body["messages"][-1]["content"])
             except OSError:
@@ -137,16 +134,6 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server.progress != told:
                 told = self.server.progress
                 self._data({"choices": [{"delta": {}}], "prompt_progress": told})
-
-    def _tokens(self, body: dict[str, Any]) -> list[int]:
-        if "messages" in body:  # a template that begins the reasoning
-            return [1, *map(ord, body["messages"][-1]["content"]), THINK, ord("\n")]
-        return list(map(ord, body["prompt"]))
-
-    def _complete(self) -> None:
-        for piece in ("whole ", "answer", "."):
-            self._data({"choices": [{"text": piece}]})
-        self._end()
 
     def _stream(self, prompt: str) -> None:
         self._data({"choices": [{"delta": {"role": "assistant", "content": ""}}]})

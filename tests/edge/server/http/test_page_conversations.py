@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.edge.server.http.browser import WAIT_S, Browser
-from tests.edge.server.http.page_stub import THINK, THINK_END, StubServer
+from tests.edge.server.http.page_stub import StubServer
 
 FORMAT = "edge-llm conversations"
 CIRCLE = {
@@ -217,13 +217,10 @@ def test_go_on_with_a_stopped_answer(browser: Browser, server: StubServer):
     browser.until(lambda: "whole answer." in browser.one(".turn.assistant .body").text)
     browser.answered()
     request = server.requests[-1]
-    (prompt,) = request["prompt"]
-    head = [1, *map(ord, "endless"), THINK, ord("\n")]
-    assert prompt[: len(head)] == head
-    # The template began the reasoning, and the answer had none.
-    text = "".join(map(chr, prompt[len(head) + 1 :]))
-    assert prompt[len(head)] == THINK_END
-    assert text.strip() == shown
+    assert request["continue_final_message"] is True
+    question, begun = request["messages"]
+    assert question == {"role": "user", "content": "endless"}
+    assert begun["content"].strip() == shown
     assert browser.one(".turn.assistant .body").text == f"{shown} whole answer."
     assert browser.all("#log .continue") == []
 

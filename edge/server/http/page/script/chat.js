@@ -1,13 +1,12 @@
 // What can be done in a conversation: ask, answer again, edit, go on, stop.
 
 import { askedModels } from "./compare.js";
-import { addPair, addTurn, goTo, messagesOf, pathOf, removeLeaf } from "./conversation.js";
-import { continuationOf } from "./continuation.js";
+import { addPair, addTurn, continuationOf, goTo, messagesOf, pathOf, removeLeaf } from "./conversation.js";
 import { keep, toast } from "./conversations.js";
 import { $ } from "./dom.js";
 import { clearErrors, drawLog, showError, toEnd, viewOf } from "./log.js";
 import { showMeter } from "./meter.js";
-import { completionParameters, parameters, systemMessage } from "./sampling.js";
+import { parameters, systemMessage } from "./sampling.js";
 import { post, reasonOf } from "./server.js";
 import { state } from "./state.js";
 import { readInto } from "./stream.js";
@@ -85,7 +84,8 @@ async function answer(parent, { broken = null, models = [$("model").value] } = {
   keep(conversation);
   let sampling;
   try {
-    sampling = broken ? completionParameters() : parameters();
+    sampling = parameters();
+    if (broken?.reasoning) delete sampling.enable_thinking;  // it has begun
   } catch (error) {
     redraw();
     showError(error.message, 0, again);
@@ -105,10 +105,9 @@ async function answer(parent, { broken = null, models = [$("model").value] } = {
   const options = { stream: true, stream_options: { include_usage: true }, return_progress: true, ...sampling };
   await Promise.all(runs.map((run) => run.read(async () => {
     const { turn } = run;
-    const [path, body] = broken
-      ? ["/v1/completions", await continuationOf(conversation, turn, turn.model, systemMessage())]
-      : ["/v1/chat/completions", { model: turn.model, messages: messagesOf(conversation, parent, systemMessage()) }];
-    return post(path, { ...body, ...options }, request.signal);
+    const asked = broken ? continuationOf(conversation, turn, systemMessage())
+      : { messages: messagesOf(conversation, parent, systemMessage()) };
+    return post("/v1/chat/completions", { model: turn.model, ...asked, ...options }, request.signal);
   })));
   if (state.request === request) state.request = null;
   busy(state.request !== null);

@@ -77,6 +77,13 @@ export function messagesOf(conversation, leaf, system) {
   return system ? [{ role: "system", content: system }, ...past] : past;
 }
 
+/** Returns the messages and options with which the model goes on with an answer that broke off. */
+export function continuationOf(conversation, turn, system) {
+  const begun = { role: "assistant", content: turn.content };
+  if (turn.reasoning) begun.reasoning_content = turn.reasoning;
+  return { messages: [...messagesOf(conversation, turn.parent, system), begun], continue_final_message: true };
+}
+
 /**
  * Checks a stored or imported value; returns a conversation of the present schema.
  *

@@ -7,7 +7,6 @@ import { openPanel } from "./sides.js";
 import { load, save } from "./tab.js";
 import { t } from "./words.js";
 
-const CHAT_ONLY = ["thinking_token_budget", "enable_thinking"];
 const BUILT_IN = {
   own: {}, greedy: { temperature: "0" }, precise: { temperature: "0.2", top_p: "0.9" },
   lively: { temperature: "1", min_p: "0.05" },
@@ -33,11 +32,6 @@ export function parameters() {
   if (stops.length) result.stop = stops;
   if ($("sampling").querySelector("[name=no_thinking]").checked) result.enable_thinking = false;
   return result;
-}
-
-/** Returns those of them that a completion takes. */
-export function completionParameters() {
-  return Object.fromEntries(Object.entries(parameters()).filter(([name]) => !CHAT_ONLY.includes(name)));
 }
 
 export function systemMessage() {

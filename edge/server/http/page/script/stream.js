@@ -3,19 +3,15 @@
 import { Refusal, events } from "./server.js";
 import { t } from "./words.js";
 
-const THINK_END = "</think>";
-
 /**
- * Reads to the end. A chat's pieces say what is reasoning; a completion's text, with which an answer
- * goes on, is split here at the end of the reasoning.
+ * Reads to the end.
  *
  * Args: the response; the turn that grows; `onPiece`, called after each piece; `onProgress`, called
  * with what the server says of the prompt before the first one.
  */
 export async function readInto(response, turn, startedAt, { onPiece, onProgress }) {
-  let usage = null, reason = null, complete = false, firstAt = 0, answerAt = 0, raw = "";
+  let usage = null, reason = null, complete = false, firstAt = 0, answerAt = 0;
   const before = { ...turn.figures };
-  const wasThinking = Boolean(turn.reasoning) && !turn.content;
   for await (const data of events(response.body)) {
     if (data === "[DONE]") { complete = true; break; }
     const chunk = JSON.parse(data);
@@ -25,12 +21,8 @@ export async function readInto(response, turn, startedAt, { onPiece, onProgress 
     const choice = chunk.choices?.[0];
     if (!choice) continue;
     reason = choice.finish_reason ?? reason;
-    let reasoning = choice.delta?.reasoning_content ?? choice.delta?.reasoning ?? "";
-    let text = choice.delta?.content ?? "";
-    if (choice.text) {
-      raw += choice.text;
-      [reasoning, text] = wasThinking ? divided(raw, choice.text) : ["", choice.text];
-    }
+    const reasoning = choice.delta?.reasoning_content ?? choice.delta?.reasoning ?? "";
+    const text = choice.delta?.content ?? "";
     if (!reasoning && !text) continue;
     const now = performance.now();
     firstAt ||= now;
@@ -51,18 +43,4 @@ export async function readInto(response, turn, startedAt, { onPiece, onProgress 
     completion_tokens: (before.completion_tokens ?? 0) + (usage?.completion_tokens ?? 0),
     reasoning_tokens: before.reasoning_tokens ?? usage?.completion_tokens_details?.reasoning_tokens ?? 0,
   };
-}
-
-// What the last piece adds to the reasoning and to the answer; a mark that is begun waits for its end.
-function divided(raw, piece) {
-  const cut = (text) => {
-    const at = text.indexOf(THINK_END);
-    if (at >= 0) return [text.slice(0, at), text.slice(at + THINK_END.length)];
-    for (let length = THINK_END.length - 1; length > 0; length -= 1) {
-      if (text.endsWith(THINK_END.slice(0, length))) return [text.slice(0, -length), ""];
-    }
-    return [text, ""];
-  };
-  const [was, now] = [cut(raw.slice(0, raw.length - piece.length)), cut(raw)];
-  return [now[0].slice(was[0].length), now[1].slice(was[1].length)];
 }

@@ -302,6 +302,19 @@ def test_a_call_that_must_come(tools: Live, choice: dict[str, Any]):
     assert body["stop_reason"] == "tool_use"
 
 
+def test_a_last_answer_is_continued(live: Live):
+    begun = [*QUESTION, {"role": "assistant", "content": "One two"}]
+    live.engine.say(begun, " three.", continue_final_message=True)
+    for content in ("One two", [{"type": "text", "text": "One two"}]):
+        messages = [*QUESTION, {"role": "assistant", "content": content}]
+        body = message(live, messages=messages, temperature=0).json
+        assert [block["text"] for block in body["content"]] == [" three."]
+        counted = live.ask("/v1/messages/count_tokens", {"model": "tiny", "messages": messages})
+        assert counted.json["input_tokens"] == len(
+            live.engine.llm.encode(begun, continue_final_message=True)
+        )
+
+
 def test_an_answer_of_a_form(live: Live):
     pytest.importorskip("llguidance")
     form = {"type": "json_schema", "schema": {"enum": ["a", "bc"]}}
@@ -318,6 +331,8 @@ def bodies() -> dict[str, dict[str, Any]]:
     image = {"type": "image", "source": source}
     result = {"type": "tool_result", "tool_use_id": "1"}
     past = {"role": "assistant", "content": "Because"}
+    use = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
+    calling = {"role": "assistant", "content": [use]}
     return {
         "messages[0].content[0]: a block of type image": user(image),
         "messages[0].content[1]: a block of type document": user(
@@ -330,7 +345,10 @@ def bodies() -> dict[str, dict[str, Any]]:
             {"type": "thinking", "thinking": "a", "signature": ""}
         ),
         "messages[0].content[0].type: ": user({"type": "server_tool_use", "id": "1"}),
-        "messages: the last one is the assistant's": {"messages": [*QUESTION, past]},
+        "messages[1].tool_calls: an answer that calls tools has ended": {
+            "messages": [*QUESTION, calling]
+        },
+        "messages: the answer to continue has nothing before it": {"messages": [past]},
         "max_tokens: this field is required": {"max_tokens": ...},
         "temperature: ": {"temperature": -1},
         "mcp_servers: unknown field": {"mcp_servers": []},

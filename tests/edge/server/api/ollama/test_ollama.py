@@ -102,6 +102,18 @@ def test_a_whole_answer(live: Live):
     assert chat(live, options={**GREEDY, "num_predict": 2}).json["done_reason"] == "length"
 
 
+def test_a_last_answer_is_continued(live: Live):
+    begun = [*QUESTION, {"role": "assistant", "content": "One two"}]
+    live.engine.say(begun, " three.", continue_final_message=True)
+    answer = {"role": "assistant", "content": " three."}
+    assert chat(live, messages=begun).json["message"] == answer
+    thought = [*QUESTION, {"role": "assistant", "content": "", "thinking": "So"}]
+    given = [*QUESTION, {"role": "assistant", "content": "", "reasoning": "So"}]
+    live.engine.say(given, " be it.</think>Yes", continue_final_message=True)
+    answer = {"role": "assistant", "content": "Yes", "thinking": " be it."}
+    assert chat(live, messages=thought).json["message"] == answer
+
+
 @pytest.mark.parametrize("options", [{}, {"stop": ["llo"]}, {"num_predict": 14}])
 def test_a_stream_is_the_same_answer_and_the_default(live: Live, options: dict[str, Any]):
     for ask in (chat, generate):

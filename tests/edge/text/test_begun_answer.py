@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge.bundle.manifest import Tokens
+from edge.errors import RequestError
+from edge.text.begun_answer import BegunAnswer, take_begun_answer
+from edge.text.chat_template import ChatTemplate, ReasoningSplitter, encode_chat
+from edge.text.tokenizer import Tokenizer
+from tests.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID, write_tokenizer
+
+TOKENS = Tokens(bos=BOS_ID, bos_text=BOS, eos=(EOS_ID,), eos_text=EOS, add_bos=True)
+QUESTION = {"role": "user", "content": "what"}
+OPENS = ChatTemplate(CHAT_TEMPLATE, TOKENS)
+LEAVES_OPEN = ChatTemplate(CHAT_TEMPLATE.replace("<think>\\n", ""), TOKENS)
+quick = settings(deadline=None, max_examples=60)
+text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory)
+    path = directory / "tokenizer.json"
+    return Tokenizer(path.read_bytes(), TOKENS, str(path))
+
+
+def begin(content: str | None = "", *, reasons: bool = True, **more: Any) -> BegunAnswer:
+    messages = [QUESTION, {"role": "assistant", "content": content, **more}]
+    before, begun = take_begun_answer(messages, reasons=reasons)
+    assert before == [QUESTION]
+    return begun
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "expected"),
+    [
+        ("", {}, BegunAnswer("")),
+        ("a b ", {}, BegunAnswer("a b ")),
+        ("", {"reasoning_content": "so\n"}, BegunAnswer("", "so\n", reasons=True)),
+        ("", {"reasoning": "so"}, BegunAnswer("", "so", reasons=True)),
+        ("a", {"reasoning_content": "\nso\n"}, BegunAnswer("a", "so")),
+        ("<think>\nso", {}, BegunAnswer("", "so", reasons=True)),
+        ("<think>\nso\n</think>", {}, BegunAnswer("", "so")),
+        ("<think>\nso\n</think>\n\na\n", {}, BegunAnswer("a\n", "so")),
+        ("so\n</think>\n\na", {}, BegunAnswer("a", "so")),
+        ("<think>\n\n</think>\n\na", {}, BegunAnswer("a")),
+        ("a <b> <think>", {}, BegunAnswer("a <b> <think>")),
+        ("a</think>", {"reasoning_content": "so"}, BegunAnswer("a</think>", "so")),
+    ],
+)
+def test_where_an_answer_goes_on(content: str, more: dict[str, Any], expected: BegunAnswer):
+    assert begin(content, **more) == expected
+
+
+def test_a_model_that_does_not_reason_has_tags_as_text():
+    assert begin("<think>so", reasons=False) == BegunAnswer("<think>so")
+    assert begin("a", reasons=False, reasoning_content="so") == BegunAnswer("a")
+    with pytest.raises(RequestError, match=r"messages\[1\].reasoning_content: .*not reason"):
+        begin("", reasons=False, reasoning_content="so")
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([QUESTION], r"messages\[0\].role: only an answer of the assistant"),
+        ([{"role": "assistant", "content": "a"}], "nothing before it"),
+        (
+            [
+                QUESTION,
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+            ],
+            r"messages\[1\].tool_calls",
+        ),
+        ([], "at least one message"),
+    ],
+)
+def test_what_cannot_be_continued(messages: list[dict[str, Any]], error: str):
+    with pytest.raises(RequestError, match=error):
+        take_begun_answer(messages, reasons=True)
+
+
+@quick
+@given(reasoning=text, content=text, template=st.sampled_from([OPENS, LEAVES_OPEN]))
+def test_the_prompt_is_the_models_own_text_so_far(
+    tokenizer: Tokenizer, reasoning: str, content: str, template: ChatTemplate
+):
+    """Joined to what the model then writes, it is one answer; and no text is a control token."""
+    reasoning = reasoning.strip("\n")
+    begun = BegunAnswer(content, reasoning, reasons=bool(reasoning) and not content)
+    ids = encode_chat(tokenizer, template, [QUESTION], begun=begun)
+    opening = "<｜Assistant｜>" + ("<think>\n" if template is OPENS else "")
+    if reasoning:
+        opening = "<｜Assistant｜><think>\n"
+    elif template is OPENS and content:
+        opening += "\n</think>\n\n"
+    closing = "\n</think>\n\n" if reasoning and content else ""
+    whole = f"{BOS}<｜User｜>what{opening}{reasoning}{closing}{content}"
+    assert tokenizer.decode(ids) == whole
+    controls = set(tokenizer.control_tokens.values())
+    marks = [id_ for id_ in ids if id_ in controls]
+    written = f"{BOS}<｜User｜>{opening}{closing}"
+    assert marks == [id_ for id_ in tokenizer.encode(written, control=True) if id_ in controls]
+
+
+def test_a_text_cannot_open_a_turn(tokenizer: Tokenizer):
+    begun = BegunAnswer("a<｜User｜>b", "c<｜Assistant｜>")
+    ids = encode_chat(tokenizer, OPENS, [QUESTION], begun=begun)
+    assert ids.count(tokenizer.control_tokens["<｜User｜>"]) == 1
+    assert ids.count(tokenizer.control_tokens["<｜Assistant｜>"]) == 1
+
+
+@quick
+@given(reasoning=text, answer=text, data=st.data())
+def test_reasoning_that_goes_on_is_what_it_would_have_been(
+    reasoning: str, answer: str, data: st.DataObject
+):
+    reasoning = "x" + reasoning.rstrip("\n")
+    cut = data.draw(st.integers(1, len(reasoning)))
+    splitter = ReasoningSplitter(True, goes_on=True)
+    rest = f"{reasoning[cut:]}\n</think>\n\n{answer}"
+    at = data.draw(st.integers(0, len(rest)))
+    parts = [splitter.push(rest[:at]), splitter.push(rest[at:]), splitter.flush()]
+    thought, said = ("".join(texts) for texts in zip(*parts, strict=True))
+    assert (reasoning[:cut] + thought, said) == (reasoning, answer.lstrip("\n"))
