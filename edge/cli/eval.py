@@ -174,7 +174,8 @@ def run_evaluation(
     for limits in gates:
         if limits is not None:
             evaluation.check_gate(limits, task=task_file is not None, reference=against is not None)
-    engine = take_engine(options)
+    # A TensorRT engine has one capacity, and a reference would be computed elsewhere.
+    engine = take_engine(options, backend="ort-cpu")
     if engine.int8_activations:  # before a reference is exported for minutes
         for path in bundles:
             check_int8_activations(read_manifest(path))

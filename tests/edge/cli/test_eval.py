@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from edge.backends import choose
 from edge.bundle.manifest import read_manifest
 from edge.bundle.verified_files import verify_files
 from edge.cli import COMMAND_GROUP
@@ -31,6 +32,7 @@ from edge.measure import evaluator, tasks
 from edge.measure.evaluator import _shape
 from edge.runtime.llm import LLM
 from tests.edge.measure.test_report import check_html
+from tests.fake_tensorrt import write_engine
 
 ROOT = Path(__file__).parents[3]
 SHORT = ("--tokens", 300, "--window", 64)
@@ -111,6 +113,22 @@ def test_activations_that_would_stay_float_are_refused(tiny_bundles):
     result = invoke(fp16, "--against", "absent", *SHORT, "--int8-activations")
     assert isinstance(result.exception, ConfigError)
     assert "no effect on" in str(result.exception)
+
+
+def test_the_cpu_computes_beside_an_engine_and_a_gpu(
+    tiny_bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(choose, "find_gpu_node", lambda: "/dev/nvmap")
+    reference = tiny_bundles("qwen2", "portable")
+    bundle = shutil.copytree(reference, tmp_path / "bundle")
+    write_engine(bundle, max_batch=1, max_prefill=24, kv_capacity=128, kv_buckets=(128,))
+    (found,) = figures(bundle, "--against", reference, *SHORT)
+    assert found["engine"] == "ort-cpu"
+    assert found["kl_mean"] == 0
+    task = tmp_path / "task.jsonl"
+    row = {"question": "the sea", "choices": ["hello", "world"], "answer": 1}
+    task.write_text(json.dumps(row))
+    assert figures(bundle, "--task", task)[0]["items"] == 1
 
 
 def test_a_rotated_bundle_is_compared_with_its_tied_original(tiny_bundles):
