@@ -12,6 +12,7 @@ from click import Context
 
 from edge.cli import cli
 from edge.server.settings import ServerSettings
+from tests.test_packaging import MAN, PACKAGES
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker" / "jetson"
@@ -52,8 +53,11 @@ def test_stages_are_pinned_and_not_root(path: Path):
         packages = re.findall(r"^([\w.-]+)==", (ROOT / name).read_text("utf-8"), re.MULTILINE)
         assert packages
         assert not any(package.startswith("tensorrt") for package in packages)  # the image has it
-    for source in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
-        assert all((DOCKER.parent.parent / name).exists() for name in source.split())
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)
+    sources = {name for names in copied for name in names.split()}
+    assert all((ROOT / name).exists() for name in sources)
+    # What the wheel is made of: a package that is missing breaks the help, which loads every verb.
+    assert {*PACKAGES, *(Path(name).parts[0] for name in MAN)} <= sources
 
 
 def test_services_are_confined(compose: dict[str, Any]):
