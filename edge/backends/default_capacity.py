@@ -8,6 +8,7 @@ from collections.abc import Callable
 from edge.bundle.manifest import Manifest
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import DeviceMemoryError, ResourceError
+from edge.planner.memory import LEAST_CAPACITY as LEAST_CAPACITY  # a service's limits read it here
 from edge.planner.memory import (
     Deployment,
     ProcessMemory,
@@ -20,8 +21,6 @@ from . import Backend
 
 _log = logging.getLogger(__name__)
 _STEP = 256
-LEAST_CAPACITY = 1024
-"""Tokens; less is no conversation, so a machine with no room for it is left to fail by itself."""
 
 
 def host_capacity(

@@ -25,6 +25,8 @@ from edge.bundle.sizes import (
 from .weights import Linear, Part, weight_parts
 
 BackendKind = Literal["tensorrt", "ort-cpu"]
+LEAST_CAPACITY = 1024
+"""Tokens; less is no conversation, so a machine with no room for it is left to fail by itself."""
 
 _FP32_BYTES = 4
 # Measured with Python 3.11, numpy, click, tokenizers and ONNX Runtime 1.30 on x86-64.

@@ -43,7 +43,8 @@ from .software import (
 __all__ = ["Check", "exit_code", "run_checks", "summary", "wait_for_gpu"]
 
 _POLL_S = 1.0
-# In order of cause; TensorRT and ONNX Runtime leave in the facts what the bundle's checks need.
+# In order of cause; TensorRT and ONNX Runtime leave in the facts what the bundle's checks need, and
+# its engines how much memory is needed.
 _MACHINE = (
     check_system,
     check_device_nodes,
@@ -83,9 +84,9 @@ def run_checks(
     if bundle is not None:
         found, manifest = check_bundle(bundle, facts)
         checks.append(found)
+        if manifest is not None:
+            checks.append(check_engines(bundle, manifest, facts))
     checks.append(check_memory(facts, manifest))
-    if bundle is not None and manifest is not None:
-        checks.append(check_engines(bundle, manifest, facts))
     return checks
 
 

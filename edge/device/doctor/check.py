@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from edge.bundle.engine_file import EngineInfo
 from edge.device.machine import CudaProbe, Library, Machine, Node
 from edge.device.nodes import GPU_NODES
 from edge.device.telemetry import Snapshot
@@ -35,7 +36,7 @@ class Check:
 
 @dataclass
 class Facts:
-    """What the machine answered so far."""
+    """What the machine answered so far, and the bundle's engine that would run here."""
 
     machine: Machine
     snapshot: Snapshot
@@ -44,6 +45,7 @@ class Facts:
     gpu_required: bool
     tensorrt: Library = field(default_factory=Library)
     onnxruntime: Library = field(default_factory=Library)
+    engine: EngineInfo | None = None
 
     @property
     def jetson(self) -> bool:

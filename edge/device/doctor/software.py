@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge.bundle import io_spec
-from edge.bundle.engine_file import check_engine, find_engines, read_engine_info, verify_plan
+from edge.bundle.engine_file import (
+    EngineInfo,
+    check_engine,
+    engine_rank,
+    find_engines,
+    read_engine_info,
+    verify_plan,
+)
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.verified_files import verify_files
 from edge.errors import BundleError, EdgeError, IntegrityError, install_command
+from edge.planner.memory import LEAST_CAPACITY, Deployment, plan_process_memory
+from edge.planner.weights import manifest_linears
 
 from .check import (
     DAMAGED,
@@ -148,12 +157,33 @@ def check_memory(facts: Facts, manifest: Manifest | None) -> Check:
     detail = f"{free / 1e9:.1f} GB free" + ("" if unified else " on the GPU")
     if manifest is None:
         return Check(name, "ok", detail)
-    # The weights once, one slot of the cache, and what the libraries take.
-    file = manifest.files.get(f"{manifest.graphs.decoder}.data")
-    weights = file.num_bytes if file else 0
-    cache = io_spec.kv_bytes_per_token(manifest.model, manifest.dtype, manifest.int8_layers)
-    cache *= manifest.kv_capacity
-    needed = weights + cache + _OVERHEAD_BYTES
+    # The weights, one slot of the cache, and what the libraries take. Without an engine the cache
+    # is as small as memory asks for.
+    capacity, smaller = min(LEAST_CAPACITY, manifest.kv_capacity), ""
+    if facts.engine is not None:
+        capacity = facts.engine.kv_capacity
+        smaller = "build an engine with a smaller --kv-capacity, "
+    if facts.cuda.works:
+        file = manifest.files.get(f"{manifest.graphs.decoder}.data")
+        weights = file.num_bytes if file else 0
+        cache = io_spec.kv_bytes_per_token(manifest.model, manifest.dtype, manifest.int8_layers)
+        cache *= capacity
+        libraries = _OVERHEAD_BYTES
+    else:
+        plan = plan_process_memory(
+            manifest.model,
+            manifest_linears(manifest),
+            manifest.rope_positions,
+            Deployment(
+                "ort-cpu",
+                kv_capacity=capacity,
+                dialect=manifest.dialect,
+                int8_layers=manifest.int8_layers,
+            ),
+        )
+        weights, cache = plan.weights_bytes, plan.cache
+        libraries = plan.process_bytes - weights - cache
+    needed = weights + cache + libraries
     detail += f", the bundle needs about {needed / 1e9:.1f} GB"
     if free >= needed:
         return Check(name, "ok", detail)
@@ -161,9 +191,9 @@ def check_memory(facts: Facts, manifest: Manifest | None) -> Check:
         name,
         "fail",
         detail,
-        f"weights {weights / 1e9:.2f} GB, KV cache {cache / 1e9:.2f} GB, libraries about "
-        f"{_OVERHEAD_BYTES / 1e9:.1f} GB",
-        "end other programs (a desktop takes 1 to 2 GB), use a smaller --kv-capacity or fewer bits",
+        f"weights {weights / 1e9:.2f} GB, KV cache of {capacity} tokens {cache / 1e9:.2f} GB, "
+        f"libraries about {libraries / 1e9:.1f} GB",
+        f"end other programs (a desktop takes 1 to 2 GB), {smaller}or export with fewer bits",
         NO_MEMORY,
     )
 
@@ -180,7 +210,8 @@ def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
             "without one ONNX Runtime runs it",
             f"edge-llm build {bundle}",
         )
-    fitting, problems = [], []
+    fitting: dict[str, EngineInfo] = {}
+    problems = []
     compare = facts.cuda.works and facts.tensorrt.version is not None
     for directory in directories:
         try:
@@ -207,7 +238,7 @@ def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
         except BundleError as error:
             problems.append(str(error))
         else:
-            fitting.append(directory.name)
+            fitting[directory.name] = info
     if not compare:
         detail = f"{len(directories)} whole; no TensorRT and GPU here to compare them with"
         return Check(name, "skip", detail)
@@ -220,4 +251,5 @@ def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
             "build one here",
             WRONG_ENGINE,
         )
+    facts.engine = max(fitting.values(), key=lambda info: engine_rank(info, 1))
     return Check(name, "ok", f"{', '.join(fitting)} fits ({len(problems)} others do not)")

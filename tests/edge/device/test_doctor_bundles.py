@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,18 @@ import msgspec
 import pytest
 
 from edge.bundle.engine_file import EngineInfo
-from edge.bundle.manifest import read_manifest
+from edge.bundle.manifest import FileInfo, LinearInfo, Quantization, read_manifest
+from edge.bundle.schemes import Recipe
 from edge.device.doctor import exit_code, run_checks
+from edge.device.doctor.check import Facts
+from edge.device.doctor.software import check_memory
 from edge.device.machine import Library
+from edge.planner.models import BUILT_IN
+from edge.planner.weights import recipe_linears
 from tests.conftest import Bundles
 from tests.edge.device import jetson_trees as trees
 from tests.edge.device.fake_machine import CPU, MISSING, FakeMachine, cuda, find, statuses
+from tests.manifests import make_manifest
 
 
 def test_memory(orin: FakeMachine, tiny_bundles: Bundles):
@@ -24,12 +31,59 @@ def test_memory(orin: FakeMachine, tiny_bundles: Bundles):
     orin.memory = 100 << 20
     checks = run_checks(orin, bundle)
     assert find(checks, "memory").status == "fail"
-    assert "--kv-capacity" in find(checks, "memory").cure
+    assert "fewer bits" in find(checks, "memory").cure
     assert exit_code(checks) == 71
     assert find(run_checks(orin), "memory").status == "ok"  # nothing to hold it against
     (orin.root / "proc/meminfo").unlink()
     orin.memory = None
     assert find(run_checks(orin), "memory").status == "warn"
+
+
+def test_the_cpu_needs_more_than_a_gpu(laptop: FakeMachine, orin: FakeMachine):
+    """Of a float model twice as much: ONNX Runtime on the CPU computes in fp32."""
+    model = BUILT_IN["r1-qwen-7b"].spec
+    linears = {
+        linear.name: LinearInfo(linear.scheme, linear.shape, 2 * math.prod(linear.shape))
+        for linear in recipe_linears(model, Recipe("fp16"))
+    }
+    stored = sum(linear.num_bytes for linear in linears.values())
+    manifest = make_manifest(
+        model=model,
+        kv_capacity=32768,
+        rope_positions=32768,
+        quantization=Quantization(name="fp16", method="rtn", clip="mse", linears=linears),
+        files={"decoder.onnx.data": FileInfo(stored, "0" * 64)},
+    )
+    statuses = {
+        (name, gigabytes): check_memory(ask(machine, gigabytes), manifest).status
+        for name, machine in (("laptop", laptop), ("orin", orin))
+        for gigabytes in (14, 20, 32)  # a cache of 32,768 tokens would take 3.8 of fp32 more
+    }
+    assert statuses == {
+        ("laptop", 14): "fail",
+        ("laptop", 20): "fail",
+        ("laptop", 32): "ok",
+        ("orin", 14): "fail",
+        ("orin", 20): "ok",
+        ("orin", 32): "ok",
+    }
+
+
+def ask(machine: FakeMachine, gigabytes: int) -> Facts:
+    machine.memory = gigabytes * 10**9
+    return Facts(machine, machine.snapshot(), machine.nodes(), machine.cuda(), False)
+
+
+def test_an_engine_needs_its_own_capacity(orin: FakeMachine, bundle: Path):
+    long = 10**6  # of 256 bytes each
+    orin.memory = 500 << 20
+    add_engine(bundle, "short")
+    assert find(run_checks(orin, bundle), "memory").status == "ok"
+    add_engine(bundle, "long", kv_capacity=long)
+    found = find(run_checks(orin, bundle), "memory")
+    assert found.status == "fail"
+    assert f"KV cache of {long} tokens" in found.cause
+    assert "--kv-capacity" in found.cure
 
 
 def test_a_gpu_with_its_own_memory_is_asked_for_that(laptop: FakeMachine, tiny_bundles: Bundles):
