@@ -17,6 +17,32 @@ brackets 100,000 deep."""
 _CHUNK_BYTES = 1 << 22
 
 
+def is_file(path: Path) -> bool:
+    """Whether a plain file is there: not so either where none can be or may be looked for.
+
+    `Path.is_file` raises where a name is too long or a directory is closed to this user.
+    """
+    return stat.S_ISREG(_mode(path))
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a directory is there; see `is_file`."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def exists(path: Path) -> bool:
+    """Whether anything is there; see `is_file`."""
+    return _mode(path) != 0
+
+
+def list_directory(path: Path) -> list[Path]:
+    """What is in a directory, in order; nothing where none can be listed."""
+    try:
+        return sorted(path.iterdir())
+    except OSError:
+        return []
+
+
 def open_file(path: Path) -> BinaryIO:
     """Open a plain file for reading.
 
@@ -75,6 +101,13 @@ def decode_text(data: bytes) -> str:
         UnicodeDecodeError: it is not UTF-8.
     """
     return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):  # a null character is a ValueError
+        return 0
 
 
 def _size(num_bytes: int) -> str:

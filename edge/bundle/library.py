@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge.errors import BundleError
+from edge.files import is_directory, is_file, list_directory
 
 from .manifest import MANIFEST_NAME
 
@@ -50,14 +51,13 @@ def bundle_directories() -> Iterator[Path]:
     """All bundles below the `roots`. Of two with one name the first root's is found."""
     seen = set()
     for root in roots():
-        if root.is_dir():
-            for directory in sorted(root.iterdir()):
-                hidden = directory.name.startswith(".")  # an export that is under way
-                if hidden or directory.name in seen:
-                    continue
-                if (directory / MANIFEST_NAME).is_file():
-                    seen.add(directory.name)
-                    yield directory
+        for directory in list_directory(root):
+            hidden = directory.name.startswith(".")  # an export that is under way
+            if hidden or directory.name in seen:
+                continue
+            if is_file(directory / MANIFEST_NAME):
+                seen.add(directory.name)
+                yield directory
 
 
 def bundle_name(hub_id: str, quantization: str) -> str:
@@ -75,7 +75,7 @@ def find_bundle(name: str) -> Path:
     Raises:
         BundleError: no bundle, or more than one, has that name.
     """
-    if name and Path(name).is_dir():
+    if name and is_directory(Path(name)):
         return Path(name)
     known = list(bundle_directories())
     for directory in known:
@@ -108,7 +108,7 @@ def find_setting(text: str, base: Path) -> Path:
         BundleError: no bundle, or more than one, has that name.
     """
     path = base / Path(text).expanduser()
-    if "/" in text or path.is_dir():
+    if "/" in text or is_directory(path):
         return path
     return find_bundle(text).absolute()
 

@@ -29,7 +29,7 @@ from edge.bundle.trust import (
 )
 from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError
-from edge.files import read_text_file
+from edge.files import is_directory, read_text_file
 from edge.progress import Progress, uncounted
 from edge.registry.reference import Reference, parse_reference
 
@@ -289,7 +289,7 @@ def _contents(
     from edge.registry.pull import look
     from edge.registry.reference import is_reference
 
-    if not Path(text).is_dir() and is_reference(text):
+    if not is_directory(Path(text)) and is_reference(text):
         reference = parse_reference(text)
         with _open(reference, plain_http) as registry:
             offer = look(reference, registry)

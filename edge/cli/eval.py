@@ -25,6 +25,7 @@ from edge.errors import (
     DependencyError,
     install_command,
 )
+from edge.files import exists, is_file
 from edge.measure import evaluate as evaluation
 from edge.measure.evaluator import WINDOW, Computer, ThisMachine, evaluate_task, evaluate_text
 from edge.measure.report import FIGURES, format_figure, html_report, html_task_report
@@ -233,9 +234,9 @@ def _refuse_idle_options(task_file: Path | None, options: dict[str, Any]) -> Non
 
 def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
     """Find the reference's bundle; the verb ``export`` exports a checkpoint to fp16."""
-    if (Path(against) / MANIFEST_NAME).is_file():
+    if is_file(Path(against) / MANIFEST_NAME):
         return Path(against)
-    if "/" not in against and not Path(against).exists():
+    if "/" not in against and not exists(Path(against)):
         return find_bundle(against)
     if not entry_points(group=COMMAND_GROUP, name="export"):
         raise DependencyError(

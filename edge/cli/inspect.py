@@ -20,6 +20,7 @@ from edge.bundle.manifest import (
     read_manifest,
 )
 from edge.bundle.verified_files import verify_files
+from edge.files import is_file
 
 from . import echo_json
 from .inspect_engine import inspect_engine
@@ -36,7 +37,7 @@ def inspect(bundle: Path, as_json: bool, layers: bool, no_verify: bool) -> None:
 
     BUNDLE may also be the directory of an engine in it, BUNDLE/engines/NAME.
     """
-    if (bundle / ENGINE_JSON).is_file():
+    if is_file(bundle / ENGINE_JSON):
         inspect_engine(bundle, as_json, layers, verify=not no_verify)
         return
     manifest = read_manifest(bundle)

@@ -16,6 +16,7 @@ from edge.bundle.library import find_bundle
 from edge.config_file import load_settings
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import ConfigError, RequestError
+from edge.files import is_file
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 
 from .settings_options import complete_bundle, option_texts, settings_options
@@ -46,7 +47,7 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Find the bundle, or end with the error that says which there are."""
-        if Path(value).is_file():
+        if is_file(Path(value)):
             self.fail(f"{value} is a file; a bundle is a directory", param, ctx)
         return find_bundle(str(value))
 

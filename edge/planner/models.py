@@ -20,7 +20,7 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.model_config import parse_config
 from edge.errors import BundleError, CheckpointError, ConfigError
-from edge.files import read_file
+from edge.files import exists, is_directory, is_file, read_file
 from edge.text.tokenizer_difference import tokenizer_difference
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -130,18 +130,18 @@ def find_model(name: str) -> PlannedModel:
         f"{', '.join(BUILT_IN)}"
     )
     path = Path(name)
-    if not path.exists():
+    if not exists(path):
         try:
             path = find_bundle(name)
         except BundleError as error:
             raise ConfigError(f"{problem}: {error}") from error
-    if (path / MANIFEST_NAME).is_file():
+    if is_file(path / MANIFEST_NAME):
         manifest = read_manifest(path)
         return PlannedModel(
             manifest.name, manifest.model, source=str(path), manifest=manifest, bundle=path
         )
-    config = path / "config.json" if path.is_dir() else path
-    if config.is_file():
+    config = path / "config.json" if is_directory(path) else path
+    if is_file(config):
         directory = config.resolve().parent
         return PlannedModel(directory.name, read_config(config), source=str(config.parent))
     raise ConfigError(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -38,6 +39,28 @@ def make(root: Path, *names: str) -> None:
     for name in names:
         (root / name).mkdir(parents=True)
         (root / name / "manifest.json").touch()
+
+
+def test_a_name_that_no_directory_can_have_is_one_that_is_not_there(root: Path):
+    prompt = "Why is the sky blue? " * 20  # where the bundle before it was forgotten
+    for find in (find_bundle, lambda name: find_setting(name, Path())):
+        with pytest.raises(BundleError, match="no directory Why is"):
+            find(prompt)
+
+
+def test_a_directory_that_is_closed_hides_no_other(root: Path, monkeypatch: pytest.MonkeyPatch):
+    make(root, "closed", "mine")
+    plain = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if root / "closed" in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return plain(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert list(bundle_directories()) == [find_bundle("mine")]
+    with pytest.raises(BundleError, match="which has mine"):
+        find_bundle("closed")
 
 
 @pytest.mark.parametrize(

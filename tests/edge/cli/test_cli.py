@@ -183,6 +183,10 @@ def test_run_errors_are_one_line(
     assert message in error_line(edge_llm("run", bundle, "hello", *options), code)
 
 
+def test_a_forgotten_bundle_is_one_line(edge_llm: Callable[..., Result]):
+    assert "no directory Why" in error_line(edge_llm("run", "Why is the sky blue? " * 20), 65)
+
+
 def test_run_refuses_bytes_that_are_no_text(edge_llm: Callable[..., Result], bundle: Path):
     for raw in ((), ("--raw",)):
         result = edge_llm("run", bundle, *raw, stdin=b"ab\xff\xfe")

@@ -24,6 +24,7 @@ from edge.cli.eval import evaluate
 from edge.errors import (
     EXIT_GATE_MISSED,
     BackendError,
+    BundleError,
     CheckpointError,
     ConfigError,
     DependencyError,
@@ -105,6 +106,11 @@ def test_rounded_activations_lose_more(tiny_bundles):
     (rounded,) = figures(int4, "--against", fp16, *SHORT, "--int8-activations")
     assert (plain["int8_activations"], rounded["int8_activations"]) == (False, True)
     assert plain["kl_mean"] != rounded["kl_mean"]  # which is larger is chance at so few weights
+
+
+def test_a_reference_with_a_name_that_none_can_have(tiny_bundles):
+    result = invoke(tiny_bundles("qwen2", "portable"), "--against", "n" * 300, *SHORT)
+    assert isinstance(result.exception, BundleError)
 
 
 def test_activations_that_would_stay_float_are_refused(tiny_bundles):

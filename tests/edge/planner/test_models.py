@@ -73,6 +73,8 @@ def test_what_is_no_model_is_refused_with_what_could_be(tmp_path: Path):
         find_model(str(tmp_path))
     with pytest.raises(ConfigError, match="no-such-model is no bundle"):
         find_model("no-such-model")
+    with pytest.raises(ConfigError, match="n is no bundle"):
+        find_model("n" * 300)
 
 
 @pytest.mark.parametrize(
