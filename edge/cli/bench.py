@@ -143,7 +143,8 @@ def _check_before_loading(
         known = {
             name: getattr(config, name) for name in ("batch", "prompt_tokens", "output_tokens")
         }
-        check_alike(before, {**known, "prefill": engine.prefill})
+        known |= {"prefill": engine.prefill, "num_threads": engine.num_threads}
+        check_alike(before, known)
 
 
 def _measure(
@@ -194,6 +195,7 @@ def _measure(
         **result,
         "bundle": str(bundle),
         "prefill": engine_config.prefill,
+        "num_threads": engine_config.num_threads,
         "load_s": load_s,
         "memory": {
             "load_peak_bytes": load_peak_bytes,

@@ -114,7 +114,7 @@ def check_alike(old: dict[str, Any], known: dict[str, Any]) -> None:
     Raises:
         ConfigError: they differ.
     """
-    _refuse([key for key, value in known.items() if key in old and old[key] != value])
+    _refuse(_unlike(old, known, *known))
 
 
 def refuse_single_runs(*repeats: int) -> None:
@@ -128,6 +128,11 @@ def refuse_single_runs(*repeats: int) -> None:
             "--against needs the noise of both runs, and one of them has a single repeat; give "
             "both --repeats 5 or more"
         )
+
+
+def _unlike(old: dict[str, Any], new: dict[str, Any], *keys: str) -> list[str]:
+    """Keys whose values differ; older runs do not have all."""
+    return [key for key in keys if key in old and key in new and old[key] != new[key]]
 
 
 def _refuse(differing: list[str]) -> None:
@@ -150,6 +155,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
             differing.append("prefill")
         if old["device"]["name"] != new["device"]["name"]:
             differing.append("device")
+        differing += _unlike(old["device"], new["device"], "power_mode", "nvpmodel")
+        differing += _unlike(old, new, "num_threads")
         pairs = [
             (name, _times(old[name]["values"]), _times(new[name]["values"]))
             for name in ("prefill_s", "ttft_s", "tpot_s")

@@ -273,6 +273,19 @@ def test_only_like_runs_compare(changes: dict[str, Any], message: str):
         compare(result_of([1.0, 1.0], **changes), result_of([1.0, 1.0]))
 
 
+@pytest.mark.parametrize("name", ["power_mode", "nvpmodel", "num_threads"])
+def test_power_mode_and_threads_are_compared_where_both_runs_have_them(name: str):
+    def run(**value: Any) -> dict[str, Any]:
+        if name == "num_threads":
+            return result_of([1.0, 1.0], **value)
+        return result_of([1.0, 1.0], device={"name": CPU, **value})
+
+    with pytest.raises(ConfigError, match=f"differs in {name}"):
+        compare(run(**{name: 2}), run(**{name: 4}))
+    for old in (run(**{name: 4}), run()):
+        assert {change.verdict for change in compare(old, run(**{name: 4}))} == {"same"}
+
+
 # ----------------------------------------------------------------------------- the machine
 
 
@@ -344,6 +357,8 @@ def test_the_verb_measures_compares_and_calibrates(tiny_bundles: Bundles, tmp_pa
     saved = tmp_path / "bench.json"
     saved.write_text(line)
 
+    with pytest.raises(ConfigError, match="differs in num_threads"):
+        run_verb(bundle, "--batch", "2", "--against", str(saved), "--num-threads", "1", *SMALL)
     table = run_verb(bundle, "--batch", "2", "--against", str(saved), *SMALL)
     assert table.exit_code == 0, table.output
     for word in ("TPOT, ms", "ITL ms", "roofline", "no power rails here", "against: tpot_s"):
