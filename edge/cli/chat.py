@@ -29,7 +29,7 @@ from .options import (
     take_engine,
     take_sampling,
 )
-from .screen import StreamPrinter, format_stats
+from .screen import StreamPrinter, dim, format_stats
 
 _HELP = """\
   /reset         forget the conversation
@@ -255,7 +255,7 @@ class Conversation:
         left, capacity = self._tokens_left(), self.llm.kv_capacity
         if left >= _NEARLY_FULL * capacity:
             if sys.stdout.isatty():
-                click.secho(f"[{left:,} of {capacity:,} tokens left]", err=True, dim=True)
+                click.echo(dim(f"[{left:,} of {capacity:,} tokens left]"), err=True)
         else:
             click.echo(
                 f"edge-llm: the conversation leaves {left} of {capacity} tokens for what follows; "

@@ -12,7 +12,7 @@ import time
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .screen import StreamPrinter
+from .screen import StreamPrinter, is_dumb
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -25,11 +25,7 @@ _MARGIN = 2  # rows: a line that is written into the last row scrolls
 
 def shows_markdown() -> bool:
     """Whether standard output is a terminal that may be coloured (no-color.org)."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return False
-    from rich.console import Console
-
-    return not Console().is_dumb_terminal
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not is_dumb()
 
 
 def answer_printer() -> StreamPrinter:
@@ -46,6 +42,7 @@ class MarkdownPrinter(StreamPrinter):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
+        self._is_terminal = True
         from rich.console import Console
 
         # Highlighting would colour every number of an answer.
@@ -57,8 +54,7 @@ class MarkdownPrinter(StreamPrinter):
     def _write(self, text: str) -> None:
         from rich.live import Live
 
-        # What a model writes is text: an escape sequence in it must not reach the terminal.
-        self._tail.text += text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")
+        self._tail.text += text
         if self._live is None:
             self._live = Live(
                 self._tail,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -11,6 +13,29 @@ from edge.runtime.stream import GenerationChunk
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
+
+
+# C0 but newline and tab, DEL, and C1, whose U+009B alone begins an escape sequence.
+_PICTURES = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: "\N{SYMBOL FOR DELETE}",
+    **dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT CHARACTER}"),
+}
+
+
+def visible(text: str) -> str:
+    """Show control characters as signs: what a model writes is no command to a terminal."""
+    return text.translate(_PICTURES)
+
+
+def is_dumb() -> bool:
+    """Whether ``TERM`` says that the terminal knows no escape sequences."""
+    return os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+
+
+def dim(text: str) -> str:
+    """Make text paler, where the terminal can."""
+    return text if is_dumb() else click.style(text, dim=True)
 
 
 class StreamPrinter:
@@ -26,17 +51,19 @@ class StreamPrinter:
         self.stats: GenerationStats | None = None
         self.finish_reason: FinishReason | None = None
         self._reasoning = False
+        self._is_terminal = sys.stdout.isatty()
 
     def show(self, chunk: GenerationChunk) -> None:
         """Print one chunk on stdout."""
+        shown = visible if self._is_terminal else str
         if chunk.reasoning:
             self._reasoning = True
-            click.secho(chunk.reasoning, nl=False, dim=True)
+            click.echo(dim(shown(chunk.reasoning)), nl=False)
         if chunk.text:
             if self._reasoning:
                 self._reasoning = False
                 click.echo("\n")
-            self._write(chunk.text)
+            self._write(shown(chunk.text))
             self.text += chunk.text
         if chunk.stats is not None:
             self.stats, self.finish_reason = chunk.stats, chunk.finish_reason

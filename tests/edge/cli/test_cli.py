@@ -522,7 +522,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-c", SLOW_CHAT, "chat", str(bundle), *GREEDY],
             cwd=ROOT,
-            env={**os.environ, "TERM": "dumb", "XDG_STATE_HOME": str(state)},
+            env={**os.environ, "TERM": "xterm", "NO_COLOR": "1", "XDG_STATE_HOME": str(state)},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

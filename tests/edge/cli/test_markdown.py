@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -13,6 +15,7 @@ from rich.markdown import Markdown
 
 from edge.cli import markdown
 from edge.cli.markdown import MarkdownPrinter
+from edge.cli.screen import StreamPrinter
 from edge.runtime.stream import GenerationChunk
 from tests.edge.cli.screen import Screen
 
@@ -171,6 +174,41 @@ def test_a_redraw_costs_no_more_for_a_long_answer(monkeypatch: pytest.MonkeyPatc
     paragraph = "word " * 20 + "\n\n"
     show([paragraph] * 50)
     assert max(parsed) <= 3 * len(paragraph)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+@pytest.mark.parametrize("make", [StreamPrinter, MarkdownPrinter])
+def test_what_a_model_writes_is_no_command_to_a_terminal(
+    make: type[StreamPrinter], term: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TERM", term)
+    mine, theirs = os.openpty()
+    # 8-bit CSI, the clipboard (OSC 52), and a line that is overwritten.
+    text = "a\x9b31mb\x1b]52;c;eA==\x07c\rd\te\x7f"
+    shown = "a\N{REPLACEMENT CHARACTER}31mb␛]52;c;eA==␇c␍d"
+    with os.fdopen(theirs, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        printer = make()
+        for piece in text:
+            printer.show(GenerationChunk(reasoning=piece))
+        printer.show(GenerationChunk(text=f"{text}\n"))
+        printer.end()
+    data = b""
+    with (
+        os.fdopen(mine, "rb", buffering=0) as terminal,
+        suppress(OSError),
+    ):  # at the end of a terminal
+        while some := terminal.read(1 << 12):
+            data += some
+    written = data.decode()
+    assert printer.text == f"{text}\n"
+    screen = Screen()
+    screen.write(written)
+    assert screen.text.count(shown) == 2
+    assert not {"\x9b", "\x07", "\x7f"} & set(written)
+    assert "\x1b]52" not in written
+    assert ("\x1b[2m" in written) == (term == "xterm")
 
 
 def test_it_is_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
