@@ -47,6 +47,7 @@ Three double quotes begin a message of several lines, three more end it.
 Ctrl-C stops an answer; the conversation goes on."""
 _QUOTES = '"""'
 _NEARLY_FULL = 0.1  # of the KV capacity
+_LOOK_S = 0.1  # between two looks at whether Ctrl-C was pressed
 
 
 @click.command()
@@ -154,15 +155,16 @@ class Conversation:
         printer = answer_printer()
         is_stopped = False
         with _stop_on_interrupt() as stopped:
-            stream = self.llm.stream([*self._head(), *self.messages, question], self.params)
+            messages = [*self._head(), *self.messages, question]
+            (generation,) = self.llm.submit(messages, self.params)
             try:
-                for chunk in stream:
-                    printer.show(chunk)
-                    if stopped():
-                        stream.close()
-                        is_stopped = True
-                        break
+                while printer.finish_reason is None and not is_stopped:
+                    # A long prompt gives no piece for minutes.
+                    if (chunk := generation.take(_LOOK_S)) is not None:
+                        printer.show(chunk)
+                    is_stopped = stopped()
             finally:
+                generation.cancel()  # nothing to do after the last piece
                 printer.end("[stopped]" if is_stopped else "")
         printer.warn_if_cut_off(self.llm)
         self.messages += [question, {"role": "assistant", "content": printer.text}]
@@ -292,11 +294,13 @@ def _read_line(prompt: str) -> str:
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """While active, Ctrl-C sets a flag between two tokens instead of raising inside the engine."""
+    """While active, Ctrl-C sets a flag instead of raising anywhere; a second one raises."""
     interrupted = False
 
     def note(_signal: int, _frame: FrameType | None) -> None:
         nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
         interrupted = True
 
     previous = signal.signal(signal.SIGINT, note)

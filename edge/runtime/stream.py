@@ -163,9 +163,13 @@ class OutputStream:
 
     # ------------------------------------------------------------------ in the reader's thread
 
-    def get(self) -> GenerationChunk | EdgeError:
-        """Wait for the next chunk, or for the error that ends the sequence."""
-        return self._queue.get()
+    def get(self, timeout_s: float | None = None) -> GenerationChunk | EdgeError:
+        """Wait for the next chunk, or for the error that ends the sequence.
+
+        Raises:
+            Empty: nothing came in this time; None waits without end.
+        """
+        return self._queue.get(timeout=timeout_s)
 
     async def get_async(self) -> GenerationChunk | EdgeError:
         """Wait like `get` without holding up the loop."""
@@ -232,6 +236,17 @@ class Generation:
         """Wait for each chunk in turn, in any running loop; raises what `__iter__` raises."""
         while not self._ended:
             yield self._take(await self._stream.get_async())
+
+    def take(self, timeout_s: float) -> GenerationChunk | None:
+        """Wait for the next chunk, but no longer than this; None if none came.
+
+        Raises:
+            What iteration raises.
+        """
+        try:
+            return self._take(self._stream.get(timeout_s))
+        except Empty:
+            return None
 
     def result(self) -> GenerationResult:
         """Wait for the end and return what has not been iterated over as one answer.

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from edge.backends.ort.cpu import OrtBackend
+from edge.cli.chat import Conversation
 from edge.cli.conversation import read_conversation, write_conversation
 from edge.errors import RequestError
 from edge.runtime.generation import GenerationStats
@@ -29,6 +32,7 @@ from edge.runtime.stream import GenerationChunk
 from tests.conftest import Bundles
 from tests.edge.cli.conftest import Result
 from tests.edge.cli.screen import Screen
+from tests.edge.cli.scripted_generation import ScriptedGeneration
 
 ROOT = Path(__file__).parents[3]
 
@@ -62,10 +66,10 @@ class Script:
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     script = Script()
 
-    def stream(llm: LLM, prompt: Any, params: Any) -> Any:
-        return script.stream(llm, prompt, params)
+    def submit(llm: LLM, prompt: Any, params: Any) -> list[ScriptedGeneration]:
+        return [ScriptedGeneration(script.stream(llm, prompt, params))]
 
-    monkeypatch.setattr(LLM, "stream", stream)
+    monkeypatch.setattr(LLM, "submit", submit)
     return script
 
 
@@ -188,6 +192,43 @@ def test_set_changes_how_tokens_are_chosen(chat: Callable[..., Result], script: 
     assert "  max_tokens         what the KV cache holds\n" in result.out
 
 
+def test_ctrl_c_stops_an_answer_whose_prompt_is_still_read(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    read_on = threading.Event()
+    forward = OrtBackend.forward
+
+    def wait(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        read_on.wait()
+        return forward(*arguments)
+
+    with LLM(bundle, num_slots=1) as llm:
+        monkeypatch.setattr(OrtBackend, "forward", wait)
+        guard = threading.Timer(10, read_on.set)
+        guard.start()
+        chat = Conversation(llm, SamplingParams(), None)
+        chat.answer("hello")
+        assert not read_on.is_set()
+        monkeypatch.setattr(OrtBackend, "forward", forward)
+        read_on.set()
+        guard.cancel()
+        assert "[stopped]" in capsys.readouterr().out
+        chat.answer("again")
+        assert chat.last.finish_reason is not None
+
+
+def test_ctrl_c_twice_ends_what_cannot_be_stopped(bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    def submit(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(LLM, "submit", submit)
+    with LLM(bundle) as llm, pytest.raises(KeyboardInterrupt):
+        Conversation(llm, SamplingParams(), None).answer("hello")
+
+
 # A terminal
 
 DRIVER = """
@@ -197,6 +238,7 @@ from edge.cli import main
 from edge.runtime.generation import GenerationStats
 from edge.runtime.llm import LLM
 from edge.runtime.stream import GenerationChunk
+from tests.edge.cli.scripted_generation import ScriptedGeneration
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C comes as a signal
 log, *arguments = sys.argv[1:]
 
@@ -214,7 +256,7 @@ def stream(self, prompt, params=None):
     stats = GenerationStats(prompt_tokens=10, completion_tokens=5, context_left=50)
     yield GenerationChunk(finish_reason="stop", stats=stats)
 
-LLM.stream = stream
+LLM.submit = lambda *arguments: [ScriptedGeneration(stream(*arguments))]
 sys.argv = ["edge-llm", *arguments]
 main()
 """

@@ -405,13 +405,13 @@ def test_lines_between_quotes_are_one_message(
 
 def record_prompts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     prompts: list[Any] = []
-    stream = LLM.stream
+    submit = LLM.submit
 
     def recorded(self: LLM, prompt: Any, params: Any = None) -> Any:
         prompts.append(prompt)
-        return stream(self, prompt, params)
+        return submit(self, prompt, params)
 
-    monkeypatch.setattr(LLM, "stream", recorded)
+    monkeypatch.setattr(LLM, "submit", recorded)
     return prompts
 
 
