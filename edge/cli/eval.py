@@ -35,6 +35,7 @@ from . import COMMAND_GROUP, echo_json
 from .options import BundlePath, Command, check_writable, engine_options, take_engine
 from .progress import show_progress
 from .settings_options import complete_bundle
+from .tables import make_table
 
 _CURVES = ("kl_by_position", "layers")  # too long for a manifest
 _OF_TEXT = {"text_file": "--text", "tokens": "--tokens", "window": "--window"}
@@ -263,24 +264,23 @@ def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
 
 def _print_text(results: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(markup=False)
     first = results[0]
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = f"{first['name']}, {first['tokens']:,} tokens of {first['text']['name']}"
-    table.add_column("")
-    for result in results:
-        table.add_column(Path(result["bundle"]).name, justify="right")
-        table.add_column("95 %", justify="right", style="dim")
+    bundles = [Path(result["bundle"]).name for result in results]
+    table = make_table(
+        f"{first['name']}, {first['tokens']:,} tokens of {first['text']['name']} "
+        "(with 95 % intervals)",
+        *("", *bundles),
+        left=bundles,
+    )
     for key, heading, form in FIGURES:
         cells = []
         for result in results:
-            interval = result["confidence"].get(key)
-            cells += [
-                format_figure(result[key], form),
-                "" if interval is None else " to ".join(form.format(end) for end in interval),
-            ]
+            cell = format_figure(result[key], form)
+            if (interval := result["confidence"].get(key)) is not None:
+                cell += f" ({' to '.join(form.format(end) for end in interval)})"
+            cells.append(cell)
         table.add_row(heading, *cells)
     console.print(table)
     for result in results:

@@ -69,7 +69,8 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
     def table(title: str, *columns: str) -> Table:
         result = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for column in columns:
-            result.add_column(column, justify="right" if column in ("bytes", "count") else "left")
+            is_number = column in ("bytes", "count")
+            result.add_column(column, justify="right" if is_number else "left", overflow="fold")
         return result
 
     console = Console(markup=False)  # a path may hold brackets

@@ -18,6 +18,7 @@ from edge.errors import EXIT_GATE_MISSED, ConfigError
 from . import echo_json
 from .options import Finite, bundle_argument, engine_options, take_engine
 from .progress import show_progress
+from .tables import make_table
 
 if TYPE_CHECKING:
     from edge.backends.ort.cpu import OrtBackend
@@ -307,17 +308,13 @@ def _open_cpu_layers(
 
 def _print_layers(bundle: Path, engine: str, report: LayerReport) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(markup=False)
     shown = "outputs of the layers" if report.compared == "outputs" else "keys and values"
-    table = Table(
-        title=f"{bundle}: {shown}, {engine} against the float graph on the CPU",
-        title_justify="left",
-        box=None,
+    table = make_table(
+        f"{bundle}: {shown}, {engine} against the float graph on the CPU",
+        *("layer", "least cosine", "largest error / RMS"),
     )
-    for column in ("layer", "least cosine", "largest error / RMS"):
-        table.add_column(column, justify="right")
     for each in report.layers:
         table.add_row(str(each.layer), f"{each.min_cosine:.6f}", f"{each.max_error:.4f}")
     console.print(table)
@@ -378,16 +375,12 @@ def _pieces(ids: Sequence[int], limit: int) -> list[list[int]]:
 
 def _print(bundle: Path, name: str, report: VerifyReport) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(markup=False)
-    table = Table(
-        title=f"{bundle}: {name} against the float graph on the CPU",
-        title_justify="left",
-        box=None,
+    table = make_table(
+        f"{bundle}: {name} against the float graph on the CPU",
+        *("phase", "positions", "least cosine", "same top token", "mean KL"),
     )
-    for column in ("phase", "positions", "least cosine", "same top token", "mean KL"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
     for phase, found in (("prefill", report.prefill), ("decode", report.decode)):
         table.add_row(phase, *_figures(found))
     console.print(table)

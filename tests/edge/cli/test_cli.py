@@ -309,6 +309,13 @@ def test_inspect_shows_tables(edge_llm: Callable[..., Result], tiny_bundles: Bun
     assert "layers.1.gate_up" not in result.out
 
 
+def test_inspect_cuts_nothing_off(
+    edge_llm: Callable[..., Result], bundle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert "…" not in edge_llm("inspect", bundle).out
+
+
 def test_inspect_json_adds_up(edge_llm: Callable[..., Result], tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2", quant="int4")
     result = edge_llm("inspect", bundle, "--json")

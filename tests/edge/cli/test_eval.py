@@ -72,6 +72,22 @@ def test_fewer_bits_are_further_away(tiny_bundles, tmp_path: Path):
     assert check_html(page.read_text()).count("svg") == 4
 
 
+def test_a_narrow_terminal_tells_bundles_apart(
+    tiny_bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = [f"deepseek-r1-distill-qwen-1.5b-{name}" for name in ("int4-g32", "int4-g64", "int8")]
+    bundles = [shutil.copytree(tiny_bundles("qwen2", "portable"), tmp_path / n) for n in names]
+    monkeypatch.setenv("COLUMNS", "80")
+    (found,) = figures(bundles[0], *SHORT)
+    result = invoke(*bundles, *SHORT)
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    for name in names:
+        assert name in result.stdout
+    low, high = found["confidence"]["perplexity"]
+    interval = f"{found['perplexity']:.3f} ({low:.3f} to {high:.3f})"
+    assert result.stdout.count(interval) == 3
+
+
 def test_a_missing_renderer_is_told_before_anything_is_measured(
     tiny_bundles, monkeypatch: pytest.MonkeyPatch
 ):
