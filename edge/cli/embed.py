@@ -45,7 +45,13 @@ def embed(
     if not texts:
         if sys.stdin.isatty():
             raise RequestError("no text; give one as an argument, or one a line by a pipe")
-        texts = tuple(line for line in sys.stdin.read().splitlines() if line)
+        # Not splitlines, for which a form feed ends a line, too.
+        texts = tuple(sys.stdin.read().removesuffix("\n").split("\n"))
+        if "" in texts:
+            raise RequestError(
+                f"line {texts.index('') + 1} of standard input is empty; each line gets a vector, "
+                "so leave it out"
+            )
     for text in texts:
         check_utf8(text, "text")
     from edge.runtime.llm import LLM

@@ -353,7 +353,8 @@ def read_prompts(path: Path | None, tokenizer: Tokenizer, limit: int) -> list[li
         ids = tokenizer.encode(text[:20_000])
         return _pieces(ids, limit)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, for which a form feed ends a line, too.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ConfigError(f"--prompts {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -26,9 +26,19 @@ def test_embed_prints_a_vector_of_each_text(
     cut = cut / np.linalg.norm(cut, axis=1, keepdims=True)
     found = np.array([line["embedding"] for line in lines], np.float32)
     assert_close(found, cut, atol=1e-5, what="vectors")
-    given = "\n".join(TEXTS[:2]) + "\n\n"
-    piped = edge_llm("embed", bundle, "--prompt-name", "query", "--num-threads", 1, stdin=given)
-    assert [json.loads(line)["text"] for line in piped.out.splitlines()] == list(TEXTS[:2])
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_embed_prints_a_vector_of_each_line(
+    end: str, edge_llm: Callable[..., Result], pooling_bundles: PoolingBundles
+):
+    lines = ["hello", "a form\x0cfeed", "\u2028the sea\x85"]
+    given = (end or "\n").join(lines) + end
+    words = ["embed", pooling_bundles("embed"), "--prompt-name", "query", "--num-threads", 1]
+    piped = edge_llm(*words, stdin=given)
+    assert [json.loads(line)["text"] for line in piped.out.split("\n")[:-1]] == lines
+    empty = edge_llm(*words, stdin="hello\n\nthe sea\n")
+    assert "line 2 of standard input is empty" in error_line(empty, RequestError.exit_code)
 
 
 def test_a_text_that_is_no_utf8_is_named_so(

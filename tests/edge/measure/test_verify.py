@@ -202,7 +202,7 @@ def test_thresholds_that_mean_nothing_are_refused(bundle: Path, option: str, val
 
 def test_prompts_of_ones_own(bundle: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("abc\n\nde\n", encoding="utf-8")
+    prompts.write_text("abc\n\nd\x0ce\n", encoding="utf-8")  # two lines
     result = run(bundle, "--prompts", prompts, "--decode-steps", 3, "--json")
     assert json.loads(result.stdout)["decode"]["positions"] == 6
     for text, words in ((b"\n", "no prompt"), (b"\xff", "not UTF-8")):
