@@ -6,6 +6,7 @@ An `EdgeError` is one line on stderr and its own exit code (see `edge.errors`).
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import errno
 import io
@@ -85,6 +86,9 @@ def main() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A verb sees bytes that are no text and refuses them with a proper error.
         sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper) and not _writes_utf8():
+        # As standard error does anyway: a character that the locale lacks is shown by its number.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(standalone_mode=False, prog_name="edge-llm")
     except EdgeError as error:
@@ -121,5 +125,9 @@ def _show_usage_error(error: click.ClickException) -> None:
 
 
 def echo_json(value: Any) -> None:
-    """Print one line of JSON on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    """Print one line of JSON on stdout; in another locale than UTF-8 in ASCII."""
+    click.echo(json.dumps(value, ensure_ascii=not _writes_utf8(), separators=(",", ":")))
+
+
+def _writes_utf8() -> bool:
+    return codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"

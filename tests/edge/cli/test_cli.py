@@ -487,6 +487,35 @@ def test_a_real_process(bundle: Path, tmp_path: Path):
     assert done.stderr.count("\n") == 1
 
 
+STRANGE_ANSWER = """
+from edge.cli import main
+from edge.runtime.generation import GenerationStats
+from edge.runtime.llm import LLM
+from edge.runtime.stream import GenerationChunk
+def stream(*_, **__):
+    yield GenerationChunk(text="\u4e2d \xe9")
+    yield GenerationChunk(finish_reason="stop", stats=GenerationStats(1, 1))
+LLM.stream = stream
+main()
+"""
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_locale_of_eight_bits_ends_no_answer(encoding: str, bundle: Path):
+    def run(*options: str) -> bytes:
+        return subprocess.run(
+            [sys.executable, "-c", STRANGE_ANSWER, "run", str(bundle), "hello", *options],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+
+    if encoding == "latin-1":  # in ASCII, which is seldom meant, click writes UTF-8
+        assert run().decode(encoding) == "\\u4e2d é\n"
+    assert json.loads(run("--json").decode("ascii"))["text"] == "中 é"
+
+
 def test_a_reader_that_goes_away_is_no_crash(bundle: Path):
     """As ``edge-llm run ... | head -c 1`` does."""
     process = subprocess.Popen(
