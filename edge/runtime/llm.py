@@ -214,8 +214,8 @@ class LLM:
             tools: JSON schemas of functions that the model may call; for messages only.
             thinking: false ends the reasoning before it begins; for messages only.
             continue_final_message: the last message is the assistant's, and the answer goes on
-                where it ends, in its reasoning where it has nothing else; an answer whose text has
-                begun does not reason any more. For messages only.
+                where it ends (`take_begun_answer`); one whose text has begun does not reason any
+                more. For messages only.
             max_tokens: refuse, before it is encoded, what surely has more tokens.
             on_piece: see `Tokenizer.encode`.
 
@@ -258,12 +258,12 @@ class LLM:
         begun = None
         if continue_final_message:
             messages, begun = take_begun_answer(messages, reasons=self.reasons)
-            if begun.reasons and not thinking:
+            if begun.place == "reasoning" and not thinking:
                 raise RequestError(
                     "thinking: is off, and the answer to continue is in its reasoning; close that "
                     f"with {THINK_END}, or leave thinking on"
                 )
-            if begun.content or begun.reasoning:
+            if begun.place == "text":
                 thinking = bool(begun.reasoning)
         options: dict[str, Any] = {}
         if not thinking and "enable_thinking" in self.template.variables:
@@ -278,8 +278,8 @@ class LLM:
             on_piece=on_piece,
             **options,
         )
-        has_begun = begun is not None and bool(begun.content)
-        if not (thinking or options or has_begun) and self._opens_reasoning(ids):
+        is_open = begun is None or begun.place == "start"
+        if is_open and not (thinking or options) and self._opens_reasoning(ids):
             ids += self.tokenizer.encode(NO_REASONING, control=True)
         return ids
 
@@ -316,8 +316,8 @@ class LLM:
             tools: see `encode`.
             output: the form that the answer must have, what was begun included; reasoning is free.
             thinking: see `encode`.
-            thinking_budget: tokens after which the reasoning is ended; for chats of models that
-                reason.
+            thinking_budget: tokens after which the reasoning is ended, what was begun included; for
+                chats of models that reason.
             continue_final_message: see `encode`; what comes back is only what is new.
             ids: what `encode` made of the prompt with the same arguments, where the caller has it.
             progress: whether pieces with `GenerationChunk.progress` come before the answer: one
@@ -343,7 +343,7 @@ class LLM:
                 max_tokens=self.kv_capacity,
             )
         is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
-        begun = BegunAnswer("")
+        begun = BegunAnswer()
         if continue_final_message:
             chat = cast(Sequence[Mapping[str, Any]], prompt)
             _, begun = take_begun_answer(chat, reasons=self.reasons)
@@ -357,8 +357,11 @@ class LLM:
             raise RequestError(
                 "a thinking budget needs a chat of a model that reasons, with thinking left on"
             )
-        if begun.content:
+        if begun.place == "text":
             may_reason, reasons, thinking_budget = False, False, None  # that is behind it
+        elif thinking_budget is not None and begun.reasoning:
+            used = len(self.tokenizer.encode(begun.reasoning))
+            thinking_budget = max(0, thinking_budget - used)
         streams = [self._output_stream(ids, resolved, is_chat, begun) for _ in range(n)]
         if may_reason and not thinking and output is None:
             # The model may open a reasoning that its template does not; a form has no place for it.
@@ -583,10 +586,10 @@ class LLM:
         self, ids: Sequence[int], params: SamplingParams, is_chat: bool, begun: BegunAnswer
     ) -> OutputStream:
         splitter = None
-        if is_chat and self.reasons and not begun.content:
-            opened = begun.reasons or self._opens_reasoning(ids)
-            splitter = ReasoningSplitter(opened, goes_on=begun.reasons)
-        goes_on = not is_chat or bool(begun.content) or begun.reasons
+        if is_chat and self.reasons and begun.place != "text":
+            opened = begun.place == "reasoning" or self._opens_reasoning(ids)
+            splitter = ReasoningSplitter(opened, goes_on=bool(begun.reasoning))
+        goes_on = not is_chat or bool(begun.content or begun.reasoning)
         detokenizer = Detokenizer(self.tokenizer, goes_on=goes_on)
         return OutputStream(detokenizer, params.stop, splitter)
 
@@ -612,7 +615,7 @@ class LLM:
             return answer
         from .thinking import ThinkingBudget
 
-        opened = begun.reasons or self._opens_reasoning(ids)
+        opened = begun.place == "reasoning" or self._opens_reasoning(ids)
         return ThinkingBudget(
             self.tokenizer, vocab_size, opened=opened, budget=budget, answer=answer
         )

@@ -7,8 +7,8 @@ messages before it up to the opening of an answer, and the text that was begun f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from edge.errors import RequestError
 
@@ -24,13 +24,14 @@ class BegunAnswer:
 
     Attributes:
         content: its text so far.
-        reasoning: its reasoning so far; empty without one.
-        reasons: whether it goes on inside the reasoning.
+        reasoning: its reasoning so far.
+        place: where it goes on: in its ``reasoning``; in its ``text``, with all reasoning behind
+            it; or at its ``start``, where there is nothing yet.
     """
 
-    content: str
+    content: str = ""
     reasoning: str = ""
-    reasons: bool = False
+    place: Literal["start", "reasoning", "text"] = "start"
 
     def prompt(self, opened: bool, cover: Callable[[str], str]) -> str:
         """Return what follows the opening of an answer.
@@ -39,12 +40,14 @@ class BegunAnswer:
             opened: whether the template has opened a reasoning.
             cover: keeps text of the client's apart from control tokens.
         """
-        if not self.reasoning:
-            if not self.content or self.reasons:
-                return ""
-            return (NO_REASONING if opened else "") + cover(self.content)
-        start = ("" if opened else f"{THINK_START}\n") + cover(self.reasoning)
-        return start if self.reasons else start + NO_REASONING + cover(self.content)
+        if self.place == "start":
+            return ""
+        start = "" if opened else f"{THINK_START}\n"
+        if self.place == "reasoning":
+            return start + cover(self.reasoning)
+        if self.reasoning:
+            return start + cover(self.reasoning) + NO_REASONING + cover(self.content)
+        return (NO_REASONING if opened else "") + cover(self.content)
 
 
 def take_begun_answer(
@@ -52,8 +55,9 @@ def take_begun_answer(
 ) -> tuple[list[dict[str, Any]], BegunAnswer]:
     """Take the last message, an answer that was begun, from the others.
 
-    Its reasoning is ``reasoning_content``, or stands in the content between its tags. It goes on
-    there if no text follows it and no tag closes it.
+    Its reasoning is ``reasoning_content``; without that key, what stands in the content before
+    ``</think>``, or behind a leading ``<think>``. It goes on there if no text follows it and no tag
+    closes it.
 
     Args:
         messages: see `normalize_messages`.
@@ -77,21 +81,37 @@ def take_begun_answer(
         raise RequestError(f"{where}.tool_calls: an answer that calls tools has ended; send theirs")
     if not before:
         raise RequestError("messages: the answer to continue has nothing before it that it answers")
-    content: str = last["content"] or ""
-    reasoning: str = last.get("reasoning_content", "")
-    closed = bool(content)
-    if reasons and not reasoning and (THINK_START in content or THINK_END in content):
-        closed = THINK_END in content
-        splitter = ReasoningSplitter(opened=closed)
-        parts = [splitter.push(content), splitter.flush()]
-        reasoning, content = ("".join(texts) for texts in zip(*parts, strict=True))
-        closed = closed or bool(content)
-    if reasoning and not reasons:
-        if not closed:
+    reasoning, content = last.get("reasoning_content"), last["content"] or ""
+    if not reasons:
+        if reasoning and not content:
             raise RequestError(f"{where}.reasoning_content: this model does not reason")
-        reasoning = ""
-    # Next to the tags there are line breaks already.
-    reasoning = reasoning.lstrip("\n")
-    if closed:
+        return before, _place("", content, is_closed=True)
+    if reasoning is None:
+        return before, _split(content)
+    is_closed = bool(content)
+    if reasoning and content.lstrip().startswith(THINK_END):
+        content = content.lstrip().removeprefix(THINK_END).lstrip("\n")
+    return before, _place(reasoning, content, is_closed=is_closed)
+
+
+def _split(content: str) -> BegunAnswer:
+    """Tell the reasoning in a content from its text."""
+    head, end, _ = content.partition(THINK_END)
+    has_start = content.lstrip().startswith(THINK_START)
+    if not has_start and (not end or THINK_START in head):
+        return _place("", content, is_closed=True)
+    splitter = ReasoningSplitter(opened=not has_start)
+    parts = [splitter.push(content), splitter.flush()]
+    reasoning, text = ("".join(texts) for texts in zip(*parts, strict=True))
+    # A tag alone says where to go on, too.
+    return replace(
+        _place(reasoning, text, is_closed=bool(end)), place="text" if end else "reasoning"
+    )
+
+
+def _place(reasoning: str, content: str, *, is_closed: bool) -> BegunAnswer:
+    reasoning = reasoning.lstrip("\n")  # next to the tags there are line breaks already
+    if is_closed:
         reasoning = reasoning.rstrip("\n")
-    return before, BegunAnswer(content, reasoning, reasons=bool(reasoning) and not closed)
+        return BegunAnswer(content, reasoning, "text" if content or reasoning else "start")
+    return BegunAnswer(content, reasoning, "reasoning" if reasoning else "start")

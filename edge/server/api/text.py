@@ -57,7 +57,7 @@ def tokenize(
                 llm.tokenizer,
                 llm.template,
                 messages,
-                add_generation_prompt=body.add_generation_prompt,
+                add_generation_prompt=body.add_generation_prompt is not False,
                 tools=tools,
                 max_tokens=capacity,
                 on_piece=on_piece,

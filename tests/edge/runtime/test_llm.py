@@ -107,15 +107,23 @@ def test_an_answer_goes_on_where_it_broke_off(scripted: Scripted):
         assert result.text == text[said:]
         assert result.reasoning == ("" if said else reasoning[reasoned:])
         assert result.stats.prompt_tokens == len(prompt)
-        # A budget is for what is left of the reasoning.
-        params = replace(GREEDY, max_tokens=60)
-        again = scripted.llm.generate(
-            messages, params, continue_final_message=True, thinking_budget=100
-        )
-        assert (again.text, again.reasoning) == (result.text, result.reasoning)
+        # A budget counts what was reasoned before.
+        given: dict[str, Any] = {"continue_final_message": True}
+        used = len(scripted.llm.tokenizer.encode(reasoning[:reasoned]))
+        enough = scripted.llm.generate(messages, GREEDY, thinking_budget=100, **given)
+        assert (enough.text, enough.reasoning) == (result.text, result.reasoning)
+        if not said:
+            params = replace(GREEDY, max_tokens=20)
+            spent = scripted.llm.generate(messages, params, thinking_budget=used, **given)
+            assert spent.reasoning == ""
     messages = [*QUESTION, {"role": "assistant", "content": "<think>so"}]
     with pytest.raises(RequestError, match="thinking: is off"):
         scripted.llm.generate(messages, GREEDY, continue_final_message=True, thinking=False)
+    for content, text in [("</think>", "Yes"), ("<think>\n", "so</think>Yes")]:
+        messages = [*QUESTION, {"role": "assistant", "content": content}]
+        scripted.say(messages, text, continue_final_message=True)
+        result = scripted.llm.generate(messages, GREEDY, continue_final_message=True)
+        assert (result.reasoning, result.text) == (text[:-3].removesuffix("</think>"), "Yes")
     others: list[Any] = ["what", [1, 2]]
     for other in others:
         with pytest.raises(RequestError, match="continue_final_message belong to chat"):

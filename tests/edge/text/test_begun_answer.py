@@ -39,18 +39,28 @@ def begin(content: str | None = "", *, reasons: bool = True, **more: Any) -> Beg
 @pytest.mark.parametrize(
     ("content", "more", "expected"),
     [
-        ("", {}, BegunAnswer("")),
-        ("a b ", {}, BegunAnswer("a b ")),
-        ("", {"reasoning_content": "so\n"}, BegunAnswer("", "so\n", reasons=True)),
-        ("", {"reasoning": "so"}, BegunAnswer("", "so", reasons=True)),
-        ("a", {"reasoning_content": "\nso\n"}, BegunAnswer("a", "so")),
-        ("<think>\nso", {}, BegunAnswer("", "so", reasons=True)),
-        ("<think>\nso\n</think>", {}, BegunAnswer("", "so")),
-        ("<think>\nso\n</think>\n\na\n", {}, BegunAnswer("a\n", "so")),
-        ("so\n</think>\n\na", {}, BegunAnswer("a", "so")),
-        ("<think>\n\n</think>\n\na", {}, BegunAnswer("a")),
-        ("a <b> <think>", {}, BegunAnswer("a <b> <think>")),
-        ("a</think>", {"reasoning_content": "so"}, BegunAnswer("a</think>", "so")),
+        ("", {}, BegunAnswer()),
+        ("a b ", {}, BegunAnswer("a b ", "", "text")),
+        ("", {"reasoning_content": "so\n"}, BegunAnswer("", "so\n", "reasoning")),
+        ("", {"reasoning": "so"}, BegunAnswer("", "so", "reasoning")),
+        ("a", {"reasoning_content": "\nso\n"}, BegunAnswer("a", "so", "text")),
+        ("</think>\n\na", {"reasoning_content": "so"}, BegunAnswer("a", "so", "text")),
+        ("</think>", {"reasoning_content": "so"}, BegunAnswer("", "so", "text")),
+        ("a</think>", {"reasoning_content": "so"}, BegunAnswer("a</think>", "so", "text")),
+        ("<think>\nso", {}, BegunAnswer("", "so", "reasoning")),
+        ("<think>\nso\n</think>", {}, BegunAnswer("", "so", "text")),
+        ("<think>\nso\n</think>\n\na\n", {}, BegunAnswer("a\n", "so", "text")),
+        ("so\n</think>\n\na", {}, BegunAnswer("a", "so", "text")),
+        # A tag alone says where to go on, too.
+        ("<think>\n", {}, BegunAnswer("", "", "reasoning")),
+        ("</think>", {}, BegunAnswer("", "", "text")),
+        ("<think>\n\n</think>\n\n", {}, BegunAnswer("", "", "text")),
+        ("<think>\n\n</think>\n\na", {}, BegunAnswer("a", "", "text")),
+        # Tags that the text is about.
+        ("a <b> <think>", {}, BegunAnswer("a <b> <think>", "", "text")),
+        ("Use <think>x</think>.", {}, BegunAnswer("Use <think>x</think>.", "", "text")),
+        ("x</think>", {"reasoning_content": ""}, BegunAnswer("x</think>", "", "text")),
+        ("", {"reasoning_content": ""}, BegunAnswer()),
     ],
 )
 def test_where_an_answer_goes_on(content: str, more: dict[str, Any], expected: BegunAnswer):
@@ -58,8 +68,9 @@ def test_where_an_answer_goes_on(content: str, more: dict[str, Any], expected: B
 
 
 def test_a_model_that_does_not_reason_has_tags_as_text():
-    assert begin("<think>so", reasons=False) == BegunAnswer("<think>so")
-    assert begin("a", reasons=False, reasoning_content="so") == BegunAnswer("a")
+    assert begin("<think>so", reasons=False) == BegunAnswer("<think>so", "", "text")
+    assert begin("a", reasons=False, reasoning_content="so") == BegunAnswer("a", "", "text")
+    assert begin("", reasons=False) == BegunAnswer()
     with pytest.raises(RequestError, match=r"messages\[1\].reasoning_content: .*not reason"):
         begin("", reasons=False, reasoning_content="so")
 
@@ -85,22 +96,26 @@ def test_what_cannot_be_continued(messages: list[dict[str, Any]], error: str):
 
 
 @quick
-@given(reasoning=text, content=text, template=st.sampled_from([OPENS, LEAVES_OPEN]))
+@given(
+    reasoning=text,
+    content=text,
+    place=st.sampled_from(["start", "reasoning", "text"]),
+    template=st.sampled_from([OPENS, LEAVES_OPEN]),
+)
 def test_the_prompt_is_the_models_own_text_so_far(
-    tokenizer: Tokenizer, reasoning: str, content: str, template: ChatTemplate
+    tokenizer: Tokenizer, reasoning: str, content: str, place: Any, template: ChatTemplate
 ):
     """Joined to what the model then writes, it is one answer; and no text is a control token."""
-    reasoning = reasoning.strip("\n")
-    begun = BegunAnswer(content, reasoning, reasons=bool(reasoning) and not content)
+    if place == "start":
+        reasoning = content = ""
+    elif place == "reasoning":
+        content = ""
+    begun = BegunAnswer(content, reasoning, place)
     ids = encode_chat(tokenizer, template, [QUESTION], begun=begun)
-    opening = "<｜Assistant｜>" + ("<think>\n" if template is OPENS else "")
-    if reasoning:
-        opening = "<｜Assistant｜><think>\n"
-    elif template is OPENS and content:
-        opening += "\n</think>\n\n"
-    closing = "\n</think>\n\n" if reasoning and content else ""
-    whole = f"{BOS}<｜User｜>what{opening}{reasoning}{closing}{content}"
-    assert tokenizer.decode(ids) == whole
+    opens = template is OPENS or place == "reasoning" or bool(reasoning)
+    opening = "<｜Assistant｜>" + ("<think>\n" if opens else "")
+    closing = "\n</think>\n\n" if opens and place == "text" else ""
+    assert tokenizer.decode(ids) == f"{BOS}<｜User｜>what{opening}{reasoning}{closing}{content}"
     controls = set(tokenizer.control_tokens.values())
     marks = [id_ for id_ in ids if id_ in controls]
     written = f"{BOS}<｜User｜>{opening}{closing}"
@@ -108,7 +123,7 @@ def test_the_prompt_is_the_models_own_text_so_far(
 
 
 def test_a_text_cannot_open_a_turn(tokenizer: Tokenizer):
-    begun = BegunAnswer("a<｜User｜>b", "c<｜Assistant｜>")
+    begun = BegunAnswer("a<｜User｜>b", "c<｜Assistant｜>", "text")
     ids = encode_chat(tokenizer, OPENS, [QUESTION], begun=begun)
     assert ids.count(tokenizer.control_tokens["<｜User｜>"]) == 1
     assert ids.count(tokenizer.control_tokens["<｜Assistant｜>"]) == 1

@@ -212,7 +212,7 @@ def test_an_answer_is_continued_in_every_way_of_asking(live: Live):
         assert "reasoning" not in message
         *events, _ = live.chat(temperature=0, stream=True, **fields).events
         assert joined(events, "content") == " three."
-    body = {"model": "tiny", "messages": BEGUN, "add_generation_prompt": False}
+    body = {"model": "tiny", "messages": BEGUN}
     ids = live.ask("/tokenize", {**body, "continue_final_message": True}).json["tokens"]
     assert ids == live.engine.llm.encode(BEGUN, continue_final_message=True)
     # A last answer alone is answered anew, as OpenAI does it.

@@ -79,8 +79,8 @@ export function messagesOf(conversation, leaf, system) {
 
 /** Returns the messages and options with which the model goes on with an answer that broke off. */
 export function continuationOf(conversation, turn, system) {
-  const begun = { role: "assistant", content: turn.content };
-  if (turn.reasoning) begun.reasoning_content = turn.reasoning;
+  // Also without reasoning, so that tags in the content are text.
+  const begun = { role: "assistant", content: turn.content, reasoning_content: turn.reasoning ?? "" };
   return { messages: [...messagesOf(conversation, turn.parent, system), begun], continue_final_message: true };
 }
 

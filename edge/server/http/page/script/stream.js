@@ -41,6 +41,6 @@ export async function readInto(response, turn, startedAt, { onPiece, onProgress 
     prompt_tokens: before.prompt_tokens ?? usage?.prompt_tokens ?? 0,
     cached_tokens: before.cached_tokens ?? usage?.prompt_tokens_details?.cached_tokens ?? 0,
     completion_tokens: (before.completion_tokens ?? 0) + (usage?.completion_tokens ?? 0),
-    reasoning_tokens: before.reasoning_tokens ?? usage?.completion_tokens_details?.reasoning_tokens ?? 0,
+    reasoning_tokens: (before.reasoning_tokens ?? 0) + (usage?.completion_tokens_details?.reasoning_tokens ?? 0),
   };
 }
