@@ -34,6 +34,7 @@ _KEYS = {
     "num_kv_heads": "num_key_value_heads",
 }
 """Keys of ``config.json`` that the manifest names otherwise."""
+_BIDIRECTIONAL = "tokens that see those after them are not supported"
 
 
 class _Config:
@@ -194,6 +195,16 @@ def _architecture(config: _Config, task: Task) -> Architecture:
 
 
 def _refuse_unsupported(config: _Config) -> None:
+    # What no other class computes comes before auto_map, whose advice is to take the stock one.
+    if not config.boolean("is_causal", default=True):
+        raise config.error("is_causal", f"is false: {_BIDIRECTIONAL}")
+    for key, advice in (
+        ("use_bidirectional_attention", _BIDIRECTIONAL),
+        ("mlp_bias", "biases of the MLP are not supported"),
+        ("use_sliding_window", "sliding-window attention is not supported"),
+    ):
+        if config.boolean(key):
+            raise config.error(key, f"is true: {advice}")
     if config.get("auto_map") is not None:
         raise config.error(
             "auto_map",
@@ -203,12 +214,6 @@ def _refuse_unsupported(config: _Config) -> None:
     activation = config.get("hidden_act")
     if activation not in (None, "silu"):  # silu is the default of all three classes
         raise config.error("hidden_act", f"must be silu, found {activation!r}")
-    for key, advice in (
-        ("mlp_bias", "biases of the MLP are not supported"),
-        ("use_sliding_window", "sliding-window attention is not supported"),
-    ):
-        if config.boolean(key):
-            raise config.error(key, f"is true: {advice}")
     layer_types = config.get("layer_types")
     if layer_types is not None and (
         not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
@@ -238,6 +243,14 @@ def _rope(config: _Config) -> RopeSpec:
         if isinstance(value, dict):
             raise rope.error(key, "is an object: RoPE parameters per layer are not supported")
     theta = rope.number("rope_theta", config.number("rope_theta", _DEFAULT_ROPE_THETA))
+    if rope.get("rope_theta") is None and config.get("rope_theta") is None:
+        ignored = config.section("rope_parameters").get("rope_theta")
+        if ignored is not None:
+            raise rope.error(
+                "rope_theta",
+                f"is missing, and rope_parameters, which has {ignored!r}, does not count beside "
+                "rope_scaling; put all keys into rope_parameters",
+            )
     kind = values.get("rope_type", values.get("type", "default"))
     for section in (config, rope):
         if section.number("partial_rotary_factor", 1.0) != 1.0:

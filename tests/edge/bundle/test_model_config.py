@@ -197,6 +197,9 @@ def test_rope_as_transformers_reads_it(scaling: dict[str, Any] | None) -> None:
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM is not supported"),
         ({"architectures": ...}, "architectures must name one"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        # With the code of gte-Qwen2-7B-instruct, to be deleted from no copy.
+        ({"is_causal": False, "auto_map": {"AutoModel": "x.Y"}}, "is_causal is false"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, found 'gelu'"),
         ({"attention_bias": "yes"}, "attention_bias must be true or false"),
         ({"mlp_bias": True}, "mlp_bias is true"),
@@ -223,6 +226,10 @@ def test_rope_as_transformers_reads_it(scaling: dict[str, Any] | None) -> None:
         ({"rope_scaling": {**YARN, "beta_fast": 0.5}}, "beta_fast"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "per layer"),
+        (
+            {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6}, "rope_theta": ...},
+            "rope_scaling: rope_theta is missing, and rope_parameters, which has 1000000.0",
+        ),
     ],
 )
 def test_what_is_refused_is_named(changes: dict[str, Any], words: str) -> None:
