@@ -61,6 +61,7 @@ def write_embedder(directory: Path, *, dimensions: int | None = 16, **changes: A
         directory / "config_sentence_transformers.json",
         {"prompts": PROMPTS, "default_prompt_name": None, "similarity_fn_name": "cosine"},
     )
+    _write(directory / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False})
     tokenizer = json.loads((directory / "tokenizer.json").read_text("utf-8"))
     end = {"SpecialToken": {"id": EOS, "type_id": 0}}
     tokenizer["post_processor"] = {

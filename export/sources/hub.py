@@ -21,6 +21,7 @@ TEXT_FILES = [
     # Of sentence-transformers.
     "modules.json",
     "config_sentence_transformers.json",
+    "sentence_bert_config.json",
     "1_Pooling/config.json",
 ]
 # Without a directory part: original/consolidated.*.safetensors would be the same weights twice.

@@ -30,6 +30,7 @@ from .quantized_weight import QuantizedWeight
 MODULES_NAME = "modules.json"
 _POOLING_NAME = "1_Pooling/config.json"
 _PROMPTS_NAME = "config_sentence_transformers.json"
+_TEXTS_NAME = "sentence_bert_config.json"
 _MAX_MODULES_BYTES = 1 << 20
 _MODULE_KINDS = ("Transformer", "Pooling", "Normalize")
 _POOLING_MODES = re.compile(r"pooling_mode_\w+")
@@ -60,20 +61,21 @@ def read_embedding(
     """Read how a checkpoint embeds.
 
     Args:
-        directory: holds, optionally, ``modules.json``, the ``config.json`` of its pooling module
-            and ``config_sentence_transformers.json``.
+        directory: holds, optionally, ``modules.json``, the ``config.json`` of its pooling module,
+            ``config_sentence_transformers.json`` and ``sentence_bert_config.json``.
         config: content of ``config.json``.
         text: its tokenizer.
         names: of the model, by which its family is known.
 
     Raises:
         CheckpointError: a file is invalid, or asks for what is not supported: another pooling
-            than of the last token, or a module after it.
+            than of the last token, a module after it, texts in lower case, or vectors that are cut.
     """
     normalize = True
     if (directory / MODULES_NAME).exists():
         normalize = _read_modules(directory)
-    prompts = read_json(directory / _PROMPTS_NAME) if (directory / _PROMPTS_NAME).exists() else {}
+    _refuse_lower_case(directory / _TEXTS_NAME)
+    prompts = _read_optional(directory / _PROMPTS_NAME)
     named = prompts.get("prompts") or {}
     default = prompts.get("default_prompt_name")
     where = directory / _PROMPTS_NAME
@@ -81,6 +83,13 @@ def read_embedding(
         raise CheckpointError(f"{where}: prompts must be texts by name, found {named!r:.80}")
     if default is not None and not (isinstance(default, str) and default in named):
         raise CheckpointError(f"{where}: default_prompt_name {default!r} is none of the prompts")
+    cut = prompts.get("truncate_dim")
+    if cut not in (None, config.get("hidden_size")):
+        raise CheckpointError(
+            f"{where}: truncate_dim {cut!r} cuts every vector, a bundle those of requests that say "
+            "so; in a local copy delete the key and name the number in matryoshka_dimensions "
+            f"of config.json, then ask for dimensions {cut!r}"
+        )
     found = Embedding(
         append=_appended(text, directory),
         normalize=normalize,
@@ -177,13 +186,25 @@ def _read_modules(directory: Path) -> bool:
     return len(kinds) == len(_MODULE_KINDS)
 
 
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _refuse_lower_case(path: Path) -> None:
+    if _read_optional(path).get("do_lower_case"):
+        raise CheckpointError(
+            f"{path}: do_lower_case is true, and no bundle changes its texts; delete the key from "
+            "a local copy, and give texts in lower case"
+        )
+
+
 def _appended(text: CheckpointText, directory: Path) -> tuple[int, ...]:
     """Ids that the tokenizer puts after a text: of its post-processor's template."""
     processor = msgspec.json.decode(text.tokenizer_json).get("post_processor")
     found = _template_suffix(processor)
     if found is None:
         config = directory / "tokenizer_config.json"
-        adds = read_json(config).get("add_eos_token") if config.exists() else None
+        adds = _read_optional(config).get("add_eos_token")
         return text.tokens.eos[:1] if adds is True else ()
     tokenizer = Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
     ids = [tokenizer.control_tokens.get(name) for name in found]

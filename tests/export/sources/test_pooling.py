@@ -93,6 +93,11 @@ def _prompts(value: object) -> Callable[[Path], object]:
     return lambda directory: (directory / path).write_text(json.dumps(value))
 
 
+def _texts(value: object) -> Callable[[Path], object]:
+    path = "sentence_bert_config.json"
+    return lambda directory: (directory / path).write_text(json.dumps(value))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -111,6 +116,8 @@ def _prompts(value: object) -> Callable[[Path], object]:
         (_prompts({"prompts": {"a\nb": "x"}}), "prompts"),
         (_prompts({"prompts": {"a": "\ud800"}}), "surrogates"),
         (_prompts([]), "JSON object"),
+        (_prompts({"truncate_dim": 32}), "truncate_dim 32 cuts .* ask for dimensions 32"),
+        (_texts({"do_lower_case": True}), r"sentence_bert_config\.json: do_lower_case is true"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(
