@@ -5,8 +5,8 @@ one process that writes), ``.r1.edge-llm-staging`` (the unfinished bundle), perh
 ``.r1.edge-llm-scratch`` (what an export needs until it ends) and, on file systems that cannot
 exchange two directories, ``.r1.edge-llm-old``. Whoever holds the lock owns the others: what is
 there when it takes the lock was left by a killed export, and is removed. Only
-``.r1.edge-llm-calibration`` outlives an export that failed: the next export continues there, and
-putting a bundle in place removes it.
+``.r1.edge-llm-calibration`` outlives an export that failed or was killed, at any step: the next
+export continues there, and putting a bundle in place removes it.
 
 The finished staging directory and the old bundle trade places (`edge.bundle.place`): whenever the
 process is killed, the target is the whole old bundle or the whole new one.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import stat
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +47,8 @@ from edge.bundle.place import (
 from edge.bundle.update import beside, fsync, locked, resolve_target, write_durably
 from edge.errors import BundleError, ConfigError, ResourceError
 
+_log = logging.getLogger(__name__)
+
 
 class BundleWriter:
     """A context manager that writes one bundle and puts it in place with `commit`.
@@ -59,17 +62,30 @@ class BundleWriter:
         calibration_directory: the directory of `resume.resumable_work`.
     """
 
-    def __init__(self, target: Path, *, required_bytes: int, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        target: Path,
+        *,
+        required_bytes: int,
+        overwrite: bool = False,
+        calibrates: bool = False,
+        what: str = "the bundle",
+    ) -> None:
         """Remember the target; `__enter__` is the first to touch it.
 
         Args:
             target: the bundle's directory: missing, empty, or with ``overwrite`` a bundle.
             required_bytes: estimated size of all files.
             overwrite: replace a bundle that is there (``--force``).
+            calibrates: `resume.resumable_work` will go on in the calibration directory or clear
+                it, so what it holds counts as room for ``required_bytes``.
+            what: what takes them, for the message.
         """
         self.target = resolve_target(target)
         self._required_bytes = required_bytes
         self._overwrite = overwrite
+        self._calibrates = calibrates
+        self._what = what
         self._staging = beside(self.target, "staging")
         self.calibration_directory = beside(self.target, "calibration")
         self._scratch = beside(self.target, "scratch")
@@ -91,7 +107,8 @@ class BundleWriter:
                 recover(self.target)
                 check_replaceable(self.target, self._overwrite)
                 self._sweep()
-                check_free_space(self.target.parent, self._required_bytes)
+                required = max(self._required_bytes - self._calibrated_bytes(), 0)
+                check_free_space(self.target.parent, required, self._what)
                 stack.callback(self._sweep)
                 stack.callback(recover, self.target)
                 self._staging.mkdir()
@@ -179,10 +196,18 @@ class BundleWriter:
         traceback: TracebackType | None,
     ) -> None:
         self._cleanup.close()
+        kept = not self._committed and self.calibration_directory.exists()
+        if kept:
+            _log.warning(
+                "calibrated layers are kept in %s: the export that wrote them continues there; "
+                "delete it otherwise",
+                self.calibration_directory,
+            )
         if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            layers = f", but for the layers in {self.calibration_directory}," if kept else ""
             raise ResourceError(
                 f"the disk filled up while {self.target} was written ({exc.strerror}); what was "
-                "written is removed again; free some space or choose another directory"
+                f"written{layers} is removed again; free some space or choose another directory"
             ) from exc
 
     def _write_manifest(self, manifest: Manifest) -> Manifest:
@@ -198,6 +223,14 @@ class BundleWriter:
         write_durably(self._staging / MANIFEST_NAME, data)
         fsync(self._staging)
         return written
+
+    def _calibrated_bytes(self) -> int:
+        """Room on the disk that the calibration directory takes and this export uses again."""
+        if not self._calibrates or not self.calibration_directory.exists():
+            return 0
+        files = [path.stat() for path in self.calibration_directory.iterdir()]
+        # What a bundle in place shares takes its room, too.
+        return sum(file.st_blocks * 512 for file in files if file.st_nlink <= 1)
 
     def _sweep(self) -> None:
         remove(self._scratch)

@@ -198,7 +198,10 @@ class _Export:
         if self.head is not None:
             required += 2 * self.head.num_bytes  # integers and their scales twice, or floats
         with BundleWriter(
-            self.config.output, required_bytes=required, overwrite=self.config.overwrite
+            self.config.output,
+            required_bytes=required,
+            overwrite=self.config.overwrite,
+            calibrates=self.decoder.is_calibrated,
         ) as writer:
             self.announce(self._expectation())
             decoder = self.decoder.write(writer, self.kv_capacity)

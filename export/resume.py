@@ -3,12 +3,14 @@
 ``.r1.edge-llm-calibration``, beside the target ``r1``, holds the data files as far as written,
 ``layer-N.npz`` (the hidden states after N layers, and the factors folded into the weights) and
 ``state.json``, which is replaced when a layer is done. All of it is bound to a key: the hash of
-whatever decides a byte of the data files up to there.
+whatever decides a byte of the data files up to there. The bundle's data files are hard links to
+these, so all of it can stay until the bundle is in place, and takes no room twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -145,15 +147,16 @@ def fresh_work(targets: Sequence[Path]) -> Iterator[Work]:
 
 @contextlib.contextmanager
 def resumable_work(directory: Path, key: str, targets: Sequence[Path]) -> Iterator[Work]:
-    """Write data files in a directory and move them to their targets when the block ends.
+    """Write data files in a directory and link them to their targets when the block ends.
 
-    After an exception the decoder layers that are done stay there, and a warning says where; the
-    next export continues after them. If they are damaged or of another key, it begins anew.
+    The decoder layers that are done stay there, after an exception too, and the next export
+    continues after them. If they are damaged or of another key, it begins anew. Whoever puts the
+    targets in place removes the directory.
 
     Args:
         directory: where everything is kept until then.
         key: see `calibration_key`.
-        targets: paths to which the data files are moved.
+        targets: paths of the data files, where nothing is yet.
     """
     finished, lengths = _read_or_begin(directory, key)
     saved = finished.blocks
@@ -173,9 +176,10 @@ def resumable_work(directory: Path, key: str, targets: Sequence[Path]) -> Iterat
 
             yield Work(files, finished, save)
     except BaseException:
-        _leave(directory, saved)
+        if saved == 0:
+            shutil.rmtree(directory)
         raise
-    _move(directory, targets)
+    _link(directory, targets)
 
 
 def _keep_nothing(finished: Finished) -> None:
@@ -212,8 +216,11 @@ def _read(directory: Path, key: str) -> tuple[Finished, Mapping[str, int]]:
             name.removeprefix("factors."): arrays[name] for name in arrays.files if name != "hidden"
         }
     for name, length in stored.lengths.items():
-        if (directory / name).stat().st_size < length:
+        found = (directory / name).stat()
+        if found.st_size < length:
             raise ValueError(f"{name} is shorter than it was")
+        if found.st_nlink > 1:  # it will be cut off and written on
+            raise ValueError(f"{name} is part of a bundle that is in place")
     peaks = {name: float.fromhex(value) for name, value in stored.peaks.items()}
     finished = Finished(stored.finished, stored.linears, stored.infos, factors, peaks, hidden)
     return finished, stored.lengths
@@ -253,20 +260,16 @@ def _encode(key: str, finished: Finished, lengths: dict[str, int]) -> bytes:
     return msgspec.json.encode(stored)
 
 
-def _leave(directory: Path, saved: int) -> None:
-    """Keep what a failing export has saved, or remove the directory if that is nothing."""
-    if saved == 0:
-        shutil.rmtree(directory)
+def _link(directory: Path, targets: Sequence[Path]) -> None:
+    """Give the closed data files to their targets, and keep everything where that is possible."""
+    try:
+        for target in targets:
+            os.link(directory / target.name, target)
         return
-    _log.warning(
-        "%d calibrated layers are kept in %s: the same export continues there; delete it otherwise",
-        saved,
-        directory,
-    )
-
-
-def _move(directory: Path, targets: Sequence[Path]) -> None:
-    """Move the closed data files to their targets and remove the rest."""
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _log.info("no hard links in %s (%s): moving the files", directory, error)
     # The state goes first, so that a kill between the moves leaves none that lacks a file.
     (directory / STATE_NAME).unlink(missing_ok=True)
     for target in targets:

@@ -48,8 +48,12 @@ def build_cache(place: Path, bundle: str, text: str) -> None:
 
 
 def calibrate(place: Path, num_layers: str = "3") -> None:
-    """Go on with a calibrated export of layers that are 64 KiB each, up to this many."""
+    """Go on with a calibrated export of layers that are 64 KiB each, up to this many.
+
+    What `BundleWriter` removes is removed here: unfinished files first, and the layers at the end.
+    """
     shape = (1 << 14,)
+    (place / "x.data").unlink(missing_ok=True)
     with resumable_work(place / "work", "key", [place / "x.data"]) as work:
         for layer in range(work.finished.blocks, int(num_layers)):
             values = np.full(shape, layer, np.float32)
@@ -57,6 +61,7 @@ def calibrate(place: Path, num_layers: str = "3") -> None:
             work.save(Finished(layer + 1, hidden=np.full((1, 64, 1024), layer, np.float32)))
         if num_layers != "3":
             raise KeyboardInterrupt
+    shutil.rmtree(place / "work")
 
 
 SCENARIOS: dict[str, Callable[..., object]] = {

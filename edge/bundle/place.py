@@ -151,8 +151,13 @@ def _own_entries(bundle: Path) -> set[str]:
     return {*manifest.files, MANIFEST_NAME, MANIFEST_TEMP, ENGINES_DIR, *added}
 
 
-def check_free_space(directory: Path, required_bytes: int) -> None:
+def check_free_space(directory: Path, required_bytes: int, what: str = "the bundle") -> None:
     """Refuse a disk that is too full for a bundle.
+
+    Args:
+        directory: a directory on it.
+        required_bytes: room that is needed.
+        what: what needs it, for the message.
 
     Raises:
         ResourceError: it is.
@@ -160,7 +165,7 @@ def check_free_space(directory: Path, required_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < required_bytes + _MARGIN_BYTES:
         raise ResourceError(
-            f"{directory} has {human(free)} free, but the bundle takes {human(required_bytes)} "
+            f"{directory} has {human(free)} free, but {what} takes {human(required_bytes)} "
             f"and {human(_MARGIN_BYTES)} must be spare; free some space or choose another disk"
         )
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,11 @@ import numpy as np
 import pytest
 
 from edge.bundle.manifest import LinearInfo, Manifest, TensorScheme, read_manifest
+from edge.bundle.place import check_free_space, remove
 from edge.bundle.update import beside
+from edge.bundle.verified_files import verify_files
+from edge.errors import ResourceError
+from export import bundle as bundle_writer
 from export.graph.data_file import StoredTensor
 from export.graph.decoder import StoredLinear
 from export.pipeline import ExportConfig, export_checkpoint
@@ -90,6 +98,16 @@ def interrupt_after(sequences: int) -> Any:
     return progress
 
 
+def interrupt_in(step: str) -> Any:
+    """A progress callback that ends the export in a step."""
+
+    def progress(phase: str, *_: object) -> None:
+        if phase.startswith(step):
+            raise KeyboardInterrupt
+
+    return progress
+
+
 def work(output: Path) -> Path:
     return beside(output, "calibration")
 
@@ -148,6 +166,107 @@ def test_interrupted_after_the_last_layer(
         export(source, output, recipe, in_the_head)
     assert finished(output) == LAYERS
     assert same_bundle(export(source, output, recipe), whole)
+
+
+def test_nothing_is_lost_until_the_bundle_is_in_place(source: Path, tmp_path: Path):
+    output, recipe = tmp_path / "bundle", {**FAST, "kv_cache": "int8"}
+    for step in ("KV cache: ", "embeddings", "hash"):
+        with pytest.raises(KeyboardInterrupt):
+            export(source, output, recipe, interrupt_in(step))
+        assert [path.name for path in tmp_path.iterdir()] == [work(output).name]
+        assert finished(output) == LAYERS
+    passed: list[int] = []
+
+    def record(phase: str, now: int, *_: object) -> None:
+        passed.extend([now] if phase == "calibrate" else [])
+
+    manifest = export(source, output, recipe, record)
+    assert passed == [2 * LAYERS]  # none of them again
+    assert same_bundle(manifest, export(source, tmp_path / "whole", recipe))
+    assert not work(output).exists()
+
+
+def test_a_kill_after_the_swap_leaves_a_bundle_that_the_next_export_does_not_touch(
+    source: Path, fast: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its weights are the very files of the calibration, which were to be removed next."""
+    output = tmp_path / "bundle"
+
+    def die(directory: Path) -> None:
+        if directory == work(output):
+            raise KeyboardInterrupt
+        remove(directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle_writer, "remove", die)
+        with pytest.raises(KeyboardInterrupt):
+            export(source, output, FAST)
+    assert finished(output) == LAYERS
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, {**FAST, "overwrite": True}, interrupt_after(4))
+    manifest = read_manifest(output)
+    verify_files(output, manifest)
+    assert same_bundle(manifest, fast)
+    assert same_bundle(export(source, output, {**FAST, "overwrite": True}), fast)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_where_there_are_no_hard_links_the_files_are_moved(
+    source: Path, fast: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    output = tmp_path / "bundle"
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, FAST, interrupt_after(4))
+    manifest = export(source, output, FAST)
+    verify_files(output, manifest)
+    assert same_bundle(manifest, fast)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_the_layers_that_are_kept_are_no_room_that_is_missing(
+    source: Path, fast: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a disk that the first export just fitted, the second goes on, or begins anew."""
+    output = tmp_path / "bundle"
+    needed: list[int] = []
+    usage = namedtuple("usage", "total used free")
+
+    def note(directory: Path, required: int, *what: str) -> None:
+        needed.append(required)
+        check_free_space(directory, required, *what)
+
+    def free(_: Path) -> Any:
+        taken = sum(path.stat().st_blocks * 512 for path in work(output).glob("*"))
+        return usage(0, 0, needed[0] + (64 << 20) - taken)
+
+    monkeypatch.setattr(bundle_writer, "check_free_space", note)
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, FAST, interrupt_after(4))
+    # An export without calibration leaves them there, so they are no room for it.
+    for place in (output, tmp_path / "elsewhere"):
+        with pytest.raises(KeyboardInterrupt):
+            export(source, place, {"quant": "int8"}, interrupt_in(""))
+    assert needed[1] == needed[2]
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    with pytest.raises(KeyboardInterrupt):
+        export(source, output, {**FAST, "seed": 7}, interrupt_after(4))
+    assert same_bundle(export(source, output, FAST), fast)
+
+
+def test_a_disk_that_fills_up_names_what_is_kept(source: Path, tmp_path: Path):
+    output = tmp_path / "bundle"
+
+    def fill_up(phase: str, *_: object) -> None:
+        if phase == "embeddings":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(ResourceError, match=f"but for the layers in {work(output)}, is removed"):
+        export(source, output, FAST, fill_up)
+    assert finished(output) == LAYERS
 
 
 def test_whatever_decides_a_byte_is_in_the_key(source: Path, tmp_path: Path):
@@ -275,7 +394,7 @@ def test_the_user_is_told_where_it_lies_and_that_it_goes_on(
     output = tmp_path / "bundle"
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
         export(source, output, FAST, interrupt_after(4))
-    assert f"2 calibrated layers are kept in {work(output)}" in caplog.text
+    assert f"calibrated layers are kept in {work(output)}" in caplog.text
     with caplog.at_level(logging.WARNING):
         export(source, output, FAST)
     assert "going on with an interrupted calibration: 2 layers are done" in caplog.text
@@ -365,7 +484,7 @@ def test_the_state_keeps_every_number(tmp_path: Path):
     with resumable_work(folder, "key", targets) as work:
         assert work.finished.blocks == 1
     assert targets[0].read_bytes() == np.arange(4, dtype=np.float32).tobytes()
-    assert not folder.exists()
+    assert targets[0].samefile(folder / "x.data")  # so neither takes room for itself
 
 
 def test_a_state_of_another_key_is_swept(tmp_path: Path):
