@@ -299,7 +299,7 @@ class ExportConfig:
         return device
 
     def float_reference(self) -> ExportConfig:
-        """Configure the same model with float weights, to measure a quantized bundle against."""
+        """Configure the same checkpoint with float weights, to measure a bundle of it against."""
         return ExportConfig(
             source=self.source,
             output=self.output,
@@ -309,8 +309,4 @@ class ExportConfig:
             vocab_size=self.vocab_size,
             dialect=self.graph_dialect,
             kv_capacity=self.kv_capacity,
-            task=self.task,
-            revision=self.revision,
-            cache_dir=self.cache_dir,
-            hub=self.hub,
         )

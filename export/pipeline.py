@@ -29,8 +29,16 @@ from edge.bundle.manifest import (
     printable,
     read_manifest,
 )
+from edge.bundle.place import check_free_space
 from edge.bundle.schemes import Clip, stored_bytes
-from edge.errors import BundleError, CheckpointError, ConfigError, DependencyError, EdgeError
+from edge.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    DependencyError,
+    EdgeError,
+    ResourceError,
+)
 from edge.measure.evaluate import check_gate, load_gate
 from edge.progress import Progress, prefixed, silent, uncounted
 from edge.text.chat_template import ChatTemplate, template_reasons
@@ -86,7 +94,7 @@ def export_checkpoint(
         ConfigError: options contradict each other or the model.
         CheckpointError: the source cannot be exported.
         DependencyError: ``verify`` with a dialect that the ONNX Runtime of this machine cannot run.
-        ResourceError: there is not enough disk space.
+        ResourceError: there is not enough disk space, or with ``verify`` not enough memory.
         GateError: ``verify`` found the bundle not good enough; what was at ``output`` stays.
     """
     if config.verify:  # a gate that cannot be read ends the export now and not after hours
@@ -148,6 +156,7 @@ class _Export:
     ) -> None:
         config.check_task(checkpoint.spec.task)
         self.config = config
+        self.original = checkpoint
         self.announce = announce
         # What is quantized: the source with everything done to it that is exact in float.
         self.reduced: ReducedCheckpoint | None = None
@@ -197,11 +206,22 @@ class _Export:
             required += 2 * 4 * models * tokens * self.model.hidden_size  # states, old and new
         if self.head is not None:
             required += 2 * self.head.num_bytes  # integers and their scales twice, or floats
+        what = "the bundle"
+        if self.config.verify:
+            try:
+                self._check_memory()
+            except ResourceError as error:
+                raise ResourceError(
+                    f"--verify has no room: {error}; free some memory, or leave it out"
+                ) from error
+            required += self._reference_bytes
+            what += " with the float model of --verify"
         with BundleWriter(
             self.config.output,
             required_bytes=required,
             overwrite=self.config.overwrite,
             calibrates=self.decoder.is_calibrated,
+            what=what,
         ) as writer:
             self.announce(self._expectation())
             decoder = self.decoder.write(writer, self.kv_capacity)
@@ -238,7 +258,7 @@ class _Export:
     def report(self, writer: BundleWriter, manifest: Manifest) -> Manifest:
         """Measure what the quantization cost, where that can be done here; returns the manifest."""
         try:
-            check_memory(manifest, self.positions)
+            self._check_memory()
             staged = self._stage(writer, manifest)
             reference = self._reference(writer)
             with uncounted(self.progress, VERIFY_STEP):
@@ -266,12 +286,21 @@ class _Export:
         with uncounted(self.progress, "hash"):
             return writer.stage(manifest)
 
+    def _check_memory(self) -> None:
+        check_memory(self.model, self.schemes, self.config.graph_dialect, self.positions)
+
+    @property
+    def _reference_bytes(self) -> int:
+        schemes = self.config.float_reference().recipe.schemes(self.model)
+        return estimated_bytes(self.model, schemes, self.positions)
+
     def _reference(self, writer: BundleWriter) -> Path:
-        """Export the same model in float, beside the target."""
+        """Export the same model in float, beside the target, from the checkpoint that is open."""
+        check_free_space(writer.target.parent, self._reference_bytes, "the float model")
         config = dataclasses.replace(
             self.config.float_reference(), output=writer.scratch() / "reference"
         )
-        export_checkpoint(config, prefixed(self.progress, "reference: "))
+        _Export(config, self.original, prefixed(self.progress, "reference: "), _mute).run()
         return config.output
 
     def _expectation(self) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge.bundle.manifest import Manifest, TensorScheme
+from edge.bundle.linears import linear_layers
+from edge.bundle.manifest import Dialect, ModelSpec, TensorScheme
 from edge.bundle.schemes import INT4_GROUP_SIZE, Recipe
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import (
@@ -28,7 +29,7 @@ from edge.errors import (
 )
 from edge.measure.compare import CHUNK_TOKENS
 from edge.planner.memory import Deployment, plan_process_memory
-from edge.planner.weights import manifest_linears, recipe_linears
+from edge.planner.weights import Linear, recipe_linears
 
 from .config import AS_IN_SOURCE, DEFAULT_METHOD, ExportConfig
 
@@ -109,11 +110,15 @@ def measure_bundle(
     return figures
 
 
-def check_memory(manifest: Manifest, positions: int) -> None:
+def check_memory(
+    model: ModelSpec, schemes: Mapping[str, TensorScheme], dialect: Dialect, positions: int
+) -> None:
     """Refuse to measure where both models would not fit into memory together.
 
     Args:
-        manifest: manifest of the quantized bundle.
+        model: dimensions of both.
+        schemes: the scheme of every linear layer of the bundle, by name.
+        dialect: of the graph.
         positions: tokens that the model can take at most.
 
     Raises:
@@ -121,13 +126,11 @@ def check_memory(manifest: Manifest, positions: int) -> None:
     """
     free = read_available_memory_bytes()
     window = min(_WINDOW, positions)
-    deployment = Deployment("ort-cpu", 1, window, min(CHUNK_TOKENS, window), manifest.dialect)
+    deployment = Deployment("ort-cpu", 1, window, min(CHUNK_TOKENS, window), dialect)
+    quantized = [Linear(each.name, each.shape, schemes[each.name]) for each in linear_layers(model)]
     needed = sum(
-        plan_process_memory(manifest.model, linears, positions, deployment).load_peak
-        for linears in (
-            manifest_linears(manifest),
-            recipe_linears(manifest.model, Recipe("fp16")),
-        )
+        plan_process_memory(model, linears, positions, deployment).load_peak
+        for linears in (quantized, recipe_linears(model, Recipe("fp16")))
     )
     if free is not None and needed > free:  # None: the system does not tell
         raise ResourceError(

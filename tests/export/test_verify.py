@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
+import shutil
 import sys
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,11 @@ from edge.errors import (
     GateError,
     ResourceError,
 )
-from export import verify
+from export import bundle as bundle_writer
+from export import pipeline, verify
 from export.cli import export as export_verb
 from export.pipeline import ExportConfig, export_checkpoint
-from export.sources import vocabulary
+from export.sources import opening, vocabulary
 from tests.conftest import RUNNABLE
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint
@@ -208,6 +212,92 @@ def test_the_reference_has_the_float_type_of_the_bundle(place: Path, float_type:
         config = ExportConfig(source="x", output=place, verify=True, **options)
         assert config.float_reference().quant == float_type
         assert config.float_reference().float_type == config.float_type == float_type
+
+
+class BegunError(Exception):
+    """An export passed its checks."""
+
+
+def begun(phase: str, *_: object) -> None:
+    if phase == "calibrate":
+        raise BegunError
+
+
+CALIBRATED: dict[str, Any] = {
+    "quant": "int8-w8a8",
+    "calibration_tokens": 512,
+    "dialect": RUNNABLE,
+    "kv_capacity": 64,
+}
+
+
+def test_a_disk_without_room_for_the_float_model_is_refused_before_any_work(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    needed: list[int] = []
+    monkeypatch.setattr(
+        bundle_writer, "check_free_space", lambda _, required, *__: needed.append(required)
+    )
+    config = ExportConfig(source=str(source), output=place / "bundle", **CALIBRATED)
+    with pytest.raises(BegunError):
+        export_checkpoint(config, begun)
+    monkeypatch.undo()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed[0] + (64 << 20)))
+    with pytest.raises(BegunError):
+        export_checkpoint(config, begun)
+    message = f"{place} has .* but the bundle with the float model of --verify takes"
+    with pytest.raises(ResourceError, match=message):
+        export_checkpoint(dataclasses.replace(config, verify=True), begun)
+
+
+def test_too_little_memory_for_both_models_is_refused_before_any_work(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(verify, "read_available_memory_bytes", lambda: 1 << 20)
+    config = ExportConfig(source=str(source), output=place / "bundle", verify=True, **CALIBRATED)
+    with pytest.raises(ResourceError, match=r"need .* GB of memory together, .* or leave it out"):
+        export_checkpoint(config, begun)
+    assert not list(place.iterdir())
+
+
+def test_a_report_without_room_for_the_float_model_names_no_hidden_directory(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = namedtuple("usage", "total used free")
+
+    def fill_up(phase: str, *_: object) -> None:
+        if phase == "hash":
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 1 << 20))
+
+    said: list[str] = []
+    options: dict[str, Any] = {"quant": "int8", "report": True, "dialect": RUNNABLE}
+    config = ExportConfig(source=str(source), output=place / "bundle", **options)
+    export_checkpoint(config, fill_up, said.append)
+    assert f"not measured: {place} has 1.0 MB free, but the float model takes" in said[-1]
+
+
+def test_the_reference_is_of_the_same_commit(
+    source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A branch may move in the hours of a calibration."""
+    commits = ["a" * 40, "b" * 40]
+    measured: list[str | None] = []
+
+    def download(*_: object) -> tuple[Path, str]:
+        return source, commits.pop(0)
+
+    def note(staged: Path, reference: Path, *_: object) -> None:
+        measured.extend(read_manifest(bundle).source.revision for bundle in (staged, reference))
+
+    monkeypatch.setattr(opening, "download", download)
+    monkeypatch.setattr(pipeline, "verify_bundle", note)
+    config = ExportConfig(
+        source="owner/tiny", output=place / "bundle", quant="int8", verify=True, dialect=RUNNABLE
+    )
+    export_checkpoint(config)
+    assert measured == ["a" * 40] * 2
+    assert len(commits) == 1  # the hub was asked once
 
 
 def test_what_a_killed_verification_left_is_swept(source: Path, place: Path):
