@@ -8,8 +8,8 @@ from collections.abc import Callable
 from edge.bundle.manifest import Manifest
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import DeviceMemoryError, ResourceError
-from edge.planner.memory import LEAST_CAPACITY as LEAST_CAPACITY  # a service's limits read it here
 from edge.planner.memory import (
+    LEAST_CAPACITY,
     Deployment,
     ProcessMemory,
     plan_process_memory,

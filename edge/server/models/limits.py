@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from edge.backends.default_capacity import LEAST_CAPACITY
 from edge.backends.ort.int8_prompts import int8_bytes
 from edge.bundle.engine_file import find_engines
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.device.nodes import find_gpu_node
 from edge.errors import ResourceError
 from edge.planner.memory import (
+    LEAST_CAPACITY,
     BackendKind,
     Deployment,
     ProcessMemory,

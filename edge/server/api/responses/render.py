@@ -76,14 +76,14 @@ class ResponseRender(Render):
 
     def failed(self, error: APIError) -> bytes:
         """See `Render.failed`."""
+        first = self._beginning()  # while it is still in progress
         self._response.status = "failed"
         self._response.error = ResponseError(error.code, error.shown)
-        return self._write([self._state("failed")])
+        return first + self._write([self._state("failed")])
 
     def events(self, index: int, piece: Piece) -> bytes:
         """See `Render.events`."""
-        first = [] if self._sequence else [self._state("created"), self._state("in_progress")]
-        return self._write(first) + self._write(self._steps(piece))
+        return self._beginning() + self._write(self._steps(piece))
 
     def last_events(self, usage: Usage) -> bytes:
         """See `Render.last_events`."""
@@ -97,6 +97,12 @@ class ResponseRender(Render):
                 pass  # what they say is in the response, too
         self._finish(usage)
         return self._response
+
+    def _beginning(self) -> bytes:
+        """The events that a stream begins with; clients refuse any other as the first."""
+        if self._sequence:
+            return b""
+        return self._write([self._state("created"), self._state("in_progress")])
 
     def _write(self, events: Any) -> bytes:
         """Number events and encode them, one by one, since the response changes between them."""

@@ -46,6 +46,9 @@ def server() -> Iterator[StubServer]:
 @pytest.fixture
 def browser(driver: Any, server: StubServer) -> Iterator[Browser]:
     driver.set_window_size(1280, 800)
+    # The port may be one of an earlier test, whose conversations the browser still has.
+    site = {"origin": server.url, "storageTypes": "all"}
+    driver.execute_cdp_cmd("Storage.clearDataForOrigin", site)
     driver.get(server.url)
     page = Browser(driver)
     page.started()

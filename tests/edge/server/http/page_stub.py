@@ -30,6 +30,7 @@ class StubServer(ThreadingHTTPServer):
         api_key: wanted if set.
         models: that are served.
         warning: of the engine.
+        reason: for which answers end.
         answers: text by prompt, sent in small pieces.
         context: tokens of the models' context.
         waiting: requests in the queue, as it says.
@@ -60,6 +61,7 @@ class StubServer(ThreadingHTTPServer):
         self.holds = threading.Event()
         self.holds.set()
         self.answers: dict[str, str] = {}
+        self.reason = "stop"
 
     @property
     def url(self) -> str:
@@ -163,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._end()
 
     def _end(self) -> None:
-        self._data({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        self._data({"choices": [{"delta": {}, "finish_reason": self.server.reason}]})
         self._data({"choices": [], "usage": self.server.usage})
         self.wfile.write(b"data: [DONE]\n\n")
 

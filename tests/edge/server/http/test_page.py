@@ -242,6 +242,29 @@ def test_a_key_is_asked_for_and_kept_in_this_tab(browser: Browser, server: StubS
     assert stored == [0, ""]
 
 
+def test_a_key_that_no_header_holds_is_asked_for_again(browser: Browser, server: StubServer):
+    browser.open_panel()
+    browser.one("#key").send_keys("密钥", browser.keys.TAB)
+    browser.until(lambda: "API key" in browser.one("#state").text)
+    assert browser.all(".turn.error") == []
+
+
+def test_a_key_of_an_input_method_sends_and_stops_nothing(browser: Browser, server: StubServer):
+    """Safari's, which comes after the composition's end and has only its old code."""
+    press = """
+    const key = new KeyboardEvent("keydown", { key: arguments[0], keyCode: 229, bubbles: true });
+    document.getElementById("prompt").dispatchEvent(key);"""
+    browser.one("#prompt").send_keys("endless")
+    browser.driver.execute_script(press, "Enter")
+    assert browser.all(".turn") == []
+    browser.one("#prompt").send_keys(browser.keys.ENTER)
+    browser.until(lambda: "5 6" in browser.one(".turn.assistant .body").text)
+    browser.driver.execute_script(press, "Escape")
+    browser.until(lambda: "15 16" in browser.one(".turn.assistant .body").text)
+    browser.one("#prompt").send_keys(browser.keys.ESCAPE)
+    browser.answered()
+
+
 def test_the_dashboard_shows_what_the_server_says(browser: Browser):
     browser.open_panel()
     browser.until(lambda: "GiB" in browser.one("#gauges").text)

@@ -127,6 +127,71 @@ def test_delete_and_undo(browser: Browser):
     assert titles(browser) == []
 
 
+def test_deleted_while_it_is_answered(browser: Browser):
+    browser.ask("endless")
+    browser.until(lambda: "5 6" in browser.one(".turn.assistant .body").text)
+    act(browser, "delete")
+    browser.until(lambda: not browser.one("#stop").is_displayed())
+    browser.until(lambda: browser.one("#toast").is_displayed())
+    assert titles(browser) == []
+    assert stored_values(browser) == []
+    browser.one("#toast .undo").click()
+    assert titles(browser) == ["endless"]
+    browser.until(lambda: len(stored_values(browser)) == 1)
+
+
+def test_two_tabs_lose_nothing_of_each_other(browser: Browser):
+    driver = browser.driver
+    browser.ask("one")
+    browser.answered()
+    first = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    second = driver.current_window_handle
+    try:
+        driver.switch_to.window(first)
+        url = driver.current_url
+        driver.switch_to.window(second)
+        driver.get(url)
+        browser.started()
+        browser.open_list()
+        browser.one("#conversations .open").click()
+        driver.switch_to.window(first)
+        browser.ask("two")
+        browser.until(lambda: len(browser.all(".turn.assistant .facts .copy, .turn.user")) >= 2)
+        browser.answered()
+        driver.switch_to.window(second)  # shows what the first one has made of it
+        browser.until(
+            lambda: [one.text for one in browser.all(".turn.user .body")] == ["one", "two"]
+        )
+        browser.ask("three")
+        browser.answered()
+        (conversation,) = stored_values(browser)
+        asked = [t["content"] for t in conversation["turns"].values() if t["role"] == "user"]
+        assert asked == ["one", "two", "three"]
+        # Both are asked at once: both answers are kept, each in a conversation.
+        browser.ask("endless")
+        browser.until(lambda: "5 6" in browser.all(".turn.assistant .body")[-1].text)
+        driver.switch_to.window(first)
+        browser.until(lambda: len(browser.all(".turn.user")) == 4)
+        browser.one("#new").click()
+        browser.all("#conversations .open")[0].click()
+        browser.ask("four")
+        browser.answered()
+        driver.switch_to.window(second)
+        browser.one("#stop").click()
+        browser.until(lambda: len(stored_values(browser)) == 2)
+        both = [json.dumps(each["turns"]) for each in stored_values(browser)]
+        assert any("endless" in text and "four" in text for text in both)
+        assert any("endless" in text and "four" not in text for text in both)
+        act(browser, "delete")
+        driver.switch_to.window(first)
+        browser.until(lambda: len(titles(browser)) == 1)
+    finally:
+        driver.switch_to.window(second)
+        driver.close()
+        driver.switch_to.window(first)
+
+
 def test_search_looks_into_titles_and_texts(browser: Browser, server: StubServer):
     server.answers["one"] = "About apples."
     server.answers["two"] = "About pears."
@@ -223,6 +288,20 @@ def test_go_on_with_a_stopped_answer(browser: Browser, server: StubServer):
     assert begun["content"].strip() == shown
     assert browser.one(".turn.assistant .body").text == f"{shown} whole answer."
     assert browser.all("#log .continue") == []
+
+
+def test_figures_of_an_answer_that_went_on_add_up(browser: Browser, server: StubServer):
+    details = {"reasoning_tokens": 30}
+    server.usage = {"completion_tokens": 40, "completion_tokens_details": details}
+    server.reason = "length"
+    browser.let_time_pass()
+    browser.ask("hello")
+    browser.answered()
+    tool(browser, "continue").click()
+    browser.until(lambda: "whole answer." in browser.one(".turn.assistant .body").text)
+    turn = browser.answered()
+    assert "80 tokens" in turn.find_element(browser.by.CSS_SELECTOR, ".facts").text
+    assert turn.find_element(browser.by.CSS_SELECTOR, "summary").text.endswith("60 tokens")
 
 
 def test_stopped_before_the_first_word(browser: Browser, server: StubServer):

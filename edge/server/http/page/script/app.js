@@ -5,7 +5,7 @@ import { startCompare } from "./compare.js";
 import { newConversation } from "./conversation.js";
 import { showList, startList } from "./conversations.js";
 import { poll } from "./dashboard.js";
-import { $ } from "./dom.js";
+import { $, isComposing } from "./dom.js";
 import { loadModels, modelChanged } from "./models.js";
 import { startSampling } from "./sampling.js";
 import { isNarrow, openList, openPanel, startSides } from "./sides.js";
@@ -26,10 +26,10 @@ function listen() {
   $("stop").addEventListener("click", () => { state.request?.abort(); $("prompt").focus(); });
   $("prompt").addEventListener("input", grow);
   $("prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
+    if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) ask(event);
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") state.request?.abort();
+    if (event.key === "Escape" && !isComposing(event)) state.request?.abort();
   });
   $("new").addEventListener("click", () => show(null));
   for (const [id, part, open] of [["list-toggle", "list", openList], ["panel-toggle", "panel", openPanel]]) {

@@ -1,9 +1,9 @@
 // The list of conversations.
 
-import { pathOf } from "./conversation.js";
-import { $, node } from "./dom.js";
+import { newConversation, pathOf } from "./conversation.js";
+import { $, isComposing, node } from "./dom.js";
 import { state } from "./state.js";
-import { dropConversation, isKept, keepConversation, loadConversations } from "./store.js";
+import { dropConversation, isKept, keepConversation, loadConversation, loadConversations } from "./store.js";
 import { save } from "./tab.js";
 import { fromJSON, saveFile, toJSON, toMarkdown } from "./transfer.js";
 import { language, t } from "./words.js";
@@ -11,17 +11,22 @@ import { language, t } from "./words.js";
 const days = new Intl.DateTimeFormat(language, { month: "short", day: "numeric" });
 const times = new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit" });
 
+const tabs = new BroadcastChannel("edge-llm");  // hears from the other tabs of this page
+const deleted = new WeakSet();  // an answer that is under way must not bring them back
+
 let conversations = [];
 let unfolded = null;  // the id of the one whose actions are shown
 let open = () => {};
 
 /** Stores a conversation as it is now; the list is drawn anew unless only the text has grown. */
 export async function keep(conversation, isListed = true) {
+  if (deleted.has(conversation)) return;
   if (!conversations.includes(conversation)) conversations.unshift(conversation);
   if (conversation === state.conversation) save("current", conversation.id);
   if (isListed) showList();
   try {
     await keepConversation(conversation);
+    tabs.postMessage(conversation.id);
   } catch (error) {
     toast(t("not_kept", { why: error.message }));
   }
@@ -38,8 +43,26 @@ export async function startList(show, id) {
   conversations = found.conversations;
   if (found.broken) toast(t("broken", { n: found.broken }));
   else if (!await isKept()) toast(t("not_stored"));
+  tabs.addEventListener("message", ({ data }) => reread(data));
   showList();
   return conversations.find((one) => one.id === id) ?? null;
+}
+
+// Takes over what another tab has made of a conversation.
+async function reread(id) {
+  const found = await loadConversation(id);
+  const known = conversations.find((one) => one.id === id);
+  const isShown = known !== undefined && known === state.conversation;
+  if (isShown && state.request) {
+    known.id = newConversation().id;  // both were asked, and both are kept
+    if (found) conversations.unshift(found);
+    keep(known);
+    return;
+  }
+  conversations = conversations.filter((one) => one !== known);
+  if (found) conversations.unshift(found);
+  if (isShown) open(found);
+  showList();
 }
 
 function matches(conversation, words) {
@@ -121,7 +144,7 @@ function rename(conversation, place) {
     $("conversations").querySelector(`[data-focus="more ${CSS.escape(conversation.id)}"]`)?.focus();
   };
   field.addEventListener("keydown", (event) => {
-    if (event.isComposing) return;
+    if (isComposing(event)) return;
     if (event.key !== "Enter" && event.key !== "Escape") return;
     event.preventDefault();  // the button that gets the focus next is not meant
     event.stopPropagation();
@@ -134,13 +157,16 @@ function rename(conversation, place) {
 }
 
 async function remove(conversation) {
+  deleted.add(conversation);
   conversations = conversations.filter((one) => one !== conversation);
   unfolded = null;
   const wasOpen = conversation === state.conversation;
   if (wasOpen) open(null);
   showList();
   await dropConversation(conversation.id);
+  tabs.postMessage(conversation.id);
   toast(t("deleted", { title: conversation.title || t("untitled") }), t("undo"), () => {
+    deleted.delete(conversation);
     keep(conversation);
     if (wasOpen && !pathOf(state.conversation).length) open(conversation);
     showList();

@@ -2,6 +2,9 @@
 
 export const $ = (id) => document.getElementById(id);
 
+/** Whether a key belongs to an input method; Safari ends the composition before the key that confirms it. */
+export const isComposing = (event) => event.isComposing || event.keyCode === 229;
+
 export function node(tag, className, text) {
   const made = document.createElement(tag);
   if (className) made.className = className;

@@ -5,6 +5,7 @@ import { t } from "./words.js";
 
 export function headers(extra) {
   const key = $("key").value.trim();
+  if (/[^\x20-\x7e]/.test(key)) throw new Refusal(t("key_wanted"), 401, 0);  // no header holds it
   return { ...extra, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
@@ -42,8 +43,6 @@ export async function post(path, body, signal) {
   if (!response.ok) throw await refusal(response);
   return response;
 }
-
-export const postJSON = async (path, body) => (await post(path, body)).json();
 
 export function reasonOf(error) {
   return error instanceof TypeError ? t("unreachable") : error.message;

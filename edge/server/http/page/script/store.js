@@ -59,6 +59,17 @@ async function remove(store, key) {
   if (await isKept()) await work(store, "readwrite", (there) => there.delete(key));
 }
 
+/** Returns the conversation with this id; null where there is none that can be read. */
+export async function loadConversation(id) {
+  if (!await isKept()) return null;
+  const value = await work("conversations", "readonly", (there) => there.get(id));
+  try {
+    return value === undefined ? null : Object.assign(checked(value), { id });
+  } catch {
+    return null;
+  }
+}
+
 /** Returns the conversations, newest first, and how many stored values are none (they stay as they are). */
 export async function loadConversations() {
   const good = [];

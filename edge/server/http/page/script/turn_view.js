@@ -3,7 +3,7 @@
 import { MarkdownView } from "./answer/markdown_view.js";
 import { leafBelow, siblingsOf } from "./conversation.js";
 import { copyFrom } from "./copy.js";
-import { node } from "./dom.js";
+import { isComposing, node } from "./dom.js";
 import { factsOf, seconds } from "./figures.js";
 import { count, t } from "./words.js";
 
@@ -165,8 +165,8 @@ export class TurnView {
     main.className = "main";
     buttons.append(main, this.#button("cancel", stop));
     area.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") { event.stopPropagation(); stop(); }
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
+      if (event.key === "Escape" && !isComposing(event)) { event.stopPropagation(); stop(); }
+      if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) { event.preventDefault(); send(); }
     });
     this.root.classList.add("editing");
     this.body.replaceChildren(area);

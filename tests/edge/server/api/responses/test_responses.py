@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Bundles
 from tests.edge.server.scripted import Answer, Live, running
 
 QUESTION = [{"role": "user", "content": "what"}]
@@ -101,6 +102,21 @@ def same(one: Any, other: Any) -> bool:
         return {**response, **times, "output": output, "usage": usage}
 
     return bool(known(one) == known(other))
+
+
+def test_a_stream_that_fails_before_its_first_piece_begins_as_any_other(tiny_bundles: Bundles):
+    """OpenAI's client refuses any first event but ``response.created``."""
+    with running(tiny_bundles("qwen2"), stall_s=0.5, ping_s=0.1) as live:
+        live.engine.running.clear()
+        try:
+            answer = respond(live, stream=True)
+        finally:
+            live.engine.running.set()
+        assert b": ping" in answer.body
+        response = rebuilt(Answer(200, {}, answer.body.replace(b": ping\n\n", b"")))
+    assert response["error"]["code"] == "engine_stalled"
+    first = next(part for part in answer.body.decode().split("\n\n") if ": ping" not in part)
+    assert json.loads(first.split("data: ")[1])["response"]["status"] == "in_progress"
 
 
 def test_a_whole_answer(live: Live):
