@@ -86,7 +86,8 @@ class EngineCore:
         self._overlaps = backend.meanwhile is not None
         if self._overlaps:
             backend.meanwhile = self._push_drawn
-        self.hold = False  # no sequence is started while set
+        self.hold = False  # while set, no sequence is started but those whose turn it is
+        self.turn = 0  # sequences that start before the next `call`
         self.steps = 0
         self.model_s = 0.0
         self._last_step_s = 0.0
@@ -105,6 +106,11 @@ class EngineCore:
     def is_idle(self) -> bool:
         """Whether no sequence waits or runs."""
         return not (self.waiting or self.running)
+
+    @property
+    def may_start(self) -> bool:
+        """Whether a sequence waits that need not wait for a `call`."""
+        return bool(self.waiting) and (self.turn > 0 or not self.hold)
 
     @property
     def last_step_s(self) -> float:
@@ -218,8 +224,7 @@ class EngineCore:
         priority.
         """
         while (
-            self.waiting
-            and not self.hold
+            self.may_start
             and self.pool.num_free
             and self.policy.allows(len(self.running))
             and all(
@@ -234,6 +239,7 @@ class EngineCore:
             self._start(sequence)
 
     def _start(self, sequence: SequenceState) -> None:
+        self.turn = max(self.turn - 1, 0)
         sequence.stats.queue_s = self.now() - sequence.submitted_s
         sequence.model_s_before = self.model_s
         try:

@@ -92,8 +92,7 @@ class PoolingCore(EngineCore):
         """Run one round: end cancelled and late texts, start waiting ones, run one step."""
         self._sweep()
         while (
-            self.waiting
-            and not self.hold
+            self.may_start
             and self.pool.num_free
             and len(self.running) < self.policy.max_batch
         ):

@@ -137,8 +137,9 @@ class Scheduler:
         """Run ``work`` in the engine's thread while no sequence runs, and wait for it.
 
         ``work`` may use the backend as it likes; cached prefixes are forgotten. Running sequences
-        finish first, waiting ones come after. It reports its steps with `report_step`; otherwise
-        the engine looks as if it hangs. A call made within ``work`` runs at once.
+        finish first. Of those that wait when it ends, as many as run at once come before the next
+        call. It reports its steps with `report_step`; otherwise the engine looks as if it hangs. A
+        call made within ``work`` runs at once.
 
         Raises:
             BackendError: the scheduler is closed.
@@ -382,7 +383,7 @@ class _EngineThread:
                 while self._inbox:
                     self._core.add(self._inbox.popleft())
                 self._core.hold = bool(self._calls)
-                if not self._calls or self._core.running:
+                if not self._calls or self._core.running or self._core.may_start:
                     return True
                 call = self._calls.popleft()
                 self._in_call = True
@@ -390,6 +391,8 @@ class _EngineThread:
                 self._core.call(call)
             finally:
                 self._in_call = False
+            # Callers in a loop would starve sequences, and these the callers.
+            self._core.turn = min(self.load()[0], self._core.policy.max_batch)
 
     def _end(self) -> None:
         with self._changed:

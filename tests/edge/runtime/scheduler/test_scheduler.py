@@ -243,6 +243,35 @@ def test_work_that_needs_the_backend_waits_for_it_and_comes_before_the_queue(mak
         scheduler.call(lambda: 1 // 0)
 
 
+def test_work_and_sequences_take_turns(make: Make):
+    scheduler, backend = make(num_slots=2)
+    inside, let_go = threading.Event(), threading.Event()
+    seen: list[dict[str, int]] = []
+
+    def work() -> None:
+        seen.append(scheduler.stats().outcomes)
+        inside.set()
+        assert let_go.wait(10)
+
+    callers = [threading.Thread(target=scheduler.call, args=(work,)) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    assert inside.wait(10)
+    (late,) = submit(scheduler, make_request([1], deadline_s=1e-3))
+    endings = submit(scheduler, make_request([1], replace(GREEDY, max_tokens=20)), n=6)
+    time.sleep(2e-3)
+    while scheduler.stats().calls < len(callers):
+        time.sleep(1e-3)
+    let_go.set()
+    for caller in callers:
+        caller.join()
+    assert [len(ids_of(generation)) for generation in endings] == [20] * 6
+    with pytest.raises(DeadlineError, match="was still waiting"):
+        ids_of(late)
+    assert seen == [{}, {"deadline": 1, "length": 2}, {"deadline": 1, "length": 4}]
+    assert sum(map(len, backend.batches)) / len(backend.batches) > 1.8
+
+
 def test_work_of_a_call_is_seen_and_its_steps_count(make: Make):
     scheduler, _ = make(num_slots=1)
     assert scheduler.stats().full_step_s is None
