@@ -70,6 +70,11 @@ class Slot:
         self.ids, self.prefilled, self.shared = [], 0, 0
         self.shareable = True
 
+    def inherit(self, other: Slot) -> None:
+        """Take over what is known of the rows of another slot, which were copied here."""
+        self.ids, self.salt = other.ids, other.salt
+        self.prefilled, self.used_at = other.prefilled, other.used_at
+
     def shared_with(self, ids: list[int], salt: str) -> int:
         """Count the rows that a sequence beginning with ``ids`` could use."""
         if not self.shareable or self.salt != salt:
@@ -84,13 +89,14 @@ class Placement(NamedTuple):
         slot: its slot, not yet taken.
         cached: rows that it need not compute; fewer than the prompt's tokens.
         source: the slot to copy those rows from; None where they are in ``slot`` already.
-        swap: whether the old rows of ``slot`` go to ``source`` in exchange.
+        refuge: the slot that the old rows of ``slot`` go to, which loses its own; it may be
+            ``source``. None where they are dropped.
     """
 
     slot: Slot
     cached: int
     source: Slot | None = None
-    swap: bool = False
+    refuge: Slot | None = None
 
 
 class SlotPool:
@@ -126,10 +132,11 @@ class SlotPool:
     def place(self, ids: list[int], salt: str) -> Placement | None:
         """Choose a slot for a prompt, and the rows that it shares with any slot.
 
-        A slot whose rows are mostly a prefix of the prompt is continued in place, unless it is not
-        next to the slots that are computing: a step over neighbours reads the weights once, so then
-        the rows are moved (copying 1,000 tokens takes as long as computing a few). Otherwise an
-        empty slot is taken before the least recently used one.
+        The rows that are given up are those of a slot that are mostly a prefix of the prompt, of
+        several the one that loses the fewest; else an empty slot's, else the least recently used.
+        The sequence runs there, unless that slot is not next to those that are computing and
+        another one is: a step over neighbours reads the weights once, so then the rows of that one
+        are moved (copying 1,000 tokens takes as long as computing a few).
 
         Args:
             ids: the prompt, at least one token.
@@ -146,20 +153,20 @@ class SlotPool:
         best = max(shared.values())
         active = {slot.index for slot in self.slots if slot.in_use}
 
-        def cost(slot: Slot) -> tuple[bool, bool, int, int, int]:
-            apart = bool(active) and not active & {slot.index - 1, slot.index + 1}
+        def cost(slot: Slot) -> tuple[bool, bool, int]:
             lost = _loses(slot, shared[slot]) or shared[slot] < best
-            return apart, lost, min(slot.length, 1), slot.used_at, slot.index
+            return lost, slot.length > 0, slot.used_at if lost else slot.length - best
 
-        target = min(free, key=cost)
-        if shared[target] == best:
-            return Placement(target, best)
-        source = min(
-            (slot for slot in self.slots if shared[slot] == best),
-            key=lambda slot: (slot.in_use, _loses(slot, best)),
-        )
-        swap = not source.in_use and not _loses(source, best) and target.length > 0
-        return Placement(target, best, source, swap)
+        def is_apart(slot: Slot) -> bool:
+            return bool(active) and not active & {slot.index - 1, slot.index + 1}
+
+        given_up = min(free, key=cost)
+        slot = min(free, key=lambda slot: (is_apart(slot), slot is not given_up, slot.length))
+        source = None
+        if shared[slot] < best:
+            source = next(slot for slot in self.slots if shared[slot] == best)
+        refuge = given_up if slot is not given_up and slot.length else None
+        return Placement(slot, best, source, refuge)
 
     def most_shared(self, ids: list[int]) -> int:
         """Rows of a prompt that need not run at most: its last token must, to give logits."""

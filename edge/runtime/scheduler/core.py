@@ -20,13 +20,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend, BestLogits, Rows
+from edge.backends import Backend, BestLogits, Floats, Rows
 from edge.backends.step import step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, DeadlineError, EdgeError, ResourceError
 from edge.runtime.generation import PromptProgress
-from edge.runtime.kv_cache import Slot, SlotPool
+from edge.runtime.kv_cache import Placement, Slot, SlotPool
 from edge.runtime.sampling import SampledToken, Sampler
 
 from .drafting import Drafting
@@ -285,26 +285,31 @@ class EngineCore:
         ids = sequence.ids
         placement = self.pool.place(ids, sequence.salt)
         assert placement is not None
-        slot, cached, source, swap = placement
         stored = self.prefix_store.lookup(ids, sequence.salt) if self.prefix_store else None
         most = self.pool.most_shared(ids)
-        longer = stored is not None and min(stored.length, most) > cached
+        longer = stored is not None and min(stored.length, most) > placement.cached
         rows = stored.load() if stored is not None and longer else None
         if stored is not None and rows is not None:
-            cached = min(stored.length, most)
-            slot.reset()
+            placement = placement._replace(cached=min(stored.length, most), source=None)
+        return self._move_in(sequence, placement, rows)
+
+    def _move_in(
+        self, sequence: SequenceState, placement: Placement, rows: Floats | None = None
+    ) -> int:
+        """Give the sequence its slot, with ``rows`` or those of the placement's source."""
+        slot, cached, source, refuge = placement
+        if source is not None and source is refuge:
+            rows = self.backend.read_slot(source.index, cached)
+        if refuge is not None:
+            refuge.reset()
+            self.backend.copy_slot(slot.index, refuge.index, slot.length)
+            refuge.inherit(slot)
+        slot.reset()
+        if rows is not None:
             self.backend.write_slot(slot.index, rows)
         elif source is not None:
-            old_ids, old_salt, old_prefilled = slot.ids, slot.salt, slot.prefilled
-            old_rows = self.backend.read_slot(slot.index, slot.length) if swap else None
-            slot.reset()
             self.backend.copy_slot(source.index, slot.index, cached)
-            if old_rows is not None:
-                source.reset()
-                self.backend.write_slot(source.index, old_rows)
-                source.ids, source.salt, source.used_at = old_ids, old_salt, slot.used_at
-                source.prefilled = old_prefilled
-        self.pool.take(slot, ids[:cached], sequence.salt)
+        self.pool.take(slot, sequence.ids[:cached], sequence.salt)
         sequence.slot = slot
         return cached
 

@@ -91,11 +91,7 @@ class PoolingCore(EngineCore):
     def step(self) -> None:
         """Run one round: end cancelled and late texts, start waiting ones, run one step."""
         self._sweep()
-        while (
-            self.may_start
-            and self.pool.num_free
-            and len(self.running) < self.policy.max_batch
-        ):
+        while self.may_start and self.pool.num_free and len(self.running) < self.policy.max_batch:
             sequence = self.waiting[0]
             self.running.append(sequence)
             del self.waiting[0]
@@ -113,10 +109,7 @@ class PoolingCore(EngineCore):
         assert placement is not None
         if 2 * placement.cached >= len(sequence.ids):
             return super()._place(sequence)
-        placement.slot.reset()
-        self.pool.take(placement.slot, [], sequence.salt)
-        sequence.slot = placement.slot
-        return 0
+        return self._move_in(sequence, placement._replace(cached=0, source=None))
 
     def _run(self, first: SequenceState) -> None:
         """Run a step of a text, and of those of its length that fit beside it."""

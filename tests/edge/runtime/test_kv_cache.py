@@ -38,17 +38,16 @@ class Pool(RuleBasedStateMachine):
         if placement is None:
             assert all(slot.in_use for slot in self.pool.slots)
             return
-        slot, cached, source, swap = placement
+        slot, cached, source, refuge = placement
         assert not slot.in_use
         assert cached < len(ids)
-        if source is not None:
-            rows, old = self.rows[source.index], self.rows[slot.index]
-            if swap:
-                assert not source.in_use
-                self.rows[source.index] = old
-                source.ids, source.salt = slot.ids, slot.salt
-            self.rows[slot.index] = rows
-        self.rows[slot.index] = self.rows[slot.index][:cached]
+        rows = self.rows[slot.index if source is None else source.index]
+        if refuge is not None:
+            assert refuge is not slot
+            assert not refuge.in_use
+            self.rows[refuge.index] = self.rows[slot.index]
+            refuge.inherit(slot)
+        self.rows[slot.index] = rows[:cached]
         # Whatever is reused was computed from these tokens, for this tenant.
         assert self.rows[slot.index] == [(token, salt) for token in ids[:cached]]
         self.pool.take(slot, ids[:cached], salt)
@@ -113,9 +112,29 @@ def test_active_slots_stay_neighbours_and_what_lay_there_is_kept():
     pool = filled([], [5, 6], [], [1, 2, 3, 4])
     pool.take(pool.slots[0], [8], "")
     placement = pool.place([1, 2, 3, 4, 7], "")
-    assert placement == Placement(pool.slots[1], 4, pool.slots[3], swap=True)
+    assert placement == Placement(pool.slots[1], 4, source=pool.slots[3], refuge=pool.slots[3])
     pool.take(pool.slots[1], [9], "")
     assert pool.place([4], "") == Placement(pool.slots[2], 0)
+
+
+def test_an_unrelated_prompt_costs_no_cached_rows_while_a_slot_is_empty():
+    pool = filled([1] * 30, [2], [3] * 40, [])
+    pool.take(pool.slots[1], [2], "")
+    assert pool.place([9, 9], "") == Placement(pool.slots[0], 0, refuge=pool.slots[3])
+
+
+def test_a_slot_away_from_the_others_loses_its_rows_if_it_is_the_least_recently_used():
+    pool = filled([1] * 30, [2], [3] * 40, [4] * 20)
+    pool.take(pool.slots[1], [2], "")
+    for index in (0, 2):
+        pool.take(pool.slots[index], pool.slots[index].ids, "")
+        pool.give_back(pool.slots[index], keep=True)
+    assert pool.place([9, 9], "") == Placement(pool.slots[0], 0, refuge=pool.slots[3])
+
+
+def test_of_slots_that_are_mostly_a_prefix_the_one_that_loses_the_fewest_rows_is_continued():
+    pool = filled([1, 1, 2, 2], [1, 1, 3], [])
+    assert pool.place([1, 1, 4], "") == Placement(pool.slots[1], 2)
 
 
 def test_rows_of_a_running_sequence_are_shared_by_copy():

@@ -657,6 +657,22 @@ def test_a_batch_of_one_prefix_is_computed_once_and_many_turns_only_what_is_new(
     assert counts["cached"] >= 0.6 * counts["prompt"]
 
 
+def test_chats_keep_their_rows_while_others_run_beside_the_one_that_computes(table: EmbeddingTable):
+    engine, chats = Engine(table), [[1, 2, 3], [20, 21, 22]]
+    for ids, tokens in ((chats[0], 2), ([0], 40), (chats[1], 2)):
+        engine.submit(make_request(ids, replace(GREEDY, max_tokens=tokens)))
+    for turn, ids in enumerate([[30, 31], *chats, [33, 34], *chats], start=2):
+        while engine.core.outcomes["length"] < turn:
+            engine.core.step()
+        ids = [*ids, ids[-1] + 1, ids[-1] + 2]
+        sequence, _ = engine.submit(make_request(ids, replace(GREEDY, max_tokens=2)))
+        engine.core.step()
+        engine.check_books()
+        slots = [slot.index for slot in engine.core.pool.slots if slot.in_use]
+        assert slots in ([0, 1], [1, 2])
+        assert sequence.stats.cached_tokens == (4 if ids[:3] in chats else 0)
+
+
 def test_a_stored_prefix_is_loaded_unless_the_cache_has_more(table: EmbeddingTable):
     from edge.runtime.scheduler import StoredPrefix
 
