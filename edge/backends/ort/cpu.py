@@ -29,7 +29,7 @@ from .even_rows import cut_groups, find_unevenness
 from .host_cache import HostCaches
 from .int8_prompts import MIN_TOKENS, int8_bytes, widen_products
 from .join_planes import join_planes
-from .runner import RunShape, StepRunner, cache_tensors, fill_inputs, make_inputs
+from .runner import RunShape, StepOutputs, StepRunner, cache_tensors, fill_inputs, make_inputs
 from .session import (
     accuracy_level,
     check_int8_activations,
@@ -154,19 +154,22 @@ class OrtBackend:
             ) from error
         self._kv_positions = np.arange(self.capacity, dtype=np.int64)
         self._runner = StepRunner(
-            lambda shape: _HostStep(
+            lambda shape, outputs: _HostStep(
                 self._session_of(shape),
                 self._dialect,
                 model,
                 self._cache,
                 self._kv_positions,
                 shape,
+                outputs,
                 embeds_width=manifest.embeds_width,
-                hidden_width=manifest.hidden_width if hidden_states else 0,
             ),
             read_slot=self.read_slot,
             put_back=self.write_slot,
+            num_slots=num_slots,
             out_width=io_spec.output_width(model),
+            hidden_width=manifest.hidden_width if hidden_states else 0,
+            dtype=np.float32,
             fused=fuse_attention and self._dialect.one_attention_operator,
         )
         if deterministic:
@@ -213,7 +216,7 @@ class OrtBackend:
     def _make_even(self) -> None:
         found = find_unevenness(self, self._model.hidden_size)
         if found is not None and self.num_slots > 1:
-            self._runner.pair_lone_tokens(self.num_slots)
+            self._runner.pair_lone_tokens()
             found = find_unevenness(self, self._model.hidden_size)
         if found is not None:
             self.close()
@@ -291,8 +294,8 @@ class _HostStep:
         cache: of all slots.
         kv_positions: 0, 1, 2, ... up to the capacity.
         shape: of the steps.
+        outputs: where logits and hidden states go.
         embeds_width: see `manifest.Manifest`.
-        hidden_width: see there; 0 for a graph without that output.
     """
 
     def __init__(
@@ -303,31 +306,28 @@ class _HostStep:
         cache: HostCaches,
         kv_positions: NDArray[np.int64],
         shape: RunShape,
+        outputs: StepOutputs,
         *,
         embeds_width: int,
-        hidden_width: int,
     ) -> None:
-        first, batch, seq, num_logits = shape
+        first, batch, seq, _ = shape
         self._session, self._dialect, self._first = session, dialect, first
         self._cache, self._kv_positions = cache, kv_positions
         self._inputs = make_inputs(dialect, embeds_width, np.float32, shape)
-        width = io_spec.output_width(model)
-        self._logits = np.empty((batch, num_logits, width), dtype=np.float32)
-        self.hidden: NDArray[np.float32] | None = None
+        self._logits, self.hidden = outputs
         rows = (batch, model.num_kv_heads, seq, model.head_dim)
         # ONNX Runtime is given bare addresses; what they point at must outlive a `close`.
         self._caches = [array[first : first + batch] for array in cache.arrays]
-        inputs, outputs, self._new = cache_tensors(
+        inputs, bound, self._new = cache_tensors(
             dialect, self._caches, lambda cache: np.empty(rows, dtype=cache.dtype)
         )
         self._binding = session.io_binding()
         for name, array in {**self._inputs, **inputs}.items():
             _bind(self._binding.bind_input, name, array)
-        outputs[io_spec.output_name(model)] = self._logits
-        if hidden_width:
-            self.hidden = np.empty((batch, seq, hidden_width), dtype=np.float32)
-            outputs[io_spec.HIDDEN_STATES] = self.hidden
-        for name, array in outputs.items():
+        bound[io_spec.output_name(model)] = self._logits
+        if self.hidden is not None:
+            bound[io_spec.HIDDEN_STATES] = self.hidden
+        for name, array in bound.items():
             _bind(self._binding.bind_output, name, array)
 
     def run(self, step: Step) -> NDArray[np.float32]:

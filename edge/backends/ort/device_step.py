@@ -15,7 +15,7 @@ from .device_cache import OrtDeviceCache
 from .faults import DeviceFaults
 from .float_bits import from_storage, to_storage
 from .rows import Block
-from .runner import RunShape, cache_tensors, fill_inputs, make_inputs
+from .runner import RunShape, StepOutputs, cache_tensors, fill_inputs, make_inputs
 
 _BF16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such type, its bits travel as uint16
 
@@ -30,10 +30,10 @@ class DeviceStep:
         faults: explains what fails.
         float_type: of the graph.
         shape: of the steps.
+        outputs: where logits and hidden states go.
         kv_len_of_batch: give the graph the length of the longest sequence of this very batch,
             which `GroupQueryAttention` wants.
         embeds_width: see `manifest.Manifest`.
-        hidden_width: see there; 0 for a graph without that output.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class DeviceStep:
         faults: DeviceFaults,
         float_type: FloatType,
         shape: RunShape,
+        outputs: StepOutputs,
         *,
         kv_len_of_batch: bool,
         embeds_width: int,
-        hidden_width: int,
     ) -> None:
-        first, batch, seq, num_logits = shape
+        first, batch, seq, _ = shape
         self._session, self._dialect, self._faults = session, dialect, faults
         self._float_type, self._kv_len_of_batch = float_type, kv_len_of_batch
         self._device, self._positions = cache.device, cache.positions
@@ -58,11 +58,10 @@ class DeviceStep:
         # Bound anew in every step: a binding copies host memory to where the graph wants it, and
         # ONNX Runtime wants some of the indices on the host and some on the device.
         self._inputs = make_inputs(dialect, embeds_width, cache.dtype, shape)
-        # Logits are what leaves the device: ONNX Runtime copies them here.
-        self._logits = np.empty((batch, num_logits, io_spec.output_width(model)), dtype=cache.dtype)
+        self._logits, self._hidden = outputs  # ONNX Runtime copies them from the device
         rows = (batch, model.num_kv_heads, seq, model.head_dim)
         self._caches = cache.blocks(first, batch)
-        inputs, outputs, self._new = cache_tensors(
+        inputs, bound, self._new = cache_tensors(
             dialect, self._caches, lambda _: cache.allocate(rows)
         )
         # Appending the rows that a graph returns is a run of its own.
@@ -70,12 +69,10 @@ class DeviceStep:
         self._binding = session.io_binding()
         for name, block in inputs.items():
             self._bind(self._binding.bind_input, name, block, self._element)
-        for name, block in outputs.items():
+        for name, block in bound.items():
             self._bind(self._binding.bind_output, name, block, self._element)
         leaving = {io_spec.output_name(model): self._logits}
-        self._hidden: NDArray[Any] | None = None
-        if hidden_width:
-            self._hidden = np.empty((batch, seq, hidden_width), dtype=cache.dtype)
+        if self._hidden is not None:
             leaving[io_spec.HIDDEN_STATES] = self._hidden
         for name, array in leaving.items():
             where = (array.shape, array.ctypes.data)

@@ -37,7 +37,7 @@ from .faults import DeviceFaults
 from .float_bits import from_storage, storage_dtype, to_storage
 from .join_planes import hand_over, join_planes
 from .placement import tensor_nodes_elsewhere
-from .runner import RunShape, StepRunner
+from .runner import RunShape, StepOutputs, StepRunner
 from .session import check_sizes, load_graph, session_options
 
 _LOG = logging.getLogger(__name__)
@@ -104,7 +104,6 @@ class OrtCudaBackend:
             path, manifest, self._float_type, self.capacity, hidden_states=hidden_states
         )
         self._embeds_width = manifest.embeds_width
-        self._hidden_width = manifest.hidden_width if hidden_states else 0
         self._fused = fuse_attention and self._dialect.one_attention_operator
         if self._fused:
             fuse_cache_attention(graph, self._model)
@@ -114,7 +113,10 @@ class OrtCudaBackend:
             self._bind,
             read_slot=self.read_slot,
             put_back=self._put_back,
+            num_slots=num_slots,
             out_width=io_spec.output_width(self._model),
+            hidden_width=manifest.hidden_width if hidden_states else 0,
+            dtype=storage_dtype(self._float_type),
             fused=self._fused,
         )
         self._session: Any = None
@@ -237,7 +239,7 @@ class OrtCudaBackend:
                 f"{self.device.provider}; use another version, or --backend ort-cpu"
             )
 
-    def _bind(self, shape: RunShape) -> DeviceStep:
+    def _bind(self, shape: RunShape, outputs: StepOutputs) -> DeviceStep:
         with self._faults.explain("while preparing a step"):
             return DeviceStep(
                 self._session,
@@ -247,9 +249,9 @@ class OrtCudaBackend:
                 self._faults,
                 self._float_type,
                 shape,
+                outputs,
                 kv_len_of_batch=self._fused,
                 embeds_width=self._embeds_width,
-                hidden_width=self._hidden_width,
             )
 
 

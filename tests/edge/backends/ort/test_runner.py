@@ -9,46 +9,48 @@ import pytest
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 
-from edge.backends.ort.runner import RunShape, StepRunner, cache_tensors, fill_inputs, make_inputs
+from edge.backends.ort.runner import (
+    RunShape,
+    StepOutputs,
+    StepRunner,
+    cache_tensors,
+    fill_inputs,
+    make_inputs,
+)
 from edge.backends.step import Step, step_after
 from edge.bundle.io_spec import DIALECTS
 from edge.errors import BackendError
 
-VOCAB = 5
+VOCAB, HIDDEN = 5, 3
 
 
 class Engine:
-    """Writes each sequence's position into a row of its slot, and returns it as logits."""
+    """Writes each sequence's position into a row of its slot, its logits and its hidden states."""
 
     def __init__(self, fused: bool = False) -> None:
         self.rows = np.full((8, 1), -1.0)
         self.bound: list[RunShape] = []
+        self.outputs: list[StepOutputs] = []
         self.ran: list[tuple[int, int]] = []
         self.fails = False
         self.runner = StepRunner(
             self.bind,
             read_slot=lambda slot, length: self.rows[slot, :length].copy(),
             put_back=self.put_back,
+            num_slots=len(self.rows),
             out_width=VOCAB,
+            hidden_width=HIDDEN,
+            dtype=np.float32,
             fused=fused,
         )
 
-    def bind(self, shape: RunShape) -> Engine:
+    def bind(self, shape: RunShape, outputs: StepOutputs) -> Bound:
         self.bound.append(shape)
-        return self
+        self.outputs.append(outputs)
+        return Bound(self, outputs)
 
     def put_back(self, slot: int, rows: NDArray[Any]) -> None:
         self.rows[slot] = rows
-
-    hidden = None
-
-    def run(self, step: Step) -> NDArray[np.float32]:
-        self.ran.append((step.slots[0], step.batch))
-        self.rows[list(step.slots), 0] = step.starts
-        if self.fails:
-            raise BackendError("as told")
-        logits = np.asarray(step.starts, np.float32)[:, None, None]
-        return np.broadcast_to(logits, (step.batch, step.num_logits, VOCAB))
 
     def step(self, slots: list[int], past: list[int], seq: int = 1) -> NDArray[np.float32]:
         embeds = np.zeros((len(slots), seq, 2), np.float16)
@@ -56,10 +58,27 @@ class Engine:
         return self.runner.run(step_after(slots, past, embeds, indices))
 
 
+class Bound:
+    def __init__(self, engine: Engine, outputs: StepOutputs) -> None:
+        self.engine, (self.logits, self.hidden) = engine, outputs
+
+    def run(self, step: Step) -> NDArray[np.float32]:
+        self.engine.ran.append((step.slots[0], step.batch))
+        self.engine.rows[list(step.slots), 0] = step.starts
+        if self.engine.fails:
+            raise BackendError("as told")
+        for array in (self.logits, self.hidden):
+            assert array is not None
+            array[...] = np.asarray(step.starts)[:, None, None]
+        return self.logits
+
+
 def test_logits_come_in_the_callers_order_and_idle_rows_stay() -> None:
     engine = Engine()
     logits = engine.step([6, 2, 0], [3, 4, 5])
     assert_array_equal(logits[:, 0, 0], [3, 4, 5])
+    assert engine.runner.hidden is not None
+    assert_array_equal(engine.runner.hidden[:, 0], [[3] * HIDDEN, [4] * HIDDEN, [5] * HIDDEN])
     assert engine.ran == [(0, 3), (6, 1)]
     assert engine.rows[:, 0].tolist() == [5, -1, 4, -1, -1, -1, 3, -1]
 
@@ -82,6 +101,18 @@ def test_decode_is_bound_once_until_it_is_forgotten() -> None:
     engine.runner.forget()
     engine.step([1, 0], [4, 5])
     assert engine.bound[4:] == [decode]
+
+
+def test_decode_steps_of_all_windows_put_out_into_the_same_memory() -> None:
+    engine = Engine()
+    for first in range(8):
+        for end in range(first + 1, 9):
+            slots = list(range(first, end))
+            assert_array_equal(engine.step(slots, slots)[:, 0, 0], slots)
+    assert len(engine.outputs) == 36
+    for arrays, width in zip(zip(*engine.outputs, strict=True), (VOCAB, HIDDEN), strict=True):
+        memory = {id(array.base): array.base.nbytes for array in arrays}
+        assert sum(memory.values()) == 8 * width * 4
 
 
 @pytest.mark.parametrize("fused", [False, True])
