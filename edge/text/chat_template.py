@@ -76,6 +76,7 @@ _KEYS_BY_ROLE = {
 # OpenAI's rule for the name of a participant; the name of a tool is free.
 _PARTICIPANT = re.compile(r"[^\s<|\\/>]{1,64}")
 _SPLITS_REASONING = re.compile(rf"split\(\s*['\"]{THINK_END}['\"]")
+_OBJECT_ARGUMENTS = re.compile(r"arguments(?:['\"]\])?\s*\|\s*tojson")
 # Names that a caller may not set: this module's variables and functions, and those of minijinja.
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
@@ -128,6 +129,9 @@ class ChatTemplate:
         self.source = source
         self.tokens = tokens
         self.is_known = is_known_template(source)
+        self._wants_objects = (
+            _OBJECT_ARGUMENTS.search(source) is not None and "arguments is string" not in source
+        )
         self._engine: TemplateEngine | None = None
         try:
             if self.is_known:
@@ -169,9 +173,21 @@ class ChatTemplate:
                 or it has no use for ``tools``, for tool calls or for a variable of ``extra``.
             ResourceError: no process could be started for the template.
         """
-        plain_messages = normalize_messages(messages)
+        plain_messages = self._normalize(messages)
         plain_tools, plain_extra = _plain([tools, extra], "tools and template options")
         return self._render(plain_messages, add_generation_prompt, plain_tools, plain_extra)
+
+    def _normalize(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Normalize messages; the arguments of calls, which may be JSON text, become objects.
+
+        That is where the template encodes them itself; of a text it would make a JSON string.
+        """
+        plain_messages = normalize_messages(messages)
+        if self._wants_objects:
+            for index, message in enumerate(plain_messages):
+                for call in message.get("tool_calls", []):
+                    _parse_arguments(index, call.get("function"))
+        return plain_messages
 
     def _render(
         self,
@@ -303,7 +319,7 @@ def encode_chat(
         RequestError: see `ChatTemplate.render`.
     """
     plain_messages = [
-        _cut_reasoning(message, template.source) for message in normalize_messages(messages)
+        _cut_reasoning(message, template.source) for message in template._normalize(messages)
     ]
     plain_rest = _plain([tools, extra], "tools and template options")
     texts = [] if begun is None else [begun.reasoning, begun.content]
@@ -452,6 +468,19 @@ def _normalize(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if reasoning:
         result["reasoning_content"] = reasoning.pop()
     return result | {key: found[key] for key in ("tool_call_id", "name") if key in found}
+
+
+def _parse_arguments(index: int, function: Any) -> None:
+    """Replace the text of a call's arguments by what it says."""
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return
+    try:
+        parsed = msgspec.json.decode(function["arguments"])
+    except (msgspec.DecodeError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        _refuse(index, "tool_calls", "arguments must be a JSON object, as text")
+    function["arguments"] = parsed
 
 
 def _content(index: int, content: Any, optional: bool) -> str | None:

@@ -103,7 +103,7 @@ def plan_chat(
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
     make_parser = _parser_of(syntax, body, forced is not None, object_arguments) if tools else None
     if llm.template is None:
-        messages = prepare_messages(body.messages, "")
+        messages = prepare_messages(body.messages)
     else:
         messages, tools = place_tools(body.messages, tools, llm.template)
     if continues and make_parser is not None:

@@ -58,9 +58,9 @@ def place_tools(
     """
     # One without a place may write past calls, but not all: R1's only those without a text.
     if "tools" in template.variables:
-        return prepare_messages(messages, template.source), tools
+        return prepare_messages(messages), tools
     written: list[dict[str, Any]] = []
-    for index, message in enumerate(prepare_messages(messages, "")):
+    for index, message in enumerate(prepare_messages(messages)):
         written.append(_as_text(index, message))
         _join_results(written)
     if tools:

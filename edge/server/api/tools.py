@@ -15,14 +15,13 @@ from typing import Any
 
 import msgspec
 
-from edge.server.http.errors import APIError, invalid
+from edge.server.http.errors import invalid
 
 from .answers import CalledFunction, ToolCall
 from .protocol import ChatRequest, NamedTool, Tool
 
 _FENCED = re.compile(r"\s*(.*?)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
-_OBJECT_ARGUMENTS = re.compile(r"arguments(?:['\"]\])?\s*\|\s*tojson")
 
 
 @dataclass(frozen=True)
@@ -323,24 +322,19 @@ def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     return plain
 
 
-def prepare_messages(messages: Sequence[Mapping[str, Any]], template: str) -> list[dict[str, Any]]:
+def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Turn the messages that OpenAI's clients send into those that `edge.text.chat_template` takes.
 
     A client that appends the server's own answer also sends empty keys (``refusal``,
-    ``annotations``), and the arguments of calls as JSON text; most templates want an object.
-    Texts may have hints for a cache.
+    ``annotations``). Texts may have hints for a cache.
     """
-    as_object = _OBJECT_ARGUMENTS.search(template) and "arguments is string" not in template
     result = []
-    for index, message in enumerate(messages):
+    for message in messages:
         copy = {key: value for key, value in message.items() if value is not None}
         if copy.get("annotations") == []:
             del copy["annotations"]
         if isinstance(copy.get("content"), list):
             copy["content"] = [_without_hint(part) for part in copy["content"]]
-        calls = copy.get("tool_calls")
-        if as_object and isinstance(calls, list):
-            copy["tool_calls"] = [_with_object(index, call) for call in calls]
         result.append(copy)
     return result
 
@@ -361,25 +355,6 @@ def user_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
             given = [part.get("text") if isinstance(part, dict) else part for part in parts]
             texts += [text for text in given if isinstance(text, str)]
     return texts
-
-
-def _with_object(index: int, call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    arguments: str = function["arguments"]
-    try:
-        parsed = msgspec.json.decode(arguments.encode("utf-8", "surrogatepass"))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise _bad_arguments(index) from None
-    if not isinstance(parsed, dict):
-        raise _bad_arguments(index)
-    return {**call, "function": {**function, "arguments": parsed}}
-
-
-def _bad_arguments(index: int) -> APIError:
-    where = f"messages[{index}].tool_calls"
-    return invalid(f"{where}: arguments must be a JSON object, as text", where)
 
 
 def _partial(text: str, mark: str) -> int:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import itertools
+import json
 import re
 import resource
 import threading
@@ -136,7 +138,8 @@ HISTORY = [
 # --- rendering ------------------------------------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "<it's> é & co"}}
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"b": [1, None], "a": 0.5}}}
+ARGUMENTS = {"b": [1, None], "a": 0.5}
+CALL: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": ARGUMENTS}}
 # (template, messages, options, text that jinja2 renders under the settings of transformers)
 GOLDEN = [
     (
@@ -410,6 +413,37 @@ def test_messages_in_every_accepted_form():
 def test_wrong_messages_name_the_place(r1, message, where):
     with pytest.raises(RequestError, match=re.escape(where)):
         r1.render([turn("user"), message])
+
+
+@pytest.mark.parametrize("key", [".arguments", "['arguments']", '["arguments"]'])
+def test_arguments_as_text_are_the_object_that_they_say(tokenizer, reasoning, key):
+    source = reasoning.source.replace("call.function.arguments", f"call.function{key} ")
+    template = ChatTemplate(source, TOKENS)
+    as_text = {"function": {**CALL["function"], "arguments": json.dumps(ARGUMENTS)}}
+    messages, same = (
+        [turn("user", "a"), turn("assistant", None, tool_calls=[call, call])]
+        for call in (as_text, CALL)
+    )
+    before = copy.deepcopy(messages)
+    assert template.render(messages) == template.render(same)
+    assert encode_chat(tokenizer, template, messages) == encode_chat(tokenizer, template, same)
+    assert messages == before
+    for wrong in ("{", "[1]", '"a"', ""):
+        as_text["function"]["arguments"] = wrong
+        with pytest.raises(
+            RequestError, match=r"messages\[1\].tool_calls: arguments must be a JSON"
+        ):
+            encode_chat(tokenizer, template, messages)
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ arguments }}", "{% if arguments is string %}{{ arguments|tojson }}{% endif %}"]
+)
+def test_arguments_stay_text_where_the_template_writes_them_as_they_are(source):
+    source = f"{{% set arguments = messages[0].tool_calls[0].function.arguments %}}{source}"
+    call = {"function": {"name": "f", "arguments": "{"}}
+    rendered = ChatTemplate(source, TOKENS).render([turn("assistant", None, tool_calls=[call])])
+    assert rendered == ("{" if "tojson" not in source else '"{"')
 
 
 def test_messages_must_be_a_list(r1):

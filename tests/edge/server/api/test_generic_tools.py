@@ -179,7 +179,7 @@ def test_malformed_results_are_refused(live: Live, content: Any):
 
 def test_a_template_with_a_place_for_tools_gets_them():
     messages, tools = place_tools(PAST, TOOLS, OWN)
-    assert (messages, tools) == (prepare_messages(PAST, HERMES_TEMPLATE), TOOLS)
+    assert (messages, tools) == (prepare_messages(PAST), TOOLS)
     assert call_syntax(OWN, TOOLS) is HERMES
     own_marks = ChatTemplate(CHAT_TEMPLATE + "{# <｜tool▁call▁begin｜> #}", TOKENS)
     assert call_syntax(own_marks, None) is DEEPSEEK
