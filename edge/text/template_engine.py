@@ -173,7 +173,11 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Encode as ``transformers`` does: unlike Jinja's own filter, leave ``<`` and ``'`` alone."""
+    """Encode as ``transformers`` does: unlike Jinja's own filter, leave ``<`` and ``'`` alone.
+
+    One difference is left: minijinja hands a whole float over as an integer, so alone, or in a
+    list that the template made, 5.0 becomes 5.
+    """
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
