@@ -22,6 +22,11 @@ _SILENCE_S = 30.0
 _LEAST_ERRORS = 3
 _MORE_ERRORS = 0.02
 _ERRORS = ("error", "deadline")
+_ENDED = "the service ended during the trial and was started again; look at its log"
+
+
+class LoadingError(BackendError):
+    """The service has not opened the bundle yet: it was started a moment ago."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,22 @@ class Service:
         self.answerer: Answerer = server
         self._server = server
         self._model = model
+        self._was_open = False
 
     def look(self) -> Sight:
         """Ask for its state.
 
         Raises:
             ConfigError: it refuses the key, does not serve the model, or is an older edge-llm.
+            LoadingError: it opens its bundles.
             BackendError: it does not answer.
         """
         stats = self._server.stats()
         try:
             models: dict[str, Any] = stats["models"]
-            if not models:
-                raise BackendError("the service has opened no bundle yet; try again later")
             name = self._model
+            if not models or (self._was_open and name not in models):
+                raise LoadingError("the service has not opened the bundle yet; try again later")
             if name is None:
                 if len(models) != 1:
                     raise ConfigError(
@@ -84,6 +91,7 @@ class Service:
                 raise ConfigError(f"the service has no model {name!r}, only {', '.join(models)}")
             requests: dict[str, int] = stats["requests"]
             drift: dict[str, Any] = stats["drift"]["params"]
+            self._was_open = True
             return Sight(
                 model.get("fingerprint"),
                 bool(model.get("failed")),
@@ -155,15 +163,15 @@ class Service:
                 if paces:
                     found += self.pace(items)
                 seen = time.monotonic()
+            except LoadingError as error:
+                raise BackendError(_ENDED) from error
             except BackendError as error:
                 if time.monotonic() - seen > min(_SILENCE_S, watch_s):
                     return f"the service does not answer: {error}"
                 time.sleep(min(POLL_S, watch_s / 10))
                 continue
             if sight.uptime_s < uptime_s:
-                raise BackendError(
-                    "the service ended during the trial and was started again; look at its log"
-                )
+                raise BackendError(_ENDED)
             uptime_s, first = sight.uptime_s, first or sight
             fault = _fault(sight, first, before, fingerprint) or _late(found, paces)
             if fault is not None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ from .service import Service, Sight
 
 SWITCH_TIMEOUT_S = 900.0
 """Seconds for which the service may open a bundle of 8B."""
+_RELOAD_AGAIN_S = 30.0
 _WORKING_BYTES = 1 << 29  # of a process that opens a bundle, besides weights and cache
 
 
@@ -338,7 +340,12 @@ class _Run:
                 # A service that broke off may do so each time; a command or a person is no fault
                 # of the bundle.
                 broke = reloaded and isinstance(error, BackendError)
-                take_back(place, journal, plan.reload, cut_off=broke)
+                if not broke:
+                    take_back(place, journal, plan.reload, cut_off=False)
+                    raise
+                with suppress(BackendError):  # see below
+                    take_back(place, journal, plan.reload)
+                self._confirm_old(before)
                 raise
             if fault is not None:
                 # A service that has ended cannot be reloaded; it opens the link when it starts.
@@ -384,14 +391,19 @@ class _Run:
         self._note("done")
 
     def _confirm_old(self, before: Sight | None) -> None:
-        service = self.plan.service
-        if service is None or before is None or before.fingerprint is None:
+        plan = self.plan
+        if plan.service is None or before is None or before.fingerprint is None:
             return
-        if not service.wait_for(before.fingerprint, self.plan.switch_timeout_s):
-            raise ResourceError(
-                "the new bundle was taken back, and the service has not opened the old one again "
-                f"within {self.plan.switch_timeout_s:g} s; look at its log"
-            )
+        deadline = time.monotonic() + plan.switch_timeout_s
+        while not plan.service.wait_for(before.fingerprint, _RELOAD_AGAIN_S):
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    "the new bundle was taken back, and the service has not opened the old one "
+                    f"again within {plan.switch_timeout_s:g} s; look at its log"
+                )
+            # What the take-back sent may have met a service that was ending or just starting.
+            with suppress(BackendError):
+                reload_service(plan.reload)
 
     # ------------------------------------------------------------------------------- after
 

@@ -103,6 +103,7 @@ class Service:
         self._reread = reread
         self._reloading: asyncio.Task[None] | None = None
         self._reload_again = False
+        self._loaded = asyncio.Event()
         self._telemetry = telemetry
         rules, splits = read_routes(settings.auto, settings.split, settings.model)
         self.models = ModelRegistry(
@@ -198,6 +199,11 @@ class Service:
         await loading
         _log.info("ready: %s", ", ".join(self._settings.model))
         self._notifier.send(ready=1, status="serving")
+        self._loaded.set()
+        # systemd takes a reload during the start for a part of it, and sends no signal.
+        paths = self._settings.model.items()
+        if any(self.models.get(name).bundle != path.resolve() for name, path in paths):
+            self._on_reload()
         return True
 
     def _check_room(self) -> None:
@@ -360,6 +366,7 @@ class Service:
             _log.info("a reload is under way; another one follows it")
 
     async def _reload_till_done(self) -> None:
+        await self._loaded.wait()  # before that there is nothing to replace
         self._reload_again = True
         while self._reload_again:
             self._reload_again = False

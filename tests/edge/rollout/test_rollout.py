@@ -248,6 +248,28 @@ def test_a_bundle_is_rejected_though_the_service_that_it_broke_cannot_be_reloade
         roll_out(device.plan(reference))
 
 
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_take_back_that_the_service_did_not_hear_of_is_said_again(
+    device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, breaks: bool
+):
+    """As where systemd takes it for a part of the service's start."""
+    before, reference = device.current, device.offer()
+    monkeypatch.setattr(steps, "_RELOAD_AGAIN_S", 0.2)
+    fault = BackendError("it was started again") if breaks else "the engine has failed"
+
+    def watch(*_: object) -> str:
+        if isinstance(fault, BackendError):
+            raise fault
+        return fault
+
+    monkeypatch.setattr(services.Service, "watch", watch)
+    # The second one, that of the take-back, fails and reaches nobody.
+    script = f"echo >>{tmp_path}/n; [ $(wc -l <{tmp_path}/n) != 2 ] && {device.reload}"
+    with pytest.raises(BackendError if breaks else GateError, match=str(fault)):
+        roll_out(device.plan(reference, reload=f"sh -c '{script}'"))
+    assert device.serves(before)
+
+
 def test_steps_that_fail_leave_the_old_bundle_and_reject_nothing(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ):
@@ -538,3 +560,17 @@ def test_a_service_that_falls_silent_is_a_fault(monkeypatch: pytest.MonkeyPatch)
     found = silent.watch("fp_new", OLD, [], [], 0.1, lambda _: None)
     assert found is not None
     assert "does not answer" in found
+
+
+def test_a_service_that_loads_again_for_long_was_started_again(monkeypatch: pytest.MonkeyPatch):
+    """An 8B takes minutes, in which the service answers and has no bundle, or not this one yet."""
+    counts = {"requests": {}, "drift": {"params": {}}, "uptime_s": 9.0}
+    model = {"fingerprint": "fp_new", "failed": False}
+    server = ServerAnswerer("http://127.0.0.1:9")
+    monkeypatch.setattr(services, "POLL_S", 0.01)
+    for loading in ({}, {"other": model}):
+        answers = iter([{"r1": model, "other": model}, loading])
+        monkeypatch.setattr(server, "stats", lambda: {**counts, "models": next(answers)})  # noqa: B023
+        watched = services.Service(server, "r1")
+        with pytest.raises(BackendError, match="was started again"):
+            watched.watch("fp_new", OLD, [], [], 60.0, lambda _: None)
