@@ -28,7 +28,7 @@ from edge.errors import (
 )
 
 from .credentials import Credentials, find_credentials
-from .reference import Reference, is_digest
+from .reference import Reference, is_digest, is_loopback
 
 if TYPE_CHECKING:
     import urllib3
@@ -45,7 +45,10 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _MAX_REDIRECTS = 4
 _MAX_ERROR_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 20
+_SENT_BYTES = 1 << 16  # at once, which a slow line has to take within the time of a connect
 _RETRIED = (408, 429, 500, 502, 503, 504)
+_BROKEN_UPLOAD = (404, 416)  # how a registry refuses a place that half a blob came to
+_PORTS = {"http": 80, "https": 443}
 _PARAMETER = re.compile(r'([A-Za-z_]+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -77,11 +80,12 @@ class Registry:
         self._credentials = credentials or find_credentials(reference.registry)
         self._authorization: str | None = None
         self._lock = threading.Lock()
-        self._pool = self._make_pool(reference.registry)
+        self._pools: dict[str | None, urllib3.PoolManager] = {}  # by proxy
 
     def close(self) -> None:
         """Close the connections."""
-        self._pool.clear()
+        for pool in self._pools.values():
+            pool.clear()
 
     def __enter__(self) -> Registry:
         return self
@@ -139,28 +143,38 @@ class Registry:
         return bool(response.status == 200)
 
     def put_blob(self, data: bytes, digest: str) -> None:
-        """Store a blob.
+        """Store a blob; a broken transfer is begun again in another place.
 
         Raises:
             ConfigError, RegistryError: see `put_manifest`.
         """
-        start = self._request("POST", f"/v2/{self._repository}/blobs/uploads/", push=True)
-        place = start.headers.get("Location", "")
-        self._finish(start)
-        if not place:
-            raise RegistryError(f"{self._name} does not say where a blob is to go")
-        url = self._upload_place(place)
-        url += ("&" if urlsplit(url).query else "?") + urlencode({"digest": digest})
         headers = {"Content-Type": "application/octet-stream"}
-        self._finish(self._request("PUT", url, headers=headers, body=data, push=True))
+        for left in range(_TRIES - 1, -1, -1):
+            start = self._request("POST", f"/v2/{self._repository}/blobs/uploads/", push=True)
+            place = start.headers.get("Location", "")
+            self._finish(start)
+            if not place:
+                raise RegistryError(f"{self._name} does not say where a blob is to go")
+            url = self._upload_place(place)
+            url += ("&" if urlsplit(url).query else "?") + urlencode({"digest": digest})
+            try:
+                self._finish(
+                    self._request("PUT", url, headers=headers, body=data, push=True, once=True)
+                )
+            except RegistryError:
+                if not left:
+                    raise
+                time.sleep(_FIRST_PAUSE_S * 2 ** (_TRIES - 1 - left))
+            else:
+                return
 
     def _upload_place(self, place: str) -> str:
         """Where a registry wants a blob; one behind a proxy with TLS often says ``http``.
 
         Raises:
-            RegistryError: it would go over the network in the clear.
+            RegistryError: it would go over the network in the clear, or the place is no address.
         """
-        url = urlsplit(urljoin(self._root, place))
+        url = urlsplit(self._address(self._root, place))
         own = urlsplit(self._root)
         if own.scheme == "https" and url.scheme == "http" and url.hostname == own.hostname:
             url = url._replace(scheme="https", netloc=own.netloc)
@@ -187,8 +201,18 @@ class Registry:
 
     # ------------------------------------------------------------------------------- wire
 
-    def _make_pool(self, registry: str) -> urllib3.PoolManager:
-        host = urlsplit(self._root).hostname or registry
+    def _pool(self, url: str) -> urllib3.PoolManager:
+        """The connections to an address, through the environment's proxy or not."""
+        parts = urlsplit(url)
+        proxy = urllib.request.getproxies().get(parts.scheme)
+        if is_loopback(parts.netloc) or urllib.request.proxy_bypass(parts.netloc):
+            proxy = None
+        with self._lock:
+            if proxy not in self._pools:
+                self._pools[proxy] = self._make_pool(proxy)
+            return self._pools[proxy]
+
+    def _make_pool(self, proxy: str | None) -> urllib3.PoolManager:
         timeout = self._http.Timeout(connect=_CONNECT_S, read=_READ_S)
         options: dict[str, Any] = {
             "maxsize": NUM_CONNECTIONS,
@@ -196,8 +220,8 @@ class Registry:
             "retries": False,
             "headers": {"User-Agent": f"edge-llm/{__version__}"},
         }
-        proxy = urllib.request.getproxies().get(urlsplit(self._root).scheme)
-        if proxy and not urllib.request.proxy_bypass(host):
+        if proxy:
+            proxy = proxy if "://" in proxy else f"http://{proxy}"
             # urllib3 leaves out the user and password of the address.
             user, at, _ = urlsplit(proxy).netloc.rpartition("@")
             key = self._http.util.make_headers(proxy_basic_auth=unquote(user)) if at else None
@@ -225,13 +249,17 @@ class Registry:
         body: bytes | None = None,
         push: bool = False,
         also: tuple[int, ...] = (),
+        once: bool = False,
     ) -> Any:
         """Send a request: again where that may help, elsewhere where a redirect leads.
+
+        With ``once`` this is a blob's upload, which only the caller can begin again.
 
         Returns:
             The response, of a good status or one of ``also``; its body is not read yet.
         """
         url = urljoin(self._root, place)
+        most, retried = (1, (*_RETRIED, *_BROKEN_UPLOAD)) if once else (_TRIES, _RETRIED)
         pause_s = _FIRST_PAUSE_S
         asked_again = False
         tries = redirects = 0
@@ -240,13 +268,16 @@ class Registry:
             is_own = _origin(url) == _origin(self._root)
             if is_own and self._authorization is not None:
                 sent["Authorization"] = self._authorization
+            pieces = None
+            if body is not None:
+                pieces, sent["Content-Length"] = _pieces(body), str(len(body))
             try:
-                response = self._pool.request(
-                    method, url, body=body, headers=sent, preload_content=False, redirect=False
+                response = self._pool(url).request(
+                    method, url, body=pieces, headers=sent, preload_content=False, redirect=False
                 )
             except self._http.exceptions.HTTPError as error:
                 tries += 1
-                if tries >= _TRIES:
+                if tries >= most:
                     raise self._unreachable(error) from error
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -264,22 +295,36 @@ class Registry:
                 asked_again = True
                 self._authenticate(challenge, push)
                 continue
-            if status in _RETRIED and tries + 1 < _TRIES:
+            if status in retried and tries + 1 < most:
                 tries += 1
                 wait_s = _retry_after(response.headers.get("Retry-After"), pause_s)
                 self._finish(response)
                 time.sleep(wait_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
-            raise self._refusal(method, url, response)
+            raise self._refusal(method, url, response, retried)
 
     def _follow(self, url: str, response: Any, redirects: int) -> str:
-        target: str = urljoin(url, response.headers.get("Location", ""))
+        place = response.headers.get("Location", "")
         self._finish(response)
+        target = self._address(url, place)
         schemes = ("https",) if urlsplit(url).scheme == "https" else ("http", "https")
         if redirects >= _MAX_REDIRECTS or urlsplit(target).scheme not in schemes:
             raise RegistryError(f"{self._name} sends on to {target[:200]!r}, which is not followed")
         return target
+
+    def _address(self, base: str, place: str) -> str:
+        """Where an answer points to.
+
+        Raises:
+            RegistryError: nowhere.
+        """
+        try:
+            url = urljoin(base, place)
+            _origin(url)
+        except ValueError as error:
+            raise RegistryError(f"{self._name} points to {place[:200]!r}: {error}") from error
+        return url
 
     def _authenticate(self, challenge: str, push: bool) -> None:
         """Take what the registry wants to see from now on.
@@ -295,7 +340,7 @@ class Registry:
             self._authorization = self._basic()
             return
         parameters = {key.lower(): value for key, value in _PARAMETER.findall(rest)}
-        realm = parameters.get("realm", "")
+        realm = self._address("", parameters.get("realm", ""))
         own, other = urlsplit(self._root), urlsplit(realm)
         # Without TLS only to the machine that is asked without TLS already.
         safe = other.scheme == "https" or (other.scheme, other.hostname) == ("http", own.hostname)
@@ -312,7 +357,7 @@ class Registry:
         headers = {} if self._credentials is None else {"Authorization": self._basic()}
         url = realm + ("&" if urlsplit(realm).query else "?") + urlencode(query)
         try:
-            response = self._pool.request(
+            response = self._pool(url).request(
                 "GET", url, headers=headers, preload_content=False, redirect=False
             )
             body = response.read(_MAX_ERROR_BYTES)
@@ -344,7 +389,7 @@ class Registry:
             "DOCKER_AUTH_CONFIG"
         )
 
-    def _refusal(self, method: str, url: str, response: Any) -> Exception:
+    def _refusal(self, method: str, url: str, response: Any, retried: tuple[int, ...]) -> Exception:
         status = response.status
         try:
             said = response.read(_MAX_ERROR_BYTES).decode("utf-8", "replace")
@@ -355,10 +400,10 @@ class Registry:
         said = "".join(char if char.isprintable() else " " for char in said)[:200].strip()
         if status in (401, 403):
             return self._denied(f"refuses the credentials for {path} ({status})")
+        if status in retried:
+            return RegistryError(f"{self._name} fails: {method} {path} gives {status} {said}")
         if status == 404:
             return ConfigError(f"{self._name} has no {path.rpartition('/')[2]} ({status} {said})")
-        if status in _RETRIED:
-            return RegistryError(f"{self._name} fails: {method} {path} gives {status} {said}")
         return ConfigError(f"{self._name} refuses {method} {path}: {status} {said}")
 
     def _unreachable(self, error: Exception) -> RegistryError:
@@ -400,9 +445,14 @@ def _retry_after(given: str | None, default_s: float) -> float:
     return min(float(given or 0) if is_number else default_s, _LONGEST_PAUSE_S)
 
 
-def _origin(url: str) -> tuple[str, str]:
+def _pieces(body: bytes) -> Iterator[bytes]:
+    for start in range(0, len(body), _SENT_BYTES):
+        yield body[start : start + _SENT_BYTES]
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
-    return parts.scheme, parts.netloc
+    return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
 
 
 def _import_urllib3() -> Any:

@@ -55,16 +55,7 @@ class Reference:
     @property
     def is_loopback(self) -> bool:
         """Whether the registry is this machine."""
-        host = self.registry
-        if not host.endswith("]"):
-            host = re.sub(r":[0-9]+$", "", host)
-        host = host.strip("[]")
-        if host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.registry)
 
 
 def parse_reference(text: str) -> Reference:
@@ -93,6 +84,19 @@ def parse_reference(text: str) -> Reference:
 def is_reference(text: str) -> bool:
     """Whether a text can only be a reference, and no directory of that form is meant."""
     return len(text) <= MAX_CHARS and _REFERENCE.fullmatch(text) is not None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, with its port if it has one, is this machine."""
+    if not host.endswith("]"):
+        host = re.sub(r":[0-9]+$", "", host)
+    host = host.strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def is_digest(text: str) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from edge.errors import ConfigError, EdgeError, IntegrityError, RegistryError
 from edge.registry import artifact as artifacts
+from edge.registry import client as clients
 from edge.registry.client import MANIFEST_TYPE, Registry, digest_of
 from edge.registry.credentials import Credentials, find_credentials
 from edge.registry.reference import parse_reference
@@ -37,6 +40,13 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def do_PUT(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.do_GET()
+
+            def do_POST(self) -> None:
+                self.do_PUT()
 
             def do_GET(self) -> None:
                 owner.asked.append((self.path, self.headers["Authorization"]))
@@ -194,8 +204,93 @@ def test_a_manifest_that_breaks_off_is_asked_for_again(
     assert len(server.asked) == 3 + len(quick()) - 1
 
 
+def test_a_broken_upload_is_begun_again_in_another_place(
+    serve: Callable[..., Server], quick: Callable[[], list[float]]
+):
+    statuses = [404, 416, 503, 201]
+
+    def answer(path: str, _: object) -> Answer:
+        if path.endswith("/uploads/"):
+            return 202, {"Location": f"/place/{len(statuses)}"}, b""
+        return (statuses.pop(0) if statuses else 404), {}, b""
+
+    server = serve(answer)
+    with client(server) as registry:
+        registry.put_blob(b"weights", digest_of(b"weights"))
+        places = [path.partition("?")[0] for path, _ in server.asked if path.startswith("/place")]
+        assert places == ["/place/4", "/place/3", "/place/2", "/place/1"]
+        assert quick() == [0.5, 1.0, 2.0]
+        with pytest.raises(RegistryError, match="gives 404") as caught:
+            registry.put_blob(b"weights", digest_of(b"weights"))
+    assert caught.value.exit_code == 75
+
+
+def test_a_slow_line_has_its_time_for_each_piece(monkeypatch: pytest.MonkeyPatch):
+    """All together may take longer than a connect: 16 MiB at 12 MB/s, and 0.7 s for each piece."""
+    monkeypatch.setattr(clients, "_CONNECT_S", 0.7)
+    monkeypatch.setattr(clients, "_TRIES", 1)
+    blob, got = bytes(16 << 20), []
+
+    def slow(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection, connection.makefile("rb") as file:
+            for answer in (b"202 A\r\nLocation: /place", b"201 C"):
+                size = 0
+                while line := file.readline().strip().lower():
+                    if line.startswith(b"content-length:"):
+                        size = int(line.partition(b":")[2])
+                left = size
+                while left and (data := file.read(min(left, 1 << 17))):
+                    left -= len(data)
+                    time.sleep(0.01)
+                got.append(size - left)
+                connection.sendall(b"HTTP/1.1 " + answer + b"\r\nContent-Length: 0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        thread = threading.Thread(target=slow, args=(listening,), daemon=True)
+        thread.start()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        with Registry(parse_reference(f"{address}/r1"), credentials=USER) as registry:
+            registry.put_blob(blob, digest_of(blob))
+        thread.join(10)
+    assert got == [0, len(blob)]
+
+
+@pytest.mark.parametrize("place", ["https://[bad/", "http://a.b:99999/"])
+def test_a_place_that_is_no_address_is_refused(serve: Callable[..., Server], place: str):
+    def answer(path: str, _: object) -> Answer:
+        if "manifests" in path:
+            return 401, {"WWW-Authenticate": f'Bearer realm="{place}"'}, b""
+        return (202 if path.endswith("/uploads/") else 307), {"Location": place}, b""
+
+    with client(serve(answer)) as registry:
+        for ask in (
+            lambda: registry.blob(digest_of(b""), 0),
+            lambda: registry.put_blob(b"", digest_of(b"")),
+            lambda: registry.manifest("v1"),
+        ):
+            with pytest.raises(RegistryError, match="points to"):
+                ask()
+
+
+@pytest.mark.parametrize(
+    ("url", "same"),
+    [
+        ("https://a.b:443/v2/", True),
+        ("https://A.b/v2/", True),
+        ("http://a.b/v2/", False),
+        ("https://a.b:444/v2/", False),
+        ("https://b/v2/", False),
+    ],
+)
+def test_a_registry_is_known_by_any_spelling_of_its_address(url: str, same: bool):
+    assert (clients._origin(url) == clients._origin("https://a.b")) == same
+
+
+@pytest.mark.parametrize("scheme", ["http://", ""])
 def test_a_proxy_gets_the_password_of_its_address(
-    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, scheme: str
 ):
     keys: list[str] = []
 
@@ -204,13 +299,29 @@ def test_a_proxy_gets_the_password_of_its_address(
         return 200, {}, b"{}"
 
     proxy = serve(answer)
-    monkeypatch.setenv("http_proxy", f"http://alice:wonder%6Cand@{proxy.address}")
+    monkeypatch.setenv("http_proxy", f"{scheme}alice:wonder%6Cand@{proxy.address}")
     monkeypatch.setenv("no_proxy", "")
     reference = parse_reference("registry.example.com/r1")
     with Registry(reference, plain_http=True) as registry:
         assert registry.manifest("v1")[0] == b"{}"
     assert keys == [BASIC]
     assert proxy.asked[0][0].startswith("http://registry.example.com/v2/r1/manifests")
+
+
+def test_each_host_is_asked_through_the_proxy_or_not(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+):
+    proxy = serve(lambda *_: (200, {}, b"weights"))
+    monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
+    monkeypatch.setenv("no_proxy", "near.example.com,far.example.com:5000")
+    server = serve(lambda *_: (307, {"Location": "http://far.example.com/blob"}, b""))
+    with client(server) as registry:
+        assert registry.blob(digest_of(b"weights"), 7) == b"weights"
+        assert proxy.asked == [("http://far.example.com/blob", None)]
+        near = registry._pool(f"http://{server.address}/")
+        assert registry._pool("http://near.example.com/") is near
+        assert registry._pool("http://far.example.com:5000/") is near
+        assert registry._pool("http://far.example.com/") is not near
 
 
 # ------------------------------------------------------------------------------- credentials

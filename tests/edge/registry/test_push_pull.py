@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from edge.errors import (
     ResourceError,
 )
 from edge.registry import artifact as artifacts
+from edge.registry import client as clients
 from edge.registry.client import MANIFEST_TYPE, Registry, digest_of
 from edge.registry.pull import Pulled, look, origin_digest, pull
 from edge.registry.push import push
@@ -80,6 +81,26 @@ def test_the_same_bundle_has_the_same_digest_and_is_sent_once(
     again = push(source, Reference(reference.registry, reference.repository, "other"), registry)
     assert again.digest == first.digest
     assert again.sent_bytes == 0
+
+
+def test_an_upload_that_breaks_off_is_begun_again(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+):
+    """A real registry takes nothing more where half a blob came to."""
+    data, pieces, breaks = os.urandom(2 << 20), clients._pieces, [1]
+
+    def broken(body: bytes) -> Iterator[bytes]:
+        for number, piece in enumerate(pieces(body)):
+            if number == 16 and breaks and breaks.pop():
+                time.sleep(0.3)  # the first half has arrived
+                raise ConnectionResetError
+            yield piece
+
+    monkeypatch.setattr(clients, "_pieces", broken)
+    monkeypatch.setattr(clients, "_FIRST_PAUSE_S", 0.3)
+    registry.put_blob(data, digest_of(data))
+    assert registry.blob(digest_of(data), len(data)) == data
+    assert not breaks
 
 
 def test_another_template_is_sent_and_fetched_as_kilobytes(
