@@ -388,6 +388,7 @@ class _Run:
     def _keep(self) -> None:
         self.journal.judged = self.journal.judged_new
         self.journal.judged_new, self.journal.trials = None, 0
+        self.journal.rejected.pop(self.journal.digest, None)  # it was tried again, and is good
         self._note("done")
 
     def _confirm_old(self, before: Sight | None) -> None:

@@ -232,6 +232,9 @@ def test_an_alarm_of_the_watch_takes_the_bundle_back(
     monkeypatch.undo()
     monkeypatch.setattr(services, "MAX_SLOWDOWN", 1000.0)
     assert roll_out(device.plan(reference, retry=True)).changed
+    # It was kept then, so after another one it is as good as any.
+    assert roll_out(device.plan(device.offer())).changed
+    assert roll_out(device.plan(reference)).changed
 
 
 def test_a_bundle_is_rejected_though_the_service_that_it_broke_cannot_be_reloaded(
