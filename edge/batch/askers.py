@@ -249,6 +249,8 @@ class HttpAsker:
                 raise http.client.HTTPException(
                     f"the answer has more than {MAX_ANSWER_BYTES >> 20} MiB"
                 )
+            if response.length:  # a read of at most so many bytes takes an early end for the end
+                raise http.client.IncompleteRead(data, response.length)
             headers = {name.lower(): value for name, value in response.getheaders()}
         except BaseException:
             connection.close()

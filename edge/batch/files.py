@@ -10,7 +10,6 @@ import errno
 import fcntl
 import os
 import stat
-import time
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +26,6 @@ from edge.progress import Progress, silent
 from .rows import PREFIX, Row, RowError, key_of, read_answer, read_lines, read_row
 
 _BLOCK = 1 << 16
-_SYNC_S = 5.0
 _TODO, _DONE, _BLANK = 0, 1, 2
 _CHUNK = 1 << 20  # rows that are compared at once
 _REPORT_ROWS = 20_000
@@ -72,7 +70,6 @@ class Journal:
         except BaseException:
             os.close(self._fd)
             raise
-        self._synced_s = time.monotonic()
         self._is_synced = True
 
     def _mend(self) -> int:
@@ -111,7 +108,7 @@ class Journal:
                 yield found
 
     def append(self, line: bytes) -> None:
-        """Write a line; it is on the disk at the latest 5 s after, or at `close`.
+        """Write a line; it is on the disk after the next `sync`, or `close`.
 
         Raises:
             ResourceError: the disk is full, or fails.
@@ -129,18 +126,16 @@ class Journal:
         self._size += len(line)
         self.num_rows += 1
         self._is_synced = False
-        if time.monotonic() - self._synced_s >= _SYNC_S:
-            self._sync()
 
-    def _sync(self) -> None:
-        os.fdatasync(self._fd)
-        self._synced_s = time.monotonic()
-        self._is_synced = True
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        if not self._is_synced:
+            os.fdatasync(self._fd)
+            self._is_synced = True
 
     def close(self, *, remove_empty: bool = False) -> None:
         """Bring what was written to the disk and close the file."""
-        if not self._is_synced:
-            self._sync()
+        self.sync()
         if remove_empty and not self._size:
             self.path.unlink(missing_ok=True)
         os.close(self._fd)

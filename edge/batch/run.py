@@ -27,6 +27,7 @@ WAIT_S = 600.0
 TIMEOUT_S = 3600.0
 ATTEMPTS = 5
 """Tries of a request whose connection broke or whose answer was a fault of the server."""
+_SYNC_S = 5.0
 _BUSY = (429, 503)
 _FAULTS = (408, 500, 502, 504)
 _FIRST_WAIT_S, _MOST_WAIT_S = 0.5, 30.0
@@ -173,7 +174,13 @@ class _Batch:
             with _signals(stopped):
                 stopping = asyncio.create_task(stopped.wait())
                 working = asyncio.create_task(self._work())
-                await asyncio.wait({stopping, working}, return_when=asyncio.FIRST_COMPLETED)
+                waiting = {stopping, working}
+                while not (stopping.done() or working.done()):
+                    await asyncio.wait(
+                        waiting, timeout=_SYNC_S, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    self._answers.sync()
+                    self._failures.sync()
                 stopping.cancel()
                 if not working.done():
                     working.cancel()

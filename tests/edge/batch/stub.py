@@ -21,8 +21,9 @@ class Stub(ThreadingHTTPServer):
     """Answers a body with what it says.
 
     A body may have ``first``, a list of statuses for the first times that it comes (0 cuts the
-    connection), ``then``, a status for later, ``retry_after``, ``raw``, the bytes of the answer,
-    ``wait_s``, and ``waits_s``, a list of waits for the first times.
+    connection, -1 in the middle of an answer), ``then``, a status for later, ``retry_after``,
+    ``raw``, the bytes of the answer, ``wait_s``, and ``waits_s``, a list of waits for the first
+    times.
 
     Attributes:
         seen: how often each body came.
@@ -88,8 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
             headers["retry-after"] = str(asked["retry_after"])
         if server.key is not None and self.headers["authorization"] != f"Bearer {server.key}":
             status = 401
-        if status == 0:
+        if status <= 0:
             self.close_connection = True
+            if status < 0:
+                self._send(200, b"[1, 2", {"content-length": "2000"})
             return
         raw = asked.get("raw")
         answer = json.dumps({"path": self.path, "echo": asked}).encode()
@@ -97,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {**headers, "content-length": str(len(body))}.items():
+        for name, value in {"content-length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.send_header("x-request-id", "req_1")
         self.end_headers()

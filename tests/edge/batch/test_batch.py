@@ -105,6 +105,7 @@ def test_a_finished_batch_asks_nothing_and_failed_rows_come_again_without_their_
     [
         ({"first": [429, 503], "retry_after": 0}, 3, 200),
         ({"first": [500, 502, 504, 0]}, ATTEMPTS, 200),
+        ({"first": [-1]}, 2, 200),
         ({"first": [500] * 9}, ATTEMPTS, 500),
         ({"first": [0] * 9}, ATTEMPTS, "no_answer"),
         ({"then": 404}, 1, 404),
@@ -130,6 +131,22 @@ def test_what_is_tried_again_and_what_stands(
     else:
         assert failed["response"] is None
         assert failed["error"]["code"] == outcome
+
+
+def test_an_answer_reaches_the_disk_while_others_take_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("edge.batch.run._SYNC_S", 0.1)
+    real, rows = os.fdatasync, []
+
+    def sync(descriptor: int) -> None:
+        rows.append(len(read_rows(tmp_path / "out.jsonl")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    with stub() as server:
+        run(tmp_path, [{"n": 0}, {"wait_s": 1.5}], server, concurrency=2)
+    assert rows == [1, 2]
 
 
 def test_retry_after_is_waited_out(tmp_path: Path):
