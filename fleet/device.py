@@ -90,7 +90,8 @@ class DeviceAgent:
     ) -> None:
         self._url = url
         self._errand = Errand(rollout)
-        self._key = None if key_file is None else _read_key(Path(key_file))
+        self._key_file = None if key_file is None else Path(key_file)
+        self._key = None if self._key_file is None else _read_key(self._key_file)
         self._session: aiohttp.ClientSession | None = None
         self._facts: dict[str, Any] = {
             "version": edge.__version__,
@@ -128,7 +129,7 @@ class DeviceAgent:
             trouble = f"its service did not answer within {_LOOK_S:g} s"
         except (aiohttp.ClientError, OSError) as error:
             trouble = f"its service does not answer: {error}"
-        except (msgspec.MsgspecError, BackendError) as error:
+        except (msgspec.MsgspecError, BackendError, ConfigError) as error:
             trouble = f"its service is none of edge-llm serve, or wants a key: {error}"
         self._facts = self._facts | {"trouble": trouble}
 
@@ -193,6 +194,8 @@ class DeviceAgent:
         bodies = []
         for path in ("/stats", "/v1/models", "/api/tags"):
             status, body = await self._get(path)
+            if status == 401 and self._key_file is not None:
+                self._key = _read_key(self._key_file)  # it may be another now; the next look says
             if status != 200:
                 raise BackendError(f"{path} answers {status}")
             bodies.append(body)
