@@ -153,23 +153,22 @@ class FleetHead:
                 if member.facts is not None:
                     member.lose(str(error))
             return
-        before = member.facts
         with self._told(member):
             try:
                 member.saw(msgspec.convert(seen, Facts))
             except msgspec.ValidationError as error:
                 member.lose(f"it speaks another version of the fleet's protocol: {error}")
-            # At every look it would take a head of 1,000 devices more time than there is.
-            if member.facts != before or self._judged_with != self.accepted:
-                self._judged_with = self.accepted
-                judge(self.members.values(), self._config, self.accepted)
 
     @contextlib.contextmanager
     def _told(self, member: Member) -> Iterator[None]:
-        """Log a change of a device's state."""
-        before = member.trouble
+        """Log a change of a device's state, and judge all where it may mean something to them."""
+        trouble, before = member.trouble, (member.facts, member.present)
         yield
-        if member.trouble != before:
+        # At every look it would take a head of 1,000 devices more time than there is.
+        if (member.facts, member.present) != before or self._judged_with != self.accepted:
+            self._judged_with = self.accepted
+            judge(self.members.values(), self._config, self.accepted)
+        if member.trouble != trouble:
             _log.warning("device %s: %s", member.name, member.trouble or "ready")
 
     @property

@@ -120,6 +120,7 @@ class Member:
     Attributes:
         facts: what it said last; None before it was ever seen.
         trouble: why it gets no requests; None where it may.
+        present: whether it answered last; one that is gone says nothing of which bundle is right.
         difference: how it differs from the fleet; None where it fits or has not been seen.
         admitted: whether it is let in: it fits, or its difference is allowed.
         draining: whether an operator took it out.
@@ -132,6 +133,7 @@ class Member:
         self.link = link
         self.facts: Facts | None = None
         self.trouble: str | None = "absent: it has not joined"
+        self.present = False
         self.difference: str | None = None
         self.admitted = False
         self.draining = False
@@ -182,6 +184,7 @@ class Member:
     def saw(self, facts: Facts) -> None:
         """Take what it says of itself; a service that is gone answers nothing any more."""
         self.alive()
+        self.present = True
         self.facts = facts if facts.models or self.facts is None else _later(self.facts, facts)
         self.slots, self._room = self.facts.slots, self.facts.room
         self.trouble = facts.trouble
@@ -189,13 +192,14 @@ class Member:
     def judge_silence(self, config: FleetConfig) -> None:
         """Lose a device that has been silent for too long."""
         silent_s = self._clock() - self._sign
-        if self.trouble is None and silent_s >= config.silent_s:
+        if self.present and silent_s >= config.silent_s:
             self.lose(f"silent for {silent_s:.1f} s")
         if silent_s >= config.dead_s:
             self.end("it is silent")
 
     def lose(self, reason: str) -> None:
         """Send nothing more there; what has not begun goes elsewhere."""
+        self.present = False
         self.trouble = reason
         for attempt in tuple(self._attempts):
             if not attempt.begun:
@@ -236,11 +240,11 @@ def _later(old: Facts, new: Facts) -> Facts:
 def judge(members: Iterable[Member], config: FleetConfig, accepted: Collection[str] = ()) -> None:
     """Let in the devices that fit, and say of all others how they differ.
 
-    Bundles must be those that most devices have; among equally many those of the device that comes
-    first in the file. Nothing is remembered, so the answer does not depend on who came first.
-    During a roll-out a bundle may also be one of those that are accepted.
+    Bundles must be those that most of the devices that are present have; among equally many those
+    of the device that comes first in the file. Nothing is remembered, so the answer does not depend
+    on who came first. During a roll-out a bundle may also be one of those that are accepted.
     """
-    seen = [(m, m.facts) for m in members if m.facts is not None and m.facts.models]
+    seen = [(m, m.facts) for m in members if m.present and m.facts is not None and m.facts.models]
     votes: dict[str, Counter[str]] = {}
     for _, facts in seen:
         for name, model in facts.models.items():

@@ -497,6 +497,29 @@ def test_keys_are_checked_at_the_head_and_keep_conversations_apart(tmp_path: Pat
     run(test)
 
 
+def test_devices_that_are_gone_do_not_say_which_bundle_is_right():
+    async def test() -> None:
+        caller = await seen()
+        watching = asyncio.ensure_future(caller.head.watch())
+
+        async def until(*wanted: str) -> None:
+            while [d["state"] for d in caller.head.status()["devices"].values()] != [*wanted]:
+                await asyncio.sleep(0.01)
+
+        for name in "ab":
+            caller.devices[name].silent = True
+        caller.devices["c"].facts = {"sha256": "bb"}  # brought to a new one while it is alone
+        await until("not ready", "not ready", "ready")
+        assert (await caller.ask()).device == "c"
+        caller.devices["b"].silent = False  # with the old one, and before it in the file
+        await until("not ready", "ready", "refused")
+        caller.devices["b"].silent = True
+        await until("not ready", "not ready", "ready")
+        watching.cancel()
+
+    run(test)
+
+
 def test_devices_are_judged_when_something_has_changed(monkeypatch: pytest.MonkeyPatch):
     """A head of 1,000 devices looks 2,000 times a second, and to judge is to go through all."""
 

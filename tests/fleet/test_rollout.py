@@ -102,7 +102,7 @@ class World:
         self._call()
         for name, member in self.members.items():
             if self.is_off(name):
-                member.trouble = "silent"
+                member.lose("silent")
             else:
                 member.saw(_facts(self.serves[name]))
         judge(self.members.values(), self.config, self.accepted)
