@@ -47,7 +47,7 @@ _BEAT_S = 0.25
 _THERMAL_S = 5.0
 _COOLER_CELSIUS = 5.0  # how far below the limit it must be before requests come again
 _CLOSE_S = 5.0
-_LOADING_S = 10  # how often systemd hears that loading goes on
+_EXTEND_S = 10  # how often systemd hears that loading or draining goes on
 FORCED_EXIT = 130
 HUNG_EXIT = 70
 
@@ -190,8 +190,8 @@ class Service:
         stopped = asyncio.ensure_future(self._stopped.wait())
         waiting: set[asyncio.Future[Any]] = {loading, stopped}
         while not (loading.done() or stopped.done()):
-            self._notifier.send(extend_timeout_usec=int(3e6 * _LOADING_S))
-            await asyncio.wait(waiting, timeout=_LOADING_S, return_when=asyncio.FIRST_COMPLETED)
+            self._extend()
+            await asyncio.wait(waiting, timeout=_EXTEND_S, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             _log.info("stopped while a model was being opened")
             return False
@@ -205,6 +205,10 @@ class Service:
         if any(self.models.get(name).bundle != path.resolve() for name, path in paths):
             self._on_reload()
         return True
+
+    def _extend(self) -> None:
+        """Ask systemd for more time than passes until it is asked again, or until `_close` ends."""
+        self._notifier.send(extend_timeout_usec=int(3e6 * _EXTEND_S))
 
     def _check_room(self) -> None:
         """Compare what the control groups leave with what the bundles take.
@@ -223,7 +227,11 @@ class Service:
         running = self.models.num_flights
         _log.info("stopping; %d requests may take %g s", running, self._settings.drain_timeout_s)
         deadline = time.monotonic() + self._settings.drain_timeout_s
-        while self.models.num_flights and time.monotonic() < deadline:
+        extended = -float("inf")
+        while self.models.num_flights and (now := time.monotonic()) < deadline:
+            if now - extended >= _EXTEND_S:
+                extended = now
+                self._extend()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._forced.wait(), 0.02)
                 break

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -291,6 +292,33 @@ def test_what_systemd_is_told(
             live.engine.running.set()
         assert receive(sock) == {"WATCHDOG": "1"}
     assert b"STOPPING=1" in drain(sock)
+
+
+def test_a_drain_may_take_longer_than_systemds_own_time(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    from edge.server import run
+
+    now, until = 0.0, 45.0  # TimeoutStopSec of the unit
+
+    def clock() -> float:
+        nonlocal now
+        now += 2.0
+        return now
+
+    class Manager(Notifier):
+        def send(self, **fields: str | int) -> None:
+            nonlocal until
+            until = max(until, now + int(fields.get("extend_timeout_usec", 0)) / 1e6)
+
+    settings = tiny(tiny_bundles("qwen2"), drain_timeout_s=60.0)
+    service = Service(settings, lambda _: pytest.fail("nothing is opened"), notifier=Manager({}))
+    monkeypatch.setattr(type(service.models), "num_flights", 1)
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=clock))
+    asyncio.run(service._drain())
+    service._socket.close()
+    assert now >= 60.0
+    assert until >= now + run._CLOSE_S
 
 
 def test_the_notifier_is_silent_without_systemd_and_hard_to_hurt():
