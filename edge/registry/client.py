@@ -77,7 +77,9 @@ class Registry:
         self._root = f"{'http' if plain else 'https'}://{reference.registry}"
         self._repository = reference.repository
         self._name = f"{reference.registry}/{reference.repository}"
-        self._credentials = credentials or find_credentials(reference.registry)
+        self._credentials = credentials or find_credentials(
+            reference.registry, repository=reference.repository
+        )
         self._authorization: str | None = None
         self._lock = threading.Lock()
         self._pools: dict[str | None, urllib3.PoolManager] = {}  # by proxy

@@ -1,9 +1,10 @@
 """Finds user and password for a registry, where Docker and Podman keep them.
 
-In this order: the JSON in ``DOCKER_AUTH_CONFIG``, the file ``REGISTRY_AUTH_FILE``, and
-``config.json`` in ``DOCKER_CONFIG`` or ``~/.docker``. So ``docker login`` and ``podman login`` make
-them, and nothing secret is on a command line. Helpers (``credHelpers``, ``credsStore``) are run as
-Docker runs them.
+In this order: the JSON in ``DOCKER_AUTH_CONFIG``, the file ``REGISTRY_AUTH_FILE``, ``config.json``
+in ``DOCKER_CONFIG`` or ``~/.docker``, and, where neither variable says where to look, Podman's
+``auth.json`` (containers-auth.json(5)). So
+``docker login`` and ``podman login`` make them, and nothing secret is on a command line. Helpers
+(``credHelpers``, ``credsStore``) are run as Docker runs them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from edge.files import MALFORMED, read_file
 _MAX_BYTES = 1 << 20
 _HELPER_TIMEOUT_S = 30.0
 _HELPER_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+_HUB = "https://index.docker.io/v1/"
+"""Under which Docker keeps the credentials of all hosts of its own registry."""
+_HUB_HOSTS = ("docker.io", "index.docker.io", "registry-1.docker.io")
+_TOKEN_USER = "<token>"  # of a helper whose secret is an identity token
 _NO_CREDENTIALS = "credentials not found"  # the start of what a helper prints then
 
 
@@ -52,23 +57,32 @@ class _Answer(msgspec.Struct):
     Secret: str
 
 
-def find_credentials(registry: str, environ: Mapping[str, str] | None = None) -> Credentials | None:
+def find_credentials(
+    registry: str, environ: Mapping[str, str] | None = None, repository: str = ""
+) -> Credentials | None:
     """Find the credentials of a registry; None where there are none.
 
     Args:
         registry: host, with its port if it has one.
         environ: instead of ``os.environ``.
+        repository: path of names; Podman may keep credentials for it or a part of it.
 
     Raises:
         ConfigError: a file or an entry cannot be used, or a helper fails.
     """
+    server = _HUB if registry in _HUB_HOSTS else registry
+    hosts = _HUB_HOSTS if registry in _HUB_HOSTS else (registry,)
+    parts = repository.split("/") if repository else []
+    ends = range(len(parts), -1, -1)  # the most specific first
+    keys = ["/".join([host, *parts[:end]]) for end in ends for host in hosts]
+    keys += [f"https://{registry}", f"https://{registry}/v2/", server]
     for config, where in _configs(os.environ if environ is None else environ):
-        helper = config.cred_helpers.get(registry) or config.creds_store
+        helper = config.cred_helpers.get(server) or config.creds_store
         if helper:
-            found = _ask_helper(helper, registry, where)
+            found = _ask_helper(helper, server, where)
             if found is not None:
                 return found
-        for key in (registry, f"https://{registry}", f"https://{registry}/v2/"):
+        for key in keys:
             if key in config.auths:
                 found = _read_entry(config.auths[key], registry, where)
                 if found is not None:
@@ -79,12 +93,18 @@ def find_credentials(registry: str, environ: Mapping[str, str] | None = None) ->
 def _configs(environ: Mapping[str, str]) -> Iterator[tuple[_Config, str]]:
     if text := environ.get("DOCKER_AUTH_CONFIG"):
         yield _decode(text.encode(), "DOCKER_AUTH_CONFIG"), "DOCKER_AUTH_CONFIG"
-    home = environ.get("DOCKER_CONFIG") or Path(environ.get("HOME") or Path.home()) / ".docker"
-    for path in (environ.get("REGISTRY_AUTH_FILE"), Path(home) / "config.json"):
-        if not path:
-            continue
+    home = Path(environ.get("HOME") or Path.home())
+    named, docker = environ.get("REGISTRY_AUTH_FILE"), environ.get("DOCKER_CONFIG")
+    paths = [Path(named)] if named else []
+    paths.append(Path(docker or home / ".docker") / "config.json")
+    if not (named or docker):
+        running = environ.get("XDG_RUNTIME_DIR")
+        folder = f"{running}/containers" if running else f"/run/containers/{os.getuid()}"
+        config = environ.get("XDG_CONFIG_HOME") or home / ".config"
+        paths += [Path(folder) / "auth.json", Path(config) / "containers" / "auth.json"]
+    for path in paths:
         try:
-            data = read_file(Path(path), _MAX_BYTES)
+            data = read_file(path, _MAX_BYTES)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -104,6 +124,7 @@ def _decode(data: bytes, where: str) -> _Config:
 
 
 def _read_entry(entry: _Entry, registry: str, where: str) -> Credentials | None:
+    user, password = entry.username, entry.password
     if entry.auth:
         try:
             text = base64.b64decode(entry.auth, validate=True).decode("utf-8").rstrip("\0")
@@ -115,15 +136,16 @@ def _read_entry(entry: _Entry, registry: str, where: str) -> Credentials | None:
                 f"the entry of {registry} in {where} is not the base64 of USER:PASSWORD; log in "
                 "again"
             )
-        return Credentials(user, password)
-    if entry.username:
-        return Credentials(entry.username, entry.password)
-    if entry.identitytoken:
-        raise ConfigError(
-            f"{where} has only an identity token for {registry}, which this client cannot use; "
-            "log in with a user and a password or access token"
-        )
-    return None
+    if entry.identitytoken and not password:
+        raise _only_token(where, registry)
+    return Credentials(user, password) if user else None
+
+
+def _only_token(where: str, registry: str) -> ConfigError:
+    return ConfigError(
+        f"{where} has only an identity token for {registry}, which this client cannot use; "
+        "log in with a user and a password or access token"
+    )
 
 
 def _ask_helper(helper: str, registry: str, where: str) -> Credentials | None:
@@ -151,4 +173,6 @@ def _ask_helper(helper: str, registry: str, where: str) -> Credentials | None:
         answer = msgspec.json.decode(done.stdout, type=_Answer)
     except MALFORMED:
         raise ConfigError(f"{program} gives no user and secret for {registry}") from None
+    if answer.Username == _TOKEN_USER:
+        raise _only_token(program, registry)
     return Credentials(answer.Username, answer.Secret)

@@ -347,11 +347,54 @@ def test_credentials_are_those_of_docker_and_podman(tmp_path: Path):
     assert "y" not in repr(found).replace("Credentials", "")
 
 
+def test_podmans_own_files_are_found_and_the_most_specific_entry_counts(tmp_path: Path):
+    home, running = tmp_path / "home", tmp_path / "run"
+    lasting, fleeting = home / ".config" / "containers", running / "containers"
+    for folder in (lasting, fleeting):
+        folder.mkdir(parents=True)
+    auths = {"a.b": entry("all", "1"), "a.b/team": entry("team", "2"), "a.b/t": entry("t", "3")}
+    (fleeting / "auth.json").write_text(json.dumps({"auths": auths}))
+    (lasting / "auth.json").write_text(
+        json.dumps({"auths": {"a.b": entry("x", "4"), "c.d": entry("old", "5")}})
+    )
+    environ = {"HOME": str(home), "XDG_RUNTIME_DIR": str(running)}
+    assert find_credentials("a.b", environ, "team/r1") == Credentials("team", "2")
+    assert find_credentials("a.b", environ, "r1") == Credentials("all", "1")
+    assert find_credentials("c.d", environ, "r1") == Credentials("old", "5")
+    # Whoever says where to look means that place alone.
+    assert find_credentials("c.d", environ | {"DOCKER_CONFIG": str(tmp_path)}, "r1") is None
+
+
+@pytest.mark.parametrize("key", ["https://index.docker.io/v1/", "docker.io", "docker.io/me"])
+def test_docker_hub_is_known_by_the_names_that_logins_use(key: str):
+    environ = {
+        "DOCKER_CONFIG": "/none",
+        "DOCKER_AUTH_CONFIG": json.dumps({"auths": {key: entry("me", "x")}}),
+    }
+    for host in ("docker.io", "registry-1.docker.io"):
+        assert find_credentials(host, environ, "me/r1") == Credentials("me", "x")
+    assert find_credentials("a.b", environ, "me/r1") is None
+
+
+def test_an_identity_token_is_no_password():
+    token = entry("00000000-0000-0000-0000-000000000000", "") | {"identitytoken": "t"}
+    environ = {"DOCKER_CONFIG": "/none"}
+    for found in (token, {"identitytoken": "t"}):
+        environ["DOCKER_AUTH_CONFIG"] = json.dumps({"auths": {"a.b": found}})
+        with pytest.raises(ConfigError, match="only an identity token"):
+            find_credentials("a.b", environ)
+    both = entry("u", "p") | {"identitytoken": "t"}
+    environ["DOCKER_AUTH_CONFIG"] = json.dumps({"auths": {"a.b": both}})
+    assert find_credentials("a.b", environ) == Credentials("u", "p")
+
+
 def test_helpers_are_asked_as_docker_asks_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     program = tmp_path / "docker-credential-here"
     program.write_text(
         "#!/bin/sh\nread host\n"
-        '[ "$host" = a.b ] || { echo "credentials not found in it"; exit 1; }\n'
+        '[ "$host" = c.d ] && { echo \'{"Username": "<token>", "Secret": "s"}\'; exit; }\n'
+        '[ "$host" = a.b ] || [ "$host" = https://index.docker.io/v1/ ] ||'
+        ' { echo "credentials not found in it"; exit 1; }\n'
         'echo \'{"Username": "h", "Secret": "s"}\'\n'
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -359,7 +402,10 @@ def test_helpers_are_asked_as_docker_asks_them(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "config.json").write_text('{"credsStore": "here"}')
     environ = {"DOCKER_CONFIG": str(tmp_path)}
     assert find_credentials("a.b", environ) == Credentials("h", "s")
+    assert find_credentials("docker.io", environ) == Credentials("h", "s")
     assert find_credentials("other", environ) is None
+    with pytest.raises(ConfigError, match="only an identity token"):
+        find_credentials("c.d", environ)
     for config, message in (
         ({"credsStore": "../../bin/sh"}, "no name of a program"),
         ({"credHelpers": {"a.b": "missing"}}, "cannot be asked"),
