@@ -115,7 +115,8 @@ def climb(
             if len(rungs) == 1:
                 raise
             refused.append(refused_rung(rung, error))
-            last = error
+            # Not the error itself: its frames have the builder, and with it all weights.
+            last = BuildError(error.message, error.cause)
     if len({rung.reason for rung in refused}) == 1:
         raise last  # it is not about what was varied
     reasons = "; ".join(f"{describe(rung)}: {rung.reason}" for rung in refused)

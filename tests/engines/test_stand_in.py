@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,24 @@ def test_attention_that_no_kernel_does_at_once_is_decomposed(gpu: FakeGpu, copie
     assert refused.attention == "fused"
     assert "no tactic for head_dim 16" in refused.reason
     assert {each.attention for each in info.compiled} == {"decomposed"}
+
+
+def test_a_refused_build_leaves_no_builder_beside_the_next(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the network with all weights in it."""
+    made: list[weakref.ref[Any]] = []
+
+    class Watched(compat.Compiler):
+        def __init__(self, *args: Any) -> None:
+            assert not any(each() for each in made)
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(builder, "Compiler", Watched)
+    here = target(gpu, planted=Planted(no_fused="no tactic for head_dim 16"))
+    assert build_engine(BuildConfig(copied("native", "int4"), max_prefill=32), target=here).built
+    assert len(made) == 2
 
 
 def test_a_plan_of_another_size_than_tensorrt_for_rtx_gives_is_kept_with_a_warning(
