@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.cli import echo_json
-from edge.cli.options import bundle_argument
+from edge.cli.options import bundle_argument, check_writable
 from edge.cli.progress import show_progress
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
@@ -195,6 +195,7 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
         raise ConfigError(
             "--trt goes with --print-trtexec: a build takes the TensorRT that is here"
         )
+    check_writable(config.timing_cache, "--timing-cache")
     from .builder import build_engine
     from .ladder import describe
 

@@ -102,13 +102,12 @@ class EngineStore:
             raise ConfigError(f"cannot read the timing cache {path}: {error.strerror}") from error
 
     def write_timings(self, timings: bytes, elsewhere: Path | None) -> None:
-        """Keep a timing cache for the next build."""
-        _replace(elsewhere or self.directory / TIMING_CACHE, timings)
+        """Keep a timing cache for the next build; if that fails, it is a warning."""
+        _keep(elsewhere or self.directory / TIMING_CACHE, timings)
 
     def write_log(self, text: str) -> None:
-        """Keep what TensorRT said."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        _replace(self.directory / BUILD_LOG, text.encode())
+        """Keep what TensorRT said; if that fails, it is a warning."""
+        _keep(self.directory / BUILD_LOG, text.encode())
 
     def commit(self, plan: Any, describe: Callable[[str, int, str], EngineInfo]) -> EngineInfo:
         """Put a plan in place.
@@ -171,6 +170,15 @@ class EngineStore:
             ours = path.name.endswith((".plan", ".tmp")) or is_layers_file(path.name)
             if ours and path.name not in keep:
                 path.unlink()
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Write what an engine does without, and whose loss must not cost it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+    except OSError as error:
+        _logger.warning("%s is not kept: %s", path, error.strerror)
 
 
 def _replace(path: Path, data: Any) -> None:

@@ -74,6 +74,7 @@ def test_a_fault_is_printed_and_is_an_exit_code(
         (["--workspace", "lots"], "512M"),
         (["--kv-buckets", "1,two"], "512,1024,4096"),
         (["--trt", "10.3"], "--print-trtexec"),
+        (["--timing-cache", "/no/such/t.cache"], "t.cache cannot be written: /no/such is no dir"),
     ],
 )
 def test_options_that_make_no_sense(bundle: Path, arguments: list[str], words: str) -> None:

@@ -6,6 +6,7 @@ So a test that passes on it says that the graph is legal for the version that it
 from __future__ import annotations
 
 import dataclasses
+import errno
 import re
 import shutil
 import weakref
@@ -24,7 +25,7 @@ from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attr
 from edge.bundle.sizes import activation_bytes, profile_limits
 from edge.device.gpu import Gpu
 from edge.errors import BuildError
-from engines import builder, compat
+from engines import builder, compat, store
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder import Target, build_engine, compile_bundle
 from engines.compat import TensorRT
@@ -368,6 +369,41 @@ def test_a_refused_build_leaves_no_builder_beside_the_next(
     here = target(gpu, planted=Planted(no_fused="no tactic for head_dim 16"))
     assert build_engine(BuildConfig(copied("native", "int4"), max_prefill=32), target=here).built
     assert len(made) == 2
+
+
+def test_what_only_helps_the_next_build_costs_no_engine(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Timings and log, whose place is lost during the build."""
+    bundle = copied("portable", "fp16")
+    caches = bundle.parent / "caches"
+    caches.mkdir()
+    compile_it = builder.compile_bundle
+
+    def compiled(*args: Any, **options: Any) -> Any:
+        caches.rmdir()
+        caches.touch()
+        return compile_it(*args, **options)
+
+    monkeypatch.setattr(builder, "compile_bundle", compiled)
+    config = BuildConfig(bundle, max_prefill=32, timing_cache=caches / "timing.cache")
+    built = build_engine(config, target=target(gpu))
+    assert built.built
+    assert find_engines(bundle) == [built.directory]
+    assert f"{caches / 'timing.cache'} is not kept: File exists" in caplog.text
+
+
+def test_a_log_that_cannot_be_written_hides_no_reason(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "write_durably", full)
+    here = target(gpu, planted=Planted(no_fused="no tactic for head_dim 16"))
+    config = BuildConfig(copied("native", "int4"), max_prefill=32, attention="fused")
+    with pytest.raises(BuildError, match="no tactic for head_dim 16"):
+        build_engine(config, target=here)
 
 
 def test_a_plan_of_another_size_than_tensorrt_for_rtx_gives_is_kept_with_a_warning(
