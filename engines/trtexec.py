@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge.backends.cuda.errors import is_out_of_memory
 from edge.bundle.manifest import ENGINES_DIR, Manifest
 from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import verify_files
@@ -311,9 +312,6 @@ _DEVICE_PEAK = re.compile(
 )
 _THROUGHPUT = re.compile(rf"\] Throughput: {_FLOAT} qps")
 _MEDIAN = re.compile(rf"\] (Latency|GPU Compute Time): .*median = {_FLOAT} ms")
-_NO_MEMORY = re.compile(
-    r"out of memory|OutOfMemory|bad_alloc|insufficient memory|Cuda failure: 2\b", re.IGNORECASE
-)
 _MAX_SHOWN = 8
 
 
@@ -393,7 +391,7 @@ def _failure(code: int, log: _Log) -> EdgeError:
     )
     if code == -signal.SIGKILL:
         return ResourceError(f"trtexec was killed, most likely for want of memory; {less}{details}")
-    if _NO_MEMORY.search(text):
+    if is_out_of_memory(text):
         return ResourceError(f"trtexec ran out of memory; {less}{details}")
     if code < 0:
         what = f"trtexec died from {signal.Signals(-code).name}"

@@ -46,7 +46,7 @@ from engines.ladder import scales_to_try
 from engines.store import EngineStore
 from tests import fake_network, fake_plugin_v3
 from tests.fake_builder import PLAN_MAGIC, Builder, shape_inputs
-from tests.fake_cuda import POISON, FakeGpu, RuleError, Work
+from tests.fake_cuda import POISON, TEXTS, FakeGpu, RuleError, Work
 from tests.fake_inspector import inspector_json, layer_names
 from tests.fake_network import DTYPES, DataType, ILogger, Planted, Pretended, Severity
 from tests.fake_parser import OnnxParser
@@ -580,8 +580,8 @@ def make_module(
             data = bytes(memoryview(serialized_engine))
             if not data.startswith(PLAN_MAGIC):
                 raise RuleError("TensorRT was given something that is no plan")
-            if gpu.code("deserialize_cuda_engine"):
-                return refuse("internal error")
+            if code := gpu.code("deserialize_cuda_engine"):
+                return refuse(f"Error Code 1: Cuda Runtime ({TEXTS[code]})")
             text, _, model = data[len(PLAN_MAGIC) :].partition(b"\n")
             head = json.loads(text)
             if (head["version"], head["flavour"]) != (version, flavour):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from edge.device.nodes import GPU_NODES, RENDER_NODES, may_open
@@ -26,6 +27,9 @@ _FATAL = (
     "invalid device context",  # 201
     "driver shutting down",  # 4
     "unknown error",  # 999
+)
+_NO_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|bad_alloc|insufficient memory|Cuda failure: 2\b", re.IGNORECASE
 )
 _NO_LIBRARY = (
     "the driver's library libcuda.so.1 does not load or is too old; install the driver (on a "
@@ -106,6 +110,11 @@ def device_error(doing: str, error: BaseException) -> DeviceError:
 def is_fatal(reason: str) -> bool:
     """Return whether nothing works on the GPU any more, by the driver's sentence."""
     return any(sign in reason for sign in _FATAL)
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Return whether CUDA or TensorRT says that there is too little memory, for the GPU or not."""
+    return _NO_MEMORY.search(text) is not None
 
 
 def reason_of(error: BaseException) -> str:

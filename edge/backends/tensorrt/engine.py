@@ -14,6 +14,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edge.backends.cuda.errors import device_error, is_fatal, is_out_of_memory
 from edge.bundle import io_spec
 from edge.bundle.engine_file import (
     EngineInfo,
@@ -131,6 +132,8 @@ class Engine:
     Raises:
         IntegrityError: the plan is damaged; TensorRT has not seen it.
         BackendError: TensorRT refuses it, or it is not what ``engine.json`` says.
+        DeviceError: the GPU is lost.
+        DeviceMemoryError: it has too little memory for the weights.
         BundleError: its own kernels are damaged, or not all in ``engine.json``.
         DependencyError: TensorRT does not start, or the engine has own kernels, and TensorRT or
             cuda-bindings do not run them.
@@ -152,7 +155,9 @@ class Engine:
             self.raise_failure()
             command = rebuild_command(chosen.directory, chosen.info)
             reason = self.last_error()
-            if "memory" in reason.lower():
+            if is_fatal(reason):
+                raise device_error(f"load {path.name}", BackendError(reason))
+            if is_out_of_memory(reason):
                 raise DeviceMemoryError(
                     f"TensorRT has no memory for the {chosen.info.plan_bytes / 1e6:,.0f} MB of "
                     f"{path.name}: {reason}; stop other programs, or export with --quant int4"

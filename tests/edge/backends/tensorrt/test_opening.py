@@ -24,7 +24,9 @@ from edge.errors import (
     BundleError,
     ConfigError,
     DependencyError,
+    DeviceError,
     DeviceMemoryError,
+    EdgeError,
     IntegrityError,
 )
 from engines.build_plan import plan_build
@@ -39,7 +41,7 @@ from tests.edge.backends.tensorrt.gpu_runner import (
     both_drivers,
 )
 from tests.fake_builder import OptimizationProfile
-from tests.fake_cuda import FakeGpu, RuleError
+from tests.fake_cuda import ILLEGAL_ADDRESS, OUT_OF_MEMORY, FakeGpu, RuleError
 from tests.fake_network import Planted
 from tests.fake_tensorrt import CONTEXT_BYTES, NO_CUDA, fake_plan, start_nothing, write_engine
 
@@ -225,6 +227,32 @@ def test_the_engine_waits_as_it_was_asked_to(
 
 
 # Memory
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (OUT_OF_MEMORY, DeviceMemoryError, "no memory for the .* stop other programs"),
+        (ILLEGAL_ADDRESS, DeviceError, "illegal memory access .* start the process anew"),
+    ],
+)
+def test_memory_that_is_short_is_told_from_memory_that_is_lost(
+    code: int,
+    kind: type[EdgeError],
+    words: str,
+    gpu: FakeGpu,
+    engine_bundles: EngineBundles,
+):
+    bundle = engine_bundles("qwen2", "portable")
+    manifest = read_manifest(bundle)
+    TensorRTBackend(bundle, manifest).close()
+    before = len(gpu.calls)  # the primary context is retained only once
+    TensorRTBackend(bundle, manifest).close()
+    gpu.fail_at = len(gpu.calls) + gpu.calls[before:].index("deserialize_cuda_engine")
+    gpu.fail_code = code
+    with pytest.raises(kind, match=words) as refused:
+        TensorRTBackend(bundle, manifest)
+    assert getattr(refused.value, "fatal", False) == (code == ILLEGAL_ADDRESS)
 
 
 @both_drivers
