@@ -17,16 +17,14 @@ from __future__ import annotations
 import importlib
 import mmap
 import re
-import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edge.backends.tensorrt import plugins
+from edge.backends.tensorrt.listener import Listener, stoppable
 from edge.bundle import io_spec
 from edge.bundle.engine_file import Attention, Flavour, KvRead, Plugins, where_tensorrt_is_from
 from edge.bundle.engine_layers import told_profiles
@@ -266,15 +264,15 @@ class Compiler:
     def __init__(self, rt: TensorRT, log: Callable[[str, str], None]) -> None:
         self.rt = rt
         trt = rt.module
-        self._errors: list[str] = []
-        self._logger = _make_logger(trt, log, self._errors)
-        self._builder = _start(trt.Builder, self._logger, rt.version)
+        self._listener = Listener(trt, log)
         flags = 0
         if rt.flavour == "tensorrt-rtx" or rt.release < (11, 0):
             flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        self._network = self._builder.create_network(flags)
+        with self._listener:
+            self._builder = _start(trt.Builder, self._listener, rt.version)
+            self._network = self._builder.create_network(flags)
         if self._network is None:
-            raise BuildError(f"TensorRT {rt.version} made no network: {self._last_error()}")
+            raise BuildError(f"TensorRT {rt.version} made no network: {self._listener.last_error}")
 
     def parse(
         self, graph: bytes, path: Path, kv_read: KvRead, attention: Attention | None = "decomposed"
@@ -292,16 +290,17 @@ class Compiler:
             BuildError: the parser refuses it; node, operator and advice are named.
         """
         trt = self.rt.module
-        parser = trt.OnnxParser(self._network, self._logger)
-        if not parser.parse(graph, str(path)):
-            self._raise_own_failure()
-            problems = [parser.get_error(i) for i in range(parser.num_errors)]
-            raise BuildError(self._explain(problems, path), _parser_cause(problems))
-        if kv_read == "lengths":
-            self._attend_by_lengths()
-        for each in self._attentions().values():
-            each.decomposable = attention != "fused"
-        return self.view()
+        with self._listener, stoppable():
+            parser = trt.OnnxParser(self._network, self._listener.logger)
+            if not parser.parse(graph, str(path)):
+                self._raise_own_failure()
+                problems = [parser.get_error(i) for i in range(parser.num_errors)]
+                raise BuildError(self._explain(problems, path), _parser_cause(problems))
+            if kv_read == "lengths":
+                self._attend_by_lengths()
+            for each in self._attentions().values():
+                each.decomposable = attention != "fused"
+            return self.view()
 
     def build(
         self,
@@ -332,43 +331,44 @@ class Compiler:
             ConfigError: no such GPU.
         """
         trt = self.rt.module
-        config = self._builder.create_builder_config()
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
-        config.builder_optimization_level = opt_level
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if compute_capability is not None and self.rt.flavour == "tensorrt-rtx":
-            config.num_compute_capabilities = 1
-            config.set_compute_capability(self._target(compute_capability), 0)
-        for profile in profiles:
-            ranges = self._builder.create_optimization_profile()
-            for name, shape in profile.inputs.items():
-                ranges.set_shape(name, shape.min, shape.opt, shape.max)
-            if config.add_optimization_profile(ranges) < 0:
-                raise BuildError(
-                    f"TensorRT refuses the profile {profile.name}: {self._last_error()}"
-                )
-        if self.rt.keeps_timings:
-            cache = config.create_timing_cache(timings or b"")
-            if not config.set_timing_cache(cache, False):
-                # The cache is of another version or GPU: it only saves time, so start afresh.
-                config.set_timing_cache(config.create_timing_cache(b""), False)
-        with _stoppable() as stopped:
+        with self._listener, stoppable() as stopped:
+            config = self._builder.create_builder_config()
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+            config.builder_optimization_level = opt_level
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+            if compute_capability is not None and self.rt.flavour == "tensorrt-rtx":
+                config.num_compute_capabilities = 1
+                config.set_compute_capability(self._target(compute_capability), 0)
+            for profile in profiles:
+                ranges = self._builder.create_optimization_profile()
+                for name, shape in profile.inputs.items():
+                    ranges.set_shape(name, shape.min, shape.opt, shape.max)
+                if config.add_optimization_profile(ranges) < 0:
+                    raise BuildError(
+                        f"TensorRT refuses the profile {profile.name}: {self._listener.last_error}"
+                    )
+            if self.rt.keeps_timings:
+                cache = config.create_timing_cache(timings or b"")
+                if not config.set_timing_cache(cache, False):
+                    # The cache is of another version or GPU: it only saves time, so start afresh.
+                    config.set_timing_cache(config.create_timing_cache(b""), False)
             monitor = _make_monitor(trt, progress, stopped)
             config.progress_monitor = monitor
             plan = self._builder.build_serialized_network(self._network, config)
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        if plan is None:
-            self._raise_own_failure()
-            raise BuildError(
-                f"TensorRT {self.rt.version} failed to build the engine: {self._last_error()}; "
-                f"{_build_advice(self._last_error(), workspace_bytes)}",
-                _builder_cause(self._last_error()),
-            )
-        written = None
-        if self.rt.keeps_timings:
-            written = bytes(memoryview(config.get_timing_cache().serialize()))
-        return plan, written
+            if stopped.is_set():
+                raise KeyboardInterrupt
+            if plan is None:
+                self._raise_own_failure()
+                reason = self._listener.last_error
+                raise BuildError(
+                    f"TensorRT {self.rt.version} failed to build the engine: {reason}; "
+                    f"{_build_advice(reason, workspace_bytes)}",
+                    _builder_cause(reason),
+                )
+            written = None
+            if self.rt.keeps_timings:
+                written = bytes(memoryview(config.get_timing_cache().serialize()))
+            return plan, written
 
     def view(self) -> NetworkView:
         """The network as plain data."""
@@ -443,7 +443,7 @@ class Compiler:
             )
             if new is None:
                 raise BuildError(
-                    f"TensorRT refuses {attention.name} with lengths: {self._last_error()}; "
+                    f"TensorRT refuses {attention.name} with lengths: {self._listener.last_error}; "
                     "leave --kv-read out"
                 )
             new.key_value_lengths = lengths
@@ -503,12 +503,9 @@ class Compiler:
                 f"own kernels do not run while TensorRT {self.rt.version} builds: {error}"
             ) from error
 
-    def _last_error(self) -> str:
-        return self._errors[-1] if self._errors else "it gave no reason"
-
     def _explain(self, problems: list[Any], path: Path) -> str:
         if not problems:
-            return f"TensorRT's parser refuses {path}: {self._last_error()}"
+            return f"TensorRT's parser refuses {path}: {self._listener.last_error}"
         first = problems[0]
         more = f" ({len(problems) - 1} more such errors)" if len(problems) > 1 else ""
         name, operator = first.node_name(), first.node_operator()
@@ -535,28 +532,27 @@ def inspect_plan(rt: TensorRT, plan: Path, num_profiles: int) -> list[str]:
         BundleError: the inspector lists no layers, or without details.
     """
     trt = rt.module
-    errors: list[str] = []
-    logger = _make_logger(trt, lambda _severity, _message: None, errors)
-    runtime = _start(trt.Runtime, logger, rt.version)
-    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        engine = runtime.deserialize_cuda_engine(data)
-    if engine is None:
-        raise BuildError(errors[-1] if errors else "it cannot be loaded here, without a reason")
-    inspector = engine.create_engine_inspector()
-    form = trt.LayerInformationFormat.JSON
-    whole = str(inspector.get_engine_information(form))
-    if len(told_profiles(whole)) == num_profiles:
-        return [whole]
-    # Some versions tell of the profiles after the first one only in an execution context.
-    texts = []
-    for profile in range(num_profiles):
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = engine.create_execution_context(strategy)
-        if context is None or not context.set_optimization_profile_async(profile, 0):
+    with Listener(trt, lambda _severity, _message: None) as listener, stoppable():
+        runtime = _start(trt.Runtime, listener, rt.version)
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise BuildError(listener.last_error)
+        inspector = engine.create_engine_inspector()
+        form = trt.LayerInformationFormat.JSON
+        whole = str(inspector.get_engine_information(form))
+        if len(told_profiles(whole)) == num_profiles:
             return [whole]
-        inspector.execution_context = context
-        texts.append(str(inspector.get_engine_information(form)))
-    return texts
+        # Some versions tell of the profiles after the first one only in an execution context.
+        texts = []
+        for profile in range(num_profiles):
+            strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = engine.create_execution_context(strategy)
+            if context is None or not context.set_optimization_profile_async(profile, 0):
+                return [whole]
+            inspector.execution_context = context
+            texts.append(str(inspector.get_engine_information(form)))
+        return texts
 
 
 def _parser_cause(problems: list[Any]) -> str:
@@ -605,46 +601,19 @@ def _known(tensor: Any) -> TensorView:
     return TensorView(tensor.name, _DTYPES.get(name, name.lower()), shape)
 
 
-def _start(kind: Any, logger: Any, version: str) -> Any:
+def _start(kind: Any, listener: Listener, version: str) -> Any:
     """Make a builder or a runtime, with which TensorRT starts CUDA.
 
     Raises:
         BuildError: it makes none.
     """
     try:
-        return kind(logger)
+        return kind(listener.logger)
     except TypeError as error:  # pybind11's, where TensorRT makes none; the reason is logged
         raise BuildError(
-            f"TensorRT {version} does not start: {logger.said or error}; edge-llm doctor looks for "
-            "the cause"
+            f"TensorRT {version} does not start: {listener.said or error}; edge-llm doctor looks "
+            "for the cause"
         ) from error
-
-
-def _make_logger(trt: Any, log: Callable[[str, str], None], errors: list[str]) -> Any:
-    severity = trt.ILogger.Severity
-    names = {
-        severity.INTERNAL_ERROR: "error",
-        severity.ERROR: "error",
-        severity.WARNING: "warning",
-        severity.INFO: "info",
-    }
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.said = ""
-
-        def log(self, level: Any, message: str) -> None:
-            name = names.get(level)
-            if name is None:
-                return
-            if name != "info":  # that CUDA does not start is a warning
-                self.said = message
-            if name == "error":
-                errors.append(message)
-            log(name, message)
-
-    return Logger()
 
 
 def _make_monitor(trt: Any, progress: Progress, stopped: threading.Event) -> Any:
@@ -665,19 +634,3 @@ def _make_monitor(trt: Any, progress: Progress, stopped: threading.Event) -> Any
             tree.finish(phase)
 
     return Monitor()
-
-
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into a flag: an exception must not pass through TensorRT's C++ frames."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    old = signal.signal(signal.SIGINT, lambda *_: stopped.set())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield stopped
-    finally:
-        signal.signal(signal.SIGINT, old)

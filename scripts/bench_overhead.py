@@ -14,6 +14,7 @@ float32 is, and is printed separately too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -65,6 +66,7 @@ class IdleEngine:
     """What `edge.backends.tensorrt.engine.Engine` offers, without a plan."""
 
     activations_bytes = 1 << 20
+    listener = contextlib.nullcontext()
 
     def __init__(self, chosen: Any, manifest: Manifest) -> None:
         self.info = chosen.info

@@ -91,8 +91,8 @@ class BuilderConfig:
     profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
     progress_monitor: Any = None
 
-    def __init__(self, pretended: Pretended, logger: ILogger) -> None:
-        self._logger = logger
+    def __init__(self, pretended: Pretended) -> None:
+        self._logger = pretended.logger
         self._owner = f"{pretended.version} {pretended.compute_capability}"
         self.profiles: list[OptimizationProfile] = []
         self.workspace_bytes = 0
@@ -129,7 +129,8 @@ class Builder:
     """``Builder``."""
 
     def __init__(self, pretended: Pretended, logger: ILogger) -> None:
-        self._pretended, self._logger = pretended, logger
+        self._pretended, self._logger = pretended, pretended.logger
+        self._logger.give(self, logger)
 
     def create_network(self, flags: int = 0) -> Network:
         typed = flags >> NetworkDefinitionCreationFlag.STRONGLY_TYPED & 1
@@ -138,7 +139,7 @@ class Builder:
         return Network(self._pretended)
 
     def create_builder_config(self) -> BuilderConfig:
-        return BuilderConfig(self._pretended, self._logger)
+        return BuilderConfig(self._pretended)
 
     def create_optimization_profile(self) -> OptimizationProfile:
         return OptimizationProfile()

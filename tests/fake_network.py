@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import math
 import struct
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,31 @@ class ILogger:
 
     def log(self, severity: Any, msg: str) -> None:
         raise NotImplementedError
+
+
+class FirstLogger:
+    """The first that TensorRT was given, which it calls until no builder and no runtime is left.
+
+    It does not keep it alive (NVIDIA/TensorRT#1475, #4134); the bindings keep each as long as what
+    it was given to.
+    """
+
+    def __init__(self) -> None:
+        self._first: Callable[[], ILogger | None] = lambda: None
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def give(self, user: Any, logger: ILogger) -> None:
+        if not self._users:
+            self._first = weakref.ref(logger)
+        self._users.add(user)
+        user.given = logger
+        self.log(Severity.VERBOSE, f"a new {type(user).__name__}")
+
+    def log(self, severity: Severity, msg: str) -> None:
+        first = self._first()
+        if first is None:
+            raise RuleError("TensorRT calls a logger that Python has freed")
+        first.log(severity, msg)
 
 
 class IProgressMonitor:
@@ -136,6 +163,7 @@ class Pretended:
     flavour: Flavour = "tensorrt"
     compute_capability: str = "8.7"
     planted: Planted = field(default_factory=Planted)
+    logger: FirstLogger = field(default_factory=FirstLogger)
 
     @property
     def release(self) -> Release:

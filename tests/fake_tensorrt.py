@@ -48,7 +48,15 @@ from tests import fake_network, fake_plugin_v3
 from tests.fake_builder import PLAN_MAGIC, Builder, shape_inputs
 from tests.fake_cuda import POISON, TEXTS, FakeGpu, RuleError, Work
 from tests.fake_inspector import inspector_json, layer_names
-from tests.fake_network import DTYPES, DataType, ILogger, Planted, Pretended, Severity
+from tests.fake_network import (
+    DTYPES,
+    DataType,
+    FirstLogger,
+    ILogger,
+    Planted,
+    Pretended,
+    Severity,
+)
 from tests.fake_parser import OnnxParser
 
 ALIGNMENT = 256
@@ -223,7 +231,9 @@ class FakeEngine:
     _detailed = True  # built with details of its layers
     _per_context = False  # the inspector tells of later profiles only in a context
 
-    def __init__(self, gpu: FakeGpu, logger: ILogger, head: dict[str, Any], model: bytes) -> None:
+    def __init__(
+        self, gpu: FakeGpu, logger: FirstLogger, head: dict[str, Any], model: bytes
+    ) -> None:
         self._gpu, self._logger, self._head = gpu, logger, head
         graph = OnnxFile(model)
         self._inputs = {info.name: info for info in graph.inputs}
@@ -332,7 +342,7 @@ class FakeContext:
     profiler: IProfiler | None = None
     attached: fake_plugin_v3.Attached
 
-    def __init__(self, gpu: FakeGpu, engine: FakeEngine, logger: ILogger) -> None:
+    def __init__(self, gpu: FakeGpu, engine: FakeEngine, logger: FirstLogger) -> None:
         self._gpu, self._engine, self._logger = gpu, engine, logger
         self._profile: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -569,7 +579,8 @@ def make_module(
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
-            self._logger = logger
+            self._logger = pretended.logger
+            self._logger.give(self, logger)
 
         def deserialize_cuda_engine(self, serialized_engine: Any) -> FakeEngine | None:
             def refuse(why: str) -> FakeEngine | None:

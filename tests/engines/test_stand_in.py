@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import re
 import shutil
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -369,6 +370,27 @@ def test_a_refused_build_leaves_no_builder_beside_the_next(
     here = target(gpu, planted=Planted(no_fused="no tactic for head_dim 16"))
     assert build_engine(BuildConfig(copied("native", "int4"), max_prefill=32), target=here).built
     assert len(made) == 2
+
+
+def test_ctrl_c_that_meets_a_message_of_the_parser_ends_the_build(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse = fake_parser.OnnxParser.parse
+
+    def interrupted(parser: Any, *args: Any) -> bool:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            parser._logger.log(fake_network.Severity.INFO, "while the signal comes")
+        except BaseException:  # noqa: BLE001 - as the bindings do, which print it
+            pass
+        return parse(parser, *args)
+
+    monkeypatch.setattr(fake_parser.OnnxParser, "parse", interrupted)
+    bundle = copied("portable", "fp16")
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(BuildConfig(bundle, max_prefill=32), target=target(gpu))
+    assert not find_engines(bundle)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_only_helps_the_next_build_costs_no_engine(

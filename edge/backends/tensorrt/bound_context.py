@@ -74,10 +74,11 @@ class BoundContext:
             self._outputs += dialect.cache_outputs(layer)
         self._context = engine.create_context()
         self._call("set_optimization_profile_async", engine.profile(profile), stream.handle)
-        if hasattr(self._context, "set_device_memory"):
-            self._context.set_device_memory(activations.address, activations.num_bytes)
-        else:
-            self._context.device_memory = activations.address
+        with engine.listener:
+            if hasattr(self._context, "set_device_memory"):
+                self._context.set_device_memory(activations.address, activations.num_bytes)
+            else:
+                self._context.device_memory = activations.address
         fixed = {**buffers.addresses, io_spec.KV_POSITIONS: kv_positions}
         for name, address in fixed.items():
             if name in engine.tensors:
@@ -134,7 +135,9 @@ class BoundContext:
         Raises:
             EdgeError: TensorRT refuses it, or a plugin with own kernels fails.
         """
-        if not self._context.execute_async_v3(self._stream.handle):
+        with self._engine.listener:
+            done = self._context.execute_async_v3(self._stream.handle)
+        if not done:
             self._engine.raise_failure()
             reason = self._engine.last_error()
             raise BackendError(f"TensorRT refused a step {tuple(self._bound or ())}: {reason}")
@@ -147,10 +150,11 @@ class BoundContext:
         self._context = None
 
     def _call(self, method: str, *args: Any) -> None:
-        try:
-            done = getattr(self._context, method)(*args)
-        except RuntimeError as error:  # set_optimization_profile_async of some versions
-            raise BackendError(f"TensorRT refused {method}{args}: {error}") from error
+        with self._engine.listener:
+            try:
+                done = getattr(self._context, method)(*args)
+            except RuntimeError as error:  # set_optimization_profile_async of some versions
+                raise BackendError(f"TensorRT refused {method}{args}: {error}") from error
         if not done:
             self._engine.raise_failure()
             raise BackendError(f"TensorRT refused {method}{args}: {self._engine.last_error()}")

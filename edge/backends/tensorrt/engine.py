@@ -9,8 +9,6 @@ Calls and their versions, checked against NVIDIA's bindings (python/src/infer/py
 from __future__ import annotations
 
 import importlib
-import logging
-from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +36,7 @@ from edge.errors import (
 
 from . import plugins
 from .layer_times import LayerTimes, make_profiler
-
-_logger = logging.getLogger(__name__)
+from .listener import Listener, stoppable
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}
@@ -128,6 +125,7 @@ class Engine:
 
     Attributes:
         activations_bytes: what one execution context needs while it runs.
+        listener: hears what calls of TensorRT say; `last_error` has it.
 
     Raises:
         IntegrityError: the plan is damaged; TensorRT has not seen it.
@@ -145,12 +143,12 @@ class Engine:
             own_kernels = plugins.register(self._module)
             for packed in chosen.info.python_kernels:
                 own_kernels.add(packed)
-        self._errors: deque[str] = deque(maxlen=4)
-        self._logger = _make_logger(self._module, self._errors)
-        self._runtime = self._start()
+        self.listener = Listener(self._module)
         path = chosen.directory / chosen.info.plan
-        with open_plan(chosen.directory, chosen.info) as plan:
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
+        with self.listener:
+            self._runtime = self._start()
+            with open_plan(chosen.directory, chosen.info) as plan, stoppable():
+                self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             self.raise_failure()
             command = rebuild_command(chosen.directory, chosen.info)
@@ -171,11 +169,11 @@ class Engine:
     def _start(self) -> Any:
         """A runtime, with which TensorRT starts CUDA."""
         try:
-            return self._module.Runtime(self._logger)
+            return self._module.Runtime(self.listener.logger)
         except TypeError as error:  # pybind11's, where TensorRT makes none; the reason is logged
             raise DependencyError(
                 f"TensorRT {self._module.__version__} does not start: "
-                f"{self._logger.said or error}; edge-llm doctor looks for the cause"
+                f"{self.listener.said or error}; edge-llm doctor looks for the cause"
             ) from error
 
     def _check(self, chosen: ChosenEngine, manifest: Manifest) -> None:
@@ -235,8 +233,8 @@ class Engine:
 
     def last_error(self) -> str:
         """What TensorRT said last, and forget it."""
-        text = "; ".join(self._errors) or "it gives no reason"
-        self._errors.clear()
+        text = "; ".join(self.listener.errors) or "it gives no reason"
+        self.listener.errors.clear()
         return text
 
     def raise_failure(self) -> None:
@@ -250,7 +248,8 @@ class Engine:
             DeviceMemoryError: TensorRT cannot make one.
         """
         strategy = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        with self.listener, stoppable():
+            context = self._engine.create_execution_context(strategy)
         if context is None:
             self.raise_failure()
             raise DeviceMemoryError(
@@ -278,31 +277,3 @@ def _load(flavour: Flavour) -> Any:
         raise DependencyError(
             f"the engine needs {name}, which {problem}; {where_tensorrt_is_from(flavour)}"
         ) from error
-
-
-def _make_logger(trt: Any, errors: deque[str]) -> Any:
-    severity = trt.ILogger.Severity
-    levels = {
-        severity.INTERNAL_ERROR: logging.ERROR,
-        severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.WARNING,
-        severity.INFO: logging.DEBUG,
-    }
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.said = ""
-
-        def log(self, level: Any, message: str) -> None:
-            known = levels.get(level)
-            if known is None:
-                return
-            if known != logging.DEBUG:  # that CUDA does not start is a warning
-                self.said = message.strip()
-            if known == logging.ERROR:
-                errors.append(message.strip())
-                known = logging.DEBUG  # it comes back as an exception
-            _logger.log(known, "%s", message)
-
-    return Logger()

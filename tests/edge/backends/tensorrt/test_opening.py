@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import shutil
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -224,6 +228,39 @@ def test_the_engine_waits_as_it_was_asked_to(
             assert another.engine.gpu_wait == wish
             another.step(random_ids(1, 1))
         assert gpu.context_flags == flags == {"spin": 1, "yield": 2, "block": 4}[wish]
+
+
+def test_tensorrt_has_a_logger_whichever_engine_is_closed(
+    gpu: FakeGpu, engine_bundles: EngineBundles
+):
+    """It is the first engine's for all of them, as in a switch of models."""
+    bundle = engine_bundles("qwen2", "portable")
+    manifest = read_manifest(bundle)
+    first, second = TensorRTBackend(bundle, manifest), TensorRTBackend(bundle, manifest)
+    first.close()
+    del first
+    gc.collect()
+    TensorRTBackend(bundle, manifest).close()
+    second.close()
+
+
+@pytest.mark.parametrize("call", ["deserialize_cuda_engine", "create_execution_context"])
+def test_ctrl_c_that_meets_a_message_ends_the_load(
+    call: str, gpu: FakeGpu, engine_bundles: EngineBundles, monkeypatch: pytest.MonkeyPatch
+):
+    bundle = engine_bundles("qwen2", "portable")
+    count = gpu.code
+
+    def interrupted(name: str, **options: Any) -> int:
+        if name == call:
+            with contextlib.suppress(BaseException):  # as the bindings, around the logger
+                signal.raise_signal(signal.SIGINT)
+        return count(name, **options)
+
+    monkeypatch.setattr(gpu, "code", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        TensorRTBackend(bundle, read_manifest(bundle))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # Memory
