@@ -208,8 +208,9 @@ def read_compiled_layers(
         texts = compat.inspect_plan(target.rt, plan, len(build.profiles))
         return parse_inspector(texts, [profile.name for profile in build.profiles]), None
     except (BuildError, BundleError) as error:
-        _logger.warning("the engine's layers are not known: %s", error)
-        return None, str(error)
+        reason = str(error)  # the error has the loaded engine in its frames
+        _logger.warning("the engine's layers are not known: %s", reason)
+        return None, reason
 
 
 def read_exported_layers(

@@ -349,8 +349,8 @@ class Compiler:
                     )
             if self.rt.keeps_timings:
                 cache = config.create_timing_cache(timings or b"")
-                if not config.set_timing_cache(cache, False):
-                    # The cache is of another version or GPU: it only saves time, so start afresh.
+                # One that is damaged, or of another version or GPU, only saves time: start afresh.
+                if cache is None or not config.set_timing_cache(cache, False):
                     config.set_timing_cache(config.create_timing_cache(b""), False)
             monitor = _make_monitor(trt, progress, stopped)
             config.progress_monitor = monitor
@@ -528,7 +528,8 @@ def inspect_plan(rt: TensorRT, plan: Path, num_profiles: int) -> list[str]:
         One text that has the layers of all profiles, or one text per profile.
 
     Raises:
-        BuildError: this TensorRT does not start, or cannot load the plan here, with its reason.
+        BuildError: this TensorRT does not start, cannot load the plan here, or has no memory for an
+            execution context, with its reason.
         BundleError: the inspector lists no layers, or without details.
     """
     trt = rt.module
@@ -548,8 +549,12 @@ def inspect_plan(rt: TensorRT, plan: Path, num_profiles: int) -> list[str]:
         for profile in range(num_profiles):
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
             context = engine.create_execution_context(strategy)
-            if context is None or not context.set_optimization_profile_async(profile, 0):
-                return [whole]
+            try:
+                ready = context is not None and context.set_optimization_profile_async(profile, 0)
+            except RuntimeError:  # how the bindings say no
+                ready = False
+            if not ready:
+                raise BuildError(listener.last_error)
             inspector.execution_context = context
             texts.append(str(inspector.get_engine_information(form)))
         return texts

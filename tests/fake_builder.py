@@ -106,12 +106,13 @@ class BuilderConfig:
         self.profiles.append(profile)
         return len(self.profiles) - 1
 
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache:
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache | None:
+        if not serialized_timing_cache:
+            return TimingCache(self._owner)
         found = TimingCache.read(bytes(serialized_timing_cache))
-        if found is None and serialized_timing_cache:  # as TensorRT for RTX 1.7.1 does
-            text = "Failed to deserialize timing cache. Returning an empty timing cache."
-            self._logger.log(Severity.WARNING, text)
-        return found or TimingCache(self._owner)
+        if found is None:  # TensorRT for RTX 1.7.1 returns an empty one; NVIDIA's tools expect None
+            self._logger.log(Severity.WARNING, "Failed to deserialize timing cache.")
+        return found
 
     def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
         if not isinstance(cache, TimingCache):

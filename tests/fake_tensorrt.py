@@ -374,10 +374,11 @@ class FakeContext:
         return False
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        if not self._changes("set_optimization_profile_async"):
-            return False
-        if not 0 <= profile_index < self._engine.num_optimization_profiles:
-            return self._refuse(f"profile {profile_index} does not exist")
+        done = self._changes("set_optimization_profile_async")
+        if done and not 0 <= profile_index < self._engine.num_optimization_profiles:
+            done = self._refuse(f"profile {profile_index} does not exist")
+        if not done:  # of the bindings (pyCore.cpp)
+            raise RuntimeError("Error in set optimization profile async.")
         self._profile = profile_index
         self._shapes.clear()
         return True

@@ -76,3 +76,20 @@ def test_what_is_not_known_has_a_reason(gpu: FakeGpu, plan: Path) -> None:
         None,
         "deserializeCudaEngine: Error Code 1: Cuda Runtime (out of memory)",
     )
+
+
+@pytest.mark.parametrize("call", ["create_execution_context", "set_optimization_profile_async"])
+def test_a_context_that_fails_is_a_reason_too(
+    call: str, gpu: FakeGpu, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is in its place by then, which an error would not say."""
+    monkeypatch.setattr(FakeEngine, "_per_context", True)
+    bundle = plan.parent.parent.parent
+    build = plan_build(BuildConfig(bundle, max_prefill=32), read_manifest(bundle))
+    here = Target(on(gpu), Gpu("a GPU", "8.7"), "8.7")
+    before = len(gpu.calls)
+    assert read_compiled_layers(here, plan, build) == (read_layers(plan), None)
+    gpu.fail_at = len(gpu.calls) + gpu.calls[before:].index(call)
+    table, unknown = read_compiled_layers(here, plan, build)
+    assert table is None
+    assert unknown in ("createExecutionContext: out of memory", f"{call}: internal error")

@@ -153,8 +153,8 @@ class BoundContext:
         with self._engine.listener:
             try:
                 done = getattr(self._context, method)(*args)
-            except RuntimeError as error:  # set_optimization_profile_async of some versions
-                raise BackendError(f"TensorRT refused {method}{args}: {error}") from error
+            except RuntimeError:  # how set_optimization_profile_async says no
+                done = False
         if not done:
             self._engine.raise_failure()
             raise BackendError(f"TensorRT refused {method}{args}: {self._engine.last_error()}")
