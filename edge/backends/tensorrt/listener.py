@@ -45,11 +45,14 @@ class Listener:
         self._log = log
 
     def __enter__(self) -> Listener:
-        self.logger.listeners[threading.get_ident()] = self
+        self.logger.listeners.setdefault(threading.get_ident(), []).append(self)
         return self
 
     def __exit__(self, *_error: object) -> None:
-        del self.logger.listeners[threading.get_ident()]
+        thread = threading.get_ident()
+        del self.logger.listeners[thread][-1]
+        if not self.logger.listeners[thread]:
+            del self.logger.listeners[thread]
 
     @property
     def last_error(self) -> str:
@@ -78,7 +81,7 @@ def _logger_of(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.listeners: dict[int, Listener] = {}  # by thread
+            self.listeners: dict[int, list[Listener]] = {}  # by thread, the innermost last
 
         def log(self, level: Any, message: str) -> None:
             name = names.get(level)
@@ -86,8 +89,8 @@ def _logger_of(trt: Any) -> Any:
                 return
             own = self.listeners.get(threading.get_ident())
             # Whose call a thread of TensorRT's own works for is not known.
-            heard = [own.hear] if own else [each.hear for each in list(self.listeners.values())]
-            for hear in heard or [_log]:
+            heard = [own] if own else list(self.listeners.values())
+            for hear in [each[-1].hear for each in heard if each] or [_log]:
                 hear(name, message)
 
     return Logger()

@@ -49,3 +49,13 @@ def test_what_nobody_hears_is_in_the_log(gpu: FakeGpu, caplog: pytest.LogCapture
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     logger.log(Severity.WARNING, "another GPU")
     assert "another GPU" in caplog.text
+
+
+def test_a_listener_within_another_hears_alone(gpu: FakeGpu):
+    trt = make_module(gpu)
+    outer, inner = Listener(trt), Listener(trt)
+    with outer:
+        with inner:
+            inner.logger.log(Severity.ERROR, "inner")
+        outer.logger.log(Severity.ERROR, "outer")
+    assert (list(outer.errors), list(inner.errors)) == (["outer"], ["inner"])
