@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,26 +143,36 @@ def test_deleted_while_it_is_answered(browser: Browser):
     browser.until(lambda: len(stored_values(browser)) == 1)
 
 
-def test_two_tabs_lose_nothing_of_each_other(browser: Browser):
+@contextmanager
+def second_tab(browser: Browser) -> Iterator[Callable[[], None]]:
+    """The page in another tab; yields what goes from one to the other."""
     driver = browser.driver
-    browser.ask("one")
-    browser.answered()
-    first = driver.current_window_handle
+    url, first = driver.current_url, driver.current_window_handle
     driver.switch_to.new_window("tab")
     second = driver.current_window_handle
     try:
-        driver.switch_to.window(first)
-        url = driver.current_url
-        driver.switch_to.window(second)
         driver.get(url)
         browser.started()
+        yield lambda: driver.switch_to.window(
+            first if driver.current_window_handle == second else second
+        )
+    finally:
+        driver.switch_to.window(second)
+        driver.close()
+        driver.switch_to.window(first)
+
+
+def test_two_tabs_lose_nothing_of_each_other(browser: Browser):
+    browser.ask("one")
+    browser.answered()
+    with second_tab(browser) as switch:
         browser.open_list()
         browser.one("#conversations .open").click()
-        driver.switch_to.window(first)
+        switch()
         browser.ask("two")
         browser.until(lambda: len(browser.all(".turn.assistant .facts .copy, .turn.user")) >= 2)
         browser.answered()
-        driver.switch_to.window(second)  # shows what the first one has made of it
+        switch()  # shows what the first one has made of it
         browser.until(
             lambda: [one.text for one in browser.all(".turn.user .body")] == ["one", "two"]
         )
@@ -171,25 +184,70 @@ def test_two_tabs_lose_nothing_of_each_other(browser: Browser):
         # Both are asked at once: both answers are kept, each in a conversation.
         browser.ask("endless")
         browser.until(lambda: "5 6" in browser.all(".turn.assistant .body")[-1].text)
-        driver.switch_to.window(first)
+        switch()
         browser.until(lambda: len(browser.all(".turn.user")) == 4)
         browser.one("#new").click()
         browser.all("#conversations .open")[0].click()
         browser.ask("four")
         browser.answered()
-        driver.switch_to.window(second)
+        switch()
         browser.one("#stop").click()
         browser.until(lambda: len(stored_values(browser)) == 2)
         both = [json.dumps(each["turns"]) for each in stored_values(browser)]
         assert any("endless" in text and "four" in text for text in both)
         assert any("endless" in text and "four" not in text for text in both)
         act(browser, "delete")
-        driver.switch_to.window(first)
+        switch()
         browser.until(lambda: len(titles(browser)) == 1)
+
+
+def test_an_edit_and_a_renaming_outlast_another_tabs_answer(browser: Browser):
+    browser.ask("one")
+    browser.answered()
+    (conversation,) = stored_values(browser)
+
+    def answer_elsewhere(number: str, text: str) -> None:
+        """As another tab keeps an answer and says so."""
+        turn = {"id": number, "parent": conversation["leaf"], "role": "assistant", "content": text}
+        conversation["turns"][number] = turn
+        conversation["leaf"] = number
+        stored(browser, "store.put(given);", conversation)
+        say = "new BroadcastChannel('edge-llm').postMessage(arguments[0]);"
+        browser.driver.execute_script(say, conversation["id"])
+        time.sleep(0.2)  # it reads it
+
+    browser.one(".turn.user .edit").click()
+    field = browser.driver.switch_to.active_element
+    field.send_keys(" and more")
+    answer_elsewhere("3", "from elsewhere")
+    act(browser, "rename")
+    assert field.get_attribute("value") == "one and more"
+    answer_elsewhere("4", "again from elsewhere")
+    name = browser.driver.switch_to.active_element
+    name.send_keys(browser.keys.CONTROL, "a")
+    name.send_keys("Named", browser.keys.ENTER)
+    browser.until(lambda: stored_values(browser)[0]["title"] == "Named")
+    assert titles(browser) == ["Named"]
+    (kept,) = stored_values(browser)
+    assert kept["turns"].keys() == {"1", "2", "3", "4"}
+    # Once nothing is edited any more, the log shows what came.
+    field.send_keys(browser.keys.ESCAPE)
+    answer_elsewhere("5", "the last")
+    browser.until(lambda: "the last" in browser.all(".turn.assistant .body")[-1].text)
+
+
+def test_a_browser_that_lets_nothing_be_kept(browser: Browser):
+    script = "window.BroadcastChannel = class { constructor() { throw new Error('insecure'); } };"
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    added = browser.driver.execute_cdp_cmd(command, {"source": script})
+    try:
+        browser.reload()
+        browser.ask("hello")
+        browser.answered()
+        assert titles(browser) == ["hello"]
     finally:
-        driver.switch_to.window(second)
-        driver.close()
-        driver.switch_to.window(first)
+        browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+        browser.complaints()
 
 
 def test_search_looks_into_titles_and_texts(browser: Browser, server: StubServer):

@@ -1,6 +1,6 @@
 // Starts the page.
 
-import { ask, grow, openChat } from "./chat.js";
+import { ask, grow, openChat, refresh } from "./chat.js";
 import { startCompare } from "./compare.js";
 import { newConversation } from "./conversation.js";
 import { showList, startList } from "./conversations.js";
@@ -48,7 +48,7 @@ async function start() {
   startSides();
   startCompare();
   await startSampling();
-  const last = await startList(show, load("current", null));
+  const last = await startList(show, refresh, load("current", null));
   if (last) openChat(last);
   else openChat(state.conversation);
   document.body.classList.add("started");

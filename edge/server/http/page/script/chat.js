@@ -39,6 +39,14 @@ export function redraw() {
   showMeter();
 }
 
+/** Shows what another tab has made of the conversation, unless a message of it is being edited. */
+export function refresh() {
+  if ($("log").querySelector(".editing")) return;
+  clearErrors();
+  redraw();
+  toEnd(false);
+}
+
 /** Shows a conversation from its end, and what it waits for. */
 export function openChat(conversation) {
   state.request?.abort();

@@ -50,6 +50,18 @@ export function removeLeaf(conversation, turn) {
   goTo(conversation, beside ?? turn.parent);
 }
 
+/** Makes a conversation what another one of its id is; it and its turns stay the same objects. */
+export function become(known, found) {
+  const turns = {};
+  for (const [id, turn] of Object.entries(found.turns)) turns[id] = mirror(known.turns[id] ?? {}, turn);
+  mirror(known, { ...found, turns });
+}
+
+function mirror(old, now) {
+  for (const key of Object.keys(old)) if (!(key in now)) delete old[key];
+  return Object.assign(old, now);
+}
+
 /** Returns the turns from the beginning to `leaf`. */
 export function pathOf(conversation, leaf = conversation.leaf) {
   const path = [];

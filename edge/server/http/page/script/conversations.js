@@ -1,9 +1,9 @@
 // The list of conversations.
 
-import { newConversation, pathOf } from "./conversation.js";
+import { become, newConversation, pathOf } from "./conversation.js";
 import { $, isComposing, node } from "./dom.js";
 import { state } from "./state.js";
-import { dropConversation, isKept, keepConversation, loadConversation, loadConversations } from "./store.js";
+import { dropConversation, isKept, keepConversation, loadConversation, loadConversations, tabs } from "./store.js";
 import { save } from "./tab.js";
 import { fromJSON, saveFile, toJSON, toMarkdown } from "./transfer.js";
 import { language, t } from "./words.js";
@@ -11,12 +11,11 @@ import { language, t } from "./words.js";
 const days = new Intl.DateTimeFormat(language, { month: "short", day: "numeric" });
 const times = new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit" });
 
-const tabs = new BroadcastChannel("edge-llm");  // hears from the other tabs of this page
 const deleted = new WeakSet();  // an answer that is under way must not bring them back
 
 let conversations = [];
 let unfolded = null;  // the id of the one whose actions are shown
-let open = () => {};
+let open = () => {}, refresh = () => {};
 
 /** Stores a conversation as it is now; the list is drawn anew unless only the text has grown. */
 export async function keep(conversation, isListed = true) {
@@ -26,15 +25,18 @@ export async function keep(conversation, isListed = true) {
   if (isListed) showList();
   try {
     await keepConversation(conversation);
-    tabs.postMessage(conversation.id);
+    tabs?.postMessage(conversation.id);
   } catch (error) {
     toast(t("not_kept", { why: error.message }));
   }
 }
 
-/** Starts the list; `show(conversation)` opens one. Returns the conversation with this id, if it is there. */
-export async function startList(show, id) {
-  open = show;
+/**
+ * Starts the list; `show(conversation)` opens one, `draw()` shows what became of the open one. Returns the
+ * conversation with this id, if it is there.
+ */
+export async function startList(show, draw, id) {
+  [open, refresh] = [show, draw];
   $("search").addEventListener("input", showList);
   $("export-all").addEventListener("click", () => saveFile("edge-llm", "json", toJSON(conversations)));
   $("import").addEventListener("click", () => $("import-file").click());
@@ -43,7 +45,7 @@ export async function startList(show, id) {
   conversations = found.conversations;
   if (found.broken) toast(t("broken", { n: found.broken }));
   else if (!await isKept()) toast(t("not_stored"));
-  tabs.addEventListener("message", ({ data }) => reread(data));
+  tabs?.addEventListener("message", ({ data }) => reread(data));
   showList();
   return conversations.find((one) => one.id === id) ?? null;
 }
@@ -55,13 +57,15 @@ async function reread(id) {
   const isShown = known !== undefined && known === state.conversation;
   if (isShown && state.request) {
     known.id = newConversation().id;  // both were asked, and both are kept
-    if (found) conversations.unshift(found);
     keep(known);
-    return;
+  } else if (known && found) {
+    become(known, found);  // what is shown or renamed stays the same object
+    if (isShown) refresh();
+  } else if (known) {
+    conversations = conversations.filter((one) => one !== known);
+    if (isShown) open(null);
   }
-  conversations = conversations.filter((one) => one !== known);
-  if (found) conversations.unshift(found);
-  if (isShown) open(found);
+  if (found && known?.id !== id) conversations.unshift(found);
   showList();
 }
 
@@ -164,7 +168,7 @@ async function remove(conversation) {
   if (wasOpen) open(null);
   showList();
   await dropConversation(conversation.id);
-  tabs.postMessage(conversation.id);
+  tabs?.postMessage(conversation.id);
   toast(t("deleted", { title: conversation.title || t("untitled") }), t("undo"), () => {
     deleted.delete(conversation);
     keep(conversation);

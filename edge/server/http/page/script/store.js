@@ -6,6 +6,18 @@ const NAME = "edge-llm", VERSION = 1;
 const memory = { conversations: new Map(), presets: new Map() };
 let opened = null;
 
+/** Hears from the other tabs of this page; null where the browser lets nothing be kept. */
+export const tabs = channel();
+
+function channel() {
+  try {
+    return new BroadcastChannel(NAME);
+  } catch (error) {
+    console.warn("other tabs are not heard:", error.message);
+    return null;
+  }
+}
+
 function open() {
   opened ??= new Promise((resolve) => {
     let request;
