@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,7 @@ _KEPT_BACK = frozenset(
 )
 _STREAMS = (b"text/event-stream", b"application/x-ndjson")
 _LOOKS = 4  # at one device at once
+_SHORT_S, _JUDGE_REST = 1e-3, 20  # to judge may take a twentieth of a head's time
 
 
 class _Done(NamedTuple):
@@ -110,6 +112,8 @@ class FleetHead:
         self.is_draining = False
         self._rejections: Counter[str] = Counter()
         self.accepted = self._judged_with = frozenset[str]()
+        self._judge_at = 0.0  # on the loop's clock
+        self._judging: asyncio.TimerHandle | None = None
         self.app: App = Guard(
             self._route,
             self.settings,
@@ -164,12 +168,26 @@ class FleetHead:
         """Log a change of a device's state, and judge all where it may mean something to them."""
         trouble, before = member.trouble, (member.facts, member.present)
         yield
-        # At every look it would take a head of 1,000 devices more time than there is.
         if (member.facts, member.present) != before or self._judged_with != self.accepted:
             self._judged_with = self.accepted
-            judge(self.members.values(), self._config, self.accepted)
+            loop = asyncio.get_running_loop()
+            if loop.time() >= self._judge_at:
+                self._judge()
+            elif self._judging is None:
+                self._judging = loop.call_at(self._judge_at, self._judge)
         if member.trouble != trouble:
             _log.warning("device %s: %s", member.name, member.trouble or "ready")
+
+    def _judge(self) -> None:
+        """Judge all devices; 1,000 that come at once would take all of a head's time."""
+        if self._judging is not None:
+            self._judging.cancel()
+            self._judging = None
+        began = time.thread_time()
+        judge(self.members.values(), self._config, self.accepted)
+        took_s = time.thread_time() - began
+        if took_s > _SHORT_S:
+            self._judge_at = asyncio.get_running_loop().time() + _JUDGE_REST * took_s
 
     @property
     def in_flight(self) -> int:

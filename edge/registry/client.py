@@ -52,6 +52,18 @@ _PORTS = {"http": 80, "https": 443}
 _PARAMETER = re.compile(r'([A-Za-z_]+)="((?:[^"\\]|\\.)*)"')
 
 
+class _BusyError(RegistryError):
+    """A refusal that may be none later.
+
+    Attributes:
+        wait_s: for how long the registry wants to be left alone.
+    """
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
 class Registry:
     """One repository of a registry. Any thread may call it.
 
@@ -163,10 +175,11 @@ class Registry:
                 self._finish(
                     self._request("PUT", url, headers=headers, body=data, push=True, once=True)
                 )
-            except RegistryError:
+            except RegistryError as error:
                 if not left:
                     raise
-                time.sleep(_FIRST_PAUSE_S * 2 ** (_TRIES - 1 - left))
+                wait_s = error.wait_s if isinstance(error, _BusyError) else 0.0
+                time.sleep(max(wait_s, _FIRST_PAUSE_S * 2 ** (_TRIES - 1 - left)))
             else:
                 return
 
@@ -403,7 +416,10 @@ class Registry:
         if status in (401, 403):
             return self._denied(f"refuses the credentials for {path} ({status})")
         if status in retried:
-            return RegistryError(f"{self._name} fails: {method} {path} gives {status} {said}")
+            return _BusyError(
+                f"{self._name} fails: {method} {path} gives {status} {said}",
+                _retry_after(response.headers.get("Retry-After"), 0.0),
+            )
         if status == 404:
             return ConfigError(f"{self._name} has no {path.rpartition('/')[2]} ({status} {said})")
         return ConfigError(f"{self._name} refuses {method} {path}: {status} {said}")

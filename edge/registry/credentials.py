@@ -31,6 +31,10 @@ _TOKEN_USER = "<token>"  # of a helper whose secret is an identity token
 _NO_CREDENTIALS = "credentials not found"  # the start of what a helper prints then
 
 
+class _TokenError(ConfigError):
+    """Only an identity token is there."""
+
+
 @dataclass(frozen=True)
 class Credentials:
     """User and password; the password does not show where this is printed."""
@@ -76,17 +80,23 @@ def find_credentials(
     ends = range(len(parts), -1, -1)  # the most specific first
     keys = ["/".join([host, *parts[:end]]) for end in ends for host in hosts]
     keys += [f"https://{registry}", f"https://{registry}/v2/", server]
+    token: _TokenError | None = None
     for config, where in _configs(os.environ if environ is None else environ):
-        helper = config.cred_helpers.get(server) or config.creds_store
-        if helper:
-            found = _ask_helper(helper, server, where)
-            if found is not None:
-                return found
-        for key in keys:
-            if key in config.auths:
-                found = _read_entry(config.auths[key], registry, where)
+        try:
+            helper = config.cred_helpers.get(server) or config.creds_store
+            if helper:
+                found = _ask_helper(helper, server, where)
                 if found is not None:
                     return found
+            for key in keys:
+                if key in config.auths:
+                    found = _read_entry(config.auths[key], registry, where)
+                    if found is not None:
+                        return found
+        except _TokenError as error:  # a later file may have a password
+            token = token or error
+    if token is not None:
+        raise token
     return None
 
 
@@ -97,19 +107,28 @@ def _configs(environ: Mapping[str, str]) -> Iterator[tuple[_Config, str]]:
     named, docker = environ.get("REGISTRY_AUTH_FILE"), environ.get("DOCKER_CONFIG")
     paths = [Path(named)] if named else []
     paths.append(Path(docker or home / ".docker") / "config.json")
+    guessed: list[Path] = []
     if not (named or docker):
         running = environ.get("XDG_RUNTIME_DIR")
         folder = f"{running}/containers" if running else f"/run/containers/{os.getuid()}"
         config = environ.get("XDG_CONFIG_HOME") or home / ".config"
-        paths += [Path(folder) / "auth.json", Path(config) / "containers" / "auth.json"]
-    for path in paths:
+        guessed = [Path(folder) / "auth.json", Path(config) / "containers" / "auth.json"]
+    for path in (*paths, *guessed):
         try:
             data = read_file(path, _MAX_BYTES)
         except FileNotFoundError:
             continue
+        except (PermissionError, NotADirectoryError) as error:
+            if path in guessed:  # those of another user, or of root
+                continue
+            raise _unreadable(path, error) from error
         except OSError as error:
-            raise ConfigError(f"cannot read the credentials of {path}: {error.strerror}") from error
+            raise _unreadable(path, error) from error
         yield _decode(data, str(path)), str(path)
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot read the credentials of {path}: {error.strerror}")
 
 
 def _decode(data: bytes, where: str) -> _Config:
@@ -141,8 +160,8 @@ def _read_entry(entry: _Entry, registry: str, where: str) -> Credentials | None:
     return Credentials(user, password) if user else None
 
 
-def _only_token(where: str, registry: str) -> ConfigError:
-    return ConfigError(
+def _only_token(where: str, registry: str) -> _TokenError:
+    return _TokenError(
         f"{where} has only an identity token for {registry}, which this client cannot use; "
         "log in with a user and a password or access token"
     )

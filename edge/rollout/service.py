@@ -105,6 +105,16 @@ class Service:
                 f"/stats of the service has another form ({error!r}); is it this edge-llm?"
             ) from error
 
+    def is_loading(self) -> bool:
+        """Whether it answers and still opens its bundles."""
+        try:
+            self.look()
+        except LoadingError:
+            return True
+        except BackendError:
+            return False
+        return False
+
     def wait_for(self, fingerprint: str, timeout_s: float) -> bool:
         """Wait until it serves a bundle; whether it does in time."""
         deadline = time.monotonic() + timeout_s

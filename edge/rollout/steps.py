@@ -402,9 +402,11 @@ class _Run:
                     "the new bundle was taken back, and the service has not opened the old one "
                     f"again within {plan.switch_timeout_s:g} s; look at its log"
                 )
-            # What the take-back sent may have met a service that was ending or just starting.
-            with suppress(BackendError):
-                reload_service(plan.reload)
+            # What the take-back sent may have met a service that was ending. One that is opening
+            # its bundles follows the link afterwards, and a command that restarts would not let it.
+            if not plan.service.is_loading():
+                with suppress(BackendError):
+                    reload_service(plan.reload)
 
     # ------------------------------------------------------------------------------- after
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -516,6 +517,33 @@ def test_devices_that_are_gone_do_not_say_which_bundle_is_right():
         caller.devices["b"].silent = True
         await until("not ready", "not ready", "ready")
         watching.cancel()
+
+    run(test)
+
+
+def test_many_changes_at_once_are_judged_together(monkeypatch: pytest.MonkeyPatch):
+    async def test() -> None:
+        caller = await seen(CONFIG)
+        judged: list[Any] = []
+
+        def slow(*given: Any) -> None:
+            judged.append(given)
+            ends = time.thread_time() + 0.01
+            while time.thread_time() < ends:
+                pass
+            judge(*given)
+
+        monkeypatch.setattr("fleet.head.judge", slow)
+        for number in range(50):
+            caller.devices["a"].facts = {"sha256": f"{number:02}"}
+            await caller.see()
+        assert len(judged) < 10
+        caller.devices["a"].facts = caller.devices["b"].facts
+        await caller.see()
+        before = len(judged)
+        while len(judged) == before:  # the last change counts, too
+            await asyncio.sleep(0.01)
+        assert caller.head.status()["devices"]["a"]["state"] == "ready"
 
     run(test)
 

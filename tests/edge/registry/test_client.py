@@ -212,14 +212,15 @@ def test_a_broken_upload_is_begun_again_in_another_place(
     def answer(path: str, _: object) -> Answer:
         if path.endswith("/uploads/"):
             return 202, {"Location": f"/place/{len(statuses)}"}, b""
-        return (statuses.pop(0) if statuses else 404), {}, b""
+        status = statuses.pop(0) if statuses else 404
+        return status, {"Retry-After": "8"} if status == 503 else {}, b""
 
     server = serve(answer)
     with client(server) as registry:
         registry.put_blob(b"weights", digest_of(b"weights"))
         places = [path.partition("?")[0] for path, _ in server.asked if path.startswith("/place")]
         assert places == ["/place/4", "/place/3", "/place/2", "/place/1"]
-        assert quick() == [0.5, 1.0, 2.0]
+        assert quick() == [0.5, 1.0, 8.0]  # as the last one asked
         with pytest.raises(RegistryError, match="gives 404") as caught:
             registry.put_blob(b"weights", digest_of(b"weights"))
     assert caught.value.exit_code == 75
@@ -361,6 +362,14 @@ def test_podmans_own_files_are_found_and_the_most_specific_entry_counts(tmp_path
     assert find_credentials("a.b", environ, "team/r1") == Credentials("team", "2")
     assert find_credentials("a.b", environ, "r1") == Credentials("all", "1")
     assert find_credentials("c.d", environ, "r1") == Credentials("old", "5")
+    # Of the files of others nothing is known; a file that was named must be there to read.
+    (fleeting / "auth.json").rename(running / "kept")
+    fleeting.rmdir()
+    fleeting.write_text("no directory")
+    assert find_credentials("c.d", environ, "r1") == Credentials("old", "5")
+    named = environ | {"REGISTRY_AUTH_FILE": str(fleeting / "auth.json")}
+    with pytest.raises(ConfigError, match="cannot read the credentials"):
+        find_credentials("c.d", named, "r1")
     # Whoever says where to look means that place alone.
     assert find_credentials("c.d", environ | {"DOCKER_CONFIG": str(tmp_path)}, "r1") is None
 
@@ -376,13 +385,19 @@ def test_docker_hub_is_known_by_the_names_that_logins_use(key: str):
     assert find_credentials("a.b", environ, "me/r1") is None
 
 
-def test_an_identity_token_is_no_password():
+def test_an_identity_token_is_no_password(tmp_path: Path):
     token = entry("00000000-0000-0000-0000-000000000000", "") | {"identitytoken": "t"}
     environ = {"DOCKER_CONFIG": "/none"}
     for found in (token, {"identitytoken": "t"}):
         environ["DOCKER_AUTH_CONFIG"] = json.dumps({"auths": {"a.b": found}})
         with pytest.raises(ConfigError, match="only an identity token"):
             find_credentials("a.b", environ)
+    # A later file may have a password.
+    later = tmp_path / "config.json"
+    later.write_text(json.dumps({"auths": {"a.b": entry("u", "p")}}))
+    assert find_credentials("a.b", environ | {"DOCKER_CONFIG": str(tmp_path)}) == Credentials(
+        "u", "p"
+    )
     both = entry("u", "p") | {"identitytoken": "t"}
     environ["DOCKER_AUTH_CONFIG"] = json.dumps({"auths": {"a.b": both}})
     assert find_credentials("a.b", environ) == Credentials("u", "p")

@@ -273,6 +273,29 @@ def test_a_take_back_that_the_service_did_not_hear_of_is_said_again(
     assert device.serves(before)
 
 
+def test_a_service_that_opens_the_old_bundle_is_left_alone(
+    device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """A command that restarts it would have it begin again and again."""
+    before, reference = device.current, device.offer()
+    monkeypatch.setattr(steps, "_RELOAD_AGAIN_S", 0.1)
+    monkeypatch.setattr(services, "_fault", lambda *_: "the engine has failed")
+    look, tries = services.Service.look, iter(range(10))
+
+    def loading(self: services.Service) -> Any:
+        told = (tmp_path / "n").read_text().count("\n") if (tmp_path / "n").exists() else 0
+        if told == 2 and next(tries, None) is not None:
+            raise services.LoadingError("it opens its bundles")
+        return look(self)
+
+    monkeypatch.setattr(services.Service, "look", loading)
+    script = f"echo >>{tmp_path}/n; {device.reload}"
+    with pytest.raises(GateError, match="the engine has failed"):
+        roll_out(device.plan(reference, reload=f"sh -c '{script}'"))
+    assert device.serves(before)
+    assert (tmp_path / "n").read_text().count("\n") == 2
+
+
 def test_steps_that_fail_leave_the_old_bundle_and_reject_nothing(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ):
