@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 
 from edge.errors import ConfigError, RequestError
 from edge.files import MALFORMED, read_file
-from edge.text.chat_template import THINK_END, THINK_START, ChatTemplate, encode_chat
+from edge.text.chat_template import (
+    THINK_END,
+    THINK_START,
+    ChatTemplate,
+    encode_chat,
+    prompt_opens_reasoning,
+)
 from edge.text.tokenizer import Tokenizer
 
 SEQ_LEN = 512
@@ -180,17 +186,18 @@ def encode_document(
             return encode_chat(tokenizer, template, messages, add_generation_prompt=False)
         return tokenizer.encode("".join(f"{message.get('content')}\n\n" for message in messages))
     # Templates cut the reasoning out of past answers, so the answer is put after the prompt here,
-    # as the model itself would write it.
+    # as the model itself would write it: no token reaches from one into the other.
     *prompt, answer = messages
     ids = encode_chat(tokenizer, template, prompt)
     control = tokenizer.control_tokens
-    reasoning, content = answer.get("reasoning"), answer.get("content") or ""
-    if reasoning and THINK_END in control:
-        opened = THINK_START in tokenizer.decode(ids[-3:])
+    reasoning, content = answer.get("reasoning") or "", answer.get("content") or ""
+    opened = prompt_opens_reasoning(tokenizer.decode(ids[-8:]))
+    if opened or (reasoning and THINK_END in control):
         if not opened and THINK_START in control:
             ids += [control[THINK_START], *tokenizer.encode("\n")]
         ids += tokenizer.encode(f"{reasoning}\n")
-        ids += [control[THINK_END], *tokenizer.encode(f"\n\n{content}")]
+        ids += tokenizer.encode(THINK_END, control=True)
+        ids += tokenizer.encode(f"\n\n{content}")
     else:
         ids += tokenizer.encode(f"{reasoning}\n\n{content}" if reasoning else content)
     return [*ids, *tokenizer.tokens.eos[:1]]

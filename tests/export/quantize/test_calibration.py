@@ -12,12 +12,16 @@ import pytest
 
 from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError
-from edge.text.chat_template import ChatTemplate
+from edge.text.chat_template import ChatTemplate, ReasoningSplitter, encode_chat
 from edge.text.tokenizer import Tokenizer
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize import calibration
 from export.sources.checkpoint import Checkpoint
-from export.sources.documents import calibration_batches, read_calibration_text
+from export.sources.documents import (
+    calibration_batches,
+    encode_document,
+    read_calibration_text,
+)
 from export.sources.opening import open_checkpoint
 from tests.conftest import Checkpoints
 from tests.export.quantize.layers import run_layers
@@ -151,6 +155,22 @@ def test_files_of_messages_and_of_text(tools: Any, tmp_path: Path):
     # Once for each answer: a control token that is merely typed stays plain text.
     counts = [(ids == CONTROL_IDS[token]).sum() for token in ("<think>", "</think>")]
     assert abs(int(counts[0]) - int(counts[1])) <= 1
+
+
+@pytest.mark.parametrize("reasoning", [None, "", "Lead?"])
+@pytest.mark.parametrize("content", ["A charge.", None])
+def test_an_answer_closes_the_reasoning_that_the_template_opens(
+    tools: Any, reasoning: str | None, content: str | None
+):
+    chat = [{"role": "user", "content": "hello"}]
+    answer = {"role": "assistant", "content": content, "reasoning": reasoning}
+    prompt = encode_chat(tools[0], tools[1], chat)
+    ids = encode_document(tools[0], tools[1], {"messages": [*chat, answer]})
+    assert ids[: len(prompt)] == prompt
+    assert ids[-1] == EOS_ID
+    splitter = ReasoningSplitter(opened=True)
+    parts = [splitter.push(tools[0].decode(ids[len(prompt) : -1])), splitter.flush()]
+    assert tuple(map("".join, zip(*parts, strict=True))) == (reasoning or "", content or "")
 
 
 @pytest.mark.parametrize(
