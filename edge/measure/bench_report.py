@@ -300,6 +300,7 @@ def report(
     figures = summarize(samples, config)
     work = work_of_bundle(manifest, backend, config)
     mode = None if device is None else device.mode
+    nvpmodel = snapshot.power_mode
     return {
         "schema": BENCH_SCHEMA,
         "model": manifest.name,
@@ -308,8 +309,9 @@ def report(
         "gpu_wait": getattr(backend, "gpu_wait", None),
         "device": {
             "name": None if device is None else device.name,
-            "power_mode": None if mode is None or mode.name == CPU else mode.name,
-            "nvpmodel": snapshot.power_mode,
+            # None where the table lacks the mode: it was compared with another then.
+            "power_mode": mode.name if mode and nvpmodel and mode.is_called(nvpmodel) else None,
+            "nvpmodel": nvpmodel,
             "bytes_per_s": None if mode is None else mode.bytes_per_s,
             "module": snapshot.module,
             "l4t": snapshot.l4t,

@@ -10,7 +10,7 @@ import msgspec
 from edge.errors import ConfigError
 from edge.files import read_file
 
-from .plan import CPU, Device, find_device
+from .plan import CPU, Device, find_device, find_module
 from .speed import FITTED, Efficiency, Measured, Work, calibrate
 
 BENCH_SCHEMA = 1
@@ -24,11 +24,22 @@ class Center(msgspec.Struct, frozen=True):
 
 
 class BenchDevice(msgspec.Struct, frozen=True):
-    """Where the benchmark ran; ``name`` is a module, ``cpu``, or None for another GPU."""
+    """Where the benchmark ran; ``name`` is a module, ``cpu``, or None for another GPU.
+
+    Attributes:
+        power_mode: the mode of the table that it was compared with, if that is its own.
+        nvpmodel: what its mode is called there; older files, and containers, do not say.
+    """
 
     name: str | None
     power_mode: str | None
     bytes_per_s: float | None
+    nvpmodel: str | None = None
+
+    @property
+    def mode(self) -> str | None:
+        """The name of its power mode, if it is known."""
+        return self.nvpmodel or self.power_mode
 
 
 class BenchFile(msgspec.Struct, frozen=True):
@@ -116,14 +127,16 @@ def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[
     Args:
         path: JSON of ``edge-llm bench``, or ``report.json`` of ``scripts/gpu-check``.
         device: what the user asked for; None is the benchmark's.
-        power_mode: what the user asked for; None is the benchmark's.
+        power_mode: what the user asked for; None is the benchmark's. Needed where that is not
+            known.
 
     Raises:
-        ConfigError: no such file, or it was measured on another device or in another mode.
+        ConfigError: no such file, or it was measured on another device, or in another or an
+            unknown mode.
     """
     benches = read_runs(path)
     place = next(iter(benches.values())).device
-    if len({(bench.device.name, bench.device.power_mode) for bench in benches.values()}) > 1:
+    if len({(bench.device.name, bench.device.mode) for bench in benches.values()}) > 1:
         raise ConfigError(
             f"--calibrate {path}: its benchmarks are of several devices or modes; give a report "
             "of one"
@@ -133,23 +146,38 @@ def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[
         raise ConfigError(
             f"--calibrate {path}: it was measured on a device that no table describes"
         )
-    for option, asked, found in (
-        ("--device", device, name),
-        ("--power-mode", power_mode, place.power_mode),
-    ):
-        if asked is not None and found is not None and asked.lower() != found.lower():
-            raise ConfigError(
-                f"--calibrate {path}: it was measured with {option} {found}, not {asked}"
-            )
+    if device is not None and device.lower() != name.lower():
+        raise ConfigError(f"--calibrate {path}: it was measured with --device {name}, not {device}")
     target = (
         find_device(CPU, cpu_bytes_per_s=place.bytes_per_s)
         if name == CPU
-        else find_device(name, power_mode or place.power_mode)
+        else _module(path, name, place.mode, power_mode)
     )
     if target.mode is None:
         raise ConfigError(f"--calibrate {path}: it has no bandwidth; run edge-llm bench again")
     runs = [_measured(where, bench) for where, bench in benches.items()]
     return target, calibrate(target.mode, FITTED, runs, f"measured: {path.name}")
+
+
+def _module(path: Path, name: str, mode: str | None, asked: str | None) -> Device:
+    """Find the module in the mode that it was measured in; where none is known, in ``asked``."""
+    if mode is None and asked is None:
+        raise ConfigError(
+            f"--calibrate {path}: it does not say in which power mode it was measured, as in a "
+            "container; give --power-mode"
+        )
+    module = find_module(name)
+    if mode is not None and not any(known.is_called(mode) for known in module.modes):
+        raise ConfigError(
+            f"--calibrate {path}: it was measured in power mode {mode}, whose clocks are not known "
+            f"for {name}; measure in one of {', '.join(known.name for known in module.modes)}"
+        )
+    target = find_device(name, mode or asked)
+    if asked is not None and find_device(name, asked) != target:
+        raise ConfigError(
+            f"--calibrate {path}: it was measured with --power-mode {mode}, not {asked}"
+        )
+    return target
 
 
 def _measured(where: str, bench: BenchFile) -> Measured:

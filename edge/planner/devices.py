@@ -4,7 +4,10 @@ Sources: memory, bandwidth, SMs, clocks and TOPS are those of NVIDIA's data shee
 DS-10662-001, Orin NX DS-10712-001, Orin Nano DS-11105-001) and of the "Super" modes of JetPack 6.2;
 the clocks of the lower modes are from the nvpmodel tables of the Jetson Linux Developer Guide,
 chapter "Platform Power and Performance"; those of Orin Nano's 25W, in which JetPack 6.2 boots,
-are what ``jetson_clocks --show`` prints there.
+are what ``jetson_clocks --show`` prints there. AGX Orin 32 below MAXN is NVIDIA's
+``nvpmodel_p3701_0004.conf``, Orin NX 16 in 10W to 40W its ``nvpmodel_p3767_0000_super.conf``, both
+in the repository LineageOS/android_device_nvidia_concord: a bit of the TPC mask takes two SMs away,
+and a cap on EMC is a memory clock.
 
 The advertised TOPS count sparse INT8 and the DLAs. Neither serves a language model, so arithmetic
 is computed from the GPU alone: an Orin SM does 4,096 dense INT8 operations per clock, half as many
@@ -40,6 +43,10 @@ class PowerMode:
     bytes_per_s: float
     knows_arithmetic: bool = True
 
+    def is_called(self, name: str) -> bool:
+        """Tell whether nvpmodel means this: AGX Orin's ``30W`` is ``MODE_30W`` in JetPack 6."""
+        return name.lower().removeprefix("mode_") == self.name.lower()
+
     @property
     def int8_ops(self) -> float:
         """Dense INT8 operations per second of the GPU's tensor cores."""
@@ -70,16 +77,13 @@ class Module:
     dla_tops: float
 
     def mode(self, name: str | None) -> PowerMode:
-        """Return a power mode by name; None is the fastest.
-
-        AGX Orin's ``nvpmodel.conf`` of JetPack 6 calls ``30W`` ``MODE_30W``.
+        """Return a power mode by name, see `PowerMode.is_called`; None is the fastest.
 
         Raises:
             ConfigError: the module has no such mode, or the table does not.
         """
-        wanted = None if name is None else name.lower().removeprefix("mode_")
         for mode in self.modes:
-            if wanted in (None, mode.name.lower()):
+            if name is None or mode.is_called(name):
                 return mode
         known = ", ".join(mode.name for mode in self.modes)
         raise ConfigError(f"--power-mode {name} is not known for {self.name}; known: {known}")
@@ -106,7 +110,12 @@ MODULES: dict[str, Module] = {
         Module(
             "agx-orin-32",
             32 * _GB,
-            (PowerMode("MAXN", 14, 930e6, _AGX_GBPS),),
+            (
+                PowerMode("MAXN", 14, 930e6, _AGX_GBPS),
+                PowerMode("40W", 14, 816e6, _AGX_GBPS),
+                PowerMode("30W", 8, 612e6, _AGX_GBPS),
+                PowerMode("15W", 6, 408e6, 136.5e9),
+            ),
             tops=200,
             dla_tops=92,
         ),
@@ -115,7 +124,11 @@ MODULES: dict[str, Module] = {
             16 * _GB,
             (
                 PowerMode("MAXN_SUPER", 8, 1173e6, _NX_GBPS),
+                PowerMode("40W", 8, 1173e6, _NX_GBPS),
                 PowerMode("MAXN", 8, 918e6, _NX_GBPS),
+                PowerMode("25W", 8, 408e6, _NX_GBPS),
+                PowerMode("15W", 4, 612e6, _NX_GBPS),
+                PowerMode("10W", 4, 612e6, 68.3e9),
             ),
             tops=157,
             dla_tops=80,

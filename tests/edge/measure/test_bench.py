@@ -29,13 +29,14 @@ from edge.measure.bench_report import (
     compare,
     find_bench_device,
     measure_bandwidth,
+    report,
     roofline,
     spread,
     summarize,
     work_of_bundle,
 )
 from edge.planner.calibration import calibrated
-from edge.planner.plan import CPU, find_device
+from edge.planner.plan import CPU, Device, find_device
 from tests.conftest import Bundles
 from tests.fakes import ScriptedBackend, random_logits
 
@@ -333,6 +334,58 @@ def test_the_roofline_is_bytes_over_bandwidth(tiny: Any):
     assert found["reached"] == pytest.approx(5.0 / found["decode_tps"])
     assert 0 < found["predicted_decode_tps"] < found["decode_tps"]
     assert roofline(work, None, config, 5.0) is None
+
+
+def bench_on(
+    tiny: tuple[EmbeddingTable, Manifest], path: Path, board: str, gib: int, mode: str | None
+) -> Path:
+    """What a benchmark on an Orin writes, as if a TensorRT engine had run there."""
+    table, manifest = tiny
+    backend = ScriptedBackend(table, random_logits(table.vocab_size))
+    config = BenchConfig(prompt_tokens=10, output_tokens=4, repeats=2)
+    samples = run_bench(backend, table, manifest, config)
+    snapshot = Snapshot(module=board, power_mode=mode, memory_total_bytes=gib << 30)
+    device, _ = find_bench_device("tensorrt", snapshot, None)
+    path.write_text(json.dumps(report(manifest, backend, config, samples, device, snapshot)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("board", "gib", "mode", "found"),
+    [
+        ("NVIDIA Jetson Orin NX", 15, "25W", find_device("orin-nx-16", "25W")),
+        ("NVIDIA Jetson AGX Orin", 29, "MODE_30W", find_device("agx-orin-32", "30W")),
+        ("NVIDIA Jetson AGX Orin", 29, "MODE_99W", None),
+        ("NVIDIA Jetson Orin Nano", 7, "7W", None),
+    ],
+)
+def test_a_benchmark_counts_in_the_mode_that_it_ran_in(
+    tiny: Any, tmp_path: Path, board: str, gib: int, mode: str, found: Device | None
+):
+    saved = bench_on(tiny, tmp_path / "b.json", board, gib, mode)
+    written = json.loads(saved.read_text())["device"]
+    assert written["nvpmodel"] == mode
+    if found is None:
+        assert written["power_mode"] is None
+        for asked in (None, mode, "MAXN_SUPER"):
+            with pytest.raises(ConfigError, match=f"in power mode {mode}, whose clocks are not"):
+                calibrated(saved, None, asked)
+        return
+    assert found.mode is not None
+    assert written["power_mode"] == found.mode.name
+    for asked in (None, mode, found.mode.name):
+        assert calibrated(saved, None, asked)[0] == found
+    with pytest.raises(ConfigError, match=f"measured with --power-mode {mode}, not MAXN"):
+        calibrated(saved, None, "MAXN")
+
+
+def test_an_unknown_mode_must_be_given(tiny: Any, tmp_path: Path):
+    """In a container nothing names it."""
+    saved = bench_on(tiny, tmp_path / "b.json", "NVIDIA Jetson Orin NX", 15, None)
+    assert json.loads(saved.read_text())["device"]["power_mode"] is None
+    with pytest.raises(ConfigError, match=r"does not say in which power mode .* --power-mode"):
+        calibrated(saved, None, None)
+    assert calibrated(saved, None, "15W")[0] == find_device("orin-nx-16", "15W")
 
 
 # ------------------------------------------------------------------------------- the verb

@@ -32,7 +32,8 @@ def test_tops_before_the_super_modes(name: str, mode: str, tops: float):
 def test_modes_are_ordered_and_found_by_name(module: Module):
     assert module.mode(None) is module.modes[0]
     for faster, slower in zip(module.modes, module.modes[1:], strict=False):
-        assert faster.fp16_flops > slower.fp16_flops
+        # Orin NX's 40W has the GPU of MAXN_SUPER, and its 10W that of 15W.
+        assert faster.fp16_flops >= slower.fp16_flops
         assert faster.bytes_per_s >= slower.bytes_per_s
     for mode in module.modes:
         assert module.mode(mode.name.lower()) is mode

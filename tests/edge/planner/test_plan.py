@@ -236,7 +236,7 @@ def test_a_cpus_benchmark_brings_its_bandwidth(tmp_path: Path):
     ("device", "mode", "message"),
     [
         ("orin-nx-16", None, "--device agx-orin-64, not orin-nx-16"),
-        (None, "30W", "--power-mode MAXN, not 30W"),
+        (None, "30W", "--power-mode MAXN, not 30W"),  # an older file, without nvpmodel
     ],
 )
 def test_another_device_is_refused(
