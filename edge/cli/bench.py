@@ -128,7 +128,7 @@ def _check_before_loading(
     from edge.bundle.engine_file import find_engines
     from edge.bundle.manifest import read_manifest
     from edge.measure.bench import check_room
-    from edge.measure.bench_report import check_alike, refuse_single_runs
+    from edge.measure.bench_report import check_alike, refuse_few_repeats
     from edge.measure.layer_bench import no_layer_times
 
     manifest = read_manifest(bundle)
@@ -139,7 +139,7 @@ def _check_before_loading(
         if not find_engines(bundle):
             raise no_layer_times("another backend")
     if before is not None:
-        refuse_single_runs(config.repeats)
+        refuse_few_repeats(config.repeats)
         known = {
             name: getattr(config, name) for name in ("batch", "prompt_tokens", "output_tokens")
         }
@@ -303,6 +303,8 @@ def _print(result: dict[str, Any], changes: list[Change]) -> None:
             f"against: {change.name} {change.ratio - 1:+.1%} "
             f"(95 % {change.low - 1:+.1%} to {change.high - 1:+.1%}): {change.verdict}"
         )
+    if changes:
+        console.print("against: the intervals know the noise within one process only")
 
 
 def _print_drafts(drafts: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ from .bench import BenchConfig, Samples
 
 _log = logging.getLogger(__name__)
 
+LEAST_REPEATS = 5
+"""Of runs that are compared: the bootstrap's interval of fewer is too narrow."""
 _RESAMPLES = 2000
 _BANDWIDTH_BYTES = 256 << 20
 
@@ -90,7 +92,8 @@ class Change:
     Attributes:
         name: the figure's name.
         ratio: new time over old: above 1 is slower.
-        low, high: 95 % interval of the ratio (bootstrap of both medians).
+        low, high: 95 % interval of the ratio (bootstrap of both medians); it knows the noise within
+            a process, not that from one process to the next.
     """
 
     name: str
@@ -117,16 +120,16 @@ def check_alike(old: dict[str, Any], known: dict[str, Any]) -> None:
     _refuse(_unlike(old, known, *known))
 
 
-def refuse_single_runs(*repeats: int) -> None:
-    """Refuse to compare runs of which one was not repeated: it says nothing of its noise.
+def refuse_few_repeats(*repeats: int) -> None:
+    """Refuse to compare runs of which one has too few repeats to know its own noise.
 
     Raises:
-        ConfigError: one of them is a single run.
+        ConfigError: one of them has fewer than `LEAST_REPEATS`.
     """
-    if min(repeats) < 2:
+    if min(repeats) < LEAST_REPEATS:
         raise ConfigError(
-            "--against needs the noise of both runs, and one of them has a single repeat; give "
-            "both --repeats 5 or more"
+            "--against needs the noise of both runs, and one of them has --repeats "
+            f"{min(repeats)}; give both {LEAST_REPEATS} or more"
         )
 
 
@@ -167,7 +170,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
             "wrong); run it again"
         ) from error
     _refuse(differing)
-    refuse_single_runs(*(len(times) for _, *both in pairs for times in both))
+    refuse_few_repeats(*(len(times) for _, *both in pairs for times in both))
     return [_change(name, before, now) for name, before, now in pairs]
 
 

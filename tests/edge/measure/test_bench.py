@@ -40,7 +40,7 @@ from edge.planner.plan import CPU, Device, find_device
 from tests.conftest import Bundles
 from tests.fakes import ScriptedBackend, random_logits
 
-SMALL = ["--prompt-tokens", "40", "--output-tokens", "6", "--repeats", "3"]
+SMALL = ["--prompt-tokens", "40", "--output-tokens", "6", "--repeats", "5"]
 
 
 @pytest.fixture
@@ -225,8 +225,8 @@ def result_of(times_s: list[float], **changes: Any) -> dict[str, Any]:
         "backend": "ort-cpu",
         "work": {"step_bytes": 1},
         "device": {"name": CPU},
-        "prefill_s": spread([1.0, 1.0, 1.0]),
-        "ttft_s": spread([1.0, 1.0, 1.0]),
+        "prefill_s": spread([1.0] * 5),
+        "ttft_s": spread([1.0] * 5),
         "tpot_s": spread(times_s),
     } | changes
 
@@ -237,7 +237,7 @@ def result_of(times_s: list[float], **changes: Any) -> dict[str, Any]:
         ([10, 10.1, 10.2, 10.1, 10], [12, 12.1, 12, 12.2, 12.1], "slower"),
         ([12, 12.1, 12, 12.2, 12.1], [10, 10.1, 10.2, 10.1, 10], "faster"),
         ([10, 12, 9, 11, 13], [11, 13, 10, 12, 14], "same"),  # 10 % within such noise is nothing
-        ([10, 10, 10], [10, 10, 10], "same"),
+        ([10] * 5, [10] * 5, "same"),
     ],
 )
 def test_a_change_counts_beyond_the_noise(before: list[float], now: list[float], verdict: str):
@@ -249,7 +249,7 @@ def test_a_change_counts_beyond_the_noise(before: list[float], now: list[float],
     assert changes["prefill_s"].verdict == "same"
 
 
-@given(st.lists(st.floats(0.9, 1.1), min_size=3, max_size=9), st.floats(1.3, 3.0))
+@given(st.lists(st.floats(0.9, 1.1), min_size=5, max_size=9), st.floats(1.3, 3.0))
 def test_a_large_slowdown_is_never_missed(values: list[float], factor: float):
     slower = [value * factor for value in values]
     (change,) = [c for c in compare(result_of(values), result_of(slower)) if c.name == "tpot_s"]
@@ -271,15 +271,15 @@ def test_a_large_slowdown_is_never_missed(values: list[float], factor: float):
 )
 def test_only_like_runs_compare(changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        compare(result_of([1.0, 1.0], **changes), result_of([1.0, 1.0]))
+        compare(result_of([1.0] * 5, **changes), result_of([1.0] * 5))
 
 
 @pytest.mark.parametrize("name", ["power_mode", "nvpmodel", "num_threads"])
 def test_power_mode_and_threads_are_compared_where_both_runs_have_them(name: str):
     def run(**value: Any) -> dict[str, Any]:
         if name == "num_threads":
-            return result_of([1.0, 1.0], **value)
-        return result_of([1.0, 1.0], device={"name": CPU, **value})
+            return result_of([1.0] * 5, **value)
+        return result_of([1.0] * 5, device={"name": CPU, **value})
 
     with pytest.raises(ConfigError, match=f"differs in {name}"):
         compare(run(**{name: 2}), run(**{name: 4}))
@@ -402,8 +402,8 @@ def test_the_verb_measures_compares_and_calibrates(tiny_bundles: Bundles, tmp_pa
     (line,) = [text for text in first.stdout.splitlines() if text.startswith("{")]
     result = json.loads(line)
     assert result["backend"] == "ort-cpu"
-    assert len(result["tpot_s"]["values"]) == 3
-    assert len(result["ttft_s"]["values"]) == 6
+    assert len(result["tpot_s"]["values"]) == 5
+    assert len(result["ttft_s"]["values"]) == 10
     assert result["memory"]["rss_bytes"] > 0
     assert result["versions"]["edge_llm"]
     assert result["roofline"]["reached"] > 0
@@ -414,7 +414,8 @@ def test_the_verb_measures_compares_and_calibrates(tiny_bundles: Bundles, tmp_pa
         run_verb(bundle, "--batch", "2", "--against", str(saved), "--num-threads", "1", *SMALL)
     table = run_verb(bundle, "--batch", "2", "--against", str(saved), *SMALL)
     assert table.exit_code == 0, table.output
-    for word in ("TPOT, ms", "ITL ms", "roofline", "no power rails here", "against: tpot_s"):
+    words = ("TPOT, ms", "ITL ms", "roofline", "no power rails here", "against: tpot_s")
+    for word in (*words, "the noise within one process only"):
         assert word in table.stdout
     # The device here is a CPU of measured bandwidth, and this tiny model is all overhead.
     device, efficiency = calibrated(saved, None, None)
@@ -481,14 +482,17 @@ def test_a_wrong_file_to_compare_with_is_refused(
         run_verb(str(tiny_bundles("qwen2", quant="int4")), "--against", str(saved), *SMALL)
 
 
-def test_a_single_run_is_not_compared(tiny_bundles: Bundles, tmp_path: Path):
+@pytest.mark.parametrize("repeats", [1, 2, 4])
+def test_too_few_repeats_are_not_compared(repeats: int, tiny_bundles: Bundles, tmp_path: Path):
     saved = tmp_path / "bench.json"
     saved.write_text("{}")
-    once = (*SMALL, "--against", str(saved), "--repeats", "1")
-    with pytest.raises(ConfigError, match="a single repeat; give both --repeats 5"):
-        run_verb(str(tiny_bundles("qwen2")), *once)
-    with pytest.raises(ConfigError, match="a single repeat"):
-        compare(result_of([1.0]), result_of([1.0, 1.1]))
+    few = (*SMALL, "--against", str(saved), "--repeats", str(repeats))
+    message = f"has --repeats {repeats}; give both 5 or more"
+    with pytest.raises(ConfigError, match=message):
+        run_verb(str(tiny_bundles("qwen2")), *few)
+    for times in ([1.0] * repeats, [1.0] * 5), ([1.0] * 5, [1.0] * repeats):
+        with pytest.raises(ConfigError, match=message):
+            compare(*map(result_of, times))
 
 
 def test_a_limit_needs_something_to_compare_with(tiny_bundles: Bundles):
