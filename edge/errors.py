@@ -10,7 +10,7 @@
       BundleError                 a bundle that is missing, incomplete or of another version  65
         IntegrityError            a file of the bundle differs from its recorded hash
       DependencyError             an optional library is missing or too old (ImportError)     69
-      ResourceError               not enough disk or memory                                   71
+      ResourceError               not enough disk, memory or CPU time                         71
         DeviceMemoryError         not enough memory of the GPU
       OverloadError               the queue is full; try again later                          75
       DeadlineError               a request did not finish in the time that it was given      75
@@ -101,7 +101,7 @@ class DependencyError(EdgeError, ImportError):
 
 
 class ResourceError(EdgeError):
-    """Disk space or memory does not suffice."""
+    """Disk space, memory or CPU time does not suffice."""
 
     exit_code = 71
 

@@ -34,6 +34,8 @@ _START = (
 )
 _WALL_FACTOR = 10  # it may have to wait for a core
 _MIN_WALL_S = 10.0
+_HELD_UP = "RDTt"  # states of a process that waits for a core or a disk, or was stopped
+_LEAST_SHARE = 0.01  # of a core; a child that is held up and gets less is not waited for
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Limits:
     """What one task may cost.
 
     Attributes:
-        cpu_s: CPU seconds; the wall clock may show ten times as many, and at least 10.
+        cpu_s: CPU seconds; the wall clock may show ten times as many, and at least 10: longer only
+            for a child that did not sleep and had less, as on a busy machine.
         memory_bytes: address space of the child, the interpreter included (some 40 MB).
         answer_bytes: length of an answer.
         nice: added to the child's niceness.
@@ -91,7 +94,8 @@ class LimitedChild:
         Raises:
             LimitError: it took more than the limits, and an answer is not known.
             ChildError: the function raised an exception, which it should not.
-            ResourceError: no process could be started.
+            ResourceError: no process could be started, or this machine is too busy to tell whether
+                it would pass the limits.
         """
         with self._lock:
             process = self._started()
@@ -153,48 +157,50 @@ class LimitedChild:
     def _exchange(self, process: subprocess.Popen[bytes], task: bytes) -> tuple[bytes, bytes]:
         assert process.stdin is not None
         assert process.stdout is not None
-        deadline = time.monotonic() + max(_WALL_FACTOR * self._limits.cpu_s, _MIN_WALL_S)
+        clock = _Clock(process, self._limits.cpu_s)
         target, source = process.stdin.fileno(), process.stdout.fileno()
         os.set_blocking(target, False)
         os.set_blocking(source, False)
         frame = memoryview(b"".join((b"t", len(task).to_bytes(_LENGTH_BYTES, "little"), task)))
         try:
             while frame:
-                _wait(target, select.POLLOUT, deadline)
+                clock.wait(target, select.POLLOUT)
                 frame = frame[os.write(target, frame) :]
         except BrokenPipeError:
             pass  # why is in the answer, or in how it ended
-        head = self._read(process, source, 1 + _LENGTH_BYTES, deadline)
+        head = self._read(process, source, 1 + _LENGTH_BYTES, clock)
         length = int.from_bytes(head[1:], "little")
         if length > self._limits.answer_bytes:
             raise LimitError
-        return bytes(head[:1]), bytes(self._read(process, source, length, deadline))
+        return bytes(head[:1]), bytes(self._read(process, source, length, clock))
 
     def _read(
-        self, process: subprocess.Popen[bytes], source: int, count: int, deadline: float
+        self, process: subprocess.Popen[bytes], source: int, count: int, clock: _Clock
     ) -> bytearray:
         data = bytearray()
         while len(data) < count:
-            _wait(source, select.POLLIN, deadline)
+            clock.wait(source, select.POLLIN)
             try:
                 part = os.read(source, min(count - len(data), 1 << 20))
             except BlockingIOError:
                 continue
             if not part:
-                self._explain(process)
+                self._explain(process, clock)
             data += part
         return data
 
     @staticmethod
-    def _explain(process: subprocess.Popen[bytes]) -> NoReturn:
+    def _explain(process: subprocess.Popen[bytes], clock: _Clock) -> NoReturn:
         """Raise the error for a child that closed its pipe: a signal means a limit."""
-        try:
-            code = process.wait(_MIN_WALL_S)
-        except subprocess.TimeoutExpired:
-            raise LimitError from None
-        if code < 0:
-            raise LimitError
-        raise ChildError(f"it ended with exit code {code} before it answered")
+        while True:
+            try:
+                code = process.wait(_MIN_WALL_S)
+            except subprocess.TimeoutExpired:
+                clock.extend()
+                continue
+            if code < 0:
+                raise LimitError
+            raise ChildError(f"it ended with exit code {code} before it answered")
 
 
 def _nothing() -> None:
@@ -211,11 +217,56 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
         process.wait()
 
 
-def _wait(descriptor: int, event: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(descriptor, event)
-    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
-        raise LimitError
+class _Clock:
+    """Waits for a child until its time for a task is over."""
+
+    def __init__(self, process: subprocess.Popen[bytes], cpu_s: float) -> None:
+        """Begin a task.
+
+        Args:
+            process: the child.
+            cpu_s: see `Limits`.
+        """
+        self._process = process
+        self._wall_s = max(_WALL_FACTOR * cpu_s, _MIN_WALL_S)
+        self._deadline = time.monotonic() + self._wall_s
+        self._seen_s = self._state()[1]
+        self._end_s = self._seen_s + cpu_s
+
+    def wait(self, descriptor: int, event: int) -> None:
+        """Wait for an event of its pipes; raises what `extend` does."""
+        poll = select.poll()
+        poll.register(descriptor, event)
+        while not poll.poll(max(0.0, self._deadline - time.monotonic()) * 1e3):
+            self.extend()
+
+    def extend(self) -> None:
+        """Give more time to a child that was held up and comes on.
+
+        Raises:
+            LimitError: it was not held up: it has had its CPU time, or sleeps.
+            ResourceError: it does not come on.
+        """
+        state, spent_s = self._state()
+        if spent_s >= self._end_s or state not in _HELD_UP:
+            raise LimitError
+        got_s = spent_s - self._seen_s
+        if got_s < _LEAST_SHARE * self._wall_s:
+            raise ResourceError(
+                f"a process with a limit on its time had {got_s:.2f} s of CPU time in "
+                f"{self._wall_s:g} s; this machine is too busy: run less beside it"
+            )
+        self._seen_s = spent_s
+        self._deadline = time.monotonic() + self._wall_s
+
+    def _state(self) -> tuple[str, float]:
+        """Return the child's state, a letter of proc(5), and the CPU seconds that it has used."""
+        try:
+            text = Path(f"/proc/{self._process.pid}/stat").read_text("latin-1")
+        except OSError:
+            return "unknown", 0.0
+        fields = text.rpartition(")")[2].split()
+        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # ------------------------------------------------------------------------------- in the child

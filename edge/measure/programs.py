@@ -86,7 +86,7 @@ def check_program(item: ProgramItem, program: str) -> str | None:
         What went wrong, in a line; None if all tests passed.
 
     Raises:
-        ResourceError: this machine cannot confine the child, or cannot start it.
+        ResourceError: this machine cannot confine or start the child, or is too busy for it.
     """
     task = json.dumps({"program": program, "tests": item.tests}).encode("utf-8", "replace")
     try:

@@ -152,7 +152,7 @@ class GrammarCompiler:
         Raises:
             RequestError: the form is malformed, uses what is not supported, or passes a limit.
             DependencyError: llguidance is missing.
-            ResourceError: no process could be started.
+            ResourceError: no process could be started, or it got hardly any time.
         """
         with self._lock:
             matcher = self._matchers.get(output)

@@ -113,7 +113,7 @@ class ChatTemplate:
             BundleError: the template has a syntax error, is too long, or passes a limit with a
                 short conversation.
             DependencyError: the ``minijinja`` library is missing.
-            ResourceError: no process could be started for it.
+            ResourceError: no process could be started for it, or it got hardly any time.
         """
         try:
             import_module("minijinja")  # the child would only say that it failed
@@ -171,7 +171,7 @@ class ChatTemplate:
         Raises:
             RequestError: a message is wrong, the template refuses the messages or passes a limit,
                 or it has no use for ``tools``, for tool calls or for a variable of ``extra``.
-            ResourceError: no process could be started for the template.
+            ResourceError: no process could be started for the template, or it got hardly any time.
         """
         plain_messages = self._normalize(messages)
         plain_tools, plain_extra = _plain([tools, extra], "tools and template options")

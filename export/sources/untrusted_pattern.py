@@ -36,7 +36,7 @@ def match(pattern: str, text: str) -> list[str | None] | None:
 
     Raises:
         CheckpointError: the pattern is none, or takes more than a second.
-        ResourceError: no process could be started.
+        ResourceError: no process could be started, or it got hardly any time.
     """
     try:
         data = _child.ask(msgspec.json.encode(_Task(pattern, text)))

@@ -188,7 +188,7 @@ def as_api_error(error: BaseException) -> APIError:
         return APIError(
             503,
             "insufficient_memory",
-            "the device is short of memory; try again later",
+            "the device is short of memory or too busy; try again later",
             retry_after_s=10,
         )
     if isinstance(error, DependencyError):

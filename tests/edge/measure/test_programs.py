@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from edge import confine
 from edge.errors import ResourceError
-from edge.limited_child import Limits
+from edge.limited_child import LimitedChild, Limits
 from edge.measure import programs
 from edge.measure.programs import (
     ProgramItem,
@@ -26,6 +29,18 @@ TASK = Path(programs.__file__).parent / "data" / "tasks" / "programs.jsonl"
 
 def body(statement: str) -> str:
     return f"def double(x):\n    {statement}\n    return 2 * x"
+
+
+def hold_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every limited child stand still from its start, as one that gets no core."""
+    start = LimitedChild._started
+
+    def stopped(self: LimitedChild) -> subprocess.Popen[bytes]:
+        process = start(self)
+        os.kill(process.pid, signal.SIGSTOP)
+        return process
+
+    monkeypatch.setattr(LimitedChild, "_started", stopped)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +91,17 @@ def test_an_endless_program_is_ended(statement: str, monkeypatch: pytest.MonkeyP
     found = check_program(ITEM, body(statement))
     assert found is not None
     assert "more than 0.3 s" in found
+
+
+def test_a_program_that_sleeps_is_wrong_and_one_that_is_held_up_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(programs, "_LIMITS", Limits(cpu_s=0.5, memory_bytes=512 << 20))
+    monkeypatch.setattr("edge.limited_child._MIN_WALL_S", 2.0)
+    assert "more than 0.5 s" in str(check_program(ITEM, body("import time; time.sleep(60)")))
+    hold_children(monkeypatch)
+    with pytest.raises(ResourceError, match="too busy"):
+        check_program(ITEM, RIGHT)
 
 
 def test_one_program_leaves_nothing_to_the_next():
