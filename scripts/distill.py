@@ -172,7 +172,8 @@ def _answered(output: Path) -> list[list[Any]]:
     if whole != data:
         output.write_bytes(whole)
     try:
-        return [json.loads(line)["messages"][:-1] for line in whole.decode().splitlines()]
+        # A text's own line separators, such as U+2028, stand in the JSON as they are.
+        return [json.loads(line)["messages"][:-1] for line in whole.split(b"\n")[:-1]]
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{output} is no output of this script; give another one") from error
 

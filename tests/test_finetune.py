@@ -80,6 +80,18 @@ def test_an_interrupted_run_goes_on(tiny_bundles: Bundles, answers: Path):
         distill(tiny_bundles("qwen2"), QUESTIONS, answers, PARAMS)
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_run_goes_on_after_texts_with_other_line_separators(
+    separator: str, tiny_bundles: Bundles, answers: Path
+):
+    first, rest = lines(answers)[0], answers.read_bytes().split(b"\n", 1)[1]
+    first["messages"][-1]["content"] = f"one{separator}two"
+    whole = json.dumps(first, ensure_ascii=False).encode() + b"\n" + rest
+    answers.write_bytes(whole)
+    distill(tiny_bundles("qwen2"), QUESTIONS, answers, PARAMS, seed=3)
+    assert answers.read_bytes() == whole
+
+
 def test_questions_are_lines_or_chats(tmp_path: Path):
     text, chats = tmp_path / "questions.txt", tmp_path / "questions.jsonl"
     text.write_text("what 0\n\n  what 1 \n", "utf-8")
