@@ -116,7 +116,7 @@ class Flight:
                         reason,
                         self._params,
                         counter.tokens,
-                        is_watch=self._is_watch,
+                        is_asked=index == 0 and not self._is_watch,
                         arm=self._arm,
                     )
                     if has_drifted:

@@ -182,7 +182,7 @@ class Metrics:
         params: SamplingParams,
         reasoning_tokens: int = 0,
         *,
-        is_watch: bool = False,
+        is_asked: bool = True,
         arm: str | None = None,
     ) -> bool:
         """Count a sequence that ended, cancelled ones too.
@@ -193,7 +193,8 @@ class Metrics:
             finish_reason: ``cancelled`` counts as the outcome ``abort``.
             params: resolved sampling parameters: no knob is None.
             reasoning_tokens: how many of ``stats.completion_tokens`` are reasoning.
-            is_watch: whether ``edge-llm watch`` asked; that says nothing of what clients ask for.
+            is_asked: whether it counts as what clients ask for: not from ``edge-llm watch``, and
+                once for a request of several sequences, since those are no independent requests.
             arm: arm of an A/B split.
 
         Returns:
@@ -212,7 +213,7 @@ class Metrics:
             self._observe_times(model, stats)
         if arm is not None:
             self._observe_arm(self._label("arm", arm), stats, outcome)
-        if is_watch:
+        if not is_asked:
             return False
         asked: dict[str, float | None] = {name: getattr(params, name) for name in KNOBS}
         for name, family in self._params.items():

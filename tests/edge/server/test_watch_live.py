@@ -72,6 +72,14 @@ def test_a_service_that_forgets(tiny_bundles: Bundles, tmp_path: Path):
         assert f"recorded 50 requests in {traffic}" in found["notes"]
 
 
+def test_the_choices_of_a_request_are_one_request(tiny_bundles: Bundles):
+    with running(tiny_bundles("qwen2")) as live:
+        assert live.chat(n=3, max_tokens=2).status == 200
+        stats = live.ask("/stats").json
+    assert sum(stats["requests"].values()) == 3  # sequences
+    assert stats["asked"]["requests"] == 1
+
+
 def test_perplexity_through_the_service_is_that_of_the_bundle(tiny_bundles: Bundles):
     with running(tiny_bundles("qwen2")) as live:
         server = ServerAnswerer(live.url, model="tiny")

@@ -304,7 +304,7 @@ def test_drift_of_a_window_is_shown():
 
 def test_a_watch_is_counted_but_is_no_client():
     metrics = Metrics(idle)
-    metrics.observe_finish("r1", STATS, "stop", PARAMS, is_watch=True)
+    metrics.observe_finish("r1", STATS, "stop", PARAMS, is_asked=False)
     assert value(metrics, "requests_total", model="r1", outcome="stop") == 1
     assert not any(name == "edgellm_request_temperature_count" for name, _ in samples(metrics))
     assert metrics.stats_json()["asked"]["requests"] == 0
