@@ -165,7 +165,7 @@ class HeadModule(nn.Module):  # type: ignore[misc]
     def _rotate(self, x: Tensor, k: int) -> Tensor:
         """Turn ``[texts, heads, tokens, dim]`` by the rows' positions at guess ``k``."""
         angles = (torch.arange(x.shape[2]) + k)[:, None] * self._frequencies
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = (f(angles) * self.spec.rope.attention_factor for f in (torch.cos, torch.sin))
         low, high = x.chunk(2, -1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 

@@ -32,7 +32,7 @@ from edge.backends.ort.session import open_session
 from edge.backends.step import all_tokens
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import Manifest, ModelSpec, read_manifest
+from edge.bundle.manifest import Manifest, ModelSpec, RopeSpec, read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, OnnxFile, tensor_info
 from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, DependencyError
@@ -149,7 +149,8 @@ def train(
         chain of ``ahead`` guesses would give on the held-out texts.
 
     Raises:
-        ConfigError: a number out of range, an output that is there, or too few texts.
+        ConfigError: a number out of range, an output that is there, too few texts, or states or a
+            loss that are no finite numbers.
         DependencyError: torch is missing.
         BundleError, BackendError: see the bundle.
     """
@@ -275,13 +276,23 @@ def lesson(
     logits: NDArray[np.float32],
     first: int,
 ) -> Lesson:
-    """Keep what counts of the model's numbers."""
+    """Keep what counts of the model's numbers.
+
+    Raises:
+        ConfigError: hidden states that float16 does not hold, or none at all.
+    """
     best = np.argpartition(logits, -BEST, axis=-1)[:, -BEST:]
     best = np.take_along_axis(best, np.argsort(-np.take_along_axis(logits, best, -1)), -1)
     top = np.exp(np.take_along_axis(logits, best, -1) - logits.max(axis=-1, keepdims=True))
-    states = np.concatenate([stream[0] for stream in streams], axis=-1).astype(np.float16)
+    states = np.concatenate([stream[0] for stream in streams], axis=-1)
+    largest = float(np.abs(states).max())
+    if not largest <= float(np.finfo(np.float16).max):
+        raise ConfigError(
+            f"the model's hidden states reach {largest:g}, and a head learns from float16, which "
+            "ends at 65504; this model gets no head here"
+        )
     chances = top / top.sum(axis=-1, keepdims=True)
-    return Lesson(ids, states, best.astype(np.int64), chances, first)
+    return Lesson(ids, states.astype(np.float16), best.astype(np.int64), chances, first)
 
 
 def feeds(manifest: Manifest, capacity: int, embeds: NDArray[np.float32]) -> dict[str, Any]:
@@ -335,7 +346,11 @@ def learn(
     bfloat16: bool,
     seed: int,
 ) -> int:
-    """Train until the time is over; returns the steps of the optimizer."""
+    """Train until the time is over; returns the steps of the optimizer.
+
+    Raises:
+        ConfigError: the loss became infinite, or no number.
+    """
     import torch
 
     batches = make_batches([len(lesson.ids) for lesson in lessons], batch_size, seed)
@@ -350,6 +365,11 @@ def learn(
             losses, _, _ = head.losses(chosen, ahead)
         loss = sum(each * _DECAY**k for k, each in enumerate(losses))
         assert isinstance(loss, torch.Tensor)
+        if not loss.isfinite():
+            raise ConfigError(
+                f"the loss is {float(loss.detach())} after {steps} steps; give a lower "
+                f"--learning-rate than {learning_rate:g}"
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.trained(), 1.0)
@@ -404,6 +424,21 @@ def measure(
     return (right / shares).tolist(), (chains / shares).tolist()
 
 
+def rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
+    """``rope_scaling`` of a ``config.json``, from which `parse_config` reads this RoPE."""
+    if rope.kind == "default":
+        return None
+    names = {
+        "linear": (),
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("beta_fast", "beta_slow", "attention_factor"),
+    }[rope.kind]
+    values: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.original_max_positions:
+        values["original_max_position_embeddings"] = rope.original_max_positions
+    return values | {name: getattr(rope, name) for name in names}
+
+
 def write_head(
     output: Path,
     head: HeadModule,
@@ -411,8 +446,16 @@ def write_head(
     manifest: Manifest,
     layers: tuple[int, int, int],
 ) -> None:
-    """Write config and weights as they are published."""
+    """Write config and weights as they are published.
+
+    Raises:
+        ConfigError: a weight is no number that float16 holds.
+    """
     spec, model = head.spec, manifest.model
+    weights = {name: value.astype(np.float16) for name, value in head.published().items()}
+    for name, weight in weights.items():
+        if not np.isfinite(weight).all():
+            raise ConfigError(f"{name} is not finite in float16; give a lower --learning-rate")
     output.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -428,7 +471,7 @@ def write_head(
         "max_position_embeddings": spec.max_position_embeddings,
         "rms_norm_eps": spec.rms_norm_eps,
         "rope_theta": spec.rope.theta,
-        "rope_scaling": None,
+        "rope_scaling": rope_scaling(spec.rope),
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,
@@ -436,8 +479,7 @@ def write_head(
     }
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {
-        name: TensorSource("F16", value.shape, [value.astype(np.float16)])
-        for name, value in head.published().items()
+        name: TensorSource("F16", weight.shape, [weight]) for name, weight in weights.items()
     }
     chosen = np.isin(np.arange(model.vocab_size), vocabulary)
     offsets = vocabulary - np.arange(len(vocabulary))

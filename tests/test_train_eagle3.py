@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,24 +15,33 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from edge import LLM, EdgeError, SamplingParams
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import read_manifest
+from edge.bundle.linears import head_linears, head_norms
+from edge.bundle.manifest import ModelSpec, read_manifest
 from edge.errors import ConfigError
+from export.graph.rope import rope_tables
 from export.pipeline import ExportConfig, export_checkpoint
+from export.sources.eagle3 import Eagle3Head
+from export.sources.opening import open_checkpoint
 from scripts.train_eagle3 import (
     BEST,
     choose_tokens,
     head_spec,
     layers_of,
+    learn,
+    lesson,
     make_batches,
     make_lessons,
     train,
+    write_head,
 )
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints
 from tests.manifests import make_model
 from tests.tiny_heads import EPS, HIDDEN, THETA, VOCAB, make_head
+from tests.tiny_models import KINDS, Kind, write_checkpoint
 
 
 @pytest.fixture
@@ -74,6 +84,93 @@ def test_the_layers_are_those_that_others_read():
     assert layers_of(make_model(num_layers=28)) == (2, 14, 25)
     assert layers_of(make_model(num_layers=2)) == (0, 1, 2)
     assert head_spec(make_model(), 99, 7).intermediate_size == 7
+
+
+def write(output: Path, spec: ModelSpec, **weights: NDArray[Any]) -> None:
+    """Write an untrained head for a tiny model; ``weights`` by published names take the place."""
+    head = head_spec(spec, VOCAB, None)
+    shapes = {
+        name: (rows, layer.shape[0])
+        for layer in head_linears(head)
+        for name, rows in zip(layer.weights, layer.rows, strict=True)
+    } | {norm.source: (norm.size,) for norm in head_norms(head)}
+    shapes["fc.weight"] = (head.hidden_size, 3 * head.hidden_size)
+    published = {name: np.ones(shape, np.float32) for name, shape in shapes.items()} | weights
+    module: Any = SimpleNamespace(spec=head, published=lambda: published)
+    manifest: Any = SimpleNamespace(model=spec)
+    write_head(output, module, np.arange(VOCAB), manifest, layers_of(spec))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_written_head_turns_by_the_rope_it_was_trained_with(
+    kind: Kind, linear: bool, tmp_path: Path
+):
+    """Without scaling, as Llama 3 scales it, by YaRN, and linearly."""
+    other = {"rope_scaling": {"rope_type": "linear", "factor": 2.5}}
+    more: dict[str, Any] = other if linear else {}
+    source = write_checkpoint(tmp_path / "model", kind, rope_theta=5e5, **more)
+    with open_checkpoint(str(source)) as model:
+        write(tmp_path / "head", model.spec)
+        expected = head_spec(model.spec, VOCAB, None)
+        assert Eagle3Head(model, tmp_path / "head").spec == expected
+        kinds = {"qwen2": "default", "llama": "llama3", "qwen3": "yarn"}
+        assert expected.rope.kind == ("linear" if linear else kinds[kind])
+
+
+def test_what_is_no_number_is_not_written(tmp_path: Path):
+    output = tmp_path / "head"
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(ConfigError, match=r"norm\.weight is not finite"):
+            write(output, make_model(), **{"norm.weight": np.full(64, wrong, np.float32)})
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -7e4])
+def test_states_beyond_float16_teach_nothing(wrong: float):
+    states = np.ones((1, 9, 8), np.float32)
+    logits = np.zeros((9, VOCAB), np.float32)
+    assert np.isfinite(lesson(np.arange(9), [states] * 3, logits, 0).states).all()
+    states[0, 3, 5] = wrong
+    with pytest.raises(ConfigError, match=f"hidden states reach {abs(wrong):g}, "):
+        lesson(np.arange(9), [states] * 3, logits, 0)
+
+
+@pytest.mark.parity
+def test_a_loss_that_is_no_number_ends_the_training():
+    pytest.importorskip("torch", reason="live parity needs torch")
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    def losses(*_: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        return [weight.sum() * np.nan], [], []
+
+    head: Any = SimpleNamespace(trained=lambda: [weight], losses=losses)
+    each: Any = SimpleNamespace(ids=np.arange(9))
+    with pytest.raises(ConfigError, match=r"the loss is nan after 0 steps; .* than 0\.5"):
+        learn(head, [each], 9.0, 1, 0.5, 1, False, 0)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_turns_as_the_exported_head_does(kind: Kind, tmp_path: Path):
+    pytest.importorskip("torch", reason="live parity needs torch")
+    import torch
+
+    from scripts.eagle3_module import HeadModule
+
+    with open_checkpoint(str(write_checkpoint(tmp_path, kind))) as model:
+        spec = head_spec(model.spec, VOCAB, None)
+    table = np.zeros((VOCAB, spec.hidden_size), np.float16)
+    module = HeadModule(
+        spec, table, np.arange(VOCAB), np.ones(spec.hidden_size, np.float32), is_tied=False
+    )
+    x = np.random.RandomState(0).standard_normal((1, 2, 40, spec.head_dim)).astype(np.float32)
+    cos, sin = (part[3:] for part in rope_tables(spec.rope, spec.head_dim, 43))
+    low, high = np.split(x, 2, axis=-1)
+    expected = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    np.testing.assert_allclose(module._rotate(torch.from_numpy(x), 3), expected, atol=1e-4)
 
 
 def test_what_cannot_be_trained_is_refused(
