@@ -11,7 +11,13 @@ from typing import Any
 import click
 import msgspec
 
-from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, install_command
+from edge.errors import (
+    EXIT_GATE_MISSED,
+    ConfigError,
+    DependencyError,
+    EdgeError,
+    install_command,
+)
 from edge.measure import evaluate
 from edge.measure.compare import CHUNK_TOKENS, compare
 from edge.measure.drift import (
@@ -34,6 +40,7 @@ from edge.measure.watch import (
     Baseline,
     BundleAnswerer,
     Check,
+    check_asked,
     compare_runs,
     eval_text,
     perplexity,
@@ -188,26 +195,22 @@ def watch(
     options["engine"] = take_engine(options, prefill_chunk=CHUNK_TOKENS)
     outcome = _Outcome([], {}, [])
     counters = None if traffic is None else _counters(options)
-    if against is not None:
-        assert bundle is not None
-        with show_progress() as progress:
-            outcome.checks, facts = _compare_bundles(bundle, against, options, progress)
-        outcome.notes.append(facts)
-    elif baseline is not None:
-        with show_progress() as progress:
-            run = _run(bundle, options, progress)
-        if before is None:
-            write_baseline(baseline, run)
-            outcome.notes.append(f"recorded {len(run.items)} answers in {baseline}")
-        else:
-            outcome.checks = compare_runs(run, before)
+    failure: EdgeError | None = None
+    try:
+        _ask_models(outcome, bundle, baseline, against, before, options)
+    except EdgeError as error:
+        failure = error  # the clients' traffic says something of its own
     if traffic is not None and counters is not None:
         _watch_traffic(outcome, traffic, counters, usual, thresholds, state)
         if state_file is not None:
             write_atomic(state_file, msgspec.json.encode(state))
-    if textfile is not None:
+    # After a failure the old file stays, whose time tells of it.
+    if textfile is not None and failure is None:
         write_atomic(textfile, _prometheus(outcome))
-    _report(outcome, as_json)
+    if traffic is not None or failure is None:
+        _report(outcome, as_json)
+    if failure is not None:
+        raise failure
     return EXIT_GATE_MISSED if outcome.alarms else 0
 
 
@@ -247,6 +250,34 @@ def _check_use(
 def _open(bundle: Path, options: dict[str, Any], progress: Progress) -> LLM:
     with uncounted(progress, f"{bundle.name}: open"):
         return LLM(bundle, options["engine"])
+
+
+def _ask_models(
+    outcome: _Outcome,
+    bundle: Path | None,
+    baseline: Path | None,
+    against: Path | None,
+    before: Baseline | None,
+    options: dict[str, Any],
+) -> None:
+    """Let the models answer, and compare; ``before`` is the baseline, None if it is recorded."""
+    if against is not None:
+        assert bundle is not None
+        with show_progress() as progress:
+            outcome.checks, facts = _compare_bundles(bundle, against, options, progress)
+        outcome.notes.append(facts)
+    elif baseline is not None:
+        if before is not None:  # said before hours of asking, too
+            items, sha256 = read_golden(options["golden"])
+            ids = [item.id for item in items]
+            check_asked(before, sha256, ids, options["max_tokens"], thinking=options["thinking"])
+        with show_progress() as progress:
+            run = _run(bundle, options, progress)
+        if before is None:
+            write_baseline(baseline, run)
+            outcome.notes.append(f"recorded {len(run.items)} answers in {baseline}")
+        else:
+            outcome.checks = compare_runs(run, before)
 
 
 def _ask(answerer: Answerer, name: str, options: dict[str, Any], progress: Progress) -> Baseline:

@@ -322,6 +322,22 @@ def perplexity(llm: LLM, text: evaluate.EvalText, progress: Progress = silent) -
 # ------------------------------------------------------------------------------- comparison
 
 
+def check_asked(
+    before: Baseline, sha256: str, ids: Sequence[str], max_tokens: int, *, thinking: bool
+) -> None:
+    """Refuse to compare a baseline with a run that asks something else; see `Baseline`.
+
+    Raises:
+        ConfigError: it does.
+    """
+    asked = (before.golden_sha256, before.max_tokens, before.thinking)
+    if asked != (sha256, max_tokens, thinking) or [item.id for item in before.items] != list(ids):
+        raise ConfigError(
+            "the baseline was recorded with another golden set, --max-tokens or --thinking; "
+            "record it again with --record"
+        )
+
+
 def compare_runs(now: Baseline, before: Baseline, limits: Limits | None = None) -> list[Check]:
     """Compare every figure of a run with the baseline.
 
@@ -329,15 +345,8 @@ def compare_runs(now: Baseline, before: Baseline, limits: Limits | None = None) 
         ConfigError: they did not ask the same, so they cannot be compared.
     """
     bounds = limits or Limits()
-    asked = [
-        (run.golden_sha256, run.max_tokens, run.thinking, [item.id for item in run.items])
-        for run in (now, before)
-    ]
-    if asked[0] != asked[1]:
-        raise ConfigError(
-            "the baseline was recorded with another golden set, --max-tokens or --thinking; "
-            "record it again with --record"
-        )
+    ids = [item.id for item in now.items]
+    check_asked(before, now.golden_sha256, ids, now.max_tokens, thinking=now.thinking)
     pairs = list(zip(now.items, before.items, strict=True))
     checks = [
         _rate(name, [(bad(a), bad(b), a.id) for a, b in pairs if judged(a)], bounds)

@@ -527,6 +527,37 @@ def test_files_are_looked_at_before_anything_is_asked(stub: Stub, golden: Path, 
     assert not stub.bodies
 
 
+def test_what_the_baseline_was_not_asked_is_said_first_and_the_traffic_compared(
+    stub: Stub, golden: Path, tmp_path: Path
+):
+    """As after an update that brings another golden set."""
+    baseline, traffic, state = (tmp_path / name for name in ("b.json", "t.json", "s.json"))
+    asked = ("--server", stub.url, "--golden", golden, "--text-tokens", "0")
+    run(*asked, "--baseline", baseline, "--record")
+    usual = Counts()
+    for counts, temperature in ((usual, 0.6), (stub.counts, 1.3)):
+        for _ in range(200):
+            counts.add(dict.fromkeys(GRIDS, 1.0) | {"temperature": temperature})
+    traffic.write_bytes(msgspec.json.encode(usual))
+    watched = (*asked, "--baseline", baseline, "--traffic", traffic, "--state", state)
+    lines = golden.read_text().split("\n")
+    for changed in ([*lines, ""], lines[1:], lines[::-1], []):
+        stub.bodies.clear()
+        state.unlink(missing_ok=True)
+        golden.write_text("\n".join(changed))
+        done = CliRunner().invoke(watch, [*map(str, watched), "--json"], standalone_mode=False)
+        assert isinstance(done.exception, ConfigError)
+        found = json.loads(done.stdout)
+        assert (found["alarms"], found["requests"]) == (["drift of temperature"], 200)
+        assert not stub.bodies
+        assert state.exists()
+    golden.write_text("\n".join(lines))
+    for more in (("--max-tokens", "7"), ("--thinking",)):
+        with pytest.raises(ConfigError, match="another golden set, --max-tokens or --thinking"):
+            run(*watched, *more)
+        assert not stub.bodies
+
+
 def test_counters_from_a_file(tmp_path: Path):
     counts = Counts()
     for length in np.random.default_rng(0).lognormal(5, 1, 200):
