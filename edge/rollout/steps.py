@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from edge.bundle.engine_file import find_engines
-from edge.bundle.manifest import Manifest, fingerprint
+from edge.bundle.manifest import Manifest, fingerprint, read_manifest
 from edge.bundle.update import fsync
 from edge.engine_config import EngineConfig
 from edge.errors import (
@@ -345,13 +345,13 @@ class _Run:
                     raise
                 with suppress(BackendError):  # see below
                     take_back(place, journal, plan.reload)
-                self._confirm_old(before)
+                self._confirm_old()
                 raise
             if fault is not None:
                 # A service that has ended cannot be reloaded; it opens the link when it starts.
                 with suppress(BackendError):
                     take_back(place, journal, plan.reload, cut_off=False, fault=fault)
-                self._confirm_old(before)
+                self._confirm_old()
                 raise self._reject(fault)
         return before
 
@@ -391,12 +391,14 @@ class _Run:
         self.journal.rejected.pop(self.journal.digest, None)  # it was tried again, and is good
         self._note("done")
 
-    def _confirm_old(self, before: Sight | None) -> None:
-        plan = self.plan
-        if plan.service is None or before is None or before.fingerprint is None:
+    def _confirm_old(self) -> None:
+        plan, link = self.plan, self.place.link
+        if plan.service is None or not link.exists():
             return
+        # Not what it served before the trial: that may have been one that it was about to leave.
+        old = fingerprint(read_manifest(link))
         deadline = time.monotonic() + plan.switch_timeout_s
-        while not plan.service.wait_for(before.fingerprint, _RELOAD_AGAIN_S):
+        while not plan.service.wait_for(old, _RELOAD_AGAIN_S):
             if time.monotonic() > deadline:
                 raise ResourceError(
                     "the new bundle was taken back, and the service has not opened the old one "

@@ -375,6 +375,8 @@ def test_a_refused_build_leaves_no_builder_beside_the_next(
 def test_ctrl_c_that_meets_a_message_of_the_parser_ends_the_build(
     gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The runner of tests in several processes ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     parse = fake_parser.OnnxParser.parse
 
     def interrupted(parser: Any, *args: Any) -> bool:
@@ -387,10 +389,13 @@ def test_ctrl_c_that_meets_a_message_of_the_parser_ends_the_build(
 
     monkeypatch.setattr(fake_parser.OnnxParser, "parse", interrupted)
     bundle = copied("portable", "fp16")
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(BuildConfig(bundle, max_prefill=32), target=target(gpu))
-    assert not find_engines(bundle)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(BuildConfig(bundle, max_prefill=32), target=target(gpu))
+        assert not find_engines(bundle)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_only_helps_the_next_build_costs_no_engine(

@@ -248,6 +248,8 @@ def test_tensorrt_has_a_logger_whichever_engine_is_closed(
 def test_ctrl_c_that_meets_a_message_ends_the_load(
     call: str, gpu: FakeGpu, engine_bundles: EngineBundles, monkeypatch: pytest.MonkeyPatch
 ):
+    # The runner of tests in several processes ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     bundle = engine_bundles("qwen2", "portable")
     count = gpu.code
 
@@ -258,9 +260,12 @@ def test_ctrl_c_that_meets_a_message_ends_the_load(
         return count(name, **options)
 
     monkeypatch.setattr(gpu, "code", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        TensorRTBackend(bundle, read_manifest(bundle))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            TensorRTBackend(bundle, read_manifest(bundle))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # Memory
