@@ -78,13 +78,20 @@ def take_begun_answer(
             f"message is of role {last['role']!r}"
         )
     if "tool_calls" in last:
-        raise RequestError(f"{where}.tool_calls: an answer that calls tools has ended; send theirs")
+        raise RequestError(
+            f"{where}.tool_calls: an answer that calls tools has ended; send the tools' results"
+        )
     if not before:
-        raise RequestError("messages: the answer to continue has nothing before it that it answers")
+        raise RequestError(
+            "messages: the answer to continue has nothing before it that it answers; put the "
+            "user's message before it"
+        )
     reasoning, content = last.get("reasoning_content"), last["content"] or ""
     if not reasons:
         if reasoning and not content:
-            raise RequestError(f"{where}.reasoning_content: this model does not reason")
+            raise RequestError(
+                f"{where}.reasoning_content: this model does not reason; send the answer's text"
+            )
         return before, _place("", content, is_closed=True)
     if reasoning is None:
         return before, _split(content)

@@ -139,6 +139,7 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge/device/doctor/software.py",
         "edge/planner/models.py",
         "edge/registry/pull.py",
+        "edge/rollout/steps.py",
         "edge/server/models/limits.py",
         "edge/server/models/switch.py",
         "edge/server/run.py",
