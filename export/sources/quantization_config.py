@@ -34,6 +34,7 @@ Layout = Literal["gptq", "awq", "packed", "int8", "fp8", "fp8-inv", "nvfp4", "mo
 Inputs = Literal["float", "static", "per-token", "dynamic"]
 
 _INSTEAD = "export the original model and choose a --quant"
+_TRANSFORMS = f"asks for transforms at run time, which are not read; {_INSTEAD}"
 _NO_GRID = f"its weights are no multiples of a scale, so no integers can be kept; {_INSTEAD}"
 # What `transformers` knows besides, and why it is not read.
 _REFUSED = {
@@ -175,6 +176,9 @@ def read_quantization(config: Mapping[str, Any], directory: Path) -> Quantizatio
         raise reader.error(
             "quant_method", f"{method!r:.80} is not known; known: {', '.join(_METHODS)}"
         )
+    for rotated in ("rotation", "rotation_config", "spinquant_config"):  # GPTQModel, AutoRound
+        if section.get(rotated):
+            raise reader.error(rotated, _TRANSFORMS)
     main, resolve, cache_scales = _METHODS[name](reader)
     return QuantizationConfig(key, name, where, main, resolve, cache_scales)
 
@@ -476,9 +480,7 @@ def _compressed_tensors(reader: _Reader) -> _Found:
     sparsity = (values.sparsity_config or {}).get("format", "dense")
     reader.only("sparsity_config: format", sparsity, ("dense",))
     if values.transform_config and values.transform_config.get("config_groups"):
-        raise reader.error(
-            "transform_config", f"asks for transforms at run time, which are not read; {_INSTEAD}"
-        )
+        raise reader.error("transform_config", _TRANSFORMS)
     groups = [
         (group.targets, _ct_format(reader, name, group, values.format))
         for name, group in values.config_groups.items()
