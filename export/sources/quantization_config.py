@@ -256,7 +256,6 @@ class _Awq(msgspec.Struct):
     q_group_size: int | None = None
     zero_point: bool = True
     version: str = "gemm"
-    modules_to_not_convert: list[str] | None = None
 
 
 def _awq(reader: _Reader) -> _Found:
@@ -267,8 +266,7 @@ def _awq(reader: _Reader) -> _Found:
     reader.only("bits", bits, (4,))
     size = values.group_size if values.group_size is not None else values.q_group_size
     main = WeightFormat("awq", 4, reader.group_size(size), symmetric=not values.zero_point)
-    kept = ["lm_head", *(values.modules_to_not_convert or ())]
-    return main, lambda module: None if any(name in module for name in kept) else main, False
+    return _chosen(reader, main)
 
 
 # ------------------------------------------------------------------------------------ GPTQ
@@ -282,10 +280,7 @@ class _Gptq(msgspec.Struct):
     checkpoint_format: str | None = None
     format: str | None = None
     pack_dtype: str = "int32"
-    lm_head: bool = False
     is_marlin_format: bool = False
-    dynamic: dict[str, dict[str, Any]] | None = None
-    modules_in_block_to_quantize: list[list[str] | str] | None = None
 
 
 # GPTQ's first format stores every zero point less one, its second as it is.
@@ -310,6 +305,19 @@ def _gptq(reader: _Reader) -> _Found:
         zero_offset=_GPTQ_OFFSETS[version],
         act_order=values.desc_act,
     )
+    return _chosen(reader, main)
+
+
+class _Chosen(msgspec.Struct):
+    lm_head: bool = False
+    dynamic: dict[str, dict[str, Any]] | None = None
+    modules_in_block_to_quantize: list[list[str] | str] | None = None
+    modules_to_not_convert: list[str] | None = None
+
+
+def _chosen(reader: _Reader, main: WeightFormat) -> _Found:
+    """Which modules GPTQ and AWQ quantize; GPTQModel has the same rules for both."""
+    values = reader.convert(_Chosen)
     dynamic = values.dynamic or {}
     rules = reader.patterns(
         "dynamic", [name.removeprefix("+:").removeprefix("-:") for name in dynamic]
@@ -324,6 +332,8 @@ def _gptq(reader: _Reader) -> _Found:
         if module == "lm_head" and not values.lm_head:
             return None
         if chosen and module != "lm_head" and not module.endswith(tuple(chosen)):
+            return None
+        if any(name in module for name in values.modules_to_not_convert or ()):
             return None
         for rule, (name, changes) in zip(rules, dynamic.items(), strict=True):
             if rule(module):

@@ -185,6 +185,22 @@ def test_scales_of_a_cache_are_passed_over_if_the_config_names_one(tmp_path: Pat
     assert weights_of(directory, golden) == golden.weights_sha256
 
 
+def test_gptqmodels_rules_hold_for_awq(tmp_path: Path) -> None:
+    golden = QuantizedGolden.load("awq")
+    directory = golden.write(tmp_path / "model")
+    down = "model.layers.0.mlp.down_proj"
+    tensors = read_raw(directory / "model.safetensors")
+    kept = {name: raw for name, raw in tensors.items() if not name.startswith(down)}
+    floats = read_raw(write_base(tmp_path / "base") / "model.safetensors")
+    weights = {**kept, f"{down}.weight": floats[f"{down}.weight"]}
+    write_raw(directory / "model.safetensors", weights)
+    section = {**golden.config, "dynamic": {"-:.*down_proj": {}}}
+    change_config(directory, quantization_config=section)
+    with open_checkpoint(str(directory)) as checkpoint:
+        assert checkpoint.weight_format(f"{down}.weight") is None
+        assert checkpoint.weight_format(f"{UP}.weight") is not None
+
+
 def test_frozen_weights_that_are_floats_are_refused(tmp_path: Path) -> None:
     golden = QuantizedGolden.load("ct-w8a8-dynamic")
     directory = golden.write(tmp_path / "model")
@@ -378,6 +394,12 @@ def of(section: dict[str, Any], module: str = UP) -> WeightFormat | None:
         (AWQ, UP, WeightFormat("awq", 4, 128, symmetric=False)),
         (AWQ, "lm_head", None),
         ({**AWQ, "modules_to_not_convert": ["mlp"]}, UP, None),
+        ({**AWQ, "lm_head": True}, "lm_head", WeightFormat("awq", 4, 128, symmetric=False)),
+        (
+            {**AWQ, "dynamic": {r"+:.*up_proj": {"group_size": 32}}},
+            UP,
+            WeightFormat("awq", 4, 32, symmetric=False),
+        ),
         (
             {"quant_method": "awq", "w_bit": 4, "q_group_size": 64},
             UP,
@@ -489,6 +511,7 @@ def test_what_a_config_says_of_a_module(
         ({"quant_method": "hqq"}, "hqq: the layout is not read; export the original"),
         ({**AWQ, "version": "gemv"}, "version is 'gemv'; what is read: gemm"),
         ({**AWQ, "bits": 8}, "bits is 8; what is read: 4"),
+        ({**AWQ, "dynamic": {".*up_proj": {"bits": 8}}}, "dynamic: bits is 8; what is read: 4"),
         ({**AWQ, "group_size": 0}, "group_size must be positive or -1"),
         ({**GPTQ, "bits": 3}, "bits is 3; what is read: 2, 4, 8"),
         ({**GPTQ, "bits": "4"}, "Expected `int`"),
