@@ -444,7 +444,7 @@ class _CtArgs(msgspec.Struct):
     symmetric: bool = True
     group_size: int | None = None
     strategy: str | None = None
-    block_structure: list[int] | None = None
+    block_structure: list[int] | str | None = None
     dynamic: bool | str = False
     actorder: bool | str | None = None
 
@@ -499,14 +499,16 @@ def _compressed_tensors(reader: _Reader) -> _Found:
         raise reader.error("config_groups", "has no group")
     main = groups[0][1]
     ignored = reader.names("ignore", values.ignore or [])
-    # A name or pattern is more particular than the class of all linears.
-    groups.sort(key=lambda group: group[0] == ["Linear"])
-    named = [(reader.names("targets", targets), form) for targets, form in groups]
+    # Its own order: a name, then patterns by the alphabet, then the class of all linears.
+    forms = {target: form for targets, form in groups for target in targets}
+    patterns = sorted(target for target in forms if target.startswith("re:"))
+    tests = reader.patterns("targets", [pattern[3:] for pattern in patterns])
 
     def resolve(module: str) -> WeightFormat | None:
         if ignored(module):
             return None
-        return next((form for names, form in named if names(module)), None)
+        found = (name for name, test in zip(patterns, tests, strict=True) if test(module))
+        return forms.get(module) or forms.get(next(found, "Linear"))
 
     return main, resolve, values.kv_cache_scheme is not None
 
@@ -561,8 +563,11 @@ def _ct_inputs(args: _CtArgs | None) -> tuple[Inputs, bool]:
     return ("per-token" if per_token else "dynamic"), args.symmetric
 
 
-def _block(reader: _Reader, block: list[int] | None, key: str) -> tuple[int, int]:
-    if block is None or len(block) != 2 or min(block) < 1:
+def _block(reader: _Reader, block: list[int] | str | None, key: str) -> tuple[int, int]:
+    sizes = re.fullmatch(r"(\d{1,9})x(\d{1,9})", block) if isinstance(block, str) else None
+    if sizes:  # as compressed-tensors takes it from old files
+        block = [int(size) for size in sizes.groups()]
+    if not isinstance(block, list) or len(block) != 2 or min(block) < 1:
         raise reader.error(key, f"must be two positive sizes, found {block!r:.80}")
     return block[0], block[1]
 

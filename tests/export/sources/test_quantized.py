@@ -379,7 +379,14 @@ BLOCKLESS = {"quant_method": "fp8", "weight_block_size": []}
 EVIL = r"(?:(?:\w+)+\.?)+!"
 CHANNELS = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
 FP8 = {"weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
+BLOCKS = {"weights": {**FP8["weights"], "strategy": "block", "block_structure": "128x64"}}
 TENSORS = {"quant_method": "compressed-tensors", "config_groups": {"g": GROUP}}
+
+
+def targets(eight_bits: list[str], four_bits: list[str]) -> dict[str, Any]:
+    eight = {**GROUP, "targets": eight_bits, "weights": {**ARGS, "num_bits": 8}}
+    four = {**GROUP, "targets": four_bits}
+    return {**TENSORS, "config_groups": {"group_0": eight, "group_1": four}}
 
 
 def of(section: dict[str, Any], module: str = UP) -> WeightFormat | None:
@@ -463,6 +470,16 @@ def of(section: dict[str, Any], module: str = UP) -> WeightFormat | None:
             WeightFormat("fp8", 8),
         ),
         ({**TENSORS, "ignore": ["lm_head", r"re:.*mlp\..*"]}, UP, None),
+        (targets(["re:model.layers.0.mlp"], [UP]), UP, WeightFormat("packed", 4, 128)),
+        (targets([UP], ["re:.*", "Linear"]), UP, WeightFormat("packed", 8, 128)),
+        (targets(["re:.*up_proj"], ["re:.*mlp.*"]), UP, WeightFormat("packed", 4, 128)),
+        (targets(["re:.*mlp.*"], ["re:.*up_proj"]), UP, WeightFormat("packed", 8, 128)),
+        (targets(["Linear", "lm_head"], ["re:.*mlp.*"]), UP, WeightFormat("packed", 4, 128)),
+        (
+            {**TENSORS, "config_groups": {"g": {**GROUP, "format": "float-quantized", **BLOCKS}}},
+            UP,
+            WeightFormat("fp8", 8, block=(128, 64)),
+        ),
         (
             {
                 **TENSORS,
