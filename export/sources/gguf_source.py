@@ -217,7 +217,11 @@ class _Keys:
 
 def _rope(keys: _Keys, factors: NDArray[Any] | None, head_dim: int) -> RopeSpec:
     theta = float(keys.number("rope.freq_base", 10_000.0))  # llama.cpp's default
-    kind = keys.get("rope.scaling.type")
+    kind, scaling = keys.get("rope.scaling.type"), "rope.scaling.factor"
+    if keys.get(scaling) is None and keys.get("rope.scale_linear") is not None:
+        scaling = "rope.scale_linear"  # its name in old files
+    if kind is None and keys.get(scaling) not in (None, 0, 1):
+        kind = "linear"  # llama.cpp's default
     if factors is not None:
         if kind not in (None, "none", "llama3"):
             raise keys.error(
@@ -237,9 +241,9 @@ def _rope(keys: _Keys, factors: NDArray[Any] | None, head_dim: int) -> RopeSpec:
         raise keys.error(
             "rope.scaling.type", f"{kind!r} is not supported; supported: none, linear, yarn"
         )
-    factor = float(keys.number("rope.scaling.factor"))
+    factor = float(keys.number(scaling))
     if factor < 1:
-        raise keys.error("rope.scaling.factor", f"must be at least 1, found {factor}")
+        raise keys.error(scaling, f"must be at least 1, found {factor}")
     if kind == "linear":
         return RopeSpec(theta=theta, kind="linear", factor=factor)
     # Unlike config.json's key of the same name, this one has an effect (llama.cpp multiplies).

@@ -259,6 +259,28 @@ def test_yarn_of_gguf_multiplies_by_attn_factor(tmp_path: Path) -> None:
         assert checkpoint.spec.rope.attention_factor == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "rope"),
+    [
+        ({"scaling.factor": 4.0}, RopeSpec(theta=10_000.0, kind="linear", factor=4.0)),
+        ({"scale_linear": 2.0}, RopeSpec(theta=10_000.0, kind="linear", factor=2.0)),
+        (
+            {"scaling.factor": 4.0, "scale_linear": 2.0},
+            RopeSpec(theta=10_000.0, kind="linear", factor=4.0),
+        ),
+        ({"scaling.factor": 4.0, "scaling.type": "none"}, RopeSpec(theta=10_000.0)),
+        ({"scale_linear": 1.0}, RopeSpec(theta=10_000.0)),
+        ({"scaling.factor": 0.0}, RopeSpec(theta=10_000.0)),
+    ],
+)
+def test_a_factor_alone_is_linear_as_in_llama_cpp(
+    scaling: dict[str, Any], rope: RopeSpec, tmp_path: Path
+) -> None:
+    changes = {f"qwen2.rope.{key}": value for key, value in scaling.items()}
+    with open_checkpoint(str(write_tiny(tmp_path, "qwen2", changes))) as checkpoint:
+        assert checkpoint.spec.rope == rope
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     factor=st.floats(2, 64),
@@ -313,6 +335,8 @@ def test_factors_that_are_no_llama3(factors) -> None:
         ({"llama.expert_count": 8}, "expert_count is 8: not supported"),
         ({"llama.attention.scale": 1.0}, "attention.scale is 1.0: not supported"),
         ({"llama.rope.scaling.type": "yarn"}, "beside rope_freqs.weight"),
+        ({"llama.rope.scaling.factor": 4.0}, "'linear' beside rope_freqs.weight"),
+        ({"llama.rope.scale_linear": 0.5, "rope_freqs.weight": ...}, "scale_linear must be at l"),
         ({"llama.rope.scaling.type": "longrope", "rope_freqs.weight": ...}, "'longrope' is not s"),
         ({"split.count": 2}, "llama-gguf-split --merge"),
         ({"split.count": 2, "general.architecture": "none"}, "llama-gguf-split --merge"),
