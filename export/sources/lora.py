@@ -57,9 +57,20 @@ class LoraCheckpoint(Transformed):
         super().__init__(checkpoint)
         config = read_lora_config(directory)
         self._file: SafetensorsFile | None = _open_weights(directory)
-        modules = _modules(checkpoint.spec)
-        self._low_rank, self._whole = _sort_tensors(self._file, config, modules)
-        self._scaling = {module: config.scaling(module) for module in self._low_rank}
+        # Names of an embedder that was trained without its head, as peft does then, lack "model.".
+        lacks_head = checkpoint.spec.task == "embed" and not any(
+            name.startswith(f"{_PREFIX}model.") for name in self._file.entries
+        )
+        stem = "model." if lacks_head else ""
+        modules = {
+            module.removeprefix(stem): shape
+            for module, shape in _modules(checkpoint.spec).items()
+            if module.startswith(stem)
+        }
+        low_rank, whole = _sort_tensors(self._file, config, modules)
+        self._low_rank = {stem + module: names for module, names in low_rank.items()}
+        self._whole = {stem + module: name for module, name in whole.items()}
+        self._scaling = {stem + module: config.scaling(module) for module in low_rank}
         self._untied = checkpoint.spec.tied_embeddings and not (
             {_EMBEDDINGS, _HEAD}.isdisjoint({*self._low_rank, *self._whole})
         )
@@ -200,7 +211,8 @@ def _take_pair(
     shape: tuple[int, ...],
 ) -> tuple[str, str] | None:
     """Move A and B of a module out of ``left``; None where the adapter leaves it alone."""
-    a_ending, b_ending = _PAIRS[module == _EMBEDDINGS]
+    is_table = module.endswith("embed_tokens")
+    a_ending, b_ending = _PAIRS[is_table]
     names = (f"{_PREFIX}{module}{a_ending}", f"{_PREFIX}{module}{b_ending}")
     targeted = config.targets(module)
     if left.keys().isdisjoint(names):
@@ -211,7 +223,7 @@ def _take_pair(
             )
         return None
     # An embedding's A and B are those of a linear from ids to hidden states.
-    out, width = shape if module != _EMBEDDINGS else shape[::-1]
+    out, width = shape[::-1] if is_table else shape
     rank = config.rank(module)
     _check_shape(path, names[0], left.pop(names[0], None), (rank, width))
     _check_shape(path, names[1], left.pop(names[1], None), (out, rank))

@@ -86,7 +86,7 @@ class LoraConfig(msgspec.Struct, frozen=True):
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
-                return module not in ("lm_head", "model.embed_tokens")
+                return not module.endswith(("lm_head", "embed_tokens"))
             return _is_match(self.target_modules, module)
         if module in self.target_modules:
             return True

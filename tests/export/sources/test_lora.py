@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from edge import LLM
 from edge.backends.step import all_tokens, prefill
+from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import decode_manifest, encode_manifest, read_manifest
 from edge.errors import CheckpointError
 from export.cli import export as export_verb
@@ -28,6 +29,7 @@ from export.sources.safetensors_file import SafetensorsFile
 from tests.parity import assert_close
 from tests.tiny_adapters import CASES, GOLDEN, golden_ids, peft_logits, write_adapter, write_case
 from tests.tiny_models import _write_safetensors, write_checkpoint
+from tests.tiny_pooling import write_embedder
 
 # As for the parity tests: every weight is exact in fp16, sums are in another order.
 FP32_ATOL = 1e-4
@@ -97,6 +99,45 @@ def test_what_no_adapter_touches_is_the_base_tensor_itself(base: Path, tmp_path:
         assert merged.tensor(name).dtype == np.float32
     with pytest.raises(CheckpointError, match="closed"):
         merged.tensor(name)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        r"model\.(layers\.\d+\.(self_attn\.q|mlp\.down)_proj|embed_tokens)",
+        ["embed_tokens", "layers.1.mlp.down_proj"],
+        "all-linear",
+    ],
+)
+def test_an_adapter_of_an_embedder_with_and_without_its_head(
+    targets: str | list[str], tmp_path: Path
+):
+    """peft of AutoModel, as sentence-transformers trains, writes names without ``model.``."""
+    source = write_embedder(tmp_path / "base", architectures=["Qwen3ForCausalLM"])
+    config = {
+        "target_modules": targets,
+        "rank_pattern": {r"^model\.layers\.1\.mlp\.down_proj": 8},
+        "modules_to_save": ["norm"],
+    }
+    adapter = write_adapter(tmp_path / "tuned", source, config)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    text = (adapter / "adapter_config.json").read_text()
+    (bare / "adapter_config.json").write_text(text.replace(r"model\\.", ""))
+    weights = {
+        name.replace("base_model.model.model.", "base_model.model."): value
+        for name, value in read_weights(adapter).items()
+    }
+    _write_safetensors(bare / "adapter_model.safetensors", weights, "fp16")
+    with (
+        open_checkpoint(str(source)) as plain,
+        LoraCheckpoint(open_checkpoint(str(source)), adapter) as whole,
+        LoraCheckpoint(open_checkpoint(str(source)), bare) as headless,
+    ):
+        for name in expected_tensors(plain.spec):
+            np.testing.assert_array_equal(headless.tensor(name), whole.tensor(name))
+        name = "model.layers.1.mlp.down_proj.weight"
+        assert (headless.tensor(name) != plain.tensor(name)).any()
 
 
 def test_a_table_is_merged_in_tiles(tmp_path: Path):
