@@ -34,7 +34,7 @@ _KEYS = {
     "num_kv_heads": "num_key_value_heads",
 }
 """Keys of ``config.json`` that the manifest names otherwise."""
-_BIDIRECTIONAL = "tokens that see those after them are not supported"
+BIDIRECTIONAL = "tokens that see those after them are not supported"
 
 
 class _Config:
@@ -197,9 +197,9 @@ def _architecture(config: _Config, task: Task) -> Architecture:
 def _refuse_unsupported(config: _Config) -> None:
     # What no other class computes comes before auto_map, whose advice is to take the stock one.
     if not config.boolean("is_causal", default=True):
-        raise config.error("is_causal", f"is false: {_BIDIRECTIONAL}")
+        raise config.error("is_causal", f"is false: {BIDIRECTIONAL}")
     for key, advice in (
-        ("use_bidirectional_attention", _BIDIRECTIONAL),
+        ("use_bidirectional_attention", BIDIRECTIONAL),
         ("mlp_bias", "biases of the MLP are not supported"),
         ("use_sliding_window", "sliding-window attention is not supported"),
     ):

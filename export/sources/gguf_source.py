@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Source, sha256_file
-from edge.bundle.model_config import check_spec, yarn_attention_factor
+from edge.bundle.model_config import BIDIRECTIONAL, check_spec, yarn_attention_factor
 from edge.errors import CheckpointError
 
 from .checkpoint import Checkpoint
@@ -146,6 +146,8 @@ def read_gguf_spec(
     for key in _UNSUPPORTED_KEYS:
         if keys.get(key) not in (None, 0, 1.0 if key.endswith("_scale") else 0):
             raise keys.error(key, f"is {keys.get(key)!r}: not supported")
+    if keys.get("attention.causal") is False:
+        raise keys.error("attention.causal", f"is false: {BIDIRECTIONAL}")
 
     hidden, num_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", hidden // num_heads)

@@ -334,6 +334,7 @@ def test_factors_that_are_no_llama3(factors) -> None:
         ({"llama.vocab_size": 7}, "vocab_size is 7"),
         ({"llama.expert_count": 8}, "expert_count is 8: not supported"),
         ({"llama.attention.scale": 1.0}, "attention.scale is 1.0: not supported"),
+        ({"llama.attention.causal": False}, "attention.causal is false: tokens that see those aft"),
         ({"llama.rope.scaling.type": "yarn"}, "beside rope_freqs.weight"),
         ({"llama.rope.scaling.factor": 4.0}, "'linear' beside rope_freqs.weight"),
         ({"llama.rope.scale_linear": 0.5, "rope_freqs.weight": ...}, "scale_linear must be at l"),
