@@ -75,7 +75,7 @@ class GgufCheckpoint(Checkpoint):
         factors = self._file.tensor(_ROPE_FACTORS) if _ROPE_FACTORS in tensors else None
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.spec = read_gguf_spec(metadata, shapes, factors, path)
-        self._gguf_names = _check_tensors(self.spec, shapes, path)
+        self._gguf_names = _check_tensors(self.spec, shapes, self._file, path)
         self.text = read_gguf_text(metadata, path, self.spec.vocab_size)
         self.name = path.stem
 
@@ -97,9 +97,9 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(f"{self._path} has no tensor {name}")
         weights = file.tensor(self._gguf_names[name])
         if self.spec.architecture == "llama":
-            if name.endswith("q_proj.weight"):
+            if "q_proj." in name:
                 return _unpermute(weights, self.spec.num_heads)
-            if name.endswith("k_proj.weight"):
+            if "k_proj." in name:
                 return _unpermute(weights, self.spec.num_kv_heads)
         return weights
 
@@ -168,7 +168,7 @@ def read_gguf_spec(
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         max_position_embeddings=keys.integer("context_length"),
         rope=_rope(keys, rope_factors, head_dim),
-        qkv_bias=architecture == "qwen2",
+        qkv_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in shapes,
         qk_norm=architecture == "qwen3",
         tied_embeddings=_HEAD not in shapes,
     )
@@ -314,7 +314,7 @@ def _unpermute(weights: NDArray[Any], num_heads: int) -> NDArray[Any]:
 
     Its kernel rotates neighbouring rows of a head, HF's rotates row i with row i + head_dim / 2.
     """
-    pairs = weights.reshape(num_heads, -1, 2, weights.shape[-1])
+    pairs = weights.reshape(num_heads, -1, 2, *weights.shape[1:])
     return np.swapaxes(pairs, 1, 2).reshape(weights.shape)
 
 
@@ -328,7 +328,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _check_tensors(
-    spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], path: Path
+    spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], file: GgufFile, path: Path
 ) -> dict[str, str]:
     """GGUF name of each HF name, after a check that exactly these tensors are there."""
     expected = expected_tensors(spec)
@@ -340,10 +340,11 @@ def _check_tensors(
                 f"{path}: tensor {gguf_name} must have shape {list(expected[name])}, found "
                 f"{'none' if found is None else list(found)}; convert the model again"
             )
-    surplus = sorted(shapes.keys() - set(names.values()) - {_ROPE_FACTORS})
-    if surplus:
-        raise CheckpointError(
-            f"{path}: tensor {surplus[0]} {list(shapes[surplus[0]])} is not part of "
-            f"{spec.architecture} as we know it: not supported"
-        )
+    for surplus in sorted(shapes.keys() - set(names.values()) - {_ROPE_FACTORS}):
+        # Llama has biases of all four projections or of none, and those of o may be zeros.
+        if not surplus.endswith("attn_output.bias") or file.tensor(surplus).any():
+            raise CheckpointError(
+                f"{path}: tensor {surplus} {list(shapes[surplus])} is not part of "
+                f"{spec.architecture} as we know it: not supported"
+            )
     return names

@@ -252,6 +252,26 @@ def test_tied_where_there_is_no_head(tmp_path: Path) -> None:
         assert found.spec.tied_embeddings
 
 
+def test_attention_biases_of_llama(tmp_path: Path) -> None:
+    f32 = gguf.GGMLQuantizationType.F32
+    biases = {"q": np.arange(64.0), "k": np.arange(32.0), "v": np.arange(32.0) / 2}
+    stored: dict[str, Any] = {}
+    for layer in range(2):
+        for part, bias in biases.items():
+            column = bias.astype(np.float32)[:, None]
+            column = column if part == "v" else permute(column, len(bias) // 16)
+            stored[f"blk.{layer}.attn_{part}.bias"] = (column[:, 0], f32)
+        stored[f"blk.{layer}.attn_output.bias"] = (np.zeros(64, np.float32), f32)
+    with open_checkpoint(str(write_tiny(tmp_path, "llama", stored))) as checkpoint:
+        assert checkpoint.spec.qkv_bias
+        for part, bias in biases.items():
+            found = checkpoint.tensor(f"model.layers.1.self_attn.{part}_proj.bias")
+            np.testing.assert_array_equal(found, bias)
+    stored["blk.1.attn_output.bias"] = (np.ones(64, np.float32), f32)
+    with pytest.raises(CheckpointError, match=r"blk\.1\.attn_output\.bias \[64\] is not part"):
+        open_checkpoint(str(write_tiny(tmp_path, "llama", stored)))
+
+
 def test_yarn_of_gguf_multiplies_by_attn_factor(tmp_path: Path) -> None:
     scale = 1 / (0.1 * math.log(4) + 1)
     path = write_tiny(tmp_path, "qwen3", {"qwen3.rope.scaling.attn_factor": scale})
@@ -361,8 +381,8 @@ def test_what_is_refused_is_named(changes: dict[str, Any], words: str, tmp_path:
 
 def test_surplus_and_unreadable_tensors(tmp_path: Path) -> None:
     f32 = gguf.GGMLQuantizationType.F32
-    extra = {"blk.0.attn_q.bias": (np.zeros(64, np.float32), f32)}
-    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q\.bias \[64\] is not part of llama"):
+    extra = {"blk.0.ffn_down.bias": (np.zeros(64, np.float32), f32)}
+    with pytest.raises(CheckpointError, match=r"ffn_down\.bias \[64\] is not part of llama"):
         open_checkpoint(str(write_tiny(tmp_path, "llama", extra)))
     integers = {"output.weight": (np.zeros((320, 64), np.int8), gguf.GGMLQuantizationType.I8)}
     with open_checkpoint(str(write_tiny(tmp_path, "llama", integers))) as checkpoint:
