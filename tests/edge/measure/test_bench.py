@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.backends import Step
+from edge.backends import Rows, Step
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.cli import bench as bench_verb
@@ -37,6 +37,7 @@ from edge.measure.bench_report import (
 )
 from edge.planner.calibration import calibrated
 from edge.planner.plan import CPU, Device, find_device
+from scripts.best_logits import best_of
 from tests.conftest import Bundles
 from tests.fakes import ScriptedBackend, random_logits
 
@@ -92,6 +93,26 @@ def test_the_same_seed_runs_the_same_tokens(tiny: Any):
         run_bench(ScriptedBackend(table, script), table, manifest, config)
         seen.append(tokens[-1])
     assert seen[0] == seen[1] != seen[2]
+
+
+def test_tokens_are_drawn_from_the_best_logits_as_in_serving(tiny: Any):
+    """Or a benchmark would not tell what `edge-llm build --best-logits` is worth."""
+    table, manifest = tiny
+    backend = ScriptedBackend(table, lambda so_far: len(so_far) % 7, num_slots=2)
+    steps: list[Step] = []
+
+    def fetch() -> Any:
+        pytest.fail("a row is fetched that its best logits decide")
+
+    def forward_best(step: Step) -> Rows:
+        steps.append(step)
+        return [[best_of(row, 8, fetch) for row in rows] for rows in backend.forward(step)]
+
+    backend.forward_best = forward_best
+    config = BenchConfig(prompt_tokens=4, output_tokens=5, repeats=1, warmup=0, batch=2)
+    run_bench(backend, table, manifest, config)
+    assert [step.batch for step in steps] == [2] * 4
+    assert backend.rows_of(0, 8)[4:] == [4, 5, 6, 0]
 
 
 def test_energy_is_measured_around_prefill_and_decode(tiny: Any):
