@@ -19,10 +19,10 @@ import re
 import string
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -52,6 +52,7 @@ Scoring = Literal["letter", "text"]
 _Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}")
+_NEXT_QUESTION = "\nQuestion:"
 _INSTRUCTION = "\nPut your final answer, a number, within \\boxed{}."
 
 
@@ -246,8 +247,7 @@ def answer_item(
         answer = _check_program(item, written.text, is_chat=llm.template is not None)
         correct = answer == item.expected
     else:
-        question = item.question.strip() + _INSTRUCTION
-        written = _ask(llm, f"Question: {question}\nAnswer:", question, params)
+        written = ask_question(llm, item.question.strip() + _INSTRUCTION, params)
         answer = find_number(written.text)
         correct = answer is not None and parse_number(answer) == parse_number(item.expected)
     return ItemResult(line, item.expected, answer, correct, written.finish_reason == "length")
@@ -299,11 +299,36 @@ def _continuation(llm: LLM, ids: NDArray[np.int64], shared: int) -> float:
     return score
 
 
-def _ask(llm: LLM, text: str, message: str, params: SamplingParams | None) -> GenerationResult:
+def ask_question(
+    llm: LLM, question: str, params: SamplingParams | None = None, **options: Any
+) -> GenerationResult:
+    """Let a bundle answer a question, through its chat template where it has one.
+
+    A model without one goes on after the answer and asks the next question, which is left out.
+
+    Args:
+        llm: the bundle.
+        question: what is asked.
+        params: how the answer is generated.
+        **options: of `LLM.submit`, for a chat.
+
+    Raises:
+        ContextLengthError: the question does not fit into the KV cache.
+        BackendError: the engine failed.
+    """
+    if llm.template is None:
+        params = params or SamplingParams()
+        params = replace(params, stop=(*params.stop, _NEXT_QUESTION))
+    return _ask(llm, f"Question: {question}\nAnswer:", question, params, **options)
+
+
+def _ask(
+    llm: LLM, text: str, message: str, params: SamplingParams | None, **options: Any
+) -> GenerationResult:
     """Let a bundle answer a message, or go on with a text where it has no chat template."""
     if llm.template is None:
         return llm.generate(text, params)
-    return llm.generate([{"role": "user", "content": message}], params)
+    return llm.generate([{"role": "user", "content": message}], params, **options)
 
 
 def _check_program(item: ProgramItem, text: str, *, is_chat: bool) -> str | None:

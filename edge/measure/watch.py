@@ -28,7 +28,7 @@ from edge.runtime.sampling_params import SamplingParams
 
 from . import compare, evaluate
 from .drift import write_atomic
-from .tasks import find_number, mcnemar_exact, parse_number
+from .tasks import ask_question, find_number, mcnemar_exact, parse_number
 
 GOLDEN_SET = Path(__file__).parent / "data" / "golden.jsonl"
 """Prompts written for this project."""
@@ -173,11 +173,7 @@ class BundleAnswerer:
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """Answer through the bundle's chat template, where it has one."""
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-        if self._llm.template is None:
-            result = self._llm.generate(f"Question: {prompt}\nAnswer:", params)
-        else:
-            messages = [{"role": "user", "content": prompt}]
-            result = self._llm.generate(messages, params, thinking=self._thinking)
+        result = ask_question(self._llm, prompt, params, thinking=self._thinking)
         return Answer(
             result.text, result.reasoning, result.stats.completion_tokens, result.finish_reason
         )

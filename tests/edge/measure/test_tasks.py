@@ -14,6 +14,7 @@ from edge.measure.programs import ProgramItem
 from edge.measure.tasks import (
     ChoiceItem,
     ItemResult,
+    NumberItem,
     answer_item,
     choice_scores,
     compare_task,
@@ -25,8 +26,11 @@ from edge.measure.tasks import (
     summarize_task,
     wilson_interval,
 )
+from edge.measure.watch import BundleAnswerer, GoldenItem, run_golden
+from edge.runtime.generation import GenerationStats
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
+from edge.runtime.stream import GenerationResult
 
 CHOICE = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1, "subject": "sums"}
 NUMBER = {"question": "2 + 2?", "answer": "It is 2 + 2 = 4.\n#### 4"}
@@ -182,6 +186,28 @@ def test_generation_ends_and_counts(tiny_bundles, tmp_path: Path):
     assert [result.line for result in results] == [1, 2]
     assert results[0].answer == results[1].answer
     assert summarize_task(results)["cut"] == 2
+
+
+class BaseModel:
+    """An `LLM` without a chat template, which writes the next question after its answer."""
+
+    template = None
+
+    def generate(self, prompt: str, params: SamplingParams) -> GenerationResult:
+        assert prompt.startswith("Question: ")
+        text = " 18.\n\nQuestion: A man has 3 dogs\nAnswer: 99"
+        for stop in params.stop:
+            text = text.partition(stop)[0]
+        return GenerationResult(text, "", (), "stop", GenerationStats())
+
+
+def test_a_base_model_is_not_judged_by_the_question_that_it_asks_next():
+    llm: Any = BaseModel()
+    item = NumberItem("How many?", "#### 18")
+    for params in (None, SamplingParams(max_tokens=9, stop=("!",))):
+        assert answer_item(llm, 1, item, params=params) == ItemResult(1, "18", "18", True)
+    golden = [GoldenItem("a", "How many?", answer="18")]
+    assert run_golden(BundleAnswerer(llm), golden)[0].correct
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
