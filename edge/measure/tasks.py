@@ -50,8 +50,16 @@ from .programs import (
 Scoring = Literal["letter", "text"]
 
 _Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
-_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}")
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)")
+_UNSIGNED = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_FRACTION = re.compile(
+    rf"(?:(?<![\d,.])({_UNSIGNED})\s*)?\\[dt]?frac\{{(-?{_UNSIGNED})\}}\{{(-?{_UNSIGNED})\}}"
+)
+_POWER = re.compile(
+    rf"(?<![\d,.])(?:({_UNSIGNED})\s*(?:\\times|\\cdot|[x*\u00d7\u00b7])\s*)?"
+    r"10\^(?:(-?\d{1,3})(?!\d)|\{(-?\d{1,3})\})"
+)
+_SPACED_MINUS = re.compile(r"(?<![\w)\s])\s*-\s+(?=[\d.])")
 _NEXT_QUESTION = "\nQuestion:"
 _INSTRUCTION = "\nPut your final answer, a number, within \\boxed{}."
 
@@ -180,8 +188,8 @@ def parse_number(text: str) -> Fraction | None:
 
     A percent sign, a currency and a unit after the number are ignored.
     """
-    plain = _FRACTION.sub(r"\g<1>\g<2>/\g<3>", text).replace("\\", "").replace("$", "")
-    match = _NUMBER.search(plain)
+    plain = _without_latex(text).replace("\\", "").replace("$", "")
+    match = _NUMBER.search(_SPACED_MINUS.sub("-", plain))
     if match is None:
         return None
     with suppress(ZeroDivisionError, ValueError):
@@ -199,8 +207,27 @@ def find_number(text: str) -> str | None:
     if "####" in text:
         tail = text.rsplit("####", 1)[1].strip().split("\n", 1)[0]
         return tail if parse_number(tail) is not None else None
-    numbers: list[str] = _NUMBER.findall(text)
+    numbers: list[str] = _NUMBER.findall(_without_latex(text))
     return numbers[-1] if numbers else None
+
+
+def _without_latex(text: str) -> str:
+    r"""Write ``1{,}234``, ``1\frac{1}{2}`` and ``3 \times 10^4`` as plain numbers."""
+    for latex, plain in (("\\!", ""), ("{,}", ","), ("\u2212", "-")):
+        text = text.replace(latex, plain)
+    with suppress(ValueError):  # more digits than Python reads
+        return _POWER.sub(_power, _FRACTION.sub(_mixed_number, text))
+    return text
+
+
+def _mixed_number(match: re.Match[str]) -> str:
+    whole, top, bottom = (Fraction((part or "0").replace(",", "")) for part in match.groups())
+    return str(whole + top / bottom) if bottom else f"{top}/0"
+
+
+def _power(match: re.Match[str]) -> str:
+    factor, exponent, braced = match.groups()
+    return str(Fraction((factor or "1").replace(",", "")) * Fraction(10) ** int(exponent or braced))
 
 
 def _braced(text: str) -> str:
