@@ -40,8 +40,15 @@ _LOOP_CHARS = 160  # a shorter repetition may be a table or a list
 _MAX_PERIOD_CHARS = 400
 
 _REFUSAL = re.compile(
-    r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i (?:can(?:not|'t)|will not|won't|must decline)"
-    r"|as an ai(?: language)? model|against my (?:guidelines|programming))\b",
+    r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i must decline"
+    r"|i (?:can(?: ?not|'t)|will not|won't) (?:(?:be able to|in good conscience|just|\w+ly) )?"
+    r"(?:help(?! but)|assist|answer|respond|provide|comply|discuss|create|generate|engage|support"
+    r"|fulfil|fulfill|satisfy|do (?:this|that|it|so))"
+    r"|as an ai(?: language)? model|against my (?:guidelines|programming))\b"
+    r"|(?:我[^，,。！？\n]{0,5}|(?:抱歉|对不起|遗憾)[^。！？\n]{0,20})(?:无法|不能|不便)"
+    r"[^，,。！？\n]{0,4}(?:回答|提供|讨论|谈论|评论|协助|帮助|帮[你您]|满足|生成|透露)"
+    r"|作为(?:一[个名款种])? ?(?:人工智能|AI) ?(?:语言模型|模型|助手|助理)[，,]? ?"
+    r"我[^，,。！？\n]{0,3}(?:没有|无法|不能|不会|不具|不便|不应)",
     re.IGNORECASE,
 )
 _WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")  # Chinese puts no spaces between words
