@@ -292,7 +292,7 @@ def _remark(taken: Candidate, device: Device) -> str | None:
         return None
     return (
         f"edge-llm build peaks at about {_gb(peak)}, but {device.name} leaves {_gb(usable)}: add "
-        f"{_gb(peak - usable)} of swap for it"
+        f"{_gb(peak - usable)} of swap for it, which serves what the builder takes, not the GPU"
     )
 
 

@@ -126,6 +126,7 @@ def test_a_module_without_the_memory_drops_what_does_not_fit():
     assert "do not fit orin-nano-8" in dropped.reasons[0]
     assert found.remark is not None
     assert "swap" in found.remark
+    assert "not the GPU" in found.remark
     assert choose(Wish()).remark is None
 
 
