@@ -49,6 +49,7 @@ class CudaProbe(msgspec.Struct, frozen=True):
     num_devices: int | None = None
     name: str | None = None
     compute_capability: str | None = None
+    integrated: bool | None = None
     context_code: int | None = None
     memory_free_bytes: int | None = None
     memory_total_bytes: int | None = None

@@ -24,7 +24,9 @@ SLOT_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm")
 _WSL_NODE = "/dev/dxg"
 # Others have these, too: a virtual machine without a GPU, a board of another maker.
 _NOT_A_SIGN = ("/dev/host1x-fence", *RENDER_NODES)
-GPU_NODES = tuple(name for name in (*JETSON_NODES, *SLOT_NODES) if name not in _NOT_A_SIGN)
+JETSON_SIGNS = tuple(name for name in JETSON_NODES if name not in _NOT_A_SIGN)
+"""Nodes that only a Jetson has."""
+GPU_NODES = (*JETSON_SIGNS, *SLOT_NODES)
 
 
 def may_open(node: Path) -> bool:

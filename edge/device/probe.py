@@ -20,14 +20,17 @@ import msgspec
 from .gpu import load_driver, read_gpu
 from .scheme_probe import probe_schemes
 
+_INTEGRATED = 18  # cuda.h: CU_DEVICE_ATTRIBUTE_INTEGRATED
+
 
 def probe_cuda() -> dict[str, Any]:
     """Load ``libcuda.so.1``, initialize it, and make a context on the first GPU.
 
     Returns:
         ``library_error``, ``driver_version`` (12060 is CUDA 12.6), ``init_code``, ``num_devices``,
-        ``name``, ``compute_capability``, ``context_code``, ``memory_free_bytes`` and
-        ``memory_total_bytes``, up to the first failure. Codes are those of ``CUresult``.
+        ``name``, ``compute_capability``, ``integrated`` (it shares the host's memory),
+        ``context_code``, ``memory_free_bytes`` and ``memory_total_bytes``, up to the first failure.
+        Codes are those of ``CUresult``.
     """
     try:
         cuda = load_driver()
@@ -49,6 +52,8 @@ def probe_cuda() -> dict[str, Any]:
     if gpu is None:
         return found
     found["name"], found["compute_capability"] = gpu.name, gpu.compute_capability
+    if cuda.cuDeviceGetAttribute(ctypes.byref(number), _INTEGRATED, device) == 0:
+        found["integrated"] = bool(number.value)
     context = ctypes.c_void_p()
     found["context_code"] = cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
     if found["context_code"] == 0:

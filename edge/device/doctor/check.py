@@ -7,7 +7,7 @@ from typing import Literal
 
 from edge.bundle.engine_file import EngineInfo
 from edge.device.machine import CudaProbe, Library, Machine, Node
-from edge.device.nodes import GPU_NODES
+from edge.device.nodes import GPU_NODES, JETSON_SIGNS
 from edge.device.telemetry import Snapshot
 
 Status = Literal["ok", "warn", "fail", "skip"]
@@ -49,8 +49,12 @@ class Facts:
 
     @property
     def jetson(self) -> bool:
-        """Whether this is a Jetson: makers of other boards name their device trees as they like."""
-        return self.snapshot.l4t is not None or "Jetson" in (self.snapshot.module or "")
+        """Whether this is a Jetson: makers of other boards name their device trees as they like.
+
+        A container may have the device nodes and none of the files that say so.
+        """
+        nodes = any(name in JETSON_SIGNS for name in self.nodes)
+        return nodes or self.snapshot.l4t is not None or "Jetson" in (self.snapshot.module or "")
 
     @property
     def gpu_expected(self) -> bool:

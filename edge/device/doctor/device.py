@@ -57,7 +57,8 @@ def check_system(facts: Facts) -> Check:
     name, snapshot = "system", facts.snapshot
     if not facts.jetson:
         return Check(name, "ok", f"{facts.machine.architecture()}, not a Jetson")
-    detail = f"{snapshot.module}, Jetson Linux {snapshot.l4t or 'unknown'}"
+    board = snapshot.module or "a Jetson whose name is hidden here"
+    detail = f"{board}, Jetson Linux {snapshot.l4t or 'unknown'}"
     if snapshot.jetpack:
         detail += f", JetPack {snapshot.jetpack}"
     if snapshot.l4t is None:

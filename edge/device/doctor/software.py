@@ -149,7 +149,7 @@ def check_bundle(bundle: Path, facts: Facts) -> tuple[Check, Manifest | None]:
 def check_memory(facts: Facts, manifest: Manifest | None) -> Check:
     """Is there enough for the bundle?"""
     name, free = "memory", facts.snapshot.memory_room_bytes
-    unified = facts.jetson or not facts.cuda.works
+    unified = facts.cuda.integrated or not facts.cuda.works
     if not unified:
         free = facts.cuda.memory_free_bytes
     if free is None:

@@ -27,6 +27,7 @@ ORIN = CudaProbe(
     num_devices=1,
     name="Orin",
     compute_capability="8.7",
+    integrated=True,
     context_code=0,
     memory_free_bytes=50 << 30,
     memory_total_bytes=61 << 30,

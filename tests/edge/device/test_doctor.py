@@ -332,6 +332,32 @@ def test_the_nodes_of_jetpack_7(tmp_path: Path):
     assert "Jetson Linux 39.2.0" in find(checks, "system").detail
 
 
+def hide(machine: FakeMachine, *names: str) -> None:
+    for name in names:
+        (machine.root / name).unlink()
+
+
+def test_a_container_hides_the_name_of_the_board(orin: FakeMachine):
+    """Docker masks /sys/firmware, where the device tree is."""
+    hide(orin, "proc/device-tree/model")
+    found = find(run_checks(orin), "system")
+    assert found.detail.startswith("a Jetson whose name is hidden here, Jetson Linux 36.4.3")
+    assert found.status == "ok"
+
+
+def test_device_nodes_tell_a_jetson_where_its_files_are_hidden(orin: FakeMachine):
+    """As in a container that was started with --device for each node."""
+    hide(orin, "proc/device-tree/model", "etc/nv_tegra_release", "var/lib/dpkg/status")
+    orin.container = True
+    assert find(run_checks(orin), "system").cure.endswith("mount /etc/nv_tegra_release read-only")
+    closed(*JETPACK6_NODES, code=801)(orin)
+    checks = run_checks(orin)
+    found = find(checks, "device nodes")
+    assert found.detail.startswith("/dev/nvmap, ")
+    assert "--group-add 44 --group-add 105" in found.cure
+    assert exit_code(checks) == 77
+
+
 def test_the_nodes_of_a_gpu_in_a_slot(laptop: FakeMachine):
     laptop.node_answers = {"/dev/nvidiactl": node("/dev/nvidiactl")}
     init(999)(laptop)

@@ -88,8 +88,15 @@ def test_an_engine_needs_its_own_capacity(orin: FakeMachine, bundle: Path):
 
 def test_a_gpu_with_its_own_memory_is_asked_for_that(laptop: FakeMachine, tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2", "portable")
-    cuda(memory_free_bytes=1 << 20)(laptop)
+    cuda(memory_free_bytes=1 << 20, integrated=False)(laptop)
     assert find(run_checks(laptop, bundle), "memory").status == "fail"
+
+
+def test_a_full_page_cache_takes_no_memory_from_a_gpu_that_shares_it(laptop: FakeMachine):
+    """Also where nothing but the driver tells that it does."""
+    cuda(memory_free_bytes=600 << 20)(laptop)
+    laptop.memory = 52 * 10**9
+    assert find(run_checks(laptop), "memory").detail == "52.0 GB free"
 
 
 def test_a_damaged_bundle(laptop: FakeMachine, tiny_bundles: Bundles, tmp_path: Path):

@@ -84,7 +84,7 @@ int cuDeviceGetCount(int *count) { *count = env("FAKE_COUNT", 1); return 0; }
 int cuDeviceGet(int *device, int index) { *device = index; return 0; }
 int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "Orin", size); return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    *value = attribute == 75 ? 8 : attribute == 76 ? 7 : -1;
+    *value = attribute == 75 ? 8 : attribute == 76 ? 7 : attribute == 18 ? 1 : -1;
     return 0;
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) {
@@ -120,6 +120,7 @@ def test_the_driver_is_asked_through_ctypes(fake_driver: Path, monkeypatch: pyte
         num_devices=1,
         name="Orin",
         compute_capability="8.7",
+        integrated=True,
         context_code=0,
         memory_free_bytes=40 << 30,
         memory_total_bytes=61 << 30,
