@@ -24,9 +24,11 @@ class Center(msgspec.Struct, frozen=True):
 
 
 class BenchDevice(msgspec.Struct, frozen=True):
-    """Where the benchmark ran; ``name`` is a module, ``cpu``, or None for another GPU.
+    """Where the benchmark ran.
 
     Attributes:
+        name: a module, ``cpu``, or None for another GPU, or one that a container hid.
+        module: the board's own name; None where nothing said it.
         power_mode: the mode of the table that it was compared with, if that is its own.
         nvpmodel: what its mode is called there; older files, and containers, do not say.
     """
@@ -35,6 +37,7 @@ class BenchDevice(msgspec.Struct, frozen=True):
     power_mode: str | None
     bytes_per_s: float | None
     nvpmodel: str | None = None
+    module: str | None = None
 
     @property
     def mode(self) -> str | None:
@@ -126,13 +129,13 @@ def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[
 
     Args:
         path: JSON of ``edge-llm bench``, or ``report.json`` of ``scripts/gpu-check``.
-        device: what the user asked for; None is the benchmark's.
+        device: what the user asked for; None is the benchmark's. Needed where that is not known.
         power_mode: what the user asked for; None is the benchmark's. Needed where that is not
             known.
 
     Raises:
-        ConfigError: no such file, or it was measured on another device, or in another or an
-            unknown mode.
+        ConfigError: no such file, or it was measured on another or an unknown device, or in
+            another or an unknown mode.
     """
     benches = read_runs(path)
     place = next(iter(benches.values())).device
@@ -141,10 +144,15 @@ def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[
             f"--calibrate {path}: its benchmarks are of several devices or modes; give a report "
             "of one"
         )
-    name = place.name
+    if place.name is None and place.module is not None:
+        raise ConfigError(
+            f"--calibrate {path}: it was measured on {place.module}, which no table describes"
+        )
+    name = place.name or device
     if name is None:
         raise ConfigError(
-            f"--calibrate {path}: it was measured on a device that no table describes"
+            f"--calibrate {path}: it does not say on which module it was measured, as in a "
+            "container; give --device, if that is in the table"
         )
     if device is not None and device.lower() != name.lower():
         raise ConfigError(f"--calibrate {path}: it was measured with --device {name}, not {device}")

@@ -358,7 +358,7 @@ def test_the_roofline_is_bytes_over_bandwidth(tiny: Any):
 
 
 def bench_on(
-    tiny: tuple[EmbeddingTable, Manifest], path: Path, board: str, gib: int, mode: str | None
+    tiny: tuple[EmbeddingTable, Manifest], path: Path, board: str | None, gib: int, mode: str | None
 ) -> Path:
     """What a benchmark on an Orin writes, as if a TensorRT engine had run there."""
     table, manifest = tiny
@@ -398,6 +398,21 @@ def test_a_benchmark_counts_in_the_mode_that_it_ran_in(
         assert calibrated(saved, None, asked)[0] == found
     with pytest.raises(ConfigError, match=f"measured with --power-mode {mode}, not MAXN"):
         calibrated(saved, None, "MAXN")
+
+
+def test_a_module_that_a_container_hides_must_be_given(tiny: Any, tmp_path: Path):
+    device, remark = find_bench_device("tensorrt", Snapshot(l4t="39.2.1"), None)
+    assert device is None
+    assert "systempaths=unconfined" in (remark or "")
+    saved = bench_on(tiny, tmp_path / "b.json", None, 15, None)
+    with pytest.raises(ConfigError, match=r"on which module .* give --device"):
+        calibrated(saved, None, "15W")
+    with pytest.raises(ConfigError, match="give --power-mode"):
+        calibrated(saved, "orin-nx-16", None)
+    assert calibrated(saved, "orin-nx-16", "15W")[0] == find_device("orin-nx-16", "15W")
+    saved = bench_on(tiny, tmp_path / "b.json", "NVIDIA Jetson AGX Thor", 122, None)
+    with pytest.raises(ConfigError, match="on NVIDIA Jetson AGX Thor, which no table describes"):
+        calibrated(saved, "orin-nx-16", "15W")
 
 
 def test_an_unknown_mode_must_be_given(tiny: Any, tmp_path: Path):

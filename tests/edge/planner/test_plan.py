@@ -161,6 +161,9 @@ def test_the_picture_shows_a_limit_that_matters():
     assert "left to programs" not in draw_plan(make("r1-qwen-1.5b", "agx-orin-64"))
 
 
+NO_NAME = {"name": None, "power_mode": None, "bytes_per_s": None}
+
+
 def write(path: Path, **changes: Any) -> Path:
     path.write_text(json.dumps({**BENCH, **changes}))
     return path
@@ -252,7 +255,8 @@ def test_another_device_is_refused(
         ({"schema": 2}, "has schema 2"),
         ({"work": {"step_bytes": 1}}, "its work does not fit"),
         ({"tpot_s": 0.007}, "is not what edge-llm bench --json prints"),
-        ({"device": {"name": None, "power_mode": None, "bytes_per_s": None}}, "no table describes"),
+        ({"device": {**NO_NAME, "module": "Jetson Thor"}}, "on Jetson Thor, which no table"),
+        ({"device": NO_NAME}, "on which module .* give --device"),
         ({"device": {"name": CPU, "power_mode": None, "bytes_per_s": None}}, "has no bandwidth"),
     ],
 )
