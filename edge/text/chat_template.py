@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -63,6 +64,14 @@ _TRIAL_MESSAGES: list[list[dict[str, Any]]] = [
         {"role": "assistant", "content": None, "tool_calls": [_TRIAL_CALL]},
         {"role": "tool", "content": "2", "name": "add", "tool_call_id": "call00001"},
     ],
+]
+_TRIAL_SYSTEMS: list[dict[str, Any]] = [
+    {"role": "system", "content": "Prefer violet."},
+    {"role": "system", "content": "Prefer granite."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "system", "content": "Prefer walnut."},
+    {"role": "user", "content": "1+1?"},
 ]
 
 _KEYS_BY_ROLE = {
@@ -178,16 +187,34 @@ class ChatTemplate:
         return self._render(plain_messages, add_generation_prompt, plain_tools, plain_extra)
 
     def _normalize(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Normalize messages; the arguments of calls, which may be JSON text, become objects.
+        """Normalize messages, and bring them into the form that this template reads.
 
-        That is where the template encodes them itself; of a text it would make a JSON string.
+        The arguments of calls, which may be JSON text, become objects where the template encodes
+        them itself; of a text it would make a JSON string. System messages become one, at the
+        front, where the template refuses or drops some of several.
         """
         plain_messages = normalize_messages(messages)
-        if self._wants_objects:
-            for index, message in enumerate(plain_messages):
+        for index, message in enumerate(plain_messages):
+            if "tool_calls" in message and "tool_calls" not in self.source:
+                _refuse(index, "tool_calls", "this model's chat template has no place for them")
+            if self._wants_objects:
                 for call in message.get("tool_calls", []):
                     _parse_arguments(index, call.get("function"))
-        return plain_messages
+        systems = [message for message in plain_messages if message["role"] == "system"]
+        if systems in ([], plain_messages[:1]) or self._writes_each_system:
+            return plain_messages
+        text = "\n\n".join(message["content"] for message in systems if message["content"])
+        others = [message for message in plain_messages if message["role"] != "system"]
+        return [{**systems[0], "content": text}, *others]
+
+    @cached_property
+    def _writes_each_system(self) -> bool:
+        """Whether the template writes every system message, also a later one."""
+        try:
+            text = self._text(self._context(_TRIAL_SYSTEMS, True, None))
+        except TemplateFailure:
+            return False
+        return all(m["content"] in text for m in _TRIAL_SYSTEMS if m["role"] == "system")
 
     def _render(
         self,
@@ -200,10 +227,6 @@ class ChatTemplate:
         context = self._context(messages, add_generation_prompt, tools)
         if tools and "tools" not in self.variables:
             raise RequestError("tools: this model's chat template has no place for them")
-        if "tool_calls" not in self.source:
-            for index, message in enumerate(messages):
-                if "tool_calls" in message:
-                    _refuse(index, "tool_calls", "this model's chat template has no place for them")
         for name, value in extra.items():
             if name in _RESERVED or name not in self.variables:
                 raise RequestError(
@@ -212,9 +235,7 @@ class ChatTemplate:
                 )
             context[name] = value
         try:
-            if self._engine is not None:
-                return self._engine.render(context)
-            return self._ask(context).text or ""
+            return self._text(context)
         except TemplateFailure as failure:
             if failure.kind == "refused":
                 raise RequestError(
@@ -228,6 +249,11 @@ class ChatTemplate:
             raise RequestError(
                 f"the chat template cannot render these messages: {failure.why}"
             ) from failure
+
+    def _text(self, context: dict[str, Any]) -> str:
+        if self._engine is not None:
+            return self._engine.render(context)
+        return self._ask(context).text or ""
 
     def _context(
         self,

@@ -415,6 +415,41 @@ def test_wrong_messages_name_the_place(r1, message, where):
         r1.render([turn("user"), message])
 
 
+# As Qwen3.5's in this one thing.
+STRICT_SYSTEM = CHATML.replace(
+    "{{ '<|im_start|>' + message['role']",
+    "{% if message['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('System message must be at the beginning.') }}{% endif %}"
+    "{{ '<|im_start|>' + message['role']",
+)
+
+
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, STRICT_SYSTEM])
+def test_system_messages_become_one_where_the_template_has_place_for_one(tokenizer, source):
+    template = ChatTemplate(source, TOKENS)
+    late = [turn("system", ""), *HISTORY[1:3], turn("developer", "Be <think>."), HISTORY[3]]
+    for many, text in (
+        ([HISTORY[0], turn("developer", "Be kind."), *HISTORY[1:]], "Be brief.\n\nBe kind."),
+        ([*HISTORY[1:3], HISTORY[0], HISTORY[3]], "Be brief."),
+        (late, "Be <think>."),
+    ):
+        one = [turn("system", text), *HISTORY[1:]]
+        assert template.render(many) == template.render(one)
+        assert encode_chat(tokenizer, template, many) == encode_chat(tokenizer, template, one)
+        assert text in template.render(many)
+    refused = [*late[:4], turn("assistant", "a", tool_calls=[CALL])]
+    with pytest.raises(RequestError, match=r"messages\[4\].tool_calls: this model's chat"):
+        template.render(refused)
+
+
+def test_system_messages_stay_where_the_template_writes_each():
+    many = [HISTORY[0], turn("system", "Be kind."), *HISTORY[1:3], turn("system", "Be quick.")]
+    places = [(m["role"], m["content"]) for m in many]
+    written = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in places)
+    template = ChatTemplate(CHATML, TOKENS)
+    assert template.render(many, add_generation_prompt=False) == written
+
+
 @pytest.mark.parametrize("key", [".arguments", "['arguments']", '["arguments"]'])
 def test_arguments_as_text_are_the_object_that_they_say(tokenizer, reasoning, key):
     source = reasoning.source.replace("call.function.arguments", f"call.function{key} ")

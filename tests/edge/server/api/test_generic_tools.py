@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edge.bundle.manifest import Tokens
+from edge.runtime.llm import LLM
 from edge.server.api.generic_tools import call_syntax, place_tools
 from edge.server.api.tools import DEEPSEEK, HERMES, prepare_messages
 from edge.text.chat_template import ChatTemplate
@@ -73,6 +74,45 @@ def test_the_system_message_lists_them(live: Live):
         assert text.count('"name":"clock"') == 1
     assert texts[1].startswith(f"{BOS}Be brief.\n\n")
     assert HERMES.start not in prompt(live, own)
+
+
+def test_every_system_message_is_read(live: Live, monkeypatch: pytest.MonkeyPatch):
+    """The template has place for one, and the tools are in that, too."""
+    prompts: list[list[int]] = []
+    submit = LLM.submit
+
+    def spy(self: LLM, *args: Any, **options: Any) -> Any:
+        prompts.append(options["ids"])
+        return submit(self, *args, **options)
+
+    monkeypatch.setattr(LLM, "submit", spy)
+    rules = [{"role": "system", "content": f"Rule {name}."} for name in ("one", "two")]
+    given = [*rules, *QUESTION]
+    function: dict[str, Any] = TOOLS[0]["function"]
+    tool = {"name": "weather", "input_schema": function["parameters"]}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": given, "tools": TOOLS, "max_tokens": 1},
+        "/v1/responses": {
+            "instructions": "Rule one.",
+            "input": given[1:],
+            "tools": [{"type": "function", **function}],
+            "max_output_tokens": 1,
+        },
+        "/v1/messages": {
+            "system": "Rule one.",
+            "messages": given[1:],
+            "tools": [tool],
+            "max_tokens": 1,
+        },
+        "/api/chat": {"messages": given, "tools": TOOLS, "options": {"num_predict": 1}},
+    }
+    for path, fields in bodies.items():
+        answer = live.ask(path, {"model": "tiny", **fields})
+        assert answer.status == 200, answer.body
+        head, *_ = live.engine.llm.tokenizer.decode(prompts.pop()).partition("<｜User｜>")
+        assert head.startswith(f"{BOS}Rule one.\n\n"), path
+        assert head.endswith("\n\nRule two."), path
+        assert '"name":"weather"' in head, path
 
 
 def test_a_call_is_found(live: Live):
