@@ -496,15 +496,27 @@ def _normalize(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     return result | {key: found[key] for key in ("tool_call_id", "name") if key in found}
 
 
+def read_arguments(text: str) -> dict[str, Any] | None:
+    """Read the arguments of a call, a JSON object; null and an empty text stand for none.
+
+    Returns:
+        The object; None if the text is anything else.
+    """
+    try:
+        found = msgspec.json.decode(text.encode("utf-8", "surrogatepass")) if text.strip() else None
+    except (ValueError, RecursionError):
+        return None
+    if found is None:
+        return {}
+    return found if isinstance(found, dict) else None
+
+
 def _parse_arguments(index: int, function: Any) -> None:
     """Replace the text of a call's arguments by what it says."""
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return
-    try:
-        parsed = msgspec.json.decode(function["arguments"])
-    except (msgspec.DecodeError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
+    parsed = read_arguments(function["arguments"])
+    if parsed is None:
         _refuse(index, "tool_calls", "arguments must be a JSON object, as text")
     function["arguments"] = parsed
 

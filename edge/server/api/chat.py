@@ -55,27 +55,18 @@ from .tools import (
     prepare_messages,
     template_tools,
     user_texts,
-    with_object_arguments,
 )
 
 # Tokens of reasoning for OpenAI's efforts; R1 and Qwen3 know none, so they are budgets here.
 _EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096}  # more has no limit
 
 
-def plan_chat(
-    turn: Turn,
-    body: ChatRequest,
-    *,
-    object_arguments: bool = False,
-    capacity: int | None = None,
-) -> Plan:
+def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> Plan:
     """Turn the body of a chat request into a plan.
 
     Args:
         turn: the request's context.
         body: the request; other protocols make one of theirs.
-        object_arguments: whether the protocol has place for arguments of a call that are an object
-            and for no others, so that any other call stays text.
         capacity: tokens that fit; None is the context.
 
     Raises:
@@ -101,7 +92,7 @@ def plan_chat(
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
-    make_parser = _parser_of(syntax, body, forced is not None, object_arguments) if tools else None
+    make_parser = _parser_of(syntax, body, forced is not None) if tools else None
     if llm.template is None:
         messages = prepare_messages(body.messages)
     else:
@@ -140,15 +131,11 @@ def _check_fields(body: ChatRequest, settings: ServerSettings) -> None:
     check_choices(body.n or 1, 1, settings.max_choices)
 
 
-def _parser_of(
-    syntax: ToolSyntax | None, body: ChatRequest, forced: bool, object_arguments: bool
-) -> MakeParser | None:
+def _parser_of(syntax: ToolSyntax | None, body: ChatRequest, forced: bool) -> MakeParser | None:
     if forced:
         return WholeCall
     if syntax is None:
         return None
-    if object_arguments:
-        syntax = with_object_arguments(syntax)
     if has_form(body):
         return partial(CallsOrJSON, syntax)
     functions = [tool.function for tool in body.tools or []]

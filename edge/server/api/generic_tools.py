@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from edge.server.http.errors import invalid
-from edge.text.chat_template import ChatTemplate
+from edge.text.chat_template import ChatTemplate, read_arguments
 
 from .tools import HERMES, ToolSyntax, prepare_messages, syntax_of
 
@@ -97,11 +97,7 @@ def _call_text(index: int, call: object) -> str:
     arguments = function.get("arguments") if isinstance(function, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     try:
-        given = (
-            msgspec.json.decode(arguments.encode("utf-8", "surrogatepass"))
-            if isinstance(arguments, str)
-            else arguments
-        )
+        given = read_arguments(arguments) if isinstance(arguments, str) else arguments
         if not isinstance(name, str) or not isinstance(given, dict):
             raise ValueError
         return msgspec.json.encode({"name": name, "arguments": given}).decode()

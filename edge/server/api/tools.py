@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from edge.server.http.errors import invalid
+from edge.text.chat_template import read_arguments
 
 from .answers import CalledFunction, ToolCall
 from .protocol import ChatRequest, NamedTool, Tool
@@ -31,8 +32,8 @@ class ToolSyntax:
     Attributes:
         start, end: marks around one call.
         noise: further marks, which are dropped.
-        read: turns the text between the marks into name and arguments (JSON text); None if it is
-            no call.
+        read: turns the text between the marks into name and arguments (a JSON object, as text);
+            None if it is no call.
     """
 
     start: str
@@ -49,9 +50,9 @@ def _read_hermes(text: str) -> tuple[str, str] | None:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None
     arguments = call.get("arguments", call.get("parameters", {}))
-    if isinstance(arguments, str):
-        return call["name"], arguments
-    return call["name"], msgspec.json.encode(arguments).decode()
+    if not isinstance(arguments, str):
+        arguments = msgspec.json.encode(arguments).decode()
+    return _call(call["name"], arguments)
 
 
 def _read_deepseek(text: str) -> tuple[str, str] | None:
@@ -60,11 +61,12 @@ def _read_deepseek(text: str) -> tuple[str, str] | None:
         return None
     fenced = _FENCED.fullmatch(tail)  # R1 and V3; V3.1 has the name first and no fence
     name, arguments = (fenced[1], fenced[2]) if fenced else (head.strip(), tail.strip())
-    try:
-        msgspec.json.decode(arguments.encode())
-    except (msgspec.DecodeError, RecursionError):
-        return None
-    return name, arguments
+    return _call(name, arguments) if arguments else None
+
+
+def _call(name: str, arguments: str) -> tuple[str, str] | None:
+    found = read_arguments(arguments)
+    return None if found is None else (name, arguments if found else "{}")
 
 
 _DEEPSEEK_SEPARATOR = "<｜tool▁sep｜>"
@@ -86,20 +88,6 @@ def syntax_of(template: str) -> ToolSyntax | None:
         if syntax.start in template:
             return syntax
     return None
-
-
-def with_object_arguments(syntax: ToolSyntax) -> ToolSyntax:
-    """Return a syntax to which a call is one only if its arguments are a JSON object."""
-
-    def read(text: str) -> tuple[str, str] | None:
-        call = syntax.read(text)
-        try:
-            found = None if call is None else msgspec.json.decode(call[1].encode())
-        except (msgspec.DecodeError, RecursionError):
-            return None
-        return call if isinstance(found, dict) else None
-
-    return replace(syntax, read=read)
 
 
 class ToolParser:
@@ -288,7 +276,7 @@ def bound_calls(request: ChatRequest, syntax: ToolSyntax | None) -> dict[str, An
 
 
 def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[str, Any]:
-    """The schema of one call: a tool's name, and arguments by its schema; None allows any.
+    """The schema of one call: a tool's name, and arguments by its schema; None allows any object.
 
     An ``$id`` makes each of these schemas the root that its own references begin at.
     """
@@ -297,7 +285,11 @@ def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[s
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "arguments": {"$id": f"urn:edge-llm:tool:{index}", **(parameters or _ANY_OBJECT)},
+                "arguments": {
+                    **_ANY_OBJECT,
+                    "$id": f"urn:edge-llm:tool:{index}",
+                    **(parameters or {}),
+                },
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,

@@ -98,7 +98,7 @@ def plan_messages(turn: Turn, body: MessagesRequest) -> Plan:
     chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
     chat.stop = body.stop_sequences
     chat.stream = body.stream
-    return plan_chat(turn, chat, object_arguments=True)
+    return plan_chat(turn, chat)
 
 
 def count_tokens(turn: Turn, body: CountTokensRequest, on_piece: OnPiece) -> CountTokensResponse:
@@ -111,7 +111,7 @@ def count_tokens(turn: Turn, body: CountTokensRequest, on_piece: OnPiece) -> Cou
     llm = turn.model.llm
     capacity = max(llm.kv_capacity, _LEAST_ROOM_TOKENS)
     with renamed(NAMES):
-        plan = plan_chat(turn, _chat_of(body), object_arguments=True, capacity=capacity)
+        plan = plan_chat(turn, _chat_of(body), capacity=capacity)
         ids = llm.encode(
             plan.prompts[0],
             tools=plan.tools,

@@ -109,7 +109,7 @@ def _plan_messages(
     elif isinstance(body.format, dict):
         chat.response_format = ResponseFormat("json_schema", JSONSchema("answer", body.format))
     chat.stream = body.stream is not False
-    return plan_chat(turn, chat, object_arguments=True)
+    return plan_chat(turn, chat)
 
 
 def _set_options(

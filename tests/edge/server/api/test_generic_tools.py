@@ -14,7 +14,7 @@ from edge.server.api.generic_tools import call_syntax, place_tools
 from edge.server.api.tools import DEEPSEEK, HERMES, prepare_messages
 from edge.text.chat_template import ChatTemplate
 from tests.conftest import Bundles
-from tests.edge.server.api.test_tools import CALL, CLOCK, QUESTION, WEATHER
+from tests.edge.server.api.test_tools import CALL, CLOCK, QUESTION, WEATHER, hermes
 from tests.edge.server.scripted import HERMES_TEMPLATE, Live, running
 from tests.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, CONTROL_IDS, EOS, EOS_ID
 
@@ -190,6 +190,25 @@ def test_nothing_in_a_tool_becomes_a_control_token(live: Live):
         return sum(token in CONTROL_IDS.values() for token in tokens)
 
     assert controls(description="of a city") == controls(description=f"{EOS}<｜User｜><think>")
+
+
+@pytest.mark.parametrize("arguments", [None, "", "Bern", '{"city": "Bern"}'])
+def test_what_is_answered_can_be_sent_back(live: Live, arguments: Any):
+    live.engine.default = f"hm</think>\n\n{hermes('weather', arguments)}"
+    message = live.chat(tools=TOOLS, temperature=0).json["choices"][0]["message"]
+    assert bool(message.get("tool_calls")) == (arguments != "Bern")
+    history = [*QUESTION, message, {"role": "tool", "content": "sun", "tool_call_id": "x"}]
+    again = live.chat(messages=history, tools=TOOLS, max_tokens=1)
+    assert again.status == 200, again.body
+
+
+def test_a_past_call_without_arguments_has_none():
+    written: list[Any] = ["", "null", {}]
+    for arguments in written:
+        call = {"function": {"name": "clock", "arguments": arguments}}
+        past: list[Any] = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        (_, answer), _ = place_tools(past, None, PLAIN)
+        assert '{"name":"clock","arguments":{}}' in answer["content"]
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,19 @@ def test_what_is_no_call_stays_text():
         "plain", "<tool", "a <tool_call> b", "<tool_call>not json</tool_call>", "  spaces  ",
         '<tool_call>{"arguments": {}}</tool_call>', '<tool_call>[1]</tool_call>', "</tool_call>",
         "<tool_call>" + "[" * 5000 + "</tool_call>",
+        *(hermes("f", arguments) for arguments in ("Bern", ["a"], 5, False, "[1]")),
     ):  # fmt: skip
         assert parse(HERMES, [text]) == (text, [])
+    for text in (deepseek("f", "Bern"), deepseek("f", ["a"])):
+        assert parse(DEEPSEEK, [text]) == (text, [])
+
+
+def test_arguments_of_a_call_are_an_object():
+    for syntax, write, written, found in (
+        (HERMES, hermes, None, {}), (HERMES, hermes, "", {}), (HERMES, hermes, "null", {}),
+        (HERMES, hermes, '{"a": 1}', {"a": 1}), (DEEPSEEK, deepseek, None, {}),
+    ):  # fmt: skip
+        assert parse(syntax, [write("f", written)]) == ("", [("f", found)])
 
 
 @given(
@@ -293,6 +304,15 @@ def test_a_call_and_its_result_go_back_into_the_prompt(tools: Live):
     assert (wrong.status, wrong.json["error"]["param"]) == (400, "messages[1].tool_calls")
 
 
+@pytest.mark.parametrize("arguments", [None, "", "Bern", ["a"], '{"city": "Bern"}'])
+def test_what_is_answered_can_be_sent_back(tools: Live, arguments: Any):
+    message = ask(tools, hermes("weather", arguments)).json["choices"][0]["message"]
+    assert bool(message.get("tool_calls")) == (arguments not in ("Bern", ["a"]))
+    history = [*QUESTION, message, {"role": "tool", "content": "sun", "tool_call_id": "x"}]
+    again = tools.chat(messages=history, tools=[WEATHER], max_tokens=1)
+    assert again.status == 200, again.body
+
+
 def test_a_call_that_must_come(tools: Live):
     for choice, names in (
         ("required", {"weather", "clock"}),
@@ -440,6 +460,15 @@ def booking(name: str, city: dict[str, Any]) -> dict[str, Any]:
         "additionalProperties": False,
     }
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def test_a_schema_without_a_type_binds_to_an_object():
+    function = {"name": "f", "parameters": {"properties": {}}}
+    tool = {"type": "function", "function": function}
+    asked = {"messages": QUESTION, "tools": [tool], "tool_choice": "required"}
+    schema = forced_schema(msgspec.convert(asked, ChatRequest))
+    assert schema is not None
+    assert schema["properties"]["arguments"]["type"] == "object"
 
 
 def test_references_of_a_tool_lead_into_its_own_schema():
