@@ -85,9 +85,12 @@ class OllamaCall(Struct, forbid_unknown_fields=True):
 
 
 class OllamaMessage(Struct, forbid_unknown_fields=True):
-    """A message; ``images`` must be empty."""
+    """A message; ``images`` must be empty.
 
-    role: Literal["system", "user", "assistant", "tool"]
+    Ollama checks no role: Continue sends the reasoning of an answer as a message before it.
+    """
+
+    role: Literal["system", "user", "assistant", "tool", "thinking"]
     content: str | None = None
     thinking: str | None = None
     images: list[Any] | None = None

@@ -57,7 +57,20 @@ def plan_ollama_chat(turn: Turn, body: OllamaChatRequest) -> Plan:
     Raises:
         APIError, RequestError: the fields contradict each other or do not fit the model.
     """
-    messages = [_message_of(i, message) for i, message in enumerate(body.messages or ())]
+    messages: list[dict[str, Any]] = []
+    thinking: list[str] = []
+    for index, given in enumerate(body.messages or ()):
+        message = _message_of(index, given)
+        if message["role"] == "thinking":
+            thinking.append(message["content"])
+            continue
+        if message["role"] == "assistant" and any(thinking):
+            texts = [*thinking, message.get("reasoning_content")]
+            message["reasoning_content"] = "\n".join(filter(None, texts))
+        thinking = []
+        messages.append(message)
+    if not messages:
+        raise invalid("messages: a thinking alone is no chat; send a user's message", "messages")
     return _plan_messages(turn, body, messages, body.tools)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edge.server.api.chat import plan_chat
 from edge.server.api.ollama import text as ollama_text
 from edge.server.api.ollama.models import NOT_SERVED_PATHS
 from edge.server.api.ollama.protocol import OllamaOptions
@@ -164,6 +165,34 @@ def test_thinking(live: Live):
     assert chat(live, think=True).json["message"]["thinking"] == "Let me see."
     for effort in ("low", "high", "max"):
         assert chat(live, think=effort).json["message"]["thinking"] == "Let me see."
+
+
+def test_a_thinking_may_be_a_message(live: Live, monkeypatch: pytest.MonkeyPatch):
+    """Continue sends it so, also where no answer came after it."""
+    planned: list[Any] = []
+
+    def spy(turn: Any, body: Any) -> Any:
+        planned.append(body.messages)
+        return plan_chat(turn, body)
+
+    monkeypatch.setattr(ollama_text, "plan_chat", spy)
+    said = [{"role": "thinking", "content": text} for text in ("hm", "so")]
+    answer = {"role": "assistant", "content": "Hi."}
+    reasoned = {**answer, "reasoning_content": "hm\nso"}
+    for history, wanted in (
+        ([*said, answer], [reasoned]),
+        ([said[0], {**answer, "thinking": "so"}], [reasoned]),
+        ([answer, *said], [answer]),
+        ([{"role": "thinking", "content": ""}, answer], [answer]),
+    ):
+        got = chat(live, [*QUESTION, *history, *QUESTION])
+        assert got.status == 200, got.body
+        assert planned.pop() == [*QUESTION, *wanted, *QUESTION]
+    alone = chat(live, said)
+    assert alone.status == 400
+    assert alone.json["error"].startswith("messages: a thinking alone")
+    wrong = chat(live, [{**said[0], "thinking": "a"}, *QUESTION])
+    assert wrong.json["error"].startswith("messages[0].thinking: a message of role thinking")
 
 
 def test_calls(tools: Live):
