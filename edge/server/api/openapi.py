@@ -149,7 +149,7 @@ _OLLAMA_HOLDERS: dict[str, tuple[str, ...]] = {
         "EmbedRequest",
         "EmbeddingsRequest",
     ),
-    "options": ("OllamaOptions", "EngineOptions"),
+    "options": ("OllamaOptions",),
     "messages[].tool_calls[]": ("OllamaCall",),
     "messages[].tool_calls[].function": ("OllamaCalledFunction",),
 }

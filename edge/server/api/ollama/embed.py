@@ -16,7 +16,7 @@ from edge.server.http.errors import invalid
 from edge.server.http.threads import in_thread
 
 from .answers import EmbedAnswer, EmbeddingsAnswer
-from .protocol import EmbeddingsRequest, EmbedRequest, EngineOptions
+from .protocol import EmbeddingsRequest, EmbedRequest, OllamaOptions
 from .text import note_context
 
 
@@ -61,7 +61,7 @@ async def embed_prompt(turn: Turn, body: EmbeddingsRequest) -> Response:
 async def _vectors(
     turn: Turn,
     texts: list[str],
-    options: EngineOptions | None,
+    options: OllamaOptions | None,
     dimensions: int | None,
     *,
     truncate: bool,

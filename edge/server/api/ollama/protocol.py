@@ -10,6 +10,8 @@ from edge.runtime.sampling_params import KNOBS
 from edge.server.api.protocol import ModelName, StopString, Tool, range_of
 
 _MaybeName = Annotated[str, Meta(max_length=256)]
+_WHOLE = Meta(multiple_of=1)
+_WholeSeed = Annotated[float, _WHOLE, Meta(ge=-1, le=2**53)]  # a larger float has lost digits
 _HARDWARE = "how the engine runs is the server's choice"
 IGNORED = {
     "keep_alive": "models stay as long as the server runs",
@@ -31,10 +33,32 @@ IGNORED = {
 """Fields that are accepted without effect, by path, and why."""
 
 
-class EngineOptions(Struct, forbid_unknown_fields=True):
-    """What ``options`` say of the engine, and all that texts have that become vectors."""
+class OllamaOptions(Struct, forbid_unknown_fields=True):
+    """The field ``options``; of what is not computed here, only the value that turns it off.
 
-    num_ctx: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    A whole number may come as a float, as Ollama reads them all: Home Assistant sends 8192.0.
+    """
+
+    num_predict: Annotated[float, _WHOLE, Meta(ge=-2, le=KNOBS["max_tokens"].high)] | None = None
+    temperature: Annotated[float, range_of("temperature")] | None = None
+    top_k: Annotated[float, _WHOLE, Meta(ge=-1, le=KNOBS["top_k"].high)] | None = None
+    top_p: Annotated[float, range_of("top_p")] | None = None
+    min_p: Annotated[float, range_of("min_p")] | None = None
+    seed: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | _WholeSeed | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
+    repeat_penalty: Annotated[float, range_of("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, range_of("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, range_of("frequency_penalty")] | None = None
+    # The repetition penalty looks at the whole prompt and answer.
+    repeat_last_n: Annotated[float, Meta(ge=-1, le=-1)] | None = None
+    mirostat: Annotated[float, Meta(ge=0, le=0)] | None = None
+    mirostat_eta: None = None
+    mirostat_tau: None = None
+    typical_p: Annotated[float, Meta(ge=1, le=1)] | None = None
+    tfs_z: Annotated[float, Meta(ge=1, le=1)] | None = None
+    penalize_newline: Literal[True] | None = None
+    num_ctx: Annotated[float, _WHOLE] | None = None
+    num_keep: Any = None
     num_batch: Any = None
     num_gpu: Any = None
     main_gpu: Any = None
@@ -43,28 +67,6 @@ class EngineOptions(Struct, forbid_unknown_fields=True):
     low_vram: Any = None
     use_mmap: Any = None
     use_mlock: Any = None
-
-
-class OllamaOptions(EngineOptions, forbid_unknown_fields=True):
-    """The field ``options``; of what is not computed here, only the value that turns it off."""
-
-    num_predict: Annotated[int, Meta(ge=-2, le=KNOBS["max_tokens"].high)] | None = None
-    temperature: Annotated[float, range_of("temperature")] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=KNOBS["top_k"].high)] | None = None
-    top_p: Annotated[float, range_of("top_p")] | None = None
-    min_p: Annotated[float, range_of("min_p")] | None = None
-    seed: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
-    repeat_penalty: Annotated[float, range_of("repetition_penalty")] | None = None
-    presence_penalty: Annotated[float, range_of("presence_penalty")] | None = None
-    frequency_penalty: Annotated[float, range_of("frequency_penalty")] | None = None
-    # The repetition penalty looks at the whole prompt and answer.
-    repeat_last_n: Literal[-1] | None = None
-    mirostat: Literal[0] | None = None
-    typical_p: Annotated[float, Meta(ge=1, le=1)] | None = None
-    tfs_z: Annotated[float, Meta(ge=1, le=1)] | None = None
-    penalize_newline: Literal[True] | None = None
-    num_keep: Any = None
 
 
 class OllamaCalledFunction(Struct, forbid_unknown_fields=True):
@@ -154,13 +156,16 @@ class ShowRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class EmbedRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of ``POST /api/embed``; without a text it only asks for the model."""
+    """The body of ``POST /api/embed``; without a text it only asks for the model.
+
+    ``options`` are as in chats, since LangChain sends all of them; no text is sampled.
+    """
 
     model: ModelName | None = None
     input: str | list[str] | None = None
     truncate: bool | None = None
     dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
-    options: EngineOptions | None = None
+    options: OllamaOptions | None = None
     keep_alive: Any = None
 
 
@@ -169,5 +174,5 @@ class EmbeddingsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: ModelName | None = None
     prompt: str | None = None
-    options: EngineOptions | None = None
+    options: OllamaOptions | None = None
     keep_alive: Any = None

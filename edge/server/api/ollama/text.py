@@ -135,11 +135,12 @@ def _set_options(
             "options.num_predict",
         )
     if options.num_predict is not None and options.num_predict > 0:
-        request.max_tokens = options.num_predict
-    for name in ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty"):
+        request.max_tokens = int(options.num_predict)
+    for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"):
         setattr(request, name, getattr(options, name))
+    request.top_k = int(options.top_k) if options.top_k is not None else None
     request.repetition_penalty = options.repeat_penalty
-    request.seed = options.seed if options.seed != -1 else None
+    request.seed = int(options.seed) if options.seed not in (None, -1) else None
     request.stop = options.stop
 
 
@@ -251,7 +252,7 @@ class OllamaRender(Render):
         return answer
 
 
-def note_context(turn: Turn, num_ctx: int | None) -> None:
+def note_context(turn: Turn, num_ctx: float | None) -> None:
     """Log, once for each model, that a client asks for a longer context than there is.
 
     Many clients always ask for one. Nothing is lost in silence: a prompt that does not fit is

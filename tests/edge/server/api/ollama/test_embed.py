@@ -12,6 +12,7 @@ import pytest
 from edge.server.api.ollama.protocol import IGNORED, EmbeddingsRequest, EmbedRequest
 from tests.conftest import Bundles, PoolingBundles
 from tests.edge.server.api.fields import check_field, fields_of
+from tests.edge.server.api.ollama.test_protocol import SAMPLING
 from tests.edge.server.api.test_pooling import ATOL, RealEngine
 from tests.edge.server.scripted import Live, running
 from tests.parity import PoolingGolden, assert_close
@@ -92,8 +93,9 @@ def test_without_a_text_the_model_is_only_asked_for(live: Live):
         ({"input": ["a"] * 3000}, "input: has 3000 texts"),
         ({"input": "a", "dimensions": 5000}, "dimensions: "),
         ({"input": [[1, 2]]}, "input"),
-        ({"input": "a", "options": {"temperature": 1}}, "temperature"),
-        ({"input": "a", "options": {"num_ctx": 0}}, "options.num_ctx"),
+        ({"input": "a", "options": {"temperature": -1}}, "options.temperature"),
+        ({"input": "a", "options": {"mirostat": 1}}, "options.mirostat"),
+        ({"input": "a", "options": {"num_ctx": 1.5}}, "options.num_ctx"),
     ],
 )
 def test_what_cannot_be_done_is_refused(live: Live, fields: dict[str, Any], said: str):
@@ -131,25 +133,37 @@ def test_ollamas_client(live: Live):
             client.embed("tiny", LONG, truncate=False)
 
 
-HARDWARE: dict[str, tuple[Any, Any]] = {
-    "num_batch": (1, 2),
-    "num_gpu": (1, 2),
-    "main_gpu": (0, 1),
-    "num_thread": (1, 2),
-    "numa": (True, False),
-    "low_vram": (True, False),
-    "use_mmap": (True, False),
-    "use_mlock": (True, False),
+def test_what_langchain_sends(live: Live):
+    """All of its options, whether they were set or not."""
+    names = (
+        "mirostat mirostat_eta mirostat_tau num_ctx num_gpu num_thread repeat_last_n "
+        "repeat_penalty temperature stop tfs_z top_k top_p"
+    )
+    options = {**dict.fromkeys(names.split()), "temperature": 0.1, "num_ctx": 2048}
+    answer = ask(live, input=["hello", "world"], options=options)
+    assert answer.status == 200, answer.body
+    assert len(answer.json["embeddings"]) == 2
+
+
+# Of options that a text has, those count that are refused unless they change nothing.
+REFUSED = {
+    f"options.{name}"
+    for name in (
+        "repeat_last_n",
+        "mirostat",
+        "mirostat_eta",
+        "mirostat_tau",
+        "typical_p",
+        "tfs_z",
+        "penalize_newline",
+    )
 }
+OPTIONS = {name: pair for name, pair in SAMPLING.items() if name.startswith("options.")}
 SHARED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "model": ({}, {"model": "other"}),
-    "options": ({}, {"options": {"temperature": 1}}),
-    "options.num_ctx": ({"options": {"num_ctx": 8}}, {"options": {"num_ctx": 1000}}),
+    "options": ({}, {"options": {"mirostat": 1}}),
     "keep_alive": ({"keep_alive": "5m"}, {"keep_alive": -1}),
-    **{
-        f"options.{name}": ({"options": {name: one}}, {"options": {name: other}})
-        for name, (one, other) in HARDWARE.items()
-    },
+    **OPTIONS,
 }
 PAIRS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     EMBED: {
@@ -168,7 +182,7 @@ def test_every_field_is_tried_and_documented():
         assert set(fields_of(kind, set())) == PAIRS[path].keys()
     page = (Path(__file__).parents[5] / "docs" / "protocols.md").read_text("utf-8")
     (section,) = [part for part in page.split("\n## ") if part.startswith("Ollama's API")]
-    named = {*PAIRS[EMBED], *PAIRS[OLDER]} - {"options"}
+    named = {*PAIRS[EMBED], *PAIRS[OLDER]}
     assert not [name for name in named if f"`{name}`" not in section]
 
 
@@ -180,4 +194,5 @@ def test_a_field_makes_a_difference_or_the_list_says_why_not(
 ):
     base = {"model": "tiny", "input" if path == EMBED else "prompt": "what"}
     first, second = ({**base, **changes} for changes in PAIRS[path][field])
-    check_field(live, path, KINDS[path], (first, second), monkeypatch, is_ignored=field in IGNORED)
+    is_ignored = field in IGNORED.keys() | OPTIONS.keys() - REFUSED
+    check_field(live, path, KINDS[path], (first, second), monkeypatch, is_ignored=is_ignored)

@@ -245,6 +245,11 @@ def refusals() -> dict[str, tuple[Any, dict[str, Any]]]:
         "options.num_predict: 0 asks": options(num_predict=0),
         "options.repeat_last_n: ": options(repeat_last_n=64),
         "options.mirostat: ": options(mirostat=1),
+        "options.mirostat_eta: ": options(mirostat_eta=0.1),
+        "options.num_predict: expected": options(num_predict=16.5),
+        "options.top_k: ": options(top_k=0.5),
+        "options.seed: ": options(seed=1.5),
+        "options.num_ctx: ": options(num_ctx=1.5),
         "options.tfs_z: ": options(tfs_z=0.5),
         "options.typical_p: ": options(typical_p=0.5),
         "options.temperature: ": options(temperature=-1),
@@ -271,6 +276,19 @@ def test_the_version_is_one_that_codex_takes(live: Live):
     version = live.ask("/api/version").json["version"]
     assert tuple(map(int, version.split("."))) >= (0, 13, 4)
     assert live.ask("/v1/responses", {"model": "tiny", "input": "what"}).status == 200
+
+
+def test_a_whole_number_may_be_a_float(live: Live):
+    """Home Assistant's form makes a float of each."""
+    given = {"num_ctx": 8192, "num_predict": 16, "top_k": 40, "seed": 1, "temperature": 1.5}
+    given |= {"repeat_last_n": -1, "mirostat": 0}
+    for ask in (chat, generate):
+        whole = ask(live, options=given)
+        assert whole.status == 200, whole.body
+        assert whole.json["eval_count"] == 16
+        floats = ask(live, options={name: float(value) for name, value in given.items()})
+        assert known(floats.json) == known(whole.json)
+    assert chat(live, options={**GREEDY, "num_ctx": 0}).status == 200
 
 
 def test_a_longer_context_than_there_is(live: Live, caplog: pytest.LogCaptureFixture):

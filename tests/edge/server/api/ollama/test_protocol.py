@@ -17,8 +17,6 @@ from edge.server.api.ollama.protocol import (
 from tests.edge.server.api.fields import check_field, fields_of
 from tests.edge.server.scripted import Live, running
 
-pytest.importorskip("llguidance")
-
 THINKING = [{"role": "user", "content": "think"}]
 OPTIONS = {"temperature": 0, "num_predict": 4, "seed": 7}
 SHARED = {"model": "tiny", "stream": False, "options": OPTIONS}
@@ -80,6 +78,8 @@ SAMPLING: dict[str, Pair] = {
             ("num_ctx", 512, 100_000),
             ("repeat_last_n", -1, 64),
             ("mirostat", 0, 1),
+            ("mirostat_eta", None, 0.1),
+            ("mirostat_tau", None, 5),
             ("typical_p", 1, 0.5),
             ("tfs_z", 1, 0.5),
             ("penalize_newline", True, False),
@@ -164,6 +164,7 @@ def test_every_field_is_tried_and_documented():
 
 @pytest.fixture(scope="module")
 def service(tool_bundle: Path) -> Iterator[Live]:
+    pytest.importorskip("llguidance")
     with running(tool_bundle, llm={"kv_capacity": 1024, "reuse_prefix": False}) as live:
         live.engine.say(THINKING, "<think>hm hm hm</think>yes")
         yield live
