@@ -77,7 +77,12 @@ class FunctionTool(Struct, forbid_unknown_fields=True):
     strict: bool | None = None
 
 
-NO_TOOLS = Meta(extra={"hints": ["this server has no tools of its own to run"]})
+def no_tools(*more: str) -> Meta:
+    """Return what an error says, beside the types of tools that there are, of any other."""
+    return Meta(extra={"hints": ["this server has no tools of its own to run", *more]})
+
+
+NO_TOOLS = no_tools()
 """Of the type of a tool; an error says so."""
 
 
@@ -335,7 +340,7 @@ def _wrong_field(message: str, kind: Any, above: str = "") -> APIError:
 
 
 def _allowed(info: Any, steps: list[str], *, tags: bool) -> tuple[list[Any], list[str]]:
-    """Find the values that a place of a request may have, and the hints of `NO_TOOLS` there.
+    """Find the values that a place of a request may have, and the hints of `no_tools` there.
 
     Args:
         info: the type of what the steps begin at.

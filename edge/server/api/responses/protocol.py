@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from edge.server.api.protocol import NO_TOOLS, Effort, MaxTokens, ModelName, range_of
+from edge.server.api.protocol import Effort, MaxTokens, ModelName, no_tools, range_of
 
 IGNORED = {
     "store": "nothing is stored here; answers say store: false",
@@ -124,10 +124,15 @@ class ReasoningItem(Struct, forbid_unknown_fields=True, tag_field="type", tag="r
 Item = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
 
 
+_CODEX = (
+    'Codex sends none with web_search = "disabled", [agents] enabled = false and no MCP servers'
+)
+
+
 class ResponsesTool(Struct, forbid_unknown_fields=True):
     """A function that the model may call; tools that a server runs have other types."""
 
-    type: Annotated[Literal["function"], NO_TOOLS]
+    type: Annotated[Literal["function"], no_tools(_CODEX)]
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None

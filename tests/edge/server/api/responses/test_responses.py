@@ -317,6 +317,7 @@ def test_what_is_refused_is_named(live: Live, param: str):
         ({"input": [{"type": "web_search_call"}]}, "'message' or 'function_call' or"),
         ({"tools": [{"type": "web_search"}]}, "'function'; this server has no tools of its own"),
         ({"tools": [{"type": "custom", "name": "f"}]}, "'function'; this server has no tools"),
+        ({"tools": [{"type": "namespace", "name": "f"}]}, 'Codex sends none with web_search = "d'),
         ({"truncation": "auto"}, "send 'disabled'"),
         ({"text": {"verbosity": "low"}}, "send 'medium'"),
         ({"text": {"format": {"type": "xml"}}}, "send 'json_object' or 'json_schema' or 'text'"),
