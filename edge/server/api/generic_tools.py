@@ -71,25 +71,27 @@ def place_tools(
 def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
     """A message whose calls, or whose result of one, are text."""
     if message.get("role") == "tool":
-        content = message.get("content")
-        if isinstance(content, list):  # parts, which the template's reader would join
-            texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            if not all(isinstance(text, str) for text in texts):
-                raise invalid(f"messages[{index}].content: must be text", "messages")
-            content = "\n".join(map(str, texts))
-        if not isinstance(content, str):
-            raise invalid(f"messages[{index}].content: must be text", "messages")
-        return {"role": "user", "content": _RESULT.format(content), "is_result": True}
+        result = _text(index, message.get("content"))
+        return {"role": "user", "content": _RESULT.format(result), "is_result": True}
     calls = message.get("tool_calls")
     if not calls or message.get("role") != "assistant":
         return message
-    content = message.get("content") or ""
-    if not isinstance(calls, list) or not isinstance(content, str):
-        raise invalid(f"messages[{index}].tool_calls: must be a list beside a text", "messages")
+    if not isinstance(calls, list):
+        raise invalid(f"messages[{index}].tool_calls: must be a list", "messages")
+    content = _text(index, message.get("content") or "")
     blocks = [f"{HERMES.start}\n{_call_text(index, call)}\n{HERMES.end}" for call in calls]
     text = "\n".join([content, *blocks] if content else blocks)
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**rest, "content": text}
+
+
+def _text(index: int, content: object) -> str:
+    """Return a content's text; parts are joined as the template's reader joins them."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise invalid(f"messages[{index}].content: must be text", "messages")
+    return "\n".join(map(str, texts))
 
 
 def _call_text(index: int, call: object) -> str:

@@ -58,6 +58,20 @@ def live(tiny_bundles: Bundles) -> Iterator[Live]:
         yield service
 
 
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The tokens that the model is given, request by request."""
+    found: list[list[int]] = []
+    submit = LLM.submit
+
+    def spy(self: LLM, *args: Any, **options: Any) -> Any:
+        found.append(options["ids"])
+        return submit(self, *args, **options)
+
+    monkeypatch.setattr(LLM, "submit", spy)
+    return found
+
+
 def prompt(live: Live, messages: Any, **fields: Any) -> str:
     """What the model reads."""
     answer = live.ask("/tokenize", {"model": "tiny", "messages": messages, **fields})
@@ -76,16 +90,8 @@ def test_the_system_message_lists_them(live: Live):
     assert HERMES.start not in prompt(live, own)
 
 
-def test_every_system_message_is_read(live: Live, monkeypatch: pytest.MonkeyPatch):
+def test_every_system_message_is_read(live: Live, prompts: list[list[int]]):
     """The template has place for one, and the tools are in that, too."""
-    prompts: list[list[int]] = []
-    submit = LLM.submit
-
-    def spy(self: LLM, *args: Any, **options: Any) -> Any:
-        prompts.append(options["ids"])
-        return submit(self, *args, **options)
-
-    monkeypatch.setattr(LLM, "submit", spy)
     rules = [{"role": "system", "content": f"Rule {name}."} for name in ("one", "two")]
     given = [*rules, *QUESTION]
     function: dict[str, Any] = TOOLS[0]["function"]
@@ -152,6 +158,48 @@ def test_past_calls_and_results_are_text(live: Live):
             "<｜User｜><tool_response>\n12 degrees\n</tool_response>\n"
             "<tool_response>\n30\n</tool_response>"
         ) in text
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_parts_beside_a_call_are_their_text(live: Live):
+    def written(content: Any) -> str:
+        return prompt(live, [PAST[0], {**PAST[1], "content": content}, *PAST[2:]])
+
+    assert "I look.\nNow.\n<tool_call>" in written("I look.\nNow.")
+    assert written(parts("I look.", "Now.")) == written("I look.\nNow.")
+    assert written([]) == written(None)
+
+
+def test_an_agent_goes_on_after_a_text_and_a_call(live: Live, prompts: list[list[int]]):
+    """Anthropic's and OpenAI's Responses give the text as parts; the prompt is that of a chat."""
+    live.engine.default = f"hm</think>\n\nI look.\n{CALL}"
+    function = TOOLS[0]["function"]
+    chat = {"tools": [WEATHER], "max_tokens": 200}
+    message = live.chat(temperature=0, **chat).json["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "sun"}
+    live.chat(messages=[*QUESTION, message, result], **chat)
+
+    tool = {"name": "weather", "description": "of a city", "input_schema": function["parameters"]}
+    body = {"model": "tiny", "tools": [tool], "temperature": 0, "max_tokens": 200}
+    content = live.ask("/v1/messages", {**body, "messages": QUESTION}).json["content"]
+    block = {"type": "tool_result", "tool_use_id": content[-1]["id"], "content": "sun"}
+    past = [{"role": "assistant", "content": content}, {"role": "user", "content": [block]}]
+    again = live.ask("/v1/messages", {**body, "messages": [*QUESTION, *past]})
+    assert again.status == 200, again.body
+
+    body = {"model": "tiny", "tools": [{"type": "function", **function}], "temperature": 0}
+    output = live.ask("/v1/responses", {**body, "input": QUESTION}).json["output"]
+    item = {"type": "function_call_output", "call_id": output[-1]["call_id"], "output": "sun"}
+    again = live.ask("/v1/responses", {**body, "input": [*QUESTION, *output, item]})
+    assert again.status == 200, again.body
+
+    assert len(prompts) == 6
+    assert prompts[1] == prompts[3] == prompts[5]
+    assert "I look.\n<tool_call>" in live.engine.llm.tokenizer.decode(prompts[1])
 
 
 @pytest.mark.parametrize("content", [None, "", "I look."])
@@ -234,6 +282,14 @@ def test_malformed_calls_are_refused(live: Live, calls: Any):
 def test_malformed_results_are_refused(live: Live, content: Any):
     body = {"model": "tiny", "messages": [*PAST[:2], {**PAST[2], "content": content}]}
     assert live.ask("/v1/chat/completions", {**body, "tools": TOOLS}).status == 400
+
+
+@pytest.mark.parametrize("content", [1, {"a": 1}, [{"type": "image_url"}], ["a"]])
+def test_malformed_texts_beside_calls_are_refused(live: Live, content: Any):
+    body = {"model": "tiny", "messages": [*QUESTION, {**PAST[1], "content": content}]}
+    answer = live.ask("/v1/chat/completions", {**body, "tools": TOOLS})
+    assert answer.status == 400
+    assert "messages[1].content: must be text" in answer.json["error"]["message"]
 
 
 def test_a_template_with_a_place_for_tools_gets_them():
