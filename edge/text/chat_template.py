@@ -190,8 +190,9 @@ class ChatTemplate:
         """Normalize messages, and bring them into the form that this template reads.
 
         The arguments of calls, which may be JSON text, become objects where the template encodes
-        them itself; of a text it would make a JSON string. System messages become one, at the
-        front, where the template refuses or drops some of several.
+        them itself; of a text it would make a JSON string. No content beside calls becomes an empty
+        one where the template fails without. System messages become one, at the front, where the
+        template refuses or drops some of several.
         """
         plain_messages = normalize_messages(messages)
         for index, message in enumerate(plain_messages):
@@ -200,6 +201,8 @@ class ChatTemplate:
             if self._wants_objects:
                 for call in message.get("tool_calls", []):
                     _parse_arguments(index, call.get("function"))
+            if message["content"] is None and self._wants_content:
+                message["content"] = ""
         systems = [message for message in plain_messages if message["role"] == "system"]
         if systems in ([], plain_messages[:1]) or self._writes_each_system:
             return plain_messages
@@ -210,11 +213,33 @@ class ChatTemplate:
     @cached_property
     def _writes_each_system(self) -> bool:
         """Whether the template writes every system message, also a later one."""
-        try:
-            text = self._text(self._context(_TRIAL_SYSTEMS, True, None))
-        except TemplateFailure:
-            return False
+        text = self._try(_TRIAL_SYSTEMS) or ""
         return all(m["content"] in text for m in _TRIAL_SYSTEMS if m["role"] == "system")
+
+    @cached_property
+    def _wants_content(self) -> bool:
+        """Whether the template fails with calls beside no content, and not beside an empty one.
+
+        The first template of Qwen3 does; R1's writes calls only where there is none.
+        """
+        question, answer, result = _TRIAL_MESSAGES[-1]
+        function = {"name": "add", "arguments": '{"a": 1}'}  # text, as the clients of a server send
+        calls = [{**_TRIAL_CALL, "function": function}]
+
+        def works(content: str | None) -> bool:
+            called = {**answer, "content": content, "tool_calls": calls}
+            return self._try([question, called, result], _TRIAL_TOOLS) is not None
+
+        return works("") and not works(None)
+
+    def _try(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> str | None:
+        """Render a conversation; None where the template fails."""
+        try:
+            return self._text(self._context(messages, True, tools))
+        except TemplateFailure:
+            return None
 
     def _render(
         self,

@@ -485,6 +485,33 @@ def test_arguments_stay_text_where_the_template_writes_them_as_they_are(source):
     assert rendered == ("{" if "tojson" not in source else '"{"')
 
 
+@pytest.mark.parametrize("more", [{}, {"reasoning_content": "so"}])
+@pytest.mark.parametrize(
+    ("writes", "content"),
+    [  # as Qwen3's first template, QwQ's, and R1's, which writes calls only where there is none
+        ("{% if '</think>' in m.content %}{% endif %}{{ m.content + call.arguments }}", ""),
+        ("{{ m.content.split('</think>')[-1] + call.arguments }}", ""),
+        ("{% if m.content is none %}{{ call.arguments }}{% endif %}", None),
+    ],
+)
+def test_calls_beside_no_content_are_written(tokenizer, writes, content, more):
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.reasoning_content }}{% if m.tool_calls %}"
+        f"{{% set call = m.tool_calls[0].function %}}{writes}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        TOKENS,
+    )
+    call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
+    asked = turn("assistant", None, tool_calls=[call], **more)
+    history = [turn("user", "q"), asked, turn("tool", "2", name="f")]
+    assert template._normalize(history)[1]["content"] == content
+    expected = f'q{more.get("reasoning_content", "")}{{"a": 1}}2'
+    assert template.render(history) == expected
+    assert tokenizer.decode(encode_chat(tokenizer, template, history)) == BOS + expected
+    with_text = [history[0], {**asked, "content": "I look."}]
+    assert template._normalize(with_text)[1]["content"] == "I look."
+
+
 def test_messages_must_be_a_list(r1):
     wrongs: list[Any] = [[], "hello", turn("user")]
     for wrong in wrongs:
