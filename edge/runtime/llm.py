@@ -24,7 +24,7 @@ from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
 from edge.files import decode_text
-from edge.text.begun_answer import NO_REASONING, BegunAnswer, take_begun_answer
+from edge.text.begun_answer import BegunAnswer, take_begun_answer
 from edge.text.chat_template import (
     THINK_END,
     ChatTemplate,
@@ -268,7 +268,9 @@ class LLM:
         options: dict[str, Any] = {}
         if not thinking and "enable_thinking" in self.template.variables:
             options["enable_thinking"] = False
-        ids = encode_chat(
+        if not (thinking or options) and (begun is None or begun.place == "start"):
+            begun = BegunAnswer(place="text")  # closes the reasoning that the template may open
+        return encode_chat(
             self.tokenizer,
             self.template,
             messages,
@@ -278,10 +280,6 @@ class LLM:
             on_piece=on_piece,
             **options,
         )
-        is_open = begun is None or begun.place == "start"
-        if is_open and not (thinking or options) and self._opens_reasoning(ids):
-            ids += self.tokenizer.encode(NO_REASONING, control=True)
-        return ids
 
     def submit(
         self,

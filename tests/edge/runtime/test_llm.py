@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import re
 import shutil
 import threading
@@ -501,6 +502,27 @@ def test_a_reasoning_that_only_the_model_opens_is_turned_off_too(
         assert not on.text
         off = llm.generate(QUESTION, GREEDY, thinking=False)
         assert (off.reasoning, off.text, off.finish_reason) == ("", "yes", "stop")
+
+
+def test_a_reasoning_that_the_template_opens_is_closed_in_the_tokens_of_its_text(
+    tiny_bundles: Bundles, tmp_path: Path
+):
+    """Qwen's tokenizer has one token for the two line breaks between the tags."""
+    bundle = Path(shutil.copytree(tiny_bundles("qwen2"), tmp_path / "copy"))
+    tokenizer = json.loads((bundle / "tokenizer.json").read_text())
+    vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    vocab["ĊĊ"] = vocab.pop("".join(merges[-1]))
+    merges[-1] = ["Ċ", "Ċ"]
+    replace_file(bundle, "tokenizer.json", json.dumps(tokenizer).encode())
+    closed = [*QUESTION, {"role": "assistant", "content": "</think>"}]
+    started = [*QUESTION, {"role": "assistant", "content": ""}]
+    with LLM(bundle, num_threads=1) as llm:
+        ids = llm.encode(QUESTION, thinking=False)
+        text = llm.tokenizer.decode(ids)
+        assert text.endswith("<think>\n\n</think>\n\n")
+        assert ids == llm.tokenizer.encode(text, control=True)
+        assert ids == llm.encode(closed, continue_final_message=True)
+        assert ids == llm.encode(started, continue_final_message=True, thinking=False)
 
 
 def test_speculation_leaves_the_answer_as_it_is(
