@@ -320,12 +320,12 @@ class TensorRTBackend:
         return self._forward_best if self.info.best_logits else None
 
     def _forward_best(self, step: Step) -> Rows:
-        windows = self._plan(step)
-        if len(windows) > 1 or step.num_logits > self._max_num_logits:
-            return self.forward(step)  # a further run would overwrite the rows of the first
         self._check_usable()
         step.check(self)
+        windows = self._plan(step)
         with self._working():
+            if len(windows) > 1 or step.num_logits > self._max_num_logits:
+                return self._forward(step)  # a further run would overwrite the rows of the first
             buffers = self._run(windows[0], step)
         num, number = step.num_logits, self._runs
         found: list[list[BestLogits]] = [[] for _ in range(step.batch)]

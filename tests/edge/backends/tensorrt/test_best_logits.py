@@ -126,6 +126,14 @@ def test_answers_are_those_of_whole_rows(
             ids = np.array([[token.id]])
 
 
+def test_a_step_past_the_cache_is_refused(gpu: FakeGpu, engine_bundles: EngineBundles):
+    with GpuRunner(engine_bundles("qwen2", "portable", best_logits=KEEP), gpu) as runner:
+        backend, embeds = runner.engine, runner.table[random_ids(1, 1)]
+        assert backend.forward_best is not None
+        with pytest.raises(BackendError, match="does not fit a cache of"):
+            backend.forward_best(step_after([0], [2 * backend.capacity], embeds, np.array([[0]])))
+
+
 def test_rows_come_whole_where_one_run_does_not_hold_them(
     gpu: FakeGpu, engine_bundles: EngineBundles
 ):
