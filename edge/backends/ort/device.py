@@ -13,6 +13,7 @@ from typing import Any
 from edge.bundle.manifest import Manifest
 from edge.errors import DependencyError, install_command
 
+from .faults import names_device
 from .session import import_onnxruntime
 
 _LOG = logging.getLogger(__name__)
@@ -70,12 +71,20 @@ def open_on_device(ort: ModuleType, device: OrtDevice, model: bytes, options: An
     providers: list[Any] = [(provider, dict(device.options))]
     if provider != "CPUExecutionProvider":
         providers.append("CPUExecutionProvider")
-    session = ort.InferenceSession(model, options, providers=providers)
+    try:
+        # Nothing that fails, now or in a step, may go on elsewhere.
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    except RuntimeError as error:  # of the provider; those of a graph are of other classes
+        if names_device(str(error)):
+            raise
+        raise DependencyError(
+            f"ONNX Runtime {ort.__version__} could not load {provider}: {error}; edge-llm doctor "
+            "says what is missing"
+        ) from error
     if session.get_providers()[0] != provider:
         raise DependencyError(
             f"ONNX Runtime {ort.__version__} could not load {provider}: a library that "
             "it needs is missing or of another version, or the driver is too old; "
             "edge-llm doctor finds out which"
         )
-    session.disable_fallback()  # a failed step must fail, not go on elsewhere
     return session

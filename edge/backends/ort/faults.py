@@ -10,6 +10,13 @@ from edge.errors import BackendError, DeviceError, DeviceMemoryError, EdgeError
 
 _NO_MEMORY = re.compile(r"out of memory|[Ff]ailed to allocate memory|ALLOC_FAILED", re.IGNORECASE)
 _DEVICE_FAILED = re.compile(r"\b(?:CUDA|CUBLAS|CUDNN) (?:failure|error)", re.IGNORECASE)
+_NO_DEVICE = re.compile(r"\bCUDA failure (?:35|100)\b")  # the driver is too old; there is no GPU
+
+
+def names_device(text: str) -> bool:
+    """Whether a message is of a device that is there, and not of one that cannot be had."""
+    failed = _NO_MEMORY.search(text) or _DEVICE_FAILED.search(text)
+    return failed is not None and _NO_DEVICE.search(text) is None
 
 
 class DeviceFaults:

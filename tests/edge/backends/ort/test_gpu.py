@@ -32,6 +32,7 @@ from edge.errors import (
     BundleError,
     ConfigError,
     DependencyError,
+    DeviceError,
     DeviceMemoryError,
     EdgeError,
     ResourceError,
@@ -435,7 +436,7 @@ def test_a_provider_that_does_not_load_is_no_silent_cpu(
     bundle = tiny_bundles("qwen2", "portable")
     real = onnxruntime.InferenceSession
 
-    def open_session(model: Any, options: Any, providers: Any) -> Any:
+    def open_session(model: Any, options: Any, **_: Any) -> Any:
         return real(model, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
@@ -444,6 +445,40 @@ def test_a_provider_that_does_not_load_is_no_silent_cpu(
     device = OrtDevice("cpu", 0, "PretendedExecutionProvider")
     with pytest.raises(DependencyError, match=r"could not load Pretended.*edge-llm doctor"):
         OrtCudaBackend(bundle, read_manifest(bundle), device=device)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA failure 2: out of memory ; GPU=0", DeviceMemoryError),
+        ("CUDA failure 700: an illegal memory access was encountered ; GPU=0", DeviceError),
+        ("CUDA failure 35: CUDA driver version is insufficient for ; GPU=-1", DependencyError),
+        ("CUDA failure 100: no CUDA-capable device is detected ; GPU=-1", DependencyError),
+        ("CUDA_PATH is set but CUDA wasn't able to be loaded", DependencyError),
+    ],
+)
+def test_a_provider_that_fails_is_not_tried_again_elsewhere(
+    message: str,
+    expected: type[EdgeError],
+    tiny_bundles: Bundles,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    import onnxruntime
+
+    made = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fail)
+    bundle = tiny_bundles("qwen2", "portable")
+    with pytest.raises(expected, match=message.partition(" ;")[0]) as caught:
+        OrtCudaBackend(bundle, read_manifest(bundle), device=HOST)
+    assert (type(caught.value), made) == (expected, 1)
+    assert not capsys.readouterr().out
 
 
 def test_a_graph_that_breaks_the_contract_is_refused(tiny_bundles: Bundles, tmp_path: Path):
