@@ -640,6 +640,23 @@ def _in_nucleus(x: Logits, place: int, mass_before: float, total: float, top_p: 
     return bool(keep_top_p(x, top_p)[place])
 
 
+def check_sound(logits: Logits | BestLogits) -> None:
+    """Refuse a row that came of a NaN, by one of its logits: a hidden state with one makes all NaN.
+
+    Args:
+        logits: float32 ``[vocab]``; or the best of such a row, which is fetched if it may be one.
+
+    Raises:
+        BackendError: it is.
+    """
+    if isinstance(logits, BestLogits):
+        if not math.isnan(logits.rest):
+            return
+        logits = logits.row()
+    if math.isnan(logits[0]):
+        _check_best(logits[0])
+
+
 def _argmax(logits: Logits) -> int:
     token_id = int(logits.argmax())  # the first of equal ones; of a row with NaN, the NaN
     _check_best(logits[token_id])

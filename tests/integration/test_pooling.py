@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge import LLM
-from edge.errors import RequestError
+from edge.errors import BackendError, RequestError
 from tests.conftest import PoolingBundles, require_even_rows, require_kernels
 from tests.parity import PoolingGolden, assert_close
 from tests.tiny_pooling import PAIRS, TEXTS, write_embedder, write_judge
@@ -94,6 +94,19 @@ def test_a_shared_beginning_is_computed_once(pooling_bundles: PoolingBundles):
         stats = llm.scheduler.stats()
         assert stats.cached_tokens > 3 * 150  # the prompt before the document, each time
         assert_close(found[:2], alone, atol=ATOL, what="scores")
+
+
+def test_a_nan_in_the_first_chunk_ends_the_text_there(
+    pooling_bundles: PoolingBundles, monkeypatch: pytest.MonkeyPatch
+):
+    with LLM(pooling_bundles("embed"), prefill_chunk=4, num_threads=1) as llm:
+        forward = llm.backend.forward
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.backend, "forward", lambda step: np.nan * forward(step))
+            with pytest.raises(BackendError, match="non-finite"):
+                llm.embed("hello world, what is the time?")
+        assert llm.scheduler.stats().steps == 1
+        assert not llm.backend.read_slot(0, 4).any()
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])

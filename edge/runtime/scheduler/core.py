@@ -27,7 +27,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import BackendError, DeadlineError, EdgeError, ResourceError
 from edge.runtime.generation import PromptProgress
 from edge.runtime.kv_cache import Placement, Slot, SlotPool
-from edge.runtime.sampling import SampledToken, Sampler
+from edge.runtime.sampling import SampledToken, Sampler, check_sound
 
 from .drafting import Drafting
 from .policy import DecodeRun, Policy
@@ -321,7 +321,7 @@ class EngineCore:
         part = sequence.pending[:limit]
         last = len(part) - 1
         logits = self._forward([sequence], [part], [[last]])
-        if logits is None:
+        if logits is None or sequence.ended:
             return
         slot = slot_of(sequence)
         slot.extend(part)
@@ -407,7 +407,10 @@ class EngineCore:
         tokens: list[list[int]],
         wanted: list[list[int]],
     ) -> Rows | None:
-        """Run a step; if it fails, its sequences end with the error and None is returned."""
+        """Run a step; if it fails, its sequences end with the error and None is returned.
+
+        Of a step that succeeds, those end whose rows hold a NaN.
+        """
         slots = [slot_of(sequence) for sequence in sequences]
         lengths = [slot.length for slot in slots]
         seq = len(tokens[0])
@@ -423,11 +426,7 @@ class EngineCore:
         except EdgeError as error:
             self._push_drawn()
             for sequence, slot, length in zip(sequences, slots, lengths, strict=True):
-                if sequence.ended:  # meanwhile; what it left behind is spoilt
-                    self._scrub(slot, length + seq)
-                    self.pool.forget()
-                else:
-                    self._fail(sequence, error)
+                self._spoil(sequence, slot, length + seq, error)
             return None
         seconds = self._forward_s = self.now() - started
         hidden = self.backend.hidden_states
@@ -442,6 +441,11 @@ class EngineCore:
             costs.observe_plain(len(sequences), seconds)
         if len(sequences) == 1 and len(wanted[0]) == 1:
             costs.prefill.observe(seq, seconds)
+        for sequence, slot, length, rows in zip(sequences, slots, lengths, logits, strict=True):
+            try:
+                check_sound(rows[0])  # also where nothing is drawn: its token saw all before it
+            except EdgeError as error:
+                self._spoil(sequence, slot, length + seq, error)
         return logits
 
     def _count_step(self, tokens: int, seconds: float) -> None:
@@ -576,6 +580,14 @@ class EngineCore:
         self._leave(sequence, keep=False)
         self.outcomes["deadline" if isinstance(error, DeadlineError) else "error"] += 1
         sequence.sink.fail(error)
+
+    def _spoil(self, sequence: SequenceState, slot: Slot, written: int, error: EdgeError) -> None:
+        """End a sequence whose step spoilt its rows; it may have ended in the meantime."""
+        if sequence.ended:
+            self._scrub(slot, written)
+            self.pool.forget()
+        else:
+            self._fail(sequence, error)
 
     def _scrub(self, slot: Slot, written: int) -> None:
         """Zero the rows of a failed sequence, those that its last step may have written included.

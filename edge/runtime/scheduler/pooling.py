@@ -22,7 +22,7 @@ from edge.runtime.sampling_params import SamplingParams
 
 from .core import EngineCore, even_chunk
 from .request import Request, Sink
-from .sequence import SequenceState
+from .sequence import SequenceState, slot_of
 
 NEUTRAL = SamplingParams().resolve(SamplingDefaults())
 """What a request has as ``params`` where nothing is sampled."""
@@ -124,8 +124,9 @@ class PoolingCore(EngineCore):
         if outputs is None:
             return
         for sequence, part, output in zip(batch, parts, outputs, strict=True):
-            slot = sequence.slot
-            assert slot is not None, "a sequence that runs has a slot"
+            if sequence.ended:
+                continue
+            slot = slot_of(sequence)
             slot.extend(part)
             slot.prefilled = slot.length
             sequence.pending = sequence.pending[seq:]

@@ -535,6 +535,62 @@ def test_logits_that_are_no_numbers_end_only_their_sequence(table: EmbeddingTabl
     assert all(9 not in engine.backend.read_slot(i, 8) for i in range(4))
 
 
+def nan_after_9(seen: tuple[int, ...]) -> Any:
+    return np.full(VOCAB, np.nan, np.float32) if 9 in seen else COUNT_UP(seen)
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("leaves", ["cancelled", "late"])
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_an_unfinished_prompt_leaves_no_nan_behind(
+    table: EmbeddingTable, leaves: str, meanwhile: bool, best: bool
+):
+    """The client leaves after the first of two chunks, or while it runs."""
+    now = 0.0
+    engine = Engine(table, nan_after_9, clock=lambda: now)
+    sequence, sink = engine.submit(make_request([1, 9, *[2] * 14], deadline_s=1.0))
+    forward = engine.backend.forward
+
+    def leave() -> None:
+        nonlocal now
+        now, sequence.cancelled = 2.0, leaves == "cancelled"
+
+    def leave_meanwhile(step: Step) -> Any:
+        if meanwhile:
+            leave()
+        rows = forward(step)
+        if best:
+            return [[best_of(row, 8, row.copy) for row in each] for each in rows]
+        return rows
+
+    setattr(engine.backend, "forward_best" if best else "forward", leave_meanwhile)
+    engine.core.step()
+    leave()
+    engine.run()
+    assert engine.backend.steps == [(0, 8)], "the rest is not computed"
+    assert "non-finite" in str(sink.last)
+    assert engine.backend.rows_of(0, 8) == [0] * 8
+    assert not any(slot.length for slot in engine.core.pool.slots)
+
+
+def test_a_prompt_that_rides_leaves_no_nan_behind(
+    table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch
+):
+    engine = Engine(table, nan_after_9)
+    monkeypatch.setattr(engine.core.policy, "chunk_tokens", lambda _: 0)
+    _, other = engine.submit(make_request([20], replace(GREEDY, max_tokens=20)))
+    engine.core.step()
+    sequence, sink = engine.submit(make_request([1, 9, *[2] * 30]))
+    for _ in range(2):
+        engine.core.step()
+    sequence.cancelled = True
+    engine.run()
+    assert engine.backend.batches[1:3] == [[0, 1]] * 2
+    assert "non-finite" in str(sink.last)
+    assert engine.backend.rows_of(1, 2) == [0, 0]
+    assert other.ids == list(range(21, 41))
+
+
 class Only:
     """A constraint: the answer counts down from ``start`` and then ends."""
 

@@ -134,6 +134,18 @@ def test_a_stop_found_late_drops_what_was_computed_meanwhile(table: EmbeddingTab
     assert engine.core.counts["cached"] == 3
 
 
+def test_what_was_computed_meanwhile_leaves_no_nan_behind(table: EmbeddingTable):
+    def script(seen: tuple[int, ...]) -> Any:
+        return np.full(VOCAB, np.nan, np.float32) if 4 in seen else (seen[-1] + 1) % VOCAB
+
+    engine = Engine(table, script, overlaps=True)
+    _, stopped = engine.submit(make_request([1]), Slow(Device(), stop_after=3))
+    engine.run()
+    assert (stopped.ids, stopped.reason) == ([2, 3, 4], "stop")
+    assert engine.backend.rows_of(0, 4) == [0] * 4
+    engine.check_books()
+
+
 def test_what_is_drawn_is_not_lost_when_the_next_step_fails(table: EmbeddingTable):
     engine = Engine(table, overlaps=True)
     _, sink = engine.submit(make_request([1]))
