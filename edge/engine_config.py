@@ -69,7 +69,8 @@ class EngineConfig:
             machine with a GPU must work, else ONNX Runtime on a CUDA GPU, else on the CPU.
         kv_capacity: tokens that prompt and answer may take together; by default the bundle's own,
             or what memory holds of it.
-        num_threads: CPU threads, with which auto takes the CPU; by default one per physical core.
+        num_threads: CPU threads, with which auto takes the CPU; by default one per physical core
+            that this process may use.
         gpu_wait: how the thread that runs a TensorRT engine waits for the end of a step: spin asks
             again and again, yield lets other threads run in between, block sleeps until the GPU's
             interrupt, the latest to wake up and the only one that leaves its CPU free. auto is what

@@ -1,12 +1,14 @@
-"""Reads how much memory the control groups of this process leave it: containers, systemd units.
+"""Reads what the control groups of this process leave it: of containers, of systemd units.
 
-``/proc/meminfo`` is the machine's. A group's limit holds for all that is in it, and each of its
-parents may have a smaller one, so the whole chain counts:
+``/proc/meminfo`` and the list of CPUs are the machine's. A group's limit holds for all that is in
+it, and each of its parents may have a smaller one, so the whole chain counts:
 
 =====  ==================================  ==============================================
 v2     ``memory.max``, ``memory.high``     ``memory.current``, ``inactive_file`` of
                                            ``memory.stat``
 v1     ``memory.limit_in_bytes``           ``memory.usage_in_bytes``, ``total_inactive_file``
+v2     ``cpu.max``
+v1     ``cpu.cfs_quota_us``, ``cpu.cfs_period_us``
 =====  ==================================  ==============================================
 
 Above ``memory.high`` processes are held up until they are unusable, so that is a limit, too. File
@@ -28,10 +30,16 @@ class _Version(NamedTuple):
     limits: tuple[str, ...]
     usage: str
     reclaimable: str
+    quota: tuple[str, ...]
 
 
-_V2 = _Version(("memory.max", "memory.high"), "memory.current", "inactive_file")
-_V1 = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Version(("memory.max", "memory.high"), "memory.current", "inactive_file", ("cpu.max",))
+_V1 = _Version(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    "total_inactive_file",
+    ("cpu.cfs_quota_us", "cpu.cfs_period_us"),
+)
 
 
 def read_room_bytes(root: Path = Path("/")) -> int | None:
@@ -42,19 +50,34 @@ def read_room_bytes(root: Path = Path("/")) -> int | None:
     """
     rooms = [
         room
-        for version, group, top in _groups(root)
+        for version, group, top in _groups(root, "memory")
         for directory in _chain(group, top)
         if (room := _room(directory, version)) is not None
     ]
     return min(rooms, default=None)
 
 
-def _groups(root: Path) -> Iterator[tuple[_Version, Path, Path]]:
-    """This process's groups that can limit memory, each with the top of what is mounted of them."""
+def read_cpu_quota(root: Path = Path("/")) -> float | None:
+    """CPUs whose whole time this process may use up; None if nothing limits it.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    quotas = [
+        quota
+        for version, group, top in _groups(root, "cpu")
+        for directory in _chain(group, top)
+        if (quota := _quota(directory, version)) is not None
+    ]
+    return min(quotas, default=None)
+
+
+def _groups(root: Path, controller: str) -> Iterator[tuple[_Version, Path, Path]]:
+    """This process's groups that a controller limits, each with the top of what is mounted."""
     paths = {}
     for line in _lines(root / "proc/self/cgroup"):
         number, controllers, path = (*line.split(":", 2), "", "")[:3]
-        if "memory" in controllers.split(","):
+        if controller in controllers.split(","):
             paths[_V1] = path
         elif number == "0" and not controllers:
             paths[_V2] = path
@@ -63,7 +86,7 @@ def _groups(root: Path) -> Iterator[tuple[_Version, Path, Path]]:
         before, after = fields.split(), rest.split()
         if len(before) < 5 or len(after) < 3:
             continue
-        is_v1 = after[0] == "cgroup" and "memory" in after[2].split(",")
+        is_v1 = after[0] == "cgroup" and controller in after[2].split(",")
         version = _V1 if is_v1 else _V2 if after[0] == "cgroup2" else None
         if version is None or version not in paths:
             continue
@@ -88,6 +111,12 @@ def _room(group: Path, version: _Version) -> int | None:
     stat = dict(line.split(" ", 1) for line in _lines(group / "memory.stat") if " " in line)
     used = usage - (_parse(stat.get(version.reclaimable, "")) or 0)
     return max(0, min(limits) - max(0, used))
+
+
+def _quota(group: Path, version: _Version) -> float | None:
+    words = " ".join(line for name in version.quota for line in _lines(group / name)).split()
+    numbers = [number for word in words if (number := _parse(word))]
+    return numbers[0] / numbers[1] if len(numbers) == 2 else None
 
 
 def _number(path: Path) -> int | None:

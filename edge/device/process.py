@@ -6,6 +6,7 @@ import os
 import resource
 from pathlib import Path
 
+from .cgroup import read_cpu_quota
 from .telemetry import read_kib
 
 _STATUS = Path("/proc/self/status")
@@ -39,6 +40,40 @@ def read_cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
 def count_usable_cpus() -> int:
     """Count the logical CPUs that this process may run on; a quota of time is not regarded."""
     return len(os.sched_getaffinity(0))
+
+
+def choose_num_threads(root: Path = Path("/")) -> int:
+    """Choose how many threads compute: one per physical core that this process may use.
+
+    ONNX Runtime counts the cores of the machine, pins a thread to each, and lets them spin: those
+    that share a core hold each other up, and the kernel's limits do not bind them.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+
+    Returns:
+        The threads; 0 leaves them to ONNX Runtime, where nothing restricts this process.
+    """
+    system, cpus = root / "sys/devices/system/cpu", os.sched_getaffinity(0)
+    siblings = "topology/thread_siblings_list"
+    cores = len({_read(system / f"cpu{cpu}" / siblings) or str(cpu) for cpu in cpus})
+    quota = read_cpu_quota(root)
+    if quota is not None and quota < cores:
+        return max(int(quota), 1)
+    return cores if len(cpus) < _count_listed(_read(system / "present")) else 0
+
+
+def _count_listed(text: str) -> int:
+    """Count the numbers of a list such as ``0-3,8``."""
+    ranges = [part.split("-") for part in text.split(",") if part]
+    return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def read_rss_bytes() -> int | None:

@@ -23,6 +23,7 @@ from edge.bundle import io_spec
 from edge.bundle.io_spec import TensorSpec
 from edge.bundle.linears import linear_layers, norm_sources
 from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.device.process import choose_num_threads
 from edge.errors import DependencyError, install_command
 from edge.progress import Progress, silent
 from export.graph.data_file import StoredTensor
@@ -350,6 +351,7 @@ def run_session(model: onnx.ModelProto) -> Any:
     onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = choose_num_threads()
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.device.process import choose_num_threads
+
 from .device import OrtDevice, open_on_device
 from .rows import Block, RowMover, RowWriter
 
@@ -100,4 +102,5 @@ class OrtDeviceCache:
     def _open_session(self, model: bytes) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = choose_num_threads()
         return open_on_device(self._ort, self.device, model, options)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from edge.bundle import io_spec
 from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import OnnxFile
+from edge.device.process import choose_num_threads, count_usable_cpus
 from edge.errors import BackendError, BundleError, ConfigError, DependencyError, install_command
 
 from .join_planes import hand_over
@@ -47,18 +48,18 @@ def check_sizes(
 
 
 def check_threads(num_threads: int | None) -> None:
-    """Refuse a number of CPU threads that this machine has no cores for.
+    """Refuse a number of CPU threads that this process has no CPUs for.
 
     Raises:
         ConfigError: it is out of range.
     """
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"num_threads ({num_threads}) must be positive; leave it open for all")
-    cores = os.cpu_count() or 1
-    if num_threads is not None and num_threads > cores:
+    cpus = count_usable_cpus()
+    if num_threads is not None and num_threads > cpus:
         # They would spin and wait for each other; thousands never finish a step.
         raise ConfigError(
-            f"num_threads ({num_threads}) is more than the {cores} cores of this machine; "
+            f"num_threads ({num_threads}) is more than the {cpus} CPUs that this process may use; "
             "leave it open for all"
         )
 
@@ -126,7 +127,7 @@ def open_session(
         graph: what runs, its weights beside it in ``bundle``.
         bundle: the bundle's directory.
         manifest: its manifest.
-        num_threads: None is one per physical core.
+        num_threads: None is one per physical core (`choose_num_threads`).
         int8_activations: let MatMulNBits round activations to int8.
 
     Raises:
@@ -136,7 +137,8 @@ def open_session(
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
     options = session_options(ort, bundle, manifest)
     hand_over(graph, ort, options)
-    options.intra_op_num_threads = num_threads or 0
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
     # The arena grows in powers of two and never shrinks: 250 MB more resident at 1.5B.
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry(
@@ -223,6 +225,7 @@ def session_options(
     """Options that every session on a bundle has: quiet, exact, and the weights are found."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = choose_num_threads()
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", os.fspath(bundle.resolve())
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge.device.cgroup import read_room_bytes
+from edge.device.cgroup import read_cpu_quota, read_room_bytes
 from edge.device.telemetry import read_available_memory_bytes, read_snapshot
 from tests.control_groups import limited_group
 
@@ -111,6 +111,21 @@ def test_memory_may_be_in_version_1_beside_version_2(tree: Tree):
     tree.put("sys/fs/cgroup/unified/b/cgroup.procs", "1")  # no controller of memory
     tree.v1("a", 200 * MIB, 50 * MIB)
     assert read_room_bytes(tree.root) == 150 * MIB
+
+
+def test_the_least_quota_of_cpu_time_counts_in_both_versions(tree: Tree):
+    tree.process("0::/a/b", V2_MOUNT)
+    assert read_cpu_quota(tree.root) is None
+    tree.put("sys/fs/cgroup/a/cpu.max", "150000 100000")
+    tree.put("sys/fs/cgroup/a/b/cpu.max", "max 100000")
+    assert read_cpu_quota(tree.root) == 1.5
+    tree.process("6:cpu,cpuacct:/a\n0::/", V1_MOUNT.replace("memory", "cpu"))
+    at = "sys/fs/cgroup/cpu/a/cpu.cfs"
+    tree.put(f"{at}_period_us", 50_000)
+    tree.put(f"{at}_quota_us", -1)
+    assert read_cpu_quota(tree.root) is None
+    tree.put(f"{at}_quota_us", 100_000)
+    assert read_cpu_quota(tree.root) == 2
 
 
 @pytest.mark.parametrize(

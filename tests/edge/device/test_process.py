@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ import pytest
 
 from edge.device import gpu, process
 from edge.device.gpu import Gpu, find_gpu
-from edge.device.process import read_cpu_name, read_rss_bytes, read_rss_peak_bytes, reset_rss_peak
+from edge.device.process import (
+    choose_num_threads,
+    read_cpu_name,
+    read_rss_bytes,
+    read_rss_peak_bytes,
+    reset_rss_peak,
+)
 
 
 def test_the_peak_is_in_bytes_and_starts_anew():
@@ -29,6 +36,38 @@ def test_a_system_that_does_not_say_has_a_peak_since_the_start(monkeypatch: pyte
     monkeypatch.setattr(process, "read_kib", lambda path, key: None)
     assert read_rss_bytes() is None
     assert read_rss_peak_bytes() > 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("cpus", "quota", "threads"),
+    [
+        (range(8), "max 100000", 0),  # the whole machine: ONNX Runtime knows its cores
+        (range(8), "400000 100000", 0),
+        (range(8), "250000 100000", 2),
+        (range(8), "50000 100000", 1),
+        ((0, 1, 2, 3), "max 100000", 2),  # both threads of two cores
+        ((0, 2, 5), "max 100000", 3),
+        ((0, 2, 5), "200000 100000", 2),
+        ((6,), "200000 100000", 1),
+    ],
+)
+def test_threads_are_as_many_as_the_cores_that_may_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpus: Any, quota: str, threads: int
+):
+    """Of four cores with two threads each; some may be off in a power mode, or another group's."""
+    system, group = tmp_path / "sys/devices/system/cpu", tmp_path / "sys/fs/cgroup/a"
+    files = {system / "present": "0-3,4-7", group / "cpu.max": quota}
+    files |= {tmp_path / "proc/self/cgroup": "0::/a"}
+    mount = "30 23 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"
+    files |= {tmp_path / "proc/self/mountinfo": mount}
+    for cpu in range(8):
+        first = cpu - cpu % 2
+        files[system / f"cpu{cpu}/topology/thread_siblings_list"] = f"{first}-{first + 1}"
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cpus))
+    assert choose_num_threads(tmp_path) == threads
 
 
 class Driver:
