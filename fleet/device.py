@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 import edge
 from edge.device.telemetry import read_module
@@ -142,9 +143,11 @@ class DeviceAgent:
             "x-api-key",
         }:
             headers = [*headers, ("authorization", f"Bearer {self._key}")]
+        # As it is, and as a path, whatever comes: "@HOST" in it must not become the host.
+        url = URL(f"{self._url}/{target.removeprefix('/')}", encoded=True)
         try:
             async with self._client().request(
-                method, self._url + target, headers=headers, data=body or None
+                method, url, headers=headers, data=body or None
             ) as answer:
                 yield (
                     answer.status,

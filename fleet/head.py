@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -235,16 +236,16 @@ class FleetHead:
         if scope["method"] == "POST":
             body = await read_body(scope, receive, self.settings)
             place = affinity(scope["path"], headers, body, scope["client_name"])
-        target = scope["path"].encode() if not scope["raw_path"] else scope["raw_path"]
+        target = quote(scope["path"])  # what was let through, however it was written
         if scope["query_string"]:
-            target = target.partition(b"?")[0] + b"?" + scope["query_string"]
+            target += "?" + scope["query_string"].decode("latin-1")
         shown = [
             (name, headers[name.encode()].decode("latin-1"))
             for name in _SHOWN
             if name.encode() in headers
         ]
         shown.append(("x-request-id", scope["request_id"]))
-        asked = Asked(scope["method"], target.decode("latin-1"), shown, body)
+        asked = Asked(scope["method"], target, shown, body)
         relaying = asyncio.ensure_future(self._relay(asked, place, scope, send))
         gone = asyncio.ensure_future(until_gone(receive))
         try:

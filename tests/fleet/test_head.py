@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import pytest
@@ -114,7 +115,7 @@ class Caller:
         raw = {"host": "localhost", **({"content-type": "application/json"} if data else {})}
         scope = {
             "type": "http", "http_version": "1.1", "method": "GET" if data is None else "POST",
-            "path": path, "raw_path": path.encode(), "query_string": b"",
+            "path": unquote(path), "raw_path": path.encode(), "query_string": b"",
             "client": ("127.0.0.1", 1),
             "headers": [
                 (key.replace("_", "-").encode(), value.encode())
@@ -233,6 +234,24 @@ def test_what_the_device_sees_and_the_client_gets():
             "authorization": "Bearer k",
             "x-request-id": "mine",
         }
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("sent", "target"),
+    [
+        ("/v1/models/org%2Fname:8b", "/v1/models/org/name%3A8b"),
+        ("%2Fv1%2Fmodels%2F@127.0.0.1:9/x", "/v1/models/%40127.0.0.1%3A9/x"),
+        ("/v1/models/a%3Fb%23c", "/v1/models/a%3Fb%23c"),
+        ("/v1/models/%C3%A9", "/v1/models/%C3%A9"),
+    ],
+)
+def test_a_device_is_asked_for_the_path_that_was_let_through(sent: str, target: str):
+    async def test() -> None:
+        caller = await seen()
+        answer = await caller.ask(sent, None)
+        assert [asked.target for asked in caller.devices[answer.device].asked] == [target]
 
     run(test)
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fleet.members import Asked
+from edge import __version__
+from edge.server.http.connections import Connections, listen
+from edge.server.http.messages import make_server
+from fleet.config import Device, FleetConfig
+from fleet.head import FleetHead
+from fleet.members import Asked, Facts, Model, judge
 from tests.conftest import Bundles, write_secret
 from tests.edge.server.scripted import Live, running
 
@@ -51,3 +56,53 @@ def test_a_key_that_is_changed_at_both_ends_is_taken(
 
     with running(tiny_bundles("qwen2"), api_key_file=keys) as live:
         asyncio.run(asyncio.wait_for(test(live), 20))
+
+
+def test_no_target_leads_anywhere_but_to_the_service(tiny_bundles: Bundles):
+    from fleet.device import DeviceAgent
+
+    async def test(url: str) -> None:
+        found = []
+
+        async def other(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.append(writer.get_extra_info("peername"))
+            writer.close()
+
+        foreign = await asyncio.start_server(other, "127.0.0.1", 0)
+        host = f"127.0.0.1:{foreign.sockets[0].getsockname()[1]}"
+        targets = [f"%2Fv1%2Fmodels%2F@{host}/x?y=1", "/v1/models/../../metrics",
+                   "/v1/models/%2e%2e/%2e%2e/metrics", "%2Fv1%2Fmodels%2Fx"]  # fmt: skip
+        config = FleetConfig(token_file="t", devices={"a": Device(url=url), "b": Device(url=url)})
+        agents = {name: DeviceAgent(device.url) for name, device in config.devices.items()}
+        head = FleetHead(config, agents)
+        for member in head.members.values():
+            member.saw(Facts(__version__, __version__, "k", {"tiny": Model("h", 2, 2, 9, "b")}))
+        judge(head.members.values(), config)
+        sock = listen("127.0.0.1", 0)
+        server = make_server(head.app, head.settings, Connections(9, 9))
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        try:
+            for target in [*targets, "/v1/models"]:
+                reader, writer = await asyncio.open_connection(*sock.getsockname())
+                lines = f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                writer.write(lines.encode())
+                status = (await reader.read()).split(b" ")[1]
+                writer.close()
+                assert status == (b"200" if target == "/v1/models" else b"404"), target
+            # An agent needs no head that is as careful.
+            for target in targets:
+                asked = Asked("GET", target, [], b"")
+                answered = [item async for item in agents["a"].ask(asked)]
+                assert isinstance(answered[0], tuple), target
+                assert answered[0][0] == 404, target
+            assert not found
+            assert [member.trouble for member in head.members.values()] == [None, None]
+        finally:
+            server.should_exit = True
+            await serving
+            for agent in agents.values():
+                await agent.close()
+            foreign.close()
+
+    with running(tiny_bundles("qwen2")) as live:
+        asyncio.run(asyncio.wait_for(test(live.url), 20))
