@@ -74,7 +74,8 @@ class Metrics:
 
     Args:
         scheduler_stats: the schedulers' state by model, asked at each scrape.
-        telemetry: the device's state, asked at most once a second; None leaves it out.
+        telemetry: the device's state, asked at most once a second and once at a time; None leaves
+            it out.
         engines: what serves each model.
         drift: counts what is asked for; the default counts without a baseline.
         vllm_names: also expose vLLM's names.
@@ -105,7 +106,8 @@ class Metrics:
         self._scheduler_stats = scheduler_stats
         self._engines = engines
         self._telemetry = telemetry
-        self._snapshot: tuple[float, Snapshot] | None = None
+        self._snapshot = (-float("inf"), Snapshot())
+        self._looking = threading.Lock()
         self._drift = drift or DriftMonitor()
         self._vllm_names = vllm_names
         self._window_s = window_s
@@ -363,10 +365,13 @@ class Metrics:
         if self._telemetry is None:
             return None
         now = self._clock()
-        taken = self._snapshot
-        if taken is None or now - taken[0] > _TELEMETRY_AGE_S:
-            taken = self._snapshot = (now, self._telemetry())
-        return taken[1]
+        # A look may hang, and its thread with it: until it ends, the last one counts.
+        if now - self._snapshot[0] > _TELEMETRY_AGE_S and self._looking.acquire(blocking=False):
+            try:
+                self._snapshot = (now, self._telemetry())
+            finally:
+                self._looking.release()
+        return self._snapshot[1]
 
     def _collect(self) -> Iterator[Metric]:
         yield from scheduler_families(self._scheduler_stats())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -99,6 +100,27 @@ def test_a_slow_look_at_the_device_makes_no_engine_stalled(tiny_bundles: Bundles
             until(lambda: live.service.models.trouble == "thermal")
     finally:
         let_go.set()
+
+
+def test_a_look_that_hangs_takes_one_scrape_and_no_chat(tiny_bundles: Bundles):
+    let_go = threading.Event()
+
+    def telemetry() -> Snapshot:
+        let_go.wait(30)
+        return HOT
+
+    with ThreadPoolExecutor(40) as pool:
+        try:
+            with running(tiny_bundles("qwen2"), telemetry=telemetry) as live:
+                scrapes = [pool.submit(live.ask, "/metrics") for _ in range(40)]
+                until(lambda: sum(scrape.done() for scrape in scrapes) == 39)
+                assert live.ask("/stats").json["device"]["temperatures_celsius"] == {}
+                assert live.chat(max_tokens=2).status == 200
+                let_go.set()
+                assert {scrape.result().status for scrape in scrapes} == {200}
+                until(lambda: live.ask("/stats").json["device"]["temperatures_celsius"] != {})
+        finally:
+            let_go.set()
 
 
 @pytest.mark.parametrize("method", ["beat", "_judge_heat"])
