@@ -91,13 +91,17 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(
-                self.settings.write_timeout_s, self.transport.abort
-            )
+            self._start_write_timer()
 
     def resume_writing(self) -> None:
         self._stop_write_timer()
         super().resume_writing()
+
+    def _late_reader(self, waiting_bytes: int) -> None:
+        if self.transport.get_write_buffer_size() < waiting_bytes:
+            self._start_write_timer()
+        else:
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP with the envelope, instead of uvicorn's own text."""
@@ -142,6 +146,12 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _start_write_timer(self) -> None:
+        waiting_bytes = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(
+            self.settings.write_timeout_s, self._late_reader, waiting_bytes
+        )
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:

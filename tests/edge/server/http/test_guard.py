@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from edge.errors import ConfigError
 from edge.key_file import hashed_line
 from edge.server.http.access import RateLimit, address_group
+from edge.server.http.connections import Connections, listen
 from edge.server.http.guard import Guard, _Body, _Headers
+from edge.server.http.messages import make_server
 from edge.server.settings import ServerSettings
 from tests.conftest import Bundles, write_secret
 from tests.edge.server.scripted import Live, running
@@ -370,6 +372,39 @@ def test_a_body_that_nobody_wants_cannot_drip_for_ever(strict: Live):
             except ConnectionError:
                 pass
         assert time.monotonic() - started < 4
+
+
+def test_who_reads_all_the_time_gets_all_of_a_long_answer():
+    body = bytes(6_000_000)
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def read_slowly(port: int) -> bytes:
+        answer = bytearray()
+        with socket.create_connection(("127.0.0.1", port), 5) as sock:
+            sock.sendall(head("GET", "/"))
+            while part := sock.recv(50_000):
+                answer += part
+                time.sleep(0.02)
+        return bytes(answer)
+
+    async def test() -> bytes:
+        settings = ServerSettings(write_timeout_s=1.0)
+        with listen("127.0.0.1", 0) as sock:
+            server = make_server(Guard(application, settings, None), settings, Connections(9, 9))
+            serving = asyncio.create_task(server.serve(sockets=[sock]))
+            try:
+                return await asyncio.to_thread(read_slowly, sock.getsockname()[1])
+            finally:
+                server.should_exit = True
+                await serving
+
+    started = time.monotonic()
+    assert asyncio.run(test()).endswith(b"\r\n\r\n" + body)
+    assert time.monotonic() - started > 2  # twice the time, at least
 
 
 def test_no_more_of_a_refused_body_is_read_than_its_bound():
