@@ -24,6 +24,8 @@ from .errors import APIError
 from .guard import App
 
 _READ_BYTES = 64 * 2**10
+_PIECE_BYTES = 4 * 2**10
+_FRAMING_BYTES = 16 * 2**10  # what frames the chunks of a body, if it is more than the body
 
 
 class _Protocol(H11Protocol):  # type: ignore[misc]
@@ -74,14 +76,30 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
 
     def data_received(self, data: bytes) -> None:
         self.open_connections.touch(self)
-        super().data_received(data)
-        if self.transport.is_closing():
-            return
+        for start in range(0, len(data), _PIECE_BYTES):
+            self._take(data[start : start + _PIECE_BYTES])
+            if self.transport.is_closing():
+                return
         if self.conn.their_state is not h11.IDLE:
             self._stop_head_timer()
         elif self._head_timer is None:
             # These are the first bytes of the next head on an idle connection.
             self._start_head_timer()
+
+    def _take(self, piece: bytes) -> None:
+        """Parse what was received, unless it is a body in chunks of a byte: each costs a pass."""
+        cycle = self.cycle
+        held = 0 if cycle is None else len(cycle.body)
+        super().data_received(piece)
+        if self.cycle is not cycle:  # a head ended here
+            self._body_bytes = self._framing_bytes = 0
+        elif self.conn.their_state is h11.SEND_BODY:
+            num_bytes = len(cycle.body) - held
+            self._body_bytes += num_bytes
+            self._framing_bytes += len(piece) - num_bytes
+            if self._framing_bytes > max(_FRAMING_BYTES, self._body_bytes):
+                message = "the body comes in too many small chunks; send it in larger ones"
+                self._answer_and_close(APIError(400, "invalid_http", message))
 
     def handle_events(self) -> None:
         super().handle_events()

@@ -111,6 +111,11 @@ def main(kind: str, port: str, num: str, *addresses: str) -> None:
     elif kind == "stalled":
         request = post("/v1/chat/completions", b"[" + b" " * (4 * MIB - 2), 4 * MIB)
         works = [lambda: attack.hold(int(num), request)]
+    elif kind == "chunks":
+        request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        request += b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        request += b"1\r\nx\r\n" * (MIB // 6)
+        works = [lambda: attack.send(0, request)] * int(num)
     else:
         works = [lambda: attack.hold(int(num), b"")]
     threads = [threading.Thread(target=work) for work in works]

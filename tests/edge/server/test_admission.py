@@ -132,6 +132,12 @@ def test_bodies_that_never_end(tiny_bundles: Bundles):
 
 
 @pytest.mark.slow
+def test_bodies_in_single_bytes(tiny_bundles: Bundles):
+    with scripted_child(tiny_bundles("qwen2"), _STEP_S) as server, compared(server) as attacks:
+        attacks.enter_context(attacked(server, "chunks", 2))
+
+
+@pytest.mark.slow
 def test_connections_that_say_nothing(tiny_bundles: Bundles):
     addresses = [f"127.0.0.{last}" for last in range(2, 10)]
     with scripted_child(tiny_bundles("qwen2"), _STEP_S) as server, compared(server) as attacks:

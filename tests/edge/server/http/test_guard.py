@@ -283,6 +283,26 @@ def test_a_body_in_single_bytes(strict: Live):
     assert status_of(talk(strict, request + chunks + b"0\r\n\r\n")) == 200
 
 
+@pytest.mark.parametrize("has_key", [True, False])
+def test_a_long_body_in_single_bytes_is_refused_early(strict: Live, has_key: bool):
+    keys = {"Authorization": f"Bearer {KEY}"} if has_key else {}
+    request = head(Content_Type="application/json", Transfer_Encoding="chunked", **keys)
+    with closing(strict.connect()) as sock:
+        sock.sendall(request)
+        sock.sendall(b"1\r\n \r\n" * (32 * 2**10 // 6))
+        sock.settimeout(0.4)  # sooner than the body's time is over
+        answer = read_all(sock)
+    assert (status_of(answer), error_of(answer)) == (400, "invalid_http")
+
+
+def test_small_chunks_of_a_long_body_are_no_attack(strict: Live):
+    request = head(Authorization=f"Bearer {KEY}", Content_Type="application/json",
+                   Transfer_Encoding="chunked")  # fmt: skip
+    body = BODY + b" " * (19_000 - len(BODY))
+    chunks = b"".join(b"8\r\n%-8b\r\n" % body[at : at + 8] for at in range(0, len(body), 8))
+    assert status_of(talk(strict, request + chunks + b"0\r\n\r\n")) == 200
+
+
 @pytest.mark.parametrize(
     "data",
     [
