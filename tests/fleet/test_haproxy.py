@@ -178,6 +178,15 @@ def test_what_fails_before_its_first_byte_is_asked_elsewhere(tmp_path: Path, fir
 
 
 @needs_haproxy
+def test_a_request_whose_time_is_up_is_not_asked_again(tmp_path: Path, tiny_bundles: Bundles):
+    with scripted_child(tiny_bundles("qwen2"), _STEP_S, request_timeout_s=0.3) as device:
+        with proxy(tmp_path, [("a", device.port)]) as front:
+            status, _, body = front.ask(chat("bye", max_tokens=40))
+        assert (status, json.loads(body)["error"]["code"]) == (504, "deadline_exceeded")
+        assert json.loads(device.ask("/stats")[2])["rejections"] == {"deadline_exceeded": 1}
+
+
+@needs_haproxy
 def test_what_waits_is_bounded(tmp_path: Path):
     with stub(0.5) as device:
         device.ready_status = 200

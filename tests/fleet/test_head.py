@@ -295,12 +295,13 @@ def test_a_refusing_device_is_passed_over_until_all_refuse(status: int, code: st
     run(test)
 
 
-def test_an_answer_that_says_do_not_retry_is_the_answer():
+@pytest.mark.parametrize("status", [503, 504])
+def test_an_answer_that_says_do_not_retry_is_the_answer(status: int):
     async def test() -> None:
-        head = (503, [(b"x-should-retry", b"false"), (b"content-type", b"application/json")])
+        head = (status, [(b"x-should-retry", b"false"), (b"content-type", b"application/json")])
         caller, _, home = await at_home(head, b'{"error": {"code": "deadline_exceeded"}}')
         answer = await caller.ask()
-        assert (answer.status, answer.device) == (503, home)
+        assert (answer.status, answer.device) == (status, home)
         assert error_of(answer)["code"] == "deadline_exceeded"
 
     run(test)

@@ -70,6 +70,7 @@ _STATUSES = {
     "500": "the engine failed at this request",
     "501": "a library is missing here",
     "503": "loading, draining, or the engine cannot serve; see Retry-After",
+    "504": "it did not end in the time that the server allows",
 }
 # path: summary, request, response (None is any JSON; a string is a media type)
 _POSTS: dict[str, tuple[str, type, type]] = {

@@ -37,6 +37,7 @@ _TYPES = {
     429: "rate_limit_error",
     431: "invalid_request_error",
     503: "service_unavailable",
+    504: "service_unavailable",
     505: "invalid_request_error",
 }
 # What never belongs in an answer, wherever it came from: addresses (CVE-2026-22778) and paths,
@@ -178,7 +179,7 @@ def as_api_error(error: BaseException) -> APIError:
         return APIError(429, "queue_full", str(error), retry_after_s=error.retry_after_s)
     if isinstance(error, DeadlineError):
         return APIError(
-            503,
+            504,  # a proxy asks another device after a 503, and then a third
             "deadline_exceeded",
             "the request did not finish in the time that the server allows; ask for fewer tokens",
             retry_after_s=5,

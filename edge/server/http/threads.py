@@ -121,7 +121,7 @@ class Lane:
         Raises:
             OverloadError: too many wait.
             ResourceError: no thread could be started.
-            APIError: 503, it took too long.
+            APIError: 504, it took too long.
             ClientGoneError: the client left.
             Whatever ``ended`` fails with.
         """
@@ -176,7 +176,7 @@ class Lane:
 
     def _too_late(self, limit_s: float | None) -> APIError:
         return APIError(
-            503,
+            504,
             "deadline_exceeded",
             f"{self._late} within {limit_s:.3g} s; ask for less, or try again later",
             retry_after_s=5,

@@ -279,7 +279,7 @@ def test_deadlines_end_requests(tiny_bundles: Bundles):
         messages = long_text(live, "late", 300)
         live.engine.delay_s = 0.02
         answer = live.ask("/v1/chat/completions", {"model": "tiny", "messages": messages})
-        assert (answer.status, answer.json["error"]["code"]) == (503, "deadline_exceeded")
+        assert (answer.status, answer.json["error"]["code"]) == (504, "deadline_exceeded")
         assert answer.headers["x-should-retry"] == "false"
         assert 'outcome="deadline"' in live.ask("/metrics").body.decode()
 

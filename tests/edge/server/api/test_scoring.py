@@ -45,7 +45,7 @@ def test_scoring_ends_when_nobody_waits_for_it(tiny_bundles: Bundles):
         live.engine.delay_s = 0.004
         body = {"model": "tiny", "prompt": ids, "echo": True, "logprobs": 0, "max_tokens": 1}
         late = live.ask("/v1/completions", body)
-        assert (late.status, late.json["error"]["code"]) == (503, "deadline_exceeded")
+        assert (late.status, late.json["error"]["code"]) == (504, "deadline_exceeded")
         data = json.dumps(body).encode()
         with live.connect() as sock:
             head = (
