@@ -220,13 +220,18 @@ def listen(host: str, port: int) -> Listener:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # What is accepted inherits it.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-        sock.bind((host.strip("[]"), port))
+        # A bare name would lose the interface of fe80::1%eth0.
+        found = socket.getaddrinfo(
+            host.strip("[]") or None, port, family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        sock.bind(found[0][4])
         sock.listen()  # a small model is ready, and systemd knows it, before uvicorn gets to it
         sock.set_inheritable(False)
     except OSError as error:
         sock.close()
+        at_fault = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another {at_fault}"
         ) from error
     return sock
 

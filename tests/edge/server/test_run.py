@@ -29,6 +29,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, DependencyError
 from edge.server import app
 from edge.server.api import samples
+from edge.server.http.connections import Listener, listen
 from edge.server.observe.notify import Notifier
 from edge.server.run import Service, open_llm
 from edge.server.settings import ServerSettings
@@ -208,8 +209,21 @@ def test_an_address_that_is_taken(tiny_bundles: Bundles):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match="cannot listen"):
+        with pytest.raises(ConfigError, match=r"cannot listen.*; choose another --port"):
             Service(tiny(tiny_bundles("qwen2"), port=port), ScriptedEngine().open)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "fe80::1%no-such-interface"])
+def test_an_address_that_this_machine_does_not_have(host: str):
+    with pytest.raises(ConfigError, match=r"cannot listen.*; choose another --host"):
+        listen(host, 0)
+
+
+def test_an_address_of_one_interface_keeps_it(monkeypatch: pytest.MonkeyPatch):
+    bound: list[Any] = []
+    monkeypatch.setattr(Listener, "bind", lambda self, address: bound.append(address))
+    listen("fe80::1%lo", 0).close()
+    assert bound == [("fe80::1", 0, 0, socket.if_nametoindex("lo"))]
 
 
 def test_a_library_that_cannot_read_requests_is_a_refusal_to_start(
