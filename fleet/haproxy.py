@@ -65,7 +65,8 @@ frontend api
     http-request set-var(txn.of) req.hdr({header})
     http-request set-var(txn.of) req.body,json_query('$.prompt_cache_key') if !{{ var(txn.of) -m len gt 0 }}
     http-request set-var(txn.of) req.body,json_query('$.user') if !{{ var(txn.of) -m len gt 0 }}
-    http-request set-var(txn.of) req.body,json_query('$.messages[0].content') if !{{ var(txn.of) -m len gt 0 }}
+    http-request set-var(txn.next) req.body,json_query('$.messages[1].content') if {{ req.body,json_query('$.messages[0].role') -m str system developer }}
+    http-request set-var(txn.of) req.body,json_query('$.messages[0].content'),concat(|,txn.next) if !{{ var(txn.of) -m len gt 0 }}
     http-request set-var(txn.of) req.body,bytes(0,1024) if !{{ var(txn.of) -m len gt 0 }}
     http-request set-var-fmt(txn.affinity) "%[req.hdr(authorization)] %[req.hdr(x-api-key)] %[var(txn.of)]"
     http-request return status 503 content-type application/json hdr Retry-After 5 string '{no_device}' if !{{ nbsrv(devices) gt 0 }}
@@ -84,6 +85,8 @@ backend devices
     # connection, that dies, that drains or loads (503), or whose queue is full (429).
     retries {retries}
     option redispatch 1
+    # An answer whose client has left ends at its device, too.
+    option abortonclose
     retry-on conn-failure empty-response 429 503
     http-response set-header X-Edge-Device %s
     default-server check inter 1s fastinter 250ms downinter 1s fall 2 rise 1 maxconn {per_device} observe layer4 error-limit 3 on-error fastinter
@@ -187,7 +190,7 @@ def configuration(
     ]
     return _TEMPLATE.format(
         listed="\n".join(f"#   {device.name} {device.address}" for device in devices),
-        max_connections=512,
+        max_connections=max(512, 2 * (len(devices) * slots + max_queue)),
         answer_s=answer_s,
         queue_s=queue_s,
         errors="\n".join(_http_error(*each) for each in errors),

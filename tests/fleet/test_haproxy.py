@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shutil
 import signal
 import socket
@@ -123,6 +124,17 @@ def test_sessions_stay_streams_flow_and_a_killed_device_costs_nothing(
             begins[topic] = front.device(body)
         assert set(begins.values()) == {"a", "b"}
 
+        # The system prompt that all chats share tells nothing; the question after it does.
+        for role in ("system", "developer"):
+            homes = {}
+            for topic in range(8):
+                body = chat(f"topic {topic}")
+                body["messages"].insert(0, {"role": role, "content": "be brief"})
+                homes[topic] = front.device(body)
+                body["messages"].append({"role": "user", "content": "more"})
+                assert front.device(body) == homes[topic]
+            assert set(homes.values()) == {"a", "b"}
+
         times = _stream(front, chat("long", max_tokens=30, stream=True))
         assert len(times) > 20
         assert times[-1] - times[0] > 20 * _STEP_S * 0.8  # as they were made, not at the end
@@ -184,6 +196,25 @@ def test_a_request_whose_time_is_up_is_not_asked_again(tmp_path: Path, tiny_bund
             status, _, body = front.ask(chat("bye", max_tokens=40))
         assert (status, json.loads(body)["error"]["code"]) == (504, "deadline_exceeded")
         assert json.loads(device.ask("/stats")[2])["rejections"] == {"deadline_exceeded": 1}
+
+
+@needs_haproxy
+def test_an_answer_whose_client_left_ends_at_its_device(tmp_path: Path, tiny_bundles: Bundles):
+    with (
+        scripted_child(tiny_bundles("qwen2"), _STEP_S) as device,
+        proxy(tmp_path, [("a", device.port)]) as front,
+    ):
+        connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=30)
+        data = json.dumps(chat("bye", max_tokens=100))  # two seconds
+        json_type = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", data, json_type)
+        time.sleep(0.5)
+        connection.close()
+        deadline = time.monotonic() + 10
+        while not (ended := json.loads(device.ask("/stats")[2])["requests"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert ended == {"abort": 1}
 
 
 @needs_haproxy
@@ -256,6 +287,13 @@ def test_haproxy_reads_every_option(tmp_path: Path):
     )
     with pytest.raises(ConfigError, match="refuses the configuration"):
         check("global\n    nonsense\n")
+
+
+def test_all_slots_of_many_devices_can_be_connected():
+    devices = [Proxied(f"n{i}", f"10.0.0.{i}:8000") for i in range(200)]
+    found = re.search(r"\n    maxconn (\d+)\n", configuration(devices, slots=4, max_queue=64))
+    assert found is not None
+    assert int(found[1]) > 200 * 4 + 64
 
 
 @pytest.mark.parametrize(
