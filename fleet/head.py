@@ -244,6 +244,8 @@ class FleetHead:
             for name in _SHOWN
             if name.encode() in headers
         ]
+        if said := [value for name, value in scope["headers"] if name == b"priority"]:
+            shown.append(("priority", b", ".join(said).decode("latin-1")))  # one list (RFC 8941)
         shown.append(("x-request-id", scope["request_id"]))
         asked = Asked(scope["method"], target, shown, body)
         relaying = asyncio.ensure_future(self._relay(asked, place, scope, send))

@@ -118,7 +118,7 @@ class Caller:
             "path": unquote(path), "raw_path": path.encode(), "query_string": b"",
             "client": ("127.0.0.1", 1),
             "headers": [
-                (key.replace("_", "-").encode(), value.encode())
+                (key.replace("_", "-").lower().encode(), value.encode())
                 for key, value in (raw | headers).items()
             ],
         }  # fmt: skip
@@ -234,6 +234,17 @@ def test_what_the_device_sees_and_the_client_gets():
             "authorization": "Bearer k",
             "x-request-id": "mine",
         }
+
+    run(test)
+
+
+def test_a_device_lets_others_go_first_as_a_client_of_the_head_wants_it():
+    async def test() -> None:
+        caller = await seen()
+        for headers in ({"priority": "u=7"}, {"priority": "i", "Priority": "u=7"}):
+            answer = await caller.ask(**headers)
+            told = dict(caller.devices[answer.device].asked[-1].headers)
+            assert told["priority"] == ", ".join(headers.values())
 
     run(test)
 
