@@ -50,6 +50,9 @@ def environment(config: FleetConfig) -> dict[str, str]:
         "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
         # On SIGTERM Ray would wait half a minute for its own Serve; the head drains by itself.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # Where 5 % of a machine's memory are left Ray would kill its workers, which are the fleet's
+        # part, whoever took the rest; a Jetson with a model on its GPU has less at rest.
+        "RAY_memory_monitor_refresh_ms": "0",
     }
 
 

@@ -59,6 +59,10 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def test_ray_kills_nothing_where_memory_is_short(config: FleetConfig):
+    assert cluster.environment(config)["RAY_memory_monitor_refresh_ms"] == "0"
+
+
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 def test_who_cleans_tmp_of_what_is_old_leaves_a_head_alone(
     config: FleetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from fleet import cluster
+from fleet.config import read_config
 from tests.conftest import Bundles, write_secret
 from tests.fleet.local_fleet import HEAD_PORT, QUEUE, SLOTS, LocalFleet, ask, own_network
 
@@ -62,6 +64,10 @@ def test_up_lets_in_what_fits_and_says_what_differs(fleet: LocalFleet):
     assert [devices[name]["state"] for name in "abc"] == ["ready", "ready", "refused"]
     served = {ask(body=chat("hi"), x_session_id=str(i))[1]["x-edge-device"] for i in range(12)}
     assert served == {"a", "b"}
+    for name in ("head", *"abc"):
+        place = cluster._directory(read_config(fleet.file), name)
+        log = (place / "session_latest/logs/raylet.out").read_text()
+        assert "ThresholdMemoryMonitor initialized" not in log
 
 
 def test_a_device_too_small_is_refused_until_it_is_not(fleet: LocalFleet, tiny_bundles: Bundles):
