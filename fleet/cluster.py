@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -53,6 +54,10 @@ def environment(config: FleetConfig) -> dict[str, str]:
         # Where 5 % of a machine's memory are left Ray would kill its workers, which are the fleet's
         # part, whoever took the rest; a Jetson with a model on its GPU has less at rest.
         "RAY_memory_monitor_refresh_ms": "0",
+        # Each log of Ray has two files of 20 MB; by default they are six of 512 MB. After a head
+        # was killed its devices write 40 MB into the new one's until they have joined it.
+        "RAY_ROTATION_MAX_BYTES": "20000000",
+        "RAY_ROTATION_BACKUP_COUNT": "1",
     }
 
 
@@ -162,26 +167,25 @@ def stay_joined(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     wait_s = _REJOIN_S[0]
-    with _kept(place):
-        while not signals:
-            began = time.monotonic()
+    while not signals:
+        began = time.monotonic()
+        with _kept(place):
             process = subprocess.Popen(
                 command, env=_environ(config), stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
             )
             if signals:  # the signal came while it was started
                 process.terminate()
             code = process.wait()
-            if signals:
-                return
-            lived_s = time.monotonic() - began
-            wait_s = _REJOIN_S[0] if lived_s > _REJOIN_S[1] else min(2 * wait_s, _REJOIN_S[1])
-            told(
-                f"Ray ended with code {code} after {lived_s:.0f} s; {name} joins again in "
-                f"{wait_s:g} s"
-            )
-            again = time.monotonic() + wait_s
-            while not signals and time.monotonic() < again:
-                time.sleep(0.1)
+        if signals:
+            return
+        lived_s = time.monotonic() - began
+        wait_s = _REJOIN_S[0] if lived_s > _REJOIN_S[1] else min(2 * wait_s, _REJOIN_S[1])
+        told(
+            f"Ray ended with code {code} after {lived_s:.0f} s; {name} joins again in {wait_s:g} s"
+        )
+        again = time.monotonic() + wait_s
+        while not signals and time.monotonic() < again:
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -290,13 +294,19 @@ def _directory(config: FleetConfig, name: str) -> Path:
 
 @contextlib.contextmanager
 def _kept(place: Path) -> Iterator[int]:
-    """Keep a directory under ``/tmp`` from those who clean that of what is old.
+    """Take a directory under ``/tmp`` for a Ray, without what those before it have left there.
 
-    systemd-tmpfiles(8) does so after 10 days on Debian 13, and spares what is in a locked
-    directory. The lock lasts as long as this process, or one that is given the descriptor, has it.
+    systemd-tmpfiles(8) cleans ``/tmp`` of what is old after 10 days on Debian 13, and spares what
+    is in a locked directory. The lock lasts as long as this process, or one that is given the
+    descriptor, has it.
     """
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        with contextlib.suppress(BlockingIOError):  # nothing is removed where another Ray runs
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for session in place.glob("session_2*"):  # Ray names them by date
+                shutil.rmtree(session, ignore_errors=True)
+            (place / "session_latest").unlink(missing_ok=True)  # Ray leaves one that leads nowhere
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield descriptor
     finally:

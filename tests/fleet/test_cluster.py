@@ -77,6 +77,32 @@ def test_who_cleans_tmp_of_what_is_old_leaves_a_head_alone(
     assert not is_locked(tmp_path / "place")
 
 
+_SESSION = """import pathlib, sys, time
+place = pathlib.Path(sys.argv[1])
+session = place / f"session_2026-01-01_{time.time_ns()}"
+session.joinpath("logs").mkdir(parents=True)
+latest = place / "session_latest"
+if latest.exists():  # as Ray does
+    latest.unlink()
+if not latest.is_symlink():
+    latest.symlink_to(session)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_what_an_earlier_head_has_left_is_gone(
+    config: FleetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = tmp_path / "place"
+    command = [sys.executable, "-c", _SESSION + _HEAD, str(place)]
+    monkeypatch.setattr(cluster, "_ray_start", lambda _: command)
+    for _ in range(2):
+        cluster.start_head(config)
+        assert cluster.stop_head(config)
+        (session,) = place.glob("session_2*")
+        assert (place / "session_latest").resolve() == session
+
+
 @pytest.mark.usefixtures("handlers")
 def test_who_cleans_tmp_of_what_is_old_leaves_a_device_alone(
     config: FleetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,3 +113,26 @@ def test_who_cleans_tmp_of_what_is_old_leaves_a_device_alone(
     cluster.stay_joined(config, "one", {}, lambda _: None)
     assert (place / "seen").read_text() == "locked"
     assert not is_locked(place)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_what_an_earlier_ray_of_a_device_has_left_is_gone_unless_it_runs(
+    config: FleetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = tmp_path / "place"
+    command = [sys.executable, "-c", _SESSION + "sys.exit(1)", str(place)]
+    monkeypatch.setattr(cluster, "_ray_start", lambda _: command)
+    monkeypatch.setattr(cluster, "_REJOIN_S", (0.1, 0.1))
+    found: list[int] = []
+
+    def told(_: str) -> None:
+        found.append(len(list(place.glob("session_2*"))))
+        if len(found) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    cluster.stay_joined(config, "one", {}, told)
+    assert found == [1, 1, 1]
+    with cluster._kept(place):
+        found.clear()
+        cluster.stay_joined(config, "one", {}, told)
+    assert found == [1, 2, 3]

@@ -67,7 +67,7 @@ def test_up_lets_in_what_fits_and_says_what_differs(fleet: LocalFleet):
     for name in ("head", *"abc"):
         place = cluster._directory(read_config(fleet.file), name)
         log = (place / "session_latest/logs/raylet.out").read_text()
-        assert "ThresholdMemoryMonitor initialized" not in log
+        assert "ThresholdMemoryMonitor disabled" in log
 
 
 def test_a_device_too_small_is_refused_until_it_is_not(fleet: LocalFleet, tiny_bundles: Bundles):
