@@ -65,7 +65,7 @@ class Fleet:
         """
         from . import serving
 
-        serving.deploy(self.config)
+        serving.deploy(self.config, cluster.drained_file(self.config))
 
     def status(self) -> dict[str, Any]:
         """Return the state of the head and of each device, as ``/stats`` of the head shows it.

@@ -119,6 +119,11 @@ def find_head(config: FleetConfig) -> int | None:
     return int(pid) if _started(int(pid)) == started else None
 
 
+def drained_file(config: FleetConfig) -> Path:
+    """Return where the head keeps which devices are drained; it outlives the head."""
+    return _directory(config, "head") / "drained"
+
+
 def stop_head(config: FleetConfig) -> bool:
     """End Ray's head and what it started; returns whether it ran."""
     pid = find_head(config)

@@ -81,6 +81,7 @@ class FleetHead:
         config: the fleet's file.
         links: the way to each device of the file.
         max_connections: connections to clients that may be open at once.
+        drained_file: names the devices that an operator took out, for the heads after this one.
 
     Attributes:
         settings: limits of the HTTP server.
@@ -94,10 +95,18 @@ class FleetHead:
     """
 
     def __init__(
-        self, config: FleetConfig, links: Mapping[str, Link], max_connections: int = 1024
+        self,
+        config: FleetConfig,
+        links: Mapping[str, Link],
+        max_connections: int = 1024,
+        drained_file: Path | None = None,
     ) -> None:
         self._config = config
+        self._drained_file = drained_file
         self.members = {name: Member(name, links[name]) for name in config.devices}
+        if drained_file is not None and drained_file.exists():
+            for name in self.members.keys() & set(drained_file.read_text().split()):
+                self.members[name].draining = True
         self._router = Router(self.members)
         self.settings = ServerSettings(
             host=config.host,
@@ -189,6 +198,16 @@ class FleetHead:
         took_s = time.thread_time() - began
         if took_s > _SHORT_S:
             self._judge_at = asyncio.get_running_loop().time() + _JUDGE_REST * took_s
+
+    def set_draining(self, name: str, draining: bool) -> int:
+        """Take a device out or back in; returns how many requests still run there."""
+        self.members[name].draining = draining
+        if self._drained_file is not None:
+            drained = [each.name for each in self.members.values() if each.draining]
+            temp = self._drained_file.with_suffix(".new")
+            temp.write_text("\n".join(drained))
+            temp.replace(self._drained_file)
+        return self.members[name].in_flight
 
     @property
     def in_flight(self) -> int:

@@ -88,12 +88,13 @@ class HeadActor:
 
     Args:
         config: `FleetConfig` as plain data.
+        drained_file: see `FleetHead`.
 
     Raises:
         ConfigError: the file of API keys cannot be used, or the address not be had.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], drained_file: Path) -> None:
         raise_file_limit()
         self._config = msgspec.convert(config, FleetConfig)
         agents = {
@@ -102,7 +103,10 @@ class HeadActor:
         }
         limit = possible_connections(ServerSettings().max_connections, 0)
         self._head = FleetHead(
-            self._config, {name: RayLink(agent) for name, agent in agents.items()}, limit
+            self._config,
+            {name: RayLink(agent) for name, agent in agents.items()},
+            limit,
+            drained_file,
         )
         settings = self._head.settings
         connections = Connections(settings.max_connections, settings.max_connections_per_address)
@@ -122,9 +126,7 @@ class HeadActor:
 
     async def set_draining(self, name: str, draining: bool) -> int:
         """Take a device out or back in; returns how many requests still run there."""
-        member = self._head.members[name]
-        member.draining = draining
-        return member.in_flight
+        return self._head.set_draining(name, draining)
 
     async def hold(self, driver: str, hashes: Sequence[str]) -> bool:
         """Accept these bundles beside those that most devices have, for one roll-out at a time.
@@ -211,10 +213,14 @@ class RayCrew:
             raise LostError(_reason(error)) from error
 
 
-def deploy(config: FleetConfig) -> None:
+def deploy(config: FleetConfig, drained_file: Path) -> None:
     """Start the head and an actor for each device, or renew those whose settings have changed.
 
     Actors of absent devices wait for them. Ray must be connected, from the head's machine.
+
+    Args:
+        config: the fleet's file.
+        drained_file: see `FleetHead`.
 
     Raises:
         ConfigError: the head cannot use its keys, or not have its address.
@@ -243,7 +249,7 @@ def deploy(config: FleetConfig) -> None:
     head = (
         ray.remote(HeadActor)
         .options(**_lasting(head_name), resources={HEAD_RESOURCE: _SHARE})
-        .remote(msgspec.to_builtins(config))
+        .remote(msgspec.to_builtins(config), drained_file)
     )
     try:
         ray.get(head.status.remote())

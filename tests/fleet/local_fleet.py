@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from fleet.cluster import find_head
+from fleet.cluster import drained_file, find_head
 from fleet.config import read_config
 from tests.conftest import write_secret
 
@@ -130,6 +130,8 @@ class LocalFleet:
         self.file = directory / "fleet.toml"
         write_secret(directory / "fleet.token", os.urandom(32).hex())
         self.write()
+        # Another namespace of the network may have had this one's number.
+        drained_file(read_config(self.file)).unlink(missing_ok=True)
         self.services: dict[str, Process] = {}
         self.nodes: dict[str, Process] = {}
 

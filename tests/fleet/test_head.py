@@ -487,6 +487,25 @@ def test_a_drained_device_gets_nothing_new_and_a_draining_head_neither():
     run(test)
 
 
+def test_a_drained_device_stays_so_at_the_heads_after_this_one(tmp_path: Path):
+    async def test() -> None:
+        def drained(devices: str = "abc") -> list[str]:
+            config = msgspec.structs.replace(CONFIG, devices={name: Device() for name in devices})
+            head = FleetHead(config, {name: Scripted() for name in devices}, drained_file=file)
+            return [member.name for member in head.members.values() if member.draining]
+
+        file = tmp_path / "drained"
+        assert drained() == []
+        head = FleetHead(CONFIG, {name: Scripted() for name in "abc"}, drained_file=file)
+        for name in "cb":
+            assert head.set_draining(name, True) == 0
+        assert (drained(), drained("ac")) == (["b", "c"], ["c"])
+        head.set_draining("c", False)
+        assert drained() == ["b"]
+
+    run(test)
+
+
 def test_what_has_no_prefix_is_spread():
     async def test() -> None:
         caller = await seen()

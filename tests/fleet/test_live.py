@@ -123,6 +123,9 @@ def test_sessions_keep_their_cached_tokens_on_two_devices(fleet: LocalFleet):
     assert direct > 100
     assert through >= 0.9 * direct, (through, direct)
     assert len(served) == 4  # every session had one device
+    fleet.write('allow = ["version"]')
+    renewed = fleet.run("up")
+    assert "c: draining" in renewed.stdout, renewed.stdout + renewed.stderr
     assert fleet.run("drain", "c", "--off").returncode == 0
     fleet.wait(c="ready")
 
