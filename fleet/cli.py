@@ -20,6 +20,7 @@ from edge.bundle.library import find_bundle
 from edge.bundle.manifest import MANIFEST_NAME
 from edge.cli import echo_json
 from edge.cli.eval import evaluation_options, run_evaluation
+from edge.cli.options import Finite
 from edge.cli.registry_options import json_option, plain_http_option, reference_argument
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import ConfigError, DeadlineError, DependencyError, ResourceError, install_command
@@ -39,7 +40,7 @@ _MIN_MEMORY_BYTES = 2**30
 _file = click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 _wait = click.option(
     "--wait-s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=60.0,
     show_default=True,
     help="Seconds to wait for devices.",
@@ -109,7 +110,7 @@ def status(file: Path, as_json: bool) -> None:
 @click.option("--off", is_flag=True, help="Send requests there again.")
 @click.option(
     "--timeout-s",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=600.0,
     show_default=True,
     help="Seconds that running requests may take.",
@@ -149,7 +150,7 @@ def drain(file: Path, name: str, off: bool, timeout_s: float) -> None:
 )
 @click.option(
     "--watch-s",
-    type=click.FloatRange(0, 86_400),
+    type=Finite(0, 86_400),
     default=600,
     show_default=True,
     help="Seconds for which each device watches the new bundle.",

@@ -13,7 +13,7 @@ from edge.measure.watch_server import ServerAnswerer, read_api_key
 from edge.registry.reference import Reference
 
 from . import echo_json
-from .options import engine_options, take_engine
+from .options import Finite, engine_options, take_engine
 from .progress import show_progress
 from .registry_options import (
     FILE,
@@ -69,14 +69,14 @@ _reload = click.option(
 )
 @click.option(
     "--watch-s",
-    type=click.FloatRange(0, 86_400),
+    type=Finite(0, 86_400),
     default=600,
     show_default=True,
     help="Seconds for which the new bundle is on trial; 0 keeps it as soon as it is served.",
 )
 @click.option(
     "--switch-timeout-s",
-    type=click.FloatRange(1, 86_400),
+    type=Finite(1, 86_400),
     default=900,
     show_default=True,
     help="Seconds that the service may take to open a bundle.",

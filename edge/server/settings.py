@@ -88,7 +88,7 @@ class ServerSettings(EngineConfig):
     default_model: str | None = None
     auto: dict[str, str] = field(default_factory=dict)
     split: dict[str, str] = field(default_factory=dict)
-    memory_budget_mb: int | None = None
+    memory_budget_mb: _Count | None = None
     max_body_bytes: _Positive = 4 * 2**20
     max_inflight_body_bytes: _Positive = 64 * 2**20
     max_header_bytes: _Positive = 16 * 2**10
@@ -112,7 +112,7 @@ class ServerSettings(EngineConfig):
     vllm_metrics: bool = False
     drift_baseline: Path | None = None
     drift_window: int = DEFAULT_WINDOW
-    hot_celsius: float = 97.0
+    hot_celsius: Annotated[float, Meta(gt=0)] = 97.0
     stall_s: _Seconds | None = None
 
     def __post_init__(self) -> None:

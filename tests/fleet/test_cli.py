@@ -37,3 +37,20 @@ def test_what_ray_prints_stays_out_of_the_answer(tmp_path: Path, monkeypatch: py
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == STATUS
     assert done.stderr == "connected\n(raylet) A node died\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("up", "--wait-s"),
+        ("join", "a", "--wait-s"),
+        ("drain", "a", "--timeout-s"),
+        ("rollout", "127.0.0.1:1/r1:stable", "--watch-s"),
+    ],
+)
+def test_nobody_waits_for_nan_seconds(tmp_path: Path, arguments: tuple[str, ...]):
+    file = tmp_path / "fleet.toml"
+    file.touch()
+    verb, *others = arguments
+    done = CliRunner().invoke(cli.fleet, [verb, str(file), *others, "nan"])
+    assert (done.exit_code, "nan is not a finite number" in done.output) == (2, True)

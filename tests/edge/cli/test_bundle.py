@@ -104,3 +104,9 @@ def test_passwords_are_asked_for_or_read_and_never_arguments(
         run("keygen", tmp_path / "b", "--no-password", "--password-file", tmp_path / "password")
     with pytest.raises(ConfigError, match="is no reference to a registry"):
         run("push", mine, "tiny")
+
+
+@pytest.mark.parametrize("option", ["--watch-s", "--switch-timeout-s"])
+def test_a_roll_out_is_not_watched_for_nan_seconds(tmp_path: Path, option: str):
+    done = run("rollout", "127.0.0.1:1/r1:stable", "--link", tmp_path / "r1", option, "nan")
+    assert (done.exit_code, "nan is not a finite number" in done.output) == (2, True)

@@ -99,6 +99,9 @@ def test_lines_name_the_origin(tmp_path: Path):
         (["--port", "70000"], {}, "port is '70000'"),
         ([], {"EDGE_LLM_SERVE_PROT": "1"}, "the nearest known one is 'EDGE_LLM_SERVE_PORT'"),
         (["--host", "0.0.0.0"], {}, "no API key is set"),
+        (["--hot-celsius", "nan"], {}, "hot_celsius is 'nan': Expected `float` > 0"),
+        (["--hot-celsius", "-5"], {}, "hot_celsius is '-5': Expected `float` > 0"),
+        (["--memory-budget-mb", "-3"], {}, "memory_budget_mb is '-3': Expected `int` >= 0"),
     ],
 )
 def test_it_refuses_what_serve_would_refuse(
