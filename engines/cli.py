@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-from click.core import ParameterSource
 
 from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.cli import echo_json
-from edge.cli.options import bundle_argument, check_writable
+from edge.cli.options import bundle_argument, check_writable, given_flag
 from edge.cli.progress import show_progress
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
@@ -317,8 +316,8 @@ def check(
         _check_rules(ctx, options["bundle"], trt, as_json)
         return
     if reduced is not None:
-        given = ctx.get_parameter_source("sm") is ParameterSource.COMMANDLINE
-        _reduce(BuildConfig(**options), reduced, int(sm), own_gpu=not given, as_json=as_json)
+        own_gpu = given_flag("sm") is None
+        _reduce(BuildConfig(**options), reduced, int(sm), own_gpu=own_gpu, as_json=as_json)
         return
     from .check import check_bundle
 
@@ -334,14 +333,10 @@ def check(
 
 
 def _check_rules(ctx: click.Context, bundle: Path, trt: str, as_json: bool) -> None:
-    idle = [
-        parameter.opts[0]
-        for parameter in ctx.command.params
-        if parameter.name not in ("bundle", "trt", "as_json")
-        and ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-    ]
-    if idle:
-        raise ConfigError(f"{idle[0]} has no effect with --trt, which compiles nothing")
+    names = {parameter.name or "" for parameter in ctx.command.params}
+    idle = given_flag(*names - {"bundle", "trt", "as_json"})
+    if idle is not None:
+        raise ConfigError(f"{idle} has no effect with --trt, which compiles nothing")
     verdicts = check_bundle_rules(bundle, parse_versions(trt))
     legal = all(verdict.legal for verdict in verdicts)
     if as_json:

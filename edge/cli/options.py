@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from edge.bundle.library import find_bundle
@@ -86,6 +87,16 @@ def take_engine(options: dict[str, Any], **fixed: Unpack[EngineOptions]) -> Engi
         if field.name in options
     }
     return load_settings(EngineConfig, flags=given).settings.with_options(**fixed)
+
+
+def given_flag(*names: str) -> str | None:
+    """Return the flag of the first of these parameters that was given; None if none was."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            return parameter.opts[0]
+    return None
 
 
 def sampling_options(command: Command) -> Command:

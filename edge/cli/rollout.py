@@ -13,7 +13,7 @@ from edge.measure.watch_server import ServerAnswerer, read_api_key
 from edge.registry.reference import Reference
 
 from . import echo_json
-from .options import Finite, engine_options, take_engine
+from .options import Finite, engine_options, given_flag, take_engine
 from .progress import show_progress
 from .registry_options import (
     FILE,
@@ -121,8 +121,9 @@ def rollout(
     from edge.rollout.service import Service
     from edge.rollout.steps import Plan, roll_out
 
-    if server is None and (model is not None or api_key_file is not None):
-        raise ConfigError("--model and --api-key-file belong to --server; add it")
+    watching = ("model", "api_key_file", "watch_s", "switch_timeout_s")
+    if server is None and (flag := given_flag(*watching)):
+        raise ConfigError(f"{flag} belongs to --server; add it")
     if server is not None and reload_command is None:
         raise ConfigError("--server needs --reload, or the service would never see the new bundle")
     service = None

@@ -60,10 +60,11 @@ from edge.progress import Progress, prefixed, uncounted
 from edge.runtime.llm import LLM
 
 from . import echo_json
-from .options import BundlePath, check_writable, engine_options, take_engine
+from .options import BundlePath, check_writable, engine_options, given_flag, take_engine
 from .progress import show_progress
 
 _ENGINE = ("backend", "kv_capacity", "num_threads", "int8_activations")
+_ASKED = ("golden", "max_tokens", "thinking", "text_file", "text_tokens")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -234,8 +235,10 @@ def _check_use(
         raise ConfigError("BUNDLE is opened for --baseline or --against; add one or leave it out")
     if traffic is not None and (server is None) == (stats is None):
         raise ConfigError("--traffic needs the counters of a server: either --server or --stats")
-    if traffic is None and (stats is not None or options["state_file"] is not None):
-        raise ConfigError("--stats and --state belong to --traffic; add it")
+    if baseline is None and against is None and (flag := given_flag(*_ASKED)):
+        raise ConfigError(f"{flag} belongs to --baseline or --against; add one")
+    if traffic is None and (flag := given_flag("stats_file", "state_file", "alpha", "min_psi")):
+        raise ConfigError(f"{flag} belongs to --traffic; add it")
     if server is None and (options["model"] is not None or options["api_key_file"] is not None):
         raise ConfigError("--model and --api-key-file belong to --server; add it")
     for name in _ENGINE:

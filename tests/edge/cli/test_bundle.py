@@ -106,6 +106,16 @@ def test_passwords_are_asked_for_or_read_and_never_arguments(
         run("push", mine, "tiny")
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--model=r1", "--api-key-file=keys", "--watch-s=600", "--switch-timeout-s=900"],
+)
+def test_a_roll_out_without_a_server_takes_no_option_of_one(tmp_path: Path, option: str):
+    flag = option.split("=")[0]
+    with pytest.raises(ConfigError, match=f"{flag} belongs to --server; add it"):
+        run("rollout", "127.0.0.1:1/r1:stable", "--link", tmp_path / "r1", option)
+
+
 @pytest.mark.parametrize("option", ["--watch-s", "--switch-timeout-s"])
 def test_a_roll_out_is_not_watched_for_nan_seconds(tmp_path: Path, option: str):
     done = run("rollout", "127.0.0.1:1/r1:stable", "--link", tmp_path / "r1", option, "nan")

@@ -589,6 +589,9 @@ def test_counters_from_a_file(tmp_path: Path):
         run("--stats", stats, "--traffic", traffic)
 
 
+COUNTED = ("--stats", "s", "--traffic", "t")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -598,12 +601,19 @@ def test_counters_from_a_file(tmp_path: Path):
         ([".", "--against", ".", "--record"], "BUNDLE --against BUNDLE"),
         (["--traffic", "t"], "either --server or --stats"),
         ([".", "--traffic", "t", "--stats", "s"], "BUNDLE is opened for --baseline or --against"),
-        ([".", "--baseline", "b", "--state", "s"], "belong to --traffic"),
+        ([".", "--baseline", "b", "--state", "s"], "--state belongs to --traffic"),
+        ([".", "--baseline", "b", "--alpha", "0.1"], "--alpha belongs to --traffic"),
+        ([".", "--against", ".", "--min-psi", "0.1"], "--min-psi belongs to --traffic"),
+        ([*COUNTED, "--golden", "g"], "--golden belongs to --baseline or --against"),
+        ([*COUNTED, "--max-tokens", "5"], "--max-tokens belongs to --baseline or --against"),
+        ([*COUNTED, "--thinking"], "--thinking belongs to --baseline or --against"),
+        ([*COUNTED, "--text", "t"], "--text belongs to --baseline or --against"),
+        ([*COUNTED, "--text-tokens", "7"], "--text-tokens belongs to --baseline or --against"),
         ([".", "--baseline", "b", "--model", "m"], "belong to --server"),
         (["--server", "http://127.0.0.1:1", "--baseline", "b", "--num-threads", "1"], "to BUNDLE"),
-        (["--stats", "s", "--traffic", "t", "--no-int8-activations"], "belongs to BUNDLE"),
-        (["--stats", "s", "--traffic", "t", "--alpha", "2"], "a probability"),
-        (["--stats", "s", "--traffic", "t", "--min-psi", "-1"], "0 or more"),
+        ([*COUNTED, "--no-int8-activations"], "belongs to BUNDLE"),
+        ([*COUNTED, "--alpha", "2"], "a probability"),
+        ([*COUNTED, "--min-psi", "-1"], "0 or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused_first(arguments: list[str], message: str):
