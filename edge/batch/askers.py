@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
@@ -412,11 +411,3 @@ class LocalAsker:
             closing = threading.Thread(target=self._registry.close, daemon=True)
             closing.start()
             await asyncio.to_thread(closing.join, _CLOSE_S)
-
-
-def local_settings(settings: ServerSettings, models: Mapping[str, Path]) -> ServerSettings:
-    """Return settings for a batch: nobody waits at a request, so none has a deadline."""
-    from dataclasses import replace
-
-    default = settings.default_model or (next(iter(models)) if len(models) == 1 else None)
-    return replace(settings, model=dict(models), default_model=default, request_timeout_s=None)

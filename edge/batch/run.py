@@ -19,12 +19,13 @@ from edge.progress import Progress, silent, uncounted
 from edge.server.http.priority import BACKGROUND
 from edge.server.settings import ServerSettings
 
-from .askers import Answer, Asker, HttpAsker, LocalAsker, NoAnswerError, local_settings, refused_key
+from .askers import Answer, Asker, HttpAsker, LocalAsker, NoAnswerError, refused_key
 from .files import Journal, Requests
 from .rows import Row, RowError, answer_line, bad_line, failure_line, is_json
 
 WAIT_S = 600.0
 TIMEOUT_S = 3600.0
+"""Seconds that one answer of a server may take where nobody says otherwise."""
 ATTEMPTS = 5
 """Tries of a request whose connection broke or whose answer was a fault of the server."""
 _SYNC_S = 5.0
@@ -66,7 +67,7 @@ def run_batch(
     engine: EngineConfig | None = None,
     concurrency: int | None = None,
     wait_s: float = WAIT_S,
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | None = None,
     progress: Progress = silent,
 ) -> BatchResult:
     """Answer a file of requests in OpenAI's Batch format; see docs/batch.md.
@@ -84,7 +85,8 @@ def run_batch(
         engine: how bundles are opened.
         concurrency: requests at once; None is one more than there are slots.
         wait_s: seconds for which a server that gives no good answer is waited for.
-        timeout_s: seconds that one answer of a server may take.
+        timeout_s: seconds that one answer may take; None is `TIMEOUT_S` of a server's, and here as
+            long as it takes.
         progress: is called with the rows done (step ``batch``).
 
     Raises:
@@ -102,7 +104,7 @@ def run_batch(
         raise ConfigError("engine options are for models, and url has its own; leave them out")
     if concurrency is not None and concurrency < 1:
         raise ConfigError(f"concurrency is {concurrency}; at least one request must run")
-    if not (wait_s >= 0 and timeout_s > 0):
+    if not (wait_s >= 0 and (timeout_s is None or timeout_s > 0)):
         raise ConfigError(f"wait_s is {wait_s} and timeout_s {timeout_s}; they are seconds")
     source, output = Path(source), Path(output)
     errors = output.with_suffix(".errors.jsonl") if errors is None else Path(errors)
@@ -113,7 +115,7 @@ def run_batch(
             url,
             api_key=api_key,
             concurrency=concurrency,
-            timeout_s=timeout_s,
+            timeout_s=TIMEOUT_S if timeout_s is None else timeout_s,
             priority=BACKGROUND,
         )
     else:
@@ -121,7 +123,12 @@ def run_batch(
         engine = engine or EngineConfig()
         given = {field.name: getattr(engine, field.name) for field in fields(EngineConfig)}
         paths = {name: Path(path) for name, path in models.items()}
-        settings = local_settings(ServerSettings(**given), paths)
+        settings = ServerSettings(
+            **given,
+            model=paths,
+            default_model=next(iter(paths)) if len(paths) == 1 else None,
+            request_timeout_s=timeout_s,
+        )
         asker = LocalAsker(settings, priority=BACKGROUND, concurrency=concurrency)
     with ExitStack() as stack:
         requests = Requests(source, progress)

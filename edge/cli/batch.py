@@ -56,9 +56,8 @@ _STOPPED = 130
 @click.option(
     "--timeout-s",
     type=Finite(1),
-    default=TIMEOUT_S,
-    show_default=True,
-    help="Seconds that one answer of a server may take.",
+    help=f"Seconds that one answer may take; by default {TIMEOUT_S:g} with --url, no limit with "
+    "--model.",
 )
 @settings_options(EngineConfig)
 def batch(
@@ -70,7 +69,7 @@ def batch(
     api_key_file: Path | None,
     concurrency: int | None,
     wait_s: float,
-    timeout_s: float,
+    timeout_s: float | None,
     **options: Any,
 ) -> int:
     """Answer a file of REQUESTS in OpenAI's Batch format, with --model here or by --url.

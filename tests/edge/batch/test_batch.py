@@ -315,6 +315,18 @@ def test_texts_are_embedded_here(tmp_path: Path, pooling_bundles: PoolingBundles
         assert item["embedding"] == pytest.approx(llm.embed("hello")[0].tolist(), abs=1e-6)
 
 
+def test_an_answer_here_has_the_time_that_was_given(
+    tmp_path: Path, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("edge.batch.run.ATTEMPTS", 1)
+    source = write_requests(tmp_path / "in.jsonl", [{"messages": CHAT, "max_tokens": 2}])
+    models = {"tiny": tiny_bundles("qwen2")}
+    late = run_batch(source, tmp_path / "out.jsonl", models=models, timeout_s=1e-9)
+    assert late == BatchResult(1, 0, 1)
+    error = failures(tmp_path)["row-0"]["response"]["body"]["error"]
+    assert error["code"] == "deadline_exceeded"
+
+
 def test_an_engine_that_fails_for_good_ends_it_and_what_is_done_stays(
     tmp_path: Path, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
