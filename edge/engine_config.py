@@ -25,6 +25,8 @@ BackendName = Literal["auto", "tensorrt", "ort-cuda", "ort-cpu"]
 Prefill = Literal["plain", "int8"]
 GpuWait = Literal["auto", "spin", "yield", "block"]
 GPU_BACKENDS = ("tensorrt", "ort-cuda")
+INT8_PREFILL_TOKENS = 16
+"""Tokens of a sequence in one step from which on ``prefill`` int8 takes the INT8 products."""
 _LEAST_CHUNK = 3  # an odd number of tokens is made of twos and one three
 _DRAFT_TOKENS = 5
 EAGLE3 = Path("eagle3")
@@ -79,7 +81,8 @@ class EngineConfig:
         prefill: int8 makes the CPU read prompts two to three times as fast, with activations
             rounded to int8 and weights of a byte each, which are held besides the bundle's own and
             refused where memory does not hold them; plain multiplies as in decode.
-        prefill_chunk: prompt tokens per step at most; an engine may take fewer.
+        prefill_chunk: prompt tokens per step at most; an engine may take fewer. Drafts need at
+            least 2, prefill int8 16.
         int8_activations: let the CPU round activations to int8, its fastest kernel; by default
             where it can. Off is many times slower, but exact. On is refused where nothing can be
             rounded; GPU engines never round.
@@ -145,6 +148,16 @@ class EngineConfig:
         if self.draft is not None and self.speculative == 0:
             raise ConfigError(
                 f"draft is {self.draft}, but speculative is 0, which drafts nothing: leave one out"
+            )
+        if self.max_draft_tokens and self.prefill_chunk < 2:
+            raise ConfigError(
+                f"prefill_chunk is {self.prefill_chunk}, so no step has room for a drafted token: "
+                "raise it, or leave speculative and draft out"
+            )
+        if self.prefill == "int8" and self.prefill_chunk < INT8_PREFILL_TOKENS:
+            raise ConfigError(
+                f"prefill_chunk is {self.prefill_chunk}, and prefill int8 multiplies steps of "
+                f"{INT8_PREFILL_TOKENS} tokens and more: raise it, or leave prefill out"
             )
         wish = self.cpu_option
         if wish is not None and self.backend in GPU_BACKENDS:

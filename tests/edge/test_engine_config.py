@@ -58,6 +58,9 @@ EXCLUDING: dict[str, Any] = {"deterministic": True, "gpu_wait": "spin"}
         ({"overflow": "grow"}, "overflow is 'grow': use stop, slide"),
         ({"speculative": -1}, "speculative is -1"),
         ({"draft": "small", "speculative": 0}, "draft is small, but speculative is 0"),
+        ({"speculative": 4, "prefill_chunk": 1}, "no step has room for a drafted token"),
+        ({"draft": "small", "prefill_chunk": 1}, "leave speculative and draft out"),
+        ({"prefill": "int8", "prefill_chunk": 15}, "steps of 16 tokens and more"),
         ({"max_batch": 5, "num_slots": 4}, "max_batch is 5, but there are 4 slots"),
         ({"backend": "ort-cuda", "num_threads": 2}, "num_threads is for ort-cpu, and ort-cuda"),
         ({"backend": "tensorrt", "num_threads": 2}, "num_threads is for ort-cpu, and tensorrt"),
@@ -82,6 +85,12 @@ def test_a_value_has_the_type_of_its_field():
     config = EngineConfig(target_itl_ms=40, prefix_dir="prefixes")  # type: ignore[arg-type]
     assert (config.target_itl_s, config.prefix_dir) == (0.04, Path("prefixes"))
     assert config == EngineConfig(target_itl_ms=40.0, prefix_dir=Path("prefixes"))
+
+
+def test_the_smallest_chunks_that_drafts_and_int8_prompts_take():
+    assert EngineConfig(speculative=4, prefill_chunk=2).max_draft_tokens == 4
+    assert EngineConfig(speculative=0, prefill_chunk=1).max_draft_tokens == 0
+    assert EngineConfig(prefill="int8", prefill_chunk=16).prefill == "int8"
 
 
 def test_every_option_has_another_value_to_be_tried():

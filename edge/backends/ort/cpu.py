@@ -22,12 +22,13 @@ from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.onnx_file import OnnxFile
 from edge.device.huge_pages import collapse_filled
 from edge.device.telemetry import read_available_memory_bytes
+from edge.engine_config import INT8_PREFILL_TOKENS
 from edge.errors import BackendError, ConfigError, ResourceError
 
 from .cpu_attention import fuse_cache_attention
 from .even_rows import cut_groups, find_unevenness
 from .host_cache import HostCaches
-from .int8_prompts import MIN_TOKENS, int8_bytes, widen_products
+from .int8_prompts import int8_bytes, widen_products
 from .join_planes import join_planes
 from .runner import RunShape, StepOutputs, StepRunner, cache_tensors, fill_inputs, make_inputs
 from .session import (
@@ -227,7 +228,7 @@ class OrtBackend:
 
     def _session_of(self, shape: RunShape) -> Any:
         """The session that runs steps of a shape."""
-        if shape.seq < MIN_TOKENS or shape.num_logits > 1 or self._prompt_session is None:
+        if shape.seq < INT8_PREFILL_TOKENS or shape.num_logits > 1 or self._prompt_session is None:
             return self._session
         return self._prompt_session
 

@@ -13,7 +13,7 @@ since a prompt wants one row of logits.
 
 The first token of a text may hold a few activations a thousand times as large as the others, which
 rounding by token then loses. Its own logits are wrong; those of later tokens are measured in
-docs/benchmarks.md. So `MIN_TOKENS` and a single row of logits are what such a step must have.
+docs/benchmarks.md. So such a step must have `INT8_PREFILL_TOKENS` and a single row of logits.
 
 On x86 without VNNI, ONNX Runtime's kernel for UINT8 by INT8 adds pairs of products in 16 bits,
 where they saturate; the weights are UINT8 around 128 there, whose kernel is exact.
@@ -40,9 +40,6 @@ from edge.errors import ConfigError
 
 from .cpu_attention import OWN_DOMAIN, expect_node
 from .join_planes import drop_high_products
-
-MIN_TOKENS = 16
-"""Tokens of a sequence in one step from which on the INT8 products are taken."""
 
 _LARGEST = 127
 _FINE = 254  # half a step is the most that rounding leaves

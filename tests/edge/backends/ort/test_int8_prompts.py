@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from edge import LLM
 from edge.backends.ort import cpu as ort
 from edge.backends.ort import int8_prompts
-from edge.backends.ort.int8_prompts import MIN_TOKENS, int8_bytes, unpack, widen_products
+from edge.backends.ort.int8_prompts import int8_bytes, unpack, widen_products
 from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.schemes import PLANES_RANGE
+from edge.engine_config import INT8_PREFILL_TOKENS
 from edge.errors import BundleError, ConfigError, ResourceError
 from export.quantize.packing import pack_int4, split_planes
 from tests.conftest import Bundles
@@ -69,7 +70,7 @@ def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
 def test_a_prompt_answers_and_fills_the_cache_alike(kind: Kind, quant: str, tiny_bundles: Bundles):
     """8 bits for a token of each input and for each output's weights: measured cosine 0.9995."""
     bundle = tiny_bundles(kind, quant=quant)
-    chunks = random_ids(1, 40, seed=1), random_ids(1, MIN_TOKENS, seed=2)
+    chunks = random_ids(1, 40, seed=1), random_ids(1, INT8_PREFILL_TOKENS, seed=2)
     with Runner(bundle) as plain, Runner(bundle, int8_prompts=True) as fast:
         for ids in chunks:
             found, expected = last_logits(fast, ids), last_logits(plain, ids)
@@ -84,10 +85,10 @@ def test_a_prompt_answers_and_fills_the_cache_alike(kind: Kind, quant: str, tiny
 def test_decode_short_steps_and_scores_are_the_plain_ones(quant: str, tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2", quant=quant)
     with Runner(bundle) as plain, Runner(bundle, int8_prompts=True) as fast:
-        ids = random_ids(1, MIN_TOKENS - 1)
+        ids = random_ids(1, INT8_PREFILL_TOKENS - 1)
         assert_array_equal(last_logits(fast, ids), last_logits(plain, ids))
         assert_array_equal(fast.step([[7]]), plain.step([[7]]))
-        ids = random_ids(1, 2 * MIN_TOKENS, seed=3)
+        ids = random_ids(1, 2 * INT8_PREFILL_TOKENS, seed=3)
         assert_array_equal(fast.step(ids), plain.step(ids))  # logits of every token
         assert_array_equal(fast.cache(0), plain.cache(0))
 
@@ -107,8 +108,8 @@ def test_weights_of_a_cpu_without_vnni_give_the_same_integers(
 
 def test_a_token_of_zeros_is_no_division_by_zero(tiny_bundles: Bundles):
     with Runner(tiny_bundles("qwen2", quant="int4"), int8_prompts=True) as runner:
-        embeds = np.zeros((1, MIN_TOKENS, runner.manifest.model.hidden_size), np.float32)
-        step = step_after([0], [0], embeds, np.array([[MIN_TOKENS - 1]]))
+        embeds = np.zeros((1, INT8_PREFILL_TOKENS, runner.manifest.model.hidden_size), np.float32)
+        step = step_after([0], [0], embeds, np.array([[INT8_PREFILL_TOKENS - 1]]))
         assert np.isfinite(runner.backend.forward(step)).all()
 
 
