@@ -238,7 +238,6 @@ def _compare_layers(
 ) -> tuple[str, LayerReport]:
     """Compare the layers' outputs on the CPU, and what they cached on a GPU."""
     from edge.backends.choose import open_backend
-    from edge.bundle.engine_file import find_engines
     from edge.measure.layers import CacheLayers, LayerSource, compare_layers
     from edge.measure.verify import ROUNDED_ACTIVATIONS, Thresholds
     from edge.progress import uncounted
@@ -249,12 +248,13 @@ def _compare_layers(
         reference: LayerSource
         candidate: LayerSource
         with uncounted(progress, "open"):
-            if config.backend in GPU_BACKENDS or (
-                config.backend == "auto" and find_engines(bundle)
-            ):
-                plain = _open_plain(opened, bundle, reference_config)
-                backend = open_backend(bundle, manifest, config)
+            backend = None if config.backend == name else open_backend(bundle, manifest, config)
+            if backend is not None and backend.name == name:
+                backend.close()  # the CPU's layers have sessions of their own
+                backend = None
+            if backend is not None:
                 opened.stack.enter_context(closing(backend))
+                plain = _open_plain(opened, bundle, reference_config)
                 name, reference, candidate = backend.name, CacheLayers(plain), CacheLayers(backend)
                 limit = min(reference.capacity, candidate.capacity)
                 prompts = read_prompts(prompts_file, opened.tokenizer, limit - decode_steps)
