@@ -203,7 +203,7 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     return_token_strs: bool = False

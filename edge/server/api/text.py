@@ -38,6 +38,11 @@ def tokenize(
     values = [body.prompt, body.messages, body.tools]
     check_texts(llm, values, "prompt", capacity=capacity)
     if body.messages is not None:
+        if body.add_special_tokens:
+            raise invalid(
+                "add_special_tokens: belongs to prompt; the template writes those of messages",
+                "add_special_tokens",
+            )
         check_messages(len(body.messages), settings)
         if llm.template is None:
             raise RequestError("messages: this model has no chat template; send prompt")
@@ -66,10 +71,12 @@ def tokenize(
         assert body.prompt is not None
         if body.tools is not None:
             raise invalid("tools: belong to messages", "tools")
+        if body.add_generation_prompt is not None:
+            raise invalid("add_generation_prompt: belongs to messages", "add_generation_prompt")
         if body.continue_final_message:
             raise invalid("continue_final_message: belongs to messages", "continue_final_message")
         check_length(llm, [body.prompt], "prompt", capacity=capacity)
-        add_bos = body.add_special_tokens and llm.manifest.tokens.add_bos
+        add_bos = body.add_special_tokens is not False and llm.manifest.tokens.add_bos
         ids = llm.tokenizer.encode(body.prompt, add_bos=add_bos, on_piece=on_piece)
     texts = None
     if body.return_token_strs:

@@ -223,12 +223,31 @@ def test_tokenize_and_back(live: Live):
     assert back.json == {"prompt": "héllo 🙂"}
 
 
+ASKED = [{"role": "user", "content": "what<think>"}]
+
+
 def test_tokenize_a_chat(live: Live):
-    messages = [{"role": "user", "content": "what<think>"}]
-    answer = live.ask("/tokenize", {"model": "tiny", "messages": messages})
-    assert answer.json["tokens"] == live.engine.llm.encode(messages)
-    for body in ({}, {"prompt": "a", "messages": messages}, {"prompt": "a", "tools": []}):
+    answer = live.ask("/tokenize", {"model": "tiny", "messages": ASKED})
+    assert answer.json["tokens"] == live.engine.llm.encode(ASKED)
+    for body in ({}, {"prompt": "a", "messages": ASKED}, {"prompt": "a", "tools": []}):
         assert live.ask("/tokenize", {"model": "tiny", **body}).status == 400
+    # What vLLM has as defaults may be said.
+    said = {"add_special_tokens": False, "add_generation_prompt": True}
+    again = live.ask("/tokenize", {"model": "tiny", "messages": ASKED, **said})
+    assert again.json["tokens"] == answer.json["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+        ({"messages": ASKED, "add_special_tokens": True}, "add_special_tokens"),
+    ],
+)
+def test_a_field_of_the_other_input_is_refused(live: Live, body: dict[str, Any], field: str):
+    answer = live.ask("/tokenize", {"model": "tiny", **body})
+    assert (answer.status, answer.json["error"]["param"]) == (400, field)
 
 
 def test_what_lm_eval_asks_of_a_tokenizer(live: Live):
