@@ -113,6 +113,11 @@ def _plan_messages(
     if before and last["role"] == "assistant" and not last.get("tool_calls"):
         chat.continue_final_message = True  # as Ollama does
     _set_options(turn, chat, body.options or OllamaOptions())
+    if body.think and not turn.model.llm.reasons:  # in Ollama's words, which clients look for
+        raise invalid(
+            f'"{turn.model.name}" does not support thinking; leave think out, or set it to false',
+            "think",
+        )
     if isinstance(body.think, bool):
         chat.enable_thinking = body.think
     elif body.think is not None:

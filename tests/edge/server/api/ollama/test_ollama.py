@@ -167,6 +167,17 @@ def test_thinking(live: Live):
         assert chat(live, think=effort).json["message"]["thinking"] == "Let me see."
 
 
+@pytest.mark.parametrize("think", [True, "low"])
+def test_a_model_that_does_not_reason_is_not_asked_to(
+    live: Live, monkeypatch: pytest.MonkeyPatch, think: Any
+):
+    monkeypatch.setattr(live.engine.llm, "reasons", False)
+    for refused in (chat(live, think=think), generate(live, think=think)):
+        assert refused.status == 400
+        assert refused.json["error"].startswith('"tiny" does not support thinking')
+    assert chat(live, think=False).status == 200
+
+
 def test_a_thinking_may_be_a_message(live: Live, monkeypatch: pytest.MonkeyPatch):
     """Continue sends it so, also where no answer came after it."""
     planned: list[Any] = []
