@@ -145,6 +145,10 @@ class ExportConfig:
         has_int4 = quant == "int4" or any(kind_of(scheme) == "int4" for _, scheme in self.keep)
         default: Method = DEFAULT_METHOD if has_int4 and self.quant != AS_IN_SOURCE else "rtn"
         object.__setattr__(self, "rounding", self.method or default)
+        if self.rounding != "rtn" and not has_int4:
+            raise ConfigError(
+                f"--method {self.method} has no effect: no layer is INT4; leave it out"
+            )
         rounds_inputs = self.quant == "int8-w8a8" or any(kind == "w8a8" for _, kind in self.keep)
         for option, setting in (
             ("--calibration", self.calibration),
@@ -153,10 +157,10 @@ class ExportConfig:
         ):
             calibrates = self.rounding != "rtn" or rounds_inputs or self.kv_cache == "int8"
             if setting is not None and not calibrates:
-                raise ConfigError(
-                    f"{option} has no effect with --method rtn; use --method awq+gptq or leave "
-                    "it out"
-                )
+                why = f"--quant {quant}, which needs no calibration;"
+                if has_int4:
+                    why = f"--method rtn; use --method {DEFAULT_METHOD} or"
+                raise ConfigError(f"{option} has no effect with {why} leave it out")
         if self.seed is not None and not 0 <= self.seed < 1 << 32:
             raise ConfigError(f"--seed is {self.seed}; use 0 to {(1 << 32) - 1}")
         if self.workers < 1:

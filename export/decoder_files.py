@@ -124,7 +124,8 @@ class DecoderFiles:
         """Tokens with which the KV cache is calibrated, at most; 0 if it stays in float."""
         if self.config.kv_cache == "float":
             return 0
-        return self.config.calibration_tokens or CACHE_TOKENS
+        tokens = self.config.calibration_tokens
+        return CACHE_TOKENS if tokens is None else tokens
 
     def write(self, writer: BundleWriter, kv_capacity: int) -> WrittenDecoder:
         """Write all four files; a calibrated export continues where the last was interrupted.

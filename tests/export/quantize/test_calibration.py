@@ -258,14 +258,17 @@ def test_what_fits_to_its_text_gets_chinese_and_code(
 def test_calibration_without_a_use_is_refused(tmp_path: Path, tiny_checkpoints: Checkpoints):
     source = str(tiny_checkpoints("qwen3"))
     for options in ({"calibration": Path("a")}, {"calibration_tokens": 5}, {"seed": 1}):
-        with pytest.raises(ConfigError, match="has no effect with --method rtn"):
+        with pytest.raises(ConfigError, match="with --method rtn; use --method awq"):
             ExportConfig(source=source, output=tmp_path / "b", method="rtn", **options)
-        with pytest.raises(ConfigError, match="has no effect with --method rtn"):
+        with pytest.raises(ConfigError, match="with --quant int8, which needs no calibration; l"):
             ExportConfig(source=source, output=tmp_path / "b", quant="int8", **options)
         ExportConfig(source=source, output=tmp_path / "b", **options)  # INT4 calibrates by itself
     with pytest.raises(ConfigError, match="--clip absmax has no effect with --method awq"):
         ExportConfig(source=source, output=tmp_path / "b", method="awq", clip="absmax")
-    config = ExportConfig(source=source, output=tmp_path / "b", quant="int8", method="gptq")
+    with pytest.raises(ConfigError, match="--method gptq has no effect: no layer is INT4"):
+        ExportConfig(source=source, output=tmp_path / "b", quant="int8", method="gptq")
+    keep = (("*", "int8"),)
+    config = ExportConfig(source=source, output=tmp_path / "b", method="gptq", keep=keep)
     with pytest.raises(ConfigError, match="no layer is INT4"):
         export_checkpoint(config)
     assert not list(tmp_path.iterdir())

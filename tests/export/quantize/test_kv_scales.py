@@ -179,6 +179,11 @@ def test_the_target_decides_the_dialect() -> None:
         ExportConfig("model", Path("bundle"), quant="fp16", calibration_tokens=512)
 
 
+def test_no_tokens_are_not_the_default(tiny_checkpoints: Checkpoints, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--calibration-tokens 0 is less than one sequence"):
+        export(tiny_checkpoints("llama"), tmp_path / "b", calibration_tokens=0)
+
+
 @pytest.mark.parametrize("target", ["jetpack6", "jetpack7", "trt11"])
 def test_the_graph_keeps_the_rules_of_the_targets_tensorrt(
     target: str, tiny_checkpoints: Checkpoints, tmp_path: Path
