@@ -335,10 +335,28 @@ def test_configuration_and_keys_are_never_overwritten(tmp_path: Path):
     directory.mkdir(parents=True)
     (directory / "r1.toml").write_text("port = 9\n")
     (directory / "api-keys").write_text("mine\n")
-    done = install(tmp_path, "r1", "--bundle", "/srv/other", "--no-venv")
-    assert done.returncode == 0
+    assert install(tmp_path, "r1", "--no-venv").returncode == 0
     assert (directory / "r1.toml").read_text() == "port = 9\n"
     assert (directory / "api-keys").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--bundle", "/srv/other"), 'r1 = "/srv/other"'),
+        (("--bundle", "/srv/r1", "--port", "8001"), "port = 8001"),
+    ],
+)
+def test_what_an_old_configuration_contradicts_is_refused(
+    tmp_path: Path, arguments: tuple[str, ...], line: str
+):
+    first = install(tmp_path, "r1", "--bundle", "/srv/r1", "--port", "8123", "--no-venv")
+    assert first.returncode == 0, first.stderr
+    before = tree(tmp_path)
+    done = install(tmp_path, "r1", *arguments, "--no-venv")
+    assert done.returncode == 64
+    assert f"/etc/edge-llm/r1.toml is there already and has no line '{line}'" in done.stderr
+    assert tree(tmp_path) == before
 
 
 def test_a_dry_run_does_nothing(tmp_path: Path):
@@ -363,6 +381,9 @@ def test_a_dry_run_does_nothing(tmp_path: Path):
         (["r1", "--with", "magic"], 64, "unknown drop-in 'magic'"),
         (["--frobnicate"], 64, "unknown option --frobnicate"),
         (["--purge"], 64, "--purge belongs to --uninstall"),
+        (["--uninstall", "r1"], 64, "r1 has no effect: --uninstall takes every service"),
+        (["--uninstall", "--with", "cpu"], 64, "--with has no effect"),
+        (["r1", "--no-venv", "--lock", "laptop"], 64, "--lock has no effect with --no-venv"),
         (["r1", "--bundle", "/home/me/r1", "--no-venv"], 66, "cannot see /home/me/r1"),
         (["r1", "--bundle", '/srv/a"b', "--no-venv"], 64, "has a quote"),
     ],
