@@ -103,7 +103,7 @@ def remove(bundle: Path, yes: bool) -> None:
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("model")
-@click.option("--quant", default="int4", show_default=True, help="As for edge-llm export.")
+@click.option("--quant", help="As for edge-llm export.")
 @click.option(
     "--build/--no-build", default=None, help="Build the engine. Default: where TensorRT runs."
 )
@@ -123,7 +123,7 @@ def remove(bundle: Path, yes: bool) -> None:
 def pull(
     ctx: click.Context,
     model: str,
-    quant: str,
+    quant: str | None,
     build: bool | None,
     force: bool,
     revision: str | None,
@@ -146,8 +146,15 @@ def pull(
             "pull names the bundle itself, so that every verb finds it; give --output to edge-llm "
             "export, or another directory of bundles in EDGE_LLM_BUNDLES"
         )
-    bundle = roots()[0] / bundle_name(source, quant)
+    quantization = _options({"--quant": quant})
+    given = [*_options({"--revision": revision, "--hub": hub}), *export_options]
+    bundle = _bundle(ctx, source, [*quantization, *given])
     if (bundle / MANIFEST_NAME).is_file() and not force:
+        if given:
+            raise ConfigError(
+                f"{bundle} is there already, so {given[0]} has no effect; add --force to make the "
+                "bundle anew, or leave the option out"
+            )
         click.echo(f"{bundle} is there already; --force makes it anew", err=True)
     else:
         bundle.parent.mkdir(parents=True, exist_ok=True)
@@ -155,9 +162,15 @@ def pull(
         is_pinned = hub_id(model) is not None and revision is None
         if is_pinned and (hub or os.environ.get("EDGE_LLM_HUB") or "huggingface") == "huggingface":
             revision = REVISIONS[source]
-        options = (*target, *_where(revision, hub), *export_options)
+        where = _options({"--revision": revision, "--hub": hub})
+        options = (*quantization, *target, *where, *export_options)
         options = (*options, *(["--force"] if force else []))
-        _run(ctx, "export", source, "-o", str(bundle), "--quant", quant, *options)
+        _run(ctx, "export", source, "-o", str(bundle), *options)
+        # Only the export has seen whether the source is quantized already.
+        name = bundle_name(source, read_manifest(bundle).quantization.name)
+        if name != bundle.name:
+            bundle = bundle.rename(bundle.with_name(name))
+            click.echo(f"moved to {bundle}, which says how it is quantized", err=True)
     if build is None:
         from edge.device.machine import Machine
 
@@ -167,10 +180,23 @@ def pull(
     click.echo(f"Try it: edge-llm run {bundle.name} 'Why is the sky blue?'")
 
 
-def _where(revision: str | None, hub: str | None) -> list[str]:
-    """Options of the export that say what is downloaded, and from where."""
-    given = {"--revision": revision, "--hub": hub}
+def _options(given: dict[str, str | None]) -> list[str]:
+    """What is given of these options of the export, as it is typed."""
     return [text for name, value in given.items() if value for text in (name, value)]
+
+
+def _bundle(ctx: click.Context, source: str, options: list[str]) -> Path:
+    """Where the export with these options belongs; see `export.config.ExportConfig.quant`.
+
+    Raises:
+        click.UsageError, ConfigError: the export does not know an option, or its value.
+    """
+    export = _verb(ctx, "export").make_context("edge-llm export", [source, "-o", "x", *options])
+    quant = export.params["quant"]
+    kept = roots()[0] / bundle_name(source, "source")
+    if quant is None and (kept / MANIFEST_NAME).is_file():
+        return kept
+    return roots()[0] / bundle_name(source, quant or "int4")
 
 
 def _target() -> tuple[str, ...]:
@@ -185,10 +211,15 @@ def _target() -> tuple[str, ...]:
 def _run(ctx: click.Context, verb: str, *arguments: str) -> None:
     """Run another verb as if it had been typed, and say what was typed."""
     click.echo(f"$ edge-llm {verb} {shlex.join(arguments)}", err=True)
-    group = ctx.find_root().command
-    assert isinstance(group, click.Group)
-    command = group.get_command(ctx, verb)
-    assert command is not None, verb
+    command = _verb(ctx, verb)
     code = command.main(list(arguments), f"edge-llm {verb}", standalone_mode=False)
     if isinstance(code, int) and code:
         ctx.exit(code)
+
+
+def _verb(ctx: click.Context, name: str) -> click.Command:
+    group = ctx.find_root().command
+    assert isinstance(group, click.Group)
+    command = group.get_command(ctx, name)
+    assert command is not None, name
+    return command

@@ -14,6 +14,7 @@ from edge.bundle.manifest import read_manifest
 from edge.cli.options import BundlePath
 from tests.conftest import Bundles
 from tests.edge.cli.conftest import Result, error_line
+from tests.quantized_golden import QuantizedGolden, write_base
 from tests.tiny_models import write_checkpoint
 
 EdgeLlm = Callable[..., Result]
@@ -102,10 +103,47 @@ def test_pull_exports_under_a_name_and_once(
     assert f"$ edge-llm export {checkpoint} -o {bundle} --quant int8 --no-verify" in result.err
     assert "edge-llm run tiny-model-int8" in result.out
     before = (bundle / "manifest.json").stat().st_mtime_ns
-    assert "is there already" in edge_llm("pull", *options).err
+    assert "is there already; " in edge_llm("pull", *options[:3]).err
+    for option, value in (("--kv-capacity", "64"), ("--revision", "v1"), ("--hub", "modelscope")):
+        again = error_line(edge_llm("pull", *options[:3], option, value), 64)
+        assert f"is there already, so {option} has no effect; add --force" in again
     assert (bundle / "manifest.json").stat().st_mtime_ns == before
     assert edge_llm("pull", *options, "--force").code == 0
     assert (bundle / "manifest.json").stat().st_mtime_ns != before
+
+
+def test_pull_keeps_the_integers_of_a_quantized_source(
+    edge_llm: EdgeLlm, root: Path, tmp_path: Path
+):
+    """A float source gets INT4, and a name that says so, by the same command."""
+    sources = {
+        "source": QuantizedGolden.load("gptq").write(tmp_path / "GPTQ"),
+        "int4": write_base(tmp_path / "Float"),
+    }
+    for quant, checkpoint in sources.items():
+        options = () if quant == "source" else ("--method", "rtn")
+        made = edge_llm("pull", checkpoint, "--no-verify", *options)
+        assert made.code == 0, made.err
+        assert "--quant" not in made.err.splitlines()[0]
+        name = f"{checkpoint.name.lower()}-{quant}"
+        assert read_manifest(root / name).quantization.name == quant
+        assert f"edge-llm run {name} " in made.out
+        assert f"{root / name} is there already; " in edge_llm("pull", checkpoint).err
+    kept = edge_llm("pull", sources["source"], "--no-verify", "--force")
+    assert kept.code == 0, kept.err
+    assert sorted(path.name for path in root.iterdir() if not path.name.startswith(".")) == [
+        "broken", "float-int4", "gptq-source", "tiny-1.5b-fp16",
+    ]  # fmt: skip
+
+
+def test_a_recipe_of_pull_wins(edge_llm: EdgeLlm, root: Path, tmp_path: Path):
+    checkpoint = tmp_path / "Tiny-Model"
+    write_checkpoint(checkpoint, "qwen2")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('quant = "int8"\n')
+    made = edge_llm("pull", checkpoint, "--no-verify", "--recipe", recipe)
+    assert made.code == 0, made.err
+    assert read_manifest(root / "tiny-model-int8").quantization.name == "int8"
 
 
 @pytest.mark.parametrize("option", [("-o", "x"), ("-ox",), ("--output", "x"), ("--output=x",)])
@@ -131,7 +169,7 @@ def test_pull_on_a_jetson_exports_for_its_jetpack(
     monkeypatch.setattr("edge.device.telemetry.read_l4t", lambda: release)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert f"--quant int4 --target {target}" in edge_llm("pull", "deepseek-r1:7b").err
+    assert f"int4 --target {target}" in edge_llm("pull", "deepseek-r1:7b").err
 
 
 def test_options_take_names(edge_llm: EdgeLlm, root: Path, tmp_path: Path):
@@ -163,9 +201,9 @@ def test_options_complete_names(root: Path):
     [
         ((), "", f"--revision {REVISIONS[CATALOGUE['deepseek-r1:7b']]}"),
         (("--revision", "main"), "", "--revision main\n"),
-        (("--hub", "modelscope"), "", "--quant int4 --hub modelscope\n"),
+        (("--hub", "modelscope"), "", "int4 --hub modelscope\n"),
         (("--hub", "modelscope", "--revision", "v1"), "", "--revision v1 --hub modelscope\n"),
-        ((), "modelscope", "--quant int4\n"),
+        ((), "modelscope", "int4\n"),
         (("--hub", "huggingface"), "modelscope", "--revision 916b56a44061"),
     ],
 )
