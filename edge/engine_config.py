@@ -91,7 +91,8 @@ class EngineConfig:
             again, and nothing is drafted.
         num_slots: sequences that the KV cache has room for: running ones, and ended ones whose rows
             are kept.
-        max_batch: sequences that are computed at once; by default one per slot.
+        max_batch: sequences that are computed at once; by default one per slot. More than a
+            TensorRT engine was built for (build --max-batch) take turns.
         queue_capacity: sequences that may wait for a slot; one more is refused, by the service
             with 429, and so are more new forms of answers, or prompts to score, than this.
         target_itl_ms: milliseconds between two tokens of a stream that must be kept: fewer

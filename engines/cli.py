@@ -75,7 +75,13 @@ def _buckets(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
 
 _SHAPES = (
     bundle_argument,
-    click.option("--max-batch", type=int, default=1, show_default=True, help="Sequences per step."),
+    click.option(
+        "--max-batch",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Sequences per step: 1 is for one user; edge-llm serve has 4 slots.",
+    ),
     click.option(
         "--max-prefill",
         type=int,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from edge.bundle.engine_file import find_engines
+from edge.bundle.engine_file import EngineInfo, find_engines
 from edge.bundle.manifest import HeadManifest, Manifest
 from edge.device.nodes import find_gpu_node
 from edge.engine_config import EngineConfig
@@ -70,6 +70,24 @@ def unused_gpu(backend: str, config: EngineConfig) -> str | None:
     return (
         f"the CPU computes, though this machine has a GPU ({node}): {why}, or ask for the CPU with "
         "--backend ort-cpu"
+    )
+
+
+def serial_slots(backend: Backend, config: EngineConfig) -> str | None:
+    """Return why fewer sequences are computed together than may run; else None.
+
+    Args:
+        backend: the engine that was opened.
+        config: by which it was opened.
+    """
+    info: EngineInfo | None = getattr(backend, "info", None)  # TensorRT's
+    wanted = min(config.max_batch or backend.num_slots, backend.num_slots)
+    if info is None or wanted <= info.max_batch:
+        return None
+    return (
+        f"{wanted} sequences may run at once, but the engine computes {info.max_batch} per step, "
+        f"so they take turns: edge-llm build BUNDLE --max-batch {wanted} builds one for all; or "
+        "ask for fewer"
     )
 
 

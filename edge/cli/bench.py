@@ -154,7 +154,7 @@ def _measure(
     from contextlib import closing
     from dataclasses import asdict
 
-    from edge.backends.choose import open_backend
+    from edge.backends.choose import open_backend, serial_slots
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
     from edge.bundle.tasks import check_task
     from edge.bundle.trust import open_manifest
@@ -172,6 +172,8 @@ def _measure(
     engine = open_backend(bundle, manifest, engine_config)
     load_s = time.perf_counter() - started
     with closing(engine), closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)) as embeddings:
+        if (serial := serial_slots(engine, engine_config)) is not None:
+            raise ConfigError(f"--batch {config.batch}: {serial}")
         if layers:
             require_layer_times(engine)
         load_peak_bytes = read_rss_peak_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
-from edge.backends.choose import open_backend, unused_gpu
+from edge.backends.choose import open_backend, serial_slots, unused_gpu
 from edge.bundle import manifest as manifests
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.library import find_setting
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Plain text, token ids, or chat messages ``{"role": ..., "content": ...}``."""
 _Result = TypeVar("_Result")
+_log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -88,8 +90,8 @@ class LLM:
         reasons: whether answers to chats may begin with reasoning, which is told from the rest.
         backend: the engine; only `call` may use it.
         draft_manifest: description of the bundle, or of the head, that drafts; None without one.
-        warning: why the CPU computes on a machine with a GPU, where nobody named it as backend;
-            else None.
+        warning: why the CPU computes on a machine with a GPU, where nobody named it as backend, or
+            why sequences take turns in an engine that was built for fewer; else None.
         embeddings: the token table.
         scheduler: the queue of requests and the thread that runs them.
         pools: whether the bundle embeds or judges documents, and generates nothing.
@@ -157,6 +159,9 @@ class LLM:
             self.backend.close()
             raise
         self.warning = unused_gpu(self.backend.name, config)
+        if (serial := serial_slots(self.backend, config)) is not None:
+            _log.warning("%s", serial)
+            self.warning = serial
         self._draft_model: ModelDrafter | Eagle3Drafter | None = None
         try:
             self.scheduler = Scheduler(

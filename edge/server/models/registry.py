@@ -87,7 +87,7 @@ class ServedModel:
             "backend": backend.name,
             "engine": "" if engine_dir is None else engine_dir.name,
             "gpu_wait": getattr(backend, "gpu_wait", None) or "",  # TensorRT's, too
-            "gpu_unused": "false" if self.llm.warning is None else "true",
+            "gpu_unused": "true" if self.llm.warning and backend.name == "ort-cpu" else "false",
             "bundle": manifest.name,
             "architecture": manifest.model.architecture,
             "quantization": manifest.quantization.name,

@@ -19,7 +19,8 @@ from edge.device.nodes import find_gpu_node
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, DependencyError, EdgeError
 from tests.conftest import Bundles, require_even_rows
-from tests.fake_tensorrt import write_engine
+from tests.fake_cuda import FakeGpu
+from tests.fake_tensorrt import emptied, install, write_engine
 
 NODE = "/dev/nvmap"
 
@@ -106,6 +107,36 @@ def test_without_an_engine_a_gpu_that_idles_is_said(
     else:
         assert f"has a GPU ({NODE})" in warning
         assert "edge-llm build BUNDLE" in warning
+        assert caplog.messages.count(warning) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [({"num_slots": 4}, 4), ({"num_slots": 1}, None), ({"num_slots": 4, "max_batch": 1}, None)],
+)
+def test_slots_that_take_turns_in_an_engine_are_said(
+    options: dict[str, Any],
+    wanted: int | None,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    shutil.copytree(bundle, tmp_path / "b")
+    write_engine(tmp_path / "b", max_batch=1, max_prefill=24, kv_capacity=128, kv_buckets=(128,))
+    device = FakeGpu()
+    install(monkeypatch, device)
+    with (
+        emptied(device),
+        caplog.at_level(logging.WARNING),
+        closing(LLM(tmp_path / "b", EngineConfig(backend="tensorrt", **options))) as llm,
+    ):
+        warning = llm.warning
+    if wanted is None:
+        assert warning is None
+    else:
+        assert warning is not None
+        assert f"edge-llm build BUNDLE --max-batch {wanted}" in warning
         assert caplog.messages.count(warning) == 1
 
 

@@ -47,6 +47,12 @@ def run(bundle: Path, *arguments: str) -> Any:
     return result
 
 
+def test_a_batch_that_the_engine_computes_in_turns_is_refused(bundle: Path, gpu: FakeGpu) -> None:
+    most = max(read_engine_info(directory).max_batch for directory in find_engines(bundle))
+    with pytest.raises(ConfigError, match=f"--batch {most + 1}: .*build BUNDLE --max-batch"):
+        run(bundle, "--batch", str(most + 1))
+
+
 def test_every_layer_has_a_time_and_what_it_is(bundle: Path, gpu: FakeGpu) -> None:
     printed = json.loads(run(bundle, "--layers", "--json").stdout)
     found, engine = printed["layers"], printed["work"]["engine"]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -306,6 +307,18 @@ def test_a_gpu_that_idles_is_said_wherever_one_looks(
         assert ready["warnings"] == [row["warning"]]
         assert f"this machine has a GPU ({node})" in row["warning"]
         assert 'gpu_unused="true"' in info
+
+
+def test_an_engine_for_fewer_than_the_slots_is_said_but_is_no_gpu_that_idles(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ScriptedBackend, "name", "tensorrt")
+    monkeypatch.setattr(ScriptedBackend, "info", SimpleNamespace(max_batch=1), raising=False)
+    with running(tiny_bundles("qwen2")) as live:
+        (warning,) = live.ask("/ready").json["warnings"]
+        metrics = live.ask("/metrics").body.decode()
+    assert "the engine computes 1 per step, so they take turns" in warning
+    assert 'gpu_unused="false"' in metrics
 
 
 def test_heat_makes_the_server_not_ready(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):
