@@ -168,6 +168,7 @@ class _Run:
             self._pull(offer, registry)
         manifest = offer.manifest
         self._build()
+        self._confirm_old()  # a trial that was taken back may not have reached the service yet
         self._judge_before(manifest)
         sight = self._try(manifest)
         self._sweep()
@@ -392,6 +393,11 @@ class _Run:
         self._note("done")
 
     def _confirm_old(self) -> None:
+        """Wait until the service serves the old bundle.
+
+        Raises:
+            ResourceError: it does not in time.
+        """
         plan, link = self.plan, self.place.link
         if plan.service is None or not link.exists():
             return
@@ -401,8 +407,8 @@ class _Run:
         while not plan.service.wait_for(old, _RELOAD_AGAIN_S):
             if time.monotonic() > deadline:
                 raise ResourceError(
-                    "the new bundle was taken back, and the service has not opened the old one "
-                    f"again within {plan.switch_timeout_s:g} s; look at its log"
+                    "the link leads to the old bundle, and the service has not opened it within "
+                    f"{plan.switch_timeout_s:g} s; look at its log"
                 )
             # What the take-back sent may have met a service that was ending. One that is opening
             # its bundles follows the link afterwards, and a command that restarts would not let it.

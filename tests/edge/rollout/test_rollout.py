@@ -518,6 +518,55 @@ def test_a_trial_that_is_cut_off_again_and_again_is_not_tried_for_ever(device: D
         roll_out(plan)
 
 
+class SlowService(services.Service):
+    """Opens what the link names when it is told, for some looks, and serves the other meanwhile.
+
+    Told meanwhile, it looks at the link again afterwards, as `edge-llm serve` does.
+    """
+
+    def __init__(self, link: Path) -> None:
+        super().__init__(ServerAnswerer("http://127.0.0.1:9"), None)
+        self.link = link
+        self.serves = fingerprint(read_manifest(link))
+        self.opens: list[str] = []
+        self.told = False
+
+    def reload(self, _: str | None) -> None:
+        if self.opens:
+            self.told = True
+        else:
+            self.opens = [fingerprint(read_manifest(self.link))] * 5
+
+    def look(self) -> Sight:
+        if self.opens:
+            opened = self.opens.pop()
+            if not self.opens:
+                self.serves = opened
+                if self.told:
+                    self.told = False
+                    self.reload(None)
+        return replace(FIRST, fingerprint=self.serves)
+
+
+def test_a_trial_begins_again_only_once_the_service_has_gone_back(
+    device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Else it still serves the new bundle when that is asked for, and then turns to the old one."""
+    shutil.copytree(device.bundle, tmp_path / "r1-first")
+    link = tmp_path / "r1"
+    link.symlink_to("r1-first")
+    service = SlowService(link)
+    monkeypatch.setattr(steps, "reload_service", service.reload)
+    monkeypatch.setattr(journals, "reload_service", service.reload)
+    plan = device.plan(device.offer(), link=link, service=service, golden=None)
+    kept = roll_out(plan)
+    place = Place(link)
+    with place.locked():  # as a power cut would leave it
+        place.write(msgspec.structs.replace(place.read(), step="trial"))
+    assert roll_out(plan) == kept
+    assert service.serves == fingerprint(read_manifest(link))
+
+
 class _Nothing:
     def __enter__(self) -> None: ...
 
