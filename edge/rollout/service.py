@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,23 +162,27 @@ class Service:
             progress: is called with the seconds that have passed.
 
         Raises:
-            BackendError: it ended meanwhile and was started again, whoever did that.
+            BackendError: it falls silent, or it ended meanwhile and was started again, whoever did
+                that.
         """
-        began = seen = time.monotonic()
+        began = time.monotonic()
+        silent: float | None = None
         first: Sight | None = None
         uptime_s = 0.0
         found: list[float] = []
         while True:
-            try:
-                sight = self.look()
-                if paces:
+            if paces and silent is None:
+                with suppress(BackendError):  # a full queue says nothing of the bundle
                     found += self.pace(items)
-                seen = time.monotonic()
+            asked = time.monotonic()
+            try:
+                sight, silent = self.look(), None
             except LoadingError as error:
                 raise BackendError(_ENDED) from error
-            except BackendError as error:
-                if time.monotonic() - seen > min(_SILENCE_S, watch_s):
-                    return f"the service does not answer: {error}"
+            except BackendError:
+                silent = silent or asked
+                if time.monotonic() - silent > min(_SILENCE_S, watch_s):
+                    raise
                 time.sleep(min(POLL_S, watch_s / 10))
                 continue
             if sight.uptime_s < uptime_s:

@@ -32,6 +32,7 @@ from edge.errors import (
     RegistryError,
     ResourceError,
 )
+from edge.measure.watch import GoldenItem
 from edge.measure.watch_server import ServerAnswerer
 from edge.registry.client import Registry
 from edge.registry.pull import pull
@@ -629,12 +630,34 @@ def test_a_service_that_is_started_again_quickly_has_ended_all_the_same(
         watched.watch("fp_new", OLD, [], [], 60.0, lambda _: None)
 
 
-def test_a_service_that_falls_silent_is_a_fault(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("looks", [0, 1])
+def test_a_service_that_falls_silent_breaks_the_trial_off(
+    monkeypatch: pytest.MonkeyPatch, looks: int
+):
+    """As `systemctl restart` has it: nobody knows whether the bundle did that."""
     monkeypatch.setattr(services, "POLL_S", 0.01)
     silent = services.Service(ServerAnswerer("http://127.0.0.1:9"), None)
-    found = silent.watch("fp_new", OLD, [], [], 0.1, lambda _: None)
-    assert found is not None
-    assert "does not answer" in found
+    real, sights = silent.look, iter([FIRST] * looks)
+    monkeypatch.setattr(silent, "look", lambda: next(sights, None) or real())
+    with pytest.raises(BackendError, match="is the service running"):
+        silent.watch("fp_new", OLD, [], [], 0.1, lambda _: None)
+
+
+def test_a_full_queue_says_nothing_of_the_bundle(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(services, "POLL_S", 0.01)
+    server = ServerAnswerer("http://127.0.0.1:9")
+    busy = services.Service(server, None)
+    refused: list[str] = []
+
+    def refuse(prompt: str, _: int) -> Any:
+        refused.append(prompt)
+        raise BackendError("answered 429")
+
+    monkeypatch.setattr(server, "answer", refuse)
+    monkeypatch.setattr(busy, "look", lambda: FIRST)
+    items = [GoldenItem("1", "question")]
+    assert busy.watch("fp_new", OLD, [0.1] * 8, items, 0.3, lambda _: None) is None
+    assert len(refused) > 1
 
 
 def test_a_service_that_loads_again_for_long_was_started_again(monkeypatch: pytest.MonkeyPatch):
