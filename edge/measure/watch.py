@@ -78,12 +78,14 @@ class Answer(msgspec.Struct, frozen=True):
         reasoning: inside ``<think>``.
         tokens: how many were sampled.
         finish_reason: ``stop`` or ``length``.
+        tpot_s: seconds per token after the first, by a server's own clock; None if it did not say.
     """
 
     text: str
     reasoning: str
     tokens: int
     finish_reason: str
+    tpot_s: float | None = None
 
 
 class ItemResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

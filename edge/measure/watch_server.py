@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -27,6 +28,7 @@ from .watch import Answer, cut_text
 
 TIMEOUT_S = 600.0
 _MAX_BYTES = 16 << 20
+_TIMING = re.compile(r"(\w+);dur=(\d+(?:\.\d+)?)")
 
 
 class TrafficState(msgspec.Struct, forbid_unknown_fields=True):
@@ -97,15 +99,18 @@ class ServerAnswerer:
             "max_tokens": max_tokens,
             "enable_thinking": self._thinking,
         }
-        found = self._ask("/v1/chat/completions", self._with_model(body | {"user": WATCH_USER}))
+        body = self._with_model(body | {"user": WATCH_USER})
+        found, timing = self._exchange("/v1/chat/completions", body)
         try:
             (choice,) = found["choices"]
             message = choice["message"]
+            tokens = int(found["usage"]["completion_tokens"])
             return Answer(
                 message["content"] or "",
                 message.get("reasoning_content") or "",
-                int(found["usage"]["completion_tokens"]),
+                tokens,
                 str(choice["finish_reason"]),
+                _tpot_s(timing, tokens),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise self._other_form(error) from error
@@ -191,12 +196,16 @@ class ServerAnswerer:
         return BackendError(f"{self._url} sent an answer of another form: {error!r}")
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        return self._exchange(path, body)[0]
+
+    def _exchange(self, path: str, body: dict[str, Any] | None) -> tuple[Any, str]:
+        """Send a request; returns the answer and its ``Server-Timing``."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, self._headers)
         try:
             with self._opener.open(request, timeout=self._timeout_s) as response:
-                text = response.read(_MAX_BYTES)
-            return msgspec.json.decode(text)
+                text, timing = response.read(_MAX_BYTES), response.headers["server-timing"] or ""
+            return msgspec.json.decode(text), timing
         except urllib.error.HTTPError as error:
             message = error.read(_MAX_BYTES).decode("utf-8", "replace")[:300]
             refusal = ConfigError if error.code < 500 and error.code != 429 else BackendError
@@ -207,6 +216,13 @@ class ServerAnswerer:
             raise BackendError(
                 f"{self._url}{path} gave no answer: {error}; is the service running there?"
             ) from error
+
+
+def _tpot_s(timing: str, tokens: int) -> float | None:
+    """Seconds per token after the first, from a ``Server-Timing`` in ms; None without any."""
+    found = dict(_TIMING.findall(timing))
+    decode_ms = float(found.get("total", 0.0)) - float(found.get("ttft", math.inf))
+    return decode_ms / 1e3 / (tokens - 1) if tokens > 1 and decode_ms > 0 else None
 
 
 def counts_of_stats(stats: Any, where: str) -> Counts:

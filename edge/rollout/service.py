@@ -15,7 +15,7 @@ from edge.measure.watch_server import ServerAnswerer
 
 POLL_S = 5.0
 MAX_SLOWDOWN = 1.5
-"""Seconds per token of the same prompts, to those of the old bundle, from which on it is late."""
+"""Seconds per token after the first, to those of the old bundle, from which on it is late."""
 _PROBES = 4
 _PROBE_TOKENS = 32
 _LEAST_PROBES = 8
@@ -130,17 +130,15 @@ class Service:
             time.sleep(0.1)
 
     def pace(self, items: Sequence[GoldenItem]) -> list[float]:
-        """Ask a few prompts; seconds per token of each answer, in their order.
+        """Ask a few prompts; seconds per token after the first of each answer that has more.
+
+        They are the service's own figures: without the wait in its queue and the prefill.
 
         Raises:
             ConfigError, BackendError: see `ServerAnswerer.answer`.
         """
-        paces = []
-        for item in items[:_PROBES]:
-            began = time.monotonic()
-            answer = self.answerer.answer(item.prompt, _PROBE_TOKENS)
-            paces.append((time.monotonic() - began) / max(answer.tokens, 1))
-        return paces
+        answers = [self.answerer.answer(item.prompt, _PROBE_TOKENS) for item in items[:_PROBES]]
+        return [answer.tpot_s for answer in answers if answer.tpot_s is not None]
 
     def watch(
         self,

@@ -619,6 +619,38 @@ def test_a_slow_bundle_is_late_and_a_hiccup_is_none(monkeypatch: pytest.MonkeyPa
     assert _late([0.149] * 8, [0.1] * 8) is None
 
 
+@pytest.mark.parametrize(("queue_ms", "token_ms", "late"), [(9000, 10, False), (0, 20, True)])
+def test_late_is_who_decodes_slowly_and_not_who_waits_in_the_queue(
+    monkeypatch: pytest.MonkeyPatch, queue_ms: int, token_ms: int, late: bool
+):
+    monkeypatch.setattr(services, "MAX_SLOWDOWN", 1.5)
+    monkeypatch.setattr(services, "POLL_S", 0.0)
+    server = ServerAnswerer("http://127.0.0.1:9")
+    choice = {"message": {"content": "a"}, "finish_reason": "length"}
+    found = {"choices": [choice], "usage": {"completion_tokens": 32}}
+
+    def answered(queue_ms: int, token_ms: int) -> Any:
+        first = queue_ms + 50
+        timing = f"queue;dur={queue_ms}, ttft;dur={first}, total;dur={first + 31 * token_ms}.0"
+        return lambda *_: (found, timing)
+
+    watched = services.Service(server, None)
+    monkeypatch.setattr(watched, "look", lambda: FIRST)
+    items = [GoldenItem(str(n), "question") for n in range(4)]
+    monkeypatch.setattr(server, "_exchange", answered(0, 10))
+    paces = watched.pace(items) + watched.pace(items)
+    assert paces == pytest.approx([0.01] * 8)
+    monkeypatch.setattr(server, "_exchange", answered(queue_ms, token_ms))
+    fault = watched.watch("fp_new", OLD, paces, items, 0.1, lambda _: None)
+    assert (fault is not None) == late
+
+
+def test_a_service_says_how_fast_it_decodes(device: Device):
+    began = time.monotonic()
+    (pace,) = device.service.pace([GoldenItem("1", "question")])
+    assert 0 < pace < time.monotonic() - began
+
+
 def test_a_service_that_is_started_again_quickly_has_ended_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ):
