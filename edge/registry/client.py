@@ -41,7 +41,9 @@ MANIFEST_TYPE: Literal["application/vnd.oci.image.manifest.v1+json"] = (
 NUM_CONNECTIONS = 4
 _CONNECT_S, _READ_S = 10.0, 60.0
 _TRIES = 4
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_PATIENT_TRIES = 19  # two minutes
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
+_LONGEST_WISH_S = 30.0
 _MAX_REDIRECTS = 4
 _MAX_ERROR_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 20
@@ -72,6 +74,10 @@ class Registry:
         plain_http: speak HTTP without TLS; None does so with this very machine only.
         credentials: user and password; None looks for them (`find_credentials`).
 
+    Attributes:
+        patient: whether a line that breaks is waited for, for two minutes. It is from the first
+            answer on: until then the address may be wrong.
+
     Raises:
         DependencyError: urllib3 is not installed.
         ConfigError: see `find_credentials`.
@@ -92,6 +98,7 @@ class Registry:
         self._credentials = credentials or find_credentials(
             reference.registry, repository=reference.repository
         )
+        self.patient = False
         self._authorization: str | None = None
         self._lock = threading.Lock()
         self._pools: dict[str | None, urllib3.PoolManager] = {}  # by proxy
@@ -274,29 +281,15 @@ class Registry:
             The response, of a good status or one of ``also``; its body is not read yet.
         """
         url = urljoin(self._root, place)
-        most, retried = (1, (*_RETRIED, *_BROKEN_UPLOAD)) if once else (_TRIES, _RETRIED)
-        pause_s = _FIRST_PAUSE_S
+        retried = (*_RETRIED, *_BROKEN_UPLOAD) if once else _RETRIED
         asked_again = False
-        tries = redirects = 0
+        redirects = 0
         while True:
             sent = dict(headers or {})
             is_own = _origin(url) == _origin(self._root)
             if is_own and self._authorization is not None:
                 sent["Authorization"] = self._authorization
-            pieces = None
-            if body is not None:
-                pieces, sent["Content-Length"] = _pieces(body), str(len(body))
-            try:
-                response = self._pool(url).request(
-                    method, url, body=pieces, headers=sent, preload_content=False, redirect=False
-                )
-            except self._http.exceptions.HTTPError as error:
-                tries += 1
-                if tries >= most:
-                    raise self._unreachable(error) from error
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                continue
+            response = self._send(method, url, sent, body, once)
             status = response.status
             if 200 <= status < 300 or status in also:
                 return response
@@ -310,14 +303,42 @@ class Registry:
                 asked_again = True
                 self._authenticate(challenge, push)
                 continue
-            if status in retried and tries + 1 < most:
-                tries += 1
+            raise self._refusal(method, url, response, retried)
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        once: bool = False,
+    ) -> Any:
+        """Send a request, again where the line breaks or the other end is busy.
+
+        Returns:
+            The response; its body is not read yet.
+        """
+        sent = dict(headers) if body is None else {**headers, "Content-Length": str(len(body))}
+        pause_s, tries = _FIRST_PAUSE_S, 0
+        while True:
+            tries += 1
+            pieces = None if body is None else _pieces(body)
+            try:
+                response = self._pool(url).request(
+                    method, url, body=pieces, headers=sent, preload_content=False, redirect=False
+                )
+            except self._http.exceptions.HTTPError as error:
+                if once or tries >= (_PATIENT_TRIES if self.patient else _TRIES):
+                    raise self._unreachable(error) from error
+                wait_s = pause_s
+            else:
+                self.patient = True
+                if once or response.status not in _RETRIED or tries >= _TRIES:
+                    return response
                 wait_s = _retry_after(response.headers.get("Retry-After"), pause_s)
                 self._finish(response)
-                time.sleep(wait_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                continue
-            raise self._refusal(method, url, response, retried)
+            time.sleep(wait_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _follow(self, url: str, response: Any, redirects: int) -> str:
         place = response.headers.get("Location", "")
@@ -371,10 +392,8 @@ class Registry:
             query["service"] = parameters["service"]
         headers = {} if self._credentials is None else {"Authorization": self._basic()}
         url = realm + ("&" if urlsplit(realm).query else "?") + urlencode(query)
+        response = self._send("GET", url, headers)
         try:
-            response = self._pool(url).request(
-                "GET", url, headers=headers, preload_content=False, redirect=False
-            )
             body = response.read(_MAX_ERROR_BYTES)
         except self._http.exceptions.HTTPError as error:
             raise self._unreachable(error) from error
@@ -460,7 +479,7 @@ def _read(response: Any, max_bytes: int, what: str) -> Iterator[bytes]:
 def _retry_after(given: str | None, default_s: float) -> float:
     """Seconds to wait; a date, which a clock that is wrong would misread, counts for nothing."""
     is_number = given is not None and given.isascii() and given.isdigit()
-    return min(float(given or 0) if is_number else default_s, _LONGEST_PAUSE_S)
+    return min(float(given or 0) if is_number else default_s, _LONGEST_WISH_S)
 
 
 def _pieces(body: bytes) -> Iterator[bytes]:

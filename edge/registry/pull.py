@@ -215,6 +215,7 @@ def _fill(staging: Path, offer: Offer, registry: Registry, target: Path, progres
                 done += size
                 progress("pull", done, total, "bytes")
         except BaseException:
+            registry.patient = False
             pool.shutdown(cancel_futures=True)
             raise
     return fetched

@@ -80,6 +80,7 @@ def push(
                 done += size
                 progress("push", done, total, "bytes")
         except BaseException:
+            registry.patient = False
             pool.shutdown(cancel_futures=True)
             raise
     registry.put_manifest(data, reference.tag or digest)

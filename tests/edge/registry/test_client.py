@@ -31,7 +31,8 @@ BASIC = "Basic " + base64.b64encode(b"alice:wonderland").decode()
 class Server:
     """A server that answers by a function; it remembers who asked what with which key.
 
-    The header ``Missing`` makes it announce that many bytes more than it sends.
+    The header ``Missing`` makes it announce that many bytes more than it sends; the status 0 makes
+    it hang up.
     """
 
     def __init__(self, answer: Callable[[str, dict[str, str]], Answer]) -> None:
@@ -51,6 +52,9 @@ class Server:
             def do_GET(self) -> None:
                 owner.asked.append((self.path, self.headers["Authorization"]))
                 status, headers, body = answer(self.path, dict(self.headers))
+                if not status:
+                    self.close_connection = True
+                    return
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
@@ -179,6 +183,39 @@ def test_a_registry_that_is_busy_is_asked_again(
         registry.manifest("v1")
     assert caught.value.exit_code == 75
     assert "\x1b" not in str(caught.value)
+
+
+def test_a_line_that_breaks_is_waited_for_once_something_has_come(
+    serve: Callable[..., Server], quick: Callable[[], list[float]]
+):
+    statuses = [0] * 4
+    server = serve(lambda *_: (statuses.pop() if statuses else 200, {}, b"{}"))
+    with client(server) as registry:
+        with pytest.raises(RegistryError, match="is the address right"):
+            registry.manifest("v1")
+        assert sum(quick()) < 5
+        registry.manifest("v1")
+        statuses.extend([0] * 18)
+        registry.manifest("v1")
+        assert 120 < sum(quick()) < 130
+        assert max(quick()) < 10  # for that long an interrupt may have to wait
+        statuses.extend([0] * 19)
+        with pytest.raises(RegistryError, match="run the same again"):
+            registry.manifest("v1")
+
+
+def test_a_token_is_asked_for_again(serve: Callable[..., Server], quick: Callable[[], list[float]]):
+    statuses = [200, 503, 0]
+    token_server = serve(lambda *_: (statuses.pop(), {}, b'{"token": "t0"}'))
+    challenge = f'Bearer realm="http://{token_server.address}/token"'
+
+    def answer(_: str, headers: dict[str, str]) -> Answer:
+        found = headers.get("Authorization") == "Bearer t0"
+        return (200, {}, b"{}") if found else (401, {"WWW-Authenticate": challenge}, b"")
+
+    with client(serve(answer)) as registry:
+        assert registry.manifest("v1")[0] == b"{}"
+    assert quick() == [0.5, 1.0]
 
 
 def test_a_manifest_without_end_is_refused(serve: Callable[..., Server]):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,7 @@ from edge.errors import (
 )
 from edge.registry import artifact as artifacts
 from edge.registry import client as clients
-from edge.registry.client import MANIFEST_TYPE, Registry, digest_of
+from edge.registry.client import MANIFEST_TYPE, NUM_CONNECTIONS, Registry, digest_of
 from edge.registry.pull import Pulled, look, origin_digest, pull
 from edge.registry.push import push
 from edge.registry.reference import Reference, parse_reference
@@ -319,6 +321,38 @@ def test_a_registry_that_dies_in_the_middle_costs_only_what_had_not_come(
     assert done.fetched_bytes == sum(map(len, FILES.values())) - sum(seen)
     assert content(target) == content(source)
     assert leftovers(target) == []
+
+
+def test_who_interrupts_a_pull_does_not_wait_for_the_line(
+    live: LiveRegistry,
+    source: Path,
+    reference: Reference,
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    push(source, reference, registry)
+    offer = look(reference, registry)
+    pauses: list[float] = []
+    real, started = time.sleep, time.monotonic()
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == NUM_CONNECTIONS:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        while registry.patient and time.monotonic() < started + 10:
+            real(0.01)
+
+    live.kill()
+    with monkeypatch.context() as patch:
+        patch.setattr("edge.registry.client.time.sleep", pause)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                pull(offer, registry, tmp_path / "tiny")
+        finally:
+            patch.undo()
+            live.start()
+    assert 0 < len(pauses) <= 3 * NUM_CONNECTIONS
 
 
 def test_a_pull_that_is_killed_at_any_piece_goes_on(
