@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import ssl
 import threading
 import time
 import urllib.request
@@ -328,7 +329,8 @@ class Registry:
                     method, url, body=pieces, headers=sent, preload_content=False, redirect=False
                 )
             except self._http.exceptions.HTTPError as error:
-                if once or tries >= (_PATIENT_TRIES if self.patient else _TRIES):
+                most = _PATIENT_TRIES if self.patient else _TRIES
+                if once or tries >= most or _is_certificate(error):
                     raise self._unreachable(error) from error
                 wait_s = pause_s
             else:
@@ -444,6 +446,12 @@ class Registry:
         return ConfigError(f"{self._name} refuses {method} {path}: {status} {said}")
 
     def _unreachable(self, error: Exception) -> RegistryError:
+        if _is_certificate(error):
+            return RegistryError(
+                f"{self._root}: a certificate is refused ({error}); is the clock of this machine "
+                f"right, {time.strftime('%Y-%m-%d %H:%M %Z')}, and the certificate's issuer among "
+                "those of the system?"
+            )
         return RegistryError(
             f"{self._root} gives no answer ({error}); is the address right, and the network up? "
             "What has arrived is kept: run the same again"
@@ -480,6 +488,14 @@ def _retry_after(given: str | None, default_s: float) -> float:
     """Seconds to wait; a date, which a clock that is wrong would misread, counts for nothing."""
     is_number = given is not None and given.isascii() and given.isdigit()
     return min(float(given or 0) if is_number else default_s, _LONGEST_WISH_S)
+
+
+def _is_certificate(error: Exception) -> bool:
+    """Whether the other end showed a certificate that does not hold: now, or for its name."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
 
 
 def _pieces(body: bytes) -> Iterator[bytes]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import socket
+import ssl
 import stat
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -35,7 +39,11 @@ class Server:
     it hang up.
     """
 
-    def __init__(self, answer: Callable[[str, dict[str, str]], Answer]) -> None:
+    def __init__(
+        self,
+        answer: Callable[[str, dict[str, str]], Answer],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.asked: list[tuple[str, str | None]] = []
         owner = self
 
@@ -68,6 +76,8 @@ class Server:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self.address = f"127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -77,11 +87,11 @@ class Server:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Callable[[str, dict[str, str]], Answer]], Server]]:
+def serve() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
-    def start(answer: Callable[[str, dict[str, str]], Answer]) -> Server:
-        servers.append(Server(answer))
+    def start(*arguments: Any) -> Server:
+        servers.append(Server(*arguments))
         return servers[-1]
 
     yield start
@@ -202,6 +212,39 @@ def test_a_line_that_breaks_is_waited_for_once_something_has_come(
         statuses.extend([0] * 19)
         with pytest.raises(RegistryError, match="run the same again"):
             registry.manifest("v1")
+
+
+def test_a_certificate_that_does_not_hold_is_named_at_once_with_the_clock(
+    serve: Callable[..., Server], quick: Callable[[], list[float]], tmp_path: Path
+):
+    if shutil.which("openssl") is None:
+        pytest.skip("needs Debian's package openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-keyout", key, "-out", certificate, "-subj", "/CN=x"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    server = serve(lambda *_: (200, {}, b"{}"), tls)
+    reference = parse_reference(f"{server.address}/r1")
+    with (
+        Registry(reference, plain_http=False, credentials=USER) as registry,
+        pytest.raises(RegistryError, match=r"certificate is refused .*is the clock") as caught,
+    ):
+        registry.manifest("v1")
+    assert "network" not in str(caught.value)
+    assert not quick()
+    assert not server.asked
+    # A handshake that breaks off is no such thing.
+    reference = parse_reference(f"{serve(lambda *_: (200, {}, b'')).address}/r1")
+    with (
+        Registry(reference, plain_http=False, credentials=USER) as registry,
+        pytest.raises(RegistryError, match="the network up"),
+    ):
+        registry.manifest("v1")
+    assert len(quick()) == 3
 
 
 def test_a_token_is_asked_for_again(serve: Callable[..., Server], quick: Callable[[], list[float]]):
