@@ -160,8 +160,8 @@ class Service:
             progress: is called with the seconds that have passed.
 
         Raises:
-            BackendError: it falls silent, or it ended meanwhile and was started again, whoever did
-                that.
+            BackendError: it falls silent, turns to another bundle, or ended meanwhile and was
+                started again, whoever did that.
         """
         began = time.monotonic()
         silent: float | None = None
@@ -185,8 +185,10 @@ class Service:
                 continue
             if sight.uptime_s < uptime_s:
                 raise BackendError(_ENDED)
+            if sight.fingerprint not in (None, fingerprint):
+                raise BackendError(f"the service turned to {sight.fingerprint}; look at its log")
             uptime_s, first = sight.uptime_s, first or sight
-            fault = _fault(sight, first, before, fingerprint) or _late(found, paces)
+            fault = _fault(sight, first, before) or _late(found, paces)
             if fault is not None:
                 return fault
             passed = time.monotonic() - began
@@ -196,11 +198,11 @@ class Service:
             time.sleep(min(POLL_S, watch_s / 10))
 
 
-def _fault(sight: Sight, first: Sight, before: Sight, fingerprint: str) -> str | None:
+def _fault(sight: Sight, first: Sight, before: Sight) -> str | None:
     if sight.failed:
         return "the engine has failed"
-    if sight.fingerprint != fingerprint:
-        return f"the service serves {sight.fingerprint}, not the new bundle"
+    if sight.fingerprint is None:
+        return "the service serves the new bundle no more"
     errors, ended = sight.errors - first.errors, sight.ended - first.ended
     usual = before.errors / before.ended if before.ended else 0.0
     if errors >= _LEAST_ERRORS and errors / max(ended, 1) > usual + _MORE_ERRORS:
