@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from edge.bundle.engine_file import find_engines
+from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.manifest import Manifest, fingerprint, read_manifest
 from edge.bundle.update import fsync
 from edge.engine_config import EngineConfig
@@ -225,7 +225,7 @@ class _Run:
         if not build or find_engines(bundle):
             return
         self.progress("build", 0, 1)
-        command = [sys.executable, "-m", "edge.cli", "build", str(bundle)]
+        command = [sys.executable, "-m", "edge.cli", "build", str(bundle), *self._size()]
         if code := subprocess.run(command, stdout=sys.stderr, check=False).returncode:
             raise BuildError(
                 f"edge-llm build {bundle} ended with {code}; the old bundle serves, and the next "
@@ -233,6 +233,14 @@ class _Run:
             )
         self.progress("build", 1, 1)
         self._note("built")
+
+    def _size(self) -> list[str]:
+        """As many sequences at once as the old engine has, so that no slots take turns."""
+        if self.journal.old is None:
+            return []
+        engines = find_engines(self.place.path(self.journal.old))
+        most = max((read_engine_info(engine).max_batch for engine in engines), default=1)
+        return ["--max-batch", str(most)] if most > 1 else []
 
     def _judge_before(self, manifest: Manifest) -> None:
         """Ask the golden set, where memory holds a second bundle; else the trial does."""

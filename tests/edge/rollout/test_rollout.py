@@ -46,6 +46,7 @@ from edge.rollout.service import Sight, _fault, _late
 from edge.rollout.steps import Outcome, recover, roll_out
 from tests.conftest import Bundles
 from tests.edge.registry.live import LiveRegistry
+from tests.fake_tensorrt import write_engine
 from tests.manifests import replace_file
 
 from .killed import make_plan
@@ -379,6 +380,28 @@ def test_what_a_roll_out_of_another_bundle_never_ended_makes_room(
     assert roll_out(device.plan(newest)).changed
     assert found[0] & {whole, half.name} == set()
     assert have - {whole} <= found[0]  # the one before the current, to go back to, too
+
+
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_the_new_engine_computes_as_many_sequences_at_once_as_the_old(
+    device: Device, monkeypatch: pytest.MonkeyPatch, max_batch: int
+):
+    old = device.root / device.current
+    write_engine(old, max_batch=max_batch, max_prefill=128)
+    run, built = subprocess.run, []
+
+    def building(command: list[str], **options: Any) -> Any:
+        if "build" not in command:
+            return run(command, **options)
+        built.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", building)
+    assert roll_out(device.plan(device.offer(), build=True)).changed
+    shutil.rmtree(old / "engines")
+    [command] = built
+    bundle = str(device.root / device.journal.new)
+    assert command[3:] == ["build", bundle, *(["--max-batch", "4"] if max_batch == 4 else [])]
 
 
 def test_an_unsigned_bundle_is_not_even_fetched(device: Device, tmp_path: Path):
