@@ -137,7 +137,7 @@ def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
     Raises:
         ConfigError: a capacity that the RoPE table cannot serve, or whose slots TensorRT could not
             be given; a prefill step or a bucket that does not fit the cache; a way to read the
-            cache that the dialect does not have.
+            cache that the dialect does not have; what is for drawing tokens where none are drawn.
     """
     capacity = manifest.kv_capacity if config.kv_capacity is None else config.kv_capacity
     io_spec.check_capacity(capacity, manifest.rope_positions)
@@ -167,11 +167,16 @@ def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
             )
     else:
         buckets = default_kv_buckets(capacity)
-    if config.best_logits and manifest.model.task != "generate":
-        raise ConfigError(
-            f"--best-logits {config.best_logits} is for drawing tokens, and this bundle's task is"
-            f" to {manifest.model.task}; leave the option out"
-        )
+    if manifest.model.task != "generate":
+        for option, given, purpose in (
+            (f"--best-logits {config.best_logits}", config.best_logits, "is for drawing tokens"),
+            ("--tune", config.tune, "times decode steps"),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{option} {purpose}, and this bundle's task is to {manifest.model.task}; "
+                    "leave the option out"
+                )
     best = min(config.best_logits, manifest.model.vocab_size)
     return BuildShapes(config.max_batch, config.max_prefill, capacity, buckets, best)
 

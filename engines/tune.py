@@ -26,7 +26,7 @@ from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.verified_files import verify_files
 from edge.errors import BackendError, BuildError, DependencyError, DeviceMemoryError
 from edge.measure.bench import BenchConfig, run_bench
-from edge.measure.verify import compare_backends
+from edge.measure.verify import compare_backends, default_thresholds
 from edge.progress import Progress, silent
 
 from .build_plan import BuildPlan
@@ -166,6 +166,7 @@ def measure(
                 prompts,
                 table,
                 decode_steps=_VERIFY_STEPS,
+                thresholds=default_thresholds(manifest, rounds=False),
                 progress=progress,
             )
         if not report.passed:

@@ -139,14 +139,7 @@ def _compare(
             candidate = open_backend(bundle, manifest, config)
             opened.stack.enter_context(closing(candidate))
         quantized = manifest.quantization.method != "none"
-        usual = default_thresholds(
-            rounds=candidate.name == "ort-cpu" and quantized,
-            int8_cache=bool(manifest.int8_layers),
-        )
-        if manifest.model.task == "embed":  # a vector has no likeliest token
-            usual = replace(usual, top1=0.0, kl=float("inf"))
-        elif manifest.model.task == "rerank":  # of two logits only the difference matters
-            usual = replace(usual, cosine=-1.0)
+        usual = default_thresholds(manifest, rounds=candidate.name == "ort-cpu" and quantized)
         # An engine may have been built for fewer rows than the bundle names.
         capacity = min(reference.capacity, candidate.capacity)
         report = compare_backends(

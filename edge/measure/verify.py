@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend, Ints
 from edge.backends.step import TokenTable, prefill
+from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError
 from edge.figures import cosine_similarity, kl_divergence, log_softmax
 from edge.progress import Progress, silent
@@ -45,8 +46,11 @@ does for quantized weights: SmolLM2 INT4 measured 0.983, 0.94, 0.006 and 0.977."
 _INT8_CACHE_COSINES = {True: 0.85, False: 0.98}
 
 
-def default_thresholds(*, rounds: bool, int8_cache: bool) -> Thresholds:
+def default_thresholds(manifest: Manifest, *, rounds: bool) -> Thresholds:
     """Return the thresholds for an engine.
+
+    A vector has no likeliest token, and of two logits only the difference matters: what means
+    nothing for the bundle's task is not asked for.
 
     Where the cache is in 8 bits, floats that differ a little become neighbouring integers, and in a
     row that is small beside its scales that is much: SmolLM2 INT8 measured 0.929 for the cache
@@ -54,11 +58,15 @@ def default_thresholds(*, rounds: bool, int8_cache: bool) -> Thresholds:
     GPU reaches with such a cache has not been measured.
 
     Args:
+        manifest: the bundle's.
         rounds: it rounds activations, see `ROUNDED_ACTIVATIONS`.
-        int8_cache: of the bundle.
     """
     usual = ROUNDED_ACTIVATIONS if rounds else Thresholds()
-    return replace(usual, cache_cosine=_INT8_CACHE_COSINES[rounds]) if int8_cache else usual
+    if manifest.int8_layers:
+        usual = replace(usual, cache_cosine=_INT8_CACHE_COSINES[rounds])
+    if manifest.model.task == "embed":
+        return replace(usual, top1=0.0, kl=float("inf"))
+    return replace(usual, cosine=-1.0) if manifest.model.task == "rerank" else usual
 
 
 @dataclass(frozen=True)

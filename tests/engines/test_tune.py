@@ -18,6 +18,7 @@ from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
 from edge.device.gpu import Gpu
 from edge.errors import BuildError, ConfigError
+from edge.measure.verify import compare_backends, default_thresholds
 from engines import builder, tune
 from engines.audit import Audit
 from engines.build_plan import BuildPlan, plan_build
@@ -26,7 +27,7 @@ from engines.cli import build
 from engines.compat import TensorRT
 from engines.config import BuildConfig
 from engines.store import EngineStore
-from tests.conftest import RUNNABLE, Bundles
+from tests.conftest import RUNNABLE, Bundles, PoolingBundles
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import emptied, fake_plan, install, make_module, write_engine
 
@@ -197,6 +198,34 @@ def test_an_engine_is_compared_and_timed(bundle: Path, gpu: FakeGpu, tiny_bundle
     assert seconds is None
     assert problem is not None
     assert "cosine" in problem
+
+
+def test_an_engine_is_held_to_what_verify_asks_for(
+    tiny_bundles: Bundles, tmp_path: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_bundles("qwen2", "portable", "fp16", "int8")
+    bundle = Path(shutil.copytree(source, tmp_path / "bundle"))
+    directory = write_engine(bundle, max_prefill=32)
+    asked: list[Any] = []
+
+    def compare(*backends: Any, thresholds: Any = None, **options: Any) -> Any:
+        asked.append(thresholds)
+        return compare_backends(*backends, thresholds=thresholds, **options)
+
+    monkeypatch.setattr(tune, "compare_backends", compare)
+    manifest = read_manifest(bundle)
+    tune.measure(plan_build(BuildConfig(bundle, max_prefill=32), manifest), directory)
+    assert asked == [default_thresholds(manifest, rounds=False)]
+    assert asked[0].cache_cosine < 0.999
+
+
+@pytest.mark.parametrize("task", ["embed", "rerank"])
+def test_a_bundle_that_decodes_nothing_is_refused_before_anything_is_compiled(
+    task: Any, pooling_bundles: PoolingBundles, variants: Variants
+) -> None:
+    with pytest.raises(ConfigError, match=f"--tune times decode steps, .* to {task}; leave"):
+        run(pooling_bundles(task, "native", "int4"))
+    assert variants.seen_timings == []
 
 
 def test_tune_is_never_ignored(bundle: Path) -> None:

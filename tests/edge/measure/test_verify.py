@@ -29,6 +29,7 @@ from edge.measure.verify import (
     default_thresholds,
 )
 from tests.conftest import RUNNABLE, Bundles, require_int8_cache
+from tests.manifests import make_manifest, make_model
 
 PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
 
@@ -180,7 +181,17 @@ def test_a_bundle_with_an_8_bit_cache_passes_as_it_is(quant: str, tiny_bundles: 
     bundle = tiny_bundles("qwen2", RUNNABLE, quant, "int8")
     result = run(bundle, "--decode-steps", 6)
     assert result.exit_code == 0, result.output
-    assert default_thresholds(rounds=True, int8_cache=True).cosine == ROUNDED_ACTIVATIONS.cosine
+    usual = default_thresholds(read_manifest(bundle), rounds=True)
+    assert usual == replace(ROUNDED_ACTIVATIONS, cache_cosine=0.85)
+
+
+def test_what_means_nothing_for_a_task_is_not_asked_for() -> None:
+    def usual(task: str) -> Thresholds:
+        return default_thresholds(make_manifest(model=make_model(task=task)), rounds=False)
+
+    assert usual("generate") == Thresholds()
+    assert usual("embed") == Thresholds(top1=0.0, kl=math.inf)
+    assert usual("rerank") == Thresholds(cosine=-1.0)
 
 
 def test_a_missed_threshold_is_printed_and_is_an_exit_code(tiny_bundles: Bundles) -> None:
