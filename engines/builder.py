@@ -155,7 +155,7 @@ def build_engine(
     key = engine_key({**_key_parts(build, target), "via": via})
     store = EngineStore(config.bundle, engine_name(build, target))
     with store.locked(waiting):
-        found = store.find(key)
+        found = None if config.again else store.find(key)
         if found is not None:
             return BuildResult(store.directory, found, built=False)
         if not config.force:

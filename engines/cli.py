@@ -184,6 +184,7 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     help="Build every variant that --kv-read auto, --attention auto and --kernels auto leave open, "
     "time each on this GPU, and keep the fastest that answers as the CPU does.",
 )
+@click.option("--again", is_flag=True, help="Build although the same engine is there already.")
 @click.option("--print-trtexec", is_flag=True, help="Only print the trtexec line for this engine.")
 @click.option(
     "--trt",
@@ -194,6 +195,8 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
     """Build the TensorRT engine of BUNDLE for the GPU of this machine."""
     config = BuildConfig(**options)
     if print_trtexec:
+        if config.again:
+            raise ConfigError("--again has no effect with --print-trtexec, which builds nothing")
         _print_trtexec(config, trt, as_json)
         return
     if trt is not None:

@@ -56,6 +56,7 @@ class BuildConfig:
         best_logits: put out this many of the best logits of each row by themselves, so that the
             others stay on the device until someone asks; 0 for none.
         force: build although the memory plan says that it will not fit.
+        again: build although the same engine is there already.
     """
 
     bundle: Path
@@ -72,6 +73,7 @@ class BuildConfig:
     timing_cache: Path | None = None
     best_logits: int = 0
     force: bool = False
+    again: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch <= _MAX_BATCH:

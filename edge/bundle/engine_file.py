@@ -370,8 +370,14 @@ def engine_rank(info: EngineInfo, num_slots: int) -> tuple[bool, int, int, str]:
     return enough, batch, info.kv_capacity, info.created
 
 
-def rebuild_command(directory: Path, info: EngineInfo) -> str:
-    """The command line that builds this engine again, on the machine where it is typed."""
+def rebuild_command(directory: Path, info: EngineInfo, *, again: bool = False) -> str:
+    """The command line that builds this engine again, on the machine where it is typed.
+
+    Args:
+        directory: the engine's.
+        info: its ``engine.json``.
+        again: for an engine that a build would take for up to date.
+    """
     parts = ["edge-llm", "build", str(directory.parent.parent)]
     for name, value in info.options.items():
         if value is None or value is False:
@@ -381,6 +387,8 @@ def rebuild_command(directory: Path, info: EngineInfo) -> str:
             continue
         text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         parts += [f"--{name.replace('_', '-')}", text]
+    if again:
+        parts.append("--again")
     return shlex.join(parts)
 
 

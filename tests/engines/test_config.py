@@ -77,7 +77,7 @@ def test_every_option_counts_but_for_where_and_how_it_is_built() -> None:
         config = BuildConfig(**{"bundle": BUNDLE, **changes})
         return plan_build(config, manifest).rebuild_options()
 
-    apart = {"bundle": Path("elsewhere"), "timing_cache": Path("t"), "force": True}
+    apart = {"bundle": Path("elsewhere"), "timing_cache": Path("t"), "force": True, "again": True}
     counting = {
         "max_batch": 2,
         "max_prefill": 64,

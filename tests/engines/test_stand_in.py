@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import re
+import shlex
 import shutil
 import signal
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.testing import assert_allclose
 
 from edge.bundle import io_spec
@@ -25,8 +29,8 @@ from edge.bundle.manifest import Dialect, read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attribute
 from edge.bundle.sizes import activation_bytes, profile_limits
 from edge.device.gpu import Gpu
-from edge.errors import BuildError
-from engines import builder, compat, store
+from edge.errors import BackendError, BuildError, ConfigError
+from engines import builder, cli, compat, store
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder import Target, build_engine, compile_bundle
 from engines.compat import TensorRT
@@ -325,6 +329,32 @@ def test_a_plan_of_another_tensorrt_or_gpu_does_not_load(
     rt = TensorRT(make_module(gpu, version), "tensorrt", version)
     with pytest.raises(BuildError, match=words):
         compat.inspect_plan(rt, plan, 2)
+
+
+def test_the_command_of_a_plan_that_does_not_load_builds_it(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copied(RUNNABLE, "int4")
+    install(monkeypatch, gpu)
+    here = target(gpu)
+    monkeypatch.setattr(builder, "find_target", lambda **_options: here)
+    info = build_engine(BuildConfig(bundle, max_prefill=24)).info
+    runtime = sys.modules["tensorrt"].Runtime
+    monkeypatch.setattr(runtime, "deserialize_cuda_engine", lambda *_: None)
+    with (
+        pytest.raises(BackendError, match="TensorRT cannot load") as refused,
+        GpuRunner(bundle, gpu),
+    ):
+        pass
+    _, verb, *line = shlex.split(str(refused.value).split("build it again with: ")[1])
+    assert verb == "build"
+    result = CliRunner().invoke(cli.build, [*line, "--json"], catch_exceptions=False)
+    told = json.loads(result.stdout)
+    assert told["built"]
+    (directory,) = find_engines(bundle)
+    assert read_engine_info(directory).key == info.key
+    with pytest.raises(ConfigError, match="--again has no effect with --print-trtexec"):
+        CliRunner().invoke(cli.build, [*line, "--print-trtexec"], catch_exceptions=False)
 
 
 def test_a_plan_runs_without_its_bundle(

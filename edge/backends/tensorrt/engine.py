@@ -151,7 +151,7 @@ class Engine:
                 self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             self.raise_failure()
-            command = rebuild_command(chosen.directory, chosen.info)
+            command = rebuild_command(chosen.directory, chosen.info, again=True)
             reason = self.last_error()
             if is_fatal(reason):
                 raise device_error(f"load {path.name}", BackendError(reason))
@@ -207,7 +207,7 @@ class Engine:
             raise BackendError(
                 f"the engine {chosen.directory} is not the one that engine.json describes: "
                 f"{'; '.join(problems[:3])}; build it again with: "
-                f"{rebuild_command(chosen.directory, chosen.info)}"
+                f"{rebuild_command(chosen.directory, chosen.info, again=True)}"
             )
         self.tensors = frozenset(names)
 
