@@ -157,6 +157,9 @@ def build_engine(
     with store.locked(waiting):
         found = None if config.again else store.find(key)
         if found is not None:
+            if not found.compiled and target.gpu is not None and via == "api":
+                plan = store.directory / found.plan
+                found = store.add_layers(found, *read_compiled_layers(target, plan, build))
             return BuildResult(store.directory, found, built=False)
         if not config.force:
             workspace = config.workspace_bytes if target.gpu else 0

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from edge.bundle.engine_file import read_engine_info
+from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.engine_layers import parse_inspector, read_layers
 from edge.bundle.manifest import read_manifest
 from edge.device.gpu import Gpu
 from edge.errors import BuildError
-from engines import compat
+from engines import builder, compat
 from engines.build_plan import plan_build
-from engines.builder import Target, read_compiled_layers
+from engines.builder import Target, build_engine, read_compiled_layers
 from engines.compat import TensorRT
 from engines.config import BuildConfig
 from tests.conftest import RUNNABLE, Bundles
@@ -76,6 +76,34 @@ def test_what_is_not_known_has_a_reason(gpu: FakeGpu, plan: Path) -> None:
         None,
         "deserializeCudaEngine: Error Code 1: Cuda Runtime (out of memory)",
     )
+
+
+def test_a_build_that_was_ended_before_it_read_the_layers_reads_them_when_repeated(
+    gpu: FakeGpu, tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundles("qwen2", RUNNABLE, "int4"), tmp_path / "bundle"))
+    config = BuildConfig(bundle, max_prefill=32)
+    here = Target(on(gpu), Gpu("a GPU", "8.7"), "8.7")
+
+    def end(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "read_compiled_layers", end)
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(config, target=here)
+    (directory,) = find_engines(bundle)
+    ended = read_engine_info(directory)
+    assert "was ended" in str(ended.compiled_unknown)
+    again = build_engine(config, target=here)
+    assert not again.built
+    assert [each.profile for each in again.info.compiled] == PROFILES
+    assert read_engine_info(directory) == again.info
+    assert again.info.plan == ended.plan
+    assert read_layers(directory / ended.plan) is not None
+    before = len(gpu.calls)
+    build_engine(config, target=here)
+    assert len(gpu.calls) == before  # the plan is not opened for what is known
 
 
 @pytest.mark.parametrize("call", ["create_execution_context", "set_optimization_profile_async"])
