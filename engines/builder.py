@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,14 +44,13 @@ from .progress import STEP
 from .rules.bundle import refuse_illegal
 from .rules.table import version_of
 from .scratch import scratch_by_profile
-from .store import TIMING_CACHE, EngineStore, engine_key
+from .store import KERNELS_SCRATCH, TIMING_CACHE, TRTEXEC_SCRATCH, EngineStore, engine_key
 from .trtexec import find_trtexec, full_version, run_trtexec, trtexec_command
 
 _logger = logging.getLogger(__name__)
 
 Via = Literal["api", "trtexec"]
 CompileVariant = Callable[..., "tuple[Compiled, Climbed]"]
-_SCRATCH, _OWN_SCRATCH = ".trtexec-", ".kernels-"
 _LAYERS = "layers.json"
 
 
@@ -480,9 +478,7 @@ def parsed_graph(
         return
     engines = bundle / ENGINES_DIR
     engines.mkdir(exist_ok=True)
-    for leftover in engines.glob(f"{_OWN_SCRATCH}*"):
-        shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(prefix=_OWN_SCRATCH, dir=engines) as scratch:
+    with tempfile.TemporaryDirectory(prefix=KERNELS_SCRATCH, dir=engines) as scratch:
         attention = build.attention == "own"
         yield use_own_kernels(
             graph, manifest, bundle, Path(scratch), plugins or "compiled", attention=attention
@@ -511,8 +507,6 @@ def _climb_with_trtexec(
     """Build with the scales as stored, else in FP32; ``trtexec`` decides all else itself."""
     with uncounted(progress, "hash"):
         verify_files(asked.config.bundle, asked.manifest, graph_files(asked.manifest))
-    for leftover in store.directory.parent.glob(f"{_SCRATCH}*"):
-        shutil.rmtree(leftover)
     store.directory.mkdir(exist_ok=True)
     log: list[str] = []
 
@@ -539,7 +533,7 @@ def _compile_with_trtexec(
     keep: Callable[[str], None],
     progress: Progress,
 ) -> Compiled:
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=store.directory.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=TRTEXEC_SCRATCH, dir=store.directory.parent) as scratch:
         graph = write_graph(build, Path(scratch))
         plan, layers = Path(scratch) / "engine.plan", Path(scratch) / _LAYERS
         argv = trtexec_command(

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _logger = logging.getLogger(__name__)
 
 BUILD_LOG = "build.log"
 TIMING_CACHE = "timing.cache"
+TUNE_SCRATCH, TRTEXEC_SCRATCH, KERNELS_SCRATCH = ".tune-", ".trtexec-", ".kernels-"
+"""How the names of a build's directories for a while begin, beside those of the engines."""
 _LOCK = ".lock"
 
 
@@ -53,6 +56,8 @@ class EngineStore:
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
         """Hold the lock of all engines of the bundle: a second build waits for the first.
 
+        What killed builds left beside the engines is swept: nobody uses it now.
+
         Args:
             waiting: called once if somebody else holds it.
 
@@ -74,6 +79,7 @@ class EngineStore:
             except BlockingIOError:
                 waiting()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _sweep_scratch(root)
             yield
         finally:
             os.close(descriptor)
@@ -170,6 +176,15 @@ class EngineStore:
             ours = path.name.endswith((".plan", ".tmp")) or is_layers_file(path.name)
             if ours and path.name not in keep:
                 path.unlink()
+
+
+def _sweep_scratch(root: Path) -> None:
+    for prefix in (TUNE_SCRATCH, TRTEXEC_SCRATCH, KERNELS_SCRATCH):
+        for leftover in root.glob(f"{prefix}*"):
+            try:
+                shutil.rmtree(leftover)
+            except OSError as error:  # such as that of another user
+                _logger.warning("%s of a killed build stays: %s", leftover, error.strerror)
 
 
 def _keep(path: Path, data: bytes) -> None:

@@ -7,6 +7,7 @@ sees, held against the graph on the CPU, and timed in decode through the runner 
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import shutil
 from collections.abc import Callable
@@ -21,10 +22,10 @@ import numpy as np
 from edge.backends.ort.cpu import OrtBackend
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.engine_file import RefusedRung, TunedRung
+from edge.bundle.engine_file import RefusedRung, TunedRung, read_engine_info
 from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.verified_files import verify_files
-from edge.errors import BackendError, BuildError, DependencyError, DeviceMemoryError
+from edge.errors import BackendError, BuildError, DependencyError, ResourceError
 from edge.measure.bench import BenchConfig, run_bench
 from edge.measure.verify import compare_backends, default_thresholds
 from edge.progress import Progress, silent
@@ -32,11 +33,10 @@ from edge.progress import Progress, silent
 from .build_plan import BuildPlan
 from .builder import Compiled, Target, compile_bundle, make_recorder
 from .ladder import Climbed, describe, make_rungs, refused_rung
-from .store import EngineStore
+from .store import TUNE_SCRATCH, EngineStore
 
 _logger = logging.getLogger(__name__)
 
-_SCRATCH = ".tune-"
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _REPEATS = 256, 33, 3
 _VERIFY_TOKENS, _VERIFY_STEPS = (1, 24, 64), 8
 
@@ -45,8 +45,13 @@ _VERIFY_TOKENS, _VERIFY_STEPS = (1, 24, 64), 8
 class _Candidate:
     rung: BuildPlan
     compiled: Compiled
-    plan: Path
+    directory: Path
     found: TunedRung
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds of a decode step; infinite if it is of no use."""
+        return math.inf if self.found.decode_s is None else self.found.decode_s
 
 
 def compile_fastest(
@@ -72,11 +77,10 @@ def compile_fastest(
         BuildError: no variant was built and answered right; every reason is in the message.
     """
     root = asked.config.bundle / ENGINES_DIR
-    for leftover in root.glob(f"{_SCRATCH}*"):
-        shutil.rmtree(leftover)
     verify_files(asked.config.bundle, asked.manifest)
     refused: list[RefusedRung] = []
-    candidates: list[_Candidate] = []
+    tuned: list[TunedRung] = []
+    best: _Candidate | None = None
     logs: list[str] = []
     try:
         for number, rung in enumerate(make_rungs(asked, target.rt)):
@@ -98,10 +102,19 @@ def compile_fastest(
                 refused.append(refused_rung(rung, error))  # this TensorRT takes no own kernels
                 continue
             timings = compiled.timings or timings
-            candidates.append(_try(number, rung, compiled, target, progress))
-        return _choose(asked, candidates, tuple(refused), timings)
+            tried = _try(number, rung, compiled, target, progress)
+            tuned.append(tried.found)
+            if tried.decode_s < (math.inf if best is None else best.decode_s):
+                best = tried
+            _sweep(root, best)
+        return _choose(asked, best, tuple(tuned), tuple(refused), timings)
     finally:
-        for leftover in root.glob(f"{_SCRATCH}*"):
+        _sweep(root)
+
+
+def _sweep(root: Path, keep: _Candidate | None = None) -> None:
+    for leftover in root.glob(f"{TUNE_SCRATCH}*"):
+        if keep is None or leftover != keep.directory:
             shutil.rmtree(leftover)
 
 
@@ -109,19 +122,19 @@ def _try(
     number: int, rung: BuildPlan, compiled: Compiled, target: Target, progress: Progress
 ) -> _Candidate:
     """Put a variant where it can be loaded, compare and time it."""
-    store = EngineStore(rung.config.bundle, f"{_SCRATCH}{number}")
-    describe_engine = make_recorder(Climbed(rung, (), {}), target, "api", _SCRATCH, compiled)
-    info = store.commit(compiled.plan, describe_engine)
+    store = EngineStore(rung.config.bundle, f"{TUNE_SCRATCH}{number}")
+    describe_engine = make_recorder(Climbed(rung, (), {}), target, "api", TUNE_SCRATCH, compiled)
     decode_s, problem = None, "; ".join(compiled.audit.problems[:3]) or None
     if problem is None:
         try:
+            store.commit(compiled.plan, describe_engine)
             decode_s, problem = measure(rung, store.directory, progress)
-        except (BackendError, DeviceMemoryError) as error:
+        except (BackendError, ResourceError) as error:
             problem = str(error)
     found = TunedRung(rung.kv_read, rung.attention, decode_s, problem, rung.scales, rung.kernels)
     _logger.info("%s: %s", describe(found), problem or f"{decode_s} s")
     # Its plan is in the file: several would not fit into a Jetson's memory.
-    return _Candidate(rung, replace(compiled, plan=b""), store.directory / info.plan, found)
+    return _Candidate(rung, replace(compiled, plan=b""), store.directory, found)
 
 
 def measure(
@@ -179,18 +192,17 @@ def measure(
 
 def _choose(
     asked: BuildPlan,
-    candidates: list[_Candidate],
+    best: _Candidate | None,
+    tuned: tuple[TunedRung, ...],
     refused: tuple[RefusedRung, ...],
     timings: bytes | None,
 ) -> tuple[Compiled, Climbed]:
-    timed = [(each.found.decode_s, each) for each in candidates if each.found.decode_s is not None]
-    tuned = tuple(each.found for each in candidates)
-    if not timed:
+    if best is None:
         reasons = [f"{describe(each)}: {each.reason}" for each in refused]
         reasons += [f"{describe(each)}: {each.problem}" for each in tuned]
         raise BuildError(f"no variant was built and answered right. {'; '.join(reasons)}")
-    _, best = min(timed, key=lambda pair: pair[0])
-    compiled = replace(best.compiled, plan=_map(best.plan), timings=timings)
+    plan = best.directory / read_engine_info(best.directory).plan
+    compiled = replace(best.compiled, plan=_map(plan), timings=timings)
     return compiled, Climbed(best.rung, refused, asked.rebuild_options(), tuned)
 
 

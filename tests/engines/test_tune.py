@@ -17,7 +17,7 @@ from edge.bundle.engine_file import find_engines, read_engine_info, rebuild_comm
 from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
 from edge.device.gpu import Gpu
-from edge.errors import BuildError, ConfigError
+from edge.errors import BuildError, ConfigError, ResourceError
 from edge.measure.verify import compare_backends, default_thresholds
 from engines import builder, tune
 from engines.audit import Audit
@@ -174,6 +174,39 @@ def test_nothing_right_leaves_the_old_engine_and_tells_all(
         run(bundle, "--opt-level", "4")
     assert read_engine_info(find_engines(bundle)[0]) == before
     assert not list((bundle / "engines").glob(".tune-*"))
+
+
+def test_a_full_disk_costs_one_variant(
+    bundle: Path, variants: Variants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the one that is tried only the fastest so far takes room."""
+    variants.seconds = {"slice fused": 0.003, "slice decomposed": 0.004, "full fused": 0.002}
+    commit = EngineStore.commit
+    beside: list[list[str]] = []
+
+    def limited(store: EngineStore, *args: Any) -> Any:
+        here = store.directory.name
+        beside.append(sorted(each.name for each in (bundle / "engines").glob(".tune-*")))
+        if here == ".tune-3":
+            raise ResourceError("the disk filled up")
+        return commit(store, *args)
+
+    monkeypatch.setattr(EngineStore, "commit", limited)
+    result = json.loads(run(bundle, "--kv-read", "auto", "--json").stdout)
+    assert (result["kv_read"], result["attention"]) == ("full", "fused")
+    assert [each["problem"] for each in result["tuned"]] == [None, None, None, "the disk filled up"]
+    assert beside == [[], [".tune-0"], [".tune-1"], [".tune-1"], []]
+
+
+@pytest.mark.parametrize("name", [".tune-0", ".trtexec-x", ".kernels-x"])
+def test_any_build_removes_what_a_killed_one_left(
+    name: str, bundle: Path, gpu: FakeGpu, variants: Variants
+) -> None:
+    left = bundle / "engines" / name
+    left.mkdir(parents=True)
+    (left / "engine.plan").write_bytes(bytes(9))
+    assert build_engine(BuildConfig(bundle, max_prefill=32), target=variants.target).built
+    assert not left.exists()
 
 
 def test_an_engine_is_compared_and_timed(bundle: Path, gpu: FakeGpu, tiny_bundles: Bundles) -> None:
