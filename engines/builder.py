@@ -45,7 +45,7 @@ from .rules.bundle import refuse_illegal
 from .rules.table import version_of
 from .scratch import scratch_by_profile
 from .store import KERNELS_SCRATCH, TIMING_CACHE, TRTEXEC_SCRATCH, EngineStore, engine_key
-from .trtexec import find_trtexec, full_version, run_trtexec, trtexec_command
+from .trtexec import CrashError, find_trtexec, full_version, run_trtexec, trtexec_command
 
 _logger = logging.getLogger(__name__)
 
@@ -507,7 +507,6 @@ def _climb_with_trtexec(
     """Build with the scales as stored, else in FP32; ``trtexec`` decides all else itself."""
     with uncounted(progress, "hash"):
         verify_files(asked.config.bundle, asked.manifest, graph_files(asked.manifest))
-    store.directory.mkdir(exist_ok=True)
     log: list[str] = []
 
     def keep(line: str) -> None:
@@ -536,26 +535,38 @@ def _compile_with_trtexec(
     with tempfile.TemporaryDirectory(prefix=TRTEXEC_SCRATCH, dir=store.directory.parent) as scratch:
         graph = write_graph(build, Path(scratch))
         plan, layers = Path(scratch) / "engine.plan", Path(scratch) / _LAYERS
+        cache = Path(scratch) / TIMING_CACHE  # a copy: trtexec writes it in place
+        timings = store.read_timings(build.config.timing_cache)
+        if timings is not None:
+            cache.write_bytes(timings)
         argv = trtexec_command(
             build,
             target.rt.release,
             onnx=graph,
             plan=plan,
-            timing_cache=build.config.timing_cache or store.directory / TIMING_CACHE,
+            timing_cache=cache,
             layers=layers,
         )
         for warning in _refuse_illegal(build, target, graph.read_bytes()):
             keep(warning)
         keep(" ".join(argv))
         with uncounted(progress, "trtexec"):
-            result = run_trtexec(argv, keep)
+            try:
+                result = run_trtexec(argv, keep)
+            except CrashError as error:
+                if timings is None:
+                    raise
+                keep(f"{error}\nonce more, without the timing cache")
+                cache.unlink(missing_ok=True)
+                result = run_trtexec(argv, keep)
         data = plan.read_bytes()
         exported = layers.read_text("utf-8", "replace") if layers.is_file() else None
+        timings = cache.read_bytes() if cache.is_file() else None
     return Compiled(
         data,
         len(data),
         result.version or target.rt.version,
-        None,
+        timings,
         Audit(_check_size(len(data), build, target), (), (), 0),
         result.build_s if result.build_s is not None else result.seconds,
         result.peak_host_bytes,

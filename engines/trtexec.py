@@ -209,6 +209,10 @@ def full_version(binary: Path) -> str:
     return log.version
 
 
+class CrashError(BackendError):
+    """``trtexec`` died from a signal."""
+
+
 def run_trtexec(argv: Sequence[str], on_line: Callable[[str], None]) -> TrtexecResult:
     """Run a ``trtexec`` line to its end.
 
@@ -220,6 +224,7 @@ def run_trtexec(argv: Sequence[str], on_line: Callable[[str], None]) -> TrtexecR
     Raises:
         DependencyError: there is no ``trtexec``.
         ResourceError: it ran out of memory, or was killed.
+        CrashError: it died from another signal.
         BackendError: it failed otherwise; the message has its error lines and what to do.
     """
     binary = find_trtexec() if argv[0] == "trtexec" else Path(argv[0])
@@ -393,13 +398,14 @@ def _failure(code: int, log: _Log) -> EdgeError:
         return ResourceError(f"trtexec was killed, most likely for want of memory; {less}{details}")
     if is_out_of_memory(text):
         return ResourceError(f"trtexec ran out of memory; {less}{details}")
+    kind = BackendError
     if code < 0:
-        what = f"trtexec died from {signal.Signals(-code).name}"
+        kind, what = CrashError, f"trtexec died from {signal.Signals(-code).name}"
     elif code == 0:
         what = "trtexec ended without saying PASSED"
     else:
         what = f"trtexec failed with exit code {code}"
-    return BackendError(f"{what}; {_advice(text, log.version)}{details}")
+    return kind(f"{what}; {_advice(text, log.version)}{details}")
 
 
 def _advice(text: str, version: str | None) -> str:

@@ -15,6 +15,7 @@ from edge.bundle.engine_layers import parse_inspector, read_layers
 from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
 from edge.device.gpu import Gpu
+from edge.errors import BuildError
 from engines import builder
 from engines.builder import BuildResult, Target, build_engine
 from engines.compat import TensorRT
@@ -79,11 +80,11 @@ TEXT = """\
 ,"logits [profile 1]"
 ]}
 """
-# Takes the options of its release only, like the real one, and writes names without details unless
-# it is asked for them.
+# Takes the options of its release only, like the real one, writes names without details unless it
+# is asked for them, and its timing cache in place.
 STAND_IN = """\
 #!{python}
-import json, pathlib, sys
+import json, os, pathlib, signal, sys
 
 banner = "TensorRT.trtexec [TensorRT v101601] # trtexec"
 given = dict(word.partition("=")[::2] for word in sys.argv[1:])
@@ -96,6 +97,12 @@ text = pathlib.Path({layers!r}).read_text()
 if given.get("--profilingVerbosity") != "detailed":
     names = [layer["Name"] for layer in json.loads(text)["Layers"]]
     text = json.dumps({{"Layers": names}})
+cache = pathlib.Path(given["--timingCacheFile"])
+found = cache.read_bytes() if cache.is_file() else b""
+cache.write_bytes(b"")
+if {dies_of!r} in found:
+    os.kill(os.getpid(), signal.SIGSEGV)
+cache.write_bytes(found + b"timings")
 if "--exportLayerInfo" in given and text:
     pathlib.Path(given["--exportLayerInfo"]).write_text(text)
 if "--saveEngine" in given:
@@ -118,6 +125,7 @@ def build(bundle: Path, monkeypatch: pytest.MonkeyPatch, text: str, **changes: A
         "python": sys.executable,
         "known": sorted(options((10, 16))),
         "layers": str(layers),
+        "dies_of": b"damaged",
         "plan_bytes": (bundle / "decoder.onnx.data").stat().st_size,
         **changes,
     }
@@ -158,6 +166,31 @@ def test_a_patch_of_tensorrt_builds_anew(bundle: Path, monkeypatch: pytest.Monke
     binary = bundle.parent / "bin/trtexec"
     binary.write_text(binary.read_text().replace("v101601", "v101602"))
     assert build_engine(config, via="trtexec").info.tensorrt_version == "10.16.2"
+
+
+def test_a_run_that_dies_leaves_the_timings_of_the_one_before(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = build(bundle, monkeypatch, TEXT).directory / "timing.cache"
+    assert cache.read_bytes() == b"timings"
+    monkeypatch.setattr(builder, "__version__", "next")  # of the key
+    with pytest.raises(BuildError, match="died from SIGSEGV"):
+        build(bundle, monkeypatch, TEXT, dies_of=b"")
+    assert cache.read_bytes() == b"timings"
+    build(bundle, monkeypatch, TEXT)
+    assert cache.read_bytes() == b"timingstimings"
+
+
+def test_timings_that_crash_it_are_left_aside(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = build(bundle, monkeypatch, TEXT).directory / "timing.cache"
+    cache.write_bytes(b"damaged")
+    monkeypatch.setattr(builder, "__version__", "next")
+    result = build(bundle, monkeypatch, TEXT)
+    assert result.built
+    assert cache.read_bytes() == b"timings"
+    assert "once more, without the timing cache" in (result.directory / "build.log").read_text()
 
 
 def test_the_layout_of_the_file_is_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
