@@ -258,6 +258,7 @@ def make_recorder(
             tensorrt_version=compiled.tensorrt_version,
             compute_capability=target.compute_capability,
             device=target.gpu.name if target.gpu else None,
+            num_sms=target.gpu.num_sms if target.gpu else None,
             jetpack=telemetry.read_jetpack(),
             l4t=telemetry.read_l4t(),
             sources={file: files[file].sha256 for file in graph_files(build.manifest)},
@@ -603,6 +604,7 @@ def _key_parts(build: BuildPlan, target: Target) -> dict[str, Any]:
         "tensorrt": target.rt.version,
         "compute_capability": target.compute_capability,
         "device": target.gpu.name if target.gpu else None,
+        "num_sms": target.gpu.num_sms if target.gpu else None,  # for which kernels are timed
         "capacity": build.shapes.capacity,
         "buckets": build.shapes.kv_buckets,
         "options": build.rebuild_options(),

@@ -92,7 +92,7 @@ def idle_modules() -> dict[str, Any]:
     driver: Any = types.ModuleType("pycuda.driver")
     driver.Error = driver.MemoryError = type("Error", (Exception,), {})
     driver.host_alloc_flags = types.SimpleNamespace(DEVICEMAP=2)
-    driver.device_attribute = types.SimpleNamespace(INTEGRATED=0)
+    driver.device_attribute = types.SimpleNamespace(INTEGRATED=0, MULTIPROCESSOR_COUNT=0)
     driver.init = lambda: None
     free = [1 << 40]
 

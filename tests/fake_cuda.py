@@ -131,6 +131,7 @@ class FakeGpu:
         total_bytes: of device memory.
         integrated: as on a Jetson.
         compute_capability: e.g. ``(8, 7)``.
+        num_sms: streaming multiprocessors that are on.
         with_pycuda: whether PyCUDA can be imported.
 
     Attributes:
@@ -155,11 +156,12 @@ class FakeGpu:
         total_bytes: int = 1 << 30,
         integrated: bool = False,
         compute_capability: tuple[int, int] = (8, 7),
+        num_sms: int = 16,
         with_pycuda: bool = True,
     ) -> None:
         self.with_pycuda = with_pycuda
         self.total_bytes, self.integrated = total_bytes, integrated
-        self.compute_capability = compute_capability
+        self.compute_capability, self.num_sms = compute_capability, num_sms
         self.blocks: dict[int, NDArray[np.uint8]] = {}
         self.reserved_bytes = 0
         self.spent_s: dict[str, float] = {}
@@ -510,7 +512,9 @@ def _make_driver(gpu: FakeGpu) -> Any:
     driver.Error, driver.MemoryError = Error, OutOfMemoryError
     driver.LogicError, driver.LaunchError = LogicError, LaunchError
     driver.host_alloc_flags = types.SimpleNamespace(PORTABLE=1, DEVICEMAP=2)
-    driver.device_attribute = types.SimpleNamespace(INTEGRATED="integrated")
+    driver.device_attribute = types.SimpleNamespace(
+        INTEGRATED="integrated", MULTIPROCESSOR_COUNT="num_sms"
+    )
     driver.init = lambda flags=0: gpu.call("cuInit", context=False)
 
     class Context:

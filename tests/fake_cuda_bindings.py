@@ -53,6 +53,7 @@ class Result(enum.IntEnum):
 
 
 class DeviceAttribute(enum.IntEnum):
+    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
     CU_DEVICE_ATTRIBUTE_INTEGRATED = 18
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
@@ -160,7 +161,7 @@ def _devices(gpu: FakeGpu) -> list[Callable[..., Any]]:
         return b"Fake".ljust(length, b"\0")
 
     def cuDeviceGetAttribute(attrib: DeviceAttribute, dev: int) -> int:
-        numbers = (int(gpu.integrated), *gpu.compute_capability)
+        numbers = (gpu.num_sms, int(gpu.integrated), *gpu.compute_capability)
         return dict(zip(DeviceAttribute, numbers, strict=True))[attrib]
 
     def cuDevicePrimaryCtxRetain(dev: int) -> str:

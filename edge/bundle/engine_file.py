@@ -164,6 +164,7 @@ class EngineInfo(_Struct, frozen=True):
         plan: the plan's file name.
         compute_capability: the GPU's that it was built for, e.g. ``8.7``.
         device: the GPU's name; None if it was compiled without one.
+        num_sms: streaming multiprocessors that were on; None without a GPU, and of older engines.
         jetpack, l4t: versions of the Jetson that built it.
         sources: SHA-256 of the graph and of its weights.
         kv_buckets: numbers of cache rows that a step may read (see ``kv_read``), ascending.
@@ -238,6 +239,7 @@ class EngineInfo(_Struct, frozen=True):
     python_kernels: tuple[PackedKernels, ...] = ()
     own_attentions: tuple[Line, ...] = ()
     own_top_k: bool = False
+    num_sms: Count | None = None
 
     @property
     def buckets_read(self) -> tuple[int, ...]:

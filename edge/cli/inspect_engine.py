@@ -151,11 +151,15 @@ def _print(
     facts = Table(title=str(directory), title_justify="left", box=None, show_header=False)
     verdict = {True: "yes", False: "NO: build the engine again", None: "not known"}[as_exported]
     jetson = f", JetPack {info.jetpack}, L4T {info.l4t}" if info.l4t else ""
+    on = f", {info.num_sms} multiprocessors on" if info.num_sms else ""
     peak = f", peak memory {info.peak_memory_bytes / 1e9:.2f} GB" if info.peak_memory_bytes else ""
     for name, value in (
         ("built", f"{info.created} by {info.producer} ({info.builder})"),
         ("TensorRT", f"{info.flavour} {info.tensorrt_version}"),
-        ("GPU", f"sm {info.compute_capability}, {info.device or 'compiled without one'}{jetson}"),
+        (
+            "GPU",
+            f"sm {info.compute_capability}, {info.device or 'compiled without one'}{on}{jetson}",
+        ),
         ("took", f"{info.build_s:.0f} s{peak}"),
         ("batch", f"up to {info.max_batch}"),
         ("prefill", f"up to {info.max_prefill} tokens per step"),

@@ -5,16 +5,23 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-# cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-_CC_MAJOR, _CC_MINOR = 75, 76
+# cuda.h: CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, and _COMPUTE_CAPABILITY_MAJOR and _MINOR
+_NUM_SMS, _CC_MAJOR, _CC_MINOR = 16, 75, 76
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; ``compute_capability`` is written as ``8.7``."""
+    """A GPU.
+
+    Attributes:
+        name: as the driver has it.
+        compute_capability: e.g. ``8.7``.
+        num_sms: streaming multiprocessors that are on, which a Jetson's power mode decides.
+    """
 
     name: str
     compute_capability: str
+    num_sms: int | None = None
 
 
 def find_gpu() -> Gpu | None:
@@ -39,14 +46,16 @@ def load_driver() -> ctypes.CDLL:
 
 
 def read_gpu(cuda: ctypes.CDLL, device: ctypes.c_int) -> Gpu | None:
-    """Name and compute capability of a device of an initialized driver; None if it does not say."""
+    """Ask an initialized driver about a device; None if it does not say."""
     name = ctypes.create_string_buffer(256)
-    major, minor = ctypes.c_int(), ctypes.c_int()
+    major, minor, num_sms = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     codes = (
         cuda.cuDeviceGetName(name, len(name), device),
         cuda.cuDeviceGetAttribute(ctypes.byref(major), _CC_MAJOR, device),
         cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CC_MINOR, device),
+        cuda.cuDeviceGetAttribute(ctypes.byref(num_sms), _NUM_SMS, device),
     )
     if any(codes):
         return None
-    return Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}")
+    compute_capability = f"{major.value}.{minor.value}"
+    return Gpu(name.value.decode(errors="replace"), compute_capability, num_sms.value)

@@ -357,6 +357,34 @@ def test_the_command_of_a_plan_that_does_not_load_builds_it(
         CliRunner().invoke(cli.build, [*line, "--print-trtexec"], catch_exceptions=False)
 
 
+@pytest.mark.parametrize("with_pycuda", [True, False])
+def test_an_engine_is_for_the_multiprocessors_that_were_on(
+    with_pycuda: bool, copied: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """A Jetson's power mode turns some off; the engine runs all the same."""
+    bundle = copied(RUNNABLE, "int4")
+    gpu = FakeGpu(num_sms=16, with_pycuda=with_pycuda)
+    gpu.push()
+    install(monkeypatch, gpu)
+    here = target(gpu)
+
+    def build(num_sms: int) -> builder.BuildResult:
+        found = dataclasses.replace(here, gpu=Gpu("Orin", "8.7", num_sms))
+        return build_engine(BuildConfig(bundle, max_prefill=24), target=found)
+
+    with emptied(gpu):
+        assert build(8).info.num_sms == 8
+        assert not build(8).built
+        with GpuRunner(bundle, gpu) as runner:
+            runner.step(random_ids(1, 9))
+        assert "tuned for 8 multiprocessors, and 16 are on" in caplog.text
+        assert build(16).built
+        caplog.clear()
+        with GpuRunner(bundle, gpu):
+            assert "multiprocessors" not in caplog.text
+        gpu.pop()
+
+
 def test_a_plan_runs_without_its_bundle(
     gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,6 +214,7 @@ class Device:
         driver: PyCUDA, or what stands in for it.
         name: of the GPU.
         compute_capability: e.g. ``8.7``.
+        num_sms: streaming multiprocessors that are on.
         integrated: whether it shares the host's memory, as on a Jetson.
         wait: how threads wait for it now: ``spin``, ``yield``, ``block``, or ``driver`` where the
             driver chooses; None where nobody can say.
@@ -231,7 +232,9 @@ class Device:
             gpu = driver.Device(ordinal)
             self.name = str(gpu.name())
             self.compute_capability = "{}.{}".format(*gpu.compute_capability())
-            self.integrated = bool(gpu.get_attribute(driver.device_attribute.INTEGRATED))
+            attributes = driver.device_attribute
+            self.num_sms = int(gpu.get_attribute(attributes.MULTIPROCESSOR_COUNT))
+            self.integrated = bool(gpu.get_attribute(attributes.INTEGRATED))
             self.wait = self._set_wait(ordinal, wait)
             self._context = _primary_context(driver, ordinal)  # type: ignore[arg-type]
         except driver.Error as error:

@@ -85,7 +85,8 @@ class BindingsDriver:
         self.Stream: Callable[[], Any] = functools.partial(_Stream, call)
         self.Memcpy3D: Callable[[], Any] = functools.partial(_Memcpy3D, call)
         self.device_attribute: Any = SimpleNamespace(
-            INTEGRATED=attributes.CU_DEVICE_ATTRIBUTE_INTEGRATED
+            INTEGRATED=attributes.CU_DEVICE_ATTRIBUTE_INTEGRATED,
+            MULTIPROCESSOR_COUNT=attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
         )
         self.host_alloc_flags: Any = SimpleNamespace(DEVICEMAP=module.CU_MEMHOSTALLOC_DEVICEMAP)
 

@@ -35,7 +35,7 @@ class Driver(Protocol):
             ``retain_primary_context()``, whose result has ``push()`` and ``pop()``.
         Stream: a new stream with ``handle`` and ``synchronize()``, destroyed with the object.
         Memcpy3D: a copy of a box, called with the stream.
-        device_attribute: has ``INTEGRATED``.
+        device_attribute: has ``INTEGRATED`` and ``MULTIPROCESSOR_COUNT``.
         host_alloc_flags: has ``DEVICEMAP``.
     """
 

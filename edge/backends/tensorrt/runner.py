@@ -28,6 +28,7 @@ from edge.backends import BestLogits, Rows, cuda
 from edge.backends.step import Floats, Step, step_after
 from edge.backends.windows import UNBOUNDED, Batching, Window, canonical_windows
 from edge.bundle import io_spec
+from edge.bundle.engine_file import rebuild_command
 from edge.bundle.kv_scales import Scales, read_scales
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import OnnxFile
@@ -120,6 +121,15 @@ class TensorRTBackend:
             kv_capacity=kv_capacity,
         )
         self.engine_dir = chosen.directory
+        if chosen.info.num_sms not in (None, self._device.num_sms):
+            _logger.warning(
+                "the engine %s was tuned for %d multiprocessors, and %d are on, as in another "
+                "power mode: it may be slow; tune it for these with: %s",
+                chosen.directory,
+                chosen.info.num_sms,
+                self._device.num_sms,
+                rebuild_command(chosen.directory, chosen.info),
+            )
         self.kv_scales = _read_scales(bundle, manifest)
         try:
             with self._device.active():

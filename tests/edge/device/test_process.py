@@ -81,9 +81,8 @@ class Driver:
             if call == "cuDeviceGetName":
                 arguments[0].value = b"Orin"
             if call == "cuDeviceGetAttribute":
-                ctypes.cast(arguments[0], ctypes.POINTER(ctypes.c_int))[0] = {75: 8, 76: 7}[
-                    arguments[1]
-                ]
+                answers = {16: 8, 75: 8, 76: 7}
+                ctypes.cast(arguments[0], ctypes.POINTER(ctypes.c_int))[0] = answers[arguments[1]]
             return 100 if call == self._failing else 0
 
         return answer
@@ -91,7 +90,7 @@ class Driver:
 
 def test_a_gpu_is_named_by_the_driver(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu, "load_driver", Driver)
-    assert find_gpu() == Gpu("Orin", "8.7")
+    assert find_gpu() == Gpu("Orin", "8.7", num_sms=8)
 
 
 @pytest.mark.parametrize(
