@@ -29,6 +29,7 @@ from edge.bundle import io_spec
 from edge.bundle.engine_file import Attention, Flavour, KvRead, Plugins, where_tensorrt_is_from
 from edge.bundle.engine_layers import told_profiles
 from edge.bundle.manifest import Dialect
+from edge.device.tensorrt_version import loaded_version
 from edge.errors import BuildError, ConfigError, DependencyError, EdgeError
 from edge.progress import Progress
 
@@ -123,7 +124,7 @@ def load(flavour: Flavour | None = None) -> TensorRT:
         except (ImportError, OSError, RuntimeError) as error:  # its shared libraries
             problem = f" (importing {_MODULES[name]} failed: {error})"
             continue
-        return TensorRT(module, name, str(module.__version__))
+        return TensorRT(module, name, loaded_version(module))
     if flavour == "tensorrt-rtx":
         raise DependencyError(
             f"this needs TensorRT for RTX, which is not here{problem}; install it with: "

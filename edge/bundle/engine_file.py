@@ -335,7 +335,8 @@ def check_engine(
         info: its ``engine.json``.
         manifest: its bundle's.
         flavour: which TensorRT is at hand.
-        tensorrt_version: its version, e.g. ``10.16.2.10``; its first three parts count.
+        tensorrt_version: its version, e.g. ``10.16.2.10``; as many of its four parts count as both
+            have: ``trtexec`` and older records say three.
         compute_capability: the GPU's that is here, e.g. ``8.7``.
 
     Raises:
@@ -346,7 +347,7 @@ def check_engine(
         current = manifest.files.get(name)
         if current is None or current.sha256 != sha256:
             found.append((f"another {name}", sha256[:12], current.sha256[:12] if current else "-"))
-    if info.flavour != flavour or _release(info.tensorrt_version) != _release(tensorrt_version):
+    if info.flavour != flavour or not _agree(info.tensorrt_version, tensorrt_version):
         theirs = f"{info.flavour} {info.tensorrt_version}"
         found.append(("another TensorRT", theirs, f"{flavour} {tensorrt_version}"))
     if info.compute_capability != compute_capability:
@@ -399,5 +400,6 @@ def find_engines(bundle: Path) -> list[Path]:
     return sorted(path.parent for path in (bundle / ENGINES_DIR).glob(f"[!.]*/{ENGINE_JSON}"))
 
 
-def _release(version: str) -> list[str]:
-    return version.split(".")[:3]
+def _agree(*versions: str) -> bool:
+    parts = [version.split(".")[:4] for version in versions]
+    return all(theirs == ours for theirs, ours in zip(*parts, strict=False))

@@ -19,6 +19,7 @@ import msgspec
 
 from .gpu import load_driver, read_gpu
 from .scheme_probe import probe_schemes
+from .tensorrt_version import loaded_version
 
 _INTEGRATED = 18  # cuda.h: CU_DEVICE_ATTRIBUTE_INTEGRATED
 
@@ -71,7 +72,7 @@ def probe_tensorrt() -> dict[str, Any]:
         ``version``, and ``error`` if the engine could not be built; TensorRT prints the reason.
     """
     trt = importlib.import_module("tensorrt")
-    found: dict[str, Any] = {"version": trt.__version__}
+    found: dict[str, Any] = {"version": loaded_version(trt)}
     logger = trt.Logger(trt.Logger.WARNING)  # that CUDA does not start is one
     try:
         builder = trt.Builder(logger)

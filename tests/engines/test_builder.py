@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -310,6 +311,31 @@ def test_an_engine_for_another_machine_is_refused_with_the_command_that_rebuilds
         check_engine(directory, info, manifest, **{**here, **changes})
     command = str(refused.value).split("rebuild it with: ")[1]
     assert command == rebuild_command(directory, info)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "here", "fits"),
+    [
+        ("10.3.0.30", "10.3.0.30", True),
+        ("10.3.0.26", "10.3.0.30", False),
+        ("10.3.1.30", "10.3.0.30", False),
+        ("10.3.0", "10.3.0.30", True),  # of an older record, or of trtexec
+        ("10.3.0.30", "10.3.0", True),  # whose library does not say
+    ],
+)
+def test_the_build_number_of_tensorrt_counts_where_it_is_known(
+    recorded: str, here: str, fits: bool, engine: tuple[Path, EngineInfo]
+) -> None:
+    directory, info = engine
+    with contextlib.nullcontext() if fits else pytest.raises(BundleError, match="another TensorRT"):
+        check_engine(
+            directory,
+            msgspec.structs.replace(info, tensorrt_version=recorded),
+            read_manifest(directory.parent.parent),
+            flavour=info.flavour,
+            tensorrt_version=here,
+            compute_capability=info.compute_capability,
+        )
 
 
 def test_the_rebuild_command_gives_the_same_engine(engine: tuple[Path, EngineInfo]) -> None:

@@ -26,6 +26,7 @@ from edge.bundle.engine_file import (
     where_tensorrt_is_from,
 )
 from edge.bundle.manifest import Manifest
+from edge.device.tensorrt_version import loaded_version
 from edge.errors import (
     BackendError,
     BundleError,
@@ -97,7 +98,7 @@ def choose_engine(
                 info,
                 manifest,
                 flavour=info.flavour,
-                tensorrt_version=str(module.__version__),
+                tensorrt_version=loaded_version(module),
                 compute_capability=compute_capability,
             )
             if kv_capacity not in (None, info.kv_capacity):

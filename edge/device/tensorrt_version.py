@@ -1,0 +1,31 @@
+"""The version of a TensorRT, to the build number, without which it loads no plan."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+
+def loaded_version(trt: Any) -> str:
+    """Return the version with its build number, e.g. ``10.3.0.30``.
+
+    The Python package of TensorRT 10.3 has three numbers; the library that it has loaded has all.
+    Where that does not say, it is the package's.
+
+    Args:
+        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+    """
+    version = str(trt.__version__)
+    major, *rest = version.split(".")
+    if len(rest) > 2:
+        return version
+    try:
+        library = ctypes.CDLL(f"libnvinfer.so.{major}", os.RTLD_NOLOAD)
+        calls = [
+            getattr(library, f"getInferLib{part}Version")
+            for part in ("Major", "Minor", "Patch", "Build")
+        ]
+    except (OSError, AttributeError):  # it has another name, or lacks one of these
+        return version
+    return ".".join(str(call()) for call in calls)
