@@ -388,6 +388,13 @@ def _quantized_use(
 # Operators.
 
 
+@_op_rule("int8-moved")
+def _int8_moved(facts: GraphFacts, node: FactNode, value: tuple[str, ...]) -> str | None:
+    if node.op_type not in value or facts.dtype(node.input(0)) != "int8":
+        return None
+    return f"{node.op_type} of int8"
+
+
 @_op_rule("attention-causal", "Attention")
 def _attention_causal(_facts: GraphFacts, node: FactNode, _value: bool) -> str | None:
     return "is_causal is set" if node.attributes.get("is_causal") else None

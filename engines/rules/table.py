@@ -417,6 +417,18 @@ _QUANTIZE_RULES = (
 
 _OPERATOR_RULES = (
     Rule(
+        "int8-moved",
+        "the parser's list has no INT8 for {value}",
+        "export without --kv-cache int8 where the build fails",
+        _always(
+            ("Slice", "Unsqueeze", "Transpose"),
+            "operators.md of TensorRT 10.1 (96e7811) and 10.16 (6bde659)",
+        ),
+        None,
+        refuses=False,
+        note="The parser's importers let INT8 pass, and TensorRT for RTX 1.7.1 compiles it.",
+    ),
+    Rule(
         "attention-causal",
         "Attention takes its mask as an input",
         _AGAIN,

@@ -13,6 +13,7 @@ from engines.check import check_bundle
 from engines.config import BuildConfig
 from engines.graph import has_half_scales, prepare_graph, widen_scales
 from engines.ladder import scales_to_try
+from engines.rules.bundle import check_bundle_rules
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 from tests.conftest import Bundles
@@ -49,6 +50,22 @@ def test_the_native_dialect_is_refused_before_anything_is_built(tiny_bundles: Bu
     bundle = tiny_bundles("qwen2", "native", kv_cache="int8")
     with pytest.raises((BuildError, EdgeError), match="cache and update are of one float type"):
         check_bundle(BuildConfig(bundle, max_prefill=32))
+
+
+def test_that_the_list_of_operators_has_no_int8_is_a_warning(tiny_bundles: Bundles) -> None:
+    def warned(bundle: Path) -> dict[str, int]:
+        verdicts = check_bundle_rules(bundle, list(VERSIONS))
+        return {
+            verdict.version.name: len(finding.nodes)
+            for verdict in verdicts
+            for finding in verdict.findings
+            if finding.rule == "int8-moved" and not finding.refused
+        }
+
+    found = warned(tiny_bundles("qwen2", "portable", kv_cache="int8"))
+    assert set(found) == {version.name for version in VERSIONS if version.flavour == "tensorrt"}
+    assert all(found.values())
+    assert warned(tiny_bundles("qwen2", "portable")) == {}
 
 
 def test_wide_scales_are_what_the_strictest_version_takes(tiny_bundles: Bundles) -> None:
