@@ -32,14 +32,23 @@ def log_softmax(logits: Rows) -> Vector:
         BackendError: a logit is NaN or infinite.
     """
     x = logits.astype(np.float64)
-    if not np.isfinite(x).all():
+    check_finite(x)
+    x -= x.max(axis=-1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return x
+
+
+def check_finite(logits: Rows) -> None:
+    """Refuse logits of any shape that leave the range of their type.
+
+    Raises:
+        BackendError: a logit is NaN or infinite.
+    """
+    if not np.isfinite(logits).all():
         raise BackendError(
             "the logits hold NaN or infinite values; export the bundle again, with --dtype bf16 "
             "if activations leave the range of FP16"
         )
-    x -= x.max(axis=-1, keepdims=True)
-    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
-    return x
 
 
 def token_logprobs(logits: Rows, ids: NDArray[np.int64]) -> Vector:

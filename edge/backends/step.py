@@ -145,6 +145,21 @@ def last_token(count: int) -> Ints:
     return np.array([count - 1])
 
 
+def zero_rows(backend: Backend, slot: int, end: int, first: int = 0) -> None:
+    """Overwrite rows ``first`` to ``end`` of a slot, which may hold a NaN, with 0.
+
+    A masked row still counts where attention multiplies its weight of 0 by what the row holds: a
+    NaN left there would reach whoever gets the slot next.
+
+    Raises:
+        EdgeError: the engine failed.
+    """
+    rows = backend.read_slot(slot, max(first, 1))
+    zeroed = np.zeros((*rows.shape[:2], end, *rows.shape[3:]), dtype=rows.dtype)
+    zeroed[:, :, :first] = rows[:, :, :first]
+    backend.write_slot(slot, zeroed)
+
+
 class TokenTable(Protocol):
     """Rows of a token table by id; see `edge.bundle.embeddings.EmbeddingTable`."""
 

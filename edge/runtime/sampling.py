@@ -640,21 +640,17 @@ def _in_nucleus(x: Logits, place: int, mass_before: float, total: float, top_p: 
     return bool(keep_top_p(x, top_p)[place])
 
 
-def check_sound(logits: Logits | BestLogits) -> None:
-    """Refuse a row that came of a NaN, by one of its logits: a hidden state with one makes all NaN.
+def is_sound(logits: Logits | BestLogits) -> bool:
+    """Tell a row that came of a NaN, by one of its logits: a hidden state with one makes all NaN.
 
     Args:
         logits: float32 ``[vocab]``; or the best of such a row, which is fetched if it may be one.
-
-    Raises:
-        BackendError: it is.
     """
     if isinstance(logits, BestLogits):
         if not math.isnan(logits.rest):
-            return
+            return True
         logits = logits.row()
-    if math.isnan(logits[0]):
-        _check_best(logits[0])
+    return not math.isnan(logits[0])
 
 
 def _argmax(logits: Logits) -> int:
@@ -672,7 +668,12 @@ def _check_best(best: np.float32) -> None:
             "no token is left to choose from: every logit is -inf; if a mask is in use, it forbids "
             "the whole vocabulary, otherwise check the model with: edge-llm eval"
         )
-    raise BackendError(
+    raise non_finite(best)
+
+
+def non_finite(best: float | np.float32) -> BackendError:
+    """The error of a row whose greatest logit is NaN or +inf."""
+    return BackendError(
         f"the model produced non-finite logits ({best}); an activation has probably overflowed "
         "its 16-bit type, so export a bfloat16 bundle or check this one with: edge-llm eval"
     )

@@ -16,24 +16,28 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend, BestLogits, Floats, Rows
-from edge.backends.step import step_after
+from edge.backends import Backend, BestLogits, Floats
+from edge.backends.step import step_after, zero_rows
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, DeadlineError, EdgeError, ResourceError
 from edge.runtime.generation import PromptProgress
 from edge.runtime.kv_cache import Placement, Slot, SlotPool
-from edge.runtime.sampling import SampledToken, Sampler, check_sound
+from edge.runtime.sampling import SampledToken, Sampler, is_sound, non_finite
 
 from .drafting import Drafting
 from .policy import DecodeRun, Policy
 from .request import Drafter, FinishReason, Overflow, PrefixSource, Request, Sink
 from .sequence import SequenceState, slot_of
 
+_Result = TypeVar("_Result")
+_Rows: TypeAlias = NDArray[np.float32] | list[BestLogits]  # of one sequence
+_SPOILS = (BackendError, ResourceError)  # rows; memory may run out in the middle of a step, too
 _NEWEST = 0.15  # weight of the newest time in a running mean
 _SHORT = 31  # tokens that no engine's attention cuts into blocks
 
@@ -158,12 +162,16 @@ class EngineCore:
         if self.steps == steps:
             self._push_drawn()  # no step was there to do it
 
-    def call(self, work: Callable[[], None]) -> None:
+    def call(self, work: Callable[[], _Result]) -> _Result:
         """Let ``work`` use the backend as it likes, while no sequence runs."""
         assert not self.running, "sequences own the cache"
         self._call_began_s = self.now()
         try:
-            work()
+            return work()
+        except _SPOILS:
+            for slot in self.pool.slots:  # nobody knows which rows it has written
+                self._scrub(slot, slot.capacity)
+            raise
         finally:
             self.pool.forget()
 
@@ -406,10 +414,11 @@ class EngineCore:
         sequences: list[SequenceState],
         tokens: list[list[int]],
         wanted: list[list[int]],
-    ) -> Rows | None:
+    ) -> list[_Rows] | None:
         """Run a step; if it fails, its sequences end with the error and None is returned.
 
-        Of a step that succeeds, those end whose rows hold a NaN.
+        Of a step that succeeds, those end whose first token has a NaN, and drafts from one on are
+        dropped: what is returned of a sequence ends before it.
         """
         slots = [slot_of(sequence) for sequence in sequences]
         lengths = [slot.length for slot in slots]
@@ -441,12 +450,15 @@ class EngineCore:
             costs.observe_plain(len(sequences), seconds)
         if len(sequences) == 1 and len(wanted[0]) == 1:
             costs.prefill.observe(seq, seconds)
+        found: list[_Rows] = []
         for sequence, slot, length, rows in zip(sequences, slots, lengths, logits, strict=True):
-            try:
-                check_sound(rows[0])  # also where nothing is drawn: its token saw all before it
-            except EdgeError as error:
-                self._spoil(sequence, slot, length + seq, error)
-        return logits
+            sound = _count_sound(rows)  # also where nothing is drawn
+            if not sound:
+                self._spoil(sequence, slot, length + seq, non_finite(np.nan))
+            elif sound < len(rows):
+                self._scrub(slot, length + seq, first=length + sound)
+            found.append(rows[:sound])
+        return found
 
     def _count_step(self, tokens: int, seconds: float) -> None:
         self._last_step_s = self.now()
@@ -459,7 +471,7 @@ class EngineCore:
     def _sample(
         self,
         sequence: SequenceState,
-        logits: NDArray[np.float32] | list[BestLogits],
+        logits: _Rows,
         planned: int = 0,
     ) -> None:
         """Draw a token at each place, as long as the draft was what was drawn."""
@@ -570,9 +582,7 @@ class EngineCore:
 
     def _fail(self, sequence: SequenceState, error: EdgeError, *, scrub: bool = True) -> None:
         """End a sequence with an error; its rows cannot be trusted."""
-        # Memory may run out in the middle of a step, too.
-        spoilt = isinstance(error, (BackendError, ResourceError))
-        if scrub and spoilt and sequence.slot is not None:
+        if scrub and isinstance(error, _SPOILS) and sequence.slot is not None:
             # No more than that: on the CPU a row that nobody has touched takes no memory.
             newest = max(len(sequence.pending), 1 + self.drafting.max_tokens)
             newest = min(newest, self.backend.max_step_tokens)
@@ -589,20 +599,16 @@ class EngineCore:
         else:
             self._fail(sequence, error)
 
-    def _scrub(self, slot: Slot, written: int) -> None:
-        """Zero the rows of a failed sequence, those that its last step may have written included.
+    def _scrub(self, slot: Slot, written: int, first: int = 0) -> None:
+        """Zero spoilt rows from ``first`` on, those that the last step may have written included.
 
-        A masked row still counts where attention multiplies its weight of 0 by what the row holds:
-        a NaN left there would reach whoever gets the slot next.
+        See `zero_rows`.
         """
         if self.backend.failed is not None:
             return
-        written = min(written, slot.capacity)
         # A backend that cannot even write will say so in its next step.
         with contextlib.suppress(EdgeError):
-            row = self.backend.read_slot(slot.index, 1)
-            shape = (*row.shape[:2], written, *row.shape[3:])
-            self.backend.write_slot(slot.index, np.zeros(shape, dtype=row.dtype))
+            zero_rows(self.backend, slot.index, min(written, slot.capacity), first)
 
     def _leave(self, sequence: SequenceState, *, keep: bool) -> None:
         sequence.ended = True
@@ -636,6 +642,13 @@ class EngineCore:
         before, slot.ids = slot.ids, ids
         self.drafting.slide(slot.index, before, ids)
         return True
+
+
+def _count_sound(rows: _Rows) -> int:
+    """Count the rows before the first that came of a NaN; the last token saw all before it."""
+    if is_sound(rows[-1]):
+        return len(rows)
+    return next(place for place, row in enumerate(rows) if not is_sound(row))
 
 
 def even_chunk(pending: int, limit: int) -> int:

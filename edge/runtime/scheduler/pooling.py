@@ -131,6 +131,7 @@ class PoolingCore(EngineCore):
             slot.prefilled = slot.length
             sequence.pending = sequence.pending[seq:]
             if not sequence.pending and not sequence.cancelled:
+                assert isinstance(output, np.ndarray), "where nothing is drawn, rows come whole"
                 self._pool(sequence, output[0])
 
     def _companions(self, first: SequenceState) -> list[SequenceState]:
@@ -171,6 +172,6 @@ class PoolingCore(EngineCore):
         sequence.stats.ttft_s = sequence.stats.total_s = self.now() - sequence.submitted_s
         self._finish(sequence, "stop")
 
-    def _scrub(self, slot: Slot, last_step: int) -> None:
+    def _scrub(self, slot: Slot, last_step: int, first: int = 0) -> None:
         """Zero what the last step may have written, padding included; see `EngineCore`."""
-        super()._scrub(slot, max(last_step, self.policy.step_tokens))
+        super()._scrub(slot, max(last_step, self.policy.step_tokens), first)

@@ -291,7 +291,7 @@ class _EngineThread:
             raise BackendError(
                 "a constraint or sink cannot use the backend while its sequence runs"
             )
-        call()
+        call(self._core)
 
     def load(self) -> tuple[int, int]:
         """Sequences that wait and that run."""
@@ -388,7 +388,7 @@ class _EngineThread:
                 call = self._calls.popleft()
                 self._in_call = True
             try:
-                self._core.call(call)
+                call(self._core)
             finally:
                 self._in_call = False
             # Callers in a loop would starve sequences, and these the callers.
@@ -426,8 +426,8 @@ class _Call:
         self._work = work
         self.future: Future[object] = Future()
 
-    def __call__(self) -> None:
+    def __call__(self, core: EngineCore) -> None:
         try:
-            self.future.set_result(self._work())
+            self.future.set_result(core.call(self._work))
         except BaseException as error:  # noqa: BLE001 - raised again where the result is awaited
             self.future.set_exception(error)

@@ -30,6 +30,7 @@ from edge.runtime.draft_model import ModelDrafter
 from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken
 from edge.runtime.scheduler import DraftContext, Drafter, DraftWorth, FinishReason
+from edge.runtime.scheduler.policy import DecodeRun
 from edge.runtime.scheduler.sequence import SequenceState
 from scripts.best_logits import best_of
 from tests.edge.runtime.scheduler.conftest import (
@@ -589,6 +590,54 @@ def test_a_prompt_that_rides_leaves_no_nan_behind(
     assert "non-finite" in str(sink.last)
     assert engine.backend.rows_of(1, 2) == [0, 0]
     assert other.ids == list(range(21, 41))
+
+
+class Wild(Guesser):
+    """Its second guess of each draft makes a NaN."""
+
+    def _guess(self, ids: list[int], limit: int) -> list[int]:
+        guess = super()._guess(ids, limit)
+        return [*guess[:1], 9, *guess[2:]][:limit]
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("end", [END, 23])
+def test_a_guess_that_overflows_leaves_no_nan_behind(
+    table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch, end: int, best: bool
+):
+    """It is wrong, or after the end token; the rows before it are used, and the answer goes on."""
+    engine = Engine(table, nan_after_9, drafter=Wild(COUNT_UP, 1000), speculative=4)
+    monkeypatch.setattr(engine.core.policy, "draft_plan", lambda drafts: [DecodeRun((0,), 4)])
+    forward = engine.backend.forward
+
+    def forward_best(step: Step) -> Rows:
+        return [[best_of(row, 8, row.copy) for row in each] for each in forward(step)]
+
+    engine.backend.forward_best = forward_best if best else None
+    params = replace(GREEDY, max_tokens=8)
+    _, sink = engine.submit(make_request([20, 21], params, end_ids=frozenset({end})))
+    while not engine.core.is_idle:
+        engine.core.step()
+        engine.check_books()
+        assert 9 not in engine.backend.rows_of(0, 64)
+    assert sink.ids == list(range(22, min(end + 1, 30)))
+    assert engine.backend.steps[1] == (2, 5)
+    assert len(engine.backend.steps) == (2 if end == 23 else 5), "right guesses are used"
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_right_guess_that_overflows_ends_the_answer_as_without_drafts(
+    table: EmbeddingTable, drafts: bool
+):
+    drafter = Guesser(COUNT_UP, 1000) if drafts else None
+    engine = Engine(table, nan_after_9, drafter=drafter, speculative=4)
+    _, sink = engine.submit(make_request([4, 5]))
+    engine.run()
+    assert sink.ids == [6, 7, 8, 9]
+    assert "non-finite" in str(sink.last)
+    assert 9 not in engine.backend.rows_of(0, 64)
+    assert not engine.core.pool.cached_tokens
+    assert bool(engine.core.counts["accepted"]) == drafts
 
 
 class Only:

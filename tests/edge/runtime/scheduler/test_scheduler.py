@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edge.bundle.embeddings import EmbeddingTable
@@ -27,6 +28,7 @@ from edge.errors import (
     ResourceError,
 )
 from edge.runtime import stream as stream_module
+from edge.runtime.generation import score
 from edge.runtime.scheduler import Request, Scheduler
 from edge.runtime.stream import Generation, OutputStream
 from edge.runtime.stream import submit as submit_all
@@ -298,6 +300,32 @@ def test_work_of_a_call_is_seen_and_its_steps_count(make: Make):
     least = 0.02 * scheduler._core.policy.step_tokens / 2
     assert after.full_step_s is not None
     assert after.full_step_s >= least
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_score_leaves_no_nan_behind(make: Make, table: EmbeddingTable, leaves: bool):
+    """Neither where it finds the NaN nor where its client leaves after the step that made it."""
+
+    def script(seen: tuple[int, ...]) -> Any:
+        return np.full(VOCAB, np.nan, np.float32) if 9 in seen else (seen[-1] + 1) % VOCAB
+
+    scheduler, backend = make(script)
+
+    def leave(tokens: int) -> None:
+        if leaves and 9 in backend.rows_of(0, 8):
+            raise RequestError("the client left")
+
+    def work() -> None:
+        score(backend, table, [1, 2, 9, *[3] * 20], leave)
+
+    for run in (work, lambda: scheduler.call(work)):  # also where it calls once more
+        with pytest.raises(BackendError, match="NaN"):
+            scheduler.call(run)
+        assert backend.rows_of(0, 64) == [0] * 64
+        backend.write_slot(0, np.full((1, 1, 64, 1), -1.0))
+    with pytest.raises(RequestError, match="at least two"):
+        scheduler.call(lambda: score(backend, table, [1]))
+    assert backend.rows_of(0, 64) == [-1] * 64, "nothing ran, and a row costs memory once written"
 
 
 def test_a_lost_device_ends_everything_and_is_told(make: Make):
