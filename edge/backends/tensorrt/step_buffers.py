@@ -111,7 +111,7 @@ class StepBuffers:
         """Write a window's inputs into the staging memory.
 
         Args:
-            window: which sequences stand where; idle places get position 0 and ``idle_cursor``.
+            window: which sequences stand where; idle places get zeros and ``idle_cursor``.
             step: all of the caller's sequences.
             idle_cursor: the cache row that an idle slot writes.
         """
@@ -129,6 +129,8 @@ class StepBuffers:
             return
         places, chosen = list(window.places), list(window.rows)
         if len(places) < batch:
+            # Whoever ran there last may have overflowed: the rows of its token would do so again.
+            rows[...] = 0
             wanted[...] = 0
             cursor[...] = idle_cursor
             indices[...] = 0

@@ -63,6 +63,10 @@ def test_staging_of_a_window_with_idle_places(
         sizes = StepSizes(4, 4, 4)
         buffers = StepBuffers(device, resources, sizes, MODEL, dtype, "write_indices")
         embeds = np.arange(2 * MODEL.hidden_size).reshape(2, 1, -1).astype(np.float16)
+        everyone = Window(0, 3, (0, 1, 2), (0, 1, 2))
+        ones = np.ones((3, 1, MODEL.hidden_size), np.float16)
+        step = step_after([0, 1, 2], [5, 5, 5], ones, np.zeros((3, 1), np.int64))
+        buffers.fill(everyone, step, idle_cursor=99)
         window = Window(1, 3, (1, 0), (0, 2))
         step = step_after([3, 1], [7, 9], embeds, np.zeros((2, 1), np.int64))
         buffers.fill(window, step, idle_cursor=99)
@@ -79,6 +83,7 @@ def test_staging_of_a_window_with_idle_places(
         rows = found("inputs_embeds", 3 * MODEL.hidden_size, np.uint16).reshape(3, -1)
         bits = round_to_bf16(embeds) if dtype == "bf16" else embeds.view(np.uint16)
         assert_array_equal(rows[[0, 2]], bits[[1, 0], 0])
+        assert not rows[1].any(), "the token of the step before would run again"
 
         logits = np.linspace(-3, 3, 3 * MODEL.vocab_size, dtype=np.float32)
         as_bits = round_to_bf16(logits) if dtype == "bf16" else logits.astype(np.float16)
