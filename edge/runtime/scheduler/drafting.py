@@ -75,9 +75,10 @@ class Drafting:
         """Start a sequence, which has its slot."""
         if self.drafter is None:
             return
-        self.drafter.begin(slot_of(sequence).index, sequence.salt)
+        slot, salt = slot_of(sequence).index, sequence.salt
+        self._let(lambda drafter: drafter.begin(slot, salt))
         sequence.acceptance = self.acceptance
-        if not self.drafter.is_free:
+        if not self.is_free:
             # Texts differ: one is given up by its own guesses, not by those of others.
             sequence.acceptance = min(self.acceptance + self.spread, _MOST_HOPE)
 
@@ -137,7 +138,7 @@ class Drafting:
         for sequence, context in zip(sequences, contexts, strict=True):
             length = 0
             if self.drafter is not None and context.limit:
-                behind = self._behind(context)
+                behind = self._ask(lambda drafter, of: drafter.behind(of), context)
                 if (
                     behind
                     and not has_read
@@ -145,9 +146,9 @@ class Drafting:
                 ):
                     has_read = True
                     self._read(context, behind, running)
-                    behind = self._behind(context)
-                if not behind and self.drafter is not None:
-                    length = self.drafter.offer(context)
+                    behind = self._ask(lambda drafter, of: drafter.behind(of), context)
+                if not behind:
+                    length = self._ask(lambda drafter, of: drafter.offer(of), context)
             sequence.offered = length
             found.append(Draft(length, sequence.acceptance))
         return found
@@ -205,7 +206,7 @@ class Drafting:
         if self.drafter is not None:
             self._counts["drafted"] += proposed
             self._counts["accepted"] += accepted
-            self.drafter.observe(slot, proposed, accepted)
+            self._let(lambda drafter: drafter.observe(slot, proposed, accepted))
 
     def count_step(self, tokens: int, took_s: float, batch: int, *, is_trial: bool) -> None:
         """Compare what a decode step with drafts gave with plain steps of all its sequences."""
@@ -223,11 +224,11 @@ class Drafting:
 
     # ------------------------------------------------------------------ the drafter's reading
 
-    def _behind(self, context: DraftContext) -> int:
-        """Tokens that the drafter must read first; it may copy some that another slot has."""
+    def _ask(self, question: Callable[[Drafter, DraftContext], int], context: DraftContext) -> int:
+        """Ask the drafter for a number of tokens; 0 if it failed."""
         found: list[int] = []
         if self.drafter is not None:
-            self._let(lambda drafter: found.append(drafter.behind(context)))
+            self._let(lambda drafter: found.append(question(drafter, context)))
         return found[0] if found else 0
 
     def _reads(
@@ -272,9 +273,12 @@ class Drafting:
         started = self._now()
         try:
             work(self.drafter, *arguments)
-        except EdgeError as error:
-            _log.error("no more drafts, answers go on without: %s", error)
-            self.failed = str(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, answers do not need it
+            expected = isinstance(error, EdgeError)
+            self.failed = str(error) if expected else f"{type(error).__name__}: {error}"
+            _log.error(
+                "no more drafts, answers go on without: %s", self.failed, exc_info=not expected
+            )
             self.drafter = None
             return None
         self.last_s = self._now()

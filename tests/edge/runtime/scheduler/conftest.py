@@ -189,6 +189,8 @@ class Engine:
             if own.shareable:
                 assert [*own.ids, *sequence.pending] == sequence.ids
             assert own.salt == sequence.salt
+        failed = core.drafting.failed  # what a drafter asserts arrives there, too
+        assert failed is None or "told to" in failed
 
 
 def failed_as_told(sink: Collected) -> bool:

@@ -592,6 +592,27 @@ def test_a_prompt_that_rides_leaves_no_nan_behind(
     assert other.ids == list(range(21, 41))
 
 
+@pytest.mark.parametrize("call", ["begin", "behind", "offer", "propose", "observe"])
+def test_a_drafter_may_fail_in_any_way_and_call(
+    table: EmbeddingTable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+):
+    def fail(*arguments: Any) -> Any:
+        raise MemoryError("no room")
+
+    drafter = Guesser(COUNT_UP, 1000)
+    engine = Engine(table, drafter=drafter, speculative=4)
+    params = replace(GREEDY, max_tokens=12)
+    assert engine.answer(make_request([1], params))[0] == list(range(2, 14))
+    assert engine.core.counts["accepted"]
+    monkeypatch.setattr(drafter, call, fail)
+    assert engine.answer(make_request([20], params))[0] == list(range(21, 33))
+    assert engine.core.drafting.failed == "MemoryError: no room"
+    assert "Traceback" in caplog.text
+
+
 class Wild(Guesser):
     """Its second guess of each draft makes a NaN."""
 
