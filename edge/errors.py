@@ -16,6 +16,7 @@
       DeadlineError               a request did not finish in the time that it was given      75
       RegistryError               a registry cannot be reached or fails; try again later      75
       BackendError                the inference engine failed                                 70
+        NonFiniteError            the model computed a NaN or an infinity
         DeviceError               the GPU or its driver failed
       BuildError                  TensorRT refused a graph or failed to build it              70
       GateError                   it works, and is not good enough                             3
@@ -142,6 +143,10 @@ class RegistryError(EdgeError):
 
 class BackendError(EdgeError):
     """The inference engine failed."""
+
+
+class NonFiniteError(BackendError):
+    """The model computed a NaN or an infinity."""
 
 
 class DeviceError(BackendError):

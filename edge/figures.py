@@ -1,7 +1,7 @@
 """Computes figures of logits and of the cache: log-probabilities, KL divergence, cosine.
 
 The edges of bins in which numbers are counted are here, too. Logits that hold NaN or an infinity
-are a `BackendError`, never a figure. Everything is computed in float64.
+are a `NonFiniteError`, never a figure. Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BackendError
+from .errors import NonFiniteError
 
 Rows = NDArray[np.floating]
 Vector = NDArray[np.float64]
@@ -29,7 +29,7 @@ def log_softmax(logits: Rows) -> Vector:
         float64 of the same shape.
 
     Raises:
-        BackendError: a logit is NaN or infinite.
+        NonFiniteError: a logit is NaN or infinite.
     """
     x = logits.astype(np.float64)
     check_finite(x)
@@ -42,10 +42,10 @@ def check_finite(logits: Rows) -> None:
     """Refuse logits of any shape that leave the range of their type.
 
     Raises:
-        BackendError: a logit is NaN or infinite.
+        NonFiniteError: a logit is NaN or infinite.
     """
     if not np.isfinite(logits).all():
-        raise BackendError(
+        raise NonFiniteError(
             "the logits hold NaN or infinite values; export the bundle again, with --dtype bf16 "
             "if activations leave the range of FP16"
         )
@@ -62,7 +62,7 @@ def token_logprobs(logits: Rows, ids: NDArray[np.int64]) -> Vector:
         float64 ``[n]``.
 
     Raises:
-        BackendError: a logit is NaN or infinite.
+        NonFiniteError: a logit is NaN or infinite.
     """
     result = np.empty(len(ids))
     for at in range(0, len(ids), _ROWS):

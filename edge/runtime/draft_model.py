@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend, Floats
 from edge.backends.choose import open_backend
-from edge.backends.step import prefill, step_after
+from edge.backends.step import prefill, step_after, zero_rows
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.bundle.trust import open_manifest
@@ -32,6 +32,7 @@ from edge.text.tokenizer_difference import tokenizer_difference
 from .guesses import Guesses
 from .kv_cache import common_prefix
 from .overflow import SlidingWindow
+from .sampling import is_sound
 from .scheduler import DraftContext, DraftWorth
 
 CLOSE = 8
@@ -83,9 +84,11 @@ class ModelDrafter:
         self._row = np.full(target_vocab, -np.inf, np.float32)
         self._ids: list[list[int]] = [[] for _ in range(backend.num_slots)]
         self._salts = [""] * backend.num_slots
+        self._spoilt: set[int] = set()  # slots whose text gave a NaN, and would again
 
     def begin(self, slot: int, salt: str) -> None:
         """Keep the rows of the sequence before, if this one may share them."""
+        self._spoilt.discard(slot)
         if self._salts[slot] != salt:
             self._ids[slot], self._salts[slot] = [], salt
 
@@ -119,11 +122,13 @@ class ModelDrafter:
         Raises:
             EdgeError: the engine failed.
         """
+        if self._room(context) <= 0:
+            return 0
         lacks = self._lacks(context)
         if lacks > CLOSE:
             self._copy_prefix(context)
             lacks = self._lacks(context)
-        return lacks - 1 if lacks > CLOSE and self._room(context) > 0 else 0
+        return lacks - 1 if lacks > CLOSE else 0
 
     def read(self, context: DraftContext, most: int) -> None:
         """Run tokens that it lacks, from the first on, without the last one.
@@ -131,15 +136,8 @@ class ModelDrafter:
         Raises:
             EdgeError: the engine failed.
         """
-        ids, rows = self._ids[context.slot], context.rows
-        first = len(rows) - self._lacks(context)
-        del ids[first:]
-        last = min(first + most, len(rows) - 1)
-        tokens = self._known(rows[first:last])
-        for part, _ in prefill(
-            self.backend, self._embeddings, tokens, slot=context.slot, past=first
-        ):
-            ids += rows[first + part.start : first + part.stop]
+        if not self._read(context, most):
+            self._spoil(context.slot)
 
     def offer(self, context: DraftContext) -> int:
         """Return the limit, as far as its own slot has room."""
@@ -163,6 +161,8 @@ class ModelDrafter:
                 going = [i for i, row in rows if guesses.add(i, self._fit(row))]
                 tokens = [guesses.drafts[i][-1:] for i in going]
                 past = [len(self._ids[contexts[i].slot]) for i in going]
+        for i in guesses.spoilt:
+            self._spoil(contexts[i].slot)
         return guesses.drafts
 
     def observe(self, slot: int, proposed: int, accepted: int) -> None:
@@ -172,6 +172,27 @@ class ModelDrafter:
         """Free the engine and close the table; calling it twice is harmless."""
         self.backend.close()
         self._embeddings.close()
+
+    def _read(self, context: DraftContext, most: int) -> bool:
+        """Read (`read`); returns whether no row holds a NaN."""
+        ids, rows = self._ids[context.slot], context.rows
+        first = len(rows) - self._lacks(context)
+        del ids[first:]
+        last = min(first + most, len(rows) - 1)
+        tokens = self._known(rows[first:last])
+        sound = True
+        for part, logits in prefill(
+            self.backend, self._embeddings, tokens, slot=context.slot, past=first
+        ):
+            ids += rows[first + part.start : first + part.stop]
+            sound = is_sound(logits[-1])  # a token sees all before it
+        return sound
+
+    def _spoil(self, slot: int) -> None:
+        """Draft no more for a text one of whose rows holds a NaN."""
+        zero_rows(self.backend, slot, len(self._ids[slot]))
+        self._ids[slot] = []
+        self._spoilt.add(slot)
 
     def _first_step(
         self, contexts: Sequence[DraftContext], going: list[int]
@@ -184,7 +205,7 @@ class ModelDrafter:
             rows, ids = contexts[i].rows, self._ids[contexts[i].slot]
             first = len(rows) - size
             if self._lacks(contexts[i]) > size:  # beside a very short text
-                self.read(contexts[i], self._lacks(contexts[i]) - size)
+                self._read(contexts[i], self._lacks(contexts[i]) - size)
             del ids[first:]
             past.append(first)
             tokens.append(list(rows[first:]))
@@ -219,6 +240,8 @@ class ModelDrafter:
 
     def _room(self, context: DraftContext) -> int:
         """Guesses for which there are rows: the last guess needs none."""
+        if context.slot in self._spoilt:
+            return 0
         return self.backend.capacity - len(context.rows) + 1
 
     def _copy_prefix(self, context: DraftContext) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend
 from edge.backends.choose import open_backend
-from edge.backends.step import TokenTable, step_after
+from edge.backends.step import TokenTable, step_after, zero_rows
 from edge.bundle.manifest import HeadManifest, Manifest, head_manifest
 from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig
@@ -33,6 +33,7 @@ from edge.errors import BundleError, ConfigError
 
 from .guesses import Guesses
 from .kv_cache import common_prefix
+from .sampling import is_sound
 from .scheduler import DraftContext, DraftWorth
 
 CLOSE = 8
@@ -148,7 +149,9 @@ class Eagle3Drafter:
         # Of the step's own tokens all but the first may be drafts, and wrong.
         count = len(before) - text.start - text.read
         if count >= MOST_WAITING:
-            self._read(slot, text.ids, min(count, self.backend.capacity - text.read))
+            count = min(count, self.backend.capacity - text.read)
+            if not self._read(slot, text.ids, count):
+                self._spoil(slot)
 
     def behind(self, context: DraftContext) -> int:
         """Rows to read first; 0 if they are few."""
@@ -162,7 +165,8 @@ class Eagle3Drafter:
             EdgeError: the engine failed.
         """
         self._texts[context.slot].cut(len(context.rows) - 1)
-        self._read(context.slot, context.rows, min(most, self._lacks(context) - 1))
+        if not self._read(context.slot, context.rows, min(most, self._lacks(context) - 1)):
+            self._spoil(context.slot)
 
     def offer(self, context: DraftContext) -> int:
         """Return the limit, as far as there is room; 0 without the newest hidden state."""
@@ -201,6 +205,8 @@ class Eagle3Drafter:
                     for row, i in enumerate(going)
                     if guesses.add(i, self._fit(logits[row]))
                 }
+        for i in guesses.spoilt:
+            self._spoil(contexts[i].slot, len(guesses.drafts[i]))
         return guesses.drafts
 
     def observe(self, slot: int, proposed: int, accepted: int) -> None:
@@ -236,14 +242,29 @@ class Eagle3Drafter:
             results += [(i, logits[row].copy(), found[row].copy()) for row, i in enumerate(members)]
         return results
 
-    def _read(self, slot: int, ids: Sequence[int], count: int) -> None:
-        """Run the first ``count`` waiting rows; ``ids`` are the tokens of the target's rows."""
+    def _read(self, slot: int, ids: Sequence[int], count: int) -> bool:
+        """Run the first ``count`` waiting rows; ``ids`` are the tokens of the target's rows.
+
+        Returns:
+            Whether no row holds a NaN.
+        """
+        sound = True
         text, most = self._texts[slot], self.backend.max_step_tokens
         while count > 0:
             size = min(count, most)
             past, first = text.read, text.start + text.read + 1
-            self._forward([slot], [past], [ids[first : first + size]], text.take(size)[None])
+            logits, _ = self._forward(
+                [slot], [past], [ids[first : first + size]], text.take(size)[None]
+            )
+            sound = is_sound(logits[0])  # a token sees all before it
             count -= size
+        return sound
+
+    def _spoil(self, slot: int, guessed: int = 0) -> None:
+        """Zero the head's rows, one of which holds a NaN, and begin anew after them."""
+        text = self._texts[slot]
+        zero_rows(self.backend, slot, text.read + guessed)
+        text.begin_after(text.ids)
 
     def _forward(
         self, slots: list[int], past: list[int], tokens: Sequence[Sequence[int]], hidden: Array

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.errors import NonFiniteError
+
 from .scheduler import DraftContext, DraftWorth
 
 
@@ -20,6 +22,7 @@ class Guesses:
 
     Attributes:
         drafts: the guesses of each.
+        spoilt: indices of those that ended with a row that is not finite.
     """
 
     def __init__(
@@ -28,6 +31,7 @@ class Guesses:
         self._contexts, self._limits, self._worth = contexts, limits, worth
         self._chances = [1.0] * len(contexts)  # that all of a draft is right
         self.drafts: list[list[int]] = [[] for _ in contexts]
+        self.spoilt: list[int] = []
 
     def add(self, index: int, logits: NDArray[np.float32]) -> bool:
         """Guess a sequence's next token; returns whether one more after it is worth its time.
@@ -37,9 +41,13 @@ class Guesses:
             logits: a row of the target's length, -inf for tokens that cannot be guessed.
 
         Raises:
-            BackendError: see `Sampler.guess`.
+            BackendError: the row has another length.
         """
-        guess, chance = self._contexts[index].sampler.guess(logits)
+        try:
+            guess, chance = self._contexts[index].sampler.guess(logits)
+        except NonFiniteError:
+            self.spoilt.append(index)
+            return False
         self._chances[index] *= chance
         if self._chances[index] < self._worth.run:
             return False

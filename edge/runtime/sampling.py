@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from edge.backends.best import BestLogits
 from edge.bundle.manifest import SamplingDefaults
-from edge.errors import BackendError, RequestError
+from edge.errors import BackendError, NonFiniteError, RequestError
 
 from . import best_draw
 from .sampling_params import DEFAULTED, SamplingParams
@@ -671,9 +671,9 @@ def _check_best(best: np.float32) -> None:
     raise non_finite(best)
 
 
-def non_finite(best: float | np.float32) -> BackendError:
+def non_finite(best: float | np.float32) -> NonFiniteError:
     """The error of a row whose greatest logit is NaN or +inf."""
-    return BackendError(
+    return NonFiniteError(
         f"the model produced non-finite logits ({best}); an activation has probably overflowed "
         "its 16-bit type, so export a bfloat16 bundle or check this one with: edge-llm eval"
     )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import SamplingDefaults
-from edge.errors import BackendError, EdgeError, RequestError
+from edge.errors import BackendError, EdgeError, NonFiniteError, RequestError
 from edge.runtime.generation import FinishReason, GenerationStats, PromptProgress
 from edge.runtime.kv_cache import Slot
 from edge.runtime.sampling import SampledToken, Sampler
@@ -160,7 +160,7 @@ class PoolingCore(EngineCore):
         if not np.isfinite(output).all():
             self._fail(
                 sequence,
-                BackendError(
+                NonFiniteError(
                     "the engine computed values that are not finite; if the model overflows FP16, "
                     "export it with --dtype bf16"
                 ),

@@ -365,6 +365,28 @@ def test_a_draft_that_fails_leaves_the_answers_alone(
     assert pair.core.drafting.drafter is None
 
 
+@pytest.mark.parametrize("length", [3, 20])
+def test_a_nan_of_the_draft_ends_the_drafts_of_its_text_alone(
+    tables: Callable[[int], EmbeddingTable], length: int
+):
+    """In its first guesses, or in what is read before; the slot's next text has drafts again."""
+    params, prompts = made(temperature=0.0), [[9, *[1] * length], [2, 3]]
+
+    def script(seen: tuple[int, ...]) -> Any:
+        return np.full(VOCAB, np.nan, np.float32) if seen[0] == 9 else TARGET(seen)
+
+    pair = Pair(tables, script, num_slots=2)
+    assert pair.answers(prompts, params) == Pair(tables, None).answers(prompts, params)
+    assert pair.core.drafting.failed is None
+    # A chunk shows it, and for a text that is not read first a guess.
+    assert sum(0 in slots for slots in pair.draft.batches) == (1 if length == 20 else 2)
+    assert set(pair.draft.rows_of(0, 64)) == {0, -1}, "what was written is zeroed"
+    accepted = pair.core.counts["accepted"]
+    assert accepted > 10
+    pair.answers([[4]], params)
+    assert pair.core.counts["accepted"] > accepted + 10
+
+
 def test_an_unsure_draft_stops_early(tables: Callable[[int], EmbeddingTable]):
     pair = Pair(tables, TARGET)
     assert pair.drafter is not None

@@ -377,6 +377,22 @@ def test_hidden_states_that_are_no_numbers_reach_no_cache(table: EmbeddingTable)
     assert pair.core.counts["accepted"] > 10
 
 
+@pytest.mark.parametrize(("length", "spoilt"), [(3, range(13, 14)), (24, range(5, 25))])
+def test_a_nan_of_the_head_ends_its_draft_alone(table: EmbeddingTable, length: int, spoilt: range):
+    """It begins anew after it, be it in a guess or in what is read first; later ones are right."""
+    prompt, params = [*range(length)], made(temperature=0.0, max_tokens=30)
+
+    def script(seen: Seen) -> Any:
+        return np.full(VOCAB, np.nan, np.float32) if len(seen) in spoilt else TARGET(seen)
+
+    pair = Pair(table, script, num_slots=1)
+    assert pair.answers([prompt], params) == Pair(table, None).answers([prompt], params)
+    assert pair.core.drafting.failed is None
+    assert 0 in pair.head.rows_of(0, 64), "it is zeroed; the scripted head itself writes no row"
+    counts = pair.core.counts
+    assert counts["drafted"] == counts["accepted"] > 15
+
+
 def test_a_sequence_that_is_cancelled_leaves_its_rows_to_the_next(table: EmbeddingTable):
     params, prompt = made(temperature=0.0, max_tokens=12), [*range(20)]
     pair = Pair(table, TARGET, num_slots=1)
