@@ -237,6 +237,7 @@ def run(scheduler: Scheduler, ids: Sequence[Sequence[int]], capacity: int) -> ND
     Raises:
         ContextLengthError: one does not fit; none has run.
         RequestError: an id outside the vocabulary.
+        OverloadError: the scheduler drains.
         BackendError: the engine failed, or its output is not finite.
     """
     check_lengths(ids, capacity)
@@ -271,4 +272,6 @@ def _submit_when_room(
         try:
             return submit(scheduler, ids)
         except OverloadError:
+            if scheduler.drains:
+                raise
             time.sleep(_RETRY_S)

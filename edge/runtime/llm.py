@@ -508,6 +508,7 @@ class LLM:
             RequestError: the bundle does not embed, no or an empty text, an unknown prompt, or
                 dimensions that the model does not allow.
             ContextLengthError: a text does not fit into the cache; none has run.
+            OverloadError: the scheduler drains.
             BackendError: the engine failed, or its output is not finite.
         """
         reader = EmbeddingReader(self.manifest, self.tokenizer)
@@ -538,6 +539,7 @@ class LLM:
         Raises:
             RequestError: the bundle does not judge documents, or a text is missing or empty.
             ContextLengthError: query and document do not fit into the cache; none has run.
+            OverloadError: the scheduler drains.
             BackendError: the engine failed, or its output is not finite.
         """
         judge = Judge(self.manifest, self.tokenizer)

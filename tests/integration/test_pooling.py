@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from edge import LLM
-from edge.errors import BackendError, RequestError
+from edge.errors import BackendError, OverloadError, RequestError
+from edge.runtime import embedding
 from tests.conftest import PoolingBundles, require_even_rows, require_kernels
 from tests.parity import PoolingGolden, assert_close
 from tests.tiny_pooling import PAIRS, TEXTS, write_embedder, write_judge
@@ -107,6 +109,19 @@ def test_a_nan_in_the_first_chunk_ends_the_text_there(
                 llm.embed("hello world, what is the time?")
         assert llm.scheduler.stats().steps == 1
         assert not llm.backend.read_slot(0, 4).any()
+
+
+def test_a_text_does_not_wait_for_room_that_never_comes(
+    pooling_bundles: PoolingBundles, monkeypatch: pytest.MonkeyPatch
+):
+    def wait(seconds: float) -> None:
+        raise AssertionError("it would wait for ever")
+
+    monkeypatch.setattr(embedding, "time", SimpleNamespace(sleep=wait))
+    with LLM(pooling_bundles("embed"), num_threads=1) as llm:
+        assert llm.scheduler.drain(10)
+        with pytest.raises(OverloadError, match="shutting down"):
+            llm.embed("hello")
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])

@@ -198,6 +198,11 @@ class Scheduler:
         """
         return self._thread.drain(timeout_s)
 
+    @property
+    def drains(self) -> bool:
+        """Whether no more requests are taken, however long one waits (`drain`)."""
+        return self._thread.draining
+
     def close(self) -> None:
         """Cancel everything and end the thread; calling it twice is harmless."""
         self._thread.close()
@@ -246,7 +251,7 @@ class _EngineThread:
         self._calls: deque[_Call] = deque()
         self._in_call = False
         self._thread: threading.Thread | None = None
-        self._draining = False
+        self.draining = False
         self._closing = False
         self.failed: str | None = None
         _LIVE.add(self)
@@ -257,7 +262,7 @@ class _EngineThread:
         """Queue sequences, all or none; at most ``most`` may then run or wait."""
         with self._changed:
             self._refuse_if_down()
-            if self._draining:
+            if self.draining:
                 raise OverloadError("no more requests are taken: shutting down", _FIRST_RETRY_S)
             present = sum(self.load())
             excess = present + len(sequences) - most
@@ -307,7 +312,7 @@ class _EngineThread:
     def drain(self, timeout_s: float | None) -> bool:
         """Take no more sequences; returns whether those that are there ended in time."""
         with self._changed:
-            self._draining = True
+            self.draining = True
             return self._changed.wait_for(lambda: not sum(self.load()), timeout_s)
 
     def signal_close(self) -> None:
