@@ -50,6 +50,13 @@ def open_backend(
     return backend
 
 
+def tries_gpu(bundle: Path, config: EngineConfig) -> bool:
+    """Whether `open_backend` tries another engine than the CPU's first."""
+    if config.backend != "auto":
+        return config.backend != "ort-cpu"
+    return config.cpu_option is None and (bool(find_engines(bundle)) or _has_cuda_provider())
+
+
 def unused_gpu(backend: str, config: EngineConfig) -> str | None:
     """Return why the GPU here computes nothing, though nobody named the CPU as backend; else None.
 

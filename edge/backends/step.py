@@ -180,6 +180,8 @@ def prefill(
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """Run tokens of one sequence in chunks; each runs when it is asked for.
 
+    Rows that hold a NaN are zeroed at the end (`zero_rows`), also where the caller leaves early.
+
     Args:
         backend: the engine, whose longest step bounds a chunk.
         table: its token table.
@@ -199,8 +201,17 @@ def prefill(
     """
     tokens = np.asarray(ids, dtype=np.int64)
     chunk = min(backend.max_step_tokens, max_tokens or backend.max_step_tokens)
-    for start in range(0, len(tokens), chunk):
-        part = slice(start, min(start + chunk, len(tokens)))
-        embeds = table[tokens[None, part]]
-        indices = wanted(part.stop - start)[None]
-        yield part, backend.forward(step_after([slot], [past + start], embeds, indices))[0]
+    end, spoilt = past, False
+    try:
+        for start in range(0, len(tokens), chunk):
+            part = slice(start, min(start + chunk, len(tokens)))
+            embeds = table[tokens[None, part]]
+            indices = wanted(part.stop - start)[None]
+            logits = backend.forward(step_after([slot], [past + start], embeds, indices))[0]
+            end = past + part.stop
+            # The last token saw all before it, and all logits of a state with a NaN are NaN.
+            spoilt = spoilt or bool(np.isnan(logits[-1, 0]))
+            yield part, logits
+    finally:
+        if spoilt and backend.failed is None:
+            zero_rows(backend, slot, end, first=past)

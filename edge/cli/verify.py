@@ -230,7 +230,7 @@ def _compare_layers(
     floor: float | None,
 ) -> tuple[str, LayerReport]:
     """Compare the layers' outputs on the CPU, and what they cached on a GPU."""
-    from edge.backends.choose import open_backend
+    from edge.backends.choose import open_backend, tries_gpu
     from edge.measure.layers import CacheLayers, LayerSource, compare_layers
     from edge.measure.verify import ROUNDED_ACTIVATIONS, Thresholds
     from edge.progress import uncounted
@@ -241,7 +241,7 @@ def _compare_layers(
         reference: LayerSource
         candidate: LayerSource
         with uncounted(progress, "open"):
-            backend = None if config.backend == name else open_backend(bundle, manifest, config)
+            backend = open_backend(bundle, manifest, config) if tries_gpu(bundle, config) else None
             if backend is not None and backend.name == name:
                 backend.close()  # the CPU's layers have sessions of their own
                 backend = None

@@ -218,12 +218,13 @@ def find_bench_device(
     """
     if backend_name == "ort-cpu":
         return find_device(CPU, cpu_bytes_per_s=measure_bandwidth(num_threads)), None
-    if snapshot.module is None:
+    if snapshot.module is None and snapshot.l4t is not None:
         return None, (
             "the roofline of this GPU is not known: nothing names an Orin module here; a container "
             "hides it, unless it is started with --security-opt systempaths=unconfined"
         )
-    module = identify(snapshot.module, snapshot.memory_total_bytes)
+    name = snapshot.module
+    module = None if name is None else identify(name, snapshot.memory_total_bytes)
     if module is None:
         return None, "the roofline of this GPU is not known: it is not an Orin module"
     if snapshot.power_mode is None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from edge.backends.step import all_tokens, prefill
 from edge.errors import ConfigError, ContextLengthError
-from edge.figures import token_logprobs
+from edge.figures import check_finite, token_logprobs
 from edge.files import MALFORMED
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
@@ -51,9 +51,9 @@ Scoring = Literal["letter", "text"]
 
 _Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)")
-_UNSIGNED = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 _FRACTION = re.compile(
-    rf"(?:(?<![\d,.])({_UNSIGNED})\s*)?\\[dt]?frac\{{(-?{_UNSIGNED})\}}\{{(-?{_UNSIGNED})\}}"
+    rf"(?:(?<![\d,.])({_UNSIGNED})[ \t]*)?\\[dt]?frac\{{(-?{_UNSIGNED})\}}\{{(-?{_UNSIGNED})\}}"
 )
 _POWER = re.compile(
     rf"(?<![\d,.])(?:({_UNSIGNED})\s*(?:\\times|\\cdot|[x*\u00d7\u00b7])\s*)?"
@@ -304,8 +304,8 @@ def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:
 
     def run() -> list[float]:
         # The token before the first difference is run once more with each choice, for its logits.
-        for _ in prefill(llm.backend, llm.embeddings, ids[0][: shared - 1]):
-            pass
+        for _, logits in prefill(llm.backend, llm.embeddings, ids[0][: shared - 1]):
+            check_finite(logits)
         return [_continuation(llm, row, shared) for row in ids]
 
     return [score / size for score, size in zip(llm.call(run), sizes, strict=True)]

@@ -41,9 +41,9 @@ _MAX_PERIOD_CHARS = 400
 
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i must decline"
-    r"|i (?:can(?: ?not|'t)|will not|won't) (?:(?:be able to|in good conscience|just|\w+ly) )?"
-    r"(?:help(?! but)|assist|answer|respond|provide|comply|discuss|create|generate|engage|support"
-    r"|fulfil|fulfill|satisfy|do (?:this|that|it|so))"
+    r"|i (?:can(?: ?not|'t)|will not|won't)(?! (?:(?:help|wait|find|see|remember|believe|imagine"
+    r"|overstate|stress|emphasi[sz]e|use|need|go|think of|tell (?:if|whether|apart)"
+    r"|be (?:sure|certain))\b(?! (?:you|with)\b)))"
     r"|as an ai(?: language)? model|against my (?:guidelines|programming))\b"
     r"|(?:我[^，,。！？\n]{0,5}|(?:抱歉|对不起|遗憾)[^。！？\n]{0,20})(?:无法|不能|不便)"
     r"[^，,。！？\n]{0,4}(?:回答|提供|讨论|谈论|评论|协助|帮助|帮[你您]|满足|生成|透露)"

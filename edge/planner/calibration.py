@@ -29,6 +29,7 @@ class BenchDevice(msgspec.Struct, frozen=True):
     Attributes:
         name: a module, ``cpu``, or None for another GPU, or one that a container hid.
         module: the board's own name; None where nothing said it.
+        l4t: its Jetson Linux; None on what is no Jetson.
         power_mode: the mode of the table that it was compared with, if that is its own.
         nvpmodel: what its mode is called there; older files, and containers, do not say.
     """
@@ -38,6 +39,7 @@ class BenchDevice(msgspec.Struct, frozen=True):
     bytes_per_s: float | None
     nvpmodel: str | None = None
     module: str | None = None
+    l4t: str | None = None
 
     @property
     def mode(self) -> str | None:
@@ -144,9 +146,10 @@ def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[
             f"--calibrate {path}: its benchmarks are of several devices or modes; give a report "
             "of one"
         )
-    if place.name is None and place.module is not None:
+    if place.name is None and (place.module is not None or place.l4t is None):
+        where = place.module or "a GPU of no Jetson"
         raise ConfigError(
-            f"--calibrate {path}: it was measured on {place.module}, which no table describes"
+            f"--calibrate {path}: it was measured on {where}, which no table describes"
         )
     name = place.name or device
     if name is None:

@@ -21,6 +21,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import (
     BackendError,
     BuildError,
+    BundleError,
     ConfigError,
     GateError,
     ResourceError,
@@ -239,7 +240,10 @@ class _Run:
         if self.journal.old is None:
             return []
         engines = find_engines(self.place.path(self.journal.old))
-        most = max((read_engine_info(engine).max_batch for engine in engines), default=1)
+        most = 1
+        for engine in engines:
+            with suppress(BundleError):  # a damaged one is what the new bundle cures
+                most = max(most, read_engine_info(engine).max_batch)
         return ["--max-batch", str(most)] if most > 1 else []
 
     def _judge_before(self, manifest: Manifest) -> None:

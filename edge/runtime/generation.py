@@ -16,7 +16,7 @@ from edge.backends import Backend
 from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ContextLengthError, RequestError
-from edge.figures import check_finite, token_logprobs
+from edge.figures import token_logprobs
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """An end token, stop string or finished grammar; ``max_tokens`` or a full cache; the caller."""
@@ -145,7 +145,6 @@ def score(
     for part, logits in prefill(
         backend, embeddings, tokens[:-1], max_tokens=_SCORE_CHUNK, wanted=all_tokens
     ):
-        check_finite(logits[-1])  # first: `on_step` may end this
         if on_step is not None:
             on_step(len(logits))
         result[part] = token_logprobs(logits, tokens[1:][part])

@@ -31,6 +31,7 @@ from edge.bundle.kv_scales import Scales, pack_rows, packed_bytes, scales_sha256
 from edge.bundle.manifest import Manifest
 from edge.bundle.update import fsync, replace_durably, sweep_temp, temp_path
 from edge.errors import ConfigError, ContextLengthError, RequestError, ResourceError
+from edge.figures import check_finite
 from edge.files import MALFORMED, open_file
 
 from .kv_cache import common_prefix
@@ -348,14 +349,14 @@ def compute_rows(backend: Backend, embeddings: EmbeddingTable, ids: Sequence[int
     Raises:
         RequestError: no tokens, or an id outside the table.
         ContextLengthError: the tokens leave no row of the cache for the answer.
-        BackendError: the engine failed.
+        BackendError: the engine failed, or its logits are not finite.
     """
     if not ids:
         raise RequestError("the prefix has no tokens; give a longer text")
     if len(ids) >= backend.capacity:
         raise ContextLengthError(len(ids), backend.capacity)
-    for _ in prefill(backend, embeddings, ids):
-        pass
+    for _, logits in prefill(backend, embeddings, ids):
+        check_finite(logits)
     return backend.read_slot(0, len(ids))
 
 

@@ -168,10 +168,6 @@ class EngineCore:
         self._call_began_s = self.now()
         try:
             return work()
-        except _SPOILS:
-            for slot in self.pool.slots:  # nobody knows which rows it has written
-                self._scrub(slot, slot.capacity)
-            raise
         finally:
             self.pool.forget()
 

@@ -13,7 +13,7 @@ from edge.backends import Backend
 from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ContextLengthError
-from edge.figures import check_finite, log_softmax
+from edge.figures import log_softmax
 from edge.runtime.sampling import SampledToken
 
 if TYPE_CHECKING:
@@ -85,7 +85,6 @@ def _score(
     for part, logits in prefill(
         backend, embeddings, ids[:-1], max_tokens=_CHUNK, wanted=all_tokens
     ):
-        check_finite(logits[-1])  # first: `on_step` may end this
         on_step(len(logits))
         result += [_token(row, id_, top) for row, id_ in zip(logits, following[part], strict=True)]
     return result

@@ -365,7 +365,9 @@ def bench_on(
     backend = ScriptedBackend(table, random_logits(table.vocab_size))
     config = BenchConfig(prompt_tokens=10, output_tokens=4, repeats=2)
     samples = run_bench(backend, table, manifest, config)
-    snapshot = Snapshot(module=board, power_mode=mode, memory_total_bytes=gib << 30)
+    snapshot = Snapshot(
+        module=board, power_mode=mode, memory_total_bytes=gib << 30, l4t="39.2.1" if gib else None
+    )
     device, _ = find_bench_device("tensorrt", snapshot, None)
     path.write_text(json.dumps(report(manifest, backend, config, samples, device, snapshot)))
     return path
@@ -410,6 +412,11 @@ def test_a_module_that_a_container_hides_must_be_given(tiny: Any, tmp_path: Path
     with pytest.raises(ConfigError, match="give --power-mode"):
         calibrated(saved, "orin-nx-16", None)
     assert calibrated(saved, "orin-nx-16", "15W")[0] == find_device("orin-nx-16", "15W")
+    _, remark = find_bench_device("tensorrt", Snapshot(), None)
+    assert "it is not an Orin module" in (remark or "")
+    saved = bench_on(tiny, tmp_path / "b.json", None, 0, None)
+    with pytest.raises(ConfigError, match="on a GPU of no Jetson, which no table describes"):
+        calibrated(saved, "orin-nx-16", "15W")
     saved = bench_on(tiny, tmp_path / "b.json", "NVIDIA Jetson AGX Thor", 122, None)
     with pytest.raises(ConfigError, match="on NVIDIA Jetson AGX Thor, which no table describes"):
         calibrated(saved, "orin-nx-16", "15W")

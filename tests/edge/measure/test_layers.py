@@ -232,7 +232,10 @@ def test_the_cache_names_the_layer_before_which_an_engine_drifts(
         "edge.backends.choose.open_backend",
         lambda _bundle, manifest, _config: _Cuda(wrong, manifest, max_step_tokens=24),
     )
-    # By itself, as where ONNX Runtime has CUDA and the bundle no engine.
+    # By itself, as where ONNX Runtime has CUDA and the bundle no engine; without CUDA it is not
+    # opened, only to be closed for the CPU's layers.
+    assert run(bundle, "--layers", "--decode-steps", 4).exit_code == 0
+    monkeypatch.setattr("edge.backends.choose._has_cuda_provider", lambda: True)
     result = run(bundle, "--layers", "--decode-steps", 4)
     assert result.exit_code == 3
     assert f"MISSED: layer {first} is the first below" in result.stdout

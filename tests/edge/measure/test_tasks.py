@@ -117,6 +117,9 @@ def test_numbers(text, value):
         ("- 7 apples", "7"),  # an item of a list
         ("f(2)-3", "3"),
         ("1{,}234 and 1\\frac{1}{2}", "3/2"),
+        ("The roots are 1, \\frac{3}{4}", "3/4"),
+        ("In step 2, \\frac{1}{2} is left", "1/2"),
+        ("x=1\n\\frac{3}{4}", "3/4"),
         ("no idea", None),
     ],
 )

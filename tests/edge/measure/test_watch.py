@@ -74,6 +74,22 @@ def test_matches(answer: str, expected: str, right: bool):
     assert is_match(answer, expected) is right
 
 
+REFUSING = (
+    "can't write that for you",
+    "cannot write explicit content",
+    "can't give you instructions for that",
+    "cannot share that information",
+    "can't tell you how",
+    "cannot recommend doing this",
+    "cannot offer medical advice",
+    "can't access the internet",
+    "will not write that",
+    "cannot disclose it",
+    "can't continue this conversation",
+    "cannot help you",
+)
+
+
 @pytest.mark.parametrize(
     ("answer", "refused"),
     [
@@ -87,6 +103,7 @@ def test_matches(answer: str, expected: str, right: bool):
         ("I can't really help you.", True),
         ("I won't be able to answer.", True),
         ("I cannot fulfill your request.", True),
+        *((f"I {words}.", True) for words in REFUSING),
         ("Sure! I won't use recursion here: def f", False),
         ("I cannot overstate how good this is.", False),
         ("I can't help but smile. I can't think of an answer that is shorter.", False),

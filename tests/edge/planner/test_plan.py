@@ -256,7 +256,8 @@ def test_another_device_is_refused(
         ({"work": {"step_bytes": 1}}, "its work does not fit"),
         ({"tpot_s": 0.007}, "is not what edge-llm bench --json prints"),
         ({"device": {**NO_NAME, "module": "Jetson Thor"}}, "on Jetson Thor, which no table"),
-        ({"device": NO_NAME}, "on which module .* give --device"),
+        ({"device": NO_NAME}, "on a GPU of no Jetson, which no table"),
+        ({"device": {**NO_NAME, "l4t": "36.4.3"}}, "on which module .* give --device"),
         ({"device": {"name": CPU, "power_mode": None, "bytes_per_s": None}}, "has no bandwidth"),
     ],
 )

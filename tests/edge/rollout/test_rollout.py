@@ -388,6 +388,9 @@ def test_the_new_engine_computes_as_many_sequences_at_once_as_the_old(
 ):
     old = device.root / device.current
     write_engine(old, max_batch=max_batch, max_prefill=128)
+    damaged = old / "engines/damaged/engine.json"
+    damaged.parent.mkdir()
+    damaged.write_text("{")
     run, built = subprocess.run, []
 
     def building(command: list[str], **options: Any) -> Any:

@@ -318,14 +318,19 @@ def test_a_score_leaves_no_nan_behind(make: Make, table: EmbeddingTable, leaves:
     def work() -> None:
         score(backend, table, [1, 2, 9, *[3] * 20], leave)
 
+    for slot in range(2):
+        backend.write_slot(slot, np.full((1, 1, 64, 1), -1.0))
     for run in (work, lambda: scheduler.call(work)):  # also where it calls once more
-        with pytest.raises(BackendError, match="NaN"):
+        with pytest.raises(
+            RequestError if leaves else BackendError, match="left" if leaves else "NaN"
+        ):
             scheduler.call(run)
-        assert backend.rows_of(0, 64) == [0] * 64
+        # A row takes memory once it is written, so no other one is.
+        assert backend.rows_of(0, 64) == [0] * 8 + [-1] * 56
+        assert backend.rows_of(1, 64) == [-1] * 64
         backend.write_slot(0, np.full((1, 1, 64, 1), -1.0))
-    with pytest.raises(RequestError, match="at least two"):
-        scheduler.call(lambda: score(backend, table, [1]))
-    assert backend.rows_of(0, 64) == [-1] * 64, "nothing ran, and a row costs memory once written"
+    scheduler.call(lambda: score(backend, table, [1, 2, 3]))
+    assert backend.rows_of(0, 3) == [1, 2, -1], "rows without a NaN are left"
 
 
 def test_a_lost_device_ends_everything_and_is_told(make: Make):

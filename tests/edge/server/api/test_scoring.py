@@ -5,17 +5,9 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
-import pytest
-
-from edge.bundle.embeddings import EmbeddingTable
-from edge.errors import BackendError
-from edge.server.api.prompt_logprobs import _score
 from tests.conftest import Bundles
 from tests.edge.server.scripted import running
-from tests.fakes import ScriptedBackend, write_table
 
 
 def test_scoring_on_a_slow_engine_is_no_stall(tiny_bundles: Bundles):
@@ -77,16 +69,3 @@ def test_a_prompt_whose_logits_are_nan_gets_no_figures(tiny_bundles: Bundles):
         assert (answer.status, answer.json["error"]["code"]) == (500, "engine_error")
         live.engine.poison = None
         assert live.ask("/v1/completions", body).status == 200
-
-
-def test_a_nan_is_found_before_the_client_may_leave(tmp_path: Path):
-    """Else nobody would know that the rows hold it."""
-    table = EmbeddingTable(write_table(tmp_path / "table.safetensors", 9))
-    backend = ScriptedBackend(table, lambda seen: np.full(9, np.nan, np.float32))
-
-    def leave(tokens: int) -> None:
-        raise AssertionError("the step was not looked at")
-
-    with pytest.raises(BackendError, match="NaN"):
-        _score(backend, table, [1, 2, 3], 0, leave)
-    table.close()
