@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.error import HTTPError
 
 from edge.errors import BackendError, ConfigError
 from edge.measure.watch import Answerer, GoldenItem
@@ -160,42 +160,57 @@ class Service:
             progress: is called with the seconds that have passed.
 
         Raises:
-            BackendError: it falls silent, turns to another bundle, or ended meanwhile and was
-                started again, whoever did that.
+            BackendError: it falls silent or answers with errors only, turns to another bundle, or
+                ended meanwhile and was started again, whoever did that.
         """
         began = time.monotonic()
         silent: float | None = None
+        lost: BackendError | None = None
         first: Sight | None = None
         uptime_s = 0.0
         found: list[float] = []
         while True:
-            if paces and silent is None:
-                with suppress(BackendError):  # a full queue says nothing of the bundle
-                    found += self.pace(items)
+            try:
+                found += self.pace(items) if paces else []
+                lost = None
+            except BackendError as error:
+                if not _is_busy(error):  # a full queue says nothing of the bundle
+                    lost = error
             asked = time.monotonic()
             try:
-                sight, silent = self.look(), None
+                sight = self.look()
             except LoadingError as error:
                 raise BackendError(_ENDED) from error
-            except BackendError:
+            except BackendError as error:
+                lost = error
+            else:
+                if sight.uptime_s < uptime_s:
+                    raise BackendError(_ENDED)
+                if sight.fingerprint not in (None, fingerprint):
+                    raise BackendError(
+                        f"the service turned to {sight.fingerprint}; look at its log"
+                    )
+                uptime_s, first = sight.uptime_s, first or sight
+                fault = _fault(sight, first, before) or _late(found, paces)
+                if fault is not None:
+                    return fault
+            if lost is None:
+                silent = None
+            else:
                 silent = silent or asked
                 if time.monotonic() - silent > min(_SILENCE_S, watch_s):
-                    raise
-                time.sleep(min(POLL_S, watch_s / 10))
-                continue
-            if sight.uptime_s < uptime_s:
-                raise BackendError(_ENDED)
-            if sight.fingerprint not in (None, fingerprint):
-                raise BackendError(f"the service turned to {sight.fingerprint}; look at its log")
-            uptime_s, first = sight.uptime_s, first or sight
-            fault = _fault(sight, first, before) or _late(found, paces)
-            if fault is not None:
-                return fault
+                    raise lost
             passed = time.monotonic() - began
             progress(min(passed, watch_s))
-            if passed >= watch_s:
+            if passed >= watch_s and lost is None:
                 return None
             time.sleep(min(POLL_S, watch_s / 10))
+
+
+def _is_busy(error: BackendError) -> bool:
+    """Whether a server refused a request because it has too many."""
+    cause = error.__cause__
+    return isinstance(cause, HTTPError) and cause.code == 429
 
 
 def _fault(sight: Sight, first: Sight, before: Sight) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import shutil
 import socket
@@ -9,10 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from email.message import Message
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from urllib.error import HTTPError
 
 import msgspec
 import pytest
@@ -711,21 +716,46 @@ def test_a_service_that_falls_silent_breaks_the_trial_off(
         silent.watch("fp_new", OLD, [], [], 0.1, lambda _: None)
 
 
-def test_a_full_queue_says_nothing_of_the_bundle(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(services, "POLL_S", 0.01)
+@pytest.mark.parametrize(
+    ("statuses", "message"),
+    [
+        ([429], None),
+        ([503, 429, 200], None),
+        ([503], "answered 503: engine_stalled"),
+        ([200] * 118 + [503] * 9, "answered 503: engine_stalled"),  # only at the end of the watch
+        ([503, 429], "answered 503: engine_stalled"),
+    ],
+)
+def test_a_full_queue_says_nothing_of_the_bundle_and_other_errors_are_silence(
+    monkeypatch: pytest.MonkeyPatch, statuses: list[int], message: str | None
+):
+    """As where the engine hangs, and /stats goes on answering."""
     server = ServerAnswerer("http://127.0.0.1:9")
-    busy = services.Service(server, None)
-    refused: list[str] = []
+    watched = services.Service(server, None)
+    clock, given = [1.0], itertools.cycle(statuses)
+    choice = {"message": {"content": "a"}, "finish_reason": "length"}
+    good = json.dumps({"choices": [choice], "usage": {"completion_tokens": 32}}).encode()
 
-    def refuse(prompt: str, _: int) -> Any:
-        refused.append(prompt)
-        raise BackendError("answered 429")
+    def ask(request: Any, **_: Any) -> Any:
+        if (status := next(given)) == 200:
+            return _Response(good)
+        raise HTTPError(request.full_url, status, "", Message(), io.BytesIO(b"engine_stalled"))
 
-    monkeypatch.setattr(server, "answer", refuse)
-    monkeypatch.setattr(busy, "look", lambda: FIRST)
-    items = [GoldenItem("1", "question")]
-    assert busy.watch("fp_new", OLD, [0.1] * 8, items, 0.3, lambda _: None) is None
-    assert len(refused) > 1
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(services, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(server, "_opener", SimpleNamespace(open=ask))
+    monkeypatch.setattr(watched, "look", lambda: FIRST)
+    with nullcontext() if message is None else pytest.raises(BackendError, match=message):
+        fault = watched.watch(
+            "fp_new", OLD, [0.1] * 8, [GoldenItem("1", "question")], 600.0, lambda _: None
+        )
+        assert fault is None
+
+
+class _Response(io.BytesIO):
+    headers: ClassVar = {"server-timing": ""}
 
 
 def test_a_service_that_loads_again_for_long_was_started_again(monkeypatch: pytest.MonkeyPatch):
