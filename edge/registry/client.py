@@ -42,7 +42,7 @@ MANIFEST_TYPE: Literal["application/vnd.oci.image.manifest.v1+json"] = (
 NUM_CONNECTIONS = 4
 _CONNECT_S, _READ_S = 10.0, 60.0
 _TRIES = 4
-_PATIENT_TRIES = 19  # two minutes
+_PATIENCE_S = 120.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 _LONGEST_WISH_S = 30.0
 _MAX_REDIRECTS = 4
@@ -321,6 +321,7 @@ class Registry:
         """
         sent = dict(headers) if body is None else {**headers, "Content-Length": str(len(body))}
         pause_s, tries = _FIRST_PAUSE_S, 0
+        broke: float | None = None
         while True:
             tries += 1
             pieces = None if body is None else _pieces(body)
@@ -329,8 +330,10 @@ class Registry:
                     method, url, body=pieces, headers=sent, preload_content=False, redirect=False
                 )
             except self._http.exceptions.HTTPError as error:
-                most = _PATIENT_TRIES if self.patient else _TRIES
-                if once or tries >= most or _is_certificate(error):
+                now = time.monotonic()
+                broke = broke or now
+                is_over = tries >= _TRIES and not (self.patient and now < broke + _PATIENCE_S)
+                if once or is_over or _is_certificate(error):
                     raise self._unreachable(error) from error
                 wait_s = pause_s
             else:

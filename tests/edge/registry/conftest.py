@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,7 +52,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[float]]:
-    """No pause between two tries; tells how long they would have been."""
+    """No pause between two tries, only in the clock; tells how long they would have been."""
     pauses: list[float] = []
-    monkeypatch.setattr("edge.registry.client.time.sleep", pauses.append)
+    clock = SimpleNamespace(
+        sleep=pauses.append, monotonic=lambda: 1.0 + sum(pauses), strftime=time.strftime
+    )
+    monkeypatch.setattr("edge.registry.client.time", clock)
     return lambda: pauses

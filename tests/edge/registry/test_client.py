@@ -209,9 +209,28 @@ def test_a_line_that_breaks_is_waited_for_once_something_has_come(
         registry.manifest("v1")
         assert 120 < sum(quick()) < 130
         assert max(quick()) < 10  # for that long an interrupt may have to wait
-        statuses.extend([0] * 19)
+        statuses.extend([0] * 20)
         with pytest.raises(RegistryError, match="run the same again"):
             registry.manifest("v1")
+
+
+def test_two_minutes_are_two_however_long_each_try_takes(
+    serve: Callable[..., Server], quick: Callable[[], list[float]]
+):
+    """As where a line takes a request and nothing comes back."""
+
+    def answer(*_: object) -> Answer:
+        if len(server.asked) > 1:
+            quick().append(60.0)
+            return 0, {}, b""
+        return 200, {}, b"{}"
+
+    server = serve(answer)
+    with client(server) as registry:
+        registry.manifest("v1")
+        with pytest.raises(RegistryError, match="gives no answer"):
+            registry.manifest("v1")
+    assert len(server.asked) <= 1 + 4
 
 
 def test_a_certificate_that_does_not_hold_is_named_at_once_with_the_clock(
