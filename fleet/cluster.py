@@ -299,7 +299,7 @@ def _directory(config: FleetConfig, name: str) -> Path:
 
 @contextlib.contextmanager
 def _kept(place: Path) -> Iterator[int]:
-    """Take a directory under ``/tmp`` for a Ray, without what those before it have left there.
+    """Take a directory under ``/tmp`` for a Ray; of those before, only what the last left stays.
 
     systemd-tmpfiles(8) cleans ``/tmp`` of what is old after 10 days on Debian 13, and spares what
     is in a locked directory. The lock lasts as long as this process, or one that is given the
@@ -309,7 +309,8 @@ def _kept(place: Path) -> Iterator[int]:
     try:
         with contextlib.suppress(BlockingIOError):  # nothing is removed where another Ray runs
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for session in place.glob("session_2*"):  # Ray names them by date
+            # Ray names them by date; the last one's logs say why it has ended.
+            for session in sorted(place.glob("session_2*"))[:-1]:
                 shutil.rmtree(session, ignore_errors=True)
             (place / "session_latest").unlink(missing_ok=True)  # Ray leaves one that leads nowhere
         fcntl.flock(descriptor, fcntl.LOCK_SH)
