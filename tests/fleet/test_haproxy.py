@@ -201,20 +201,16 @@ def test_a_request_whose_time_is_up_is_not_asked_again(tmp_path: Path, tiny_bund
 @needs_haproxy
 def test_an_answer_whose_client_left_ends_at_its_device(tmp_path: Path, tiny_bundles: Bundles):
     with (
-        scripted_child(tiny_bundles("qwen2"), _STEP_S) as device,
+        scripted_child(tiny_bundles("qwen2"), 0.5) as device,  # 20 seconds for an answer
         proxy(tmp_path, [("a", device.port)]) as front,
     ):
         connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=30)
-        data = json.dumps(chat("bye", max_tokens=100))  # two seconds
+        data = json.dumps(chat("bye", max_tokens=100))
         json_type = {"Content-Type": "application/json"}
         connection.request("POST", "/v1/chat/completions", data, json_type)
-        time.sleep(0.5)
+        _await(device, lambda stats: stats["models"]["tiny"]["running"])
         connection.close()
-        deadline = time.monotonic() + 10
-        while not (ended := json.loads(device.ask("/stats")[2])["requests"]):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    assert ended == {"abort": 1}
+        assert _await(device, lambda stats: stats["requests"]) == {"abort": 1}
 
 
 @needs_haproxy
@@ -235,6 +231,15 @@ def test_what_waits_is_bounded(tmp_path: Path):
         assert found[-1][1]["Retry-After"] == "1"
         assert json.loads(found[-1][2])["error"]["code"] == "queue_full"
         assert device.most == 1
+
+
+def _await(device: Child, fact: Callable[[Any], Any]) -> Any:
+    """What a device's ``/stats`` say of something, as soon as they say anything of it."""
+    deadline = time.monotonic() + 10
+    while not (found := fact(json.loads(device.ask("/stats")[2]))):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 def _stream(

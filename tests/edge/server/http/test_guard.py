@@ -284,13 +284,22 @@ def test_a_body_in_single_bytes(strict: Live):
 
 
 @pytest.mark.parametrize("has_key", [True, False])
-def test_a_long_body_in_single_bytes_is_refused_early(strict: Live, has_key: bool):
+def test_a_long_body_in_single_bytes_is_refused_early(
+    tiny_bundles: Bundles, tmp_path: Path, has_key: bool
+):
+    write_secret(tmp_path / "keys", f"alice:{KEY}\n")
     keys = {"Authorization": f"Bearer {KEY}"} if has_key else {}
     request = head(Content_Type="application/json", Transfer_Encoding="chunked", **keys)
-    with closing(strict.connect()) as sock:
+    with (
+        running(
+            tiny_bundles("qwen2"), api_key_file=tmp_path / "keys", max_body_bytes=20_000,
+            body_timeout_s=30.0,
+        ) as live,
+        closing(live.connect()) as sock,
+    ):  # fmt: skip
+        sock.settimeout(10)  # sooner than the body's time is over
         sock.sendall(request)
         sock.sendall(b"1\r\n \r\n" * (32 * 2**10 // 6))
-        sock.settimeout(0.4)  # sooner than the body's time is over
         answer = read_all(sock)
     assert (status_of(answer), error_of(answer)) == (400, "invalid_http")
 
