@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -252,6 +253,18 @@ def install(
     )
 
 
+@pytest.fixture
+def visible() -> Iterator[Path]:
+    """Make a directory outside /tmp, which the service cannot see."""
+    base = Path("/var/lib")
+    if not os.access(base, os.W_OK):
+        pytest.skip("/var/lib is not writable")
+    directory = base / f"edge-llm-test-{os.getpid()}"
+    directory.mkdir(mode=0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
 def tree(root: Path) -> dict[str, tuple[bytes, int, int]]:
     """Content, mode and time of every file."""
     return {
@@ -359,6 +372,32 @@ def test_what_an_old_configuration_contradicts_is_refused(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("named", ["r1", "r1-first"])
+def test_settings_that_name_a_link_or_where_it_leads_contradict_neither(tmp_path: Path, named: str):
+    bundles = tmp_path / "bundles"
+    (bundles / "r1-first").mkdir(parents=True)
+    (bundles / "r1").symlink_to("r1-first")
+    root = tmp_path / "root"
+    (root / "etc/edge-llm").mkdir(parents=True)
+    (root / "etc/edge-llm/r1.toml").write_text(f'port = 8000\n[model]\nr1 = "{bundles / named}"\n')
+    assert install(root, "r1", "--no-venv").returncode == 0
+    before = tree(root)
+    done = install(root, "r1", "--bundle", str(bundles / "r1"), "--no-venv")
+    assert done.returncode == 0, done.stderr
+    assert tree(root) == before
+
+
+def test_a_link_is_kept_and_has_to_lead_where_the_service_sees(tmp_path: Path, visible: Path):
+    (visible / "r1-first").mkdir()
+    (visible / "r1").symlink_to("r1-first")
+    assert install(tmp_path, "r1", "--bundle", str(visible / "r1"), "--no-venv").returncode == 0
+    assert f'\nr1 = "{visible}/r1"\n' in (tmp_path / "etc/edge-llm/r1.toml").read_text()
+    (visible / "r2").symlink_to("/home/me/r2")
+    done = install(tmp_path, "r2", "--bundle", str(visible / "r2"), "--no-venv")
+    assert done.returncode == 66
+    assert "cannot see /home/me/r2" in done.stderr
+
+
 def test_a_dry_run_does_nothing(tmp_path: Path):
     done = install(tmp_path, "r1", "--bundle", "/srv/r1", "--dry-run", "--with", "lan")
     assert done.returncode == 0
@@ -396,23 +435,14 @@ def test_what_cannot_work_is_refused(arguments: list[str], code: int, message: s
     assert tree(tmp_path) == {}
 
 
-def test_a_bundle_that_the_service_cannot_read_is_named(tmp_path: Path):
-    # Not below pytest's own directory: the installer refuses /tmp, which the service cannot see.
-    base = Path("/var/lib")
-    if not os.access(base, os.W_OK):
-        pytest.skip("/var/lib is not writable")
-    bundle = base / f"edge-llm-test-{os.getpid()}"
-    bundle.mkdir(mode=0o755)
-    try:
-        (bundle / "decoder.onnx").write_bytes(b"x")
-        (bundle / "decoder.onnx").chmod(0o600)
-        done = install(tmp_path, "r1", "--bundle", str(bundle), "--no-venv")
-        assert done.returncode == 77
-        assert f"cannot read {bundle}/decoder.onnx; chmod -R o+rX {bundle}" in done.stderr
-        (bundle / "decoder.onnx").chmod(0o644)
-        assert install(tmp_path, "r1", "--bundle", str(bundle), "--no-venv").returncode == 0
-    finally:
-        shutil.rmtree(bundle)
+def test_a_bundle_that_the_service_cannot_read_is_named(tmp_path: Path, visible: Path):
+    (visible / "decoder.onnx").write_bytes(b"x")
+    (visible / "decoder.onnx").chmod(0o600)
+    done = install(tmp_path, "r1", "--bundle", str(visible), "--no-venv")
+    assert done.returncode == 77
+    assert f"cannot read {visible}/decoder.onnx; chmod -R o+rX {visible}" in done.stderr
+    (visible / "decoder.onnx").chmod(0o644)
+    assert install(tmp_path, "r1", "--bundle", str(visible), "--no-venv").returncode == 0
 
 
 def test_the_virtual_environment_is_made_once(tmp_path: Path):
