@@ -21,6 +21,7 @@ from edge.bundle.library import (
     roots,
 )
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
+from edge.bundle.place import check_replaceable
 from edge.errors import BundleError, ConfigError, EdgeError
 
 from . import echo_json
@@ -166,9 +167,10 @@ def pull(
         options = (*quantization, *target, *where, *export_options)
         options = (*options, *(["--force"] if force else []))
         _run(ctx, "export", source, "-o", str(bundle), *options)
-        # Only the export has seen whether the source is quantized already.
+        # Of a first bundle only the export has seen whether the source is quantized already.
         name = bundle_name(source, read_manifest(bundle).quantization.name)
         if name != bundle.name:
+            check_replaceable(bundle.with_name(name), overwrite=False)
             bundle = bundle.rename(bundle.with_name(name))
             click.echo(f"moved to {bundle}, which says how it is quantized", err=True)
     if build is None:
@@ -193,10 +195,18 @@ def _bundle(ctx: click.Context, source: str, options: list[str]) -> Path:
     """
     export = _verb(ctx, "export").make_context("edge-llm export", [source, "-o", "x", *options])
     quant = export.params["quant"]
-    kept = roots()[0] / bundle_name(source, "source")
-    if quant is None and (kept / MANIFEST_NAME).is_file():
+    kept, rounded = (roots()[0] / bundle_name(source, name) for name in ("source", "int4"))
+    if quant is None and ((kept / MANIFEST_NAME).is_file() or _was_quantized(rounded)):
         return kept
     return roots()[0] / bundle_name(source, quant or "int4")
+
+
+def _was_quantized(bundle: Path) -> bool:
+    """Whether there is a bundle here, and its source was quantized already."""
+    try:
+        return read_manifest(bundle).source.quantization is not None
+    except EdgeError:
+        return False
 
 
 def _target() -> tuple[str, ...]:

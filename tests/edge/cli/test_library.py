@@ -136,6 +136,31 @@ def test_pull_keeps_the_integers_of_a_quantized_source(
     ]  # fmt: skip
 
 
+def test_pull_leaves_a_bundle_of_another_recipe(edge_llm: EdgeLlm, root: Path, tmp_path: Path):
+    checkpoint = QuantizedGolden.load("gptq").write(tmp_path / "GPTQ")
+    rounded = (checkpoint, "--no-verify", "--quant", "int4", "--method", "rtn")
+    assert edge_llm("pull", *rounded).code == 0
+    before = (root / "gptq-int4" / "manifest.json").stat().st_mtime_ns
+    for force in ((), ("--force",)):
+        kept = edge_llm("pull", checkpoint, "--no-verify", *force)
+        assert kept.code == 0, kept.err
+        assert f"$ edge-llm export {checkpoint} -o {root / 'gptq-source'} " in kept.err
+        assert read_manifest(root / "gptq-source").quantization.name == "source"
+        assert (root / "gptq-int4" / "manifest.json").stat().st_mtime_ns == before
+        shutil.rmtree(root / "gptq-source")
+
+
+def test_pull_moves_no_bundle_onto_other_files(edge_llm: EdgeLlm, root: Path, tmp_path: Path):
+    checkpoint = QuantizedGolden.load("gptq").write(tmp_path / "GPTQ")
+    (root / "gptq-source").mkdir()
+    (root / "gptq-source" / "notes").touch()
+    for _ in range(2):
+        refused = edge_llm("pull", checkpoint, "--no-verify")
+        assert refused.code == 64
+        assert "gptq-source holds files that are not part of a bundle (notes)" in refused.err
+    assert [path.name for path in (root / "gptq-source").iterdir()] == ["notes"]
+
+
 def test_a_recipe_of_pull_wins(edge_llm: EdgeLlm, root: Path, tmp_path: Path):
     checkpoint = tmp_path / "Tiny-Model"
     write_checkpoint(checkpoint, "qwen2")
