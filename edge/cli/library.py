@@ -151,12 +151,11 @@ def pull(
     given = [*_options({"--revision": revision, "--hub": hub}), *export_options]
     bundle = _bundle(ctx, source, [*quantization, *given])
     if (bundle / MANIFEST_NAME).is_file() and not force:
+        # The same command again goes on to a build that was cut off.
+        found = f"{bundle} is there already"
         if given:
-            raise ConfigError(
-                f"{bundle} is there already, so {given[0]} has no effect; add --force to make the "
-                "bundle anew, or leave the option out"
-            )
-        click.echo(f"{bundle} is there already; --force makes it anew", err=True)
+            found = f"{bundle} is there already, so {given[0]} has no effect"
+        click.echo(f"{found}; --force makes it anew", err=True)
     else:
         bundle.parent.mkdir(parents=True, exist_ok=True)
         target = () if "--target" in export_options else _target()

@@ -105,8 +105,11 @@ def test_pull_exports_under_a_name_and_once(
     before = (bundle / "manifest.json").stat().st_mtime_ns
     assert "is there already; " in edge_llm("pull", *options[:3]).err
     for option, value in (("--kv-capacity", "64"), ("--revision", "v1"), ("--hub", "modelscope")):
-        again = error_line(edge_llm("pull", *options[:3], option, value), 64)
-        assert f"is there already, so {option} has no effect; add --force" in again
+        again = edge_llm("pull", *options[:3], option, value)
+        assert again.code == 0
+        assert f"is there already, so {option} has no effect; --force makes it anew" in again.err
+        assert "edge-llm run tiny-model-int8" in again.out
+    assert f"$ edge-llm build {bundle}\n" in edge_llm("pull", *options, "--build").err
     assert (bundle / "manifest.json").stat().st_mtime_ns == before
     assert edge_llm("pull", *options, "--force").code == 0
     assert (bundle / "manifest.json").stat().st_mtime_ns != before
