@@ -177,10 +177,9 @@ def prefill(
     past: int = 0,
     max_tokens: int | None = None,
     wanted: Callable[[int], Ints] = last_token,
+    keep_nan: bool = False,
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """Run tokens of one sequence in chunks; each runs when it is asked for.
-
-    Rows that hold a NaN are zeroed at the end (`zero_rows`), also where the caller leaves early.
 
     Args:
         backend: the engine, whose longest step bounds a chunk.
@@ -190,6 +189,8 @@ def prefill(
         past: rows of the slot that are kept; the tokens' rows follow them.
         max_tokens: bounds a chunk, too.
         wanted: from a chunk's number of tokens to the indices of those that get logits.
+        keep_nan: leave rows that hold a NaN; else they are zeroed at the end (`zero_rows`), also
+            where the caller ends early.
 
     Yields:
         The part of ``ids`` that has run, and its logits ``[len(wanted), vocab]`` in float32, valid
@@ -210,7 +211,7 @@ def prefill(
             logits = backend.forward(step_after([slot], [past + start], embeds, indices))[0]
             end = past + part.stop
             # The last token saw all before it, and all logits of a state with a NaN are NaN.
-            spoilt = spoilt or bool(np.isnan(logits[-1, 0]))
+            spoilt = spoilt or (not keep_nan and bool(np.isnan(logits[-1, 0])))
             yield part, logits
     finally:
         if spoilt and backend.failed is None:

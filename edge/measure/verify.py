@@ -179,7 +179,8 @@ def _run_both(
     """Run tokens in slot 0 of both; yields logits ``[n, vocab]`` of each, and a chunk's tokens."""
     chunk = min(reference.max_step_tokens, candidate.max_step_tokens)
     runs = (
-        prefill(backend, table, ids, past=past, max_tokens=chunk, wanted=_spread)
+        # Rows are compared as they are.
+        prefill(backend, table, ids, past=past, max_tokens=chunk, wanted=_spread, keep_nan=True)
         for backend in (reference, candidate)
     )
     for (part, ours), (_, theirs) in zip(*runs, strict=True):

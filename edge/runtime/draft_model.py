@@ -182,7 +182,7 @@ class ModelDrafter:
         tokens = self._known(rows[first:last])
         sound = True
         for part, logits in prefill(
-            self.backend, self._embeddings, tokens, slot=context.slot, past=first
+            self.backend, self._embeddings, tokens, slot=context.slot, past=first, keep_nan=True
         ):
             ids += rows[first + part.start : first + part.stop]
             sound = is_sound(logits[-1])  # a token sees all before it

@@ -224,7 +224,7 @@ def test_auto_decides_by_the_request_and_the_load(pair: Pair):
     body = {"messages": [{"role": "user", "content": "default"}], "temperature": 0}
     assert who(live.ask("/v1/chat/completions", body)) == "small"
     small = pair.engines["small"]
-    small.delay_s = 0.05
+    small.delay_s = 0.2
     with ThreadPoolExecutor(3) as pool:
         busy = [pool.submit(live.chat, "b", model="small", temperature=0) for _ in range(3)]
         deadline = time.monotonic() + 5
