@@ -95,10 +95,17 @@ def remove(bundle: Path, yes: bool) -> None:
         click.confirm(f"remove {bundle} ({num_bytes / 1e6:,.0f} MB)?", abort=True, err=True)
     # Under its name there is all of the bundle or nothing, however this ends.
     doomed = bundle.resolve().with_name(f".{bundle.resolve().name}.removed")
-    if doomed.exists():
+    try:
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        bundle.rename(doomed)
         shutil.rmtree(doomed)
-    bundle.rename(doomed)
-    shutil.rmtree(doomed)
+    except OSError as error:
+        left = f"; what is left of it is in {doomed}" if doomed.exists() else ""
+        raise ConfigError(
+            f"cannot remove {bundle}: {error.strerror} ({error.filename}){left}; remove it as a "
+            "user who may"
+        ) from error
     click.echo(f"removed {bundle}, {num_bytes / 1e6:,.0f} MB")
 
 
@@ -157,7 +164,13 @@ def pull(
             found = f"{bundle} is there already, so {given[0]} has no effect"
         click.echo(f"{found}; --force makes it anew", err=True)
     else:
-        bundle.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            bundle.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make {bundle.parent}: {error.strerror}; go to another directory, or name "
+                "one of bundles in EDGE_LLM_BUNDLES"
+            ) from error
         target = () if "--target" in export_options else _target()
         is_pinned = hub_id(model) is not None and revision is None
         if is_pinned and (hub or os.environ.get("EDGE_LLM_HUB") or "huggingface") == "huggingface":

@@ -248,7 +248,7 @@ class LLM:
                     return fill.encode(self.tokenizer, prompt, suffix, on_piece)
                 add_bos = self.manifest.tokens.add_bos
                 return self.tokenizer.encode(prompt, add_bos=add_bos, on_piece=on_piece)
-            return [int(token_id) for token_id in prompt]
+            return _token_ids(prompt)
         given: object = prompt
         if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
             raise RequestError(
@@ -461,7 +461,9 @@ class LLM:
         resolved = self._resolve(params)
         if resolved.stop:
             raise RequestError("generate_ids works without text; use stop_token_ids, not stop")
-        request = Request(ids=tuple(ids), params=resolved, end_ids=self._end_ids(resolved))
+        request = Request(
+            ids=tuple(_token_ids(ids)), params=resolved, end_ids=self._end_ids(resolved)
+        )
         (generation,) = submit(self.scheduler, [request], [OutputStream()])
         return (token.id for chunk in generation for token in chunk.tokens)
 
@@ -474,13 +476,14 @@ class LLM:
             Natural logarithms, float64 ``[len(ids) - 1]``.
 
         Raises:
-            RequestError: fewer than two tokens, or an id outside the token table.
+            RequestError: fewer than two tokens, an id outside the token table, or no ids.
             ContextLengthError: more tokens than the cache holds.
             BackendError: the engine failed, or its logits are not finite.
         """
         check_task(self.manifest, "generate")
+        tokens = _token_ids(ids)
         return self.call(
-            lambda: score(self.backend, self.embeddings, list(ids), self.scheduler.report_step)
+            lambda: score(self.backend, self.embeddings, tokens, self.scheduler.report_step)
         )
 
     def embed(
@@ -709,6 +712,13 @@ def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
     if isinstance(prompt, str | bytes | bytearray) or not isinstance(prompt, Sequence | np.ndarray):
         return False
     return len(prompt) > 0 and isinstance(prompt[0], Integral)
+
+
+def _token_ids(ids: Sequence[int]) -> list[int]:
+    found = [] if isinstance(ids, str | bytes | bytearray) else list(ids)
+    if len(found) != len(ids) or not all(isinstance(token_id, Integral) for token_id in found):
+        raise RequestError("token ids are whole numbers; LLM.encode makes them of a text")
+    return [int(token_id) for token_id in found]
 
 
 def _check_is_format(output: object) -> None:

@@ -89,6 +89,19 @@ def test_rm_asks_and_touches_only_bundles(edge_llm: EdgeLlm, root: Path):
     assert (root / "tiny-1.5b-fp16" / "manifest.json").is_file()
 
 
+def test_rm_says_what_it_could_not_remove(
+    edge_llm: EdgeLlm, root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", "engine.plan")
+
+    monkeypatch.setattr("edge.cli.library.shutil.rmtree", refuse)
+    error = error_line(edge_llm("rm", "1.5b", "--yes"), 64)
+    assert "Permission denied (engine.plan)" in error
+    [left] = [path for path in root.iterdir() if path.name.endswith(".removed")]
+    assert f"what is left of it is in {left}" in error
+
+
 def test_pull_exports_under_a_name_and_once(
     edge_llm: EdgeLlm, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -322,6 +322,16 @@ def test_log_probabilities_come_with_the_tokens(scripted: Scripted):
     assert all(t.logprob is not None and len(t.top_logprobs or ()) == 2 for t in result.tokens)
 
 
+@pytest.mark.parametrize("ids", ["2024", b"12", [1, 2.9, 3], [1, "2", 3]])
+def test_what_is_no_list_of_ids_is_not_taken_for_one(scripted: Scripted, ids: Any):
+    llm = scripted.llm
+    for ask in (llm.score, llm.generate_ids) + (() if isinstance(ids, str) else (llm.encode,)):
+        with pytest.raises(RequestError):
+            ask(ids)
+    numbers: Any = np.array([1, 2, 3])
+    assert len(llm.score(numbers)) == 2
+
+
 def test_generate_ids_refuses_stop_strings(scripted: Scripted):
     with pytest.raises(RequestError, match="stop_token_ids"):
         next(iter(scripted.llm.generate_ids([1], SamplingParams(stop=("x",)))))
