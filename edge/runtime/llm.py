@@ -715,8 +715,8 @@ def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
 
 
 def _token_ids(ids: Sequence[int]) -> list[int]:
-    found = [] if isinstance(ids, str | bytes | bytearray) else list(ids)
-    if len(found) != len(ids) or not all(isinstance(token_id, Integral) for token_id in found):
+    found, is_text = list(ids), isinstance(ids, str | bytes | bytearray)
+    if is_text or not all(isinstance(token_id, Integral) for token_id in found):
         raise RequestError("token ids are whole numbers; LLM.encode makes them of a text")
     return [int(token_id) for token_id in found]
 

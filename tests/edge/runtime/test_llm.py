@@ -330,6 +330,8 @@ def test_what_is_no_list_of_ids_is_not_taken_for_one(scripted: Scripted, ids: An
             ask(ids)
     numbers: Any = np.array([1, 2, 3])
     assert len(llm.score(numbers)) == 2
+    each: Any = iter([1, 2, 3])
+    assert len(llm.score(each)) == 2
 
 
 def test_generate_ids_refuses_stop_strings(scripted: Scripted):
