@@ -107,7 +107,7 @@ def run_batch(
     if not (wait_s >= 0 and (timeout_s is None or timeout_s > 0)):
         raise ConfigError(f"wait_s is {wait_s} and timeout_s {timeout_s}; they are seconds")
     source, output = Path(source), Path(output)
-    errors = output.with_suffix(".errors.jsonl") if errors is None else Path(errors)
+    errors = default_errors(output) if errors is None else Path(errors)
     _check_files(source, output, errors)
     asker: Asker
     if url is not None:
@@ -140,6 +140,11 @@ def run_batch(
         for journal in (answers, failures):
             requests.mark_done(journal)
         return asyncio.run(_Batch(requests, answers, failures, asker, wait_s, progress).run())
+
+
+def default_errors(output: Path) -> Path:
+    """Name the file of errors that belongs to a file of answers."""
+    return output.with_suffix(".errors.jsonl")
 
 
 def _check_files(source: Path, output: Path, errors: Path) -> None:

@@ -83,6 +83,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command and leave with its exit code."""
+    if sys.stdin is None:  # closed, as by <&-
+        sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A verb sees bytes that are no text and refuses them with a proper error.
         sys.stdin.reconfigure(errors="surrogateescape")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edge.batch.run import TIMEOUT_S, WAIT_S, BatchResult, run_batch
+from edge.batch.run import TIMEOUT_S, WAIT_S, BatchResult, default_errors, run_batch
 from edge.config_file import load_settings
 from edge.engine_config import EngineConfig
 from edge.errors import EXIT_GATE_MISSED, ConfigError
@@ -103,16 +103,16 @@ def batch(
             timeout_s=timeout_s,
             progress=progress,
         )
-    click.echo(_summary(result, output), err=True)
+    click.echo(_summary(result, output, errors), err=True)
     if result.stopped:
         return _STOPPED
     return EXIT_GATE_MISSED if result.failed else 0
 
 
-def _summary(result: BatchResult, output: Path) -> str:
+def _summary(result: BatchResult, output: Path, errors: Path | None) -> str:
     parts = [f"{result.answered:,} of {result.rows:,} rows answered in {output}"]
     if result.failed:
-        parts.append(f"{result.failed:,} failed")
+        parts.append(f"{result.failed:,} failed, with why in {errors or default_errors(output)}")
     if result.stopped:
         parts.append(f"stopped with {result.left:,} left; the same command goes on")
     return "; ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -306,9 +307,17 @@ def _contents(
 
 def _password(file: Path | None, confirm: bool = False) -> str:
     if file is None:
-        text: str = click.prompt(
-            "password of the secret key", hide_input=True, confirmation_prompt=confirm, err=True
-        )
+        try:
+            text: str = click.prompt(
+                "password of the secret key", hide_input=True, confirmation_prompt=confirm, err=True
+            )
+        except click.Abort:
+            if sys.stdin.isatty():
+                raise
+            raise ConfigError(
+                "there is no terminal on which to ask for the password of the secret key; give it "
+                "by --password-file"
+            ) from None
         return text
     try:
         return read_text_file(file, MAX_BYTES).removesuffix("\n")

@@ -123,9 +123,10 @@ def drop(bundle: Path, name: str, prefix_dir: Path | None, as_json: bool) -> Non
 
     store = PrefixStore(prefix_dir or default_directory(), read_manifest(bundle))
     if not store.drop(name):
+        place = "" if prefix_dir is None else f" --prefix-dir {shlex.quote(str(prefix_dir))}"
         raise RequestError(
             f"nothing is stored as {name!r} in {store.directory}; "
-            "list what is with: edge-llm cache list BUNDLE"
+            f"list what is with: edge-llm cache list BUNDLE{place}"
         )
     if as_json:
         echo_json({"dropped": name})

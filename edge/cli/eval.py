@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -169,6 +170,11 @@ def run_evaluation(
     check_writable(html_file, "--html")
     for path in bundles:
         check_task(read_manifest(path), "generate")
+        if save and not os.access(path, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"--save writes into {path}, where this user may not; run it as the user that owns "
+                "the bundle, or leave --save out"
+            )
     gates = [
         None if gate is None else evaluation.load_gate(gate, read_manifest(path).quantization.name)
         for path in bundles

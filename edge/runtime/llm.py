@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -113,6 +113,12 @@ class LLM:
         **options: Unpack[EngineOptions],
     ) -> None:
         self.bundle = find_setting(str(bundle), Path())
+        given: object = config
+        if not isinstance(given, EngineConfig | None):
+            raise ConfigError(
+                f"config must be an EngineConfig, not {type(given).__name__}; options go by name, "
+                "as in LLM(bundle, kv_capacity=4096)"
+            )
         config = (config or EngineConfig()).with_options(**options)
         if config.draft is not None and not config.drafts_with_head:
             config = config.with_options(draft=find_setting(str(config.draft), Path()))
@@ -406,6 +412,7 @@ class LLM:
         """
         if "n" in options:
             raise RequestError("a stream is one answer; submit gives n of them")
+        _check_no_sampling(options)
         return self._stream(prompt, params, options)
 
     def generate(
@@ -442,6 +449,7 @@ class LLM:
             raise RequestError(f"best_of ({best_of}) must be at least n ({n}), and n at least 1")
         if rank_by not in ("mean", "sum"):
             raise RequestError(f"rank_by must be mean or sum, not {rank_by!r}")
+        _check_no_sampling(options)
         params = params or SamplingParams()
         if params.logprobs is None:
             params = replace(params, logprobs=0)
@@ -728,6 +736,15 @@ def _check_is_format(output: object) -> None:
         raise RequestError(
             'output must be an OutputFormat, e.g. OutputFormat("json_schema", schema), '
             f"not {type(output).__name__}"
+        )
+
+
+def _check_no_sampling(options: Mapping[str, Any]) -> None:
+    misplaced = [field.name for field in fields(SamplingParams) if field.name in options]
+    if misplaced:
+        raise RequestError(
+            f"{misplaced[0]} is sampling; give it as SamplingParams({misplaced[0]}=...) after the "
+            "prompt"
         )
 
 

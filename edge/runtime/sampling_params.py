@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import RequestError
@@ -152,21 +153,23 @@ class SamplingParams:
                 # Stored as it was checked, so that temperature=1 and temperature=1.0 are equal.
                 object.__setattr__(self, name, knob.check(name, value))
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            logprobs = _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            object.__setattr__(self, "logprobs", logprobs)
         if not isinstance(self.logit_bias, Mapping):
             raise _refusal("logit_bias", self.logit_bias, "a mapping from token id to bias")
         bias = {}
         for token_id, value in self.logit_bias.items():
-            _integer("a token id of logit_bias", token_id, 0, 2**31 - 1)
-            bias[token_id] = _number(f"logit_bias[{token_id}]", value, *_BIAS_RANGE)
+            key = _integer("a token id of logit_bias", token_id, 0, 2**31 - 1)
+            bias[key] = _number(f"logit_bias[{key}]", value, *_BIAS_RANGE)
         object.__setattr__(self, "logit_bias", bias)
         object.__setattr__(self, "stop", _tuple("stop", self.stop, "texts"))
         for text in self.stop:
             _text("an entry of stop", text)
-        ids = _tuple("stop_token_ids", self.stop_token_ids, "token ids")
-        object.__setattr__(self, "stop_token_ids", ids)
-        for token_id in self.stop_token_ids:
+        ids = tuple(
             _integer("an entry of stop_token_ids", token_id, 0, 2**31 - 1)
+            for token_id in _tuple("stop_token_ids", self.stop_token_ids, "token ids")
+        )
+        object.__setattr__(self, "stop_token_ids", ids)
         if not isinstance(self.ignore_eos, bool):
             raise _refusal("ignore_eos", self.ignore_eos, "true or false")
 
@@ -183,16 +186,21 @@ class SamplingParams:
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:
-    # NaN fails the comparison; a bool is an int in Python, but True is no temperature.
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high:
+    # NaN fails the comparison; a bool is an int in Python, but True is no temperature. NumPy's
+    # numbers are numbers.
+    if not isinstance(value, bool) and isinstance(value, Real) and _lies_in(value, low, high):
         return float(value)
     raise _refusal(name, value, f"a number from {low:g} to {high:g}")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-        return value
+    if not isinstance(value, bool) and isinstance(value, Integral) and _lies_in(value, low, high):
+        return int(value)
     raise _refusal(name, value, f"an integer from {low} to {high}")
+
+
+def _lies_in(value: Real, low: float, high: float) -> bool:
+    return not value < low and value <= high
 
 
 def _tuple(name: str, value: object, what: str) -> tuple[object, ...]:

@@ -211,10 +211,11 @@ class Scheduler:
         """Refuse a number of answers that can never be submitted together.
 
         Raises:
-            RequestError: less than one, or more than may run and wait.
+            RequestError: no integer, less than one, or more than may run and wait.
         """
-        if n < 1:
-            raise RequestError(f"n must be at least 1, not {n}")
+        given: object = n
+        if not isinstance(given, int) or n < 1:
+            raise RequestError(f"n must be an integer of at least 1, not {n!r}")
         most = self.max_batch + self.queue_capacity
         if n > most:
             raise RequestError(

@@ -446,8 +446,10 @@ def test_the_verb_reports_bad_lines_and_ends_with_three(
         args = ("batch", source, "-o", output, "--url", server.url, "--api-key-file", keys)
         result = edge_llm(*args)
         assert result.code == 3, result.err
-        assert f"2 of 3 rows answered in {output}; 1 failed" in result.err
-        (failed,) = read_rows(tmp_path / "out.errors.jsonl")
+        errors = tmp_path / "out.errors.jsonl"
+        said = f"2 of 3 rows answered in {output}; 1 failed, with why in {errors}"
+        assert said in result.err
+        (failed,) = read_rows(errors)
         assert failed["error"]["code"] == "invalid_json_line"
         assert failed["error"]["line"] == 3
         assert Counter(server.seen.values()) == {1: 2}

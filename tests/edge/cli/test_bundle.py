@@ -100,6 +100,8 @@ def test_passwords_are_asked_for_or_read_and_never_arguments(
     run("sign", mine, "--key", tmp_path / "a.key", text="secret words\n")
     with pytest.raises(ConfigError, match="the password is wrong"):
         run("sign", mine, "--key", tmp_path / "a.key", text="guess\n")
+    with pytest.raises(ConfigError, match="no terminal on which to ask"):
+        run("sign", mine, "--key", tmp_path / "a.key", text="")
     with pytest.raises(ConfigError, match="exclude each other"):
         run("keygen", tmp_path / "b", "--no-password", "--password-file", tmp_path / "password")
     with pytest.raises(ConfigError, match="is no reference to a registry"):

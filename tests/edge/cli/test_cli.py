@@ -75,6 +75,13 @@ def test_a_full_cache_is_said_and_how_to_have_more(edge_llm: Callable[..., Resul
     assert stats["prompt_tokens"] + stats["completion_tokens"] == 21  # the last needs no row
 
 
+def test_a_closed_standard_input_is_an_empty_one(bundle: Path):
+    command = f"exec {sys.executable} -m edge.cli run {bundle} <&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (65, "")
+    assert "the prompt is empty" in done.stderr
+
+
 def test_run_takes_its_prompt_from_stdin(edge_llm: Callable[..., Result], bundle: Path):
     options = ("--max-tokens", 12, "--no-stats", *GREEDY)
     given = edge_llm("run", bundle, "hello\n", *options)

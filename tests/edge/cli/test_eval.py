@@ -187,6 +187,17 @@ def test_what_cannot_be_saved_is_printed_all_the_same(tiny_bundles, tmp_path: Pa
     assert json.loads(result.stdout)["tokens"] == 300
 
 
+def test_save_into_a_bundle_of_another_is_refused_before_anything_is_measured(
+    tiny_bundles, monkeypatch: pytest.MonkeyPatch
+):
+    bundle = tiny_bundles("qwen2", "portable")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    result = invoke(bundle, *SHORT, "--save")
+    assert isinstance(result.exception, ConfigError)
+    assert f"--save writes into {bundle}" in str(result.exception)
+    assert result.stdout == ""
+
+
 def test_save_keeps_the_bundle_sound(tiny_bundles, tmp_path: Path):
     bundle = shutil.copytree(tiny_bundles("qwen2", "portable"), tmp_path / "bundle")
     assert invoke(bundle, *SHORT, "--save").exit_code == 0

@@ -334,6 +334,17 @@ def test_what_is_no_list_of_ids_is_not_taken_for_one(scripted: Scripted, ids: An
     assert len(llm.score(each)) == 2
 
 
+def test_sampling_beside_the_prompt_is_refused_with_its_place(scripted: Scripted):
+    llm = scripted.llm
+    for ask in (llm.generate, llm.stream, llm.generate_best):
+        options: dict[str, Any] = {"best_of": 1} if ask == llm.generate_best else {}
+        with pytest.raises(RequestError, match=r"SamplingParams\(max_tokens=\.\.\.\)"):
+            ask("what", max_tokens=3, **options)
+    wrong: Any = "2"
+    with pytest.raises(RequestError, match="n must be an integer of at least 1, not '2'"):
+        llm.submit("what", n=wrong)
+
+
 def test_generate_ids_refuses_stop_strings(scripted: Scripted):
     with pytest.raises(RequestError, match="stop_token_ids"):
         next(iter(scripted.llm.generate_ids([1], SamplingParams(stop=("x",)))))

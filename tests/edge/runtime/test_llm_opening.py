@@ -140,6 +140,12 @@ def test_wrong_options(options: dict[str, Any], message: str, tiny_bundles: Bund
     assert num_open_files() == before
 
 
+def test_options_in_a_mapping_are_refused_with_their_place(tiny_bundles: Bundles):
+    options: Any = {"kv_capacity": 32}
+    with pytest.raises(ConfigError, match="not dict; options go by name"):
+        LLM(tiny_bundles("qwen2"), options)
+
+
 def test_options_are_those_of_the_configuration_and_stronger(tiny_bundles: Bundles):
     config = EngineConfig(num_threads=1, num_slots=2, kv_capacity=48)
     with LLM(tiny_bundles("qwen2"), config, kv_capacity=32) as llm:

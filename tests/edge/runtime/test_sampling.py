@@ -141,6 +141,28 @@ def test_parameters_are_frozen_copies():
         SamplingParams(0.5)  # type: ignore[call-arg]
 
 
+def test_numbers_of_numpy_are_numbers():
+    values: Any = {
+        "max_tokens": np.int64(5),
+        "temperature": np.float32(0.5),
+        "seed": np.uint64(2**64 - 1),
+        "logprobs": np.int32(2),
+        "stop_token_ids": [np.int64(7)],
+        "logit_bias": {np.int64(1): np.float16(2)},
+    }
+    made = SamplingParams(**values)
+    plain = SamplingParams(
+        max_tokens=5,
+        temperature=0.5,
+        seed=2**64 - 1,
+        logprobs=2,
+        stop_token_ids=(7,),
+        logit_bias={1: 2.0},
+    )
+    assert made == plain
+    assert repr(made) == repr(plain)  # and are stored as Python's
+
+
 def test_resolve_fills_what_is_open_and_nothing_else():
     defaults = SamplingDefaults(
         temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, repetition_penalty=1.2
