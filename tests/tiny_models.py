@@ -3,8 +3,8 @@
 Every weight is a small integer times a power of two: the same on every platform and numpy version
 (`numpy.random.RandomState` streams are frozen and integers need no libm), and exact in fp16 and in
 bf16, so both dtypes hold the same model. The configs carry the traps of the real R1 distills:
-config.json's ``bos_token_id`` is the eos id (Qwen2), ``attn_factor`` means nothing (Qwen3), the
-vocabulary has more rows than the tokenizer has tokens, control tokens are not all special.
+config.json's ``bos_token_id`` is the eos id (Qwen2), the vocabulary has more rows than the
+tokenizer has tokens, control tokens are not all special.
 """
 
 from __future__ import annotations
@@ -116,7 +116,6 @@ _CONFIGS: dict[Kind, dict[str, Any]] = {
             "factor": 4.0,
             "original_max_position_embeddings": 64,
             "beta_fast": 2.0,
-            "attn_factor": 0.8782488562869419,
         },
     },
 }

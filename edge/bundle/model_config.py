@@ -290,8 +290,9 @@ def _yarn(rope: _Config, theta: float, original: int) -> RopeSpec:
     fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)
     if fast < slow:
         raise rope.error("beta_fast", f"({fast}) must not be below beta_slow ({slow})")
-    # R1-0528-Qwen3-8B also has `attn_factor`. transformers knows no such key and ignores it, and
-    # so do we: the published scores were measured that way (llama.cpp does multiply by it).
+    # R1-0528-Qwen3-8B has `attn_factor`, the inverse of what YaRN implies: its attention is that of
+    # Qwen3-8B. vLLM and SGLang multiply by it; transformers knows no such key and ignores it.
+    scale = rope.number("attn_factor", 1.0)
     mscale = [rope.number(key) if rope.get(key) else None for key in ("mscale", "mscale_all_dim")]
     return RopeSpec(
         theta=theta,
@@ -300,7 +301,9 @@ def _yarn(rope: _Config, theta: float, original: int) -> RopeSpec:
         original_max_positions=original,
         beta_fast=fast,
         beta_slow=slow,
-        attention_factor=rope.number("attention_factor", yarn_attention_factor(factor, *mscale)),
+        attention_factor=rope.number(
+            "attention_factor", scale * yarn_attention_factor(factor, *mscale)
+        ),
     )
 
 

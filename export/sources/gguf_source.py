@@ -248,7 +248,6 @@ def _rope(keys: _Keys, factors: NDArray[Any] | None, head_dim: int) -> RopeSpec:
         raise keys.error(scaling, f"must be at least 1, found {factor}")
     if kind == "linear":
         return RopeSpec(theta=theta, kind="linear", factor=factor)
-    # Unlike config.json's key of the same name, this one has an effect (llama.cpp multiplies).
     scale = float(keys.number("rope.scaling.attn_factor", 1.0))
     return RopeSpec(
         theta=theta,

@@ -139,8 +139,9 @@ def test_llama3_scaling() -> None:
     ("extra", "attention_factor"),
     [
         ({}, 0.1 * math.log(4) + 1),
-        # R1-0528-Qwen3-8B: no key of transformers, so without effect there and here.
-        ({"attn_factor": 0.8782488562869419}, 0.1 * math.log(4) + 1),
+        # R1-0528-Qwen3-8B; a key of vLLM and SGLang, by which they multiply.
+        ({"attn_factor": 0.8782488562869419}, 1.0),
+        ({"attn_factor": 0.5, "attention_factor": 0.75}, 0.75),
         ({"attention_factor": 0.75}, 0.75),
         (
             {"mscale": 0.7, "mscale_all_dim": 2.0},
@@ -164,7 +165,7 @@ def test_yarn_attention_factor(extra: dict[str, float], attention_factor: float)
         YARN,
         {**YARN, "beta_fast": 20, "beta_slow": 2},
         {**YARN, "original_max_position_embeddings": None},
-        {**YARN, "mscale": 0.7, "mscale_all_dim": 2.0, "attn_factor": 3.0},
+        {**YARN, "mscale": 0.7, "mscale_all_dim": 2.0},
         {"type": "linear", "factor": 2},
         None,
     ],
