@@ -590,6 +590,28 @@ def test_shellcheck_has_nothing_to_say():
     subprocess.run(["shellcheck", "-x", "-P", "SCRIPTDIR", *scripts], check=True)
 
 
+@pytest.mark.skipif(
+    shutil.which("systemd-tmpfiles") is None, reason="needs systemd (Debian: systemd)"
+)
+def test_who_may_write_bundles_may_still_after_a_boot(tmp_path: Path):
+    """A fleet's user rolls out, and gets the directory for that."""
+    bundles = tmp_path / "var/lib/edge-llm/bundles"
+    create = ("systemd-tmpfiles", "--create", f"--root={tmp_path}", UNITS / "tmpfiles.conf")
+    subprocess.run(create, check=True)
+    assert stat.S_IMODE(bundles.stat().st_mode) == 0o755
+    bundles.chmod(0o2775)
+    if os.getuid() == 0:
+        os.chown(bundles, 12345, 12346)
+    before = bundles.stat()
+    subprocess.run(create, check=True)
+    after = bundles.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+    )
+
+
 # --------------------------------------------------------------------------- under the filter
 
 
