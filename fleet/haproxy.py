@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import pwd
 import re
 import shutil
 import subprocess
@@ -25,12 +26,13 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_|~-]{1,64}")
 _FILE = re.compile(r"[A-Za-z0-9/._+-]{1,200}")
 _CHECK_S = 20.0
+_USER = "haproxy"
 
 _TEMPLATE = """\
 # Written by edge-llm fleet haproxy. Devices:
 {listed}
 global
-    log stderr format raw local0 notice
+{rights}    log stderr format raw local0 notice
     maxconn {max_connections}
     # A body must fit into a buffer to be looked into, and to be sent a second time.
     tune.bufsize 65536
@@ -93,6 +95,13 @@ backend devices
 {servers}
 """  # noqa: E501 - HAProxy knows no continued lines
 
+_RIGHTS = """\
+    # Once it listens, without root's rights: the user and directory of Debian's package.
+    user {user}
+    group {user}
+    chroot /var/lib/haproxy
+"""
+
 
 @dataclass(frozen=True)
 class Proxied:
@@ -154,6 +163,7 @@ def configuration(
     queue_s: int = 30,
     answer_s: int = 660,
     retries: int = 2,
+    drop_root: bool = True,
 ) -> str:
     """Write the configuration; `check` asks HAProxy what it thinks of it.
 
@@ -168,6 +178,7 @@ def configuration(
         answer_s: seconds that an answer, or a silence in a stream, may last; longer than the
             devices' own ``request_timeout_s``.
         retries: how often a request is tried again before its first byte.
+        drop_root: give up root's rights once it listens; it cannot start without them then.
 
     Raises:
         ConfigError: a value that cannot stand in it.
@@ -189,6 +200,7 @@ def configuration(
         (504, "answer_timeout", "the device did not answer in the time that is allowed", None),
     ]
     return _TEMPLATE.format(
+        rights=_RIGHTS.format(user=_USER) if drop_root else "",
         listed="\n".join(f"#   {device.name} {device.address}" for device in devices),
         max_connections=max(512, 2 * (len(devices) * slots + max_queue)),
         answer_s=answer_s,
@@ -220,7 +232,7 @@ def _envelope(status: int, code: str, message: str) -> str:
 
 
 def check(text: str) -> None:
-    """Let HAProxy itself read a configuration.
+    """Let HAProxy itself read a configuration, but for a user that this machine does not have.
 
     Raises:
         DependencyError: it is not installed.
@@ -232,6 +244,10 @@ def check(text: str) -> None:
             "haproxy is not installed, so the configuration cannot be checked; run: apt-get "
             "install haproxy, or give --no-check and check it where it runs"
         )
+    try:
+        pwd.getpwnam(_USER)
+    except KeyError:  # the machine where it runs has the package, and with it the user
+        text = text.replace(_RIGHTS.format(user=_USER), "")
     with tempfile.NamedTemporaryFile("w", suffix=".cfg") as file:
         file.write(text)
         file.flush()
@@ -306,6 +322,12 @@ def check(text: str) -> None:
     help="How often a request is tried again before its first byte.",
 )
 @click.option(
+    "--drop-root/--no-drop-root",
+    default=True,
+    help="Let HAProxy give up root's rights once it listens, for the user haproxy of Debian's "
+    "package; not where it is started without them.  [default: on]",
+)
+@click.option(
     "--check/--no-check", "checks", default=True, help="Let HAProxy read it first.  [default: on]"
 )
 def haproxy(
@@ -319,6 +341,7 @@ def haproxy(
     queue_s: int,
     answer_s: int,
     retries: int,
+    drop_root: bool,
     checks: bool,
 ) -> None:
     """Write a configuration of HAProxy for devices that have no memory for Ray.
@@ -335,6 +358,7 @@ def haproxy(
         queue_s=queue_s,
         answer_s=answer_s,
         retries=retries,
+        drop_root=drop_root,
     )
     if checks:
         check(text)

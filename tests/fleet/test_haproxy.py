@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import shutil
 import signal
@@ -34,8 +35,9 @@ _STEP_S = 0.02
 class Proxy:
     """HAProxy in front of devices."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, pid: int) -> None:
         self.port = port
+        self.pid = pid
 
     def ask(self, body: Any, **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -78,6 +80,7 @@ def proxy(tmp_path: Path, devices: Sequence[tuple[str, int]], **options: Any) ->
     port = _free_port()
     file = tmp_path / "haproxy.cfg"
     proxied = [Proxied(name, f"127.0.0.1:{at}") for name, at in devices]
+    options.setdefault("drop_root", os.getuid() == 0)
     text = configuration(proxied, bind=f"127.0.0.1:{port}", **options)
     check(text)
     file.write_text(text)
@@ -86,7 +89,7 @@ def proxy(tmp_path: Path, devices: Sequence[tuple[str, int]], **options: Any) ->
         deadline = time.monotonic() + 10
         while not _listens(port) and time.monotonic() < deadline:
             time.sleep(0.02)
-        yield Proxy(port)
+        yield Proxy(port, process.pid)
     finally:
         process.kill()
         process.wait()
@@ -263,6 +266,18 @@ def _stream(
     return times
 
 
+@needs_haproxy
+def test_it_keeps_no_rights_of_root(tmp_path: Path):
+    is_root = os.getuid() == 0
+    with stub() as device:
+        device.ready_status = 200
+        with proxy(tmp_path, [("a", device.server_address[1])], drop_root=is_root) as front:
+            process = Path(f"/proc/{front.pid}")
+            assert process.stat().st_uid != 0
+            assert not is_root or (process / "root").readlink() == Path("/var/lib/haproxy")
+            assert front.device({}) == "a"
+
+
 # ------------------------------------------------------------------------------- the file
 
 
@@ -292,6 +307,18 @@ def test_haproxy_reads_every_option(tmp_path: Path):
     )
     with pytest.raises(ConfigError, match="refuses the configuration"):
         check("global\n    nonsense\n")
+
+
+@needs_haproxy
+def test_a_machine_without_haproxys_user_can_check_all_else(monkeypatch: pytest.MonkeyPatch):
+    """As where HAProxy was compiled, or the file is written for another machine."""
+    devices = [Proxied("a", "127.0.0.1:1")]
+    monkeypatch.setattr("fleet.haproxy._USER", "nobody-has-this-name")
+    text = configuration(devices)
+    assert "\n    user nobody-has-this-name\n" in text
+    check(text)
+    with pytest.raises(ConfigError, match="refuses the configuration"):
+        check(text + "    nonsense\n")
 
 
 def test_all_slots_of_many_devices_can_be_connected():
