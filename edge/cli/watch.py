@@ -205,6 +205,11 @@ def watch(
         _watch_traffic(outcome, traffic, counters, usual, thresholds, state)
         if state_file is not None:
             write_atomic(state_file, msgspec.json.encode(state))
+    for path, figures in ((baseline, outcome.checks), (traffic, outcome.drift.values())):
+        if path is not None and any(figure.alarm for figure in figures):
+            outcome.notes.append(
+                f"if that is how it should be now, remove {path}; --record-missing writes it anew"
+            )
     # After a failure the old file stays, whose time tells of it.
     if textfile is not None and failure is None:
         write_atomic(textfile, _prometheus(outcome))

@@ -454,6 +454,7 @@ def test_a_bundle_against_itself_and_against_a_better_past(
     code, found = run(bundle, "--baseline", baseline, *common, "--textfile", metrics)
     assert code == EXIT_GATE_MISSED
     assert found["alarms"] == ["wrong_rate", "answer_tokens", "perplexity"]
+    assert [f"remove {baseline};" in note for note in found["notes"]] == [True]
     parser = pytest.importorskip("prometheus_client.parser")
     families = {f.name: f for f in parser.text_string_to_metric_families(metrics.read_text())}
     alarm = {s.labels["check"]: s.value for s in families["edgellm_watch_alarm"].samples}
@@ -531,6 +532,7 @@ def test_missing_baselines_are_recorded_once(stub: Stub, golden: Path, tmp_path:
     code, found = run(*arguments)
     assert code == EXIT_GATE_MISSED
     assert found["alarms"] == ["drift of temperature"]
+    assert [f"remove {traffic};" in note for note in found["notes"]] == [True]
     assert found["requests"] == 230  # those that were too few alone are not lost
     stub.counts = Counts()  # the server began anew
     requests(100, 0.6)
