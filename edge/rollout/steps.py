@@ -23,6 +23,7 @@ from edge.errors import (
     BuildError,
     BundleError,
     ConfigError,
+    DependencyError,
     GateError,
     ResourceError,
 )
@@ -43,7 +44,7 @@ from edge.registry.reference import Reference
 
 from .guard import guarded
 from .journal import Journal, Place, Step, reload_service, take_back
-from .service import Service, Sight
+from .service import LoadingError, Service, Sight
 
 SWITCH_TIMEOUT_S = 900.0
 """Seconds for which the service may open a bundle of 8B."""
@@ -161,11 +162,13 @@ class _Run:
                 journal.step, journal.judged_new = "idle", None
                 self._drop_unfinished(unfinished, current)
             journal.old = current
+            # Before gigabytes are fetched for nobody.
             if current is None:
                 # Nothing serves yet, so there is nothing to compare with and nothing to watch.
+                self._check_unserved()
                 self.plan = plan = replace(plan, service=None, reload=None)
-            if plan.service is not None:
-                plan.service.look()  # before gigabytes are fetched for nobody
+            elif plan.service is not None:
+                plan.service.look()
             self._pull(offer, registry)
         manifest = offer.manifest
         self._build()
@@ -179,6 +182,28 @@ class _Run:
         return Outcome(journal.digest, bundle, True, tuple(self.notes))
 
     # ------------------------------------------------------------------------------- before
+
+    def _check_unserved(self) -> None:
+        """Refuse a first bundle where a service runs: it has another, and would never see the link.
+
+        Raises:
+            ConfigError: one serves a bundle.
+            LoadingError: one opens its bundles.
+        """
+        link = self.place.link
+        if self.plan.service is None:
+            return
+        try:
+            self.plan.service.look()
+        except LoadingError:
+            raise
+        except BackendError:
+            return
+        raise ConfigError(
+            f"the service's settings do not name {link}: it serves a bundle, and that link does "
+            f"not exist yet; let it lead to that bundle: mv BUNDLE {link}-first && ln -s "
+            f"{link.name}-first {link}, then name {link} in the settings and restart the service"
+        )
 
     def _check_size(self, manifest: Manifest) -> None:
         """Refuse what this machine could not hold if nothing else ran on it.
@@ -218,15 +243,24 @@ class _Run:
             self._note("pulled")
 
     def _build(self) -> None:
-        bundle, build = self.place.path(self.journal.new), self.plan.build
-        if build is None:
+        bundle, old = self.place.path(self.journal.new), self.journal.old
+        if self.plan.build is False or find_engines(bundle):
+            return
+        engines = [] if old is None else find_engines(self.place.path(old))
+        if self.plan.build is None:
             from edge.device.machine import Machine
 
-            build = Machine().tensorrt().error is None
-        if not build or find_engines(bundle):
-            return
+            error = Machine().tensorrt().error
+            if error is not None and engines:
+                raise DependencyError(
+                    f"TensorRT does not start ({error}), so the new bundle would be served by the "
+                    "CPU, and the old one, which serves, has an engine; run edge-llm doctor as "
+                    "this user with this Python, or give --no-build"
+                )
+            if error is not None:
+                return
         self.progress("build", 0, 1)
-        command = [sys.executable, "-m", "edge.cli", "build", str(bundle), *self._size()]
+        command = [sys.executable, "-m", "edge.cli", "build", str(bundle), *_size(engines)]
         if code := subprocess.run(command, stdout=sys.stderr, check=False).returncode:
             raise BuildError(
                 f"edge-llm build {bundle} ended with {code}; the old bundle serves, and the next "
@@ -234,17 +268,6 @@ class _Run:
             )
         self.progress("build", 1, 1)
         self._note("built")
-
-    def _size(self) -> list[str]:
-        """As many sequences at once as the old engine has, so that no slots take turns."""
-        if self.journal.old is None:
-            return []
-        engines = find_engines(self.place.path(self.journal.old))
-        most = 1
-        for engine in engines:
-            with suppress(BundleError):  # a damaged one is what the new bundle cures
-                most = max(most, read_engine_info(engine).max_batch)
-        return ["--max-batch", str(most)] if most > 1 else []
 
     def _judge_before(self, manifest: Manifest) -> None:
         """Ask the golden set, where memory holds a second bundle; else the trial does."""
@@ -460,3 +483,12 @@ class _Run:
             f"{self.plan.reference} {when}, and the old bundle serves: {reason}",
             {"reason": reason, "digest": digest},
         )
+
+
+def _size(engines: list[Path]) -> list[str]:
+    """As many sequences at once as the old engines have, so that no slots take turns."""
+    most = 1
+    for engine in engines:
+        with suppress(BundleError):  # a damaged one is what the new bundle cures
+            most = max(most, read_engine_info(engine).max_batch)
+    return ["--max-batch", str(most)] if most > 1 else []

@@ -26,6 +26,7 @@ from edge.bundle import trust
 from edge.bundle.manifest import encode_manifest, fingerprint, read_manifest
 from edge.bundle.minisign import make_key
 from edge.bundle.trust import sign_bundle
+from edge.device.machine import Library, Machine
 from edge.device.telemetry import Snapshot
 from edge.engine_config import EngineConfig
 from edge.errors import (
@@ -33,6 +34,7 @@ from edge.errors import (
     BuildError,
     BundleError,
     ConfigError,
+    DependencyError,
     GateError,
     RegistryError,
     ResourceError,
@@ -412,6 +414,20 @@ def test_the_new_engine_computes_as_many_sequences_at_once_as_the_old(
     assert command[3:] == ["build", bundle, *(["--max-batch", "4"] if max_batch == 4 else [])]
 
 
+def test_a_device_that_serves_an_engine_is_not_moved_to_the_cpu(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+):
+    """As where the user of the roll-out may not open the GPU, or its Python has no TensorRT."""
+    before, reference = device.current, device.offer()
+    monkeypatch.setattr(Machine, "tensorrt", lambda _: Library(error="no GPU"))
+    write_engine(device.root / before, max_prefill=128)
+    with pytest.raises(DependencyError, match=r"TensorRT does not start \(no GPU\)"):
+        roll_out(device.plan(reference, build=None))
+    shutil.rmtree(device.root / before / "engines")
+    assert device.serves(before)
+    assert roll_out(device.plan(reference, build=None)).changed  # nothing was rejected
+
+
 def test_an_unsigned_bundle_is_not_even_fetched(device: Device, tmp_path: Path):
     before, key = device.current, make_key()
     keys = tmp_path / "trusted"
@@ -620,12 +636,32 @@ def _die(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_the_first_bundle_of_a_device_needs_no_service(device: Device, tmp_path: Path):
-    done = roll_out(device.plan(device.offer(), link=tmp_path / "r1"))
+@pytest.mark.parametrize("server", [None, "http://127.0.0.1:9"])
+def test_the_first_bundle_of_a_device_needs_no_service(
+    device: Device, tmp_path: Path, server: str | None
+):
+    service = server and services.Service(ServerAnswerer(server), None)
+    done = roll_out(device.plan(device.offer(), link=tmp_path / "r1", service=service))
     assert (tmp_path / "r1").resolve() == done.bundle
     (tmp_path / "own").mkdir()
     with pytest.raises(ConfigError, match="is no link"):
         roll_out(device.plan(device.offer(), link=tmp_path / "own"))
+
+
+def test_a_service_whose_settings_name_another_path_is_no_first_bundle(
+    device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """It would go on with what it has, and the roll-out would say that all is well."""
+    link = tmp_path / "r1"
+    plan = device.plan(device.offer(), link=link)
+    with pytest.raises(ConfigError, match=f"settings do not name {link}") as caught:
+        roll_out(plan)
+    assert f"ln -s r1-first {link}" in str(caught.value)
+    answered = {"models": {}, "requests": {}, "drift": {"params": {}}, "uptime_s": 1.0}
+    monkeypatch.setattr(device.answerer, "stats", lambda: answered)
+    with pytest.raises(BackendError, match="has not opened the bundle yet"):
+        roll_out(replace(plan, service=services.Service(device.answerer, None)))
+    assert {path.name for path in tmp_path.iterdir()} == {".r1.edge-llm-rollout"}
 
 
 # ------------------------------------------------------------------------------- the watch
