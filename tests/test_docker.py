@@ -30,6 +30,20 @@ def test_there_is_one_for_each_jetpack():
     assert [path.name for path in DOCKERFILES] == ["Dockerfile.jp62", "Dockerfile.jp72"]
 
 
+def test_the_page_says_what_each_jetpack_sets_first(compose: dict[str, Any]):
+    """What compose takes by default is that of one JetPack."""
+    text = (DOCKER / "README.md").read_text("utf-8")
+    table = text[: text.index("**Not tested:**")]
+    set_first = dict(re.findall(r"`export EDGE_LLM_DOCKERFILE=(\S+) EDGE_LLM_TAG=(\S+)`", table))
+    assert set(set_first) == {path.name for path in DOCKERFILES}
+    for path in DOCKERFILES:
+        assert f"-t edge-llm:{set_first[path.name]} ." in path.read_text("utf-8")
+    taken = compose["x-edge-llm"]
+    default = re.findall(r":-([\w.-]+)}", taken["build"]["dockerfile"] + taken["image"])
+    assert tuple(default) in set_first.items()
+    assert "docker build -f docker/jetson/$EDGE_LLM_DOCKERFILE -t edge-llm:$EDGE_LLM_TAG ." in text
+
+
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_stages_are_pinned_and_not_root(path: Path):
     text = path.read_text("utf-8")
