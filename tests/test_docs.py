@@ -37,6 +37,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+_AS_ROOT = re.compile(r"^(?:sudo )?(?:/\S+/bin/)?(?=edge-llm )")
 _ELLIPSIS = "…"
 
 
@@ -64,6 +65,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for path in DOCS:
         lines = "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines()
+        lines = [_AS_ROOT.sub("", line) for line in lines]
         found += [(path.name, line) for line in [*lines, *spans(path)] if _is_command(line)]
     return found
 
@@ -104,6 +106,7 @@ def test_every_command_parses(
 ):
     """As far as the parser goes: options, their values, and what the library checks of them."""
     monkeypatch.chdir(tmp_path)
+    line = re.sub(r"/(?:var/lib|etc)/edge-llm/", "", line)  # a device's directories
     _, verb, *arguments = shlex.split(re.split(r" (?:<|>>|\|) ", line)[0], comments=True)
     if verb.startswith("-"):
         assert verb in all_flags(), f"{document}: {line}"
@@ -115,7 +118,7 @@ def test_every_command_parses(
     for argument in arguments:
         if argument in ("BUNDLE", "ENGINE") or argument.startswith("bundles/"):
             (tmp_path / argument).mkdir(parents=True, exist_ok=True)
-        elif argument.endswith(("fleet.toml", ".txt")):
+        elif argument.endswith(("fleet.toml", "r1.toml", ".txt")):
             (tmp_path / argument).touch()
         elif argument == "1.5b":
             bundle = tmp_path / "bundles" / "deepseek-r1-distill-qwen-1.5b-int4"
@@ -143,6 +146,24 @@ def test_every_command_parses(
             take_sampling(params)
         if "num_threads" in params:  # a verb that opens a bundle
             take_engine(params)
+
+
+def test_an_update_builds_before_the_link_moves():
+    """Else a service on a GPU goes on with the CPU."""
+    [update] = [block for block in blocks(ROOT / "docs/service.md", "sh") if "mv -fT" in block]
+    assert update.index("edge-llm build") < update.index("mv -fT")
+
+
+def test_the_printed_rollout_of_a_fleet_parses_and_has_a_key():
+    """The installer of the service always makes keys."""
+    [text] = [block for block in blocks(ROOT / "docs/fleet.md", "toml") if "rollout = [" in block]
+    words = ast.literal_eval(text.partition("rollout = ")[2])  # a list of strings, as in Python
+    assert words[:3] == ["edge-llm", "bundle", "rollout"]
+    bundle = verbs()["bundle"]
+    assert isinstance(bundle, click.Group)
+    order = ["registry.example.com/r1@sha256:" + "0" * 64, "--gate", "golden", "--watch-s", "600"]
+    context = bundle.commands["rollout"].make_context("rollout", [*words[3:], *order])
+    assert context.params["api_key_file"] is not None
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

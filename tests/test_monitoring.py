@@ -115,6 +115,22 @@ def until(condition: Callable[[], bool], log: Path) -> None:
         time.sleep(0.2)
 
 
+def test_prometheus_takes_the_printed_settings(tmp_path: Path):
+    if shutil.which("promtool") is None:
+        pytest.skip("needs Debian's package prometheus")
+    text = (FOLDER.parent / "service.md").read_text("utf-8")
+    [printed] = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "prometheus.yml").write_text(printed)
+    shutil.copy(ALERTS, tmp_path)
+    command = ("promtool", "check", "config", "--syntax-only", tmp_path / "prometheus.yml")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(re.findall(r'job="([^"]+)"', ALERTS.read_text())) == {
+        *re.findall(r"job_name: (\S+)", printed)
+    }
+    assert "credentials_file: " in printed  # the installer always makes keys
+
+
 def test_prometheus_takes_the_alerts_and_answers_the_dashboard(server: Live, tmp_path: Path):
     if shutil.which("prometheus") is None:
         pytest.skip("needs Debian's package prometheus")
