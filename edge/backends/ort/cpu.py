@@ -25,7 +25,7 @@ from edge.device.telemetry import read_available_memory_bytes
 from edge.engine_config import INT8_PREFILL_TOKENS
 from edge.errors import BackendError, ConfigError, ResourceError
 
-from .cpu_attention import fuse_cache_attention
+from .cpu_attention import can_fuse, fuse_cache_attention
 from .even_rows import cut_groups, find_unevenness
 from .host_cache import HostCaches
 from .int8_prompts import int8_bytes, widen_products
@@ -56,7 +56,8 @@ class OrtBackend:
             re-shaped in memory, the weights stay untouched.
         max_step_tokens: the most tokens per sequence and step; bounds the activations' memory.
         num_threads: None is one per physical core.
-        fuse_attention: rewrite attention for the CPU (`cpu_attention`); off runs the graph as is.
+        fuse_attention: rewrite attention for the CPU, where `cpu_attention.can_fuse`; off runs the
+            graph as is.
         int8_activations: let MatMulNBits round each block of activations to int8 (accuracy level
             4), its fastest kernel. That error is this engine's own, not the bundle's; off
             multiplies dequantized weights in FP32, as engines with float activations do in
@@ -74,7 +75,7 @@ class OrtBackend:
             ``int8_activations``.
         BundleError: the graph's inputs and outputs are not those of `io_spec`.
         ConfigError: a number out of range, ``int8_activations`` or ``int8_prompts`` where they
-            change nothing, or ``deterministic`` with attention of several operators.
+            change nothing, or ``deterministic`` where attention is not rewritten.
         ResourceError: there is no memory for the cache, or for the weights of ``int8_prompts``.
     """
 
@@ -110,10 +111,16 @@ class OrtBackend:
         rounds = int8_activations is not False
         if int8_prompts:
             _check_memory(manifest)
-        if deterministic and not (fuse_attention and self._dialect.one_attention_operator):
+        fused = fuse_attention and can_fuse(manifest)
+        if deterministic and not self._dialect.one_attention_operator:
             raise ConfigError(
                 f"deterministic needs a bundle of dialect native, whose attention is one operator; "
                 f"this one is {manifest.dialect}: export it again, or leave the option out"
+            )
+        if deterministic and not fused:
+            raise ConfigError(
+                "deterministic needs attention in ONNX Runtime's GroupQueryAttention, which does "
+                f"not take heads of {self._model.head_dim} values; leave the option out"
             )
         if deterministic and platform.machine() not in ("x86_64", "AMD64"):
             raise BackendError(
@@ -171,7 +178,7 @@ class OrtBackend:
             out_width=io_spec.output_width(model),
             hidden_width=manifest.hidden_width if hidden_states else 0,
             dtype=np.float32,
-            fused=fuse_attention and self._dialect.one_attention_operator,
+            fused=fused,
         )
         if deterministic:
             self._make_even()
@@ -250,7 +257,7 @@ def load_cpu_graph(
         bundle: the bundle's directory.
         manifest: its manifest.
         capacity: rows of the cache.
-        fuse_attention: rewrite attention for the CPU, in a dialect that has it as one operator.
+        fuse_attention: rewrite attention for the CPU, where `can_fuse`.
         int8_activations: as `open_session` will be told.
         int8_prompts: the form for steps of many tokens.
         deterministic: the form whose products treat all rows alike.
@@ -262,7 +269,7 @@ def load_cpu_graph(
     """
     path = bundle / manifest.graphs.cpu
     graph = load_graph(path, manifest, "fp32", capacity, hidden_states=hidden_states)
-    if fuse_attention and io_spec.DIALECTS[manifest.dialect].one_attention_operator:
+    if fuse_attention and can_fuse(manifest):
         fuse_cache_attention(graph, manifest.model)
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
     widened = widen_products(graph, bundle, manifest) if int8_prompts else []

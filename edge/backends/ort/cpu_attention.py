@@ -19,13 +19,24 @@ from __future__ import annotations
 import math
 
 from edge.bundle import io_spec
-from edge.bundle.manifest import ModelSpec
+from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.onnx_file import Node, OnnxFile, attribute
 from edge.errors import BundleError
 
 OWN_DOMAIN = "com.microsoft"
 """Of ONNX Runtime's own operators."""
 _KEY_SCALE_INPUT = 12
+
+
+def can_fuse(manifest: Manifest) -> bool:
+    """Whether GroupQueryAttention takes a decoder's attention.
+
+    It refuses heads whose size is no multiple of 8, or of 16 where it rotates them
+    (onnxruntime group_query_attention_helper.h).
+    """
+    multiple = 8 if manifest.model.qk_norm else 16
+    dialect = io_spec.DIALECTS[manifest.dialect]
+    return dialect.one_attention_operator and manifest.model.head_dim % multiple == 0
 
 
 def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:

@@ -29,7 +29,7 @@ from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import Node, OnnxFile
 from edge.errors import BackendError, DependencyError, EdgeError
 
-from .cpu_attention import fuse_cache_attention
+from .cpu_attention import can_fuse, fuse_cache_attention
 from .device import OrtDevice, import_for_device, open_on_device
 from .device_cache import OrtDeviceCache
 from .device_step import DeviceStep
@@ -52,8 +52,8 @@ class OrtCudaBackend:
         num_slots: sequences that the cache holds.
         kv_capacity: rows per slot; None is the bundle's own.
         max_step_tokens: the most tokens per sequence and step; bounds the activations' memory.
-        fuse_attention: rewrite attention to `GroupQueryAttention` (dialect ``native``); off runs
-            the graph as it is, which copies the cache's valid rows in every step.
+        fuse_attention: rewrite attention to `GroupQueryAttention`, where `can_fuse`; off runs the
+            graph as it is, which copies the cache's valid rows in every step.
         device: another one than the first GPU; tests put the CPU here.
         hidden_states: put out what a head reads, where the manifest has one.
 
@@ -104,7 +104,7 @@ class OrtCudaBackend:
             path, manifest, self._float_type, self.capacity, hidden_states=hidden_states
         )
         self._embeds_width = manifest.embeds_width
-        self._fused = fuse_attention and self._dialect.one_attention_operator
+        self._fused = fuse_attention and can_fuse(manifest)
         if self._fused:
             fuse_cache_attention(graph, self._model)
             _take_total_from_shape(graph)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from numpy.testing import assert_allclose
 
-from edge.backends.ort.cpu_attention import fuse_cache_attention
+from edge.backends.ort.cpu_attention import can_fuse, fuse_cache_attention
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
-from edge.errors import BundleError
-from tests.conftest import Bundles, require_kernels
+from edge.errors import BundleError, ConfigError
+from tests.conftest import FEW_TOKENS, TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
-from tests.tiny_models import KINDS, Kind
+from tests.tiny_models import KINDS, Kind, write_checkpoint
 
 # Sums of at most 128 products of size one in another order; measured 1e-5.
 ATOL = 5e-5
@@ -47,6 +47,45 @@ def test_the_rewritten_graph_computes_the_same(kind: Kind, quant: str, tiny_bund
     with Runner(bundle) as fused, Runner(bundle, fuse_attention=False) as plain:
         for ours, theirs in zip(history(fused), history(plain), strict=True):
             assert_allclose(ours, theirs, atol=ATOL, rtol=0)
+
+
+def export_heads(
+    root: Path, kind: Kind, head_dim: int, dialect: Any, kv_cache: Any = "float"
+) -> Path:
+    """Export a tiny model with heads of another size."""
+    from export.pipeline import ExportConfig, export_checkpoint
+
+    source = write_checkpoint(root / "model", kind, head_dim=head_dim, rope_scaling=None)
+    config = ExportConfig(
+        source=str(source),
+        output=root / dialect,
+        quant="fp16",
+        dialect=dialect,
+        kv_cache=kv_cache,
+        calibration_tokens=FEW_TOKENS if kv_cache == "int8" else None,
+        kv_capacity=TINY_KV_CAPACITY,
+    )
+    export_checkpoint(config)
+    return config.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "fuses"),
+    [("llama", 20, False), ("llama", 40, False), ("qwen3", 20, False), ("qwen3", 40, True)],
+)
+def test_heads_that_the_operator_does_not_take_are_left_to_the_graph(
+    kind: Kind, head_dim: int, fuses: bool, tmp_path: Path
+):
+    found = []
+    for dialect in ("native", "portable"):
+        with Runner(export_heads(tmp_path, kind, head_dim, dialect)) as runner:
+            found.append(history(runner))
+            assert can_fuse(runner.manifest) == (fuses and dialect == "native")
+    for ours, theirs in zip(*found, strict=True):
+        assert_allclose(ours, theirs, atol=ATOL, rtol=0)
+    if not fuses:
+        with pytest.raises(ConfigError, match=f"not take heads of {head_dim} values"):
+            Runner(tmp_path / "native", deterministic=True)
 
 
 @pytest.mark.parametrize("quant", ["fp16", "int4", "int8"])

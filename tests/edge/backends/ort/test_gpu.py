@@ -38,6 +38,7 @@ from edge.errors import (
     ResourceError,
 )
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
+from tests.edge.backends.ort.test_cpu_attention import export_heads
 from tests.edge.backends.runner import Runner, random_ids
 from tests.parity import FP16_KERNELS
 from tests.tiny_models import KINDS, Kind
@@ -102,6 +103,14 @@ def test_it_computes_what_the_cpu_backend_computes(kind: Kind, variant: str, tin
     with open_runner(tiny_bundles, kind, variant) as ours, Runner(bundle) as theirs:
         for found, expected in zip(history(ours), history(theirs), strict=True):
             assert found.shape == expected.shape
+            assert_allclose(found, expected, atol=ATOL_FP16, rtol=0.01)
+
+
+def test_heads_that_the_operator_does_not_take(tmp_path: Path):
+    require_kernels("native")
+    bundle = export_heads(tmp_path, "llama", 20, "native")
+    with CudaRunner(bundle) as ours, Runner(bundle) as theirs:
+        for found, expected in zip(history(ours), history(theirs), strict=True):
             assert_allclose(found, expected, atol=ATOL_FP16, rtol=0.01)
 
 

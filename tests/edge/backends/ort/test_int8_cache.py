@@ -20,7 +20,7 @@ from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, DependencyError
 from edge.figures import kl_divergence, log_softmax
 from tests.conftest import Bundles, require_even_rows, require_int8_cache
-from tests.edge.backends.ort.test_cpu_attention import ATOL, history
+from tests.edge.backends.ort.test_cpu_attention import ATOL, export_heads, history
 from tests.edge.backends.runner import Runner, random_ids
 from tests.tiny_models import KINDS, Kind
 
@@ -46,6 +46,15 @@ def test_both_dialects_compute_the_same(kind: Kind, tiny_bundles: Bundles) -> No
     found = []
     for dialect in DIALECTS:
         with Runner(tiny_bundles(kind, dialect, kv_cache="int8")) as runner:
+            found.append(history(runner))
+    assert_same_history(*found)
+
+
+def test_heads_that_the_operator_does_not_take(tmp_path: Path) -> None:
+    require_int8_cache("native")
+    found = []
+    for dialect in DIALECTS:
+        with Runner(export_heads(tmp_path, "llama", 20, dialect, "int8")) as runner:
             found.append(history(runner))
     assert_same_history(*found)
 
