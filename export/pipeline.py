@@ -199,7 +199,13 @@ class _Export:
         )
 
     def run(self) -> Manifest:
-        required = estimated_bytes(self.model, self.schemes, self.positions, self.config.embeddings)
+        required = estimated_bytes(
+            self.model,
+            self.schemes,
+            self.positions,
+            self.config.embeddings,
+            offsets=self.config.quant == AS_IN_SOURCE,
+        )
         if self.decoder.is_calibrated:
             tokens = self.config.most_calibration_tokens
             models = 2 if "gptq" in self.config.rounding else 1  # the float and the rounded one
@@ -438,15 +444,23 @@ def estimated_bytes(
     schemes: dict[str, TensorScheme],
     positions: int,
     embeddings: EmbeddingType = "fp16",
+    *,
+    offsets: bool = False,
 ) -> int:
-    """Estimate a bundle's size from above, for the check of free disk space."""
+    """Estimate a bundle's size from above, for the check of free disk space.
+
+    With ``offsets`` each group of integers may have one, as those of a source do (`quantize.kept`).
+    """
     row_bytes = 2 * model.hidden_size if embeddings == "fp16" else model.hidden_size + 4
     total = model.vocab_size * row_bytes
     total += positions * model.head_dim * (2 + 4)  # cos and sin, for both graphs
     for layer in linear_layers(model):
         scheme = schemes[layer.name]
         weight, scales = stored_bytes(layer.shape, scheme)
-        total += weight + 3 * scales  # in fp16 or bf16, and in fp32 for the CPU twin
+        scales *= 3  # in fp16 or bf16, and in fp32 for the CPU twin
+        total += weight + scales
+        if offsets:
+            total += scales // (2 if scheme.planes else 1)
     return total + (64 << 20)  # norms, biases, graphs, tokenizer, alignment
 
 

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from edge.backends.step import step_after
 from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import Dialect, Manifest, describe_from_source, read_manifest
-from edge.bundle.schemes import HIGH_PLANE
+from edge.bundle.schemes import HIGH_PLANE, stored_bytes
 from edge.cli import cli
 from edge.errors import ConfigError
+from export import pipeline
+from export.bundle import BundleWriter
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize import from_source
 from export.quantize.packing import unpack_int4
@@ -159,6 +161,32 @@ def test_asymmetric_groups_take_four_bits_and_an_offset(tmp_path: Path) -> None:
     assert info.offsets
     weight, scales = 64 * 128 // 2, 2 * 128 * 2
     assert info.num_bytes == weight + 2 * scales
+
+
+@pytest.mark.parametrize("name", ["awq", "auto-round-gptq", "ct-w8a16", "gptq"])
+def test_the_disk_space_that_is_asked_for_has_room_for_offsets(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the fixed margin, which is larger than these models."""
+    asked = []
+
+    class Recording(BundleWriter):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            asked.append(options["required_bytes"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(pipeline, "BundleWriter", Recording)
+    source = QuantizedGolden.load(name).write(tmp_path / "source")
+    manifest = export(source, tmp_path / "bundle", report=False)
+    model, linears = manifest.model, manifest.quantization.linears.values()
+    # What is no weight is in the CPU twin once more, in FP32.
+    stored = sum(
+        3 * info.num_bytes - 2 * stored_bytes(info.shape, info.scheme)[0] for info in linears
+    )
+    stored += 2 * model.vocab_size * model.hidden_size
+    stored += 6 * manifest.rope_positions * model.head_dim
+    assert any(info.offsets for info in linears) == (name != "gptq")
+    assert stored <= asked[0] - (64 << 20) < 1.1 * stored
 
 
 def test_act_order_reorders_the_inputs_where_all_parts_agree(tmp_path: Path) -> None:
