@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edge.cli import to_json
+
 
 class Done(NamedTuple):
     """A step's exit code, standard output, and the last lines of its standard error."""
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     report = make_report(options.output, options.bundle, run or logged_run(options.output))
-    (options.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.output / "report.json").write_text(to_json(report, indent=1) + "\n")
     text = render(report)
     (options.output / "report.txt").write_text(text)
     print(text)

@@ -16,6 +16,7 @@ import pytest
 
 from edge.cli import cli
 from edge.device.nodes import find_gpu_node
+from edge.planner.calibration import read_runs
 from scripts import gpu_check
 
 ROOT = Path(__file__).parent.parent
@@ -213,6 +214,22 @@ def test_a_good_run(tmp_path: Path):
         "\npassed\n",
     ):
         assert words in text
+
+
+def test_a_figure_that_is_nan_leaves_the_report_readable(tmp_path: Path):
+    bench = {
+        "schema": 1,
+        "device": {"name": "agx-orin-64", "power_mode": "MAXN", "bytes_per_s": None},
+        "work": {},
+        "batch": 1,
+        "context": 576,
+        "prompt_tokens": 512,
+        "max_prefill": 512,
+        "prefill_s": {"median": 0.1},
+    }
+    spoilt = (3, '{"passed": false, "min_cache_cosine": NaN}')
+    check(tmp_path, Steps(int8_verify=spoilt, bench=(0, json.dumps({**BENCH, **bench}))))
+    assert len(read_runs(tmp_path / "report.json")) == len(gpu_check.PRECISIONS)
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,19 @@ def _show_usage_error(error: click.ClickException) -> None:
 
 
 def echo_json(value: Any) -> None:
-    """Print one line of JSON on stdout; in another locale than UTF-8 in ASCII."""
-    click.echo(json.dumps(value, ensure_ascii=not _writes_utf8(), separators=(",", ":")))
+    """Print one line of JSON (`to_json`) on stdout; in another locale than UTF-8 in ASCII."""
+    click.echo(to_json(value, ensure_ascii=not _writes_utf8(), separators=(",", ":")))
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Write JSON; a number that is not finite is null, since JSON has none.
+
+    Args:
+        value: what is written.
+        **options: of `json.dumps`.
+    """
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(finite, allow_nan=False, **options)
 
 
 def _writes_utf8() -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -220,6 +221,24 @@ def test_prompts_of_ones_own(bundle: Path, tmp_path: Path) -> None:
         prompts.write_bytes(text)
         assert words in str(run(bundle, "--prompts", prompts).exception)
     assert "--kv-capacity" in str(run(bundle, "--decode-steps", 128).exception)
+
+
+def test_a_figure_that_is_nan_is_null_in_json(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON has no NaN, which Python's own reader takes all the same."""
+
+    def spoils_one_row(path: Path, manifest: Manifest, config: EngineConfig) -> Perturbed:
+        wrong = Perturbed(path, manifest, max_step_tokens=config.prefill_chunk)
+        wrong.fault = "NaN in the first prompt's cache"
+        return wrong
+
+    monkeypatch.setattr("edge.backends.choose.open_backend", spoils_one_row)
+    result = run(bundle, "--decode-steps", 2, "--json")
+    assert result.exit_code == 3
+    report = msgspec.json.decode(result.stdout)
+    assert report["min_cache_cosine"] is None
+    assert report["misses"]
 
 
 def test_an_engine_with_fewer_rows_gets_shorter_prompts(
