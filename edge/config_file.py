@@ -27,7 +27,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from .errors import ConfigError, DependencyError, EdgeError, install_command
-from .files import MALFORMED
+from .files import MALFORMED, expand_user
 
 ENV_PREFIX = "EDGE_LLM_SERVE_"
 DEFAULT_FILE = Path("/etc/edge-llm/config.toml")
@@ -209,7 +209,7 @@ def _convert(name: str, hint: Any, value: _Value, finder: Finder | None) -> Any:
     def find(given: str) -> Path:
         base = value.base or Path()
         if finder is None:
-            return base / Path(given).expanduser()
+            return base / expand_user(given)
         try:
             return finder(given, base)
         except EdgeError as error:
@@ -229,7 +229,7 @@ def _checked(
     *,
     origin: str = "",
     strict: bool = True,
-    find: Callable[[str], Path] = lambda text: Path(text).expanduser(),
+    find: Callable[[str], Path] = expand_user,
 ) -> Any:
     """Convert the value of a field to its type.
 

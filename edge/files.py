@@ -1,4 +1,7 @@
-"""Reads files whose origin nobody vouches for: plain files of a limited size, or in chunks."""
+"""Reads files whose origin nobody vouches for: plain files of a limited size, or in chunks.
+
+Also looks for files, and for the user's directories, where there may be none.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
+
+from .errors import ConfigError
 
 MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
 """What parsers of JSON and TOML raise: also for text that is no UTF-8, numbers of 5,000 digits and
@@ -33,6 +38,20 @@ def is_directory(path: Path) -> bool:
 def exists(path: Path) -> bool:
     """Whether anything is there; see `is_file`."""
     return _mode(path) != 0
+
+
+def expand_user(text: str) -> Path:
+    """Make a path of a text, with the home directory in the place of ``~`` or ``~NAME``.
+
+    Raises:
+        ConfigError: there is no such home directory.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{text}: this system knows no such home directory; write the path without ~"
+        ) from error
 
 
 def list_directory(path: Path) -> list[Path]:

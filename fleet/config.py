@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from edge.config_file import read_toml, unknown_name
 from edge.errors import ConfigError
+from edge.files import expand_user
 from edge.key_file import read_key_file
 from edge.server.settings import is_loopback
 
@@ -180,7 +181,7 @@ def check_token(config: FleetConfig) -> None:
 
 
 def _under(base: Path, given: str) -> str:
-    return str((base / Path(given).expanduser()).absolute())
+    return str((base / expand_user(given)).absolute())
 
 
 def _device(name: str, table: Any, place: _Place) -> Device:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge.errors import BundleError
-from edge.files import is_directory, is_file, list_directory
+from edge.files import expand_user, is_directory, is_file, list_directory
 
 from .manifest import MANIFEST_NAME
 
@@ -106,8 +106,9 @@ def find_setting(text: str, base: Path) -> Path:
 
     Raises:
         BundleError: no bundle, or more than one, has that name.
+        ConfigError: it begins with a home directory that is not known.
     """
-    path = base / Path(text).expanduser()
+    path = base / expand_user(text)
     if "/" in text or is_directory(path):
         return path
     return find_bundle(text).absolute()

@@ -16,6 +16,7 @@ import click
 
 from edge.bundle.tasks import check_task
 from edge.errors import EdgeError, RequestError
+from edge.files import expand_user
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 
@@ -130,11 +131,11 @@ class Conversation:
         elif name == "/edit":
             self._edit(rest)
         elif name == "/save" and rest:
-            path = Path(rest).expanduser()
+            path = expand_user(rest)
             write_conversation(path, [*self._head(), *self.messages])
             click.echo(f"Saved {len(self.messages)} messages in {path}.")
         elif name == "/load" and rest:
-            self._load(Path(rest).expanduser())
+            self._load(expand_user(rest))
         elif name == "/set":
             self._set(*rest.split(maxsplit=1))
         elif name == "/system" and rest:

@@ -9,7 +9,7 @@ import msgspec
 
 from edge.bundle.update import replace_durably
 from edge.errors import RequestError
-from edge.files import MALFORMED, read_file
+from edge.files import MALFORMED, exists, read_file
 
 _MAX_BYTES = 16 << 20
 
@@ -53,7 +53,7 @@ def write_conversation(path: Path, messages: list[dict[str, Any]]) -> None:
     Raises:
         RequestError: the file is there and is no conversation, or cannot be written.
     """
-    if path.exists():
+    if exists(path):
         try:
             read_conversation(path)
         except RequestError as error:

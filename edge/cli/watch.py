@@ -18,6 +18,7 @@ from edge.errors import (
     EdgeError,
     install_command,
 )
+from edge.files import exists
 from edge.measure import evaluate
 from edge.measure.compare import CHUNK_TOKENS, compare
 from edge.measure.drift import (
@@ -178,7 +179,7 @@ def watch(
     _check_use(bundle, baseline, against, record or record_missing, traffic, options)
 
     def records(path: Path) -> bool:
-        return record or (record_missing and not path.exists())
+        return record or (record_missing and not exists(path))
 
     thresholds = Thresholds(alpha, min_psi)
     # What is wrong with a file is said before hours of asking.

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from edge.errors import BackendError, ConfigError
-from edge.files import MALFORMED, read_file
+from edge.files import MALFORMED, exists, read_file
 from edge.key_file import read_key_file
 from edge.progress import Progress, silent
 
@@ -256,7 +256,7 @@ def read_state(path: Path) -> TrafficState:
     Raises:
         ConfigError: the file cannot be read, or is not a state.
     """
-    if not path.exists():
+    if not exists(path):
         return TrafficState()
     try:
         state = msgspec.json.decode(read_file(path, _MAX_BYTES), type=TrafficState)

@@ -159,6 +159,7 @@ def test_what_is_wrong_in_a_file_is_named(text: str, message: str, tmp_path: Pat
         (env(shelves="bread"), "shelves needs NAME=VALUE, found 'bread'"),
         (env(shelves="a=1,a=2"), "shelves names 'a' twice"),
         (env(shelves="=x"), "shelves needs NAME=VALUE"),
+        (env(ledger="~nouser/x"), "this system knows no such home directory"),
     ],
 )
 def test_what_is_wrong_in_the_environment_is_named(environ: dict[str, str], message: str):

@@ -172,6 +172,20 @@ def test_files_that_cannot_be(chat: Callable[..., Result], tmp_path: Path):
     assert read_conversation(tmp_path / "ok") == []
 
 
+@pytest.mark.parametrize("command", ["/save", "/load"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("~nouser/x", "~nouser/x: this system knows no such home"), ("x" * 300, "File name too long")],
+)
+def test_a_name_that_cannot_be_does_not_end_the_chat(
+    chat: Callable[..., Result], script: Script, command: str, name: str, words: str
+):
+    (line,) = chat(f"{command} {name}", "one").err.splitlines()[:1]
+    assert line.startswith("error: ")
+    assert words in line
+    assert script.asked == [[("user", "one")]]
+
+
 def test_set_changes_how_tokens_are_chosen(chat: Callable[..., Result], script: Script):
     result = chat(
         *("/set temperature 0.25", "/set top_k 7", "one"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -559,6 +560,27 @@ def test_files_are_looked_at_before_anything_is_asked(stub: Stub, golden: Path, 
     ):
         with pytest.raises(ConfigError, match=message):
             run(*server, *arguments)
+    assert not stub.bodies
+
+
+@pytest.mark.parametrize("option", ["--baseline", "--traffic", "--state"])
+def test_a_closed_directory_is_refused_before_anything_is_asked(
+    option: str, stub: Stub, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Closed to root, too, who runs the tests."""
+    closed, stat = tmp_path / "closed", Path.stat
+
+    def look(path: Path, **options: Any) -> Any:
+        if closed in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", look)
+    files = {"--baseline": tmp_path / "b", "--traffic": tmp_path / "t", "--state": tmp_path / "s"}
+    files[option] = closed / "file"
+    arguments = [word for pair in files.items() for word in pair]
+    with pytest.raises(ConfigError, match=f"{option} .* cannot be written"):
+        run("--server", stub.url, "--golden", golden, "--record-missing", *arguments)
     assert not stub.bodies
 
 
