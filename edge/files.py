@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,6 +52,28 @@ def expand_user(text: str) -> Path:
         raise ConfigError(
             f"{text}: this system knows no such home directory; write the path without ~"
         ) from error
+
+
+def user_directory(
+    variable: str, default: str, environ: Mapping[str, str] = os.environ
+) -> Path | None:
+    """Find a directory of the user, as the XDG base directory specification has them.
+
+    Args:
+        variable: that names it, where it is set.
+        default: below the home, where it is not.
+        environ: where the variable and ``HOME`` are looked for.
+
+    Returns:
+        The directory, which need not exist; None for a user without a home, as in a container whose
+        ``HOME`` is not set and whose user the system does not know.
+    """
+    if given := environ.get(variable):
+        return Path(given)
+    try:
+        return Path(environ.get("HOME") or Path.home()) / default
+    except RuntimeError:
+        return None
 
 
 def list_directory(path: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge.errors import BundleError
-from edge.files import expand_user, is_directory, is_file, list_directory
+from edge.files import expand_user, is_directory, is_file, list_directory, user_directory
 
 from .manifest import MANIFEST_NAME
 
@@ -39,12 +39,12 @@ def roots() -> list[Path]:
 
     ``EDGE_LLM_BUNDLES`` (several are separated as in ``PATH``), else ``bundles`` in the working
     directory and ``edge-llm/bundles`` among the user's data (``XDG_DATA_HOME``, XDG Base Directory
-    Specification).
+    Specification), which a user without a home does not have.
     """
     if given := os.environ.get(BUNDLES_VARIABLE):
         return [Path(entry) for entry in given.split(os.pathsep) if entry]
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return [Path("bundles"), Path(data) / "edge-llm" / "bundles"]
+    data = user_directory("XDG_DATA_HOME", ".local/share")
+    return [Path("bundles")] + ([] if data is None else [data / "edge-llm" / "bundles"])
 
 
 def bundle_directories() -> Iterator[Path]:

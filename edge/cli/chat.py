@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import click
 
 from edge.bundle.tasks import check_task
 from edge.errors import EdgeError, RequestError
-from edge.files import expand_user
+from edge.files import expand_user, user_directory
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 
@@ -313,8 +312,12 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _line_history() -> Iterator[None]:
-    """Edit lines with a history kept under ``XDG_STATE_HOME``; do nothing without a terminal."""
-    if not sys.stdin.isatty():
+    """Edit lines with a history kept under ``XDG_STATE_HOME``.
+
+    Do nothing without a terminal, or for a user who has no directory for it.
+    """
+    state = user_directory("XDG_STATE_HOME", ".local/state")
+    if state is None or not sys.stdin.isatty():
         yield
         return
     try:
@@ -322,8 +325,7 @@ def _line_history() -> Iterator[None]:
     except ImportError:  # a Python built without it still reads lines
         yield
         return
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    path = Path(state) / "edge-llm" / "history"
+    path = state / "edge-llm" / "history"
     # A home that cannot be written, or a history of another library, is no reason not to talk.
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from edge.errors import ConfigError
-from edge.files import MALFORMED, read_file
+from edge.files import MALFORMED, read_file, user_directory
 
 _MAX_BYTES = 1 << 20
 _HELPER_TIMEOUT_S = 30.0
@@ -103,16 +103,17 @@ def find_credentials(
 def _configs(environ: Mapping[str, str]) -> Iterator[tuple[_Config, str]]:
     if text := environ.get("DOCKER_AUTH_CONFIG"):
         yield _decode(text.encode(), "DOCKER_AUTH_CONFIG"), "DOCKER_AUTH_CONFIG"
-    home = Path(environ.get("HOME") or Path.home())
-    named, docker = environ.get("REGISTRY_AUTH_FILE"), environ.get("DOCKER_CONFIG")
+    named = environ.get("REGISTRY_AUTH_FILE")
     paths = [Path(named)] if named else []
-    paths.append(Path(docker or home / ".docker") / "config.json")
+    if (docker := user_directory("DOCKER_CONFIG", ".docker", environ)) is not None:
+        paths.append(docker / "config.json")
     guessed: list[Path] = []
-    if not (named or docker):
+    if not (named or environ.get("DOCKER_CONFIG")):
         running = environ.get("XDG_RUNTIME_DIR")
         folder = f"{running}/containers" if running else f"/run/containers/{os.getuid()}"
-        config = environ.get("XDG_CONFIG_HOME") or home / ".config"
-        guessed = [Path(folder) / "auth.json", Path(config) / "containers" / "auth.json"]
+        guessed = [Path(folder) / "auth.json"]
+        if (config := user_directory("XDG_CONFIG_HOME", ".config", environ)) is not None:
+            guessed.append(config / "containers" / "auth.json")
     for path in (*paths, *guessed):
         try:
             data = read_file(path, _MAX_BYTES)

@@ -32,7 +32,7 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.update import fsync, replace_durably, sweep_temp, temp_path
 from edge.errors import ConfigError, ContextLengthError, RequestError, ResourceError
 from edge.figures import check_finite
-from edge.files import MALFORMED, open_file
+from edge.files import MALFORMED, open_file, user_directory
 
 from .kv_cache import common_prefix
 from .scheduler import StoredPrefix
@@ -326,9 +326,15 @@ def bundle_key(manifest: Manifest) -> str:
 
 
 def default_directory() -> Path:
-    """Return ``$XDG_CACHE_HOME/edge-llm/prefixes``, by the XDG base directory specification."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if root else Path.home() / ".cache") / "edge-llm" / "prefixes"
+    """Return ``$XDG_CACHE_HOME/edge-llm/prefixes``, by the XDG base directory specification.
+
+    Raises:
+        ConfigError: the user has no home for it.
+    """
+    root = user_directory("XDG_CACHE_HOME", ".cache")
+    if root is None:
+        raise ConfigError("this user has no home directory; give --prefix-dir or XDG_CACHE_HOME")
+    return root / "edge-llm" / "prefixes"
 
 
 def stable_prefix(encode: Callable[[str], list[int]]) -> list[int]:

@@ -27,7 +27,7 @@ import msgspec
 
 from edge.bundle.manifest import sha256_file
 from edge.errors import CheckpointError, ConfigError
-from edge.files import MALFORMED
+from edge.files import MALFORMED, user_directory
 from edge.progress import Progress
 
 DOMAIN_VARIABLE = "MODELSCOPE_DOMAIN"
@@ -96,7 +96,8 @@ def download(
 
     Raises:
         CheckpointError: not found, no network, or files that differ from the listing.
-        ConfigError: the variable ``MODELSCOPE_DOMAIN`` is no host.
+        ConfigError: the variable ``MODELSCOPE_DOMAIN`` is no host, or the user has no home for
+            caches.
     """
     hub = _Hub(repo_id, revision or _BRANCH, progress)
     files, commit = hub.listing()
@@ -120,8 +121,10 @@ def download(
 
 
 def _cache_root() -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "edge-llm" / "modelscope"
+    caches = user_directory("XDG_CACHE_HOME", ".cache")
+    if caches is None:
+        raise ConfigError("this user has no home directory; give --cache-dir or XDG_CACHE_HOME")
+    return caches / "edge-llm" / "modelscope"
 
 
 @contextmanager

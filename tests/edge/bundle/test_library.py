@@ -108,6 +108,14 @@ def test_without_the_variable_here_and_the_data_directory(
     assert roots() == [Path("bundles"), tmp_path / "edge-llm" / "bundles"]
 
 
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_what_is_here_is_left(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("EDGE_LLM_BUNDLES", raising=False)
+    assert roots() == [Path("bundles")]
+    with pytest.raises(BundleError, match="no bundle in bundles; get it with: edge-llm pull"):
+        find_bundle("1.5b")
+
+
 def test_a_name_of_two_shows_both(root: Path):
     make(root, f"{QWEN}-int4", f"{QWEN}-int8")
     with pytest.raises(BundleError, match=r"'1\.5b' fits 2 bundles: .*-int4, .*-int8; give more"):

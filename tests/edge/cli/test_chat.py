@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from edge.backends.ort.cpu import OrtBackend
-from edge.cli.chat import Conversation
+from edge.cli.chat import Conversation, _line_history
 from edge.cli.conversation import read_conversation, write_conversation
 from edge.errors import RequestError
 from edge.runtime.generation import GenerationStats
@@ -159,6 +159,13 @@ def test_a_file_that_is_no_conversation_changes_nothing(
     assert "it is not replaced" in result.err
     assert path.read_text() == text
     assert script.asked[-1] == [("user", "one"), ("assistant", "A1"), ("user", "two")]
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_lines_have_no_history(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    with _line_history():
+        pass
 
 
 def test_files_that_cannot_be(chat: Callable[..., Result], tmp_path: Path):

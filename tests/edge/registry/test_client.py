@@ -473,6 +473,15 @@ def test_podmans_own_files_are_found_and_the_most_specific_entry_counts(tmp_path
     assert find_credentials("c.d", environ | {"DOCKER_CONFIG": str(tmp_path)}, "r1") is None
 
 
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_there_are_the_credentials_that_are_elsewhere(tmp_path: Path):
+    assert find_credentials("a.b", {}) is None
+    (tmp_path / "containers").mkdir()
+    auths = json.dumps({"auths": {"a.b": entry("me", "x")}})
+    (tmp_path / "containers" / "auth.json").write_text(auths)
+    assert find_credentials("a.b", {"XDG_RUNTIME_DIR": f"{tmp_path}"}) == Credentials("me", "x")
+
+
 @pytest.mark.parametrize("key", ["https://index.docker.io/v1/", "docker.io", "docker.io/me"])
 def test_docker_hub_is_known_by_the_names_that_logins_use(key: str):
     environ = {

@@ -337,6 +337,12 @@ def test_the_default_directory_follows_xdg(tmp_path: Path, monkeypatch: pytest.M
     assert default_directory() == Path.home() / ".cache" / "edge-llm" / "prefixes"
 
 
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_there_is_no_default_directory() -> None:
+    with pytest.raises(ConfigError, match="give --prefix-dir or XDG_CACHE_HOME"):
+        default_directory()
+
+
 # ------------------------------------------------------------------------- with a real engine
 
 

@@ -130,6 +130,12 @@ def open_tiny(**options: Any) -> Checkpoint:
     return open_checkpoint("owner/tiny", hub="modelscope", **options)
 
 
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_a_directory_must_be_named():
+    with pytest.raises(ConfigError, match="give --cache-dir or XDG_CACHE_HOME"):
+        modelscope._cache_root()
+
+
 def weight_requests(server: Server) -> list[str | None]:
     return [wanted for _, name, wanted in server.asked if name == WEIGHTS]
 
