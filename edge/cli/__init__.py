@@ -85,11 +85,14 @@ def main() -> None:
     """Run the command and leave with its exit code."""
     if sys.stdin is None:  # closed, as by <&-
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A verb sees bytes that are no text and refuses them with a proper error.
         sys.stdin.reconfigure(errors="surrogateescape")
-    if isinstance(sys.stdout, io.TextIOWrapper) and not _writes_utf8():
+    if isinstance(sys.stdout, io.TextIOWrapper):
         # As standard error does anyway: a character that the locale lacks is shown by its number.
+        # A byte of a name that is no UTF-8 becomes \udc and two digits, which JSON reads as such.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(standalone_mode=False, prog_name="edge-llm")

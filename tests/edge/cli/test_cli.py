@@ -82,6 +82,15 @@ def test_a_closed_standard_input_is_an_empty_one(bundle: Path):
     assert "the prompt is empty" in done.stderr
 
 
+def test_a_closed_standard_output_is_none(bundle: Path):
+    options = "--max-tokens 2 --no-stats --num-threads 1"
+    for more in ("", "--json"):
+        command = f"exec {sys.executable} -m edge.cli run {bundle} hello {options} {more} >&-"
+        done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_run_takes_its_prompt_from_stdin(edge_llm: Callable[..., Result], bundle: Path):
     options = ("--max-tokens", 12, "--no-stats", *GREEDY)
     given = edge_llm("run", bundle, "hello\n", *options)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +32,22 @@ def root(tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (root / "broken").mkdir()
     (root / "broken" / "manifest.json").write_text("{}")
     return root
+
+
+def test_a_name_that_is_no_utf8_is_listed(root: Path):
+    name = b"caf\xe9"
+    (root / "tiny-1.5b-fp16").rename(root / os.fsdecode(name))
+    done = subprocess.run(
+        [sys.executable, "-m", "edge.cli", "list", "--json"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    names = [os.fsencode(found["name"]) for found in json.loads(done.stdout)["bundles"]]
+    assert names == [b"broken", name]
 
 
 def test_list_has_names_sizes_and_damage(edge_llm: EdgeLlm, root: Path):
