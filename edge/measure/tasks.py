@@ -59,6 +59,7 @@ _POWER = re.compile(
     rf"(?<![\d,.])(?:({_UNSIGNED})\s*(?:\\times|\\cdot|[x*\u00d7\u00b7])\s*)?"
     r"10\^(?:(-?\d{1,3})(?!\d)|\{(-?\d{1,3})\})"
 )
+_STEP = re.compile(r"\d+[.:)]\s+\S")  # the number of a heading
 _SPACED_MINUS = re.compile(r"(?<![\w)\s])\s*-\s+(?=[\d.])")
 _NEXT_QUESTION = "\nQuestion:"
 _INSTRUCTION = "\nPut your final answer, a number, within \\boxed{}."
@@ -199,14 +200,19 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def find_number(text: str) -> str | None:
-    r"""Find an answer's final number: in the last ``\boxed{}``, after ``####``, or the last one."""
+    r"""Find an answer's final number: in the last ``\boxed{}``, after ``####``, or the last one.
+
+    Markdown's headings begin with ``####``, too: only a number right after it counts.
+    """
     start = text.rfind("\\boxed{")
     if start >= 0:
         inner = _braced(text[start + len("\\boxed{") :])
         return inner if parse_number(inner) is not None else None
-    if "####" in text:
-        tail = text.rsplit("####", 1)[1].strip().split("\n", 1)[0]
-        return tail if parse_number(tail) is not None else None
+    for tail in reversed(text.split("####")[1:]):
+        line = tail.strip().split("\n", 1)[0]
+        plain = _without_latex(line).lstrip("*$\\+- ")
+        if _NUMBER.match(plain) and not _STEP.match(plain) and parse_number(line) is not None:
+            return line
     numbers: list[str] = _NUMBER.findall(_without_latex(text))
     return numbers[-1] if numbers else None
 
