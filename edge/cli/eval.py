@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -250,19 +253,48 @@ def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
             f"{against} is no bundle, and exporting it needs the verb export; install it with: "
             f"{install_command('export')}"
         )
+    stack.enter_context(_sigterm_exits())
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-llm-reference-"))
     bundle = Path(folder) / "reference"
     click.echo(f"exporting {against} to fp16 as the reference, in {folder}", err=True)
     # A process of its own gives all its memory back before the models are loaded.
     command = [sys.executable, "-m", "edge.cli", "export", against, "-o", str(bundle)]
     command += ["--quant", "fp16", "--dialect", dialect]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode != 0:
+    # SIGTERM that comes while the export starts is heard once that can be ended.
+    early: list[int] = []
+    leave = signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+        try:
+            signal.signal(signal.SIGTERM, leave)
+            for number in early:
+                signal.raise_signal(number)
+            code = child.wait()
+        finally:
+            child.terminate()  # nothing to do after its end
+    if code != 0:
         raise CheckpointError(
-            f"the reference {against} could not be exported (exit code {done.returncode}, see "
+            f"the reference {against} could not be exported (exit code {code}, see "
             f"above); export it yourself: edge-llm export {against} -o BUNDLE --quant fp16"
         )
     return bundle
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """While active, SIGTERM ends this process as an exit does, which removes what is temporary.
+
+    A second one acts as ever.
+    """
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 # ------------------------------------------------------------------------------- what is printed

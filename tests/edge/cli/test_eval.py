@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -333,6 +334,27 @@ def test_an_epsilon_in_float32_is_the_same_model(tiny_bundles):
         model = msgspec.structs.replace(manifest.model, rms_norm_eps=epsilon)
         other = msgspec.structs.replace(manifest, model=model)
         assert (_shape(manifest) == _shape(other)) == same
+
+
+def test_sigterm_ends_the_export_and_leaves_nothing(tiny_bundles, tmp_path: Path):
+    """It comes while the export starts, and that would go on."""
+    export, number = tmp_path / "export", tmp_path / "number"
+    export.write_text(f"#!/bin/sh\necho $$ >{number}\nkill -TERM $PPID\nexec sleep 100\n")
+    export.chmod(0o755)
+    code = "import sys; sys.executable = sys.argv.pop(1); from edge.cli import main; main()"
+    arguments = [export, "eval", tiny_bundles("qwen2"), "--against", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 143, done.stderr
+    assert not list(tmp_path.glob("edge-llm-reference-*"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
 
 
 def test_a_checkpoint_is_exported_first(
