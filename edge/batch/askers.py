@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import email.utils
 import http.client
+import re
 import socket
 import ssl
 import threading
@@ -129,7 +130,7 @@ class HttpAsker:
         priority: the header ``Priority``.
 
     Raises:
-        ConfigError: the URL is not that of a server.
+        ConfigError: the URL is not that of a server, or its path cannot be asked for as it is.
     """
 
     def __init__(
@@ -149,6 +150,10 @@ class HttpAsker:
         extra = parts.query or parts.fragment or parts.username is not None
         if parts.scheme not in ("http", "https") or not parts.hostname or extra:
             raise _no_url(url)
+        if not re.fullmatch("[!-~]*", parts.path):
+            raise ConfigError(
+                f"the path of {url!r} has a space or a character beyond ASCII; write it as %20, say"
+            )
         self.name = f"{parts.scheme}://{parts.netloc}"
         self._host, self._port = parts.hostname, port
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None

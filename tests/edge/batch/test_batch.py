@@ -189,6 +189,13 @@ def test_keys_and_addresses_that_are_wrong_end_it_at_once(tmp_path: Path):
             run_batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl", url=url)
 
 
+@pytest.mark.parametrize("path", ["/b\u00fccher/v1", "/my server"])
+def test_a_path_that_cannot_be_sent_is_refused_at_once(tmp_path: Path, path: str):
+    source = write_requests(tmp_path / "in.jsonl", [{"n": 0}], "/v1/completions")
+    with stub() as server, pytest.raises(ConfigError, match="a space or a character beyond ASCII"):
+        run_batch(source, tmp_path / "out.jsonl", url=server.url + path)
+
+
 def test_a_url_with_a_path_keeps_it_and_v1_may_be_there_or_not(tmp_path: Path):
     source = write_requests(tmp_path / "in.jsonl", [{"n": 0}], "/v1/completions")
     with stub() as server:
