@@ -138,10 +138,13 @@ def read_text_file(path: Path, max_bytes: int) -> str:
 def decode_text(data: bytes) -> str:
     """Decode UTF-8 as `Path.read_text` does: every kind of line end becomes a newline.
 
+    A byte-order mark, as editors on Windows write it, is left out.
+
     Raises:
         UnicodeDecodeError: it is not UTF-8.
     """
-    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    text = data.decode("utf-8").removeprefix("\ufeff")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _mode(path: Path) -> int:

@@ -63,7 +63,7 @@ def read_questions(path: Path) -> list[Messages]:
         ConfigError: the file cannot be read, is empty, or a line is no such chat.
     """
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
     chats: list[Messages] = []

@@ -5,6 +5,7 @@ Both are JSON, one object a line: https://platform.openai.com/docs/api-reference
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,13 @@ class Row:
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Read lines without their ends; of one that is too long, `MAX_LINE_BYTES` and one more."""
+    """Read lines without their ends; of one that is too long, `MAX_LINE_BYTES` and one more.
+
+    Args:
+        file: at its start; a byte-order mark there, as editors on Windows write it, is left out.
+    """
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(0)
     while line := file.readline(MAX_LINE_BYTES + 1):
         if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
             rest = line

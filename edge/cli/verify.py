@@ -347,7 +347,7 @@ def read_prompts(path: Path | None, tokenizer: Tokenizer, limit: int) -> list[li
         return _pieces(ids, limit)
     try:
         # Not splitlines, for which a form feed ends a line, too.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise ConfigError(f"--prompts {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import subprocess
@@ -177,6 +178,15 @@ def test_bad_lines_and_duplicates_are_known_by_their_lines(tmp_path: Path):
     source.write_text(f"{good}\n\n{third}\n{other}\n{good}\n \n{good}")
     with pytest.raises(ConfigError, match=r"line 3 .* is one now; remove"), opened(source, errors):
         pass
+
+
+def test_a_byte_order_mark_is_no_part_of_a_request(tmp_path: Path):
+    source = write_requests(tmp_path / "in.jsonl", [{"input": "x"}] * 2)
+    source.write_bytes(codecs.BOM_UTF8 + source.read_bytes())
+    with closing(Requests(source)) as requests:
+        for _ in range(2):  # each time from the start
+            rows_left = requests.rows(lambda *_: pytest.fail("a row is refused"))
+            assert [row.custom_id for row in rows_left] == ["row-0", "row-1"]
 
 
 def test_files_of_something_else_are_left_as_they_are(tmp_path: Path):

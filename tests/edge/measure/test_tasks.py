@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,12 @@ def test_a_bad_line_is_named(tmp_path: Path, row, message):
     with pytest.raises(ConfigError, match=message) as info:
         read_task(write(tmp_path / "t", CHOICE, row))
     assert "line 2" in str(info.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_question(tmp_path: Path):
+    plain, marked = write(tmp_path / "t", CHOICE, CHOICE), tmp_path / "marked"
+    marked.write_bytes(codecs.BOM_UTF8 + plain.read_bytes())
+    assert read_task(marked) == read_task(plain)
 
 
 def test_other_bad_files(tmp_path: Path):
