@@ -128,7 +128,7 @@ class FleetComputer:
         """See `edge.measure.evaluator.Computer.answer`."""
         bundle = _content(job.bundle, job.engine)
         engine = _of_devices(job.engine)
-        self._open(RemoteTask(bundle, engine, job.scoring, job.params), progress)
+        self._open(RemoteTask(bundle, engine, job.scoring, job.params, job.file), progress)
         done = 0
 
         def count(_: tuple[int, Item]) -> None:

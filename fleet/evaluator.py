@@ -25,7 +25,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import BundleError
 from edge.measure.compare import CacheSums, WindowResult, run_window
 from edge.measure.evaluator import OpenModels, TaskJob, TextJob
-from edge.measure.tasks import Item, ItemResult, Scoring, answer_item
+from edge.measure.tasks import Item, ItemResult, Scoring, answer_item, check_item
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
 
@@ -100,12 +100,14 @@ class RemoteTask:
         engine: how.
         scoring: how choices are compared.
         params: how answers are generated.
+        file: of the questions, as errors name it.
     """
 
     bundle: Content
     engine: EngineConfig
     scoring: Scoring
     params: SamplingParams
+    file: str
 
 
 class EvaluationAgent:
@@ -142,7 +144,7 @@ class EvaluationAgent:
             reference = None if job.reference is None else _find(job.reference)
             self._pair = self._models.pair(TextJob(bundle, reference, job.window, job.engine))
             return self._pair[0].backend.name
-        llm = self._models.single(TaskJob(bundle, job.engine, job.scoring, job.params))
+        llm = self._models.single(TaskJob(bundle, job.engine, job.scoring, job.params, job.file))
         self._task = (llm, job)
         return llm.backend.name
 
@@ -152,9 +154,14 @@ class EvaluationAgent:
         return run_window(*self._pair, window)
 
     def answer(self, line: int, item: Item) -> ItemResult:
-        """Answer a question of the task that was opened."""
+        """Answer a question of the task that was opened.
+
+        Raises:
+            ConfigError: it does not fit into the KV cache.
+        """
         assert self._task is not None
         llm, job = self._task
+        check_item(llm, item, f"{job.file}, line {line}", job.scoring)
         return answer_item(llm, line, item, scoring=job.scoring, params=job.params)
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ from .tasks import (
     ItemResult,
     Scoring,
     answer_item,
+    check_item,
     compare_task,
     read_task,
     summarize_task,
@@ -70,12 +71,14 @@ class TaskJob:
         engine: how it is opened.
         scoring: how choices are compared.
         params: how answers are generated.
+        file: of the questions, as errors name it.
     """
 
     bundle: Path
     engine: EngineConfig
     scoring: Scoring
     params: SamplingParams
+    file: str
 
 
 class Computer(Protocol):
@@ -183,13 +186,16 @@ class ThisMachine:
         """See `Computer.answer`.
 
         Raises:
-            ConfigError: choices are asked for together, which are compared one by one.
+            ConfigError: choices are asked for together, which are compared one by one, or a
+                question does not fit into the KV cache; nothing was answered.
         """
         if self._batch > 1 and isinstance(items[0][1], ChoiceItem):
             raise ConfigError("--batch has no effect: choices are compared one after the other")
         engine = job.engine.with_options(num_slots=self._batch)
         with uncounted(progress, "open"):
             llm = self._models.single(replace(job, engine=engine))
+        for line, item in items:
+            check_item(llm, item, f"{job.file}, line {line}", job.scoring)
         results: dict[int, ItemResult] = {}
         progress("answer", 0, len(items), "questions")
         pool = ThreadPoolExecutor(self._batch, thread_name_prefix="edge-llm-answer")
@@ -356,8 +362,9 @@ def evaluate_task(
         ``int8_activations`` and, with a reference, ``against``.
 
     Raises:
-        ConfigError: the file cannot be read, or an option does not fit its layout.
-        EdgeError: a bundle cannot be opened, a question does not fit, or an engine failed.
+        ConfigError: the file cannot be read, an option does not fit its layout, or a question does
+            not fit into the KV cache.
+        EdgeError: a bundle cannot be opened, or an engine failed.
     """
     items = read_task(task_file, limit)
     is_choice = isinstance(items[0][1], ChoiceItem)
@@ -379,7 +386,7 @@ def evaluate_task(
 
     def answers(bundle: Path, engine: EngineConfig) -> list[ItemResult]:
         # One bundle at a time: the second needs no memory while the first runs.
-        job = TaskJob(bundle, engine, scoring or "letter", params)
+        job = TaskJob(bundle, engine, scoring or "letter", params, str(task_file))
         return computer.answer(job, items, prefixed(progress, f"{bundle.name}: "))
 
     theirs = None if reference is None else answers(reference, engine_of_reference(engine))

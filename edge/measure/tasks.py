@@ -29,10 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.step import all_tokens, prefill
-from edge.errors import ConfigError, ContextLengthError
+from edge.errors import ConfigError, ContextLengthError, RequestError
 from edge.figures import check_finite, token_logprobs
 from edge.files import MALFORMED
-from edge.runtime.llm import LLM
+from edge.runtime.llm import LLM, Prompt
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.stream import GenerationResult
 
@@ -248,6 +248,30 @@ def _braced(text: str) -> str:
 # ------------------------------------------------------------------------------- running
 
 
+def check_item(llm: LLM, item: Item, where: str, scoring: Scoring = "letter") -> None:
+    """Refuse a question that a bundle cannot answer, before its turn comes.
+
+    Args:
+        llm: the bundle.
+        item: the question.
+        where: its file and line.
+        scoring: see `answer_item`.
+
+    Raises:
+        ConfigError: the question does not fit into the KV cache, or cannot be encoded.
+    """
+    try:
+        if isinstance(item, ChoiceItem):
+            _encode_choices(llm, item, scoring)
+            return
+        prompt = _prompt(llm, item if isinstance(item, ProgramItem) else _question(item))
+        ids = llm.encode(prompt, max_tokens=llm.kv_capacity)
+        if len(ids) >= llm.kv_capacity:
+            raise ContextLengthError(len(ids), llm.kv_capacity)
+    except RequestError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
 def answer_item(
     llm: LLM,
     line: int,
@@ -276,11 +300,11 @@ def answer_item(
         choice = string.ascii_uppercase[int(np.argmax(scores))]
         return ItemResult(line, item.expected, choice, choice == item.expected)
     if isinstance(item, ProgramItem):
-        written = _ask(llm, item.question.rstrip() + "\n", chat_request(item), params)
+        written = llm.generate(_prompt(llm, item), params)
         answer = _check_program(item, written.text, is_chat=llm.template is not None)
         correct = answer == item.expected
     else:
-        written = ask_question(llm, item.question.strip() + _INSTRUCTION, params)
+        written = ask_question(llm, _question(item), params)
         answer = find_number(written.text)
         correct = answer is not None and parse_number(answer) == parse_number(item.expected)
     return ItemResult(line, item.expected, answer, correct, written.finish_reason == "length")
@@ -292,21 +316,11 @@ def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:
     The choices share the cache rows of the longest common prefix of their tokens, so the prompt
     runs once.
     """
-    prompt = f"Question: {item.question.strip()}\n"
-    if scoring == "letter":
-        listed = zip(string.ascii_uppercase, item.choices, strict=False)
-        prompt += "".join(f"{letter}. {text}\n" for letter, text in listed)
-        texts: Sequence[str] = string.ascii_uppercase[: len(item.choices)]
-        sizes = [1] * len(texts)
-    else:
-        texts = item.choices
-        sizes = [max(1, len(text.encode())) for text in texts]
-    ids = [np.asarray(llm.encode(f"{prompt}Answer: {text}"), dtype=np.int64) for text in texts]
+    ids = _encode_choices(llm, item, scoring)
+    sizes = [max(1, len(text.encode())) if scoring == "text" else 1 for text in item.choices]
     shared = 0
     while all(len(row) > shared + 1 and row[shared] == ids[0][shared] for row in ids):
         shared += 1
-    if max(map(len, ids)) >= llm.kv_capacity:
-        raise ContextLengthError(max(map(len, ids)), llm.kv_capacity)
 
     def run() -> list[float]:
         # The token before the first difference is run once more with each choice, for its logits.
@@ -315,6 +329,20 @@ def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:
         return [_continuation(llm, row, shared) for row in ids]
 
     return [score / size for score, size in zip(llm.call(run), sizes, strict=True)]
+
+
+def _encode_choices(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[NDArray[np.int64]]:
+    """Encode the prompt with each choice."""
+    prompt = f"Question: {item.question.strip()}\n"
+    texts: Sequence[str] = item.choices
+    if scoring == "letter":
+        texts = string.ascii_uppercase[: len(texts)]
+        listed = zip(texts, item.choices, strict=True)
+        prompt += "".join(f"{letter}. {text}\n" for letter, text in listed)
+    ids = [np.asarray(llm.encode(f"{prompt}Answer: {text}"), dtype=np.int64) for text in texts]
+    if max(map(len, ids)) >= llm.kv_capacity:
+        raise ContextLengthError(max(map(len, ids)), llm.kv_capacity)
+    return ids
 
 
 def _continuation(llm: LLM, ids: NDArray[np.int64], shared: int) -> float:
@@ -352,16 +380,21 @@ def ask_question(
     if llm.template is None:
         params = params or SamplingParams()
         params = replace(params, stop=(*params.stop, _NEXT_QUESTION))
-    return _ask(llm, f"Question: {question}\nAnswer:", question, params, **options)
+        options = {}
+    return llm.generate(_prompt(llm, question), params, **options)
 
 
-def _ask(
-    llm: LLM, text: str, message: str, params: SamplingParams | None, **options: Any
-) -> GenerationResult:
-    """Let a bundle answer a message, or go on with a text where it has no chat template."""
-    if llm.template is None:
-        return llm.generate(text, params)
-    return llm.generate([{"role": "user", "content": message}], params, **options)
+def _question(item: NumberItem) -> str:
+    return item.question.strip() + _INSTRUCTION
+
+
+def _prompt(llm: LLM, asked: str | ProgramItem) -> Prompt:
+    """Write a chat, or where a bundle has no chat template the text that it goes on with."""
+    if isinstance(asked, ProgramItem):
+        text, message = asked.question.rstrip() + "\n", chat_request(asked)
+    else:
+        text, message = f"Question: {asked}\nAnswer:", asked
+    return text if llm.template is None else [{"role": "user", "content": message}]
 
 
 def _check_program(item: ProgramItem, text: str, *, is_chat: bool) -> str | None:

@@ -291,6 +291,25 @@ def test_a_question_that_fails_ends_the_others(
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize("layout", ["choices", "number", "program"])
+def test_a_question_that_is_too_long_is_named_before_any_is_answered(
+    tiny_bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+):
+    monkeypatch.setattr(evaluator, "answer_item", lambda *_, **__: pytest.fail("it was answered"))
+    rest: dict[str, Any] = {
+        "choices": {"choices": ["a", "b"], "answer": 1},
+        "number": {"answer": "#### 1"},
+        "program": {"tests": "assert f()"},
+    }[layout]
+    head = "def f():\n    " if layout == "program" else ""
+    rows = [{"question": f"{head}{text}", **rest} for text in ("sea", "the sea " * 3000)]
+    task = tmp_path / "task.jsonl"
+    task.write_text("\n".join(map(json.dumps, rows)))
+    result = invoke(tiny_bundles("qwen2", "portable"), "--task", task)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith(f"{task}, line 2: the prompt has ")
+
+
 def test_choices_are_not_compared_together(tiny_bundles, tmp_path: Path):
     task = tmp_path / "task.jsonl"
     task.write_text(json.dumps({"question": "the sea", "choices": ["a", "b"], "answer": 1}))
