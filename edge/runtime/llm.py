@@ -371,12 +371,14 @@ class LLM:
         elif thinking_budget is not None and begun.reasoning:
             used = len(self.tokenizer.encode(begun.reasoning))
             thinking_budget = max(0, thinking_budget - used)
-        streams = [self._output_stream(ids, resolved, is_chat, begun) for _ in range(n)]
+        if output is not None:
+            _check_is_format(output)
+            if resolved.ignore_eos:
+                raise RequestError("an output format ends with an end token; do not set ignore_eos")
+        streams = [self._output_stream(ids, resolved, is_chat, begun, output) for _ in range(n)]
         if may_reason and not thinking and output is None:
             # The model may open a reasoning that its template does not; a form has no place for it.
             reasons, thinking_budget = True, 0
-        if output is not None and resolved.ignore_eos:
-            raise RequestError("an output format ends with an end token; do not set ignore_eos")
         request = Request(
             ids=tuple(ids),
             params=resolved,
@@ -599,13 +601,20 @@ class LLM:
             generation.cancel()  # nothing to do after the last piece
 
     def _output_stream(
-        self, ids: Sequence[int], params: SamplingParams, is_chat: bool, begun: BegunAnswer
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        is_chat: bool,
+        begun: BegunAnswer,
+        output: OutputFormat | None,
     ) -> OutputStream:
         splitter = None
         if is_chat and self.reasons and begun.place != "text":
             opened = begun.place == "reasoning" or self._opens_reasoning(ids)
             splitter = ReasoningSplitter(opened, goes_on=bool(begun.reasoning))
-        goes_on = not is_chat or bool(begun.content or begun.reasoning)
+        # A sentencepiece vocabulary's first space is none in free text; a form counts it.
+        has_form = output is not None and output.kind != "tool_calls"
+        goes_on = not is_chat or has_form or bool(begun.content or begun.reasoning)
         detokenizer = Detokenizer(self.tokenizer, goes_on=goes_on)
         return OutputStream(detokenizer, params.stop, splitter)
 
@@ -623,9 +632,8 @@ class LLM:
         answer: Constraint | None = None
         vocab_size = self.manifest.model.vocab_size
         if output is not None:
-            _check_is_format(output)
             answer = self.grammars.compile(output)
-            for token_id in self.tokenizer.encode(begun.content) if begun.content else ():
+            for token_id in self.tokenizer.encode(begun.content, goes_on=True):
                 answer.accept(token_id)
         if not reasons:
             return answer

@@ -286,9 +286,26 @@ class _Vocabulary:
         self.eos_token_id = tokenizer.tokens.eos[0]
         self.bos_token_id = tokenizer.tokens.bos
         self._tokenizer = tokenizer
+        self._of_byte = {
+            token: token_id
+            for token_id, token in enumerate(self.tokens)
+            if len(token) == 1 and token_id not in special
+        }
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._tokenizer.encode(text if isinstance(text, str) else text.decode())
+        """The tokens of text that must come; their bytes are the text's own.
+
+        A tokenizer may write another text, e.g. in NFC. Then a part is cut until it stays as it is.
+        """
+        data = text.encode() if isinstance(text, str) else text
+        chars = data.decode()
+        ids = self._tokenizer.encode(chars, goes_on=True)
+        if b"".join(self.tokens[token_id] for token_id in ids) == data:
+            return ids
+        if len(chars) == 1:
+            return [self._of_byte[data[i : i + 1]] for i in range(len(data))]
+        middle = len(chars) // 2
+        return [*self(chars[:middle]), *self(chars[middle:])]
 
 
 def _build_vocabulary(library: Any, tokenizer: Tokenizer, vocab_size: int) -> Any:

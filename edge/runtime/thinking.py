@@ -154,18 +154,21 @@ class ThinkingBudget:
             return
         text = rest.decode("utf-8", "replace")
         if text.strip("\n"):
-            for token_id in self._tokenizer.encode(text.lstrip("\n")):
+            for token_id in self._tokenizer.encode(text.lstrip("\n"), goes_on=True):
                 self._answer.accept(token_id)
         elif len(text) < len(_AFTER_TAG):
-            self._force(self._tokenizer.encode(_AFTER_TAG[len(text) :]), _ANSWER)
+            self._force(self._encode(_AFTER_TAG[len(text) :]), _ANSWER)
 
     def _force_close(self) -> None:
         """Write the closing tag; one of several tokens that the model has begun is finished."""
-        closing = self._tokenizer.encode(THINK_END, control=True)
+        closing = self._encode(THINK_END)
         if len(closing) > 1:
             begun = next(n for n in range(len(_END) - 1, -1, -1) if self._tail.endswith(_END[:n]))
-            closing = self._tokenizer.encode(THINK_END[begun:], control=True)
-        self._force([*closing, *self._tokenizer.encode(_AFTER_TAG)], _ANSWER)
+            closing = self._encode(THINK_END[begun:])
+        self._force([*closing, *self._encode(_AFTER_TAG)], _ANSWER)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, control=True, goes_on=True)
 
     def _force(self, ids: list[int], then: int) -> None:
         self._state, self._forced, self._after_forced = _FORCING, ids, then

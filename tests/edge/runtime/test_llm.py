@@ -26,6 +26,7 @@ from edge.runtime.drafts import NgramDrafter
 from edge.runtime.llm import Prompt
 from edge.runtime.scheduler import DraftContext
 from tests.conftest import TINY_KV_CAPACITY, Bundles
+from tests.edge.text.test_tokenizer import added, sentencepiece
 from tests.fakes import ScriptedBackend, random_logits
 from tests.manifests import replace_file
 from tests.tiny_models import BOS_ID, CHAT_TEMPLATE, CONTROL_IDS, EOS_ID
@@ -148,6 +149,27 @@ def test_what_was_begun_is_part_of_the_form(scripted: Scripted):
     messages = [*QUESTION, {"role": "assistant", "content": "abc"}]
     with pytest.raises(RequestError, match="breaks the regular expression"):
         scripted.llm.generate(messages, params, output=form, continue_final_message=True)
+
+
+def test_a_form_counts_the_space_that_sentencepiece_begins_with(
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("llguidance")
+    from edge.runtime.structured_output import OutputFormat
+
+    bundle = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "spaced")
+    file = json.loads(sentencepiece())
+    file["model"]["vocab"] |= CONTROL_IDS
+    file["added_tokens"] += [added(id_, token) for token, id_ in CONTROL_IDS.items()]
+    replace_file(bundle, "tokenizer.json", json.dumps(file).encode())
+    params = SamplingParams(temperature=1.0, top_p=1.0, seed=3, max_tokens=100)
+    with Scripted(bundle, monkeypatch).llm as llm:
+        for pattern in (" a b", "a b"):
+            for begun in ("", pattern[:1], pattern[:2]):
+                messages = [*QUESTION, {"role": "assistant", "content": begun}]
+                given: Any = {"output": OutputFormat("regex", pattern), "thinking_budget": 0}
+                result = llm.generate(messages, params, continue_final_message=True, **given)
+                assert begun + result.text == pattern
 
 
 def test_the_stream_is_the_answer_in_whole_characters(scripted: Scripted):

@@ -23,7 +23,8 @@ from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import Constraint
 from edge.runtime.structured_output import GrammarCompiler, GrammarLimits, OutputFormat, OutputKind
-from edge.text.tokenizer import Tokenizer
+from edge.text.tokenizer import Detokenizer, Tokenizer
+from tests.edge.text.test_tokenizer import sentencepiece
 from tests.tiny_models import BOS, BOS_ID, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
 
 pytest.importorskip("llguidance")
@@ -61,17 +62,18 @@ def write(
     bent = np.zeros(VOCAB, np.float32)
     bent[EOS_ID] = 3
     for char in wanted:
-        bent[tokenizer.encode(char)] = 3
-    ids: list[int] = []
+        bent[tokenizer.encode(char, goes_on=True)] = 3
+    text = Detokenizer(tokenizer, skip=(EOS_ID,), goes_on=True)
+    written, ids = "", list[int]()
     while len(ids) < max_tokens:
         check(ids)
         logits = rng.standard_normal(VOCAB).astype(np.float32) * 2 + bent
-        token = sampler.sample(logits, constraint.mask()).id
-        constraint.accept(token)
-        if token == EOS_ID:
-            return tokenizer.decode(ids), True
-        ids.append(token)
-    return tokenizer.decode(ids), False
+        ids.append(sampler.sample(logits, constraint.mask()).id)
+        constraint.accept(ids[-1])
+        written += text.push(ids[-1])
+        if ids[-1] == EOS_ID:
+            break
+    return written + text.flush(), ids[-1] == EOS_ID
 
 
 _scalars = st.one_of(
@@ -128,6 +130,53 @@ def test_any_text_under_a_schema_is_valid_json_of_it(
     if ended:
         jsonschema.validate(json.loads(text), schema)
     assert ended or len(text) > 100
+
+
+# How other texts are written: with a space in front, with one that nothing takes away, in NFC.
+SPACED = Tokens(bos=1, bos_text="<s>", eos=(EOS_ID,), eos_text=EOS, add_bos=True)
+OTHER_TEXT = {"spaced": sentencepiece(), "kept": sentencepiece(strip=False), "nfc": None}
+
+
+@pytest.fixture(scope="module", params=sorted(OTHER_TEXT))
+def rewriting(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that does not give back each text as it was."""
+    data = OTHER_TEXT[request.param]
+    return tokenizer if data is None else Tokenizer.from_bytes(data, SPACED)
+
+
+UNCOMPOSED = "re\u0301 a\u2126"  # not in NFC
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("json_object", None),
+        ("json_schema", {"const": {"ab": [True, UNCOMPOSED]}}),
+        ("json_schema", {"enum": ["a b", f"a {UNCOMPOSED}", f"b {UNCOMPOSED}"]}),
+        (
+            "json_schema",
+            {
+                "type": "object",
+                "properties": {"a b": {"type": "null"}, UNCOMPOSED: {"enum": [1, "é"]}},
+                "required": ["a b", UNCOMPOSED],
+                "additionalProperties": False,
+            },
+        ),
+        ("regex", f" (a|b) {UNCOMPOSED}[0-9]{{2}}"),
+        ("regex", "ab"),
+    ],
+)
+def test_text_that_must_come_is_that_text(
+    rewriting: Tokenizer, kind: OutputKind, source: Any
+) -> None:
+    compiler = GrammarCompiler(rewriting, VOCAB)
+    for seed in range(3):
+        text, ended = write(rewriting, compiler.compile(OutputFormat(kind, source)), seed)
+        assert ended
+        if kind == "regex":
+            assert re.fullmatch(source, text)
+        else:
+            jsonschema.validate(json.loads(text), source or {"type": "object"})
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -17,10 +17,12 @@ from edge.errors import RequestError
 from edge.runtime.thinking import ThinkingBudget
 from edge.text.chat_template import ReasoningSplitter
 from edge.text.tokenizer import Tokenizer
+from tests.edge.text.test_tokenizer import sentencepiece
 from tests.tiny_models import BOS, BOS_ID, EOS, EOS_ID, write_tokenizer
 
 VOCAB = 325
 TOKENS = Tokens(bos=BOS_ID, bos_text=BOS, eos=(EOS_ID,), eos_text=EOS, add_bos=True)
+TOKENS_OF_SPACED = Tokens(bos=1, bos_text="<s>", eos=(EOS_ID,), eos_text=EOS, add_bos=True)
 
 
 def _one_token_tags(directory: Path) -> Tokenizer:
@@ -45,7 +47,7 @@ class Spelled:
     """Allows one text and then the end; fails on any other token."""
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
-        self._left = [*tokenizer.encode(text), EOS_ID]
+        self._left = [*tokenizer.encode(text, goes_on=True), EOS_ID]
 
     def mask(self) -> NDArray[np.float32]:
         mask = np.full(VOCAB, -np.inf, np.float32)
@@ -134,6 +136,27 @@ def test_a_tag_of_several_tokens_that_was_begun_is_finished(tokenizer: Tokenizer
         assert tokenizer.decode(ids).startswith("ab</th</think>\n\n")
     else:
         assert tokenizer.decode(ids).startswith("ab</think>")
+
+
+@pytest.mark.parametrize("begun", ["a", "a</", "a</th"])
+@pytest.mark.parametrize("with_form", [False, True])
+def test_no_space_comes_into_the_closing_tag_or_before_the_answer(
+    begun: str, with_form: bool
+) -> None:
+    tokenizer = Tokenizer.from_bytes(sentencepiece(), TOKENS_OF_SPACED)
+    ids = tokenizer.encode(begun, goes_on=True)
+    answer = Spelled(tokenizer, "b") if with_form else None
+    constraint = ThinkingBudget(tokenizer, VOCAB, opened=True, budget=len(ids), answer=answer)
+    written = f"{begun.removesuffix('</').removesuffix('</th')}</think>\n\nb"
+    wanted = [*ids, *tokenizer.encode("b", goes_on=True)]
+    found = run(constraint, wanted, most=len(tokenizer.encode(written, goes_on=True)))
+    assert b"".join(map(tokenizer.token_bytes, found)).decode() == written
+
+
+def test_what_the_last_token_has_after_the_tag_gets_no_space() -> None:
+    tokenizer = Tokenizer.from_bytes(sentencepiece(), TOKENS_OF_SPACED)
+    constraint = ThinkingBudget(tokenizer, VOCAB, opened=True, answer=Spelled(tokenizer, "b"))
+    constraint._close(b"\nb")  # `Spelled` fails on anything but its text
 
 
 @pytest.mark.parametrize("start", ["<think>", "\n<think>"])
