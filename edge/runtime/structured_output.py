@@ -22,6 +22,7 @@ from edge.errors import DependencyError, RequestError, ResourceError, install_co
 from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 
 from .grammar_check import GrammarTask
+from .schema_rewrite import rewrite_schema
 
 if TYPE_CHECKING:
     from edge.text.tokenizer import Tokenizer
@@ -45,8 +46,13 @@ _HINTS = {
     "regex": "use the syntax of Rust's regex crate: no look-around, no back-references",
     "grammar": "use Lark's syntax as llguidance reads it, with a rule named start",
 }
-# A model that loses its way may write white space for ever where JSON allows it.
-_SCHEMA_OPTIONS = {"lenient": False, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+_SCHEMA_OPTIONS = {
+    "lenient": False,
+    # A model that loses its way may write white space for ever where JSON allows it.
+    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}",
+    # Without u: a key spelled with it would be none of those that the schema names.
+    "json_allowed_escapes": 'nrbtf\\"',
+}
 _CACHED_GRAMMARS = 32
 _CHECK = "edge.runtime.grammar_check:work"
 _CHECK_NICE = 10  # the engine decodes for others meanwhile
@@ -336,10 +342,17 @@ def _to_grammar(
     elif output.kind == "tool_calls":
         calls = _read_calls(text)
         for schema in (calls.schema, calls.answer or {}):
-            _check_schema(msgspec.json.encode(schema).decode(), limits)
+            _prepare_schema(schema, limits)
         grammar = library.LLMatcher.grammar_from_lark(_calls_grammar(calls, control_tokens))
     else:
-        _check_schema(text, limits)
+        try:
+            schema = msgspec.json.decode(text)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise RequestError(f"the JSON schema is not JSON: {error}") from error
+        if not isinstance(schema, dict):
+            raise RequestError(f"the JSON schema must be an object, not {text!r:.80}")
+        _prepare_schema(schema, limits)
+        text = msgspec.json.encode(schema).decode()
         grammar = library.LLMatcher.grammar_from_json_schema(text, overrides=_SCHEMA_OPTIONS)
     return grammar
 
@@ -385,13 +398,8 @@ def _calls_grammar(calls: _Calls, control_tokens: Mapping[str, int]) -> str:
     )
 
 
-def _check_schema(source: str, limits: GrammarLimits) -> None:
-    try:
-        schema = msgspec.json.decode(source)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise RequestError(f"the JSON schema is not JSON: {error}") from error
-    if not isinstance(schema, dict):
-        raise RequestError(f"the JSON schema must be an object, not {source!r:.80}")
+def _prepare_schema(schema: dict[str, Any], limits: GrammarLimits) -> None:
+    """Hold a schema to the limits, and change it to what `rewrite_schema` makes of it."""
     if "x-guidance" in schema:
         raise RequestError("the JSON schema: x-guidance is not supported; leave it out")
     properties = 0
@@ -413,6 +421,7 @@ def _check_schema(source: str, limits: GrammarLimits) -> None:
             f"the JSON schema has {properties} properties, at most {limits.max_properties} are "
             "taken; split it"
         )
+    rewrite_schema(schema)
 
 
 def _children(node: Any) -> list[Any]:
@@ -423,6 +432,12 @@ def _children(node: Any) -> list[Any]:
 
 def _refuse(kind: OutputKind, why: str) -> NoReturn:
     hint = _HINTS.get(kind)
+    if "coerce_one_of" in why:  # an option of the library's
+        why = "it cannot be seen that of each oneOf one branch holds at most"
+        hint = (
+            "write anyOf, or give all branches a property of the same name, required and with "
+            "another const in each"
+        )
     raise RequestError(
         f"the {_NOUNS[kind]} cannot be used: {_first_line(why)}" + (f"; {hint}" if hint else "")
     )

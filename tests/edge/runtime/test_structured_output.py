@@ -93,6 +93,13 @@ _scalars = st.one_of(
         lambda values: {"enum": values}, st.lists(st.text(max_size=4), min_size=1, max_size=4)
     ),
     st.just({"type": "string", "pattern": "^[a-c]{2,4}/[0-9]$"}),
+    st.builds(
+        lambda out, more: {"type": "string", "pattern": f"^[^{out}]{{0,5}}{more}$"},
+        st.sampled_from(
+            ['"', r"\\", r'"\\', r"\n", r'\n"', r"]\\", 'a-z"', r'\\/:*?"<>|', r"\s\\"]
+        ),
+        st.sampled_from(["", "x", '(a|[^"])', r"\\?"]),
+    ),
     st.just({"type": "number", "minimum": 0, "exclusiveMaximum": 2}),
 )
 
@@ -179,6 +186,55 @@ def test_text_that_must_come_is_that_text(
             jsonschema.validate(json.loads(text), source or {"type": "object"})
 
 
+CAT = {"type": "object", "properties": {"k": {"const": "cat", "default": "cat"}, "n": {}}}
+DOG = {
+    "type": "object",
+    "properties": {"k": {"enum": ["dog", "wolf"]}, "friend": {"$ref": "#/$defs/pet"}},
+    "required": ["k"],
+}
+
+
+def pets(*branches: dict[str, Any]) -> dict[str, Any]:
+    """A discriminated union, as Pydantic writes it."""
+    references = [{"$ref": f"#/$defs/{index}~1"} for index in range(len(branches))]
+    defs = {f"{index}/": branch for index, branch in enumerate(branches)}
+    return {"$defs": {**defs, "pet": {"oneOf": references}}, "$ref": "#/$defs/pet"}
+
+
+def test_one_of_references_that_a_property_tells_apart(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    schema = pets(CAT, DOG)
+    for text in (
+        '{"k":"cat"}', '{"k":"cat","n":1}', '{"k":"dog"}', '{"k":"fox"}', "{}", '{"n":1}', "1",
+        '{"k":"wolf","friend":{"k":"dog","friend":{"k":"cat"}}}', '{"k":"dog","friend":{"k":1}}',
+    ):  # fmt: skip
+        valid = jsonschema.Draft202012Validator(schema).is_valid(json.loads(text))
+        taken = takes(compiler, tokenizer, schema, text)
+        assert taken == (valid and '"k"' in text), text
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        (CAT, CAT),
+        (CAT, {**DOG, "properties": {"k": {"enum": ["dog", "cat"]}}}),
+        (CAT, {"properties": {"k": {"const": "dog"}}}),
+        (CAT, {"type": "object"}),
+        (CAT, {"type": "object", "properties": {"k": {"const": 1}}, "required": 3}),
+        ({"type": "string"}, CAT),
+    ],
+)
+def test_one_of_that_may_hold_twice_is_refused_with_advice(
+    compiler: GrammarCompiler, branches: tuple[dict[str, Any], ...]
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        compiler.compile(OutputFormat("json_schema", pets(*branches)))
+    assert "coerce" not in str(caught.value)
+    if "required" not in branches[1] or branches[1]["required"] != 3:
+        assert "write anyOf" in str(caught.value)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_json_mode_gives_an_object(
     tokenizer: Tokenizer, compiler: GrammarCompiler, seed: int
@@ -209,6 +265,64 @@ def test_text_under_an_expression_matches_and_ends_only_where_it_does(
     text, ended = write(tokenizer, constraint, seed, wanted="y", check=check)
     assert ended
     assert re.fullmatch(pattern, text)
+
+
+def takes(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], text: str
+) -> bool:
+    """Whether a text is an answer of a schema."""
+    constraint = compiler.compile(OutputFormat("json_schema", schema))
+    try:
+        for token_id in tokenizer.encode(text):
+            constraint.accept(token_id)
+    except RequestError:
+        return False
+    return constraint.may_end
+
+
+CLASSES = (
+    '^[^"]*$', r"^[^\\]*$", r'^[^"\\]*$', r"^[^\\/]+$", r'^[^\\/:*?"<>|]+$', r'^[^\n"]*$', '[^"]',
+    r'^[^]"]*$', r'^[^\]"]*$', '^([^"]|a)+$', r"^\[[^\\]*\]$", r"^[\x00-\x21]*$", r"^\D*$", "^.*$",
+    r'^([^"]|\x00)*$', r"^[^\S\n]*$",
+)  # fmt: skip
+WRITTEN = ("", "ab", '"', "\\", 'a"b', "a\\b", "a\nb", "a/b", "\t", "a]b", "[x]", '[\\"]', "ü")
+
+
+@pytest.mark.parametrize("pattern", CLASSES)
+def test_a_class_takes_no_quote_and_no_backslash_that_it_excludes(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, pattern: str
+) -> None:
+    by_key = {"type": "object", "patternProperties": {pattern: {}}, "additionalProperties": False}
+    python = pattern.removesuffix("$") + r"\Z" * pattern.endswith("$")
+    for text in WRITTEN:
+        written = json.dumps(text, ensure_ascii=False)
+        matches = re.search(python.replace("[^]", r"[^\]"), text) is not None
+        schema = {"type": "string", "pattern": pattern}
+        assert takes(compiler, tokenizer, schema, written) == matches, text
+        assert takes(compiler, tokenizer, by_key, f"{{{written}:1}}") == matches, text
+
+
+def test_what_only_looks_like_a_pattern_stays(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    value = {"pattern": "[a]", "patternProperties": {"[a]": 1}}
+    for schema in ({"const": value}, {"enum": [value]}):
+        assert takes(compiler, tokenizer, schema, json.dumps(value, separators=(",", ":")))
+    named = {"type": "object", "properties": {"pattern": {"const": 1}}, "required": ["pattern"]}
+    assert takes(compiler, tokenizer, named, '{"pattern":1}')
+    with pytest.raises(RequestError, match="has the flag x"):
+        compiler.compile(OutputFormat("json_schema", {"type": "string", "pattern": "(?x) a # ["}))
+
+
+def test_a_key_in_escapes_is_not_another_key(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for text, good in (
+        ('{"a":1}', True), ('{"a":"x"}', False), (r'{"\u0061":"x"}', False),
+        (r'{"\n\"":"x"}', True),
+    ):  # fmt: skip
+        assert takes(compiler, tokenizer, schema, text) == good
 
 
 def test_white_space_cannot_go_on_for_ever(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
