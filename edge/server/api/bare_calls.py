@@ -8,6 +8,7 @@ follows directly; anything else is text.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection
 from typing import NoReturn
@@ -26,7 +27,13 @@ def _no_json(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_json)
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{number} is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_json, parse_float=_finite)
 
 
 class BareCallParser(ToolParser):

@@ -287,8 +287,8 @@ def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[s
                 "name": {"const": tool.function.name},
                 "arguments": {
                     **_ANY_OBJECT,
-                    "$id": f"urn:edge-llm:tool:{index}",
                     **(parameters or {}),
+                    "$id": f"urn:edge-llm:tool:{index}",  # a client's own may be another tool's
                 },
             },
             "required": ["name", "arguments"],

@@ -471,9 +471,12 @@ def test_a_schema_without_a_type_binds_to_an_object():
     assert schema["properties"]["arguments"]["type"] == "object"
 
 
-def test_references_of_a_tool_lead_into_its_own_schema():
+@pytest.mark.parametrize("named", [{}, {"$id": "https://x/y"}])
+def test_references_of_a_tool_lead_into_its_own_schema(named: dict[str, str]):
     llguidance = pytest.importorskip("llguidance")
     both = [booking("book", {"type": "string"}), booking("number", {"type": "integer"})]
+    for tool in both:
+        tool["function"]["parameters"] |= named
     asked = {"messages": QUESTION, "tools": both, "tool_choice": "required"}
     free = {"messages": QUESTION, "tools": [strict(tool) for tool in both]}
     calls = bound_calls(msgspec.convert(free, ChatRequest), HERMES)
