@@ -119,6 +119,20 @@ class CompletionRender(Render):
             lambda: Detokenizer(self._tokenizer, goes_on=not body.echo)
         )
         self._offsets: Counter[int] = Counter()  # and its length
+        self._echoed: dict[int, str] = {}  # prompts that are texts
+
+    def begin(self, plan: Plan, prompt_tokens: int) -> None:
+        """See `Render.begin`."""
+        if not plan.echo:
+            return
+        prompts = [prompt for prompt in plan.prompts for _ in range(plan.n)]
+        for index, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                self._echoed[index] = prompt
+                bos = self._tokenizer.tokens.bos  # comes before the text and is none of it
+                self._texts[index] = Detokenizer(
+                    self._tokenizer, skip=() if bos is None else (bos,)
+                )
 
     def events(self, index: int, piece: Piece) -> bytes:
         """See `Render.events`."""
@@ -150,18 +164,25 @@ class CompletionRender(Render):
     def _choice(self, index: int, piece: Piece) -> TextChoice:
         logprobs = None
         if self._logprobs is not None and piece.tokens:
-            logprobs = self._logprobs_of(index, piece.tokens)
+            logprobs = self._logprobs_of(index, piece)
         return TextChoice(index, piece.text, logprobs, piece.finish_reason)
 
-    def _logprobs_of(self, index: int, tokens: Sequence[SampledToken]) -> TextLogprobs:
+    def _logprobs_of(self, index: int, piece: Piece) -> TextLogprobs:
         result = TextLogprobs([], [], [] if self._logprobs else None, [])
-        for token in tokens:
+        for number, token in enumerate(piece.tokens, 1):
             result.tokens.append(self._text(token.id))
             result.token_logprobs.append(token.logprob)
             result.text_offset.append(self._offsets[index])
             if result.top_logprobs is not None:
                 result.top_logprobs.append(self._top(token))
             self._offsets[index] += len(self._texts[index].push(token.id))
+            if index in self._echoed and number <= piece.echoed:
+                # Tokens may spell a text otherwise, e.g. in NFC; the answer begins where it ends.
+                end = len(self._echoed[index])
+                self._offsets[index] = min(self._offsets[index], end)
+                if number == piece.echoed:
+                    self._offsets[index] = end
+                    self._texts[index] = Detokenizer(self._tokenizer, goes_on=True)
         return result
 
     def _top(self, token: SampledToken) -> dict[str, float] | None:

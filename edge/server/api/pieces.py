@@ -26,11 +26,12 @@ class Piece:
         text: text of the answer, without tool calls.
         reasoning: text of the reasoning.
         calls: tool calls that became complete.
-        tokens: the tokens sampled for it.
+        tokens: the tokens sampled for it, after those of an echoed prompt.
         finish_reason: on the last piece: ``stop``, ``length``, ``cancelled`` or ``tool_calls``.
         progress: of the prompt, if the request wants it.
         stop: on the last piece, the stop string that ended the answer, if one did.
         stats: on the last piece, what the answer took.
+        echoed: how many of the tokens are the prompt's.
     """
 
     text: str = ""
@@ -41,6 +42,7 @@ class Piece:
     stop: str | None = None
     stats: GenerationStats | None = None
     progress: PromptProgress | None = None
+    echoed: int = 0
 
 
 def join_pieces(pieces: Sequence[Piece]) -> Piece:
@@ -53,6 +55,7 @@ def join_pieces(pieces: Sequence[Piece]) -> Piece:
         pieces[-1].finish_reason,
         pieces[-1].stop,
         pieces[-1].stats,
+        echoed=sum(piece.echoed for piece in pieces),
     )
 
 
@@ -88,6 +91,7 @@ class ChoiceReader:
             chunk.stop,
             chunk.stats,
             chunk.progress,
+            len(echo.tokens),
         )
 
     def _find_calls(self, chunk: GenerationChunk) -> tuple[str, list[ToolCall]]:

@@ -272,8 +272,8 @@ async def _echoes(
         return [Piece() for _ in encoded]
     llm, top = turn.model.llm, plan.params.logprobs
     echoes = []
-    for ids in encoded:
-        echo = Piece(text=llm.tokenizer.decode(ids))
+    for prompt, ids in zip(plan.prompts, encoded, strict=True):
+        echo = Piece(text=prompt if isinstance(prompt, str) else llm.tokenizer.decode(ids))
         if top is not None:
             echo.tokens = await score_prompt(
                 turn.model, ids, top, receive=turn.receive, timeout_s=left_s(deadline_s)

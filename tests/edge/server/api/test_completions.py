@@ -11,6 +11,7 @@ import pytest
 
 from edge.runtime.sampling_params import SamplingParams
 from tests.edge.server.scripted import Live, running
+from tests.tiny_models import BOS
 
 
 def complete(live: Live, prompt: Any = "hello", **fields: Any) -> Any:
@@ -102,12 +103,13 @@ def test_each_token_is_where_its_offset_says(live: Live, stream: bool):
     else:
         parts = answer.json["choices"]
     text = "".join(part["text"] for part in parts)
-    assert text.endswith("héllo 🙂é 🙂你 the end")
+    assert text == "héllo 🙂é 🙂你 the end"
     logprobs = [part["logprobs"] for part in parts if part["logprobs"]]
     tokens = [token for each in logprobs for token in each["tokens"]]
     offsets = [offset for each in logprobs for offset in each["text_offset"]]
     assert sum(token.startswith("bytes:") for token in tokens) >= 4
-    for token, offset in zip(tokens, offsets, strict=True):
+    assert (tokens[0], offsets[:2]) == (BOS, [0, 0])
+    for token, offset in zip(tokens[1:], offsets[1:], strict=True):
         if token.startswith("bytes:"):
             assert text[offset] in "é🙂你"
         else:
@@ -130,13 +132,33 @@ def test_an_echoed_prompt_is_scored_as_the_core_scores_it(live: Live):
         ):
             assert value <= max(top.values())
             assert len(top) in (1, 2)
-        text = llm.tokenizer.decode(ids)
+        text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(ids)
         assert choice["text"].startswith(text)
         assert logprobs["text_offset"][len(ids)] == len(text)
-    plain = complete(live, "hello", echo=True, max_tokens=1).json["choices"][0]
-    assert plain["text"].startswith(llm.tokenizer.decode(llm.encode("hello")))
-    assert plain["logprobs"] is None
     assert complete(live, "x" * 2000, echo=True, logprobs=1).status == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["hello", "re\u0301sume\u0301 \u2126 <think>", "\u0958x"])
+def test_an_echo_is_the_prompt_as_it_was_sent(live: Live, prompt: str, stream: bool):
+    """Its tokens are of NFC; the answer begins where the prompt ends."""
+    live.engine.say(prompt, " end")
+    for logprobs in (None, 0):
+        answer = complete(
+            live, [prompt, prompt], n=2, echo=True, logprobs=logprobs, stream=stream, max_tokens=9
+        )
+        events = answer.events[:-1] if stream else [answer.json]
+        for index in range(4):
+            parts = [c for event in events for c in event["choices"] if c["index"] == index]
+            assert "".join(part["text"] for part in parts) == f"{prompt} end"
+            found = [part["logprobs"] for part in parts if part["logprobs"]]
+            offsets = [offset for each in found for offset in each["text_offset"]]
+            assert offsets == sorted(offsets)
+            if logprobs is not None:
+                num_prompt = len(live.engine.llm.encode(prompt))
+                assert offsets[num_prompt - 1] <= len(prompt) == offsets[num_prompt]
+            else:
+                assert not found
 
 
 def test_reasoning_of_plain_text_stays_text(live: Live):
