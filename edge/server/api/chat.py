@@ -88,6 +88,7 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
         tools = template_tools(body.tools)
     calls = bound_calls(body, syntax) if forced is None else None
     output = output_format(body.response_format, forced, calls)
+    fallback = output_format(None, forced_schema(body, loosely=True))
     thinking, budget = _thinking(body, reasons=llm.reasons)
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -110,6 +111,7 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
         cache_salt=body.cache_salt,
         tools=tools,
         output=output,
+        fallback=fallback,
         thinking=thinking,
         thinking_budget=budget,
         continues=continues,

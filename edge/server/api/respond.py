@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic as clock
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +17,7 @@ import msgspec
 from starlette.responses import Response
 
 from edge.bundle.tasks import check_task
-from edge.errors import DeadlineError, EdgeError
+from edge.errors import DeadlineError, EdgeError, RequestError
 from edge.runtime.sampling_params import SamplingParams
 from edge.server.http.access import Client
 from edge.server.http.errors import APIError
@@ -85,6 +85,7 @@ class Plan:
         cache_salt: the request's salt, besides the client's own.
         tools: JSON schemas of functions, for the chat template.
         output: the form that the answer must have.
+        fallback: the form that takes its place where it cannot be compiled.
         thinking: false ends the reasoning before it begins.
         thinking_budget: tokens after which the reasoning is ended.
         continues: whether the answer goes on with the last message.
@@ -103,6 +104,7 @@ class Plan:
     cache_salt: str | None = None
     tools: list[dict[str, Any]] | None = None
     output: OutputFormat | None = None
+    fallback: OutputFormat | None = None
     thinking: bool = True
     thinking_budget: int | None = None
     continues: bool = False
@@ -170,8 +172,8 @@ async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> 
         plan, ids = await turn.lane.run(prepare, turn.receive)
         deadline_s = None if (most_s := settings.request_timeout_s) is None else clock() + most_s
         echoes = await _echoes(turn, plan, ids, deadline_s)
-        await _compile(turn, plan.output, deadline_s)
-        generations = await in_thread(lambda: _submit(turn, plan, ids, deadline_s))
+        plan = await _compile(turn, plan, deadline_s)
+        generations = await in_thread(partial(_submit, turn, plan, ids, deadline_s))
         flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
     render.begin(plan, sum(map(len, ids)))
     answer = _Answer(plan, echoes, flight, render)
@@ -282,13 +284,21 @@ async def _echoes(
     return echoes
 
 
-async def _compile(turn: Turn, form: OutputFormat | None, deadline_s: float | None) -> None:
-    """Compile the form of an answer, unless that was done before."""
+async def _compile(turn: Turn, plan: Plan, deadline_s: float | None) -> Plan:
+    """Compile the form of an answer, unless that was done before; return the plan that it fits."""
+    form = plan.output
     if form is None or form in (grammars := turn.model.llm.grammars):
-        return
-    await turn.form_lane.run(
-        lambda _: grammars.compile(form), turn.receive, timeout_s=left_s(deadline_s)
-    )
+        return plan
+    try:
+        await turn.form_lane.run(
+            lambda _: grammars.compile(form), turn.receive, timeout_s=left_s(deadline_s)
+        )
+    except RequestError:
+        if plan.fallback in (None, form):
+            raise
+        plan = replace(plan, output=plan.fallback, fallback=None)
+        return await _compile(turn, plan, deadline_s)
+    return plan
 
 
 def _submit(

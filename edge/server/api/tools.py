@@ -19,10 +19,14 @@ from edge.server.http.errors import invalid
 from edge.text.chat_template import read_arguments
 
 from .answers import CalledFunction, ToolCall
-from .protocol import ChatRequest, NamedTool, Tool
+from .protocol import ChatRequest, FunctionTool, NamedTool, Tool
 
 _FENCED = re.compile(r"\s*(.*?)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
+# Those of texts that llguidance keeps to; JSON Schema 2020-12 (7.2) lets others be.
+_FORMATS = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+)
 
 
 @dataclass(frozen=True)
@@ -209,8 +213,13 @@ def make_call(name: str, arguments: str, *, index: int) -> ToolCall:
     return ToolCall(f"call_{secrets.token_hex(12)}", CalledFunction(name, arguments), index=index)
 
 
-def forced_schema(request: ChatRequest) -> dict[str, Any] | None:
+def forced_schema(request: ChatRequest, *, loosely: bool = False) -> dict[str, Any] | None:
     """Return the JSON schema of an answer that must be a call; None where it need not be one.
+
+    Args:
+        request: the request.
+        loosely: whether a tool that is not strict takes any object; else its schema without the
+            formats that nothing here keeps to.
 
     Raises:
         APIError: 400 where ``tool_choice`` does not fit ``tools``.
@@ -226,7 +235,25 @@ def forced_schema(request: ChatRequest) -> dict[str, Any] | None:
             raise invalid(
                 f"tool_choice: no tool has the name {choice.function.name[:80]!r}", "tool_choice"
             )
-    return _call_schema([(tool, tool.function.parameters) for tool in tools])
+    return _call_schema([(tool, _parameters(tool.function, loosely)) for tool in tools])
+
+
+def _parameters(function: FunctionTool, loosely: bool) -> dict[str, Any] | None:
+    if function.strict or function.parameters is None:
+        return function.parameters
+    return None if loosely else _without_other_formats(function.parameters)
+
+
+def _without_other_formats(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_without_other_formats(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in ("const", "enum") else _without_other_formats(value)
+        for key, value in schema.items()
+        if key != "format" or not isinstance(value, str) or value in _FORMATS
+    }
 
 
 def has_form(request: ChatRequest) -> bool:

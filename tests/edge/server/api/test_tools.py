@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from edge.server.api.protocol import ChatRequest, Tool
 from edge.server.api.tools import (
+    _FORMATS,
     DEEPSEEK,
     HERMES,
     CallsOrJSON,
@@ -493,6 +494,63 @@ def test_references_of_a_tool_lead_into_its_own_schema(named: dict[str, str]):
             text = json.dumps(call).encode()
             taken = matcher.try_consume_tokens(list(text)) == len(text)
             assert (taken and matcher.is_accepting()) == keeps, call
+
+
+def picking(value: dict[str, Any], *more: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tools, the first of which takes an ``a`` of this schema."""
+    parameters = {
+        "type": "object",
+        "properties": {"a": value},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    return [{"type": "function", "function": {"name": "pick", "parameters": parameters}}, *more]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    ("value", "is_kept"),
+    [
+        ({"type": "string", "format": "password", "maxLength": 5}, True),
+        ({"type": "integer", "format": "int32", "minimum": 1, "maximum": 3}, True),
+        ({"type": "array", "uniqueItems": True, "items": {"enum": [1, 2]}}, False),
+        ({"type": "string", "pattern": "^(?!x)"}, False),
+    ],
+)
+def test_a_tool_that_is_not_strict_must_come_with_what_can_be_kept_to(
+    tools: Live, value: dict[str, Any], is_kept: bool, named: bool
+):
+    jsonschema = pytest.importorskip("jsonschema")
+    pytest.importorskip("llguidance")
+    choice: Any = {"type": "function", "function": {"name": "pick"}} if named else "required"
+    fields = {"tool_choice": choice, "temperature": 1.0, "top_p": 1.0, "enable_thinking": False}
+    fields["max_tokens"] = 400 if is_kept else 4  # any object may be long
+    for seed in range(3 if is_kept else 1):
+        answer = tools.chat("free", tools=picking(value, CLOCK), seed=seed, **fields)
+        assert answer.status == 200, answer.body
+        for call in answer.json["choices"][0]["message"].get("tool_calls", ()):
+            assert is_kept
+            if call["function"]["name"] == "pick":
+                jsonschema.validate(json.loads(call["function"]["arguments"])["a"], value)
+    bound = picking(value)
+    bound[0]["function"]["strict"] = True
+    answer = tools.chat("free", tools=bound, **{**fields, "max_tokens": 4})
+    assert answer.status == (200 if value.get("format") == "int32" else 400), answer.body
+
+
+def test_formats_that_are_kept_to():
+    """Those of `tools._FORMATS` and no others; a key of this name is none."""
+    llguidance = pytest.importorskip("llguidance")
+    for name in sorted({*_FORMATS, "password", "uri-reference", "binary"}):
+        schema = {"type": "string", "format": name}
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar)
+        assert matcher.is_error() == (name not in _FORMATS), name
+    value = {"properties": {"format": {"enum": [{"format": "binary"}]}}, "format": "uuid"}
+    asked = {"messages": QUESTION, "tools": picking(value), "tool_choice": "required"}
+    call = forced_schema(msgspec.convert(asked, ChatRequest))
+    assert call is not None
+    assert call["properties"]["arguments"]["properties"]["a"] == value
 
 
 @pytest.mark.parametrize(
