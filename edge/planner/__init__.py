@@ -3,5 +3,5 @@
 Data flows one way: `devices` and `models` say what there is, `weights` counts bytes by part,
 `memory` and `speed` turn them into a plan, `engine` reads what a built engine says of its steps,
 `plan` makes one for every quantization, `picture` draws it, `recommend` chooses. `published` holds
-what others measured, `fit` the fit to it.
+what others measured.
 """

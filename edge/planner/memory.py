@@ -33,7 +33,7 @@ _FP32_BYTES = 4
 _PYTHON_BYTES = 58_000_000
 _TOKENIZER_BYTES, _TOKENIZER_BYTES_PER_TOKEN = 20_000_000, 360
 # CUDA's context with cuBLAS, TensorRT's libraries and their scratch. Not measured by us: what is
-# left of the memory that NVIDIA published for Edge-LLM on Orin (`published.MEMORY_FIGURES`).
+# left of the memory that NVIDIA published for Edge-LLM on Orin (docs/planner-published.md).
 _CUDA_BYTES = 600_000_000
 _ORT_SESSION_BYTES = 4_000_000
 # ONNX Runtime keeps the fp32 scales, packs them beside the integers, and adds sums of each group.

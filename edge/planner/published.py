@@ -1,4 +1,4 @@
-"""Published figures of language models on Orin; `edge.planner.fit` predicts them.
+"""Published figures of language models on Orin; `tests/edge/planner/fit.py` predicts them.
 
 Every figure says who published it. ``fitted`` ones come from TensorRT engines on the AGX Orin
 64 GB; all others are held out: they are predicted with the same factors, and the error is reported
@@ -11,32 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edge.bundle.manifest import ModelSpec
-
 from .devices import MODULES
-from .models import BUILT_IN, decoder_spec
 
 Precision = Literal["fp16", "int8", "int4"]
 Kind = Literal["decode", "prefill"]
 DEFAULT_CONTEXT = 256
-MODELS: dict[str, ModelSpec] = {
-    "R1-Distill-Qwen-1.5B": BUILT_IN["r1-qwen-1.5b"].spec,
-    "R1-Distill-Llama-8B": BUILT_IN["r1-llama-8b"].spec,
-    "R1-Distill-Qwen-14B": decoder_spec("qwen2", 5120, 48, (40, 8, 128), 13824, 152064),
-    "Qwen3-0.6B": decoder_spec("qwen3", 1024, 28, (16, 8, 128), 3072, 151936, tied=True),
-    "Qwen3-1.7B": decoder_spec("qwen3", 2048, 28, (16, 8, 128), 6144, 151936, tied=True),
-    "Qwen3-4B": decoder_spec("qwen3", 2560, 36, (32, 8, 128), 9728, 151936, tied=True),
-    "Qwen3-8B": BUILT_IN["r1-qwen3-8b"].spec,
-    "Qwen2.5-0.5B": decoder_spec("qwen2", 896, 24, (14, 2, 64), 4864, 151936, tied=True),
-    "Qwen2.5-3B": decoder_spec("qwen2", 2048, 36, (16, 2, 128), 11008, 151936, tied=True),
-    "Qwen2.5-7B": BUILT_IN["r1-qwen-7b"].spec,
-    "Llama-2-7B": decoder_spec("llama", 4096, 32, (32, 32, 128), 11008, 32000),
-    "Llama-2-13B": decoder_spec("llama", 5120, 40, (40, 40, 128), 13824, 32000),
-    "Llama-3-8B": BUILT_IN["r1-llama-8b"].spec,
-    "Llama-3.2-1B": decoder_spec("llama", 2048, 16, (32, 8, 64), 8192, 128256, tied=True),
-    "Llama-3.2-3B": decoder_spec("llama", 3072, 28, (24, 8, 128), 8192, 128256, tied=True),
-    "SmolLM2-1.7B": decoder_spec("llama", 2048, 24, (32, 32, 64), 8192, 49152, tied=True),
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +30,7 @@ class Figure:
         value: the figure.
         tokens: context of a decode step, or tokens of the prompt.
         batch: sequences per step.
-        fitted: whether `fit` uses it.
+        fitted: whether the fit uses it.
     """
 
     source: str
@@ -67,10 +46,10 @@ class Figure:
 
 
 _AGX, _NX, _NANO = "agx-orin-64", "orin-nx-16", "orin-nano-8"
-_EDGE_09 = "TensorRT-Edge-LLM 0.9.0, performance-benchmarks.md (NVIDIA)"
+EDGE_09 = "TensorRT-Edge-LLM 0.9.0, performance-benchmarks.md (NVIDIA)"
 _EDGE_08 = "TensorRT-Edge-LLM 0.8.0, performance-benchmarks.md (NVIDIA)"
 _ISSUE_60 = "TensorRT-Edge-LLM issue 60, JetPack 6.2, TensorRT 10.7"
-_TRT_LLM = "TensorRT-LLM v0.12.0-jetson README4Jetson, MAXN (NVIDIA)"
+TRT_LLM = "TensorRT-LLM v0.12.0-jetson README4Jetson, MAXN (NVIDIA)"
 _REASONING = "EdgeReasoning (arXiv 2511.01866), vLLM 0.8.6 BF16"
 _EMBEDL = "embedl, vLLM (Hugging Face space)"
 _AI_LAB = "jetson-ai-lab, vLLM (NVIDIA)"
@@ -107,7 +86,7 @@ def _prefill(
 
 SPEED_FIGURES: tuple[Figure, ...] = (
     *_decode(
-        _EDGE_09,
+        EDGE_09,
         _AGX,
         (
             ("Qwen3-0.6B", "int4", 186.4),
@@ -133,33 +112,33 @@ SPEED_FIGURES: tuple[Figure, ...] = (
         ),
         fitted=True,
     ),
-    *_decode(_TRT_LLM, _AGX, (("Llama-3-8B", "int4", 35.9),), tokens=192, fitted=True),
-    *_decode(f"{_TRT_LLM}, GPTQ", _AGX, (("Llama-3-8B", "int4", 34.5),), tokens=192, fitted=True),
+    *_decode(TRT_LLM, _AGX, (("Llama-3-8B", "int4", 35.9),), tokens=192, fitted=True),
+    *_decode(f"{TRT_LLM}, GPTQ", _AGX, (("Llama-3-8B", "int4", 34.5),), tokens=192, fitted=True),
     *_decode(
-        _EDGE_09,
+        EDGE_09,
         _AGX,
         (("Qwen3-1.7B", "int4", 465.5), ("Qwen3-8B", "int4", 151.5)),
         batch=8,
         fitted=True,
     ),
-    *_prefill(_EDGE_09, (("Qwen3-1.7B", "int4", 61, 0.0204),), fitted=True),
+    *_prefill(EDGE_09, (("Qwen3-1.7B", "int4", 61, 0.0204),), fitted=True),
     *_prefill(
         _EDGE_08,
         (("Qwen3-1.7B", "int4", 370, 0.0635), ("Qwen3-8B", "int4", 370, 0.2739)),
         fitted=True,
     ),
     *_prefill(
-        _TRT_LLM,
+        TRT_LLM,
         (("Llama-3-8B", "int4", 128, 0.091), ("Llama-3-8B", "int4", 512, 0.260)),
         fitted=True,
     ),
     *_decode(
-        _EDGE_09,
+        EDGE_09,
         _NX,
         (("Qwen3-1.7B", "int4", 60.4), ("Qwen3-4B", "int4", 31.6), ("Qwen3-8B", "int4", 19.0)),
     ),
     *_decode(
-        _EDGE_09, _NANO, (("Qwen3-0.6B", "int4", 72.8), ("Qwen3-1.7B", "int4", 37.4)), mode="15W"
+        EDGE_09, _NANO, (("Qwen3-0.6B", "int4", 72.8), ("Qwen3-1.7B", "int4", 37.4)), mode="15W"
     ),
     *_decode(
         _REASONING,
@@ -252,41 +231,3 @@ def has_fitted(
         and MODULES[device].mode(figure.mode).name == mode
     ]
     return bool(batches) and (kind == "prefill" or min(batches) <= batch <= max(batches))
-
-
-NOT_PREDICTED: tuple[tuple[str, str], ...] = (
-    ("TensorRT-Edge-LLM EAGLE3: Qwen3-1.7B 128.2, Qwen3-8B 59.3 tok/s", "speculative decoding"),
-    (
-        "Qwen3.5-2B: AGX 82.0, Orin Nano 30.0 tok/s",
-        "layers of linear attention: no such model here",
-    ),
-    ("Qwen3.5-35B-A3B: vLLM 31.4, llama.cpp 22.5 tok/s", "mixture of experts: no such model here"),
-    (
-        "EdgeReasoning: 0.62, 2.84 and 5.30 J per token",
-        "energy is measured by edge-llm bench, not predicted",
-    ),
-    (
-        "FlashHead: Qwen3-1.7B 134.6, Llama-3.2-3B 75.4 tok/s",
-        "a search in place of the lm_head's product",
-    ),
-)
-"""Published figures that the model does not cover, and why."""
-
-
-@dataclass(frozen=True)
-class MemoryFigure:
-    """Published memory of a process, in bytes; its KV capacity is assumed to be 4,096."""
-
-    source: str
-    model: str
-    precision: Precision
-    value: int
-
-
-MEMORY_FIGURES: tuple[MemoryFigure, ...] = (
-    MemoryFigure(f"{_EDGE_09}, AGX Orin", "Qwen3-1.7B", "int4", 3_302_000_000),
-    MemoryFigure(f"{_EDGE_09}, Orin Nano", "Qwen3-1.7B", "int4", 3_234_000_000),
-    MemoryFigure(f"{_EDGE_09}, AGX Orin", "Qwen3-8B", "int4", 8_221_000_000),
-    MemoryFigure(f"{_TRT_LLM}, low", "Llama-3-8B", "int4", 6_800_000_000),
-    MemoryFigure(f"{_TRT_LLM}, high", "Llama-3-8B", "int4", 7_800_000_000),
-)

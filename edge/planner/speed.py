@@ -12,7 +12,7 @@ A prediction takes shares of these figures that engines were seen to reach::
               + operations / (peak * COMPUTE)
 
 The five words in capital letters are `Efficiency`. The defaults are fitted to published figures of
-Orin (`edge.planner.fit`); ``--calibrate`` measures two or three of them.
+Orin (`tests/edge/planner/fit.py`); ``--calibrate`` measures two or three of them.
 
 Of a built engine (`EngineWork`) the unpacked weights, the rows of the cache that a step reads and
 the launches are known; ``layers`` are then its launches over `LAUNCHES_PER_LAYER`.
@@ -416,7 +416,7 @@ def calibrate(
 
     One benchmark cannot tell reading from launching, so the time per layer stays, or is dropped
     where it alone predicts more than was measured. Several models or precisions can, and give that
-    time, too: least squares of relative errors, as in `edge.planner.fit`.
+    time, too: least squares of relative errors, as in the fit of the defaults.
 
     Args:
         mode: the module's figures.

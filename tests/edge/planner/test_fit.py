@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from edge.planner.fit import error, fit, predicted, predicted_memory
-from edge.planner.published import MEMORY_FIGURES, NOT_PREDICTED, SPEED_FIGURES, Figure
+from edge.planner.published import SPEED_FIGURES, Figure
 from edge.planner.speed import FITTED
+from tests.edge.planner.fit import (
+    MEMORY_FIGURES,
+    NOT_PREDICTED,
+    error,
+    fit,
+    predicted,
+    predicted_memory,
+)
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "planner-published.md"
 

@@ -7,6 +7,7 @@ lm_head, and tied tables where the model has them.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -15,20 +16,38 @@ from edge.bundle import io_spec
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import ModelSpec
 from edge.bundle.schemes import Recipe
-
-from .devices import MODULES, PowerMode
-from .memory import Deployment, plan_process_memory
-from .published import (
+from edge.planner.devices import MODULES, PowerMode
+from edge.planner.memory import Deployment, plan_process_memory
+from edge.planner.models import BUILT_IN, decoder_spec
+from edge.planner.published import (
     DEFAULT_CONTEXT,
-    MODELS,
+    EDGE_09,
     SPEED_FIGURES,
+    TRT_LLM,
     Figure,
-    MemoryFigure,
     Precision,
 )
-from .speed import FITTED, Efficiency, Work, decode_s, prefill_s, work_of
-from .weights import Linear, recipe_linears
+from edge.planner.speed import FITTED, Efficiency, Work, decode_s, prefill_s, work_of
+from edge.planner.weights import Linear, recipe_linears
 
+MODELS: dict[str, ModelSpec] = {
+    "R1-Distill-Qwen-1.5B": BUILT_IN["r1-qwen-1.5b"].spec,
+    "R1-Distill-Llama-8B": BUILT_IN["r1-llama-8b"].spec,
+    "R1-Distill-Qwen-14B": decoder_spec("qwen2", 5120, 48, (40, 8, 128), 13824, 152064),
+    "Qwen3-0.6B": decoder_spec("qwen3", 1024, 28, (16, 8, 128), 3072, 151936, tied=True),
+    "Qwen3-1.7B": decoder_spec("qwen3", 2048, 28, (16, 8, 128), 6144, 151936, tied=True),
+    "Qwen3-4B": decoder_spec("qwen3", 2560, 36, (32, 8, 128), 9728, 151936, tied=True),
+    "Qwen3-8B": BUILT_IN["r1-qwen3-8b"].spec,
+    "Qwen2.5-0.5B": decoder_spec("qwen2", 896, 24, (14, 2, 64), 4864, 151936, tied=True),
+    "Qwen2.5-3B": decoder_spec("qwen2", 2048, 36, (16, 2, 128), 11008, 151936, tied=True),
+    "Qwen2.5-7B": BUILT_IN["r1-qwen-7b"].spec,
+    "Llama-2-7B": decoder_spec("llama", 4096, 32, (32, 32, 128), 11008, 32000),
+    "Llama-2-13B": decoder_spec("llama", 5120, 40, (40, 40, 128), 13824, 32000),
+    "Llama-3-8B": BUILT_IN["r1-llama-8b"].spec,
+    "Llama-3.2-1B": decoder_spec("llama", 2048, 16, (32, 8, 64), 8192, 128256, tied=True),
+    "Llama-3.2-3B": decoder_spec("llama", 3072, 28, (24, 8, 128), 8192, 128256, tied=True),
+    "SmolLM2-1.7B": decoder_spec("llama", 2048, 24, (32, 32, 64), 8192, 49152, tied=True),
+}
 # The publishers' INT8 leaves the lm_head in FP16 and has one scale per group; ours does neither.
 _FP16_HEAD = (("lm_head", "float"),)
 _RECIPES: dict[Precision, Recipe] = {
@@ -36,6 +55,43 @@ _RECIPES: dict[Precision, Recipe] = {
     "int8": Recipe("int8", keep=_FP16_HEAD),
     "int4": Recipe("int4", 128, _FP16_HEAD),
 }
+
+NOT_PREDICTED: tuple[tuple[str, str], ...] = (
+    ("TensorRT-Edge-LLM EAGLE3: Qwen3-1.7B 128.2, Qwen3-8B 59.3 tok/s", "speculative decoding"),
+    (
+        "Qwen3.5-2B: AGX 82.0, Orin Nano 30.0 tok/s",
+        "layers of linear attention: no such model here",
+    ),
+    ("Qwen3.5-35B-A3B: vLLM 31.4, llama.cpp 22.5 tok/s", "mixture of experts: no such model here"),
+    (
+        "EdgeReasoning: 0.62, 2.84 and 5.30 J per token",
+        "energy is measured by edge-llm bench, not predicted",
+    ),
+    (
+        "FlashHead: Qwen3-1.7B 134.6, Llama-3.2-3B 75.4 tok/s",
+        "a search in place of the lm_head's product",
+    ),
+)
+"""Published figures that the model does not cover, and why."""
+
+
+@dataclass(frozen=True)
+class MemoryFigure:
+    """Published memory of a process, in bytes; its KV capacity is assumed to be 4,096."""
+
+    source: str
+    model: str
+    precision: Precision
+    value: int
+
+
+MEMORY_FIGURES: tuple[MemoryFigure, ...] = (
+    MemoryFigure(f"{EDGE_09}, AGX Orin", "Qwen3-1.7B", "int4", 3_302_000_000),
+    MemoryFigure(f"{EDGE_09}, Orin Nano", "Qwen3-1.7B", "int4", 3_234_000_000),
+    MemoryFigure(f"{EDGE_09}, AGX Orin", "Qwen3-8B", "int4", 8_221_000_000),
+    MemoryFigure(f"{TRT_LLM}, low", "Llama-3-8B", "int4", 6_800_000_000),
+    MemoryFigure(f"{TRT_LLM}, high", "Llama-3-8B", "int4", 7_800_000_000),
+)
 
 
 def predicted_memory(figure: MemoryFigure) -> int:
