@@ -125,15 +125,6 @@ def format_command(line: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """What ``trtexec`` measured when it ran the engine; medians in milliseconds."""
-
-    throughput_qps: float
-    latency_ms: float
-    gpu_compute_ms: float
-
-
-@dataclass(frozen=True)
 class TrtexecResult:
     """What a run of ``trtexec`` said.
 
@@ -142,18 +133,12 @@ class TrtexecResult:
         version: TensorRT's version as ``trtexec`` names it (``10.16.1``); None if it does not.
         build_s: seconds that it took to build the engine.
         peak_host_bytes: peak of the host memory while building (not every version says).
-        peak_device_bytes: peak of TensorRT's own allocations on the device.
-        timing: None without an inference run.
-        warnings: TensorRT's warnings, each once.
     """
 
     seconds: float
     version: str | None = None
     build_s: float | None = None
     peak_host_bytes: int | None = None
-    peak_device_bytes: int | None = None
-    timing: Timing | None = None
-    warnings: tuple[str, ...] = ()
 
 
 def find_trtexec(places: Sequence[str] = _PLACES) -> Path:
@@ -256,7 +241,8 @@ def run_trtexec(argv: Sequence[str], on_line: Callable[[str], None]) -> TrtexecR
             process.stdout.close()
     if code != 0 or not log.passed:
         raise _failure(code, log)
-    return log.result(time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return TrtexecResult(seconds, log.version, log.build_s, log.peak_host_bytes)
 
 
 def _check_version(config: BuildConfig, manifest: Manifest, version: TrtVersion) -> None:
@@ -304,19 +290,13 @@ def _pool_size(num_bytes: int) -> str:
     return f"{num_bytes}B" if rest else f"{mib}M"
 
 
-_FLOAT = r"([0-9.]+(?:e[+-]?[0-9]+)?)"
-_STAMP = re.compile(r"^(?:\[[0-9/]+-[0-9:]+\] )?\[([EWI])\] (?:\[TRT\] )?")
+_ERROR = re.compile(r"^(?:\[[0-9/]+-[0-9:]+\] )?\[E\] (?:\[TRT\] )?")
 _BANNER = re.compile(r"^&&&& (RUNNING|PASSED|FAILED) TensorRT\.trtexec(?: \[TensorRT v(\d+)\])?")
 _VERSION = re.compile(r"TensorRT version: (\d+\.\d+\.\d+)")
-_BUILT = re.compile(rf"Engine built in {_FLOAT} sec")
+_BUILT = re.compile(r"Engine built in ([0-9.]+(?:e[+-]?[0-9]+)?) sec")
 _HOST_PEAK = re.compile(
     r"Peak memory usage during Engine building and serialization: CPU: (\d+) MiB"
 )
-_DEVICE_PEAK = re.compile(
-    r"Peak memory usage of TRT CPU/GPU memory allocators: CPU \d+ MiB, GPU (\d+) MiB"
-)
-_THROUGHPUT = re.compile(rf"\] Throughput: {_FLOAT} qps")
-_MEDIAN = re.compile(rf"\] (Latency|GPU Compute Time): .*median = {_FLOAT} ms")
 _MAX_SHOWN = 8
 
 
@@ -327,9 +307,9 @@ class _Log:
     version: str | None = None
     passed: bool = False
     errors: list[str] = field(default_factory=list)
-    warnings: dict[str, None] = field(default_factory=dict)
     last: deque[str] = field(default_factory=lambda: deque(maxlen=_MAX_SHOWN))
-    numbers: dict[str, float] = field(default_factory=dict)
+    build_s: float | None = None
+    peak_host_bytes: int | None = None
 
     def read(self, line: str) -> None:
         if line.strip():
@@ -339,42 +319,14 @@ class _Log:
             if banner[2] and self.version is None:
                 self.version = _decode_version(int(banner[2]))
             return
-        if stamp := _STAMP.match(line):
-            text = line[stamp.end() :]
-            if stamp[1] == "E" and text:
-                self.errors.append(text)
-            elif stamp[1] == "W" and text:
-                self.warnings[text] = None
+        if (error := _ERROR.match(line)) and (text := line[error.end() :]):
+            self.errors.append(text)
         if version := _VERSION.search(line):
             self.version = version[1]
-        for name, pattern in (
-            ("build_s", _BUILT),
-            ("host_mib", _HOST_PEAK),
-            ("device_mib", _DEVICE_PEAK),
-            ("qps", _THROUGHPUT),
-        ):
-            if match := pattern.search(line):
-                self.numbers[name] = float(match[1])
-        if median := _MEDIAN.search(line):
-            self.numbers[median[1]] = float(median[2])
-
-    def result(self, seconds: float) -> TrtexecResult:
-        numbers = self.numbers
-        timing = None
-        if {"qps", "Latency", "GPU Compute Time"} <= numbers.keys():
-            timing = Timing(numbers["qps"], numbers["Latency"], numbers["GPU Compute Time"])
-        return TrtexecResult(
-            seconds=seconds,
-            version=self.version,
-            build_s=numbers.get("build_s"),
-            peak_host_bytes=self._bytes("host_mib"),
-            peak_device_bytes=self._bytes("device_mib"),
-            timing=timing,
-            warnings=tuple(self.warnings),
-        )
-
-    def _bytes(self, name: str) -> int | None:
-        return int(self.numbers[name]) * _MIB if name in self.numbers else None
+        if built := _BUILT.search(line):
+            self.build_s = float(built[1])
+        if peak := _HOST_PEAK.search(line):
+            self.peak_host_bytes = int(peak[1]) * _MIB
 
 
 def _decode_version(number: int) -> str:

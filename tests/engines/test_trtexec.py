@@ -13,7 +13,6 @@ import pytest
 
 from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BackendError, ConfigError, DependencyError, ResourceError
-from engines import trtexec
 from engines.build_plan import plan_build
 from engines.config import BuildConfig
 from engines.trtexec import (
@@ -151,7 +150,6 @@ LOG = """\
 &&&& RUNNING TensorRT.trtexec [TensorRT v101601] [b11] # trtexec --onnx=m.onnx
 [11/24/2026-10:00:00] [I] TensorRT version: 10.16.1
 [11/24/2026-10:00:01] [W] [TRT] a warning
-[11/24/2026-10:00:02] [W] [TRT] a warning
 [11/24/2026-10:00:31] [I] [TRT] Engine generation completed in 30.1 seconds.
 [11/24/2026-10:00:31] [I] [TRT] [MemUsageStats] Peak memory usage of TRT CPU/GPU memory \
 allocators: CPU 18 MiB, GPU 227 MiB
@@ -159,10 +157,6 @@ allocators: CPU 18 MiB, GPU 227 MiB
 serialization: CPU: 3036 MiB
 [11/24/2026-10:00:32] [I] Created engine with size: 830.5 MiB
 [11/24/2026-10:00:32] [I] Engine built in 31.25 sec.
-[11/24/2026-10:00:40] [I] Throughput: 101.5 qps
-[11/24/2026-10:00:40] [I] Latency: min = 9 ms, max = 12 ms, mean = 10 ms, median = 9.75 ms, \
-percentile(90%) = 11 ms
-[11/24/2026-10:00:40] [I] GPU Compute Time: min = 8 ms, max = 9 ms, mean = 8.5 ms, median = 8.25 ms
 &&&& PASSED TensorRT.trtexec [TensorRT v101601] [b11] # trtexec --onnx=m.onnx
 """
 
@@ -182,9 +176,7 @@ def test_run_streams_and_reads_the_log(tmp_path: Path, monkeypatch: pytest.Monke
     result = run_trtexec(["trtexec", "--onnx=m.onnx"], seen.append)
     assert seen == LOG.splitlines()
     assert (result.version, result.build_s) == ("10.16.1", 31.25)
-    assert (result.peak_host_bytes, result.peak_device_bytes) == (3036 << 20, 227 << 20)
-    assert result.timing == trtexec.Timing(101.5, 9.75, 8.25)
-    assert result.warnings == ("a warning",)
+    assert result.peak_host_bytes == 3036 << 20
     assert trtexec_version(find_trtexec()) == (10, 16)
 
 
