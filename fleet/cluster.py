@@ -193,25 +193,13 @@ def stay_joined(
             time.sleep(0.1)
 
 
-@contextlib.contextmanager
-def connected(config: FleetConfig) -> Iterator[None]:
-    """Connect this process to Ray for a while; only on a machine that belongs to the fleet.
+def connect(config: FleetConfig) -> None:
+    """Connect this process to Ray; only on a machine that belongs to the fleet.
 
     Raises:
         BackendError: there is no Ray at the fleet's address, or it has another token.
         DependencyError: Ray is not installed.
     """
-    connect(config)
-    import ray
-
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def connect(config: FleetConfig) -> None:
-    """Connect this process to Ray, see `connected`."""
     os.environ.update(environment(config))
     os.environ.pop("RAY_AUTH_TOKEN", None)  # it would count before the file
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
