@@ -49,7 +49,7 @@ from edge.measure.evaluate import load_gate
 from edge.measure.tasks import read_task
 from edge.measure.watch import read_baseline, read_golden
 from edge.measure.watch_server import read_state, read_stats_file
-from edge.planner.calibration import BENCH_SCHEMA, read_bench
+from edge.planner.calibration import BENCH_SCHEMA, read_runs
 from edge.planner.models import read_config
 from edge.registry import artifact as artifacts
 from edge.registry.artifact import decode as decode_artifact
@@ -469,7 +469,7 @@ READERS = {
         read_conversation,
     ),
     "counts": Reader("counts.json", b"{}", read_counts),
-    "bench": Reader("bench.json", json.dumps(_BENCH).encode(), read_bench),
+    "bench": Reader("bench.json", json.dumps(_BENCH).encode(), read_runs),
     "trusted_keys": Reader("trusted-keys", _PUBLIC_KEY, read_public_keys),
     "signature": Reader("manifest.json.minisig", _SIGNATURE, _signature),
     "secret_key": Reader("a.key", _SECRET_KEY, lambda path: read_secret_key(path, lambda: "")),

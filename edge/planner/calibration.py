@@ -74,15 +74,6 @@ class GpuReport(msgspec.Struct, frozen=True):
     matrix: dict[str, dict[str, Cell]]
 
 
-def read_bench(path: Path) -> BenchFile:
-    """Read what ``edge-llm bench --json`` printed.
-
-    Raises:
-        ConfigError: it cannot be read, or is no such file.
-    """
-    return _bench(_read(path), f"{path}")
-
-
 def read_runs(path: Path) -> dict[str, BenchFile]:
     """Read a benchmark, or those that passed in a report of ``scripts/gpu-check``, by their names.
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge.errors import ConfigError
-from edge.planner.calibration import calibrated, read_bench
+from edge.planner.calibration import calibrated, read_runs
 from edge.planner.memory import Deployment
 from edge.planner.models import BUILT_IN, PlannedModel, decoder_spec, find_model
 from edge.planner.picture import draw_plan
@@ -269,6 +269,6 @@ def test_a_wrong_file_is_refused(changes: dict[str, Any], message: str, tmp_path
 def test_what_is_no_json_is_refused(tmp_path: Path):
     (tmp_path / "b.json").write_bytes(b"\xff{")
     with pytest.raises(ConfigError, match="run it again"):
-        read_bench(tmp_path / "b.json")
+        read_runs(tmp_path / "b.json")
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_bench(tmp_path / "none.json")
+        read_runs(tmp_path / "none.json")
