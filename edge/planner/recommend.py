@@ -23,7 +23,6 @@ from .plan import Device, Option, Plan, make_plan
 from .speed import Efficiency, prefill_s
 
 Benchmark = Literal["aime-2024", "math-500", "gpqa-diamond", "livecodebench"]
-BENCHMARKS: tuple[Benchmark, ...] = ("aime-2024", "math-500", "gpqa-diamond", "livecodebench")
 MemoryOf = Literal["process", "weights"]
 
 # pass@1 in percent: DeepSeek-R1's README for the distills, the model card of R1-0528-Qwen3-8B for

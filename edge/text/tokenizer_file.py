@@ -137,9 +137,6 @@ class AddedToken(msgspec.Struct):
     special: bool = False
 
 
-_NULL = msgspec.Raw(b"null")
-
-
 class _Model(msgspec.Struct):
     """A byte-pair model; a prefix or suffix of words makes the library panic with some letters."""
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import RopeSpec
-from edge.bundle.rope import inverse_frequencies as inverse_frequencies
+from edge.bundle.rope import inverse_frequencies
 
 Array = NDArray[np.float64]
 

@@ -31,11 +31,6 @@ class BodyBudget:
         """Open the account of one request of this client."""
         return BodyAccount(self, client)
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes that are counted now."""
-        return self._total
-
     def _check(self, client: str, more: int) -> None:
         used = self._by_client[client]
         if self._total + more <= self._limit and used + more <= self._share:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -11,8 +11,8 @@ from edge.planner.memory import Deployment
 from edge.planner.models import BUILT_IN
 from edge.planner.plan import find_device
 from edge.planner.recommend import (
-    BENCHMARKS,
     QUALITY,
+    Benchmark,
     Recommendation,
     Wish,
     recommend,
@@ -149,7 +149,7 @@ def test_commands_are_those_of_this_command_line(tpot_s: float):
     assert "--kv-capacity 2048" in found.commands[0]
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
+@pytest.mark.parametrize("benchmark", get_args(Benchmark))
 def test_scores_never_rise_by_quantization(benchmark: Any):
     for model in QUALITY:
         floating = score(model, "fp16", benchmark)

@@ -12,7 +12,8 @@ import pytest
 
 from edge.bundle.manifest import RopeSpec
 from edge.bundle.model_config import parse_config
-from export.graph.rope import inverse_frequencies, rope_tables
+from edge.bundle.rope import inverse_frequencies
+from export.graph.rope import rope_tables
 
 HEAD_DIM = 128
 # As in Llama-2, an early long-context Llama, R1-Distill-Llama-8B, Qwen3's advice for 131k, and
