@@ -41,7 +41,6 @@ from .profiles import Profile
 from .progress import PhaseTree
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_MINIMUM: dict[Dialect, tuple[int, int]] = {"native": (10, 15), "portable": (10, 3)}
 _RTX_MINIMUM = (1, 3)
 _LENGTHS_SINCE = (11, 0)
 _COMPILED_PLUGINS_SINCE = (10, 13)
@@ -152,12 +151,12 @@ def check_support(
                 f"newer is needed; {where_tensorrt_is_from(flavour)}"
             )
         return
-    needed = _MINIMUM[dialect]
+    needed = io_spec.DIALECTS[dialect].min_tensorrt
     if found < needed:
         advice = (
             "export with --dialect portable, which JetPack 6 (TensorRT 10.3) takes, or upgrade to "
             "JetPack 7.2"
-            if dialect == "native" and found >= _MINIMUM["portable"]
+            if dialect == "native" and found >= io_spec.DIALECTS["portable"].min_tensorrt
             else "upgrade to JetPack 6.1 or newer"
         )
         raise DependencyError(
@@ -185,7 +184,7 @@ def check_own_kernels(flavour: Flavour, version: str, compute_capability: str) -
             f"own kernels are plugins, and TensorRT for RTX {version} has none; {instead}, or with "
             f"TensorRT: {where_tensorrt_is_from('tensorrt')}"
         )
-    needed = _MINIMUM["portable"]
+    needed = io_spec.DIALECTS["portable"].min_tensorrt
     if parse_release(version) < needed:
         raise DependencyError(
             f"own kernels need TensorRT >= {needed[0]}.{needed[1]}, found {version}; {instead}, or "

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge.backends.cuda.errors import is_out_of_memory
+from edge.bundle import io_spec
 from edge.bundle.manifest import ENGINES_DIR, Manifest
 from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import verify_files
@@ -40,7 +41,6 @@ _MIB = 1 << 20
 # Where JetPack, the TensorRT packages and NVIDIA's containers put it; not always on the PATH.
 _PLACES = ("/usr/src/tensorrt/bin", "/opt/tensorrt/bin", "/usr/bin")
 _CACHE_PATTERN = "past_key_values.*"
-_NATIVE_SINCE: TrtVersion = (10, 15)
 _DECOMPOSABLE_SINCE: TrtVersion = (10, 14)
 _ALWAYS_STRONGLY_TYPED: TrtVersion = (11, 0)
 _PLAN, _TIMING_CACHE = "engine.plan", "timing.cache"
@@ -251,9 +251,10 @@ def _check_version(config: BuildConfig, manifest: Manifest, version: TrtVersion)
             f"TensorRT {show(version)} cannot build this engine: strongly typed networks start "
             "with 10.0 (JetPack 6.1)"
         )
-    if manifest.dialect == "native" and version < _NATIVE_SINCE:
+    needed = io_spec.DIALECTS["native"].min_tensorrt
+    if manifest.dialect == "native" and version < needed:
         raise ConfigError(
-            f"dialect native needs TensorRT {show(_NATIVE_SINCE)}, asked for is {show(version)}; "
+            f"dialect native needs TensorRT {show(needed)}, asked for is {show(version)}; "
             "export again with --dialect portable"
         )
     for option, given in (

@@ -13,6 +13,7 @@ from typing import Literal
 
 import click
 
+from edge.bundle.io_spec import DIALECTS
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.errors import ConfigError
 
@@ -230,7 +231,7 @@ def _steps(words: list[str], version: TrtVersion) -> tuple[str, ...]:
             line = command_for_bundle(BuildConfig(path.parent, max_prefill=prefill), version)
             return (format_command(line),)
     quant = next((name for name in ("int4", "int8", "bf16") if name in given), "fp16")
-    dialect = "native" if version >= (10, 15) else "portable"
+    dialect = "native" if version >= DIALECTS["native"].min_tensorrt else "portable"
     bundle = f"bundles/{path.stem or 'model'}-{quant}"
     trt = next(name for name, known in TRT_VERSIONS.items() if known == version)
     return (

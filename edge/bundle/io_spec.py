@@ -198,6 +198,7 @@ class DialectSpec:
 
     Attributes:
         opset: version of its operators.
+        min_tensorrt: the first TensorRT whose parser has all of them.
         min_onnxruntime: the first ONNX Runtime whose CPU has all of them.
         min_onnxruntime_int8: the same where the cache is in 8 bits.
         cursor: name of the input ``[B]`` with the row after the last valid one of each sequence.
@@ -209,6 +210,7 @@ class DialectSpec:
     """
 
     opset: int
+    min_tensorrt: tuple[int, int]
     min_onnxruntime: tuple[int, int]
     min_onnxruntime_int8: tuple[int, int]
     cursor: str
@@ -232,6 +234,7 @@ class DialectSpec:
 DIALECTS: dict[Dialect, DialectSpec] = {
     "native": DialectSpec(
         opset=24,
+        min_tensorrt=(10, 15),
         min_onnxruntime=(1, 26),
         # 1.27 has GroupQueryAttention with an INT8 cache, and where it splits queries, keys and
         # values itself, it is wrong from the second sequence of a batch on.
@@ -243,6 +246,7 @@ DIALECTS: dict[Dialect, DialectSpec] = {
     ),
     "portable": DialectSpec(
         opset=21,
+        min_tensorrt=(10, 3),
         min_onnxruntime=(1, 23),
         min_onnxruntime_int8=(1, 23),
         cursor=PAST_LENGTHS,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from edge.bundle.io_spec import DIALECTS
 from edge.device.scheme_probe import SCHEMES, Verdict
 
 from .check import UNAVAILABLE, Check, Facts, version_numbers
 
-_NATIVE_SINCE = (10, 15)
 _NATIVE_ONLY = ("attention", "kv-update")
 
 
@@ -40,10 +40,10 @@ def _judge(verdict: Verdict, version: str) -> Check:
     name = f"scheme {verdict.scheme}"
     if verdict.built:
         return Check(name, "ok", f"{scheme.title}: {verdict.detail} in {verdict.seconds:.1f} s")
-    if verdict.scheme in _NATIVE_ONLY and version_numbers(version) < _NATIVE_SINCE:
-        since = ".".join(map(str, _NATIVE_SINCE))
-        detail = f"{scheme.title}: TensorRT {since} has it, this is {version}; {scheme.instead}"
-        return Check(name, "skip", detail)
+    since = DIALECTS["native"].min_tensorrt
+    if verdict.scheme in _NATIVE_ONLY and version_numbers(version) < since:
+        detail = f"TensorRT {since[0]}.{since[1]} has it, this is {version}; {scheme.instead}"
+        return Check(name, "skip", f"{scheme.title}: {detail}")
     needed = verdict.scheme == "fp16"
     return Check(
         name,

@@ -64,12 +64,13 @@ def check_tensorrt(facts: Facts) -> Check:
             cure,
             UNAVAILABLE,
         )
-    if version_numbers(found.version) < (10, 3):
+    needed = io_spec.DIALECTS["portable"].min_tensorrt
+    if version_numbers(found.version) < needed:
         return Check(
             name,
             "fail",
             found.version,
-            "graphs with INT4 weights need TensorRT 10.3",
+            f"graphs with INT4 weights need TensorRT {needed[0]}.{needed[1]}",
             "update it (on a Jetson: JetPack 6.2 or 7.2)",
             UNAVAILABLE,
         )
