@@ -48,7 +48,8 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
     graph = OnnxFile(data)
     graph.remove_values([io_spec.HIDDEN_STATES])  # no runner of engines binds it
     names = [value.name for value in [*graph.inputs, *graph.outputs]]
-    caches = [name for name in names if name.startswith(("past_key_values.", "present."))]
+    prefixes = (io_spec.PAST_PREFIX, io_spec.PRESENT_PREFIX)
+    caches = [name for name in names if name.startswith(prefixes)]
     graph.set_dimension(caches, 2, shapes.capacity)
     if kv_read != "slice":
         _remove_slices(graph, set(caches))

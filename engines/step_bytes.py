@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge.bundle.engine_file import KvRead
+from edge.bundle.io_spec import PAST_PREFIX
 from edge.bundle.linears import ROTATION
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_values import ELEMENT_BITS
@@ -108,7 +109,7 @@ def _cache_row(facts: GraphFacts) -> int:
     """Heads and head size of every cache input; the shape is ``[batch, heads, rows, size]``."""
     total = 0
     for name, info in facts.inputs.items():
-        if name.startswith("past_key_values."):
+        if name.startswith(PAST_PREFIX):
             _, heads, _, size = info.shape
             assert isinstance(heads, int)
             assert isinstance(size, int)

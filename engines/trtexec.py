@@ -40,7 +40,7 @@ from .trtexec_options import TRT_VERSIONS, TrtVersion, show
 _MIB = 1 << 20
 # Where JetPack, the TensorRT packages and NVIDIA's containers put it; not always on the PATH.
 _PLACES = ("/usr/src/tensorrt/bin", "/opt/tensorrt/bin", "/usr/bin")
-_CACHE_PATTERN = "past_key_values.*"
+_CACHE_PATTERN = f"{io_spec.PAST_PREFIX}*"
 _DECOMPOSABLE_SINCE: TrtVersion = (10, 14)
 _ALWAYS_STRONGLY_TYPED: TrtVersion = (11, 0)
 _PLAN, _TIMING_CACHE = "engine.plan", "timing.cache"

@@ -94,7 +94,7 @@ class PeakRunner:
             # The batch is the one dimension without a number.
             value.name: np.zeros([d if isinstance(d, int) else 1 for d in value.shape], np.float16)
             for value in self._session.get_inputs()
-            if value.name.startswith("past_key_values.")
+            if value.name.startswith(io_spec.PAST_PREFIX)
         }
 
     def run(self, ids: NDArray[np.int64], peaks: Peaks) -> None:

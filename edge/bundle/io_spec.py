@@ -71,6 +71,7 @@ LOGITS_INDICES = "logits_indices"
 LOGITS = "logits"
 EMBEDDINGS = "embeddings"
 HIDDEN_STATES = "hidden_states"
+PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 BEST_VALUES = "best_values"
 BEST_IDS = "best_ids"
 BEST_REST = "best_rest"
@@ -144,22 +145,22 @@ def sum_error(vocab_size: int) -> float:
 
 def past_key(layer: int) -> str:
     """Cache input of a layer's keys."""
-    return f"past_key_values.{layer}.key"
+    return f"{PAST_PREFIX}{layer}.key"
 
 
 def past_value(layer: int) -> str:
     """Cache input of a layer's values."""
-    return f"past_key_values.{layer}.value"
+    return f"{PAST_PREFIX}{layer}.value"
 
 
 def present_key(layer: int) -> str:
     """In-place cache output of a layer's keys (``native``)."""
-    return f"present.{layer}.key"
+    return f"{PRESENT_PREFIX}{layer}.key"
 
 
 def present_value(layer: int) -> str:
     """In-place cache output of a layer's values (``native``)."""
-    return f"present.{layer}.value"
+    return f"{PRESENT_PREFIX}{layer}.value"
 
 
 def new_key(layer: int) -> str:

@@ -88,7 +88,7 @@ def load_graph(
     cache = [
         value.name
         for value in [*graph.inputs, *graph.outputs]
-        if value.name.startswith(("past_key_values.", "present."))
+        if value.name.startswith((io_spec.PAST_PREFIX, io_spec.PRESENT_PREFIX))
     ]
     graph.set_dimension(cache, 2, capacity)
     spec = (manifest.model, manifest.dialect, float_type, capacity, manifest.int8_layers)
