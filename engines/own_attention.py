@@ -20,7 +20,7 @@ from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, OnnxFile, attribute
 from edge.bundle.onnx_values import Constants, node_attributes
 
 from .kernels.variants import HEAD_WIDTHS
-from .plugin_nodes import plugin_node
+from .plugin_nodes import MisfitError, makers_and_readers, plugin_node, strange
 
 _POSITIONS = "own_attention.positions"
 
@@ -38,10 +38,6 @@ class _Attention:
     query: str
     rows: tuple[str, str, str, str]
     output: str
-
-
-class _MisfitError(Exception):
-    """Why an attention is left to TensorRT."""
 
 
 def attention_name(layer: int) -> str:
@@ -71,7 +67,7 @@ def use_own_attention(
     for layer in range(manifest.model.num_layers):
         try:
             found[attention_name(layer)] = finder.find(layer)
-        except _MisfitError as reason:
+        except MisfitError as reason:
             left[attention_name(layer)] = str(reason)
     if not found:
         return (), left
@@ -104,26 +100,22 @@ class _Finder:
     def __init__(self, graph: OnnxFile, manifest: Manifest) -> None:
         self._constants = Constants(graph)
         self._manifest = manifest
-        self._makers = {name: node for node in graph.nodes for name in node.outputs}
-        self._readers: dict[str, list[Node]] = {}
-        for node in graph.nodes:
-            for name in node.inputs:
-                self._readers.setdefault(name, []).append(node)
+        self._makers, self._readers = makers_and_readers(graph)
 
     def find(self, layer: int) -> _Attention:
         """The attention of a layer.
 
         Raises:
-            _MisfitError: the kernels do not compute it.
+            MisfitError: the kernels do not compute it.
         """
         manifest, model = self._manifest, self._manifest.model
         if manifest.dtype != "fp16":
-            raise _MisfitError(f"its floats are {manifest.dtype}, and the kernels take FP16")
+            raise MisfitError(f"its floats are {manifest.dtype}, and the kernels take FP16")
         if layer in manifest.int8_layers:
-            raise _MisfitError("its cache is INT8, and the kernels take FP16")
+            raise MisfitError("its cache is INT8, and the kernels take FP16")
         if model.head_dim not in HEAD_WIDTHS:
             widths = " or ".join(map(str, HEAD_WIDTHS))
-            raise _MisfitError(
+            raise MisfitError(
                 f"its heads have {model.head_dim} values, and the kernels take {widths}"
             )
         attended = f"layers.{layer}.attended"
@@ -138,11 +130,11 @@ class _Finder:
         """``[B, H, S, D]`` with the heads of a token one behind the other."""
         (transposed,) = self._only_reader(attended, "Transpose").outputs
         if self._perm(transposed) != (0, 2, 1, 3):
-            raise self._strange(transposed)
+            raise strange(transposed)
         (merged,) = self._only_reader(transposed, "Reshape").outputs
         model = self._manifest.model
         if self._numbers(self._input(merged, 1)) != [0, 0, model.num_heads * model.head_dim]:
-            raise self._strange(merged)
+            raise strange(merged)
         return merged
 
     def _of_operator(self, layer: int, attended: str) -> tuple[str, tuple[str, str, str, str]]:
@@ -151,11 +143,11 @@ class _Finder:
         attributes = node_attributes(node)
         self._check_scale(attended, attributes.pop("scale", None))
         if attributes or len(node.inputs) != 4:
-            raise _MisfitError("it has more to it than a scale and a mask")
+            raise MisfitError("it has more to it than a scale and a mask")
         mask = self._maker(node.inputs[3], "LessOrEqual")
         positions = self._maker(mask.inputs[1], "Unsqueeze")
         if mask.inputs[0] != io_spec.KV_POSITIONS or positions.inputs[0] != io_spec.POSITION_IDS:
-            raise self._strange(node.inputs[3])
+            raise strange(node.inputs[3])
         new = []
         for read, past, present in (
             (node.inputs[1], io_spec.past_key(layer), io_spec.present_key(layer)),
@@ -165,7 +157,7 @@ class _Finder:
             scatter = self._maker(present, "TensorScatter")
             same = [scatter.inputs[0], *scatter.inputs[2:]] == [past, io_spec.WRITE_INDICES]
             if not same or node_attributes(scatter) != {"axis": 2}:
-                raise self._strange(present)
+                raise strange(present)
             new.append(scatter.inputs[1])
         cache = io_spec.present_key(layer), io_spec.present_value(layer)
         return node.inputs[0], (*cache, new[0], new[1])
@@ -176,13 +168,13 @@ class _Finder:
         products = [self._maker(name, "MatMul") for name in total.inputs]
         split = self._maker(products[0].inputs[0], "Split")
         if split.outputs != [product.inputs[0] for product in products]:
-            raise self._strange(attended)
+            raise strange(attended)
         softmax = self._maker(self._maker(split.inputs[0], "Cast").inputs[0], "Softmax")
         joined = self._maker(softmax.inputs[0], "Concat")
         if len(joined.inputs) != 2 or node_attributes(joined) != {"axis": -1}:
-            raise self._strange(joined.outputs[0])
+            raise strange(joined.outputs[0])
         if node_attributes(softmax) != {"axis": -1}:
-            raise self._strange(softmax.outputs[0])
+            raise strange(softmax.outputs[0])
         past = io_spec.past_key(layer), io_spec.past_value(layer)
         new = io_spec.new_key(layer), io_spec.new_value(layer)
         queries = set()
@@ -195,11 +187,11 @@ class _Finder:
             queries.add(scores.inputs[0])
             turned = self._maker(scores.inputs[1], "Transpose")
             if self._perm(scores.inputs[1]) != (0, 1, 2, 4, 3):
-                raise self._strange(scores.inputs[1])
+                raise strange(scores.inputs[1])
             for grouped, row in zip((turned.inputs[0], product.inputs[1]), rows, strict=True):
                 self._check_read(self._unsqueezed(grouped, [2]), row)
         if len(queries) != 1:
-            raise self._strange(attended)
+            raise strange(attended)
         scaled = self._maker(queries.pop(), "Mul")
         self._check_scale(attended, self._scalar(scaled.inputs[1]))
         grouped_query = self._maker(scaled.inputs[0], "Reshape")
@@ -207,7 +199,7 @@ class _Finder:
         heads = model.num_heads // model.num_kv_heads
         shape = [0, model.num_kv_heads, heads, -1, model.head_dim]
         if self._numbers(grouped_query.inputs[1]) != shape:
-            raise self._strange(scaled.inputs[0])
+            raise strange(scaled.inputs[0])
         return grouped_query.inputs[0], (*past, *new)
 
     def _check_read(self, read: str, rows: str) -> None:
@@ -216,9 +208,9 @@ class _Finder:
             return
         node = self._maker(read, "Slice")
         if node.inputs[0] != rows or len(node.inputs) != 4:
-            raise self._strange(read)
+            raise strange(read)
         if self._numbers(node.inputs[1]) != [0] or self._numbers(node.inputs[3]) != [2]:
-            raise self._strange(read)
+            raise strange(read)
 
     def _check_mask(self, mask: str, part: str) -> None:
         """Whether a mask is that of the cache's rows, or that of the step's."""
@@ -226,7 +218,7 @@ class _Finder:
         where = self._maker(self._unsqueezed(mask, axes), "Where")
         keep, drop = map(self._scalar, where.inputs[1:])
         if keep != 0 or drop is None or drop > -1e9:
-            raise self._strange(mask)
+            raise strange(mask)
         if part == "past":
             node = self._maker(where.inputs[0], "Less")
             ends = [node.inputs[0], self._unsqueezed(node.inputs[1], [-1])]
@@ -236,29 +228,29 @@ class _Finder:
             ends = [self._unsqueezed(node.inputs[0], [1]), self._unsqueezed(node.inputs[1], [-1])]
             wanted = [io_spec.POSITION_IDS] * 2
         if ends != wanted:
-            raise self._strange(mask)
+            raise strange(mask)
 
     def _check_scale(self, attended: str, scale: float | None) -> None:
         wanted = 1 / math.sqrt(self._manifest.model.head_dim)
         if scale is None or abs(scale - wanted) > wanted * 2**-10:  # it may be in FP16
-            raise _MisfitError(f"its scores are not divided by the root of the width: {attended}")
+            raise MisfitError(f"its scores are not divided by the root of the width: {attended}")
 
     def _unsqueezed(self, name: str, axes: list[int]) -> str:
         node = self._maker(name, "Unsqueeze")
         if self._numbers(node.inputs[1]) != axes:
-            raise self._strange(name)
+            raise strange(name)
         return node.inputs[0]
 
     def _maker(self, name: str, op_type: str) -> Node:
         node = self._makers.get(name)
         if node is None or node.op_type != op_type or node.domain:
-            raise self._strange(name)
+            raise strange(name)
         return node
 
     def _only_reader(self, name: str, op_type: str) -> Node:
         readers = self._readers.get(name, [])
         if len(readers) != 1 or readers[0].op_type != op_type:
-            raise self._strange(name)
+            raise strange(name)
         return readers[0]
 
     def _input(self, name: str, place: int) -> str:
@@ -280,6 +272,3 @@ class _Finder:
             return None
         values = self._constants.values(name)
         return None if values is None else float(values[0])
-
-    def _strange(self, name: str) -> _MisfitError:
-        return _MisfitError(f"the nodes around {name} are not those of this edge-llm's export")

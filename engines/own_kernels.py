@@ -41,7 +41,7 @@ from .kernels.launch import GROUPS
 from .kernels.layout import pack_weights
 from .own_attention import use_own_attention
 from .own_top_k import TOP_K, use_own_top_k
-from .plugin_nodes import plugin_node
+from .plugin_nodes import MisfitError, makers_and_readers, plugin_node, strange
 
 _NO_BIAS = "own_kernels.no_bias"
 _ALIGNMENT = 4096
@@ -93,10 +93,6 @@ class _Product:
     bias: str | None
 
 
-class _MisfitError(Exception):
-    """Why a linear layer is left to TensorRT."""
-
-
 def use_own_kernels(
     graph: bytes,
     manifest: Manifest,
@@ -127,7 +123,7 @@ def use_own_kernels(
     for name, linear in manifest.quantization.linears.items():
         try:
             products.append(finder.find(name, linear))
-        except _MisfitError as reason:
+        except MisfitError as reason:
             left[name] = str(reason)
     attentions: tuple[str, ...] = ()
     if attention:
@@ -206,48 +202,44 @@ class _Finder:
         self._constants = Constants(graph, bundle)
         self._dtype = manifest.dtype
         self._data = f"{manifest.graphs.decoder}.data"
-        self._makers = {name: node for node in graph.nodes for name in node.outputs}
-        self._readers: dict[str, list[Node]] = {}
-        for node in graph.nodes:
-            for name in node.inputs:
-                self._readers.setdefault(name, []).append(node)
+        self._makers, self._readers = makers_and_readers(graph)
         self._outputs = {info.name for info in graph.outputs}
 
     def find(self, name: str, linear: LinearInfo) -> _Product:
         """The nodes of a linear layer.
 
         Raises:
-            _MisfitError: the kernels do not compute it.
+            MisfitError: the kernels do not compute it.
         """
         scheme = linear.scheme
         if scheme.kind == "float":
-            raise _MisfitError("its weights are floats")
+            raise MisfitError("its weights are floats")
         if scheme.kind == "w8a8":
-            raise _MisfitError("its inputs are rounded to INT8, and the kernels take FP16")
+            raise MisfitError("its inputs are rounded to INT8, and the kernels take FP16")
         if self._dtype != "fp16":
-            raise _MisfitError(f"its floats are {self._dtype}, and the kernels take FP16")
+            raise MisfitError(f"its floats are {self._dtype}, and the kernels take FP16")
         if scheme.group_size not in GROUPS:
             found = f"groups of {scheme.group_size}" if scheme.group_size else "a scale per channel"
-            raise _MisfitError(f"it has {found}, and the kernels take {_listed(GROUPS)}")
+            raise MisfitError(f"it has {found}, and the kernels take {_listed(GROUPS)}")
         low, plane, scales = self._product(f"{name}.dequantized", scheme.group_size)
         nodes, planes = [low], [plane]
         if f"{name}.high_dequantized" in self._makers:
             high, plane, high_scales = self._product(f"{name}.high_dequantized", scheme.group_size)
             if _input(high, 0) != _input(low, 0) or plane.shape != planes[0].shape:
-                raise self._strange(name)
+                raise strange(name)
             if not self._is_multiple(high_scales, scales):
-                raise _MisfitError("its high plane's scales are not 16 times the low one's")
+                raise MisfitError("its high plane's scales are not 16 times the low one's")
             total = self._only_reader(low.outputs[0])
             if (
                 total is None
                 or total.op_type != "Add"
                 or total is not self._only_reader(high.outputs[0])
             ):
-                raise self._strange(name)
+                raise strange(name)
             nodes += [high, total]
             planes.append(plane)
         elif scheme.planes:
-            raise self._strange(name)
+            raise strange(name)
         bias = self._bias(nodes[-1].outputs[0], planes[0].shape[1])
         if bias is not None:
             nodes.append(bias[0])
@@ -264,27 +256,24 @@ class _Finder:
         """The product with a dequantized weight, the weight and its scales' name."""
         maker, product = self._makers.get(weight), self._only_reader(weight)
         if maker is None or maker.op_type != "DequantizeLinear" or product is None:
-            raise self._strange(weight)
+            raise strange(weight)
         stored, scale = (self._constants.get(_input(maker, place)) for place in (0, 1))
         if stored is None or scale is None or stored.location != self._data:
-            raise self._strange(weight)
+            raise strange(weight)
         if stored.dtype != "int4":
-            raise _MisfitError(f"its weights are {stored.dtype}, not INT4 or two planes of it")
+            raise MisfitError(f"its weights are {stored.dtype}, not INT4 or two planes of it")
         attributes = node_attributes(maker)
         blocked = (attributes.get("axis"), attributes.get("block_size")) == (0, group)
         if len(stored.shape) != 2 or not blocked:
-            raise self._strange(weight)
+            raise strange(weight)
         depth, columns = stored.shape
         if depth % BLOCK or depth % group:
-            raise _MisfitError(f"its depth {depth} is no multiple of {max(BLOCK, group)}")
+            raise MisfitError(f"its depth {depth} is no multiple of {max(BLOCK, group)}")
         if scale.dtype != "fp16" or scale.shape != (depth // group, columns):
-            raise self._strange(weight)
+            raise strange(weight)
         if product.op_type != "MatMul" or _input(product, 1) != weight:
-            raise self._strange(weight)
+            raise strange(weight)
         return product, stored, scale.name
-
-    def _strange(self, name: str) -> _MisfitError:
-        return _MisfitError(f"the nodes around {name} are not those of this edge-llm's export")
 
     def _only_reader(self, name: str) -> Node | None:
         readers = self._readers.get(name, [])

@@ -19,7 +19,7 @@ from edge.bundle.onnx_file import Node, OnnxFile
 from edge.bundle.onnx_values import Constants, node_attributes
 
 from .kernels.top_k import MOST_COLUMNS
-from .plugin_nodes import plugin_node
+from .plugin_nodes import MisfitError, plugin_node
 
 TOP_K = "top_k"
 """What people and `OwnGraph.left` call it; its nodes' names begin with it."""
@@ -27,10 +27,6 @@ KEYS, STATS = f"{TOP_K}.keys", f"{TOP_K}.stats"
 """What the first plugin hands to the second."""
 _KEEP = f"{TOP_K}.keep"
 _PLACES = {"axis": -1, "largest": 1, "sorted": 1}
-
-
-class _MisfitError(Exception):
-    """Why the search is left to TensorRT."""
 
 
 def use_own_top_k(graph: OnnxFile, manifest: Manifest, plugins: Plugins) -> tuple[int, str]:
@@ -49,7 +45,7 @@ def use_own_top_k(graph: OnnxFile, manifest: Manifest, plugins: Plugins) -> tupl
     """
     try:
         keep = _find(graph, manifest)
-    except _MisfitError as reason:
+    except MisfitError as reason:
         return 0, str(reason)
     graph.add_floats(_KEEP, [keep], np.zeros(keep, np.float32))
     best = [io_spec.BEST_VALUES, io_spec.BEST_IDS, io_spec.BEST_REST]
@@ -68,13 +64,13 @@ def _find(graph: OnnxFile, manifest: Manifest) -> int:
     """How many logits the graph keeps of each row.
 
     Raises:
-        _MisfitError: the kernels do not compute what it does.
+        MisfitError: the kernels do not compute what it does.
     """
     vocab_size = manifest.model.vocab_size
     if manifest.dtype != "fp16":
-        raise _MisfitError(f"its floats are {manifest.dtype}, and the kernels take FP16")
+        raise MisfitError(f"its floats are {manifest.dtype}, and the kernels take FP16")
     if vocab_size > MOST_COLUMNS:
-        raise _MisfitError(
+        raise MisfitError(
             f"its rows have {vocab_size:,} logits, and the kernels take up to {MOST_COLUMNS:,}"
         )
     makers = {name: node for node in graph.nodes for name in node.outputs}
@@ -114,5 +110,5 @@ def _find(graph: OnnxFile, manifest: Manifest) -> int:
     return kept[0]
 
 
-def _strange(name: str) -> _MisfitError:
-    return _MisfitError(f"the nodes around {name} are not those of engines.graph")
+def _strange(name: str) -> MisfitError:
+    return MisfitError(f"the nodes around {name} are not those of engines.graph")

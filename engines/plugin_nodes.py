@@ -1,4 +1,4 @@
-"""A plugin's node in a graph, as the parser's import of plugins reads it."""
+"""A plugin's node in a graph, as the parser's import of plugins reads it, and what it replaces."""
 
 from __future__ import annotations
 
@@ -7,9 +7,28 @@ from collections.abc import Sequence
 from edge.backends.tensorrt.launch_rules import NAMESPACE, PluginRule
 from edge.backends.tensorrt.plugins import VERSION as PYTHON_VERSION
 from edge.bundle.engine_file import Plugins
-from edge.bundle.onnx_file import Node, attribute
+from edge.bundle.onnx_file import Node, OnnxFile, attribute
 
 from .kernels.plugin import VERSION
+
+
+class MisfitError(Exception):
+    """Why something is left to TensorRT."""
+
+
+def strange(name: str) -> MisfitError:
+    """The error of nodes around a tensor that no export of ours makes."""
+    return MisfitError(f"the nodes around {name} are not those of this edge-llm's export")
+
+
+def makers_and_readers(graph: OnnxFile) -> tuple[dict[str, Node], dict[str, list[Node]]]:
+    """The node that makes each tensor of a graph, and those that read it."""
+    makers = {name: node for node in graph.nodes for name in node.outputs}
+    readers: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
+    return makers, readers
 
 
 def plugin_node(
