@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import TensorScheme
 
 from .rtn import NearestRows, dequantize_rows, round_tiles
-from .statistics import mean_magnitude, mean_square
+from .statistics import mean_magnitude, mean_square, spread
 
 Array = NDArray[np.float32]
 ALPHAS = tuple(step / 20 for step in range(0, 21, 2))
@@ -45,8 +45,8 @@ def awq_factors(
         return np.ones_like(magnitude)
     magnitude = np.maximum(magnitude, np.float32(1e-5) * magnitude.max())
     importance = mean_square(x)
-    rows = weights[_spread(len(weights), _MAX_ROWS)]
-    sample = x[_spread(len(x), _MAX_TOKENS)].T
+    rows = weights[spread(len(weights), _MAX_ROWS)]
+    sample = x[spread(len(x), _MAX_TOKENS)].T
     best: Array = np.ones_like(magnitude)
     least = np.inf
     for alpha in ALPHAS:
@@ -60,8 +60,3 @@ def awq_factors(
         if error < least:
             best, least = factors, error
     return best
-
-
-def _spread(length: int, most: int) -> NDArray[np.int64]:
-    """Return at most ``most`` indices, evenly spread."""
-    return np.linspace(0, length - 1, min(length, most)).astype(np.int64)

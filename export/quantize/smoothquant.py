@@ -18,6 +18,7 @@ from edge.bundle.manifest import TensorScheme
 from export.graph.block_rotation import block_size, rotate_blocks
 
 from .rtn import dequantize_rows, quantize_rows, storable_scales
+from .statistics import spread
 
 Array = NDArray[np.float32]
 TOLERATED = 0.0005
@@ -99,8 +100,8 @@ class _Sample:
 
     @classmethod
     def of(cls, weights: Array, x: Array) -> _Sample:
-        spread = np.abs(x).max(axis=1).argsort(kind="stable")[_spread(len(x), _MAX_TOKENS)]
-        tokens, rows = x[np.sort(spread)], weights[_spread(len(weights), _MAX_ROWS)]
+        places = np.abs(x).max(axis=1).argsort(kind="stable")[spread(len(x), _MAX_TOKENS)]
+        tokens, rows = x[np.sort(places)], weights[spread(len(weights), _MAX_ROWS)]
         wanted = tokens @ rows.T
         return cls(tokens, rows, wanted, np.square(wanted).sum(axis=1) + np.float32(1e-30))
 
@@ -172,7 +173,7 @@ def activation_scale(x: Array, scale_type: np.dtype[np.generic]) -> float:
     """
     peaks = np.abs(x).max(axis=1)
     loud = np.argsort(peaks)[-64:]
-    sample = x[np.union1d(loud, _spread(len(x), 1024))]
+    sample = x[np.union1d(loud, spread(len(x), 1024))]
     top = peaks.max() / _LEVELS
     candidates = np.array([top * fraction for fraction in _FRACTIONS], dtype=np.float32)
     scales = storable_scales(candidates, scale_type)
@@ -194,8 +195,3 @@ def _shared_max(values: Array, shared: NDArray[np.int64]) -> Array:
     largest = np.zeros(int(shared.max()) + 1, dtype=np.float32)
     np.maximum.at(largest, shared, values)
     return largest[shared]
-
-
-def _spread(length: int, most: int) -> NDArray[np.int64]:
-    """Return at most ``most`` indices, evenly spread."""
-    return np.linspace(0, length - 1, min(length, most)).astype(np.int64)

@@ -35,6 +35,11 @@ def second_moment(x: Array) -> Array:
     return result
 
 
+def spread(length: int, most: int) -> NDArray[np.int64]:
+    """Return at most ``most`` indices, evenly spread."""
+    return np.linspace(0, length - 1, min(length, most)).astype(np.int64)
+
+
 def _chunks(x: Array) -> Iterable[Array]:
     step = max(1, _CHUNK_ELEMENTS // x.shape[1])
     return (x[start : start + step] for start in range(0, len(x), step))
