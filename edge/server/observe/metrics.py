@@ -205,10 +205,7 @@ class Metrics:
         model = self._label("model", model)
         outcome = "abort" if finish_reason == "cancelled" else finish_reason
         self._requests.labels(model, outcome).inc()
-        self._prompt.labels(model, "true").inc(stats.cached_tokens)
-        self._prompt.labels(model, "false").inc(stats.prompt_tokens - stats.cached_tokens)
-        self._asked.labels(model).inc(stats.prompt_tokens)
-        self._hit.labels(model).inc(stats.cached_tokens)
+        self._count_prompt(model, stats)
         self._generated.labels(model, "reasoning").inc(reasoning_tokens)
         self._generated.labels(model, "answer").inc(stats.completion_tokens - reasoning_tokens)
         if stats.completion_tokens:
@@ -238,12 +235,15 @@ class Metrics:
         """
         model = self._label("model", model)
         self._requests.labels(model, "stop").inc()
+        self._count_prompt(model, stats)
+        self._queue.labels(model).observe(stats.queue_s)
+        self._total.labels(model).observe(stats.total_s)
+
+    def _count_prompt(self, model: str, stats: GenerationStats) -> None:
         self._prompt.labels(model, "true").inc(stats.cached_tokens)
         self._prompt.labels(model, "false").inc(stats.prompt_tokens - stats.cached_tokens)
         self._asked.labels(model).inc(stats.prompt_tokens)
         self._hit.labels(model).inc(stats.cached_tokens)
-        self._queue.labels(model).observe(stats.queue_s)
-        self._total.labels(model).observe(stats.total_s)
 
     def _observe_times(self, model: str, stats: GenerationStats) -> None:
         self._ttft.labels(model).observe(stats.ttft_s)
