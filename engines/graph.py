@@ -17,8 +17,7 @@ from edge.errors import BundleError
 
 from .build_plan import BuildPlan
 from .config import BuildShapes
-
-_QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+from .rules.facts import QUANTIZING
 
 
 def graph_of(build: BuildPlan) -> bytes:
@@ -126,7 +125,7 @@ def widen_scales(data: bytes, directory: Path) -> bytes:
     nodes: list[Node] = []
     for node in graph.nodes:
         nodes.append(node)
-        if node.op_type not in _QUANTIZING or not _is_half(constants, node.inputs[1]):
+        if node.op_type not in QUANTIZING or not _is_half(constants, node.inputs[1]):
             continue
         data_in, scale = node.inputs[:2]
         constant = constants.get(data_in)

@@ -23,12 +23,11 @@ from edge.planner.speed import Ceiling, Work, ceiling, work_of
 from edge.planner.weights import PARTS, Part, manifest_linears, part_of, unpacked_bytes
 
 from .config import BuildShapes
-from .rules.facts import FactNode, GraphFacts
+from .rules.facts import QUANTIZING, FactNode, GraphFacts
 
 _INT8 = ("int8",)
 # Of these a step looks up rows: operator and the inputs that are tables.
 _TABLES = {"Gather": (0,), "RotaryEmbedding": (1, 2)}
-_QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def _role(node: FactNode, index: int, name: str, facts: GraphFacts) -> Part | No
         return None
     if index in _TABLES.get(node.op_type, ()):
         return "rope"
-    if node.op_type in _QUANTIZING:
+    if node.op_type in QUANTIZING:
         return _linear(name) if index == 0 else "scales" if index == 1 else None
     if name.rpartition(".")[0] == ROTATION:
         return None  # a few KB for all layers, which stay in the cache

@@ -15,10 +15,11 @@ from edge.bundle.onnx_file import ELEMENT_TYPES, Node, OnnxFile, ValueInfo
 from edge.bundle.onnx_values import Constant, Constants, node_attributes
 from edge.errors import BundleError
 
+QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 _COMPARISONS = ("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "And", "Or", "Not")
 _ELEMENTWISE = (*_COMPARISONS, "Add", "Sub", "Mul", "Div", "Where", "Max", "Min", "Pow", "Xor")
 _SAME_RANK = (
-    *("Cast", "QuantizeLinear", "DequantizeLinear", "Softmax", "Sigmoid", "Sqrt", "Slice", "Split"),
+    *("Cast", *QUANTIZING, "Softmax", "Sigmoid", "Sqrt", "Slice", "Split"),
     *("Concat", "Transpose", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "Attention"),
     "w4_linear",  # our plugin (edge.backends.tensorrt.launch_rules)
     *("Identity", "Abs", "Neg", "Reciprocal", "Swish", "Tanh", "Exp", "Log", "Erf", "TopK"),
@@ -208,8 +209,7 @@ class GraphFacts:
     @cached_property
     def quant_nodes(self) -> list[QuantNode]:
         """Every node that quantizes or dequantizes, in the graph's order."""
-        kinds = ("QuantizeLinear", "DequantizeLinear")
-        return [self._quant_node(node) for node in self.nodes if node.op_type in kinds]
+        return [self._quant_node(node) for node in self.nodes if node.op_type in QUANTIZING]
 
     def weight_only_products(self, types: tuple[str, ...]) -> Iterator[tuple[FactNode, QuantNode]]:
         """Every product of a weight in one of these types, without blocks, and an input in none.
