@@ -33,13 +33,13 @@ import openvino
 from numpy.typing import NDArray
 from openvino import opset13
 
-from edge.bundle.linears import expected_tensors, linear_layers
+from edge.bundle.linears import TOKEN_TABLE, expected_tensors, linear_layers
 from export.sources.opening import open_checkpoint
 from scripts.genai_weights import start_directory, write_floats
 from scripts.gguf_rivals import is_linear, rewrite
 
 _GGUF_HEADS = ("token_embd.weight", "output.weight")
-_HF_HEADS = ("model.embed_tokens.weight", "lm_head.weight")
+_HF_HEADS = (TOKEN_TABLE, "lm_head.weight")
 _Read = Callable[[str], NDArray[np.float32]]
 
 

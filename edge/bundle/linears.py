@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from .manifest import ModelSpec
 
+TOKEN_TABLE = "model.embed_tokens.weight"
+"""HF name of the token embeddings ``[vocab, hidden]``."""
 ROTATION = "rotation"
 """The constant that rotates ``n`` input channels of a linear layer in the graph is
 ``rotation.n``."""
@@ -64,7 +66,7 @@ def expected_tensors(model: ModelSpec) -> dict[str, tuple[int, ...]]:
     ``lm_head.weight`` is absent where the embeddings are tied.
     """
     tensors: dict[str, tuple[int, ...]] = {}
-    tensors["model.embed_tokens.weight"] = (model.vocab_size, model.hidden_size)
+    tensors[TOKEN_TABLE] = (model.vocab_size, model.hidden_size)
     for part in _parts(model):
         if isinstance(part, NormSpec):
             tensors[part.source] = (part.size,)

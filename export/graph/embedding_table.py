@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle import io_spec
+from edge.bundle.linears import TOKEN_TABLE
 from edge.errors import CheckpointError
 
 from .safetensors_writer import TensorSource
 
 EmbeddingType = Literal["fp16", "int8"]
 _CHUNK_ROWS = 8192
-_NAME = "model.embed_tokens.weight"
 _FP16_MAX = 65504.0
 _LEVELS = np.float32(127.0)
 
@@ -94,10 +94,10 @@ def _check(rows: NDArray[np.float32]) -> None:
     largest = float(np.abs(rows).max(initial=0.0))
     if not np.isfinite(largest):
         raise CheckpointError(
-            f"{_NAME} holds NaN or infinite values; download the checkpoint again"
+            f"{TOKEN_TABLE} holds NaN or infinite values; download the checkpoint again"
         )
     if largest > _FP16_MAX:
         raise CheckpointError(
-            f"{_NAME} holds a value of magnitude {largest:.4g}, FP16 ends at 65504, which is all "
-            "that the embedding table may hold"
+            f"{TOKEN_TABLE} holds a value of magnitude {largest:.4g}, FP16 ends at 65504, which is "
+            "all that the embedding table may hold"
         )

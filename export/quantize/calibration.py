@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from edge._version import __version__
 from edge.bundle import io_spec
 from edge.bundle.io_spec import TensorSpec
-from edge.bundle.linears import linear_layers, norm_sources
+from edge.bundle.linears import TOKEN_TABLE, linear_layers, norm_sources
 from edge.bundle.manifest import ModelSpec, TensorScheme
 from edge.device.process import choose_num_threads
 from edge.errors import DependencyError, install_command
@@ -129,7 +129,7 @@ class LayerRunner:
 
     def embed(self) -> Array:
         """The hidden states before the first layer, see `LayerActivations.hidden`."""
-        table = self.checkpoint.tensor("model.embed_tokens.weight")
+        table = self.checkpoint.tensor(TOKEN_TABLE)
         return np.stack([table[row].astype(np.float32) for row in self._ids])
 
     def _layer(self, index: int, hidden: Array) -> LayerActivations:

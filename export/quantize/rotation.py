@@ -19,11 +19,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.linears import TOKEN_TABLE
 from export.graph.block_rotation import rotate_blocks
 from export.sources.checkpoint import Checkpoint, Transformed
 
 Array = NDArray[np.float32]
-_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD = "lm_head.weight"
 _FINAL_NORM = "model.norm.weight"
 _LAYER_NORM = re.compile(r"(?:model\.layers\.\d+\.(?:input|post_attention)_layer)?norm\.weight")
 _TILE_ROWS = 8192
@@ -70,11 +71,11 @@ class RotatedCheckpoint(Transformed):
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Read a rotated tensor; see `Checkpoint.tensor`."""
-        if name == _EMBEDDINGS:
+        if name == TOKEN_TABLE:
             return self._read_stream(self.original.tensor(name), None)
         if name == _HEAD:
             tied = self.original.spec.tied_embeddings
-            head = self.original.tensor(_EMBEDDINGS if tied else _HEAD)
+            head = self.original.tensor(TOKEN_TABLE if tied else _HEAD)
             return self._read_stream(head, _FINAL_NORM)
         tensor = self.original.tensor(name)
         if name == _FINAL_NORM or _LAYER_NORM.fullmatch(name):

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import head_linears, head_norms
+from edge.bundle.linears import TOKEN_TABLE, head_linears, head_norms
 from edge.bundle.manifest import ModelSpec, sha256_file
 from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError
@@ -154,7 +154,7 @@ class Eagle3Head(Transformed):
         if _TABLE not in self._names:
             return
         mine = self._file.tensor(self._names[_TABLE])
-        model = self.original.tensor("model.embed_tokens.weight")
+        model = self.original.tensor(TOKEN_TABLE)
         if mine.shape[1:] != model.shape[1:]:
             raise CheckpointError(
                 f"{self._file.path}: {_TABLE} has shape {list(mine.shape)}, {self.original.name} "

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import expected_tensors, linear_layers
+from edge.bundle.linears import TOKEN_TABLE, expected_tensors, linear_layers
 from edge.bundle.manifest import Source, Task, sha256_file
 from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError
@@ -32,7 +32,6 @@ _CACHE_SCALES = (
     # compressed-tensors up to 0.5, and AutoFP8.
     *(".k_proj.output_scale", ".v_proj.output_scale", ".q_proj.output_scale"),
 )
-_EMBEDDINGS = "model.embed_tokens.weight"
 _PREFIX = "model."
 
 
@@ -80,7 +79,7 @@ class HfDirectory(Checkpoint):
         is_quantized = self._quantization is not None
         self._files, self._owner = _open_weights(directory, quantized=is_quantized)
         self._prefix = ""
-        if task == "embed" and _EMBEDDINGS not in self._owner:
+        if task == "embed" and TOKEN_TABLE not in self._owner:
             self._prefix = _PREFIX  # saved without the class that has a head
             self._owner = {f"{_PREFIX}{name}": file for name, file in self._owner.items()}
         self._modules = self._quantized_modules()
@@ -144,7 +143,7 @@ class HfDirectory(Checkpoint):
             for name, rows in zip(layer.weights, layer.rows, strict=True):
                 module = name.removesuffix(".weight")
                 form = self._quantization.format_of(module)
-                if name != _EMBEDDINGS and form is not None:
+                if name != TOKEN_TABLE and form is not None:
                     shape = (rows, layer.shape[0])
                     modules[name] = QuantizedModule(
                         module, form, shape, self._quantization.place, self._directory
@@ -230,13 +229,13 @@ class HfDirectory(Checkpoint):
         )
 
     def _check_tied_head(self) -> None:
-        embeddings = self.tensor(_EMBEDDINGS)
+        embeddings = self.tensor(TOKEN_TABLE)
         head = self.tensor("lm_head.weight")
         same = embeddings.shape == head.shape and embeddings.dtype == head.dtype
         if not same or not _equal_bytes(embeddings, head):
             raise CheckpointError(
                 f"{self._directory}: config.json ties the embeddings (tie_word_embeddings), but "
-                "lm_head.weight differs from model.embed_tokens.weight; set tie_word_embeddings "
+                f"lm_head.weight differs from {TOKEN_TABLE}; set tie_word_embeddings "
                 "to false if the model has a head of its own"
             )
 

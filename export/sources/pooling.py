@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.linears import TOKEN_TABLE
 from edge.bundle.manifest import Embedding, Reranking, Task
 from edge.errors import BundleError, CheckpointError
 from edge.files import read_file
@@ -143,7 +144,7 @@ class Judge(Transformed):
         """Read a tensor; of the lm_head, the two rows."""
         if name != _HEAD:
             return self.original.tensor(name)
-        head = self.original.tensor("model.embed_tokens.weight" if self._tied else _HEAD)
+        head = self.original.tensor(TOKEN_TABLE if self._tied else _HEAD)
         assert self.reranking is not None
         rows: NDArray[Any] = np.ascontiguousarray(head[[self.reranking.no, self.reranking.yes]])
         return rows

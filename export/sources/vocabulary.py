@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.bundle.linears import TOKEN_TABLE
 from edge.bundle.manifest import ReducedVocabulary
 from edge.errors import ConfigError, RequestError
 from edge.files import read_file
@@ -33,7 +34,7 @@ from .reduced_tokenizer import BpeTokenizer, ids_of_generation_config, reduce_ge
 MULTIPLE = 64
 """The number of tokens is rounded up to a multiple of this: kernels tile the lm_head by 64 rows."""
 VOCABULARY_NAME = "vocabulary.json"
-_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+_TABLES = (TOKEN_TABLE, "lm_head.weight")
 # What a template may write beside the messages differs with the roles that are there.
 _CHATS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hi"}],
