@@ -153,24 +153,25 @@ def _gemv_problems(name: str, sass: Sass) -> Iterator[str]:
 
 def _gemm_problems(name: str, sass: Sass) -> Iterator[str]:
     # Each HMMA is 16 x 8 outputs of 16 weights: so many for a block of 32.
-    constants, (first, last) = BY_NAME[name].constants, sass.loops[-1]
+    constants = BY_NAME[name].constants
     tile = int(constants["ROWS"]) * int(constants["COLUMNS"]) * 32 // (16 * 8 * 16)
-    wanted = tile // BY_NAME[name].warps
-    found = sass.count("HMMA.16816", first, last)
-    if found != wanted or found != sass.count("HMMA"):
-        yield f"sm_87 {name}: {found} tensor instructions in the loop and not {wanted}, all of them"
+    yield from _tensor_problems(name, sass, tile)
     if not any(each.startswith("LDGSTS") and ".128" in each for each, _ in sass.instructions):
         yield f"sm_87 {name}: the inputs are not copied by 128 bits"
+
+
+def _tensor_problems(name: str, sass: Sass, products: int) -> Iterator[str]:
+    wanted = products // BY_NAME[name].warps
+    found = sass.count("HMMA.16816", *sass.loops[-1])
+    if found != wanted or found != sass.count("HMMA"):
+        yield f"sm_87 {name}: {found} tensor instructions in the loop and not {wanted}, all of them"
 
 
 def _attention_problems(name: str, sass: Sass) -> Iterator[str]:
     # Scores and mix of a block are as many products, each of 16 x 8 outputs and 16 inputs.
     constants, (first, last) = BY_NAME[name].constants, sass.loops[-1]
     block = int(constants["ROWS"]) * int(constants["BLOCK"]) * int(constants["WIDTH"])
-    wanted = 2 * block // (16 * 8 * 16) // BY_NAME[name].warps
-    found = sass.count("HMMA.16816", first, last)
-    if found != wanted or found != sass.count("HMMA"):
-        yield f"sm_87 {name}: {found} tensor instructions in the loop and not {wanted}, all of them"
+    yield from _tensor_problems(name, sass, 2 * block // (16 * 8 * 16))
     if not _wide_copies(sass) or sass.count("LDG.", first, last):
         yield f"sm_87 {name}: rows are read otherwise than by copies of 128 bits"
 

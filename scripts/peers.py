@@ -46,6 +46,7 @@ from tokenizers import Tokenizer
 
 from edge import __version__
 from edge.measure.draft_bench import TEXTS
+from scripts.bench_serving import PROSE
 from scripts.real_models import MODELS, fetch
 from scripts.smollm2 import smollm2_gguf
 
@@ -55,11 +56,6 @@ ORT_GENAI = ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "transformers==
 PEERS = ("llama.cpp", "openvino", "genai")
 PREFILL, CONTEXT, NEW_TOKENS = 512, 128, 128
 CAPACITY = 2304  # rows per slot on both sides: the longest prompt and its answer
-PROSE = (
-    "The harbour town woke slowly. Fishermen mended nets while gulls quarrelled over scraps, and "
-    "the baker carried warm loaves across the square. By noon a hard wind had come up from the "
-    "west, and the boats that were still out turned for home, one after another, low in the water. "
-)
 
 
 class Answer(NamedTuple):

@@ -210,8 +210,12 @@ def cpu_seconds() -> float:
 
 def run(line: list[Any]) -> subprocess.CompletedProcess[str]:
     """Run a verb of edge-llm; what it says beside its result goes to this script's stderr."""
-    command = [sys.executable, "-m", "edge.cli", *map(str, line)]
-    print("+ edge-llm", *command[3:], file=sys.stderr)
+    return _run(line)
+
+
+def _run(line: list[Any], *before: str) -> subprocess.CompletedProcess[str]:
+    print("+ edge-llm", *line, file=sys.stderr)
+    command = [*before, sys.executable, "-m", "edge.cli", *map(str, line)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         sys.exit(f"error: edge-llm {line[0]} ended with exit code {result.returncode}")
@@ -226,12 +230,7 @@ def run_measured(line: list[Any]) -> int:
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10); "
         "sys.exit(done.returncode)"
     )
-    command = [sys.executable, "-c", code, sys.executable, "-m", "edge.cli", *map(str, line)]
-    print("+ edge-llm", *command[6:], file=sys.stderr)
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        sys.exit(f"error: edge-llm {line[0]} ended with exit code {result.returncode}")
-    return int(result.stdout)
+    return int(_run(line, sys.executable, "-c", code).stdout)
 
 
 def _places(work: Path) -> list[Path]:
