@@ -21,20 +21,24 @@ from numpy.typing import NDArray
 from edge import LLM, SamplingParams
 from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
-from edge.bundle.manifest import FileInfo, SamplingDefaults, encode_manifest, read_manifest
+from edge.bundle.manifest import FileInfo, encode_manifest, read_manifest
 from edge.errors import BackendError, ConfigError, IntegrityError
 from edge.runtime.draft_model import CLOSE, ModelDrafter
 from edge.runtime.sampling import Sampler
-from edge.runtime.scheduler import Constraint, DraftContext, DraftWorth, Request
+from edge.runtime.scheduler import DraftContext, DraftWorth
 from edge.runtime.scheduler.core import EngineCore
-from edge.runtime.scheduler.sequence import SequenceState
-from edge.runtime.structured_output import OutputFormat
 from tests.conftest import Bundles
-from tests.edge.runtime.scheduler.conftest import VOCAB, Collected, DropMiddle, Engine, drop_middle
-from tests.fakes import Script, ScriptedBackend, random_logits, write_table
-
-TARGET = random_logits(VOCAB)
-Seconds = Callable[[Step], float]
+from tests.edge.runtime.drafting_support import (
+    TARGET,
+    NoneTwice,
+    Seconds,
+    TimedPair,
+    made,
+    real_answers,
+    unrelated,
+)
+from tests.edge.runtime.scheduler.conftest import VOCAB, DropMiddle, Engine, drop_middle
+from tests.fakes import Script, ScriptedBackend, write_table
 
 
 @pytest.fixture(scope="module")
@@ -75,33 +79,12 @@ def similar(script: Script, seed: int) -> Script:
     return other
 
 
-def unrelated(seen: tuple[int, ...]) -> NDArray[np.float32]:
-    """A model that agrees by chance alone."""
-    return np.asarray(TARGET((99, *seen)), np.float32)
-
-
-class NoneTwice:
-    """Forbids the last two tokens; wrong as soon as it sees a token that was not sampled."""
-
-    def __init__(self) -> None:
-        self._last: list[int] = []
-
-    def mask(self) -> NDArray[np.float32]:
-        mask = np.zeros(VOCAB, np.float32)
-        mask[self._last[-2:]] = -np.inf
-        return mask
-
-    def accept(self, token_id: int) -> None:
-        assert token_id not in self._last[-2:]
-        self._last.append(token_id)
-
-
 def cut(rows: Any, start: int, count: int) -> Any:
     """Rows of `ScriptedBackend` hold tokens, which do not turn."""
     return np.concatenate((rows[:, :, :start], rows[:, :, start + count :]), axis=2)
 
 
-class Pair:
+class Pair(TimedPair):
     """A core on a scripted target, and a drafter on a scripted draft."""
 
     def __init__(
@@ -119,7 +102,6 @@ class Pair:
         draft_seconds: Seconds = lambda step: 0.01,
         **options: Any,
     ) -> None:
-        self.now = 0.0
         self.drafter: ModelDrafter | None = None
         if draft is not None:
             table = tables(draft_vocab)
@@ -130,7 +112,7 @@ class Pair:
                 capacity=draft_capacity or capacity,
                 max_step_tokens=draft_step,
             )
-            self._charge(self.draft, draft_seconds)
+            self.charge(self.draft, draft_seconds)
             self.drafter = ModelDrafter(
                 self.draft,
                 table,
@@ -148,52 +130,15 @@ class Pair:
             speculative=options.pop("speculative", 4),
             **options,
         )
-        self._charge(self.engine.backend, seconds)
+        self.charge(self.engine.backend, seconds)
         self.core = self.engine.core
 
-    def _charge(self, backend: ScriptedBackend, seconds: Seconds) -> None:
-        forward = backend.forward
-
-        def timed(step: Step) -> Any:
-            self.now += seconds(step)
-            return forward(step)
-
-        setattr(backend, "forward", timed)  # noqa: B010
-
-    def submit(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        constraint: Constraint | None = None,
-        end_ids: frozenset[int] = frozenset(),
-        salt: str = "",
-    ) -> tuple[SequenceState, Collected]:
-        request = Request(
-            ids=tuple(prompt), params=params, end_ids=end_ids, constraint=constraint, salt=salt
-        )
-        return self.engine.submit(request)
-
-    def answers(self, prompts: list[list[int]], params: SamplingParams, **given: Any) -> list[Any]:
-        make = given.pop("make_constraint", None)
-        sinks = [
-            self.submit(p, replace(params, seed=i), make() if make else None, **given)[1]
-            for i, p in enumerate(prompts)
-        ]
-        while not self.core.is_idle:
-            self.core.step()
-            self.engine.check_books()
-            self.check_draft_books()
-        return [(sink.ids, sink.last) for sink in sinks]
-
-    def check_draft_books(self) -> None:
+    def check_books(self) -> None:
+        super().check_books()
         if self.drafter is not None:
             for slot, ids in enumerate(self.drafter._ids):
                 known = [i if i < self.draft._vocab_size else 0 for i in ids]
                 assert self.draft.rows_of(slot, len(ids)) == known
-
-
-def made(**options: Any) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 24, **options}).resolve(SamplingDefaults())
 
 
 @settings(max_examples=40)
@@ -347,7 +292,7 @@ def test_a_slide_that_is_none_drops_nothing(tables: Callable[[int], EmbeddingTab
     kept = drop_middle(20)
     pair.drafter.slide(0, before, [before[i] for i in kept])
     assert pair.drafter._ids[0] == [before[i] for i in kept]
-    pair.check_draft_books()
+    pair.check_books()
 
 
 def test_a_draft_that_fails_leaves_the_answers_alone(
@@ -517,36 +462,12 @@ def small(tiny_bundles: Bundles) -> Path:
 def test_the_real_engines_give_the_answers_of_one(
     tiny_bundles: Bundles, small: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Greedy, seeded, penalties, a grammar, stop strings, budgets, n of one prompt, all at once."""
-    pytest.importorskip("llguidance")
-    bundle, chat = tiny_bundles("qwen2"), [{"role": "user", "content": "what"}]
-    form = OutputFormat("regex", "[0-9]{3,20}x")
-    seeded = SamplingParams(temperature=1.0, top_p=0.95, seed=3, max_tokens=30)
-    jobs: list[tuple[Any, SamplingParams, dict[str, Any]]] = [
-        ("hello world", SamplingParams(temperature=0, max_tokens=40), {}),
-        ("hello there", seeded, {"n": 3}),
-        ("what is", replace(seeded, repetition_penalty=1.3, presence_penalty=0.5), {}),
-        ("a number:", replace(seeded, seed=8), {"output": form}),
-        ("hello", replace(seeded, stop=("e", "xyz"), seed=9, temperature=2.0), {}),
-        (chat, replace(seeded, max_tokens=20), {"thinking_budget": 6}),
-        ("to the end", SamplingParams(temperature=0.7, seed=1, ignore_eos=True), {}),
-    ]
-
-    # A tiny model drafts at a loss, which is what is tried here.
-    monkeypatch.setattr("edge.runtime.scheduler.drafting._SAVED_STEPS", 1e12)
-
-    def answers(**options: Any) -> tuple[list[Any], Any]:
-        with LLM(bundle, num_threads=1, num_slots=3, **options) as llm:
-            llm.scheduler._core.drafting.trial_s = 1e9
-            queued = [g for p, params, more in jobs for g in llm.submit(p, params, **more)]
-            results = [generation.result() for generation in queued]
-            return [(r.tokens, r.text, r.finish_reason) for r in results], llm.scheduler.stats()
-
-    plain, _ = answers()
-    drafted, stats = answers(draft=small, speculative=3)
+    bundle = tiny_bundles("qwen2")
+    plain, _ = real_answers(bundle, monkeypatch)
+    drafted, stats = real_answers(bundle, monkeypatch, draft=small, speculative=3)
     assert drafted == plain
     assert stats.drafted_tokens > 0  # how many follows the time that steps took
-    same, stats = answers(draft=bundle)
+    same, stats = real_answers(bundle, monkeypatch, draft=bundle)
     assert same == plain
     # Of itself it is right, but for the grammar and the budget, which a draft does not know.
     assert stats.accepted_tokens > 0.6 * stats.drafted_tokens

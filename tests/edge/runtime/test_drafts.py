@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler.core import EngineCore
 from edge.runtime.scheduler.request import Constraint, DraftContext, Drafter, Request
 from edge.runtime.scheduler.sequence import SequenceState
+from tests.edge.runtime.drafting_support import NoneTwice
 from tests.edge.runtime.scheduler.conftest import Collected
 from tests.fakes import Script, ScriptedBackend, random_logits
 
@@ -125,22 +127,6 @@ class _EagerDrafter(NgramDrafter):
         return len(self._found[context.slot])
 
 
-class _NoneTwice:
-    """Forbids the last two tokens; wrong as soon as it sees a token that was not sampled."""
-
-    def __init__(self) -> None:
-        self._last: list[int] = []
-
-    def mask(self) -> NDArray[np.float32]:
-        mask = np.zeros(VOCAB, np.float32)
-        mask[self._last[-2:]] = -np.inf
-        return mask
-
-    def accept(self, token_id: int) -> None:
-        assert token_id not in self._last[-2:]
-        self._last.append(token_id)
-
-
 def _run(
     table: EmbeddingTable,
     script: Script,
@@ -201,7 +187,7 @@ def _repeats(seen: tuple[int, ...]) -> NDArray[np.float32]:
     prompts=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=12), min_size=1, max_size=3),
     seed=st.integers(0, 2**32),
     penalty=st.sampled_from([0.0, 0.5]),
-    make_constraint=st.sampled_from([None, _NoneTwice]),
+    make_constraint=st.sampled_from([None, partial(NoneTwice, VOCAB)]),
 )
 @settings(max_examples=15, deadline=None)
 def test_drafts_change_no_answer(

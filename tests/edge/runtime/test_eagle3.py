@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,31 @@ from edge.backends.ort.cpu import OrtBackend
 from edge.backends.ort.gpu import OrtCudaBackend
 from edge.backends.step import step_after
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import SamplingDefaults, head_manifest, read_manifest
+from edge.bundle.manifest import head_manifest, read_manifest
 from edge.cli.inspect import inspect
 from edge.cli.plan import plan
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, BundleError, ConfigError
 from edge.runtime import eagle3
 from edge.runtime.eagle3 import CLOSE, Eagle3Drafter
-from edge.runtime.scheduler import Request, StoredPrefix
-from edge.runtime.structured_output import OutputFormat
+from edge.runtime.scheduler import StoredPrefix
 from edge.server.models.switch import need_bytes
 from tests.conftest import TINY_KV_CAPACITY, Checkpoints, require_kernels
 from tests.edge.backends.ort.test_gpu import HOST
-from tests.edge.runtime.scheduler.conftest import VOCAB, Collected, DropMiddle, Engine
-from tests.fakes import Script, ScriptedBackend, random_logits, write_table
+from tests.edge.runtime.drafting_support import (
+    TARGET,
+    NoneTwice,
+    TimedPair,
+    made,
+    real_answers,
+    unrelated,
+)
+from tests.edge.runtime.scheduler.conftest import VOCAB, DropMiddle, Engine
+from tests.fakes import Script, ScriptedBackend, write_table
 from tests.manifests import replace_file
 from tests.parity import FP16_KERNELS
 from tests.tiny_heads import make_head
 
-TARGET = random_logits(VOCAB)
 Seen = tuple[int, ...]
 
 
@@ -144,11 +150,7 @@ def similar(seen: Seen) -> NDArray[np.float32]:
     return (np.asarray(TARGET(seen)) + noise.standard_normal(VOCAB)).astype(np.float32)
 
 
-def unrelated(seen: Seen) -> NDArray[np.float32]:
-    return np.asarray(TARGET((99, *seen)), np.float32)
-
-
-class Pair:
+class Pair(TimedPair):
     """A core on a scripted target, with a scripted head or without."""
 
     def __init__(
@@ -164,7 +166,6 @@ class Pair:
         verify_s: float = 1.0,
         **options: Any,
     ) -> None:
-        self.now = 0.0
         self.drafter: Eagle3Drafter | None = None
         states = States()
         if head is not None:
@@ -177,7 +178,7 @@ class Pair:
                 capacity=head_capacity or capacity,
                 max_step_tokens=head_step,
             )
-            self._charge(self.head, lambda step: 0.01)
+            self.charge(self.head, lambda step: 0.01)
             self.drafter = Eagle3Drafter(
                 self.head, table, target_vocab=VOCAB, vocabulary=vocabulary
             )
@@ -197,53 +198,7 @@ class Pair:
                 table, states, TARGET, num_slots=num_slots, capacity=capacity, max_step_tokens=8
             )
             self.engine.backend = self.core.backend = self.target
-        self._charge(self.core.backend, lambda step: 1.0 if step.num_logits == 1 else verify_s)
-
-    def _charge(self, backend: Any, seconds: Callable[[Step], float]) -> None:
-        forward = backend.forward
-
-        def timed(step: Step) -> Any:
-            self.now += seconds(step)
-            return forward(step)
-
-        setattr(backend, "forward", timed)  # noqa: B010
-
-    def submit(self, prompt: Sequence[int], params: SamplingParams, **given: Any) -> Any:
-        given.setdefault("end_ids", frozenset())
-        return self.engine.submit(Request(ids=tuple(prompt), params=params, **given))
-
-    def answers(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, **given: Any
-    ) -> list[Any]:
-        make = given.pop("make_constraint", None)
-        sinks: list[Collected] = [
-            self.submit(p, replace(params, seed=i), constraint=make() if make else None, **given)[1]
-            for i, p in enumerate(prompts)
-        ]
-        while not self.core.is_idle:
-            self.core.step()
-            self.engine.check_books()
-        return [(sink.ids, sink.last) for sink in sinks]
-
-
-class NoneTwice:
-    """Forbids the last two tokens; wrong as soon as it sees a token that was not sampled."""
-
-    def __init__(self) -> None:
-        self._last: list[int] = []
-
-    def mask(self) -> NDArray[np.float32]:
-        mask = np.zeros(VOCAB, np.float32)
-        mask[self._last[-2:]] = -np.inf
-        return mask
-
-    def accept(self, token_id: int) -> None:
-        assert token_id not in self._last[-2:]
-        self._last.append(token_id)
-
-
-def made(**options: Any) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 24, **options}).resolve(SamplingDefaults())
+        self.charge(self.core.backend, lambda step: 1.0 if step.num_logits == 1 else verify_s)
 
 
 @settings(max_examples=40)
@@ -445,32 +400,8 @@ def bundle(
 
 
 def test_the_real_engines_give_the_answers_of_one(bundle: Path, monkeypatch: pytest.MonkeyPatch):
-    """Greedy, seeded, penalties, a grammar, stop strings, budgets, n of one prompt, all at once."""
-    pytest.importorskip("llguidance")
-    chat = [{"role": "user", "content": "what"}]
-    form = OutputFormat("regex", "[0-9]{3,20}x")
-    seeded = SamplingParams(temperature=1.0, top_p=0.95, seed=3, max_tokens=30)
-    jobs: list[tuple[Any, SamplingParams, dict[str, Any]]] = [
-        ("hello world", SamplingParams(temperature=0, max_tokens=40), {}),
-        ("hello there", seeded, {"n": 3}),
-        ("what is", replace(seeded, repetition_penalty=1.3, presence_penalty=0.5), {}),
-        ("a number:", replace(seeded, seed=8), {"output": form}),
-        ("hello", replace(seeded, stop=("e", "xyz"), seed=9, temperature=2.0), {}),
-        (chat, replace(seeded, max_tokens=20), {"thinking_budget": 6}),
-        ("to the end", SamplingParams(temperature=0.7, seed=1, ignore_eos=True), {}),
-    ]
-    # A random head drafts at a loss, which is what is tried here.
-    monkeypatch.setattr("edge.runtime.scheduler.drafting._SAVED_STEPS", 1e12)
-
-    def answers(**options: Any) -> tuple[list[Any], Any]:
-        with LLM(bundle, num_threads=1, num_slots=3, **options) as llm:
-            llm.scheduler._core.drafting.trial_s = 1e9
-            queued = [g for p, params, more in jobs for g in llm.submit(p, params, **more)]
-            results = [generation.result() for generation in queued]
-            return [(r.tokens, r.text, r.finish_reason) for r in results], llm.scheduler.stats()
-
-    plain, _ = answers()
-    drafted, stats = answers(draft="eagle3", speculative=3)
+    plain, _ = real_answers(bundle, monkeypatch)
+    drafted, stats = real_answers(bundle, monkeypatch, draft="eagle3", speculative=3)
     assert drafted == plain
     assert stats.drafted_tokens > 0
     assert stats.drafts_failed is None
