@@ -24,7 +24,7 @@ from edge.server.http.threads import LARGE_BYTES
 from tests.conftest import Bundles, write_secret
 from tests.edge.server.attacker import MIB, post
 from tests.edge.server.processes import Child, scripted_child
-from tests.edge.server.scripted import Answer, Live, running
+from tests.edge.server.scripted import Answer, Live, running, until
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "what"}], "temperature": 0}
 _STEP_S = 0.001
@@ -256,13 +256,6 @@ def ask_busy(live: Live, key: str, stack: ExitStack, address: str = "127.0.0.1")
     request = post("/v1/chat/completions", json.dumps({**CHAT, "stream": True}).encode())
     sock.sendall(request.replace(b"Connection: close", f"Authorization: Bearer {key}".encode()))
     return sock
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def auth(key: str) -> dict[str, str]:

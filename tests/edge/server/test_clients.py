@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_secret
-from tests.edge.server.api.test_tools import CALL, WEATHER
+from tests.edge.server.api.weather import CALL, WEATHER
 from tests.edge.server.processes import comply
 from tests.edge.server.scripted import Live, running
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from edge.device.telemetry import Snapshot
 from edge.server import run
 from tests.conftest import Bundles
-from tests.edge.server.scripted import running
+from tests.edge.server.scripted import running, until
 
 HOT = Snapshot(temperatures_celsius={"gpu": 99.0})
 
@@ -33,13 +32,6 @@ class Dog:
 
     def send(self, **fields: str | int) -> None:
         self.fed += "watchdog" in fields
-
-
-def until(done: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_look_at_the_device_that_fails_is_not_the_last(

@@ -15,6 +15,8 @@ from edge.server.api.facts import facts_of
 from edge.server.api.protocol import decode
 from tests.edge.server.scripted import Live
 
+Pair = tuple[dict[str, Any], dict[str, Any]]
+"""Changes of a request, with two values of a field."""
 # What differs from answer to answer.
 _CHANCE = re.compile(
     rb'"(?:id|item_id|call_id|request_id|created|created_at|completed_at|time_ms|[a-z_]+_duration)":'

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Bundles
+from tests.edge.server.api.weather import ANSWER, QUESTION
 from tests.edge.server.scripted import Live, running
-
-QUESTION = [{"role": "user", "content": "what"}]
-ANSWER = "Let me see.\n</think>\n\nHéllo 🙂"
 
 
 @pytest.fixture(autouse=True)

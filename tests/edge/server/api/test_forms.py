@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from edge.runtime.structured_output import GrammarCompiler, OutputFormat
 from tests.conftest import Bundles
 from tests.edge.server.attacker import post
-from tests.edge.server.scripted import Live, running
+from tests.edge.server.scripted import Live, running, until
 
 pytest.importorskip("llguidance")
 
@@ -49,13 +49,6 @@ def gated(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
 
 def form(name: str) -> dict[str, Any]:
     return {"response_format": {"type": "regex", "regex": f"{name}!"}, "max_tokens": 40}
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_new_forms_wait_in_a_bounded_queue_and_hold_up_no_others(gated: tuple[Live, Gate]):

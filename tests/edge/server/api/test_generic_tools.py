@@ -14,7 +14,8 @@ from edge.server.api.generic_tools import call_syntax, place_tools
 from edge.server.api.tools import DEEPSEEK, HERMES, prepare_messages
 from edge.text.chat_template import ChatTemplate
 from tests.conftest import Bundles
-from tests.edge.server.api.test_tools import CALL, CLOCK, QUESTION, WEATHER, hermes
+from tests.edge.server.api.test_tools import CLOCK, hermes
+from tests.edge.server.api.weather import CALL, QUESTION, WEATHER
 from tests.edge.server.scripted import HERMES_TEMPLATE, Live, running
 from tests.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, CONTROL_IDS, EOS, EOS_ID
 

@@ -21,7 +21,7 @@ from edge.server.api.protocol import (
     TokenizeRequest,
 )
 from edge.text.chat_template import ChatTemplate
-from tests.edge.server.api.fields import check_field, fields_of
+from tests.edge.server.api.fields import Pair, check_field, fields_of
 from tests.edge.server.scripted import Live, running
 
 pytest.importorskip("llguidance")
@@ -75,7 +75,6 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 # Two values of each field that must not mean the same, as changes of the endpoint's base.
-Pair = tuple[dict[str, Any], dict[str, Any]]
 SAMPLING: dict[str, Pair] = {
     name: ({name: one}, {name: other})
     for name, one, other in (

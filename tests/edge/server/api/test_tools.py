@@ -30,27 +30,13 @@ from edge.server.api.tools import (
     template_tools,
 )
 from edge.server.http.errors import APIError
+from tests.edge.server.api.weather import CALL, QUESTION, WEATHER
 from tests.edge.server.scripted import HERMES_TEMPLATE, Live, running
 from tests.manifests import replace_file
 from tests.tiny_models import CHAT_TEMPLATE
 
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "of a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "maxLength": 8}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-    },
-}
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object",
          "properties": {}, "additionalProperties": False}}}  # fmt: skip
-QUESTION = [{"role": "user", "content": "what"}]
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 
 # As Qwen3-Coder's: Hermes' marks around a call that is not JSON.
 XML_TEMPLATE = HERMES_TEMPLATE.replace("<tool_call>' + ", "<tool_call>\\n<function=' + ")

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_secret
-from tests.edge.server.api.anthropic.test_messages import CALL, CHAT_WEATHER, SCHEMA, WEATHER
+from tests.edge.server.api.anthropic.test_messages import WEATHER
+from tests.edge.server.api.weather import CALL, SCHEMA
+from tests.edge.server.api.weather import WEATHER as CHAT_WEATHER
 from tests.edge.server.processes import comply
 from tests.edge.server.scripted import Live, running
 

@@ -14,22 +14,11 @@ from edge.errors import RequestError
 from edge.server.api.anthropic.errors import NAMES
 from edge.server.http.errors import APIError, renamed
 from tests.conftest import write_secret
+from tests.edge.server.api.weather import ANSWER, CALL, QUESTION, SCHEMA
+from tests.edge.server.api.weather import WEATHER as CHAT_WEATHER
 from tests.edge.server.scripted import Answer, Live, running
 
-QUESTION = [{"role": "user", "content": "what"}]
-ANSWER = "Let me see.\n</think>\n\nHéllo 🙂"
-SCHEMA = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 8}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
 WEATHER = {"name": "weather", "description": "of a city", "input_schema": SCHEMA}
-CHAT_WEATHER = {
-    "type": "function",
-    "function": {"name": "weather", "description": "of a city", "parameters": SCHEMA},
-}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 
 
 @pytest.fixture(autouse=True)

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 
 from edge.server.api.anthropic.protocol import IGNORED, CountTokensRequest, MessagesRequest
-from tests.edge.server.api.anthropic.test_messages import CALL, CHAT_WEATHER, WEATHER
-from tests.edge.server.api.fields import check_field, fields_of
+from tests.edge.server.api.anthropic.test_messages import WEATHER
+from tests.edge.server.api.fields import Pair, check_field, fields_of
+from tests.edge.server.api.weather import CALL, CALLING, THINKING
+from tests.edge.server.api.weather import WEATHER as CHAT_WEATHER
 from tests.edge.server.scripted import Live, running
 
 pytest.importorskip("llguidance")
 
-CALLING = [{"role": "user", "content": "two calls"}]
-THINKING = [{"role": "user", "content": "think"}]
 SHARED = {"model": "tiny", "messages": [{"role": "user", "content": "what"}]}
 BASE = {**SHARED, "max_tokens": 4, "temperature": 0}
-Pair = tuple[dict[str, Any], dict[str, Any]]
 
 
 def block(kind: str, **fields: Any) -> dict[str, Any]:

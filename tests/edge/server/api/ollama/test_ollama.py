@@ -15,22 +15,9 @@ from edge.server.api.ollama import text as ollama_text
 from edge.server.api.ollama.models import NOT_SERVED_PATHS
 from edge.server.api.ollama.protocol import OllamaOptions
 from tests.conftest import write_secret
+from tests.edge.server.api.weather import ANSWER, CALL, QUESTION, SCHEMA, WEATHER
 from tests.edge.server.scripted import Answer, Live, running
 
-QUESTION = [{"role": "user", "content": "what"}]
-ANSWER = "Let me see.\n</think>\n\nHéllo 🙂"
-FUNCTION = {
-    "name": "weather",
-    "description": "of a city",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 8}},
-        "required": ["city"],
-        "additionalProperties": False,
-    },
-}
-WEATHER = {"type": "function", "function": FUNCTION}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 GREEDY = {"temperature": 0}
 
 
@@ -229,7 +216,7 @@ def test_calls(tools: Live):
     assert again["message"]["content"] == "Sunny."
 
 
-@pytest.mark.parametrize("form", ["json", FUNCTION["parameters"]])
+@pytest.mark.parametrize("form", ["json", SCHEMA])
 def test_an_answer_of_a_form(tools: Live, form: Any):
     pytest.importorskip("llguidance")
     options = {**GREEDY, "num_predict": 60}

@@ -14,10 +14,10 @@ from edge.server.api.ollama.protocol import (
     OllamaChatRequest,
     ShowRequest,
 )
-from tests.edge.server.api.fields import check_field, fields_of
+from tests.edge.server.api.fields import Pair, check_field, fields_of
+from tests.edge.server.api.weather import THINKING
 from tests.edge.server.scripted import Live, running
 
-THINKING = [{"role": "user", "content": "think"}]
 OPTIONS = {"temperature": 0, "num_predict": 4, "seed": 7}
 SHARED = {"model": "tiny", "stream": False, "options": OPTIONS}
 CHAT, TEXT = "/api/chat", "/api/generate"
@@ -27,7 +27,6 @@ BASES: dict[str, dict[str, Any]] = {
     "/api/show": {"model": "tiny"},
 }
 KINDS: dict[str, type] = {CHAT: OllamaChatRequest, TEXT: GenerateRequest, "/api/show": ShowRequest}
-Pair = tuple[dict[str, Any], dict[str, Any]]
 
 
 def option(name: str, one: Any, other: Any) -> Pair:

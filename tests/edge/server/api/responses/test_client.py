@@ -11,18 +11,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_secret
-from tests.edge.server.api.responses.test_responses import (
-    CALL,
-    CHAT_WEATHER,
-    FORM,
-    FUNCTION,
-    WEATHER,
-)
+from tests.edge.server.api.responses.test_responses import FORM, WEATHER
+from tests.edge.server.api.weather import CALL, FUNCTION, QUESTION
+from tests.edge.server.api.weather import WEATHER as CHAT_WEATHER
 from tests.edge.server.processes import comply
 from tests.edge.server.scripted import Live, running
 
 openai = pytest.importorskip("openai")
-QUESTION = [{"role": "user", "content": "what"}]
 KEY = "sk-of-the-client"
 ASKED: dict[str, Any] = {"model": "tiny", "input": "what", "temperature": 0}
 

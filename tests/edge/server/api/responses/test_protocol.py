@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 
 from edge.server.api.responses.protocol import IGNORED, REFUSED, Item, ResponsesRequest
-from tests.edge.server.api.fields import check_field, fields_of
-from tests.edge.server.api.responses.test_responses import CALL, CHAT_WEATHER, WEATHER
+from tests.edge.server.api.fields import Pair, check_field, fields_of
+from tests.edge.server.api.responses.test_responses import WEATHER
+from tests.edge.server.api.weather import CALL, CALLING, THINKING
+from tests.edge.server.api.weather import WEATHER as CHAT_WEATHER
 from tests.edge.server.scripted import Live, running
 
 pytest.importorskip("llguidance")
 
-CALLING = [{"role": "user", "content": "two calls"}]
-THINKING = [{"role": "user", "content": "think"}]
 BASE = {"model": "tiny", "input": "what", "max_output_tokens": 4, "temperature": 0}
-Pair = tuple[dict[str, Any], dict[str, Any]]
 
 
 def tool(**fields: Any) -> dict[str, Any]:

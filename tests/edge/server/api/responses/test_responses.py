@@ -10,24 +10,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import Bundles
+from tests.edge.server.api.weather import ANSWER, CALL, FUNCTION, QUESTION
+from tests.edge.server.api.weather import WEATHER as CHAT_WEATHER
 from tests.edge.server.scripted import Answer, Live, running
 
-QUESTION = [{"role": "user", "content": "what"}]
-ANSWER = "Let me see.\n</think>\n\nHéllo 🙂"
-FUNCTION = {
-    "name": "weather",
-    "description": "of a city",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 8}},
-        "required": ["city"],
-        "additionalProperties": False,
-    },
-}
 WEATHER = {"type": "function", **FUNCTION}
 FORM = {"type": "json_schema", "name": "a"}
-CHAT_WEATHER = {"type": "function", "function": FUNCTION}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 
 
 @pytest.fixture(autouse=True)
