@@ -11,8 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from edge.device.probe import probe_cuda
 from edge.errors import DeviceMemoryError
 from tests.conftest import Bundles, require_kernels
-from tests.edge.backends.ort.test_gpu import VARIANTS, CudaRunner, greedy, history
-from tests.edge.backends.runner import Runner, random_ids
+from tests.edge.backends.ort.test_gpu import VARIANTS, CudaRunner, greedy
+from tests.edge.backends.runner import Runner, history, random_ids
 from tests.tiny_models import KINDS, Kind
 
 pytestmark = pytest.mark.gpu

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 
 from edge.backends.ort.cpu import OrtBackend
@@ -15,6 +16,7 @@ from edge.backends.step import step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.manifest import read_manifest
+from tests.conftest import TINY_KV_CAPACITY
 
 
 class Runner:
@@ -59,3 +61,32 @@ class Runner:
 def random_ids(*shape: int, seed: int = 0) -> NDArray[np.int64]:
     """Ordinary tokens of the tiny models."""
     return np.random.default_rng(seed).integers(0, 300, shape)
+
+
+def history(runner: Runner) -> list[NDArray[Any]]:
+    """Logits and caches of everything that a cache is put through."""
+    found = [
+        runner.step(random_ids(2, 17), [0, 1]),  # batched prefill
+        runner.step(random_ids(1, 9, seed=1), [0]),  # a chunk behind a past
+        runner.step(random_ids(2, 1, seed=2), [0, 1]),  # decode at unequal lengths
+        runner.step(random_ids(3, 4, seed=3), [3, 0, 1]),  # scattered, one of them new
+        runner.step(random_ids(3, 1, seed=4), [1, 3, 0]),
+    ]
+    runner.lengths[0] = 5  # go back, as a prompt does that shares a prefix
+    found += [runner.step(random_ids(1, 3, seed=5), [0]), runner.step(random_ids(1, 1), [0])]
+    return found + [runner.cache(slot).astype(np.float32) for slot in range(4)]
+
+
+def check_slots_apart(runner: Runner) -> None:
+    """What runs in some slots changes nothing in another."""
+    runner.step(random_ids(1, 20, seed=1), [1])
+    before = runner.backend.read_slot(1, TINY_KV_CAPACITY)
+    alone = runner.step(random_ids(1, 1, seed=2), [1])
+    runner.lengths[1] -= 1
+    for slot in (0, 2):
+        runner.step(random_ids(1, 30, seed=3), [slot])
+        runner.step(random_ids(1, 1, seed=4), [slot])
+    runner.step(random_ids(2, 9, seed=5), [2, 0])
+    assert_array_equal(runner.step(random_ids(1, 1, seed=2), [1]), alone)
+    assert_array_equal(runner.backend.read_slot(1, 20), before[:, :, :20])
+    assert not runner.backend.read_slot(3, TINY_KV_CAPACITY).any()

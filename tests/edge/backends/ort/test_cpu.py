@@ -20,7 +20,7 @@ from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, ConfigError
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_huge_pages, require_kernels
-from tests.edge.backends.runner import Runner, random_ids
+from tests.edge.backends.runner import Runner, check_slots_apart, random_ids
 from tests.tiny_models import KINDS, Kind
 
 # Sums of at most 128 products of size one in another order; measured 8e-6.
@@ -112,17 +112,7 @@ def test_padding_behind_a_short_sequence_influences_nothing(runner: Runner):
 
 
 def test_slots_do_not_touch_each_other(runner: Runner):
-    runner.step(random_ids(1, 20, seed=1), [1])
-    before = runner.backend.read_slot(1, TINY_KV_CAPACITY)
-    alone = runner.step(random_ids(1, 1, seed=2), [1])
-    runner.lengths[1] -= 1
-    for slot in (0, 2):
-        runner.step(random_ids(1, 30, seed=3), [slot])
-        runner.step(random_ids(1, 1, seed=4), [slot])
-    runner.step(random_ids(2, 9, seed=5), [2, 0])
-    assert_array_equal(runner.step(random_ids(1, 1, seed=2), [1]), alone)
-    assert_array_equal(runner.backend.read_slot(1, 20), before[:, :, :20])
-    assert not runner.backend.read_slot(3, TINY_KV_CAPACITY).any()
+    check_slots_apart(runner)
 
 
 def test_read_write_and_copy_of_a_slot(runner: Runner):

@@ -14,7 +14,7 @@ from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BundleError, ConfigError
 from tests.conftest import FEW_TOKENS, TINY_KV_CAPACITY, Bundles, require_kernels
-from tests.edge.backends.runner import Runner, random_ids
+from tests.edge.backends.runner import Runner, history
 from tests.tiny_models import KINDS, Kind, write_checkpoint
 
 # Sums of at most 128 products of size one in another order; measured 1e-5.
@@ -24,20 +24,6 @@ ATOL = 5e-5
 @pytest.fixture(autouse=True)
 def _kernels() -> None:
     require_kernels("native")
-
-
-def history(runner: Runner) -> list[Any]:
-    """Logits and caches of everything that a cache is put through."""
-    found = [
-        runner.step(random_ids(2, 17), [0, 1]),  # batched prefill
-        runner.step(random_ids(1, 9, seed=1), [0]),  # a chunk behind a past
-        runner.step(random_ids(2, 1, seed=2), [0, 1]),  # decode at unequal lengths
-        runner.step(random_ids(3, 4, seed=3), [3, 0, 1]),  # scattered, one of them new
-        runner.step(random_ids(3, 1, seed=4), [1, 3, 0]),
-    ]
-    runner.lengths[0] = 5  # go back, as a prompt does that shares a prefix
-    found += [runner.step(random_ids(1, 3, seed=5), [0]), runner.step(random_ids(1, 1), [0])]
-    return found + [runner.cache(slot) for slot in range(4)]
 
 
 @pytest.mark.parametrize("quant", ["fp16", "int4"])

@@ -39,7 +39,7 @@ from edge.errors import (
 )
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.ort.test_cpu_attention import export_heads
-from tests.edge.backends.runner import Runner, random_ids
+from tests.edge.backends.runner import Runner, check_slots_apart, history, random_ids
 from tests.parity import FP16_KERNELS
 from tests.tiny_models import KINDS, Kind
 
@@ -81,20 +81,6 @@ def open_runner(bundles: Bundles, kind: Kind, variant: str, **options: Any) -> C
 def runner(variant: str, tiny_bundles: Bundles) -> Iterator[CudaRunner]:
     with open_runner(tiny_bundles, "qwen2", variant) as opened:
         yield opened
-
-
-def history(runner: Runner) -> list[NDArray[Any]]:
-    """Logits and caches of everything that a cache is put through."""
-    found = [
-        runner.step(random_ids(2, 17), [0, 1]),  # batched prefill
-        runner.step(random_ids(1, 9, seed=1), [0]),  # a chunk behind a past
-        runner.step(random_ids(2, 1, seed=2), [0, 1]),  # decode at unequal lengths
-        runner.step(random_ids(3, 4, seed=3), [3, 0, 1]),  # scattered, one of them new
-        runner.step(random_ids(3, 1, seed=4), [1, 3, 0]),
-    ]
-    runner.lengths[0] = 5  # go back, as a prompt does that shares a prefix
-    found += [runner.step(random_ids(1, 3, seed=5), [0]), runner.step(random_ids(1, 1), [0])]
-    return found + [runner.cache(slot).astype(np.float32) for slot in range(4)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,17 +141,7 @@ def test_equal_greedy_tokens(kind: Kind, variant: str, tiny_bundles: Bundles):
 
 
 def test_slots_do_not_touch_each_other(runner: CudaRunner):
-    runner.step(random_ids(1, 20, seed=1), [1])
-    before = runner.backend.read_slot(1, TINY_KV_CAPACITY)
-    alone = runner.step(random_ids(1, 1, seed=2), [1])
-    runner.lengths[1] -= 1
-    for slot in (0, 2):
-        runner.step(random_ids(1, 30, seed=3), [slot])
-        runner.step(random_ids(1, 1, seed=4), [slot])
-    runner.step(random_ids(2, 9, seed=5), [2, 0])
-    assert_array_equal(runner.step(random_ids(1, 1, seed=2), [1]), alone)
-    assert_array_equal(runner.backend.read_slot(1, 20), before[:, :, :20])
-    assert not runner.backend.read_slot(3, TINY_KV_CAPACITY).any()
+    check_slots_apart(runner)
 
 
 def test_the_cache_is_updated_in_place(runner: CudaRunner):

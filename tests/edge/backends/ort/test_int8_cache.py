@@ -20,8 +20,8 @@ from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, DependencyError
 from edge.figures import kl_divergence, log_softmax
 from tests.conftest import Bundles, require_even_rows, require_int8_cache
-from tests.edge.backends.ort.test_cpu_attention import ATOL, export_heads, history
-from tests.edge.backends.runner import Runner, random_ids
+from tests.edge.backends.ort.test_cpu_attention import ATOL, export_heads
+from tests.edge.backends.runner import Runner, history, random_ids
 from tests.tiny_models import KINDS, Kind
 
 DIALECTS = ("native", "portable")
