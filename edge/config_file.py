@@ -27,7 +27,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from .errors import ConfigError, DependencyError, EdgeError, install_command
-from .files import MALFORMED, expand_user
+from .files import MALFORMED
+from .user_paths import expand_user
 
 ENV_PREFIX = "EDGE_LLM_SERVE_"
 DEFAULT_FILE = Path("/etc/edge-llm/config.toml")

@@ -1,20 +1,15 @@
-"""Reads files whose origin nobody vouches for: plain files of a limited size, or in chunks.
-
-Also looks for files, and for the user's directories, where there may be none.
-"""
+"""Reads files whose origin nobody vouches for: plain files of a limited size, or in chunks."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
-
-from .errors import ConfigError
 
 MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
 """What parsers of JSON and TOML raise: also for text that is no UTF-8, numbers of 5,000 digits and
@@ -38,42 +33,6 @@ def is_directory(path: Path) -> bool:
 def exists(path: Path) -> bool:
     """Whether anything is there; see `is_file`."""
     return _mode(path) != 0
-
-
-def expand_user(text: str) -> Path:
-    """Make a path of a text, with the home directory in the place of ``~`` or ``~NAME``.
-
-    Raises:
-        ConfigError: there is no such home directory.
-    """
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{text}: this system knows no such home directory; write the path without ~"
-        ) from error
-
-
-def user_directory(
-    variable: str, default: str, environ: Mapping[str, str] = os.environ
-) -> Path | None:
-    """Find a directory of the user, as the XDG base directory specification has them.
-
-    Args:
-        variable: that names it, where it is set.
-        default: below the home, where it is not.
-        environ: where the variable and ``HOME`` are looked for.
-
-    Returns:
-        The directory, which need not exist; None for a user without a home, as in a container whose
-        ``HOME`` is not set and whose user the system does not know.
-    """
-    if given := environ.get(variable):
-        return Path(given)
-    try:
-        return Path(environ.get("HOME") or Path.home()) / default
-    except RuntimeError:
-        return None
 
 
 def list_directory(path: Path) -> list[Path]:

@@ -13,9 +13,9 @@ from msgspec import Meta
 
 from edge.config_file import read_toml, unknown_name
 from edge.errors import ConfigError
-from edge.files import expand_user
 from edge.key_file import read_key_file
 from edge.server.settings import is_loopback
+from edge.user_paths import expand_user
 
 DEFAULT_RAY_PORT = 6379
 MIN_TOKEN_CHARS = 32

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge.errors import BundleError
-from edge.files import expand_user, is_directory, is_file, list_directory, user_directory
+from edge.files import is_directory, is_file, list_directory
+from edge.user_paths import expand_user, user_directory
 
 from .manifest import MANIFEST_NAME
 

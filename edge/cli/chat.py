@@ -15,9 +15,9 @@ import click
 
 from edge.bundle.tasks import check_task
 from edge.errors import EdgeError, RequestError
-from edge.files import expand_user, user_directory
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import KNOBS, SamplingParams
+from edge.user_paths import expand_user, user_directory
 
 from .conversation import read_conversation, write_conversation
 from .markdown import answer_printer

@@ -19,7 +19,8 @@ from pathlib import Path
 import msgspec
 
 from edge.errors import ConfigError
-from edge.files import MALFORMED, read_file, user_directory
+from edge.files import MALFORMED, read_file
+from edge.user_paths import user_directory
 
 _MAX_BYTES = 1 << 20
 _HELPER_TIMEOUT_S = 30.0

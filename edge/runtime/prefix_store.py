@@ -32,7 +32,8 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.update import fsync, replace_durably, sweep_temp, temp_path
 from edge.errors import ConfigError, ContextLengthError, RequestError, ResourceError
 from edge.figures import check_finite
-from edge.files import MALFORMED, open_file, user_directory
+from edge.files import MALFORMED, open_file
+from edge.user_paths import user_directory
 
 from .kv_cache import common_prefix
 from .scheduler import StoredPrefix

@@ -27,8 +27,9 @@ import msgspec
 
 from edge.bundle.manifest import sha256_file
 from edge.errors import CheckpointError, ConfigError
-from edge.files import MALFORMED, user_directory
+from edge.files import MALFORMED
 from edge.progress import Progress
+from edge.user_paths import user_directory
 
 DOMAIN_VARIABLE = "MODELSCOPE_DOMAIN"
 """ModelScope's own variable for another host; a scheme before it, as of a mirror, is kept."""

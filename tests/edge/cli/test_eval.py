@@ -296,13 +296,14 @@ def test_a_question_that_is_too_long_is_named_before_any_is_answered(
     tiny_bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ):
     monkeypatch.setattr(evaluator, "answer_item", lambda *_, **__: pytest.fail("it was answered"))
-    rest: dict[str, Any] = {
+    layouts: dict[str, dict[str, Any]] = {
         "choices": {"choices": ["a", "b"], "answer": 1},
         "number": {"answer": "#### 1"},
         "program": {"tests": "assert f()"},
-    }[layout]
+    }
     head = "def f():\n    " if layout == "program" else ""
-    rows = [{"question": f"{head}{text}", **rest} for text in ("sea", "the sea " * 3000)]
+    texts = (f"{head}sea", f"{head}{'the sea ' * 3000}")
+    rows = [{"question": text, **layouts[layout]} for text in texts]
     task = tmp_path / "task.jsonl"
     task.write_text("\n".join(map(json.dumps, rows)))
     result = invoke(tiny_bundles("qwen2", "portable"), "--task", task)
