@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ from numpy.testing import assert_array_equal
 
 from edge.bundle.engine_file import EngineInfo, find_engines, read_engine_info
 from edge.bundle.manifest import read_manifest
-from edge.bundle.onnx_file import OnnxFile
-from edge.bundle.onnx_values import Constants
+from edge.bundle.onnx_file import Node, OnnxFile, attribute
+from edge.bundle.onnx_values import Constants, node_attributes
 from edge.device.gpu import Gpu
 from engines import builder
 from engines.builder import Target
@@ -25,7 +24,7 @@ from engines.compat import TensorRT
 from engines.kernels.layout import unpack_weights
 from engines.own_kernels import OwnGraph, use_own_kernels
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.conftest import RUNNABLE, Bundles
+from tests.conftest import RUNNABLE
 from tests.fake_cuda import FakeGpu
 from tests.fake_plugin import PLUGINS
 from tests.fake_tensorrt import emptied, install, make_module
@@ -48,6 +47,12 @@ def export(source: Path, output: Path, **options: Any) -> Path:
         config.setdefault("method", "rtn")
     export_checkpoint(ExportConfig(source=str(source), output=output, **config))
     return output
+
+
+def put(node: Node, **attributes: Any) -> None:
+    """Give a node these attributes, too."""
+    kept = {**node_attributes(node), **attributes}
+    node.attributes = [attribute(name, value) for name, value in kept.items()]
 
 
 def check_graph(bundle: Path, own: OwnGraph) -> None:
@@ -108,11 +113,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     with emptied(device):
         yield device
         device.pop()
-
-
-@pytest.fixture
-def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundles("qwen2", "native", "int4"), tmp_path / "bundle"))
 
 
 @pytest.fixture

@@ -50,11 +50,6 @@ from tests.tiny_models import Kind
 pytest.importorskip("tensorrt_rtx")
 
 
-@pytest.fixture
-def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundles("qwen2", "native", "int4"), tmp_path / "bundle"))
-
-
 def target() -> Target:
     return Target(compat.load("tensorrt-rtx"), None, "8.6")
 

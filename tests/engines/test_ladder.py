@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +107,6 @@ def test_nothing_built_tells_every_reason_once(tiny_bundles: Bundles) -> None:
         climb(plan, rungs, differing)
     with pytest.raises(BuildError, match=r"\Athe graph is of no use\Z"):
         climb(plan, rungs, alike)
-
-
-@pytest.fixture
-def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundles("qwen2", "native", "int4"), tmp_path / "bundle"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import read_manifest
-from edge.bundle.onnx_file import Node, OnnxFile, attribute
+from edge.bundle.onnx_file import Node, OnnxFile
 from edge.bundle.onnx_values import node_attributes
 from edge.errors import BuildError
 from engines import compat
@@ -26,6 +26,7 @@ from engines.graph import graph_of
 from engines.own_attention import use_own_attention
 from engines.own_kernels import OwnGraph, use_own_kernels
 from export.pipeline import ExportConfig, export_checkpoint
+from tests.engines.own_builds import put
 from tests.own_kernel_graphs import compute_all
 from tests.tiny_models import write_checkpoint
 
@@ -287,23 +288,18 @@ def _nodes(graph: OnnxFile, op_type: str) -> list[Node]:
     return [node for node in graph.nodes if node.op_type == op_type]
 
 
-def _put(node: Node, **attributes: Any) -> None:
-    kept = {**node_attributes(node), **attributes}
-    node.attributes = [attribute(name, value) for name, value in kept.items()]
-
-
 @pytest.mark.parametrize(
     ("dialect", "change", "reason"),
     [
-        ("native", lambda g: _put(_nodes(g, "Attention")[0], scale=0.5), "root of the width"),
-        ("native", lambda g: _put(_nodes(g, "Attention")[0], softcap=30.0), "has more to it"),
-        ("native", lambda g: _put(_nodes(g, "Attention")[0], is_causal=1), "has more to it"),
+        ("native", lambda g: put(_nodes(g, "Attention")[0], scale=0.5), "root of the width"),
+        ("native", lambda g: put(_nodes(g, "Attention")[0], softcap=30.0), "has more to it"),
+        ("native", lambda g: put(_nodes(g, "Attention")[0], is_causal=1), "has more to it"),
         ("native", lambda g: _nodes(g, "Attention")[0].inputs.pop(), "has more to it"),
         ("native", lambda g: _nodes(g, "LessOrEqual")[0].inputs.reverse(), "kv_positions"),
-        ("native", lambda g: _put(_nodes(g, "TensorScatter")[0], axis=1), "around present.0.key"),
+        ("native", lambda g: put(_nodes(g, "TensorScatter")[0], axis=1), "around present.0.key"),
         ("portable", lambda g: _nodes(g, "Where")[0].inputs.reverse(), "around mask.past"),
         ("portable", lambda g: _nodes(g, "LessOrEqual")[0].inputs.reverse(), "around position_ids"),
-        ("portable", lambda g: _put(_nodes(g, "Softmax")[0], axis=-2), "around layers.0.softmax"),
+        ("portable", lambda g: put(_nodes(g, "Softmax")[0], axis=-2), "around layers.0.softmax"),
         ("portable", lambda g: _nodes(g, "Concat")[-1].inputs.reverse(), "the nodes around"),
     ],
 )

@@ -28,7 +28,6 @@ from engines.kernels.package import Ptx
 from engines.ladder import describe, make_rungs
 from tests.conftest import Bundles
 from tests.engines.own_builds import (
-    bundle,
     export,
     gpu,
     needs_a_runner,
@@ -40,7 +39,7 @@ from tests.engines.own_builds import (
 from tests.fake_cuda import FakeGpu
 from tests.tiny_models import write_checkpoint
 
-__all__ = ["bundle", "gpu", "target"]  # fixtures
+__all__ = ["gpu", "target"]  # fixtures
 
 
 @needs_a_runner

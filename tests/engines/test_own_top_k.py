@@ -20,8 +20,7 @@ from edge.backends.tensorrt.device_memory import plan_engine_memory
 from edge.bundle import io_spec
 from edge.bundle.engine_file import read_engine_info
 from edge.bundle.manifest import SamplingDefaults, read_manifest
-from edge.bundle.onnx_file import Node, OnnxFile, attribute
-from edge.bundle.onnx_values import node_attributes
+from edge.bundle.onnx_file import Node, OnnxFile
 from edge.cli.inspect import inspect
 from edge.errors import BuildError
 from edge.runtime.sampling import Sampler
@@ -41,11 +40,11 @@ from tests.conftest import Bundles
 from tests.edge.backends.runner import random_ids
 from tests.edge.backends.tensorrt.gpu_runner import GpuRunner
 from tests.edge.backends.tensorrt.test_best_logits import best_step
-from tests.engines.own_builds import bundle, gpu, needs_a_runner, only_engine, run, target
+from tests.engines.own_builds import gpu, needs_a_runner, only_engine, put, run, target
 from tests.fake_cuda import FakeGpu
 from tests.own_kernel_graphs import compute_all, inputs_of
 
-__all__ = ["bundle", "gpu", "target"]  # fixtures
+__all__ = ["gpu", "target"]  # fixtures
 
 BEST = (io_spec.BEST_VALUES, io_spec.BEST_IDS, io_spec.BEST_REST)
 DIALECTS = ("portable", "native")
@@ -136,16 +135,11 @@ def _node(graph: OnnxFile, name: str) -> Node:
     return found
 
 
-def _put(node: Node, **attributes: Any) -> None:
-    kept = {**node_attributes(node), **attributes}
-    node.attributes = [attribute(name, value) for name, value in kept.items()]
-
-
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (lambda g: _put(_node(g, "best.fp32"), largest=0), "best.fp32"),
-        (lambda g: _put(_node(g, "best.fp32"), axis=1), "best.fp32"),
+        (lambda g: put(_node(g, "best.fp32"), largest=0), "best.fp32"),
+        (lambda g: put(_node(g, "best.fp32"), axis=1), "best.fp32"),
         (lambda g: _node(g, "best.fp32").inputs.__setitem__(1, "best.parts"), "best.fp32"),
         (lambda g: _node(g, "best.row").inputs.__setitem__(0, "final_norm"), "best.fp32"),
         (lambda g: _node(g, "best_ids").inputs.__setitem__(0, "best.fp32"), "best_ids"),

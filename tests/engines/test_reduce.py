@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ from engines import compat, reduce
 from engines.cli import check
 from engines.config import BuildConfig
 from engines.reduce import reduce_bundle, shrink
-from tests.conftest import Bundles
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
@@ -43,11 +41,6 @@ def edit(bundle: Path, change: Callable[[OnnxFile], None]) -> None:
 
 def node(graph: OnnxFile, name: str) -> Node:
     return next(each for each in graph.nodes if each.outputs[0] == name)
-
-
-@pytest.fixture
-def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundles("qwen2", "native", "int4"), tmp_path / "bundle"))
 
 
 def run(*arguments: str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from engines.builder import BuildResult, Target, build_engine
 from engines.compat import TensorRT
 from engines.config import BuildConfig
 from engines.trtexec_options import options
-from tests.conftest import Bundles
 from tests.fake_inspector import inspector_json
 
 PROFILES = ("prefill", "decode")
@@ -109,11 +107,6 @@ if "--saveEngine" in given:
     pathlib.Path(given["--saveEngine"]).write_bytes(bytes({plan_bytes}))
 print("&&&& PASSED", banner)
 """
-
-
-@pytest.fixture
-def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundles("qwen2", "native", "int4"), tmp_path / "bundle"))
 
 
 def build(bundle: Path, monkeypatch: pytest.MonkeyPatch, text: str, **changes: Any) -> BuildResult:

@@ -46,11 +46,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         device.pop()
 
 
-@pytest.fixture
-def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundles("qwen2", "native", "int4"), tmp_path / "bundle"))
-
-
 class Variants:
     """A compiler without TensorRT: what it builds, refuses and spoils is planted, by variant."""
 
