@@ -30,7 +30,7 @@ from edge.device.process import read_rss_peak_bytes, reset_rss_peak
 from edge.errors import BackendError, BuildError, BundleError, ConfigError, DependencyError
 from edge.progress import Progress, silent, uncounted
 
-from . import compat
+from . import compat, support
 from .audit import Audit, audit_network, check_plan_bytes
 from .build_plan import BuildPlan, plan_build
 from .compat import Compiler, TensorRT
@@ -140,7 +140,7 @@ def build_engine(
         compile_variant = compile_ladder
     build = plan_build(config, open_manifest(config.bundle))
     target = target or find_target(rt=_trtexec_target() if via == "trtexec" else None)
-    compat.check_support(
+    support.check_support(
         target.rt.flavour, target.rt.version, build.manifest.dialect, build.kv_read
     )
     if build.kernels == "own":
@@ -149,7 +149,7 @@ def build_engine(
                 "--kernels own needs the Python API, which trtexec does not go through; build with "
                 "it, or leave the option out"
             )
-        compat.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
+        support.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
     key = engine_key({**_key_parts(build, target), "via": via})
     store = EngineStore(config.bundle, engine_name(build, target))
     with store.locked(waiting):
@@ -389,7 +389,7 @@ def compile_bundle(
     config, manifest = build.config, build.manifest
     kernels_bytes, plugins = 0, None
     if build.kernels == "own":
-        compat.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
+        support.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
         kernels_bytes = compat.register_own_kernels(target.rt)
         plugins = compat.plugins_of(target.rt)
     with uncounted(progress, "hash"):

@@ -10,7 +10,7 @@ from edge.bundle.trust import open_manifest
 from edge.device.telemetry import read_available_memory_bytes
 from edge.progress import Progress, silent, uncounted
 
-from . import compat
+from . import support
 from .build_plan import BuildPlan, plan_build
 from .builder import compile_ladder, find_target
 from .config import BuildConfig
@@ -82,7 +82,7 @@ def check_bundle(
     """
     build = plan_build(config, open_manifest(config.bundle))
     target = find_target(COMPUTE_CAPABILITIES[sm])
-    compat.check_support(
+    support.check_support(
         target.rt.flavour, target.rt.version, build.manifest.dialect, build.kv_read
     )
     if not config.force:

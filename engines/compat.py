@@ -1,4 +1,6 @@
-"""The one door to TensorRT on the host: every difference between TensorRT 10, 11 and RTX is here.
+"""The one door to TensorRT on the host: what differs between TensorRT 10, 11 and RTX is here.
+
+Which of them takes what at all is in `support`.
 
 =======================  ============================================================
 since                    what
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import importlib
 import mmap
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,23 +29,21 @@ from edge.backends.tensorrt.listener import Listener, stoppable
 from edge.bundle import io_spec
 from edge.bundle.engine_file import Attention, Flavour, KvRead, Plugins, where_tensorrt_is_from
 from edge.bundle.engine_layers import told_profiles
-from edge.bundle.manifest import Dialect
 from edge.device.tensorrt_version import loaded_version
 from edge.errors import BuildError, ConfigError, DependencyError, EdgeError
 from edge.progress import Progress
 
+from .advice import build_advice, builder_cause, parser_advice, parser_cause
 from .kernels import plugin, plugin_v3
 from .kernels.own_plugins import element_types
 from .kernels.package import load_ptx
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .profiles import Profile
 from .progress import PhaseTree
+from .support import LENGTHS_SINCE, parse_release
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_RTX_MINIMUM = (1, 3)
-_LENGTHS_SINCE = (11, 0)
 _COMPILED_PLUGINS_SINCE = (10, 13)
-_OWN_KERNELS_SINCE = (8, 0)  # compute capability: that of the PTX
 _DTYPES = {
     "FLOAT": "fp32",
     "HALF": "fp16",
@@ -89,19 +88,6 @@ class TensorRT:
         return self.flavour == "tensorrt"
 
 
-def parse_release(version: str) -> tuple[int, int]:
-    """Major and minor of ``10.16.2.10``.
-
-    Raises:
-        ConfigError: not a version.
-    """
-    parts = version.split(".")
-    try:
-        return int(parts[0]), int(parts[1])
-    except (IndexError, ValueError) as error:
-        raise ConfigError(f"{version!r} is not a TensorRT version such as 10.3 or 11.4") from error
-
-
 def load(flavour: Flavour | None = None) -> TensorRT:
     """Import TensorRT.
 
@@ -133,69 +119,6 @@ def load(flavour: Flavour | None = None) -> TensorRT:
         f"building an engine needs TensorRT, which is not here{problem}; "
         f"{where_tensorrt_is_from('tensorrt')}"
     )
-
-
-def check_support(
-    flavour: Flavour, version: str, dialect: Dialect, kv_read: KvRead = "slice"
-) -> None:
-    """Check that a TensorRT takes a graph; pure, so that another machine's can be asked about.
-
-    Raises:
-        DependencyError: it is too old for the dialect or for the way to read the cache.
-    """
-    found = parse_release(version)
-    if flavour == "tensorrt-rtx":
-        if found < _RTX_MINIMUM:
-            raise DependencyError(
-                f"TensorRT for RTX {version} is too old: {_RTX_MINIMUM[0]}.{_RTX_MINIMUM[1]} or "
-                f"newer is needed; {where_tensorrt_is_from(flavour)}"
-            )
-        return
-    needed = io_spec.DIALECTS[dialect].min_tensorrt
-    if found < needed:
-        advice = (
-            "export with --dialect portable, which JetPack 6 (TensorRT 10.3) takes, or upgrade to "
-            "JetPack 7.2"
-            if dialect == "native" and found >= io_spec.DIALECTS["portable"].min_tensorrt
-            else "upgrade to JetPack 6.1 or newer"
-        )
-        raise DependencyError(
-            f"dialect {dialect} needs TensorRT >= {needed[0]}.{needed[1]}, found {version}; "
-            f"{advice}"
-        )
-    if kv_read == "lengths" and found < _LENGTHS_SINCE:
-        raise DependencyError(
-            f"--kv-read lengths needs TensorRT >= 11.0, found {version}; leave it out"
-        )
-
-
-def check_own_kernels(flavour: Flavour, version: str, compute_capability: str) -> None:
-    """Check that a TensorRT takes own kernels, and that a GPU runs them.
-
-    The oldest TensorRT is the oldest whose bindings our plugin is held against
-    (`scripts/trt-bindings`).
-
-    Raises:
-        DependencyError: it does not.
-    """
-    instead = "build with --kernels tensorrt"
-    if flavour == "tensorrt-rtx":
-        raise DependencyError(
-            f"own kernels are plugins, and TensorRT for RTX {version} has none; {instead}, or with "
-            f"TensorRT: {where_tensorrt_is_from('tensorrt')}"
-        )
-    needed = io_spec.DIALECTS["portable"].min_tensorrt
-    if parse_release(version) < needed:
-        raise DependencyError(
-            f"own kernels need TensorRT >= {needed[0]}.{needed[1]}, found {version}; {instead}, or "
-            "upgrade to JetPack 6.1 or newer"
-        )
-    major, minor = map(int, compute_capability.split("."))
-    if (major, minor) < _OWN_KERNELS_SINCE:
-        raise DependencyError(
-            f"own kernels need a GPU of compute capability 8.0 or newer, this one has "
-            f"{compute_capability}; {instead}"
-        )
 
 
 def plugins_of(rt: TensorRT) -> Plugins:
@@ -246,7 +169,7 @@ def register_own_kernels(rt: TensorRT) -> int:
 
 def has_lengths(rt: TensorRT) -> bool:
     """Whether its attention takes each sequence's length."""
-    return rt.flavour == "tensorrt-rtx" or rt.release >= _LENGTHS_SINCE
+    return rt.flavour == "tensorrt-rtx" or rt.release >= LENGTHS_SINCE
 
 
 class Compiler:
@@ -295,7 +218,7 @@ class Compiler:
             if not parser.parse(graph, str(path)):
                 self._raise_own_failure()
                 problems = [parser.get_error(i) for i in range(parser.num_errors)]
-                raise BuildError(self._explain(problems, path), _parser_cause(problems))
+                raise BuildError(self._explain(problems, path), parser_cause(problems))
             if kv_read == "lengths":
                 self._attend_by_lengths()
             for each in self._attentions().values():
@@ -362,8 +285,8 @@ class Compiler:
                 reason = self._listener.last_error
                 raise BuildError(
                     f"TensorRT {self.rt.version} failed to build the engine: {reason}; "
-                    f"{_build_advice(reason, workspace_bytes)}",
-                    _builder_cause(reason),
+                    f"{build_advice(reason, workspace_bytes)}",
+                    builder_cause(reason),
                 )
             written = None
             if self.rt.keeps_timings:
@@ -512,7 +435,7 @@ class Compiler:
         where = f"node {name!r}, operator {operator}" if operator else "the file as a whole"
         return (
             f"TensorRT {self.rt.version} cannot parse {path}: {where}: {first.desc()}{more}; "
-            f"{_advice(operator)}"
+            f"{parser_advice(operator)}"
         )
 
 
@@ -558,39 +481,6 @@ def inspect_plan(rt: TensorRT, plan: Path, num_profiles: int) -> list[str]:
             inspector.execution_context = context
             texts.append(str(inspector.get_engine_information(form)))
         return texts
-
-
-def _parser_cause(problems: list[Any]) -> str:
-    """The check that failed first: operator, error code, and the line of the parser's source."""
-    if not problems:
-        return ""
-    first = problems[0]
-    code = getattr(first.code(), "name", first.code())
-    return f"{first.node_operator()} {code} {first.file()}:{first.line()}"
-
-
-def _builder_cause(error: str) -> str:
-    """A message of the builder without names, numbers and lists of nodes."""
-    return re.sub(r"\{.*\}|\[.*?\]|'[^']*'|\"[^\"]*\"|\d+", "", error).strip()
-
-
-def _build_advice(error: str, workspace_bytes: int) -> str:
-    asked = re.search(r"Requested size was (\d+) bytes", error)
-    if asked and int(asked[1]) > workspace_bytes:
-        # The workspace is short, not the machine's memory: INT8 weights may be unpacked into it.
-        return f"give --workspace {(int(asked[1]) >> 20) + 1}M or more"
-    return (
-        "the build log has more. If it ran out of memory, give a smaller --max-batch, "
-        "--max-prefill or --workspace"
-    )
-
-
-def _advice(operator: str) -> str:
-    if operator in ("Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"):
-        return "this operator needs TensorRT >= 10.15: export with --dialect portable"
-    if not operator:
-        return "export the bundle again"
-    return "export the bundle again with this edge-llm, or with the other --dialect"
 
 
 def _tensor(tensor: Any) -> TensorView | None:

@@ -20,7 +20,7 @@ from edge.bundle.engine_file import EngineInfo, Kernels, KvRead, RefusedRung, Sc
 from edge.bundle.schemes import SCHEMES
 from edge.errors import BuildError
 
-from . import compat
+from . import compat, support
 from .build_plan import BuildPlan, plan_build
 from .compat import TensorRT
 from .config import KERNELS, KV_READS, AttentionChoice
@@ -74,7 +74,7 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
         for read in reads
     ]
     for rung in rungs:
-        compat.check_support(rt.flavour, rt.version, manifest.dialect, rung.kv_read)
+        support.check_support(rt.flavour, rt.version, manifest.dialect, rung.kv_read)
     return rungs
 
 

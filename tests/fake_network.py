@@ -16,10 +16,10 @@ import numpy as np
 from edge.bundle.engine_file import Flavour
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attribute
 from edge.bundle.onnx_values import read_constant
-from engines.compat import parse_release
 from engines.rules.check import Finding
 from engines.rules.facts import GraphFacts
 from engines.rules.table import Version, version_of
+from engines.support import parse_release
 from tests.fake_cuda import RuleError
 
 Release = tuple[int, int]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from edge.errors import ConfigError, DependencyError
-from engines import compat
+from engines import compat, support
+from engines.advice import build_advice
 from engines.progress import PhaseTree
 
 
@@ -22,7 +23,7 @@ from engines.progress import PhaseTree
 )
 def test_too_old_for_the_graph(version: str, dialect: Any, kv_read: Any, words: str) -> None:
     with pytest.raises(DependencyError, match=words):
-        compat.check_support("tensorrt", version, dialect, kv_read)
+        support.check_support("tensorrt", version, dialect, kv_read)
 
 
 @pytest.mark.parametrize(
@@ -35,13 +36,13 @@ def test_too_old_for_the_graph(version: str, dialect: Any, kv_read: Any, words: 
     ],
 )
 def test_recent_enough(flavour: Any, version: str, dialect: Any, kv_read: Any) -> None:
-    compat.check_support(flavour, version, dialect, kv_read)
+    support.check_support(flavour, version, dialect, kv_read)
 
 
 def test_a_version_is_two_numbers_at_least() -> None:
-    assert compat.parse_release("10.16.2.10") == (10, 16)
+    assert support.parse_release("10.16.2.10") == (10, 16)
     with pytest.raises(ConfigError, match="'newest'"):
-        compat.parse_release("newest")
+        support.parse_release("newest")
 
 
 def test_a_missing_tensorrt_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,5 +98,5 @@ def test_phases_add_up_and_never_go_back() -> None:
 
 def test_a_workspace_that_is_too_small_is_told_from_a_full_machine() -> None:
     error = "Error Code 2: OutOfMemory (Requested size was 2650107904 bytes.)"
-    assert compat._build_advice(error, 1 << 30) == "give --workspace 2528M or more"
-    assert "smaller" in compat._build_advice(error, 4 << 30)
+    assert build_advice(error, 1 << 30) == "give --workspace 2528M or more"
+    assert "smaller" in build_advice(error, 4 << 30)

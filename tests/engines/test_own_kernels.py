@@ -19,7 +19,7 @@ from edge.bundle.engine_file import find_engines, read_engine_info, rebuild_comm
 from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
 from edge.errors import BuildError, ConfigError, DependencyError, IntegrityError
-from engines import builder, compat, tune
+from engines import builder, compat, support, tune
 from engines.audit import audit_network
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder import Target, build_engine, compile_bundle
@@ -154,7 +154,7 @@ def test_asked_for_by_name_they_are_not_left_out(
     config = BuildConfig(bundle, max_prefill=32, kernels="own", tune=True)
     rung = plan_build(config, read_manifest(bundle))
     old = target_of(gpu, "10.2.0.19")
-    monkeypatch.setattr(compat, "check_support", lambda *_: None)
+    monkeypatch.setattr(support, "check_support", lambda *_: None)
     with pytest.raises(DependencyError, match=r"TensorRT >= 10\.3"):
         tune.compile_fastest(rung, old)
     with pytest.raises(DependencyError, match=r"TensorRT >= 10\.3"):
@@ -389,14 +389,14 @@ def test_a_machine_without_own_kernels(
     flavour: Any, version: str, compute_capability: str, reason: str
 ) -> None:
     with pytest.raises(DependencyError, match=reason):
-        compat.check_own_kernels(flavour, version, compute_capability)
+        support.check_own_kernels(flavour, version, compute_capability)
 
 
 def test_a_machine_with_own_kernels() -> None:
     for compute_capability in ("8.0", "8.7", "11.0", "12.1"):
-        compat.check_own_kernels("tensorrt", "10.3.0", compute_capability)
-        compat.check_own_kernels("tensorrt", "10.13.3", compute_capability)
-        compat.check_own_kernels("tensorrt", "11.4.0", compute_capability)
+        support.check_own_kernels("tensorrt", "10.3.0", compute_capability)
+        support.check_own_kernels("tensorrt", "10.13.3", compute_capability)
+        support.check_own_kernels("tensorrt", "11.4.0", compute_capability)
 
 
 def test_the_rungs_of_auto(bundle: Path, gpu: FakeGpu) -> None:
