@@ -13,7 +13,8 @@ from typing import Any
 
 from edge.errors import BundleError, CheckpointError
 
-from .manifest import Architecture, ModelSpec, RopeSpec, Task, check_ranges
+from .manifest import Architecture, ModelSpec, RopeSpec, Task
+from .manifest_checks import check_ranges
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": "qwen2",

@@ -1,0 +1,115 @@
+"""Refuses numbers that no manifest may have, or not together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edge.errors import BundleError
+
+if TYPE_CHECKING:
+    from .manifest import DraftHead, Manifest, ModelSpec
+
+
+def check_ranges(spec: ModelSpec, where: str) -> None:
+    """Refuse dimensions that no manifest may have.
+
+    Raises:
+        BundleError: one is out of its range; it is named.
+    """
+    try:
+        msgspec.json.decode(msgspec.json.encode(spec), type=type(spec))
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{where}: {error}") from error
+
+
+def check_fit(manifest: Manifest, where: str) -> None:
+    """Refuse numbers that are in range and contradict each other.
+
+    Raises:
+        BundleError: they do; what is wrong is named.
+    """
+    model, rope = manifest.model, manifest.model.rope
+    ids = [*manifest.tokens.eos, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
+    wrong = [] if manifest.head is None else _head_faults(manifest.head, model)
+    wrong += [
+        text
+        for is_wrong, text in (
+            (model.num_heads % model.num_kv_heads, "num_heads is no multiple of num_kv_heads"),
+            (model.head_dim % 2, "head_dim is odd"),
+            (manifest.kv_capacity > manifest.rope_positions, "kv_capacity exceeds rope_positions"),
+            (max(ids) >= model.vocab_size, "the id of bos or eos exceeds vocab_size"),
+            (
+                rope.kind in ("llama3", "yarn") and not rope.original_max_positions,
+                f"rope of kind {rope.kind} has no original_max_positions",
+            ),
+            (
+                rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor,
+                "rope's low_freq_factor is not below its high_freq_factor",
+            ),
+            *_task_faults(manifest),
+            (
+                manifest.kv_cache is not None
+                and len(manifest.kv_cache.score_errors) != model.num_layers,
+                "kv_cache has not one of score_errors for each layer",
+            ),
+            (
+                manifest.kv_cache is not None
+                and not set(manifest.kv_cache.float_layers) < set(range(model.num_layers)),
+                "kv_cache leaves no layer in 8 bits, or names one that is not there",
+            ),
+        )
+        if is_wrong
+    ]
+    if wrong:
+        raise BundleError(
+            f"{where} contradicts itself: {'; '.join(wrong)}; export the bundle again"
+        )
+
+
+def _task_faults(manifest: Manifest) -> list[tuple[bool, str]]:
+    """What of a model's task contradicts the rest, and whether it does."""
+    task, embedding, reranking = manifest.model.task, manifest.embedding, manifest.reranking
+    ids = () if embedding is None else embedding.append
+    if reranking is not None:
+        ids = (reranking.yes, reranking.no)
+    least = 1 if embedding is None else embedding.least_dimensions or 1
+    default = None if embedding is None else embedding.default_prompt
+    return [
+        ((embedding is not None) != (task == "embed"), "embedding does not fit the task"),
+        ((reranking is not None) != (task == "rerank"), "reranking does not fit the task"),
+        (task != "generate" and manifest.head is not None, "only what generates has a head"),
+        (any(id_ >= manifest.model.vocab_size for id_ in ids), "an id of its task is no token"),
+        (least > manifest.model.hidden_size, "least_dimensions exceeds hidden_size"),
+        (
+            default is not None and embedding is not None and default not in embedding.prompts,
+            "default_prompt is none of the prompts",
+        ),
+    ]
+
+
+def _head_faults(head: DraftHead, model: ModelSpec) -> list[str]:
+    """What of a head contradicts itself or its model."""
+    own = head.model
+    return [
+        f"the head {text}"
+        for is_wrong, text in (
+            (own.num_layers != 1, f"has {own.num_layers} layers"),
+            (own.hidden_size != model.hidden_size, "has another hidden_size than the model"),
+            (own.num_heads % own.num_kv_heads or own.head_dim % 2, "has heads that do not fit"),
+            (own.vocab_size > model.vocab_size, "has more tokens than the model"),
+            (
+                head.vocabulary is None and own.vocab_size != model.vocab_size,
+                "guesses some tokens and does not say which",
+            ),
+            (max(head.layers) > model.num_layers, "reads a layer that the model does not have"),
+        )
+        if is_wrong
+    ]
+
+
+def head_files(head: DraftHead) -> list[str]:
+    """Names of a head's files."""
+    named = [] if head.vocabulary is None else [head.vocabulary]
+    return [head.graphs.decoder, head.graphs.cpu, *named]
