@@ -28,8 +28,9 @@ sys.path.insert(0, str(ROOT))
 from edge.backends.best import BestLogits  # noqa: E402
 from edge.bundle.io_spec import sum_error  # noqa: E402
 from edge.bundle.manifest import SamplingDefaults, read_manifest  # noqa: E402
-from edge.runtime.sampling import Logits, Sampler  # noqa: E402
+from edge.runtime.sampling import Sampler  # noqa: E402
 from edge.runtime.sampling_params import SamplingParams  # noqa: E402
+from edge.runtime.sampling_reference import Logits  # noqa: E402
 
 PLACES = 4  # rows per answer
 

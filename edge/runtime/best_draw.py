@@ -48,7 +48,7 @@ def rest_mass(best: BestLogits, top: float, temperature: float) -> float:
     Args:
         best: as the engine gave it.
         top: the logit whose mass counts as 1.
-        temperature: at least `sampling.GREEDY_TEMPERATURE`.
+        temperature: at least `sampling_reference.GREEDY_TEMPERATURE`.
     """
     others, bound = best.vocab_size - len(best.ids), float(best.values[-1])
     if not others or bound == -math.inf:

@@ -1,19 +1,6 @@
 """Chooses one token from one row of logits.
 
-The distribution is defined by `final_probabilities`, a plain full sort, and `Sampler` draws from
-exactly that distribution without sorting. In order:
-
-1. Repetition penalty, presence and frequency penalty, logit bias, mask.
-2. Temperature: ``x = (logits - max(logits)) / temperature`` in float32, so that ``exp(x)`` is a
-   token's probability relative to the best one. Tokens are ranked by ``x``; equal ones by lower id.
-3. Top-k keeps the first k tokens of that ranking.
-4. Top-p keeps the tokens that have less than ``top_p`` of the mass before them, where the mass is
-   that of what top-k kept, and the first token always.
-5. Min-p keeps the tokens that are at least ``min_p`` times as probable as the best one.
-6. What is left is renormalised.
-
-This is the order of the warpers of Hugging Face ``generate``, which differs in one point: its top-k
-keeps every token that ties with the k-th, and its ranking of equal tokens is left to the sort.
+`Sampler` draws from exactly the distribution that `sampling_reference` defines, without sorting.
 """
 
 from __future__ import annotations
@@ -29,22 +16,34 @@ from numpy.typing import NDArray
 
 from edge.backends.best import BestLogits
 from edge.bundle.manifest import SamplingDefaults
-from edge.errors import BackendError, NonFiniteError, RequestError
+from edge.errors import BackendError
 
 from . import best_draw
-from .sampling_params import DEFAULTED, SamplingParams
-
-Logits = NDArray[np.float32]
-Mask = NDArray[np.bool_]
-Ids = NDArray[np.int64]
-
-GREEDY_TEMPERATURE = 1e-5  # below it float32 cannot hold the scaled logits; it counts as 0
+from .sampling_params import SamplingParams
+from .sampling_reference import (
+    DROPPED,
+    Ids,
+    Logits,
+    Mask,
+    apply_logit_bias,
+    apply_presence_frequency,
+    apply_repetition_penalty,
+    best_token,
+    check_best,
+    check_ids,
+    is_greedy,
+    keep_top_p,
+    kept_probabilities,
+    knobs_of,
+    min_p_floor,
+    ranking,
+    scale,
+)
 
 _BLOCK = 256  # tokens per block of the two-level inverse CDF
 _GROUP = 128  # tokens per group of the top-k filter, at most
 _DRAWS = 16  # random numbers per token: attempts, and one for the full sort that follows them
 _ROUNDING = 2e-5  # bound on the relative error of a block sum: 256 roundings to float32
-_DROPPED = np.float32(-np.inf)
 
 
 class SampledToken(NamedTuple):
@@ -61,156 +60,6 @@ class SampledToken(NamedTuple):
     id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] | None = None
-
-
-def apply_repetition_penalty(logits: Logits, seen_ids: Ids, penalty: float) -> None:
-    """Divide positive and multiply negative logits of seen tokens by ``penalty``, in place.
-
-    CTRL (arXiv 1909.05858, section 4.1) divides; that rewards a negative logit, so this is the form
-    of Hugging Face's ``RepetitionPenaltyLogitsProcessor``.
-
-    Args:
-        logits: ``[vocab]``.
-        seen_ids: tokens of the prompt and the answer; repeats make no difference.
-        penalty: greater than 0; 1 changes nothing.
-    """
-    seen = logits[seen_ids]
-    logits[seen_ids] = np.where(seen > 0, seen / penalty, seen * penalty)
-
-
-def apply_presence_frequency(
-    logits: Logits,
-    ids: Ids,
-    counts: NDArray[np.integer],
-    presence_penalty: float,
-    frequency_penalty: float,
-) -> None:
-    """Subtract ``presence + count * frequency`` from generated tokens, in place.
-
-    The formula of the OpenAI API reference ("Frequency and presence penalties").
-
-    Args:
-        logits: ``[vocab]``.
-        ids: the distinct tokens of the answer so far.
-        counts: how often each of ``ids`` was generated, at least once.
-        presence_penalty: subtracted once.
-        frequency_penalty: subtracted per occurrence.
-    """
-    logits[ids] -= (presence_penalty + frequency_penalty * counts).astype(np.float32)
-
-
-def apply_logit_bias(logits: Logits, bias: Mapping[int, float]) -> None:
-    """Add ``bias`` to the logits of its token ids, in place (``logit_bias`` of the OpenAI API)."""
-    for token_id, value in bias.items():
-        logits[token_id] += value
-
-
-def scale(logits: Logits, temperature: float, out: Logits | None = None) -> Logits:
-    """Divide by the temperature and shift so that the greatest value is exactly 0.
-
-    Args:
-        logits: ``[vocab]``, left as they are unless they are ``out``.
-        temperature: at least `GREEDY_TEMPERATURE`.
-        out: where to write; a new array by default.
-
-    Raises:
-        BackendError: a logit is NaN or +inf, or all are -inf.
-    """
-    best = logits.max()
-    _check_best(best)
-    x: Logits = np.subtract(logits, best, out=out)
-    x *= np.float32(1.0 / temperature)
-    return x
-
-
-def keep_top_k(logits: Logits, k: int) -> Mask:
-    """Mark the ``k`` greatest logits; of equal ones, those with the lower ids.
-
-    Args:
-        logits: ``[vocab]``; -inf marks a token that was dropped before.
-        k: 0 keeps all.
-    """
-    kept = np.ones(logits.size, bool)
-    if k:
-        kept[_ranking(logits)[k:]] = False
-    return kept
-
-
-def keep_top_p(logits: Logits, top_p: float) -> Mask:
-    """Mark the tokens of the nucleus: each has less than ``top_p`` of the mass before it.
-
-    The smallest set of the most probable tokens with a mass of at least ``top_p`` (nucleus
-    sampling, arXiv 1904.09751, section 3.1), and never empty.
-
-    Args:
-        logits: ``[vocab]``; -inf marks a token that was dropped before and counts for nothing.
-        top_p: 1 keeps all, 0 keeps the first token of the ranking.
-    """
-    if top_p >= 1:
-        return np.ones(logits.size, bool)
-    order = _ranking(logits)
-    until = np.cumsum(np.exp(logits - logits.max())[order], dtype=np.float64)
-    kept = np.zeros(logits.size, bool)
-    kept[order[0]] = True
-    kept[order[1:]] = until[:-1] < top_p * until[-1]
-    return kept
-
-
-def keep_min_p(logits: Logits, min_p: float) -> Mask:
-    """Mark the tokens at least ``min_p`` times as probable as the best one (arXiv 2407.01082).
-
-    Args:
-        logits: ``[vocab]``.
-        min_p: 0 keeps all; 1 keeps the best one and its equals.
-    """
-    kept: Mask = logits - logits.max() >= _log(min_p)
-    return kept
-
-
-def final_probabilities(
-    logits: Logits,
-    params: SamplingParams,
-    *,
-    prompt_ids: Sequence[int] | Ids = (),
-    generated_ids: Sequence[int] | Ids = (),
-    mask: Logits | None = None,
-) -> NDArray[np.float64]:
-    """Compute the distribution that a token is drawn from: the definition of what `Sampler` does.
-
-    Args:
-        logits: float32 ``[vocab]``, left as they are.
-        params: resolved parameters.
-        prompt_ids: the prompt; only the repetition penalty looks at it.
-        generated_ids: the answer so far.
-        mask: float32 ``[vocab]``, added to the logits: 0, or -inf to forbid a token.
-
-    Returns:
-        Float64 ``[vocab]``, sums to 1.
-
-    Raises:
-        BackendError: a logit is NaN or +inf, or all are -inf.
-        RequestError: the parameters are not resolved, or an id is outside the vocabulary.
-    """
-    knobs = _knobs(params)
-    prompt = _check_ids("the prompt", prompt_ids, logits.size)
-    generated = _check_ids("the answer", generated_ids, logits.size)
-    _check_ids("logit_bias", tuple(params.logit_bias), logits.size)
-    with np.errstate(over="ignore", invalid="ignore"):
-        logits = logits.copy()
-        seen = np.concatenate((prompt, generated))
-        apply_repetition_penalty(logits, seen, knobs.repetition_penalty)
-        ids, counts = np.unique(generated, return_counts=True)
-        apply_presence_frequency(
-            logits, ids, counts, params.presence_penalty, params.frequency_penalty
-        )
-        apply_logit_bias(logits, params.logit_bias)
-        if mask is not None:
-            logits += mask
-        if _is_greedy(knobs):
-            probabilities = np.zeros(logits.size)
-            probabilities[_argmax(logits)] = 1.0
-            return probabilities
-        return _probabilities(scale(logits, knobs.temperature), knobs)
 
 
 class Sampler:
@@ -247,9 +96,9 @@ class Sampler:
             RequestError: the parameters are not resolved, or an id is outside the vocabulary.
         """
         self.params = params
-        self._knobs = _knobs(params)
-        self._greedy = _is_greedy(self._knobs)
-        _check_ids("logit_bias", tuple(params.logit_bias), vocab_size)
+        self._knobs = knobs_of(params)
+        self._greedy = is_greedy(self._knobs)
+        check_ids("logit_bias", tuple(params.logit_bias), vocab_size)
         # 53 bits: a seed that is reported survives JSON readers that know only doubles.
         self.seed = secrets.randbits(53) if params.seed is None else params.seed
         self._rng = np.random.Generator(np.random.PCG64(self.seed))
@@ -259,7 +108,7 @@ class Sampler:
         self._counts = np.zeros(vocab_size, np.int32)  # of generated tokens
         self._generated = _DistinctIds(vocab_size)
         self._seen = _DistinctIds(vocab_size)
-        for token_id in np.unique(_check_ids("the prompt", prompt_ids, vocab_size)).tolist():
+        for token_id in np.unique(check_ids("the prompt", prompt_ids, vocab_size)).tolist():
             self._seen.add(token_id)
 
         self._penalizes = bool(params.presence_penalty or params.frequency_penalty)
@@ -284,7 +133,7 @@ class Sampler:
         Raises:
             RequestError: the id is outside the vocabulary.
         """
-        _check_ids("the answer", (token_id,), self._counts.size)
+        check_ids("the answer", (token_id,), self._counts.size)
         self._count(token_id)
 
     def guess(self, logits: Logits) -> tuple[int, float]:
@@ -307,7 +156,7 @@ class Sampler:
         with np.errstate(over="ignore", invalid="ignore"):
             adjusted = self._adjust(logits, None)
             if self._greedy:
-                token_id = _argmax(adjusted)
+                token_id = best_token(adjusted)
                 scale(adjusted, 1.0, out=self._x)
             else:
                 token_id = self._draw(adjusted, self._uniforms(len(self._guessed)))
@@ -352,7 +201,7 @@ class Sampler:
         with np.errstate(over="ignore", invalid="ignore"):
             adjusted = self._adjust(logits, mask)
             if self._greedy:
-                token_id = _argmax(adjusted)
+                token_id = best_token(adjusted)
             else:
                 uniforms = self._uniforms(0)
                 self._ahead.popleft()
@@ -381,7 +230,7 @@ class Sampler:
             self._adjust_some(values, ids, mask)
         top, bound = values.max(), best.values[-1]
         if ids.size == best.vocab_size:
-            bound = _DROPPED  # there are no others
+            bound = DROPPED  # there are no others
         # One of the others may be as good, with a lower id. And what is wrong, the row says.
         if not (math.isfinite(best.rest) and bound < top < math.inf):
             return None
@@ -396,7 +245,7 @@ class Sampler:
             places = _top_ids(x, knobs.top_k)
             return int(ids[places[self._draw_place(x[places], knobs, uniforms)]])
         rest = best_draw.rest_mass(best, float(top), knobs.temperature)
-        floor = _log(knobs.min_p)
+        floor = min_p_floor(knobs.min_p)
         place = best_draw.draw(x, bound, rest, knobs.top_p, floor, uniforms[:-1])
         return None if place is None else int(ids[place])
 
@@ -484,7 +333,7 @@ class Sampler:
         weights = np.exp(x, out=self._weights[: x.size])
         spare = self._spare[: x.size]
         before = self._before[: x.size]
-        floor = _log(knobs.min_p)
+        floor = min_p_floor(knobs.min_p)
         sums = _running_sums(weights)
         total = float(sums[-1])
         # A token heavier than this is in the nucleus wherever it ranks.
@@ -503,20 +352,20 @@ class Sampler:
             if not improbable and _in_nucleus(x, place, float(sums[-1]), total, knobs.top_p):
                 return place
             weights, spare = fewer, weights
-        until = np.cumsum(_probabilities(x, knobs))
+        until = np.cumsum(kept_probabilities(x, knobs))
         return _first_above(until, uniforms[-1] * float(until[-1]))
 
     def _with_logprobs(self, token_id: int, logits: Logits, num_top: int) -> SampledToken:
         # Not `figures.log_softmax`: per token of every answer, so in float32 and in place.
         best = logits.max()
-        _check_best(best)
+        check_best(best)
         shifted = np.subtract(logits, best, out=self._spare)
         total = _running_sums(np.exp(shifted, out=self._weights))[-1]
         log_total = float(best) + math.log(total)
         top: list[int] = []
         if num_top:
             ids = _top_ids(logits, num_top)
-            top = ids[_ranking(logits[ids])].tolist()
+            top = ids[ranking(logits[ids])].tolist()
         return SampledToken(
             token_id,
             float(logits[token_id]) - log_total,
@@ -563,33 +412,18 @@ class _DistinctIds:
         self._is_in[self._ids[self._size]] = False
 
 
-def _probabilities(x: Logits, knobs: SamplingDefaults) -> NDArray[np.float64]:
-    """Steps 3 to 6 of the module's docstring, by full sort."""
-    x = np.where(keep_top_k(x, knobs.top_k), x, _DROPPED)
-    x = np.where(keep_top_p(x, knobs.top_p), x, _DROPPED)
-    x = np.where(keep_min_p(x, knobs.min_p), x, _DROPPED)
-    weights = np.exp(x).astype(np.float64)
-    return weights / float(weights.sum())
-
-
-def _ranking(logits: Logits) -> Ids:
-    """Token ids from the greatest logit to the least, of equal ones the lower id first."""
-    order: Ids = np.argsort(-logits, kind="stable")
-    return order
-
-
 def _top_ids(logits: Logits, k: int) -> Ids:
     """The tokens of `keep_top_k` in ascending order, without those that are -inf; no full sort."""
     # At least k logits are not below the k-th greatest of the groups' maxima, and few more. A
     # group is a column, because maxima across rows are what SIMD does best.
     group = min(_GROUP, logits.size // (4 * k))
-    bound = _DROPPED
+    bound = DROPPED
     if group > 1:
         num_groups = logits.size // group
         maxima = logits[: num_groups * group].reshape(group, num_groups).max(axis=0)
         bound = np.partition(maxima, num_groups - k)[num_groups - k]
     # The row of a grammar's mask may hold fewer than k tokens.
-    ids: Ids = np.flatnonzero(logits >= bound if bound > _DROPPED else logits > bound)
+    ids: Ids = np.flatnonzero(logits >= bound if bound > DROPPED else logits > bound)
     if ids.size <= k:
         return ids
     values = logits[ids]
@@ -651,61 +485,3 @@ def is_sound(logits: Logits | BestLogits) -> bool:
             return True
         logits = logits.row()
     return not math.isnan(logits[0])
-
-
-def _argmax(logits: Logits) -> int:
-    token_id = int(logits.argmax())  # the first of equal ones; of a row with NaN, the NaN
-    _check_best(logits[token_id])
-    return token_id
-
-
-def _check_best(best: np.float32) -> None:
-    """Refuse a row by its greatest logit: NaN and +inf win every maximum."""
-    if np.isfinite(best):
-        return
-    if best == _DROPPED:
-        raise BackendError(
-            "no token is left to choose from: every logit is -inf; if a mask is in use, it forbids "
-            "the whole vocabulary, otherwise check the model with: edge-llm eval"
-        )
-    raise non_finite(best)
-
-
-def non_finite(best: float | np.float32) -> NonFiniteError:
-    """The error of a row whose greatest logit is NaN or +inf."""
-    return NonFiniteError(
-        f"the model produced non-finite logits ({best}); an activation has probably overflowed "
-        "its 16-bit type, so export a bfloat16 bundle or check this one with: edge-llm eval"
-    )
-
-
-def _log(min_p: float) -> np.float32:
-    floor: np.float32 = np.float32(math.log(min_p) if min_p > 0 else -math.inf)
-    return floor
-
-
-def _is_greedy(knobs: SamplingDefaults) -> bool:
-    return knobs.temperature < GREEDY_TEMPERATURE or knobs.top_k == 1 or knobs.top_p == 0
-
-
-def _knobs(params: SamplingParams) -> SamplingDefaults:
-    """The knobs, none of which is None."""
-    values = {name: getattr(params, name) for name in DEFAULTED}
-    missing = [name for name, value in values.items() if value is None]
-    if missing:
-        raise RequestError(
-            f"the sampling parameters leave {', '.join(missing)} open; "
-            "fill them from the bundle with SamplingParams.resolve(manifest.sampling)"
-        )
-    return SamplingDefaults(**values)
-
-
-def _check_ids(what: str, token_ids: Sequence[int] | Ids, vocab_size: int) -> Ids:
-    ids = np.asarray(token_ids, dtype=np.int64)
-    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
-        raise RequestError(
-            f"{what} has the token id {wrong}, the model's vocabulary ends at {vocab_size - 1}; "
-            "use the ids of the bundle's own tokenizer"
-        )
-    return ids

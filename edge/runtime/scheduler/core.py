@@ -28,7 +28,8 @@ from edge.engine_config import EngineConfig
 from edge.errors import BackendError, DeadlineError, EdgeError, ResourceError
 from edge.runtime.generation import PromptProgress
 from edge.runtime.kv_cache import Placement, Slot, SlotPool
-from edge.runtime.sampling import SampledToken, Sampler, is_sound, non_finite
+from edge.runtime.sampling import SampledToken, Sampler, is_sound
+from edge.runtime.sampling_reference import non_finite
 
 from .drafting import Drafting
 from .policy import DecodeRun, Policy

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from edge.backends.best import BestLogits
 from edge.errors import BackendError
 from edge.runtime.best_draw import rest_mass
-from edge.runtime.sampling import Logits, Sampler
+from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
+from edge.runtime.sampling_reference import Logits
 from scripts.best_logits import best_of, compare
 from tests.edge.runtime.test_sampling import aim, knobs, params, row, rows
 

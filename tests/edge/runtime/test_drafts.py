@@ -20,8 +20,9 @@ from edge.bundle.manifest import SamplingDefaults
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.runtime.drafts import NgramDrafter, NgramIndex
-from edge.runtime.sampling import Sampler, final_probabilities
+from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
+from edge.runtime.sampling_reference import final_probabilities
 from edge.runtime.scheduler.core import EngineCore
 from edge.runtime.scheduler.request import Constraint, DraftContext, Drafter, Request
 from edge.runtime.scheduler.sequence import SequenceState

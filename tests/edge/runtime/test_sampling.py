@@ -18,6 +18,9 @@ from edge.runtime.sampling import (
     _mark_before,
     _running_sums,
     _top_ids,
+)
+from edge.runtime.sampling_params import KNOBS, SamplingParams
+from edge.runtime.sampling_reference import (
     apply_logit_bias,
     apply_presence_frequency,
     apply_repetition_penalty,
@@ -27,7 +30,6 @@ from edge.runtime.sampling import (
     keep_top_p,
     scale,
 )
-from edge.runtime.sampling_params import KNOBS, SamplingParams
 
 DEFAULTS = SamplingDefaults()
 INF = math.inf
