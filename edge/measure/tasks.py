@@ -60,6 +60,10 @@ _POWER = re.compile(
     r"10\^(?:(-?\d{1,3})(?!\d)|\{(-?\d{1,3})\})"
 )
 _STEP = re.compile(r"\d+[.:)]\s+\S")  # the number of a heading
+# What may stand before an answer's number: signs, currencies, "The final answer is".
+_LEAD = re.compile(
+    r"(?:[^\w]|(?:the|final|answer|result|total|is|about|rs|us|usd|eur)\b)*", re.IGNORECASE
+)
 _SPACED_MINUS = re.compile(r"(?<![\w)\s])\s*-\s+(?=[\d.])")
 _NEXT_QUESTION = "\nQuestion:"
 _INSTRUCTION = "\nPut your final answer, a number, within \\boxed{}."
@@ -202,16 +206,19 @@ def parse_number(text: str) -> Fraction | None:
 def find_number(text: str) -> str | None:
     r"""Find an answer's final number: in the last ``\boxed{}``, after ``####``, or the last one.
 
-    Markdown's headings begin with ``####``, too: only a number right after it counts.
+    Markdown's headings begin with ``####``, too: only a number right after it counts, or one that
+    is called the answer; where there are several, no number of a heading either.
     """
     start = text.rfind("\\boxed{")
     if start >= 0:
         inner = _braced(text[start + len("\\boxed{") :])
         return inner if parse_number(inner) is not None else None
-    for tail in reversed(text.split("####")[1:]):
+    tails = text.split("####")[1:]
+    for tail in reversed(tails):
         line = tail.strip().split("\n", 1)[0]
-        plain = _without_latex(line).lstrip("*$\\+- ")
-        if _NUMBER.match(plain) and not _STEP.match(plain) and parse_number(line) is not None:
+        plain = _LEAD.sub("", _without_latex(line), count=1)
+        is_step = len(tails) > 1 and _STEP.match(plain)
+        if _NUMBER.match(plain) and not is_step and parse_number(line) is not None:
             return line
     numbers: list[str] = _NUMBER.findall(_without_latex(text))
     return numbers[-1] if numbers else None

@@ -30,6 +30,10 @@ class LoadingError(BackendError):
     """The service has not opened the bundle yet: it was started a moment ago."""
 
 
+class UnknownModelError(ConfigError):
+    """The service has other models only."""
+
+
 @dataclass(frozen=True)
 class Sight:
     """The service at a moment.
@@ -69,7 +73,8 @@ class Service:
         """Ask for its state.
 
         Raises:
-            ConfigError: it refuses the key, does not serve the model, or is an older edge-llm.
+            ConfigError: it refuses the key, or is an older edge-llm.
+            UnknownModelError: it does not serve the model.
             LoadingError: it opens its bundles.
             BackendError: it does not answer.
         """
@@ -89,7 +94,9 @@ class Service:
                 self._model = self._server.model = name
             model = models.get(name)
             if model is None:
-                raise ConfigError(f"the service has no model {name!r}, only {', '.join(models)}")
+                raise UnknownModelError(
+                    f"the service has no model {name!r}, only {', '.join(models)}"
+                )
             requests: dict[str, int] = stats["requests"]
             drift: dict[str, Any] = stats["drift"]["params"]
             self._was_open = True

@@ -44,7 +44,7 @@ from edge.registry.reference import Reference
 
 from .guard import guarded
 from .journal import Journal, Place, Step, reload_service, take_back
-from .service import LoadingError, Service, Sight
+from .service import LoadingError, Service, Sight, UnknownModelError
 
 SWITCH_TIMEOUT_S = 900.0
 """Seconds for which the service may open a bundle of 8B."""
@@ -197,12 +197,17 @@ class _Run:
             self.plan.service.look()
         except LoadingError:
             raise
+        except UnknownModelError as error:
+            self.notes.append(f"{error}; name {link} in its settings and restart it")
+            return
         except BackendError:
             return
+        first = link.with_name(f"{link.name}-first")
+        move = "" if first.exists() else f"mv -T BUNDLE {first} && "
         raise ConfigError(
             f"the service's settings do not name {link}: it serves a bundle, and that link does "
-            f"not exist yet; let it lead to that bundle: mv BUNDLE {link}-first && ln -s "
-            f"{link.name}-first {link}, then name {link} in the settings and restart the service"
+            f"not exist yet; let it lead to that bundle: {move}ln -s {first.name} {link}, then "
+            f"name {link} in the settings and restart the service"
         )
 
     def _check_size(self, manifest: Manifest) -> None:

@@ -648,6 +648,14 @@ def test_the_first_bundle_of_a_device_needs_no_service(
         roll_out(device.plan(device.offer(), link=tmp_path / "own"))
 
 
+def test_the_first_bundle_of_a_second_model_is_linked(device: Device, tmp_path: Path):
+    link = tmp_path / "r2"
+    service = services.Service(device.answerer, "second")
+    done = roll_out(device.plan(device.offer(), link=link, service=service))
+    assert link.resolve() == done.bundle
+    assert any("has no model 'second'" in n and f"name {link} in its" in n for n in done.notes)
+
+
 def test_a_service_whose_settings_name_another_path_is_no_first_bundle(
     device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -656,7 +664,11 @@ def test_a_service_whose_settings_name_another_path_is_no_first_bundle(
     plan = device.plan(device.offer(), link=link)
     with pytest.raises(ConfigError, match=f"settings do not name {link}") as caught:
         roll_out(plan)
-    assert f"ln -s r1-first {link}" in str(caught.value)
+    assert f"mv -T BUNDLE {link}-first && ln -s r1-first {link}" in str(caught.value)
+    (tmp_path / "r1-first").mkdir()
+    with pytest.raises(ConfigError, match=f"that bundle: ln -s r1-first {link}"):
+        roll_out(plan)
+    (tmp_path / "r1-first").rmdir()
     answered = {"models": {}, "requests": {}, "drift": {"params": {}}, "uptime_s": 1.0}
     monkeypatch.setattr(device.answerer, "stats", lambda: answered)
     with pytest.raises(BackendError, match="has not opened the bundle yet"):
