@@ -8,7 +8,7 @@ branches can hold at once only where they are written out, not behind a ``$ref``
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote
 
 import msgspec
@@ -17,44 +17,59 @@ from edge.errors import RequestError
 
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _PLAIN_DATA = ("const", "enum", "default", "examples")
-# What matters of an expression of Rust's regex crate: escapes, brackets, NUL and the flag x. A
-# bracket that comes first in a class is one of its characters.
-_PARTS = re.compile(
-    r"(?P<class>\\(?:[pP]\{[^}]*\}|[pP].|[xuU]\{[^}]*\}|x[^{].|u[^{].{3}|U[^{].{7})|\x00)"
-    r"|\\.|(?P<open>\[\^?\]?)|(?P<close>\])|(?P<verbose>\(\?[a-zA-Z-]*x)",
+# The parts of an expression of Rust's regex crate, outside of a class and inside of one.
+# Dashes or a bracket that come first in a class are its characters, and so is what ends a range.
+_CODE = r"[xuU]\{[^{}\\]*\}|x[^{].|u[^{].{3}|U[^{].{7}"
+_PROPERTY = r"[pP]\{[^{}\\]*\}|[pP]."
+_OPEN = r"(?P<open>\[\^?(?:-+|\])?)"
+_OUTSIDE = re.compile(
+    rf"(?P<class>\\(?:{_CODE}|{_PROPERTY})|\x00)|\\.|{_OPEN}"
+    r"|(?P<verbose>\(\?[a-zA-Z]*x)|\(\?P?<[\w.\[\]]*>|.",
+    re.DOTALL,
+)
+_INSIDE = re.compile(
+    rf"{_OPEN}|(?P<close>\])|--|&&|~~|\\(?:{_PROPERTY}|[dDsSwW])"
+    rf"|(?:\\(?:{_CODE}|.)|.)(?:-(?:\\(?:{_CODE}|.)|[^\]-]))?",
     re.DOTALL,
 )
 
+# By id: a schema, which stays as long as its id is used, and the texts of its properties.
+_Known: TypeAlias = dict[int, tuple[Any, dict[str, set[str]]]]
 
-def rewrite_schema(schema: Any, root: dict[str, Any] | None = None) -> None:
+
+def rewrite_schema(schema: dict[str, Any]) -> None:
     """Change a JSON schema in place; an answer of the new one is one of the old one, too.
 
     Args:
         schema: plain data that does not nest deeply.
-        root: where references into itself begin; None is the schema.
 
     Raises:
         RequestError: an expression in it cannot be changed safely.
     """
+    _rewrite(schema, schema, {})
+
+
+def _rewrite(schema: Any, root: dict[str, Any], known: _Known) -> None:
+    """Change a part of ``root``, where its references begin."""
     if isinstance(schema, list):
         for each in schema:
-            rewrite_schema(each, root)
+            _rewrite(each, root, known)
     if not isinstance(schema, dict):
         return
-    root = schema if root is None or "$id" in schema else root
+    root = schema if "$id" in schema else root
     if isinstance(pattern := schema.get("pattern"), str):
         schema["pattern"] = _without_nul(pattern)
     if isinstance(by_pattern := schema.get("patternProperties"), dict):
         schema["patternProperties"] = {
             _without_nul(pattern): each for pattern, each in by_pattern.items()
         }
-    if "anyOf" not in schema and _are_told_apart(schema.get("oneOf"), root):
+    if "anyOf" not in schema and _are_told_apart(schema.get("oneOf"), root, known):
         schema["anyOf"] = schema.pop("oneOf")
     for key, value in list(schema.items()):  # a branch inside may change what it is part of
         if key in _SCHEMAS_BY_NAME and isinstance(value, dict):
-            rewrite_schema(list(value.values()), root)
+            _rewrite(list(value.values()), root, known)
         elif key not in _PLAIN_DATA:
-            rewrite_schema(value, root)
+            _rewrite(value, root, known)
 
 
 def _without_nul(pattern: str) -> str:
@@ -63,27 +78,28 @@ def _without_nul(pattern: str) -> str:
     Raises:
         RequestError: the expression has comments, which may look like classes.
     """
-    depth = 0
-
-    def change(part: re.Match[str]) -> str:
-        nonlocal depth
-        text = part[0]
-        before, after = "", ""
-        if part["open"]:
-            before = "" if depth else "["
-            depth += 1
-        elif part["close"] and depth:
-            depth -= 1
-            after = "" if depth else r"--\x00]"
-        elif part["class"] and not depth:
-            before, after = "[", r"--\x00]"
-        elif part["verbose"] and not depth:
+    written = []
+    at = depth = 0
+    while at < len(pattern):
+        part = (_INSIDE if depth else _OUTSIDE).match(pattern, at)
+        assert part is not None
+        at = part.end()
+        kind, text = part.lastgroup, part[0]
+        if kind == "verbose":
             raise RequestError(
                 f"the JSON schema: the pattern {pattern!r:.80} has the flag x; write it without"
             )
-        return before + text + after
-
-    return _PARTS.sub(change, pattern)
+        if kind == "open":
+            if not depth:  # inside of another, [: would begin a class by name
+                text = "[" + text + "\\" * pattern.startswith("[:", part.start())
+            depth += 1
+        elif kind == "close":
+            depth -= 1
+            text = text if depth else text + r"--\x00]"
+        elif kind == "class":
+            text = f"[{text}--\\x00]"
+        written.append(text)
+    return "".join(written)
 
 
 class _Branch(msgspec.Struct):
@@ -97,7 +113,7 @@ class _Property(msgspec.Struct):
     enum: list[str] = []
 
 
-def _are_told_apart(branches: Any, root: dict[str, Any]) -> bool:
+def _are_told_apart(branches: Any, root: dict[str, Any], known: _Known) -> bool:
     """Whether a property has other texts in each branch of a ``oneOf`` with references.
 
     It is then required in all of them, so that none holds without it: Pydantic writes discriminated
@@ -108,26 +124,41 @@ def _are_told_apart(branches: Any, root: dict[str, Any]) -> bool:
     targets = [_resolve(each, root) for each in branches]
     if all(target is each for target, each in zip(targets, branches, strict=True)):
         return False
-    try:
-        objects = msgspec.convert(targets, list[_Branch])
-    except msgspec.ValidationError:
+    if len(set(map(id, targets))) < len(targets):
         return False
-    for name in objects[0].properties:
-        texts = [_texts(each.properties.get(name)) for each in objects]
-        if all(texts) and len(set().union(*texts)) == sum(map(len, texts)):
-            for target, each in zip(targets, objects, strict=True):
-                target["required"] = list(dict.fromkeys([*each.required, name]))
+    for target in targets:
+        if id(target) not in known:
+            known[id(target)] = target, _texts(target)
+    objects = [known[id(target)][1] for target in targets]
+    for name in objects[0]:
+        before: set[str] = set()
+        for each in objects:
+            texts = each.get(name)
+            if texts is None or not before.isdisjoint(texts):
+                break
+            before |= texts
+        else:
+            for target in targets:
+                target["required"] = list(dict.fromkeys([*target.get("required", []), name]))
             return True
     return False
 
 
-def _texts(schema: Any) -> set[str]:
-    """The texts that a property may be; empty where it may be anything else."""
+def _texts(schema: Any) -> dict[str, set[str]]:
+    """The texts that each property of an object may be; not of one that may be anything else."""
     try:
-        found = msgspec.convert(schema, _Property)
+        properties = msgspec.convert(schema, _Branch).properties
     except msgspec.ValidationError:
-        return set()
-    return set(found.enum) if found.const is None else {found.const}
+        return {}
+    found = {}
+    for name, value in properties.items():
+        try:
+            each = msgspec.convert(value, _Property)
+        except msgspec.ValidationError:
+            continue
+        if texts := set(each.enum) if each.const is None else {each.const}:
+            found[name] = texts
+    return found
 
 
 def _resolve(schema: Any, root: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from edge.runtime import structured_output
 from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import Constraint
+from edge.runtime.schema_rewrite import _without_nul, rewrite_schema
 from edge.runtime.structured_output import GrammarCompiler, GrammarLimits, OutputFormat, OutputKind
 from edge.text.tokenizer import Detokenizer, Tokenizer
 from tests.edge.text.test_tokenizer import sentencepiece
@@ -283,7 +285,8 @@ def takes(
 CLASSES = (
     '^[^"]*$', r"^[^\\]*$", r'^[^"\\]*$', r"^[^\\/]+$", r'^[^\\/:*?"<>|]+$', r'^[^\n"]*$', '[^"]',
     r'^[^]"]*$', r'^[^\]"]*$', '^([^"]|a)+$', r"^\[[^\\]*\]$", r"^[\x00-\x21]*$", r"^\D*$", "^.*$",
-    r'^([^"]|\x00)*$', r"^[^\S\n]*$",
+    r'^([^"]|\x00)*$', r"^[^\S\n]*$", "^[!-[]+$", r"^[#-[\]-~]*$", "^([!-[a]b])?$", "^(?i-x:a)b$",
+    r"^([]!#-[^-~ \t]|(\\[\t -~]))+$", "^(?P<a[0]>a)b$",
 )  # fmt: skip
 WRITTEN = ("", "ab", '"', "\\", 'a"b', "a\\b", "a\nb", "a/b", "\t", "a]b", "[x]", '[\\"]', "ü")
 
@@ -294,12 +297,81 @@ def test_a_class_takes_no_quote_and_no_backslash_that_it_excludes(
 ) -> None:
     by_key = {"type": "object", "patternProperties": {pattern: {}}, "additionalProperties": False}
     python = pattern.removesuffix("$") + r"\Z" * pattern.endswith("$")
+    for rust, other in (("[^]", r"[^\]"), ("a[0]>", "a>"), ("(?i-x:", "(?i:")):
+        python = python.replace(rust, other)
     for text in WRITTEN:
         written = json.dumps(text, ensure_ascii=False)
-        matches = re.search(python.replace("[^]", r"[^\]"), text) is not None
+        matches = re.search(python, text) is not None
         schema = {"type": "string", "pattern": pattern}
         assert takes(compiler, tokenizer, schema, written) == matches, text
         assert takes(compiler, tokenizer, by_key, f"{{{written}:1}}") == matches, text
+
+
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            [*"[]^-&~!ab:", "[[", r"\]", r"\x41", r"\d", r"\p{L}", "[:alpha:]", "(?i)"]
+        ),
+        max_size=12,
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_an_expression_takes_the_same_texts_without_nul(parts: list[str]) -> None:
+    llguidance = pytest.importorskip("llguidance")
+
+    def texts_of(pattern: str) -> set[str] | None:
+        schema = json.dumps({"type": "string", "pattern": f"^({pattern})$"})
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+        first = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar, log_level=0)
+        if first.is_error():
+            return None
+        taken = set()
+        for text in (
+            "",
+            "a",
+            "A",
+            "b",
+            "B",
+            "-",
+            "[",
+            "]",
+            "^",
+            "!",
+            "5",
+            "~",
+            "&",
+            ":",
+            "a]",
+            "]]",
+        ):
+            matcher, written = first.deep_copy(), list(json.dumps(text).encode())
+            if matcher.try_consume_tokens(written) == len(written) and matcher.is_accepting():
+                taken.add(text)
+        return taken
+
+    pattern = "".join(parts)
+    if (wanted := texts_of(pattern)) is not None:
+        assert texts_of(_without_nul(pattern)) == wanted
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"a": {"type": "object", "properties": {f"{i:x}": {} for i in range(500)}},
+         "oneOf": [{"$ref": "#/a"}] * 2000},
+        {**{key: {"type": "object", "properties": {f"{i:x}": {"enum": ["a"]} for i in range(500)}}
+            for key in "ab"},
+         "allOf": [{"oneOf": [{"$ref": "#/a"}, {"$ref": "#/b"}]}] * 600},
+        {"pattern": r"\p{" * 15000},
+        {"pattern": "(?<" * 15000},
+    ],
+)  # fmt: skip
+def test_a_schema_is_rewritten_in_a_moment(schema: dict[str, Any]) -> None:
+    """Nothing ends it, as it is done in the server's own process."""
+    schema = json.loads(json.dumps(schema))
+    started = time.process_time()
+    rewrite_schema(schema)
+    assert time.process_time() - started < 0.4
 
 
 def test_what_only_looks_like_a_pattern_stays(
