@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from numbers import Integral
 from typing import TypeVar, cast
 
 from edge.backends import Backend
@@ -214,7 +215,7 @@ class Scheduler:
             RequestError: no integer, less than one, or more than may run and wait.
         """
         given: object = n
-        if not isinstance(given, int) or n < 1:
+        if isinstance(given, bool) or not isinstance(given, Integral) or n < 1:
             raise RequestError(f"n must be an integer of at least 1, not {n!r}")
         most = self.max_batch + self.queue_capacity
         if n > most:

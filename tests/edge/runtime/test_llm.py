@@ -362,9 +362,12 @@ def test_sampling_beside_the_prompt_is_refused_with_its_place(scripted: Scripted
         options: dict[str, Any] = {"best_of": 1} if ask == llm.generate_best else {}
         with pytest.raises(RequestError, match=r"SamplingParams\(max_tokens=\.\.\.\)"):
             ask("what", max_tokens=3, **options)
-    wrong: Any = "2"
-    with pytest.raises(RequestError, match="n must be an integer of at least 1, not '2'"):
-        llm.submit("what", n=wrong)
+    wrong: Any
+    for wrong in ("2", True, 2.0, np.int64(0)):
+        with pytest.raises(RequestError, match="n must be an integer of at least 1, not "):
+            llm.submit("what", n=wrong)
+    two: Any = np.int64(2)
+    assert len([generation.result() for generation in llm.submit("what", n=two)]) == 2
 
 
 def test_generate_ids_refuses_stop_strings(scripted: Scripted):
