@@ -311,8 +311,8 @@ def _password(file: Path | None, confirm: bool = False) -> str:
             text: str = click.prompt(
                 "password of the secret key", hide_input=True, confirmation_prompt=confirm, err=True
             )
-        except click.Abort:
-            if sys.stdin.isatty():
+        except click.Abort as error:
+            if sys.stdin.isatty() or not isinstance(error.__context__, EOFError):
                 raise
             raise ConfigError(
                 "there is no terminal on which to ask for the password of the secret key; give it "

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from edge.bundle import trust
 from edge.cli import cli
+from edge.cli.bundle import _password
 from edge.errors import BundleError, ConfigError, IntegrityError
 from tests.edge.registry.live import LiveRegistry, write_bundle
 
@@ -102,6 +105,11 @@ def test_passwords_are_asked_for_or_read_and_never_arguments(
         run("sign", mine, "--key", tmp_path / "a.key", text="guess\n")
     with pytest.raises(ConfigError, match="no terminal on which to ask"):
         run("sign", mine, "--key", tmp_path / "a.key", text="")
+    with monkeypatch.context() as patch:
+        interrupted = Mock(side_effect=KeyboardInterrupt)
+        patch.setattr("click.termui.hidden_prompt_func", interrupted)
+        with pytest.raises(click.Abort):
+            _password(None)
     with pytest.raises(ConfigError, match="exclude each other"):
         run("keygen", tmp_path / "b", "--no-password", "--password-file", tmp_path / "password")
     with pytest.raises(ConfigError, match="is no reference to a registry"):
