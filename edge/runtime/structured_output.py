@@ -7,6 +7,7 @@ draws among those. So the text of a finished answer always has the form, whateve
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from collections import OrderedDict
@@ -143,6 +144,7 @@ class GrammarCompiler:
         self._compiling = threading.Lock()  # one process at a time, whatever clients send
         self._vocabulary: Any = None
         self._matchers: OrderedDict[OutputFormat, Any] = OrderedDict()
+        self._used: OrderedDict[bytes, OutputFormat] = OrderedDict()
 
     def __contains__(self, output: OutputFormat) -> bool:
         """Whether a form is kept, so that `compile` takes microseconds."""
@@ -172,11 +174,33 @@ class GrammarCompiler:
                     self._matchers.popitem(last=False)
         return GrammarConstraint(matcher.deep_copy(), self.vocab_size, _NOUNS[output.kind])
 
-    def _compile(self, output: OutputFormat) -> Any:
+    def check(self, output: OutputFormat) -> str:
+        """Return a form's grammar, once it has been compiled without the vocabulary; keep nothing.
+
+        Raises:
+            As `compile`.
+        """
         library = _import_llguidance()
         grammar = _to_grammar(library, output, self._limits, self._tokenizer.control_tokens)
         if output.kind != "json_object":
             self._check(output.kind, grammar)
+        return grammar
+
+    def use_for(self, wanted: OutputFormat, used: OutputFormat) -> None:
+        """Remember what takes the place of a form that cannot be compiled (the last 32)."""
+        with self._lock:
+            self._used[_digest(wanted)] = used
+            if len(self._used) > _CACHED_GRAMMARS:
+                self._used.popitem(last=False)
+
+    def used_for(self, wanted: OutputFormat) -> OutputFormat:
+        """Return what `use_for` remembers in the place of a form; else the form itself."""
+        with self._lock:
+            return self._used.get(_digest(wanted), wanted)
+
+    def _compile(self, output: OutputFormat) -> Any:
+        library = _import_llguidance()
+        grammar = self.check(output)
         with self._compiling:
             if self._vocabulary is None:
                 self._vocabulary = _build_vocabulary(library, self._tokenizer, self.vocab_size)
@@ -204,6 +228,12 @@ class GrammarCompiler:
             ) from failure
         if error:
             _refuse(kind, error.decode("utf-8", "replace"))
+
+
+def _digest(output: OutputFormat) -> bytes:
+    """A key that takes no more memory for a longer form."""
+    text = f"{output.kind} {output.text}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 class GrammarConstraint:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -40,8 +41,8 @@ from .generate import (
 )
 from .generic_tools import call_syntax, place_tools
 from .pieces import MakeParser, Piece
-from .protocol import ChatRequest
-from .respond import Plan, Render, Turn
+from .protocol import ChatRequest, NamedTool, ToolName
+from .respond import Fallback, Plan, Render, Turn
 from .sse import DONE, event
 from .structure import output_format
 from .tools import (
@@ -52,10 +53,14 @@ from .tools import (
     bound_calls,
     forced_schema,
     has_form,
+    may_be_loose,
     prepare_messages,
     template_tools,
     user_texts,
 )
+
+if TYPE_CHECKING:
+    from edge.runtime.structured_output import OutputFormat
 
 # Tokens of reasoning for OpenAI's efforts; R1 and Qwen3 know none, so they are budgets here.
 _EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096}  # more has no limit
@@ -88,7 +93,6 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
         tools = template_tools(body.tools)
     calls = bound_calls(body, syntax) if forced is None else None
     output = output_format(body.response_format, forced, calls)
-    fallback = output_format(None, forced_schema(body, loosely=True))
     thinking, budget = _thinking(body, reasons=llm.reasons)
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -111,7 +115,7 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
         cache_salt=body.cache_salt,
         tools=tools,
         output=output,
-        fallback=fallback,
+        fallback=None if forced is None else _fallback(body),
         thinking=thinking,
         thinking_budget=budget,
         continues=continues,
@@ -119,6 +123,23 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
         one_call=forced is not None or body.parallel_tool_calls is False,
         progress=bool(body.return_progress),
     )
+
+
+def _fallback(body: ChatRequest) -> Fallback | None:
+    choice = body.tool_choice
+    names = may_be_loose(body)
+    if isinstance(choice, NamedTool):
+        names = [name for name in names if name == choice.function.name]
+
+    def without(loose: Collection[str], body: ChatRequest = body) -> OutputFormat:
+        form = output_format(None, forced_schema(body, loose))
+        assert form is not None
+        return form
+
+    def alone(name: str) -> OutputFormat:
+        return without((), replace(body, tool_choice=NamedTool("function", ToolName(name))))
+
+    return Fallback(names, alone, without) if names else None
 
 
 def _check_fields(body: ChatRequest, settings: ServerSettings) -> None:

@@ -7,7 +7,7 @@ Everything between the two is the same for all endpoints and is here, in `respon
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic as clock
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from edge.runtime.generation import GenerationStats
     from edge.runtime.llm import Prompt
     from edge.runtime.stream import Generation, GenerationChunk
-    from edge.runtime.structured_output import OutputFormat
+    from edge.runtime.structured_output import GrammarCompiler, OutputFormat
     from edge.server.observe.metrics import Metrics
 
 
@@ -69,6 +69,21 @@ class Turn:
     priority: int = 0
 
 
+@dataclass(frozen=True)
+class Fallback:
+    """What becomes of a form that cannot be compiled: some of its parts are loosened.
+
+    Attributes:
+        names: of the parts that may be; one at least.
+        alone: returns the form that a part alone has.
+        without: returns the form with these parts loosened.
+    """
+
+    names: Sequence[str]
+    alone: Callable[[str], OutputFormat]
+    without: Callable[[Collection[str]], OutputFormat]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a request asks of the engine.
@@ -85,7 +100,7 @@ class Plan:
         cache_salt: the request's salt, besides the client's own.
         tools: JSON schemas of functions, for the chat template.
         output: the form that the answer must have.
-        fallback: the form that takes its place where it cannot be compiled.
+        fallback: what takes its place where it cannot be compiled.
         thinking: false ends the reasoning before it begins.
         thinking_budget: tokens after which the reasoning is ended.
         continues: whether the answer goes on with the last message.
@@ -104,7 +119,7 @@ class Plan:
     cache_salt: str | None = None
     tools: list[dict[str, Any]] | None = None
     output: OutputFormat | None = None
-    fallback: OutputFormat | None = None
+    fallback: Fallback | None = None
     thinking: bool = True
     thinking_budget: int | None = None
     continues: bool = False
@@ -286,19 +301,48 @@ async def _echoes(
 
 async def _compile(turn: Turn, plan: Plan, deadline_s: float | None) -> Plan:
     """Compile the form of an answer, unless that was done before; return the plan that it fits."""
-    form = plan.output
-    if form is None or form in (grammars := turn.model.llm.grammars):
+    wanted, fallback, grammars = plan.output, plan.fallback, turn.model.llm.grammars
+    if wanted is None:
         return plan
-    try:
-        await turn.form_lane.run(
-            lambda _: grammars.compile(form), turn.receive, timeout_s=left_s(deadline_s)
-        )
-    except RequestError:
-        if plan.fallback in (None, form):
-            raise
-        plan = replace(plan, output=plan.fallback, fallback=None)
-        return await _compile(turn, plan, deadline_s)
-    return plan
+
+    async def run(work: Callable[[OutputFormat], object], form: OutputFormat) -> None:
+        await turn.form_lane.run(lambda _: work(form), turn.receive, timeout_s=left_s(deadline_s))
+
+    form = wanted if fallback is None else grammars.used_for(wanted)
+    if form not in grammars:
+        try:
+            await run(grammars.compile, form)
+        except RequestError:
+            if fallback is None:
+                raise
+            form = await _loosened(fallback, grammars, run)
+            grammars.use_for(wanted, form)
+    return replace(plan, output=form)
+
+
+async def _loosened(
+    fallback: Fallback,
+    grammars: GrammarCompiler,
+    run: Callable[[Callable[[OutputFormat], object], OutputFormat], Awaitable[None]],
+) -> OutputFormat:
+    """Compile a form without those of its parts that cannot be compiled alone, or without all."""
+    refused = []
+    for name in fallback.names if len(fallback.names) > 1 else ():
+        try:
+            await run(grammars.check, fallback.alone(name))
+        except RequestError:
+            refused.append(name)
+    if refused:
+        form = fallback.without(refused)
+        try:
+            await run(grammars.compile, form)
+        except RequestError:
+            pass  # they cannot be compiled together
+        else:
+            return form
+    form = fallback.without(fallback.names)
+    await run(grammars.compile, form)
+    return form
 
 
 def _submit(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,13 +213,13 @@ def make_call(name: str, arguments: str, *, index: int) -> ToolCall:
     return ToolCall(f"call_{secrets.token_hex(12)}", CalledFunction(name, arguments), index=index)
 
 
-def forced_schema(request: ChatRequest, *, loosely: bool = False) -> dict[str, Any] | None:
+def forced_schema(request: ChatRequest, loose: Collection[str] = ()) -> dict[str, Any] | None:
     """Return the JSON schema of an answer that must be a call; None where it need not be one.
 
     Args:
         request: the request.
-        loosely: whether a tool that is not strict takes any object; else its schema without the
-            formats that nothing here keeps to.
+        loose: names of functions that take any object. Another that is not strict has its schema
+            without the formats that nothing here keeps to.
 
     Raises:
         APIError: 400 where ``tool_choice`` does not fit ``tools``.
@@ -235,13 +235,20 @@ def forced_schema(request: ChatRequest, *, loosely: bool = False) -> dict[str, A
             raise invalid(
                 f"tool_choice: no tool has the name {choice.function.name[:80]!r}", "tool_choice"
             )
-    return _call_schema([(tool, _parameters(tool.function, loosely)) for tool in tools])
+    return _call_schema([(tool, _parameters(tool.function, loose)) for tool in tools])
 
 
-def _parameters(function: FunctionTool, loosely: bool) -> dict[str, Any] | None:
+def may_be_loose(request: ChatRequest) -> list[str]:
+    """Return the names of functions that may take any object in a call that must come."""
+    functions = [tool.function for tool in request.tools or []]
+    names = [each.name for each in functions if not each.strict and each.parameters is not None]
+    return list(dict.fromkeys(names))
+
+
+def _parameters(function: FunctionTool, loose: Collection[str]) -> dict[str, Any] | None:
     if function.strict or function.parameters is None:
         return function.parameters
-    return None if loosely else _without_other_formats(function.parameters)
+    return None if function.name in loose else _without_other_formats(function.parameters)
 
 
 def _without_other_formats(schema: Any) -> Any:
@@ -307,22 +314,23 @@ def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[s
 
     An ``$id`` makes each of these schemas the root that its own references begin at.
     """
-    options = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": {
-                    **_ANY_OBJECT,
-                    **(parameters or {}),
-                    "$id": f"urn:edge-llm:tool:{index}",  # a client's own may be another tool's
-                },
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for index, (tool, parameters) in enumerate(shapes)
-    ]
+    options = []
+    roots = {""}
+    for index, (tool, parameters) in enumerate(shapes):
+        arguments = {**_ANY_OBJECT, **(parameters or {})}
+        given = arguments.get("$id")
+        root = given.rstrip("#") if isinstance(given, str) else ""
+        if root in roots:  # another tool's, or none
+            arguments["$id"] = f"urn:edge-llm:tool:{index}"
+        roots.add(root)
+        options.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.function.name}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
     return options[0] if len(options) == 1 else {"anyOf": options}
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge.runtime.structured_output import GrammarCompiler
 from edge.server.api.protocol import ChatRequest, Tool
 from edge.server.api.tools import (
     _FORMATS,
@@ -482,6 +483,36 @@ def test_references_of_a_tool_lead_into_its_own_schema(named: dict[str, str]):
             assert (taken and matcher.is_accepting()) == keeps, call
 
 
+@pytest.mark.parametrize(
+    ("roots", "reference"),
+    [
+        (("https://x/y", "https://x/z"), "https://x/y#/$defs/a"),
+        (("https://x/y", "https://x/z"), "y#/$defs/a"),
+        (("https://x/y", "https://x/y#"), "#/$defs/a"),
+        (("", ""), "#/$defs/a"),
+        (("a", "a"), "#/$defs/a"),
+        ((None, None), "#/$defs/a"),
+    ],
+)
+def test_a_schema_keeps_its_root_unless_another_tool_has_it(roots: tuple[Any, Any], reference: str):
+    llguidance = pytest.importorskip("llguidance")
+    tools = []
+    for name, root, kind in zip("ab", roots, ("string", "integer"), strict=True):
+        parameters = {
+            "$id": root,
+            "$defs": {"a": {"type": kind}},
+            "properties": {"a": {"$ref": reference.replace("y", str(root)[-1:])}},
+        }
+        tools += [{"type": "function", "function": {"name": name, "parameters": parameters}}]
+    asked = {"messages": QUESTION, "tools": tools, "tool_choice": "required"}
+    schema = forced_schema(msgspec.convert(asked, ChatRequest))
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    for name, value, keeps in (("a", "x", 1), ("a", 1, 0), ("b", "x", 0), ("b", 1, 1)):
+        matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar)
+        text = json.dumps({"name": name, "arguments": {"a": value}}).encode()
+        assert (matcher.try_consume_tokens(list(text)) == len(text)) == keeps, (name, value)
+
+
 def picking(value: dict[str, Any], *more: dict[str, Any]) -> list[dict[str, Any]]:
     """Tools, the first of which takes an ``a`` of this schema."""
     parameters = {
@@ -522,6 +553,32 @@ def test_a_tool_that_is_not_strict_must_come_with_what_can_be_kept_to(
     bound[0]["function"]["strict"] = True
     answer = tools.chat("free", tools=bound, **{**fields, "max_tokens": 4})
     assert answer.status == (200 if value.get("format") == "int32" else 400), answer.body
+
+
+def test_a_schema_that_cannot_be_kept_to_loosens_no_other(
+    tools: Live, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("llguidance")
+    checked = []
+    check = GrammarCompiler._check
+
+    def spy(compiler: GrammarCompiler, kind: Any, grammar: str) -> None:
+        checked.append(grammar)
+        check(compiler, kind, grammar)
+
+    monkeypatch.setattr(GrammarCompiler, "_check", spy)
+    offered = [*picking({"type": "string", "pattern": "^(?=x)"}), WEATHER, CLOCK]
+    for name, arguments, is_kept in (
+        ("weather", {"city": "Bern"}, True), ("weather", {"city": 5}, False),
+        ("pick", {"a": "b"}, True), ("pick", {"b": 5}, True),
+    ):  # fmt: skip
+        text = json.dumps({"name": name, "arguments": arguments}, separators=(",", ":"))
+        answer = ask(tools, text, tools=offered, tool_choice="required", max_tokens=80)
+        assert answer.status == 200, answer.body
+        (call,) = answer.json["choices"][0]["message"].get("tool_calls") or [{"function": {}}]
+        found = call["function"].get("arguments")
+        assert (found is not None and json.loads(found) == arguments) == is_kept, answer.body
+        assert len(checked) == 5  # all together, each alone, and what is used
 
 
 def test_formats_that_are_kept_to():
