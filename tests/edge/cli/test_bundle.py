@@ -103,12 +103,13 @@ def test_passwords_are_asked_for_or_read_and_never_arguments(
     run("sign", mine, "--key", tmp_path / "a.key", text="secret words\n")
     with pytest.raises(ConfigError, match="the password is wrong"):
         run("sign", mine, "--key", tmp_path / "a.key", text="guess\n")
-    with pytest.raises(ConfigError, match="no terminal on which to ask"):
-        run("sign", mine, "--key", tmp_path / "a.key", text="")
     with monkeypatch.context() as patch:
-        interrupted = Mock(side_effect=KeyboardInterrupt)
-        patch.setattr("click.termui.hidden_prompt_func", interrupted)
+        asked = Mock(side_effect=[KeyboardInterrupt, EOFError])
+        patch.setattr("click.termui.hidden_prompt_func", asked)
         with pytest.raises(click.Abort):
+            _password(None)
+        patch.setattr("sys.stdin", Mock(**{"isatty.return_value": False}))
+        with pytest.raises(ConfigError, match="no terminal on which to ask"):
             _password(None)
     with pytest.raises(ConfigError, match="exclude each other"):
         run("keygen", tmp_path / "b", "--no-password", "--password-file", tmp_path / "password")
