@@ -292,7 +292,8 @@ def _yarn(rope: _Config, theta: float, original: int) -> RopeSpec:
     if fast < slow:
         raise rope.error("beta_fast", f"({fast}) must not be below beta_slow ({slow})")
     # R1-0528-Qwen3-8B has `attn_factor`, the inverse of what YaRN implies: its attention is that of
-    # Qwen3-8B. vLLM and SGLang multiply by it; transformers knows no such key and ignores it.
+    # Qwen3-8B. SGLang multiplies by it, as vLLM did when the model was published; transformers and
+    # later versions of vLLM know no such key and ignore it.
     scale = rope.number("attn_factor", 1.0)
     mscale = [rope.number(key) if rope.get(key) else None for key in ("mscale", "mscale_all_dim")]
     return RopeSpec(

@@ -90,9 +90,8 @@ def main() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A verb sees bytes that are no text and refuses them with a proper error.
         sys.stdin.reconfigure(errors="surrogateescape")
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors != "surrogateescape":
         # As standard error does anyway: a character that the locale lacks is shown by its number.
-        # A byte of a name that is no UTF-8 becomes \udc and two digits, which JSON reads as such.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(standalone_mode=False, prog_name="edge-llm")
@@ -131,7 +130,9 @@ def _show_usage_error(error: click.ClickException) -> None:
 
 def echo_json(value: Any) -> None:
     """Print one line of JSON (`to_json`) on stdout; in another locale than UTF-8 in ASCII."""
-    click.echo(to_json(value, ensure_ascii=not _writes_utf8(), separators=(",", ":")))
+    text = to_json(value, ensure_ascii=not _writes_utf8(), separators=(",", ":"))
+    # A byte of a name that is no UTF-8 becomes \udc and two digits, which JSON reads as such.
+    click.echo(text.encode(errors="backslashreplace").decode())
 
 
 def to_json(value: Any, **options: Any) -> str:

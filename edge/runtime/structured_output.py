@@ -339,7 +339,10 @@ class _Vocabulary:
         if b"".join(self.tokens[token_id] for token_id in ids) == data:
             return ids
         if len(chars) == 1:
-            return [self._of_byte[data[i : i + 1]] for i in range(len(data))]
+            singles = [data[i : i + 1] for i in range(len(data))]
+            # A vocabulary without these bytes cannot write the character at all.
+            has_all = all(byte in self._of_byte for byte in singles)
+            return [self._of_byte[byte] for byte in singles] if has_all else ids
         middle = len(chars) // 2
         return [*self(chars[:middle]), *self(chars[middle:])]
 

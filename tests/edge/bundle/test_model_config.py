@@ -139,7 +139,7 @@ def test_llama3_scaling() -> None:
     ("extra", "attention_factor"),
     [
         ({}, 0.1 * math.log(4) + 1),
-        # R1-0528-Qwen3-8B; a key of vLLM and SGLang, by which they multiply.
+        # R1-0528-Qwen3-8B; SGLang multiplies by it.
         ({"attn_factor": 0.8782488562869419}, 1.0),
         ({"attn_factor": 0.5, "attention_factor": 0.75}, 0.75),
         ({"attention_factor": 0.75}, 0.75),

@@ -34,20 +34,25 @@ def root(tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return root
 
 
-def test_a_name_that_is_no_utf8_is_listed(root: Path):
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second without a locale
+def test_a_name_that_is_no_utf8_is_listed(root: Path, errors: str):
     name = b"caf\xe9"
     (root / "tiny-1.5b-fp16").rename(root / os.fsdecode(name))
-    done = subprocess.run(
-        [sys.executable, "-m", "edge.cli", "list", "--json"],
-        capture_output=True,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    names = [os.fsencode(found["name"]) for found in json.loads(done.stdout)["bundles"]]
+
+    def listed(*options: str) -> bytes:
+        done = subprocess.run(
+            [sys.executable, "-m", "edge.cli", "list", *options],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"},
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    names = [os.fsencode(found["name"]) for found in json.loads(listed("--json"))["bundles"]]
     assert names == [b"broken", name]
+    assert (name if errors == "surrogateescape" else rb"caf\udce9") in listed()
 
 
 def test_list_has_names_sizes_and_damage(edge_llm: EdgeLlm, root: Path):
