@@ -211,7 +211,7 @@ def test_missing_key_is_named() -> None:
 
 def test_forged_text_that_is_not_utf8_is_refused() -> None:
     data = encode_manifest(make_manifest(name="name"))
-    with pytest.raises(BundleError, match="utf-8"):
+    with pytest.raises(BundleError, match=r"(?i)utf-8"):  # msgspec 0.23 writes it in capitals
         decode_manifest(resign(data.replace(b'"name"', b'"na\xffe"')))
 
 
