@@ -61,6 +61,49 @@ def test_an_environment_that_was_moved_is_made_anew(tmp_path: Path):
     assert not make(new)
 
 
+@pytest.mark.parametrize(
+    ("uv", "installs"),
+    [
+        (0, ["uv at http://mirror/simple: --quiet --group dev"]),
+        (1, ["uv at http://mirror/simple: --quiet --group dev", "pip: --group dev"]),
+        (None, ["pip: --group dev"]),
+    ],
+)
+def test_uv_installs_by_the_settings_of_pip_or_pip_does(
+    uv: int | None, installs: list[str], tmp_path: Path
+):
+    """pip knows keyrings, proxies of its own and more, so what uv cannot reach pip may."""
+    for name in ("scripts", "requirements", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/_venv", tmp_path / "scripts")
+    (tmp_path / "requirements/uv.txt").write_text("uv==1\n")
+    brought = tmp_path / "brought"
+    brought.write_text(f'#!/bin/sh\nshift 2\necho "uv at $UV_DEFAULT_INDEX: $*" >>log\nexit {uv}\n')
+    brought.chmod(0o755)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in
+*"config list"*) echo "global.index-url='http://mirror/simple'" ;;
+*"--target .uv"*) {"mkdir -p .uv/bin && mv brought .uv/bin/uv" if uv is not None else "exit 1"} ;;
+*--upgrade*) ;;
+*) shift 4 && echo "pip: $*" >>log ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", ". scripts/_venv; install .venv --group dev"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("UV_")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (tmp_path / "log").read_text().splitlines() == installs
+    assert ("pip tries" in done.stderr) == (uv != 0)
+
+
 def test_the_wheel_holds_three_packages_and_what_tutorials_import(tmp_path: Path):
     pytest.importorskip("hatchling", reason="builds the wheel")
     # In a process of its own, as a frontend does it; without isolation, so without the network.
