@@ -41,7 +41,8 @@ from edge.errors import (
 )
 from edge.measure.evaluate import check_gate, load_gate
 from edge.progress import Progress, prefixed, silent, uncounted
-from edge.text.chat_template import ChatTemplate, template_reasons
+from edge.text.chat_template import ChatTemplate
+from edge.text.reasoning import template_reasons
 from edge.text.tokenizer import Tokenizer
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS

@@ -27,15 +27,18 @@ from edge.errors import BundleError, ConfigError, ContextLengthError, RequestErr
 from edge.files import decode_text
 from edge.text.begun_answer import BegunAnswer, take_begun_answer
 from edge.text.chat_template import (
-    THINK_END,
     ChatTemplate,
-    ReasoningSplitter,
     encode_chat,
+)
+from edge.text.fill_in_middle import fill_in_middle
+from edge.text.reasoning import (
+    THINK_END,
+    ReasoningSplitter,
     prompt_opens_reasoning,
     template_reasons,
 )
-from edge.text.fill_in_middle import fill_in_middle
-from edge.text.tokenizer import Detokenizer, Tokenizer
+from edge.text.streamed_text import Detokenizer
+from edge.text.tokenizer import Tokenizer
 
 from .draft_model import ModelDrafter, open_drafter, read_draft
 from .drafts import NgramDrafter

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from edge.errors import EdgeError, RequestError
-from edge.text.chat_template import ReasoningSplitter
-from edge.text.tokenizer import Detokenizer, StopMatcher
+from edge.text.reasoning import ReasoningSplitter
+from edge.text.streamed_text import (
+    Detokenizer,
+    StopMatcher,
+)
 
 from .generation import FinishReason, GenerationStats, PromptProgress
 from .sampling import SampledToken

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from edge.errors import RequestError
 
-from .chat_template import THINK_END, THINK_START, ReasoningSplitter, normalize_messages
+from .messages import normalize_messages
+from .reasoning import THINK_END, THINK_START, ReasoningSplitter
 
 NO_REASONING = f"\n{THINK_END}\n\n"
 """Ends a reasoning that the template has opened."""

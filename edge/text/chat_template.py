@@ -1,4 +1,4 @@
-"""Turns chat messages into token ids, and a model's text into reasoning and answer.
+"""Turns chat messages into token ids.
 
 What a client writes is data. `encode_chat` renders the model's chat template such that only control
 tokens written by the *template* become control tokens; the same characters in a message stay plain
@@ -8,10 +8,10 @@ text, whoever sent them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,6 +19,8 @@ from edge.errors import BundleError, ContextLengthError, DependencyError, Reques
 from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 
 from .known_templates import is_known_template
+from .messages import normalize_messages, parse_arguments, plain_copy, refuse
+from .reasoning import cut_reasoning, prompt_opens_reasoning
 from .template_engine import Answer, Task, TemplateEngine, TemplateFailure
 
 if TYPE_CHECKING:
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
 
     from .begun_answer import BegunAnswer
     from .tokenizer import Tokenizer
-
-THINK_START = "<think>"
-THINK_END = "</think>"
 
 TEMPLATE_LIMITS = Limits(cpu_s=2.0, memory_bytes=512 << 20)
 """What one rendering of an unknown template may cost; a body of 4 MB takes 0.1 s and 80 MB."""
@@ -74,17 +73,6 @@ _TRIAL_SYSTEMS: list[dict[str, Any]] = [
     {"role": "user", "content": "1+1?"},
 ]
 
-_KEYS_BY_ROLE = {
-    "system": frozenset({"role", "content", "name"}),
-    "user": frozenset({"role", "content", "name"}),
-    "assistant": frozenset(
-        {"role", "content", "name", "reasoning_content", "reasoning", "tool_calls"}
-    ),
-    "tool": frozenset({"role", "content", "tool_call_id", "name"}),
-}
-# OpenAI's rule for the name of a participant; the name of a tool is free.
-_PARTICIPANT = re.compile(r"[^\s<|\\/>]{1,64}")
-_SPLITS_REASONING = re.compile(rf"split\(\s*['\"]{THINK_END}['\"]")
 _OBJECT_ARGUMENTS = re.compile(r"arguments(?:['\"]\])?\s*\|\s*tojson")
 # Names that a caller may not set: this module's variables and functions, and those of minijinja.
 _RESERVED = frozenset(
@@ -183,7 +171,7 @@ class ChatTemplate:
             ResourceError: no process could be started for the template, or it got hardly any time.
         """
         plain_messages = self._normalize(messages)
-        plain_tools, plain_extra = _plain([tools, extra], "tools and template options")
+        plain_tools, plain_extra = plain_copy([tools, extra], "tools and template options")
         return self._render(plain_messages, add_generation_prompt, plain_tools, plain_extra)
 
     def _normalize(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -197,10 +185,10 @@ class ChatTemplate:
         plain_messages = normalize_messages(messages)
         for index, message in enumerate(plain_messages):
             if "tool_calls" in message and "tool_calls" not in self.source:
-                _refuse(index, "tool_calls", "this model's chat template has no place for them")
+                refuse(index, "tool_calls", "this model's chat template has no place for them")
             if self._wants_objects:
                 for call in message.get("tool_calls", []):
-                    _parse_arguments(index, call.get("function"))
+                    parse_arguments(index, call.get("function"))
             if message["content"] is None and self._wants_content:
                 message["content"] = ""
         systems = [message for message in plain_messages if message["role"] == "system"]
@@ -349,7 +337,7 @@ def encode_chat(
     even put a control token together from parts of messages.
 
     Templates look for the reasoning tags of past answers, to cut the reasoning out. They cannot see
-    these tags now, so `_cut_reasoning` does it for them.
+    these tags now, so `cut_reasoning` does it for them.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -370,9 +358,9 @@ def encode_chat(
         RequestError: see `ChatTemplate.render`.
     """
     plain_messages = [
-        _cut_reasoning(message, template.source) for message in template._normalize(messages)
+        cut_reasoning(message, template.source) for message in template._normalize(messages)
     ]
-    plain_rest = _plain([tools, extra], "tools and template options")
+    plain_rest = plain_copy([tools, extra], "tools and template options")
     texts = [] if begun is None else [begun.reasoning, begun.content]
     shield = _Shield(tokenizer, template, [plain_messages, plain_rest, texts])
     rendered = template._render(
@@ -444,140 +432,6 @@ class _Shield:
         return text.translate(self._uncover)
 
 
-def _cut_reasoning(message: dict[str, Any], source: str) -> dict[str, Any]:
-    """Cut an assistant's content as its template would, if that splits it at ``</think>``.
-
-    R1's template keeps what follows the last tag; Qwen3's does so too and drops the newlines there,
-    unless the reasoning is given apart.
-    """
-    content = message["content"]
-    if message["role"] != "assistant" or not content or THINK_END not in content:
-        return message
-    if not _SPLITS_REASONING.search(source):
-        return message
-    head, *_, answer = content.split(THINK_END)
-    if "reasoning_content" not in source:
-        return message | {"content": answer}
-    if "reasoning_content" in message:
-        return message
-    reasoning = head.rstrip("\n").split(THINK_START)[-1].lstrip("\n")
-    return message | {"reasoning_content": reasoning, "content": answer.lstrip("\n")}
-
-
-def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Check OpenAI-style messages and bring them into the form that templates expect.
-
-    Roles are ``system``, ``user``, ``assistant`` and ``tool``; ``developer`` is read as
-    ``system``. ``content`` is a string or a list of ``{"type": "text", "text": ...}``, joined by
-    newlines; an assistant's content may be missing if there are ``tool_calls``. An assistant's
-    reasoning, as ``reasoning_content`` or ``reasoning``, goes to the template as
-    ``reasoning_content``: R1's template drops it, Qwen3's keeps it where the model wants it. The
-    ``name`` of a participant goes to the template; most have no use for it. A key with the value
-    None counts as absent.
-
-    Args:
-        messages: at least one.
-
-    Returns:
-        A copy made of plain dicts, lists and scalars; normalizing it again changes nothing.
-
-    Raises:
-        RequestError: a message is wrong; the error names its index and the key.
-    """
-    if isinstance(messages, str | Mapping) or not messages:
-        raise RequestError("messages: give a list with at least one message")
-    return [_normalize(index, message) for index, message in enumerate(messages)]
-
-
-def _normalize(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise RequestError(f"messages[{index}]: give an object, not {type(message).__name__}")
-    found: dict[str, Any] = _plain(dict(message), f"messages[{index}]")
-    found = {key: value for key, value in found.items() if value is not None}
-    role = "system" if found.get("role") == "developer" else found.get("role")
-    if not isinstance(role, str) or role not in _KEYS_BY_ROLE:
-        known = ", ".join([*_KEYS_BY_ROLE, "developer"])
-        _refuse(index, "role", f"must be one of {known}, not {role!r:.80}")
-    for key in found.keys() - _KEYS_BY_ROLE[role]:
-        _refuse(index, key, f"a message of role {role!r} has no such key")
-
-    tool_calls = found.get("tool_calls", [])
-    if not isinstance(tool_calls, list) or not all(isinstance(call, dict) for call in tool_calls):
-        _refuse(index, "tool_calls", "must be a list of objects")
-    result: dict[str, Any] = {"role": role}
-    result["content"] = _content(index, found.get("content"), bool(tool_calls))
-    if tool_calls:
-        result["tool_calls"] = tool_calls
-    for key in ("reasoning_content", "reasoning", "tool_call_id", "name"):
-        if not isinstance(found.get(key, ""), str):
-            _refuse(index, key, f"must be a string, not {type(found[key]).__name__}")
-    if role != "tool" and not _PARTICIPANT.fullmatch(found.get("name", "x")):
-        _refuse(index, "name", "must have 1 to 64 characters, none of them white space or <|\\/>")
-    reasoning = {found[key] for key in ("reasoning_content", "reasoning") if key in found}
-    if len(reasoning) > 1:
-        _refuse(index, "reasoning", "differs from reasoning_content; give one of them")
-    if reasoning:
-        result["reasoning_content"] = reasoning.pop()
-    return result | {key: found[key] for key in ("tool_call_id", "name") if key in found}
-
-
-def read_arguments(text: str) -> dict[str, Any] | None:
-    """Read the arguments of a call, a JSON object; null and an empty text stand for none.
-
-    Returns:
-        The object; None if the text is anything else.
-    """
-    try:
-        found = msgspec.json.decode(text.encode("utf-8", "surrogatepass")) if text.strip() else None
-    except (ValueError, RecursionError):
-        return None
-    if found is None:
-        return {}
-    return found if isinstance(found, dict) else None
-
-
-def _parse_arguments(index: int, function: Any) -> None:
-    """Replace the text of a call's arguments by what it says."""
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return
-    parsed = read_arguments(function["arguments"])
-    if parsed is None:
-        _refuse(index, "tool_calls", "arguments must be a JSON object, as text")
-    function["arguments"] = parsed
-
-
-def _content(index: int, content: Any, optional: bool) -> str | None:
-    if isinstance(content, str) or (content is None and optional):
-        return content
-    if not isinstance(content, list):
-        _refuse(index, "content", "must be a string or a list of text parts")
-    texts = []
-    for position, part in enumerate(content):
-        if (
-            not isinstance(part, dict)
-            or part.keys() != {"type", "text"}
-            or part["type"] != "text"
-            or not isinstance(part["text"], str)
-        ):
-            _refuse(
-                index, f"content[{position}]", 'must be {"type": "text", "text": "..."}: text only'
-            )
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _refuse(index: int, key: str, why: str) -> NoReturn:
-    raise RequestError(f"messages[{index}].{key}: {why}")
-
-
-def _plain(value: Any, where: str) -> Any:
-    """Return a deep copy made through JSON: a template can call methods of what it is given."""
-    try:
-        return msgspec.json.decode(msgspec.json.encode(value))
-    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise RequestError(f"{where}: not plain JSON data ({error})") from error
-
-
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -588,102 +442,3 @@ def _strings(value: Any) -> Iterator[str]:
         for key, item in value.items():
             yield key
             yield from _strings(item)
-
-
-class ReasoningSplitter:
-    """Splits streamed text into reasoning and answer.
-
-    Reasoning is the text between the tags at the very beginning; tags further on are plain text.
-    Newlines next to the tags are dropped. The result does not depend on how the text is cut into
-    pieces.
-    """
-
-    def __init__(
-        self,
-        opened: bool,
-        start: str = THINK_START,
-        end: str = THINK_END,
-        *,
-        goes_on: bool = False,
-    ) -> None:
-        """Start a stream.
-
-        Args:
-            opened: whether the prompt already ends with the start tag (`prompt_opens_reasoning`),
-                so that the text begins inside the reasoning; a second start tag is dropped then.
-            start: opening tag.
-            end: closing tag.
-            goes_on: whether the text goes on in a reasoning that has some text already.
-        """
-        self._opened = opened
-        self._start = start
-        self._end = end
-        self._phase = "reasoning" if goes_on else "start"
-        self._held = ""
-        self._trims = False  # newlines that come next belong to a tag
-
-    def push(self, text: str) -> tuple[str, str]:
-        """Add text; return what is certain so far: ``(reasoning, answer)``."""
-        self._held += text
-        if self._phase == "start" and not self._find_start():
-            return "", ""
-        reasoning = self._take_reasoning() if self._phase == "reasoning" else ""
-        return reasoning, self._take_answer() if self._phase == "answer" else ""
-
-    def flush(self) -> tuple[str, str]:
-        """End the text; return what was held back and did not become a tag."""
-        if self._phase == "start":
-            self._enter("reasoning" if self._opened else "answer", trims=self._opened)
-        held = self._trimmed()
-        self._held = ""
-        return (held, "") if self._phase == "reasoning" else ("", held)
-
-    def _enter(self, phase: str, *, trims: bool) -> None:
-        self._phase = phase
-        self._trims = trims
-
-    def _find_start(self) -> bool:
-        """Leave the phase ``start`` once it is certain where the text begins; returns whether."""
-        text = self._held.lstrip()
-        if text.startswith(self._start):
-            self._held = text[len(self._start) :]
-            self._enter("reasoning", trims=True)
-        elif self._start.startswith(text):
-            return False
-        else:
-            self._enter("reasoning" if self._opened else "answer", trims=self._opened)
-        return True
-
-    def _trimmed(self) -> str:
-        if self._trims:
-            self._held = self._held.lstrip("\n")
-            self._trims = not self._held
-        return self._held
-
-    def _take_reasoning(self) -> str:
-        held = self._trimmed()
-        found = held.find(self._end)
-        if found >= 0:
-            self._held = held[found + len(self._end) :]
-            self._enter("answer", trims=True)
-            return held[:found].rstrip("\n")
-        lengths = range(min(len(self._end) - 1, len(held)), 0, -1)
-        partial = next((size for size in lengths if held.endswith(self._end[:size])), 0)
-        certain = held[: len(held) - partial].rstrip("\n")
-        self._held = held[len(certain) :]
-        return certain
-
-    def _take_answer(self) -> str:
-        held = self._trimmed()
-        self._held = ""
-        return held
-
-
-def prompt_opens_reasoning(rendered: str) -> bool:
-    """Tell whether a prompt (or just its end) leaves the model in its reasoning, as R1's does."""
-    return rendered.rstrip().endswith(THINK_START)
-
-
-def template_reasons(source: str, control_tokens: Collection[str] = ()) -> bool:
-    """Tell whether to split reasoning off: the template or the vocabulary knows its tag."""
-    return THINK_START in source or THINK_END in source or THINK_START in control_tokens

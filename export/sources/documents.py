@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from edge.errors import ConfigError, RequestError
 from edge.files import MALFORMED, read_file
 from edge.text.chat_template import (
-    THINK_END,
-    THINK_START,
     ChatTemplate,
     encode_chat,
+)
+from edge.text.reasoning import (
+    THINK_END,
+    THINK_START,
     prompt_opens_reasoning,
 )
 from edge.text.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from msgspec import UNSET
 from edge.runtime.sampling import SampledToken
 from edge.server.http.errors import invalid
 from edge.text.fill_in_middle import fill_in_middle
-from edge.text.tokenizer import Detokenizer
+from edge.text.streamed_text import Detokenizer
 
 from .answers import TextChoice, TextCompletion, TextLogprobs, Usage
 from .generate import (

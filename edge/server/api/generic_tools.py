@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from edge.server.http.errors import invalid
-from edge.text.chat_template import ChatTemplate, read_arguments
+from edge.text.chat_template import ChatTemplate
+from edge.text.messages import read_arguments
 
 from .tools import HERMES, ToolSyntax, prepare_messages, syntax_of
 

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from edge.server.http.errors import invalid
-from edge.text.chat_template import read_arguments
+from edge.text.messages import read_arguments
 
 from .answers import CalledFunction, ToolCall
 from .protocol import ChatRequest, FunctionTool, NamedTool, Tool

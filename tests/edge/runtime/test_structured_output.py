@@ -25,7 +25,8 @@ from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import Constraint
 from edge.runtime.schema_rewrite import _without_nul, rewrite_schema
 from edge.runtime.structured_output import GrammarCompiler, GrammarLimits, OutputFormat, OutputKind
-from edge.text.tokenizer import Detokenizer, Tokenizer
+from edge.text.streamed_text import Detokenizer
+from edge.text.tokenizer import Tokenizer
 from tests.edge.text.test_tokenizer import sentencepiece
 from tests.tiny_models import BOS, BOS_ID, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
 

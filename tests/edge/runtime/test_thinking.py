@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import Tokens
 from edge.errors import RequestError
 from edge.runtime.thinking import ThinkingBudget
-from edge.text.chat_template import ReasoningSplitter
+from edge.text.reasoning import ReasoningSplitter
 from edge.text.tokenizer import Tokenizer
 from tests.edge.text.test_tokenizer import sentencepiece
 from tests.tiny_models import BOS, BOS_ID, EOS, EOS_ID, write_tokenizer
