@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.bundle.manifest import (
+from edge.bundle.manifest_text import (
     describe_from_source,
     describe_kv_cache,
     describe_sampling,

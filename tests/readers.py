@@ -24,10 +24,10 @@ from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import (
     MANIFEST_NAME,
     Tokens,
-    describe_sampling,
     encode_manifest,
     read_manifest,
 )
+from edge.bundle.manifest_text import describe_sampling
 from edge.bundle.minisign import (
     PublicKey,
     SecretKey,

@@ -13,11 +13,13 @@ from edge.bundle.engine_file import ENGINE_JSON
 from edge.bundle.manifest import (
     DraftHead,
     Manifest,
+    read_manifest,
+)
+from edge.bundle.manifest_text import (
     describe_from_source,
     describe_kv_cache,
     describe_sampling,
     describe_tensorrt,
-    read_manifest,
 )
 from edge.bundle.verified_files import verify_files
 from edge.files import is_file

@@ -19,7 +19,8 @@ from edge.backends import Backend
 from edge.backends.tensorrt.device_memory import EngineMemory
 from edge.bundle.engine_file import EngineInfo
 from edge.bundle.engine_layers import read_layers
-from edge.bundle.manifest import Manifest, describe_kv_cache
+from edge.bundle.manifest import Manifest
+from edge.bundle.manifest_text import describe_kv_cache
 from edge.device.telemetry import Snapshot
 from edge.errors import BundleError, ConfigError
 from edge.planner.calibration import BENCH_SCHEMA

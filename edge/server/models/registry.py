@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from edge.bundle.manifest import describe_kv_cache, fingerprint
+from edge.bundle.manifest import fingerprint
+from edge.bundle.manifest_text import describe_kv_cache
 from edge.errors import ResourceError
 from edge.runtime.scheduler.request import SchedulerStats
 from edge.server.http.errors import APIError, draining, invalid, stalled

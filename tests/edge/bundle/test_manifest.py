@@ -30,12 +30,14 @@ from edge.bundle.manifest import (
     TensorScheme,
     Tokens,
     decode_manifest,
-    describe_kv_cache,
-    describe_sampling,
     encode_manifest,
     is_file_name,
     read_manifest,
     sha256_file,
+)
+from edge.bundle.manifest_text import (
+    describe_kv_cache,
+    describe_sampling,
 )
 from edge.bundle.rope import inverse_frequencies
 from edge.errors import BundleError, IntegrityError
