@@ -562,11 +562,12 @@ def test_the_real_service_takes_what_goes_on(real: tuple[Browser, Any]):
     browser, live = real
     messages = [{"role": "user", "content": "hello"}]
     live.engine.say(messages, "So.</think>One two", ends=False)
-    live.engine.delay_s = 0.02
+    live.engine.delay_s = 0.2  # so that it still writes when the button is pressed
     browser.ask("hello")
     browser.until(lambda: "One two" in browser.one(".turn.assistant .body").text)
     browser.one("#stop").click()
     browser.answered()
+    live.engine.delay_s = 0.02
     before = browser.one(".turn.assistant .body").text
     tool(browser, "continue").click()
     browser.until(lambda: live.idle(WAIT_S))

@@ -224,14 +224,14 @@ def test_auto_decides_by_the_request_and_the_load(pair: Pair):
     body = {"messages": [{"role": "user", "content": "default"}], "temperature": 0}
     assert who(live.ask("/v1/chat/completions", body)) == "small"
     small = pair.engines["small"]
-    small.delay_s = 0.2
+    small.running.clear()
     with ThreadPoolExecutor(3) as pool:
         busy = [pool.submit(live.chat, "b", model="small", temperature=0) for _ in range(3)]
         deadline = time.monotonic() + 5
         while small.llm.scheduler.stats().waiting < 1 and time.monotonic() < deadline:
             time.sleep(0.005)
         assert who(live.chat("short", model="auto", temperature=0)) == "big"
-        small.delay_s = 0
+        small.running.set()
         assert [who(item.result()) for item in busy] == ["small"] * 3
     routes = live.ask("/stats").json["routes"]
     assert routes["always"] >= 2
