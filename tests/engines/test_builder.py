@@ -90,15 +90,6 @@ def test_every_variant_compiles_and_passes_the_audit(
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_smollm2_compiles(smollm2_bundle: Path) -> None:
-    report = check_bundle(BuildConfig(smollm2_bundle), 86)
-    assert report.problems == ()
-    native = read_manifest(smollm2_bundle).dialect == "native"
-    assert report.attentions == (30 if native else 0)
-
-
-@pytest.mark.slow
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("dialect", "quant", "sm"),
     [
