@@ -21,12 +21,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, rebuild_command
 from edge.bundle.engine_layers import layers_path, read_layers
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import (
-    MANIFEST_NAME,
-    Tokens,
-    encode_manifest,
-    read_manifest,
-)
+from edge.bundle.manifest import MANIFEST_NAME, Tokens, encode_manifest, read_manifest
 from edge.bundle.manifest_text import describe_sampling
 from edge.bundle.minisign import (
     PublicKey,

@@ -10,11 +10,7 @@ import msgspec
 
 from edge.bundle import io_spec
 from edge.bundle.engine_file import ENGINE_JSON
-from edge.bundle.manifest import (
-    DraftHead,
-    Manifest,
-    read_manifest,
-)
+from edge.bundle.manifest import DraftHead, Manifest, read_manifest
 from edge.bundle.manifest_text import (
     describe_from_source,
     describe_kv_cache,

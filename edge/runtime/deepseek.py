@@ -11,10 +11,7 @@ from edge.bundle.engine_file import find_engines
 from edge.bundle.library import CATALOGUE, bundle_name, roots
 from edge.engine_config import BackendName
 from edge.errors import BundleError, ConfigError, RequestError
-from edge.text.reasoning import (
-    THINK_END,
-    THINK_START,
-)
+from edge.text.reasoning import THINK_END, THINK_START
 
 from .llm import LLM, Prompt
 from .sampling_params import SamplingParams

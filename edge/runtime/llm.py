@@ -26,10 +26,7 @@ from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
 from edge.files import decode_text
 from edge.text.begun_answer import BegunAnswer, take_begun_answer
-from edge.text.chat_template import (
-    ChatTemplate,
-    encode_chat,
-)
+from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.fill_in_middle import fill_in_middle
 from edge.text.reasoning import (
     THINK_END,

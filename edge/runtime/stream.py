@@ -10,10 +10,7 @@ from queue import Empty, SimpleQueue
 
 from edge.errors import EdgeError, RequestError
 from edge.text.reasoning import ReasoningSplitter
-from edge.text.streamed_text import (
-    Detokenizer,
-    StopMatcher,
-)
+from edge.text.streamed_text import Detokenizer, StopMatcher
 
 from .generation import FinishReason, GenerationStats, PromptProgress
 from .sampling import SampledToken

@@ -15,10 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import RequestError
-from edge.text.reasoning import (
-    THINK_END,
-    THINK_START,
-)
+from edge.text.reasoning import THINK_END, THINK_START
 
 if TYPE_CHECKING:
     from edge.text.tokenizer import Tokenizer

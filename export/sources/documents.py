@@ -15,15 +15,8 @@ from numpy.typing import NDArray
 
 from edge.errors import ConfigError, RequestError
 from edge.files import MALFORMED, read_file
-from edge.text.chat_template import (
-    ChatTemplate,
-    encode_chat,
-)
-from edge.text.reasoning import (
-    THINK_END,
-    THINK_START,
-    prompt_opens_reasoning,
-)
+from edge.text.chat_template import ChatTemplate, encode_chat
+from edge.text.reasoning import THINK_END, THINK_START, prompt_opens_reasoning
 from edge.text.tokenizer import Tokenizer
 
 SEQ_LEN = 512

@@ -16,11 +16,7 @@ from numpy.typing import NDArray
 
 from edge.backends.step import step_after
 from edge.bundle.linears import LinearSpec, linear_layers
-from edge.bundle.manifest import (
-    Dialect,
-    Manifest,
-    read_manifest,
-)
+from edge.bundle.manifest import Dialect, Manifest, read_manifest
 from edge.bundle.manifest_text import describe_from_source
 from edge.bundle.schemes import HIGH_PLANE, stored_bytes
 from edge.cli import cli

@@ -35,10 +35,7 @@ from edge.bundle.manifest import (
     read_manifest,
     sha256_file,
 )
-from edge.bundle.manifest_text import (
-    describe_kv_cache,
-    describe_sampling,
-)
+from edge.bundle.manifest_text import describe_kv_cache, describe_sampling
 from edge.bundle.rope import inverse_frequencies
 from edge.errors import BundleError, IntegrityError
 from edge.runtime.sampling_params import KNOBS

@@ -11,11 +11,7 @@ from edge.errors import BackendError
 from edge.runtime.generation import FinishReason, GenerationStats
 from edge.runtime.sampling import SampledToken
 from edge.runtime.stream import GenerationChunk, OutputStream
-from edge.text.reasoning import (
-    THINK_END,
-    THINK_START,
-    ReasoningSplitter,
-)
+from edge.text.reasoning import THINK_END, THINK_START, ReasoningSplitter
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
 from tests.tiny_models import BOS, BOS_ID, EOS, EOS_ID, write_tokenizer

@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 from edge.bundle.manifest import Tokens
 from edge.errors import RequestError
 from edge.text.begun_answer import BegunAnswer, take_begun_answer
-from edge.text.chat_template import (
-    ChatTemplate,
-    encode_chat,
-)
+from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.reasoning import ReasoningSplitter
 from edge.text.tokenizer import Tokenizer
 from tests.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID, write_tokenizer

@@ -20,16 +20,9 @@ from edge.bundle.manifest import Tokens
 from edge.errors import BundleError, RequestError
 from edge.limited_child import LimitedChild, Limits
 from edge.text import chat_template, known_templates
-from edge.text.chat_template import (
-    TEMPLATE_LIMITS,
-    ChatTemplate,
-    encode_chat,
-)
+from edge.text.chat_template import TEMPLATE_LIMITS, ChatTemplate, encode_chat
 from edge.text.messages import normalize_messages
-from edge.text.reasoning import (
-    prompt_opens_reasoning,
-    template_reasons,
-)
+from edge.text.reasoning import prompt_opens_reasoning, template_reasons
 from edge.text.tokenizer import Tokenizer
 from tests.tiny_models import (
     BOS,

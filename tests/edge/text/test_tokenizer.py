@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from edge.bundle.manifest import Tokens
 from edge.errors import BundleError, RequestError
 from edge.text import tokenizer as module
-from edge.text.streamed_text import (
-    Detokenizer,
-)
+from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
 from tests.tiny_models import BOS, BOS_ID, CONTROL, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
 

@@ -12,10 +12,7 @@ import pytest
 
 from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError
-from edge.text.chat_template import (
-    ChatTemplate,
-    encode_chat,
-)
+from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.reasoning import ReasoningSplitter
 from edge.text.tokenizer import Tokenizer
 from export.pipeline import ExportConfig, export_checkpoint
