@@ -99,7 +99,13 @@ class EmbeddingTable:
         rows = np.empty((len(flat), self.hidden_size), dtype=dtype)
         for target, token_id in zip(rows, flat.tolist(), strict=True):
             offset = self._start + token_id * self._row_bytes
-            if os.preadv(self._file, [target.data], offset) != self._row_bytes:
+            try:
+                read_bytes = os.preadv(self._file, [target.data], offset)
+            except OSError as error:
+                raise BundleError(
+                    f"cannot read the embedding table: {error.strerror}; look after its disk"
+                ) from error
+            if read_bytes != self._row_bytes:
                 raise BundleError("the embedding table was cut off while in use; export it again")
         found = rows
         if self._is_int8:

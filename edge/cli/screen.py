@@ -79,7 +79,7 @@ class StreamPrinter:
         """Say on stderr what ended an answer before the model did."""
         if self.finish_reason != "length" or self.stats is None:
             return
-        if self.stats.context_left:
+        if self.stats.context_left != 0:
             text = f"after {self.stats.completion_tokens} tokens, as --max-tokens says"
         else:
             text = f"prompt and answer fill the KV cache of {llm.kv_capacity} tokens"

@@ -247,9 +247,10 @@ def run(scheduler: Scheduler, ids: Sequence[Sequence[int]], capacity: int) -> ND
         for group in groups(ids, scheduler.max_batch):
             flying.append((group, *_submit_when_room(scheduler, [ids[i] for i in group])))
             if len(flying) > 1:  # one runs, and the next is there when it ends
-                _collect(flying.pop(0), found)
-        while flying:
-            _collect(flying.pop(0), found)
+                _collect(flying[0], found)
+                del flying[0]
+        for last in flying:
+            _collect(last, found)
     finally:
         for _, sequences, _ in flying:
             for sequence in sequences:

@@ -38,8 +38,8 @@ class GenerationStats:
         itl_s: gaps between tokens.
         model_s: part of ``total_s`` that the backend worked, for this sequence or others.
         context_left: tokens that the slot had room for when the answer ended: 0 with the finish
-            reason ``length`` means that the KV capacity cut it off. None before the end, and for
-            an answer that never had a slot.
+            reason ``length`` means that the KV capacity cut it off. None before the end, for an
+            answer that never had a slot, and where a full slot slides.
     """
 
     prompt_tokens: int = 0

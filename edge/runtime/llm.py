@@ -456,7 +456,11 @@ class LLM:
         if params.logprobs is None:
             params = replace(params, logprobs=0)
         generations = self.submit(prompt, params, n=best_of, **options)
-        results = [generation.result() for generation in generations]
+        try:
+            results = [generation.result() for generation in generations]
+        finally:
+            for generation in generations:
+                generation.cancel()
         return sorted(results, key=lambda result: _rank(result, rank_by), reverse=True)[:n]
 
     def generate_ids(
@@ -475,7 +479,7 @@ class LLM:
             ids=tuple(_token_ids(ids)), params=resolved, end_ids=self._end_ids(resolved)
         )
         (generation,) = submit(self.scheduler, [request], [OutputStream()])
-        return (token.id for chunk in generation for token in chunk.tokens)
+        return (token.id for chunk in _read(generation) for token in chunk.tokens)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """Compute the log-probability of every token but the first; see `generation.score`.
@@ -595,10 +599,7 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None, options: dict[str, Any]
     ) -> Generator[GenerationChunk, None, None]:
         (generation,) = self.submit(prompt, params, **options)
-        try:
-            yield from generation
-        finally:
-            generation.cancel()  # nothing to do after the last piece
+        yield from _read(generation)
 
     def _output_stream(
         self,
@@ -754,6 +755,14 @@ def _check_no_sampling(options: Mapping[str, Any]) -> None:
             f"{misplaced[0]} is sampling; give it as SamplingParams({misplaced[0]}=...) after the "
             "prompt"
         )
+
+
+def _read(generation: Generation) -> Iterator[GenerationChunk]:
+    """Iterate over a generation, and end it with the iterator."""
+    try:
+        yield from generation
+    finally:
+        generation.cancel()  # nothing to do after the last piece
 
 
 def _rank(result: GenerationResult, rank_by: str) -> float:

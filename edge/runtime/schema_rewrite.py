@@ -1,8 +1,10 @@
 r"""Writes a JSON schema so that llguidance keeps answers to it.
 
-Two of its parts it takes otherwise. In a string, a class that has every control character but not
-``"`` or ``\`` lets these through: ``[^"]`` allows ``\"``. And of a ``oneOf`` it sees that no two
-branches can hold at once only where they are written out, not behind a ``$ref``.
+Three of its parts it takes otherwise. In a string, a class that has every control character but
+not ``"`` or ``\`` lets these through: ``[^"]`` allows ``\"``. Characters that JSON spells with
+``\u`` only, which answers do without, it leaves out where a text has to have them. And of a
+``oneOf`` it sees that no two branches can hold at once only where they are written out, not behind
+a ``$ref``.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ _PLAIN_DATA = ("const", "enum", "default", "examples")
 # Dashes or a bracket that come first in a class are its characters, and so is what ends a range.
 _CODE = r"[xuU]\{[^{}\\]*\}|x[^{].|u[^{].{3}|U[^{].{7}"
 _PROPERTY = r"[pP]\{[^{}\\]*\}|[pP]."
+# What JSON has no other escape for than u; llguidance counts DEL among them.
+_UNWRITABLE = r"[\x00-\x07\x0b\x0e-\x1f\x7f]"
 _OPEN = r"(?P<open>\[\^?(?:-+|\])?)"
 _OUTSIDE = re.compile(
-    rf"(?P<class>\\(?:{_CODE}|{_PROPERTY})|\x00)|\\.|{_OPEN}"
+    rf"(?P<class>\\(?:[av]|{_CODE}|{_PROPERTY})|{_UNWRITABLE})|\\.|{_OPEN}"
     r"|(?P<verbose>\(\?[a-zA-Z]*x)|\(\?P?<[\w.\[\]]*>|.",
     re.DOTALL,
 )
@@ -44,7 +48,8 @@ def rewrite_schema(schema: dict[str, Any]) -> None:
         schema: plain data that does not nest deeply.
 
     Raises:
-        RequestError: an expression in it cannot be changed safely.
+        RequestError: an expression in it cannot be changed safely, or it asks for a text that no
+            answer can have.
     """
     _rewrite(schema, schema, {})
 
@@ -57,11 +62,13 @@ def _rewrite(schema: Any, root: dict[str, Any], known: _Known) -> None:
     if not isinstance(schema, dict):
         return
     root = schema if "$id" in schema else root
+    for key in ("const", "enum"):
+        _check_writable(schema.get(key))
     if isinstance(pattern := schema.get("pattern"), str):
-        schema["pattern"] = _without_nul(pattern)
+        schema["pattern"] = _writable(pattern)
     if isinstance(by_pattern := schema.get("patternProperties"), dict):
         schema["patternProperties"] = {
-            _without_nul(pattern): each for pattern, each in by_pattern.items()
+            _writable(pattern): each for pattern, each in by_pattern.items()
         }
     if "anyOf" not in schema and _are_told_apart(schema.get("oneOf"), root, known):
         schema["anyOf"] = schema.pop("oneOf")
@@ -72,8 +79,19 @@ def _rewrite(schema: Any, root: dict[str, Any], known: _Known) -> None:
             _rewrite(value, root, known)
 
 
-def _without_nul(pattern: str) -> str:
-    """Take NUL, which no answer can have, from each class: none has all control characters then.
+def _check_writable(value: Any) -> None:
+    if isinstance(value, str) and re.search(_UNWRITABLE, value):
+        raise RequestError(
+            f"the JSON schema: {value!r:.80} has a control character that answers cannot have; "
+            r"leave it out (they have \n, \r, \t, \b and \f)"
+        )
+    if isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_writable(each)
+
+
+def _writable(pattern: str) -> str:
+    """Take from each class the control characters that no answer has: none has all of them then.
 
     Raises:
         RequestError: the expression has comments, which may look like classes.
@@ -95,9 +113,9 @@ def _without_nul(pattern: str) -> str:
             depth += 1
         elif kind == "close":
             depth -= 1
-            text = text if depth else text + r"--\x00]"
+            text = text if depth else f"{text}--{_UNWRITABLE}]"
         elif kind == "class":
-            text = f"[{text}--\\x00]"
+            text = f"[{text}--{_UNWRITABLE}]"
         written.append(text)
     return "".join(written)
 

@@ -59,7 +59,8 @@ class OutputStream:
 
     An `edge.runtime.scheduler.Sink`: the engine's thread writes and never waits for the reader,
     which may be a thread (`get`) or a task of any asyncio loop (`get_async`). Tokens become whole
-    characters first; then stop strings are looked for; then reasoning and answer are told apart.
+    characters first; then reasoning and answer are told apart; then stop strings are looked for in
+    the answer: a reasoning often repeats what is to end the answer, and has it end at nothing.
 
     Args:
         detokenizer: turns the tokens of this sequence into text; None gives tokens without text.
@@ -95,14 +96,15 @@ class OutputStream:
             RequestError: nobody reads, and this is not the last token.
         """
         tokens: tuple[SampledToken, ...] = ()
-        text, stopped = "", False
+        answer, reasoning, stopped = "", "", False
         if reason != "stop":  # else an end token, whose text is no part of the answer
             tokens = (token,)
             if self._detokenizer is not None:
-                text, stopped = self._stops.push(self._detokenizer.push(token.id))
+                answer, reasoning = self._split(self._detokenizer.push(token.id))
+                answer, stopped = self._stops.push(answer)
         if stopped:
             reason = "stop"
-        chunk = GenerationChunk(*self._split(text), tokens)
+        chunk = GenerationChunk(answer, reasoning, tokens)
         if reason is not None:
             self._last = chunk
         elif self._queue.qsize() < _MOST_UNREAD:
@@ -116,14 +118,14 @@ class OutputStream:
 
     def finish(self, reason: FinishReason, stats: GenerationStats) -> None:
         """Queue the last chunk, with all text that was held back up to a stop string."""
-        text = ""
+        answer = reasoning = ""
         if self._detokenizer is not None:
-            text, _ = self._stops.push(self._detokenizer.flush())
-            text += self._stops.flush()
-        answer, reasoning = self._split(text)
+            answer, reasoning = self._split(self._detokenizer.flush())
         if self._splitter is not None:
             last_reasoning, last_answer = self._splitter.flush()
             answer, reasoning = answer + last_answer, reasoning + last_reasoning
+        answer, _ = self._stops.push(answer)
+        answer += self._stops.flush()
         last = self._last
         self._put(
             GenerationChunk(

@@ -9,7 +9,8 @@ up, the closing tag is forced, and the model answers from what it has (budget fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,7 @@ class ThinkingBudget:
         answer: constraint from the first token of the answer on; None leaves it free.
 
     Raises:
-        RequestError: a negative budget.
+        RequestError: a budget that is negative or no integer.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class ThinkingBudget:
         budget: int | None = None,
         answer: Constraint | None = None,
     ) -> None:
-        if budget is not None and budget < 0:
-            raise RequestError(f"the thinking budget must be 0 or more tokens, not {budget}")
+        given: Any = 0 if budget is None else budget  # from a caller, perhaps of the wrong type
+        if isinstance(given, bool) or not isinstance(given, Integral) or given < 0:
+            raise RequestError(f"the thinking budget must be 0 or more tokens, not {given!r:.80}")
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._answer = answer

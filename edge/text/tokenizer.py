@@ -439,14 +439,16 @@ class _ControlSwitch:
         place = object()
         with self._changed:
             self._line.append(place)
-            self._changed.wait_for(
-                lambda: self._line[0] is place and (self._plain == plain or not self._active)
-            )
-            self._line.popleft()
+            try:
+                self._changed.wait_for(
+                    lambda: self._line[0] is place and (self._plain == plain or not self._active)
+                )
+            finally:  # an interrupt, too, lets the next one in
+                self._line.remove(place)
+                self._changed.notify_all()
             if self._plain != plain:
                 self._plain = self._library.encode_special_tokens = plain
             self._active += 1
-            self._changed.notify_all()
         try:
             yield
         finally:

@@ -569,7 +569,8 @@ class EngineCore:
             newest = _NEWEST if self.mean_run_s else 1.0
             self.mean_run_s += newest * (run_s - self.mean_run_s)
             self.mean_tokens += newest * (sequence.stats.completion_tokens - self.mean_tokens)
-            sequence.stats.context_left = sequence.slot.remaining
+            if self.overflow is None:
+                sequence.stats.context_left = sequence.slot.remaining
         self._leave(sequence, keep=self.reuse_prefix)
         self.outcomes[reason] += 1
         try:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from numbers import Integral
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from edge.backends import Backend
 from edge.bundle.embeddings import EmbeddingTable
@@ -236,8 +236,12 @@ class Scheduler:
             raise RequestError(f"token id {wrong} is outside 0..{last}")
         if num_tokens >= capacity:
             raise ContextLengthError(num_tokens, capacity)
-        if request.deadline_s is not None and not request.deadline_s > 0:
-            raise RequestError(f"a deadline must be positive, not {request.deadline_s} s")
+        priority: Any = request.priority  # from a caller, perhaps of the wrong type
+        if not isinstance(priority, Integral):
+            raise RequestError(f"a priority must be an integer, not {priority!r:.80}")
+        deadline_s: Any = request.deadline_s
+        if deadline_s is not None and not (isinstance(deadline_s, int | float) and deadline_s > 0):
+            raise RequestError(f"a deadline must be a positive number of s, not {deadline_s!r:.80}")
 
 
 class _EngineThread:

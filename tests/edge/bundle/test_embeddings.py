@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -89,6 +91,21 @@ def test_a_file_that_is_cut_off_while_in_use(
     assert table[np.array([0])].tobytes() == rows[:1].tobytes()
     with pytest.raises(BundleError, match="cut off"):
         table[np.array([VOCAB - 1])]
+    table.close()
+
+
+def test_a_disk_that_fails_once(
+    tmp_path: Path,
+    rows: NDArray[np.float16],
+    header: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    table = EmbeddingTable(write(tmp_path / "t", header, rows.tobytes()))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+        with pytest.raises(BundleError, match="Input/output error"):
+            table[np.array([0])]
+    assert table[np.array([0])].tobytes() == rows[:1].tobytes()
     table.close()
 
 

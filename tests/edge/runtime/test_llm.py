@@ -8,10 +8,12 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from edge.errors import BackendError, ContextLengthError, OverloadError, Request
 from edge.runtime.drafts import NgramDrafter
 from edge.runtime.llm import Prompt
 from edge.runtime.scheduler import DraftContext
+from edge.runtime.stream import OutputStream
 from tests.conftest import TINY_KV_CAPACITY, Bundles
 from tests.edge.text.test_tokenizer import added, sentencepiece
 from tests.fakes import ScriptedBackend, random_logits
@@ -425,6 +428,32 @@ def test_the_best_answers_are_the_most_probable(scripted: Scripted):
         llm.generate_best("what", best_of=1, n=2)
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda llm, params: llm.generate("what", params),
+        lambda llm, params: llm.generate_best("what", params, best_of=3),
+        lambda llm, params: list(llm.generate_ids([1], params)),
+    ],
+)
+def test_an_interrupt_ends_the_answers(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch, ask: Callable[[LLM, SamplingParams], Any]
+) -> None:
+    """Also where somebody keeps the exception, as a shell does."""
+    llm = scripted.llm
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputStream, "get", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) as kept:
+            ask(llm, SamplingParams(ignore_eos=True, max_tokens=200))
+    stats = llm.scheduler.stats()
+    deadline = time.monotonic() + 10
+    while stats.running or stats.waiting:
+        assert time.monotonic() < deadline
+        stats = llm.scheduler.stats()
+    assert set(stats.outcomes) == {"cancelled"}
+    assert kept.value is not None
+
+
 def test_answers_for_asyncio(scripted: Scripted):
     llm = scripted.llm
     params = replace(SEEDED, max_tokens=9)
@@ -705,6 +734,7 @@ def test_a_full_slot_slides(tiny_bundles: Bundles):
         result = llm.generate("hello", params)
         assert len(result.tokens) == 3 * TINY_KV_CAPACITY
         assert result.finish_reason == "length"
+        assert result.stats.context_left is None  # max_tokens ended it, and no slot's end
         assert llm.cached_tokens == 0  # rows that were turned are no prefix of anything
 
 

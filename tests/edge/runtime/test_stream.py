@@ -62,26 +62,59 @@ def test_chunks_are_the_text_up_to_the_end(
     if reason is None and end == "stop":
         reason = stream.push(SampledToken(EOS_ID), "stop")
         assert reason == "stop"
-    # The token that completes a stop string is the last.
-    written = tokenizer.decode(pushed)
-    assert not any(s in tokenizer.decode(pushed[:-1]) for s in stop)
+
+    def parts(ids: list[int]) -> tuple[str, str]:
+        """What these tokens add to the answer and to the reasoning, stops unseen."""
+        written, whole = tokenizer.decode(ids), splitter()
+        if whole is None:
+            return written, ""
+        (reasoning, answer), (last_reasoning, last_answer) = whole.push(written), whole.flush()
+        return answer + last_answer, reasoning + last_reasoning
+
+    # The token that completes a stop string in the answer is the last.
+    answer, reasoning = parts(pushed)
     if pushed != ids:
         assert reason == "stop"
-        assert any(s in written for s in stop)
+        assert any(s in answer for s in stop)
     stream.finish(reason or "cancelled", GenerationStats())
 
     chunks = read_all(stream)
     assert [token.id for chunk in chunks for token in chunk.tokens] == pushed
     assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].finish_reason == (reason or "cancelled")
-    kept = written[: min((written.find(s) for s in stop if s in written), default=len(written))]
-    expected = (kept, "")
-    whole = splitter()
-    if whole is not None:
-        (reasoning, answer), (last_reasoning, last_answer) = whole.push(kept), whole.flush()
-        expected = (answer + last_answer, reasoning + last_reasoning)
+    kept = answer[: min((answer.find(s) for s in stop if s in answer), default=len(answer))]
     found = ("".join(c.text for c in chunks), "".join(c.reasoning for c in chunks))
-    assert found == expected
+    assert found == (kept, reasoning)
+
+
+@pytest.mark.parametrize(
+    ("written", "stop", "text", "reasoning"),
+    [
+        (
+            "Question: 1</think>\n\nIt is 2.\n\nQuestion:",
+            "Question:",
+            "It is 2.\n\n",
+            "Question: 1",
+        ),
+        ("so</think>\n\na\n\nb", "\n\n", "a", "so"),
+        ("</think>\n\na\n\nb", "\n\n", "a", ""),
+        ("so</think>\n\na</think>b", "</think>", "a", "so"),
+    ],
+)
+def test_only_the_answer_ends_at_a_stop(
+    tokenizer: Tokenizer, written: str, stop: str, text: str, reasoning: str
+) -> None:
+    stream = OutputStream(Detokenizer(tokenizer), [stop], ReasoningSplitter(opened=True))
+    for token in tokenizer.encode(written, control=True):
+        if stream.push(SampledToken(token), None) is not None:
+            break
+    else:
+        pytest.fail("nothing stopped")
+    stream.finish("stop", GenerationStats())
+    chunks = read_all(stream)
+    assert "".join(chunk.text for chunk in chunks) == text
+    assert "".join(chunk.reasoning for chunk in chunks) == reasoning
+    assert chunks[-1].stop == stop
 
 
 def test_tokens_without_text():

@@ -23,7 +23,7 @@ from edge.runtime import structured_output
 from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import Constraint
-from edge.runtime.schema_rewrite import _without_nul, rewrite_schema
+from edge.runtime.schema_rewrite import _writable, rewrite_schema
 from edge.runtime.structured_output import GrammarCompiler, GrammarLimits, OutputFormat, OutputKind
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
@@ -238,6 +238,29 @@ def test_one_of_that_may_hold_twice_is_refused_with_advice(
         assert "write anyOf" in str(caught.value)
 
 
+UNWRITABLE = "".join(map(chr, [*range(8), 11, *range(14, 32), 127]))
+
+
+@pytest.mark.parametrize("char", UNWRITABLE)
+def test_a_text_that_no_answer_can_have_is_refused(compiler: GrammarCompiler, char: str) -> None:
+    for schema in ({"const": char}, {"enum": ["x", {"a": [f"x{char}"]}]}):
+        with pytest.raises(RequestError, match="a control character that answers cannot have"):
+            compiler.compile(OutputFormat("json_schema", schema))
+
+
+@pytest.mark.parametrize("written", ["{}", r"\x{:02x}", r"\u{{{:x}}}", "[{}]", r"[\x00-\x01{}]"])
+@pytest.mark.parametrize("char", ["\x1b", "\x7f"])
+def test_a_character_that_no_answer_can_have_is_not_left_out(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, char: str, written: str
+) -> None:
+    part = written.format(ord(char) if "{:" in written else char)
+    with pytest.raises(RequestError, match="empty"):
+        compiler.compile(OutputFormat("json_schema", {"type": "string", "pattern": f"^a{part}b$"}))
+    schema = {"type": "string", "pattern": f"^({part}|a)b$"}
+    assert takes(compiler, tokenizer, schema, '"ab"')
+    assert not takes(compiler, tokenizer, schema, '"b"')
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_json_mode_gives_an_object(
     tokenizer: Tokenizer, compiler: GrammarCompiler, seed: int
@@ -317,7 +340,7 @@ def test_a_class_takes_no_quote_and_no_backslash_that_it_excludes(
     )
 )
 @settings(max_examples=150, deadline=None)
-def test_an_expression_takes_the_same_texts_without_nul(parts: list[str]) -> None:
+def test_an_expression_takes_the_same_texts_writable(parts: list[str]) -> None:
     llguidance = pytest.importorskip("llguidance")
 
     def texts_of(pattern: str) -> set[str] | None:
@@ -352,7 +375,7 @@ def test_an_expression_takes_the_same_texts_without_nul(parts: list[str]) -> Non
 
     pattern = "".join(parts)
     if (wanted := texts_of(pattern)) is not None:
-        assert texts_of(_without_nul(pattern)) == wanted
+        assert texts_of(_writable(pattern)) == wanted
 
 
 @pytest.mark.parametrize(

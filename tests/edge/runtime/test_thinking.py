@@ -220,9 +220,10 @@ def test_a_real_grammar_follows_the_reasoning(tokenizer: Tokenizer) -> None:
         assert isinstance(json.loads(answer)["a"], bool)
 
 
-def test_a_negative_budget_is_refused(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("budget", [-1, 2.5, True])
+def test_a_budget_that_would_never_end_is_refused(tokenizer: Tokenizer, budget: Any) -> None:
     with pytest.raises(RequestError, match="must be 0 or more"):
-        ThinkingBudget(tokenizer, VOCAB, opened=True, budget=-1)
+        ThinkingBudget(tokenizer, VOCAB, opened=True, budget=budget)
 
 
 def test_what_a_token_has_behind_the_tag_belongs_to_the_answer(tmp_path: Path) -> None:

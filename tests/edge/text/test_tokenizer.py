@@ -8,7 +8,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import tokenizers
@@ -369,6 +371,19 @@ def test_threads_do_not_mix_plain_text_and_templates(path, monkeypatch):
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(count_wrong, [False, True] * 2)) == [0] * 4
+
+
+def test_an_interrupt_while_waiting_lets_the_next_one_in():
+    switch = module._ControlSwitch(SimpleNamespace())
+    with switch.held(plain=True):
+        with (
+            patch.object(switch._changed, "wait", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+            switch.held(plain=False),
+        ):
+            pytest.fail("held while another setting was")
+        with switch.held(plain=True):  # would wait for the place of the one that is gone
+            pass
 
 
 @given(texts)

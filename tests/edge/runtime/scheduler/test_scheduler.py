@@ -120,8 +120,13 @@ def test_what_can_never_run_is_refused_at_once(make: Make):
             submit(scheduler, make_request(ids))
     with pytest.raises(RequestError, match="n must be"):
         submit(scheduler, make_request([1]), n=0)
-    with pytest.raises(RequestError, match="deadline must be positive"):
-        submit(scheduler, make_request([1], deadline_s=0.0))
+    wrong: Any
+    for wrong in (0.0, "1", float("nan")):
+        with pytest.raises(RequestError, match="deadline must be a positive number"):
+            submit(scheduler, make_request([1], deadline_s=wrong))
+    for wrong in (None, "1", 0.5):
+        with pytest.raises(RequestError, match="priority must be an integer"):
+            submit(scheduler, make_request([1], priority=wrong))
     with pytest.raises(RequestError, match="give each its own"):
         submit(scheduler, make_request([1], constraint=object()), n=2)
     with pytest.raises(RequestError, match="give each its own"):
