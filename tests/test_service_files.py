@@ -237,7 +237,11 @@ def test_the_first_lines_of_defence_are_there():
 
 
 def install(
-    root: Path | None, *arguments: str, cwd: Path | None = None, **environment: str
+    root: Path | None,
+    *arguments: str,
+    cwd: Path | None = None,
+    umask: int = -1,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     environ = {"PATH": os.environ["PATH"], **environment}
     if root is not None:
@@ -249,6 +253,7 @@ def install(
         check=False,
         timeout=120,
         cwd=cwd,
+        umask=umask,
         env=environ,
     )
 
@@ -445,17 +450,46 @@ def test_a_bundle_that_the_service_cannot_read_is_named(tmp_path: Path, visible:
     assert install(tmp_path, "r1", "--bundle", str(visible), "--no-venv").returncode == 0
 
 
-def test_the_virtual_environment_is_made_once(tmp_path: Path):
-    """With a stand-in for Python that writes down what it is asked."""
-    log = tmp_path / "log"
-    python = tmp_path / "python"
+@pytest.mark.parametrize("engines", ["engines", "engines/x"])
+def test_so_is_an_engine_that_root_has_built_since(engines: str, tmp_path: Path, visible: Path):
+    """As by the documented steps, under a umask that takes the rights of others."""
+    arguments = ("r1", "--bundle", str(visible), "--no-venv")
+    assert install(tmp_path, *arguments).returncode == 0
+    (visible / engines).mkdir(parents=True)
+    (visible / engines).chmod(0o744)  # who may not enter a directory reads nothing in it
+    done = install(tmp_path, *arguments)
+    assert done.returncode == 77
+    assert f"cannot read {visible}/{engines}; chmod -R o+rX {visible}" in done.stderr
+    (visible / engines).chmod(0o755)
+    assert install(tmp_path, *arguments).returncode == 0
+
+
+def stub_python(python: Path, log: Path) -> Path:
+    """Write a stand-in for Python that writes down what it is asked."""
     python.write_text(
         f'#!/bin/sh\necho "$@" >> {log}\n'
         'if [ "$1" = --version ]; then echo Python 3.12.1; exit; fi\n'
         'if [ "$2" = venv ]; then mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; fi\n'
     )
     python.chmod(0o755)
+    return python
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o027])
+def test_the_services_user_may_run_what_is_installed(umask: int, tmp_path: Path):
     root = tmp_path / "root"
+    python = stub_python(tmp_path / "python", tmp_path / "log")
+    done = install(root, "r1", "--bundle", "/srv/r1", "--python", str(python), umask=umask)
+    assert done.returncode == 0, done.stderr
+    made = [root / "opt", *(root / "opt").rglob("*")]
+    assert root / "opt/edge-llm/bin/python" in made
+    needed = {path: 0o005 if path.is_dir() else 0o004 for path in made}
+    assert [path for path in made if ~path.stat().st_mode & needed[path]] == []
+
+
+def test_the_virtual_environment_is_made_once(tmp_path: Path):
+    log, root = tmp_path / "log", tmp_path / "root"
+    python = stub_python(tmp_path / "python", log)
     arguments = ("r1", "--bundle", "/srv/r1", "--python", str(python), "--package", "spec==1")
     for _ in range(2):
         done = install(root, *arguments)
