@@ -464,12 +464,12 @@ def test_so_is_an_engine_that_root_has_built_since(engines: str, tmp_path: Path,
     assert install(tmp_path, *arguments).returncode == 0
 
 
-def stub_python(python: Path, log: Path) -> Path:
-    """Write a stand-in for Python that writes down what it is asked."""
+def stub_python(python: Path, log: Path, which: str = "3 12 /usr") -> Path:
+    """Write a stand-in for Python that says which it is and writes down what else it is asked."""
     python.write_text(
-        f'#!/bin/sh\necho "$@" >> {log}\n'
-        'if [ "$1" = --version ]; then echo Python 3.12.1; exit; fi\n'
-        'if [ "$2" = venv ]; then mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; fi\n'
+        f'#!/bin/sh\nif [ "$1" = -c ]; then echo {which}; exit; fi\necho "$@" >> {log}\n'
+        "for last; do :; done\n"
+        'if [ "$2" = venv ]; then mkdir -p "$last/bin"; cp "$0" "$last/bin/python"; fi\n'
     )
     python.chmod(0o755)
     return python
@@ -494,8 +494,7 @@ def test_the_virtual_environment_is_made_once(tmp_path: Path):
     for _ in range(2):
         done = install(root, *arguments)
         assert done.returncode == 0, done.stderr
-    calls = [line for line in log.read_text().splitlines() if line != "--version"]
-    assert calls == [
+    assert log.read_text().splitlines() == [
         f"-m venv --system-site-packages {root}/opt/edge-llm",
         "-m pip install --disable-pip-version-check --only-binary :all: --upgrade spec==1",
     ]
@@ -511,6 +510,21 @@ def test_the_virtual_environment_is_made_once(tmp_path: Path):
     assert checkout.endswith(f"--no-deps --no-build-isolation --upgrade {INSTALLER.parent}/..")
     install(root, "--uninstall")
     assert not (root / "opt/edge-llm").exists()
+
+
+@pytest.mark.parametrize("old", ["3 10 /usr", "3 12 /opt/python", "", None])
+def test_an_environment_of_another_python_is_made_anew(old: str | None, tmp_path: Path):
+    """venv would keep its links, and pip install into it. One that is gone answers nothing."""
+    log, root = tmp_path / "log", tmp_path / "root"
+    python = stub_python(tmp_path / "python", log)
+    first = python if old is None else stub_python(tmp_path / "old", log, old)
+    arguments = ("r1", "--bundle", "/srv/r1", "--python")
+    assert install(root, *arguments, str(first), "--package", "spec==1").returncode == 0
+    log.unlink()
+    package, cleared = ("spec==2", "") if old is None else ("spec==1", "--clear ")
+    assert install(root, *arguments, str(python), "--package", package).returncode == 0
+    made = f"-m venv --system-site-packages {cleared}{root}/opt/edge-llm"
+    assert log.read_text().splitlines()[0] == made
 
 
 class Toolchain:
