@@ -87,6 +87,8 @@ def main() -> None:
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stderr is None:  # the last of the three, so that each gets its own number
+        sys.stderr = Path(os.devnull).open("w", errors="backslashreplace")  # noqa: SIM115
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A verb sees bytes that are no text and refuses them with a proper error.
         sys.stdin.reconfigure(errors="surrogateescape")

@@ -91,6 +91,18 @@ def test_a_closed_standard_output_is_none(bundle: Path):
         assert "Traceback" not in done.stderr
 
 
+def test_a_closed_standard_error_costs_no_answer(bundle: Path):
+    """Of a verb that shows how far it is."""
+    command = f"exec {sys.executable} -m edge.cli bundle verify {bundle}"
+    usual, closed, without_input = (
+        subprocess.run(["bash", "-c", f"{command} {more}"], stdout=subprocess.PIPE, text=True)
+        for more in ("2>/dev/null", "2>&-", "<&- 2>&-")
+    )
+    assert usual.stdout
+    assert (closed.returncode, closed.stdout) == (0, usual.stdout)
+    assert (without_input.returncode, without_input.stdout) == (0, usual.stdout)
+
+
 def test_run_takes_its_prompt_from_stdin(edge_llm: Callable[..., Result], bundle: Path):
     options = ("--max-tokens", 12, "--no-stats", *GREEDY)
     given = edge_llm("run", bundle, "hello\n", *options)
