@@ -39,7 +39,7 @@ def test_an_environment_that_was_moved_is_made_anew(tmp_path: Path):
     shutil.copy(ROOT / "scripts/_venv", old / "scripts")
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/sh\ncase "$*" in -c*) echo 3.11.2 /usr ;; *--clear*) mkdir -p .venv\nesac'
+        '#!/bin/sh\ncase "$*" in -c*) echo 3 11 2 /usr ;; *--clear*) mkdir -p .venv\nesac'
     )
     python.chmod(0o755)
 
@@ -59,6 +59,40 @@ def test_an_environment_that_was_moved_is_made_anew(tmp_path: Path):
     old.rename(new)
     assert make(new)
     assert not make(new)
+
+
+@pytest.mark.parametrize(
+    ("version", "versions", "code"),
+    [
+        ("3 9 1", "", 69),
+        ("3 10 0", "", 0),
+        ("3 13 9", "", 0),
+        ("3 14 0", "", 69),
+        ("3 14 0", "lowest", 69),
+        ("3 14 0", "newest", 0),
+        ("3 9 1", "newest", 69),
+    ],
+)
+def test_a_python_without_locked_wheels_is_refused(
+    version: str, versions: str, code: int, tmp_path: Path
+):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/_venv", tmp_path / "scripts")
+    python = tmp_path / "python3"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in -c*) echo {version} /usr ;; *--clear*) mkdir -p .venv\nesac'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", ". scripts/_venv; new_venv .venv"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "EDGE_LLM_VERSIONS": versions},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert ("Python 3.10 to 3.13 is needed, python3 is 3 " in done.stderr) == (code == 69)
 
 
 @pytest.mark.parametrize(
