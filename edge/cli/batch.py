@@ -14,7 +14,7 @@ from edge.errors import EXIT_GATE_MISSED, ConfigError
 from edge.measure.watch_server import read_api_key
 from edge.server.settings import ServerSettings
 
-from .options import Finite, take_engine
+from .options import Finite, given_flag, take_engine
 from .progress import show_progress
 from .settings_options import complete_bundle, settings_options
 
@@ -84,10 +84,10 @@ def batch(
         )
     given = sorted(name for name, value in options.items() if value is not None)
     if url is not None and given:
-        flag = given[0].replace("_", "-")
-        raise ConfigError(f"--{flag} belongs to --model, and --url opens no bundle; leave it out")
-    if url is None and api_key_file is not None:
-        raise ConfigError("--api-key-file belongs to --url; add it")
+        option = given[0].replace("_", "-")
+        raise ConfigError(f"--{option} belongs to --model, and --url opens no bundle; leave it out")
+    if url is None and (flag := given_flag("api_key_file", "wait_s")):
+        raise ConfigError(f"{flag} belongs to --url, and --model asks no server; leave it out")
     found = load_settings(ServerSettings, flags={"model": models}).settings.model
     with show_progress() as progress:
         result = run_batch(

@@ -466,5 +466,8 @@ def test_the_verb_reports_bad_lines_and_ends_with_three(
     assert "leave one of them out" in error_line(wrong, 64)
     wrong = edge_llm("batch", source, "-o", output, "--url", "http://x", "--num-slots", "2")
     assert "--num-slots belongs to --model" in error_line(wrong, 64)
+    for option in (("--wait-s", "600"), ("--api-key-file", keys)):
+        wrong = edge_llm("batch", source, "-o", output, "--model", tmp_path, *option)
+        assert f"{option[0]} belongs to --url" in error_line(wrong, 64)
     wrong = edge_llm("batch", tmp_path / "none", "-o", output, "--url", "http://127.0.0.1:1")
     assert "cannot read" in error_line(wrong, 65)
