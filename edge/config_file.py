@@ -35,6 +35,7 @@ DEFAULT_FILE = Path("/etc/edge-llm/config.toml")
 MAX_FILE_BYTES = 1 << 20
 FINDER = "finder"
 """Key of a `Finder` in a field's metadata."""
+_PATH_BEGINS = ("/", "./", "../", "~")  # a name may have a slash in it, as owner/model
 Finder = Callable[[str, Path], Path]
 """Finds what a text names; the second argument is what a relative path is relative to."""
 
@@ -268,7 +269,8 @@ def _checked(
 def _pairs(name: str, raw: Any, origin: str, find: Callable[[str], Path] | None) -> Any:
     """Read ``a=b,c=d``, or ``("a=b", "c=d")`` of a repeated flag, as a mapping.
 
-    With ``find`` a part without ``=`` is found, and has the name of its directory.
+    With ``find`` a part that has no ``=``, or begins as a path does, is found, and has the name of
+    its directory.
     """
     if isinstance(raw, Mapping):
         return raw
@@ -276,8 +278,8 @@ def _pairs(name: str, raw: Any, origin: str, find: Callable[[str], Path] | None)
     for part in raw.split(",") if isinstance(raw, str) else raw:
         key, equals, text = (piece.strip() for piece in part.partition("="))
         value: str | Path = text
-        if find is not None and key and not equals:
-            value = find(key)
+        if find is not None and key and (not equals or key.startswith(_PATH_BEGINS)):
+            value = find(part.strip())
             key = value.resolve().name
         elif not key or not equals or not text:
             raise ConfigError(f"{origin}: {name} needs NAME=VALUE, found {part!r}")

@@ -159,6 +159,21 @@ def test_a_bundle_alone_is_served_under_its_name(kept: Path, given: str):
 
 
 @pytest.mark.parametrize(
+    ("written", "name", "path"),
+    [
+        ("{}/a=b/tiny", "tiny", "{}/a=b/tiny"),
+        ("./a=b/tiny", "tiny", "a=b/tiny"),
+        ("r1={}/a=b/tiny", "r1", "{}/a=b/tiny"),
+        ("owner/r1={}/tiny", "owner/r1", "{}/tiny"),
+    ],
+)
+def test_a_path_may_have_an_equals_sign(written: str, name: str, path: str, tmp_path: Path):
+    flags = {"model": (written.format(tmp_path),)}
+    found = load_settings(ServerSettings, flags=flags).settings.model
+    assert found == {name: Path(path.format(tmp_path))}
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         (("--model", "a=int4"), ["flag --model", "'int4' fits 2 bundles", "big-7b", "small-1.5b"]),
