@@ -92,7 +92,9 @@ def remove(bundle: Path, yes: bool) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(f"nobody can be asked whether to remove {bundle}; give --yes")
-        click.confirm(f"remove {bundle} ({num_bytes / 1e6:,.0f} MB)?", abort=True, err=True)
+        if not click.confirm(f"remove {bundle} ({num_bytes / 1e6:,.0f} MB)?", err=True):
+            click.echo("nothing was removed", err=True)
+            return
     # Under its name there is all of the bundle or nothing, however this ends.
     doomed = bundle.resolve().with_name(f".{bundle.resolve().name}.removed")
     try:

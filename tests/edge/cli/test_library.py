@@ -113,6 +113,32 @@ def test_rm_asks_and_touches_only_bundles(edge_llm: EdgeLlm, root: Path):
     assert (root / "tiny-1.5b-fp16" / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("answer", "code", "words", "is_left"),
+    [
+        ("n\n", 0, "nothing was removed", True),
+        ("\n", 0, "nothing was removed", True),
+        ("y\n", 0, "", False),
+        ("", 130, "", True),  # as by Ctrl-C
+    ],
+)
+def test_rm_does_what_it_is_answered(
+    edge_llm: EdgeLlm,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    answer: str,
+    code: int,
+    words: str,
+    is_left: bool,
+):
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
+    result = edge_llm("rm", "1.5b", stdin=answer)
+    assert result.code == code
+    assert words in result.err
+    assert (root / "tiny-1.5b-fp16").is_dir() == is_left
+
+
 def test_rm_says_what_it_could_not_remove(
     edge_llm: EdgeLlm, root: Path, monkeypatch: pytest.MonkeyPatch
 ):
