@@ -30,20 +30,20 @@ def config() -> None:
 def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) -> None:
     """Print the settings of edge-llm serve as TOML: file, environment and flags put together.
 
-    Takes the flags of serve. Exits with code 64 where serve would refuse to start.
+    Takes the flags of serve. Exits with code 64 where serve would refuse to start by them; those
+    that can be read are printed first.
     """
+    from edge.server.inputs import read_inputs
+
     resolved = load_settings(
         ServerSettings, file=config_file or default_config(), environ=os.environ, flags=flags
     )
     values = msgspec.to_builtins(resolved.settings, enc_hook=str)
     if as_json:
         echo_json({"settings": values, "origin": resolved.origins} if origin else values)
-        return
-    width = max(map(len, values))
-    for name, value in values.items():
-        # TOML has no null, so what is not set is a comment.
-        line = f"# {name} is not set" if value is None else f"{name:{width}} = {_toml(value)}"
-        click.echo(f"{line:60}  # {resolved.origins[name]}" if origin else line)
+    else:
+        _show_toml(values, resolved.origins if origin else {})
+    read_inputs(resolved.settings)
 
 
 @config.command()
@@ -67,6 +67,14 @@ def unit(config_file: Path | None, **flags: Any) -> None:
     click.echo(f"MemoryHigh={limits.memory_high_bytes}")
     click.echo(f"MemoryMax={limits.memory_max_bytes}")
     click.echo(f"TasksMax={limits.tasks_max}")
+
+
+def _show_toml(values: dict[str, Any], origins: dict[str, str]) -> None:
+    width = max(map(len, values))
+    for name, value in values.items():
+        # TOML has no null, so what is not set is a comment.
+        line = f"# {name} is not set" if value is None else f"{name:{width}} = {_toml(value)}"
+        click.echo(f"{line:60}  # {origins[name]}" if origins else line)
 
 
 def _toml(value: Any) -> str:

@@ -21,19 +21,17 @@ from edge.device.process import read_rss_bytes
 from edge.device.telemetry import Snapshot, read_snapshot, read_swap_bytes
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, EdgeError
-from edge.measure.drift import DriftMonitor, read_counts
 
 from .api.samples import check_decoding
 from .app import create_app
-from .http.access import APIKeys
 from .http.connections import Connections, listen, possible_connections, raise_file_limit
 from .http.errors import APIError
 from .http.memory import limit_arenas
 from .http.messages import make_server
 from .http.threads import in_thread
+from .inputs import read_inputs
 from .models.limits import check_room
 from .models.registry import ModelRegistry
-from .models.route import AUTO, read_routes
 from .models.switch import Switcher, need_bytes
 from .observe.metrics import Metrics
 from .observe.notify import Notifier
@@ -80,7 +78,7 @@ class Service:
         is_clean: false if an engine did not stop; the process should then end at once.
 
     Raises:
-        ConfigError, DependencyError: see `APIKeys`, `Metrics` and `check_decoding`.
+        ConfigError, DependencyError: see `read_inputs`, `Metrics` and `check_decoding`.
     """
 
     def __init__(
@@ -93,11 +91,7 @@ class Service:
         telemetry: Callable[[], Snapshot] = read_snapshot,
     ) -> None:
         check_decoding()
-        if not settings.model:
-            raise ConfigError("no model to serve; give a bundle, or --model BUNDLE for each one")
-        default = settings.default_model
-        if default is not None and default not in {AUTO, *settings.model, *settings.split}:
-            raise ConfigError(f"the default model {default!r} is not one of those to serve")
+        inputs = read_inputs(settings)
         self._settings = settings
         self._notifier = notifier or Notifier({})
         self._reread = reread
@@ -105,9 +99,12 @@ class Service:
         self._reload_again = False
         self._loaded = asyncio.Event()
         self._telemetry = telemetry
-        rules, splits = read_routes(settings.auto, settings.split, settings.model)
         self.models = ModelRegistry(
-            open_llm, default=default, rules=rules, splits=splits, stall_s=settings.stall_s
+            open_llm,
+            default=settings.default_model,
+            rules=inputs.rules,
+            splits=inputs.splits,
+            stall_s=settings.stall_s,
         )
         self._switcher = Switcher(
             self.models,
@@ -122,14 +119,13 @@ class Service:
             self.models.stats,
             telemetry=telemetry,
             engines=self.models.engines,
-            drift=_drift_monitor(settings),
+            drift=inputs.drift,
             vllm_names=settings.vllm_metrics,
         )
         num_connections = possible_connections(settings.max_connections, len(settings.model))
         limits = replace(settings, max_connections=num_connections)
         connections = Connections(num_connections, settings.max_connections_per_address)
-        path = settings.api_key_file
-        self._keys = None if path is None else APIKeys(path)
+        self._keys = inputs.keys
         app = create_app(self.models, limits, self.metrics, self._keys)
         self._server = make_server(app, limits, connections)
         self._socket = listen(settings.host, settings.port)
@@ -411,17 +407,6 @@ def _in_daemon(work: Callable[[], None]) -> asyncio.Future[None]:
 
     threading.Thread(target=run, name="edge-service", daemon=True).start()
     return future
-
-
-def _drift_monitor(settings: ServerSettings) -> DriftMonitor:
-    """Make the monitor that counts requests and compares them with the baseline, if there is one.
-
-    Raises:
-        ConfigError: the baseline cannot be used.
-    """
-    path = settings.drift_baseline
-    baseline = None if path is None else read_counts(path)
-    return DriftMonitor(baseline, settings.drift_window)
 
 
 def serve(

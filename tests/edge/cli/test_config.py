@@ -14,6 +14,7 @@ from edge.cli.config import config
 from edge.config_file import load_settings
 from edge.errors import ConfigError, EdgeError
 from edge.server.settings import ServerSettings
+from tests.conftest import write_secret
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +67,11 @@ def test_every_layer_sets_it(tmp_path: Path, name: str, text: str, value: object
     path = tmp_path / "edge.toml"
     path.write_text(f"{name} = {text}\n")
     variable = f"EDGE_LLM_SERVE_{name.upper()}"
+    shown = ("--origin", "--json", "--model", "/srv/r1")
     for result, origin in (
-        (show("--config", str(path), "--origin", "--json"), f"file {path}"),
-        (show("--origin", "--json", **{variable: text}), f"environment {variable}"),
-        (show("--origin", "--json", *flag), f"flag --{name.replace('_', '-')}"),
+        (show("--config", str(path), *shown), f"file {path}"),
+        (show(*shown, **{variable: text}), f"environment {variable}"),
+        (show(*shown, *flag), f"flag --{name.replace('_', '-')}"),
     ):
         found = json.loads(result.stdout)
         assert (found["settings"][name], found["origin"][name]) == (value, origin)
@@ -111,10 +113,41 @@ def test_it_refuses_what_serve_would_refuse(
         show(*arguments, **environ)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "no model to serve"),
+        ({"model": "/srv/r1", "default_model": "nope"}, "the default model 'nope'"),
+        ({"model": "/srv/r1", "api_key_file": "/nonexistent"}, "cannot read the API keys"),
+        ({"model": "/srv/r1", "split": "x=garbage"}, "split: cannot read 'garbage'"),
+        ({"model": "/srv/r1", "auto": "r2=always"}, "'r2' is not one of the models"),
+        ({"model": "/srv/r1", "drift_baseline": "/nonexistent"}, "cannot read /nonexistent"),
+        ({"model": "/srv/r1", "drift_window": "1"}, "a window of 1 requests is too small"),
+    ],
+)
+def test_what_the_service_refuses_before_it_opens_a_bundle_is_refused_too(
+    flags: dict[str, str], message: str
+):
+    """Once the settings are shown: they may be all that was asked for."""
+    for needed in ("uvicorn", "starlette", "prometheus_client"):
+        pytest.importorskip(needed)
+    from edge.server.run import Service
+
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    result = CliRunner().invoke(config, ["show", "--json", *given])
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+    assert json.loads(result.stdout)["port"] == 8000
+    settings = load_settings(ServerSettings, environ={}, flags=flags).settings
+    with pytest.raises(ConfigError, match=message):
+        Service(settings, lambda _: pytest.fail("nothing is opened"))
+
+
 def test_no_secret_is_printed(tmp_path: Path):
-    keys = tmp_path / "keys"
-    keys.write_text("me:very-secret-key-of-mine\n")
-    assert "very-secret" not in show("--api-key-file", str(keys), "--origin").stdout
+    keys = write_secret(tmp_path / "keys", "me:very-secret-key-of-mine\n")
+    shown = show("--model", "/srv/r1", "--api-key-file", str(keys), "--origin").stdout
+    assert str(keys) in shown
+    assert "very-secret" not in shown
 
 
 # --------------------------------------------------------------------------- bundles by name
