@@ -15,6 +15,7 @@ import click
 
 from edge.bundle.io_spec import DIALECTS
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
+from edge.cli.options import json_option
 from edge.errors import ConfigError
 
 from .config import BuildConfig
@@ -249,7 +250,7 @@ def _steps(words: list[str], version: TrtVersion) -> tuple[str, ...]:
     show_default=True,
     help="TensorRT to explain it for: 10.3 (JetPack 6), 10.16 (JetPack 7.2), 11.4 (7.2.2).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@json_option
 def trtexec_explain(line: tuple[str, ...], trt: str, as_json: bool) -> None:
     """Explain an old trtexec LINE, and print the one to use.
 

@@ -20,8 +20,8 @@ from edge.bundle.library import find_bundle
 from edge.bundle.manifest import MANIFEST_NAME
 from edge.cli import echo_json
 from edge.cli.eval import evaluation_options, run_evaluation
-from edge.cli.options import Finite
-from edge.cli.registry_options import json_option, plain_http_option, reference_argument
+from edge.cli.options import Finite, json_option
+from edge.cli.registry_options import plain_http_option, reference_argument
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import ConfigError, DeadlineError, DependencyError, ResourceError, install_command
 from edge.registry.reference import Reference

@@ -14,20 +14,19 @@ from edge.errors import EXIT_GATE_MISSED, ConfigError
 from edge.measure.watch_server import read_api_key
 from edge.server.settings import ServerSettings
 
-from .options import Finite, given_flag, take_engine
+from .options import FILE, Finite, given_flag, take_engine
 from .progress import show_progress
 from .settings_options import complete_bundle, settings_options
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
 _STOPPED = 130
 
 
 @click.command()
-@click.argument("source", metavar="REQUESTS", type=_FILE)
-@click.option("-o", "--output", type=_FILE, required=True, help="File of the answers.")
+@click.argument("source", metavar="REQUESTS", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="File of the answers.")
 @click.option(
     "--errors",
-    type=_FILE,
+    type=FILE,
     help="File of the rows that failed; by default that of the answers with .errors.jsonl.",
 )
 @click.option(
@@ -39,7 +38,7 @@ _STOPPED = 130
     shell_complete=complete_bundle,
 )
 @click.option("--url", help="Server of OpenAI's API to ask instead, e.g. http://127.0.0.1:8000.")
-@click.option("--api-key-file", type=_FILE, help="The server's keys; the first one is used.")
+@click.option("--api-key-file", type=FILE, help="The server's keys; the first one is used.")
 @click.option(
     "--concurrency",
     type=click.IntRange(1, 1024),

@@ -15,7 +15,7 @@ from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
 from edge.files import read_file
 
 from . import echo_json
-from .options import Finite, bundle_argument, engine_options, take_engine
+from .options import FILE, Finite, bundle_argument, engine_options, json_option, take_engine
 from .progress import show_progress
 from .tables import make_table
 
@@ -44,7 +44,7 @@ _SLOWEST = 15
 )
 @click.option(
     "--against",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="Compare with the JSON of an earlier run.",
 )
 @click.option(
@@ -56,7 +56,7 @@ _SLOWEST = 15
 @click.option(
     "--layers", is_flag=True, help="Then time every layer of the TensorRT engine, by its profiler."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@json_option
 @engine_options(
     "backend", "kv_capacity", "num_threads", "gpu_wait", "prefill", "draft", "speculative"
 )

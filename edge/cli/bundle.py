@@ -35,11 +35,9 @@ from edge.progress import Progress, uncounted
 from edge.registry.reference import Reference, parse_reference
 
 from . import echo_json
-from .options import bundle_argument
+from .options import FILE, bundle_argument, json_option
 from .progress import show_progress
 from .registry_options import (
-    FILE,
-    json_option,
     plain_http_option,
     reference_argument,
     trusted_keys_option,

@@ -15,7 +15,7 @@ from edge.errors import ConfigError, RequestError
 from edge.files import read_text_file
 
 from . import echo_json
-from .options import bundle_argument, engine_options, take_engine
+from .options import bundle_argument, engine_options, json_option, take_engine
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
@@ -25,7 +25,6 @@ _directory_option = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     help="Directory of all stored prefixes; default: $XDG_CACHE_HOME/edge-llm/prefixes.",
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 _MAX_TEXT_BYTES = 1 << 24
 
 
@@ -48,7 +47,7 @@ def cache() -> None:
     help="File with plain text: prompts without chat template that begin with it.",
 )
 @_directory_option
-@_json_option
+@json_option
 @engine_options("backend", "kv_capacity", "num_threads", "int8_activations")
 def build(
     bundle: Path,
@@ -96,7 +95,7 @@ def build(
 @cache.command("list")
 @bundle_argument
 @_directory_option
-@_json_option
+@json_option
 def list_prefixes(bundle: Path, prefix_dir: Path | None, as_json: bool) -> None:
     """List what is stored for BUNDLE; every file is checked."""
     from edge.runtime.prefix_store import PrefixStore, default_directory
@@ -116,7 +115,7 @@ def list_prefixes(bundle: Path, prefix_dir: Path | None, as_json: bool) -> None:
 @bundle_argument
 @click.argument("name")
 @_directory_option
-@_json_option
+@json_option
 def drop(bundle: Path, name: str, prefix_dir: Path | None, as_json: bool) -> None:
     """Remove the stored prefix NAME of BUNDLE."""
     from edge.runtime.prefix_store import PrefixStore, default_directory

@@ -14,6 +14,7 @@ from edge.errors import ConfigError
 from edge.server.settings import ServerSettings
 
 from . import echo_json
+from .options import json_option
 from .settings_options import config_option, default_config, settings_options
 
 
@@ -25,7 +26,7 @@ def config() -> None:
 @config.command()
 @config_option
 @click.option("--origin", is_flag=True, help="Also print where each value comes from.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@json_option
 @settings_options(ServerSettings)
 def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) -> None:
     """Print the settings of edge-llm serve as TOML: file, environment and flags put together.

@@ -12,14 +12,14 @@ from edge.device.doctor import Check, exit_code, run_checks, summary
 from edge.device.telemetry import read_snapshot
 
 from . import echo_json
-from .options import BundlePath, Finite
+from .options import BundlePath, Finite, json_option
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
 
 
 @click.command()
 @click.argument("bundle", required=False, type=BundlePath())
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@json_option
 @click.option(
     "--wait-gpu",
     type=Finite(0, 3600),

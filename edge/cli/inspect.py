@@ -22,12 +22,12 @@ from edge.files import is_file
 
 from . import echo_json
 from .inspect_engine import inspect_engine
-from .options import bundle_argument
+from .options import bundle_argument, json_option
 
 
 @click.command()
 @bundle_argument
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@json_option
 @click.option("--layers", is_flag=True, help="List every linear layer; of an engine, all layers.")
 @click.option("--no-verify", is_flag=True, help="Do not hash the files.")
 def inspect(bundle: Path, as_json: bool, layers: bool, no_verify: bool) -> None:

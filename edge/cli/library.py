@@ -25,11 +25,11 @@ from edge.bundle.place import check_replaceable
 from edge.errors import BundleError, ConfigError, EdgeError
 
 from . import echo_json
-from .options import BundlePath
+from .options import BundlePath, json_option
 
 
 @click.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@json_option
 def list_bundles(as_json: bool) -> None:
     """List the bundles of this machine, and the models that pull knows.
 

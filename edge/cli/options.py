@@ -59,7 +59,9 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
         return complete_bundle(ctx, param, incomplete)
 
 
+FILE = click.Path(path_type=Path, dir_okay=False)
 bundle_argument = click.argument("bundle", type=BundlePath())
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 
 _MANY_ANSWERS = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}
 ONE_ANSWER = tuple(field.name for field in fields(EngineConfig) if field.name not in _MANY_ANSWERS)

@@ -12,7 +12,7 @@ from edge.bundle.io_spec import REASONING_KV_CAPACITY
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
 from . import echo_json
-from .options import Finite
+from .options import Finite, json_option
 from .plan import (
     calibrate_option,
     device_option,
@@ -106,7 +106,7 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
 )
 @calibrate_option
 @click.option("-v", "--verbose", is_flag=True, help="Say of each candidate why it was dropped.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@json_option
 @click.pass_context
 def recommend(
     ctx: click.Context,

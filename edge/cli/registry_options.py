@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from edge.registry.reference import Reference, parse_reference
 
-FILE = click.Path(path_type=Path, dir_okay=False)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+from .options import FILE
+
 plain_http_option = click.option(
     "--plain-http/--tls",
     default=None,

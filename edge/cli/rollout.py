@@ -13,11 +13,9 @@ from edge.measure.watch_server import ServerAnswerer, read_api_key
 from edge.registry.reference import Reference
 
 from . import echo_json
-from .options import Finite, engine_options, given_flag, take_engine
+from .options import FILE, Finite, engine_options, given_flag, json_option, take_engine
 from .progress import show_progress
 from .registry_options import (
-    FILE,
-    json_option,
     plain_http_option,
     reference_argument,
     trusted_keys_option,

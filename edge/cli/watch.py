@@ -61,12 +61,19 @@ from edge.progress import Progress, prefixed, uncounted
 from edge.runtime.llm import LLM
 
 from . import echo_json
-from .options import BundlePath, check_writable, engine_options, given_flag, take_engine
+from .options import (
+    FILE,
+    BundlePath,
+    check_writable,
+    engine_options,
+    given_flag,
+    json_option,
+    take_engine,
+)
 from .progress import show_progress
 
 _ENGINE = ("backend", "kv_capacity", "num_threads", "int8_activations")
 _ASKED = ("golden", "max_tokens", "thinking", "text_file", "text_tokens")
-_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @dataclass
@@ -86,7 +93,7 @@ class _Outcome:
 
 @click.command()
 @click.argument("bundle", required=False, type=BundlePath())
-@click.option("--baseline", type=_FILE, help="JSON of an earlier run to compare with.")
+@click.option("--baseline", type=FILE, help="JSON of an earlier run to compare with.")
 @click.option(
     "--against",
     metavar="BUNDLE",
@@ -101,7 +108,7 @@ class _Outcome:
 )
 @click.option(
     "--golden",
-    type=_FILE,
+    type=FILE,
     default=GOLDEN_SET,
     help='JSONL of {"id", "prompt", "answer"}; default: the 62 prompts that come with edge-llm.',
 )
@@ -116,7 +123,7 @@ class _Outcome:
     "--thinking", is_flag=True, help="Let the model reason first; give it more --max-tokens then."
 )
 @click.option(
-    "--text", "text_file", type=_FILE, default=EVAL_TEXT, help="UTF-8 text for the perplexity."
+    "--text", "text_file", type=FILE, default=EVAL_TEXT, help="UTF-8 text for the perplexity."
 )
 @click.option(
     "--text-tokens",
@@ -127,18 +134,18 @@ class _Outcome:
 )
 @click.option("--server", metavar="URL", help="Ask this running server; no BUNDLE is opened.")
 @click.option("--model", help="Model of the server to ask; default: the server's own.")
-@click.option("--api-key-file", type=_FILE, help="The server's keys; the first one is used.")
-@click.option("--stats", "stats_file", type=_FILE, help="A saved answer of /stats, for --traffic.")
+@click.option("--api-key-file", type=FILE, help="The server's keys; the first one is used.")
+@click.option("--stats", "stats_file", type=FILE, help="A saved answer of /stats, for --traffic.")
 @click.option(
     "--traffic",
-    type=_FILE,
+    type=FILE,
     help="JSON of what clients usually ask for; the counters of --server or --stats are compared "
     "with it.",
 )
 @click.option(
     "--state",
     "state_file",
-    type=_FILE,
+    type=FILE,
     help="Remembers the counters of the last run, so that each run sees new requests only.",
 )
 @click.option(
@@ -155,8 +162,8 @@ class _Outcome:
     show_default=True,
     help="Population stability index below which a drift is no alarm.",
 )
-@click.option("--textfile", type=_FILE, help="Also write metrics for Prometheus' node exporter.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@click.option("--textfile", type=FILE, help="Also write metrics for Prometheus' node exporter.")
+@json_option
 @engine_options(*_ENGINE)
 def watch(
     bundle: Path | None,
