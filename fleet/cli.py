@@ -25,6 +25,7 @@ from edge.cli.registry_options import plain_http_option, reference_argument
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import ConfigError, DeadlineError, DependencyError, ResourceError, install_command
 from edge.registry.reference import Reference
+from edge.rollout import MAX_WATCH_S, WATCH_S
 
 from . import cluster
 from .client import Fleet
@@ -150,8 +151,8 @@ def drain(file: Path, name: str, off: bool, timeout_s: float) -> None:
 )
 @click.option(
     "--watch-s",
-    type=Finite(0, 86_400),
-    default=600,
+    type=Finite(0, MAX_WATCH_S),
+    default=WATCH_S,
     show_default=True,
     help="Seconds for which each device watches the new bundle.",
 )

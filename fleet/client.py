@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from edge.errors import BackendError, ConfigError, DeadlineError
+from edge.rollout import MAX_WATCH_S, WATCH_S
 
 from . import cluster
 from .config import FleetConfig, read_config
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .evaluation import FleetComputer, Seat
 
 _POLL_S = 0.3
-_MAX_WATCH_S = 86_400
 
 
 class Fleet:
@@ -144,7 +144,7 @@ class Fleet:
         canary: int = 1,
         at_once: int = 1,
         gate: Gate = "golden",
-        watch_s: float = 600,
+        watch_s: float = WATCH_S,
         retry: bool = False,
         plain_http: bool | None = None,
         told: Callable[[FleetRollout], None] = lambda _: None,
@@ -185,8 +185,8 @@ class Fleet:
                 raise ConfigError(f"{name} is {value}; use 1 or more")
         if gate not in get_args(Gate):
             raise ConfigError(f"gate is {gate!r}; use one of {', '.join(get_args(Gate))}")
-        if not 0 <= watch_s <= _MAX_WATCH_S:
-            raise ConfigError(f"watch_s is {watch_s:g}; use 0 to {_MAX_WATCH_S:,}")
+        if not 0 <= watch_s <= MAX_WATCH_S:
+            raise ConfigError(f"watch_s is {watch_s:g}; use 0 to {MAX_WATCH_S:,}")
         if without := [name for name, each in self.config.devices.items() if not each.rollout]:
             raise ConfigError(
                 f"fleet.toml names no rollout for {', '.join(without)}; write one for all, e.g. "

@@ -21,6 +21,7 @@ import msgspec
 
 from edge.errors import ConfigError
 from edge.registry.reference import parse_reference
+from edge.rollout import WATCH_S
 
 _MAX_READ = 1 << 16
 _MAX_SAID = 600
@@ -42,7 +43,7 @@ class Order(msgspec.Struct, frozen=True):
 
     reference: str
     gate: Gate = "golden"
-    watch_s: float = 600.0
+    watch_s: float = WATCH_S
     retry: bool = False
     plain_http: bool | None = None
 

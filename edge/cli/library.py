@@ -25,7 +25,7 @@ from edge.bundle.place import check_replaceable
 from edge.errors import BundleError, ConfigError, EdgeError
 
 from . import echo_json
-from .options import BundlePath, json_option
+from .options import BundlePath, build_option, json_option
 
 
 @click.command("list")
@@ -114,9 +114,7 @@ def remove(bundle: Path, yes: bool) -> None:
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("model")
 @click.option("--quant", help="As for edge-llm export.")
-@click.option(
-    "--build/--no-build", default=None, help="Build the engine. Default: where TensorRT runs."
-)
+@build_option
 @click.option("--force", is_flag=True, help="Make it anew if it is there.")
 @click.option(
     "--revision",

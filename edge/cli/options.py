@@ -61,6 +61,9 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 bundle_argument = click.argument("bundle", type=BundlePath())
+build_option = click.option(
+    "--build/--no-build", default=None, help="Build the engine. Default: where TensorRT runs."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
 
 _MANY_ANSWERS = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}

@@ -8,12 +8,21 @@ from typing import Any
 import click
 
 from edge.errors import ConfigError
-from edge.measure.watch import GOLDEN_SET, MAX_TOKENS
 from edge.measure.watch_server import ServerAnswerer, read_api_key
 from edge.registry.reference import Reference
+from edge.rollout import MAX_WATCH_S, SWITCH_TIMEOUT_S, WATCH_S
 
 from . import echo_json
-from .options import FILE, Finite, engine_options, given_flag, json_option, take_engine
+from .golden_options import GOLDEN_ENGINE, golden_option, max_tokens_option
+from .options import (
+    FILE,
+    Finite,
+    build_option,
+    engine_options,
+    given_flag,
+    json_option,
+    take_engine,
+)
 from .progress import show_progress
 from .registry_options import (
     plain_http_option,
@@ -21,7 +30,6 @@ from .registry_options import (
     trusted_keys_option,
 )
 
-_ENGINE = ("backend", "kv_capacity", "num_threads", "int8_activations")
 _link = click.option(
     "--link",
     type=click.Path(path_type=Path),
@@ -52,41 +60,28 @@ _reload = click.option(
     help="Ask a golden set of the old bundle and the new one, before the switch where memory holds "
     "both; none leaves that out.",
 )
-@click.option(
-    "--golden",
-    type=FILE,
-    default=GOLDEN_SET,
-    help='JSONL of {"id", "prompt", "answer"}; default: the 62 prompts that come with edge-llm.',
-)
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    default=MAX_TOKENS,
-    show_default=True,
-    help="Tokens of each answer to it at most.",
-)
+@golden_option
+@max_tokens_option
 @click.option(
     "--watch-s",
-    type=Finite(0, 86_400),
-    default=600,
+    type=Finite(0, MAX_WATCH_S),
+    default=WATCH_S,
     show_default=True,
     help="Seconds for which the new bundle is on trial; 0 keeps it as soon as it is served.",
 )
 @click.option(
     "--switch-timeout-s",
-    type=Finite(1, 86_400),
-    default=900,
+    type=Finite(1, MAX_WATCH_S),
+    default=SWITCH_TIMEOUT_S,
     show_default=True,
     help="Seconds that the service may take to open a bundle.",
 )
-@click.option(
-    "--build/--no-build", default=None, help="Build the engine. Default: where TensorRT runs."
-)
+@build_option
 @click.option("--retry", is_flag=True, help="Also try a bundle that was rejected before.")
 @trusted_keys_option
 @plain_http_option
 @json_option
-@engine_options(*_ENGINE)
+@engine_options(*GOLDEN_ENGINE)
 def rollout(
     reference: Reference,
     link: Path,

@@ -34,8 +34,6 @@ from edge.measure.drift import (
 from edge.measure.drift import compare as compare_traffic
 from edge.measure.evaluate import EVAL_TEXT
 from edge.measure.watch import (
-    GOLDEN_SET,
-    MAX_TOKENS,
     TEXT_TOKENS,
     Answerer,
     Baseline,
@@ -61,6 +59,7 @@ from edge.progress import Progress, prefixed, uncounted
 from edge.runtime.llm import LLM
 
 from . import echo_json
+from .golden_options import GOLDEN_ENGINE, golden_option, max_tokens_option
 from .options import (
     FILE,
     BundlePath,
@@ -72,7 +71,6 @@ from .options import (
 )
 from .progress import show_progress
 
-_ENGINE = ("backend", "kv_capacity", "num_threads", "int8_activations")
 _ASKED = ("golden", "max_tokens", "thinking", "text_file", "text_tokens")
 
 
@@ -106,19 +104,8 @@ class _Outcome:
     is_flag=True,
     help="Write those of --baseline and --traffic that are not there yet; compare with the others.",
 )
-@click.option(
-    "--golden",
-    type=FILE,
-    default=GOLDEN_SET,
-    help='JSONL of {"id", "prompt", "answer"}; default: the 62 prompts that come with edge-llm.',
-)
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    default=MAX_TOKENS,
-    show_default=True,
-    help="Tokens of each answer at most.",
-)
+@golden_option
+@max_tokens_option
 @click.option(
     "--thinking", is_flag=True, help="Let the model reason first; give it more --max-tokens then."
 )
@@ -164,7 +151,7 @@ class _Outcome:
 )
 @click.option("--textfile", type=FILE, help="Also write metrics for Prometheus' node exporter.")
 @json_option
-@engine_options(*_ENGINE)
+@engine_options(*GOLDEN_ENGINE)
 def watch(
     bundle: Path | None,
     baseline: Path | None,
@@ -254,7 +241,7 @@ def _check_use(
         raise ConfigError(f"{flag} belongs to --traffic; add it")
     if server is None and (options["model"] is not None or options["api_key_file"] is not None):
         raise ConfigError("--model and --api-key-file belong to --server; add it")
-    for name in _ENGINE:
+    for name in GOLDEN_ENGINE:
         if bundle is None and options[name] is not None:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} belongs to BUNDLE, and none is opened; leave it out")

@@ -42,12 +42,11 @@ from edge.registry.client import Registry
 from edge.registry.pull import Offer, look, origin_digest, pull
 from edge.registry.reference import Reference
 
+from . import SWITCH_TIMEOUT_S, WATCH_S
 from .guard import guarded
 from .journal import Journal, Place, Step, reload_service, take_back
 from .service import LoadingError, Service, Sight, UnknownModelError
 
-SWITCH_TIMEOUT_S = 900.0
-"""Seconds for which the service may open a bundle of 8B."""
 _RELOAD_AGAIN_S = 30.0
 _WORKING_BYTES = 1 << 29  # of a process that opens a bundle, besides weights and cache
 
@@ -75,7 +74,7 @@ class Plan:
     link: Path
     service: Service | None = None
     reload: str | None = None
-    watch_s: float = 600.0
+    watch_s: float = WATCH_S
     golden: Path | None = GOLDEN_SET
     max_tokens: int = MAX_TOKENS
     build: bool | None = None
