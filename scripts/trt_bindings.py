@@ -373,13 +373,12 @@ def read_surface(wheel: Path, stubs: Path) -> Surface:
 
 
 def check_plugin(wheel: Path, stubs: Path, script: str) -> bool:
-    """Let the bindings of an unpacked wheel ask our plugin.
+    """Let the bindings of an unpacked wheel ask our plugins.
 
     Args:
         wheel: the unpacked one.
         stubs: where the stub libraries are.
-        script: ``trt_plugin``, ``trt_attention``, ``trt_top_k``, or ``trt_plugin_v3`` for those
-            whose kernels Python launches.
+        script: ``trt_plugin``, or ``trt_plugin_v3`` for those whose kernels Python launches.
     """
     paths = os.pathsep.join(map(str, (wheel, ROOT)))
     environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": paths}
@@ -601,8 +600,6 @@ def main() -> int:
         failed |= not check_plugin(fetch_wheel(version), stubs, "trt_plugin_v3")
         if (major, minor) >= PLUGINS_SINCE:
             failed |= not check_plugin(fetch_wheel(version), stubs, "trt_plugin")
-            failed |= not check_plugin(fetch_wheel(version), stubs, "trt_attention")
-            failed |= not check_plugin(fetch_wheel(version), stubs, "trt_top_k")
     return int(failed)
 
 

@@ -1,4 +1,4 @@
-"""Does NVIDIA's own code take our plugin, and what launches does it make of it?
+"""Does NVIDIA's own code take our plugins, and what launches does it make of them?
 
 ``tensorrt.plugin`` is plain Python in the bindings of TensorRT: it checks the signatures of a
 plugin, and asks it as the builder does. What it needs of the libraries is the registry of plugins
@@ -11,36 +11,19 @@ from __future__ import annotations
 import importlib
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import tensorrt_bindings as trt
 
-from edge.backends.tensorrt.launch_rules import NAMESPACE, PRODUCT, PluginRule
+from edge.backends.tensorrt.launch_rules import NAMESPACE, PluginRule
 from engines.kernels import plugin
 from engines.kernels.launch import Launch as WantedLaunch
-from engines.kernels.launch import product, w4_tactics
 from engines.kernels.own_plugins import element_types
 from engines.kernels.package import Ptx
+from engines.kernels.variants import BY_NAME
 
-# Sequences, tokens, depth, columns, group, planes, bias.
-CASES = (
-    (1, 1, 1536, 2048, 32, 1, True),
-    (1, 1, 8960, 1536, 128, 1, False),
-    (2, 3, 128, 200, 64, 2, True),
-    (8, 1, 64, 1, 32, 2, False),
-    (1, 512, 256, 151936, 32, 2, False),
-    (4, 128, 64, 65, 64, 1, True),
-)
-# Sequences, tokens and what follows from them are not known when the engine is built: the axes.
-MOVING = {
-    "x": (0, 1),
-    **dict.fromkeys(("keys", "values", "partial", "stats"), (0,)),
-    **dict.fromkeys(("query", "new_keys", "new_values"), (0, 2)),
-    "positions": (0, 1),
-    "logits": (0, 1),
-}
+from .trt_plugin_cases import MOVING, Case, make_cases
 
 
 class Registry:
@@ -143,19 +126,40 @@ def make(rule: PluginRule) -> Any:
     )
 
 
-def type_of(dtype: np.dtype[Any]) -> Any:
-    """TensorRT's name for the type of a buffer."""
+def types_of(case: Case, names: Iterable[str]) -> list[Any]:
+    """TensorRT's names for the types of tensors."""
     kinds = {"float16": "HALF", "float32": "FLOAT", "int32": "INT32"}
-    return getattr(trt.DataType, kinds[dtype.name])
+    return [getattr(trt.DataType, kinds[case.tensors[name][1].name]) for name in names]
 
 
-def describe(shape: tuple[int, ...], dtype: Any, *, dynamic: int = 0) -> Any:
-    """``DynamicPluginTensorDesc`` whose first sizes are not known at build."""
+def sizes_of(case: Case) -> list[list[Size]]:
+    """The shapes of the inputs."""
+    moving = MOVING[case.rule]
+    return [
+        [
+            Size(size, constant=axis not in moving.get(name, ()))
+            for axis, size in enumerate(case.tensors[name][0])
+        ]
+        for name in case.rule.inputs
+    ]
+
+
+def describe(sizes: Sequence[Size], dtype: Any) -> Any:
+    """``DynamicPluginTensorDesc``."""
     found = trt.DynamicPluginTensorDesc()
-    found.desc.dims = (*[-1] * dynamic, *shape[dynamic:])
+    found.desc.dims = [size.value if size.is_constant() else -1 for size in sizes]
     found.desc.type, found.desc.format = dtype, trt.TensorFormat.LINEAR
-    found.min = found.opt = found.max = shape
+    found.min = found.opt = found.max = [size.value for size in sizes]
     return found
+
+
+def problems_of_shapes(case: Case, outputs: Iterable[Sequence[Size]]) -> Iterator[str]:
+    """What is wrong with the shapes that a plugin gave its outputs."""
+    given = [tuple(size.value for size in output) for output in outputs]
+    if given != [case.tensors[name][0] for name in case.rule.outputs]:
+        yield f"the outputs' shapes are {given}"
+    if not all(output[-1].is_constant() for output in outputs):
+        yield "the last size of an output is not known when the engine is built"
 
 
 def compare_launch(
@@ -181,73 +185,51 @@ def compare_launch(
         yield f"the kernel is {kernel}"
 
 
-def problems_of(case: tuple[int, int, int, int, int, int, bool], ptx: dict[str, Ptx]) -> list[str]:
-    """Ask a new plugin about one product; what is wrong with its answers."""
-    batch, seq, depth, columns, group, planes, bias = case
-    made = make(PRODUCT)
-    half, word = trt.DataType.HALF, trt.DataType.INT32
-    shapes = (
-        (batch, seq, depth),
-        (depth // 32, planes, columns, 4),
-        (depth // group, columns),
-        (columns if bias else 1,),
-    )
-    types = (half, word, half, half)
-    sizes = Sizes()
-    found = list(made.get_output_data_types(list(types), [len(shape) for shape in shapes]))
-    if found != [half]:
-        return [f"the output is {found}"]
-    # The weights' sizes are known when the engine is built, those of the step are not.
-    inputs = [
-        [Size(size, constant=place > 0 or axis > 1) for axis, size in enumerate(shape)]
-        for place, shape in enumerate(shapes)
-    ]
-    (output,) = made.get_output_shapes(inputs, [], sizes)
-    if [size.value for size in output] != [batch, seq, columns]:
-        return [f"the output's shape is {[size.value for size in output]}"]
-    ports = [
-        describe(shape, dtype, dynamic=0 if place else 2)
-        for place, (shape, dtype) in enumerate(zip(shapes, types, strict=True))
-    ]
-    ports.append(describe((batch, seq, columns), half, dynamic=2))
-    combinations = made.get_supported_format_combinations(ports, 4)
+def problems_of(case: Case, ptx: dict[str, Ptx]) -> Iterator[str]:
+    """Ask a new plugin about a case; yields what is wrong with its answers."""
+    made = make(case.rule)
+    reads, writes = types_of(case, case.rule.inputs), types_of(case, case.rule.outputs)
+    inputs = sizes_of(case)
+    found = list(made.get_output_data_types(reads, [len(sizes) for sizes in inputs]))
+    if found != writes:
+        yield f"the outputs are {found}"
+    outputs = made.get_output_shapes(inputs, [], Sizes())
+    yield from problems_of_shapes(case, outputs)
+    ports = list(map(describe, [*inputs, *outputs], [*reads, *writes]))
+    combinations = made.get_supported_format_combinations(ports, len(reads))
     taken = [(each.type, each.format) for each in combinations]
-    if taken != [(each, trt.TensorFormat.LINEAR) for each in (*types, half)]:
-        return [f"the formats are {taken}"]
-    made.configure_plugin(ports[:4], ports[4:])
-    tactics = w4_tactics(planes)
-    if sorted(made.get_valid_tactics()) != list(range(1, len(tactics) + 1)):
-        return [f"the tactics are {made.get_valid_tactics()}"]
-    problems: list[str] = []
-    for number, tactic in enumerate(tactics, 1):
+    if taken != [(each, trt.TensorFormat.LINEAR) for each in (*reads, *writes)]:
+        yield f"the formats are {taken}"
+        return
+    made.configure_plugin(ports[: len(reads)], ports[len(reads) :])
+    if sorted(made.get_valid_tactics()) != list(range(1, len(case.launches) + 1)):
+        yield f"the tactics are {made.get_valid_tactics()}"
+    descriptions = [port.desc for port in ports]
+    for number, wanted in enumerate(case.launches, 1):
         made.set_tactic(number)
         launch, numbers = Launch(), Numbers()
-        made.get_launch_params(inputs, ports, 4, launch, numbers, sizes)
-        kernel = made.get_kernel([port.desc for port in ports[:4]], [ports[4].desc])
-        # Of one column without a bias the plugin adds a zero.
-        job = product(tactic, batch * seq, columns, depth, group=group, bias=bias or columns == 1)
-        code = ptx[tactic.variant.name]
-        problems += compare_launch(job.launches[0], code, launch, numbers, kernel)
-    return problems
+        made.get_launch_params(inputs, ports, len(reads), launch, numbers, Sizes())
+        kernel = made.get_kernel(descriptions[: len(reads)], descriptions[len(reads) :])
+        yield from compare_launch(wanted, ptx[wanted.variant.name], launch, numbers, kernel)
 
 
 def main() -> int:
-    """Register the plugin twice and ask it about every case; 1 if an answer is wrong."""
+    """Register the plugins twice and ask them about every case; 1 if an answer is wrong."""
     module = load_module()
     ptx = {
-        tactic.variant.name: Ptx(f"PTX of {tactic.variant.name}", f"entry{place}", 128, 512 * place)
-        for planes in (1, 2)
-        for place, tactic in enumerate(w4_tactics(planes))
+        name: Ptx(f"PTX of {name}", f"entry{place}", 128, 512 * place)
+        for place, name in enumerate(BY_NAME)
     }
     for _ in range(2):
         plugin.register(module, ptx, element_types(trt))
+    cases = list(make_cases())
     failed = False
-    for case in CASES:
+    for case in cases:
         for problem in problems_of(case, ptx):
             failed = True
             print(f"{case}: {problem}", file=sys.stderr)
-    asked = sum(len(w4_tactics(case[5])) for case in CASES)
-    print(f"TensorRT {trt.__version__}: the plugin is taken, {asked} launches")
+    asked = sum(len(case.launches) for case in cases)
+    print(f"TensorRT {trt.__version__}: the plugins in the engine are taken, {asked} launches")
     return int(failed)
 
 

@@ -9,40 +9,26 @@ wheel and stub libraries.
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
 import sys
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
 import tensorrt_bindings as trt
 
 from edge.backends.tensorrt import plugins
-from edge.backends.tensorrt.launch_rules import (
-    JOIN,
-    NAMESPACE,
-    PARTS,
-    PRODUCT,
-    TOP_K_MERGE,
-    TOP_K_PARTS,
-    PluginRule,
-)
+from edge.backends.tensorrt.launch_rules import NAMESPACE, PluginRule
 from edge.errors import DeviceError
 from engines.kernels import plugin_v3
-from engines.kernels.attention import attention
-from engines.kernels.launch import Job, Launch, product, w4_tactics
 from engines.kernels.own_plugins import TACTICS, element_types
 from engines.kernels.package import Ptx, load_ptx
-from engines.kernels.top_k import top_k
 
-from . import trt_attention, trt_plugin, trt_top_k
-from .trt_plugin import MOVING, Registry, Size, Sizes, describe
+from .trt_plugin import Registry, Sizes, describe, problems_of_shapes, sizes_of, types_of
+from .trt_plugin_cases import Case, make_cases
 
 _STREAM, _READ, _WRITTEN = 0x5000, range(0x1000, 0x5000, 0x800), range(0x6000, 0x8000, 0x800)
-Shapes = list[tuple[int, ...]]
 
 
 class Driver:
@@ -80,74 +66,6 @@ class Driver:
         return (self.result,)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A plugin for tensors of some shapes.
-
-    Attributes:
-        rule: of the plugin.
-        value: of its attribute.
-        reads, writes: shapes of its inputs and outputs.
-        launch: what is to be launched, by the place of a tactic.
-    """
-
-    rule: PluginRule
-    value: int
-    reads: Shapes
-    writes: Shapes
-    launch: Callable[[int], Launch]
-
-    def __str__(self) -> str:
-        return f"{self.rule.name} of {self.reads}"
-
-
-def make_cases() -> Iterator[Case]:
-    """Those of `trt_plugin`, `trt_attention` and `trt_top_k`."""
-    for case in trt_plugin.CASES:
-        batch, seq, depth, columns, group, planes, bias = case
-        reads: Shapes = [
-            *((batch, seq, depth), (depth // 32, planes, columns, 4), (depth // group, columns)),
-            (columns if bias else 1,),
-        ]
-        launch = functools.partial(_product, case)
-        yield Case(PRODUCT, planes, reads, [(batch, seq, columns)], launch)
-    for sizes in trt_attention.CASES:
-        buffers = attention(*sizes).buffers
-        for place, rule in enumerate((PARTS, JOIN)):
-            yield Case(
-                *(rule, sizes[4]),
-                [buffers[name][0] for name in rule.inputs],
-                [buffers[name][0] for name in rule.outputs],
-                functools.partial(_attention, sizes, place),
-            )
-    for batch, num_logits, columns, keep in trt_top_k.CASES:
-        job = top_k(batch * num_logits, columns, keep)
-        for place, rule in enumerate((TOP_K_PARTS, TOP_K_MERGE)):
-            yield Case(
-                *(rule, keep),
-                [trt_top_k.shape_of(job, name, batch, num_logits) for name in rule.inputs],
-                [trt_top_k.shape_of(job, name, batch, num_logits) for name in rule.outputs],
-                functools.partial(_search, job, place),
-            )
-
-
-def _search(job: Job, half: int, place: int) -> Launch:
-    return job.launches[half]
-
-
-def _product(case: tuple[int, int, int, int, int, int, bool], place: int) -> Launch:
-    batch, seq, depth, columns, group, planes, bias = case
-    # Of one column without a bias the plugin adds a zero.
-    added = bias or columns == 1
-    tactic = w4_tactics(planes)[place]
-    job = product(tactic, batch * seq, columns, depth, group=group, bias=added)
-    return job.launches[0]
-
-
-def _attention(sizes: tuple[int, int, int, int, int, int], half: int, place: int) -> Launch:
-    return attention(*sizes, tile=place, join=place).launches[half]
-
-
 def create(rule: PluginRule, fields: Any, phase: Any) -> Any:
     """A plugin by NVIDIA's code, which hands our creator the fields as TensorRT has them."""
     registry = trt.get_plugin_registry()
@@ -164,9 +82,8 @@ def owned(made: Any) -> Any:
 
 def problems_of_build(case: Case, made: Any) -> Iterator[str]:
     """Ask a plugin what a builder asks; yields what is wrong."""
-    rule, types_ = case.rule, element_types(trt)
-    reads = [types_[kind] for kind in rule.inputs.values()]
-    writes = [types_[kind] for kind in rule.outputs.values()]
+    rule = case.rule
+    reads, writes = types_of(case, rule.inputs), types_of(case, rule.outputs)
     core = made.plugin_name, made.plugin_version, made.plugin_namespace, made.num_outputs
     if core != (rule.name, plugins.VERSION, NAMESPACE, len(writes)):
         yield f"the core is {core}"
@@ -177,27 +94,21 @@ def problems_of_build(case: Case, made: Any) -> Iterator[str]:
         yield f"the timing cache's ID is {made.timing_cache_id}"
     if made.get_output_data_types(reads) != writes:
         yield "the outputs' types are other ones"
-    sizes = [
-        [Size(size, constant=axis not in MOVING.get(name, ())) for axis, size in enumerate(shape)]
-        for name, shape in zip(rule.inputs, case.reads, strict=True)
-    ]
-    outputs = made.get_output_shapes(sizes, [], Sizes())
-    if [tuple(size.value for size in output) for output in outputs] != case.writes:
-        yield f"the outputs' shapes are {[[size.value for size in each] for each in outputs]}"
-    if not all(output[-1].is_constant() for output in outputs):
-        yield "the width of an output is not known when the engine is built"
+    inputs = sizes_of(case)
+    outputs = made.get_output_shapes(inputs, [], Sizes())
+    yield from problems_of_shapes(case, outputs)
     kinds = [*reads, *writes]
     for place in range(len(kinds)):
-        for dtype in types_.values():
+        for dtype in element_types(trt).values():
             for form in (trt.TensorFormat.LINEAR, trt.TensorFormat.HWC):
-                ports = _dynamic_ports(case, kinds)
+                ports = list(map(describe, [*inputs, *outputs], kinds))
                 ports[place].desc.type, ports[place].desc.format = dtype, form
                 wanted = (dtype, form) == (kinds[place], trt.TensorFormat.LINEAR)
                 if made.supports_format_combination(place, ports, len(reads)) != wanted:
                     yield f"port {place} of {dtype} and {form} is not judged right"
-    ports = _dynamic_ports(case, kinds)
+    ports = list(map(describe, [*inputs, *outputs], kinds))
     made.configure_plugin(ports[: len(reads)], ports[len(reads) :])
-    if made.get_valid_tactics() != list(range(1, len(TACTICS[case.rule](case.value)) + 1)):
+    if made.get_valid_tactics() != list(range(1, len(case.launches) + 1)):
         yield f"the tactics are {made.get_valid_tactics()}"
 
 
@@ -206,17 +117,17 @@ def problems_of_run(case: Case, fields: Any, ptx: dict[str, Ptx], cuda: Driver) 
     made = create(case.rule, fields, trt.TensorRTPhase.RUNTIME)
     if isinstance(made, trt.IPluginV3OneBuild):
         yield "a plugin of a plan can build"
-    reads, writes = list(map(_port, case.reads)), list(map(_port, case.writes))
+    reads, writes = _ports(case, case.rule.inputs), _ports(case, case.rule.outputs)
     given, taken = list(_READ[: len(reads)]), list(_WRITTEN[: len(writes)])
-    for place, tactic in enumerate(TACTICS[case.rule](case.value)):
+    for number, launch in enumerate(case.launches, 1):
         attached = owned(made.attach_to_context(None))
-        attached.set_tactic(place + 1)
+        attached.set_tactic(number)
         attached.on_shape_change(reads, writes)
         loaded = len(cuda.modules)
         attached.enqueue(reads, writes, given, taken, 0, _STREAM)
         if len(cuda.modules) != loaded:
             yield "a kernel is loaded where a CUDA graph may be captured"
-        launch, kernel = case.launch(place), ptx[tactic.variant.name]
+        kernel = ptx[launch.variant.name]
         numbers = launch.arguments[len(reads) : -len(writes)]
         values = (*given, *numbers, *taken)
         function, *found = cuda.launches.pop()
@@ -234,7 +145,7 @@ def problems_of_run(case: Case, fields: Any, ptx: dict[str, Ptx], cuda: Driver) 
 def problems_of_errors(case: Case, cuda: Driver) -> Iterator[str]:
     """What a function raises, which TensorRT prints at most, comes back."""
     made = owned(plugins.register(trt).for_build(case.rule, case.value))
-    ports = list(map(_port, case.reads))
+    ports = _ports(case, case.rule.inputs)
     cuda.result = 1
     try:
         made.on_shape_change(ports, [])
@@ -249,16 +160,11 @@ def problems_of_errors(case: Case, cuda: Driver) -> Iterator[str]:
         plugins.raise_failure(trt)
 
 
-def _dynamic_ports(case: Case, kinds: list[Any]) -> list[Any]:
-    """``DynamicPluginTensorDesc`` of inputs and outputs, where the first size varies."""
-    shapes = [*case.reads, *case.writes]
-    return [describe(shape, kind, dynamic=1) for shape, kind in zip(shapes, kinds, strict=True)]
-
-
-def _port(shape: tuple[int, ...]) -> Any:
-    """``PluginTensorDesc``."""
-    found = trt.PluginTensorDesc()
-    found.dims, found.format = shape, trt.TensorFormat.LINEAR
+def _ports(case: Case, names: Collection[str]) -> list[Any]:
+    """``PluginTensorDesc`` of tensors."""
+    found = [trt.PluginTensorDesc() for _ in names]
+    for port, name in zip(found, names, strict=True):
+        port.dims, port.format = case.tensors[name][0], trt.TensorFormat.LINEAR
     return found
 
 
@@ -275,7 +181,7 @@ def main() -> int:
     for creator, rule in zip(registry.creators, TACTICS, strict=True):
         if [field.name for field in creator.field_names] != [rule.attribute]:
             problems.append(f"of {rule.name} the parser looks for other attributes")
-    asked, cases = 0, list(make_cases())
+    cases = list(make_cases())
     for case in cases:
         value = np.array([case.value], np.int32)
         field = trt.PluginField(case.rule.attribute, value, trt.PluginFieldType.INT32)
@@ -286,11 +192,11 @@ def main() -> int:
         gc.collect()
         _churn = [np.zeros(1, np.int32) for _ in range(4096)]  # over what nothing keeps alive
         problems += [f"{case}: {each}" for each in problems_of_run(case, fields, ptx, cuda)]
-        asked += len(TACTICS[case.rule](case.value))
     problems += problems_of_errors(cases[0], cuda)
     if len(cuda.modules) != len(set(cuda.modules)):
         problems.append("a kernel is loaded twice")
     trt.DimsExprs = dims_exprs
+    asked = sum(len(case.launches) for case in cases)
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"TensorRT {trt.__version__}: the plugins of Python are taken, {asked} launches")
