@@ -1,4 +1,4 @@
-"""One service for most tests, and a bundle that takes tools."""
+"""One service for most tests, a bundle that takes tools, and a file of keys."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Bundles
-from tests.edge.server.scripted import HERMES_TEMPLATE, Live, running
+from tests.conftest import Bundles, write_secret
+from tests.edge.server.scripted import HERMES_TEMPLATE, KEY, Live, running
 from tests.manifests import replace_file
 
 
@@ -26,3 +26,9 @@ def tool_bundle(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory)
     shutil.copytree(tiny_bundles("qwen2"), bundle)
     replace_file(bundle, "chat_template.jinja", HERMES_TEMPLATE.encode())
     return bundle
+
+
+@pytest.fixture(scope="session")
+def client_keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with `KEY`."""
+    return write_secret(tmp_path_factory.mktemp("keys") / "keys", f"client:{KEY}\n")

@@ -31,6 +31,7 @@ from tests.fakes import ScriptedBackend, random_logits
 from tests.tiny_models import CONTROL_IDS, EOS_ID
 
 CAPACITY = 512
+KEY = "sk-of-the-client"
 # What Qwen2.5's template does with tools, in short.
 HERMES_TEMPLATE = (
     "{{bos_token}}{% if tools %}{{ '# Tools\n' }}{% for tool in tools %}"

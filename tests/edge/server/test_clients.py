@@ -13,22 +13,18 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import write_secret
 from tests.edge.server.api.weather import CALL, WEATHER
 from tests.edge.server.processes import comply
-from tests.edge.server.scripted import Live, running
+from tests.edge.server.scripted import KEY, Live, running
 
 openai = pytest.importorskip("openai")
 QUESTION: list[Any] = [{"role": "user", "content": "what"}]
-KEY = "sk-of-the-client"
 AUTH = {"Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
-def served(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    keys = tmp_path_factory.mktemp("keys") / "keys"
-    write_secret(keys, f"client:{KEY}\n")
-    with running(tool_bundle, api_key_file=keys, llm={"queue_capacity": 4}) as live:
+def served(tool_bundle: Path, client_keys: Path) -> Iterator[Live]:
+    with running(tool_bundle, api_key_file=client_keys, llm={"queue_capacity": 4}) as live:
         live.engine.say(QUESTION, "Hello there.")
         live.engine.say("once", " upon a time")
         yield live

@@ -15,10 +15,7 @@ from tests.conftest import Bundles
 from tests.edge.server.api.weather import ANSWER, QUESTION
 from tests.edge.server.scripted import Live, running
 
-
-@pytest.fixture(autouse=True)
-def _say(live: Live) -> None:
-    live.engine.say(QUESTION, ANSWER)
+pytestmark = pytest.mark.usefixtures("says_answer")
 
 
 def joined(events: list[Any], key: str, index: int = 0) -> str:

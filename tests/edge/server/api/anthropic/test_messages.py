@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,7 @@ from tests.edge.server.api.weather import WEATHER as CHAT_WEATHER
 from tests.edge.server.scripted import Answer, Live, running
 
 WEATHER = {"name": "weather", "description": "of a city", "input_schema": SCHEMA}
-
-
-@pytest.fixture(autouse=True)
-def _say(request: pytest.FixtureRequest) -> None:
-    if "live" in request.fixturenames:
-        request.getfixturevalue("live").engine.say(QUESTION, ANSWER)
-
-
-@pytest.fixture(scope="module")
-def tools(tool_bundle: Path) -> Iterator[Live]:
-    with running(tool_bundle) as service:
-        yield service
+pytestmark = pytest.mark.usefixtures("says_answer")
 
 
 def message(live: Live, messages: Any = QUESTION, /, **fields: Any) -> Answer:

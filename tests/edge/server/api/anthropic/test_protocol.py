@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,8 @@ import pytest
 from edge.server.api.anthropic.protocol import IGNORED, CountTokensRequest, MessagesRequest
 from tests.edge.server.api.anthropic.test_messages import WEATHER
 from tests.edge.server.api.fields import Pair, check_field, fields_of
-from tests.edge.server.api.weather import CALL, CALLING, THINKING
-from tests.edge.server.api.weather import WEATHER as CHAT_WEATHER
-from tests.edge.server.scripted import Live, running
-
-pytest.importorskip("llguidance")
+from tests.edge.server.api.weather import CALLING, THINKING
+from tests.edge.server.scripted import Live
 
 SHARED = {"model": "tiny", "messages": [{"role": "user", "content": "what"}]}
 BASE = {**SHARED, "max_tokens": 4, "temperature": 0}
@@ -178,14 +174,6 @@ def test_every_field_is_tried_and_documented():
     assert not [name for name in IGNORED if f"`{name}`" not in section]
     own = {path.split(".")[0].split("[")[0] for path in PAIRS}
     assert not [name for name in own if f"`{name}`" not in section]
-
-
-@pytest.fixture(scope="module")
-def service(tool_bundle: Path) -> Iterator[Live]:
-    with running(tool_bundle, llm={"kv_capacity": 1024, "reuse_prefix": False}) as live:
-        live.engine.say(CALLING, f"{CALL}\n{CALL}", tools=[CHAT_WEATHER])
-        live.engine.say(THINKING, "<think>hm hm hm</think>yes")
-        yield live
 
 
 @pytest.mark.parametrize("field", [*PAIRS, *SYSTEM])

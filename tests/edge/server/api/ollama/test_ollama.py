@@ -14,23 +14,11 @@ from edge.server.api.chat import plan_chat
 from edge.server.api.ollama import text as ollama_text
 from edge.server.api.ollama.models import NOT_SERVED_PATHS
 from edge.server.api.ollama.protocol import OllamaOptions
-from tests.conftest import write_secret
 from tests.edge.server.api.weather import ANSWER, CALL, QUESTION, SCHEMA, WEATHER
-from tests.edge.server.scripted import Answer, Live, running
+from tests.edge.server.scripted import KEY, Answer, Live, running
 
 GREEDY = {"temperature": 0}
-
-
-@pytest.fixture(autouse=True)
-def _say(request: pytest.FixtureRequest) -> None:
-    if "live" in request.fixturenames:
-        request.getfixturevalue("live").engine.say(QUESTION, ANSWER)
-
-
-@pytest.fixture(scope="module")
-def tools(tool_bundle: Path) -> Iterator[Live]:
-    with running(tool_bundle) as service:
-        yield service
+pytestmark = pytest.mark.usefixtures("says_answer")
 
 
 def chat(live: Live, messages: Any = QUESTION, /, **fields: Any) -> Answer:
@@ -349,17 +337,7 @@ def test_a_silence_stays_one(tool_bundle: Path):
 # Its own client
 
 ollama = pytest.importorskip("ollama")
-KEY = "sk-of-the-client"
 AUTH = {"Authorization": f"Bearer {KEY}"}
-
-
-@pytest.fixture(scope="module")
-def served(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    keys = tmp_path_factory.mktemp("keys") / "keys"
-    write_secret(keys, f"client:{KEY}\n")
-    with running(tool_bundle, api_key_file=keys) as live:
-        live.engine.say(QUESTION, "<think>hm</think>Hello there.")
-        yield live
 
 
 @pytest.fixture

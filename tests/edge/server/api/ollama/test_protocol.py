@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from edge.server.api.ollama.protocol import (
 )
 from tests.edge.server.api.fields import Pair, check_field, fields_of
 from tests.edge.server.api.weather import THINKING
-from tests.edge.server.scripted import Live, running
+from tests.edge.server.scripted import Live
 
 OPTIONS = {"temperature": 0, "num_predict": 4, "seed": 7}
 SHARED = {"model": "tiny", "stream": False, "options": OPTIONS}
@@ -159,14 +158,6 @@ def test_every_field_is_tried_and_documented():
     named = {path.split("[")[0] for path in set().union(*PAIRS.values())}
     named = {path if path.startswith("options.") else path.split(".")[0] for path in named}
     assert not [name for name in {*IGNORED, *named} if f"`{name}`" not in section]
-
-
-@pytest.fixture(scope="module")
-def service(tool_bundle: Path) -> Iterator[Live]:
-    pytest.importorskip("llguidance")
-    with running(tool_bundle, llm={"kv_capacity": 1024, "reuse_prefix": False}) as live:
-        live.engine.say(THINKING, "<think>hm hm hm</think>yes")
-        yield live
 
 
 @pytest.mark.parametrize(

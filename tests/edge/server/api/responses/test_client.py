@@ -5,30 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import write_secret
 from tests.edge.server.api.responses.test_responses import FORM, WEATHER
 from tests.edge.server.api.weather import CALL, FUNCTION, QUESTION
 from tests.edge.server.api.weather import WEATHER as CHAT_WEATHER
 from tests.edge.server.processes import comply
-from tests.edge.server.scripted import Live, running
+from tests.edge.server.scripted import KEY, Live
 
 openai = pytest.importorskip("openai")
-KEY = "sk-of-the-client"
 ASKED: dict[str, Any] = {"model": "tiny", "input": "what", "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def served(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    keys = tmp_path_factory.mktemp("keys") / "keys"
-    write_secret(keys, f"client:{KEY}\n")
-    with running(tool_bundle, api_key_file=keys) as live:
-        live.engine.say(QUESTION, "<think>\nhm\n</think>\n\nHello there.")
-        yield live
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,18 +14,7 @@ from tests.edge.server.scripted import Answer, Live, running
 
 WEATHER = {"type": "function", **FUNCTION}
 FORM = {"type": "json_schema", "name": "a"}
-
-
-@pytest.fixture(autouse=True)
-def _say(request: pytest.FixtureRequest) -> None:
-    if "live" in request.fixturenames:
-        request.getfixturevalue("live").engine.say(QUESTION, ANSWER)
-
-
-@pytest.fixture(scope="module")
-def tools(tool_bundle: Path) -> Iterator[Live]:
-    with running(tool_bundle) as service:
-        yield service
+pytestmark = pytest.mark.usefixtures("says_answer")
 
 
 def respond(live: Live, given: Any = "what", /, **fields: Any) -> Answer:
