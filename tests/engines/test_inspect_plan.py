@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +19,9 @@ from engines.compat import TensorRT
 from engines.config import BuildConfig
 from tests.conftest import RUNNABLE, Bundles
 from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import FakeEngine, emptied, make_module, write_engine
+from tests.fake_tensorrt import FakeEngine, make_module, write_engine
 
 PROFILES = ["prefill", "decode"]
-
-
-@pytest.fixture
-def gpu() -> Iterator[FakeGpu]:
-    device = FakeGpu()
-    device.push()  # TensorRT takes the primary context by itself
-    with emptied(device):
-        yield device
-        device.pop()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,6 @@ from tests.fake_tensorrt import (
 )
 
 COLUMNS = [version.name for version in VERSIONS if version.flavour == "tensorrt"]
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    device = FakeGpu()
-    device.push()  # the build reads the layers, for which TensorRT takes the primary context
-    with emptied(device):
-        yield device
-        device.pop()
 
 
 @pytest.fixture

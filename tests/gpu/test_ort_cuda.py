@@ -10,10 +10,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from edge.device.probe import probe_cuda
 from edge.errors import DeviceMemoryError
-from tests.conftest import Bundles, require_kernels
-from tests.edge.backends.ort.test_gpu import VARIANTS, CudaRunner, greedy
-from tests.edge.backends.runner import Runner, history, random_ids
+from tests.conftest import Bundles
+from tests.edge.backends.ort.conftest import variant
+from tests.edge.backends.ort.test_gpu import CudaRunner
+from tests.edge.backends.runner import Runner, check_greedy_tokens, history, random_ids
 from tests.tiny_models import KINDS, Kind
+
+__all__ = ["variant"]  # a fixture
 
 pytestmark = pytest.mark.gpu
 
@@ -29,12 +32,6 @@ def cuda_provider() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA")
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    require_kernels(request.param.split()[0])
-    return str(request.param)
 
 
 def open_cuda(bundles: Bundles, kind: Kind, variant: str, quant: str = "fp16") -> CudaRunner:
@@ -69,17 +66,8 @@ def test_bf16(variant: str, tiny_bundles: Bundles):
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_greedy_tokens(kind: Kind, variant: str, tiny_bundles: Bundles):
     bundle = tiny_bundles(kind, variant.split()[0])
-    compared = 0
     with open_cuda(tiny_bundles, kind, variant) as ours, Runner(bundle) as theirs:
-        for seed in range(6):
-            ours.lengths[0] = theirs.lengths[0] = 0
-            ids = random_ids(1, 11, seed=seed)
-            expected, margin = greedy(theirs, ids, 12)
-            found, _ = greedy(ours, ids, 12)
-            if margin > 2 * ATOL:  # else rounding may choose
-                assert found == expected
-                compared += 1
-    assert compared
+        check_greedy_tokens(ours, theirs, ATOL)
 
 
 @pytest.mark.parametrize("quant", ["fp16", "int4"])

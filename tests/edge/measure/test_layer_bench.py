@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,9 @@ from edge.errors import ConfigError
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.tensorrt.gpu_runner import GpuRunner
 from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import emptied, install, write_engine
+from tests.fake_tensorrt import write_engine
 
 SMALL = ["--prompt-tokens", "40", "--output-tokens", "6", "--repeats", "1"]
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    device = FakeGpu()
-    install(monkeypatch, device)
-    with emptied(device):
-        yield device
 
 
 @pytest.fixture(params=["native", "portable"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from edge.errors import BundleError, ConfigError
 from edge.measure.layers import CpuLayers, LayerReport, compare_layers
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
 from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import emptied, install, write_engine
+from tests.fake_tensorrt import write_engine
 
 PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
 STEPS = 6
@@ -182,14 +181,6 @@ def test_options_that_do_not_go_with_layers(bundle: Path, options: list[str], wo
     refused = run(bundle, "--layers", *options).exception
     assert isinstance(refused, ConfigError)
     assert words in str(refused)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    device = FakeGpu()
-    install(monkeypatch, device)
-    with emptied(device):
-        yield device
 
 
 @pytest.mark.parametrize("dialect", ["native", "portable"])

@@ -18,7 +18,8 @@ from edge.runtime.scheduler import Request
 from edge.runtime.scheduler.core import EngineCore
 from edge.runtime.scheduler.sequence import SequenceState
 from edge.runtime.structured_output import OutputFormat
-from tests.edge.runtime.scheduler.conftest import VOCAB, Collected, Engine
+from tests.edge.runtime.conftest import VOCAB
+from tests.edge.runtime.scheduler.conftest import Collected, Engine
 from tests.fakes import random_logits
 
 TARGET = random_logits(VOCAB)

@@ -28,6 +28,7 @@ from edge.runtime.sampling import Sampler
 from edge.runtime.scheduler import DraftContext, DraftWorth
 from edge.runtime.scheduler.core import EngineCore
 from tests.conftest import Bundles
+from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.drafting_support import (
     TARGET,
     NoneTwice,
@@ -37,7 +38,7 @@ from tests.edge.runtime.drafting_support import (
     real_answers,
     unrelated,
 )
-from tests.edge.runtime.scheduler.conftest import VOCAB, DropMiddle, Engine, drop_middle
+from tests.edge.runtime.scheduler.conftest import DropMiddle, Engine, drop_middle
 from tests.fakes import Script, ScriptedBackend, write_table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from edge.runtime.scheduler import StoredPrefix
 from edge.server.models.switch import need_bytes
 from tests.conftest import TINY_KV_CAPACITY, Checkpoints, require_kernels
 from tests.edge.backends.ort.test_gpu import HOST
+from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.drafting_support import (
     TARGET,
     NoneTwice,
@@ -41,21 +42,13 @@ from tests.edge.runtime.drafting_support import (
     real_answers,
     unrelated,
 )
-from tests.edge.runtime.scheduler.conftest import VOCAB, DropMiddle, Engine
-from tests.fakes import Script, ScriptedBackend, write_table
+from tests.edge.runtime.scheduler.conftest import DropMiddle, Engine
+from tests.fakes import Script, ScriptedBackend
 from tests.manifests import replace_file
 from tests.parity import FP16_KERNELS
 from tests.tiny_heads import make_head
 
 Seen = tuple[int, ...]
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddingTable]:
-    path = tmp_path_factory.mktemp("table") / "embeddings.safetensors"
-    opened = EmbeddingTable(write_table(path, VOCAB))
-    yield opened
-    opened.close()
 
 
 class States:

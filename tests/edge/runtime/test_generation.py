@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +13,8 @@ from hypothesis import strategies as st
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, ContextLengthError, RequestError
 from edge.runtime.generation import GenerationStats, score
-from tests.fakes import ScriptedBackend, random_logits, write_table
-
-VOCAB = 50
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddingTable]:
-    path: Path = tmp_path_factory.mktemp("table") / "embeddings.safetensors"
-    opened = EmbeddingTable(write_table(path, VOCAB))
-    yield opened
-    opened.close()
+from tests.edge.runtime.conftest import VOCAB
+from tests.fakes import ScriptedBackend, random_logits
 
 
 def test_derived_figures():

@@ -7,9 +7,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from tests import tiny_models as tiny
+from tests.export.sources.local_server import LocalServer
 
 pytest.importorskip("huggingface_hub")
 
@@ -43,29 +43,13 @@ for line in sys.stdin:
 """
 
 
-class Hub:
+class Hub(LocalServer):
     """The parts of the hub's HTTP interface that a download uses."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.snapshots: dict[tuple[str, str], Path] = {}
         self.requests: list[tuple[str, str]] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                hub.answer(self)
-
-            def do_HEAD(self) -> None:
-                hub.answer(self)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         parts = unquote(urlsplit(request.path).path).strip("/").split("/")
@@ -169,12 +153,8 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
         ("owner/custom", MAIN): custom,
         ("owner/nf4", MAIN): quantized,
     }
-    thread = threading.Thread(target=hub.server.serve_forever, daemon=True)
-    thread.start()
-    yield hub
-    hub.server.shutdown()
-    hub.server.server_close()
-    thread.join()
+    with hub:
+        yield hub
 
 
 @pytest.fixture(scope="module")

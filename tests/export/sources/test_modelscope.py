@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -19,13 +18,14 @@ from export.sources import modelscope
 from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
 from tests import tiny_models as tiny
+from tests.export.sources.local_server import LocalServer
 from tests.tiny_pooling import PROMPTS, write_embedder
 
 COMMIT, OLD = "c" * 40, "d" * 40
 WEIGHTS = "model.safetensors"
 
 
-class Server:
+class Server(LocalServer):
     """The two calls of the interface, with the faults of a bad line.
 
     Attributes:
@@ -37,26 +37,13 @@ class Server:
     """
 
     def __init__(self, folders: dict[str, Path]) -> None:
+        super().__init__()
         self.folders = folders
         self.breaks: list[int] = []
         self.ignores_range = self.corrupts = False
         self.commit = COMMIT
         self.hides_hashes = False
         self.asked: list[tuple[str, str, str | None]] = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                server.answer(self)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         parts = urlsplit(request.path)
@@ -118,12 +105,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(modelscope, "_PAUSE_S", 0.0)
-    thread = threading.Thread(target=server.server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
-    thread.join()
+    with server:
+        yield server
 
 
 def open_tiny(**options: Any) -> Checkpoint:

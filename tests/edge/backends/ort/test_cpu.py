@@ -19,19 +19,12 @@ from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, ConfigError
-from tests.conftest import TINY_KV_CAPACITY, Bundles, require_huge_pages, require_kernels
+from tests.conftest import TINY_KV_CAPACITY, Bundles, require_huge_pages
 from tests.edge.backends.runner import Runner, check_slots_apart, random_ids
 from tests.tiny_models import KINDS, Kind
 
 # Sums of at most 128 products of size one in another order; measured 8e-6.
 ATOL = 5e-5
-VARIANTS = ("native fused", "native as exported", "portable")
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    require_kernels(request.param.split()[0])
-    return str(request.param)
 
 
 @pytest.fixture

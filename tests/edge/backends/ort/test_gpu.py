@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 from edge.backends import Step
 from edge.backends.ort import gpu as ort_cuda
@@ -39,12 +38,17 @@ from edge.errors import (
 )
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.ort.test_cpu_attention import export_heads
-from tests.edge.backends.runner import Runner, check_slots_apart, history, random_ids
+from tests.edge.backends.runner import (
+    Runner,
+    check_greedy_tokens,
+    check_slots_apart,
+    history,
+    random_ids,
+)
 from tests.parity import FP16_KERNELS
 from tests.tiny_models import KINDS, Kind
 
 HOST = OrtDevice("cpu", 0, "CPUExecutionProvider", {})
-VARIANTS = ("native fused", "native as exported", "portable")
 # Activations in fp16 against fp32, logits of size 1 to 5; measured 0.033, on Arm 0.11.
 ATOL_FP16 = 0.15 if FP16_KERNELS else 0.04
 
@@ -63,12 +67,6 @@ class CudaRunner(Runner):
         self.backend = OrtCudaBackend(bundle, self.manifest, num_slots=num_slots, **options)
         self.table = EmbeddingTable(bundle / EMBEDDINGS_NAME)
         self.lengths = [0] * num_slots
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    require_kernels(request.param.split()[0])
-    return str(request.param)
 
 
 def open_runner(bundles: Bundles, kind: Kind, variant: str, **options: Any) -> CudaRunner:
@@ -112,32 +110,11 @@ def test_quantized_weights(quant: str, variant: str, tiny_bundles: Bundles):
         assert_allclose(found, expected, atol=ATOL_FP16, rtol=0)
 
 
-def greedy(runner: Runner, ids: NDArray[np.int64], count: int) -> tuple[list[int], float]:
-    """Greedy tokens, and the least distance of the two best logits on the way."""
-    tokens, margin = [], np.inf
-    logits = runner.step(ids)[0, -1]
-    for _ in range(count):
-        best = np.sort(logits)[-2:]
-        margin = min(margin, float(best[1] - best[0]))
-        tokens.append(int(logits.argmax()))
-        logits = runner.step(np.array([[tokens[-1]]]))[0, -1]
-    return tokens, margin
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_greedy_tokens(kind: Kind, variant: str, tiny_bundles: Bundles):
     bundle = tiny_bundles(kind, variant.split()[0])
-    compared = 0
     with open_runner(tiny_bundles, kind, variant) as ours, Runner(bundle) as theirs:
-        for seed in range(6):
-            ours.lengths[0] = theirs.lengths[0] = 0
-            ids = random_ids(1, 11, seed=seed)
-            expected, margin = greedy(theirs, ids, 12)
-            found, _ = greedy(ours, ids, 12)
-            if margin > 2 * ATOL_FP16:  # else rounding may choose
-                assert found == expected
-                compared += 1
-    assert compared
+        check_greedy_tokens(ours, theirs, ATOL_FP16)
 
 
 def test_slots_do_not_touch_each_other(runner: CudaRunner):

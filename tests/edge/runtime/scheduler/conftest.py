@@ -1,13 +1,12 @@
-"""What the tests of the scheduler share: a table, and answers by the plainest loop there is."""
+"""What the tests of the scheduler share: answers by the plainest loop there is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
-import pytest
 
 from edge.backends import Floats
 from edge.bundle.embeddings import EmbeddingTable
@@ -19,21 +18,13 @@ from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import FinishReason, Request
 from edge.runtime.scheduler.core import EngineCore
 from edge.runtime.scheduler.sequence import SequenceState
-from tests.fakes import Script, ScriptedBackend, write_table
+from tests.edge.runtime.conftest import VOCAB
+from tests.fakes import Script, ScriptedBackend
 
-VOCAB = 50
 END = 49
 GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 SAMPLED = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.2)
 COUNT_UP: Script = lambda seen: (seen[-1] + 1) % VOCAB  # noqa: E731
-
-
-@pytest.fixture(scope="session")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddingTable]:
-    path = tmp_path_factory.mktemp("table") / "embeddings.safetensors"
-    opened = EmbeddingTable(write_table(path, VOCAB))
-    yield opened
-    opened.close()
 
 
 class Collected:

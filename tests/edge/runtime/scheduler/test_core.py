@@ -33,12 +33,12 @@ from edge.runtime.scheduler import DraftContext, Drafter, DraftWorth, FinishReas
 from edge.runtime.scheduler.policy import DecodeRun
 from edge.runtime.scheduler.sequence import SequenceState
 from scripts.best_logits import best_of
+from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import (
     COUNT_UP,
     END,
     GREEDY,
     SAMPLED,
-    VOCAB,
     Collected,
     DropMiddle,
     Engine,

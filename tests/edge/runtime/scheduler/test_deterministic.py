@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.runtime.scheduler.core import even_chunk
-from tests.edge.runtime.scheduler.conftest import GREEDY, VOCAB, Collected, Engine, make_request
+from tests.edge.runtime.conftest import VOCAB
+from tests.edge.runtime.scheduler.conftest import GREEDY, Collected, Engine, make_request
 from tests.fakes import ScriptedBackend, random_logits
 
 LONE = 1000  # added to a token whose row another kernel computed

@@ -14,8 +14,9 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError
 from edge.runtime.sampling import SampledToken, Sampler
 from edge.runtime.scheduler import FinishReason
+from tests.edge.runtime.conftest import VOCAB
 
-from .conftest import GREEDY, VOCAB, Collected, Engine, make_request
+from .conftest import GREEDY, Collected, Engine, make_request
 
 # Milliseconds: of a step on the device, and on the CPU of drawing a token, of serving its reader
 # and of finding what a grammar allows next. With a batch of 8 all of that is shorter than a step.

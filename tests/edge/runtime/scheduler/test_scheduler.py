@@ -32,11 +32,11 @@ from edge.runtime.generation import score
 from edge.runtime.scheduler import Request, Scheduler
 from edge.runtime.stream import Generation, OutputStream
 from edge.runtime.stream import submit as submit_all
+from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import (
     COUNT_UP,
     GREEDY,
     SAMPLED,
-    VOCAB,
     answer_alone,
     make_request,
     take_config,
