@@ -35,18 +35,19 @@ from .build_plan import BuildPlan, plan_build
 from .config import BuildConfig
 from .graph import write_graph
 from .profiles import Shape
-from .trtexec_options import TRT_VERSIONS, TrtVersion, show
+from .rules.table import Release
+from .trtexec_options import TRT_VERSIONS, show
 
 _MIB = 1 << 20
 # Where JetPack, the TensorRT packages and NVIDIA's containers put it; not always on the PATH.
 _PLACES = ("/usr/src/tensorrt/bin", "/opt/tensorrt/bin", "/usr/bin")
 _CACHE_PATTERN = f"{io_spec.PAST_PREFIX}*"
-_DECOMPOSABLE_SINCE: TrtVersion = (10, 14)
-_ALWAYS_STRONGLY_TYPED: TrtVersion = (11, 0)
+_DECOMPOSABLE_SINCE: Release = (10, 14)
+_ALWAYS_STRONGLY_TYPED: Release = (11, 0)
 _PLAN, _TIMING_CACHE = "engine.plan", "timing.cache"
 
 
-def parse_version(text: str) -> TrtVersion:
+def parse_version(text: str) -> Release:
     """Read the value of ``--trt``, one of the versions that Jetsons have.
 
     Raises:
@@ -59,7 +60,7 @@ def parse_version(text: str) -> TrtVersion:
 
 def trtexec_command(
     build: BuildPlan,
-    version: TrtVersion,
+    version: Release,
     *,
     onnx: Path | None = None,
     plan: Path | None = None,
@@ -157,7 +158,7 @@ def find_trtexec(places: Sequence[str] = _PLACES) -> Path:
     return Path(found)
 
 
-def trtexec_version(binary: Path) -> TrtVersion:
+def trtexec_version(binary: Path) -> Release:
     """Ask a ``trtexec`` for its release, see `full_version`."""
     major, minor = full_version(binary).split(".")[:2]
     return int(major), int(minor)
@@ -245,7 +246,7 @@ def run_trtexec(argv: Sequence[str], on_line: Callable[[str], None]) -> TrtexecR
     return TrtexecResult(seconds, log.version, log.build_s, log.peak_host_bytes)
 
 
-def _check_version(config: BuildConfig, manifest: Manifest, version: TrtVersion) -> None:
+def _check_version(config: BuildConfig, manifest: Manifest, version: Release) -> None:
     if version < (10, 0):
         raise ConfigError(
             f"TensorRT {show(version)} cannot build this engine: strongly typed networks start "
@@ -384,7 +385,7 @@ def _advice(text: str, version: str | None) -> str:
     return "what it reported:"
 
 
-def command_for_bundle(config: BuildConfig, version: TrtVersion) -> list[str]:
+def command_for_bundle(config: BuildConfig, version: Release) -> list[str]:
     """Make the line of ``--print-trtexec``, ready to run.
 
     For another capacity or way to read the cache than the bundle's, the graph is written first,

@@ -19,8 +19,9 @@ from edge.cli.options import json_option
 from edge.errors import ConfigError
 
 from .config import BuildConfig
+from .rules.table import Release
 from .trtexec import command_for_bundle, format_command, parse_version
-from .trtexec_options import TRT_VERSIONS, TrtVersion, lifetime, options, show
+from .trtexec_options import TRT_VERSIONS, lifetime, options, show
 
 State = Literal["works", "deprecated", "no effect", "not yet", "removed", "unknown"]
 
@@ -96,7 +97,7 @@ _NO_EFFECT_SINCE_11 = {
 _RENAMED = {"workspace": "--memPoolSize=workspace:", "minTiming": "--avgTiming="}
 _RENAMED_FLAGS = {"buildOnly": "--skipInference", "weightless": "--stripWeights"}
 # TensorRT's API deprecated weak typing in this version; the option parser has warned since.
-_WEAK_TYPING_DEPRECATED: TrtVersion = (10, 12)
+_WEAK_TYPING_DEPRECATED: Release = (10, 12)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Explanation:
     steps: tuple[str, ...]
 
 
-def explain(line: str, version: TrtVersion) -> Explanation:
+def explain(line: str, version: Release) -> Explanation:
     """Explain a ``trtexec`` line for a version of TensorRT.
 
     Raises:
@@ -176,7 +177,7 @@ def _split(word: str) -> tuple[str, str]:
     return name.removeprefix("--"), value
 
 
-def _explain_option(word: str, version: TrtVersion) -> ExplainedOption:
+def _explain_option(word: str, version: Release) -> ExplainedOption:
     name, _ = _split(word)
     known = lifetime(name) if word.startswith("--") else None
     if word == "-h":
@@ -207,7 +208,7 @@ def _join(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _translate(words: list[str], version: TrtVersion) -> list[str]:
+def _translate(words: list[str], version: Release) -> list[str]:
     known = options(version)
     result = []
     for word in words:
@@ -222,7 +223,7 @@ def _translate(words: list[str], version: TrtVersion) -> list[str]:
     return result
 
 
-def _steps(words: list[str], version: TrtVersion) -> tuple[str, ...]:
+def _steps(words: list[str], version: Release) -> tuple[str, ...]:
     given = dict(_split(word) for word in words)
     path = Path(given.get("onnx", ""))
     if path.suffix == ".onnx" and (path.parent / MANIFEST_NAME).is_file():

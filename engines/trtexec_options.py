@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TrtVersion = tuple[int, int]
+from .rules.table import Release
 
 # The versions that a line can be asked for: JetPack 6.1 and 6.2, JetPack 7.2, JetPack 7.2.2.
-TRT_VERSIONS: dict[str, TrtVersion] = {"10.3": (10, 3), "10.16": (10, 16), "11.4": (11, 4)}
+TRT_VERSIONS: dict[str, Release] = {"10.3": (10, 3), "10.16": (10, 16), "11.4": (11, 4)}
 
 _IN_8_6 = """
     allowGPUFallback avgRuns avgTiming batch best buildDLAStandalone buildOnly
@@ -35,7 +35,7 @@ _IN_8_6 = """
     useRuntime useSpinWait vc verbose versionCompatible warmUp workspace
 """
 # (version, what it added, what it removed)
-_CHANGES: tuple[tuple[TrtVersion, str, str], ...] = (
+_CHANGES: tuple[tuple[Release, str, str], ...] = (
     (
         (10, 0),
         """
@@ -94,11 +94,11 @@ class Lifetime:
         removed: the version without it; None: it is still there.
     """
 
-    added: TrtVersion | None
-    removed: TrtVersion | None
+    added: Release | None
+    removed: Release | None
 
 
-def options(version: TrtVersion) -> frozenset[str]:
+def options(version: Release) -> frozenset[str]:
     """List the options, with their dashes, that ``trtexec`` of a version takes."""
     known = set(_IN_8_6.split())
     for changed, added, removed in _CHANGES:
@@ -111,8 +111,8 @@ def options(version: TrtVersion) -> frozenset[str]:
 def lifetime(option: str) -> Lifetime | None:
     """Tell when an option came and went; None for one that no version ever had."""
     name = option.removeprefix("--")
-    added: TrtVersion | None = None
-    removed: TrtVersion | None = None
+    added: Release | None = None
+    removed: Release | None = None
     known = name in _IN_8_6.split()
     for version, came, went in _CHANGES:
         if name in came.split():
@@ -123,6 +123,6 @@ def lifetime(option: str) -> Lifetime | None:
     return Lifetime(added, removed) if known else None
 
 
-def show(version: TrtVersion) -> str:
+def show(version: Release) -> str:
     """Write a version as people do, e.g. ``10.16``."""
     return f"{version[0]}.{version[1]}"

@@ -28,9 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engines.rules.table import Release
+
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".venv-trt-bindings" / "wheels"
-Release = tuple[int, int]
 
 # Version: requirement, and SHA-256 of its wheels for CPython 3.10 to 3.13 on x86-64, as far as
 # there are any.

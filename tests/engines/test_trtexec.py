@@ -15,6 +15,7 @@ from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BackendError, ConfigError, DependencyError, ResourceError
 from engines.build_plan import plan_build
 from engines.config import BuildConfig
+from engines.rules.table import Release
 from engines.trtexec import (
     command_for_bundle,
     find_trtexec,
@@ -23,7 +24,7 @@ from engines.trtexec import (
     trtexec_command,
     trtexec_version,
 )
-from engines.trtexec_options import TRT_VERSIONS, TrtVersion, lifetime, options
+from engines.trtexec_options import TRT_VERSIONS, lifetime, options
 from tests.conftest import TINY_KV_CAPACITY, Bundles
 from tests.manifests import make_manifest
 
@@ -80,7 +81,7 @@ def test_golden_line(name: str):
 
 @pytest.mark.parametrize("version", [(10, 0), (10, 3), (10, 14), (10, 16), (11, 0), (11, 4)])
 @pytest.mark.parametrize("dialect", ["native", "portable"])
-def test_only_options_of_the_version(version: TrtVersion, dialect: str):
+def test_only_options_of_the_version(version: Release, dialect: str):
     manifest = make_manifest(dialect=dialect)
     if dialect == "native" and version < (10, 15):
         with pytest.raises(ConfigError, match="--dialect portable"):
