@@ -25,6 +25,7 @@ import numpy as np
 
 from edge import LLM, SamplingParams, __version__
 from edge.runtime.generation import GenerationStats
+from scripts.command import say
 from scripts.random_checkpoint import CONFIG, write_checkpoint
 
 CONTEXT = 4000
@@ -136,11 +137,6 @@ def memory_mb() -> dict[str, int]:
     lines = Path("/proc/self/status").read_text().splitlines()
     values = dict(line.split(":", 1) for line in lines)
     return {name: int(values[name].split()[0]) // 1024 for name in fields}
-
-
-def say(text: str) -> None:
-    """Progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ import numpy as np
 
 from edge import LLM, SamplingParams, __version__
 from edge.runtime.stream import Generation, GenerationResult
+from scripts.command import say
 
 SYSTEM_TOKENS = 400
 NUM_QUESTIONS = 50
@@ -268,11 +268,6 @@ def speculation(options: argparse.Namespace) -> dict[str, Any]:
         for llm in llms:
             llm.close()
     return result
-
-
-def say(text: str) -> None:
-    """Progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

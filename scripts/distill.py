@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edge import LLM, EdgeError, SamplingParams
+from edge import LLM, SamplingParams
 from edge.errors import ConfigError
 from edge.runtime.stream import Generation, GenerationResult
+from scripts.command import run_main, say
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -41,19 +41,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep-cut", action="store_true", help="also what --max-tokens cut")
     options = parser.parse_args()
-    try:
-        distill(
-            options.teacher,
-            read_questions(options.questions),
-            options.output,
-            SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens),
-            num_slots=options.num_slots,
-            seed=options.seed,
-            keep_cut=options.keep_cut,
-        )
-    except EdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    distill(
+        options.teacher,
+        read_questions(options.questions),
+        options.output,
+        SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens),
+        num_slots=options.num_slots,
+        seed=options.seed,
+        keep_cut=options.keep_cut,
+    )
 
 
 def read_questions(path: Path) -> list[Messages]:
@@ -178,10 +174,5 @@ def _answered(output: Path) -> list[list[Any]]:
         raise ConfigError(f"{output} is no output of this script; give another one") from error
 
 
-def say(text: str) -> None:
-    """Progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_main(main)

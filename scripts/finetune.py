@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from edge import EdgeError
 from edge.bundle.linears import expected_tensors
 from edge.errors import CheckpointError, ConfigError, DependencyError
 from edge.text.chat_template import ChatTemplate, encode_chat
@@ -33,6 +31,7 @@ from export.sources.checkpoint import Checkpoint
 from export.sources.documents import encode_document, read_calibration_text
 from export.sources.lora import LoraCheckpoint
 from export.sources.opening import open_checkpoint
+from scripts.command import run_main, say
 
 NOT_LEARNED = -100  # the label that torch's cross entropy leaves out
 HELD_OUT_EVERY = 10
@@ -72,22 +71,18 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1024, help="a longer text is cut")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    try:
-        report = finetune(
-            options.base,
-            options.texts,
-            options.output,
-            epochs=options.epochs,
-            learning_rate=options.learning_rate,
-            rank=options.rank,
-            batch_size=options.batch_size,
-            accumulate=options.accumulate,
-            max_tokens=options.max_tokens,
-            seed=options.seed,
-        )
-    except EdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    report = finetune(
+        options.base,
+        options.texts,
+        options.output,
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        rank=options.rank,
+        batch_size=options.batch_size,
+        accumulate=options.accumulate,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
     say(
         f"loss on {report['texts_held_out']} held-out texts: {report['loss_before']:.3f} before, "
         f"{report['loss_after']:.3f} after\n"
@@ -305,10 +300,5 @@ def mean_loss(model: Any, examples: Sequence[Example]) -> float:
     return total / sum(example.num_learned for example in examples)
 
 
-def say(text: str) -> None:
-    """Progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -47,6 +47,7 @@ from tokenizers import Tokenizer
 from edge import __version__
 from edge.measure.draft_bench import TEXTS
 from scripts.bench_serving import PROSE
+from scripts.command import say
 from scripts.real_models import MODELS, fetch
 from scripts.smollm2 import smollm2_gguf
 
@@ -678,11 +679,6 @@ def tables(result: dict[str, Any]) -> str:
 def _ratio(mine: Sequence[float], peer: Sequence[float]) -> str:
     """The median of the rounds' ratios."""
     return f"{median(a / b for a, b in zip(mine, peer, strict=True)):.2f}"
-
-
-def say(text: str) -> None:
-    """Progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

