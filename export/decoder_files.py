@@ -43,7 +43,7 @@ from .graph.graph_builder import NUMPY_TYPE, ONNX_TYPE
 from .graph.kv_quantization import KvScales
 from .graph.rope import rope_tables
 from .quantize.calibrated import Calibrated
-from .quantize.calibration import LayerActivations, LayerRunner
+from .quantize.calibration import LayerActivations, LayerRunner, warn_of_peaks
 from .quantize.from_source import AsInSource
 from .quantize.kv_scales import CACHE_TOKENS, calibrate_kv_cache
 from .quantize.linear import LinearTensors, convert
@@ -71,7 +71,7 @@ class WrittenDecoder:
         graphs: the graphs' names.
         linears: how every linear is stored, by name.
         calibration: the text that a calibrated export saw; None without calibration.
-        peaks: largest activations of a calibrated export, by name.
+        peaks: largest activations that a calibration met, by name.
         kv_cache: how the cache is stored; None is in float.
     """
 
@@ -148,30 +148,35 @@ class DecoderFiles:
         else:
             with fresh_work(targets) as work:
                 finished, tensors = self._write_data(self._to_nearest(), work)
-        kv_cache = None
+        kv_cache, peaks = None, finished.peaks
         if self.config.kv_cache == "int8":
-            scales, kv_cache = self._kv_scales(finished)
+            scales, kv_cache, met = self._kv_scales(finished)
+            if not peaks:
+                peaks = met
+                warn_of_peaks(peaks, self.config.float_type)
             tensors = [replace(each, kv_scales=scales) for each in tensors]
         for name, float_type, each in zip(names, self._float_types, tensors, strict=True):
             proto = build_decoder(
                 self.checkpoint.spec, self.config.graph_dialect, float_type, each, kv_capacity
             )
             writer.write_bytes(name, proto.SerializeToString())
-        return WrittenDecoder(graphs, finished.infos, calibration, finished.peaks, kv_cache)
+        return WrittenDecoder(graphs, finished.infos, calibration, peaks, kv_cache)
 
     @property
     def _float_types(self) -> tuple[FloatType, FloatType]:
         """The float type of each graph."""
         return (self.config.float_type, "fp32")
 
-    def _kv_scales(self, finished: Finished) -> tuple[dict[int, KvScales], KvCache]:
-        """Calibrate the cache with the weights as they were folded.
+    def _kv_scales(
+        self, finished: Finished
+    ) -> tuple[dict[int, KvScales], KvCache, dict[str, float]]:
+        """Calibrate the cache with the weights as they were folded; see `calibrate_kv_cache`.
 
         Raises:
             ConfigError: the text cannot be used, or no layer may be in 8 bits.
         """
         ids, calibration = self._calibration_text(self.cache_tokens)
-        scales, kv_cache = calibrate_kv_cache(
+        scales, kv_cache, peaks = calibrate_kv_cache(
             ScaledCheckpoint(self.checkpoint, finished.factors),
             ids,
             calibration,
@@ -185,7 +190,7 @@ class DecoderFiles:
                 f"than {kv_cache.limit} (at least {min(kv_cache.score_errors):.3g}); leave the "
                 "option out"
             )
-        return scales, kv_cache
+        return scales, kv_cache, peaks
 
     def _calibration_text(self, tokens: int) -> tuple[NDArray[np.int64], Calibration]:
         """Read so many tokens at most to calibrate with, and describe them for the manifest."""
@@ -310,6 +315,7 @@ class DecoderFiles:
         self, converted: _Converted, finished: Finished, outputs: Sequence[Output]
     ) -> Finished:
         plan, converted_linears = converted
+        warn_of_peaks(plan.peaks, self.config.float_type)
         linears, infos = {}, {}
         for linear, tensors in zip(plan.linears, converted_linears, strict=True):
             stored = store_linear(

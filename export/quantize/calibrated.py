@@ -86,15 +86,16 @@ class Calibrated:
         linears = [self._look(linear, inputs[_short(linear)]) for linear in block.linears]
         factors = {each.layer.name: each.factors for each in linears if each.factors is not None}
         folded = ScaledCheckpoint(self.runner.checkpoint, factors)
+        peaks = folded.peaks(seen.peaks)
         if self.twin is not None and block.index < self.runner.checkpoint.spec.num_layers:
             assert seen.before is not None
             rounded = self.twin.layer(folded, block.index, seen.before[1])
             streams = {"o": flat(seen.before[0]), "down": inputs.pop(RESIDUAL)}
             plans = [self._plan_rounded(each, folded, inputs, rounded, streams) for each in linears]
             hidden = np.stack([seen.hidden, rounded.after()])
-            return BlockPlan(tuple(plans), factors, seen.peaks, hidden)
+            return BlockPlan(tuple(plans), factors, peaks, hidden)
         plans = [self._plan(each, folded, inputs.pop(_short(each.layer))) for each in linears]
-        return BlockPlan(tuple(plans), factors, seen.peaks, seen.hidden)
+        return BlockPlan(tuple(plans), factors, peaks, seen.hidden)
 
     def _look(self, layer: LinearSpec, x: Array) -> _SeenLinear:
         scheme = self.schemes[layer.name]

@@ -22,7 +22,7 @@ from edge._version import __version__
 from edge.bundle import io_spec
 from edge.bundle.io_spec import TensorSpec
 from edge.bundle.linears import TOKEN_TABLE, linear_layers, norm_sources
-from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.bundle.manifest import FloatType, ModelSpec, TensorScheme
 from edge.device.process import choose_num_threads
 from edge.errors import DependencyError, install_command
 from edge.progress import Progress, silent
@@ -36,6 +36,7 @@ Array = NDArray[np.float32]
 
 FP16_MAX = 65504.0
 _FP16_NEAR = FP16_MAX / 2  # calibration sees few tokens, so less than a factor of two is too near
+_EMBEDDINGS = "embeddings"
 _ROPE = ("cos", "sin")
 TAPS = {"input_norm.out": "qkv", "merged": "o", "post_norm.out": "gate_up", "gated": "down"}
 """Values of a layer's graph that feed its linears."""
@@ -60,8 +61,8 @@ class LayerActivations:
         inputs: float32 ``[tokens, width]`` by the linear's last name: ``qkv``, ``o``, ``gate_up``
             and ``down``, or ``lm_head``, and by the names of other taps. Tokens are in the order of
             the batches, row by row.
-        peaks: largest magnitude of each value that an fp16 graph would hold, by its full name,
-            e.g. ``layers.3.gated``.
+        peaks: largest magnitude of each channel of the values whose range matters to an fp16
+            graph, float32 ``[channels]`` by the value's full name, e.g. ``layers.3.gated``.
         hidden: hidden states after the layer, before any final norm, float32 ``[sequences, seq_len,
             hidden]``.
         before: hidden states before the layer, float32 ``[2, sequences, seq_len, hidden]``: the
@@ -69,7 +70,7 @@ class LayerActivations:
     """
 
     inputs: dict[str, Array]
-    peaks: dict[str, float]
+    peaks: dict[str, Array]
     hidden: Array
     before: Array | None = None
 
@@ -111,16 +112,13 @@ class LayerRunner:
             hidden: `LayerActivations.hidden` of the layer before; None for the first layer, which
                 begins with the tokens' embeddings.
         """
-        embedded: dict[str, float] = {}
+        embedded: dict[str, Array] = {}
         if hidden is None:
             hidden = self.embed()
-            embedded = {"embeddings": float(np.abs(hidden).max())}
+            embedded = {_EMBEDDINGS: np.abs(hidden).max(axis=(0, 1))}
         last = index == self.checkpoint.spec.num_layers
         seen = self._final_norm(hidden) if last else self._layer(index, hidden)
-        seen = replace(seen, peaks=embedded | seen.peaks)
-        for name, peak in seen.peaks.items():
-            _check_peak(name, peak)
-        return seen
+        return replace(seen, peaks=embedded | seen.peaks)
 
     def report(self, done: int) -> None:
         """Report how many sequences passed a layer so far, over all layers."""
@@ -137,7 +135,7 @@ class LayerRunner:
         weights = self._rope | self._graph.weights(self.checkpoint, index)
         positions = np.arange(seq_len, dtype=np.int64)[None]
         inputs: dict[str, Array] = {}
-        peaks: dict[str, float] = {}
+        peaks: dict[str, Array] = {}
         after = np.empty_like(hidden)
         for at in range(count):
             feed = {
@@ -150,7 +148,7 @@ class LayerRunner:
                 kind, _, short = name.partition(" ")
                 if kind == "peak":
                     full = f"layers.{index}.{short}"
-                    peaks[full] = max(peaks.get(full, 0.0), float(value))
+                    peaks[full] = np.maximum(peaks.get(full, value), value)
                 elif kind == "input":
                     if short not in inputs:
                         inputs[short] = np.empty(
@@ -170,17 +168,33 @@ class LayerRunner:
             size = np.sqrt(np.mean(np.square(row), axis=-1, keepdims=True) + eps)
             np.multiply(row, norm / size, out=result)
         x = normed.reshape(-1, normed.shape[-1])
-        return LayerActivations({"lm_head": x}, {"final_norm": float(np.abs(x).max())}, hidden)
+        return LayerActivations({"lm_head": x}, {"final_norm": np.abs(x).max(axis=0)}, hidden)
 
 
-def _check_peak(name: str, peak: float) -> None:
-    if not peak < _FP16_NEAR:
-        _log.warning(
-            "%s reaches %.4g in calibration, FP16 ends at %.0f; export with --dtype bf16",
-            name,
-            peak,
-            FP16_MAX,
-        )
+def warn_of_peaks(peaks: Mapping[str, float], float_type: FloatType) -> None:
+    """Name the values that come near the end of FP16, where it is FP16 that holds them.
+
+    Args:
+        peaks: the largest magnitude of each value, by its full name.
+        float_type: of the graph; the token table is in FP16 with any.
+    """
+    for name, peak in peaks.items():
+        if peak < _FP16_NEAR:
+            continue
+        if name == _EMBEDDINGS:
+            _log.warning(
+                "the embeddings reach %.4g in calibration; the token table ends at %.0f whatever "
+                "--dtype says, and a larger value ends the export",
+                peak,
+                FP16_MAX,
+            )
+        elif float_type == "fp16":
+            _log.warning(
+                "%s reaches %.4g in calibration, FP16 ends at %.0f; export with --dtype bf16",
+                name,
+                peak,
+                FP16_MAX,
+            )
 
 
 class _FedGraph(GraphBuilder):
@@ -247,12 +261,13 @@ class LayerGraph(PortableDecoder):
             name = f"layers.0.{value}"
             self.outputs[name] = f"input {short}"
             outputs.append(TensorSpec(name, ("batch", "seq", f"{short}.width"), "fp32"))
+        tokens = g.constant("axes.0_1", [0, 1])
         for value in _PEAKS:
             name = f"layers.0.{value}"
             size = g.node("Abs", [name], f"{name}.magnitude")
-            peak = g.node("ReduceMax", [size], f"{name}.peak", keepdims=0)
+            peak = g.node("ReduceMax", [size, tokens], f"{name}.peak", keepdims=0)
             self.outputs[peak] = f"peak {value}"
-            outputs.append(TensorSpec(peak, (), "fp32"))
+            outputs.append(TensorSpec(peak, (f"{value}.width",), "fp32"))
         inputs = [
             TensorSpec(io_spec.INPUTS_EMBEDS, ("batch", "seq", width), "fp32"),
             TensorSpec(io_spec.POSITION_IDS, ("batch", "seq"), "int64"),

@@ -132,7 +132,7 @@ def calibrate_kv_cache(
     *,
     wide: bool,
     progress: Progress,
-) -> tuple[dict[int, KvScales], KvCache]:
+) -> tuple[dict[int, KvScales], KvCache, dict[str, float]]:
     """Run a text through the float model, and find every layer's scales.
 
     Args:
@@ -144,19 +144,23 @@ def calibrate_kv_cache(
         progress: see `LayerRunner`.
 
     Returns:
-        The scales of the layers that are in 8 bits, and what the manifest says.
+        The scales of the layers that are in 8 bits, what the manifest says, and the largest
+        magnitude of each value, as in `BlockPlan.peaks`.
     """
     model = checkpoint.spec
     runner = LayerRunner(checkpoint, ids, progress, _VALUE)
     hidden: Array | None = None
     scales: dict[int, KvScales] = {}
     errors: list[float] = []
+    peaks: dict[str, float] = {}
     for layer in range(model.num_layers):
         seen = runner.run(layer, hidden)
         hidden = seen.hidden
+        peaks |= {name: float(channels.max()) for name, channels in seen.peaks.items()}
         observed = observe(model, checkpoint, layer, seen.inputs["qkv"])
         scales[layer] = find_scales(observed, float_type, wide=wide)
         errors.append(score_error(observed, scales[layer]))
     kept = tuple(layer for layer, error in enumerate(errors) if not error <= SCORE_LIMIT)
     described = KvCache("int8", tuple(errors), SCORE_LIMIT, kept, calibration)
-    return {layer: found for layer, found in scales.items() if layer not in kept}, described
+    stored = {layer: found for layer, found in scales.items() if layer not in kept}
+    return stored, described, peaks

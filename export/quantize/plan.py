@@ -87,7 +87,7 @@ class BlockPlan:
         linears: a plan for each linear of the block.
         factors: factors on the input channels of linears, float32 ``[in]`` by linear; they are
             folded into the plans' checkpoint, and norms must be read with them too.
-        peaks: largest magnitudes that calibration met, by value.
+        peaks: largest magnitudes that calibration met, factors folded in, by value.
         hidden: hidden states after the block, float32 ``[sequences, seq_len, hidden]``, with GPTQ
             ``[2, ...]``: the float model's and the rounded one's; None without calibration.
     """

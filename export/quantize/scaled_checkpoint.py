@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from export.sources.checkpoint import Checkpoint, Transformed
 
 Array = NDArray[np.float32]
-_NAME = re.compile(r"model\.(layers\.\d+)\.(.+)")
+_NAME = re.compile(r"(?:model\.)?(layers\.\d+)\.(.+)")
 # Which linear's scales a tensor takes up, by its name inside the layer.
 _CONSUMERS = {
     **{f"self_attn.{part}_proj.weight": "qkv" for part in "qkv"},
@@ -34,6 +34,8 @@ _PRODUCERS = {
     "post_attention_layernorm.weight": "gate_up",
     "mlp.up_proj.weight": "down",
 }
+# Which linear's scales the last channels of a layer's value are divided by.
+_DIVIDED = {"qkv.out": "o", "gate_up.out": "down", "gated": "down"}
 
 
 class ScaledCheckpoint(Transformed):
@@ -59,11 +61,34 @@ class ScaledCheckpoint(Transformed):
         columns = self._scales.get(f"{layer}.{_CONSUMERS.get(part)}")
         if columns is not None:
             tensor = tensor.astype(np.float32) * columns
-        producer = _PRODUCERS.get(part)
-        rows = self._scales.get(f"{layer}.{producer}")
+        rows = self._divisors(layer, _PRODUCERS.get(part))
         if rows is None:
             return tensor
-        if producer == "o":
-            model = self.spec  # one scale per KV channel: that of its first query head
-            rows = rows.reshape(model.num_kv_heads, -1, model.head_dim)[:, 0].reshape(-1)
         return tensor.astype(np.float32) / (rows[:, None] if tensor.ndim == 2 else rows)
+
+    def peaks(self, seen: Mapping[str, Array]) -> dict[str, float]:
+        """Find how large values get in this model from what they were in the one without scales.
+
+        Args:
+            seen: `calibration.LayerActivations.peaks` of the model without scales.
+
+        Returns:
+            The largest magnitude of each value, by its full name.
+        """
+        result = {}
+        for name, channels in seen.items():
+            match = _NAME.fullmatch(name)
+            divisors = match and self._divisors(match[1], _DIVIDED.get(match[2]))
+            if divisors is not None:
+                kept, divided = np.split(channels, [len(channels) - len(divisors)])
+                channels = np.concatenate([kept, divided / divisors])
+            result[name] = float(channels.max())
+        return result
+
+    def _divisors(self, layer: str, linear: str | None) -> Array | None:
+        """What a linear's scales divide the rows before it by, ``[rows]``."""
+        scales = self._scales.get(f"{layer}.{linear}")
+        if scales is None or linear != "o":
+            return scales
+        model = self.spec  # one scale per KV channel: that of its first query head
+        return scales.reshape(model.num_kv_heads, -1, model.head_dim)[:, 0].reshape(-1)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from edge.bundle.linears import norm_sources
 from edge.bundle.schemes import Recipe
 from export.quantize.awq import awq_factors
-from export.quantize.calibrated import Calibrated, shared_channels
-from export.quantize.calibration import LayerRunner
+from export.quantize.calibrated import Calibrated, Method, shared_channels
+from export.quantize.calibration import TAPS, LayerRunner
+from export.quantize.rounded_twin import TAPS_OF_BOTH, RoundedTwin
 from export.quantize.rtn import dequantize_rows, quantize_rows
 from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.quantize.statistics import mean_square
@@ -19,7 +23,7 @@ from tests.conftest import Checkpoints
 from tests.export.quantize.layers import all_factors, plan_blocks, run_layers
 from tests.export.quantize.test_gptq import FP16, INT4, correlated, weights
 from tests.parity import Golden
-from tests.tiny_models import KINDS, Kind
+from tests.tiny_models import KINDS, Kind, write_checkpoint
 
 
 def error_of(x: NDArray[np.float32], w: NDArray[np.float32], factors: NDArray[np.float32]) -> float:
@@ -125,6 +129,37 @@ def test_the_folded_model_computes_the_same(kind: Kind, tiny_checkpoints: Checkp
     scale = np.abs(expected.inputs["lm_head"]).max()
     difference = np.abs(found.inputs["lm_head"] - expected.inputs["lm_head"]).max()
     assert difference < 1e-5 * scale
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_peaks_are_those_of_the_folded_model(method: Method, tmp_path: Path):
+    """What a factor below 1 divides grows: here the rows of up whose gate is shut."""
+    ids = np.random.RandomState(5).randint(1, 200, (2, 64))
+    path = write_checkpoint(tmp_path / "model", "qwen2", dtype="fp16")
+    for file in path.glob("*.safetensors"):
+        weights = load_file(file)
+        for name, values in weights.items():
+            if name.endswith(("gate_proj.weight", "up_proj.weight")):
+                values[:5] *= np.float16(8 if "up" in name else 0)
+        save_file(weights, file, metadata={"format": "pt"})
+    with open_checkpoint(str(path)) as checkpoint:
+        schemes = Recipe("int4", group_size=32).schemes(checkpoint.spec)
+        both = TAPS_OF_BOTH if "gptq" in method else TAPS
+        runner = LayerRunner(checkpoint, ids, taps=both)
+        twin = RoundedTwin(checkpoint, ids.shape[1]) if "gptq" in method else None
+        plans = plan_blocks(Calibrated(runner, schemes, method, "mse", FP16, twin))
+        found = {name: peak for plan in plans for name, peak in plan.peaks.items()}
+        before, after = (
+            {name: float(peak.max()) for seen in layers for name, peak in seen.peaks.items()}
+            for layers in (
+                run_layers(checkpoint, ids),
+                run_layers(ScaledCheckpoint(checkpoint, all_factors(plans)), ids),
+            )
+        )
+    assert found == pytest.approx(after, rel=1e-3)
+    changes = [after[name] / peak for name, peak in before.items()]
+    assert max(changes) > 1.5  # what the unfolded model has is too little here
+    assert min(changes) < 0.9
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -65,9 +65,11 @@ def test_taps_are_those_of_the_whole_float_model(kind: Kind, tiny_checkpoints: C
             np.testing.assert_allclose(
                 x["down"], gate / (1 + np.exp(-gate)) * up, rtol=1e-3, atol=1e-5
             )
-            assert layer.peaks[f"layers.{i}.gated"] == np.abs(x["down"]).max()
+            np.testing.assert_array_equal(
+                layer.peaks[f"layers.{i}.gated"], np.abs(x["down"]).max(axis=0)
+            )
             hidden = hidden + x["down"] @ fused(checkpoint, i, "mlp.down").T
-            peak = layer.peaks[f"layers.{i}.mlp_residual"]
+            peak = layer.peaks[f"layers.{i}.mlp_residual"].max()
             assert peak == np.abs(layer.hidden).max()
             assert peak == pytest.approx(np.abs(hidden).max(), rel=1e-4)
         head = table if spec.tied_embeddings else checkpoint.tensor("lm_head.weight")
@@ -85,20 +87,42 @@ def test_sequences_do_not_see_each_other(tiny_checkpoints: Checkpoints):
             np.testing.assert_allclose(one[name][32:], values, rtol=1e-5, atol=1e-6)
 
 
-def test_a_value_near_the_end_of_fp16_is_named(
-    tiny_checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("recipe", [{"quant": "int4", "method": "awq"}, {"quant": "int8"}])
+def test_a_value_near_the_end_of_fp16_is_named_once(
+    recipe: dict[str, Any],
+    tiny_checkpoints: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
-    ids = Golden.load("qwen2").ids[None, :32]
-    with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
-        with caplog.at_level(logging.WARNING):
-            layers = run_layers(checkpoint, ids)
-        assert not caplog.records
-        peaks = {name: peak for layer in layers for name, peak in layer.peaks.items()}
+    def warnings(**options: Any) -> list[str]:
+        source, output = str(tiny_checkpoints("qwen2")), tmp_path / "b"
+        caplog.clear()
+        export_checkpoint(ExportConfig(source, output, overwrite=True, **recipe, **options))
+        return [each.getMessage() for each in caplog.records if "in calibration" in each.msg]
+
+    cache: dict[str, Any] = {
+        "kv_cache": "int8",
+        "dialect": "portable",
+        "kv_capacity": 64,
+        "calibration_tokens": 512,
+    }
+    with caplog.at_level(logging.WARNING):
+        assert not warnings(**cache)
+        quality = read_manifest(tmp_path / "b").quality
+        assert quality is not None
+        peaks = quality["activation_peaks"]
         largest = max(peaks, key=lambda name: peaks[name])
         monkeypatch.setattr(calibration, "_FP16_NEAR", peaks[largest])
-        run_layers(checkpoint, ids)
-    assert [record.args[0] for record in caplog.records if record.args] == [largest]  # type: ignore[index]
-    assert "--dtype bf16" in caplog.text
+        (line,) = warnings(**cache)
+        assert line.startswith(f"{largest} reaches ")
+        assert line.endswith("export with --dtype bf16")
+        assert not warnings(**cache, dtype="bf16")
+        # The token table is in FP16 all the same, and no other type of the graph would help.
+        monkeypatch.setattr(calibration, "_FP16_NEAR", 0.0)
+        (line,) = warnings(**cache, dtype="bf16")
+        assert line.startswith("the embeddings reach ")
+        assert "export with" not in line
 
 
 # --------------------------------------------------------------------------------------- text
