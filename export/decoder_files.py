@@ -143,7 +143,8 @@ class DecoderFiles:
             key = calibration_key(self.config, self.checkpoint, ids)
             with resumable_work(writer.calibration_directory, key, targets) as work:
                 calibrator = self._calibrated(ids)
-                calibrator.runner.report(work.finished.blocks * len(ids))
+                layers = min(work.finished.blocks, self.checkpoint.spec.num_layers)
+                calibrator.runner.report(layers * len(ids))
                 finished, tensors = self._write_data(calibrator, work)
         else:
             with fresh_work(targets) as work:
@@ -290,8 +291,7 @@ class DecoderFiles:
                     del seen  # its inputs are the worker's to give up
                     while len(waiting) == self.config.workers or (waiting and block is every[-1]):
                         finished = self._store_block(waiting.popleft().result(), finished, outputs)
-                        if finished.blocks < len(every):
-                            work.save(finished)
+                        work.save(finished)
                     if self.config.workers == 1:
                         hidden = finished.hidden  # of the rounded layers too
             except BaseException:

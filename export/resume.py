@@ -2,9 +2,10 @@
 
 ``.r1.edge-llm-calibration``, beside the target ``r1``, holds the data files as far as written,
 ``layer-N.npz`` (the hidden states after N layers, and the factors folded into the weights) and
-``state.json``, which is replaced when a layer is done. All of it is bound to a key: the hash of
-whatever decides a byte of the data files up to there. The bundle's data files are hard links to
-these, so all of it can stay until the bundle is in place, and takes no room twice.
+``state.json``, which is replaced when a layer is done; the lm_head counts as one. All of it is
+bound to a key: the hash of whatever decides a byte of the data files up to there. The bundle's data
+files are hard links to these, so all of it can stay until the bundle is in place, and takes no room
+twice.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Work:
     Attributes:
         files: a data file for each graph, positioned after the finished blocks.
         finished: what an earlier export finished before it was interrupted; empty for a new one.
-        save: called after each decoder layer with everything finished so far.
+        save: called after each block with everything finished so far.
     """
 
     files: list[DataFile]
@@ -149,7 +150,7 @@ def fresh_work(targets: Sequence[Path]) -> Iterator[Work]:
 def resumable_work(directory: Path, key: str, targets: Sequence[Path]) -> Iterator[Work]:
     """Write data files in a directory and link them to their targets when the block ends.
 
-    The decoder layers that are done stay there, after an exception too, and the next export
+    The blocks that are done stay there, after an exception too, and the next export
     continues after them. If they are damaged or of another key, it begins anew. Whoever puts the
     targets in place removes the directory.
 

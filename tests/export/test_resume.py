@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge.bundle.manifest import LinearInfo, Manifest, TensorScheme, read_manifest
+from edge.bundle.manifest import LinearInfo, Manifest, Task, TensorScheme, read_manifest
 from edge.bundle.place import check_free_space, remove
 from edge.bundle.update import beside
 from edge.bundle.verified_files import verify_files
@@ -168,13 +168,16 @@ def test_interrupted_after_the_last_layer(
     assert same_bundle(export(source, output, recipe), whole)
 
 
-def test_nothing_is_lost_until_the_bundle_is_in_place(source: Path, tmp_path: Path):
-    output, recipe = tmp_path / "bundle", {**FAST, "kv_cache": "int8"}
+@pytest.mark.parametrize(("task", "blocks"), [("generate", LAYERS + 1), ("embed", LAYERS)])
+def test_nothing_is_lost_until_the_bundle_is_in_place(
+    task: Task, blocks: int, source: Path, tmp_path: Path
+):
+    output, recipe = tmp_path / "bundle", {**FAST, "kv_cache": "int8", "task": task}
     for step in ("KV cache: ", "embeddings", "hash"):
         with pytest.raises(KeyboardInterrupt):
             export(source, output, recipe, interrupt_in(step))
         assert [path.name for path in tmp_path.iterdir()] == [work(output).name]
-        assert finished(output) == LAYERS
+        assert finished(output) == blocks
     passed: list[int] = []
 
     def record(phase: str, now: int, *_: object) -> None:
@@ -201,7 +204,7 @@ def test_a_kill_after_the_swap_leaves_a_bundle_that_the_next_export_does_not_tou
         patch.setattr(bundle_writer, "remove", die)
         with pytest.raises(KeyboardInterrupt):
             export(source, output, FAST)
-    assert finished(output) == LAYERS
+    assert finished(output) == LAYERS + 1
     with pytest.raises(KeyboardInterrupt):
         export(source, output, {**FAST, "overwrite": True}, interrupt_after(4))
     manifest = read_manifest(output)
@@ -266,7 +269,7 @@ def test_a_disk_that_fills_up_names_what_is_kept(source: Path, tmp_path: Path):
 
     with pytest.raises(ResourceError, match=f"but for the layers in {work(output)}, is removed"):
         export(source, output, FAST, fill_up)
-    assert finished(output) == LAYERS
+    assert finished(output) == LAYERS + 1
 
 
 def test_whatever_decides_a_byte_is_in_the_key(source: Path, tmp_path: Path):
@@ -418,7 +421,7 @@ def test_kill_9_and_the_same_command_again(tmp_path: Path):
     for layer in range(1, LAYERS):
         kills += run_and_kill(model, target, arguments, layer)
     assert kills >= 1  # one run may be too fast for a kill, both never were
-    run_and_kill(model, target, arguments, LAYERS + 1)
+    run_and_kill(model, target, arguments, LAYERS + 2)
     options = {"quant": "int8-w8a8", "calibration_tokens": 512}
     expected = export(model, tmp_path / "fresh", options)
     assert same_bundle(read_manifest(target), expected)
