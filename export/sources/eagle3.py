@@ -28,8 +28,10 @@ from .checkpoint_text import read_json
 from .safetensors_file import FLOATS, SafetensorsFile
 
 WEIGHTS_NAME = "model.safetensors"
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator")
+_SPECULATOR = "Eagle3Speculator"
+ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", _SPECULATOR)
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_BEFORE = "norm_before_residual"
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _FC, _D2T, _T2D, _TABLE = "fc.weight", "d2t", "t2d", "embed_tokens.weight"
 _COMPARED_ROWS = 64
@@ -214,9 +216,14 @@ class _Config:
                 f"{path}: draft_vocab_size is {size!r}, the model has {model.vocab_size} tokens; "
                 "the head is for another model"
             )
-        before = config.get("norm_before_residual", False)
+        before = config.get(_BEFORE, None if names == [_SPECULATOR] else False)
+        if before is None:
+            raise CheckpointError(
+                f"{path} has no {_BEFORE}, which the library speculators takes as false, and vLLM "
+                "as true; write the one that the head was trained with"
+            )
         if type(before) is not bool:
-            raise CheckpointError(f"{path}: norm_before_residual must be true or false")
+            raise CheckpointError(f"{path}: {_BEFORE} must be true or false")
         return _Config(
             msgspec.structs.replace(spec, vocab_size=size),
             _layers(config, model.num_layers, path),

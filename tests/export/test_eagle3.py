@@ -246,6 +246,7 @@ def test_names_and_config_of_vllm_are_understood(export: HeadBundles):
         "architectures": ["Eagle3Speculator"],
         "transformer_layer_config": inner,
         "draft_vocab_size": DRAFT_VOCAB,
+        "norm_before_residual": False,
         "eagle_aux_hidden_state_layer_ids": [1, 0, 1],  # the layers whose outputs are meant
     }
     manifest = read_manifest(export(TinyHead(config, renamed)))
@@ -287,6 +288,7 @@ def _offset(head: TinyHead, place: int, value: int) -> NDArray[np.int64]:
         (_config(num_key_value_heads=4), r"k_proj.weight has shape \[32, 128\].*another model"),
         (_config(attention_bias=True), r"attention_bias is true"),
         (_config(norm_before_residual="no"), r"norm_before_residual must be true or false"),
+        (_config(architectures=["Eagle3Speculator"]), r"has no norm_before_residual, .* write"),
         (_config(eagle_config=None), r"a model of 2 layers has no usual ones"),
         (
             _config(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}),
