@@ -165,7 +165,9 @@ class ExportConfig:
             raise ConfigError(f"--seed is {self.seed}; use 0 to {(1 << 32) - 1}")
         if self.workers < 1:
             raise ConfigError(f"--workers is {self.workers}; use 1 or more")
-        if self.workers > 1 and "gptq" in self.rounding:
+        # Nothing is rounded by default where the source is quantized, which `resolved` is told.
+        is_open = self.quant is None and self.method is None
+        if self.workers > 1 and "gptq" in self.rounding and not is_open:
             chosen = "the default " if self.method is None else ""
             raise ConfigError(
                 f"--workers {self.workers} does not go with {chosen}--method {self.rounding}, "
@@ -179,7 +181,7 @@ class ExportConfig:
                 f"--vocab-size {self.vocab_size} needs --vocab-keep FILE, a text of the kind that "
                 "the model will meet"
             )
-        if self.rounding != "rtn" and self.clip != "mse":
+        if self.rounding != "rtn" and self.clip != "mse" and not is_open:
             raise ConfigError(
                 f"--clip {self.clip} has no effect with --method {self.rounding}; add --method rtn"
             )

@@ -367,7 +367,7 @@ def test_a_reduced_vocabulary_keeps_the_integers(tmp_path: Path) -> None:
     [
         ({"method": "awq"}, "--method awq has no effect on .*--quant source"),
         ({"group_size": 32}, "--group-size 32 has no effect"),
-        ({"clip": "absmax"}, "--clip absmax has no effect"),
+        ({"clip": "absmax"}, "--clip absmax has no effect on .*--quant source"),
         ({"rotate": True}, "--rotate has no effect"),
         ({"seed": 1}, "--seed has no effect"),
         ({"keep": (("*.down", "w8a8"),)}, r"--keep \.\.\.=w8a8 has no effect"),
@@ -382,6 +382,21 @@ def test_options_that_round_are_refused_where_nothing_is_rounded(
     with pytest.raises(ConfigError, match=words):
         export(source, tmp_path / "bundle", **options)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("options", [{"workers": 4}, {"clip": "absmax"}])
+def test_the_default_method_is_for_sources_that_are_rounded(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    config = ExportConfig("r1", tmp_path, **options)
+    with pytest.raises(ConfigError, match="--method"):
+        config.resolved(is_quantized=False)
+    if "workers" in options:
+        assert config.resolved(is_quantized=True).quant == "source"
+    else:
+        with pytest.raises(ConfigError, match="--clip absmax has no effect on r1") as refusal:
+            config.resolved(is_quantized=True)
+        assert "--method" not in str(refusal.value)
 
 
 def test_float_checkpoints_have_no_integers_to_keep(tmp_path: Path) -> None:
