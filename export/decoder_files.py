@@ -30,7 +30,7 @@ from edge.bundle.manifest import (
     TensorScheme,
 )
 from edge.bundle.schemes import HIGH_PLANE
-from edge.errors import CheckpointError, ConfigError
+from edge.errors import ConfigError
 from edge.progress import Progress, prefixed
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
@@ -39,6 +39,7 @@ from .bundle import BundleWriter
 from .config import ExportConfig
 from .graph.data_file import DataFile, StoredTensor
 from .graph.decoder import DecoderTensors, HiddenTap, StoredLinear, build_decoder
+from .graph.float_range import check_range
 from .graph.graph_builder import NUMPY_TYPE, ONNX_TYPE
 from .graph.kv_quantization import KvScales
 from .graph.rope import rope_tables
@@ -349,8 +350,9 @@ class Output:
         Raises:
             CheckpointError: a value is not finite, or the type cannot hold it.
         """
-        data = _to_float(values, name, self.float_type)
-        return self.file.add(name, ONNX_TYPE[self.float_type], values.shape, data)
+        dtype, wide = NUMPY_TYPE[self.float_type], values.astype(np.float32)
+        check_range(wide, name, dtype)
+        return self.file.add(name, ONNX_TYPE[self.float_type], values.shape, wide.astype(dtype))
 
     def add_any(self, name: str, values: NDArray[np.floating] | None) -> StoredTensor | None:
         """Store floats that may be missing."""
@@ -450,17 +452,3 @@ def _store_norms(folded: Checkpoint, output: Output) -> dict[str, StoredTensor]:
         name: output.add(f"{name}.weight", folded.tensor(source).astype(np.float32))
         for name, source in norm_sources(folded.spec).items()
     }
-
-
-def _to_float(values: NDArray[np.generic], name: str, float_type: FloatType) -> NDArray[np.generic]:
-    """Convert to a float type, refusing values that it cannot hold."""
-    wide = values.astype(np.float32)
-    largest = float(np.abs(wide).max(initial=0.0))
-    if not np.isfinite(largest):
-        raise CheckpointError(f"{name} holds NaN or infinite values; download the checkpoint again")
-    if float_type == "fp16" and largest > 65504.0:
-        raise CheckpointError(
-            f"{name} holds a value of magnitude {largest:.4g}, FP16 ends at 65504; "
-            "export with --dtype bf16"
-        )
-    return wide.astype(NUMPY_TYPE[float_type])

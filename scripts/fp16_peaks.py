@@ -27,9 +27,9 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.measure.evaluate import read_text
 from edge.text.tokenizer import Tokenizer
+from export.graph.float_range import FP16_MAX
 from scripts.quality import TEXTS
 
-FP16_MAX = 65504.0
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _FIRST_INFINITE = 65520.0  # from here on a number is rounded to infinity
 # These hand on the whole cache, whose rows were seen, or what they were given in another shape.

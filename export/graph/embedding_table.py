@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from edge.bundle import io_spec
 from edge.bundle.linears import TOKEN_TABLE
-from edge.errors import CheckpointError
 
+from .float_range import check_range
 from .safetensors_writer import TensorSource
 
 EmbeddingType = Literal["fp16", "int8"]
 _CHUNK_ROWS = 8192
-_FP16_MAX = 65504.0
 _LEVELS = np.float32(127.0)
 
 
@@ -53,7 +52,7 @@ def _chunks(table: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
     """Read the table in chunks of rows, refusing values that it may not hold."""
     for start in range(0, len(table), _CHUNK_ROWS):
         rows = table[start : start + _CHUNK_ROWS].astype(np.float32)
-        _check(rows)
+        check_range(rows, TOKEN_TABLE, np.dtype(np.float16), "the embedding table may hold no more")
         yield rows
 
 
@@ -88,16 +87,3 @@ def _row_scales(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     # A quotient by a smaller scale would overflow; such a row is zero in fp16 anyway.
     scales[scales < np.finfo(np.float32).tiny] = 1
     return scales
-
-
-def _check(rows: NDArray[np.float32]) -> None:
-    largest = float(np.abs(rows).max(initial=0.0))
-    if not np.isfinite(largest):
-        raise CheckpointError(
-            f"{TOKEN_TABLE} holds NaN or infinite values; download the checkpoint again"
-        )
-    if largest > _FP16_MAX:
-        raise CheckpointError(
-            f"{TOKEN_TABLE} holds a value of magnitude {largest:.4g}, FP16 ends at 65504, which is "
-            "all that the embedding table may hold"
-        )

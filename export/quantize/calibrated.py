@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from edge.bundle.linears import LinearSpec
 from edge.bundle.manifest import ModelSpec, TensorScheme
 from edge.bundle.schemes import Clip
+from export.graph.float_range import check_range
 from export.sources.quantized_weight import QuantizedWeight
 
 from .awq import awq_factors
 from .calibration import LayerActivations, LayerRunner
 from .error_feedback import feedback, to_make_up
 from .gptq import GptqRows, gptq_factor
-from .linear import check_range
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
 from .rotation import BlockRotatedCheckpoint
 from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin, flat

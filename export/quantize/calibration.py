@@ -28,13 +28,13 @@ from edge.errors import DependencyError, install_command
 from edge.progress import Progress, silent
 from export.graph.data_file import StoredTensor
 from export.graph.decoder import DecoderTensors, PortableDecoder, StoredLinear
+from export.graph.float_range import FP16_MAX
 from export.graph.graph_builder import ONNX_TYPE, GraphBuilder
 from export.graph.rope import rope_tables
 from export.sources.checkpoint import Checkpoint
 
 Array = NDArray[np.float32]
 
-FP16_MAX = 65504.0
 _FP16_NEAR = FP16_MAX / 2  # calibration sees few tokens, so less than a factor of two is too near
 _EMBEDDINGS = "embeddings"
 _ROPE = ("cos", "sin")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
-from edge.errors import CheckpointError
+from export.graph.float_range import check_range
 from export.sources.quantized_weight import QuantizedWeight
 
 from .kept import carry_rows
@@ -115,6 +115,7 @@ def convert_linear(
 
     def convert_rows(part: int, rows: slice) -> _Rows:
         floats = parts[part][rows].astype(np.float32)
+        # Also for quantized layers: the graph computes with weights of its own float type.
         check_range(floats, names[part], float_type)
         if quantize is None:
             return _Rows(floats.astype(float_type))
@@ -274,22 +275,3 @@ def _tiles(lengths: Sequence[int], width: int, elements: int) -> Iterator[_Tile]
             stop = min(start + step, length)
             yield _Tile(part, start, stop, column + start)
         column += length
-
-
-def check_range(rows: NDArray[np.float32], name: str, float_type: np.dtype[np.generic]) -> None:
-    """Refuse weights that are no numbers, or too large for the graph's float type.
-
-    Raises:
-        CheckpointError: they are.
-    """
-    largest = float(np.abs(rows).max(initial=0.0))
-    if not np.isfinite(largest):
-        raise CheckpointError(
-            f"{name} holds NaN or infinite weights; the checkpoint is damaged: download it again"
-        )
-    # Also for quantized layers: the graph computes with weights of its own float type.
-    if float_type == np.float16 and largest > 65504.0:
-        raise CheckpointError(
-            f"{name} holds a weight of magnitude {largest:.4g}, FP16 ends at 65504; "
-            "export with --dtype bf16"
-        )
