@@ -82,7 +82,7 @@ def read_text(
             f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
         )
     tokenizer = read_json(tokenizer_path)
-    tokenizer_config = _read_optional(directory / "tokenizer_config.json")
+    tokenizer_config = read_optional(directory / "tokenizer_config.json")
     if tokenizer_config.get("auto_map") is not None:
         raise CheckpointError(
             f"{directory / 'tokenizer_config.json'}: auto_map asks for Python code from the "
@@ -90,7 +90,7 @@ def read_text(
             "key from a local copy"
         )
     generation_path = directory / "generation_config.json"
-    generation = _read_optional(generation_path)
+    generation = read_optional(generation_path)
     template = _chat_template(directory, tokenizer_config)
     origin = config.get("_name_or_path")
     return CheckpointText(
@@ -174,7 +174,8 @@ def settle_template(template: str, where: str) -> str:
     return settled
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
+def read_optional(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a file that is not there is an empty one."""
     return read_json(path) if path.exists() else {}
 
 
@@ -190,7 +191,7 @@ def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str 
     where = directory / "tokenizer_config.json"
     if template is None:
         where = directory / "chat_template.json"
-        template = _read_optional(where).get("chat_template")
+        template = read_optional(where).get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         named = {str(entry.get("name")): entry.get("template") for entry in template}
         if "default" not in named:

@@ -26,11 +26,10 @@ from edge.errors import CheckpointError
 from .checkpoint import Checkpoint, Transformed
 from .checkpoint_text import read_json
 from .safetensors_file import FLOATS, SafetensorsFile
+from .weight_files import WEIGHTS_NAME, no_weights
 
-WEIGHTS_NAME = "model.safetensors"
 _SPECULATOR = "Eagle3Speculator"
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", _SPECULATOR)
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _BEFORE = "norm_before_residual"
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _FC, _D2T, _T2D, _TABLE = "fc.weight", "d2t", "t2d", "embed_tokens.weight"
@@ -273,12 +272,9 @@ def _open_weights(directory: Path) -> SafetensorsFile:
     path = directory / WEIGHTS_NAME
     if path.is_file():
         return SafetensorsFile(path, quantized=True)
-    problem = f"--eagle3 {directory} has no {WEIGHTS_NAME}"
-    pickled = sorted(found.name for pattern in _PICKLED for found in directory.glob(pattern))
-    if pickled:
-        raise CheckpointError(
-            f"{problem}, only {pickled[0]}: pickled weights can run code and are never opened; "
-            "convert it where you trust it: safetensors.torch.save_file(torch.load("
-            f"{pickled[0]!r}, weights_only=True), {WEIGHTS_NAME!r})"
-        )
-    raise CheckpointError(f"{problem}; give the directory of a published EAGLE-3 head")
+    raise no_weights(
+        f"--eagle3 {directory} has no {WEIGHTS_NAME}",
+        directory,
+        f"safetensors.torch.save_file(torch.load({{name!r}}, weights_only=True), {WEIGHTS_NAME!r})",
+        "give the directory of a published EAGLE-3 head",
+    )

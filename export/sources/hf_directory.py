@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import TOKEN_TABLE, expected_tensors, linear_layers
-from edge.bundle.manifest import Source, Task, sha256_file
+from edge.bundle.manifest import Source, Task
 from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError
 
@@ -22,10 +21,9 @@ from .quantization_config import WeightFormat, read_quantization
 from .quantized_module import QuantizedModule
 from .quantized_weight import QuantizedWeight
 from .safetensors_file import FLOATS, SafetensorsFile, TensorEntry
+from .weight_files import WEIGHTS_NAME, hash_files, no_weights
 
-WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMPARE_BYTES = 1 << 24
 _CACHE_SCALES = (
     *(".k_scale", ".v_scale", ".q_scale"),
@@ -90,16 +88,11 @@ class HfDirectory(Checkpoint):
     @cached_property
     def source(self) -> Source:
         """Where the weights came from; hashes every weight file on first use (seconds per GB)."""
-        # As of `sha256sum *.safetensors | sha256sum`, so that anyone can check it.
-        lines = "".join(
-            f"{sha256_file(file.path).sha256}  {name}\n"
-            for name, file in sorted(self._files.items())
-        )
         return Source(
             kind="hub" if self._hub_id else "directory",
             location=self._location(),
             revision=self._revision,
-            sha256=hashlib.sha256(lines.encode()).hexdigest(),
+            sha256=hash_files(file.path for _, file in sorted(self._files.items())),
             licence=read_licence(self._directory),
             quantization=None if self._quantization is None else self._quantization.describe(),
         )
@@ -306,16 +299,9 @@ def _weights_or_index(directory: Path) -> Path:
                 f"{directory} has {len(found)} files {ending}, {found[0].name} first, and none is "
                 f"{WEIGHTS_NAME} or {INDEX_NAME}; give the one that is the model's that name"
             )
-    raise CheckpointError(_no_weights(directory))
-
-
-def _no_weights(directory: Path) -> str:
-    problem = f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}"
-    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
-    if pickled:
-        return (
-            f"{problem}, only {pickled[0]}: pickled weights can run code and are never opened; "
-            "convert them where you trust them, with transformers: from_pretrained(...)"
-            ".save_pretrained(..., safe_serialization=True)"
-        )
-    return f"{problem}; download the checkpoint with its weights"
+    raise no_weights(
+        f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}",
+        directory,
+        "with transformers, from_pretrained(...).save_pretrained(..., safe_serialization=True)",
+        "download the checkpoint with its weights",
+    )

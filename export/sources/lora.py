@@ -7,7 +7,6 @@ merged model computes what base and adapter compute together, in float.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors
-from edge.bundle.manifest import Adapter, ModelSpec, Source, sha256_file
+from edge.bundle.manifest import Adapter, ModelSpec, Source
 from edge.errors import CheckpointError
 
 from .checkpoint import Checkpoint, Transformed
@@ -26,9 +25,9 @@ from .lora_config import ADAPTER_CONFIG, LoraConfig, read_lora_config
 from .quantization_config import WeightFormat
 from .quantized_weight import QuantizedWeight
 from .safetensors_file import SafetensorsFile, TensorEntry
+from .weight_files import hash_files, no_weights
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _EMBEDDINGS, _HEAD = "model.embed_tokens", "lm_head"
 _TILE_ROWS = 8192
@@ -78,7 +77,9 @@ class LoraCheckpoint(Transformed):
             if config.ensure_weight_tying:
                 _check_tying(directory, {*self._low_rank, *self._whole})
             self.spec = msgspec.structs.replace(checkpoint.spec, tied_embeddings=False)
-        self._adapter = Adapter(name=directory.resolve().name, sha256=_hash(directory))
+        # The config holds ranks and scales.
+        files = [directory / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+        self._adapter = Adapter(name=directory.resolve().name, sha256=hash_files(files))
         self.name = f"{checkpoint.name}+{self._adapter.name}"
 
     @property
@@ -140,27 +141,15 @@ def _add(base: NDArray[Any], a: Array, b: Array, scaling: np.float32) -> Array:
     return result
 
 
-def _hash(directory: Path) -> str:
-    # As of `sha256sum adapter_* | sha256sum`: the config holds ranks and scales.
-    lines = "".join(
-        f"{sha256_file(directory / name).sha256}  {name}\n"
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-    )
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def _open_weights(directory: Path) -> SafetensorsFile:
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file():
-        pickled = (directory / _PICKLED).is_file()
-        raise CheckpointError(
-            f"--lora {directory} has no {ADAPTER_WEIGHTS}"
-            + (
-                f", only {_PICKLED}: pickled weights can run code and are never opened; convert "
-                "it where you trust it: save_pretrained(..., safe_serialization=True)"
-                if pickled
-                else "; copy the whole adapter"
-            )
+        raise no_weights(
+            f"--lora {directory} has no {ADAPTER_WEIGHTS}",
+            directory,
+            "save_pretrained(..., safe_serialization=True)",
+            "copy the whole adapter",
+            ["adapter_model.bin"],
         )
     file = SafetensorsFile(path)
     if not file.entries:

@@ -24,7 +24,7 @@ from edge.files import read_file
 from edge.text.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint, Transformed
-from .checkpoint_text import CheckpointText, read_json
+from .checkpoint_text import CheckpointText, read_json, read_optional
 from .quantization_config import WeightFormat
 from .quantized_weight import QuantizedWeight
 
@@ -76,7 +76,7 @@ def read_embedding(
     if (directory / MODULES_NAME).exists():
         normalize = _read_modules(directory)
     _refuse_lower_case(directory / _TEXTS_NAME)
-    prompts = _read_optional(directory / _PROMPTS_NAME)
+    prompts = read_optional(directory / _PROMPTS_NAME)
     named = prompts.get("prompts") or {}
     default = prompts.get("default_prompt_name")
     where = directory / _PROMPTS_NAME
@@ -187,12 +187,8 @@ def _read_modules(directory: Path) -> bool:
     return len(kinds) == len(_MODULE_KINDS)
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
 def _refuse_lower_case(path: Path) -> None:
-    if _read_optional(path).get("do_lower_case"):
+    if read_optional(path).get("do_lower_case"):
         raise CheckpointError(
             f"{path}: do_lower_case is true, and no bundle changes its texts; delete the key from "
             "a local copy, and give texts in lower case"
@@ -205,7 +201,7 @@ def _appended(text: CheckpointText, directory: Path) -> tuple[int, ...]:
     found = _template_suffix(processor)
     if found is None:
         config = directory / "tokenizer_config.json"
-        adds = _read_optional(config).get("add_eos_token")
+        adds = read_optional(config).get("add_eos_token")
         return text.tokens.eos[:1] if adds is True else ()
     tokenizer = Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
     ids = [tokenizer.control_tokens.get(name) for name in found]

@@ -1,0 +1,40 @@
+"""The files that weights are in: their usual name, their hash, and those that are never opened."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from edge.bundle.manifest import sha256_file
+from edge.errors import CheckpointError
+
+WEIGHTS_NAME = "model.safetensors"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Hash files as ``sha256sum NAME ... | sha256sum`` does beside them, so that anyone can."""
+    lines = "".join(f"{sha256_file(path).sha256}  {path.name}\n" for path in paths)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def no_weights(
+    problem: str, directory: Path, convert: str, otherwise: str, patterns: Sequence[str] = _PICKLED
+) -> CheckpointError:
+    """Say that weights are missing, and what to do.
+
+    Args:
+        problem: what is missing where.
+        directory: where pickled weights are looked for.
+        convert: how to convert them; a format in which ``name`` is the first.
+        otherwise: what to do where there are none.
+        patterns: of their names.
+    """
+    pickled = sorted(path.name for pattern in patterns for path in directory.glob(pattern))
+    if not pickled:
+        return CheckpointError(f"{problem}; {otherwise}")
+    return CheckpointError(
+        f"{problem}, only {pickled[0]}: pickled weights can run code and are never opened; convert "
+        f"them where you trust them: {convert.format(name=pickled[0])}"
+    )
