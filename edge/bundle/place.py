@@ -8,10 +8,12 @@ whoever holds the target's lock calls first.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
 import os
+import secrets
 import shutil
 import stat
 from pathlib import Path
@@ -80,12 +82,18 @@ def recover(target: Path) -> None:
 
 
 def sweep(target: Path, staging: Path) -> None:
-    """Remove a staging directory, and what a swap left aside."""
-    remove(staging)
-    if aside(target).exists():
-        # Never delete in place what `recover` takes for a whole bundle.
-        aside(target).rename(staging)
-        remove(staging)
+    """Remove a staging directory, what a swap left aside, and what earlier sweeps did not end.
+
+    Half a directory must not be where `recover` puts back a whole bundle, nor where a pull goes on:
+    it would write into files that a server still reads. So each has another name before.
+    """
+    for directory in (staging, aside(target)):
+        with contextlib.suppress(FileNotFoundError):
+            directory.rename(beside(target, f"gone-{secrets.token_hex(3)}"))
+    prefix = beside(target, "gone-").name
+    for path in list(target.parent.iterdir()):
+        if path.name.startswith(prefix):
+            remove(path)
 
 
 def remove(directory: Path) -> None:

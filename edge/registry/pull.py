@@ -2,7 +2,8 @@
 
 While a bundle ``r1`` is fetched, ``.r1.edge-llm-pull`` beside it holds what has arrived. Whatever
 ends a pull, the next one looks at every piece there, by its hash, and fetches the others only;
-pieces that bundles of the same directory have are copied from them.
+pieces that bundles of the same directory have are copied from them. A whole bundle there, which has
+its manifest, is never written into: the swap may have put it there, and a server may read it.
 """
 
 from __future__ import annotations
@@ -155,9 +156,14 @@ def pull(
         recover(target)
         if not _is_there(offer, target):
             check_replaceable(target, overwrite)
-            staging.mkdir(exist_ok=True)
-            fetched = _fill(staging, offer, registry, target, progress)
-            _finish(staging, offer)
+            if not _is_there(offer, staging):
+                if (staging / MANIFEST_NAME).exists():
+                    sweep(target, staging)  # a bundle that was replaced may still serve
+                staging.mkdir(exist_ok=True)
+                fetched = _fill(staging, offer, registry, target, progress)
+                _finish(staging, offer)
+            _write_about(staging, offer)
+            fsync(staging)
             check_replaceable(target, overwrite)
             put_in_place(staging, target)
             fsync(target.parent)
@@ -250,15 +256,13 @@ def _bring(
 
 
 def _finish(staging: Path, offer: Offer) -> None:
-    """Cut, hash and fsync every file, and write what describes them last."""
+    """Cut, hash and fsync every file, and write their manifest last."""
     for name, info in offer.manifest.files.items():
         os.truncate(staging / name, info.num_bytes)  # a longer one of an earlier pull
     verify_files(staging, offer.manifest)
     for name in offer.manifest.files:
         fsync(staging / name)
-    _write_about(staging, offer)
     write_durably(staging / MANIFEST_NAME, offer.manifest_bytes)
-    fsync(staging)
 
 
 def _write_about(bundle: Path, offer: Offer) -> None:

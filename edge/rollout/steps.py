@@ -233,7 +233,8 @@ class _Run:
     def _drop_unfinished(self, bundle: str | None, current: str | None) -> None:
         """Remove what roll-outs of other bundles fetched and never ended: it may fill the disk."""
         place, new = self.place, self.journal.new
-        staging = re.compile(rf"\.({re.escape(place.link.name)}-[0-9a-f]{{12}})\.edge-llm-pull")
+        name = re.escape(place.link.name)
+        staging = re.compile(rf"\.({name}-[0-9a-f]{{12}})\.edge-llm-(pull|gone-[0-9a-f]{{6}})")
         for path in place.link.parent.iterdir():
             half = staging.fullmatch(path.name)
             whole = path.name == bundle and bundle not in (current, new)

@@ -400,6 +400,62 @@ def test_a_pull_that_is_killed_at_any_piece_goes_on(
     assert leftovers(target) == []
 
 
+def test_a_replaced_bundle_that_still_serves_is_never_written_into(
+    reference: Reference, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def offer(number: int) -> None:
+        files = {**SMALL, "decoder.onnx": b"graph %d" % number}
+        push(write_bundle(tmp_path / f"v{number}" / "tiny", files), reference, registry)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def begin_to_remove(directory: Path) -> None:
+        (directory / "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    ends = {"edge.registry.pull.sweep": interrupt, "edge.bundle.place.remove": begin_to_remove}
+    for number, (name, end) in enumerate(ends.items()):
+        offer(3 * number)
+        target = get(reference, tmp_path / name).bundle
+        with (target / "decoder.onnx").open("rb", buffering=0) as served:
+            offer(3 * number + 1)
+            with monkeypatch.context() as patch:
+                patch.setattr(name, end)
+                with pytest.raises(KeyboardInterrupt):
+                    get(reference, target, overwrite=True)
+            offer(3 * number + 2)
+            get(reference, target, overwrite=True)
+            assert served.read() == b"graph %d" % (3 * number)
+        assert (target / "decoder.onnx").read_bytes() == b"graph %d" % (3 * number + 2)
+        assert leftovers(target) == []
+
+
+def test_a_bundle_that_waited_for_its_swap_is_not_fetched_again(
+    reference: Reference,
+    registry: Registry,
+    tmp_path: Path,
+    key: SecretKey,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    mine = write_bundle(tmp_path / "b" / "tiny", SMALL)
+    push(mine, reference, registry)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edge.registry.pull.put_in_place", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            get(reference, tmp_path / "tiny")
+    sign_bundle(mine, key, "since")
+    push(mine, reference, registry)
+    done = get(reference, tmp_path / "tiny")
+    assert done.fetched_bytes == 0
+    assert content(done.bundle) == content(mine)  # with the new signature
+    assert origin_digest(done.bundle) == done.digest
+
+
 def test_a_full_disk_leaves_the_old_bundle_and_the_pieces(
     source: Path,
     reference: Reference,

@@ -374,9 +374,10 @@ def test_what_a_roll_out_of_another_bundle_never_ended_makes_room(
             roll_out(device.plan(missed))
     whole, have = device.journal.new, device.bundles()
     assert whole in have
-    half = device.root / ".r1-0123456789ab.edge-llm-pull"
-    half.mkdir()
-    (half / "decoder.onnx.data").write_bytes(b"1")
+    halves = {f".r1-0123456789ab.edge-llm-{end}" for end in ("pull", "gone-012345")}
+    for half in halves:
+        (device.root / half).mkdir()
+        (device.root / half / "decoder.onnx.data").write_bytes(b"1")
     found: list[set[str]] = []
 
     def pulling(*arguments: Any, **options: Any) -> Any:
@@ -385,7 +386,7 @@ def test_what_a_roll_out_of_another_bundle_never_ended_makes_room(
 
     monkeypatch.setattr(steps, "pull", pulling)
     assert roll_out(device.plan(newest)).changed
-    assert found[0] & {whole, half.name} == set()
+    assert found[0] & {whole, *halves} == set()
     assert have - {whole} <= found[0]  # the one before the current, to go back to, too
 
 
