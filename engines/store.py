@@ -62,9 +62,15 @@ class EngineStore:
             waiting: called once if somebody else holds it.
 
         Raises:
-            ConfigError: the bundle cannot be written.
+            ConfigError: the bundle cannot be written, or its engines are elsewhere by a link.
         """
         root = self.directory.parent
+        for directory in (root, self.directory):
+            if directory.is_symlink():
+                raise ConfigError(
+                    f"{directory} is a symbolic link, and a build removes and replaces files "
+                    "there; put a directory in its place"
+                )
         try:
             root.mkdir(exist_ok=True)
             descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)

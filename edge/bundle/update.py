@@ -126,8 +126,13 @@ def _acquire(path: Path, target: Path, what: str) -> int:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file whose content a power cut cannot take back."""
-    with path.open("wb") as file:
+    """Write a file whose content a power cut cannot take back.
+
+    It is a new one: what was at ``path``, such as a link that a bundle came with, is taken away.
+    """
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -469,6 +469,27 @@ def test_what_only_helps_the_next_build_costs_no_engine(
     assert f"{caches / 'timing.cache'} is not kept: File exists" in caplog.text
 
 
+def test_links_that_a_bundle_came_with_lead_no_build_elsewhere(
+    gpu: FakeGpu, copied: Any, tmp_path: Path
+) -> None:
+    config = BuildConfig(copied("portable", "fp16"), max_prefill=32)
+    built = build_engine(config, target=target(gpu))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "old.tmp").write_text("my own")  # a sweep of an engine would remove it
+    for name in ("engine.json", "build.log", built.info.plan):
+        (built.directory / f".{name}.tmp").symlink_to(mine / "old.tmp")
+    again = dataclasses.replace(config, again=True)
+    assert build_engine(again, target=target(gpu)).built
+    for directory in (built.directory, built.directory.parent):
+        shutil.rmtree(directory)
+        directory.symlink_to(mine)
+        with pytest.raises(ConfigError, match=rf"{directory.name} is a symbolic link"):
+            build_engine(config, target=target(gpu))
+        directory.unlink()
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {"old.tmp": "my own"}
+
+
 def test_a_log_that_cannot_be_written_hides_no_reason(
     gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,16 @@ def test_names_stay_inside_the_bundle(target: Path, name: str) -> None:
             writer.write_bytes(name, b"")
 
 
+def test_a_link_that_a_bundle_came_with_is_not_written_through(old: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("my own")
+    (old / f".{MANIFEST_NAME}.tmp").symlink_to(mine)
+    update_manifest(old, msgspec.structs.replace(read_manifest(old), name="new"))
+    assert mine.read_text() == "my own"
+    assert read_manifest(old).name == "new"
+    assert not (old / MANIFEST_NAME).is_symlink()
+
+
 def test_what_reaches_the_disk_before_the_swap(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A power cut loses what was not fsynced: every file and the directory, before the swap.
     synced: set[int] = set()
