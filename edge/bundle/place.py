@@ -155,8 +155,9 @@ def _own_entries(bundle: Path) -> set[str]:
         )
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return set()
-    added = (SIGNATURE_NAME, temp_path(Path(SIGNATURE_NAME)).name, ORIGIN_NAME)
-    return {*manifest.files, MANIFEST_NAME, MANIFEST_TEMP, ENGINES_DIR, *added}
+    added = (SIGNATURE_NAME, ORIGIN_NAME)
+    temps = (temp_path(Path(name)).name for name in added)
+    return {*manifest.files, MANIFEST_NAME, MANIFEST_TEMP, ENGINES_DIR, *added, *temps}
 
 
 def check_free_space(directory: Path, required_bytes: int, what: str = "the bundle") -> None:

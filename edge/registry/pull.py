@@ -38,7 +38,14 @@ from edge.bundle.trust import (
     read_signature_bytes,
     trusted_keys_file,
 )
-from edge.bundle.update import beside, fsync, locked, resolve_target, write_durably
+from edge.bundle.update import (
+    beside,
+    fsync,
+    locked,
+    replace_durably,
+    resolve_target,
+    write_durably,
+)
 from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, EdgeError, ResourceError
 from edge.files import read_file
@@ -268,13 +275,14 @@ def _finish(staging: Path, offer: Offer) -> None:
 def _write_about(bundle: Path, offer: Offer) -> None:
     """Write the registry's manifest and the signature; each is whole, old or new."""
     for name, data in ((ORIGIN_NAME, offer.origin), (SIGNATURE_NAME, offer.signature)):
-        path = bundle / name
         if data is None:
-            path.unlink(missing_ok=True)
-            continue
-        temp = bundle / f".{name}.tmp"
-        write_durably(temp, data)
-        temp.replace(path)
+            (bundle / name).unlink(missing_ok=True)
+        else:
+            _replace(bundle / name, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    replace_durably(path, lambda file: file.write(data), mode=0o644)
 
 
 def _known_pieces(target: Path) -> dict[str, list[tuple[Path, Piece]]]:

@@ -485,6 +485,36 @@ def test_a_full_disk_leaves_the_old_bundle_and_the_pieces(
     verify_files(target, read_manifest(target))
 
 
+def test_a_signature_that_no_disk_takes_leaves_a_bundle_that_can_be_replaced(
+    reference: Reference,
+    registry: Registry,
+    tmp_path: Path,
+    key: SecretKey,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Whether the disk was full or the power was cut."""
+    mine = write_bundle(tmp_path / "b" / "tiny", SMALL)
+    push(mine, reference, registry)
+    target = get(reference, tmp_path / "tiny").bundle
+    before = {path.name for path in target.iterdir()}
+    sign_bundle(mine, key, "since")
+    push(mine, reference, registry)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ResourceError, match="the disk filled up"):
+            get(reference, target)
+    assert {path.name for path in target.iterdir()} == before
+    for name in (".origin.json", "manifest.json.minisig"):
+        (target / f".{name}.tmp").write_bytes(b"half")
+    push(write_bundle(tmp_path / "c" / "tiny", FILES | SMALL), reference, registry)
+    get(reference, target, overwrite=True)
+    assert {path.name for path in target.iterdir()} == before | {"decoder.onnx.data"}
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(
     reference: Reference,
     registry: Registry,
