@@ -19,6 +19,8 @@ from edge.bundle.engine_file import (
     Plugins,
     ProfileInfo,
     ShapeInfo,
+    read_engine_info,
+    versions_agree,
 )
 from edge.bundle.engine_layers import LayerTable, parse_inspector
 from edge.bundle.manifest import ENGINES_DIR
@@ -516,20 +518,44 @@ def _climb_with_trtexec(
 
     def attempt(rung: BuildPlan) -> Compiled:
         try:
-            return _compile_with_trtexec(rung, target, store, keep, progress)
+            return _compile_with_trtexec(rung, target, store, timings, keep, progress)
         except BackendError as error:
             raise BuildError(str(error)) from error
         finally:
             store.write_log("\n".join(log) + "\n")
 
+    timings = _timings_of_this_gpu(asked, target, store)
     rungs = [replace(asked, scales=scales) for scales in scales_to_try(asked)]
     return climb(asked, rungs, attempt)
+
+
+def _timings_of_this_gpu(build: BuildPlan, target: Target, store: EngineStore) -> bytes | None:
+    """The timing cache for ``trtexec``, which would take one of any GPU (``ignoreMismatch``)."""
+    file, gpu = build.config.timing_cache, target.gpu
+    timings = store.read_timings(file)
+    if timings is None:
+        return None
+    if file is not None:
+        _logger.warning(
+            "trtexec takes the timings in %s for this GPU's in this power mode, whosever they "
+            "are; build without --with trtexec where they may be of another",
+            file,
+        )
+        return timings
+    try:
+        last = read_engine_info(store.directory)
+    except BundleError:
+        return None
+    here = (gpu.name, gpu.num_sms) if gpu else (None, None)
+    same = versions_agree(last.tensorrt_version, target.rt.version)
+    return timings if same and (last.device, last.num_sms) == here else None
 
 
 def _compile_with_trtexec(
     build: BuildPlan,
     target: Target,
     store: EngineStore,
+    timings: bytes | None,
     keep: Callable[[str], None],
     progress: Progress,
 ) -> Compiled:
@@ -537,7 +563,6 @@ def _compile_with_trtexec(
         graph = write_graph(build, Path(scratch))
         plan, layers = Path(scratch) / "engine.plan", Path(scratch) / _LAYERS
         cache = Path(scratch) / TIMING_CACHE  # a copy: trtexec writes it in place
-        timings = store.read_timings(build.config.timing_cache)
         if timings is not None:
             cache.write_bytes(timings)
         argv = trtexec_command(

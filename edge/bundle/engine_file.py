@@ -347,7 +347,7 @@ def check_engine(
         current = manifest.files.get(name)
         if current is None or current.sha256 != sha256:
             found.append((f"another {name}", sha256[:12], current.sha256[:12] if current else "-"))
-    if info.flavour != flavour or not _agree(info.tensorrt_version, tensorrt_version):
+    if info.flavour != flavour or not versions_agree(info.tensorrt_version, tensorrt_version):
         theirs = f"{info.flavour} {info.tensorrt_version}"
         found.append(("another TensorRT", theirs, f"{flavour} {tensorrt_version}"))
     if info.compute_capability != compute_capability:
@@ -400,6 +400,7 @@ def find_engines(bundle: Path) -> list[Path]:
     return sorted(path.parent for path in (bundle / ENGINES_DIR).glob(f"[!.]*/{ENGINE_JSON}"))
 
 
-def _agree(*versions: str) -> bool:
+def versions_agree(*versions: str) -> bool:
+    """Whether versions of TensorRT are one, as far as each says."""
     parts = [version.split(".")[:4] for version in versions]
     return all(theirs == ours for theirs, ours in zip(*parts, strict=False))

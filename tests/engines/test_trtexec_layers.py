@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,35 @@ def test_timings_that_crash_it_are_left_aside(
     assert result.built
     assert cache.read_bytes() == b"timings"
     assert "once more, without the timing cache" in (result.directory / "build.log").read_text()
+
+
+def test_timings_of_another_gpu_power_mode_or_tensorrt_are_left_aside(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``trtexec`` itself takes timings of any GPU."""
+    build(bundle, monkeypatch, TEXT)
+    binary = bundle.parent / "bin/trtexec"
+
+    def timings(gpu: Gpu, patch: int = 1, **options: Any) -> bytes:
+        binary.write_text(re.sub(r"v10160\d", f"v10160{patch}", binary.read_text()))
+        here = Target(TensorRT(None, "tensorrt", f"10.16.{patch}"), gpu, "8.7")
+        config = BuildConfig(bundle, max_prefill=32, again=True, **options)
+        built = build_engine(config, target=here, via="trtexec")
+        return (config.timing_cache or built.directory / "timing.cache").read_bytes()
+
+    whole, low = Gpu("Orin", "8.7", 16), Gpu("Orin", "8.7", 8)
+    assert timings(whole) == b"timings"  # those there were taken without a GPU
+    assert timings(whole) == b"timings" * 2
+    assert timings(low) == b"timings"
+    assert timings(low) == b"timings" * 2
+    assert timings(Gpu("Thor", "8.7", 8)) == b"timings"
+    assert timings(Gpu("Thor", "8.7", 8), patch=2) == b"timings"
+    assert not caplog.records
+    mine = bundle.parent / "mine.cache"
+    assert timings(low, timing_cache=mine) == b"timings"
+    assert not caplog.records
+    assert timings(whole, timing_cache=mine) == b"timings" * 2
+    assert f"trtexec takes the timings in {mine} for this GPU's" in caplog.text
 
 
 def test_the_layout_of_the_file_is_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
