@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.tensorrt.launch_rules import NAMESPACE
 from edge.bundle.onnx_file import ELEMENT_TYPES, Node, OnnxFile, ValueInfo
 from edge.bundle.onnx_values import Constant, Constants, node_attributes
 from edge.errors import BundleError
@@ -64,6 +65,11 @@ class FactNode:
     def op_type(self) -> str:
         """The operator."""
         return self.node.op_type
+
+    @property
+    def plugin(self) -> str:
+        """Which of our plugins it is; an empty string if it is none."""
+        return self.op_type if self.node.domain == NAMESPACE else ""
 
     def input(self, index: int) -> str:
         """An input's tensor, or an empty string where it is left out."""
@@ -150,7 +156,9 @@ class GraphFacts:
                 raise BundleError(f"not a valid graph: {name!r} is made twice, by {node.name} too")
             known.add(name)
         dtype, rank = self._type_of(node), self._rank_of(node)
-        types, _ = _OWN_TOP_K.get(node.op_type, ((dtype,) * len(node.node.outputs), 0))
+        types, _ = _OWN_TOP_K.get(node.plugin, ((), 0))
+        if len(types) != len(node.node.outputs):
+            types = (dtype,) * len(node.node.outputs)
         for name, kind in zip(node.node.outputs, types, strict=True):
             self._types[name], self._ranks[name] = kind, rank
 
@@ -281,7 +289,7 @@ class GraphFacts:
             return ELEMENT_TYPES.get(stated) if stated else self.dtype(node.input(1))
         if kind == "Where":
             return self.dtype(node.input(1))
-        if kind in _OWN_ATTENTION:
+        if node.plugin in _OWN_ATTENTION:
             return _OWN_ATTENTION[kind][0]
         return self.dtype(node.input(0)) if kind in _FIRST_INPUTS_TYPE else None
 
@@ -296,9 +304,9 @@ class GraphFacts:
         if kind == "MatMul":
             left, right = self.rank(node.input(0)), self.rank(node.input(1))
             return max(left, right) if left and right and min(left, right) > 1 else None
-        if kind in _OWN_ATTENTION:
+        if node.plugin in _OWN_ATTENTION:
             return _OWN_ATTENTION[kind][1]
-        if kind in _OWN_TOP_K:
+        if node.plugin in _OWN_TOP_K:
             rank = self.rank(node.input(0))
             return None if rank is None else rank + _OWN_TOP_K[kind][1]
         if kind == "Shape":

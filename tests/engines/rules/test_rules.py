@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge.backends.tensorrt.launch_rules import NAMESPACE
 from edge.errors import BundleError
 from engines.rules import check as check_module
 from engines.rules import facts as facts_module
@@ -535,6 +536,16 @@ def test_a_tensor_made_twice_is_not_a_valid_graph() -> None:
     graph.node("Neg", ["x"], ["a"])
     with pytest.raises(BundleError, match="made twice"):
         check_graph(graph.serialize(), None, VERSIONS)
+
+
+@pytest.mark.parametrize("domain", ["", "own", NAMESPACE])
+@pytest.mark.parametrize("operator", ["top_k_parts", "top_k_merge", "attention_parts"])
+def test_an_own_plugins_name_promises_no_number_of_outputs(operator: str, domain: str) -> None:
+    for outputs in (["y"], ["y", "a", "b", "c"]):
+        graph = Graph(21)
+        graph.node(operator, ["x"], outputs, domain=domain)
+        graph.outputs["y"] = (T.FLOAT16, ("b", 64))
+        assert broken(graph, "10.16") == {"domain" if domain else "operators"}
 
 
 BASES = [make().serialize() for make in (int4_graph, w8a8_graph, attention_graph)]
