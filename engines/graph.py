@@ -94,7 +94,7 @@ def has_half_scales(data: bytes) -> bool:
     graph = OnnxFile(data)
     constants = Constants(graph)
     rounding = (node for node in graph.nodes if node.op_type == "QuantizeLinear")
-    return any(_is_half(constants, node.inputs[1]) for node in rounding)
+    return any(_has_half_scale(constants, node) for node in rounding)
 
 
 def widen_scales(data: bytes, directory: Path) -> bytes:
@@ -125,7 +125,7 @@ def widen_scales(data: bytes, directory: Path) -> bytes:
     nodes: list[Node] = []
     for node in graph.nodes:
         nodes.append(node)
-        if node.op_type not in QUANTIZING or not _is_half(constants, node.inputs[1]):
+        if node.op_type not in QUANTIZING or not _has_half_scale(constants, node):
             continue
         data_in, scale = node.inputs[:2]
         constant = constants.get(data_in)
@@ -145,8 +145,8 @@ def widen_scales(data: bytes, directory: Path) -> bytes:
     return graph.serialize()
 
 
-def _is_half(constants: Constants, scale: str) -> bool:
-    constant = constants.get(scale)
+def _has_half_scale(constants: Constants, node: Node) -> bool:
+    constant = constants.get(node.inputs[1]) if len(node.inputs) > 1 else None
     return constant is not None and constant.dtype in ("fp16", "bf16")
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from edge.bundle.engine_file import EngineInfo, Kernels, KvRead, RefusedRung, Scales, TunedRung
 from edge.bundle.schemes import SCHEMES
+from edge.bundle.verified_files import verify_files
 from edge.errors import BuildError
 
 from . import compat, support
@@ -51,6 +52,7 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
 
     Raises:
         DependencyError: TensorRT is too old for the dialect or for what was asked.
+        IntegrityError: see `scales_to_try`.
     """
     config, manifest = asked.config, asked.manifest
     reads: list[KvRead] = [asked.kv_read]
@@ -79,12 +81,18 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
 
 
 def scales_to_try(asked: BuildPlan) -> tuple[Scales, ...]:
-    """``fp32`` after ``stored`` where inputs, or the cache, are INT8 with scales of 16 bits."""
+    """``fp32`` after ``stored`` where inputs, or the cache, are INT8 with scales of 16 bits.
+
+    Raises:
+        IntegrityError: the graph, which is looked into for that, is missing or damaged.
+    """
     linears = asked.manifest.quantization.linears.values()
     rounds_inputs = any(SCHEMES[linear.scheme.kind].int8_inputs for linear in linears)
     if not rounds_inputs and asked.manifest.kv_cache is None:
         return ("stored",)
-    graph = asked.config.bundle / asked.manifest.graphs.decoder
+    bundle, decoder = asked.config.bundle, asked.manifest.graphs.decoder
+    verify_files(bundle, asked.manifest, [decoder])
+    graph = bundle / decoder
     return ("stored", "fp32") if has_half_scales(graph.read_bytes()) else ("stored",)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from edge.bundle.engine_file import read_engine_info
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.cli.inspect import inspect
-from edge.errors import BuildError
+from edge.errors import BuildError, IntegrityError
 from engines import builder, compat
 from engines.build_plan import plan_build
 from engines.builder import Target, build_engine
@@ -29,7 +30,7 @@ from engines.config import BuildConfig
 from engines.graph import has_half_scales, widen_scales
 from engines.ladder import make_rungs
 from engines.rules.check import check_graph
-from engines.rules.facts import GraphFacts
+from engines.rules.facts import QUANTIZING, GraphFacts
 from engines.rules.table import VERSIONS
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Bundles, Checkpoints
@@ -122,6 +123,29 @@ def test_only_what_is_int8_is_widened(dialect: str, tiny_bundles: Bundles) -> No
     again = widen_scales(widen_scales(data, bundle), bundle)
     assert not has_half_scales(again)
     assert again == widen_scales(data, bundle)
+
+
+def test_a_quantizing_node_without_a_scale_is_left_to_the_rules(tiny_bundles: Bundles) -> None:
+    bundle = tiny_bundles("qwen2", "portable", "int8-w8a8")
+    graph = OnnxFile(graph_of(bundle))
+    for node in graph.nodes:
+        if node.op_type in QUANTIZING:
+            del node.inputs[1:]
+    data = graph.serialize()
+    assert not has_half_scales(data)
+    assert OnnxFile(widen_scales(data, bundle)).nodes == graph.nodes
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no graph")])
+def test_a_graph_that_is_missing_or_damaged_is_no_rung(
+    damage: Callable[[Path], object], tiny_bundles: Bundles, tmp_path: Path
+) -> None:
+    kept = tiny_bundles("qwen2", "portable", "int8-w8a8")
+    bundle = Path(shutil.copytree(kept, tmp_path / "bundle"))
+    damage(bundle / "decoder.onnx")
+    asked = plan_build(BuildConfig(bundle, max_prefill=32), read_manifest(bundle))
+    with pytest.raises(IntegrityError, match=r"decoder\.onnx"):
+        make_rungs(asked, TensorRT(None, "tensorrt", "10.3"))
 
 
 def test_the_rungs_of_a_build(
