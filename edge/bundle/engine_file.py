@@ -28,6 +28,7 @@ from .sizes import ProfileName, StepLimits
 
 ENGINE_JSON = "engine.json"
 _MAX_BYTES = 1 << 24
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 ENGINE_SCHEMA_VERSION = 1
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 KvRead = Literal["slice", "full", "lengths"]
@@ -250,6 +251,13 @@ class EngineInfo(_Struct, frozen=True):
         return self.kv_buckets
 
 
+class _AnyEngine(msgspec.Struct):
+    """What is read of an engine of any edge-llm."""
+
+    schema_version: int
+    options: dict[str, Any] = {}
+
+
 def read_engine_info(directory: Path) -> EngineInfo:
     """Read ``engine.json``; the plan is not hashed (see `verify_plan`).
 
@@ -258,19 +266,29 @@ def read_engine_info(directory: Path) -> EngineInfo:
     """
     path = directory / ENGINE_JSON
     try:
-        info = msgspec.json.decode(read_file(path, _MAX_BYTES), type=EngineInfo)
+        data = read_file(path, _MAX_BYTES)
+        known = msgspec.json.decode(data, type=_AnyEngine)
     except OSError as error:
         raise BundleError(
             f"no engine at {directory}: cannot read {ENGINE_JSON} ({error.strerror}); "
             "build one with: edge-llm build BUNDLE"
         ) from error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except _MALFORMED as error:
         raise BundleError(f"{path} is damaged ({error}); build the engine again") from error
-    if info.schema_version != ENGINE_SCHEMA_VERSION:
+    again = f"build the engine again with: {rebuild_command(directory, known)}"
+    if known.schema_version != ENGINE_SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema version {info.schema_version}, this edge-llm reads "
-            f"{ENGINE_SCHEMA_VERSION}; build the engine again"
+            f"{path} has schema version {known.schema_version}, this edge-llm reads "
+            f"{ENGINE_SCHEMA_VERSION}; install the edge-llm that wrote it, or {again}"
         )
+    try:
+        info = msgspec.json.decode(data, type=EngineInfo)
+    except _MALFORMED as error:
+        if "unknown field" in str(error):  # a field more leaves the version as it is
+            raise BundleError(
+                f"{path} is of a newer edge-llm ({error}); install that one, or {again}"
+            ) from error
+        raise BundleError(f"{path} is damaged ({error}); {again}") from error
     if Path(info.plan).name != info.plan or info.plan.startswith("."):
         raise BundleError(f"{path} names a plan outside its directory; build the engine again")
     return info
@@ -373,7 +391,7 @@ def engine_rank(info: EngineInfo, num_slots: int) -> tuple[bool, int, int, str]:
     return enough, batch, info.kv_capacity, info.created
 
 
-def rebuild_command(directory: Path, info: EngineInfo, *, again: bool = False) -> str:
+def rebuild_command(directory: Path, info: EngineInfo | _AnyEngine, *, again: bool = False) -> str:
     """The command line that builds this engine again, on the machine where it is typed.
 
     Args:
