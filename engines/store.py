@@ -153,19 +153,24 @@ class EngineStore:
     def add_layers(
         self, info: EngineInfo, layers: LayerTable | None, unknown: str | None
     ) -> EngineInfo:
-        """Record what the engine in place consists of.
+        """Record what the engine in place consists of; if that fails, it is a warning.
 
         Args:
             info: its record.
             layers: kept beside the plan; None if they are not known.
             unknown: why they are not.
         """
-        if layers is not None:
-            _replace(layers_path(self.directory / info.plan), msgspec.json.encode(layers))
         compiled = layers.summary() if layers is not None else ()
-        info = msgspec.structs.replace(info, compiled=compiled, compiled_unknown=unknown)
-        self._write_info(info)
-        return info
+        told = msgspec.structs.replace(info, compiled=compiled, compiled_unknown=unknown)
+        try:
+            if layers is not None:
+                _replace(layers_path(self.directory / info.plan), msgspec.json.encode(layers))
+            self._write_info(told)
+        except OSError as error:
+            reason = f"they could not be written: {error.strerror}"
+            _logger.warning("the engine's layers are not known: %s", reason)
+            return msgspec.structs.replace(info, compiled_unknown=reason)
+        return told
 
     def _write_info(self, info: EngineInfo) -> None:
         data = msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"

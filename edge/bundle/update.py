@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from edge.errors import BundleError, ConfigError
+from edge.errors import BundleError, ConfigError, ResourceError
 
 from .manifest import MANIFEST_NAME, Manifest, decode_manifest, encode_manifest, read_manifest
 
@@ -32,7 +32,8 @@ def update_manifest(bundle: Path, manifest: Manifest) -> Manifest:
 
     Raises:
         BundleError: no bundle is there, or its files are not those of ``manifest``.
-        ConfigError: an export is writing to the same path.
+        ConfigError: an export is writing to the same path, or this user may not.
+        ResourceError: the disk is full; the old manifest stays.
     """
     bundle = resolve_target(bundle)
     data = encode_manifest(manifest)
@@ -47,9 +48,17 @@ def update_manifest(bundle: Path, manifest: Manifest) -> Manifest:
         try:
             write_durably(temp, data)
             temp.replace(bundle / MANIFEST_NAME)
+            fsync(bundle)
+        except OSError as error:
+            path = bundle / MANIFEST_NAME
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceError(
+                    f"the disk filled up while {path} was written ({error.strerror}); free some "
+                    "space and run it again (the old one is as it was)"
+                ) from error
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
         finally:
             temp.unlink(missing_ok=True)
-        fsync(bundle)
     return written
 
 

@@ -156,9 +156,9 @@ class GraphFacts:
                 raise BundleError(f"not a valid graph: {name!r} is made twice, by {node.name} too")
             known.add(name)
         dtype, rank = self._type_of(node), self._rank_of(node)
-        types, _ = _OWN_TOP_K.get(node.plugin, ((), 0))
-        if len(types) != len(node.node.outputs):
-            types = (dtype,) * len(node.node.outputs)
+        own, _ = _OWN_TOP_K.get(node.plugin, ((), 0))
+        outputs = len(node.node.outputs)
+        types = own if len(own) == outputs else (dtype,) * outputs
         for name, kind in zip(node.node.outputs, types, strict=True):
             self._types[name], self._ranks[name] = kind, rank
 

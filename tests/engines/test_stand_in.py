@@ -28,6 +28,7 @@ from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.manifest import Dialect, read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attribute
 from edge.bundle.sizes import activation_bytes, profile_limits
+from edge.bundle.update import write_durably
 from edge.device.gpu import Gpu
 from edge.errors import BackendError, BuildError, ConfigError
 from engines import builder, cli, compat, store
@@ -467,6 +468,30 @@ def test_what_only_helps_the_next_build_costs_no_engine(
     assert built.built
     assert find_engines(bundle) == [built.directory]
     assert f"{caches / 'timing.cache'} is not kept: File exists" in caplog.text
+
+
+def test_a_disk_that_is_full_once_the_engine_is_in_place_costs_no_engine(
+    gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fill(path: Path, data: Any) -> None:
+        if (path.parent / "engine.json").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_durably(path, data)
+
+    config = BuildConfig(copied("portable", "fp16"), max_prefill=32)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_durably", fill)
+        for built in (True, False):  # the second has an engine, and its layers to ask for
+            result = build_engine(config, target=target(gpu))
+            assert result.built is built
+            assert result.info.compiled_unknown == (
+                "they could not be written: No space left on device"
+            )
+    assert caplog.text.count("the engine's layers are not known: they could not be written") == 2
+    (directory,) = find_engines(config.bundle)
+    assert not read_engine_info(directory).compiled
+    assert build_engine(config, target=target(gpu)).info.compiled
+    assert read_engine_info(directory).compiled
 
 
 def test_links_that_a_bundle_came_with_lead_no_build_elsewhere(

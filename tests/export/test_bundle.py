@@ -165,6 +165,26 @@ def test_names_stay_inside_the_bundle(target: Path, name: str) -> None:
             writer.write_bytes(name, b"")
 
 
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        (errno.ENOSPC, ResourceError, "the disk filled up while .*/manifest.json was written"),
+        (errno.EROFS, ConfigError, "cannot write .*/manifest.json: Read-only file system"),
+    ],
+)
+def test_a_manifest_that_cannot_be_replaced_is_named_and_stays(
+    old: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[EdgeError], message: str
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    before = tree(old.parent)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(error, match=message):
+        update_manifest(old, msgspec.structs.replace(read_manifest(old), name="new"))
+    assert tree(old.parent) == before
+
+
 def test_a_link_that_a_bundle_came_with_is_not_written_through(old: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.write_text("my own")
