@@ -58,7 +58,7 @@ def host_capacity(
             each.dialect,
             each.int8_layers,
         )
-        linears = manifest_linears(each)
+        linears = manifest_linears(each, beside)
         return plan_process_memory(each.model, linears, each.rope_positions, deployment)
 
     def need(capacity: int) -> int:

@@ -248,7 +248,7 @@ def _print(result: Plan) -> None:
         )
         around = plan.embeddings + plan.runtime + plan.python + plan.tokenizer
         steps = (plan.activations, plan.io + plan.pinned, plan.graphs)
-        figures = (plan.weights_bytes, plan.cache, *steps, around)
+        figures = (plan.weights_bytes + plan.plan_extra, plan.cache, *steps, around)
         fits = "?" if option.fits is None else "yes" if option.fits else "NO"
         peaks = (plan.load_peak, plan.build_peak)
         memory.add_row(option.name, *map(_mb, (*figures, plan.process_bytes, *peaks)), fits)

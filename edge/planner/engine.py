@@ -34,6 +34,7 @@ class PlannedEngine:
     Attributes:
         name: of its directory.
         plan: the plan's file name.
+        plan_bytes: of that file.
         max_batch: sequences per step.
         max_prefill: tokens per prefill step.
         kv_capacity: tokens per slot.
@@ -43,6 +44,7 @@ class PlannedEngine:
 
     name: str
     plan: str
+    plan_bytes: int
     max_batch: int
     max_prefill: int
     kv_capacity: int
@@ -110,6 +112,7 @@ def find_engine(bundle: Path, manifest: Manifest, asked: Asked) -> PlannedEngine
     return PlannedEngine(
         directory.name,
         info.plan,
+        info.plan_bytes,
         info.max_batch,
         info.max_prefill,
         info.kv_capacity,

@@ -100,6 +100,8 @@ class ProcessMemory:
         tokenizer: vocabulary and merges.
         load_peak: the process while it loads.
         build_peak: ``edge-llm build``; 0 where nothing is built.
+        plan_extra: what the plan of a built engine takes besides the weights as stored: kernels,
+            and weights in another layout for another profile; 0 where the engine is not built.
     """
 
     weights: Mapping[Part, int]
@@ -114,6 +116,7 @@ class ProcessMemory:
     tokenizer: int
     load_peak: int
     build_peak: int
+    plan_extra: int = 0
 
     @property
     def weights_bytes(self) -> int:
@@ -124,7 +127,7 @@ class ProcessMemory:
     def device_bytes(self) -> int:
         """Bytes that the engine allocates, at most."""
         steps = self.activations + self.io + self.pinned + self.graphs
-        return self.weights_bytes + self.cache + steps
+        return self.weights_bytes + self.plan_extra + self.cache + steps
 
     @property
     def process_bytes(self) -> int:
@@ -137,6 +140,7 @@ class ProcessMemory:
         return {
             "weights": {str(part): size for part, size in self.weights.items()},
             "weights_bytes": self.weights_bytes,
+            "plan_extra_bytes": self.plan_extra,
             "cache_bytes": self.cache,
             "activations_bytes": self.activations,
             "io_bytes": self.io,
@@ -190,6 +194,12 @@ def plan_process_memory(
     loading = int(_ORT_LOAD_FACTOR * stored + _ORT_JOINED_BYTES * joined)
     load_peak = idle + loading if on_cpu else plan.process_bytes
     return dataclasses.replace(plan, load_peak=max(load_peak, plan.process_bytes))
+
+
+def memory_of_plan(memory: ProcessMemory, plan_bytes: int) -> ProcessMemory:
+    """Count the plan of a built engine in place of its weights, as the runtime does."""
+    extra = plan_bytes - memory.weights_bytes
+    return dataclasses.replace(memory, plan_extra=extra, load_peak=memory.load_peak + extra)
 
 
 def plan_process_pair(target: ProcessMemory, draft: ProcessMemory | None) -> ProcessMemory:

@@ -23,6 +23,7 @@ from .engine import PlannedEngine
 from .memory import (
     Deployment,
     ProcessMemory,
+    memory_of_plan,
     plan_process_memory,
     plan_process_pair,
     usable_bytes,
@@ -233,11 +234,12 @@ def make_plan(
     if draft is not None:
         ((quant, _, own),) = _linears(draft, () if draft.manifest is not None else (DRAFT_QUANT,))
         drafter = plan_draft(draft, quant, own, deployment)
-    for name, recipe, linears in _linears(model, quants):
+    for name, recipe, linears in _linears(model, quants, draft):
         memory = plan_process_memory(model.spec, linears, positions, deployment)
         work = work_of(model.spec, linears, memory.weights, deployment)
         if isinstance(engine, PlannedEngine):
             work = replace(work, engine=engine.work)
+            memory = memory_of_plan(memory, engine.plan_bytes)
         speeds = (
             tuple(
                 predict(work, device.mode, efficiency, deployment.batch, c, deployment.max_prefill)
@@ -290,7 +292,7 @@ def _basis(
 
 
 def _linears(
-    model: PlannedModel, quants: Sequence[str]
+    model: PlannedModel, quants: Sequence[str], draft: PlannedModel | None = None
 ) -> list[tuple[str, Recipe | None, list[Linear]]]:
     if model.manifest is not None:
         if quants:
@@ -298,7 +300,9 @@ def _linears(
                 f"--quant {quants[0]}: {model.name} is a bundle, whose quantization is made; leave "
                 "it out, or plan the model that it was made from"
             )
-        return [(model.manifest.quantization.name, None, manifest_linears(model.manifest))]
+        beside = None if draft is None else draft.manifest
+        linears = manifest_linears(model.manifest, beside)
+        return [(model.manifest.quantization.name, None, linears)]
     if quants:
         return [(name, *_variant(model, name)) for name in quants]
     found: list[tuple[str, Recipe | None, list[Linear]]] = []

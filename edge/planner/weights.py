@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from edge.bundle.linears import linear_layers, norm_layers
-from edge.bundle.manifest import Manifest, ModelSpec, TensorScheme
+from edge.bundle.manifest import HeadManifest, Manifest, ModelSpec, TensorScheme
 from edge.bundle.schemes import SCALE_BYTES, SCHEMES, Recipe, stored_bytes
 from edge.bundle.sizes import ENGINE_FLOAT_BYTES
 from edge.errors import ConfigError
@@ -19,6 +19,7 @@ _PART_OF: dict[str, Part] = {
     "o": "attention",
     "gate_up": "mlp",
     "down": "mlp",
+    "fc": "mlp",
     "lm_head": "lm_head",
 }
 _FLOAT_BYTES = 2
@@ -116,12 +117,22 @@ def recipe_linears(model: ModelSpec, recipe: Recipe) -> list[Linear]:
     return [Linear(layer.name, layer.shape, schemes[layer.name]) for layer in linear_layers(model)]
 
 
-def manifest_linears(manifest: Manifest) -> list[Linear]:
-    """List the linear layers of a bundle, as its manifest has them."""
-    return [
+def manifest_linears(manifest: Manifest, draft: Manifest | None = None) -> list[Linear]:
+    """List the linear layers of a bundle, as its manifest has them.
+
+    Args:
+        manifest: the bundle's.
+        draft: of what drafts for it. For a head the graph has one product more, which joins the
+            hidden states that the head reads; a session without the head leaves it out.
+    """
+    linears = [
         Linear(name, linear.shape, linear.scheme, linear.num_bytes)
         for name, linear in manifest.quantization.linears.items()
     ]
+    if manifest.head is not None and isinstance(draft, HeadManifest):
+        shape = (len(manifest.head.layers) * manifest.model.hidden_size, manifest.hidden_width)
+        linears.append(Linear("fc", shape, TensorScheme("float")))
+    return linears
 
 
 def weight_parts(model: ModelSpec, linears: Iterable[Linear], positions: int) -> dict[Part, int]:

@@ -157,7 +157,7 @@ def _plan(
     def plan(each: Manifest, capacity: int) -> ProcessMemory:
         step = min(settings.prefill_chunk, capacity)
         deployment = Deployment(backend, settings.num_slots, capacity, step, each.dialect)
-        linears = manifest_linears(each)
+        linears = manifest_linears(each, draft)
         return plan_process_memory(each.model, linears, each.rope_positions, deployment)
 
     beside = None if draft is None else plan(draft, min(capacity, draft.rope_positions))

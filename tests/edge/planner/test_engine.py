@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.bundle.engine_file import ENGINE_JSON, read_engine_info
+from edge.backends.tensorrt.device_memory import plan_engine_memory
+from edge.bundle.engine_file import ENGINE_JSON, find_engines, read_engine_info
 from edge.bundle.engine_layers import layers_path, parse_inspector, read_layers
 from edge.bundle.manifest import read_manifest
 from edge.cli.plan import plan
@@ -90,6 +91,7 @@ def test_launches_are_the_layers_of_the_table(build: Build):
     assert found["engine"] == {
         "name": "engine",
         "plan": info.plan,
+        "plan_bytes": info.plan_bytes,
         "max_batch": 1,
         "max_prefill": 32,
         "kv_capacity": info.kv_capacity,
@@ -119,6 +121,24 @@ def test_an_unpacked_weight_adds_its_bytes_and_nothing_else(quant: str, build: B
     ]
     more_s = 4 * math.prod(linear.shape) / (AGX.bytes_per_s * FITTED.weights)
     assert times[1] - times[0] == pytest.approx(more_s + FITTED.launch_s)
+
+
+def test_a_built_engine_takes_the_bytes_of_its_plan(build: Build):
+    """As the runtime counts it, which may be more than the weights once."""
+    bundle = build()
+    (directory,) = find_engines(bundle)
+    info = read_engine_info(directory)
+    size = ["--kv-capacity", str(info.kv_capacity), "--max-prefill", "32"]
+    ruled, found = (
+        planned(bundle, *size, *options)["options"][0]["memory"]
+        for options in (["--no-engine"], [])
+    )
+    allocated = plan_engine_memory(info, read_manifest(bundle)).weights_bytes
+    extra = found["plan_extra_bytes"]
+    assert found["weights_bytes"] + extra == allocated == info.plan_bytes
+    assert extra != ruled["plan_extra_bytes"] == 0
+    for total in ("device_bytes", "process_bytes", "load_peak_bytes"):
+        assert found[total] - ruled[total] == extra
 
 
 def test_both_planes_of_a_weight_count(build: Build):

@@ -98,7 +98,7 @@ def test_parts_add_up():
     values = plan.as_dict()
     parts = (
         *("weights_bytes", "cache_bytes", "activations_bytes", "io_bytes", "pinned_bytes"),
-        "graphs_max_bytes",
+        *("graphs_max_bytes", "plan_extra_bytes"),
     )
     around = ("embeddings_bytes", "runtime_bytes", "python_bytes", "tokenizer_bytes")
     assert plan.device_bytes == sum(values[name] for name in parts)  # type: ignore[misc]

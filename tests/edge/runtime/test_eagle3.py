@@ -20,13 +20,16 @@ from edge import LLM, SamplingParams
 from edge.backends import Step
 from edge.backends.ort.cpu import OrtBackend
 from edge.backends.ort.gpu import OrtCudaBackend
+from edge.backends.ort.session import load_graph
 from edge.backends.step import step_after
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import head_manifest, read_manifest
+from edge.bundle.onnx_values import Constants
 from edge.cli.inspect import inspect
 from edge.cli.plan import plan
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, BundleError, ConfigError
+from edge.planner.weights import manifest_linears, weight_parts
 from edge.runtime import eagle3
 from edge.runtime.eagle3 import CLOSE, Eagle3Drafter
 from edge.runtime.scheduler import StoredPrefix
@@ -443,6 +446,19 @@ def test_the_cuda_backend_puts_out_the_same_hidden_states(bundle: Path):
     for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
         atol = 0.15 if FP16_KERNELS else 0.05
         np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=atol)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_the_product_for_the_head_is_planned_where_it_is_in_memory(bundle: Path, drafts: bool):
+    manifest = read_manifest(bundle)
+    path = bundle / manifest.graphs.cpu
+    graph = load_graph(path, manifest, "fp32", manifest.kv_capacity, hidden_states=drafts)
+    constants = Constants(graph, bundle)
+    found = [constants.get(name) for name in constants.initializers]
+    held = sum(2 * each.volume for each in found if each is not None and each.location)
+    linears = manifest_linears(manifest, head_manifest(manifest) if drafts else None)
+    parts = weight_parts(manifest.model, linears, manifest.rope_positions)
+    assert sum(parts.values()) == held  # as stored; the CPU's norms and RoPE are in FP32
 
 
 def test_plan_and_service_count_the_head(bundle: Path):
