@@ -302,6 +302,47 @@ def test_regenerate_keeps_both_answers(browser: Browser, server: StubServer):
     assert len(browser.all(".turn")) == 2  # what followed the first answer is not below this one
 
 
+@pytest.mark.parametrize("how", ["refused", "stopped", "a wrong number"])
+def test_a_regeneration_that_fails_hides_nothing(how: str, browser: Browser, server: StubServer):
+    browser.open_panel()
+    for text in ("one", "two"):
+        server.answers[text] = f"Answer to {text}."
+        browser.ask(text)
+        browser.until(lambda text=text: f"Answer to {text}." in browser.one("#log").text)
+        browser.answered()
+    if how == "refused":
+        server.refusals = 1
+    elif how == "stopped":
+        server.holds.clear()
+    else:
+        browser.one("[name=temperature]").send_keys("99")
+    browser.all("#log .regenerate")[0].click()
+    if how == "stopped":
+        browser.until(lambda: browser.one("#stop").is_displayed())
+        browser.one("#stop").click()
+    browser.until(lambda: browser.all(".turn.error"))
+    server.holds.set()
+    browser.one("[name=temperature]").clear()
+    shown = [one.text for one in browser.all(".turn .body")]
+    assert shown == ["one", "Answer to one.", "two", "Answer to two."]
+    browser.ask("three")
+    browser.answered()
+    assert contents(server) == [*shown, "three"]
+    browser.reload()
+    assert len(browser.all(".turn")) == 6
+
+
+def test_a_stored_conversation_is_shown_to_its_end(browser: Browser):
+    """Also one whose question was the leaf, though it has an answer."""
+    browser.ask("hello")
+    browser.answered()
+    (conversation,) = stored_values(browser)
+    stored(browser, "store.put(given);", {**conversation, "leaf": "1"})
+    browser.reload()
+    assert "Done." in browser.one(".turn.assistant .body").text
+    assert browser.all(".turn.error") == []
+
+
 def test_edit_makes_a_branch(browser: Browser, server: StubServer):
     browser.ask("hello")
     browser.answered()
@@ -346,6 +387,19 @@ def test_go_on_with_a_stopped_answer(browser: Browser, server: StubServer):
     assert begun["content"].strip() == shown
     assert browser.one(".turn.assistant .body").text == f"{shown} whole answer."
     assert browser.all("#log .continue") == []
+
+
+def test_only_the_last_answer_goes_on(browser: Browser, server: StubServer):
+    server.reason = "length"
+    for number, text in enumerate(("one", "two"), 1):
+        browser.ask(text)
+        browser.until(lambda number=number: len(browser.all(".turn.assistant .copy")) == number)
+        browser.answered()
+    assert len(browser.all("#log .continue")) == 1
+    tool(browser, "continue").click()
+    browser.until(lambda: "whole answer." in browser.all(".turn.assistant .body")[-1].text)
+    browser.answered()
+    assert len(browser.all(".turn")) == 4
 
 
 def test_figures_of_an_answer_that_went_on_add_up(browser: Browser, server: StubServer):

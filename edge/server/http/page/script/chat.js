@@ -87,8 +87,8 @@ async function answer(parent, { broken = null, models = [$("model").value] } = {
   if (state.request) return;
   clearErrors();
   const { conversation } = state;
+  const shown = conversation.leaf;
   const again = () => answer(parent, { broken, models });
-  goTo(conversation, broken?.id ?? parent);
   keep(conversation);
   let sampling;
   try {
@@ -99,6 +99,7 @@ async function answer(parent, { broken = null, models = [$("model").value] } = {
     showError(error.message, 0, again);
     return;
   }
+  if (broken) goTo(conversation, broken.id);
   const turns = broken ? [broken]
     : models.length > 1 ? addPair(conversation, parent) : [addTurn(conversation, parent, "assistant", "")];
   for (const [at, turn] of turns.entries()) {
@@ -119,13 +120,13 @@ async function answer(parent, { broken = null, models = [$("model").value] } = {
   })));
   if (state.request === request) state.request = null;
   busy(state.request !== null);
-  finish(conversation, runs, broken ? () => answer(parent, { models }) : again);
+  finish(conversation, runs, shown, broken ? () => answer(parent, { models }) : again);
 }
 
-// Tidies up after answers that have ended, and says what went wrong.
-function finish(conversation, runs, again) {
+// Tidies up after answers that have ended, and says what went wrong; `shown` was the leaf before.
+function finish(conversation, runs, shown, again) {
   const isPair = runs.length > 1;
-  for (const { turn } of runs) if (isEmpty(turn)) removeLeaf(conversation, turn);
+  for (const { turn } of runs) if (isEmpty(turn)) removeLeaf(conversation, turn, shown);
   if (Object.keys(conversation.turns).length) keep(conversation);
   if (state.conversation !== conversation) return;  // another one is shown by now
   redraw();

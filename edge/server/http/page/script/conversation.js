@@ -18,7 +18,7 @@ export function addTurn(conversation, parent, role, content) {
   const id = String(1 + Math.max(0, ...numbers));
   const turn = { id, parent, role, content, at: Date.now() };
   conversation.turns[id] = turn;
-  conversation.leaf = id;
+  goTo(conversation, id);
   conversation.updated = turn.at;
   if (role === "user" && !conversation.title) conversation.title = titleOf(content);
   return turn;
@@ -32,8 +32,8 @@ export function titleOf(text) {
 /** Adds two answers to `parent` that are shown side by side; returns them. */
 export function addPair(conversation, parent) {
   const turns = [0, 1].map(() => addTurn(conversation, parent, "assistant", ""));
+  goTo(conversation, turns[0].id);
   conversation.pair = turns.map(({ id }) => id);
-  conversation.leaf = turns[0].id;
   return turns;
 }
 
@@ -43,11 +43,12 @@ export function goTo(conversation, leaf) {
   conversation.pair = null;
 }
 
-/** Removes a turn that nothing follows; what stood beside it, or its parent, becomes the leaf. */
-export function removeLeaf(conversation, turn) {
-  const beside = (conversation.pair ?? []).find((id) => id !== turn.id && id in conversation.turns);
-  delete conversation.turns[turn.id];
-  goTo(conversation, beside ?? turn.parent);
+/** Removes a turn that nothing follows; what stood beside it, or the leaf `before` it, becomes the leaf. */
+export function removeLeaf(conversation, turn, before) {
+  const { pair, turns } = conversation;
+  const beside = (pair ?? []).find((id) => id !== turn.id && id in turns);
+  delete turns[turn.id];
+  goTo(conversation, beside ?? (before in turns ? before : leafBelow(conversation, turn.parent)));
 }
 
 /** Makes a conversation what another one of its id is; it and its turns stay the same objects. */
@@ -74,12 +75,12 @@ export function siblingsOf(conversation, turn) {
   return Object.values(conversation.turns).filter((one) => one.parent === turn.parent && one.role === turn.role);
 }
 
-/** Returns the newest leaf below a turn. */
-export function leafBelow(conversation, turn) {
+/** Returns the newest leaf below a turn (null: below the beginning), by their ids. */
+export function leafBelow(conversation, id) {
   for (;;) {
-    const next = Object.values(conversation.turns).filter((one) => one.parent === turn.id).at(-1);
-    if (!next) return turn.id;
-    turn = next;
+    const next = Object.values(conversation.turns).filter((one) => one.parent === id).at(-1);
+    if (!next) return id;
+    ({ id } = next);
   }
 }
 
@@ -115,7 +116,7 @@ export function checked(value) {
       throw new Error(`parent of turn ${id}`);
     }
   }
-  const leaf = value.leaf in turns ? value.leaf : Object.keys(turns).at(-1) ?? null;
+  const leaf = leafBelow(value, Object.hasOwn(turns, value.leaf) ? value.leaf : null);
   const pair = isPair(value.pair, turns) && value.pair[0] === leaf ? value.pair : null;
   const time = (found) => Number.isFinite(found) ? found : Date.now();
   return { schema: SCHEMA, id: value.id, title: value.title, created: time(value.created),

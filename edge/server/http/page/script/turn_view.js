@@ -126,7 +126,9 @@ export class TurnView {
     if (turn.role === "user") tools.append(this.#button("edit", () => this.#edit()));
     else if (!this.#isInPair) {
       tools.append(this.#button("regenerate", () => this.actions.regenerate(turn)));
-      if (turn.ended !== "stop") tools.append(this.#button("continue", () => this.actions.go_on(turn)));
+      // What follows an answer followed it as it is.
+      const isLast = turn.id === this.conversation.leaf;
+      if (isLast && turn.ended !== "stop") tools.append(this.#button("continue", () => this.actions.go_on(turn)));
     }
     this.facts.append(tools);
   }
@@ -143,7 +145,7 @@ export class TurnView {
     if (siblings.length < 2) return [];
     const at = siblings.indexOf(this.turn);
     const step = (name, sign, to) => {
-      const button = this.#button(name, () => this.actions.show(leafBelow(this.conversation, siblings[to])));
+      const button = this.#button(name, () => this.actions.show(leafBelow(this.conversation, siblings[to].id)));
       button.textContent = sign;
       button.setAttribute("aria-label", t(name));
       button.disabled = !siblings[to];
