@@ -22,6 +22,9 @@ CIRCLE = {
     "turns": {"1": {"id": "1", "parent": "1", "role": "user", "content": ""}},
 }
 
+ONE_TURN = {"id": "1", "parent": None, "role": "assistant", "content": "An answer."}
+NO_FIGURES = {**CIRCLE, "turns": {"1": {**ONE_TURN, "figures": None}}}
+
 
 def contents(server: StubServer) -> list[str]:
     """The texts of the last chat that the server got."""
@@ -534,12 +537,21 @@ def test_export_and_import(browser: Browser, server: StubServer, tmp_path: Path)
         ('{"a": 1}', "holds no conversations"),
         (json.dumps({"format": FORMAT, "conversations": [{"schema": 9}]}), "(schema 9)"),
         (json.dumps({"format": FORMAT, "conversations": [CIRCLE]}), "(parent of turn 1)"),
+        (json.dumps({"format": FORMAT, "conversations": [NO_FIGURES]}), "(turn 1)"),
     ],
-    ids=["no JSON", "other JSON", "newer schema", "circle"],
+    ids=["no JSON", "other JSON", "newer schema", "circle", "no figures"],
 )
 def test_an_import_that_is_none(text: str, said: str, browser: Browser, tmp_path: Path):
     assert said in bring(browser, tmp_path, text)
     assert titles(browser) == []
+
+
+def test_a_leaf_that_is_none(browser: Browser, tmp_path: Path):
+    one = {**CIRCLE, "turns": {"1": ONE_TURN}, "leaf": "constructor"}
+    text = json.dumps({"format": FORMAT, "conversations": [one]})
+    assert "imported" in bring(browser, tmp_path, text)
+    browser.one("#conversations .open").click()
+    assert browser.one(".turn.assistant .body").text == "An answer."
 
 
 def test_broken_and_old_stored_conversations(browser: Browser, server: StubServer):
@@ -564,19 +576,89 @@ def test_broken_and_old_stored_conversations(browser: Browser, server: StubServe
     assert broken in stored_values(browser)  # nothing is thrown away
 
 
-def test_without_a_store_the_page_goes_on(browser: Browser, server: StubServer):
-    script = "delete window.indexedDB; Object.defineProperty(window, 'indexedDB', {value: null})"
-    added = browser.driver.execute_cdp_cmd(
-        "Page.addScriptToEvaluateOnNewDocument", {"source": script}
-    )
+@contextmanager
+def before_the_page(browser: Browser, script: str) -> Iterator[None]:
+    """Load the page again after this script."""
+    name = "ScriptToEvaluateOnNewDocument"
+    added = browser.driver.execute_cdp_cmd(f"Page.add{name}", {"source": script})
     try:
         browser.reload()
+        yield
+    finally:
+        browser.driver.execute_cdp_cmd(f"Page.remove{name}", added)
+
+
+def test_without_a_store_the_page_goes_on(browser: Browser, server: StubServer):
+    script = "delete window.indexedDB; Object.defineProperty(window, 'indexedDB', {value: null})"
+    with before_the_page(browser, script):
         assert "stores nothing" in browser.one("#toast").text
         browser.ask("hello")
         browser.answered()
         assert titles(browser) == ["hello"]
-    finally:
-        browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+LOST = """
+const there = IDBObjectStore.prototype, { get } = there;
+const lost = () => { throw new DOMException("the file is lost", "NotReadableError"); };
+there.getAll = lost;
+"""
+
+
+def test_a_value_that_is_lost_takes_no_others_with_it(browser: Browser):
+    for text in ("one", "two"):
+        browser.one("#new").click()
+        browser.ask(text)
+        browser.answered()
+    bad = next(one["id"] for one in stored_values(browser) if one["title"] == "one")
+    one_by_one = "there.get = function (key) { return key === '%s' ? lost() : get.call(this, key); };"
+    with before_the_page(browser, LOST + one_by_one % bad):
+        assert "1 stored conversations cannot be read" in browser.one("#toast").text
+        assert titles(browser) == ["two"]
+    browser.reload()
+    assert titles(browser) == ["two", "one"]
+
+
+def test_a_store_that_cannot_be_read_leaves_the_page(browser: Browser):
+    with before_the_page(browser, LOST + "there.getAllKeys = lost;"):
+        assert "storage failed: the file is lost" in browser.one("#toast").text
+        browser.ask("hello")
+        browser.answered()
+        assert titles(browser) == ["hello"]
+
+
+def test_what_the_store_refuses_to_delete_stays(browser: Browser):
+    browser.ask("hello")
+    browser.answered()
+    refuse = """IDBObjectStore.prototype.delete = IDBObjectStore.prototype.put =
+        () => { throw new DOMException("the disk is full", "QuotaExceededError"); };"""
+    browser.driver.execute_script(refuse)
+    act(browser, "delete")
+    said = "storage failed: the disk is full"
+    browser.until(lambda: said in browser.one("#toast").text)
+    assert titles(browser) == ["hello"]
+    browser.one("#toast .close").click()
+    browser.open_panel()
+    browser.one("#preset-name").send_keys("Pirate", browser.keys.ENTER)
+    browser.until(lambda: said in browser.one("#toast").text)
+    assert browser.one("#preset-name").get_attribute("value") == "Pirate"
+
+
+def test_a_connection_to_the_store_that_ended_is_made_again(browser: Browser):
+    browser.ask("one")
+    browser.answered()
+    end = """
+    const { transaction } = IDBDatabase.prototype;
+    IDBDatabase.prototype.transaction = function (...given) {
+      IDBDatabase.prototype.transaction = transaction;
+      this.close();
+      return transaction.apply(this, given);
+    };"""
+    browser.driver.execute_script(end)
+    browser.ask("two")
+    browser.until(lambda: len(browser.all(".turn.assistant .copy")) == 2)
+    browser.answered()
+    assert not browser.one("#toast").is_displayed()
+    assert len(stored_values(browser)[0]["turns"]) == 4
 
 
 # --------------------------------------------------------------------------- settings

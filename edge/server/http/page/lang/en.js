@@ -119,6 +119,7 @@ export default {
   "stop": "Stop",
   "stop_texts": "Stop at these texts (one a line)",
   "stopped": "Stopped",
+  "store_failed": "This browser's storage failed: {why}",
   "system_message": "System message",
   "temperature": "Temperature",
   "thinking": "Thinking …",

@@ -119,6 +119,7 @@ export default {
   "stop": "停止",
   "stop_texts": "遇到这些文本时停止（每行一个）",
   "stopped": "已停止",
+  "store_failed": "浏览器存储出错：{why}",
   "system_message": "系统消息",
   "temperature": "温度",
   "thinking": "正在思考……",

@@ -47,13 +47,14 @@ async function start() {
   listen();
   startSides();
   startCompare();
-  await startSampling();
-  const last = await startList(show, refresh, load("current", null));
-  if (last) openChat(last);
-  else openChat(state.conversation);
-  document.body.classList.add("started");
-  await loadModels();
-  poll();
+  try {
+    await startSampling();
+    openChat(await startList(show, refresh, load("current", null)) ?? state.conversation);
+  } finally {
+    document.body.classList.add("started");
+    await loadModels();
+    poll();
+  }
 }
 
 start();

@@ -132,7 +132,7 @@ function isPair(pair, turns) {
 function isTurn(turn) {
   return ["user", "assistant"].includes(turn.role) && typeof turn.content === "string"
     && (turn.parent === null || typeof turn.parent === "string")
-    && ["undefined", "string"].includes(typeof turn.reasoning);
+    && ["undefined", "string"].includes(typeof turn.reasoning) && turn.figures !== null;
 }
 
 function fromList(value) {

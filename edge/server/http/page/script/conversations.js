@@ -41,10 +41,14 @@ export async function startList(show, draw, id) {
   $("export-all").addEventListener("click", () => saveFile("edge-llm", "json", toJSON(conversations)));
   $("import").addEventListener("click", () => $("import-file").click());
   $("import-file").addEventListener("change", importFiles);
-  const found = await loadConversations();
-  conversations = found.conversations;
-  if (found.broken) toast(t("broken", { n: found.broken }));
-  else if (!await isKept()) toast(t("not_stored"));
+  try {
+    const found = await loadConversations();
+    conversations = found.conversations;
+    if (found.broken) toast(t("broken", { n: found.broken }));
+    else if (!await isKept()) toast(t("not_stored"));
+  } catch (error) {
+    toast(t("store_failed", { why: error.message }));
+  }
   tabs?.addEventListener("message", ({ data }) => reread(data));
   showList();
   return conversations.find((one) => one.id === id) ?? null;
@@ -167,7 +171,15 @@ async function remove(conversation) {
   const wasOpen = conversation === state.conversation;
   if (wasOpen) open(null);
   showList();
-  await dropConversation(conversation.id);
+  try {
+    await dropConversation(conversation.id);
+  } catch (error) {
+    deleted.delete(conversation);
+    conversations.push(conversation);
+    showList();
+    toast(t("store_failed", { why: error.message }));
+    return;
+  }
   tabs?.postMessage(conversation.id);
   toast(t("deleted", { title: conversation.title || t("untitled") }), t("undo"), () => {
     deleted.delete(conversation);

@@ -1,5 +1,6 @@
 // The panel: sampling fields and the system message, and presets of them.
 
+import { toast } from "./conversations.js";
 import { $ } from "./dom.js";
 import { chosenModel } from "./state.js";
 import { dropPreset, keepPreset, loadPresets } from "./store.js";
@@ -70,19 +71,29 @@ function showPresets(selected) {
   $("preset-delete").disabled = !selected.startsWith("own:");
 }
 
-async function savePreset() {
-  const name = $("preset-name").value.trim();
-  if (!name) { $("preset-name").focus(); return; }
-  await keepPreset({ name, values: values() });
-  presets = await loadPresets();
-  $("preset-name").value = "";
-  showPresets(`own:${name}`);
+// Does something with the stored presets and shows those that are there then; what is shown stays where that fails.
+async function withPresets(act, selected) {
+  try {
+    await act();
+    presets = await loadPresets();
+  } catch (error) {
+    toast(t("store_failed", { why: error.message }));
+    return;
+  }
+  showPresets(selected);
 }
 
-async function deletePreset() {
-  await dropPreset($("preset").value.slice("own:".length));
-  presets = await loadPresets();
-  showPresets("");
+function savePreset() {
+  const name = $("preset-name").value.trim();
+  if (!name) { $("preset-name").focus(); return; }
+  withPresets(async () => {
+    await keepPreset({ name, values: values() });
+    $("preset-name").value = "";
+  }, `own:${name}`);
+}
+
+function deletePreset() {
+  withPresets(() => dropPreset($("preset").value.slice("own:".length)), "");
 }
 
 function choosePreset() {
@@ -100,6 +111,6 @@ export async function startSampling() {
   $("preset").addEventListener("change", choosePreset);
   $("preset-save").addEventListener("submit", (event) => { event.preventDefault(); savePreset(); });
   $("preset-delete").addEventListener("click", deletePreset);
-  presets = await loadPresets();
   showPresets("");
+  await withPresets(() => {}, "");
 }

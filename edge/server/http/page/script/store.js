@@ -46,7 +46,21 @@ export async function isKept() {
   return await open() !== null;
 }
 
+// Browsers end the connections of pages in the background, often without a word: then it is tried on a new one.
 async function work(store, mode, act) {
+  try {
+    return await transact(store, mode, act);
+  } catch (error) {
+    if (!["InvalidStateError", "UnknownError"].includes(error.name)) throw error;
+    const ended = opened;
+    opened = null;
+    if (await isKept()) return transact(store, mode, act);
+    opened = ended;  // memory must not take the place of what was kept until now
+    throw error;
+  }
+}
+
+async function transact(store, mode, act) {
   const base = await open();
   return new Promise((resolve, reject) => {
     const transaction = base.transaction(store, mode);
@@ -56,9 +70,17 @@ async function work(store, mode, act) {
   });
 }
 
+// Returns the values; undefined in the place of each that cannot be read.
 async function all(store) {
   if (!await isKept()) return [...memory[store].values()];
-  return work(store, "readonly", (there) => there.getAll());
+  try {
+    return await work(store, "readonly", (there) => there.getAll());
+  } catch (error) {
+    console.warn("values are read one by one:", error.message);  // one whose file is lost fails all
+  }
+  const keys = await work(store, "readonly", (there) => there.getAllKeys());
+  const found = await Promise.allSettled(keys.map((key) => work(store, "readonly", (there) => there.get(key))));
+  return found.map(({ value }) => value);
 }
 
 async function put(store, key, value) {
@@ -102,6 +124,6 @@ export async function loadConversations() {
 
 export const keepConversation = (conversation) => put("conversations", conversation.id, conversation);
 export const dropConversation = (id) => remove("conversations", id);
-export const loadPresets = () => all("presets");
+export const loadPresets = async () => (await all("presets")).filter((preset) => preset !== undefined);
 export const keepPreset = (preset) => put("presets", preset.name, preset);
 export const dropPreset = (name) => remove("presets", name);
