@@ -227,6 +227,29 @@ def test_a_full_queue_says_when_to_try_again(browser: Browser, server: StubServe
     assert len(server.requests[-1]["messages"]) == 1
 
 
+def test_try_again_asks_the_model_that_is_chosen_now(browser: Browser, server: StubServer):
+    server.failing = "tiny"
+    browser.ask("hello")
+    browser.until(lambda: browser.all(".turn.error"))
+    browser.all("#model option")[1].click()
+    browser.one(".turn.error button").click()
+    assert "Done." in browser.answered().text
+    assert [request["model"] for request in server.requests] == ["tiny", "<b>other</b>"]
+
+
+def test_nothing_is_sent_before_a_model_is_known(browser: Browser, server: StubServer):
+    server.models = []
+    browser.reload()
+    browser.until(lambda: browser.one("#state").get_attribute("class") == "down")
+    browser.one("#prompt").send_keys("hello", browser.keys.ENTER)
+    browser.until(lambda: "Nothing was sent" in browser.one("#toast").text)
+    assert browser.one("#prompt").get_attribute("value") == "hello"
+    server.models = ["tiny"]
+    browser.ask("")
+    browser.answered()
+    assert [request["model"] for request in server.requests] == ["tiny"]
+
+
 def test_a_key_is_asked_for_and_kept_in_this_tab(browser: Browser, server: StubServer):
     server.api_key = "s3cret"
     browser.reload()

@@ -372,6 +372,47 @@ def test_an_edit_can_be_left(browser: Browser, server: StubServer):
     assert len(server.requests) == 1
 
 
+def test_an_edit_outlasts_the_end_of_an_answer(browser: Browser, server: StubServer):
+    server.holds.clear()
+    browser.ask("hello")
+    browser.one(".turn.user .edit").click()
+    field = browser.driver.switch_to.active_element
+    field.send_keys(" again")
+    browser.one(".turn.user .tools .main").click()
+    browser.until(lambda: "Wait for its end" in browser.one("#toast").text)
+    server.holds.set()
+    browser.answered()
+    assert field.get_attribute("value") == "hello again"
+    browser.one(".turn.user .tools .main").click()
+    browser.until(lambda: browser.one(".turn.user .place").text == "2/2")
+    browser.answered()
+    assert contents(server) == ["hello again"]
+    browser.one(".turn.user .previous").click()
+    assert browser.one(".turn.user .body").text == "hello"
+    assert browser.all(".editing") == []
+
+
+def test_the_focus_stays_where_the_keyboard_is(browser: Browser):
+    def focused() -> Any:
+        return browser.driver.switch_to.active_element
+
+    browser.one("#prompt").send_keys("hello", browser.keys.TAB)
+    focused().send_keys(browser.keys.ENTER)
+    browser.answered()
+    assert focused().get_attribute("id") == "prompt"
+    for number in (2, 3):
+        tool(browser, "regenerate").click()
+        browser.until(
+            lambda number=number: browser.one(".turn .place").text == f"{number}/{number}"
+        )
+        browser.answered()
+    tool(browser, "previous").send_keys(browser.keys.ENTER)
+    for place, name in (("2/3", "previous"), ("1/3", "next"), ("2/3", "next"), ("3/3", "previous")):
+        browser.until(lambda place=place: browser.one(".turn .place").text == place)
+        assert name in focused().get_attribute("class").split()
+        focused().send_keys(browser.keys.ENTER)
+
+
 # --------------------------------------------------------------------------- going on
 
 
@@ -610,7 +651,9 @@ def test_a_value_that_is_lost_takes_no_others_with_it(browser: Browser):
         browser.ask(text)
         browser.answered()
     bad = next(one["id"] for one in stored_values(browser) if one["title"] == "one")
-    one_by_one = "there.get = function (key) { return key === '%s' ? lost() : get.call(this, key); };"
+    one_by_one = (
+        "there.get = function (key) { return key === '%s' ? lost() : get.call(this, key); };"
+    )
     with before_the_page(browser, LOST + one_by_one % bad):
         assert "1 stored conversations cannot be read" in browser.one("#toast").text
         assert titles(browser) == ["two"]

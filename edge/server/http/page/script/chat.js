@@ -1,7 +1,9 @@
 // What can be done in a conversation: ask, answer again, edit, go on, stop.
 
 import { askedModels } from "./compare.js";
-import { addPair, addTurn, continuationOf, goTo, messagesOf, pathOf, removeLeaf } from "./conversation.js";
+import {
+  addPair, addTurn, continuationOf, goTo, leafBelow, messagesOf, pathOf, removeLeaf,
+} from "./conversation.js";
 import { keep, toast } from "./conversations.js";
 import { $ } from "./dom.js";
 import { clearErrors, drawLog, showError, toEnd, viewOf } from "./log.js";
@@ -22,16 +24,27 @@ const actions = {
   regenerate: (turn) => answer(turn.parent),
   go_on: (turn) => answer(turn.parent, { broken: turn }),
   edit: (turn, text) => {
-    if (state.request) return;
-    answer(addTurn(state.conversation, turn.parent, "user", text).id, { models: askedModels() });
+    if (!isFree()) return false;
+    answer(addTurn(state.conversation, turn.parent, "user", text).id, { models: askedModels });
+    return true;
   },
-  show: (leaf) => {
+  show: (turn, name) => {
     if (state.request) return;
-    goTo(state.conversation, leaf);
+    goTo(state.conversation, leafBelow(state.conversation, turn.id));
     keep(state.conversation);
     redraw();
+    const { root } = viewOf(turn);
+    (root.querySelector(`.${name}:enabled`) ?? root.querySelector(".previous:enabled, .next:enabled")).focus();
   },
 };
+
+// Whether something can be asked now; says why not.
+function isFree() {
+  const why = state.request ? t("answering")
+    : $("model").value ? null : t("no_model_yet", { why: $("state").textContent });
+  if (why) toast(why);
+  return !why;
+}
 
 /** Shows the conversation that is open. */
 export function redraw() {
@@ -60,7 +73,7 @@ export function openChat(conversation) {
 export function ask(event) {
   event.preventDefault();
   const text = $("prompt").value.trim();
-  if (!text || state.request) return;
+  if (!text || !isFree()) return;
   const { conversation } = state;
   if (conversation.pair) { toast(t("keep_first")); return; }
   const last = pathOf(conversation).at(-1);
@@ -68,7 +81,8 @@ export function ask(event) {
   else addTurn(conversation, last?.id ?? null, "user", text);
   $("prompt").value = "";
   grow();
-  answer(conversation.leaf, { models: askedModels() });
+  $("prompt").focus();  // the button that was clicked goes away
+  answer(conversation.leaf, { models: askedModels });
 }
 
 /** Fits the field to its text. */
@@ -80,11 +94,11 @@ export function grow() {
 }
 
 /**
- * Answers the turn `parent`: in a turn of its own, in two side by side where there are two models, or by
+ * Answers the turn `parent`: in a turn of its own, in two side by side where `models()` are two, or by
  * going on with `broken`.
  */
-async function answer(parent, { broken = null, models = [$("model").value] } = {}) {
-  if (state.request) return;
+async function answer(parent, { broken = null, models = () => [$("model").value] } = {}) {
+  if (!isFree()) return;
   clearErrors();
   const { conversation } = state;
   const shown = conversation.leaf;
@@ -100,10 +114,11 @@ async function answer(parent, { broken = null, models = [$("model").value] } = {
     return;
   }
   if (broken) goTo(conversation, broken.id);
+  const names = models();
   const turns = broken ? [broken]
-    : models.length > 1 ? addPair(conversation, parent) : [addTurn(conversation, parent, "assistant", "")];
+    : names.length > 1 ? addPair(conversation, parent) : [addTurn(conversation, parent, "assistant", "")];
   for (const [at, turn] of turns.entries()) {
-    turn.model = models[at];
+    turn.model = names[at];
     delete turn.ended;
   }
   const request = state.request = new AbortController();

@@ -52,7 +52,7 @@ export function showError(text, retryAfterS, again) {
   box.setAttribute("role", "alert");
   const button = node("button", "", t("again"));
   button.type = "button";
-  button.addEventListener("click", () => { box.remove(); again(); });
+  button.addEventListener("click", again);
   let left = Math.min(retryAfterS, MAX_WAIT_S);
   const tick = () => {
     button.textContent = left > 0 ? t("again_in", { n: left }) : t("again");

@@ -1,7 +1,7 @@
 // Shows one turn, with what can be done with it.
 
 import { MarkdownView } from "./answer/markdown_view.js";
-import { leafBelow, siblingsOf } from "./conversation.js";
+import { siblingsOf } from "./conversation.js";
 import { copyFrom } from "./copy.js";
 import { isComposing, node } from "./dom.js";
 import { factsOf, seconds } from "./figures.js";
@@ -10,7 +10,7 @@ import { count, t } from "./words.js";
 export class TurnView {
   /**
    * Args: the conversation, the turn, and what to do: `regenerate(turn)`, `go_on(turn)`,
-   * `edit(turn, text)`, `show(leaf)`.
+   * `edit(turn, text)`, which returns whether it was sent, and `show(turn, name)`, by the button of that name.
    */
   constructor(conversation, turn, actions) {
     this.conversation = conversation;
@@ -41,11 +41,11 @@ export class TurnView {
 
   /** Shows the turn as it is now; `final` once nothing more is added to it. */
   update(final) {
+    if (this.root.classList.contains("editing")) return;
     this.isFinal = final;
     const { turn } = this;
     if (turn.role === "assistant") this.#showName();
     if (!this.answer) {
-      this.root.classList.remove("editing");
       if (this.body.textContent !== turn.content || this.body.firstElementChild) this.body.textContent = turn.content;
     } else {
       if (turn.content || final) this.answer.update(turn.content, final);
@@ -117,7 +117,7 @@ export class TurnView {
     this.facts.replaceChildren(...facts.map((fact) => node("span", "", fact)));
     const tools = node("div", "tools");
     if (this.#isInPair) {
-      const keep = this.#button("keep", () => this.actions.show(turn.id));
+      const keep = this.#button("keep", () => this.actions.show(turn, "keep"));
       keep.className = "keep";
       keep.disabled = document.body.classList.contains("answering");
       tools.append(keep);
@@ -145,7 +145,7 @@ export class TurnView {
     if (siblings.length < 2) return [];
     const at = siblings.indexOf(this.turn);
     const step = (name, sign, to) => {
-      const button = this.#button(name, () => this.actions.show(leafBelow(this.conversation, siblings[to].id)));
+      const button = this.#button(name, () => this.actions.show(siblings[to], name));
       button.textContent = sign;
       button.setAttribute("aria-label", t(name));
       button.disabled = !siblings[to];
@@ -160,8 +160,8 @@ export class TurnView {
     area.value = this.turn.content;
     area.setAttribute("aria-label", t("edit_message"));
     area.rows = Math.min(12, area.value.split("\n").length + 1);
-    const stop = () => this.update(true);
-    const send = () => area.value.trim() && this.actions.edit(this.turn, area.value.trim());
+    const stop = () => { this.root.classList.remove("editing"); this.update(true); };
+    const send = () => { if (area.value.trim() && this.actions.edit(this.turn, area.value.trim())) stop(); };
     const buttons = node("div", "tools");
     const main = this.#button("send", send);
     main.className = "main";
