@@ -29,6 +29,8 @@ class StubServer(ThreadingHTTPServer):
         hangups: set once a client left a stream.
         api_key: wanted if set.
         models: that are served.
+        aliases: further names in the list of models, of which `/stats` has nothing.
+        prefix: of all paths, as behind a proxy; ends with a slash.
         warning: of the engine.
         reason: for which answers end.
         answers: text by prompt, sent in small pieces.
@@ -50,6 +52,8 @@ class StubServer(ThreadingHTTPServer):
         self.hangups = threading.Event()
         self.api_key: str | None = None
         self.models = ["tiny", "<b>other</b>"]
+        self.aliases: list[str] = []
+        self.prefix = "/"
         self.refusals = 0
         self.warning: str | None = None
         self.tokens = 0
@@ -92,14 +96,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.paths.append(self.path)
-        if file := page_files().get(self.path):
+        path = self._path()
+        if file := page_files().get(path):
             self._answer(200, file.body, file.headers)
         elif not self._admitted():
             self._error(401, "wrong key")
-        elif self.path == "/v1/models":
-            cards = [self._card(name) for name in self.server.models]
+        elif path == "/v1/models":
+            cards = [self._card(name) for name in (*self.server.models, *self.server.aliases)]
             self._json(200, {"data": [*cards, {**self._card("vectors"), "task": "embed"}]})
-        elif self.path == "/stats":
+        elif path == "/stats":
             self._json(200, self._stats())
         else:
             self._error(404, "nothing here")
@@ -110,6 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(body)
         if not self._admitted():
             self._error(401, "wrong key")
+        elif self._path() != "/v1/chat/completions":
+            self._error(404, "nothing here")
         elif self.server.refusals > 0:
             self.server.refusals -= 1
             self._error(429, "the queue is full", {"retry-after": "1"})
@@ -181,6 +188,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(part)
             self.wfile.flush()
 
+    def _path(self) -> str:
+        """The path as the server has it, without what is the proxy's."""
+        prefix = self.server.prefix
+        return f"/{self.path.removeprefix(prefix)}" if self.path.startswith(prefix) else ""
+
     def _admitted(self) -> bool:
         key = self.server.api_key
         return key is None or self.headers["authorization"] == f"Bearer {key}"
@@ -215,7 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
                     ],
                     "completion_tokens": self.server.tokens,
                     "latency": {"ttft_s": times, "itl_s": times, "total_s": times},
-                }
+                },
+                **{name: {} for name in self.server.models if name != "tiny"},
             },
             "rejections": {"queue_full": 3, "bodies_full": 0},
             "drift": {"params": {"temperature": {"psi": 0.31, "alarm": True}}},

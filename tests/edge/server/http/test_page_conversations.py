@@ -460,6 +460,29 @@ def test_figures_of_an_answer_that_went_on_add_up(browser: Browser, server: Stub
     assert turn.find_element(browser.by.CSS_SELECTOR, "summary").text.endswith("60 tokens")
 
 
+def test_figures_of_a_stopped_answer_count(browser: Browser, server: StubServer):
+    def tokens() -> int:
+        return int(browser.one(".turn.assistant .facts span").text.removesuffix(" tokens"))
+
+    browser.ask("endless")
+    browser.until(lambda: "5 6" in browser.one(".turn.assistant .body").text)
+    browser.one("#stop").click()
+    turn = browser.answered()
+    written = len(turn.find_element(browser.by.CSS_SELECTOR, ".body").text.split())
+    assert tokens() == written
+    facts = turn.find_element(browser.by.CSS_SELECTOR, ".facts").text
+    assert "tokens/s" in facts
+    assert "first after" in facts
+    # The prompt of what goes on has what is there of the answer.
+    server.usage = {"completion_tokens": 40, "prompt_tokens": 3 + written}
+    tool(browser, "continue").click()
+    browser.until(lambda: "whole answer." in browser.one(".turn.assistant .body").text)
+    facts = browser.answered().find_element(browser.by.CSS_SELECTOR, ".facts").text
+    assert tokens() == written + 40
+    assert "prompt 3\n" in facts
+    assert f"about {written + 43} of" in browser.one("#meter-text").text
+
+
 def test_stopped_before_the_first_word(browser: Browser, server: StubServer):
     server.holds.clear()
     browser.ask("hello")

@@ -131,7 +131,7 @@ async function answer(parent, { broken = null, models = () => [$("model").value]
     const { turn } = run;
     const asked = broken ? continuationOf(conversation, turn, systemMessage())
       : { messages: messagesOf(conversation, parent, systemMessage()) };
-    return post("/v1/chat/completions", { model: turn.model, ...asked, ...options }, request.signal);
+    return post("v1/chat/completions", { model: turn.model, ...asked, ...options }, request.signal);
   })));
   if (state.request === request) state.request = null;
   busy(state.request !== null);

@@ -71,7 +71,7 @@ function latency({ rows }, name) {
 const gauges = GAUGES.map(([name, value, optional]) => {
   const root = node("div", "gauge"), text = node("dd", "", "–");
   root.hidden = optional !== undefined;
-  const curve = new Sparkline(HISTORY, POLL_S);
+  const curve = new Sparkline(HISTORY);
   const gauge = { value, root, curve, last: "–", pointed: null };
   gauge.show = () => {
     text.textContent = gauge.pointed ?? gauge.last;
@@ -86,6 +86,7 @@ const gauges = GAUGES.map(([name, value, optional]) => {
 });
 
 let before = null;
+let listed = null;  // the models of /stats that the list of models was read for; null: it is read again
 
 function showStats(stats) {
   const rows = Object.values(stats.models ?? {}), at = performance.now();
@@ -118,11 +119,13 @@ export async function poll() {
   clearTimeout(state.timer);
   if (!document.hidden) {
     try {
-      showStats(await getJSON("/stats"));
-      if (!state.models.length) await loadModels();
-      else showState(t("ready"), "up");
+      const stats = await getJSON("stats");
+      showStats(stats);
+      const names = Object.keys(stats.models ?? {}).join("\n");
+      if (state.models.length && names === listed) showState(t("ready"), "up");
+      else listed = await loadModels() ? names : null;  // names of splits come a little later
     } catch (error) {
-      before = null;
+      before = listed = null;
       note(reasonOf(error), true);
       showState(reasonOf(error), "down");
     }

@@ -29,6 +29,7 @@ async function refusal(response) {
   return new Refusal(`${message} (${response.status})`, response.status, after);
 }
 
+/** Reads JSON from a path below the page's own address, which a proxy may have under a prefix. */
 export async function getJSON(path) {
   const response = await fetch(path, { headers: headers(), cache: "no-store" });
   if (!response.ok) throw await refusal(response);

@@ -7,11 +7,10 @@ const WIDTH = 100, HEIGHT = 30;
 const SVG = "http://www.w3.org/2000/svg";
 
 export class Sparkline {
-  /** Args: how many readings are kept, and how many seconds lie between them. */
-  constructor(size, everyS) {
+  /** Args: how many readings are kept. */
+  constructor(size) {
     this.size = size;
-    this.everyS = everyS;
-    this.points = [];  // [number, text, short text]
+    this.points = [];  // [number, text, short text, time]
     this.root = node("div", "spark");
     this.svg = document.createElementNS(SVG, "svg");
     this.svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
@@ -35,7 +34,7 @@ export class Sparkline {
 
   /** Adds a reading; the scale shows the short text of the highest one. */
   push(value, text, short = text) {
-    this.points.push([value, text, short]);
+    this.points.push([value, text, short, Date.now()]);
     if (this.points.length > this.size) this.points.shift();
     const values = this.points.map(([one]) => one);
     const top = Math.max(...values), low = Math.min(0, ...values);
@@ -56,7 +55,7 @@ export class Sparkline {
     const at = Math.round(share * (this.size - 1)) - (this.size - this.points.length);
     if (!this.points[at]) { this.onpoint?.(null); return; }
     for (const name of ["x1", "x2"]) this.cursor.setAttribute(name, String(this.#x(at)));
-    const ago = (this.points.length - 1 - at) * this.everyS;
-    this.onpoint?.(t("at_time", { value: this.points[at][1], n: ago }));
+    const [, text, , time] = this.points[at];
+    this.onpoint?.(t("at_time", { value: text, n: Math.round((Date.now() - time) / 1000) }));
   }
 }
