@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from edge.confine import confine
@@ -16,8 +17,11 @@ from edge.errors import ResourceError
 
 CPU_S = 10
 _MODULES = (
+    "_strptime",  # datetime.strptime and time.strptime import it
     "abc",
+    "array",
     "bisect",
+    "calendar",
     "cmath",
     "collections.abc",
     "contextlib",
@@ -28,17 +32,22 @@ _MODULES = (
     "enum",
     "fractions",
     "functools",
+    "hashlib",
     "heapq",
     "itertools",
     "json",
+    "locale",
     "math",
+    "numbers",
     "operator",
+    "queue",
     "random",
     "re",
     "statistics",
     "string",
     "textwrap",
     "time",
+    "traceback",
     "types",
     "typing",
     "unicodedata",
@@ -65,10 +74,10 @@ def work(task: bytes) -> bytes:
 
 
 def _run(program: str, tests: str) -> dict[str, Any]:
-    space: dict[str, Any] = {"__name__": "program"}
+    module = sys.modules["program"] = ModuleType("program")  # dataclasses look there
     try:
-        exec(compile(program, "program", "exec"), space)
-        exec(compile(tests, "tests", "exec"), space)
+        for source, name in ((program, "program"), (tests, "tests")):
+            exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
     except MemoryError:
         raise
     except BaseException as error:  # noqa: BLE001 - also what ends an interpreter

@@ -66,6 +66,14 @@ def hold_children(monkeypatch: pytest.MonkeyPatch) -> None:
         (body("import socket; socket.socket()"), "Error"),
         (body("import numpy"), "ModuleNotFoundError"),
         (body("input()"), "lost sys.stdin"),
+        (body("import hashlib; assert len(hashlib.md5(b'a').hexdigest()) == 32"), None),
+        (
+            body(
+                "import datetime, time; datetime.datetime.strptime('29 Feb 2024', '%d %b %Y')\n"
+                "    import array, calendar, numbers, queue, traceback; time.strptime('7', '%d')"
+            ),
+            None,
+        ),
     ],
 )
 def test_a_program_computes_and_does_nothing_else(program: str, complaint: str | None):
@@ -76,6 +84,17 @@ def test_a_program_computes_and_does_nothing_else(program: str, complaint: str |
         assert found is not None
         assert complaint in found
     assert not Path("/tmp/edge-llm-escaped").exists()
+
+
+@pytest.mark.parametrize(
+    ("future", "annotation"), [("", "int"), ("from __future__ import annotations\n", "'int'")]
+)
+def test_a_program_is_a_module_of_its_own(future: str, annotation: str):
+    """Its future imports are those that it states, and dataclasses find it."""
+    point = "from dataclasses import dataclass\n@dataclass\nclass Point:\n    x: int\n"
+    program = f"{future}{point}def double(x: int):\n    return 2 * Point(x).x"
+    tests = f"{ITEM.tests}\nassert double.__annotations__ == {{'x': {annotation}}}"
+    assert check_program(ProgramItem(ITEM.question, tests), program) is None
 
 
 @pytest.mark.parametrize(
