@@ -1,7 +1,7 @@
 """Reads the file of requests, and keeps the files of answers so that any end can be gone on from.
 
-An answer is appended as one line. What a killed process left of its last line is cut off, and its
-request is asked again; so no row is lost and none is there twice.
+An answer is appended as one line. What a killed process or a power cut left of the last ones is cut
+off, and their requests are asked again; so no row is lost and none is there twice.
 """
 
 from __future__ import annotations
@@ -73,23 +73,25 @@ class Journal:
         self._is_synced = True
 
     def _mend(self) -> int:
-        """Cut off a torn last line; returns the size."""
-        size = os.fstat(self._fd).st_size
-        end, tail = size, b""
-        while end:
-            start = max(0, end - _BLOCK)
-            block = os.pread(self._fd, end - start, start)
-            at = block.rfind(b"\n")
-            tail = (block[at + 1 :] + tail)[: len(PREFIX)]
-            if at >= 0:
-                end = start + at + 1
-                break
-            end = start
-        if end == size:
-            return size
-        if not (tail.startswith(PREFIX) or PREFIX.startswith(tail)):
-            raise self._foreign(f"its last line begins with {tail[:40]!r}")
-        os.ftruncate(self._fd, end)
+        """Cut off a torn last line, and all from the first zero byte on; returns the size.
+
+        After a power cut a file system may have zeros where the last lines were not on the disk.
+        """
+        end = at = number = 0
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            while piece := file.readline(_BLOCK):
+                text = piece.partition(b"\0")[0]
+                is_ours = text.startswith(PREFIX) or (PREFIX.startswith(text) and (text or end))
+                if at == end and not is_ours:
+                    raise self._foreign(f"line {number + 1} begins with {piece[:40]!r}")
+                at += len(piece)
+                if text != piece:
+                    break
+                if piece.endswith(b"\n"):
+                    end, number = at, number + 1
+        if at != end:
+            os.ftruncate(self._fd, end)
         return end
 
     def answered(self) -> Iterator[tuple[str | None, int | None]]:

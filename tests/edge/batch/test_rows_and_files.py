@@ -123,7 +123,7 @@ def _lines(count: int) -> list[bytes]:
 def test_any_prefix_of_the_answers_is_gone_on_from(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ):
-    """Cut anywhere: the whole lines stay to the byte, all other rows come again, each once."""
+    """Cut anywhere, or zeros from there on: whole lines stay to the byte, others come again, once."""
     path = tmp_path_factory.mktemp("cut")
     source = write_requests(path / "in.jsonl", [{"input": "x"}] * 6)
     answers = _lines(6)
@@ -131,7 +131,8 @@ def test_any_prefix_of_the_answers_is_gone_on_from(
     whole = b"".join(answers[i] for i in order)
     cut = data.draw(st.integers(0, len(whole)))
     output = path / "out.jsonl"
-    output.write_bytes(whole[:cut])
+    zeros = data.draw(st.sampled_from([b"", b"\0" * 4096, b"\0\0\n", b"\0\n" + whole[cut:]]))
+    output.write_bytes(whole[:cut] + (zeros if cut else b""))
     requests, journal = Requests(source), Journal(output)
     requests.mark_done(journal)
     left = [row.custom_id for row in requests.rows(lambda *_: pytest.fail("a row is refused"))]
@@ -198,6 +199,8 @@ def test_files_of_something_else_are_left_as_they_are(tmp_path: Path):
         (b"my notes\n", "something else than answers"),
         (b'{"id": 1}\n', "something else than answers"),
         (b"\0\0\0", "something else than answers"),
+        (b'{"id": 1}\n\0\0', "line 1 begins with"),
+        (_lines(1)[0] + b"my notes\n\0\0", "line 2 begins with"),
         (b"".join(answers), r"custom_id 'row-2', which .* does not have"),
         (answers[0] + 2 * answers[1], r"custom_id 'row-1'.*answered already"),
     ):
