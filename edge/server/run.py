@@ -340,7 +340,7 @@ class Service:
         sizes = settings.num_slots, settings.kv_capacity, settings.prefill
         taken = [
             need_bytes(model.llm.manifest, *sizes, model.llm.draft_manifest)
-            for model in self.models.models()
+            for model in self.models.open_models()
         ]
         return settings.memory_budget_mb * 2**20 - sum(taken)
 

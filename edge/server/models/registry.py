@@ -180,7 +180,7 @@ class Choice(NamedTuple):
 class ModelRegistry:
     """The served models, and whether the server takes requests at all.
 
-    Only the event loop's thread may call its methods, except `load` and `close`.
+    Only the event loop's thread may call its methods, except `load`, `open_models` and `close`.
 
     Args:
         open_llm: opens a bundle; runs in a thread.
@@ -260,6 +260,10 @@ class ModelRegistry:
     def models(self) -> list[ServedModel]:
         """Return the models that take requests."""
         return list(self._models.values())
+
+    def open_models(self) -> list[ServedModel]:
+        """Return the models that take memory: those, and retired ones that are not closed yet."""
+        return [*self._models.values(), *self._retired]
 
     def aliases(self) -> list[str]:
         """Return the names that stand for one of several models."""
@@ -399,11 +403,11 @@ class ModelRegistry:
     @property
     def is_alive(self) -> bool:
         """Whether no engine hangs or has failed; otherwise a service manager should restart us."""
-        return all(self._why_not(model) is None for model in self._everyone())
+        return all(self._why_not(model) is None for model in self.open_models())
 
     def beat(self) -> None:
         """Look at every engine; requests on one that hangs get an error."""
-        for model in self._everyone():
+        for model in self.open_models():
             model.heartbeat.beat()
             if self._why_not(model) == "engine_stalled":
                 _abort(model, stalled())
@@ -411,20 +415,17 @@ class ModelRegistry:
     @property
     def num_flights(self) -> int:
         """Number of requests that run now."""
-        return sum(len(model.flights) + model.leases for model in self._everyone())
+        return sum(len(model.flights) + model.leases for model in self.open_models())
 
     def abort_all(self, error: APIError) -> None:
         """End every running request with an error."""
-        for model in self._everyone():
+        for model in self.open_models():
             _abort(model, error)
 
     def close(self) -> None:
         """Close every model; blocks until their engines are free."""
-        for model in self._everyone():
+        for model in self.open_models():
             model.llm.close()
-
-    def _everyone(self) -> list[ServedModel]:
-        return [*self._models.values(), *self._retired]
 
 
 def _abort(model: ServedModel, error: APIError) -> None:

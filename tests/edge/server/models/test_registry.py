@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import shutil
 import threading
@@ -33,7 +34,7 @@ from edge.server.models.switch import need_bytes
 from edge.server.run import Service
 from edge.server.settings import ServerSettings
 from tests.conftest import Bundles
-from tests.edge.server.scripted import Answer, Live, ScriptedEngine, running
+from tests.edge.server.scripted import Answer, Live, ScriptedEngine, running, until
 
 # Rules
 
@@ -530,6 +531,31 @@ def test_two_models_fit_only_if_the_budget_says_so(bundles: dict[str, Path]):
     assert size > sum(file.num_bytes for file in manifest.files.values())
     assert need_bytes(manifest, 8, 512) > size
     assert need_bytes(manifest, 4, 512, "plain", manifest) == 2 * size
+
+
+def test_the_budget_counts_a_bundle_that_still_answers(
+    bundles: dict[str, Path], caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, "edge.server")
+    size = need_bytes(read_manifest(bundles["old"]), 4, 2**15)
+    room = {"memory_budget_mb": (2 * size >> 20) + 1, "kv_capacity": 2**15}
+    assert size > 1 << 20  # so there is none for a third one
+    third = bundles["old"].parent / "third"
+    shutil.copytree(bundles["broken"], third)
+    shutil.copy(bundles["old"] / "embeddings.safetensors", third)
+    context, engines = swap(bundles, stall_s=60, **room)
+    with context as live, ThreadPoolExecutor(1) as pool:
+        engines["old"].running.clear()
+        answer = pool.submit(live.chat, temperature=0)
+        until(lambda: live.service.models.num_flights == 1)
+        swapped = Swap(live, engines)
+        for bundle in (bundles["new"], third):
+            swapped.reload(bundle)
+        engines["old"].running.set()
+        assert said(answer.result()) == "I am old"
+        assert said(live.chat(temperature=0)) == "I am third"
+    said_so = [text.split(", opened ")[1] for text in caplog.messages if ", opened " in text]
+    assert said_so == ["beside the old one", "in its place"]
 
 
 def test_the_budget_counts_the_weights_of_int8_prompts(tiny_bundles: Bundles):
