@@ -32,6 +32,7 @@ class GenerationStats:
         prompt_tokens: tokens of the prompt, cached ones included.
         cached_tokens: prompt tokens whose cache rows were there already.
         completion_tokens: tokens sampled, the end token included.
+        has_started: whether it had a slot; False for one that was cancelled in the queue.
         queue_s: from submission to the start of the prefill.
         ttft_s: from submission to the first token.
         total_s: from submission to the last token.
@@ -45,6 +46,7 @@ class GenerationStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    has_started: bool = False
     queue_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0

@@ -252,6 +252,7 @@ class EngineCore:
         except EdgeError as error:
             self._fail(sequence, error)
             return
+        sequence.stats.has_started = True
         sequence.stats.cached_tokens = cached
         sequence.pending = sequence.ids[cached:]
         self.drafting.begin(sequence)

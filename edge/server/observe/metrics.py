@@ -205,7 +205,8 @@ class Metrics:
         model = self._label("model", model)
         outcome = "abort" if finish_reason == "cancelled" else finish_reason
         self._requests.labels(model, outcome).inc()
-        self._count_prompt(model, stats)
+        if stats.has_started:
+            self._count_prompt(model, stats)
         self._generated.labels(model, "reasoning").inc(reasoning_tokens)
         self._generated.labels(model, "answer").inc(stats.completion_tokens - reasoning_tokens)
         if stats.completion_tokens:

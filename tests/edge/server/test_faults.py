@@ -119,6 +119,13 @@ def test_the_engine_stops_within_a_step_of_a_client_that_leaves(shaky: Live):
 
 
 def test_a_client_that_leaves_the_queue_gives_its_place_back(shaky: Live):
+    def prompt_tokens() -> tuple[int, float]:
+        found = re.findall(
+            rb'edgellm_prefix_cache_queries_total{model="tiny"} (.*)', shaky.ask("/metrics").body
+        )
+        return shaky.engine.llm.scheduler.stats().prompt_tokens, sum(map(float, found))
+
+    before = prompt_tokens()
     shaky.engine.delay_s = 0.01
     messages = long_text(shaky, "queue", 300)
     socks = [shaky.connect() for _ in range(10)]
@@ -133,6 +140,10 @@ def test_a_client_that_leaves_the_queue_gives_its_place_back(shaky: Live):
     assert shaky.engine.llm.scheduler.stats().waiting == 0
     for sock in socks:
         sock.close()
+    assert shaky.idle()
+    # Metrics count the prompts that were read, as the scheduler does.
+    read, counted = (now - old for now, old in zip(prompt_tokens(), before, strict=True))
+    assert counted == read > 0
 
 
 def test_a_slow_reader_is_cut_and_holds_up_nobody(shaky: Live):

@@ -39,6 +39,7 @@ STATS = GenerationStats(
     prompt_tokens=10,
     cached_tokens=4,
     completion_tokens=3,
+    has_started=True,
     queue_s=0.25,
     ttft_s=0.75,
     total_s=1.25,
