@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 
 import msgspec
 
@@ -16,7 +17,13 @@ from edge.errors import ResourceError
 from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 
 _LIMITS = Limits(cpu_s=5, memory_bytes=512 << 20, answer_bytes=1 << 16, nice=5)
-_FENCE = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
+# With anything after it on its line, and after text; "```x```" within a line is none.
+_FENCE = re.compile(
+    r"^(?:(?:[^`\n]|`[^`\n]+`)*(`{3,})|[ \t]*(~{3,})(?!~))[^`\n]*\n"
+    r"(?P<code>.*?)\n?(?:^[ \t]*(?:\1|\2)|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+_FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 _NAME = re.compile(r"^def (\w+)\(", re.MULTILINE)
 # A line that begins at the margin and is none of a function that goes on.
 _AFTER = re.compile(r"\n(?=[^\s)\]}])")
@@ -60,11 +67,14 @@ def program_of_answer(item: ProgramItem, answer: str) -> str | None:
     A block that holds the function's body alone is put under its head. None: there is no code.
     """
     name = function_name(item)
-    blocks = _FENCE.findall(answer) or [answer]
-    whole = [block for block in blocks if re.search(rf"^def {name}\(", block, re.MULTILINE)]
+    answer = answer.replace("\r\n", "\n")
+    blocks = [fenced["code"] for fenced in _FENCE.finditer(answer)] or [answer]
+    dedented = map(textwrap.dedent, blocks)  # what is in a list is indented
+    whole = [block for block in dedented if re.search(rf"^def {name}\(", block, re.MULTILINE)]
     if whole:
         # Imports and helpers of the head count although the answer may leave them out.
-        return f"{_before(item)}\n{whole[-1]}"
+        program = f"{_before(item)}\n{whole[-1]}"
+        return "".join(_FUTURE.findall(program)) + _FUTURE.sub("", program)
     bodies = [block for block in blocks if block.startswith((" ", "\t")) and block.strip()]
     return f"{item.question.rstrip()}\n{bodies[-1]}" if bodies else None
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -156,6 +157,11 @@ def test_both_tables_name_every_call_once():
         (f"```\nprint(1)\n```\nso\n```python\n{RIGHT}\n```\n```\n>>> double(2)\n```", RIGHT),
         (f"```python\n{RIGHT}", RIGHT),  # cut off before the fence
         (RIGHT, RIGHT),
+        (f"1. So:\n\n   ```python\n{indent(RIGHT, '   ')}\n   ```\n2. Done.", RIGHT),
+        (f"- So is `x`: ```Python 3\n{indent(RIGHT, '  ')}\n  ```", RIGHT),
+        (f"With ```x``` so:\n```py\n{RIGHT}\n```\n".replace("\n", "\r\n"), RIGHT),
+        (f"~~~python\n{RIGHT}\n~~~\n```\n```", RIGHT),
+        (f"```python\nfrom __future__ import annotations\n{RIGHT}\n```", RIGHT),
         (
             "```python\n    return 2 * x\n```",
             "def double(x):\n    '''Twice x.'''\n    return 2 * x",
@@ -166,7 +172,7 @@ def test_the_program_is_found(answer: str, expected: str):
     program = program_of_answer(ITEM, answer)
     assert program is not None
     assert program.endswith(expected)
-    assert program.startswith("import math\n")
+    assert program.removeprefix("from __future__ import annotations\n").startswith("import math\n")
     assert check_program(ITEM, program) is None
 
 
