@@ -53,8 +53,8 @@ class Snapshot(msgspec.Struct, frozen=True):
         gpu_load_ratio: 0 to 1, as the driver averages it.
         gpu_clock_hz, gpu_clock_max_hz, gpu_clock_min_hz: now, and the limits set at present.
         temperatures_celsius: temperatures by thermal zone, without ``-thermal``; zones that are
-            off are absent.
-        power_watts: power by rail.
+            off are absent, a second one of a name is ``NAME-1``.
+        power_watts: power by rail; likewise.
         module_power_watts: power of the whole module, not of the carrier board.
         throttled: a temperature limit holds clocks down now; None where nothing says.
         throttled_by: the cooling devices that do, e.g. ``gpu-throttle-alert``.
@@ -329,12 +329,18 @@ def _read_rails(root: Path) -> dict[str, float]:
             milliamperes = _number(path / f"curr{channel}_input")
             if not label or label == "NC" or millivolts is None or milliamperes is None:
                 continue
-            rails[label] = millivolts * milliamperes / 1e6
+            _add(rails, label, millivolts * milliamperes / 1e6)
     for path in _hwmon(root, "ina238"):
         microwatts = _number(path / "power1_input")
         if microwatts is not None:
-            rails[_text(path / "in1_label") or "VIN"] = microwatts / 1e6
+            _add(rails, _text(path / "in1_label") or "VIN", microwatts / 1e6)
     return rails
+
+
+def _add(values: dict[str, float], name: str, value: float) -> None:
+    """Add a value; a second one of a name is called ``NAME-1``."""
+    names = (name, *(f"{name}-{number}" for number in range(1, len(values) + 1)))
+    values[next(free for free in names if free not in values)] = value
 
 
 def _module_power(rails: dict[str, float]) -> float | None:
@@ -352,7 +358,7 @@ def _read_temperatures(root: Path) -> dict[str, float]:
         name, millidegrees = _text(path / "type"), _number(path / "temp")
         # A sensor that is switched off reads as -256 degrees.
         if name and millidegrees is not None and millidegrees > -200_000:
-            zones[re.sub(r"[-_](?:thermal|therm)$", "", name)] = millidegrees / 1000
+            _add(zones, re.sub(r"[-_](?:thermal|therm)$", "", name), millidegrees / 1000)
     return zones
 
 

@@ -76,6 +76,18 @@ def test_rails_that_are_not_the_whole_module_are_not_called_so(tmp_path: Path):
     assert snapshot.module_power_watts is None
 
 
+def test_zones_and_rails_of_one_name_are_all_there(tmp_path: Path):
+    for number, millidegrees in enumerate((101_000, 30_000, 40_000)):
+        zone = f"sys/class/thermal/thermal_zone{number}"
+        trees.write_tree(tmp_path, {f"{zone}/type": "acpitz\n", f"{zone}/temp": str(millidegrees)})
+        rails = trees.ina3221(f"sys/class/hwmon/hwmon{number}", {"VDD_IN": (5000, number + 1)})
+        trees.write_tree(tmp_path, rails)
+    snapshot = read_snapshot(tmp_path)
+    assert snapshot.temperatures_celsius == {"acpitz": 101, "acpitz-1": 30, "acpitz-2": 40}
+    assert snapshot.power_watts == {"VDD_IN": 0.005, "VDD_IN-1": 0.01, "VDD_IN-2": 0.015}
+    assert snapshot.module_power_watts == 0.005
+
+
 def test_an_empty_root_is_all_unknown(tmp_path: Path):
     assert read_snapshot(tmp_path) == Snapshot()
     assert read_snapshot(tmp_path / "missing") == Snapshot()
