@@ -88,10 +88,14 @@ def read_text_file(path: Path, max_bytes: int) -> str:
     """Read a plain file of UTF-8 text; see `read_file` and `decode_text`.
 
     Raises:
-        OSError: see `read_file`.
-        UnicodeDecodeError: it is not UTF-8.
+        OSError: see `read_file`; also that it is not UTF-8.
     """
-    return decode_text(read_file(path, max_bytes))
+    data = read_file(path, max_bytes)
+    try:
+        return decode_text(data)
+    except UnicodeDecodeError as error:
+        what = f"it is not UTF-8 (byte {error.start})"
+        raise OSError(errno.EILSEQ, what, str(path)) from error
 
 
 def decode_text(data: bytes) -> str:

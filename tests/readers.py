@@ -35,6 +35,7 @@ from edge.bundle.onnx_file import Message, OnnxFile, tensor_info
 from edge.bundle.rope import inverse_frequencies
 from edge.bundle.trust import read_signature_bytes
 from edge.cli.conversation import read_conversation
+from edge.cli.verify import read_prompts
 from edge.config_file import load_settings
 from edge.errors import ConfigError, EdgeError
 from edge.files import read_file
@@ -310,11 +311,15 @@ def _lora(path: Path) -> None:
 _tokenizers: list[Tokenizer] = []
 
 
-def _calibration(path: Path) -> None:
+def _one_tokenizer() -> Tokenizer:
     if not _tokenizers:
         _tokenizers.append(Tokenizer(json.dumps(_TOKENIZER).encode(), TOKENS))
+    return _tokenizers[0]
+
+
+def _calibration(path: Path) -> None:
     for document in read_calibration_text(path).documents:
-        encode_document(_tokenizers[0], None, document)
+        encode_document(_one_tokenizer(), None, document)
 
 
 def _lines(*values: Any) -> bytes:
@@ -420,6 +425,9 @@ READERS = {
     ),
     "lora": Reader("adapter_config.json", json.dumps(_LORA).encode(), _lora),
     "calibration": Reader("text.jsonl", _lines({"text": "a b"}, _CHAT), _calibration),
+    "prompts": Reader(
+        "prompts.txt", b"a b\nc\n", lambda path: read_prompts(path, _one_tokenizer(), 64)
+    ),
     "keep_list": Reader("ids.json", b"[1, 2, 3]", read_keep_list),
     "task": Reader(
         "task.jsonl",

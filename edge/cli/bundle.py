@@ -319,5 +319,5 @@ def _password(file: Path | None, confirm: bool = False) -> str:
         return text
     try:
         return read_text_file(file, MAX_BYTES).removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot read the password of {file}: {error}") from error

@@ -139,8 +139,6 @@ def _read(path: Path | None) -> str:
         return read_text_file(path, _MAX_TEXT_BYTES)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
 def _system_ids(llm: LLM, system: str) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -332,26 +331,17 @@ def read_prompts(path: Path | None, tokenizer: Tokenizer, limit: int) -> list[li
     Raises:
         ConfigError: the file cannot be read or has no prompt, or the cache is too small.
     """
+    from edge.measure.evaluate import EVAL_TEXT, read_text
+
     if limit < 1:
         raise ConfigError(
             "the decode steps fill the KV cache; give fewer --decode-steps or a larger "
             "--kv-capacity"
         )
+    text = read_text(path or EVAL_TEXT)
     if path is None:
-        text = (
-            resources.files("edge")
-            .joinpath("measure/data/eval_text.txt")
-            .read_text(encoding="utf-8")
-        )
-        ids = tokenizer.encode(text[:20_000])
-        return _pieces(ids, limit)
-    try:
-        # Not splitlines, for which a form feed ends a line, too.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise ConfigError(f"--prompts {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {path} is not UTF-8 text: {error}") from error
+        return _pieces(tokenizer.encode(text[:20_000]), limit)
+    lines = text.split("\n")  # not splitlines, for which a form feed ends a line, too
     prompts = [tokenizer.encode(line) for line in lines if line.strip()]
     if not prompts:
         raise ConfigError(f"--prompts {path} has no prompt; write one per line")

@@ -129,9 +129,7 @@ def read_text(path: Path) -> str:
     try:
         return read_text_file(path, _MAX_TEXT_BYTES)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; name a text file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}; name a UTF-8 text") from error
 
 
 def cut_windows(

@@ -123,7 +123,7 @@ def _lines(count: int) -> list[bytes]:
 def test_any_prefix_of_the_answers_is_gone_on_from(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ):
-    """Cut anywhere, or zeros from there on: whole lines stay to the byte, others come again, once."""
+    """Cut, or zeros, from anywhere on: whole lines stay to the byte, others come again, once."""
     path = tmp_path_factory.mktemp("cut")
     source = write_requests(path / "in.jsonl", [{"input": "x"}] * 6)
     answers = _lines(6)

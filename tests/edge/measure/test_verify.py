@@ -220,6 +220,7 @@ def test_prompts_of_ones_own(bundle: Path, tmp_path: Path) -> None:
     for text, words in ((b"\n", "no prompt"), (b"\xff", "not UTF-8")):
         prompts.write_bytes(text)
         assert words in str(run(bundle, "--prompts", prompts).exception)
+    assert "no plain file" in str(run(bundle, "--prompts", "/dev/null").exception)
     assert "--kv-capacity" in str(run(bundle, "--decode-steps", 128).exception)
 
 
