@@ -188,7 +188,7 @@ def test_reasoning_is_part_of_the_text(model: DeepSeekModel):
         ("hm</think>", True, (), "<think>\nhm\n</think>\n\n"),
         ("hm", False, (), "<think>\nhm"),
         ("hm", True, (), "<think>\nhm"),
-        ("hm. So</think>\n\nyes", True, (".",), "<think>\nhm"),
+        ("hm. So</think>\n\nyes. Or", True, (".",), "<think>\nhm. So\n</think>\n\nyes"),
         ("</think>\n\nyes", True, (), "yes"),
     ],
 )
