@@ -119,7 +119,6 @@ def test_rm_asks_and_touches_only_bundles(edge_llm: EdgeLlm, root: Path):
         ("n\n", 0, "nothing was removed", True),
         ("\n", 0, "nothing was removed", True),
         ("y\n", 0, "", False),
-        ("", 130, "", True),  # as by Ctrl-C
     ],
 )
 def test_rm_does_what_it_is_answered(
