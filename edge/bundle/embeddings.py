@@ -103,7 +103,7 @@ class EmbeddingTable:
                 read_bytes = os.preadv(self._file, [target.data], offset)
             except OSError as error:
                 raise BundleError(
-                    f"cannot read the embedding table: {error.strerror}; look after its disk"
+                    f"cannot read the embedding table: {error.strerror}; check its disk"
                 ) from error
             if read_bytes != self._row_bytes:
                 raise BundleError("the embedding table was cut off while in use; export it again")

@@ -121,7 +121,7 @@ class SamplingParams:
         seed: where the random numbers start, 0..2**64 - 1: the same seed gives the same answer; by
             default a fresh one.
         max_tokens: tokens of the answer at most; by default it ends when the KV cache is full.
-        stop: texts that end the answer.
+        stop: texts that end the answer; in a reasoning they end nothing.
         stop_token_ids: tokens that end the answer, besides the model's own.
         logprobs: report the log-probability of each token and of this many of the most probable
             ones, 0..20; None is off.
