@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Raw, Struct
 
+from edge.files import MALFORMED
+
 SESSION_HEADER = b"x-session-id"
 _BEGIN_BYTES = 4096
 """Of a prompt without messages; more would tell a longer history from its own beginning."""
@@ -70,7 +72,7 @@ def affinity(path: str, headers: Mapping[bytes, bytes], body: bytes, client: str
     """
     try:
         read = msgspec.json.decode(body, type=_Body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except MALFORMED:
         return Affinity(None, None)  # the device says what is wrong with it
     model = _text(read.model)
     if path.endswith(_NO_PROMPT):
@@ -114,5 +116,5 @@ def _user_id(raw: Raw) -> str | None:
 def _decoded(raw: Raw, kind: Any) -> Any:
     try:
         return msgspec.json.decode(raw, type=kind) if bytes(raw) else None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except MALFORMED:
         return None

@@ -20,6 +20,7 @@ from yarl import URL
 import edge
 from edge.device.telemetry import read_module
 from edge.errors import BackendError, ConfigError
+from edge.files import MALFORMED
 from edge.key_file import read_key_file
 
 from .errand import Errand, Order, plain
@@ -130,7 +131,7 @@ class DeviceAgent:
             trouble = f"its service did not answer within {_LOOK_S:g} s"
         except (aiohttp.ClientError, OSError) as error:
             trouble = f"its service does not answer: {error}"
-        except (msgspec.MsgspecError, BackendError, ConfigError) as error:
+        except (BackendError, ConfigError, *MALFORMED) as error:
             trouble = f"its service is none of edge-llm serve, or wants a key: {error}"
         self._facts = self._facts | {"trouble": trouble}
 

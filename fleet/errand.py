@@ -20,6 +20,7 @@ from typing import IO, Any, Literal
 import msgspec
 
 from edge.errors import ConfigError
+from edge.files import MALFORMED
 from edge.registry.reference import parse_reference
 from edge.rollout import WATCH_S
 
@@ -191,7 +192,7 @@ def _read_answer(file: IO[bytes], digest: str) -> tuple[bool | None, int, str]:
     lines = _tail(file).strip().splitlines()
     try:
         answer = msgspec.json.decode(lines[-1] if lines else b"", type=_Answer)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         return None, 70, f"its command ended with 0 and printed no JSON of a roll-out: {error}"
     if answer.digest != digest:
         return None, 70, f"its command ended with 0 and brought it to {answer.digest}"

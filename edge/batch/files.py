@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -105,7 +104,7 @@ class Journal:
             for number, line in enumerate(read_whole_lines(file), 1):
                 try:
                     found = read_answer(line)
-                except (*MALFORMED, msgspec.MsgspecError) as error:
+                except MALFORMED as error:
                     raise self._foreign(f"line {number}: {error}") from error
                 yield found
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edge.errors import BundleError, IntegrityError, install_command
-from edge.files import read_file
+from edge.files import MALFORMED, read_file
 
 from . import io_spec
 from .engine_layers import ProfileLayers
@@ -28,7 +28,6 @@ from .sizes import ProfileName, StepLimits
 
 ENGINE_JSON = "engine.json"
 _MAX_BYTES = 1 << 24
-_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 ENGINE_SCHEMA_VERSION = 1
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 KvRead = Literal["slice", "full", "lengths"]
@@ -273,7 +272,7 @@ def read_engine_info(directory: Path) -> EngineInfo:
             f"no engine at {directory}: cannot read {ENGINE_JSON} ({error.strerror}); "
             "build one with: edge-llm build BUNDLE"
         ) from error
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise BundleError(f"{path} is damaged ({error}); build the engine again") from error
     again = f"build the engine again with: {rebuild_command(directory, known)}"
     if known.schema_version != ENGINE_SCHEMA_VERSION:
@@ -283,7 +282,7 @@ def read_engine_info(directory: Path) -> EngineInfo:
         )
     try:
         info = msgspec.json.decode(data, type=EngineInfo)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         if "unknown field" in str(error):  # a field more leaves the version as it is
             raise BundleError(
                 f"{path} is of a newer edge-llm ({error}); install that one, or {again}"

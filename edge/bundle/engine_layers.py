@@ -28,7 +28,7 @@ from typing import Any, Literal
 import msgspec
 
 from edge.errors import BundleError
-from edge.files import read_file
+from edge.files import MALFORMED, read_file
 
 AttentionKind = Literal["fused", "decomposed", "mixed", "own", "unknown"]
 
@@ -210,7 +210,7 @@ def _parse_text(text: str) -> tuple[CompiledLayer, ...]:
                 "verbosity LAYER_NAMES_ONLY); build it again with: edge-llm build"
             )
         layers = tuple(_parse_layer(layer) for layer in listed)
-    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, *MALFORMED) as error:
         raise BundleError(
             f"TensorRT's engine inspector printed something that is no table of layers: {error!r}"
         ) from error
@@ -245,7 +245,7 @@ def read_layers(plan: Path) -> LayerTable | None:
         return None
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise BundleError(f"{path} is damaged ({error}); build the engine again") from error
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edge.errors import BundleError, IntegrityError
-from edge.files import read_chunks, read_file
+from edge.files import MALFORMED, read_chunks, read_file
 
 from .manifest_checks import check_fit, head_files
 
@@ -29,7 +29,6 @@ MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
 MAX_MANIFEST_BYTES = 1 << 24  # a layer takes about 1 KB
-_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _SELF_HASH = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n\}\n\Z')
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 
@@ -593,7 +592,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
     """
     try:
         version = msgspec.json.decode(data, type=_Version).schema_version
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise BundleError(
             f"{where} is not a manifest of edge-llm ({error}); export the bundle again"
         ) from error
@@ -614,7 +613,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise BundleError(
             f"{where} does not fit schema {version}: {error}; export the bundle again"
         ) from error

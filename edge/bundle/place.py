@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from edge.errors import ConfigError, ResourceError
-from edge.files import read_file
+from edge.files import MALFORMED, read_file
 
 from .manifest import ENGINES_DIR, MANIFEST_NAME
 from .trust import SIGNATURE_NAME
@@ -153,7 +153,7 @@ def _own_entries(bundle: Path) -> set[str]:
         manifest = msgspec.json.decode(
             read_file(bundle / MANIFEST_NAME, 1 << 24), type=_AnyManifest
         )
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (OSError, *MALFORMED):
         return set()
     added = (SIGNATURE_NAME, ORIGIN_NAME)
     temps = (temp_path(Path(name)).name for name in added)

@@ -12,7 +12,7 @@ import msgspec
 
 import edge
 from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
-from edge.files import read_file
+from edge.files import MALFORMED, read_file
 
 from . import echo_json
 from .options import FILE, Finite, bundle_argument, engine_options, json_option, take_engine
@@ -242,7 +242,7 @@ def _read_result(path: Path) -> dict[str, Any]:
         return msgspec.json.decode(read_file(path, _MAX_RESULT_BYTES), type=dict[str, Any])
     except OSError as error:
         raise ConfigError(f"--against {path} cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise ConfigError(
             f"--against {path} is not what edge-llm bench --json prints: {error}"
         ) from error

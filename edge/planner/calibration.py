@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from edge.errors import ConfigError
-from edge.files import read_file
+from edge.files import MALFORMED, read_file
 
 from .plan import CPU, Device, find_device, find_module
 from .speed import FITTED, Efficiency, Measured, Work, calibrate
@@ -83,7 +83,7 @@ def read_runs(path: Path) -> dict[str, BenchFile]:
     data = _read(path)
     try:
         report = msgspec.json.decode(data, type=GpuReport)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except MALFORMED:
         return {path.name: _bench(data, f"{path}")}
     found = {
         f"{path.name} ({name})": _bench(cells["bench"].result, f"{path}, bench of {name},")
@@ -105,7 +105,7 @@ def _read(path: Path) -> bytes:
 def _bench(data: bytes | msgspec.Raw, where: str) -> BenchFile:
     try:
         found = msgspec.json.decode(data, type=BenchFile)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise ConfigError(
             f"{where} is not what edge-llm bench --json prints ({error}); run it again"
         ) from error
@@ -185,7 +185,7 @@ def _module(path: Path, name: str, mode: str | None, asked: str | None) -> Devic
 def _measured(where: str, bench: BenchFile) -> Measured:
     try:
         work = msgspec.convert(bench.work, Work)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise ConfigError(f"--calibrate {where}: its work does not fit: {error}") from error
     return Measured(
         work=work,

@@ -20,7 +20,7 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.model_config import parse_config
 from edge.errors import BundleError, CheckpointError, ConfigError
-from edge.files import exists, is_directory, is_file, read_file
+from edge.files import MALFORMED, exists, is_directory, is_file, read_file
 from edge.text.tokenizer_difference import tokenizer_difference
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -196,6 +196,6 @@ def read_config(path: Path) -> ModelSpec:
         values = msgspec.json.decode(data, type=dict[str, Any])
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{path} is not a JSON object: {error}") from error
     return parse_config(values, str(path))

@@ -30,6 +30,7 @@ from edge.bundle.manifest import HeadManifest, Manifest, head_manifest
 from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError
+from edge.files import MALFORMED
 
 from .guesses import Guesses
 from .kv_cache import common_prefix
@@ -364,7 +365,7 @@ def read_ids(data: bytes, count: int, total: int, where: str) -> NDArray[np.int6
     """
     try:
         ids = np.array(msgspec.json.decode(data, type=list[int]), dtype=np.int64)
-    except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError) as error:
+    except (OverflowError, *MALFORMED) as error:
         raise BundleError(
             f"{where} is no list of token ids ({error}); export the bundle again"
         ) from error

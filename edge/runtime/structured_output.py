@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import DependencyError, RequestError, ResourceError, install_command
+from edge.files import MALFORMED
 from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 
 from .grammar_check import GrammarTask
@@ -89,7 +90,7 @@ class OutputFormat:
         if self.kind in ("json_schema", "tool_calls") and isinstance(self.source, Mapping):
             try:
                 text = msgspec.json.encode(self.source).decode()
-            except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+            except (TypeError, *MALFORMED) as error:
                 raise RequestError(f"the JSON schema is not plain JSON data: {error}") from error
             object.__setattr__(self, "source", text)
         elif (self.source is None) != (self.kind == "json_object"):
@@ -380,7 +381,7 @@ def _to_grammar(
     else:
         try:
             schema = msgspec.json.decode(text)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except MALFORMED as error:
             raise RequestError(f"the JSON schema is not JSON: {error}") from error
         if not isinstance(schema, dict):
             raise RequestError(f"the JSON schema must be an object, not {text!r:.80}")
@@ -402,7 +403,7 @@ class _Calls(msgspec.Struct, forbid_unknown_fields=True):
 def _read_calls(source: str) -> _Calls:
     try:
         return msgspec.json.decode(source, type=_Calls)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except MALFORMED as error:
         raise RequestError(f"the form of tool calls cannot be read: {error}") from error
 
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from edge.errors import RequestError
+from edge.files import MALFORMED
 
 _KEYS_BY_ROLE = {
     "system": frozenset({"role", "content", "name"}),
@@ -133,5 +134,5 @@ def plain_copy(value: Any, where: str) -> Any:
     """Return a deep copy made through JSON: a template can call methods of what it is given."""
     try:
         return msgspec.json.decode(msgspec.json.encode(value))
-    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+    except (TypeError, *MALFORMED) as error:
         raise RequestError(f"{where}: not plain JSON data ({error})") from error

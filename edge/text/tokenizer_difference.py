@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from edge.errors import BundleError
+from edge.files import MALFORMED
 
 
 class _AddedToken(msgspec.Struct):
@@ -96,7 +97,7 @@ def _read(path: Path) -> bytes:
 def _decode(data: bytes, where: Any) -> _File:
     try:
         return msgspec.json.decode(data, type=_File)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise BundleError(
             f"{where} is not a tokenizer.json of byte pairs ({error}); copy or export the bundle "
             "again"

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edge.errors import BundleError
+from edge.files import MALFORMED
 
 MAX_FILE_BYTES = 64 << 20
 """Qwen's has 11 MB, Gemma's 33."""
@@ -195,7 +196,7 @@ def parse_tokenizer(data: bytes, where: str) -> TokenizerFile:
         msgspec.convert(file.pre_tokenizer, type=_PreTokenizer | None)
         # Encoded anew: of two equal keys the library may read the other one.
         file.model = msgspec.Raw(msgspec.json.encode(model))
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise BundleError(
             f"{where} is not a tokenizer.json of a kind that is known ({error}); known are BPE "
             "models with the normalizers and pre-tokenizers of Qwen, Llama, DeepSeek, SmolLM and "

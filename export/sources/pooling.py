@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edge.bundle.linears import TOKEN_TABLE
 from edge.bundle.manifest import Embedding, Reranking, Task
 from edge.errors import BundleError, CheckpointError
-from edge.files import read_file
+from edge.files import MALFORMED, read_file
 from edge.text.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint, Transformed
@@ -167,7 +167,7 @@ def _read_modules(directory: Path) -> bool:
         kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (KeyError, UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as error:
+    except (KeyError, *MALFORMED) as error:
         raise CheckpointError(f"{path} is no list of modules ({error!r})") from error
     if tuple(kinds) not in (_MODULE_KINDS, _MODULE_KINDS[:2]):
         raise CheckpointError(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from edge.bundle.linears import TOKEN_TABLE
 from edge.bundle.manifest import ReducedVocabulary
 from edge.errors import ConfigError, RequestError
-from edge.files import read_file
+from edge.files import MALFORMED, read_file
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ def read_keep_list(path: Path) -> KeepList:
         raise ConfigError(f"--vocab-keep {path} cannot be read: {error.strerror}") from error
     try:
         ids = msgspec.json.decode(data, type=list[int])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise ConfigError(
             f"--vocab-keep {path} is no JSON list of token ids ({error}); for a text, use another "
             "ending than .json"

@@ -58,6 +58,46 @@ def test_a_key_that_is_changed_at_both_ends_is_taken(
         asyncio.run(asyncio.wait_for(test(live), 20))
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>", b'{"error": {"code": "\xff"}}', b'{"error": ' + b"[" * 100_000],
+    ids=["another", "encoding", "depth"],
+)
+def test_whatever_answers_in_its_service_s_place_is_told_and_looked_at_again(
+    body: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    from aiohttp import web
+
+    from fleet import device
+
+    monkeypatch.setattr(device, "_POLL_S", 0.02)
+
+    async def test() -> None:
+        bodies = [body]
+
+        async def answer(_: web.Request) -> web.Response:
+            return web.Response(status=503, body=bodies[-1])
+
+        app = web.Application()
+        app.router.add_get("/ready", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        agent = device.DeviceAgent(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        try:
+            while "none of edge-llm serve" not in (await agent.look())["trouble"]:
+                await asyncio.sleep(0.02)
+            bodies.append(b'{"error": {"code": "loading"}}')
+            while (await agent.look())["trouble"] != "loading":
+                await asyncio.sleep(0.02)
+        finally:
+            await agent.close()
+            await runner.cleanup()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+
+
 def test_no_target_leads_anywhere_but_to_the_service(tiny_bundles: Bundles):
     from fleet.device import DeviceAgent
 

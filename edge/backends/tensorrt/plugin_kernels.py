@@ -22,6 +22,7 @@ import msgspec
 
 from edge.backends.cuda.kernels import CurrentContext, Kernel
 from edge.errors import BackendError, BundleError, EdgeError
+from edge.files import MALFORMED
 
 from .launch_rules import PluginRule
 
@@ -66,7 +67,7 @@ def unpack(packed: bytes) -> tuple[PluginKernel, ...]:
     try:
         text = zlib.decompressobj().decompress(packed, _MOST_BYTES)
         return msgspec.json.decode(text, type=tuple[PluginKernel, ...])
-    except (zlib.error, msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except (zlib.error, *MALFORMED) as error:
         raise BundleError(
             f"the own kernels in engine.json are damaged ({error}); build the engine again"
         ) from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from edge.files import MALFORMED
 from edge.server.http.errors import invalid
 from edge.text.chat_template import ChatTemplate
 from edge.text.messages import read_arguments
@@ -104,7 +105,7 @@ def _call_text(index: int, call: object) -> str:
         if not isinstance(name, str) or not isinstance(given, dict):
             raise ValueError
         return msgspec.json.encode({"name": name, "arguments": given}).decode()
-    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
+    except (TypeError, *MALFORMED):
         where = f"messages[{index}].tool_calls"
         raise invalid(
             f"{where}: each needs a function with a name, and arguments that are a JSON object",
