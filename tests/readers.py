@@ -259,7 +259,7 @@ def _prefixes(path: Path) -> None:
     folder.mkdir(exist_ok=True)
     path.replace(folder / "a.kv")
     PrefixStore(path.parent, _MANIFEST).list()
-    PrefixStore(path.parent, _MANIFEST, _LAYOUT).lookup([1, 2, 3, 4], "")
+    PrefixStore(path.parent, _MANIFEST, _LAYOUT).lookup([1, 2, 3, 4])
 
 
 # ------------------------------------------------------------------------------- checkpoints

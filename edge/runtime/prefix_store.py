@@ -168,7 +168,7 @@ class PrefixStore:
             else:
                 self._entries[path.stem] = header.ids, path
 
-    def lookup(self, ids: Sequence[int], salt: str) -> StoredPrefix | None:
+    def lookup(self, ids: Sequence[int]) -> StoredPrefix | None:
         """Find the longest stored prefix that ``ids`` begin with.
 
         Whoever runs the engine made the prefixes, so every salt may use them: the time of an

@@ -291,7 +291,7 @@ class EngineCore:
         ids = sequence.ids
         placement = self.pool.place(ids, sequence.salt)
         assert placement is not None
-        stored = self.prefix_store.lookup(ids, sequence.salt) if self.prefix_store else None
+        stored = self.prefix_store.lookup(ids) if self.prefix_store else None
         most = self.pool.most_shared(ids)
         longer = stored is not None and min(stored.length, most) > placement.cached
         rows = stored.load() if stored is not None and longer else None

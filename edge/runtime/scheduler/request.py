@@ -245,8 +245,8 @@ class StoredPrefix(NamedTuple):
 class PrefixSource(Protocol):
     """Knows prefixes that are kept outside the cache, for example on disk."""
 
-    def lookup(self, ids: Sequence[int], salt: str) -> StoredPrefix | None:
-        """Find the longest stored prefix that ``ids`` begin with, of this salt.
+    def lookup(self, ids: Sequence[int]) -> StoredPrefix | None:
+        """Find the longest stored prefix that ``ids`` begin with, whatever their salt.
 
         Called in the engine's thread each time a request starts, so it must be quick; the rows
         are loaded only if no match in the cache is longer. A prefix may be as long as the prompt;

@@ -297,7 +297,7 @@ class Stored:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
-    def lookup(self, ids: Sequence[int], salt: str) -> StoredPrefix | None:
+    def lookup(self, ids: Sequence[int]) -> StoredPrefix | None:
         if list(ids[: len(self.ids)]) != self.ids:
             return None
         rows = np.array(self.ids, np.float32)[None, None, :, None]

@@ -69,7 +69,7 @@ def test_prefixes_are_stored_in_eight_bits(bundle: Path, tmp_path: Path) -> None
     per_token = kv_bytes_per_token(manifest.model, "fp32", manifest.int8_layers)
     assert 0 < path.stat().st_size - 40 * per_token < 2000
     store = PrefixStore(tmp_path, manifest, layout, scales=scales)
-    found = store.lookup([*ids, 1], "")
+    found = store.lookup([*ids, 1])
     assert found is not None
     loaded = found.load()
     assert loaded is not None
@@ -105,7 +105,7 @@ def test_a_prefix_of_another_cache_is_left_alone(
     )
     with caplog.at_level(logging.WARNING):
         store = PrefixStore(tmp_path, manifest, other, scales=scales)
-    assert store.lookup([*ids, 1], "") is None
+    assert store.lookup([*ids, 1]) is None
     assert "cache tensors in int8 (scales" in caplog.text
 
 

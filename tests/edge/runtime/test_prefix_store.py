@@ -63,7 +63,7 @@ def reopen(tmp_path: Path, manifest: Manifest, layout: Layout = LAYOUT) -> Prefi
 
 
 def load(store: PrefixStore, ids: list[int]) -> Floats | None:
-    found = store.lookup(ids, "any")
+    found = store.lookup(ids)
     return None if found is None else found.load()
 
 
@@ -74,7 +74,7 @@ def test_what_was_saved_is_found_after_a_restart(tmp_path: Path, manifest: Manif
     path = store.save("long", [1, 2, 3, 4, 5], long)
     assert path.stat().st_mode & 0o077 == 0  # it was made from a prompt
     for opened in (store, reopen(tmp_path, manifest)):
-        found = opened.lookup([1, 2, 3, 4, 5, 6], "")
+        found = opened.lookup([1, 2, 3, 4, 5, 6])
         assert found is not None
         assert found.length == 5  # the longest
         rows = found.load()
@@ -84,7 +84,7 @@ def test_what_was_saved_is_found_after_a_restart(tmp_path: Path, manifest: Manif
         assert np.array_equal(load(opened, [1, 2, 3, 4]), short)  # type: ignore[arg-type]
         assert np.array_equal(load(opened, [1, 2, 3]), short)  # type: ignore[arg-type]
         for other in ([1, 2], [2, 1, 2, 3], [], [1, 2, 4, 4, 5]):
-            assert opened.lookup(other, "") is None
+            assert opened.lookup(other) is None
     infos = reopen(tmp_path, manifest).list()
     assert [(info.name, info.num_tokens, info.problem) for info in infos] == [
         ("long", 5, None),
@@ -119,10 +119,10 @@ def test_no_damage_gets_through(
         del whole[0 if change == "empty" else at :]
     path.write_bytes(whole)
     assert load(store, ids) is None  # damaged behind the back of a running store
-    assert store.lookup(ids, "") is None
+    assert store.lookup(ids) is None
     fresh = reopen(tmp_path, manifest)
     if change != "flip":
-        assert fresh.lookup(ids, "") is None  # a wrong size is seen without reading the rows
+        assert fresh.lookup(ids) is None  # a wrong size is seen without reading the rows
     assert load(fresh, ids) is None
     (info,) = fresh.list()
     assert info.problem is not None
@@ -136,7 +136,7 @@ def test_a_prefix_that_was_built_anew_is_not_taken_for_the_old_one(
 ) -> None:
     store = reopen(tmp_path, manifest)
     store.save("a", [1, 2], make_rows(2))
-    found = store.lookup([1, 2, 3], "")
+    found = store.lookup([1, 2, 3])
     reopen(tmp_path, manifest).save("a", [3, 4], make_rows(2, 1))
     assert found is not None
     assert found.load() is None
@@ -157,7 +157,7 @@ def test_rows_of_another_engine_or_type_are_left_alone(
     reopen(tmp_path, manifest).save("a", [1], make_rows(1))
     with caplog.at_level(logging.WARNING):
         other = reopen(tmp_path, manifest, layout)
-    assert other.lookup([1, 2], "") is None
+    assert other.lookup([1, 2]) is None
     assert len(caplog.records) == 1
     assert "build it again" in caplog.text
 
@@ -166,17 +166,17 @@ def test_rows_of_another_bundle_are_left_alone(tmp_path: Path, manifest: Manifes
     files = {**manifest.files, "decoder.onnx": FileInfo(num_bytes=1, sha256="0" * 64)}
     other = msgspec.structs.replace(manifest, files=files)
     path = reopen(tmp_path, manifest).save("a", [1], make_rows(1))
-    assert reopen(tmp_path, other).lookup([1], "") is None
+    assert reopen(tmp_path, other).lookup([1]) is None
     # Even where someone copied the file over.
     target = tmp_path / bundle_key(other)[:16] / "a.kv"
     target.parent.mkdir()
     target.write_bytes(path.read_bytes())
     store = reopen(tmp_path, other)
-    assert store.lookup([1], "") is None
+    assert store.lookup([1]) is None
     assert "another bundle" in str(store.list()[0].problem)
     # A quality report changes the manifest and no row.
     reported = msgspec.structs.replace(manifest, quality={"ppl": 1.0})
-    assert reopen(tmp_path, reported).lookup([1], "") is not None
+    assert reopen(tmp_path, reported).lookup([1]) is not None
 
 
 _KILLED = """
@@ -321,7 +321,7 @@ def test_bounds_and_names(tmp_path: Path, manifest: Manifest) -> None:
             store.drop(name)
     assert store.drop("a")
     assert not store.drop("a")
-    assert store.lookup([3] * 8, "") is None
+    assert store.lookup([3] * 8) is None
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path, manifest: Manifest) -> None:
@@ -426,7 +426,7 @@ def test_rounded_rows_are_not_those_of_a_float_engine(
                 layout = Layout.of(llm.backend)
                 assert layout.rounds_activations is asked
                 ids = llm.encode(text.read_text() + " and more")
-                found = PrefixStore(folder, llm.manifest, layout).lookup(ids, "")
+                found = PrefixStore(folder, llm.manifest, layout).lookup(ids)
                 assert (found is not None) is (asked is rounds)
 
 
@@ -449,9 +449,7 @@ def test_the_command_builds_lists_and_drops(tmp_path: Path, bundle: Path) -> Non
             {"role": "user", "content": "hello there"},
         ]
         ids = llm.encode(prompt)
-        found = PrefixStore(tmp_path / "store", llm.manifest, Layout.of(llm.backend)).lookup(
-            ids, "tenant"
-        )
+        found = PrefixStore(tmp_path / "store", llm.manifest, Layout.of(llm.backend)).lookup(ids)
     assert found is not None
     assert found.length == built["num_tokens"]
     assert found.length > len(ids) / 2
