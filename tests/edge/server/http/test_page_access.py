@@ -122,7 +122,7 @@ def test_wcag_22_aa(
         browser.picture(f"{name}-chat")
         assert violations(browser) == []
         browser.open_panel()
-        browser.until(lambda: "GiB" in browser.one("#gauges").text)
+        browser.until(lambda: " GB" in browser.one("#gauges").text)
         browser.picture(f"{name}-panel")
         assert violations(browser) == []
         browser.open_list()

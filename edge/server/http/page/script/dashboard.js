@@ -2,7 +2,7 @@
 
 import { $, node } from "./dom.js";
 import { showEngines } from "./engines.js";
-import { gib, seconds } from "./figures.js";
+import { gb, seconds } from "./figures.js";
 import { loadModels, showState } from "./models.js";
 import { getJSON, reasonOf } from "./server.js";
 import { Sparkline } from "./sparkline.js";
@@ -33,10 +33,10 @@ const GAUGES = [
     return all ? [used / all, t("kv_text", { percent, all: count(all), slots: sum(rows, "num_slots") }), `${percent} %`] : null;
   }],
   ["gauge_process", ({ device }) => device.process_rss_bytes == null ? null
-    : [device.process_rss_bytes, gib(device.process_rss_bytes)], "optional"],
+    : [device.process_rss_bytes, gb(device.process_rss_bytes)], "optional"],
   ["gauge_memory", ({ device }) => {
     const all = device.memory_total_bytes, left = device.memory_available_bytes;
-    return all && left != null ? [all - left, t("memory_text", { used: gib(all - left), all: gib(all) }), gib(all - left)]
+    return all && left != null ? [all - left, t("memory_text", { used: gb(all - left), all: gb(all) }), gb(all - left)]
       : null;
   }],
   ["gauge_gpu", ({ device }) => device.gpu_load_ratio == null ? null

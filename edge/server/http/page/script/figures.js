@@ -3,7 +3,7 @@
 import { count, t } from "./words.js";
 
 export const seconds = (ms) => ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
-export const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+export const gb = (bytes) => `${(bytes / 1e9).toFixed(1)} GB`;
 
 /** Returns what stands under an answer; `isNamed` where the model's name stands above it. */
 export function factsOf(turn, isNamed) {
