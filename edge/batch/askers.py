@@ -7,6 +7,7 @@ import contextlib
 import email.utils
 import http.client
 import re
+import select
 import socket
 import ssl
 import threading
@@ -205,16 +206,24 @@ class HttpAsker:
         )
 
     def _exchange(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Answer:
-        with self._lock:
-            connection = self._idle.pop() if self._idle else None
         try:
-            if connection is not None:
-                with contextlib.suppress(ConnectionError):  # the server may have closed it since
-                    return self._on(connection, method, path, body, timeout_s)
-            return self._on(self._connect(), method, path, body, timeout_s)
+            connection = self._kept() or self._connect()
+            return self._on(connection, method, path, body, timeout_s)
         except (OSError, http.client.HTTPException) as error:
             what = f"the connection broke: {type(error).__name__} {error}"
             raise NoAnswerError(what.rstrip(), was_sent=True) from error
+
+    def _kept(self) -> http.client.HTTPConnection | None:
+        """Take a connection that the server has not closed since its last answer."""
+        with self._lock:
+            while self._idle:
+                connection = self._idle.pop()
+                readable = select.poll()
+                readable.register(connection.sock, select.POLLIN)
+                if not readable.poll(0):  # nothing comes before a request, but the end
+                    return connection
+                connection.close()
+        return None
 
     def _connect(self) -> http.client.HTTPConnection:
         place = self._host, self._port
@@ -277,8 +286,8 @@ class HttpAsker:
                 if connection.sock is not None:
                     with contextlib.suppress(OSError):
                         connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
-            for connection in self._idle:
-                connection.close()
+            while self._idle:
+                self._idle.pop().close()
         if self._executor is not None:
             await asyncio.to_thread(self._executor.shutdown)
 

@@ -176,7 +176,7 @@ class _Batch:
         self._wait_s = wait_s
         self._progress = progress
         self._rows = requests.rows(self._refuse)
-        self._trouble_s: float | None = None  # since when nothing good has come
+        self._trouble_s: float | None = None  # since when nothing good has come, attempts left out
         self._under_way: dict[int, float] = {}  # when the request of each line was sent
 
     async def run(self) -> BatchResult:
@@ -244,20 +244,22 @@ class _Batch:
         tries = attempts = 0
         while True:
             answer: Answer | None = None
-            self._under_way[row.line] = time.monotonic()
+            sent_s = self._under_way[row.line] = time.monotonic()
             try:
                 answer = await self._asker.ask(row.url, row.body)
             except NoAnswerError as error:
-                what = str(error)
-                attempts += error.was_sent
+                what, counts = str(error), error.was_sent
             else:
-                what = f"it answered {answer.status}"
-                attempts += answer.status in _FAULTS
+                what, counts = f"it answered {answer.status}", answer.status in _FAULTS
                 if self._stands(answer):
                     self._trouble_s = None
                     return self._line_of(row, answer)
             finally:
                 del self._under_way[row.line]
+            attempts += counts
+            if counts and self._trouble_s is not None:
+                # They have a limit of their own, so that a slow row ends as a failure, too.
+                self._trouble_s += time.monotonic() - max(sent_s, self._trouble_s)
             if attempts >= ATTEMPTS:
                 if answer is not None:
                     return self._line_of(row, answer)

@@ -31,6 +31,7 @@ class Stub(ThreadingHTTPServer):
         most: requests at once, so far.
         key: that it wants, if any.
         first: statuses of a body that has no ``first`` of its own.
+        idle_s: after which a connection that has had an answer is closed; None keeps it.
     """
 
     daemon_threads = True
@@ -45,6 +46,7 @@ class Stub(ThreadingHTTPServer):
         self.models_status = 200
         self.ready_status = 404
         self.first: list[int] = []
+        self.idle_s: float | None = None
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)
 
@@ -97,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         raw = asked.get("raw")
         answer = json.dumps({"path": self.path, "echo": asked}).encode()
         self._send(status, answer if raw is None else raw.encode(), headers)
+        self.connection.settimeout(server.idle_s)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -84,6 +84,28 @@ def test_a_server_that_falls_silent_on_a_connection_it_has_used_is_asked_again(t
     assert result == BatchResult(2, 2, 0)
 
 
+@pytest.mark.parametrize("ends", [1, 9])
+def test_a_row_that_ends_its_connection_comes_no_oftener_where_that_was_used_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int
+):
+    monkeypatch.setattr("edge.batch.run._FIRST_WAIT_S", 0.001)
+    with stub() as server:
+        result = run(tmp_path, [{"n": 0}, {"first": [0] * ends}], server, concurrency=1)
+        assert sorted(server.seen.values()) == [1, min(ends + 1, ATTEMPTS)]
+    assert result.failed == (ends >= ATTEMPTS)
+
+
+def test_a_connection_that_was_closed_meanwhile_is_no_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("edge.batch.run._FIRST_WAIT_S", 0.001)
+    with stub() as server:
+        server.idle_s = 0.3
+        body = {"first": [429, *[0] * (ATTEMPTS - 1)], "retry_after": 1}
+        assert run(tmp_path, [body], server, concurrency=1) == BatchResult(1, 1, 0)
+        assert server.seen.total() == 1 + ATTEMPTS
+
+
 def test_a_finished_batch_asks_nothing_and_failed_rows_come_again_without_their_file(
     tmp_path: Path,
 ):
@@ -172,6 +194,18 @@ def test_a_long_answer_says_that_the_server_is_there(tmp_path: Path):
         bodies = [{"wait_s": 1.5}, {"first": [429] * 4, "retry_after": 0.2}]
         result = run(tmp_path, bodies, server, wait_s=0.4, concurrency=2)
     assert result.answered == 2
+
+
+def test_attempts_that_take_longer_than_the_patience_end_with_their_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("edge.batch.run._FIRST_WAIT_S", 0.001)
+    with stub() as server:
+        bodies = [{"n": 1}, {"n": 2, "then": 504, "wait_s": 0.5}]
+        result = run(tmp_path, bodies, server, wait_s=0.6, concurrency=1)
+        assert sorted(server.seen.values()) == [1, ATTEMPTS]
+    assert result == BatchResult(2, 1, 1)
+    assert failures(tmp_path)["row-1"]["response"]["status_code"] == 504
 
 
 def test_keys_and_addresses_that_are_wrong_end_it_at_once(tmp_path: Path):
