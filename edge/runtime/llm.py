@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
@@ -442,7 +443,8 @@ class LLM:
             best_of: answers to generate, at least ``n``.
             n: answers to return.
             rank_by: an answer's score is the mean or the sum of the log-probabilities of its
-                tokens, the end token left out. The sum favours short answers.
+                tokens, the end token left out. The sum favours short answers; one without any
+                token comes last.
 
         Raises:
             What `stream` raises.
@@ -767,5 +769,7 @@ def _read(generation: Generation) -> Iterator[GenerationChunk]:
 
 def _rank(result: GenerationResult, rank_by: str) -> float:
     logprobs = [token.logprob for token in result.tokens if token.logprob is not None]
+    if not logprobs:
+        return -math.inf
     total = sum(logprobs)
-    return total / max(len(logprobs), 1) if rank_by == "mean" else total
+    return total / len(logprobs) if rank_by == "mean" else total

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import Mock
 
 import numpy as np
@@ -426,6 +426,18 @@ def test_the_best_answers_are_the_most_probable(scripted: Scripted):
     assert sum(token.logprob or 0 for token in by_sum[0].tokens) == max(totals)
     with pytest.raises(RequestError, match="best_of"):
         llm.generate_best("what", best_of=1, n=2)
+
+
+@pytest.mark.parametrize("rank_by", ["mean", "sum"])
+def test_an_answer_without_a_token_ranks_last(scripted: Scripted, rank_by: Literal["mean", "sum"]):
+    llm = scripted.llm
+    params = replace(SEEDED, max_tokens=6)
+    first = llm.generate("what", params).tokens[0].id
+    params = replace(params, stop_token_ids=(first,))
+    found = llm.generate_best("what", params, best_of=4, n=4, rank_by=rank_by)
+    empty = [not result.tokens for result in found]
+    assert set(empty) == {False, True}
+    assert empty == sorted(empty)
 
 
 @pytest.mark.parametrize(
