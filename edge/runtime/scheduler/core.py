@@ -106,6 +106,7 @@ class EngineCore:
         self.outcomes: Counter[str] = Counter()
         drafts = min(config.max_draft_tokens, backend.max_step_tokens - 1)
         self.drafting = Drafting(drafter, drafts, self.policy, self.counts, self.now)
+        self._drafts = self.drafting.is_on  # in this round; others may switch it in the middle
 
     @property
     def is_idle(self) -> bool:
@@ -145,6 +146,9 @@ class EngineCore:
     def step(self) -> None:
         """Run one round: end cancelled and late sequences, start waiting ones, decode, prefill."""
         steps = self.steps
+        self._drafts = self.drafting.is_on
+        if self._drafts:
+            self._push_drawn()  # of a round without drafts
         self._sweep()
         self._start_waiting()
         self._tell_waiting()
@@ -342,7 +346,7 @@ class EngineCore:
         ready = [sequence for sequence in decoding if self._has_room(sequence)]
         if not ready:
             return False
-        if not self.drafting.is_on:
+        if not self._drafts:
             self._decode_run(ready if rider is None else [*ready, rider], DecodeRun((), 0))
             return rider is not None
         ridden = False
@@ -531,7 +535,7 @@ class EngineCore:
             reason = "stop"
         elif sequence.tokens_left == 0 or full:
             reason = "length"
-        if reason is None and self._overlaps and not self.drafting.is_on:
+        if reason is None and self._overlaps and not self._drafts:
             self._drawn.append((sequence, token))
             return True
         return self._push(sequence, token, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,11 +13,12 @@ from numpy.typing import NDArray
 from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError
+from edge.runtime.drafts import NgramDrafter
 from edge.runtime.sampling import SampledToken, Sampler
 from edge.runtime.scheduler import FinishReason
 from tests.edge.runtime.conftest import VOCAB
 
-from .conftest import GREEDY, Collected, Engine, make_request
+from .conftest import GREEDY, Collected, Engine, answer_alone, make_request
 
 # Milliseconds: of a step on the device, and on the CPU of drawing a token, of serving its reader
 # and of finding what a grammar allows next. With a batch of 8 all of that is shorter than a step.
@@ -192,3 +194,29 @@ def test_readers_are_served_even_if_no_step_follows(table: EmbeddingTable):
     assert sink.ids == sequence.ids[1:]
     assert sink.reason == "cancelled"
     engine.core.end_all(None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_drafting_may_be_switched_at_any_time(
+    table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch, seed: int
+):
+    rng, sample = random.Random(seed), Sampler.sample
+    engine = Engine(
+        table,
+        lambda seen: (seen[-1] * 3 + len(seen) % 3) % VOCAB,
+        overlaps=True,
+        drafter=NgramDrafter(),
+        speculative=5,
+    )
+
+    def drawn(sampler: Sampler, *arguments: Any) -> SampledToken:
+        engine.core.drafting.enabled ^= rng.random() < 0.2  # as another thread may
+        return sample(sampler, *arguments)
+
+    requests = [make_request([i, 1, i], replace(GREEDY, max_tokens=30)) for i in range(8)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "sample", drawn)
+        sinks = [engine.submit(request)[1] for request in requests]
+        engine.run()
+    expected = [answer_alone(engine.backend.script, request, 64) for request in requests]
+    assert [(sink.ids, sink.reason) for sink in sinks] == expected
