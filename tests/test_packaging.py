@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -32,65 +33,96 @@ def project() -> dict[str, Any]:
     return parsed
 
 
+def new_venv(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run it in a checkout that has the script alone."""
+    (checkout / "scripts").mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "scripts/_venv", checkout / "scripts")
+    return subprocess.run(
+        ["bash", "-c", ". scripts/_venv; new_venv .venv"],
+        cwd=checkout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def stub_python(path: Path, version: str = "3 11 /usr", then: str = "") -> str:
+    """Write a stand-in for Python that says which it is, and begins an environment as venv does."""
+    path.write_text(
+        f"""#!/bin/sh
+case "$*" in
+-c*) echo {version} ;;
+"-m venv"*) mkdir -p .venv/bin && touch .venv/pyvenv.cfg && cp "$0" .venv/bin/python; {then} ;;
+esac
+"""
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_an_environment_that_was_moved_is_made_anew(tmp_path: Path):
     """Its scripts name the interpreter at the old place."""
     old, new = tmp_path / "old", tmp_path / "new place"
-    (old / "scripts").mkdir(parents=True)
-    shutil.copy(ROOT / "scripts/_venv", old / "scripts")
-    python = tmp_path / "python"
-    python.write_text(
-        '#!/bin/sh\ncase "$*" in -c*) echo 3 11 2 /usr ;; *--clear*) mkdir -p .venv\nesac'
-    )
-    python.chmod(0o755)
+    python = stub_python(tmp_path / "python")
 
     def make(checkout: Path) -> bool:
-        done = subprocess.run(
-            ["bash", "-c", ". scripts/_venv; new_venv .venv"],
-            cwd=checkout,
-            env={**os.environ, "PYTHON": str(python)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = new_venv(checkout, PYTHON=python)
+        assert done.returncode == 0, done.stderr
         return "making .venv" in done.stderr
 
     assert make(old)
     assert not make(old)
+    (old / ".venv/made-by").write_text("3 11 2 /usr\n")  # as older scripts wrote it
+    assert not make(old)
     old.rename(new)
     assert make(new)
     assert not make(new)
+    stub_python(tmp_path / "python", "3 12 /usr")
+    (new / ".venv/bin/old").touch()
+    assert make(new)
+    assert not (new / ".venv/bin/old").exists()
+
+
+def test_an_environment_that_no_script_made_is_refused(tmp_path: Path):
+    """It may hold what took long to compile."""
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/pyvenv.cfg").write_text("mine")
+    done = new_venv(tmp_path, PYTHON=stub_python(tmp_path / "python"))
+    assert done.returncode == 69
+    assert f"no script here made the environment {tmp_path}/.venv" in done.stderr
+    assert [path.name for path in (tmp_path / ".venv").iterdir()] == ["pyvenv.cfg"]
+
+
+def test_an_environment_that_was_interrupted_is_made_anew(tmp_path: Path):
+    killed = stub_python(tmp_path / "killed", then="kill -9 $PPID")
+    assert new_venv(tmp_path, PYTHON=killed).returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    assert (tmp_path / ".venv/pyvenv.cfg").exists()
+    python = stub_python(tmp_path / "python")
+    for making in (True, False):
+        done = new_venv(tmp_path, PYTHON=python)
+        assert done.returncode == 0, done.stderr
+        assert ("making .venv" in done.stderr) == making
 
 
 @pytest.mark.parametrize(
     ("version", "versions", "code"),
     [
-        ("3 9 1", "", 69),
-        ("3 10 0", "", 0),
-        ("3 13 9", "", 0),
-        ("3 14 0", "", 69),
-        ("3 14 0", "lowest", 69),
-        ("3 14 0", "newest", 0),
-        ("3 9 1", "newest", 69),
+        ("3 9", "", 69),
+        ("3 10", "", 0),
+        ("3 13", "", 0),
+        ("3 14", "", 69),
+        ("3 14", "lowest", 69),
+        ("3 14", "newest", 0),
+        ("3 9", "newest", 69),
     ],
 )
 def test_a_python_without_locked_wheels_is_refused(
     version: str, versions: str, code: int, tmp_path: Path
 ):
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts/_venv", tmp_path / "scripts")
-    python = tmp_path / "python3"
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in -c*) echo {version} /usr ;; *--clear*) mkdir -p .venv\nesac'
-    )
-    python.chmod(0o755)
-    done = subprocess.run(
-        ["bash", "-c", ". scripts/_venv; new_venv .venv"],
-        cwd=tmp_path,
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "EDGE_LLM_VERSIONS": versions},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    stub_python(tmp_path / "python3", f"{version} /usr")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = new_venv(tmp_path, PYTHON="", PATH=path, EDGE_LLM_VERSIONS=versions)
     assert done.returncode == code
     assert ("Python 3.10 to 3.13 is needed, python3 is 3 " in done.stderr) == (code == 69)
 
