@@ -127,11 +127,15 @@ def test_a_python_without_locked_wheels_is_refused(
     assert ("Python 3.10 to 3.13 is needed, python3 is 3 " in done.stderr) == (code == 69)
 
 
+# By --python, as with UV_SYSTEM_PYTHON=1 uv does not look at VIRTUAL_ENV.
+BY_UV = "uv at http://mirror/simple: --quiet pip install --python .venv/bin/python --group dev"
+
+
 @pytest.mark.parametrize(
     ("uv", "installs"),
     [
-        (0, ["uv at http://mirror/simple: --quiet pip install --group dev"]),
-        (1, ["uv at http://mirror/simple: --quiet pip install --group dev", "pip: --group dev"]),
+        (0, [BY_UV]),
+        (1, [BY_UV, "pip: --group dev"]),
         (None, ["pip: --group dev"]),
     ],
 )
