@@ -105,6 +105,53 @@ def test_an_environment_that_was_interrupted_is_made_anew(tmp_path: Path):
         assert ("making .venv" in done.stderr) == making
 
 
+def test_two_scripts_that_start_at_once_fill_an_environment_once(tmp_path: Path):
+    """The second waits, and what the first goes on to run holds nobody up."""
+    for name in ("scripts", "requirements", "edge"):
+        (tmp_path / name).mkdir()
+    for name in ("requirements/uv.txt", "requirements/dev.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "scripts/_venv", tmp_path / "scripts")
+    shutil.copy(ROOT / "edge/_version.py", tmp_path / "edge")
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/bin/sh
+case "$*" in
+-c*) echo 3 11 /usr && exit ;;
+"-m venv"*) mkdir -p .venv/bin && touch .venv/pyvenv.cfg && cp "$0" .venv/bin/python && sleep 0.5 ;;
+*--target*) exit 1 ;;
+*"pip install"*) sleep 0.2 ;;
+esac
+echo "$*" >>log
+"""
+    )
+    python.chmod(0o755)
+    script = ". scripts/_venv; make_venv .venv dev; exec sh -c 'echo ready; read -r end'"
+    both = [
+        subprocess.Popen(
+            ["timeout", "60", "bash", "-c", script],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHON": str(python)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        for process in both:  # neither ends before both are ready
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+    finally:
+        said = "".join(process.communicate("\n", timeout=60)[1] for process in both)
+    calls = (tmp_path / "log").read_text().splitlines()
+    assert [call for call in calls if "venv" in call] == ["-m venv .venv"]
+    assert len([call for call in calls if "dev.txt" in call]) == 1
+    assert len([call for call in calls if "--editable" in call]) == 1
+    assert said.count("waiting for another script, which is filling .venv") == 1
+
+
 @pytest.mark.parametrize(
     ("version", "versions", "code"),
     [
