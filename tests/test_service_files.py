@@ -311,13 +311,19 @@ def test_install_twice_and_uninstall(tmp_path: Path):
     without = install(tmp_path, *arguments, "--without", "cpu")
     assert without.returncode == 0
     assert f"{system}/edge-llm@.service.d/50-cpu.conf" not in tree(tmp_path)
+    for name in DROP_INS:
+        assert install(tmp_path, *arguments, "--with", name).returncode == 0
+    mine = tmp_path / system / "edge-llm@.service.d/override.conf"  # `systemctl edit` makes it
+    mine.touch()
     gone = install(tmp_path, "--uninstall")
     assert gone.returncode == 0, gone.stderr
-    kept = tree(tmp_path)
-    assert set(kept) == {"etc/edge-llm/r1.toml", "etc/edge-llm/r1.watch", "etc/edge-llm/api-keys"}
+    settings = {"etc/edge-llm/r1.toml", "etc/edge-llm/r1.watch", "etc/edge-llm/api-keys"}
+    assert set(tree(tmp_path)) == settings | {mine.relative_to(tmp_path).as_posix()}
+    mine.unlink()
     assert install(tmp_path, "--uninstall").returncode == 0  # nothing there: nothing to do
     assert install(tmp_path, "--uninstall", "--purge").returncode == 0
     assert tree(tmp_path) == {}
+    assert not mine.parent.exists()
 
 
 def test_what_it_writes_is_what_the_server_reads(tmp_path: Path):
@@ -356,6 +362,14 @@ def test_configuration_and_keys_are_never_overwritten(tmp_path: Path):
     assert install(tmp_path, "r1", "--no-venv").returncode == 0
     assert (directory / "r1.toml").read_text() == "port = 9\n"
     assert (directory / "api-keys").read_text() == "mine\n"
+
+
+def test_keys_that_a_power_cut_emptied_are_written_anew(tmp_path: Path):
+    keys = tmp_path / "etc/edge-llm/api-keys"
+    keys.parent.mkdir(parents=True)
+    keys.touch()
+    assert install(tmp_path, "r1", "--bundle", "/srv/r1", "--no-venv").returncode == 0
+    assert "\nlocal:" in keys.read_text()
 
 
 @pytest.mark.parametrize(
@@ -468,6 +482,7 @@ def stub_python(python: Path, log: Path, which: str = "3 12 /usr") -> Path:
     """Write a stand-in for Python that says which it is and writes down what else it is asked."""
     python.write_text(
         f'#!/bin/sh\nif [ "$1" = -c ]; then echo {which}; exit; fi\necho "$@" >> {log}\n'
+        'if [ "$2" = pip ]; then eval "$PIP_FAKE"; fi\n'
         "for last; do :; done\n"
         'if [ "$2" = venv ]; then mkdir -p "$last/bin"; cp "$0" "$last/bin/python"; fi\n'
     )
@@ -525,6 +540,52 @@ def test_an_environment_of_another_python_is_made_anew(old: str | None, tmp_path
     assert install(root, *arguments, str(python), "--package", package).returncode == 0
     made = f"-m venv --system-site-packages {cleared}{root}/opt/edge-llm"
     assert log.read_text().splitlines()[0] == made
+
+
+@pytest.mark.parametrize(
+    ("pip", "cleared"),
+    [
+        (
+            "kill -9 $PPID $$",
+            "--clear ",
+        ),  # a power cut, after which pip takes empty files for installed
+        ("kill -9 $$", "--clear "),
+        ("exit 1", ""),  # no network, say: what was there still serves
+    ],
+)
+def test_an_environment_that_pip_may_have_left_broken_is_made_anew(
+    pip: str, cleared: str, tmp_path: Path
+):
+    log, root = tmp_path / "log", tmp_path / "root"
+    python = stub_python(tmp_path / "python", log)
+    arguments = ("r1", "--bundle", "/srv/r1", "--python", str(python), "--package")
+    assert install(root, *arguments, "spec==1").returncode == 0
+    assert install(root, *arguments, "spec==2", PIP_FAKE=pip).returncode != 0
+    log.unlink()
+    for package in ("spec==1", "spec==2"):  # neither is taken for what is there
+        assert install(root, *arguments, package).returncode == 0
+        asked = log.read_text().splitlines()
+        assert asked[0] == f"-m venv --system-site-packages {cleared}{root}/opt/edge-llm"
+        assert asked[1].endswith(f"--upgrade {package}")
+        log.unlink()
+        cleared = ""
+
+
+def test_what_is_written_is_on_the_disk_before_it_counts(tmp_path: Path):
+    log, root = tmp_path / "log", tmp_path / "root"
+    python = stub_python(tmp_path / "python", log)
+    sync = tmp_path / "sync"
+    sync.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    sync.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = install(root, "r1", "--bundle", "/srv/r1", "--python", str(python), PATH=path)
+    assert done.returncode == 0, done.stderr
+    calls = log.read_text().splitlines()
+    environment = calls.index(f"-f {root}/opt/edge-llm")
+    assert "pip install" in calls[environment - 1]
+    assert calls[environment + 1] == f"{root}/opt/edge-llm/stamp.new"
+    written = {line.removeprefix("wrote ") for line in done.stdout.splitlines() if "wrote" in line}
+    assert {f"{name}.new" for name in written} <= set(calls)
 
 
 class Toolchain:
