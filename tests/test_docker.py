@@ -26,6 +26,13 @@ def compose() -> dict[str, Any]:
     return parsed
 
 
+def copied(dockerfile: Path) -> set[str]:
+    """What it takes from the checkout."""
+    text = dockerfile.read_text("utf-8")
+    lines = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)
+    return {name for line in lines for name in line.split()}
+
+
 def test_there_is_one_for_each_jetpack():
     assert [path.name for path in DOCKERFILES] == ["Dockerfile.jp62", "Dockerfile.jp72"]
 
@@ -67,11 +74,21 @@ def test_stages_are_pinned_and_not_root(path: Path):
         packages = re.findall(r"^([\w.-]+)==", (ROOT / name).read_text("utf-8"), re.MULTILINE)
         assert packages
         assert not any(package.startswith("tensorrt") for package in packages)  # the image has it
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)
-    sources = {name for names in copied for name in names.split()}
+    sources = copied(path)
     assert all((ROOT / name).exists() for name in sources)
     # What the wheel is made of: a package that is missing breaks the help, which loads every verb.
     assert {*PACKAGES, *(Path(name).parts[0] for name in MAN)} <= sources
+
+
+def test_a_build_is_sent_what_it_copies_and_nothing_else():
+    """A folder of bundles takes minutes, and keys that belong to the service's user end a build."""
+    lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    patterns = [line for line in lines if not line.startswith("#")]
+    assert patterns[0] == "*"
+    assert {line[1:] for line in patterns if line.startswith("!")} == set.union(
+        *map(copied, DOCKERFILES)
+    )
+    assert [line for line in patterns[1:] if not line.startswith("!")] == ["**/__pycache__"]
 
 
 def test_services_are_confined(compose: dict[str, Any]):
@@ -81,6 +98,7 @@ def test_services_are_confined(compose: dict[str, Any]):
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["logging"] == {"driver": "local"}  # json-file, the default, keeps all
     for name in ("doctor", "run", "serve"):  # only a build writes
         assert compose["services"][name]["volumes"][0].endswith(":/data:ro")
     networks = {name: service["network_mode"] for name, service in compose["services"].items()}
