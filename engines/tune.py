@@ -102,7 +102,12 @@ def compile_fastest(
                 refused.append(refused_rung(rung, error))  # this TensorRT takes no own kernels
                 continue
             timings = compiled.timings or timings
-            tried = _try(number, rung, compiled, target, progress)
+            store = EngineStore(rung.config.bundle, f"{TUNE_SCRATCH}{number}")
+            problem = _put(rung, compiled, target, store)
+            # Its plan is in the file: beside a loaded engine, or a builder, it would not fit into a
+            # Jetson's memory.
+            compiled = replace(compiled, plan=b"")
+            tried = _try(rung, compiled, store.directory, problem, progress)
             tuned.append(tried.found)
             if tried.decode_s < (math.inf if best is None else best.decode_s):
                 best = tried
@@ -118,23 +123,31 @@ def _sweep(root: Path, keep: _Candidate | None = None) -> None:
             shutil.rmtree(leftover)
 
 
-def _try(
-    number: int, rung: BuildPlan, compiled: Compiled, target: Target, progress: Progress
-) -> _Candidate:
-    """Put a variant where it can be loaded, compare and time it."""
-    store = EngineStore(rung.config.bundle, f"{TUNE_SCRATCH}{number}")
+def _put(rung: BuildPlan, compiled: Compiled, target: Target, store: EngineStore) -> str | None:
+    """Put a variant where it can be loaded; returns what is wrong with it."""
+    if compiled.audit.problems:
+        return "; ".join(compiled.audit.problems[:3])
     describe_engine = make_recorder(Climbed(rung, (), {}), target, "api", TUNE_SCRATCH, compiled)
-    decode_s, problem = None, "; ".join(compiled.audit.problems[:3]) or None
+    try:
+        store.commit(compiled.plan, describe_engine)
+    except ResourceError as error:
+        return str(error)
+    return None
+
+
+def _try(
+    rung: BuildPlan, compiled: Compiled, directory: Path, problem: str | None, progress: Progress
+) -> _Candidate:
+    """Compare and time a variant that has no problem yet."""
+    decode_s = None
     if problem is None:
         try:
-            store.commit(compiled.plan, describe_engine)
-            decode_s, problem = measure(rung, store.directory, progress)
+            decode_s, problem = measure(rung, directory, progress)
         except (BackendError, ResourceError) as error:
             problem = str(error)
     found = TunedRung(rung.kv_read, rung.attention, decode_s, problem, rung.scales, rung.kernels)
     _logger.info("%s: %s", describe(found), problem or f"{decode_s} s")
-    # Its plan is in the file: several would not fit into a Jetson's memory.
-    return _Candidate(rung, replace(compiled, plan=b""), store.directory, found)
+    return _Candidate(rung, compiled, directory, found)
 
 
 def measure(

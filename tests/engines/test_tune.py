@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -55,6 +57,8 @@ class Variants:
         self.faults: dict[str, str] = {}
         self.wrong: set[str] = set()
         self.seen_timings: list[bytes | None] = []
+        self.plans: list[weakref.ref[Any]] = []
+        self.plans_alive: list[int] = []  # whenever a variant is compiled or measured
         rt = TensorRT(make_module(gpu), "tensorrt", "10.16.2.10")
         self.target = Target(rt, Gpu("Orin", "8.7"), "8.7")
         monkeypatch.setattr(builder, "find_target", lambda **_options: self.target)
@@ -62,6 +66,7 @@ class Variants:
         measure = tune.measure
 
         def planted(rung: BuildPlan, directory: Path, progress: Any) -> Any:
+            self.count_plans()
             seconds, problem = measure(rung, directory, progress)  # it runs, whatever it says
             assert (seconds or 0) > 0
             assert problem is None
@@ -75,13 +80,18 @@ class Variants:
     def name(self, rung: BuildPlan) -> str:
         return f"{rung.kv_read} {rung.attention}"
 
+    def count_plans(self) -> None:
+        self.plans_alive.append(sum(plan() is not None for plan in self.plans))
+
     def compile(self, rung: BuildPlan, _target: Target, **options: Any) -> Compiled:
         name = self.name(rung)
+        self.count_plans()
         self.seen_timings.append(options["timings"])
         options["keep_log"](f"info: {name}\n")
         if name in self.refused:
             raise BuildError(self.refused[name])
-        plan = fake_plan(rung)
+        plan = np.frombuffer(fake_plan(rung), np.uint8)  # a buffer, as TensorRT's
+        self.plans.append(weakref.ref(plan))
         problems = (self.faults[name],) if name in self.faults else ()
         return Compiled(
             plan, len(plan), "10.16.2.10", name.encode(), Audit(problems, (), (), 2), 1.0, None
@@ -191,6 +201,14 @@ def test_a_full_disk_costs_one_variant(
     assert (result["kv_read"], result["attention"]) == ("full", "fused")
     assert [each["problem"] for each in result["tuned"]] == [None, None, None, "the disk filled up"]
     assert beside == [[], [".tune-0"], [".tune-1"], [".tune-1"], []]
+
+
+def test_a_plan_in_its_file_is_not_kept_in_memory(bundle: Path, variants: Variants) -> None:
+    """A Jetson has no room for it beside the loaded engine, or the builder of the next one."""
+    variants.seconds = {"slice decomposed": 0.004, "full fused": 0.002, "full decomposed": 0.003}
+    variants.faults = {"slice fused": "attention x is causal"}
+    run(bundle, "--kv-read", "auto")
+    assert variants.plans_alive == [0] * (4 + 3)
 
 
 @pytest.mark.parametrize("name", [".tune-0", ".trtexec-x", ".kernels-x"])
