@@ -26,7 +26,7 @@ from .builder import Target, find_target
 from .check import COMPUTE_CAPABILITIES
 from .compat import Compiler
 from .config import BuildConfig
-from .graph import graph_files, prepare_graph
+from .graph import graph_files, graph_of
 from .ladder import make_rungs
 
 _INLINE_BYTES = 16 << 20  # of weights; more go into a file beside the graph
@@ -223,7 +223,7 @@ def _find_refusal(
 
 def _try_whole(build: BuildPlan, target: Target) -> tuple[_Trial, bytes, BuildError]:
     trial = _Trial(build, target)
-    data = prepare_graph(trial.path.read_bytes(), build.shapes, build.kv_read)
+    data = graph_of(build)
     error = trial.refusal(data)
     if error is None:
         trial.step = "build"

@@ -17,11 +17,14 @@ from msgspec.structs import replace
 
 from edge.bundle.manifest import encode_manifest, read_manifest, sha256_file
 from edge.bundle.onnx_file import Node, OnnxFile
+from edge.bundle.onnx_values import Constants
 from edge.errors import BuildError, ConfigError, DependencyError
 from engines import compat, reduce
 from engines.cli import check
 from engines.config import BuildConfig
+from engines.graph import has_half_scales
 from engines.reduce import reduce_bundle, shrink
+from tests.conftest import RUNNABLE, Bundles
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
@@ -194,3 +197,32 @@ def test_another_fault_is_not_taken_for_the_first(bundle: Path, tmp_path: Path) 
     edit(bundle, plant)
     found = reduce_bundle(BuildConfig(bundle, max_prefill=32), tmp_path / "small.onnx", 86)
     assert [each.partition(" ")[0] for each in found.nodes] == ["DequantizeLinear"]
+
+
+@pytest.mark.parametrize("refused", ["half scales", "rounding"])
+def test_the_last_variant_has_its_scales_in_fp32(
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    class Refusing:
+        def __init__(self, *_: object) -> None: ...
+
+        def parse(self, graph: bytes, *_: object) -> None:
+            rounds = any(each.op_type == "QuantizeLinear" for each in OnnxFile(graph).nodes)
+            if has_half_scales(graph) if refused == "half scales" else rounds:
+                raise BuildError(refused)
+
+        def build(self, *_: object, **_options: object) -> None: ...
+
+    monkeypatch.setattr(reduce, "Compiler", Refusing)
+    bundle, out = tiny_bundles("qwen2", RUNNABLE, "int8-w8a8"), tmp_path / "small.onnx"
+    config = BuildConfig(bundle, max_prefill=32)
+    if refused == "half scales":
+        with pytest.raises(ConfigError, match="nothing to reduce"):
+            reduce_bundle(config, out, 86)
+        return
+    found = reduce_bundle(config, out, 86)
+    assert [each.partition(" ")[0] for each in found.nodes] == ["QuantizeLinear"]
+    graph = OnnxFile(out.read_bytes())
+    scale = Constants(graph).get(graph.nodes[0].inputs[1])
+    assert scale is not None
+    assert scale.dtype == "fp32"
