@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge._version import __version__
+from edge.backends.tensorrt.plugins import register_kernels
 from edge.bundle.engine_file import (
     ENGINE_SCHEMA_VERSION,
     EngineInfo,
@@ -158,8 +159,8 @@ def build_engine(
         found = None if config.again else store.find(key)
         if found is not None:
             if not found.compiled and target.gpu is not None and via == "api":
-                plan = store.directory / found.plan
-                found = store.add_layers(found, *read_compiled_layers(target, plan, build))
+                layers, unknown = read_compiled_layers(target, store.directory, found)
+                found = store.add_layers(found, layers, unknown)
             return BuildResult(store.directory, found, built=False)
         if not config.force:
             workspace = config.workspace_bytes if target.gpu else 0
@@ -183,7 +184,7 @@ def build_engine(
         if via == "trtexec":
             layers, unknown = read_exported_layers(exported, build)
         else:
-            layers, unknown = read_compiled_layers(target, store.directory / info.plan, build)
+            layers, unknown = read_compiled_layers(target, store.directory, info)
         info = store.add_layers(info, layers, unknown)
         return BuildResult(store.directory, info, built=True)
 
@@ -198,9 +199,14 @@ def _refuse_faults(build: BuildPlan, target: Target, audit: Audit) -> None:
 
 
 def read_compiled_layers(
-    target: Target, plan: Path, build: BuildPlan
+    target: Target, directory: Path, info: EngineInfo
 ) -> tuple[LayerTable | None, str | None]:
     """Ask TensorRT's engine inspector what a plan consists of.
+
+    Args:
+        target: with what and for which GPU it was built.
+        directory: the engine's.
+        info: its ``engine.json``.
 
     Returns:
         The table of layers, or None and why it is not known.
@@ -208,9 +214,10 @@ def read_compiled_layers(
     if target.gpu is None:
         return None, "it was compiled without a GPU, and TensorRT opens a plan on its GPU only"
     try:
-        texts = compat.inspect_plan(target.rt, plan, len(build.profiles))
-        return parse_inspector(texts, [profile.name for profile in build.profiles]), None
-    except (BuildError, BundleError) as error:
+        register_kernels(target.rt.module, info)
+        texts = compat.inspect_plan(target.rt, directory / info.plan, len(info.profiles))
+        return parse_inspector(texts, [profile.name for profile in info.profiles]), None
+    except (BuildError, BundleError, DependencyError) as error:
         reason = str(error)  # the error has the loaded engine in its frames
         _logger.warning("the engine's layers are not known: %s", reason)
         return None, reason

@@ -9,11 +9,9 @@ import pytest
 
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.engine_layers import parse_inspector, read_layers
-from edge.bundle.manifest import read_manifest
 from edge.device.gpu import Gpu
 from edge.errors import BuildError
 from engines import builder, compat
-from engines.build_plan import plan_build
 from engines.builder import Target, build_engine, read_compiled_layers
 from engines.compat import TensorRT
 from engines.config import BuildConfig
@@ -53,16 +51,15 @@ def test_a_plan_that_does_not_load_has_tensorrts_reason(gpu: FakeGpu, plan: Path
 
 
 def test_what_is_not_known_has_a_reason(gpu: FakeGpu, plan: Path) -> None:
-    bundle = plan.parent.parent.parent
-    build = plan_build(BuildConfig(bundle, max_prefill=32), read_manifest(bundle))
+    engine = plan.parent, read_engine_info(plan.parent)
     here = Target(on(gpu), Gpu("a GPU", "8.7"), "8.7")
-    table, unknown = read_compiled_layers(here, plan, build)
+    table, unknown = read_compiled_layers(here, *engine)
     assert unknown is None
     assert table == read_layers(plan)
     elsewhere = Target(on(gpu), None, "8.7")
-    assert "without a GPU" in str(read_compiled_layers(elsewhere, plan, build)[1])
+    assert "without a GPU" in str(read_compiled_layers(elsewhere, *engine)[1])
     gpu.fail_at = len(gpu.calls)
-    assert read_compiled_layers(here, plan, build) == (
+    assert read_compiled_layers(here, *engine) == (
         None,
         "deserializeCudaEngine: Error Code 1: Cuda Runtime (out of memory)",
     )
@@ -102,12 +99,11 @@ def test_a_context_that_fails_is_a_reason_too(
 ) -> None:
     """The engine is in its place by then, which an error would not say."""
     monkeypatch.setattr(FakeEngine, "_per_context", True)
-    bundle = plan.parent.parent.parent
-    build = plan_build(BuildConfig(bundle, max_prefill=32), read_manifest(bundle))
+    engine = plan.parent, read_engine_info(plan.parent)
     here = Target(on(gpu), Gpu("a GPU", "8.7"), "8.7")
     before = len(gpu.calls)
-    assert read_compiled_layers(here, plan, build) == (read_layers(plan), None)
+    assert read_compiled_layers(here, *engine) == (read_layers(plan), None)
     gpu.fail_at = len(gpu.calls) + gpu.calls[before:].index(call)
-    table, unknown = read_compiled_layers(here, plan, build)
+    table, unknown = read_compiled_layers(here, *engine)
     assert table is None
     assert unknown in ("createExecutionContext: out of memory", f"{call}: internal error")

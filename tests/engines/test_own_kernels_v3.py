@@ -176,6 +176,23 @@ def test_python_launches_a_decode_step_when_it_is_captured_only(built: Path, gpu
     engine.close()
 
 
+def test_a_later_build_reads_the_layers_too(
+    built: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, info = only_engine(built)
+    assert info.compiled
+    change_info(built, compiled=[], compiled_unknown="the build was ended before it read them")
+    config = BuildConfig(built, max_prefill=32, kernels="own")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cuda.bindings.driver", None)
+        without = build_engine(config, target=target).info
+    assert without.compiled == ()
+    assert "needs cuda-bindings" in str(without.compiled_unknown)
+    again = build_engine(config, target=target)
+    assert not again.built
+    assert again.info == read_engine_info(directory) == info
+
+
 def test_int8_in_two_planes(tiny_bundles: Bundles, tmp_path: Path, target: Target) -> None:
     bundle = Path(shutil.copytree(tiny_bundles("llama", "portable", "int8"), tmp_path / "bundle"))
     result = build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)

@@ -140,10 +140,7 @@ class Engine:
 
     def __init__(self, chosen: ChosenEngine, manifest: Manifest) -> None:
         self.info, self._module = chosen.info, chosen.module
-        if chosen.info.plugins == "python":
-            own_kernels = plugins.register(self._module)
-            for packed in chosen.info.python_kernels:
-                own_kernels.add(packed)
+        plugins.register_kernels(self._module, chosen.info)
         self.listener = Listener(self._module)
         path = chosen.directory / chosen.info.plan
         with self.listener:

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from edge.backends.cuda.kernels import ForeignStream, Kernel
+from edge.bundle.engine_file import EngineInfo
 from edge.errors import DependencyError
 
 from .launch_rules import NAMESPACE, NUMBERS, PLUGINS, PluginRule
@@ -188,6 +189,23 @@ def register(trt: Any) -> OwnKernels:
             )
     _registered[trt] = own_kernels
     return own_kernels
+
+
+def register_kernels(trt: Any, info: EngineInfo) -> None:
+    """Let TensorRT load an engine, whose own kernels Python launches if it has any.
+
+    Args:
+        trt: the module ``tensorrt``.
+        info: its ``engine.json``.
+
+    Raises:
+        DependencyError: see `register`.
+        BundleError: the kernels are damaged.
+    """
+    if info.plugins == "python":
+        own_kernels = register(trt)
+        for packed in info.python_kernels:
+            own_kernels.add(packed)
 
 
 @functools.cache
