@@ -185,7 +185,7 @@ def check_memory(facts: Facts, manifest: Manifest | None) -> Check:
         weights, cache = plan.weights_bytes, plan.cache
         libraries = plan.process_bytes - weights - cache
     needed = weights + cache + libraries
-    detail += f", the bundle needs about {needed / 1e9:.1f} GB"
+    detail += f", the bundle needs about {needed / 1e9:.1f} GB for one sequence"
     if free >= needed:
         return Check(name, "ok", detail)
     return Check(
@@ -212,12 +212,15 @@ def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
             f"edge-llm build {bundle}",
         )
     fitting: dict[str, EngineInfo] = {}
-    problems = []
+    problems, others = [], 0
     compare = facts.cuda.works and facts.tensorrt.version is not None
     for directory in directories:
         try:
             info = read_engine_info(directory)
             verify_plan(directory, info)
+            if compare and info.flavour != "tensorrt":
+                others += 1  # its own library loads it, which was not looked at
+                continue
             if compare:
                 check_engine(
                     directory,
@@ -243,6 +246,9 @@ def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
     if not compare:
         detail = f"{len(directories)} whole; no TensorRT and GPU here to compare them with"
         return Check(name, "skip", detail)
+    apart = f"{others} of TensorRT for RTX not compared"
+    if not fitting and others:
+        return Check(name, "skip", f"{apart} ({len(problems)} others do not fit)")
     if not fitting:
         return Check(
             name,
@@ -253,4 +259,5 @@ def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
             WRONG_ENGINE,
         )
     facts.engine = max(fitting.values(), key=lambda info: engine_rank(info, 1))
-    return Check(name, "ok", f"{', '.join(fitting)} fits ({len(problems)} others do not)")
+    detail = f"{', '.join(fitting)} fits ({len(problems)} others do not)"
+    return Check(name, "ok", f"{detail}; {apart}" if others else detail)

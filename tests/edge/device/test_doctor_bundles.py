@@ -78,7 +78,9 @@ def test_an_engine_needs_its_own_capacity(orin: FakeMachine, bundle: Path):
     long = 10**6  # of 256 bytes each
     orin.memory = 500 << 20
     add_engine(bundle, "short")
-    assert find(run_checks(orin, bundle), "memory").status == "ok"
+    found = find(run_checks(orin, bundle), "memory")
+    assert found.status == "ok"
+    assert found.detail.endswith(" GB for one sequence")
     add_engine(bundle, "long", kv_capacity=long)
     found = find(run_checks(orin, bundle), "memory")
     assert found.status == "fail"
@@ -186,6 +188,25 @@ def test_engines_against_this_machine(orin: FakeMachine, laptop: FakeMachine, bu
     # Without a GPU engines of another machine are no fault.
     found = find(run_checks(laptop, bundle), "engines")
     assert (found.status, found.exit_code) == ("skip", 0)
+
+
+def test_an_engine_of_tensorrt_for_rtx_is_none_of_another_tensorrt(orin: FakeMachine, bundle: Path):
+    """Its own library loads it, beside TensorRT too."""
+    rtx = {"flavour": "tensorrt-rtx", "tensorrt_version": "1.6.1.50"}
+    add_engine(bundle, "rtx", **rtx)
+    checks = run_checks(orin, bundle)
+    found = find(checks, "engines")
+    apart = "1 of TensorRT for RTX not compared"
+    assert (found.status, found.detail) == ("skip", f"{apart} (0 others do not fit)")
+    assert exit_code(checks) == 0
+    add_engine(bundle, "other-gpu", compute_capability="8.6")
+    found = find(run_checks(orin, bundle), "engines")
+    assert (found.status, found.detail) == ("skip", f"{apart} (1 others do not fit)")
+    add_engine(bundle, "right")
+    found = find(run_checks(orin, bundle), "engines")
+    assert (found.status, found.detail) == ("ok", f"right fits (1 others do not); {apart}")
+    (bundle / "engines/rtx/engine.plan").write_bytes(b"tampered")
+    assert exit_code(run_checks(orin, bundle)) == 65
 
 
 def test_own_kernels_that_python_launches_need_cuda_bindings(orin: FakeMachine, bundle: Path):
