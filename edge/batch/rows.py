@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from edge.files import MALFORMED
+from edge.json_lines import json_line
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line of a batch; a server takes 4 MiB of body by default."""
@@ -188,7 +189,7 @@ def _write(
 ) -> bytes:
     digest = hashlib.blake2b(f"{line} {custom_id}".encode("utf-8", "surrogatepass"), digest_size=12)
     answer = _Answer(f"batch_req_{digest.hexdigest()}", custom_id, response, error)
-    return msgspec.json.encode(answer) + b"\n"
+    return json_line(answer)
 
 
 def _one_line(body: bytes) -> bytes:

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import msgspec
 from starlette.responses import Response
 
+from edge.json_lines import json_line
 from edge.server.http.errors import APIError, as_api_error
 from edge.server.http.guard import Receive, Scope, Send
 from edge.server.http.threads import ClientGoneError, until_gone
@@ -16,12 +16,11 @@ from edge.server.models.flight import Flight
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
-_encode = msgspec.json.Encoder().encode
 
 
 def event(value: Any) -> bytes:
-    """Encode one event; JSON has no line breaks, so one line is enough."""
-    return b"data: " + _encode(value) + b"\n\n"
+    """Encode one event."""
+    return b"data: " + json_line(value) + b"\n"
 
 
 def named_event(name: str, value: Any) -> bytes:

@@ -96,11 +96,13 @@ def test_a_line_without_an_end_takes_no_more_than_its_limit(monkeypatch: pytest.
 
 def test_answers_have_the_form_of_openais_output_files():
     row = read_row(json.dumps(GOOD).encode(), 1)
-    answer = json.loads(answer_line(row, 200, "req_7", b'{"object":\n "list"}'))
+    body = b'{"object":\n "a\xe2\x80\xa8b"}'
+    (line,) = answer_line(row, 200, "req_7", body).decode().splitlines()
+    answer = json.loads(line)
     assert answer.pop("id").startswith("batch_req_")
     assert answer == {
         "custom_id": "a",
-        "response": {"status_code": 200, "request_id": "req_7", "body": {"object": "list"}},
+        "response": {"status_code": 200, "request_id": "req_7", "body": {"object": "a\u2028b"}},
         "error": None,
     }
     failure = json.loads(failure_line(row, "no_answer", "it is gone"))

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
+from edge.json_lines import json_line
 from edge.server.api.answers import ToolCall, Usage
 from edge.server.api.chat import plan_chat
 from edge.server.api.completions import plan_completion
@@ -48,7 +49,6 @@ NAMES = {
 }
 """Fields of a chat, as patterns, and their names here; see `edge.server.http.errors.renamed`."""
 _log = logging.getLogger("edge.server")
-_encode = msgspec.json.Encoder().encode
 
 
 def plan_ollama_chat(turn: Turn, body: OllamaChatRequest) -> Plan:
@@ -173,7 +173,7 @@ def _message_of(index: int, message: OllamaMessage) -> dict[str, Any]:
             "type": "function",
             "function": {
                 "name": call.function.name,
-                "arguments": _encode(call.function.arguments).decode(),
+                "arguments": msgspec.json.encode(call.function.arguments).decode(),
             },
         }
         for number, call in enumerate(message.tool_calls or ())
@@ -208,7 +208,7 @@ class OllamaRender(Render):
 
     def failed(self, error: APIError) -> bytes:
         """See `Render.failed`."""
-        return _encode(OllamaErrorResponse(error.shown)) + b"\n"
+        return json_line(OllamaErrorResponse(error.shown))
 
     def events(self, index: int, piece: Piece) -> bytes:
         """See `Render.events`."""
@@ -216,11 +216,11 @@ class OllamaRender(Render):
             self._last = piece
         if not (piece.text or piece.reasoning or piece.calls):
             return b""
-        return _encode(self._answer(piece)) + b"\n"
+        return json_line(self._answer(piece))
 
     def last_events(self, usage: Usage) -> bytes:
         """See `Render.last_events`."""
-        return _encode(self._ended(self._answer(Piece()), self._last, usage)) + b"\n"
+        return json_line(self._ended(self._answer(Piece()), self._last, usage))
 
     def body(self, choices: Sequence[Piece], usage: Usage) -> OllamaCounts:
         """See `Render.body`."""

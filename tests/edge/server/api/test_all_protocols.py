@@ -63,7 +63,7 @@ def streamed(path: str, answer: Answer) -> tuple[str, str]:
     if path in (OLLAMA, GENERATE):
         parts = [whole(path, json.loads(line)) for line in answer.body.decode().splitlines()]
         return "".join(part[0] for part in parts), "".join(part[1] for part in parts)
-    lines = answer.body.decode().split("\n")
+    lines = answer.body.decode().splitlines()
     events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     if path == CHAT:
         deltas = [event["choices"][0]["delta"] for event in events if event["choices"]]
@@ -103,6 +103,15 @@ def test_the_same_request_has_the_same_answer(
     assert any(answers.pop())
     assert len({tuple(ids) for ids in prompts}) == 1
     assert len(prompts) == 10
+
+
+def test_a_stream_is_read_line_by_line_whatever_the_answer_holds(live: Live):
+    """Python's `str.splitlines`, by which httpx reads, ends lines at more than line breaks."""
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\\\u2028"
+    live.engine.say([{"role": "user", "content": "lines"}], f"{text}</think>{text}")
+    for path in (CHAT, MESSAGES, RESPONSES, OLLAMA, GENERATE):
+        answer = live.ask(path, body(path, "lines", stream=True, num=99))
+        assert streamed(path, answer) == (text, text)
 
 
 # What a request may cost before it runs.

@@ -357,6 +357,15 @@ def test_the_client_chats(client: Any):
     assert (told.response, told.thinking) == ("Hello there.", "hm")
 
 
+def test_the_client_reads_a_stream_whatever_the_answer_holds(client: Any, served: Live):
+    text = "a\u2028b\u2029c\x85d"
+    served.engine.say([{"role": "user", "content": "lines"}], f"<think>{text}</think>{text}")
+    chat = client.chat("tiny", [{"role": "user", "content": "lines"}], options=GREEDY, stream=True)
+    told = client.generate("tiny", "lines", options=GREEDY, stream=True)
+    assert "".join(part.message.content for part in chat) == text
+    assert "".join(part.response for part in told) == text
+
+
 def test_the_async_client_runs_many_at_once(served: Live):
     async def ask_all() -> list[str]:
         async with ollama.AsyncClient(served.url, headers=AUTH) as opened:
