@@ -209,7 +209,7 @@ class LLM:
         *,
         suffix: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool = True,
+        thinking: bool | None = None,
         continue_final_message: bool = False,
         max_tokens: int | None = None,
         on_piece: Callable[[], None] | None = None,
@@ -224,7 +224,8 @@ class LLM:
             suffix: the text that comes after the answer: the model is asked to fill the gap between
                 ``prompt``, a plain text, and this one. Either may be empty.
             tools: JSON schemas of functions that the model may call; for messages only.
-            thinking: false ends the reasoning before it begins; for messages only.
+            thinking: false ends the reasoning before it begins, true turns it on where the template
+                leaves it off by itself; for messages only.
             continue_final_message: the last message is the assistant's, and the answer goes on
                 where it ends (`take_begun_answer`); one whose text has begun does not reason any
                 more. For messages only.
@@ -240,7 +241,7 @@ class LLM:
         if suffix is not None and not isinstance(prompt, str):
             raise RequestError("suffix: belongs to a plain text, not to chat messages or token ids")
         if isinstance(prompt, str) or _is_ids(prompt):
-            if tools or not thinking or continue_final_message:
+            if tools or thinking is False or continue_final_message:
                 raise RequestError(
                     "tools, thinking and continue_final_message belong to chat messages; this "
                     "prompt is plain text or ids"
@@ -270,7 +271,7 @@ class LLM:
         begun = None
         if continue_final_message:
             messages, begun = take_begun_answer(messages, reasons=self.reasons)
-            if begun.place == "reasoning" and not thinking:
+            if begun.place == "reasoning" and thinking is False:
                 raise RequestError(
                     "thinking: is off, and the answer to continue is in its reasoning; close that "
                     f"with {THINK_END}, or leave thinking on"
@@ -278,9 +279,9 @@ class LLM:
             if begun.place == "text":
                 thinking = bool(begun.reasoning)
         options: dict[str, Any] = {}
-        if not thinking and "enable_thinking" in self.template.variables:
-            options["enable_thinking"] = False
-        if not (thinking or options) and (begun is None or begun.place == "start"):
+        if thinking is not None and "enable_thinking" in self.template.variables:
+            options["enable_thinking"] = thinking
+        if thinking is False and not options and (begun is None or begun.place == "start"):
             begun = BegunAnswer(place="text")  # closes the reasoning that the template may open
         return encode_chat(
             self.tokenizer,
@@ -305,7 +306,7 @@ class LLM:
         suffix: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         output: OutputFormat | None = None,
-        thinking: bool = True,
+        thinking: bool | None = None,
         thinking_budget: int | None = None,
         continue_final_message: bool = False,
         ids: Sequence[int] | None = None,
@@ -362,7 +363,7 @@ class LLM:
         if suffix is not None and not resolved.ignore_eos:
             end_ids |= fill_in_middle(self.tokenizer).ends
         may_reason = is_chat and self.reasons
-        reasons = may_reason and thinking
+        reasons = may_reason and thinking is not False
         if thinking_budget is not None and not reasons:
             raise RequestError(
                 "a thinking budget needs a chat of a model that reasons, with thinking left on"
@@ -377,7 +378,7 @@ class LLM:
             if resolved.ignore_eos:
                 raise RequestError("an output format ends with an end token; do not set ignore_eos")
         streams = [self._output_stream(ids, resolved, is_chat, begun, output) for _ in range(n)]
-        if may_reason and not thinking and output is None:
+        if may_reason and thinking is False and output is None:
             # The model may open a reasoning that its template does not; a form has no place for it.
             reasons, thinking_budget = True, 0
         request = Request(

@@ -126,5 +126,6 @@ def prompt_opens_reasoning(rendered: str) -> bool:
 
 
 def template_reasons(source: str, control_tokens: Collection[str] = ()) -> bool:
-    """Tell whether to split reasoning off: the template or the vocabulary knows its tag."""
-    return THINK_START in source or THINK_END in source or THINK_START in control_tokens
+    """Tell whether to split reasoning off: the template has its tag or switch, or a token is it."""
+    marks = (THINK_START, THINK_END, "enable_thinking")
+    return any(mark in source for mark in marks) or THINK_START in control_tokens

@@ -167,8 +167,8 @@ def _parser_of(syntax: ToolSyntax | None, body: ChatRequest, forced: bool) -> Ma
     return partial(BareCallParser, syntax, {function.name for function in functions})
 
 
-def _thinking(body: ChatRequest, *, reasons: bool) -> tuple[bool, int | None]:
-    """Return whether to reason at all, and for how many tokens.
+def _thinking(body: ChatRequest, *, reasons: bool) -> tuple[bool | None, int | None]:
+    """Return whether to reason at all, None where nothing says so, and for how many tokens.
 
     Raises:
         APIError: fields that contradict each other.
@@ -185,12 +185,12 @@ def _thinking(body: ChatRequest, *, reasons: bool) -> tuple[bool, int | None]:
     if len(set(said.values())) > 1:
         names = " and ".join(said)
         raise invalid(f"{names}: one turns the reasoning on, the other off", next(iter(said)))
-    thinking = next(iter(said.values()), True)
+    thinking = next(iter(said.values()), None)
     budget = body.thinking_token_budget
     # A model that does not reason keeps to any effort.
-    if budget is None and body.reasoning_effort is not None and thinking and reasons:
+    if budget is None and body.reasoning_effort is not None and thinking is not False and reasons:
         budget = _EFFORT_TOKENS.get(body.reasoning_effort)
-    if budget is not None and not thinking:
+    if budget is not None and thinking is False:
         raise invalid("thinking_token_budget: the reasoning is turned off", "thinking_token_budget")
     return thinking, budget
 

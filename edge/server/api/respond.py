@@ -101,7 +101,7 @@ class Plan:
         tools: JSON schemas of functions, for the chat template.
         output: the form that the answer must have.
         fallback: what takes its place where it cannot be compiled.
-        thinking: false ends the reasoning before it begins.
+        thinking: see `LLM.encode`.
         thinking_budget: tokens after which the reasoning is ended.
         continues: whether the answer goes on with the last message.
         make_parser: makes the parser that finds tool calls in one answer; None looks for none.
@@ -120,7 +120,7 @@ class Plan:
     tools: list[dict[str, Any]] | None = None
     output: OutputFormat | None = None
     fallback: Fallback | None = None
-    thinking: bool = True
+    thinking: bool | None = None
     thinking_budget: int | None = None
     continues: bool = False
     make_parser: MakeParser | None = None

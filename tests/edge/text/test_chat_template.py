@@ -661,4 +661,5 @@ def test_whether_a_prompt_opens_the_reasoning(tokenizer, r1, reasoning):
 def test_whether_a_model_reasons(tokenizer):
     assert template_reasons(CHAT_TEMPLATE)
     assert not template_reasons(CHATML)
+    assert template_reasons(f"{{% if enable_thinking %}}Think.{{% endif %}}{CHATML}")
     assert template_reasons(CHATML, tokenizer.control_tokens)

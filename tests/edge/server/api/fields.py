@@ -56,7 +56,7 @@ def observe(
         tools = options.get("tools")
         names = ("suffix", "continue_final_message")
         given = {key: options[key] for key in names if options.get(key) is not None}
-        ids = self.encode(prompt, tools=tools, thinking=options.get("thinking", True), **given)
+        ids = self.encode(prompt, tools=tools, thinking=options.get("thinking"), **given)
         # Tools are in the ids, and the deadline is what the clock leaves.
         given = {k: v for k, v in options.items() if k not in ("tools", "deadline_s")}
         submitted.append((ids, params, given))

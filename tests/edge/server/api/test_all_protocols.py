@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ import pytest
 from edge.runtime.llm import LLM
 from edge.server import app
 from tests.conftest import write_secret
-from tests.edge.server.scripted import Answer, Live, running
+from tests.edge.server.scripted import HERMES_TEMPLATE, Answer, Live, running
+from tests.manifests import replace_file
 
 CHAT, MESSAGES, COUNT = "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"
 RESPONSES, OLLAMA, GENERATE = "/v1/responses", "/api/chat", "/api/generate"
@@ -112,6 +114,43 @@ def test_a_stream_is_read_line_by_line_whatever_the_answer_holds(live: Live):
     for path in (CHAT, MESSAGES, RESPONSES, OLLAMA, GENERATE):
         answer = live.ask(path, body(path, "lines", stream=True, num=99))
         assert streamed(path, answer) == (text, text)
+
+
+def test_reasoning_is_turned_on_where_the_template_leaves_it_off(tool_bundle: Path, tmp_path: Path):
+    """As Cogito's does."""
+    bundle = Path(shutil.copytree(tool_bundle, tmp_path / "tiny"))
+    head = (
+        "{%- if not enable_thinking is defined %}{%- set enable_thinking = false %}{%- endif %}"
+        "{%- if enable_thinking %}{{ 'Think deeply.' }}{%- endif %}"
+    )
+    replace_file(bundle, "chat_template.jinja", f"{head}{HERMES_TEMPLATE}".encode())
+    enabled = {"thinking": {"type": "enabled", "budget_tokens": 1024}}
+    disabled = {"thinking": {"type": "disabled"}}
+    cases: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
+        (CHAT, [{"enable_thinking": True}, {"chat_template_kwargs": {"enable_thinking": True}},
+                {"reasoning_effort": "high"}], {"enable_thinking": False}),
+        (MESSAGES, [enabled], disabled),
+        (COUNT, [enabled], disabled),
+        (RESPONSES, [{"reasoning": {"effort": "high"}}], {"reasoning": {"effort": "none"}}),
+        (OLLAMA, [{"think": True}, {"think": "high"}], {"think": False}),
+        (GENERATE, [{"think": True}], {"think": False}),
+    ]  # fmt: skip
+    with running(bundle, llm={"reuse_prefix": False}) as live:
+        asked = [{"role": "user", "content": "what"}]
+        llm = live.engine.llm
+        on, off = len(llm.encode(asked, thinking=True)), len(llm.encode(asked))
+        assert on > off
+
+        def prompt_tokens(path: str, **fields: Any) -> int:
+            answer = live.ask(path, {**body(path, "what", num=1), **fields})
+            assert answer.status == 200, answer.body
+            found = answer.json.get("usage", answer.json)
+            names = ("prompt_tokens", "input_tokens", "prompt_eval_count")
+            return int(next(found[name] for name in names if name in found))
+
+        for path, turned_on, turned_off in cases:
+            assert {prompt_tokens(path, **fields) for fields in turned_on} == {on}, path
+            assert prompt_tokens(path) == prompt_tokens(path, **turned_off) == off, path
 
 
 # What a request may cost before it runs.
