@@ -7,7 +7,6 @@ text, whoever sent them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
@@ -72,8 +71,7 @@ _TRIAL_SYSTEMS: list[dict[str, Any]] = [
     {"role": "system", "content": "Prefer walnut."},
     {"role": "user", "content": "1+1?"},
 ]
-
-_OBJECT_ARGUMENTS = re.compile(r"arguments(?:['\"]\])?\s*\|\s*tojson")
+_TRIAL_KEY = "basalt"  # of a call's arguments; no template has it
 # Names that a caller may not set: this module's variables and functions, and those of minijinja.
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
@@ -126,9 +124,6 @@ class ChatTemplate:
         self.source = source
         self.tokens = tokens
         self.is_known = is_known_template(source)
-        self._wants_objects = (
-            _OBJECT_ARGUMENTS.search(source) is not None and "arguments is string" not in source
-        )
         self._engine: TemplateEngine | None = None
         try:
             if self.is_known:
@@ -177,8 +172,8 @@ class ChatTemplate:
     def _normalize(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Normalize messages, and bring them into the form that this template reads.
 
-        The arguments of calls, which may be JSON text, become objects where the template encodes
-        them itself; of a text it would make a JSON string. No content beside calls becomes an empty
+        The arguments of calls, which may be JSON text, become objects where the template needs
+        them so. No content beside calls becomes an empty
         one where the template fails without. System messages become one, at the front, where the
         template refuses or drops some of several.
         """
@@ -186,8 +181,8 @@ class ChatTemplate:
         for index, message in enumerate(plain_messages):
             if "tool_calls" in message and "tool_calls" not in self.source:
                 refuse(index, "tool_calls", "this model's chat template has no place for them")
-            if self._wants_objects:
-                for call in message.get("tool_calls", []):
+            for call in message.get("tool_calls", []):
+                if self._wants_objects:
                     parse_arguments(index, call.get("function"))
             if message["content"] is None and self._wants_content:
                 message["content"] = ""
@@ -205,20 +200,36 @@ class ChatTemplate:
         return all(m["content"] in text for m in _TRIAL_SYSTEMS if m["role"] == "system")
 
     @cached_property
+    def _wants_objects(self) -> bool:
+        """Whether the arguments of a call must be an object, and not its JSON as text.
+
+        Of a text, Qwen2.5's template makes a JSON string, and Qwen3-Coder's, which writes key by
+        key, fails. R1's and Qwen3's write it as it is.
+        """
+        of_object, of_text = (
+            self._try_call(None, arguments) or self._try_call("", arguments) or ""
+            for arguments in ({_TRIAL_KEY: 1}, f'{{"{_TRIAL_KEY}": 1}}')
+        )
+        as_json, as_repr = f'"{_TRIAL_KEY}":', f"'{_TRIAL_KEY}':"
+        is_printed = as_json in of_object or as_repr in of_object
+        return _TRIAL_KEY in of_object and not (is_printed and as_json in of_text)
+
+    @cached_property
     def _wants_content(self) -> bool:
         """Whether the template fails with calls beside no content, and not beside an empty one.
 
         The first template of Qwen3 does; R1's writes calls only where there is none.
         """
+        arguments = {"a": 1} if self._wants_objects else '{"a": 1}'
+        works = self._try_call("", arguments) is not None
+        return works and self._try_call(None, arguments) is None
+
+    def _try_call(self, content: str | None, arguments: dict[str, Any] | str) -> str | None:
+        """Render a conversation with a call; None where the template fails."""
         question, answer, result = _TRIAL_MESSAGES[-1]
-        function = {"name": "add", "arguments": '{"a": 1}'}  # text, as the clients of a server send
-        calls = [{**_TRIAL_CALL, "function": function}]
-
-        def works(content: str | None) -> bool:
-            called = {**answer, "content": content, "tool_calls": calls}
-            return self._try([question, called, result], _TRIAL_TOOLS) is not None
-
-        return works("") and not works(None)
+        call = {**_TRIAL_CALL, "function": {"name": "add", "arguments": arguments}}
+        called = {**answer, "content": content, "tool_calls": [call]}
+        return self._try([question, called, result], _TRIAL_TOOLS)
 
     def _try(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None

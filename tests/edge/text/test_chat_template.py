@@ -479,6 +479,46 @@ def test_arguments_stay_text_where_the_template_writes_them_as_they_are(source):
     assert rendered == ("{" if "tojson" not in source else '"{"')
 
 
+@pytest.mark.parametrize("contents", ["m.content", "'</think>' in m.content"])
+@pytest.mark.parametrize(
+    ("writes", "expected"),
+    [
+        ("{{ call | tojson }}", '{"name": "f", "arguments": {"x": "a"}}'),
+        ("{% set a = call.arguments %}{{ a | tojson }}", '{"x": "a"}'),
+        ("{{ call.arguments | tojson(indent=none) }}", '{"x": "a"}'),
+        ("{% for k, v in call.arguments | items %}<{{ k }}>{{ v }}{% endfor %}", "<x>a"),
+        ("{% for k, v in call.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}", "<x>a"),
+        ("{% for k, v in call.arguments | dictsort %}{{ k }}={{ v }}{% endfor %}", "x=a"),
+        ('{% for k in call.arguments %}<p name="{{ k }}">{% endfor %}', '<p name="x">'),
+        (  # as Gemma's
+            "{% if call.arguments is mapping %}{% for k, v in call.arguments | dictsort %}"
+            "{{ k }}:{{ v }}{% endfor %}{% else %}{{ call.arguments }}{% endif %}",
+            "x:a",
+        ),
+        (  # as Qwen3's
+            "{% if call.arguments is string %}{{ call.arguments }}"
+            "{% else %}{{ call.arguments | tojson }}{% endif %}",
+            '{"x":  "a"}',
+        ),
+        ("{{ 'json ' + call.arguments + ' end' }}", 'json {"x":  "a"} end'),  # as R1's
+        ("{{ call.arguments }}", '{"x":  "a"}'),
+        ("{{ call.name }}", "f"),
+    ],
+)
+def test_arguments_are_what_the_template_wants_however_it_is_spelled(contents, writes, expected):
+    """The text of a client has two spaces, so that it can be told from what a template makes."""
+    template = ChatTemplate(
+        "{%- if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+        "{% for m in messages %}{% if m.tool_calls %}"
+        f"{{% if {contents} %}}{{% endif %}}{{% set call = m.tool_calls[0].function %}}{writes}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        TOKENS,
+    )
+    call = {"function": {"name": "f", "arguments": '{"x":  "a"}'}}
+    history = [turn("user", "q"), turn("assistant", None, tool_calls=[call])]
+    assert template.render(history) == f"q{expected}"
+
+
 @pytest.mark.parametrize("more", [{}, {"reasoning_content": "so"}])
 @pytest.mark.parametrize(
     ("writes", "content"),
