@@ -7,6 +7,7 @@ is read from its chat template, which writes past calls in the same form.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -73,6 +74,20 @@ def _call(name: str, arguments: str) -> tuple[str, str] | None:
     return None if found is None else (name, arguments if found else "{}")
 
 
+def _ends_within_text(begun: str) -> bool:
+    """Whether this is the beginning of a JSON object, up to within one of its texts."""
+    begun = begun.lstrip()
+    try:
+        _DECODER.raw_decode(begun)
+    except json.JSONDecodeError as error:
+        return begun.startswith("{") and error.msg.startswith("Unterminated string")
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+_DECODER = json.JSONDecoder()
+_QUOTES = re.compile(r'\\.|"', re.DOTALL)  # and what is escaped, which may be one
 _DEEPSEEK_SEPARATOR = "<｜tool▁sep｜>"
 _XML_CALL = "<function="
 HERMES = ToolSyntax("<tool_call>", "</tool_call>", (), _read_hermes)
@@ -106,6 +121,7 @@ class ToolParser:
         self._marks = (syntax.start, *syntax.noise)
         self._held = ""
         self._inside = False
+        self._passed = 0  # up to here, end marks are in a text of the call
         self._space = ""  # before the mark, dropped if a call follows
         self.found = 0
 
@@ -124,14 +140,24 @@ class ToolParser:
         Args:
             is_cut: whether the model would have gone on, so that what it began stays text.
         """
-        call = self._syntax.read(self._held) if self._inside and not is_cut else None
+        plain: list[str] = []
+        calls: list[ToolCall] = []
+        while True:
+            call = self._syntax.read(self._held) if self._inside and not is_cut else None
+            if call is not None or not self._passed:
+                break
+            self._give_up(plain)
+            text, found = self.push("")
+            plain.append(text)
+            calls += found
         if call is not None:
-            self._held, self._inside = "", False
+            self._held, self._inside, self._passed = "", False, 0
             self.found += 1
-            return "", [make_call(*call, index=self.found - 1)]
+            return "".join(plain), [*calls, make_call(*call, index=self.found - 1)]
         held = (self._space + self._syntax.start if self._inside else "") + self._held
         self._held, self._inside = "", False
-        return "" if self.found and not held.strip() else held, []
+        plain.append("" if self.found and not held.strip() else held)
+        return "".join(plain), calls
 
     def _take_text(self, plain: list[str]) -> bool:
         places = [(self._held.find(mark), mark) for mark in self._marks]
@@ -151,19 +177,42 @@ class ToolParser:
         return False
 
     def _take_call(self, plain: list[str], calls: list[ToolCall]) -> bool:
-        at = self._held.find(self._syntax.end)
+        at = self._held.find(self._syntax.end, self._passed)
         if at < 0:
             return False
-        body = self._held[:at]
-        self._held = self._held[at + len(self._syntax.end) :]
-        self._inside = False
-        call = self._syntax.read(body)
+        if self._is_in_text(at):
+            self._passed = at + len(self._syntax.end)
+            return True
+        call = self._syntax.read(self._held[:at])
         if call is None:
-            plain.append(f"{self._space}{self._syntax.start}{body}{self._syntax.end}")
+            self._give_up(plain)
         else:
+            self._leave(at)
             calls.append(make_call(*call, index=self.found))
             self.found += 1
         return True
+
+    def _is_in_text(self, at: int) -> bool:
+        """Whether the end mark here is in a text of the call's JSON.
+
+        After the first one, quotes tell, since to read the whole call again for each takes
+        quadratic time; whether it is JSON shows at its end.
+        """
+        if self._passed:
+            found = _QUOTES.findall(self._held, self._passed, at)
+            return found.count('"') % 2 == 0
+        return _ends_within_text(self._held[: at + len(self._syntax.end)])
+
+    def _give_up(self, plain: list[str]) -> None:
+        """Make text of what is no call, up to its first end mark: a call may follow that."""
+        at = self._held.find(self._syntax.end)
+        plain.append(f"{self._space}{self._syntax.start}{self._held[:at]}{self._syntax.end}")
+        self._leave(at)
+
+    def _leave(self, at: int) -> None:
+        """End what is between the marks, of which the second is here."""
+        self._held = self._held[at + len(self._syntax.end) :]
+        self._inside, self._passed = False, 0
 
 
 class CallsOrJSON(ToolParser):

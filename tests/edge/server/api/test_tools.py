@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def test_arguments_of_a_call_are_an_object():
 @given(
     st.lists(
         st.sampled_from(["<tool_call>", "</tool_call>", "{", "}", '"name"', ": ", '"f"', " ", "\n",
-                         ", ", '"arguments"', "x", "<tool", "_call>", '{"name": "f"}'])
+                         ", ", '"arguments"', "x", "<tool", "_call>", '{"name": "f"}', '{"x": "'])
         | st.text(max_size=3),
         max_size=20,
     ),
@@ -124,15 +125,64 @@ def test_a_whole_call_without_its_end_mark_is_one(end: str):
         assert parser.flush(is_cut=True) == (open_call, [])
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["</tool_call> in text", 'a \\" </tool_call>{}</tool_call>', hermes("g", {}), "\\</tool_call>"],
+)
+def test_an_end_mark_in_a_text_of_a_call_does_not_end_it(value: str):
+    arguments = {"x": value, "y": [{"</tool_call>": 1}]}
+    text = f"Hi {hermes('f', arguments)}\n{hermes('g', {})} \n"
+    for at in range(len(text) + 1):
+        assert parse(HERMES, [text[:at], text[at:]]) == ("Hi", [("f", arguments), ("g", {})])
+    assert parse(HERMES, list(text)) == ("Hi", [("f", arguments), ("g", {})])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "x",
+        '{"x": "a\n</tool_call>"}',
+        '{"x": 1',
+        '{"x": "a',
+        '["',
+        '{"x": "\\',
+        '{"x": "" "',
+        '"{"',
+    ],
+)
+def test_what_an_end_mark_does_not_end_stays_text_up_to_it(body: str):
+    """And a call that follows is found: at once, but where the mark could be in a text."""
+    broken, after = f"<tool_call>{body}</tool_call>", hermes("g", {})
+    parser = ToolParser(HERMES)
+    plain, _ = parser.push(broken)
+    assert plain == ("" if body == '{"x": "a' else broken)
+    for pieces in ([broken, after], list(broken + after)):
+        assert parse(HERMES, pieces) == (broken, [("g", {})])
+    for is_cut in (False, True):
+        parser = ToolParser(HERMES)
+        text, found = parser.push(broken)
+        rest, more = parser.flush(is_cut=is_cut)
+        assert (text + rest, [*found, *more]) == (broken, [])
+
+
+def test_end_marks_in_texts_take_little_time():
+    texts: Any = ["</tool_call>" * 4000, ["</tool_call>"] * 4000]
+    text = hermes("f", {"x": texts})
+    start = time.process_time()
+    assert parse(HERMES, [text]) == ("", [("f", {"x": texts})])
+    broken = text.replace("}", "", 1).removesuffix("}\n</tool_call>")
+    assert parse(HERMES, [broken]) == (broken, [])
+    assert time.process_time() - start < 2
+
+
 ARGUMENTS = st.dictionaries(st.text(max_size=4), st.text(max_size=9), max_size=3)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["f", "g_1"]), ARGUMENTS)))
 def test_every_call_comes_back(calls: list[tuple[str, dict[str, str]]]):
-    safe = [c for c in calls if "<" not in json.dumps(c, ensure_ascii=False)]
     for syntax, write in ((HERMES, hermes), (DEEPSEEK, deepseek)):
-        text = "\n".join(write(name, arguments) for name, arguments in safe)
-        assert parse(syntax, list(text)) == ("", safe)
+        text = "\n".join(write(name, arguments) for name, arguments in calls)
+        assert parse(syntax, list(text)) == ("", calls)
 
 
 def test_a_forced_call_is_the_whole_answer():
@@ -350,6 +400,12 @@ def test_arguments_of_a_strict_tool_keep_to_its_schema_where_a_call_need_not_com
         assert call["function"]["name"] == "weather"
         jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
     # The text around it is free, and so are the arguments of the other tool.
+    held = hermes("clock", {"a": "</tool_call> b"})
+    for offered in (both, [WEATHER, CLOCK]):
+        message = ask(tools, f"Hi {held}", tools=offered).json["choices"][0]["message"]
+        (call,) = message["tool_calls"]
+        assert (message["content"], json.loads(call["function"]["arguments"])) == (
+            "Hi", {"a": "</tool_call> b"})  # fmt: skip
     plain = ask(tools, "It is sunny.", tools=[strict(WEATHER)]).json["choices"][0]
     assert (plain["message"]["content"], plain["finish_reason"]) == ("It is sunny.", "stop")
     free = ask(tools, hermes("clock", {"a": "b"}), tools=both).json["choices"][0]
