@@ -50,7 +50,7 @@ from .scratch import scratch_by_profile
 from .store import KERNELS_SCRATCH, TIMING_CACHE, TRTEXEC_SCRATCH, EngineStore, engine_key
 from .trtexec import CrashError, find_trtexec, full_version, run_trtexec, trtexec_command
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 Via = Literal["api", "trtexec"]
 CompileVariant = Callable[..., "tuple[Compiled, Climbed]"]
@@ -219,7 +219,7 @@ def read_compiled_layers(
         return parse_inspector(texts, [profile.name for profile in info.profiles]), None
     except (BuildError, BundleError, DependencyError) as error:
         reason = str(error)  # the error has the loaded engine in its frames
-        _logger.warning("the engine's layers are not known: %s", reason)
+        _log.warning("the engine's layers are not known: %s", reason)
         return None, reason
 
 
@@ -239,7 +239,7 @@ def read_exported_layers(
     try:
         return parse_inspector([text], [profile.name for profile in build.profiles]), None
     except BundleError as error:
-        _logger.warning("the engine's layers are not known: %s", error)
+        _log.warning("the engine's layers are not known: %s", error)
         return None, str(error)
 
 
@@ -408,7 +408,7 @@ def compile_bundle(
 
     def log(severity: str, message: str) -> None:
         lines.append(f"{severity}: {message}")
-        _logger.debug("%s: %s", severity, message)
+        _log.debug("%s: %s", severity, message)
 
     reset_rss_peak()
     started = time.perf_counter()
@@ -467,7 +467,7 @@ def _check_size(
     if target.rt.flavour == "tensorrt-rtx":
         return tuple(found)
     for problem in found:
-        _logger.warning(
+        _log.warning(
             "%s. That is compared with what plans of TensorRT for RTX have, and this is TensorRT "
             "%s, which may pack them otherwise: the engine is kept; edge-llm inspect shows its "
             "layers, edge-llm bench its speed",
@@ -543,7 +543,7 @@ def _timings_of_this_gpu(build: BuildPlan, target: Target, store: EngineStore) -
     if timings is None:
         return None
     if file is not None:
-        _logger.warning(
+        _log.warning(
             "trtexec takes the timings in %s for this GPU's in this power mode, whosever they "
             "are; build without --with trtexec where they may be of another",
             file,

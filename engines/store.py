@@ -27,7 +27,7 @@ from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.update import fsync, write_durably
 from edge.errors import BundleError, ConfigError, ResourceError
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 BUILD_LOG = "build.log"
 TIMING_CACHE = "timing.cache"
@@ -99,7 +99,7 @@ class EngineStore:
             verify_plan(self.directory, info)
         except BundleError as error:
             if (self.directory / ENGINE_JSON).exists():
-                _logger.warning("the engine that is there is not usable: %s", error)
+                _log.warning("the engine that is there is not usable: %s", error)
             return None
         return info
 
@@ -168,7 +168,7 @@ class EngineStore:
             self._write_info(told)
         except OSError as error:
             reason = f"they could not be written: {error.strerror}"
-            _logger.warning("the engine's layers are not known: %s", reason)
+            _log.warning("the engine's layers are not known: %s", reason)
             return msgspec.structs.replace(info, compiled_unknown=reason)
         return told
 
@@ -195,7 +195,7 @@ def _sweep_scratch(root: Path) -> None:
             try:
                 shutil.rmtree(leftover)
             except OSError as error:  # such as that of another user
-                _logger.warning("%s of a killed build stays: %s", leftover, error.strerror)
+                _log.warning("%s of a killed build stays: %s", leftover, error.strerror)
 
 
 def _keep(path: Path, data: bytes) -> None:
@@ -204,7 +204,7 @@ def _keep(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, data)
     except OSError as error:
-        _logger.warning("%s is not kept: %s", path, error.strerror)
+        _log.warning("%s is not kept: %s", path, error.strerror)
 
 
 def _replace(path: Path, data: Any) -> None:

@@ -35,7 +35,7 @@ from .builder import Compiled, Target, compile_bundle, make_recorder
 from .ladder import Climbed, describe, make_rungs, refused_rung
 from .store import TUNE_SCRATCH, EngineStore
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _REPEATS = 256, 33, 3
 _VERIFY_TOKENS, _VERIFY_STEPS = (1, 24, 64), 8
@@ -146,7 +146,7 @@ def _try(
         except (BackendError, ResourceError) as error:
             problem = str(error)
     found = TunedRung(rung.kv_read, rung.attention, decode_s, problem, rung.scales, rung.kernels)
-    _logger.info("%s: %s", describe(found), problem or f"{decode_s} s")
+    _log.info("%s: %s", describe(found), problem or f"{decode_s} s")
     return _Candidate(rung, compiled, directory, found)
 
 

@@ -235,7 +235,7 @@ class _Finder(ast.NodeVisitor):
     def __init__(self, uses: Uses, where: str) -> None:
         self.uses, self.where = uses, where
         self.aliases: dict[str, tuple[str, ...]] = {}
-        self.modules = {"self", "cls", "_logger"}  # whose attributes are not TensorRT's
+        self.modules = {"self", "cls", "_log"}  # whose attributes are not TensorRT's
 
     def visit_Import(self, node: ast.Import) -> None:
         self.modules.update((each.asname or each.name).split(".")[0] for each in node.names)

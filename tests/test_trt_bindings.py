@@ -154,7 +154,7 @@ def test_a_misspelt_member_is_nobodys(tmp_path: Path) -> None:
     (stranger,) = find_strangers(uses, UNIVERSE, set())
     assert f"{path}:4: nobody has set_memory_poool" in stranger
     assert not list(find_strangers(uses, UNIVERSE, {"set_memory_poool"}))
-    assert {"find_uses", "Compiler", "parse", "_logger"} - own_names() == {"find_uses"}
+    assert {"find_uses", "Compiler", "parse", "_log"} - own_names() == {"find_uses"}
 
 
 def test_every_guarded_name_is_used() -> None:

@@ -28,7 +28,7 @@ from .manifest import ENGINES_DIR, MANIFEST_NAME
 from .trust import SIGNATURE_NAME
 from .update import MANIFEST_TEMP, beside, fsync, temp_path
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 ORIGIN_NAME = ".origin.json"
 """In a bundle that came from a registry: the registry's own manifest, which lists its pieces."""
@@ -57,7 +57,7 @@ def put_in_place(staging: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:
             raise
-        _logger.info("%s cannot exchange directories: renaming twice", target.parent)
+        _log.info("%s cannot exchange directories: renaming twice", target.parent)
         target.rename(aside(target))
         staging.rename(target)  # if this fails, `recover` puts the old one back
 
@@ -78,7 +78,7 @@ def recover(target: Path) -> None:
             return  # the target is taken: the swap was finished
         raise
     fsync(target.parent)
-    _logger.warning("put back %s, which an interrupted export had moved aside", target)
+    _log.warning("put back %s, which an interrupted export had moved aside", target)
 
 
 def sweep(target: Path, staging: Path) -> None:
@@ -103,7 +103,7 @@ def remove(directory: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        _logger.warning("cannot remove %s: %s", directory, error)
+        _log.warning("cannot remove %s: %s", directory, error)
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 HUGE_PAGE_BYTES = 2 << 20  # of x86-64, and of aarch64 with pages of 4 KB
 MADV_HUGEPAGE = 14
@@ -55,7 +55,7 @@ def collapse_filled(min_region_bytes: int) -> int:
                     _advise(libc, address, num_bytes, MADV_HUGEPAGE)
     except (OSError, AttributeError) as error:  # no smaps, no such function, no such advice
         refusal = f"; {error}"
-    _LOG.debug(
+    _log.debug(
         "%d of %d MB are in huge pages after %.1f s%s",
         made >> 20,
         wanted >> 20,

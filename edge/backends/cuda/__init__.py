@@ -28,7 +28,7 @@ from .driver import load_bindings, load_driver
 from .errors import device_error, explain_init_failure, is_fatal, reason_of
 from .waiting import set_wait
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Stream:
@@ -261,9 +261,9 @@ class Device:
                 "this process do"
             )
         if found is None:
-            _logger.info("the driver chooses how threads wait for the GPU: %s", problem)
+            _log.info("the driver chooses how threads wait for the GPU: %s", problem)
         else:
-            _logger.info("how threads wait for the GPU: %s", found)
+            _log.info("how threads wait for the GPU: %s", found)
         return found
 
     @contextlib.contextmanager

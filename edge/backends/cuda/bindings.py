@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _NAME_BYTES = 256
 
@@ -177,7 +177,7 @@ def _release(call: Calls, name: str, handle: Any) -> None:
     try:
         call(name, handle)
     except Error as error:
-        _logger.warning("something of the GPU could not be freed: %s", str(error))
+        _log.warning("something of the GPU could not be freed: %s", str(error))
 
 
 class _DeviceBlock:

@@ -16,7 +16,7 @@ from edge.errors import DependencyError
 
 from .bindings import BindingsDriver, Calls
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _CURE = (
     "install one of them: pip install pycuda, which compiles against the CUDA toolkit (with "
     "CUDA_ROOT=/usr/local/cuda and /usr/local/cuda/bin on the PATH), or pip install cuda-bindings "
@@ -81,7 +81,7 @@ def load_driver() -> Driver:
     except ImportError as error:
         problem = _problem("PyCUDA", "pycuda", error)
     else:
-        _logger.info("CUDA is called through PyCUDA")
+        _log.info("CUDA is called through PyCUDA")
         return driver
     try:
         module = importlib.import_module("cuda.bindings.driver")
@@ -90,7 +90,7 @@ def load_driver() -> Driver:
         raise DependencyError(
             f"running on the GPU needs PyCUDA or cuda-bindings: {problem}, {second}; {_CURE}"
         ) from error
-    _logger.info("CUDA is called through cuda-bindings: %s", problem)
+    _log.info("CUDA is called through cuda-bindings: %s", problem)
     return _driver_of(module)
 
 

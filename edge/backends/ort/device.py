@@ -16,7 +16,7 @@ from edge.errors import DependencyError, install_command
 from .faults import names_device
 from .session import import_onnxruntime
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def import_for_device(manifest: Manifest, device: OrtDevice) -> ModuleType:
         # Finds CUDA and cuDNN where pip installed them; what it cannot find it prints.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             ort.preload_dlls()
-        _LOG.debug("%s", printed.getvalue())
+        _log.debug("%s", printed.getvalue())
     return ort
 
 

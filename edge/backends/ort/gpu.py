@@ -40,7 +40,7 @@ from .placement import tensor_nodes_elsewhere
 from .runner import RunShape, StepOutputs, StepRunner
 from .session import check_sizes, load_graph, session_options
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class OrtCudaBackend:
@@ -130,7 +130,7 @@ class OrtCudaBackend:
             raise
         self.nodes_elsewhere = tensor_nodes_elsewhere(events, self.device.provider)
         if self.nodes_elsewhere:
-            _LOG.warning(
+            _log.warning(
                 "%d nodes run outside %s, each step waits for them: %s",
                 sum(self.nodes_elsewhere.values()),
                 self.device.provider,

@@ -19,7 +19,7 @@ from .join_planes import hand_over
 if TYPE_CHECKING:
     import onnxruntime
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _EXACT_SINCE_SCHEMA = 3
 _ROUNDS_INT8_WEIGHTS_SINCE = (1, 25)  # MatMulNBits of INT8 weights; of INT4 ones 1.23 has it
 
@@ -235,7 +235,7 @@ def session_options(
         # they saturate. This takes another (onnxruntime_session_options_config_keys.h). With what
         # old bundles hold, INT8 in groups and no zero points, it does not run.
         if manifest.schema_version < _EXACT_SINCE_SCHEMA:
-            _LOG.warning(
+            _log.warning(
                 "%s: on an x86 CPU without VNNI its INT8 products are not exact; export it again",
                 manifest.name,
             )

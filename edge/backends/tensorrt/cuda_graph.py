@@ -28,7 +28,7 @@ from edge.errors import BackendError, DependencyError, DeviceError, DeviceMemory
 
 from .bound_context import BoundContext, StepShape
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 CAPTURE_S = 10.0
 """What capturing may take of a load's time before it stops."""
@@ -124,7 +124,7 @@ class DecodeGraphs:
                 bound = f"they take {CAPTURE_BYTES / 1e6:,.0f} MB"
             if bound or not self._capture(shape, put):
                 break
-        _logger.info(
+        _log.info(
             "%d CUDA graphs of decode steps in %.1f s%s",
             len(self),
             time.perf_counter() - started,
@@ -158,7 +158,7 @@ class DecodeGraphs:
         if not self._entries:
             self._disable(reason)
         else:
-            _logger.warning("%d CUDA graphs were captured, then: %s", len(self), reason)
+            _log.warning("%d CUDA graphs were captured, then: %s", len(self), reason)
 
     def cover(self, window: Window, kv: int) -> Window:
         """The narrowest window with a graph that has room for this one; itself where none has.
@@ -203,7 +203,7 @@ class DecodeGraphs:
     def _disable(self, reason: str) -> None:
         """Go on without graphs."""
         self.switch_off(reason)
-        _logger.warning("decode goes on without CUDA graphs: %s", reason)
+        _log.warning("decode goes on without CUDA graphs: %s", reason)
 
     def _close_entry(self, entry: _Entry) -> None:
         entry.context.close()
@@ -211,7 +211,7 @@ class DecodeGraphs:
             entry.graph.close()
         except DeviceError as error:  # on a lost device nothing can be destroyed
             # As text: who keeps the record must not keep the engine by the error's traceback.
-            _logger.warning("a CUDA graph could not be freed: %s", str(error))
+            _log.warning("a CUDA graph could not be freed: %s", str(error))
 
     def close(self) -> None:
         """Destroy all graphs and their contexts; the stream must be idle."""

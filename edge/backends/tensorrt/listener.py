@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
-def _log(severity: str, message: str) -> None:
+def _write(severity: str, message: str) -> None:
     """Write a message to Python's log; an error comes back as an exception."""
-    _logger.log(logging.WARNING if severity == "warning" else logging.DEBUG, "%s", message)
+    _log.log(logging.WARNING if severity == "warning" else logging.DEBUG, "%s", message)
 
 
 class Listener:
@@ -38,7 +38,7 @@ class Listener:
         said: the last message that is no mere information; that CUDA does not start is a warning.
     """
 
-    def __init__(self, trt: Any, log: Callable[[str, str], None] = _log) -> None:
+    def __init__(self, trt: Any, log: Callable[[str, str], None] = _write) -> None:
         self.logger = _logger_of(trt)
         self.errors: deque[str] = deque(maxlen=4)
         self.said = ""
@@ -90,7 +90,7 @@ def _logger_of(trt: Any) -> Any:
             own = self.listeners.get(threading.get_ident())
             # Whose call a thread of TensorRT's own works for is not known.
             heard = [own] if own else list(self.listeners.values())
-            for hear in [each[-1].hear for each in heard if each] or [_log]:
+            for hear in [each[-1].hear for each in heard if each] or [_write]:
                 hear(name, message)
 
     return Logger()

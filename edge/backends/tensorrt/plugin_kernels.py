@@ -26,7 +26,7 @@ from edge.files import MALFORMED
 
 from .launch_rules import PluginRule
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _MOST_BYTES = 1 << 24  # of kernels that are unpacked; what is longer is cut, so does not read
 
 
@@ -159,7 +159,7 @@ class OwnKernels:
         """Keep an error for `raise_failure`; the first one, which the others follow from."""
         if self._failure is not None:
             return
-        _logger.debug("a plugin raised: %s", "".join(traceback.format_exception(error)))
+        _log.debug("a plugin raised: %s", "".join(traceback.format_exception(error)))
         failure = error
         if isinstance(error, Exception) and not isinstance(error, EdgeError):
             failure = BackendError(

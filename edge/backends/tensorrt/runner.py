@@ -50,7 +50,7 @@ from .engine import ChosenEngine, Engine, choose_engine
 from .layer_times import LayerTimes
 from .step_buffers import StepBuffers
 
-_logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -122,7 +122,7 @@ class TensorRTBackend:
         )
         self.engine_dir = chosen.directory
         if chosen.info.num_sms not in (None, self._device.num_sms):
-            _logger.warning(
+            _log.warning(
                 "the engine %s was tuned for %d multiprocessors, and %d are on, as in another "
                 "power mode: it may be slow; tune it for these with: %s",
                 chosen.directory,
@@ -492,7 +492,7 @@ class TensorRTBackend:
             with self._device.active():
                 self._resources.close()
         except DeviceError as error:  # on a lost device nothing can be freed
-            _logger.warning("not everything could be freed: %s", error)
+            _log.warning("not everything could be freed: %s", error)
 
     def _with_slots(self, slots: Sequence[int], length: int, work: Callable[[], T]) -> T:
         self._check_usable()
@@ -545,7 +545,7 @@ class TensorRTBackend:
     def _lose(self, error: BaseException) -> None:
         if self._lost is None:
             self._lost = str(error)
-            _logger.error("the GPU is lost: %s", self._lost)
+            _log.error("the GPU is lost: %s", self._lost)
 
     def _check_usable(self) -> None:
         if self._closed:

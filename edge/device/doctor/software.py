@@ -104,10 +104,10 @@ def check_onnxruntime(facts: Facts) -> Check:
             else "reinstall onnxruntime",
             UNAVAILABLE,
         )
-    if version_numbers(found.version) < (1, 23):
-        return Check(
-            name, "fail", found.version, "1.23 is the oldest that works", "update it", UNAVAILABLE
-        )
+    oldest = min(dialect.min_onnxruntime for dialect in io_spec.DIALECTS.values())
+    if version_numbers(found.version) < oldest:
+        cause = f"{oldest[0]}.{oldest[1]} is the oldest that works"
+        return Check(name, "fail", found.version, cause, "update it", UNAVAILABLE)
     ran = "the CPU" if without_cuda or not facts.cuda.works else "the GPU"
     detail = f"{found.version}, ran a tiny graph on {ran}"
     if without_cuda and not facts.tensorrt.version:
