@@ -9,9 +9,9 @@ not done again, unless its options were others; delete a recipe's directory to m
 The bundle is deleted once all is measured (``--keep-bundles`` keeps it).
 
 ``--checkpoint LABEL=PATH`` adds a rival's weights of the same model, e.g. a Q4_0 of llama-quantize
-or what scripts/genai_weights.py and scripts/openvino_weights write: dequantized into a float
-bundle, so only the loss of the weights counts, as with all other rows. ``--rival Q4_0`` makes such
-a file of the model's linear layers (scripts/gguf_rivals.py).
+or what scripts/genai_weights.py, scripts/openvino_weights and scripts/auto_round_weights write:
+dequantized into a float bundle, so only the loss of the weights counts, as with all other rows.
+``--rival Q4_0`` makes such a file of the model's linear layers (scripts/gguf_rivals.py).
 
 ``--task`` also asks questions with right answers, of the float bundle too, so each recipe's answers
 are paired with the float model's; without names it asks all tasks, which takes hours per recipe.
