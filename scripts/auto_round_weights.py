@@ -27,6 +27,7 @@ from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
 from export.sources.documents import calibration_batches, read_calibration_text
 from export.sources.opening import open_checkpoint
+from scripts.command import run_main
 
 
 def main() -> None:
@@ -98,4 +99,4 @@ def read_floats(source: Path) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
